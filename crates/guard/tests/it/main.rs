@@ -1,0 +1,1 @@
+//! The integration tests of `cancel-safe-guard`, one binary.

@@ -1,0 +1,1 @@
+//! A reqwest client with one deadline and bounded load, and a circuit breaker that cannot stick.

@@ -1,0 +1,1 @@
+//! Long computations that can stop anywhere and go on from there.

@@ -1,0 +1,1 @@
+//! Drops a future at every await point, deterministically, and checks what is left behind.

@@ -1,0 +1,1 @@
+//! sqlx transactions that end when they are dropped, and say how they ended.
