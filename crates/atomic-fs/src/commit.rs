@@ -1,0 +1,257 @@
+//! The commit gate, and the blocking job that must pass it.
+//!
+//! Invariant: once the future that waits for a job has been dropped, the job changes nothing that a user can see.
+//! `spawn_blocking` alone does not give that: its closure runs on after its future is gone.
+
+use std::future::Future;
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, ready};
+#[cfg(feature = "json")]
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+use crate::Error;
+
+/// Where an operation stands with respect to the one call that users can see.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// Nothing is visible yet; either side may move on from here.
+    Pending,
+    /// The job is within the visible call.
+    Renaming,
+    /// The visible call has been made. Final.
+    Done,
+    /// The visible call will never be made. Final.
+    Cancelled,
+}
+
+/// Decides, once and for both sides, whether a job may make its visible call.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<State>,
+    left: Condvar,
+}
+
+impl Gate {
+    pub(crate) fn new() -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State::Pending), left: Condvar::new() })
+    }
+
+    /// Asks to make the visible call; `None` if the operation has been cancelled.
+    pub(crate) fn enter(&self) -> Option<Passage<'_>> {
+        let mut state = self.state();
+        if *state != State::Pending {
+            return None;
+        }
+        *state = State::Renaming;
+        Some(Passage { gate: self, next: State::Pending })
+    }
+
+    /// Cancels unless the visible call has been entered; never waits. Returns whether it is cancelled.
+    #[cfg(feature = "json")]
+    pub(crate) fn try_cancel(&self) -> bool {
+        let mut state = self.state();
+        if *state == State::Pending {
+            *state = State::Cancelled;
+        }
+        *state == State::Cancelled
+    }
+
+    /// Cancels; if the visible call has been entered, waits for that one system call. Returns whether it is cancelled.
+    pub(crate) fn cancel(&self) -> bool {
+        let state = self.state();
+        let mut state =
+            self.left.wait_while(state, |state| *state == State::Renaming).unwrap_or_else(PoisonError::into_inner);
+        if *state == State::Pending {
+            *state = State::Cancelled;
+        }
+        *state == State::Cancelled
+    }
+
+    /// Whether the operation has been cancelled, so that a long job can stop early.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        *self.state() == State::Cancelled
+    }
+
+    /// The state is one word that is always valid, so a panic elsewhere while it was locked has spoiled nothing.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The permission to make the visible call, held while it is made.
+///
+/// Dropping it without [`done`](Passage::done) says that nothing became visible; so does a panic.
+#[derive(Debug)]
+#[must_use = "the gate stays open only while the passage is held"]
+pub(crate) struct Passage<'a> {
+    gate: &'a Gate,
+    next: State,
+}
+
+impl Passage<'_> {
+    /// Says that the visible call has been made.
+    pub(crate) fn done(mut self) {
+        self.next = State::Done;
+    }
+}
+
+impl Drop for Passage<'_> {
+    fn drop(&mut self) {
+        *self.gate.state() = self.next;
+        self.gate.left.notify_all();
+    }
+}
+
+/// A closure on the blocking pool that is cancelled, through its gate, when this future is dropped.
+#[derive(Debug)]
+#[must_use = "a job is cancelled when it is dropped"]
+pub(crate) struct Job<T> {
+    gate: Arc<Gate>,
+    path: Arc<Path>,
+    handle: JoinHandle<Result<T, Error>>,
+    finished: bool,
+}
+
+impl<T: Send + 'static> Job<T> {
+    /// Queues `work` on the blocking pool of `runtime`; `path` is for errors.
+    pub(crate) fn spawn(
+        runtime: &Handle,
+        gate: &Arc<Gate>,
+        path: &Arc<Path>,
+        work: impl FnOnce(&Gate) -> Result<T, Error> + Send + 'static,
+    ) -> Self {
+        let (inner_gate, inner_path) = (gate.clone(), path.clone());
+        let handle = runtime.spawn_blocking(move || {
+            // A job that was cancelled in the queue must not even create its temporary file.
+            if inner_gate.is_cancelled() {
+                return Err(Error::Interrupted { path: inner_path.to_path_buf() });
+            }
+            work(&inner_gate)
+        });
+        Self { gate: gate.clone(), path: path.clone(), handle, finished: false }
+    }
+}
+
+#[cfg(feature = "json")]
+impl<T> Job<T> {
+    /// Waits for the job, but cancels it if it has not entered its visible call within `timeout`.
+    ///
+    /// The call that has been entered is waited for, because its result is no longer in the caller's hand.
+    pub(crate) async fn within(mut self, timeout: Duration) -> Result<T, Error> {
+        if let Ok(result) = tokio::time::timeout(timeout, &mut self).await {
+            return result;
+        }
+        if !self.gate.try_cancel() {
+            return self.await;
+        }
+        let path = self.path.to_path_buf();
+        // Only for the temporary file; on a disk that hangs, the caller's time matters more.
+        let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+        Err(Error::TimedOut { path, timeout })
+    }
+}
+
+/// How long a call whose time is up waits for its temporary file to be removed.
+#[cfg(feature = "json")]
+const CLEAN_UP_GRACE: Duration = Duration::from_millis(100);
+
+impl<T> Future for Job<T> {
+    type Output = Result<T, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let joined = ready!(Pin::new(&mut self.handle).poll(cx));
+        self.finished = true;
+        Poll::Ready(match joined {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(cut_short(&self.gate, &self.path)),
+        })
+    }
+}
+
+impl<T> Drop for Job<T> {
+    fn drop(&mut self) {
+        if !self.finished {
+            self.gate.cancel();
+            // A job that is still queued is taken out, so that it does not hold a place for nothing.
+            self.handle.abort();
+        }
+    }
+}
+
+/// The error of an operation whose runtime went away: what became of the target is for the gate to say.
+pub(crate) fn cut_short(gate: &Gate, path: &Path) -> Error {
+    let path = path.to_path_buf();
+    if gate.cancel() {
+        Error::Interrupted { path }
+    } else {
+        Error::NotDurable {
+            path,
+            source: io::Error::other("the runtime was shut down before the directory was synced"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cancelled_gate_lets_nobody_in() {
+        let gate = Gate::new();
+        assert!(gate.cancel());
+        assert!(gate.enter().is_none() && gate.is_cancelled());
+    }
+
+    #[test]
+    fn a_call_that_was_made_cannot_be_cancelled() {
+        let gate = Gate::new();
+        gate.enter().expect("nobody has cancelled").done();
+        assert!(!gate.cancel() && !gate.is_cancelled());
+    }
+
+    #[test]
+    fn a_call_that_failed_can_still_be_cancelled() {
+        let gate = Gate::new();
+        drop(gate.enter().expect("nobody has cancelled"));
+        assert!(gate.cancel());
+    }
+
+    #[test]
+    fn a_panic_within_the_call_does_not_wedge_the_canceller() {
+        let gate = Gate::new();
+        let inner = gate.clone();
+        let died = std::thread::spawn(move || {
+            let _passage = inner.enter();
+            panic!("within the visible call");
+        });
+        assert!(died.join().is_err());
+        assert!(gate.cancel());
+    }
+
+    #[cfg(feature = "json")]
+    #[test]
+    fn a_timeout_does_not_wait_for_the_call_that_has_been_entered() {
+        let gate = Gate::new();
+        let passage = gate.enter().expect("nobody has cancelled");
+        assert!(!gate.try_cancel());
+        passage.done();
+        assert!(!gate.try_cancel());
+    }
+
+    #[test]
+    fn cancel_waits_for_the_call_that_has_been_entered() {
+        let gate = Gate::new();
+        let passage = gate.enter().expect("nobody has cancelled");
+        let inner = gate.clone();
+        let canceller = std::thread::spawn(move || inner.cancel());
+        passage.done();
+        assert!(!canceller.join().expect("cancel does not panic"), "it must see the call that it waited for");
+    }
+}

@@ -1,0 +1,209 @@
+//! What can go wrong, and what it means for the target.
+//!
+//! Invariant: whether the target was changed is told by [`Error::target`] alone, and `Unchanged` is final.
+
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// What a failed call means for its target.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TargetState {
+    /// The target is as it was, and the call that failed will never change it.
+    Unchanged,
+    /// The target is the new file, whole; only whether it would survive a power cut is unknown.
+    Visible,
+}
+
+/// Why a file could not be written, or a directory not be swept.
+///
+/// The target's path is named as the caller gave it. Ask [`target`](Error::target) what became of the target, and the
+/// `is_*` predicates for what a caller can do about it.
+///
+/// It converts into [`io::Error`], so that `?` works in a function that returns [`io::Result`].
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs::{self as atomic_fs, TargetState};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() {
+/// # let dir = tempfile::tempdir().unwrap();
+/// let error = atomic_fs::write(dir.path(), "this is a directory").await.unwrap_err();
+/// assert!(error.is_not_a_file());
+/// assert_eq!(error.target(), TargetState::Unchanged);
+/// # }
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The path cannot be that of a file of ours. Choose another.
+    #[error("{path:?} does not name a file: {reason}")]
+    InvalidPath {
+        /// The target as given.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The directory that should hold the target does not exist. It is not created by itself: create it first.
+    #[error("the directory {directory:?} does not exist")]
+    MissingDirectory {
+        /// The directory that is missing.
+        directory: PathBuf,
+    },
+    /// The target is a directory, a FIFO, a socket or a device, which no file replaces.
+    #[error("{path:?} is a {kind}, not a regular file")]
+    NotAFile {
+        /// The target as given.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The target exists although [`create_new`](crate::WriteOptions::create_new) was asked for.
+    #[error("{path:?} already exists")]
+    AlreadyExists {
+        /// The target as given.
+        path: PathBuf,
+    },
+    /// The target is a mount point (a file that is bind-mounted into a container, say), which no rename replaces.
+    #[error("{path:?} cannot be replaced by a rename, because it is a mount point")]
+    NotReplaceable {
+        /// The target as given.
+        path: PathBuf,
+        /// What the rename said.
+        source: io::Error,
+    },
+    /// A system call failed before the target was touched.
+    #[error("could not {action} {path:?}")]
+    Io {
+        /// What was attempted.
+        action: &'static str,
+        /// The target as given, or the directory that was swept.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The new file is in place, but syncing its directory failed: a power cut may still bring the old one back.
+    ///
+    /// Do not retry the sync. Write the file again, or tell the user.
+    #[error("{path:?} is installed, but whether it is durable is unknown")]
+    NotDurable {
+        /// The target as given.
+        path: PathBuf,
+        /// What the sync of the directory said.
+        source: io::Error,
+    },
+    /// The time was up before the rename began, so the target will never change because of this call.
+    #[error("{path:?} was not written within {timeout:?}")]
+    TimedOut {
+        /// The target as given.
+        path: PathBuf,
+        /// The time it was given.
+        timeout: Duration,
+    },
+    /// The runtime was shut down before the rename began.
+    #[error("the runtime was shut down before {path:?} was written")]
+    Interrupted {
+        /// The target as given.
+        path: PathBuf,
+    },
+    /// An earlier write to this writer failed, so that its content has a hole and is not published.
+    #[error("an earlier write to {path:?} failed")]
+    Broken {
+        /// The target as given.
+        path: PathBuf,
+    },
+    /// The call was made outside a tokio runtime.
+    #[error("{path:?} cannot be written outside a tokio runtime")]
+    NoRuntime {
+        /// The target as given.
+        path: PathBuf,
+    },
+    /// The value could not be turned into JSON.
+    #[cfg(feature = "json")]
+    #[error("the value for {path:?} could not be turned into JSON")]
+    Serialize {
+        /// The target as given.
+        path: PathBuf,
+        /// What the serializer said.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+impl Error {
+    /// Tells what the failure means for the target.
+    pub fn target(&self) -> TargetState {
+        match self {
+            Self::NotDurable { .. } => TargetState::Visible,
+            _ => TargetState::Unchanged,
+        }
+    }
+
+    /// Whether the time was up.
+    pub fn is_timed_out(&self) -> bool {
+        matches!(self, Self::TimedOut { .. })
+    }
+
+    /// Whether the directory that should hold the target is missing.
+    pub fn is_missing_directory(&self) -> bool {
+        matches!(self, Self::MissingDirectory { .. })
+    }
+
+    /// Whether the target is a directory, a FIFO, a socket or a device.
+    pub fn is_not_a_file(&self) -> bool {
+        matches!(self, Self::NotAFile { .. })
+    }
+
+    /// Whether the target exists although it must not.
+    pub fn is_already_exists(&self) -> bool {
+        matches!(self, Self::AlreadyExists { .. })
+    }
+
+    /// Whether the target is a mount point.
+    pub fn is_not_replaceable(&self) -> bool {
+        matches!(self, Self::NotReplaceable { .. })
+    }
+
+    /// Whether the disk or the quota is full.
+    pub fn is_storage_full(&self) -> bool {
+        matches!(self.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    }
+
+    /// Whether the permission to create, replace or dress the file is missing.
+    pub fn is_permission_denied(&self) -> bool {
+        self.kind() == io::ErrorKind::PermissionDenied
+    }
+
+    /// Whether the file system is mounted read-only.
+    pub fn is_read_only(&self) -> bool {
+        self.kind() == io::ErrorKind::ReadOnlyFilesystem
+    }
+
+    /// The kind that the same failure has as an [`io::Error`].
+    pub fn kind(&self) -> io::ErrorKind {
+        match self {
+            Self::InvalidPath { .. } => io::ErrorKind::InvalidInput,
+            Self::MissingDirectory { .. } => io::ErrorKind::NotFound,
+            Self::NotAFile { kind: "directory", .. } => io::ErrorKind::IsADirectory,
+            Self::NotAFile { .. } => io::ErrorKind::InvalidInput,
+            Self::AlreadyExists { .. } => io::ErrorKind::AlreadyExists,
+            Self::NotReplaceable { source, .. } | Self::Io { source, .. } | Self::NotDurable { source, .. } => {
+                source.kind()
+            }
+            Self::TimedOut { .. } => io::ErrorKind::TimedOut,
+            // Not `ErrorKind::Interrupted`, which std's loops take as an invitation to try again.
+            Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } => io::ErrorKind::Other,
+            #[cfg(feature = "json")]
+            Self::Serialize { .. } => io::ErrorKind::InvalidData,
+        }
+    }
+}
+
+impl From<Error> for io::Error {
+    /// Keeps the kind, and the whole error as the inner one.
+    fn from(error: Error) -> Self {
+        Self::new(error.kind(), error)
+    }
+}

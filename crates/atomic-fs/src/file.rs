@@ -1,0 +1,367 @@
+//! The writer: content arrives in pieces, and becomes the target as a whole.
+//!
+//! Invariant: at most two buffers of 1 MiB, whatever the size; one fills while the other is written by a blocking job.
+//! What a dropped `write_all` had taken in is taken back, so that content never has a piece of a piece.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use tokio::io::AsyncWrite;
+use tokio::runtime::Handle;
+use tokio::task::{JoinHandle, coop};
+
+use crate::commit::{Gate, Job, cut_short};
+use crate::staged::{CHUNK_BYTES, Staged};
+use crate::{Error, WriteOptions};
+
+/// The first allocation of a buffer. From here it doubles, so that many small files cost little.
+const FIRST_BUFFER_BYTES: usize = 8 << 10;
+
+/// Writes one file in pieces, and makes it the target as a whole on [`commit`](Self::commit).
+///
+/// Dropped without a commit it leaves the target as it was and removes its temporary file at once, or, if a piece is
+/// just being written, as soon as that piece is.
+///
+/// Memory: up to 1 MiB of content is held back; from there on two buffers of 1 MiB take turns. Content is written to
+/// the disk through the blocking pool of the runtime on which the writer was opened, one job a buffer.
+///
+/// It implements [`AsyncWrite`], so that it can be the end of a [`tokio::io::copy`]. There `flush` and `shutdown` do
+/// nothing: neither makes content visible, only a commit does.
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs::AtomicFileWriter;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("report.txt");
+/// let mut writer = AtomicFileWriter::new(&path).await?;
+/// writer.write_all(b"header\n").await?;
+/// writer.write_all(b"body\n").await?;
+/// assert!(!path.exists());
+/// writer.commit().await?;
+/// assert_eq!(std::fs::read_to_string(&path)?, "header\nbody\n");
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a writer that is dropped without a commit leaves the target as it was"]
+pub struct AtomicFileWriter {
+    runtime: Handle,
+    gate: Arc<Gate>,
+    path: Arc<Path>,
+    stage: Stage,
+    /// Content that is not yet on its way to the file.
+    buffer: Vec<u8>,
+    /// An empty buffer that has been used before.
+    spare: Vec<u8>,
+    /// Where in the file the buffer begins.
+    base: u64,
+}
+
+/// Who has the new file.
+enum Stage {
+    Idle(Box<Staged>),
+    /// A job, which hands it back together with the buffer that it has written.
+    Busy(Job<(Box<Staged>, Vec<u8>)>),
+    /// Nobody: it was committed or discarded, or a write failed.
+    Gone,
+}
+
+impl AtomicFileWriter {
+    /// Opens a writer for `path` with the default [options](WriteOptions).
+    ///
+    /// The target need not exist, its directory must.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the target is as it was, and a temporary file that had already been created is
+    /// removed.
+    ///
+    /// # Errors
+    ///
+    /// As [`WriteOptions::open`].
+    pub async fn new(path: impl AsRef<Path>) -> Result<Self, Error> {
+        WriteOptions::default().open(path).await
+    }
+
+    /// The default options, to be changed and then opened or written with.
+    pub fn options() -> WriteOptions {
+        WriteOptions::default()
+    }
+
+    /// Takes in all of `data`.
+    ///
+    /// Content up to 1 MiB is only copied; beyond that this waits for the disk.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, none of `data` is part of the file: what had been taken in is taken back.
+    ///
+    /// # Errors
+    ///
+    /// Those of the disk ([`is_storage_full`](Error::is_storage_full) and others). After one the writer is
+    /// [`Broken`](Error::Broken): it takes in nothing more and cannot be committed; the target stays as it was.
+    pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Error> {
+        let mut attempt = Attempt { start: self.position(), writer: self, complete: false };
+        let mut rest = data;
+        while !rest.is_empty() {
+            let taken = poll_fn(|cx| attempt.writer.poll_take(cx, rest)).await?;
+            rest = &rest[taken..];
+        }
+        attempt.complete = true;
+        Ok(())
+    }
+
+    /// Takes in all of `data`, exactly as [`write_all`](Self::write_all) does.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, none of `data` is part of the file.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_all`](Self::write_all).
+    pub async fn write(&mut self, data: &[u8]) -> Result<(), Error> {
+        self.write_all(data).await
+    }
+
+    /// Makes what was written the target: syncs it, renames it, syncs its directory.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the target is the old file or the new one, whole, and from then on never changes
+    /// because of this call: a drop that finds the rename entered waits for that one system call. What was written is
+    /// given up if the rename had not begun. To go on regardless, call [`commit_detached`](Self::commit_detached).
+    ///
+    /// # Errors
+    ///
+    /// [`Error::target`] tells whether the target is [`Unchanged`](crate::TargetState::Unchanged), for ever, or
+    /// [`Visible`](crate::TargetState::Visible) without being known to be durable.
+    pub async fn commit(mut self) -> Result<(), Error> {
+        poll_fn(|cx| self.poll_idle(cx)).await?;
+        let Stage::Idle(mut staged) = std::mem::replace(&mut self.stage, Stage::Gone) else {
+            return Err(self.broken());
+        };
+        let (base, buffer) = (self.base, std::mem::take(&mut self.buffer));
+        let job = Job::spawn(&self.runtime, &self.gate, &self.path, move |gate| {
+            staged.write_at(base, &buffer, gate)?;
+            staged.install(base + buffer.len() as u64, gate)
+        });
+        job.await
+    }
+
+    /// Starts a [`commit`](Self::commit) that no drop cancels, only a shutdown of the runtime.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped.
+    /// It need not even be polled: the commit is under way when this returns, and the handle only tells how it ended.
+    pub fn commit_detached(self) -> CommitHandle {
+        let (gate, path, runtime) = (self.gate.clone(), self.path.clone(), self.runtime.clone());
+        CommitHandle { gate, path, handle: runtime.spawn(self.commit()) }
+    }
+
+    /// Gives up what was written and waits until the temporary file is gone.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped.
+    /// The target is as it was; the temporary file is removed in any case.
+    ///
+    /// # Errors
+    ///
+    /// That of the removal; the file is then left to [`sweep`](crate::sweep).
+    pub async fn discard(mut self) -> Result<(), Error> {
+        // A write that has failed has already removed its file, so its error no longer matters.
+        let _failed_before = poll_fn(|cx| self.poll_idle(cx)).await;
+        let Stage::Idle(staged) = std::mem::replace(&mut self.stage, Stage::Gone) else { return Ok(()) };
+        Job::spawn(&self.runtime, &self.gate, &self.path, move |_| staged.discard()).await
+    }
+
+    /// How many bytes have been taken in.
+    fn position(&self) -> u64 {
+        self.base + self.buffer.len() as u64
+    }
+
+    /// Takes in as much of `data` as there is room for; waits if there is none.
+    fn poll_take(&mut self, cx: &mut Context<'_>, data: &[u8]) -> Poll<Result<usize, Error>> {
+        // Without this, a loop of small writes would never yield, and no timeout around it could fire.
+        let budget = ready!(coop::poll_proceed(cx));
+        if let Stage::Gone = self.stage {
+            return Poll::Ready(Err(self.broken()));
+        }
+        if self.buffer.len() == CHUNK_BYTES {
+            ready!(self.poll_idle(cx))?;
+            self.start_write();
+        }
+        let taken = data.len().min(CHUNK_BYTES - self.buffer.len());
+        let needed = self.buffer.len() + taken;
+        if needed > self.buffer.capacity() {
+            let capacity = needed.next_power_of_two().clamp(FIRST_BUFFER_BYTES, CHUNK_BYTES);
+            self.buffer.reserve_exact(capacity - self.buffer.len());
+        }
+        self.buffer.extend_from_slice(&data[..taken]);
+        budget.made_progress();
+        Poll::Ready(Ok(taken))
+    }
+
+    /// Waits for the job that is writing a buffer, if there is one.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        match &mut self.stage {
+            Stage::Idle(_) => Poll::Ready(Ok(())),
+            Stage::Gone => Poll::Ready(Err(self.broken())),
+            Stage::Busy(job) => match ready!(Pin::new(job).poll(cx)) {
+                Ok((staged, spare)) => {
+                    (self.stage, self.spare) = (Stage::Idle(staged), spare);
+                    Poll::Ready(Ok(()))
+                }
+                Err(error) => {
+                    self.stage = Stage::Gone;
+                    Poll::Ready(Err(error))
+                }
+            },
+        }
+    }
+
+    /// Sends the buffer on its way and takes the spare one.
+    fn start_write(&mut self) {
+        match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Idle(mut staged) => {
+                let spare = std::mem::take(&mut self.spare);
+                let mut full = std::mem::replace(&mut self.buffer, spare);
+                let base = self.base;
+                self.base += full.len() as u64;
+                self.stage = Stage::Busy(Job::spawn(&self.runtime, &self.gate, &self.path, move |gate| {
+                    staged.write_at(base, &full, gate)?;
+                    full.clear();
+                    Ok((staged, full))
+                }));
+            }
+            other => self.stage = other,
+        }
+    }
+
+    /// Takes back everything after `position`; what of it is already in the file is overwritten, or cut off at the end.
+    fn rewind(&mut self, position: u64) {
+        let kept = position.saturating_sub(self.base);
+        self.buffer.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
+        self.base = self.base.min(position);
+    }
+
+    fn broken(&self) -> Error {
+        Error::Broken { path: self.path.to_path_buf() }
+    }
+}
+
+impl WriteOptions {
+    /// Opens a writer for `path`: resolves it, looks at what is there, and creates a temporary file beside it.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the target is as it was, and a temporary file that had already been created is
+    /// removed.
+    ///
+    /// # Errors
+    ///
+    /// The directory is [missing](Error::is_missing_directory), the target is [not a file](Error::is_not_a_file) or
+    /// [exists](Error::is_already_exists) although it must not, the path [names no file](Error::InvalidPath), a
+    /// [permission](Error::is_permission_denied) or [space](Error::is_storage_full) is missing.
+    pub async fn open(self, path: impl AsRef<Path>) -> Result<AtomicFileWriter, Error> {
+        let path = Arc::<Path>::from(path.as_ref());
+        let runtime = current_runtime(&path)?;
+        let gate = Gate::new();
+        let target = path.clone();
+        let staged = Job::spawn(&runtime, &gate, &path, move |_| Staged::create(&target, self)).await?;
+        let (stage, buffer, spare) = (Stage::Idle(Box::new(staged)), Vec::new(), Vec::new());
+        Ok(AtomicFileWriter { runtime, gate, path, stage, buffer, spare, base: 0 })
+    }
+}
+
+/// The runtime whose blocking pool does the work.
+pub(crate) fn current_runtime(path: &Path) -> Result<Handle, Error> {
+    Handle::try_current().map_err(|_| Error::NoRuntime { path: path.to_path_buf() })
+}
+
+/// One `write_all`, which takes back what it had taken in unless it completes.
+struct Attempt<'a> {
+    writer: &'a mut AtomicFileWriter,
+    start: u64,
+    complete: bool,
+}
+
+impl Drop for Attempt<'_> {
+    fn drop(&mut self) {
+        if !self.complete {
+            self.writer.rewind(self.start);
+        }
+    }
+}
+
+impl AsyncWrite for AtomicFileWriter {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, data: &[u8]) -> Poll<io::Result<usize>> {
+        self.get_mut().poll_take(cx, data).map_err(io::Error::from)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, _cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl Drop for AtomicFileWriter {
+    fn drop(&mut self) {
+        if let Stage::Idle(staged) = std::mem::replace(&mut self.stage, Stage::Gone) {
+            // The name goes here and now. To close a large file frees its space, which may take long, so that is left
+            // to the pool; a runtime that is being shut down drops the closure, and with it closes the file, at once.
+            let file = staged.unlink();
+            drop(self.runtime.spawn_blocking(move || drop(file)));
+        }
+    }
+}
+
+impl fmt::Debug for AtomicFileWriter {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AtomicFileWriter").field("path", &self.path).field("bytes", &self.position()).finish()
+    }
+}
+
+/// Tells how a [detached commit](AtomicFileWriter::commit_detached) ended; dropping it does not cancel the commit.
+///
+/// # Cancel safety
+///
+/// Once polled, it runs to completion even if dropped.
+/// The commit is under way whether or not this is polled.
+#[derive(Debug)]
+#[must_use = "without it nobody learns whether the commit succeeded"]
+pub struct CommitHandle {
+    gate: Arc<Gate>,
+    path: Arc<Path>,
+    handle: JoinHandle<Result<(), Error>>,
+}
+
+impl Future for CommitHandle {
+    type Output = Result<(), Error>;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        Poll::Ready(match ready!(Pin::new(&mut self.handle).poll(cx)) {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(cut_short(&self.gate, &self.path)),
+        })
+    }
+}

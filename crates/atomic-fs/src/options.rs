@@ -1,0 +1,151 @@
+//! How a file is written: permissions, durability, symlinks and what is kept of the file that it replaces.
+//!
+//! Invariant: no option weakens "old or new, never torn" while the machine keeps running.
+
+use std::ops::BitOr;
+
+/// How far a write is on the disk when it has returned `Ok`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Durability {
+    /// The file and its directory are synced: `Ok` means that the new file survives a power cut. The default.
+    #[default]
+    Full,
+    /// The file is synced before the rename, its directory is not: after a power cut the target is old or new, whole.
+    Ordered,
+    /// Nothing is synced: after a power cut the target may be old, new, empty or torn. For what can be made again.
+    None,
+}
+
+/// What happens if the target is a symlink.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Symlinks {
+    /// The file that the link points to is replaced, or created if the link dangles; the link stays. The default.
+    #[default]
+    Follow,
+    /// The link itself is replaced by the new file; what it pointed to is not touched.
+    Replace,
+}
+
+/// What the new file keeps of the one that it replaces; a set, joined by `|`.
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs::Preserve;
+///
+/// let kept = Preserve::MODE | Preserve::OWNER;
+/// assert!(kept.contains(Preserve::OWNER) && !kept.contains(Preserve::XATTR));
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Preserve(u8);
+
+impl Preserve {
+    /// Nothing: the new file is as any that is newly created.
+    pub const NONE: Self = Self(0);
+    /// The permission bits. The set-user-ID bit is dropped if the owner changes, the set-group-ID bit if the group does.
+    pub const MODE: Self = Self(1);
+    /// The owner and the group. Keeping those of others needs a privilege; without it the write fails, target untouched.
+    pub const OWNER: Self = Self(2);
+    /// The extended attributes, which include POSIX access control lists and security labels.
+    pub const XATTR: Self = Self(4);
+    /// All of them.
+    pub const ALL: Self = Self(7);
+
+    /// Whether all of `other` is in this set.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+}
+
+impl Default for Preserve {
+    /// Permission bits only, so that a private file stays private.
+    fn default() -> Self {
+        Self::MODE
+    }
+}
+
+impl BitOr for Preserve {
+    type Output = Self;
+
+    fn bitor(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+}
+
+/// How a file is written; made by [`AtomicFileWriter::options`](crate::AtomicFileWriter::options).
+///
+/// | option | default |
+/// |---|---|
+/// | [`mode`](Self::mode) | that of the file being replaced, or what the umask leaves of 0666 |
+/// | [`durability`](Self::durability) | [`Durability::Full`] |
+/// | [`symlinks`](Self::symlinks) | [`Symlinks::Follow`] |
+/// | [`preserve`](Self::preserve) | [`Preserve::MODE`] |
+/// | [`create_new`](Self::create_new) | `false` |
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs::AtomicFileWriter;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("secret");
+/// AtomicFileWriter::options().mode(0o600).create_new(true).write(&path, "xyzzy").await?;
+/// assert_eq!(std::fs::read(&path)?, b"xyzzy");
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WriteOptions {
+    pub(crate) mode: Option<u32>,
+    pub(crate) durability: Durability,
+    pub(crate) symlinks: Symlinks,
+    pub(crate) preserve: Preserve,
+    pub(crate) create_new: bool,
+}
+
+impl WriteOptions {
+    /// Sets the permission bits, exactly: the umask does not apply, nor does what the replaced file had.
+    ///
+    /// Bits beyond the twelve permission bits are ignored.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn mode(mut self, mode: u32) -> Self {
+        self.mode = Some(mode & 0o7777);
+        self
+    }
+
+    /// Sets how far a write is on the disk when it has returned `Ok`.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn durability(mut self, durability: Durability) -> Self {
+        self.durability = durability;
+        self
+    }
+
+    /// Sets what happens if the target is a symlink.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn symlinks(mut self, symlinks: Symlinks) -> Self {
+        self.symlinks = symlinks;
+        self
+    }
+
+    /// Sets what the new file keeps of the one that it replaces.
+    ///
+    /// Mode and owner are kept as they were when the writer was opened, attributes as they are at the commit.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn preserve(mut self, preserve: Preserve) -> Self {
+        self.preserve = preserve;
+        self
+    }
+
+    /// Sets whether the target must not exist, not even as a dangling symlink.
+    ///
+    /// This is decided by the rename itself: of many writers that create one file, exactly one gets `Ok`.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn create_new(mut self, create_new: bool) -> Self {
+        self.create_new = create_new;
+        self
+    }
+}

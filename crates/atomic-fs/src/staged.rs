@@ -1,0 +1,356 @@
+//! A new file on its way: created hidden beside its target, written, dressed, synced and renamed over it.
+//!
+//! Invariant: until the rename the target is not touched, and however this ends, no temporary file stays. All of it is
+//! synchronous and runs inside one blocking job, so that whoever creates the file also owns its removal.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
+use std::io::{self, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use crate::commit::Gate;
+use crate::platform::{self, Dir, Entry, Kind, Moved};
+use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
+
+/// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
+const RESERVED_PREFIX: &str = ".afs-";
+/// What the temporary name of a single file begins with; 16 hexadecimal digits follow.
+const TEMP_PREFIX: &str = ".afs-file-";
+const TEMP_DIGITS: usize = 16;
+/// How many names are tried. A second one is needed only if a sweep took the file before it could be locked.
+const NAME_ATTEMPTS: usize = 32;
+/// As many links as Linux follows in one path.
+const SYMLINK_LIMIT: usize = 40;
+/// How much is written between two looks at the gate, and how much a writer buffers.
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+
+/// Whether `name` is one that [`Staged`] gives to a temporary file.
+pub(crate) fn is_temp_name(name: &OsStr) -> bool {
+    let digits = name.to_str().and_then(|name| name.strip_prefix(TEMP_PREFIX));
+    digits.is_some_and(|digits| {
+        digits.len() == TEMP_DIGITS && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
+    })
+}
+
+/// Writes all of `bytes` to `path` in one go.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate: &Gate) -> Result<(), Error> {
+    let mut staged = Staged::create(path, options)?;
+    staged.write_at(0, bytes, gate)?;
+    staged.install(bytes.len() as u64, gate)
+}
+
+/// The directory and the name that a path stands for once its symlinks have been followed.
+#[derive(Debug)]
+struct Target {
+    dir: Dir,
+    name: OsString,
+    /// The file that is there now; `None` also for a link that is itself replaced, since it has no mode of its own.
+    existing: Option<Entry>,
+}
+
+impl Target {
+    fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
+        let (parent, name) = split(path, path)?;
+        let mut dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;
+        let mut name = name.to_owned();
+        for _ in 0..SYMLINK_LIMIT {
+            let entry = dir.look(&name).map_err(io_error("look at", path))?;
+            match entry {
+                Some(_) if options.create_new => return Err(Error::AlreadyExists { path: path.to_path_buf() }),
+                Some(Entry { kind: Kind::Other(kind), .. }) => {
+                    return Err(Error::NotAFile { path: path.to_path_buf(), kind });
+                }
+                Some(Entry { kind: Kind::Symlink, .. }) if options.symlinks == Symlinks::Follow => {
+                    let link = dir.read_link(&name).map_err(io_error("read the symlink", path))?;
+                    let (parent, last) = split(&link, path)?;
+                    dir = dir.open_dir(parent).map_err(|source| open_error(parent, source))?;
+                    name = last.to_owned();
+                }
+                Some(Entry { kind: Kind::Symlink, .. }) | None => return Ok(Self { dir, name, existing: None }),
+                Some(Entry { kind: Kind::File, .. }) => return Ok(Self { dir, name, existing: entry }),
+            }
+        }
+        Err(Error::InvalidPath { path: path.to_path_buf(), reason: "its symlinks form a loop" })
+    }
+}
+
+/// Splits `path` into the directory to open and the name within it; `given` is the caller's path, for errors.
+fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Error> {
+    let invalid = |reason| Error::InvalidPath { path: given.to_path_buf(), reason };
+    let name = path.file_name().ok_or_else(|| invalid("it has no file name"))?;
+    // `Path` quietly drops a slash at the end, but the system takes `name/` for a directory.
+    if !path.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes()) {
+        return Err(invalid("it ends like a directory"));
+    }
+    if name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes()) {
+        return Err(invalid("names that begin with .afs- are reserved for temporary files"));
+    }
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    Ok((parent.unwrap_or(Path::new(".")), name))
+}
+
+/// The name of the temporary file; removed when this is dropped, unless it has become the target's.
+#[derive(Debug)]
+struct Place {
+    target: Target,
+    temp: OsString,
+    /// Whether there is a file of ours by the name `temp`.
+    taken: bool,
+}
+
+impl Place {
+    /// Creates a locked file under a fresh name.
+    fn take(&mut self, mode: u32) -> io::Result<(File, Entry)> {
+        for _ in 0..NAME_ATTEMPTS {
+            self.temp = format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into();
+            let file = match self.target.dir.create(&self.temp, mode) {
+                Ok(file) => file,
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                Err(error) => return Err(error),
+            };
+            self.taken = true;
+            if let Some(fresh) = lock(&file)? {
+                return Ok((file, fresh));
+            }
+            // A sweep came between creation and lock, and took the file for litter.
+            self.release();
+        }
+        Err(io::Error::new(io::ErrorKind::AlreadyExists, "every temporary name that was tried is taken"))
+    }
+
+    /// Removes the file of ours, if there is one.
+    fn release(&mut self) {
+        if !std::mem::take(&mut self.taken) {
+            return;
+        }
+        match self.target.dir.remove(&self.temp) {
+            Err(_error) if _error.kind() != io::ErrorKind::NotFound => {
+                #[cfg(feature = "tracing")]
+                tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep");
+            }
+            _ => {}
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+/// Locks a file that has just been created, so that no sweep takes it while its writer lives.
+///
+/// Returns what the file is like, or `None` if a sweep was faster.
+fn lock(file: &File) -> io::Result<Option<Entry>> {
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(None),
+        // A file system without locks: a sweep gets none there either, and therefore removes nothing.
+        Err(TryLockError::Error(_)) => {}
+    }
+    let entry = Entry::of(file)?;
+    // The sweep may have come and gone before the lock was taken; then the file has no name any more.
+    Ok((entry.links > 0).then_some(entry))
+}
+
+/// A new file that is not yet the target.
+#[derive(Debug)]
+pub(crate) struct Staged {
+    path: PathBuf,
+    options: WriteOptions,
+    // Before `file`, so that when this is dropped the name goes while the lock is still held.
+    place: Place,
+    file: File,
+    /// What the file was like when it had just been created.
+    fresh: Entry,
+    /// Where the file's cursor stands, in bytes.
+    cursor: u64,
+    /// How long the file is, in bytes.
+    length: u64,
+}
+
+impl Staged {
+    /// Resolves `path` and creates the temporary file beside what it stands for.
+    pub(crate) fn create(path: &Path, options: WriteOptions) -> Result<Self, Error> {
+        let target = Target::resolve(path, options)?;
+        let mode = creation_mode(&target, options);
+        let mut place = Place { target, temp: OsString::new(), taken: false };
+        let (file, fresh) = place.take(mode).map_err(io_error("create a temporary file beside", path))?;
+        let mut staged = Self { path: path.to_path_buf(), options, place, file, fresh, cursor: 0, length: 0 };
+        // Before there is any content, so that at no time a group may read it that may not read the final file.
+        staged.take_owner()?;
+        Ok(staged)
+    }
+
+    /// Writes `bytes` at `offset`, looking at the gate after each chunk.
+    pub(crate) fn write_at(&mut self, offset: u64, bytes: &[u8], gate: &Gate) -> Result<(), Error> {
+        let failed = io_error("write the new content of", &self.path);
+        if self.cursor != offset {
+            self.file.seek(SeekFrom::Start(offset)).map_err(io_error("seek in the new file for", &self.path))?;
+            self.cursor = offset;
+        }
+        for chunk in bytes.chunks(CHUNK_BYTES) {
+            if gate.is_cancelled() {
+                return Err(Error::Interrupted { path: self.path.clone() });
+            }
+            if let Err(source) = self.file.write_all(chunk) {
+                return Err(failed(source));
+            }
+            self.cursor += chunk.len() as u64;
+        }
+        self.length = self.length.max(self.cursor);
+        Ok(())
+    }
+
+    /// Makes the first `length` bytes the target: cut, dress, sync, rename, sync the directory.
+    pub(crate) fn install(self, length: u64, gate: &Gate) -> Result<(), Error> {
+        if self.length > length {
+            self.file.set_len(length).map_err(io_error("cut the new file for", &self.path))?;
+        }
+        self.dress()?;
+        if self.options.durability != Durability::None {
+            // Everything, not only the data: mode, owner and attributes must survive together with the content.
+            self.file.sync_all().map_err(io_error("sync the new file for", &self.path))?;
+        }
+        // The file is named before the place, so that it is dropped, and unlocked, after the name is gone.
+        let Self { path, options, file, mut place, .. } = self;
+        let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path }) };
+        let Target { dir, name, .. } = &place.target;
+        let renamed = if options.create_new {
+            dir.rename_new(&place.temp, name)
+        } else {
+            dir.rename(&place.temp, name).map(|()| Moved::Renamed)
+        };
+        let moved = renamed.map_err(|source| rename_error(path.clone(), source))?;
+        passage.done();
+        place.taken = moved == Moved::Linked;
+        place.release();
+        // The lock goes with the file, before the slow sync: others may want to lock what is now the target.
+        drop(file);
+        if options.durability == Durability::Full {
+            place.target.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
+        }
+        Ok(())
+    }
+
+    /// Removes the file and says whether that worked.
+    pub(crate) fn discard(mut self) -> Result<(), Error> {
+        self.place.taken = false;
+        self.place.target.dir.remove(&self.place.temp).map_err(io_error("remove the temporary file of", &self.path))
+    }
+
+    /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.
+    pub(crate) fn unlink(mut self) -> File {
+        self.place.release();
+        self.file
+    }
+
+    /// Gives the new file the owner of the old one, if that is asked for and it has another.
+    fn take_owner(&mut self) -> Result<(), Error> {
+        if let Some(old) = kept(&self.place.target, self.options, Preserve::OWNER)
+            && (old.uid, old.gid) != (self.fresh.uid, self.fresh.gid)
+        {
+            platform::set_owner(&self.file, old).map_err(io_error("keep the owner of", &self.path))?;
+            (self.fresh.uid, self.fresh.gid) = (old.uid, old.gid);
+        }
+        Ok(())
+    }
+
+    /// Gives the new file its attributes and its mode. After the content, since a write clears set-user-ID bits.
+    fn dress(&self) -> Result<(), Error> {
+        let Target { dir, name, .. } = &self.place.target;
+        let xattr = kept(&self.place.target, self.options, Preserve::XATTR).is_some();
+        if xattr {
+            dir.copy_xattrs(name, &self.file).map_err(io_error("keep the extended attributes of", &self.path))?;
+        }
+        let old = kept(&self.place.target, self.options, Preserve::MODE);
+        let Some(mode) = self.options.mode.or(old.map(|old| kept_mode(old, &self.fresh))) else { return Ok(()) };
+        // An access control list, once copied, has changed the mode that the file was created with.
+        if mode != self.fresh.mode || xattr {
+            platform::set_mode(&self.file, mode).map_err(io_error("set the mode of", &self.path))?;
+        }
+        Ok(())
+    }
+}
+
+/// The replaced file, if there is one and `what` of it is to be kept.
+fn kept(target: &Target, options: WriteOptions, what: Preserve) -> Option<&Entry> {
+    target.existing.as_ref().filter(|_| options.preserve.contains(what))
+}
+
+/// The mode to create the temporary file with: never more than the final file will grant.
+fn creation_mode(target: &Target, options: WriteOptions) -> u32 {
+    // As any new file: the kernel applies the umask, or the directory's default access control list.
+    const NEW_FILE: u32 = 0o666;
+    let Some(mode) = options.mode.or(kept(target, options, Preserve::MODE).map(|old| old.mode)) else {
+        return NEW_FILE;
+    };
+    // Attributes can only be set on a file that its owner may write.
+    let xattr = if kept(target, options, Preserve::XATTR).is_some() { 0o200 } else { 0 };
+    // With another owner or an access control list, the same bits mean other people: they are set when these are.
+    let narrow = xattr != 0 || kept(target, options, Preserve::OWNER).is_some();
+    if narrow { mode & 0o600 | xattr } else { mode & 0o777 }
+}
+
+/// The mode of the replaced file, without what would be a privilege under another owner or group.
+fn kept_mode(old: &Entry, new: &Entry) -> u32 {
+    let set_user_id = if old.uid == new.uid { 0 } else { 0o4000 };
+    let set_group_id = if old.gid == new.gid { 0 } else { 0o2000 };
+    old.mode & !(set_user_id | set_group_id)
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_path_buf();
+    move |source| Error::Io { action, path, source }
+}
+
+fn open_error(directory: &Path, source: io::Error) -> Error {
+    match source.kind() {
+        io::ErrorKind::NotFound => Error::MissingDirectory { directory: directory.to_path_buf() },
+        _ => io_error("open the directory", directory)(source),
+    }
+}
+
+fn rename_error(path: PathBuf, source: io::Error) -> Error {
+    match source.kind() {
+        io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
+        io::ErrorKind::IsADirectory => Error::NotAFile { path, kind: "directory" },
+        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, source },
+        _ => Error::Io { action: "rename the new file to", path, source },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sweep_knows_our_names_and_no_others() {
+        assert!(is_temp_name(".afs-file-0123456789abcdef".as_ref()));
+        for other in [".afs-file-", ".afs-file-0123456789ABCDEF", ".afs-file-0123456789abcdef0", ".afs-tx-0", "x", ""] {
+            assert!(!is_temp_name(other.as_ref()), "{other}");
+        }
+    }
+
+    #[test]
+    fn a_path_is_split_where_the_system_splits_it() {
+        let parts =
+            |path: &str| split(path.as_ref(), path.as_ref()).map(|(d, n)| format!("{} {}", d.display(), n.display()));
+        assert_eq!(parts("a").unwrap(), ". a");
+        assert_eq!(parts("a/b").unwrap(), "a b");
+        assert_eq!(parts("/a").unwrap(), "/ a");
+        assert_eq!(parts("../a").unwrap(), ".. a");
+        for path in ["", "/", ".", "..", "a/", "a/.", "a/..", "d/.afs-x"] {
+            assert!(matches!(parts(path), Err(Error::InvalidPath { .. })), "{path}");
+        }
+    }
+
+    #[test]
+    fn set_id_bits_go_with_their_owner() {
+        let id = |uid, gid| Entry { kind: Kind::File, mode: 0o6755, uid, gid, id: (0, 0), links: 1 };
+        assert_eq!(kept_mode(&id(1, 2), &id(1, 2)), 0o6755);
+        assert_eq!(kept_mode(&id(1, 2), &id(3, 2)), 0o2755);
+        assert_eq!(kept_mode(&id(1, 2), &id(1, 3)), 0o4755);
+    }
+}

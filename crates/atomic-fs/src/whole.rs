@@ -1,0 +1,168 @@
+//! Whole files in one call.
+//!
+//! Invariant: up to 1 MiB, and for JSON of any size, one call is one hop to the blocking pool.
+
+use std::path::Path;
+use std::sync::Arc;
+#[cfg(feature = "json")]
+use std::time::Duration;
+
+use crate::commit::{Gate, Job};
+use crate::file::current_runtime;
+use crate::staged::{CHUNK_BYTES, write_whole};
+use crate::{Error, WriteOptions};
+
+/// Replaces the file `path` by one that contains `bytes`, or creates it.
+///
+/// Every reader sees the old file or the new one, whole. `Ok` means that the new one survives a power cut. Of several
+/// concurrent calls each succeeds, and the last one to rename wins. For options see
+/// [`AtomicFileWriter::options`](crate::AtomicFileWriter::options).
+///
+/// # Cancel safety
+///
+/// This method is cancel safe.
+/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
+/// this call; the temporary file is removed as soon as the system call in progress returns.
+///
+/// # Errors
+///
+/// As [`WriteOptions::open`] and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs as atomic_fs;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("greeting");
+/// atomic_fs::write(&path, "hello").await?;
+/// assert_eq!(std::fs::read(&path)?, b"hello");
+/// # Ok(())
+/// # }
+/// ```
+pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
+    WriteOptions::default().write(path, bytes).await
+}
+
+impl WriteOptions {
+    /// Replaces the file `path` by one that contains `bytes`, or creates it, as [`write`] does with the defaults.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the target is the old file or the new one, and from then on never changes because
+    /// of this call; the temporary file is removed as soon as the system call in progress returns.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    pub async fn write(self, path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
+        let bytes = bytes.as_ref();
+        if bytes.len() <= CHUNK_BYTES {
+            return write_job(path.as_ref(), bytes.to_vec(), self)?.await;
+        }
+        // A copy of it all would double the memory; this way it is copied in pieces while others are written.
+        let mut writer = self.open(path).await?;
+        writer.write_all(bytes).await?;
+        writer.commit().await
+    }
+}
+
+/// One hop: everything happens inside this job.
+fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions) -> Result<Job<()>, Error> {
+    let path = Arc::<Path>::from(path);
+    let runtime = current_runtime(&path)?;
+    let target = path.clone();
+    Ok(Job::spawn(&runtime, &Gate::new(), &path, move |gate| write_whole(&target, &bytes, options, gate)))
+}
+
+/// Replaces the file `path` by `value` as pretty-printed JSON, or creates it.
+///
+/// The value is serialized before anything is touched.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe.
+/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
+/// this call.
+///
+/// # Errors
+///
+/// [`Error::Serialize`], and as [`write`].
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs as atomic_fs;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("list.json");
+/// atomic_fs::write_json(&path, &[1, 2]).await?;
+/// assert_eq!(std::fs::read_to_string(&path)?, "[\n  1,\n  2\n]");
+/// # Ok(())
+/// # }
+/// ```
+#[cfg(feature = "json")]
+pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<(), Error> {
+    let path = path.as_ref();
+    write_job(path, to_json(path, value)?, WriteOptions::default())?.await
+}
+
+/// Replaces the file `path` by `value` as pretty-printed JSON, unless the rename has not begun within `timeout`.
+///
+/// [`TimedOut`](Error::TimedOut) means that the target is unchanged, for ever. Once the rename has begun the timeout
+/// no longer applies, and the call waits until it is known whether the new file is durable.
+///
+/// After the time is up the call waits up to 100 ms more for its temporary file to be removed.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe.
+/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
+/// this call.
+///
+/// # Errors
+///
+/// [`Error::TimedOut`], and as [`write_json`].
+///
+/// # Panics
+///
+/// If the runtime has no timer.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_atomic_fs as atomic_fs;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let path = dir.path().join("config.json");
+/// atomic_fs::write_json_with_timeout(&path, &"value", Duration::from_secs(60)).await?;
+///
+/// let late = atomic_fs::write_json_with_timeout(&path, &"other", Duration::ZERO).await.unwrap_err();
+/// assert!(late.is_timed_out());
+/// assert_eq!(std::fs::read_to_string(&path)?, "\"value\"");
+/// # Ok(())
+/// # }
+/// ```
+#[cfg(feature = "json")]
+pub async fn write_json_with_timeout<T: serde::Serialize + ?Sized>(
+    path: impl AsRef<Path>,
+    value: &T,
+    timeout: Duration,
+) -> Result<(), Error> {
+    let path = path.as_ref();
+    write_job(path, to_json(path, value)?, WriteOptions::default())?.within(timeout).await
+}
+
+#[cfg(feature = "json")]
+fn to_json<T: serde::Serialize + ?Sized>(path: &Path, value: &T) -> Result<Vec<u8>, Error> {
+    serde_json::to_vec_pretty(value)
+        .map_err(|error| Error::Serialize { path: path.to_path_buf(), source: error.into() })
+}
