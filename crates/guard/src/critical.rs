@@ -1,0 +1,230 @@
+//! Critical sections. Invariant: a section that was entered and not left is counted as torn exactly once.
+
+use std::fmt;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::task::{Context, Poll};
+use std::thread;
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+
+use crate::scope::{Elapsed, timeout};
+use crate::stack::{Hold, InCritical};
+
+/// Runs `future` so that no scope around drops it: from its first poll to its end every [`timeout`](crate::timeout()),
+/// [`timeout_at`](crate::timeout_at) and [`with_token`](crate::with_token) around waits for it, and ends right after it.
+///
+/// It is for the few steps that belong together and must await in between. It spawns nothing and `future` may borrow. A scope
+/// opened inside `future` still works: use [`critical_for`] when the section itself must end. Keep sections short, since
+/// all deadlines around wait for them.
+///
+/// What is not one of our scopes cannot be asked to wait: `tokio::select!`, `tokio::time::timeout`, `JoinHandle::abort` and
+/// the shutdown of a runtime drop the section where it stands. It is then torn: counted by [`torn_sections`] and reported
+/// to [`on_torn`]. So is a section that panics. Where the steps must be finished nevertheless, use
+/// [`Reaper::shield`](crate::Reaper::shield).
+///
+/// # Cancel safety
+///
+/// This method is not cancel safe. The scopes of this crate do not drop it, but anything else may: if dropped after its
+/// first poll and before completion, what `future` has done so far remains, and the section is reported as torn. Dropped
+/// before its first poll, nothing has happened.
+///
+/// # Examples
+///
+/// ```
+/// use std::cell::Cell;
+/// use std::time::Duration;
+/// use cancel_safe_guard::{critical, timeout};
+/// use tokio::time::sleep;
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// let (from, to) = (Cell::new(100), Cell::new(0));
+/// let transfer = critical(async {
+///     from.set(from.get() - 30);
+///     sleep(Duration::from_secs(2)).await; // writes the journal
+///     to.set(to.get() + 30);
+/// });
+///
+/// // The transfer is the last step, so its result is kept even though the deadline has passed.
+/// assert!(timeout(Duration::from_secs(1), transfer).await.is_ok());
+/// assert_eq!(from.get() + to.get(), 100);
+/// # }
+/// ```
+#[track_caller]
+pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
+    let section = Section { progress: Progress::Untouched, hold: None, location: Location::caller() };
+    Critical { future, section }
+}
+
+/// Runs `future` as a [`critical`] section that lasts `grace` at most, counted from this call.
+///
+/// The scopes around wait for it, and because it is bounded so is their wait. When the grace is over `future` is dropped at its
+/// next pending point; the section ends with an error that its own code can handle, and is not torn.
+///
+/// # Cancel safety
+///
+/// This method is not cancel safe. The scopes of this crate do not drop it, but anything else may: if dropped after its
+/// first poll and before completion, what `future` has done so far remains, and the section is reported as torn. Dropped
+/// before its first poll, nothing has happened.
+///
+/// # Errors
+///
+/// [`Elapsed`] when the grace was over first. What `future` has done by then remains.
+///
+/// # Panics
+///
+/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_guard::{critical_for, timeout};
+/// use tokio::time::{Instant, sleep};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// let start = Instant::now();
+/// let result = timeout(Duration::from_secs(1), critical_for(Duration::from_secs(3), sleep(Duration::from_secs(60))));
+/// assert!(matches!(result.await, Ok(Err(_))));
+/// assert_eq!(start.elapsed(), Duration::from_secs(3));
+/// # }
+/// ```
+#[track_caller]
+pub fn critical_for<T>(grace: Duration, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
+    critical(timeout(grace, future))
+}
+
+/// A critical section that was entered and not left.
+#[derive(Clone, Copy, Debug)]
+#[non_exhaustive]
+pub struct Torn {
+    /// Where [`critical`] or [`critical_for`] was called.
+    pub location: &'static Location<'static>,
+}
+
+impl fmt::Display for Torn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "critical section of {} was torn", self.location)
+    }
+}
+
+type Hook = Arc<dyn Fn(&Torn) + Send + Sync>;
+
+static HOOK: RwLock<Option<Hook>> = RwLock::new(None);
+static TORN: AtomicU64 = AtomicU64::new(0);
+
+/// Calls `hook` for each critical section that is torn from now on, in the whole process, in place of the hook before.
+///
+/// It runs inside a destructor, on the thread that drops the section: it should be short, and not block. It may panic to fail
+/// a test; if the thread is unwinding already, that second panic is caught, because it would abort the process.
+///
+/// With the feature `tracing` a torn section is an event of level `error` as well.
+///
+/// # Examples
+///
+/// ```
+/// use std::sync::atomic::{AtomicUsize, Ordering};
+/// use cancel_safe_guard::{critical, on_torn};
+/// use tokio::time::{Duration, timeout};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// static TORN: AtomicUsize = AtomicUsize::new(0);
+/// on_torn(|torn| {
+///     assert_eq!(torn.location.file(), file!());
+///     TORN.fetch_add(1, Ordering::Relaxed);
+/// });
+///
+/// // This timeout is tokio's, which knows nothing of critical sections.
+/// assert!(timeout(Duration::from_secs(1), critical(std::future::pending::<()>())).await.is_err());
+/// assert_eq!(TORN.load(Ordering::Relaxed), 1);
+/// # }
+/// ```
+pub fn on_torn(hook: impl Fn(&Torn) + Send + Sync + 'static) {
+    let old = HOOK.write().unwrap_or_else(PoisonError::into_inner).replace(Arc::new(hook));
+    // Dropped outside the lock: its destructor is foreign code.
+    drop(old);
+}
+
+/// How many critical sections have been torn in this process.
+pub fn torn_sections() -> u64 {
+    TORN.load(Relaxed)
+}
+
+pin_project! {
+    // The future comes first: when the section is reported and its scope released, the future has been dropped.
+    struct Critical<F> {
+        #[pin]
+        future: F,
+        section: Section,
+    }
+}
+
+impl<F: Future> Future for Critical<F> {
+    type Output = F::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        let this = self.project();
+        this.section.enter();
+        let polled = {
+            let _inside = InCritical::enter();
+            this.future.poll(cx)
+        };
+        match polled {
+            Poll::Ready(_) => this.section.leave(),
+            // Only now: no scope around looks at its holds before this poll has returned, and most sections never wait.
+            Poll::Pending => Hold::settle(&mut this.section.hold),
+        }
+        polled
+    }
+}
+
+struct Section {
+    progress: Progress,
+    hold: Option<Hold>,
+    location: &'static Location<'static>,
+}
+
+#[derive(PartialEq, Eq)]
+enum Progress {
+    Untouched,
+    Entered,
+    Left,
+}
+
+impl Section {
+    fn enter(&mut self) {
+        if self.progress == Progress::Untouched {
+            self.progress = Progress::Entered;
+        }
+    }
+
+    fn leave(&mut self) {
+        self.progress = Progress::Left;
+        self.hold = None;
+    }
+}
+
+impl Drop for Section {
+    fn drop(&mut self) {
+        if self.progress == Progress::Entered {
+            report(Torn { location: self.location });
+        }
+    }
+}
+
+fn report(torn: Torn) {
+    TORN.fetch_add(1, Relaxed);
+    #[cfg(feature = "tracing")]
+    tracing::error!(location = %torn.location, "a critical section was torn");
+    // Cloned out of the lock, so that a hook may install another.
+    let hook = HOOK.read().unwrap_or_else(PoisonError::into_inner).clone();
+    match hook {
+        Some(hook) if thread::panicking() => catch_unwind(AssertUnwindSafe(|| hook(&torn))).unwrap_or_default(),
+        Some(hook) => hook(&torn),
+        None => {}
+    }
+}

@@ -1,0 +1,99 @@
+//! The reaper's books. Invariant: every future that was started is, at each moment, exactly one of running, finished or
+//! lost, and it leaves `running` once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+use tokio::sync::Notify;
+
+use crate::reaper::Drain;
+
+/// Counters that only grow. What is running is derived, so that no reader can catch a future between two counters.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    started: AtomicUsize,
+    finished: AtomicUsize,
+    lost: AtomicUsize,
+    /// How many callers of [`Ledger::idle`] sleep. It spares the ends, which are many, the lock inside `Notify`.
+    waiting: AtomicUsize,
+    idle: Notify,
+}
+
+impl Ledger {
+    /// What became of everything that was started until now.
+    ///
+    /// The ends are read before the starts. A start cannot follow its end, so the difference never goes below zero, and
+    /// where it is zero nothing was running when `started` was read.
+    pub(crate) fn balance(&self) -> Drain {
+        let finished = self.finished.load(SeqCst);
+        let lost = self.lost.load(SeqCst);
+        let timed_out = self.started.load(SeqCst) - finished - lost;
+        Drain { finished, timed_out, lost }
+    }
+
+    /// Waits until nothing is running.
+    pub(crate) async fn idle(&self) {
+        // Announced before the books are read: an end that is not in the books yet sees this number and wakes us.
+        let _waiting = Waiting::new(&self.waiting);
+        loop {
+            let notified = self.idle.notified();
+            if self.balance().timed_out == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+
+    fn end(&self, outcome: &AtomicUsize) {
+        outcome.fetch_add(1, SeqCst);
+        if self.waiting.load(SeqCst) > 0 {
+            self.idle.notify_waiters();
+        }
+    }
+}
+
+/// One started future. It ends as finished, or as lost when it is dropped in any other way.
+#[derive(Debug)]
+#[must_use = "an entry that is dropped counts its future as lost"]
+pub(crate) struct Entry {
+    ledger: Arc<Ledger>,
+    finished: bool,
+}
+
+impl Entry {
+    pub(crate) fn start(ledger: Arc<Ledger>) -> Self {
+        ledger.started.fetch_add(1, SeqCst);
+        Self { ledger, finished: false }
+    }
+
+    pub(crate) fn finish(mut self) {
+        self.finished = true;
+    }
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        if self.finished {
+            self.ledger.end(&self.ledger.finished);
+        } else {
+            #[cfg(feature = "tracing")]
+            tracing::warn!("a future of the reaper was lost: it panicked, or its runtime went before it finished");
+            self.ledger.end(&self.ledger.lost);
+        }
+    }
+}
+
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, SeqCst);
+        Self(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, SeqCst);
+    }
+}

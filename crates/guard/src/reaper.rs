@@ -1,0 +1,317 @@
+//! Work that outlives its caller. Invariant: what was polled once is finished, still running, or counted as lost; it is
+//! never gone in silence.
+
+use std::fmt;
+use std::future::Future;
+use std::mem;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+
+use crate::ledger::{Entry, Ledger};
+
+type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// Owns what must finish although its caller was dropped.
+///
+/// A clone shares the books with the original: keep one reaper per application, hand out clones, and call
+/// [`drain`](Reaper::drain) once before the runtime goes. Dropping a reaper stops nothing.
+///
+/// # Limitations
+///
+/// - The reaper sets no limit to what runs at once: each future belongs to a call that somebody made. Where callers can
+///   start and abandon calls faster than they finish, move a semaphore's permit into the future.
+/// - A future that blocks its thread, or never finishes, is counted as `timed_out`. It is not aborted.
+///
+/// # Comparison to `tokio::spawn` and `TaskTracker`
+///
+/// `tokio::spawn(work).await` also survives its caller, but costs a task and two trips through the scheduler each time,
+/// and what the runtime cuts off at its shutdown is nowhere counted. A shield runs in the caller's own task and
+/// becomes a task only when it is abandoned. `tokio_util::task::TaskTracker` can wait for tasks, but does not know which of
+/// them panicked or were cut off.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_guard::Reaper;
+/// use tokio::time::{sleep, timeout};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// let reaper = Reaper::new();
+/// let commit = reaper.shield(async {
+///     sleep(Duration::from_secs(2)).await;
+///     "committed"
+/// });
+///
+/// // The caller gives up after one second, the commit does not.
+/// assert!(timeout(Duration::from_secs(1), commit).await.is_err());
+///
+/// let drain = reaper.drain(Duration::from_secs(5)).await;
+/// assert_eq!((drain.finished, drain.timed_out, drain.lost), (1, 0, 0));
+/// # }
+/// ```
+#[derive(Clone, Debug, Default)]
+pub struct Reaper {
+    ledger: Arc<Ledger>,
+}
+
+impl Reaper {
+    /// Creates a reaper. It needs no runtime for that: each future is bound to the runtime that polls it.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Protects `future` from its caller's end.
+    ///
+    /// The shield is polled inline, in the task of its caller. When it is dropped before its first poll, `future` never
+    /// runs. When it is dropped after that and before completion, `future` goes on as a task of the runtime that the first
+    /// pending poll ran on, and its output is dropped. Where that poll ran outside any runtime, the one around the drop is
+    /// used.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped. `future` cannot finish, and is counted as
+    /// [`lost`](Drain::lost), when it panics, when its runtime is shut down, or when there is no runtime, neither at its
+    /// first poll nor where it is dropped. A shield dropped before its first poll has not run at all.
+    ///
+    /// # Panics
+    ///
+    /// The shield panics when it is polled again after it has returned its output.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use cancel_safe_guard::Reaper;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// let reaper = Reaper::new();
+    /// assert_eq!(reaper.shield(async { 6 * 7 }).await, 42);
+    /// # }
+    /// ```
+    pub fn shield<F, T>(&self, future: F) -> Shield<T>
+    where
+        F: Future<Output = T> + Send + 'static,
+        T: Send + 'static,
+    {
+        Shield { state: State::Fresh { ledger: Arc::clone(&self.ledger), future: Box::pin(future) } }
+    }
+
+    /// Prepares an asynchronous cleanup, which runs when the returned [`Deferred`] is dropped.
+    ///
+    /// It runs as a task of the runtime around this call, or, where there is none, of the runtime around the drop. Without
+    /// either it cannot run and is counted as [`lost`](Drain::lost). Nothing is counted before the drop.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_guard::Reaper;
+    /// use tokio::sync::mpsc;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// let (released, mut log) = mpsc::channel(1);
+    /// let reaper = Reaper::new();
+    ///
+    /// let lease = reaper.defer(|| async move { released.send("lease 7").await.unwrap_or_default() });
+    /// drop(lease);
+    ///
+    /// assert!(reaper.drain(Duration::from_secs(5)).await.is_clean());
+    /// assert_eq!(log.recv().await, Some("lease 7"));
+    /// # }
+    /// ```
+    pub fn defer<C, Fut>(&self, cleanup: C) -> Deferred
+    where
+        C: FnOnce() -> Fut + Send + 'static,
+        Fut: Future<Output = ()> + Send + 'static,
+    {
+        // The caller's closure is called inside the future, so that a panic in it ends that task and not the drop.
+        let cleanup: BoxFuture<()> = Box::pin(async move { cleanup().await });
+        Deferred { reaper: self.clone(), runtime: Handle::try_current().ok(), cleanup: Some(cleanup) }
+    }
+
+    /// Waits until all that was started has ended, for `grace` at most, and says how it ended.
+    ///
+    /// Call it before the runtime goes, after the last caller has been stopped: what is started during the wait is waited
+    /// for as well. A shield that its caller still polls counts as running. The totals are those since the reaper was
+    /// created: their sum is the number of all that was ever started, and a second drain counts what was late the first
+    /// time as finished. What is not done by `grace` keeps running; nothing is aborted.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. It only waits: nothing is started, stopped or counted by it.
+    ///
+    /// # Panics
+    ///
+    /// It panics when it has to wait outside a tokio runtime with its timer enabled.
+    ///
+    /// # Examples
+    ///
+    /// See the type's own.
+    pub async fn drain(&self, grace: Duration) -> Drain {
+        let books = self.ledger.balance();
+        if books.timed_out == 0 {
+            return books;
+        }
+        // The books are read anew: what ended in the same instant as the grace has ended.
+        match tokio::time::timeout(grace, self.ledger.idle()).await {
+            Ok(()) | Err(_) => self.ledger.balance(),
+        }
+    }
+}
+
+/// Hands an abandoned future to a runtime. Without one, or when it is shut down, dropping `entry` counts the loss.
+fn hand_over<T: Send + 'static>(runtime: Option<Handle>, entry: Entry, future: BoxFuture<T>) {
+    let Some(runtime) = runtime.or_else(|| Handle::try_current().ok()) else {
+        return;
+    };
+    drop(runtime.spawn(async move {
+        // The output may have a destructor; it has run before the books say that the future is finished.
+        drop(future.await);
+        entry.finish();
+    }));
+}
+
+/// A future that finishes although its caller was dropped; made by [`Reaper::shield`].
+///
+/// Dropped after its first poll it goes on as a task; dropped before that it has never run.
+#[must_use = "a shield that is never polled never runs"]
+pub struct Shield<T: Send + 'static> {
+    state: State<T>,
+}
+
+enum State<T> {
+    Fresh { ledger: Arc<Ledger>, future: BoxFuture<T> },
+    Running { runtime: Option<Handle>, entry: Entry, future: BoxFuture<T> },
+    Ended,
+}
+
+impl<T: Send + 'static> Future for Shield<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        // Taken out while it is polled: a future that panics is dropped here as lost and not handed over to panic again.
+        let (runtime, entry, mut future) = match mem::replace(&mut self.state, State::Ended) {
+            State::Fresh { ledger, future } => (None, Entry::start(ledger), future),
+            State::Running { runtime, entry, future } => (runtime, entry, future),
+            State::Ended => panic!("a shield was polled after it had ended"),
+        };
+        match future.as_mut().poll(cx) {
+            Poll::Ready(output) => {
+                drop(future);
+                entry.finish();
+                Poll::Ready(output)
+            }
+            Poll::Pending => {
+                let runtime = runtime.or_else(|| Handle::try_current().ok());
+                self.state = State::Running { runtime, entry, future };
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl<T: Send + 'static> Drop for Shield<T> {
+    fn drop(&mut self) {
+        if let State::Running { runtime, entry, future } = mem::replace(&mut self.state, State::Ended) {
+            hand_over(runtime, entry, future);
+        }
+    }
+}
+
+impl<T: Send + 'static> fmt::Debug for Shield<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let state = match self.state {
+            State::Fresh { .. } => "fresh",
+            State::Running { .. } => "running",
+            State::Ended => "ended",
+        };
+        f.debug_struct("Shield").field("state", &state).finish()
+    }
+}
+
+/// An asynchronous cleanup that runs on drop unless it is disarmed; made by [`Reaper::defer`].
+///
+/// Dropping it hands the cleanup to the runtime and returns at once; [`Reaper::drain`] waits for its end.
+#[must_use = "dropping it at once runs the cleanup at once"]
+pub struct Deferred {
+    reaper: Reaper,
+    runtime: Option<Handle>,
+    cleanup: Option<BoxFuture<()>>,
+}
+
+impl Deferred {
+    /// Gives the cleanup up: it is dropped without being run or counted.
+    pub fn disarm(mut self) {
+        self.cleanup = None;
+    }
+
+    /// Runs the cleanup now and waits for its end.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped. Dropped before its first poll it is dropped like the
+    /// [`Deferred`] itself: the cleanup runs as a task.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use cancel_safe_guard::Reaper;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// let reaper = Reaper::new();
+    /// let lease = reaper.defer(|| async { /* tell the server */ });
+    /// lease.run().await;
+    /// # }
+    /// ```
+    pub async fn run(mut self) {
+        if let Some(cleanup) = self.cleanup.take() {
+            self.reaper.shield(cleanup).await;
+        }
+    }
+}
+
+impl Drop for Deferred {
+    fn drop(&mut self) {
+        if let Some(cleanup) = self.cleanup.take() {
+            hand_over(self.runtime.take(), Entry::start(Arc::clone(&self.reaper.ledger)), cleanup);
+        }
+    }
+}
+
+impl fmt::Debug for Deferred {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Deferred").field("armed", &self.cleanup.is_some()).finish_non_exhaustive()
+    }
+}
+
+/// How all that a [`Reaper`] has started has ended. The sum of the three is the number of what was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "what timed out or was lost is reported here and nowhere else"]
+#[non_exhaustive]
+pub struct Drain {
+    /// Ran to completion, inline or after its caller was dropped.
+    pub finished: usize,
+    /// Still running when the grace was over.
+    pub timed_out: usize,
+    /// Panicked, was cut off by the shutdown of its runtime, or had no runtime to go on with.
+    pub lost: usize,
+}
+
+impl Drain {
+    /// Whether all that was started has finished: nothing is running and nothing was lost.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use std::time::Duration;
+    /// # use cancel_safe_guard::Reaper;
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// assert!(Reaper::new().drain(Duration::ZERO).await.is_clean());
+    /// # }
+    /// ```
+    pub fn is_clean(&self) -> bool {
+        self.timed_out == 0 && self.lost == 0
+    }
+}

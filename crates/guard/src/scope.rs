@@ -1,0 +1,277 @@
+//! Cancel scopes. Invariant: a scope drops its future only after it was polled and was pending, and never while a critical
+//! section inside it waits.
+
+use std::fmt;
+use std::future::{Future, pending, poll_fn};
+use std::io;
+use std::pin::{Pin, pin};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::task::coop::{consume_budget, unconstrained};
+use tokio::time::{Instant, sleep_until};
+use tokio_util::sync::CancellationToken;
+
+use crate::stack::{self, Hold, InScope, Scope, Surroundings};
+
+/// Runs `future` for `duration` at most, counted from this call.
+///
+/// It differs from `tokio::time::timeout` in what it cuts: a [`critical`](crate::critical) section that has been entered is
+/// finished first, and `future` is dropped at its next pending point after that. So this returns by the deadline plus the
+/// critical part. A result that is ready is returned, however late.
+///
+/// A duration too large for the clock is no deadline at all.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe. If dropped before completion, `future` is dropped with it, where it stands; a critical
+/// section that this tears is reported to [`on_torn`](crate::on_torn).
+///
+/// # Errors
+///
+/// [`Elapsed`] when the deadline passed first. `future` has been dropped by then.
+///
+/// # Panics
+///
+/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_guard::{critical, timeout};
+/// use tokio::time::{Instant, sleep};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// let start = Instant::now();
+/// let result = timeout(Duration::from_millis(10), async {
+///     critical(sleep(Duration::from_millis(30))).await; // is finished, 20 ms past the deadline
+///     sleep(Duration::from_millis(1)).await; // is not begun
+/// });
+/// assert!(result.await.is_err());
+/// assert_eq!(start.elapsed(), Duration::from_millis(30));
+/// # }
+/// ```
+pub fn timeout<T>(duration: Duration, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
+    until(Instant::now().checked_add(duration), future)
+}
+
+/// Runs `future` until `deadline` at most. In all else it is [`timeout`].
+///
+/// # Cancel safety
+///
+/// This method is cancel safe. If dropped before completion, `future` is dropped with it, where it stands; a critical
+/// section that this tears is reported to [`on_torn`](crate::on_torn).
+///
+/// # Errors
+///
+/// [`Elapsed`] when the deadline passed first. `future` has been dropped by then.
+///
+/// # Panics
+///
+/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_guard::timeout_at;
+/// use tokio::time::Instant;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// // The future is polled before the clock is looked at: what is ready is not thrown away.
+/// assert_eq!(timeout_at(Instant::now(), async { 7 }).await, Ok(7));
+/// assert!(timeout_at(Instant::now(), std::future::pending::<()>()).await.is_err());
+/// # }
+/// ```
+pub fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
+    until(Some(deadline), future)
+}
+
+/// Runs `future` until `token` is cancelled. In all else it is [`timeout`]: critical sections are finished, and a result that
+/// is ready in the very poll in which the token fires is returned.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe. If dropped before completion, `future` is dropped with it, where it stands; a critical
+/// section that this tears is reported to [`on_torn`](crate::on_torn).
+///
+/// # Errors
+///
+/// [`Cancelled`] when the token fired first. `future` has been dropped by then.
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_guard::{critical, with_token};
+/// use tokio_util::sync::CancellationToken;
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let token = CancellationToken::new();
+/// let saved = with_token(&token, critical(async {
+///     token.cancel(); // too late: what follows is finished
+///     tokio::task::yield_now().await;
+///     "saved"
+/// }));
+/// assert_eq!(saved.await, Ok("saved"));
+/// # }
+/// ```
+pub fn with_token<T>(
+    token: &CancellationToken,
+    future: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, Cancelled>> {
+    let scope = Scope::new(None, Some(token.clone()));
+    Scoped { future: Some(future), signal: token.cancelled(), scope, hold: None, verdict: Cancelled }
+}
+
+/// The time to the nearest deadline of the scopes around, or `None` where there is none.
+///
+/// Deadlines are nested: the smallest of all scopes around counts. Inside a critical section it is still told, though
+/// postponed, so that the section can hurry. A deadline that has passed leaves zero. A spawned task inherits no scope.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_guard::{remaining, timeout};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// assert_eq!(remaining(), None);
+/// let nested = timeout(Duration::from_secs(5), timeout(Duration::from_secs(60), async { remaining() }));
+/// assert_eq!(nested.await, Ok(Ok(Some(Duration::from_secs(5)))));
+/// # }
+/// ```
+pub fn remaining() -> Option<Duration> {
+    stack::nearest_deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()))
+}
+
+/// A point at which the future may be cancelled although it has nothing to wait for.
+///
+/// A long computation between awaits is never pending, so no scope can end it. Called in its loop, this lets every scope
+/// around that wants to end do so here, and now and then yields to the runtime, as all of tokio's own awaits do, so that
+/// foreign time-outs and aborts work too. Inside a critical section it does nothing.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe. It keeps no state.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_guard::{cancellation_point, timeout};
+///
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// let endless = timeout(Duration::from_millis(5), async {
+///     loop {
+///         std::hint::spin_loop(); // a step of the computation
+///         cancellation_point().await;
+///     }
+/// });
+/// let result: Result<(), _> = endless.await;
+/// assert!(result.is_err());
+/// # }
+/// ```
+pub async fn cancellation_point() {
+    // Where a scope is due it drops this future instead of polling it again. It may have to wait for a critical section in
+    // a sibling of ours, and polls us in the meantime; so this looks again at each poll.
+    let found = poll_fn(|_| match stack::look_around() {
+        Surroundings::Due => Poll::Pending,
+        found => Poll::Ready(found),
+    });
+    if found.await == Surroundings::Open {
+        consume_budget().await;
+    }
+}
+
+/// The deadline of a scope passed before its future was ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Elapsed;
+
+impl fmt::Display for Elapsed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("deadline has elapsed")
+    }
+}
+
+impl std::error::Error for Elapsed {}
+
+impl From<Elapsed> for io::Error {
+    fn from(elapsed: Elapsed) -> Self {
+        Self::new(io::ErrorKind::TimedOut, elapsed)
+    }
+}
+
+/// The token of a scope fired before its future was ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Cancelled;
+
+impl fmt::Display for Cancelled {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("cancelled by its token")
+    }
+}
+
+impl std::error::Error for Cancelled {}
+
+fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
+    // Lazy: a future that is ready at once costs no timer and needs no runtime.
+    let signal = async move {
+        match deadline {
+            Some(deadline) => sleep_until(deadline).await,
+            None => pending().await,
+        }
+    };
+    let scope = Scope::new(deadline, None);
+    Scoped { future: Some(future), signal, scope, hold: None, verdict: Elapsed }
+}
+
+pin_project! {
+    /// A future inside a scope that ends when `signal` does.
+    struct Scoped<F, S, E> {
+        // Emptied before the result is returned: when the caller learns of the cut, the future has been dropped.
+        #[pin]
+        future: Option<F>,
+        #[pin]
+        signal: S,
+        scope: Scope,
+        // Held while a critical section waits inside, so that the scope around does not end either.
+        hold: Option<Hold>,
+        verdict: E,
+    }
+}
+
+impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
+    type Output = Result<F::Output, E>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        // First of all, and whatever the signal says: a completed result is never thrown away.
+        let polled = {
+            let future = this.future.as_mut().as_pin_mut().expect("a scope that has returned is not polled again");
+            let _inside = InScope::enter(this.scope);
+            future.poll(cx)
+        };
+        if let Poll::Ready(output) = polled {
+            this.future.set(None);
+            *this.hold = None;
+            return Poll::Ready(Ok(output));
+        }
+        // Outside the cooperative budget: a future that uses it all up in each poll could not be timed out otherwise.
+        if !this.scope.due && pin!(unconstrained(this.signal)).poll(cx).is_ready() {
+            this.scope.due = true;
+        }
+        if this.scope.is_held(cx.waker()) {
+            Hold::settle(this.hold);
+            return Poll::Pending;
+        }
+        *this.hold = None;
+        if this.scope.due {
+            this.future.set(None);
+            return Poll::Ready(Err(*this.verdict));
+        }
+        Poll::Pending
+    }
+}

@@ -1,0 +1,234 @@
+//! What is around the code that is being polled: a stack of scopes and critical sections on each thread. Invariant: a frame
+//! is on the stack exactly while its future is inside `poll`, so the stack always shows the true surroundings, wherever a
+//! future has been moved since its last poll.
+
+use std::cell::RefCell;
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+use tokio::task;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+thread_local! {
+    static STACK: RefCell<Vec<Frame>> = const { RefCell::new(Vec::new()) };
+}
+
+struct Frame {
+    /// A runtime may poll another task inside this one (a `LocalSet` does). That task inherits nothing, so a frame is seen
+    /// only by the task that has pushed it.
+    task: Option<task::Id>,
+    kind: Kind,
+}
+
+impl Frame {
+    fn deadline(&self) -> Option<Instant> {
+        match &self.kind {
+            Kind::Scope(scope) => scope.deadline,
+            Kind::Critical => None,
+        }
+    }
+}
+
+enum Kind {
+    Scope(Scope),
+    Critical,
+}
+
+/// A cancel scope as seen from inside. It lies on the stack during a poll and in its future between polls; moving it is
+/// cheaper than sharing it, and nothing is allocated until a critical section inside it has to wait.
+#[derive(Default)]
+pub(crate) struct Scope {
+    deadline: Option<Instant>,
+    token: Option<CancellationToken>,
+    /// The deadline has passed or the token has fired: the scope ends as soon as nothing holds it.
+    pub(crate) due: bool,
+    holds: Option<Arc<Holds>>,
+}
+
+impl Scope {
+    pub(crate) fn new(deadline: Option<Instant>, token: Option<CancellationToken>) -> Self {
+        Self { deadline, token, due: false, holds: None }
+    }
+
+    /// Whether a critical section inside waits. If so, `waker` is woken when the last one has left the scope.
+    pub(crate) fn is_held(&self, waker: &Waker) -> bool {
+        let Some(holds) = &self.holds else { return false };
+        let mut holds = holds.lock();
+        if holds.count == 0 {
+            return false;
+        }
+        match &mut holds.waker {
+            Some(stored) => stored.clone_from(waker),
+            none => *none = Some(waker.clone()),
+        }
+        true
+    }
+
+    fn notice_due(&mut self) -> bool {
+        self.due = self.due
+            || self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+            || self.token.as_ref().is_some_and(CancellationToken::is_cancelled);
+        self.due
+    }
+}
+
+/// The critical sections inside one scope that have been entered and wait.
+#[derive(Default)]
+struct Holds(Mutex<HoldsState>);
+
+#[derive(Default)]
+struct HoldsState {
+    count: usize,
+    /// Set while the scope sleeps. A section may leave without its scope being polled: dropped, or moved elsewhere.
+    waker: Option<Waker>,
+}
+
+impl Holds {
+    fn lock(&self) -> MutexGuard<'_, HoldsState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// One reason for a scope not to end: a critical section that waits, or an inner scope with such a section inside it.
+pub(crate) struct Hold(Arc<Holds>);
+
+impl Hold {
+    fn new(holds: Arc<Holds>) -> Self {
+        holds.lock().count += 1;
+        Self(holds)
+    }
+
+    /// Makes `hold` the hold of the innermost scope around, or none where there is no scope.
+    ///
+    /// It is called whenever the holder has been polled and has to wait. Most often nothing has changed; but a future may
+    /// have been moved from one scope into another since.
+    pub(crate) fn settle(hold: &mut Option<Self>) {
+        let around = with_visible(|frames| {
+            frames.iter_mut().rev().find_map(|frame| match &mut frame.kind {
+                Kind::Scope(scope) => Some(Arc::clone(scope.holds.get_or_insert_default())),
+                Kind::Critical => None,
+            })
+        });
+        let settled = match (&*hold, &around) {
+            (Some(hold), Some(around)) => Arc::ptr_eq(&hold.0, around),
+            (None, None) => true,
+            (Some(_), None) | (None, Some(_)) => false,
+        };
+        if !settled {
+            *hold = around.map(Self::new);
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        let woken = {
+            let mut holds = self.0.lock();
+            holds.count -= 1;
+            if holds.count == 0 { holds.waker.take() } else { None }
+        };
+        // Woken outside the lock: a waker is foreign code.
+        if let Some(waker) = woken {
+            waker.wake();
+        }
+    }
+}
+
+/// Keeps a scope on the stack, and puts it back into its future when dropped, be it by a panic.
+pub(crate) struct InScope<'a>(&'a mut Scope);
+
+impl<'a> InScope<'a> {
+    pub(crate) fn enter(scope: &'a mut Scope) -> Self {
+        if let Some(holds) = &scope.holds {
+            // The scope looks at its holds after this poll anyway, so they need not wake it.
+            drop(holds.lock().waker.take());
+        }
+        push(|| Kind::Scope(mem::take(scope)));
+        Self(scope)
+    }
+}
+
+impl Drop for InScope<'_> {
+    fn drop(&mut self) {
+        if let Some(Frame { kind: Kind::Scope(scope), .. }) = pop() {
+            *self.0 = scope;
+        }
+    }
+}
+
+/// Marks the code below as critical while it is polled.
+pub(crate) struct InCritical(());
+
+impl InCritical {
+    pub(crate) fn enter() -> Self {
+        push(|| Kind::Critical);
+        Self(())
+    }
+}
+
+impl Drop for InCritical {
+    fn drop(&mut self) {
+        pop();
+    }
+}
+
+/// The nearest deadline of the scopes around, critical sections notwithstanding.
+pub(crate) fn nearest_deadline() -> Option<Instant> {
+    with_visible(|frames| frames.iter().filter_map(Frame::deadline).min())
+}
+
+/// What a cancellation point finds around it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Surroundings {
+    /// Nothing wants to end.
+    Open,
+    /// A scope wants to end and may.
+    Due,
+    /// Nothing wants to end before a critical section does.
+    Critical,
+}
+
+/// Looks outward, up to the first critical section, for scopes that want to end, and makes them notice it.
+pub(crate) fn look_around() -> Surroundings {
+    with_visible(|frames| {
+        let mut due = false;
+        for frame in frames.iter_mut().rev() {
+            match &mut frame.kind {
+                Kind::Scope(scope) => due |= scope.notice_due(),
+                Kind::Critical if due => break,
+                Kind::Critical => return Some(Surroundings::Critical),
+            }
+        }
+        due.then_some(Surroundings::Due)
+    })
+    .unwrap_or(Surroundings::Open)
+}
+
+/// Shows the frames of the current task, outermost first. `see` must not run foreign code: the stack is borrowed.
+///
+/// While a thread ends its stack may be gone already; what another thread-local's destructor polls then sees no frames.
+fn with_visible<R>(see: impl FnOnce(&mut [Frame]) -> Option<R>) -> Option<R> {
+    let see = |stack: &RefCell<Vec<Frame>>| {
+        let mut stack = stack.borrow_mut();
+        if stack.is_empty() {
+            return None;
+        }
+        let task = task::try_id();
+        let start = stack.iter().rposition(|frame| frame.task != task).map_or(0, |foreign| foreign + 1);
+        see(&mut stack[start..])
+    };
+    STACK.try_with(see).ok().flatten()
+}
+
+fn push(kind: impl FnOnce() -> Kind) {
+    // A stack that is gone is not pushed to: `kind` is not called, and the scope stays in its future.
+    STACK.try_with(|stack| stack.borrow_mut().push(Frame { task: task::try_id(), kind: kind() })).unwrap_or_default();
+}
+
+/// Removes the frame that the caller has pushed: frames are pushed and popped by guards on the thread's own call stack, and
+/// that unwinds in order.
+fn pop() -> Option<Frame> {
+    STACK.try_with(|stack| stack.borrow_mut().pop()).ok().flatten()
+}
