@@ -1,0 +1,177 @@
+//! The response as the caller gets it: reqwest's own type, with a body that owns what the call holds.
+//!
+//! Invariant: permits and the breaker's admission end when the body ends, fails or is dropped, whichever is first.
+
+use std::{
+    error::Error as StdError,
+    future::Future,
+    pin::Pin,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body::{Body as _, Frame, SizeHint};
+use reqwest::{Response, ResponseBuilderExt};
+use tokio::time::{Instant, Sleep, sleep_until};
+
+use crate::{
+    breaker::BreakerPermit,
+    client::Attempts,
+    deadline::{Deadline, earlier, into_io},
+    error::{Phase, RequestError},
+    limit::Permits,
+};
+
+type BoxError = Box<dyn StdError + Send + Sync>;
+
+/// What a call holds until its body has ended.
+#[derive(Debug)]
+pub(crate) struct Hold {
+    /// None if the head of the response was a failure already.
+    admission: Option<BreakerPermit>,
+    /// Declared after the admission, because the next call that gets the permits must see its result.
+    _permits: Permits,
+}
+
+impl Hold {
+    pub(crate) fn new(admission: Option<BreakerPermit>, permits: Permits) -> Self {
+        Self { admission, _permits: permits }
+    }
+
+    fn fail(mut self) {
+        if let Some(admission) = self.admission.take() {
+            admission.failure();
+        }
+    }
+}
+
+impl Drop for Hold {
+    fn drop(&mut self) {
+        // The head was good: a body that ended, or that nobody wanted, says nothing against the origin.
+        if let Some(admission) = self.admission.take() {
+            admission.success();
+        }
+    }
+}
+
+/// The limits that go with a body.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct BodyLimits {
+    pub(crate) deadline: Deadline,
+    pub(crate) idle: Option<Duration>,
+    pub(crate) max_bytes: Option<u64>,
+    pub(crate) attempts: u32,
+}
+
+/// Puts the guard around the body of `response`; everything else about it stays.
+pub(crate) fn guard(response: Response, hold: Hold, limits: BodyLimits) -> Response {
+    let url = response.url().clone();
+    let (mut parts, inner) = http::Response::<reqwest::Body>::from(response).into_parts();
+    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
+    let mut carrier = http::Response::builder().url(url);
+    if let Some(extensions) = carrier.extensions_mut() {
+        parts.extensions.extend(std::mem::take(extensions));
+    }
+    parts.extensions.insert(Attempts(limits.attempts));
+    // An empty body has ended already: its call must not hold a permit until the response is dropped.
+    let hold = (!inner.is_end_stream()).then_some(hold);
+    let body = GuardedBody { inner, hold, limits, received: 0, waiting_since: None, timer: None };
+    http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
+}
+
+struct GuardedBody {
+    inner: reqwest::Body,
+    /// None once the body has ended.
+    hold: Option<Hold>,
+    limits: BodyLimits,
+    received: u64,
+    /// Since when the consumer has been waiting for the peer; none while it is busy itself.
+    waiting_since: Option<Instant>,
+    /// Made at the first wait: a body that is there needs no timer.
+    timer: Option<Pin<Box<Sleep>>>,
+}
+
+impl GuardedBody {
+    fn receive(&mut self, frame: Frame<Bytes>) -> Result<Frame<Bytes>, BoxError> {
+        self.received += frame.data_ref().map_or(0, |data| data.len() as u64);
+        if let Some(limit) = self.limits.max_bytes.filter(|limit| self.received > *limit) {
+            return Err(self.too_large(limit));
+        }
+        // A peer that always has a next piece would otherwise hold the call beyond its deadline.
+        if self.limits.deadline.is_past(Instant::now()) { Err(self.timed_out()) } else { Ok(frame) }
+    }
+
+    fn too_large(&mut self, limit: u64) -> BoxError {
+        // The origin did nothing wrong.
+        self.hold = None;
+        RequestError::BodyTooLarge { limit }.into()
+    }
+
+    fn timed_out(&mut self) -> BoxError {
+        self.fail();
+        into_io(self.limits.deadline.timed_out(Phase::Body, self.limits.attempts)).into()
+    }
+
+    fn fail(&mut self) {
+        if let Some(hold) = self.hold.take() {
+            hold.fail();
+        }
+    }
+
+    /// Ready when the consumer has waited too long for the peer, or the call has come to its end.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let since = *self.waiting_since.get_or_insert_with(Instant::now);
+        let idle_end = self.limits.idle.and_then(|idle| since.checked_add(idle));
+        let Some(end) = earlier(self.limits.deadline.end(), idle_end) else { return Poll::Pending };
+        let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(end)));
+        if timer.deadline() != end {
+            timer.as_mut().reset(end);
+        }
+        timer.as_mut().poll(cx)
+    }
+}
+
+impl http_body::Body for GuardedBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        if this.hold.is_none() {
+            return Poll::Ready(None);
+        }
+        if let Some(limit) = this.limits.max_bytes
+            && this.received.saturating_add(this.inner.size_hint().lower()) > limit
+        {
+            // The peer announces more than the cap: not a byte of it needs to be read.
+            return Poll::Ready(Some(Err(this.too_large(limit))));
+        }
+        match Pin::new(&mut this.inner).poll_frame(cx) {
+            Poll::Ready(polled) => {
+                this.waiting_since = None;
+                Poll::Ready(match polled {
+                    Some(Ok(frame)) => Some(this.receive(frame)),
+                    Some(Err(error)) => {
+                        this.fail();
+                        Some(Err(error.into()))
+                    }
+                    None => {
+                        this.hold = None;
+                        None
+                    }
+                })
+            }
+            Poll::Pending => this.poll_patience(cx).map(|()| Some(Err(this.timed_out()))),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // Only true once the end was seen here: whoever stops early on a hint would keep the permits.
+        self.hold.is_none()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        if self.hold.is_some() { self.inner.size_hint() } else { SizeHint::with_exact(0) }
+    }
+}

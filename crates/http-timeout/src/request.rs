@@ -1,0 +1,354 @@
+//! One call: a request in reqwest's words, and the loop of attempts that sends it.
+//!
+//! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
+//! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Version};
+use reqwest::{Body, Request, Response};
+use serde::Serialize;
+use tokio::time::{Instant, sleep_until};
+
+use crate::{
+    body::{BodyLimits, Hold, guard},
+    breaker::{BreakerPermit, CircuitBreaker},
+    client::{Shared, TimeoutClient},
+    deadline::{Deadline, Upload, watched, within},
+    error::{Phase, RequestError},
+    limit::Permits,
+    origins::{Origin, origin_name},
+    retry::{Budget, Token, is_failure, is_retryable, retry_after},
+};
+
+/// How much of an unwanted body is read so that its connection can be used again.
+const DRAIN_BYTES: usize = 64 * 1024;
+
+/// How long that may take; a new connection is cheaper than a longer wait.
+const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// Builds a request, in the words of [`reqwest::RequestBuilder`].
+///
+/// A mistake, such as an invalid URL or header, shows as the error of [`send`](Self::send).
+#[derive(Debug)]
+#[must_use = "a request does nothing until it is sent"]
+pub struct RequestBuilder {
+    client: TimeoutClient,
+    request: Result<reqwest::RequestBuilder, RequestError>,
+    timeout: Option<Duration>,
+    idempotent: bool,
+    keeps_permits: bool,
+}
+
+impl RequestBuilder {
+    pub(crate) fn new(client: TimeoutClient, request: Result<reqwest::RequestBuilder, RequestError>) -> Self {
+        let timeout = client.shared.options.timeout;
+        Self { client, request, timeout, idempotent: false, keeps_permits: false }
+    }
+
+    fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
+        self.request = self.request.map(change);
+        self
+    }
+
+    /// Adds a header.
+    pub fn header<K, V>(self, key: K, value: V) -> Self
+    where
+        HeaderName: TryFrom<K>,
+        <HeaderName as TryFrom<K>>::Error: Into<http::Error>,
+        HeaderValue: TryFrom<V>,
+        <HeaderValue as TryFrom<V>>::Error: Into<http::Error>,
+    {
+        self.map(|request| request.header(key, value))
+    }
+
+    /// Adds headers; those of the same name are replaced.
+    pub fn headers(self, headers: HeaderMap) -> Self {
+        self.map(|request| request.headers(headers))
+    }
+
+    /// Authenticates with a name and a password.
+    pub fn basic_auth(self, username: impl fmt::Display, password: Option<impl fmt::Display>) -> Self {
+        self.map(|request| request.basic_auth(username, password))
+    }
+
+    /// Authenticates with a token.
+    pub fn bearer_auth(self, token: impl fmt::Display) -> Self {
+        self.map(|request| request.bearer_auth(token))
+    }
+
+    /// Sets the body.
+    pub fn body(self, body: impl Into<Body>) -> Self {
+        self.map(|request| request.body(body))
+    }
+
+    /// Sets the body to this value as JSON.
+    pub fn json<T: Serialize + ?Sized>(self, json: &T) -> Self {
+        self.map(|request| request.json(json))
+    }
+
+    /// Sets the body to this value as a form.
+    pub fn form<T: Serialize + ?Sized>(self, form: &T) -> Self {
+        self.map(|request| request.form(form))
+    }
+
+    /// Appends to the query of the URL.
+    pub fn query<T: Serialize + ?Sized>(self, query: &T) -> Self {
+        self.map(|request| request.query(query))
+    }
+
+    /// Sets the version of HTTP.
+    pub fn version(self, version: Version) -> Self {
+        self.map(|request| request.version(version))
+    }
+
+    /// The timeout of this call, instead of the client's; `None` for none.
+    pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.timeout = timeout.into();
+        self
+    }
+
+    /// Declares that sending this request twice is the same as once, so that it may be tried again.
+    pub fn idempotent(mut self) -> Self {
+        self.idempotent = true;
+        self
+    }
+
+    /// Keeps the permits during a back-off, so that calls that began later cannot come between.
+    pub(crate) fn keeping_permits(mut self) -> Self {
+        self.keeps_permits = true;
+        self
+    }
+
+    /// Sends the request, and again as the client's policy says. Any status is `Ok`, as in reqwest.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the connection is given up, and permits, probe slot
+    /// and unspent retry budget are back when the drop returns. Whether the server saw the request is unknown; the
+    /// same holds of the response's body, which is dropped by dropping the response.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how
+    /// the network failed. A timeout while the body is read is an error of reading it, for which
+    /// [`reqwest::Error::is_timeout`] holds.
+    pub async fn send(self) -> Result<Response, RequestError> {
+        let deadline = Deadline::new(self.timeout);
+        let request = self.request?.build()?;
+        let repeatable =
+            self.idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
+        let call = Call {
+            origin: self.client.shared.origins.of(request.url()),
+            client: &self.client.shared,
+            request: Some(request),
+            repeatable,
+            keeps_permits: self.keeps_permits,
+            deadline,
+            attempts: 0,
+        };
+        call.run().await
+    }
+}
+
+/// A call in progress.
+struct Call<'a> {
+    client: &'a Shared,
+    origin: Arc<Origin>,
+    /// None once the only copy of a request that cannot be copied was sent.
+    request: Option<Request>,
+    repeatable: bool,
+    keeps_permits: bool,
+    deadline: Deadline,
+    attempts: u32,
+}
+
+/// An attempt that brought no response.
+struct Failed {
+    error: RequestError,
+    /// No connection came about, so the server cannot have seen the request.
+    unsent: bool,
+    /// The origin is to blame.
+    charged: bool,
+}
+
+/// Another attempt: when, and the token that pays for it.
+struct Again<'a> {
+    at: Instant,
+    token: Token<'a>,
+}
+
+impl<'a> Call<'a> {
+    async fn run(mut self) -> Result<Response, RequestError> {
+        let mut kept = None;
+        let mut token: Option<Token<'_>> = None;
+        loop {
+            let permits = match kept.take() {
+                Some(permits) => permits,
+                None => self.acquire().await?,
+            };
+            let admission = self.origin.admit().map_err(|open| self.circuit_open(open.retry_after))?;
+            match token.take() {
+                Some(token) => token.spend(),
+                None => self.client.budget.iter().for_each(Budget::deposit),
+            }
+            let result = self.attempt().await;
+            let (result, admission) = self.judge(result, admission);
+            let Some(again) = self.again(&result) else {
+                return result
+                    .map(|response| self.finish(response, Hold::new(admission, permits)))
+                    .map_err(|f| f.error);
+            };
+            #[cfg(feature = "tracing")]
+            tracing::debug!(origin = %self.origin.name, attempt = self.attempts, "trying again");
+            if let Ok(response) = result {
+                self.drain(response).await;
+            }
+            kept = self.keeps_permits.then_some(permits);
+            // The wait ends before the deadline, or `again` would not have asked for it.
+            sleep_until(again.at).await;
+            token = Some(again.token);
+        }
+    }
+
+    async fn acquire(&self) -> Result<Permits, RequestError> {
+        // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
+        if let Some(retry_after) = self.origin.breaker.as_ref().and_then(CircuitBreaker::refusal) {
+            return Err(self.circuit_open(retry_after));
+        }
+        let phase = if self.attempts == 0 { Phase::Permit } else { Phase::Backoff };
+        within(self.deadline.end(), self.client.limits.acquire(&self.origin))
+            .await
+            .unwrap_or_else(|| Err(self.deadline.timed_out(phase, self.attempts)))
+    }
+
+    async fn attempt(&mut self) -> Result<Response, Failed> {
+        self.attempts += 1;
+        let options = &self.client.options;
+        let (client, mut request) = match (self.client.reqwest(), self.next_request()) {
+            (Ok(client), Some(request)) => (client, request),
+            (Err(error), _) => return Err(Failed { error, unsent: true, charged: false }),
+            (_, None) => unreachable!("`again` asks for another attempt only while there is a request to send"),
+        };
+        if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
+            request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
+        }
+        let upload = Upload::start();
+        if let (Some(_), Some(body)) = (options.idle_timeout, request.body_mut().take()) {
+            *request.body_mut() = Some(upload.watch(body));
+        }
+        let end = self.deadline.part(options.attempt_timeout);
+        match watched(client.execute(request), end, options.idle_timeout, &upload).await {
+            Some(Ok(response)) => Ok(response),
+            Some(Err(error)) => Err(self.failed(error)),
+            None => {
+                let error = self.deadline.timed_out(Phase::Response, self.attempts);
+                Err(Failed { error, unsent: false, charged: true })
+            }
+        }
+    }
+
+    /// A copy if another attempt may need one, else the request itself.
+    fn next_request(&mut self) -> Option<Request> {
+        let more = self.client.options.retry.as_ref().is_some_and(|retry| self.attempts <= retry.retries);
+        let copy = self.request.as_ref().filter(|_| more).and_then(Request::try_clone);
+        copy.or_else(|| self.request.take())
+    }
+
+    fn failed(&self, error: reqwest::Error) -> Failed {
+        let unsent = error.is_connect();
+        // Wrong requests and endless redirects are no sign of a sick origin.
+        let charged = !error.is_builder() && !error.is_redirect();
+        let error = if error.is_timeout() {
+            let phase = if unsent { Phase::Connect } else { Phase::Response };
+            self.deadline.timed_out(phase, self.attempts)
+        } else {
+            RequestError::from(error)
+        };
+        Failed { error, unsent, charged }
+    }
+
+    /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
+    fn judge(
+        &self,
+        result: Result<Response, Failed>,
+        admission: Option<BreakerPermit>,
+    ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
+        let Some(mut admission) = admission else { return (result, None) };
+        admission.stop_clock();
+        match &result {
+            Err(failed) if failed.charged => admission.failure(),
+            Err(_) => admission.ignore(),
+            Ok(response) => {
+                if origin_name(response.url()) != self.origin.name {
+                    // The first origin did its part; another one answered after the redirect, if its circuit lets it.
+                    admission.success();
+                    match self.client.origins.of(response.url()).admit() {
+                        Ok(Some(other)) => admission = other,
+                        Ok(None) | Err(_) => return (result, None),
+                    }
+                }
+                if !is_failure(response.status()) {
+                    return (result, Some(admission));
+                }
+                admission.failure();
+            }
+        }
+        (result, None)
+    }
+
+    /// Whether there is another attempt after this result.
+    fn again(&self, result: &Result<Response, Failed>) -> Option<Again<'a>> {
+        let retry = self.client.options.retry.as_ref()?;
+        let (passing, unsent, asked) = match result {
+            Ok(response) => {
+                (is_retryable(response.status()), false, retry_after(response.headers(), SystemTime::now()))
+            }
+            Err(failed) => (failed.charged, failed.unsent, None),
+        };
+        let possible =
+            passing && (self.repeatable || unsent) && self.request.is_some() && self.attempts <= retry.retries;
+        if !possible || self.origin.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some()) {
+            return None;
+        }
+        let at = Instant::now().checked_add(retry.wait(self.attempts, asked)?)?;
+        if self.deadline.is_past(at) {
+            return None;
+        }
+        Some(Again { at, token: self.client.budget.as_ref()?.take()? })
+    }
+
+    /// Reads the rest of an unwanted body, within limits, so that the next attempt finds its connection free.
+    async fn drain(&self, mut response: Response) {
+        let read = async {
+            let mut left = DRAIN_BYTES;
+            while let Ok(Some(chunk)) = response.chunk().await {
+                match left.checked_sub(chunk.len()) {
+                    Some(less) => left = less,
+                    None => break,
+                }
+            }
+        };
+        // A drain that was cut is as good as one that was finished: the connection is not used again.
+        within(self.deadline.part(Some(DRAIN_TIMEOUT)), read).await;
+    }
+
+    fn finish(&self, response: Response, hold: Hold) -> Response {
+        let options = &self.client.options;
+        let limits = BodyLimits {
+            deadline: self.deadline,
+            idle: options.idle_timeout,
+            max_bytes: options.max_body,
+            attempts: self.attempts,
+        };
+        guard(response, hold, limits)
+    }
+
+    fn circuit_open(&self, retry_after: Duration) -> RequestError {
+        RequestError::CircuitOpen { origin: self.origin.name.clone(), retry_after }
+    }
+}
