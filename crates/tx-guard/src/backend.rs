@@ -1,0 +1,120 @@
+//! What differs between databases, behind one sealed trait.
+//!
+//! Invariant: everything a driver does is said in terms of one connection and its probe. Pools, reaping and
+//! outcomes are the same for all databases and live elsewhere.
+
+use std::future::Future;
+
+use sqlx::{Connection, Database};
+use sqlx_core::transaction::TransactionManager;
+
+use crate::TxError;
+
+/// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
+pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
+
+/// A database whose transactions can be guarded: [`sqlx::Sqlite`] and [`sqlx::Postgres`], each behind the feature
+/// of its name. Sealed.
+pub trait Backend: Driver {}
+
+/// How a `COMMIT` ended when it did not succeed.
+#[derive(Debug)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum CommitFailure {
+    /// An earlier error had aborted the transaction; COMMIT was not sent.
+    Aborted(sqlx::Error),
+    /// There was no transaction any more.
+    Lost(&'static str),
+    /// The database refused and rolled back.
+    Refused(sqlx::Error),
+    /// COMMIT was sent and no answer came.
+    Unknown(sqlx::Error),
+}
+
+/// The sealed half of [`Backend`].
+#[expect(unnameable_types, reason = "this is what seals `Backend`")]
+pub trait Driver: Database {
+    /// The name people know the database by.
+    const TITLE: &'static str;
+
+    /// What a session learns about its connection once, to be able to cancel what runs on it.
+    type Probe: Send + Sync + 'static;
+
+    /// The means of cancelling from outside, one for a pool.
+    type Canceller: Default + Send + Sync + 'static;
+
+    /// Describes where the options lead to, without credentials.
+    fn target(options: &Options<Self>) -> String;
+
+    /// Says which kind of failure an error of opening a connection is.
+    fn connect_error(target: String, error: sqlx::Error) -> TxError;
+
+    /// Learns what `cancel` will need. For an owned session this is also where its settings are made.
+    fn probe(
+        conn: &mut Self::Connection,
+        ownership: Ownership,
+    ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+
+    /// Opens what `cancel` needs ahead of its first use.
+    fn warm(
+        canceller: &Self::Canceller,
+        options: &Options<Self>,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Begins a transaction.
+    fn begin(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether the transaction of the guard has ended without the guard.
+    fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
+
+    /// Keeps further statements of a lost transaction from being committed one by one.
+    fn fence(conn: &mut Self::Connection);
+
+    /// Commits, and leaves sqlx's depth as it is on the server: 1 where a rollback is still due, else 0.
+    fn commit(
+        conn: &mut Self::Connection,
+        probe: &Self::Probe,
+    ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
+
+    /// Waits for what still runs, and rolls back until the connection is idle and clean.
+    fn rollback(
+        conn: &mut Self::Connection,
+        probe: &Self::Probe,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Cancels the statement that runs on the connection of `probe`. `Ok` means that the cancel cannot
+    /// arrive after the next clean round trip on that connection.
+    fn cancel(
+        canceller: &Self::Canceller,
+        options: &Options<Self>,
+        probe: &Self::Probe,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Ends the session of `probe` from outside.
+    fn terminate(
+        canceller: &Self::Canceller,
+        options: &Options<Self>,
+        probe: &Self::Probe,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Interrupts what runs on the connection without waiting, where that can be done.
+    fn interrupt(probe: &Self::Probe);
+
+    /// Closes what `warm` and `cancel` have opened.
+    fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
+}
+
+/// Whose connection a session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Ownership {
+    /// Ours: opened by the pool, for guards alone.
+    Owned,
+    /// Borrowed from the user's own sqlx pool, whose settings are not ours to change.
+    Wrapped,
+}
+
+/// sqlx's own notion of how deep the connection is in transactions.
+pub(crate) fn depth<DB: Database>(conn: &DB::Connection) -> usize {
+    DB::TransactionManager::get_transaction_depth(conn)
+}

@@ -1,0 +1,201 @@
+//! What can go wrong, one variant for each thing a caller can do about it.
+//!
+//! Invariant: no text of an error contains credentials. A target is described by its host and
+//! database (or its file), never by its URL.
+
+use std::io;
+use std::time::Duration;
+
+use crate::OutcomeHandle;
+
+/// Why a pool could not be opened, or a transaction not begun, used or ended.
+///
+/// `From<sqlx::Error>` lets `?` carry the error of a statement, and `From<TxError> for sqlx::Error` lets a
+/// function that returns `sqlx::Error` use a guard.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum TxError {
+    /// The database URL could not be understood, or names another kind of database.
+    #[error("the {database} URL is not valid: {reason}")]
+    InvalidUrl {
+        /// The kind of database that was asked for, such as `PostgreSQL`.
+        database: &'static str,
+        /// What is wrong with the URL, without quoting it.
+        reason: String,
+    },
+    /// An option of the builder is out of its range.
+    #[error("the option {option} is not valid: {reason}")]
+    InvalidOption {
+        /// The name of the builder's method.
+        option: &'static str,
+        /// What is wrong with its value.
+        reason: &'static str,
+    },
+    /// The server answered, but the database (or the file) does not exist or cannot be opened.
+    #[error("the database {target} does not exist or cannot be opened")]
+    MissingDatabase {
+        /// The database and its server, or the file.
+        target: String,
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// The server did not answer: it is down, or the address is wrong.
+    #[error("the server of {target} cannot be reached")]
+    Unreachable {
+        /// The database and its server, or the file.
+        target: String,
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// The server answered and refused the connection: wrong credentials, or no session left.
+    #[error("the server of {target} refused the connection")]
+    Refused {
+        /// The database and its server, or the file.
+        target: String,
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// Opening a connection took longer than the builder's `connect_timeout`.
+    #[error("no connection to {target} was established within {timeout:?}")]
+    ConnectTimeout {
+        /// The database and its server, or the file.
+        target: String,
+        /// The timeout that passed.
+        timeout: Duration,
+    },
+    /// Every connection of the pool stayed in use for the whole acquire timeout.
+    #[error("all {max_connections} connections to {target} stayed in use for {timeout:?}")]
+    PoolExhausted {
+        /// The database and its server, or the file.
+        target: String,
+        /// How many connections the pool may hold.
+        max_connections: u32,
+        /// The timeout that passed.
+        timeout: Duration,
+    },
+    /// The pool has been closed.
+    #[error("the pool is closed")]
+    Closed,
+    /// The operation was polled outside a tokio runtime.
+    #[error("transactions need a tokio runtime, and there is none here")]
+    NoRuntime,
+    /// An earlier statement had failed, so the database could only roll back. Nothing was committed.
+    #[error("the transaction was already aborted by an earlier error and is rolled back")]
+    Aborted {
+        /// What the database said to the commit.
+        source: sqlx::Error,
+    },
+    /// The transaction ended behind the guard's back. Nothing was committed by the guard.
+    #[error("the transaction was lost: {reason}")]
+    Lost {
+        /// What ended it, as far as it can be told.
+        reason: &'static str,
+    },
+    /// COMMIT was sent and its answer never came: the transaction may have been committed or not.
+    #[error("the connection failed while COMMIT was under way: whether it was committed is unknown")]
+    Unknown {
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// A statement failed, or the database refused to begin or to commit (and rolled back).
+    #[error("the database refused the operation")]
+    Database(#[source] sqlx::Error),
+}
+
+impl TxError {
+    /// The connection could not be opened: URL, server, database, credentials or time.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use cancel_safe_tx_guard::TxPool;
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let error = TxPool::<sqlx::Sqlite>::connect("sqlite:///no/such/directory/db").await.unwrap_err();
+    /// assert!(error.is_connect());
+    /// # });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_connect(&self) -> bool {
+        matches!(
+            self,
+            Self::InvalidUrl { .. }
+                | Self::MissingDatabase { .. }
+                | Self::Unreachable { .. }
+                | Self::Refused { .. }
+                | Self::ConnectTimeout { .. }
+        )
+    }
+
+    /// A time limit passed: connecting, or waiting for a free connection. Trying again later may help.
+    #[must_use]
+    pub fn is_timeout(&self) -> bool {
+        matches!(self, Self::ConnectTimeout { .. } | Self::PoolExhausted { .. })
+    }
+
+    /// The transaction may have been committed or not, and only the data can tell.
+    #[must_use]
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Self::Unknown { .. })
+    }
+
+    /// The transaction had ended before `commit` was called: [`Aborted`](Self::Aborted) or [`Lost`](Self::Lost).
+    #[must_use]
+    pub fn is_rolled_back(&self) -> bool {
+        matches!(self, Self::Aborted { .. } | Self::Lost { .. })
+    }
+
+    /// The error of the driver underneath, if there is one.
+    #[must_use]
+    pub fn as_sqlx(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::MissingDatabase { source, .. }
+            | Self::Unreachable { source, .. }
+            | Self::Refused { source, .. }
+            | Self::Aborted { source }
+            | Self::Unknown { source }
+            | Self::Database(source) => Some(source),
+            _ => None,
+        }
+    }
+}
+
+impl From<sqlx::Error> for TxError {
+    fn from(error: sqlx::Error) -> Self {
+        match error {
+            sqlx::Error::PoolClosed => Self::Closed,
+            error => Self::Database(error),
+        }
+    }
+}
+
+impl From<TxError> for sqlx::Error {
+    /// A driver's error comes out as itself; ours travels as the source of an `Io` error.
+    fn from(error: TxError) -> Self {
+        match error {
+            TxError::Database(error) => error,
+            TxError::Closed => Self::PoolClosed,
+            TxError::PoolExhausted { .. } => Self::PoolTimedOut,
+            error => Self::Io(io::Error::other(error)),
+        }
+    }
+}
+
+/// Why [`commit_within`](crate::TransactionGuard::commit_within) did not say "committed".
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CommitError {
+    /// The time passed while COMMIT was under way. It goes on, and the handle tells how it ends.
+    #[error("the commit is still under way")]
+    Pending(OutcomeHandle),
+    /// The commit ended within the time, without success.
+    #[error(transparent)]
+    Failed(#[from] TxError),
+}
+
+impl CommitError {
+    /// The commit is still under way.
+    #[must_use]
+    pub fn is_pending(&self) -> bool {
+        matches!(self, Self::Pending(_))
+    }
+}

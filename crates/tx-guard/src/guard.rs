@@ -1,0 +1,204 @@
+//! The guard: a transaction that cannot outlive its owner.
+//!
+//! Invariant: a guard that is dropped before `commit` was polled never commits, wherever and however it is dropped.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::backend::Backend;
+use crate::commit;
+use crate::pool::PoolSource;
+use crate::reaper::{self, Open, Shield};
+use crate::{CommitError, OutcomeHandle, TxError};
+
+/// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
+///
+/// It dereferences to the connection, so `&mut *tx` runs sqlx statements. Dropping it cancels the statement that
+/// still runs on the server, rolls back, and gives the connection back to its pool, all without the caller.
+///
+/// # Comparison with `sqlx::Transaction`
+///
+/// Dropping a `sqlx::Transaction` only queues a `ROLLBACK` behind whatever still runs; its row locks stay until then.
+/// It has no outcome to ask for, `commit` says `Ok` where PostgreSQL has rolled back, and it borrows its pool's type
+/// with a lifetime. A guard has no lifetime and can be sent to any task.
+#[must_use = "a guard that is dropped at once rolls its transaction back at once"]
+pub struct TransactionGuard<DB: Backend> {
+    /// Taken only by the methods that consume the guard, and by its drop.
+    open: Option<Open<DB>>,
+    doomed: Option<&'static str>,
+}
+
+/// The proof behind the `expect`s below.
+const HELD: &str = "the transaction is taken only by methods that consume the guard";
+
+impl<DB: Backend> TransactionGuard<DB> {
+    pub(crate) fn hold(open: Open<DB>) -> Self {
+        Self { open: Some(open), doomed: None }
+    }
+
+    /// Begins a transaction on `pool`: a [`TxPool`](crate::TxPool), for which this is the same as
+    /// [`begin`](crate::TxPool::begin), or an `sqlx::Pool`, which is wrapped for this one transaction.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped while it waits for a connection, nothing has happened. If dropped while
+    /// the transaction is being begun, it is rolled back and its connection goes back to the pool.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::begin`](crate::TxPool::begin).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use cancel_safe_tx_guard::{TransactionGuard, TxPool};
+    /// use sqlx::Sqlite;
+    ///
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = TxPool::<Sqlite>::connect("sqlite::memory:").await?;
+    /// let mut tx: TransactionGuard<Sqlite> = TransactionGuard::new(&db).await?;
+    /// sqlx::query("CREATE TABLE account (id INTEGER)").execute(&mut *tx).await?;
+    /// tx.commit().await?;
+    /// # Ok::<(), cancel_safe_tx_guard::TxError>(())
+    /// # }).unwrap();
+    /// # }
+    /// ```
+    pub async fn new<P: PoolSource<Database = DB>>(pool: &P) -> Result<Self, TxError> {
+        pool.tx_pool().begin().await
+    }
+
+    /// Commits, and says `Ok` only when the database has confirmed it.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT is driven to its end
+    /// on the runtime, and a handle taken before with [`outcome_handle`](Self::outcome_handle) tells how it ended.
+    /// If it is never polled, the transaction is rolled back.
+    ///
+    /// # Errors
+    ///
+    /// - [`TxError::Aborted`]: a statement had failed before, so PostgreSQL could only roll back.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back.
+    /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
+    /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work.
+    pub async fn commit(mut self) -> Result<(), TxError> {
+        self.shielded_commit().await
+    }
+
+    /// Commits, but waits for it no longer than `within`.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped. If dropped before completion, the commit goes on as after
+    /// [`commit`](Self::commit).
+    ///
+    /// # Errors
+    ///
+    /// [`CommitError::Pending`] with a handle when the time has passed and the commit goes on, and
+    /// [`CommitError::Failed`] with the error of [`commit`](Self::commit).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use std::time::Duration;
+    /// use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxPool};
+    ///
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// # let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// let tx = db.begin().await.unwrap();
+    /// let outcome = match tx.commit_within(Duration::from_secs(1)).await {
+    ///     Ok(()) => CommitOutcome::Committed,
+    ///     Err(CommitError::Pending(handle)) => handle.outcome().await,
+    ///     Err(_) => CommitOutcome::RolledBack,
+    /// };
+    /// assert_eq!(outcome, CommitOutcome::Committed);
+    /// # });
+    /// # }
+    /// ```
+    pub async fn commit_within(mut self, within: Duration) -> Result<(), CommitError> {
+        let handle = self.outcome_handle();
+        match timeout(within, self.shielded_commit()).await {
+            Ok(committed) => Ok(committed?),
+            Err(_) => Err(CommitError::Pending(handle)),
+        }
+    }
+
+    /// Rolls back, cancelling a statement that a dropped future has left running.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped. If dropped before completion, or never polled, the
+    /// transaction is rolled back all the same.
+    ///
+    /// # Errors
+    ///
+    /// [`TxError::Database`] if the connection failed. Nothing was committed then either: the server rolls back what
+    /// a closed connection leaves behind.
+    pub async fn rollback(mut self) -> Result<(), TxError> {
+        let open = self.take();
+        Shield::new(open.runtime.clone(), reaper::settle(open)).await.map_err(TxError::Database)
+    }
+
+    /// A handle that tells how this transaction will have ended, even after a dropped commit.
+    #[must_use]
+    pub fn outcome_handle(&self) -> OutcomeHandle {
+        self.held().outcome.handle()
+    }
+
+    fn held(&self) -> &Open<DB> {
+        self.open.as_ref().expect(HELD)
+    }
+
+    fn take(&mut self) -> Open<DB> {
+        self.open.take().expect(HELD)
+    }
+
+    fn shielded_commit(&mut self) -> Shield<Result<(), TxError>> {
+        let mut open = self.take();
+        open.ticket.settling();
+        Shield::new(open.runtime.clone(), commit::commit(open, self.doomed))
+    }
+}
+
+impl<DB: Backend> Deref for TransactionGuard<DB> {
+    type Target = DB::Connection;
+
+    fn deref(&self) -> &DB::Connection {
+        self.held().slot.connection()
+    }
+}
+
+impl<DB: Backend> DerefMut for TransactionGuard<DB> {
+    /// Looks at the transaction's depth on the way: a nested `begin` that was cancelled has ended this transaction,
+    /// and what is run after it must not be committed statement by statement.
+    fn deref_mut(&mut self) -> &mut DB::Connection {
+        let (conn, probe) = self.open.as_mut().expect(HELD).slot.parts();
+        if self.doomed.is_none() && DB::is_lost(conn, probe) {
+            self.doomed = Some("a nested begin was cancelled inside the guard, or the database rolled back by itself");
+            DB::fence(conn);
+        }
+        conn
+    }
+}
+
+impl<DB: Backend> Drop for TransactionGuard<DB> {
+    fn drop(&mut self) {
+        if let Some(mut open) = self.open.take() {
+            open.ticket.settling();
+            // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and
+            // the connection is closed.
+            drop(open.runtime.clone().spawn(reaper::settle(open)));
+        }
+    }
+}
+
+impl<DB: Backend> fmt::Debug for TransactionGuard<DB> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TransactionGuard").field("doomed", &self.doomed).finish_non_exhaustive()
+    }
+}

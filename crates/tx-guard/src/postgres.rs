@@ -1,0 +1,184 @@
+//! PostgreSQL: cancelling and terminating over a connection of its own, and a commit that proves itself.
+//!
+//! Invariant: a cancel is acknowledged before the connection it was meant for is used again, so it can never
+//! hit the statement of another transaction.
+
+use futures_util::{FutureExt, StreamExt};
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
+use sqlx::{ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use sqlx_core::transaction::TransactionManager;
+use tokio::sync::Mutex;
+
+use crate::TxError;
+use crate::backend::{Backend, CommitFailure, Driver, Options, Ownership, depth};
+
+type Manager = <Postgres as Database>::TransactionManager;
+
+/// How often a rollback is tried: each statement that was left behind may answer with one error.
+const ROLLBACK_ATTEMPTS: usize = 16;
+
+/// Lets the server notice within half a second that the client has gone. From version 14 on.
+const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
+
+/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
+/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
+const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
+
+/// Begins a transaction and spoils it at once, so that each later statement is refused.
+const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
+
+impl Backend for Postgres {}
+
+impl Driver for Postgres {
+    const TITLE: &'static str = "PostgreSQL";
+    /// The process id of the backend.
+    type Probe = i32;
+    type Canceller = Mutex<Option<PgConnection>>;
+
+    fn target(options: &Options<Self>) -> String {
+        let database = options.get_database().unwrap_or("(default)");
+        match options.get_socket() {
+            Some(socket) => format!("{database:?} at {}", socket.display()),
+            None => format!("{database:?} at {}:{}", options.get_host(), options.get_port()),
+        }
+    }
+
+    fn connect_error(target: String, source: sqlx::Error) -> TxError {
+        match &source {
+            sqlx::Error::Database(error) => match error.code().as_deref() {
+                Some("3D000") => TxError::MissingDatabase { target, source },
+                _ => TxError::Refused { target, source },
+            },
+            sqlx::Error::Configuration(_) => {
+                TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
+            }
+            _ => TxError::Unreachable { target, source },
+        }
+    }
+
+    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<i32, sqlx::Error> {
+        let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
+        if ownership == Ownership::Owned && can_check {
+            // Not every operating system can do it; the server then refuses the setting, and goes without.
+            match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
+                Ok(_) | Err(sqlx::Error::Database(_)) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        sqlx::query_scalar("SELECT pg_backend_pid()").persistent(false).fetch_one(conn).await
+    }
+
+    async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+        let mut warm = canceller.lock().await;
+        if warm.is_none() {
+            *warm = Some(options.connect().await?);
+        }
+        Ok(())
+    }
+
+    async fn begin(conn: &mut PgConnection, _: &i32) -> Result<(), sqlx::Error> {
+        Manager::begin(conn, None).await
+    }
+
+    fn is_lost(conn: &PgConnection, _: &i32) -> bool {
+        depth::<Self>(conn) == 0
+    }
+
+    fn fence(conn: &mut PgConnection) {
+        // One poll writes the message into the connection's buffer, ahead of whatever the caller sends next. Dropped
+        // after that it changes nothing, since sqlx's depth is zero.
+        Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
+    }
+
+    async fn commit(conn: &mut PgConnection, _: &i32) -> Result<(), CommitFailure> {
+        let mut sent = false;
+        let mut failure = None;
+        {
+            let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(&mut *conn);
+            while let Some(answer) = answers.next().await {
+                match answer {
+                    // The row of the SELECT has come, so COMMIT has been run.
+                    Ok(Either::Right(_)) => sent = true,
+                    Ok(Either::Left(_)) => {}
+                    Err(error) => failure = Some(error),
+                }
+            }
+        }
+        let Some(error) = failure else { return Ok(()) };
+        if !is_refusal(&error) {
+            return Err(CommitFailure::Unknown(error));
+        }
+        if !sent {
+            return Err(CommitFailure::Aborted(error));
+        }
+        // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
+        // log, while sqlx still counts one: open an empty one for the rollback to end.
+        let lost = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
+        match sqlx::raw_sql("BEGIN").execute(conn).await {
+            Ok(_) if lost => Err(CommitFailure::Lost("its SQL had ended the transaction already")),
+            Ok(_) | Err(_) => Err(CommitFailure::Refused(error)),
+        }
+    }
+
+    async fn rollback(conn: &mut PgConnection, _: &i32) -> Result<(), sqlx::Error> {
+        if depth::<Self>(conn) == 0 {
+            return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
+        }
+        for _ in 0..ROLLBACK_ATTEMPTS {
+            match Manager::rollback(conn).await {
+                // The error of a statement that was left behind, or a cancel that hit the ROLLBACK itself.
+                Err(sqlx::Error::Database(_)) => {}
+                ended => return ended,
+            }
+        }
+        Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
+    }
+
+    async fn cancel(canceller: &Self::Canceller, options: &PgConnectOptions, pid: &i32) -> Result<(), sqlx::Error> {
+        signal(canceller, options, "SELECT pg_cancel_backend($1)", *pid).await
+    }
+
+    async fn terminate(canceller: &Self::Canceller, options: &PgConnectOptions, pid: &i32) -> Result<(), sqlx::Error> {
+        signal(canceller, options, "SELECT pg_terminate_backend($1)", *pid).await
+    }
+
+    /// Only a round trip can do it.
+    fn interrupt(_: &i32) {}
+
+    async fn cool(canceller: &Self::Canceller) {
+        if let Some(conn) = canceller.lock().await.take() {
+            // A server that is gone needs no farewell.
+            drop(conn.close().await);
+        }
+    }
+}
+
+/// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
+fn is_refusal(error: &sqlx::Error) -> bool {
+    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
+        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
+        None => false,
+    }
+}
+
+/// Runs `sql` on the warm connection. It is put back only after a complete answer, so a call that was dropped or has
+/// failed leaves nothing behind that could be mistaken for the answer to the next one.
+async fn signal(
+    canceller: &Mutex<Option<PgConnection>>,
+    options: &PgConnectOptions,
+    sql: &'static str,
+    pid: i32,
+) -> Result<(), sqlx::Error> {
+    let mut warm = canceller.lock().await;
+    if let Some(mut conn) = warm.take() {
+        // A warm connection may have died since: then the signal was not sent, or will do no harm to be sent twice.
+        if sqlx::query(sql).bind(pid).execute(&mut conn).await.is_ok() {
+            *warm = Some(conn);
+            return Ok(());
+        }
+    }
+    let mut conn = options.connect().await?;
+    sqlx::query(sql).bind(pid).execute(&mut conn).await?;
+    *warm = Some(conn);
+    Ok(())
+}

@@ -1,0 +1,210 @@
+//! What happens to a transaction after its caller has gone.
+//!
+//! Invariant: a connection goes back to its pool only after it was seen idle and clean. Whatever is dropped
+//! before that, by a caller or by the end of the runtime, closes its connection instead.
+
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::future::{BoxFuture, join};
+use sqlx::Connection;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::backend::Backend;
+use crate::commit::OutcomeCell;
+use crate::pool::{Shared, Slot};
+
+/// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
+const DRAIN_GRACE: Duration = Duration::from_millis(1);
+
+/// How long cancelling and rolling back may take before the session is terminated.
+const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How many errors of abandoned statements are read over before a connection is given up.
+const PING_ATTEMPTS: usize = 16;
+
+/// A future that is polled in place, and that finishes on the runtime if it is dropped after its first poll.
+pub(crate) struct Shield<T: Send + 'static> {
+    future: Option<BoxFuture<'static, T>>,
+    runtime: Handle,
+    polled: bool,
+}
+
+impl<T: Send + 'static> Shield<T> {
+    pub(crate) fn new(runtime: Handle, future: impl Future<Output = T> + Send + 'static) -> Self {
+        Self { future: Some(Box::pin(future)), runtime, polled: false }
+    }
+}
+
+impl<T: Send + 'static> Future for Shield<T> {
+    type Output = T;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
+        self.polled = true;
+        // Taken out for the poll, so that a future that panics in it is not polled again by the runtime.
+        let mut future = self.future.take().expect("a future is not polled again after it has completed");
+        let polled = future.as_mut().poll(cx);
+        if polled.is_pending() {
+            self.future = Some(future);
+        }
+        polled
+    }
+}
+
+impl<T: Send + 'static> Drop for Shield<T> {
+    fn drop(&mut self) {
+        if let Some(future) = self.future.take_if(|_| self.polled) {
+            // A runtime that has shut down drops the future here, and the slot inside closes its connection.
+            drop(self.runtime.spawn(future));
+        }
+    }
+}
+
+/// A transaction and all that belongs to it. The order of the fields is the order of their drops: the connection is
+/// given back or closed, then the outcome is told, and only then does the pool count the transaction as ended.
+pub(crate) struct Open<DB: Backend> {
+    pub(crate) slot: Slot<DB>,
+    pub(crate) outcome: OutcomeCell,
+    pub(crate) runtime: Handle,
+    pub(crate) ticket: Ticket,
+    pub(crate) shared: Arc<Shared<DB>>,
+}
+
+impl<DB: Backend> Open<DB> {
+    /// Gives the connection back. Only for one that was seen idle and clean.
+    pub(crate) async fn release(self) {
+        let closed = self.shared.work.is_closed();
+        self.slot.release(closed).await;
+    }
+}
+
+/// Ends a transaction whose statement may still run: a moment to finish, then a cancel from outside, then the
+/// rollback. Past [`SETTLE_LIMIT`] the session is terminated.
+///
+/// # Errors
+///
+/// The connection failed and was closed; the server rolls back what it had.
+pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::Error> {
+    open.ticket.settling();
+    let shared = Arc::clone(&open.shared);
+    let (conn, probe) = open.slot.parts();
+    let ended = timeout(SETTLE_LIMIT, async {
+        {
+            let mut rollback = pin!(DB::rollback(conn, probe));
+            if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
+                return ended;
+            }
+            // The cancel is polled first: a rollback that ends in the same moment must find it sent.
+            let (acknowledged, ended) = join(DB::cancel(&shared.canceller, &shared.options, probe), rollback).await;
+            ended?;
+            // Without an acknowledgement the cancel may still be on its way to this session: close it.
+            acknowledged?;
+        }
+        // The acknowledged cancel is behind this round trip.
+        ping(conn).await
+    })
+    .await;
+    match ended {
+        Ok(Ok(())) => {
+            open.release().await;
+            Ok(())
+        }
+        Ok(Err(error)) => Err(error),
+        Err(_) => {
+            let (_, probe) = open.slot.parts();
+            // If this fails as well, the server finds out by itself that the client has closed.
+            drop(timeout(SETTLE_LIMIT, DB::terminate(&shared.canceller, &shared.options, probe)).await);
+            Ok(())
+        }
+    }
+}
+
+/// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs there that could be cancelled.
+pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
+    open.ticket.settling();
+    let (conn, probe) = open.slot.parts();
+    if let Ok(Ok(())) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
+        open.release().await;
+    }
+}
+
+async fn ping<C: Connection>(conn: &mut C) -> Result<(), sqlx::Error> {
+    for _ in 0..PING_ATTEMPTS {
+        match conn.ping().await {
+            Err(sqlx::Error::Database(_)) => {}
+            answered => return answered,
+        }
+    }
+    Err(sqlx::Error::Protocol("the connection does not come to rest".into()))
+}
+
+/// How many transactions of a pool are under way.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Load {
+    /// In the hands of their users.
+    pub(crate) open: usize,
+    /// Being committed or rolled back.
+    pub(crate) settling: usize,
+    closed: bool,
+}
+
+/// Counts the transactions of a pool, so that closing it can wait for them.
+#[derive(Debug, Default)]
+pub(crate) struct Work(watch::Sender<Load>);
+
+impl Work {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.0.borrow().closed
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.send_modify(|load| load.closed = true);
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        *self.0.borrow()
+    }
+
+    /// Waits until no transaction is under way.
+    pub(crate) async fn idle(&self) {
+        // The sender is borrowed here, so it is not gone and the wait cannot fail.
+        drop(self.0.subscribe().wait_for(|load| load.open + load.settling == 0).await);
+    }
+}
+
+/// One transaction's place in the count.
+pub(crate) struct Ticket {
+    work: Arc<Work>,
+    settling: bool,
+}
+
+impl Ticket {
+    pub(crate) fn new(work: &Arc<Work>) -> Self {
+        work.0.send_modify(|load| load.open += 1);
+        Self { work: Arc::clone(work), settling: false }
+    }
+
+    /// Moves the transaction from its user's hands to ours.
+    pub(crate) fn settling(&mut self) {
+        if !self.settling {
+            self.settling = true;
+            self.work.0.send_modify(|load| {
+                load.open -= 1;
+                load.settling += 1;
+            });
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        self.work.0.send_modify(|load| match self.settling {
+            true => load.settling -= 1,
+            false => load.open -= 1,
+        });
+    }
+}

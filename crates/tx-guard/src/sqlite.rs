@@ -1,0 +1,192 @@
+//! SQLite: hooks on the connection see and stop what no statement can.
+//!
+//! Invariant: while a guard is open, nothing is committed on its connection. A commit hook turns every
+//! COMMIT that is not the guard's own into a rollback, so neither a raw `COMMIT` in SQL nor a statement
+//! that runs after the transaction was lost can become permanent.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{Connection, Database, Sqlite, SqliteConnection};
+use sqlx_core::transaction::TransactionManager;
+
+use crate::TxError;
+use crate::backend::{Backend, CommitFailure, Driver, Options, Ownership, depth};
+
+type Manager = <Sqlite as Database>::TransactionManager;
+
+/// How many virtual machine instructions run between two looks at the cancel flag.
+const PROGRESS_OPS: i32 = 1_000;
+
+/// How often a rollback is tried before the connection is given up.
+const ROLLBACK_ATTEMPTS: usize = 4;
+
+/// The connection is not in a guard's transaction.
+const IDLE: u8 = 0;
+/// A guard's transaction is open, and nothing may be committed.
+const OPEN: u8 = 1;
+/// The guard's own commit is under way.
+const COMMITTING: u8 = 2;
+
+/// What the hooks of one connection share with us.
+#[derive(Debug, Default)]
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct Hooks {
+    phase: AtomicU8,
+    /// Set by the rollback hook: the transaction has ended, whoever ended it.
+    rolled_back: AtomicBool,
+    /// Read by the progress handler: interrupt what runs.
+    cancel: AtomicBool,
+}
+
+impl Hooks {
+    fn enter(&self, phase: u8) {
+        self.phase.store(phase, Ordering::Release);
+    }
+
+    fn is_rolled_back(&self) -> bool {
+        self.rolled_back.load(Ordering::Acquire)
+    }
+
+    /// While COMMITTING, a commit that follows a rollback is not the guard's transaction, but a statement
+    /// that was left in the queue and would be committed by itself.
+    fn may_commit(&self) -> bool {
+        match self.phase.load(Ordering::Acquire) {
+            IDLE => true,
+            COMMITTING => !self.is_rolled_back(),
+            _ => false,
+        }
+    }
+}
+
+impl Backend for Sqlite {}
+
+impl Driver for Sqlite {
+    const TITLE: &'static str = "SQLite";
+    type Probe = Arc<Hooks>;
+    type Canceller = ();
+
+    fn target(options: &Options<Self>) -> String {
+        format!("{:?}", SqliteConnectOptions::get_filename(options))
+    }
+
+    fn connect_error(target: String, source: sqlx::Error) -> TxError {
+        // 14 is SQLITE_CANTOPEN. The extended codes carry the primary one in their low byte.
+        let primary = source.as_database_error().and_then(|e| e.code()?.parse::<u32>().ok()).map(|code| code & 0xff);
+        match primary {
+            Some(14) => TxError::MissingDatabase { target, source },
+            _ => TxError::Refused { target, source },
+        }
+    }
+
+    async fn probe(conn: &mut SqliteConnection, _: Ownership) -> Result<Arc<Hooks>, sqlx::Error> {
+        let hooks = Arc::new(Hooks::default());
+        let mut handle = conn.lock_handle().await?;
+        handle.set_progress_handler(PROGRESS_OPS, {
+            let hooks = Arc::clone(&hooks);
+            move || !hooks.cancel.load(Ordering::Relaxed)
+        });
+        handle.set_commit_hook({
+            let hooks = Arc::clone(&hooks);
+            move || hooks.may_commit()
+        });
+        handle.set_rollback_hook({
+            let hooks = Arc::clone(&hooks);
+            move || hooks.rolled_back.store(true, Ordering::Release)
+        });
+        Ok(hooks)
+    }
+
+    async fn warm((): &(), _: &Options<Self>) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
+
+    async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        hooks.cancel.store(false, Ordering::Relaxed);
+        hooks.rolled_back.store(false, Ordering::Release);
+        hooks.enter(OPEN);
+        let begun = Manager::begin(conn, None).await;
+        if begun.is_err() {
+            hooks.enter(IDLE);
+        }
+        begun
+    }
+
+    fn is_lost(conn: &SqliteConnection, hooks: &Arc<Hooks>) -> bool {
+        hooks.is_rolled_back() || depth::<Self>(conn) == 0
+    }
+
+    /// The commit hook is the fence.
+    fn fence(_: &mut SqliteConnection) {}
+
+    async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), CommitFailure> {
+        hooks.enter(COMMITTING);
+        let committed = Manager::commit(conn).await;
+        // sqlx says Ok when its depth had fallen to zero before, so the rollback hook has the last word.
+        let lost = hooks.is_rolled_back();
+        hooks.enter(if committed.is_ok() && !lost { IDLE } else { OPEN });
+        match committed {
+            Err(error) if !matches!(error, sqlx::Error::Database(_)) => Err(CommitFailure::Unknown(error)),
+            _ if lost => Err(CommitFailure::Lost("the database or a cancelled nested begin had rolled it back")),
+            Err(error) => Err(CommitFailure::Refused(error)),
+            Ok(()) => Ok(()),
+        }
+    }
+
+    async fn rollback(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        // A round trip first: what a dropped future has left in the queue runs before it.
+        conn.ping().await?;
+        let mut doubtful = hooks.is_rolled_back();
+        for _ in 0..ROLLBACK_ATTEMPTS {
+            if depth::<Self>(conn) == 0 {
+                break;
+            }
+            match Manager::rollback(conn).await {
+                Ok(()) => {}
+                // SQLite had rolled back by itself and sqlx still counts a transaction: give sqlx one to end.
+                Err(sqlx::Error::Database(_)) => {
+                    doubtful = true;
+                    hooks.cancel.store(false, Ordering::Relaxed);
+                    tolerate(sqlx::raw_sql("BEGIN").execute(&mut *conn).await)?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        hooks.cancel.store(false, Ordering::Relaxed);
+        if depth::<Self>(conn) != 0 {
+            return Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()));
+        }
+        if doubtful {
+            // SQL may have had a BEGIN of its own, which sqlx does not count. Outside a transaction this is
+            // an error without effect.
+            tolerate(sqlx::raw_sql("ROLLBACK").execute(&mut *conn).await)?;
+        }
+        hooks.enter(IDLE);
+        Ok(())
+    }
+
+    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        Self::interrupt(hooks);
+        Ok(())
+    }
+
+    async fn terminate((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        Self::interrupt(hooks);
+        Ok(())
+    }
+
+    fn interrupt(hooks: &Arc<Hooks>) {
+        hooks.cancel.store(true, Ordering::Relaxed);
+    }
+
+    async fn cool((): &()) {}
+}
+
+/// An answer of the database, even a refusal, shows that the connection works.
+fn tolerate<T>(result: Result<T, sqlx::Error>) -> Result<(), sqlx::Error> {
+    match result {
+        Ok(_) | Err(sqlx::Error::Database(_)) => Ok(()),
+        Err(error) => Err(error),
+    }
+}
