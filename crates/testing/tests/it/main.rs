@@ -1,1 +1,3 @@
 //! The integration tests of `cancel-safe-testing`, one binary.
+
+mod twins;

@@ -1,0 +1,230 @@
+//! What an exploration found, and how to see one failure again.
+//!
+//! Invariant: failures are in the order simplest first: natural budget before starved ones, then the lowest point.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::io::Write as _;
+
+use crate::explore::{ONLY, Plan, Way};
+use crate::site::Site;
+
+/// What [`Report::publish`] appends to, if it is set.
+const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
+
+/// What an exploration visited and what it found.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[must_use = "a report nobody looks at proves nothing: call assert_clean()"]
+pub struct Report {
+    pub(crate) points: usize,
+    pub(crate) runs: usize,
+    pub(crate) unsettled: usize,
+    pub(crate) varied: bool,
+    pub(crate) sites: Vec<Site>,
+    pub(crate) failures: Vec<Failure>,
+}
+
+impl Report {
+    /// The number of points at which the operation was dropped: the pendings it has under each budget, and once the
+    /// point 0, at which it was never polled. Each was visited in every way.
+    #[must_use]
+    pub fn points(&self) -> usize {
+        self.points
+    }
+
+    /// The awaits at which the operation was dropped, in the order of files and lines.
+    #[must_use]
+    pub fn sites(&self) -> &[Site] {
+        &self.sites
+    }
+
+    /// What went wrong, simplest first.
+    #[must_use]
+    pub fn failures(&self) -> &[Failure] {
+        &self.failures
+    }
+
+    /// Whether nothing went wrong.
+    #[must_use]
+    pub fn is_clean(&self) -> bool {
+        self.failures.is_empty()
+    }
+
+    /// How many times the operation was run: each point in each way, and the runs that completed.
+    #[must_use]
+    pub fn runs(&self) -> usize {
+        self.runs
+    }
+
+    /// How many runs were checked although spawned tasks were still alive after the time allowed for settling.
+    #[must_use]
+    pub fn unsettled(&self) -> usize {
+        self.unsettled
+    }
+
+    /// Whether the number of points differed between runs, as it does with sockets. The report then says what it
+    /// saw, but another exploration may see other points.
+    #[must_use]
+    pub fn is_varied(&self) -> bool {
+        self.varied
+    }
+
+    /// Panics with the simplest failure, if there is any.
+    ///
+    /// # Panics
+    ///
+    /// If the report is not clean.
+    #[track_caller]
+    pub fn assert_clean(&self) {
+        assert!(self.is_clean(), "{self}");
+    }
+
+    /// Prints the line `cancel-points <krate> <operation> <points>` to standard output and, if the environment
+    /// variable `CANCEL_SAFE_POINTS_FILE` is set, appends it to that file, so that a table of what was visited can be
+    /// made of many tests. Returns the report, for `assert_clean()` to follow.
+    ///
+    /// # Panics
+    ///
+    /// If that file cannot be written: a table that lacks lines in silence would be worse.
+    #[track_caller]
+    pub fn publish(&self, krate: &str, operation: &str) -> &Self {
+        let line = format!("cancel-points {krate} {operation} {}\n", self.points);
+        #[expect(clippy::print_stdout, reason = "printing is what was asked for; print! is what test capture captures")]
+        {
+            print!("{line}");
+        }
+        if let Some(path) = std::env::var_os(POINTS_FILE) {
+            let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+            // One write of a whole line: lines of tests that run at the same time do not mix.
+            let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+            assert!(written.is_ok(), "{} could not be appended to: {written:?}", path.display());
+        }
+        self
+    }
+
+    pub(crate) fn add_failure(&mut self, failure: Failure) {
+        let key = (failure.completed, failure.plan);
+        // A completion is confirmed several times; its failure is one failure.
+        if let Err(at) = self.failures.binary_search_by_key(&key, |known| (known.completed, known.plan)) {
+            self.failures.insert(at, failure);
+        }
+    }
+
+    pub(crate) fn add_sites(&mut self, sites: BTreeSet<Site>) {
+        self.sites = sites.into_iter().collect();
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { points, runs, sites, .. } = self;
+        write!(f, "{points} points at {} awaits in {runs} runs", sites.len())?;
+        if self.varied {
+            write!(f, ", their number varied")?;
+        }
+        if self.unsettled > 0 {
+            write!(f, ", {} runs unsettled", self.unsettled)?;
+        }
+        match self.failures.as_slice() {
+            [] => write!(f, ": clean"),
+            [only] => write!(f, ": 1 failure\n{only}"),
+            [first, rest @ ..] => write!(f, ": {} failures, the simplest:\n{first}", rest.len() + 1),
+        }
+    }
+}
+
+/// One run that went wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Failure {
+    pub(crate) plan: Plan,
+    pub(crate) completed: bool,
+    pub(crate) site: Option<Site>,
+    pub(crate) kind: FailureKind,
+    pub(crate) message: String,
+}
+
+/// What kind of wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum FailureKind {
+    Check,
+    Panic,
+    Hang,
+    Incomplete,
+}
+
+impl Failure {
+    /// The pendings the operation had had: 0 if it was never polled.
+    #[must_use]
+    pub fn point(&self) -> usize {
+        self.plan.point
+    }
+
+    /// The way it was dropped.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.plan.way
+    }
+
+    /// The units of tokio's budget left for each poll; `None` is all of them, as in production.
+    #[must_use]
+    pub fn budget(&self) -> Option<u32> {
+        self.plan.budget
+    }
+
+    /// The await at which it was dropped. `None` at point 0, after it had completed, or if no frame of user code was
+    /// seen (a build without line tables).
+    #[must_use]
+    pub fn site(&self) -> Option<&Site> {
+        self.site.as_ref()
+    }
+
+    /// What the check said, or what was thrown.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
+    }
+
+    /// Whether the operation had completed: it is wrong even when nobody drops it.
+    #[must_use]
+    pub fn is_completed(&self) -> bool {
+        self.completed
+    }
+
+    /// Whether something was not woken within its bound, or never came to an end.
+    #[must_use]
+    pub fn is_hang(&self) -> bool {
+        self.kind == FailureKind::Hang
+    }
+
+    /// Whether the operation, its drop, the setup or the check panicked.
+    #[must_use]
+    pub fn is_panic(&self) -> bool {
+        self.kind == FailureKind::Panic
+    }
+
+    /// Whether the exploration reached one of its own bounds, so that points were left unvisited.
+    #[must_use]
+    pub fn is_incomplete(&self) -> bool {
+        self.kind == FailureKind::Incomplete
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Plan { point, way, budget } = self.plan;
+        match &self.site {
+            _ if self.kind == FailureKind::Incomplete => write!(f, "exploration incomplete")?,
+            _ if self.completed => write!(f, "completed, never dropped")?,
+            Some(site) if self.kind == FailureKind::Hang => write!(f, "stuck at {site}")?,
+            Some(site) => write!(f, "dropped at {site}")?,
+            None if point == 0 => write!(f, "dropped before the first poll")?,
+            None => write!(f, "dropped at an await that no line table names")?,
+        }
+        let rust_budget = budget.map_or_else(|| "None".to_owned(), |units| format!("Some({units})"));
+        let budget = budget.map_or_else(|| "natural".to_owned(), |units| units.to_string());
+        writeln!(f, ": {}", self.message)?;
+        writeln!(f, "  point {point}, way {way}, budget {budget}")?;
+        write!(f, "  again: .only({point}, Way::{way:?}, {rust_budget}), or {ONLY}={point}:{way}:{budget}")
+    }
+}
