@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
+use tokio::time::Instant;
 
 use crate::Error;
 
@@ -35,16 +36,26 @@ enum State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     left: Condvar,
+    /// From here on nobody enters. The job asks for itself, because a timer is coarse and an executor may be late.
+    deadline: Option<Instant>,
 }
 
 impl Gate {
     pub(crate) fn new() -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State::Pending), left: Condvar::new() })
+        Self::with_deadline(None)
+    }
+
+    /// A gate that closes by itself at `deadline`.
+    pub(crate) fn with_deadline(deadline: Option<Instant>) -> Arc<Self> {
+        Arc::new(Self { state: Mutex::new(State::Pending), left: Condvar::new(), deadline })
     }
 
     /// Asks to make the visible call; `None` if the operation has been cancelled.
     pub(crate) fn enter(&self) -> Option<Passage<'_>> {
         let mut state = self.state();
+        if *state == State::Pending && self.is_late() {
+            *state = State::Cancelled;
+        }
         if *state != State::Pending {
             return None;
         }
@@ -76,6 +87,10 @@ impl Gate {
     /// Whether the operation has been cancelled, so that a long job can stop early.
     pub(crate) fn is_cancelled(&self) -> bool {
         *self.state() == State::Cancelled
+    }
+
+    fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
     /// The state is one word that is always valid, so a panic elsewhere while it was locked has spoiled nothing.
@@ -140,20 +155,24 @@ impl<T: Send + 'static> Job<T> {
 
 #[cfg(feature = "json")]
 impl<T> Job<T> {
-    /// Waits for the job, but cancels it if it has not entered its visible call within `timeout`.
+    /// Waits for the job, but cancels it if it has not entered its visible call by the deadline of its gate.
     ///
     /// The call that has been entered is waited for, because its result is no longer in the caller's hand.
     pub(crate) async fn within(mut self, timeout: Duration) -> Result<T, Error> {
-        if let Ok(result) = tokio::time::timeout(timeout, &mut self).await {
-            return result;
+        let Some(deadline) = self.gate.deadline else { return self.await };
+        let late = Error::TimedOut { path: self.path.to_path_buf(), timeout };
+        let gate = self.gate.clone();
+        match tokio::time::timeout_at(deadline, &mut self).await {
+            // The job has seen for itself that it was late, before the timer did.
+            Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late),
+            Ok(result) => result,
+            Err(_) if gate.try_cancel() => {
+                // Only for the temporary file; on a disk that hangs, the caller's time matters more.
+                let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+                Err(late)
+            }
+            Err(_) => self.await,
         }
-        if !self.gate.try_cancel() {
-            return self.await;
-        }
-        let path = self.path.to_path_buf();
-        // Only for the temporary file; on a disk that hangs, the caller's time matters more.
-        let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
-        Err(Error::TimedOut { path, timeout })
     }
 }
 
@@ -214,6 +233,12 @@ mod tests {
         let gate = Gate::new();
         gate.enter().expect("nobody has cancelled").done();
         assert!(!gate.cancel() && !gate.is_cancelled());
+    }
+
+    #[test]
+    fn a_late_job_is_refused_although_nobody_has_cancelled() {
+        let gate = Gate::with_deadline(Some(Instant::now()));
+        assert!(gate.enter().is_none() && gate.is_cancelled());
     }
 
     #[test]

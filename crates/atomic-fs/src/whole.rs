@@ -7,6 +7,9 @@ use std::sync::Arc;
 #[cfg(feature = "json")]
 use std::time::Duration;
 
+#[cfg(feature = "json")]
+use tokio::time::Instant;
+
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::staged::{CHUNK_BYTES, write_whole};
@@ -61,7 +64,7 @@ impl WriteOptions {
     pub async fn write(self, path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
         let bytes = bytes.as_ref();
         if bytes.len() <= CHUNK_BYTES {
-            return write_job(path.as_ref(), bytes.to_vec(), self)?.await;
+            return write_job(path.as_ref(), bytes.to_vec(), self, Gate::new())?.await;
         }
         // A copy of it all would double the memory; this way it is copied in pieces while others are written.
         let mut writer = self.open(path).await?;
@@ -71,11 +74,11 @@ impl WriteOptions {
 }
 
 /// One hop: everything happens inside this job.
-fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions) -> Result<Job<()>, Error> {
+fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions, gate: Arc<Gate>) -> Result<Job<()>, Error> {
     let path = Arc::<Path>::from(path);
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    Ok(Job::spawn(&runtime, &Gate::new(), &path, move |gate| write_whole(&target, &bytes, options, gate)))
+    Ok(Job::spawn(&runtime, &gate, &path, move |gate| write_whole(&target, &bytes, options, gate)))
 }
 
 /// Replaces the file `path` by `value` as pretty-printed JSON, or creates it.
@@ -109,13 +112,14 @@ fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions) -> Result<Job<(
 #[cfg(feature = "json")]
 pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<(), Error> {
     let path = path.as_ref();
-    write_job(path, to_json(path, value)?, WriteOptions::default())?.await
+    write_job(path, to_json(path, value)?, WriteOptions::default(), Gate::new())?.await
 }
 
 /// Replaces the file `path` by `value` as pretty-printed JSON, unless the rename has not begun within `timeout`.
 ///
-/// [`TimedOut`](Error::TimedOut) means that the target is unchanged, for ever. Once the rename has begun the timeout
-/// no longer applies, and the call waits until it is known whether the new file is durable.
+/// [`TimedOut`](Error::TimedOut) means that the target is unchanged, for ever: no rename begins after `timeout`, even if
+/// the executor is too busy to notice. Once the rename has begun the timeout no longer applies, and the call waits until
+/// it is known whether the new file is durable.
 ///
 /// After the time is up the call waits up to 100 ms more for its temporary file to be removed.
 ///
@@ -158,7 +162,9 @@ pub async fn write_json_with_timeout<T: serde::Serialize + ?Sized>(
     timeout: Duration,
 ) -> Result<(), Error> {
     let path = path.as_ref();
-    write_job(path, to_json(path, value)?, WriteOptions::default())?.within(timeout).await
+    // A timeout beyond the end of time is none.
+    let gate = Gate::with_deadline(Instant::now().checked_add(timeout));
+    write_job(path, to_json(path, value)?, WriteOptions::default(), gate)?.within(timeout).await
 }
 
 #[cfg(feature = "json")]
