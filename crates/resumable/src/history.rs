@@ -1,0 +1,180 @@
+//! What a checkpoint says of each item, held in memory while a run resumes.
+//!
+//! Invariant: of the records of one item the last one counts, except that a failed attempt never hides a result.
+
+use std::collections::HashMap;
+
+use crate::{
+    log::{Damage, Entry, Header, Identity, Kind, scan},
+    varint::{put_str, put_varint, take, take_str, take_varint},
+};
+
+/// What an earlier run left of one item.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Past<'a> {
+    Nothing,
+    Failed { attempts: u32 },
+    Result(&'a [u8]),
+    Quarantined { attempts: u32, cause: String },
+}
+
+/// A checkpoint file, read and indexed.
+#[derive(Debug)]
+pub(crate) struct History {
+    bytes: Vec<u8>,
+    identity: Identity,
+    by_position: Vec<Slot>,
+    by_key: HashMap<Box<[u8]>, Slot>,
+    /// One check byte for each item of the input that was read, and the whole fingerprint at some of them.
+    checks: Vec<u8>,
+    marks: Vec<(usize, u64)>,
+    /// How many sessions wrote to the file.
+    pub(crate) epoch: u64,
+    /// What the last seal says, if nothing was written after it.
+    pub(crate) sealed: Option<(u64, u64)>,
+    /// Bytes that were cut off behind the last intact block.
+    pub(crate) torn_bytes: u64,
+}
+
+/// Where an item's last record lies: its kind, and the place of its payload. Offset 0 is the header: no record.
+#[derive(Clone, Copy, Debug, Default)]
+struct Slot {
+    at: u64,
+    length: u32,
+    kind: u8,
+}
+
+impl History {
+    pub(crate) fn of_new_file(identity: Identity) -> Self {
+        Self {
+            bytes: Vec::new(),
+            identity,
+            by_position: Vec::new(),
+            by_key: HashMap::new(),
+            checks: Vec::new(),
+            marks: Vec::new(),
+            epoch: 0,
+            sealed: None,
+            torn_bytes: 0,
+        }
+    }
+
+    /// Reads the blocks of a whole file and returns them with the offset at which the next one belongs.
+    pub(crate) fn read(bytes: Vec<u8>, from: usize, header: &Header) -> Result<(Self, usize), Damage> {
+        let mut history = Self::of_new_file(header.identity);
+        let end = scan(&bytes, from, header.salt, |entry| history.enter(entry))?;
+        history.torn_bytes = (bytes.len() - end) as u64;
+        history.bytes = bytes;
+        history.bytes.truncate(end);
+        Ok((history, end))
+    }
+
+    fn enter(&mut self, entry: Entry<'_>) -> Result<(), &'static str> {
+        self.sealed = None;
+        match entry {
+            Entry::Record { kind, index, at, payload } => self.enter_record(kind, index, at, payload)?,
+            Entry::InputMark { first, chain, checks } => {
+                if first != self.checks.len() as u64 {
+                    return Err("a fingerprint of the input does not follow the one before");
+                }
+                self.checks.extend_from_slice(checks);
+                self.marks.push((self.checks.len(), chain));
+            }
+            Entry::Open { epoch, .. } => self.epoch = epoch,
+            Entry::Sealed { total, digest } => self.sealed = Some((total, digest)),
+        }
+        Ok(())
+    }
+
+    fn enter_record(&mut self, kind: Kind, index: u64, at: usize, payload: &[u8]) -> Result<(), &'static str> {
+        let mut rest = payload;
+        let slot = match self.identity {
+            Identity::Key => {
+                let key = take_key(&mut rest).ok_or("a record has no key")?;
+                self.by_key.entry(key.into()).or_default()
+            }
+            Identity::Position => {
+                // The fingerprint is written before the results it covers, so a result can not be ahead of it.
+                let index = usize::try_from(index).ok().filter(|index| *index < self.checks.len());
+                let index = index.ok_or("a result lies beyond the fingerprint of the input")?;
+                if self.by_position.len() <= index {
+                    self.by_position.resize(self.checks.len(), Slot::default());
+                }
+                &mut self.by_position[index]
+            }
+        };
+        if kind == Kind::Failure && !matches!(slot.kind, 0 | FAILURE) {
+            return Ok(());
+        }
+        if matches!(kind, Kind::Failure | Kind::Quarantine) && read_failure(rest).is_none() {
+            return Err("the record of a failure does not parse");
+        }
+        let length = u32::try_from(rest.len()).map_err(|_| "a record is too long")?;
+        *slot = Slot { at: (at + payload.len() - rest.len()) as u64, length, kind: kind as u8 };
+        Ok(())
+    }
+
+    /// Returns what is known of an item. The key counts if the file goes by keys, else the index.
+    #[inline]
+    pub(crate) fn of(&self, index: usize, key: Option<&str>) -> Past<'_> {
+        let slot = match key {
+            Some(key) => self.by_key.get(key.as_bytes()),
+            None => self.by_position.get(index),
+        };
+        let Some(slot) = slot.filter(|slot| slot.kind != 0) else { return Past::Nothing };
+        let at = slot.at as usize;
+        let payload = self.bytes.get(at..at + slot.length as usize).unwrap_or_default();
+        match slot.kind {
+            RESULT => Past::Result(payload),
+            INTENT => Past::Quarantined { attempts: 1, cause: UNCERTAIN.to_owned() },
+            kind => match read_failure(payload) {
+                Some((attempts, _)) if kind == FAILURE => Past::Failed { attempts },
+                Some((attempts, cause)) => Past::Quarantined { attempts, cause },
+                None => Past::Nothing,
+            },
+        }
+    }
+
+    /// Returns how many items of the input have a fingerprint in the file.
+    pub(crate) fn marked(&self) -> usize {
+        self.checks.len()
+    }
+
+    /// Returns the check byte of an item, and the whole fingerprint if the file has it at this item.
+    pub(crate) fn expected(&self, index: usize) -> Option<(u8, Option<u64>)> {
+        let check = *self.checks.get(index)?;
+        let mark = self.marks.binary_search_by_key(&(index + 1), |(end, _)| *end).ok();
+        Some((check, mark.map(|mark| self.marks[mark].1)))
+    }
+}
+
+const RESULT: u8 = Kind::Result as u8;
+const INTENT: u8 = Kind::Intent as u8;
+const FAILURE: u8 = Kind::Failure as u8;
+
+/// An intent without an end: to run the item again could do twice what must be done at most once.
+const UNCERTAIN: &str = "uncertain: it was started, and the process ended before its result was recorded";
+
+/// Begins the payload of a record: with its key, if the file goes by keys.
+pub(crate) fn begin_payload(payload: &mut Vec<u8>, key: Option<&str>) {
+    payload.clear();
+    if let Some(key) = key {
+        put_str(payload, key);
+    }
+}
+
+/// The rest of the payload of a failure or a quarantine.
+pub(crate) fn put_failure(payload: &mut Vec<u8>, attempts: u32, cause: &str) {
+    put_varint(payload, u64::from(attempts));
+    put_str(payload, cause);
+}
+
+fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a [u8]> {
+    let length = usize::try_from(take_varint(payload)?).ok()?;
+    take(payload, length)
+}
+
+fn read_failure(mut payload: &[u8]) -> Option<(u32, String)> {
+    let attempts = u32::try_from(take_varint(&mut payload)?).ok()?;
+    Some((attempts, take_str(&mut payload)?))
+}

@@ -1,0 +1,104 @@
+//! The input, recognised item by item.
+//!
+//! Invariant: no result is ever given to an item it was not computed for. Without keys a chained fingerprint proves that
+//! the items are those of before; with keys each result carries its key.
+
+use std::{collections::HashMap, path::Path, sync::Arc};
+
+use serde::Serialize;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{codec::Codec, error::TaskError, history::History, store::Marks};
+
+pub(crate) type KeyFn<I> = Box<dyn Fn(&I) -> String + Send>;
+
+#[derive(Debug)]
+pub(crate) struct Intake {
+    codec: Codec,
+    /// How many items were read.
+    pub(crate) position: usize,
+    /// The fingerprint of all of them: each item's hash is seeded with that of the items before.
+    pub(crate) chain: u64,
+    /// What the checkpoint does not know yet of the items read.
+    pub(crate) marks: Marks,
+    seen: HashMap<Arc<str>, usize>,
+    scratch: Vec<u8>,
+}
+
+impl Intake {
+    pub(crate) fn new(codec: Codec, salt: u64) -> Self {
+        let (marks, seen) = (Marks::default(), HashMap::new());
+        Self { codec, position: 0, chain: salt, marks, seen, scratch: Vec::new() }
+    }
+
+    /// Gives the next item its index and its key, if it has one.
+    #[inline]
+    pub(crate) fn admit<I: Serialize>(
+        &mut self,
+        item: &I,
+        key: Option<&KeyFn<I>>,
+        history: &History,
+        path: &Path,
+    ) -> Result<(usize, Option<Arc<str>>), TaskError> {
+        let index = self.position;
+        let key = match key {
+            Some(key) => Some(self.admit_key(index, key(item))?),
+            None => {
+                self.admit_position(index, item, history, path)?;
+                None
+            }
+        };
+        self.position += 1;
+        Ok((index, key))
+    }
+
+    fn admit_key(&mut self, index: usize, key: String) -> Result<Arc<str>, TaskError> {
+        self.chain = xxh3_64_with_seed(key.as_bytes(), self.chain);
+        let key: Arc<str> = key.into();
+        match self.seen.insert(Arc::clone(&key), index) {
+            Some(first) => Err(TaskError::DuplicateKey { first, index }),
+            None => Ok(key),
+        }
+    }
+
+    #[inline]
+    fn admit_position<I: Serialize>(
+        &mut self,
+        index: usize,
+        item: &I,
+        history: &History,
+        path: &Path,
+    ) -> Result<(), TaskError> {
+        self.scratch.clear();
+        let encoded = self.codec.encode(item, &mut self.scratch);
+        encoded.map_err(|cause| TaskError::Codec { index, action: "written", codec: self.codec, cause })?;
+        self.chain = xxh3_64_with_seed(&self.scratch, self.chain);
+        // The chain depends on all items before, so from the first difference on one byte of it is wrong in 255 of 256
+        // cases at that very item, and the whole of it at the end of the mark.
+        let check = self.chain as u8;
+        match history.expected(index) {
+            None => {
+                if self.marks.checks.is_empty() {
+                    self.marks.first = index as u64;
+                }
+                self.marks.checks.push(check);
+                self.marks.chain = self.chain;
+                Ok(())
+            }
+            Some((expected, mark)) if expected == check && mark.is_none_or(|mark| mark == self.chain) => Ok(()),
+            Some(_) => {
+                let detail = "it is not the item that was there when the checkpoint was written";
+                Err(TaskError::InputMismatch { path: path.to_owned(), index, detail })
+            }
+        }
+    }
+
+    /// The source has ended: an input that is shorter than before is not the same input.
+    pub(crate) fn finish(&self, history: &History, path: &Path) -> Result<(), TaskError> {
+        if self.position >= history.marked() {
+            return Ok(());
+        }
+        let detail = "the input ends here and had more items when the checkpoint was written";
+        Err(TaskError::InputMismatch { path: path.to_owned(), index: self.position, detail })
+    }
+}
