@@ -1,2 +1,107 @@
-//! The tasks of this workspace.
-fn main() {}
+//! The tasks of this workspace: this room is the command line, and decides nothing.
+//!
+//! Invariant: what a person can run by hand and what continuous integration runs is the same code.
+
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks through its output")]
+
+#[cfg(not(unix))]
+compile_error!("cargo xtask keeps its servers with Unix processes: on Windows, run it inside WSL");
+
+mod ci;
+mod command;
+mod doc;
+mod postgres;
+mod server;
+mod suite;
+mod tidy;
+mod workspace;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use crate::ci::Section;
+use crate::command::{Failure, cargo};
+use crate::suite::Scope;
+use crate::workspace::Workspace;
+
+/// The tasks of the cancel-safe workspace.
+///
+/// `cargo xtask ci` is everything a change must pass; the other commands are parts of it, for working on one thing.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct CommandLine {
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Check everything, in order, and stop at the first failure with the command that repeats it
+    ///
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, which is installed when this is Debian
+    /// and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    Ci {
+        /// Only these sections; all of them when none is named
+        #[arg(value_enum)]
+        sections: Vec<Section>,
+    },
+    /// Run the tests and doctests of some crates, with a private PostgreSQL where they need one
+    ///
+    /// The server is started in a temporary directory and removed afterwards. To use one of your own, set
+    /// CANCEL_SAFE_TEST_POSTGRES_URL: the tests then run in a schema of theirs, which is dropped at the end.
+    Test {
+        /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
+        crates: Vec<String>,
+        /// What follows `--` goes to the test binaries, as with `cargo test`: a part of a test's name, `--nocapture`, …
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// Check the house rules that a compiler does not know
+    Tidy,
+    /// Build the documentation of all crates without a warning, and the book when mdbook is installed
+    Doc,
+    /// Run the benches with the crates they are compared to
+    Bench {
+        /// Bench targets in benches/; all of them when none is named
+        names: Vec<String>,
+        /// What follows `--` goes to criterion: a part of a bench's name, `--quick`, …
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    match run(CommandLine::parse().task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            eprintln!("\n{failure}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(task: Task) -> Result<(), Failure> {
+    let workspace = Workspace::load()?;
+    match task {
+        Task::Ci { sections } => ci::run(&workspace, &sections),
+        Task::Test { crates, arguments } => {
+            let tally = suite::run(&workspace, &Scope::Crates { names: crates, arguments })?;
+            print!("{}", suite::table(&workspace, &tally));
+            println!("{tally}");
+            Ok(())
+        }
+        Task::Tidy => tidy::run(&workspace),
+        Task::Doc => doc::run(),
+        Task::Bench { names, arguments } => {
+            let mut bench = cargo(["bench", "--package", "cancel-safe-benches", "--features", "peers"]);
+            for name in &names {
+                bench = bench.args(["--bench", name]);
+            }
+            if names.is_empty() {
+                bench = bench.args(["--benches"]);
+            }
+            bench.arg("--").args(&arguments).run()
+        }
+    }
+}

@@ -1,0 +1,167 @@
+//! What every change must pass, section by section.
+//!
+//! Invariant: each section builds with the same features as its neighbours, so that nothing is compiled twice: clippy
+//! shares its dependencies with nobody, but examples, tests and doctests share theirs. `RUSTFLAGS` is never set, because
+//! another value of it would compile everything again.
+
+use std::time::{Duration, Instant};
+
+use clap::ValueEnum;
+
+use crate::command::{Cargo, Failure, cargo};
+use crate::postgres::Database;
+use crate::suite::{self, Scope, Tally};
+use crate::workspace::{BENCHES, Workspace};
+use crate::{doc, tidy};
+
+/// A part of `cargo xtask ci`.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Section {
+    /// The code is formatted
+    Format,
+    /// The house rules hold
+    Tidy,
+    /// No lint complains
+    Clippy,
+    /// The examples build
+    Examples,
+    /// Unit and integration tests pass
+    Tests,
+    /// The examples in the documentation run
+    Doctests,
+    /// The documentation builds without a warning
+    Docs,
+    /// Each crate compiles with each of its features alone, and with none
+    Features,
+}
+
+impl Section {
+    fn name(self) -> String {
+        self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+}
+
+/// Runs the given sections, or all; the first failure ends the run.
+pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure> {
+    let sections: Vec<Section> =
+        Section::value_variants().iter().copied().filter(|section| only.is_empty() || only.contains(section)).collect();
+    let mut run = Run { workspace, database: None, tally: None };
+    let mut times = Vec::new();
+    for (index, &section) in sections.iter().enumerate() {
+        let name = section.name();
+        println!("\n==> {name} ({} of {})", index + 1, sections.len());
+        let start = Instant::now();
+        let result = run.section(section);
+        let time = start.elapsed();
+        result.map_err(|failure| failure.repeat_with(format!("cargo xtask ci {name}")))?;
+        println!("==> {name}: passed in {}", seconds(time));
+        times.push((name, time));
+    }
+    run.finish(&times);
+    Ok(())
+}
+
+struct Run<'a> {
+    workspace: &'a Workspace,
+    /// Lent from section to section; dropping it stops the server.
+    database: Option<Database>,
+    tally: Option<Tally>,
+}
+
+impl Run<'_> {
+    fn section(&mut self, section: Section) -> Result<(), Failure> {
+        match section {
+            Section::Format => cargo(["fmt", "--all", "--check"])
+                .run()
+                .map_err(|failure| Failure { repeat: Some("cargo fmt --all".to_owned()), ..failure }),
+            Section::Tidy => tidy::run(self.workspace),
+            Section::Clippy => clippy(self.workspace)
+                .run()
+                .map_err(|failure| Failure { what: "clippy complains".to_owned(), repeat: failure.repeat }),
+            Section::Examples => {
+                cargo(["build", "--workspace", "--exclude", BENCHES, "--all-features", "--examples"]).run()
+            }
+            Section::Tests => self.suite(Scope::Tests),
+            Section::Doctests => self.suite(Scope::Doctests),
+            Section::Docs => doc::rustdoc(),
+            Section::Features => features(self.workspace),
+        }
+    }
+
+    fn suite(&mut self, scope: impl FnOnce(Database) -> Scope) -> Result<(), Failure> {
+        let database = match self.database.take() {
+            Some(database) => database,
+            None => Database::for_tests()?,
+        };
+        let scope = scope(database);
+        let tally = suite::run(self.workspace, &scope)?;
+        if let Scope::Tests(database) | Scope::Doctests(database) = scope {
+            self.database = Some(database);
+        }
+        match &mut self.tally {
+            Some(sum) => sum.add(tally),
+            None => self.tally = Some(tally),
+        }
+        Ok(())
+    }
+
+    /// Prints the tables; the total comes last, for those who read one line.
+    fn finish(self, times: &[(String, Duration)]) {
+        drop(self.database);
+        if let Some(tally) = &self.tally {
+            print!("{}", suite::table(self.workspace, tally));
+        }
+        println!("{:<14}{:>8}", "section", "time");
+        for (name, time) in times {
+            println!("{name:<14}{:>8}", seconds(*time));
+        }
+        println!("{:<14}{:>8}\n", "total", seconds(times.iter().map(|(_, time)| *time).sum()));
+        if let Some(tally) = &self.tally {
+            println!("{tally}");
+        }
+    }
+}
+
+/// Clippy over every target of every package. The features are named one by one, because `--all-features` would switch
+/// on `peers`, and a second run for the benches alone would check all dependencies once more.
+fn clippy(workspace: &Workspace) -> Cargo {
+    let features: Vec<String> = workspace
+        .packages
+        .iter()
+        .flat_map(|package| package.single_features().map(move |feature| (package, feature)))
+        .filter(|(package, feature)| package.name != BENCHES || *feature != "peers")
+        .map(|(package, feature)| format!("{}/{feature}", package.name))
+        .collect();
+    cargo(["clippy", "--workspace", "--all-targets", "--features", &features.join(",")]).args(["--", "-D", "warnings"])
+}
+
+/// Features only add: each must compile without the others.
+fn features(workspace: &Workspace) -> Result<(), Failure> {
+    for package in workspace.crates() {
+        let check = || cargo(["check", "--quiet", "--package", &package.name, "--no-default-features"]);
+        println!("{}", package.short_name());
+        check().run()?;
+        for feature in package.single_features() {
+            println!("{} with {feature}", package.short_name());
+            check().args(["--features", feature]).run()?;
+        }
+    }
+    Ok(())
+}
+
+fn seconds(time: Duration) -> String {
+    format!("{:.1} s", time.as_secs_f64())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clippy_sees_every_feature_but_the_peers_of_the_benches() {
+        let workspace = Workspace::load().unwrap();
+        let shown = clippy(&workspace).to_string();
+        assert!(shown.contains("cancel-safe-tx-guard/postgres"));
+        assert!(!shown.contains("peers"));
+    }
+}

@@ -1,0 +1,219 @@
+//! The PostgreSQL of the tests: a private cluster, or a private schema in a server that the user names.
+//!
+//! Invariant: nothing that is somebody else's is touched. `DATABASE_URL` is never read, a named server is entered only
+//! through a schema made for this run, and a server that cannot be had is an error with the command that mends it.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::server::{Home, Keeper, PrivateServer, Recipe, free_port};
+
+/// How often another port is tried when a process takes the free one before the server does.
+const PORT_ATTEMPTS: usize = 3;
+
+/// What a run needs of PostgreSQL, and how to end it.
+pub(crate) struct Database {
+    url: String,
+    _hold: Hold,
+}
+
+/// Owns what is to be removed when the tests are over.
+enum Hold {
+    Cluster { _server: PrivateServer },
+    Schema { _keeper: Keeper },
+}
+
+impl Database {
+    /// The variable in which the tests find it, and in which a user names a server of theirs.
+    pub(crate) const VARIABLE: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
+
+    /// A schema in the server that the user named, or else a private cluster.
+    pub(crate) fn for_tests() -> Result<Self, String> {
+        match env::var(Self::VARIABLE) {
+            Ok(url) => Self::schema(&url),
+            Err(_) => Self::cluster(&programs_or_install(&["initdb", "postgres"])?),
+        }
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+
+    fn cluster(programs: &Path) -> Result<Self, String> {
+        let mut attempt = 1;
+        loop {
+            let port = free_port()?;
+            match start(programs, port) {
+                Ok(server) => {
+                    let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
+                    println!("PostgreSQL of these tests: {url} ({})", programs.display());
+                    return Ok(Self { url, _hold: Hold::Cluster { _server: server } });
+                }
+                Err(error) if error.contains("Address already in use") && attempt < PORT_ATTEMPTS => attempt += 1,
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn schema(url: &str) -> Result<Self, String> {
+        let psql = programs_or_install(&["psql"])?.join("psql");
+        let schema = format!("cancel_safe_test_{}", std::process::id());
+        let create = format!("DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}");
+        let output = Command::new(&psql)
+            .args(["--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", url, "--command", &create])
+            .output()
+            .map_err(|error| format!("{} could not be started: {error}", psql.display()))?;
+        if !output.status.success() {
+            // The URL may hold a password, so the variable is named instead.
+            let said = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("no schema could be made in the server of {}: {said}", Self::VARIABLE));
+        }
+        let script = r#"read -r _; exec "$1" --no-psqlrc --quiet --dbname "$2" --command "$3""#;
+        let program = psql.to_string_lossy();
+        let remove = format!("DROP SCHEMA {schema} CASCADE");
+        let keeper = Keeper::hold(script, &[&program, url, &remove], Path::new("/"), None)?;
+        println!("PostgreSQL of these tests: the schema {schema} in the server of {}", Self::VARIABLE);
+        Ok(Self { url: with_search_path(url, &schema), _hold: Hold::Schema { _keeper: keeper } })
+    }
+}
+
+fn start(programs: &Path, port: u16) -> Result<PrivateServer, String> {
+    let home = Home::create("postgres")?;
+    let program = |name: &str| programs.join(name).to_string_lossy().into_owned();
+    let (initdb, postgres) = (program("initdb"), program("postgres"));
+    let (port, sockets) = (format!("port={port}"), format!("unix_socket_directories={}", home.path.display()));
+    let recipe = Recipe {
+        name: "PostgreSQL",
+        set_up: &[
+            &initdb,
+            "--pgdata=data",
+            "--username=postgres",
+            "--auth=trust",
+            "--encoding=UTF8",
+            "--locale=C",
+            "--no-sync",
+        ],
+        serve: &[
+            &postgres,
+            "-D",
+            "data",
+            "-c",
+            &port,
+            "-c",
+            &sockets,
+            "-c",
+            "listen_addresses=127.0.0.1",
+            // Tests fill pools on purpose, several at a time.
+            "-c",
+            "max_connections=200",
+            // No test cuts the power, and a killed server loses nothing that it has handed to the kernel.
+            "-c",
+            "fsync=off",
+        ],
+        // Disconnect clients, roll back, write the last checkpoint.
+        stop_signal: "INT",
+    };
+    PrivateServer::start(home, &recipe, is_ready)
+}
+
+/// The server says in the eighth line of its pid file that it answers.
+fn is_ready(home: &Path) -> bool {
+    let pid_file = fs::read_to_string(home.join("data/postmaster.pid")).unwrap_or_default();
+    pid_file.lines().nth(7).is_some_and(|status| status.trim() == "ready")
+}
+
+fn programs_or_install(names: &[&str]) -> Result<PathBuf, String> {
+    if let Some(found) = programs(names) {
+        return Ok(found);
+    }
+    install()?;
+    programs(names).ok_or_else(|| format!("{} is still missing after PostgreSQL was installed", names.join(" or ")))
+}
+
+/// The first directory that has all the named programs.
+fn programs(names: &[&str]) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let configured = Command::new("pg_config").arg("--bindir").output().ok().filter(|output| output.status.success());
+    let bindir = configured.map(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
+    env::split_paths(&path)
+        .chain(debian_directories(Path::new("/usr/lib/postgresql")))
+        .chain(bindir)
+        .find(|directory| names.iter().all(|name| directory.join(name).is_file()))
+}
+
+/// Debian keeps the server's programs out of PATH, one directory for each major version; the newest comes first.
+fn debian_directories(base: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(base).into_iter().flatten().flatten();
+    let mut versions: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    versions.sort_unstable_by(|a, b| b.cmp(a));
+    versions.into_iter().map(|version| base.join(version.to_string()).join("bin")).collect()
+}
+
+fn install() -> Result<(), String> {
+    const COMMAND: &str = "apt-get update && apt-get install -y postgresql";
+    let debian = Path::new("/usr/bin/apt-get").exists();
+    let root = fs::metadata("/proc/self").is_ok_and(|process| std::os::unix::fs::MetadataExt::uid(&process) == 0);
+    if !debian {
+        let command = if cfg!(target_os = "macos") { "brew install postgresql" } else { "your package manager" };
+        return Err(format!("the tests need PostgreSQL, which is missing; install it with: {command}"));
+    }
+    if !root {
+        return Err(format!("the tests need PostgreSQL, which is missing; install it with: sudo sh -c '{COMMAND}'"));
+    }
+    println!("PostgreSQL is missing: {COMMAND}");
+    // Debian's package starts a cluster of the whole system; this setting, there only while we install, forbids it.
+    let directory = Path::new("/etc/postgresql-common/createcluster.d");
+    let setting = directory.join("cancel-safe.conf");
+    let written = fs::create_dir_all(directory).and_then(|()| fs::write(&setting, "create_main_cluster = false\n"));
+    written.map_err(|error| format!("{}: {error}", setting.display()))?;
+    let status = Command::new("sh").args(["-c", COMMAND]).env("DEBIAN_FRONTEND", "noninteractive").status();
+    let removed = fs::remove_file(&setting);
+    if !status.is_ok_and(|status| status.success()) {
+        return Err(format!("PostgreSQL could not be installed; to see why: {COMMAND}"));
+    }
+    removed.map_err(|error| format!("{}: {error}", setting.display()))
+}
+
+fn with_search_path(url: &str, schema: &str) -> String {
+    let separator = if url.contains('?') { '&' } else { '?' };
+    format!("{url}{separator}options=-c%20search_path%3D{schema}")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+
+    use super::*;
+
+    #[test]
+    fn a_cluster_answers_and_a_dropped_one_does_not() {
+        let programs = programs(&["initdb", "postgres"]).expect("PostgreSQL is installed: `cargo xtask ci` sees to it");
+        let database = Database::cluster(&programs).unwrap();
+        let address = database.url().split(['@', '/']).nth(3).unwrap().to_owned();
+        TcpStream::connect(&address).unwrap();
+        drop(database);
+        assert!(TcpStream::connect(&address).is_err());
+    }
+
+    #[test]
+    fn a_schema_is_named_in_the_url_beside_what_the_user_asked_for() {
+        assert_eq!(with_search_path("postgres://h/d", "s"), "postgres://h/d?options=-c%20search_path%3Ds");
+        assert_eq!(
+            with_search_path("postgres://h/d?sslmode=disable", "s"),
+            "postgres://h/d?sslmode=disable&options=-c%20search_path%3Ds"
+        );
+    }
+
+    #[test]
+    fn of_several_versions_the_newest_is_taken() {
+        let base = env::temp_dir().join(format!("cancel-safe-versions-{}", std::process::id()));
+        for version in ["9", "15", "17", "common"] {
+            fs::create_dir_all(base.join(version)).unwrap();
+        }
+        let found = debian_directories(&base);
+        fs::remove_dir_all(&base).unwrap();
+        assert_eq!(found, [base.join("17/bin"), base.join("15/bin"), base.join("9/bin")]);
+    }
+}

@@ -1,0 +1,296 @@
+//! The test run: what is run, and what it says of itself.
+//!
+//! Invariant: tests are counted by the closing lines of the runners that ran them, and a crate of which nothing ran has
+//! failed. Points are read from the file that `cancel-safe-testing` appends to, so captured output does not hide them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use crate::command::{Failure, cargo};
+use crate::postgres::Database;
+use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
+
+/// The crates whose tests talk to PostgreSQL, by directory.
+const ON_POSTGRES: [&str; 3] = [UMBRELLA, "resumable", "tx-guard"];
+
+/// What to run.
+pub(crate) enum Scope {
+    /// Unit and integration tests of the whole workspace, on the given database.
+    Tests(Database),
+    /// Doctests of the whole workspace, on the given database.
+    Doctests(Database),
+    /// Everything of the named crates, or of all; with arguments for the test binaries.
+    Crates { names: Vec<String>, arguments: Vec<String> },
+}
+
+/// What the runners reported.
+#[derive(Default)]
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    failed: usize,
+    by_crate: BTreeMap<String, usize>,
+    points: BTreeMap<String, Points>,
+    /// The library whose tests are running, as rustc spells it.
+    current: String,
+    /// The arguments by which cargo says a failed test binary is run again.
+    rerun: Option<String>,
+}
+
+/// The cancellation points of one crate.
+#[derive(Default)]
+struct Points {
+    operations: BTreeSet<String>,
+    visited: usize,
+}
+
+/// Runs the tests and returns what they reported; a failed test, or a crate without one, is an error.
+pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure> {
+    let points = workspace.target_directory.join("xtask").join("cancel-points.txt");
+    clear(&points)?;
+    let mut tally = Tally::default();
+    let succeeded = match scope {
+        Scope::Tests(database) => whole(workspace, database, &points, "--tests", &mut tally),
+        Scope::Doctests(database) => whole(workspace, database, &points, "--doc", &mut tally),
+        Scope::Crates { names, arguments } => chosen(workspace, names, arguments, &points, &mut tally),
+    }?;
+    if !succeeded || tally.failed > 0 {
+        return Err(tally.failure(workspace));
+    }
+    tally.read_points(&fs::read_to_string(&points).unwrap_or_default());
+    tally.require_something(workspace, scope)?;
+    Ok(tally)
+}
+
+/// One run over all packages, so that tests, doctests and examples share one build of the dependencies: a run for each
+/// package would select other features of tokio and sqlx each time, and build them again.
+fn whole(_: &Workspace, database: &Database, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
+    cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what])
+        .env("CANCEL_SAFE_POINTS_FILE", points)
+        .env(Database::VARIABLE, database.url())
+        .run_lines(|line| tally.read(line))
+}
+
+fn chosen(
+    workspace: &Workspace,
+    names: &[String],
+    arguments: &[String],
+    points: &Path,
+    tally: &mut Tally,
+) -> Result<bool, Failure> {
+    let packages = select(workspace, names)?;
+    let mut run = cargo(["test", "--all-features"]).env("CANCEL_SAFE_POINTS_FILE", points);
+    for package in &packages {
+        run = run.args(["--package", &package.name]);
+    }
+    let needs_database = packages.iter().any(|package| ON_POSTGRES.contains(&package.short_name()));
+    let database = needs_database.then(Database::for_tests).transpose()?;
+    if let Some(database) = &database {
+        run = run.env(Database::VARIABLE, database.url());
+    }
+    run.arg("--").args(arguments).run_lines(|line| tally.read(line))
+}
+
+fn select<'a>(workspace: &'a Workspace, names: &[String]) -> Result<Vec<&'a Package>, Failure> {
+    if names.is_empty() {
+        return Ok(workspace.packages.iter().filter(|package| package.name != BENCHES).collect());
+    }
+    names.iter().map(|name| workspace.find(name).map_err(Failure::from)).collect()
+}
+
+fn clear(points: &Path) -> Result<(), Failure> {
+    let directory = points.parent().unwrap_or(points);
+    fs::create_dir_all(directory)
+        .and_then(|()| fs::write(points, ""))
+        .map_err(|error| Failure::from(format!("{} cannot be written: {error}", points.display())))
+}
+
+impl Tally {
+    /// Adds the counts of another part of the same run.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed += other.failed;
+        for (name, tests) in other.by_crate {
+            *self.by_crate.entry(name).or_default() += tests;
+        }
+        for (name, points) in other.points {
+            let sum = self.points.entry(name).or_default();
+            sum.operations.extend(points.operations);
+            sum.visited += points.visited;
+        }
+    }
+
+    /// Takes in one line of cargo's output.
+    fn read(&mut self, line: &str) {
+        let line = line.trim();
+        if let Some(library) = line.strip_prefix("Doc-tests ") {
+            self.current = library.to_owned();
+        } else if let Some(path) = line.strip_prefix("Running unittests ") {
+            // Each package's unit tests run before its integration binaries, which do not name the package.
+            let binary = path.rsplit(['/', '\\']).next().unwrap_or(path);
+            if let Some((library, _)) = binary.rsplit_once('-') {
+                self.current = library.to_owned();
+            }
+        } else if let Some(counts) = line.strip_prefix("test result: ") {
+            let passed = count(counts, "passed");
+            self.passed += passed;
+            self.failed += count(counts, "failed");
+            *self.by_crate.entry(self.current.clone()).or_default() += passed;
+        } else if let Some(rest) = line.strip_prefix("error: test failed, to rerun pass `") {
+            self.rerun = Some(rest.trim_end_matches('`').to_owned());
+        } else if let Some(rest) = line.strip_prefix("error: doctest failed, to rerun pass `") {
+            self.rerun = Some(rest.trim_end_matches('`').to_owned());
+        }
+    }
+
+    /// Takes in the lines `cancel-points <crate> <operation> <points>`.
+    fn read_points(&mut self, text: &str) {
+        for line in text.lines() {
+            let mut words = line.split_whitespace();
+            if words.next() != Some("cancel-points") {
+                continue;
+            }
+            let Some(name) = words.next() else { continue };
+            let rest: Vec<_> = words.collect();
+            let Some((visited, operation)) = rest.split_last() else { continue };
+            let points = self.points.entry(short(name).to_owned()).or_default();
+            points.operations.insert(operation.join(" "));
+            points.visited += visited.parse::<usize>().unwrap_or(0);
+        }
+    }
+
+    /// Nothing is skipped in silence: a run that tested nothing is not a run that passed.
+    fn require_something(&self, workspace: &Workspace, scope: &Scope) -> Result<(), Failure> {
+        if matches!(scope, Scope::Crates { arguments, .. } if !arguments.is_empty()) {
+            return if self.passed > 0 { Ok(()) } else { Err("no test matches".to_owned().into()) };
+        }
+        let required: Vec<&Package> = match scope {
+            Scope::Tests(_) => select(workspace, &[])?,
+            Scope::Crates { names, .. } => select(workspace, names)?,
+            Scope::Doctests(_) => workspace.crates().collect(),
+        };
+        for package in required {
+            let repeat = format!("cargo xtask test {}", package.short_name());
+            if self.by_crate.get(&package.name.replace('-', "_")).is_none_or(|&tests| tests == 0) {
+                return Err(Failure::from(format!("no test of {} ran", package.name)).repeat_with(repeat));
+            }
+            let explores = package.directory().join("tests/it/cancel.rs").exists();
+            if explores && !matches!(scope, Scope::Doctests(_)) && !self.points.contains_key(package.short_name()) {
+                let what = format!("tests/it/cancel.rs of {} published no cancellation points", package.name);
+                return Err(Failure::from(what).repeat_with(repeat));
+            }
+        }
+        Ok(())
+    }
+
+    fn failure(&self, workspace: &Workspace) -> Failure {
+        let Some(rerun) = &self.rerun else {
+            return Failure::from("the tests could not be built or run".to_owned());
+        };
+        let mut words = rerun.split_whitespace().skip_while(|&word| word != "-p");
+        match words.nth(1).map(|name| workspace.find(name)) {
+            Some(Ok(package)) => Failure::from(format!("a test of {} failed ({rerun})", package.name))
+                .repeat_with(format!("cargo xtask test {}", package.short_name())),
+            _ => Failure::from(format!("a test failed ({rerun})")),
+        }
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed", self.passed, self.failed)
+    }
+}
+
+/// The table of what was tested, crate by crate.
+pub(crate) fn table(workspace: &Workspace, tally: &Tally) -> String {
+    let mut text = format!("\n{:<14}{:>8}{:>12}{:>8}\n", "crate", "tests", "operations", "points");
+    let mut row = |name: &str, tests: usize, operations: usize, visited: usize| {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{name:<14}{tests:>8}{operations:>12}{visited:>8}");
+    };
+    let (mut operations, mut visited) = (0, 0);
+    for package in &workspace.packages {
+        let Some(&tests) = tally.by_crate.get(&package.name.replace('-', "_")) else { continue };
+        let points = tally.points.get(package.short_name());
+        let here = points.map_or((0, 0), |points| (points.operations.len(), points.visited));
+        row(package.short_name(), tests, here.0, here.1);
+        operations += here.0;
+        visited += here.1;
+    }
+    row("total", tally.passed, operations, visited);
+    text.push('\n');
+    text
+}
+
+/// The directory's name of a crate, whichever of its names was given.
+fn short(name: &str) -> &str {
+    name.strip_prefix("cancel-safe-").unwrap_or(name)
+}
+
+/// The number before `word` in `ok. 3 passed; 0 failed; …`.
+fn count(counts: &str, word: &str) -> usize {
+    let mut words = counts.split([' ', ';', '.']).filter(|part| !part.is_empty());
+    let mut previous = words.next();
+    for part in words {
+        if part == word {
+            return previous.and_then(|number| number.parse().ok()).unwrap_or(0);
+        }
+        previous = Some(part);
+    }
+    0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(lines: &[&str]) -> Tally {
+        let mut tally = Tally::default();
+        lines.iter().for_each(|line| tally.read(line));
+        tally
+    }
+
+    #[test]
+    fn counts_are_summed_over_binaries_and_given_to_their_crate() {
+        let tally = read(&[
+            "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
+            "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "     Running tests/it/main.rs (target/debug/deps/it-0123abcd)",
+            "test result: FAILED. 40 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "error: test failed, to rerun pass `-p cancel-safe-guard --test it`",
+            "   Doc-tests cancel_safe_testing",
+            "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+        ]);
+        assert_eq!(tally.to_string(), "48 passed, 2 failed");
+        assert_eq!(tally.by_crate["cancel_safe_guard"], 43);
+        assert_eq!(tally.by_crate["cancel_safe_testing"], 5);
+        let failure = tally.failure(&Workspace::load().unwrap());
+        assert_eq!(failure.repeat.unwrap(), "cargo xtask test guard");
+    }
+
+    #[test]
+    fn points_are_summed_and_an_operation_explored_twice_is_one_operation() {
+        let mut tally = Tally::default();
+        tally.read_points(
+            "cancel-points guard shield 7\nnoise\ncancel-points cancel-safe-guard shield 3\ncancel-points guard a b 1\n",
+        );
+        assert_eq!(tally.points["guard"].operations.len(), 2);
+        assert_eq!(tally.points["guard"].visited, 11);
+    }
+
+    #[test]
+    fn a_run_without_tests_has_not_passed() {
+        let workspace = Workspace::load().unwrap();
+        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: Vec::new() };
+        let empty = read(&[
+            "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
+            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+        ]);
+        assert!(empty.require_something(&workspace, &scope).unwrap_err().what.contains("no test of cancel-safe-guard"));
+        let filtered = Scope::Crates { names: Vec::new(), arguments: vec!["nothing".to_owned()] };
+        assert_eq!(empty.require_something(&workspace, &filtered).unwrap_err().what, "no test matches");
+    }
+}

@@ -1,0 +1,116 @@
+//! The house rules that a compiler does not know. This room walks the tree; `source` reads one Rust file, `package` one
+//! crate.
+//!
+//! Invariant: every rule has a broken sample in the tests beside it, so a rule that stops working is noticed; and every
+//! finding says where it is and what to do.
+
+mod package;
+mod source;
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::command::Failure;
+use crate::workspace::{self, Package, Workspace};
+
+/// One breach of a rule.
+#[derive(Debug)]
+pub(crate) struct Finding {
+    path: PathBuf,
+    line: usize,
+    rule: &'static str,
+    fix: String,
+}
+
+impl fmt::Display for Finding {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}: {}: {}", self.path.display(), self.line, self.rule, self.fix)
+    }
+}
+
+/// Checks the whole tree and prints every finding.
+pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
+    let mut findings = Vec::new();
+    let mut files = 0;
+    for package in &workspace.packages {
+        files += sources(package, &mut findings)?;
+    }
+    for package in workspace.crates() {
+        package::check(package, &mut findings);
+    }
+    package::check_umbrella(workspace, &mut findings)?;
+    findings.sort_by(|a, b| (&a.path, a.line).cmp(&(&b.path, b.line)));
+    for finding in &findings {
+        println!("{finding}");
+    }
+    if findings.is_empty() {
+        println!("{files} Rust files in {} packages keep the house rules", workspace.packages.len());
+        return Ok(());
+    }
+    let what = format!("{} breaches of the house rules (CONTRIBUTING.md gives their reasons)", findings.len());
+    Err(Failure::from(what).repeat_with("cargo xtask tidy"))
+}
+
+/// Checks the Rust files of one package and returns how many there are.
+fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, String> {
+    let mut paths = Vec::new();
+    rust_files(package.directory(), &mut paths)?;
+    let library = package.directory().join("src");
+    let published = package.directory().parent().is_some_and(|up| up.ends_with("crates"));
+    let mut parsed = Vec::new();
+    for path in paths {
+        let text = read(&path)?;
+        let shown = shown(&path);
+        match syn::parse_file(&text) {
+            Ok(file) => parsed.push((path, text, file)),
+            Err(error) => findings.push(Finding {
+                path: shown,
+                line: error.span().start().line,
+                rule: "syntax",
+                fix: format!("make it parse: {error}"),
+            }),
+        }
+    }
+    // A type is known as a future wherever in the crate it is made one.
+    let in_library = |path: &Path| published && path.starts_with(&library);
+    let futures: HashSet<String> = parsed
+        .iter()
+        .filter(|(path, ..)| in_library(path))
+        .flat_map(|(_, _, file)| source::future_types(file))
+        .collect();
+    for (path, text, file) in &parsed {
+        let mut breaches = source::everywhere(text);
+        if in_library(path) {
+            breaches.extend(source::in_library(text, file, &futures));
+        }
+        findings.extend(breaches.into_iter().map(|breach| breach.at(&shown(path))));
+    }
+    Ok(parsed.len())
+}
+
+fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) -> Result<(), String> {
+    let broken = |error: std::io::Error| format!("{}: {error}", directory.display());
+    for entry in fs::read_dir(directory).map_err(broken)? {
+        let path = entry.map_err(broken)?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if path.is_dir() {
+            if name != "target" && !name.starts_with('.') {
+                rust_files(&path, found)?;
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            found.push(path);
+        }
+    }
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+/// The path as a person at the workspace root writes it.
+fn shown(path: &Path) -> PathBuf {
+    path.strip_prefix(workspace::root()).unwrap_or(path).to_owned()
+}
