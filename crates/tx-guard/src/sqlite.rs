@@ -22,6 +22,10 @@ const PROGRESS_OPS: i32 = 1_000;
 /// How often a rollback is tried before the connection is given up.
 const ROLLBACK_ATTEMPTS: usize = 4;
 
+/// SQLite's code for "there is no transaction", among others that a COMMIT cannot meet.
+const SQLITE_ERROR: u32 = 1;
+const SQLITE_CANTOPEN: u32 = 14;
+
 /// The connection is not in a guard's transaction.
 const IDLE: u8 = 0;
 /// A guard's transaction is open, and nothing may be committed.
@@ -72,10 +76,8 @@ impl Driver for Sqlite {
     }
 
     fn connect_error(target: String, source: sqlx::Error) -> TxError {
-        // 14 is SQLITE_CANTOPEN. The extended codes carry the primary one in their low byte.
-        let primary = source.as_database_error().and_then(|e| e.code()?.parse::<u32>().ok()).map(|code| code & 0xff);
-        match primary {
-            Some(14) => TxError::MissingDatabase { target, source },
+        match primary_code(&source) {
+            Some(SQLITE_CANTOPEN) => TxError::MissingDatabase { target, source },
             _ => TxError::Refused { target, source },
         }
     }
@@ -129,6 +131,10 @@ impl Driver for Sqlite {
         match committed {
             Err(error) if !matches!(error, sqlx::Error::Database(_)) => Err(CommitFailure::Unknown(error)),
             _ if lost => Err(CommitFailure::Lost("the database or a cancelled nested begin had rolled it back")),
+            // Without any write, a COMMIT in the SQL passes the commit hook, and leaves nothing to commit.
+            Err(error) if primary_code(&error) == Some(SQLITE_ERROR) => {
+                Err(CommitFailure::Lost("its SQL had ended the transaction already"))
+            }
             Err(error) => Err(CommitFailure::Refused(error)),
             Ok(()) => Ok(()),
         }
@@ -189,4 +195,9 @@ fn tolerate<T>(result: Result<T, sqlx::Error>) -> Result<(), sqlx::Error> {
         Ok(_) | Err(sqlx::Error::Database(_)) => Ok(()),
         Err(error) => Err(error),
     }
+}
+
+/// The extended codes carry the primary one in their low byte.
+fn primary_code(error: &sqlx::Error) -> Option<u32> {
+    error.as_database_error()?.code()?.parse::<u32>().ok().map(|code| code & 0xff)
 }

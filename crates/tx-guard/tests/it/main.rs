@@ -1,1 +1,23 @@
-//! The integration tests of `cancel-safe-tx-guard`, one binary.
+//! The integration tests of `cancel-safe-tx-guard`, one binary: real SQLite files and a real PostgreSQL server.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod cancel;
+mod commit;
+mod faults;
+mod happy;
+mod world;
+
+/// Makes a test on each database out of one generic function.
+macro_rules! on_both {
+    ($($name:ident),+ $(,)?) => {
+        mod sqlite {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name::<sqlx::Sqlite>().await; })+
+        }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name::<sqlx::Postgres>().await; })+
+        }
+    };
+}
+use on_both;

@@ -1,0 +1,191 @@
+//! Every operation dropped at every await point, and what is left behind compared with what is promised.
+//!
+//! The points of one operation vary a little between runs, because a socket may have more or less to read at once;
+//! every point that a run has is still visited.
+
+use std::cell::RefCell;
+
+use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxPool};
+use sqlx::pool::PoolOptions;
+use sqlx::{Pool, Postgres, Sqlite};
+
+use crate::world::{PATIENCE, TestDb, World};
+
+/// Both starved budgets and the natural one find the same awaits here; the smallest finds the most points.
+fn explore() -> Explore {
+    Explore::new().budgets([1]).hang_after(PATIENCE).timeout(6 * PATIENCE)
+}
+
+/// A pool of one connection, so that whatever is left on it is met by whoever comes next.
+struct Stage<D: TestDb> {
+    world: World<D>,
+    db: TxPool<D>,
+    handle: RefCell<Option<OutcomeHandle>>,
+}
+
+impl<D: TestDb> Stage<D> {
+    async fn new() -> Self {
+        let world = World::new().await;
+        let db = world.pool(1).await;
+        Self { world, db, handle: RefCell::new(None) }
+    }
+
+    /// The promises that hold after any drop: the handle tells what the table shows, halves are never seen, and the
+    /// pool goes on as if nothing had happened.
+    async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
+        let shutdown = matches!(outcome, Outcome::Dropped { way: Way::Shutdown, .. });
+        let handle = self.handle.borrow_mut().take();
+        let told = match &handle {
+            Some(handle) => Some(within(handle.outcome()).await?),
+            None => None,
+        };
+        let rows = self.world.committed().await;
+        match told {
+            Some(CommitOutcome::Committed) if rows == whole => {}
+            Some(CommitOutcome::RolledBack) | None if rows.is_empty() => {}
+            // The runtime that would have learnt it is gone.
+            Some(CommitOutcome::Unknown) if shutdown && (rows.is_empty() || rows == whole) => {}
+            told => return Err(format!("the handle says {told:?} and the table has {rows:?}")),
+        }
+        if outcome.is_completed() && rows != whole {
+            return Err(format!("completed, and the table has {rows:?}"));
+        }
+        let db = if shutdown { self.world.pool(1).await } else { self.db.clone() };
+        within(crate::commit::works_as_before(&self.world, &db)).await?;
+        within(self.world.end(db)).await
+    }
+}
+
+async fn within<T>(future: impl Future<Output = T>) -> Result<T, String> {
+    tokio::time::timeout(PATIENCE / 2, future).await.map_err(|_| "it does not end".to_owned())
+}
+
+fn transaction<D: TestDb>() -> Report {
+    explore().run(
+        async || Stage::<D>::new().await,
+        async |stage| {
+            let mut tx = stage.db.begin().await.unwrap();
+            stage.handle.replace(Some(tx.outcome_handle()));
+            stage.world.insert(&mut tx, 1).await.unwrap();
+            stage.world.insert(&mut tx, 2).await.unwrap();
+            tx.commit().await.unwrap();
+        },
+        async |stage, outcome| stage.check(outcome, &[1, 2]).await,
+    )
+}
+
+#[test]
+fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_sqlite() {
+    transaction::<Sqlite>().publish("tx-guard", "transaction (SQLite)").assert_clean();
+}
+
+#[test]
+fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_postgres() {
+    transaction::<Postgres>().publish("tx-guard", "transaction (PostgreSQL)").assert_clean();
+}
+
+fn rollback<D: TestDb>() -> Report {
+    explore().run(
+        async || {
+            let stage = Stage::<D>::new().await;
+            let mut tx = stage.db.begin().await.unwrap();
+            stage.world.insert(&mut tx, 1).await.unwrap();
+            stage.handle.replace(Some(tx.outcome_handle()));
+            (stage, RefCell::new(Some(tx)))
+        },
+        async |(_, tx)| {
+            let tx = tx.take().unwrap();
+            tx.rollback().await.unwrap();
+        },
+        async |(stage, tx), outcome| {
+            // Never polled, the operation has not even taken it.
+            drop(tx.take());
+            stage.check(outcome, &[]).await
+        },
+    )
+}
+
+#[test]
+fn a_rollback_dropped_anywhere_rolls_back_on_sqlite() {
+    rollback::<Sqlite>().publish("tx-guard", "rollback (SQLite)").assert_clean();
+}
+
+#[test]
+fn a_rollback_dropped_anywhere_rolls_back_on_postgres() {
+    rollback::<Postgres>().publish("tx-guard", "rollback (PostgreSQL)").assert_clean();
+}
+
+#[test]
+fn a_connect_dropped_anywhere_leaves_no_session_behind() {
+    let report = explore().ways([Way::Eager, Way::Settled]).run(
+        async || World::<Postgres>::new().await,
+        async |world| {
+            let options = world.options.clone().application_name(&world.table);
+            drop(TxPool::<Postgres>::builder().connect_with(options).await.unwrap());
+        },
+        async |world, _| {
+            let sessions = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}'", world.table);
+            let mut other = world.plain().await;
+            crate::world::eventually("the sessions are closed", async || {
+                Postgres::numbers(&mut other, sessions.clone()).await.unwrap() == [0]
+            })
+            .await;
+            world.run(format!("DROP TABLE {}", world.table)).await;
+            Ok(())
+        },
+    );
+    report.publish("tx-guard", "connect (PostgreSQL)").assert_clean();
+}
+
+#[test]
+fn closing_dropped_anywhere_can_be_repeated() {
+    let report = explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let stage = Stage::<Sqlite>::new().await;
+            drop(stage.db.begin().await.unwrap());
+            stage
+        },
+        async |stage| stage.db.close(PATIENCE).await,
+        async |stage, _| {
+            let report = stage.db.close(PATIENCE).await;
+            if report.is_clean() { Ok(()) } else { Err(report.to_string()) }
+        },
+    );
+    report.publish("tx-guard", "close (SQLite)").assert_clean();
+}
+
+/// An sqlx pool of one connection, on which `begin` is dropped; then its user writes without any transaction.
+fn begin_on_a_plain_pool<D: TestDb, T>(begin: impl AsyncFn(&Pool<D>) -> T) -> Report {
+    explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let world = World::<D>::new().await;
+            let pool = PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+            (world, pool)
+        },
+        async |(_, pool)| drop(begin(pool).await),
+        async |(world, pool), _| {
+            let mut conn = within(pool.acquire()).await?.map_err(|error| error.to_string())?;
+            world.insert(&mut conn, 1).await.map_err(|error| error.to_string())?;
+            let rows = world.committed().await;
+            conn.close().await.map_err(|error| error.to_string())?;
+            world.run(format!("DROP TABLE {}", world.table)).await;
+            if rows == [1] { Ok(()) } else { Err(format!("an insert has said Ok, and the table has {rows:?}")) }
+        },
+    )
+}
+
+#[test]
+fn a_begin_dropped_anywhere_leaks_no_open_transaction() {
+    let report = begin_on_a_plain_pool::<Postgres, _>(async |pool| TxPool::wrap(pool.clone()).begin().await.unwrap());
+    report.publish("tx-guard", "begin, wrapped (PostgreSQL)").assert_clean();
+    let report = begin_on_a_plain_pool::<Sqlite, _>(async |pool| TxPool::wrap(pool.clone()).begin().await.unwrap());
+    report.publish("tx-guard", "begin, wrapped (SQLite)").assert_clean();
+}
+
+#[test]
+fn the_same_check_catches_the_leak_of_plain_sqlx() {
+    let report = begin_on_a_plain_pool::<Postgres, _>(async |pool| pool.begin().await.unwrap());
+    let lost = report.failures().iter().any(|failure| failure.message().contains("said Ok"));
+    assert!(lost, "{report}");
+}

@@ -1,0 +1,261 @@
+//! What a commit says: `Ok` means committed, everything else is told apart, and a dropped one is told by its handle.
+
+use std::time::Duration;
+
+use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxError, TxPool};
+use futures_util::FutureExt;
+use sqlx::{AssertSqlSafe, Connection, Postgres, Sqlite};
+
+use crate::on_both;
+use crate::world::{PATIENCE, TestDb, World, eventually};
+
+on_both!(
+    a_raw_commit_inside_the_guard_is_caught,
+    a_cancelled_nested_begin_is_caught_at_every_poll,
+    a_nested_transaction_that_ends_properly_is_fine,
+    a_dropped_commit_is_told_by_its_handle,
+    a_commit_that_is_never_polled_rolls_back,
+    a_commit_in_time_says_ok,
+);
+
+async fn a_raw_commit_inside_the_guard_is_caught<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    for written in [false, true] {
+        let mut tx = db.begin().await.unwrap();
+        if written {
+            world.insert(&mut tx, 1).await.unwrap();
+        }
+        // SQLite's commit hook refuses it on the spot; PostgreSQL commits it, and the guard's own commit says so.
+        drop(D::execute(&mut tx, "COMMIT".to_owned()).await);
+        let error = tx.commit().await.unwrap_err();
+        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    }
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+/// sqlx rolls the OUTER transaction back when a nested `begin` is cancelled.
+async fn a_cancelled_nested_begin_is_caught_at_every_poll<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut caught = 0;
+    for polls in 1.. {
+        let mut tx = db.begin().await.unwrap();
+        world.insert(&mut tx, 1).await.unwrap();
+        if poll_times(tx.begin(), polls).await {
+            tx.rollback().await.unwrap();
+            break;
+        }
+        // Whether sqlx has lost the transaction or not: nothing may be committed by halves.
+        drop(world.insert(&mut tx, 2).await);
+        match tx.commit().await {
+            Ok(()) => {
+                assert_eq!(world.committed().await, [1, 2]);
+                world.run(format!("DELETE FROM {}", world.table)).await;
+            }
+            Err(error) => {
+                assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+                caught += 1;
+            }
+        }
+        assert!(world.committed().await.is_empty(), "a statement after the loss was committed by itself");
+    }
+    assert!(caught > 0, "no cancelled begin did any harm, so this test shows nothing");
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+/// Polls `future` up to `polls` times, each time when it was woken, and drops it. Whether it had completed.
+async fn poll_times<T>(future: impl Future<Output = T>, polls: u32) -> bool {
+    let mut future = std::pin::pin!(future);
+    let mut left = polls;
+    std::future::poll_fn(|cx| {
+        let polled = future.as_mut().poll(cx).is_ready();
+        left -= 1;
+        if polled || left == 0 { std::task::Poll::Ready(polled) } else { std::task::Poll::Pending }
+    })
+    .await
+}
+
+async fn a_nested_transaction_that_ends_properly_is_fine<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let mut nested = tx.begin().await.unwrap();
+    world.insert(&mut nested, 2).await.unwrap();
+    nested.rollback().await.unwrap();
+    let mut nested = tx.begin().await.unwrap();
+    world.insert(&mut nested, 3).await.unwrap();
+    nested.commit().await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(world.committed().await, [1, 3]);
+    world.end(db).await;
+}
+
+async fn a_dropped_commit_is_told_by_its_handle<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    assert!(tx.commit().now_or_never().is_none(), "one poll cannot reach the database and back");
+    assert_eq!(handle.outcome().await, CommitOutcome::Committed);
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
+async fn a_commit_that_is_never_polled_rolls_back<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    drop(tx.commit());
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(world.committed().await.is_empty());
+    world.end(db).await;
+}
+
+async fn a_commit_in_time_says_ok<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    tx.commit_within(PATIENCE).await.unwrap();
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
+/// A transaction on the only connection of the pool commits and is seen.
+pub(crate) async fn works_as_before<D: TestDb>(world: &World<D>, db: &TxPool<D>) {
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 77).await.unwrap();
+    tx.commit().await.unwrap();
+    assert!(world.committed().await.contains(&77));
+}
+
+#[tokio::test]
+async fn committing_an_aborted_transaction_is_an_error() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap_err();
+    let error = tx.commit().await.unwrap_err();
+    assert!(matches!(error, TxError::Aborted { .. }), "{error:?}");
+    assert!(error.is_rolled_back());
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    works_as_before(&world, &db).await;
+
+    // The same on plain sqlx, which says Ok: the check above is one that can fail.
+    let mut conn = world.plain().await;
+    let mut tx = conn.begin().await.unwrap();
+    world.insert(&mut tx, 2).await.unwrap();
+    world.insert(&mut tx, 2).await.unwrap_err();
+    tx.commit().await.unwrap();
+    assert!(!world.committed().await.contains(&2));
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn a_deferred_constraint_refuses_the_commit_and_the_connection_lives_on() {
+    let world = World::<Postgres>::new().await;
+    let table = &world.table;
+    world
+        .run(format!(
+            "ALTER TABLE {table} ADD COLUMN parent BIGINT REFERENCES {table} (n) DEFERRABLE INITIALLY DEFERRED"
+        ))
+        .await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+    Postgres::execute(&mut tx, format!("INSERT INTO {table} (n, parent) VALUES (1, 2)")).await.unwrap();
+    let error = tx.commit().await.unwrap_err();
+    let code = error.as_sqlx().and_then(|e| e.as_database_error()?.code()).map(|code| code.into_owned());
+    assert!(matches!(error, TxError::Database(_)), "{error:?}");
+    assert_eq!(code.as_deref(), Some("23503"));
+    let mut tx = db.begin().await.unwrap();
+    let after: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+    assert_eq!(pid, after);
+    drop(tx);
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn a_slow_commit_is_handed_over_and_told_later() {
+    let world = World::<Postgres>::new().await;
+    let table = &world.table;
+    world
+        .run(format!(
+            "CREATE FUNCTION {table}_slow() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM pg_sleep(0.3); RETURN NULL; END $$;
+             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW EXECUTE FUNCTION {table}_slow()"
+        ))
+        .await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let pending = tx.commit_within(Duration::from_millis(10)).await.unwrap_err();
+    assert!(pending.is_pending());
+    let CommitError::Pending(handle) = pending else { panic!("{pending:?}") };
+    assert_eq!(handle.outcome().await, CommitOutcome::Committed);
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+    world.run(format!("DROP FUNCTION {table}_slow")).await;
+}
+
+#[tokio::test]
+async fn a_session_that_is_killed_in_its_commit_is_in_doubt() {
+    let world = World::<Postgres>::new().await;
+    let table = &world.table;
+    world
+        .run(format!(
+            "CREATE FUNCTION {table}_slow() RETURNS trigger LANGUAGE plpgsql AS
+                 $$ BEGIN PERFORM pg_sleep(10); RETURN NULL; END $$;
+             CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON {table} DEFERRABLE INITIALLY DEFERRED
+                 FOR EACH ROW EXECUTE FUNCTION {table}_slow()"
+        ))
+        .await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    let commit = tokio::spawn(tx.commit());
+    let mut other = world.plain().await;
+    eventually("the commit sleeps in its trigger", async || {
+        let waits = format!("SELECT count(*) FROM pg_stat_activity WHERE pid = {pid} AND wait_event = 'PgSleep'");
+        Postgres::numbers(&mut other, waits).await.unwrap() == [1]
+    })
+    .await;
+    Postgres::execute(&mut other, format!("SELECT pg_terminate_backend({pid})")).await.unwrap();
+    let error = commit.await.unwrap().unwrap_err();
+    assert!(error.is_unknown(), "{error:?}");
+    assert_eq!(handle.outcome().await, CommitOutcome::Unknown);
+    world.run(format!("DROP TRIGGER slow ON {table}")).await;
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+    world.run(format!("DROP FUNCTION {table}_slow")).await;
+}
+
+#[tokio::test]
+async fn a_write_that_sqlite_rolled_back_by_itself_is_caught() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let rollback = format!("INSERT OR ROLLBACK INTO {} (n) VALUES (1)", world.table);
+    sqlx::query(AssertSqlSafe(rollback)).execute(&mut *tx).await.unwrap_err();
+    // Would be committed by itself now, outside any transaction, were it not for the commit hook.
+    world.insert(&mut tx, 2).await.unwrap_err();
+    let error = tx.commit().await.unwrap_err();
+    assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    assert!(world.committed().await.is_empty());
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}

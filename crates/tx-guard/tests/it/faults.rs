@@ -1,0 +1,146 @@
+//! Drops while something runs, without a runtime, in a stream, in a COPY; servers and sessions that die.
+
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxPool};
+use futures_util::FutureExt;
+use sqlx::pool::PoolOptions;
+
+use crate::commit::works_as_before;
+use crate::on_both;
+use crate::world::{TestDb, World};
+
+/// The bound that is promised is milliseconds. This one tells them from the ten seconds of the statement on any machine.
+const SOON: Duration = Duration::from_secs(2);
+
+on_both!(
+    a_drop_in_a_slow_statement_frees_everything_soon,
+    a_drop_in_a_slow_statement_of_a_wrapped_pool_frees_everything_soon,
+    a_rollback_after_an_abandoned_statement_is_quick,
+    a_drop_outside_any_runtime_does_not_panic,
+    a_drop_after_the_runtime_has_ended_does_not_panic,
+    a_drop_in_a_half_read_stream_leaves_a_clean_connection,
+    a_panic_in_the_owner_rolls_back,
+);
+
+async fn abandoned_slow_statement<D: TestDb>(world: &World<D>, db: &TxPool<D>) -> TransactionGuard<D> {
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let slow = D::execute(&mut tx, D::SLOW.to_owned());
+    assert!(tokio::time::timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
+    tx
+}
+
+async fn a_drop_in_a_slow_statement_frees_everything_soon<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let tx = abandoned_slow_statement(&world, &db).await;
+    let handle = tx.outcome_handle();
+    let start = Instant::now();
+    drop(tx);
+    // The key that the dropped transaction has inserted is locked as long as it lives, and so is the only connection.
+    let mut next = db.begin().await.unwrap();
+    world.insert(&mut next, 1).await.unwrap();
+    next.commit().await.unwrap();
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
+async fn a_drop_in_a_slow_statement_of_a_wrapped_pool_frees_everything_soon<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let pool = PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    let tx = abandoned_slow_statement(&world, &db).await;
+    let start = Instant::now();
+    drop(tx);
+    works_as_before(&world, &db).await;
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+    pool.close().await;
+}
+
+async fn a_rollback_after_an_abandoned_statement_is_quick<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let tx = abandoned_slow_statement(&world, &db).await;
+    let start = Instant::now();
+    tx.rollback().await.unwrap();
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+async fn a_drop_outside_any_runtime_does_not_panic<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let tx = abandoned_slow_statement(&world, &db).await;
+    std::thread::spawn(move || drop(tx)).join().unwrap();
+    works_as_before(&world, &db).await;
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+async fn a_drop_after_the_runtime_has_ended_does_not_panic<D: TestDb>() {
+    let world = World::<D>::new().await;
+    for wrapped in [false, true] {
+        let options = world.options.clone();
+        let insert = format!("INSERT INTO {} (n) VALUES (1)", world.table);
+        let outlived = move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let (db, tx) = runtime.block_on(async {
+                let db = if wrapped {
+                    TxPool::wrap(PoolOptions::<D>::new().min_connections(1).connect_with(options).await.unwrap())
+                } else {
+                    TxPool::<D>::builder().connect_with(options).await.unwrap()
+                };
+                let mut tx = db.begin().await.unwrap();
+                D::execute(&mut tx, insert).await.unwrap();
+                (db, tx)
+            });
+            drop(runtime);
+            drop(tx);
+            drop(db);
+        };
+        std::thread::spawn(outlived).join().unwrap();
+    }
+    // The locks of those transactions are gone with their connections.
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
+async fn a_drop_in_a_half_read_stream_leaves_a_clean_connection<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let million = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n";
+    D::first_row(&mut tx, million).await;
+    drop(tx);
+    works_as_before(&world, &db).await;
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+async fn a_panic_in_the_owner_rolls_back<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let panicked = std::panic::AssertUnwindSafe(async move {
+        let _tx = tx;
+        panic!("on purpose");
+    })
+    .catch_unwind()
+    .await;
+    assert!(panicked.is_err());
+    works_as_before(&world, &db).await;
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}

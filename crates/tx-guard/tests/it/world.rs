@@ -1,0 +1,150 @@
+//! A database with one table of its own for each test. What is asserted is read over a plain connection, never over
+//! the pool that is under test.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{Backend, Options, TxPool};
+use futures_util::StreamExt;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Postgres, Sqlite, SqliteConnection};
+use tempfile::TempDir;
+
+/// Longer than anything here takes on a busy machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
+
+pub(crate) fn postgres_url() -> String {
+    std::env::var(POSTGRES).unwrap_or_else(|_| panic!("set {POSTGRES} or run cargo xtask test tx-guard"))
+}
+
+/// What the tests need to know of a database, beyond what the crate itself knows.
+pub(crate) trait TestDb: Backend {
+    /// A place for the data that lives as long as the test does.
+    type Place: Send + Sync;
+
+    /// A statement that runs for ten seconds or longer if nobody stops it.
+    const SLOW: &'static str;
+
+    fn place() -> (Self::Place, Options<Self>);
+    async fn execute(conn: &mut Self::Connection, sql: String) -> Result<(), sqlx::Error>;
+    async fn numbers(conn: &mut Self::Connection, sql: String) -> Result<Vec<i64>, sqlx::Error>;
+    /// Reads one row of many, and leaves the rest.
+    async fn first_row(conn: &mut Self::Connection, sql: &'static str);
+}
+
+impl TestDb for Sqlite {
+    type Place = TempDir;
+
+    const SLOW: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 200000000)
+        SELECT count(*) FROM n";
+
+    fn place() -> (TempDir, SqliteConnectOptions) {
+        let place = tempfile::tempdir().unwrap();
+        let options = SqliteConnectOptions::new()
+            .filename(place.path().join("test.db"))
+            .create_if_missing(true)
+            .journal_mode(SqliteJournalMode::Wal)
+            .busy_timeout(PATIENCE);
+        (place, options)
+    }
+
+    async fn execute(conn: &mut SqliteConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    async fn numbers(conn: &mut SqliteConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(conn).await
+    }
+
+    async fn first_row(conn: &mut SqliteConnection, sql: &'static str) {
+        sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
+    }
+}
+
+impl TestDb for Postgres {
+    type Place = ();
+
+    const SLOW: &'static str = "SELECT pg_sleep(10)";
+
+    fn place() -> ((), PgConnectOptions) {
+        ((), postgres_url().parse().unwrap())
+    }
+
+    async fn execute(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    async fn numbers(conn: &mut PgConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(conn).await
+    }
+
+    async fn first_row(conn: &mut PgConnection, sql: &'static str) {
+        sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
+    }
+}
+
+/// A database, a table in it, and how to get there.
+pub(crate) struct World<D: TestDb> {
+    pub(crate) options: Options<D>,
+    pub(crate) table: String,
+    _place: D::Place,
+}
+
+impl<D: TestDb> World<D> {
+    /// Makes the table: a number that is unique, and a text.
+    pub(crate) async fn new() -> Self {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let table = format!("tx_guard_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let (place, options) = D::place();
+        let world = Self { options, table, _place: place };
+        world.run(format!("CREATE TABLE {} (n BIGINT PRIMARY KEY, v BIGINT NOT NULL DEFAULT 0)", world.table)).await;
+        world
+    }
+
+    pub(crate) async fn pool(&self, connections: u32) -> TxPool<D> {
+        TxPool::builder().max_connections(connections).connect_with(self.options.clone()).await.unwrap()
+    }
+
+    pub(crate) async fn plain(&self) -> D::Connection {
+        self.options.connect().await.unwrap()
+    }
+
+    /// Runs SQL on a connection of its own.
+    pub(crate) async fn run(&self, sql: String) {
+        let mut conn = self.plain().await;
+        D::execute(&mut conn, sql).await.unwrap();
+        conn.close().await.unwrap();
+    }
+
+    /// Inserts `n` on `conn`, which usually is a guard's.
+    pub(crate) async fn insert(&self, conn: &mut D::Connection, n: i64) -> Result<(), sqlx::Error> {
+        D::execute(conn, format!("INSERT INTO {} (n) VALUES ({n})", self.table)).await
+    }
+
+    /// The numbers that are committed, as another session sees them.
+    pub(crate) async fn committed(&self) -> Vec<i64> {
+        let mut conn = self.plain().await;
+        let numbers = D::numbers(&mut conn, format!("SELECT n FROM {} ORDER BY n", self.table)).await.unwrap();
+        conn.close().await.unwrap();
+        numbers
+    }
+
+    /// Sees that the pool is in order, and takes the table away.
+    pub(crate) async fn end(&self, db: TxPool<D>) {
+        let report = db.close(PATIENCE).await;
+        assert!(report.is_clean(), "{report}");
+        self.run(format!("DROP TABLE {}", self.table)).await;
+    }
+}
+
+/// Waits for `holds` to be true, and fails after [`PATIENCE`].
+pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool) {
+    let start = Instant::now();
+    while !holds().await {
+        assert!(start.elapsed() < PATIENCE, "not within {PATIENCE:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
