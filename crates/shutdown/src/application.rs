@@ -1,0 +1,498 @@
+//! The application: what runs, in which order it starts and stops, and how long a stop may take. Nothing runs before
+//! `run` or `serve`, and nothing is left running after.
+
+use std::fmt;
+use std::io;
+use std::panic::Location;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::report::{EXIT_NOT_STARTED, Report, chain};
+use crate::restart::{Restart, RestartPolicy, Work};
+use crate::signal::Signals;
+use crate::stop::{Stop, StopReason};
+use crate::supervisor::{Core, Worker, supervise};
+use crate::task::WorkerOutput;
+use crate::voice::{OnExitCode, OnReport, Voice};
+use crate::watchdog::{Watchdog, end_process};
+use crate::worker::WorkerContext;
+
+/// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
+const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
+/// How long the runtime's blocking threads may take to end once every task has.
+const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
+/// The phase of the workers that were added to the application itself.
+const OWN_PHASE: &str = "main";
+
+/// Why an application could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AppError {
+    /// The handlers of SIGINT and SIGTERM could not be installed.
+    #[error("the signal handlers could not be installed")]
+    Signals(#[source] io::Error),
+    /// A thread of the application's own (for signals, for the deadline, for callbacks) could not be started.
+    #[error("the thread for {purpose} could not be started")]
+    #[non_exhaustive]
+    Thread {
+        /// What the thread is for.
+        purpose: &'static str,
+        /// Why the system did not start it.
+        source: io::Error,
+    },
+    /// The runtime could not be built.
+    #[error("the runtime could not be built")]
+    Runtime(#[source] io::Error),
+    /// `run` was called inside a runtime; there, `serve` is the one to call.
+    #[error("an application cannot own a runtime inside another runtime")]
+    InsideRuntime,
+}
+
+impl AppError {
+    /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
+    ///
+    /// Every other error is the system's refusal.
+    pub fn is_inside_runtime(&self) -> bool {
+        matches!(self, Self::InsideRuntime)
+    }
+
+    fn thread(purpose: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Thread { purpose, source }
+    }
+}
+
+/// Workers that start together, end together and stop the process with a report and an exit code.
+///
+/// A stop begins with SIGINT or SIGTERM, with the [shutdown handle](Self::shutdown_handle), with the first worker that
+/// fails or panics, or when every worker has completed. Workers are told, phase after phase in reverse order of their
+/// start; what has not ended when its time is over is cut and named in the [`Report`].
+///
+/// Once created, an application keeps SIGINT and SIGTERM from killing the process, also after it has ended: a handler
+/// cannot be taken out again without a race.
+///
+/// # Examples
+///
+/// ```
+/// use std::process::ExitCode;
+/// use cancel_safe_shutdown::{Application, WorkerContext};
+///
+/// async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
+///     while !cx.is_cancelled() {
+///         // Send what is there, then wait for more or for the end.
+///         # cx.token(); break;
+///     }
+///     Ok(())
+/// }
+///
+/// fn main() -> ExitCode {
+///     Application::new("billing").worker("outbox", outbox).run()
+/// }
+/// ```
+#[must_use = "an application that is never run starts nothing"]
+pub struct Application {
+    name: String,
+    phases: Vec<Phase>,
+    stop: Arc<Stop>,
+    budget: Duration,
+    drain_delay: Duration,
+    restart: RestartPolicy,
+    on_report: Option<OnReport>,
+    on_exit_code: Option<OnExitCode>,
+    runtime: Option<Builder>,
+    signals: io::Result<Signals>,
+}
+
+impl Application {
+    /// Creates an application without workers.
+    ///
+    /// With the feature `signal`, the handlers of SIGINT and SIGTERM are installed here: a signal that arrives after
+    /// this call and before [`run`](Self::run) is kept, and then stops the application before it starts anything.
+    pub fn new(name: impl Into<String>) -> Self {
+        Self {
+            name: name.into(),
+            phases: Vec::new(),
+            stop: Arc::default(),
+            budget: DEFAULT_BUDGET,
+            drain_delay: Duration::ZERO,
+            restart: Restart::Never.into(),
+            on_report: None,
+            on_exit_code: None,
+            runtime: None,
+            signals: Signals::install(),
+        }
+    }
+
+    /// Adds a worker to the phase `main`, which has its place where the first such worker is added.
+    ///
+    /// An error or a panic stops the application; a worker that returns is done, and the others go on. `work` is
+    /// `Clone` so that a [restart](Self::restart) can begin anew; see [`worker_once`](Self::worker_once).
+    #[track_caller]
+    pub fn worker<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.own_phase().add(name.into(), again(work));
+        self
+    }
+
+    /// Adds a worker that cannot be started twice, such as one that owns a receiver: it is never restarted.
+    #[track_caller]
+    pub fn worker_once<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.own_phase().add(name.into(), once(work));
+        self
+    }
+
+    /// Adds a worker that is a plain closure over a token. It is never restarted.
+    #[track_caller]
+    pub fn add_worker<W, F>(&mut self, name: impl Into<String>, work: W)
+    where
+        W: FnOnce(CancellationToken) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.own_phase().add(name.into(), once(|cx: WorkerContext| work(cx.token())));
+    }
+
+    /// Adds a phase. Phases start in the order in which they are added and are stopped in reverse: each is told to
+    /// stop only when the one added after it has ended or was cut.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_shutdown::{Application, WorkerContext};
+    ///
+    /// async fn pool(cx: WorkerContext) {
+    ///     cx.ready();
+    ///     cx.cancelled().await;
+    /// }
+    /// async fn http(cx: WorkerContext) {
+    ///     # return;
+    ///     cx.cancelled().await;
+    /// }
+    ///
+    /// let code = Application::new("shop")
+    ///     .phase("storage", |phase| phase.worker("pool", pool).ready_within(Duration::from_secs(5)))
+    ///     .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)))
+    ///     # .worker_once("done", { let done = CancellationToken::new(); |_| async move { done.cancel() } });
+    ///     # use tokio_util::sync::CancellationToken;
+    ///     # let handle = code.shutdown_handle();
+    ///     # let code = code.worker("end", move |_| async move { handle.cancel() })
+    ///     .run();
+    /// # assert_eq!(code, std::process::ExitCode::SUCCESS);
+    /// ```
+    pub fn phase(mut self, name: impl Into<String>, build: impl FnOnce(Phase) -> Phase) -> Self {
+        self.phases.push(build(Phase::new(name.into())));
+        self
+    }
+
+    /// Sets the total budget of a stop, from its request to the end of the last task. The default is 25 seconds.
+    pub fn shutdown_timeout(mut self, budget: Duration) -> Self {
+        self.budget = budget;
+        self
+    }
+
+    /// Sets how long workers go on after a signal or a request before the first of them is told to stop, so that load
+    /// balancers have time to look elsewhere. The default is zero.
+    ///
+    /// The delay runs inside the budget and inside the timeout of the last phase; it is not added to either. A stop
+    /// because of a failure has no delay.
+    pub fn drain_delay(mut self, delay: Duration) -> Self {
+        self.drain_delay = delay;
+        self
+    }
+
+    /// Sets the restart policy of every phase without one of its own. The default is [`Restart::Never`].
+    pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        self.restart = policy.into();
+        self
+    }
+
+    /// Sets what is done with the report at the very end.
+    ///
+    /// Runs on a thread of its own and is waited for until the deadline but no longer than a second; at the deadline or
+    /// at the second signal, for 25 ms. The process ends whether it has returned or not.
+    pub fn on_report(mut self, on_report: impl FnOnce(&Report) + Send + 'static) -> Self {
+        self.on_report = Some(Box::new(on_report));
+        self
+    }
+
+    /// Sets what may override the exit code of a stop in which every task has ended in time.
+    ///
+    /// Runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, StopReason};
+    ///
+    /// let application = Application::new("mirror").exit_code(|report| match report.reason() {
+    ///     StopReason::Signal(number) => u8::try_from(128 + number).ok(),
+    ///     _ => None,
+    /// });
+    /// # drop(application);
+    /// ```
+    pub fn exit_code(mut self, exit_code: impl FnOnce(&Report) -> Option<u8> + Send + 'static) -> Self {
+        self.on_exit_code = Some(Box::new(exit_code));
+        self
+    }
+
+    /// Sets the runtime that [`run`](Self::run) builds, with all drivers enabled. The default is the multi-thread one.
+    pub fn runtime(mut self, builder: Builder) -> Self {
+        self.runtime = Some(builder);
+        self
+    }
+
+    /// Returns a token that stops the application when it is cancelled, and is cancelled when the application stops.
+    pub fn shutdown_handle(&self) -> CancellationToken {
+        self.stop.token().clone()
+    }
+
+    /// Runs the application to its end and returns the exit code for `main` to return; see [`Report::exit_code`].
+    ///
+    /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
+    /// at once after a second signal: if the runtime cannot return in time, the process is ended from outside, without
+    /// destructors. An application that could not be started has the code 71 and a report that says why.
+    pub fn run(self) -> ExitCode {
+        let (core, course) = match self.prepare() {
+            Ok(prepared) => prepared,
+            // Without the thread for the callbacks there is nobody to tell.
+            Err(_) => return ExitCode::from(EXIT_NOT_STARTED),
+        };
+        ExitCode::from(course.run(&core).unwrap_or_else(|error| {
+            core.request(StopReason::NotStarted { cause: chain(&error) });
+            core.take_voice().map_or(EXIT_NOT_STARTED, |voice| {
+                voice.deliver(core.report(), Some(EXIT_NOT_STARTED), Duration::from_secs(1))
+            })
+        }))
+    }
+
+    /// Runs the application to its end inside the runtime of the caller.
+    ///
+    /// The same as [`run`](Self::run), except for what only the owner of the process can do: it cannot bound the
+    /// runtime's own drop, which waits for blocking closures; it cannot end at the deadline if a task wedges the
+    /// runtime; and a second signal ends the grace instead of the process. A failed worker is no error here but the
+    /// report's to tell.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every worker is dropped at its current await without a grace, no
+    /// report is made, and blocking closures that have begun run on. Cancel the [shutdown handle](Self::shutdown_handle)
+    /// instead.
+    ///
+    /// # Errors
+    ///
+    /// An application that could not be started at all; no worker has run.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, WorkerContext};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let application = Application::new("once").worker("one", |_: WorkerContext| async {});
+    /// let report = application.serve().await?;
+    /// assert_eq!(report.exit_code(), 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn serve(self) -> Result<Report, AppError> {
+        let (core, course) = self.prepare()?;
+        let (first, second) = (Arc::clone(&core), core.hurry.clone());
+        let signals = course.signals.map_err(AppError::Signals)?;
+        let _forwarding = signals
+            .forward(move |signal| first.request(StopReason::Signal(signal)), move |_| second.cancel())
+            .map_err(AppError::thread("signals"))?;
+        supervise(&core, course.phases, course.restart).await;
+        let mut report = core.report();
+        if let Some(voice) = core.take_voice() {
+            let told = report.clone();
+            let limit = Watchdog::patience(remaining(&core));
+            let deliver = tokio::task::spawn_blocking(move || voice.deliver(told, None, limit));
+            if let Ok(code) = deliver.await {
+                report.set_exit_code(code);
+            }
+        }
+        Ok(report)
+    }
+
+    fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
+        let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
+        let core = Core::new(self.name, self.stop, self.budget, self.drain_delay, workers);
+        let voice = Voice::start(self.on_report, self.on_exit_code).map_err(AppError::thread("callbacks"))?;
+        core.give_voice(voice);
+        let Self { phases, restart, runtime, signals, .. } = self;
+        Ok((Arc::new(core), Course { phases, restart, runtime, signals }))
+    }
+
+    #[track_caller]
+    fn own_phase(&mut self) -> &mut Phase {
+        let index = self.phases.iter().position(|phase| phase.is_own).unwrap_or_else(|| {
+            self.phases.push(Phase { is_own: true, ..Phase::new(OWN_PHASE.to_owned()) });
+            self.phases.len() - 1
+        });
+        &mut self.phases[index]
+    }
+}
+
+impl fmt::Debug for Application {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Application")
+            .field("name", &self.name)
+            .field("phases", &self.phases)
+            .field("shutdown_timeout", &self.budget)
+            .finish_non_exhaustive()
+    }
+}
+
+/// What is to be run.
+struct Course {
+    phases: Vec<Phase>,
+    restart: RestartPolicy,
+    runtime: Option<Builder>,
+    signals: io::Result<Signals>,
+}
+
+impl Course {
+    fn run(self, core: &Arc<Core>) -> Result<u8, AppError> {
+        if Handle::try_current().is_ok() {
+            return Err(AppError::InsideRuntime);
+        }
+        let (first, second) = (Arc::clone(core), Arc::clone(core));
+        let signals = self.signals.map_err(AppError::Signals)?;
+        let _forwarding = signals
+            .forward(
+                move |signal| first.request(StopReason::Signal(signal)),
+                move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
+            )
+            .map_err(AppError::thread("signals"))?;
+        let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
+        let mut builder = self.runtime.unwrap_or_else(Builder::new_multi_thread);
+        let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
+        runtime.block_on(supervise(core, self.phases, self.restart));
+
+        let Some(voice) = core.take_voice() else {
+            // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.
+            loop {
+                std::thread::park();
+            }
+        };
+        let code = voice.deliver(core.report(), None, Watchdog::patience(remaining(core)));
+        // Not a plain drop, which waits for blocking closures for as long as they take.
+        runtime.shutdown_timeout(remaining(core).min(RUNTIME_TIMEOUT));
+        drop(watchdog);
+        Ok(code)
+    }
+}
+
+/// What is left of the budget.
+fn remaining(core: &Core) -> Duration {
+    core.stop.get().map_or(Duration::ZERO, |stopping| stopping.deadline.saturating_duration_since(Instant::now()))
+}
+
+/// Workers that are started, and stopped, together.
+pub struct Phase {
+    pub(crate) name: String,
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) ready_within: Option<Duration>,
+    pub(crate) restart: Option<RestartPolicy>,
+    is_own: bool,
+}
+
+impl Phase {
+    fn new(name: String) -> Self {
+        Self { name, workers: Vec::new(), timeout: None, ready_within: None, restart: None, is_own: false }
+    }
+
+    /// Adds a worker; see [`Application::worker`].
+    #[track_caller]
+    pub fn worker<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.add(name.into(), again(work));
+        self
+    }
+
+    /// Adds a worker that cannot be started twice; see [`Application::worker_once`].
+    #[track_caller]
+    pub fn worker_once<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.add(name.into(), once(work));
+        self
+    }
+
+    /// Sets how long the phase may take to stop. The default is an equal share, among the phases yet to be stopped, of
+    /// what remains of the total budget; a longer timeout than what remains is clipped to it.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Holds the next phase back until every worker of this one has called [`WorkerContext::ready`], and stops the
+    /// application if that takes longer than `limit`. By default the next phase starts at once.
+    pub fn ready_within(mut self, limit: Duration) -> Self {
+        self.ready_within = Some(limit);
+        self
+    }
+
+    /// Sets the restart policy of the phase's workers. The default is the application's.
+    pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        self.restart = Some(policy.into());
+        self
+    }
+
+    #[track_caller]
+    fn add(&mut self, name: String, work: Work) {
+        self.workers.push(Worker { name, added_at: Location::caller(), work });
+    }
+}
+
+impl fmt::Debug for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let workers: Vec<_> = self.workers.iter().map(|worker| &worker.name).collect();
+        f.debug_struct("Phase").field("name", &self.name).field("workers", &workers).finish_non_exhaustive()
+    }
+}
+
+fn again<W, F>(work: W) -> Work
+where
+    W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
+    F: Future + Send + 'static,
+    F::Output: WorkerOutput,
+{
+    Work::Again(Box::new(move |cx| {
+        let work = work.clone();
+        // Called inside the attempt, so that a panic of `work` itself is the attempt's.
+        Box::pin(async move { work(cx).await.into_result() })
+    }))
+}
+
+fn once<W, F>(work: W) -> Work
+where
+    W: FnOnce(WorkerContext) -> F + Send + 'static,
+    F: Future + Send + 'static,
+    F::Output: WorkerOutput,
+{
+    Work::Once(Box::new(move |cx| Box::pin(async move { work(cx).await.into_result() })))
+}

@@ -1,0 +1,477 @@
+//! Task groups: named tasks that end together. Nothing detaches: a group is awaited, or dropped and its tasks with it.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::panic::Location;
+use std::sync::Arc;
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::report::{Ledger, say};
+use crate::roster::{Ended, Node, Recorder, Roster, Ticket, Tracked, abort_tree, bounded, stop_tree};
+use crate::stop::{StopReason, Stopping, after};
+use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput};
+use crate::worker::WorkerContext;
+
+/// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
+const DEFAULT_GRACE: Duration = Duration::from_secs(10);
+
+/// A group of named tasks.
+///
+/// Dropping it cancels its tasks and those of the groups below it without any grace: futures at their next await,
+/// blocking closures only if they have not begun. The outcome of each task is kept until it is asked for with
+/// [`join_next`](Self::join_next), [`wait`](Self::wait) or [`shutdown`](Self::shutdown).
+///
+/// # Comparison to `JoinSet`
+///
+/// A [`JoinSet`](tokio::task::JoinSet) aborts its tasks too, but does not know their names, gives no grace, and its
+/// `shutdown` waits without a bound for a task that never yields or for a blocking closure.
+///
+/// # Examples
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_shutdown::TaskGroup;
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)]
+/// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+/// let group = TaskGroup::new();
+/// group.spawn("fast", async {})?;
+/// group.spawn("slow", tokio::time::sleep(Duration::from_secs(3600)))?;
+///
+/// tokio::time::sleep(Duration::from_millis(1)).await;
+/// group.cancel_all().await;
+/// let result = group.wait().await;
+/// assert_eq!(result.completed, ["fast"]);
+/// assert_eq!(result.cancelled, ["slow"]);
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a group that is dropped cancels its tasks"]
+pub struct TaskGroup<T: Send + 'static = (), E: Send + 'static = BoxError> {
+    roster: Arc<Roster<T, E>>,
+    grace: Duration,
+}
+
+impl TaskGroup {
+    /// Creates a group of tasks that return nothing, or `Result<(), BoxError>`.
+    pub fn new() -> Self {
+        Self::with_results()
+    }
+
+    /// Runs `body` with a new group, then waits for the tasks it has spawned.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, the body and every task are dropped at their current await and the
+    /// results are lost; a blocking closure that has begun runs on.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::TaskGroup;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let (spawned, result) = TaskGroup::scope(async |group| {
+    ///     (0..3).filter(|number| group.spawn(format!("task {number}"), async {}).is_ok()).count()
+    /// })
+    /// .await;
+    /// assert_eq!((spawned, result.completed.len()), (3, 3));
+    /// # }
+    /// ```
+    pub async fn scope<R>(body: impl AsyncFnOnce(&mut Self) -> R) -> (R, TaskGroupResult) {
+        let mut group = Self::new();
+        let value = body(&mut group).await;
+        (value, group.wait().await)
+    }
+
+    /// The workers of one phase, written down in `ledger` as they end.
+    pub(crate) fn of_workers(ledger: Arc<Ledger>, phase: String) -> Self {
+        let recorder = Recorder { ledger, say, workers: true };
+        Self { roster: Roster::root(phase, Some(recorder)), grace: DEFAULT_GRACE }
+    }
+
+    /// A group for the tasks of one of `above`'s tasks, written down where those are.
+    pub(crate) fn below(above: &Arc<dyn Node>, path: String) -> Self {
+        let ledger = above.ledger().cloned();
+        let recorder = ledger.map(|ledger| Recorder { ledger, say, workers: false });
+        Self { roster: Roster::below(above, path, recorder), grace: DEFAULT_GRACE }
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
+    /// Creates a group of tasks that return `Result<T, E>`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{TaskGroup, TaskOutcome};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let mut group = TaskGroup::<u32, String>::with_results();
+    /// group.spawn("answer", async { Ok(42) })?;
+    /// assert_eq!(group.join_next().await, Some(("answer".to_owned(), TaskOutcome::Completed(42))));
+    /// assert_eq!(group.join_next().await, None);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn with_results() -> Self {
+        Self { roster: Roster::root(String::new(), None), grace: DEFAULT_GRACE }
+    }
+
+    /// Sets how long tasks with a context may take after [`cancel_all`](Self::cancel_all). The default is 10 seconds.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.grace = grace;
+        self
+    }
+
+    /// Spawns a task that knows nothing of a token: a cancel drops it at its next await.
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: the future is handed back, never polled.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[track_caller]
+    pub fn spawn<F>(&self, name: impl Into<Cow<'static, str>>, future: F) -> Result<(), Rejected<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+            Ok(ticket) => {
+                self.launch(ticket, future);
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, future)),
+        }
+    }
+
+    /// Spawns a task with a context of its own: a cancel tells it, and drops it only when the grace is over.
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: `work` is handed back, never called.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[track_caller]
+    pub fn spawn_with<W, F>(&self, name: impl Into<Cow<'static, str>>, work: W) -> Result<(), Rejected<W>>
+    where
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        self.spawn_contextual(name.into(), Location::caller(), work)
+    }
+
+    pub(crate) fn spawn_contextual<W, F>(
+        &self,
+        name: Cow<'static, str>,
+        spawned_at: &'static Location<'static>,
+        work: W,
+    ) -> Result<(), Rejected<W>>
+    where
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name, spawned_at, Kind::Contextual) {
+            Ok(ticket) => {
+                let cx = self.context(&ticket);
+                // Called inside the task, so that a panic of `work` itself is the task's and not the caller's.
+                self.launch(ticket, async move { work(cx).await });
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, work)),
+        }
+    }
+
+    /// Spawns a closure on the runtime's blocking threads.
+    ///
+    /// A cancel drops it if it has not begun, and otherwise tells its context: nothing can stop a closure that does not
+    /// ask [`is_cancelled`](WorkerContext::is_cancelled). One that outlives the grace is reported as a straggler.
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: `work` is handed back, never called.
+    ///
+    /// # Panics
+    ///
+    /// Outside a tokio runtime.
+    #[track_caller]
+    pub fn spawn_blocking<W, R>(&self, name: impl Into<Cow<'static, str>>, work: W) -> Result<(), Rejected<W>>
+    where
+        W: FnOnce(WorkerContext) -> R + Send + 'static,
+        R: TaskOutput<T, E>,
+    {
+        let mut ticket = match self.enter(name.into(), Location::caller(), Kind::Blocking) {
+            Ok(ticket) => ticket,
+            Err(name) => return Err(Rejected::new(name, work)),
+        };
+        let cx = self.context(&ticket);
+        let slot = Arc::clone(&ticket.slot);
+        let handle = tokio::task::spawn_blocking(move || {
+            // A closure never waits to be polled again; its outcome is told when the ticket is dropped.
+            let Poll::Ready(()) = ticket.run(|| Poll::Ready(work(cx))) else { return };
+        });
+        self.roster.attach(&slot, handle.abort_handle());
+        Ok(())
+    }
+
+    /// Creates a group below this one: cancelled with it, and awaited by its [`wait`](Self::wait).
+    ///
+    /// The outcomes of the tasks in it are for those who hold it. Wait for it, or drop it, before this one.
+    pub fn child(&self, name: impl Into<String>) -> Self {
+        let name = name.into();
+        let path = match self.roster.path() {
+            "" => name,
+            above => format!("{above}/{name}"),
+        };
+        let recorder = self.roster.recorder().cloned();
+        Self { roster: Roster::below(&self.node(), path, recorder), grace: self.grace }
+    }
+
+    /// Returns the number of tasks that have not ended.
+    pub fn len(&self) -> usize {
+        self.roster.len()
+    }
+
+    /// Returns whether every task has ended.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Returns the next task to have ended, by its name, or `None` when there is none left.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
+    pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
+        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
+        tokio::task::coop::consume_budget().await;
+        if let Some(ended) = self.roster.next() {
+            return Some(ended.into_named());
+        }
+        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
+        ended.map(|ended| ended.into_named())
+    }
+
+    /// Cancels every task and waits until none is alive.
+    ///
+    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
+    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
+    /// method therefore returns within the grace and 25 ms.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
+    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
+    pub async fn cancel_all(&self) {
+        self.stop(StopReason::Requested, after(self.grace));
+        self.idle().await;
+    }
+
+    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
+    ///
+    /// Waits for as long as the tasks take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
+    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
+    /// lost; a blocking closure that has begun runs on.
+    pub async fn wait(self) -> TaskGroupResult<E> {
+        self.idle().await;
+        let mut result = TaskGroupResult::default();
+        for ended in self.roster.take_ended() {
+            result.add(ended);
+        }
+        result
+    }
+
+    /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
+    /// the outcomes are lost; a blocking closure that has begun runs on.
+    pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
+        self.stop(StopReason::Requested, after(timeout));
+        self.wait().await
+    }
+
+    pub(crate) fn stop(&self, reason: StopReason, deadline: Instant) {
+        stop_tree(&self.node(), &Stopping { reason, deadline });
+    }
+
+    /// Waits until no task is alive, cutting what is left at the end of a stop's grace.
+    pub(crate) async fn idle(&self) {
+        bounded(&self.node(), |cx| self.roster.poll_idle(cx)).await;
+    }
+
+    pub(crate) fn node(&self) -> Arc<dyn Node> {
+        self.roster.clone()
+    }
+
+    fn enter(
+        &self,
+        name: Cow<'static, str>,
+        spawned_at: &'static Location<'static>,
+        kind: Kind,
+    ) -> Result<Ticket<T, E>, Cow<'static, str>> {
+        self.roster.enter(Slot::new(name, spawned_at, kind))
+    }
+
+    fn launch<F>(&self, ticket: Ticket<T, E>, future: F)
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        let slot = Arc::clone(&ticket.slot);
+        let handle = tokio::spawn(Tracked::new(future, ticket));
+        self.roster.attach(&slot, handle.abort_handle());
+    }
+
+    fn context(&self, ticket: &Ticket<T, E>) -> WorkerContext {
+        WorkerContext::new(Arc::clone(&ticket.slot), self.node())
+    }
+}
+
+impl Default for TaskGroup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> Drop for TaskGroup<T, E> {
+    fn drop(&mut self) {
+        self.stop(StopReason::Requested, Instant::now());
+        abort_tree(&self.node());
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> fmt::Debug for TaskGroup<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TaskGroup").field("live", &self.len()).field("grace", &self.grace).finish_non_exhaustive()
+    }
+}
+
+/// How the tasks of a group ended; each task is in exactly one list.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct TaskGroupResult<E = BoxError> {
+    /// The tasks that returned without an error.
+    pub completed: Vec<String>,
+    /// The tasks whose future was dropped because they were told to stop, or because their runtime was shut down.
+    pub cancelled: Vec<String>,
+    /// The tasks that returned an error, and the error.
+    pub failed: Vec<(String, E)>,
+    /// The tasks that panicked, and what the panic said.
+    pub panicked: Vec<(String, String)>,
+    /// The tasks that had not ended when their grace was over.
+    pub stragglers: Vec<Straggler>,
+}
+
+impl<E> TaskGroupResult<E> {
+    /// Returns whether every task completed or was cancelled in time.
+    pub fn is_clean(&self) -> bool {
+        self.failed.is_empty() && self.panicked.is_empty() && self.stragglers.is_empty()
+    }
+}
+
+impl<E> TaskGroupResult<E> {
+    fn add<T>(&mut self, ended: Ended<T, E>) {
+        let (spawned_at, state, last_mark) = (ended.slot.spawned_at, ended.slot.straggling(), ended.slot.last_mark());
+        let (name, outcome) = ended.into_named();
+        match (outcome, state) {
+            (TaskOutcome::Completed(_), _) => self.completed.push(name),
+            (TaskOutcome::Failed(error), _) => self.failed.push((name, error)),
+            (TaskOutcome::Panicked { message, .. }, _) => self.panicked.push((name, message)),
+            (TaskOutcome::Aborted | TaskOutcome::Abandoned, Some(state)) => {
+                self.stragglers.push(Straggler { name, spawned_at, last_mark, state });
+            }
+            (TaskOutcome::Cancelled | TaskOutcome::Aborted | TaskOutcome::Abandoned, _) => self.cancelled.push(name),
+        }
+    }
+}
+
+impl<E> Default for TaskGroupResult<E> {
+    fn default() -> Self {
+        Self {
+            completed: Vec::new(),
+            cancelled: Vec::new(),
+            failed: Vec::new(),
+            panicked: Vec::new(),
+            stragglers: Vec::new(),
+        }
+    }
+}
+
+/// A task that had not ended when its grace was over.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Straggler {
+    /// The name it was given.
+    pub name: String,
+    /// Where it was spawned.
+    pub spawned_at: &'static Location<'static>,
+    /// The last [`mark`](WorkerContext::mark) it passed.
+    pub last_mark: Option<String>,
+    /// What it was doing.
+    pub state: StragglerState,
+}
+
+impl fmt::Display for Straggler {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "`{}` {}, spawned at {}", self.name, self.state, self.spawned_at)?;
+        match &self.last_mark {
+            Some(mark) => write!(f, ", last mark `{mark}`"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Work that a closed group, or a worker that is running already, did not take. Nothing of it has run.
+#[must_use = "the work it holds has not been started"]
+pub struct Rejected<W> {
+    name: Cow<'static, str>,
+    work: W,
+}
+
+impl<W> Rejected<W> {
+    pub(crate) fn new(name: impl Into<Cow<'static, str>>, work: W) -> Self {
+        Self { name: name.into(), work }
+    }
+
+    /// Returns the name the work was to have.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns the work: a future that was never polled, or a closure that was never called.
+    pub fn into_inner(self) -> W {
+        self.work
+    }
+}
+
+impl<W> fmt::Debug for Rejected<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Rejected").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl<W> fmt::Display for Rejected<W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "task `{}` was not started: its group is closed", self.name)
+    }
+}
+
+impl<W> std::error::Error for Rejected<W> {}

@@ -1,0 +1,241 @@
+//! What is handed back at the end: the reason, and every task exactly once with how it ended.
+
+use std::collections::VecDeque;
+use std::fmt;
+use std::panic::Location;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use crate::stop::StopReason;
+use crate::task::{BoxError, Slot, StragglerState, TaskOutcome};
+
+/// How many ended tasks of the workers' groups are kept for the report: the latest of those that completed or were
+/// cancelled, and as many of those that ended otherwise. The workers themselves are always kept.
+pub(crate) const KEPT_TASKS: usize = 1024;
+
+const EXIT_CLEAN: u8 = 0;
+const EXIT_FAILED: u8 = 1;
+pub(crate) const EXIT_STRAGGLERS: u8 = 70;
+pub(crate) const EXIT_NOT_STARTED: u8 = 71;
+const EXIT_PANICKED: u8 = 101;
+
+/// How one task of an application ended.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct TaskReport {
+    /// The name it was given.
+    pub name: String,
+    /// Where it belongs: the phase of a worker, or the worker (and the groups below it) of a task.
+    pub group: String,
+    /// Whether it is a worker of the application, rather than a task of a worker's.
+    pub is_worker: bool,
+    /// How it ended; errors are rendered with their sources.
+    pub outcome: TaskOutcome<(), String>,
+    /// Where it was spawned; for a worker, where it was added.
+    pub spawned_at: &'static Location<'static>,
+    /// The last [`mark`](crate::WorkerContext::mark) it passed.
+    pub last_mark: Option<String>,
+    /// What it was doing when its grace was over. `None` if it ended in time.
+    pub straggling: Option<StragglerState>,
+}
+
+impl TaskReport {
+    pub(crate) fn new(slot: &Slot, group: &str, is_worker: bool, outcome: TaskOutcome<(), String>) -> Self {
+        // A task that was cut but ended well before the abort reached it is no straggler.
+        let cut_short = matches!(outcome, TaskOutcome::Aborted | TaskOutcome::Abandoned);
+        Self {
+            name: slot.name.clone().into_owned(),
+            group: group.to_owned(),
+            is_worker,
+            outcome,
+            spawned_at: slot.spawned_at,
+            last_mark: slot.last_mark(),
+            straggling: slot.straggling().filter(|_| cut_short),
+        }
+    }
+}
+
+impl fmt::Display for TaskReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let kind = if self.is_worker { "worker" } else { "task" };
+        write!(f, "{kind} `{}` of `{}`: {}", self.name, self.group, self.outcome)?;
+        if let Some(state) = self.straggling {
+            write!(f, ", {state}, spawned at {}", self.spawned_at)?;
+            if let Some(mark) = &self.last_mark {
+                write!(f, ", last mark `{mark}`")?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How an application ended.
+///
+/// Its `Display` is the text to log: one line for the whole, then one for each task.
+#[derive(Debug, Clone)]
+pub struct Report {
+    name: String,
+    reason: StopReason,
+    elapsed: Duration,
+    tasks: Vec<TaskReport>,
+    unlisted: u64,
+    exit_code: u8,
+}
+
+impl Report {
+    pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger) -> Self {
+        let (tasks, unlisted) = ledger.list();
+        let exit_code = exit_code(&reason, &tasks);
+        Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, exit_code }
+    }
+
+    pub(crate) fn set_exit_code(&mut self, code: u8) {
+        self.exit_code = code;
+    }
+
+    /// Returns the name of the application.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns why the application stopped: the first reason, whatever came later.
+    pub fn reason(&self) -> &StopReason {
+        &self.reason
+    }
+
+    /// Returns the time from the stop's request to this report.
+    pub fn elapsed(&self) -> Duration {
+        self.elapsed
+    }
+
+    /// Returns every worker, in the order in which they ended, and the tasks of their groups; each exactly once.
+    ///
+    /// Of the groups' tasks, the latest 1,024 that completed or were cancelled are listed, and the latest 1,024 that
+    /// ended otherwise; [`unlisted`](Self::unlisted) counts the earlier ones.
+    pub fn tasks(&self) -> &[TaskReport] {
+        &self.tasks
+    }
+
+    /// Returns how many ended tasks of the workers' groups are not in [`tasks`](Self::tasks).
+    pub fn unlisted(&self) -> u64 {
+        self.unlisted
+    }
+
+    /// Returns the tasks that had not ended when their grace was over.
+    pub fn stragglers(&self) -> impl Iterator<Item = &TaskReport> {
+        self.tasks.iter().filter(|task| task.straggling.is_some())
+    }
+
+    /// Returns whether every task ended by itself in time and no worker failed or panicked.
+    pub fn is_clean(&self) -> bool {
+        exit_code(&self.reason, &self.tasks) == EXIT_CLEAN
+    }
+
+    /// Returns the exit code: 0 after a clean stop, 1 after an error, 101 after a panic, 70 if the deadline passed with
+    /// a task still alive, 71 if the application could not start, 128 + n when a second signal n cut it short; or what
+    /// [`exit_code`](crate::Application::exit_code) made of it.
+    pub fn exit_code(&self) -> u8 {
+        self.exit_code
+    }
+}
+
+/// The worst that happened decides.
+fn exit_code(reason: &StopReason, tasks: &[TaskReport]) -> u8 {
+    let worker =
+        |ended: fn(&TaskOutcome<(), String>) -> bool| tasks.iter().any(|task| task.is_worker && ended(&task.outcome));
+    if let StopReason::NotStarted { .. } = reason {
+        EXIT_NOT_STARTED
+    } else if tasks.iter().any(|task| task.straggling.is_some()) {
+        EXIT_STRAGGLERS
+    } else if worker(TaskOutcome::is_panicked) {
+        EXIT_PANICKED
+    } else if worker(TaskOutcome::is_failed) || matches!(reason, StopReason::NotReady { .. }) {
+        EXIT_FAILED
+    } else {
+        EXIT_CLEAN
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { name, reason, elapsed, exit_code, .. } = self;
+        write!(f, "`{name}` stopped by {reason}; ended after {elapsed:.1?} with exit code {exit_code}")?;
+        for task in &self.tasks {
+            write!(f, "\n  {task}")?;
+        }
+        if self.unlisted > 0 {
+            write!(f, "\n  and {} earlier tasks", self.unlisted)?;
+        }
+        Ok(())
+    }
+}
+
+/// The tasks of an application that have ended. Bounded: a server's connections do not pile up in it.
+#[derive(Debug, Default)]
+pub(crate) struct Ledger {
+    pages: Mutex<Pages>,
+}
+
+#[derive(Debug, Default)]
+struct Pages {
+    workers: Vec<TaskReport>,
+    orderly: VecDeque<TaskReport>,
+    notable: VecDeque<TaskReport>,
+    unlisted: u64,
+}
+
+impl Ledger {
+    /// Writes a task down if `claim` says so. One step, so that a task whose slot is claimed is on the list already.
+    pub(crate) fn record(&self, task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
+        let mut pages = self.pages();
+        if !claim() {
+            return false;
+        }
+        if task.is_worker {
+            pages.workers.push(task);
+            return true;
+        }
+        let orderly = matches!(task.outcome, TaskOutcome::Completed(()) | TaskOutcome::Cancelled);
+        let page = if orderly { &mut pages.orderly } else { &mut pages.notable };
+        page.push_back(task);
+        if page.len() > KEPT_TASKS {
+            page.pop_front();
+            pages.unlisted += 1;
+        }
+        true
+    }
+
+    fn list(&self) -> (Vec<TaskReport>, u64) {
+        let pages = self.pages();
+        let tasks = pages.workers.iter().chain(&pages.notable).chain(&pages.orderly).cloned().collect();
+        (tasks, pages.unlisted)
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An outcome as a report holds it.
+pub(crate) fn say(outcome: &TaskOutcome<(), BoxError>) -> TaskOutcome<(), String> {
+    match outcome {
+        TaskOutcome::Completed(()) => TaskOutcome::Completed(()),
+        TaskOutcome::Cancelled => TaskOutcome::Cancelled,
+        TaskOutcome::Failed(error) => TaskOutcome::Failed(chain(error.as_ref())),
+        TaskOutcome::Panicked { message, location } => TaskOutcome::Panicked { message: message.clone(), location },
+        TaskOutcome::Aborted => TaskOutcome::Aborted,
+        TaskOutcome::Abandoned => TaskOutcome::Abandoned,
+    }
+}
+
+/// An error and its sources on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text.push_str(": ");
+        text.push_str(&cause.to_string());
+        source = cause.source();
+    }
+    text
+}

@@ -1,0 +1,157 @@
+//! Restart policies. A worker that keeps failing is given up after a bounded number of attempts, and none begins while
+//! its phase is stopping.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::task::Poll;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::task::BoxError;
+use crate::worker::WorkerContext;
+
+/// When a worker that has ended is started again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum Restart {
+    /// Never: an error or a panic stops the application. The default.
+    #[default]
+    Never,
+    /// After an error or a panic.
+    OnFailure,
+    /// Whenever it ends.
+    Always,
+}
+
+impl Restart {
+    /// Allows at most `restarts` within any period of `within`; see [`RestartPolicy::intensity`].
+    pub fn intensity(self, restarts: u32, within: Duration) -> RestartPolicy {
+        RestartPolicy::from(self).intensity(restarts, within)
+    }
+
+    /// Sets the pauses before restarts; see [`RestartPolicy::backoff`].
+    pub fn backoff(self, first: Duration, longest: Duration) -> RestartPolicy {
+        RestartPolicy::from(self).backoff(first, longest)
+    }
+}
+
+/// A [`Restart`] with its limits: 5 restarts within 60 seconds, after pauses of 100 ms, 200 ms, … up to 10 s, each
+/// shortened by up to a half at random.
+#[derive(Debug, Clone, Copy)]
+pub struct RestartPolicy {
+    restart: Restart,
+    restarts: u32,
+    within: Duration,
+    first: Duration,
+    longest: Duration,
+}
+
+impl RestartPolicy {
+    /// Allows at most `restarts` within any period of `within`. The next end escalates: it counts as the worker's own,
+    /// and if it was an error or a panic, it stops the application.
+    pub fn intensity(mut self, restarts: u32, within: Duration) -> Self {
+        (self.restarts, self.within) = (restarts, within);
+        self
+    }
+
+    /// Waits `first` before the first restart within the period, and twice as long before each next, up to `longest`.
+    /// Jitter takes up to a half off, so that workers that failed together do not come back together.
+    pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
+        (self.first, self.longest) = (first, longest);
+        self
+    }
+
+    fn applies(&self, end: &End) -> bool {
+        match self.restart {
+            Restart::Never => false,
+            Restart::OnFailure => !matches!(end, Ok(Ok(()))),
+            Restart::Always => true,
+        }
+    }
+}
+
+impl From<Restart> for RestartPolicy {
+    fn from(restart: Restart) -> Self {
+        Self {
+            restart,
+            restarts: 5,
+            within: Duration::from_secs(60),
+            first: Duration::from_millis(100),
+            longest: Duration::from_secs(10),
+        }
+    }
+}
+
+/// The restarts of one worker: at most `restarts` remembered moments.
+struct Window {
+    policy: RestartPolicy,
+    restarted: VecDeque<Instant>,
+}
+
+impl Window {
+    fn new(policy: RestartPolicy) -> Self {
+        Self { policy, restarted: VecDeque::new() }
+    }
+
+    /// Grants a restart at `now` and says how long to pause before it, jitter apart. `None` is past the intensity.
+    fn grant(&mut self, now: Instant) -> Option<Duration> {
+        while self.restarted.front().is_some_and(|then| now.duration_since(*then) >= self.policy.within) {
+            self.restarted.pop_front();
+        }
+        let recent = u32::try_from(self.restarted.len()).unwrap_or(u32::MAX);
+        if recent >= self.policy.restarts {
+            return None;
+        }
+        self.restarted.push_back(now);
+        Some(self.policy.first.saturating_mul(2_u32.saturating_pow(recent)).min(self.policy.longest))
+    }
+}
+
+/// What a worker does: once, or as often as its policy allows.
+pub(crate) enum Work {
+    Once(Box<dyn FnOnce(WorkerContext) -> Attempt + Send>),
+    Again(Box<dyn FnMut(WorkerContext) -> Attempt + Send>),
+}
+
+pub(crate) type Attempt = std::pin::Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send>>;
+
+/// How an attempt ended; the outer error is a panic's payload.
+pub(crate) type End = Result<Result<(), BoxError>, Box<dyn Any + Send>>;
+
+/// Runs a worker to its last end.
+///
+/// A stop that arrives while it pauses before a restart leaves it ended as it was.
+pub(crate) async fn run(work: Work, policy: RestartPolicy, cx: WorkerContext) -> End {
+    let mut start = match work {
+        Work::Once(start) => return attempt(start(cx)).await,
+        Work::Again(start) => start,
+    };
+    let mut window = Window::new(policy);
+    loop {
+        let end = attempt(start(cx.clone())).await;
+        if cx.is_cancelled() || !policy.applies(&end) {
+            return end;
+        }
+        let Some(pause) = window.grant(Instant::now()) else { return end };
+        #[cfg(feature = "tracing")]
+        tracing::warn!(worker = cx.name(), failed = !matches!(end, Ok(Ok(()))), ?pause, "restarting a worker");
+        let pause = pause.mul_f64(1.0 - fastrand::f64() / 2.0);
+        if tokio::time::timeout(pause, cx.cancelled()).await.is_ok() {
+            return end;
+        }
+    }
+}
+
+async fn attempt(mut attempt: Attempt) -> End {
+    std::future::poll_fn(|cx| {
+        // What a panic may have broken is dropped with the attempt; the next one starts from scratch.
+        match catch_unwind(AssertUnwindSafe(|| attempt.as_mut().poll(cx))) {
+            Ok(Poll::Pending) => Poll::Pending,
+            Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
+            Err(payload) => Poll::Ready(Err(payload)),
+        }
+    })
+    .await
+}

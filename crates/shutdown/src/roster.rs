@@ -1,0 +1,473 @@
+//! Who is alive in a group and how the others ended. A task is in exactly one of the two lists, and a stop reaches
+//! every task of a group and of the groups below it.
+
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::fmt;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::task::{Context, Poll, Waker, ready};
+use std::time::Duration;
+
+use pin_project_lite::pin_project;
+use tokio::time::Instant;
+
+use crate::report::{Ledger, TaskReport};
+use crate::stop::{Stop, Stopping};
+use crate::task::{Kind, Slot, TaskOutcome, TaskOutput, guarded};
+
+/// The time between the two looks that tell a blocked task from a parked one.
+pub(crate) const SAMPLE: Duration = Duration::from_millis(5);
+/// How long an aborted task may take to be dropped before it counts as one that cannot be stopped.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// The tasks of one group, without their types.
+pub(crate) trait Node: Send + Sync + fmt::Debug {
+    fn path(&self) -> &str;
+    fn stop(&self) -> &Arc<Stop>;
+    fn ledger(&self) -> Option<&Arc<Ledger>>;
+    /// Lets no more tasks and groups in.
+    fn close(&self);
+    fn live(&self) -> Vec<Arc<Slot>>;
+    fn children(&self) -> Vec<Arc<dyn Node>>;
+    /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
+    fn adopt(&self, child: Weak<dyn Node>) -> bool;
+    /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
+    fn abandon(&self);
+    /// Ready when no task is alive here or below.
+    fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()>;
+    /// Whether this group has just ended for good; if so, the one above that has to be told.
+    fn end(&self) -> Option<Arc<dyn Node>>;
+    fn child_ended(&self);
+}
+
+/// Stops a group and all groups below it: closes them, gives the reason, drops the tasks that wait for no token.
+pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
+    for node in tree(root) {
+        node.stop().request(stopping.clone());
+        for slot in node.live() {
+            if slot.kind != Kind::Contextual {
+                slot.abort();
+            }
+        }
+        ended(node.end());
+    }
+}
+
+/// Closes a group and all groups below it, and lists them. A loop, so that no nesting is deep enough to overflow.
+pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
+    let mut nodes = vec![Arc::clone(root)];
+    let mut next = 0;
+    while let Some(node) = nodes.get(next).cloned() {
+        // Closed before the children are listed, so that none is added behind our back.
+        node.close();
+        nodes.extend(node.children());
+        next += 1;
+    }
+    nodes
+}
+
+/// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
+pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
+    tree(root).iter().flat_map(|node| node.live()).for_each(|slot| slot.abort());
+}
+
+/// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
+/// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
+pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
+    let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
+    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
+    if !slots.is_empty() {
+        tokio::time::sleep(SAMPLE).await;
+    }
+    for (earlier, slot) in &slots {
+        slot.cut(slot.judge(*earlier));
+        slot.abort();
+    }
+    let settled = Instant::now() + SETTLE;
+    for root in roots {
+        // Elapsed or not, the next step is the same: what is still alive now is abandoned.
+        drop(tokio::time::timeout_at(settled, std::future::poll_fn(|cx| root.poll_idle(cx))).await);
+    }
+    for node in nodes {
+        node.abandon();
+    }
+}
+
+/// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
+pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
+    loop {
+        let looking = std::future::poll_fn(&mut look);
+        match root.stop().get() {
+            Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
+                Ok(found) => return found,
+                Err(_) => cut(std::slice::from_ref(root)).await,
+            },
+            None => {
+                if let Some(found) = root.stop().token().run_until_cancelled(looking).await {
+                    return found;
+                }
+            }
+        }
+    }
+}
+
+/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `tree`.
+fn ended(mut above: Option<Arc<dyn Node>>) {
+    while let Some(node) = above {
+        node.child_ended();
+        above = node.end();
+    }
+}
+
+/// How a task ended, with its traces.
+pub(crate) struct Ended<T, E> {
+    pub(crate) slot: Arc<Slot>,
+    pub(crate) outcome: TaskOutcome<T, E>,
+}
+
+impl<T, E> Ended<T, E> {
+    /// The name, moved out where nobody else holds the slot any more.
+    pub(crate) fn into_named(self) -> (String, TaskOutcome<T, E>) {
+        let name = Arc::try_unwrap(self.slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name);
+        (name.into_owned(), self.outcome)
+    }
+}
+
+/// A list of tasks as an application's report wants it: where to write, and how to say an outcome without its types.
+pub(crate) struct Recorder<T, E> {
+    pub(crate) ledger: Arc<Ledger>,
+    pub(crate) say: fn(&TaskOutcome<T, E>) -> TaskOutcome<(), String>,
+    /// Whether the tasks are the application's workers, rather than tasks of theirs.
+    pub(crate) workers: bool,
+}
+
+impl<T, E> Clone for Recorder<T, E> {
+    fn clone(&self) -> Self {
+        Self { ledger: Arc::clone(&self.ledger), say: self.say, workers: self.workers }
+    }
+}
+
+/// The tasks of one group.
+pub(crate) struct Roster<T, E> {
+    path: String,
+    stop: Arc<Stop>,
+    recorder: Option<Recorder<T, E>>,
+    parent: Option<Weak<dyn Node>>,
+    state: Mutex<State<T, E>>,
+}
+
+struct State<T, E> {
+    /// A slab: a task's index is its place until it ends, then the place is vacant.
+    live: Vec<Option<Arc<Slot>>>,
+    vacant: Vec<usize>,
+    ended: VecDeque<Ended<T, E>>,
+    closed: bool,
+    /// Whether the parent has been told that this group has ended.
+    told_parent: bool,
+    children: Vec<Weak<dyn Node>>,
+    open_children: usize,
+    /// Woken when a task ends, and when none is left.
+    next_waiters: Vec<Waker>,
+    idle_waiters: Vec<Waker>,
+}
+
+impl<T, E> State<T, E> {
+    fn is_empty(&self) -> bool {
+        self.live.len() == self.vacant.len()
+    }
+
+    fn is_idle(&self) -> bool {
+        self.is_empty() && self.open_children == 0
+    }
+
+    /// The waiters whose condition may have come true. To be woken without the lock.
+    fn waiters(&mut self) -> (Vec<Waker>, Vec<Waker>) {
+        let idle = if self.is_idle() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
+        (std::mem::take(&mut self.next_waiters), idle)
+    }
+}
+
+fn wake((next, idle): (Vec<Waker>, Vec<Waker>)) {
+    next.into_iter().chain(idle).for_each(Waker::wake);
+}
+
+fn register(waiters: &mut Vec<Waker>, cx: &Context<'_>) {
+    if !waiters.iter().any(|waiter| waiter.will_wake(cx.waker())) {
+        waiters.push(cx.waker().clone());
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
+    pub(crate) fn root(path: String, recorder: Option<Recorder<T, E>>) -> Arc<Self> {
+        Arc::new(Self::with_parent(path, recorder, None))
+    }
+
+    /// A group below `parent`, stopped with it and awaited by it. Closed from the start if `parent` is.
+    pub(crate) fn below(parent: &Arc<dyn Node>, path: String, recorder: Option<Recorder<T, E>>) -> Arc<Self> {
+        let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::downgrade(parent))));
+        let erased: Arc<dyn Node> = child.clone();
+        if !parent.adopt(Arc::downgrade(&erased)) {
+            child.state().told_parent = true;
+            child.close();
+            if let Some(stopping) = parent.stop().get() {
+                child.stop.request(stopping.clone());
+            }
+        }
+        child
+    }
+
+    fn with_parent(path: String, recorder: Option<Recorder<T, E>>, parent: Option<Weak<dyn Node>>) -> Self {
+        let state = State {
+            live: Vec::new(),
+            vacant: Vec::new(),
+            ended: VecDeque::new(),
+            closed: false,
+            told_parent: false,
+            children: Vec::new(),
+            open_children: 0,
+            next_waiters: Vec::new(),
+            idle_waiters: Vec::new(),
+        };
+        Self { path, stop: Arc::default(), recorder, parent, state: Mutex::new(state) }
+    }
+
+    pub(crate) fn recorder(&self) -> Option<&Recorder<T, E>> {
+        self.recorder.as_ref()
+    }
+
+    /// Enters a task. A closed group hands its name back.
+    pub(crate) fn enter(self: &Arc<Self>, slot: Slot) -> Result<Ticket<T, E>, Cow<'static, str>> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(slot.name);
+        }
+        let slot = Arc::new(slot);
+        let index = match state.vacant.pop() {
+            Some(index) => {
+                state.live[index] = Some(Arc::clone(&slot));
+                index
+            }
+            None => {
+                state.live.push(Some(Arc::clone(&slot)));
+                state.live.len() - 1
+            }
+        };
+        drop(state);
+        Ok(Ticket { slot, roster: Arc::clone(self), index, outcome: None })
+    }
+
+    /// Makes a spawned task abortable.
+    pub(crate) fn attach(&self, slot: &Slot, handle: tokio::task::AbortHandle) {
+        // Under the lock: either the stop comes later and finds the handle, or `closed` is seen here.
+        let state = self.state();
+        slot.attach(handle);
+        let closed = state.closed;
+        drop(state);
+        if closed && slot.kind != Kind::Contextual {
+            slot.abort();
+        }
+    }
+
+    /// The next outcome, if one is at hand.
+    pub(crate) fn next(&self) -> Option<Ended<T, E>> {
+        self.state().ended.pop_front()
+    }
+
+    /// The next outcome; `None` when there is neither one nor a task that could still yield one.
+    pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Option<Ended<T, E>>> {
+        let mut state = self.state();
+        if let Some(ended) = state.ended.pop_front() {
+            return Poll::Ready(Some(ended));
+        }
+        if state.is_empty() {
+            return Poll::Ready(None);
+        }
+        register(&mut state.next_waiters, cx);
+        Poll::Pending
+    }
+
+    pub(crate) fn take_ended(&self) -> VecDeque<Ended<T, E>> {
+        std::mem::take(&mut self.state().ended)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        let state = self.state();
+        state.live.len() - state.vacant.len()
+    }
+}
+
+impl<T, E> Roster<T, E> {
+    fn state(&self) -> MutexGuard<'_, State<T, E>> {
+        // No code of the user's runs under this lock, so a poisoned one holds a sound state.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves a task from the living to the ended, unless that has been done.
+    fn tell(&self, index: usize, slot: &Slot, outcome: TaskOutcome<T, E>) {
+        let claimed = match &self.recorder {
+            Some(recorder) => {
+                let report = TaskReport::new(slot, &self.path, recorder.workers, (recorder.say)(&outcome));
+                recorder.ledger.record(report, || slot.claim())
+            }
+            None => slot.claim(),
+        };
+        if !claimed {
+            return;
+        }
+        let mut state = self.state();
+        if let Some(slot) = state.live.get_mut(index).and_then(Option::take) {
+            state.vacant.push(index);
+            state.ended.push_back(Ended { slot, outcome });
+        }
+        let waiters = state.waiters();
+        drop(state);
+        wake(waiters);
+        ended(self.end());
+    }
+
+    /// Whether this group has just ended for good; if so, the one above that has to be told.
+    fn end(&self) -> Option<Arc<dyn Node>> {
+        let mut state = self.state();
+        if !state.closed || !state.is_idle() || std::mem::replace(&mut state.told_parent, true) {
+            return None;
+        }
+        drop(state);
+        self.parent.as_ref()?.upgrade()
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
+    fn path(&self) -> &str {
+        &self.path
+    }
+
+    fn stop(&self) -> &Arc<Stop> {
+        &self.stop
+    }
+
+    fn ledger(&self) -> Option<&Arc<Ledger>> {
+        self.recorder.as_ref().map(|recorder| &recorder.ledger)
+    }
+
+    fn close(&self) {
+        self.state().closed = true;
+    }
+
+    fn live(&self) -> Vec<Arc<Slot>> {
+        self.state().live.iter().flatten().cloned().collect()
+    }
+
+    fn children(&self) -> Vec<Arc<dyn Node>> {
+        self.state().children.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn adopt(&self, child: Weak<dyn Node>) -> bool {
+        let mut state = self.state();
+        if state.closed {
+            return false;
+        }
+        // Swept only when full, so that a server with a group for each connection pays a constant for each.
+        if state.children.len() == state.children.capacity() {
+            state.children.retain(|child| child.strong_count() > 0);
+        }
+        state.children.push(child);
+        state.open_children += 1;
+        true
+    }
+
+    fn abandon(&self) {
+        let live: Vec<_> = {
+            let state = self.state();
+            state.live.iter().enumerate().filter_map(|(index, slot)| Some((index, slot.clone()?))).collect()
+        };
+        for (index, slot) in live {
+            self.tell(index, &slot, TaskOutcome::Abandoned);
+        }
+    }
+
+    fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state();
+        if state.is_idle() {
+            return Poll::Ready(());
+        }
+        register(&mut state.idle_waiters, cx);
+        Poll::Pending
+    }
+
+    fn end(&self) -> Option<Arc<dyn Node>> {
+        Self::end(self)
+    }
+
+    fn child_ended(&self) {
+        let mut state = self.state();
+        state.open_children -= 1;
+        let waiters = state.waiters();
+        drop(state);
+        wake(waiters);
+    }
+}
+
+impl<T, E> fmt::Debug for Roster<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Roster").field("path", &self.path).field("stop", &self.stop).finish_non_exhaustive()
+    }
+}
+
+/// A task's obligation to say how it ended, met when it is dropped.
+pub(crate) struct Ticket<T, E> {
+    pub(crate) slot: Arc<Slot>,
+    roster: Arc<Roster<T, E>>,
+    index: usize,
+    outcome: Option<TaskOutcome<T, E>>,
+}
+
+impl<T, E> Ticket<T, E> {
+    /// Runs `call` and keeps how it ended, if it did.
+    pub(crate) fn run<R: TaskOutput<T, E>>(&mut self, call: impl FnOnce() -> Poll<R>) -> Poll<()> {
+        self.outcome = Some(match guarded(&self.slot, call) {
+            Ok(output) => ready!(output).into_outcome(),
+            Err(panicked) => panicked,
+        });
+        Poll::Ready(())
+    }
+}
+
+impl<T, E> Drop for Ticket<T, E> {
+    fn drop(&mut self) {
+        // Dropped without an outcome: by its group, or else by a cut or by the end of the runtime.
+        let cancelled = self.roster.stop.is_set() && self.slot.straggling().is_none();
+        let dropped = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
+        let outcome = self.outcome.take().unwrap_or(dropped);
+        self.roster.tell(self.index, &self.slot, outcome);
+    }
+}
+
+pin_project! {
+    // The future is declared before the ticket and so is dropped before it: when a task is told to have ended, its
+    // destructors have run, even if one of them panicked.
+    pub(crate) struct Tracked<F, T, E> {
+        #[pin]
+        future: F,
+        ticket: Ticket<T, E>,
+    }
+}
+
+impl<F, T, E> Tracked<F, T, E> {
+    pub(crate) fn new(future: F, ticket: Ticket<T, E>) -> Self {
+        Self { future, ticket }
+    }
+}
+
+impl<F, T, E> Future for Tracked<F, T, E>
+where
+    F: Future,
+    F::Output: TaskOutput<T, E>,
+{
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = self.project();
+        this.ticket.run(|| this.future.poll(cx))
+    }
+}

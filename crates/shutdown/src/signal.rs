@@ -1,0 +1,79 @@
+//! SIGINT and SIGTERM, on an OS thread of their own: a wedged runtime cannot keep a signal from being seen.
+
+use std::io;
+
+#[cfg(all(unix, feature = "signal"))]
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+/// The installed handlers. Signals that arrive before [`Signals::forward`] are kept for it.
+#[derive(Debug)]
+pub(crate) struct Signals {
+    #[cfg(all(unix, feature = "signal"))]
+    source: signal_hook::iterator::Signals,
+}
+
+/// Ends the thread that forwards signals when it is dropped.
+#[derive(Debug)]
+pub(crate) struct Forwarding {
+    #[cfg(all(unix, feature = "signal"))]
+    handle: signal_hook::iterator::Handle,
+}
+
+#[cfg(all(unix, feature = "signal"))]
+impl Signals {
+    /// From here on neither signal ends the process by its default.
+    pub(crate) fn install() -> io::Result<Self> {
+        Ok(Self { source: signal_hook::iterator::Signals::new([SIGINT, SIGTERM])? })
+    }
+
+    /// Calls `first` with the first signal and `second` with each that follows.
+    pub(crate) fn forward(
+        mut self,
+        first: impl FnOnce(i32) + Send + 'static,
+        mut second: impl FnMut(i32) + Send + 'static,
+    ) -> io::Result<Forwarding> {
+        let handle = self.source.handle();
+        std::thread::Builder::new().name("shutdown-signals".to_owned()).spawn(move || {
+            let mut signals = self.source.forever();
+            if let Some(signal) = signals.next() {
+                first(signal);
+            }
+            signals.for_each(&mut second);
+        })?;
+        Ok(Forwarding { handle })
+    }
+}
+
+#[cfg(all(unix, feature = "signal"))]
+impl Drop for Forwarding {
+    fn drop(&mut self) {
+        self.handle.close();
+    }
+}
+
+#[cfg(not(all(unix, feature = "signal")))]
+impl Signals {
+    pub(crate) fn install() -> io::Result<Self> {
+        Ok(Self {})
+    }
+
+    pub(crate) fn forward(
+        self,
+        _first: impl FnOnce(i32) + Send + 'static,
+        _second: impl FnMut(i32) + Send + 'static,
+    ) -> io::Result<Forwarding> {
+        Ok(Forwarding {})
+    }
+}
+
+/// Ends the process at once, without running anything that a wedged thread could hold up.
+#[cfg(all(unix, feature = "signal"))]
+pub(crate) fn exit(code: u8) -> ! {
+    signal_hook::low_level::exit(code.into())
+}
+
+/// Ends the process. Handlers registered with the C library's `atexit` run first.
+#[cfg(not(all(unix, feature = "signal")))]
+pub(crate) fn exit(code: u8) -> ! {
+    std::process::exit(code.into())
+}

@@ -1,0 +1,232 @@
+//! The course of an application: phases start in order and are stopped in reverse, each within what remains of the
+//! budget. What it does not outlive itself, the watchdog finishes.
+
+use std::panic::Location;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
+
+use crate::application::Phase;
+use crate::group::TaskGroup;
+use crate::report::{Ledger, Report, TaskReport};
+use crate::restart::{self, RestartPolicy, Work};
+use crate::roster::{Node, cut, tree};
+use crate::stop::{Stop, StopReason, Stopping, after};
+use crate::task::{BoxError, TaskOutcome};
+use crate::voice::Voice;
+use crate::worker::WorkerContext;
+
+/// What the supervisor, the workers, the signals and the watchdog share.
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub(crate) name: String,
+    /// Its token is the shutdown handle.
+    pub(crate) stop: Arc<Stop>,
+    /// The total budget of a stop.
+    pub(crate) budget: Duration,
+    pub(crate) drain_delay: Duration,
+    /// Cancelled to end a stop at once, where the process cannot simply be ended.
+    pub(crate) hurry: CancellationToken,
+    /// Whoever takes it ends the application; nobody else reports.
+    voice: Mutex<Option<Voice>>,
+    ledger: Arc<Ledger>,
+    started: Mutex<Vec<Arc<dyn Node>>>,
+    /// How many workers have not ended.
+    working: AtomicUsize,
+}
+
+impl Core {
+    pub(crate) fn new(name: String, stop: Arc<Stop>, budget: Duration, drain_delay: Duration, workers: usize) -> Self {
+        Self {
+            name,
+            stop,
+            budget,
+            drain_delay,
+            hurry: CancellationToken::new(),
+            voice: Mutex::default(),
+            ledger: Arc::default(),
+            started: Mutex::default(),
+            working: AtomicUsize::new(workers),
+        }
+    }
+
+    pub(crate) fn request(&self, reason: StopReason) {
+        self.stop.request(Stopping { reason, deadline: after(self.budget) });
+    }
+
+    pub(crate) fn give_voice(&self, voice: Voice) {
+        *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = Some(voice);
+    }
+
+    pub(crate) fn take_voice(&self) -> Option<Voice> {
+        self.voice.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// The report on every task that has ended, from any thread.
+    pub(crate) fn report(&self) -> Report {
+        // Without a request there is nothing to report on: the callers have made one or seen one.
+        let (reason, deadline) = match self.stop.get() {
+            Some(stopping) => (stopping.reason.clone(), stopping.deadline),
+            None => (StopReason::Requested, after(self.budget)),
+        };
+        let elapsed = after(self.budget).saturating_duration_since(deadline);
+        Report::new(&self.name, reason, elapsed, &self.ledger)
+    }
+
+    /// The groups of all phases that were started and those below them, closed.
+    pub(crate) fn nodes(&self) -> Vec<Arc<dyn Node>> {
+        self.started().iter().flat_map(tree).collect()
+    }
+
+    fn started(&self) -> std::sync::MutexGuard<'_, Vec<Arc<dyn Node>>> {
+        self.started.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One worker has ended, or will never start.
+    fn worker_ended(&self) {
+        if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.request(StopReason::Completed);
+        }
+    }
+}
+
+/// One worker as it was added.
+pub(crate) struct Worker {
+    pub(crate) name: String,
+    pub(crate) added_at: &'static Location<'static>,
+    pub(crate) work: Work,
+}
+
+/// A phase whose workers run.
+struct Running {
+    group: TaskGroup,
+    timeout: Option<Duration>,
+}
+
+/// Runs the phases from the first start to the last end. Afterwards no worker is alive.
+pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy) {
+    if core.working.load(Ordering::Acquire) == 0 {
+        core.request(StopReason::Completed);
+    }
+    let mut running = Vec::new();
+    for phase in phases {
+        if core.stop.token().is_cancelled() {
+            never_started(core, phase);
+        } else {
+            running.push(start(core, phase, restart).await);
+        }
+    }
+    core.stop.token().cancelled().await;
+    // Whoever cancelled the shutdown handle itself left no reason.
+    core.request(StopReason::Requested);
+    if core.hurry.run_until_cancelled(stop(core, &running)).await.is_none() {
+        cut_all(core, &running).await;
+    }
+}
+
+/// Starts a phase and waits for it to be ready if it is to. A stop ends the waiting.
+async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> Running {
+    let group = TaskGroup::of_workers(Arc::clone(&core.ledger), phase.name.clone());
+    core.started().push(group.node());
+    let policy = phase.restart.unwrap_or(restart);
+    let mut readiness = Vec::new();
+    for Worker { name, added_at, work } in phase.workers {
+        let ready = CancellationToken::new();
+        readiness.push(ready.clone());
+        let core = Arc::clone(core);
+        let run = move |cx: WorkerContext| run_worker(core, work, policy, cx.with_ready(ready));
+        group
+            .spawn_contextual(name.into(), added_at, run)
+            .expect("only `stop` closes the group of a phase, and it runs after every start");
+    }
+    if let Some(limit) = phase.ready_within {
+        let ready = async {
+            for worker in readiness {
+                worker.cancelled().await;
+            }
+        };
+        let ready = timeout_at(after(limit), ready);
+        if let Some(Err(_)) = core.stop.token().run_until_cancelled(ready).await {
+            core.request(StopReason::NotReady { phase: phase.name });
+        }
+    }
+    Running { group, timeout: phase.timeout }
+}
+
+/// Runs one worker to its last end, and stops the application if that was an error or a panic.
+async fn run_worker(core: Arc<Core>, work: Work, policy: RestartPolicy, cx: WorkerContext) -> Result<(), BoxError> {
+    /// Counts the worker as ended however it ends: its future may be dropped at any await.
+    struct Working(Arc<Core>, WorkerContext);
+    impl Drop for Working {
+        fn drop(&mut self) {
+            // One that has ended cannot become ready any more, and nobody need wait for it.
+            self.1.ready();
+            self.0.worker_ended();
+        }
+    }
+    let working = Working(Arc::clone(&core), cx.clone());
+    let worker = cx.name().to_owned();
+    let end = restart::run(work, policy, cx).await;
+    // Before the count, so that the last worker's failure is the reason and not that all have ended.
+    match &end {
+        Ok(Ok(())) => {}
+        Ok(Err(_)) => core.request(StopReason::Failed { worker }),
+        Err(_) => core.request(StopReason::Panicked { worker }),
+    }
+    drop(working);
+    end.unwrap_or_else(|payload| std::panic::resume_unwind(payload))
+}
+
+fn never_started(core: &Core, phase: Phase) {
+    for worker in phase.workers {
+        let report = TaskReport {
+            name: worker.name,
+            group: phase.name.clone(),
+            is_worker: true,
+            outcome: TaskOutcome::Cancelled,
+            spawned_at: worker.added_at,
+            last_mark: None,
+            straggling: None,
+        };
+        core.ledger.record(report, || true);
+        core.worker_ended();
+    }
+}
+
+/// Stops the phases, the last one first, each when the one after it has ended or was cut.
+async fn stop(core: &Core, running: &[Running]) {
+    let Some(Stopping { reason, deadline }) = core.stop.get() else { return };
+    let asked_for = matches!(reason, StopReason::Signal(_) | StopReason::Requested);
+    let mut delay = if asked_for { core.drain_delay } else { Duration::ZERO };
+    for (earlier, phase) in running.iter().enumerate().rev() {
+        let now = Instant::now();
+        if now >= *deadline {
+            break;
+        }
+        // Without a timeout of its own, a phase gets an equal share of what remains.
+        let phases = u32::try_from(earlier + 1).unwrap_or(u32::MAX);
+        let timeout = phase.timeout.unwrap_or((*deadline - now) / phases);
+        let phase_deadline = after(timeout).min(*deadline);
+        if !delay.is_zero() {
+            // The delay runs inside the phase's time. Workers that end during it end it.
+            drop(timeout_at(after(delay).min(phase_deadline), phase.group.idle()).await);
+            delay = Duration::ZERO;
+        }
+        phase.group.stop(reason.clone(), phase_deadline);
+        phase.group.idle().await;
+    }
+    cut_all(core, running).await;
+}
+
+/// Ends whatever is left, all at once: there is no time for an order any more.
+async fn cut_all(core: &Core, running: &[Running]) {
+    let reason = core.stop.get().map_or(StopReason::Requested, |stopping| stopping.reason.clone());
+    for phase in running.iter().rev() {
+        phase.group.stop(reason.clone(), Instant::now());
+    }
+    let nodes: Vec<_> = running.iter().rev().map(|phase| phase.group.node()).collect();
+    cut(&nodes).await;
+}

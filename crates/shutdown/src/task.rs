@@ -1,0 +1,246 @@
+//! One task and its traces: name, origin, pulse, last mark. Whatever becomes of a task, is told exactly once.
+
+use std::any::Any;
+use std::borrow::Cow;
+use std::fmt;
+use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+
+use tokio::task::AbortHandle;
+
+/// The error of a task whose type nobody asked to keep.
+pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// How a task ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum TaskOutcome<T = (), E = BoxError> {
+    /// It returned. A task that saw its cancellation and returned in time has completed too.
+    Completed(T),
+    /// It was told to stop and its future was dropped at an await, or it was never started.
+    Cancelled,
+    /// It returned an error.
+    Failed(E),
+    /// It panicked.
+    #[non_exhaustive]
+    Panicked {
+        /// What the panic said, or an empty text if its payload was not one.
+        message: String,
+        /// Where the task was spawned. (The line of the panic is known to the panic hook alone.)
+        location: &'static Location<'static>,
+    },
+    /// Its grace was over, or its runtime was shut down, and its future was dropped.
+    Aborted,
+    /// Its grace was over and it cannot be stopped: a running blocking closure, or a future that does not yield.
+    Abandoned,
+}
+
+impl<T, E> TaskOutcome<T, E> {
+    /// Returns whether the task returned without an error.
+    pub fn is_completed(&self) -> bool {
+        matches!(self, Self::Completed(_))
+    }
+
+    /// Returns whether the task was dropped because it was told to stop.
+    pub fn is_cancelled(&self) -> bool {
+        matches!(self, Self::Cancelled)
+    }
+
+    /// Returns whether the task returned an error.
+    pub fn is_failed(&self) -> bool {
+        matches!(self, Self::Failed(_))
+    }
+
+    /// Returns whether the task panicked.
+    pub fn is_panicked(&self) -> bool {
+        matches!(self, Self::Panicked { .. })
+    }
+}
+
+impl<T, E: fmt::Display> fmt::Display for TaskOutcome<T, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Completed(_) => f.write_str("completed"),
+            Self::Cancelled => f.write_str("cancelled"),
+            Self::Failed(error) => write!(f, "failed: {error}"),
+            Self::Panicked { message, .. } => write!(f, "panicked: {message}"),
+            Self::Aborted => f.write_str("aborted"),
+            Self::Abandoned => f.write_str("abandoned"),
+        }
+    }
+}
+
+/// What a task of a [`TaskGroup<T, E>`](crate::TaskGroup) may return: `Result<T, E>`, or nothing where `T` is `()`.
+pub trait TaskOutput<T, E> {
+    /// Says how a task that returned this ended.
+    fn into_outcome(self) -> TaskOutcome<T, E>;
+}
+
+impl<E> TaskOutput<(), E> for () {
+    fn into_outcome(self) -> TaskOutcome<(), E> {
+        TaskOutcome::Completed(())
+    }
+}
+
+impl<T, E> TaskOutput<T, E> for Result<T, E> {
+    fn into_outcome(self) -> TaskOutcome<T, E> {
+        match self {
+            Ok(value) => TaskOutcome::Completed(value),
+            Err(error) => TaskOutcome::Failed(error),
+        }
+    }
+}
+
+/// What a worker may return: nothing, or `Result<(), E>` with any error.
+pub trait WorkerOutput {
+    /// Says whether the worker failed.
+    ///
+    /// # Errors
+    ///
+    /// The worker's own error, boxed.
+    fn into_result(self) -> Result<(), BoxError>;
+}
+
+impl WorkerOutput for () {
+    fn into_result(self) -> Result<(), BoxError> {
+        Ok(())
+    }
+}
+
+impl<E: Into<BoxError>> WorkerOutput for Result<(), E> {
+    fn into_result(self) -> Result<(), BoxError> {
+        self.map_err(Into::into)
+    }
+}
+
+/// What a task that outlived its grace was doing when it was cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum StragglerState {
+    /// The same poll was running at two looks some milliseconds apart: it blocks its thread or never yields.
+    BlockedInPoll,
+    /// It was waiting at an await, or moving from one to the next.
+    ParkedAtAwait,
+    /// It is a blocking closure, which only its own return can end.
+    BlockingClosure,
+}
+
+impl fmt::Display for StragglerState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::BlockedInPoll => "blocked inside a poll",
+            Self::ParkedAtAwait => "parked at an await",
+            Self::BlockingClosure => "inside a blocking closure",
+        })
+    }
+}
+
+/// What a cancel does to a task before its grace is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// It knows nothing of a token: dropped at its next await.
+    Plain,
+    /// It has a context: told, and left alone until its grace is over.
+    Contextual,
+    /// A blocking closure: told, and dropped if it has not begun.
+    Blocking,
+}
+
+/// What others may know of a task while it runs. Shared by the task, its group and the reports.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) name: Cow<'static, str>,
+    pub(crate) spawned_at: &'static Location<'static>,
+    pub(crate) kind: Kind,
+    /// The number of polls begun and ended: odd inside a poll. Only the task writes it, so plain stores will do.
+    pulse: AtomicU32,
+    /// Whether its outcome has been told. Whoever sets it tells.
+    told: AtomicBool,
+    /// What it was doing when it was cut.
+    cut: OnceLock<StragglerState>,
+    abort: OnceLock<AbortHandle>,
+    mark: Mutex<Option<Cow<'static, str>>>,
+}
+
+impl Slot {
+    pub(crate) fn new(name: Cow<'static, str>, spawned_at: &'static Location<'static>, kind: Kind) -> Self {
+        Self {
+            name,
+            spawned_at,
+            kind,
+            pulse: AtomicU32::new(0),
+            told: AtomicBool::new(false),
+            cut: OnceLock::new(),
+            abort: OnceLock::new(),
+            mark: Mutex::new(None),
+        }
+    }
+
+    pub(crate) fn beat(&self) {
+        self.pulse.store(self.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    pub(crate) fn pulse(&self) -> u32 {
+        self.pulse.load(Ordering::Relaxed)
+    }
+
+    /// What the task is doing, given its pulse some milliseconds ago.
+    pub(crate) fn judge(&self, earlier: u32) -> StragglerState {
+        let now = self.pulse();
+        match self.kind {
+            Kind::Blocking => StragglerState::BlockingClosure,
+            Kind::Plain | Kind::Contextual if now == earlier && now % 2 == 1 => StragglerState::BlockedInPoll,
+            Kind::Plain | Kind::Contextual => StragglerState::ParkedAtAwait,
+        }
+    }
+
+    /// Records that the task outlived its grace. The first judgement stands.
+    pub(crate) fn cut(&self, state: StragglerState) {
+        self.cut.get_or_init(|| state);
+    }
+
+    pub(crate) fn straggling(&self) -> Option<StragglerState> {
+        self.cut.get().copied()
+    }
+
+    /// Returns true for exactly one caller: the one who may tell the outcome.
+    pub(crate) fn claim(&self) -> bool {
+        !self.told.swap(true, Ordering::AcqRel)
+    }
+
+    pub(crate) fn attach(&self, handle: AbortHandle) {
+        // A slot belongs to one task, so there is one handle to keep.
+        self.abort.get_or_init(|| handle);
+    }
+
+    pub(crate) fn abort(&self) {
+        if let Some(handle) = self.abort.get() {
+            handle.abort();
+        }
+    }
+
+    pub(crate) fn set_mark(&self, mark: Cow<'static, str>) {
+        *self.mark.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
+    }
+
+    pub(crate) fn last_mark(&self) -> Option<String> {
+        self.mark.lock().unwrap_or_else(PoisonError::into_inner).as_deref().map(str::to_owned)
+    }
+}
+
+/// Runs `call`, turning a panic into the outcome that says so.
+pub(crate) fn guarded<R, T, E>(slot: &Slot, call: impl FnOnce() -> R) -> Result<R, TaskOutcome<T, E>> {
+    slot.beat();
+    // The state a panic may have broken is dropped unseen with the task, so unwinding past it is safe.
+    let result = catch_unwind(AssertUnwindSafe(call));
+    slot.beat();
+    result.map_err(|payload| TaskOutcome::Panicked { message: panic_message(payload), location: slot.spawned_at })
+}
+
+fn panic_message(payload: Box<dyn Any + Send>) -> String {
+    match payload.downcast::<String>() {
+        Ok(message) => *message,
+        Err(payload) => payload.downcast_ref::<&str>().copied().unwrap_or_default().to_owned(),
+    }
+}

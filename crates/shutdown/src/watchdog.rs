@@ -1,0 +1,108 @@
+//! The last resort, on an OS thread: whatever the runtime does, the process is gone soon after the deadline. It waits by
+//! the clock of the system alone, so a paused clock of tokio's does not hold it up.
+
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Wake, Waker};
+use std::thread::{self, Thread};
+use std::time::{Duration, Instant};
+
+use crate::report::EXIT_STRAGGLERS;
+use crate::roster::SAMPLE;
+use crate::signal;
+use crate::stop::StopReason;
+use crate::supervisor::Core;
+
+/// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
+const OVERTIME: Duration = Duration::from_millis(45);
+/// How long the callbacks may take when the process is about to be ended.
+const LAST_WORDS: Duration = Duration::from_millis(25);
+
+/// Ends the process at the deadline, unless it is dropped before.
+#[derive(Debug)]
+pub(crate) struct Watchdog {
+    off: Arc<AtomicBool>,
+    thread: Thread,
+}
+
+impl Watchdog {
+    pub(crate) fn start(core: Arc<Core>) -> io::Result<Self> {
+        let off = Arc::new(AtomicBool::new(false));
+        let watched = Arc::clone(&off);
+        let watch = move || watch(&core, &watched);
+        let thread = thread::Builder::new().name("shutdown-watchdog".to_owned()).spawn(watch)?.thread().clone();
+        Ok(Self { off, thread })
+    }
+
+    /// How long the callbacks may take when the runtime reports by itself, this long before the deadline or after it.
+    pub(crate) fn patience(remaining: Duration) -> Duration {
+        remaining.clamp(LAST_WORDS, Duration::from_secs(1))
+    }
+}
+
+impl Drop for Watchdog {
+    fn drop(&mut self) {
+        self.off.store(true, Ordering::Release);
+        self.thread.unpark();
+    }
+}
+
+fn watch(core: &Core, off: &AtomicBool) {
+    struct Unpark(Thread);
+    impl Wake for Unpark {
+        fn wake(self: Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut stopped = pin!(core.stop.token().cancelled());
+    while stopped.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
+        if off.load(Ordering::Acquire) {
+            return;
+        }
+        thread::park();
+    }
+    // Whoever cancelled the shutdown handle itself left no reason, and a wedged runtime will not give one.
+    core.request(StopReason::Requested);
+    if sleep(core.budget.saturating_add(OVERTIME), off) {
+        end_process(core, EXIT_STRAGGLERS);
+        // The runtime has begun to report just in time. It gets as long as the watchdog would have taken.
+        if sleep(SAMPLE + LAST_WORDS, off) {
+            signal::exit(EXIT_STRAGGLERS);
+        }
+    }
+}
+
+/// Reports and ends the process. Returns only if somebody else is already reporting.
+pub(crate) fn end_process(core: &Core, code: u8) {
+    let Some(voice) = core.take_voice() else { return };
+    let nodes = core.nodes();
+    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
+    if !slots.is_empty() {
+        sleep(SAMPLE, &AtomicBool::new(false));
+    }
+    for (earlier, slot) in slots {
+        slot.cut(slot.judge(earlier));
+    }
+    for node in nodes {
+        node.abandon();
+    }
+    voice.deliver(core.report(), Some(code), LAST_WORDS);
+    signal::exit(code);
+}
+
+/// Sleeps for `duration` and returns true, or returns false as soon as `off` is set.
+fn sleep(duration: Duration, off: &AtomicBool) -> bool {
+    // A duration beyond the clock's range is one that never ends.
+    let until = Instant::now().checked_add(duration);
+    while !off.load(Ordering::Acquire) {
+        match until.map(|until| until.saturating_duration_since(Instant::now())) {
+            Some(Duration::ZERO) => return true,
+            Some(rest) => thread::park_timeout(rest),
+            None => thread::park(),
+        }
+    }
+    false
+}
