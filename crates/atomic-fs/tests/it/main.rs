@@ -1,1 +1,17 @@
 //! The integration tests of `cancel-safe-atomic-fs`, one binary.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(clippy::print_stdout, reason = "a test that needs root says so, and a child process reports to its parent")]
+
+mod cancel;
+mod happy;
+mod prop;
+mod support;
+
+#[cfg(unix)]
+mod child;
+#[cfg(unix)]
+mod crash;
+#[cfg(unix)]
+mod faults;
+#[cfg(unix)]
+mod metadata;

@@ -1,0 +1,86 @@
+//! The other side of the tests that need a process of their own: to be killed, stopped, traced or unprivileged.
+//!
+//! This test binary starts itself again; in the child, the one test below does what the environment asks for.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, blocking};
+
+const TASK: &str = "ATOMIC_FS_CHILD_TASK";
+const PATH: &str = "ATOMIC_FS_CHILD_PATH";
+/// What every line of the child begins with that is meant for its parent.
+const MARK: &str = "child says ";
+/// How much a child writes, so that its content can be told from the old one.
+pub(crate) const SIZE_BYTES: usize = 4096;
+
+/// A command that runs `task` on `path` in a child; `wrapper` comes before it, `strace` for example.
+pub(crate) fn command(wrapper: &[&str], task: &str, path: &Path) -> Command {
+    let this = std::env::current_exe().unwrap();
+    let mut words = wrapper.iter().map(std::ffi::OsStr::new).chain([this.as_os_str()]);
+    let mut command = Command::new(words.next().unwrap());
+    command.args(words).args(["--exact", "child::entry", "--nocapture", "--test-threads=1"]);
+    command.env(TASK, task).env(PATH, path).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+/// Runs the child to its end and returns the last thing that it said; `None` if it was killed before.
+pub(crate) fn outcome(mut command: Command) -> Option<String> {
+    let output = command.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    text.lines().rev().find_map(|line| line.split_once(MARK)).map(|(_, said)| said.to_owned())
+}
+
+/// Waits until the child has said `wanted`.
+pub(crate) fn await_word(child: &mut Child, wanted: &str) {
+    let out = BufReader::new(child.stdout.as_mut().unwrap());
+    assert!(out.lines().any(|line| line.unwrap().ends_with(&format!("{MARK}{wanted}"))), "the child never said it");
+}
+
+fn say(what: &str) {
+    println!("\n{MARK}{what}");
+}
+
+fn say_result(result: Result<(), Error>) {
+    match result {
+        Ok(()) => say("Ok"),
+        Err(error) => say(&format!("{:?} {:?} {error}", error.target(), error.kind())),
+    }
+}
+
+#[test]
+fn entry() {
+    let (Ok(task), Ok(path)) = (std::env::var(TASK), std::env::var(PATH)) else { return };
+    let path = Path::new(&path);
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let content = vec![b'N'; SIZE_BYTES];
+    match task.as_str() {
+        "write" => say_result(blocking::write(path, &content)),
+        "write after others" => {
+            // strace counts calls by thread but tampers with every thread; after so many calls this thread is alone
+            // with its counts, and a fault that is meant for it does not hit the test harness.
+            for _ in 0..40 {
+                blocking::write(path.parent().unwrap().with_file_name("other"), b"x").unwrap();
+            }
+            say_result(blocking::write(path, &content));
+        }
+        "write async" => say_result(runtime().block_on(atomic_fs::write(path, &content))),
+        "hold" => runtime().block_on(async {
+            let mut writer = AtomicFileWriter::new(path).await.unwrap();
+            writer.write(&vec![b'N'; 3 << 20]).await.unwrap();
+            say("holding");
+            let mut line = String::new();
+            std::io::stdin().read_line(&mut line).unwrap();
+            say_result(writer.commit().await);
+        }),
+        "move away" => runtime().block_on(async {
+            std::env::set_current_dir(path).unwrap();
+            let mut writer = AtomicFileWriter::new("file").await.unwrap();
+            writer.write(&content).await.unwrap();
+            std::env::set_current_dir("/").unwrap();
+            say_result(writer.commit().await);
+        }),
+        other => panic!("no such task: {other}"),
+    }
+}

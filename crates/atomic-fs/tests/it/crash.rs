@@ -1,0 +1,135 @@
+//! A process that is killed at any system call: the file is old or new, and a sweep removes the rest.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+use std::process::Command;
+
+use cancel_safe_atomic_fs as atomic_fs;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::tempdir;
+
+use crate::child::{self, SIZE_BYTES};
+use crate::support::{names, temps};
+
+#[tokio::test]
+async fn a_killed_writer_leaves_the_old_file_and_a_sweep_removes_its_litter() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "old").unwrap();
+    let mut child = child::command(&[], "hold", &path).spawn().unwrap();
+    child::await_word(&mut child, "holding");
+    assert_eq!(temps(dir.path()).len(), 1);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!((std::fs::read(&path).unwrap(), temps(dir.path()).len()), (b"old".to_vec(), 1));
+
+    let report = atomic_fs::sweep(dir.path()).await.unwrap();
+    assert_eq!((report.removed, report.live, report.failed), (1, 0, 0));
+    assert_eq!(names(dir.path()), ["file"]);
+}
+
+#[tokio::test]
+async fn a_sweep_does_not_disturb_a_writer_that_is_stopped() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let mut child = child::command(&[], "hold", &path).spawn().unwrap();
+    child::await_word(&mut child, "holding");
+    let pid = Pid::from_child(&child);
+    kill_process(pid, Signal::STOP).unwrap();
+
+    let report = atomic_fs::sweep(dir.path()).await.unwrap();
+    assert_eq!((report.removed, report.live, report.failed), (0, 1, 0));
+
+    kill_process(pid, Signal::CONT).unwrap();
+    child.stdin.take().unwrap().write_all(b"go on\n").unwrap();
+    assert!(child.wait().unwrap().success());
+    assert_eq!(names(dir.path()), ["file"]);
+    assert_eq!(std::fs::metadata(&path).unwrap().len(), 3 << 20);
+}
+
+/// One system call of the thread that wrote: its name, and the how-manieth of this name on this thread it was.
+struct Call {
+    name: String,
+    number: usize,
+    text: String,
+}
+
+/// Runs `task` under strace and returns the file system calls that belong to the write, in order.
+fn trace(task: &str, dir: &Path) -> Option<Vec<Call>> {
+    let log = dir.join("trace");
+    let path = dir.join("traced/file");
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(&path, "old").unwrap();
+    let wrapper = ["strace", "-f", "-qq", "-y", "-e", "trace=%file,%desc", "-o", log.to_str().unwrap()];
+    let usable = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success());
+    if !usable {
+        println!("system calls: not run, because it needs a strace that works");
+        return None;
+    }
+    assert_eq!(child::outcome(child::command(&wrapper, task, &path)).as_deref(), Some("Ok"));
+    let mut counts = HashMap::<(String, String), usize>::new();
+    let mut calls = Vec::new();
+    for line in std::fs::read_to_string(&log).unwrap().lines() {
+        // `1234  openat(AT_FDCWD</>, "/tmp/traced", …) = 3</tmp/traced>`
+        let Some((thread, text)) = line.split_once(char::is_whitespace) else { continue };
+        let Some((name, _)) = text.trim_start().split_once('(') else { continue };
+        let count = counts.entry((thread.to_owned(), name.to_owned())).or_default();
+        *count += 1;
+        // `fcntl` is an assertion of std's debug builds: that what is being closed is open.
+        if text.contains("/traced") && !matches!(name, "execve" | "fcntl") {
+            calls.push(Call { name: name.to_owned(), number: *count, text: text.trim_start().to_owned() });
+        }
+    }
+    Some(calls)
+}
+
+#[test]
+fn a_write_of_4_kib_takes_at_most_12_file_system_calls_and_2_syncs() {
+    for task in ["write", "write async"] {
+        let dir = tempdir().unwrap();
+        let Some(calls) = trace(task, dir.path()) else { return };
+        let list: Vec<_> = calls.iter().map(|call| call.text.as_str()).collect();
+        let list = list.join("\n");
+        assert!(calls.len() <= 12, "{} calls:\n{list}", calls.len());
+        assert_eq!(calls.iter().filter(|call| call.name.contains("sync")).count(), 2, "{list}");
+    }
+}
+
+#[tokio::test]
+async fn a_fault_or_a_kill_at_any_system_call_leaves_old_or_new() {
+    let dir = tempdir().unwrap();
+    let Some(calls) = trace("write after others", dir.path()) else { return };
+    let path = dir.path().join("traced/file");
+    let traced = path.parent().unwrap();
+    let renamed = calls.iter().position(|call| call.name.starts_with("rename")).unwrap();
+    let mut visited = 0;
+    for fault in ["error=EIO", "error=ENOSPC", "signal=SIGKILL"] {
+        for (position, call) in calls.iter().enumerate().filter(|(_, call)| call.name != "close") {
+            std::fs::write(&path, "old").unwrap();
+            let inject = format!("inject={}:{fault}:when={}", call.name, call.number);
+            let wrapper = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+            let said = child::outcome(child::command(&wrapper, "write after others", &path));
+            let content = std::fs::read(&path).unwrap();
+            let new = content == vec![b'N'; SIZE_BYTES];
+            let context = format!("{inject}: {said:?}, new: {new}, left: {:?}", temps(traced));
+            assert!(new || content == b"old", "torn: {context}");
+            match said.as_deref() {
+                // The lock and the look after it are not needed for the write itself; all else must be reported.
+                Some("Ok") => assert!(new && call.name == "flock", "{context}"),
+                Some(error) => {
+                    assert_eq!(error.starts_with("Visible"), new, "{context}");
+                    assert_eq!(new, position > renamed, "{context}");
+                }
+                None => assert!(fault.contains("SIGKILL"), "{context}"),
+            }
+            if said.is_some() {
+                assert!(temps(traced).is_empty(), "{context}");
+            }
+            let report = atomic_fs::sweep(traced).await.unwrap();
+            assert!(report.failed == 0 && names(traced) == ["file"], "{context}: {report:?}");
+            visited += 1;
+        }
+    }
+    println!("faults and kills at system calls: {visited}");
+}

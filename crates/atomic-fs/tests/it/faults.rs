@@ -1,0 +1,173 @@
+//! A disk, a directory or a privilege that is missing: a typed error, the old file, and no litter.
+
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, TargetState, blocking};
+use tempfile::{TempDir, tempdir};
+
+use crate::child::{self, SIZE_BYTES};
+use crate::support::{eventually, names};
+
+/// A mount that goes when this is dropped.
+struct Mount {
+    dir: TempDir,
+    point: PathBuf,
+}
+
+impl Mount {
+    /// Mounts on `point` within a new directory; `None`, and a line that says so, if that is not possible.
+    fn new(test: &str, prepare: impl FnOnce(&Path) -> (Vec<String>, PathBuf)) -> Option<Self> {
+        let dir = tempdir().unwrap();
+        let (arguments, point) = prepare(dir.path());
+        let mounted = rustix::process::geteuid().is_root()
+            && Command::new("mount").args(arguments).arg(&point).status().is_ok_and(|status| status.success());
+        if !mounted {
+            println!("{test}: not run, because it needs root and mount(8)");
+            return None;
+        }
+        Some(Self { dir, point })
+    }
+}
+
+impl Drop for Mount {
+    fn drop(&mut self) {
+        let _status = Command::new("umount").arg(&self.point).status();
+    }
+}
+
+fn small_disk(test: &str) -> Option<Mount> {
+    Mount::new(test, |dir| {
+        let point = dir.join("disk");
+        std::fs::create_dir(&point).unwrap();
+        (["-t", "tmpfs", "-o", "size=128k", "tmpfs"].map(String::from).to_vec(), point)
+    })
+}
+
+#[tokio::test]
+async fn a_full_disk_leaves_the_old_file() {
+    let Some(disk) = small_disk("a_full_disk_leaves_the_old_file") else { return };
+    let path = disk.point.join("file");
+    std::fs::write(&path, "old").unwrap();
+    let content = vec![b'N'; 200_000];
+    for error in [
+        atomic_fs::write(&path, &content).await.unwrap_err(),
+        blocking::write(&path, &content).unwrap_err(),
+        atomic_fs::write(&path, vec![b'N'; 5 << 20]).await.unwrap_err(),
+    ] {
+        assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
+        assert_eq!(std::fs::read(&path).unwrap(), b"old");
+        assert_eq!(names(&disk.point), ["file"]);
+    }
+    // What was freed by the clean-up is free again.
+    atomic_fs::write(&path, &content[..60_000]).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_writer_that_met_a_full_disk_cannot_be_committed() {
+    let Some(disk) = small_disk("a_writer_that_met_a_full_disk_cannot_be_committed") else { return };
+    let path = disk.point.join("file");
+    let mut writer = AtomicFileWriter::new(&path).await.unwrap();
+    let full = writer.write(&vec![b'N'; 4 << 20]).await.unwrap_err();
+    assert!(full.is_storage_full(), "{full}");
+    assert!(names(&disk.point).is_empty(), "the space is given back at once");
+    assert!(matches!(writer.write(b"more").await.unwrap_err(), Error::Broken { .. }));
+    assert!(matches!(writer.commit().await.unwrap_err(), Error::Broken { .. }));
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn a_file_that_is_a_mount_point_is_refused_and_left_alone() {
+    let test = "a_file_that_is_a_mount_point_is_refused_and_left_alone";
+    let Some(mount) = Mount::new(test, |dir| {
+        let (source, point) = (dir.join("source"), dir.join("point"));
+        std::fs::write(&source, "old").unwrap();
+        std::fs::write(&point, "").unwrap();
+        (vec!["--bind".into(), source.into_os_string().into_string().unwrap()], point)
+    }) else {
+        return;
+    };
+    let error = atomic_fs::write(&mount.point, "new").await.unwrap_err();
+    assert!(error.is_not_replaceable() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!(std::fs::read(&mount.point).unwrap(), b"old");
+    assert_eq!(names(mount.dir.path()), ["point", "source"]);
+}
+
+#[tokio::test]
+async fn a_read_only_file_system_is_a_typed_error() {
+    let Some(disk) = small_disk("a_read_only_file_system_is_a_typed_error") else { return };
+    let path = disk.point.join("file");
+    std::fs::write(&path, "old").unwrap();
+    let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&disk.point).status().unwrap();
+    assert!(remounted.success());
+    let error = atomic_fs::write(&path, "new").await.unwrap_err();
+    assert!(error.is_read_only() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"old");
+}
+
+#[test]
+fn a_directory_that_may_not_be_written_is_a_typed_error() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "old").unwrap();
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o555)).unwrap();
+    let mut command = child::command(&[], "write", &path);
+    if rustix::process::geteuid().is_root() {
+        // Root may write anywhere, so the child is nobody.
+        command.uid(65534).gid(65534);
+    }
+    let said = child::outcome(command).unwrap();
+    assert!(said.starts_with("Unchanged PermissionDenied"), "{said}");
+    assert_eq!((std::fs::read(&path).unwrap(), names(dir.path()).len()), (b"old".to_vec(), 1));
+    std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
+}
+
+#[test]
+fn the_umask_applies_to_new_files_and_not_to_kept_modes() {
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempdir().unwrap();
+    let (new, kept) = (dir.path().join("new"), dir.path().join("kept"));
+    std::fs::write(&kept, "old").unwrap();
+    std::fs::set_permissions(&kept, PermissionsExt::from_mode(0o664)).unwrap();
+    for (path, mode) in [(&new, 0o600), (&kept, 0o664)] {
+        let said = child::outcome(child::command(&["sh", "-c", "umask 077; exec \"$0\" \"$@\""], "write", path));
+        assert_eq!(said.as_deref(), Some("Ok"));
+        assert_eq!(std::fs::metadata(path).unwrap().mode() & 0o7777, mode, "{path:?}");
+    }
+}
+
+#[test]
+fn a_process_that_moves_away_still_commits_where_it_began() {
+    let dir = tempdir().unwrap();
+    let said = child::outcome(child::command(&[], "move away", dir.path()));
+    assert_eq!(said.as_deref(), Some("Ok"));
+    assert_eq!(std::fs::read(dir.path().join("file")).unwrap().len(), SIZE_BYTES);
+}
+
+#[tokio::test]
+async fn a_target_that_becomes_a_directory_meanwhile_is_left_alone() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let mut writer = AtomicFileWriter::new(&path).await.unwrap();
+    writer.write(b"x").await.unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let error = writer.commit().await.unwrap_err();
+    assert!(error.is_not_a_file() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!(names(dir.path()), ["file"]);
+}
+
+#[tokio::test]
+async fn a_panic_while_a_writer_is_open_leaves_no_litter() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let target = path.clone();
+    let task = tokio::spawn(async move {
+        let mut writer = AtomicFileWriter::new(&target).await.unwrap();
+        writer.write(&vec![0; 2 << 20]).await.unwrap();
+        panic!("in the middle");
+    });
+    assert!(task.await.unwrap_err().is_panic());
+    eventually("the temporary file goes", || names(dir.path()).is_empty()).await;
+}
