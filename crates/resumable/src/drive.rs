@@ -247,7 +247,6 @@ where
 
     /// The token has fired: nothing is started any more; becomes ready when what runs has had its time.
     fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.source = None;
         self.waiting.clear();
         if self.in_flight.len() == 0 || self.plan.grace.is_zero() {
             return Poll::Ready(());
@@ -357,8 +356,9 @@ where
     fn quarantine(&mut self, ticket: Ticket<I>, cause: String) -> Result<Done<R>, TaskError> {
         let limit = self.plan.quarantine;
         if self.meter.counts().failed >= limit {
-            // Nothing is recorded: once the cause is mended, or the limit raised, the item has all its attempts again.
             let (index, attempts) = (ticket.index, ticket.attempts);
+            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            self.record_failure(Kind::Failure, &Ticket { attempts: 0, ..ticket }, &cause)?;
             return Err(TaskError::QuarantineFull { limit, index, attempts, cause });
         }
         self.record_failure(Kind::Quarantine, &ticket, &cause)?;

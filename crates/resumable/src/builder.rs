@@ -1,0 +1,202 @@
+//! The options of a run, each with its default and its limit.
+//!
+//! Invariant: what contradicts itself is refused before anything is opened.
+
+use std::{fmt, path::PathBuf, time::Duration};
+
+use futures_core::Stream;
+use futures_util::stream;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    codec::Codec,
+    drive::{Drive, Plan},
+    error::TaskError,
+    item::{ItemContext, ItemError, Retry},
+    progress::Progress,
+    run::{Run, caught},
+    store::FileStore,
+};
+
+/// The options of a run over a stream of items. Every one but [`store`](Self::store) has a default.
+#[must_use = "nothing is opened and nothing runs before `stream`"]
+pub struct Builder<T, R> {
+    plan: Plan<T, R>,
+}
+
+impl<T, R> fmt::Debug for Builder<T, R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Builder").field("job", &self.plan.job).field("store", &self.plan.store).finish_non_exhaustive()
+    }
+}
+
+impl<T, R> Builder<T, R> {
+    pub(crate) fn new(job: String) -> Self {
+        Self {
+            plan: Plan {
+                job,
+                version: "1".to_owned(),
+                accepted: Vec::new(),
+                store: FileStore::at(PathBuf::new()),
+                codec: Codec::default(),
+                every: Duration::from_millis(100),
+                key: None,
+                revalidate: None,
+                concurrency: 1,
+                max_ahead: 1024,
+                ordered: false,
+                retry: Retry::never(),
+                max_defers: 100,
+                quarantine: 0,
+                retry_quarantined: false,
+                token: CancellationToken::new(),
+                grace: Duration::ZERO,
+            },
+        }
+    }
+
+    /// Sets where the checkpoint is. There is no default.
+    pub fn store(mut self, store: FileStore) -> Self {
+        self.plan.store = store;
+        self
+    }
+
+    /// Sets the version of the computation: change it when the same item would now give another result. Default: `1`.
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.plan.version = version.into();
+        self
+    }
+
+    /// Accepts a checkpoint of another version, or of this one with another result type, whose results can still be
+    /// read. The file keeps its version, so say so as long as the file lives. Default: none is accepted.
+    pub fn accept_version(mut self, version: impl Into<String>) -> Self {
+        self.plan.accepted.push(version.into());
+        self
+    }
+
+    /// Recognises items by a key instead of their position, so that items may be inserted, removed, reordered and
+    /// edited between runs; each key must occur once. Default: by position, verified by a fingerprint.
+    pub fn key(mut self, key: impl Fn(&T) -> String + Send + 'static) -> Self {
+        self.plan.key = Some(Box::new(key));
+        self
+    }
+
+    /// Sets how many items run at once. Default: 1.
+    pub fn concurrency(mut self, items: usize) -> Self {
+        self.plan.concurrency = items;
+        self
+    }
+
+    /// Sets how many items, besides those that run, may be held in memory: waiting for a retry, deferred, or finished and
+    /// waiting for one before them. When so many are, no new item is read. Default: 1024.
+    pub fn max_ahead(mut self, items: usize) -> Self {
+        self.plan.max_ahead = items;
+        self
+    }
+
+    /// Hands the items out in the order of the input. Default: as they finish.
+    pub fn ordered(mut self) -> Self {
+        self.plan.ordered = true;
+        self
+    }
+
+    /// Sets how often and how soon a failed item is tried again. Default: [`Retry::never`].
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.plan.retry = retry;
+        self
+    }
+
+    /// Sets how often an item may be deferred in a run before a deferral counts as a failed attempt. Default: 100.
+    pub fn max_defers(mut self, times: u32) -> Self {
+        self.plan.max_defers = times;
+        self
+    }
+
+    /// Sets how many items may be in quarantine; one more ends the run with [`TaskError::QuarantineFull`]. Default: 0.
+    pub fn quarantine(mut self, items: usize) -> Self {
+        self.plan.quarantine = items;
+        self
+    }
+
+    /// Sets whether items that earlier runs put in quarantine are tried again, with all their attempts. Default: false.
+    pub fn retry_quarantined(mut self, retry: bool) -> Self {
+        self.plan.retry_quarantined = retry;
+        self
+    }
+
+    /// Runs a restored item again if this returns false for its result; the last result counts. Default: all are kept.
+    pub fn revalidate(mut self, is_valid: impl Fn(&T, &R) -> bool + Send + 'static) -> Self {
+        self.plan.revalidate = Some(Box::new(is_valid));
+        self
+    }
+
+    /// Sets the longest time a result stays in memory before it is written and synced: what a power cut may lose.
+    /// Default: 100 ms.
+    pub fn checkpoint_every(mut self, interval: Duration) -> Self {
+        self.plan.every = interval;
+        self
+    }
+
+    /// Sets how results are encoded. Default: [`Codec::MessagePack`].
+    pub fn codec(mut self, codec: Codec) -> Self {
+        self.plan.codec = codec;
+        self
+    }
+
+    /// Stops the run when the token fires. Default: nothing stops it but dropping it.
+    pub fn cancel(mut self, token: CancellationToken) -> Self {
+        self.plan.token = token;
+        self
+    }
+
+    /// Sets how long the items that run when the token fires may go on; then they are dropped. Default: not at all.
+    pub fn grace(mut self, grace: Duration) -> Self {
+        self.plan.grace = grace;
+        self
+    }
+
+    /// Runs `work` on every item of `source` that has no result in the checkpoint.
+    ///
+    /// Nothing happens before the run is polled. A panic of `work` is a failed attempt of its item.
+    pub fn stream<S, F, Fut>(self, source: S, work: F) -> Run<R>
+    where
+        S: IntoIterator<Item = T, IntoIter: Send + 'static>,
+        T: Serialize + Clone + Send + 'static,
+        R: Serialize + DeserializeOwned + Send + 'static,
+        F: Fn(ItemContext, T) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R, ItemError>> + Send + 'static,
+    {
+        self.stream_from(stream::iter(source), work)
+    }
+
+    /// Does the same as [`stream`](Self::stream) for items that come from an asynchronous stream.
+    pub fn stream_from<S, F, Fut>(self, source: S, work: F) -> Run<R>
+    where
+        S: Stream<Item = T> + Send + 'static,
+        T: Serialize + Clone + Send + 'static,
+        R: Serialize + DeserializeOwned + Send + 'static,
+        F: Fn(ItemContext, T) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R, ItemError>> + Send + 'static,
+    {
+        let total = source.size_hint().0;
+        let (sender, progress) = watch::channel(Progress { total, ..Progress::default() });
+        let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
+        Run::new(opening, progress)
+    }
+
+    pub(crate) fn validated(self) -> Result<Plan<T, R>, TaskError> {
+        let plan = self.plan;
+        let mistakes = [
+            (plan.store.path().as_os_str().is_empty(), "no store: say where the checkpoint is with `.store(…)`"),
+            (plan.concurrency == 0, "a concurrency of 0 would never run an item"),
+            (plan.max_ahead == 0, "a max_ahead of 0 would never read an item"),
+            (plan.retry.max_attempts == 0, "0 attempts would never run an item"),
+        ];
+        match mistakes.iter().find(|(is_made, _)| *is_made) {
+            Some((_, mistake)) => Err(TaskError::Config(mistake)),
+            None => Ok(plan),
+        }
+    }
+}

@@ -1,0 +1,181 @@
+//! Opening the checkpoint file: created whole, locked before it is read, read before it is written.
+//!
+//! Invariant: a crash at any point leaves no checkpoint or a whole one, and a file that does not belong to this
+//! computation is not changed.
+
+use std::{
+    fs::{self, File, OpenOptions, TryLockError},
+    io::{self, Read, Seek, SeekFrom, Write},
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{codec::Codec, error::TaskError, history::History, log::Header, store::OpenRequest};
+
+/// How often a successor looks whether the lock is free.
+const LOCK_POLL: Duration = Duration::from_millis(2);
+/// A file that comes and goes this often while it is being opened is fought over by something else.
+const OPEN_TRIES: u32 = 100;
+
+/// Opens or creates the file, locks it, and reads what it holds.
+///
+/// Gives up waiting for the lock once the run has gone.
+pub(crate) fn open_locked(
+    request: &OpenRequest,
+    run_is_gone: impl Fn() -> bool,
+) -> Result<(File, History, u64), TaskError> {
+    let path = request.store.path();
+    for _ in 0..OPEN_TRIES {
+        match OpenOptions::new().read(true).write(true).open(path) {
+            Ok(mut file) => {
+                if !file.metadata().map_err(|error| TaskError::io("examine", path, error))?.is_file() {
+                    let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
+                    return Err(TaskError::io("use as a checkpoint", path, error));
+                }
+                lock(&file, request, &run_is_gone)?;
+                if !is_still_at(&file, path) {
+                    continue;
+                }
+                let (history, salt) = read(&mut file, request)?;
+                return Ok((file, history, salt));
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                match create(path, &request.header) {
+                    Ok(Some(file)) => {
+                        return Ok((file, History::of_new_file(request.header.identity), request.header.salt));
+                    }
+                    // Another starter was first: it has the file now.
+                    Ok(None) => {}
+                    Err(error) => return Err(TaskError::io("create checkpoint", path, error)),
+                }
+            }
+            Err(error) => return Err(TaskError::io("open checkpoint", path, error)),
+        }
+    }
+    Err(TaskError::io("open checkpoint", path, io::Error::other("it keeps appearing and disappearing")))
+}
+
+fn lock(file: &File, request: &OpenRequest, run_is_gone: impl Fn() -> bool) -> Result<(), TaskError> {
+    let path = request.store.path();
+    let started = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(()),
+            Err(TryLockError::WouldBlock) if started.elapsed() < request.store.wait && !run_is_gone() => {
+                thread::park_timeout(LOCK_POLL);
+            }
+            Err(TryLockError::WouldBlock) => return Err(TaskError::Busy { path: path.to_owned() }),
+            Err(TryLockError::Error(error)) => return Err(TaskError::io("lock checkpoint", path, error)),
+        }
+    }
+}
+
+/// Whether the locked file is still the one at the path: it may have been moved away while this run waited for it, and
+/// then another run may have created a new one already.
+#[cfg(unix)]
+fn is_still_at(file: &File, path: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
+    let (locked, named) = (file.metadata().map(identity), fs::metadata(path).map(identity));
+    locked.is_ok_and(|locked| named.is_ok_and(|named| named == locked))
+}
+
+/// Elsewhere an open file cannot be moved away.
+#[cfg(not(unix))]
+fn is_still_at(_: &File, _: &Path) -> bool {
+    true
+}
+
+/// Reads a locked file, checks that it belongs to this computation, and cuts off a torn tail.
+fn read(file: &mut File, request: &OpenRequest) -> Result<(History, u64), TaskError> {
+    let path = request.store.path();
+    let mut bytes = Vec::new();
+    let failed = |error| TaskError::io("read checkpoint", path, error);
+    file.read_to_end(&mut bytes).map_err(failed)?;
+    let length = bytes.len();
+    let (stored, from) = Header::decode(&bytes).map_err(|damage| TaskError::damaged(path, damage))?;
+    check_header(request, &stored)?;
+    let (history, end) = History::read(bytes, from, &stored).map_err(|damage| TaskError::damaged(path, damage))?;
+    if end < length {
+        #[cfg(feature = "tracing")]
+        tracing::warn!(path = %path.display(), bytes = history.torn_bytes, "cut a torn tail off the checkpoint");
+        // Synced before anything is appended: else a power cut could leave old bytes behind new ones.
+        let cut = file.set_len(end as u64).and_then(|()| file.sync_all());
+        cut.map_err(|error| TaskError::io("cut the torn tail off checkpoint", path, error))?;
+    }
+    file.seek(SeekFrom::Start(end as u64)).map_err(failed)?;
+    Ok((history, stored.salt))
+}
+
+fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError> {
+    let given = &request.header;
+    let mismatch = |field, stored: &str, given: &str| {
+        let (stored, given) = (stored.to_owned(), given.to_owned());
+        Err(TaskError::VersionMismatch { path: request.store.path().to_owned(), field, stored, given })
+    };
+    if stored.job != given.job {
+        return mismatch("job", &stored.job, &given.job);
+    }
+    if stored.codec != given.codec {
+        return mismatch("codec", &Codec::name_of(stored.codec), &Codec::name_of(given.codec));
+    }
+    if stored.identity != given.identity {
+        return mismatch("identity", &format!("{:?}", stored.identity), &format!("{:?}", given.identity));
+    }
+    if request.accepted.contains(&stored.version) {
+        return Ok(());
+    }
+    if stored.version != given.version {
+        return mismatch("version", &stored.version, &given.version);
+    }
+    if stored.result_type != given.result_type {
+        return mismatch("result type", &stored.result_type, &given.result_type);
+    }
+    Ok(())
+}
+
+/// Creates the file so that it appears at once with its header and already locked; `None` if another one was there first.
+///
+/// The header is written and synced under another name, which a hard link then publishes: a crash leaves either no
+/// checkpoint or a whole one, and a second starter finds either no file or one that is locked. A rename would replace
+/// the file of a starter who was first.
+fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+    let prefix = format!(".{}.new-", name.to_string_lossy());
+    sweep(directory, &prefix)?;
+    let temporary = directory.join(format!("{prefix}{:016x}", fastrand::u64(..)));
+    let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&temporary)?;
+    let published = file.try_lock().map_err(io::Error::from).and_then(|()| {
+        file.write_all(&header.encode())?;
+        file.sync_all()?;
+        fs::hard_link(&temporary, path)
+    });
+    match (published, fs::remove_file(&temporary)) {
+        (Ok(()), removed) => removed?,
+        (Err(error), _) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+        // Another starter swept the file before it was locked.
+        (Err(error), Err(_)) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        (Err(error), _) => return Err(error),
+    }
+    // Without this a power cut could take the name away again after results in it were called durable.
+    #[cfg(unix)]
+    File::open(directory)?.sync_all()?;
+    Ok(Some(file))
+}
+
+/// Removes what starters left that were killed between creating the file and publishing it.
+fn sweep(directory: &Path, prefix: &str) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if !entry.file_name().to_string_lossy().starts_with(prefix) {
+            continue;
+        }
+        // A live one is locked or about to be; one that is swept too early tries again.
+        if File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
+            let _gone_already = fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
