@@ -11,6 +11,9 @@ use syn::{Item, UseTree, Visibility};
 use super::{Finding, read, shown};
 use crate::workspace::{Package, UMBRELLA, Workspace};
 
+/// Nothing, or the line of a breach and what to do.
+type Checked = Result<(), (usize, String)>;
+
 /// Checks what each crate must have.
 pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
     let directory = package.directory();
@@ -21,7 +24,7 @@ pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
         rule: "missing-file",
         fix: format!("write it: {why}"),
     }));
-    let mut text_rule = |file: &str, rule: &'static str, check: &dyn Fn(&str) -> Result<(), (usize, String)>| {
+    let mut text_rule = |file: &str, rule: &'static str, check: &dyn Fn(&str) -> Checked| {
         // A missing file is told above.
         let Ok(text) = read(&directory.join(file)) else { return };
         if let Err((line, fix)) = check(&text) {
@@ -68,7 +71,7 @@ fn missing(directory: &Path, explores: bool) -> impl Iterator<Item = (&'static s
 }
 
 /// The newest version in the changelog is the crate's.
-fn changelog(text: &str, version: &str) -> Result<(), (usize, String)> {
+fn changelog(text: &str, version: &str) -> Checked {
     let newest = text.lines().enumerate().find_map(|(index, line)| {
         let first = line.strip_prefix("## ")?.split_whitespace().next()?;
         let bare = first.trim_matches(['[', ']']);
@@ -84,7 +87,7 @@ fn changelog(text: &str, version: &str) -> Result<(), (usize, String)> {
 }
 
 /// The crate keeps the lints of the workspace.
-fn lints(manifest: &str) -> Result<(), (usize, String)> {
+fn lints(manifest: &str) -> Checked {
     let mut lines = manifest.lines().map(str::trim).skip_while(|line| *line != "[lints]").skip(1);
     let inherits =
         lines.by_ref().take_while(|line| !line.starts_with('[')).any(|line| line.replace(' ', "") == "workspace=true");

@@ -87,10 +87,9 @@ fn attributes_and_macros(tokens: TokenStream, breaches: &mut Vec<Breach>) {
                 attributes_and_macros(group.stream(), breaches);
             }
             TokenTree::Ident(name) if *name == "todo" || *name == "unimplemented" => {
-                if tokens.get(index + 1).is_some_and(|next| is_punct(next, "!")) {
-                    let fix = format!("{name}! stands for code that is missing: write it");
-                    breaches.push(Breach { line: line(name.span()), rule: "unfinished", fix });
-                }
+                let called = tokens.get(index + 1).is_some_and(|next| is_punct(next, "!"));
+                let fix = || format!("{name}! stands for code that is missing: write it");
+                breaches.extend(called.then(|| Breach { line: line(name.span()), rule: "unfinished", fix: fix() }));
             }
             _ => {}
         }
@@ -218,6 +217,10 @@ impl<'ast> Visit<'ast> for Verdicts<'_> {
     }
 
     fn visit_item_trait(&mut self, item: &'ast ItemTrait) {
+        // Such a trait seals another: users cannot name it, which the compiler checks, so they cannot call it.
+        if expects_unnameable(&item.attrs) {
+            return;
+        }
         for member in &item.items {
             if let TraitItem::Fn(function) = member
                 && matches!(item.vis, Visibility::Public(_))
@@ -244,6 +247,13 @@ fn type_name(of: &Type) -> Option<String> {
         Type::Path(path) => path.path.segments.last().map(|last| last.ident.to_string()),
         _ => None,
     }
+}
+
+fn expects_unnameable(attributes: &[Attribute]) -> bool {
+    attributes.iter().any(|attribute| {
+        let lints = attribute.meta.require_list().map(|list| list.tokens.to_string());
+        attribute.path().is_ident("expect") && lints.is_ok_and(|lints| lints.starts_with("unnameable_types"))
+    })
 }
 
 fn only_in_tests(attributes: &[Attribute]) -> bool {
@@ -362,6 +372,7 @@ mod tests {
             "#[cfg(test)] mod tests { pub async fn go() {} }",
             "pub fn go() { pub async fn inner() {} }",
             "trait T { async fn go(&self); }",
+            "#[expect(unnameable_types, reason = \"seals\")] pub trait T { async fn go(&self); }",
         ] {
             assert_eq!(broken(&format!("//! A room.\n{function}\n")), [], "{function}");
         }
