@@ -240,7 +240,7 @@ impl CircuitBreaker {
     /// let breaker = CircuitBreaker::new(BreakerConfig::default());
     /// // A missing row is an answer, not a sick database.
     /// let classify = |result: &Result<u8, &str>| match result {
-    ///     Ok(_) | Err(&"no such row") => Class::Success,
+    ///     Ok(_) | Err("no such row") => Class::Success,
     ///     Err(_) => Class::Failure,
     /// };
     /// assert!(breaker.call_with(classify, async { Err("no such row") }).await.is_err());

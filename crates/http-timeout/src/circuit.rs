@@ -388,3 +388,6 @@ fn transition(before: u64, after: u64) -> Option<Transition> {
     let (from, to) = (state(before), state(after));
     (from != to).then_some(Transition { from, to })
 }
+
+#[cfg(test)]
+mod tests;

@@ -13,6 +13,7 @@ use std::{
 
 use bytes::Bytes;
 use http_body::{Frame, SizeHint};
+use reqwest::{Body, Request};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::error::{Phase, RequestError};
@@ -80,9 +81,11 @@ pub(crate) async fn watched<F: Future>(
     response: F,
     end: Option<Instant>,
     idle: Option<Duration>,
-    upload: &Upload,
+    upload: Option<&Upload>,
 ) -> Option<F::Output> {
-    let next_look = || earlier(end, idle.and_then(|idle| upload.waiting_since().checked_add(idle)));
+    let started = Instant::now();
+    let waiting_since = || upload.map_or(started, Upload::waiting_since);
+    let next_look = || earlier(end, idle.and_then(|idle| waiting_since().checked_add(idle)));
     let Some(first_look) = next_look() else { return Some(response.await) };
     let mut response = pin!(response);
     let mut timer = pin!(sleep_until(first_look));
@@ -114,16 +117,14 @@ struct Flow {
 }
 
 impl Upload {
-    pub(crate) fn start() -> Self {
-        Self(Arc::new(Mutex::new(Flow { progress: Instant::now(), starved: false })))
-    }
-
-    /// Puts this watch between `body` and the connection, unless the body is small.
-    pub(crate) fn watch(&self, body: reqwest::Body) -> reqwest::Body {
-        match body.as_bytes() {
-            Some(bytes) if bytes.len() <= UPLOAD_UNWATCHED_BYTES => body,
-            _ => reqwest::Body::wrap(WatchedBody { inner: body, piece: Bytes::new(), flow: self.clone() }),
-        }
+    /// Puts a watch between the body of `request` and the connection, unless there is none or it is small.
+    pub(crate) fn watch(request: &mut Request) -> Option<Self> {
+        let is_large = |body: &mut Body| body.as_bytes().is_none_or(|bytes| bytes.len() > UPLOAD_UNWATCHED_BYTES);
+        let inner = request.body_mut().take_if(is_large)?;
+        let upload = Self(Arc::new(Mutex::new(Flow { progress: Instant::now(), starved: false })));
+        let watched = WatchedBody { inner, piece: Bytes::new(), flow: upload.clone() };
+        *request.body_mut() = Some(Body::wrap(watched));
+        Some(upload)
     }
 
     fn waiting_since(&self) -> Instant {
@@ -144,7 +145,7 @@ impl Upload {
 
 /// A request body that notes when the connection asks for more: it does so when the peer has taken what it had.
 struct WatchedBody {
-    inner: reqwest::Body,
+    inner: Body,
     piece: Bytes,
     flow: Upload,
 }

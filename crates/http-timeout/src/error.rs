@@ -72,6 +72,9 @@ pub enum RequestError {
     /// The request could not be built, for instance because the URL is invalid; nothing was sent.
     #[error("the request is invalid")]
     InvalidRequest(#[source] reqwest::Error),
+    /// The HTTP client underneath could not be set up, for instance its TLS; nothing was sent.
+    #[error("the HTTP client cannot be set up")]
+    Setup(#[source] reqwest::Error),
     /// The network or the peer failed.
     #[error("the network or the peer failed")]
     Network(#[source] reqwest::Error),

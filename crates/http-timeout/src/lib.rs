@@ -1,7 +1,109 @@
 //! A reqwest client with one deadline and bounded load, and a circuit breaker that cannot stick.
+//!
+//! # The problem
+//!
+//! The usual recipe is a semaphore, a timeout and a counter of failures:
+//!
+//! ```no_run
+//! # use std::{sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed}, time::Duration};
+//! # use tokio::{sync::Semaphore, time::timeout};
+//! # struct Client { http: reqwest::Client, permits: Semaphore, failures: AtomicU32, probing: AtomicBool }
+//! # impl Client {
+//! async fn get(&self, url: &str) -> Result<reqwest::Response, Box<dyn std::error::Error>> {
+//!     let _permit = self.permits.acquire().await?;        // waits outside the timeout, for ever if need be
+//!     if self.failures.load(Relaxed) >= 5 && self.probing.swap(true, Relaxed) {
+//!         return Err("circuit open".into());
+//!     }
+//!     let result = timeout(Duration::from_secs(5), self.http.get(url).send()).await;
+//!     self.probing.store(false, Relaxed);                 // dropped at the await above: never runs, open for ever
+//!     match &result {
+//!         Ok(Ok(_)) => self.failures.store(0, Relaxed),   // a call from before the trip closes the circuit
+//!         _ => _ = self.failures.fetch_add(1, Relaxed),
+//!     }
+//!     Ok(result??)                                        // the permit ends here; the body is read without it, untimed
+//! }
+//! # }
+//! ```
+//!
+//! # With this crate
+//!
+//! ```
+//! # use std::time::Duration;
+//! # async fn serve() -> std::io::Result<String> {
+//! #     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+//! #     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+//! #     let url = format!("http://{}/", listener.local_addr()?);
+//! #     tokio::spawn(async move {
+//! #         let (mut socket, _) = listener.accept().await.unwrap();
+//! #         assert!(socket.read(&mut [0; 1024]).await.unwrap() > 0);
+//! #         socket.write(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello").await.unwrap();
+//! #     });
+//! #     Ok(url)
+//! # }
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! use cancel_safe_http_timeout::{BreakerConfig, Retry, TimeoutClient};
+//!
+//! let client = TimeoutClient::builder()
+//!     .timeout(Duration::from_secs(10))       // one deadline: permit, attempts, back-off and body
+//!     .idle_timeout(Duration::from_secs(5))   // only while the peer is waited for
+//!     .concurrency(64)                        // held until the body has ended
+//!     .retry(Retry::idempotent(3))
+//!     .breaker(BreakerConfig::default())      // one for each origin
+//!     .build()?;
+//! # let url = serve().await?;
+//! let response: reqwest::Response = client.get(&url).send().await?;
+//! assert_eq!(response.text().await?, "hello");
+//! assert_eq!(client.metrics().in_flight, 0);
+//! # Ok(()) }
+//! ```
+//!
+//! # Guarantees
+//!
+//! | event | what is left behind |
+//! |---|---|
+//! | a call or its response is dropped, at any await | permits, probe slot and unspent retry budget are back when the drop returns; nothing was spawned |
+//! | a probe is cancelled, or panics | its slot is free at once |
+//! | a probe hangs | it blocks others for its lease at most |
+//! | a result comes after the circuit changed state | it changes nothing |
+//! | the deadline passes | the call ends one timer tick later at most, in whatever phase it is |
+//! | a request that is not idempotent fails | it was sent once, unless it is declared idempotent, has an `Idempotency-Key`, or provably was not sent |
+//! | a server is dead | attempts ≤ calls × 1.2 + 10 |
+//! | a body is larger than the cap | reading it fails, at once if its length was announced |
+//!
+//! # Limitations
+//!
+//! - Whether a server saw a request whose call was dropped or timed out cannot be known; no client can.
+//! - A response that is neither read nor dropped holds its permits, beyond the deadline too: nothing polls it.
+//! - Redirects are reqwest's. A response is charged to the origin that sent it, but a redirect to a host that cannot
+//!   be reached is charged to the origin that redirected, because reqwest's error does not tell.
+//! - What the kernel has buffered of an upload counts as taken by the peer.
+//! - `concurrency` counts calls, not connections; the pool is reqwest's.
+//! - With the feature `rustls-no-provider` of reqwest, a missing provider panics inside reqwest; bring a
+//!   [client](TimeoutClientBuilder::reqwest) of your own.
+//!
+//! # Comparison
+//!
+//! - **reqwest alone**: prefer it where a total timeout is all you need. Its `read_timeout` counts the time the consumer
+//!   is busy and cuts uploads that progress; it has no limit on calls in flight or on a body's size.
+//! - **reqwest-middleware with reqwest-retry**: sends POST again, takes no notice of `Retry-After`, has no budget and no
+//!   common deadline.
+//! - **tower's `ConcurrencyLimit` and `Timeout`**: their permit and their time end at the head of the response.
+//! - **other breakers**: admit every waiting call as a probe, or lose a probe's slot when it is cancelled, or let
+//!   results of earlier generations decide.
+//!
+//! # Features
+//!
+//! - `tracing`: changes of state and retries as events.
+//!
+//! TLS, proxies and decompression are features of reqwest, which you select on your own dependency on it.
+//!
+//! # MSRV
+//!
+//! Rust 1.89; raised in a minor release only.
 
 mod body;
 mod breaker;
+mod builder;
 mod circuit;
 mod client;
 mod config;
@@ -15,7 +117,8 @@ mod retry;
 mod window;
 
 pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class, State, Transition};
-pub use client::{Attempts, ClientMetrics, TimeoutClient, TimeoutClientBuilder};
+pub use builder::TimeoutClientBuilder;
+pub use client::{Attempts, ClientMetrics, TimeoutClient};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
 pub use error::{BuildError, Phase, RequestError};
 pub use many::{FetchMany, Fetched};

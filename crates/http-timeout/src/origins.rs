@@ -1,7 +1,7 @@
 //! One record for each origin, in a bounded map that forgets the least recently used.
 //!
-//! Invariant: the map never holds more than its capacity, and an origin that somebody uses is forgotten only when every
-//! other one is in use too, so its breaker and its limit are not silently doubled.
+//! Invariant: the map never holds more than its capacity, and an origin that is needed is forgotten only when every
+//! other one is needed too, so its breaker and its limit are not silently doubled.
 
 use std::{
     borrow::{Borrow, Cow},
@@ -66,7 +66,7 @@ impl Origins {
                 permits: self.concurrency.map(|permits| Arc::new(Semaphore::new(permits))),
             })
         };
-        Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, |origin| Arc::strong_count(origin) > 1))
+        Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, is_needed))
     }
 
     /// What `look` sees in each known breaker, with the name of its origin, in the order of the names.
@@ -83,10 +83,20 @@ impl Origins {
     }
 }
 
+/// Whether somebody would notice that the origin was forgotten.
+fn is_needed(origin: &Arc<Origin>) -> bool {
+    Arc::strong_count(origin) > 1 || origin.breaker.as_ref().is_some_and(is_breaker_needed)
+}
+
+/// Isolation is an operator's word, which only the operator takes back.
+fn is_breaker_needed(breaker: &CircuitBreaker) -> bool {
+    breaker.is_shared() || breaker.state() == State::Isolated
+}
+
 /// A bounded map of breakers, one for each key, that forgets the least recently used.
 ///
-/// A breaker that is in use (a clone or a permit of it exists) is forgotten only when all are. A forgotten key starts
-/// again with a closed breaker.
+/// A breaker that is in use (a clone or a permit of it exists) or isolated is forgotten only when all are. A forgotten
+/// key starts again with a closed breaker.
 ///
 /// # Examples
 ///
@@ -118,7 +128,7 @@ impl<K: Eq + Hash + Clone> BreakerMap<K> {
         Q: Eq + Hash + ToOwned<Owned = K> + ?Sized,
     {
         let make = || CircuitBreaker::new(self.config.clone());
-        lock(&self.known).get_or_insert(key, make, CircuitBreaker::is_shared).clone()
+        lock(&self.known).get_or_insert(key, make, is_breaker_needed).clone()
     }
 
     /// How many keys it knows.
@@ -173,14 +183,14 @@ impl<K: Eq + Hash, V> Lru<K, V> {
         Self { entries: HashMap::new(), capacity, clock: 0 }
     }
 
-    fn get_or_insert<Q>(&mut self, key: &Q, make: impl FnOnce() -> V, in_use: impl Fn(&V) -> bool) -> &V
+    fn get_or_insert<Q>(&mut self, key: &Q, make: impl FnOnce() -> V, needed: impl Fn(&V) -> bool) -> &V
     where
         K: Borrow<Q>,
         Q: Eq + Hash + ToOwned<Owned = K> + ?Sized,
     {
         self.clock += 1;
         if self.entries.len() >= self.capacity.get() && !self.entries.contains_key(key) {
-            self.evict(in_use);
+            self.evict(needed);
         }
         // The common case, a known key, must not pay for an owned key, which `entry` would ask for.
         if !self.entries.contains_key(key) {
@@ -191,9 +201,9 @@ impl<K: Eq + Hash, V> Lru<K, V> {
         &held.value
     }
 
-    fn evict(&mut self, in_use: impl Fn(&V) -> bool) {
-        // Those in use sort behind all that are not, and go only when nothing else is left.
-        let rank = |held: &Held<V>| (in_use(&held.value), held.used);
+    fn evict(&mut self, needed: impl Fn(&V) -> bool) {
+        // Those needed sort behind all that are not, and go only when nothing else is left.
+        let rank = |held: &Held<V>| (needed(&held.value), held.used);
         let mut ranks: Vec<_> = self.entries.values().map(rank).collect();
         let surplus = (self.capacity.get() / 8).max(1);
         let (_, last, _) = ranks.select_nth_unstable(surplus - 1);

@@ -139,12 +139,14 @@ impl RequestBuilder {
     /// [`reqwest::Error::is_timeout`] holds.
     pub async fn send(self) -> Result<Response, RequestError> {
         let deadline = Deadline::new(self.timeout);
-        let request = self.request?.build()?;
+        let (reqwest, request) = self.request?.build_split();
+        let request = request?;
         let repeatable =
             self.idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
         let call = Call {
             origin: self.client.shared.origins.of(request.url()),
             client: &self.client.shared,
+            reqwest,
             request: Some(request),
             repeatable,
             keeps_permits: self.keeps_permits,
@@ -158,6 +160,7 @@ impl RequestBuilder {
 /// A call in progress.
 struct Call<'a> {
     client: &'a Shared,
+    reqwest: reqwest::Client,
     origin: Arc<Origin>,
     /// None once the only copy of a request that cannot be copied was sent.
     request: Option<Request>,
@@ -229,20 +232,13 @@ impl<'a> Call<'a> {
     async fn attempt(&mut self) -> Result<Response, Failed> {
         self.attempts += 1;
         let options = &self.client.options;
-        let (client, mut request) = match (self.client.reqwest(), self.next_request()) {
-            (Ok(client), Some(request)) => (client, request),
-            (Err(error), _) => return Err(Failed { error, unsent: true, charged: false }),
-            (_, None) => unreachable!("`again` asks for another attempt only while there is a request to send"),
-        };
+        let mut request = self.next_request();
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
-        let upload = Upload::start();
-        if let (Some(_), Some(body)) = (options.idle_timeout, request.body_mut().take()) {
-            *request.body_mut() = Some(upload.watch(body));
-        }
+        let upload = options.idle_timeout.and_then(|_| Upload::watch(&mut request));
         let end = self.deadline.part(options.attempt_timeout);
-        match watched(client.execute(request), end, options.idle_timeout, &upload).await {
+        match watched(self.reqwest.execute(request), end, options.idle_timeout, upload.as_ref()).await {
             Some(Ok(response)) => Ok(response),
             Some(Err(error)) => Err(self.failed(error)),
             None => {
@@ -253,10 +249,10 @@ impl<'a> Call<'a> {
     }
 
     /// A copy if another attempt may need one, else the request itself.
-    fn next_request(&mut self) -> Option<Request> {
+    fn next_request(&mut self) -> Request {
         let more = self.client.options.retry.as_ref().is_some_and(|retry| self.attempts <= retry.retries);
         let copy = self.request.as_ref().filter(|_| more).and_then(Request::try_clone);
-        copy.or_else(|| self.request.take())
+        copy.or_else(|| self.request.take()).expect("the request is here: `again` asks for no attempt once it is gone")
     }
 
     fn failed(&self, error: reqwest::Error) -> Failed {

@@ -93,7 +93,7 @@ impl Retry {
             None => Some(jittered),
             Some(asked) if asked > self.retry_after_cap || self.retry_after_cap.is_zero() => None,
             // On top of it, not instead: all who were told the same second would come back in the same instant.
-            Some(asked) => Some(asked + jittered),
+            Some(asked) => Some(asked.saturating_add(jittered)),
         }
     }
 }
@@ -123,6 +123,7 @@ pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Durati
 #[derive(Debug)]
 pub(crate) struct Budget {
     left: AtomicU64,
+    made: AtomicU64,
     capacity: u64,
     deposit: u64,
 }
@@ -130,7 +131,8 @@ pub(crate) struct Budget {
 impl Budget {
     pub(crate) fn new(retry: &Retry) -> Self {
         let capacity = u64::from(retry.reserve) * TOKEN;
-        Self { left: AtomicU64::new(capacity), capacity, deposit: (retry.ratio * TOKEN as f64) as u64 }
+        let deposit = (retry.ratio * TOKEN as f64) as u64;
+        Self { left: AtomicU64::new(capacity), made: AtomicU64::new(0), capacity, deposit }
     }
 
     /// Adds a call's share.
@@ -147,6 +149,10 @@ impl Budget {
 
     pub(crate) fn retries_left(&self) -> f64 {
         self.left.load(Ordering::Relaxed) as f64 / TOKEN as f64
+    }
+
+    pub(crate) fn retries_made(&self) -> u64 {
+        self.made.load(Ordering::Relaxed)
     }
 
     fn add(&self, amount: u64) {
@@ -167,6 +173,7 @@ pub(crate) struct Token<'a> {
 impl Token<'_> {
     pub(crate) fn spend(mut self) {
         self.spent = true;
+        self.budget.made.fetch_add(1, Ordering::Relaxed);
     }
 }
 

@@ -1,1 +1,10 @@
 //! The integration tests of `cancel-safe-http-timeout`, one binary.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod breaker;
+mod cancel;
+mod faults;
+mod happy;
+mod limits;
+mod retries;
+mod server;

@@ -1,0 +1,179 @@
+//! Every operation dropped at every await: permits, probe slots and retry budget are back at once.
+
+use std::{
+    sync::atomic::{AtomicBool, Ordering},
+    time::Duration,
+};
+
+use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, Retry, State, TimeoutClient};
+use cancel_safe_testing::{Explore, Outcome};
+use futures_util::StreamExt as _;
+
+use crate::server::{Server, drip, reply};
+
+const CRATE: &str = "http-timeout";
+
+struct Rig {
+    server: Server,
+    client: TimeoutClient,
+}
+
+/// A client with every mechanism on, and a server that fails at first.
+fn rig() -> Rig {
+    let server = Server::start(|_, hit| async move {
+        if hit == 0 { reply(503, vec![b'x'; 1_000]) } else { drip(3, 100, Duration::from_millis(1)) }
+    });
+    let retry = Retry::idempotent(2).backoff(Duration::from_millis(1), Duration::from_millis(3));
+    let client = TimeoutClient::builder()
+        .timeout(Duration::from_secs(20))
+        .concurrency(2)
+        .concurrency_per_host(1)
+        .retry(retry)
+        .breaker(BreakerConfig::builder().consecutive_failures(100).build().unwrap())
+        .build()
+        .unwrap();
+    Rig { server, client }
+}
+
+/// What a dropped or finished call must have given back.
+fn given_back(rig: &Rig) -> Result<(), String> {
+    let metrics = rig.client.metrics();
+    // Ten retries at the start; only one that was made may have spent of them.
+    let kept = metrics.retries_left.unwrap_or_default() + metrics.retries as f64;
+    let clean = (metrics.in_flight, metrics.waiting) == (0, 0) && kept >= 10.0;
+    if clean { Ok(()) } else { Err(format!("{metrics:?}")) }
+}
+
+#[test]
+fn a_call_dropped_anywhere_gives_everything_back() {
+    let report = Explore::new().paused_time(false).run(
+        async || rig(),
+        async |rig| {
+            let response = rig.client.get(rig.server.url("/")).send().await.unwrap();
+            response.bytes().await.unwrap().len()
+        },
+        async |rig, outcome| {
+            if let Outcome::Completed(length) = outcome {
+                assert_eq!(length, 300);
+            }
+            given_back(rig)
+        },
+    );
+    report.publish(CRATE, "send and read");
+    report.assert_clean();
+}
+
+#[test]
+fn get_with_timeout_dropped_anywhere_gives_everything_back() {
+    let report = Explore::new().paused_time(false).run(
+        async || rig(),
+        async |rig| rig.client.get_with_timeout(rig.server.url("/"), Some(Duration::from_secs(20))).await.is_ok(),
+        async |rig, _| given_back(rig),
+    );
+    report.publish(CRATE, "get_with_timeout");
+    report.assert_clean();
+}
+
+#[test]
+fn get_many_dropped_anywhere_gives_everything_back() {
+    let report = Explore::new().paused_time(false).run(
+        async || rig(),
+        async |rig| {
+            let urls = vec![rig.server.url("/"); 3];
+            let mut answers = rig.client.get_many(urls, Duration::from_secs(20)).ordered();
+            while let Some(fetched) = answers.next().await {
+                fetched.result.unwrap().bytes().await.unwrap();
+            }
+        },
+        async |rig, _| given_back(rig),
+    );
+    report.publish(CRATE, "get_many");
+    report.assert_clean();
+}
+
+#[test]
+fn a_call_dropped_in_the_queue_leaves_it() {
+    let report = Explore::new().paused_time(false).run(
+        async || {
+            let server = Server::start(|_, _| async { reply(200, "unread") });
+            let client = TimeoutClient::builder().concurrency(1).build().unwrap();
+            let held = client.get(server.url("/")).send().await.unwrap();
+            (Rig { server, client }, held)
+        },
+        async |(rig, _held)| {
+            rig.client.get(rig.server.url("/")).timeout(Duration::from_millis(20)).send().await.unwrap_err()
+        },
+        async |(rig, _held), outcome| {
+            let metrics = rig.client.metrics();
+            let clean = (metrics.in_flight, metrics.waiting) == (1, 0);
+            if clean { Ok(()) } else { Err(format!("{outcome:?}: {metrics:?}")) }
+        },
+    );
+    report.publish(CRATE, "wait for a permit");
+    report.assert_clean();
+}
+
+/// A breaker that is due for its one probe.
+async fn due() -> CircuitBreaker {
+    let open_for = Duration::from_millis(1);
+    let breaker = CircuitBreaker::new(BreakerConfig::builder().open_for(open_for).build().unwrap());
+    for _ in 0..5 {
+        assert!(breaker.call(async { Err::<(), _>(()) }).await.is_err());
+    }
+    tokio::time::sleep(open_for * 2).await;
+    breaker
+}
+
+#[test]
+fn a_probe_dropped_anywhere_gives_its_slot_back() {
+    let report = Explore::new().run(
+        due,
+        async |breaker| {
+            let call = async {
+                tokio::task::yield_now().await;
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                Ok::<_, ()>(())
+            };
+            breaker.call(call).await
+        },
+        async |breaker, outcome| match (outcome, breaker.metrics()) {
+            (Outcome::Completed(_), metrics) if metrics.state == State::Closed => Ok(()),
+            (Outcome::Dropped { .. }, metrics) if metrics.probes == 0 => match breaker.try_acquire() {
+                Ok(permit) => {
+                    permit.success();
+                    if breaker.state() == State::Closed { Ok(()) } else { Err("it did not recover".to_owned()) }
+                }
+                Err(open) => Err(format!("the next probe was refused: {open}")),
+            },
+            (outcome, metrics) => Err(format!("{outcome:?}: {metrics:?}")),
+        },
+    );
+    report.publish(CRATE, "probe");
+    report.assert_clean();
+}
+
+/// The broken twin: a breaker as one finds it, which takes the probe's slot before the await and frees it after.
+struct Leaky {
+    probing: AtomicBool,
+}
+
+impl Leaky {
+    async fn call<T>(&self, call: impl Future<Output = T>) -> Option<T> {
+        if self.probing.swap(true, Ordering::SeqCst) {
+            return None;
+        }
+        let result = call.await;
+        self.probing.store(false, Ordering::SeqCst);
+        Some(result)
+    }
+}
+
+#[test]
+fn a_breaker_that_leaks_its_slot_is_caught() {
+    let report = Explore::new().run(
+        async || Leaky { probing: AtomicBool::new(false) },
+        async |breaker| breaker.call(tokio::time::sleep(Duration::from_millis(5))).await,
+        async |breaker, _| breaker.call(async {}).await.ok_or_else(|| "the next probe was refused".to_owned()),
+    );
+    assert!(!report.is_clean(), "the leak went unseen");
+}

@@ -1,0 +1,173 @@
+//! Bounded load: permits, queues, bodies and the map of origins.
+
+use std::time::{Duration, Instant};
+
+use cancel_safe_http_timeout::{BreakerConfig, BreakerMap, Phase, RequestError, TimeoutClient};
+use futures_util::{StreamExt as _, future::join_all};
+
+use crate::server::{Server, drip, eventually, reply};
+
+#[tokio::test]
+async fn permits_are_held_until_the_bodies_end() {
+    let server = Server::start(|_, _| async { drip(3, 100, Duration::from_millis(5)) });
+    let client = TimeoutClient::builder().concurrency(2).build().unwrap();
+    let calls = (0..12).map(|_| async {
+        let response = client.get(server.url("/")).send().await.unwrap();
+        assert!(client.metrics().in_flight <= 2);
+        assert_eq!(response.bytes().await.unwrap().len(), 300);
+    });
+    join_all(calls).await;
+    assert_eq!(server.hits(), 12);
+    assert_eq!(server.most_bodies(), 2);
+    assert_eq!(client.metrics().in_flight, 0);
+}
+
+#[tokio::test]
+async fn dropping_an_unread_response_gives_its_permit_back() {
+    let server = Server::start(|_, _| async { drip(1_000, 1_000, Duration::from_millis(5)) });
+    let client = TimeoutClient::builder().concurrency(1).build().unwrap();
+    for _ in 0..3 {
+        let response = client.get(server.url("/")).send().await.unwrap();
+        assert_eq!(client.metrics().in_flight, 1);
+        drop(response);
+        assert_eq!(client.metrics().in_flight, 0);
+    }
+}
+
+#[tokio::test]
+async fn a_response_without_a_body_holds_no_permit() {
+    let server = Server::start(|_, _| async { reply(204, "") });
+    let client = TimeoutClient::builder().concurrency(1).build().unwrap();
+    let first = client.get(server.url("/")).send().await.unwrap();
+    let second = client.head(server.url("/")).send().await.unwrap();
+    assert_eq!((first.status().as_u16(), second.status().as_u16()), (204, 204));
+}
+
+#[tokio::test]
+async fn one_host_cannot_take_what_others_need() {
+    let slow = Server::start(|_, _| async { drip(1_000, 10, Duration::from_millis(20)) });
+    let quick = Server::start(|_, _| async { reply(200, "ok") });
+    let client = TimeoutClient::builder().concurrency(10).concurrency_per_host(2).build().unwrap();
+    let hogs: Vec<_> = (0..20)
+        .map(|_| {
+            let request = client.get(slow.url("/"));
+            tokio::spawn(async move { request.send().await.unwrap().bytes().await.unwrap() })
+        })
+        .collect();
+    eventually(|| slow.hits() == 2 && client.metrics().waiting == 18).await;
+    assert_eq!(client.get(quick.url("/")).send().await.unwrap().text().await.unwrap(), "ok");
+    assert_eq!(slow.most_bodies(), 2);
+    hogs.iter().for_each(tokio::task::JoinHandle::abort);
+    join_all(hogs).await;
+    let metrics = client.metrics();
+    assert_eq!((metrics.in_flight, metrics.waiting), (0, 0));
+}
+
+#[tokio::test]
+async fn the_queue_for_permits_is_bounded() {
+    let server = Server::start(|_, _| async { drip(1_000, 10, Duration::from_millis(20)) });
+    let client = TimeoutClient::builder().concurrency(1).max_waiting(2).build().unwrap();
+    let running = client.get(server.url("/")).send().await.unwrap();
+    let waiting: Vec<_> = (0..2).map(|_| tokio::spawn(client.get(server.url("/")).send())).collect();
+    eventually(|| client.metrics().waiting == 2).await;
+    let refused = client.get(server.url("/")).send().await.unwrap_err();
+    assert!(matches!(refused, RequestError::Overloaded { limit: 2 }), "{refused:?}");
+    waiting.iter().for_each(tokio::task::JoinHandle::abort);
+    join_all(waiting).await;
+    assert_eq!(client.metrics().waiting, 0);
+    drop(running);
+    assert_eq!(client.metrics().in_flight, 0);
+}
+
+#[tokio::test]
+async fn waiting_for_a_permit_ends_at_the_deadline_and_is_not_idle_time() {
+    let server = Server::start(|_, hit| async move {
+        if hit == 0 { drip(1, 10, Duration::from_millis(400)) } else { reply(200, "ok") }
+    });
+    let client = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_millis(2_000)).build().unwrap();
+    let short = TimeoutClient::clone(&client);
+    let running = client.get(server.url("/")).send().await.unwrap();
+    let late = short.get(server.url("/")).timeout(Duration::from_millis(50)).send().await.unwrap_err();
+    assert!(matches!(late, RequestError::Timeout { phase: Phase::Permit, attempts: 0, .. }), "{late:?}");
+    let impatient = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_millis(150)).build().unwrap();
+    let first = impatient.get(server.url("/")).send().await.unwrap();
+    let second = tokio::spawn(impatient.get(server.url("/")).send());
+    eventually(|| impatient.metrics().waiting == 1).await;
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    drop(first);
+    assert!(second.await.unwrap().is_ok(), "the wait for the permit was counted as silence");
+    drop(running);
+}
+
+#[tokio::test]
+async fn a_body_over_the_cap_is_an_error_whether_announced_or_not() {
+    let server = Server::start(|request, _| async move {
+        match request.uri().path() {
+            "/announced" => reply(200, vec![0; 2_000_000]),
+            "/exact" => reply(200, vec![0; 1_000_000]),
+            _ => drip(20, 100_000, Duration::ZERO),
+        }
+    });
+    let client = TimeoutClient::builder().max_body(1_000_000).build().unwrap();
+    for path in ["/announced", "/streamed"] {
+        let response = client.get(server.url(path)).send().await.unwrap();
+        let error = RequestError::from(response.bytes().await.unwrap_err());
+        assert!(matches!(error, RequestError::BodyTooLarge { limit: 1_000_000 }), "{path}: {error:?}");
+        assert_eq!(client.metrics().in_flight, 0);
+    }
+    let whole = client.get(server.url("/exact")).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(whole.len(), 1_000_000);
+}
+
+#[tokio::test]
+async fn get_many_dropped_midway_leaves_nothing_in_flight() {
+    let server = Server::start(|_, _| async { reply(200, "ok") });
+    let client = TimeoutClient::builder().concurrency(4).build().unwrap();
+    // An endless list: only as much of it is taken as is asked for.
+    let mut answers = client.get_many(std::iter::repeat(server.url("/")), Duration::from_secs(10));
+    for _ in 0..10 {
+        let fetched = answers.next().await.unwrap();
+        assert_eq!(fetched.result.unwrap().text().await.unwrap(), "ok");
+    }
+    drop(answers);
+    let metrics = client.metrics();
+    assert_eq!((metrics.in_flight, metrics.waiting), (0, 0));
+    assert!(server.hits() <= 14, "{} requests for 10 answers", server.hits());
+}
+
+#[test]
+fn ten_thousand_origins_stay_within_the_bound() {
+    let client = TimeoutClient::builder().max_origins(1_000).breaker(BreakerConfig::default()).build().unwrap();
+    let held = client.breaker("http://held.test/").unwrap();
+    held.isolate();
+    for host in 0..10_000 {
+        client.breaker(format!("http://host-{host}.test/")).unwrap();
+        assert!(client.metrics().origins <= 1_000);
+    }
+    assert!(client.metrics().origins >= 800, "it forgot more than it had to");
+    assert_eq!(client.open_origins(), ["http://held.test"], "a breaker in use was forgotten");
+    let breakers = BreakerMap::new(BreakerConfig::default(), 100);
+    let clones: Vec<_> = (0..200).map(|key: u64| breakers.get(&key)).collect();
+    assert!(breakers.len() <= 100 && clones.len() == 200, "the bound holds even when all are in use");
+}
+
+#[tokio::test]
+async fn an_open_origin_costs_others_nothing_and_its_own_callers_no_wait() {
+    let healthy = Server::start(|_, _| async { reply(200, "ok") });
+    let client = TimeoutClient::builder().concurrency(1).breaker(BreakerConfig::default()).build().unwrap();
+    let sick = crate::server::refused_url();
+    for _ in 0..5 {
+        assert!(client.get(&sick).send().await.unwrap_err().is_connect());
+    }
+    let held = client.get(healthy.url("/")).send().await.unwrap();
+    let started = Instant::now();
+    match client.get(&sick).send().await.unwrap_err() {
+        RequestError::CircuitOpen { origin, retry_after } => {
+            assert_eq!(format!("{origin}/"), sick);
+            assert!(retry_after > Duration::ZERO && retry_after <= Duration::from_secs(6), "{retry_after:?}");
+        }
+        other => panic!("{other:?}"),
+    }
+    assert!(started.elapsed() < Duration::from_secs(5), "it waited for a permit to be refused");
+    assert_eq!(held.text().await.unwrap(), "ok");
+}
