@@ -86,7 +86,9 @@ fn run(task: Task) -> Result<(), Failure> {
     match task {
         Task::Ci { sections } => ci::run(&workspace, &sections),
         Task::Test { crates, arguments } => {
-            let tally = suite::run(&workspace, &Scope::Crates { names: crates, arguments })?;
+            let again = format!("cargo xtask test {}", crates.join(" "));
+            let scope = Scope::Crates { names: crates, arguments };
+            let tally = suite::run(&workspace, &scope).map_err(|failure| failure.repeat_with(again.trim_end()))?;
             print!("{}", suite::table(&workspace, &tally));
             println!("{tally}");
             Ok(())

@@ -31,6 +31,8 @@ pub(crate) enum Scope {
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     failed: usize,
+    /// Tests that the runners said they would run, less those they reported on.
+    unreported: isize,
     by_crate: BTreeMap<String, usize>,
     points: BTreeMap<String, Points>,
     /// The library whose tests are running, as rustc spells it.
@@ -134,10 +136,13 @@ impl Tally {
                 self.current = library.to_owned();
             }
         } else if let Some(counts) = line.strip_prefix("test result: ") {
-            let passed = count(counts, "passed");
+            let (passed, failed) = (count(counts, "passed"), count(counts, "failed"));
             self.passed += passed;
-            self.failed += count(counts, "failed");
+            self.failed += failed;
+            self.unreported -= (passed + failed + count(counts, "ignored") + count(counts, "measured")).cast_signed();
             *self.by_crate.entry(self.current.clone()).or_default() += passed;
+        } else if let Some(number) = line.strip_prefix("running ").and_then(|rest| rest.split_once(" test")) {
+            self.unreported += number.0.parse().unwrap_or(0);
         } else if let Some(rest) = line.strip_prefix("error: test failed, to rerun pass `") {
             self.rerun = Some(rest.trim_end_matches('`').to_owned());
         } else if let Some(rest) = line.strip_prefix("error: doctest failed, to rerun pass `") {
@@ -163,6 +168,11 @@ impl Tally {
 
     /// Nothing is skipped in silence: a run that tested nothing is not a run that passed.
     fn require_something(&self, workspace: &Workspace, scope: &Scope) -> Result<(), Failure> {
+        if self.unreported != 0 {
+            let what = "a test binary announced other tests than it reported on: \
+                        it ended early with success, or a child process of a test prints to the same output";
+            return Err(what.to_owned().into());
+        }
         if matches!(scope, Scope::Crates { arguments, .. } if !arguments.is_empty()) {
             return if self.passed > 0 { Ok(()) } else { Err("no test matches".to_owned().into()) };
         }
@@ -279,6 +289,16 @@ mod tests {
         );
         assert_eq!(tally.points["guard"].operations.len(), 2);
         assert_eq!(tally.points["guard"].visited, 11);
+    }
+
+    #[test]
+    fn a_binary_that_ends_early_with_success_has_not_passed() {
+        let workspace = Workspace::load().unwrap();
+        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: vec!["any".to_owned()] };
+        let closing = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 9 filtered out; finished in 0.01s";
+        assert!(read(&["running 4 tests", closing]).require_something(&workspace, &scope).is_ok());
+        let early = read(&["running 4 tests", closing, "running 1 test"]).require_something(&workspace, &scope);
+        assert!(early.unwrap_err().what.contains("ended early"));
     }
 
     #[test]
