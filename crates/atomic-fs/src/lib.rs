@@ -1,4 +1,115 @@
 //! Atomic files for async Rust: a file is old or new, and a dropped write never lands later.
+//!
+//! # The problem
+//!
+//! This saves a file the usual way: write a temporary file, sync it, rename it. Then a timeout fires.
+//!
+//! ```no_run
+//! # use std::{io, path::Path, time::Duration};
+//! # use tokio::io::AsyncWriteExt;
+//! async fn save(path: &Path, content: &[u8]) -> io::Result<()> {
+//!     let temp = path.with_extension("tmp");
+//!     let mut file = tokio::fs::File::create(&temp).await?;
+//!     file.write_all(content).await?;
+//!     file.sync_all().await?;
+//!     tokio::fs::rename(&temp, path).await
+//! }
+//!
+//! # async fn caller(path: &Path, content: &[u8]) {
+//! let result = tokio::time::timeout(Duration::from_secs(2), save(path, content)).await;
+//! // Err(Elapsed). What is in the file now? And in a second?
+//! # }
+//! ```
+//!
+//! - Every step runs on a pool of blocking threads, where nothing stops it once it is queued. **The rename may land after
+//!   the timeout has been reported**, and then undo a later write that was acknowledged.
+//! - The temporary file stays behind. A guard that removes it is not enough: the file may be created after the guard ran.
+//! - `write_all` does not report what the disk said; on a full disk, `write_all`, `sync_all` and `rename` can all succeed
+//!   and publish the beginning of the content.
+//! - Two writers share `path.tmp`, and mix their contents.
+//! - The directory is never synced, so a power cut undoes what was reported as done.
+//!
+//! # The solution
+//!
+//! ```
+//! use std::time::Duration;
+//! use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter};
+//!
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> std::io::Result<()> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("settings");
+//! // In one call. However this ends, the file is old or new, and stays what it is from then on.
+//! let result = tokio::time::timeout(Duration::from_secs(2), atomic_fs::write(&path, "content")).await;
+//! # result.unwrap()?;
+//!
+//! // In pieces. Nothing is visible before the commit, and nothing is left if it never comes.
+//! let mut writer = AtomicFileWriter::options().mode(0o600).open(&path).await?;
+//! writer.write_all(b"first, ").await?;
+//! writer.write_all(b"second").await?;
+//! writer.commit().await?;
+//! # assert_eq!(std::fs::read_to_string(&path)?, "first, second");
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! The whole sequence runs inside one blocking job, and between it and the future that waits for it stands a gate. Right
+//! before the rename the job asks the gate; dropping the future closes it. If the rename has already been entered, the
+//! drop waits for that one system call. So once the drop returns, the target never changes because of this call.
+//!
+//! # Guarantees
+//!
+//! | event | the target | left behind |
+//! |---|---|---|
+//! | `Ok` | new, and survives a power cut ([`Durability::Full`]) | nothing |
+//! | an error whose [`target`](Error::target) is [`Unchanged`](TargetState::Unchanged) | old, for ever | nothing |
+//! | an error whose [`target`](Error::target) is [`Visible`](TargetState::Visible) | new; a power cut may bring back the old one | nothing |
+//! | the future is dropped | old or new, decided before the drop returns | nothing, once the system call in progress returns |
+//! | a panic, an abort of the task, a shutdown of the runtime | as if dropped | as if dropped |
+//! | the process is killed | old or new | a hidden file `.afs-file-…`, until [`sweep`] |
+//! | a power cut | old or new | the same |
+//! | several writers at once | each gets `Ok`, the last rename wins | nothing |
+//!
+//! Content and metadata change together. A temporary file lies beside the resolved target, is locked while its writer
+//! lives, and at no time grants more than the final file will. A failed sync is never retried, since the kernel may have
+//! dropped the data and would report success. Names of 255 bytes work.
+//!
+//! Names that begin with **`.afs-`** are reserved: as a target they are refused, and a program that lists a directory
+//! should pass over them.
+//!
+//! # Limitations
+//!
+//! - A drop that finds the rename entered blocks its thread for that one system call.
+//! - A directory that does not exist is an error; it is never created.
+//! - Hard links are cut: the target gets a new file, other names keep the old one. A process that has the old file open
+//!   keeps reading it.
+//! - A file that is a mount point (bind-mounted into a container) cannot be replaced by a rename: that is
+//!   [an error](Error::is_not_replaceable), and the file is not written in place instead.
+//! - By default only the permission bits are kept; see [`Preserve`]. Access control lists are extended attributes.
+//! - `Ok` is as good as what the disk promises. File systems that refuse to sync a directory are taken at their word.
+//!   On a network file system a rename may take effect although it reports an error, and locks may be seen by one
+//!   machine only; sweep while no other machine writes.
+//! - A [`sweep`] needs file locks; where there are none it removes nothing.
+//! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`. On Windows there are no modes, owners
+//!   and directory syncs.
+//!
+//! # Comparison
+//!
+//! [`tempfile`](https://docs.rs/tempfile) makes a good temporary file for blocking code; it syncs neither the file nor
+//! its directory, and inside `spawn_blocking` its `persist` lands although nobody waits any more. `std::fs::write` in
+//! place is right for what may be torn and made again. If nothing ever drops your future, no timeout, no `select!`, no
+//! shutdown, then [`blocking::write`] inside `spawn_blocking` is all you need.
+//!
+//! # Features
+//!
+//! | feature | default | adds |
+//! |---|---|---|
+//! | `json` | yes | [`write_json`] and [`write_json_with_timeout`] |
+//! | `tracing` | no | a warning if a temporary file could not be removed |
+//!
+//! # Minimum supported Rust version
+//!
+//! 1.89, raised only in a minor release.
 
 mod commit;
 mod error;

@@ -50,7 +50,7 @@ pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<()
 }
 
 impl WriteOptions {
-    /// Replaces the file `path` by one that contains `bytes`, or creates it, as [`write`] does with the defaults.
+    /// Replaces the file `path` by one that contains `bytes`, or creates it, as [`write()`] does with the defaults.
     ///
     /// # Cancel safety
     ///
@@ -93,7 +93,7 @@ fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions, gate: Arc<Gate>
 ///
 /// # Errors
 ///
-/// [`Error::Serialize`], and as [`write`].
+/// [`Error::Serialize`], and as [`write()`].
 ///
 /// # Examples
 ///

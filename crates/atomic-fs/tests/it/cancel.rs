@@ -1,12 +1,241 @@
 //! Dropped at any moment: the file is old or new, nothing changes later, and no temporary file stays.
 
-use std::path::Path;
+use std::cell::{Cell, RefCell};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use cancel_safe_atomic_fs::{self as atomic_fs, blocking};
-use tempfile::tempdir;
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, blocking};
+use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use tempfile::{TempDir, tempdir};
+use tokio::sync::Mutex;
 
 use crate::support::{drain_pool, names};
+
+const OLD: &[u8] = b"old";
+const MIB: usize = 1 << 20;
+const WAYS: [Way; 4] = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic];
+
+/// A directory with one file, and what that file was when the operation had just been dropped.
+struct Scene {
+    dir: TempDir,
+    path: PathBuf,
+    at_drop: RefCell<Vec<u8>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempdir().unwrap();
+        let path = dir.path().join("file");
+        std::fs::write(&path, OLD).unwrap();
+        Self { dir, path, at_drop: RefCell::default() }
+    }
+
+    fn content(&self) -> Vec<u8> {
+        std::fs::read(&self.path).unwrap()
+    }
+}
+
+/// Notes the content when it is dropped: declare it before the future that it watches.
+struct Note<'a>(&'a Scene);
+
+impl Drop for Note<'_> {
+    fn drop(&mut self) {
+        *self.0.at_drop.borrow_mut() = self.0.content();
+    }
+}
+
+/// Drops `operation`, which writes `new`, at every point, and holds what is left behind against the documentation.
+fn explore<R>(new: &[u8], operation: impl AsyncFn(&Path) -> R) -> Report {
+    Explore::new().ways(WAYS).paused_time(true).run(
+        async || Scene::new(),
+        async |scene| {
+            let _note = Note(scene);
+            operation(&scene.path).await
+        },
+        async |scene, outcome| {
+            let content = scene.content();
+            if names(scene.dir.path()) != ["file"] {
+                return Err(format!("left behind: {:?}", names(scene.dir.path())));
+            }
+            if content != OLD && content != new {
+                return Err(format!("torn: {} bytes", content.len()));
+            }
+            match outcome {
+                Outcome::Completed(_) if content != new => Err("completed, but old".to_owned()),
+                Outcome::Dropped { point: 0, .. } if content != OLD => Err("never polled, but new".to_owned()),
+                Outcome::Dropped { .. } if content != *scene.at_drop.borrow() && !scene.at_drop.borrow().is_empty() => {
+                    Err("the file changed after the drop".to_owned())
+                }
+                _ => Ok(()),
+            }
+        },
+    )
+}
+
+fn assert_clean(operation: &str, report: &Report) {
+    report.publish("atomic-fs", operation).assert_clean();
+}
+
+#[test]
+fn dropped_write_leaves_old_or_new_for_ever() {
+    for length in [10, 3 * MIB] {
+        let new = vec![b'N'; length];
+        let report = explore(&new, async |path| atomic_fs::write(path, &new).await.unwrap());
+        assert_clean(&format!("write/{length}-bytes"), &report);
+    }
+}
+
+#[cfg(feature = "json")]
+#[test]
+fn dropped_write_json_leaves_old_or_new_for_ever() {
+    let report = explore(b"5", async |path| atomic_fs::write_json(path, &5).await.unwrap());
+    assert_clean("write_json", &report);
+    let report = explore(b"5", async |path| {
+        atomic_fs::write_json_with_timeout(path, &5, Duration::from_secs(60)).await.unwrap();
+    });
+    assert_clean("write_json_with_timeout", &report);
+}
+
+#[test]
+fn dropped_writer_leaves_old_or_new_for_ever() {
+    let new = vec![b'N'; 2 * MIB + 2];
+    let report = explore(&new, async |path| {
+        let mut writer = AtomicFileWriter::new(path).await?;
+        writer.write(&new[..1]).await?;
+        writer.write_all(&new[1..2 * MIB]).await?;
+        writer.write_all(&new[2 * MIB..]).await?;
+        writer.commit().await
+    });
+    assert_clean("AtomicFileWriter::commit", &report);
+}
+
+#[test]
+fn dropped_copy_into_a_writer_leaves_old_or_new_for_ever() {
+    let new = vec![b'N'; 20_000];
+    let report = explore(&new, async |path| {
+        let mut writer = AtomicFileWriter::new(path).await.unwrap();
+        // Read in pieces; budgets of one would livelock `io::copy` itself.
+        for piece in new.chunks(5000) {
+            let mut rest = piece;
+            while !rest.is_empty() {
+                let taken = tokio::io::AsyncWriteExt::write(&mut writer, rest).await.unwrap();
+                rest = &rest[taken..];
+            }
+        }
+        writer.commit().await.unwrap();
+    });
+    assert_clean("AtomicFileWriter/AsyncWrite", &report);
+}
+
+#[test]
+fn dropped_discard_removes_the_temporary_file_all_the_same() {
+    // What is discarded is never seen, so that "new" is the old content here.
+    let report = explore(OLD, async |path| {
+        let mut writer = AtomicFileWriter::new(path).await.unwrap();
+        writer.write(&vec![b'N'; MIB + 1]).await.unwrap();
+        writer.discard().await.unwrap();
+    });
+    assert_clean("AtomicFileWriter::discard", &report);
+}
+
+#[test]
+fn dropped_commit_handle_does_not_stop_its_commit() {
+    let report = Explore::new().ways(WAYS).run(
+        async || (Scene::new(), Cell::new(false)),
+        async |(scene, under_way)| {
+            let mut writer = AtomicFileWriter::new(&scene.path).await?;
+            writer.write(b"new").await?;
+            let handle = writer.commit_detached();
+            under_way.set(true);
+            handle.await
+        },
+        async |(scene, under_way), outcome: Outcome<Result<(), Error>>| {
+            let landed = scene.content() == b"new";
+            let cut = matches!(outcome, Outcome::Dropped { way: Way::Shutdown, .. });
+            match (under_way.get(), landed) {
+                (true, false) if !cut => Err(format!("the commit was lost: {outcome:?}")),
+                (false, true) => Err("it landed without a commit".to_owned()),
+                _ if names(scene.dir.path()) != ["file"] => Err(format!("left: {:?}", names(scene.dir.path()))),
+                _ => Ok(()),
+            }
+        },
+    );
+    assert_clean("CommitHandle", &report);
+}
+
+#[test]
+fn dropped_write_all_is_no_part_of_the_file() {
+    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).run(
+        async || {
+            let scene = Scene::new();
+            let mut writer = AtomicFileWriter::new(&scene.path).await.unwrap();
+            writer.write(b"before").await.unwrap();
+            (scene, Mutex::new(Some(writer)))
+        },
+        async |(_, writer)| writer.lock().await.as_mut().unwrap().write_all(&vec![b'x'; 4 * MIB]).await.unwrap(),
+        async |(scene, writer), outcome| {
+            let mut writer = writer.lock().await.take().unwrap();
+            writer.write(b"after").await.unwrap();
+            writer.commit().await.unwrap();
+            let wanted = if outcome.is_completed() { 4 * MIB } else { 0 } + "before".len() + "after".len();
+            let content = scene.content();
+            let whole = content.len() == wanted && content.starts_with(b"before") && content.ends_with(b"after");
+            if whole { Ok(()) } else { Err(format!("{} bytes instead of {wanted}", content.len())) }
+        },
+    );
+    assert_clean("AtomicFileWriter::write_all", &report);
+}
+
+#[test]
+fn dropped_sweep_removes_nothing_later() {
+    let report = Explore::new().ways(WAYS).run(
+        async || {
+            let scene = Scene::new();
+            for digit in 0..8 {
+                std::fs::write(scene.dir.path().join(format!(".afs-file-{:016x}", digit)), "litter").unwrap();
+            }
+            (scene, Cell::new(usize::MAX))
+        },
+        async |(scene, at_drop)| {
+            struct Count<'a>(&'a Path, &'a Cell<usize>);
+            impl Drop for Count<'_> {
+                fn drop(&mut self) {
+                    self.1.set(names(self.0).len());
+                }
+            }
+            let _count = Count(scene.dir.path(), at_drop);
+            atomic_fs::sweep(scene.dir.path()).await.unwrap()
+        },
+        async |(scene, at_drop), outcome| {
+            let left = names(scene.dir.path()).len();
+            match outcome {
+                Outcome::Completed(report) if (left, report.removed) != (1, 8) => Err(format!("{report:?}")),
+                Outcome::Dropped { .. } if at_drop.get() != usize::MAX && left != at_drop.get() => {
+                    Err(format!("{} files at the drop, {left} later", at_drop.get()))
+                }
+                _ => Ok(()),
+            }
+        },
+    );
+    assert_clean("sweep", &report);
+}
+
+#[test]
+fn the_same_check_catches_a_job_without_a_gate_and_a_temporary_file_without_an_owner() {
+    let without_gate = explore(b"new", async |path| {
+        let path = path.to_owned();
+        tokio::task::spawn_blocking(move || blocking::write(path, "new").unwrap()).await.unwrap();
+    });
+    assert!(without_gate.failures().iter().any(|failure| failure.message().contains("after the drop")));
+
+    #[expect(clippy::disallowed_methods, reason = "the point of this twin is that it is not cancel safe")]
+    let one_await_a_step = explore(b"new", async |path| {
+        let temp = path.with_extension("tmp");
+        tokio::fs::write(&temp, "new").await.unwrap();
+        tokio::fs::rename(&temp, path).await.unwrap();
+    });
+    assert!(one_await_a_step.failures().iter().any(|failure| failure.message().contains("left behind")));
+}
 
 /// Cancels `rounds` writes after random times and counts the late changes and the litter.
 ///

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, blocking};
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, blocking};
 
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
 const PATH: &str = "ATOMIC_FS_CHILD_PATH";
@@ -64,6 +64,17 @@ fn entry() {
                 blocking::write(path.parent().unwrap().with_file_name("other"), b"x").unwrap();
             }
             say_result(blocking::write(path, &content));
+        }
+        "keep all after others" => {
+            let options = AtomicFileWriter::options().preserve(Preserve::ALL);
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+            runtime.block_on(async {
+                for _ in 0..40 {
+                    options.write(path.parent().unwrap().with_file_name("other"), b"x").await.unwrap();
+                }
+                say_result(options.write(path, &content).await);
+            });
         }
         "write async" => say_result(runtime().block_on(atomic_fs::write(path, &content))),
         "hold" => runtime().block_on(async {

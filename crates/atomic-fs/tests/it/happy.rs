@@ -318,13 +318,14 @@ fn a_shutdown_of_the_runtime_ends_a_detached_commit_one_way_or_the_other() {
     for round in 0..20 {
         let path = dir.path().join(format!("{round}"));
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-        let handle = runtime.block_on(async {
+        let mut handle = None;
+        runtime.block_on(async {
             let mut writer = AtomicFileWriter::new(&path).await.unwrap();
             writer.write(b"new").await.unwrap();
-            writer.commit_detached()
+            handle = Some(writer.commit_detached());
         });
         drop(runtime);
-        let outcome = tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(handle);
+        let outcome = tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(handle.unwrap());
         match outcome {
             Ok(()) => assert!(path.exists()),
             Err(error) => assert_eq!(path.exists(), error.target() == TargetState::Visible, "{error}"),

@@ -1,5 +1,5 @@
 //! The integration tests of `cancel-safe-atomic-fs`, one binary.
-#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(clippy::unwrap_used, clippy::unwrap_in_result, reason = "a failed unwrap is a failed test")]
 #![expect(clippy::print_stdout, reason = "a test that needs root says so, and a child process reports to its parent")]
 
 mod cancel;
