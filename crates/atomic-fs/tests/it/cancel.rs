@@ -9,6 +9,8 @@ use cancel_safe_testing::{Explore, Outcome, Report, Way};
 use tempfile::{TempDir, tempdir};
 use tokio::sync::Mutex;
 
+#[cfg(unix)]
+use crate::child;
 use crate::support::{drain_pool, names};
 
 const OLD: &[u8] = b"old";
@@ -237,16 +239,24 @@ fn the_same_check_catches_a_job_without_a_gate_and_a_temporary_file_without_an_o
     assert!(one_await_a_step.failures().iter().any(|failure| failure.message().contains("left behind")));
 }
 
-/// Cancels `rounds` writes after random times and counts the late changes and the litter.
+/// What became of writes that were cancelled at random.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Tally {
+    cancelled: u32,
+    late: u32,
+    litter: u32,
+}
+
+/// Cancels `rounds` writes, each after a random time up to `limit`, and counts the late changes and the litter.
 ///
 /// The pool has one thread, so that it can be drained: then every job that could still do something has ended.
-fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> F) -> (u32, u32, u32) {
+pub(crate) fn cancel_at_random<F: Future>(rounds: u32, limit: Duration, write: impl Fn(&Path) -> F) -> Tally {
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");
-    let (mut cancelled, mut late, mut litter) = (0, 0, 0);
+    let mut tally = Tally { cancelled: 0, late: 0, litter: 0 };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(1)
@@ -258,7 +268,7 @@ fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> F) -> (u32,
             std::fs::write(&path, "old").unwrap();
             let mut write = Box::pin(write(&path));
             let begun = std::time::Instant::now();
-            let limit = Duration::from_micros(random.u64(..1500));
+            let limit = limit.mul_f64(random.f64());
             // Not a timer, which would only ever fire on the millisecond.
             let ended = std::future::poll_fn(|cx| {
                 if write.as_mut().poll(cx).is_ready() {
@@ -275,30 +285,43 @@ fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> F) -> (u32,
             let after_drop = std::fs::read(&path).unwrap();
             drain_pool().await;
             if !ended {
-                cancelled += 1;
-                late += u32::from(std::fs::read(&path).unwrap() != after_drop);
+                tally.cancelled += 1;
+                tally.late += u32::from(std::fs::read(&path).unwrap() != after_drop);
             }
-            litter += u32::from(names(dir.path()) != ["file"]);
+            tally.litter += u32::from(names(dir.path()) != ["file"]);
         }
     });
-    (cancelled, late, litter)
+    tally
 }
+
+/// How long a write of 64 KiB may take before it is dropped: about as long as it takes, so that every moment is met.
+const LIMIT: Duration = Duration::from_micros(1500);
 
 #[test]
 fn a_write_that_is_dropped_at_random_never_lands_later() {
-    let (cancelled, late, litter) = cancel_at_random(400, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
-    println!("cancelled {cancelled}, late {late}, litter {litter}");
-    assert!(cancelled > 0, "nothing was tested");
-    assert_eq!((late, litter), (0, 0));
+    let tally = cancel_at_random(400, LIMIT, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
+    println!("{tally:?}");
+    assert!(tally.cancelled > 0 && tally.late == 0 && tally.litter == 0, "{tally:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
+    let Some(strace) = child::strace() else { return };
+    let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat:delay_enter=3000"];
+    let said = child::outcome(child::command(&wrapper, "cancel", Path::new(".")));
+    let said = said.expect("the child was not killed");
+    println!("{said}");
+    assert!(said.ends_with("late: 0, litter: 0 }") && !said.contains("cancelled: 0,"), "{said}");
 }
 
 #[test]
 fn the_same_check_catches_a_write_without_the_gate() {
-    let (_, late, _) = cancel_at_random(200, |path| {
+    let tally = cancel_at_random(200, LIMIT, |path| {
         let path = path.to_owned();
         tokio::task::spawn_blocking(move || blocking::write(path, vec![b'N'; 65536]))
     });
-    assert!(late > 0, "a blocking job that runs on after its future is gone must be caught");
+    assert!(tally.late > 0, "a blocking job that runs on after its future is gone must be caught");
 }
 
 #[test]

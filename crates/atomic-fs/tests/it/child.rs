@@ -8,6 +8,8 @@ use std::process::{Child, Command, Stdio};
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, blocking};
 
+use crate::cancel::cancel_at_random;
+
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
 const PATH: &str = "ATOMIC_FS_CHILD_PATH";
 /// What every line of the child begins with that is meant for its parent.
@@ -36,6 +38,15 @@ pub(crate) fn outcome(mut command: Command) -> Option<String> {
 pub(crate) fn await_word(child: &mut Child, wanted: &str) {
     let out = BufReader::new(child.stdout.as_mut().unwrap());
     assert!(out.lines().any(|line| line.unwrap().ends_with(&format!("{MARK}{wanted}"))), "the child never said it");
+}
+
+/// The name of strace, or `None`, and a line that says so, if it does not work here.
+pub(crate) fn strace() -> Option<&'static str> {
+    let works = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success());
+    if !works {
+        println!("a test of system calls is not run, because it needs strace and the permission to trace");
+    }
+    works.then_some("strace")
 }
 
 fn say(what: &str) {
@@ -75,6 +86,12 @@ fn entry() {
                 }
                 say_result(options.write(path, &content).await);
             });
+        }
+        "cancel" => {
+            // Long enough to come into the rename, which strace makes slow.
+            let limit = std::time::Duration::from_millis(8);
+            let tally = cancel_at_random(200, limit, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
+            say(&format!("{tally:?}"));
         }
         "write async" => say_result(runtime().block_on(atomic_fs::write(path, &content))),
         "hold" => runtime().block_on(async {

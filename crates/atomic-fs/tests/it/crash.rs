@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::io::Write;
 use std::path::Path;
-use std::process::Command;
 
 use cancel_safe_atomic_fs as atomic_fs;
 use rustix::process::{Pid, Signal, kill_process};
@@ -77,12 +76,7 @@ fn trace(task: &str, dir: &Path) -> Option<Vec<Call>> {
     let path = dir.join("traced/file");
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     renew(&path);
-    let wrapper = ["strace", "-f", "-qq", "-y", "-e", "trace=%file,%desc", "-o", log.to_str().unwrap()];
-    let usable = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success());
-    if !usable {
-        println!("system calls: not run, because it needs a strace that works");
-        return None;
-    }
+    let wrapper = [child::strace()?, "-f", "-qq", "-y", "-e", "trace=%file,%desc", "-o", log.to_str().unwrap()];
     assert_eq!(child::outcome(child::command(&wrapper, task, &path)).as_deref(), Some("Ok"));
     let mut counts = HashMap::<(String, String), usize>::new();
     let mut calls = Vec::new();
