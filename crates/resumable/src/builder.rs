@@ -47,6 +47,7 @@ impl<T, R> Builder<T, R> {
                 concurrency: 1,
                 max_ahead: 1024,
                 ordered: false,
+                at_most_once: false,
                 retry: Retry::never(),
                 max_defers: 100,
                 quarantine: 0,
@@ -111,6 +112,17 @@ impl<T, R> Builder<T, R> {
     /// Sets how often an item may be deferred in a run before a deferral counts as a failed attempt. Default: 100.
     pub fn max_defers(mut self, times: u32) -> Self {
         self.plan.max_defers = times;
+        self
+    }
+
+    /// Starts no item before the intent to do so is durable, so that none is ever started twice in silence. Default: at
+    /// least once, with an [idempotency key](crate::ItemContext::idempotency_key).
+    ///
+    /// An item whose end is not known (the process died, or the run was dropped while it ran) is in quarantine from
+    /// then on, marked [`uncertain`](crate::Quarantined::uncertain). An attempt that failed is known to have failed, and
+    /// is made again if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free slots.
+    pub fn at_most_once(mut self) -> Self {
+        self.plan.at_most_once = true;
         self
     }
 

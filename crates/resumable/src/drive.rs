@@ -4,7 +4,7 @@
 //! to the checkpoint before.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     pin::Pin,
     task::{Context, Poll, ready},
     time::Duration,
@@ -44,6 +44,7 @@ pub(crate) struct Plan<I, R> {
     pub(crate) concurrency: usize,
     pub(crate) max_ahead: usize,
     pub(crate) ordered: bool,
+    pub(crate) at_most_once: bool,
     pub(crate) retry: Retry,
     pub(crate) max_defers: u32,
     pub(crate) quarantine: usize,
@@ -82,6 +83,8 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     seed: u64,
     intake: Intake,
     in_flight: InFlight<I, Fut>,
+    /// With at-most-once, items that may start when the record of this number, their intent, is durable.
+    announced: VecDeque<(u64, Ticket<I>)>,
     waiting: WaitingRoom<I>,
     /// In ordered mode, what is finished and waits for an item before it.
     held: BTreeMap<usize, Done<R>>,
@@ -148,6 +151,7 @@ where
             seed: xxh3_64_with_seed(plan.job.as_bytes(), salt),
             intake: Intake::new(plan.codec, salt),
             in_flight: InFlight::new(plan.concurrency),
+            announced: VecDeque::new(),
             waiting: WaitingRoom::new(),
             held: BTreeMap::new(),
             emitted: 0,
@@ -218,7 +222,7 @@ where
                 }
             }
             let all_read = self.source.as_ref().is_none_or(|source| source.size_hint().1 == Some(0));
-            let all_done = self.in_flight.len() == 0 && self.waiting.len() == 0;
+            let all_done = self.started() == 0 && self.waiting.len() == 0;
             if self.plan.token.is_cancelled() && !(all_read && all_done) {
                 ready!(self.poll_grace(cx));
                 return Poll::Ready(Err(TaskError::Cancelled));
@@ -228,12 +232,15 @@ where
                 Next::Restored(done) => return Poll::Ready(Ok(Some(done))),
                 Next::NotNow => {}
             }
+            if self.launch_announced(cx)? {
+                continue;
+            }
             if self.source.is_none() && all_done {
                 return Poll::Ready(Ok(None));
             }
             // Registers for what else may wake the loop: an item that is due, the token, the store.
             let due = self.waiting.poll_due(cx).is_ready();
-            let can_start = self.in_flight.len() < self.plan.concurrency && !self.log_is_full;
+            let can_start = self.started() < self.plan.concurrency && !self.log_is_full;
             let cancelled = self.cancelled.as_mut().poll(cx).is_ready();
             let has_room = match self.log.poll_room(cx) {
                 Poll::Ready(Err(Failed)) => return Poll::Ready(Err(self.store_failed())),
@@ -257,7 +264,7 @@ where
 
     /// Starts one more item if there is a slot, room in the buffer, and an item.
     fn start_next(&mut self, cx: &mut Context<'_>) -> Result<Next<R>, TaskError> {
-        if self.in_flight.len() >= self.plan.concurrency {
+        if self.started() >= self.plan.concurrency {
             return Ok(Next::NotNow);
         }
         if self.log_is_full {
@@ -268,7 +275,7 @@ where
             }
         }
         if let Some(ticket) = self.waiting.take_due() {
-            self.start(ticket);
+            self.start(ticket)?;
             return Ok(Next::Started);
         }
         if self.waiting.len() + self.held.len() >= self.plan.max_ahead {
@@ -304,24 +311,62 @@ where
                     return Ok(Next::Restored(Done { index, key, restored: true, attempts: 0, result }));
                 }
             }
-            Past::Quarantined { attempts, cause } => {
-                if !self.plan.retry_quarantined {
-                    let result = Err(Quarantined { attempts, cause });
-                    return Ok(Next::Restored(Done { index, key, restored: true, attempts, result }));
-                }
+            Past::Quarantined { attempts, cause } if !self.plan.retry_quarantined => {
+                let result = Err(Quarantined { attempts, cause, uncertain: false });
+                return Ok(Next::Restored(Done { index, key, restored: true, attempts, result }));
             }
+            Past::Uncertain if !self.plan.retry_quarantined => {
+                let result = Err(Quarantined::uncertain());
+                return Ok(Next::Restored(Done { index, key, restored: true, attempts: 1, result }));
+            }
+            Past::Quarantined { .. } | Past::Uncertain => {}
         }
         self.meter.item_started();
-        self.start(Ticket { index, key, item, attempts, defers: 0 });
+        self.start(Ticket { index, key, item, attempts, defers: 0 })?;
         Ok(Next::Started)
     }
 
     #[inline]
-    fn start(&mut self, ticket: Ticket<I>) {
+    fn start(&mut self, ticket: Ticket<I>) -> Result<(), TaskError> {
+        if self.plan.at_most_once {
+            begin_payload(&mut self.payload, ticket.key.as_deref());
+            let number = self.push(Kind::Intent, ticket.index)?;
+            self.announced.push_back((number, ticket));
+        } else {
+            self.launch(ticket);
+        }
+        Ok(())
+    }
+
+    #[inline]
+    fn launch(&mut self, ticket: Ticket<I>) {
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
         self.in_flight.start(ticket, future);
+    }
+
+    /// Launches the items whose intent has become durable and returns whether there were any.
+    fn launch_announced(&mut self, cx: &mut Context<'_>) -> Result<bool, TaskError> {
+        let Some((first, _)) = self.announced.front() else { return Ok(false) };
+        let synced = match self.log.poll_synced(*first, cx) {
+            Poll::Ready(Ok(synced)) => synced,
+            Poll::Ready(Err(Failed)) => return Err(self.store_failed()),
+            Poll::Pending => return Ok(false),
+        };
+        while let Some((number, _)) = self.announced.front()
+            && *number <= synced
+            && let Some((_, ticket)) = self.announced.pop_front()
+        {
+            self.launch(ticket);
+        }
+        Ok(true)
+    }
+
+    /// How many slots of the concurrency are taken.
+    #[inline]
+    fn started(&self) -> usize {
+        self.in_flight.len() + self.announced.len()
     }
 
     /// Records how an attempt ended and returns the item if it is finished.
@@ -340,6 +385,9 @@ where
             && ticket.defers < self.plan.max_defers
         {
             ticket.defers += 1;
+            if self.plan.at_most_once {
+                self.withdraw(&ticket)?;
+            }
             self.waiting.enter(Instant::now() + after, ticket);
             return Ok(None);
         }
@@ -363,7 +411,8 @@ where
         }
         self.record_failure(Kind::Quarantine, &ticket, &cause)?;
         let Ticket { index, key, attempts, .. } = ticket;
-        Ok(Done { index, key, restored: false, attempts, result: Err(Quarantined { attempts, cause }) })
+        let result = Err(Quarantined { attempts, cause, uncertain: false });
+        Ok(Done { index, key, restored: false, attempts, result })
     }
 
     #[inline]
@@ -376,23 +425,31 @@ where
         if self.payload.len() > MAX_PAYLOAD_BYTES {
             return Err(failed(format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into()));
         }
-        self.push(Kind::Result, index)
+        self.push(Kind::Result, index).map(drop)
+    }
+
+    /// Records that the announced attempt of an item did not take place.
+    fn withdraw(&mut self, ticket: &Ticket<I>) -> Result<(), TaskError> {
+        self.record_failure(Kind::Failure, ticket, "not started")
     }
 
     fn record_failure(&mut self, kind: Kind, ticket: &Ticket<I>, cause: &str) -> Result<(), TaskError> {
         begin_payload(&mut self.payload, ticket.key.as_deref());
         put_failure(&mut self.payload, ticket.attempts, cause);
-        self.push(kind, ticket.index)
+        self.push(kind, ticket.index).map(drop)
     }
 
+    /// Gives the checkpoint a record and returns its number.
     #[inline]
-    fn push(&mut self, kind: Kind, index: usize) -> Result<(), TaskError> {
+    fn push(&mut self, kind: Kind, index: usize) -> Result<u64, TaskError> {
         self.pushed_any = true;
         match self.log.push(kind, index, &self.payload, &mut self.intake.marks) {
-            Ok(has_room) => self.log_is_full = !has_room,
-            Err(Failed) => return Err(self.store_failed()),
+            Ok(pushed) => {
+                self.log_is_full = !pushed.has_room;
+                Ok(pushed.number)
+            }
+            Err(Failed) => Err(self.store_failed()),
         }
-        Ok(())
     }
 
     /// Stands in until the store is closed, which tells what really happened.
@@ -403,6 +460,10 @@ where
     fn close(&mut self, outcome: Result<(), TaskError>) {
         // What is still running is dropped before the file is let go: a successor never overlaps with it.
         self.in_flight.clear();
+        while let Some((_, ticket)) = self.announced.pop_front() {
+            // If the store has failed, its intent stays: the item is then held to be uncertain, which is safe.
+            drop(self.withdraw(&ticket));
+        }
         self.publish();
         let seal = Seal { total: self.intake.position as u64, digest: self.intake.chain };
         let is_sealed = !self.pushed_any && self.history.sealed == Some((seal.total, seal.digest));

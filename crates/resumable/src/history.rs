@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use crate::{
-    log::{Damage, Entry, Header, Identity, Kind, scan},
+    log::{Damage, Entry, Header, Identity, Kind, check_offset, check_width, scan},
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
 
@@ -13,9 +13,16 @@ use crate::{
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Past<'a> {
     Nothing,
-    Failed { attempts: u32 },
+    Failed {
+        attempts: u32,
+    },
     Result(&'a [u8]),
-    Quarantined { attempts: u32, cause: String },
+    Quarantined {
+        attempts: u32,
+        cause: String,
+    },
+    /// It was started at most once, and how that ended is not known.
+    Uncertain,
 }
 
 /// A checkpoint file, read and indexed.
@@ -25,7 +32,8 @@ pub(crate) struct History {
     identity: Identity,
     by_position: Vec<Slot>,
     by_key: HashMap<Box<[u8]>, Slot>,
-    /// One check byte for each item of the input that was read, and the whole fingerprint at some of them.
+    /// How many items of the input were read, the check bytes of each, and the whole fingerprint after some of them.
+    marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
     /// How many sessions wrote to the file.
@@ -51,6 +59,7 @@ impl History {
             identity,
             by_position: Vec::new(),
             by_key: HashMap::new(),
+            marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
             epoch: 0,
@@ -73,12 +82,13 @@ impl History {
         self.sealed = None;
         match entry {
             Entry::Record { kind, index, at, payload } => self.enter_record(kind, index, at, payload)?,
-            Entry::InputMark { first, chain, checks } => {
-                if first != self.checks.len() as u64 {
+            Entry::InputMark { first, count, chain, checks } => {
+                if first != self.marked as u64 {
                     return Err("a fingerprint of the input does not follow the one before");
                 }
                 self.checks.extend_from_slice(checks);
-                self.marks.push((self.checks.len(), chain));
+                self.marked += usize::try_from(count).map_err(|_| "a fingerprint of the input is too long")?;
+                self.marks.push((self.marked, chain));
             }
             Entry::Open { epoch, .. } => self.epoch = epoch,
             Entry::Sealed { total, digest } => self.sealed = Some((total, digest)),
@@ -95,15 +105,15 @@ impl History {
             }
             Identity::Position => {
                 // The fingerprint is written before the results it covers, so a result can not be ahead of it.
-                let index = usize::try_from(index).ok().filter(|index| *index < self.checks.len());
+                let index = usize::try_from(index).ok().filter(|index| *index < self.marked);
                 let index = index.ok_or("a result lies beyond the fingerprint of the input")?;
                 if self.by_position.len() <= index {
-                    self.by_position.resize(self.checks.len(), Slot::default());
+                    self.by_position.resize(self.marked, Slot::default());
                 }
                 &mut self.by_position[index]
             }
         };
-        if kind == Kind::Failure && !matches!(slot.kind, 0 | FAILURE) {
+        if kind == Kind::Failure && !matches!(slot.kind, 0 | FAILURE | INTENT) {
             return Ok(());
         }
         if matches!(kind, Kind::Failure | Kind::Quarantine) && read_failure(rest).is_none() {
@@ -126,7 +136,7 @@ impl History {
         let payload = self.bytes.get(at..at + slot.length as usize).unwrap_or_default();
         match slot.kind {
             RESULT => Past::Result(payload),
-            INTENT => Past::Quarantined { attempts: 1, cause: UNCERTAIN.to_owned() },
+            INTENT => Past::Uncertain,
             kind => match read_failure(payload) {
                 Some((attempts, _)) if kind == FAILURE => Past::Failed { attempts },
                 Some((attempts, cause)) => Past::Quarantined { attempts, cause },
@@ -137,23 +147,25 @@ impl History {
 
     /// Returns how many items of the input have a fingerprint in the file.
     pub(crate) fn marked(&self) -> usize {
-        self.checks.len()
+        self.marked
     }
 
-    /// Returns the check byte of an item, and the whole fingerprint if the file has it at this item.
-    pub(crate) fn expected(&self, index: usize) -> Option<(u8, Option<u64>)> {
-        let check = *self.checks.get(index)?;
-        let mark = self.marks.binary_search_by_key(&(index + 1), |(end, _)| *end).ok();
-        Some((check, mark.map(|mark| self.marks[mark].1)))
+    /// Returns whether the fingerprint after an item may be `chain`; `None` if the file does not know the item.
+    #[inline]
+    pub(crate) fn confirms(&self, index: usize, chain: u64) -> Option<bool> {
+        if index >= self.marked {
+            return None;
+        }
+        let (at, width) = (check_offset(index as u64) as usize, check_width(index as u64));
+        let same = self.checks.get(at..at + width) == Some(&chain.to_le_bytes()[..width]);
+        let mark = self.marks.binary_search_by_key(&(index + 1), |(end, _)| *end);
+        Some(same && mark.map_or(true, |mark| self.marks[mark].1 == chain))
     }
 }
 
 const RESULT: u8 = Kind::Result as u8;
 const INTENT: u8 = Kind::Intent as u8;
 const FAILURE: u8 = Kind::Failure as u8;
-
-/// An intent without an end: to run the item again could do twice what must be done at most once.
-const UNCERTAIN: &str = "uncertain: it was started, and the process ended before its result was recorded";
 
 /// Begins the payload of a record: with its key, if the file goes by keys.
 pub(crate) fn begin_payload(payload: &mut Vec<u8>, key: Option<&str>) {

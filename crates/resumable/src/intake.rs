@@ -8,7 +8,7 @@ use std::{collections::HashMap, path::Path, sync::Arc};
 use serde::Serialize;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
-use crate::{codec::Codec, error::TaskError, history::History, store::Marks};
+use crate::{codec::Codec, error::TaskError, history::History, log::check_width, store::Marks};
 
 pub(crate) type KeyFn<I> = Box<dyn Fn(&I) -> String + Send>;
 
@@ -73,20 +73,18 @@ impl Intake {
         let encoded = self.codec.encode(item, &mut self.scratch);
         encoded.map_err(|cause| TaskError::Codec { index, action: "written", codec: self.codec, cause })?;
         self.chain = xxh3_64_with_seed(&self.scratch, self.chain);
-        // The chain depends on all items before, so from the first difference on one byte of it is wrong in 255 of 256
-        // cases at that very item, and the whole of it at the end of the mark.
-        let check = self.chain as u8;
-        match history.expected(index) {
+        match history.confirms(index, self.chain) {
             None => {
-                if self.marks.checks.is_empty() {
+                if self.marks.count == 0 {
                     self.marks.first = index as u64;
                 }
-                self.marks.checks.push(check);
+                self.marks.count += 1;
                 self.marks.chain = self.chain;
+                self.marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
                 Ok(())
             }
-            Some((expected, mark)) if expected == check && mark.is_none_or(|mark| mark == self.chain) => Ok(()),
-            Some(_) => {
+            Some(true) => Ok(()),
+            Some(false) => {
                 let detail = "it is not the item that was there when the checkpoint was written";
                 Err(TaskError::InputMismatch { path: path.to_owned(), index, detail })
             }

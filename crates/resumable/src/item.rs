@@ -122,6 +122,17 @@ pub struct Quarantined {
     pub attempts: u32,
     /// The last error and its sources, cut after 1 KiB.
     pub cause: String,
+    /// Whether it may have taken effect: it was started under [`at_most_once`](crate::Builder::at_most_once), and the
+    /// run ended before its result was recorded.
+    pub uncertain: bool,
+}
+
+impl Quarantined {
+    /// An item that was started, and whose end is not known: to run it again could do twice what must be done once.
+    pub(crate) fn uncertain() -> Self {
+        let cause = "it was started, and the run ended before its result was recorded".to_owned();
+        Self { attempts: 1, cause, uncertain: true }
+    }
 }
 
 /// How often and how soon a failed item is tried again.

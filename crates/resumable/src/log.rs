@@ -8,7 +8,8 @@
 //!          body = salt:u64 codec:u8 identity:u8 job:str version:str result_type:str     (str = varint length, UTF-8)
 //! block  = magic:u32 len:u32 crc:u32 type:u8 body[len]          crc = CRC-32C of len, type, salt, body
 //!          Result, Intent, Failure, Quarantine: body = (zigzag varint of index - previous - 1, varint length, payload)*
-//!          InputMark: first:varint count:varint chain:u64 check:u8[count]
+//!          InputMark: first:varint count:varint chain:u64 checks (for each item the low bytes of the chain after it:
+//!                    4 for each of the first 1024 items of the input, 1 for each later one)
 //!          Open: epoch:varint pid:varint          Sealed: total:varint digest:u64
 //! ```
 //! All integers are little-endian. The first index of a block is relative to -1, so that each block reads by itself.
@@ -24,6 +25,8 @@ pub(crate) const MAX_PAYLOAD_BYTES: usize = 256 << 20;
 /// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
 const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
+/// This many items of the input have four check bytes.
+const EXACT_CHECKS: u64 = 1024;
 const FILE_HEAD: usize = 20;
 const BLOCK_HEAD: usize = 13;
 
@@ -132,9 +135,10 @@ pub(crate) enum Entry<'a> {
         at: usize,
         payload: &'a [u8],
     },
-    /// Items `first..first + checks.len()` of the input were read; `chain` is the fingerprint after the last of them.
+    /// Items `first..first + count` of the input were read; `chain` is the fingerprint after the last of them.
     InputMark {
         first: u64,
+        count: u64,
         chain: u64,
         checks: &'a [u8],
     },
@@ -146,6 +150,19 @@ pub(crate) enum Entry<'a> {
         total: u64,
         digest: u64,
     },
+}
+
+/// Where the check bytes of an item begin if those of all items are put in a row.
+///
+/// An edit is found at the very item with four bytes, and in 255 of 256 cases with one (else at the next, or at the end
+/// of the mark); a long input is not to cost four bytes an item.
+pub(crate) fn check_offset(index: u64) -> u64 {
+    index.saturating_add(index.min(EXACT_CHECKS) * 3)
+}
+
+/// How many bytes of the chain are kept for an item.
+pub(crate) fn check_width(index: u64) -> usize {
+    if index < EXACT_CHECKS { 4 } else { 1 }
 }
 
 /// Blocks under construction. Checksums are left to [`Blocks::seal`], so that adding a record is little more than a copy.
@@ -182,10 +199,10 @@ impl Blocks {
         self.bytes.extend_from_slice(payload);
     }
 
-    pub(crate) fn input_mark(&mut self, first: u64, chain: u64, checks: &[u8]) {
+    pub(crate) fn input_mark(&mut self, first: u64, count: u64, chain: u64, checks: &[u8]) {
         self.begin(Kind::InputMark);
         put_varint(&mut self.bytes, first);
-        put_varint(&mut self.bytes, checks.len() as u64);
+        put_varint(&mut self.bytes, count);
         self.bytes.extend_from_slice(&chain.to_le_bytes());
         self.bytes.extend_from_slice(checks);
     }
@@ -293,10 +310,14 @@ fn visit_block<'a>(
         }
         Kind::InputMark => {
             let first = take_varint(body).ok_or(SHORT)?;
-            let count = usize::try_from(take_varint(body).ok_or(SHORT)?).map_err(|_| SHORT)?;
+            let count = take_varint(body).ok_or(SHORT)?;
             let chain = take_u64(body).ok_or(SHORT)?;
-            let checks = take(body, count).ok_or(SHORT)?;
-            visit(Entry::InputMark { first, chain, checks })?;
+            let checks = std::mem::take(body);
+            let last = first.checked_add(count).ok_or(SHORT)?;
+            if checks.len() as u64 != check_offset(last) - check_offset(first) {
+                return Err(SHORT);
+            }
+            visit(Entry::InputMark { first, count, chain, checks })?;
         }
         Kind::Open => {
             let (epoch, pid) = (take_varint(body).ok_or(SHORT)?, take_varint(body).ok_or(SHORT)?);

@@ -83,10 +83,11 @@ pub(crate) fn open(request: OpenRequest) -> oneshot::Receiver<Result<Opened, Tas
     opened
 }
 
-/// Items of the input that were read since the last push: their check bytes, and the fingerprint after them.
+/// Items of the input that were read since the last push: how many, their check bytes, and the fingerprint after them.
 #[derive(Debug, Default)]
 pub(crate) struct Marks {
     pub(crate) first: u64,
+    pub(crate) count: u64,
     pub(crate) chain: u64,
     pub(crate) checks: Vec<u8>,
 }
@@ -96,6 +97,13 @@ pub(crate) struct Marks {
 pub(crate) struct Seal {
     pub(crate) total: u64,
     pub(crate) digest: u64,
+}
+
+/// A record in the buffer: its number, counted from 1, and whether there is room for more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Pushed {
+    pub(crate) number: u64,
+    pub(crate) has_room: bool,
 }
 
 /// The store failed; why is what closing it returns.
@@ -119,10 +127,24 @@ struct Shared {
 struct State {
     blocks: Blocks,
     marks: Marks,
+    /// How many records were ever pushed, and how many of them are durable.
+    pushed: u64,
+    synced: u64,
+    /// Somebody waits for a sync: the interval is over.
+    hurry: bool,
     stop: bool,
     seal: Option<Seal>,
     failed: bool,
     waiting: Option<Waker>,
+}
+
+impl State {
+    /// Lets the run look again at whatever it waits for.
+    fn wake(&mut self) {
+        if let Some(waker) = self.waiting.take() {
+            waker.wake();
+        }
+    }
 }
 
 impl Shared {
@@ -135,29 +157,51 @@ impl Shared {
 impl Log {
     /// Adds a record, and before it the marks of the input read so far, which it empties.
     ///
-    /// Returns whether there is room for more; a record is never refused for lack of room.
+    /// A record is never refused for lack of room; the answer says whether there is room for more.
     #[inline]
-    pub(crate) fn push(&self, kind: Kind, index: usize, payload: &[u8], marks: &mut Marks) -> Result<bool, Failed> {
+    pub(crate) fn push(&self, kind: Kind, index: usize, payload: &[u8], marks: &mut Marks) -> Result<Pushed, Failed> {
         let mut state = self.shared.lock();
         if state.failed {
             return Err(Failed);
         }
-        if !marks.checks.is_empty() {
-            if state.marks.checks.is_empty() {
+        if marks.count > 0 {
+            if state.marks.count == 0 {
                 state.marks.first = marks.first;
             }
+            state.marks.count += std::mem::take(&mut marks.count);
             state.marks.chain = marks.chain;
             state.marks.checks.append(&mut marks.checks);
         }
         let before = state.blocks.len();
         state.blocks.record(kind, index as u64, payload);
         let after = state.blocks.len();
+        state.pushed += 1;
+        let number = state.pushed;
         drop(state);
         // The first record starts the interval, a big buffer ends it; between them the thread need not hear of anything.
         if before == 0 || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
-        Ok(after < FULL_AT_BYTES)
+        Ok(Pushed { number, has_room: after < FULL_AT_BYTES })
+    }
+
+    /// Becomes ready once the record of this number is durable, and says up to which number all are. While it is not, the
+    /// thread does not wait for the interval to be over.
+    pub(crate) fn poll_synced(&self, number: u64, cx: &mut Context<'_>) -> Poll<Result<u64, Failed>> {
+        let mut state = self.shared.lock();
+        if state.failed {
+            return Poll::Ready(Err(Failed));
+        }
+        if state.synced >= number {
+            return Poll::Ready(Ok(state.synced));
+        }
+        state.waiting = Some(cx.waker().clone());
+        let asked = std::mem::replace(&mut state.hurry, true);
+        drop(state);
+        if !asked {
+            self.shared.changed.notify_one();
+        }
+        Poll::Pending
     }
 
     /// Becomes ready once there is room again; the task is also woken if the store fails.
@@ -220,9 +264,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     if outcome.is_err() {
         let mut state = shared.lock();
         state.failed = true;
-        if let Some(waker) = state.waiting.take() {
-            waker.wake();
-        }
+        state.wake();
     }
     // Unlocked by name and not by closing: a child process being forked just now may hold a copy of the handle, and
     // would keep the lock until its exec.
@@ -247,8 +289,9 @@ impl Writer {
             before.open(self.epoch, u64::from(std::process::id()));
             self.wrote = true;
         }
-        if !marks.checks.is_empty() {
-            before.input_mark(marks.first, marks.chain, &marks.checks);
+        if marks.count > 0 {
+            before.input_mark(marks.first, marks.count, marks.chain, &marks.checks);
+            marks.count = 0;
             marks.checks.clear();
         }
         self.file.write_all(before.seal(self.salt))?;
@@ -265,7 +308,7 @@ fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) ->
     let mut due: Option<Instant> = None;
     loop {
         let mut state = shared.lock();
-        while !state.stop && state.blocks.len() < WRITE_AT_BYTES {
+        while !state.stop && !state.hurry && state.blocks.len() < WRITE_AT_BYTES {
             if due.is_none() && !state.blocks.is_empty() {
                 due = Some(Instant::now() + every);
             }
@@ -281,11 +324,10 @@ fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) ->
         }
         std::mem::swap(&mut state.blocks, &mut blocks);
         std::mem::swap(&mut state.marks, &mut marks);
-        let (stop, seal, waiting) = (state.stop, state.seal, state.waiting.take());
+        let (stop, seal, pushed) = (state.stop, state.seal, state.pushed);
+        let hurry = std::mem::take(&mut state.hurry);
+        state.wake();
         drop(state);
-        if let Some(waker) = waiting {
-            waker.wake();
-        }
         if let Some(Seal { total, digest }) = seal {
             blocks.sealed(total, digest);
         }
@@ -293,10 +335,13 @@ fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) ->
             writer.write(&mut marks, &mut blocks)?;
             due = due.or(Some(Instant::now() + every));
         }
-        if due.is_some_and(|due| stop || due <= Instant::now()) {
+        if due.is_some_and(|due| stop || hurry || due <= Instant::now()) {
             // A failed fsync is final: the kernel may have dropped the pages, and a second one would say all is well.
             writer.file.sync_data()?;
             due = None;
+            let mut state = shared.lock();
+            state.synced = pushed;
+            state.wake();
         }
         if stop {
             return Ok(());
