@@ -4,6 +4,7 @@
 //! outcomes are the same for all databases and live elsewhere.
 
 use std::future::Future;
+use std::time::Duration;
 
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
@@ -16,6 +17,28 @@ pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 /// A database whose transactions can be guarded: [`sqlx::Sqlite`] and [`sqlx::Postgres`], each behind the feature
 /// of its name. Sealed.
 pub trait Backend: Driver {}
+
+/// How strictly a transaction is kept apart from others that run at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Isolation {
+    /// Each statement sees what was committed before it.
+    ReadCommitted,
+    /// All statements see what was committed before the first.
+    RepeatableRead,
+    /// As if the transactions had run one after another.
+    Serializable,
+}
+
+/// What a transaction is begun with. The default is the database's own.
+#[derive(Debug, Clone, Copy, Default)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub struct Mode {
+    pub(crate) isolation: Option<Isolation>,
+    pub(crate) read_only: bool,
+    /// How long the transaction may still last.
+    pub(crate) remaining: Option<Duration>,
+}
 
 /// How a `COMMIT` ended when it did not succeed.
 #[derive(Debug)]
@@ -62,7 +85,17 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Begins a transaction.
-    fn begin(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    fn begin(
+        conn: &mut Self::Connection,
+        probe: &Self::Probe,
+        mode: &Mode,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Runs SQL of our own that has no result.
+    fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Whether the same transaction, run again, may well succeed.
+    fn is_transient(error: &sqlx::Error) -> bool;
 
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;

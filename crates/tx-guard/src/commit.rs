@@ -4,12 +4,13 @@
 //! by the drop of what carries the transaction, whatever path led there.
 
 use std::fmt;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use tokio::sync::watch;
 
 use crate::TxError;
 use crate::backend::{Backend, CommitFailure, depth};
-use crate::reaper::{self, Open};
+use crate::reaper::{self, Hook, Open};
 
 /// How a transaction ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -109,6 +110,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     let failure = match DB::commit(conn, probe).await {
         Ok(()) => {
             open.outcome.announce(CommitOutcome::Committed);
+            let hooks = std::mem::take(&mut open.hooks);
             if depth::<DB>(open.slot.parts().0) == 0 {
                 open.release().await;
             } else {
@@ -116,6 +118,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
                 let runtime = open.runtime.clone();
                 drop(runtime.spawn(reaper::clear(open)));
             }
+            run_hooks(hooks);
             return Ok(());
         }
         Err(failure) => failure,
@@ -130,4 +133,17 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     open.outcome.stands(CommitOutcome::RolledBack);
     drop(reaper::settle(open).await);
     Err(error)
+}
+
+/// Runs them all, in the order in which they were given. A panic of one goes on when all have run.
+fn run_hooks(hooks: Vec<Hook>) {
+    let mut panicked = None;
+    for hook in hooks {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(hook)) {
+            panicked.get_or_insert(panic);
+        }
+    }
+    if let Some(panic) = panicked {
+        resume_unwind(panic);
+    }
 }

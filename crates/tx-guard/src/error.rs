@@ -97,6 +97,19 @@ pub enum TxError {
         /// What the driver said.
         source: sqlx::Error,
     },
+    /// The timeout of the whole transaction passed before its commit. It is rolled back.
+    #[error("the transaction took longer than {timeout:?} and is rolled back")]
+    Timeout {
+        /// The timeout that passed.
+        timeout: Duration,
+    },
+    /// The timeout of the whole transaction passed while COMMIT was under way. It goes on, and the handle tells how it
+    /// ends.
+    #[error("the commit is still under way")]
+    Pending(OutcomeHandle),
+    /// An error of the caller's own, from inside a transaction, which it rolls back. See [`TxError::application`].
+    #[error(transparent)]
+    Application(Box<dyn std::error::Error + Send + Sync>),
     /// A statement failed, or the database refused to begin or to commit (and rolled back).
     #[error("the database refused the operation")]
     Database(#[source] sqlx::Error),
@@ -126,22 +139,29 @@ impl TxError {
         )
     }
 
-    /// A time limit passed: connecting, or waiting for a free connection. Trying again later may help.
+    /// Wraps an error of the caller's own, to roll back from inside a closure that runs in a transaction.
+    ///
+    /// ```
+    /// use cancel_safe_tx_guard::TxError;
+    ///
+    /// let error = TxError::application("the account is overdrawn");
+    /// assert_eq!(error.to_string(), "the account is overdrawn");
+    /// ```
+    pub fn application(error: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self::Application(error.into())
+    }
+
+    /// A time limit passed before anything was committed. Trying again later may help.
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::ConnectTimeout { .. } | Self::PoolExhausted { .. })
+        matches!(self, Self::ConnectTimeout { .. } | Self::PoolExhausted { .. } | Self::Timeout { .. })
     }
 
-    /// The transaction may have been committed or not, and only the data can tell.
+    /// The transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
+    /// [`Pending`](Self::Pending). Of all other errors it is certain that nothing was committed.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
-        matches!(self, Self::Unknown { .. })
-    }
-
-    /// The transaction had ended before `commit` was called: [`Aborted`](Self::Aborted) or [`Lost`](Self::Lost).
-    #[must_use]
-    pub fn is_rolled_back(&self) -> bool {
-        matches!(self, Self::Aborted { .. } | Self::Lost { .. })
+        matches!(self, Self::Unknown { .. } | Self::Pending(_))
     }
 
     /// The error of the driver underneath, if there is one.

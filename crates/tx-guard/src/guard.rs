@@ -29,14 +29,18 @@ pub struct TransactionGuard<DB: Backend> {
     /// Taken only by the methods that consume the guard, and by its drop.
     open: Option<Open<DB>>,
     doomed: Option<&'static str>,
+    /// How many savepoints have been set and not ended. One that was dropped is never ended.
+    savepoints: usize,
 }
 
 /// The proof behind the `expect`s below.
 const HELD: &str = "the transaction is taken only by methods that consume the guard";
 
+const SAVEPOINT_DROPPED: &str = "a savepoint was dropped halfway";
+
 impl<DB: Backend> TransactionGuard<DB> {
     pub(crate) fn hold(open: Open<DB>) -> Self {
-        Self { open: Some(open), doomed: None }
+        Self { open: Some(open), doomed: None, savepoints: 0 }
     }
 
     /// Begins a transaction on `pool`: a [`TxPool`](crate::TxPool), for which this is the same as
@@ -144,6 +148,82 @@ impl<DB: Backend> TransactionGuard<DB> {
         Shield::new(open.runtime.clone(), reaper::settle(open)).await.map_err(TxError::Database)
     }
 
+    /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
+    ///
+    /// The transaction goes on in both cases. Savepoints nest.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped before completion, what `work` had done may be there by halves, so
+    /// the transaction is doomed: [`commit`](Self::commit) rolls it back and returns [`TxError::Lost`].
+    ///
+    /// # Errors
+    ///
+    /// The error of `work`; or [`TxError::Database`] if the database refused the savepoint or its end, in which case
+    /// what `work` has done is undone as well.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use cancel_safe_tx_guard::{TxError, TxPool};
+    ///
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// # let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
+    /// let mut tx = db.begin().await?;
+    /// sqlx::query("CREATE TABLE t (n INTEGER PRIMARY KEY)").execute(&mut *tx).await?;
+    /// let tried = tx
+    ///     .savepoint(async move |sp| {
+    ///         sqlx::query("INSERT INTO t VALUES (1)").execute(&mut **sp).await?;
+    ///         sqlx::query("INSERT INTO t VALUES (1)").execute(&mut **sp).await?;
+    ///         Ok(())
+    ///     })
+    ///     .await;
+    /// assert!(tried.is_err());
+    /// let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM t").fetch_one(&mut *tx).await?;
+    /// assert_eq!(rows, 0);
+    /// tx.commit().await?;
+    /// # Ok::<(), TxError>(())
+    /// # }).unwrap();
+    /// # }
+    /// ```
+    pub async fn savepoint<T, F>(&mut self, work: F) -> Result<T, TxError>
+    where
+        F: AsyncFnOnce(&mut Self) -> Result<T, TxError>,
+    {
+        let hooks = self.held().hooks.len();
+        self.savepoints += 1;
+        let level = self.savepoints;
+        DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await.inspect_err(|_| self.savepoints = level - 1)?;
+        let mut result = work(self).await;
+        if self.savepoints != level {
+            return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });
+        }
+        if result.is_ok()
+            && let Err(error) = DB::run_sql(self, format!("RELEASE SAVEPOINT txg_{level}")).await
+        {
+            result = Err(error.into());
+        } else if result.is_ok() {
+            self.savepoints = level - 1;
+            return result;
+        }
+        self.held_mut().hooks.truncate(hooks);
+        let undo = format!("ROLLBACK TO SAVEPOINT txg_{level}; RELEASE SAVEPOINT txg_{level}");
+        if DB::run_sql(self, undo).await.is_ok() {
+            self.savepoints = level - 1;
+        }
+        result
+    }
+
+    /// Runs `hook` once after this transaction was committed, also when the commit was dropped by its caller.
+    ///
+    /// Hooks run in the order in which they were given, on the task that drives the commit, after its handle has
+    /// been told. They do not run if the transaction is rolled back, or its outcome is unknown, or the savepoint in
+    /// which they were given is undone.
+    pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
+        self.held_mut().hooks.push(Box::new(hook));
+    }
+
     /// A handle that tells how this transaction will have ended, even after a dropped commit.
     #[must_use]
     pub fn outcome_handle(&self) -> OutcomeHandle {
@@ -154,6 +234,10 @@ impl<DB: Backend> TransactionGuard<DB> {
         self.open.as_ref().expect(HELD)
     }
 
+    fn held_mut(&mut self) -> &mut Open<DB> {
+        self.open.as_mut().expect(HELD)
+    }
+
     fn take(&mut self) -> Open<DB> {
         self.open.take().expect(HELD)
     }
@@ -161,7 +245,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     fn shielded_commit(&mut self) -> Shield<Result<(), TxError>> {
         let mut open = self.take();
         open.ticket.settling();
-        Shield::new(open.runtime.clone(), commit::commit(open, self.doomed))
+        let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
+        Shield::new(open.runtime.clone(), commit::commit(open, doomed))
     }
 }
 

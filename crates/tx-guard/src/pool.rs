@@ -13,7 +13,7 @@ use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::backend::{Backend, Options, Ownership};
+use crate::backend::{Backend, Mode, Options, Ownership};
 use crate::commit::OutcomeCell;
 use crate::reaper::{Open, Shield, Ticket, Work};
 use crate::{TransactionGuard, TxError};
@@ -115,13 +115,17 @@ impl<DB: Backend> TxPool<DB> {
     /// - [`TxError::Closed`]: the pool was closed.
     /// - [`TxError::Database`]: the database refused to begin.
     pub async fn begin(&self) -> Result<TransactionGuard<DB>, TxError> {
+        self.begin_in(Mode::default()).await
+    }
+
+    pub(crate) async fn begin_in(&self, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
         let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
-        match self.begin_once(&runtime).await {
+        match self.begin_once(&runtime, mode).await {
             // A connection that had died in the pool. Nothing has happened yet, and those that are idle beside it have
             // most likely died with it: once more, with a new one.
-            Err(TxError::Database(sqlx::Error::Io(_))) => {
+            Err(TxError::Database(error)) if is_dead(&error) => {
                 self.shared.forget_idle();
-                self.begin_once(&runtime).await
+                self.begin_once(&runtime, mode).await
             }
             begun => begun,
         }
@@ -129,7 +133,7 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Waiting for a connection dies with the caller. Only what follows it is shielded, and that starts in the same
     /// poll, so a caller that has gone while it waited begins nothing.
-    async fn begin_once(&self, runtime: &Handle) -> Result<TransactionGuard<DB>, TxError> {
+    async fn begin_once(&self, runtime: &Handle, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
         let held = self.shared.acquire().await?;
         let shared = Arc::clone(&self.shared);
         let ticket = Ticket::new(&shared.work);
@@ -142,8 +146,9 @@ impl<DB: Backend> TxPool<DB> {
             async move {
                 let mut slot = Slot::new(held, runtime.clone()).await?;
                 let (conn, probe) = slot.parts();
-                DB::begin(conn, probe).await?;
-                Ok(TransactionGuard::hold(Open { slot, outcome: OutcomeCell::new(), runtime, ticket, shared }))
+                DB::begin(conn, probe, &mode).await?;
+                let (outcome, hooks) = (OutcomeCell::new(), Vec::new());
+                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks }))
             }
         })
         .await
@@ -184,6 +189,15 @@ impl<DB: Backend> TxPool<DB> {
         drop(timeout(grace, finish).await);
         let load = shared.work.load();
         CloseReport { in_use: load.open, settling: load.settling }
+    }
+}
+
+/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions.
+fn is_dead(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) => true,
+        sqlx::Error::Database(error) => error.code().is_some_and(|code| code.starts_with("57P")),
+        _ => false,
     }
 }
 

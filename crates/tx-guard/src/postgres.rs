@@ -5,17 +5,23 @@
 
 use futures_util::{FutureExt, StreamExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
-use sqlx::{ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::sync::Mutex;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Options, Ownership, depth};
+use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
 
 type Manager = <Postgres as Database>::TransactionManager;
 
 /// How often a rollback is tried: each statement that was left behind may answer with one error.
 const ROLLBACK_ATTEMPTS: usize = 16;
+
+/// How much later than the client the server ends a session whose transaction lasts too long, in milliseconds.
+const SESSION_MARGIN: u128 = 1_000;
+
+/// The largest timeout the server takes, in milliseconds.
+const LONGEST_LIMIT: u128 = 2_147_483_647;
 
 /// Lets the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
@@ -76,8 +82,19 @@ impl Driver for Postgres {
         Ok(())
     }
 
-    async fn begin(conn: &mut PgConnection, _: &i32) -> Result<(), sqlx::Error> {
-        Manager::begin(conn, None).await
+    async fn begin(conn: &mut PgConnection, _: &i32, mode: &Mode) -> Result<(), sqlx::Error> {
+        let sql = begin_sql(mode, conn.server_version_num());
+        Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
+    }
+
+    async fn run_sql(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    /// 40001 is a serialization failure, 40P01 a deadlock.
+    fn is_transient(error: &sqlx::Error) -> bool {
+        let code = error.as_database_error().and_then(|e| e.code());
+        matches!(code.as_deref(), Some("40001" | "40P01"))
     }
 
     fn is_lost(conn: &PgConnection, _: &i32) -> bool {
@@ -126,9 +143,11 @@ impl Driver for Postgres {
         }
         for _ in 0..ROLLBACK_ATTEMPTS {
             match Manager::rollback(conn).await {
-                // The error of a statement that was left behind, or a cancel that hit the ROLLBACK itself.
-                Err(sqlx::Error::Database(_)) => {}
-                ended => return ended,
+                Ok(()) if depth::<Self>(conn) == 0 => return Ok(()),
+                // A nested transaction that was forgotten, the error of a statement that was left behind, or a cancel
+                // that hit the ROLLBACK itself.
+                Ok(()) | Err(sqlx::Error::Database(_)) => {}
+                Err(error) => return Err(error),
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
@@ -151,6 +170,32 @@ impl Driver for Postgres {
             drop(conn.close().await);
         }
     }
+}
+
+/// BEGIN and its limits in one message, so that they cost no round trip of their own.
+fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
+    let mut sql = String::from("BEGIN");
+    sql.push_str(match mode.isolation {
+        None => "",
+        Some(Isolation::ReadCommitted) => " ISOLATION LEVEL READ COMMITTED",
+        Some(Isolation::RepeatableRead) => " ISOLATION LEVEL REPEATABLE READ",
+        Some(Isolation::Serializable) => " ISOLATION LEVEL SERIALIZABLE",
+    });
+    if mode.read_only {
+        sql.push_str(" READ ONLY");
+    }
+    if let Some(remaining) = mode.remaining {
+        // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
+        // those that end the whole session come later than what the client does by itself.
+        let limit = remaining.as_millis().clamp(1, LONGEST_LIMIT);
+        let margin = (limit + SESSION_MARGIN).min(LONGEST_LIMIT);
+        sql.push_str(&format!("; SET LOCAL statement_timeout = {limit}"));
+        sql.push_str(&format!("; SET LOCAL idle_in_transaction_session_timeout = {margin}"));
+        if version.is_some_and(|version| version >= 17_00_00) {
+            sql.push_str(&format!("; SET LOCAL transaction_timeout = {margin}"));
+        }
+    }
+    sql
 }
 
 /// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.

@@ -72,7 +72,11 @@ pub(crate) struct Open<DB: Backend> {
     pub(crate) runtime: Handle,
     pub(crate) ticket: Ticket,
     pub(crate) shared: Arc<Shared<DB>>,
+    pub(crate) hooks: Vec<Hook>,
 }
+
+/// What runs once after a commit.
+pub(crate) type Hook = Box<dyn FnOnce() + Send>;
 
 impl<DB: Backend> Open<DB> {
     /// Gives the connection back. Only for one that was seen idle and clean.

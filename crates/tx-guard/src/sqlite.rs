@@ -8,11 +8,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
 use sqlx::sqlite::SqliteConnectOptions;
-use sqlx::{Connection, Database, Sqlite, SqliteConnection};
+use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnection};
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Options, Ownership, depth};
+use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -24,6 +24,8 @@ const ROLLBACK_ATTEMPTS: usize = 4;
 
 /// SQLite's code for "there is no transaction", among others that a COMMIT cannot meet.
 const SQLITE_ERROR: u32 = 1;
+const SQLITE_BUSY: u32 = 5;
+const SQLITE_LOCKED: u32 = 6;
 const SQLITE_CANTOPEN: u32 = 14;
 
 /// The connection is not in a guard's transaction.
@@ -42,6 +44,8 @@ pub struct Hooks {
     rolled_back: AtomicBool,
     /// Read by the progress handler: interrupt what runs.
     cancel: AtomicBool,
+    /// Looked at by the commit hook, which SQLite does not call for a transaction that has written nothing.
+    read_only: AtomicBool,
 }
 
 impl Hooks {
@@ -58,7 +62,7 @@ impl Hooks {
     fn may_commit(&self) -> bool {
         match self.phase.load(Ordering::Acquire) {
             IDLE => true,
-            COMMITTING => !self.is_rolled_back(),
+            COMMITTING => !self.is_rolled_back() && !self.read_only.load(Ordering::Acquire),
             _ => false,
         }
     }
@@ -104,15 +108,28 @@ impl Driver for Sqlite {
         Ok(())
     }
 
-    async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+    /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
+    /// transaction that has read before its first write could not get it any more.
+    async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
+        let write = mode.isolation == Some(Isolation::Serializable) && !mode.read_only;
+        let statement = write.then(|| "BEGIN IMMEDIATE".into_sql_str());
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.rolled_back.store(false, Ordering::Release);
         hooks.enter(OPEN);
-        let begun = Manager::begin(conn, None).await;
+        hooks.read_only.store(mode.read_only, Ordering::Release);
+        let begun = Manager::begin(conn, statement).await;
         if begun.is_err() {
             hooks.enter(IDLE);
         }
         begun
+    }
+
+    async fn run_sql(conn: &mut SqliteConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    fn is_transient(error: &sqlx::Error) -> bool {
+        matches!(primary_code(error), Some(SQLITE_BUSY | SQLITE_LOCKED))
     }
 
     fn is_lost(conn: &SqliteConnection, hooks: &Arc<Hooks>) -> bool {
@@ -124,7 +141,11 @@ impl Driver for Sqlite {
 
     async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), CommitFailure> {
         hooks.enter(COMMITTING);
-        let committed = Manager::commit(conn).await;
+        let mut committed = Manager::commit(conn).await;
+        // A nested transaction that was forgotten is released first. Each success takes one level away.
+        while committed.is_ok() && depth::<Self>(conn) > 0 {
+            committed = Manager::commit(conn).await;
+        }
         // sqlx says Ok when its depth had fallen to zero before, so the rollback hook has the last word.
         let lost = hooks.is_rolled_back();
         hooks.enter(if committed.is_ok() && !lost { IDLE } else { OPEN });

@@ -6,9 +6,10 @@
 use std::cell::RefCell;
 
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
-use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxError, TxPool};
 use sqlx::pool::PoolOptions;
 use sqlx::{Pool, Postgres, Sqlite};
+use tokio::sync::Mutex;
 
 use crate::world::{PATIENCE, TestDb, World};
 
@@ -83,6 +84,70 @@ fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_sqlite() {
 #[test]
 fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_postgres() {
     transaction::<Postgres>().publish("tx-guard", "transaction (PostgreSQL)").assert_clean();
+}
+
+fn closure<D: TestDb>() -> Report {
+    explore().run(
+        async || Stage::<D>::new().await,
+        async |stage| {
+            let run = stage.db.tx().timeout(PATIENCE).run(async |tx| {
+                stage.handle.replace(Some(tx.outcome_handle()));
+                stage.world.insert(tx, 1).await?;
+                tx.savepoint(async |sp| Ok(stage.world.insert(sp, 2).await?)).await
+            });
+            run.await.unwrap();
+        },
+        async |stage, outcome| stage.check(outcome, &[1, 2]).await,
+    )
+}
+
+#[test]
+fn a_closure_dropped_anywhere_is_whole_or_nothing_on_sqlite() {
+    closure::<Sqlite>().publish("tx-guard", "run (SQLite)").assert_clean();
+}
+
+#[test]
+fn a_closure_dropped_anywhere_is_whole_or_nothing_on_postgres() {
+    closure::<Postgres>().publish("tx-guard", "run (PostgreSQL)").assert_clean();
+}
+
+/// The transaction outlives its savepoint, and must not be committed with a half of it.
+fn savepoint<D: TestDb>() -> Report {
+    explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let stage = Stage::<D>::new().await;
+            let mut tx = stage.db.begin().await.unwrap();
+            stage.world.insert(&mut tx, 1).await.unwrap();
+            (stage, Mutex::new(Some(tx)))
+        },
+        async |(stage, tx)| {
+            let mut tx = tx.lock().await;
+            let tx = tx.as_mut().unwrap();
+            tx.savepoint(async |sp| Ok(stage.world.insert(sp, 2).await?)).await.unwrap();
+        },
+        async |(stage, tx), outcome| {
+            let committed = tx.lock().await.take().unwrap().commit().await;
+            let expected: &[i64] = match (&outcome, &committed) {
+                (Outcome::Completed(()), Ok(())) => &[1, 2],
+                (Outcome::Dropped { point: 0, .. }, Ok(())) => &[1],
+                (Outcome::Dropped { .. }, Err(TxError::Lost { .. })) => &[],
+                _ => return Err(format!("{outcome:?}, and the commit says {committed:?}")),
+            };
+            let rows = stage.world.committed().await;
+            within(stage.world.end(stage.db.clone())).await?;
+            if rows == expected { Ok(()) } else { Err(format!("{outcome:?}, and the table has {rows:?}")) }
+        },
+    )
+}
+
+#[test]
+fn a_savepoint_dropped_anywhere_is_never_committed_by_halves_on_sqlite() {
+    savepoint::<Sqlite>().publish("tx-guard", "savepoint (SQLite)").assert_clean();
+}
+
+#[test]
+fn a_savepoint_dropped_anywhere_is_never_committed_by_halves_on_postgres() {
+    savepoint::<Postgres>().publish("tx-guard", "savepoint (PostgreSQL)").assert_clean();
 }
 
 fn rollback<D: TestDb>() -> Report {

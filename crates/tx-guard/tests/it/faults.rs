@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxPool};
 use futures_util::FutureExt;
+use sqlx::Postgres;
 use sqlx::pool::PoolOptions;
 
 use crate::commit::works_as_before;
@@ -142,5 +143,41 @@ async fn a_panic_in_the_owner_rolls_back<D: TestDb>() {
     assert!(panicked.is_err());
     works_as_before(&world, &db).await;
     assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn a_session_that_died_while_idle_is_replaced() {
+    let world = World::<Postgres>::new().await;
+    let options = world.options.clone().application_name(&world.table);
+    let db = TxPool::<Postgres>::builder().max_connections(3).connect_with(options).await.unwrap();
+    drop((db.begin().await.unwrap(), db.begin().await.unwrap(), db.begin().await.unwrap()));
+    // The connection that cancels is among those that die.
+    let kill =
+        format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{}'", world.table);
+    world.run(kill).await;
+    works_as_before(&world, &db).await;
+    let tx = abandoned_slow_statement(&world, &db).await;
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
+    drop(tx);
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    world.end(db).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_cancel_hits_the_next_transaction() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    for round in 0..300 {
+        let mut tx = db.begin().await.unwrap();
+        // Ends at about the time at which it is cancelled, so the cancel often comes too late for it.
+        let nap = Postgres::execute(&mut tx, "SELECT pg_sleep(0.0015)".to_owned());
+        drop(nap.now_or_never());
+        drop(tx);
+        let mut next = db.begin().await.unwrap();
+        Postgres::execute(&mut next, "SELECT 1".to_owned()).await.unwrap_or_else(|error| panic!("{round}: {error}"));
+        next.commit().await.unwrap_or_else(|error| panic!("{round}: {error}"));
+    }
     world.end(db).await;
 }

@@ -5,6 +5,7 @@ mod cancel;
 mod commit;
 mod faults;
 mod happy;
+mod run;
 mod world;
 
 /// Makes a test on each database out of one generic function.
