@@ -44,6 +44,7 @@ impl Ledger {
         }
     }
 
+    #[inline]
     fn end(&self, outcome: &AtomicUsize) {
         outcome.fetch_add(1, SeqCst);
         if self.waiting.load(SeqCst) > 0 {
@@ -61,17 +62,20 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    #[inline]
     pub(crate) fn start(ledger: Arc<Ledger>) -> Self {
         ledger.started.fetch_add(1, SeqCst);
         Self { ledger, finished: false }
     }
 
+    #[inline]
     pub(crate) fn finish(mut self) {
         self.finished = true;
     }
 }
 
 impl Drop for Entry {
+    #[inline]
     fn drop(&mut self) {
         if self.finished {
             self.ledger.end(&self.ledger.finished);

@@ -1,6 +1,6 @@
-//! What is around the code that is being polled: a stack of scopes and critical sections on each thread. Invariant: a frame
-//! is on the stack exactly while its future is inside `poll`, so the stack always shows the true surroundings, wherever a
-//! future has been moved since its last poll.
+//! What is around the code that is being polled: a stack of scopes on each thread. Invariant: a frame is on the stack exactly
+//! while its scope is inside `poll`, so the stack always shows the true surroundings, wherever a future has been moved
+//! since its last poll.
 
 use std::cell::RefCell;
 use std::mem;
@@ -19,21 +19,9 @@ struct Frame {
     /// A runtime may poll another task inside this one (a `LocalSet` does). That task inherits nothing, so a frame is seen
     /// only by the task that has pushed it.
     task: Option<task::Id>,
-    kind: Kind,
-}
-
-impl Frame {
-    fn deadline(&self) -> Option<Instant> {
-        match &self.kind {
-            Kind::Scope(scope) => scope.deadline,
-            Kind::Critical => None,
-        }
-    }
-}
-
-enum Kind {
-    Scope(Scope),
-    Critical,
+    scope: Scope,
+    /// What is being polled inside the scope, up to the next frame, is a critical section.
+    critical: bool,
 }
 
 /// A cancel scope as seen from inside. It lies on the stack during a poll and in its future between polls; moving it is
@@ -48,11 +36,13 @@ pub(crate) struct Scope {
 }
 
 impl Scope {
+    #[inline]
     pub(crate) fn new(deadline: Option<Instant>, token: Option<CancellationToken>) -> Self {
         Self { deadline, token, due: false, holds: None }
     }
 
     /// Whether a critical section inside waits. If so, `waker` is woken when the last one has left the scope.
+    #[inline]
     pub(crate) fn is_held(&self, waker: &Waker) -> bool {
         let Some(holds) = &self.holds else { return false };
         let mut holds = holds.lock();
@@ -106,10 +96,8 @@ impl Hold {
     /// have been moved from one scope into another since.
     pub(crate) fn settle(hold: &mut Option<Self>) {
         let around = with_visible(|frames| {
-            frames.iter_mut().rev().find_map(|frame| match &mut frame.kind {
-                Kind::Scope(scope) => Some(Arc::clone(scope.holds.get_or_insert_default())),
-                Kind::Critical => None,
-            })
+            let innermost = frames.last_mut()?;
+            Some(Arc::clone(innermost.scope.holds.get_or_insert_default()))
         });
         let settled = match (&*hold, &around) {
             (Some(hold), Some(around)) => Arc::ptr_eq(&hold.0, around),
@@ -140,43 +128,66 @@ impl Drop for Hold {
 pub(crate) struct InScope<'a>(&'a mut Scope);
 
 impl<'a> InScope<'a> {
+    #[inline]
     pub(crate) fn enter(scope: &'a mut Scope) -> Self {
         if let Some(holds) = &scope.holds {
             // The scope looks at its holds after this poll anyway, so they need not wake it.
             drop(holds.lock().waker.take());
         }
-        push(|| Kind::Scope(mem::take(scope)));
+        // A stack that is gone is not pushed to, and the scope stays in its future.
+        let push = |stack: &RefCell<Vec<Frame>>| {
+            stack.borrow_mut().push(Frame { task: task::try_id(), scope: mem::take(scope), critical: false });
+        };
+        STACK.try_with(push).unwrap_or_default();
         Self(scope)
     }
 }
 
 impl Drop for InScope<'_> {
+    #[inline]
     fn drop(&mut self) {
-        if let Some(Frame { kind: Kind::Scope(scope), .. }) = pop() {
-            *self.0 = scope;
+        // The last frame is ours: these guards live on the thread's own call stack, and that unwinds in order.
+        if let Ok(Some(frame)) = STACK.try_with(|stack| stack.borrow_mut().pop()) {
+            *self.0 = frame.scope;
         }
     }
 }
 
-/// Marks the code below as critical while it is polled.
-pub(crate) struct InCritical(());
+/// Marks the innermost scope as having a critical section polled inside it.
+pub(crate) struct InCritical {
+    /// What the mark said before, for sections inside sections.
+    before: bool,
+}
 
 impl InCritical {
+    #[inline]
     pub(crate) fn enter() -> Self {
-        push(|| Kind::Critical);
-        Self(())
+        Self { before: mark(true) }
     }
 }
 
 impl Drop for InCritical {
+    #[inline]
     fn drop(&mut self) {
-        pop();
+        mark(self.before);
     }
+}
+
+/// Sets the mark of the innermost frame and returns the old one.
+///
+/// The frame may be that of another task, which does not matter: that task does not run before the mark is restored.
+#[inline]
+fn mark(critical: bool) -> bool {
+    let mark = |stack: &RefCell<Vec<Frame>>| match stack.borrow_mut().last_mut() {
+        Some(frame) => mem::replace(&mut frame.critical, critical),
+        None => false,
+    };
+    STACK.try_with(mark).unwrap_or(false)
 }
 
 /// The nearest deadline of the scopes around, critical sections notwithstanding.
 pub(crate) fn nearest_deadline() -> Option<Instant> {
-    with_visible(|frames| frames.iter().filter_map(Frame::deadline).min())
+    with_visible(|frames| frames.iter().filter_map(|frame| frame.scope.deadline).min())
 }
 
 /// What a cancellation point finds around it.
@@ -195,11 +206,10 @@ pub(crate) fn look_around() -> Surroundings {
     with_visible(|frames| {
         let mut due = false;
         for frame in frames.iter_mut().rev() {
-            match &mut frame.kind {
-                Kind::Scope(scope) => due |= scope.notice_due(),
-                Kind::Critical if due => break,
-                Kind::Critical => return Some(Surroundings::Critical),
+            if frame.critical {
+                return Some(if due { Surroundings::Due } else { Surroundings::Critical });
             }
+            due |= frame.scope.notice_due();
         }
         due.then_some(Surroundings::Due)
     })
@@ -220,15 +230,4 @@ fn with_visible<R>(see: impl FnOnce(&mut [Frame]) -> Option<R>) -> Option<R> {
         see(&mut stack[start..])
     };
     STACK.try_with(see).ok().flatten()
-}
-
-fn push(kind: impl FnOnce() -> Kind) {
-    // A stack that is gone is not pushed to: `kind` is not called, and the scope stays in its future.
-    STACK.try_with(|stack| stack.borrow_mut().push(Frame { task: task::try_id(), kind: kind() })).unwrap_or_default();
-}
-
-/// Removes the frame that the caller has pushed: frames are pushed and popped by guards on the thread's own call stack, and
-/// that unwinds in order.
-fn pop() -> Option<Frame> {
-    STACK.try_with(|stack| stack.borrow_mut().pop()).ok().flatten()
 }

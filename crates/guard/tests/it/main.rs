@@ -1,1 +1,28 @@
 //! The integration tests of `cancel-safe-guard`, one binary.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+mod cancel;
+mod happy;
+mod reaper;
+mod scope;
+mod torn;
+
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
+
+/// Polls `future` once, by hand, with a waker that does nothing.
+fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
+    pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Awaits `future` and hands back what it panics with as an error. The future is dropped after the panic was caught.
+async fn caught<F: Future>(future: F) -> Result<F::Output, String> {
+    let mut future = pin!(future);
+    std::future::poll_fn(move |cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {
+        Ok(polled) => polled.map(Ok),
+        Err(panic) => Poll::Ready(Err(panic.downcast_ref::<&str>().map_or_else(String::new, |it| (*it).to_owned()))),
+    })
+    .await
+}

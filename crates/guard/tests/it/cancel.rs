@@ -1,0 +1,282 @@
+//! Every operation dropped at every await point, in every way.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::time::Duration;
+
+use cancel_safe_guard::{
+    Guard, Reaper, cancellation_point, critical, critical_for, timeout, timeout_at, try_commit_cancel, with_token,
+};
+use cancel_safe_testing::{Explore, Outcome, Report};
+use tokio::time::{Instant, sleep};
+use tokio_util::sync::CancellationToken;
+
+use crate::torn::{torn_here, watch};
+
+const GRACE: Duration = Duration::from_secs(30);
+
+fn explore() -> Explore {
+    Explore::new().paused_time(true)
+}
+
+async fn step() {
+    sleep(Duration::from_millis(10)).await;
+}
+
+/// Two accounts that must always hold 100 together.
+struct Bank {
+    from: Cell<i32>,
+    to: Cell<i32>,
+}
+
+impl Bank {
+    fn new() -> Self {
+        watch();
+        Self { from: Cell::new(100), to: Cell::new(0) }
+    }
+
+    async fn transfer(&self) {
+        self.from.set(self.from.get() - 30);
+        step().await;
+        self.to.set(self.to.get() + 30);
+    }
+
+    /// The accounts are whole, or a torn section says that they are not.
+    fn check(&self) -> Result<(), String> {
+        let (sum, torn) = (self.from.get() + self.to.get(), torn_here());
+        match (sum == 100, torn) {
+            (true, 0) | (false, 1) => Ok(()),
+            _ => Err(format!("{sum} in the accounts, {torn} sections torn")),
+        }
+    }
+}
+
+/// Drops `operation` at every point; a broken sum has to be reported as a torn section, and no other.
+fn bank(operation: impl AsyncFn(&Bank)) -> Report {
+    explore().run(async || Bank::new(), operation, async |bank, _| bank.check())
+}
+
+#[test]
+fn a_raw_drop_of_a_critical_section_is_reported_at_every_point() {
+    let report = bank(async |bank| {
+        step().await;
+        critical(bank.transfer()).await;
+        step().await;
+    });
+    report.publish("guard", "critical").assert_clean();
+}
+
+#[test]
+fn the_same_transfer_without_a_critical_section_is_caught() {
+    let report = bank(async |bank| {
+        step().await;
+        bank.transfer().await;
+        step().await;
+    });
+    assert!(!report.is_clean());
+}
+
+#[test]
+fn a_bounded_critical_section_is_reported_at_every_point() {
+    let report = bank(async |bank| critical_for(GRACE, bank.transfer()).await.unwrap());
+    report.publish("guard", "critical_for").assert_clean();
+}
+
+#[test]
+fn a_timeout_dropped_at_every_point_reports_what_it_tears() {
+    let report = bank(async |bank| {
+        let cut = timeout(Duration::from_millis(15), async {
+            step().await;
+            critical(bank.transfer()).await;
+            step().await;
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "timeout").assert_clean();
+}
+
+#[test]
+fn a_deadline_dropped_at_every_point_reports_what_it_tears() {
+    let report = bank(async |bank| {
+        let cut = timeout_at(Instant::now() + Duration::from_millis(5), async {
+            critical(bank.transfer()).await;
+            step().await;
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "timeout_at").assert_clean();
+}
+
+#[test]
+fn a_token_scope_dropped_at_every_point_reports_what_it_tears() {
+    let report = bank(async |bank| {
+        let token = CancellationToken::new();
+        let cut = with_token(&token, async {
+            step().await;
+            token.cancel();
+            critical(bank.transfer()).await;
+            step().await;
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "with_token").assert_clean();
+}
+
+#[test]
+fn a_guard_cleans_up_once_at_every_point_of_a_loop_with_cancellation_points() {
+    let report = explore().run(
+        async || Rc::new(Cell::new(0)),
+        async |open| {
+            open.set(open.get() + 1);
+            let _close = Guard::new(|| open.set(open.get() - 1));
+            for _ in 0..5 {
+                cancellation_point().await;
+            }
+        },
+        async |open, _| if open.get() == 0 { Ok(()) } else { Err(format!("{} still open", open.get())) },
+    );
+    report.publish("guard", "cancellation_point").assert_clean();
+}
+
+/// A seat that is reserved, then booked or released.
+#[derive(Default)]
+struct Seat {
+    reserved: Cell<bool>,
+    booked: Cell<bool>,
+}
+
+impl Seat {
+    async fn book(&self) -> Result<(), ()> {
+        self.reserved.set(true);
+        step().await;
+        step().await;
+        self.booked.set(true);
+        Ok(())
+    }
+
+    fn check(&self, completed: bool) -> Result<(), String> {
+        match (completed, self.reserved.get(), self.booked.get()) {
+            (true, true, true) | (false, false, false) => Ok(()),
+            state => Err(format!("completed, reserved, booked: {state:?}")),
+        }
+    }
+}
+
+#[test]
+fn what_was_tried_is_cancelled_at_every_point() {
+    let report = explore().run(
+        async || Seat::default(),
+        async |seat| try_commit_cancel(seat.book(), || seat.reserved.set(false)).await,
+        async |seat, outcome| seat.check(outcome.is_completed()),
+    );
+    report.publish("guard", "try_commit_cancel").assert_clean();
+}
+
+#[test]
+fn a_try_without_its_cancel_is_caught() {
+    let report = explore().run(
+        async || Seat::default(),
+        async |seat| seat.book().await,
+        async |seat, outcome| seat.check(outcome.is_completed()),
+    );
+    assert!(!report.is_clean());
+}
+
+/// A journal whose entries come in pairs, with the reaper that looks after it.
+#[derive(Default)]
+struct Journal {
+    reaper: Reaper,
+    lines: Arc<AtomicUsize>,
+}
+
+impl Journal {
+    fn pair(&self) -> impl Future<Output = ()> + Send + use<> {
+        let lines = Arc::clone(&self.lines);
+        async move {
+            lines.fetch_add(1, SeqCst);
+            step().await;
+            lines.fetch_add(1, SeqCst);
+        }
+    }
+
+    /// The pair is whole, or was never begun, or the reaper knows that it was lost.
+    async fn check<T>(&self, outcome: &Outcome<T>, begun_at_point_zero: bool) -> Result<(), String> {
+        let drain = self.reaper.drain(GRACE).await;
+        let started = !matches!(outcome, Outcome::Dropped { point: 0, .. }) || begun_at_point_zero;
+        let lines = self.lines.load(SeqCst);
+        match (started, drain.finished, drain.timed_out, drain.lost, lines) {
+            (false, 0, 0, 0, 0) | (true, 1, 0, 0, 2) | (true, 0, 0, 1, 0 | 1) => Ok(()),
+            state => Err(format!("started, finished, timed out, lost, lines: {state:?}")),
+        }
+    }
+}
+
+#[test]
+fn a_shield_dropped_at_any_point_finishes_or_is_counted_as_lost() {
+    let report = explore().run(
+        async || Journal::default(),
+        async |journal| journal.reaper.shield(journal.pair()).await,
+        async |journal, outcome| journal.check(&outcome, false).await,
+    );
+    report.publish("guard", "shield").assert_clean();
+}
+
+#[test]
+fn the_same_work_spawned_by_a_drop_is_caught() {
+    let report = explore().run(
+        async || Journal::default(),
+        async |journal| {
+            let pair = journal.pair();
+            let _finish = Guard::new(|| drop(tokio::spawn(pair)));
+            step().await;
+        },
+        async |journal, outcome| journal.check(&outcome, false).await,
+    );
+    assert!(!report.is_clean());
+}
+
+#[test]
+fn a_deferred_cleanup_runs_or_is_counted_as_lost_at_every_point() {
+    let report = explore().run(
+        async || Journal::default(),
+        async |journal| {
+            let pair = journal.pair();
+            let _deferred = journal.reaper.defer(|| pair);
+            step().await;
+            step().await;
+        },
+        async |journal, outcome| journal.check(&outcome, false).await,
+    );
+    report.publish("guard", "defer").assert_clean();
+}
+
+#[test]
+fn a_cleanup_run_by_hand_finishes_or_is_counted_as_lost_at_every_point() {
+    let report = explore().run(
+        async || Journal::default(),
+        async |journal| {
+            let pair = journal.pair();
+            journal.reaper.defer(|| pair).run().await;
+        },
+        async |journal, outcome| journal.check(&outcome, false).await,
+    );
+    report.publish("guard", "Deferred::run").assert_clean();
+}
+
+#[test]
+fn a_drain_dropped_at_any_point_changes_nothing() {
+    let report = explore().run(
+        async || {
+            let journal = Journal::default();
+            let mut shield = journal.reaper.shield(journal.pair());
+            assert!(crate::poll_once(&mut shield).is_pending());
+            drop(shield);
+            journal
+        },
+        async |journal| journal.reaper.drain(GRACE).await,
+        async |journal, outcome| journal.check(&outcome, true).await,
+    );
+    report.publish("guard", "drain").assert_clean();
+}
