@@ -1,17 +1,17 @@
-//! The exploration as the user states it, and one run of it.
+//! The exploration as the user states it.
 //!
-//! Invariant: each run has its own state and its own runtime; nothing of one run reaches another.
+//! Invariant: every option has a default and every bound is finite.
 
 use std::fmt;
 use std::panic::Location;
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::drive::{Course, Drive, Stop, drive};
-use crate::report::{FailureKind, Report};
-use crate::runtime::{Fault, Stage, Watchdog};
-use crate::search::{End, Visit, search};
-use crate::tracer::OnClone;
+use crate::crash;
+use crate::report::Report;
+use crate::runtime::Watchdog;
+use crate::search::search;
+use crate::visit::Scene;
 
 /// Names one run, as `point:way:budget`; every exploration in the process then does just that one.
 pub(crate) const ONLY: &str = "CANCEL_SAFE_ONLY";
@@ -33,6 +33,13 @@ pub enum Way {
     /// By a panic raised inside the leaf future that waits: its destructors run while the thread unwinds, and the
     /// locks it holds are poisoned.
     Panic,
+    /// With its whole process, killed: no destructor runs, and only what is outside the process survives. See
+    /// [Crashes](crate#crashes) for how to write the setup.
+    Crash,
+}
+
+impl Way {
+    const ALL: [Self; 5] = [Self::Eager, Self::Settled, Self::Shutdown, Self::Panic, Self::Crash];
 }
 
 impl fmt::Display for Way {
@@ -42,6 +49,7 @@ impl fmt::Display for Way {
             Self::Settled => "settled",
             Self::Shutdown => "shutdown",
             Self::Panic => "panic",
+            Self::Crash => "crash",
         })
     }
 }
@@ -102,7 +110,7 @@ impl FromStr for Plan {
         else {
             return Err(wrong());
         };
-        let way = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic].into_iter().find(|it| it.to_string() == way);
+        let way = Way::ALL.into_iter().find(|it| it.to_string() == way);
         let budget = if budget == "natural" { None } else { Some(budget.parse().map_err(|_| wrong())?) };
         Ok(Self { budget, point: point.parse().map_err(|_| wrong())?, way: way.ok_or_else(wrong)? })
     }
@@ -117,9 +125,9 @@ pub struct Explore {
     pub(crate) max_points: usize,
     pub(crate) max_polls: usize,
     pub(crate) timeout: Duration,
-    paused_time: bool,
-    hang_after: Duration,
-    settle_for: Duration,
+    pub(crate) paused_time: bool,
+    pub(crate) hang_after: Duration,
+    pub(crate) settle_for: Duration,
     only: Option<Plan>,
 }
 
@@ -257,106 +265,19 @@ impl Explore {
     ) -> Report {
         let inside = tokio::runtime::Handle::try_current().is_ok();
         assert!(!inside, "Explore::run owns its runtimes: call it from a plain #[test], not from #[tokio::test]");
-        let only = match std::env::var(ONLY) {
-            Ok(text) => Some(text.parse::<Plan>().unwrap_or_else(|error| panic!("{error}"))),
-            Err(_) => self.only,
-        };
-        let watchdog = Watchdog::new(self.hang_after);
-        search(self, only, Location::caller(), &mut |plan| {
-            self.visit(plan, &watchdog, &setup, &operation, &check).unwrap_or_else(|failed| failed)
-        })
-    }
-
-    /// One run. The error is a run that did not come to its check.
-    fn visit<S, T>(
-        &self,
-        plan: Plan,
-        watchdog: &Watchdog,
-        setup: impl AsyncFn() -> S,
-        operation: impl AsyncFn(&S) -> T,
-        check: impl AsyncFn(&S, Outcome<T>) -> Result<(), String>,
-    ) -> Result<Visit, Visit> {
-        let Plan { budget, point, way } = plan;
-        let mut visit = Visit { polls: 0, end: End::Failed, traces: Vec::new(), unsettled: false, failure: None };
-        let mut stage = self.stage(watchdog);
-        let state = match stage.play(setup()) {
-            Ok(state) => state,
-            Err(fault) => return Err(fail(visit, stage, "setup", fault)),
-        };
-        let baseline = stage.alive_tasks();
-
-        let mut running = {
-            let _context = stage.enter();
-            Box::pin(operation(&state))
-        };
-        // Only a run that may end anywhere has to know where it was at each poll.
-        let before = if point == self.max_polls { OnClone::Trace } else { OnClone::Nothing };
-        let at_point = if way == Way::Panic { OnClone::TraceAndPanic } else { OnClone::Trace };
-        let course = Course { point, budget, at_point, before };
-        let Drive { stop, polls, traces, gate } = stage.play_unbounded(drive(running.as_mut(), course, watchdog));
-        visit.polls = polls;
-        visit.traces = traces;
-        let outcome = match stop {
-            Stop::Completed(value) => Outcome::Completed(value),
-            Stop::Parked | Stop::Unwound => Outcome::Dropped { point, way },
-            Stop::Faulted(fault) => {
-                gate.open();
-                drop(stage.drop_inside(running));
-                return Err(fail(visit, stage, "operation", fault));
+        let caller = Location::caller();
+        let scene = Scene { options: self, setup, operation, check, watchdog: &Watchdog::new(self.hang_after) };
+        let here = crash::Here::new(caller, std::any::type_name_of_val(&scene.setup));
+        match here.role() {
+            crash::Role::Victim(plan) => here.die(scene.victim(plan), caller),
+            crash::Role::Bystander => Report::default(),
+            crash::Role::Explorer => {
+                let only = match std::env::var(ONLY) {
+                    Ok(text) => Some(text.parse().unwrap_or_else(|error| panic!("{error}"))),
+                    Err(_) => self.only,
+                };
+                search(self, only, caller, &mut |plan| scene.visit(plan, &here))
             }
-        };
-        visit.end = if outcome.is_completed() { End::Completed } else { End::Dropped };
-
-        let dropped = match way {
-            Way::Eager | Way::Panic => {
-                let dropped = stage.drop_inside(running);
-                gate.open();
-                dropped
-            }
-            Way::Settled => {
-                gate.open();
-                stage.play(stage.settle(baseline, self.settle_for)).map(drop).and(stage.drop_inside(running))
-            }
-            Way::Shutdown => {
-                let dropped = stage.drop_inside(running);
-                let old = std::mem::replace(&mut stage, self.stage(watchdog));
-                dropped.and(old.shut_down(gate))
-            }
-        };
-        if let Err(fault) = dropped {
-            return Err(fail(visit, stage, "drop", fault));
-        }
-        match stage.play(stage.settle(baseline, self.settle_for)) {
-            Ok(settled) => visit.unsettled = !settled,
-            Err(fault) => return Err(fail(visit, stage, "wait for blocking jobs", fault)),
-        }
-        match stage.play(check(&state, outcome)) {
-            Ok(Ok(())) => {}
-            Ok(Err(message)) => visit.failure = Some((FailureKind::Check, message)),
-            Err(fault) => return Err(fail(visit, stage, "check", fault)),
-        }
-        if let Err(fault) = stage.drop_inside(state) {
-            return Err(fail(visit, stage, "drop of the state", fault));
-        }
-        stage.finish();
-        Ok(visit)
-    }
-
-    fn stage<'a>(&self, watchdog: &'a Watchdog) -> Stage<'a> {
-        match Stage::new(self.paused_time, watchdog) {
-            Ok(stage) => stage,
-            Err(error) => panic!("no runtime could be built: {error}"),
         }
     }
-}
-
-/// Records what kept a run from its end, and leaves its runtime behind: something in it may hang.
-fn fail(mut visit: Visit, stage: Stage<'_>, part: &str, fault: Fault) -> Visit {
-    let limit = stage.limit();
-    stage.abandon();
-    visit.failure = Some(match fault {
-        Fault::Hung => (FailureKind::Hang, format!("the {part} was not woken within hang_after({limit:?})")),
-        Fault::Panicked(message) => (FailureKind::Panic, format!("the {part} panicked: {message}")),
-    });
-    visit
 }

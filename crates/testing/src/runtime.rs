@@ -140,10 +140,6 @@ impl<'a> Stage<'a> {
         self.runtime.enter()
     }
 
-    pub(crate) fn limit(&self) -> Duration {
-        self.watchdog.limit()
-    }
-
     /// Drops `value` inside the runtime, where its `Drop` may spawn.
     pub(crate) fn drop_inside<T>(&self, value: T) -> Result<(), Fault> {
         let _context = self.runtime.enter();

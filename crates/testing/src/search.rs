@@ -15,22 +15,25 @@ use crate::site::{Namer, Site};
 const CONFIRMATIONS: usize = 3;
 
 /// What one run showed.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Visit {
     pub(crate) polls: usize,
     pub(crate) end: End,
+    /// Where it waited last: the traces, not yet named, or the name that another process has found.
     pub(crate) traces: Vec<Backtrace>,
+    pub(crate) site: Option<Site>,
     pub(crate) unsettled: bool,
     pub(crate) failure: Option<(FailureKind, String)>,
 }
 
 /// How the operation ended in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub(crate) enum End {
+    /// Before the point, by its own panic or because nothing woke it.
+    #[default]
+    Failed,
     /// Before the point, with its result.
     Completed,
-    /// Before the point, by its own panic or because nothing woke it.
-    Failed,
     /// At the point.
     Dropped,
 }
@@ -128,6 +131,9 @@ impl Search<'_> {
                 self.incomplete(plan, format!("not finished within timeout({:?})", self.options.timeout));
                 return Next::GiveUp;
             }
+            if way == Way::Panic && !self.has_point(plan) {
+                return Next::GoOn;
+            }
             match self.go(plan).0 {
                 End::Dropped => {
                     completions = 0;
@@ -140,32 +146,45 @@ impl Search<'_> {
         Next::GoOn
     }
 
+    /// Whether an undisturbed operation was seen pending that often. The poll in which it completes may clone its
+    /// waker too; a panic there would look like one more point.
+    fn has_point(&self, plan: Plan) -> bool {
+        let end = self.ends.get(&plan.budget).and_then(BTreeSet::last);
+        end.is_none_or(|&end| plan.point <= end)
+    }
+
+    /// Does one run and keeps what it showed. Says how it ended, and after how many pendings.
     fn go(&mut self, plan: Plan) -> (End, usize) {
         let visit = (self.visit)(plan);
+        let Visit { polls, end, .. } = visit;
         self.report.runs += 1;
         self.report.unsettled += usize::from(visit.unsettled);
-        match visit.end {
-            End::Dropped => {
-                let named = self.sites.contains_key(&(plan.budget, visit.polls));
-                if !named {
-                    let site = self.namer.name(&visit.traces);
-                    self.sites.insert((plan.budget, visit.polls), site);
-                }
-            }
-            End::Completed => drop(self.ends.entry(plan.budget).or_default().insert(visit.polls)),
+        let known = self.sites.get(&(plan.budget, polls)).cloned().flatten();
+        // Naming takes longer than all the rest of a run, so a point is named once; but where the number of points
+        // varies, the same number need not be the same await, and a failing run is named from its own trace.
+        let name_again = visit.failure.is_some() && self.is_varied();
+        let site = if known.is_none() || name_again { self.namer.name(&visit.traces) } else { None };
+        let site = site.or(visit.site).or(known);
+        match end {
+            End::Dropped => drop(self.sites.insert((plan.budget, polls), site.clone())),
+            End::Completed => drop(self.ends.entry(plan.budget).or_default().insert(polls)),
             End::Failed => {}
         }
-        let ended = (visit.end, visit.polls);
         if let Some((kind, message)) = visit.failure {
-            // From this run's own trace where it has one: the schedule may have varied.
-            let site = self.namer.name(&visit.traces);
-            let site = site.or_else(|| self.sites.get(&(plan.budget, visit.polls)).cloned().flatten());
-            let completed = visit.end == End::Completed;
-            let plan = Plan { point: visit.polls, ..plan };
+            let completed = end == End::Completed;
+            let plan = Plan { point: polls, ..plan };
             let site = site.filter(|_| !completed);
             self.report.add_failure(Failure { plan, completed, site, kind, message });
+            if kind == FailureKind::Hang {
+                // Each hang costs its whole limit: one is enough to know.
+                return (End::Failed, polls);
+            }
         }
-        ended
+        (end, polls)
+    }
+
+    fn is_varied(&self) -> bool {
+        self.ends.values().any(|ends| ends.len() > 1)
     }
 
     fn incomplete(&mut self, plan: Plan, message: String) {
@@ -175,7 +194,7 @@ impl Search<'_> {
 
     fn finish(mut self) -> Report {
         self.report.points = self.sites.len();
-        self.report.varied = self.ends.values().any(|ends| ends.len() > 1);
+        self.report.varied = self.is_varied();
         self.report.add_sites(self.sites.into_values().flatten().collect());
         self.report
     }

@@ -14,6 +14,10 @@ pub struct Site {
 }
 
 impl Site {
+    pub(crate) fn new(file: String, line: u32) -> Self {
+        Self { file, line }
+    }
+
     /// The source file, as `file!()` spells it: relative to the workspace.
     #[must_use]
     pub fn file(&self) -> &str {

@@ -1,0 +1,76 @@
+//! A directory for each run.
+//!
+//! Invariant: it is removed with the run, and a process that crashes and the one that checks use the same.
+
+use std::cell::RefCell;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use crate::crash::SCRATCH;
+
+thread_local! {
+    /// The directory of the run on this thread.
+    static CURRENT: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
+}
+
+/// The directory of the current run, for files that the setup makes and the check reads. Fresh for each run, and
+/// removed after it; with [`Way::Crash`](crate::Way::Crash) the process that is killed and the one that checks have
+/// the same.
+///
+/// # Panics
+///
+/// If the directory cannot be made, or outside a run: call it in the setup, the operation or the check, on the thread
+/// that explores.
+///
+/// # Examples
+///
+/// ```
+/// let report = cancel_safe_testing::Explore::new().run(
+///     async || cancel_safe_testing::scratch_dir().join("settings.json"),
+///     async |path| tokio::fs::read(path).await.unwrap_or_default(),
+///     async |path, _outcome| if path.exists() { Err("made a file".to_owned()) } else { Ok(()) },
+/// );
+/// report.assert_clean();
+/// ```
+#[must_use]
+pub fn scratch_dir() -> PathBuf {
+    let path = CURRENT.with_borrow(Clone::clone);
+    let Some(path) = path else { panic!("scratch_dir() was called outside a run") };
+    if let Err(error) = std::fs::create_dir_all(&path) {
+        panic!("{} could not be made: {error}", path.display());
+    }
+    path
+}
+
+/// The directory, while its run lasts.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    path: PathBuf,
+}
+
+impl Scratch {
+    pub(crate) fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let path = std::env::temp_dir().join(format!("cancel-safe-{}-{number}", std::process::id()));
+        CURRENT.set(Some(path.clone()));
+        Self { path }
+    }
+
+    /// The one handed down by the process that will check. It also removes it, so this is no guard.
+    pub(crate) fn inherit() {
+        CURRENT.set(std::env::var_os(SCRATCH).map(PathBuf::from));
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+        // Most runs never made it, and what cannot be removed is left to the system's care for temporary files.
+        drop(std::fs::remove_dir_all(&self.path));
+    }
+}
