@@ -37,6 +37,7 @@ pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
     /// How long the transaction may still last.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only a server needs to be told"))]
     pub(crate) remaining: Option<Duration>,
 }
 
@@ -46,8 +47,10 @@ pub struct Mode {
 pub enum CommitFailure {
     /// An earlier error had aborted the transaction; COMMIT was not sent.
     Aborted(sqlx::Error),
-    /// There was no transaction any more.
+    /// There was no transaction any more, and what it had done is rolled back.
     Lost(&'static str),
+    /// There was no transaction any more, and how its SQL had ended it is not known here.
+    Ended,
     /// The database refused and rolled back.
     Refused(sqlx::Error),
     /// COMMIT was sent and no answer came.

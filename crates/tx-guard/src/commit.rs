@@ -126,6 +126,10 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     let error = match failure {
         // The connection is in doubt as well, so it is closed by the drop of `open`.
         CommitFailure::Unknown(source) => return Err(TxError::Unknown { source }),
+        CommitFailure::Ended => {
+            drop(reaper::settle(open).await);
+            return Err(TxError::Lost { reason: "its SQL had ended the transaction already" });
+        }
         CommitFailure::Aborted(source) => TxError::Aborted { source },
         CommitFailure::Lost(reason) => TxError::Lost { reason },
         CommitFailure::Refused(source) => TxError::Database(source),

@@ -85,7 +85,7 @@ pub enum TxError {
         /// What the database said to the commit.
         source: sqlx::Error,
     },
-    /// The transaction ended behind the guard's back. Nothing was committed by the guard.
+    /// The transaction ended behind the guard's back. The guard has committed nothing.
     #[error("the transaction was lost: {reason}")]
     Lost {
         /// What ended it, as far as it can be told.
@@ -158,7 +158,7 @@ impl TxError {
     }
 
     /// The transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
-    /// [`Pending`](Self::Pending). Of all other errors it is certain that nothing was committed.
+    /// [`Pending`](Self::Pending). With any other error, the guard has committed nothing.
     #[must_use]
     pub fn is_unknown(&self) -> bool {
         matches!(self, Self::Unknown { .. } | Self::Pending(_))

@@ -4,15 +4,17 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::time::timeout;
 
 use crate::backend::Backend;
 use crate::commit;
+use crate::events::TxEvent;
 use crate::pool::PoolSource;
 use crate::reaper::{self, Open, Shield};
-use crate::{CommitError, OutcomeHandle, TxError};
+use crate::{CommitError, CommitOutcome, OutcomeHandle, TxError};
 
 /// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
 ///
@@ -246,7 +248,14 @@ impl<DB: Backend> TransactionGuard<DB> {
         let mut open = self.take();
         open.ticket.settling();
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
-        Shield::new(open.runtime.clone(), commit::commit(open, doomed))
+        let shared = Arc::clone(&open.shared);
+        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).or_late(move |ended| {
+            shared.teller.tell(TxEvent::LateOutcome(match ended {
+                Ok(()) => CommitOutcome::Committed,
+                Err(error) if error.is_unknown() => CommitOutcome::Unknown,
+                Err(_) => CommitOutcome::RolledBack,
+            }));
+        })
     }
 }
 
@@ -275,6 +284,7 @@ impl<DB: Backend> Drop for TransactionGuard<DB> {
     fn drop(&mut self) {
         if let Some(mut open) = self.open.take() {
             open.ticket.settling();
+            open.shared.teller.tell(TxEvent::ImplicitRollback);
             // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and
             // the connection is closed.
             drop(open.runtime.clone().spawn(reaper::settle(open)));

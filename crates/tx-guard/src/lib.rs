@@ -96,12 +96,14 @@
 //!
 //! - `sqlite` (default) and `postgres`: the databases. sqlx's runtime and TLS features are the application's to choose;
 //!   tokio is needed.
+//! - `tracing`: logs what [`TxPool::events`] tells.
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
 mod backend;
 mod commit;
 mod error;
+mod events;
 mod guard;
 mod pool;
 #[cfg(feature = "postgres")]
@@ -114,6 +116,7 @@ mod sqlite;
 pub use backend::{Backend, Isolation, Options};
 pub use commit::{CommitOutcome, OutcomeHandle};
 pub use error::{CommitError, TxError};
+pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use run::{Retry, Tx};

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 
 use crate::backend::{Backend, Mode, Options, Ownership};
 use crate::commit::OutcomeCell;
+use crate::events::{Teller, TxEvents};
 use crate::reaper::{Open, Shield, Ticket, Work};
 use crate::{TransactionGuard, TxError};
 
@@ -152,6 +153,12 @@ impl<DB: Backend> TxPool<DB> {
             }
         })
         .await
+    }
+
+    /// A listener to what the pool does from now on after its callers have gone. The feature `tracing` logs the same.
+    #[must_use]
+    pub fn events(&self) -> TxEvents {
+        self.shared.teller.listen()
     }
 
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
@@ -383,6 +390,7 @@ pub(crate) struct Shared<DB: Backend> {
     pub(crate) options: Arc<Options<DB>>,
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
+    pub(crate) teller: Teller,
 }
 
 enum Source<DB: Backend> {
@@ -392,7 +400,7 @@ enum Source<DB: Backend> {
 
 impl<DB: Backend> Shared<DB> {
     fn new(source: Source<DB>, options: Arc<Options<DB>>) -> Self {
-        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default() }
+        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default(), teller: Teller::new() }
     }
 
     async fn acquire(&self) -> Result<Held<DB>, TxError> {

@@ -130,9 +130,9 @@ impl Driver for Postgres {
         }
         // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
         // log, while sqlx still counts one: open an empty one for the rollback to end.
-        let lost = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
+        let ended = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
         match sqlx::raw_sql("BEGIN").execute(conn).await {
-            Ok(_) if lost => Err(CommitFailure::Lost("its SQL had ended the transaction already")),
+            Ok(_) if ended => Err(CommitFailure::Ended),
             Ok(_) | Err(_) => Err(CommitFailure::Refused(error)),
         }
     }

@@ -16,6 +16,7 @@ use tokio::time::timeout;
 
 use crate::backend::Backend;
 use crate::commit::OutcomeCell;
+use crate::events::TxEvent;
 use crate::pool::{Shared, Slot};
 
 /// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
@@ -32,11 +33,21 @@ pub(crate) struct Shield<T: Send + 'static> {
     future: Option<BoxFuture<'static, T>>,
     runtime: Handle,
     polled: bool,
+    late: Option<Late<T>>,
 }
+
+/// What is done with an output that has come too late for the caller.
+type Late<T> = Box<dyn FnOnce(T) + Send>;
 
 impl<T: Send + 'static> Shield<T> {
     pub(crate) fn new(runtime: Handle, future: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { future: Some(Box::pin(future)), runtime, polled: false }
+        Self { future: Some(Box::pin(future)), runtime, polled: false, late: None }
+    }
+
+    /// Hands the output to `late` if the caller has gone before it came.
+    pub(crate) fn or_late(mut self, late: impl FnOnce(T) + Send + 'static) -> Self {
+        self.late = Some(Box::new(late));
+        self
     }
 }
 
@@ -58,8 +69,14 @@ impl<T: Send + 'static> Future for Shield<T> {
 impl<T: Send + 'static> Drop for Shield<T> {
     fn drop(&mut self) {
         if let Some(future) = self.future.take_if(|_| self.polled) {
+            let late = self.late.take();
             // A runtime that has shut down drops the future here, and the slot inside closes its connection.
-            drop(self.runtime.spawn(future));
+            drop(self.runtime.spawn(async move {
+                let output = future.await;
+                if let Some(late) = late {
+                    late(output);
+                }
+            }));
         }
     }
 }
@@ -102,6 +119,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::
             if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
                 return ended;
             }
+            shared.teller.tell(TxEvent::CancelSent);
             // The cancel is polled first: a rollback that ends in the same moment must find it sent.
             let (acknowledged, ended) = join(DB::cancel(&shared.canceller, &shared.options, probe), rollback).await;
             ended?;
@@ -119,6 +137,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::
         }
         Ok(Err(error)) => Err(error),
         Err(_) => {
+            shared.teller.tell(TxEvent::SessionTerminated);
             let (_, probe) = open.slot.parts();
             // If this fails as well, the server finds out by itself that the client has closed.
             drop(timeout(SETTLE_LIMIT, DB::terminate(&shared.canceller, &shared.options, probe)).await);

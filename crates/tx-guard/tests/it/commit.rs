@@ -28,8 +28,12 @@ async fn a_raw_commit_inside_the_guard_is_caught<D: TestDb>() {
         }
         // SQLite's commit hook refuses it on the spot; PostgreSQL commits it, and the guard's own commit says so.
         drop(D::execute(&mut tx, "COMMIT".to_owned()).await);
+        let handle = tx.outcome_handle();
         let error = tx.commit().await.unwrap_err();
         assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+        // Whoever ended the transaction has not told the guard how.
+        let told = handle.outcome().await == CommitOutcome::Committed;
+        assert!(!told && (handle.outcome().await == CommitOutcome::Unknown || world.committed().await.is_empty()));
     }
     works_as_before(&world, &db).await;
     world.end(db).await;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxError, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxError, TxEvent, TxPool};
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Postgres, Sqlite};
@@ -237,4 +237,33 @@ async fn a_server_that_says_nothing_is_a_timeout() {
 async fn a_pool_of_no_connections_is_refused() {
     let error = TxPool::<Sqlite>::builder().max_connections(0).connect("sqlite::memory:").await.unwrap_err();
     assert!(matches!(error, TxError::InvalidOption { option: "max_connections", .. }));
+}
+
+#[tokio::test]
+async fn events_tell_what_happened_behind_the_callers_backs() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let mut events = db.events();
+    let mut tx = db.begin().await.unwrap();
+    let slow = Postgres::execute(&mut tx, Postgres::SLOW.to_owned());
+    assert!(tokio::time::timeout(Duration::from_millis(50), slow).await.is_err());
+    drop(tx);
+    assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
+    assert_eq!(events.next().await, Some(TxEvent::CancelSent));
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    drop(futures_util::FutureExt::now_or_never(tx.commit()));
+    assert_eq!(events.next().await, Some(TxEvent::LateOutcome(CommitOutcome::Committed)));
+    world.end(db).await;
+    assert_eq!(events.next().await, None);
+}
+
+#[tokio::test]
+async fn a_listener_that_is_too_slow_is_told_how_much_it_missed() {
+    let db = TxPool::<Sqlite>::connect("sqlite::memory:").await.unwrap();
+    let mut events = db.events();
+    for _ in 0..300 {
+        drop(db.begin().await.unwrap());
+    }
+    assert!(matches!(events.next().await, Some(TxEvent::Missed(missed)) if missed >= 44));
 }

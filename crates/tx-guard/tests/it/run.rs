@@ -58,7 +58,7 @@ async fn savepoints_nest<D: TestDb>() {
             })
             .await;
         assert!(matches!(inner, Err(TxError::Application(_))));
-        Ok(outer.savepoint(async |inner| Ok(world.insert(inner, 3).await?)).await?)
+        outer.savepoint(async |inner| Ok(world.insert(inner, 3).await?)).await
     })
     .await
     .unwrap();
@@ -149,7 +149,7 @@ async fn a_transaction_over_its_time_is_rolled_back<D: TestDb>() {
     let timeout = Duration::from_millis(100);
     let late = db.tx().timeout(timeout).retry(Retry::default()).run(async |tx| {
         world.insert(tx, 1).await?;
-        Ok(std::future::pending::<()>().await)
+        std::future::pending::<Result<(), TxError>>().await
     });
     let error = late.await.unwrap_err();
     assert!(matches!(error, TxError::Timeout { timeout: said } if said == timeout), "{error:?}");
@@ -173,7 +173,11 @@ async fn hooks_run_once_after_the_commit_alone<D: TestDb>() {
         let mut tx = db.begin().await.unwrap();
         world.insert(&mut tx, 1).await.unwrap();
         tx.after_commit(hook(1));
-        tx.savepoint(async |sp| Ok(sp.after_commit(hook(10)))).await.unwrap();
+        let kept = tx.savepoint(async |sp| {
+            sp.after_commit(hook(10));
+            Ok(())
+        });
+        kept.await.unwrap();
         let undone: Result<(), TxError> = tx
             .savepoint(async |sp| {
                 sp.after_commit(hook(100));

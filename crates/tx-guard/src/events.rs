@@ -1,0 +1,72 @@
+//! What happens behind the callers' backs, told to whoever wants to know.
+//!
+//! Invariant: telling never waits. A listener that is too slow misses events and is told how many.
+
+use tokio::sync::broadcast;
+use tokio::sync::broadcast::error::RecvError;
+
+use crate::CommitOutcome;
+
+/// How many events a listener may be behind before it misses some.
+const BACKLOG: usize = 256;
+
+/// Something the pool did after a caller had gone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum TxEvent {
+    /// A guard was dropped without a commit or a rollback; its transaction is being rolled back.
+    ImplicitRollback,
+    /// A statement still ran in a transaction that was dropped or rolled back, and was cancelled.
+    CancelSent,
+    /// A session did not come to rest in time and was closed.
+    SessionTerminated,
+    /// A commit whose caller had gone ended so.
+    LateOutcome(CommitOutcome),
+    /// The listener was too slow for so many events.
+    Missed(u64),
+}
+
+/// A listener. From [`TxPool::events`](crate::TxPool::events).
+#[derive(Debug)]
+pub struct TxEvents(broadcast::Receiver<TxEvent>);
+
+impl TxEvents {
+    /// The next event, or `None` when the pool and all its guards are gone.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, no event is lost.
+    pub async fn next(&mut self) -> Option<TxEvent> {
+        match self.0.recv().await {
+            Ok(event) => Some(event),
+            Err(RecvError::Lagged(missed)) => Some(TxEvent::Missed(missed)),
+            Err(RecvError::Closed) => None,
+        }
+    }
+}
+
+/// The telling half.
+#[derive(Debug)]
+pub(crate) struct Teller(broadcast::Sender<TxEvent>);
+
+impl Teller {
+    pub(crate) fn new() -> Self {
+        Self(broadcast::Sender::new(BACKLOG))
+    }
+
+    pub(crate) fn listen(&self) -> TxEvents {
+        TxEvents(self.0.subscribe())
+    }
+
+    pub(crate) fn tell(&self, event: TxEvent) {
+        #[cfg(feature = "tracing")]
+        match event {
+            TxEvent::SessionTerminated | TxEvent::LateOutcome(CommitOutcome::Unknown) => {
+                tracing::warn!(?event, "transaction");
+            }
+            _ => tracing::debug!(?event, "transaction"),
+        }
+        // Fails when nobody listens, which is no failure.
+        drop(self.0.send(event));
+    }
+}
