@@ -179,19 +179,17 @@ impl Application {
     ///     cx.cancelled().await;
     /// }
     /// async fn http(cx: WorkerContext) {
-    ///     # return;
     ///     cx.cancelled().await;
     /// }
     ///
-    /// let code = Application::new("shop")
+    /// let app = Application::new("shop")
     ///     .phase("storage", |phase| phase.worker("pool", pool).ready_within(Duration::from_secs(5)))
-    ///     .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)))
-    ///     # .worker_once("done", { let done = CancellationToken::new(); |_| async move { done.cancel() } });
-    ///     # use tokio_util::sync::CancellationToken;
-    ///     # let handle = code.shutdown_handle();
-    ///     # let code = code.worker("end", move |_| async move { handle.cancel() })
-    ///     .run();
-    /// # assert_eq!(code, std::process::ExitCode::SUCCESS);
+    ///     .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)));
+    /// # let stop = app.shutdown_handle();
+    /// # let app = app.worker("example", |_: WorkerContext| async move { stop.cancel() });
+    /// # assert_eq!(
+    /// app.run()
+    /// # , std::process::ExitCode::SUCCESS);
     /// ```
     pub fn phase(mut self, name: impl Into<String>, build: impl FnOnce(Phase) -> Phase) -> Self {
         self.phases.push(build(Phase::new(name.into())));

@@ -18,6 +18,9 @@ use crate::worker::WorkerContext;
 /// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
 const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
+/// The length in bytes of a group's path from which on only its own name is shown.
+const LONGEST_PATH: usize = 256;
+
 /// A group of named tasks.
 ///
 /// Dropping it cancels its tasks and those of the groups below it without any grace: futures at their next await,
@@ -226,14 +229,17 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         Ok(())
     }
 
-    /// Creates a group below this one: cancelled with it, and awaited by its [`wait`](Self::wait).
+    /// Creates a group below this one: cancelled with it, and awaited by its [`wait`](Self::wait). Its name is for the
+    /// report of an application.
     ///
     /// The outcomes of the tasks in it are for those who hold it. Wait for it, or drop it, before this one.
     pub fn child(&self, name: impl Into<String>) -> Self {
-        let name = name.into();
-        let path = match self.roster.path() {
-            "" => name,
-            above => format!("{above}/{name}"),
+        let (name, above) = (name.into(), self.roster.path());
+        // Only reports show a path. It stays short however deep the nesting.
+        let path = match self.roster.recorder() {
+            None => String::new(),
+            Some(_) if above.len() + name.len() > LONGEST_PATH => format!("…/{name}"),
+            Some(_) => format!("{above}/{name}"),
         };
         let recorder = self.roster.recorder().cloned();
         Self { roster: Roster::below(&self.node(), path, recorder), grace: self.grace }
@@ -353,8 +359,12 @@ impl Default for TaskGroup {
 
 impl<T: Send + 'static, E: Send + 'static> Drop for TaskGroup<T, E> {
     fn drop(&mut self) {
+        let root = self.node();
+        if root.is_gone() {
+            return;
+        }
         self.stop(StopReason::Requested, Instant::now());
-        abort_tree(&self.node());
+        abort_tree(&root);
     }
 }
 

@@ -1,4 +1,111 @@
 //! Applications, workers and task groups that end in order, by the deadline, and say how.
+//!
+//! # The problem
+//!
+//! A server that stops on Ctrl-C is a few lines, and they look right:
+//!
+//! ```no_run
+//! # use tokio_util::{sync::CancellationToken, task::TaskTracker};
+//! # async fn http(_: CancellationToken) {}
+//! # async fn outbox(_: CancellationToken) {}
+//! # #[tokio::main]
+//! # async fn main() -> std::io::Result<()> {
+//! let (token, tracker) = (CancellationToken::new(), TaskTracker::new());
+//! tracker.spawn(http(token.clone()));
+//! tracker.spawn(outbox(token.clone())); // If it panics, nobody notices.
+//! tokio::signal::ctrl_c().await?; // SIGTERM kills; so does a Ctrl-C before this line.
+//! token.cancel(); // Both at once: `http` still hands work to an `outbox` that is gone.
+//! tracker.close();
+//! tracker.wait().await; // For ever, if one of them ignores the token; a second Ctrl-C is lost.
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! And a timeout around the last line does not help against a task that never yields, nor against a blocking closure:
+//! the runtime waits for those when it is dropped. When the process is killed in the end, nobody has said which task
+//! was in the way.
+//!
+//! # The same, with an end
+//!
+//! ```
+//! use std::process::ExitCode;
+//! use std::time::Duration;
+//! use cancel_safe_shutdown::{Application, WorkerContext};
+//!
+//! async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
+//!     cx.cancelled().await;
+//!     cx.mark("flush"); // In the report, if it does not get any further.
+//!     Ok(())
+//! }
+//!
+//! async fn http(cx: WorkerContext) -> Result<(), std::io::Error> {
+//!     let connections = cx.group();
+//!     connections.spawn("connection 1", async { /* … */ }).map_err(std::io::Error::other)?;
+//!     cx.cancelled().await;
+//!     connections.wait().await;
+//!     Ok(())
+//! }
+//!
+//! fn main() -> ExitCode {
+//!     let app = Application::new("billing")
+//!         .phase("storage", |phase| phase.worker("outbox", outbox))
+//!         .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)))
+//!         .shutdown_timeout(Duration::from_secs(25))
+//!         .on_report(|report| eprintln!("{report}"));
+//!     # let stop = app.shutdown_handle();
+//!     # let app = app.worker("example", |_: WorkerContext| async move { stop.cancel() });
+//!     app.run()
+//! }
+//! ```
+//!
+//! # Guarantees
+//!
+//! | event | what happens |
+//! |---|---|
+//! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; never a kill by the system's default |
+//! | every worker ends in time | exit code 0, or what [`exit_code`](Application::exit_code) says |
+//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101 |
+//! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
+//! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
+//! | a second signal n, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
+//! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
+//! | several causes of a stop | the first is the reason; reason and flag change in one step |
+//! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
+//! | a task is spawned on a closed group | it comes back in the error, never polled |
+//! | any of these | each task is in the report exactly once |
+//!
+//! # Limitations
+//!
+//! - Nothing can stop a blocking closure that has begun, or a future that does not yield. They are named, and end with
+//!   the process.
+//! - [`serve`](Application::serve), inside a runtime of yours, cannot bound the drop of that runtime.
+//! - A handler of a signal stays for the life of the process: after the application has ended, SIGINT and SIGTERM do
+//!   nothing.
+//! - Signals are those of Unix. Elsewhere, and without the feature `signal`, an application stops by its
+//!   [handle](Application::shutdown_handle) and its workers; the last resort at the deadline is then
+//!   [`std::process::exit`], which runs `atexit` handlers.
+//! - Blocking closures that a worker starts without a group are not in the report; the worker that waits for one is.
+//!   After a clean stop they have 500 ms, within the budget, before the process ends.
+//! - With `panic = "abort"` a panic is the end.
+//! - The outcomes of a group are kept until they are asked for: read a long-lived group with
+//!   [`join_next`](TaskGroup::join_next).
+//!
+//! # Comparison
+//!
+//! - `TaskTracker` and a `CancellationToken`: the parts of the broken example. Right where every task is known to
+//!   listen, and nobody has to know which one did not.
+//! - [`JoinSet`](tokio::task::JoinSet): tasks without names; aborts, without a grace. Right for a batch of futures
+//!   inside one function.
+//! - `tokio::time::timeout` around a server: drops the accept loop and leaves the connections it has spawned.
+//!
+//! # Features
+//!
+//! | feature | |
+//! |---|---|
+//! | `signal` (default) | SIGINT and SIGTERM stop an [`Application`] |
+//! | `tracing` | events for restarts and for the report |
+//!
+//! The MSRV is 1.89; it is raised only in a minor release.
 
 mod application;
 mod group;

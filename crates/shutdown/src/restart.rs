@@ -155,3 +155,38 @@ async fn attempt(mut attempt: Attempt) -> End {
     })
     .await
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// In no period are there more restarts than allowed; a restart is refused only when there have been as many;
+        /// and the pauses double from the first to the longest.
+        #[test]
+        fn restarts_keep_to_their_intensity(
+            restarts in 0_u32..6,
+            within_ms in 1_u64..1000,
+            steps_ms in prop::collection::vec(0_u64..400, 0..200),
+        ) {
+            let (first, longest) = (Duration::from_millis(10), Duration::from_millis(75));
+            let within = Duration::from_millis(within_ms);
+            let mut window = Window::new(Restart::Always.intensity(restarts, within).backoff(first, longest));
+            let mut now = Instant::now();
+            let mut granted: Vec<Instant> = Vec::new();
+            for step in steps_ms {
+                now += Duration::from_millis(step);
+                let recent = granted.iter().filter(|then| now.duration_since(**then) < within).count();
+                let expected = [10, 20, 40, 75, 75, 75].map(Duration::from_millis);
+                let pause = window.grant(now);
+                prop_assert_eq!(pause, (recent < restarts as usize).then(|| expected[recent]));
+                if pause.is_some() {
+                    granted.push(now);
+                }
+                prop_assert!(window.restarted.len() <= restarts as usize);
+            }
+        }
+    }
+}

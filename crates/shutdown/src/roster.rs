@@ -29,7 +29,10 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     /// Lets no more tasks and groups in.
     fn close(&self);
     fn live(&self) -> Vec<Arc<Slot>>;
+    /// The groups below that have not ended for good.
     fn children(&self) -> Vec<Arc<dyn Node>>;
+    /// Whether the group has ended for good, with all below it.
+    fn is_gone(&self) -> bool;
     /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
     fn adopt(&self, child: Weak<dyn Node>) -> bool;
     /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
@@ -163,8 +166,8 @@ struct State<T, E> {
     vacant: Vec<usize>,
     ended: VecDeque<Ended<T, E>>,
     closed: bool,
-    /// Whether the parent has been told that this group has ended.
-    told_parent: bool,
+    /// Whether the group is closed and idle, which it then stays, and the parent has been told.
+    gone: bool,
     children: Vec<Weak<dyn Node>>,
     open_children: usize,
     /// Woken when a task ends, and when none is left.
@@ -208,7 +211,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::downgrade(parent))));
         let erased: Arc<dyn Node> = child.clone();
         if !parent.adopt(Arc::downgrade(&erased)) {
-            child.state().told_parent = true;
+            child.state().gone = true;
             child.close();
             if let Some(stopping) = parent.stop().get() {
                 child.stop.request(stopping.clone());
@@ -223,7 +226,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
             vacant: Vec::new(),
             ended: VecDeque::new(),
             closed: false,
-            told_parent: false,
+            gone: false,
             children: Vec::new(),
             open_children: 0,
             next_waiters: Vec::new(),
@@ -329,7 +332,7 @@ impl<T, E> Roster<T, E> {
     /// Whether this group has just ended for good; if so, the one above that has to be told.
     fn end(&self) -> Option<Arc<dyn Node>> {
         let mut state = self.state();
-        if !state.closed || !state.is_idle() || std::mem::replace(&mut state.told_parent, true) {
+        if !state.closed || !state.is_idle() || std::mem::replace(&mut state.gone, true) {
             return None;
         }
         drop(state);
@@ -359,7 +362,13 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
-        self.state().children.iter().filter_map(Weak::upgrade).collect()
+        let children: Vec<_> = self.state().children.iter().filter_map(Weak::upgrade).collect();
+        // Without this lock, so that no two groups are ever locked at once.
+        children.into_iter().filter(|child| !child.is_gone()).collect()
+    }
+
+    fn is_gone(&self) -> bool {
+        self.state().gone
     }
 
     fn adopt(&self, child: Weak<dyn Node>) -> bool {

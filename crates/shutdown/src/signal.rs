@@ -26,16 +26,24 @@ impl Signals {
         Ok(Self { source: signal_hook::iterator::Signals::new([SIGINT, SIGTERM])? })
     }
 
-    /// Calls `first` with the first signal and `second` with each that follows.
+    /// Calls `first` with the first signal and `second` with each that follows. A signal that has arrived already is
+    /// the first, and `first` has been called with it when this returns.
     pub(crate) fn forward(
         mut self,
         first: impl FnOnce(i32) + Send + 'static,
         mut second: impl FnMut(i32) + Send + 'static,
     ) -> io::Result<Forwarding> {
         let handle = self.source.handle();
+        let mut first = Some(first);
+        // Of two that came before anything could react, neither is an impatient second.
+        for signal in self.source.pending() {
+            first.take().into_iter().for_each(|first| first(signal));
+        }
         std::thread::Builder::new().name("shutdown-signals".to_owned()).spawn(move || {
             let mut signals = self.source.forever();
-            if let Some(signal) = signals.next() {
+            if let Some(first) = first
+                && let Some(signal) = signals.next()
+            {
                 first(signal);
             }
             signals.for_each(&mut second);

@@ -2,8 +2,8 @@
 //! budget. What it does not outlive itself, the watchdog finishes.
 
 use std::panic::Location;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use tokio::time::{Instant, timeout_at};
@@ -13,7 +13,7 @@ use crate::application::Phase;
 use crate::group::TaskGroup;
 use crate::report::{Ledger, Report, TaskReport};
 use crate::restart::{self, RestartPolicy, Work};
-use crate::roster::{Node, cut, tree};
+use crate::roster::{Node, cut, stop_tree, tree};
 use crate::stop::{Stop, StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
 use crate::voice::Voice;
@@ -27,13 +27,15 @@ pub(crate) struct Core {
     pub(crate) stop: Arc<Stop>,
     /// The total budget of a stop.
     pub(crate) budget: Duration,
-    pub(crate) drain_delay: Duration,
+    drain_delay: Duration,
     /// Cancelled to end a stop at once, where the process cannot simply be ended.
     pub(crate) hurry: CancellationToken,
     /// Whoever takes it ends the application; nobody else reports.
     voice: Mutex<Option<Voice>>,
     ledger: Arc<Ledger>,
-    started: Mutex<Vec<Arc<dyn Node>>>,
+    started: Mutex<Vec<Started>>,
+    /// Whether the supervisor has begun to stop the phases.
+    stopping: AtomicBool,
     /// How many workers have not ended.
     working: AtomicUsize,
 }
@@ -49,6 +51,7 @@ impl Core {
             voice: Mutex::default(),
             ledger: Arc::default(),
             started: Mutex::default(),
+            stopping: AtomicBool::new(false),
             working: AtomicUsize::new(workers),
         }
     }
@@ -78,10 +81,31 @@ impl Core {
 
     /// The groups of all phases that were started and those below them, closed.
     pub(crate) fn nodes(&self) -> Vec<Arc<dyn Node>> {
-        self.started().iter().flat_map(tree).collect()
+        self.started().iter().flat_map(|phase| tree(&phase.node)).collect()
     }
 
-    fn started(&self) -> std::sync::MutexGuard<'_, Vec<Arc<dyn Node>>> {
+    /// How long after a stop for this reason the first phase is told.
+    pub(crate) fn delay(&self, reason: &StopReason) -> Duration {
+        match reason {
+            StopReason::Signal(_) | StopReason::Requested => self.drain_delay,
+            _ => Duration::ZERO,
+        }
+    }
+
+    /// Tells the phase that is first to stop, if the supervisor has not got round to it: a worker that holds up the
+    /// runtime while it asks `is_cancelled` now and then is told all the same.
+    pub(crate) fn nudge(&self) {
+        let Some(Stopping { reason, deadline }) = self.stop.get() else { return };
+        let started = self.started();
+        if !self.stopping.load(Ordering::Acquire)
+            && let Some(last) = started.last()
+        {
+            let deadline = last.deadline(started.len(), *deadline);
+            stop_tree(&last.node, &Stopping { reason: reason.clone(), deadline });
+        }
+    }
+
+    fn started(&self) -> MutexGuard<'_, Vec<Started>> {
         self.started.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -101,9 +125,20 @@ pub(crate) struct Worker {
 }
 
 /// A phase whose workers run.
-struct Running {
-    group: TaskGroup,
+#[derive(Debug, Clone)]
+struct Started {
+    node: Arc<dyn Node>,
     timeout: Option<Duration>,
+}
+
+impl Started {
+    /// When the phase is cut if it is told to stop now and `left` phases have to stop until `deadline`.
+    fn deadline(&self, left: usize, deadline: Instant) -> Instant {
+        let remaining = deadline.saturating_duration_since(Instant::now());
+        // Without a timeout of its own, a phase gets an equal share of what remains.
+        let share = remaining / u32::try_from(left).unwrap_or(u32::MAX).max(1);
+        after(self.timeout.unwrap_or(share).min(remaining))
+    }
 }
 
 /// Runs the phases from the first start to the last end. Afterwards no worker is alive.
@@ -128,9 +163,9 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
 }
 
 /// Starts a phase and waits for it to be ready if it is to. A stop ends the waiting.
-async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> Running {
+async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> TaskGroup {
     let group = TaskGroup::of_workers(Arc::clone(&core.ledger), phase.name.clone());
-    core.started().push(group.node());
+    core.started().push(Started { node: group.node(), timeout: phase.timeout });
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
     for Worker { name, added_at, work } in phase.workers {
@@ -153,7 +188,7 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> Runnin
             core.request(StopReason::NotReady { phase: phase.name });
         }
     }
-    Running { group, timeout: phase.timeout }
+    group
 }
 
 /// Runs one worker to its last end, and stops the application if that was an error or a panic.
@@ -197,36 +232,33 @@ fn never_started(core: &Core, phase: Phase) {
 }
 
 /// Stops the phases, the last one first, each when the one after it has ended or was cut.
-async fn stop(core: &Core, running: &[Running]) {
+async fn stop(core: &Core, groups: &[TaskGroup]) {
     let Some(Stopping { reason, deadline }) = core.stop.get() else { return };
-    let asked_for = matches!(reason, StopReason::Signal(_) | StopReason::Requested);
-    let mut delay = if asked_for { core.drain_delay } else { Duration::ZERO };
-    for (earlier, phase) in running.iter().enumerate().rev() {
-        let now = Instant::now();
-        if now >= *deadline {
+    core.stopping.store(true, Ordering::Release);
+    let started = core.started().clone();
+    let mut delay = core.delay(reason);
+    for (earlier, (group, phase)) in groups.iter().zip(&started).enumerate().rev() {
+        if Instant::now() >= *deadline {
             break;
         }
-        // Without a timeout of its own, a phase gets an equal share of what remains.
-        let phases = u32::try_from(earlier + 1).unwrap_or(u32::MAX);
-        let timeout = phase.timeout.unwrap_or((*deadline - now) / phases);
-        let phase_deadline = after(timeout).min(*deadline);
+        let phase_deadline = phase.deadline(earlier + 1, *deadline);
         if !delay.is_zero() {
             // The delay runs inside the phase's time. Workers that end during it end it.
-            drop(timeout_at(after(delay).min(phase_deadline), phase.group.idle()).await);
+            let _elapsed = timeout_at(after(delay).min(phase_deadline), group.idle()).await;
             delay = Duration::ZERO;
         }
-        phase.group.stop(reason.clone(), phase_deadline);
-        phase.group.idle().await;
+        group.stop(reason.clone(), phase_deadline);
+        group.idle().await;
     }
-    cut_all(core, running).await;
+    cut_all(core, groups).await;
 }
 
 /// Ends whatever is left, all at once: there is no time for an order any more.
-async fn cut_all(core: &Core, running: &[Running]) {
+async fn cut_all(core: &Core, groups: &[TaskGroup]) {
     let reason = core.stop.get().map_or(StopReason::Requested, |stopping| stopping.reason.clone());
-    for phase in running.iter().rev() {
-        phase.group.stop(reason.clone(), Instant::now());
+    for group in groups.iter().rev() {
+        group.stop(reason.clone(), Instant::now());
     }
-    let nodes: Vec<_> = running.iter().rev().map(|phase| phase.group.node()).collect();
+    let nodes: Vec<_> = groups.iter().rev().map(TaskGroup::node).collect();
     cut(&nodes).await;
 }

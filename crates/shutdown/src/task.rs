@@ -92,6 +92,13 @@ impl<T, E> TaskOutput<T, E> for Result<T, E> {
     }
 }
 
+#[expect(private_interfaces, reason = "the trait behind `Never` is the only way to name the type, and no more")]
+impl<T, E> TaskOutput<T, E> for Never {
+    fn into_outcome(self) -> TaskOutcome<T, E> {
+        self
+    }
+}
+
 /// What a worker may return: nothing, or `Result<(), E>` with any error.
 pub trait WorkerOutput {
     /// Says whether the worker failed.
@@ -112,6 +119,24 @@ impl<E: Into<BoxError>> WorkerOutput for Result<(), E> {
     fn into_result(self) -> Result<(), BoxError> {
         self.map_err(Into::into)
     }
+}
+
+#[expect(private_interfaces, reason = "the trait behind `Never` is the only way to name the type, and no more")]
+impl WorkerOutput for Never {
+    fn into_result(self) -> Result<(), BoxError> {
+        self
+    }
+}
+
+/// The type of a `loop` without an end, and of a panic. Stable Rust has it, but names it only as what this returns.
+type Never = <fn() -> ! as Returning>::Value;
+
+trait Returning {
+    type Value;
+}
+
+impl<T> Returning for fn() -> T {
+    type Value = T;
 }
 
 /// What a task that outlived its grace was doing when it was cut.

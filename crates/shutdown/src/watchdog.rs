@@ -17,6 +17,8 @@ use crate::supervisor::Core;
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);
+/// How long the runtime may take to begin with a stop before it counts as wedged.
+const REACTION: Duration = Duration::from_millis(20);
 /// How long the callbacks may take when the process is about to be ended.
 const LAST_WORDS: Duration = Duration::from_millis(25);
 
@@ -66,7 +68,12 @@ fn watch(core: &Core, off: &AtomicBool) {
     }
     // Whoever cancelled the shutdown handle itself left no reason, and a wedged runtime will not give one.
     core.request(StopReason::Requested);
-    if sleep(core.budget.saturating_add(OVERTIME), off) {
+    let begun = Instant::now();
+    let delay = core.stop.get().map_or(Duration::ZERO, |stopping| core.delay(&stopping.reason));
+    if delay < core.budget && sleep(delay.saturating_add(REACTION), off) {
+        core.nudge();
+    }
+    if sleep((core.budget.saturating_add(OVERTIME)).saturating_sub(begun.elapsed()), off) {
         end_process(core, EXIT_STRAGGLERS);
         // The runtime has begun to report just in time. It gets as long as the watchdog would have taken.
         if sleep(SAMPLE + LAST_WORDS, off) {
@@ -95,13 +102,11 @@ pub(crate) fn end_process(core: &Core, code: u8) {
 
 /// Sleeps for `duration` and returns true, or returns false as soon as `off` is set.
 fn sleep(duration: Duration, off: &AtomicBool) -> bool {
-    // A duration beyond the clock's range is one that never ends.
-    let until = Instant::now().checked_add(duration);
+    let begun = Instant::now();
     while !off.load(Ordering::Acquire) {
-        match until.map(|until| until.saturating_duration_since(Instant::now())) {
-            Some(Duration::ZERO) => return true,
-            Some(rest) => thread::park_timeout(rest),
-            None => thread::park(),
+        match duration.saturating_sub(begun.elapsed()) {
+            Duration::ZERO => return true,
+            rest => thread::park_timeout(rest),
         }
     }
     false

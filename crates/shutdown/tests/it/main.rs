@@ -1,1 +1,40 @@
 //! The integration tests of `cancel-safe-shutdown`, one binary.
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+#![expect(
+    clippy::print_stderr,
+    clippy::print_stdout,
+    reason = "the child programs talk to their test, tests to whoever looks"
+)]
+
+mod application;
+mod cancel;
+mod child;
+mod group;
+mod signals;
+mod worker;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Counts itself for as long as it lives: what a task owns, and what must be gone when the task is said to have ended.
+#[derive(Clone, Default)]
+struct Alive(Arc<AtomicUsize>);
+
+impl Alive {
+    fn guest(&self) -> Guest {
+        self.0.fetch_add(1, Ordering::SeqCst);
+        Guest(Arc::clone(&self.0))
+    }
+
+    fn count(&self) -> usize {
+        self.0.load(Ordering::SeqCst)
+    }
+}
+
+struct Guest(Arc<AtomicUsize>);
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}

@@ -1,0 +1,177 @@
+//! The programs that are run as child processes and sent signals. Each says READY when it is where the test wants it.
+
+use std::future::pending;
+use std::io::Read;
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+use cancel_safe_shutdown::{Application, Restart, StopReason, WorkerContext};
+use tokio::runtime::Builder;
+
+/// The variable that makes this test binary one of the programs.
+pub(crate) const PROGRAM: &str = "SHUTDOWN_TEST_PROGRAM";
+/// The deadline of the programs that run into it.
+pub(crate) const DEADLINE: Duration = Duration::from_millis(800);
+/// How long the programs that must be stopped would go on.
+pub(crate) const STALL: Duration = Duration::from_secs(12);
+/// A deadline that nobody waits for.
+const FAR: Duration = Duration::from_secs(60);
+
+/// Does nothing as a test. With [`PROGRAM`] set, this process is the program of that name.
+#[test]
+fn child_program() {
+    let Ok(name) = std::env::var(PROGRAM) else { return };
+    let (_, program) = PROGRAMS.iter().find(|(known, _)| *known == name).unwrap();
+    let code = program();
+    // A test cannot return its exit code the way a `main` does.
+    let number = (0..=u8::MAX).find(|number| ExitCode::from(*number) == code).unwrap();
+    std::process::exit(number.into());
+}
+
+type Program = fn() -> ExitCode;
+
+const PROGRAMS: &[(&str, Program)] = &[
+    ("cooperative", || app(FAR).worker("good", cooperative).run()),
+    ("early", early),
+    ("ignores", || app(DEADLINE).worker("good", cooperative).worker("deaf", deaf).run()),
+    ("ignores for long", || app(FAR).worker("deaf", deaf).run()),
+    ("panics", || app(FAR).worker("good", cooperative).worker("broken", panics).run()),
+    ("fails", || app(FAR).worker("good", cooperative).worker("broken", fails).run()),
+    ("blocks in a group", || app(DEADLINE).worker("hasher", blocks_in_a_group).run()),
+    ("blocks elsewhere", || app(DEADLINE).worker("hasher", blocks_elsewhere).run()),
+    ("spins on many threads", || app(DEADLINE).worker("spin", spins).run()),
+    ("spins on one thread", || app(DEADLINE).runtime(Builder::new_current_thread()).worker("spin", spins).run()),
+    ("spins for long", || app(FAR).runtime(Builder::new_current_thread()).worker("spin", spins).run()),
+    ("drops slowly", || app(DEADLINE).runtime(Builder::new_current_thread()).worker("slow", drops_slowly).run()),
+    ("stops itself and spins", stops_itself_and_spins),
+    ("pauses the clock", || {
+        app(DEADLINE).runtime(Builder::new_current_thread()).worker("frozen", pauses_the_clock).run()
+    }),
+    ("reports for ever", || Application::new("child").worker("good", cooperative).on_report(|_| stall(STALL)).run()),
+    ("reports for ever at the deadline", || {
+        let app = Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf);
+        app.on_report(|_| stall(STALL)).run()
+    }),
+    ("overrides the code", || overriding(DEADLINE).worker("good", cooperative).run()),
+    ("overrides the code of a straggler", || overriding(DEADLINE).worker("deaf", deaf).run()),
+    ("completes", || app(FAR).worker("one", |_: WorkerContext| async {}).run()),
+    ("runs inside a runtime", || {
+        Builder::new_current_thread().build().unwrap().block_on(async { app(FAR).worker("good", cooperative).run() })
+    }),
+    ("fails past its restarts", || {
+        let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
+        app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
+    }),
+];
+
+fn app(deadline: Duration) -> Application {
+    Application::new("child").shutdown_timeout(deadline).on_report(|report| eprintln!("{report}"))
+}
+
+fn overriding(deadline: Duration) -> Application {
+    app(deadline).exit_code(|report| match report.reason() {
+        StopReason::Signal(number) => u8::try_from(128 + number).ok(),
+        _ => None,
+    })
+}
+
+fn ready() {
+    eprintln!("READY");
+}
+
+#[expect(clippy::disallowed_methods, reason = "a blocked thread is what the program is about")]
+fn stall(duration: Duration) {
+    std::thread::sleep(duration);
+}
+
+/// Tells that it is ready before it runs, and goes on when its standard input ends.
+fn early() -> ExitCode {
+    let app = app(FAR).worker("good", cooperative);
+    ready();
+    std::io::stdin().read_to_end(&mut Vec::new()).unwrap();
+    app.run()
+}
+
+async fn cooperative(cx: WorkerContext) {
+    ready();
+    cx.cancelled().await;
+}
+
+async fn deaf(cx: WorkerContext) {
+    ready();
+    cx.cancelled().await;
+    cx.mark("wait for ever");
+    eprintln!("STOPPING");
+    pending().await
+}
+
+async fn panics(_: WorkerContext) {
+    panic!("the pipe burst");
+}
+
+async fn fails(_: WorkerContext) -> Result<(), std::io::Error> {
+    Err(std::io::Error::other("the disk is full"))
+}
+
+async fn blocks_in_a_group(cx: WorkerContext) {
+    let group = cx.group();
+    let hash = |cx: WorkerContext| {
+        cx.mark("block 7");
+        ready();
+        stall(STALL);
+    };
+    group.spawn_blocking("hash", hash).unwrap();
+    cx.cancelled().await;
+    group.wait().await;
+}
+
+async fn blocks_elsewhere(_: WorkerContext) {
+    let hash = || {
+        ready();
+        stall(STALL);
+    };
+    tokio::task::spawn_blocking(hash).await.unwrap();
+}
+
+async fn spins(cx: WorkerContext) {
+    cx.mark("sum");
+    ready();
+    let begun = Instant::now();
+    while begun.elapsed() < STALL {
+        if cx.is_cancelled() {
+            eprintln!("STOPPING");
+            stall(STALL);
+        }
+    }
+}
+
+async fn drops_slowly(_: WorkerContext) {
+    struct Slow;
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            stall(STALL);
+        }
+    }
+    let _slow = Slow;
+    ready();
+    pending::<()>().await;
+}
+
+fn stops_itself_and_spins() -> ExitCode {
+    let app = app(DEADLINE).runtime(Builder::new_current_thread());
+    let handle = app.shutdown_handle();
+    let work = move |_: WorkerContext| async move {
+        handle.cancel();
+        stall(STALL);
+    };
+    app.worker("spin", work).run()
+}
+
+async fn pauses_the_clock(_: WorkerContext) {
+    tokio::time::pause();
+    ready();
+    // With a task that is always ready, the paused clock never advances.
+    loop {
+        tokio::task::yield_now().await;
+    }
+}

@@ -1,0 +1,334 @@
+//! Task groups: who ended how, and that nothing outlives its group.
+
+use std::future::pending;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use cancel_safe_shutdown::{BoxError, StragglerState, TaskGroup, TaskOutcome};
+use tokio::task::yield_now;
+use tokio::time::{Instant, sleep};
+
+use crate::Alive;
+
+const LONG: Duration = Duration::from_secs(3600);
+
+/// Waits until `condition` holds; the test's own limit is the bound.
+async fn until(condition: impl Fn() -> bool) {
+    while !condition() {
+        yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn the_fast_task_completes_and_the_slow_one_is_cancelled() {
+    let group = TaskGroup::new();
+    group
+        .spawn("fast".to_string(), async {
+            sleep(Duration::from_millis(100)).await;
+        })
+        .unwrap();
+    group
+        .spawn("slow".to_string(), async {
+            sleep(Duration::from_secs(10)).await;
+        })
+        .unwrap();
+
+    sleep(Duration::from_millis(200)).await;
+    group.cancel_all().await;
+
+    let result = group.wait().await;
+    assert_eq!(result.completed, ["fast"]);
+    assert_eq!(result.cancelled, ["slow"]);
+}
+
+#[tokio::test]
+async fn every_task_is_in_one_list() {
+    let group = TaskGroup::new();
+    group.spawn("returns", async {}).unwrap();
+    group.spawn("fails", async { Err(BoxError::from("no more")) }).unwrap();
+    group.spawn("panics", async { panic!("oh {}", "no") }).unwrap();
+    group.spawn_blocking("blocks", |_| ()).unwrap();
+    let result = group.wait().await;
+
+    assert_eq!(result.completed.len(), 2);
+    assert!(result.completed.contains(&"returns".to_owned()) && result.completed.contains(&"blocks".to_owned()));
+    assert_eq!(result.failed[0].0, "fails");
+    assert_eq!(result.failed[0].1.to_string(), "no more");
+    assert_eq!(result.panicked, [("panics".to_owned(), "oh no".to_owned())]);
+    assert!(result.cancelled.is_empty() && result.stragglers.is_empty() && !result.is_clean());
+}
+
+#[tokio::test]
+async fn a_panic_says_where_its_task_was_spawned() {
+    let mut group = TaskGroup::new();
+    let line = line!() + 1;
+    group.spawn("broken", async { panic!("gone") }).unwrap();
+    let (name, outcome) = group.join_next().await.unwrap();
+    assert_eq!(name, "broken");
+    assert!(matches!(outcome, TaskOutcome::Panicked { message, location, .. }
+            if message == "gone" && location.line() == line && location.file().ends_with("group.rs")));
+}
+
+#[tokio::test]
+async fn join_next_returns_each_outcome_once() {
+    let mut group = TaskGroup::<usize, String>::with_results();
+    for number in 0..100 {
+        group
+            .spawn(format!("{number}"), async move { if number % 2 == 0 { Ok(number) } else { Err("odd".into()) } })
+            .unwrap();
+    }
+    let mut seen = vec![0; 100];
+    while let Some((name, outcome)) = group.join_next().await {
+        let number: usize = name.parse().unwrap();
+        seen[number] += 1;
+        let expected =
+            if number.is_multiple_of(2) { TaskOutcome::Completed(number) } else { TaskOutcome::Failed("odd".into()) };
+        assert_eq!(outcome, expected);
+    }
+    assert_eq!(seen, vec![1; 100]);
+    assert!(group.is_empty());
+}
+
+#[tokio::test]
+async fn a_closed_group_hands_the_future_back_unpolled() {
+    let group = TaskGroup::new();
+    group.cancel_all().await;
+
+    let rejected = group.spawn("late", async {}).unwrap_err();
+    assert_eq!(rejected.name(), "late");
+    assert_eq!(rejected.to_string(), "task `late` was not started: its group is closed");
+    rejected.into_inner().await;
+    assert!(group.spawn_with("late", |_| async {}).is_err());
+    assert!(group.spawn_blocking("late", |_| ()).is_err());
+    assert!(group.child("late").spawn("later", async {}).is_err());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_with_a_context_has_its_grace_and_a_plain_one_has_none() {
+    let group = TaskGroup::new().grace(Duration::from_secs(5));
+    let begun = Instant::now();
+    group
+        .spawn_with("orderly", move |cx| async move {
+            cx.cancelled().await;
+            assert!(cx.is_cancelled() && cx.reason().is_some());
+            assert_eq!(cx.deadline(), Some(begun + Duration::from_secs(5)));
+            sleep(Duration::from_secs(3)).await;
+        })
+        .unwrap();
+    group.spawn("plain", pending::<()>()).unwrap();
+    yield_now().await;
+
+    group.cancel_all().await;
+    assert_eq!(begun.elapsed(), Duration::from_secs(3));
+    let result = group.wait().await;
+    assert_eq!((result.completed, result.cancelled), (vec!["orderly".to_owned()], vec!["plain".to_owned()]));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_task_that_outlives_the_grace_is_aborted_and_named() {
+    let alive = Alive::default();
+    let group = TaskGroup::new();
+    let guest = alive.guest();
+    let line = line!() + 1;
+    let deaf = group.spawn_with("deaf", |cx| async move {
+        let _guest = guest;
+        cx.mark("first");
+        cx.mark("second");
+        pending::<()>().await;
+    });
+    deaf.unwrap();
+    yield_now().await;
+
+    let begun = Instant::now();
+    let result = group.shutdown(Duration::from_secs(2)).await;
+    assert!(begun.elapsed() >= Duration::from_secs(2) && begun.elapsed() < Duration::from_secs(3));
+    let [straggler] = &result.stragglers[..] else { panic!("{result:?}") };
+    assert_eq!((straggler.name.as_str(), straggler.spawned_at.line()), ("deaf", line));
+    assert_eq!(straggler.last_mark.as_deref(), Some("second"));
+    assert_eq!(straggler.state, StragglerState::ParkedAtAwait);
+    assert_eq!(alive.count(), 0, "the future is still there");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_cannot_be_stopped_is_named_and_does_not_hold_the_group() {
+    let group = TaskGroup::new();
+    let release = Arc::new(AtomicBool::new(false));
+    let (begun, running) = mpsc::channel();
+    let (released, sender) = (Arc::clone(&release), begun.clone());
+    group
+        .spawn("spins", async move {
+            sender.send(()).unwrap();
+            while !released.load(Ordering::Acquire) {
+                std::hint::spin_loop();
+            }
+        })
+        .unwrap();
+    let released = Arc::clone(&release);
+    group
+        .spawn_blocking("blocks", move |cx| {
+            begun.send(()).unwrap();
+            while !released.load(Ordering::Acquire) {
+                std::hint::spin_loop();
+            }
+            assert!(cx.is_cancelled());
+        })
+        .unwrap();
+    running.recv().unwrap();
+    running.recv().unwrap();
+
+    let mut result = group.shutdown(Duration::from_millis(10)).await;
+    release.store(true, Ordering::Release);
+    result.stragglers.sort_by_key(|straggler| straggler.name.clone());
+    let found: Vec<_> = result.stragglers.iter().map(|it| (it.name.as_str(), it.state)).collect();
+    assert_eq!(found, [("blocks", StragglerState::BlockingClosure), ("spins", StragglerState::BlockedInPoll)]);
+    assert!(result.completed.is_empty() && result.cancelled.is_empty());
+}
+
+#[tokio::test]
+async fn dropping_a_group_drops_its_tasks_and_those_below() {
+    let alive = Alive::default();
+    let group = TaskGroup::new();
+    let child = group.child("nested");
+    let (one, two, three) = (alive.guest(), alive.guest(), alive.guest());
+    group.spawn("plain", async move { (one, pending::<()>().await).1 }).unwrap();
+    group.spawn_with("context", |_| async move { (two, pending::<()>().await).1 }).unwrap();
+    child.spawn("below", async move { (three, pending::<()>().await).1 }).unwrap();
+    yield_now().await;
+
+    drop(group);
+    until(|| alive.count() == 0).await;
+    assert_eq!(child.wait().await.cancelled, ["below"]);
+}
+
+#[tokio::test]
+async fn a_blocking_closure_that_has_not_begun_is_dropped_by_a_cancel() {
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    let (release, wait) = mpsc::channel::<()>();
+    let result = runtime.spawn(async move {
+        let (begun, running) = mpsc::channel();
+        let gate = tokio::task::spawn_blocking(move || {
+            begun.send(()).unwrap();
+            wait.recv().unwrap_err();
+        });
+        running.recv().unwrap();
+        let group = TaskGroup::new();
+        group.spawn_blocking("queued", |_| ()).unwrap();
+        let cancelling = async {
+            group.cancel_all().await;
+            group.wait().await
+        };
+        let (result, ()) = tokio::join!(cancelling, async {
+            drop(release);
+            gate.await.unwrap();
+        });
+        result
+    });
+    let result = std::thread::spawn(move || runtime.block_on(result).unwrap()).join().unwrap();
+    assert_eq!(result.cancelled, ["queued"]);
+}
+
+#[tokio::test]
+async fn waiting_for_a_group_waits_for_the_groups_below() {
+    let group = TaskGroup::new();
+    let child = group.child("nested");
+    let (send, receive) = tokio::sync::oneshot::channel::<()>();
+    child.spawn("below", async { drop(receive.await) }).unwrap();
+    let waiting = tokio::spawn(group.wait());
+    yield_now().await;
+    assert!(!waiting.is_finished());
+    send.send(()).unwrap();
+    assert_eq!(child.wait().await.completed, ["below"]);
+    assert!(waiting.await.unwrap().completed.is_empty());
+}
+
+#[tokio::test]
+async fn groups_nested_10_000_deep_are_cancelled_and_dropped() {
+    let alive = Alive::default();
+    let root = TaskGroup::new();
+    let mut groups = vec![root.child("0")];
+    for depth in 1..10_000 {
+        let child = groups[depth - 1].child("below");
+        groups.push(child);
+    }
+    let guest = alive.guest();
+    groups[9_999].spawn("deepest", async move { (guest, pending::<()>().await).1 }).unwrap();
+    yield_now().await;
+    root.cancel_all().await;
+    assert_eq!(alive.count(), 0);
+    assert!(root.wait().await.is_clean());
+    // From the root down, which is the order that would recurse if a group owned those below.
+    drop(groups);
+}
+
+#[tokio::test]
+async fn a_task_that_can_only_panic_or_loop_needs_no_type() {
+    let group = TaskGroup::new();
+    group
+        .spawn("loops", async {
+            loop {
+                yield_now().await;
+            }
+        })
+        .unwrap();
+    group.spawn("panics", async { panic!("at once") }).unwrap();
+    yield_now().await;
+    let result = group.shutdown(LONG).await;
+    assert_eq!((result.cancelled.len(), result.panicked.len()), (1, 1));
+}
+
+#[tokio::test]
+async fn a_scope_waits_for_its_tasks() {
+    let alive = Alive::default();
+    let (value, result) = TaskGroup::scope(async |group| {
+        let guest = alive.guest();
+        group.spawn("inside", async { (guest, yield_now().await).1 }).unwrap();
+        7
+    })
+    .await;
+    assert_eq!((value, alive.count()), (7, 0));
+    assert_eq!(result.completed, ["inside"]);
+}
+
+#[test]
+fn tasks_cut_by_the_end_of_their_runtime_are_told() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let mut group = TaskGroup::new();
+    {
+        let _entered = runtime.enter();
+        group.spawn("orphan", pending::<()>()).unwrap();
+    }
+    drop(runtime);
+    let other = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (name, outcome) = other.block_on(group.join_next()).unwrap();
+    assert_eq!(name, "orphan");
+    assert!(matches!(outcome, TaskOutcome::Aborted));
+}
+
+#[tokio::test]
+async fn a_destructor_that_panics_ends_its_task_all_the_same() {
+    struct Bomb;
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("in a destructor");
+        }
+    }
+    let group = TaskGroup::new();
+    let bomb = Bomb;
+    group.spawn("bomb", async move { (bomb, pending::<()>().await).1 }).unwrap();
+    yield_now().await;
+    let result = group.shutdown(LONG).await;
+    assert_eq!(result.cancelled, ["bomb"]);
+}
+
+#[tokio::test]
+async fn a_task_is_told_to_have_ended_only_when_its_values_are_gone() {
+    let alive = Alive::default();
+    for _ in 0..1000 {
+        let mut group = TaskGroup::new();
+        let guest = alive.guest();
+        group.spawn("owner", async move { (guest, yield_now().await).1 }).unwrap();
+        group.join_next().await.unwrap();
+        assert_eq!(alive.count(), 0);
+    }
+}

@@ -1,0 +1,264 @@
+//! Real signals to real processes: the exit code, the time it took and what was reported.
+
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::child::{DEADLINE, PROGRAM, STALL};
+
+/// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
+/// which waits for its straggler is caught.
+const PATIENCE: Duration = Duration::from_secs(6);
+
+/// A running program.
+struct Program {
+    child: Child,
+    lines: Receiver<String>,
+    stderr: String,
+}
+
+/// How a program ended.
+struct Exit {
+    code: Option<i32>,
+    elapsed: Duration,
+    stderr: String,
+}
+
+impl Program {
+    /// Starts a program and waits until it is ready.
+    fn ready(name: &str) -> Self {
+        let mut program = Self::start(name);
+        program.wait_for("READY");
+        program
+    }
+
+    fn start(name: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "child::child_program", "--nocapture"])
+            .env(PROGRAM, name)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stderr = BufReader::new(child.stderr.take().unwrap());
+        let (send, lines) = channel();
+        // Ends with the program, or when the test stops listening.
+        std::thread::spawn(move || stderr.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        Self { child, lines, stderr: String::new() }
+    }
+
+    fn wait_for(&mut self, wanted: &str) {
+        while !self.stderr.contains(wanted) {
+            let line = self.lines.recv_timeout(PATIENCE);
+            self.stderr += &line.unwrap_or_else(|_| panic!("no {wanted:?} in {:?}", self.stderr));
+            self.stderr.push('\n');
+        }
+    }
+
+    fn send(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Sends a signal and waits for the end.
+    fn end_by(self, signal: Signal) -> Exit {
+        let sent = Instant::now();
+        self.send(signal);
+        self.end(sent)
+    }
+
+    /// Waits for the end, which closes the standard error.
+    fn end(mut self, since: Instant) -> Exit {
+        drop(self.child.stdin.take());
+        loop {
+            match self.lines.recv_timeout(PATIENCE) {
+                Ok(line) => self.stderr = self.stderr + &line + "\n",
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    self.child.kill().unwrap();
+                    panic!("still running after {:?}: {}", since.elapsed(), self.stderr);
+                }
+            }
+        }
+        let code = self.child.wait().unwrap().code();
+        Exit { code, elapsed: since.elapsed(), stderr: self.stderr }
+    }
+}
+
+impl Exit {
+    /// Asserts the code and each of the texts in what was reported.
+    #[track_caller]
+    fn assert(&self, code: i32, texts: &[&str]) {
+        assert_eq!(self.code, Some(code), "{}", self.stderr);
+        for text in texts {
+            assert!(self.stderr.contains(text), "no {text:?} in {}", self.stderr);
+        }
+    }
+
+    /// Asserts that the deadline was waited for and then kept.
+    #[track_caller]
+    fn assert_by_deadline(&self) {
+        println!("{:?} past the deadline", self.elapsed.saturating_sub(DEADLINE));
+        assert!(self.elapsed >= DEADLINE, "ended after {:?}, before its deadline", self.elapsed);
+        assert!(self.elapsed < PATIENCE, "ended after {:?}", self.elapsed);
+    }
+}
+
+const _: () = assert!(PATIENCE.as_secs() < STALL.as_secs());
+
+#[test]
+fn a_cooperative_stop_by_sigterm_exits_0() {
+    let exit = Program::ready("cooperative").end_by(Signal::TERM);
+    exit.assert(0, &["stopped by SIGTERM", "worker `good` of `main`: completed"]);
+}
+
+#[test]
+fn a_cooperative_stop_by_sigint_exits_0() {
+    let exit = Program::ready("cooperative").end_by(Signal::INT);
+    exit.assert(0, &["stopped by SIGINT", "worker `good` of `main`: completed"]);
+}
+
+#[test]
+fn a_signal_between_new_and_run_stops_before_anything_starts() {
+    let exit = Program::ready("early").end_by(Signal::TERM);
+    exit.assert(0, &["stopped by SIGTERM", "worker `good` of `main`: cancelled"]);
+    assert_eq!(exit.stderr.matches("READY").count(), 1, "the worker was started");
+}
+
+#[test]
+fn a_worker_that_ignores_its_token_is_cut_at_the_deadline_and_named() {
+    let exit = Program::ready("ignores").end_by(Signal::INT);
+    exit.assert_by_deadline();
+    exit.assert(
+        70,
+        &[
+            "worker `deaf` of `main`: aborted, parked at an await, spawned at",
+            "child.rs:",
+            "last mark `wait for ever`",
+            "worker `good` of `main`: completed",
+        ],
+    );
+}
+
+#[test]
+fn a_second_sigint_exits_130_at_once() {
+    let mut program = Program::ready("ignores for long");
+    program.send(Signal::INT);
+    // The first has arrived, so that the system does not merge the two into one.
+    program.wait_for("STOPPING");
+    let exit = program.end_by(Signal::INT);
+    println!("{:?} after the second signal", exit.elapsed);
+    exit.assert(130, &["stopped by SIGINT", "exit code 130", "worker `deaf`", "parked at an await"]);
+}
+
+#[test]
+fn a_second_signal_exits_even_if_the_runtime_is_wedged() {
+    let mut program = Program::ready("spins for long");
+    program.send(Signal::INT);
+    // Told by the watchdog: the runtime is held up.
+    program.wait_for("STOPPING");
+    let exit = program.end_by(Signal::TERM);
+    exit.assert(143, &["stopped by SIGINT", "worker `spin` of `main`: abandoned, blocked inside a poll"]);
+}
+
+#[test]
+fn a_panic_exits_101_with_its_message() {
+    let exit = Program::start("panics").end(Instant::now());
+    exit.assert(101, &["worker `broken` panicked", "panicked: the pipe burst", "worker `good` of `main`: completed"]);
+}
+
+#[test]
+fn an_error_exits_1_with_its_cause() {
+    let exit = Program::start("fails").end(Instant::now());
+    exit.assert(1, &["worker `broken` failed", "failed: the disk is full", "worker `good` of `main`: completed"]);
+}
+
+#[test]
+fn an_error_past_the_restarts_exits_1() {
+    Program::start("fails past its restarts").end(Instant::now()).assert(1, &["failed: the disk is full"]);
+}
+
+#[test]
+fn a_blocking_closure_of_a_group_is_named_at_the_deadline() {
+    let exit = Program::ready("blocks in a group").end_by(Signal::INT);
+    exit.assert_by_deadline();
+    exit.assert(
+        70,
+        &[
+            "task `hash` of `hasher`: abandoned, inside a blocking closure, spawned at",
+            "last mark `block 7`",
+            "worker `hasher` of `main`: aborted, parked at an await",
+        ],
+    );
+}
+
+#[test]
+fn a_blocking_closure_that_nobody_named_does_not_hold_the_process() {
+    let exit = Program::ready("blocks elsewhere").end_by(Signal::INT);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `hasher` of `main`: aborted, parked at an await"]);
+}
+
+#[test]
+fn a_worker_that_never_yields_is_named_on_a_multi_thread_runtime() {
+    let exit = Program::ready("spins on many threads").end_by(Signal::INT);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `spin` of `main`: abandoned, blocked inside a poll", "last mark `sum`"]);
+}
+
+#[test]
+fn a_worker_that_never_yields_is_named_on_a_current_thread_runtime() {
+    let exit = Program::ready("spins on one thread").end_by(Signal::INT);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `spin` of `main`: abandoned, blocked inside a poll", "last mark `sum`"]);
+}
+
+#[test]
+fn a_destructor_that_blocks_does_not_hold_the_process() {
+    let exit = Program::ready("drops slowly").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `slow` of `main`"]);
+}
+
+#[test]
+fn a_handle_cancelled_by_a_wedged_worker_starts_the_deadline() {
+    let exit = Program::start("stops itself and spins").end(Instant::now());
+    exit.assert_by_deadline();
+    exit.assert(70, &["stopped by a request", "worker `spin` of `main`: abandoned, blocked inside a poll"]);
+}
+
+#[test]
+fn a_paused_clock_does_not_hold_the_watchdog() {
+    let exit = Program::ready("pauses the clock").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `frozen` of `main`"]);
+}
+
+#[test]
+fn a_report_callback_that_hangs_is_not_waited_for() {
+    Program::ready("reports for ever").end_by(Signal::TERM).assert(0, &[]);
+    let exit = Program::ready("reports for ever at the deadline").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &[]);
+}
+
+#[test]
+fn the_exit_code_can_be_overridden_only_if_all_ended_in_time() {
+    Program::ready("overrides the code").end_by(Signal::INT).assert(130, &["exit code 130"]);
+    Program::ready("overrides the code").end_by(Signal::TERM).assert(143, &["exit code 143"]);
+    Program::ready("overrides the code of a straggler").end_by(Signal::INT).assert(70, &["exit code 70"]);
+}
+
+#[test]
+fn an_application_whose_workers_have_completed_exits_0() {
+    Program::start("completes").end(Instant::now()).assert(0, &["stopped by all workers have completed"]);
+}
+
+#[test]
+fn an_application_inside_a_runtime_is_not_started() {
+    let exit = Program::start("runs inside a runtime").end(Instant::now());
+    exit.assert(71, &["not started: an application cannot own a runtime inside another runtime"]);
+}
