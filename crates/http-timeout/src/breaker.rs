@@ -173,10 +173,12 @@ struct Shared {
 }
 
 impl Shared {
+    #[inline]
     fn now(&self) -> Nanos {
         nanos(self.epoch.elapsed())
     }
 
+    #[inline]
     fn admit(&self) -> Result<Admission, CircuitOpen> {
         let (admission, transition) =
             self.circuit.admit(|| self.now()).map_err(|retry_after| CircuitOpen { retry_after })?;

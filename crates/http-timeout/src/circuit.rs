@@ -135,6 +135,7 @@ impl Circuit {
     /// Admits a call, or says how long it should wait before it asks again.
     ///
     /// The clock is a closure because a closed circuit without a slow-call rule does not need to read it.
+    #[inline]
     pub(crate) fn admit(&self, now: impl Fn() -> Nanos) -> Result<(Admission, Option<Transition>), Duration> {
         let word = self.word.load(Ordering::Acquire);
         if word & STATE == CLOSED {

@@ -17,7 +17,7 @@ pub(crate) type Nanos = u64;
 /// A time window is this many buckets; it slides by one bucket at a time.
 const BUCKETS: usize = 10;
 
-/// Threads that record at once each lock a stripe of their own, up to this many.
+/// Threads that record at once each lock a stripe of their own, up to this many; a power of two.
 const STRIPES: usize = 4;
 
 /// What a window covers.
@@ -93,8 +93,18 @@ struct Slots {
     reason = "the large variant is the usual one, and in place it is one cache miss less"
 )]
 enum Store {
-    Time { bucket: Nanos, epoch: u64, buckets: [Counts; BUCKETS] },
-    Count { ring: Box<[Option<Tally>]>, next: usize, total: Counts },
+    /// `ends` is when the bucket of `epoch` does.
+    Time {
+        bucket: Nanos,
+        epoch: u64,
+        ends: Nanos,
+        buckets: [Counts; BUCKETS],
+    },
+    Count {
+        ring: Box<[Option<Tally>]>,
+        next: usize,
+        total: Counts,
+    },
 }
 
 impl Window {
@@ -106,8 +116,8 @@ impl Window {
 
     /// Records a result of `generation`; a stripe that has moved on to a later generation ignores it.
     pub(crate) fn record(&self, generation: u64, now: Nanos, tally: Tally) {
-        // With one stripe or several, `% len` of a power of two is a mask; the index cannot be out of range.
-        let mut slots = self.stripes[thread_index() % self.stripes.len()].lock();
+        // The number of stripes is a power of two, and a mask is cheaper than a remainder.
+        let mut slots = self.stripes[thread_index() & (self.stripes.len() - 1)].lock();
         if slots.generation > generation {
             return;
         }
@@ -141,7 +151,8 @@ impl Slots {
     fn new(span: Span) -> Self {
         let store = match span {
             Span::Time { bucket } => {
-                Store::Time { bucket: bucket.max(1), epoch: 0, buckets: [Counts::default(); BUCKETS] }
+                let bucket = bucket.max(1);
+                Store::Time { bucket, epoch: 0, ends: bucket, buckets: [Counts::default(); BUCKETS] }
             }
             Span::Count(size) => {
                 Store::Count { ring: vec![None; size.max(1)].into(), next: 0, total: Counts::default() }
@@ -166,15 +177,18 @@ impl Slots {
 impl Store {
     fn add(&mut self, now: Nanos, tally: Tally) {
         match self {
-            Self::Time { bucket, epoch, buckets } => {
-                // A thread that read the clock before another may come after it; it then counts in the newer bucket.
-                let current = (now / *bucket).max(*epoch);
-                let passed = (current - *epoch).min(BUCKETS as u64);
-                for expired in (current - passed + 1)..=current {
-                    buckets[(expired % BUCKETS as u64) as usize] = Counts::default();
+            Self::Time { bucket, epoch, ends, buckets } => {
+                // The usual case, the bucket of the last call, must not pay for a division. A thread that read the
+                // clock before another but comes after it counts in the newer bucket too.
+                if now >= *ends {
+                    let current = now / *bucket;
+                    let passed = (current - *epoch).min(BUCKETS as u64);
+                    for expired in (current - passed + 1)..=current {
+                        buckets[(expired % BUCKETS as u64) as usize] = Counts::default();
+                    }
+                    (*epoch, *ends) = (current, (current + 1).saturating_mul(*bucket));
                 }
-                *epoch = current;
-                buckets[(current % BUCKETS as u64) as usize].add(tally);
+                buckets[(*epoch % BUCKETS as u64) as usize].add(tally);
             }
             Self::Count { ring, next, total } => {
                 if let Some(oldest) = ring[*next].replace(tally) {
@@ -188,7 +202,7 @@ impl Store {
 
     fn sum(&self, now: Nanos) -> Counts {
         match self {
-            Self::Time { bucket, epoch, buckets } => {
+            Self::Time { bucket, epoch, buckets, .. } => {
                 let current = (now / *bucket).max(*epoch);
                 let mut sum = Counts::default();
                 // Bucket i of the ring holds the one epoch of (epoch - 10, epoch] that is congruent to it.
