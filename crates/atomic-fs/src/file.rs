@@ -1,6 +1,6 @@
 //! The writer: content arrives in pieces, and becomes the target as a whole.
 //!
-//! Invariant: at most two buffers of 1 MiB, whatever the size; one fills while the other is written by a blocking job.
+//! Invariant: at most three buffers of 1 MiB, whatever the size; one fills while others are on their way to the disk.
 //! What a dropped `write_all` had taken in is taken back, so that content never has a piece of a piece.
 
 use std::fmt;
@@ -16,6 +16,7 @@ use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, coop};
 
 use crate::commit::{Gate, Job, cut_short};
+use crate::lane::{Lane, Piece};
 use crate::staged::{CHUNK_BYTES, Staged};
 use crate::{Error, WriteOptions};
 
@@ -27,8 +28,8 @@ const FIRST_BUFFER_BYTES: usize = 8 << 10;
 /// Dropped without a commit it leaves the target as it was and removes its temporary file at once, or, if a piece is
 /// just being written, as soon as that piece is.
 ///
-/// Memory: up to 1 MiB of content is held back; from there on two buffers of 1 MiB take turns. Content is written to
-/// the disk through the blocking pool of the runtime on which the writer was opened, one job a buffer.
+/// Memory: up to 1 MiB of content is held back; from there on up to three buffers of 1 MiB take turns. They are written
+/// by the blocking pool of the runtime on which the writer was opened, by one job as long as content keeps coming.
 ///
 /// It implements [`AsyncWrite`], so that it can be the end of a [`tokio::io::copy`]. There `flush` and `shutdown` do
 /// nothing: neither makes content visible, only a commit does.
@@ -59,8 +60,7 @@ pub struct AtomicFileWriter {
     stage: Stage,
     /// Content that is not yet on its way to the file.
     buffer: Vec<u8>,
-    /// An empty buffer that has been used before.
-    spare: Vec<u8>,
+    lane: Arc<Lane>,
     /// Where in the file the buffer begins.
     base: u64,
 }
@@ -68,8 +68,8 @@ pub struct AtomicFileWriter {
 /// Who has the new file.
 enum Stage {
     Idle(Box<Staged>),
-    /// A job, which hands it back together with the buffer that it has written.
-    Busy(Job<(Box<Staged>, Vec<u8>)>),
+    /// A job that writes buffers, and hands it back when there are no more.
+    Busy(Job<Box<Staged>>),
     /// Nobody: it was committed or discarded, or a write failed.
     Gone,
 }
@@ -202,8 +202,7 @@ impl AtomicFileWriter {
             return Poll::Ready(Err(self.broken()));
         }
         if self.buffer.len() == CHUNK_BYTES {
-            ready!(self.poll_idle(cx))?;
-            self.start_write();
+            ready!(self.poll_send(cx))?;
         }
         let taken = data.len().min(CHUNK_BYTES - self.buffer.len());
         let needed = self.buffer.len() + taken;
@@ -222,8 +221,8 @@ impl AtomicFileWriter {
             Stage::Idle(_) => Poll::Ready(Ok(())),
             Stage::Gone => Poll::Ready(Err(self.broken())),
             Stage::Busy(job) => match ready!(Pin::new(job).poll(cx)) {
-                Ok((staged, spare)) => {
-                    (self.stage, self.spare) = (Stage::Idle(staged), spare);
+                Ok(staged) => {
+                    self.stage = Stage::Idle(staged);
                     Poll::Ready(Ok(()))
                 }
                 Err(error) => {
@@ -234,22 +233,38 @@ impl AtomicFileWriter {
         }
     }
 
-    /// Sends the buffer on its way and takes the spare one.
-    fn start_write(&mut self) {
-        match std::mem::replace(&mut self.stage, Stage::Gone) {
-            Stage::Idle(mut staged) => {
-                let spare = std::mem::take(&mut self.spare);
-                let mut full = std::mem::replace(&mut self.buffer, spare);
-                let base = self.base;
-                self.base += full.len() as u64;
-                self.stage = Stage::Busy(Job::spawn(&self.runtime, &self.gate, &self.path, move |gate| {
-                    staged.write_at(base, &full, gate)?;
-                    full.clear();
-                    Ok((staged, full))
-                }));
-            }
-            other => self.stage = other,
+    /// Sends the buffer on its way, to the running job or to a new one; waits if one is already waiting there.
+    fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Error>> {
+        let mut piece = Piece { offset: self.base, bytes: std::mem::take(&mut self.buffer) };
+        let end = piece.offset + piece.bytes.len() as u64;
+        if let Stage::Busy(_) = self.stage {
+            piece = match self.lane.offer(cx, piece) {
+                Ok(()) => return self.sent(end),
+                Err(piece) => piece,
+            };
         }
+        // Either there is no job, or its end, as well as room for this piece, wakes the caller.
+        match self.poll_idle(cx) {
+            Poll::Ready(Ok(())) => {}
+            other => {
+                self.buffer = piece.bytes;
+                return other;
+            }
+        }
+        if let Stage::Idle(staged) = std::mem::replace(&mut self.stage, Stage::Gone) {
+            let lane = self.lane.clone();
+            lane.open();
+            let work = move |gate: &Gate| lane.drain(staged, piece, gate);
+            self.stage = Stage::Busy(Job::spawn(&self.runtime, &self.gate, &self.path, work));
+        }
+        self.sent(end)
+    }
+
+    /// Goes on with an empty buffer at `end`.
+    fn sent(&mut self, end: u64) -> Poll<Result<(), Error>> {
+        self.buffer = self.lane.buffer();
+        self.base = end;
+        Poll::Ready(Ok(()))
     }
 
     /// Takes back everything after `position`; what of it is already in the file is overwritten, or cut off at the end.
@@ -284,8 +299,8 @@ impl WriteOptions {
         let gate = Gate::new();
         let target = path.clone();
         let staged = Job::spawn(&runtime, &gate, &path, move |_| Staged::create(&target, self)).await?;
-        let (stage, buffer, spare) = (Stage::Idle(Box::new(staged)), Vec::new(), Vec::new());
-        Ok(AtomicFileWriter { runtime, gate, path, stage, buffer, spare, base: 0 })
+        let stage = Stage::Idle(Box::new(staged));
+        Ok(AtomicFileWriter { runtime, gate, path, stage, buffer: Vec::new(), lane: Lane::new(), base: 0 })
     }
 }
 

@@ -114,6 +114,7 @@
 mod commit;
 mod error;
 mod file;
+mod lane;
 mod options;
 mod platform;
 mod recovery;
