@@ -1,4 +1,83 @@
-//! Async Rust that survives being dropped.
+//! Async Rust that survives being dropped: seven crates behind one name, each a feature.
+//!
+//! A future can be dropped at any `.await`: a timeout fires, a `select!` branch loses, a client hangs up, the process is
+//! told to stop. Most code is wrong at some of those points:
+//!
+//! ```no_run
+//! # use std::time::Duration;
+//! # use tokio::io::AsyncWriteExt;
+//! async fn save(path: &str, data: &[u8]) -> std::io::Result<()> {
+//!     let mut file = tokio::fs::File::create(path).await?; // dropped here: the old content is gone
+//!     file.write_all(data).await?; // dropped here: half of the new content is there
+//!     file.sync_all().await // dropped here: and nobody ever knows which it was
+//! }
+//!
+//! # async fn caller() {
+//! let _ = tokio::time::timeout(Duration::from_millis(5), save("ledger.json", b"...")).await;
+//! # }
+//! ```
+//!
+//! The same, right at every point, and proven to be so by dropping it at every point:
+//!
+#![cfg_attr(all(feature = "atomic-fs", feature = "testing"), doc = "```")]
+#![cfg_attr(not(all(feature = "atomic-fs", feature = "testing")), doc = "```ignore")]
+//! use cancel_safe::{atomic_fs, testing::Explore};
+//!
+//! let report = Explore::new().run(
+//!     async || {
+//!         let dir = tempfile::tempdir().unwrap();
+//!         std::fs::write(dir.path().join("ledger.json"), "old").unwrap();
+//!         dir
+//!     },
+//!     async |dir| atomic_fs::write(dir.path().join("ledger.json"), "new").await.unwrap(),
+//!     async |dir, _outcome| {
+//!         let files = std::fs::read_dir(dir.path()).unwrap().count();
+//!         match std::fs::read_to_string(dir.path().join("ledger.json")).unwrap().as_str() {
+//!             "old" | "new" if files == 1 => Ok(()),
+//!             other => Err(format!("{other:?} in one of {files} files")),
+//!         }
+//!     },
+//! );
+//! report.assert_clean();
+//! assert!(report.points() > 0);
+//! ```
+//!
+//! # What is where
+//!
+//! | module and feature | crate | what it keeps safe |
+//! |---|---|---|
+//! | `guard` | `cancel-safe-guard` | cleanup that must run, sections that must not be cut, work that must finish |
+//! | `atomic_fs`, feature `atomic-fs` | `cancel-safe-atomic-fs` | files: old or new, never torn, never late |
+//! | `tx_guard`, feature `tx-guard` | `cancel-safe-tx-guard` | sqlx transactions: ended when dropped, with a known outcome |
+//! | `http_timeout`, feature `http-timeout` | `cancel-safe-http-timeout` | HTTP calls: one deadline, bounded load, a breaker that cannot stick |
+//! | `shutdown` | `cancel-safe-shutdown` | the end of a program: in order, by the deadline, with a report |
+//! | `resumable` | `cancel-safe-resumable` | long computations: stop anywhere, go on from there |
+//! | `testing` | `cancel-safe-testing` | the proof: a future dropped at every await point |
+//!
+//! This crate has no items of its own. Each of the seven is versioned by itself and never shows a type of another, so that
+//! a single one can be taken instead: `atomic-fs = { package = "cancel-safe-atomic-fs", version = "0.1" }`.
+//!
+//! # Features
+//!
+//! None is on by default; `full` is all seven. A feature only adds. `sqlite` and `postgres` are passed on to `tx-guard`,
+//! `tower` to `http-timeout`, `tracing` to all, wherever these are chosen. The async runtime and TLS are not chosen here:
+//! add `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own dependencies.
+//!
+//! # Limitations
+//!
+//! The crates speak tokio. Nothing can be promised for a future that is leaked (`mem::forget`) instead of dropped, for a
+//! process that is killed in the middle of somebody else's system call, or for effects outside what a crate guards: each
+//! front page says where its guarantees end.
+//!
+//! # Comparison
+//!
+//! `tokio-util` has the cancellation token and the task tracker that these crates build on, and leaves what they protect to
+//! you. Crates that offer one of the seven things alone are compared on that crate's front page. Where a plain `tokio` or
+//! `std` call does what you need, prefer it.
+//!
+//! # Minimum supported Rust version
+//!
+//! 1.89; 1.94 with `tx-guard` and therefore `full`, because sqlx 0.9 asks for it.
 
 #[cfg(feature = "atomic-fs")]
 pub use cancel_safe_atomic_fs as atomic_fs;

@@ -1,2 +1,116 @@
-//! The main job.
-fn main() {}
+//! Keeps a directory equal to a list of URLs, and survives everything: `cargo demo` runs it on an embedded origin.
+//!
+//! The crates of `cancel-safe` at work together: files are written through `atomic_fs`, rows through `tx_guard`, requests
+//! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. A partial body starts
+//! again from its beginning; there are no range requests.
+
+mod catalogue;
+mod cli;
+mod fetch;
+mod home;
+mod job;
+mod manifest;
+mod origin;
+mod paths;
+mod report;
+
+use std::io::{self, BufReader};
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use cancel_safe::shutdown::{Application, Report, StopReason, WorkerContext};
+use sha2::{Digest, Sha256};
+
+use cli::{Args, Exit};
+use job::Ending;
+use manifest::Manifest;
+use origin::Origin;
+use report::{Reporter, chain};
+
+/// What the orderly end may take beyond the grace of the fetches, before the process is ended as it is.
+const MARGIN: Duration = Duration::from_secs(10);
+
+fn main() -> ExitCode {
+    let args = match Args::read() {
+        Ok(args) => args,
+        Err((error, exit)) => {
+            // Nothing is left to be told to, if even this cannot be written.
+            let _closed = error.print();
+            return ExitCode::from(exit as u8);
+        }
+    };
+    // The only provider in the tree; an error would say that one is installed already.
+    let _already = rustls::crypto::ring::default_provider().install_default();
+    let report = Arc::new(Reporter::new(args.json));
+    let ending: Arc<Mutex<Option<Ending>>> = Arc::default();
+    let budget = args.grace + MARGIN;
+    let (told, exit, voice) = (Arc::clone(&ending), Arc::clone(&ending), Arc::clone(&report));
+    Application::new("mirror")
+        .worker("mirror", move |cx: WorkerContext| async move {
+            let outcome = work(&args, &report, &cx).await.unwrap_or_else(|ending| ending);
+            *told.lock().unwrap_or_else(PoisonError::into_inner) = Some(outcome);
+            Ok::<(), std::convert::Infallible>(())
+        })
+        .shutdown_timeout(budget)
+        .exit_code(move |stop: &Report| {
+            let ending = exit.lock().unwrap_or_else(PoisonError::into_inner);
+            let code = ending.as_ref().map(|ending| (ending.exit, &ending.verdict));
+            Some(match (code, stop.reason()) {
+                (Some((Exit::Interrupted, _)), StopReason::Signal(15)) => Exit::Terminated as u8,
+                (Some((exit, _)), _) => exit as u8,
+                (None, _) => return None,
+            })
+        })
+        .on_report(move |stop| match &*ending.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(ending) => voice.summary(&ending.verdict),
+            None => voice.summary(&format!("cut short: {stop}")),
+        })
+        .run()
+}
+
+async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
+    let unusable = |why: String| Ending { exit: Exit::Usage, verdict: why };
+    let Some(path) = &args.manifest else { return demo(args, report, cx).await };
+    let manifest = if path.as_os_str() == "-" {
+        Manifest::read(io::stdin().lock())
+    } else {
+        std::fs::File::open(path).map_err(Into::into).and_then(|file| Manifest::read(BufReader::new(file)))
+    };
+    let manifest = manifest.map_err(|error| unusable(format!("{}: {}", path.display(), chain(&error))))?;
+    job::run(args, manifest, &[], report, cx).await
+}
+
+/// Mirrors the embedded origin, then compares every file with what the origin serves.
+async fn demo(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
+    let origin = Origin::start().await.map_err(|error| Ending {
+        exit: Exit::Usage,
+        verdict: format!("the embedded origin cannot be started: {error}"),
+    })?;
+    let manifest = Manifest { urls: origin.files.keys().cloned().collect(), duplicates: 0 };
+    report.notice(&format!(
+        "{} files of {} hosts into {}",
+        origin.files.len(),
+        origin.hosts.len(),
+        args.out().display()
+    ));
+    let ending = job::run(args, manifest, &origin.hosts, report, cx).await?;
+    if ending.exit != Exit::Complete {
+        return Ok(ending);
+    }
+    let paths = paths::assign(origin.files.keys());
+    let differs = tokio::task::block_in_place(|| {
+        let differs = |(url, digest): &(&url::Url, &String)| {
+            let file = args.out().join("files").join(&paths[*url]);
+            std::fs::read(file).map(|bytes| home::hex(&Sha256::digest(bytes)) != **digest).unwrap_or(true)
+        };
+        origin.files.iter().filter(differs).count()
+    });
+    let verdict = format!(
+        "{}; {} of {} match the origin's digests",
+        ending.verdict,
+        origin.files.len() - differs,
+        origin.files.len()
+    );
+    Ok(Ending { exit: if differs == 0 { Exit::Complete } else { Exit::Failures }, verdict })
+}

@@ -1,1 +1,11 @@
-//! The integration tests of `cancel-safe`, one binary.
+//! The integration tests of `cancel-safe`, one binary: the example `mirror` as a child process, against a real server.
+#![cfg(all(feature = "full", feature = "sqlite", feature = "postgres"))]
+#![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
+
+#[path = "../../examples/mirror/manifest.rs"]
+mod manifest;
+#[path = "../../examples/mirror/paths.rs"]
+mod paths;
+
+mod mirror;
+mod origin;

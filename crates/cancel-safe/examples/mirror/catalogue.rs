@@ -1,0 +1,269 @@
+//! The catalogue: what is on disk, in SQLite or PostgreSQL. One writer takes all changes that wait into one transaction.
+//!
+//! A row is there only when its file is durable. Changes are acknowledged after their COMMIT; nobody waits for a batch to
+//! fill, because the writer begins as soon as the last transaction is done, with what has come in meanwhile.
+
+use std::path::Path;
+use std::str::FromStr;
+use std::time::Duration;
+
+use cancel_safe::tx_guard::{Backend, TxError, TxPool};
+use sqlx::postgres::{PgConnectOptions, Postgres};
+use sqlx::query_builder::QueryBuilder;
+use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
+use sqlx::{Encode, Executor, FromRow, IntoArguments, Type};
+use tokio::sync::{mpsc, oneshot};
+
+use super::report::chain;
+
+/// The most changes in one transaction: what a kill can make a run fetch again beyond the files in flight.
+pub(crate) const MAX_BATCH: usize = 64;
+/// Attempts at a batch before the database counts as unreachable, with a pause of 100 ms doubled after each.
+const ATTEMPTS: u32 = 5;
+
+/// One file that is on disk.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Row {
+    pub(crate) url: String,
+    /// Relative to `DIR/files`.
+    pub(crate) path: String,
+    pub(crate) bytes: i64,
+    /// In hexadecimal.
+    pub(crate) sha256: String,
+    pub(crate) http_status: i64,
+    /// Where the redirects led.
+    pub(crate) final_url: String,
+    pub(crate) etag: Option<String>,
+    pub(crate) last_modified: Option<String>,
+    /// Milliseconds since 1970 in UTC.
+    pub(crate) fetched_at: i64,
+}
+
+/// A row as both drivers read it, in the order of [`COLUMNS`].
+type Columns = (String, String, i64, String, i64, String, Option<String>, Option<String>, i64);
+
+impl From<Columns> for Row {
+    fn from((url, path, bytes, sha256, http_status, final_url, etag, last_modified, fetched_at): Columns) -> Self {
+        Self { url, path, bytes, sha256, http_status, final_url, etag, last_modified, fetched_at }
+    }
+}
+
+const COLUMNS: &str = "url, path, bytes, sha256, http_status, final_url, etag, last_modified, fetched_at";
+
+/// One step of the catalogue.
+#[derive(Debug)]
+pub(crate) enum Change {
+    /// The file is durable.
+    Put(Box<Row>),
+    /// The file of this URL is gone.
+    Delete(String),
+    /// The file of this URL has a new path.
+    Move { url: String, path: String },
+}
+
+/// Why the catalogue cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CatalogueError {
+    #[error("the catalogue's database cannot be used")]
+    Database(#[from] TxError),
+    #[error("the catalogue's database refused a statement")]
+    Statement(#[from] sqlx::Error),
+    #[error("the database URL cannot be understood")]
+    Url(#[source] sqlx::Error),
+    #[error(
+        "this database holds the catalogue of another directory (its mark is {found}, DIR has {expected}); give the right --database"
+    )]
+    Foreign { found: String, expected: String },
+    #[error("the catalogue is no longer written: {cause}")]
+    Stopped { cause: String, disk_full: bool },
+}
+
+impl CatalogueError {
+    /// Whether the disk below an SQLite catalogue has no room left.
+    pub(crate) fn is_disk_full(&self) -> bool {
+        let error = match self {
+            Self::Stopped { disk_full, .. } => return *disk_full,
+            Self::Statement(error) => Some(error),
+            Self::Database(error) => error.as_sqlx(),
+            _ => None,
+        };
+        let code = error.and_then(|error| error.as_database_error()).and_then(|error| error.code());
+        // The low byte of SQLite's code is the kind: 10 is SQLITE_IOERR, 13 is SQLITE_FULL. PostgreSQL's has five places.
+        code.filter(|code| code.len() != 5)
+            .and_then(|code| code.parse::<u32>().ok())
+            .is_some_and(|code| matches!(code & 0xff, 10 | 13))
+    }
+}
+
+struct Job {
+    change: Change,
+    done: oneshot::Sender<Result<(), CatalogueError>>,
+}
+
+/// The end of the catalogue that fetches hold.
+#[derive(Debug, Clone)]
+pub(crate) struct Catalogue {
+    jobs: mpsc::Sender<Job>,
+}
+
+/// The end that writes; its future ends when every [`Catalogue`] is dropped.
+pub(crate) type Writer = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+
+impl Catalogue {
+    /// Opens or creates the catalogue, and reads it.
+    pub(crate) async fn open(
+        database: Option<&str>,
+        dir: &Path,
+        mark: &str,
+    ) -> Result<(Self, Writer, Vec<Row>), CatalogueError> {
+        match database {
+            Some(url) if !url.starts_with("sqlite:") => {
+                let options = PgConnectOptions::from_str(url).map_err(CatalogueError::Url)?;
+                let pool = TxPool::<Postgres>::builder().max_connections(2).connect_with(options).await?;
+                Store::open(pool, mark).await
+            }
+            url => {
+                let options = match url {
+                    Some(url) => SqliteConnectOptions::from_str(url).map_err(CatalogueError::Url)?,
+                    None => SqliteConnectOptions::new().filename(dir.join("catalog.db")),
+                };
+                // FULL: in WAL mode a lesser setting loses the last commits in a power cut.
+                let options = options
+                    .create_if_missing(true)
+                    .journal_mode(SqliteJournalMode::Wal)
+                    .synchronous(SqliteSynchronous::Full)
+                    .busy_timeout(Duration::from_secs(5));
+                let pool = TxPool::<Sqlite>::builder().max_connections(2).connect_with(options).await?;
+                Store::open(pool, mark).await
+            }
+        }
+    }
+
+    /// Applies one change; `Ok` means that it is committed. Dropped, the change may still be applied.
+    pub(crate) async fn apply(&self, change: Change) -> Result<(), CatalogueError> {
+        let (done, outcome) = oneshot::channel();
+        let stopped = || CatalogueError::Stopped { cause: "its writer has ended".to_owned(), disk_full: false };
+        self.jobs.send(Job { change, done }).await.map_err(|_| stopped())?;
+        outcome.await.map_err(|_| stopped())?
+    }
+}
+
+struct Store<DB: Backend> {
+    pool: TxPool<DB>,
+}
+
+impl<DB> Store<DB>
+where
+    DB: Backend,
+    for<'c> &'c mut DB::Connection: Executor<'c, Database = DB>,
+    DB::Arguments: IntoArguments<DB>,
+    for<'q> String: Encode<'q, DB> + Type<DB>,
+    for<'q> i64: Encode<'q, DB> + Type<DB>,
+    for<'q> Option<String>: Encode<'q, DB> + Type<DB>,
+    for<'r> Columns: FromRow<'r, DB::Row>,
+    for<'r> (String,): FromRow<'r, DB::Row>,
+{
+    async fn open(pool: TxPool<DB>, mark: &str) -> Result<(Catalogue, Writer, Vec<Row>), CatalogueError> {
+        let mut tx = pool.begin().await?;
+        for sql in [
+            "CREATE TABLE IF NOT EXISTS files (url TEXT PRIMARY KEY, path TEXT NOT NULL UNIQUE, bytes BIGINT NOT NULL, \
+             sha256 TEXT NOT NULL, http_status BIGINT NOT NULL, final_url TEXT NOT NULL, etag TEXT, last_modified TEXT, \
+             fetched_at BIGINT NOT NULL)",
+            "CREATE TABLE IF NOT EXISTS mirror (mark TEXT PRIMARY KEY)",
+        ] {
+            (*tx).execute(sql).await?;
+        }
+        let found: Option<(String,)> = sqlx::query_as("SELECT mark FROM mirror").fetch_optional(&mut *tx).await?;
+        match found {
+            Some((found,)) if found != mark => {
+                return Err(CatalogueError::Foreign { found, expected: mark.to_owned() });
+            }
+            Some(_) => {}
+            None => {
+                QueryBuilder::<DB>::new("INSERT INTO mirror (mark) VALUES (")
+                    .push_bind(mark.to_owned())
+                    .push(")")
+                    .build()
+                    .execute(&mut *tx)
+                    .await?;
+            }
+        }
+        let select = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM files ORDER BY url"));
+        let rows: Vec<Columns> = sqlx::query_as(select).fetch_all(&mut *tx).await?;
+        tx.commit().await?;
+        let (jobs, waiting) = mpsc::channel(MAX_BATCH);
+        Ok((Catalogue { jobs }, Box::pin(Self { pool }.write(waiting)), rows.into_iter().map(Row::from).collect()))
+    }
+
+    async fn write(self, mut waiting: mpsc::Receiver<Job>) {
+        let mut batch = Vec::with_capacity(MAX_BATCH);
+        while waiting.recv_many(&mut batch, MAX_BATCH).await > 0 {
+            let mut outcome = Ok(());
+            for attempt in 0..ATTEMPTS {
+                if attempt > 0 {
+                    tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
+                }
+                // Every change may be applied twice, so that a commit whose outcome is unknown is simply made again.
+                outcome = self.commit(&batch).await;
+                if outcome.is_ok() {
+                    break;
+                }
+            }
+            for job in batch.drain(..) {
+                let told = match &outcome {
+                    Ok(()) => Ok(()),
+                    Err(error) => Err(CatalogueError::Stopped { cause: chain(error), disk_full: error.is_disk_full() }),
+                };
+                // A fetch that was dropped meanwhile does not ask any more.
+                let _dropped = job.done.send(told);
+            }
+        }
+        self.pool.close(Duration::from_secs(5)).await;
+    }
+
+    async fn commit(&self, batch: &[Job]) -> Result<(), CatalogueError> {
+        let mut tx = self.pool.begin().await?;
+        let mut puts: Vec<&Row> = Vec::with_capacity(batch.len());
+        for job in batch {
+            match &job.change {
+                // The last of two changes of one URL stands: ON CONFLICT refuses to touch a row twice in one statement.
+                Change::Put(row) => {
+                    puts.retain(|earlier| earlier.url != row.url);
+                    puts.push(row);
+                }
+                Change::Delete(url) => {
+                    QueryBuilder::<DB>::new("DELETE FROM files WHERE url = ")
+                        .push_bind(url.clone())
+                        .build()
+                        .execute(&mut *tx)
+                        .await?;
+                }
+                Change::Move { url, path } => {
+                    let mut update = QueryBuilder::<DB>::new("UPDATE files SET path = ");
+                    update.push_bind(path.clone()).push(" WHERE url = ").push_bind(url.clone());
+                    update.build().execute(&mut *tx).await?;
+                }
+            }
+        }
+        if !puts.is_empty() {
+            let mut insert = QueryBuilder::<DB>::new(format!("INSERT INTO files ({COLUMNS}) "));
+            insert.push_values(puts, |mut tuple, row| {
+                tuple
+                    .push_bind(row.url.clone())
+                    .push_bind(row.path.clone())
+                    .push_bind(row.bytes)
+                    .push_bind(row.sha256.clone());
+                tuple.push_bind(row.http_status).push_bind(row.final_url.clone()).push_bind(row.etag.clone());
+                tuple.push_bind(row.last_modified.clone()).push_bind(row.fetched_at);
+            });
+            insert.push(
+                " ON CONFLICT (url) DO UPDATE SET path = excluded.path, bytes = excluded.bytes, sha256 = excluded.sha256, \
+                 http_status = excluded.http_status, final_url = excluded.final_url, etag = excluded.etag, \
+                 last_modified = excluded.last_modified, fetched_at = excluded.fetched_at",
+            );
+            insert.build().execute(&mut *tx).await?;
+        }
+        tx.commit().await?;
+        Ok(())
+    }
+}

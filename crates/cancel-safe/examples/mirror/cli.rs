@@ -1,0 +1,130 @@
+//! The command line: what may be asked, and the codes that the program ends with.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Parser;
+
+/// Keeps a directory equal to a list of URLs, and survives everything.
+///
+/// Without --manifest it serves 500 files to itself on loopback and mirrors them into ./mirror-demo.
+#[derive(Debug, Clone, Parser)]
+#[command(name = "mirror", version, after_help = CODES, args_override_self = true)]
+pub(crate) struct Args {
+    /// One URL a line; blank lines and # comments are passed over; - reads standard input
+    #[arg(long, value_name = "FILE", requires = "out")]
+    pub(crate) manifest: Option<PathBuf>,
+    /// The directory that holds files/, catalog.db and mirror.ckpt [default without a manifest: ./mirror-demo]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: Option<PathBuf>,
+    /// URLs in flight at once
+    #[arg(long, default_value_t = 32, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) concurrency: u16,
+    /// Requests in flight at once to one host
+    #[arg(long, default_value_t = 8, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) per_host: u16,
+    /// How often a failed URL is tried again
+    #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100))]
+    pub(crate) retries: u32,
+    /// What fetches in flight get to finish after Ctrl-C or SIGTERM
+    #[arg(long, default_value = "10s", value_name = "TIME", value_parser = duration)]
+    pub(crate) grace: Duration,
+    /// Longest silence of the server within an attempt; waiting for a permit is not counted
+    #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
+    pub(crate) timeout: Duration,
+    /// Longest time for one attempt at a URL, from its permit to its last byte [default: none]
+    #[arg(long, value_name = "TIME", value_parser = duration)]
+    pub(crate) max_time: Option<Duration>,
+    /// Largest body that is accepted, in bytes (K, M and G are understood) [default: none]
+    #[arg(long, value_name = "BYTES", value_parser = size)]
+    pub(crate) max_body: Option<u64>,
+    /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
+    #[arg(long, value_name = "URL", value_parser = database)]
+    pub(crate) database: Option<String>,
+    /// Try again what failed for good in earlier runs
+    #[arg(long)]
+    pub(crate) retry_failed: bool,
+    /// Ask the servers again for everything (If-None-Match, If-Modified-Since)
+    #[arg(long)]
+    pub(crate) refresh: bool,
+    /// Rehash every file first, and fetch again what is not as the catalogue says
+    #[arg(long)]
+    pub(crate) verify: bool,
+    /// One JSON object a line on standard output instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+const CODES: &str = "\
+Exit codes:
+  0  all there              2  finished, some URLs failed     64  bad usage or manifest
+ 65  corrupt checkpoint    69  database unreachable           70  grace exceeded, fetches were cut
+ 73  cannot write          75  another run holds DIR         130, 143  stopped by SIGINT, SIGTERM";
+
+/// How the program ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Exit {
+    Complete = 0,
+    Failures = 2,
+    Usage = 64,
+    Corrupt = 65,
+    Database = 69,
+    Grace = 70,
+    Write = 73,
+    Busy = 75,
+    Interrupted = 130,
+    Terminated = 143,
+}
+
+impl Args {
+    /// Parses the command line; `Err` is what to print, and the code to end with.
+    pub(crate) fn read() -> Result<Self, (clap::Error, Exit)> {
+        Self::try_parse().map_err(|error| {
+            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Complete };
+            (error, exit)
+        })
+    }
+
+    /// The directory that is kept.
+    pub(crate) fn out(&self) -> PathBuf {
+        self.out.clone().unwrap_or_else(|| PathBuf::from("mirror-demo"))
+    }
+}
+
+/// A number and a unit: `250ms`, `10s`, `2m`, `1h`; without a unit, seconds.
+fn duration(text: &str) -> Result<Duration, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| "expected a time such as 250ms, 10s, 2m or 1h".to_owned())?;
+    let millis = match unit {
+        "ms" => Some(number),
+        "" | "s" => number.checked_mul(1000),
+        "m" => number.checked_mul(60_000),
+        "h" => number.checked_mul(3_600_000),
+        _ => return Err(format!("unknown unit of time {unit:?}: use ms, s, m or h")),
+    };
+    let limit = 30 * 24 * 3_600_000;
+    millis.filter(|millis| *millis <= limit).map(Duration::from_millis).ok_or_else(|| "more than 30 days".to_owned())
+}
+
+/// A number of bytes, with K, M or G for powers of 1,024.
+fn size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let number: u64 = number.parse().map_err(|_| "expected a size such as 4096, 64K, 16M or 1G".to_owned())?;
+    let shift = match unit.to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        _ => return Err(format!("unknown unit of size {unit:?}: use K, M or G")),
+    };
+    number.checked_mul(1 << shift).ok_or_else(|| "larger than a file can be".to_owned())
+}
+
+fn database(text: &str) -> Result<String, String> {
+    match text.split_once(':') {
+        Some(("sqlite" | "postgres" | "postgresql", _)) => Ok(text.to_owned()),
+        _ => Err("expected sqlite:PATH or postgres://…".to_owned()),
+    }
+}

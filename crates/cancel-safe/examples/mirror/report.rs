@@ -1,0 +1,259 @@
+//! Everything that the program says: a bar or plain lines while it works, one JSON object a line on request, a summary.
+
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::fmt::Write as _;
+use std::io::{IsTerminal, Write as _};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+use url::Url;
+
+/// How often a line of progress is written where there is no terminal.
+pub(crate) const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// What one host has done in this run.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Host {
+    pub(crate) files: u64,
+    pub(crate) bytes: u64,
+    pub(crate) retries: u64,
+    pub(crate) failures: u64,
+    pub(crate) trips: u64,
+    /// Files that were there already.
+    pub(crate) restored: u64,
+}
+
+/// What became of one URL, as an event tells it.
+#[derive(Debug, Default)]
+pub(crate) struct Event<'a> {
+    pub(crate) url: &'a str,
+    pub(crate) path: Option<&'a str>,
+    pub(crate) bytes: Option<i64>,
+    pub(crate) sha256: Option<&'a str>,
+    pub(crate) attempts: Option<u32>,
+    pub(crate) phase: Option<&'a str>,
+    pub(crate) cause: Option<&'a str>,
+    pub(crate) elapsed: Option<Duration>,
+}
+
+/// The voice of the program.
+#[derive(Debug)]
+pub(crate) struct Reporter {
+    json: bool,
+    bar: Option<ProgressBar>,
+    started: Instant,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    hosts: BTreeMap<String, Host>,
+    total: u64,
+    done: u64,
+    open: usize,
+}
+
+/// An error and what caused it, in one line.
+pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        let cause_text = cause.to_string();
+        // Some layers repeat their cause in their own words.
+        if !text.contains(&cause_text) {
+            let _infallible = write!(text, ": {cause_text}");
+        }
+        next = cause.source();
+    }
+    text
+}
+
+/// The host of a URL as the summary groups it, with its port if that is not the scheme's own.
+pub(crate) fn host_of(url: &str) -> String {
+    match Url::parse(url) {
+        Ok(url) => match (url.host_str(), url.port()) {
+            (Some(host), Some(port)) => format!("{host}:{port}"),
+            (host, _) => host.unwrap_or_default().to_owned(),
+        },
+        Err(_) => String::new(),
+    }
+}
+
+impl Reporter {
+    pub(crate) fn new(json: bool) -> Self {
+        let bar = (!json && std::io::stderr().is_terminal()).then(|| {
+            let template = "{bar:32} {pos}/{len} {msg}";
+            ProgressBar::new(0)
+                .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
+        });
+        Self { json, bar, started: Instant::now(), state: Mutex::default() }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many URLs there are in all.
+    pub(crate) fn set_total(&self, total: usize) {
+        self.state().total = total as u64;
+        if let Some(bar) = &self.bar {
+            bar.set_length(total as u64);
+        }
+    }
+
+    /// Changes the counts of a URL's host.
+    pub(crate) fn count(&self, url: &str, change: impl FnOnce(&mut Host)) {
+        change(self.state().hosts.entry(host_of(url)).or_default());
+    }
+
+    /// One more URL has come to its end.
+    pub(crate) fn advance(&self) {
+        self.state().done += 1;
+    }
+
+    /// The sum over all hosts.
+    pub(crate) fn sum(&self) -> Host {
+        self.state().hosts.values().fold(Host::default(), |sum, host| Host {
+            files: sum.files + host.files,
+            bytes: sum.bytes + host.bytes,
+            retries: sum.retries + host.retries,
+            failures: sum.failures + host.failures,
+            trips: sum.trips + host.trips,
+            restored: sum.restored + host.restored,
+        })
+    }
+
+    /// Shows where things stand; called every few seconds and, for a bar, ten times a second.
+    pub(crate) fn tick(&self, open_breakers: usize) {
+        let sum = self.sum();
+        let (done, total) = {
+            let mut state = self.state();
+            state.open = open_breakers;
+            (state.done, state.total)
+        };
+        let seconds = self.started.elapsed().as_secs_f64().max(0.001);
+        // By this run's rate alone: what was there already took no time.
+        let fetched = (done - done.min(sum.restored)) as f64;
+        let left = total.saturating_sub(done) as f64;
+        let eta = (fetched > 0.0).then(|| Duration::from_secs_f64((left * seconds / fetched).min(1e8)));
+        let eta_text = eta.map_or_else(|| "unknown".to_owned(), |eta| HumanDuration(eta).to_string());
+        let rate = HumanBytes((sum.bytes as f64 / seconds) as u64);
+        let message = format!("{rate}/s, ETA {eta_text}, {} retries, {open_breakers} open breakers", sum.retries);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_position(done);
+                bar.set_message(message);
+            }
+            None if self.json => self.object(json!({
+                "event": "progress", "done": done, "total": total, "bytes": sum.bytes, "retries": sum.retries,
+                "open_breakers": open_breakers, "eta_ms": eta.map(|eta| eta.as_millis() as u64),
+                "elapsed_ms": self.started.elapsed().as_millis() as u64,
+            })),
+            None => self.line(&format!("{done}/{total} files, {message}")),
+        }
+    }
+
+    /// How long to wait between two calls of [`Reporter::tick`].
+    pub(crate) fn interval(&self) -> Duration {
+        if self.bar.is_some() { Duration::from_millis(100) } else { LINE_EVERY }
+    }
+
+    /// Tells what became of a URL. In text only failures and cuts are worth a line.
+    pub(crate) fn event(&self, name: &str, event: &Event<'_>) {
+        if self.json {
+            let mut object = Map::new();
+            object.insert("event".to_owned(), name.into());
+            object.insert("url".to_owned(), event.url.into());
+            let mut add = |key: &str, value: Option<Value>| {
+                if let Some(value) = value {
+                    object.insert(key.to_owned(), value);
+                }
+            };
+            add("path", event.path.map(Into::into));
+            add("bytes", event.bytes.map(Into::into));
+            add("sha256", event.sha256.map(Into::into));
+            add("attempts", event.attempts.map(Into::into));
+            add("phase", event.phase.map(Into::into));
+            add("cause", event.cause.map(Into::into));
+            add("elapsed_ms", event.elapsed.map(|elapsed| (elapsed.as_millis() as u64).into()));
+            self.object(Value::Object(object));
+        } else if matches!(name, "failed" | "cut") {
+            let mut line = format!("{name}: {}", event.url);
+            if let Some(phase) = event.phase {
+                let _infallible = write!(line, " ({phase}");
+                if let Some(attempts) = event.attempts {
+                    let _infallible = write!(line, ", {attempts} attempts");
+                }
+                line.push(')');
+            }
+            if let Some(cause) = event.cause {
+                let _infallible = write!(line, ": {cause}");
+            }
+            self.line(&line);
+        }
+    }
+
+    /// A sentence for the person who watches.
+    pub(crate) fn notice(&self, text: &str) {
+        if self.json { self.object(json!({ "event": "notice", "cause": text })) } else { self.line(text) }
+    }
+
+    /// The table at the end.
+    pub(crate) fn summary(&self, verdict: &str) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+        let hosts = self.state().hosts.clone();
+        if self.json {
+            let hosts: Map<String, Value> = hosts
+                .into_iter()
+                .map(|(name, host)| {
+                    let value = json!({ "files": host.files, "bytes": host.bytes, "retries": host.retries,
+                        "failures": host.failures, "trips": host.trips, "restored": host.restored });
+                    (name, value)
+                })
+                .collect();
+            self.object(json!({ "event": "summary", "cause": verdict, "hosts": hosts,
+                "elapsed_ms": self.started.elapsed().as_millis() as u64 }));
+            return;
+        }
+        let mut text = String::new();
+        if !hosts.is_empty() {
+            let width = hosts.keys().map(String::len).max().unwrap_or(0).max(4);
+            let _infallible = writeln!(
+                text,
+                "{:width$} {:>8} {:>12} {:>8} {:>8} {:>6} {:>8}",
+                "host", "files", "bytes", "retries", "failures", "trips", "restored"
+            );
+            for (name, host) in hosts {
+                let bytes = HumanBytes(host.bytes).to_string();
+                let _infallible = writeln!(
+                    text,
+                    "{name:width$} {:>8} {bytes:>12} {:>8} {:>8} {:>6} {:>8}",
+                    host.files, host.retries, host.failures, host.trips, host.restored
+                );
+            }
+        }
+        let _infallible = write!(text, "{verdict} ({:.1} s)", self.started.elapsed().as_secs_f64());
+        // A reader that has gone away does not change what is on disk.
+        let _closed = writeln!(std::io::stdout().lock(), "{text}");
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.suspend(|| self.stderr(text)),
+            None => self.stderr(text),
+        }
+    }
+
+    fn stderr(&self, text: &str) {
+        let _closed = writeln!(std::io::stderr().lock(), "{text}");
+    }
+
+    fn object(&self, value: Value) {
+        let _closed = writeln!(std::io::stdout().lock(), "{value}");
+    }
+}

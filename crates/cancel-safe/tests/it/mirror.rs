@@ -1,0 +1,452 @@
+//! The main job from outside: what is on disk, in the catalogue and in the exit code after everything that can happen.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use hyper::StatusCode;
+use sha2::{Digest, Sha256};
+use sqlx::{ConnectOptions, Connection};
+use tempfile::TempDir;
+
+use super::origin::Server;
+
+/// A source directory behind a server, a manifest of it, and a place to mirror it to.
+struct Scene {
+    dir: TempDir,
+    server: Server,
+}
+
+impl Scene {
+    /// `count` files of 0 to 40 KiB in a few directories, some of them with difficult names.
+    fn new(count: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let source = dir.path().join("source");
+        let mut random = fastrand::Rng::with_seed(count as u64);
+        for number in 0..count {
+            let name = match number % 5 {
+                0 => format!("top {number}.bin"),
+                1 => format!("a/b/c/{number}"),
+                2 => format!("naïve/{number}.txt"),
+                3 => format!("a/{number}~"),
+                _ => format!("x.y/{number}.tar.gz"),
+            };
+            let mut content = vec![0; if number == 0 { 0 } else { random.usize(..40_960) }];
+            random.fill(&mut content);
+            let path = source.join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        // The server's directory bears the names as they stand in a URL.
+        let served = dir.path().join("served");
+        fs::create_dir_all(&served).unwrap();
+        let mut manifest = String::new();
+        let server = Server::over(&served);
+        for (name, content) in tree(&source) {
+            let url = url::Url::parse(&format!("{}/{name}", server.base)).unwrap();
+            let path = served.join(&url.path()[1..]);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+            manifest += &format!("{url}\r\n");
+        }
+        fs::write(dir.path().join("urls.txt"), manifest).unwrap();
+        Self { dir, server }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn out(&self) -> PathBuf {
+        self.path("out")
+    }
+
+    /// The paths as they stand in a URL.
+    fn served(&self) -> Vec<String> {
+        tree(&self.path("served")).into_keys().map(|name| format!("/{name}")).collect()
+    }
+
+    fn command(&self, options: &[&str]) -> Command {
+        // This binary is in target/<profile>/deps, examples are in target/<profile>/examples.
+        let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples/mirror");
+        let mut command = Command::new(binary);
+        command.arg("--manifest").arg(self.path("urls.txt")).arg("--out").arg(self.out()).args(options);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    fn start(&self, options: &[&str]) -> Child {
+        self.command(options).spawn().expect("the example `mirror` is built by `cargo test`")
+    }
+
+    #[track_caller]
+    fn run(&self, options: &[&str], code: i32) -> String {
+        expect(self.start(options).wait_with_output().unwrap(), code)
+    }
+
+    /// Asserts that the mirror is the source, byte for byte, and that the catalogue equals the disk.
+    #[track_caller]
+    fn assert_complete(&self) {
+        let authority = self.server.base.strip_prefix("http://").unwrap();
+        let found = tree(&self.out().join("files").join(authority));
+        let wanted = tree(&self.path("source"));
+        assert!(found == wanted, "not the source: {:?} for {:?}", found.keys(), wanted.keys());
+        self.assert_consistent();
+    }
+
+    /// Asserts that each row has its file, each file its row, and that nothing else is there.
+    #[track_caller]
+    fn assert_consistent(&self) {
+        let disk: BTreeMap<String, String> =
+            tree(&self.out().join("files")).into_iter().map(|(path, content)| (path, hex(&content))).collect();
+        assert_eq!(catalogue(&self.out()), disk);
+        for name in fs::read_dir(self.out()).unwrap() {
+            let name = name.unwrap().file_name().into_string().unwrap();
+            assert!(name == "files" || name.starts_with("catalog.db") || name.starts_with("mirror."), "litter: {name}");
+        }
+    }
+}
+
+#[track_caller]
+fn expect(output: Output, code: i32) -> String {
+    let text = String::from_utf8_lossy(&output.stdout).into_owned() + &String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(code), "{text}");
+    text
+}
+
+/// Every file below a directory by its relative path.
+fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
+    let (mut found, mut directories) = (BTreeMap::new(), vec![root.to_owned()]);
+    while let Some(directory) = directories.pop() {
+        for entry in fs::read_dir(&directory).into_iter().flatten() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else {
+                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+                found.insert(name, fs::read(path).unwrap());
+            }
+        }
+    }
+    found
+}
+
+fn hex(content: &[u8]) -> String {
+    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// Path and digest of every row.
+fn catalogue(out: &Path) -> BTreeMap<String, String> {
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(out.join("catalog.db"));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut connection = options.connect().await.unwrap();
+        let rows: Vec<(String, String)> =
+            sqlx::query_as("SELECT path, sha256 FROM files").fetch_all(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+        rows.into_iter().collect()
+    })
+}
+
+/// Waits until `condition` holds; half a minute is far more than any of them needs.
+#[track_caller]
+fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+    let started = Instant::now();
+    while !condition() {
+        assert!(started.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
+        std::thread::park_timeout(Duration::from_millis(2));
+    }
+}
+
+fn signal(child: &Child, name: &str) {
+    let killed = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status().unwrap();
+    assert!(killed.success());
+}
+
+#[test]
+fn an_ordinary_directory_is_mirrored_byte_for_byte_and_a_second_run_has_nothing_to_do() {
+    let scene = Scene::new(60);
+    scene.run(&[], 0);
+    scene.assert_complete();
+    let asked = scene.server.requests();
+    assert!(scene.run(&[], 0).contains("nothing to do"));
+    assert_eq!(scene.server.requests(), asked);
+}
+
+#[test]
+fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight() {
+    const KILLS: usize = 5;
+    const CONCURRENCY: usize = 8;
+    let scene = Scene::new(300);
+    scene.server.state().pause = Duration::from_millis(4);
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    for _ in 0..KILLS {
+        let before = scene.server.requests();
+        let mut child = scene.start(&["--concurrency", "8"]);
+        let more = random.usize(1..60);
+        wait_for("some requests", || scene.server.requests() >= before + more || child.try_wait().unwrap().is_some());
+        let fine = Duration::from_micros(random.u64(..4000));
+        std::thread::park_timeout(fine);
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+    scene.run(&["--concurrency", "8"], 0);
+    scene.assert_complete();
+    let most = 300 + KILLS * (CONCURRENCY + 64);
+    assert!(scene.server.requests() <= most, "{} requests for 300 files", scene.server.requests());
+}
+
+#[test]
+fn a_bad_manifest_names_its_lines_and_nothing_is_started() {
+    let scene = Scene::new(2);
+    fs::write(scene.path("urls.txt"), format!("{}/a\nftp://b/\n\nhttp://me:secret@c/\n", scene.server.base)).unwrap();
+    let text = scene.run(&[], 64);
+    assert!(text.contains("line 2") && text.contains("line 4") && !text.contains("secret"), "{text}");
+    assert!(!scene.out().exists());
+    assert_eq!(scene.server.requests(), 0);
+}
+
+#[test]
+fn failures_are_listed_stored_and_tried_again_only_on_request() {
+    let scene = Scene::new(20);
+    let served = scene.served();
+    let (gone, broken, flaky) = (&served[1], &served[2], &served[3]);
+    scene.server.state().refuse.insert(gone.clone(), (StatusCode::NOT_FOUND, usize::MAX));
+    scene.server.state().refuse.insert(broken.clone(), (StatusCode::INTERNAL_SERVER_ERROR, usize::MAX));
+    scene.server.state().refuse.insert(flaky.clone(), (StatusCode::BAD_GATEWAY, 2));
+    let text = scene.run(&["--retries", "2"], 2);
+    assert!(text.contains(gone) && text.contains(broken) && !text.contains(flaky), "{text}");
+    assert!(text.contains("404") && text.contains("status, 3 attempts"), "{text}");
+    {
+        let state = scene.server.state();
+        assert_eq!((state.asked[gone], state.asked[broken]), (1, 3));
+    }
+    scene.assert_consistent();
+    let asked = scene.server.requests();
+    let again = scene.run(&[], 2);
+    assert!(again.contains(gone) && again.contains(broken), "{again}");
+    assert_eq!(scene.server.requests(), asked, "stored failures are not tried again");
+    scene.server.state().refuse.clear();
+    scene.run(&["--retry-failed"], 0);
+    scene.assert_complete();
+}
+
+#[test]
+fn a_corrupt_checkpoint_is_refused_untouched_with_the_command_that_helps() {
+    let scene = Scene::new(30);
+    scene.run(&[], 0);
+    let checkpoint = scene.out().join("mirror.ckpt");
+    let mut bytes = fs::read(&checkpoint).unwrap();
+    bytes[10] ^= 0x40;
+    fs::write(&checkpoint, &bytes).unwrap();
+    let text = scene.run(&[], 65);
+    assert!(text.contains("mv '") && text.contains("mirror.ckpt.corrupt'"), "{text}");
+    assert_eq!(fs::read(&checkpoint).unwrap(), bytes);
+    fs::rename(&checkpoint, scene.path("aside")).unwrap();
+    let asked = scene.server.requests();
+    scene.run(&[], 0);
+    assert_eq!(scene.server.requests(), asked, "the catalogue knows what is complete");
+}
+
+#[test]
+fn a_signal_lets_fetches_finish_and_the_next_run_goes_on() {
+    let scene = Scene::new(80);
+    scene.server.state().pause = Duration::from_millis(20);
+    for (name, code) in [("TERM", 143), ("INT", 130)] {
+        let before = scene.server.requests();
+        let child = scene.start(&["--concurrency", "4"]);
+        wait_for("the first requests", || scene.server.requests() >= before + 8);
+        signal(&child, name);
+        expect(child.wait_with_output().unwrap(), code);
+        scene.assert_consistent();
+    }
+    scene.run(&[], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.requests(), 80, "nothing that was in flight was cut");
+}
+
+#[test]
+fn a_fetch_that_outlives_the_grace_is_cut_and_named() {
+    let scene = Scene::new(20);
+    let hung = scene.served()[4].clone();
+    scene.server.state().hang.push(hung.clone());
+    let child = scene.start(&["--grace", "300ms"]);
+    wait_for("all requests", || scene.server.requests() >= 20);
+    signal(&child, "TERM");
+    let text = expect(child.wait_with_output().unwrap(), 70);
+    assert!(text.contains(&hung), "{text}");
+    scene.assert_consistent();
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    let scene = Scene::new(5);
+    let hung = scene.served()[4].clone();
+    scene.server.state().hang.push(hung);
+    let child = scene.start(&["--grace", "25s"]);
+    wait_for("all requests", || scene.server.requests() >= 5);
+    let started = Instant::now();
+    signal(&child, "INT");
+    // The two must not be merged into one by the kernel.
+    std::thread::park_timeout(Duration::from_millis(300));
+    signal(&child, "INT");
+    expect(child.wait_with_output().unwrap(), 130);
+    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+}
+
+#[test]
+fn a_second_run_is_told_that_the_directory_is_held() {
+    let scene = Scene::new(5);
+    scene.server.state().hang = scene.served();
+    let mut first = scene.start(&[]);
+    wait_for("a request", || scene.server.requests() > 0);
+    assert!(scene.run(&[], 75).contains("another run holds"));
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
+
+#[test]
+fn verify_finds_a_changed_file_and_refresh_asks_with_its_etag() {
+    let scene = Scene::new(25);
+    scene.run(&[], 0);
+    let authority = scene.server.base.strip_prefix("http://").unwrap().to_owned();
+    let victim = scene.out().join("files").join(authority).join("a/b/c/1");
+    let mut content = fs::read(&victim).unwrap();
+    content[0] ^= 1;
+    fs::write(&victim, content).unwrap();
+    assert!(scene.run(&[], 0).contains("nothing to do"), "the size alone does not tell");
+    scene.run(&["--verify"], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.requests(), 26);
+    let new = scene.path("served/a/b/c/6");
+    fs::write(&new, "new").unwrap();
+    fs::write(scene.path("source/a/b/c/6"), "new").unwrap();
+    let text = scene.run(&["--refresh", "--json"], 0);
+    assert_eq!(scene.server.requests(), 26 + 25);
+    assert_eq!((text.matches("\"unchanged\"").count(), text.matches("\"fetched\"").count()), (24, 1), "{text}");
+    scene.assert_complete();
+}
+
+#[test]
+fn rows_without_files_and_files_without_rows_are_mended() {
+    let scene = Scene::new(12);
+    scene.run(&[], 0);
+    let files = scene.out().join("files").join(scene.server.base.strip_prefix("http://").unwrap());
+    fs::remove_file(files.join("a/b/c/1")).unwrap();
+    fs::write(files.join("a/b/c/6"), "of another size").unwrap();
+    fs::write(files.join("stranger"), "not ours").unwrap();
+    let text = scene.run(&[], 0);
+    assert!(text.contains("2 file(s) were not as the catalogue says") && text.contains("not ours"), "{text}");
+    fs::remove_file(files.join("stranger")).unwrap();
+    scene.assert_complete();
+}
+
+#[test]
+fn urls_that_left_the_manifest_are_told_and_their_files_kept() {
+    let scene = Scene::new(12);
+    scene.run(&[], 0);
+    let manifest = fs::read_to_string(scene.path("urls.txt")).unwrap();
+    fs::write(scene.path("urls.txt"), manifest.lines().skip(1).collect::<Vec<_>>().join("\n")).unwrap();
+    assert!(scene.run(&[], 0).contains("1 URL(s) in the catalogue have left the manifest"));
+    scene.assert_complete();
+}
+
+#[test]
+fn a_file_that_becomes_a_directory_makes_room() {
+    let scene = Scene::new(3);
+    // The server has no file below `/plain`; that it is in the manifest is enough.
+    fs::write(scene.path("served/plain"), "plain").unwrap();
+    fs::write(scene.path("urls.txt"), format!("{0}/plain\n", scene.server.base)).unwrap();
+    scene.run(&[], 0);
+    fs::write(scene.path("urls.txt"), format!("{0}/plain\n{0}/plain/inner\n", scene.server.base)).unwrap();
+    let text = scene.run(&[], 2);
+    assert!(text.contains("/plain/inner"), "{text}");
+    scene.assert_consistent();
+    let paths = catalogue(&scene.out());
+    assert_eq!(paths.len(), 1);
+    assert!(paths.keys().all(|path| path.contains("/plain~")), "{paths:?}");
+}
+
+#[test]
+fn an_unreachable_database_and_a_wrong_one_are_told_apart() {
+    let scene = Scene::new(3);
+    let text = scene.run(&["--database", "postgres://somebody:secret@127.0.0.1:1/none"], 69);
+    assert!(!text.contains("secret"), "{text}");
+    assert_eq!(scene.server.requests(), 0);
+    scene.run(&[], 0);
+    let other = Scene::new(3);
+    let database = format!("sqlite:{}", scene.out().join("catalog.db").display());
+    let text = other.run(&["--database", &database], 64);
+    assert!(text.contains("another directory"), "{text}");
+    scene.assert_complete();
+}
+
+#[test]
+fn a_postgresql_catalogue_equals_the_disk() {
+    let url = std::env::var("CANCEL_SAFE_TEST_POSTGRES_URL").expect(
+        "CANCEL_SAFE_TEST_POSTGRES_URL names a PostgreSQL for tests; `cargo xtask test cancel-safe` starts one",
+    );
+    let schema = format!("mirror_{:016x}", fastrand::u64(..));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let options: sqlx::postgres::PgConnectOptions = url.parse().unwrap();
+    let sql = |text: String| {
+        runtime.block_on(async {
+            let mut connection = options.connect().await.unwrap();
+            sqlx::raw_sql(sqlx::AssertSqlSafe(text)).execute(&mut connection).await.unwrap();
+            connection.close().await.unwrap();
+        })
+    };
+    sql(format!("CREATE SCHEMA {schema}"));
+    let scene = Scene::new(40);
+    let mut database = url::Url::parse(&url).unwrap();
+    database.query_pairs_mut().append_pair("options[search_path]", &schema);
+    let database = String::from(database);
+    scene.run(&["--database", &database], 0);
+    let rows: Vec<(String, String)> = runtime.block_on(async {
+        let mut connection = options.connect().await.unwrap();
+        let select = sqlx::AssertSqlSafe(format!("SELECT path, sha256 FROM {schema}.files"));
+        sqlx::query_as(select).fetch_all(&mut connection).await.unwrap()
+    });
+    let disk: BTreeMap<String, String> =
+        tree(&scene.out().join("files")).into_iter().map(|(path, content)| (path, hex(&content))).collect();
+    assert_eq!(rows.into_iter().collect::<BTreeMap<_, _>>(), disk);
+    assert!(scene.run(&["--database", &database], 0).contains("nothing to do"));
+    sql(format!("DROP SCHEMA {schema} CASCADE"));
+}
+
+#[test]
+fn bad_usage_is_64() {
+    let scene = Scene::new(1);
+    for options in
+        [&["--concurrency", "0"][..], &["--timeout", "5 parsecs"], &["--database", "oracle:x"], &["--nonsense"]]
+    {
+        scene.run(options, 64);
+    }
+    assert!(!scene.out().exists());
+}
+
+#[test]
+fn a_full_disk_is_told_and_what_is_complete_stays() {
+    let mount = tempfile::tempdir().unwrap();
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(mount.path()).output();
+    if !mounted.as_ref().is_ok_and(|output| output.status.success()) {
+        println!("not run: mounting a small tmpfs takes root on Linux ({mounted:?})");
+        return;
+    }
+    let scene = Scene::new(120);
+    let out = mount.path().join("out");
+    let mut command = scene.command(&[]);
+    command.arg("--out").arg(&out);
+    let output = command.output();
+    let rows = catalogue(&out);
+    let disk: BTreeMap<String, String> =
+        tree(&out.join("files")).into_iter().map(|(path, content)| (path, hex(&content))).collect();
+    let unmounted = Command::new("umount").arg("-l").arg(mount.path()).status();
+    let text = expect(output.unwrap(), 73);
+    assert!(unmounted.unwrap().success());
+    assert!(rows.iter().all(|(path, digest)| disk.get(path) == Some(digest)), "{text}");
+}
