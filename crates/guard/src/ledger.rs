@@ -1,6 +1,7 @@
 //! The reaper's books. Invariant: every future that was started is, at each moment, exactly one of running, finished or
 //! lost, and it leaves `running` once.
 
+use std::mem;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
@@ -20,6 +21,12 @@ pub(crate) struct Ledger {
 }
 
 impl Ledger {
+    /// A line for a future that has not been started.
+    #[inline]
+    pub(crate) fn entry(self: &Arc<Self>) -> Entry {
+        Entry { ledger: Arc::clone(self), state: State::Blank }
+    }
+
     /// What became of everything that was started until now.
     ///
     /// The ends are read before the starts. A start cannot follow its end, so the difference never goes below zero, and
@@ -53,33 +60,52 @@ impl Ledger {
     }
 }
 
-/// One started future. It ends as finished, or as lost when it is dropped in any other way.
+/// The line of one future. It is blank until the future is started, and then ends as finished, or as lost when it is
+/// dropped in any other way.
 #[derive(Debug)]
-#[must_use = "an entry that is dropped counts its future as lost"]
 pub(crate) struct Entry {
     ledger: Arc<Ledger>,
-    finished: bool,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Blank,
+    Running,
+    Ended,
 }
 
 impl Entry {
+    /// Counts the start, the first time that it is called.
     #[inline]
-    pub(crate) fn start(ledger: Arc<Ledger>) -> Self {
-        ledger.started.fetch_add(1, SeqCst);
-        Self { ledger, finished: false }
+    pub(crate) fn start(&mut self) {
+        if self.state == State::Blank {
+            self.state = State::Running;
+            self.ledger.started.fetch_add(1, SeqCst);
+        }
     }
 
     #[inline]
-    pub(crate) fn finish(mut self) {
-        self.finished = true;
+    pub(crate) fn is_running(&self) -> bool {
+        self.state == State::Running
+    }
+
+    /// Hands the line over to a new owner, and leaves an ended one behind.
+    pub(crate) fn take(&mut self) -> Self {
+        Self { ledger: Arc::clone(&self.ledger), state: mem::replace(&mut self.state, State::Ended) }
+    }
+
+    #[inline]
+    pub(crate) fn finish(&mut self) {
+        self.state = State::Ended;
+        self.ledger.end(&self.ledger.finished);
     }
 }
 
 impl Drop for Entry {
     #[inline]
     fn drop(&mut self) {
-        if self.finished {
-            self.ledger.end(&self.ledger.finished);
-        } else {
+        if self.is_running() {
             #[cfg(feature = "tracing")]
             tracing::warn!("a future of the reaper was lost: it panicked, or its runtime went before it finished");
             self.ledger.end(&self.ledger.lost);

@@ -1,4 +1,193 @@
 //! Drop guards, cancel scopes with critical sections, and a reaper that finishes what its caller dropped.
+//!
+//! # The problem
+//!
+//! A future can be dropped at any `.await`. What it has done so far stays done, and the rest never happens:
+//!
+//! ```
+//! use std::time::Duration;
+//! use tokio::sync::Mutex;
+//! use tokio::time::{sleep, timeout};
+//!
+//! async fn transfer(from: &Mutex<i64>, to: &Mutex<i64>, amount: i64) {
+//!     *from.lock().await -= amount;
+//!     sleep(Duration::from_secs(2)).await; // tells the auditor
+//!     *to.lock().await += amount;
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+//! let (from, to) = (Mutex::new(100), Mutex::new(0));
+//! assert!(timeout(Duration::from_secs(1), transfer(&from, &to, 30)).await.is_err());
+//! assert_eq!(*from.lock().await + *to.lock().await, 70); // 30 are gone
+//! # }
+//! ```
+//!
+//! # The same, made safe
+//!
+//! Mark the steps that belong together, and use a time-out that honours the mark. It still ends the transfer while that waits
+//! to begin, and it never ends it in the middle:
+//!
+//! ```
+//! use std::time::Duration;
+//! use cancel_safe_guard::{critical, timeout};
+//! use tokio::sync::Mutex;
+//! use tokio::time::sleep;
+//!
+//! async fn transfer(from: &Mutex<i64>, to: &Mutex<i64>, amount: i64) {
+//!     sleep(Duration::from_millis(500)).await; // may be cancelled: nothing has happened
+//!     critical(async {
+//!         *from.lock().await -= amount;
+//!         sleep(Duration::from_secs(2)).await;
+//!         *to.lock().await += amount;
+//!     })
+//!     .await;
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+//! let (from, to) = (Mutex::new(100), Mutex::new(0));
+//! for deadline in (0..4_000).step_by(100).map(Duration::from_millis) {
+//!     let _ = timeout(deadline, transfer(&from, &to, 1)).await;
+//!     assert_eq!(*from.lock().await + *to.lock().await, 100);
+//! }
+//! # }
+//! ```
+//!
+//! # Three patterns
+//!
+//! **Atomic sections.** Between two awaits code runs to completion. Where all the changes fit there, no tool is needed: wait and
+//! check first, change last. Two locks are taken in one order by everybody, or two transfers in opposite directions wait for
+//! each other for ever:
+//!
+//! ```
+//! use tokio::sync::Mutex;
+//!
+//! struct Account { number: u32, balance: Mutex<u64> }
+//!
+//! #[derive(Debug, PartialEq)]
+//! enum Refused { SameAccount, InsufficientFunds }
+//!
+//! async fn transfer(from: &Account, to: &Account, amount: u64) -> Result<(), Refused> {
+//!     // Waiting: may be dropped, and gives back what it holds.
+//!     let (mut source, mut target) = if from.number < to.number {
+//!         let source = from.balance.lock().await;
+//!         (source, to.balance.lock().await)
+//!     } else if from.number > to.number {
+//!         let target = to.balance.lock().await;
+//!         (from.balance.lock().await, target)
+//!     } else {
+//!         return Err(Refused::SameAccount); // its lock cannot be taken twice
+//!     };
+//!     // Deciding and changing: no await from here on.
+//!     *source = source.checked_sub(amount).ok_or(Refused::InsufficientFunds)?;
+//!     *target += amount;
+//!     Ok(())
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread")] async fn main() {
+//! let savings = Account { number: 1, balance: Mutex::new(100) };
+//! let current = Account { number: 2, balance: Mutex::new(10) };
+//! let (there, back) = tokio::join!(transfer(&savings, &current, 30), transfer(&current, &savings, 5));
+//! assert_eq!((there, back), (Ok(()), Ok(())));
+//! assert_eq!((*savings.balance.lock().await, *current.balance.lock().await), (75, 35));
+//! assert_eq!(transfer(&current, &savings, 99).await, Err(Refused::InsufficientFunds));
+//! # }
+//! ```
+//!
+//! **Guards.** What has to be undone on every way out is a [`Guard`], armed before the await; what has to be undone by
+//! awaiting is [`Reaper::defer`]:
+//!
+//! ```
+//! use std::sync::atomic::{AtomicU32, Ordering};
+//! use std::time::Duration;
+//! use cancel_safe_guard::Guard;
+//! use tokio::time::{sleep, timeout};
+//!
+//! static UPLOADS: AtomicU32 = AtomicU32::new(0);
+//!
+//! async fn upload() {
+//!     UPLOADS.fetch_add(1, Ordering::Relaxed);
+//!     let _slot = Guard::new(|| { UPLOADS.fetch_sub(1, Ordering::Relaxed); });
+//!     sleep(Duration::from_secs(60)).await;
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+//! assert!(timeout(Duration::from_secs(1), upload()).await.is_err());
+//! assert_eq!(UPLOADS.load(Ordering::Relaxed), 0);
+//! # }
+//! ```
+//!
+//! **Try, commit, cancel.** What was prepared is either committed or released, by [`try_commit_cancel`]:
+//!
+//! ```
+//! use std::sync::Mutex;
+//! use std::time::Duration;
+//! use cancel_safe_guard::{timeout, try_commit_cancel};
+//! use tokio::time::sleep;
+//!
+//! #[derive(Default)]
+//! struct Users { prepared: Mutex<Vec<u32>>, active: Mutex<Vec<u32>> }
+//!
+//! impl Users {
+//!     async fn activate(&self, id: u32) -> Result<u32, String> {
+//!         sleep(Duration::from_secs(2)).await; // asks the directory
+//!         self.active.lock().unwrap().push(id);
+//!         Ok(id)
+//!     }
+//!
+//!     async fn create(&self, id: u32) -> Result<u32, String> {
+//!         self.prepared.lock().unwrap().push(id);
+//!         try_commit_cancel(self.activate(id), || self.prepared.lock().unwrap().retain(|other| *other != id)).await
+//!     }
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+//! let users = Users::default();
+//! assert_eq!(timeout(Duration::from_secs(3), users.create(1)).await, Ok(Ok(1)));
+//! assert!(timeout(Duration::from_secs(1), users.create(2)).await.is_err());
+//! assert_eq!(*users.prepared.lock().unwrap(), [1], "the second user is not left behind half made");
+//! # }
+//! ```
+//!
+//! # Guarantees
+//!
+//! | Event | What holds |
+//! |---|---|
+//! | a future with an armed [`Guard`] is dropped, panics or is aborted | the cleanup has run exactly once |
+//! | [`timeout()`], [`timeout_at`] or [`with_token`] ends during [`critical`] | the section is finished first; the future is dropped at its first pending point after it |
+//! | the future is ready in the poll in which the deadline passes or the token fires | its result is returned: the future is polled first |
+//! | scopes are nested | the smallest deadline counts; inside a critical section the outer ones are postponed, its own still work |
+//! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing` |
+//! | a [`Shield`] is dropped | before its first poll: it has never run; after it: it finishes on its runtime |
+//! | the runtime goes before a shield or a cleanup has finished, or it panics | it is counted as [`lost`](Drain::lost) |
+//! | [`Reaper::drain`] returns | by its grace; if clean, nothing was running any more; `finished + timed_out + lost` is all that was started |
+//! | a task is spawned inside a scope | it inherits nothing |
+//!
+//! # Limitations
+//!
+//! - `mem::forget`, the end of the process and a loss of power skip every destructor, and so every guarantee above.
+//! - Only the scopes of this crate know of critical sections. A drop by anything else can be seen, not stopped.
+//! - A scope acts when its future is pending. A future that blocks its thread is not ended by it;
+//!   [`cancellation_point`] helps a computation that never awaits.
+//! - A critical section without a bound postpones the deadlines around it without a bound: see [`critical_for`].
+//! - The deadlines are tokio's timers, so they are exact to about a millisecond.
+//!
+//! # Comparison
+//!
+//! - `tokio::time::timeout` and `CancellationToken::run_until_cancelled` are right for futures that are cancel safe at each await. The
+//!   scopes here cost about the same and add the critical section.
+//! - `tokio::spawn(work).await` protects `work` from its caller at the price of a task, `'static`, and a loss in silence when the
+//!   runtime goes. [`critical`] may borrow and spawns nothing; [`Reaper::shield`] spawns only what was abandoned, and counts it.
+//! - `scopeguard` has guards with a value and with strategies. [`Guard`] has neither; if the program has `scopeguard` already, use
+//!   that.
+//!
+//! # Features
+//!
+//! None is on by default. `tracing` emits an event of level `error` for each torn section, and of level `warn` for each lost
+//! future.
+//!
+//! # Minimum supported Rust version
+//!
+//! 1.89. It is raised only in a minor release.
 
 mod critical;
 mod guard;

@@ -3,7 +3,6 @@
 
 use std::fmt;
 use std::future::Future;
-use std::mem;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -96,7 +95,7 @@ impl Reaper {
         F: Future<Output = T> + Send + 'static,
         T: Send + 'static,
     {
-        Shield { state: State::Fresh { ledger: Arc::clone(&self.ledger), future: Box::pin(future) } }
+        Shield { future: Some(Box::pin(future)), entry: self.ledger.entry(), runtime: None }
     }
 
     /// Prepares an asynchronous cleanup, which runs when the returned [`Deferred`] is dropped.
@@ -149,7 +148,22 @@ impl Reaper {
     ///
     /// # Examples
     ///
-    /// See the type's own.
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_guard::Reaper;
+    /// use tokio::time::{sleep, timeout};
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+    /// let reaper = Reaper::new();
+    /// for seconds in [1, 60] {
+    ///     let work = reaper.shield(sleep(Duration::from_secs(seconds)));
+    ///     assert!(timeout(Duration::ZERO, work).await.is_err());
+    /// }
+    /// let drain = reaper.drain(Duration::from_secs(10)).await;
+    /// assert_eq!((drain.finished, drain.timed_out), (1, 1));
+    /// assert!(!drain.is_clean());
+    /// # }
+    /// ```
     pub async fn drain(&self, grace: Duration) -> Drain {
         let books = self.ledger.balance();
         if books.timed_out == 0 {
@@ -163,7 +177,7 @@ impl Reaper {
 }
 
 /// Hands an abandoned future to a runtime. Without one, or when it is shut down, dropping `entry` counts the loss.
-fn hand_over<T: Send + 'static>(runtime: Option<Handle>, entry: Entry, future: BoxFuture<T>) {
+fn hand_over<T: Send + 'static>(runtime: Option<Handle>, mut entry: Entry, future: BoxFuture<T>) {
     let Some(runtime) = runtime.or_else(|| Handle::try_current().ok()) else {
         return;
     };
@@ -179,56 +193,46 @@ fn hand_over<T: Send + 'static>(runtime: Option<Handle>, entry: Entry, future: B
 /// Dropped after its first poll it goes on as a task; dropped before that it has never run.
 #[must_use = "a shield that is never polled never runs"]
 pub struct Shield<T: Send + 'static> {
-    state: State<T>,
-}
-
-enum State<T> {
-    Fresh { ledger: Arc<Ledger>, future: BoxFuture<T> },
-    Running { runtime: Option<Handle>, entry: Entry, future: BoxFuture<T> },
-    Ended,
+    /// Taken out while it is polled and when it has ended: a future that panics is dropped by that poll, and is not handed
+    /// over to panic again.
+    future: Option<BoxFuture<T>>,
+    entry: Entry,
+    runtime: Option<Handle>,
 }
 
 impl<T: Send + 'static> Future for Shield<T> {
     type Output = T;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
-        // Taken out while it is polled: a future that panics is dropped here as lost and not handed over to panic again.
-        let (runtime, entry, mut future) = match mem::replace(&mut self.state, State::Ended) {
-            State::Fresh { ledger, future } => (None, Entry::start(ledger), future),
-            State::Running { runtime, entry, future } => (runtime, entry, future),
-            State::Ended => panic!("a shield was polled after it had ended"),
-        };
-        match future.as_mut().poll(cx) {
-            Poll::Ready(output) => {
-                drop(future);
-                entry.finish();
-                Poll::Ready(output)
-            }
-            Poll::Pending => {
-                let runtime = runtime.or_else(|| Handle::try_current().ok());
-                self.state = State::Running { runtime, entry, future };
-                Poll::Pending
-            }
+        let mut future = self.future.take().expect("a shield that has returned is not polled again");
+        self.entry.start();
+        let polled = future.as_mut().poll(cx);
+        if polled.is_ready() {
+            drop(future);
+            self.entry.finish();
+            return polled;
         }
+        if self.runtime.is_none() {
+            self.runtime = Handle::try_current().ok();
+        }
+        self.future = Some(future);
+        polled
     }
 }
 
 impl<T: Send + 'static> Drop for Shield<T> {
     fn drop(&mut self) {
-        if let State::Running { runtime, entry, future } = mem::replace(&mut self.state, State::Ended) {
-            hand_over(runtime, entry, future);
+        if let Some(future) = self.future.take()
+            && self.entry.is_running()
+        {
+            hand_over(self.runtime.take(), self.entry.take(), future);
         }
     }
 }
 
 impl<T: Send + 'static> fmt::Debug for Shield<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let state = match self.state {
-            State::Fresh { .. } => "fresh",
-            State::Running { .. } => "running",
-            State::Ended => "ended",
-        };
-        f.debug_struct("Shield").field("state", &state).finish()
+        f.debug_struct("Shield").field("running", &self.entry.is_running()).finish_non_exhaustive()
     }
 }
 
@@ -275,7 +279,9 @@ impl Deferred {
 impl Drop for Deferred {
     fn drop(&mut self) {
         if let Some(cleanup) = self.cleanup.take() {
-            hand_over(self.runtime.take(), Entry::start(Arc::clone(&self.reaper.ledger)), cleanup);
+            let mut entry = self.reaper.ledger.entry();
+            entry.start();
+            hand_over(self.runtime.take(), entry, cleanup);
         }
     }
 }

@@ -13,7 +13,7 @@ use tokio::task::coop::{consume_budget, unconstrained};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{self, Hold, InScope, Scope, Surroundings};
+use crate::stack::{self, Hold, InScope, Scope};
 
 /// Runs `future` for `duration` at most, counted from this call.
 ///
@@ -148,8 +148,8 @@ pub fn remaining() -> Option<Duration> {
 /// A point at which the future may be cancelled although it has nothing to wait for.
 ///
 /// A long computation between awaits is never pending, so no scope can end it. Called in its loop, this lets every scope
-/// around that wants to end do so here, and now and then yields to the runtime, as all of tokio's own awaits do, so that
-/// foreign time-outs and aborts work too. Inside a critical section it does nothing.
+/// around that wants to end do so here. Inside a critical section it lets none, like any other await. Now and then it yields
+/// to the runtime, as all awaits of tokio's own do, so that foreign time-outs and aborts work too.
 ///
 /// # Cancel safety
 ///
@@ -173,15 +173,10 @@ pub fn remaining() -> Option<Duration> {
 /// # }
 /// ```
 pub async fn cancellation_point() {
-    // Where a scope is due it drops this future instead of polling it again. It may have to wait for a critical section in
-    // a sibling of ours, and polls us in the meantime; so this looks again at each poll.
-    let found = poll_fn(|_| match stack::look_around() {
-        Surroundings::Due => Poll::Pending,
-        found => Poll::Ready(found),
-    });
-    if found.await == Surroundings::Open {
-        consume_budget().await;
-    }
+    // A scope that is due drops this future instead of polling it again. Only if a critical section beside ours makes the
+    // scope wait are we polled in the meantime, and then this looks again.
+    poll_fn(|_| if stack::notice_due() { Poll::Pending } else { Poll::Ready(()) }).await;
+    consume_budget().await;
 }
 
 /// The deadline of a scope passed before its future was ready.

@@ -26,7 +26,6 @@ struct Frame {
 
 /// A cancel scope as seen from inside. It lies on the stack during a poll and in its future between polls; moving it is
 /// cheaper than sharing it, and nothing is allocated until a critical section inside it has to wait.
-#[derive(Default)]
 pub(crate) struct Scope {
     deadline: Option<Instant>,
     token: Option<CancellationToken>,
@@ -39,6 +38,12 @@ impl Scope {
     #[inline]
     pub(crate) fn new(deadline: Option<Instant>, token: Option<CancellationToken>) -> Self {
         Self { deadline, token, due: false, holds: None }
+    }
+
+    /// Moves what is owned out, and leaves the rest.
+    #[inline]
+    fn take(&mut self) -> Self {
+        Self { deadline: self.deadline, token: self.token.take(), due: self.due, holds: self.holds.take() }
     }
 
     /// Whether a critical section inside waits. If so, `waker` is woken when the last one has left the scope.
@@ -136,7 +141,7 @@ impl<'a> InScope<'a> {
         }
         // A stack that is gone is not pushed to, and the scope stays in its future.
         let push = |stack: &RefCell<Vec<Frame>>| {
-            stack.borrow_mut().push(Frame { task: task::try_id(), scope: mem::take(scope), critical: false });
+            stack.borrow_mut().push(Frame { task: task::try_id(), scope: scope.take(), critical: false });
         };
         STACK.try_with(push).unwrap_or_default();
         Self(scope)
@@ -148,7 +153,11 @@ impl Drop for InScope<'_> {
     fn drop(&mut self) {
         // The last frame is ours: these guards live on the thread's own call stack, and that unwinds in order.
         if let Ok(Some(frame)) = STACK.try_with(|stack| stack.borrow_mut().pop()) {
-            *self.0 = frame.scope;
+            // Field by field: the deadline has not changed, and a copy of the whole waits for the stores it has just made.
+            let Scope { deadline: _, token, due, holds } = frame.scope;
+            self.0.token = token;
+            self.0.due = due;
+            self.0.holds = holds;
         }
     }
 }
@@ -190,30 +199,16 @@ pub(crate) fn nearest_deadline() -> Option<Instant> {
     with_visible(|frames| frames.iter().filter_map(|frame| frame.scope.deadline).min())
 }
 
-/// What a cancellation point finds around it.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Surroundings {
-    /// Nothing wants to end.
-    Open,
-    /// A scope wants to end and may.
-    Due,
-    /// Nothing wants to end before a critical section does.
-    Critical,
-}
-
 /// Looks outward, up to the first critical section, for scopes that want to end, and makes them notice it.
-pub(crate) fn look_around() -> Surroundings {
-    with_visible(|frames| {
+pub(crate) fn notice_due() -> bool {
+    let notice = |frames: &mut [Frame]| {
         let mut due = false;
-        for frame in frames.iter_mut().rev() {
-            if frame.critical {
-                return Some(if due { Surroundings::Due } else { Surroundings::Critical });
-            }
+        for frame in frames.iter_mut().rev().take_while(|frame| !frame.critical) {
             due |= frame.scope.notice_due();
         }
-        due.then_some(Surroundings::Due)
-    })
-    .unwrap_or(Surroundings::Open)
+        Some(due)
+    };
+    with_visible(notice).unwrap_or(false)
 }
 
 /// Shows the frames of the current task, outermost first. `see` must not run foreign code: the stack is borrowed.
