@@ -249,7 +249,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
         Ok(opened) => opened,
         Err(error) => {
             // Nobody to tell means that the run was dropped while it opened.
-            let _unheard = reply.send(Err(error));
+            drop(reply.send(Err(error)));
             return;
         }
     };
@@ -257,8 +257,8 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     let (done, closed) = oneshot::channel();
     let epoch = history.epoch + 1;
     let log = Log { shared: Arc::clone(&shared), closed };
-    // If the run is gone, what comes back is dropped here, which stops the loop below before it writes anything.
-    let _unheard = reply.send(Ok(Opened { log, history, salt }));
+    // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
+    drop(reply.send(Ok(Opened { log, history, salt })));
     let mut writer = Writer { file, salt, epoch, wrote: false };
     let outcome = write_until_stopped(&shared, &mut writer, request.every);
     if outcome.is_err() {
@@ -272,7 +272,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     drop(writer);
     let outcome = outcome.and(unlocked).map_err(|error| in_context("write checkpoint", &path, error));
     // The other side is gone if the run was dropped; then the next one reads what is in the file.
-    let _unheard = done.send(outcome);
+    drop(done.send(outcome));
 }
 
 struct Writer {

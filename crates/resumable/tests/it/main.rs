@@ -1,4 +1,10 @@
 //! The integration tests of `cancel-safe-resumable`, one binary.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod cancel;
+mod crash;
+mod faults;
 mod happy;
+mod input;
+mod items;
+mod support;

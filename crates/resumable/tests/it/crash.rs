@@ -1,0 +1,143 @@
+//! Real processes, really killed.
+
+use std::{
+    path::Path,
+    process::{Child, Command, Stdio},
+    time::Duration,
+};
+
+use cancel_safe_resumable::{FileStore, ResumableTask, TaskError};
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
+
+use crate::support::checkpoint;
+
+const CHECKPOINT: &str = "RESUMABLE_CRASH";
+const ITEMS: u64 = 4000;
+
+/// The result of an item: text that occurs once in the file for each time it was recorded.
+fn result_of(x: u64) -> String {
+    format!("<{x}>")
+}
+
+fn job(path: &Path) -> cancel_safe_resumable::Builder<u64, String> {
+    let store = FileStore::at(path).wait(Duration::from_millis(20));
+    ResumableTask::builder("crash").store(store).checkpoint_every(Duration::from_millis(2)).concurrency(8)
+}
+
+/// Runs in a child that is killed; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_is_killed() {
+    let Some(path) = std::env::var_os(CHECKPOINT) else { return };
+    let run = job(Path::new(&path)).stream(0..ITEMS, |_, x| async move {
+        if x % 16 == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        Ok(result_of(x))
+    });
+    match run.finish().await {
+        Ok(_) | Err(TaskError::Busy { .. }) => {}
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn spawn(path: &Path) -> Child {
+    Command::new(std::env::current_exe().unwrap())
+        .args(["crash::child_that_is_killed", "--exact"])
+        .env(CHECKPOINT, path)
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// How often each result is in the file.
+fn occurrences(path: &Path) -> Vec<usize> {
+    let text = String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
+    (0..ITEMS).map(|x| text.matches(&result_of(x)).count()).collect()
+}
+
+/// Opens the checkpoint, which must not be damaged, and leaves it again.
+async fn cut_torn_tail(path: &Path) {
+    let token = CancellationToken::new();
+    token.cancel();
+    let run = job(path).cancel(token).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
+    let error = run.finish().await.unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+}
+
+/// Kills runs of one checkpoint until it is complete, and checks after each that nothing was lost or written twice.
+async fn survive(starters: usize, seed: u64) {
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (_dir, path) = checkpoint();
+    let mut before = vec![0; ITEMS as usize];
+    for round in 0..400 {
+        let mut children: Vec<Child> = (0..starters).map(|_| spawn(&path)).collect();
+        let patience = Duration::from_micros(random.u64(500..120_000));
+        tokio::time::sleep(patience).await;
+        for child in &mut children {
+            // One that has ended by itself must not have failed.
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "round {round}: {status}");
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        if !path.exists() {
+            assert!(before.iter().all(|count| *count == 0), "the checkpoint vanished");
+            continue;
+        }
+        cut_torn_tail(&path).await;
+        let now = occurrences(&path);
+        for (x, (old, new)) in before.iter().zip(&now).enumerate() {
+            assert!(*new <= 1, "round {round}: result {x} was recorded {new} times");
+            assert!(new >= old, "round {round}: result {x} was lost");
+        }
+        before = now;
+        if before.iter().all(|count| *count == 1) {
+            break;
+        }
+    }
+    let mut run = job(&path).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
+    let mut seen = vec![0; ITEMS as usize];
+    while let Some(done) = run.next().await {
+        assert_eq!(done.result, Ok(result_of(done.index as u64)));
+        seen[done.index] += 1;
+    }
+    run.finish().await.unwrap();
+    assert!(seen.iter().all(|count| *count == 1));
+    assert!(occurrences(&path).iter().all(|count| *count == 1), "something was recorded twice");
+}
+
+#[tokio::test]
+async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
+    for _ in 0..3 {
+        survive(1, fastrand::u64(..)).await;
+    }
+}
+
+#[tokio::test]
+async fn two_starters_that_are_killed_never_share_a_checkpoint() {
+    for _ in 0..3 {
+        survive(2, fastrand::u64(..)).await;
+    }
+}
+
+#[tokio::test]
+async fn of_many_first_starters_one_creates_the_checkpoint() {
+    for _ in 0..20 {
+        let (dir, path) = checkpoint();
+        let mut children: Vec<Child> = (0..4).map(|_| spawn(&path)).collect();
+        tokio::time::sleep(Duration::from_millis(fastrand::u64(0..10))).await;
+        children[0].kill().unwrap();
+        for mut child in children.drain(1..) {
+            assert!(child.wait().unwrap().success());
+        }
+        drop(children);
+        cut_torn_tail(&path).await;
+        assert!(occurrences(&path).iter().all(|count| *count <= 1));
+        // What the killed one may have left beside it is swept by the next that creates a checkpoint here.
+        assert!(std::fs::read_dir(dir.path()).unwrap().count() <= 2);
+    }
+}

@@ -1,0 +1,297 @@
+//! Files that are held, damaged, foreign or full.
+
+use std::{
+    fs::{self, File},
+    io::ErrorKind,
+    path::{Path, PathBuf},
+    process::Command,
+    time::{Duration, Instant},
+};
+
+use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError};
+use futures_util::StreamExt;
+
+use crate::support::{checkpoint, complete, double, eventually, numbers, restored};
+
+/// What a run says of the file.
+async fn refusal(path: &Path) -> TaskError {
+    let before = fs::read(path).unwrap();
+    let error = complete(path, 100).await.unwrap_err();
+    assert_eq!(before, fs::read(path).unwrap(), "a refused file is not changed");
+    error
+}
+
+#[tokio::test]
+async fn a_second_run_gets_busy_while_the_first_lives_and_the_file_after() {
+    let (_dir, path) = checkpoint();
+    let mut first = numbers(&path).stream(0..100, |_, x| double(x));
+    first.next().await.unwrap();
+    let wait = Duration::from_millis(50);
+    let hasty = || numbers(&path).store(FileStore::at(&path).wait(wait)).stream(0..100, |_, x| double(x));
+    let started = Instant::now();
+    let error = hasty().finish().await.unwrap_err();
+    assert!(error.is_busy() && started.elapsed() >= wait);
+    assert!(matches!(&error, TaskError::Busy { path: named } if *named == path), "{error}");
+    // A successor does not wait for the end of the interval of one that was dropped, only for its last sync.
+    drop(first);
+    assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn a_run_that_was_dropped_while_it_opened_lets_the_file_go() {
+    let (_dir, path) = checkpoint();
+    for _ in 0..20 {
+        let mut run = numbers(&path).stream(0..100, |_, x| double(x));
+        assert!(futures_util::poll!(run.next()).is_pending());
+    }
+    assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn damage_before_the_end_is_refused_and_says_where() {
+    let (_dir, path) = checkpoint();
+    // Two sessions, so that there are blocks of both.
+    complete(&path, 50).await.unwrap();
+    let first_session = fs::metadata(&path).unwrap().len();
+    complete(&path, 100).await.unwrap();
+    let whole = fs::read(&path).unwrap();
+    for at in (0..first_session as usize).step_by(7) {
+        let mut bytes = whole.clone();
+        bytes[at] ^= 0x10;
+        fs::write(&path, bytes).unwrap();
+        match refusal(&path).await {
+            TaskError::Corrupt { path: named, offset, .. } => {
+                assert!(named == path && offset <= at as u64 && offset < first_session);
+            }
+            other => panic!("byte {at}: {other}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_advice_of_the_message_works() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 50).await.unwrap();
+    let middle = fs::metadata(&path).unwrap().len();
+    complete(&path, 100).await.unwrap();
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[middle as usize + 5] ^= 1;
+    fs::write(&path, bytes).unwrap();
+    let error = refusal(&path).await.to_string();
+    let command = format!("truncate -s {middle} '{}'", path.display());
+    assert!(error.contains(&command), "{error}");
+    assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+    let all = complete(&path, 100).await.unwrap();
+    assert_eq!(all.iter().filter(|done| done.restored).count(), 50);
+}
+
+#[tokio::test]
+async fn a_torn_tail_is_cut_off_and_reported() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 50).await.unwrap();
+    let good = fs::metadata(&path).unwrap().len();
+    complete(&path, 100).await.unwrap();
+    let whole = fs::read(&path).unwrap();
+    for length in (good as usize..whole.len()).step_by(11) {
+        fs::write(&path, &whole[..length]).unwrap();
+        let mut run = numbers(&path).stream(0..100, |_, x| double(x));
+        let mut seen = 0;
+        while let Some(done) = run.next().await {
+            assert_eq!(done.result, Ok(done.index as u64 * 2));
+            seen += 1;
+        }
+        let summary = run.finish().await.unwrap();
+        assert!(seen == 100 && summary.restored >= 50);
+        assert!(summary.torn_bytes <= length as u64 - good);
+    }
+    assert_eq!(restored(&path, 100).await.len(), 100);
+}
+
+#[tokio::test]
+async fn an_empty_or_foreign_file_is_not_a_first_run() {
+    let (_dir, path) = checkpoint();
+    for content in ["", "notes of somebody\n", "\u{89}RSUME"] {
+        fs::write(&path, content).unwrap();
+        assert!(refusal(&path).await.is_corrupt());
+    }
+}
+
+#[tokio::test]
+async fn what_is_no_file_in_a_directory_is_an_io_error() {
+    let (dir, path) = checkpoint();
+    let kinds = [(dir.path().to_owned(), ErrorKind::IsADirectory), (path.join("no/such"), ErrorKind::NotFound)];
+    for (path, kind) in kinds {
+        match complete(&path, 3).await.unwrap_err() {
+            TaskError::Io(error) => assert_eq!(error.kind(), kind, "{error}"),
+            other => panic!("{other}"),
+        }
+    }
+}
+
+#[tokio::test]
+async fn what_a_starter_left_that_was_killed_while_it_created_the_file_is_swept() {
+    let (dir, path) = checkpoint();
+    fs::write(dir.path().join(".job.ckpt.new-0123456789abcdef"), "half a hea").unwrap();
+    complete(&path, 3).await.unwrap();
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[tokio::test]
+async fn a_file_that_is_moved_away_while_a_run_waits_for_it_is_a_first_run() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 10).await.unwrap();
+    let held = File::open(&path).unwrap();
+    held.lock().unwrap();
+    let waiting = tokio::spawn({
+        let path = path.clone();
+        async move { complete(&path, 10).await }
+    });
+    fs::rename(&path, path.with_extension("old")).unwrap();
+    tokio::task::yield_now().await;
+    drop(held);
+    let all = waiting.await.unwrap().unwrap();
+    assert!(path.exists() && all.len() == 10);
+}
+
+/// Which field the run of another computation is refused for.
+async fn mismatch<R>(path: &Path, change: impl FnOnce(Job<R>) -> Job<R>, result: R) -> &'static str
+where
+    R: serde::Serialize + serde::de::DeserializeOwned + Clone + Send + Sync + 'static,
+{
+    let job = change(ResumableTask::builder("crawl").version("v2").store(FileStore::at(path)));
+    let run = job.stream(0..10u64, move |_, _| {
+        let result = result.clone();
+        async move { Ok(result) }
+    });
+    match run.finish().await {
+        Err(error @ TaskError::VersionMismatch { field, .. }) => {
+            assert!(error.is_mismatch() && error.to_string().contains(field));
+            field
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+type Job<R> = cancel_safe_resumable::Builder<u64, R>;
+
+#[tokio::test]
+async fn the_checkpoint_of_another_computation_is_refused() {
+    let (_dir, path) = checkpoint();
+    let job = |version: &str| ResumableTask::builder("crawl").version(version).store(FileStore::at(&path));
+    job("v2").stream(0..5u64, |_, x| double(x)).finish().await.unwrap();
+    assert_eq!(mismatch(&path, |job| job.version("v3"), 1u64).await, "version");
+    assert_eq!(mismatch(&path, |job| job, String::new()).await, "result type");
+    assert_eq!(mismatch(&path, |job| job.key(u64::to_string), 1u64).await, "identity");
+    let renamed = |_| ResumableTask::builder("other").version("v2").store(FileStore::at(&path));
+    assert_eq!(mismatch(&path, renamed, 1u64).await, "job");
+    #[cfg(feature = "postcard")]
+    assert_eq!(mismatch(&path, |job| job.codec(Codec::Postcard), 1u64).await, "codec");
+    assert_eq!(Codec::default(), Codec::MessagePack);
+
+    let summary = job("v3").accept_version("v2").stream(0..10u64, |_, x| double(x)).finish().await.unwrap();
+    assert_eq!((summary.restored, summary.completed), (5, 5));
+}
+
+#[tokio::test]
+async fn accepted_results_of_another_type_are_read_or_named() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 5).await.unwrap();
+    let wider = ResumableTask::builder("numbers").store(FileStore::at(&path)).accept_version("1");
+    let mut run = wider.stream(0..5u64, |_, x| async move { Ok(x as f64) });
+    assert_eq!(run.next().await.unwrap().result, Ok(0.0));
+    drop(run);
+    let other = ResumableTask::builder("numbers").store(FileStore::at(&path)).accept_version("1");
+    let error = other.stream(0..5u64, |_, _| async { Ok(String::new()) }).finish().await.unwrap_err();
+    assert!(matches!(error, TaskError::Codec { index: 0, action: "read back", .. }), "{error}");
+}
+
+#[tokio::test]
+async fn the_memory_of_a_run_is_bounded_by_what_the_disk_takes() {
+    let (_dir, path) = checkpoint();
+    // A hundred results of a megabyte: the buffer is full again and again, and nothing is lost or stuck.
+    let large = |_, x: u64| async move { Ok(vec![x as u8; 1 << 20]) };
+    let job =
+        || ResumableTask::builder("large").store(FileStore::at(&path).wait(Duration::from_secs(5))).concurrency(4);
+    assert_eq!(job().stream(0..100u64, large).finish().await.unwrap().completed, 100);
+    assert_eq!(job().stream(0..100u64, large).finish().await.unwrap().restored, 100);
+}
+
+/// Mounts a file system of one megabyte, if this user may.
+struct Tmpfs(PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &Path) -> Option<Self> {
+        fs::create_dir(at).unwrap();
+        let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "none"]).arg(at).output();
+        mounted.is_ok_and(|output| output.status.success()).then(|| Self(at.to_owned()))
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        assert!(Command::new("umount").arg(&self.0).status().unwrap().success());
+    }
+}
+
+#[tokio::test]
+async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tmpfs) = Tmpfs::mount(&dir.path().join("small")) else {
+        println!("skipped: mounting a small file system needs root");
+        return;
+    };
+    let path = tmpfs.0.join("job.ckpt");
+    let job = || ResumableTask::builder("big").store(FileStore::at(&path).wait(Duration::from_secs(5))).concurrency(4);
+    let work = |_, x: u64| async move { Ok(format!("{x:01000}")) };
+    match job().stream(0..3000u64, work).finish().await.unwrap_err() {
+        TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}"),
+        other => panic!("{other}"),
+    }
+    let remounted = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&tmpfs.0).status().unwrap();
+    assert!(remounted.success());
+    let mut run = job().stream(0..3000u64, work);
+    let mut seen = 0;
+    while let Some(done) = run.next().await {
+        assert_eq!(done.result, Ok(format!("{:01000}", done.index)));
+        seen += 1;
+    }
+    let summary = run.finish().await.unwrap();
+    assert!(seen == 3000 && summary.restored > 0 && summary.completed > 0, "{summary:?}");
+}
+
+const FAULTY: &str = "RESUMABLE_FAULTY";
+
+/// Runs in a child whose disk fails; does nothing in the test run itself.
+#[tokio::test]
+async fn child_on_a_failing_disk() {
+    let Some(path) = std::env::var_os(FAULTY) else { return };
+    let builder = numbers(Path::new(&path)).checkpoint_every(Duration::from_millis(1));
+    let run = builder.stream(0..1_000_000, |_, x| async move {
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        Ok(x * 2)
+    });
+    match run.finish().await {
+        Err(TaskError::Io(error)) => println!("failed as it should: {error}"),
+        other => panic!("the failure of the disk went unnoticed: {other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_failed_sync_ends_the_run_at_once() {
+    let (_dir, path) = checkpoint();
+    let child = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync", "-e", "inject=fdatasync:error=EIO:when=3"])
+        .arg(std::env::current_exe().unwrap())
+        .args(["faults::child_on_a_failing_disk", "--exact", "--nocapture"])
+        .env(FAULTY, &path)
+        .output();
+    let Ok(child) = child else {
+        println!("skipped: injecting a failed fdatasync needs strace");
+        return;
+    };
+    let output = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && output.contains("failed as it should"), "{output}");
+    eventually("the checkpoint is free", || File::open(&path).is_ok_and(|file| file.try_lock().is_ok())).await;
+    // Two intervals had been synced.
+    assert!(!restored(&path, 1000).await.is_empty());
+}

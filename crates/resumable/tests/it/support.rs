@@ -1,0 +1,77 @@
+//! What the tests share.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    task::Poll,
+    time::Duration,
+};
+
+use cancel_safe_resumable::{Builder, Done, FileStore, ItemError, ResumableTask, TaskError};
+use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
+
+/// A directory and the path of a checkpoint in it.
+pub(crate) fn checkpoint() -> (tempfile::TempDir, PathBuf) {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("job.ckpt");
+    (dir, path)
+}
+
+/// A run over numbers, by position.
+pub(crate) fn numbers(path: &Path) -> Builder<u64, u64> {
+    ResumableTask::builder("numbers").store(FileStore::at(path).wait(Duration::from_secs(5)))
+}
+
+/// The item's function in most tests.
+pub(crate) async fn double(x: u64) -> Result<u64, ItemError> {
+    Ok(x * 2)
+}
+
+/// Runs the numbers below `n` to the end and returns what came out, in the order of the input.
+pub(crate) async fn complete(path: &Path, n: u64) -> Result<Vec<Done<u64>>, TaskError> {
+    let mut run = numbers(path).concurrency(8).ordered().stream(0..n, |_, x| double(x));
+    let mut all = Vec::new();
+    while let Some(done) = run.next().await {
+        all.push(done);
+    }
+    run.finish().await.map(|_| all)
+}
+
+/// The numbers below `n` that a checkpoint has results for. Nothing is recorded.
+pub(crate) async fn restored(path: &Path, n: u64) -> Vec<usize> {
+    let (token, begun) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
+    let (cancel, counter) = (token.clone(), Arc::clone(&begun));
+    let mut run = numbers(path).concurrency(n as usize).cancel(token).stream(0..n, move |_, _| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        std::future::pending()
+    });
+    let mut indexes = Vec::new();
+    // Once all items are either restored or begun there is nothing more to see.
+    while let Some(done) = std::future::poll_fn(|cx| match run.poll_next_unpin(cx) {
+        Poll::Pending if indexes.len() + begun.load(Ordering::Relaxed) == n as usize => Poll::Ready(None),
+        polled => polled,
+    })
+    .await
+    {
+        indexes.push(done.index);
+    }
+    cancel.cancel();
+    drop(run.finish().await);
+    indexes.sort_unstable();
+    indexes
+}
+
+/// Waits until a condition holds, for at most ten seconds.
+pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..2_000 {
+        if holds() {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    panic!("not within ten seconds: {what}");
+}
