@@ -17,7 +17,7 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use crate::explore::Plan;
-use crate::report::Report;
+use crate::report::{POINTS_FILE, Report};
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
 use crate::site::{Namer, Site};
@@ -138,6 +138,8 @@ impl Here {
             .args(["--exact", &self.test, "--include-ignored", "--nocapture", "--test-threads", "1"])
             .env(VICTIM, format!("{point}:{way}:{budget}@{}", self.call))
             .env(SCRATCH, scratch.path())
+            // The explorations that this child passes by have nothing to publish.
+            .env_remove(POINTS_FILE)
             // Kept open by the parent: its end tells the child that the parent is gone.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -64,34 +64,36 @@ pub(crate) async fn drive<F: Future>(
 ) -> Drive<F::Output> {
     let tracer = Tracer::default();
     let mut polls = 0;
-    let mut gate = Gate::close();
-    let stop = loop {
-        if polls == course.point {
-            break Stop::Parked;
-        }
-        if polls > 0 {
-            gate.open();
-            let next = watchdog.bound(async {
-                fence(Duration::ZERO).await;
+    let (stop, gate) = loop {
+        let rest = watchdog.bound(async {
+            fence(Duration::ZERO).await;
+            if polls > 0 {
                 poll_fn(|cx| tracer.poll_woken(cx)).await;
-            });
-            let woken = next.await;
-            gate = Gate::close();
-            if let Err(fault) = woken {
-                break Stop::Faulted(fault);
             }
+        });
+        let rested = rest.await;
+        let gate = Gate::close();
+        if let Err(fault) = rested {
+            break (Stop::Faulted(fault), gate);
+        }
+        if course.point == 0 {
+            break (Stop::Parked, gate);
         }
         // A new turn of the scheduler brings a full budget.
         tokio::task::yield_now().await;
         match poll_once(operation.as_mut(), course, polls, &tracer).await {
-            Ok(Poll::Ready(value)) => break Stop::Completed(value),
+            Ok(Poll::Ready(value)) => break (Stop::Completed(value), gate),
             Ok(Poll::Pending) => polls += 1,
             Err(None) => {
                 polls += 1;
-                break Stop::Unwound;
+                break (Stop::Unwound, gate);
             }
-            Err(Some(fault)) => break Stop::Faulted(fault),
+            Err(Some(fault)) => break (Stop::Faulted(fault), gate),
         }
+        if polls == course.point {
+            break (Stop::Parked, gate);
+        }
+        gate.open();
     };
     Drive { stop, polls, traces: tracer.take_traces(), gate }
 }

@@ -226,8 +226,8 @@ impl Explore {
     ///
     /// Nothing has to be `Send`. Each run has a runtime of its own, on which setup, operation, drop and check all
     /// run, so that a connection made in the setup can be used in the check; only [`Way::Shutdown`] ends that runtime
-    /// and checks on a fresh one. A panic in any of the three is a failure, and so is one that does not end; the
-    /// exploration itself always ends.
+    /// and checks on a fresh one. A panic in any of the three is a failure, and so is one that does not end. The
+    /// exploration itself always ends; it ends early at the first hang, because each hang costs its whole limit.
     ///
     /// # Panics
     ///

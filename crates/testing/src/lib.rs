@@ -1,4 +1,155 @@
 //! Drops a future at every await point, deterministically, and checks what is left behind.
+//!
+//! # The problem
+//!
+//! A future can be dropped at any `.await`: a timeout fires, a `select!` branch loses, a client hangs up, a server
+//! shuts down. This code passes every ordinary test, and loses money when a timeout fires between its two halves:
+//!
+//! ```
+//! use std::cell::Cell;
+//!
+//! struct Bank { alice: Cell<i64>, bob: Cell<i64> }
+//!
+//! impl Bank {
+//!     async fn transfer(&self, amount: i64) {
+//!         self.alice.set(self.alice.get() - amount);
+//!         audit(amount).await;                      // dropped here, the money is gone
+//!         self.bob.set(self.bob.get() + amount);
+//!     }
+//! }
+//! # async fn audit(_: i64) { tokio::time::sleep(std::time::Duration::from_millis(20)).await }
+//! #
+//! # let report = cancel_safe_testing::Explore::new().paused_time(true).run(
+//! #     async || Bank { alice: Cell::new(60), bob: Cell::new(40) },
+//! #     async |bank| bank.transfer(30).await,
+//! #     async |bank, _outcome| match bank.alice.get() + bank.bob.get() {
+//! #         100 => Ok(()),
+//! #         sum => Err(format!("money gone: {sum}")),
+//! #     },
+//! # );
+//! # assert_eq!(report.failures()[0].message(), "money gone: 70");
+//! # assert_eq!(report.failures()[0].point(), 1);
+//! ```
+//!
+//! # The test
+//!
+//! Add `cancel-safe-testing` and `tokio` to the `[dev-dependencies]` and write a plain `#[test]` with three closures:
+//! how to set up, what to drop, and what must hold afterwards. On the fixed code it is silent:
+//!
+//! ```
+//! # use std::cell::Cell;
+//! # struct Bank { alice: Cell<i64>, bob: Cell<i64> }
+//! # async fn audit(_: i64) { tokio::time::sleep(std::time::Duration::from_millis(20)).await }
+//! use cancel_safe_testing::{Explore, Outcome};
+//!
+//! impl Bank {
+//!     async fn transfer(&self, amount: i64) {
+//!         audit(amount).await;                      // first everything that waits,
+//!         self.alice.set(self.alice.get() - amount);
+//!         self.bob.set(self.bob.get() + amount);    // then both halves, with no await between them
+//!     }
+//! }
+//!
+//! # /*
+//! #[test]
+//! fn a_dropped_transfer_loses_no_money() {
+//! # */
+//! let report = Explore::new().paused_time(true).run(
+//!     async || Bank { alice: Cell::new(60), bob: Cell::new(40) },
+//!     async |bank| bank.transfer(30).await,
+//!     async |bank, outcome| match (outcome, bank.alice.get(), bank.bob.get()) {
+//!         (_, 30, 70) | (Outcome::Dropped { .. }, 60, 40) => Ok(()),
+//!         (_, alice, bob) => Err(format!("alice {alice}, bob {bob}")),
+//!     },
+//! );
+//! report.assert_clean();
+//! # /*
+//! }
+//! # */
+//! ```
+//!
+//! On the broken code it fails, and says where and how to see just that run again:
+//!
+//! ```text
+//! 5 points at 1 await in 55 runs: 12 failures, the simplest:
+//! dropped at src/bank.rs:9: alice 30, bob 40
+//!   point 1, way eager, budget natural
+//!   again: .only(1, Way::Eager, None), or CANCEL_SAFE_ONLY=1:eager:natural
+//! ```
+//!
+//! A **point** is the number of times the operation has returned `Pending`; at point 0 it was never polled. Each
+//! point is visited in each [`Way`] to die and under each budget:
+//!
+//! | way | what happens at the point | what it finds |
+//! |---|---|---|
+//! | [`Way::Eager`] | dropped while its blocking jobs have not begun | effects that land after the drop |
+//! | [`Way::Settled`] | dropped when what it waits for is done but not seen | results thrown away |
+//! | [`Way::Shutdown`] | dropped with its runtime | cleanups that were spawned |
+//! | [`Way::Panic`] (on request) | unwound by a panic | poisoned locks, destructors that need a sane world |
+//! | [`Way::Crash`] (on request) | its process is killed | what only a destructor would put right |
+//!
+//! The *natural* budget is production on a good day. A *starved* one of 1, 2 or 3 units makes tokio's own leaf
+//! futures yield although they are ready, as they do under load: a `read_exact` of bytes that are all there has no
+//! natural point at all.
+//!
+//! # Guarantees
+//!
+//! | event | what you get |
+//! |---|---|
+//! | the same code is explored again (files, synchronisation, paused time) | the same report |
+//! | the check returns `Err` or panics | a [`Failure`] with the line of the await, the point, the way and the budget |
+//! | the operation, its drop or the setup panics | a failure; the exploration goes on or ends, never crashes |
+//! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled for ever ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
+//! | there are more points, or more time is needed, than allowed | a failure: nothing is left out in silence |
+//! | a spawned task lives on | the run goes on after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
+//! | nothing is `Send` | nothing has to be |
+//!
+//! How it works: each run has a fresh current-thread runtime with a single blocking thread. During each poll that
+//! thread is held, before the next one it is drained; so blocking jobs begin and end at the same places in every run.
+//! A leaf future that waits clones the waker it is polled with; ours takes a backtrace there, whose innermost frame
+//! in user code is the await. Naming needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
+//!
+//! # Crashes
+//!
+//! For [`Way::Crash`] the run up to the point is done by a second process: this test binary again, with the name of
+//! the test and the environment variables `CANCEL_SAFE_CRASH` (which point of which call of [`Explore::run`]) and
+//! `CANCEL_SAFE_CRASH_DIR` (the directory of the run). At the point it is killed. Then the first process runs the
+//! *setup again*, as a restarted program would, and the check. So the setup has to open what it finds, in
+//! [`scratch_dir`], which is the same for both. In the second process all other explorations return an empty report
+//! at once; assert nothing about it, or give the exploration that crashes a test of its own. A run takes as long as
+//! starting your test binary.
+//!
+//! # Limitations
+//!
+//! - Only tokio's leaf futures can be starved, and only those of the operation itself: awaits inside tasks that it
+//!   spawns are not enumerated. Explore what the task does by itself.
+//! - Sockets, and databases with threads of their own, finish when they like: the number of points varies, and the
+//!   report [says so](Report::is_varied). `select!` without `biased` is random by design.
+//! - In [`Way::Shutdown`] the check runs on a fresh runtime: a pool or a connection made in the setup is dead there.
+//!   Use the other ways for such a state.
+//! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
+//!   one; points beyond that are a little less starved.
+//! - The cost grows with the square of the number of points. Explore operations, not programs.
+//! - Code that blocks its thread for ever without awaiting cannot be stopped from within; nor can a spawned task.
+//! - A panic in a `Drop` while [`Way::Panic`] unwinds aborts the process, as it would in production.
+//!
+//! # Comparison
+//!
+//! - `tokio-test`'s `assert_pending!` and `task::spawn` poll by hand: you choose one point, and know in advance where
+//!   it is.
+//! - `loom` and `shuttle` explore how threads interleave, in code written against their own types. This crate
+//!   explores where one future ends, in unchanged code on the real tokio.
+//! - `turmoil` and `madsim` simulate networks and machines from a seed. They find what a random drop hits; here each
+//!   point is hit.
+//! - Fault injection by `timeout(random)` in a loop finds the same bugs, some day.
+//!
+//! # Features
+//!
+//! None.
+//!
+//! # Minimum supported Rust version
+//!
+//! 1.89. Raised only in a minor release.
 
 mod crash;
 mod drive;

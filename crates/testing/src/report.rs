@@ -10,7 +10,7 @@ use crate::explore::{ONLY, Plan, Way};
 use crate::site::Site;
 
 /// What [`Report::publish`] appends to, if it is set.
-const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
+pub(crate) const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
 
 /// What an exploration visited and what it found.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -117,13 +117,13 @@ impl Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { points, runs, sites, .. } = self;
-        write!(f, "{points} points at {} awaits in {runs} runs", sites.len())?;
+        let (points, awaits) = (count(self.points, "point"), count(self.sites.len(), "await"));
+        write!(f, "{points} at {awaits} in {}", count(self.runs, "run"))?;
         if self.varied {
             write!(f, ", their number varied")?;
         }
         if self.unsettled > 0 {
-            write!(f, ", {} runs unsettled", self.unsettled)?;
+            write!(f, ", {} unsettled", count(self.unsettled, "run"))?;
         }
         match self.failures.as_slice() {
             [] => write!(f, ": clean"),
@@ -131,6 +131,10 @@ impl fmt::Display for Report {
             [first, rest @ ..] => write!(f, ": {} failures, the simplest:\n{first}", rest.len() + 1),
         }
     }
+}
+
+fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }
 
 /// One run that went wrong.
