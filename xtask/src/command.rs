@@ -125,6 +125,12 @@ impl Cargo {
         // The cargo that runs us, so that `cargo +nightly xtask` stays on nightly.
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.args(&self.arguments).current_dir(workspace::root());
+        // `cargo run` tells us about our own package. Some build scripts (ring's) look at these variables, and would run
+        // again, with all that depends on them, each time a person changes between cargo and cargo xtask.
+        let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
+        for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(ours)) {
+            command.env_remove(name);
+        }
         command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command
     }
