@@ -178,12 +178,10 @@ impl Shared {
         nanos(self.epoch.elapsed())
     }
 
+    /// The caller reports the transition when a guard holds the admission: a hook that panics must not lose a slot.
     #[inline]
-    fn admit(&self) -> Result<Admission, CircuitOpen> {
-        let (admission, transition) =
-            self.circuit.admit(|| self.now()).map_err(|retry_after| CircuitOpen { retry_after })?;
-        self.report(transition);
-        Ok(admission)
+    fn admit(&self) -> Result<(Admission, Option<Transition>), CircuitOpen> {
+        self.circuit.admit(|| self.now()).map_err(|retry_after| CircuitOpen { retry_after })
     }
 
     fn finish(&self, admission: Admission, ending: Ending) {
@@ -255,7 +253,9 @@ impl CircuitBreaker {
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, BreakerError<E>> {
         // Borrows the breaker, where a permit would count a reference: two threads would fight over the counter.
-        let mut lent = Lent { shared: &self.shared, admission: Some(self.shared.admit()?) };
+        let (admission, transition) = self.shared.admit()?;
+        let mut lent = Lent { shared: &self.shared, admission: Some(admission) };
+        self.shared.report(transition);
         let result = call.await;
         let class = classify(&result);
         lent.end(class.into());
@@ -282,8 +282,10 @@ impl CircuitBreaker {
     /// # Ok::<(), cancel_safe_http_timeout::CircuitOpen>(())
     /// ```
     pub fn try_acquire(&self) -> Result<BreakerPermit, CircuitOpen> {
-        let admission = self.shared.admit()?;
-        Ok(BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission) })
+        let (admission, transition) = self.shared.admit()?;
+        let permit = BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission) };
+        self.shared.report(transition);
+        Ok(permit)
     }
 
     /// How long a call made now would be told to wait; `None` if it would be admitted. Takes no slot.
@@ -387,6 +389,12 @@ impl BreakerPermit {
     /// Reports that the call said nothing about the callee. A probe slot is free again.
     pub fn ignore(mut self) {
         self.end(Ending::Ignored);
+    }
+
+    /// Reports what a classifier said.
+    #[cfg(feature = "tower")]
+    pub(crate) fn end_as(mut self, class: Class) {
+        self.end(class.into());
     }
 
     /// Ends the time that the slow-call rule looks at, while the permit lives on.

@@ -78,7 +78,7 @@ pub enum RequestError {
     /// The network or the peer failed.
     #[error("the network or the peer failed")]
     Network(#[source] reqwest::Error),
-    /// The response has the status 4xx or 5xx; from `get_with_timeout` and `get_many` only.
+    /// The response has the status 4xx or 5xx; from `get_with_timeout`, `get_many` and `error_for_status` only.
     #[error("the server answered {status} for {url}")]
     Http {
         /// The status.
@@ -87,15 +87,19 @@ pub enum RequestError {
         url: String,
         /// How long the server asked to wait, if it did.
         retry_after: Option<Duration>,
-        /// How many attempts had been made.
+        /// How many attempts had been made; 1 where `error_for_status` made the error, which does not know.
         attempts: u32,
     },
 }
 
 impl RequestError {
-    /// Whether the time ran out.
+    /// Whether the time ran out, ours or that of a reqwest client that was brought along.
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::Timeout { .. })
+        match self {
+            Self::Timeout { .. } => true,
+            Self::Network(error) => error.is_timeout(),
+            _ => false,
+        }
     }
 
     /// Whether the origin's breaker refused the call.
@@ -165,7 +169,14 @@ impl From<reqwest::Error> for RequestError {
             Some(url) => error.with_url(url),
             None => error,
         };
-        if error.is_builder() { Self::InvalidRequest(error) } else { Self::Network(error) }
+        match error.status() {
+            Some(status) => {
+                let url = error.url().map(Url::to_string).unwrap_or_default();
+                Self::Http { status, url, retry_after: None, attempts: 1 }
+            }
+            None if error.is_builder() => Self::InvalidRequest(error),
+            None => Self::Network(error),
+        }
     }
 }
 

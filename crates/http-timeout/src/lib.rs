@@ -93,6 +93,7 @@
 //!
 //! # Features
 //!
+//! - `tower`: the breaker as a layer.
 //! - `tracing`: changes of state and retries as events.
 //!
 //! TLS, proxies and decompression are features of reqwest, which you select on your own dependency on it.
@@ -109,6 +110,8 @@ mod client;
 mod config;
 mod deadline;
 mod error;
+#[cfg(feature = "tower")]
+mod layer;
 mod limit;
 mod many;
 mod origins;
@@ -121,6 +124,8 @@ pub use builder::TimeoutClientBuilder;
 pub use client::{Attempts, ClientMetrics, TimeoutClient};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
 pub use error::{BuildError, Phase, RequestError};
+#[cfg(feature = "tower")]
+pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
 pub use many::{FetchMany, Fetched};
 pub use origins::BreakerMap;
 pub use request::RequestBuilder;

@@ -131,7 +131,7 @@ pub(crate) struct Budget {
 impl Budget {
     pub(crate) fn new(retry: &Retry) -> Self {
         let capacity = u64::from(retry.reserve) * TOKEN;
-        let deposit = (retry.ratio * TOKEN as f64) as u64;
+        let deposit = (retry.ratio * TOKEN as f64).round() as u64;
         Self { left: AtomicU64::new(capacity), made: AtomicU64::new(0), capacity, deposit }
     }
 

@@ -212,14 +212,17 @@ fn agrees_with_the_model(schedule: &[Step], flaw: Flaw) -> Result<(), TestCaseEr
     Ok(())
 }
 
-fn search(flaw: Flaw, cases: u32) -> Result<(), TestError<Vec<Step>>> {
-    let config = ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() };
+fn search(flaw: Flaw) -> Result<(), TestError<Vec<Step>>> {
+    // Only a flaw that nobody put there is worth the search for its simplest schedule.
+    let max_shrink_iters = if flaw == Flaw::None { 10_000 } else { 0 };
+    let config =
+        ProptestConfig { cases: 4_000, max_shrink_iters, failure_persistence: None, ..ProptestConfig::default() };
     TestRunner::new(config).run(&steps(), |schedule| agrees_with_the_model(&schedule, flaw))
 }
 
 #[test]
 fn random_schedules_agree_with_the_model() {
-    if let Err(error) = search(Flaw::None, 4_000) {
+    if let Err(error) = search(Flaw::None) {
         panic!("{error}");
     }
 }
@@ -227,7 +230,7 @@ fn random_schedules_agree_with_the_model() {
 #[test]
 fn twins_that_are_broken_are_caught_by_the_same_check() {
     for flaw in [Flaw::NoGenerations, Flaw::LeakyCancel, Flaw::IgnoredIsSuccess] {
-        assert!(matches!(search(flaw, 4_000), Err(TestError::Fail(..))), "{flaw:?} went unseen");
+        assert!(matches!(search(flaw), Err(TestError::Fail(..))), "{flaw:?} went unseen");
     }
 }
 

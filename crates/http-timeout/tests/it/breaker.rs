@@ -295,6 +295,14 @@ async fn the_hook_is_told_every_change_and_may_use_the_breaker() {
     assert_eq!(*told.lock().unwrap(), changes);
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_hook_that_panics_loses_no_slot() {
+    let breaker = due(config().on_transition(|change| assert!(change.to != State::HalfOpen, "on purpose"))).await;
+    let probe = breaker.clone();
+    assert!(tokio::spawn(async move { probe.call(async { Ok::<_, ()>(()) }).await }).await.unwrap_err().is_panic());
+    assert_eq!(breaker.metrics().probes, 0);
+}
+
 #[tokio::test]
 async fn the_classifier_decides_and_an_unpolled_call_asks_nothing() {
     let breaker = breaker(config());

@@ -5,6 +5,8 @@ mod breaker;
 mod cancel;
 mod faults;
 mod happy;
+#[cfg(feature = "tower")]
+mod layer;
 mod limits;
 mod retries;
 mod server;
