@@ -270,7 +270,7 @@ impl Explore {
         let here = crash::Here::new(caller, std::any::type_name_of_val(&scene.setup));
         match here.role() {
             crash::Role::Victim(plan) => here.die(scene.victim(plan), caller),
-            crash::Role::Bystander => Report::default(),
+            crash::Role::Bystander => Report::EMPTY,
             crash::Role::Explorer => {
                 let only = match std::env::var(ONLY) {
                     Ok(text) => Some(text.parse().unwrap_or_else(|error| panic!("{error}"))),

@@ -13,7 +13,7 @@ use crate::site::Site;
 pub(crate) const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
 
 /// What an exploration visited and what it found.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a report nobody looks at proves nothing: call assert_clean()"]
 pub struct Report {
     pub(crate) points: usize,
@@ -25,6 +25,10 @@ pub struct Report {
 }
 
 impl Report {
+    /// Not a public `Default`: a clean report that nobody earned should be hard to come by.
+    pub(crate) const EMPTY: Self =
+        Self { points: 0, runs: 0, unsettled: 0, varied: false, sites: Vec::new(), failures: Vec::new() };
+
     /// The number of points at which the operation was dropped: the pendings it has under each budget, and once the
     /// point 0, at which it was never polled. Each was visited in every way.
     #[must_use]

@@ -52,7 +52,7 @@ pub(crate) fn search(
         started: Instant::now(),
         sites: BTreeMap::new(),
         ends: BTreeMap::new(),
-        report: Report::default(),
+        report: Report::EMPTY,
     };
     match only {
         Some(plan) => drop(search.go(plan)),
@@ -82,6 +82,10 @@ enum Next {
 
 impl Search<'_> {
     fn everything(&mut self) {
+        if self.options.ways.is_empty() {
+            let plan = Plan { budget: None, point: 0, way: Way::Eager };
+            return self.incomplete(plan, "ways() was given none, so nothing would be dropped".to_owned());
+        }
         let budgets = std::iter::once(None).chain(self.options.budgets.iter().copied().map(Some));
         for budget in budgets {
             if self.measure(budget) == Next::GiveUp {

@@ -107,3 +107,31 @@ fn the_second_exploration_of_a_test_crashes_in_its_own_place() {
         report.assert_clean();
     }
 }
+
+#[test]
+fn a_child_that_never_comes_to_the_exploration_is_a_failure() {
+    // The harness knows no test by the name of this thread.
+    let elsewhere = std::thread::Builder::new().name("elsewhere".to_owned()).spawn(|| {
+        let explore = Explore::new().budgets([]).ways([Way::Crash]);
+        explore.run(async || (), async |()| yield_now().await, async |(), _outcome| Ok(()))
+    });
+    let report = elsewhere.unwrap().join().unwrap();
+    assert!(report.failures().iter().any(|it| it.is_incomplete() && it.message().contains("elsewhere")), "{report}");
+}
+
+#[test]
+fn a_clean_run_leaves_no_directory_behind() {
+    let seen = std::cell::RefCell::new(std::collections::BTreeSet::new());
+    let report = Explore::new().budgets([]).run(
+        async || {
+            let directory = scratch_dir();
+            fs::write(directory.join("file"), b"").unwrap();
+            assert!(seen.borrow_mut().insert(directory), "each run has its own");
+        },
+        async |()| yield_now().await,
+        async |(), _outcome| Ok(()),
+    );
+    report.assert_clean();
+    assert_eq!(seen.borrow().len(), report.runs());
+    assert!(seen.borrow().iter().all(|directory| !directory.exists()));
+}

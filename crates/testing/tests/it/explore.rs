@@ -176,7 +176,7 @@ fn assert_hang(report: &Report, message: &str) {
 
 #[test]
 fn what_is_never_woken_is_a_hang() {
-    let explore = Explore::new().hang_after(Duration::from_millis(100));
+    let explore = Explore::new().hang_after(Duration::from_secs(1));
     assert_hang(&explore.run(nothing, async |()| pending::<()>().await, fine), "operation did not end");
     assert_hang(&explore.run(pending::<()>, async |()| (), fine), "setup did not end");
     assert_hang(&explore.run(nothing, async |()| (), async |(), _| pending().await), "check did not end");
@@ -184,7 +184,7 @@ fn what_is_never_woken_is_a_hang() {
 
 #[test]
 fn what_is_never_woken_is_a_hang_under_paused_time() {
-    let explore = Explore::new().paused_time(true).hang_after(Duration::from_millis(100));
+    let explore = Explore::new().paused_time(true).hang_after(Duration::from_secs(1));
     assert_hang(&explore.run(nothing, async |()| pending::<()>().await, fine), "operation did not end");
 }
 
@@ -229,6 +229,30 @@ fn more_points_than_the_bound_are_not_left_out_in_silence() {
 fn an_exploration_out_of_time_is_not_clean() {
     let report = Explore::new().timeout(Duration::ZERO).run(nothing, async |()| yield_now().await, fine);
     assert!(report.failures().iter().any(|it| it.is_incomplete()), "{report}");
+}
+
+#[test]
+fn an_exploration_without_ways_is_not_clean() {
+    let report = Explore::new().ways([]).run(nothing, async |()| yield_now().await, fine);
+    assert!(report.failures().iter().any(|it| it.is_incomplete()), "{report}");
+}
+
+#[test]
+fn a_budget_lets_just_so_many_ready_leaves_through_at_each_poll() {
+    let three_ready_leaves = async |(): &()| {
+        let (send, mut receive) = tokio::sync::mpsc::unbounded_channel();
+        for number in 0..3 {
+            send.send(number).unwrap();
+        }
+        for _ in 0..3 {
+            receive.recv().await.unwrap();
+        }
+    };
+    let pendings = [1, 2, 3].map(|budget| {
+        let seen = points_seen(Some(budget), Way::Eager, three_ready_leaves);
+        seen.into_iter().flatten().max().unwrap_or(0)
+    });
+    assert_eq!(pendings, [2, 1, 0]);
 }
 
 #[test]

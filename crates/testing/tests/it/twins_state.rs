@@ -412,7 +412,7 @@ async fn stops<T>(service: &Service, outcome: Outcome<T>) -> Result<(), String> 
 #[test]
 fn a_worker_that_ignores_its_token_is_a_hang_with_a_line() {
     let line = line!() + 7;
-    let report = Explore::new().hang_after(Duration::from_millis(200)).run(
+    let report = Explore::new().hang_after(Duration::from_secs(1)).run(
         async || Service::default(),
         async |service| {
             let (_still_busy, work) = oneshot::channel::<()>();
@@ -423,7 +423,7 @@ fn a_worker_that_ignores_its_token_is_a_hang_with_a_line() {
         },
         stops,
     );
-    assert_caught(&report, file!(), line, "did not end within hang_after(200ms)");
+    assert_caught(&report, file!(), line, "did not end within hang_after(1s)");
     assert!(report.failures().iter().any(|failure| failure.is_hang()), "{report}");
 }
 
