@@ -110,6 +110,8 @@ mod pool;
 mod postgres;
 mod reaper;
 mod run;
+mod session;
+mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 

@@ -1,22 +1,22 @@
-//! Where connections come from: our own slots, or the user's sqlx pool.
+//! The pool as its users see it: opened, begun on, closed.
 //!
-//! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
-//! nobody thought of, puts a connection back that might still be in a transaction.
+//! Invariant: a transaction that is begun is counted before anything is sent, so closing the pool misses none.
 
 use std::fmt;
+use std::marker::PhantomData;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, Object, PoolError, RecycleError, RecycleResult, TimeoutType};
-use sqlx::pool::PoolConnection;
-use sqlx::{ConnectOptions, Connection};
+use deadpool::managed;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::backend::{Backend, Mode, Options, Ownership};
+use crate::backend::{Backend, Mode, Options};
 use crate::commit::OutcomeCell;
-use crate::events::{Teller, TxEvents};
-use crate::reaper::{Open, Shield, Ticket, Work};
+use crate::events::TxEvents;
+use crate::reaper::{Open, Shield, Ticket};
+use crate::session::Manager;
+use crate::slot::{Limits, Shared, Slot, Source};
 use crate::{TransactionGuard, TxError};
 
 /// How many connections a pool holds at most, unless the builder says otherwise.
@@ -28,14 +28,8 @@ const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 /// How long opening a connection may take, unless the builder says otherwise.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A connection that was used within this time is not asked whether it still lives.
-const FRESH: Duration = Duration::from_secs(1);
-
 /// How long a connection that was idle for longer may take to answer.
 const LIVENESS_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// How long the farewell to one connection may take when a pool is closed.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// A pool of connections for guarded transactions. Clones share the same pool.
 ///
@@ -83,12 +77,12 @@ impl<DB: Backend> TxPool<DB> {
 
     /// A builder, for other limits than the default ones.
     pub fn builder() -> TxPoolBuilder<DB> {
-        TxPoolBuilder {
+        let limits = Limits {
             max_connections: MAX_CONNECTIONS,
             acquire_timeout: ACQUIRE_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
-            database: std::marker::PhantomData,
-        }
+        };
+        TxPoolBuilder { limits, database: PhantomData }
     }
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
@@ -252,28 +246,26 @@ impl fmt::Display for CloseReport {
 /// The limits of a pool. From [`TxPool::builder`].
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
-    max_connections: u32,
-    acquire_timeout: Duration,
-    connect_timeout: Duration,
-    database: std::marker::PhantomData<fn() -> DB>,
+    limits: Limits,
+    database: PhantomData<fn() -> DB>,
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
     /// How many connections there may be at once. Default 10. On PostgreSQL one more is kept for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
-        self.max_connections = connections;
+        self.limits.max_connections = connections;
         self
     }
 
     /// How long `begin` waits for a free connection. Default 30 seconds.
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
-        self.acquire_timeout = timeout;
+        self.limits.acquire_timeout = timeout;
         self
     }
 
     /// How long opening one connection may take. Default 10 seconds.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
-        self.connect_timeout = timeout;
+        self.limits.connect_timeout = timeout;
         self
     }
 
@@ -308,7 +300,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
     pub async fn connect_with(self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
         let invalid = |option, reason| TxError::InvalidOption { option, reason };
-        let max_size = usize::try_from(self.max_connections)
+        let max_size = usize::try_from(self.limits.max_connections)
             .ok()
             .filter(|size| (1..=tokio::sync::Semaphore::MAX_PERMITS).contains(size))
             .ok_or_else(|| invalid("max_connections", "it must be at least 1"))?;
@@ -316,16 +308,16 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             return Err(TxError::NoRuntime);
         }
         let options = Arc::new(options);
-        let manager = Manager { options: Arc::clone(&options) };
+        let manager = Manager::new(Arc::clone(&options), max_size, self.limits.connect_timeout);
         let sessions = managed::Pool::builder(manager)
             .max_size(max_size)
-            .wait_timeout(Some(self.acquire_timeout))
-            .create_timeout(Some(self.connect_timeout))
+            .wait_timeout(Some(self.limits.acquire_timeout))
+            .create_timeout(Some(self.limits.connect_timeout))
             .recycle_timeout(Some(LIVENESS_TIMEOUT))
             .runtime(deadpool::Runtime::Tokio1)
             .build()
             .map_err(|_| invalid("acquire_timeout", "timeouts need a runtime"))?;
-        let source = Source::Owned { sessions, limits: self };
+        let source = Source::Owned { sessions, limits: self.limits };
         let shared = Arc::new(Shared::new(source, options));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let first = shared.acquire().await?;
@@ -340,11 +332,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPoolBuilder<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TxPoolBuilder")
-            .field("max_connections", &self.max_connections)
-            .field("acquire_timeout", &self.acquire_timeout)
-            .field("connect_timeout", &self.connect_timeout)
-            .finish()
+        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).finish()
     }
 }
 
@@ -382,197 +370,4 @@ mod sealed {
 
     impl<DB: super::Backend> Sealed for super::TxPool<DB> {}
     impl<DB: super::Backend> Sealed for sqlx::Pool<DB> {}
-}
-
-/// What the clones of a pool, its guards and the reaper share.
-pub(crate) struct Shared<DB: Backend> {
-    source: Source<DB>,
-    pub(crate) options: Arc<Options<DB>>,
-    pub(crate) canceller: DB::Canceller,
-    pub(crate) work: Arc<Work>,
-    pub(crate) teller: Teller,
-}
-
-enum Source<DB: Backend> {
-    Owned { sessions: managed::Pool<Manager<DB>>, limits: TxPoolBuilder<DB> },
-    Wrapped(sqlx::Pool<DB>),
-}
-
-impl<DB: Backend> Shared<DB> {
-    fn new(source: Source<DB>, options: Arc<Options<DB>>) -> Self {
-        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default(), teller: Teller::new() }
-    }
-
-    async fn acquire(&self) -> Result<Held<DB>, TxError> {
-        if self.work.is_closed() {
-            return Err(TxError::Closed);
-        }
-        let target = || DB::target(&self.options);
-        match &self.source {
-            Source::Owned { sessions, limits } => match sessions.get().await {
-                Ok(session) => Ok(Held::Owned(session)),
-                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: limits.max_connections,
-                    timeout: limits.acquire_timeout,
-                }),
-                Err(PoolError::Timeout(_)) => {
-                    Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
-                }
-                Err(PoolError::Backend(error)) => Err(DB::connect_error(target(), error)),
-                Err(PoolError::NoRuntimeSpecified) => Err(TxError::NoRuntime),
-                // There are no hooks that could fail, so what is left is a closed pool.
-                Err(PoolError::Closed | PoolError::PostCreateHook(_)) => Err(TxError::Closed),
-            },
-            Source::Wrapped(pool) => match pool.acquire().await {
-                Ok(conn) => Ok(Held::Wrapped(conn)),
-                Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
-                Err(sqlx::Error::PoolTimedOut) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: pool.options().get_max_connections(),
-                    timeout: pool.options().get_acquire_timeout(),
-                }),
-                Err(error) => Err(DB::connect_error(target(), error)),
-            },
-        }
-    }
-
-    /// Drops the idle sessions of our own, which closes them.
-    fn forget_idle(&self) {
-        if let Source::Owned { sessions, .. } = &self.source {
-            drop(sessions.retain(|_, _| false).removed);
-        }
-    }
-
-    /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.
-    async fn close_idle(&self) {
-        if let Source::Owned { sessions, .. } = &self.source {
-            let idle = sessions.retain(|_, _| false).removed;
-            sessions.close();
-            for session in idle {
-                session.close().await;
-            }
-        }
-    }
-}
-
-/// One connection of our own, and what was learnt about it when it was opened.
-struct Session<DB: Backend> {
-    conn: DB::Connection,
-    probe: DB::Probe,
-    idle_since: Instant,
-}
-
-impl<DB: Backend> Session<DB> {
-    async fn close(self) {
-        // The database sees the end of the connection in any case; this only makes it a polite one.
-        drop(timeout(GOODBYE_TIMEOUT, self.conn.close()).await);
-    }
-}
-
-/// Opens sessions, and looks after those that were idle for long.
-struct Manager<DB: Backend> {
-    options: Arc<Options<DB>>,
-}
-
-impl<DB: Backend> managed::Manager for Manager<DB> {
-    type Type = Session<DB>;
-    type Error = sqlx::Error;
-
-    async fn create(&self) -> Result<Session<DB>, sqlx::Error> {
-        let mut conn = self.options.connect().await?;
-        let probe = DB::probe(&mut conn, Ownership::Owned).await?;
-        Ok(Session { conn, probe, idle_since: Instant::now() })
-    }
-
-    async fn recycle(&self, session: &mut Session<DB>, _: &Metrics) -> RecycleResult<sqlx::Error> {
-        if session.idle_since.elapsed() < FRESH {
-            return Ok(());
-        }
-        session.conn.ping().await.map_err(RecycleError::Backend)
-    }
-}
-
-/// A connection that was taken from its pool and is in no transaction yet.
-enum Held<DB: Backend> {
-    Owned(Object<Manager<DB>>),
-    Wrapped(PoolConnection<DB>),
-}
-
-/// A connection that may be in a transaction. Closed by its drop, unless it was released before.
-pub(crate) struct Slot<DB: Backend> {
-    /// Taken only by the release and the drop.
-    lease: Option<Lease<DB>>,
-    runtime: Handle,
-}
-
-enum Lease<DB: Backend> {
-    Owned(Object<Manager<DB>>),
-    Wrapped(PoolConnection<DB>, DB::Probe),
-}
-
-/// The proof behind the `expect`s below.
-const LEASED: &str = "the lease is taken only by the release and the drop, after which nobody has the slot";
-
-impl<DB: Backend> Slot<DB> {
-    async fn new(held: Held<DB>, runtime: Handle) -> Result<Self, sqlx::Error> {
-        let lease = match held {
-            Held::Owned(session) => Lease::Owned(session),
-            Held::Wrapped(mut conn) => {
-                let probe = DB::probe(&mut conn, Ownership::Wrapped).await?;
-                Lease::Wrapped(conn, probe)
-            }
-        };
-        Ok(Self { lease: Some(lease), runtime })
-    }
-
-    pub(crate) fn connection(&self) -> &DB::Connection {
-        match self.lease.as_ref().expect(LEASED) {
-            Lease::Owned(session) => &session.conn,
-            Lease::Wrapped(conn, _) => conn,
-        }
-    }
-
-    pub(crate) fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {
-        match self.lease.as_mut().expect(LEASED) {
-            Lease::Owned(session) => {
-                let session = &mut **session;
-                (&mut session.conn, &session.probe)
-            }
-            Lease::Wrapped(conn, probe) => (conn, probe),
-        }
-    }
-
-    /// Gives the connection back to its pool, or closes it if the pool was closed meanwhile.
-    pub(crate) async fn release(mut self, closed: bool) {
-        match self.lease.take() {
-            Some(Lease::Owned(session)) if closed => Object::take(session).close().await,
-            Some(Lease::Owned(mut session)) => session.idle_since = Instant::now(),
-            Some(Lease::Wrapped(conn, _)) => self.give(conn),
-            None => {}
-        }
-    }
-
-    /// An sqlx pool spawns a task when a connection leaves a hand, and panics where it finds no runtime.
-    fn give(&self, conn: PoolConnection<DB>) {
-        let _entered = self.runtime.enter();
-        drop(conn);
-    }
-}
-
-impl<DB: Backend> Drop for Slot<DB> {
-    fn drop(&mut self) {
-        match self.lease.take() {
-            Some(Lease::Owned(session)) => {
-                DB::interrupt(&session.probe);
-                drop(Object::take(session));
-            }
-            Some(Lease::Wrapped(conn, probe)) => {
-                DB::interrupt(&probe);
-                let _entered = self.runtime.enter();
-                drop(conn.detach());
-            }
-            None => {}
-        }
-    }
 }

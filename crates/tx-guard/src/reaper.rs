@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::backend::Backend;
 use crate::commit::OutcomeCell;
 use crate::events::TxEvent;
-use crate::pool::{Shared, Slot};
+use crate::slot::{Shared, Slot};
 
 /// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
 const DRAIN_GRACE: Duration = Duration::from_millis(1);

@@ -10,6 +10,7 @@ use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxError, TxPool};
 use sqlx::pool::PoolOptions;
 use sqlx::{Pool, Postgres, Sqlite};
 use tokio::sync::Mutex;
+use tokio::task::JoinHandle;
 
 use crate::world::{PATIENCE, TestDb, World};
 
@@ -23,19 +24,21 @@ struct Stage<D: TestDb> {
     world: World<D>,
     db: TxPool<D>,
     handle: RefCell<Option<OutcomeHandle>>,
+    /// Ends with the runtime in which the pool was made, and not before.
+    runtime: JoinHandle<()>,
 }
 
 impl<D: TestDb> Stage<D> {
     async fn new() -> Self {
         let world = World::new().await;
         let db = world.pool(1).await;
-        Self { world, db, handle: RefCell::new(None) }
+        Self { world, db, handle: RefCell::new(None), runtime: tokio::spawn(std::future::pending()) }
     }
 
     /// The promises that hold after any drop: the handle tells what the table shows, halves are never seen, and the
     /// pool goes on as if nothing had happened.
     async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
-        let shutdown = matches!(outcome, Outcome::Dropped { way: Way::Shutdown, .. });
+        let shutdown = self.runtime.is_finished();
         let handle = self.handle.borrow_mut().take();
         let told = match &handle {
             Some(handle) => Some(within(handle.outcome()).await?),

@@ -1,11 +1,15 @@
 //! Drops while something runs, without a runtime, in a stream, in a COPY; servers and sessions that die.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxPool};
 use futures_util::FutureExt;
 use sqlx::Postgres;
 use sqlx::pool::PoolOptions;
+use sqlx::postgres::PgConnectOptions;
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::commit::works_as_before;
 use crate::on_both;
@@ -179,5 +183,43 @@ async fn no_cancel_hits_the_next_transaction() {
         Postgres::execute(&mut next, "SELECT 1".to_owned()).await.unwrap_or_else(|error| panic!("{round}: {error}"));
         next.commit().await.unwrap_or_else(|error| panic!("{round}: {error}"));
     }
+    world.end(db).await;
+}
+
+/// Stands before the server, is slow to connect, and counts.
+async fn slow_door(options: &PgConnectOptions) -> (PgConnectOptions, Arc<AtomicUsize>) {
+    let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let through = options.clone().host("127.0.0.1").port(door.local_addr().unwrap().port());
+    let server = (options.get_host().to_owned(), options.get_port());
+    let opened = Arc::new(AtomicUsize::new(0));
+    let count = Arc::clone(&opened);
+    tokio::spawn(async move {
+        while let Ok((mut client, _)) = door.accept().await {
+            count.fetch_add(1, Ordering::Relaxed);
+            let server = server.clone();
+            tokio::spawn(async move {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+                let mut server = TcpStream::connect(server).await.unwrap();
+                tokio::io::copy_bidirectional(&mut client, &mut server).await
+            });
+        }
+    });
+    (through, opened)
+}
+
+#[tokio::test]
+async fn callers_who_do_not_wait_open_no_more_connections_than_there_may_be() {
+    let world = World::<Postgres>::new().await;
+    let (options, opened) = slow_door(&world.options).await;
+    let db = TxPool::<Postgres>::builder().max_connections(3).connect_with(options).await.unwrap();
+    let begin = || tokio::time::timeout(Duration::from_millis(1), db.begin());
+    for _ in 0..100 {
+        let impatient = tokio::join!(begin(), begin(), begin());
+        drop(impatient);
+    }
+    let all = (db.begin().await.unwrap(), db.begin().await.unwrap(), db.begin().await.unwrap());
+    drop(all);
+    // Three, and the one for cancelling.
+    assert_eq!(opened.load(Ordering::Relaxed), 4);
     world.end(db).await;
 }

@@ -1,0 +1,152 @@
+//! Connections of our own: opened, looked after, closed.
+//!
+//! Invariant: there are never more of them than the pool allows, and one that was begun to be opened is not lost
+//! with the caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
+
+use std::pin::pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
+use futures_util::future::{Either, select};
+use sqlx::{ConnectOptions, Connection};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::time::timeout;
+
+use crate::backend::{Backend, Options, Ownership};
+use crate::reaper::Shield;
+
+/// A connection that was used within this time is not asked whether it still lives.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// How long the farewell to one connection may take when a pool is closed.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// One connection of our own, and what was learnt about it when it was opened.
+pub(crate) struct Session<DB: Backend> {
+    pub(crate) conn: DB::Connection,
+    pub(crate) probe: DB::Probe,
+    idle_since: Instant,
+    /// One of as many as there may be sessions.
+    _permit: OwnedSemaphorePermit,
+}
+
+impl<DB: Backend> Session<DB> {
+    async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
+        let mut conn = options.connect().await?;
+        let probe = DB::probe(&mut conn, Ownership::Owned).await?;
+        Ok(Self { conn, probe, idle_since: Instant::now(), _permit: permit })
+    }
+
+    /// The same in bounded time, because a caller who has gone bounds nothing.
+    async fn open_within(
+        limit: Duration,
+        options: Arc<Options<DB>>,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Self, sqlx::Error> {
+        timeout(limit, Self::open(options, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+    }
+
+    /// The session was in use until now.
+    pub(crate) fn rest(&mut self) {
+        self.idle_since = Instant::now();
+    }
+
+    async fn look_after(&mut self) -> Result<(), sqlx::Error> {
+        if self.idle_since.elapsed() < FRESH { Ok(()) } else { self.conn.ping().await }
+    }
+
+    pub(crate) async fn close(self) {
+        // The database sees the end of the connection in any case; this only makes it a polite one.
+        drop(timeout(GOODBYE_TIMEOUT, self.conn.close()).await);
+    }
+}
+
+/// Opens sessions, and looks after those that were idle for long.
+pub(crate) struct Manager<DB: Backend> {
+    options: Arc<Options<DB>>,
+    connect_timeout: Duration,
+    permits: Arc<Semaphore>,
+    spares: Arc<Spares<DB>>,
+}
+
+/// Sessions whose callers had gone before they were open.
+struct Spares<DB: Backend> {
+    sessions: Mutex<Vec<Session<DB>>>,
+    arrived: Notify,
+}
+
+impl<DB: Backend> Spares<DB> {
+    fn take(&self) -> Option<Session<DB>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).pop()
+    }
+
+    fn put(&self, session: Session<DB>) {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).push(session);
+        self.arrived.notify_one();
+    }
+}
+
+impl<DB: Backend> Manager<DB> {
+    pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, connect_timeout: Duration) -> Self {
+        let spares = Spares { sessions: Mutex::default(), arrived: Notify::new() };
+        let permits = Arc::new(Semaphore::new(max_sessions));
+        Self { options, connect_timeout, permits, spares: Arc::new(spares) }
+    }
+
+    /// Takes the sessions away for which nobody waits any more.
+    pub(crate) fn spares(&self) -> Vec<Session<DB>> {
+        std::mem::take(&mut *self.spares.sessions.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// A spare session, or the permission to open one, whichever there is first.
+    async fn spare_or_permit(&self) -> Either<Session<DB>, OwnedSemaphorePermit> {
+        loop {
+            let mut arrived = pin!(self.spares.arrived.notified());
+            // Enlisted before looking, so that a spare that comes between the two is not missed.
+            arrived.as_mut().enable();
+            if let Some(session) = self.spares.take() {
+                return Either::Left(session);
+            }
+            let permit = Arc::clone(&self.permits).acquire_owned();
+            match select(arrived, pin!(permit)).await {
+                Either::Right((Ok(permit), _)) => return Either::Right(permit),
+                // The semaphore is never closed, so this is a spare.
+                Either::Left(_) | Either::Right((Err(_), _)) => {}
+            }
+        }
+    }
+}
+
+impl<DB: Backend> managed::Manager for Manager<DB> {
+    type Type = Session<DB>;
+    type Error = sqlx::Error;
+
+    async fn create(&self) -> Result<Session<DB>, sqlx::Error> {
+        let permit = loop {
+            match self.spare_or_permit().await {
+                Either::Left(mut spare) => {
+                    if spare.look_after().await.is_ok() {
+                        return Ok(spare);
+                    }
+                }
+                Either::Right(permit) => break permit,
+            }
+        };
+        let spares = Arc::downgrade(&self.spares);
+        let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), permit);
+        Shield::new(Handle::current(), opening)
+            .or_late(move |opened| {
+                // A pool that is gone needs no spare: the session closes as it is dropped.
+                if let (Ok(session), Some(spares)) = (opened, spares.upgrade()) {
+                    spares.put(session);
+                }
+            })
+            .await
+    }
+
+    async fn recycle(&self, session: &mut Session<DB>, _: &Metrics) -> RecycleResult<sqlx::Error> {
+        session.look_after().await.map_err(RecycleError::Backend)
+    }
+}

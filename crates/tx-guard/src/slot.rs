@@ -1,0 +1,182 @@
+//! Where the connection of a transaction comes from, and where it goes: our own slots, or the user's sqlx pool.
+//!
+//! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
+//! nobody thought of, puts a connection back that might still be in a transaction.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use deadpool::managed::{self, Object, PoolError, TimeoutType};
+use sqlx::pool::PoolConnection;
+use tokio::runtime::Handle;
+
+use crate::TxError;
+use crate::backend::{Backend, Options, Ownership};
+use crate::events::Teller;
+use crate::reaper::Work;
+use crate::session::Manager;
+
+/// What the clones of a pool, its guards and the reaper share.
+pub(crate) struct Shared<DB: Backend> {
+    source: Source<DB>,
+    pub(crate) options: Arc<Options<DB>>,
+    pub(crate) canceller: DB::Canceller,
+    pub(crate) work: Arc<Work>,
+    pub(crate) teller: Teller,
+}
+
+pub(crate) enum Source<DB: Backend> {
+    Owned { sessions: managed::Pool<Manager<DB>>, limits: Limits },
+    Wrapped(sqlx::Pool<DB>),
+}
+
+/// The limits of slots of our own.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) max_connections: u32,
+    pub(crate) acquire_timeout: Duration,
+    pub(crate) connect_timeout: Duration,
+}
+
+impl<DB: Backend> Shared<DB> {
+    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>) -> Self {
+        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default(), teller: Teller::new() }
+    }
+
+    pub(crate) async fn acquire(&self) -> Result<Held<DB>, TxError> {
+        if self.work.is_closed() {
+            return Err(TxError::Closed);
+        }
+        let target = || DB::target(&self.options);
+        match &self.source {
+            Source::Owned { sessions, limits } => match sessions.get().await {
+                Ok(session) => Ok(Held::Owned(session)),
+                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(TxError::PoolExhausted {
+                    target: target(),
+                    max_connections: limits.max_connections,
+                    timeout: limits.acquire_timeout,
+                }),
+                Err(PoolError::Timeout(_) | PoolError::Backend(sqlx::Error::PoolTimedOut)) => {
+                    Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
+                }
+                Err(PoolError::Backend(error)) => Err(DB::connect_error(target(), error)),
+                Err(PoolError::NoRuntimeSpecified) => Err(TxError::NoRuntime),
+                // There are no hooks that could fail, so what is left is a closed pool.
+                Err(PoolError::Closed | PoolError::PostCreateHook(_)) => Err(TxError::Closed),
+            },
+            Source::Wrapped(pool) => match pool.acquire().await {
+                Ok(conn) => Ok(Held::Wrapped(conn)),
+                Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
+                Err(sqlx::Error::PoolTimedOut) => Err(TxError::PoolExhausted {
+                    target: target(),
+                    max_connections: pool.options().get_max_connections(),
+                    timeout: pool.options().get_acquire_timeout(),
+                }),
+                Err(error) => Err(DB::connect_error(target(), error)),
+            },
+        }
+    }
+
+    /// Drops the idle sessions of our own, which closes them.
+    pub(crate) fn forget_idle(&self) {
+        if let Source::Owned { sessions, .. } = &self.source {
+            drop(sessions.retain(|_, _| false).removed);
+            drop(sessions.manager().spares());
+        }
+    }
+
+    /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.
+    pub(crate) async fn close_idle(&self) {
+        if let Source::Owned { sessions, .. } = &self.source {
+            let idle = sessions.retain(|_, _| false).removed;
+            sessions.close();
+            for session in idle.into_iter().chain(sessions.manager().spares()) {
+                session.close().await;
+            }
+        }
+    }
+}
+
+/// A connection that was taken from its pool and is in no transaction yet.
+pub(crate) enum Held<DB: Backend> {
+    Owned(Object<Manager<DB>>),
+    Wrapped(PoolConnection<DB>),
+}
+
+/// A connection that may be in a transaction. Closed by its drop, unless it was released before.
+pub(crate) struct Slot<DB: Backend> {
+    /// Taken only by the release and the drop.
+    lease: Option<Lease<DB>>,
+    runtime: Handle,
+}
+
+enum Lease<DB: Backend> {
+    Owned(Object<Manager<DB>>),
+    Wrapped(PoolConnection<DB>, DB::Probe),
+}
+
+/// The proof behind the `expect`s below.
+const LEASED: &str = "the lease is taken only by the release and the drop, after which nobody has the slot";
+
+impl<DB: Backend> Slot<DB> {
+    pub(crate) async fn new(held: Held<DB>, runtime: Handle) -> Result<Self, sqlx::Error> {
+        let lease = match held {
+            Held::Owned(session) => Lease::Owned(session),
+            Held::Wrapped(mut conn) => {
+                let probe = DB::probe(&mut conn, Ownership::Wrapped).await?;
+                Lease::Wrapped(conn, probe)
+            }
+        };
+        Ok(Self { lease: Some(lease), runtime })
+    }
+
+    pub(crate) fn connection(&self) -> &DB::Connection {
+        match self.lease.as_ref().expect(LEASED) {
+            Lease::Owned(session) => &session.conn,
+            Lease::Wrapped(conn, _) => conn,
+        }
+    }
+
+    pub(crate) fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {
+        match self.lease.as_mut().expect(LEASED) {
+            Lease::Owned(session) => {
+                let session = &mut **session;
+                (&mut session.conn, &session.probe)
+            }
+            Lease::Wrapped(conn, probe) => (conn, probe),
+        }
+    }
+
+    /// Gives the connection back to its pool, or closes it if the pool was closed meanwhile.
+    pub(crate) async fn release(mut self, closed: bool) {
+        match self.lease.take() {
+            Some(Lease::Owned(session)) if closed => Object::take(session).close().await,
+            Some(Lease::Owned(mut session)) => session.rest(),
+            Some(Lease::Wrapped(conn, _)) => self.give(conn),
+            None => {}
+        }
+    }
+
+    /// An sqlx pool spawns a task when a connection leaves a hand, and panics where it finds no runtime.
+    fn give(&self, conn: PoolConnection<DB>) {
+        let _entered = self.runtime.enter();
+        drop(conn);
+    }
+}
+
+impl<DB: Backend> Drop for Slot<DB> {
+    fn drop(&mut self) {
+        match self.lease.take() {
+            Some(Lease::Owned(session)) => {
+                DB::interrupt(&session.probe);
+                drop(Object::take(session));
+            }
+            Some(Lease::Wrapped(conn, probe)) => {
+                DB::interrupt(&probe);
+                let _entered = self.runtime.enter();
+                drop(conn.detach());
+            }
+            None => {}
+        }
+    }
+}
