@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
 use std::sync::Arc;
-use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -12,7 +11,7 @@ use tokio::time::Instant;
 use crate::report::{Ledger, say};
 use crate::roster::{Ended, Node, Recorder, Roster, Ticket, Tracked, abort_tree, bounded, stop_tree};
 use crate::stop::{StopReason, Stopping, after};
-use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput};
+use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput, guarded};
 use crate::worker::WorkerContext;
 
 /// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
@@ -215,15 +214,15 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         W: FnOnce(WorkerContext) -> R + Send + 'static,
         R: TaskOutput<T, E>,
     {
-        let mut ticket = match self.enter(name.into(), Location::caller(), Kind::Blocking) {
+        let ticket = match self.enter(name.into(), Location::caller(), Kind::Blocking) {
             Ok(ticket) => ticket,
             Err(name) => return Err(Rejected::new(name, work)),
         };
         let cx = self.context(&ticket);
         let slot = Arc::clone(&ticket.slot);
         let handle = tokio::task::spawn_blocking(move || {
-            // A closure never waits to be polled again; its outcome is told when the ticket is dropped.
-            let Poll::Ready(()) = ticket.run(|| Poll::Ready(work(cx))) else { return };
+            let returned = guarded(&ticket.slot, || work(cx));
+            ticket.tell(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
         });
         self.roster.attach(&slot, handle.abort_handle());
         Ok(())

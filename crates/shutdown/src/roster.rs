@@ -192,7 +192,8 @@ impl<T, E> State<T, E> {
 }
 
 fn wake((next, idle): (Vec<Waker>, Vec<Waker>)) {
-    next.into_iter().chain(idle).for_each(Waker::wake);
+    next.into_iter().for_each(Waker::wake);
+    idle.into_iter().for_each(Waker::wake);
 }
 
 fn register(waiters: &mut Vec<Waker>, cx: &Context<'_>) {
@@ -257,7 +258,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
             }
         };
         drop(state);
-        Ok(Ticket { slot, roster: Arc::clone(self), index, outcome: None })
+        Ok(Ticket { slot, roster: Arc::clone(self), index })
     }
 
     /// Makes a spawned task abortable.
@@ -324,18 +325,17 @@ impl<T, E> Roster<T, E> {
             state.ended.push_back(Ended { slot, outcome });
         }
         let waiters = state.waiters();
+        let above = self.above_if_gone(&mut state);
         drop(state);
         wake(waiters);
-        ended(self.end());
+        ended(above);
     }
 
     /// Whether this group has just ended for good; if so, the one above that has to be told.
-    fn end(&self) -> Option<Arc<dyn Node>> {
-        let mut state = self.state();
+    fn above_if_gone(&self, state: &mut State<T, E>) -> Option<Arc<dyn Node>> {
         if !state.closed || !state.is_idle() || std::mem::replace(&mut state.gone, true) {
             return None;
         }
-        drop(state);
         self.parent.as_ref()?.upgrade()
     }
 }
@@ -405,7 +405,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn end(&self) -> Option<Arc<dyn Node>> {
-        Self::end(self)
+        self.above_if_gone(&mut self.state())
     }
 
     fn child_ended(&self) {
@@ -423,48 +423,45 @@ impl<T, E> fmt::Debug for Roster<T, E> {
     }
 }
 
-/// A task's obligation to say how it ended, met when it is dropped.
+/// A task's obligation to say how it ended: by itself, or else when it is dropped.
 pub(crate) struct Ticket<T, E> {
     pub(crate) slot: Arc<Slot>,
     roster: Arc<Roster<T, E>>,
     index: usize,
-    outcome: Option<TaskOutcome<T, E>>,
 }
 
 impl<T, E> Ticket<T, E> {
-    /// Runs `call` and keeps how it ended, if it did.
-    pub(crate) fn run<R: TaskOutput<T, E>>(&mut self, call: impl FnOnce() -> Poll<R>) -> Poll<()> {
-        self.outcome = Some(match guarded(&self.slot, call) {
-            Ok(output) => ready!(output).into_outcome(),
-            Err(panicked) => panicked,
-        });
-        Poll::Ready(())
+    /// Says how the task ended. Whatever it owned must be gone by then.
+    pub(crate) fn tell(&self, outcome: TaskOutcome<T, E>) {
+        self.roster.tell(self.index, &self.slot, outcome);
     }
 }
 
 impl<T, E> Drop for Ticket<T, E> {
     fn drop(&mut self) {
-        // Dropped without an outcome: by its group, or else by a cut or by the end of the runtime.
+        if self.slot.is_told() {
+            return;
+        }
+        // Dropped before its end: by its group, or else by a cut or by the end of the runtime.
         let cancelled = self.roster.stop.is_set() && self.slot.straggling().is_none();
-        let dropped = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
-        let outcome = self.outcome.take().unwrap_or(dropped);
-        self.roster.tell(self.index, &self.slot, outcome);
+        let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
+        self.tell(outcome);
     }
 }
 
 pin_project! {
-    // The future is declared before the ticket and so is dropped before it: when a task is told to have ended, its
-    // destructors have run, even if one of them panicked.
+    // The future is declared before the ticket and so is dropped before it: also when a task is aborted, its destructors
+    // have run when its end is told, even if one of them panicked.
     pub(crate) struct Tracked<F, T, E> {
         #[pin]
-        future: F,
+        future: Option<F>,
         ticket: Ticket<T, E>,
     }
 }
 
 impl<F, T, E> Tracked<F, T, E> {
     pub(crate) fn new(future: F, ticket: Ticket<T, E>) -> Self {
-        Self { future, ticket }
+        Self { future: Some(future), ticket }
     }
 }
 
@@ -476,7 +473,17 @@ where
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = self.project();
-        this.ticket.run(|| this.future.poll(cx))
+        let mut this = self.project();
+        let slot = &this.ticket.slot;
+        // Once it was ready, it is gone, and nobody polls it again.
+        let Some(future) = this.future.as_mut().as_pin_mut() else { return Poll::Ready(()) };
+        let ended = match guarded(slot, || future.poll(cx)) {
+            Ok(output) => ready!(output).into_outcome(),
+            Err(panicked) => panicked,
+        };
+        // What it owns goes before its end is told. A destructor may panic too.
+        let outcome = guarded(slot, || this.future.set(None)).map_or_else(|panicked| panicked, |()| ended);
+        this.ticket.tell(outcome);
+        Poll::Ready(())
     }
 }

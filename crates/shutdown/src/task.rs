@@ -234,6 +234,10 @@ impl Slot {
         !self.told.swap(true, Ordering::AcqRel)
     }
 
+    pub(crate) fn is_told(&self) -> bool {
+        self.told.load(Ordering::Acquire)
+    }
+
     pub(crate) fn attach(&self, handle: AbortHandle) {
         // A slot belongs to one task, so there is one handle to keep.
         self.abort.get_or_init(|| handle);

@@ -322,6 +322,25 @@ async fn a_destructor_that_panics_ends_its_task_all_the_same() {
 }
 
 #[tokio::test]
+async fn a_destructor_that_panics_after_the_end_is_the_tasks_panic() {
+    struct Bomb;
+    impl Future for Bomb {
+        type Output = ();
+        fn poll(self: std::pin::Pin<&mut Self>, _: &mut std::task::Context<'_>) -> std::task::Poll<()> {
+            std::task::Poll::Ready(())
+        }
+    }
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            panic!("after the end");
+        }
+    }
+    let group = TaskGroup::new();
+    group.spawn("bomb", Bomb).unwrap();
+    assert_eq!(group.wait().await.panicked, [("bomb".to_owned(), "after the end".to_owned())]);
+}
+
+#[tokio::test]
 async fn a_task_is_told_to_have_ended_only_when_its_values_are_gone() {
     let alive = Alive::default();
     for _ in 0..1000 {
