@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, blocking};
-use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use cancel_safe_testing::{Explore, Outcome, Report, Way, scratch_dir};
 use tempfile::{TempDir, tempdir};
 use tokio::sync::Mutex;
 
@@ -223,6 +223,39 @@ fn dropped_sweep_removes_nothing_later() {
 }
 
 #[test]
+fn a_process_killed_at_any_await_leaves_old_or_new_and_a_sweep_removes_the_rest() {
+    let new = vec![b'N'; MIB + 2];
+    let report = Explore::new().ways([Way::Crash]).budgets([1]).run(
+        async || {
+            let path = scratch_dir().join("file");
+            // The setup runs again after the crash, and then finds what that left.
+            if !path.exists() {
+                std::fs::write(&path, OLD).unwrap();
+            }
+            path
+        },
+        async |path| {
+            let mut writer = AtomicFileWriter::new(path).await?;
+            writer.write(&new[..MIB]).await?;
+            writer.write(&new[MIB..]).await?;
+            writer.commit().await
+        },
+        async |path, _outcome| {
+            let dir = path.parent().unwrap();
+            let swept = atomic_fs::sweep(dir).await.unwrap();
+            let content = std::fs::read(path).unwrap();
+            let whole = content == OLD || content == new;
+            if whole && swept.failed == 0 && names(dir) == ["file"] {
+                Ok(())
+            } else {
+                Err(format!("{} bytes, {swept:?}, {:?}", content.len(), names(dir)))
+            }
+        },
+    );
+    assert_clean("AtomicFileWriter/crash", &report);
+}
+
+#[test]
 fn the_same_check_catches_a_job_without_a_gate_and_a_temporary_file_without_an_owner() {
     let without_gate = explore(b"new", async |path| {
         let path = path.to_owned();
@@ -242,21 +275,23 @@ fn the_same_check_catches_a_job_without_a_gate_and_a_temporary_file_without_an_o
 /// What became of writes that were cancelled at random.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tally {
+    seed: u64,
     cancelled: u32,
+    /// Of those, how many had already replaced the file.
+    landed: u32,
     late: u32,
     litter: u32,
 }
 
-/// Cancels `rounds` writes, each after a random time up to `limit`, and counts the late changes and the litter.
+/// Cancels `rounds` writes, each at a random moment of the time that one takes, and counts late changes and litter.
 ///
 /// The pool has one thread, so that it can be drained: then every job that could still do something has ended.
-pub(crate) fn cancel_at_random<F: Future>(rounds: u32, limit: Duration, write: impl Fn(&Path) -> F) -> Tally {
+pub(crate) fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> F) -> Tally {
     let seed = fastrand::u64(..);
-    println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");
-    let mut tally = Tally { cancelled: 0, late: 0, litter: 0 };
+    let mut tally = Tally { seed, cancelled: 0, landed: 0, late: 0, litter: 0 };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .max_blocking_threads(1)
@@ -264,11 +299,14 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, limit: Duration, write: i
         .build()
         .unwrap();
     runtime.block_on(async {
+        let begun = std::time::Instant::now();
+        write(&path).await;
+        let longest = begun.elapsed().mul_f64(1.2);
         for _ in 0..rounds {
             std::fs::write(&path, "old").unwrap();
             let mut write = Box::pin(write(&path));
             let begun = std::time::Instant::now();
-            let limit = limit.mul_f64(random.f64());
+            let limit = longest.mul_f64(random.f64());
             // Not a timer, which would only ever fire on the millisecond.
             let ended = std::future::poll_fn(|cx| {
                 if write.as_mut().poll(cx).is_ready() {
@@ -286,6 +324,7 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, limit: Duration, write: i
             drain_pool().await;
             if !ended {
                 tally.cancelled += 1;
+                tally.landed += u32::from(after_drop != OLD);
                 tally.late += u32::from(std::fs::read(&path).unwrap() != after_drop);
             }
             tally.litter += u32::from(names(dir.path()) != ["file"]);
@@ -294,12 +333,9 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, limit: Duration, write: i
     tally
 }
 
-/// How long a write of 64 KiB may take before it is dropped: about as long as it takes, so that every moment is met.
-const LIMIT: Duration = Duration::from_micros(1500);
-
 #[test]
 fn a_write_that_is_dropped_at_random_never_lands_later() {
-    let tally = cancel_at_random(400, LIMIT, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
+    let tally = cancel_at_random(400, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
     println!("{tally:?}");
     assert!(tally.cancelled > 0 && tally.late == 0 && tally.litter == 0, "{tally:?}");
 }
@@ -317,10 +353,11 @@ fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
 
 #[test]
 fn the_same_check_catches_a_write_without_the_gate() {
-    let tally = cancel_at_random(200, LIMIT, |path| {
+    let tally = cancel_at_random(200, |path| {
         let path = path.to_owned();
         tokio::task::spawn_blocking(move || blocking::write(path, vec![b'N'; 65536]))
     });
+    println!("{tally:?}");
     assert!(tally.late > 0, "a blocking job that runs on after its future is gone must be caught");
 }
 
