@@ -119,7 +119,7 @@ impl<T, R> Builder<T, R> {
     /// least once, with an [idempotency key](crate::ItemContext::idempotency_key).
     ///
     /// An item whose end is not known (the process died, or the run was dropped while it ran) is in quarantine from
-    /// then on, marked [`uncertain`](crate::Quarantined::uncertain). An attempt that failed is known to have failed, and
+    /// then on, marked [`uncertain`](field@crate::Quarantined::uncertain). An attempt that failed is known to have failed, and
     /// is made again if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free slots.
     pub fn at_most_once(mut self) -> Self {
         self.plan.at_most_once = true;

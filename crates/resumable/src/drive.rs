@@ -174,11 +174,11 @@ where
             }
             match self.ending {
                 Ending::Running => {}
-                Ending::Closing(_) => ready!(self.poll_close(cx)),
+                Ending::Closing(_) => {
+                    ready!(self.poll_close(cx));
+                    continue;
+                }
                 Ending::Closed(_) => return Poll::Ready(None),
-            }
-            if !matches!(self.ending, Ending::Running) {
-                continue;
             }
             // Items that are always ready must not keep the rest of the runtime from running.
             let coop = ready!(tokio::task::coop::poll_proceed(cx));
@@ -422,9 +422,6 @@ where
         begin_payload(&mut self.payload, ticket.key.as_deref());
         // Into a buffer of its own: a serde implementation that fails or panics half-way must leave no half record.
         codec.encode(result, &mut self.payload).map_err(failed)?;
-        if self.payload.len() > MAX_PAYLOAD_BYTES {
-            return Err(failed(format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into()));
-        }
         self.push(Kind::Result, index).map(drop)
     }
 
@@ -442,6 +439,10 @@ where
     /// Gives the checkpoint a record and returns its number.
     #[inline]
     fn push(&mut self, kind: Kind, index: usize) -> Result<u64, TaskError> {
+        if self.payload.len() > MAX_PAYLOAD_BYTES {
+            let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
+            return Err(TaskError::Codec { index, action: "written", codec: self.plan.codec, cause });
+        }
         self.pushed_any = true;
         match self.log.push(kind, index, &self.payload, &mut self.intake.marks) {
             Ok(pushed) => {

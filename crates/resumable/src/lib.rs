@@ -1,4 +1,137 @@
 //! Long computations that can stop anywhere and go on from there.
+//!
+//! # The problem
+//!
+//! A million items, ten milliseconds each: three hours in which a deploy, a Ctrl-C or a power cut will come. So results
+//! are saved now and then:
+//!
+//! ```no_run
+//! # async fn expensive(item: u64) -> u64 { item }
+//! # async fn compute(items: Vec<u64>) -> std::io::Result<Vec<u64>> {
+//! let mut results: Vec<u64> = match std::fs::read("job.json") {
+//!     Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(), // torn by a crash? start over, silently
+//!     Err(_) => Vec::new(),                                            // unreadable? start over, silently
+//! };
+//! for (index, item) in items.into_iter().enumerate().skip(results.len()) {
+//!     results.push(expensive(item).await);                             // another input? wrong results, silently
+//!     if index % 100 == 0 {
+//!         let all = serde_json::to_vec(&results)?;                     // NaN becomes null: never readable again
+//!         tokio::fs::write("job.json", all).await?;                    // truncates first; two processes mix; no fsync
+//!     }                                                                // and the cost grows with the square
+//! }
+//! # Ok(results)
+//! # }
+//! ```
+//!
+//! # The same, safe
+//!
+//! ```
+//! # use cancel_safe_resumable as resumable;
+//! # async fn expensive(item: u64) -> u64 { item * 2 }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("job.ckpt");
+//! let results: Vec<u64> = resumable::map(&path, 0..1000, |item| async move { expensive(item).await }).await?;
+//! # assert_eq!(results[999], 1998);
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! Drop it, kill it, cut the power: the same call goes on where it was. [`ResumableTask`] adds a token that cancels it
+//! and a view of its progress; its [`builder`](ResumableTask::builder) adds concurrency, retries, a quarantine, keys and
+//! results as a stream:
+//!
+//! ```
+//! use cancel_safe_resumable::{FileStore, ItemError, ResumableTask, Retry};
+//! use futures_util::StreamExt;
+//! # use std::time::Duration;
+//! # #[derive(Debug, thiserror::Error)]
+//! # #[error("no answer")]
+//! # struct Timeout;
+//! # async fn fetch(url: &str, _key: &str) -> Result<usize, Timeout> { if url.is_empty() { Err(Timeout) } else { Ok(url.len()) } }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! # let dir = tempfile::tempdir()?;
+//! # let path = dir.path().join("crawl.ckpt");
+//! # let urls: Vec<String> = ["https://a.example", "", "https://b.example"].map(String::from).into();
+//! let mut run = ResumableTask::builder("crawl")
+//!     .version("v2")
+//!     .store(FileStore::at(&path))
+//!     .key(|url: &String| url.clone())
+//!     .concurrency(64)
+//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .quarantine(100)
+//!     .stream(urls, |cx, url| async move {
+//!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
+//!         if length == 0 {
+//!             return Err(ItemError::permanent("an empty page"));
+//!         }
+//!         Ok(length)
+//!     });
+//! while let Some(done) = run.next().await {
+//!     match done.result {
+//!         Ok(length) => println!("{:?}: {length}", done.key),
+//!         Err(quarantined) => println!("{:?}: {quarantined}", done.key),
+//!     }
+//! }
+//! let summary = run.finish().await?;
+//! assert_eq!((summary.completed, summary.quarantined), (2, 1));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # Guarantees
+//!
+//! | event | what is left behind |
+//! |---|---|
+//! | the token fires | everything completed so far is durable when the call returns; items in flight finish within [`grace`](Builder::grace), else they are dropped |
+//! | the future or the run is dropped | everything completed so far is written and synced by a thread in a moment; a successor waits for that (up to [a second](FileStore::wait)) |
+//! | the process is killed | everything written, which is all but the last [interval](Builder::checkpoint_every) (100 ms) at most; what was in flight runs again |
+//! | the power is cut | everything synced, which is all but the last interval and one fsync |
+//! | a crash while the file is created | no checkpoint, or a whole one |
+//! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing |
+//! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
+//! | damage anywhere else | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
+//! | another input, version, result type or codec | [`TaskError::InputMismatch`] or [`TaskError::VersionMismatch`]; the file is not changed |
+//! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
+//! | an item's function panics | [`process`](ResumableTask::process): it goes on to the caller; in a stream: a failed attempt |
+//!
+//! Each result is recorded once and handed out exactly once a run, restored ones included. Only a *missing* file means a
+//! first run. An item may take effect twice if its process dies before its result is durable: send its
+//! [idempotency key](ItemContext::idempotency_key) along, or run [at most once](Builder::at_most_once).
+//!
+//! The checkpoint is a log of blocks, each with a checksum; a thread owns and locks it, and the loop that drives the
+//! items never waits for it, unless 4 MiB are waiting to be written.
+//!
+//! # Limitations
+//!
+//! - One machine: the lock is advisory (`flock`), and the file must be on a local file system that has hard links.
+//! - Items are driven by the future itself and not spawned: it must be polled for them to make progress.
+//! - Resuming holds the recorded results in memory, a run by key also its keys.
+//! - Without keys an item is known by its position and its serialised form, which must be the same each time (a
+//!   `HashMap` in an item is not); items may only be added at the end.
+//! - MessagePack, like JSON, does not tell `Some(None)` or `Some(())` from `None`. Postcard does.
+//! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
+//!   is refused, with the command that goes on from what was synced.
+//! - The file only grows: a checkpoint is for one computation, not a queue.
+//!
+//! # Comparison
+//!
+//! **A loop and a JSON file**: see above. **A job queue on a database** (apalis, River, Graphile): many machines, and a
+//! row or more an item; this crate is for the inner loop of one process, where an item may cost a microsecond.
+//! **Durable execution** (Temporal, DBOS): workflows of many different steps; here there is one function and many items.
+//! **GNU parallel `--resume`**: skips by sequence number whatever the command and the input are now. If a whole run
+//! takes less time than you would mind losing, prefer a plain loop.
+//!
+//! # Features
+//!
+//! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
+//! - `tracing`: an event when a torn tail is cut off.
+//!
+//! # Minimum supported Rust version
+//!
+//! 1.89, for the file locks of the standard library. It is raised only in a minor release.
 
 mod builder;
 mod codec;

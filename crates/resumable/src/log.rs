@@ -22,6 +22,9 @@ pub(crate) const FORMAT: u16 = 1;
 /// The longest payload of one record. A length field must never overflow, however many records share a block.
 pub(crate) const MAX_PAYLOAD_BYTES: usize = 256 << 20;
 
+/// A block of this size takes no more records, so that one never outgrows its length field.
+const LARGE_BLOCK_BYTES: usize = 1 << 20;
+
 /// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
 const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
@@ -187,9 +190,10 @@ impl Blocks {
         self.starts.clear();
     }
 
-    /// Adds a record to the current block, or to a new one if the current one is of another kind.
+    /// Adds a record to the current block, or to a new one if the current one is large or of another kind.
     pub(crate) fn record(&mut self, kind: Kind, index: u64, payload: &[u8]) {
-        if self.starts.last().is_none_or(|&start| self.bytes[start + 12] != kind as u8) {
+        let fits = |start: usize| self.bytes[start + 12] == kind as u8 && self.bytes.len() - start < LARGE_BLOCK_BYTES;
+        if !self.starts.last().is_some_and(|&start| fits(start)) {
             self.begin(kind);
         }
         let delta = index.wrapping_sub(self.previous).wrapping_sub(1);
@@ -344,7 +348,7 @@ fn u32_at(bytes: &[u8], at: usize) -> u32 {
 }
 
 fn length_of(body: &[u8]) -> u32 {
-    u32::try_from(body.len()).expect("a block holds at most one buffer and one payload, which is far less than 4 GiB")
+    u32::try_from(body.len()).expect("a block is less than 1 MiB before its last record, which is at most 256 MiB")
 }
 
 #[cfg(test)]

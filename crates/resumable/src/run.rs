@@ -102,7 +102,7 @@ impl<R> Run<R> {
     ///
     /// # Errors
     ///
-    /// Those of [`ResumableTask::process`], [`TaskError::DuplicateKey`] if two items have one key,
+    /// Those of [`ResumableTask::process`](crate::ResumableTask::process), [`TaskError::DuplicateKey`] if two items have one key,
     /// [`TaskError::QuarantineFull`] if an item failed for good and there is no room for it, and [`TaskError::Config`] if
     /// an option is missing or 0.
     pub async fn finish(mut self) -> Result<Summary, TaskError> {

@@ -156,6 +156,26 @@ fn a_payload_that_holds_a_whole_log_is_still_a_payload() {
 }
 
 #[test]
+fn large_records_do_not_pile_up_in_one_block() {
+    let mut blocks = Blocks::default();
+    let large = vec![7; LARGE_BLOCK_BYTES];
+    for index in 0..3 {
+        blocks.record(Kind::Result, index, &large);
+    }
+    assert_eq!(blocks.starts.len(), 3);
+    let mut indexes = Vec::new();
+    let bytes = blocks.seal(1).to_vec();
+    let visit = |entry: Entry<'_>| {
+        if let Entry::Record { index, .. } = entry {
+            indexes.push(index);
+        }
+        Ok(())
+    };
+    assert_eq!(scan(&bytes, 0, 1, visit), Ok(bytes.len()));
+    assert_eq!(indexes, [0, 1, 2]);
+}
+
+#[test]
 fn a_file_of_a_later_format_is_named_as_such() {
     let mut bytes = header(Identity::Position).encode();
     bytes[10] = 2;

@@ -47,9 +47,9 @@ async fn a_changed_input_without_keys_is_refused_at_the_position_that_changed() 
 #[tokio::test]
 async fn a_change_far_into_a_long_input_does_not_go_unnoticed() {
     let (_dir, path) = checkpoint();
-    let mut items: Vec<u64> = (0..50_000).collect();
+    let mut items: Vec<u64> = (0..20_000).collect();
     process(&path, items.clone()).await.unwrap();
-    for at in (2_000..50_000).step_by(997) {
+    for at in (2_000..20_000).step_by(1997) {
         items[at] += 1_000_000;
         let found = mismatch(&path, items.clone()).await;
         assert!((at..at + 8).contains(&found), "edited {at}, found {found}");
