@@ -103,8 +103,8 @@ impl Shared {
 impl TimeoutClient {
     /// A client with this timeout for a whole call, and at most `max_concurrent` calls in flight (at least one).
     ///
-    /// Nothing but the timeout ends a call; there are no retries and no breaker. A TLS set-up that fails shows as the
-    /// error of the first request.
+    /// No other timeout applies; there are no retries and no breaker, and the cap on bodies is 64 MiB. A TLS set-up that
+    /// fails shows as the error of the first request.
     pub fn new(default_timeout: Duration, max_concurrent: usize) -> Self {
         let builder = Self::builder()
             .timeout(default_timeout)

@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, Retry, State, TimeoutClient};
+use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, RequestError, Retry, State, TimeoutClient};
 use cancel_safe_testing::{Explore, Outcome};
 use futures_util::StreamExt as _;
 
@@ -89,6 +89,41 @@ fn get_many_dropped_anywhere_gives_everything_back() {
     );
     report.publish(CRATE, "get_many");
     report.assert_clean();
+}
+
+#[tokio::test]
+async fn calls_dropped_at_random_moments_leave_nothing_behind() {
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut rng = fastrand::Rng::with_seed(seed);
+    let server = Server::start(|_, hit| async move {
+        if hit % 5 == 0 { reply(503, vec![b'x'; 1_000]) } else { drip(2, 100, Duration::from_millis(1)) }
+    });
+    let breaker = BreakerConfig::builder()
+        .consecutive_failures(3)
+        .min_calls(5)
+        .failure_rate(0.3)
+        .open_for(Duration::from_millis(2))
+        .open_max(Duration::from_millis(4));
+    let client = TimeoutClient::builder()
+        .concurrency(8)
+        .concurrency_per_host(6)
+        .retry(Retry::idempotent(2).backoff(Duration::from_millis(1), Duration::from_millis(4)))
+        .breaker(breaker.build().unwrap())
+        .build()
+        .unwrap();
+    for _ in 0..40 {
+        let calls = (0..50).map(|_| {
+            let (call, patience) = (client.get(server.url("/")), Duration::from_micros(rng.u64(0..15_000)));
+            tokio::time::timeout(patience, async move { call.send().await?.bytes().await.map_err(RequestError::from) })
+        });
+        futures_util::future::join_all(calls).await;
+        let metrics = client.metrics();
+        let kept = metrics.retries_left.unwrap() + metrics.retries as f64;
+        assert!((metrics.in_flight, metrics.waiting) == (0, 0) && kept >= 10.0, "seed {seed}: {metrics:?}");
+        assert_eq!(client.breaker(server.url("/")).unwrap().metrics().probes, 0, "seed {seed}");
+    }
+    assert!(!client.trips().is_empty(), "seed {seed}: the breaker never opened, so no probe was dropped");
 }
 
 #[test]

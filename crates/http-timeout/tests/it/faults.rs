@@ -50,12 +50,12 @@ async fn a_body_that_trickles_for_ever_ends_at_the_deadline() {
 #[tokio::test]
 async fn a_slow_consumer_is_not_taken_for_a_silent_peer() {
     let server = Server::start(|_, _| async { drip(4, 50_000, Duration::from_millis(10)) });
-    let mut response = idle(150).get(server.url("/")).send().await.unwrap();
+    let mut response = idle(1_000).get(server.url("/")).send().await.unwrap();
     let mut bytes = 0;
     while let Some(chunk) = response.chunk().await.unwrap() {
         bytes += chunk.len();
         if bytes < 100_000 {
-            tokio::time::sleep(Duration::from_millis(400)).await;
+            tokio::time::sleep(Duration::from_millis(1_500)).await;
         }
     }
     assert_eq!(bytes, 200_000);
@@ -69,16 +69,16 @@ async fn an_upload_that_progresses_outlives_the_idle_timeout() {
         while let Some(Ok(frame)) = body.frame().await {
             bytes += frame.into_data().unwrap().len();
             if bytes >= pause_at {
-                tokio::time::sleep(Duration::from_millis(20)).await;
-                pause_at = bytes + (512 << 10);
+                tokio::time::sleep(Duration::from_millis(40)).await;
+                pause_at = bytes + (256 << 10);
             }
         }
         reply(200, bytes.to_string())
     });
     let started = Instant::now();
-    let text = idle(700).put(server.url("/")).body(vec![7; 32 << 20]).send().await.unwrap().text().await.unwrap();
+    let text = idle(1_000).put(server.url("/")).body(vec![7; 32 << 20]).send().await.unwrap().text().await.unwrap();
     assert_eq!(text, (32 << 20).to_string());
-    assert!(started.elapsed() > Duration::from_millis(700), "the upload was too quick to prove anything");
+    assert!(started.elapsed() > Duration::from_millis(1_000), "the upload was too quick to prove anything");
 }
 
 #[tokio::test]
@@ -99,10 +99,10 @@ async fn a_slow_producer_is_not_taken_for_a_silent_peer() {
         reply(200, request.into_body().collect().await.unwrap().to_bytes().len().to_string())
     });
     let pieces = futures_util::stream::unfold(0, |sent| async move {
-        tokio::time::sleep(Duration::from_millis(400)).await;
+        tokio::time::sleep(Duration::from_millis(1_500)).await;
         (sent < 3).then_some((Ok::<_, std::io::Error>("piece"), sent + 1))
     });
-    let request = idle(150).put(server.url("/")).body(reqwest::Body::wrap_stream(pieces));
+    let request = idle(1_000).put(server.url("/")).body(reqwest::Body::wrap_stream(pieces));
     assert_eq!(request.send().await.unwrap().text().await.unwrap(), "15");
 }
 

@@ -80,23 +80,26 @@ async fn the_queue_for_permits_is_bounded() {
 }
 
 #[tokio::test]
-async fn waiting_for_a_permit_ends_at_the_deadline_and_is_not_idle_time() {
-    let server = Server::start(|_, hit| async move {
-        if hit == 0 { drip(1, 10, Duration::from_millis(400)) } else { reply(200, "ok") }
-    });
-    let client = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_millis(2_000)).build().unwrap();
-    let short = TimeoutClient::clone(&client);
-    let running = client.get(server.url("/")).send().await.unwrap();
-    let late = short.get(server.url("/")).timeout(Duration::from_millis(50)).send().await.unwrap_err();
+async fn waiting_for_a_permit_ends_at_the_deadline() {
+    let server = Server::start(|_, _| async { reply(200, "unread") });
+    let client = TimeoutClient::builder().concurrency(1).build().unwrap();
+    let held = client.get(server.url("/")).send().await.unwrap();
+    let late = client.get(server.url("/")).timeout(Duration::from_millis(50)).send().await.unwrap_err();
     assert!(matches!(late, RequestError::Timeout { phase: Phase::Permit, attempts: 0, .. }), "{late:?}");
-    let impatient = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_millis(150)).build().unwrap();
-    let first = impatient.get(server.url("/")).send().await.unwrap();
-    let second = tokio::spawn(impatient.get(server.url("/")).send());
-    eventually(|| impatient.metrics().waiting == 1).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
-    drop(first);
-    assert!(second.await.unwrap().is_ok(), "the wait for the permit was counted as silence");
-    drop(running);
+    drop(held);
+    assert_eq!(server.hits(), 1);
+}
+
+#[tokio::test]
+async fn waiting_for_a_permit_is_not_idle_time() {
+    let server = Server::start(|_, _| async { reply(200, "unread") });
+    let client = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_secs(1)).build().unwrap();
+    let held = client.get(server.url("/")).send().await.unwrap();
+    let waiting = tokio::spawn(client.get(server.url("/")).send());
+    eventually(|| client.metrics().waiting == 1).await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    drop(held);
+    assert!(waiting.await.unwrap().is_ok(), "the wait for the permit was counted as silence");
 }
 
 #[tokio::test]
