@@ -131,7 +131,7 @@ impl Report {
         exit_code(&self.reason, &self.tasks) == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error, 101 after a panic, 70 if the deadline passed with
+    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic, 70 if the deadline passed with
     /// a task still alive, 71 if the application could not start, 128 + n when a second signal n cut it short; or what
     /// [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {

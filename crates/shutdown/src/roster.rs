@@ -44,10 +44,10 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn child_ended(&self);
 }
 
-/// Stops a group and all groups below it: closes them, gives the reason, drops the tasks that wait for no token.
+/// Stops a group and all groups below it: gives the reason, closes them, drops the tasks that wait for no token.
 pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
-    for node in tree(root) {
-        node.stop().request(stopping.clone());
+    // The reason comes before the close, so that a task that finds its group closed, and is aborted, finds it too.
+    for node in walk(root, |node| node.stop().request(stopping.clone())) {
         for slot in node.live() {
             if slot.kind != Kind::Contextual {
                 slot.abort();
@@ -57,11 +57,17 @@ pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
     }
 }
 
-/// Closes a group and all groups below it, and lists them. A loop, so that no nesting is deep enough to overflow.
+/// Closes a group and all groups below it, and lists them.
 pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
+    walk(root, |_| {})
+}
+
+/// Visits, then closes, a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
+fn walk(root: &Arc<dyn Node>, visit: impl Fn(&dyn Node)) -> Vec<Arc<dyn Node>> {
     let mut nodes = vec![Arc::clone(root)];
     let mut next = 0;
     while let Some(node) = nodes.get(next).cloned() {
+        visit(&*node);
         // Closed before the children are listed, so that none is added behind our back.
         node.close();
         nodes.extend(node.children());
@@ -115,7 +121,7 @@ pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut C
     }
 }
 
-/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `tree`.
+/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `walk`.
 fn ended(mut above: Option<Arc<dyn Node>>) {
     while let Some(node) = above {
         node.child_ended();

@@ -30,6 +30,8 @@ pub(crate) struct Core {
     drain_delay: Duration,
     /// Cancelled to end a stop at once, where the process cannot simply be ended.
     pub(crate) hurry: CancellationToken,
+    /// Whether `run` is about to return, and the process no longer ours to end.
+    pub(crate) over: AtomicBool,
     /// Whoever takes it ends the application; nobody else reports.
     voice: Mutex<Option<Voice>>,
     ledger: Arc<Ledger>,
@@ -48,6 +50,7 @@ impl Core {
             budget,
             drain_delay,
             hurry: CancellationToken::new(),
+            over: AtomicBool::new(false),
             voice: Mutex::default(),
             ledger: Arc::default(),
             started: Mutex::default(),
@@ -57,6 +60,8 @@ impl Core {
     }
 
     pub(crate) fn request(&self, reason: StopReason) {
+        // A token that is cancelled without a reason was cancelled through the handle, and that came first.
+        let reason = if self.stop.token().is_cancelled() { StopReason::Requested } else { reason };
         self.stop.request(Stopping { reason, deadline: after(self.budget) });
     }
 
@@ -155,7 +160,7 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
         }
     }
     core.stop.token().cancelled().await;
-    // Whoever cancelled the shutdown handle itself left no reason.
+    // Whoever cancelled the shutdown handle left no reason.
     core.request(StopReason::Requested);
     if core.hurry.run_until_cancelled(stop(core, &running)).await.is_none() {
         cut_all(core, &running).await;

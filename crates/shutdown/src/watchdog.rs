@@ -25,17 +25,16 @@ const LAST_WORDS: Duration = Duration::from_millis(25);
 /// Ends the process at the deadline, unless it is dropped before.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
-    off: Arc<AtomicBool>,
+    core: Arc<Core>,
     thread: Thread,
 }
 
 impl Watchdog {
     pub(crate) fn start(core: Arc<Core>) -> io::Result<Self> {
-        let off = Arc::new(AtomicBool::new(false));
-        let watched = Arc::clone(&off);
-        let watch = move || watch(&core, &watched);
+        let watched = Arc::clone(&core);
+        let watch = move || watch(&watched);
         let thread = thread::Builder::new().name("shutdown-watchdog".to_owned()).spawn(watch)?.thread().clone();
-        Ok(Self { off, thread })
+        Ok(Self { core, thread })
     }
 
     /// How long the callbacks may take when the runtime reports by itself, this long before the deadline or after it.
@@ -46,12 +45,12 @@ impl Watchdog {
 
 impl Drop for Watchdog {
     fn drop(&mut self) {
-        self.off.store(true, Ordering::Release);
+        self.core.over.store(true, Ordering::Release);
         self.thread.unpark();
     }
 }
 
-fn watch(core: &Core, off: &AtomicBool) {
+fn watch(core: &Core) {
     struct Unpark(Thread);
     impl Wake for Unpark {
         fn wake(self: Arc<Self>) {
@@ -61,7 +60,7 @@ fn watch(core: &Core, off: &AtomicBool) {
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let mut stopped = pin!(core.stop.token().cancelled());
     while stopped.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
-        if off.load(Ordering::Acquire) {
+        if core.over.load(Ordering::Acquire) {
             return;
         }
         thread::park();
@@ -70,21 +69,23 @@ fn watch(core: &Core, off: &AtomicBool) {
     core.request(StopReason::Requested);
     let begun = Instant::now();
     let delay = core.stop.get().map_or(Duration::ZERO, |stopping| core.delay(&stopping.reason));
-    if delay < core.budget && sleep(delay.saturating_add(REACTION), off) {
+    if delay < core.budget && sleep(delay.saturating_add(REACTION), &core.over) {
         core.nudge();
     }
-    if sleep((core.budget.saturating_add(OVERTIME)).saturating_sub(begun.elapsed()), off) {
+    if sleep(core.budget.saturating_add(OVERTIME).saturating_sub(begun.elapsed()), &core.over) {
         end_process(core, EXIT_STRAGGLERS);
-        // The runtime has begun to report just in time. It gets as long as the watchdog would have taken.
-        if sleep(SAMPLE + LAST_WORDS, off) {
-            signal::exit(EXIT_STRAGGLERS);
-        }
     }
 }
 
-/// Reports and ends the process. Returns only if somebody else is already reporting.
+/// Reports and ends the process. Returns only if `run` is about to return.
 pub(crate) fn end_process(core: &Core, code: u8) {
-    let Some(voice) = core.take_voice() else { return };
+    let Some(voice) = core.take_voice() else {
+        // Somebody else has begun to report just in time, and gets as long as it would have taken here.
+        if sleep(SAMPLE + LAST_WORDS, &core.over) {
+            signal::exit(code);
+        }
+        return;
+    };
     let nodes = core.nodes();
     let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
     if !slots.is_empty() {

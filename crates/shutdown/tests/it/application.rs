@@ -188,6 +188,16 @@ async fn plain_closures_over_a_token_are_workers() {
     assert_eq!((report.tasks().len(), report.is_clean()), (2, true));
 }
 
+#[tokio::test]
+async fn a_handle_cancelled_before_the_start_starts_nothing() {
+    let diary = Diary::new();
+    let app = Application::new("app").worker("late", diary.worker(0));
+    app.shutdown_handle().cancel();
+    let report = app.serve().await.unwrap();
+    assert!(diary.read().is_empty() && matches!(outcome(&report, "late"), TaskOutcome::Cancelled));
+    assert_eq!((report.reason(), report.exit_code()), (&StopReason::Requested, 0));
+}
+
 #[tokio::test(start_paused = true)]
 async fn the_first_reason_wins() {
     let second = |cx: WorkerContext| async move {

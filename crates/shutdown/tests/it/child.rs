@@ -5,7 +5,7 @@ use std::io::Read;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cancel_safe_shutdown::{Application, Restart, StopReason, WorkerContext};
+use cancel_safe_shutdown::{Application, Report, Restart, StopReason, WorkerContext};
 use tokio::runtime::Builder;
 
 /// The variable that makes this test binary one of the programs.
@@ -54,6 +54,20 @@ const PROGRAMS: &[(&str, Program)] = &[
     }),
     ("overrides the code", || overriding(DEADLINE).worker("good", cooperative).run()),
     ("overrides the code of a straggler", || overriding(DEADLINE).worker("deaf", deaf).run()),
+    ("reports when told twice", || {
+        let app = Application::new("child").shutdown_timeout(FAR).worker("good", cooperative);
+        let slow = |_: &Report| {
+            eprintln!("REPORTING");
+            stall(STALL);
+        };
+        app.on_report(slow).run()
+    }),
+    ("serves", || {
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        let report = runtime.block_on(app(FAR).worker("deaf", deaf).serve()).unwrap();
+        eprintln!("RETURNED");
+        ExitCode::from(report.exit_code())
+    }),
     ("completes", || app(FAR).worker("one", |_: WorkerContext| async {}).run()),
     ("runs inside a runtime", || {
         Builder::new_current_thread().build().unwrap().block_on(async { app(FAR).worker("good", cooperative).run() })

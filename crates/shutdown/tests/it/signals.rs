@@ -165,6 +165,22 @@ fn a_second_signal_exits_even_if_the_runtime_is_wedged() {
 }
 
 #[test]
+fn a_second_signal_does_not_wait_for_a_report_callback() {
+    let mut program = Program::ready("reports when told twice");
+    program.send(Signal::INT);
+    program.wait_for("REPORTING");
+    program.end_by(Signal::INT).assert(130, &[]);
+}
+
+#[test]
+fn a_second_signal_ends_the_grace_inside_a_runtime_of_the_users() {
+    let mut program = Program::ready("serves");
+    program.send(Signal::INT);
+    program.wait_for("STOPPING");
+    program.end_by(Signal::INT).assert(70, &["worker `deaf` of `main`: aborted, parked at an await", "RETURNED"]);
+}
+
+#[test]
 fn a_panic_exits_101_with_its_message() {
     let exit = Program::start("panics").end(Instant::now());
     exit.assert(101, &["worker `broken` panicked", "panicked: the pipe burst", "worker `good` of `main`: completed"]);
