@@ -107,9 +107,9 @@ impl Report {
     }
 
     pub(crate) fn add_failure(&mut self, failure: Failure) {
-        let key = (failure.completed, failure.plan);
+        let key = |failure: &Failure| (failure.completed, failure.plan, failure.kind);
         // A completion is confirmed several times; its failure is one failure.
-        if let Err(at) = self.failures.binary_search_by_key(&key, |known| (known.completed, known.plan)) {
+        if let Err(at) = self.failures.binary_search_by_key(&key(&failure), key) {
             self.failures.insert(at, failure);
         }
     }
@@ -153,11 +153,11 @@ pub struct Failure {
 }
 
 /// What kind of wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum FailureKind {
-    Check,
-    Panic,
     Hang,
+    Panic,
+    Check,
     Incomplete,
 }
 
@@ -222,9 +222,10 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Plan { point, way, budget } = self.plan;
         match &self.site {
-            _ if self.kind == FailureKind::Incomplete => write!(f, "exploration incomplete")?,
+            // No run is to blame, so there is none to repeat.
+            _ if self.is_incomplete() => return write!(f, "exploration incomplete: {}", self.message),
             _ if self.completed => write!(f, "completed, never dropped")?,
-            Some(site) if self.kind == FailureKind::Hang => write!(f, "stuck at {site}")?,
+            Some(site) if self.is_hang() => write!(f, "stuck at {site}")?,
             Some(site) => write!(f, "dropped at {site}")?,
             None if point == 0 => write!(f, "dropped before the first poll")?,
             None => write!(f, "dropped at an await that no line table names")?,

@@ -127,7 +127,8 @@ impl Search<'_> {
         let mut completions = 0;
         while completions < CONFIRMATIONS {
             let plan = Plan { budget, point, way };
-            if point > self.options.max_points {
+            // The operation is seen to complete one beyond its last point.
+            if point > self.options.max_points.saturating_add(1) {
                 self.incomplete(plan, format!("more than max_points({})", self.options.max_points));
                 return Next::GiveUp;
             }
@@ -163,12 +164,12 @@ impl Search<'_> {
         let Visit { polls, end, .. } = visit;
         self.report.runs += 1;
         self.report.unsettled += usize::from(visit.unsettled);
-        let known = self.sites.get(&(plan.budget, polls)).cloned().flatten();
+        let known = self.sites.get(&(plan.budget, polls)).cloned();
         // Naming takes longer than all the rest of a run, so a point is named once; but where the number of points
         // varies, the same number need not be the same await, and a failing run is named from its own trace.
         let name_again = visit.failure.is_some() && self.is_varied();
         let site = if known.is_none() || name_again { self.namer.name(&visit.traces) } else { None };
-        let site = site.or(visit.site).or(known);
+        let site = site.or(visit.site).or(known.flatten());
         match end {
             End::Dropped => drop(self.sites.insert((plan.budget, polls), site.clone())),
             End::Completed => drop(self.ends.entry(plan.budget).or_default().insert(polls)),

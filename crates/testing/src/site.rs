@@ -68,7 +68,8 @@ impl Namer {
     fn awaits(&mut self, trace: &Backtrace) -> Vec<Frame> {
         let mut frames = frames(&format!("{trace:#}"));
         if self.root.is_none() {
-            self.root = frames.iter().find_map(|frame| {
+            // The outermost such frame is the caller of `run`; another package may have a file of the same name.
+            self.root = frames.iter().rev().find_map(|frame| {
                 let root = frame.site.file.strip_suffix(self.caller)?;
                 root.ends_with('/').then(|| root.to_owned())
             });

@@ -209,19 +209,27 @@ fn what_wakes_itself_for_ever_is_a_hang_with_a_site() {
     );
     assert_caught(&report, file!(), line, "not completed after max_polls(50)");
     assert_hang(&report, "max_polls(50)");
+    let refused = Explore::new().max_polls(50).run(
+        nothing,
+        async |()| {
+            loop {
+                yield_now().await;
+            }
+        },
+        async |(), _outcome: Outcome<()>| Err("this too".to_owned()),
+    );
+    assert_hang(&refused, "max_polls(50)");
 }
 
 #[test]
 fn more_points_than_the_bound_are_not_left_out_in_silence() {
-    let report = Explore::new().max_points(5).run(
-        nothing,
-        async |()| {
-            for _ in 0..6 {
-                yield_now().await;
-            }
-        },
-        fine,
-    );
+    let six_points = async |(): &()| {
+        for _ in 0..6 {
+            yield_now().await;
+        }
+    };
+    Explore::new().max_points(6).run(nothing, six_points, fine).assert_clean();
+    let report = Explore::new().max_points(5).run(nothing, six_points, fine);
     assert!(report.failures().iter().any(|it| it.is_incomplete()), "{report}");
 }
 
