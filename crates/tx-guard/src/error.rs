@@ -111,7 +111,7 @@ pub enum TxError {
     #[error(transparent)]
     Application(Box<dyn std::error::Error + Send + Sync>),
     /// A statement failed, or the database refused to begin or to commit (and rolled back).
-    #[error("the database refused the operation")]
+    #[error("the database operation failed")]
     Database(#[source] sqlx::Error),
 }
 

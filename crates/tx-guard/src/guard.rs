@@ -79,6 +79,9 @@ impl<DB: Backend> TransactionGuard<DB> {
 
     /// Commits, and says `Ok` only when the database has confirmed it.
     ///
+    /// A statement whose future was dropped may still run: the commit waits for it, and what it does is committed.
+    /// [`rollback`](Self::rollback) and a drop cancel it.
+    ///
     /// # Cancel safety
     ///
     /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT is driven to its end
@@ -201,13 +204,14 @@ impl<DB: Backend> TransactionGuard<DB> {
         if self.savepoints != level {
             return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });
         }
-        if result.is_ok()
-            && let Err(error) = DB::run_sql(self, format!("RELEASE SAVEPOINT txg_{level}")).await
-        {
-            result = Err(error.into());
-        } else if result.is_ok() {
-            self.savepoints = level - 1;
-            return result;
+        if result.is_ok() {
+            match DB::run_sql(self, format!("RELEASE SAVEPOINT txg_{level}")).await {
+                Ok(()) => {
+                    self.savepoints = level - 1;
+                    return result;
+                }
+                Err(error) => result = Err(error.into()),
+            }
         }
         self.held_mut().hooks.truncate(hooks);
         let undo = format!("ROLLBACK TO SAVEPOINT txg_{level}; RELEASE SAVEPOINT txg_{level}");

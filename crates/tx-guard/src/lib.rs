@@ -81,7 +81,10 @@
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
 //! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
 //!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported.
-//! - A raw `COMMIT` in the SQL is committed by PostgreSQL and reported by the guard's own `commit`; SQLite refuses it.
+//! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
+//!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL commits
+//!   each further statement by itself.
+//! - An SQLite database in memory lives as long as one of its connections does.
 //! - On SQLite the progress handler, the commit hook and the rollback hook of each connection are taken.
 //! - The outcome of a connection that is lost inside `COMMIT` is not looked up: it is said to be unknown.
 //!

@@ -5,6 +5,7 @@ mod cancel;
 mod commit;
 mod faults;
 mod happy;
+mod prop;
 mod run;
 mod world;
 
