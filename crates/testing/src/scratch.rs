@@ -5,8 +5,12 @@
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::crash::SCRATCH;
+
+/// How often the removal of a directory is tried.
+const REMOVALS: usize = 20;
 
 thread_local! {
     /// The directory of the run on this thread.
@@ -70,7 +74,13 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         CURRENT.set(None);
-        // Most runs never made it, and what cannot be removed is left to the system's care for temporary files.
-        drop(std::fs::remove_dir_all(&self.path));
+        // Most runs never made it. A thread of the operation's own may write a last file into it while it is being
+        // removed, which makes one attempt fail; what cannot be removed at all is left as temporary files are.
+        for _ in 0..REMOVALS {
+            if !self.path.exists() || std::fs::remove_dir_all(&self.path).is_ok() {
+                break;
+            }
+            std::thread::park_timeout(Duration::from_millis(1));
+        }
     }
 }
