@@ -17,6 +17,7 @@ use crate::{
     error::BuildError,
     limit::Limits,
     origins::Origins,
+    redirect,
     retry::{Budget, Retry},
 };
 
@@ -154,7 +155,9 @@ impl TimeoutClientBuilder {
 
     /// Sends through this client, with its TLS, proxy, name resolution and redirects.
     ///
-    /// Leave its `timeout`, `read_timeout` and `retry` alone: they know nothing of permits, deadline and budget.
+    /// Leave its `timeout`, `read_timeout` and `retry` alone: they know nothing of permits, deadline and budget. Since
+    /// its redirects cannot be watched, no request through it is taken for provably unsent, and a redirect to a host
+    /// that cannot be reached is charged to the origin that redirected.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
         self.reqwest = Some(client);
         self
@@ -197,6 +200,7 @@ impl TimeoutClientBuilder {
                 Err(_) => return wrong("propagate_deadline", "is not the name of a header"),
             }
         }
+        let is_ours = self.reqwest.is_none();
         let client = match self.reqwest.take() {
             Some(_) if self.connect_timeout_set => {
                 return wrong("connect_timeout", "cannot be set on a reqwest client that was made elsewhere");
@@ -205,15 +209,21 @@ impl TimeoutClientBuilder {
             None => build_reqwest(options.connect_timeout).map_err(BuildError::Client)?,
         };
         let lease = options.attempt_timeout.or(options.timeout);
-        Ok(self.assemble(OnceLock::from(client), lease))
+        Ok(self.assemble(OnceLock::from(client), is_ours, lease))
     }
 
-    pub(crate) fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
+    pub(crate) fn assemble(
+        self,
+        reqwest: OnceLock<reqwest::Client>,
+        is_ours: bool,
+        lease: Option<Duration>,
+    ) -> TimeoutClient {
         let budget = self.options.retry.as_ref().map(Budget::new);
         let breaker = self.breaker.map(|config| config.with_default_lease(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
+            notices_redirects: is_ours,
             options: self.options,
             limits: Limits::new(self.concurrency, self.max_waiting),
             origins: Origins::new(max_origins, breaker, self.concurrency_per_host),
@@ -236,7 +246,7 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn build_reqwest(connect_timeout: Option<Duration>) -> reqwest::Result<reqwest::Client> {
-    let mut builder = reqwest::Client::builder();
+    let mut builder = reqwest::Client::builder().redirect(redirect::policy());
     if let Some(timeout) = connect_timeout {
         builder = builder.connect_timeout(timeout);
     }

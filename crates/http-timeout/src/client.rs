@@ -67,6 +67,8 @@ pub struct TimeoutClient {
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) reqwest: OnceLock<reqwest::Client>,
+    /// Whether that client is ours, with the redirect policy that leaves notes.
+    pub(crate) notices_redirects: bool,
     pub(crate) options: Options,
     pub(crate) limits: Limits,
     pub(crate) origins: Origins,
@@ -113,7 +115,7 @@ impl TimeoutClient {
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
         let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
-        builder.assemble(reqwest, None)
+        builder.assemble(reqwest, true, None)
     }
 
     /// Starts from the defaults of [`TimeoutClientBuilder`].

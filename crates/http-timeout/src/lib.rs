@@ -74,8 +74,8 @@
 //!
 //! - Whether a server saw a request whose call was dropped or timed out cannot be known; no client can.
 //! - A response that is neither read nor dropped holds its permits, beyond the deadline too: nothing polls it.
-//! - Redirects are reqwest's. A response is charged to the origin that sent it, but a redirect to a host that cannot
-//!   be reached is charged to the origin that redirected, because reqwest's error does not tell.
+//! - Redirects are reqwest's. A stop on the way is charged to the origin that was to answer there, except through a
+//!   [reqwest client of your own](TimeoutClientBuilder::reqwest): it does not tell which stop could not be reached.
 //! - What the kernel has buffered of an upload counts as taken by the peer.
 //! - `concurrency` counts calls, not connections; the pool is reqwest's.
 //! - With the feature `rustls-no-provider` of reqwest, a missing provider panics inside reqwest; bring a
@@ -115,6 +115,7 @@ mod layer;
 mod limit;
 mod many;
 mod origins;
+mod redirect;
 mod request;
 mod retry;
 mod window;

@@ -13,6 +13,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, Version};
 use reqwest::{Body, Request, Response};
 use serde::Serialize;
 use tokio::time::{Instant, sleep_until};
+use url::Url;
 
 use crate::{
     body::{BodyLimits, Hold, guard},
@@ -22,6 +23,7 @@ use crate::{
     error::{Phase, RequestError},
     limit::Permits,
     origins::{Origin, origin_name},
+    redirect::noticed,
     retry::{Budget, Token, is_failure, is_retryable, retry_after},
 };
 
@@ -177,6 +179,8 @@ struct Failed {
     unsent: bool,
     /// The origin is to blame.
     charged: bool,
+    /// Where redirects had led the request, if anywhere.
+    hop: Option<Url>,
 }
 
 /// Another attempt: when, and the token that pays for it.
@@ -238,12 +242,14 @@ impl<'a> Call<'a> {
         }
         let upload = options.idle_timeout.and_then(|_| Upload::watch(&mut request));
         let end = self.deadline.part(options.attempt_timeout);
-        match watched(self.reqwest.execute(request), end, options.idle_timeout, upload.as_ref()).await {
+        let mut hop = None;
+        let response = noticed(self.reqwest.execute(request), &mut hop);
+        match watched(response, end, options.idle_timeout, upload.as_ref()).await {
             Some(Ok(response)) => Ok(response),
-            Some(Err(error)) => Err(self.failed(error)),
+            Some(Err(error)) => Err(self.failed(error, hop)),
             None => {
                 let error = self.deadline.timed_out(Phase::Response, self.attempts);
-                Err(Failed { error, unsent: false, charged: true })
+                Err(Failed { error, unsent: false, charged: true, hop })
             }
         }
     }
@@ -255,17 +261,19 @@ impl<'a> Call<'a> {
         copy.or_else(|| self.request.take()).expect("the request is here: `again` asks for no attempt once it is gone")
     }
 
-    fn failed(&self, error: reqwest::Error) -> Failed {
-        let unsent = error.is_connect();
+    fn failed(&self, error: reqwest::Error, hop: Option<Url>) -> Failed {
+        let refused = error.is_connect();
+        // A connection that failed proves nothing if it was the next stop of a request that had been answered.
+        let unsent = refused && hop.is_none() && self.client.notices_redirects;
         // Wrong requests and endless redirects are no sign of a sick origin.
         let charged = !error.is_builder() && !error.is_redirect();
         let error = if error.is_timeout() {
-            let phase = if unsent { Phase::Connect } else { Phase::Response };
+            let phase = if refused { Phase::Connect } else { Phase::Response };
             self.deadline.timed_out(phase, self.attempts)
         } else {
             RequestError::from(error)
         };
-        Failed { error, unsent, charged }
+        Failed { error, unsent, charged, hop }
     }
 
     /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
@@ -276,23 +284,24 @@ impl<'a> Call<'a> {
     ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
         let Some(mut admission) = admission else { return (result, None) };
         admission.stop_clock();
-        match &result {
-            Err(failed) if failed.charged => admission.failure(),
-            Err(_) => admission.ignore(),
-            Ok(response) => {
-                if origin_name(response.url()) != self.origin.name {
-                    // The first origin did its part; another one answered after the redirect, if its circuit lets it.
-                    admission.success();
-                    match self.client.origins.of(response.url()).admit() {
-                        Ok(Some(other)) => admission = other,
-                        Ok(None) | Err(_) => return (result, None),
-                    }
-                }
-                if !is_failure(response.status()) {
-                    return (result, Some(admission));
-                }
-                admission.failure();
+        let stop = match &result {
+            Ok(response) => Some(response.url()),
+            Err(failed) => failed.hop.as_ref(),
+        };
+        if let Some(url) = stop
+            && origin_name(url) != self.origin.name
+        {
+            // The first origin did its part: the call goes on at the account of the other, if its circuit lets it.
+            admission.success();
+            match self.client.origins.of(url).admit() {
+                Ok(Some(other)) => admission = other,
+                Ok(None) | Err(_) => return (result, None),
             }
+        }
+        match &result {
+            Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
+            Err(failed) if !failed.charged => admission.ignore(),
+            Ok(_) | Err(_) => admission.failure(),
         }
         (result, None)
     }

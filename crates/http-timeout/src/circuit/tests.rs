@@ -216,7 +216,7 @@ fn search(flaw: Flaw) -> Result<(), TestError<Vec<Step>>> {
     // Only a flaw that nobody put there is worth the search for its simplest schedule.
     let max_shrink_iters = if flaw == Flaw::None { 10_000 } else { 0 };
     let config =
-        ProptestConfig { cases: 4_000, max_shrink_iters, failure_persistence: None, ..ProptestConfig::default() };
+        ProptestConfig { cases: 2_000, max_shrink_iters, failure_persistence: None, ..ProptestConfig::default() };
     TestRunner::new(config).run(&steps(), |schedule| agrees_with_the_model(&schedule, flaw))
 }
 

@@ -8,7 +8,7 @@ use cancel_safe_http_timeout::{
 use futures_util::StreamExt as _;
 use http_body_util::BodyExt as _;
 
-use crate::server::{Server, reply, with_header};
+use crate::server::{Server, refused_url, reply, with_header};
 
 fn client() -> TimeoutClient {
     TimeoutClient::new(Duration::from_secs(10), 100)
@@ -191,4 +191,32 @@ async fn a_redirect_across_origins_charges_the_one_that_answered() {
     assert_eq!(client.trips(), [(origin.clone(), 1)]);
     assert_eq!(client.open_origins(), [origin]);
     assert_eq!(client.breaker(healthy.url("/")).unwrap().metrics().failures, 0);
+}
+
+#[tokio::test]
+async fn a_redirect_to_a_dead_origin_charges_that_one() {
+    let dead = refused_url();
+    let target = dead.clone();
+    let healthy = Server::start(move |_, _| {
+        let reply = with_header(reply(302, ""), "location", &target);
+        async move { reply }
+    });
+    let client = TimeoutClient::builder().breaker(BreakerConfig::default()).build().unwrap();
+    for _ in 0..5 {
+        assert!(client.get(healthy.url("/")).send().await.unwrap_err().is_connect());
+    }
+    assert_eq!(client.open_origins(), [dead.trim_end_matches('/')]);
+    assert_eq!(client.breaker(healthy.url("/")).unwrap().metrics().failures, 0);
+}
+
+#[tokio::test]
+async fn an_endless_redirect_is_an_error_and_blames_nobody() {
+    let server = Server::start(|_, _| async { with_header(reply(302, ""), "location", "/again") });
+    let client = TimeoutClient::builder().breaker(BreakerConfig::default()).build().unwrap();
+    for _ in 0..6 {
+        let error = client.get(server.url("/")).send().await.unwrap_err();
+        assert!(matches!(&error, RequestError::Network(error) if error.is_redirect()), "{error:?}");
+    }
+    assert_eq!(server.hits(), 6 * 11);
+    assert!(client.open_origins().is_empty());
 }
