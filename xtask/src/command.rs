@@ -14,6 +14,9 @@ use crate::workspace;
 /// How long the output of a command may stay open after the command itself has ended.
 const OUTPUT_GRACE: Duration = Duration::from_secs(10);
 
+/// How long a command that prints its progress may print nothing: a test that hangs is a test that failed.
+const SILENCE_BOUND: Duration = Duration::from_secs(300);
+
 /// Why a task failed, and what a person runs to see it again.
 #[derive(Debug)]
 pub(crate) struct Failure {
@@ -102,11 +105,13 @@ impl Cargo {
             }
         });
         let mut ended = None;
+        let mut last_line = Instant::now();
         loop {
             match lines.recv_timeout(Duration::from_secs(1)) {
                 Ok(text) => {
                     println!("{text}");
                     line(&text);
+                    last_line = Instant::now();
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) if child.try_wait().map_err(broken)?.is_some() => {
@@ -114,6 +119,11 @@ impl Cargo {
                         let what = format!("{self} has ended, but a process that it left behind keeps its output open");
                         return Err(Failure::from(what).repeat_with(self.to_string()));
                     }
+                }
+                Err(RecvTimeoutError::Timeout) if last_line.elapsed() > SILENCE_BOUND => {
+                    println!("nothing was printed for {SILENCE_BOUND:?}: what {self} is waiting for is ended");
+                    end_children(child.id());
+                    last_line = Instant::now();
                 }
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -143,6 +153,15 @@ impl fmt::Display for Cargo {
         }
         f.write_str("cargo")?;
         self.arguments.iter().try_for_each(|argument| write!(f, " {}", quoted(&argument.to_string_lossy())))
+    }
+}
+
+/// Ends the processes that `parent` has started and waits for, so that it can say which of them failed.
+fn end_children(parent: u32) {
+    let script = r#"kill $(cat "/proc/$1/task/"*/children) || pkill -P "$1""#;
+    let shell = Command::new("/bin/sh").args(["-c", script, "end", &parent.to_string()]).stderr(Stdio::null()).status();
+    if let Err(error) = shell {
+        eprintln!("the children of process {parent} could not be ended: {error}");
     }
 }
 
@@ -188,6 +207,18 @@ mod tests {
     fn the_first_command_to_repeat_is_the_exact_one_and_stays() {
         let failure = Failure::from("x".to_owned()).repeat_with("exact").repeat_with("rough");
         assert_eq!(failure.to_string(), "FAILED: x\nTo repeat: exact");
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn the_children_of_a_process_are_ended_and_it_is_not() {
+        let script = "sleep 600; echo $?";
+        let child = Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let children = format!("/proc/{0}/task/{0}/children", child.id());
+        let started = || std::fs::read_to_string(&children).is_ok_and(|pids| !pids.trim().is_empty());
+        assert!(wait_until(Duration::from_secs(30), started));
+        end_children(child.id());
+        assert_eq!(child.wait_with_output().unwrap().stdout, b"143\n");
     }
 
     #[test]
