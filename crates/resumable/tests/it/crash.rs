@@ -113,21 +113,21 @@ async fn survive(starters: usize, seed: u64) {
 
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
-    for _ in 0..3 {
+    for _ in 0..2 {
         survive(1, fastrand::u64(..)).await;
     }
 }
 
 #[tokio::test]
 async fn two_starters_that_are_killed_never_share_a_checkpoint() {
-    for _ in 0..3 {
+    for _ in 0..2 {
         survive(2, fastrand::u64(..)).await;
     }
 }
 
 #[tokio::test]
 async fn of_many_first_starters_one_creates_the_checkpoint() {
-    for _ in 0..20 {
+    for _ in 0..10 {
         let (dir, path) = checkpoint();
         let mut children: Vec<Child> = (0..4).map(|_| spawn(&path)).collect();
         tokio::time::sleep(Duration::from_millis(fastrand::u64(0..10))).await;

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError, map};
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::{checkpoint, complete, double, numbers};
@@ -37,13 +38,18 @@ async fn a_cancelled_task_goes_on_where_it_was() {
 async fn one_task_can_be_processed_again_after_a_cancel_by_drop() {
     let (_dir, path) = checkpoint();
     let mut task = ResumableTask::new((0..10u64).collect(), path, CancellationToken::new());
-    let stuck = task.process(|x| async move {
+    let at_the_sixth = Notify::new();
+    let stuck = task.process(async |x| {
         if x == 5 {
+            at_the_sixth.notify_one();
             std::future::pending::<()>().await;
         }
         x
     });
-    assert!(tokio::time::timeout(Duration::from_millis(300), stuck).await.is_err());
+    tokio::select! {
+        results = stuck => panic!("it should be stuck: {results:?}"),
+        () = at_the_sixth.notified() => {}
+    }
     assert!((task.progress() - 0.5).abs() < 1e-9);
     let results = task.process(|x| async move { x }).await.unwrap();
     assert_eq!(results, (0..10).collect::<Vec<u64>>());
