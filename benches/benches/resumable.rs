@@ -1,0 +1,119 @@
+//! What a checkpoint costs when an item costs nothing, beside the tutorials' scheme: all results rewritten as JSON after
+//! every hundredth item.
+//!
+//! A figure of a whole run has everything in it: creating and locking the file, the last fsync, unlocking it. The JSON
+//! scheme never syncs.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use cancel_safe_resumable::{Codec, FileStore, ResumableTask};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use tokio::runtime::Runtime;
+use tokio_util::sync::CancellationToken;
+
+/// At this size what is paid once for a run is small beside the items.
+const ITEMS: u64 = 1_000_000;
+/// At a million items the JSON scheme would take minutes a run: its cost grows with the square.
+const JSON_ITEMS: u64 = 20_000;
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime is built from nothing")
+}
+
+/// A run of a stream of trivial items.
+async fn stream(path: &Path, items: u64, concurrency: usize, codec: Codec) {
+    let builder = ResumableTask::builder("bench").store(FileStore::at(path)).concurrency(concurrency).codec(codec);
+    let run = builder.stream(0..items, |_, x: u64| async move { Ok(x * 2) });
+    run.finish().await.expect("nothing stops the run");
+}
+
+/// The simple form, which returns all results.
+async fn process(path: &Path, items: u64) {
+    let mut task = ResumableTask::new((0..items).collect(), path.to_owned(), CancellationToken::new());
+    let results = task.process(|x| async move { x * 2 }).await.expect("nothing stops the run");
+    assert_eq!(results.len() as u64, items);
+}
+
+async fn rewritten_json(path: &Path, items: u64) {
+    let mut results = Vec::new();
+    for x in 0..items {
+        results.push(x * 2);
+        if x % 100 == 0 {
+            let text = serde_json::to_vec(&results).expect("numbers are JSON");
+            tokio::fs::write(path, text).await.expect("the directory is writable");
+        }
+    }
+}
+
+fn bench(c: &mut Criterion) {
+    let (runtime, dir) = (runtime(), tempfile::tempdir().expect("a directory is made"));
+    let path = dir.path().join("bench.ckpt");
+    let mut group = c.benchmark_group("resumable");
+    group.sample_size(10).sampling_mode(SamplingMode::Flat).measurement_time(Duration::from_secs(3));
+
+    group.throughput(Throughput::Elements(ITEMS));
+    for concurrency in [1, 64] {
+        group.bench_function(BenchmarkId::new("stream, 10⁶ trivial items, at once", concurrency), |b| {
+            b.iter_batched(
+                || remove(&path),
+                |()| runtime.block_on(stream(&path, ITEMS, concurrency, Codec::MessagePack)),
+                criterion::BatchSize::PerIteration,
+            );
+        });
+    }
+    report_size(&path, "MessagePack", ITEMS);
+    group.bench_function("stream, 10⁶ trivial items, postcard", |b| {
+        b.iter_batched(
+            || remove(&path),
+            |()| runtime.block_on(stream(&path, ITEMS, 1, Codec::Postcard)),
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    report_size(&path, "postcard", ITEMS);
+    group.bench_function("process, 10⁶ trivial items", |b| {
+        b.iter_batched(
+            || remove(&path),
+            |()| runtime.block_on(process(&path, ITEMS)),
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    remove(&path);
+    runtime.block_on(process(&path, ITEMS));
+    group.bench_function("process, 10⁶ items restored", |b| b.iter(|| runtime.block_on(process(&path, ITEMS))));
+
+    group.throughput(Throughput::Elements(JSON_ITEMS));
+    group.bench_function("process, 20,000 trivial items", |b| {
+        b.iter_batched(
+            || remove(&path),
+            |()| runtime.block_on(process(&path, JSON_ITEMS)),
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    group.bench_function("JSON rewritten every 100 of 20,000 items", |b| {
+        b.iter_batched(
+            || remove(&path),
+            |()| runtime.block_on(rewritten_json(&path, JSON_ITEMS)),
+            criterion::BatchSize::PerIteration,
+        );
+    });
+    group.finish();
+}
+
+fn remove(path: &PathBuf) {
+    if path.exists() {
+        fs::remove_file(path).expect("the file of the last run is removed");
+    }
+}
+
+fn report_size(path: &Path, codec: &str, items: u64) {
+    if let Ok(metadata) = fs::metadata(path) {
+        println!("{codec}: {} bytes, {:.2} an item", metadata.len(), metadata.len() as f64 / items as f64);
+    }
+}
+
+criterion_group!(benches, bench);
+criterion_main!(benches);
