@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use crate::support::checkpoint;
 
 const CHECKPOINT: &str = "RESUMABLE_CRASH";
-const ITEMS: u64 = 4000;
+const ITEMS: u64 = 2000;
 
 /// The result of an item: text that occurs once in the file for each time it was recorded.
 fn result_of(x: u64) -> String {
