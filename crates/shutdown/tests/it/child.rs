@@ -1,4 +1,5 @@
 //! The programs that are run as child processes and sent signals. Each says READY when it is where the test wants it.
+#![expect(clippy::print_stderr, reason = "a program talks to its test")]
 
 use std::future::pending;
 use std::io::Read;

@@ -1,15 +1,11 @@
 //! The integration tests of `cancel-safe-shutdown`, one binary.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
-#![expect(
-    clippy::print_stderr,
-    clippy::print_stdout,
-    reason = "the child programs talk to their test, tests to whoever looks"
-)]
 
 mod application;
 mod cancel;
 mod child;
 mod group;
+#[cfg(all(unix, feature = "signal"))]
 mod signals;
 mod worker;
 

@@ -1,4 +1,5 @@
 //! Real signals to real processes: the exit code, the time it took and what was reported.
+#![expect(clippy::print_stdout, reason = "how close a deadline was is worth a look, and fails nothing")]
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, Command, Stdio};
