@@ -17,6 +17,10 @@ use super::report::chain;
 /// The longest wait that a server may ask for; a longer one is taken as this.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(120);
 
+/// How soon and how late an open breaker is asked again.
+const BREAKER_MIN: Duration = Duration::from_millis(50);
+const BREAKER_MAX: Duration = Duration::from_secs(2);
+
 /// What came of a fetch.
 #[derive(Debug)]
 pub(crate) enum Fetched {
@@ -115,8 +119,9 @@ impl Trouble {
 
     fn of_request(error: RequestError) -> Self {
         let (phase, advice) = match &error {
+            // A probe that is under way usually ends long before its lease, which is all that `retry_after` can promise.
             RequestError::CircuitOpen { retry_after, .. } => {
-                ("breaker", Advice::Later((*retry_after).max(Duration::from_millis(50))))
+                ("breaker", Advice::Later((*retry_after).clamp(BREAKER_MIN, BREAKER_MAX)))
             }
             RequestError::Timeout { phase: Phase::Permit, .. } | RequestError::Overloaded { .. } => {
                 ("permit", Advice::Again)

@@ -314,7 +314,10 @@ impl Shared {
         };
         match trouble.advice {
             Advice::Later(after) => {
-                self.report.event("deferred", &event);
+                // Of an open breaker the summary tells; a line for each URL that waits for it would drown the rest.
+                if trouble.phase != "breaker" {
+                    self.report.event("deferred", &event);
+                }
                 ItemError::defer(after, trouble)
             }
             Advice::Again => {
