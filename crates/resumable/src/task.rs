@@ -2,7 +2,7 @@
 //!
 //! Invariant: dropping a call at any time leaves a checkpoint from which the same call goes on.
 
-use std::path::PathBuf;
+use std::{cell::Cell, path::PathBuf};
 
 use futures_util::stream;
 use serde::{Serialize, de::DeserializeOwned};
@@ -161,8 +161,11 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
         let builder = ResumableTask::<&T>::builder("task").store(self.store.clone()).cancel(self.token.clone());
         let plan = builder.validated()?;
         let codec = plan.codec;
+        let scratch = Cell::new(Vec::new());
         let on_copy = move |_: ItemContext, item: &T| {
-            let running = copy(codec, item).map(&work);
+            let mut bytes = scratch.take();
+            let running = copy(codec, item, &mut bytes).map(&work);
+            scratch.set(bytes);
             async move {
                 match running {
                     Ok(running) => Ok(running.await),
@@ -183,9 +186,9 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     }
 }
 
-/// The copy of an item that its function is handed.
-fn copy<T: Serialize + DeserializeOwned>(codec: Codec, item: &T) -> Result<T, BoxError> {
-    let mut bytes = Vec::new();
-    codec.encode(item, &mut bytes)?;
-    codec.decode(&bytes)
+/// The copy of an item that its function is handed, made by way of `bytes`.
+fn copy<T: Serialize + DeserializeOwned>(codec: Codec, item: &T, bytes: &mut Vec<u8>) -> Result<T, BoxError> {
+    bytes.clear();
+    codec.encode(item, bytes)?;
+    codec.decode(bytes)
 }
