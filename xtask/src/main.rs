@@ -22,7 +22,7 @@ use clap::{Parser, Subcommand};
 
 use crate::ci::Section;
 use crate::command::{Failure, cargo};
-use crate::suite::Scope;
+use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
 /// The tasks of the cancel-safe workspace.
@@ -57,6 +57,16 @@ enum Task {
         #[arg(last = true)]
         arguments: Vec<String>,
     },
+    /// Run the campaigns of kills, faults and power cuts in full: minutes to hours where the tests take seconds
+    ///
+    /// The same tests as `cargo xtask test`, told by CANCEL_SAFE_CAMPAIGN=full to visit everything instead of a sample.
+    Crash {
+        /// Directories under crates/ or package names; all that have a campaign when none is named
+        crates: Vec<String>,
+        /// The sample that is part of the tests
+        #[arg(long)]
+        quick: bool,
+    },
     /// Check the house rules that a compiler does not know
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
@@ -81,17 +91,31 @@ fn main() -> ExitCode {
     }
 }
 
+/// The crates whose tests have a campaign that can be run in full.
+const CAMPAIGNS: [&str; 3] = ["atomic-fs", "resumable", workspace::UMBRELLA];
+
+fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failure> {
+    let tally = suite::run(workspace, scope).map_err(|failure| failure.repeat_with(again))?;
+    print!("{}", suite::table(workspace, &tally));
+    println!("{tally}");
+    Ok(())
+}
+
 fn run(task: Task) -> Result<(), Failure> {
     let workspace = Workspace::load()?;
     match task {
         Task::Ci { sections } => ci::run(&workspace, &sections),
         Task::Test { crates, arguments } => {
             let again = format!("cargo xtask test {}", crates.join(" "));
-            let scope = Scope::Crates { names: crates, arguments };
-            let tally = suite::run(&workspace, &scope).map_err(|failure| failure.repeat_with(again.trim_end()))?;
-            print!("{}", suite::table(&workspace, &tally));
-            println!("{tally}");
-            Ok(())
+            let scope = Scope::Crates { names: crates, arguments, campaign: Campaign::Quick };
+            report(&workspace, &scope, again.trim_end())
+        }
+        Task::Crash { crates, quick } => {
+            let names = if crates.is_empty() { CAMPAIGNS.map(String::from).to_vec() } else { crates };
+            let again = format!("cargo xtask crash {}{}", if quick { "--quick " } else { "" }, names.join(" "));
+            let campaign = if quick { Campaign::Quick } else { Campaign::Full };
+            let scope = Scope::Crates { names, arguments: vec!["--nocapture".to_owned()], campaign };
+            report(&workspace, &scope, &again)
         }
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),

@@ -23,7 +23,16 @@ pub(crate) enum Scope {
     /// Doctests of the whole workspace, on the given database.
     Doctests(Database),
     /// Everything of the named crates, or of all; with arguments for the test binaries.
-    Crates { names: Vec<String>, arguments: Vec<String> },
+    Crates { names: Vec<String>, arguments: Vec<String>, campaign: Campaign },
+}
+
+/// How much the campaigns of kills and faults visit.
+#[derive(Clone, Copy)]
+pub(crate) enum Campaign {
+    /// A sample, within a minute.
+    Quick,
+    /// Everything.
+    Full,
 }
 
 /// What the runners reported.
@@ -56,7 +65,9 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     let succeeded = match scope {
         Scope::Tests(database) => whole(workspace, database, &points, "--tests", &mut tally),
         Scope::Doctests(database) => whole(workspace, database, &points, "--doc", &mut tally),
-        Scope::Crates { names, arguments } => chosen(workspace, names, arguments, &points, &mut tally),
+        Scope::Crates { names, arguments, campaign } => {
+            chosen(workspace, names, arguments, *campaign, &points, &mut tally)
+        }
     }?;
     if !succeeded || tally.failed > 0 {
         return Err(tally.failure(workspace));
@@ -79,11 +90,15 @@ fn chosen(
     workspace: &Workspace,
     names: &[String],
     arguments: &[String],
+    campaign: Campaign,
     points: &Path,
     tally: &mut Tally,
 ) -> Result<bool, Failure> {
     let packages = select(workspace, names)?;
     let mut run = cargo(["test", "--all-features"]).env("CANCEL_SAFE_POINTS_FILE", points);
+    if let Campaign::Full = campaign {
+        run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
+    }
     for package in &packages {
         run = run.args(["--package", &package.name]);
     }
@@ -294,7 +309,11 @@ mod tests {
     #[test]
     fn a_binary_that_ends_early_with_success_has_not_passed() {
         let workspace = Workspace::load().unwrap();
-        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: vec!["any".to_owned()] };
+        let scope = Scope::Crates {
+            names: vec!["guard".to_owned()],
+            arguments: vec!["any".to_owned()],
+            campaign: Campaign::Quick,
+        };
         let closing = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 9 filtered out; finished in 0.01s";
         assert!(read(&["running 4 tests", closing]).require_something(&workspace, &scope).is_ok());
         let early = read(&["running 4 tests", closing, "running 1 test"]).require_something(&workspace, &scope);
@@ -304,13 +323,14 @@ mod tests {
     #[test]
     fn a_run_without_tests_has_not_passed() {
         let workspace = Workspace::load().unwrap();
-        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: Vec::new() };
+        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: Vec::new(), campaign: Campaign::Quick };
         let empty = read(&[
             "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
             "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ]);
         assert!(empty.require_something(&workspace, &scope).unwrap_err().what.contains("no test of cancel-safe-guard"));
-        let filtered = Scope::Crates { names: Vec::new(), arguments: vec!["nothing".to_owned()] };
+        let filtered =
+            Scope::Crates { names: Vec::new(), arguments: vec!["nothing".to_owned()], campaign: Campaign::Quick };
         assert_eq!(empty.require_something(&workspace, &filtered).unwrap_err().what, "no test matches");
     }
 }

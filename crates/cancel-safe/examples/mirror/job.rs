@@ -1,7 +1,6 @@
 //! The main job: settles the directory, then drives every URL through fetch, catalogue and checkpoint, in this order.
 
 use std::collections::BTreeMap;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -251,37 +250,35 @@ fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
 }
 
 /// One URL: file durable, then row committed; the checkpoint records it after this has returned.
-fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> impl Future<Output = Result<u64, ItemError>> {
-    async move {
-        let known = shared.settled.complete.get(&url);
-        if let (Some(row), false) = (known, shared.refresh) {
-            shared.report.count(&url, |host| host.restored += 1);
-            return Ok(row.bytes.unsigned_abs());
+async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, ItemError> {
+    let known = shared.settled.complete.get(&url);
+    if let (Some(row), false) = (known, shared.refresh) {
+        shared.report.count(&url, |host| host.restored += 1);
+        return Ok(row.bytes.unsigned_abs());
+    }
+    let started = Instant::now();
+    let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.clone()));
+    let outcome = attempt(&shared, &url, known).await;
+    dropped.disarm();
+    match outcome {
+        Ok((name, row)) => {
+            shared.report.count(&url, |host| {
+                host.files += 1;
+                host.bytes += row.bytes.unsigned_abs();
+            });
+            let event = Event {
+                url: &url,
+                path: Some(&row.path),
+                bytes: Some(row.bytes),
+                sha256: Some(&row.sha256),
+                attempts: Some(cx.attempt()),
+                elapsed: Some(started.elapsed()),
+                ..Event::default()
+            };
+            shared.report.event(name, &event);
+            Ok(row.bytes.unsigned_abs())
         }
-        let started = Instant::now();
-        let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.clone()));
-        let outcome = attempt(&shared, &url, known).await;
-        dropped.disarm();
-        match outcome {
-            Ok((name, row)) => {
-                shared.report.count(&url, |host| {
-                    host.files += 1;
-                    host.bytes += row.bytes.unsigned_abs();
-                });
-                let event = Event {
-                    url: &url,
-                    path: Some(&row.path),
-                    bytes: Some(row.bytes),
-                    sha256: Some(&row.sha256),
-                    attempts: Some(cx.attempt()),
-                    elapsed: Some(started.elapsed()),
-                    ..Event::default()
-                };
-                shared.report.event(name, &event);
-                Ok(row.bytes.unsigned_abs())
-            }
-            Err(trouble) => Err(shared.refuse(&cx, &url, trouble, started.elapsed())),
-        }
+        Err(trouble) => Err(shared.refuse(&cx, &url, trouble, started.elapsed())),
     }
 }
 
