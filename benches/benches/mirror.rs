@@ -4,6 +4,8 @@
 //! Both clients are child processes, so that neither shares a heap with the server. Times are medians of five runs that
 //! alternate; everything is written to the file system of `target/`.
 
+#![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
+
 use std::convert::Infallible;
 use std::io::Write;
 use std::net::Ipv4Addr;

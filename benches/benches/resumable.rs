@@ -4,6 +4,8 @@
 //! A figure of a whole run has everything in it: creating and locking the file, the last fsync, unlocking it. The JSON
 //! scheme never syncs.
 
+#![expect(clippy::print_stdout, reason = "the size of a log is a figure too")]
+
 use std::{
     fs,
     path::{Path, PathBuf},
