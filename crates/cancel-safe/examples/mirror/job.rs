@@ -313,6 +313,7 @@ impl Shared {
             Advice::Later(after) => {
                 // Of an open breaker the summary tells; a line for each URL that waits for it would drown the rest.
                 if trouble.phase != "breaker" {
+                    self.report.count(url, |host| host.retries += 1);
                     self.report.event("deferred", &event);
                 }
                 ItemError::defer(after, trouble)
