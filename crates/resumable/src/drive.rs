@@ -76,8 +76,6 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     source: Option<S>,
     work: F,
     meter: Meter,
-    log: Log,
-    log_is_full: bool,
     history: History,
     /// Seeds the idempotency keys.
     seed: u64,
@@ -86,6 +84,9 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     /// With at-most-once, items that may start when the record of this number, their intent, is durable.
     announced: VecDeque<(u64, Ticket<I>)>,
     waiting: WaitingRoom<I>,
+    /// Dropped after the items above: a successor that takes the file over never runs beside them.
+    log: Log,
+    log_is_full: bool,
     /// In ordered mode, what is finished and waits for an item before it.
     held: BTreeMap<usize, Done<R>>,
     emitted: usize,
@@ -254,7 +255,7 @@ where
 
     /// The token has fired: nothing is started any more; becomes ready when what runs has had its time.
     fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.waiting.clear();
+        // Items that wait stay where they are: were the room emptied, the run would look complete once the rest has ended.
         if self.in_flight.len() == 0 || self.plan.grace.is_zero() {
             return Poll::Ready(());
         }

@@ -37,6 +37,7 @@ pub(crate) fn open_locked(
                 if !is_still_at(&file, path) {
                     continue;
                 }
+                remove_aliases(&file, path).map_err(|error| TaskError::io("tidy up beside", path, error))?;
                 let (history, salt) = read(&mut file, request)?;
                 return Ok((file, history, salt));
             }
@@ -141,9 +142,8 @@ fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError>
 /// checkpoint or a whole one, and a second starter finds either no file or one that is locked. A rename would replace
 /// the file of a starter who was first.
 fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
-    let prefix = format!(".{}.new-", name.to_string_lossy());
+    let directory = directory_of(path);
+    let prefix = prefix_of_new(path)?;
     sweep(directory, &prefix)?;
     let temporary = directory.join(format!("{prefix}{:016x}", fastrand::u64(..)));
     let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&temporary)?;
@@ -153,8 +153,13 @@ fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
         fs::hard_link(&temporary, path)
     });
     match (published, fs::remove_file(&temporary)) {
-        (Ok(()), removed) => removed?,
-        (Err(error), _) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+        // Another starter may have swept the name; what it named is published.
+        (Ok(()), Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        (Ok(()), _) => {}
+        // Another starter was first, or is about to sweep the file that it has locked before this one could.
+        (Err(error), _) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::WouldBlock) => {
+            return Ok(None);
+        }
         // Another starter swept the file before it was locked.
         (Err(error), Err(_)) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         (Err(error), _) => return Err(error),
@@ -163,6 +168,42 @@ fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
     #[cfg(unix)]
     File::open(directory)?.sync_all()?;
     Ok(Some(file))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// What the names begin with under which checkpoints are prepared.
+fn prefix_of_new(path: &Path) -> io::Result<String> {
+    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
+    Ok(format!(".{}.new-", name.to_string_lossy()))
+}
+
+/// Removes the other name of a checkpoint whose starter was killed right after it had published it.
+#[cfg(unix)]
+fn remove_aliases(file: &File, path: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    let locked = file.metadata()?;
+    if locked.nlink() == 1 {
+        return Ok(());
+    }
+    let prefix = prefix_of_new(path)?;
+    for entry in fs::read_dir(directory_of(path))? {
+        let entry = entry?;
+        if entry.file_name().to_string_lossy().starts_with(&prefix)
+            && entry.metadata().is_ok_and(|found| (found.dev(), found.ino()) == (locked.dev(), locked.ino()))
+        {
+            fs::remove_file(entry.path())?;
+        }
+    }
+    Ok(())
+}
+
+/// Elsewhere the number of a file's names cannot be asked for.
+#[cfg(not(unix))]
+fn remove_aliases(_: &File, _: &Path) -> io::Result<()> {
+    Ok(())
 }
 
 /// Removes what starters left that were killed between creating the file and publishing it.

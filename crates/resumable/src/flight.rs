@@ -113,10 +113,6 @@ impl<I> WaitingRoom<I> {
         self.tickets.len()
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.tickets.clear();
-    }
-
     pub(crate) fn enter(&mut self, until: Instant, ticket: Ticket<I>) {
         self.arrivals += 1;
         self.tickets.insert((until, self.arrivals), ticket);

@@ -304,8 +304,9 @@ impl Writer {
 /// Takes the shared buffer when it is big or the interval is over, writes it, and syncs once an interval.
 fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) -> io::Result<()> {
     let (mut blocks, mut marks) = (Blocks::default(), Marks::default());
-    // When the oldest byte that is not yet durable has to be.
-    let mut due: Option<Instant> = None;
+    // When the oldest byte that is not yet durable has to be. What an earlier run wrote may have missed its sync: it was
+    // killed before that, and this run hands its results out as durable ones.
+    let mut due = (writer.epoch > 1).then(Instant::now);
     loop {
         let mut state = shared.lock();
         while !state.stop && !state.hurry && state.blocks.len() < WRITE_AT_BYTES {

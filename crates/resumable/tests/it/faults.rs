@@ -42,7 +42,8 @@ async fn a_run_that_was_dropped_while_it_opened_lets_the_file_go() {
     let (_dir, path) = checkpoint();
     for _ in 0..20 {
         let mut run = numbers(&path).stream(0..100, |_, x| double(x));
-        assert!(futures_util::poll!(run.next()).is_pending());
+        // Nearly always still opening; on a busy machine the file may be open by now, which must be right as well.
+        drop(futures_util::poll!(run.next()));
     }
     assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
 }

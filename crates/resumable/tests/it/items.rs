@@ -273,6 +273,26 @@ async fn in_flight_items_finish_within_the_grace_and_are_dropped_without() {
     }
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_run_whose_last_items_wait_is_not_complete() {
+    let (_dir, path) = checkpoint();
+    let token = CancellationToken::new();
+    let cancel = token.clone();
+    let run = numbers(&path).concurrency(2).cancel(token).grace(Duration::from_secs(60)).stream(0..2, move |_, x| {
+        let cancel = cancel.clone();
+        async move {
+            if x == 0 {
+                return Err(ItemError::defer(Duration::from_secs(3600), "not now"));
+            }
+            cancel.cancel();
+            sleep(Duration::from_secs(5)).await;
+            Ok(x * 2)
+        }
+    });
+    assert!(run.finish().await.unwrap_err().is_cancelled());
+    assert_eq!(restored(&path, 2).await, [1]);
+}
+
 #[tokio::test]
 async fn when_a_cancel_returns_every_completed_item_is_on_disk() {
     let (_dir, path) = checkpoint();
