@@ -1,13 +1,14 @@
 //! The reaper's books. Invariant: every future that was started is, at each moment, exactly one of running, finished or
 //! lost, and it leaves `running` once.
+//!
+//! The tests compile this file a second time, as the child of a module whose `sync` is made of loom's types, and walk through
+//! the interleavings of its threads. So it uses nothing of this crate but its sibling `sync`.
 
 use std::mem;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::atomic::Ordering::SeqCst;
 
-use tokio::sync::Notify;
-
-use crate::reaper::Drain;
+use super::sync::{AtomicUsize, Notify};
 
 /// Counters that only grow. What is running is derived, so that no reader can catch a future between two counters.
 #[derive(Debug, Default)]
@@ -31,11 +32,11 @@ impl Ledger {
     ///
     /// The ends are read before the starts. A start cannot follow its end, so the difference never goes below zero, and
     /// where it is zero nothing was running when `started` was read.
-    pub(crate) fn balance(&self) -> Drain {
+    pub(crate) fn balance(&self) -> Balance {
         let finished = self.finished.load(SeqCst);
         let lost = self.lost.load(SeqCst);
-        let timed_out = self.started.load(SeqCst) - finished - lost;
-        Drain { finished, timed_out, lost }
+        let running = self.started.load(SeqCst) - finished - lost;
+        Balance { running, finished, lost }
     }
 
     /// Waits until nothing is running.
@@ -44,7 +45,7 @@ impl Ledger {
         let _waiting = Waiting::new(&self.waiting);
         loop {
             let notified = self.idle.notified();
-            if self.balance().timed_out == 0 {
+            if self.balance().running == 0 {
                 return;
             }
             notified.await;
@@ -58,6 +59,14 @@ impl Ledger {
             self.idle.notify_waiters();
         }
     }
+}
+
+/// The books at one moment. The sum is the number of futures that were started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Balance {
+    pub(crate) running: usize,
+    pub(crate) finished: usize,
+    pub(crate) lost: usize,
 }
 
 /// The line of one future. It is blank until the future is started, and then ends as finished, or as lost when it is

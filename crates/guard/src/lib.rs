@@ -195,6 +195,7 @@ mod ledger;
 mod reaper;
 mod scope;
 mod stack;
+mod sync;
 
 pub use critical::{Torn, critical, critical_for, on_torn, torn_sections};
 pub use guard::{Guard, try_commit_cancel};

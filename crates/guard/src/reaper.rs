@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::runtime::Handle;
 
-use crate::ledger::{Entry, Ledger};
+use crate::ledger::{Balance, Entry, Ledger};
 
 type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
@@ -166,12 +166,12 @@ impl Reaper {
     /// ```
     pub async fn drain(&self, grace: Duration) -> Drain {
         let books = self.ledger.balance();
-        if books.timed_out == 0 {
-            return books;
+        if books.running == 0 {
+            return books.into();
         }
         // The books are read anew: what ended in the same instant as the grace has ended.
         match tokio::time::timeout(grace, self.ledger.idle()).await {
-            Ok(()) | Err(_) => self.ledger.balance(),
+            Ok(()) | Err(_) => self.ledger.balance().into(),
         }
     }
 }
@@ -303,6 +303,12 @@ pub struct Drain {
     pub timed_out: usize,
     /// Panicked, was cut off by the shutdown of its runtime, or had no runtime to go on with.
     pub lost: usize,
+}
+
+impl From<Balance> for Drain {
+    fn from(Balance { running, finished, lost }: Balance) -> Self {
+        Self { finished, timed_out: running, lost }
+    }
 }
 
 impl Drain {

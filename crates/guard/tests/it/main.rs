@@ -3,6 +3,7 @@
 
 mod cancel;
 mod happy;
+mod interleavings;
 mod reaper;
 mod scope;
 mod torn;
