@@ -3,8 +3,11 @@
 //! A row is there only when its file is durable. Changes are acknowledged after their COMMIT; nobody waits for a batch to
 //! fill, because the writer begins as soon as the last transaction is done, with what has come in meanwhile.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cancel_safe::tx_guard::{Backend, TxError, TxPool};
@@ -20,6 +23,10 @@ use super::report::chain;
 pub(crate) const MAX_BATCH: usize = 64;
 /// Attempts at a batch before the database counts as unreachable, with a pause of 100 ms doubled after each.
 const ATTEMPTS: u32 = 5;
+/// How long one attempt may take.
+const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the end waits for the database.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// One file that is on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,8 +64,8 @@ pub(crate) enum Change {
     Put(Box<Row>),
     /// The file of this URL is gone.
     Delete(String),
-    /// The file of this URL has a new path.
-    Move { url: String, path: String },
+    /// The catalogue belongs to the directory with this mark from now on.
+    Mark(String),
 }
 
 /// Why the catalogue cannot be used.
@@ -104,18 +111,27 @@ struct Job {
 #[derive(Debug, Clone)]
 pub(crate) struct Catalogue {
     jobs: mpsc::Sender<Job>,
+    unrecorded: Unrecorded,
 }
 
-/// The end that writes; its future ends when every [`Catalogue`] is dropped.
-pub(crate) type Writer = std::pin::Pin<Box<dyn Future<Output = ()> + Send>>;
+/// Paths of files that may be on disk without a row, by URL.
+type Unrecorded = Arc<Mutex<BTreeMap<String, String>>>;
+
+/// The end that writes: ends when every [`Catalogue`] is dropped, with the files that are left without a row.
+pub(crate) type Writer = Pin<Box<dyn Future<Output = Vec<String>> + Send>>;
+
+/// A catalogue that has been opened.
+pub(crate) struct Opened {
+    pub(crate) catalogue: Catalogue,
+    pub(crate) writer: Writer,
+    pub(crate) rows: Vec<Row>,
+    /// It bears no mark yet: settling gives it one.
+    pub(crate) is_new: bool,
+}
 
 impl Catalogue {
     /// Opens or creates the catalogue, and reads it.
-    pub(crate) async fn open(
-        database: Option<&str>,
-        dir: &Path,
-        mark: &str,
-    ) -> Result<(Self, Writer, Vec<Row>), CatalogueError> {
+    pub(crate) async fn open(database: Option<&str>, dir: &Path, mark: &str) -> Result<Opened, CatalogueError> {
         match database {
             Some(url) if !url.starts_with("sqlite:") => {
                 let options = PgConnectOptions::from_str(url).map_err(CatalogueError::Url)?;
@@ -139,6 +155,11 @@ impl Catalogue {
         }
     }
 
+    /// Says that the file of `url` is about to appear, so that it is known if its row never does.
+    pub(crate) fn announce(&self, url: &str, path: &str) {
+        self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).insert(url.to_owned(), path.to_owned());
+    }
+
     /// Applies one change; `Ok` means that it is committed. Dropped, the change may still be applied.
     pub(crate) async fn apply(&self, change: Change) -> Result<(), CatalogueError> {
         let (done, outcome) = oneshot::channel();
@@ -146,6 +167,13 @@ impl Catalogue {
         self.jobs.send(Job { change, done }).await.map_err(|_| stopped())?;
         outcome.await.map_err(|_| stopped())?
     }
+}
+
+fn require(found: &str, mark: &str) -> Result<(), CatalogueError> {
+    if found == mark {
+        return Ok(());
+    }
+    Err(CatalogueError::Foreign { found: found.to_owned(), expected: mark.to_owned() })
 }
 
 struct Store<DB: Backend> {
@@ -163,62 +191,71 @@ where
     for<'r> Columns: FromRow<'r, DB::Row>,
     for<'r> (String,): FromRow<'r, DB::Row>,
 {
-    async fn open(pool: TxPool<DB>, mark: &str) -> Result<(Catalogue, Writer, Vec<Row>), CatalogueError> {
+    async fn open(pool: TxPool<DB>, mark: &str) -> Result<Opened, CatalogueError> {
         let mut tx = pool.begin().await?;
         for sql in [
             "CREATE TABLE IF NOT EXISTS files (url TEXT PRIMARY KEY, path TEXT NOT NULL UNIQUE, bytes BIGINT NOT NULL, \
              sha256 TEXT NOT NULL, http_status BIGINT NOT NULL, final_url TEXT NOT NULL, etag TEXT, last_modified TEXT, \
              fetched_at BIGINT NOT NULL)",
-            "CREATE TABLE IF NOT EXISTS mirror (mark TEXT PRIMARY KEY)",
+            "CREATE TABLE IF NOT EXISTS mirror (id INTEGER PRIMARY KEY CHECK (id = 1), mark TEXT NOT NULL)",
         ] {
             (*tx).execute(sql).await?;
         }
         let found: Option<(String,)> = sqlx::query_as("SELECT mark FROM mirror").fetch_optional(&mut *tx).await?;
-        match found {
-            Some((found,)) if found != mark => {
-                return Err(CatalogueError::Foreign { found, expected: mark.to_owned() });
-            }
-            Some(_) => {}
-            None => {
-                QueryBuilder::<DB>::new("INSERT INTO mirror (mark) VALUES (")
-                    .push_bind(mark.to_owned())
-                    .push(")")
-                    .build()
-                    .execute(&mut *tx)
-                    .await?;
-            }
+        if let Some((found,)) = &found {
+            require(found, mark)?;
         }
         let select = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM files ORDER BY url"));
         let rows: Vec<Columns> = sqlx::query_as(select).fetch_all(&mut *tx).await?;
         tx.commit().await?;
         let (jobs, waiting) = mpsc::channel(MAX_BATCH);
-        Ok((Catalogue { jobs }, Box::pin(Self { pool }.write(waiting)), rows.into_iter().map(Row::from).collect()))
+        let catalogue = Catalogue { jobs, unrecorded: Arc::default() };
+        let writer = Box::pin(Self { pool }.write(waiting, Arc::clone(&catalogue.unrecorded)));
+        Ok(Opened { catalogue, writer, rows: rows.into_iter().map(Row::from).collect(), is_new: found.is_none() })
     }
 
-    async fn write(self, mut waiting: mpsc::Receiver<Job>) {
+    async fn write(self, mut waiting: mpsc::Receiver<Job>, unrecorded: Unrecorded) -> Vec<String> {
         let mut batch = Vec::with_capacity(MAX_BATCH);
         while waiting.recv_many(&mut batch, MAX_BATCH).await > 0 {
-            let mut outcome = Ok(());
-            for attempt in 0..ATTEMPTS {
-                if attempt > 0 {
-                    tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
-                }
-                // Every change may be applied twice, so that a commit whose outcome is unknown is simply made again.
-                outcome = self.commit(&batch).await;
-                if outcome.is_ok() {
-                    break;
-                }
-            }
-            for job in batch.drain(..) {
+            let outcome = self.commit_in_time(&batch).await;
+            for Job { change, done } in batch.drain(..) {
                 let told = match &outcome {
                     Ok(()) => Ok(()),
                     Err(error) => Err(CatalogueError::Stopped { cause: chain(error), disk_full: error.is_disk_full() }),
                 };
+                if let (Ok(()), Change::Put(row)) = (&told, &change) {
+                    unrecorded.lock().unwrap_or_else(PoisonError::into_inner).remove(&row.url);
+                }
                 // A fetch that was dropped meanwhile does not ask any more.
-                let _dropped = job.done.send(told);
+                let _dropped = done.send(told);
+            }
+            if outcome.is_err() {
+                // Whoever comes now is refused at once instead of waiting for a database that is gone.
+                break;
             }
         }
-        self.pool.close(Duration::from_secs(5)).await;
+        drop(waiting);
+        self.pool.close(CLOSE_TIMEOUT).await;
+        std::mem::take(&mut *unrecorded.lock().unwrap_or_else(PoisonError::into_inner)).into_values().collect()
+    }
+
+    /// Commits a batch, several times if need be.
+    async fn commit_in_time(&self, batch: &[Job]) -> Result<(), CatalogueError> {
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            let late = || CatalogueError::Stopped {
+                cause: format!("the database did not answer within {COMMIT_TIMEOUT:?}"),
+                disk_full: false,
+            };
+            // Every change may be applied twice, so that a commit whose outcome is unknown is simply made again.
+            let outcome =
+                tokio::time::timeout(COMMIT_TIMEOUT, self.commit(batch)).await.unwrap_or_else(|_| Err(late()));
+            if outcome.is_ok() || attempt == ATTEMPTS {
+                return outcome;
+            }
+            tokio::time::sleep(Duration::from_millis(50 << attempt)).await;
+        }
     }
 
     async fn commit(&self, batch: &[Job]) -> Result<(), CatalogueError> {
@@ -231,17 +268,20 @@ where
                     puts.retain(|earlier| earlier.url != row.url);
                     puts.push(row);
                 }
+                Change::Mark(mark) => {
+                    let mut insert = QueryBuilder::<DB>::new("INSERT INTO mirror (id, mark) VALUES (1, ");
+                    insert.push_bind(mark.clone()).push(") ON CONFLICT (id) DO NOTHING");
+                    insert.build().execute(&mut *tx).await?;
+                    // Another directory may have been faster.
+                    let (found,): (String,) = sqlx::query_as("SELECT mark FROM mirror").fetch_one(&mut *tx).await?;
+                    require(&found, mark)?;
+                }
                 Change::Delete(url) => {
                     QueryBuilder::<DB>::new("DELETE FROM files WHERE url = ")
                         .push_bind(url.clone())
                         .build()
                         .execute(&mut *tx)
                         .await?;
-                }
-                Change::Move { url, path } => {
-                    let mut update = QueryBuilder::<DB>::new("UPDATE files SET path = ");
-                    update.push_bind(path.clone()).push(" WHERE url = ").push_bind(url.clone());
-                    update.build().execute(&mut *tx).await?;
                 }
             }
         }

@@ -1,15 +1,16 @@
 //! Fetches one URL into one durable file, and says of each failure whether it is worth another attempt.
 
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use cancel_safe::atomic_fs::{self, AtomicFileWriter};
+use cancel_safe::atomic_fs::{self, AtomicFileWriter, TargetState};
 use cancel_safe::http_timeout::{Phase, RequestError, TimeoutClient};
 use reqwest::{Response, StatusCode, header};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-use super::catalogue::Row;
+use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
 use super::home::{Home, hex};
 use super::report::chain;
@@ -52,11 +53,12 @@ pub(crate) enum Advice {
     Stop(Exit),
 }
 
-/// Fetches into one directory.
+/// Fetches into one directory and its catalogue.
 #[derive(Debug, Clone)]
 pub(crate) struct Fetcher {
     pub(crate) client: TimeoutClient,
     pub(crate) home: Arc<Home>,
+    pub(crate) catalogue: Catalogue,
 }
 
 impl Fetcher {
@@ -73,17 +75,17 @@ impl Fetcher {
         let response = request.send().await.map_err(Trouble::of_request)?;
         match (response.status(), known) {
             (StatusCode::NOT_MODIFIED, Some(row)) => Ok(Fetched::Unchanged(Row { fetched_at: now(), ..row.clone() })),
-            (status, _) if status.is_success() => self.store(url, path, response).await.map(Fetched::Stored),
+            (status, _) if status.is_success() => self.store(url, path, known, response).await.map(Fetched::Stored),
             _ => Err(Trouble::of_status(&response)),
         }
     }
 
-    async fn store(&self, url: &Url, path: &str, mut response: Response) -> Result<Row, Trouble> {
+    async fn store(&self, url: &Url, path: &str, known: Option<&Row>, mut response: Response) -> Result<Row, Trouble> {
         let file = self.home.file(path);
         if !self.home.has_parents(&file) {
             let (home, file) = (Arc::clone(&self.home), file.clone());
             let made = tokio::task::spawn_blocking(move || home.make_parents(&file)).await;
-            made.map_err(std::io::Error::other).flatten().map_err(|error| Trouble::stop(chain(&error)))?;
+            made.map_err(std::io::Error::other).flatten().map_err(Trouble::of_directory)?;
         }
         let mut writer = AtomicFileWriter::new(&file).await.map_err(Trouble::of_write)?;
         let (mut hasher, mut bytes) = (Sha256::new(), 0);
@@ -92,7 +94,19 @@ impl Fetcher {
             bytes += chunk.len() as i64;
             writer.write_all(&chunk).await.map_err(Trouble::of_write)?;
         }
-        writer.commit().await.map_err(Trouble::of_write)?;
+        if known.is_some() {
+            // A row must never stand for bytes that are not its own: from here to the new row there is none.
+            let gone = Change::Delete(url.as_str().to_owned());
+            self.catalogue.apply(gone).await.map_err(Trouble::of_catalogue)?;
+        }
+        self.catalogue.announce(url.as_str(), path);
+        if let Err(error) = writer.commit().await {
+            if let (Some(row), TargetState::Unchanged) = (known, error.target()) {
+                let back = Change::Put(Box::new(row.clone()));
+                self.catalogue.apply(back).await.map_err(Trouble::of_catalogue)?;
+            }
+            return Err(Trouble::of_write(error));
+        }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         Ok(Row {
             url: url.as_str().to_owned(),
@@ -151,7 +165,24 @@ impl Trouble {
     }
 
     fn of_write(error: atomic_fs::Error) -> Self {
+        // What stands in the way of one path does not stand in the way of the others.
+        if error.is_not_a_file() || error.is_not_replaceable() {
+            return Self::new("write", chain(&error), Advice::Never);
+        }
         Self::stop(chain(&error))
+    }
+
+    fn of_directory(error: std::io::Error) -> Self {
+        if matches!(error.kind(), ErrorKind::NotADirectory | ErrorKind::AlreadyExists) {
+            return Self::new("write", format!("something stands where a directory belongs: {error}"), Advice::Never);
+        }
+        Self::stop(chain(&error))
+    }
+
+    /// The catalogue cannot be written.
+    pub(crate) fn of_catalogue(error: CatalogueError) -> Self {
+        let exit = if error.is_disk_full() { Exit::Write } else { Exit::Database };
+        Self::new("catalogue", chain(&error), Advice::Stop(exit))
     }
 }
 

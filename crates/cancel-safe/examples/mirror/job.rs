@@ -11,20 +11,22 @@ use cancel_safe::http_timeout::{BreakerConfig, TimeoutClient};
 use cancel_safe::resumable::{FileStore, ItemContext, ItemError, ResumableTask, Retry, TaskError};
 use cancel_safe::shutdown::WorkerContext;
 use futures_util::StreamExt;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::catalogue::{Catalogue, CatalogueError, Change, Row};
+use super::catalogue::{Catalogue, CatalogueError, Change, Opened, Row};
 use super::cli::{Args, Exit};
 use super::fetch::{Advice, Fetched, Fetcher, Trouble};
-use super::home::{Home, HomeError, Settled};
+use super::home::{Home, HomeError};
 use super::manifest::Manifest;
-use super::report::{Event, Reporter, chain};
+use super::report::{Event, Reporter, chain, host_of};
+use super::settle::{self, Settled};
 
-/// How often an open breaker or a `Retry-After` may put one URL back in the queue.
-const MAX_DEFERS: u32 = 1000;
-/// Failed URLs that the checkpoint holds before the run gives up.
-const MAX_FAILURES: usize = 100_000;
+/// How often an open breaker or a `Retry-After` may put one URL back in the queue before that counts as a failure.
+const MAX_DEFERS: u32 = 300;
+/// How long a host may give no answer at all before its URLs fail.
+const MAX_OUTAGE: Duration = Duration::from_secs(300);
 
 /// How the job ended, and in which words.
 #[derive(Debug)]
@@ -44,7 +46,9 @@ impl From<HomeError> for Ending {
         let exit = match &error {
             HomeError::Busy(_) => Exit::Busy,
             HomeError::Io { .. } => Exit::Write,
-            HomeError::Catalogue(CatalogueError::Foreign { .. } | CatalogueError::Url(_)) => Exit::Usage,
+            HomeError::Unknown(_) | HomeError::Catalogue(CatalogueError::Foreign { .. } | CatalogueError::Url(_)) => {
+                Exit::Usage
+            }
             HomeError::Catalogue(error) if error.is_disk_full() => Exit::Write,
             HomeError::Catalogue(_) => Exit::Database,
         };
@@ -58,6 +62,18 @@ impl From<CatalogueError> for Ending {
     }
 }
 
+/// Waits for what comes before the first fetch; a stop ends it at once, because all of it may be begun anew.
+pub(crate) async fn until_stopped<T, E: Into<Ending>>(
+    cx: &WorkerContext,
+    work: impl Future<Output = Result<T, E>>,
+) -> Result<T, Ending> {
+    tokio::select! {
+        biased;
+        done = work => done.map_err(Into::into),
+        () = cx.cancelled() => Err(Ending::new(Exit::Interrupted, "stopped before the first fetch; run it again")),
+    }
+}
+
 /// Runs the job to its end. Cancelled through `cx`, it starts no new fetch and gives those in flight their grace.
 pub(crate) async fn run(
     args: &Args,
@@ -67,19 +83,23 @@ pub(crate) async fn run(
     cx: &WorkerContext,
 ) -> Result<Ending, Ending> {
     let home = Arc::new(Home::open(&args.out())?);
-    let (catalogue, writer, rows) = Catalogue::open(args.database.as_deref(), &args.out(), &home.mark).await?;
+    let out = args.out();
+    let opening = Catalogue::open(args.database.as_deref(), &out, &home.mark);
+    let Opened { catalogue, writer, rows, is_new } = until_stopped(cx, opening).await?;
     let job = async {
         // The writer ends when the last handle of the catalogue does, and this block owns it.
         let catalogue = catalogue;
-        let settled = home.settle(&manifest.urls, rows, &catalogue, args.verify).await?;
+        let settling = settle::settle(&home, &manifest.urls, rows, is_new, &catalogue, args.verify);
+        let settled = until_stopped(cx, settling).await?;
         tell(&settled, &manifest, report);
         let client = client(args, hosts)?;
         let shared = Arc::new(Shared {
-            fetcher: Fetcher { client, home: Arc::clone(&home) },
-            catalogue,
+            fetcher: Fetcher { client, home: Arc::clone(&home), catalogue },
             settled,
             refresh: args.refresh,
             retries: args.retries,
+            per_host: args.per_host.into(),
+            hosts: Mutex::default(),
             report: Arc::clone(report),
             stop: cx.token().child_token(),
             fatal: OnceLock::new(),
@@ -87,11 +107,15 @@ pub(crate) async fn run(
         });
         let ending = drive(args, manifest, &shared).await;
         for (origin, trips) in shared.fetcher.client.trips() {
-            report.count(&origin, |host| host.trips = trips);
+            report.count(&origin, |host| host.trips += trips);
         }
         Ok(ending)
     };
-    let (ending, ()) = tokio::join!(job, writer);
+    let (ending, unrecorded) = tokio::join!(job, writer);
+    for path in unrecorded {
+        // A file without a row would be fetched again anyway; so the catalogue equals the disk however this run ended.
+        settle::remove(&home.file(&path))?;
+    }
     ending
 }
 
@@ -119,10 +143,16 @@ fn client(args: &Args, hosts: &[(&'static str, SocketAddr)]) -> Result<TimeoutCl
     let mut inner = reqwest::Client::builder()
         .user_agent(concat!("mirror/", env!("CARGO_PKG_VERSION")))
         .redirect(reqwest::redirect::Policy::limited(10))
+        // Bytes as sent, also where some other crate of a build switches decompression on.
+        .no_gzip()
+        .no_brotli()
+        .no_zstd()
+        .no_deflate()
         .connect_timeout(args.timeout)
         .pool_max_idle_per_host(args.per_host.into());
     for (host, address) in hosts {
-        inner = inner.resolve(host, *address);
+        // The demonstration never leaves the machine, whatever proxy the environment names.
+        inner = inner.resolve(host, *address).no_proxy();
     }
     TimeoutClient::builder()
         .reqwest(inner.build().map_err(|error| unusable(chain(&error)))?)
@@ -131,7 +161,6 @@ fn client(args: &Args, hosts: &[(&'static str, SocketAddr)]) -> Result<TimeoutCl
         .idle_timeout(args.timeout)
         .max_body(args.max_body)
         .concurrency(args.concurrency.into())
-        .concurrency_per_host(usize::from(args.per_host))
         .breaker(BreakerConfig::default())
         .build()
         .map_err(|error| unusable(chain(&error)))
@@ -140,16 +169,26 @@ fn client(args: &Args, hosts: &[(&'static str, SocketAddr)]) -> Result<TimeoutCl
 /// What every fetch in flight shares.
 struct Shared {
     fetcher: Fetcher,
-    catalogue: Catalogue,
     settled: Settled,
     refresh: bool,
     retries: u32,
+    per_host: usize,
+    hosts: Mutex<BTreeMap<String, Host>>,
     report: Arc<Reporter>,
     /// No new fetches: the application is told to stop, or nothing can be written any more.
     stop: CancellationToken,
     fatal: OnceLock<(Exit, String)>,
     /// URLs whose fetch was dropped.
     cut: Mutex<Vec<String>>,
+}
+
+/// What the fetches of one host share.
+struct Host {
+    /// Requests in flight. Taken before the client is asked, so that a fetch that waits for it has not begun: a stop sends
+    /// it back to the queue, and neither `--max-time` nor `cut` knows of it.
+    gate: Arc<Semaphore>,
+    /// Since when it has given no answer.
+    silent_since: Option<Instant>,
 }
 
 /// Puts every URL through a resumable task whose checkpoint is `DIR/mirror.ckpt`.
@@ -166,12 +205,14 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         .concurrency(args.concurrency.into())
         .retry(Retry::exponential(args.retries + 1))
         .max_defers(MAX_DEFERS)
-        .quarantine(MAX_FAILURES)
+        // As many as there are URLs may wait or fail: one dead host must not hold up the others.
+        .max_ahead(manifest.urls.len().max(1))
+        .quarantine(usize::MAX)
         .retry_quarantined(args.retry_failed || args.refresh)
         .revalidate(move |url: &String, _: &u64| !refresh && revalidate.settled.complete.contains_key(url))
         .cancel(shared.stop.clone())
         .grace(args.grace)
-        .stream(manifest.urls.into_iter().map(String::from), move |cx, url| one(Arc::clone(&worker), cx, url));
+        .stream(by_turns(manifest.urls), move |cx, url| one(Arc::clone(&worker), cx, url));
     let mut failures = BTreeMap::new();
     let mut ticks = tokio::time::interval(report.interval());
     ticks.reset();
@@ -232,6 +273,21 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
     }
 }
 
+/// One URL of each host in turn, so that no host's limit holds up the slots of the others.
+fn by_turns(urls: Vec<Url>) -> impl Iterator<Item = String> {
+    let mut turns: BTreeMap<String, usize> = BTreeMap::new();
+    let mut urls: Vec<(usize, Url)> = urls
+        .into_iter()
+        .map(|url| {
+            let turn = turns.entry(host_of(url.as_str())).or_default();
+            *turn += 1;
+            (*turn, url)
+        })
+        .collect();
+    urls.sort_by_key(|(turn, _)| *turn);
+    urls.into_iter().map(|(_, url)| url.into())
+}
+
 fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
     let exit = match error {
         TaskError::Corrupt { .. } | TaskError::VersionMismatch { .. } | TaskError::NewerFormat { .. } => Exit::Corrupt,
@@ -256,15 +312,26 @@ async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, I
         shared.report.count(&url, |host| host.restored += 1);
         return Ok(row.bytes.unsigned_abs());
     }
+    let gate = shared.host(&url, |host| Arc::clone(&host.gate));
+    let _permit = tokio::select! {
+        biased;
+        () = shared.stop.cancelled() => return Err(ItemError::defer(Duration::ZERO, "not begun")),
+        permit = gate.acquire_owned() => permit,
+    };
     let started = Instant::now();
     let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.clone()));
     let outcome = attempt(&shared, &url, known).await;
     dropped.disarm();
     match outcome {
         Ok((name, row)) => {
+            shared.host(&url, |host| host.silent_since = None);
             shared.report.count(&url, |host| {
-                host.files += 1;
-                host.bytes += row.bytes.unsigned_abs();
+                if name == "unchanged" {
+                    host.restored += 1;
+                } else {
+                    host.files += 1;
+                    host.bytes += row.bytes.unsigned_abs();
+                }
             });
             let event = Event {
                 url: &url,
@@ -290,15 +357,30 @@ async fn attempt(shared: &Shared, url: &str, known: Option<&Row>) -> Result<(&'s
         Fetched::Stored(row) => ("fetched", row),
         Fetched::Unchanged(row) => ("unchanged", row),
     };
-    let put = shared.catalogue.apply(Change::Put(Box::new(row.clone()))).await;
-    put.map_err(|error| {
-        let exit = if error.is_disk_full() { Exit::Write } else { Exit::Database };
-        Trouble { phase: "catalogue", cause: chain(&error), advice: Advice::Stop(exit) }
-    })?;
+    let put = Change::Put(Box::new(row.clone()));
+    shared.fetcher.catalogue.apply(put).await.map_err(Trouble::of_catalogue)?;
     Ok((name, row))
 }
 
 impl Shared {
+    fn host<T>(&self, url: &str, look: impl FnOnce(&mut Host) -> T) -> T {
+        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+        let new = || Host { gate: Arc::new(Semaphore::new(self.per_host)), silent_since: None };
+        look(hosts.entry(host_of(url)).or_insert_with(new))
+    }
+
+    /// Whether the host of a failed fetch has been silent for too long to wait for it any more.
+    fn is_lost(&self, url: &str, trouble: &Trouble) -> bool {
+        self.host(url, |host| match trouble.phase {
+            "breaker" | "connect" => host.silent_since.get_or_insert_with(Instant::now).elapsed() > MAX_OUTAGE,
+            "status" => {
+                host.silent_since = None;
+                false
+            }
+            _ => false,
+        })
+    }
+
     /// Tells of a failed attempt, and turns it into what the task shall do about it.
     fn refuse(&self, cx: &ItemContext, url: &str, trouble: Trouble, elapsed: Duration) -> ItemError {
         let event = Event {
@@ -310,6 +392,10 @@ impl Shared {
             ..Event::default()
         };
         match trouble.advice {
+            Advice::Later(_) | Advice::Again if self.is_lost(url, &trouble) => ItemError::permanent(Trouble {
+                cause: format!("no answer from the host for {} minutes: {}", MAX_OUTAGE.as_secs() / 60, trouble.cause),
+                ..trouble
+            }),
             Advice::Later(after) => {
                 // Of an open breaker the summary tells; a line for each URL that waits for it would drown the rest.
                 if trouble.phase != "breaker" {

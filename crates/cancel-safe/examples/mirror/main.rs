@@ -13,8 +13,10 @@ mod manifest;
 mod origin;
 mod paths;
 mod report;
+mod settle;
 
 use std::io::{self, BufReader};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -40,8 +42,6 @@ fn main() -> ExitCode {
             return ExitCode::from(exit as u8);
         }
     };
-    // The only provider in the tree; an error would say that one is installed already.
-    let _already = rustls::crypto::ring::default_provider().install_default();
     let report = Arc::new(Reporter::new(args.json));
     let ending: Arc<Mutex<Option<Ending>>> = Arc::default();
     let budget = args.grace + MARGIN;
@@ -70,23 +70,42 @@ fn main() -> ExitCode {
 }
 
 async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
-    let unusable = |why: String| Ending { exit: Exit::Usage, verdict: why };
-    let Some(path) = &args.manifest else { return demo(args, report, cx).await };
-    let manifest = if path.as_os_str() == "-" {
-        Manifest::read(io::stdin().lock())
-    } else {
-        std::fs::File::open(path).map_err(Into::into).and_then(|file| Manifest::read(BufReader::new(file)))
-    };
-    let manifest = manifest.map_err(|error| unusable(format!("{}: {}", path.display(), chain(&error))))?;
+    let Some(path) = args.manifest.clone() else { return demo(args, report, cx).await };
+    let manifest = job::until_stopped(cx, read(path)).await?;
     job::run(args, manifest, &[], report, cx).await
+}
+
+/// Reads a manifest on a thread of its own: standard input may never end, and a stop does not wait for it.
+async fn read(path: PathBuf) -> Result<Manifest, Ending> {
+    let unusable = |why: String| Ending { exit: Exit::Usage, verdict: why };
+    let shown = path.display().to_string();
+    let (done, manifest) = tokio::sync::oneshot::channel();
+    let reader = std::thread::Builder::new().name("manifest".to_owned()).spawn(move || {
+        let manifest = if path.as_os_str() == "-" {
+            Manifest::read(io::stdin().lock())
+        } else {
+            std::fs::File::open(path).map_err(Into::into).and_then(|file| Manifest::read(BufReader::new(file)))
+        };
+        // Nobody waits any more once the program is told to stop.
+        drop(done.send(manifest));
+    });
+    reader.map_err(|error| unusable(format!("no thread can be started: {error}")))?;
+    match manifest.await {
+        Ok(Ok(manifest)) => Ok(manifest),
+        Ok(Err(error)) => Err(unusable(format!("{shown}: {}", chain(&error)))),
+        Err(_) => Err(unusable(format!("{shown}: its reader has panicked"))),
+    }
 }
 
 /// Mirrors the embedded origin, then compares every file with what the origin serves.
 async fn demo(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
-    let origin = Origin::start().await.map_err(|error| Ending {
-        exit: Exit::Usage,
-        verdict: format!("the embedded origin cannot be started: {error}"),
-    })?;
+    let origin = async {
+        Origin::start().await.map_err(|error| Ending {
+            exit: Exit::Usage,
+            verdict: format!("the embedded origin cannot be started: {error}"),
+        })
+    };
+    let origin = job::until_stopped(cx, origin).await?;
     let manifest = Manifest { urls: origin.files.keys().cloned().collect(), duplicates: 0 };
     report.notice(&format!(
         "{} files of {} hosts into {}",

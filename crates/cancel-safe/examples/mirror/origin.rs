@@ -21,6 +21,8 @@ use tokio::task::JoinSet;
 use tokio::time::{Instant, Sleep};
 use url::Url;
 
+use super::home::hex;
+
 /// Files that are served in all.
 const FILES: usize = 500;
 /// The largest of them, in bytes; sizes are log-uniform below.
@@ -87,7 +89,6 @@ impl Origin {
 }
 
 fn digests() -> BTreeMap<Url, String> {
-    let hex = |digest: &[u8]| digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
     (0..FILES)
         .filter_map(|number| {
             let (host, _) = HOSTS[number % HOSTS.len()];

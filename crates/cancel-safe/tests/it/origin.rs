@@ -23,6 +23,8 @@ pub(crate) struct State {
     pub(crate) asked: BTreeMap<String, usize>,
     /// Paths that get this status instead of their file, and how often (`usize::MAX`: always).
     pub(crate) refuse: BTreeMap<String, (StatusCode, usize)>,
+    /// What a refusal says in its `Retry-After`.
+    pub(crate) retry_after: Option<&'static str>,
     /// Paths whose body never ends.
     pub(crate) hang: Vec<String>,
     /// A pause before each answer.
@@ -71,14 +73,14 @@ type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -> Result<Answer, Infallible> {
     let path = request.uri().path().to_owned();
-    let (refusal, hang, pause) = {
+    let (refusal, retry_after, hang, pause) = {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         *state.asked.entry(path.clone()).or_default() += 1;
         let refusal = state.refuse.get_mut(&path).filter(|(_, times)| *times > 0).map(|(status, times)| {
             *times -= usize::from(*times != usize::MAX);
             *status
         });
-        (refusal, state.hang.contains(&path), state.pause)
+        (refusal, state.retry_after, state.hang.contains(&path), state.pause)
     };
     tokio::time::sleep(pause).await;
     let empty = |status| {
@@ -87,7 +89,11 @@ async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -
         response
     };
     if let Some(status) = refusal {
-        return Ok(empty(status));
+        let mut response = empty(status);
+        if let Some(wait) = retry_after {
+            response.headers_mut().insert(header::RETRY_AFTER, wait.parse().unwrap());
+        }
+        return Ok(response);
     }
     let Ok(content) = std::fs::read(dir.join(&path[1..])) else { return Ok(empty(StatusCode::NOT_FOUND)) };
     let etag = format!("\"{}-{}\"", content.len(), content.iter().map(|byte| u64::from(*byte)).sum::<u64>());
