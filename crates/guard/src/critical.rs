@@ -5,7 +5,7 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
@@ -115,6 +115,7 @@ impl fmt::Display for Torn {
 type Hook = Arc<dyn Fn(&Torn) + Send + Sync>;
 
 static HOOK: RwLock<Option<Hook>> = RwLock::new(None);
+static OBSERVER: OnceLock<fn(&Torn)> = OnceLock::new();
 static TORN: AtomicU64 = AtomicU64::new(0);
 
 /// Calls `hook` for each critical section that is torn from now on, in the whole process, in place of the hook before.
@@ -122,7 +123,8 @@ static TORN: AtomicU64 = AtomicU64::new(0);
 /// It runs inside a destructor, on the thread that drops the section: it should be short, and not block. It may panic to fail
 /// a test; if the thread is unwinding already, that second panic is caught, because it would abort the process.
 ///
-/// With the feature `tracing` a torn section is an event of level `error` as well.
+/// With the feature `tracing` a torn section is an event of level `error` as well. In an exploration of `cancel-safe-testing` it
+/// is a failure, with or without a hook.
 ///
 /// # Examples
 ///
@@ -147,6 +149,13 @@ pub fn on_torn(hook: impl Fn(&Torn) + Send + Sync + 'static) {
     let old = HOOK.write().unwrap_or_else(PoisonError::into_inner).replace(Arc::new(hook));
     // Dropped outside the lock: its destructor is foreign code.
     drop(old);
+}
+
+/// Shows each torn section to `observer` before the hook is called. For `cancel-safe-testing` alone, which has to see them
+/// whatever hooks the program under test installs: the first observer stays, and must not panic.
+#[doc(hidden)]
+pub fn observe_torn(observer: fn(&Torn)) {
+    OBSERVER.get_or_init(|| observer);
 }
 
 /// How many critical sections have been torn in this process.
@@ -220,6 +229,9 @@ fn report(torn: Torn) {
     TORN.fetch_add(1, Relaxed);
     #[cfg(feature = "tracing")]
     tracing::error!(location = %torn.location, "a critical section was torn");
+    if let Some(observer) = OBSERVER.get() {
+        observer(&torn);
+    }
     // Cloned out of the lock, so that a hook may install another.
     let hook = HOOK.read().unwrap_or_else(PoisonError::into_inner).clone();
     match hook {

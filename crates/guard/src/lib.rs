@@ -197,6 +197,8 @@ mod scope;
 mod stack;
 mod sync;
 
+#[doc(hidden)]
+pub use critical::observe_torn;
 pub use critical::{Torn, critical, critical_for, on_torn, torn_sections};
 pub use guard::{Guard, try_commit_cancel};
 pub use reaper::{Deferred, Drain, Reaper, Shield};

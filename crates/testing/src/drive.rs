@@ -13,6 +13,7 @@ use std::time::Duration;
 use tokio::task::coop;
 
 use crate::runtime::{Fault, Gate, Watchdog, fence};
+use crate::torn::Ours;
 use crate::tracer::{OnClone, PointPanic, Tracer};
 
 /// The units that tokio gives a task for each poll.
@@ -57,7 +58,7 @@ pub(crate) enum Stop<T> {
 }
 
 /// Polls `operation` until it completes, fails, or has been pending `course.point` times.
-pub(crate) async fn drive<F: Future>(
+pub(crate) async fn drive<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
     watchdog: &Watchdog,
@@ -99,7 +100,7 @@ pub(crate) async fn drive<F: Future>(
 }
 
 /// One poll. `Err(None)` is the panic that was asked for.
-async fn poll_once<F: Future>(
+async fn poll_once<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
     polls: usize,
@@ -112,6 +113,7 @@ async fn poll_once<F: Future>(
             starve(budget.saturating_add(extra), cx);
         }
         let driver = cx.waker().clone();
+        let _ours = Ours::if_panics();
         let polled =
             catch_unwind(AssertUnwindSafe(|| tracer.poll(&driver, on_clone, |cx| operation.as_mut().poll(cx))));
         Poll::Ready(polled.map_err(|payload| {

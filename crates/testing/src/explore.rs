@@ -30,6 +30,11 @@ pub enum Way {
     /// The check runs on a fresh runtime, so the state has to outlive the one in which it was set up: a pool or a
     /// connection that was opened there is dead.
     Shutdown,
+    /// By a cancel scope of `cancel-safe-guard` around it, which is cancelled at the point: a critical section is
+    /// finished, and the operation is dropped at its next pending outside of one. It may complete instead.
+    ///
+    /// For operations that are only ever ended by such scopes; the ways above drop them in the middle of a section.
+    Scope,
     /// By a panic raised inside the leaf future that waits: its destructors run while the thread unwinds, and the
     /// locks it holds are poisoned.
     Panic,
@@ -39,7 +44,7 @@ pub enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 5] = [Self::Eager, Self::Settled, Self::Shutdown, Self::Panic, Self::Crash];
+    const ALL: [Self; 6] = [Self::Eager, Self::Settled, Self::Shutdown, Self::Scope, Self::Panic, Self::Crash];
 }
 
 impl fmt::Display for Way {
@@ -48,6 +53,7 @@ impl fmt::Display for Way {
             Self::Eager => "eager",
             Self::Settled => "settled",
             Self::Shutdown => "shutdown",
+            Self::Scope => "scope",
             Self::Panic => "panic",
             Self::Crash => "crash",
         })

@@ -85,6 +85,7 @@
 //! | [`Way::Eager`] | dropped while its blocking jobs have not begun | effects that land after the drop |
 //! | [`Way::Settled`] | dropped when what it waits for is done but not seen | results thrown away |
 //! | [`Way::Shutdown`] | dropped with its runtime | cleanups that were spawned |
+//! | [`Way::Scope`] (on request) | dropped by a cancel scope of `cancel-safe-guard` | effects outside a critical section that belong inside |
 //! | [`Way::Panic`] (on request) | unwound by a panic | poisoned locks, destructors that need a sane world |
 //! | [`Way::Crash`] (on request) | its process is killed | what only a destructor would put right |
 //!
@@ -101,6 +102,7 @@
 //! | the operation, its drop or the setup panics | a failure; the exploration goes on or ends, never crashes |
 //! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled for ever ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
 //! | there are more points, or more time is needed, than allowed | a failure: nothing is left out in silence |
+//! | a critical section of `cancel-safe-guard` is torn, but not by the exploration | a failure with the line that began it |
 //! | a spawned task lives on | the run goes on after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
 //! | nothing is `Send` | nothing has to be |
 //!
@@ -108,6 +110,48 @@
 //! thread is held, before the next one it is drained; so blocking jobs begin and end at the same places in every run.
 //! A leaf future that waits clones the waker it is polled with; ours takes a backtrace there, whose innermost frame
 //! in user code is the await. Naming needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
+//!
+//! # Critical sections
+//!
+//! `cancel_safe_guard::critical` marks steps that its own scopes do not part, and that a raw `select!`,
+//! `tokio::time::timeout` or `JoinHandle::abort` tears. A section that is torn in a run is a
+//! [failure](Failure::is_torn) with the line that began it, whatever the check says: in the setup, the operation or
+//! the check, in a task that is aborted because the operation was dropped, on the thread that explores. The hook of
+//! `cancel_safe_guard::on_torn` remains yours.
+//!
+//! What the exploration drops itself is not held against your code: the operation at its point, the state, the
+//! runtime, and what [`Way::Panic`] unwinds. There the check judges, as it does for any other await, and its message
+//! says which section was torn. An operation that is only ever ended by the scopes of `cancel-safe-guard` is explored
+//! with `.ways([Way::Scope])`, which waits for the section as they do:
+//!
+//! ```
+//! use std::cell::Cell;
+//! use std::time::Duration;
+//! use cancel_safe_testing::{Explore, Way};
+//! use tokio::time::{sleep, timeout};
+//!
+//! async fn rename(name: &Cell<(u32, u32)>) {
+//!     cancel_safe_guard::critical(async {
+//!         name.set((2, 1));
+//!         sleep(Duration::from_secs(2)).await;
+//!         name.set((2, 2));
+//!     })
+//!     .await
+//! }
+//!
+//! let explore = Explore::new().paused_time(true).ways([Way::Scope]);
+//! let setup = async || Cell::new((1, 1));
+//! let check = async |name: &Cell<(u32, u32)>, _outcome| match name.get() {
+//!     (1, 1) | (2, 2) => Ok(()),
+//!     half => Err(format!("half renamed: {half:?}")),
+//! };
+//! explore.run(setup, async |name| rename(name).await, check).assert_clean();
+//!
+//! // The timeout of tokio tears the section.
+//! let second = Duration::from_secs(1);
+//! let report = explore.run(setup, async |name| drop(timeout(second, rename(name)).await), check);
+//! assert!(report.failures()[0].is_torn());
+//! ```
 //!
 //! # Crashes
 //!
@@ -129,6 +173,8 @@
 //!   Use the other ways for such a state.
 //! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
 //!   one; points beyond that are a little less starved.
+//! - Torn sections are seen on the thread that explores, and only those of the `cancel-safe-guard` that this crate
+//!   depends on; another major version of it has sections of its own.
 //! - The cost grows with the square of the number of points. Explore operations, not programs.
 //! - Code that blocks its thread for ever without awaiting cannot be stopped from within; nor can a spawned task.
 //! - A panic in a `Drop` while [`Way::Panic`] unwinds aborts the process, as it would in production.
@@ -159,6 +205,7 @@ mod runtime;
 mod scratch;
 mod search;
 mod site;
+mod torn;
 mod tracer;
 mod visit;
 

@@ -157,6 +157,7 @@ pub struct Failure {
 pub(crate) enum FailureKind {
     Hang,
     Panic,
+    Torn,
     Check,
     Incomplete,
 }
@@ -180,7 +181,8 @@ impl Failure {
         self.plan.budget
     }
 
-    /// The await at which it was dropped. `None` at point 0, after it had completed, or if no frame of user code was
+    /// The await at which it was dropped, or the call that began the critical section which was
+    /// [torn](Failure::is_torn). `None` at point 0, after it had completed, or if no frame of user code was
     /// seen (a build without line tables).
     #[must_use]
     pub fn site(&self) -> Option<&Site> {
@@ -211,6 +213,13 @@ impl Failure {
         self.kind == FailureKind::Panic
     }
 
+    /// Whether a critical section of `cancel-safe-guard` was dropped before its end, and not by the exploration itself.
+    /// [Critical sections](crate#critical-sections) says what counts.
+    #[must_use]
+    pub fn is_torn(&self) -> bool {
+        self.kind == FailureKind::Torn
+    }
+
     /// Whether the exploration reached one of its own bounds, so that points were left unvisited.
     #[must_use]
     pub fn is_incomplete(&self) -> bool {
@@ -224,6 +233,7 @@ impl fmt::Display for Failure {
         match &self.site {
             // No run is to blame, so there is none to repeat.
             _ if self.is_incomplete() => return write!(f, "exploration incomplete: {}", self.message),
+            Some(site) if self.is_torn() => write!(f, "torn at {site}")?,
             _ if self.completed => write!(f, "completed, never dropped")?,
             Some(site) if self.is_hang() => write!(f, "stuck at {site}")?,
             Some(site) => write!(f, "dropped at {site}")?,

@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
+use crate::torn::Ours;
+
 /// How often the watchdog lets a wait look at its limit.
 const TICK: Duration = Duration::from_millis(20);
 
@@ -140,9 +142,11 @@ impl<'a> Stage<'a> {
         self.runtime.enter()
     }
 
-    /// Drops `value` inside the runtime, where its `Drop` may spawn.
+    /// Drops `value` inside the runtime, where its `Drop` may spawn. What this and the ends of the runtime tear, the
+    /// exploration has torn.
     pub(crate) fn drop_inside<T>(&self, value: T) -> Result<(), Fault> {
         let _context = self.runtime.enter();
+        let _ours = Ours::begin();
         catch_unwind(AssertUnwindSafe(|| drop(value))).map_err(|payload| Fault::from_panic(payload.as_ref()))
     }
 
@@ -179,6 +183,7 @@ impl<'a> Stage<'a> {
     /// The shutdown begins before the gate opens, so that which jobs still run does not depend on thread timing.
     pub(crate) fn shut_down(self, gate: Gate) -> Result<(), Fault> {
         let Self { runtime, watchdog, blocking_threads, .. } = self;
+        let _ours = Ours::begin();
         gate.wait_until_held(watchdog.limit());
         runtime.shutdown_background();
         gate.open();
@@ -191,11 +196,13 @@ impl<'a> Stage<'a> {
 
     /// Ends the runtime in the ordinary way; a blocking job that never ends is left behind after the limit.
     pub(crate) fn finish(self) {
+        let _ours = Ours::begin();
         self.runtime.shutdown_timeout(self.watchdog.limit());
     }
 
     /// Ends the runtime without waiting for a blocking job that is known to hang.
     pub(crate) fn abandon(self) {
+        let _ours = Ours::begin();
         self.runtime.shutdown_background();
     }
 }

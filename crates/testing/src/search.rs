@@ -23,6 +23,8 @@ pub(crate) struct Visit {
     pub(crate) traces: Vec<Backtrace>,
     pub(crate) site: Option<Site>,
     pub(crate) unsettled: bool,
+    /// Where the critical section began that the code under test has torn.
+    pub(crate) torn: Option<Site>,
     pub(crate) failure: Option<(FailureKind, String)>,
 }
 
@@ -175,11 +177,15 @@ impl Search<'_> {
             End::Completed => drop(self.ends.entry(plan.budget).or_default().insert(polls)),
             End::Failed => {}
         }
+        let completed = end == End::Completed;
+        let reached = Plan { point: polls, ..plan };
+        if let Some(section) = visit.torn {
+            let (site, message) = (Some(section), "a critical section was dropped before its end".to_owned());
+            self.report.add_failure(Failure { plan: reached, completed, site, kind: FailureKind::Torn, message });
+        }
         if let Some((kind, message)) = visit.failure {
-            let completed = end == End::Completed;
-            let plan = Plan { point: polls, ..plan };
             let site = site.filter(|_| !completed);
-            self.report.add_failure(Failure { plan, completed, site, kind, message });
+            self.report.add_failure(Failure { plan: reached, completed, site, kind, message });
             if kind == FailureKind::Hang {
                 // Each hang costs its whole limit: one is enough to know.
                 return (End::Failed, polls);

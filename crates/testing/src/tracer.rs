@@ -20,6 +20,7 @@ use std::thread::{self, ThreadId};
 use cooked_waker::{IntoWaker, Wake, WakeRef};
 
 use crate::runtime::lock;
+use crate::torn;
 
 /// A poll that clones its waker more often (a join of hundreds) is traced by its first and last clones only.
 const TRACES_PER_POLL: usize = 8;
@@ -115,6 +116,7 @@ impl Probe {
             state.traces.push(trace);
         }
         if on_clone == OnClone::TraceAndPanic {
+            torn::panics();
             // Without the panic hook: this panic is the experiment, not a message for anybody.
             resume_unwind(Box::new(PointPanic));
         }

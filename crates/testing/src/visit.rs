@@ -6,12 +6,16 @@
 use std::pin::Pin;
 
 use crate::crash::{Death, Here};
+use cancel_safe_guard::with_token;
+use tokio_util::sync::CancellationToken;
+
 use crate::drive::{Course, Drive, Stop, drive};
 use crate::explore::{Explore, Outcome, Plan, Way};
 use crate::report::FailureKind;
 use crate::runtime::{Fault, Gate, Stage, Watchdog};
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
+use crate::torn::Watch;
 use crate::tracer::OnClone;
 
 /// What the user handed to `run`.
@@ -35,11 +39,16 @@ impl Broken {
     }
 }
 
+/// The operation. Its output is `None` if the scope around it has dropped it.
+type Running<'a, T> = Pin<Box<dyn Future<Output = Option<T>> + 'a>>;
+
 /// The operation at its point, and what keeps the blocking jobs from beginning.
-struct Halted<F, T> {
-    running: F,
+struct Halted<'a, T> {
+    running: Running<'a, T>,
     outcome: Outcome<T>,
     gate: Gate,
+    /// Ends the scope around the operation, in [`Way::Scope`].
+    scope: CancellationToken,
 }
 
 impl<S, T, Setup, Operation, Check> Scene<'_, Setup, Operation, Check>
@@ -50,6 +59,7 @@ where
 {
     pub(crate) fn visit(&self, plan: Plan, here: &Here) -> Visit {
         let scratch = Scratch::new();
+        let watch = Watch::begin();
         let mut visit = Visit::default();
         if plan.way == Way::Crash {
             match here.kill_at(plan, &scratch, self.options.hang_after) {
@@ -74,7 +84,10 @@ where
         match ended {
             Ok(Ok(())) => stage.finish(),
             Ok(Err(message)) => {
-                visit.failure = Some((FailureKind::Check, message));
+                let hint = watch.torn_by_us().map(|section| {
+                    format!(" (the drop has torn the critical section of {section}; a scope would not: see Way::Scope)")
+                });
+                visit.failure = Some((FailureKind::Check, message + &hint.unwrap_or_default()));
                 stage.finish();
             }
             Err(Broken { part, fault: Fault::Panicked(message) }) => {
@@ -89,6 +102,7 @@ where
                 stage.abandon();
             }
         }
+        visit.torn = watch.torn_by_code();
         visit
     }
 
@@ -127,7 +141,7 @@ where
         baseline: usize,
         visit: &mut Visit,
     ) -> (Stage<'s>, Result<Outcome<T>, Broken>) {
-        let Halted { running, outcome, gate } = match self.halt(&stage, plan, state, visit) {
+        let Halted { running, outcome, gate, scope } = match self.halt(&stage, plan, state, visit) {
             Ok(halted) => halted,
             Err(broken) => return (stage, Err(broken)),
         };
@@ -138,6 +152,12 @@ where
                 let settled = stage.play(stage.settle(baseline, self.options.settle_for));
                 let dropped = stage.drop_inside(running);
                 (stage, settled.and(dropped).map_err(by_drop).map(|()| outcome))
+            }
+            Way::Scope if outcome.is_dropped() => {
+                gate.open();
+                scope.cancel();
+                let outcome = self.wait_for_cut(&stage, plan, running);
+                (stage, outcome)
             }
             Way::Shutdown => {
                 let dropped = stage.drop_inside(running);
@@ -152,6 +172,22 @@ where
         }
     }
 
+    /// Polls the operation on until the scope around it, which has been cancelled, drops it, or it completes.
+    fn wait_for_cut(&self, stage: &Stage<'_>, plan: Plan, mut running: Running<'_, T>) -> Result<Outcome<T>, Broken> {
+        let Plan { budget, point, way } = plan;
+        let course =
+            Course { point: self.options.max_polls, budget, at_point: OnClone::Nothing, before: OnClone::Nothing };
+        let Drive { stop, gate, .. } = stage.play_unbounded(drive(running.as_mut(), course, self.watchdog));
+        gate.open();
+        let outcome = match stop {
+            Stop::Completed(value) => Ok(value.map_or(Outcome::Dropped { point, way }, Outcome::Completed)),
+            Stop::Parked | Stop::Unwound => Err(Fault::Hung),
+            Stop::Faulted(fault) => Err(fault),
+        };
+        let dropped = stage.drop_inside(running);
+        outcome.and_then(|outcome| dropped.map(|()| outcome)).map_err(Broken::at("operation in a cancelled scope"))
+    }
+
     /// Polls the operation to its point.
     fn halt<'o>(
         &'o self,
@@ -159,11 +195,19 @@ where
         plan: Plan,
         state: &'o S,
         visit: &mut Visit,
-    ) -> Result<Halted<Pin<Box<impl Future<Output = T> + use<'o, S, T, Setup, Operation, Check>>>, T>, Broken> {
+    ) -> Result<Halted<'o, T>, Broken> {
         let Plan { budget, point, way } = plan;
-        let mut running = {
+        let scope = CancellationToken::new();
+        let mut running: Running<'o, T> = {
             let _context = stage.enter();
-            Box::pin((self.operation)(state))
+            let operation = (self.operation)(state);
+            match way {
+                Way::Scope => {
+                    let scope = scope.clone();
+                    Box::pin(async move { with_token(&scope, operation).await.ok() })
+                }
+                _ => Box::pin(async { Some(operation.await) }),
+            }
         };
         // A run that may end anywhere has to know where it was at each poll; the others, only at the last one.
         let before = if point == self.options.max_polls { OnClone::Trace } else { OnClone::Nothing };
@@ -173,7 +217,7 @@ where
         visit.polls = polls;
         visit.traces = traces;
         let outcome = match stop {
-            Stop::Completed(value) => Outcome::Completed(value),
+            Stop::Completed(value) => value.map_or(Outcome::Dropped { point, way }, Outcome::Completed),
             Stop::Parked | Stop::Unwound => Outcome::Dropped { point, way },
             Stop::Faulted(fault) => {
                 gate.open();
@@ -183,7 +227,7 @@ where
             }
         };
         visit.end = if outcome.is_completed() { End::Completed } else { End::Dropped };
-        Ok(Halted { running, outcome, gate })
+        Ok(Halted { running, outcome, gate, scope })
     }
 
     /// The part of a run that a process does which is killed: `at_end` never returns.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use cancel_safe_guard::{
     Guard, Reaper, cancellation_point, critical, critical_for, timeout, timeout_at, try_commit_cancel, with_token,
 };
-use cancel_safe_testing::{Explore, Outcome, Report};
+use cancel_safe_testing::{Explore, Outcome, Report, Way};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -82,6 +82,27 @@ fn the_same_transfer_without_a_critical_section_is_caught() {
 fn a_bounded_critical_section_is_reported_at_every_point() {
     let report = bank(async |bank| critical_for(GRACE, bank.transfer()).await.unwrap());
     report.publish("guard", "critical_for").assert_clean();
+}
+
+#[test]
+fn a_scope_cancelled_at_every_point_never_parts_a_critical_section() {
+    let report = explore().ways([Way::Scope]).run(
+        async || Bank::new(),
+        async |bank| {
+            step().await;
+            let _ = timeout(Duration::from_millis(15), async {
+                tokio::join!(critical(bank.transfer()), critical_for(GRACE, step())).1.unwrap();
+                critical(critical(bank.transfer())).await;
+            })
+            .await;
+            step().await;
+        },
+        async |bank, _| match (bank.from.get() + bank.to.get(), torn_here()) {
+            (100, 0) => Ok(()),
+            state => Err(format!("in the accounts and torn: {state:?}")),
+        },
+    );
+    report.publish("guard", "Way::Scope").assert_clean();
 }
 
 #[test]

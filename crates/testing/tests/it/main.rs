@@ -5,6 +5,7 @@
 mod crash;
 mod explore;
 mod repeat;
+mod torn;
 mod twins_files;
 mod twins_state;
 
