@@ -9,10 +9,11 @@ use std::hint::black_box;
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use cancel_safe_guard::{Guard, Reaper, cancellation_point, critical, remaining, timeout, with_token};
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::{Bencher, Criterion, criterion_group, criterion_main};
 use tokio::runtime::Runtime;
 use tokio::task::yield_now;
 use tokio_util::sync::CancellationToken;
@@ -38,6 +39,27 @@ async fn steps<F: Future>(count: u64, step: impl Fn() -> F) -> Duration {
         black_box(step().await);
     }
     start.elapsed()
+}
+
+/// Measures `check` on this thread while another one does the same without a pause.
+fn contended(b: &mut Bencher<'_>, check: impl Fn() -> bool + Sync) {
+    b.iter_custom(|count| {
+        let stop = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    black_box(check());
+                }
+            });
+            let start = Instant::now();
+            for _ in 0..count {
+                black_box(check());
+            }
+            let elapsed = start.elapsed();
+            stop.store(true, Ordering::Relaxed);
+            elapsed
+        })
+    });
 }
 
 fn guards(c: &mut Criterion) {
@@ -125,7 +147,13 @@ fn tokens(c: &mut Criterion) {
     let token = CancellationToken::new();
     let flag = AtomicBool::new(false);
     group.bench_function("CancellationToken::is_cancelled", |b| b.iter(|| black_box(&token).is_cancelled()));
+    group.bench_function("CancellationToken::is_cancelled, two threads", |b| {
+        contended(b, || black_box(&token).is_cancelled());
+    });
     group.bench_function("AtomicBool::load", |b| b.iter(|| black_box(&flag).load(Ordering::Acquire)));
+    group.bench_function("AtomicBool::load, two threads", |b| {
+        contended(b, || black_box(&flag).load(Ordering::Acquire));
+    });
     group.bench_function("with_token, ready", |b| b.iter(|| finish(with_token(&token, ready(black_box(1))))));
     group.bench_function("run_until_cancelled, ready", |b| {
         b.iter(|| finish(token.run_until_cancelled(ready(black_box(1)))));
