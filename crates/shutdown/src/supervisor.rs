@@ -154,7 +154,9 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
     let mut running = Vec::new();
     for phase in phases {
         if core.stop.token().is_cancelled() {
-            never_started(core, phase);
+            for Worker { name, added_at, .. } in phase.workers {
+                never_started(core, &phase.name, name, added_at);
+            }
         } else {
             running.push(start(core, phase, restart).await);
         }
@@ -173,14 +175,8 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> TaskGr
     core.started().push(Started { node: group.node(), timeout: phase.timeout });
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
-    for Worker { name, added_at, work } in phase.workers {
-        let ready = CancellationToken::new();
-        readiness.push(ready.clone());
-        let core = Arc::clone(core);
-        let run = move |cx: WorkerContext| run_worker(core, work, policy, cx.with_ready(ready));
-        group
-            .spawn_contextual(name.into(), added_at, run)
-            .expect("only `stop` closes the group of a phase, and it runs after every start");
+    for worker in phase.workers {
+        readiness.push(launch(core, &group, &phase.name, worker, policy));
     }
     if let Some(limit) = phase.ready_within {
         let ready = async {
@@ -194,6 +190,25 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> TaskGr
         }
     }
     group
+}
+
+/// Starts a worker and returns what its readiness cancels. The watchdog and a second signal close groups from threads of
+/// their own, also in the middle of a start: then the worker is never started.
+fn launch(
+    core: &Arc<Core>,
+    group: &TaskGroup,
+    phase: &str,
+    worker: Worker,
+    policy: RestartPolicy,
+) -> CancellationToken {
+    let Worker { name, added_at, work } = worker;
+    let ready = CancellationToken::new();
+    let (shared, told) = (Arc::clone(core), ready.clone());
+    let run = move |cx: WorkerContext| run_worker(shared, work, policy, cx.with_ready(told));
+    if group.spawn_contextual(name.clone().into(), added_at, run).is_err() {
+        never_started(core, phase, name, added_at);
+    }
+    ready
 }
 
 /// Runs one worker to its last end, and stops the application if that was an error or a panic.
@@ -220,20 +235,18 @@ async fn run_worker(core: Arc<Core>, work: Work, policy: RestartPolicy, cx: Work
     end.unwrap_or_else(|payload| std::panic::resume_unwind(payload))
 }
 
-fn never_started(core: &Core, phase: Phase) {
-    for worker in phase.workers {
-        let report = TaskReport {
-            name: worker.name,
-            group: phase.name.clone(),
-            is_worker: true,
-            outcome: TaskOutcome::Cancelled,
-            spawned_at: worker.added_at,
-            last_mark: None,
-            straggling: None,
-        };
-        core.ledger.record(report, || true);
-        core.worker_ended();
-    }
+fn never_started(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>) {
+    let report = TaskReport {
+        name,
+        group: phase.to_owned(),
+        is_worker: true,
+        outcome: TaskOutcome::Cancelled,
+        spawned_at: added_at,
+        last_mark: None,
+        straggling: None,
+    };
+    core.ledger.record(report, || true);
+    core.worker_ended();
 }
 
 /// Stops the phases, the last one first, each when the one after it has ended or was cut.
@@ -266,4 +279,27 @@ async fn cut_all(core: &Core, groups: &[TaskGroup]) {
     }
     let nodes: Vec<_> = groups.iter().rev().map(TaskGroup::node).collect();
     cut(&nodes).await;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_worker_whose_phase_is_closed_while_it_starts_is_reported_as_never_started() {
+        let core = Core::new("app".to_owned(), Arc::default(), Duration::from_secs(1), Duration::ZERO, 1);
+        let core = Arc::new(core);
+        core.request(StopReason::Requested);
+        let group = TaskGroup::of_workers(Arc::clone(&core.ledger), "main".to_owned());
+        group.stop(StopReason::Requested, Instant::now());
+
+        let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
+        let worker = Worker { name: "late".to_owned(), added_at: Location::caller(), work };
+        launch(&core, &group, "main", worker, restart::Restart::Never.into());
+
+        let report = core.report();
+        let [task] = report.tasks() else { panic!("{report}") };
+        assert!(task.name == "late" && task.is_worker && task.outcome.is_cancelled(), "{report}");
+        assert_eq!(core.working.load(Ordering::Acquire), 0);
+    }
 }
