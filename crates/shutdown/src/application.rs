@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::report::{EXIT_NOT_STARTED, Report, chain};
@@ -26,6 +26,8 @@ use crate::worker::WorkerContext;
 const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
 /// How long the runtime's blocking threads may take to end once every task has.
 const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
+const ANSWER_SLACK: Duration = Duration::from_millis(100);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
 
@@ -317,10 +319,11 @@ impl Application {
         supervise(&core, course.phases, course.restart).await;
         let mut report = core.report();
         if let Some(voice) = core.take_voice() {
-            let told = report.clone();
             let limit = Watchdog::patience(remaining(&core));
-            let deliver = tokio::task::spawn_blocking(move || voice.deliver(told, None, limit));
-            if let Ok(code) = deliver.await {
+            let telling = voice.tell(report.clone(), None);
+            // Bounded here as well: stragglers may hold every blocking thread there is.
+            let answer = timeout(limit + ANSWER_SLACK, tokio::task::spawn_blocking(move || telling.wait(limit)));
+            if let Ok(Ok(code)) = answer.await {
                 report.set_exit_code(code);
             }
         }

@@ -13,8 +13,15 @@ pub(crate) type OnExitCode = Box<dyn FnOnce(&Report) -> Option<u8> + Send>;
 /// Delivers one report.
 #[derive(Debug)]
 pub(crate) struct Voice {
-    /// `None` where there are no callbacks.
+    /// `None` where there is nobody to tell.
     thread: Option<(Sender<Message>, Receiver<u8>)>,
+}
+
+/// A report that is being told.
+#[derive(Debug)]
+pub(crate) struct Telling {
+    code: u8,
+    answers: Option<Receiver<u8>>,
 }
 
 struct Message {
@@ -25,7 +32,8 @@ struct Message {
 
 impl Voice {
     pub(crate) fn start(on_report: Option<OnReport>, on_exit_code: Option<OnExitCode>) -> io::Result<Self> {
-        if on_report.is_none() && on_exit_code.is_none() {
+        // A subscriber of events is the user's code as well, and may write to where nobody reads any more.
+        if on_report.is_none() && on_exit_code.is_none() && !cfg!(feature = "tracing") {
             return Ok(Self { thread: None });
         }
         let (send, messages) = channel();
@@ -38,6 +46,8 @@ impl Voice {
             }
             // Nobody listens any more if the time was up.
             let _ = answer.send(report.exit_code());
+            #[cfg(feature = "tracing")]
+            log(&report);
             if let Some(on_report) = on_report {
                 on_report(&report);
             }
@@ -49,32 +59,42 @@ impl Voice {
     }
 
     /// Runs the callbacks for at most `limit` and returns the exit code. A forced code is not up to the callback.
-    pub(crate) fn deliver(self, mut report: Report, forced: Option<u8>, limit: Duration) -> u8 {
-        let until = Instant::now() + limit;
+    pub(crate) fn deliver(self, report: Report, forced: Option<u8>, limit: Duration) -> u8 {
+        self.tell(report, forced).wait(limit)
+    }
+
+    /// Has the callbacks run, and waits for none of them.
+    pub(crate) fn tell(self, mut report: Report, forced: Option<u8>) -> Telling {
         if let Some(code) = forced {
             report.set_exit_code(code);
         }
-        log(&report);
         let code = report.exit_code();
-        let Some((send, answers)) = self.thread else { return code };
         let negotiable = forced.is_none() && report.stragglers().next().is_none();
-        if send.send(Message { report, negotiable }).is_err() {
-            return code;
-        }
-        let code = answers.recv_timeout(limit).unwrap_or(code);
+        let told = self.thread.and_then(|(send, answers)| {
+            send.send(Message { report, negotiable }).ok()?;
+            Some(answers)
+        });
+        Telling { code, answers: told }
+    }
+}
+
+impl Telling {
+    /// Waits for the callbacks for at most `limit` and returns the exit code.
+    pub(crate) fn wait(self, limit: Duration) -> u8 {
+        let until = Instant::now() + limit;
+        let Some(answers) = self.answers else { return self.code };
+        let code = answers.recv_timeout(limit).unwrap_or(self.code);
         // Ends with the thread or with the time, whichever is first; there is no second answer.
         let _ = answers.recv_timeout(until.saturating_duration_since(Instant::now()));
         code
     }
 }
 
+#[cfg(feature = "tracing")]
 fn log(report: &Report) {
-    #[cfg(feature = "tracing")]
     if report.is_clean() {
         tracing::info!(%report, "the application has ended");
     } else {
         tracing::error!(%report, "the application has ended badly");
     }
-    #[cfg(not(feature = "tracing"))]
-    let _: &Report = report;
 }

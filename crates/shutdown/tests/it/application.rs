@@ -324,3 +324,28 @@ fn a_callback_that_panics_changes_nothing() {
     let app = Application::new("app").worker("one", |_: WorkerContext| async {}).on_report(|_| panic!("in a callback"));
     assert_eq!(app.run(), std::process::ExitCode::SUCCESS);
 }
+
+/// The report is told and returned although no thread is left to wait for the callbacks.
+#[test]
+fn serve_ends_in_time_although_a_straggler_holds_the_last_blocking_thread() {
+    let (release, held) = mpsc::channel::<()>();
+    let (send, told) = mpsc::channel();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let work = |cx: WorkerContext| async move {
+        let group = cx.group();
+        group.spawn_blocking("hash", move |_| held.recv().unwrap_or_default()).unwrap();
+        group.wait().await;
+    };
+    let app = Application::new("app")
+        .worker_once("hasher", work)
+        .shutdown_timeout(Duration::from_millis(50))
+        .on_report(move |report| send.send(report.exit_code()).unwrap());
+    let report = runtime.block_on(async {
+        tokio::time::timeout(10 * SECOND, serve(app, Duration::from_millis(10)))
+            .await
+            .expect("it waits for the closure")
+    });
+    assert_eq!((report.exit_code(), told.recv().unwrap()), (70, 70));
+    assert_eq!(outcome(&report, "hash"), &TaskOutcome::Abandoned);
+    drop(release);
+}

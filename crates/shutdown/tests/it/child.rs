@@ -73,6 +73,11 @@ const PROGRAMS: &[(&str, Program)] = &[
     ("runs inside a runtime", || {
         Builder::new_current_thread().build().unwrap().block_on(async { app(FAR).worker("good", cooperative).run() })
     }),
+    #[cfg(feature = "tracing")]
+    ("logs for ever", || {
+        tracing::subscriber::set_global_default(Deaf).unwrap();
+        Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf).run()
+    }),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
         app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
@@ -189,4 +194,32 @@ async fn pauses_the_clock(_: WorkerContext) {
     loop {
         tokio::task::yield_now().await;
     }
+}
+
+/// A subscriber whose output nobody reads.
+#[cfg(feature = "tracing")]
+struct Deaf;
+
+#[cfg(feature = "tracing")]
+impl tracing::Subscriber for Deaf {
+    fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+        metadata.target().starts_with("cancel_safe_shutdown")
+    }
+
+    fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+        tracing::span::Id::from_u64(1)
+    }
+
+    fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+
+    fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+
+    fn event(&self, _: &tracing::Event<'_>) {
+        eprintln!("LOGGING");
+        stall(STALL);
+    }
+
+    fn enter(&self, _: &tracing::span::Id) {}
+
+    fn exit(&self, _: &tracing::span::Id) {}
 }

@@ -262,6 +262,14 @@ fn a_report_callback_that_hangs_is_not_waited_for() {
     exit.assert(70, &[]);
 }
 
+#[cfg(feature = "tracing")]
+#[test]
+fn a_log_that_hangs_is_not_waited_for() {
+    let exit = Program::ready("logs for ever").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &["LOGGING"]);
+}
+
 #[test]
 fn the_exit_code_can_be_overridden_only_if_all_ended_in_time() {
     Program::ready("overrides the code").end_by(Signal::INT).assert(130, &["exit code 130"]);
