@@ -40,7 +40,7 @@ pub enum TaskError {
 
     /// The input is not the one the checkpoint was written for.
     #[error(
-        "input mismatch at item {index} of checkpoint {}: {detail}; nothing was changed: run with the input of before, \
+        "input mismatch at item {index} of checkpoint {}: {detail}; all recorded results are kept: run with the input of before, \
          or with `.key(…)` in a new checkpoint if items may come and go, or move the file away to start over",
         path.display()
     )]

@@ -128,9 +128,9 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     /// # Errors
     ///
     /// [`TaskError::Cancelled`] once the token has fired and all results so far are durable. [`TaskError::Busy`] if
-    /// another run holds the file for more than a second. [`TaskError::Corrupt`], [`TaskError::InputMismatch`],
-    /// [`TaskError::VersionMismatch`] and [`TaskError::NewerFormat`] if the file does not belong to these items and this
-    /// result type; it is not changed then. [`TaskError::Codec`] if an item or a result does not survive serde.
+    /// another run holds the file for more than a second. [`TaskError::Corrupt`], [`TaskError::VersionMismatch`] and
+    /// [`TaskError::NewerFormat`] if the file is damaged or does not belong to this result type; it is not changed then.
+    /// [`TaskError::InputMismatch`] if it does not belong to these items. [`TaskError::Codec`] if an item or a result does not survive serde.
     /// [`TaskError::Io`] if the file system fails.
     ///
     /// # Examples
@@ -181,8 +181,18 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
             results.extend(done.result.ok());
         }
         let ended = drive.take_outcome().unwrap_or(Err(TaskError::Cancelled));
-        self.summary = Some(ended?);
+        self.summary = Some(ended.map_err(|error| uncopied(error, codec))?);
         Ok(results)
+    }
+}
+
+/// In the simple forms an item can only fail by not coming back from its serialised form.
+fn uncopied(error: TaskError, codec: Codec) -> TaskError {
+    match error {
+        TaskError::QuarantineFull { index, cause, .. } => {
+            TaskError::Codec { index, action: "read back", codec, cause: cause.into() }
+        }
+        other => other,
     }
 }
 

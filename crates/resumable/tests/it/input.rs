@@ -126,6 +126,26 @@ async fn an_item_that_cannot_be_serialised_is_named() {
     assert_eq!(map(path.with_extension("2"), [1u8, 2], |x| async move { x }).await.unwrap(), [1, 2]);
 }
 
+#[tokio::test]
+async fn an_item_that_cannot_be_copied_is_named() {
+    /// Written as a number, and read as nothing.
+    struct OneWay;
+    impl serde::Serialize for OneWay {
+        fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+            serializer.serialize_u8(1)
+        }
+    }
+    impl<'de> serde::Deserialize<'de> for OneWay {
+        fn deserialize<D: serde::Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+            Err(serde::de::Error::custom("one way only"))
+        }
+    }
+    let (_dir, path) = checkpoint();
+    let error = map(&path, [OneWay], |_| async move { 1u8 }).await.unwrap_err();
+    let TaskError::Codec { index: 0, action: "read back", cause, .. } = &error else { panic!("{error}") };
+    assert!(cause.to_string().contains("one way only"), "{cause}");
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
 
