@@ -12,10 +12,7 @@ use std::{
 
 use futures_core::Stream;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{
-    sync::watch,
-    time::{Instant, Sleep},
-};
+use tokio::{sync::watch, time::Sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
@@ -139,7 +136,8 @@ where
             result_type: std::any::type_name::<R>().to_owned(),
         };
         let (store, accepted) = (plan.store.clone(), plan.accepted.clone());
-        let opened = store::open(OpenRequest { store, header, accepted, every: plan.every }).await;
+        let opened =
+            store::open(OpenRequest { store, header, accepted, every: plan.every, token: plan.token.clone() }).await;
         let gone = |_| Err(std::io::Error::other("the checkpoint thread could not be started").into());
         let Opened { log, history, salt } = opened.unwrap_or_else(gone)?;
         Ok(Self {
@@ -389,7 +387,7 @@ where
             if self.plan.at_most_once {
                 self.withdraw(&ticket)?;
             }
-            self.waiting.enter(Instant::now() + after, ticket);
+            self.waiting.enter(after, ticket);
             return Ok(None);
         }
         ticket.attempts += 1;
@@ -398,7 +396,7 @@ where
             return self.quarantine(ticket, cause).map(Some);
         }
         self.record_failure(Kind::Failure, &ticket, &cause)?;
-        self.waiting.enter(Instant::now() + self.plan.retry.delay_after(ticket.attempts), ticket);
+        self.waiting.enter(self.plan.retry.delay_after(ticket.attempts), ticket);
         Ok(None)
     }
 
@@ -424,6 +422,52 @@ where
         // Into a buffer of its own: a serde implementation that fails or panics half-way must leave no half record.
         codec.encode(result, &mut self.payload).map_err(failed)?;
         self.push(Kind::Result, index).map(drop)
+    }
+
+    fn close(&mut self, outcome: Result<(), TaskError>) {
+        // What is still running is dropped before the file is let go: a successor never overlaps with it.
+        self.in_flight.clear();
+        self.withdraw_announced();
+        self.publish();
+        let seal = Seal { total: self.intake.position as u64, digest: self.intake.chain };
+        let is_sealed = !self.pushed_any && self.history.sealed == Some((seal.total, seal.digest));
+        self.log.stop((outcome.is_ok() && !is_sealed).then_some(seal));
+        self.ending = Ending::Closing(outcome);
+    }
+
+    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let closed = ready!(self.log.poll_closed(cx));
+        let counts = self.meter.counts();
+        let summary = Summary {
+            total: self.intake.position,
+            completed: self.completed,
+            restored: counts.restored,
+            quarantined: counts.failed,
+            torn_bytes: self.history.torn_bytes,
+        };
+        let Ending::Closing(outcome) = std::mem::replace(&mut self.ending, Ending::Closed(None)) else {
+            return Poll::Ready(());
+        };
+        // A store that failed outranks all else: results handed out before may not be durable.
+        let outcome = closed.map_err(TaskError::Io).and(outcome).map(|()| summary);
+        self.ending = Ending::Closed(Some(outcome));
+        Poll::Ready(())
+    }
+
+    fn publish(&mut self) {
+        let ahead = self.source.as_ref().map_or(0, |source| source.size_hint().0);
+        self.meter.publish(self.intake.position + ahead);
+    }
+}
+
+/// What it takes to record something needs none of the types of the input, and so is there when the run is dropped.
+impl<I, R, S, F, Fut> Drive<I, R, S, F, Fut> {
+    /// Records of all items that wait for their intent to be durable that they were not started.
+    fn withdraw_announced(&mut self) {
+        while let Some((_, ticket)) = self.announced.pop_front() {
+            // If the store has failed, its intent stays: the item is then held to be uncertain, which is safe.
+            drop(self.withdraw(&ticket));
+        }
     }
 
     /// Records that the announced attempt of an item did not take place.
@@ -458,42 +502,10 @@ where
     fn store_failed(&self) -> TaskError {
         TaskError::io("write checkpoint", self.plan.store.path(), std::io::Error::other("the store has failed"))
     }
+}
 
-    fn close(&mut self, outcome: Result<(), TaskError>) {
-        // What is still running is dropped before the file is let go: a successor never overlaps with it.
-        self.in_flight.clear();
-        while let Some((_, ticket)) = self.announced.pop_front() {
-            // If the store has failed, its intent stays: the item is then held to be uncertain, which is safe.
-            drop(self.withdraw(&ticket));
-        }
-        self.publish();
-        let seal = Seal { total: self.intake.position as u64, digest: self.intake.chain };
-        let is_sealed = !self.pushed_any && self.history.sealed == Some((seal.total, seal.digest));
-        self.log.stop((outcome.is_ok() && !is_sealed).then_some(seal));
-        self.ending = Ending::Closing(outcome);
-    }
-
-    fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let closed = ready!(self.log.poll_closed(cx));
-        let counts = self.meter.counts();
-        let summary = Summary {
-            total: self.intake.position,
-            completed: self.completed,
-            restored: counts.restored,
-            quarantined: counts.failed,
-            torn_bytes: self.history.torn_bytes,
-        };
-        let Ending::Closing(outcome) = std::mem::replace(&mut self.ending, Ending::Closed(None)) else {
-            return Poll::Ready(());
-        };
-        // A store that failed outranks all else: results handed out before may not be durable.
-        let outcome = closed.map_err(TaskError::Io).and(outcome).map(|()| summary);
-        self.ending = Ending::Closed(Some(outcome));
-        Poll::Ready(())
-    }
-
-    fn publish(&mut self) {
-        let ahead = self.source.as_ref().map_or(0, |source| source.size_hint().0);
-        self.meter.publish(self.intake.position + ahead);
+impl<I, R, S, F, Fut> Drop for Drive<I, R, S, F, Fut> {
+    fn drop(&mut self) {
+        self.withdraw_announced();
     }
 }

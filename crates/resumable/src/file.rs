@@ -20,10 +20,10 @@ const OPEN_TRIES: u32 = 100;
 
 /// Opens or creates the file, locks it, and reads what it holds.
 ///
-/// Gives up waiting for the lock once the run has gone.
+/// Gives up waiting for the lock once the run is cancelled or gone.
 pub(crate) fn open_locked(
     request: &OpenRequest,
-    run_is_gone: impl Fn() -> bool,
+    is_cancelled: impl Fn() -> bool,
 ) -> Result<(File, History, u64), TaskError> {
     let path = request.store.path();
     for _ in 0..OPEN_TRIES {
@@ -33,12 +33,16 @@ pub(crate) fn open_locked(
                     let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
                     return Err(TaskError::io("use as a checkpoint", path, error));
                 }
-                lock(&file, request, &run_is_gone)?;
+                lock(&file, request, &is_cancelled)?;
                 if !is_still_at(&file, path) {
                     continue;
                 }
                 remove_aliases(&file, path).map_err(|error| TaskError::io("tidy up beside", path, error))?;
                 let (history, salt) = read(&mut file, request)?;
+                if history.epoch == 0 {
+                    // Whoever created it never wrote to it, and may have been killed before its name was durable.
+                    sync_directory(path).map_err(|error| TaskError::io("sync the directory of", path, error))?;
+                }
                 return Ok((file, history, salt));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
@@ -57,13 +61,14 @@ pub(crate) fn open_locked(
     Err(TaskError::io("open checkpoint", path, io::Error::other("it keeps appearing and disappearing")))
 }
 
-fn lock(file: &File, request: &OpenRequest, run_is_gone: impl Fn() -> bool) -> Result<(), TaskError> {
+fn lock(file: &File, request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<(), TaskError> {
     let path = request.store.path();
     let started = Instant::now();
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),
-            Err(TryLockError::WouldBlock) if started.elapsed() < request.store.wait && !run_is_gone() => {
+            Err(TryLockError::WouldBlock) if is_cancelled() => return Err(TaskError::Cancelled),
+            Err(TryLockError::WouldBlock) if started.elapsed() < request.store.wait => {
                 thread::park_timeout(LOCK_POLL);
             }
             Err(TryLockError::WouldBlock) => return Err(TaskError::Busy { path: path.to_owned() }),
@@ -165,9 +170,20 @@ fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
         (Err(error), _) => return Err(error),
     }
     // Without this a power cut could take the name away again after results in it were called durable.
-    #[cfg(unix)]
-    File::open(directory)?.sync_all()?;
+    sync_directory(path)?;
     Ok(Some(file))
+}
+
+/// Makes the names in the checkpoint's directory durable.
+#[cfg(unix)]
+fn sync_directory(path: &Path) -> io::Result<()> {
+    File::open(directory_of(path))?.sync_all()
+}
+
+/// Elsewhere a directory cannot be opened to be synced.
+#[cfg(not(unix))]
+fn sync_directory(_: &Path) -> io::Result<()> {
+    Ok(())
 }
 
 fn directory_of(path: &Path) -> &Path {

@@ -7,12 +7,16 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use futures_core::Stream;
 use futures_util::stream::FuturesUnordered;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
+
+/// A wait for longer than this, 30 years, is one for ever: an instant may not be able to hold its end.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
 
 /// An item that is not finished.
 #[derive(Debug)]
@@ -113,7 +117,8 @@ impl<I> WaitingRoom<I> {
         self.tickets.len()
     }
 
-    pub(crate) fn enter(&mut self, until: Instant, ticket: Ticket<I>) {
+    pub(crate) fn enter(&mut self, wait: Duration, ticket: Ticket<I>) {
+        let until = Instant::now() + wait.min(LONGEST_WAIT);
         self.arrivals += 1;
         self.tickets.insert((until, self.arrivals), ticket);
     }

@@ -14,10 +14,12 @@ use std::{
 };
 
 use tokio::sync::oneshot;
+use tokio_util::sync::CancellationToken;
 
 use crate::{
     error::{TaskError, in_context},
     file::open_locked,
+    flight::LONGEST_WAIT,
     history::History,
     log::{Blocks, Header, Kind},
 };
@@ -65,6 +67,8 @@ pub(crate) struct OpenRequest {
     /// Versions whose results are accepted although version or result type differ.
     pub(crate) accepted: Vec<String>,
     pub(crate) every: Duration,
+    /// Ends the wait for another run that holds the file.
+    pub(crate) token: CancellationToken,
 }
 
 /// An open checkpoint: what it holds, and the way to add to it.
@@ -245,7 +249,7 @@ impl Drop for Log {
 /// The life of the checkpoint thread.
 fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) {
     let path = request.store.path.clone();
-    let (file, history, salt) = match open_locked(&request, || reply.is_closed()) {
+    let (file, history, salt) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
         Ok(opened) => opened,
         Err(error) => {
             // Nobody to tell means that the run was dropped while it opened.
@@ -303,7 +307,7 @@ impl Writer {
 
 /// Takes the shared buffer when it is big or the interval is over, writes it, and syncs once an interval.
 fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) -> io::Result<()> {
-    let (mut blocks, mut marks) = (Blocks::default(), Marks::default());
+    let (mut blocks, mut marks, every) = (Blocks::default(), Marks::default(), every.min(LONGEST_WAIT));
     // When the oldest byte that is not yet durable has to be. What an earlier run wrote may have missed its sync: it was
     // killed before that, and this run hands its results out as durable ones.
     let mut due = (writer.epoch > 1).then(Instant::now);

@@ -10,6 +10,7 @@ use std::{
 
 use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError};
 use futures_util::StreamExt;
+use tokio_util::sync::CancellationToken;
 
 use crate::support::{checkpoint, complete, double, eventually, numbers, restored};
 
@@ -35,6 +36,23 @@ async fn a_second_run_gets_busy_while_the_first_lives_and_the_file_after() {
     // A successor does not wait for the end of the interval of one that was dropped, only for its last sync.
     drop(first);
     assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
+}
+
+#[tokio::test]
+async fn a_token_ends_the_wait_for_a_held_file() {
+    let (_dir, path) = checkpoint();
+    let mut first = numbers(&path).stream(0..100, |_, x| double(x));
+    first.next().await.unwrap();
+    let token = CancellationToken::new();
+    let patient = FileStore::at(&path).wait(Duration::MAX);
+    let second = numbers(&path).store(patient).cancel(token.clone()).stream(0..100, |_, x| double(x));
+    let second = tokio::spawn(second.finish());
+    tokio::task::yield_now().await;
+    assert!(!second.is_finished());
+    token.cancel();
+    let ended = tokio::time::timeout(Duration::from_secs(10), second).await.expect("it waits on");
+    assert!(ended.unwrap().unwrap_err().is_cancelled());
+    assert_eq!(first.finish().await.unwrap().completed, 100);
 }
 
 #[tokio::test]
@@ -295,4 +313,40 @@ async fn a_failed_sync_ends_the_run_at_once() {
     eventually("the checkpoint is free", || File::open(&path).is_ok_and(|file| file.try_lock().is_ok())).await;
     // Two intervals had been synced.
     assert!(!restored(&path, 1000).await.is_empty());
+}
+
+const CREATED: &str = "RESUMABLE_CREATED";
+
+/// Goes on with a file in a child that is watched; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_goes_on() {
+    let Some(path) = std::env::var_os(CREATED) else { return };
+    complete(Path::new(&path), 10).await.unwrap();
+}
+
+/// A starter that is killed right after it has created the file may not have synced its name.
+#[tokio::test]
+async fn the_name_of_a_file_that_nobody_wrote_to_is_synced_again() {
+    let (dir, path) = checkpoint();
+    let fired = CancellationToken::new();
+    fired.cancel();
+    assert!(numbers(&path).cancel(fired).stream(0..10, |_, x| double(x)).finish().await.unwrap_err().is_cancelled());
+    // The first run finds a file without a session, the second one with a whole.
+    for expected in [1, 0] {
+        let trace = dir.path().join("trace");
+        let child = Command::new("strace")
+            .args(["-f", "-qq", "-y", "-e", "trace=fsync", "-o"])
+            .arg(&trace)
+            .arg(std::env::current_exe().unwrap())
+            .args(["faults::child_that_goes_on", "--exact"])
+            .env(CREATED, &path)
+            .status();
+        let Ok(child) = child else {
+            println!("skipped: watching system calls needs strace");
+            return;
+        };
+        let synced = fs::read_to_string(&trace).unwrap();
+        let name = format!("<{}>", dir.path().canonicalize().unwrap().display());
+        assert!(child.success() && synced.matches(&name).count() == expected, "{synced}");
+    }
 }

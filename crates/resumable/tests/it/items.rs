@@ -372,6 +372,53 @@ async fn an_item_of_unknown_end_is_never_started_twice_in_silence() {
 }
 
 #[tokio::test]
+async fn items_whose_intent_was_not_yet_durable_are_not_uncertain_after_a_drop() {
+    let (_dir, path) = checkpoint();
+    let (read, started) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicUsize::new(0)));
+    let (reader, starter) = (Arc::clone(&read), Arc::clone(&started));
+    let source = (0..8).inspect(move |_| {
+        reader.fetch_add(1, Ordering::Relaxed);
+    });
+    let mut run = numbers(&path).at_most_once().concurrency(8).stream(source, move |_, _| {
+        starter.fetch_add(1, Ordering::Relaxed);
+        std::future::pending()
+    });
+    // Dropped in the very poll that has announced all of them: the sync takes longer than that.
+    while read.load(Ordering::Relaxed) < 8 {
+        assert!(futures_util::poll!(run.next()).is_pending());
+        tokio::task::yield_now().await;
+    }
+    drop(run);
+    let mut next = numbers(&path).at_most_once().concurrency(8).quarantine(8).stream(0..8, |_, x| double(x));
+    let uncertain = drain(&mut next).await.iter().filter(|done| done.result.is_err()).count();
+    assert_eq!(uncertain, started.load(Ordering::Relaxed));
+    next.finish().await.unwrap();
+}
+
+#[tokio::test]
+async fn no_time_is_too_long() {
+    let (_dir, path) = checkpoint();
+    let builder = || numbers(&path).checkpoint_every(Duration::MAX).grace(Duration::MAX);
+    assert_eq!(builder().stream(0..10, |_, x| double(x)).finish().await.unwrap().completed, 10);
+    assert_eq!(builder().stream(0..10, |_, x| double(x)).finish().await.unwrap().restored, 10);
+
+    let retry = Retry::exponential(3).base(Duration::MAX).cap(Duration::MAX);
+    let token = CancellationToken::new();
+    let mut run = builder().retry(retry).concurrency(2).cancel(token.clone()).stream(0..13, |_, x| async move {
+        match x {
+            10 => Err(ItemError::retry("not in this life")),
+            11 => Err(ItemError::defer(Duration::MAX, "nor in this")),
+            _ => Ok(x * 2),
+        }
+    });
+    for _ in 0..11 {
+        run.next().await.unwrap();
+    }
+    token.cancel();
+    assert!(run.finish().await.unwrap_err().is_cancelled());
+}
+
+#[tokio::test]
 async fn options_that_contradict_themselves_open_nothing() {
     let (_dir, path) = checkpoint();
     for builder in [
