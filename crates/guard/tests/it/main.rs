@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+mod chaos;
 mod happy;
 mod interleavings;
 mod reaper;
@@ -12,10 +13,17 @@ use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 /// Polls `future` once, by hand, with a waker that does nothing.
 fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// Awaits what takes no time worth mentioning, so that a wake-up that is missing fails the test instead of hanging it. With
+/// paused time it fails at once, because the clock jumps to this bound.
+async fn soon<F: Future>(future: F) -> F::Output {
+    tokio::time::timeout(Duration::from_secs(60), future).await.expect("something has not been woken")
 }
 
 /// Awaits `future` and hands back what it panics with as an error. The future is dropped after the panic was caught.

@@ -174,6 +174,55 @@ async fn a_drain_waits_for_a_shield_that_its_caller_still_polls() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_shield_abandoned_or_begun_during_a_drain_is_waited_for() {
+    let (reaper, start) = (Reaper::new(), Instant::now());
+    let caller = tokio::spawn(reaper.shield(sleep(Duration::from_secs(3))));
+    let late = tokio::spawn({
+        let reaper = reaper.clone();
+        async move {
+            sleep(Duration::from_secs(2)).await;
+            reaper.shield(sleep(Duration::from_secs(4))).await;
+        }
+    });
+    yield_now().await;
+    let (drain, ()) = tokio::join!(reaper.drain(GRACE), async {
+        sleep(Duration::from_secs(1)).await;
+        caller.abort();
+        assert!(caller.await.unwrap_err().is_cancelled());
+    });
+    assert_eq!(counts(drain), (2, 0, 0));
+    assert_eq!(start.elapsed(), Duration::from_secs(6));
+    late.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_shield_dropped_after_completion_is_counted_once() {
+    let reaper = Reaper::new();
+    let mut shield = reaper.shield(yield_now());
+    assert!(poll_once(&mut shield).is_pending());
+    assert!(poll_once(&mut shield).is_ready());
+    assert_eq!(counts(reaper.drain(GRACE).await), (1, 0, 0));
+    drop(shield);
+    assert_eq!(counts(reaper.drain(GRACE).await), (1, 0, 0));
+}
+
+/// A future that aborts the task which polls it: the task is dropped right after this poll.
+#[tokio::test]
+async fn a_shield_whose_caller_is_aborted_during_its_poll_finishes() {
+    let (reaper, done) = (Reaper::new(), Arc::new(AtomicUsize::new(0)));
+    let (tell, told) = oneshot::channel::<tokio::task::AbortHandle>();
+    let work = Arc::clone(&done);
+    let caller = tokio::spawn(reaper.shield(async move {
+        told.await.unwrap().abort();
+        two_polls(work).await;
+    }));
+    tell.send(caller.abort_handle()).unwrap();
+    assert!(caller.await.unwrap_err().is_cancelled());
+    assert_eq!(counts(reaper.drain(GRACE).await), (1, 0, 0));
+    assert_eq!(done.load(SeqCst), 1);
+}
+
+#[tokio::test(start_paused = true)]
 async fn drains_at_the_same_time_all_return() {
     let reaper = Reaper::new();
     let mut work = reaper.shield(sleep(Duration::from_secs(3)));

@@ -17,7 +17,7 @@ use tokio::time::{Instant, advance, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::torn::{torn_here, watch};
-use crate::{caught, poll_once};
+use crate::{caught, poll_once, soon};
 
 fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
@@ -92,7 +92,7 @@ async fn nested_scopes_end_at_the_smallest_deadline_plus_the_critical_part_and_t
             let invariant = Cell::new(0);
             let start = Instant::now();
             let nested = timeout(ms(outer), timeout_at(start + ms(inner), program(&invariant)));
-            let result = nested.await;
+            let result = soon(nested).await;
 
             let end = expected_end(outer.min(inner));
             assert_eq!(start.elapsed(), ms(end), "outer {outer}, inner {inner}");
@@ -129,7 +129,7 @@ async fn a_token_cuts_at_the_same_points_as_a_deadline() {
     for cancel_at in 0..=whole() + 2 {
         let token = CancellationToken::new();
         let (invariant, start) = (Cell::new(0), Instant::now());
-        let run = async { (with_token(&token, program(&invariant)).await.is_ok(), start.elapsed()) };
+        let run = async { (soon(with_token(&token, program(&invariant))).await.is_ok(), start.elapsed()) };
         let cancel = async {
             sleep(ms(cancel_at)).await;
             token.cancel();
@@ -149,7 +149,7 @@ async fn an_inner_scope_still_works_inside_a_critical_section() {
         let inner = critical(timeout(ms(25), pending::<()>())).await;
         (inner, start.elapsed())
     });
-    assert!(matches!(result.await, Ok((Err(_), at)) if at == ms(25)));
+    assert!(matches!(soon(result).await, Ok((Err(_), at)) if at == ms(25)));
 }
 
 #[tokio::test(start_paused = true)]
@@ -165,7 +165,7 @@ async fn a_critical_section_inside_an_inner_scope_holds_all_the_scopes_around() 
             }),
         ),
     );
-    assert!(matches!(deep.await, Ok(Ok(Err(_)))));
+    assert!(matches!(soon(deep).await, Ok(Ok(Err(_)))));
     assert_eq!(start.elapsed(), ms(20));
 }
 
@@ -181,7 +181,7 @@ async fn both_arms_of_a_join_hold_the_scope() {
             critical(sleep(ms(25))),
         );
     });
-    assert!(result.await.is_err());
+    assert!(soon(result).await.is_err());
     assert_eq!(start.elapsed(), ms(25));
 }
 
@@ -199,7 +199,7 @@ async fn a_section_that_panics_holds_no_scope_any_longer() {
         assert_eq!(remaining(), Some(ms(5)), "the surroundings are those from before the panic");
         pending::<()>().await;
     });
-    assert!(result.await.is_err());
+    assert!(soon(result).await.is_err());
     assert_eq!(start.elapsed(), ms(10));
     assert_eq!(torn_here(), 1);
     assert_eq!(remaining(), None);
@@ -218,7 +218,7 @@ async fn given_away(away: u64, go_on: bool) -> Duration {
                 section.await;
                 pending::<()>().await;
             });
-            assert!(held.await.is_err());
+            assert!(soon(held).await.is_err());
             assert_eq!(start.elapsed(), ms(40.max(away + 30)), "it holds the scope that it was moved to");
         }
     });
@@ -227,9 +227,9 @@ async fn given_away(away: u64, go_on: bool) -> Duration {
         assert!(give.send(section).is_ok());
         pending::<()>().await;
     });
-    assert!(left.await.is_err());
+    assert!(soon(left).await.is_err());
     let elapsed = start.elapsed();
-    receiver.await.unwrap();
+    soon(receiver).await.unwrap();
     elapsed
 }
 
@@ -259,7 +259,7 @@ async fn an_operation_is_in_the_scope_that_polls_it_now() {
     }));
     let start = Instant::now();
     for round in 1..=3 {
-        let result: Result<Result<(), _>, _> = timeout(ms(4), operation.as_mut()).await;
+        let result: Result<Result<(), _>, _> = soon(timeout(ms(4), operation.as_mut())).await;
         assert!(result.is_err());
         assert_eq!(start.elapsed(), ms(5) * round, "each round is held by the section that it runs into");
     }
@@ -275,7 +275,7 @@ async fn a_result_that_is_ready_is_returned_however_late() {
     let token = CancellationToken::new();
     token.cancel();
     assert_eq!(with_token(&token, ready(7)).await, Ok(7));
-    assert!(with_token(&token, yield_now()).await.is_err());
+    assert!(soon(with_token(&token, yield_now())).await.is_err());
 }
 
 #[tokio::test]
@@ -289,7 +289,7 @@ async fn a_token_cancelled_in_the_poll_that_ends_the_section_still_returns_its_r
             7
         }),
     );
-    assert_eq!(result.await, Ok(7));
+    assert_eq!(soon(result).await, Ok(7));
 }
 
 #[tokio::test(start_paused = true)]
@@ -299,7 +299,7 @@ async fn the_future_has_been_dropped_when_the_scope_returns() {
         let _guard = Guard::new(|| dropped.set(true));
         pending::<()>().await;
     }));
-    assert!(scope.as_mut().await.is_err());
+    assert!(soon(scope.as_mut()).await.is_err());
     assert!(dropped.get(), "although the scope itself is still alive");
 }
 
@@ -308,7 +308,7 @@ async fn the_duration_counts_from_the_call() {
     let start = Instant::now();
     let late = timeout(ms(10), sleep(ms(30)));
     sleep(ms(8)).await;
-    assert!(late.await.is_err());
+    assert!(soon(late).await.is_err());
     assert_eq!(start.elapsed(), ms(10));
 }
 
@@ -335,13 +335,13 @@ async fn the_remaining_time_is_that_to_the_smallest_deadline_around() {
             remaining()
         }),
     );
-    assert_eq!(result.await, Ok(Ok(Some(Duration::ZERO))));
+    assert_eq!(soon(result).await, Ok(Ok(Some(Duration::ZERO))));
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_spawned_task_inherits_nothing() {
     let result = timeout(ms(50), async { tokio::spawn(async { remaining() }).await.unwrap() });
-    assert_eq!(result.await, Ok(None));
+    assert_eq!(soon(result).await, Ok(None));
 }
 
 #[tokio::test(start_paused = true)]
@@ -362,7 +362,7 @@ async fn a_local_task_inherits_nothing_although_it_is_polled_inside_the_scope() 
             assert_eq!(seen, (None, Ok(Some(ms(5)))));
         }),
     );
-    assert!(result.await.is_err());
+    assert!(soon(result).await.is_err());
     assert_eq!(start.elapsed(), ms(10));
 }
 
@@ -431,7 +431,7 @@ async fn a_cancellation_point_inside_a_critical_section_is_none() {
             inner.is_err()
         }),
     );
-    assert_eq!(result.await, Ok(true));
+    assert_eq!(soon(result).await, Ok(true));
 }
 
 #[tokio::test(start_paused = true)]
@@ -446,7 +446,7 @@ async fn a_cancellation_point_waits_for_a_critical_section_beside_it() {
             passed.set(true);
         });
     });
-    assert!(result.await.is_err());
+    assert!(soon(result).await.is_err());
     assert!(!passed.get());
     assert_eq!(start.elapsed(), ms(30));
 }
@@ -465,7 +465,7 @@ async fn a_cancellation_point_without_scopes_lets_foreign_scopes_in() {
 #[tokio::test(start_paused = true)]
 async fn a_bounded_section_ends_by_its_grace_whatever_is_around() {
     let start = Instant::now();
-    let result = timeout(ms(10), critical_for(ms(30), pending::<()>())).await;
+    let result = soon(timeout(ms(10), critical_for(ms(30), pending::<()>()))).await;
     assert!(matches!(result, Ok(Err(_))));
     assert_eq!(start.elapsed(), ms(30));
     assert_eq!(critical_for(ms(30), ready(7)).await, Ok(7));
@@ -510,11 +510,11 @@ fn a_future_polled_by_a_thread_that_ends_sees_no_scopes_and_does_not_panic() {
 
 #[tokio::test(start_paused = true)]
 async fn the_errors_say_what_happened() {
-    let elapsed: Elapsed = timeout(ms(1), pending::<()>()).await.unwrap_err();
+    let elapsed: Elapsed = soon(timeout(ms(1), pending::<()>())).await.unwrap_err();
     assert_eq!(elapsed.to_string(), "deadline has elapsed");
     assert_eq!(io::Error::from(elapsed).kind(), io::ErrorKind::TimedOut);
     let token = CancellationToken::new();
     token.cancel();
-    let cancelled: Cancelled = with_token(&token, pending::<()>()).await.unwrap_err();
+    let cancelled: Cancelled = soon(with_token(&token, pending::<()>())).await.unwrap_err();
     assert_eq!(cancelled.to_string(), "cancelled by its token");
 }

@@ -1,21 +1,26 @@
 //! Torn critical sections: counted exactly, reported once, with their place.
 
 use std::cell::{Cell, RefCell};
-use std::future::{pending, ready};
+use std::collections::BTreeMap;
+use std::future::{Future, pending, ready};
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
-use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use cancel_safe_guard::{critical, critical_for, on_torn, timeout, torn_sections};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
-use crate::{caught, poll_once};
+use crate::{caught, poll_once, soon};
 
 thread_local! {
     static HERE: RefCell<Vec<&'static Location<'static>>> = const { RefCell::new(Vec::new()) };
     static HOOK_PANICS: Cell<bool> = const { Cell::new(false) };
 }
+
+/// How many sections were torn in the whole process, by the line in this file that began them.
+static BY_LINE: Mutex<BTreeMap<u32, usize>> = Mutex::new(BTreeMap::new());
 
 /// Installs the hook, which the whole process shares, and forgets what was torn on this thread before.
 pub(crate) fn watch() {
@@ -23,6 +28,9 @@ pub(crate) fn watch() {
     INSTALLED.call_once(|| {
         on_torn(|torn| {
             HERE.with_borrow_mut(|here| here.push(torn.location));
+            if torn.location.file() == file!() {
+                *BY_LINE.lock().unwrap().entry(torn.location.line()).or_default() += 1;
+            }
             assert!(!HOOK_PANICS.get(), "the hook fails the test");
         });
     });
@@ -81,6 +89,94 @@ async fn the_timeout_of_tokio_tears_and_ours_does_not() {
     assert_eq!(torn_here(), 1);
     assert!(timeout(Duration::from_millis(10), section()).await.is_ok());
     assert_eq!(torn_here(), 1);
+}
+
+#[tokio::test]
+async fn a_raw_select_tears_the_branches_that_lose() {
+    watch();
+    tokio::select! {
+        biased;
+        () = critical(pending::<()>()) => unreachable!("it never ends"),
+        () = critical(pending::<()>()) => unreachable!("nor does this"),
+        () = yield_now() => {}
+        () = critical(pending::<()>()) => unreachable!("this is torn as well"),
+    }
+    assert_eq!(torn_here(), 3);
+}
+
+/// What sections saw of themselves that ran in tasks of their own, on two workers.
+struct Workers {
+    entered: Arc<AtomicUsize>,
+    left: Arc<AtomicUsize>,
+    seed: u64,
+}
+
+impl Workers {
+    const SECTIONS: usize = 2_000;
+
+    fn run<F: Future<Output = ()> + Send + 'static>(around: impl Fn(Self, usize) -> F, aborts: bool) -> Self {
+        let seed = fastrand::u64(..);
+        let mut random = fastrand::Rng::with_seed(seed);
+        let counts = Self { entered: Arc::default(), left: Arc::default(), seed };
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+        runtime.block_on(async {
+            for _ in 0..Self::SECTIONS {
+                let task = tokio::spawn(around(counts.share(), random.usize(..8)));
+                for _ in 0..random.usize(..4) {
+                    yield_now().await;
+                }
+                if aborts && random.bool() {
+                    task.abort();
+                }
+                assert!(soon(task).await.is_ok() || aborts, "seed {seed}");
+            }
+        });
+        counts
+    }
+
+    fn share(&self) -> Self {
+        Self { entered: Arc::clone(&self.entered), left: Arc::clone(&self.left), seed: self.seed }
+    }
+
+    async fn section(self, yields: usize) {
+        self.entered.fetch_add(1, SeqCst);
+        for _ in 0..yields {
+            yield_now().await;
+        }
+        self.left.fetch_add(1, SeqCst);
+    }
+
+    /// The sections that were entered and not left.
+    fn lacking(&self) -> usize {
+        self.entered.load(SeqCst) - self.left.load(SeqCst)
+    }
+}
+
+fn torn_at(line: u32) -> usize {
+    BY_LINE.lock().unwrap().get(&line).copied().unwrap_or_default()
+}
+
+#[test]
+fn what_aborts_tear_on_two_workers_is_counted_exactly() {
+    watch();
+    let line = line!() + 1;
+    let counts = Workers::run(|counts, yields| critical(counts.section(yields)), true);
+    assert!(counts.lacking() > 0, "nothing was torn");
+    assert_eq!(torn_at(line), counts.lacking(), "seed {}", counts.seed);
+}
+
+#[test]
+fn scopes_on_two_workers_tear_nothing() {
+    watch();
+    let line = line!() + 3;
+    let around = |counts: Workers, yields: usize| async move {
+        let deadline = Duration::from_micros(yields as u64 * 5);
+        let section = timeout(deadline, critical(counts.section(yields)));
+        let _ = timeout(deadline * 2, section).await;
+    };
+    let counts = Workers::run(around, false);
+    assert!(counts.left.load(SeqCst) > 0, "every scope ended before its section began");
+    assert_eq!((counts.lacking(), torn_at(line)), (0, 0), "seed {}", counts.seed);
 }
 
 #[tokio::test]
