@@ -121,11 +121,17 @@ impl Workers {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
         runtime.block_on(async {
             for _ in 0..Self::SECTIONS {
-                let task = tokio::spawn(around(counts.share(), random.usize(..8)));
+                // Some never end, so that some are torn however the threads are scheduled.
+                let endless = aborts && random.u8(..8) == 0;
+                let (yields, before) = (random.usize(..8), counts.entered.load(SeqCst));
+                let task = tokio::spawn(around(counts.share(), if endless { usize::MAX } else { yields }));
                 for _ in 0..random.usize(..4) {
                     yield_now().await;
                 }
-                if aborts && random.bool() {
+                while endless && counts.entered.load(SeqCst) == before {
+                    yield_now().await;
+                }
+                if endless || (aborts && random.bool()) {
                     task.abort();
                 }
                 assert!(soon(task).await.is_ok() || aborts, "seed {seed}");
