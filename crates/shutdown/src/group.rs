@@ -9,9 +9,10 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::report::{Ledger, say};
-use crate::roster::{Ended, Node, Recorder, Roster, Ticket, Tracked, abort_tree, bounded, stop_tree};
+use crate::roster::{Ended, Recorder, Roster, Ticket, Tracked};
 use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput, guarded};
+use crate::tree::{Node, abort_tree, bounded, poll_finished, stop_tree};
 use crate::worker::WorkerContext;
 
 /// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
@@ -231,7 +232,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// Creates a group below this one: cancelled with it, and awaited by its [`wait`](Self::wait). Its name is for the
     /// report of an application.
     ///
-    /// The outcomes of the tasks in it are for those who hold it. Wait for it, or drop it, before this one.
+    /// The outcomes of the tasks in it are for those who hold it.
     pub fn child(&self, name: impl Into<String>) -> Self {
         let (name, above) = (name.into(), self.roster.path());
         // Only reports show a path. It stays short however deep the nesting.
@@ -286,7 +287,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
     ///
-    /// Waits for as long as the tasks take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
+    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
+    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
     /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
     ///
     /// # Cancel safety
@@ -294,7 +296,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
     /// lost; a blocking closure that has begun runs on.
     pub async fn wait(self) -> TaskGroupResult<E> {
-        self.idle().await;
+        let node = self.node();
+        bounded(&node, |cx| poll_finished(&node, cx)).await;
         let mut result = TaskGroupResult::default();
         for ended in self.roster.take_ended() {
             result.add(ended);

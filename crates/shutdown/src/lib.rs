@@ -116,6 +116,7 @@ mod signal;
 mod stop;
 mod supervisor;
 mod task;
+mod tree;
 mod voice;
 mod watchdog;
 mod worker;

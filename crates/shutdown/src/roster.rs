@@ -1,5 +1,4 @@
-//! Who is alive in a group and how the others ended. A task is in exactly one of the two lists, and a stop reaches
-//! every task of a group and of the groups below it.
+//! Who is alive in a group and how the others ended. A task is in exactly one of the two lists.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -7,127 +6,13 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker, ready};
-use std::time::Duration;
 
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
 
 use crate::report::{Ledger, TaskReport};
-use crate::stop::{Stop, Stopping};
+use crate::stop::Stop;
 use crate::task::{Kind, Slot, TaskOutcome, TaskOutput, guarded};
-
-/// The time between the two looks that tell a blocked task from a parked one.
-pub(crate) const SAMPLE: Duration = Duration::from_millis(5);
-/// How long an aborted task may take to be dropped before it counts as one that cannot be stopped.
-const SETTLE: Duration = Duration::from_millis(20);
-
-/// The tasks of one group, without their types.
-pub(crate) trait Node: Send + Sync + fmt::Debug {
-    fn path(&self) -> &str;
-    fn stop(&self) -> &Arc<Stop>;
-    fn ledger(&self) -> Option<&Arc<Ledger>>;
-    /// Lets no more tasks and groups in.
-    fn close(&self);
-    fn live(&self) -> Vec<Arc<Slot>>;
-    /// The groups below that have not ended for good.
-    fn children(&self) -> Vec<Arc<dyn Node>>;
-    /// Whether the group has ended for good, with all below it.
-    fn is_gone(&self) -> bool;
-    /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
-    fn adopt(&self, child: Weak<dyn Node>) -> bool;
-    /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
-    fn abandon(&self);
-    /// Ready when no task is alive here or below.
-    fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()>;
-    /// Whether this group has just ended for good; if so, the one above that has to be told.
-    fn end(&self) -> Option<Arc<dyn Node>>;
-    fn child_ended(&self);
-}
-
-/// Stops a group and all groups below it: gives the reason, closes them, drops the tasks that wait for no token.
-pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
-    // The reason comes before the close, so that a task that finds its group closed, and is aborted, finds it too.
-    for node in walk(root, |node| node.stop().request(stopping.clone())) {
-        for slot in node.live() {
-            if slot.kind != Kind::Contextual {
-                slot.abort();
-            }
-        }
-        ended(node.end());
-    }
-}
-
-/// Closes a group and all groups below it, and lists them.
-pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
-    walk(root, |_| {})
-}
-
-/// Visits, then closes, a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
-fn walk(root: &Arc<dyn Node>, visit: impl Fn(&dyn Node)) -> Vec<Arc<dyn Node>> {
-    let mut nodes = vec![Arc::clone(root)];
-    let mut next = 0;
-    while let Some(node) = nodes.get(next).cloned() {
-        visit(&*node);
-        // Closed before the children are listed, so that none is added behind our back.
-        node.close();
-        nodes.extend(node.children());
-        next += 1;
-    }
-    nodes
-}
-
-/// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
-pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
-    tree(root).iter().flat_map(|node| node.live()).for_each(|slot| slot.abort());
-}
-
-/// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
-/// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
-pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
-    let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
-    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
-    if !slots.is_empty() {
-        tokio::time::sleep(SAMPLE).await;
-    }
-    for (earlier, slot) in &slots {
-        slot.cut(slot.judge(*earlier));
-        slot.abort();
-    }
-    let settled = Instant::now() + SETTLE;
-    for root in roots {
-        // Elapsed or not, the next step is the same: what is still alive now is abandoned.
-        drop(tokio::time::timeout_at(settled, std::future::poll_fn(|cx| root.poll_idle(cx))).await);
-    }
-    for node in nodes {
-        node.abandon();
-    }
-}
-
-/// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
-pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
-    loop {
-        let looking = std::future::poll_fn(&mut look);
-        match root.stop().get() {
-            Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
-                Ok(found) => return found,
-                Err(_) => cut(std::slice::from_ref(root)).await,
-            },
-            None => {
-                if let Some(found) = root.stop().token().run_until_cancelled(looking).await {
-                    return found;
-                }
-            }
-        }
-    }
-}
-
-/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `walk`.
-fn ended(mut above: Option<Arc<dyn Node>>) {
-    while let Some(node) = above {
-        node.child_ended();
-        above = node.end();
-    }
-}
+use crate::tree::{Node, ended};
 
 /// How a task ended, with its traces.
 pub(crate) struct Ended<T, E> {
@@ -170,13 +55,15 @@ struct State<T, E> {
     /// A slab: a task's index is its place until it ends, then the place is vacant.
     live: Vec<Option<Arc<Slot>>>,
     vacant: Vec<usize>,
+    /// How many tasks there ever were.
+    entered: u64,
     ended: VecDeque<Ended<T, E>>,
     closed: bool,
     /// Whether the group is closed and idle, which it then stays, and the parent has been told.
     gone: bool,
     children: Vec<Weak<dyn Node>>,
     open_children: usize,
-    /// Woken when a task ends, and when none is left.
+    /// Woken when a task ends; and when none is left here, or a group below has ended too.
     next_waiters: Vec<Waker>,
     idle_waiters: Vec<Waker>,
 }
@@ -192,7 +79,7 @@ impl<T, E> State<T, E> {
 
     /// The waiters whose condition may have come true. To be woken without the lock.
     fn waiters(&mut self) -> (Vec<Waker>, Vec<Waker>) {
-        let idle = if self.is_idle() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
+        let idle = if self.is_empty() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
         (std::mem::take(&mut self.next_waiters), idle)
     }
 }
@@ -231,6 +118,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         let state = State {
             live: Vec::new(),
             vacant: Vec::new(),
+            entered: 0,
             ended: VecDeque::new(),
             closed: false,
             gone: false,
@@ -252,6 +140,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         if state.closed {
             return Err(slot.name);
         }
+        state.entered += 1;
         let slot = Arc::new(slot);
         let index = match state.vacant.pop() {
             Some(index) => {
@@ -363,6 +252,13 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         self.state().closed = true;
     }
 
+    fn close_if_empty(&self) -> bool {
+        let mut state = self.state();
+        let is_empty = state.is_empty();
+        state.closed |= is_empty;
+        is_empty
+    }
+
     fn live(&self) -> Vec<Arc<Slot>> {
         self.state().live.iter().flatten().cloned().collect()
     }
@@ -399,6 +295,15 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         for (index, slot) in live {
             self.tell(index, &slot, TaskOutcome::Abandoned);
         }
+    }
+
+    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<u64> {
+        let mut state = self.state();
+        if state.is_empty() {
+            return Poll::Ready(state.entered);
+        }
+        register(&mut state.idle_waiters, cx);
+        Poll::Pending
     }
 
     fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()> {

@@ -13,9 +13,9 @@ use crate::application::Phase;
 use crate::group::TaskGroup;
 use crate::report::{Ledger, Report, TaskReport};
 use crate::restart::{self, RestartPolicy, Work};
-use crate::roster::{Node, cut, stop_tree, tree};
 use crate::stop::{Stop, StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
+use crate::tree::{Node, cut, stop_tree, tree};
 use crate::voice::Voice;
 use crate::worker::WorkerContext;
 

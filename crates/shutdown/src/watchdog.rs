@@ -10,10 +10,10 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 
 use crate::report::EXIT_STRAGGLERS;
-use crate::roster::SAMPLE;
 use crate::signal;
 use crate::stop::StopReason;
 use crate::supervisor::Core;
+use crate::tree::SAMPLE;
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);

@@ -9,9 +9,9 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::group::{Rejected, TaskGroup};
-use crate::roster::Node;
 use crate::stop::{Stop, StopReason};
 use crate::task::{Slot, TaskOutcome, WorkerOutput};
+use crate::tree::Node;
 
 /// What a worker, or a task spawned with a context, knows of its stop. Cheap to clone.
 #[derive(Clone)]

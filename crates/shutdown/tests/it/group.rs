@@ -243,6 +243,61 @@ async fn waiting_for_a_group_waits_for_the_groups_below() {
 }
 
 #[tokio::test]
+async fn a_group_below_that_is_still_held_is_waited_for_while_it_has_tasks_and_no_longer() {
+    let group = TaskGroup::new();
+    let outer = group.child("outer");
+    let inner = outer.child("inner");
+    let busy = Arc::new(group.child("busy"));
+    let spawner = Arc::clone(&busy);
+    let (send, receive) = tokio::sync::oneshot::channel::<()>();
+    // A task of one group ends with a spawn into another, which was idle before.
+    inner
+        .spawn("first", async move {
+            receive.await.unwrap();
+            spawner.spawn("second", sleep(Duration::from_millis(10))).unwrap();
+        })
+        .unwrap();
+    let waiting = tokio::spawn(group.wait());
+    yield_now().await;
+    assert!(!waiting.is_finished());
+    send.send(()).unwrap();
+    tokio::time::timeout(Duration::from_secs(10), waiting).await.expect("it waits for the handles").unwrap();
+
+    assert!(busy.is_empty() && inner.is_empty());
+    assert!(busy.spawn("late", async {}).is_err() && inner.child("late").spawn("later", async {}).is_err());
+    assert_eq!(inner.wait().await.completed, ["first"]);
+    assert_eq!(Arc::into_inner(busy).unwrap().wait().await.completed, ["second"]);
+    assert!(outer.wait().await.completed.is_empty());
+}
+
+/// One task after the other, each spawned by the one before into another group: there is never a moment without one.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_chain_of_tasks_across_held_groups_is_waited_for_to_its_end() {
+    fn hop(groups: Arc<Vec<TaskGroup>>, left: usize) {
+        let next = Arc::clone(&groups);
+        let task = async move {
+            if left > 0 {
+                hop(next, left - 1);
+            }
+        };
+        groups[left % groups.len()].spawn("hop", task).unwrap();
+    }
+    for _ in 0..200 {
+        let root = TaskGroup::new();
+        let groups = Arc::new(["a", "b", "c"].map(|name| root.child(name)).into_iter().collect::<Vec<_>>());
+        hop(Arc::clone(&groups), 50);
+        root.wait().await;
+        let mut completed = 0;
+        for group in Arc::into_inner(groups).unwrap() {
+            let result = group.wait().await;
+            assert!(result.is_clean() && result.cancelled.is_empty(), "{result:?}");
+            completed += result.completed.len();
+        }
+        assert_eq!(completed, 51);
+    }
+}
+
+#[tokio::test]
 async fn groups_nested_10_000_deep_are_cancelled_and_dropped() {
     let alive = Alive::default();
     let root = TaskGroup::new();

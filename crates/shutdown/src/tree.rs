@@ -1,0 +1,169 @@
+//! Groups without their types, and what is done to a whole tree of them. A stop reaches every task of a group and of the
+//! groups below it; no two groups are ever locked at once.
+
+use std::fmt;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::report::Ledger;
+use crate::stop::{Stop, Stopping};
+use crate::task::{Kind, Slot};
+
+/// The time between the two looks that tell a blocked task from a parked one.
+pub(crate) const SAMPLE: Duration = Duration::from_millis(5);
+/// How long an aborted task may take to be dropped before it counts as one that cannot be stopped.
+const SETTLE: Duration = Duration::from_millis(20);
+
+/// The tasks of one group, without their types.
+pub(crate) trait Node: Send + Sync + fmt::Debug {
+    fn path(&self) -> &str;
+    fn stop(&self) -> &Arc<Stop>;
+    fn ledger(&self) -> Option<&Arc<Ledger>>;
+    /// Lets no more tasks and groups in.
+    fn close(&self);
+    /// The same if no task is alive here; returns whether that is so.
+    fn close_if_empty(&self) -> bool;
+    fn live(&self) -> Vec<Arc<Slot>>;
+    /// The groups below that have not ended for good.
+    fn children(&self) -> Vec<Arc<dyn Node>>;
+    /// Whether the group has ended for good, with all below it.
+    fn is_gone(&self) -> bool;
+    /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
+    fn adopt(&self, child: Weak<dyn Node>) -> bool;
+    /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
+    fn abandon(&self);
+    /// Ready when no task is alive here; tells how many ever were.
+    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<u64>;
+    /// Ready when no task is alive here or below, nor a group below that could still take one.
+    fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()>;
+    /// Whether this group has just ended for good; if so, the one above that has to be told.
+    fn end(&self) -> Option<Arc<dyn Node>>;
+    fn child_ended(&self);
+}
+
+/// Stops a group and all groups below it: gives the reason, closes them, drops the tasks that wait for no token.
+pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
+    // The reason comes before the close, so that a task that finds its group closed, and is aborted, finds it too.
+    let tell = |node: &dyn Node| {
+        node.stop().request(stopping.clone());
+        node.close();
+    };
+    for node in walk(root, tell) {
+        for slot in node.live() {
+            if slot.kind != Kind::Contextual {
+                slot.abort();
+            }
+        }
+        ended(node.end());
+    }
+}
+
+/// Closes a group and all groups below it, and lists them.
+pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
+    walk(root, |node| node.close())
+}
+
+/// Visits and lists a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
+fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn Node>> {
+    let mut nodes = vec![Arc::clone(root)];
+    let mut next = 0;
+    while let Some(node) = nodes.get(next).cloned() {
+        // Before the children are listed, so that a visit which closes the group has none added behind its back.
+        visit(&*node);
+        nodes.extend(node.children());
+        next += 1;
+    }
+    nodes
+}
+
+/// Ready when no task is alive here or below, whoever still holds a group below: those are closed then.
+pub(crate) fn poll_finished(root: &Arc<dyn Node>, cx: &mut Context<'_>) -> Poll<()> {
+    let idle = root.poll_idle(cx);
+    if idle.is_ready() || root.stop().is_set() {
+        return idle;
+    }
+    // A task may end right after it has spawned another into a group that was looked at before. But if there was none
+    // in two looks, and none has come in between, there was none anywhere at the end of the first.
+    let (first, second) = (ready!(poll_census(root, cx)), ready!(poll_census(root, cx)));
+    let same = |(one, two): (&Census, &Census)| Arc::ptr_eq(&one.0, &two.0) && one.1 == two.1;
+    let mut finished = first.len() == second.len() && first.iter().zip(&second).all(same);
+    if finished {
+        for node in walk(root, |node| finished &= node.close_if_empty()) {
+            ended(node.end());
+        }
+    }
+    if !finished {
+        cx.waker().wake_by_ref();
+        return Poll::Pending;
+    }
+    Poll::Ready(())
+}
+
+/// A group without tasks, and how many it ever had.
+type Census = (Arc<dyn Node>, u64);
+
+/// Ready when each group, when it was looked at, was without tasks.
+fn poll_census(root: &Arc<dyn Node>, cx: &mut Context<'_>) -> Poll<Vec<Census>> {
+    let mut census = Vec::new();
+    for node in walk(root, |_| {}) {
+        let entered = ready!(node.poll_empty(cx));
+        census.push((node, entered));
+    }
+    Poll::Ready(census)
+}
+
+/// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
+pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
+    tree(root).iter().flat_map(|node| node.live()).for_each(|slot| slot.abort());
+}
+
+/// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
+/// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
+pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
+    let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
+    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
+    if !slots.is_empty() {
+        tokio::time::sleep(SAMPLE).await;
+    }
+    for (earlier, slot) in &slots {
+        slot.cut(slot.judge(*earlier));
+        slot.abort();
+    }
+    let settled = Instant::now() + SETTLE;
+    for root in roots {
+        // Elapsed or not, the next step is the same: what is still alive now is abandoned.
+        drop(tokio::time::timeout_at(settled, std::future::poll_fn(|cx| root.poll_idle(cx))).await);
+    }
+    for node in nodes {
+        node.abandon();
+    }
+}
+
+/// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
+pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
+    loop {
+        let looking = std::future::poll_fn(&mut look);
+        match root.stop().get() {
+            Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
+                Ok(found) => return found,
+                Err(_) => cut(std::slice::from_ref(root)).await,
+            },
+            None => {
+                if let Some(found) = root.stop().token().run_until_cancelled(looking).await {
+                    return found;
+                }
+            }
+        }
+    }
+}
+
+/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `walk`.
+pub(crate) fn ended(mut above: Option<Arc<dyn Node>>) {
+    while let Some(node) = above {
+        node.child_ended();
+        above = node.end();
+    }
+}
