@@ -300,6 +300,7 @@ where
         let mut attempts = 0;
         match self.history.of(index, key.as_deref()) {
             Past::Nothing => {}
+            Past::Failed { .. } if self.plan.retry.per_run => {}
             Past::Failed { attempts: before } => attempts = before,
             Past::Result(payload) => {
                 let codec = self.plan.codec;

@@ -30,7 +30,8 @@ impl ItemContext {
         self.key.as_deref()
     }
 
-    /// Returns the number of this attempt, from 1. Failed attempts of earlier runs count, deferrals do not.
+    /// Returns the number of this attempt, from 1. Failed attempts of earlier runs count, unless the retry is
+    /// [`per_run`](Retry::per_run); deferrals do not.
     #[must_use]
     pub fn attempt(&self) -> u32 {
         self.attempt
@@ -139,6 +140,7 @@ impl Quarantined {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Retry {
     pub(crate) max_attempts: u32,
+    pub(crate) per_run: bool,
     base: Duration,
     cap: Duration,
 }
@@ -154,7 +156,17 @@ impl Retry {
     /// 100 ms × 2ⁿ⁻¹, at most 30 s, and takes no slot of the concurrency meanwhile.
     #[must_use]
     pub fn exponential(max_attempts: u32) -> Self {
-        Self { max_attempts, base: Duration::from_millis(100), cap: Duration::from_secs(30) }
+        Self { max_attempts, per_run: false, base: Duration::from_millis(100), cap: Duration::from_secs(30) }
+    }
+
+    /// Gives every item all its attempts again in each run. By default the failed attempts of earlier runs count too.
+    ///
+    /// For work that is killed and started again while what it depends on is down: without this a few short runs use up
+    /// the attempts of items that were never at fault.
+    #[must_use]
+    pub fn per_run(mut self) -> Self {
+        self.per_run = true;
+        self
     }
 
     /// Sets the longest wait before the second attempt. Default: 100 ms.

@@ -26,7 +26,7 @@ use super::settle::{self, Settled};
 /// How often an open breaker or a `Retry-After` may put one URL back in the queue before that counts as a failure.
 const MAX_DEFERS: u32 = 300;
 /// How long a host may give no answer at all before its URLs fail.
-const MAX_OUTAGE: Duration = Duration::from_secs(300);
+const MAX_OUTAGE: Duration = Duration::from_secs(60);
 
 /// How the job ended, and in which words.
 #[derive(Debug)]
@@ -203,7 +203,8 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         .store(FileStore::at(&checkpoint))
         .key(|url: &String| url.clone())
         .concurrency(args.concurrency.into())
-        .retry(Retry::exponential(args.retries + 1))
+        // A run that is killed while a host is down must not use up the attempts of the next one.
+        .retry(Retry::exponential(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
         // As many as there are URLs may wait or fail: one dead host must not hold up the others.
         .max_ahead(manifest.urls.len().max(1))
@@ -393,7 +394,7 @@ impl Shared {
         };
         match trouble.advice {
             Advice::Later(_) | Advice::Again if self.is_lost(url, &trouble) => ItemError::permanent(Trouble {
-                cause: format!("no answer from the host for {} minutes: {}", MAX_OUTAGE.as_secs() / 60, trouble.cause),
+                cause: format!("no answer from the host for {MAX_OUTAGE:?}: {}", trouble.cause),
                 ..trouble
             }),
             Advice::Later(after) => {

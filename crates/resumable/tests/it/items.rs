@@ -78,34 +78,38 @@ async fn a_permanent_failure_is_not_tried_again() {
 }
 
 #[tokio::test(start_paused = true)]
-async fn attempts_count_and_the_idempotency_key_stay_across_a_restart() {
-    let (_dir, path) = checkpoint();
-    let seen = Arc::new(Mutex::new(Vec::new()));
-    let stuck = Arc::new(tokio::sync::Notify::new());
-    let run = |stop_at: u32| {
-        let (seen, stuck) = (Arc::clone(&seen), Arc::clone(&stuck));
-        numbers(&path).retry(Retry::exponential(4)).quarantine(1).stream([1u64], move |cx, _| {
-            seen.lock().unwrap().push((cx.attempt(), cx.idempotency_key()));
-            let stuck = Arc::clone(&stuck);
-            async move {
-                if cx.attempt() == stop_at {
-                    stuck.notify_one();
-                    std::future::pending::<()>().await;
+async fn attempts_count_across_a_restart_unless_each_run_has_its_own_and_the_idempotency_key_stays() {
+    for (retry, expected) in
+        [(Retry::exponential(4), &[1, 2, 3, 3, 4][..]), (Retry::exponential(4).per_run(), &[1, 2, 3, 1, 2, 3, 4])]
+    {
+        let (_dir, path) = checkpoint();
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let stuck = Arc::new(tokio::sync::Notify::new());
+        let run = |stop_at: u32| {
+            let (seen, stuck) = (Arc::clone(&seen), Arc::clone(&stuck));
+            numbers(&path).retry(retry).quarantine(1).stream([1u64], move |cx, _| {
+                seen.lock().unwrap().push((cx.attempt(), cx.idempotency_key()));
+                let stuck = Arc::clone(&stuck);
+                async move {
+                    if cx.attempt() == stop_at {
+                        stuck.notify_one();
+                        std::future::pending::<()>().await;
+                    }
+                    Err(ItemError::retry("not yet"))
                 }
-                Err(ItemError::retry("not yet"))
-            }
-        })
-    };
-    tokio::select! {
-        done = async { run(3).next().await } => panic!("it should be stuck: {done:?}"),
-        () = stuck.notified() => {}
+            })
+        };
+        tokio::select! {
+            done = async { run(3).next().await } => panic!("it should be stuck: {done:?}"),
+            () = stuck.notified() => {}
+        }
+        let done = run(9).next().await.unwrap();
+        assert_eq!(done.attempts, 4);
+        let seen = seen.lock().unwrap();
+        // The third attempt was cut by the drop: it had not failed, so it does not count in any case.
+        assert_eq!(seen.iter().map(|(attempt, _)| *attempt).collect::<Vec<_>>(), expected);
+        assert!(seen.iter().all(|(_, key)| *key == seen[0].1 && key.len() == 32));
     }
-    let done = run(9).next().await.unwrap();
-    assert_eq!(done.attempts, 4);
-    let seen = seen.lock().unwrap();
-    // The third attempt was cut by the drop: it had not failed, so it is the third again.
-    assert_eq!(seen.iter().map(|(attempt, _)| *attempt).collect::<Vec<_>>(), [1, 2, 3, 3, 4]);
-    assert!(seen.iter().all(|(_, key)| *key == seen[0].1 && key.len() == 32));
 }
 
 #[tokio::test]
