@@ -279,6 +279,46 @@ async fn next_frame_is_whole<T>(state: &Arrived, _outcome: Outcome<T>) -> Result
     }
 }
 
+/// The same, while the bytes arrive one by one.
+async fn arriving() -> Arrived {
+    Arrived { stream: slow_peer().await, partial: tokio::sync::Mutex::new(Vec::new()) }
+}
+
+#[test]
+fn read_exact_in_a_select_is_out_of_step_after_a_drop() {
+    let line = line!() + 5;
+    let report = explore().budgets([]).run(
+        arriving,
+        async |state| {
+            let (mut stream, mut frame) = (state.stream.lock().await, [0; 4]);
+            tokio::select! {
+                biased;
+                read = stream.read_exact(&mut frame) => drop(read),
+                () = sleep(Duration::from_secs(1)) => {}
+            }
+        },
+        next_frame_is_whole,
+    );
+    assert_caught(&report, file!(), line, "out of step");
+}
+
+#[test]
+fn a_read_in_a_select_that_keeps_what_it_has_stays_in_step_after_a_drop() {
+    let report = explore().run(
+        arriving,
+        async |state| {
+            let (mut stream, mut partial) = (state.stream.lock().await, state.partial.lock().await);
+            tokio::select! {
+                biased;
+                _ = read_frame(&mut stream, &mut partial) => {}
+                () = sleep(Duration::from_secs(1)) => {}
+            }
+        },
+        next_frame_is_whole,
+    );
+    report.assert_clean();
+}
+
 #[test]
 fn starving_drops_a_read_of_bytes_that_are_all_there() {
     let line = line!() + 5;
