@@ -189,6 +189,8 @@ impl Driver for Sqlite {
             // an error without effect.
             tolerate(sqlx::raw_sql("ROLLBACK").execute(&mut *conn).await)?;
         }
+        // The cancel comes at any await of this, and must not be left for the owner of a wrapped connection to meet.
+        hooks.cancel.store(false, Ordering::Relaxed);
         hooks.enter(IDLE);
         Ok(())
     }
@@ -221,4 +223,35 @@ fn tolerate<T>(result: Result<T, sqlx::Error>) -> Result<(), sqlx::Error> {
 /// The extended codes carry the primary one in their low byte.
 fn primary_code(error: &sqlx::Error) -> Option<u32> {
     error.as_database_error()?.code()?.parse::<u32>().ok().map(|code| code & 0xff)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::poll_fn;
+    use std::pin::pin;
+
+    use sqlx::ConnectOptions;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
+        let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
+        let hooks = Sqlite::probe(&mut conn, Ownership::Wrapped).await.unwrap();
+        Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
+        // SQLite has rolled back by itself, so the rollback has the most to do.
+        sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();
+        {
+            let mut rollback = pin!(Sqlite::rollback(&mut conn, &hooks));
+            let cancelled = poll_fn(|cx| {
+                let polled = rollback.as_mut().poll(cx);
+                if polled.is_pending() {
+                    Sqlite::interrupt(&hooks);
+                }
+                polled
+            });
+            cancelled.await.unwrap();
+        }
+        assert!(!hooks.cancel.load(Ordering::Relaxed));
+    }
 }
