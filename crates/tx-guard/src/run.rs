@@ -210,7 +210,8 @@ impl<DB: Backend> Tx<DB> {
 
     fn may_repeat(&self, error: &TxError) -> bool {
         match error {
-            TxError::Database(error) => DB::is_transient(error),
+            // PostgreSQL may say it in the answer to the commit, ahead of COMMIT itself.
+            TxError::Database(error) | TxError::Aborted { source: error } => DB::is_transient(error),
             TxError::Unknown { .. } => self.idempotent,
             _ => false,
         }

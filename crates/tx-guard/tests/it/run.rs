@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, Isolation, Retry, TransactionGuard, TxError};
+use futures_util::FutureExt;
 use sqlx::{Postgres, Sqlite};
 use tokio::sync::Barrier;
 
@@ -195,7 +196,7 @@ async fn hooks_run_once_after_the_commit_alone<D: TestDb>() {
     world.insert(&mut tx, 2).await.unwrap();
     tx.after_commit(hook(1000));
     let handle = tx.outcome_handle();
-    drop(futures_util::FutureExt::now_or_never(tx.commit()));
+    drop(tx.commit().now_or_never());
     assert_eq!(handle.outcome().await, CommitOutcome::Committed);
     world.end(db).await;
     assert_eq!(ran.load(Ordering::Relaxed), 1011);
@@ -257,6 +258,26 @@ async fn a_closure_with_captures_runs_inside_a_spawned_task() {
 }
 
 /// Both read before either writes, so one of them has to fail under this isolation, and succeeds when run again.
+#[tokio::test]
+async fn a_transient_failure_that_only_the_commit_hears_of_is_run_again() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let fail = "DO $$ BEGIN RAISE EXCEPTION 'in vain' USING ERRCODE = '40001'; END $$";
+    let mut attempts = 0;
+    let run = db.tx().retry(Retry::default()).run(async |tx| {
+        attempts += 1;
+        world.insert(tx, attempts).await?;
+        if attempts == 1 {
+            // Nobody waits for its answer, so the commit meets it.
+            drop(Postgres::execute(tx, fail.to_owned()).now_or_never());
+        }
+        Ok(())
+    });
+    run.await.unwrap();
+    assert_eq!(world.committed().await, [2]);
+    world.end(db).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_serialization_failure_is_run_again_and_no_update_is_lost() {
     let world = World::<Postgres>::new().await;
