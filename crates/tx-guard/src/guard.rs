@@ -38,6 +38,9 @@ pub struct TransactionGuard<DB: Backend> {
 /// The proof behind the `expect`s below.
 const HELD: &str = "the transaction is taken only by methods that consume the guard";
 
+/// How long a commit may go on after its caller has gone. Long, because closing its connection leaves it in doubt.
+const COMMIT_LIMIT: Duration = Duration::from_secs(600);
+
 const SAVEPOINT_DROPPED: &str = "a savepoint was dropped halfway";
 
 impl<DB: Backend> TransactionGuard<DB> {
@@ -85,7 +88,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # Cancel safety
     ///
     /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT is driven to its end
-    /// on the runtime, and a handle taken before with [`outcome_handle`](Self::outcome_handle) tells how it ended.
+    /// on the runtime, and a handle taken before with [`outcome_handle`](Self::outcome_handle) tells how it ended. A
+    /// COMMIT that has no answer after another ten minutes is given up, and its outcome is unknown.
     /// If it is never polled, the transaction is rolled back.
     ///
     /// # Errors
@@ -165,7 +169,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # Errors
     ///
     /// The error of `work`; or [`TxError::Database`] if the database refused the savepoint or its end, in which case
-    /// what `work` has done is undone as well.
+    /// what `work` has done is undone as well; or [`TxError::Lost`] if a savepoint inside `work` was dropped halfway.
     ///
     /// # Examples
     ///
@@ -253,12 +257,10 @@ impl<DB: Backend> TransactionGuard<DB> {
         open.ticket.settling();
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
         let shared = Arc::clone(&open.shared);
-        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).or_late(move |ended| {
-            shared.teller.tell(TxEvent::LateOutcome(match ended {
-                Ok(()) => CommitOutcome::Committed,
-                Err(error) if error.is_unknown() => CommitOutcome::Unknown,
-                Err(_) => CommitOutcome::RolledBack,
-            }));
+        let handle = open.outcome.handle();
+        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |_| {
+            let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
+            shared.teller.tell(TxEvent::LateOutcome(outcome));
         })
     }
 }

@@ -87,6 +87,8 @@
 //! - An SQLite database in memory lives as long as one of its connections does.
 //! - On SQLite the progress handler, the commit hook and the rollback hook of each connection are taken.
 //! - The outcome of a connection that is lost inside `COMMIT` is not looked up: it is said to be unknown.
+//! - A `COMMIT` that has no answer is waited for as long as its caller waits, and for ten minutes after the caller has
+//!   gone. Then its connection is closed, and its outcome is unknown.
 //!
 //! # Comparison
 //!

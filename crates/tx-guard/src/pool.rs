@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::backend::{Backend, Mode, Options};
 use crate::commit::OutcomeCell;
 use crate::events::TxEvents;
-use crate::reaper::{Open, Shield, Ticket};
+use crate::reaper::{Open, SETTLE_LIMIT, Shield, Ticket};
 use crate::session::Manager;
 use crate::slot::{Limits, Shared, Slot, Source};
 use crate::{TransactionGuard, TxError};
@@ -51,8 +51,9 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Errors
     ///
-    /// The predicate [`TxError::is_connect`] is true of all: the variants tell a wrong URL, a missing database, a
-    /// server that does not answer, one that refuses, and one that takes too long apart. None contains credentials.
+    /// The predicate [`TxError::is_connect`] is true of all but [`TxError::NoRuntime`]: the variants tell a wrong URL, a
+    /// missing database, a server that does not answer, one that refuses, and one that takes too long apart. None
+    /// contains credentials.
     ///
     /// # Examples
     ///
@@ -109,6 +110,7 @@ impl<DB: Backend> TxPool<DB> {
     /// - One for which [`TxError::is_connect`] is true: a new connection was needed and could not be opened.
     /// - [`TxError::Closed`]: the pool was closed.
     /// - [`TxError::Database`]: the database refused to begin.
+    /// - [`TxError::NoRuntime`]: there is no tokio runtime here.
     pub async fn begin(&self) -> Result<TransactionGuard<DB>, TxError> {
         self.begin_in(Mode::default()).await
     }
@@ -146,6 +148,7 @@ impl<DB: Backend> TxPool<DB> {
                 Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks }))
             }
         })
+        .alone_for(SETTLE_LIMIT)
         .await
     }
 
@@ -283,6 +286,9 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         // A driver would take the URL of another database for a host or a file name.
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
         if let Some(scheme) = scheme.filter(|scheme| !DB::URL_SCHEMES.contains(scheme)) {
+            // What only looks like a scheme may hold a password.
+            let named = scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+            let scheme = if named { scheme } else { "missing" };
             return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
         }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
@@ -321,9 +327,12 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let shared = Arc::new(Shared::new(source, options));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let first = shared.acquire().await?;
-        DB::warm(&shared.canceller, &shared.options)
+        let target = || DB::target(&shared.options);
+        let limit = self.limits.connect_timeout;
+        timeout(limit, DB::warm(&shared.canceller, &shared.options))
             .await
-            .map_err(|error| DB::connect_error(DB::target(&shared.options), error))?;
+            .map_err(|_| TxError::ConnectTimeout { target: target(), timeout: limit })?
+            .map_err(|error| DB::connect_error(target(), error))?;
         // It was not in a transaction yet.
         drop(first);
         Ok(TxPool { shared })

@@ -3,11 +3,14 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, so it can never
 //! hit the statement of another transaction.
 
+use std::time::Duration;
+
 use futures_util::{FutureExt, StreamExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::sync::Mutex;
+use tokio::time::timeout;
 
 use crate::TxError;
 use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
@@ -22,6 +25,10 @@ const SESSION_MARGIN: u128 = 1_000;
 
 /// The largest timeout the server takes, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
+
+/// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
+/// hours, and firewalls forget such connections without telling either end.
+const WARM_LIMIT: Duration = Duration::from_millis(500);
 
 /// Lets the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
@@ -215,15 +222,20 @@ async fn signal(
     pid: i32,
 ) -> Result<(), sqlx::Error> {
     let mut warm = canceller.lock().await;
+    let mut doubt = None;
     if let Some(mut conn) = warm.take() {
-        // A warm connection may have died since: then the signal was not sent, or will do no harm to be sent twice.
-        if sqlx::query(sql).bind(pid).execute(&mut conn).await.is_ok() {
-            *warm = Some(conn);
-            return Ok(());
+        match timeout(WARM_LIMIT, sqlx::query(sql).bind(pid).execute(&mut conn)).await {
+            Ok(Ok(_)) => {
+                *warm = Some(conn);
+                return Ok(());
+            }
+            Ok(Err(error)) => doubt = Some(error),
+            Err(_) => doubt = Some(sqlx::Error::Protocol("the connection for cancelling does not answer".into())),
         }
     }
     let mut conn = options.connect().await?;
     sqlx::query(sql).bind(pid).execute(&mut conn).await?;
     *warm = Some(conn);
-    Ok(())
+    // The signal that had no answer may be under way behind this one, so the session must not be used again.
+    doubt.map_or(Ok(()), Err)
 }

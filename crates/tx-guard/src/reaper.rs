@@ -23,7 +23,7 @@ use crate::slot::{Shared, Slot};
 const DRAIN_GRACE: Duration = Duration::from_millis(1);
 
 /// How long cancelling and rolling back may take before the session is terminated.
-const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// How many errors of abandoned statements are read over before a connection is given up.
 const PING_ATTEMPTS: usize = 16;
@@ -33,19 +33,28 @@ pub(crate) struct Shield<T: Send + 'static> {
     future: Option<BoxFuture<'static, T>>,
     runtime: Handle,
     polled: bool,
+    /// How long it may go on without its caller. None for a future that bounds itself.
+    limit: Option<Duration>,
     late: Option<Late<T>>,
 }
 
-/// What is done with an output that has come too late for the caller.
-type Late<T> = Box<dyn FnOnce(T) + Send>;
+/// What is done with an output that has come too late for the caller, or not at all.
+type Late<T> = Box<dyn FnOnce(Option<T>) + Send>;
 
 impl<T: Send + 'static> Shield<T> {
     pub(crate) fn new(runtime: Handle, future: impl Future<Output = T> + Send + 'static) -> Self {
-        Self { future: Some(Box::pin(future)), runtime, polled: false, late: None }
+        Self { future: Some(Box::pin(future)), runtime, polled: false, limit: None, late: None }
+    }
+
+    /// Lets the future go on for so long without its caller; then it is dropped, and the slot inside closes its
+    /// connection. A peer that has vanished without a word would otherwise hold the slot for ever.
+    pub(crate) fn alone_for(mut self, limit: Duration) -> Self {
+        self.limit = Some(limit);
+        self
     }
 
     /// Hands the output to `late` if the caller has gone before it came.
-    pub(crate) fn or_late(mut self, late: impl FnOnce(T) + Send + 'static) -> Self {
+    pub(crate) fn or_late(mut self, late: impl FnOnce(Option<T>) + Send + 'static) -> Self {
         self.late = Some(Box::new(late));
         self
     }
@@ -69,10 +78,15 @@ impl<T: Send + 'static> Future for Shield<T> {
 impl<T: Send + 'static> Drop for Shield<T> {
     fn drop(&mut self) {
         if let Some(future) = self.future.take_if(|_| self.polled) {
-            let late = self.late.take();
-            // A runtime that has shut down drops the future here, and the slot inside closes its connection.
+            let (limit, late) = (self.limit, self.late.take());
+            // A runtime that has shut down drops the future here, and the slot inside closes its connection. A connection
+            // of an sqlx pool panics if it is dropped where no runtime is entered, not even one that has ended.
+            let _entered = self.runtime.enter();
             drop(self.runtime.spawn(async move {
-                let output = future.await;
+                let output = match limit {
+                    Some(limit) => timeout(limit, future).await.ok(),
+                    None => Some(future.await),
+                };
                 if let Some(late) = late {
                     late(output);
                 }
@@ -117,24 +131,28 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::
         {
             let mut rollback = pin!(DB::rollback(conn, probe));
             if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
-                return ended;
+                return ended.map(|()| true);
             }
             shared.teller.tell(TxEvent::CancelSent);
             // The cancel is polled first: a rollback that ends in the same moment must find it sent.
             let (acknowledged, ended) = join(DB::cancel(&shared.canceller, &shared.options, probe), rollback).await;
             ended?;
-            // Without an acknowledgement the cancel may still be on its way to this session: close it.
-            acknowledged?;
+            // Without an acknowledgement the cancel may still be on its way to this session, which must not be used again.
+            if acknowledged.is_err() {
+                return Ok(false);
+            }
         }
         // The acknowledged cancel is behind this round trip.
-        ping(conn).await
+        ping(conn).await.map(|()| true)
     })
     .await;
     match ended {
-        Ok(Ok(())) => {
+        Ok(Ok(true)) => {
             open.release().await;
             Ok(())
         }
+        // Rolled back, but not to be used again: the drop closes it.
+        Ok(Ok(false)) => Ok(()),
         Ok(Err(error)) => Err(error),
         Err(_) => {
             shared.teller.tell(TxEvent::SessionTerminated);

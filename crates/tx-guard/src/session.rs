@@ -4,7 +4,7 @@
 //! with the caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
 
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
@@ -73,31 +73,44 @@ pub(crate) struct Manager<DB: Backend> {
 
 /// Sessions whose callers had gone before they were open.
 struct Spares<DB: Backend> {
-    sessions: Mutex<Vec<Session<DB>>>,
+    /// None once the pool is closed.
+    sessions: Mutex<Option<Vec<Session<DB>>>>,
     arrived: Notify,
 }
 
 impl<DB: Backend> Spares<DB> {
     fn take(&self) -> Option<Session<DB>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).pop()
+        self.lock().as_mut().and_then(Vec::pop)
     }
 
     fn put(&self, session: Session<DB>) {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner).push(session);
-        self.arrived.notify_one();
+        // In a closed pool nobody will ask for it: it closes as it is dropped.
+        if let Some(sessions) = self.lock().as_mut() {
+            sessions.push(session);
+            self.arrived.notify_one();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Vec<Session<DB>>>> {
+        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl<DB: Backend> Manager<DB> {
     pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, connect_timeout: Duration) -> Self {
-        let spares = Spares { sessions: Mutex::default(), arrived: Notify::new() };
+        let spares = Spares { sessions: Mutex::new(Some(Vec::new())), arrived: Notify::new() };
         let permits = Arc::new(Semaphore::new(max_sessions));
         Self { options, connect_timeout, permits, spares: Arc::new(spares) }
     }
 
     /// Takes the sessions away for which nobody waits any more.
     pub(crate) fn spares(&self) -> Vec<Session<DB>> {
-        std::mem::take(&mut *self.spares.sessions.lock().unwrap_or_else(PoisonError::into_inner))
+        self.spares.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// The same, for the last time: what is opened from now on is closed at once.
+    pub(crate) fn last_spares(&self) -> Vec<Session<DB>> {
+        self.spares.lock().take().unwrap_or_default()
     }
 
     /// A spare session, or the permission to open one, whichever there is first.
@@ -139,7 +152,7 @@ impl<DB: Backend> managed::Manager for Manager<DB> {
         Shield::new(Handle::current(), opening)
             .or_late(move |opened| {
                 // A pool that is gone needs no spare: the session closes as it is dropped.
-                if let (Ok(session), Some(spares)) = (opened, spares.upgrade()) {
+                if let (Some(Ok(session)), Some(spares)) = (opened, spares.upgrade()) {
                     spares.put(session);
                 }
             })

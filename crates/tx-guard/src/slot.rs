@@ -90,7 +90,7 @@ impl<DB: Backend> Shared<DB> {
         if let Source::Owned { sessions, .. } = &self.source {
             let idle = sessions.retain(|_, _| false).removed;
             sessions.close();
-            for session in idle.into_iter().chain(sessions.manager().spares()) {
+            for session in idle.into_iter().chain(sessions.manager().last_spares()) {
                 session.close().await;
             }
         }

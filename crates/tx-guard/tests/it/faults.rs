@@ -24,6 +24,7 @@ on_both!(
     a_rollback_after_an_abandoned_statement_is_quick,
     a_drop_outside_any_runtime_does_not_panic,
     a_drop_after_the_runtime_has_ended_does_not_panic,
+    a_begin_dropped_after_the_runtime_has_ended_does_not_panic,
     a_drop_in_a_half_read_stream_leaves_a_clean_connection,
     a_panic_in_the_owner_rolls_back,
 );
@@ -118,6 +119,44 @@ async fn a_drop_after_the_runtime_has_ended_does_not_panic<D: TestDb>() {
     tx.commit().await.unwrap();
     assert_eq!(world.committed().await, [1]);
     world.end(db).await;
+}
+
+async fn a_begin_dropped_after_the_runtime_has_ended_does_not_panic<D: TestDb>() {
+    let world = World::<D>::new().await;
+    for polls in 1..=6 {
+        let options = world.options.clone();
+        let outlived = move || {
+            let panics = panics_of_this_thread();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let pool = runtime.block_on(async { PoolOptions::<D>::new().connect_with(options).await.unwrap() });
+            let db = TxPool::wrap(pool.clone());
+            let mut begin = Box::pin(async move { db.begin().await.map(drop) }.fuse());
+            runtime.block_on(async {
+                for _ in 0..polls {
+                    drop((&mut begin).now_or_never());
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            });
+            drop(runtime);
+            drop(begin);
+            assert_eq!(panics.load(Ordering::Relaxed), 0, "after {polls} polls");
+        };
+        std::thread::spawn(outlived).join().unwrap();
+    }
+    works_as_before(&world, &world.pool(1).await).await;
+}
+
+/// Counts them, because a runtime swallows the panics of what it drops.
+fn panics_of_this_thread() -> Arc<AtomicUsize> {
+    let (panics, thread) = (Arc::new(AtomicUsize::new(0)), std::thread::current().id());
+    let (count, before) = (Arc::clone(&panics), std::panic::take_hook());
+    std::panic::set_hook(Box::new(move |info| {
+        if std::thread::current().id() == thread {
+            count.fetch_add(1, Ordering::Relaxed);
+        }
+        before(info);
+    }));
+    panics
 }
 
 async fn a_drop_in_a_half_read_stream_leaves_a_clean_connection<D: TestDb>() {

@@ -202,6 +202,9 @@ async fn a_wrong_url_is_told_from_a_missing_file() {
 
 #[tokio::test]
 async fn what_is_wrong_with_a_postgres_server_is_told_apart_without_credentials() {
+    let error = TxPool::<Postgres>::connect("user:secret@host/db?next=http://elsewhere").await.unwrap_err();
+    assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
+    assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
     let connect = async |options: PgConnectOptions| {
         let options = options.password("secret");
         let error = TxPool::<Postgres>::builder().connect_with(options).await.unwrap_err();

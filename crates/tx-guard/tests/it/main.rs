@@ -7,6 +7,7 @@ mod faults;
 mod happy;
 mod prop;
 mod run;
+mod silence;
 mod world;
 
 /// Makes a test on each database out of one generic function.
