@@ -158,6 +158,10 @@ impl Circuit {
             return Err(wait);
         }
         if word & STATE == HALF_OPEN && self.has_free_slot(word, &cold) {
+            if counter(word) == 0 {
+                // The lease that runs was that of probes that have ended.
+                cold.until = now.saturating_add(self.rules.lease);
+            }
             self.word.store(word + COUNTER_ONE, Ordering::Release);
             return Ok((granted(word), None));
         }

@@ -104,7 +104,12 @@ impl Model {
         match self.state {
             State::Closed => {}
             State::Isolated => return None,
-            State::HalfOpen if self.probing + self.successes < self.rules.probes => self.probing += 1,
+            State::HalfOpen if self.probing + self.successes < self.rules.probes => {
+                if self.probing == 0 {
+                    self.until = now + self.rules.lease;
+                }
+                self.probing += 1;
+            }
             State::Open | State::HalfOpen if now < self.until => return None,
             State::Open | State::HalfOpen => {
                 self.enter(State::HalfOpen);

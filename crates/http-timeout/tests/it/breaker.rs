@@ -118,6 +118,18 @@ async fn a_hung_probe_blocks_for_its_lease_and_its_late_result_is_ignored() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_probe_that_starts_late_has_a_lease_of_its_own() {
+    let breaker = due(config().probes(2)).await;
+    breaker.try_acquire().unwrap().success();
+    tokio::time::advance(2 * LEASE).await;
+    let second = breaker.try_acquire().unwrap();
+    let refused = breaker.try_acquire().unwrap_err();
+    assert_eq!(refused.retry_after, LEASE);
+    second.success();
+    assert_eq!(breaker.state(), State::Closed);
+}
+
+#[tokio::test(start_paused = true)]
 async fn results_from_before_the_trip_change_nothing_after_it() {
     let breaker = breaker(config());
     let stale: Vec<_> = (0..40).map(|_| breaker.try_acquire().unwrap()).collect();
