@@ -5,7 +5,7 @@
 use std::{
     future::Future,
     pin::Pin,
-    task::{Context, Poll, ready},
+    task::{Context, Poll},
 };
 
 use pin_project_lite::pin_project;
@@ -151,13 +151,19 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
-        let permit = match this.admission {
-            Ok(permit) => permit,
+        let admission = match this.admission {
+            Ok(admission) => admission,
             Err(open) => return Poll::Ready(Err(BreakerError::Open(*open))),
         };
         let call = this.call.as_pin_mut().expect("the service was called, because the breaker admitted the call");
-        let result = ready!(call.poll(cx));
-        if let Some(permit) = permit.take() {
+        // Taken out for the poll, so that a panic in it drops the permit while it unwinds: that is a failure, where a
+        // drop by whoever catches the panic would be a cancellation.
+        let permit = admission.take();
+        let Poll::Ready(result) = call.poll(cx) else {
+            *admission = permit;
+            return Poll::Pending;
+        };
+        if let Some(permit) = permit {
             permit.end_as(this.classify.classify(&result));
         }
         Poll::Ready(result.map_err(BreakerError::Inner))

@@ -3,11 +3,13 @@
 use std::{
     future::{Pending, Ready, pending, ready},
     marker::PhantomData,
+    panic::AssertUnwindSafe,
     task::{Context, Poll},
     time::Duration,
 };
 
 use cancel_safe_http_timeout::{BreakerConfig, BreakerLayer, CircuitBreaker, State};
+use futures_util::FutureExt as _;
 use tower_layer::Layer as _;
 use tower_service::Service;
 
@@ -53,4 +55,15 @@ async fn the_layer_trips_refuses_and_gives_a_dropped_probe_s_slot_back() {
     let mut well = layer.layer(Backend::<Ready<Answer>>(|| ready(Ok(())), PhantomData));
     well.call(()).await.unwrap();
     assert_eq!(breaker.state(), State::Closed);
+}
+
+#[tokio::test]
+async fn a_panic_that_is_caught_outside_is_a_failure_of_the_service() {
+    let breaker = CircuitBreaker::new(BreakerConfig::default());
+    let mut service = BreakerLayer::new(breaker.clone()).layer(Backend(|| async { panic!("on purpose") }, PhantomData));
+    // Something else was heard of the service, so that a cancelled call would be neutral.
+    breaker.try_acquire().unwrap().success();
+    let call = AssertUnwindSafe(service.call(()));
+    assert!(call.catch_unwind().await.is_err());
+    assert_eq!((breaker.metrics().failures, breaker.metrics().cancelled), (1, 0));
 }
