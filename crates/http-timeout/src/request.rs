@@ -294,7 +294,10 @@ impl<'a> Call<'a> {
             // The first origin did its part: the call goes on at the account of the other, if its circuit lets it.
             admission.success();
             match self.client.origins.of(url).admit() {
-                Ok(Some(other)) => admission = other,
+                Ok(Some(mut other)) => {
+                    other.stop_clock();
+                    admission = other;
+                }
                 Ok(None) | Err(_) => return (result, None),
             }
         }

@@ -194,6 +194,24 @@ async fn a_redirect_across_origins_charges_the_one_that_answered() {
 }
 
 #[tokio::test]
+async fn the_time_a_consumer_takes_is_no_slow_call_of_the_origin_it_was_redirected_to() {
+    let target = Server::start(|_, _| async { reply(200, "well") });
+    let url = target.url("/");
+    let first = Server::start(move |_, _| {
+        let reply = with_header(reply(302, ""), "location", &url);
+        async move { reply }
+    });
+    let threshold = Duration::from_secs(1);
+    let config = BreakerConfig::builder().slow_call(threshold, 1.0).build().unwrap();
+    let client = TimeoutClient::builder().breaker(config).build().unwrap();
+    let response = client.get(first.url("/")).send().await.unwrap();
+    tokio::time::sleep(threshold).await;
+    assert_eq!(response.text().await.unwrap(), "well");
+    let metrics = client.breaker(target.url("/")).unwrap().metrics();
+    assert_eq!((metrics.calls, metrics.slow_calls), (1, 0));
+}
+
+#[tokio::test]
 async fn a_redirect_to_a_dead_origin_charges_that_one() {
     let dead = refused_url();
     let target = dead.clone();
