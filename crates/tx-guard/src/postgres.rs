@@ -1,7 +1,7 @@
 //! PostgreSQL: cancelling and terminating over a connection of its own, and a commit that proves itself.
 //!
-//! Invariant: a cancel is acknowledged before the connection it was meant for is used again, so it can never
-//! hit the statement of another transaction.
+//! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
+//! that is told by more than its number, so it can never hit the statement of another transaction.
 
 use std::time::Duration;
 
@@ -33,6 +33,14 @@ const WARM_LIMIT: Duration = Duration::from_millis(500);
 /// Lets the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
 
+/// Process ids are given out again. The moment of the start tells two holders of the same one apart.
+const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
+    FROM pg_stat_get_activity(pg_backend_pid())";
+const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1)
+    WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
+const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
+    WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
+
 /// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
 /// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
 const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
@@ -40,12 +48,20 @@ const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; CO
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
+/// One backend of the server.
+#[derive(Debug, Clone, Copy)]
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct BackendId {
+    pid: i32,
+    /// In microseconds.
+    started: i64,
+}
+
 impl Backend for Postgres {}
 
 impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
-    /// The process id of the backend.
-    type Probe = i32;
+    type Probe = BackendId;
     type Canceller = Mutex<Option<PgConnection>>;
 
     fn target(options: &Options<Self>) -> String {
@@ -69,7 +85,7 @@ impl Driver for Postgres {
         }
     }
 
-    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<i32, sqlx::Error> {
+    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<BackendId, sqlx::Error> {
         let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
         if ownership == Ownership::Owned && can_check {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
@@ -78,7 +94,8 @@ impl Driver for Postgres {
                 Err(error) => return Err(error),
             }
         }
-        sqlx::query_scalar("SELECT pg_backend_pid()").persistent(false).fetch_one(conn).await
+        let (pid, started) = sqlx::query_as(IDENTIFY).persistent(false).fetch_one(conn).await?;
+        Ok(BackendId { pid, started })
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
@@ -89,7 +106,7 @@ impl Driver for Postgres {
         Ok(())
     }
 
-    async fn begin(conn: &mut PgConnection, _: &i32, mode: &Mode) -> Result<(), sqlx::Error> {
+    async fn begin(conn: &mut PgConnection, _: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
         let sql = begin_sql(mode, conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
@@ -104,7 +121,7 @@ impl Driver for Postgres {
         matches!(code.as_deref(), Some("40001" | "40P01"))
     }
 
-    fn is_lost(conn: &PgConnection, _: &i32) -> bool {
+    fn is_lost(conn: &PgConnection, _: &BackendId) -> bool {
         depth::<Self>(conn) == 0
     }
 
@@ -114,7 +131,7 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, _: &i32) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut PgConnection, _: &BackendId) -> Result<(), CommitFailure> {
         let mut sent = false;
         let mut failure = None;
         {
@@ -144,7 +161,7 @@ impl Driver for Postgres {
         }
     }
 
-    async fn rollback(conn: &mut PgConnection, _: &i32) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
@@ -160,16 +177,24 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    async fn cancel(canceller: &Self::Canceller, options: &PgConnectOptions, pid: &i32) -> Result<(), sqlx::Error> {
-        signal(canceller, options, "SELECT pg_cancel_backend($1)", *pid).await
+    async fn cancel(
+        canceller: &Self::Canceller,
+        options: &PgConnectOptions,
+        to: &BackendId,
+    ) -> Result<(), sqlx::Error> {
+        signal(canceller, options, CANCEL, *to).await
     }
 
-    async fn terminate(canceller: &Self::Canceller, options: &PgConnectOptions, pid: &i32) -> Result<(), sqlx::Error> {
-        signal(canceller, options, "SELECT pg_terminate_backend($1)", *pid).await
+    async fn terminate(
+        canceller: &Self::Canceller,
+        options: &PgConnectOptions,
+        to: &BackendId,
+    ) -> Result<(), sqlx::Error> {
+        signal(canceller, options, TERMINATE, *to).await
     }
 
     /// Only a round trip can do it.
-    fn interrupt(_: &i32) {}
+    fn interrupt(_: &BackendId) {}
 
     async fn cool(canceller: &Self::Canceller) {
         if let Some(conn) = canceller.lock().await.take() {
@@ -219,12 +244,12 @@ async fn signal(
     canceller: &Mutex<Option<PgConnection>>,
     options: &PgConnectOptions,
     sql: &'static str,
-    pid: i32,
+    to: BackendId,
 ) -> Result<(), sqlx::Error> {
     let mut warm = canceller.lock().await;
     let mut doubt = None;
     if let Some(mut conn) = warm.take() {
-        match timeout(WARM_LIMIT, sqlx::query(sql).bind(pid).execute(&mut conn)).await {
+        match timeout(WARM_LIMIT, sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn)).await {
             Ok(Ok(_)) => {
                 *warm = Some(conn);
                 return Ok(());
@@ -234,8 +259,37 @@ async fn signal(
         }
     }
     let mut conn = options.connect().await?;
-    sqlx::query(sql).bind(pid).execute(&mut conn).await?;
+    sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn).await?;
     *warm = Some(conn);
     // The signal that had no answer may be under way behind this one, so the session must not be used again.
     doubt.map_or(Ok(()), Err)
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::future::join;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_cancel_reaches_no_other_backend_that_was_given_the_same_process_id() {
+        let url = std::env::var("CANCEL_SAFE_TEST_POSTGRES_URL")
+            .expect("set CANCEL_SAFE_TEST_POSTGRES_URL or run cargo xtask test tx-guard");
+        let options: PgConnectOptions = url.parse().unwrap();
+        let canceller = <Postgres as Driver>::Canceller::default();
+        Postgres::warm(&canceller, &options).await.unwrap();
+        let mut conn = options.connect().await.unwrap();
+        let ours = Postgres::probe(&mut conn, Ownership::Wrapped).await.unwrap();
+        let before = BackendId { started: ours.started - 1, ..ours };
+
+        let sleep = sqlx::raw_sql("SELECT pg_sleep(0.5)").execute(&mut conn);
+        let (slept, cancelled) = join(sleep, Postgres::cancel(&canceller, &options, &before)).await;
+        cancelled.unwrap();
+        assert!(slept.is_ok(), "{slept:?}");
+
+        let sleep = sqlx::raw_sql("SELECT pg_sleep(30)").execute(&mut conn);
+        let (slept, cancelled) = join(sleep, Postgres::cancel(&canceller, &options, &ours)).await;
+        cancelled.unwrap();
+        assert!(slept.is_err(), "{slept:?}");
+    }
 }
