@@ -156,7 +156,7 @@
 //! | [`timeout()`], [`timeout_at`] or [`with_token`] ends during [`critical`] | the section is finished first; the future is dropped at its first pending point after it |
 //! | the future is ready in the poll in which the deadline passes or the token fires | its result is returned: the future is polled first |
 //! | scopes are nested | the smallest deadline counts; inside a critical section the outer ones are postponed, its own still work |
-//! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing` |
+//! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing`; a failure in `cancel-safe-testing` |
 //! | a [`Shield`] is dropped | before its first poll: it has never run; after it: it finishes on its runtime |
 //! | the runtime goes before a shield or a cleanup has finished, or it panics | it is counted as [`lost`](Drain::lost) |
 //! | [`Reaper::drain`] returns | by its grace; if clean, nothing was running any more; `finished + timed_out + lost` is all that was started |
