@@ -225,7 +225,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
             let returned = guarded(&ticket.slot, || work(cx));
             ticket.tell(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
         });
-        self.roster.attach(&slot, handle.abort_handle());
+        slot.attach(handle.abort_handle());
         Ok(())
     }
 
@@ -345,7 +345,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     {
         let slot = Arc::clone(&ticket.slot);
         let handle = tokio::spawn(Tracked::new(future, ticket));
-        self.roster.attach(&slot, handle.abort_handle());
+        slot.attach(handle.abort_handle());
     }
 
     fn context(&self, ticket: &Ticket<T, E>) -> WorkerContext {
@@ -487,3 +487,34 @@ impl<W> fmt::Display for Rejected<W> {
 }
 
 impl<W> std::error::Error for Rejected<W> {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_is_cut_before_it_is_spawned_is_aborted_all_the_same() {
+        let group = TaskGroup::new();
+        let Ok(ticket) = group.enter("late".into(), Location::caller(), Kind::Contextual) else {
+            panic!("an open group");
+        };
+        let slot = Arc::clone(&ticket.slot);
+        group.stop(StopReason::Requested, after(DEFAULT_GRACE));
+        abort_tree(&group.node());
+        group.launch(ticket, std::future::pending::<()>());
+        let ended = tokio::time::timeout(Duration::from_secs(5), group.wait()).await.expect("it was not aborted");
+        assert!(slot.is_told());
+        assert_eq!(ended.cancelled, ["late"]);
+    }
+
+    #[tokio::test]
+    async fn an_outcome_that_nobody_has_asked_for_does_not_keep_the_memory_of_its_task() {
+        let group = TaskGroup::new();
+        group.spawn("done", async {}).expect("an open group");
+        group.spawn_blocking("hashed", |_| {}).expect("an open group");
+        group.idle().await;
+        for ended in group.roster.take_ended() {
+            assert!(!ended.slot.holds_task());
+        }
+    }
+}

@@ -11,7 +11,7 @@ use pin_project_lite::pin_project;
 
 use crate::report::{Ledger, TaskReport};
 use crate::stop::Stop;
-use crate::task::{Kind, Slot, TaskOutcome, TaskOutput, guarded};
+use crate::task::{Slot, TaskOutcome, TaskOutput, guarded};
 use crate::tree::{Node, ended};
 
 /// How a task ended, with its traces.
@@ -156,18 +156,6 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         Ok(Ticket { slot, roster: Arc::clone(self), index })
     }
 
-    /// Makes a spawned task abortable.
-    pub(crate) fn attach(&self, slot: &Slot, handle: tokio::task::AbortHandle) {
-        // Under the lock: either the stop comes later and finds the handle, or `closed` is seen here.
-        let state = self.state();
-        slot.attach(handle);
-        let closed = state.closed;
-        drop(state);
-        if closed && slot.kind != Kind::Contextual {
-            slot.abort();
-        }
-    }
-
     /// The next outcome, if one is at hand.
     pub(crate) fn next(&self) -> Option<Ended<T, E>> {
         self.state().ended.pop_front()
@@ -214,6 +202,7 @@ impl<T, E> Roster<T, E> {
         if !claimed {
             return;
         }
+        slot.detach();
         let mut state = self.state();
         if let Some(slot) = state.live.get_mut(index).and_then(Option::take) {
             state.vacant.push(index);

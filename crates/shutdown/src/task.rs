@@ -5,7 +5,7 @@ use std::borrow::Cow;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, Location, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::task::AbortHandle;
 
@@ -172,6 +172,18 @@ pub(crate) enum Kind {
     Blocking,
 }
 
+/// The way to abort a task.
+#[derive(Debug)]
+enum Abort {
+    /// It is on the list of its group and about to be spawned. A stop may come between the two.
+    NotSpawned {
+        wanted: bool,
+    },
+    Spawned(AbortHandle),
+    /// Its outcome is told. A handle would keep the memory of its future for as long as the outcome is kept.
+    Ended,
+}
+
 /// What others may know of a task while it runs. Shared by the task, its group and the reports.
 #[derive(Debug)]
 pub(crate) struct Slot {
@@ -184,7 +196,7 @@ pub(crate) struct Slot {
     told: AtomicBool,
     /// What it was doing when it was cut.
     cut: OnceLock<StragglerState>,
-    abort: OnceLock<AbortHandle>,
+    abort: Mutex<Abort>,
     mark: Mutex<Option<Cow<'static, str>>>,
 }
 
@@ -197,7 +209,7 @@ impl Slot {
             pulse: AtomicU32::new(0),
             told: AtomicBool::new(false),
             cut: OnceLock::new(),
-            abort: OnceLock::new(),
+            abort: Mutex::new(Abort::NotSpawned { wanted: false }),
             mark: Mutex::new(None),
         }
     }
@@ -238,15 +250,46 @@ impl Slot {
         self.told.load(Ordering::Acquire)
     }
 
+    /// Makes the task abortable, now that it is spawned.
     pub(crate) fn attach(&self, handle: AbortHandle) {
-        // A slot belongs to one task, so there is one handle to keep.
-        self.abort.get_or_init(|| handle);
+        let mut abort = self.lock_abort();
+        match *abort {
+            Abort::NotSpawned { wanted: false } => *abort = Abort::Spawned(handle),
+            Abort::NotSpawned { wanted: true } => {
+                *abort = Abort::Spawned(handle.clone());
+                drop(abort);
+                handle.abort();
+            }
+            Abort::Spawned(_) | Abort::Ended => {}
+        }
     }
 
+    /// Lets go of the task, whose outcome has been told.
+    pub(crate) fn detach(&self) {
+        let before = std::mem::replace(&mut *self.lock_abort(), Abort::Ended);
+        drop(before);
+    }
+
+    /// Aborts the task, or else sees to it that it is aborted as soon as it can be.
     pub(crate) fn abort(&self) {
-        if let Some(handle) = self.abort.get() {
-            handle.abort();
-        }
+        let handle = match &mut *self.lock_abort() {
+            Abort::NotSpawned { wanted } => {
+                *wanted = true;
+                return;
+            }
+            Abort::Spawned(handle) => handle.clone(),
+            Abort::Ended => return,
+        };
+        handle.abort();
+    }
+
+    #[cfg(test)]
+    pub(crate) fn holds_task(&self) -> bool {
+        matches!(*self.lock_abort(), Abort::Spawned(_))
+    }
+
+    fn lock_abort(&self) -> MutexGuard<'_, Abort> {
+        self.abort.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(crate) fn set_mark(&self, mark: Cow<'static, str>) {
