@@ -79,9 +79,7 @@ impl<T: Send + 'static> Drop for Shield<T> {
     fn drop(&mut self) {
         if let Some(future) = self.future.take_if(|_| self.polled) {
             let (limit, late) = (self.limit, self.late.take());
-            // A runtime that has shut down drops the future here, and the slot inside closes its connection. A connection
-            // of an sqlx pool panics if it is dropped where no runtime is entered, not even one that has ended.
-            let _entered = self.runtime.enter();
+            // A runtime that has shut down drops the future here, and the slot inside closes its connection.
             drop(self.runtime.spawn(async move {
                 let output = match limit {
                     Some(limit) => timeout(limit, future).await.ok(),

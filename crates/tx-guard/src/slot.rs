@@ -112,22 +112,26 @@ pub(crate) struct Slot<DB: Backend> {
 
 enum Lease<DB: Backend> {
     Owned(Object<Manager<DB>>),
-    Wrapped(PoolConnection<DB>, DB::Probe),
+    /// The probe is learnt before anybody has the slot.
+    Wrapped(PoolConnection<DB>, Option<DB::Probe>),
 }
 
-/// The proof behind the `expect`s below.
+/// The proofs behind the `expect`s below.
 const LEASED: &str = "the lease is taken only by the release and the drop, after which nobody has the slot";
+const PROBED: &str = "a slot is handed out only after its probe was learnt";
 
 impl<DB: Backend> Slot<DB> {
     pub(crate) async fn new(held: Held<DB>, runtime: Handle) -> Result<Self, sqlx::Error> {
         let lease = match held {
             Held::Owned(session) => Lease::Owned(session),
-            Held::Wrapped(mut conn) => {
-                let probe = DB::probe(&mut conn, Ownership::Wrapped).await?;
-                Lease::Wrapped(conn, probe)
-            }
+            Held::Wrapped(conn) => Lease::Wrapped(conn, None),
         };
-        Ok(Self { lease: Some(lease), runtime })
+        // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
+        let mut slot = Self { lease: Some(lease), runtime };
+        if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
+            *probe = Some(DB::probe(conn, Ownership::Wrapped).await?);
+        }
+        Ok(slot)
     }
 
     pub(crate) fn connection(&self) -> &DB::Connection {
@@ -143,7 +147,7 @@ impl<DB: Backend> Slot<DB> {
                 let session = &mut **session;
                 (&mut session.conn, &session.probe)
             }
-            Lease::Wrapped(conn, probe) => (conn, probe),
+            Lease::Wrapped(conn, probe) => (conn, probe.as_ref().expect(PROBED)),
         }
     }
 
@@ -172,7 +176,7 @@ impl<DB: Backend> Drop for Slot<DB> {
                 drop(Object::take(session));
             }
             Some(Lease::Wrapped(conn, probe)) => {
-                DB::interrupt(&probe);
+                probe.iter().for_each(DB::interrupt);
                 let _entered = self.runtime.enter();
                 drop(conn.detach());
             }

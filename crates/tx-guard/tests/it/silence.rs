@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use cancel_safe_tx_guard::{CommitOutcome, TxError, TxEvent, TxPool, TxPoolBuilder};
 use futures_util::FutureExt;
 use sqlx::Postgres;
+use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -106,6 +107,22 @@ async fn an_abandoned_begin_gives_its_place_back() {
     assert!(timeout(Duration::from_millis(50), db.begin()).await.is_err());
     within(works_as_before(&world, &db)).await;
     world.end(db).await;
+}
+
+#[tokio::test]
+async fn an_abandoned_begin_gives_its_place_in_a_wrapped_pool_back() {
+    let world = World::<Postgres>::new().await;
+    let door = Door::open(&world.options).await;
+    let pool = PoolOptions::new().max_connections(1).test_before_acquire(false);
+    let pool = pool.connect_with(door.through.clone()).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    assert!(backend(&db).await > 0);
+    eventually("sqlx has the connection back", async || pool.num_idle() == 1).await;
+    door.silence(SESSION);
+    assert!(timeout(Duration::from_millis(50), db.begin()).await.is_err());
+    within(works_as_before(&world, &db)).await;
+    world.end(db).await;
+    pool.close().await;
 }
 
 #[tokio::test]
