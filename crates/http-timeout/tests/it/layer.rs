@@ -52,6 +52,8 @@ async fn the_layer_trips_refuses_and_gives_a_dropped_probe_s_slot_back() {
         assert!(tokio::time::timeout(Duration::from_millis(1), probe).await.is_err());
         assert_eq!((breaker.state(), breaker.metrics().probes), (State::HalfOpen, 0));
     }
+    drop(hanging.call(()));
+    assert_eq!(breaker.metrics().probes, 0, "the slot of a call that was never polled");
     let mut well = layer.layer(Backend::<Ready<Answer>>(|| ready(Ok(())), PhantomData));
     well.call(()).await.unwrap();
     assert_eq!(breaker.state(), State::Closed);
