@@ -289,8 +289,8 @@ impl Application {
     /// # Cancel safety
     ///
     /// This method is not cancel safe. If dropped, every worker is dropped at its current await without a grace, no
-    /// report is made, and blocking closures that have begun run on. Cancel the [shutdown handle](Self::shutdown_handle)
-    /// instead.
+    /// report is made unless the callbacks have it already, and blocking closures that have begun run on. Cancel the
+    /// [shutdown handle](Self::shutdown_handle) instead.
     ///
     /// # Errors
     ///

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::report::{Ledger, say};
 use crate::roster::{Ended, Recorder, Roster, Ticket, Tracked};
 use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput, guarded};
-use crate::tree::{Node, abort_tree, bounded, poll_finished, stop_tree};
+use crate::tree::{Node, abort_tree, bounded, finished, stop_tree};
 use crate::worker::WorkerContext;
 
 /// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
@@ -297,7 +298,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// lost; a blocking closure that has begun runs on.
     pub async fn wait(self) -> TaskGroupResult<E> {
         let node = self.node();
-        bounded(&node, |cx| poll_finished(&node, cx)).await;
+        let mut finished = pin!(finished(&node));
+        bounded(&node, |cx| finished.as_mut().poll(cx)).await;
         let mut result = TaskGroupResult::default();
         for ended in self.roster.take_ended() {
             result.add(ended);

@@ -286,10 +286,15 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         }
     }
 
-    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<u64> {
+    fn entered_if_empty(&self) -> Option<u64> {
+        let state = self.state();
+        state.is_empty().then_some(state.entered)
+    }
+
+    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.state();
         if state.is_empty() {
-            return Poll::Ready(state.entered);
+            return Poll::Ready(());
         }
         register(&mut state.idle_waiters, cx);
         Poll::Pending

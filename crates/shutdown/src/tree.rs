@@ -2,8 +2,9 @@
 //! groups below it; no two groups are ever locked at once.
 
 use std::fmt;
+use std::future::poll_fn;
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -35,8 +36,10 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn adopt(&self, child: Weak<dyn Node>) -> bool;
     /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
     fn abandon(&self);
-    /// Ready when no task is alive here; tells how many ever were.
-    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<u64>;
+    /// How many tasks there ever were here, if none is alive.
+    fn entered_if_empty(&self) -> Option<u64>;
+    /// Ready when no task is alive here.
+    fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()>;
     /// Ready when no task is alive here or below, nor a group below that could still take one.
     fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()>;
     /// Whether this group has just ended for good; if so, the one above that has to be told.
@@ -79,15 +82,24 @@ fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn N
     nodes
 }
 
-/// Ready when no task is alive here or below, whoever still holds a group below: those are closed then.
-pub(crate) fn poll_finished(root: &Arc<dyn Node>, cx: &mut Context<'_>) -> Poll<()> {
-    let idle = root.poll_idle(cx);
-    if idle.is_ready() || root.stop().is_set() {
-        return idle;
+/// Waits until no task is alive here and below, whoever still holds a group below: those are closed then.
+pub(crate) async fn finished(root: &Arc<dyn Node>) {
+    loop {
+        // One after the other, so that it does not take a look at every group to see that one of them has ended.
+        for node in walk(root, |_| {}) {
+            poll_fn(|cx| node.poll_empty(cx)).await;
+        }
+        if close_if_finished(root) {
+            return;
+        }
     }
+}
+
+/// Closes a group and all groups below it if no task is alive in any of them; returns whether that is so.
+fn close_if_finished(root: &Arc<dyn Node>) -> bool {
     // A task may end right after it has spawned another into a group that was looked at before. But if there was none
     // in two looks, and none has come in between, there was none anywhere at the end of the first.
-    let (first, second) = (ready!(poll_census(root, cx)), ready!(poll_census(root, cx)));
+    let (Some(first), Some(second)) = (census(root), census(root)) else { return false };
     let same = |(one, two): (&Census, &Census)| Arc::ptr_eq(&one.0, &two.0) && one.1 == two.1;
     let mut finished = first.len() == second.len() && first.iter().zip(&second).all(same);
     if finished {
@@ -95,24 +107,16 @@ pub(crate) fn poll_finished(root: &Arc<dyn Node>, cx: &mut Context<'_>) -> Poll<
             ended(node.end());
         }
     }
-    if !finished {
-        cx.waker().wake_by_ref();
-        return Poll::Pending;
-    }
-    Poll::Ready(())
+    finished
 }
 
 /// A group without tasks, and how many it ever had.
 type Census = (Arc<dyn Node>, u64);
 
-/// Ready when each group, when it was looked at, was without tasks.
-fn poll_census(root: &Arc<dyn Node>, cx: &mut Context<'_>) -> Poll<Vec<Census>> {
-    let mut census = Vec::new();
-    for node in walk(root, |_| {}) {
-        let entered = ready!(node.poll_empty(cx));
-        census.push((node, entered));
-    }
-    Poll::Ready(census)
+/// A look at each group; `None` if one has tasks.
+fn census(root: &Arc<dyn Node>) -> Option<Vec<Census>> {
+    let nodes = walk(root, |_| {}).into_iter();
+    nodes.map(|node| node.entered_if_empty().map(|entered| (node, entered))).collect()
 }
 
 /// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
@@ -135,7 +139,7 @@ pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
     let settled = Instant::now() + SETTLE;
     for root in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
-        drop(tokio::time::timeout_at(settled, std::future::poll_fn(|cx| root.poll_idle(cx))).await);
+        drop(tokio::time::timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await);
     }
     for node in nodes {
         node.abandon();
@@ -145,7 +149,7 @@ pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
 /// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
 pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
     loop {
-        let looking = std::future::poll_fn(&mut look);
+        let looking = poll_fn(&mut look);
         match root.stop().get() {
             Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
                 Ok(found) => return found,
