@@ -223,6 +223,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         let cx = self.context(&ticket);
         let slot = Arc::clone(&ticket.slot);
         let handle = tokio::task::spawn_blocking(move || {
+            if !ticket.slot.begin() {
+                return;
+            }
             let returned = guarded(&ticket.slot, || work(cx));
             ticket.tell(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
         });

@@ -282,7 +282,8 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
             state.live.iter().enumerate().filter_map(|(index, slot)| Some((index, slot.clone()?))).collect()
         };
         for (index, slot) in live {
-            self.tell(index, &slot, TaskOutcome::Abandoned);
+            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
+            self.tell(index, &slot, outcome);
         }
     }
 

@@ -184,13 +184,17 @@ enum Abort {
     Ended,
 }
 
+/// The pulse of a blocking closure that must not begin any more.
+const CALLED_OFF: u32 = u32::MAX;
+
 /// What others may know of a task while it runs. Shared by the task, its group and the reports.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) name: Cow<'static, str>,
     pub(crate) spawned_at: &'static Location<'static>,
     pub(crate) kind: Kind,
-    /// The number of polls begun and ended: odd inside a poll. Only the task writes it, so plain stores will do.
+    /// The number of polls begun and ended: odd inside a poll. Once it has begun, only the task writes it, so plain
+    /// stores will do.
     pulse: AtomicU32,
     /// Whether its outcome has been told. Whoever sets it tells.
     told: AtomicBool,
@@ -216,6 +220,17 @@ impl Slot {
 
     pub(crate) fn beat(&self) {
         self.pulse.store(self.pulse.load(Ordering::Relaxed).wrapping_add(1), Ordering::Relaxed);
+    }
+
+    /// Begins a blocking closure, unless it has been called off.
+    pub(crate) fn begin(&self) -> bool {
+        self.pulse.compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+    }
+
+    /// Calls a blocking closure off, unless it has begun.
+    pub(crate) fn call_off(&self) -> bool {
+        self.kind == Kind::Blocking
+            && self.pulse.compare_exchange(0, CALLED_OFF, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     pub(crate) fn pulse(&self) -> u32 {

@@ -34,7 +34,8 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn is_gone(&self) -> bool;
     /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
     fn adopt(&self, child: Weak<dyn Node>) -> bool;
-    /// Tells every task that is still alive as [`TaskOutcome::Abandoned`].
+    /// Tells every task that is still alive as abandoned, but a blocking closure that has not begun as cancelled: it
+    /// never will.
     fn abandon(&self);
     /// How many tasks there ever were here, if none is alive.
     fn entered_if_empty(&self) -> Option<u64>;

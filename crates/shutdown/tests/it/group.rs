@@ -228,6 +228,26 @@ async fn a_blocking_closure_that_has_not_begun_is_dropped_by_a_cancel() {
     assert_eq!(result.cancelled, ["queued"]);
 }
 
+#[test]
+fn a_blocking_closure_that_finds_no_thread_in_its_grace_is_no_straggler_and_never_runs() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
+    let ran = Arc::new(AtomicBool::new(false));
+    let (release, held) = mpsc::channel::<()>();
+    runtime.block_on(async {
+        let holder = tokio::task::spawn_blocking(move || held.recv().unwrap_or_default());
+        let group = TaskGroup::new();
+        let run = Arc::clone(&ran);
+        group.spawn_blocking("queued", move |_| run.store(true, Ordering::SeqCst)).unwrap();
+        let result = group.shutdown(Duration::from_millis(20)).await;
+        assert_eq!((result.cancelled, result.stragglers.len()), (vec!["queued".to_owned()], 0));
+        drop(release);
+        holder.await.unwrap();
+        // Behind the closure in the queue: had it been run, it would have been before this one.
+        tokio::task::spawn_blocking(|| ()).await.unwrap();
+    });
+    assert!(!ran.load(Ordering::SeqCst));
+}
+
 #[tokio::test]
 async fn waiting_for_a_group_waits_for_the_groups_below() {
     let group = TaskGroup::new();
