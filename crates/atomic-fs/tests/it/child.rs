@@ -30,7 +30,12 @@ pub(crate) fn command(wrapper: &[&str], task: &str, path: &Path) -> Command {
 /// Runs the child to its end and returns the last thing that it said; `None` if it was killed before.
 pub(crate) fn outcome(mut command: Command) -> Option<String> {
     let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    last_word(&output.stdout)
+}
+
+/// The last thing that a child with this output has said.
+pub(crate) fn last_word(output: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(output).into_owned();
     text.lines().rev().find_map(|line| line.split_once(MARK)).map(|(_, said)| said.to_owned())
 }
 

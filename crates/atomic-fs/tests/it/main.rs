@@ -15,3 +15,5 @@ mod crash;
 mod faults;
 #[cfg(unix)]
 mod metadata;
+#[cfg(unix)]
+mod strace;
