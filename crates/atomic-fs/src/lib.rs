@@ -114,19 +114,35 @@
 mod commit;
 mod error;
 mod file;
+#[cfg(unix)]
+mod journal;
 mod lane;
 mod options;
 mod platform;
+#[cfg(unix)]
+mod protocol;
+#[cfg(unix)]
+mod reader;
 mod recovery;
 mod staged;
+#[cfg(unix)]
+mod transaction;
 mod whole;
+#[cfg(unix)]
+mod workspace;
 
 pub mod blocking;
 
 pub use error::{Error, TargetState};
 pub use file::{AtomicFileWriter, CommitHandle};
 pub use options::{Durability, Preserve, Symlinks, WriteOptions};
+#[cfg(unix)]
+pub use reader::{ReadLock, read_lock};
+#[cfg(unix)]
+pub use recovery::{RecoveryReport, recover};
 pub use recovery::{SweepReport, sweep};
+#[cfg(unix)]
+pub use transaction::MultiFileTransaction;
 pub use whole::write;
 #[cfg(feature = "json")]
 pub use whole::{write_json, write_json_with_timeout};

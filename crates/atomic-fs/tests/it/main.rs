@@ -17,3 +17,5 @@ mod faults;
 mod metadata;
 #[cfg(unix)]
 mod strace;
+#[cfg(unix)]
+mod transaction;
