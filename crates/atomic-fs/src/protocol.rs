@@ -239,7 +239,12 @@ impl Plan {
                     _ => io_error("link the file", &given)(source),
                 })?;
                 let name = to.target.name.clone();
-                self.places.push(Place { target: to.target, temp: temp.clone(), taken: true });
+                self.places.push(Place {
+                    target: to.target,
+                    temp: temp.clone(),
+                    taken: true,
+                    left: Some(workspace.left.clone()),
+                });
                 self.put(to.path, to.site, name, temp, identity)
             }
         }
@@ -302,6 +307,7 @@ impl Plan {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
             if let Err(_error) = finish(&home, COMMITTED, &self.slots) {
+                workspace.left.store(true, Ordering::Relaxed);
                 #[cfg(feature = "tracing")]
                 tracing::warn!(error = %_error, "a committed transaction is to be cleaned up by a recovery");
             }
@@ -310,6 +316,7 @@ impl Plan {
         match abort(&home, &self.slots) {
             Ok(()) => Err(error),
             Err(source) => {
+                workspace.left.store(true, Ordering::Relaxed);
                 // The passage stays open until here, so that a drop waits for this too.
                 passage.done();
                 Err(Error::Undecided { directory: home.path.clone(), source })

@@ -8,6 +8,7 @@ use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
 use crate::platform::{self, Dir, Entry, Kind, Moved};
@@ -32,7 +33,11 @@ pub(crate) enum Naming {
     File,
     /// As the transaction says that it is part of; a sweep leaves it alone.
     #[cfg(unix)]
-    Fixed(OsString),
+    Fixed {
+        name: OsString,
+        /// Set if the file could not be removed.
+        left: Arc<AtomicBool>,
+    },
 }
 
 impl Naming {
@@ -40,7 +45,15 @@ impl Naming {
         match self {
             Self::File => format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into(),
             #[cfg(unix)]
-            Self::Fixed(name) => name.clone(),
+            Self::Fixed { name, .. } => name.clone(),
+        }
+    }
+
+    fn left(&self) -> Option<Arc<AtomicBool>> {
+        match self {
+            Self::File => None,
+            #[cfg(unix)]
+            Self::Fixed { left, .. } => Some(left.clone()),
         }
     }
 }
@@ -125,6 +138,8 @@ pub(crate) struct Place {
     pub(crate) temp: OsString,
     /// Whether there is a file of ours by the name `temp`.
     pub(crate) taken: bool,
+    /// Whom to tell if the file could not be removed.
+    pub(crate) left: Option<Arc<AtomicBool>>,
 }
 
 impl Place {
@@ -147,23 +162,27 @@ impl Place {
         Err(io::Error::new(io::ErrorKind::AlreadyExists, "every temporary name that was tried is taken"))
     }
 
-    /// Removes the file of ours and says whether that worked.
-    #[cfg(unix)]
+    /// Removes the file of ours, if there is one, and says whether that worked.
     pub(crate) fn remove(&mut self) -> io::Result<()> {
-        if std::mem::take(&mut self.taken) { self.target.dir.remove(&self.temp) } else { Ok(()) }
+        if !std::mem::take(&mut self.taken) {
+            return Ok(());
+        }
+        match self.target.dir.remove(&self.temp) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                if let Some(left) = &self.left {
+                    left.store(true, Ordering::Relaxed);
+                }
+                Err(error)
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Removes the file of ours, if there is one.
     fn release(&mut self) {
-        if !std::mem::take(&mut self.taken) {
-            return;
-        }
-        match self.target.dir.remove(&self.temp) {
-            Err(_error) if _error.kind() != io::ErrorKind::NotFound => {
-                #[cfg(feature = "tracing")]
-                tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep");
-            }
-            _ => {}
+        if let Err(_error) = self.remove() {
+            #[cfg(feature = "tracing")]
+            tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep or recovery");
         }
     }
 }
@@ -219,7 +238,7 @@ impl Staged {
         naming: &Naming,
     ) -> Result<Self, Error> {
         let mode = creation_mode(&target, options);
-        let mut place = Place { target, temp: OsString::new(), taken: false };
+        let mut place = Place { target, temp: OsString::new(), taken: false, left: naming.left() };
         let (file, fresh) = place.take(mode, naming).map_err(io_error("create a temporary file beside", path))?;
         let mut staged = Self { path: path.to_path_buf(), options, place, file, fresh, cursor: 0, length: 0 };
         // Before there is any content, so that at no time a group may read it that may not read the final file.
@@ -298,8 +317,7 @@ impl Staged {
 
     /// Removes the file and says whether that worked.
     pub(crate) fn discard(mut self) -> Result<(), Error> {
-        self.place.taken = false;
-        self.place.target.dir.remove(&self.place.temp).map_err(io_error("remove the temporary file of", &self.path))
+        self.place.remove().map_err(io_error("remove the temporary file of", &self.path))
     }
 
     /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.

@@ -9,6 +9,7 @@ use std::fs::{File, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -67,6 +68,8 @@ pub(crate) struct Workspace {
     note: File,
     /// How many names have been given.
     given: Mutex<u64>,
+    /// Whether a file was left, so that the note is kept for a recovery.
+    pub(crate) left: Arc<AtomicBool>,
 }
 
 impl Workspace {
@@ -81,7 +84,8 @@ impl Workspace {
                 other => other.map_err(io_error("create a transaction's note in", journal_dir))?,
             };
             // From here on its drop removes it.
-            let workspace = Self { id, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0) };
+            let workspace =
+                Self { id, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0), left: Arc::default() };
             if lock(&workspace.note).map_err(io_error("lock a transaction's note in", journal_dir))?.is_some() {
                 return Ok(workspace);
             }
@@ -136,6 +140,9 @@ impl Workspace {
 
 impl Drop for Workspace {
     fn drop(&mut self) {
+        if self.left.load(Ordering::Relaxed) {
+            return;
+        }
         let _gone_already = self.home().dir.remove(format!("{PREFIX}{}", self.id).as_ref());
     }
 }

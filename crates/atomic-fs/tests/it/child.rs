@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, blocking};
 
+use crate::campaign::change_all_after_others;
 use crate::cancel::cancel_at_random;
 
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
@@ -92,6 +93,12 @@ fn entry() {
                 say_result(options.write(path, &content).await);
             });
         }
+        "change all after others" => {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+            say_result(runtime.block_on(change_all_after_others(path)));
+        }
+        "recover" => say_result(runtime().block_on(atomic_fs::recover(path)).map(drop)),
         "cancel" => {
             let tally = cancel_at_random(200, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
             say(&format!("{tally:?}"));

@@ -8,6 +8,8 @@ mod prop;
 mod support;
 
 #[cfg(unix)]
+mod campaign;
+#[cfg(unix)]
 mod child;
 #[cfg(unix)]
 mod crash;

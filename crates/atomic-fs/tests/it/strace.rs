@@ -41,9 +41,11 @@ pub(crate) struct Run {
     pub(crate) is_hit: bool,
 }
 
-/// Runs `task` on `path`, with `inject` (such as `fsync:error=EIO:when=3`), and logs the calls that name `within`.
+/// Runs `task` on `path`, with `inject` (such as `fsync:error=EIO:when=3`, one a line), and logs the calls that name
+/// `within`.
 pub(crate) fn run(task: &str, path: &Path, within: &str, log: &Path, inject: Option<&str>) -> Run {
-    let inject = inject.map(|inject| format!("inject={inject}"));
+    let inject: Vec<_> =
+        inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
     let mut wrapper = vec!["strace", "-f", "-qq", "-y", "-s", "300", "-e", "trace=%file,%desc"];
     wrapper.extend(["-o", log.to_str().unwrap()]);
     wrapper.extend(inject.iter().flat_map(|inject| ["-e", inject]));
