@@ -63,7 +63,7 @@ impl Sealed {
 /// What a transaction is to do, ready to be done.
 #[derive(Debug)]
 pub(crate) enum Step {
-    Put(Sealed),
+    Put(Box<Sealed>),
     Remove(Arc<Path>),
     Rename { from: Arc<Path>, to: Arc<Path> },
 }
@@ -154,7 +154,7 @@ impl Named {
 /// A step whose directories are known.
 #[derive(Debug)]
 enum Move {
-    Put(Sealed),
+    Put(Box<Sealed>),
     Remove(Named),
     Rename { from: Named, to: Named },
 }
@@ -218,7 +218,7 @@ impl Plan {
     fn add(&mut self, workspace: &Workspace, one: Move) -> Result<(), Error> {
         match one {
             Move::Put(sealed) => {
-                let Sealed { path, place, site, identity, workspace, .. } = sealed;
+                let Sealed { path, place, site, identity, workspace, .. } = *sealed;
                 self.keep.push(workspace);
                 let (name, temp) = (place.target.name.clone(), place.temp.clone());
                 self.places.push(place);

@@ -38,9 +38,9 @@ pub struct SweepReport {
 /// Removes from the directory `dir` the temporary files of writers that were killed.
 ///
 /// Call it when a program starts. It looks at regular files named `.afs-file-` and 16 hexadecimal digits, and at
-/// nothing else; it does not descend into directories. Living writers, in this process or another, are not disturbed:
-/// each locks its file, and the lock dies with its process. On a network file system whose locks are not seen by
-/// other machines, only sweep while none of them writes.
+/// nothing else: it does not descend into directories, and leaves what transactions have staged to their recovery.
+/// Living writers, in this process or another, are not disturbed: each locks its file, and the lock dies with its
+/// process. On a network file system whose locks are not seen by other machines, only sweep while none of them writes.
 ///
 /// # Cancel safety
 ///

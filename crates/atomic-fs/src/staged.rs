@@ -79,6 +79,7 @@ pub(crate) struct Target {
     pub(crate) dir: Arc<Dir>,
     pub(crate) name: OsString,
     /// The path by which `dir` was opened.
+    #[cfg_attr(not(unix), expect(dead_code, reason = "only transactions note it"))]
     pub(crate) parent: PathBuf,
     /// The file that is there now; `None` also for a link that is itself replaced, since it has no mode of its own.
     existing: Option<Entry>,

@@ -67,7 +67,7 @@ pub struct MultiFileTransaction {
 
 /// What the caller asked for, in its order.
 enum Change {
-    Put(Sealed),
+    Put(Box<Sealed>),
     Writing { path: Arc<Path>, name: OsString, site: Arc<Site>, writer: Box<AtomicFileWriter> },
     Remove(Arc<Path>),
     Rename { from: Arc<Path>, to: Arc<Path> },
@@ -113,7 +113,7 @@ impl MultiFileTransaction {
         })
         .await?;
         self.refuse_repetition(&sealed.site, &sealed.place.target.name, &path)?;
-        self.changes.push(Change::Put(sealed));
+        self.changes.push(Change::Put(Box::new(sealed)));
         Ok(())
     }
 
@@ -279,7 +279,7 @@ impl MultiFileTransaction {
     /// Syncs and closes the staged files if many are open.
     async fn close_some(&mut self, path: &Arc<Path>) -> Result<(), Error> {
         let open = |change: &Change| match change {
-            Change::Put(Sealed { path, file: Some(file), .. }) => Some((path.clone(), file.clone())),
+            Change::Put(sealed) => sealed.file.clone().map(|file| (sealed.path.clone(), file)),
             _ => None,
         };
         let files: Vec<_> = self.changes.iter().filter_map(open).collect();
@@ -358,7 +358,7 @@ impl Change {
                 let (mut staged, base, tail) = writer.into_staged()?;
                 staged.write_at(base, &tail, gate)?;
                 let length = base + tail.len() as u64;
-                Step::Put(Sealed::new(*staged, length, None, &path, site, workspace.clone())?)
+                Step::Put(Box::new(Sealed::new(*staged, length, None, &path, site, workspace.clone())?))
             }
             Self::Remove(path) => Step::Remove(path),
             Self::Rename { from, to } => Step::Rename { from, to },

@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, blocking};
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, Preserve, blocking};
 
 use crate::campaign::change_all_after_others;
 use crate::cancel::cancel_at_random;
@@ -98,6 +98,12 @@ fn entry() {
                 tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
             say_result(runtime.block_on(change_all_after_others(path)));
         }
+        "pair" => say_result(runtime().block_on(async {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(path.join("a"), "new").await?;
+            tx.add_file(path.join("b"), "new").await?;
+            tx.commit().await
+        })),
         "recover" => say_result(runtime().block_on(atomic_fs::recover(path)).map(drop)),
         "cancel" => {
             let tally = cancel_at_random(200, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));

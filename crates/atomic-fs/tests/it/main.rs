@@ -10,6 +10,8 @@ mod support;
 #[cfg(unix)]
 mod campaign;
 #[cfg(unix)]
+mod cancel_tx;
+#[cfg(unix)]
 mod child;
 #[cfg(unix)]
 mod crash;
