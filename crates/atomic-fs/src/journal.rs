@@ -12,7 +12,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::Error;
-use crate::platform::{Dir, Entry, Kind, Moved};
+use crate::platform::{Dir, Kind, Moved};
 use crate::staged::io_error;
 use crate::workspace::Site;
 
@@ -36,17 +36,6 @@ pub(crate) struct Identity {
 }
 
 impl Identity {
-    /// Looks at the file `name`, and syncs it: what a journal says about it must still be so after a power cut.
-    pub(crate) fn pin(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
-        if let Some(Entry { kind: Kind::File, .. }) = dir.look(name)? {
-            match dir.read(name).and_then(|file| file.sync_all()) {
-                Err(error) if error.kind() != io::ErrorKind::PermissionDenied => return Err(error),
-                _ => {}
-            }
-        }
-        Self::of(dir, name)
-    }
-
     /// Looks at the file `name`; `None` if there is none.
     pub(crate) fn of(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Some(entry) = dir.look(name)? else { return Ok(None) };

@@ -4,7 +4,7 @@
 //! journal outlives every step, so that a crash at any moment leaves enough to finish or to undo the whole.
 
 use std::collections::HashMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::commit::Gate;
 use crate::journal::{self, ABORTING, COMMITTED, Identity, Progress, Slot};
-use crate::platform::{Entry, Moved, Share};
+use crate::platform::{Dir, Entry, Kind, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
 use crate::workspace::{Locks, Site, Workspace};
 use crate::{Error, Symlinks, WriteOptions};
@@ -68,12 +68,43 @@ pub(crate) enum Step {
     Rename { from: Arc<Path>, to: Arc<Path> },
 }
 
+/// A file that must be durable before a journal speaks of it.
+#[derive(Debug)]
+pub(crate) enum Unsynced {
+    New(Arc<Path>, Arc<File>),
+    /// One that is to be replaced, removed or renamed. What the journal says of it must be so after a power cut too,
+    /// although whoever wrote it may not have synced it.
+    Old(Arc<Path>, Arc<Site>, OsString),
+}
+
+impl Unsynced {
+    fn sync(&self) -> Result<(), Error> {
+        match self {
+            Self::New(path, file) => file.sync_all().map_err(io_error("sync the new file for", path)),
+            Self::Old(path, site, name) => match sync_old(&site.dir, name) {
+                // There is none, or we may only replace it; then its size has to do.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
+                    Ok(())
+                }
+                other => other.map_err(io_error("sync the old file of", path)),
+            },
+        }
+    }
+}
+
+fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
+    match dir.look(name)? {
+        Some(Entry { kind: Kind::File, .. }) => dir.read(name)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
 /// Syncs the files in parallel; the first failure counts.
-pub(crate) fn sync_files(files: &[(Arc<Path>, Arc<File>)]) -> Result<(), Error> {
+pub(crate) fn sync_files(files: &[Unsynced]) -> Result<(), Error> {
     let next = AtomicUsize::new(0);
     let work = || -> Result<(), Error> {
-        while let Some((path, file)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            file.sync_all().map_err(io_error("sync the new file for", path))?;
+        while let Some(file) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
+            file.sync()?;
         }
         Ok(())
     };
@@ -91,12 +122,14 @@ pub(crate) fn sync_files(files: &[(Arc<Path>, Arc<File>)]) -> Result<(), Error> 
 }
 
 /// Makes all of `steps` visible, or none.
-pub(crate) fn commit(workspace: &Workspace, mut steps: Vec<Step>, gate: &Gate) -> Result<(), Error> {
-    let unsynced: Vec<_> = steps.iter_mut().filter_map(Step::take_file).collect();
+pub(crate) fn commit(workspace: &Workspace, steps: Vec<Step>, gate: &Gate) -> Result<(), Error> {
+    let mut moves = steps.into_iter().map(|step| Move::new(workspace, step)).collect::<Result<Vec<_>, _>>()?;
+    let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
+    let unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
     sync_files(&unsynced)?;
+    // The new files are closed, and with that unlocked, before they become the targets.
     drop(unsynced);
     let mut plan = Plan::default();
-    let moves = steps.into_iter().map(|step| Move::new(workspace, step)).collect::<Result<Vec<_>, _>>()?;
     let home = workspace.home();
     let sites: Vec<_> = moves.iter().flat_map(Move::sites).chain([&home]).collect();
     // From here on nobody else who asks for these locks, reader or writer, is in between.
@@ -121,15 +154,6 @@ pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
         Ok(false) => Ok(()),
         Ok(true) => Err(Error::Unrecovered { directory: site.path.clone() }),
         Err(source) => Err(io_error("look for a journal in", &site.path)(source)),
-    }
-}
-
-impl Step {
-    fn take_file(&mut self) -> Option<(Arc<Path>, Arc<File>)> {
-        match self {
-            Self::Put(sealed) => sealed.file.take().map(|file| (sealed.path.clone(), file)),
-            _ => None,
-        }
     }
 }
 
@@ -168,6 +192,22 @@ impl Move {
                 Self::Rename { from: Named::new(workspace, from)?, to: Named::new(workspace, to)? }
             }
         })
+    }
+
+    /// What is to be synced: the new file, and what a journal would speak of.
+    fn unsynced(&mut self, has_journal: bool) -> Vec<Unsynced> {
+        let old = |named: &Named| Unsynced::Old(named.path.clone(), named.site.clone(), named.target.name.clone());
+        let mut files = Vec::new();
+        match self {
+            Self::Put(sealed) => {
+                let (path, site, name) = (&sealed.path, &sealed.site, &sealed.place.target.name);
+                files.extend(has_journal.then(|| Unsynced::Old(path.clone(), site.clone(), name.clone())));
+                files.extend(sealed.file.take().map(|file| Unsynced::New(sealed.path.clone(), file)));
+            }
+            Self::Remove(named) => files.extend(has_journal.then(|| old(named))),
+            Self::Rename { from, to } => files.extend([old(from), old(to)]),
+        }
+        files
     }
 
     fn sites(&self) -> impl Iterator<Item = &Arc<Site>> {
@@ -266,7 +306,7 @@ impl Plan {
             (slot.temp, slot.new) = (temp, Some(new));
             return Ok(());
         }
-        let old = Identity::pin(&site.dir, &name).map_err(io_error("look at", &path))?;
+        let old = Identity::of(&site.dir, &name).map_err(io_error("look at", &path))?;
         self.push(Slot { site, name, temp, old, new: Some(new) }, false);
         Ok(())
     }
@@ -277,7 +317,7 @@ impl Plan {
         if self.positions.contains_key(&(site.id, target.name.clone())) {
             return Err(Error::RepeatedTarget { path: path.to_path_buf() });
         }
-        let found = Identity::pin(&site.dir, &target.name)
+        let found = Identity::of(&site.dir, &target.name)
             .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
             .map_err(io_error("find the file", &path))?;
         self.push(Slot { site, name: target.name, temp, old: Some(found), new: None }, vacated);

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
-use crate::protocol::{self, Sealed, Step};
+use crate::protocol::{self, Sealed, Step, Unsynced};
 use crate::staged::{Naming, Staged, Target, split};
 use crate::workspace::{Site, Workspace};
 use crate::{AtomicFileWriter, Error, WriteOptions, journal};
@@ -279,7 +279,7 @@ impl MultiFileTransaction {
     /// Syncs and closes the staged files if many are open.
     async fn close_some(&mut self, path: &Arc<Path>) -> Result<(), Error> {
         let open = |change: &Change| match change {
-            Change::Put(sealed) => sealed.file.clone().map(|file| (sealed.path.clone(), file)),
+            Change::Put(sealed) => sealed.file.clone().map(|file| Unsynced::New(sealed.path.clone(), file)),
             _ => None,
         };
         let files: Vec<_> = self.changes.iter().filter_map(open).collect();
