@@ -169,6 +169,8 @@
 //!
 //! 1.89, raised only in a minor release.
 
+#[cfg(unix)]
+mod apply;
 mod commit;
 mod error;
 mod file;

@@ -16,9 +16,9 @@ use crate::platform::{Dir, Entry, Kind};
 use crate::staged::is_temp_name;
 #[cfg(unix)]
 use crate::{
+    apply,
     journal::{self, ABORTING, Slot},
     platform::Share,
-    protocol,
     staged::io_error,
     workspace::{self, Locks, Site},
 };
@@ -215,7 +215,7 @@ fn recover_all(path: &Path, gate: &Gate) -> Result<RecoveryReport, Error> {
 #[cfg(unix)]
 fn find(home: &Arc<Site>) -> Result<Option<(&'static str, Vec<Slot>)>, Error> {
     let Some(journal::Found { name, lines }) = journal::find(home)? else { return Ok(None) };
-    Ok(Some((name, protocol::reopen(home, lines)?)))
+    Ok(Some((name, apply::reopen(home, lines)?)))
 }
 
 #[cfg(unix)]
@@ -223,14 +223,14 @@ fn recover_locked(home: &Site, found: Option<(&'static str, Vec<Slot>)>, gate: &
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
     if let Some((name, slots)) = found {
-        let progress = protocol::judge(home, name, &slots)?;
+        let progress = apply::judge(home, name, &slots)?;
         // After a crash of the process alone, what it last renamed may not be durable yet.
         home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
         if name == ABORTING {
-            protocol::roll_back(home, &slots, &progress)?;
+            apply::roll_back(home, &slots, &progress)?;
             report.rolled_back = 1;
         } else {
-            protocol::roll_forward(home, &slots, &progress)?;
+            apply::roll_forward(home, &slots, &progress)?;
             report.rolled_forward = 1;
         }
     }

@@ -213,6 +213,8 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
             Ok(None) => live.push(id),
             // Its transaction has just ended.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Somebody else's; what we may not read we leave to them.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => live.push(id),
             Err(error) => return Err(error),
         }
     }
