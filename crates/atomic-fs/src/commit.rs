@@ -9,7 +9,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-#[cfg(feature = "json")]
+#[cfg(any(unix, feature = "json"))]
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -87,6 +87,12 @@ impl Gate {
     /// Whether the operation has been cancelled, so that a long job can stop early.
     pub(crate) fn is_cancelled(&self) -> bool {
         *self.state() == State::Cancelled
+    }
+
+    /// Waits for `patience`, within a job that polls for something.
+    #[cfg(unix)]
+    pub(crate) fn pause(&self, patience: Duration) {
+        drop(self.left.wait_timeout(self.state(), patience).unwrap_or_else(PoisonError::into_inner));
     }
 
     fn is_late(&self) -> bool {

@@ -14,6 +14,9 @@ pub enum TargetState {
     Unchanged,
     /// The target is the new file, whole; only whether it would survive a power cut is unknown.
     Visible,
+    /// Of a transaction: each of its files is old or new, whole, and [`recover`](crate::recover) makes them all the one or
+    /// all the other. Until then a reader may find a mix.
+    Undecided,
 }
 
 /// Why a file could not be written, or a directory not be swept.
@@ -115,6 +118,65 @@ pub enum Error {
         /// The target as given.
         path: PathBuf,
     },
+    /// A transaction names the same target twice, if only by way of a symlink. Nothing was done.
+    #[error("{path:?} is changed twice in one transaction")]
+    RepeatedTarget {
+        /// The target as given the second time.
+        path: PathBuf,
+    },
+    /// A target lies on another file system than the journal, or the two paths of a rename lie on two.
+    #[error("{path:?} is not on the file system of its transaction")]
+    OtherFileSystem {
+        /// The target as given.
+        path: PathBuf,
+    },
+    /// Other transactions or readers held the lock of a directory all the time. Try again, or look for who holds it.
+    #[error("the directory {directory:?} was locked for {waited:?}")]
+    Busy {
+        /// The directory.
+        directory: PathBuf,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// A crash left a transaction unfinished in this directory. Call [`recover`](crate::recover) first.
+    #[error("the directory {directory:?} holds an unfinished transaction")]
+    Unrecovered {
+        /// The directory with the journal.
+        directory: PathBuf,
+    },
+    /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides.
+    #[error("the transaction in {directory:?} is undecided until it is recovered")]
+    Undecided {
+        /// The directory with the journal.
+        directory: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A journal cannot be read. Nothing was touched.
+    ///
+    /// The way out by hand: restore the journal from a backup; or look at the targets, keep of each the file that you
+    /// want (the name that begins with `.afs-tx-` beside it holds the other one), and remove the journal.
+    #[error("the journal {journal:?} is not valid ({reason}); nothing was touched: restore it, or remove it by hand")]
+    CorruptJournal {
+        /// The journal.
+        journal: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A file is neither what it was before the transaction nor what it should become. Nothing was touched.
+    ///
+    /// The way out by hand: put back the file that was there, or decide for yourself what each target should be and
+    /// remove the journal.
+    #[error(
+        "{path:?} is neither the old nor the new file of the transaction {journal:?}; nothing was touched: \
+         put back what was there and recover again, or set the targets right and remove the journal by hand"
+    )]
+    UnknownFile {
+        /// The target.
+        path: PathBuf,
+        /// The journal.
+        journal: PathBuf,
+    },
     /// The call was made outside a tokio runtime.
     #[error("{path:?} cannot be written outside a tokio runtime")]
     NoRuntime {
@@ -137,6 +199,7 @@ impl Error {
     pub fn target(&self) -> TargetState {
         match self {
             Self::NotDurable { .. } => TargetState::Visible,
+            Self::Undecided { .. } => TargetState::Undecided,
             _ => TargetState::Unchanged,
         }
     }
@@ -166,6 +229,31 @@ impl Error {
         matches!(self, Self::NotReplaceable { .. })
     }
 
+    /// Whether a transaction names the same target twice.
+    pub fn is_repeated_target(&self) -> bool {
+        matches!(self, Self::RepeatedTarget { .. })
+    }
+
+    /// Whether a target lies on another file system than its transaction.
+    pub fn is_other_file_system(&self) -> bool {
+        matches!(self, Self::OtherFileSystem { .. })
+    }
+
+    /// Whether a directory stayed locked by others.
+    pub fn is_busy(&self) -> bool {
+        matches!(self, Self::Busy { .. })
+    }
+
+    /// Whether a transaction that a crash, or a failing disk, left unfinished has to be recovered first.
+    pub fn is_unrecovered(&self) -> bool {
+        matches!(self, Self::Unrecovered { .. } | Self::Undecided { .. })
+    }
+
+    /// Whether a recovery refused to touch anything, so that somebody has to look.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::CorruptJournal { .. } | Self::UnknownFile { .. })
+    }
+
     /// Whether the disk or the quota is full.
     pub fn is_storage_full(&self) -> bool {
         matches!(self.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
@@ -193,8 +281,15 @@ impl Error {
                 source.kind()
             }
             Self::TimedOut { .. } => io::ErrorKind::TimedOut,
+            Self::RepeatedTarget { .. } => io::ErrorKind::InvalidInput,
+            Self::OtherFileSystem { .. } => io::ErrorKind::CrossesDevices,
+            Self::Busy { .. } => io::ErrorKind::ResourceBusy,
+            Self::Undecided { source, .. } => source.kind(),
+            Self::CorruptJournal { .. } | Self::UnknownFile { .. } => io::ErrorKind::InvalidData,
             // Not `ErrorKind::Interrupted`, which std's loops take as an invitation to try again.
-            Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } => io::ErrorKind::Other,
+            Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } | Self::Unrecovered { .. } => {
+                io::ErrorKind::Other
+            }
             #[cfg(feature = "json")]
             Self::Serialize { .. } => io::ErrorKind::InvalidData,
         }

@@ -189,6 +189,31 @@ impl AtomicFileWriter {
         Job::spawn(&self.runtime, &self.gate, &self.path, move |_| staged.discard()).await
     }
 
+    /// A writer over a file that a transaction has staged.
+    #[cfg(unix)]
+    pub(crate) fn over(staged: Staged, path: Arc<Path>, runtime: Handle) -> Self {
+        let stage = Stage::Idle(Box::new(staged));
+        Self { runtime, gate: Gate::new(), path, stage, buffer: Vec::new(), lane: Lane::new(), base: 0 }
+    }
+
+    /// Waits until nothing is being written.
+    #[cfg(unix)]
+    pub(crate) async fn settle(&mut self) -> Result<(), Error> {
+        poll_fn(|cx| self.poll_idle(cx)).await
+    }
+
+    /// Hands over the file, where its last piece belongs, and that piece; for a writer that has settled.
+    #[cfg(unix)]
+    pub(crate) fn into_staged(mut self) -> Result<(Box<Staged>, u64, Vec<u8>), Error> {
+        match std::mem::replace(&mut self.stage, Stage::Gone) {
+            Stage::Idle(staged) => Ok((staged, self.base, std::mem::take(&mut self.buffer))),
+            other => {
+                self.stage = other;
+                Err(self.broken())
+            }
+        }
+    }
+
     /// How many bytes have been taken in.
     fn position(&self) -> u64 {
         self.base + self.buffer.len() as u64

@@ -57,6 +57,39 @@
 //! before the rename the job asks the gate; dropping the future closes it. If the rename has already been entered, the
 //! drop waits for that one system call. So once the drop returns, the target never changes because of this call.
 //!
+//! Several files change together in a transaction, and a reader who asks for the lock never sees half of it:
+//!
+//! ```
+//! # #[cfg(unix)]
+//! # mod unix {
+//! use cancel_safe_atomic_fs::{self as atomic_fs, MultiFileTransaction};
+//!
+//! # pub async fn main() -> std::io::Result<()> {
+//! # let dir = tempfile::tempdir()?;
+//! # let dir = dir.path();
+//! // When the program starts: finishes or undoes what a crash interrupted.
+//! atomic_fs::recover(dir).await?;
+//!
+//! let mut tx = MultiFileTransaction::new();
+//! tx.add_file(dir.join("cert.pem"), "certificate").await?;
+//! tx.add_file(dir.join("key.pem"), "key").await?;
+//! tx.commit().await?;
+//!
+//! let lock = atomic_fs::read_lock(dir).await?;
+//! let (cert, key) = (std::fs::read(dir.join("cert.pem"))?, std::fs::read(dir.join("key.pem"))?);
+//! drop(lock);
+//! # assert_eq!((&cert[..], &key[..]), (&b"certificate"[..], &b"key"[..]));
+//! # Ok(())
+//! # }
+//! # }
+//! # #[tokio::main(flavor = "current_thread")]
+//! # async fn main() -> std::io::Result<()> {
+//! # #[cfg(unix)]
+//! # unix::main().await?;
+//! # Ok(())
+//! # }
+//! ```
+//!
 //! # Guarantees
 //!
 //! | event | the target | left behind |
@@ -70,6 +103,19 @@
 //! | a power cut | old or new | the same |
 //! | several writers at once | each gets `Ok`, the last rename wins | nothing |
 //!
+//! And of the files of a transaction:
+//!
+//! | event | the targets | left behind |
+//! |---|---|---|
+//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, hidden files until [`recover`] |
+//! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
+//! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
+//! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
+//! | the transaction is dropped | all old | nothing |
+//! | the process is killed, or a power cut | each old or new; after [`recover`] all old or all new | `.afs-journal` and hidden files `.afs-tx-…`, until [`recover`] |
+//! | transactions that share a directory | one after the other | nothing |
+//! | a reader | each file whole and never missing; with [`read_lock`] all old or all new | |
+//!
 //! Content and metadata change together. A temporary file lies beside the resolved target, is locked while its writer
 //! lives, and at no time grants more than the final file will. A failed sync is never retried, since the kernel may have
 //! dropped the data and would report success. Names of 255 bytes work.
@@ -79,6 +125,18 @@
 //!
 //! # Limitations
 //!
+//! - A reader that does not hold a [`read_lock`] may find some files of a transaction old and others new: while they are
+//!   exchanged, which takes microseconds a file; after a crash, until [`recover`]. No file system offers better.
+//! - A target that is changed by somebody else between a crash and its recovery may be neither the old nor the new file.
+//!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
+//! - Recover the journal's directory: that of the first target, or the one that the transaction began with. Only there
+//!   an unfinished transaction is noticed.
+//! - All targets and the journal are on one file system, with file locks; a rename within a transaction needs hard
+//!   links. Where files cannot be exchanged in one step, three steps by way of a link do it, equally safe.
+//! - Dropping a commit that has begun to write its journal down blocks its thread until the files are exchanged and
+//!   their directories synced.
+//! - A journal keeps digests, so that a commit reads the files that it replaces once.
+//! - Transactions need Unix.
 //! - A drop that finds the rename entered blocks its thread for that one system call.
 //! - A directory that does not exist is an error; it is never created.
 //! - Hard links are cut: the target gets a new file, other names keep the old one. A process that has the old file open
@@ -105,28 +163,46 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `json` | yes | [`write_json`] and [`write_json_with_timeout`] |
-//! | `tracing` | no | a warning if a temporary file could not be removed |
+//! | `tracing` | no | a warning if a temporary file could not be removed, or a committed transaction not cleaned up |
 //!
 //! # Minimum supported Rust version
 //!
 //! 1.89, raised only in a minor release.
 
+#[cfg(unix)]
+mod apply;
 mod commit;
 mod error;
 mod file;
+#[cfg(unix)]
+mod journal;
 mod lane;
 mod options;
 mod platform;
+#[cfg(unix)]
+mod protocol;
+#[cfg(unix)]
+mod reader;
 mod recovery;
 mod staged;
+#[cfg(unix)]
+mod transaction;
 mod whole;
+#[cfg(unix)]
+mod workspace;
 
 pub mod blocking;
 
 pub use error::{Error, TargetState};
 pub use file::{AtomicFileWriter, CommitHandle};
 pub use options::{Durability, Preserve, Symlinks, WriteOptions};
+#[cfg(unix)]
+pub use reader::{ReadLock, read_lock};
+#[cfg(unix)]
+pub use recovery::{RecoveryReport, recover};
 pub use recovery::{SweepReport, sweep};
+#[cfg(unix)]
+pub use transaction::MultiFileTransaction;
 pub use whole::write;
 #[cfg(feature = "json")]
 pub use whole::{write_json, write_json_with_timeout};

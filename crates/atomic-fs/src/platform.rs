@@ -26,6 +26,17 @@ pub(crate) struct Entry {
     pub(crate) id: (u64, u64),
     /// How many names the file has; none once it has been unlinked.
     pub(crate) links: u64,
+    /// The length in bytes.
+    #[cfg(unix)]
+    pub(crate) size: u64,
+}
+
+/// With whom the lock of a directory is shared.
+#[cfg(unix)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Share {
+    Readers,
+    Nobody,
 }
 
 /// How a file came to its new name.
@@ -39,15 +50,16 @@ pub(crate) enum Moved {
 
 #[cfg(unix)]
 mod imp {
-    use std::ffi::OsStr;
-    use std::fs::{File, Permissions};
+    use std::ffi::{OsStr, OsString};
+    use std::fs::{File, Permissions, TryLockError};
     use std::io;
+    use std::os::unix::ffi::OsStrExt;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
     use std::path::{Path, PathBuf};
 
     use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-    use super::{Entry, Kind, Moved};
+    use super::{Entry, Kind, Moved, Share};
 
     /// An open directory.
     #[derive(Debug)]
@@ -82,7 +94,7 @@ mod imp {
         pub(crate) fn read_link(&self, name: &OsStr) -> io::Result<PathBuf> {
             use std::os::unix::ffi::OsStringExt;
             let bytes = rustix::fs::readlinkat(&self.0, name, Vec::new())?.into_bytes();
-            Ok(PathBuf::from(std::ffi::OsString::from_vec(bytes)))
+            Ok(PathBuf::from(OsString::from_vec(bytes)))
         }
 
         /// Creates the file `name`, which must not exist; the umask applies to `mode`.
@@ -124,6 +136,48 @@ mod imp {
             Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?)
         }
 
+        /// Device and inode of this directory.
+        pub(crate) fn id(&self) -> io::Result<(u64, u64)> {
+            Ok(Entry::of(&self.0)?.id)
+        }
+
+        /// The names in this directory.
+        pub(crate) fn list(&self) -> io::Result<Vec<OsString>> {
+            let mut names = Vec::new();
+            for entry in rustix::fs::Dir::read_from(&self.0)? {
+                names.push(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned());
+            }
+            Ok(names)
+        }
+
+        /// Tries to lock this directory against others that do so; the lock lives as long as this handle.
+        pub(crate) fn try_lock(&self, share: Share) -> Result<(), TryLockError> {
+            match share {
+                Share::Readers => self.0.try_lock_shared(),
+                Share::Nobody => self.0.try_lock(),
+            }
+        }
+
+        /// Gives the file `from` of the directory `source` a second name here.
+        pub(crate) fn link(&self, source: &Self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+            Ok(rustix::fs::linkat(&source.0, from, &self.0, to, AtFlags::empty())?)
+        }
+
+        /// Exchanges two files, so that neither name is ever without one; `false` if the system cannot do that.
+        pub(crate) fn exchange(&self, one: &OsStr, other: &OsStr) -> io::Result<bool> {
+            #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+            {
+                use rustix::fs::RenameFlags;
+                use rustix::io::Errno;
+                match rustix::fs::renameat_with(&self.0, one, &self.0, other, RenameFlags::EXCHANGE) {
+                    Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+                    other => return Ok(other.map(|()| true)?),
+                }
+            }
+            let _ = (one, other);
+            Ok(false)
+        }
+
         /// Makes the names in this directory durable.
         pub(crate) fn sync(&self) -> io::Result<()> {
             match self.0.sync_all() {
@@ -159,6 +213,7 @@ mod imp {
                 gid: meta.gid(),
                 id: (meta.dev(), meta.ino()),
                 links: meta.nlink(),
+                size: meta.size(),
             })
         }
 
@@ -179,6 +234,7 @@ mod imp {
                 gid: stat.st_gid,
                 id: (stat.st_dev as u64, stat.st_ino as u64),
                 links: stat.st_nlink as u64,
+                size: stat.st_size as u64,
             }
         }
     }

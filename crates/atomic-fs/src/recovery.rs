@@ -1,6 +1,7 @@
 //! What a killed process left behind.
 //!
-//! Invariant: nothing is removed but a temporary file whose writer is dead: a living one holds its file's lock.
+//! Invariant: nothing is removed but a temporary file whose writer is dead: a living one holds its file's lock. Of a
+//! transaction either everything is finished or everything is undone, or nothing is touched.
 
 use std::ffi::OsStr;
 use std::fs::TryLockError;
@@ -13,6 +14,14 @@ use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::platform::{Dir, Entry, Kind};
 use crate::staged::is_temp_name;
+#[cfg(unix)]
+use crate::{
+    apply,
+    journal::{self, ABORTING, Slot},
+    platform::Share,
+    staged::io_error,
+    workspace::{self, Locks, Site},
+};
 
 /// What a [`sweep`] found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -29,9 +38,9 @@ pub struct SweepReport {
 /// Removes from the directory `dir` the temporary files of writers that were killed.
 ///
 /// Call it when a program starts. It looks at regular files named `.afs-file-` and 16 hexadecimal digits, and at
-/// nothing else; it does not descend into directories. Living writers, in this process or another, are not disturbed:
-/// each locks its file, and the lock dies with its process. On a network file system whose locks are not seen by
-/// other machines, only sweep while none of them writes.
+/// nothing else: it does not descend into directories, and leaves what transactions have staged to their recovery.
+/// Living writers, in this process or another, are not disturbed: each locks its file, and the lock dies with its
+/// process. On a network file system whose locks are not seen by other machines, only sweep while none of them writes.
 ///
 /// # Cancel safety
 ///
@@ -121,4 +130,112 @@ fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
         Some(now) if now.id == opened.id => dir.remove(name).map(|()| Found::Dead),
         _ => Ok(Found::Vanished),
     }
+}
+
+/// What a [`recover`] found and did.
+#[cfg(unix)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RecoveryReport {
+    /// Transactions that had been committed, and are now finished: all of their files are new.
+    pub rolled_forward: usize,
+    /// Transactions that were being undone, and now are: all of their files are old.
+    pub rolled_back: usize,
+    /// Files that transactions had staged, or noted, which never were committed; they were removed.
+    pub removed: usize,
+    /// Transactions that live and are not yet committed; they were left alone.
+    pub live: usize,
+}
+
+/// How often a recovery that finds another journal than when it looked for its directories begins anew.
+#[cfg(unix)]
+const LOCK_ATTEMPTS: usize = 8;
+
+/// Finishes or undoes the transaction that a crash left in the directory `dir`, and removes what others had staged.
+///
+/// `dir` is where the journal lives: the directory of a transaction's first target, or the one that it began with. Call
+/// it when a program starts, before it writes to these files. A transaction whose journal was committed is rolled
+/// forward, one that was being undone is rolled back; afterwards its files are all new or all old. Without anything to
+/// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
+/// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
+///
+/// It knows files again by their inode and size, or else by their content, so that a restored backup recovers too.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe.
+/// If dropped before completion, the recovery has been done or has not begun; a drop that finds it begun waits for it.
+///
+/// # Errors
+///
+/// A journal that [cannot be read](Error::CorruptJournal), or a target that is
+/// [neither old nor new](Error::UnknownFile): then nothing was touched ([`Error::is_refused`]), and the message names
+/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again.
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs as atomic_fs;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// # let dir = dir.path();
+/// let report = atomic_fs::recover(dir).await?;
+/// assert_eq!(report, atomic_fs::RecoveryReport::default(), "there was nothing to do");
+/// # Ok(())
+/// # }
+/// ```
+#[cfg(unix)]
+pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
+    let path = Arc::<Path>::from(dir.as_ref());
+    let runtime = current_runtime(&path)?;
+    let target = path.clone();
+    Job::spawn(&runtime, &Gate::new(), &path, move |gate| recover_all(&target, gate)).await
+}
+
+#[cfg(unix)]
+fn recover_all(path: &Path, gate: &Gate) -> Result<RecoveryReport, Error> {
+    let home = Arc::new(Site::open(path)?);
+    for _ in 0..LOCK_ATTEMPTS {
+        // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
+        let foreseen = find(&home).ok().flatten().map(|(_, slots)| slots).unwrap_or_default();
+        let sites = || foreseen.iter().map(|slot| &slot.site).chain([&home]);
+        let _locks = Locks::take(sites().map(|site| &**site), Share::Nobody, gate)?;
+        let found = find(&home)?;
+        let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
+        if slots.iter().all(|slot| sites().any(|site| site.id == slot.site.id)) {
+            return recover_locked(&home, found, gate);
+        }
+    }
+    Err(Error::Busy { directory: home.path.clone(), waited: workspace::LOCK_PATIENCE })
+}
+
+/// The journal of `home` with its directories open.
+#[cfg(unix)]
+fn find(home: &Arc<Site>) -> Result<Option<(&'static str, Vec<Slot>)>, Error> {
+    let Some(journal::Found { name, lines }) = journal::find(home)? else { return Ok(None) };
+    Ok(Some((name, apply::reopen(home, lines)?)))
+}
+
+#[cfg(unix)]
+fn recover_locked(home: &Site, found: Option<(&'static str, Vec<Slot>)>, gate: &Gate) -> Result<RecoveryReport, Error> {
+    let mut report = RecoveryReport::default();
+    let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
+    if let Some((name, slots)) = found {
+        let progress = apply::judge(home, name, &slots)?;
+        // After a crash of the process alone, what it last renamed may not be durable yet.
+        home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
+        if name == ABORTING {
+            apply::roll_back(home, &slots, &progress)?;
+            report.rolled_back = 1;
+        } else {
+            apply::roll_forward(home, &slots, &progress)?;
+            report.rolled_forward = 1;
+        }
+    }
+    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path))?;
+    (report.removed, report.live) = (litter.removed, litter.live);
+    passage.done();
+    Ok(report)
 }

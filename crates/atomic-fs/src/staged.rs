@@ -7,6 +7,8 @@ use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
 use crate::platform::{self, Dir, Entry, Kind, Moved};
@@ -23,6 +25,38 @@ const NAME_ATTEMPTS: usize = 32;
 const SYMLINK_LIMIT: usize = 40;
 /// How much is written between two looks at the gate, and how much a writer buffers.
 pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+
+/// What a temporary file is called.
+#[derive(Clone, Debug)]
+pub(crate) enum Naming {
+    /// By chance; a sweep knows the name.
+    File,
+    /// As the transaction says that it is part of; a sweep leaves it alone.
+    #[cfg(unix)]
+    Fixed {
+        name: OsString,
+        /// Set if the file could not be removed.
+        left: Arc<AtomicBool>,
+    },
+}
+
+impl Naming {
+    fn next(&self) -> OsString {
+        match self {
+            Self::File => format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into(),
+            #[cfg(unix)]
+            Self::Fixed { name, .. } => name.clone(),
+        }
+    }
+
+    fn left(&self) -> Option<Arc<AtomicBool>> {
+        match self {
+            Self::File => None,
+            #[cfg(unix)]
+            Self::Fixed { left, .. } => Some(left.clone()),
+        }
+    }
+}
 
 /// Whether `name` is one that [`Staged`] gives to a temporary file.
 pub(crate) fn is_temp_name(name: &OsStr) -> bool {
@@ -41,17 +75,21 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate
 
 /// The directory and the name that a path stands for once its symlinks have been followed.
 #[derive(Debug)]
-struct Target {
-    dir: Dir,
-    name: OsString,
+pub(crate) struct Target {
+    pub(crate) dir: Arc<Dir>,
+    pub(crate) name: OsString,
+    /// The path by which `dir` was opened.
+    #[cfg_attr(not(unix), expect(dead_code, reason = "only transactions note it"))]
+    pub(crate) parent: PathBuf,
     /// The file that is there now; `None` also for a link that is itself replaced, since it has no mode of its own.
     existing: Option<Entry>,
 }
 
 impl Target {
-    fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
+    pub(crate) fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
         let (parent, name) = split(path, path)?;
         let mut dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;
+        let mut parent = parent.to_path_buf();
         let mut name = name.to_owned();
         for _ in 0..SYMLINK_LIMIT {
             let entry = dir.look(&name).map_err(io_error("look at", path))?;
@@ -62,12 +100,17 @@ impl Target {
                 }
                 Some(Entry { kind: Kind::Symlink, .. }) if options.symlinks == Symlinks::Follow => {
                     let link = dir.read_link(&name).map_err(io_error("read the symlink", path))?;
-                    let (parent, last) = split(&link, path)?;
-                    dir = dir.open_dir(parent).map_err(|source| open_error(parent, source))?;
+                    let (next, last) = split(&link, path)?;
+                    dir = dir.open_dir(next).map_err(|source| open_error(next, source))?;
+                    parent.push(next);
                     name = last.to_owned();
                 }
-                Some(Entry { kind: Kind::Symlink, .. }) | None => return Ok(Self { dir, name, existing: None }),
-                Some(Entry { kind: Kind::File, .. }) => return Ok(Self { dir, name, existing: entry }),
+                Some(Entry { kind: Kind::Symlink, .. }) | None => {
+                    return Ok(Self { dir: Arc::new(dir), name, parent, existing: None });
+                }
+                Some(Entry { kind: Kind::File, .. }) => {
+                    return Ok(Self { dir: Arc::new(dir), name, parent, existing: entry });
+                }
             }
         }
         Err(Error::InvalidPath { path: path.to_path_buf(), reason: "its symlinks form a loop" })
@@ -75,7 +118,7 @@ impl Target {
 }
 
 /// Splits `path` into the directory to open and the name within it; `given` is the caller's path, for errors.
-fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Error> {
+pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Error> {
     let invalid = |reason| Error::InvalidPath { path: given.to_path_buf(), reason };
     let name = path.file_name().ok_or_else(|| invalid("it has no file name"))?;
     // `Path` quietly drops a slash at the end, but the system takes `name/` for a directory.
@@ -91,18 +134,20 @@ fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Erro
 
 /// The name of the temporary file; removed when this is dropped, unless it has become the target's.
 #[derive(Debug)]
-struct Place {
-    target: Target,
-    temp: OsString,
+pub(crate) struct Place {
+    pub(crate) target: Target,
+    pub(crate) temp: OsString,
     /// Whether there is a file of ours by the name `temp`.
-    taken: bool,
+    pub(crate) taken: bool,
+    /// Whom to tell if the file could not be removed.
+    pub(crate) left: Option<Arc<AtomicBool>>,
 }
 
 impl Place {
     /// Creates a locked file under a fresh name.
-    fn take(&mut self, mode: u32) -> io::Result<(File, Entry)> {
+    fn take(&mut self, mode: u32, naming: &Naming) -> io::Result<(File, Entry)> {
         for _ in 0..NAME_ATTEMPTS {
-            self.temp = format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into();
+            self.temp = naming.next();
             let file = match self.target.dir.create(&self.temp, mode) {
                 Ok(file) => file,
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
@@ -118,17 +163,27 @@ impl Place {
         Err(io::Error::new(io::ErrorKind::AlreadyExists, "every temporary name that was tried is taken"))
     }
 
-    /// Removes the file of ours, if there is one.
-    fn release(&mut self) {
+    /// Removes the file of ours, if there is one, and says whether that worked.
+    pub(crate) fn remove(&mut self) -> io::Result<()> {
         if !std::mem::take(&mut self.taken) {
-            return;
+            return Ok(());
         }
         match self.target.dir.remove(&self.temp) {
-            Err(_error) if _error.kind() != io::ErrorKind::NotFound => {
-                #[cfg(feature = "tracing")]
-                tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep");
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                if let Some(left) = &self.left {
+                    left.store(true, Ordering::Relaxed);
+                }
+                Err(error)
             }
-            _ => {}
+            _ => Ok(()),
+        }
+    }
+
+    /// Removes the file of ours, if there is one.
+    fn release(&mut self) {
+        if let Err(_error) = self.remove() {
+            #[cfg(feature = "tracing")]
+            tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep or recovery");
         }
     }
 }
@@ -142,7 +197,7 @@ impl Drop for Place {
 /// Locks a file that has just been created, so that no sweep takes it while its writer lives.
 ///
 /// Returns what the file is like, or `None` if a sweep was faster.
-fn lock(file: &File) -> io::Result<Option<Entry>> {
+pub(crate) fn lock(file: &File) -> io::Result<Option<Entry>> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Ok(None),
@@ -173,10 +228,19 @@ pub(crate) struct Staged {
 impl Staged {
     /// Resolves `path` and creates the temporary file beside what it stands for.
     pub(crate) fn create(path: &Path, options: WriteOptions) -> Result<Self, Error> {
-        let target = Target::resolve(path, options)?;
+        Self::create_at(path, Target::resolve(path, options)?, options, &Naming::File)
+    }
+
+    /// Creates the temporary file beside `target`, which `path` stands for.
+    pub(crate) fn create_at(
+        path: &Path,
+        target: Target,
+        options: WriteOptions,
+        naming: &Naming,
+    ) -> Result<Self, Error> {
         let mode = creation_mode(&target, options);
-        let mut place = Place { target, temp: OsString::new(), taken: false };
-        let (file, fresh) = place.take(mode).map_err(io_error("create a temporary file beside", path))?;
+        let mut place = Place { target, temp: OsString::new(), taken: false, left: naming.left() };
+        let (file, fresh) = place.take(mode, naming).map_err(io_error("create a temporary file beside", path))?;
         let mut staged = Self { path: path.to_path_buf(), options, place, file, fresh, cursor: 0, length: 0 };
         // Before there is any content, so that at no time a group may read it that may not read the final file.
         staged.take_owner()?;
@@ -205,10 +269,7 @@ impl Staged {
 
     /// Makes the first `length` bytes the target: cut, dress, sync, rename, sync the directory.
     pub(crate) fn install(self, length: u64, gate: &Gate) -> Result<(), Error> {
-        if self.length > length {
-            self.file.set_len(length).map_err(io_error("cut the new file for", &self.path))?;
-        }
-        self.dress()?;
+        self.finish(length)?;
         if self.options.durability != Durability::None {
             // Everything, not only the data: mode, owner and attributes must survive together with the content.
             self.file.sync_all().map_err(io_error("sync the new file for", &self.path))?;
@@ -234,10 +295,30 @@ impl Staged {
         Ok(())
     }
 
+    /// The name of the target in its directory.
+    #[cfg(unix)]
+    pub(crate) fn target_name(&self) -> &OsStr {
+        &self.place.target.name
+    }
+
+    /// Hands over the file, cut to `length` and dressed but not synced, to a transaction.
+    #[cfg(unix)]
+    pub(crate) fn seal(self, length: u64) -> Result<(Place, File), Error> {
+        self.finish(length)?;
+        Ok((self.place, self.file))
+    }
+
+    /// Gives the file its final length and metadata.
+    fn finish(&self, length: u64) -> Result<(), Error> {
+        if self.length > length {
+            self.file.set_len(length).map_err(io_error("cut the new file for", &self.path))?;
+        }
+        self.dress()
+    }
+
     /// Removes the file and says whether that worked.
     pub(crate) fn discard(mut self) -> Result<(), Error> {
-        self.place.taken = false;
-        self.place.target.dir.remove(&self.place.temp).map_err(io_error("remove the temporary file of", &self.path))
+        self.place.remove().map_err(io_error("remove the temporary file of", &self.path))
     }
 
     /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.
@@ -300,19 +381,19 @@ fn kept_mode(old: &Entry, new: &Entry) -> u32 {
     old.mode & !(set_user_id | set_group_id)
 }
 
-fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_path_buf();
     move |source| Error::Io { action, path, source }
 }
 
-fn open_error(directory: &Path, source: io::Error) -> Error {
+pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
     match source.kind() {
         io::ErrorKind::NotFound => Error::MissingDirectory { directory: directory.to_path_buf() },
         _ => io_error("open the directory", directory)(source),
     }
 }
 
-fn rename_error(path: PathBuf, source: io::Error) -> Error {
+pub(crate) fn rename_error(path: PathBuf, source: io::Error) -> Error {
     match source.kind() {
         io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
         io::ErrorKind::IsADirectory => Error::NotAFile { path, kind: "directory" },
@@ -348,7 +429,7 @@ mod tests {
 
     #[test]
     fn set_id_bits_go_with_their_owner() {
-        let id = |uid, gid| Entry { kind: Kind::File, mode: 0o6755, uid, gid, id: (0, 0), links: 1 };
+        let id = |uid, gid| Entry { kind: Kind::File, mode: 0o6755, uid, gid, id: (0, 0), links: 1, size: 0 };
         assert_eq!(kept_mode(&id(1, 2), &id(1, 2)), 0o6755);
         assert_eq!(kept_mode(&id(1, 2), &id(3, 2)), 0o2755);
         assert_eq!(kept_mode(&id(1, 2), &id(1, 3)), 0o4755);

@@ -6,8 +6,9 @@ use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, blocking};
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, Preserve, blocking};
 
+use crate::campaign::change_all_after_others;
 use crate::cancel::cancel_at_random;
 
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
@@ -30,7 +31,12 @@ pub(crate) fn command(wrapper: &[&str], task: &str, path: &Path) -> Command {
 /// Runs the child to its end and returns the last thing that it said; `None` if it was killed before.
 pub(crate) fn outcome(mut command: Command) -> Option<String> {
     let output = command.output().unwrap();
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    last_word(&output.stdout)
+}
+
+/// The last thing that a child with this output has said.
+pub(crate) fn last_word(output: &[u8]) -> Option<String> {
+    let text = String::from_utf8_lossy(output).into_owned();
     text.lines().rev().find_map(|line| line.split_once(MARK)).map(|(_, said)| said.to_owned())
 }
 
@@ -87,6 +93,18 @@ fn entry() {
                 say_result(options.write(path, &content).await);
             });
         }
+        "change all after others" => {
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+            say_result(runtime.block_on(change_all_after_others(path)));
+        }
+        "pair" => say_result(runtime().block_on(async {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(path.join("a"), "new").await?;
+            tx.add_file(path.join("b"), "new").await?;
+            tx.commit().await
+        })),
+        "recover" => say_result(runtime().block_on(atomic_fs::recover(path)).map(drop)),
         "cancel" => {
             let tally = cancel_at_random(200, |path| atomic_fs::write(path.to_owned(), vec![b'N'; 65536]));
             say(&format!("{tally:?}"));

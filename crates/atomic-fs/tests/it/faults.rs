@@ -5,7 +5,7 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, TargetState, blocking};
+use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, TargetState, blocking};
 use tempfile::{TempDir, tempdir};
 
 use crate::child::{self, SIZE_BYTES};
@@ -93,6 +93,46 @@ async fn a_file_that_is_a_mount_point_is_refused_and_left_alone() {
     assert!(error.is_not_replaceable() && error.target() == TargetState::Unchanged, "{error}");
     assert_eq!(std::fs::read(&mount.point).unwrap(), b"old");
     assert_eq!(names(mount.dir.path()), ["point", "source"]);
+}
+
+#[tokio::test]
+async fn a_transaction_with_a_mount_point_in_it_is_undone() {
+    let Some(mount) = Mount::new("a_transaction_with_a_mount_point_in_it_is_undone", |dir| {
+        let (source, point) = (dir.join("source"), dir.join("point"));
+        std::fs::write(&source, "old").unwrap();
+        std::fs::write(&point, "").unwrap();
+        (vec!["--bind".into(), source.into_os_string().into_string().unwrap()], point)
+    }) else {
+        return;
+    };
+    let dir = mount.dir.path();
+    std::fs::write(dir.join("before"), "old").unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(dir.join("before"), "new").await.unwrap();
+    tx.add_file(&mount.point, "new").await.unwrap();
+    tx.add_file(dir.join("after"), "new").await.unwrap();
+    let error = tx.commit().await.unwrap_err();
+    assert!(error.is_not_replaceable() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!(std::fs::read(dir.join("before")).unwrap(), b"old");
+    assert_eq!(std::fs::read(&mount.point).unwrap(), b"old");
+    assert_eq!(names(dir), ["before", "point", "source"]);
+}
+
+#[tokio::test]
+async fn a_disk_that_is_too_small_for_a_transaction_keeps_the_old_files() {
+    let Some(disk) = small_disk("a_disk_that_is_too_small_for_a_transaction_keeps_the_old_files") else { return };
+    let at = |name: &str| disk.point.join(name);
+    std::fs::write(at("a"), "old").unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(at("a"), "new").await.unwrap();
+    let error = tx.add_file(at("b"), vec![b'N'; 200_000]).await.unwrap_err();
+    assert!(error.is_storage_full(), "{error}");
+    let writer = tx.writer(at("c")).await.unwrap();
+    // It is taken in, and met by the full disk when it is committed.
+    writer.write(&vec![b'N'; 200_000]).await.unwrap();
+    let error = tx.commit().await.unwrap_err();
+    assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!((std::fs::read(at("a")).unwrap(), names(&disk.point)), (b"old".to_vec(), vec!["a".to_owned()]));
 }
 
 #[tokio::test]

@@ -8,6 +8,10 @@ mod prop;
 mod support;
 
 #[cfg(unix)]
+mod campaign;
+#[cfg(unix)]
+mod cancel_tx;
+#[cfg(unix)]
 mod child;
 #[cfg(unix)]
 mod crash;
@@ -15,3 +19,7 @@ mod crash;
 mod faults;
 #[cfg(unix)]
 mod metadata;
+#[cfg(unix)]
+mod strace;
+#[cfg(unix)]
+mod transaction;

@@ -1,0 +1,396 @@
+//! Several files as one: all of them change, or none.
+//!
+//! Invariant: until the commit every file is staged beside its target and owned by this object, so that dropping it at
+//! any moment leaves the targets as they were and no file behind.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::commit::{Gate, Job};
+use crate::file::current_runtime;
+use crate::protocol::{self, Sealed, Step, Unsynced};
+use crate::staged::{Naming, Staged, Target, split};
+use crate::workspace::{Site, Workspace};
+use crate::{AtomicFileWriter, Error, WriteOptions, journal};
+
+/// How many staged files are open at once; when there are more, they are synced, together, and closed.
+const OPEN_LIMIT: usize = 128;
+
+/// Changes several files, all of them or none; dropped without a commit, it changes nothing.
+///
+/// New content is staged in hidden files beside the targets as soon as it is given; removals and renames are only noted.
+/// [`commit`](Self::commit) then writes a journal and exchanges the files. However that ends, after a crash and a
+/// [`recover`](crate::recover) all files are old or all are new; and all are new if it returned `Ok`.
+///
+/// Each name can be changed once; but what a [`rename`](Self::rename) has taken away can be replaced, so that a log is
+/// rotated by `rename("log.1", "log.2")`, `rename("log", "log.1")`, `add_file("log", "")`. All targets must be on one
+/// file system. New files have the metadata that [`WriteOptions`] has by default, and symlinks are followed; a removal
+/// and a rename act on the symlink itself.
+///
+/// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
+/// which takes microseconds, or after a crash until the recovery, unless it holds a [`read_lock`](crate::read_lock).
+///
+/// Transactions that share a directory, of a target or of the journal, wait for each other; see [`commit`](Self::commit).
+///
+/// # Examples
+///
+/// ```
+/// use cancel_safe_atomic_fs::{self as atomic_fs, MultiFileTransaction};
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// # let dir = dir.path();
+/// # std::fs::write(dir.join("draft.pem"), "c")?;
+/// // When the program starts.
+/// atomic_fs::recover(dir).await?;
+///
+/// let mut tx = MultiFileTransaction::new();
+/// tx.add_file(dir.join("key.pem"), "k").await?;
+/// tx.rename(dir.join("draft.pem"), dir.join("cert.pem"))?;
+/// assert!(!dir.join("key.pem").exists());
+/// tx.commit().await?;
+/// assert_eq!(std::fs::read(dir.join("key.pem"))?, b"k");
+/// assert_eq!(std::fs::read(dir.join("cert.pem"))?, b"c");
+/// # Ok(())
+/// # }
+/// ```
+#[must_use = "a transaction that is dropped without a commit changes nothing"]
+pub struct MultiFileTransaction {
+    journal_dir: Option<PathBuf>,
+    changes: Vec<Change>,
+    // Last, so that the note goes after the files.
+    workspace: Option<Arc<Workspace>>,
+}
+
+/// What the caller asked for, in its order.
+enum Change {
+    Put(Box<Sealed>),
+    Writing { path: Arc<Path>, name: OsString, site: Arc<Site>, writer: Box<AtomicFileWriter> },
+    Remove(Arc<Path>),
+    Rename { from: Arc<Path>, to: Arc<Path> },
+}
+
+impl MultiFileTransaction {
+    /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
+    pub fn new() -> Self {
+        Self { journal_dir: None, changes: Vec::new(), workspace: None }
+    }
+
+    /// An empty transaction, whose journal will be in the directory `journal_dir`; that is where to recover it.
+    ///
+    /// Nothing is touched until there is something to change.
+    pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
+        Self { journal_dir: Some(journal_dir.as_ref().to_path_buf()), ..Self::new() }
+    }
+
+    /// Stages `content` to become the file `path`.
+    ///
+    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the file is not part of the transaction, which can be gone on with.
+    ///
+    /// # Errors
+    ///
+    /// As [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already
+    /// [part of the transaction](Error::is_repeated_target), or on
+    /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with.
+    pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
+        let path = Arc::<Path>::from(path.as_ref());
+        let content = content.as_ref().to_vec();
+        self.close_some(&path).await?;
+        let workspace = self.workspace(&path).await?;
+        let (target, shared) = (path.clone(), workspace.clone());
+        let sealed = job(&path, move |gate| {
+            let (mut staged, site) = stage(&shared, &target)?;
+            staged.write_at(0, &content, gate)?;
+            Sealed::new(staged, content.len() as u64, Some(journal::digest(&content)), &target, site, shared)
+        })
+        .await?;
+        self.refuse_repetition(&sealed.site, &sealed.place.target.name, &path)?;
+        self.changes.push(Change::Put(Box::new(sealed)));
+        Ok(())
+    }
+
+    /// Stages a file to become the file `path`, and lends a writer for its content.
+    ///
+    /// What has been written to it when the transaction is committed is the content. The commit is the transaction's
+    /// alone; a writer whose write failed makes it fail.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the file is not part of the transaction, which can be gone on with.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_file`](Self::add_file).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_atomic_fs::MultiFileTransaction;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> std::io::Result<()> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let mut tx = MultiFileTransaction::new();
+    /// let writer = tx.writer(dir.join("data")).await?;
+    /// writer.write_all(b"in ").await?;
+    /// writer.write_all(b"pieces").await?;
+    /// tx.add_file(dir.join("index"), "9").await?;
+    /// tx.commit().await?;
+    /// assert_eq!(std::fs::read(dir.join("data"))?, b"in pieces");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
+        let path = Arc::<Path>::from(path.as_ref());
+        let runtime = current_runtime(&path)?;
+        let workspace = self.workspace(&path).await?;
+        let target = path.clone();
+        let (staged, site) = job(&path, move |_| stage(&workspace, &target)).await?;
+        let name = staged.target_name().to_owned();
+        self.refuse_repetition(&site, &name, &path)?;
+        let writer = Box::new(AtomicFileWriter::over(staged, path.clone(), runtime));
+        self.changes.push(Change::Writing { path, name, site, writer });
+        match self.changes.last_mut() {
+            Some(Change::Writing { writer, .. }) => Ok(writer),
+            _ => unreachable!("it has just been pushed"),
+        }
+    }
+
+    /// Notes that the file `path` is to be removed; whether it can be is found out by the commit.
+    ///
+    /// # Errors
+    ///
+    /// The path [names no file](Error::InvalidPath), or is already
+    /// [part of the transaction](Error::is_repeated_target).
+    pub fn remove_file(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = self.note(path.as_ref())?;
+        self.refuse_named(&path)?;
+        self.changes.push(Change::Remove(path));
+        Ok(())
+    }
+
+    /// Notes that the file `from` is to be renamed to `to`, replacing what is there.
+    ///
+    /// The file needs hard links on its file system, since at no time it is without a name.
+    ///
+    /// # Errors
+    ///
+    /// A path [names no file](Error::InvalidPath), or is already
+    /// [part of the transaction](Error::is_repeated_target).
+    pub fn rename(&mut self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
+        let (from, to) = (self.note(from.as_ref())?, self.note(to.as_ref())?);
+        self.refuse_named(&from)?;
+        let is_vacated = self.changes.iter().any(|change| matches!(change, Change::Rename { from, .. } if *from == to));
+        if from == to || (!is_vacated && self.refuse_named(&to).is_err()) {
+            return Err(Error::RepeatedTarget { path: to.to_path_buf() });
+        }
+        self.changes.push(Change::Rename { from, to });
+        Ok(())
+    }
+
+    /// Makes all changes, durably, or none.
+    ///
+    /// The staged files are synced in parallel. Then the commit locks the directories of the journal and of all targets
+    /// against other transactions and [readers](crate::read_lock), for which it waits up to 30 s; writes the journal,
+    /// and exchanges each file. A single file needs no journal and costs about as much as a single write.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, all files are old or all are new, decided before the drop returns, and never change
+    /// later because of this call. A drop that finds the journal being committed waits until the files are exchanged
+    /// (a system call each) and their directories synced, or all of it undone; before that it waits for nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::target`] tells what became of the files: [`Unchanged`](crate::TargetState::Unchanged), all of them, for
+    /// ever; [`Visible`](crate::TargetState::Visible), of a transaction of one file; or
+    /// [`Undecided`](crate::TargetState::Undecided), if the disk failed while the files were exchanged and again while
+    /// that was undone: then call [`recover`](crate::recover). Other reasons: what is to be removed or renamed is not
+    /// there, or [no file](Error::is_not_a_file); two paths lead to the [same target](Error::is_repeated_target); a
+    /// directory stayed [locked](Error::is_busy), or holds a transaction that is to be
+    /// [recovered first](Error::is_unrecovered).
+    pub async fn commit(mut self) -> Result<(), Error> {
+        let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
+        let workspace = self.workspace(&first).await?;
+        for change in &mut self.changes {
+            if let Change::Writing { writer, .. } = change {
+                writer.settle().await?;
+            }
+        }
+        // The job owns all of it from here on, and with it the removal if nothing comes of it.
+        let work = move |gate: &Gate| {
+            let changes = std::mem::take(&mut self.changes).into_iter();
+            let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
+            protocol::commit(&workspace, steps, gate)
+        };
+        job(&first, work).await
+    }
+
+    /// Gives up all changes and waits until the staged files are gone.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped.
+    /// The targets are as they were; the staged files are removed in any case.
+    ///
+    /// # Errors
+    ///
+    /// That of a removal; the file is then left to [`recover`](crate::recover).
+    pub async fn rollback(mut self) -> Result<(), Error> {
+        let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
+        for change in &mut self.changes {
+            if let Change::Writing { writer, .. } = change {
+                // A write that has failed has already removed its file.
+                let _failed_before = writer.settle().await;
+            }
+        }
+        let work = move |_: &Gate| {
+            let removed = std::mem::take(&mut self.changes).into_iter().map(Change::discard);
+            // All of them, and then the first failure.
+            removed.fold(Ok(()), Result::and)
+        };
+        job(&first, work).await
+    }
+
+    /// The directories and the note of this transaction, made for its first path.
+    async fn workspace(&mut self, path: &Arc<Path>) -> Result<Arc<Workspace>, Error> {
+        if let Some(workspace) = &self.workspace {
+            return Ok(workspace.clone());
+        }
+        let directory = match &self.journal_dir {
+            Some(directory) => directory.clone(),
+            None => split(path, path)?.0.to_path_buf(),
+        };
+        let workspace = job(path, move |_| Workspace::begin(&directory).map(Arc::new)).await?;
+        Ok(self.workspace.insert(workspace).clone())
+    }
+
+    /// Syncs and closes the staged files if many are open.
+    async fn close_some(&mut self, path: &Arc<Path>) -> Result<(), Error> {
+        let open = |change: &Change| match change {
+            Change::Put(sealed) => sealed.file.clone().map(|file| Unsynced::New(sealed.path.clone(), file)),
+            _ => None,
+        };
+        let files: Vec<_> = self.changes.iter().filter_map(open).collect();
+        if files.len() < OPEN_LIMIT {
+            return Ok(());
+        }
+        job(path, move |_| protocol::sync_files(&files)).await?;
+        for change in &mut self.changes {
+            if let Change::Put(sealed) = change {
+                sealed.file = None;
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
+    fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
+        let (directory, _) = split(path, path)?;
+        self.journal_dir.get_or_insert_with(|| directory.to_path_buf());
+        Ok(path.into())
+    }
+
+    /// Refuses a path that is already named. By what other path a file may be named, the commit finds out.
+    fn refuse_named(&self, path: &Arc<Path>) -> Result<(), Error> {
+        let is_named = |change: &Change| match change {
+            Change::Rename { from, to } => from == path || to == path,
+            other => other.path() == *path,
+        };
+        if self.changes.iter().any(is_named) {
+            return Err(Error::RepeatedTarget { path: path.to_path_buf() });
+        }
+        Ok(())
+    }
+
+    /// Refuses a staged file for a target that has one.
+    fn refuse_repetition(&self, site: &Site, name: &OsString, path: &Path) -> Result<(), Error> {
+        let is_same = |change: &Change| match change {
+            Change::Put(sealed) => sealed.site.id == site.id && sealed.place.target.name == *name,
+            Change::Writing { site: other, name: known, .. } => other.id == site.id && known == name,
+            Change::Remove(removed) => **removed == *path,
+            Change::Rename { to, .. } => **to == *path,
+        };
+        if self.changes.iter().any(is_same) {
+            return Err(Error::RepeatedTarget { path: path.to_path_buf() });
+        }
+        Ok(())
+    }
+}
+
+impl Default for MultiFileTransaction {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for MultiFileTransaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let paths: Vec<_> = self.changes.iter().map(Change::path).collect();
+        f.debug_struct("MultiFileTransaction").field("journal_dir", &self.journal_dir).field("paths", &paths).finish()
+    }
+}
+
+impl Change {
+    fn path(&self) -> Arc<Path> {
+        match self {
+            Self::Put(sealed) => sealed.path.clone(),
+            Self::Writing { path, .. } | Self::Remove(path) | Self::Rename { from: path, .. } => path.clone(),
+        }
+    }
+
+    /// Takes the last piece of a writer in, and its file out of it.
+    fn into_step(self, workspace: &Arc<Workspace>, gate: &Gate) -> Result<Step, Error> {
+        Ok(match self {
+            Self::Put(sealed) => Step::Put(sealed),
+            Self::Writing { path, site, writer, .. } => {
+                let (mut staged, base, tail) = writer.into_staged()?;
+                staged.write_at(base, &tail, gate)?;
+                let length = base + tail.len() as u64;
+                Step::Put(Box::new(Sealed::new(*staged, length, None, &path, site, workspace.clone())?))
+            }
+            Self::Remove(path) => Step::Remove(path),
+            Self::Rename { from, to } => Step::Rename { from, to },
+        })
+    }
+
+    fn discard(self) -> Result<(), Error> {
+        match self {
+            Self::Put(mut sealed) => {
+                sealed.place.remove().map_err(crate::staged::io_error("remove the staged file of", &sealed.path))
+            }
+            Self::Writing { writer, .. } => writer.into_staged().map_or(Ok(()), |(staged, ..)| staged.discard()),
+            Self::Remove(_) | Self::Rename { .. } => Ok(()),
+        }
+    }
+}
+
+/// One hop to the blocking pool, cancelled if it is dropped.
+async fn job<T: Send + 'static>(
+    path: &Arc<Path>,
+    work: impl FnOnce(&Gate) -> Result<T, Error> + Send + 'static,
+) -> Result<T, Error> {
+    Job::spawn(&current_runtime(path)?, &Gate::new(), path, work).await
+}
+
+/// Creates the staged file beside what `path` stands for.
+fn stage(workspace: &Workspace, path: &Path) -> Result<(Staged, Arc<Site>), Error> {
+    let options = WriteOptions::default();
+    let mut target = Target::resolve(path, options)?;
+    let site = workspace.adopt(target.dir, &target.parent, path)?;
+    // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
+    target.dir = site.dir.clone();
+    let naming = Naming::Fixed { name: workspace.name(&site), left: workspace.left.clone() };
+    Ok((Staged::create_at(path, target, options, &naming)?, site))
+}

@@ -1,0 +1,295 @@
+//! The directories of a transaction, its locks, and the note that says which files are its own.
+//!
+//! Invariant: the note is made, and locked, before the first staged file, and goes after the last; so a staged file of
+//! which there is no locked note belongs to nobody that lives. A file staged in another directory than the journal's is
+//! first written down in the note, durably.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::Error;
+use crate::commit::Gate;
+use crate::platform::{Dir, Share};
+use crate::staged::{io_error, lock, open_error};
+
+/// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
+const PREFIX: &str = ".afs-tx-";
+const ID_DIGITS: usize = 16;
+/// How often a note is made anew, because a recovery took it before it could be locked.
+const NOTE_ATTEMPTS: usize = 32;
+/// How long the lock of a directory is waited for.
+pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
+/// The longest pause between two attempts to lock; a cancelled job ends within it.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// No note is larger than this, so that a recovery need not read a file of any size.
+const NOTE_LIMIT_BYTES: u64 = 16 << 20;
+
+/// A directory that a transaction changes files in.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) dir: Arc<Dir>,
+    /// Without symlinks, so that it still leads here when the process has gone elsewhere.
+    pub(crate) path: PathBuf,
+    pub(crate) id: (u64, u64),
+}
+
+impl Site {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let dir = Dir::open(path).map_err(|source| open_error(path, source))?;
+        Self::of(Arc::new(dir), path)
+    }
+
+    /// The directory that was opened by `path`.
+    fn of(dir: Arc<Dir>, path: &Path) -> Result<Self, Error> {
+        let failed = |source| open_error(path, source);
+        let id = dir.id().map_err(failed)?;
+        let canonical = std::fs::canonicalize(path).map_err(failed)?;
+        // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
+        if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {
+            return Err(failed(io::Error::other("it was moved while it was opened")));
+        }
+        Ok(Self { dir, path: canonical, id })
+    }
+}
+
+/// What the jobs of one transaction share.
+#[derive(Debug)]
+pub(crate) struct Workspace {
+    id: String,
+    /// The journal's directory first.
+    sites: Mutex<Vec<Arc<Site>>>,
+    /// The note, locked as long as this lives.
+    note: File,
+    /// How many names have been given.
+    given: Mutex<u64>,
+    /// Whether a file was left, so that the note is kept for a recovery.
+    pub(crate) left: Arc<AtomicBool>,
+}
+
+impl Workspace {
+    /// Begins in the directory `journal_dir`.
+    pub(crate) fn begin(journal_dir: &Path) -> Result<Self, Error> {
+        let home = Arc::new(Site::open(journal_dir)?);
+        for _ in 0..NOTE_ATTEMPTS {
+            let id = format!("{:0ID_DIGITS$x}", fastrand::u64(..));
+            let name = format!("{PREFIX}{id}");
+            let note = match home.dir.create(name.as_ref(), 0o600) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
+                other => other.map_err(io_error("create a transaction's note in", journal_dir))?,
+            };
+            // From here on its drop removes it.
+            let workspace =
+                Self { id, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0), left: Arc::default() };
+            if lock(&workspace.note).map_err(io_error("lock a transaction's note in", journal_dir))?.is_some() {
+                return Ok(workspace);
+            }
+        }
+        Err(io_error("create a transaction's note in", journal_dir)(io::ErrorKind::AlreadyExists.into()))
+    }
+
+    /// The journal's directory.
+    pub(crate) fn home(&self) -> Arc<Site> {
+        self.sites()[0].clone()
+    }
+
+    /// A fresh name for a file staged in `site`.
+    pub(crate) fn name(&self, site: &Site) -> OsString {
+        let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
+        *given += 1;
+        // The mark tells a recovery of this other directory that the note is elsewhere.
+        let mark = if site.id == self.home().id { "" } else { "x" };
+        format!("{PREFIX}{}-{mark}{given}", self.id).into()
+    }
+
+    /// The name of the journal before it is committed.
+    pub(crate) fn draft(&self) -> OsString {
+        format!("{PREFIX}{}-journal", self.id).into()
+    }
+
+    /// Makes the directory `dir`, opened by `parent`, one of this transaction's; `path` is the target, for errors.
+    pub(crate) fn adopt(&self, dir: Arc<Dir>, parent: &Path, path: &Path) -> Result<Arc<Site>, Error> {
+        let id = dir.id().map_err(|source| open_error(parent, source))?;
+        let mut sites = self.sites();
+        if let Some(known) = sites.iter().find(|site| site.id == id) {
+            return Ok(known.clone());
+        }
+        if sites[0].id.0 != id.0 {
+            return Err(Error::OtherFileSystem { path: path.to_path_buf() });
+        }
+        let site = Arc::new(Site::of(dir, parent)?);
+        let mut line = site.path.as_os_str().as_bytes().to_vec();
+        line.push(0);
+        let noted = (&self.note).write_all(&line).and_then(|()| self.note.sync_all());
+        // The note itself was made without a sync; from here on it must survive a power cut, or nobody finds the files.
+        noted.and_then(|()| sites[0].dir.sync()).map_err(io_error("note the directory of", path))?;
+        sites.push(site.clone());
+        Ok(site)
+    }
+
+    /// Nothing panics in the middle of a change while it is locked.
+    fn sites(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Site>>> {
+        self.sites.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Workspace {
+    fn drop(&mut self) {
+        if self.left.load(Ordering::Relaxed) {
+            return;
+        }
+        let _gone_already = self.home().dir.remove(format!("{PREFIX}{}", self.id).as_ref());
+    }
+}
+
+/// Keeps directories locked; the locks go when this is dropped, or its process dies.
+#[derive(Debug)]
+pub(crate) struct Locks {
+    _held: Vec<Dir>,
+}
+
+impl Locks {
+    /// Locks all of `sites`, always in the same order, so that no two transactions wait for each other.
+    pub(crate) fn take<'a>(
+        sites: impl IntoIterator<Item = &'a Site>,
+        share: Share,
+        gate: &Gate,
+    ) -> Result<Self, Error> {
+        let mut sites: Vec<_> = sites.into_iter().collect();
+        sites.sort_by_key(|site| site.id);
+        sites.dedup_by_key(|site| site.id);
+        let begun = Instant::now();
+        let held = sites.into_iter().map(|site| lock_one(site, share, gate, begun)).collect::<Result<_, _>>()?;
+        Ok(Self { _held: held })
+    }
+}
+
+fn lock_one(site: &Site, share: Share, gate: &Gate, begun: Instant) -> Result<Dir, Error> {
+    // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
+    let dir = site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?;
+    let mut pause = Duration::from_micros(100);
+    loop {
+        match dir.try_lock(share) {
+            Ok(()) => return Ok(dir),
+            Err(TryLockError::WouldBlock) => {}
+            Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
+        }
+        if gate.is_cancelled() {
+            return Err(Error::Interrupted { path: site.path.clone() });
+        }
+        if begun.elapsed() >= LOCK_PATIENCE {
+            return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
+        }
+        gate.pause(pause);
+        pause = (pause * 2).min(LOCK_PAUSE);
+    }
+}
+
+/// What recoveries removed of transactions that never were committed.
+#[derive(Debug, Default)]
+pub(crate) struct Litter {
+    pub(crate) removed: usize,
+    /// Transactions that are still being staged.
+    pub(crate) live: usize,
+}
+
+/// Removes from `home`, and from where its notes lead, what dead transactions staged.
+///
+/// Only under the lock of `home`, and when no journal is there: after a commit these files are the data.
+pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
+    let names = home.dir.list()?;
+    let mut litter = Litter::default();
+    let mut live = Vec::new();
+    let mut notes = Vec::new();
+    for name in &names {
+        let Some((id, "")) = parse(name) else { continue };
+        match open_note(home, name) {
+            Ok(Some(note)) => notes.push((id, name, note)),
+            Ok(None) => live.push(id),
+            // Its transaction has just ended.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Somebody else's; what we may not read we leave to them.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => live.push(id),
+            Err(error) => return Err(error),
+        }
+    }
+    litter.live = live.len();
+    for (id, _, note) in &notes {
+        for path in foreign_sites(note)? {
+            // What has been moved or removed since is out of reach, and harmless.
+            let Ok(dir) = Dir::open(&path) else { continue };
+            litter.removed += remove_where(&dir, &dir.list()?, |found, rest| found == *id && rest.starts_with('x'))?;
+        }
+    }
+    // A file without a note is nobody's, unless the note was made after the names had been listed.
+    let noted_since = |id: &str| !matches!(home.dir.look(format!("{PREFIX}{id}").as_ref()), Ok(None));
+    let dead = |id: &str| notes.iter().any(|(noted, ..)| *noted == id) || (!live.contains(&id) && !noted_since(id));
+    let local = |id: &str, rest: &str| !rest.is_empty() && !rest.starts_with('x') && dead(id);
+    litter.removed += remove_where(&home.dir, &names, local)?;
+    for (_, name, _) in &notes {
+        home.dir.remove(name)?;
+        litter.removed += 1;
+    }
+    Ok(litter)
+}
+
+/// Removes those of `names` whose identity and remainder are `wanted`; returns how many.
+fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(&str, &str) -> bool) -> io::Result<usize> {
+    let mut removed = 0;
+    for name in names {
+        if parse(name).is_some_and(|(id, rest)| wanted(id, rest)) {
+            match dir.remove(name) {
+                Ok(()) => removed += 1,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    Ok(removed)
+}
+
+/// Opens and locks a note; `None` if its transaction lives.
+fn open_note(home: &Site, name: &OsStr) -> io::Result<Option<File>> {
+    let note = home.dir.read(name)?;
+    match note.try_lock() {
+        Ok(()) => Ok(Some(note)),
+        Err(TryLockError::WouldBlock) => Ok(None),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// The other directories that a note names. What was cut off by a crash was not yet used.
+fn foreign_sites(note: &File) -> io::Result<Vec<PathBuf>> {
+    use std::io::Read;
+    let mut bytes = Vec::new();
+    note.take(NOTE_LIMIT_BYTES).read_to_end(&mut bytes)?;
+    let whole = bytes.split_inclusive(|&byte| byte == 0).filter_map(|line| line.strip_suffix(&[0]));
+    Ok(whole.filter(|line| !line.is_empty()).map(|line| OsString::from_vec(line.to_vec()).into()).collect())
+}
+
+/// Splits a transaction's name into its identity and what follows the hyphen, which a note has not.
+fn parse(name: &OsStr) -> Option<(&str, &str)> {
+    let (id, rest) = name.to_str()?.strip_prefix(PREFIX)?.split_at_checked(ID_DIGITS)?;
+    let rest = if rest.is_empty() { rest } else { rest.strip_prefix('-').filter(|rest| !rest.is_empty())? };
+    id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')).then_some((id, rest))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_recovery_knows_the_names_of_transactions_and_no_others() {
+        assert_eq!(parse(".afs-tx-0123456789abcdef".as_ref()), Some(("0123456789abcdef", "")));
+        assert_eq!(parse(".afs-tx-0123456789abcdef-x7".as_ref()), Some(("0123456789abcdef", "x7")));
+        for other in [".afs-tx-", ".afs-tx-0123456789abcdef-", ".afs-tx-0123456789ABCDEF", ".afs-file-0123456789abcdef"]
+        {
+            assert_eq!(parse(other.as_ref()), None, "{other}");
+        }
+    }
+}

@@ -1,0 +1,316 @@
+//! Transactions dropped at any moment: all files are old or all are new, and nothing changes later.
+
+use std::cell::RefCell;
+use std::path::Path;
+
+use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction};
+use cancel_safe_testing::{Explore, Outcome, Report, Way, scratch_dir};
+use tempfile::{TempDir, tempdir};
+use tokio::sync::Mutex;
+
+use crate::child;
+use crate::support::{drain_pool, names};
+
+const WAYS: [Way; 4] = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic];
+type Pair = (String, String);
+
+/// A directory with two files that belong together.
+struct Scene {
+    dir: TempDir,
+    at_drop: RefCell<Option<Pair>>,
+}
+
+impl Scene {
+    fn new() -> Self {
+        let dir = tempdir().unwrap();
+        renew(dir.path());
+        Self { dir, at_drop: RefCell::default() }
+    }
+}
+
+fn renew(dir: &Path) {
+    for name in ["a", "b"] {
+        std::fs::write(dir.join(name), "old").unwrap();
+    }
+}
+
+fn pair(dir: &Path) -> Pair {
+    let read = |name| std::fs::read_to_string(dir.join(name)).unwrap();
+    (read("a"), read("b"))
+}
+
+/// Notes the content when it is dropped: declare it before the future that it watches.
+struct Note<'a>(&'a Scene);
+
+impl Drop for Note<'_> {
+    fn drop(&mut self) {
+        *self.0.at_drop.borrow_mut() = Some(pair(self.0.dir.path()));
+    }
+}
+
+fn check(dir: &Path, is_whole: impl Fn(&Pair) -> bool) -> Result<(), String> {
+    let now = pair(dir);
+    if !is_whole(&now) {
+        return Err(format!("a mix: {now:?}"));
+    }
+    if names(dir) != ["a", "b"] {
+        return Err(format!("left behind: {:?}", names(dir)));
+    }
+    Ok(())
+}
+
+fn is_whole((a, b): &Pair) -> bool {
+    a == b && (a == "old" || a == "new")
+}
+
+/// Drops `operation` at every point; if it completes, both files are `wanted`.
+fn explore<R>(wanted: &str, operation: impl AsyncFn(&Path) -> R) -> Report {
+    Explore::new().ways(WAYS).run(
+        async || Scene::new(),
+        async |scene| {
+            let _note = Note(scene);
+            operation(scene.dir.path()).await
+        },
+        async |scene, outcome| {
+            check(scene.dir.path(), is_whole)?;
+            let now = pair(scene.dir.path());
+            match outcome {
+                Outcome::Completed(_) if now.0 != wanted => Err(format!("completed, but {now:?}")),
+                Outcome::Dropped { .. } if scene.at_drop.borrow().as_ref().is_some_and(|then| *then != now) => {
+                    Err("the files changed after the drop".to_owned())
+                }
+                _ => Ok(()),
+            }
+        },
+    )
+}
+
+async fn change_both(dir: &Path) -> Result<(), Error> {
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(dir.join("a"), "new").await?;
+    tx.writer(dir.join("b")).await?.write_all(b"new").await?;
+    tx.commit().await
+}
+
+fn assert_clean(operation: &str, report: &Report) {
+    report.publish("atomic-fs", operation).assert_clean();
+}
+
+#[test]
+fn dropped_commit_leaves_all_old_or_all_new_for_ever() {
+    let report = explore("new", async |dir| change_both(dir).await.unwrap());
+    assert_clean("MultiFileTransaction::commit", &report);
+}
+
+#[test]
+fn dropped_commit_of_renames_leaves_all_old_or_all_new_for_ever() {
+    let report = explore("new", async |dir| {
+        let mut tx = MultiFileTransaction::new();
+        tx.add_file(dir.join("a"), "new").await.unwrap();
+        tx.add_file(dir.join("b"), "new").await.unwrap();
+        tx.commit().await.unwrap();
+        // Exchanges nothing that can be seen, but takes the same way.
+        std::fs::hard_link(dir.join("a"), dir.join("c")).unwrap();
+        let mut tx = MultiFileTransaction::new();
+        tx.rename(dir.join("c"), dir.join("b")).unwrap();
+        let _cleared = Clear(dir);
+        tx.commit().await.unwrap();
+    });
+    assert_clean("MultiFileTransaction::commit/rename", &report);
+}
+
+/// Removes what the test itself has added.
+struct Clear<'a>(&'a Path);
+
+impl Drop for Clear<'_> {
+    fn drop(&mut self) {
+        match std::fs::remove_file(self.0.join("c")) {
+            Ok(()) => {}
+            Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
+        }
+    }
+}
+
+#[test]
+fn dropped_rollback_removes_what_was_staged_all_the_same() {
+    let report = explore("old", async |dir| {
+        let mut tx = MultiFileTransaction::begin(dir);
+        tx.add_file(dir.join("a"), "new").await.unwrap();
+        tx.writer(dir.join("b")).await.unwrap().write_all(&vec![b'x'; (1 << 20) + 1]).await.unwrap();
+        tx.rollback().await.unwrap();
+    });
+    assert_clean("MultiFileTransaction::rollback", &report);
+}
+
+#[test]
+fn dropped_add_file_is_no_part_of_the_transaction() {
+    let ways = [Way::Eager, Way::Settled, Way::Panic];
+    for with_writer in [false, true] {
+        let report = Explore::new().ways(ways).run(
+            async || {
+                let scene = Scene::new();
+                let mut tx = MultiFileTransaction::new();
+                tx.add_file(scene.dir.path().join("a"), "new").await.unwrap();
+                (scene, Mutex::new(Some(tx)))
+            },
+            async |(scene, tx)| {
+                let mut tx = tx.lock().await;
+                let (tx, path) = (tx.as_mut().unwrap(), scene.dir.path().join("b"));
+                if with_writer {
+                    // Empty, until somebody writes to it.
+                    tx.writer(path).await.map(drop).unwrap();
+                } else {
+                    tx.add_file(path, "").await.unwrap();
+                }
+            },
+            async |(scene, tx), outcome| {
+                tx.lock().await.take().unwrap().commit().await.unwrap();
+                let wanted = if outcome.is_completed() { "" } else { "old" };
+                check(scene.dir.path(), |pair| *pair == ("new".into(), wanted.into()))
+            },
+        );
+        assert_clean(
+            if with_writer { "MultiFileTransaction::writer" } else { "MultiFileTransaction::add_file" },
+            &report,
+        );
+    }
+}
+
+#[test]
+fn dropped_read_lock_locks_nothing() {
+    let report = Explore::new().ways(WAYS).run(
+        async || Scene::new(),
+        async |scene| drop(atomic_fs::read_lock(scene.dir.path()).await.unwrap()),
+        async |scene, _outcome| {
+            let dir = std::fs::File::open(scene.dir.path()).unwrap();
+            dir.try_lock().map_err(|error| format!("still locked: {error}"))
+        },
+    );
+    assert_clean("read_lock", &report);
+}
+
+#[test]
+fn dropped_recover_has_done_everything_or_nothing() {
+    let Some(strace) = child::strace() else { return };
+    // The first renames the journal, the second exchanges `a`; so `b` is still to be exchanged.
+    let template = Scene::new();
+    let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
+    assert_eq!(child::outcome(child::command(&wrapper, "pair", template.dir.path())), None);
+    assert_eq!(pair(template.dir.path()), ("new".into(), "old".into()));
+    let report = Explore::new().ways(WAYS).run(
+        async || {
+            let scene = Scene::new();
+            for name in names(template.dir.path()) {
+                std::fs::copy(template.dir.path().join(&name), scene.dir.path().join(&name)).unwrap();
+            }
+            scene
+        },
+        async |scene| {
+            let _note = Note(scene);
+            atomic_fs::recover(scene.dir.path()).await.unwrap()
+        },
+        async |scene, outcome| {
+            let (dir, now) = (scene.dir.path(), pair(scene.dir.path()));
+            if scene.at_drop.borrow().as_ref().is_some_and(|then| *then != now) {
+                return Err("the files changed after the drop".to_owned());
+            }
+            if !is_whole(&now) && (outcome.is_completed() || names(dir) != names(template.dir.path())) {
+                return Err(format!("recovered in part: {now:?}, {:?}", names(dir)));
+            }
+            atomic_fs::recover(dir).await.map_err(|error| error.to_string())?;
+            check(dir, |pair| *pair == ("new".into(), "new".into()))
+        },
+    );
+    assert_clean("recover", &report);
+}
+
+/// Cancels at random moments of the time that a transaction takes; returns how many were cancelled, and how many of
+/// these changed a file after the drop, left a mix, or left something behind.
+fn cancel_at_random<F: Future>(rounds: u32, operation: impl Fn(&Path) -> F) -> (u32, u32) {
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let scene = Scene::new();
+    let dir = scene.dir.path();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .max_blocking_threads(1)
+        .enable_all()
+        .build()
+        .unwrap();
+    let (mut cancelled, mut wrong) = (0, 0);
+    runtime.block_on(async {
+        let begun = std::time::Instant::now();
+        operation(dir).await;
+        let longest = begun.elapsed().mul_f64(1.2);
+        for _ in 0..rounds {
+            renew(dir);
+            let mut running = Box::pin(operation(dir));
+            let begun = std::time::Instant::now();
+            let limit = longest.mul_f64(random.f64());
+            let ended = std::future::poll_fn(|cx| {
+                if running.as_mut().poll(cx).is_ready() {
+                    return std::task::Poll::Ready(true);
+                }
+                cx.waker().wake_by_ref();
+                if begun.elapsed() >= limit { std::task::Poll::Ready(false) } else { std::task::Poll::Pending }
+            })
+            .await;
+            drop(running);
+            let at_drop = pair(dir);
+            drain_pool().await;
+            cancelled += u32::from(!ended);
+            wrong += u32::from(pair(dir) != at_drop || check(dir, is_whole).is_err());
+        }
+    });
+    (cancelled, wrong)
+}
+
+#[test]
+fn a_transaction_that_is_dropped_at_random_never_lands_later_nor_in_part() {
+    let (cancelled, wrong) = cancel_at_random(300, |dir| {
+        let dir = dir.to_owned();
+        async move { change_both(&dir).await.unwrap() }
+    });
+    println!("{cancelled} cancelled, {wrong} wrong");
+    assert!(cancelled > 0 && wrong == 0, "{cancelled} cancelled, {wrong} wrong");
+}
+
+#[test]
+fn the_same_check_catches_a_transaction_without_a_gate() {
+    let (_, wrong) = cancel_at_random(100, |dir| {
+        let dir = dir.to_owned();
+        tokio::task::spawn_blocking(move || std::fs::write(dir.join("a"), "new"))
+    });
+    assert!(wrong > 0, "a job that runs on after its future is gone, and changes one file of two, must be caught");
+}
+
+#[test]
+fn a_process_killed_at_any_await_of_a_transaction_is_recovered() {
+    let report = Explore::new().ways([Way::Crash]).budgets([1]).run(
+        async || {
+            let dir = scratch_dir().join("files");
+            // The setup runs again after the crash, and then finds what that left.
+            if !dir.exists() {
+                std::fs::create_dir(&dir).unwrap();
+                renew(&dir);
+            }
+            dir
+        },
+        async |dir| change_both(dir).await.unwrap(),
+        async |dir, _outcome| {
+            atomic_fs::recover(dir).await.map_err(|error| error.to_string())?;
+            check(dir, is_whole)
+        },
+    );
+    assert_clean("MultiFileTransaction/crash", &report);
+}
+
+#[test]
+fn the_same_check_catches_one_write_after_the_other() {
+    let broken = explore("new", async |dir| {
+        atomic_fs::write(dir.join("a"), "new").await.unwrap();
+        atomic_fs::write(dir.join("b"), "new").await.unwrap();
+    });
+    assert!(broken.failures().iter().any(|failure| failure.message().contains("a mix")));
+}

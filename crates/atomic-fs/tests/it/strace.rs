@@ -1,0 +1,93 @@
+//! Runs a child under strace, which may tamper with one of its calls, and tells what really happened.
+//!
+//! strace counts calls by thread, and tampers with the n-th call of every thread; which call that is can depend on how
+//! threads are scheduled. So a fault is only aimed by number: what it hit is read from the log of the very same run.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use crate::child;
+
+/// One file system call: its name, and the how-manieth of this name on its thread it was.
+#[derive(Clone, Debug)]
+pub(crate) struct Call {
+    pub(crate) name: String,
+    pub(crate) number: usize,
+    /// All of it, with its result.
+    pub(crate) text: String,
+}
+
+impl Call {
+    /// Whether the call succeeded, and did so in earnest.
+    pub(crate) fn is_done(&self) -> bool {
+        !self.is_injected() && self.text.rsplit_once(" = ").is_some_and(|(_, result)| !result.starts_with(['-', '?']))
+    }
+
+    pub(crate) fn is_injected(&self) -> bool {
+        self.text.contains("(INJECTED)")
+    }
+}
+
+/// What a child did and said.
+#[derive(Debug)]
+pub(crate) struct Run {
+    /// The last thing that it said; `None` if it died before.
+    pub(crate) said: Option<String>,
+    /// What it wrote to its standard error.
+    pub(crate) complaint: String,
+    /// Its calls that have to do with the directory that was asked for, in order.
+    pub(crate) calls: Vec<Call>,
+    /// Whether the fault hit any of these, and none else.
+    pub(crate) is_hit: bool,
+}
+
+/// Runs `task` on `path`, with `inject` (such as `fsync:error=EIO:when=3`, one a line), and logs the calls that name
+/// `within`.
+pub(crate) fn run(task: &str, path: &Path, within: &str, log: &Path, inject: Option<&str>) -> Run {
+    let inject: Vec<_> =
+        inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
+    let mut wrapper = vec!["strace", "-f", "-qq", "-y", "-s", "300", "-e", "trace=%file,%desc"];
+    wrapper.extend(["-o", log.to_str().unwrap()]);
+    wrapper.extend(inject.iter().flat_map(|inject| ["-e", inject]));
+    let output = child::command(&wrapper, task, path).output().unwrap();
+    let (ours, others): (Vec<_>, Vec<_>) =
+        // `fcntl` is an assertion of std's debug builds: that what is being closed is open.
+        read(log).into_iter().partition(|call| call.text.contains(within) && !matches!(&*call.name, "execve" | "fcntl"));
+    let is_hit = ours.iter().any(Call::is_injected) && !others.iter().any(Call::is_injected);
+    Run {
+        said: child::last_word(&output.stdout),
+        complaint: String::from_utf8_lossy(&output.stderr).into_owned(),
+        calls: ours,
+        is_hit,
+    }
+}
+
+/// Reads a log, joining the two halves of a call that another thread's cut in two.
+fn read(log: &Path) -> Vec<Call> {
+    let mut counts = HashMap::<(String, String), usize>::new();
+    let mut open = HashMap::<String, usize>::new();
+    let mut calls = Vec::<Call>::new();
+    for line in std::fs::read_to_string(log).unwrap().lines() {
+        // `1234  openat(AT_FDCWD</>, "/tmp/traced", …) = 3</tmp/traced>`
+        let Some((thread, text)) = line.split_once(char::is_whitespace) else { continue };
+        let text = text.trim_start();
+        if let Some((_, rest)) = text.strip_prefix("<... ").and_then(|text| text.split_once(" resumed>")) {
+            if let Some(position) = open.remove(thread) {
+                calls[position].text.push_str(rest);
+            }
+            continue;
+        }
+        let Some((name, _)) = text.split_once('(') else { continue };
+        let count = counts.entry((thread.to_owned(), name.to_owned())).or_default();
+        *count += 1;
+        let (text, is_open) = match text.strip_suffix("<unfinished ...>") {
+            Some(text) => (text, true),
+            None => (text, false),
+        };
+        if is_open {
+            open.insert(thread.to_owned(), calls.len());
+        }
+        calls.push(Call { name: name.to_owned(), number: *count, text: text.to_owned() });
+    }
+    calls
+}
