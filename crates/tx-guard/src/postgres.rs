@@ -267,8 +267,6 @@ async fn signal(
 
 #[cfg(test)]
 mod tests {
-    use futures_util::future::join;
-
     use super::*;
 
     #[tokio::test]
@@ -282,14 +280,22 @@ mod tests {
         let ours = Postgres::probe(&mut conn, Ownership::Wrapped).await.unwrap();
         let before = BackendId { started: ours.started - 1, ..ours };
 
-        let sleep = sqlx::raw_sql("SELECT pg_sleep(0.5)").execute(&mut conn);
-        let (slept, cancelled) = join(sleep, Postgres::cancel(&canceller, &options, &before)).await;
-        cancelled.unwrap();
+        // Again and again, because a cancel that comes before the statement is no cancel.
+        let again = async |to: BackendId| {
+            loop {
+                Postgres::cancel(&canceller, &options, &to).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let slept = tokio::select! {
+            slept = sqlx::raw_sql("SELECT pg_sleep(0.5)").execute(&mut conn) => slept,
+            () = again(before) => unreachable!("it cancels for ever"),
+        };
         assert!(slept.is_ok(), "{slept:?}");
-
-        let sleep = sqlx::raw_sql("SELECT pg_sleep(30)").execute(&mut conn);
-        let (slept, cancelled) = join(sleep, Postgres::cancel(&canceller, &options, &ours)).await;
-        cancelled.unwrap();
+        let slept = tokio::select! {
+            slept = sqlx::raw_sql("SELECT pg_sleep(30)").execute(&mut conn) => slept,
+            () = again(ours) => unreachable!("it cancels for ever"),
+        };
         assert!(slept.is_err(), "{slept:?}");
     }
 }

@@ -5,6 +5,7 @@ mod cancel;
 mod commit;
 mod faults;
 mod happy;
+mod log;
 mod prop;
 mod run;
 mod silence;

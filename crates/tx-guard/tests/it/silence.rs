@@ -171,7 +171,8 @@ async fn a_session_whose_cancel_had_no_answer_is_not_used_again() {
         let before = backend(&db).await;
         let mut tx = db.begin().await.unwrap();
         world.insert(&mut tx, 1).await.unwrap();
-        assert!(Postgres::execute(&mut tx, Postgres::SLOW.to_owned()).now_or_never().is_none());
+        let slow = Postgres::execute(&mut tx, Postgres::SLOW.to_owned());
+        assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
         if kill {
             let killed = format!(
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
