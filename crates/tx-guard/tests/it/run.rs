@@ -262,7 +262,7 @@ async fn a_closure_with_captures_runs_inside_a_spawned_task() {
 async fn a_transient_failure_that_only_the_commit_hears_of_is_run_again() {
     let world = World::<Postgres>::new().await;
     let db = world.pool(1).await;
-    let fail = "DO $$ BEGIN RAISE EXCEPTION 'in vain' USING ERRCODE = '40001'; END $$";
+    let fail = "DO $$ BEGIN PERFORM pg_sleep(0.1); RAISE EXCEPTION 'in vain' USING ERRCODE = '40001'; END $$";
     let mut attempts = 0;
     let run = db.tx().retry(Retry::default()).run(async |tx| {
         attempts += 1;
