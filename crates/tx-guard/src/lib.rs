@@ -2,7 +2,10 @@
 //!
 //! # The problem
 //!
-//! ```ignore
+//! ```no_run
+//! # use std::time::Duration;
+//! # #[cfg(feature = "sqlite")]
+//! # async fn handler(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
 //! // A handler with a deadline, on plain sqlx.
 //! tokio::time::timeout(Duration::from_secs(5), async {
 //!     let mut tx = pool.begin().await?;                        // dropped here: can leave a transaction open in the pool
@@ -10,6 +13,9 @@
 //!     tx.commit().await                                        // dropped here: committed or not, nobody will know
 //! })
 //! .await
+//! # ??;
+//! # Ok(())
+//! # }
 //! ```
 //!
 //! Dropping a `sqlx::Transaction` cancels nothing on the server. It queues a `ROLLBACK` behind whatever still runs, so the
