@@ -64,6 +64,8 @@ pub(crate) enum Change {
     Put(Box<Row>),
     /// The file of this URL is gone.
     Delete(String),
+    /// The file of this URL is about to be replaced: from the commit on it may be there without a row.
+    Withdraw { url: String, path: String },
     /// The catalogue belongs to the directory with this mark from now on.
     Mark(String),
 }
@@ -223,8 +225,14 @@ where
                     Ok(()) => Ok(()),
                     Err(error) => Err(CatalogueError::Stopped { cause: chain(error), disk_full: error.is_disk_full() }),
                 };
-                if let (Ok(()), Change::Put(row)) = (&told, &change) {
-                    unrecorded.lock().unwrap_or_else(PoisonError::into_inner).remove(&row.url);
+                // Here and not where the change was asked for: that future may have been dropped meanwhile.
+                if told.is_ok() {
+                    let mut unrecorded = unrecorded.lock().unwrap_or_else(PoisonError::into_inner);
+                    match change {
+                        Change::Put(row) => drop(unrecorded.remove(&row.url)),
+                        Change::Withdraw { url, path } => drop(unrecorded.insert(url, path)),
+                        Change::Delete(_) | Change::Mark(_) => {}
+                    }
                 }
                 // A fetch that was dropped meanwhile does not ask any more.
                 let _dropped = done.send(told);
@@ -276,7 +284,7 @@ where
                     let (found,): (String,) = sqlx::query_as("SELECT mark FROM mirror").fetch_one(&mut *tx).await?;
                     require(&found, mark)?;
                 }
-                Change::Delete(url) => {
+                Change::Delete(url) | Change::Withdraw { url, .. } => {
                     QueryBuilder::<DB>::new("DELETE FROM files WHERE url = ")
                         .push_bind(url.clone())
                         .build()

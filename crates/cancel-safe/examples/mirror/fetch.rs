@@ -96,10 +96,11 @@ impl Fetcher {
         }
         if known.is_some() {
             // A row must never stand for bytes that are not its own: from here to the new row there is none.
-            let gone = Change::Delete(url.as_str().to_owned());
+            let gone = Change::Withdraw { url: url.as_str().to_owned(), path: path.to_owned() };
             self.catalogue.apply(gone).await.map_err(Trouble::of_catalogue)?;
+        } else {
+            self.catalogue.announce(url.as_str(), path);
         }
-        self.catalogue.announce(url.as_str(), path);
         if let Err(error) = writer.commit().await {
             if let (Some(row), TargetState::Unchanged) = (known, error.target()) {
                 let back = Change::Put(Box::new(row.clone()));

@@ -422,6 +422,32 @@ fn verify_finds_a_changed_file_and_refresh_asks_with_its_etag() {
 }
 
 #[test]
+fn a_refresh_killed_at_random_moments_leaves_no_row_for_other_bytes() {
+    let scene = Scene::new(40);
+    scene.run(&[], 0);
+    let seed = fastrand::u64(..);
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    for round in 0..5_u8 {
+        // Of the same size as before, so that only the digest tells.
+        for name in tree(&scene.path("served")).keys() {
+            let path = scene.path("served").join(name);
+            let content: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| byte ^ (round + 1)).collect();
+            fs::write(path, content).unwrap();
+        }
+        let before = scene.server.requests();
+        let mut child = scene.start(&["--refresh", "--concurrency", "4"]);
+        let more = random.usize(1..36);
+        wait_for("some requests", || scene.server.requests() >= before + more || child.try_wait().unwrap().is_some());
+        std::thread::park_timeout(Duration::from_micros(random.u64(..4000)));
+        child.kill().unwrap();
+        child.wait().unwrap();
+        scene.run(&[], 0);
+        scene.assert_consistent();
+    }
+}
+
+#[test]
 fn rows_without_files_and_files_without_rows_are_mended() {
     let scene = Scene::new(12);
     scene.run(&[], 0);
