@@ -343,7 +343,7 @@ fn a_write_that_is_dropped_at_random_never_lands_later() {
 #[cfg(unix)]
 #[test]
 fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
-    let Some(strace) = child::strace() else { return };
+    let Some(strace) = child::strace("cancels with a delayed rename") else { return };
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat:delay_enter=3000"];
     let said = child::outcome(child::command(&wrapper, "cancel", Path::new(".")));
     let said = said.expect("the child was not killed");

@@ -191,7 +191,7 @@ fn dropped_read_lock_locks_nothing() {
 
 #[test]
 fn dropped_recover_has_done_everything_or_nothing() {
-    let Some(strace) = child::strace() else { return };
+    let Some(strace) = child::strace("a dropped recovery") else { return };
     // The first renames the journal, the second exchanges `a`; so `b` is still to be exchanged.
     let template = Scene::new();
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];

@@ -3,20 +3,29 @@
 //! This test binary starts itself again; in the child, the one test below does what the environment asks for.
 
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, Preserve, blocking};
 
+#[cfg(target_os = "linux")]
 use crate::campaign::change_all_after_others;
 use crate::cancel::cancel_at_random;
+use crate::support::not_run;
 
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
 const PATH: &str = "ATOMIC_FS_CHILD_PATH";
+/// Where the child may write before it does what it is asked for.
+pub(crate) const OTHER: &str = "ATOMIC_FS_CHILD_OTHER";
 /// What every line of the child begins with that is meant for its parent.
 const MARK: &str = "child says ";
 /// How much a child writes, so that its content can be told from the old one.
 pub(crate) const SIZE_BYTES: usize = 4096;
+/// How much it writes in pieces: more than a writer holds in its buffers.
+pub(crate) const STREAM_BYTES: usize = (3 << 20) + 5;
+/// How many files it writes elsewhere first. strace counts calls by thread but tampers with every thread; after so many
+/// calls this thread is alone with its counts, and a fault that is meant for it does not hit the test harness.
+const OTHERS: usize = 40;
 
 /// A command that runs `task` on `path` in a child; `wrapper` comes before it, `strace` for example.
 pub(crate) fn command(wrapper: &[&str], task: &str, path: &Path) -> Command {
@@ -46,11 +55,11 @@ pub(crate) fn await_word(child: &mut Child, wanted: &str) {
     assert!(out.lines().any(|line| line.unwrap().ends_with(&format!("{MARK}{wanted}"))), "the child never said it");
 }
 
-/// The name of strace, or `None`, and a line that says so, if it does not work here.
-pub(crate) fn strace() -> Option<&'static str> {
+/// The name of strace, or `None`, which is published, if `what` cannot be run because strace does not work here.
+pub(crate) fn strace(what: &str) -> Option<&'static str> {
     let works = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success());
     if !works {
-        println!("a test of system calls is not run, because it needs strace and the permission to trace");
+        not_run(what, "it needs strace, and the permission to trace");
     }
     works.then_some("strace")
 }
@@ -66,6 +75,21 @@ fn say_result(result: Result<(), Error>) {
     }
 }
 
+fn other() -> PathBuf {
+    PathBuf::from(std::env::var_os(OTHER).unwrap())
+}
+
+fn write_others() {
+    for _ in 0..OTHERS {
+        blocking::write(other(), b"x").unwrap();
+    }
+}
+
+/// A runtime whose blocking jobs are all counted on one thread.
+fn one_pool_thread() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap()
+}
+
 #[test]
 fn entry() {
     let (Ok(task), Ok(path)) = (std::env::var(TASK), std::env::var(PATH)) else { return };
@@ -75,29 +99,43 @@ fn entry() {
     match task.as_str() {
         "write" => say_result(blocking::write(path, &content)),
         "write after others" => {
-            // strace counts calls by thread but tampers with every thread; after so many calls this thread is alone
-            // with its counts, and a fault that is meant for it does not hit the test harness.
-            for _ in 0..40 {
-                blocking::write(path.parent().unwrap().with_file_name("other"), b"x").unwrap();
-            }
+            write_others();
             say_result(blocking::write(path, &content));
+        }
+        "write in place" => {
+            write_others();
+            std::fs::write(path, &content).unwrap();
+            say("Ok");
+        }
+        "one after the other" => {
+            for name in ["a", "b", "n", "sub/f"] {
+                blocking::write(path.join(name), format!("new {name}")).unwrap();
+            }
+            std::fs::rename(path.join("d"), path.join("e")).unwrap();
+            std::fs::remove_file(path.join("c")).unwrap();
+            say("Ok");
         }
         "keep all after others" => {
             let options = AtomicFileWriter::options().preserve(Preserve::ALL);
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
-            runtime.block_on(async {
-                for _ in 0..40 {
-                    options.write(path.parent().unwrap().with_file_name("other"), b"x").await.unwrap();
+            say_result(one_pool_thread().block_on(async {
+                for _ in 0..OTHERS {
+                    options.write(other(), b"x").await?;
                 }
-                say_result(options.write(path, &content).await);
-            });
+                options.write(path, &content).await
+            }));
         }
-        "change all after others" => {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
-            say_result(runtime.block_on(change_all_after_others(path)));
-        }
+        "stream after others" => say_result(one_pool_thread().block_on(async {
+            for _ in 0..OTHERS {
+                atomic_fs::write(other(), b"x").await?;
+            }
+            let mut writer = AtomicFileWriter::new(path).await?;
+            for piece in vec![b'N'; STREAM_BYTES].chunks(100_000) {
+                writer.write(piece).await?;
+            }
+            writer.commit().await
+        })),
+        #[cfg(target_os = "linux")]
+        "change all after others" => say_result(one_pool_thread().block_on(change_all_after_others(path, &other()))),
         "pair" => say_result(runtime().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a"), "new").await?;

@@ -7,7 +7,7 @@ mod happy;
 mod prop;
 mod support;
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 mod campaign;
 #[cfg(unix)]
 mod cancel_tx;
@@ -19,7 +19,7 @@ mod crash;
 mod faults;
 #[cfg(unix)]
 mod metadata;
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 mod strace;
 #[cfg(unix)]
 mod transaction;

@@ -9,7 +9,7 @@ use std::time::Duration;
 use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction, RecoveryReport, TargetState};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::names;
+use crate::support::{names, not_run};
 
 /// A directory with files whose content is their name.
 fn scene(files: &[&str]) -> TempDir {
@@ -157,7 +157,7 @@ async fn what_is_no_file_is_refused_and_nothing_is_changed() {
 async fn a_target_on_another_file_system_is_a_typed_error() {
     let (dir, other) = (scene(&["a"]), Path::new("/dev/shm"));
     if !other.exists() || std::fs::metadata(other).unwrap().dev() == std::fs::metadata(dir.path()).unwrap().dev() {
-        println!("a_target_on_another_file_system_is_a_typed_error: not run, because there is no other file system");
+        not_run("a_target_on_another_file_system_is_a_typed_error", "there is no other file system at /dev/shm");
         return;
     }
     let mut tx = MultiFileTransaction::begin(other);

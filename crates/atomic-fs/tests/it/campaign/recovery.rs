@@ -1,0 +1,177 @@
+//! Recoveries under faults, kills and power cuts at every system call, and journals that are refused.
+
+use std::process::Command;
+
+use cancel_safe_atomic_fs as atomic_fs;
+
+use super::disk::{Disk, Kind};
+use super::transaction::{look, verify};
+use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_decisive, pairs, sample};
+use crate::strace::{Call, Run};
+use crate::support::names;
+
+impl Ground {
+    fn recover(&self, inject: Option<&str>) -> Run {
+        self.run("recover", &self.dir, inject)
+    }
+
+    /// Where a crash leaves something to recover.
+    fn crashes(&self) -> Vec<Call> {
+        let calls = self.calls();
+        let committed = calls.iter().position(is_commit).unwrap();
+        calls[committed + 1..].iter().filter(|call| is_decisive(call)).cloned().collect()
+    }
+}
+
+#[tokio::test]
+async fn a_fault_or_a_kill_at_any_call_of_a_recovery_leaves_it_to_the_next_one() {
+    let mut tally = Tally::new("recovery/faults");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    for crash in sample(ground.crashes(), 4) {
+        let crash = aim(&crash, KILL);
+        ground.change(Some(&crash));
+        let run = ground.recover(None);
+        assert_eq!(run.said.as_deref(), Some("Ok"), "{crash}: {}", run.complaint);
+        let calls = distinct(run.calls, is_decisive);
+        for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 8) {
+            ground.change(Some(&crash));
+            let inject = aim(&call, fault);
+            let run = ground.recover(Some(&inject));
+            let verdict = verify(&ground.dir, None, false).await;
+            tally.add(&format!("{crash}, then {inject}: {:?}", run.said), verdict);
+        }
+    }
+    tally.close();
+}
+
+#[tokio::test]
+async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
+    let mut tally = Tally::new("recovery/double-faults");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    // A transaction that failed, and was killed while it was undone, so that there is something to roll back; and one
+    // that was killed while it was applied.
+    let crashes = ground.crashes();
+    let failing = crashes.iter().rfind(|call| call.name == "renameat2").unwrap();
+    let failing = aim(failing, EIO);
+    let run = ground.change(Some(&failing));
+    let failed = run.calls.iter().position(Call::is_injected).unwrap();
+    let undoing = distinct(run.calls[failed + 1..].to_vec(), |call| is_decisive(call) && call.name != "renameat2");
+    let aborts = undoing.iter().map(|call| format!("{failing}\n{}", aim(call, KILL)));
+    let applies = crashes.iter().map(|call| aim(call, KILL));
+    for crash in sample(aborts.chain(applies).collect(), 2) {
+        ground.change(Some(&crash));
+        let first = distinct(ground.recover(None).calls, is_decisive);
+        for first in sample(first, 2) {
+            let failing = aim(&first, EIO);
+            ground.change(Some(&crash));
+            let calls =
+                distinct(ground.recover(Some(&failing)).calls, |call| is_decisive(call) && call.name != first.name);
+            for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 3) {
+                let both = format!("{failing}\n{}", aim(&call, fault));
+                ground.change(Some(&crash));
+                ground.recover(Some(&both));
+                tally.add(&format!("{crash}, then {both}"), verify(&ground.dir, None, false).await);
+            }
+        }
+    }
+    tally.close();
+}
+
+#[tokio::test]
+async fn a_power_cut_at_any_call_of_a_recovery_leaves_it_to_the_next_one() {
+    for kind in Kind::ALL {
+        let mut tally = Tally::new(format!("recovery/power-cuts-{}", kind.name()));
+        let Some(disk) = Disk::new(kind, &tally.name) else { continue };
+        let calls = distinct(disk.change(None).calls, is_decisive);
+        let committed = calls.iter().position(is_commit).unwrap();
+        for crash in sample(calls[committed + 1..].to_vec(), 2) {
+            let crash = aim(&crash, KILL);
+            disk.change(Some(&crash));
+            disk.cut();
+            let run = disk.run("recover", &disk.dir(), None);
+            for call in sample(distinct(run.calls, is_decisive), 3) {
+                disk.change(Some(&crash));
+                disk.cut();
+                let inject = aim(&call, KILL);
+                disk.run("recover", &disk.dir(), Some(&inject));
+                disk.cut();
+                tally.add(&format!("{crash}, then {inject}"), verify(&disk.dir(), None, true).await);
+            }
+        }
+        tally.close();
+    }
+}
+
+#[tokio::test]
+async fn the_same_check_catches_a_recovery_that_only_tidies_up() {
+    let mut tally = Tally::new("recovery/faults/twin");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
+    for name in names(&ground.dir).iter().filter(|name| name.starts_with(".afs-")) {
+        std::fs::remove_file(ground.dir.join(name)).unwrap();
+    }
+    tally.add("no journal, no temporary files", verify(&ground.dir, None, false).await);
+    tally.assert_caught("a mix");
+}
+
+/// Leaves the directory as a crash at the second exchange does.
+fn crash_in_the_middle(ground: &Ground) -> Picture {
+    let calls = ground.calls();
+    let committed = calls.iter().position(is_commit).unwrap();
+    let exchange = calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap();
+    let run = ground.change(Some(&aim(exchange, "signal=SIGKILL")));
+    assert_eq!(run.said, None);
+    look(&ground.dir).unwrap()
+}
+
+#[tokio::test]
+async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_is_touched() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
+    let (dir, victim) = (&ground.dir, ground.dir.join("sub/f"));
+    let aside = dir.with_file_name("aside");
+    std::fs::rename(&victim, &aside).unwrap();
+    std::fs::write(&victim, "by somebody else").unwrap();
+    let left = names(dir);
+    let error = atomic_fs::recover(dir).await.unwrap_err();
+    assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
+    assert!(error.to_string().contains("sub/f"), "{error}");
+    assert_eq!(names(dir), left);
+    // What was put aside is put back: the way out that the error names.
+    std::fs::rename(&aside, &victim).unwrap();
+    assert_eq!(verify(dir, None, false).await, Ok(Picture::New));
+}
+
+#[tokio::test]
+async fn a_restored_backup_recovers_although_every_inode_is_another() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
+    let backup = ground.dir.with_file_name("backup");
+    let copied = Command::new("cp").arg("-a").args([&ground.dir, &backup]).status().unwrap();
+    assert!(copied.success());
+    std::fs::remove_dir_all(&ground.dir).unwrap();
+    let restored = Command::new("cp").arg("-a").args([&backup, &ground.dir]).status().unwrap();
+    assert!(restored.success());
+    assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+}
+
+#[tokio::test]
+async fn a_journal_that_is_altered_anywhere_is_refused() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
+    let journal = ground.dir.join(".afs-journal");
+    let whole = std::fs::read(&journal).unwrap();
+    let left = names(&ground.dir);
+    for position in (0..whole.len()).step_by(7) {
+        let mut altered = whole.clone();
+        altered[position] ^= 0x10;
+        for content in [&altered[..], &whole[..position]] {
+            std::fs::write(&journal, content).unwrap();
+            let error = atomic_fs::recover(&ground.dir).await.unwrap_err();
+            assert!(matches!(error, atomic_fs::Error::CorruptJournal { .. }), "{position}: {error}");
+        }
+    }
+    assert_eq!((names(&ground.dir), look(&ground.dir)), (left, Ok(Picture::Mix)));
+    std::fs::write(&journal, whole).unwrap();
+    assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+}
