@@ -6,7 +6,7 @@ use cancel_safe_atomic_fs as atomic_fs;
 
 use super::disk::{Disk, Kind};
 use super::transaction::{look, verify};
-use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_decisive, pairs, sample};
+use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_decisive, is_full, pairs, sample};
 use crate::strace::{Call, Run};
 use crate::support::names;
 
@@ -15,12 +15,20 @@ impl Ground {
         self.run("recover", &self.dir, inject)
     }
 
-    /// Where a crash leaves something to recover.
     fn crashes(&self) -> Vec<Call> {
-        let calls = self.calls();
-        let committed = calls.iter().position(is_commit).unwrap();
-        calls[committed + 1..].iter().filter(|call| is_decisive(call)).cloned().collect()
+        crashes(&self.calls())
     }
+}
+
+/// Where a crash leaves something to recover.
+fn crashes(calls: &[Call]) -> Vec<Call> {
+    let committed = calls.iter().position(is_commit).unwrap();
+    unfinished(calls[committed + 1..].iter().filter(|call| is_decisive(call)).cloned())
+}
+
+/// In the quick form, only what comes before the journal goes: from there on only litter is left.
+fn unfinished(calls: impl IntoIterator<Item = Call>) -> Vec<Call> {
+    calls.into_iter().take_while(|call| is_full() || call.name != "unlinkat").collect()
 }
 
 #[tokio::test]
@@ -56,12 +64,13 @@ async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     let run = ground.change(Some(&failing));
     let failed = run.calls.iter().position(Call::is_injected).unwrap();
     let undoing = distinct(run.calls[failed + 1..].to_vec(), |call| is_decisive(call) && call.name != "renameat2");
+    let undoing = unfinished(undoing);
     let aborts = undoing.iter().map(|call| format!("{failing}\n{}", aim(call, KILL)));
     let applies = crashes.iter().map(|call| aim(call, KILL));
     for crash in sample(aborts.chain(applies).collect(), 2) {
         ground.change(Some(&crash));
         let first = distinct(ground.recover(None).calls, is_decisive);
-        for first in sample(first, 2) {
+        for first in sample(first, 4) {
             let failing = aim(&first, EIO);
             ground.change(Some(&crash));
             let calls =
@@ -83,8 +92,7 @@ async fn a_power_cut_at_any_call_of_a_recovery_leaves_it_to_the_next_one() {
         let mut tally = Tally::new(format!("recovery/power-cuts-{}", kind.name()));
         let Some(disk) = Disk::new(kind, &tally.name) else { continue };
         let calls = distinct(disk.change(None).calls, is_decisive);
-        let committed = calls.iter().position(is_commit).unwrap();
-        for crash in sample(calls[committed + 1..].to_vec(), 2) {
+        for crash in sample(crashes(&calls), 2) {
             let crash = aim(&crash, KILL);
             disk.change(Some(&crash));
             disk.cut();
