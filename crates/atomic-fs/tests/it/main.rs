@@ -19,6 +19,8 @@ mod crash;
 mod faults;
 #[cfg(unix)]
 mod metadata;
+#[cfg(unix)]
+mod processes;
 #[cfg(target_os = "linux")]
 mod strace;
 #[cfg(unix)]
