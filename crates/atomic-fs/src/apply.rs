@@ -52,7 +52,7 @@ pub(crate) fn abort(home: &Site, slots: &[Slot]) -> io::Result<()> {
 /// Finds out how far each slot has come, and refuses if one cannot be told, or should not be touched.
 pub(crate) fn judge(home: &Site, journal: &'static str, slots: &[Slot]) -> Result<Vec<Progress>, Error> {
     let is_known = |progress| match progress {
-        Progress::Before | Progress::After => true,
+        Progress::Before | Progress::After | Progress::Same => true,
         Progress::AfterChanged => journal == COMMITTED,
         Progress::BeforeChanged => journal == ABORTING,
         Progress::Unknown => false,

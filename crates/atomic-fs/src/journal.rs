@@ -99,6 +99,9 @@ pub(crate) enum Progress {
     After,
     /// Applied, and somebody else has changed the target since.
     AfterChanged,
+    /// The target has the new content, and so has the temporary name. If both were the same from the beginning, and a
+    /// backup was restored, nothing tells whether it was applied; and nothing need be done.
+    Same,
     Unknown,
 }
 
@@ -183,6 +186,7 @@ impl Slot {
                 (Seen::New, Seen::Nothing) if self.old.is_none() => Progress::Before,
                 // A link of the new file, made where files can neither be exchanged nor moved to a free name.
                 (Seen::New, Seen::New) if self.old.is_none() => Progress::Before,
+                (Seen::New, Seen::New) => Progress::Same,
                 (Seen::New, _) => Progress::BeforeChanged,
                 // Whatever was replaced, if it was not what was expected: the last one to rename wins.
                 (_, Seen::New) => Progress::After,

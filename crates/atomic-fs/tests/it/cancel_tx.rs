@@ -195,7 +195,7 @@ fn dropped_recover_has_done_everything_or_nothing() {
     // The first renames the journal, the second exchanges `a`; so `b` is still to be exchanged.
     let template = Scene::new();
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
-    assert_eq!(child::outcome(child::command(&wrapper, "pair", template.dir.path())), None);
+    assert_eq!(child::outcome(child::command(&wrapper, "pair new new", template.dir.path())), None);
     assert_eq!(pair(template.dir.path()), ("new".into(), "old".into()));
     let report = Explore::new().ways(WAYS).run(
         async || {

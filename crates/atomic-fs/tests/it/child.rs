@@ -156,12 +156,6 @@ fn entry() {
         })),
         #[cfg(target_os = "linux")]
         "change all after others" => say_result(one_pool_thread().block_on(change_all_after_others(path, &other()))),
-        "pair" => say_result(runtime().block_on(async {
-            let mut tx = MultiFileTransaction::new();
-            tx.add_file(path.join("a"), "new").await?;
-            tx.add_file(path.join("b"), "new").await?;
-            tx.commit().await
-        })),
         "recover" => say_result(runtime().block_on(atomic_fs::recover(path)).map(drop)),
         "cancel" => {
             let rounds = path.to_str().unwrap().parse().unwrap();
@@ -231,6 +225,13 @@ fn entry() {
             std::env::set_current_dir("/").unwrap();
             say_result(writer.commit().await);
         }),
-        other => panic!("no such task: {other}"),
+        // `pair A B`: two files with these contents.
+        other => say_result(runtime().block_on(async {
+            let [_, a, b] = other.split(' ').collect::<Vec<_>>()[..] else { panic!("no such task: {other}") };
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(path.join("a"), a).await?;
+            tx.add_file(path.join("b"), b).await?;
+            tx.commit().await
+        })),
     }
 }
