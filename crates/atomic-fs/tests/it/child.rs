@@ -135,15 +135,28 @@ fn entry() {
             std::fs::remove_file(path.join("c")).unwrap();
             say("Ok");
         }
-        "keep all after others" => {
-            let options = AtomicFileWriter::options().preserve(Preserve::ALL);
+        "keep all after others" | "ordered after others" | "create after others" => {
+            let options = AtomicFileWriter::options();
+            let (others, options) = match &*task {
+                "keep all after others" => (options.preserve(Preserve::ALL), options.preserve(Preserve::ALL)),
+                "ordered after others" => (options, options.durability(Durability::Ordered)),
+                _ => (options, options.create_new(true)),
+            };
             say_result(one_pool_thread().block_on(async {
                 for _ in 0..OTHERS {
-                    options.write(other(), b"x").await?;
+                    others.write(other(), b"x").await?;
                 }
                 options.write(path, &content).await
             }));
         }
+        "transaction of one after others" => say_result(one_pool_thread().block_on(async {
+            for _ in 0..OTHERS {
+                atomic_fs::write(other(), b"x").await?;
+            }
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(path, &content).await?;
+            tx.commit().await
+        })),
         "stream after others" => say_result(one_pool_thread().block_on(async {
             for _ in 0..OTHERS {
                 atomic_fs::write(other(), b"x").await?;
