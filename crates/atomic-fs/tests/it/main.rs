@@ -18,6 +18,8 @@ mod crash;
 #[cfg(unix)]
 mod faults;
 #[cfg(unix)]
+mod hostile;
+#[cfg(unix)]
 mod metadata;
 #[cfg(unix)]
 mod processes;

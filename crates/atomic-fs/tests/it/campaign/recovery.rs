@@ -151,6 +151,48 @@ async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_i
     assert_eq!(verify(dir, None, false).await, Ok(Picture::New));
 }
 
+#[tokio::test]
+async fn what_was_written_over_an_applied_file_before_the_recovery_is_kept() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    // A file that was replaced, and one that was created.
+    for name in ["a", "n"] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        atomic_fs::write(ground.dir.join(name), "newer").await.unwrap();
+        let report = atomic_fs::recover(&ground.dir).await.unwrap();
+        assert_eq!(report.rolled_forward, 1);
+        assert_eq!(std::fs::read_to_string(ground.dir.join(name)).unwrap(), "newer", "{name}");
+        std::fs::write(ground.dir.join(name), format!("new {name}")).unwrap();
+        assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+    }
+}
+
+#[tokio::test]
+async fn what_was_written_over_a_file_before_a_failed_transaction_is_undone_is_kept() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    for name in ["a", "n"] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        // As if its last sync had failed.
+        std::fs::rename(ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting")).unwrap();
+        atomic_fs::write(ground.dir.join(name), "newer").await.unwrap();
+        let report = atomic_fs::recover(&ground.dir).await.unwrap();
+        assert_eq!(report.rolled_back, 1);
+        assert_eq!(std::fs::read_to_string(ground.dir.join(name)).unwrap(), "newer", "{name}");
+        match name {
+            "a" => std::fs::write(ground.dir.join(name), "old a").unwrap(),
+            _ => std::fs::remove_file(ground.dir.join(name)).unwrap(),
+        }
+        assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::Old));
+    }
+}
+
+/// A kill when everything is applied, and the journal is about to go.
+fn kill_before_the_journal_goes(ground: &Ground) -> String {
+    let removal = |call: &&Call| call.name == "unlinkat" && call.text.contains("\".afs-journal\"");
+    aim(ground.calls().iter().find(removal).unwrap(), KILL)
+}
+
 /// As a backup that is put back: the same content, and other inodes.
 fn restore(dir: &Path) {
     let backup = dir.with_file_name("backup");
