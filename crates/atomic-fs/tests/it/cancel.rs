@@ -357,7 +357,7 @@ fn a_write_that_is_dropped_at_random_never_lands_later() {
 fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
     let name = "cancel/delayed-renames";
     let Some(strace) = child::strace(name) else { return };
-    let rounds = if crate::campaign::is_full() { "10500" } else { "500" };
+    let rounds = if crate::campaign::is_full() { "12000" } else { "300" };
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat:delay_enter=3000"];
     let said = child::outcome(child::command(&wrapper, "cancel", Path::new(rounds)));
     let said = said.expect("the child was not killed");

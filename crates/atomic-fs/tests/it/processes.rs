@@ -13,7 +13,7 @@ use crate::child;
 use crate::support::names;
 
 /// How often a process is killed.
-const KILLS: usize = 25;
+const KILLS: usize = 15;
 
 #[test]
 fn two_processes_of_four_tasks_write_one_file_and_a_reader_never_finds_it_torn_or_missing() {

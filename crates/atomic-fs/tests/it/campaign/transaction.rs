@@ -24,7 +24,7 @@ pub(super) fn renew(dir: &Path) {
         Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
     }
     std::fs::create_dir_all(dir.join("sub")).unwrap();
-    for name in ["a", "b", "c", "d", "sub/f"] {
+    for name in ["a", "b", "c", "d", "log", "log.1", "log.2", "sub/f"] {
         std::fs::write(dir.join(name), format!("old {name}")).unwrap();
     }
     rustix::fs::syncfs(std::fs::File::open(dir).unwrap()).unwrap();
@@ -39,6 +39,10 @@ pub(crate) async fn change_all(dir: &Path) -> Result<(), atomic_fs::Error> {
     tx.add_file(dir.join("sub/f"), "new sub/f").await?;
     tx.remove_file(dir.join("c"))?;
     tx.rename(dir.join("d"), dir.join("e"))?;
+    // Each of these files has two names for a while.
+    tx.rename(dir.join("log.1"), dir.join("log.2"))?;
+    tx.rename(dir.join("log"), dir.join("log.1"))?;
+    tx.add_file(dir.join("log"), "new log").await?;
     tx.commit().await
 }
 
@@ -64,7 +68,14 @@ pub(super) fn look(dir: &Path) -> Result<Picture, String> {
             other => return Err(format!("{name} is {other:?}")),
         }
     }
-    for (name, then, now) in [("n", None, Some("new n")), ("c", Some("old c"), None), ("e", None, Some("old d"))] {
+    for (name, then, now) in [
+        ("n", None, Some("new n")),
+        ("c", Some("old c"), None),
+        ("e", None, Some("old d")),
+        ("log", Some("old log"), Some("new log")),
+        ("log.1", Some("old log.1"), Some("old log")),
+        ("log.2", Some("old log.2"), Some("old log.1")),
+    ] {
         match read(name) {
             content if content.as_deref() == then => old += 1,
             content if content.as_deref() == now => new += 1,
@@ -98,8 +109,8 @@ pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Resu
     let after = look(dir)?;
     let context = format!("{before:?}, then {after:?} by {report:?}");
     let wanted = match after {
-        Picture::Old => vec!["a", "b", "c", "d", "sub"],
-        Picture::New => vec!["a", "b", "e", "n", "sub"],
+        Picture::Old => vec!["a", "b", "c", "d", "log", "log.1", "log.2", "sub"],
+        Picture::New => vec!["a", "b", "e", "log", "log.1", "log.2", "n", "sub"],
         Picture::Mix => return Err(format!("a mix after the recovery: {context}")),
     };
     match said {
