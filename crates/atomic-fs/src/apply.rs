@@ -57,8 +57,9 @@ pub(crate) fn abort(home: &Site, slots: &[Slot]) -> io::Result<()> {
 /// Finds out how far each slot has come, and refuses if one cannot be told, or should not be touched.
 pub(crate) fn judge(home: &Site, journal: &'static str, slots: &[Slot]) -> Result<Vec<Progress>, Error> {
     let is_known = |progress| match progress {
-        Progress::Before | Progress::After => true,
-        Progress::AfterChanged => journal == COMMITTED,
+        // What somebody else wrote over an applied file is the last write, whichever way this goes.
+        Progress::Before | Progress::After | Progress::Same | Progress::AfterChanged => true,
+        // To finish would overwrite it.
         Progress::BeforeChanged => journal == ABORTING,
         Progress::Unknown => false,
     };

@@ -21,8 +21,8 @@ pub enum TargetState {
 
 /// Why a file could not be written, or a directory not be swept.
 ///
-/// The target's path is named as the caller gave it. Ask [`target`](Error::target) what became of the target, and the
-/// `is_*` predicates for what a caller can do about it.
+/// The target's path is named as the caller gave it, by transactions as an absolute path. Ask
+/// [`target`](Error::target) what became of the target, and the `is_*` predicates for what a caller can do about it.
 ///
 /// It converts into [`io::Error`], so that `?` works in a function that returns [`io::Result`].
 ///

@@ -4,6 +4,7 @@
 //! transaction or to undo it; every step looks at what is there, so that it may be repeated.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::Error;
-use crate::platform::{Dir, Kind, Moved};
+use crate::platform::{Dir, Entry, Kind, Moved};
 use crate::staged::io_error;
 use crate::workspace::Site;
 
@@ -39,17 +40,30 @@ impl Identity {
     /// Looks at the file `name`; `None` if there is none.
     pub(crate) fn of(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Some(entry) = dir.look(name)? else { return Ok(None) };
-        let digest = match entry.kind {
-            Kind::File => digest_file(dir, name),
-            Kind::Symlink => dir.read_link(name).map(|link| digest(link.as_os_str().as_bytes())),
+        let known = match entry.kind {
+            Kind::File => Self::of_file(dir, name),
+            Kind::Symlink => {
+                dir.read_link(name).map(|link| Self::new(&entry, Some(digest(link.as_os_str().as_bytes()))))
+            }
             Kind::Other(_) => return Err(io::ErrorKind::IsADirectory.into()),
         };
-        let digest = match digest {
-            Ok(digest) => Some(digest),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
-            Err(error) => return Err(error),
-        };
-        Ok(Some(Self { inode: entry.id.1, size: entry.size, digest }))
+        match known {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Some(Self::new(&entry, None))),
+            // Somebody has removed it since it was looked at.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// All of it from one opening, since by its name another file might be found in between.
+    fn of_file(dir: &Dir, name: &OsStr) -> io::Result<Self> {
+        let mut file = dir.read(name)?;
+        let digest = digest_file(&mut file)?;
+        Ok(Self::new(&Entry::of(&file)?, Some(digest)))
+    }
+
+    fn new(entry: &Entry, digest: Option<u128>) -> Self {
+        Self { inode: entry.id.1, size: entry.size, digest }
     }
 
     fn same_content(&self, other: &Self) -> bool {
@@ -65,8 +79,7 @@ pub(crate) fn digest(bytes: &[u8]) -> u128 {
     xxhash_rust::xxh3::xxh3_128(bytes)
 }
 
-fn digest_file(dir: &Dir, name: &OsStr) -> io::Result<u128> {
-    let mut file = dir.read(name)?;
+fn digest_file(file: &mut File) -> io::Result<u128> {
     let mut hasher = Xxh3Default::new();
     let mut buffer = vec![0; 128 << 10];
     loop {
@@ -99,6 +112,9 @@ pub(crate) enum Progress {
     After,
     /// Applied, and somebody else has changed the target since.
     AfterChanged,
+    /// The target has the new content, and so has the temporary name. If both were the same from the beginning, and a
+    /// backup was restored, nothing tells whether it was applied; and nothing need be done.
+    Same,
     Unknown,
 }
 
@@ -183,9 +199,14 @@ impl Slot {
                 (Seen::New, Seen::Nothing) if self.old.is_none() => Progress::Before,
                 // A link of the new file, made where files can neither be exchanged nor moved to a free name.
                 (Seen::New, Seen::New) if self.old.is_none() => Progress::Before,
+                (Seen::New, Seen::New) => Progress::Same,
                 (Seen::New, _) => Progress::BeforeChanged,
                 // Whatever was replaced, if it was not what was expected: the last one to rename wins.
                 (_, Seen::New) => Progress::After,
+                // A file that was created has no old one to leave at the temporary name.
+                (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterChanged,
+                // Both are gone, with their directory most likely: there is nothing left to finish, nor to undo.
+                (Seen::Nothing, Seen::Nothing) => Progress::BeforeChanged,
                 _ => Progress::Unknown,
             },
             (Some(_), None) => match (temp, name) {

@@ -127,8 +127,13 @@ fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
     // Its writer may have committed between the opening and the lock: then this is the target, and the name is gone.
     let opened = Entry::of(&file)?;
     match dir.look(name)? {
-        Some(now) if now.id == opened.id => dir.remove(name).map(|()| Found::Dead),
-        _ => Ok(Found::Vanished),
+        Some(now) if now.id == opened.id => {}
+        _ => return Ok(Found::Vanished),
+    }
+    match dir.remove(name) {
+        // A living writer that could not lock its file, because of this very lock, removes it and takes another.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Vanished),
+        other => other.map(|()| Found::Dead),
     }
 }
 

@@ -33,6 +33,8 @@ const BATCH_FILES: usize = 64;
 /// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
 /// which takes microseconds, or after a crash until the recovery, unless it holds a [`read_lock`](crate::read_lock).
 ///
+/// A relative path is taken from the working directory at the time when it is given.
+///
 /// Transactions that share a directory, of a target or of the journal, wait for each other; see [`commit`](Self::commit).
 ///
 /// # Examples
@@ -90,7 +92,7 @@ impl MultiFileTransaction {
     ///
     /// Nothing is touched until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
-        Self { journal_dir: Some(journal_dir.as_ref().to_path_buf()), ..Self::new() }
+        Self { journal_dir: Some(from_here(journal_dir.as_ref())), ..Self::new() }
     }
 
     /// Stages `content` to become the file `path`.
@@ -109,7 +111,7 @@ impl MultiFileTransaction {
     /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
     /// it is [`Broken`](Error::Broken), because a file that was staged before could not be synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
-        let path = Arc::<Path>::from(path.as_ref());
+        let path = Arc::<Path>::from(from_here(path.as_ref()));
         let content = content.as_ref().to_vec();
         self.close_some(&path).await?;
         let workspace = self.workspace(&path).await?;
@@ -160,7 +162,7 @@ impl MultiFileTransaction {
     /// # }
     /// ```
     pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
-        let path = Arc::<Path>::from(path.as_ref());
+        let path = Arc::<Path>::from(from_here(path.as_ref()));
         let runtime = current_runtime(&path)?;
         let workspace = self.workspace(&path).await?;
         let target = path.clone();
@@ -320,7 +322,8 @@ impl MultiFileTransaction {
 
     /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
     fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
-        let (directory, _) = split(path, path)?;
+        let path = from_here(path);
+        let (directory, _) = split(&path, &path)?;
         self.journal_dir.get_or_insert_with(|| directory.to_path_buf());
         Ok(path.into())
     }
@@ -397,6 +400,13 @@ impl Change {
             Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
     }
+}
+
+/// The path as seen from the working directory of now: all paths of a transaction mean what they meant when they were
+/// given, although a removal looks for its file only when it is committed.
+fn from_here(path: &Path) -> PathBuf {
+    // A working directory that is gone, or a path that is empty, is for the first system call to complain of.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// One hop to the blocking pool, cancelled if it is dropped.

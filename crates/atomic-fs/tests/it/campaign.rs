@@ -28,7 +28,7 @@ const ENOSPC: &str = "error=ENOSPC";
 /// Every sync is skipped, and reported as done.
 const WITHOUT_SYNCS: &str = "fsync:retval=0";
 
-fn is_full() -> bool {
+pub(crate) fn is_full() -> bool {
     std::env::var("CANCEL_SAFE_CAMPAIGN").is_ok_and(|form| form == "full")
 }
 

@@ -18,7 +18,11 @@ mod crash;
 #[cfg(unix)]
 mod faults;
 #[cfg(unix)]
+mod hostile;
+#[cfg(unix)]
 mod metadata;
+#[cfg(unix)]
+mod processes;
 #[cfg(target_os = "linux")]
 mod strace;
 #[cfg(unix)]

@@ -24,19 +24,35 @@ struct Way {
     keeps_all: bool,
     /// The thread of the pool also writes to wake the runtime, more or less often; then its writes cannot be counted.
     counts_writes: bool,
+    /// Whether there is no old file.
+    creates: bool,
+    /// Whether a power cut may bring back the old file although the write has returned.
+    may_be_undone: bool,
+    /// A fault that is there in every round.
+    always: Option<&'static str>,
 }
 
-const WRITE: Way =
-    Way { name: "write", task: "write after others", length: SIZE_BYTES, keeps_all: false, counts_writes: true };
-const KEEP_ALL: Way = Way {
-    name: "write-keeping-all",
-    task: "keep all after others",
+/// By a thread that may block.
+const WRITE: Way = Way {
+    name: "write",
+    task: "write after others",
     length: SIZE_BYTES,
-    keeps_all: true,
-    counts_writes: false,
+    keeps_all: false,
+    counts_writes: true,
+    creates: false,
+    may_be_undone: false,
+    always: None,
 };
-const STREAM: Way =
-    Way { name: "stream", task: "stream after others", length: STREAM_BYTES, keeps_all: false, counts_writes: false };
+const POOLED: Way = Way { counts_writes: false, ..WRITE };
+const KEEP_ALL: Way = Way { name: "write-keeping-all", task: "keep all after others", keeps_all: true, ..POOLED };
+const STREAM: Way = Way { name: "stream", task: "stream after others", length: STREAM_BYTES, ..POOLED };
+const ORDERED: Way = Way { name: "write-ordered", task: "ordered after others", may_be_undone: true, ..POOLED };
+const CREATE: Way = Way { name: "create-new", task: "create after others", creates: true, ..POOLED };
+/// Where a rename cannot be told not to replace.
+const CREATE_BY_LINK: Way = Way { name: "create-new-by-link", always: Some("renameat2:error=EINVAL"), ..CREATE };
+/// A transaction of one file, which needs no journal.
+const ALONE: Way = Way { name: "transaction-of-one", task: "transaction of one after others", ..POOLED };
+const ALL: [Way; 7] = [WRITE, KEEP_ALL, STREAM, ORDERED, CREATE, CREATE_BY_LINK, ALONE];
 const IN_PLACE: Way = Way { name: "write/twin", task: "write in place", ..WRITE };
 
 const OLD: &[u8] = b"old";
@@ -45,8 +61,22 @@ const OLD_OWNER: (u32, u32) = (1234, 4321);
 const COLOUR: &str = "user.colour";
 
 impl Way {
-    fn is_counted(&self, call: &Call) -> bool {
-        self.counts_writes || call.name != "write"
+    /// The calls at which to stop.
+    fn calls(&self, run: Run) -> Vec<Call> {
+        // strace keeps one fault for each name of a call.
+        let is_taken = |call: &Call| self.always.is_some_and(|fault| fault.starts_with(&format!("{}:", call.name)));
+        distinct(run.calls, |call| (self.counts_writes || call.name != "write") && !is_taken(call))
+    }
+
+    /// A fault, together with the one that is always there.
+    fn inject(&self, fault: Option<&str>) -> Option<String> {
+        let faults: Vec<_> = self.always.into_iter().chain(fault).collect();
+        (!faults.is_empty()).then(|| faults.join("\n"))
+    }
+
+    /// The one call that makes the new file the target.
+    fn is_install(&self, call: &Call) -> bool {
+        call.name.starts_with("rename") || call.name == "linkat"
     }
 }
 
@@ -59,6 +89,9 @@ struct Sight {
     has_colour: bool,
 }
 
+/// There is no file.
+const NOTHING: Sight = Sight { is_old: true, mode: 0, owner: (0, 0), has_colour: false };
+
 /// The directory with nothing but the file in it.
 fn place(dir: &Path) -> PathBuf {
     dir.join("file")
@@ -67,27 +100,33 @@ fn place(dir: &Path) -> PathBuf {
 /// Makes the directory anew, with an old file that has everything that a write can be asked to keep.
 ///
 /// Returns what is to be seen of it: without the privilege, or on a file system without attributes, that is less.
-fn renew(dir: &Path) -> Sight {
+fn renew(way: Way, dir: &Path) -> Sight {
     if dir.exists() {
         std::fs::remove_dir_all(dir).unwrap();
     }
     std::fs::create_dir(dir).unwrap();
     let path = place(dir);
+    if way.creates {
+        return NOTHING;
+    }
     std::fs::write(&path, OLD).unwrap();
     let owned = chown(&path, Some(OLD_OWNER.0), Some(OLD_OWNER.1)).is_ok();
     let coloured = rustix::fs::setxattr(&path, COLOUR, b"green", XattrFlags::empty()).is_ok();
     std::fs::set_permissions(&path, PermissionsExt::from_mode(OLD_MODE)).unwrap();
     rustix::fs::syncfs(std::fs::File::open(dir).unwrap()).unwrap();
-    let seen = see(&path, 0).unwrap();
+    let seen = see(way, &path).unwrap();
     assert!((!owned || seen.owner == OLD_OWNER) && (!coloured || seen.has_colour), "{seen:?}");
     seen
 }
 
 /// An error if the file is neither old nor new, but missing or torn.
-fn see(path: &Path, length: usize) -> Result<Sight, String> {
-    let content = std::fs::read(path).map_err(|error| format!("missing: {error}"))?;
-    let is_old = content == OLD;
-    if !is_old && (content.len() != length || content.iter().any(|&byte| byte != b'N')) {
+fn see(way: Way, path: &Path) -> Result<Sight, String> {
+    let content = match std::fs::read(path) {
+        Err(error) if way.creates && error.kind() == std::io::ErrorKind::NotFound => return Ok(NOTHING),
+        other => other.map_err(|error| format!("missing: {error}"))?,
+    };
+    let is_old = content == OLD && !way.creates;
+    if !is_old && (content.len() != way.length || content.iter().any(|&byte| byte != b'N')) {
         return Err(format!("torn: {} bytes", content.len()));
     }
     let meta = std::fs::metadata(path).map_err(|error| format!("missing: {error}"))?;
@@ -99,19 +138,18 @@ fn see(path: &Path, length: usize) -> Result<Sight, String> {
 
 /// Holds what is there against what the child had been told, and sweeps.
 async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> Result<Picture, String> {
-    let now = see(&place(dir), way.length)?;
+    let now = see(way, &place(dir))?;
     // Content and metadata change together.
-    let kept = now.mode == old.mode
-        && (!(now.is_old || way.keeps_all) || (now.owner, now.has_colour) == (old.owner, old.has_colour));
-    if !kept {
+    let is_alike = (now.owner, now.has_colour) == (old.owner, old.has_colour) || !(now.is_old || way.keeps_all);
+    if !way.creates && !(is_alike && now.mode == old.mode) {
         return Err(format!("content and metadata do not belong together: {now:?}"));
     }
-    let renamed = run.calls.iter().any(|call| call.name.starts_with("rename") && call.is_done());
-    if !is_cut && renamed == now.is_old {
-        return Err(format!("the rename was made: {renamed}, but {now:?}"));
+    let installed = run.calls.iter().any(|call| way.is_install(call) && call.is_done());
+    if !is_cut && installed == now.is_old {
+        return Err(format!("the rename was made: {installed}, but {now:?}"));
     }
     match run.said.as_deref() {
-        Some("Ok") if now.is_old => return Err(format!("Ok was undone: {now:?}")),
+        Some("Ok") if now.is_old && !(is_cut && way.may_be_undone) => return Err(format!("Ok was undone: {now:?}")),
         Some(said) if said.starts_with("Unchanged") && !now.is_old => return Err(format!("{said}, but {now:?}")),
         Some(said) if said.starts_with("Visible") && now.is_old && !is_cut => {
             return Err(format!("{said}, but {now:?}"));
@@ -123,9 +161,11 @@ async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> R
     if run.said.is_some() && !is_cut && !is_stuck && !temps(dir).is_empty() {
         return Err(format!("left behind: {:?}", temps(dir)));
     }
+    let recovered = atomic_fs::recover(dir).await.map_err(|error| format!("the recovery failed: {error}"))?;
     let report = atomic_fs::sweep(dir).await.map_err(|error| format!("the sweep failed: {error}"))?;
-    if report.failed > 0 || names(dir) != ["file"] || see(&place(dir), way.length)? != now {
-        return Err(format!("after the sweep: {report:?}, {:?}", names(dir)));
+    let left = if now == NOTHING { vec![] } else { vec!["file"] };
+    if report.failed > 0 || names(dir) != left || see(way, &place(dir))? != now {
+        return Err(format!("after {recovered:?} and {report:?}: {:?}", names(dir)));
     }
     Ok(if now.is_old { Picture::Old } else { Picture::New })
 }
@@ -145,26 +185,27 @@ fn is_reported(call: &Call, fault: &str, run: &Run) -> Result<(), String> {
 /// Visits each call of `way` with each fault.
 async fn visit(way: Way, ground: &Ground, quick: usize, tally: &mut Tally) {
     let path = place(&ground.dir);
-    renew(&ground.dir);
-    let run = ground.run(way.task, &path, None);
+    renew(way, &ground.dir);
+    let run = ground.run(way.task, &path, way.inject(None).as_deref());
     assert_eq!(run.said.as_deref(), Some("Ok"), "{}", run.complaint);
-    let calls = distinct(run.calls, |call| way.is_counted(call));
-    for (call, fault) in sample(pairs(&calls, &[EIO, ENOSPC, KILL]), quick) {
-        let old = renew(&ground.dir);
+    for (call, fault) in sample(pairs(&way.calls(run), &[EIO, ENOSPC, KILL]), quick) {
+        let old = renew(way, &ground.dir);
         let inject = aim(&call, fault);
-        let run = ground.run(way.task, &path, Some(&inject));
-        tally.astray += usize::from(fault != KILL && !run.is_hit);
+        let run = ground.run(way.task, &path, way.inject(Some(&inject)).as_deref());
+        let is_hit = way.always.is_some() || run.is_hit;
+        tally.astray += usize::from(fault != KILL && !is_hit);
         let verdict = verify(way, &ground.dir, &old, &run, false).await;
-        tally.add(&format!("{inject}: {:?}", run.said), is_reported(&call, fault, &run).and(verdict));
+        let reported = if way.always.is_some() { Ok(()) } else { is_reported(&call, fault, &run) };
+        tally.add(&format!("{inject}: {:?}", run.said), reported.and(verdict));
     }
 }
 
 #[tokio::test]
 async fn a_fault_or_a_kill_at_any_call_of_a_write_leaves_old_or_new() {
-    for (way, quick) in [(WRITE, 36), (KEEP_ALL, 20), (STREAM, 12)] {
+    for way in ALL {
         let mut tally = Tally::new(format!("{}/faults", way.name));
         let Some(ground) = Ground::new(&tally.name) else { return };
-        visit(way, &ground, quick, &mut tally).await;
+        visit(way, &ground, 16, &mut tally).await;
         tally.close();
     }
 }
@@ -182,17 +223,17 @@ async fn a_second_fault_while_a_failed_write_tidies_up_leaves_old_or_new() {
     let mut tally = Tally::new("write/double-faults");
     let Some(ground) = Ground::new(&tally.name) else { return };
     let path = place(&ground.dir);
-    renew(&ground.dir);
+    renew(WRITE, &ground.dir);
     let first = distinct(ground.run(WRITE.task, &path, None).calls, |_| true);
     for call in sample(first, 4) {
         let failing = aim(&call, EIO);
-        renew(&ground.dir);
+        renew(WRITE, &ground.dir);
         let run = ground.run(WRITE.task, &path, Some(&failing));
         let Some(failed) = run.calls.iter().position(Call::is_injected) else { continue };
         // strace keeps one fault for each name of a call.
         let rest = distinct(run.calls[failed + 1..].to_vec(), |next| next.name != call.name);
         for (next, fault) in sample(pairs(&rest, &[KILL, EIO]), 2) {
-            let old = renew(&ground.dir);
+            let old = renew(WRITE, &ground.dir);
             let both = format!("{failing}\n{}", aim(&next, fault));
             let run = ground.run(WRITE.task, &path, Some(&both));
             tally.add(&both, verify(WRITE, &ground.dir, &old, &run, false).await);
@@ -206,11 +247,10 @@ async fn a_power_cut_at_any_call_of_a_write_leaves_old_or_new() {
     for kind in Kind::ALL {
         let mut tally = Tally::new(format!("write/power-cuts-{}", kind.name()));
         let Some(disk) = Disk::new(kind, &tally.name) else { continue };
-        for (way, quick) in [(WRITE, 4), (KEEP_ALL, 4), (STREAM, 3)] {
-            let run = cut_at(way, &disk, None, false, &mut tally).await;
-            let calls = distinct(run.calls, |call| way.is_counted(call));
+        for way in ALL {
+            let calls = way.calls(cut_at(way, &disk, None, false, &mut tally).await);
             let points = calls.iter().flat_map(|call| [(call, false), (call, true)]).collect();
-            for (call, elsewhere) in sample(points, quick) {
+            for (call, elsewhere) in sample(points, 2) {
                 cut_at(way, &disk, Some(&aim(call, KILL)), elsewhere, &mut tally).await;
             }
         }
@@ -221,8 +261,8 @@ async fn a_power_cut_at_any_call_of_a_write_leaves_old_or_new() {
 /// Writes with a fault, cuts the power, and looks at what is left.
 async fn cut_at(way: Way, disk: &Disk, inject: Option<&str>, elsewhere: bool, tally: &mut Tally) -> Run {
     let dir = disk.dir();
-    let old = renew(&dir);
-    let run = disk.run(way.task, &place(&dir), inject);
+    let old = renew(way, &dir);
+    let run = disk.run(way.task, &place(&dir), way.inject(inject).as_deref());
     if elsewhere {
         disk.sync_elsewhere();
     }
@@ -237,7 +277,7 @@ async fn the_same_check_catches_a_write_that_skips_either_sync() {
     for kind in Kind::ALL {
         let name = format!("write/power-cuts-{}/twin", kind.name());
         let Some(disk) = Disk::new(kind, &name) else { continue };
-        renew(&disk.dir());
+        renew(WRITE, &disk.dir());
         let run = disk.run(WRITE.task, &place(&disk.dir()), None);
         let syncs = distinct(run.calls, |call| call.name == "fsync");
         let [of_file, of_directory] = &syncs[..] else { panic!("{syncs:?}") };

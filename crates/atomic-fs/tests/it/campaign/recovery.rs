@@ -1,5 +1,6 @@
 //! Recoveries under faults, kills and power cuts at every system call, and journals that are refused.
 
+use std::path::Path;
 use std::process::Command;
 
 use cancel_safe_atomic_fs as atomic_fs;
@@ -151,16 +152,88 @@ async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_i
 }
 
 #[tokio::test]
+async fn what_was_written_over_an_applied_file_before_the_recovery_is_kept() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    // A file that was replaced, and one that was created.
+    for name in ["a", "n"] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        atomic_fs::write(ground.dir.join(name), "newer").await.unwrap();
+        let report = atomic_fs::recover(&ground.dir).await.unwrap();
+        assert_eq!(report.rolled_forward, 1);
+        assert_eq!(std::fs::read_to_string(ground.dir.join(name)).unwrap(), "newer", "{name}");
+        std::fs::write(ground.dir.join(name), format!("new {name}")).unwrap();
+        assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+    }
+}
+
+#[tokio::test]
+async fn what_was_written_over_a_file_before_a_failed_transaction_is_undone_is_kept() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    for name in ["a", "n"] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        // As if its last sync had failed.
+        std::fs::rename(ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting")).unwrap();
+        atomic_fs::write(ground.dir.join(name), "newer").await.unwrap();
+        let report = atomic_fs::recover(&ground.dir).await.unwrap();
+        assert_eq!(report.rolled_back, 1);
+        assert_eq!(std::fs::read_to_string(ground.dir.join(name)).unwrap(), "newer", "{name}");
+        match name {
+            "a" => std::fs::write(ground.dir.join(name), "old a").unwrap(),
+            _ => std::fs::remove_file(ground.dir.join(name)).unwrap(),
+        }
+        assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::Old));
+    }
+}
+
+/// A kill when everything is applied, and the journal is about to go.
+fn kill_before_the_journal_goes(ground: &Ground) -> String {
+    let removal = |call: &&Call| call.name == "unlinkat" && call.text.contains("\".afs-journal\"");
+    aim(ground.calls().iter().find(removal).unwrap(), KILL)
+}
+
+/// As a backup that is put back: the same content, and other inodes.
+fn restore(dir: &Path) {
+    let backup = dir.with_file_name("backup");
+    for (from, to) in [(dir, &*backup), (&*backup, dir)] {
+        let copied = Command::new("cp").arg("-a").args([from, to]).status().unwrap();
+        assert!(copied.success());
+        std::fs::remove_dir_all(from).unwrap();
+    }
+}
+
+#[tokio::test]
 async fn a_restored_backup_recovers_although_every_inode_is_another() {
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
-    let backup = ground.dir.with_file_name("backup");
-    let copied = Command::new("cp").arg("-a").args([&ground.dir, &backup]).status().unwrap();
-    assert!(copied.success());
-    std::fs::remove_dir_all(&ground.dir).unwrap();
-    let restored = Command::new("cp").arg("-a").args([&backup, &ground.dir]).status().unwrap();
-    assert!(restored.success());
+    restore(&ground.dir);
     assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+}
+
+#[tokio::test]
+async fn a_restored_backup_recovers_where_a_file_was_replaced_by_the_same_content() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let read = |name: &str| std::fs::read_to_string(ground.dir.join(name)).unwrap();
+    // Of two files, the one that stays the same is exchanged first, or last; and it is killed before, between and after.
+    for (a, b) in [("same", "new"), ("new", "same")] {
+        for exchange in 2..=4 {
+            if ground.dir.exists() {
+                std::fs::remove_dir_all(&ground.dir).unwrap();
+            }
+            std::fs::create_dir(&ground.dir).unwrap();
+            std::fs::write(ground.dir.join("a"), a.replace("new", "old")).unwrap();
+            std::fs::write(ground.dir.join("b"), b.replace("new", "old")).unwrap();
+            // The first renames the journal, the next two exchange a file each.
+            let inject = format!("renameat2:{KILL}:when={exchange}");
+            let run = ground.run(&format!("pair {a} {b}"), &ground.dir, Some(&inject));
+            assert_eq!(run.said.as_deref(), if exchange == 4 { Some("Ok") } else { None }, "{}", run.complaint);
+            restore(&ground.dir);
+            atomic_fs::recover(&ground.dir).await.unwrap();
+            assert_eq!((read("a").as_str(), read("b").as_str()), (a, b), "killed at {exchange}");
+            assert_eq!(names(&ground.dir), ["a", "b"]);
+        }
+    }
 }
 
 #[tokio::test]
