@@ -151,8 +151,6 @@ impl Drop for Running<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::fd::OwnedFd;
-
     use super::*;
 
     fn files(count: usize) -> (tempfile::TempDir, Vec<Unsynced>, std::sync::Weak<File>) {
@@ -180,8 +178,8 @@ mod tests {
     fn a_failure_is_told_and_closes_the_rest() {
         let (dir, mut list, watch) = files(50);
         // A pipe cannot be synced.
-        let (_reader, writer) = std::io::pipe().unwrap();
-        let pipe = Arc::new(File::from(OwnedFd::from(writer)));
+        let (_reader, writer) = io::pipe().unwrap();
+        let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer)));
         list.insert(7, Unsynced::New(Arc::from(dir.path()), pipe));
         let error = sync_files(list).unwrap_err();
         assert!(error.to_string().contains("sync the new file for"), "{error}");
