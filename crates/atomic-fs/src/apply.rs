@@ -57,8 +57,10 @@ pub(crate) fn abort(home: &Site, slots: &[Slot]) -> io::Result<()> {
 /// Finds out how far each slot has come, and refuses if one cannot be told, or should not be touched.
 pub(crate) fn judge(home: &Site, journal: &'static str, slots: &[Slot]) -> Result<Vec<Progress>, Error> {
     let is_known = |progress| match progress {
-        // What somebody else wrote over an applied file is the last write, whichever way this goes.
-        Progress::Before | Progress::After | Progress::Same | Progress::AfterChanged => true,
+        // What somebody else put over an applied file is the last write, whichever way this goes.
+        Progress::Before | Progress::After | Progress::Same | Progress::AfterReplaced => true,
+        // To undo would lose what they wrote, and not to undo would keep what is being undone.
+        Progress::AfterChanged => journal == COMMITTED,
         // To finish would overwrite it.
         Progress::BeforeChanged => journal == ABORTING,
         Progress::Unknown => false,

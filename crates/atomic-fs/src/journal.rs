@@ -110,8 +110,10 @@ pub(crate) enum Progress {
     /// Not applied, and somebody else has changed the target since.
     BeforeChanged,
     After,
-    /// Applied, and somebody else has changed the target since.
+    /// Applied, and somebody else has changed the target since, or removed it.
     AfterChanged,
+    /// Applied, and somebody else has put another file there since, which is the last write.
+    AfterReplaced,
     /// The target has the new content, and so has the temporary name. If both were the same from the beginning, and a
     /// backup was restored, nothing tells whether it was applied; and nothing need be done.
     Same,
@@ -123,6 +125,8 @@ pub(crate) enum Progress {
 enum Seen {
     Old,
     New,
+    /// The new file, written to in place since.
+    Altered,
     Other,
     Nothing,
 }
@@ -194,6 +198,7 @@ impl Slot {
             (_, Some(_)) => match (temp, name) {
                 // The old file comes to the temporary name in no other way.
                 (Seen::Old, Seen::New) => Progress::After,
+                (Seen::Old, Seen::Other) => Progress::AfterReplaced,
                 (Seen::Old, _) => Progress::AfterChanged,
                 (Seen::New, Seen::Old) => Progress::Before,
                 (Seen::New, Seen::Nothing) if self.old.is_none() => Progress::Before,
@@ -204,19 +209,28 @@ impl Slot {
                 // Whatever was replaced, if it was not what was expected: the last one to rename wins.
                 (_, Seen::New) => Progress::After,
                 // A file that was created has no old one to leave at the temporary name.
-                (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterChanged,
+                (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterReplaced,
+                (Seen::Nothing, Seen::Altered) if self.old.is_none() => Progress::AfterChanged,
                 // Both are gone, with their directory most likely: there is nothing left to finish, nor to undo.
                 (Seen::Nothing, Seen::Nothing) => Progress::BeforeChanged,
                 _ => Progress::Unknown,
             },
             (Some(_), None) => match (temp, name) {
                 (Seen::Old, Seen::Nothing) | (Seen::Nothing, Seen::Nothing) => Progress::After,
+                // The same file, moved half-way by a link; or one like it, that somebody else has made.
+                (Seen::Old, Seen::Old) if !self.is_one_file()? => Progress::AfterReplaced,
                 (Seen::Old, Seen::Old) | (Seen::Nothing, Seen::Old) => Progress::Before,
-                (Seen::Old, _) => Progress::AfterChanged,
+                (Seen::Old, _) => Progress::AfterReplaced,
                 (Seen::Nothing, _) => Progress::BeforeChanged,
                 _ => Progress::Unknown,
             },
         })
+    }
+
+    /// Whether both names are of one file.
+    fn is_one_file(&self) -> io::Result<bool> {
+        let (temp, name) = (self.site.dir.look(&self.temp)?, self.site.dir.look(&self.name)?);
+        Ok(temp.zip(name).is_some_and(|(temp, name)| temp.id == name.id))
     }
 
     /// Removes what a step that was cut short has left over, so that every step can be taken again.
@@ -262,6 +276,7 @@ impl Slot {
         Ok(match (matches(Identity::same_content), matches(Identity::same_inode)) {
             ((true, false), _) | ((false, false), (true, false)) | ((true, true), (true, _)) => Seen::Old,
             ((false, true), _) | ((false, false), (_, true)) | ((true, true), _) => Seen::New,
+            _ if self.new.as_ref().is_some_and(|new| new.inode == found.inode) => Seen::Altered,
             _ => Seen::Other,
         })
     }

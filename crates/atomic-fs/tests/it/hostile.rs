@@ -15,13 +15,10 @@ use crate::support::names;
 const ROUNDS: u32 = 100;
 
 /// Runs `work` until `done`, and says how often.
-fn meanwhile<F: Future<Output = ()> + Send>(
+fn meanwhile<F: Future<Output = ()> + Send + 'static>(
     done: &Arc<AtomicBool>,
     work: impl Fn() -> F + Send + 'static,
-) -> tokio::task::JoinHandle<u32>
-where
-    F: 'static,
-{
+) -> tokio::task::JoinHandle<u32> {
     let done = done.clone();
     tokio::spawn(async move {
         let mut rounds = 0;

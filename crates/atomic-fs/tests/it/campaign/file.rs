@@ -141,7 +141,8 @@ async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> R
     let now = see(way, &place(dir))?;
     // Content and metadata change together.
     let is_alike = (now.owner, now.has_colour) == (old.owner, old.has_colour) || !(now.is_old || way.keeps_all);
-    if !way.creates && !(is_alike && now.mode == old.mode) {
+    let belongs_together = way.creates || (is_alike && now.mode == old.mode);
+    if !belongs_together {
         return Err(format!("content and metadata do not belong together: {now:?}"));
     }
     let installed = run.calls.iter().any(|call| way.is_install(call) && call.is_done());

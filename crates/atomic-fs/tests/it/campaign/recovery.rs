@@ -187,6 +187,42 @@ async fn what_was_written_over_a_file_before_a_failed_transaction_is_undone_is_k
     }
 }
 
+#[tokio::test]
+async fn a_file_that_is_made_again_after_its_removal_is_kept() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    // With the content that it had, and with another one.
+    for content in ["old c", "newer"] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        atomic_fs::write(ground.dir.join("c"), content).await.unwrap();
+        assert_eq!(atomic_fs::recover(&ground.dir).await.unwrap().rolled_forward, 1);
+        assert_eq!(std::fs::read_to_string(ground.dir.join("c")).unwrap(), content);
+        std::fs::remove_file(ground.dir.join("c")).unwrap();
+        assert_eq!(verify(&ground.dir, None, false).await, Ok(Picture::New));
+    }
+}
+
+#[tokio::test]
+async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
+    let Some(ground) = Ground::new("recovery/refusals") else { return };
+    let committed = kill_before_the_journal_goes(&ground);
+    for is_aborting in [false, true] {
+        assert_eq!(ground.change(Some(&committed)).said, None);
+        let (journal, aborting) = (ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting"));
+        if is_aborting {
+            std::fs::rename(journal, aborting).unwrap();
+        }
+        let mut file = std::fs::File::options().append(true).open(ground.dir.join("a")).unwrap();
+        std::io::Write::write_all(&mut file, b", and more").unwrap();
+        let recovered = atomic_fs::recover(&ground.dir).await;
+        assert_eq!(std::fs::read_to_string(ground.dir.join("a")).unwrap(), "new a, and more");
+        match recovered {
+            Ok(report) => assert!(!is_aborting && report.rolled_forward == 1, "{report:?}"),
+            Err(error) => assert!(is_aborting && error.is_refused(), "{error}"),
+        }
+    }
+}
+
 /// A kill when everything is applied, and the journal is about to go.
 fn kill_before_the_journal_goes(ground: &Ground) -> String {
     let removal = |call: &&Call| call.name == "unlinkat" && call.text.contains("\".afs-journal\"");
