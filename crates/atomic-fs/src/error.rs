@@ -112,8 +112,8 @@ pub enum Error {
         /// The target as given.
         path: PathBuf,
     },
-    /// An earlier write to this writer failed, so that its content has a hole and is not published.
-    #[error("an earlier write to {path:?} failed")]
+    /// An earlier write to this writer, or the sync of a file of this transaction, failed; so nothing of it is published.
+    #[error("{path:?} cannot be written, because an earlier write failed")]
     Broken {
         /// The target as given.
         path: PathBuf,

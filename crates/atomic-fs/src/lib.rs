@@ -193,6 +193,8 @@ mod reader;
 mod recovery;
 mod staged;
 #[cfg(unix)]
+mod sync;
+#[cfg(unix)]
 mod transaction;
 mod whole;
 #[cfg(unix)]

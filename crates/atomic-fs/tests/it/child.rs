@@ -198,6 +198,8 @@ fn entry() {
                 say(&number.to_string());
             }
         }),
+        #[cfg(target_os = "linux")]
+        "replace many" => say_result(one_pool_thread().block_on(crate::many::replace_all(path))),
         "count transactions" => runtime().block_on(async {
             for number in 1_u64.. {
                 let mut tx = MultiFileTransaction::begin(path);

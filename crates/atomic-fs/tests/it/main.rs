@@ -19,6 +19,8 @@ mod crash;
 mod faults;
 #[cfg(unix)]
 mod hostile;
+#[cfg(target_os = "linux")]
+mod many;
 #[cfg(unix)]
 mod metadata;
 #[cfg(unix)]
