@@ -210,7 +210,8 @@ impl Slot {
                 (_, Seen::New) => Progress::After,
                 // A file that was created has no old one to leave at the temporary name.
                 (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterReplaced,
-                (Seen::Nothing, Seen::Altered) if self.old.is_none() => Progress::AfterChanged,
+                // Nor has one whose old file was already freed when a power cut brought the journal back.
+                (Seen::Nothing, Seen::Altered) => Progress::AfterChanged,
                 // Both are gone, with their directory most likely: there is nothing left to finish, nor to undo.
                 (Seen::Nothing, Seen::Nothing) => Progress::BeforeChanged,
                 _ => Progress::Unknown,

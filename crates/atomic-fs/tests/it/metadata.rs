@@ -4,7 +4,6 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, Symlinks, TargetState};
-use rustix::fs::XattrFlags;
 use tempfile::tempdir;
 
 use crate::support::{names, not_run, temps};
@@ -110,8 +109,10 @@ async fn the_owner_is_kept_on_request_and_set_id_bits_only_with_it() {
     assert_eq!((owner(), mode(&path)), ((0, 0), 0o750), "set-user-ID root must not be handed out");
 }
 
+#[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
 #[tokio::test]
 async fn extended_attributes_are_kept_on_request() {
+    use rustix::fs::XattrFlags;
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");
     std::fs::write(&path, "old").unwrap();

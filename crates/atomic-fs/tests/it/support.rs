@@ -32,6 +32,7 @@ pub(crate) async fn drain_pool() {
 
 /// Prints `line` and, if `CANCEL_SAFE_POINTS_FILE` names a file, appends it there, for the closing table of
 /// `cargo xtask`: what a test prints is captured.
+#[cfg(unix)]
 pub(crate) fn publish(line: &str) {
     use std::io::Write;
     println!("{line}");
@@ -43,6 +44,7 @@ pub(crate) fn publish(line: &str) {
 }
 
 /// Says that something is not run here, and why.
+#[cfg(unix)]
 pub(crate) fn not_run(what: &str, why: &str) {
     publish(&format!("not-run atomic-fs {what}: {why}"));
 }

@@ -206,8 +206,12 @@ async fn a_file_that_is_made_again_after_its_removal_is_kept() {
 async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     let committed = kill_before_the_journal_goes(&ground);
-    for is_aborting in [false, true] {
+    for (is_aborting, is_freed) in [(false, false), (false, true), (true, false)] {
         assert_eq!(ground.change(Some(&committed)).said, None);
+        let is_staged = |name: &String| name.starts_with(".afs-tx-");
+        for name in names(&ground.dir).into_iter().filter(|name| is_freed && is_staged(name)) {
+            std::fs::remove_file(ground.dir.join(name)).unwrap();
+        }
         let (journal, aborting) = (ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting"));
         if is_aborting {
             std::fs::rename(journal, aborting).unwrap();
