@@ -78,10 +78,30 @@ fn scratch() -> TempDir {
     if memory.exists() { tempfile::tempdir_in(memory).unwrap() } else { tempdir().unwrap() }
 }
 
+/// Where the files of a transaction are. In one directory, its clean-up is another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Layout {
+    OneDirectory,
+    TwoDirectories,
+}
+
+impl Layout {
+    const ALL: [Self; 2] = [Self::TwoDirectories, Self::OneDirectory];
+
+    /// The name of a campaign of transactions.
+    fn campaign(self, what: &str) -> String {
+        match self {
+            Self::OneDirectory => format!("{what}-in-one-directory"),
+            Self::TwoDirectories => what.to_owned(),
+        }
+    }
+}
+
 /// Where a campaign without power cuts takes place.
 struct Ground {
     scratch: TempDir,
     dir: PathBuf,
+    layout: Layout,
 }
 
 impl Ground {
@@ -89,7 +109,11 @@ impl Ground {
     fn new(campaign: &str) -> Option<Self> {
         child::strace(campaign)?;
         let scratch = scratch();
-        Some(Self { dir: scratch.path().join("traced"), scratch })
+        Some(Self { dir: scratch.path().join("traced"), scratch, layout: Layout::TwoDirectories })
+    }
+
+    fn with(self, layout: Layout) -> Self {
+        Self { layout, ..self }
     }
 
     fn run(&self, task: &str, path: &Path, inject: Option<&str>) -> Run {

@@ -5,6 +5,7 @@ use std::process::Command;
 
 use tempfile::{TempDir, tempdir};
 
+use super::Layout;
 use crate::child;
 use crate::strace::{self, Run};
 use crate::support::not_run;
@@ -49,6 +50,7 @@ pub(super) struct Disk {
     /// For what is not to be cut.
     scratch: TempDir,
     point: PathBuf,
+    pub(super) layout: Layout,
 }
 
 impl Disk {
@@ -71,7 +73,7 @@ impl Disk {
         let temp = tempdir().unwrap();
         let point = temp.path().join("disk");
         std::fs::create_dir(&point).unwrap();
-        let disk = Self { kind, temp, scratch: super::scratch(), point };
+        let disk = Self { kind, temp, scratch: super::scratch(), point, layout: Layout::TwoDirectories };
         let (make, size_bytes) = kind.make();
         let image = disk.image();
         std::fs::File::create(&image).unwrap().set_len(size_bytes).unwrap();
@@ -79,6 +81,11 @@ impl Disk {
         disk.mount()?;
         disk.try_cut()?;
         Ok(disk)
+    }
+
+    pub(super) fn with(mut self, layout: Layout) -> Self {
+        self.layout = layout;
+        self
     }
 
     fn image(&self) -> PathBuf {

@@ -68,7 +68,8 @@ async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     let undoing = unfinished(undoing);
     let aborts = undoing.iter().map(|call| format!("{failing}\n{}", aim(call, KILL)));
     let applies = crashes.iter().map(|call| aim(call, KILL));
-    for crash in sample(aborts.chain(applies).collect(), 2) {
+    // Every third: three nested loops over all calls would take an hour.
+    for crash in sample(aborts.chain(applies).step_by(3).collect(), 2) {
         ground.change(Some(&crash));
         let first = distinct(ground.recover(None).calls, is_decisive);
         for first in sample(first, 4) {
