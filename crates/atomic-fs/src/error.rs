@@ -225,6 +225,9 @@ impl Error {
     }
 
     /// Whether the target is a mount point.
+    ///
+    /// Such a file can only be written in place, where a crash tears it and a full disk leaves half of it, so this crate
+    /// never does. Who prefers that to no new content at all calls [`std::fs::write`] now, knowingly.
     pub fn is_not_replaceable(&self) -> bool {
         matches!(self, Self::NotReplaceable { .. })
     }

@@ -107,7 +107,7 @@
 //!
 //! | event | the targets | left behind |
 //! |---|---|---|
-//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, hidden files until [`recover`] |
+//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] |
 //! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
 //! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
