@@ -8,8 +8,8 @@ use std::pin::pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use futures_util::future::{FutureExt, poll_immediate};
 use futures_util::StreamExt;
+use futures_util::future::{FutureExt, poll_immediate};
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
@@ -356,16 +356,11 @@ async fn kill(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error
 
 /// A server that was started after the id was learnt has given that id to somebody else. A connection that is older than
 /// the id needs no asking: it is to the same start of the server.
-async fn still_the_same_server(
-    conn: &mut MySqlConnection,
-    since: Instant,
-    learnt: Instant,
-) -> Result<(), sqlx::Error> {
+async fn still_the_same_server(conn: &mut MySqlConnection, since: Instant, learnt: Instant) -> Result<(), sqlx::Error> {
     if since <= learnt {
         return Ok(());
     }
-    let (_, uptime): (String, String) =
-        sqlx::query_as("SHOW GLOBAL STATUS LIKE 'Uptime'").fetch_one(conn).await?;
+    let (_, uptime): (String, String) = sqlx::query_as("SHOW GLOBAL STATUS LIKE 'Uptime'").fetch_one(conn).await?;
     match uptime.parse::<u64>() {
         Ok(uptime) if Duration::from_secs(uptime) > learnt.elapsed() => Ok(()),
         Ok(_) | Err(_) => Err(sqlx::Error::Protocol("the server was started anew".into())),
