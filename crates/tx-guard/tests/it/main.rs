@@ -4,8 +4,10 @@
 mod cancel;
 mod commit;
 mod faults;
+mod fuzz;
 mod happy;
 mod log;
+mod nested;
 mod prop;
 mod run;
 mod silence;
