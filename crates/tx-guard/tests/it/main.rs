@@ -8,9 +8,12 @@ mod fuzz;
 mod happy;
 mod log;
 mod nested;
+mod outage;
 mod prop;
+mod proxy;
 mod run;
 mod silence;
+mod stuck;
 mod world;
 
 /// Makes a test on each database out of one generic function.
