@@ -9,7 +9,9 @@ compile_error!("cargo xtask keeps its servers with Unix processes: on Windows, r
 
 mod ci;
 mod command;
+mod databases;
 mod doc;
+mod mariadb;
 mod postgres;
 mod server;
 mod suite;
@@ -39,17 +41,18 @@ struct CommandLine {
 enum Task {
     /// Check everything, in order, and stop at the first failure with the command that repeats it
     ///
-    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, which is installed when this is Debian
-    /// and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL and MariaDB, which are installed when this is
+    /// Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
     Ci {
         /// Only these sections; all of them when none is named
         #[arg(value_enum)]
         sections: Vec<Section>,
     },
-    /// Run the tests and doctests of some crates, with a private PostgreSQL where they need one
+    /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB where they need one
     ///
-    /// The server is started in a temporary directory and removed afterwards. To use one of your own, set
-    /// CANCEL_SAFE_TEST_POSTGRES_URL: the tests then run in a schema of theirs, which is dropped at the end.
+    /// The servers are started in temporary directories and removed afterwards. To use one of your own, set
+    /// CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the tests then run in a schema, or a database, of
+    /// theirs, which is dropped at the end.
     Test {
         /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
         crates: Vec<String>,

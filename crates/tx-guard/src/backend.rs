@@ -14,8 +14,8 @@ use crate::TxError;
 /// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
 pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
-/// A database whose transactions can be guarded: [`sqlx::Sqlite`] and [`sqlx::Postgres`], each behind the feature
-/// of its name. Sealed.
+/// A database whose transactions can be guarded: [`sqlx::Sqlite`], [`sqlx::Postgres`] and [`sqlx::MySql`], each behind
+/// the feature of its name. Sealed.
 pub trait Backend: Driver {}
 
 /// How strictly a transaction is kept apart from others that run at the same time.
@@ -37,7 +37,10 @@ pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
     /// How long the transaction may still last.
-    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only a server needs to be told"))]
+    #[cfg_attr(
+        not(any(feature = "postgres", feature = "mysql")),
+        expect(dead_code, reason = "only a server needs to be told")
+    )]
     pub(crate) remaining: Option<Duration>,
 }
 
@@ -118,13 +121,16 @@ pub trait Driver: Database {
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
+    fn rest(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
     /// Cancels the statement that runs on the connection of `probe`. `Ok` means that the cancel cannot
     /// arrive after the next clean round trip on that connection.
     fn cancel(
         canceller: &Self::Canceller,
         options: &Options<Self>,
         probe: &Self::Probe,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send;
 
     /// Ends the session of `probe` from outside.
     fn terminate(
@@ -138,6 +144,17 @@ pub trait Driver: Database {
 
     /// Closes what `warm` and `cancel` have opened.
     fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
+}
+
+/// What a cancel has seen of the session it was meant for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Activity {
+    /// It may have been running something.
+    Unseen,
+    /// It was waiting for its client, so there was nothing to cancel.
+    #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "only MySQL looks"))]
+    Idle,
 }
 
 /// Whose connection a session is.

@@ -118,10 +118,14 @@
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
 mod backend;
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+mod canceller;
 mod commit;
 mod error;
 mod events;
 mod guard;
+#[cfg(feature = "mysql")]
+mod mysql;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;

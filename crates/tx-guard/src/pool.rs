@@ -88,7 +88,7 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
     ///
-    /// Each transaction then costs what owned slots learn once: on PostgreSQL a round trip for the id of the backend;
+    /// Each transaction then costs what owned slots learn once: on PostgreSQL and MySQL a round trip for the id of the session;
     /// on SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
     /// stay, without effect outside guards.
     #[must_use]
@@ -196,11 +196,14 @@ impl<DB: Backend> TxPool<DB> {
     }
 }
 
-/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions.
+/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
+/// for that, and 70100 for a session that was killed.
 fn is_dead(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) => true,
-        sqlx::Error::Database(error) => error.code().is_some_and(|code| code.starts_with("57P")),
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "70100")
+        }
         _ => false,
     }
 }
@@ -254,7 +257,7 @@ pub struct TxPoolBuilder<DB: Backend> {
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
-    /// How many connections there may be at once. Default 10. On PostgreSQL one more is kept for cancelling.
+    /// How many connections there may be at once. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self

@@ -3,17 +3,14 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
-use std::time::Duration;
-
-use futures_util::{FutureExt, StreamExt};
+use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::sync::Mutex;
-use tokio::time::timeout;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{Activity, Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::canceller::Canceller;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -25,10 +22,6 @@ const SESSION_MARGIN: u128 = 1_000;
 
 /// The largest timeout the server takes, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
-
-/// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
-/// hours, and firewalls forget such connections without telling either end.
-const WARM_LIMIT: Duration = Duration::from_millis(500);
 
 /// Lets the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
@@ -70,7 +63,7 @@ impl Backend for Postgres {}
 impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
     type Probe = BackendId;
-    type Canceller = Mutex<Option<PgConnection>>;
+    type Canceller = Canceller<PgConnection>;
 
     fn target(options: &Options<Self>) -> String {
         let database = options.get_database().unwrap_or("(default)");
@@ -108,11 +101,7 @@ impl Driver for Postgres {
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
-        let mut warm = canceller.lock().await;
-        if warm.is_none() {
-            *warm = Some(options.connect().await?);
-        }
-        Ok(())
+        canceller.warm(options).await
     }
 
     async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
@@ -186,12 +175,16 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
+    async fn rest(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        conn.ping().await
+    }
+
     async fn cancel(
         canceller: &Self::Canceller,
         options: &PgConnectOptions,
         to: &BackendId,
-    ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, CANCEL, *to).await
+    ) -> Result<Activity, sqlx::Error> {
+        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
     }
 
     async fn terminate(
@@ -206,10 +199,7 @@ impl Driver for Postgres {
     fn interrupt(_: &BackendId) {}
 
     async fn cool(canceller: &Self::Canceller) {
-        if let Some(conn) = canceller.lock().await.take() {
-            // A server that is gone needs no farewell.
-            drop(conn.close().await);
-        }
+        canceller.close().await;
     }
 }
 
@@ -249,35 +239,23 @@ fn is_refusal(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Runs `sql` on the warm connection. It is put back only after a complete answer, so a call that was dropped or has
-/// failed leaves nothing behind that could be mistaken for the answer to the next one.
 async fn signal(
-    canceller: &Mutex<Option<PgConnection>>,
+    canceller: &Canceller<PgConnection>,
     options: &PgConnectOptions,
     sql: &'static str,
     to: BackendId,
 ) -> Result<(), sqlx::Error> {
-    let mut warm = canceller.lock().await;
-    let mut doubt = None;
-    if let Some(mut conn) = warm.take() {
-        match timeout(WARM_LIMIT, sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn)).await {
-            Ok(Ok(_)) => {
-                *warm = Some(conn);
-                return Ok(());
-            }
-            Ok(Err(error)) => doubt = Some(error),
-            Err(_) => doubt = Some(sqlx::Error::Protocol("the connection for cancelling does not answer".into())),
-        }
-    }
-    let mut conn = options.connect().await?;
-    sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn).await?;
-    *warm = Some(conn);
-    // The signal that had no answer may be under way behind this one, so the session must not be used again.
-    doubt.map_or(Ok(()), Err)
+    canceller
+        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
+        .await
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use sqlx::ConnectOptions;
+
     use super::*;
 
     #[tokio::test]

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnec
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{Activity, Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -195,9 +195,13 @@ impl Driver for Sqlite {
         Ok(())
     }
 
-    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+    async fn rest(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        conn.ping().await
+    }
+
+    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<Activity, sqlx::Error> {
         Self::interrupt(hooks);
-        Ok(())
+        Ok(Activity::Unseen)
     }
 
     async fn terminate((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {

@@ -6,10 +6,10 @@ use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxError, TxEvent, TxPool}
 use futures_util::FutureExt;
 use sqlx::{AssertSqlSafe, Connection, Postgres, Sqlite};
 
-use crate::on_both;
+use crate::on_all;
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
-on_both!(
+on_all!(
     a_raw_commit_inside_the_guard_is_caught,
     a_cancelled_nested_begin_is_caught_at_every_poll,
     a_nested_transaction_that_ends_properly_is_fine,

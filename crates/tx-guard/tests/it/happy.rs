@@ -7,10 +7,10 @@ use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{Postgres, Sqlite};
 
-use crate::on_both;
-use crate::world::{PATIENCE, TestDb, World, postgres_url};
+use crate::on_all;
+use crate::world::{PATIENCE, POSTGRES, TestDb, World, url};
 
-on_both!(
+on_all!(
     a_commit_is_seen_by_others,
     a_rollback_leaves_nothing,
     a_drop_rolls_back_and_gives_the_connection_back,
@@ -212,7 +212,7 @@ async fn what_is_wrong_with_a_postgres_server_is_told_apart_without_credentials(
         assert!(error.is_connect());
         error
     };
-    let right: PgConnectOptions = postgres_url().parse().unwrap();
+    let right: PgConnectOptions = url(POSTGRES).parse().unwrap();
     let missing = connect(right.clone().database("no_such_database")).await;
     assert!(
         matches!(&missing, TxError::MissingDatabase { target, .. } if target.contains("no_such_database")),
