@@ -95,7 +95,7 @@ fn main() -> ExitCode {
 }
 
 /// The crates whose tests have a campaign that can be run in full.
-const CAMPAIGNS: [&str; 3] = ["atomic-fs", "resumable", workspace::UMBRELLA];
+const CAMPAIGNS: [&str; 4] = ["atomic-fs", "resumable", "tx-guard", workspace::UMBRELLA];
 
 fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failure> {
     let tally = suite::run(workspace, scope).map_err(|failure| failure.repeat_with(again))?;

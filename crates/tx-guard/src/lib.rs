@@ -88,8 +88,14 @@
 //! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
 //!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported.
 //! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
-//!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL commits
-//!   each further statement by itself.
+//!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
+//!   each further write on a pool of the crate's own, and commits it by itself on a wrapped one.
+//! - On a wrapped PostgreSQL pool, a `begin` that is cancelled inside a nested sqlx transaction takes the whole
+//!   transaction with it. What then still runs on that nested transaction is committed by itself; the guard's `commit` is
+//!   [`TxError::Lost`].
+//! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
+//!   gives its savepoints the same name again, and then rolls back to an older one. Those of
+//!   [`savepoint`](TransactionGuard::savepoint) are told apart.
 //! - An SQLite database in memory lives as long as one of its connections does.
 //! - On SQLite the progress handler, the commit hook and the rollback hook of each connection are taken.
 //! - The outcome of a connection that is lost inside `COMMIT` is not looked up: it is said to be unknown.

@@ -27,7 +27,13 @@ const LONGEST_LIMIT: u128 = 2_147_483_647;
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
 
 /// Process ids are given out again. The moment of the start tells two holders of the same one apart.
-const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
+///
+/// On a session of our own, everything outside a guard's transaction may only read from here on. A `begin` that is
+/// cancelled two levels deep takes the whole transaction with it, and the statements that follow in the level between
+/// do not pass the guard. Left as it is where nothing can be written anyway.
+const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
+    CASE WHEN $1 AND current_setting('default_transaction_read_only') = 'off' AND NOT pg_is_in_recovery()
+        THEN set_config('default_transaction_read_only', 'on', false) = 'on' ELSE false END
     FROM pg_stat_get_activity(pg_backend_pid())";
 const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
@@ -48,6 +54,8 @@ pub struct BackendId {
     pid: i32,
     /// In microseconds.
     started: i64,
+    /// Whether only a transaction that asks for it may write.
+    fenced: bool,
 }
 
 impl Backend for Postgres {}
@@ -87,16 +95,17 @@ impl Driver for Postgres {
                 Err(error) => return Err(error),
             }
         }
-        let (pid, started) = sqlx::query_as(IDENTIFY).persistent(false).fetch_one(conn).await?;
-        Ok(BackendId { pid, started })
+        let owned = ownership == Ownership::Owned;
+        let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(owned).persistent(false).fetch_one(conn).await?;
+        Ok(BackendId { pid, started, fenced })
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
         canceller.warm(options).await
     }
 
-    async fn begin(conn: &mut PgConnection, _: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
-        let sql = begin_sql(mode, conn.server_version_num());
+    async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
+        let sql = begin_sql(mode, backend.fenced, conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
@@ -195,7 +204,7 @@ impl Driver for Postgres {
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
-fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
+fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
     let mut sql = String::from("BEGIN");
     sql.push_str(match mode.isolation {
         None => "",
@@ -205,6 +214,8 @@ fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
     });
     if mode.read_only {
         sql.push_str(" READ ONLY");
+    } else if fenced {
+        sql.push_str(" READ WRITE");
     }
     if let Some(remaining) = mode.remaining {
         // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so

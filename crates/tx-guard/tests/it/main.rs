@@ -5,13 +5,18 @@
 mod cancel;
 mod commit;
 mod faults;
+mod fuzz;
 mod happy;
 mod late;
 mod log;
 mod mysql;
+mod nested;
+mod outage;
 mod prop;
+mod proxy;
 mod run;
 mod silence;
+mod stuck;
 mod world;
 
 /// Makes a test on each database out of one generic function.
