@@ -136,7 +136,7 @@ mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 
-pub use backend::{Backend, Isolation, Options};
+pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use commit::{CommitOutcome, OutcomeHandle};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};

@@ -3,13 +3,20 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
+use std::pin::pin;
+use std::time::Duration;
+
+use futures_util::future::poll_immediate;
 use futures_util::{FutureExt, StreamExt, TryFutureExt};
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
-use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
+use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
+use tokio::time::{sleep, timeout};
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
+};
 use crate::canceller::Canceller;
 
 type Manager = <Postgres as Database>::TransactionManager;
@@ -40,22 +47,57 @@ const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
+/// The same for a session of which only the mark of its transaction is known.
+const CANCEL_MARKED: &str = "SELECT pg_cancel_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
+        AND objsubid = 1 AND pid <> pg_backend_pid()";
+const TERMINATE_MARKED: &str = "SELECT pg_terminate_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
+        AND objsubid = 1 AND pid <> pg_backend_pid()";
+
 /// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
 /// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
 const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
 
+/// No transaction is open.
+const NO_TRANSACTION: &str = "25P01";
+
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
-/// One backend of the server.
+/// A commit is asked for its transaction by this first, if it is to be found out how it ended.
+const RECEIPT: &str = "SELECT pg_current_xact_id_if_assigned()::text,
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+
+/// A standby that took over may not have heard of the transaction, and may give its id to another one.
+const FATE: &str = "SELECT pg_xact_status($1::xid8)
+    WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $2";
+
+/// How long the fate of a commit is asked for. A server that crashed needs a while to come back.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long one question for it may take, and the pauses between them.
+const RESOLVE_ATTEMPT: Duration = Duration::from_secs(2);
+const FIRST_RESOLVE_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
+
+/// What is known of a session.
 #[derive(Debug, Clone, Copy)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct BackendId {
-    pid: i32,
-    /// In microseconds.
-    started: i64,
+    place: Place,
     /// Whether only a transaction that asks for it may write.
     fenced: bool,
+}
+
+/// How a session is found among those of the server.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// A process, and the moment of its start in microseconds.
+    Process { pid: i32, started: i64 },
+    /// The process that holds this advisory lock, which a transaction takes in its BEGIN. It costs no round trip, and is
+    /// gone with the transaction, so that a cancel cannot hit the next one.
+    Mark(i64),
 }
 
 impl Backend for Postgres {}
@@ -86,18 +128,22 @@ impl Driver for Postgres {
         }
     }
 
-    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<BackendId, sqlx::Error> {
+    /// The mark of a transaction is set by a query, and a query fixes what a repeatable read sees.
+    async fn probe(conn: &mut PgConnection, ownership: Ownership, mode: &Mode) -> Result<BackendId, sqlx::Error> {
+        let owned = ownership == Ownership::Owned;
+        if !owned && matches!(mode.isolation, None | Some(Isolation::ReadCommitted)) {
+            return Ok(BackendId { place: Place::Mark(fastrand::i64(..)), fenced: false });
+        }
         let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
-        if ownership == Ownership::Owned && can_check {
+        if owned && can_check {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
                 Ok(_) | Err(sqlx::Error::Database(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        let owned = ownership == Ownership::Owned;
         let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(owned).persistent(false).fetch_one(conn).await?;
-        Ok(BackendId { pid, started, fenced })
+        Ok(BackendId { place: Place::Process { pid, started }, fenced })
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
@@ -105,7 +151,7 @@ impl Driver for Postgres {
     }
 
     async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
-        let sql = begin_sql(mode, backend.fenced, conn.server_version_num());
+        let sql = begin_sql(mode, backend, conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
@@ -129,47 +175,88 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, _: &BackendId) -> Result<(), CommitFailure> {
-        let mut sent = false;
-        let mut failure = None;
-        {
-            let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(&mut *conn);
-            while let Some(answer) = answers.next().await {
-                match answer {
-                    // The row of the SELECT has come, so COMMIT has been run.
-                    Ok(Either::Right(_)) => sent = true,
-                    Ok(Either::Left(_)) => {}
-                    Err(error) => failure = Some(error),
-                }
+    async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
+        let receipt = match mode {
+            CommitMode::Verified => None,
+            CommitMode::Resolvable => Some(receipt(conn).await?),
+        };
+        let answer = exchange(conn, VERIFIED_COMMIT.to_owned()).await;
+        let Some(error) = answer.failure else {
+            if answer.row.is_some() && answer.done_after_row == 2 {
+                leave(conn).await;
+                return Ok(());
             }
-        }
-        let Some(error) = failure else { return Ok(()) };
+            return Err(in_doubt(out_of_step(), receipt));
+        };
         if !is_refusal(&error) {
-            return Err(CommitFailure::Unknown(error));
+            return Err(in_doubt(error, receipt));
         }
-        if !sent {
+        // The row of the SELECT would have come ahead of COMMIT.
+        if answer.row.is_none() {
             return Err(CommitFailure::Aborted(error));
         }
         // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
         // log, while sqlx still counts one: open an empty one for the rollback to end.
-        let ended = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
+        let ended = code(&error).as_deref() == Some(NO_TRANSACTION);
         match sqlx::raw_sql("BEGIN").execute(conn).await {
             Ok(_) if ended => Err(CommitFailure::Ended),
             Ok(_) | Err(_) => Err(CommitFailure::Refused(error)),
         }
     }
 
+    async fn resolve(
+        canceller: &Self::Canceller,
+        options: &PgConnectOptions,
+        backend: &BackendId,
+        receipt: &Receipt,
+    ) -> Option<bool> {
+        let ask = || async {
+            let mut pause = FIRST_RESOLVE_PAUSE;
+            loop {
+                match timeout(RESOLVE_ATTEMPT, fate(canceller, options, receipt)).await {
+                    Ok(Ok(Some(status))) if status == "committed" => return Some(true),
+                    Ok(Ok(Some(status))) if status == "aborted" => return Some(false),
+                    // Its client is gone: it need not wait for a COMMIT that does not come. One that has come goes on.
+                    Ok(Ok(Some(_))) => {
+                        drop(timeout(RESOLVE_ATTEMPT, Self::terminate(canceller, options, backend)).await)
+                    }
+                    // Another history.
+                    Ok(Ok(None)) => return None,
+                    Ok(Err(_)) | Err(_) => {}
+                }
+                sleep(pause).await;
+                pause = (pause * 2).min(LONGEST_RESOLVE_PAUSE);
+            }
+        };
+        timeout(RESOLVE_LIMIT, ask()).await.ok().flatten()
+    }
+
+    /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
+    /// sqlx takes each answer for that to the message before.
     async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
         for _ in 0..ROLLBACK_ATTEMPTS {
-            match Manager::rollback(conn).await {
-                Ok(()) if depth::<Self>(conn) == 0 => return Ok(()),
-                // A nested transaction that was forgotten, the error of a statement that was left behind, or a cancel
-                // that hit the ROLLBACK itself.
-                Ok(()) | Err(sqlx::Error::Database(_)) => {}
-                Err(error) => return Err(error),
+            while depth::<Self>(conn) > 1 {
+                // A nested transaction that was forgotten.
+                Manager::start_rollback(conn);
+            }
+            let number = fastrand::i32(..).to_string();
+            let answer = exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
+            match answer.failure {
+                None if answer.row.as_deref() == Some(&number) => {
+                    leave(conn).await;
+                    return Ok(());
+                }
+                None => return Err(out_of_step()),
+                // Its SQL has ended the transaction.
+                Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
+                    Self::run_sql(conn, "BEGIN".to_owned()).await?;
+                }
+                // A statement that was left behind, or a cancel that hit the ROLLBACK itself.
+                Some(sqlx::Error::Database(_)) => {}
+                Some(error) => return Err(error),
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
@@ -184,7 +271,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<Activity, sqlx::Error> {
-        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
+        signal(canceller, options, to.place, CANCEL, CANCEL_MARKED).await.map(|()| Activity::Unseen)
     }
 
     async fn terminate(
@@ -192,7 +279,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, TERMINATE, *to).await
+        signal(canceller, options, to.place, TERMINATE, TERMINATE_MARKED).await
     }
 
     /// Only a round trip can do it.
@@ -204,7 +291,7 @@ impl Driver for Postgres {
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
-fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
+fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     let mut sql = String::from("BEGIN");
     sql.push_str(match mode.isolation {
         None => "",
@@ -214,7 +301,7 @@ fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
     });
     if mode.read_only {
         sql.push_str(" READ ONLY");
-    } else if fenced {
+    } else if backend.fenced {
         sql.push_str(" READ WRITE");
     }
     if let Some(remaining) = mode.remaining {
@@ -228,7 +315,91 @@ fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
             sql.push_str(&format!("; SET LOCAL transaction_timeout = {margin}"));
         }
     }
+    if let Place::Mark(mark) = backend.place {
+        sql.push_str(&format!("; SELECT pg_advisory_xact_lock_shared({mark})"));
+    }
     sql
+}
+
+/// What has come back for a message of several statements, of which one has a row.
+#[derive(Default)]
+struct Answer {
+    /// The first value of the row.
+    row: Option<String>,
+    /// How many statements were done once the row had come, the one with the row included.
+    done_after_row: usize,
+    failure: Option<sqlx::Error>,
+}
+
+async fn exchange(conn: &mut PgConnection, sql: String) -> Answer {
+    let mut answer = Answer::default();
+    let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
+    while let Some(part) = parts.next().await {
+        match part {
+            // No value is as good as an empty one.
+            Ok(Either::Right(row)) => answer.row = Some(text(&row, 0).unwrap_or_default()),
+            Ok(Either::Left(_)) if answer.row.is_some() => answer.done_after_row += 1,
+            Ok(Either::Left(_)) => {}
+            Err(error) => answer.failure = Some(error),
+        }
+    }
+    answer
+}
+
+fn text(row: &PgRow, column: usize) -> Option<String> {
+    row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
+}
+
+/// Ends the empty transaction that CHAIN has left, and waits for nothing: its ROLLBACK is on its way when this returns,
+/// ahead of whatever is sent next.
+async fn leave(conn: &mut PgConnection) {
+    while depth::<Postgres>(conn) > 0 {
+        Manager::start_rollback(conn);
+    }
+    // Of a connection that has just failed, the next one to use it will hear.
+    drop(poll_immediate(pin!(conn.flush())).await);
+}
+
+/// The id of the transaction. Nothing has been sent that could commit it, so an error is a rollback.
+async fn receipt(conn: &mut PgConnection) -> Result<Receipt, CommitFailure> {
+    let mut rows = match sqlx::raw_sql(RECEIPT).fetch_all(conn).await {
+        Ok(rows) => rows,
+        Err(error) if is_refusal(&error) => return Err(CommitFailure::Aborted(error)),
+        Err(error) => return Err(CommitFailure::Refused(error)),
+    };
+    let row = rows.pop().ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
+    let timeline = text(&row, 1).ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
+    Ok(Receipt { transaction: text(&row, 0), timeline })
+}
+
+fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFailure {
+    match receipt {
+        Some(receipt) => CommitFailure::Resolvable(error, receipt),
+        None => CommitFailure::Unknown(error),
+    }
+}
+
+async fn fate(
+    canceller: &Canceller<PgConnection>,
+    options: &PgConnectOptions,
+    receipt: &Receipt,
+) -> Result<Option<String>, sqlx::Error> {
+    // Without an id it has written nothing, and there is nothing that could have been committed.
+    let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
+    canceller
+        .ask(options, |conn, _| {
+            let status = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
+            status.fetch_optional(conn).map_ok(Option::flatten).boxed()
+        })
+        .await
+}
+
+fn out_of_step() -> sqlx::Error {
+    sqlx::Error::Protocol("the answer is that to another message".into())
+}
+
+fn code(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
 }
 
 /// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
@@ -242,18 +413,19 @@ fn is_refusal(error: &sqlx::Error) -> bool {
 async fn signal(
     canceller: &Canceller<PgConnection>,
     options: &PgConnectOptions,
-    sql: &'static str,
-    to: BackendId,
+    to: Place,
+    process: &'static str,
+    marked: &'static str,
 ) -> Result<(), sqlx::Error> {
-    canceller
-        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
-        .await
+    let query = || match to {
+        Place::Process { pid, started } => sqlx::query(process).bind(pid).bind(started),
+        Place::Mark(mark) => sqlx::query(marked).bind(mark),
+    };
+    canceller.ask(options, |conn, _| query().execute(conn).map_ok(drop).boxed()).await
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use sqlx::ConnectOptions;
 
     use super::*;
@@ -266,8 +438,10 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let ours = Postgres::probe(&mut conn, Ownership::Wrapped).await.unwrap();
-        let before = BackendId { started: ours.started - 1, ..ours };
+        let mode = Mode { isolation: Some(Isolation::Serializable), ..Mode::default() };
+        let ours = Postgres::probe(&mut conn, Ownership::Wrapped, &mode).await.unwrap();
+        let Place::Process { pid, started } = ours.place else { panic!("{ours:?}") };
+        let before = BackendId { place: Place::Process { pid, started: started - 1 }, ..ours };
 
         // Again and again, because a cancel that comes before the statement is no cancel.
         let again = async |to: BackendId| {
