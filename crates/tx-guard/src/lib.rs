@@ -90,9 +90,11 @@
 //! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
 //!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
 //!   each further write on a pool of the crate's own, and commits it by itself on a wrapped one.
-//! - On a wrapped PostgreSQL pool, a `begin` that is cancelled inside a nested sqlx transaction takes the whole
-//!   transaction with it. What then still runs on that nested transaction is committed by itself; the guard's `commit` is
-//!   [`TxError::Lost`].
+//! - A `begin` that is cancelled inside a *nested* sqlx transaction takes more than that with it. On a wrapped PostgreSQL
+//!   pool, what then still runs on the nested transaction is committed by itself; on MySQL, its `commit` commits what is
+//!   left of the whole. The guard's `commit` is [`TxError::Lost`] in both cases.
+//! - On MySQL, sqlx loses its place in the answers when a prepared statement is dropped halfway. Rolling back gets over
+//!   it; running further statements on that guard does not.
 //! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
 //!   gives its savepoints the same name again, and then rolls back to an older one. Those of
 //!   [`savepoint`](TransactionGuard::savepoint) are told apart.

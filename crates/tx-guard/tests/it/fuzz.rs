@@ -17,10 +17,11 @@ use cancel_safe_tx_guard::{Options, TxPool};
 use fastrand::Rng;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
+use sqlx::mysql::MySqlConnectOptions;
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteSynchronous};
-use sqlx::{Connection, PgConnection, Postgres, Sqlite, SqliteConnection};
+use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection};
 use tokio::runtime::Handle;
 use tokio::task::{LocalSet, spawn_local};
 use tokio::time::{sleep, timeout};
@@ -48,11 +49,27 @@ pub(crate) trait FuzzDb: TestDb {
     const MANY: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
         SELECT i FROM n";
 
-    /// Whether a wrapped pool is safe from what is cut inside a nested transaction of sqlx.
-    const DEEP_ON_WRAPPED: bool;
+    /// Whether the pools are safe from a `begin` that is cut inside a nested transaction of sqlx: the crate's own, and a
+    /// wrapped one.
+    const DEEP: [bool; 2];
+    /// Whether sqlx finds its place again after a query that was cut.
+    const READS_GO_ON: bool = true;
+    /// Whether the outcome may be unknown after an error was passed over: the database may have rolled back by itself,
+    /// which its commit cannot tell from a COMMIT in the SQL.
+    const PASSED_OVER_IS_UNKNOWN: bool = false;
+
+    /// SQL that makes a user of that name and takes it away, where sessions are found by it.
+    fn user(_: &str) -> Option<[String; 2]> {
+        None
+    }
+
+    /// What each session of an sqlx pool is told when it is opened.
+    const SETTINGS: &'static str = "SELECT 1";
 
     /// Options of sessions that can be found by `name`, and that wait for locks no longer than a moment.
     fn tuned(options: Options<Self>, name: &str) -> Options<Self>;
+
+    fn settings(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Reads one row and leaves the others.
     async fn half_read(conn: &mut Self::Connection, sql: &'static str) -> Result<(), sqlx::Error>;
@@ -67,10 +84,14 @@ impl FuzzDb for Sqlite {
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) SELECT count(*) FROM n";
 
     /// The commit hook sees all.
-    const DEEP_ON_WRAPPED: bool = true;
+    const DEEP: [bool; 2] = [true, true];
 
     fn tuned(options: SqliteConnectOptions, _: &str) -> SqliteConnectOptions {
         options.busy_timeout(Duration::from_millis(50)).synchronous(SqliteSynchronous::Off)
+    }
+
+    async fn settings(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
     }
 
     async fn half_read(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), sqlx::Error> {
@@ -88,10 +109,14 @@ impl FuzzDb for Postgres {
     const QUICK_ROUNDS: i64 = 6_000;
     const NAP: &'static str = "SELECT pg_sleep(0.002)";
 
-    const DEEP_ON_WRAPPED: bool = false;
+    const DEEP: [bool; 2] = [true, false];
 
     fn tuned(options: PgConnectOptions, name: &str) -> PgConnectOptions {
         options.application_name(name).options([("lock_timeout", "50ms")])
+    }
+
+    async fn settings(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
     }
 
     async fn half_read(conn: &mut PgConnection, sql: &'static str) -> Result<(), sqlx::Error> {
@@ -103,6 +128,42 @@ impl FuzzDb for Postgres {
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{name}' AND xact_start IS NOT NULL"
         );
         Postgres::numbers(beside, open).await.unwrap() != [0]
+    }
+}
+
+impl FuzzDb for MySql {
+    const QUICK_ROUNDS: i64 = 6_000;
+    const NAP: &'static str = "SELECT SLEEP(0.002)";
+    const DEEP: [bool; 2] = [false, false];
+    const READS_GO_ON: bool = false;
+    const PASSED_OVER_IS_UNKNOWN: bool = true;
+    /// What the twin has leaked would be waited for for a minute.
+    const SETTINGS: &'static str = "SET innodb_lock_wait_timeout = 1";
+
+    fn user(name: &str) -> Option<[String; 2]> {
+        let user = format!("'{name}'@'localhost', '{name}'@'%'");
+        let grants = ["localhost", "%"].map(|host| format!("; GRANT ALL ON *.* TO '{name}'@'{host}'"));
+        Some([format!("CREATE USER {user}{}", grants.concat()), format!("DROP USER {user}")])
+    }
+
+    fn tuned(options: MySqlConnectOptions, name: &str) -> MySqlConnectOptions {
+        options.username(name)
+    }
+
+    async fn settings(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
+    }
+
+    async fn half_read(conn: &mut MySqlConnection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(sql).fetch(conn).next().await.transpose().map(drop)
+    }
+
+    async fn in_transaction(beside: &mut MySqlConnection, name: &str) -> bool {
+        let open = format!(
+            "SELECT count(*) FROM information_schema.innodb_trx
+             JOIN information_schema.processlist ON id = trx_mysql_thread_id WHERE user = '{name}'"
+        );
+        MySql::numbers(beside, open).await.unwrap() != [0]
     }
 }
 
@@ -155,7 +216,9 @@ impl<D: FuzzDb> Campaign<D> {
         let world = World::<D>::new().await;
         let accounts = (1..=ACCOUNTS).map(|account| format!("(-{account}, 0)")).collect::<Vec<_>>().join(",");
         world.run(format!("INSERT INTO {} (n, v) VALUES {accounts}", world.table)).await;
-        // The plan for it is cached, and an empty table would be scanned as a whole.
+        if let Some([make, _]) = D::user(&world.table) {
+            world.run(make).await;
+        }
         Self { world, random: Rng::with_seed(seed), next: 0, sums: Sums::default(), tally: Tally::default() }
     }
 
@@ -163,8 +226,17 @@ impl<D: FuzzDb> Campaign<D> {
         D::tuned(self.world.options.clone(), &self.world.table)
     }
 
+    /// The end of the table and the user.
+    async fn end(self) {
+        self.world.run(format!("DROP TABLE {}", self.world.table)).await;
+        if let Some([_, remove]) = D::user(&self.world.table) {
+            self.world.run(remove).await;
+        }
+    }
+
     async fn plain_pool(&self) -> sqlx::Pool<D> {
         let pool = PoolOptions::<D>::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+        let pool = pool.after_connect(|conn, _| Box::pin(D::settings(conn)));
         pool.connect_with(self.options()).await.unwrap()
     }
 
@@ -303,18 +375,19 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
     let owned = owned.connect_with(campaign.options()).await.unwrap();
     let sources = [Source::Ours(owned.clone()), Source::Ours(TxPool::wrap(pool.clone()))];
     for batch in 0..rounds::<D>() / BATCH {
-        let wrapped = batch % 2 == 1;
-        let source = &sources[usize::from(wrapped)];
-        let books = campaign.run(source, !wrapped || D::DEEP_ON_WRAPPED, BATCH).await;
+        let which = usize::from(batch % 2 == 1);
+        let source = &sources[which];
+        let books = campaign.run(source, D::DEEP[which], BATCH).await;
         campaign.compare(source, books).await;
     }
     // The guards of a wrapped pool are all back as well.
     eventually("sqlx has its connections back", async || pool.num_idle() == pool.size() as usize).await;
     campaign.tally.print(database);
     campaign.tally.assert_clean();
-    let Campaign { world, .. } = campaign;
     pool.close().await;
-    world.end(owned).await;
+    let report = owned.close(PATIENCE).await;
+    assert!(report.is_clean(), "{report}");
+    campaign.end().await;
 }
 
 /// The twin: sqlx alone, of which the same check finds the faults.
@@ -333,7 +406,7 @@ async fn plain_sqlx_is_caught<D: FuzzDb>(database: &str) {
     }
     campaign.tally.print(&format!("{database}, plain sqlx"));
     assert!(campaign.tally.violations() > 0, "plain sqlx passes, so the check shows nothing");
-    campaign.world.run(format!("DROP TABLE {}", campaign.world.table)).await;
+    campaign.end().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -354,4 +427,9 @@ async fn plain_sqlx_is_caught_on_sqlite() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plain_sqlx_is_caught_on_postgres() {
     plain_sqlx_is_caught::<Postgres>("PostgreSQL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_sqlx_is_caught_on_mysql() {
+    plain_sqlx_is_caught::<MySql>("MySQL").await;
 }

@@ -4,6 +4,7 @@
 
 mod cancel;
 mod commit;
+mod example;
 mod faults;
 mod fuzz;
 mod happy;

@@ -5,21 +5,21 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{CommitOutcome, TxError, TxPool};
 use sqlx::pool::PoolOptions;
-use sqlx::{Connection, Postgres};
+use sqlx::{Connection, MySql, Postgres};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::commit::works_as_before;
-use crate::on_both;
+use crate::on_all;
 use crate::proxy::ServerDb;
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
 /// Tells what is promised from the ten seconds of the statement.
 const SOON: Duration = Duration::from_secs(5);
 
-on_both!(
+on_all!(
     a_wrapped_pool_that_is_closed_while_a_transaction_settles_ends,
     a_pool_that_is_closed_while_a_transaction_settles_ends,
 );
@@ -183,6 +183,16 @@ async fn a_restart_is_survived_on_postgres() {
 #[tokio::test]
 async fn a_restart_is_survived_by_a_wrapped_pool_on_postgres() {
     a_restart_is_survived::<Postgres>(true).await;
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_on_mysql() {
+    a_restart_is_survived::<MySql>(false).await;
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_by_a_wrapped_pool_on_mysql() {
+    a_restart_is_survived::<MySql>(true).await;
 }
 
 /// The connection that cancels is dead and no other can be had: the session is given up, and the server finds out.

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, Options, TransactionGuard, TxPool};
 use futures_util::FutureExt;
+use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{Connection, Postgres};
+use sqlx::{Connection, MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -44,6 +45,20 @@ impl ServerDb for Postgres {
                  FOR EACH ROW EXECUTE FUNCTION {table}_slow()"
         );
         Some((set, format!("DROP TRIGGER slow ON {table}; DROP FUNCTION {table}_slow")))
+    }
+}
+
+impl ServerDb for MySql {
+    fn address(options: &MySqlConnectOptions) -> (String, u16) {
+        (options.get_host().to_owned(), options.get_port())
+    }
+
+    fn through(options: MySqlConnectOptions, port: u16) -> MySqlConnectOptions {
+        options.host("127.0.0.1").port(port).ssl_mode(MySqlSslMode::Disabled)
+    }
+
+    fn slow_commits(_: &str) -> Option<(String, String)> {
+        None
     }
 }
 
@@ -302,4 +317,14 @@ async fn no_outcome_of_a_slow_commit_is_told_wrongly_on_postgres() {
 #[tokio::test]
 async fn an_error_of_a_plain_commit_means_nothing_on_postgres() {
     an_error_of_a_plain_commit_means_nothing::<Postgres>().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_outcome_is_told_wrongly_on_mysql() {
+    no_outcome_is_told_wrongly::<MySql>(false).await;
+}
+
+#[tokio::test]
+async fn an_error_of_a_plain_commit_means_nothing_on_mysql() {
+    an_error_of_a_plain_commit_means_nothing::<MySql>().await;
 }

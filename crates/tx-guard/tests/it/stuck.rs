@@ -8,17 +8,17 @@ use std::time::{Duration, Instant};
 use cancel_safe_tx_guard::{CommitOutcome, Retry, TxError, TxPool};
 use futures_util::FutureExt;
 use sqlx::sqlite::SqliteJournalMode;
-use sqlx::{Connection, Postgres, Sqlite};
+use sqlx::{Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
 use crate::commit::works_as_before;
-use crate::on_both;
+use crate::on_all;
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
 /// Tells what is promised, milliseconds, from the seconds that what is dropped would last.
 const SOON: Duration = Duration::from_secs(2);
 
-on_both!(
+on_all!(
     a_drop_in_a_long_write_frees_everything_soon,
     a_panic_in_a_closure_rolls_back_and_goes_on_to_the_caller,
     a_deadline_between_attempts_runs_no_hook,
@@ -34,6 +34,13 @@ impl Transient for Postgres {
     async fn transient(conn: &mut sqlx::PgConnection) -> sqlx::Error {
         let fail = "DO $$ BEGIN RAISE EXCEPTION 'in vain' USING ERRCODE = '40001'; END $$";
         Postgres::execute(conn, fail.to_owned()).await.unwrap_err()
+    }
+}
+
+impl Transient for MySql {
+    async fn transient(conn: &mut sqlx::MySqlConnection) -> sqlx::Error {
+        let fail = "SIGNAL SQLSTATE '40001' SET MYSQL_ERRNO = 1213, MESSAGE_TEXT = 'in vain'";
+        MySql::execute(conn, fail.to_owned()).await.unwrap_err()
     }
 }
 
@@ -175,35 +182,105 @@ async fn a_commit_past_the_deadline_is_pending_and_never_run_again() {
     world.run(format!("DROP FUNCTION {table}_slow")).await;
 }
 
-#[tokio::test]
-async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone() {
-    let world = World::<Postgres>::new().await;
+async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone<D: TestDb>() {
+    let world = World::<D>::new().await;
     world.insert(&mut world.plain().await, 1).await.unwrap();
     for wrapped in [false, true] {
-        let pool = sqlx::pool::PoolOptions::<Postgres>::new().max_connections(2);
+        let pool = sqlx::pool::PoolOptions::<D>::new().max_connections(2);
         let db = match wrapped {
             true => TxPool::wrap(pool.connect_with(world.options.clone()).await.unwrap()),
             false => world.pool(2).await,
         };
         let update = format!("UPDATE {} SET v = v + 1 WHERE n = 1", world.table);
         let mut holder = db.begin().await.unwrap();
-        Postgres::execute(&mut holder, update.clone()).await.unwrap();
+        D::execute(&mut holder, update.clone()).await.unwrap();
         let mut waits = db.begin().await.unwrap();
-        let waited = timeout(Duration::from_millis(100), Postgres::execute(&mut waits, update)).await;
+        let waited = timeout(Duration::from_millis(100), D::execute(&mut waits, update)).await;
         assert!(waited.is_err(), "it did not wait");
         let start = Instant::now();
         drop(waits);
         // Its connection is the only one that is not in use.
         let mut next = db.begin().await.unwrap();
-        Postgres::execute(&mut next, "SELECT 1".to_owned()).await.unwrap();
+        D::execute(&mut next, "SELECT 1".to_owned()).await.unwrap();
         assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
         next.commit().await.unwrap();
         holder.commit().await.unwrap();
         assert!(db.close(PATIENCE).await.is_clean());
     }
     let v = format!("SELECT v FROM {}", world.table);
-    assert_eq!(Postgres::numbers(&mut world.plain().await, v).await.unwrap(), [2]);
+    assert_eq!(D::numbers(&mut world.plain().await, v).await.unwrap(), [2]);
     world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
+#[tokio::test]
+async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone_on_postgres() {
+    a_drop_while_waiting_for_a_lock_leaves_the_holder_alone::<Postgres>().await;
+}
+
+#[tokio::test]
+async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone_on_mysql() {
+    a_drop_while_waiting_for_a_lock_leaves_the_holder_alone::<MySql>().await;
+}
+
+/// MySQL has rolled the victim back. Who passes over the error must not commit what comes after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deadlock_that_is_passed_over_is_caught_at_the_commit() {
+    let world = World::<MySql>::new().await;
+    for n in 1..=2 {
+        world.insert(&mut world.plain().await, n).await.unwrap();
+    }
+    for wrapped in [false, true] {
+        let db = match wrapped {
+            true => {
+                let pool = sqlx::pool::PoolOptions::<MySql>::new().max_connections(2);
+                TxPool::wrap(pool.connect_with(world.options.clone()).await.unwrap())
+            }
+            false => world.pool(2).await,
+        };
+        let update = |n: i64| format!("UPDATE {} SET v = v + 1 WHERE n = {n}", world.table);
+        let (mut one, mut two) = (db.begin().await.unwrap(), db.begin().await.unwrap());
+        MySql::execute(&mut one, update(1)).await.unwrap();
+        MySql::execute(&mut two, update(2)).await.unwrap();
+        let (first, second) = tokio::join!(MySql::execute(&mut one, update(2)), MySql::execute(&mut two, update(1)));
+        assert!(first.is_err() ^ second.is_err(), "{first:?} {second:?}");
+        let (mut victim, survivor) = if first.is_err() { (one, two) } else { (two, one) };
+        let handle = victim.outcome_handle();
+        drop(world.insert(&mut victim, 3).await);
+        let error = victim.commit().await.unwrap_err();
+        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+        assert_ne!(handle.outcome().await, CommitOutcome::Committed);
+        survivor.commit().await.unwrap();
+        assert_eq!(world.committed().await, [1, 2]);
+        assert!(db.close(PATIENCE).await.is_clean());
+    }
+    world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
+/// MySQL undoes the statement alone, or the whole where it is set up so: what `commit` says is what is there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_lock_wait_timeout_that_is_passed_over_is_told_rightly() {
+    let world = World::<MySql>::new().await;
+    world.insert(&mut world.plain().await, 1).await.unwrap();
+    let db = world.pool(2).await;
+    let update = format!("UPDATE {} SET v = v + 1 WHERE n = 1", world.table);
+    let mut holder = db.begin().await.unwrap();
+    MySql::execute(&mut holder, update.clone()).await.unwrap();
+    let mut waits = db.begin().await.unwrap();
+    world.insert(&mut waits, 2).await.unwrap();
+    MySql::execute(&mut waits, "SET innodb_lock_wait_timeout = 1".to_owned()).await.unwrap();
+    let error = MySql::execute(&mut waits, update).await.unwrap_err();
+    assert!(error.to_string().contains("1205"), "{error}");
+    world.insert(&mut waits, 3).await.unwrap();
+    let committed = match waits.commit().await {
+        Ok(()) => vec![1, 2, 3],
+        Err(error) => {
+            assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+            vec![1]
+        }
+    };
+    holder.rollback().await.unwrap();
+    assert_eq!(world.committed().await, committed);
+    world.end(db).await;
 }
 
 /// Somebody cancels this session again and again, so that many a cancel comes at a ROLLBACK or a COMMIT.

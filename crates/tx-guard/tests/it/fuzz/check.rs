@@ -163,6 +163,7 @@ fn judge(page: &Page, mut rows: HashSet<i64>, sums: &mut Sums, tally: &mut Tally
                 committed(attempt, &mut rows, sums)?;
             }
             CommitOutcome::RolledBack => tally.rolled_back += 1,
+            _ if attempt.may_be_unknown => tally.unknown += 1,
             _ => {
                 tally.unknown += 1;
                 return Err((Kind::Wrong, "unknown, on a connection that lives".to_owned()));
@@ -186,7 +187,7 @@ fn outcome(attempt: &Attempt) -> Result<CommitOutcome, (Kind, String)> {
     let agrees = match attempt.said {
         Said::Nothing => true,
         Said::Committed => outcome == CommitOutcome::Committed,
-        Said::NotCommitted => outcome == CommitOutcome::RolledBack,
+        Said::NotCommitted => outcome == CommitOutcome::RolledBack || attempt.may_be_unknown,
         Said::Unknown => outcome == CommitOutcome::Unknown,
     };
     if agrees { Ok(outcome) } else { Err((Kind::Wrong, format!("the handle says {outcome:?}"))) }

@@ -158,6 +158,7 @@ pub(crate) struct Attempt {
     /// Why its commit must not succeed.
     pub(crate) doomed: Option<&'static str>,
     pub(crate) hooks: Arc<AtomicU32>,
+    pub(crate) may_be_unknown: bool,
     /// The entry before which the oldest savepoint of sqlx was set to which was rolled back. It is still there, and sqlx
     /// uses its name again.
     stale: Option<usize>,
@@ -214,8 +215,9 @@ impl Book {
     fn attempt(&self, handle: Option<OutcomeHandle>) -> Arc<AtomicU32> {
         let hooks = Arc::new(AtomicU32::new(0));
         let (entries, said, doomed) = (Vec::new(), Said::Nothing, None);
-        let stale = None;
-        self.page().attempts.push(Attempt { handle, entries, said, doomed, hooks: Arc::clone(&hooks), stale });
+        let (may_be_unknown, stale) = (false, None);
+        let attempt = Attempt { handle, entries, said, doomed, hooks: Arc::clone(&hooks), may_be_unknown, stale };
+        self.page().attempts.push(attempt);
         hooks
     }
 
@@ -314,7 +316,7 @@ pub(crate) struct Run<D: FuzzDb> {
     pub(crate) source: Source<D>,
     pub(crate) table: Arc<str>,
     pub(crate) book: Book,
-    /// Whether a `begin` inside a nested transaction of sqlx is cut as well: on a wrapped pool nothing can mend that.
+    /// Whether a `begin` inside a nested transaction of sqlx is cut as well: where nothing can mend that, it is not.
     pub(crate) deep: bool,
 }
 
@@ -351,6 +353,7 @@ impl<D: FuzzDb> Run<D> {
             Err(error) if program.careless && !self.half_done() => {
                 // Whether the database has aborted it is for the commit to say.
                 drop(error);
+                self.book.last(|attempt| attempt.may_be_unknown = D::PASSED_OVER_IS_UNKNOWN);
                 Ok(())
             }
             worked => worked,
@@ -469,7 +472,8 @@ impl<D: FuzzDb> Run<D> {
             }
             Step::Read { cut } => {
                 let sql = format!("SELECT n FROM {} WHERE n < 0", self.table);
-                self.book.within(Stage::Statement, *cut, D::numbers(hand.conn(), sql)).await.transpose()?;
+                let cut = cut.filter(|_| D::READS_GO_ON);
+                self.book.within(Stage::Statement, cut, D::numbers(hand.conn(), sql)).await.transpose()?;
                 Ok(())
             }
             Step::HalfRead => {
@@ -478,7 +482,8 @@ impl<D: FuzzDb> Run<D> {
             }
             Step::Nap { cut } => {
                 let nap = D::execute(hand.conn(), D::NAP.to_owned());
-                self.book.within(Stage::Statement, *cut, nap).await.transpose()?;
+                let cut = cut.filter(|_| D::READS_GO_ON);
+                self.book.within(Stage::Statement, cut, nap).await.transpose()?;
                 Ok(())
             }
             Step::Fail => {
