@@ -131,6 +131,8 @@ mod mysql;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod proof;
 mod reaper;
 mod run;
 mod session;

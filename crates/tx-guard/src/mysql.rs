@@ -1,7 +1,7 @@
 //! MySQL and MariaDB: what is killed is looked at first, and a commit proves itself by a savepoint.
 //!
-//! Invariant: while a guard is open, its session writes nothing outside the transaction of the guard. What comes after
-//! that was lost, or was rolled back by MySQL, is refused.
+//! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
+//! lost is refused; what comes after MySQL has rolled it back is undone at the end.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -36,8 +36,9 @@ const LONGEST_LIMIT: u64 = 31_536_000;
 const MARK: &str = "SAVEPOINT txg_0";
 const VERIFIED_COMMIT: &str = "RELEASE SAVEPOINT txg_0; COMMIT";
 
-/// Refuses every write outside a transaction that asks for it.
-const READ_ONLY: &str = "SET SESSION TRANSACTION READ ONLY";
+/// Refuses writes outside a transaction that asks for them. Under the victim of a deadlock MySQL goes on as if the
+/// transaction were still one that had asked, so nothing is committed by itself either.
+const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
@@ -63,7 +64,7 @@ pub struct Thread {
     in_step: AtomicBool,
 }
 
-/// How long a session refuses writes outside a transaction that asks for them.
+/// How long a session is kept from writing outside its guard's transactions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Hold {
     /// It is ours.
@@ -91,11 +92,11 @@ impl Flavour {
         }
     }
 
-    /// The name under which a session keeps whether its transactions may only read.
-    fn read_only(self) -> &'static str {
+    /// The variables that [`HOLD`] sets.
+    fn held(self) -> &'static [&'static str] {
         match self {
-            Self::MariaDb => "tx_read_only",
-            Self::MySql => "transaction_read_only",
+            Self::MariaDb => &["autocommit", "tx_read_only"],
+            Self::MySql => &["autocommit", "transaction_read_only"],
         }
     }
 
@@ -150,7 +151,7 @@ impl Driver for MySql {
             _ if read_only != 0 => Hold::Not,
             Ownership::Wrapped => Hold::ForOneTransaction,
             Ownership::Owned => {
-                Self::run_sql(conn, READ_ONLY.to_owned()).await?;
+                Self::run_sql(conn, HOLD.to_owned()).await?;
                 Hold::ForGood
             }
         };
@@ -273,9 +274,9 @@ impl Driver for MySql {
 impl Thread {
     /// Gives a wrapped session the settings back that it had before its transaction.
     async fn put_back(&self, conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-        let mut settings = Vec::new();
+        let mut settings: Vec<&str> = Vec::new();
         if self.ownership == Ownership::Wrapped && self.hold != Hold::Not {
-            settings.push(self.flavour.read_only());
+            settings.extend(self.flavour.held());
         }
         if self.ownership == Ownership::Wrapped && self.limited.load(Ordering::Relaxed) {
             settings.extend(self.flavour.limits());
@@ -295,8 +296,8 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     // A wrapped session keeps what it had where it is found again.
     let put_away = |sql: &mut String, setting| sql.push_str(&format!("SET @txg_{setting} = @@{setting}; "));
     if wrapped && thread.hold != Hold::Not {
-        put_away(&mut sql, thread.flavour.read_only());
-        sql.push_str(READ_ONLY);
+        thread.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
+        sql.push_str(HOLD);
         sql.push_str("; ");
     }
     let was_limited = thread.limited.swap(mode.remaining.is_some(), Ordering::Relaxed);

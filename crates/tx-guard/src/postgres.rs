@@ -3,21 +3,17 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
-use std::pin::pin;
-use std::time::Duration;
-
-use futures_util::future::poll_immediate;
-use futures_util::{FutureExt, StreamExt, TryFutureExt};
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
-use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, Row, SqlSafeStr};
+use futures_util::{FutureExt, TryFutureExt};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::time::{sleep, timeout};
 
 use crate::TxError;
 use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
 };
 use crate::canceller::Canceller;
+use crate::proof;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -55,31 +51,11 @@ const TERMINATE_MARKED: &str = "SELECT pg_terminate_backend(pid) FROM pg_locks
     WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
         AND objsubid = 1 AND pid <> pg_backend_pid()";
 
-/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
-/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
-const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
-
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
-
-/// A commit is asked for its transaction by this first, if it is to be found out how it ended.
-const RECEIPT: &str = "SELECT pg_current_xact_id_if_assigned()::text,
-    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
-
-/// A standby that took over may not have heard of the transaction, and may give its id to another one.
-const FATE: &str = "SELECT pg_xact_status($1::xid8)
-    WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $2";
-
-/// How long the fate of a commit is asked for. A server that crashed needs a while to come back.
-const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
-
-/// How long one question for it may take, and the pauses between them.
-const RESOLVE_ATTEMPT: Duration = Duration::from_secs(2);
-const FIRST_RESOLVE_PAUSE: Duration = Duration::from_millis(5);
-const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
 
 /// What is known of a session.
 #[derive(Debug, Clone, Copy)]
@@ -178,18 +154,18 @@ impl Driver for Postgres {
     async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
         let receipt = match mode {
             CommitMode::Verified => None,
-            CommitMode::Resolvable => Some(receipt(conn).await?),
+            CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
-        let answer = exchange(conn, VERIFIED_COMMIT.to_owned()).await;
+        let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
         let Some(error) = answer.failure else {
             if answer.row.is_some() && answer.done_after_row == 2 {
-                leave(conn).await;
+                proof::leave(conn).await;
                 return Ok(());
             }
-            return Err(in_doubt(out_of_step(), receipt));
+            return Err(proof::in_doubt(proof::out_of_step(), receipt));
         };
-        if !is_refusal(&error) {
-            return Err(in_doubt(error, receipt));
+        if !proof::is_refusal(&error) {
+            return Err(proof::in_doubt(error, receipt));
         }
         // The row of the SELECT would have come ahead of COMMIT.
         if answer.row.is_none() {
@@ -210,25 +186,7 @@ impl Driver for Postgres {
         backend: &BackendId,
         receipt: &Receipt,
     ) -> Option<bool> {
-        let ask = || async {
-            let mut pause = FIRST_RESOLVE_PAUSE;
-            loop {
-                match timeout(RESOLVE_ATTEMPT, fate(canceller, options, receipt)).await {
-                    Ok(Ok(Some(status))) if status == "committed" => return Some(true),
-                    Ok(Ok(Some(status))) if status == "aborted" => return Some(false),
-                    // Its client is gone: it need not wait for a COMMIT that does not come. One that has come goes on.
-                    Ok(Ok(Some(_))) => {
-                        drop(timeout(RESOLVE_ATTEMPT, Self::terminate(canceller, options, backend)).await)
-                    }
-                    // Another history.
-                    Ok(Ok(None)) => return None,
-                    Ok(Err(_)) | Err(_) => {}
-                }
-                sleep(pause).await;
-                pause = (pause * 2).min(LONGEST_RESOLVE_PAUSE);
-            }
-        };
-        timeout(RESOLVE_LIMIT, ask()).await.ok().flatten()
+        proof::resolve(canceller, options, receipt, || Self::terminate(canceller, options, backend)).await
     }
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
@@ -243,13 +201,13 @@ impl Driver for Postgres {
                 Manager::start_rollback(conn);
             }
             let number = fastrand::i32(..).to_string();
-            let answer = exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
+            let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
             match answer.failure {
                 None if answer.row.as_deref() == Some(&number) => {
-                    leave(conn).await;
+                    proof::leave(conn).await;
                     return Ok(());
                 }
-                None => return Err(out_of_step()),
+                None => return Err(proof::out_of_step()),
                 // Its SQL has ended the transaction.
                 Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
                     Self::run_sql(conn, "BEGIN".to_owned()).await?;
@@ -321,93 +279,8 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     sql
 }
 
-/// What has come back for a message of several statements, of which one has a row.
-#[derive(Default)]
-struct Answer {
-    /// The first value of the row.
-    row: Option<String>,
-    /// How many statements were done once the row had come, the one with the row included.
-    done_after_row: usize,
-    failure: Option<sqlx::Error>,
-}
-
-async fn exchange(conn: &mut PgConnection, sql: String) -> Answer {
-    let mut answer = Answer::default();
-    let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
-    while let Some(part) = parts.next().await {
-        match part {
-            // No value is as good as an empty one.
-            Ok(Either::Right(row)) => answer.row = Some(text(&row, 0).unwrap_or_default()),
-            Ok(Either::Left(_)) if answer.row.is_some() => answer.done_after_row += 1,
-            Ok(Either::Left(_)) => {}
-            Err(error) => answer.failure = Some(error),
-        }
-    }
-    answer
-}
-
-fn text(row: &PgRow, column: usize) -> Option<String> {
-    row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
-}
-
-/// Ends the empty transaction that CHAIN has left, and waits for nothing: its ROLLBACK is on its way when this returns,
-/// ahead of whatever is sent next.
-async fn leave(conn: &mut PgConnection) {
-    while depth::<Postgres>(conn) > 0 {
-        Manager::start_rollback(conn);
-    }
-    // Of a connection that has just failed, the next one to use it will hear.
-    drop(poll_immediate(pin!(conn.flush())).await);
-}
-
-/// The id of the transaction. Nothing has been sent that could commit it, so an error is a rollback.
-async fn receipt(conn: &mut PgConnection) -> Result<Receipt, CommitFailure> {
-    let mut rows = match sqlx::raw_sql(RECEIPT).fetch_all(conn).await {
-        Ok(rows) => rows,
-        Err(error) if is_refusal(&error) => return Err(CommitFailure::Aborted(error)),
-        Err(error) => return Err(CommitFailure::Refused(error)),
-    };
-    let row = rows.pop().ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
-    let timeline = text(&row, 1).ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
-    Ok(Receipt { transaction: text(&row, 0), timeline })
-}
-
-fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFailure {
-    match receipt {
-        Some(receipt) => CommitFailure::Resolvable(error, receipt),
-        None => CommitFailure::Unknown(error),
-    }
-}
-
-async fn fate(
-    canceller: &Canceller<PgConnection>,
-    options: &PgConnectOptions,
-    receipt: &Receipt,
-) -> Result<Option<String>, sqlx::Error> {
-    // Without an id it has written nothing, and there is nothing that could have been committed.
-    let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
-    canceller
-        .ask(options, |conn, _| {
-            let status = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
-            status.fetch_optional(conn).map_ok(Option::flatten).boxed()
-        })
-        .await
-}
-
-fn out_of_step() -> sqlx::Error {
-    sqlx::Error::Protocol("the answer is that to another message".into())
-}
-
 fn code(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
-}
-
-/// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
-fn is_refusal(error: &sqlx::Error) -> bool {
-    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
-        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
-        None => false,
-    }
 }
 
 async fn signal(
@@ -426,6 +299,8 @@ async fn signal(
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use sqlx::ConnectOptions;
 
     use super::*;

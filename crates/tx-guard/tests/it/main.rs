@@ -38,18 +38,3 @@ macro_rules! on_all {
     };
 }
 use on_all;
-
-/// The same on the two that roll back a DDL.
-macro_rules! on_both {
-    ($($name:ident),+ $(,)?) => {
-        mod sqlite {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name::<sqlx::Sqlite>().await; })+
-        }
-        mod postgres {
-            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-            async fn $name() { super::$name::<sqlx::Postgres>().await; })+
-        }
-    };
-}
-use on_both;
