@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use deadpool::managed;
 use tokio::runtime::Handle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::commit::OutcomeCell;
@@ -112,17 +112,21 @@ impl<DB: Backend> TxPool<DB> {
     /// - [`TxError::Database`]: the database refused to begin.
     /// - [`TxError::NoRuntime`]: there is no tokio runtime here.
     pub async fn begin(&self) -> Result<TransactionGuard<DB>, TxError> {
-        self.begin_in(Mode::default()).await
+        self.begin_in(Mode::default(), None).await
     }
 
-    pub(crate) async fn begin_in(&self, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
+    pub(crate) async fn begin_in(
+        &self,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
         let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
-        match self.begin_once(&runtime, mode).await {
+        match self.begin_once(&runtime, mode, deadline).await {
             // A connection that had died in the pool. Nothing has happened yet, and those that are idle beside it have
             // most likely died with it: once more, with a new one.
             Err(TxError::Database(error)) if is_dead(&error) => {
                 self.shared.forget_idle();
-                self.begin_once(&runtime, mode).await
+                self.begin_once(&runtime, mode, deadline).await
             }
             begun => begun,
         }
@@ -130,8 +134,13 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Waiting for a connection dies with the caller. Only what follows it is shielded, and that starts in the same
     /// poll, so a caller that has gone while it waited begins nothing.
-    async fn begin_once(&self, runtime: &Handle, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
-        let held = self.shared.acquire().await?;
+    async fn begin_once(
+        &self,
+        runtime: &Handle,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
+        let held = self.shared.acquire(deadline).await?;
         let shared = Arc::clone(&self.shared);
         let ticket = Ticket::new(&shared.work);
         // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
@@ -342,7 +351,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let source = Source::Owned { sessions, limits: self.limits };
         let shared = Arc::new(Shared::new(source, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
-        let first = shared.acquire().await?;
+        let first = shared.acquire(None).await?;
         let target = || DB::target(&shared.options);
         let limit = self.limits.connect_timeout;
         timeout(limit, DB::warm(&shared.canceller, &shared.options))

@@ -9,6 +9,7 @@ use std::time::Duration;
 use deadpool::managed::{self, Object, PoolError, TimeoutType};
 use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout_at};
 
 use crate::TxError;
 use crate::backend::{Backend, CommitMode, Mode, Options, Ownership};
@@ -45,19 +46,25 @@ impl<DB: Backend> Shared<DB> {
         Self { source, options, commit_mode, canceller, work, teller }
     }
 
-    pub(crate) async fn acquire(&self) -> Result<Held<DB>, TxError> {
+    /// Takes a connection, not later than at the deadline.
+    pub(crate) async fn acquire(&self, deadline: Option<Instant>) -> Result<Held<DB>, TxError> {
         if self.work.is_closed() {
             return Err(TxError::Closed);
         }
+        let Some(deadline) = deadline else { return self.acquire_from_source().await };
+        let limit = deadline.saturating_duration_since(Instant::now());
+        match timeout_at(deadline, self.acquire_from_source()).await {
+            Ok(acquired) => acquired,
+            Err(_) => Err(self.too_late(limit)),
+        }
+    }
+
+    async fn acquire_from_source(&self) -> Result<Held<DB>, TxError> {
         let target = || DB::target(&self.options);
         match &self.source {
             Source::Owned { sessions, limits } => match sessions.get().await {
                 Ok(session) => Ok(Held::Owned(session)),
-                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: limits.max_connections,
-                    timeout: limits.acquire_timeout,
-                }),
+                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(self.too_late(limits.acquire_timeout)),
                 Err(PoolError::Timeout(_) | PoolError::Backend(sqlx::Error::PoolTimedOut)) => {
                     Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
                 }
@@ -69,13 +76,29 @@ impl<DB: Backend> Shared<DB> {
             Source::Wrapped(pool) => match pool.acquire().await {
                 Ok(conn) => Ok(Held::Wrapped(conn)),
                 Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
-                Err(sqlx::Error::PoolTimedOut) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: pool.options().get_max_connections(),
-                    timeout: pool.options().get_acquire_timeout(),
-                }),
+                Err(sqlx::Error::PoolTimedOut) => Err(self.too_late(pool.options().get_acquire_timeout())),
                 Err(error) => Err(DB::connect_error(target(), error)),
             },
+        }
+    }
+
+    /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
+    /// down as for a connection that is in use.
+    fn too_late(&self, timeout: Duration) -> TxError {
+        let target = DB::target(&self.options);
+        let (max_connections, all_open) = match &self.source {
+            Source::Owned { sessions, limits } => {
+                let status = sessions.status();
+                (limits.max_connections, status.size >= status.max_size)
+            }
+            Source::Wrapped(pool) => {
+                let max_connections = pool.options().get_max_connections();
+                (max_connections, pool.size() >= max_connections)
+            }
+        };
+        match all_open {
+            true => TxError::PoolExhausted { target, max_connections, timeout },
+            false => TxError::ConnectTimeout { target, timeout },
         }
     }
 

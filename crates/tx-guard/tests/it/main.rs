@@ -8,6 +8,7 @@ mod example;
 mod faults;
 mod fuzz;
 mod happy;
+mod input;
 mod late;
 mod log;
 mod mysql;
