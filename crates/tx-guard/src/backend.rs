@@ -44,6 +44,37 @@ pub struct Mode {
     pub(crate) remaining: Option<Duration>,
 }
 
+/// What is done for a connection that is lost inside `COMMIT`.
+///
+/// Set for a pool with [`TxPoolBuilder::commit_mode`](crate::TxPoolBuilder::commit_mode), for a closure with
+/// [`Tx::commit_mode`](crate::Tx::commit_mode), or for one transaction with
+/// [`TransactionGuard::set_commit_mode`](crate::TransactionGuard::set_commit_mode).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum CommitMode {
+    /// Its outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit is one round trip.
+    #[default]
+    Verified,
+    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
+    /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
+    /// each commit. [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long,
+    /// or that was replaced by a standby, which may not have heard of the transaction.
+    ///
+    /// SQLite has no connection to lose, and MySQL nobody who could be asked: there it is the same as `Verified`.
+    Resolvable,
+}
+
+/// What a commit is asked for by when its connection was lost.
+#[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub struct Receipt {
+    /// None if it has written nothing.
+    pub(crate) transaction: Option<String>,
+    /// The history of the server to which the id belongs.
+    pub(crate) timeline: String,
+}
+
 /// How a `COMMIT` ended when it did not succeed.
 #[derive(Debug)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
@@ -58,6 +89,9 @@ pub enum CommitFailure {
     Refused(sqlx::Error),
     /// COMMIT was sent and no answer came.
     Unknown(sqlx::Error),
+    /// The same, and the server can be asked for how it ended.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
+    Resolvable(sqlx::Error, Receipt),
 }
 
 /// The sealed half of [`Backend`].
@@ -78,10 +112,12 @@ pub trait Driver: Database {
     /// Says which kind of failure an error of opening a connection is.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
 
-    /// Learns what `cancel` will need. For an owned session this is also where its settings are made.
+    /// Learns what `cancel` will need. For an owned session this is also where its settings are made; a wrapped one is
+    /// about to begin a transaction of this mode.
     fn probe(
         conn: &mut Self::Connection,
         ownership: Ownership,
+        mode: &Mode,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Opens what `cancel` needs ahead of its first use.
@@ -106,6 +142,11 @@ pub trait Driver: Database {
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 
+    /// Whether sqlx itself may have committed the transaction of the guard.
+    fn may_have_committed(_: &Self::Connection) -> bool {
+        false
+    }
+
     /// Keeps further statements of a lost transaction from being committed one by one.
     fn fence(conn: &mut Self::Connection);
 
@@ -113,7 +154,17 @@ pub trait Driver: Database {
     fn commit(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
+        mode: CommitMode,
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
+
+    /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
+    /// where that cannot be said. Bounds itself.
+    fn resolve(
+        canceller: &Self::Canceller,
+        options: &Options<Self>,
+        probe: &Self::Probe,
+        receipt: &Receipt,
+    ) -> impl Future<Output = Option<bool>> + Send;
 
     /// Waits for what still runs, and rolls back until the connection is idle and clean.
     fn rollback(

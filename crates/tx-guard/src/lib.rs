@@ -131,6 +131,8 @@ mod mysql;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod proof;
 mod reaper;
 mod run;
 mod session;
@@ -138,7 +140,7 @@ mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 
-pub use backend::{Backend, Isolation, Options};
+pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use commit::{CommitOutcome, OutcomeHandle};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};

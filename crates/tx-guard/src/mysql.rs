@@ -1,7 +1,7 @@
 //! MySQL and MariaDB: what is killed is looked at first, and a commit proves itself by a savepoint.
 //!
-//! Invariant: while a guard is open its session does not commit by itself. Neither a statement that runs after the
-//! transaction was lost, nor one that MySQL has rolled the transaction back under, becomes permanent one by one.
+//! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
+//! lost is refused; what comes after MySQL has rolled it back is undone at the end.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -15,7 +15,9 @@ use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, 
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
+};
 use crate::canceller::Canceller;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -34,9 +36,9 @@ const LONGEST_LIMIT: u64 = 31_536_000;
 const MARK: &str = "SAVEPOINT txg_0";
 const VERIFIED_COMMIT: &str = "RELEASE SAVEPOINT txg_0; COMMIT";
 
-/// What a transaction of a wrapped session changes in it, put away where the session keeps it.
-const PUT_AWAY: &str = "SET @txg_autocommit = @@autocommit; SET autocommit = 0; ";
-const PUT_BACK: &str = "SET autocommit = @txg_autocommit";
+/// Refuses writes outside a transaction that asks for them. Under the victim of a deadlock MySQL goes on as if the
+/// transaction were still one that had asked, so nothing is committed by itself either.
+const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
@@ -55,10 +57,22 @@ pub struct Thread {
     learnt: Instant,
     flavour: Flavour,
     ownership: Ownership,
+    hold: Hold,
     /// The session has limits of a transaction that had a deadline.
     limited: AtomicBool,
     /// The answer to the COMMIT has been read to its end, and nothing was sent since.
     in_step: AtomicBool,
+}
+
+/// How long a session is kept from writing outside its guard's transactions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Hold {
+    /// It is ours.
+    ForGood,
+    /// It is the user's.
+    ForOneTransaction,
+    /// The server is one on which nothing is written, and on which asking for it may be refused.
+    Not,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -75,6 +89,14 @@ impl Flavour {
                 &["max_statement_time", "innodb_lock_wait_timeout", "lock_wait_timeout", "idle_transaction_timeout"]
             }
             Self::MySql => &["max_execution_time", "innodb_lock_wait_timeout", "lock_wait_timeout"],
+        }
+    }
+
+    /// The variables that [`HOLD`] sets.
+    fn held(self) -> &'static [&'static str] {
+        match self {
+            Self::MariaDb => &["autocommit", "tx_read_only"],
+            Self::MySql => &["autocommit", "transaction_read_only"],
         }
     }
 
@@ -118,17 +140,23 @@ impl Driver for MySql {
         }
     }
 
-    async fn probe(conn: &mut MySqlConnection, ownership: Ownership) -> Result<Thread, sqlx::Error> {
-        if ownership == Ownership::Owned {
-            Self::run_sql(conn, "SET autocommit = 0".to_owned()).await?;
-        }
+    async fn probe(conn: &mut MySqlConnection, ownership: Ownership, _: &Mode) -> Result<Thread, sqlx::Error> {
         // Before the question: whoever has answered was started before that.
         let learnt = Instant::now();
-        let identify = sqlx::query_as("SELECT CONNECTION_ID(), VERSION()").persistent(ownership == Ownership::Wrapped);
-        let (id, version): (u64, String) = identify.fetch_one(conn).await?;
+        let identify = sqlx::query_as("SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)");
+        let identify = identify.persistent(ownership == Ownership::Wrapped);
+        let (id, version, read_only): (u64, String, i64) = identify.fetch_one(&mut *conn).await?;
         let flavour = if version.contains("MariaDB") { Flavour::MariaDb } else { Flavour::MySql };
+        let hold = match ownership {
+            _ if read_only != 0 => Hold::Not,
+            Ownership::Wrapped => Hold::ForOneTransaction,
+            Ownership::Owned => {
+                Self::run_sql(conn, HOLD.to_owned()).await?;
+                Hold::ForGood
+            }
+        };
         let (limited, in_step) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Thread { id, learnt, flavour, ownership, limited, in_step })
+        Ok(Thread { id, learnt, flavour, ownership, hold, limited, in_step })
     }
 
     async fn warm(canceller: &Self::Canceller, options: &MySqlConnectOptions) -> Result<(), sqlx::Error> {
@@ -152,10 +180,16 @@ impl Driver for MySql {
         depth::<Self>(conn) == 0
     }
 
-    /// The session does not commit by itself, which is fence enough.
+    /// A begin that is cancelled inside a nested transaction takes that one away alone, and the `commit` of the nested
+    /// transaction then is that of the whole.
+    fn may_have_committed(conn: &MySqlConnection) -> bool {
+        depth::<Self>(conn) == 0
+    }
+
+    /// That the session may only read is fence enough.
     fn fence(_: &mut MySqlConnection) {}
 
-    async fn commit(conn: &mut MySqlConnection, thread: &Thread) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut MySqlConnection, thread: &Thread, _: CommitMode) -> Result<(), CommitFailure> {
         // What a dropped future has left to be read. COMMIT has not been sent, so an error here is a rollback.
         read_what_is_left(conn).await.map_err(CommitFailure::Refused)?;
         match exchange(conn).await {
@@ -172,6 +206,11 @@ impl Driver for MySql {
             (_, Some(error)) => Err(CommitFailure::Unknown(error)),
             (_, None) => Err(CommitFailure::Unknown(sqlx::Error::Protocol("the answer to COMMIT is missing".into()))),
         }
+    }
+
+    /// MySQL does not remember how a transaction ended.
+    async fn resolve(_: &Self::Canceller, _: &MySqlConnectOptions, _: &Thread, _: &Receipt) -> Option<bool> {
+        None
     }
 
     async fn rollback(conn: &mut MySqlConnection, thread: &Thread) -> Result<(), sqlx::Error> {
@@ -235,25 +274,38 @@ impl Driver for MySql {
 impl Thread {
     /// Gives a wrapped session the settings back that it had before its transaction.
     async fn put_back(&self, conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-        if self.ownership == Ownership::Owned {
+        let mut settings: Vec<&str> = Vec::new();
+        if self.ownership == Ownership::Wrapped && self.hold != Hold::Not {
+            settings.extend(self.flavour.held());
+        }
+        if self.ownership == Ownership::Wrapped && self.limited.load(Ordering::Relaxed) {
+            settings.extend(self.flavour.limits());
+        }
+        if settings.is_empty() {
             return Ok(());
         }
-        let limits = if self.limited.load(Ordering::Relaxed) { self.flavour.limits() } else { &[] };
-        let sql = limits.iter().fold(PUT_BACK.to_owned(), |sql, limit| format!("{sql}, {limit} = @txg_{limit}"));
-        MySql::run_sql(conn, sql).await
+        let settings: Vec<_> = settings.iter().map(|setting| format!("{setting} = @txg_{setting}")).collect();
+        MySql::run_sql(conn, format!("SET {}", settings.join(", "))).await
     }
 }
 
 /// BEGIN, its settings and its mark in one message, so that they cost no round trip of their own.
 fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     let wrapped = thread.ownership == Ownership::Wrapped;
-    let mut sql = String::from(if wrapped { PUT_AWAY } else { "" });
+    let mut sql = String::new();
+    // A wrapped session keeps what it had where it is found again.
+    let put_away = |sql: &mut String, setting| sql.push_str(&format!("SET @txg_{setting} = @@{setting}; "));
+    if wrapped && thread.hold != Hold::Not {
+        thread.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
+        sql.push_str(HOLD);
+        sql.push_str("; ");
+    }
     let was_limited = thread.limited.swap(mode.remaining.is_some(), Ordering::Relaxed);
     for limit in thread.flavour.limits() {
         match mode.remaining {
             Some(remaining) => {
                 if wrapped {
-                    sql.push_str(&format!("SET @txg_{limit} = @@{limit}; "));
+                    put_away(&mut sql, limit);
                 }
                 sql.push_str(&format!("SET {limit} = {}; ", thread.flavour.limit(limit, remaining)));
             }
@@ -267,7 +319,11 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
         Some(Isolation::RepeatableRead) => "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; ",
         Some(Isolation::Serializable) => "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; ",
     });
-    sql.push_str(if mode.read_only { "START TRANSACTION READ ONLY; " } else { "START TRANSACTION; " });
+    sql.push_str(match thread.hold {
+        _ if mode.read_only => "START TRANSACTION READ ONLY; ",
+        Hold::ForGood | Hold::ForOneTransaction => "START TRANSACTION READ WRITE; ",
+        Hold::Not => "START TRANSACTION; ",
+    });
     sql.push_str(MARK);
     sql
 }

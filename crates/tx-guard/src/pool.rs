@@ -11,7 +11,7 @@ use deadpool::managed;
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
-use crate::backend::{Backend, Mode, Options};
+use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::commit::OutcomeCell;
 use crate::events::TxEvents;
 use crate::reaper::{Open, SETTLE_LIMIT, Shield, Ticket};
@@ -83,7 +83,7 @@ impl<DB: Backend> TxPool<DB> {
             acquire_timeout: ACQUIRE_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
         };
-        TxPoolBuilder { limits, database: PhantomData }
+        TxPoolBuilder { limits, commit_mode: CommitMode::default(), database: PhantomData }
     }
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
@@ -94,7 +94,7 @@ impl<DB: Backend> TxPool<DB> {
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         let options = pool.connect_options();
-        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options)) }
+        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options, CommitMode::default())) }
     }
 
     /// Begins a transaction.
@@ -141,15 +141,19 @@ impl<DB: Backend> TxPool<DB> {
         Shield::new(runtime.clone(), {
             let runtime = runtime.clone();
             async move {
-                let mut slot = Slot::new(held, runtime.clone()).await?;
+                let mut slot = Slot::new(held, runtime.clone(), &mode).await?;
                 let (conn, probe) = slot.parts();
                 DB::begin(conn, probe, &mode).await?;
-                let (outcome, hooks) = (OutcomeCell::new(), Vec::new());
-                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks }))
+                let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
+                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
             }
         })
         .alone_for(SETTLE_LIMIT)
         .await
+    }
+
+    pub(crate) fn commit_mode(&self) -> CommitMode {
+        self.shared.commit_mode
     }
 
     /// A listener to what the pool does from now on after its callers have gone. The feature `tracing` logs the same.
@@ -197,10 +201,11 @@ impl<DB: Backend> TxPool<DB> {
 }
 
 /// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
-/// for that, and 70100 for a session that was killed.
+/// for that, and 70100 for a session that was killed. An answer that is none to BEGIN belongs to something else that was
+/// done on the session, which nobody can make sense of any more.
 fn is_dead(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::Io(_) => true,
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::BeginFailed => true,
         sqlx::Error::Database(error) => {
             error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "70100")
         }
@@ -253,6 +258,7 @@ impl fmt::Display for CloseReport {
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
     limits: Limits,
+    commit_mode: CommitMode,
     database: PhantomData<fn() -> DB>,
 }
 
@@ -272,6 +278,13 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// How long opening one connection may take. Default 10 seconds.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.limits.connect_timeout = timeout;
+        self
+    }
+
+    /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
+    /// [`CommitMode::Verified`].
+    pub fn commit_mode(mut self, mode: CommitMode) -> Self {
+        self.commit_mode = mode;
         self
     }
 
@@ -327,7 +340,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             .build()
             .map_err(|_| invalid("acquire_timeout", "timeouts need a runtime"))?;
         let source = Source::Owned { sessions, limits: self.limits };
-        let shared = Arc::new(Shared::new(source, options));
+        let shared = Arc::new(Shared::new(source, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let first = shared.acquire().await?;
         let target = || DB::target(&shared.options);
@@ -344,7 +357,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPoolBuilder<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).finish()
+        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).field("commit_mode", &self.commit_mode).finish()
     }
 }
 

@@ -3,14 +3,17 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
-use futures_util::{FutureExt, StreamExt, TryFutureExt};
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
-use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use futures_util::{FutureExt, TryFutureExt};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
+};
 use crate::canceller::Canceller;
+use crate::proof;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -40,22 +43,37 @@ const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
-/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
-/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
-const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
+/// The same for a session of which only the mark of its transaction is known.
+const CANCEL_MARKED: &str = "SELECT pg_cancel_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
+        AND objsubid = 1 AND pid <> pg_backend_pid()";
+const TERMINATE_MARKED: &str = "SELECT pg_terminate_backend(pid) FROM pg_locks
+    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
+        AND objsubid = 1 AND pid <> pg_backend_pid()";
+
+/// No transaction is open.
+const NO_TRANSACTION: &str = "25P01";
 
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
-/// One backend of the server.
+/// What is known of a session.
 #[derive(Debug, Clone, Copy)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct BackendId {
-    pid: i32,
-    /// In microseconds.
-    started: i64,
+    place: Place,
     /// Whether only a transaction that asks for it may write.
     fenced: bool,
+}
+
+/// How a session is found among those of the server.
+#[derive(Debug, Clone, Copy)]
+enum Place {
+    /// A process, and the moment of its start in microseconds.
+    Process { pid: i32, started: i64 },
+    /// The process that holds this advisory lock, which a transaction takes in its BEGIN. It costs no round trip, and is
+    /// gone with the transaction, so that a cancel cannot hit the next one.
+    Mark(i64),
 }
 
 impl Backend for Postgres {}
@@ -86,18 +104,22 @@ impl Driver for Postgres {
         }
     }
 
-    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<BackendId, sqlx::Error> {
+    /// The mark of a transaction is set by a query, and a query fixes what a repeatable read sees.
+    async fn probe(conn: &mut PgConnection, ownership: Ownership, mode: &Mode) -> Result<BackendId, sqlx::Error> {
+        let owned = ownership == Ownership::Owned;
+        if !owned && matches!(mode.isolation, None | Some(Isolation::ReadCommitted)) {
+            return Ok(BackendId { place: Place::Mark(fastrand::i64(..)), fenced: false });
+        }
         let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
-        if ownership == Ownership::Owned && can_check {
+        if owned && can_check {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
                 Ok(_) | Err(sqlx::Error::Database(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        let owned = ownership == Ownership::Owned;
         let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(owned).persistent(false).fetch_one(conn).await?;
-        Ok(BackendId { pid, started, fenced })
+        Ok(BackendId { place: Place::Process { pid, started }, fenced })
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
@@ -105,7 +127,7 @@ impl Driver for Postgres {
     }
 
     async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
-        let sql = begin_sql(mode, backend.fenced, conn.server_version_num());
+        let sql = begin_sql(mode, backend, conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
@@ -129,47 +151,70 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, _: &BackendId) -> Result<(), CommitFailure> {
-        let mut sent = false;
-        let mut failure = None;
-        {
-            let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(&mut *conn);
-            while let Some(answer) = answers.next().await {
-                match answer {
-                    // The row of the SELECT has come, so COMMIT has been run.
-                    Ok(Either::Right(_)) => sent = true,
-                    Ok(Either::Left(_)) => {}
-                    Err(error) => failure = Some(error),
-                }
+    async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
+        let receipt = match mode {
+            CommitMode::Verified => None,
+            CommitMode::Resolvable => Some(proof::receipt(conn).await?),
+        };
+        let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
+        let Some(error) = answer.failure else {
+            if answer.row.is_some() && answer.done_after_row == 2 {
+                proof::leave(conn).await;
+                return Ok(());
             }
+            return Err(proof::in_doubt(proof::out_of_step(), receipt));
+        };
+        if !proof::is_refusal(&error) {
+            return Err(proof::in_doubt(error, receipt));
         }
-        let Some(error) = failure else { return Ok(()) };
-        if !is_refusal(&error) {
-            return Err(CommitFailure::Unknown(error));
-        }
-        if !sent {
+        // The row of the SELECT would have come ahead of COMMIT.
+        if answer.row.is_none() {
             return Err(CommitFailure::Aborted(error));
         }
         // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
         // log, while sqlx still counts one: open an empty one for the rollback to end.
-        let ended = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
+        let ended = code(&error).as_deref() == Some(NO_TRANSACTION);
         match sqlx::raw_sql("BEGIN").execute(conn).await {
             Ok(_) if ended => Err(CommitFailure::Ended),
             Ok(_) | Err(_) => Err(CommitFailure::Refused(error)),
         }
     }
 
+    async fn resolve(
+        canceller: &Self::Canceller,
+        options: &PgConnectOptions,
+        backend: &BackendId,
+        receipt: &Receipt,
+    ) -> Option<bool> {
+        proof::resolve(canceller, options, receipt, || Self::terminate(canceller, options, backend)).await
+    }
+
+    /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
+    /// sqlx takes each answer for that to the message before.
     async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
         for _ in 0..ROLLBACK_ATTEMPTS {
-            match Manager::rollback(conn).await {
-                Ok(()) if depth::<Self>(conn) == 0 => return Ok(()),
-                // A nested transaction that was forgotten, the error of a statement that was left behind, or a cancel
-                // that hit the ROLLBACK itself.
-                Ok(()) | Err(sqlx::Error::Database(_)) => {}
-                Err(error) => return Err(error),
+            while depth::<Self>(conn) > 1 {
+                // A nested transaction that was forgotten.
+                Manager::start_rollback(conn);
+            }
+            let number = fastrand::i32(..).to_string();
+            let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
+            match answer.failure {
+                None if answer.row.as_deref() == Some(&number) => {
+                    proof::leave(conn).await;
+                    return Ok(());
+                }
+                None => return Err(proof::out_of_step()),
+                // Its SQL has ended the transaction.
+                Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
+                    Self::run_sql(conn, "BEGIN".to_owned()).await?;
+                }
+                // A statement that was left behind, or a cancel that hit the ROLLBACK itself.
+                Some(sqlx::Error::Database(_)) => {}
+                Some(error) => return Err(error),
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
@@ -184,7 +229,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<Activity, sqlx::Error> {
-        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
+        signal(canceller, options, to.place, CANCEL, CANCEL_MARKED).await.map(|()| Activity::Unseen)
     }
 
     async fn terminate(
@@ -192,7 +237,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, TERMINATE, *to).await
+        signal(canceller, options, to.place, TERMINATE, TERMINATE_MARKED).await
     }
 
     /// Only a round trip can do it.
@@ -204,7 +249,7 @@ impl Driver for Postgres {
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
-fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
+fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     let mut sql = String::from("BEGIN");
     sql.push_str(match mode.isolation {
         None => "",
@@ -214,7 +259,7 @@ fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
     });
     if mode.read_only {
         sql.push_str(" READ ONLY");
-    } else if fenced {
+    } else if backend.fenced {
         sql.push_str(" READ WRITE");
     }
     if let Some(remaining) = mode.remaining {
@@ -228,26 +273,28 @@ fn begin_sql(mode: &Mode, fenced: bool, version: Option<u32>) -> String {
             sql.push_str(&format!("; SET LOCAL transaction_timeout = {margin}"));
         }
     }
+    if let Place::Mark(mark) = backend.place {
+        sql.push_str(&format!("; SELECT pg_advisory_xact_lock_shared({mark})"));
+    }
     sql
 }
 
-/// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
-fn is_refusal(error: &sqlx::Error) -> bool {
-    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
-        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
-        None => false,
-    }
+fn code(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
 }
 
 async fn signal(
     canceller: &Canceller<PgConnection>,
     options: &PgConnectOptions,
-    sql: &'static str,
-    to: BackendId,
+    to: Place,
+    process: &'static str,
+    marked: &'static str,
 ) -> Result<(), sqlx::Error> {
-    canceller
-        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
-        .await
+    let query = || match to {
+        Place::Process { pid, started } => sqlx::query(process).bind(pid).bind(started),
+        Place::Mark(mark) => sqlx::query(marked).bind(mark),
+    };
+    canceller.ask(options, |conn, _| query().execute(conn).map_ok(drop).boxed()).await
 }
 
 #[cfg(test)]
@@ -266,8 +313,10 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let ours = Postgres::probe(&mut conn, Ownership::Wrapped).await.unwrap();
-        let before = BackendId { started: ours.started - 1, ..ours };
+        let mode = Mode { isolation: Some(Isolation::Serializable), ..Mode::default() };
+        let ours = Postgres::probe(&mut conn, Ownership::Wrapped, &mode).await.unwrap();
+        let Place::Process { pid, started } = ours.place else { panic!("{ours:?}") };
+        let before = BackendId { place: Place::Process { pid, started: started - 1 }, ..ours };
 
         // Again and again, because a cancel that comes before the statement is no cancel.
         let again = async |to: BackendId| {

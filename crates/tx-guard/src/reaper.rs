@@ -13,8 +13,8 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::backend::{Activity, Backend};
-use crate::commit::OutcomeCell;
+use crate::backend::{Activity, Backend, CommitMode};
+use crate::commit::{CommitOutcome, OutcomeCell};
 use crate::events::TxEvent;
 use crate::slot::{Shared, Slot};
 
@@ -110,6 +110,7 @@ pub(crate) struct Open<DB: Backend> {
     pub(crate) ticket: Ticket,
     pub(crate) shared: Arc<Shared<DB>>,
     pub(crate) hooks: Vec<Hook>,
+    pub(crate) commit_mode: CommitMode,
 }
 
 /// What runs once after a commit.
@@ -133,6 +134,9 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
+    if DB::may_have_committed(conn) {
+        open.outcome.stands(CommitOutcome::Unknown);
+    }
     match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
         Ok(Ok(Rest::Clean)) => {
             open.release().await;

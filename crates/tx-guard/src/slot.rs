@@ -11,7 +11,7 @@ use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
 
 use crate::TxError;
-use crate::backend::{Backend, Options, Ownership};
+use crate::backend::{Backend, CommitMode, Mode, Options, Ownership};
 use crate::events::Teller;
 use crate::reaper::Work;
 use crate::session::Manager;
@@ -20,6 +20,7 @@ use crate::session::Manager;
 pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     pub(crate) options: Arc<Options<DB>>,
+    pub(crate) commit_mode: CommitMode,
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
     pub(crate) teller: Teller,
@@ -39,8 +40,9 @@ pub(crate) struct Limits {
 }
 
 impl<DB: Backend> Shared<DB> {
-    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>) -> Self {
-        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default(), teller: Teller::new() }
+    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
+        let (canceller, work, teller) = (DB::Canceller::default(), Arc::default(), Teller::new());
+        Self { source, options, commit_mode, canceller, work, teller }
     }
 
     pub(crate) async fn acquire(&self) -> Result<Held<DB>, TxError> {
@@ -121,7 +123,7 @@ const LEASED: &str = "the lease is taken only by the release and the drop, after
 const PROBED: &str = "a slot is handed out only after its probe was learnt";
 
 impl<DB: Backend> Slot<DB> {
-    pub(crate) async fn new(held: Held<DB>, runtime: Handle) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn new(held: Held<DB>, runtime: Handle, mode: &Mode) -> Result<Self, sqlx::Error> {
         let lease = match held {
             Held::Owned(session) => Lease::Owned(session),
             Held::Wrapped(conn) => Lease::Wrapped(conn, None),
@@ -129,7 +131,7 @@ impl<DB: Backend> Slot<DB> {
         // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
         let mut slot = Self { lease: Some(lease), runtime };
         if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
-            *probe = Some(DB::probe(conn, Ownership::Wrapped).await?);
+            *probe = Some(DB::probe(conn, Ownership::Wrapped, mode).await?);
         }
         Ok(slot)
     }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{CommitOutcome, Options, TransactionGuard, TxPool};
+use cancel_safe_tx_guard::{CommitMode, CommitOutcome, Options, TransactionGuard, TxPool};
 use futures_util::FutureExt;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
@@ -269,7 +269,7 @@ async fn meet<D: ServerDb>(
 }
 
 #[expect(clippy::print_stdout, reason = "what was told is a figure")]
-async fn no_outcome_is_told_wrongly<D: ServerDb>(slow: bool) {
+async fn no_outcome_is_told_wrongly<D: ServerDb>(slow: bool, mode: CommitMode) -> Told {
     let world = World::<D>::new().await;
     let slow = slow.then(|| D::slow_commits(&world.table)).flatten();
     if let Some((set, _)) = &slow {
@@ -277,7 +277,7 @@ async fn no_outcome_is_told_wrongly<D: ServerDb>(slow: bool) {
     }
     let proxy = Proxy::open(D::address(&world.options)).await;
     let options = D::through(world.options.clone(), proxy.port);
-    let db = TxPool::<D>::builder().max_connections(2).connect_with(options).await.unwrap();
+    let db = TxPool::<D>::builder().max_connections(2).commit_mode(mode).connect_with(options).await.unwrap();
     let told = meet(&world, &proxy, &db, async |db| db.begin().await.unwrap()).await;
     println!("{}: {told:?}", std::any::type_name::<D>());
     assert!(told.committed > 0 && told.unknown + told.rolled_back > 0, "{told:?}");
@@ -285,6 +285,7 @@ async fn no_outcome_is_told_wrongly<D: ServerDb>(slow: bool) {
         world.run(unset).await;
     }
     world.end(db).await;
+    told
 }
 
 /// The twin: who takes the error of a commit for "rolled back" is wrong.
@@ -306,12 +307,12 @@ async fn an_error_of_a_plain_commit_means_nothing<D: ServerDb>() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_outcome_is_told_wrongly_on_postgres() {
-    no_outcome_is_told_wrongly::<Postgres>(false).await;
+    no_outcome_is_told_wrongly::<Postgres>(false, CommitMode::Verified).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_outcome_of_a_slow_commit_is_told_wrongly_on_postgres() {
-    no_outcome_is_told_wrongly::<Postgres>(true).await;
+    no_outcome_is_told_wrongly::<Postgres>(true, CommitMode::Verified).await;
 }
 
 #[tokio::test]
@@ -320,8 +321,16 @@ async fn an_error_of_a_plain_commit_means_nothing_on_postgres() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_outcome_is_left_unknown_where_it_is_asked_for() {
+    for slow in [false, true] {
+        let told = no_outcome_is_told_wrongly::<Postgres>(slow, CommitMode::Resolvable).await;
+        assert_eq!(told.unknown, 0, "{told:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_outcome_is_told_wrongly_on_mysql() {
-    no_outcome_is_told_wrongly::<MySql>(false).await;
+    no_outcome_is_told_wrongly::<MySql>(false, CommitMode::Resolvable).await;
 }
 
 #[tokio::test]

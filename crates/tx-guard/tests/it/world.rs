@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{Backend, Options, TxPool};
 use futures_util::StreamExt;
-use sqlx::mysql::MySqlConnectOptions;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection,
@@ -118,6 +118,26 @@ impl TestDb for MySql {
 
     async fn first_row(conn: &mut MySqlConnection, sql: &'static str) {
         sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
+    }
+}
+
+/// A database with a server, and so with a way to it.
+pub(crate) trait Server: TestDb {
+    /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
+    fn way(options: &Options<Self>, port: u16) -> ((String, u16), Options<Self>);
+}
+
+impl Server for Postgres {
+    fn way(options: &PgConnectOptions, port: u16) -> ((String, u16), PgConnectOptions) {
+        let server = (options.get_host().to_owned(), options.get_port());
+        (server, options.clone().host("127.0.0.1").port(port).ssl_mode(PgSslMode::Disable))
+    }
+}
+
+impl Server for MySql {
+    fn way(options: &MySqlConnectOptions, port: u16) -> ((String, u16), MySqlConnectOptions) {
+        let server = (options.get_host().to_owned(), options.get_port());
+        (server, options.clone().host("127.0.0.1").port(port).ssl_mode(MySqlSslMode::Disabled))
     }
 }
 
