@@ -24,6 +24,7 @@ use clap::{Parser, Subcommand};
 
 use crate::ci::Section;
 use crate::command::{Failure, cargo};
+use crate::databases::{Databases, Wanted};
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -74,7 +75,7 @@ enum Task {
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
     Doc,
-    /// Run the benches with the crates they are compared to
+    /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
         names: Vec<String>,
@@ -93,6 +94,9 @@ fn main() -> ExitCode {
         }
     }
 }
+
+/// The bench that needs the servers.
+const ON_DATABASES: &str = "tx_guard";
 
 /// The crates whose tests have a campaign that can be run in full.
 const CAMPAIGNS: [&str; 4] = ["atomic-fs", "resumable", "tx-guard", workspace::UMBRELLA];
@@ -130,7 +134,9 @@ fn run(task: Task) -> Result<(), Failure> {
             if names.is_empty() {
                 bench = bench.args(["--benches"]);
             }
-            bench.arg("--").args(&arguments).run()
+            let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
+            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted })?;
+            databases.tell(bench).arg("--").args(&arguments).run()
         }
     }
 }

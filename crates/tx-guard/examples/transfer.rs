@@ -18,7 +18,9 @@ use std::process::ExitCode;
 use std::task::Poll;
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{Backend, CommitOutcome, OutcomeHandle, Retry, TransactionGuard, TxError, TxPool};
+use cancel_safe_tx_guard::{
+    Backend, CommitMode, CommitOutcome, OutcomeHandle, Retry, TransactionGuard, TxError, TxPool,
+};
 use clap::Parser;
 use futures_util::future::join_all;
 use sqlx::{AssertSqlSafe, Connection, Database, MySql, Postgres, Sqlite};
@@ -157,6 +159,8 @@ impl Order {
         let transfer = db
             .tx()
             .timeout(limit)
+            // PostgreSQL then tells the end of a commit even if its connection is lost.
+            .commit_mode(CommitMode::Resolvable)
             .retry(Retry::attempts(20).pauses(Duration::from_millis(5), Duration::from_millis(200)))
             .run(async |tx| self.work(tx, bank).await);
         match drop_at(transfer, self.dropped_at).await {

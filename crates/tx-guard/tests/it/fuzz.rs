@@ -54,9 +54,9 @@ pub(crate) trait FuzzDb: TestDb {
     const DEEP: [bool; 2];
     /// Whether sqlx finds its place again after a query that was cut.
     const READS_GO_ON: bool = true;
-    /// Whether the outcome may be unknown after an error was passed over: the database may have rolled back by itself,
-    /// which its commit cannot tell from a COMMIT in the SQL.
-    const PASSED_OVER_IS_UNKNOWN: bool = false;
+    /// Whether the outcome may be unknown of a transaction that has ended without its guard, after an error that was
+    /// passed over or a nested transaction that was cut: the guard cannot tell a rollback from a COMMIT there.
+    const LOST_IS_UNKNOWN: bool = false;
 
     /// SQL that makes a user of that name and takes it away, where sessions are found by it.
     fn user(_: &str) -> Option<[String; 2]> {
@@ -136,7 +136,7 @@ impl FuzzDb for MySql {
     const NAP: &'static str = "SELECT SLEEP(0.002)";
     const DEEP: [bool; 2] = [false, false];
     const READS_GO_ON: bool = false;
-    const PASSED_OVER_IS_UNKNOWN: bool = true;
+    const LOST_IS_UNKNOWN: bool = true;
     /// What the twin has leaked would be waited for for a minute.
     const SETTINGS: &'static str = "SET innodb_lock_wait_timeout = 1";
 
@@ -417,6 +417,11 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told_on_sqlite() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_transaction_is_leaked_torn_or_wrongly_told_on_postgres() {
     no_transaction_is_leaked_torn_or_wrongly_told::<Postgres>("PostgreSQL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_leaked_torn_or_wrongly_told_on_mysql() {
+    no_transaction_is_leaked_torn_or_wrongly_told::<MySql>("MySQL").await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

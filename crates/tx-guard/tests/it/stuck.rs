@@ -1,4 +1,4 @@
-//! Drops while the database waits or works: for a lock, in a long write; and what is busy or cancelled from
+//! Drops while the database waits or works: for a lock, in a long write, in a COPY; and what is busy or cancelled from
 //! outside.
 
 use std::sync::Arc;
@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{CommitOutcome, Retry, TxError, TxPool};
-use futures_util::FutureExt;
+use futures_util::{FutureExt, StreamExt};
 use sqlx::sqlite::SqliteJournalMode;
 use sqlx::{Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
@@ -222,64 +222,40 @@ async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone_on_mysql() {
     a_drop_while_waiting_for_a_lock_leaves_the_holder_alone::<MySql>().await;
 }
 
-/// MySQL has rolled the victim back. Who passes over the error must not commit what comes after it.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_deadlock_that_is_passed_over_is_caught_at_the_commit() {
-    let world = World::<MySql>::new().await;
-    for n in 1..=2 {
-        world.insert(&mut world.plain().await, n).await.unwrap();
-    }
-    for wrapped in [false, true] {
-        let db = match wrapped {
-            true => {
-                let pool = sqlx::pool::PoolOptions::<MySql>::new().max_connections(2);
-                TxPool::wrap(pool.connect_with(world.options.clone()).await.unwrap())
-            }
-            false => world.pool(2).await,
-        };
-        let update = |n: i64| format!("UPDATE {} SET v = v + 1 WHERE n = {n}", world.table);
-        let (mut one, mut two) = (db.begin().await.unwrap(), db.begin().await.unwrap());
-        MySql::execute(&mut one, update(1)).await.unwrap();
-        MySql::execute(&mut two, update(2)).await.unwrap();
-        let (first, second) = tokio::join!(MySql::execute(&mut one, update(2)), MySql::execute(&mut two, update(1)));
-        assert!(first.is_err() ^ second.is_err(), "{first:?} {second:?}");
-        let (mut victim, survivor) = if first.is_err() { (one, two) } else { (two, one) };
-        let handle = victim.outcome_handle();
-        drop(world.insert(&mut victim, 3).await);
-        let error = victim.commit().await.unwrap_err();
-        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
-        assert_ne!(handle.outcome().await, CommitOutcome::Committed);
-        survivor.commit().await.unwrap();
-        assert_eq!(world.committed().await, [1, 2]);
-        assert!(db.close(PATIENCE).await.is_clean());
-    }
-    world.run(format!("DROP TABLE {}", world.table)).await;
-}
-
-/// MySQL undoes the statement alone, or the whole where it is set up so: what `commit` says is what is there.
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_lock_wait_timeout_that_is_passed_over_is_told_rightly() {
-    let world = World::<MySql>::new().await;
-    world.insert(&mut world.plain().await, 1).await.unwrap();
-    let db = world.pool(2).await;
-    let update = format!("UPDATE {} SET v = v + 1 WHERE n = 1", world.table);
-    let mut holder = db.begin().await.unwrap();
-    MySql::execute(&mut holder, update.clone()).await.unwrap();
-    let mut waits = db.begin().await.unwrap();
-    world.insert(&mut waits, 2).await.unwrap();
-    MySql::execute(&mut waits, "SET innodb_lock_wait_timeout = 1".to_owned()).await.unwrap();
-    let error = MySql::execute(&mut waits, update).await.unwrap_err();
-    assert!(error.to_string().contains("1205"), "{error}");
-    world.insert(&mut waits, 3).await.unwrap();
-    let committed = match waits.commit().await {
-        Ok(()) => vec![1, 2, 3],
-        Err(error) => {
-            assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
-            vec![1]
+#[tokio::test]
+async fn a_drop_in_a_copy_leaves_nothing_and_a_clean_connection() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let (into, from) =
+        (format!("COPY {} (n) FROM STDIN", world.table), "COPY (SELECT generate_series(1, 1000000)) TO STDOUT");
+    for flushed in [false, true] {
+        let mut tx = db.begin().await.unwrap();
+        let mut copy = tx.copy_in_raw(&into).await.unwrap();
+        for n in 1..=if flushed { 20_000 } else { 1 } {
+            copy.send(format!("{n}\n").as_bytes()).await.unwrap();
         }
-    };
-    holder.rollback().await.unwrap();
-    assert_eq!(world.committed().await, committed);
+        drop(copy);
+        drop(tx);
+        works_as_before(&world, &db).await;
+        assert_eq!(world.committed().await, [77]);
+        world.run(format!("DELETE FROM {}", world.table)).await;
+    }
+    let mut tx = db.begin().await.unwrap();
+    let mut copy = tx.copy_out_raw(from).await.unwrap();
+    copy.next().await.unwrap().unwrap();
+    drop(copy);
+    drop(tx);
+    let start = Instant::now();
+    works_as_before(&world, &db).await;
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(world.committed().await, [77]);
+    // In the middle of an await of the copy, as well.
+    let mut tx = db.begin().await.unwrap();
+    drop(tx.copy_in_raw(&into).now_or_never());
+    drop(tx);
+    let mut tx = db.begin().await.unwrap();
+    Postgres::execute(&mut tx, "SELECT 1".to_owned()).await.unwrap();
+    tx.commit().await.unwrap();
     world.end(db).await;
 }
 
