@@ -88,8 +88,10 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
     ///
-    /// Each transaction then costs what owned slots learn once: on PostgreSQL and MySQL a round trip for the id of the session;
-    /// on SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
+    /// PostgreSQL and MySQL are asked for the id of each session once, which a prepared statement in it is recognised by
+    /// later; wrap a pool once, because each wrapping has a memory of its own. A pool without a cache for statements is asked
+    /// each time. The connection for cancelling is opened when it is needed for the first time, and limits that a session has
+    /// for good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
     /// stay, without effect outside guards.
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
@@ -150,7 +152,7 @@ impl<DB: Backend> TxPool<DB> {
         Shield::new(runtime.clone(), {
             let runtime = runtime.clone();
             async move {
-                let mut slot = Slot::new(held, runtime.clone(), &mode).await?;
+                let mut slot = Slot::new(held, runtime.clone(), &shared.known).await?;
                 let (conn, probe) = slot.parts();
                 DB::begin(conn, probe, &mode).await?;
                 let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);

@@ -12,7 +12,7 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::TxError;
-use crate::backend::{Backend, CommitMode, Mode, Options, Ownership};
+use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
 use crate::reaper::Work;
 use crate::session::Manager;
@@ -22,6 +22,7 @@ pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     pub(crate) options: Arc<Options<DB>>,
     pub(crate) commit_mode: CommitMode,
+    pub(crate) known: DB::Known,
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
     pub(crate) teller: Teller,
@@ -42,8 +43,8 @@ pub(crate) struct Limits {
 
 impl<DB: Backend> Shared<DB> {
     pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
-        let (canceller, work, teller) = (DB::Canceller::default(), Arc::default(), Teller::new());
-        Self { source, options, commit_mode, canceller, work, teller }
+        let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
+        Self { source, options, commit_mode, known, canceller, work: Arc::default(), teller: Teller::new() }
     }
 
     /// Takes a connection, not later than at the deadline.
@@ -146,7 +147,7 @@ const LEASED: &str = "the lease is taken only by the release and the drop, after
 const PROBED: &str = "a slot is handed out only after its probe was learnt";
 
 impl<DB: Backend> Slot<DB> {
-    pub(crate) async fn new(held: Held<DB>, runtime: Handle, mode: &Mode) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn new(held: Held<DB>, runtime: Handle, known: &DB::Known) -> Result<Self, sqlx::Error> {
         let lease = match held {
             Held::Owned(session) => Lease::Owned(session),
             Held::Wrapped(conn) => Lease::Wrapped(conn, None),
@@ -154,7 +155,7 @@ impl<DB: Backend> Slot<DB> {
         // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
         let mut slot = Self { lease: Some(lease), runtime };
         if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
-            *probe = Some(DB::probe(conn, Ownership::Wrapped, mode).await?);
+            *probe = Some(DB::recognise(conn, known).await?);
         }
         Ok(slot)
     }
