@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 
 use crate::command::{Cargo, Failure, cargo};
-use crate::postgres::Database;
+use crate::databases::{Databases, Wanted};
 use crate::suite::{self, Scope, Tally};
 use crate::workspace::{BENCHES, Workspace};
 use crate::{doc, tidy};
@@ -45,7 +45,7 @@ impl Section {
 pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure> {
     let sections: Vec<Section> =
         Section::value_variants().iter().copied().filter(|section| only.is_empty() || only.contains(section)).collect();
-    let mut run = Run { workspace, database: None, tally: None };
+    let mut run = Run { workspace, databases: None, tally: None };
     let mut times = Vec::new();
     for (index, &section) in sections.iter().enumerate() {
         let name = section.name();
@@ -63,8 +63,8 @@ pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure
 
 struct Run<'a> {
     workspace: &'a Workspace,
-    /// Lent from section to section; dropping it stops the server.
-    database: Option<Database>,
+    /// Lent from section to section; dropping them stops the servers.
+    databases: Option<Databases>,
     tally: Option<Tally>,
 }
 
@@ -88,15 +88,15 @@ impl Run<'_> {
         }
     }
 
-    fn suite(&mut self, scope: impl FnOnce(Database) -> Scope) -> Result<(), Failure> {
-        let database = match self.database.take() {
-            Some(database) => database,
-            None => Database::for_tests()?,
+    fn suite(&mut self, scope: impl FnOnce(Databases) -> Scope) -> Result<(), Failure> {
+        let databases = match self.databases.take() {
+            Some(databases) => databases,
+            None => Databases::for_tests(Wanted { postgres: true, mysql: true })?,
         };
-        let scope = scope(database);
+        let scope = scope(databases);
         let tally = suite::run(self.workspace, &scope)?;
-        if let Scope::Tests(database) | Scope::Doctests(database) = scope {
-            self.database = Some(database);
+        if let Scope::Tests(databases) | Scope::Doctests(databases) = scope {
+            self.databases = Some(databases);
         }
         match &mut self.tally {
             Some(sum) => sum.add(tally),
@@ -107,7 +107,7 @@ impl Run<'_> {
 
     /// Prints the tables; the total comes last, for those who read one line.
     fn finish(self, times: &[(String, Duration)]) {
-        drop(self.database);
+        drop(self.databases);
         if let Some(tally) = &self.tally {
             print!("{}", suite::table(self.workspace, tally));
         }

@@ -9,7 +9,9 @@ compile_error!("cargo xtask keeps its servers with Unix processes: on Windows, r
 
 mod ci;
 mod command;
+mod databases;
 mod doc;
+mod mariadb;
 mod postgres;
 mod server;
 mod suite;
@@ -22,6 +24,7 @@ use clap::{Parser, Subcommand};
 
 use crate::ci::Section;
 use crate::command::{Failure, cargo};
+use crate::databases::{Databases, Wanted};
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -39,17 +42,18 @@ struct CommandLine {
 enum Task {
     /// Check everything, in order, and stop at the first failure with the command that repeats it
     ///
-    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, which is installed when this is Debian
-    /// and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL and MariaDB, which are installed when this is
+    /// Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
     Ci {
         /// Only these sections; all of them when none is named
         #[arg(value_enum)]
         sections: Vec<Section>,
     },
-    /// Run the tests and doctests of some crates, with a private PostgreSQL where they need one
+    /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB where they need one
     ///
-    /// The server is started in a temporary directory and removed afterwards. To use one of your own, set
-    /// CANCEL_SAFE_TEST_POSTGRES_URL: the tests then run in a schema of theirs, which is dropped at the end.
+    /// The servers are started in temporary directories and removed afterwards. To use one of your own, set
+    /// CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the tests then run in a schema, or a database, of
+    /// theirs, which is dropped at the end.
     Test {
         /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
         crates: Vec<String>,
@@ -71,7 +75,7 @@ enum Task {
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
     Doc,
-    /// Run the benches with the crates they are compared to
+    /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
         names: Vec<String>,
@@ -91,8 +95,11 @@ fn main() -> ExitCode {
     }
 }
 
+/// The bench that needs the servers.
+const ON_DATABASES: &str = "tx_guard";
+
 /// The crates whose tests have a campaign that can be run in full.
-const CAMPAIGNS: [&str; 3] = ["atomic-fs", "resumable", workspace::UMBRELLA];
+const CAMPAIGNS: [&str; 4] = ["atomic-fs", "resumable", "tx-guard", workspace::UMBRELLA];
 
 fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failure> {
     let tally = suite::run(workspace, scope).map_err(|failure| failure.repeat_with(again))?;
@@ -127,7 +134,9 @@ fn run(task: Task) -> Result<(), Failure> {
             if names.is_empty() {
                 bench = bench.args(["--benches"]);
             }
-            bench.arg("--").args(&arguments).run()
+            let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
+            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted })?;
+            databases.tell(bench).arg("--").args(&arguments).run()
         }
     }
 }

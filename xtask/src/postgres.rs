@@ -8,10 +8,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::server::{Home, Keeper, PrivateServer, Recipe, free_port};
-
-/// How often another port is tried when a process takes the free one before the server does.
-const PORT_ATTEMPTS: usize = 3;
+use crate::server::{Home, Keeper, Missing, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
 /// What a run needs of PostgreSQL, and how to end it.
 pub(crate) struct Database {
@@ -152,27 +149,16 @@ fn debian_directories(base: &Path) -> Vec<PathBuf> {
 }
 
 fn install() -> Result<(), String> {
-    const COMMAND: &str = "apt-get update && apt-get install -y postgresql";
-    let debian = Path::new("/usr/bin/apt-get").exists();
-    let root = fs::metadata("/proc/self").is_ok_and(|process| std::os::unix::fs::MetadataExt::uid(&process) == 0);
-    if !debian {
-        let command = if cfg!(target_os = "macos") { "brew install postgresql" } else { "your package manager" };
-        return Err(format!("the tests need PostgreSQL, which is missing; install it with: {command}"));
-    }
-    if !root {
-        return Err(format!("the tests need PostgreSQL, which is missing; install it with: sudo sh -c '{COMMAND}'"));
-    }
-    println!("PostgreSQL is missing: {COMMAND}");
     // Debian's package starts a cluster of the whole system; this setting, there only while we install, forbids it.
     let directory = Path::new("/etc/postgresql-common/createcluster.d");
     let setting = directory.join("cancel-safe.conf");
+    let missing = Missing { name: "PostgreSQL", debian: "postgresql", homebrew: "postgresql" };
+    missing.may_be_installed()?;
     let written = fs::create_dir_all(directory).and_then(|()| fs::write(&setting, "create_main_cluster = false\n"));
     written.map_err(|error| format!("{}: {error}", setting.display()))?;
-    let status = Command::new("sh").args(["-c", COMMAND]).env("DEBIAN_FRONTEND", "noninteractive").status();
+    let installed = missing.install();
     let removed = fs::remove_file(&setting);
-    if !status.is_ok_and(|status| status.success()) {
-        return Err(format!("PostgreSQL could not be installed; to see why: {COMMAND}"));
-    }
+    installed?;
     removed.map_err(|error| format!("{}: {error}", setting.display()))
 }
 

@@ -17,6 +17,9 @@ use crate::command::{quoted, wait_until};
 /// How long a server may take to be set up and to answer.
 const START_BOUND: Duration = Duration::from_secs(60);
 
+/// How often another port is tried when a process takes the free one before the server does.
+pub(crate) const PORT_ATTEMPTS: usize = 3;
+
 /// How long a shell may take to stop what it keeps; its own bound for a server is 10 s.
 const STOP_BOUND: Duration = Duration::from_secs(20);
 
@@ -165,6 +168,48 @@ impl PrivateServer {
         let how = if answered { "ended at once".to_owned() } else { format!("did not answer within {START_BOUND:?}") };
         let said = fs::read_to_string(log).unwrap_or_default();
         Err(format!("the private {} server {how}; it said:\n{said}", recipe.name))
+    }
+}
+
+/// A server that is not installed.
+pub(crate) struct Missing<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) debian: &'a str,
+    pub(crate) homebrew: &'a str,
+}
+
+impl Missing<'_> {
+    /// We install as root on Debian. Everybody else is told the command.
+    pub(crate) fn may_be_installed(&self) -> Result<(), String> {
+        let Self { name, homebrew, .. } = self;
+        if !Path::new("/usr/bin/apt-get").exists() {
+            let command = if cfg!(target_os = "macos") {
+                format!("brew install {homebrew}")
+            } else {
+                "your package manager".into()
+            };
+            return Err(format!("the tests need {name}, which is missing; install it with: {command}"));
+        }
+        if !fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0) {
+            let command = self.command();
+            return Err(format!("the tests need {name}, which is missing; install it with: sudo sh -c '{command}'"));
+        }
+        Ok(())
+    }
+
+    pub(crate) fn install(&self) -> Result<(), String> {
+        self.may_be_installed()?;
+        let (name, command) = (self.name, self.command());
+        println!("{name} is missing: {command}");
+        let status = Command::new("sh").args(["-c", &command]).env("DEBIAN_FRONTEND", "noninteractive").status();
+        if status.is_ok_and(|status| status.success()) {
+            return Ok(());
+        }
+        Err(format!("{name} could not be installed; to see why: {command}"))
+    }
+
+    fn command(&self) -> String {
+        format!("apt-get update && apt-get install -y {}", self.debian)
     }
 }
 

@@ -11,18 +11,19 @@ use std::fs;
 use std::path::Path;
 
 use crate::command::{Failure, cargo};
-use crate::postgres::Database;
+use crate::databases::{Databases, Wanted};
 use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
 
-/// The crates whose tests talk to PostgreSQL, by directory.
+/// The crates whose tests talk to a server, by directory.
 const ON_POSTGRES: [&str; 3] = [UMBRELLA, "resumable", "tx-guard"];
+const ON_MYSQL: [&str; 1] = ["tx-guard"];
 
 /// What to run.
 pub(crate) enum Scope {
-    /// Unit and integration tests of the whole workspace, on the given database.
-    Tests(Database),
-    /// Doctests of the whole workspace, on the given database.
-    Doctests(Database),
+    /// Unit and integration tests of the whole workspace, on the given databases.
+    Tests(Databases),
+    /// Doctests of the whole workspace, on the given databases.
+    Doctests(Databases),
     /// Everything of the named crates, or of all; with arguments for the test binaries.
     Crates { names: Vec<String>, arguments: Vec<String>, campaign: Campaign },
 }
@@ -75,8 +76,8 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     clear(&points)?;
     let mut tally = Tally::default();
     let succeeded = match scope {
-        Scope::Tests(database) => whole(workspace, database, &points, "--tests", &mut tally),
-        Scope::Doctests(database) => whole(workspace, database, &points, "--doc", &mut tally),
+        Scope::Tests(databases) => whole(workspace, databases, &points, "--tests", &mut tally),
+        Scope::Doctests(databases) => whole(workspace, databases, &points, "--doc", &mut tally),
         Scope::Crates { names, arguments, campaign } => {
             chosen(workspace, names, arguments, *campaign, &points, &mut tally)
         }
@@ -95,11 +96,9 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
 
 /// One run over all packages, so that tests, doctests and examples share one build of the dependencies: a run for each
 /// package would select other features of tokio and sqlx each time, and build them again.
-fn whole(_: &Workspace, database: &Database, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
-    cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what])
-        .env("CANCEL_SAFE_POINTS_FILE", points)
-        .env(Database::VARIABLE, database.url())
-        .run_lines(|line| tally.read(line))
+fn whole(_: &Workspace, databases: &Databases, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
+    let run = cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what]);
+    databases.tell(run).env("CANCEL_SAFE_POINTS_FILE", points).run_lines(|line| tally.read(line))
 }
 
 fn chosen(
@@ -118,12 +117,11 @@ fn chosen(
     for package in &packages {
         run = run.args(["--package", &package.name]);
     }
-    let needs_database = packages.iter().any(|package| ON_POSTGRES.contains(&package.short_name()));
-    let database = needs_database.then(Database::for_tests).transpose()?;
-    if let Some(database) = &database {
-        run = run.env(Database::VARIABLE, database.url());
-    }
-    run.arg("--").args(arguments).run_lines(|line| tally.read(line))
+    let some_of = |crates: &[&str]| packages.iter().any(|package| crates.contains(&package.short_name()));
+    let wanted = Wanted { postgres: some_of(&ON_POSTGRES), mysql: some_of(&ON_MYSQL) };
+    // Kept until the tests have ended.
+    let databases = Databases::for_tests(wanted)?;
+    databases.tell(run).arg("--").args(arguments).run_lines(|line| tally.read(line))
 }
 
 fn select<'a>(workspace: &'a Workspace, names: &[String]) -> Result<Vec<&'a Package>, Failure> {

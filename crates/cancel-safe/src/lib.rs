@@ -59,7 +59,7 @@
 //!
 //! # Features
 //!
-//! None is on by default; `full` is all seven. A feature only adds. `sqlite` and `postgres` are passed on to `tx-guard`,
+//! None is on by default; `full` is all seven. A feature only adds. `sqlite`, `postgres` and `mysql` are passed on to `tx-guard`,
 //! `tower` to `http-timeout`, `tracing` to all, wherever these are chosen. The async runtime and TLS are not chosen here:
 //! add `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own dependencies.
 //!

@@ -14,8 +14,8 @@ use crate::TxError;
 /// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
 pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
-/// A database whose transactions can be guarded: [`sqlx::Sqlite`] and [`sqlx::Postgres`], each behind the feature
-/// of its name. Sealed.
+/// A database whose transactions can be guarded: [`sqlx::Sqlite`], [`sqlx::Postgres`] and [`sqlx::MySql`], each behind
+/// the feature of its name. Sealed.
 pub trait Backend: Driver {}
 
 /// How strictly a transaction is kept apart from others that run at the same time.
@@ -37,8 +37,42 @@ pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
     /// How long the transaction may still last.
-    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only a server needs to be told"))]
+    #[cfg_attr(
+        not(any(feature = "postgres", feature = "mysql")),
+        expect(dead_code, reason = "only a server needs to be told")
+    )]
     pub(crate) remaining: Option<Duration>,
+}
+
+/// What is done for a connection that is lost inside `COMMIT`.
+///
+/// Set for a pool with [`TxPoolBuilder::commit_mode`](crate::TxPoolBuilder::commit_mode), for a closure with
+/// [`Tx::commit_mode`](crate::Tx::commit_mode), or for one transaction with
+/// [`TransactionGuard::set_commit_mode`](crate::TransactionGuard::set_commit_mode).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum CommitMode {
+    /// Its outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit is one round trip.
+    #[default]
+    Verified,
+    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
+    /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
+    /// each commit. [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long,
+    /// or that was replaced by a standby, which may not have heard of the transaction.
+    ///
+    /// SQLite has no connection to lose, and MySQL nobody who could be asked: there it is the same as `Verified`.
+    Resolvable,
+}
+
+/// What a commit is asked for by when its connection was lost.
+#[derive(Debug, Clone)]
+#[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub struct Receipt {
+    /// None if it has written nothing.
+    pub(crate) transaction: Option<String>,
+    /// The history of the server to which the id belongs.
+    pub(crate) timeline: String,
 }
 
 /// How a `COMMIT` ended when it did not succeed.
@@ -55,6 +89,9 @@ pub enum CommitFailure {
     Refused(sqlx::Error),
     /// COMMIT was sent and no answer came.
     Unknown(sqlx::Error),
+    /// The same, and the server can be asked for how it ended.
+    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
+    Resolvable(sqlx::Error, Receipt),
 }
 
 /// The sealed half of [`Backend`].
@@ -66,6 +103,9 @@ pub trait Driver: Database {
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Send + Sync + 'static;
 
+    /// What was learnt of the connections of a wrapped pool.
+    type Known: Default + Send + Sync + 'static;
+
     /// The means of cancelling from outside, one for a pool.
     type Canceller: Default + Send + Sync + 'static;
 
@@ -75,10 +115,13 @@ pub trait Driver: Database {
     /// Says which kind of failure an error of opening a connection is.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
 
-    /// Learns what `cancel` will need. For an owned session this is also where its settings are made.
-    fn probe(
+    /// Makes the settings of a session of our own, and learns what `cancel` will need.
+    fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+
+    /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
+    fn recognise(
         conn: &mut Self::Connection,
-        ownership: Ownership,
+        known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Opens what `cancel` needs ahead of its first use.
@@ -103,6 +146,11 @@ pub trait Driver: Database {
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 
+    /// Whether sqlx itself may have committed the transaction of the guard.
+    fn may_have_committed(_: &Self::Connection) -> bool {
+        false
+    }
+
     /// Keeps further statements of a lost transaction from being committed one by one.
     fn fence(conn: &mut Self::Connection);
 
@@ -110,7 +158,17 @@ pub trait Driver: Database {
     fn commit(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
+        mode: CommitMode,
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
+
+    /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
+    /// where that cannot be said. Bounds itself.
+    fn resolve(
+        canceller: &Self::Canceller,
+        options: &Options<Self>,
+        probe: &Self::Probe,
+        receipt: &Receipt,
+    ) -> impl Future<Output = Option<bool>> + Send;
 
     /// Waits for what still runs, and rolls back until the connection is idle and clean.
     fn rollback(
@@ -118,13 +176,16 @@ pub trait Driver: Database {
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
+    fn rest(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
     /// Cancels the statement that runs on the connection of `probe`. `Ok` means that the cancel cannot
     /// arrive after the next clean round trip on that connection.
     fn cancel(
         canceller: &Self::Canceller,
         options: &Options<Self>,
         probe: &Self::Probe,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send;
 
     /// Ends the session of `probe` from outside.
     fn terminate(
@@ -140,14 +201,15 @@ pub trait Driver: Database {
     fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
 }
 
-/// Whose connection a session is.
+/// What a cancel has seen of the session it was meant for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
-pub enum Ownership {
-    /// Ours: opened by the pool, for guards alone.
-    Owned,
-    /// Borrowed from the user's own sqlx pool, whose settings are not ours to change.
-    Wrapped,
+pub enum Activity {
+    /// It may have been running something.
+    Unseen,
+    /// It was waiting for its client, so there was nothing to cancel.
+    #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "only MySQL looks"))]
+    Idle,
 }
 
 /// sqlx's own notion of how deep the connection is in transactions.

@@ -5,11 +5,12 @@
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 
 use tokio::sync::watch;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, depth};
+use crate::backend::{Backend, CommitFailure, Receipt, depth};
 use crate::reaper::{self, Hook, Open};
 
 /// How a transaction ended.
@@ -79,7 +80,7 @@ impl OutcomeCell {
         OutcomeHandle { receiver: self.sender.subscribe() }
     }
 
-    fn stands(&mut self, outcome: CommitOutcome) {
+    pub(crate) fn stands(&mut self, outcome: CommitOutcome) {
         self.standing = outcome;
     }
 
@@ -107,7 +108,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
-    let failure = match DB::commit(conn, probe).await {
+    let failure = match DB::commit(conn, probe, open.commit_mode).await {
         Ok(()) => {
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);
@@ -126,9 +127,10 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     let error = match failure {
         // The connection is in doubt as well, so it is closed by the drop of `open`.
         CommitFailure::Unknown(source) => return Err(TxError::Unknown { source }),
+        CommitFailure::Resolvable(source, receipt) => return resolve(open, source, &receipt).await,
         CommitFailure::Ended => {
             drop(reaper::settle(open).await);
-            return Err(TxError::Lost { reason: "its SQL had ended the transaction already" });
+            return Err(TxError::Lost { reason: "its SQL, or the database itself, had ended the transaction already" });
         }
         CommitFailure::Aborted(source) => TxError::Aborted { source },
         CommitFailure::Lost(reason) => TxError::Lost { reason },
@@ -137,6 +139,26 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     open.outcome.stands(CommitOutcome::RolledBack);
     drop(reaper::settle(open).await);
     Err(error)
+}
+
+/// Asks on another connection how a commit ended whose own connection was lost, and is closed by the drop of `open`.
+async fn resolve<DB: Backend>(mut open: Open<DB>, source: sqlx::Error, receipt: &Receipt) -> Result<(), TxError> {
+    let shared = Arc::clone(&open.shared);
+    let (_, probe) = open.slot.parts();
+    match DB::resolve(&shared.canceller, &shared.options, probe, receipt).await {
+        Some(true) => {
+            open.outcome.announce(CommitOutcome::Committed);
+            let hooks = std::mem::take(&mut open.hooks);
+            drop(open);
+            run_hooks(hooks);
+            Ok(())
+        }
+        Some(false) => {
+            open.outcome.stands(CommitOutcome::RolledBack);
+            Err(TxError::Database(source))
+        }
+        None => Err(TxError::Unknown { source }),
+    }
 }
 
 /// Runs them all, in the order in which they were given. A panic of one goes on when all have run.

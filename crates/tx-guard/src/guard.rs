@@ -14,7 +14,7 @@ use crate::commit;
 use crate::events::TxEvent;
 use crate::pool::PoolSource;
 use crate::reaper::{self, Open, Shield};
-use crate::{CommitError, CommitOutcome, OutcomeHandle, TxError};
+use crate::{CommitError, CommitMode, CommitOutcome, OutcomeHandle, TxError};
 
 /// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
 ///
@@ -97,7 +97,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// - [`TxError::Aborted`]: a statement had failed before, so PostgreSQL could only roll back.
     /// - [`TxError::Lost`]: the transaction had ended behind the guard's back.
     /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
-    /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work.
+    /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
+    ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
     pub async fn commit(mut self) -> Result<(), TxError> {
         self.shielded_commit().await
     }
@@ -232,6 +233,11 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// which they were given is undone.
     pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
         self.held_mut().hooks.push(Box::new(hook));
+    }
+
+    /// What is done if the connection is lost inside `COMMIT`, for this transaction alone.
+    pub fn set_commit_mode(&mut self, mode: CommitMode) {
+        self.held_mut().commit_mode = mode;
     }
 
     /// A handle that tells how this transaction will have ended, even after a dropped commit.

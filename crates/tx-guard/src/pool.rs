@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use deadpool::managed;
 use tokio::runtime::Handle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
-use crate::backend::{Backend, Mode, Options};
+use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::commit::OutcomeCell;
 use crate::events::TxEvents;
 use crate::reaper::{Open, SETTLE_LIMIT, Shield, Ticket};
@@ -83,18 +83,20 @@ impl<DB: Backend> TxPool<DB> {
             acquire_timeout: ACQUIRE_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
         };
-        TxPoolBuilder { limits, database: PhantomData }
+        TxPoolBuilder { limits, commit_mode: CommitMode::default(), database: PhantomData }
     }
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
     ///
-    /// Each transaction then costs what owned slots learn once: on PostgreSQL a round trip for the id of the backend;
-    /// on SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
+    /// PostgreSQL and MySQL are asked for the id of each session once, which a prepared statement in it is recognised by
+    /// later; wrap a pool once, because each wrapping has a memory of its own. A pool without a cache for statements is asked
+    /// each time. The connection for cancelling is opened when it is needed for the first time, and limits that a session has
+    /// for good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
     /// stay, without effect outside guards.
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         let options = pool.connect_options();
-        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options)) }
+        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options, CommitMode::default())) }
     }
 
     /// Begins a transaction.
@@ -112,17 +114,21 @@ impl<DB: Backend> TxPool<DB> {
     /// - [`TxError::Database`]: the database refused to begin.
     /// - [`TxError::NoRuntime`]: there is no tokio runtime here.
     pub async fn begin(&self) -> Result<TransactionGuard<DB>, TxError> {
-        self.begin_in(Mode::default()).await
+        self.begin_in(Mode::default(), None).await
     }
 
-    pub(crate) async fn begin_in(&self, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
+    pub(crate) async fn begin_in(
+        &self,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
         let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
-        match self.begin_once(&runtime, mode).await {
+        match self.begin_once(&runtime, mode, deadline).await {
             // A connection that had died in the pool. Nothing has happened yet, and those that are idle beside it have
             // most likely died with it: once more, with a new one.
             Err(TxError::Database(error)) if is_dead(&error) => {
                 self.shared.forget_idle();
-                self.begin_once(&runtime, mode).await
+                self.begin_once(&runtime, mode, deadline).await
             }
             begun => begun,
         }
@@ -130,8 +136,13 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Waiting for a connection dies with the caller. Only what follows it is shielded, and that starts in the same
     /// poll, so a caller that has gone while it waited begins nothing.
-    async fn begin_once(&self, runtime: &Handle, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
-        let held = self.shared.acquire().await?;
+    async fn begin_once(
+        &self,
+        runtime: &Handle,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
+        let held = self.shared.acquire(deadline).await?;
         let shared = Arc::clone(&self.shared);
         let ticket = Ticket::new(&shared.work);
         // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
@@ -141,15 +152,19 @@ impl<DB: Backend> TxPool<DB> {
         Shield::new(runtime.clone(), {
             let runtime = runtime.clone();
             async move {
-                let mut slot = Slot::new(held, runtime.clone()).await?;
+                let mut slot = Slot::new(held, runtime.clone(), &shared.known).await?;
                 let (conn, probe) = slot.parts();
                 DB::begin(conn, probe, &mode).await?;
-                let (outcome, hooks) = (OutcomeCell::new(), Vec::new());
-                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks }))
+                let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
+                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
             }
         })
         .alone_for(SETTLE_LIMIT)
         .await
+    }
+
+    pub(crate) fn commit_mode(&self) -> CommitMode {
+        self.shared.commit_mode
     }
 
     /// A listener to what the pool does from now on after its callers have gone. The feature `tracing` logs the same.
@@ -196,11 +211,15 @@ impl<DB: Backend> TxPool<DB> {
     }
 }
 
-/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions.
+/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
+/// for that, and 70100 for a session that was killed. An answer that is none to BEGIN belongs to something else that was
+/// done on the session, which nobody can make sense of any more.
 fn is_dead(error: &sqlx::Error) -> bool {
     match error {
-        sqlx::Error::Io(_) => true,
-        sqlx::Error::Database(error) => error.code().is_some_and(|code| code.starts_with("57P")),
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::BeginFailed => true,
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "70100")
+        }
         _ => false,
     }
 }
@@ -250,11 +269,12 @@ impl fmt::Display for CloseReport {
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
     limits: Limits,
+    commit_mode: CommitMode,
     database: PhantomData<fn() -> DB>,
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
-    /// How many connections there may be at once. Default 10. On PostgreSQL one more is kept for cancelling.
+    /// How many connections there may be at once. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self
@@ -269,6 +289,13 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// How long opening one connection may take. Default 10 seconds.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.limits.connect_timeout = timeout;
+        self
+    }
+
+    /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
+    /// [`CommitMode::Verified`].
+    pub fn commit_mode(mut self, mode: CommitMode) -> Self {
+        self.commit_mode = mode;
         self
     }
 
@@ -324,9 +351,9 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             .build()
             .map_err(|_| invalid("acquire_timeout", "timeouts need a runtime"))?;
         let source = Source::Owned { sessions, limits: self.limits };
-        let shared = Arc::new(Shared::new(source, options));
+        let shared = Arc::new(Shared::new(source, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
-        let first = shared.acquire().await?;
+        let first = shared.acquire(None).await?;
         let target = || DB::target(&shared.options);
         let limit = self.limits.connect_timeout;
         timeout(limit, DB::warm(&shared.canceller, &shared.options))
@@ -341,7 +368,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPoolBuilder<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).finish()
+        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).field("commit_mode", &self.commit_mode).finish()
     }
 }
 

@@ -3,17 +3,16 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
-use std::time::Duration;
-
-use futures_util::{FutureExt, StreamExt};
-use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgSeverity};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, SqlSafeStr};
+use futures_util::{FutureExt, TryFutureExt};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::sync::Mutex;
-use tokio::time::timeout;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
+use crate::canceller::Canceller;
+use crate::known::Known;
+use crate::proof;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -26,24 +25,25 @@ const SESSION_MARGIN: u128 = 1_000;
 /// The largest timeout the server takes, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
 
-/// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
-/// hours, and firewalls forget such connections without telling either end.
-const WARM_LIMIT: Duration = Duration::from_millis(500);
-
 /// Lets the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
 
 /// Process ids are given out again. The moment of the start tells two holders of the same one apart.
-const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
+///
+/// On a session of our own, everything outside a guard's transaction may only read from here on. A `begin` that is
+/// cancelled two levels deep takes the whole transaction with it, and the statements that follow in the level between
+/// do not pass the guard. Left as it is where nothing can be written anyway.
+const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
+    CASE WHEN $1 AND current_setting('default_transaction_read_only') = 'off' AND NOT pg_is_in_recovery()
+        THEN set_config('default_transaction_read_only', 'on', false) = 'on' ELSE false END
     FROM pg_stat_get_activity(pg_backend_pid())";
 const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
-/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
-/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
-const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
+/// No transaction is open.
+const NO_TRANSACTION: &str = "25P01";
 
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
@@ -55,6 +55,8 @@ pub struct BackendId {
     pid: i32,
     /// In microseconds.
     started: i64,
+    /// Whether only a transaction that asks for it may write.
+    fenced: bool,
 }
 
 impl Backend for Postgres {}
@@ -62,7 +64,8 @@ impl Backend for Postgres {}
 impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
     type Probe = BackendId;
-    type Canceller = Mutex<Option<PgConnection>>;
+    type Known = Known<Self, BackendId>;
+    type Canceller = Canceller<PgConnection>;
 
     fn target(options: &Options<Self>) -> String {
         let database = options.get_database().unwrap_or("(default)");
@@ -85,29 +88,33 @@ impl Driver for Postgres {
         }
     }
 
-    async fn probe(conn: &mut PgConnection, ownership: Ownership) -> Result<BackendId, sqlx::Error> {
-        let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
-        if ownership == Ownership::Owned && can_check {
+    async fn probe(conn: &mut PgConnection) -> Result<BackendId, sqlx::Error> {
+        if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
                 Ok(_) | Err(sqlx::Error::Database(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        let (pid, started) = sqlx::query_as(IDENTIFY).persistent(false).fetch_one(conn).await?;
-        Ok(BackendId { pid, started })
+        identify(conn, true, false).await
+    }
+
+    async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<BackendId, sqlx::Error> {
+        let Some(statement) = known.statement(conn, IDENTIFY).await? else { return identify(conn, false, false).await };
+        if let Some(backend) = known.find(&statement) {
+            return Ok(backend);
+        }
+        let backend = identify(conn, false, true).await?;
+        known.remember(statement, backend);
+        Ok(backend)
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
-        let mut warm = canceller.lock().await;
-        if warm.is_none() {
-            *warm = Some(options.connect().await?);
-        }
-        Ok(())
+        canceller.warm(options).await
     }
 
-    async fn begin(conn: &mut PgConnection, _: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
-        let sql = begin_sql(mode, conn.server_version_num());
+    async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
+        let sql = begin_sql(mode, backend, conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
@@ -131,58 +138,85 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, _: &BackendId) -> Result<(), CommitFailure> {
-        let mut sent = false;
-        let mut failure = None;
-        {
-            let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(&mut *conn);
-            while let Some(answer) = answers.next().await {
-                match answer {
-                    // The row of the SELECT has come, so COMMIT has been run.
-                    Ok(Either::Right(_)) => sent = true,
-                    Ok(Either::Left(_)) => {}
-                    Err(error) => failure = Some(error),
-                }
+    async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
+        let receipt = match mode {
+            CommitMode::Verified => None,
+            CommitMode::Resolvable => Some(proof::receipt(conn).await?),
+        };
+        let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
+        let Some(error) = answer.failure else {
+            if answer.row.is_some() && answer.done_after_row == 2 {
+                proof::leave(conn).await;
+                return Ok(());
             }
+            return Err(proof::in_doubt(proof::out_of_step(), receipt));
+        };
+        if !proof::is_refusal(&error) {
+            return Err(proof::in_doubt(error, receipt));
         }
-        let Some(error) = failure else { return Ok(()) };
-        if !is_refusal(&error) {
-            return Err(CommitFailure::Unknown(error));
-        }
-        if !sent {
+        // The row of the SELECT would have come ahead of COMMIT.
+        if answer.row.is_none() {
             return Err(CommitFailure::Aborted(error));
         }
         // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
         // log, while sqlx still counts one: open an empty one for the rollback to end.
-        let ended = error.as_database_error().and_then(|e| e.code()).as_deref() == Some("25P01");
+        let ended = code(&error).as_deref() == Some(NO_TRANSACTION);
         match sqlx::raw_sql("BEGIN").execute(conn).await {
             Ok(_) if ended => Err(CommitFailure::Ended),
             Ok(_) | Err(_) => Err(CommitFailure::Refused(error)),
         }
     }
 
+    async fn resolve(
+        canceller: &Self::Canceller,
+        options: &PgConnectOptions,
+        backend: &BackendId,
+        receipt: &Receipt,
+    ) -> Option<bool> {
+        proof::resolve(canceller, options, receipt, || Self::terminate(canceller, options, backend)).await
+    }
+
+    /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
+    /// sqlx takes each answer for that to the message before.
     async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
         for _ in 0..ROLLBACK_ATTEMPTS {
-            match Manager::rollback(conn).await {
-                Ok(()) if depth::<Self>(conn) == 0 => return Ok(()),
-                // A nested transaction that was forgotten, the error of a statement that was left behind, or a cancel
-                // that hit the ROLLBACK itself.
-                Ok(()) | Err(sqlx::Error::Database(_)) => {}
-                Err(error) => return Err(error),
+            while depth::<Self>(conn) > 1 {
+                // A nested transaction that was forgotten.
+                Manager::start_rollback(conn);
+            }
+            let number = fastrand::i32(..).to_string();
+            let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
+            match answer.failure {
+                None if answer.row.as_deref() == Some(&number) => {
+                    proof::leave(conn).await;
+                    return Ok(());
+                }
+                None => return Err(proof::out_of_step()),
+                // Its SQL has ended the transaction.
+                Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
+                    Self::run_sql(conn, "BEGIN".to_owned()).await?;
+                }
+                // A statement that was left behind, or a cancel that hit the ROLLBACK itself.
+                Some(sqlx::Error::Database(_)) => {}
+                Some(error) => return Err(error),
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
+    }
+
+    async fn rest(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        conn.ping().await
     }
 
     async fn cancel(
         canceller: &Self::Canceller,
         options: &PgConnectOptions,
         to: &BackendId,
-    ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, CANCEL, *to).await
+    ) -> Result<Activity, sqlx::Error> {
+        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
     }
 
     async fn terminate(
@@ -197,15 +231,12 @@ impl Driver for Postgres {
     fn interrupt(_: &BackendId) {}
 
     async fn cool(canceller: &Self::Canceller) {
-        if let Some(conn) = canceller.lock().await.take() {
-            // A server that is gone needs no farewell.
-            drop(conn.close().await);
-        }
+        canceller.close().await;
     }
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
-fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
+fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     let mut sql = String::from("BEGIN");
     sql.push_str(match mode.isolation {
         None => "",
@@ -215,6 +246,8 @@ fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
     });
     if mode.read_only {
         sql.push_str(" READ ONLY");
+    } else if backend.fenced {
+        sql.push_str(" READ WRITE");
     }
     if let Some(remaining) = mode.remaining {
         // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
@@ -230,43 +263,32 @@ fn begin_sql(mode: &Mode, version: Option<u32>) -> String {
     sql
 }
 
-/// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
-fn is_refusal(error: &sqlx::Error) -> bool {
-    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
-        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
-        None => false,
-    }
+fn code(error: &sqlx::Error) -> Option<String> {
+    Some(error.as_database_error()?.code()?.into_owned())
 }
 
-/// Runs `sql` on the warm connection. It is put back only after a complete answer, so a call that was dropped or has
-/// failed leaves nothing behind that could be mistaken for the answer to the next one.
+async fn identify(conn: &mut PgConnection, fence: bool, keep: bool) -> Result<BackendId, sqlx::Error> {
+    let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(fence).persistent(keep).fetch_one(conn).await?;
+    Ok(BackendId { pid, started, fenced })
+}
+
 async fn signal(
-    canceller: &Mutex<Option<PgConnection>>,
+    canceller: &Canceller<PgConnection>,
     options: &PgConnectOptions,
     sql: &'static str,
     to: BackendId,
 ) -> Result<(), sqlx::Error> {
-    let mut warm = canceller.lock().await;
-    let mut doubt = None;
-    if let Some(mut conn) = warm.take() {
-        match timeout(WARM_LIMIT, sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn)).await {
-            Ok(Ok(_)) => {
-                *warm = Some(conn);
-                return Ok(());
-            }
-            Ok(Err(error)) => doubt = Some(error),
-            Err(_) => doubt = Some(sqlx::Error::Protocol("the connection for cancelling does not answer".into())),
-        }
-    }
-    let mut conn = options.connect().await?;
-    sqlx::query(sql).bind(to.pid).bind(to.started).execute(&mut conn).await?;
-    *warm = Some(conn);
-    // The signal that had no answer may be under way behind this one, so the session must not be used again.
-    doubt.map_or(Ok(()), Err)
+    canceller
+        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
+        .await
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use sqlx::ConnectOptions;
+
     use super::*;
 
     #[tokio::test]
@@ -277,7 +299,7 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let ours = Postgres::probe(&mut conn, Ownership::Wrapped).await.unwrap();
+        let ours = Postgres::probe(&mut conn).await.unwrap();
         let before = BackendId { started: ours.started - 1, ..ours };
 
         // Again and again, because a cancel that comes before the statement is no cancel.

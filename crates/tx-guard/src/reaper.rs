@@ -6,16 +6,15 @@
 use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, join};
-use sqlx::Connection;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::backend::Backend;
-use crate::commit::OutcomeCell;
+use crate::backend::{Activity, Backend, CommitMode};
+use crate::commit::{CommitOutcome, OutcomeCell};
 use crate::events::TxEvent;
 use crate::slot::{Shared, Slot};
 
@@ -26,7 +25,16 @@ const DRAIN_GRACE: Duration = Duration::from_millis(1);
 pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// How many errors of abandoned statements are read over before a connection is given up.
-const PING_ATTEMPTS: usize = 16;
+const REST_ATTEMPTS: usize = 16;
+
+/// How long a cancel is given to show before it is repeated: so long at first, twice as long each time, up to the
+/// longest. Within [`SETTLE_LIMIT`] that is about two dozen of them.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long the server may wait for a client that waits for the server, before the two are known to misunderstand each
+/// other: a driver whose future was dropped in the middle of an answer may have lost its place in it.
+const IDLE_LIMIT: Duration = Duration::from_millis(50);
 
 /// A future that is polled in place, and that finishes on the runtime if it is dropped after its first poll.
 pub(crate) struct Shield<T: Send + 'static> {
@@ -102,6 +110,7 @@ pub(crate) struct Open<DB: Backend> {
     pub(crate) ticket: Ticket,
     pub(crate) shared: Arc<Shared<DB>>,
     pub(crate) hooks: Vec<Hook>,
+    pub(crate) commit_mode: CommitMode,
 }
 
 /// What runs once after a commit.
@@ -125,41 +134,87 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
-    let ended = timeout(SETTLE_LIMIT, async {
-        {
-            let mut rollback = pin!(DB::rollback(conn, probe));
-            if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
-                return ended.map(|()| true);
-            }
-            shared.teller.tell(TxEvent::CancelSent);
-            // The cancel is polled first: a rollback that ends in the same moment must find it sent.
-            let (acknowledged, ended) = join(DB::cancel(&shared.canceller, &shared.options, probe), rollback).await;
-            ended?;
-            // Without an acknowledgement the cancel may still be on its way to this session, which must not be used again.
-            if acknowledged.is_err() {
-                return Ok(false);
-            }
-        }
-        // The acknowledged cancel is behind this round trip.
-        ping(conn).await.map(|()| true)
-    })
-    .await;
-    match ended {
-        Ok(Ok(true)) => {
+    if DB::may_have_committed(conn) {
+        open.outcome.stands(CommitOutcome::Unknown);
+    }
+    match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+        Ok(Ok(Rest::Clean)) => {
             open.release().await;
             Ok(())
         }
         // Rolled back, but not to be used again: the drop closes it.
-        Ok(Ok(false)) => Ok(()),
-        Ok(Err(error)) => Err(error),
-        Err(_) => {
-            shared.teller.tell(TxEvent::SessionTerminated);
-            let (_, probe) = open.slot.parts();
-            // If this fails as well, the server finds out by itself that the client has closed.
-            drop(timeout(SETTLE_LIMIT, DB::terminate(&shared.canceller, &shared.options, probe)).await);
+        Ok(Ok(Rest::Doubtful)) => Ok(()),
+        // A connection that was lost has ended its session, or will as soon as the server knows.
+        Ok(Err(error @ sqlx::Error::Io(_))) => Err(error),
+        Ok(Err(error)) => {
+            terminate(&mut open).await;
+            Err(error)
+        }
+        Ok(Ok(Rest::Stuck)) | Err(_) => {
+            terminate(&mut open).await;
             Ok(())
         }
     }
+}
+
+/// How a session has come to rest.
+enum Rest {
+    /// Rolled back, idle, and beyond the reach of any cancel.
+    Clean,
+    /// Rolled back, but a cancel may still be on its way to it.
+    Doubtful,
+    /// The server waits for the client and the client for the server.
+    Stuck,
+}
+
+async fn come_to_rest<DB: Backend>(
+    shared: &Shared<DB>,
+    conn: &mut DB::Connection,
+    probe: &DB::Probe,
+) -> Result<Rest, sqlx::Error> {
+    {
+        let mut rollback = pin!(DB::rollback(conn, probe));
+        if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
+            return ended.map(|()| Rest::Clean);
+        }
+        shared.teller.tell(TxEvent::CancelSent);
+        let mut pause = FIRST_PAUSE;
+        let mut idle_since = None;
+        loop {
+            // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is polled
+            // first: a rollback that ends in the same moment must find it sent. And it is never dropped halfway.
+            let cancel = DB::cancel(&shared.canceller, &shared.options, probe);
+            let (cancelled, ended) = join(cancel, timeout(pause, rollback.as_mut())).await;
+            match (cancelled, ended) {
+                (Ok(_), Ok(ended)) => {
+                    ended?;
+                    break;
+                }
+                (Ok(Activity::Unseen), Err(_)) => idle_since = None,
+                (Ok(Activity::Idle), Err(_)) => {
+                    let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() > IDLE_LIMIT {
+                        return Ok(Rest::Stuck);
+                    }
+                }
+                // Without an acknowledgement the cancel may still be on its way to this session, which must not be
+                // used again. Another one could only add to the doubt.
+                (Err(_), Ok(ended)) => return ended.map(|()| Rest::Doubtful),
+                (Err(_), Err(_)) => return rollback.await.map(|()| Rest::Doubtful),
+            }
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+    // The acknowledged cancels are behind this round trip.
+    rest::<DB>(conn).await.map(|()| Rest::Clean)
+}
+
+/// Ends the session from outside. If this fails as well, the server finds out by itself that the client has closed.
+async fn terminate<DB: Backend>(open: &mut Open<DB>) {
+    let shared = Arc::clone(&open.shared);
+    shared.teller.tell(TxEvent::SessionTerminated);
+    let (_, probe) = open.slot.parts();
+    drop(timeout(SETTLE_LIMIT, DB::terminate(&shared.canceller, &shared.options, probe)).await);
 }
 
 /// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs there that could be cancelled.
@@ -171,9 +226,9 @@ pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     }
 }
 
-async fn ping<C: Connection>(conn: &mut C) -> Result<(), sqlx::Error> {
-    for _ in 0..PING_ATTEMPTS {
-        match conn.ping().await {
+async fn rest<DB: Backend>(conn: &mut DB::Connection) -> Result<(), sqlx::Error> {
+    for _ in 0..REST_ATTEMPTS {
+        match DB::rest(conn).await {
             Err(sqlx::Error::Database(_)) => {}
             answered => return answered,
         }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tokio::time::{Instant, sleep, timeout_at};
 
-use crate::backend::{Backend, Isolation, Mode};
+use crate::backend::{Backend, CommitMode, Isolation, Mode};
 use crate::{CommitError, TransactionGuard, TxError, TxPool};
 
 /// How often, and how fast, a transaction is run again after a transient failure. The default is three attempts in
@@ -65,12 +65,14 @@ pub struct Tx<DB: Backend> {
     timeout: Option<Duration>,
     retry: Retry,
     idempotent: bool,
+    commit_mode: CommitMode,
 }
 
 impl<DB: Backend> TxPool<DB> {
     /// A transaction that is run as a closure, with its options: isolation, timeout, retry.
     pub fn tx(&self) -> Tx<DB> {
-        Tx { pool: self.clone(), mode: Mode::default(), timeout: None, retry: Retry::none(), idempotent: false }
+        let (mode, commit_mode) = (Mode::default(), self.commit_mode());
+        Tx { pool: self.clone(), mode, timeout: None, retry: Retry::none(), idempotent: false, commit_mode }
     }
 }
 
@@ -86,7 +88,7 @@ impl<DB: Backend> Tx<DB> {
         self.isolation(Isolation::Serializable)
     }
 
-    /// Nothing is written: PostgreSQL refuses each statement that would, SQLite the commit.
+    /// Nothing is written: PostgreSQL and MySQL refuse each statement that would, SQLite the commit.
     pub fn read_only(mut self) -> Self {
         self.mode.read_only = true;
         self
@@ -94,14 +96,15 @@ impl<DB: Backend> Tx<DB> {
 
     /// How long everything may take: all attempts, their pauses, and the wait for a connection. Default: no limit.
     ///
-    /// PostgreSQL is told as well, so a transaction whose client has vanished ends there a second later.
+    /// PostgreSQL and MariaDB are told as well, so a transaction whose client has vanished ends there a second or two later;
+    /// MySQL can only be told how long a `SELECT` and the wait for a lock may take.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self
     }
 
     /// Runs the closure again after a transient failure: a serialization failure or deadlock of PostgreSQL (40001,
-    /// 40P01), a busy or locked SQLite. Default: [`Retry::none`].
+    /// 40P01), a busy or locked SQLite, a deadlock or a lock waited for too long on MySQL (1213, 1205). Default: [`Retry::none`].
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
@@ -111,6 +114,12 @@ impl<DB: Backend> Tx<DB> {
     /// knows whether it happened.
     pub fn idempotent(mut self) -> Self {
         self.idempotent = true;
+        self
+    }
+
+    /// What is done if the connection is lost inside `COMMIT`. Default: what the pool does.
+    pub fn commit_mode(mut self, mode: CommitMode) -> Self {
+        self.commit_mode = mode;
         self
     }
 
@@ -128,7 +137,8 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// The error of `work`, of [`begin`](TxPool::begin) or of [`commit`](TransactionGuard::commit) in the last
     /// attempt; [`TxError::Timeout`] if the time has passed before the commit, and [`TxError::Pending`] if it has
-    /// passed while the commit was under way.
+    /// passed while the commit was under way. If it has passed while a connection was waited for, the error is that of
+    /// `begin`, which says why: all are in use, or the server does not answer.
     ///
     /// # Examples
     ///
@@ -181,7 +191,8 @@ impl<DB: Backend> Tx<DB> {
         let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let mode = Mode { remaining, ..self.mode };
         let worked = self.before(deadline, async {
-            let mut tx = self.pool.begin_in(mode).await?;
+            let mut tx = self.pool.begin_in(mode, deadline).await?;
+            tx.set_commit_mode(self.commit_mode);
             match work(&mut tx).await {
                 Ok(value) => Ok((tx, value)),
                 Err(error) => {
@@ -225,6 +236,7 @@ impl<DB: Backend> fmt::Debug for Tx<DB> {
             .field("timeout", &self.timeout)
             .field("retry", &self.retry)
             .field("idempotent", &self.idempotent)
+            .field("commit_mode", &self.commit_mode)
             .finish_non_exhaustive()
     }
 }

@@ -9,9 +9,10 @@ use std::time::Duration;
 use deadpool::managed::{self, Object, PoolError, TimeoutType};
 use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout_at};
 
 use crate::TxError;
-use crate::backend::{Backend, Options, Ownership};
+use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
 use crate::reaper::Work;
 use crate::session::Manager;
@@ -20,6 +21,8 @@ use crate::session::Manager;
 pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     pub(crate) options: Arc<Options<DB>>,
+    pub(crate) commit_mode: CommitMode,
+    pub(crate) known: DB::Known,
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
     pub(crate) teller: Teller,
@@ -39,23 +42,30 @@ pub(crate) struct Limits {
 }
 
 impl<DB: Backend> Shared<DB> {
-    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>) -> Self {
-        Self { source, options, canceller: DB::Canceller::default(), work: Arc::default(), teller: Teller::new() }
+    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
+        let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
+        Self { source, options, commit_mode, known, canceller, work: Arc::default(), teller: Teller::new() }
     }
 
-    pub(crate) async fn acquire(&self) -> Result<Held<DB>, TxError> {
+    /// Takes a connection, not later than at the deadline.
+    pub(crate) async fn acquire(&self, deadline: Option<Instant>) -> Result<Held<DB>, TxError> {
         if self.work.is_closed() {
             return Err(TxError::Closed);
         }
+        let Some(deadline) = deadline else { return self.acquire_from_source().await };
+        let limit = deadline.saturating_duration_since(Instant::now());
+        match timeout_at(deadline, self.acquire_from_source()).await {
+            Ok(acquired) => acquired,
+            Err(_) => Err(self.too_late(limit)),
+        }
+    }
+
+    async fn acquire_from_source(&self) -> Result<Held<DB>, TxError> {
         let target = || DB::target(&self.options);
         match &self.source {
             Source::Owned { sessions, limits } => match sessions.get().await {
                 Ok(session) => Ok(Held::Owned(session)),
-                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: limits.max_connections,
-                    timeout: limits.acquire_timeout,
-                }),
+                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(self.too_late(limits.acquire_timeout)),
                 Err(PoolError::Timeout(_) | PoolError::Backend(sqlx::Error::PoolTimedOut)) => {
                     Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
                 }
@@ -67,13 +77,29 @@ impl<DB: Backend> Shared<DB> {
             Source::Wrapped(pool) => match pool.acquire().await {
                 Ok(conn) => Ok(Held::Wrapped(conn)),
                 Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
-                Err(sqlx::Error::PoolTimedOut) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: pool.options().get_max_connections(),
-                    timeout: pool.options().get_acquire_timeout(),
-                }),
+                Err(sqlx::Error::PoolTimedOut) => Err(self.too_late(pool.options().get_acquire_timeout())),
                 Err(error) => Err(DB::connect_error(target(), error)),
             },
+        }
+    }
+
+    /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
+    /// down as for a connection that is in use.
+    fn too_late(&self, timeout: Duration) -> TxError {
+        let target = DB::target(&self.options);
+        let (max_connections, all_open) = match &self.source {
+            Source::Owned { sessions, limits } => {
+                let status = sessions.status();
+                (limits.max_connections, status.size >= status.max_size)
+            }
+            Source::Wrapped(pool) => {
+                let max_connections = pool.options().get_max_connections();
+                (max_connections, pool.size() >= max_connections)
+            }
+        };
+        match all_open {
+            true => TxError::PoolExhausted { target, max_connections, timeout },
+            false => TxError::ConnectTimeout { target, timeout },
         }
     }
 
@@ -121,7 +147,7 @@ const LEASED: &str = "the lease is taken only by the release and the drop, after
 const PROBED: &str = "a slot is handed out only after its probe was learnt";
 
 impl<DB: Backend> Slot<DB> {
-    pub(crate) async fn new(held: Held<DB>, runtime: Handle) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn new(held: Held<DB>, runtime: Handle, known: &DB::Known) -> Result<Self, sqlx::Error> {
         let lease = match held {
             Held::Owned(session) => Lease::Owned(session),
             Held::Wrapped(conn) => Lease::Wrapped(conn, None),
@@ -129,7 +155,7 @@ impl<DB: Backend> Slot<DB> {
         // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
         let mut slot = Self { lease: Some(lease), runtime };
         if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
-            *probe = Some(DB::probe(conn, Ownership::Wrapped).await?);
+            *probe = Some(DB::recognise(conn, known).await?);
         }
         Ok(slot)
     }

@@ -12,7 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnec
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Driver, Isolation, Mode, Options, Ownership, depth};
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -73,6 +73,7 @@ impl Backend for Sqlite {}
 impl Driver for Sqlite {
     const TITLE: &'static str = "SQLite";
     type Probe = Arc<Hooks>;
+    type Known = ();
     type Canceller = ();
 
     fn target(options: &Options<Self>) -> String {
@@ -86,7 +87,7 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn probe(conn: &mut SqliteConnection, _: Ownership) -> Result<Arc<Hooks>, sqlx::Error> {
+    async fn probe(conn: &mut SqliteConnection) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;
         handle.set_progress_handler(PROGRESS_OPS, {
@@ -102,6 +103,10 @@ impl Driver for Sqlite {
             move || hooks.rolled_back.store(true, Ordering::Release)
         });
         Ok(hooks)
+    }
+
+    async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
+        Self::probe(conn).await
     }
 
     async fn warm((): &(), _: &Options<Self>) -> Result<(), sqlx::Error> {
@@ -139,7 +144,7 @@ impl Driver for Sqlite {
     /// The commit hook is the fence.
     fn fence(_: &mut SqliteConnection) {}
 
-    async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, _: CommitMode) -> Result<(), CommitFailure> {
         hooks.enter(COMMITTING);
         let mut committed = Manager::commit(conn).await;
         // A nested transaction that was forgotten is released first. Each success takes one level away.
@@ -159,6 +164,10 @@ impl Driver for Sqlite {
             Err(error) => Err(CommitFailure::Refused(error)),
             Ok(()) => Ok(()),
         }
+    }
+
+    async fn resolve((): &(), _: &Options<Self>, _: &Arc<Hooks>, _: &Receipt) -> Option<bool> {
+        None
     }
 
     async fn rollback(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
@@ -195,9 +204,13 @@ impl Driver for Sqlite {
         Ok(())
     }
 
-    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+    async fn rest(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        conn.ping().await
+    }
+
+    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<Activity, sqlx::Error> {
         Self::interrupt(hooks);
-        Ok(())
+        Ok(Activity::Unseen)
     }
 
     async fn terminate((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
@@ -237,7 +250,7 @@ mod tests {
     #[tokio::test]
     async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn, Ownership::Wrapped).await.unwrap();
+        let hooks = Sqlite::probe(&mut conn).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
         // SQLite has rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();

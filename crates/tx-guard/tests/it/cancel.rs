@@ -8,7 +8,7 @@ use std::cell::RefCell;
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
 use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxError, TxPool};
 use sqlx::pool::PoolOptions;
-use sqlx::{Pool, Postgres, Sqlite};
+use sqlx::{MySql, Pool, Postgres, Sqlite};
 use tokio::sync::Mutex;
 use tokio::task::JoinHandle;
 
@@ -89,6 +89,11 @@ fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_postgres() {
     transaction::<Postgres>().publish("tx-guard", "transaction (PostgreSQL)").assert_clean();
 }
 
+#[test]
+fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_mysql() {
+    transaction::<MySql>().publish("tx-guard", "transaction (MySQL)").assert_clean();
+}
+
 fn closure<D: TestDb>() -> Report {
     explore().run(
         async || Stage::<D>::new().await,
@@ -112,6 +117,11 @@ fn a_closure_dropped_anywhere_is_whole_or_nothing_on_sqlite() {
 #[test]
 fn a_closure_dropped_anywhere_is_whole_or_nothing_on_postgres() {
     closure::<Postgres>().publish("tx-guard", "run (PostgreSQL)").assert_clean();
+}
+
+#[test]
+fn a_closure_dropped_anywhere_is_whole_or_nothing_on_mysql() {
+    closure::<MySql>().publish("tx-guard", "run (MySQL)").assert_clean();
 }
 
 /// The transaction outlives its savepoint, and must not be committed with a half of it.
@@ -153,6 +163,11 @@ fn a_savepoint_dropped_anywhere_is_never_committed_by_halves_on_postgres() {
     savepoint::<Postgres>().publish("tx-guard", "savepoint (PostgreSQL)").assert_clean();
 }
 
+#[test]
+fn a_savepoint_dropped_anywhere_is_never_committed_by_halves_on_mysql() {
+    savepoint::<MySql>().publish("tx-guard", "savepoint (MySQL)").assert_clean();
+}
+
 fn rollback<D: TestDb>() -> Report {
     explore().run(
         async || {
@@ -182,6 +197,11 @@ fn a_rollback_dropped_anywhere_rolls_back_on_sqlite() {
 #[test]
 fn a_rollback_dropped_anywhere_rolls_back_on_postgres() {
     rollback::<Postgres>().publish("tx-guard", "rollback (PostgreSQL)").assert_clean();
+}
+
+#[test]
+fn a_rollback_dropped_anywhere_rolls_back_on_mysql() {
+    rollback::<MySql>().publish("tx-guard", "rollback (MySQL)").assert_clean();
 }
 
 #[test]
@@ -249,6 +269,8 @@ fn a_begin_dropped_anywhere_leaks_no_open_transaction() {
     report.publish("tx-guard", "begin, wrapped (PostgreSQL)").assert_clean();
     let report = begin_on_a_plain_pool::<Sqlite, _>(async |pool| TxPool::wrap(pool.clone()).begin().await.unwrap());
     report.publish("tx-guard", "begin, wrapped (SQLite)").assert_clean();
+    let report = begin_on_a_plain_pool::<MySql, _>(async |pool| TxPool::wrap(pool.clone()).begin().await.unwrap());
+    report.publish("tx-guard", "begin, wrapped (MySQL)").assert_clean();
 }
 
 #[test]

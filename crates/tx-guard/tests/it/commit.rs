@@ -2,14 +2,14 @@
 
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxError, TxEvent, TxPool};
+use cancel_safe_tx_guard::{CommitError, CommitMode, CommitOutcome, TxError, TxEvent, TxPool};
 use futures_util::FutureExt;
 use sqlx::{AssertSqlSafe, Connection, Postgres, Sqlite};
 
-use crate::on_both;
+use crate::on_all;
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
-on_both!(
+on_all!(
     a_raw_commit_inside_the_guard_is_caught,
     a_cancelled_nested_begin_is_caught_at_every_poll,
     a_nested_transaction_that_ends_properly_is_fine,
@@ -258,7 +258,13 @@ async fn a_slow_commit_is_handed_over_and_told_later() {
 }
 
 #[tokio::test]
-async fn a_session_that_is_killed_in_its_commit_is_in_doubt() {
+async fn a_session_that_is_killed_in_its_commit_is_in_doubt_until_the_server_is_asked() {
+    for mode in [CommitMode::Verified, CommitMode::Resolvable] {
+        kill_in_commit(mode).await;
+    }
+}
+
+async fn kill_in_commit(mode: CommitMode) {
     let world = World::<Postgres>::new().await;
     let table = &world.table;
     world
@@ -271,6 +277,7 @@ async fn a_session_that_is_killed_in_its_commit_is_in_doubt() {
         .await;
     let db = world.pool(1).await;
     let mut tx = db.begin().await.unwrap();
+    tx.set_commit_mode(mode);
     let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
     let handle = tx.outcome_handle();
     world.insert(&mut tx, 1).await.unwrap();
@@ -283,8 +290,10 @@ async fn a_session_that_is_killed_in_its_commit_is_in_doubt() {
     .await;
     Postgres::execute(&mut other, format!("SELECT pg_terminate_backend({pid})")).await.unwrap();
     let error = commit.await.unwrap().unwrap_err();
-    assert!(error.is_unknown(), "{error:?}");
-    assert_eq!(handle.outcome().await, CommitOutcome::Unknown);
+    let resolved = mode == CommitMode::Resolvable;
+    assert_eq!(error.is_unknown(), !resolved, "{error:?}");
+    let outcome = if resolved { CommitOutcome::RolledBack } else { CommitOutcome::Unknown };
+    assert_eq!(handle.outcome().await, outcome);
     world.run(format!("DROP TRIGGER slow ON {table}")).await;
     works_as_before(&world, &db).await;
     world.end(db).await;

@@ -1,18 +1,28 @@
-//! The integration tests of `cancel-safe-tx-guard`, one binary: real SQLite files and a real PostgreSQL server.
+//! The integration tests of `cancel-safe-tx-guard`, one binary: real SQLite files, a real PostgreSQL
+//! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
 mod commit;
+mod example;
 mod faults;
+mod fuzz;
 mod happy;
+mod input;
+mod late;
 mod log;
+mod mysql;
+mod nested;
+mod outage;
 mod prop;
+mod proxy;
 mod run;
 mod silence;
+mod stuck;
 mod world;
 
 /// Makes a test on each database out of one generic function.
-macro_rules! on_both {
+macro_rules! on_all {
     ($($name:ident),+ $(,)?) => {
         mod sqlite {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -22,6 +32,10 @@ macro_rules! on_both {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $name() { super::$name::<sqlx::Postgres>().await; })+
         }
+        mod mysql {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name::<sqlx::MySql>().await; })+
+        }
     };
 }
-use on_both;
+use on_all;

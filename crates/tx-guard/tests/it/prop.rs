@@ -6,13 +6,13 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxPool};
 
-use crate::on_both;
+use crate::on_all;
 use crate::world::{TestDb, World};
 
 const TASKS: i64 = 6;
 const TRANSACTIONS: i64 = 40;
 
-on_both!(under_random_drops_the_outcomes_equal_the_table);
+on_all!(under_random_drops_the_outcomes_equal_the_table);
 
 type Handles = Arc<Mutex<Vec<(i64, OutcomeHandle)>>>;
 

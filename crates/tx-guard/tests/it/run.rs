@@ -10,10 +10,10 @@ use sqlx::{Postgres, Sqlite};
 use tokio::sync::Barrier;
 
 use crate::commit::works_as_before;
-use crate::on_both;
+use crate::on_all;
 use crate::world::{PATIENCE, TestDb, World};
 
-on_both!(
+on_all!(
     a_savepoint_undoes_its_part_alone,
     savepoints_nest,
     a_savepoint_that_is_dropped_dooms_the_transaction,

@@ -6,9 +6,12 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{Backend, Options, TxPool};
 use futures_util::StreamExt;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Postgres, Sqlite, SqliteConnection};
+use sqlx::{
+    AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection,
+};
 use tempfile::TempDir;
 
 /// Longer than anything here takes on a busy machine.
@@ -16,8 +19,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 
 pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
 
-pub(crate) fn postgres_url() -> String {
-    std::env::var(POSTGRES).unwrap_or_else(|_| panic!("set {POSTGRES} or run cargo xtask test tx-guard"))
+pub(crate) const MYSQL: &str = "CANCEL_SAFE_TEST_MYSQL_URL";
+
+pub(crate) fn url(variable: &str) -> String {
+    std::env::var(variable).unwrap_or_else(|_| panic!("set {variable} or run cargo xtask test tx-guard"))
 }
 
 /// What the tests need to know of a database, beyond what the crate itself knows.
@@ -27,6 +32,10 @@ pub(crate) trait TestDb: Backend {
 
     /// A statement that runs for ten seconds or longer if nobody stops it.
     const SLOW: &'static str;
+
+    /// A query for a million rows.
+    const MILLION: &'static str =
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n";
 
     fn place() -> (Self::Place, Options<Self>);
     async fn execute(conn: &mut Self::Connection, sql: String) -> Result<(), sqlx::Error>;
@@ -70,7 +79,7 @@ impl TestDb for Postgres {
     const SLOW: &'static str = "SELECT pg_sleep(10)";
 
     fn place() -> ((), PgConnectOptions) {
-        ((), postgres_url().parse().unwrap())
+        ((), url(POSTGRES).parse().unwrap())
     }
 
     async fn execute(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
@@ -83,6 +92,70 @@ impl TestDb for Postgres {
 
     async fn first_row(conn: &mut PgConnection, sql: &'static str) {
         sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
+    }
+}
+
+impl TestDb for MySql {
+    type Place = ();
+
+    const SLOW: &'static str = "SELECT SLEEP(10)";
+
+    const MILLION: &'static str = "WITH d(i) AS (SELECT 0 UNION SELECT 1 UNION SELECT 2 UNION SELECT 3 UNION SELECT 4
+            UNION SELECT 5 UNION SELECT 6 UNION SELECT 7 UNION SELECT 8 UNION SELECT 9)
+        SELECT a.i FROM d a, d b, d c, d d, d e, d f";
+
+    fn place() -> ((), MySqlConnectOptions) {
+        ((), url(MYSQL).parse().unwrap())
+    }
+
+    async fn execute(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    async fn numbers(conn: &mut MySqlConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
+        sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(conn).await
+    }
+
+    async fn first_row(conn: &mut MySqlConnection, sql: &'static str) {
+        sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
+    }
+}
+
+/// A database with a server, and so with a way to it.
+pub(crate) trait Server: TestDb {
+    /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
+    fn way(options: &Options<Self>, port: u16) -> ((String, u16), Options<Self>);
+    fn account(options: Options<Self>, user: &str, password: &str) -> Options<Self>;
+    fn database(options: Options<Self>, name: &str) -> Options<Self>;
+}
+
+impl Server for Postgres {
+    fn way(options: &PgConnectOptions, port: u16) -> ((String, u16), PgConnectOptions) {
+        let server = (options.get_host().to_owned(), options.get_port());
+        (server, options.clone().host("127.0.0.1").port(port).ssl_mode(PgSslMode::Disable))
+    }
+
+    fn account(options: PgConnectOptions, user: &str, password: &str) -> PgConnectOptions {
+        options.username(user).password(password)
+    }
+
+    fn database(options: PgConnectOptions, name: &str) -> PgConnectOptions {
+        options.database(name)
+    }
+}
+
+impl Server for MySql {
+    fn way(options: &MySqlConnectOptions, port: u16) -> ((String, u16), MySqlConnectOptions) {
+        let server = (options.get_host().to_owned(), options.get_port());
+        (server, options.clone().host("127.0.0.1").port(port).ssl_mode(MySqlSslMode::Disabled))
+    }
+
+    fn account(options: MySqlConnectOptions, user: &str, password: &str) -> MySqlConnectOptions {
+        options.username(user).password(password)
+    }
+
+    fn database(options: MySqlConnectOptions, name: &str) -> MySqlConnectOptions {
+        options.database(name)
     }
 }
 

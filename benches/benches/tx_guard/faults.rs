@@ -1,0 +1,196 @@
+//! The faults of transactions that are dropped, each met by this crate, by sqlx and by the peers in the same way.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::CommitOutcome;
+use futures_util::future::join_all;
+use tokio::time::timeout;
+
+use crate::measure::{Place, Table, execute, show};
+use crate::peers::{Named, Peer, all, cut};
+
+/// After how many pendings something is dropped: all that there are, in all the crates.
+const PENDINGS: std::ops::RangeInclusive<u32> = 1..=6;
+const ROUNDS: usize = 4;
+/// How long what was dropped may take to have its effect.
+const SETTLE: Duration = Duration::from_millis(30);
+
+struct Faults {
+    place: Place,
+    next: i64,
+}
+
+impl Faults {
+    /// A key that nobody has used.
+    fn key(&mut self) -> i64 {
+        self.next += 1;
+        self.next
+    }
+
+    fn insert(&self, n: i64) -> String {
+        format!("INSERT INTO {} (n) VALUES ({n})", self.place.table)
+    }
+
+    async fn is_there(&self, n: i64) -> bool {
+        self.place.number(format!("SELECT count(*) FROM {} WHERE n = {n}", self.place.table)).await == 1
+    }
+
+    /// New pools of one connection, so that whatever is left on it is met by whoever comes next.
+    async fn peers(&self) -> Vec<Named> {
+        all(&self.place, 1).await
+    }
+}
+
+pub(crate) async fn run(url: &str) {
+    let mut faults = Faults { place: Place::open(url, 50).await, next: 1_000 };
+    let peers = faults.peers().await;
+    let names: Vec<String> = peers.iter().map(|(name, _)| name.clone()).collect();
+    let head: Vec<&str> = std::iter::once("").chain(names.iter().map(String::as_str)).collect();
+    let mut table = Table::new(&head);
+    let mut row = |what: &str, cells: Vec<String>| table.row(std::iter::once(what.to_owned()).chain(cells));
+
+    row("dropped in `pg_sleep(10)`: the row is free after", sleeping(&faults, &peers).await);
+    row("`begin` dropped: later writes through the pool that said Ok and are lost", begins(&mut faults).await);
+    row("nested `begin` dropped: commits that said Ok and are not whole", nested(&mut faults, true).await);
+    row("nested `begin` dropped: rollbacks that said Ok and did not happen", nested(&mut faults, false).await);
+    let mut cells = Vec::new();
+    for (_, peer) in &peers {
+        let n = faults.key();
+        let said = timeout(Duration::from_secs(5), peer.work(vec![faults.insert(n), faults.insert(n)])).await;
+        let there = faults.is_there(n).await;
+        cells.push(match said {
+            Ok(Ok(())) if !there => "Ok".to_owned(),
+            Ok(Ok(())) => "Ok, and it is there".to_owned(),
+            Ok(Err(_)) => "an error".to_owned(),
+            Err(_) => "nothing".to_owned(),
+        });
+    }
+    row("commit of an aborted transaction says", cells);
+    row("dropped transactions that have committed", commits(&mut faults).await);
+    row("dropped outside a runtime", outside(&faults).await);
+    println!("the faults, each in the same scenario");
+    table.print();
+    drop(peers);
+    faults.place.close().await;
+}
+
+/// All at the same time, each on a row of its own.
+async fn sleeping(faults: &Faults, peers: &[Named]) -> Vec<String> {
+    let place = &faults.place;
+    let waits = peers.iter().zip(1..).map(async |((_, peer), row)| {
+        let work = peer.work(vec![place.update(row), "SELECT pg_sleep(10)".to_owned()]);
+        assert!(timeout(Duration::from_millis(300), work).await.is_err(), "it was not slow");
+        let mut conn = place.conn().await;
+        let start = Instant::now();
+        execute(&mut conn, place.update(row)).await.unwrap();
+        show(start.elapsed())
+    });
+    join_all(waits).await
+}
+
+async fn begins(faults: &mut Faults) -> Vec<String> {
+    let mut lost = Vec::new();
+    for pendings in PENDINGS {
+        for _ in 0..ROUNDS {
+            for (index, (_, peer)) in faults.peers().await.into_iter().enumerate() {
+                if lost.len() <= index {
+                    lost.push((0, 0));
+                }
+                if cut(peer.work(Vec::new()), pendings).await.is_some() {
+                    continue;
+                }
+                lost[index].1 += 1;
+                tokio::time::sleep(SETTLE).await;
+                let n = faults.key();
+                let said = timeout(Duration::from_secs(2), peer.through_the_pool(faults.insert(n))).await;
+                if matches!(said, Ok(Ok(()))) && !faults.is_there(n).await {
+                    lost[index].0 += 1;
+                }
+            }
+        }
+    }
+    lost.into_iter().map(|(lost, of)| format!("{lost} of {of}")).collect()
+}
+
+async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
+    let mut wrong: Vec<(usize, usize, usize)> = Vec::new();
+    for pendings in PENDINGS {
+        for _ in 0..ROUNDS {
+            for (index, (_, peer)) in faults.peers().await.into_iter().enumerate() {
+                if wrong.len() <= index {
+                    wrong.push((0, 0, 0));
+                }
+                let (first, second) = (faults.key(), faults.key());
+                let work = peer.nested(faults.insert(first), faults.insert(second), pendings, commit);
+                let said = timeout(Duration::from_secs(2), work).await;
+                tokio::time::sleep(SETTLE).await;
+                let there = usize::from(faults.is_there(first).await) + usize::from(faults.is_there(second).await);
+                match said {
+                    // Faster than the cut.
+                    Ok(Ok(false)) => {}
+                    Ok(Ok(true)) => {
+                        wrong[index].1 += 1;
+                        wrong[index].0 += usize::from(there != if commit { 2 } else { 0 });
+                    }
+                    Ok(Err(_)) | Err(_) => {
+                        wrong[index].1 += 1;
+                        // An error that has left something is no better.
+                        wrong[index].2 += usize::from(there != 0);
+                    }
+                }
+            }
+        }
+    }
+    let show = |(wrong, of, halves)| match halves {
+        0 => format!("{wrong} of {of}"),
+        halves => format!("{wrong} of {of}, and {halves} errors that left something"),
+    };
+    wrong.into_iter().map(show).collect()
+}
+
+async fn commits(faults: &mut Faults) -> Vec<String> {
+    let mut cells = Vec::new();
+    for (_, peer) in faults.peers().await {
+        let (mut dropped, mut committed, mut told) = (0, 0, 0);
+        for round in 0..120 {
+            let n = faults.key();
+            if cut(peer.work(vec![faults.insert(n)]), 1 + round % 10).await.is_some() {
+                continue;
+            }
+            dropped += 1;
+            let outcome = match peer.last_outcome() {
+                Some(outcome) => Some(timeout(Duration::from_secs(5), outcome).await.unwrap()),
+                None => None,
+            };
+            tokio::time::sleep(SETTLE).await;
+            let there = faults.is_there(n).await;
+            committed += usize::from(there);
+            let expected = if there { CommitOutcome::Committed } else { CommitOutcome::RolledBack };
+            told += usize::from(outcome == Some(expected));
+        }
+        cells.push(match told {
+            0 => format!("{committed} of {dropped}, none of which can be told"),
+            told => format!("{committed} of {dropped}, {told} of {dropped} told rightly"),
+        });
+    }
+    cells
+}
+
+/// The future of a transaction is dropped by a thread that knows no runtime.
+async fn outside(faults: &Faults) -> Vec<String> {
+    let mut cells = Vec::new();
+    let before = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    for (_, peer) in faults.peers().await {
+        let peer: Arc<dyn Peer> = peer;
+        let mut work = peer.work(vec!["SELECT pg_sleep(0.5)".to_owned()]);
+        assert!(timeout(Duration::from_millis(100), &mut work).await.is_err(), "it was not slow");
+        let panicked = std::thread::spawn(move || catch_unwind(AssertUnwindSafe(move || drop(work))).is_err());
+        let panicked = panicked.join().unwrap_or(true);
+        cells.push(if panicked { "a panic" } else { "no panic" }.to_owned());
+    }
+    std::panic::set_hook(before);
+    cells
+}

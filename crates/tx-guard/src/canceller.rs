@@ -1,0 +1,93 @@
+//! The connection over which statements on other connections are cancelled: kept warm, and never the user's.
+//!
+//! Invariant: it is used again only after a complete answer. A call that was dropped or has failed leaves nothing behind
+//! that could be mistaken for the answer to the next one, and a signal that had no answer is never said to have been
+//! acknowledged.
+
+use std::fmt;
+use std::time::{Duration, Instant};
+
+use futures_util::future::BoxFuture;
+use sqlx::{ConnectOptions, Connection};
+use tokio::sync::Mutex;
+use tokio::time::timeout;
+
+/// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
+/// hours, and firewalls forget such connections without telling either end.
+const WARM_LIMIT: Duration = Duration::from_millis(500);
+
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct Canceller<C>(Mutex<Option<Warm<C>>>);
+
+/// A connection, and since when it has been open.
+struct Warm<C> {
+    conn: C,
+    since: Instant,
+}
+
+impl<C: Connection> Warm<C> {
+    async fn open(options: &C::Options) -> Result<Self, sqlx::Error> {
+        // Before it is opened: what is older than this is older than the connection.
+        let since = Instant::now();
+        Ok(Self { conn: options.connect().await?, since })
+    }
+}
+
+impl<C: Connection> Canceller<C> {
+    /// Opens the connection ahead of its first use.
+    pub(crate) async fn warm(&self, options: &C::Options) -> Result<(), sqlx::Error> {
+        let mut warm = self.0.lock().await;
+        if warm.is_none() {
+            *warm = Some(Warm::open(options).await?);
+        }
+        Ok(())
+    }
+
+    /// Lets `ask` use the connection, which is told since when it has been open, and opens another one if it fails.
+    ///
+    /// # Errors
+    ///
+    /// There may be a signal under way that was not acknowledged.
+    pub(crate) async fn ask<T>(
+        &self,
+        options: &C::Options,
+        ask: impl for<'c> Fn(&'c mut C, Instant) -> BoxFuture<'c, Result<T, sqlx::Error>>,
+    ) -> Result<T, sqlx::Error> {
+        let mut warm = self.0.lock().await;
+        let mut doubt = None;
+        if let Some(mut taken) = warm.take() {
+            match timeout(WARM_LIMIT, ask(&mut taken.conn, taken.since)).await {
+                Ok(Ok(answer)) => {
+                    *warm = Some(taken);
+                    return Ok(answer);
+                }
+                Ok(Err(error)) => doubt = Some(error),
+                Err(_) => doubt = Some(sqlx::Error::Protocol("the connection for cancelling does not answer".into())),
+            }
+        }
+        let mut opened = Warm::open(options).await?;
+        let answer = ask(&mut opened.conn, opened.since).await?;
+        *warm = Some(opened);
+        // The signal that had no answer may be under way behind this one, so the session must not be used again.
+        doubt.map_or(Ok(answer), Err)
+    }
+
+    pub(crate) async fn close(&self) {
+        if let Some(warm) = self.0.lock().await.take() {
+            // A server that is gone needs no farewell.
+            drop(warm.conn.close().await);
+        }
+    }
+}
+
+impl<C> Default for Canceller<C> {
+    fn default() -> Self {
+        Self(Mutex::new(None))
+    }
+}
+
+impl<C> fmt::Debug for Canceller<C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Canceller").finish_non_exhaustive()
+    }
+}

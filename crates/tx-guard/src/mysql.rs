@@ -1,0 +1,452 @@
+//! MySQL and MariaDB: what is killed is looked at first, and a commit proves itself by a savepoint.
+//!
+//! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
+//! lost is refused; what comes after MySQL has rolled it back is undone at the end.
+
+use std::panic::AssertUnwindSafe;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt;
+use futures_util::future::{FutureExt, poll_immediate};
+use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
+use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, SqlSafeStr};
+use sqlx_core::transaction::TransactionManager;
+
+use crate::TxError;
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
+use crate::canceller::Canceller;
+use crate::known::Known;
+
+type Manager = <MySql as Database>::TransactionManager;
+
+/// How often a rollback is tried: each statement that was left behind may answer with one error.
+const ROLLBACK_ATTEMPTS: usize = 16;
+
+/// How much later than the client the server ends a session whose transaction lasts too long, in seconds.
+const SESSION_MARGIN: u64 = 1;
+
+/// The largest limit that both servers take, in seconds.
+const LONGEST_LIMIT: u64 = 31_536_000;
+
+/// Goes with the transaction, whatever ends it, and is there as long as it is. The savepoint is released in front of
+/// COMMIT, in the same message: if it is not there any more, the message ends before COMMIT.
+const MARK: &str = "SAVEPOINT txg_0";
+const VERIFIED_COMMIT: &str = "RELEASE SAVEPOINT txg_0; COMMIT";
+
+/// Refuses writes outside a transaction that asks for them. Under the victim of a deadlock MySQL goes on as if the
+/// transaction were still one that had asked, so nothing is committed by itself either.
+const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
+
+const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)";
+
+const DEADLOCK: u16 = 1213;
+const LOCK_WAIT_TIMEOUT: u16 = 1205;
+const NO_SUCH_DATABASE: u16 = 1049;
+const NO_SUCH_SAVEPOINT: u16 = 1305;
+const NO_SUCH_THREAD: u16 = 1094;
+/// Group replication's way of saying that a commit was refused and rolled back.
+const REFUSED_BY_THE_GROUP: u16 = 3101;
+
+/// One session of the server, and what our transactions have made of it.
+#[derive(Debug)]
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct Thread {
+    identity: Identity,
+    ownership: Ownership,
+    /// The session has limits of a transaction that had a deadline.
+    limited: AtomicBool,
+    /// The answer to the COMMIT has been read to its end, and nothing was sent since.
+    in_step: AtomicBool,
+}
+
+#[derive(Debug, Clone, Copy)]
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct Identity {
+    id: u64,
+    /// Ids are given out again by a server that was started anew.
+    learnt: Instant,
+    flavour: Flavour,
+    /// Nothing is written on this server, and asking for it may be refused.
+    read_only: bool,
+}
+
+/// Whose connection a session is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Ownership {
+    /// Ours: opened by the pool, for guards alone.
+    Owned,
+    /// The user's, which has its settings back after each transaction.
+    Wrapped,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Flavour {
+    MariaDb,
+    MySql,
+}
+
+impl Flavour {
+    /// The variables that are set for a transaction with a deadline.
+    fn limits(self) -> &'static [&'static str] {
+        match self {
+            Self::MariaDb => {
+                &["max_statement_time", "innodb_lock_wait_timeout", "lock_wait_timeout", "idle_transaction_timeout"]
+            }
+            Self::MySql => &["max_execution_time", "innodb_lock_wait_timeout", "lock_wait_timeout"],
+        }
+    }
+
+    /// The variables that [`HOLD`] sets.
+    fn held(self) -> &'static [&'static str] {
+        match self {
+            Self::MariaDb => &["autocommit", "tx_read_only"],
+            Self::MySql => &["autocommit", "transaction_read_only"],
+        }
+    }
+
+    /// MySQL limits its SELECTs alone, in milliseconds; MariaDB each statement, in seconds.
+    fn limit(self, variable: &str, remaining: Duration) -> String {
+        let seconds = remaining.as_secs().saturating_add(1).min(LONGEST_LIMIT);
+        match variable {
+            "max_statement_time" => format!("{:.3}", remaining.as_secs_f64().clamp(0.001, 31_536_000.0)),
+            "max_execution_time" => remaining.as_millis().clamp(1, u128::from(u32::MAX)).to_string(),
+            "idle_transaction_timeout" => (seconds + SESSION_MARGIN).min(LONGEST_LIMIT).to_string(),
+            _ => seconds.to_string(),
+        }
+    }
+}
+
+impl Backend for MySql {}
+
+impl Driver for MySql {
+    const TITLE: &'static str = "MySQL";
+    type Probe = Thread;
+    type Known = Known<Self, Identity>;
+    type Canceller = Canceller<MySqlConnection>;
+
+    fn target(options: &Options<Self>) -> String {
+        let database = options.get_database().unwrap_or("(default)");
+        match options.get_socket() {
+            Some(socket) => format!("{database:?} at {}", socket.display()),
+            None => format!("{database:?} at {}:{}", options.get_host(), options.get_port()),
+        }
+    }
+
+    fn connect_error(target: String, source: sqlx::Error) -> TxError {
+        match &source {
+            sqlx::Error::Database(_) if number(&source) == Some(NO_SUCH_DATABASE) => {
+                TxError::MissingDatabase { target, source }
+            }
+            sqlx::Error::Database(_) => TxError::Refused { target, source },
+            sqlx::Error::Configuration(_) => {
+                TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
+            }
+            _ => TxError::Unreachable { target, source },
+        }
+    }
+
+    async fn probe(conn: &mut MySqlConnection) -> Result<Thread, sqlx::Error> {
+        let identity = identify(conn, false).await?;
+        if !identity.read_only {
+            Self::run_sql(conn, HOLD.to_owned()).await?;
+        }
+        Ok(Thread::new(identity, Ownership::Owned))
+    }
+
+    async fn recognise(conn: &mut MySqlConnection, known: &Self::Known) -> Result<Thread, sqlx::Error> {
+        let identity = match known.statement(conn, IDENTIFY).await? {
+            None => identify(conn, false).await?,
+            Some(statement) => match known.find(&statement) {
+                Some(identity) => identity,
+                None => {
+                    let identity = identify(conn, true).await?;
+                    known.remember(statement, identity);
+                    identity
+                }
+            },
+        };
+        Ok(Thread::new(identity, Ownership::Wrapped))
+    }
+
+    async fn warm(canceller: &Self::Canceller, options: &MySqlConnectOptions) -> Result<(), sqlx::Error> {
+        canceller.warm(options).await
+    }
+
+    async fn begin(conn: &mut MySqlConnection, thread: &Thread, mode: &Mode) -> Result<(), sqlx::Error> {
+        let sql = begin_sql(thread, mode);
+        Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
+    }
+
+    async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+    }
+
+    fn is_transient(error: &sqlx::Error) -> bool {
+        matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
+    }
+
+    fn is_lost(conn: &MySqlConnection, _: &Thread) -> bool {
+        depth::<Self>(conn) == 0
+    }
+
+    /// A begin that is cancelled inside a nested transaction takes that one away alone, and the `commit` of the nested
+    /// transaction then is that of the whole.
+    fn may_have_committed(conn: &MySqlConnection) -> bool {
+        depth::<Self>(conn) == 0
+    }
+
+    /// That the session may only read is fence enough.
+    fn fence(_: &mut MySqlConnection) {}
+
+    async fn commit(conn: &mut MySqlConnection, thread: &Thread, _: CommitMode) -> Result<(), CommitFailure> {
+        // What a dropped future has left to be read. COMMIT has not been sent, so an error here is a rollback.
+        read_what_is_left(conn).await.map_err(CommitFailure::Refused)?;
+        match exchange(conn).await {
+            // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
+            (2, None) => {
+                thread.in_step.store(true, Ordering::Relaxed);
+                Ok(())
+            }
+            (0, Some(error)) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Err(CommitFailure::Ended),
+            (0, Some(error @ sqlx::Error::Database(_))) => Err(CommitFailure::Refused(error)),
+            (_, Some(error)) if matches!(number(&error), Some(DEADLOCK | REFUSED_BY_THE_GROUP)) => {
+                Err(CommitFailure::Refused(error))
+            }
+            (_, Some(error)) => Err(CommitFailure::Unknown(error)),
+            (_, None) => Err(CommitFailure::Unknown(sqlx::Error::Protocol("the answer to COMMIT is missing".into()))),
+        }
+    }
+
+    /// MySQL does not remember how a transaction ended.
+    async fn resolve(_: &Self::Canceller, _: &MySqlConnectOptions, _: &Thread, _: &Receipt) -> Option<bool> {
+        None
+    }
+
+    async fn rollback(conn: &mut MySqlConnection, thread: &Thread) -> Result<(), sqlx::Error> {
+        // A future that was dropped while its statement was being prepared leaves an answer of which sqlx does not know
+        // the length. The answer to a ping cannot be mistaken for any part of it.
+        if !thread.in_step.swap(false, Ordering::Relaxed) {
+            for _ in 0..ROLLBACK_ATTEMPTS {
+                if is_done(conn.ping().await)? {
+                    break;
+                }
+            }
+        }
+        // sqlx's depth stays where it was when MySQL has rolled back by itself, with the savepoints, and then its own
+        // rollback fails for ever. This one takes a level away whatever the answer will be.
+        while depth::<Self>(conn) > 1 {
+            Manager::start_rollback(conn);
+        }
+        for _ in 0..ROLLBACK_ATTEMPTS {
+            let rolled_back = match depth::<Self>(conn) {
+                0 => Self::run_sql(conn, "ROLLBACK".to_owned()).await,
+                _ => Manager::rollback(conn).await,
+            };
+            if is_done(rolled_back)? {
+                return thread.put_back(conn).await;
+            }
+        }
+        Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
+    }
+
+    /// A KILL QUERY that has found no statement hits the next one; a ping is none.
+    async fn rest(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        Self::run_sql(conn, "DO 0".to_owned()).await
+    }
+
+    async fn cancel(
+        canceller: &Self::Canceller,
+        options: &MySqlConnectOptions,
+        to: &Thread,
+    ) -> Result<Activity, sqlx::Error> {
+        let Identity { id, learnt, .. } = to.identity;
+        canceller.ask(options, |conn, since| Box::pin(kill_query(conn, since, id, learnt))).await
+    }
+
+    async fn terminate(
+        canceller: &Self::Canceller,
+        options: &MySqlConnectOptions,
+        to: &Thread,
+    ) -> Result<(), sqlx::Error> {
+        let Identity { id, learnt, .. } = to.identity;
+        canceller.ask(options, |conn, since| Box::pin(kill_connection(conn, since, id, learnt))).await
+    }
+
+    /// Only a round trip can do it.
+    fn interrupt(_: &Thread) {}
+
+    async fn cool(canceller: &Self::Canceller) {
+        canceller.close().await;
+    }
+}
+
+impl Thread {
+    fn new(identity: Identity, ownership: Ownership) -> Self {
+        Self { identity, ownership, limited: AtomicBool::new(false), in_step: AtomicBool::new(false) }
+    }
+
+    /// Gives a wrapped session the settings back that it had before its transaction.
+    async fn put_back(&self, conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        let mut settings: Vec<&str> = Vec::new();
+        if self.ownership == Ownership::Wrapped && !self.identity.read_only {
+            settings.extend(self.identity.flavour.held());
+        }
+        if self.ownership == Ownership::Wrapped && self.limited.load(Ordering::Relaxed) {
+            settings.extend(self.identity.flavour.limits());
+        }
+        if settings.is_empty() {
+            return Ok(());
+        }
+        let settings: Vec<_> = settings.iter().map(|setting| format!("{setting} = @txg_{setting}")).collect();
+        MySql::run_sql(conn, format!("SET {}", settings.join(", "))).await
+    }
+}
+
+async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sqlx::Error> {
+    // Before the question: whoever has answered was started before that.
+    let learnt = Instant::now();
+    let identify = sqlx::query_as(IDENTIFY).persistent(keep);
+    let (id, version, read_only): (u64, String, i64) = identify.fetch_one(conn).await?;
+    let flavour = if version.contains("MariaDB") { Flavour::MariaDb } else { Flavour::MySql };
+    Ok(Identity { id, learnt, flavour, read_only: read_only != 0 })
+}
+
+/// BEGIN, its settings and its mark in one message, so that they cost no round trip of their own.
+fn begin_sql(thread: &Thread, mode: &Mode) -> String {
+    let wrapped = thread.ownership == Ownership::Wrapped;
+    let mut sql = String::new();
+    // A wrapped session keeps what it had where it is found again.
+    let put_away = |sql: &mut String, setting| sql.push_str(&format!("SET @txg_{setting} = @@{setting}; "));
+    if wrapped && !thread.identity.read_only {
+        thread.identity.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
+        sql.push_str(HOLD);
+        sql.push_str("; ");
+    }
+    let was_limited = thread.limited.swap(mode.remaining.is_some(), Ordering::Relaxed);
+    for limit in thread.identity.flavour.limits() {
+        match mode.remaining {
+            Some(remaining) => {
+                if wrapped {
+                    put_away(&mut sql, limit);
+                }
+                sql.push_str(&format!("SET {limit} = {}; ", thread.identity.flavour.limit(limit, remaining)));
+            }
+            None if was_limited && !wrapped => sql.push_str(&format!("SET {limit} = DEFAULT; ")),
+            None => {}
+        }
+    }
+    sql.push_str(match mode.isolation {
+        None => "",
+        Some(Isolation::ReadCommitted) => "SET TRANSACTION ISOLATION LEVEL READ COMMITTED; ",
+        Some(Isolation::RepeatableRead) => "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; ",
+        Some(Isolation::Serializable) => "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; ",
+    });
+    sql.push_str(match (mode.read_only, thread.identity.read_only) {
+        (true, _) => "START TRANSACTION READ ONLY; ",
+        (false, false) => "START TRANSACTION READ WRITE; ",
+        (false, true) => "START TRANSACTION; ",
+    });
+    sql.push_str(MARK);
+    sql
+}
+
+/// Reads the answers of statements that were abandoned. Where there is nothing to be read, this costs nothing.
+async fn read_what_is_left(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    let is_left = {
+        let mut left = pin!(conn.flush());
+        match poll_immediate(left.as_mut()).await {
+            Some(read) => {
+                read?;
+                false
+            }
+            // Not dropped, because sqlx loses its place in an answer when it is dropped in the middle of it.
+            None => left.await.map(|()| true)?,
+        }
+    };
+    if is_left { conn.ping().await } else { Ok(()) }
+}
+
+/// Sends the verified commit, and says how many of its two statements have been done before the error.
+///
+/// After a statement that was abandoned while it was being prepared, sqlx may take a part of its answer for that to one
+/// of these, and panic in trying to read it.
+async fn exchange(conn: &mut MySqlConnection) -> (usize, Option<sqlx::Error>) {
+    let out_of_step = || sqlx::Error::Protocol("the answer is that to another statement".into());
+    let mut done = 0;
+    let read = AssertUnwindSafe(async {
+        let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(conn);
+        while let Some(answer) = answers.next().await {
+            match answer {
+                Ok(Either::Left(_)) => done += 1,
+                Ok(Either::Right(_)) => return Some(out_of_step()),
+                Err(error) => return Some(error),
+            }
+        }
+        None
+    });
+    let error = read.catch_unwind().await.unwrap_or_else(|_| Some(out_of_step()));
+    (done, error)
+}
+
+/// Whether the work is done. An answer of the database, even a refusal, shows that the connection works: of the
+/// statements that were left behind, each may have one.
+fn is_done(result: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(sqlx::Error::Database(_)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Looks before it kills: a session that waits for its client has nothing to be killed, and the next statement would be.
+async fn kill_query(
+    conn: &mut MySqlConnection,
+    since: Instant,
+    id: u64,
+    learnt: Instant,
+) -> Result<Activity, sqlx::Error> {
+    still_the_same_server(conn, since, learnt).await?;
+    let look = "SELECT command FROM information_schema.processlist WHERE id = ?";
+    match sqlx::query_scalar::<_, String>(look).bind(id).fetch_optional(&mut *conn).await?.as_deref() {
+        Some("Sleep") => return Ok(Activity::Idle),
+        Some(_) => kill(conn, format!("KILL QUERY {id}")).await?,
+        None => {}
+    }
+    Ok(Activity::Unseen)
+}
+
+async fn kill_connection(
+    conn: &mut MySqlConnection,
+    since: Instant,
+    id: u64,
+    learnt: Instant,
+) -> Result<(), sqlx::Error> {
+    still_the_same_server(conn, since, learnt).await?;
+    kill(conn, format!("KILL CONNECTION {id}")).await
+}
+
+async fn kill(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
+    match MySql::run_sql(conn, sql).await {
+        Err(error) if number(&error) == Some(NO_SUCH_THREAD) => Ok(()),
+        killed => killed,
+    }
+}
+
+/// A server that was started after the id was learnt has given that id to somebody else. A connection that is older than
+/// the id needs no asking: it is to the same start of the server.
+async fn still_the_same_server(conn: &mut MySqlConnection, since: Instant, learnt: Instant) -> Result<(), sqlx::Error> {
+    if since <= learnt {
+        return Ok(());
+    }
+    let (_, uptime): (String, String) = sqlx::query_as("SHOW GLOBAL STATUS LIKE 'Uptime'").fetch_one(conn).await?;
+    match uptime.parse::<u64>() {
+        Ok(uptime) if Duration::from_secs(uptime) > learnt.elapsed() => Ok(()),
+        Ok(_) | Err(_) => Err(sqlx::Error::Protocol("the server was started anew".into())),
+    }
+}
+
+fn number(error: &sqlx::Error) -> Option<u16> {
+    Some(error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?.number())
+}

@@ -1,0 +1,153 @@
+//! PostgreSQL: messages whose answers prove what they are answers to, and the fate of a commit that had none.
+//!
+//! Invariant: nothing is taken for done because of an answer that might be that to another message, and no fate is told
+//! that is not that of the transaction which was asked for it.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use futures_util::future::poll_immediate;
+use futures_util::{FutureExt, StreamExt, TryFutureExt};
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
+use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, Row};
+use sqlx_core::transaction::TransactionManager;
+use tokio::time::{sleep, timeout};
+
+use crate::backend::{CommitFailure, Receipt, depth};
+use crate::canceller::Canceller;
+
+type Manager = <Postgres as Database>::TransactionManager;
+
+/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
+/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
+pub(crate) const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
+
+/// A commit is asked for its transaction by this first, if it is to be found out how it ended.
+const RECEIPT: &str = "SELECT pg_current_xact_id_if_assigned()::text,
+    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+
+/// A standby that took over may not have heard of the transaction, and may give its id to another one.
+const FATE: &str = "SELECT pg_xact_status($1::xid8)
+    WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $2";
+
+/// How long the fate of a commit is asked for. A server that crashed needs a while to come back.
+const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long one question for it may take, and the pauses between them.
+const RESOLVE_ATTEMPT: Duration = Duration::from_secs(2);
+const FIRST_RESOLVE_PAUSE: Duration = Duration::from_millis(5);
+const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
+
+/// What has come back for a message of several statements, of which one has a row.
+#[derive(Default)]
+pub(crate) struct Answer {
+    /// The first value of the row.
+    pub(crate) row: Option<String>,
+    /// How many statements were done once the row had come, the one with the row included.
+    pub(crate) done_after_row: usize,
+    pub(crate) failure: Option<sqlx::Error>,
+}
+
+pub(crate) async fn exchange(conn: &mut PgConnection, sql: String) -> Answer {
+    let mut answer = Answer::default();
+    let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
+    while let Some(part) = parts.next().await {
+        match part {
+            // No value is as good as an empty one.
+            Ok(Either::Right(row)) => answer.row = Some(text(&row, 0).unwrap_or_default()),
+            Ok(Either::Left(_)) if answer.row.is_some() => answer.done_after_row += 1,
+            Ok(Either::Left(_)) => {}
+            Err(error) => answer.failure = Some(error),
+        }
+    }
+    answer
+}
+
+fn text(row: &PgRow, column: usize) -> Option<String> {
+    row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
+}
+
+/// Ends the empty transaction that CHAIN has left, and waits for nothing: its ROLLBACK is on its way when this returns,
+/// ahead of whatever is sent next.
+pub(crate) async fn leave(conn: &mut PgConnection) {
+    while depth::<Postgres>(conn) > 0 {
+        Manager::start_rollback(conn);
+    }
+    // Of a connection that has just failed, the next one to use it will hear.
+    drop(poll_immediate(pin!(conn.flush())).await);
+}
+
+/// The id of the transaction. Nothing has been sent that could commit it, so an error is a rollback.
+pub(crate) async fn receipt(conn: &mut PgConnection) -> Result<Receipt, CommitFailure> {
+    let mut rows = match sqlx::raw_sql(RECEIPT).fetch_all(conn).await {
+        Ok(rows) => rows,
+        Err(error) if is_refusal(&error) => return Err(CommitFailure::Aborted(error)),
+        Err(error) => return Err(CommitFailure::Refused(error)),
+    };
+    let row = rows.pop().ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
+    let timeline = text(&row, 1).ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
+    Ok(Receipt { transaction: text(&row, 0), timeline })
+}
+
+pub(crate) fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFailure {
+    match receipt {
+        Some(receipt) => CommitFailure::Resolvable(error, receipt),
+        None => CommitFailure::Unknown(error),
+    }
+}
+
+/// Asks for the fate of the transaction until it is known. `end` ends its session.
+pub(crate) async fn resolve<F>(
+    canceller: &Canceller<PgConnection>,
+    options: &PgConnectOptions,
+    receipt: &Receipt,
+    end: impl Fn() -> F,
+) -> Option<bool>
+where
+    F: Future<Output = Result<(), sqlx::Error>>,
+{
+    let ask = async {
+        let mut pause = FIRST_RESOLVE_PAUSE;
+        loop {
+            match timeout(RESOLVE_ATTEMPT, fate(canceller, options, receipt)).await {
+                Ok(Ok(Some(status))) if status == "committed" => return Some(true),
+                Ok(Ok(Some(status))) if status == "aborted" => return Some(false),
+                // Its client is gone, so it need not wait for a COMMIT that does not come.
+                Ok(Ok(Some(_))) => drop(timeout(RESOLVE_ATTEMPT, end()).await),
+                // Another history.
+                Ok(Ok(None)) => return None,
+                Ok(Err(_)) | Err(_) => {}
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(LONGEST_RESOLVE_PAUSE);
+        }
+    };
+    timeout(RESOLVE_LIMIT, ask).await.ok().flatten()
+}
+
+async fn fate(
+    canceller: &Canceller<PgConnection>,
+    options: &PgConnectOptions,
+    receipt: &Receipt,
+) -> Result<Option<String>, sqlx::Error> {
+    // Without an id it has written nothing, and there is nothing that could have been committed.
+    let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
+    canceller
+        .ask(options, |conn, _| {
+            let status = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
+            status.fetch_optional(conn).map_ok(Option::flatten).boxed()
+        })
+        .await
+}
+
+pub(crate) fn out_of_step() -> sqlx::Error {
+    sqlx::Error::Protocol("the answer is that to another message".into())
+}
+
+/// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
+pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
+    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
+        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
+        None => false,
+    }
+}

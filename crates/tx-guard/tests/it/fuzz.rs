@@ -1,0 +1,440 @@
+//! Random transactions, cut at random moments, and then the table compared with what was promised.
+//!
+//! A round is one program: statements, savepoints, nested transactions of sqlx, an end; and at most one cut of the whole
+//! (after a random number of polls, by a timeout, by the abort of its task) beside cuts of single steps. Many run at
+//! once, on a pool of the crate's own and on a wrapped one in turn. By default for some seconds a database;
+//! `CANCEL_SAFE_CAMPAIGN=full` runs 100,000 rounds on each. `CANCEL_SAFE_FUZZ_SEED` repeats the programs of a seed.
+
+mod check;
+pub(crate) mod cut;
+mod program;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering};
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{Options, TxPool};
+use fastrand::Rng;
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use sqlx::mysql::MySqlConnectOptions;
+use sqlx::pool::PoolOptions;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteSynchronous};
+use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection};
+use tokio::runtime::Handle;
+use tokio::task::{LocalSet, spawn_local};
+use tokio::time::{sleep, timeout};
+
+use self::check::{Sums, Tally};
+use self::cut::cut;
+use self::program::{ACCOUNTS, Book, KEYS, Program, Run, Source};
+use crate::world::{PATIENCE, TestDb, World, eventually};
+
+const FULL_ROUNDS: i64 = 100_000;
+/// After each so many rounds everything comes to rest and is compared.
+const BATCH: i64 = 500;
+const THREADS: usize = 2;
+const TASKS_PER_THREAD: usize = 4;
+/// Fewer than tasks, so that waiting for a connection is cut as well.
+const CONNECTIONS: u32 = 7;
+
+/// What the campaign needs to know of a database, beyond what the other tests need.
+pub(crate) trait FuzzDb: TestDb {
+    /// How many rounds take well under half a minute.
+    const QUICK_ROUNDS: i64;
+    /// A statement of a few milliseconds.
+    const NAP: &'static str;
+    /// A query of more rows than one message holds.
+    const MANY: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
+        SELECT i FROM n";
+
+    /// Whether the pools are safe from a `begin` that is cut inside a nested transaction of sqlx: the crate's own, and a
+    /// wrapped one.
+    const DEEP: [bool; 2];
+    /// Whether sqlx finds its place again after a query that was cut.
+    const READS_GO_ON: bool = true;
+    /// Whether the outcome may be unknown of a transaction that has ended without its guard, after an error that was
+    /// passed over or a nested transaction that was cut: the guard cannot tell a rollback from a COMMIT there.
+    const LOST_IS_UNKNOWN: bool = false;
+
+    /// SQL that makes a user of that name and takes it away, where sessions are found by it.
+    fn user(_: &str) -> Option<[String; 2]> {
+        None
+    }
+
+    /// What each session of an sqlx pool is told when it is opened.
+    const SETTINGS: &'static str = "SELECT 1";
+
+    /// Options of sessions that can be found by `name`, and that wait for locks no longer than a moment.
+    fn tuned(options: Options<Self>, name: &str) -> Options<Self>;
+
+    fn settings(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Reads one row and leaves the others.
+    async fn half_read(conn: &mut Self::Connection, sql: &'static str) -> Result<(), sqlx::Error>;
+
+    /// Whether a session of that name is in a transaction, as a session beside them sees it.
+    async fn in_transaction(beside: &mut Self::Connection, name: &str) -> bool;
+}
+
+impl FuzzDb for Sqlite {
+    const QUICK_ROUNDS: i64 = 6_000;
+    const NAP: &'static str =
+        "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 20000) SELECT count(*) FROM n";
+
+    /// The commit hook sees all.
+    const DEEP: [bool; 2] = [true, true];
+
+    fn tuned(options: SqliteConnectOptions, _: &str) -> SqliteConnectOptions {
+        options.busy_timeout(Duration::from_millis(50)).synchronous(SqliteSynchronous::Off)
+    }
+
+    async fn settings(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
+    }
+
+    async fn half_read(conn: &mut SqliteConnection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(sql).fetch(conn).next().await.transpose().map(drop)
+    }
+
+    /// A checkpoint that empties the log needs a database in which nobody reads or writes.
+    async fn in_transaction(beside: &mut SqliteConnection, _: &str) -> bool {
+        Sqlite::execute(beside, "PRAGMA busy_timeout = 20".to_owned()).await.unwrap();
+        Sqlite::numbers(beside, "PRAGMA wal_checkpoint(TRUNCATE)".to_owned()).await.unwrap() != [0]
+    }
+}
+
+impl FuzzDb for Postgres {
+    const QUICK_ROUNDS: i64 = 6_000;
+    const NAP: &'static str = "SELECT pg_sleep(0.002)";
+
+    const DEEP: [bool; 2] = [true, false];
+
+    fn tuned(options: PgConnectOptions, name: &str) -> PgConnectOptions {
+        options.application_name(name).options([("lock_timeout", "50ms")])
+    }
+
+    async fn settings(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
+    }
+
+    async fn half_read(conn: &mut PgConnection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(sql).fetch(conn).next().await.transpose().map(drop)
+    }
+
+    async fn in_transaction(beside: &mut PgConnection, name: &str) -> bool {
+        let open = format!(
+            "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{name}' AND xact_start IS NOT NULL"
+        );
+        Postgres::numbers(beside, open).await.unwrap() != [0]
+    }
+}
+
+impl FuzzDb for MySql {
+    const QUICK_ROUNDS: i64 = 6_000;
+    const NAP: &'static str = "SELECT SLEEP(0.002)";
+    const DEEP: [bool; 2] = [false, false];
+    const READS_GO_ON: bool = false;
+    const LOST_IS_UNKNOWN: bool = true;
+    /// What the twin has leaked would be waited for for a minute.
+    const SETTINGS: &'static str = "SET innodb_lock_wait_timeout = 1";
+
+    fn user(name: &str) -> Option<[String; 2]> {
+        let user = format!("'{name}'@'localhost', '{name}'@'%'");
+        let grants = ["localhost", "%"].map(|host| format!("; GRANT ALL ON *.* TO '{name}'@'{host}'"));
+        Some([format!("CREATE USER {user}{}", grants.concat()), format!("DROP USER {user}")])
+    }
+
+    fn tuned(options: MySqlConnectOptions, name: &str) -> MySqlConnectOptions {
+        options.username(name)
+    }
+
+    async fn settings(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(Self::SETTINGS).execute(conn).await.map(drop)
+    }
+
+    async fn half_read(conn: &mut MySqlConnection, sql: &'static str) -> Result<(), sqlx::Error> {
+        sqlx::query(sql).fetch(conn).next().await.transpose().map(drop)
+    }
+
+    async fn in_transaction(beside: &mut MySqlConnection, name: &str) -> bool {
+        let open = format!(
+            "SELECT count(*) FROM information_schema.innodb_trx
+             JOIN information_schema.processlist ON id = trx_mysql_thread_id WHERE user = '{name}'"
+        );
+        MySql::numbers(beside, open).await.unwrap() != [0]
+    }
+}
+
+fn rounds<D: FuzzDb>() -> i64 {
+    let full = std::env::var("CANCEL_SAFE_CAMPAIGN").is_ok_and(|form| form == "full");
+    if full { FULL_ROUNDS } else { D::QUICK_ROUNDS }
+}
+
+#[expect(clippy::print_stdout, reason = "a random test prints its seed")]
+fn seed() -> u64 {
+    let given = std::env::var("CANCEL_SAFE_FUZZ_SEED").ok().map(|seed| seed.parse().unwrap());
+    let seed = given.unwrap_or_else(|| fastrand::u64(..));
+    println!("again with the same programs: CANCEL_SAFE_FUZZ_SEED={seed}");
+    seed
+}
+
+/// How the whole of a program is cut.
+#[derive(Debug, Clone, Copy)]
+enum Whole {
+    Not,
+    Polls(u32),
+    Timeout(Duration),
+    Abort(Duration),
+}
+
+impl Whole {
+    fn random(random: &mut Rng) -> Self {
+        let moment = Duration::from_micros(random.u64(..6_000));
+        match random.u8(..6) {
+            0..=1 => Self::Not,
+            2..=3 => Self::Polls(random.u32(1..=30)),
+            4 => Self::Timeout(moment),
+            _ => Self::Abort(moment),
+        }
+    }
+}
+
+/// One database, its table, and what was found so far.
+struct Campaign<D: FuzzDb> {
+    world: World<D>,
+    random: Rng,
+    /// The number of the next program.
+    next: i64,
+    sums: Sums,
+    tally: Tally,
+}
+
+impl<D: FuzzDb> Campaign<D> {
+    async fn new(seed: u64) -> Self {
+        let world = World::<D>::new().await;
+        let accounts = (1..=ACCOUNTS).map(|account| format!("(-{account}, 0)")).collect::<Vec<_>>().join(",");
+        world.run(format!("INSERT INTO {} (n, v) VALUES {accounts}", world.table)).await;
+        if let Some([make, _]) = D::user(&world.table) {
+            world.run(make).await;
+        }
+        Self { world, random: Rng::with_seed(seed), next: 0, sums: Sums::default(), tally: Tally::default() }
+    }
+
+    fn options(&self) -> Options<D> {
+        D::tuned(self.world.options.clone(), &self.world.table)
+    }
+
+    /// The end of the table and the user.
+    async fn end(self) {
+        self.world.run(format!("DROP TABLE {}", self.world.table)).await;
+        if let Some([_, remove]) = D::user(&self.world.table) {
+            self.world.run(remove).await;
+        }
+    }
+
+    async fn plain_pool(&self) -> sqlx::Pool<D> {
+        let pool = PoolOptions::<D>::new().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+        let pool = pool.after_connect(|conn, _| Box::pin(D::settings(conn)));
+        pool.connect_with(self.options()).await.unwrap()
+    }
+
+    /// Runs so many programs, several at a time on each of several threads.
+    async fn run(&mut self, source: &Source<D>, deep: bool, programs: i64) -> Vec<(i64, Book)> {
+        let (first, seed) = (self.next, self.random.u64(..));
+        self.next += programs;
+        let next = Arc::new(AtomicI64::new(first));
+        let threads: Vec<_> = (0..THREADS)
+            .map(|_| {
+                let (source, next, runtime) = (source.clone(), Arc::clone(&next), Handle::current());
+                let table: Arc<str> = self.world.table.as_str().into();
+                std::thread::spawn(move || {
+                    let worker = async || {
+                        let mut books = Vec::new();
+                        loop {
+                            let id = next.fetch_add(1, Ordering::Relaxed);
+                            if id >= first + programs {
+                                return books;
+                            }
+                            let book = Book::new(id * KEYS);
+                            let run =
+                                Run { source: source.clone(), table: Arc::clone(&table), book: book.clone(), deep };
+                            let cut = round(run, Rng::with_seed(seed.wrapping_add(id.unsigned_abs()))).await;
+                            books.push((id, book, cut));
+                        }
+                    };
+                    let all = join_all((0..TASKS_PER_THREAD).map(|_| worker()));
+                    runtime.block_on(LocalSet::new().run_until(all)).into_iter().flatten().collect::<Vec<_>>()
+                })
+            })
+            .collect();
+        let join = move || threads.into_iter().flat_map(|thread| thread.join().unwrap()).collect::<Vec<_>>();
+        let mut books = Vec::new();
+        for (id, book, cut) in tokio::task::spawn_blocking(join).await.unwrap() {
+            self.tally.rounds += 1;
+            if cut {
+                self.tally.cut_at(book.page().stage);
+            }
+            for &stage in &book.page().inner_cuts {
+                self.tally.cut_at(stage);
+            }
+            books.push((id, book));
+        }
+        books
+    }
+
+    /// Compares the table with the books, once all is at rest.
+    async fn compare(&mut self, source: &Source<D>, books: Vec<(i64, Book)>) {
+        let mut beside = self.world.plain().await;
+        check::settle(&books, &mut self.tally).await;
+        let start = Instant::now();
+        while D::in_transaction(&mut beside, &self.world.table).await {
+            if start.elapsed() > check::REST {
+                self.tally.leak("a session is in a transaction that nobody has");
+                break;
+            }
+            sleep(Duration::from_millis(2)).await;
+        }
+        let written = self.probe(source).await;
+        let table = &self.world.table;
+        let rows = D::numbers(&mut beside, format!("SELECT n FROM {table} WHERE n >= 0")).await.unwrap();
+        let sums = format!("SELECT v FROM {table} WHERE n < 0 ORDER BY n DESC");
+        let sums = D::numbers(&mut beside, sums).await.unwrap();
+        check::compare(&books, rows, &written, &mut self.sums, &sums, &mut self.tally);
+        drop(D::execute(&mut beside, format!("DELETE FROM {table} WHERE n >= 0")).await);
+        drop(beside.close().await);
+    }
+
+    /// Writes one row over each connection of the pool at the same time. All are there, and what says `Ok` stays.
+    async fn probe(&mut self, source: &Source<D>) -> Vec<i64> {
+        let keys = self.next * KEYS..self.next * KEYS + i64::from(CONNECTIONS);
+        self.next += 1;
+        let insert = |n: i64| format!("INSERT INTO {} (n) VALUES ({n})", self.world.table);
+        // Whoever has one keeps it until all have one.
+        let all = tokio::sync::Barrier::new(keys.clone().count());
+        let mut written = Vec::new();
+        let writes = keys.map(async |n| {
+            let write = async {
+                match source {
+                    Source::Ours(db) => {
+                        let tx = db.begin().await.ok()?;
+                        all.wait().await;
+                        // One after the other where only one can write: what is busy may be tried again.
+                        drop(tx);
+                        let run = db.tx().retry(cancel_safe_tx_guard::Retry::attempts(50)).serializable();
+                        run.run(async |tx| Ok(D::execute(tx, insert(n)).await?)).await.ok()
+                    }
+                    Source::Plain(pool) => {
+                        let mut conn = pool.acquire().await.ok()?;
+                        all.wait().await;
+                        D::execute(&mut conn, insert(n)).await.ok()
+                    }
+                }
+            };
+            timeout(check::REST, write).await.ok().flatten().map(|()| n)
+        });
+        for write in join_all(writes).await {
+            match write {
+                Some(n) => written.push(n),
+                None => self.tally.leak("a connection of the pool cannot be had, or does not write"),
+            }
+        }
+        written
+    }
+}
+
+/// Whether the whole was cut.
+async fn round<D: FuzzDb>(run: Run<D>, mut random: Rng) -> bool {
+    let program = Program::random(&mut random);
+    run.book.page().program = format!("{program:?}");
+    match Whole::random(&mut random) {
+        Whole::Not => {
+            run.whole(&program).await;
+            false
+        }
+        Whole::Polls(polls) => cut(run.whole(&program), Some(polls)).await.is_none(),
+        Whole::Timeout(moment) => timeout(moment, run.whole(&program)).await.is_err(),
+        Whole::Abort(moment) => {
+            let task = spawn_local(async move { run.whole(&program).await });
+            sleep(moment).await;
+            task.abort();
+            match task.await {
+                Ok(()) => false,
+                Err(error) if error.is_cancelled() => true,
+                Err(error) => std::panic::resume_unwind(error.into_panic()),
+            }
+        }
+    }
+}
+
+async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str) {
+    let mut campaign = Campaign::<D>::new(seed()).await;
+    let pool = campaign.plain_pool().await;
+    let owned = TxPool::builder().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+    let owned = owned.connect_with(campaign.options()).await.unwrap();
+    let sources = [Source::Ours(owned.clone()), Source::Ours(TxPool::wrap(pool.clone()))];
+    for batch in 0..rounds::<D>() / BATCH {
+        let which = usize::from(batch % 2 == 1);
+        let source = &sources[which];
+        let books = campaign.run(source, D::DEEP[which], BATCH).await;
+        campaign.compare(source, books).await;
+    }
+    // The guards of a wrapped pool are all back as well.
+    eventually("sqlx has its connections back", async || pool.num_idle() == pool.size() as usize).await;
+    campaign.tally.print(database);
+    campaign.tally.assert_clean();
+    pool.close().await;
+    let report = owned.close(PATIENCE).await;
+    assert!(report.is_clean(), "{report}");
+    campaign.end().await;
+}
+
+/// The twin: sqlx alone, of which the same check finds the faults.
+async fn plain_sqlx_is_caught<D: FuzzDb>(database: &str) {
+    let mut campaign = Campaign::<D>::new(seed()).await;
+    for _ in 0..20 {
+        // A new pool for each, because nobody can wait for what the last one has leaked.
+        let pool = campaign.plain_pool().await;
+        let source = Source::Plain(pool.clone());
+        let books = campaign.run(&source, true, BATCH / 5).await;
+        campaign.compare(&source, books).await;
+        drop(timeout(check::REST, pool.close()).await);
+        if campaign.tally.violations() > 0 {
+            break;
+        }
+    }
+    campaign.tally.print(&format!("{database}, plain sqlx"));
+    assert!(campaign.tally.violations() > 0, "plain sqlx passes, so the check shows nothing");
+    campaign.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_leaked_torn_or_wrongly_told_on_sqlite() {
+    no_transaction_is_leaked_torn_or_wrongly_told::<Sqlite>("SQLite").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_leaked_torn_or_wrongly_told_on_postgres() {
+    no_transaction_is_leaked_torn_or_wrongly_told::<Postgres>("PostgreSQL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_leaked_torn_or_wrongly_told_on_mysql() {
+    no_transaction_is_leaked_torn_or_wrongly_told::<MySql>("MySQL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_sqlx_is_caught_on_sqlite() {
+    plain_sqlx_is_caught::<Sqlite>("SQLite").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_sqlx_is_caught_on_postgres() {
+    plain_sqlx_is_caught::<Postgres>("PostgreSQL").await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn plain_sqlx_is_caught_on_mysql() {
+    plain_sqlx_is_caught::<MySql>("MySQL").await;
+}

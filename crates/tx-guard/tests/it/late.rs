@@ -1,0 +1,104 @@
+//! Statements that reach the server later than their cancel: it finds nothing to cancel, and has to come again.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{CommitOutcome, Options, TxEvent, TxPool};
+use futures_util::FutureExt;
+use sqlx::{MySql, Postgres};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use crate::commit::works_as_before;
+use crate::world::{Server, TestDb, World, eventually};
+
+/// The first connection of a pool is a session, the second its connection for cancelling.
+const CANCELLER: usize = 1;
+
+/// Stands before the server, can keep what the sessions send, and counts what the canceller was answered.
+struct Door<D: TestDb> {
+    through: Options<D>,
+    held: watch::Sender<bool>,
+    acknowledged: Arc<AtomicUsize>,
+}
+
+impl<D: Server> Door<D> {
+    async fn open(options: &Options<D>) -> Self {
+        let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (server, through) = D::way(options, door.local_addr().unwrap().port());
+        let (held, acknowledged) = (watch::Sender::new(false), Arc::new(AtomicUsize::new(0)));
+        let (holds, count) = (held.subscribe(), Arc::clone(&acknowledged));
+        tokio::spawn(async move {
+            let mut number = 0;
+            while let Ok((client, _)) = door.accept().await {
+                let server = TcpStream::connect(server.clone()).await.unwrap();
+                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+                let holds = if number == CANCELLER { watch::Sender::new(false).subscribe() } else { holds.clone() };
+                let answers = if number == CANCELLER { Arc::clone(&count) } else { Arc::default() };
+                tokio::spawn(carry(from_client, to_server, holds, Arc::default()));
+                tokio::spawn(carry(from_server, to_client, watch::Sender::new(false).subscribe(), answers));
+                number += 1;
+            }
+        });
+        Self { through, held, acknowledged }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nobody drops the door's tasks halfway")]
+async fn carry(
+    mut from: impl AsyncReadExt + Unpin,
+    mut to: impl AsyncWriteExt + Unpin,
+    mut held: watch::Receiver<bool>,
+    carried: Arc<AtomicUsize>,
+) {
+    let mut buffer = [0; 8192];
+    while let Ok(size @ 1..) = from.read(&mut buffer).await {
+        // Fails when there is nobody any more who could hold it, which is as good.
+        drop(held.wait_for(|held| !held).await);
+        if to.write_all(&buffer[..size]).await.is_err() {
+            return;
+        }
+        carried.fetch_add(1, Ordering::Relaxed);
+    }
+    drop(to.shutdown().await);
+}
+
+async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same<D: Server>() {
+    let world = World::<D>::new().await;
+    let door = Door::<D>::open(&world.options).await;
+    let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    for round in 0..5 {
+        let mut events = db.events();
+        let mut tx = db.begin().await.unwrap();
+        let handle = tx.outcome_handle();
+        world.insert(&mut tx, 1).await.unwrap();
+        let before = door.acknowledged.load(Ordering::Relaxed);
+        door.held.send_replace(true);
+        assert!(D::execute(&mut tx, D::SLOW.to_owned()).now_or_never().is_none());
+        let start = Instant::now();
+        drop(tx);
+        eventually("a cancel has been answered", async || door.acknowledged.load(Ordering::Relaxed) > before).await;
+        door.held.send_replace(false);
+        assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+        // Not the two seconds after which a session is given up.
+        assert!(start.elapsed() < Duration::from_millis(1_500), "round {round}: {:?}", start.elapsed());
+        assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
+        assert_eq!(events.next().await, Some(TxEvent::CancelSent));
+        works_as_before(&world, &db).await;
+        assert_eq!(world.committed().await, [77]);
+        world.run(format!("DELETE FROM {}", world.table)).await;
+    }
+    world.end(db).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same_on_postgres() {
+    a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same::<Postgres>().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same_on_mysql() {
+    a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same::<MySql>().await;
+}

@@ -1,0 +1,256 @@
+//! Servers that are down, full or restarted, and pools that are closed meanwhile.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{CommitOutcome, TxError, TxPool};
+use sqlx::pool::PoolOptions;
+use sqlx::{Connection, MySql, Postgres};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Mutex, watch};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::commit::works_as_before;
+use crate::on_all;
+use crate::proxy::ServerDb;
+use crate::world::{PATIENCE, TestDb, World, eventually};
+
+/// Tells what is promised from the ten seconds of the statement.
+const SOON: Duration = Duration::from_secs(5);
+
+on_all!(
+    a_wrapped_pool_that_is_closed_while_a_transaction_settles_ends,
+    a_pool_that_is_closed_while_a_transaction_settles_ends,
+);
+
+/// Starts a statement that is slow, and drops it.
+async fn leave_a_slow_statement<D: TestDb>(world: &World<D>, conn: &mut D::Connection) {
+    world.insert(conn, 1).await.unwrap();
+    let slow = D::execute(conn, D::SLOW.to_owned());
+    assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
+}
+
+async fn a_wrapped_pool_that_is_closed_while_a_transaction_settles_ends<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let pool = PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    let mut tx = db.begin().await.unwrap();
+    leave_a_slow_statement(&world, &mut tx).await;
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
+    drop(tx);
+    // sqlx waits for its connection, and the reaper gives it back.
+    timeout(PATIENCE, pool.close()).await.unwrap();
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(world.committed().await.is_empty());
+    let closed = db.begin().await.unwrap_err();
+    assert!(matches!(closed, TxError::Closed), "{closed:?}");
+    world.end(db).await;
+}
+
+async fn a_pool_that_is_closed_while_a_transaction_settles_ends<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    leave_a_slow_statement(&world, &mut tx).await;
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
+    drop(tx);
+    let report = db.close(PATIENCE).await;
+    assert!(report.is_clean(), "{report}");
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(handle.try_outcome(), Some(CommitOutcome::RolledBack));
+    assert!(world.committed().await.is_empty());
+    world.end(db).await;
+}
+
+/// Stands before the server like a machine that can be switched off: its connections end, and new ones are refused.
+struct Machine {
+    port: u16,
+    server: (String, u16),
+    on: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Machine {
+    async fn on(server: (String, u16)) -> Self {
+        let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let machine = Self { port: door.local_addr().unwrap().port(), server, on: Mutex::new(None) };
+        machine.serve(door).await;
+        machine
+    }
+
+    async fn serve(&self, door: TcpListener) {
+        let server = self.server.clone();
+        let task = tokio::spawn(async move {
+            // Dropped with the task, and all connections with it.
+            let (power, _) = watch::channel(());
+            while let Ok((mut client, _)) = door.accept().await {
+                let (server, mut off) = (server.clone(), power.subscribe());
+                tokio::spawn(async move {
+                    let mut server = TcpStream::connect(server).await.unwrap();
+                    tokio::select! {
+                        _ = tokio::io::copy_bidirectional(&mut client, &mut server) => {}
+                        _ = off.changed() => {}
+                    }
+                });
+            }
+        });
+        *self.on.lock().await = Some(task);
+    }
+
+    async fn switch_off(&self) {
+        let task = self.on.lock().await.take().unwrap();
+        task.abort();
+        drop(task.await);
+    }
+
+    async fn switch_on(&self) {
+        let mut door = None;
+        eventually("the port is free again", async || {
+            door = TcpListener::bind(("127.0.0.1", self.port)).await.ok();
+            door.is_some()
+        })
+        .await;
+        self.serve(door.unwrap()).await;
+    }
+}
+
+/// What each caller has in hand is lost, nobody waits longer than asked, and afterwards all is as before.
+async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
+    let world = Arc::new(World::<D>::new().await);
+    let machine = Machine::on(D::address(&world.options)).await;
+    let options = D::through(world.options.clone(), machine.port);
+    let pool = PoolOptions::<D>::new().acquire_timeout(Duration::from_secs(2));
+    let db = if wrapped {
+        TxPool::wrap(pool.connect_with(options).await.unwrap())
+    } else {
+        let builder = TxPool::<D>::builder().connect_timeout(Duration::from_secs(2));
+        builder.acquire_timeout(Duration::from_secs(2)).connect_with(options).await.unwrap()
+    };
+    let mut committed = db.begin().await.unwrap();
+    world.insert(&mut committed, 1).await.unwrap();
+    let mut running = db.begin().await.unwrap();
+    world.insert(&mut running, 2).await.unwrap();
+    let mut dropped = db.begin().await.unwrap();
+    leave_a_slow_statement_of(&world, &mut dropped, 3).await;
+    machine.switch_off().await;
+    drop(dropped);
+
+    // Nothing of it had been sent, but who has lost the server cannot know that of a COMMIT in general.
+    let handle = committed.outcome_handle();
+    let error = committed.commit().await.unwrap_err();
+    let unknown = handle.outcome().await == CommitOutcome::Unknown;
+    assert_eq!(error.is_unknown(), unknown, "{error:?}");
+    world.insert(&mut running, 4).await.unwrap_err();
+    drop(running);
+    let start = Instant::now();
+    let error = db.begin().await.unwrap_err();
+    assert!(error.is_connect() || error.is_timeout(), "{error:?}");
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+
+    machine.switch_on().await;
+    works_as_before(&world, &db).await;
+    // The server itself has gone on, and notices the lost clients by itself.
+    let mut plain = world.plain().await;
+    eventually("the locks of the lost are free", async || {
+        let mut tx = plain.begin().await.unwrap();
+        let free = async {
+            for n in 1..=3 {
+                world.insert(&mut tx, n).await?;
+            }
+            Ok::<_, sqlx::Error>(())
+        };
+        let free = timeout(PATIENCE / 2, free).await.is_ok_and(|inserted| inserted.is_ok());
+        drop(tx.rollback().await);
+        free
+    })
+    .await;
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+async fn leave_a_slow_statement_of<D: TestDb>(world: &World<D>, conn: &mut D::Connection, n: i64) {
+    world.insert(conn, n).await.unwrap();
+    let slow = D::execute(conn, D::SLOW.to_owned());
+    assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_on_postgres() {
+    a_restart_is_survived::<Postgres>(false).await;
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_by_a_wrapped_pool_on_postgres() {
+    a_restart_is_survived::<Postgres>(true).await;
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_on_mysql() {
+    a_restart_is_survived::<MySql>(false).await;
+}
+
+#[tokio::test]
+async fn a_restart_is_survived_by_a_wrapped_pool_on_mysql() {
+    a_restart_is_survived::<MySql>(true).await;
+}
+
+/// The connection that cancels is dead and no other can be had: the session is given up, and the server finds out.
+#[tokio::test]
+async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
+    let world = World::<Postgres>::new().await;
+    let role = format!("{}_role", world.table);
+    // One session for the pool, one for cancelling, and no third.
+    world.run(format!("CREATE ROLE {role} LOGIN CONNECTION LIMIT 2; GRANT ALL ON {} TO {role}", world.table)).await;
+    let options = world.options.clone().username(&role);
+    let db = TxPool::<Postgres>::builder().max_connections(1).connect_with(options.clone()).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+    leave_a_slow_statement(&world, &mut tx).await;
+    let mut beside = world.plain().await;
+    let others = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' AND pid <> {pid}");
+    let kill = format!("SELECT pg_terminate_backend(pid) FROM ({others}) canceller");
+    Postgres::execute(&mut beside, kill).await.unwrap();
+    // Its place is taken at once.
+    let mut usurper = None;
+    eventually("the place of the canceller is free", async || {
+        usurper = sqlx::ConnectOptions::connect(&options).await.ok();
+        usurper.is_some()
+    })
+    .await;
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
+    drop(tx);
+    world.insert(&mut beside, 1).await.unwrap();
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    drop(usurper);
+    works_as_before(&world, &db).await;
+    world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
+    world.end(db).await;
+    world.run(format!("DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
+async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
+    let world = World::<Postgres>::new().await;
+    let role = format!("{}_role", world.table);
+    world.run(format!("CREATE ROLE {role} LOGIN CONNECTION LIMIT 2; GRANT ALL ON {} TO {role}", world.table)).await;
+    let options = world.options.clone().username(&role);
+    let builder = TxPool::<Postgres>::builder().max_connections(5).acquire_timeout(PATIENCE);
+    let db = builder.connect_with(options).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let error = db.begin().await.unwrap_err();
+    assert!(matches!(error, TxError::Refused { .. }), "{error:?}");
+    assert!(error.is_connect());
+    // The one there is can still be cancelled, and comes back.
+    leave_a_slow_statement(&world, &mut tx).await;
+    let start = Instant::now();
+    drop(tx);
+    let mut plain = world.plain().await;
+    world.insert(&mut plain, 1).await.unwrap();
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    works_as_before(&world, &db).await;
+    world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
+    world.end(db).await;
+    world.run(format!("DROP ROLE {role}")).await;
+}

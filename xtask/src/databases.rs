@@ -1,0 +1,40 @@
+//! The servers that a run of the tests needs, and what the tests are told of them.
+//!
+//! Invariant: a server that is needed and cannot be had is an error, so no test is left out in silence.
+
+use crate::command::Cargo;
+use crate::mariadb::MariaDb;
+use crate::postgres::Database as Postgres;
+
+/// Which of them.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) postgres: bool,
+    pub(crate) mysql: bool,
+}
+
+/// Dropping them stops what we have started and removes what we have made.
+pub(crate) struct Databases {
+    postgres: Option<Postgres>,
+    mysql: Option<MariaDb>,
+}
+
+impl Databases {
+    pub(crate) fn for_tests(wanted: Wanted) -> Result<Self, String> {
+        Ok(Self {
+            postgres: wanted.postgres.then(Postgres::for_tests).transpose()?,
+            mysql: wanted.mysql.then(MariaDb::for_tests).transpose()?,
+        })
+    }
+
+    /// Tells the tests that `cargo` will run where the servers are.
+    pub(crate) fn tell(&self, mut cargo: Cargo) -> Cargo {
+        if let Some(postgres) = &self.postgres {
+            cargo = cargo.env(Postgres::VARIABLE, postgres.url());
+        }
+        if let Some(mysql) = &self.mysql {
+            cargo = cargo.env(MariaDb::VARIABLE, mysql.url());
+        }
+        cargo
+    }
+}
