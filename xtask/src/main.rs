@@ -64,6 +64,8 @@ enum Task {
     /// Run the campaigns of kills, faults and power cuts in full: minutes to hours where the tests take seconds
     ///
     /// The same tests as `cargo xtask test`, told by CANCEL_SAFE_CAMPAIGN=full to visit everything instead of a sample.
+    /// The closing table says what each campaign visited and found, and which of them could not be run here, and why.
+    /// Power cuts need root, Linux, strace, python3, mkfs.ext4 and mkfs.xfs (xfsprogs).
     Crash {
         /// Directories under crates/ or package names; all that have a campaign when none is named
         crates: Vec<String>,

@@ -417,3 +417,6 @@ fn take_identity(rest: &mut &[u8]) -> Option<Option<Identity>> {
         _ => None,
     }
 }
+
+#[cfg(test)]
+mod tests;

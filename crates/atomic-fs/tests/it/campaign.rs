@@ -36,6 +36,28 @@ fn is_decisive(call: &Call) -> bool {
     DECISIVE.contains(&&*call.name)
 }
 
+/// Whether a call leaves the file system as it is, so that a power cut at it is one at the next call that does not.
+fn is_look(call: &Call) -> bool {
+    const LOOKS: [&str; 15] = [
+        "read",
+        "readlinkat",
+        "readlink",
+        "statx",
+        "newfstatat",
+        "fstat",
+        "lseek",
+        "getdents64",
+        "flock",
+        "fgetxattr",
+        "flistxattr",
+        "fcntl",
+        "pread64",
+        "close",
+        "access",
+    ];
+    LOOKS.contains(&&*call.name) || (call.name == "openat" && !call.text.contains("O_CREAT"))
+}
+
 /// All of `points`; in the quick form about as many as `quick`, spread evenly.
 fn sample<T>(points: Vec<T>, quick: usize) -> Vec<T> {
     let mut step = if is_full() { 1 } else { points.len().div_ceil(quick).max(1) };
@@ -139,6 +161,10 @@ impl Tally {
 
     fn add(&mut self, at: &str, verdict: Result<Picture, String>) {
         self.points += 1;
+        if self.points.is_multiple_of(25) {
+            // A campaign in full is long, and who waits for it takes silence for a hang.
+            println!("{}: {} points so far", self.name, self.points);
+        }
         match verdict {
             Ok(Picture::Old) => self.old += 1,
             Ok(_) => self.new += 1,

@@ -5,7 +5,9 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, TargetState, blocking};
+use cancel_safe_atomic_fs::{
+    self as atomic_fs, AtomicFileWriter, Durability, Error, MultiFileTransaction, TargetState, blocking,
+};
 use tempfile::{TempDir, tempdir};
 
 use crate::child::{self, SIZE_BYTES};
@@ -56,6 +58,8 @@ async fn a_full_disk_leaves_the_old_file() {
         atomic_fs::write(&path, &content).await.unwrap_err(),
         blocking::write(&path, &content).unwrap_err(),
         atomic_fs::write(&path, vec![b'N'; 5 << 20]).await.unwrap_err(),
+        // Nor is a short file published where no sync would tell of it.
+        AtomicFileWriter::options().durability(Durability::None).write(&path, &content).await.unwrap_err(),
     ] {
         assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
         assert_eq!(std::fs::read(&path).unwrap(), b"old");

@@ -107,7 +107,7 @@ impl Disk {
         // FS_IOC_GOINGDOWN without flushing the log; both file systems have the same number for it.
         const SCRIPT: &str = "import fcntl,os,struct,sys\n\
             fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
-        run(Command::new("python3").args(["-c", SCRIPT]).arg(&self.point))?;
+        run(Command::new("python3").args(["-S", "-E", "-c", SCRIPT]).arg(&self.point))?;
         run(Command::new("umount").arg(&self.point))?;
         self.mount()
     }
