@@ -100,6 +100,9 @@ pub trait Driver: Database {
     /// The name people know the database by.
     const TITLE: &'static str;
 
+    /// Whether a URL may do without a scheme, as the name of a file.
+    const TAKES_FILES: bool = false;
+
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Send + Sync + 'static;
 
