@@ -90,7 +90,6 @@ pub enum CommitFailure {
     /// COMMIT was sent and no answer came.
     Unknown(sqlx::Error),
     /// The same, and the server can be asked for how it ended.
-    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
     Resolvable(sqlx::Error, Receipt),
 }
 
@@ -211,7 +210,6 @@ pub enum Activity {
     /// It may have been running something.
     Unseen,
     /// It was waiting for its client, so there was nothing to cancel.
-    #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "only MySQL looks"))]
     Idle,
 }
 
