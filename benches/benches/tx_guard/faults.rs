@@ -5,11 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::CommitOutcome;
-use futures_util::future::join_all;
+use futures_util::future::{FutureExt, join_all};
 use tokio::time::timeout;
 
 use crate::measure::{Place, Table, execute, show};
-use crate::peers::{Named, Peer, all, cut};
+use crate::peers::{Named, Peer, Worked, all, cut};
 
 /// After how many pendings something is dropped: all that there are, in all the crates.
 const PENDINGS: std::ops::RangeInclusive<u32> = 1..=6;
@@ -23,6 +23,11 @@ const LONGEST: Duration = Duration::from_secs(14);
 /// None if it takes longer than anything here should.
 async fn patiently<T>(future: impl Future<Output = T>) -> Option<T> {
     timeout(Duration::from_secs(2), future).await.ok()
+}
+
+/// A panic is an error as well.
+async fn calmly<T>(work: Worked<T>) -> Result<T, String> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Err("a panic".to_owned()))
 }
 
 struct Faults {
@@ -57,10 +62,7 @@ pub(crate) async fn run(url: &str) {
     let names: Vec<String> = peers.iter().map(|(name, _)| name.clone()).collect();
     let head: Vec<&str> = std::iter::once("").chain(names.iter().map(String::as_str)).collect();
     let mut table = Table::new(&head);
-    let mut row = |what: &str, cells: Vec<String>| {
-        println!("{what}: done");
-        table.row(std::iter::once(what.to_owned()).chain(cells));
-    };
+    let mut row = |what: &str, cells: Vec<String>| table.row(std::iter::once(what.to_owned()).chain(cells));
 
     row("dropped in `pg_sleep(10)`: the row is free after", sleeping(&faults, &peers).await);
     row("`begin` dropped: later writes through the pool that said Ok and are lost", begins(&mut faults).await);
@@ -69,7 +71,7 @@ pub(crate) async fn run(url: &str) {
     let mut cells = Vec::new();
     for (_, peer) in &peers {
         let n = faults.key();
-        let said = patiently(peer.work(vec![faults.insert(n), faults.insert(n)])).await;
+        let said = patiently(calmly(peer.work(vec![faults.insert(n), faults.insert(n)]))).await;
         let there = faults.is_there(n).await;
         cells.push(match said {
             Some(Ok(())) if !there => "Ok".to_owned(),
@@ -114,13 +116,13 @@ async fn begins(faults: &mut Faults) -> Vec<String> {
                 if lost.len() <= index {
                     lost.push((0, 0));
                 }
-                if patiently(cut(peer.work(Vec::new()), pendings)).await.is_none_or(|done| done.is_some()) {
+                if patiently(cut(calmly(peer.work(Vec::new())), pendings)).await.is_none_or(|done| done.is_some()) {
                     continue;
                 }
                 lost[index].1 += 1;
                 tokio::time::sleep(SETTLE).await;
                 let n = faults.key();
-                let said = patiently(peer.through_the_pool(faults.insert(n))).await;
+                let said = patiently(calmly(peer.through_the_pool(faults.insert(n)))).await;
                 if matches!(said, Some(Ok(()))) && !faults.is_there(n).await {
                     lost[index].0 += 1;
                 }
@@ -140,7 +142,7 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
                 }
                 let (first, second) = (faults.key(), faults.key());
                 let work = peer.nested(faults.insert(first), faults.insert(second), pendings, commit);
-                let said = patiently(work).await;
+                let said = patiently(calmly(work)).await;
                 tokio::time::sleep(SETTLE).await;
                 let there = usize::from(faults.is_there(first).await) + usize::from(faults.is_there(second).await);
                 match said {
@@ -172,7 +174,7 @@ async fn commits(faults: &mut Faults) -> Vec<String> {
         let (mut dropped, mut committed, mut told, mut stuck) = (0, 0, 0, false);
         for round in 0..120 {
             let n = faults.key();
-            match patiently(cut(peer.work(vec![faults.insert(n)]), 1 + round % 10)).await {
+            match patiently(cut(calmly(peer.work(vec![faults.insert(n)])), 1 + round % 10)).await {
                 Some(None) => {}
                 Some(Some(_)) => continue,
                 None => {
