@@ -1,7 +1,8 @@
 //! The test run: what is run, and what it says of itself.
 //!
 //! Invariant: tests are counted by the closing lines of the runners that ran them, and a crate of which nothing ran has
-//! failed. Points are read from the file that `cancel-safe-testing` appends to, so captured output does not hide them.
+//! failed. Points are read from the file that `cancel-safe-testing` appends to, so captured output does not hide them; so
+//! are the campaigns, and what could not be run.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -45,10 +46,21 @@ pub(crate) struct Tally {
     unreported: isize,
     by_crate: BTreeMap<String, usize>,
     points: BTreeMap<String, Points>,
+    /// What each campaign of kills, faults and power cuts visited, by crate and name.
+    campaigns: BTreeMap<String, Visited>,
+    /// What was not run, and why.
+    not_run: BTreeSet<String>,
     /// The library whose tests are running, as rustc spells it.
     current: String,
     /// The arguments by which cargo says a failed test binary is run again.
     rerun: Option<String>,
+}
+
+/// What one campaign visited.
+#[derive(Clone, Copy, Default, PartialEq, Eq, Debug)]
+struct Visited {
+    points: usize,
+    violations: usize,
 }
 
 /// The cancellation points of one crate.
@@ -70,10 +82,14 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
             chosen(workspace, names, arguments, *campaign, &points, &mut tally)
         }
     }?;
+    let published = fs::read_to_string(&points).unwrap_or_default();
+    tally.read_points(&published);
+    tally.read_campaigns(&published);
     if !succeeded || tally.failed > 0 {
+        // Only that: the other tables would look as if all were well.
+        print!("{}", campaigns(&tally));
         return Err(tally.failure(workspace));
     }
-    tally.read_points(&fs::read_to_string(&points).unwrap_or_default());
     tally.require_something(workspace, scope)?;
     Ok(tally)
 }
@@ -135,6 +151,8 @@ impl Tally {
             sum.operations.extend(points.operations);
             sum.visited += points.visited;
         }
+        self.campaigns.extend(other.campaigns);
+        self.not_run.extend(other.not_run);
     }
 
     /// Takes in one line of cargo's output.
@@ -176,6 +194,22 @@ impl Tally {
             let points = self.points.entry(short(name).to_owned()).or_default();
             points.operations.insert(operation.join(" "));
             points.visited += visited.parse::<usize>().unwrap_or(0);
+        }
+    }
+
+    /// Takes in the lines `campaign <crate> <name> <points> <violations>` and `not-run <crate> <what>: <why>`.
+    fn read_campaigns(&mut self, text: &str) {
+        for line in text.lines() {
+            if let Some(what) = line.strip_prefix("not-run ") {
+                self.not_run.insert(what.to_owned());
+            } else if let Some(campaign) = line.strip_prefix("campaign ")
+                && let [krate, name, points, violations] = campaign.split_whitespace().collect::<Vec<_>>()[..]
+                && let (Ok(points), Ok(violations)) = (points.parse::<usize>(), violations.parse::<usize>())
+            {
+                let sum = self.campaigns.entry(format!("{krate} {name}")).or_default();
+                sum.points += points;
+                sum.violations += violations;
+            }
         }
     }
 
@@ -244,7 +278,27 @@ pub(crate) fn table(workspace: &Workspace, tally: &Tally) -> String {
         visited += here.1;
     }
     row("total", tally.passed, operations, visited);
+    text.push_str(&campaigns(tally));
     text.push('\n');
+    text
+}
+
+/// The table of what the campaigns visited, and what was not run; empty if there were none.
+fn campaigns(tally: &Tally) -> String {
+    let mut text = String::new();
+    if !tally.campaigns.is_empty() {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "\n{:<48}{:>8}{:>12}", "campaign", "points", "violations");
+    }
+    for (name, visited) in &tally.campaigns {
+        let _ = writeln!(text, "{name:<48}{:>8}{:>12}", visited.points, visited.violations);
+    }
+    if !tally.not_run.is_empty() {
+        let _ = writeln!(text, "\nnot run");
+    }
+    for what in &tally.not_run {
+        let _ = writeln!(text, "{what}");
+    }
     text
 }
 
@@ -302,6 +356,20 @@ mod tests {
         );
         assert_eq!(tally.points["guard"].operations.len(), 2);
         assert_eq!(tally.points["guard"].visited, 11);
+    }
+
+    #[test]
+    fn campaigns_and_what_was_not_run_are_in_the_table() {
+        let mut tally = Tally::default();
+        tally.read_campaigns(
+            "campaign atomic-fs write/faults 12 0\ncancel-points guard shield 7\ncampaign atomic-fs write/faults 3 1\n\
+             not-run atomic-fs write/power-cuts-xfs: mkfs.xfs cannot be run\ncampaign of another kind\n",
+        );
+        assert_eq!(tally.campaigns["atomic-fs write/faults"], Visited { points: 15, violations: 1 });
+        let text = table(&Workspace::load().unwrap(), &tally);
+        assert!(text.contains("not run\natomic-fs write/power-cuts-xfs: mkfs.xfs cannot be run\n"), "{text}");
+        assert_eq!(tally.campaigns.len(), 1, "{text}");
+        assert!(text.contains("campaign ") && text.contains("15           1\n"), "{text}");
     }
 
     #[test]

@@ -3,9 +3,14 @@
 //! Invariant: nothing is touched before every slot has been judged; the journal goes, durably, before any file that it
 //! speaks of.
 
+use std::ffi::OsStr;
+use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use tokio::runtime::Handle;
 
 use crate::Error;
 use crate::journal::{self, ABORTING, COMMITTED, Progress, Slot};
@@ -52,8 +57,11 @@ pub(crate) fn abort(home: &Site, slots: &[Slot]) -> io::Result<()> {
 /// Finds out how far each slot has come, and refuses if one cannot be told, or should not be touched.
 pub(crate) fn judge(home: &Site, journal: &'static str, slots: &[Slot]) -> Result<Vec<Progress>, Error> {
     let is_known = |progress| match progress {
-        Progress::Before | Progress::After => true,
+        // What somebody else put over an applied file is the last write, whichever way this goes.
+        Progress::Before | Progress::After | Progress::Same | Progress::AfterReplaced => true,
+        // To undo would lose what they wrote, and not to undo would keep what is being undone.
         Progress::AfterChanged => journal == COMMITTED,
+        // To finish would overwrite it.
         Progress::BeforeChanged => journal == ABORTING,
         Progress::Unknown => false,
     };
@@ -87,8 +95,91 @@ pub(crate) fn roll_back(home: &Site, slots: &[Slot], progress: &[Progress]) -> R
     finish(home, ABORTING, slots).map_err(io_error("finish the transaction in", &home.path))
 }
 
+/// Forgets the journal of a transaction whose files are all in place, durably, and removes what it no longer needs.
+///
+/// Here the journal need not be gone durably before the rest is: if a power cut brings it back, its recovery finds each
+/// target new and is done, whether or not the old file is still there. Only a later, durable change of a target must not
+/// survive where the journal came back. In the journal's directory it cannot, because the sync that makes the change
+/// durable does so for the removal of the journal as well; for any other directory the removal is synced here.
+pub(crate) fn forget(home: &Site, slots: &[Slot]) -> io::Result<()> {
+    if slots.iter().any(|slot| slot.site.id != home.id) {
+        return finish(home, COMMITTED, slots);
+    }
+    let mut held = Held::default();
+    held.open(home, COMMITTED.as_ref(), 0);
+    home.dir.remove(COMMITTED.as_ref())?;
+    for slot in slots {
+        if let Some(old) = &slot.old {
+            held.open(&slot.site, &slot.temp, old.size);
+        }
+        slot.clear()?;
+    }
+    Ok(())
+}
+
+/// Files that lose their names: as long as they are open, the system only notes that, and frees their space when they
+/// are closed. That takes longer than all the rest of the clean-up, so the blocking pool does it meanwhile and afterwards.
+#[derive(Default)]
+struct Held {
+    files: Vec<File>,
+    bytes: u64,
+    /// What of this transaction is not freed yet.
+    pending: Arc<Pending>,
+}
+
+#[derive(Default)]
+struct Pending {
+    files: AtomicUsize,
+    bytes: AtomicU64,
+}
+
+impl Held {
+    /// So many are handed over together.
+    const BATCH: usize = 64;
+    /// So many are open at most; the others are freed by their removal, for handles are few.
+    const FILES: usize = 256;
+    /// So much of them is open at most, that hardly any space is still taken when the commit has returned.
+    const BYTES: u64 = 4 << 20;
+
+    fn open(&mut self, site: &Site, name: &OsStr, bytes: u64) {
+        let Pending { files: open, bytes: taken } = &*self.pending;
+        if open.load(Ordering::Relaxed) >= Self::FILES || taken.load(Ordering::Relaxed) + bytes > Self::BYTES {
+            return;
+        }
+        // A file that cannot be opened is freed by its removal, too.
+        let Ok(file) = site.dir.read(name) else { return };
+        open.fetch_add(1, Ordering::Relaxed);
+        taken.fetch_add(bytes, Ordering::Relaxed);
+        self.files.push(file);
+        self.bytes += bytes;
+        if self.files.len() == Self::BATCH {
+            self.hand_over();
+        }
+    }
+
+    fn hand_over(&mut self) {
+        let (files, bytes, pending) =
+            (std::mem::take(&mut self.files), std::mem::take(&mut self.bytes), self.pending.clone());
+        // Outside a runtime, or in one that is shut down, they are closed here.
+        if let Ok(runtime) = Handle::try_current() {
+            drop(runtime.spawn_blocking(move || {
+                let count = files.len();
+                drop(files);
+                pending.files.fetch_sub(count, Ordering::Relaxed);
+                pending.bytes.fetch_sub(bytes, Ordering::Relaxed);
+            }));
+        }
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        self.hand_over();
+    }
+}
+
 /// Forgets the journal, and then removes what it no longer needs.
-pub(crate) fn finish(home: &Site, journal: &str, slots: &[Slot]) -> io::Result<()> {
+fn finish(home: &Site, journal: &str, slots: &[Slot]) -> io::Result<()> {
     home.dir.remove(journal.as_ref())?;
     // Durably, or after a power cut a journal would ask for files that have been removed.
     home.dir.sync()?;

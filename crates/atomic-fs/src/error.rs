@@ -21,8 +21,8 @@ pub enum TargetState {
 
 /// Why a file could not be written, or a directory not be swept.
 ///
-/// The target's path is named as the caller gave it. Ask [`target`](Error::target) what became of the target, and the
-/// `is_*` predicates for what a caller can do about it.
+/// The target's path is named as the caller gave it, by transactions as an absolute path. Ask
+/// [`target`](Error::target) what became of the target, and the `is_*` predicates for what a caller can do about it.
 ///
 /// It converts into [`io::Error`], so that `?` works in a function that returns [`io::Result`].
 ///
@@ -112,8 +112,8 @@ pub enum Error {
         /// The target as given.
         path: PathBuf,
     },
-    /// An earlier write to this writer failed, so that its content has a hole and is not published.
-    #[error("an earlier write to {path:?} failed")]
+    /// An earlier write to this writer, or the sync of a file of this transaction, failed; so nothing of it is published.
+    #[error("{path:?} cannot be written, because an earlier write failed")]
     Broken {
         /// The target as given.
         path: PathBuf,
@@ -225,6 +225,9 @@ impl Error {
     }
 
     /// Whether the target is a mount point.
+    ///
+    /// Such a file can only be written in place, where a crash tears it and a full disk leaves half of it, so this crate
+    /// never does. Who prefers that to no new content at all calls [`std::fs::write`] now, knowingly.
     pub fn is_not_replaceable(&self) -> bool {
         matches!(self, Self::NotReplaceable { .. })
     }

@@ -4,6 +4,7 @@
 //! transaction or to undo it; every step looks at what is there, so that it may be repeated.
 
 use std::ffi::{OsStr, OsString};
+use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::Xxh3Default;
 
 use crate::Error;
-use crate::platform::{Dir, Kind, Moved};
+use crate::platform::{Dir, Entry, Kind, Moved};
 use crate::staged::io_error;
 use crate::workspace::Site;
 
@@ -39,17 +40,30 @@ impl Identity {
     /// Looks at the file `name`; `None` if there is none.
     pub(crate) fn of(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
         let Some(entry) = dir.look(name)? else { return Ok(None) };
-        let digest = match entry.kind {
-            Kind::File => digest_file(dir, name),
-            Kind::Symlink => dir.read_link(name).map(|link| digest(link.as_os_str().as_bytes())),
+        let known = match entry.kind {
+            Kind::File => Self::of_file(dir, name),
+            Kind::Symlink => {
+                dir.read_link(name).map(|link| Self::new(&entry, Some(digest(link.as_os_str().as_bytes()))))
+            }
             Kind::Other(_) => return Err(io::ErrorKind::IsADirectory.into()),
         };
-        let digest = match digest {
-            Ok(digest) => Some(digest),
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => None,
-            Err(error) => return Err(error),
-        };
-        Ok(Some(Self { inode: entry.id.1, size: entry.size, digest }))
+        match known {
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Some(Self::new(&entry, None))),
+            // Somebody has removed it since it was looked at.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            other => other.map(Some),
+        }
+    }
+
+    /// All of it from one opening, since by its name another file might be found in between.
+    fn of_file(dir: &Dir, name: &OsStr) -> io::Result<Self> {
+        let mut file = dir.read(name)?;
+        let digest = digest_file(&mut file)?;
+        Ok(Self::new(&Entry::of(&file)?, Some(digest)))
+    }
+
+    fn new(entry: &Entry, digest: Option<u128>) -> Self {
+        Self { inode: entry.id.1, size: entry.size, digest }
     }
 
     fn same_content(&self, other: &Self) -> bool {
@@ -65,8 +79,7 @@ pub(crate) fn digest(bytes: &[u8]) -> u128 {
     xxhash_rust::xxh3::xxh3_128(bytes)
 }
 
-fn digest_file(dir: &Dir, name: &OsStr) -> io::Result<u128> {
-    let mut file = dir.read(name)?;
+fn digest_file(file: &mut File) -> io::Result<u128> {
     let mut hasher = Xxh3Default::new();
     let mut buffer = vec![0; 128 << 10];
     loop {
@@ -97,8 +110,13 @@ pub(crate) enum Progress {
     /// Not applied, and somebody else has changed the target since.
     BeforeChanged,
     After,
-    /// Applied, and somebody else has changed the target since.
+    /// Applied, and somebody else has changed the target since, or removed it.
     AfterChanged,
+    /// Applied, and somebody else has put another file there since, which is the last write.
+    AfterReplaced,
+    /// The target has the new content, and so has the temporary name. If both were the same from the beginning, and a
+    /// backup was restored, nothing tells whether it was applied; and nothing need be done.
+    Same,
     Unknown,
 }
 
@@ -107,6 +125,8 @@ pub(crate) enum Progress {
 enum Seen {
     Old,
     New,
+    /// The new file, written to in place since.
+    Altered,
     Other,
     Nothing,
 }
@@ -178,24 +198,40 @@ impl Slot {
             (_, Some(_)) => match (temp, name) {
                 // The old file comes to the temporary name in no other way.
                 (Seen::Old, Seen::New) => Progress::After,
+                (Seen::Old, Seen::Other) => Progress::AfterReplaced,
                 (Seen::Old, _) => Progress::AfterChanged,
                 (Seen::New, Seen::Old) => Progress::Before,
                 (Seen::New, Seen::Nothing) if self.old.is_none() => Progress::Before,
                 // A link of the new file, made where files can neither be exchanged nor moved to a free name.
                 (Seen::New, Seen::New) if self.old.is_none() => Progress::Before,
+                (Seen::New, Seen::New) => Progress::Same,
                 (Seen::New, _) => Progress::BeforeChanged,
                 // Whatever was replaced, if it was not what was expected: the last one to rename wins.
                 (_, Seen::New) => Progress::After,
+                // A file that was created has no old one to leave at the temporary name.
+                (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterReplaced,
+                // Nor has one whose old file was already freed when a power cut brought the journal back.
+                (Seen::Nothing, Seen::Altered) => Progress::AfterChanged,
+                // Both are gone, with their directory most likely: there is nothing left to finish, nor to undo.
+                (Seen::Nothing, Seen::Nothing) => Progress::BeforeChanged,
                 _ => Progress::Unknown,
             },
             (Some(_), None) => match (temp, name) {
                 (Seen::Old, Seen::Nothing) | (Seen::Nothing, Seen::Nothing) => Progress::After,
+                // The same file, moved half-way by a link; or one like it, that somebody else has made.
+                (Seen::Old, Seen::Old) if !self.is_one_file()? => Progress::AfterReplaced,
                 (Seen::Old, Seen::Old) | (Seen::Nothing, Seen::Old) => Progress::Before,
-                (Seen::Old, _) => Progress::AfterChanged,
+                (Seen::Old, _) => Progress::AfterReplaced,
                 (Seen::Nothing, _) => Progress::BeforeChanged,
                 _ => Progress::Unknown,
             },
         })
+    }
+
+    /// Whether both names are of one file.
+    fn is_one_file(&self) -> io::Result<bool> {
+        let (temp, name) = (self.site.dir.look(&self.temp)?, self.site.dir.look(&self.name)?);
+        Ok(temp.zip(name).is_some_and(|(temp, name)| temp.id == name.id))
     }
 
     /// Removes what a step that was cut short has left over, so that every step can be taken again.
@@ -241,6 +277,7 @@ impl Slot {
         Ok(match (matches(Identity::same_content), matches(Identity::same_inode)) {
             ((true, false), _) | ((false, false), (true, false)) | ((true, true), (true, _)) => Seen::Old,
             ((false, true), _) | ((false, false), (_, true)) | ((true, true), _) => Seen::New,
+            _ if self.new.as_ref().is_some_and(|new| new.inode == found.inode) => Seen::Altered,
             _ => Seen::Other,
         })
     }

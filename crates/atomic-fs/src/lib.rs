@@ -107,7 +107,7 @@
 //!
 //! | event | the targets | left behind |
 //! |---|---|---|
-//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, hidden files until [`recover`] |
+//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] |
 //! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
 //! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
@@ -129,6 +129,10 @@
 //!   exchanged, which takes microseconds a file; after a crash, until [`recover`]. No file system offers better.
 //! - A target that is changed by somebody else between a crash and its recovery may be neither the old nor the new file.
 //!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
+//! - A journal is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
+//!   such as `/tmp` itself.
+//! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
+//!   fail, with all files unchanged.
 //! - Recover the journal's directory: that of the first target, or the one that the transaction began with. Only there
 //!   an unfinished transaction is noticed.
 //! - All targets and the journal are on one file system, with file locks; a rename within a transaction needs hard
@@ -148,8 +152,11 @@
 //!   On a network file system a rename may take effect although it reports an error, and locks may be seen by one
 //!   machine only; sweep while no other machine writes.
 //! - A [`sweep`] needs file locks; where there are none it removes nothing.
+//! - To sync a directory it is opened for reading, so a directory that may only be written to is a
+//!   [permission](Error::is_permission_denied) that is missing.
 //! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`. On Windows there are no modes, owners
-//!   and directory syncs.
+//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced; and for a moment after
+//!   the rename a reader may find the new file locked.
 //!
 //! # Comparison
 //!
@@ -185,6 +192,8 @@ mod protocol;
 mod reader;
 mod recovery;
 mod staged;
+#[cfg(unix)]
+mod sync;
 #[cfg(unix)]
 mod transaction;
 mod whole;

@@ -4,23 +4,24 @@
 //! journal outlives every step, so that a crash at any moment leaves enough to finish or to undo the whole.
 
 use std::collections::HashMap;
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::Ordering;
 
-use crate::apply::{abort, apply, finish, sites};
+use crate::apply::{abort, apply, forget, sites};
 use crate::commit::Gate;
 use crate::journal::{self, COMMITTED, Identity, Slot};
-use crate::platform::{Dir, Entry, Kind, Moved, Share};
+use crate::platform::{Entry, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
+use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Locks, Site, Workspace};
 use crate::{Error, Symlinks, WriteOptions};
 
-/// How many files are synced at once, so that the file system can join their commits.
-const SYNC_THREADS: usize = 16;
+/// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
+const QUICK_BYTES: u64 = 16 << 20;
 
 /// A new file with its final content and metadata.
 #[derive(Debug)]
@@ -69,67 +70,15 @@ pub(crate) enum Step {
     Rename { from: Arc<Path>, to: Arc<Path> },
 }
 
-/// A file that must be durable before a journal speaks of it.
-#[derive(Debug)]
-pub(crate) enum Unsynced {
-    New(Arc<Path>, Arc<File>),
-    /// One that is to be replaced, removed or renamed. What the journal says of it must be so after a power cut too,
-    /// although whoever wrote it may not have synced it.
-    Old(Arc<Path>, Arc<Site>, OsString),
-}
-
-impl Unsynced {
-    fn sync(&self) -> Result<(), Error> {
-        match self {
-            Self::New(path, file) => file.sync_all().map_err(io_error("sync the new file for", path)),
-            Self::Old(path, site, name) => match sync_old(&site.dir, name) {
-                // There is none, or we may only replace it; then its size has to do.
-                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
-                    Ok(())
-                }
-                other => other.map_err(io_error("sync the old file of", path)),
-            },
-        }
-    }
-}
-
-fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
-    match dir.look(name)? {
-        Some(Entry { kind: Kind::File, .. }) => dir.read(name)?.sync_all(),
-        _ => Ok(()),
-    }
-}
-
-/// Syncs the files in parallel; the first failure counts.
-pub(crate) fn sync_files(files: &[Unsynced]) -> Result<(), Error> {
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<(), Error> {
-        while let Some(file) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            file.sync()?;
-        }
-        Ok(())
-    };
-    std::thread::scope(|scope| {
-        let spawn = || std::thread::Builder::new().name("afs-sync".to_owned()).spawn_scoped(scope, work);
-        // Where no thread can be had, this one does it all.
-        let helpers: Vec<_> = (1..files.len().min(SYNC_THREADS)).map_while(|_| spawn().ok()).collect();
-        let mut result = work();
-        for helper in helpers {
-            let ended = helper.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
-            result = result.and(ended);
-        }
-        result
-    })
-}
-
 /// Makes all of `steps` visible, or none.
 pub(crate) fn commit(workspace: &Workspace, steps: Vec<Step>, gate: &Gate) -> Result<(), Error> {
     let mut moves = steps.into_iter().map(|step| Move::new(workspace, step)).collect::<Result<Vec<_>, _>>()?;
     let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
-    let unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
-    sync_files(&unsynced)?;
-    // The new files are closed, and with that unlocked, before they become the targets.
-    drop(unsynced);
+    let bytes: u64 = moves.iter().map(Move::bytes).sum();
+    let mut unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
+    if !has_journal || bytes > QUICK_BYTES {
+        sync_files(std::mem::take(&mut unsynced))?;
+    }
     let mut plan = Plan::default();
     let home = workspace.home();
     let sites: Vec<_> = moves.iter().flat_map(Move::sites).chain([&home]).collect();
@@ -146,7 +95,7 @@ pub(crate) fn commit(workspace: &Workspace, steps: Vec<Step>, gate: &Gate) -> Re
     for one in moves {
         plan.add(workspace, one)?;
     }
-    plan.commit(workspace, gate)
+    plan.commit(workspace, unsynced, gate)
 }
 
 /// An unfinished transaction may have files of these very targets in its hands.
@@ -193,6 +142,15 @@ impl Move {
                 Self::Rename { from: Named::new(workspace, from)?, to: Named::new(workspace, to)? }
             }
         })
+    }
+
+    /// How much there is to sync, as far as is known.
+    fn bytes(&self) -> u64 {
+        match self {
+            Self::Put(sealed) => sealed.identity.size + sealed.place.target.size(),
+            Self::Remove(named) => named.target.size(),
+            Self::Rename { from, to } => from.target.size() + to.target.size(),
+        }
     }
 
     /// What is to be synced: the new file, and what a journal would speak of.
@@ -331,15 +289,16 @@ impl Plan {
         self.vacated.push(vacated);
     }
 
-    fn commit(mut self, workspace: &Workspace, gate: &Gate) -> Result<(), Error> {
+    fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
         // First what is put somewhere, so that a file that is renamed has its new name before it loses the old one.
         self.slots.sort_by_key(|slot| slot.new.is_none());
         let home = workspace.home();
-        let draft = Draft::write(workspace, &home, &self.slots)?;
-        // The staged files must be found after a power cut; those beside the journal are synced together with it.
-        for site in sites(&self.slots).filter(|site| site.id != home.id) {
-            site.dir.sync().map_err(io_error("sync the directory", &site.path))?;
-        }
+        let (draft, file) = Draft::write(workspace, &home, &self.slots)?;
+        unsynced.push(Unsynced::Draft(home.clone(), file));
+        // The names beside the journal are synced together with its own.
+        unsynced.extend(sites(&self.slots).filter(|site| site.id != home.id).cloned().map(Unsynced::Names));
+        // With that the new files are closed, and unlocked, before they become the targets.
+        sync_files(unsynced)?;
         let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
@@ -347,7 +306,7 @@ impl Plan {
         let Err(error) = apply(&home, &self.slots) else {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
-            if let Err(_error) = finish(&home, COMMITTED, &self.slots) {
+            if let Err(_error) = forget(&home, &self.slots) {
                 workspace.left.store(true, Ordering::Relaxed);
                 #[cfg(feature = "tracing")]
                 tracing::warn!(error = %_error, "a committed transaction is to be cleaned up by a recovery");
@@ -375,7 +334,8 @@ struct Draft<'a> {
 }
 
 impl<'a> Draft<'a> {
-    fn write(workspace: &Workspace, home: &'a Site, slots: &[Slot]) -> Result<Self, Error> {
+    /// Writes it, and leaves it to be synced.
+    fn write(workspace: &Workspace, home: &'a Site, slots: &[Slot]) -> Result<(Self, File), Error> {
         let failed = || io_error("write a journal in", &home.path);
         let bytes = journal::encode(home, slots);
         if bytes.len() as u64 > journal::LIMIT_BYTES {
@@ -384,8 +344,8 @@ impl<'a> Draft<'a> {
         let name = workspace.draft();
         let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
         let draft = Self { home, name, taken: true };
-        file.write_all(&bytes).and_then(|()| file.sync_all()).map_err(failed())?;
-        Ok(draft)
+        file.write_all(&bytes).map_err(failed())?;
+        Ok((draft, file))
     }
 
     fn commit(mut self) -> Result<(), Error> {

@@ -127,8 +127,13 @@ fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
     // Its writer may have committed between the opening and the lock: then this is the target, and the name is gone.
     let opened = Entry::of(&file)?;
     match dir.look(name)? {
-        Some(now) if now.id == opened.id => dir.remove(name).map(|()| Found::Dead),
-        _ => Ok(Found::Vanished),
+        Some(now) if now.id == opened.id => {}
+        _ => return Ok(Found::Vanished),
+    }
+    match dir.remove(name) {
+        // A living writer that could not lock its file, because of this very lock, removes it and takes another.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Vanished),
+        other => other.map(|()| Found::Dead),
     }
 }
 
@@ -159,7 +164,11 @@ const LOCK_ATTEMPTS: usize = 8;
 /// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
 /// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
 ///
-/// It knows files again by their inode and size, or else by their content, so that a restored backup recovers too.
+/// It knows files again by their inode and size, or else by their content, so that a restored backup recovers too. What
+/// somebody else has put in the place of a file that was already exchanged is the last write, and stays.
+///
+/// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
+/// would not trust with the files that you can write to.
 ///
 /// # Cancel safety
 ///

@@ -86,6 +86,12 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    /// How long the file is that is there now, in bytes.
+    #[cfg(unix)]
+    pub(crate) fn size(&self) -> u64 {
+        self.existing.as_ref().map_or(0, |entry| entry.size)
+    }
+
     pub(crate) fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
         let (parent, name) = split(path, path)?;
         let mut dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;

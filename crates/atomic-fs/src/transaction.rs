@@ -10,13 +10,14 @@ use std::sync::Arc;
 
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
-use crate::protocol::{self, Sealed, Step, Unsynced};
+use crate::protocol::{self, Sealed, Step};
 use crate::staged::{Naming, Staged, Target, split};
+use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Site, Workspace};
 use crate::{AtomicFileWriter, Error, WriteOptions, journal};
 
-/// How many staged files are open at once; when there are more, they are synced, together, and closed.
-const OPEN_LIMIT: usize = 128;
+/// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
+const BATCH_FILES: usize = 64;
 
 /// Changes several files, all of them or none; dropped without a commit, it changes nothing.
 ///
@@ -31,6 +32,8 @@ const OPEN_LIMIT: usize = 128;
 ///
 /// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
 /// which takes microseconds, or after a crash until the recovery, unless it holds a [`read_lock`](crate::read_lock).
+///
+/// A relative path is taken from the working directory at the time when it is given.
 ///
 /// Transactions that share a directory, of a target or of the journal, wait for each other; see [`commit`](Self::commit).
 ///
@@ -61,6 +64,12 @@ const OPEN_LIMIT: usize = 128;
 pub struct MultiFileTransaction {
     journal_dir: Option<PathBuf>,
     changes: Vec<Change>,
+    /// How many files of `changes` are open.
+    open: usize,
+    /// What syncs and closes the files before those.
+    syncing: Option<Job<()>>,
+    /// The system drops what it could not sync, and a second sync would hear nothing of it: so this stays.
+    is_broken: bool,
     // Last, so that the note goes after the files.
     workspace: Option<Arc<Workspace>>,
 }
@@ -76,14 +85,14 @@ enum Change {
 impl MultiFileTransaction {
     /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
     pub fn new() -> Self {
-        Self { journal_dir: None, changes: Vec::new(), workspace: None }
+        Self { journal_dir: None, changes: Vec::new(), open: 0, syncing: None, is_broken: false, workspace: None }
     }
 
     /// An empty transaction, whose journal will be in the directory `journal_dir`; that is where to recover it.
     ///
     /// Nothing is touched until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
-        Self { journal_dir: Some(journal_dir.as_ref().to_path_buf()), ..Self::new() }
+        Self { journal_dir: Some(from_here(journal_dir.as_ref())), ..Self::new() }
     }
 
     /// Stages `content` to become the file `path`.
@@ -99,9 +108,10 @@ impl MultiFileTransaction {
     ///
     /// As [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already
     /// [part of the transaction](Error::is_repeated_target), or on
-    /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with.
+    /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
+    /// it is [`Broken`](Error::Broken), because a file that was staged before could not be synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
-        let path = Arc::<Path>::from(path.as_ref());
+        let path = Arc::<Path>::from(from_here(path.as_ref()));
         let content = content.as_ref().to_vec();
         self.close_some(&path).await?;
         let workspace = self.workspace(&path).await?;
@@ -114,6 +124,7 @@ impl MultiFileTransaction {
         .await?;
         self.refuse_repetition(&sealed.site, &sealed.place.target.name, &path)?;
         self.changes.push(Change::Put(Box::new(sealed)));
+        self.open += 1;
         Ok(())
     }
 
@@ -151,7 +162,7 @@ impl MultiFileTransaction {
     /// # }
     /// ```
     pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
-        let path = Arc::<Path>::from(path.as_ref());
+        let path = Arc::<Path>::from(from_here(path.as_ref()));
         let runtime = current_runtime(&path)?;
         let workspace = self.workspace(&path).await?;
         let target = path.clone();
@@ -223,6 +234,7 @@ impl MultiFileTransaction {
     pub async fn commit(mut self) -> Result<(), Error> {
         let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
         let workspace = self.workspace(&first).await?;
+        self.finish_syncing(&first).await?;
         for change in &mut self.changes {
             if let Change::Writing { writer, .. } = change {
                 writer.settle().await?;
@@ -276,28 +288,42 @@ impl MultiFileTransaction {
         Ok(self.workspace.insert(workspace).clone())
     }
 
-    /// Syncs and closes the staged files if many are open.
+    /// Has the open files synced and closed if they are many, which goes on while others are staged.
     async fn close_some(&mut self, path: &Arc<Path>) -> Result<(), Error> {
-        let open = |change: &Change| match change {
-            Change::Put(sealed) => sealed.file.clone().map(|file| Unsynced::New(sealed.path.clone(), file)),
+        if self.open < BATCH_FILES {
+            return self.refuse_broken(path);
+        }
+        self.finish_syncing(path).await?;
+        let runtime = current_runtime(path)?;
+        let open = self.changes.iter_mut().filter_map(|change| match change {
+            Change::Put(sealed) => Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?)),
             _ => None,
-        };
-        let files: Vec<_> = self.changes.iter().filter_map(open).collect();
-        if files.len() < OPEN_LIMIT {
-            return Ok(());
-        }
-        job(path, move |_| protocol::sync_files(&files)).await?;
-        for change in &mut self.changes {
-            if let Change::Put(sealed) = change {
-                sealed.file = None;
-            }
-        }
+        });
+        let files = open.collect();
+        self.syncing = Some(Job::spawn(&runtime, &Gate::new(), path, move |_| sync_files(files)));
+        self.open = 0;
         Ok(())
+    }
+
+    /// Waits for the files that are being synced.
+    async fn finish_syncing(&mut self, path: &Arc<Path>) -> Result<(), Error> {
+        if let Some(job) = &mut self.syncing {
+            let synced = job.await;
+            self.syncing = None;
+            self.is_broken |= synced.is_err();
+            synced?;
+        }
+        self.refuse_broken(path)
+    }
+
+    fn refuse_broken(&self, path: &Path) -> Result<(), Error> {
+        if self.is_broken { Err(Error::Broken { path: path.to_path_buf() }) } else { Ok(()) }
     }
 
     /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
     fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
-        let (directory, _) = split(path, path)?;
+        let path = from_here(path);
+        let (directory, _) = split(&path, &path)?;
         self.journal_dir.get_or_insert_with(|| directory.to_path_buf());
         Ok(path.into())
     }
@@ -374,6 +400,13 @@ impl Change {
             Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
     }
+}
+
+/// The path as seen from the working directory of now: all paths of a transaction mean what they meant when they were
+/// given, although a removal looks for its file only when it is committed.
+fn from_here(path: &Path) -> PathBuf {
+    // A working directory that is gone, or a path that is empty, is for the first system call to complain of.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// One hop to the blocking pool, cancelled if it is dropped.

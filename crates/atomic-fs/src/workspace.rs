@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::commit::Gate;
-use crate::platform::{Dir, Share};
+use crate::platform::{Dir, Entry, Kind, Share};
 use crate::staged::{io_error, lock, open_error};
 
 /// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
@@ -208,6 +208,10 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     let mut notes = Vec::new();
     for name in &names {
         let Some((id, "")) = parse(name) else { continue };
+        // What is no file is not ours, whatever its name.
+        if !is_file(&home.dir, name)? {
+            continue;
+        }
         match open_note(home, name) {
             Ok(Some(note)) => notes.push((id, name, note)),
             Ok(None) => live.push(id),
@@ -232,10 +236,22 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     let local = |id: &str, rest: &str| !rest.is_empty() && !rest.starts_with('x') && dead(id);
     litter.removed += remove_where(&home.dir, &names, local)?;
     for (_, name, _) in &notes {
-        home.dir.remove(name)?;
-        litter.removed += 1;
+        litter.removed += usize::from(remove(&home.dir, name)?);
     }
     Ok(litter)
+}
+
+/// Whether `name` is that of a regular file.
+fn is_file(dir: &Dir, name: &OsStr) -> io::Result<bool> {
+    Ok(matches!(dir.look(name)?, Some(Entry { kind: Kind::File, .. })))
+}
+
+/// Removes a file; `false` if somebody else was faster, as a transaction is that has just ended.
+fn remove(dir: &Dir, name: &OsStr) -> io::Result<bool> {
+    match dir.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.map(|()| true),
+    }
 }
 
 /// Removes those of `names` whose identity and remainder are `wanted`; returns how many.
@@ -243,10 +259,9 @@ fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(&str, &str) -> bo
     let mut removed = 0;
     for name in names {
         if parse(name).is_some_and(|(id, rest)| wanted(id, rest)) {
-            match dir.remove(name) {
-                Ok(()) => removed += 1,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-                Err(error) => return Err(error),
+            // A directory is not ours. A symlink may be: a transaction that renames one has given it a second name.
+            if !matches!(dir.look(name)?, Some(Entry { kind: Kind::Other(_), .. })) {
+                removed += usize::from(remove(dir, name)?);
             }
         }
     }

@@ -90,7 +90,6 @@ pub enum CommitFailure {
     /// COMMIT was sent and no answer came.
     Unknown(sqlx::Error),
     /// The same, and the server can be asked for how it ended.
-    #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
     Resolvable(sqlx::Error, Receipt),
 }
 
@@ -100,8 +99,14 @@ pub trait Driver: Database {
     /// The name people know the database by.
     const TITLE: &'static str;
 
+    /// Whether a URL may do without a scheme, as the name of a file.
+    const TAKES_FILES: bool = false;
+
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Send + Sync + 'static;
+
+    /// What was learnt of the connections of a wrapped pool.
+    type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
     type Canceller: Default + Send + Sync + 'static;
@@ -112,12 +117,13 @@ pub trait Driver: Database {
     /// Says which kind of failure an error of opening a connection is.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
 
-    /// Learns what `cancel` will need. For an owned session this is also where its settings are made; a wrapped one is
-    /// about to begin a transaction of this mode.
-    fn probe(
+    /// Makes the settings of a session of our own, and learns what `cancel` will need.
+    fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+
+    /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
+    fn recognise(
         conn: &mut Self::Connection,
-        ownership: Ownership,
-        mode: &Mode,
+        known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Opens what `cancel` needs ahead of its first use.
@@ -204,18 +210,7 @@ pub enum Activity {
     /// It may have been running something.
     Unseen,
     /// It was waiting for its client, so there was nothing to cancel.
-    #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "only MySQL looks"))]
     Idle,
-}
-
-/// Whose connection a session is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
-pub enum Ownership {
-    /// Ours: opened by the pool, for guards alone.
-    Owned,
-    /// Borrowed from the user's own sqlx pool, whose settings are not ours to change.
-    Wrapped,
 }
 
 /// sqlx's own notion of how deep the connection is in transactions.

@@ -74,19 +74,28 @@
 //! | a nested sqlx `begin` that is cancelled inside the guard | `commit` is [`TxError::Lost`]; no later statement stands |
 //! | a savepoint, halfway | `commit` is [`TxError::Lost`] and rolls back |
 //! | the connection, inside `COMMIT` | [`TxError::Unknown`] and [`CommitOutcome::Unknown`], never "failed" |
+//! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the server is asked: committed, or rolled back |
 //!
 //! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection is
-//! used again. A connection that does not come to rest within two seconds is terminated and closed.
+//! used again. One that comes before its statement is no cancel, so it is repeated, after 2 ms at first and each time
+//! twice as long up to 100 ms. A connection that does not come to rest within two seconds is terminated and closed.
 //!
 //! # Limitations
 //!
 //! - `mem::forget` of a guard keeps its transaction and its connection. A process that is killed leaves its transaction
-//!   to the server; PostgreSQL 14 and later is asked to look for dead clients every half second.
+//!   to the server. PostgreSQL 14 and later is asked to look for dead clients every half second on sessions of the
+//!   crate's own; MySQL looks when it has something to say to them.
 //! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
 //!   `busy_timeout`).
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
 //! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
-//!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported.
+//!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported. No more is a MySQL behind an
+//!   address that leads to another of several servers each time: the cancel would go to the wrong one.
+//! - MySQL commits by itself before a DDL statement. Inside a guard the DDL is then refused, and `commit` is
+//!   [`TxError::Lost`], but what came before it is committed, and [`CommitOutcome::Unknown`] is told. `CREATE TEMPORARY
+//!   TABLE` does not do that. Where MySQL has rolled back by itself and its error was passed over, as for the victim of a
+//!   deadlock, `commit` is [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two look
+//!   the same.
 //! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
 //!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
 //!   each further write on a pool of the crate's own, and commits it by itself on a wrapped one.
@@ -100,7 +109,8 @@
 //!   [`savepoint`](TransactionGuard::savepoint) are told apart.
 //! - An SQLite database in memory lives as long as one of its connections does.
 //! - On SQLite the progress handler, the commit hook and the rollback hook of each connection are taken.
-//! - The outcome of a connection that is lost inside `COMMIT` is not looked up: it is said to be unknown.
+//! - The outcome of a connection that is lost inside `COMMIT` is looked up on PostgreSQL only, and only with
+//!   [`CommitMode::Resolvable`].
 //! - A `COMMIT` that has no answer is waited for as long as its caller waits, and for ten minutes after the caller has
 //!   gone. Then its connection is closed, and its outcome is unknown.
 //!
@@ -108,12 +118,12 @@
 //!
 //! `sqlx::Transaction`, sea-orm's and deadpool-postgres's leave an abandoned statement running: with `pg_sleep(10)` the
 //! row lock is free after 9.8 s, here after milliseconds. sqlx alone is the right choice where futures are never dropped.
-//! [`TxPool::wrap`] puts guards on a pool that exists already; a [`TxPool`] of its own saves a round trip for each
-//! transaction, because it knows its sessions.
+//! [`TxPool::wrap`] puts guards on a pool that exists already; a [`TxPool`] of its own makes more of its sessions: they
+//! write nothing outside a guard's transaction, and a dead client is noticed sooner.
 //!
 //! # Features
 //!
-//! - `sqlite` (default) and `postgres`: the databases. sqlx's runtime and TLS features are the application's to choose;
+//! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are the application's to choose;
 //!   tokio is needed.
 //! - `tracing`: logs what [`TxPool::events`] tells.
 //!
@@ -126,6 +136,8 @@ mod commit;
 mod error;
 mod events;
 mod guard;
+#[cfg(any(feature = "postgres", feature = "mysql"))]
+mod known;
 #[cfg(feature = "mysql")]
 mod mysql;
 mod pool;

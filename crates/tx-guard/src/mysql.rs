@@ -15,10 +15,9 @@ use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, 
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
-};
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
 use crate::canceller::Canceller;
+use crate::known::Known;
 
 type Manager = <MySql as Database>::TransactionManager;
 
@@ -40,6 +39,8 @@ const VERIFIED_COMMIT: &str = "RELEASE SAVEPOINT txg_0; COMMIT";
 /// transaction were still one that had asked, so nothing is committed by itself either.
 const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
+const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)";
+
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
 const NO_SUCH_DATABASE: u16 = 1049;
@@ -48,31 +49,36 @@ const NO_SUCH_THREAD: u16 = 1094;
 /// Group replication's way of saying that a commit was refused and rolled back.
 const REFUSED_BY_THE_GROUP: u16 = 3101;
 
-/// One session of the server.
+/// One session of the server, and what our transactions have made of it.
 #[derive(Debug)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct Thread {
-    id: u64,
-    /// Ids are given out again by a server that was started anew.
-    learnt: Instant,
-    flavour: Flavour,
+    identity: Identity,
     ownership: Ownership,
-    hold: Hold,
     /// The session has limits of a transaction that had a deadline.
     limited: AtomicBool,
     /// The answer to the COMMIT has been read to its end, and nothing was sent since.
     in_step: AtomicBool,
 }
 
-/// How long a session is kept from writing outside its guard's transactions.
+#[derive(Debug, Clone, Copy)]
+#[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
+pub struct Identity {
+    id: u64,
+    /// Ids are given out again by a server that was started anew.
+    learnt: Instant,
+    flavour: Flavour,
+    /// Nothing is written on this server, and asking for it may be refused.
+    read_only: bool,
+}
+
+/// Whose connection a session is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Hold {
-    /// It is ours.
-    ForGood,
-    /// It is the user's.
-    ForOneTransaction,
-    /// The server is one on which nothing is written, and on which asking for it may be refused.
-    Not,
+enum Ownership {
+    /// Ours: opened by the pool, for guards alone.
+    Owned,
+    /// The user's, which has its settings back after each transaction.
+    Wrapped,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,6 +123,7 @@ impl Backend for MySql {}
 impl Driver for MySql {
     const TITLE: &'static str = "MySQL";
     type Probe = Thread;
+    type Known = Known<Self, Identity>;
     type Canceller = Canceller<MySqlConnection>;
 
     fn target(options: &Options<Self>) -> String {
@@ -140,23 +147,27 @@ impl Driver for MySql {
         }
     }
 
-    async fn probe(conn: &mut MySqlConnection, ownership: Ownership, _: &Mode) -> Result<Thread, sqlx::Error> {
-        // Before the question: whoever has answered was started before that.
-        let learnt = Instant::now();
-        let identify = sqlx::query_as("SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)");
-        let identify = identify.persistent(ownership == Ownership::Wrapped);
-        let (id, version, read_only): (u64, String, i64) = identify.fetch_one(&mut *conn).await?;
-        let flavour = if version.contains("MariaDB") { Flavour::MariaDb } else { Flavour::MySql };
-        let hold = match ownership {
-            _ if read_only != 0 => Hold::Not,
-            Ownership::Wrapped => Hold::ForOneTransaction,
-            Ownership::Owned => {
-                Self::run_sql(conn, HOLD.to_owned()).await?;
-                Hold::ForGood
-            }
+    async fn probe(conn: &mut MySqlConnection) -> Result<Thread, sqlx::Error> {
+        let identity = identify(conn, false).await?;
+        if !identity.read_only {
+            Self::run_sql(conn, HOLD.to_owned()).await?;
+        }
+        Ok(Thread::new(identity, Ownership::Owned))
+    }
+
+    async fn recognise(conn: &mut MySqlConnection, known: &Self::Known) -> Result<Thread, sqlx::Error> {
+        let identity = match known.statement(conn, IDENTIFY).await? {
+            None => identify(conn, false).await?,
+            Some(statement) => match known.find(&statement) {
+                Some(identity) => identity,
+                None => {
+                    let identity = identify(conn, true).await?;
+                    known.remember(statement, identity);
+                    identity
+                }
+            },
         };
-        let (limited, in_step) = (AtomicBool::new(false), AtomicBool::new(false));
-        Ok(Thread { id, learnt, flavour, ownership, hold, limited, in_step })
+        Ok(Thread::new(identity, Ownership::Wrapped))
     }
 
     async fn warm(canceller: &Self::Canceller, options: &MySqlConnectOptions) -> Result<(), sqlx::Error> {
@@ -250,7 +261,7 @@ impl Driver for MySql {
         options: &MySqlConnectOptions,
         to: &Thread,
     ) -> Result<Activity, sqlx::Error> {
-        let (id, learnt) = (to.id, to.learnt);
+        let Identity { id, learnt, .. } = to.identity;
         canceller.ask(options, |conn, since| Box::pin(kill_query(conn, since, id, learnt))).await
     }
 
@@ -259,7 +270,7 @@ impl Driver for MySql {
         options: &MySqlConnectOptions,
         to: &Thread,
     ) -> Result<(), sqlx::Error> {
-        let (id, learnt) = (to.id, to.learnt);
+        let Identity { id, learnt, .. } = to.identity;
         canceller.ask(options, |conn, since| Box::pin(kill_connection(conn, since, id, learnt))).await
     }
 
@@ -272,14 +283,18 @@ impl Driver for MySql {
 }
 
 impl Thread {
+    fn new(identity: Identity, ownership: Ownership) -> Self {
+        Self { identity, ownership, limited: AtomicBool::new(false), in_step: AtomicBool::new(false) }
+    }
+
     /// Gives a wrapped session the settings back that it had before its transaction.
     async fn put_back(&self, conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
         let mut settings: Vec<&str> = Vec::new();
-        if self.ownership == Ownership::Wrapped && self.hold != Hold::Not {
-            settings.extend(self.flavour.held());
+        if self.ownership == Ownership::Wrapped && !self.identity.read_only {
+            settings.extend(self.identity.flavour.held());
         }
         if self.ownership == Ownership::Wrapped && self.limited.load(Ordering::Relaxed) {
-            settings.extend(self.flavour.limits());
+            settings.extend(self.identity.flavour.limits());
         }
         if settings.is_empty() {
             return Ok(());
@@ -289,25 +304,34 @@ impl Thread {
     }
 }
 
+async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sqlx::Error> {
+    // Before the question: whoever has answered was started before that.
+    let learnt = Instant::now();
+    let identify = sqlx::query_as(IDENTIFY).persistent(keep);
+    let (id, version, read_only): (u64, String, i64) = identify.fetch_one(conn).await?;
+    let flavour = if version.contains("MariaDB") { Flavour::MariaDb } else { Flavour::MySql };
+    Ok(Identity { id, learnt, flavour, read_only: read_only != 0 })
+}
+
 /// BEGIN, its settings and its mark in one message, so that they cost no round trip of their own.
 fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     let wrapped = thread.ownership == Ownership::Wrapped;
     let mut sql = String::new();
     // A wrapped session keeps what it had where it is found again.
     let put_away = |sql: &mut String, setting| sql.push_str(&format!("SET @txg_{setting} = @@{setting}; "));
-    if wrapped && thread.hold != Hold::Not {
-        thread.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
+    if wrapped && !thread.identity.read_only {
+        thread.identity.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
         sql.push_str(HOLD);
         sql.push_str("; ");
     }
     let was_limited = thread.limited.swap(mode.remaining.is_some(), Ordering::Relaxed);
-    for limit in thread.flavour.limits() {
+    for limit in thread.identity.flavour.limits() {
         match mode.remaining {
             Some(remaining) => {
                 if wrapped {
                     put_away(&mut sql, limit);
                 }
-                sql.push_str(&format!("SET {limit} = {}; ", thread.flavour.limit(limit, remaining)));
+                sql.push_str(&format!("SET {limit} = {}; ", thread.identity.flavour.limit(limit, remaining)));
             }
             None if was_limited && !wrapped => sql.push_str(&format!("SET {limit} = DEFAULT; ")),
             None => {}
@@ -319,10 +343,10 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
         Some(Isolation::RepeatableRead) => "SET TRANSACTION ISOLATION LEVEL REPEATABLE READ; ",
         Some(Isolation::Serializable) => "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; ",
     });
-    sql.push_str(match thread.hold {
-        _ if mode.read_only => "START TRANSACTION READ ONLY; ",
-        Hold::ForGood | Hold::ForOneTransaction => "START TRANSACTION READ WRITE; ",
-        Hold::Not => "START TRANSACTION; ",
+    sql.push_str(match (mode.read_only, thread.identity.read_only) {
+        (true, _) => "START TRANSACTION READ ONLY; ",
+        (false, false) => "START TRANSACTION READ WRITE; ",
+        (false, true) => "START TRANSACTION; ",
     });
     sql.push_str(MARK);
     sql

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use deadpool::managed;
 use tokio::runtime::Handle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::commit::OutcomeCell;
@@ -88,8 +88,10 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
     ///
-    /// Each transaction then costs what owned slots learn once: on PostgreSQL and MySQL a round trip for the id of the session;
-    /// on SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
+    /// PostgreSQL and MySQL are asked for the id of each session once, which a prepared statement in it is recognised by
+    /// later; wrap a pool once, because each wrapping has a memory of its own. A pool without a cache for statements is asked
+    /// each time. The connection for cancelling is opened when it is needed for the first time, and limits that a session has
+    /// for good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
     /// stay, without effect outside guards.
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
@@ -112,17 +114,21 @@ impl<DB: Backend> TxPool<DB> {
     /// - [`TxError::Database`]: the database refused to begin.
     /// - [`TxError::NoRuntime`]: there is no tokio runtime here.
     pub async fn begin(&self) -> Result<TransactionGuard<DB>, TxError> {
-        self.begin_in(Mode::default()).await
+        self.begin_in(Mode::default(), None).await
     }
 
-    pub(crate) async fn begin_in(&self, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
+    pub(crate) async fn begin_in(
+        &self,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
         let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
-        match self.begin_once(&runtime, mode).await {
+        match self.begin_once(&runtime, mode, deadline).await {
             // A connection that had died in the pool. Nothing has happened yet, and those that are idle beside it have
             // most likely died with it: once more, with a new one.
             Err(TxError::Database(error)) if is_dead(&error) => {
                 self.shared.forget_idle();
-                self.begin_once(&runtime, mode).await
+                self.begin_once(&runtime, mode, deadline).await
             }
             begun => begun,
         }
@@ -130,8 +136,13 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Waiting for a connection dies with the caller. Only what follows it is shielded, and that starts in the same
     /// poll, so a caller that has gone while it waited begins nothing.
-    async fn begin_once(&self, runtime: &Handle, mode: Mode) -> Result<TransactionGuard<DB>, TxError> {
-        let held = self.shared.acquire().await?;
+    async fn begin_once(
+        &self,
+        runtime: &Handle,
+        mode: Mode,
+        deadline: Option<Instant>,
+    ) -> Result<TransactionGuard<DB>, TxError> {
+        let held = self.shared.acquire(deadline).await?;
         let shared = Arc::clone(&self.shared);
         let ticket = Ticket::new(&shared.work);
         // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
@@ -141,7 +152,7 @@ impl<DB: Backend> TxPool<DB> {
         Shield::new(runtime.clone(), {
             let runtime = runtime.clone();
             async move {
-                let mut slot = Slot::new(held, runtime.clone(), &mode).await?;
+                let mut slot = Slot::new(held, runtime.clone(), &shared.known).await?;
                 let (conn, probe) = slot.parts();
                 DB::begin(conn, probe, &mode).await?;
                 let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
@@ -299,12 +310,13 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
     pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
         let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
-        // A driver would take the URL of another database for a host or a file name.
+        // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
-        if let Some(scheme) = scheme.filter(|scheme| !DB::URL_SCHEMES.contains(scheme)) {
+        if !scheme.map_or(DB::TAKES_FILES, |scheme| DB::URL_SCHEMES.contains(&scheme)) {
             // What only looks like a scheme may hold a password.
-            let named = scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
-            let scheme = if named { scheme } else { "missing" };
+            let named =
+                |scheme: &&str| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+            let scheme = scheme.filter(named).unwrap_or("missing");
             return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
         }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
@@ -342,7 +354,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let source = Source::Owned { sessions, limits: self.limits };
         let shared = Arc::new(Shared::new(source, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
-        let first = shared.acquire().await?;
+        let first = shared.acquire(None).await?;
         let target = || DB::target(&shared.options);
         let limit = self.limits.connect_timeout;
         timeout(limit, DB::warm(&shared.canceller, &shared.options))

@@ -9,10 +9,9 @@ use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeS
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
-};
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
 use crate::canceller::Canceller;
+use crate::known::Known;
 use crate::proof;
 
 type Manager = <Postgres as Database>::TransactionManager;
@@ -43,37 +42,21 @@ const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
-/// The same for a session of which only the mark of its transaction is known.
-const CANCEL_MARKED: &str = "SELECT pg_cancel_backend(pid) FROM pg_locks
-    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
-        AND objsubid = 1 AND pid <> pg_backend_pid()";
-const TERMINATE_MARKED: &str = "SELECT pg_terminate_backend(pid) FROM pg_locks
-    WHERE locktype = 'advisory' AND classid = ($1 >> 32 & 4294967295)::oid AND objid = ($1 & 4294967295)::oid
-        AND objsubid = 1 AND pid <> pg_backend_pid()";
-
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
-/// What is known of a session.
+/// One backend of the server.
 #[derive(Debug, Clone, Copy)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct BackendId {
-    place: Place,
+    pid: i32,
+    /// In microseconds.
+    started: i64,
     /// Whether only a transaction that asks for it may write.
     fenced: bool,
-}
-
-/// How a session is found among those of the server.
-#[derive(Debug, Clone, Copy)]
-enum Place {
-    /// A process, and the moment of its start in microseconds.
-    Process { pid: i32, started: i64 },
-    /// The process that holds this advisory lock, which a transaction takes in its BEGIN. It costs no round trip, and is
-    /// gone with the transaction, so that a cancel cannot hit the next one.
-    Mark(i64),
 }
 
 impl Backend for Postgres {}
@@ -81,6 +64,7 @@ impl Backend for Postgres {}
 impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
     type Probe = BackendId;
+    type Known = Known<Self, BackendId>;
     type Canceller = Canceller<PgConnection>;
 
     fn target(options: &Options<Self>) -> String {
@@ -104,22 +88,25 @@ impl Driver for Postgres {
         }
     }
 
-    /// The mark of a transaction is set by a query, and a query fixes what a repeatable read sees.
-    async fn probe(conn: &mut PgConnection, ownership: Ownership, mode: &Mode) -> Result<BackendId, sqlx::Error> {
-        let owned = ownership == Ownership::Owned;
-        if !owned && matches!(mode.isolation, None | Some(Isolation::ReadCommitted)) {
-            return Ok(BackendId { place: Place::Mark(fastrand::i64(..)), fenced: false });
-        }
-        let can_check = conn.server_version_num().is_some_and(|version| version >= 14_00_00);
-        if owned && can_check {
+    async fn probe(conn: &mut PgConnection) -> Result<BackendId, sqlx::Error> {
+        if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
                 Ok(_) | Err(sqlx::Error::Database(_)) => {}
                 Err(error) => return Err(error),
             }
         }
-        let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(owned).persistent(false).fetch_one(conn).await?;
-        Ok(BackendId { place: Place::Process { pid, started }, fenced })
+        identify(conn, true, false).await
+    }
+
+    async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<BackendId, sqlx::Error> {
+        let Some(statement) = known.statement(conn, IDENTIFY).await? else { return identify(conn, false, false).await };
+        if let Some(backend) = known.find(&statement) {
+            return Ok(backend);
+        }
+        let backend = identify(conn, false, true).await?;
+        known.remember(statement, backend);
+        Ok(backend)
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
@@ -159,7 +146,7 @@ impl Driver for Postgres {
         let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
         let Some(error) = answer.failure else {
             if answer.row.is_some() && answer.done_after_row == 2 {
-                proof::leave(conn).await;
+                proof::leave(conn);
                 return Ok(());
             }
             return Err(proof::in_doubt(proof::out_of_step(), receipt));
@@ -167,7 +154,7 @@ impl Driver for Postgres {
         if !proof::is_refusal(&error) {
             return Err(proof::in_doubt(error, receipt));
         }
-        // The row of the SELECT would have come ahead of COMMIT.
+        // The row would have come ahead of COMMIT.
         if answer.row.is_none() {
             return Err(CommitFailure::Aborted(error));
         }
@@ -204,7 +191,7 @@ impl Driver for Postgres {
             let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
             match answer.failure {
                 None if answer.row.as_deref() == Some(&number) => {
-                    proof::leave(conn).await;
+                    proof::leave(conn);
                     return Ok(());
                 }
                 None => return Err(proof::out_of_step()),
@@ -229,7 +216,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<Activity, sqlx::Error> {
-        signal(canceller, options, to.place, CANCEL, CANCEL_MARKED).await.map(|()| Activity::Unseen)
+        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
     }
 
     async fn terminate(
@@ -237,7 +224,7 @@ impl Driver for Postgres {
         options: &PgConnectOptions,
         to: &BackendId,
     ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, to.place, TERMINATE, TERMINATE_MARKED).await
+        signal(canceller, options, TERMINATE, *to).await
     }
 
     /// Only a round trip can do it.
@@ -273,9 +260,6 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
             sql.push_str(&format!("; SET LOCAL transaction_timeout = {margin}"));
         }
     }
-    if let Place::Mark(mark) = backend.place {
-        sql.push_str(&format!("; SELECT pg_advisory_xact_lock_shared({mark})"));
-    }
     sql
 }
 
@@ -283,18 +267,20 @@ fn code(error: &sqlx::Error) -> Option<String> {
     Some(error.as_database_error()?.code()?.into_owned())
 }
 
+async fn identify(conn: &mut PgConnection, fence: bool, keep: bool) -> Result<BackendId, sqlx::Error> {
+    let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(fence).persistent(keep).fetch_one(conn).await?;
+    Ok(BackendId { pid, started, fenced })
+}
+
 async fn signal(
     canceller: &Canceller<PgConnection>,
     options: &PgConnectOptions,
-    to: Place,
-    process: &'static str,
-    marked: &'static str,
+    sql: &'static str,
+    to: BackendId,
 ) -> Result<(), sqlx::Error> {
-    let query = || match to {
-        Place::Process { pid, started } => sqlx::query(process).bind(pid).bind(started),
-        Place::Mark(mark) => sqlx::query(marked).bind(mark),
-    };
-    canceller.ask(options, |conn, _| query().execute(conn).map_ok(drop).boxed()).await
+    canceller
+        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
+        .await
 }
 
 #[cfg(test)]
@@ -313,10 +299,8 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let mode = Mode { isolation: Some(Isolation::Serializable), ..Mode::default() };
-        let ours = Postgres::probe(&mut conn, Ownership::Wrapped, &mode).await.unwrap();
-        let Place::Process { pid, started } = ours.place else { panic!("{ours:?}") };
-        let before = BackendId { place: Place::Process { pid, started: started - 1 }, ..ours };
+        let ours = Postgres::probe(&mut conn).await.unwrap();
+        let before = BackendId { started: ours.started - 1, ..ours };
 
         // Again and again, because a cancel that comes before the statement is no cancel.
         let again = async |to: BackendId| {

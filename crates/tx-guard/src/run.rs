@@ -137,7 +137,8 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// The error of `work`, of [`begin`](TxPool::begin) or of [`commit`](TransactionGuard::commit) in the last
     /// attempt; [`TxError::Timeout`] if the time has passed before the commit, and [`TxError::Pending`] if it has
-    /// passed while the commit was under way.
+    /// passed while the commit was under way. If it has passed while a connection was waited for, the error is that of
+    /// `begin`, which says why: all are in use, or the server does not answer.
     ///
     /// # Examples
     ///
@@ -190,7 +191,7 @@ impl<DB: Backend> Tx<DB> {
         let remaining = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
         let mode = Mode { remaining, ..self.mode };
         let worked = self.before(deadline, async {
-            let mut tx = self.pool.begin_in(mode).await?;
+            let mut tx = self.pool.begin_in(mode, deadline).await?;
             tx.set_commit_mode(self.commit_mode);
             match work(&mut tx).await {
                 Ok(value) => Ok((tx, value)),

@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::time::timeout;
 
-use crate::backend::{Backend, Mode, Options, Ownership};
+use crate::backend::{Backend, Options};
 use crate::reaper::Shield;
 
 /// A connection that was used within this time is not asked whether it still lives.
@@ -35,7 +35,7 @@ pub(crate) struct Session<DB: Backend> {
 impl<DB: Backend> Session<DB> {
     async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
         let mut conn = options.connect().await?;
-        let probe = DB::probe(&mut conn, Ownership::Owned, &Mode::default()).await?;
+        let probe = DB::probe(&mut conn).await?;
         Ok(Self { conn, probe, idle_since: Instant::now(), _permit: permit })
     }
 

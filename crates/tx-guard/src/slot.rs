@@ -3,15 +3,19 @@
 //! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::{self, Object, PoolError, TimeoutType};
+use futures_util::future::poll_immediate;
+use sqlx::Connection;
 use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout_at};
 
 use crate::TxError;
-use crate::backend::{Backend, CommitMode, Mode, Options, Ownership};
+use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
 use crate::reaper::Work;
 use crate::session::Manager;
@@ -21,6 +25,7 @@ pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     pub(crate) options: Arc<Options<DB>>,
     pub(crate) commit_mode: CommitMode,
+    pub(crate) known: DB::Known,
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
     pub(crate) teller: Teller,
@@ -41,23 +46,29 @@ pub(crate) struct Limits {
 
 impl<DB: Backend> Shared<DB> {
     pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
-        let (canceller, work, teller) = (DB::Canceller::default(), Arc::default(), Teller::new());
-        Self { source, options, commit_mode, canceller, work, teller }
+        let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
+        Self { source, options, commit_mode, known, canceller, work: Arc::default(), teller: Teller::new() }
     }
 
-    pub(crate) async fn acquire(&self) -> Result<Held<DB>, TxError> {
+    /// Takes a connection, not later than at the deadline.
+    pub(crate) async fn acquire(&self, deadline: Option<Instant>) -> Result<Held<DB>, TxError> {
         if self.work.is_closed() {
             return Err(TxError::Closed);
         }
+        let Some(deadline) = deadline else { return self.acquire_from_source().await };
+        let limit = deadline.saturating_duration_since(Instant::now());
+        match timeout_at(deadline, self.acquire_from_source()).await {
+            Ok(acquired) => acquired,
+            Err(_) => Err(self.too_late(limit)),
+        }
+    }
+
+    async fn acquire_from_source(&self) -> Result<Held<DB>, TxError> {
         let target = || DB::target(&self.options);
         match &self.source {
             Source::Owned { sessions, limits } => match sessions.get().await {
                 Ok(session) => Ok(Held::Owned(session)),
-                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: limits.max_connections,
-                    timeout: limits.acquire_timeout,
-                }),
+                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(self.too_late(limits.acquire_timeout)),
                 Err(PoolError::Timeout(_) | PoolError::Backend(sqlx::Error::PoolTimedOut)) => {
                     Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
                 }
@@ -69,13 +80,29 @@ impl<DB: Backend> Shared<DB> {
             Source::Wrapped(pool) => match pool.acquire().await {
                 Ok(conn) => Ok(Held::Wrapped(conn)),
                 Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
-                Err(sqlx::Error::PoolTimedOut) => Err(TxError::PoolExhausted {
-                    target: target(),
-                    max_connections: pool.options().get_max_connections(),
-                    timeout: pool.options().get_acquire_timeout(),
-                }),
+                Err(sqlx::Error::PoolTimedOut) => Err(self.too_late(pool.options().get_acquire_timeout())),
                 Err(error) => Err(DB::connect_error(target(), error)),
             },
+        }
+    }
+
+    /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
+    /// down as for a connection that is in use.
+    fn too_late(&self, timeout: Duration) -> TxError {
+        let target = DB::target(&self.options);
+        let (max_connections, all_open) = match &self.source {
+            Source::Owned { sessions, limits } => {
+                let status = sessions.status();
+                (limits.max_connections, status.size >= status.max_size)
+            }
+            Source::Wrapped(pool) => {
+                let max_connections = pool.options().get_max_connections();
+                (max_connections, pool.size() >= max_connections)
+            }
+        };
+        match all_open {
+            true => TxError::PoolExhausted { target, max_connections, timeout },
+            false => TxError::ConnectTimeout { target, timeout },
         }
     }
 
@@ -123,7 +150,7 @@ const LEASED: &str = "the lease is taken only by the release and the drop, after
 const PROBED: &str = "a slot is handed out only after its probe was learnt";
 
 impl<DB: Backend> Slot<DB> {
-    pub(crate) async fn new(held: Held<DB>, runtime: Handle, mode: &Mode) -> Result<Self, sqlx::Error> {
+    pub(crate) async fn new(held: Held<DB>, runtime: Handle, known: &DB::Known) -> Result<Self, sqlx::Error> {
         let lease = match held {
             Held::Owned(session) => Lease::Owned(session),
             Held::Wrapped(conn) => Lease::Wrapped(conn, None),
@@ -131,7 +158,7 @@ impl<DB: Backend> Slot<DB> {
         // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
         let mut slot = Self { lease: Some(lease), runtime };
         if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
-            *probe = Some(DB::probe(conn, Ownership::Wrapped, mode).await?);
+            *probe = Some(DB::recognise(conn, known).await?);
         }
         Ok(slot)
     }
@@ -157,7 +184,12 @@ impl<DB: Backend> Slot<DB> {
     pub(crate) async fn release(mut self, closed: bool) {
         match self.lease.take() {
             Some(Lease::Owned(session)) if closed => Object::take(session).close().await,
-            Some(Lease::Owned(mut session)) => session.rest(),
+            Some(Lease::Owned(mut session)) => {
+                // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
+                // its own. Of a connection that fails here, the next one to use it will hear.
+                drop(poll_immediate(pin!(session.conn.flush())).await);
+                session.rest();
+            }
             Some(Lease::Wrapped(conn, _)) => self.give(conn),
             None => {}
         }

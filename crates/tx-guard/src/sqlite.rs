@@ -12,9 +12,7 @@ use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnec
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Ownership, Receipt, depth,
-};
+use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -74,7 +72,9 @@ impl Backend for Sqlite {}
 
 impl Driver for Sqlite {
     const TITLE: &'static str = "SQLite";
+    const TAKES_FILES: bool = true;
     type Probe = Arc<Hooks>;
+    type Known = ();
     type Canceller = ();
 
     fn target(options: &Options<Self>) -> String {
@@ -88,7 +88,7 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn probe(conn: &mut SqliteConnection, _: Ownership, _: &Mode) -> Result<Arc<Hooks>, sqlx::Error> {
+    async fn probe(conn: &mut SqliteConnection) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;
         handle.set_progress_handler(PROGRESS_OPS, {
@@ -104,6 +104,10 @@ impl Driver for Sqlite {
             move || hooks.rolled_back.store(true, Ordering::Release)
         });
         Ok(hooks)
+    }
+
+    async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
+        Self::probe(conn).await
     }
 
     async fn warm((): &(), _: &Options<Self>) -> Result<(), sqlx::Error> {
@@ -247,7 +251,7 @@ mod tests {
     #[tokio::test]
     async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn, Ownership::Wrapped, &Mode::default()).await.unwrap();
+        let hooks = Sqlite::probe(&mut conn).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
         // SQLite has rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();

@@ -9,7 +9,7 @@ use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, MultiFil
 use tempfile::{TempDir, tempdir};
 
 use crate::child::{self, SIZE_BYTES};
-use crate::support::{eventually, names};
+use crate::support::{eventually, names, not_run};
 
 /// A mount that goes when this is dropped.
 struct Mount {
@@ -25,7 +25,7 @@ impl Mount {
         let mounted = rustix::process::geteuid().is_root()
             && Command::new("mount").args(arguments).arg(&point).status().is_ok_and(|status| status.success());
         if !mounted {
-            println!("{test}: not run, because it needs root and mount(8)");
+            not_run(test, "it needs root, mount(8) and the permission to mount");
             return None;
         }
         Some(Self { dir, point })

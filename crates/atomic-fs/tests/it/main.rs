@@ -7,7 +7,7 @@ mod happy;
 mod prop;
 mod support;
 
-#[cfg(unix)]
+#[cfg(target_os = "linux")]
 mod campaign;
 #[cfg(unix)]
 mod cancel_tx;
@@ -18,8 +18,14 @@ mod crash;
 #[cfg(unix)]
 mod faults;
 #[cfg(unix)]
+mod hostile;
+#[cfg(target_os = "linux")]
+mod many;
+#[cfg(unix)]
 mod metadata;
 #[cfg(unix)]
+mod processes;
+#[cfg(target_os = "linux")]
 mod strace;
 #[cfg(unix)]
 mod transaction;

@@ -42,17 +42,21 @@ pub(crate) struct Run {
 }
 
 /// Runs `task` on `path`, with `inject` (such as `fsync:error=EIO:when=3`, one a line), and logs the calls that name
-/// `within`.
-pub(crate) fn run(task: &str, path: &Path, within: &str, log: &Path, inject: Option<&str>) -> Run {
+/// the directory `traced`. In `scratch` are the log, and what the child writes elsewhere first.
+pub(crate) fn run(task: &str, path: &Path, scratch: &Path, inject: Option<&str>) -> Run {
+    let (log, other) = (&scratch.join("log"), scratch.join("other"));
+    // So that what the child does elsewhere is the same in every round, down to the number of its calls.
+    let gone = std::fs::remove_file(&other).or_else(|_| std::fs::remove_dir_all(&other));
+    assert!(gone.is_ok() || !other.exists(), "{gone:?}");
     let inject: Vec<_> =
         inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
     let mut wrapper = vec!["strace", "-f", "-qq", "-y", "-s", "300", "-e", "trace=%file,%desc"];
     wrapper.extend(["-o", log.to_str().unwrap()]);
     wrapper.extend(inject.iter().flat_map(|inject| ["-e", inject]));
-    let output = child::command(&wrapper, task, path).output().unwrap();
+    let output = child::command(&wrapper, task, path).env(child::OTHER, other).output().unwrap();
     let (ours, others): (Vec<_>, Vec<_>) =
         // `fcntl` is an assertion of std's debug builds: that what is being closed is open.
-        read(log).into_iter().partition(|call| call.text.contains(within) && !matches!(&*call.name, "execve" | "fcntl"));
+        read(log).into_iter().partition(|call| call.text.contains("/traced") && !matches!(&*call.name, "execve" | "fcntl"));
     let is_hit = ours.iter().any(Call::is_injected) && !others.iter().any(Call::is_injected);
     Run {
         said: child::last_word(&output.stdout),

@@ -1,14 +1,13 @@
-//! What everybody does every day: begin, run, commit, roll back, drop, close; and typed errors of connecting.
+//! What everybody does every day: begin, run, commit, roll back, drop, close.
 
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxError, TxEvent, TxPool};
 use sqlx::pool::PoolOptions;
-use sqlx::postgres::PgConnectOptions;
 use sqlx::{Postgres, Sqlite};
 
 use crate::on_all;
-use crate::world::{PATIENCE, POSTGRES, TestDb, World, url};
+use crate::world::{PATIENCE, TestDb, World};
 
 on_all!(
     a_commit_is_seen_by_others,
@@ -187,53 +186,6 @@ async fn an_sqlx_statement_runs_on_the_guard_itself() -> Result<(), sqlx::Error>
     assert_eq!(two, 2);
     tx.commit().await?;
     Ok(())
-}
-
-#[tokio::test]
-async fn a_wrong_url_is_told_from_a_missing_file() {
-    let connect = async |url: &str| TxPool::<Sqlite>::connect(url).await.unwrap_err();
-    let wrong = connect("postgres://user:secret@host/db").await;
-    assert!(matches!(wrong, TxError::InvalidUrl { database: "SQLite", .. }), "{wrong:?}");
-    assert!(!format!("{wrong} {wrong:?}").contains("secret"));
-    let missing = connect("sqlite:///no/such/directory/file.db").await;
-    assert!(matches!(&missing, TxError::MissingDatabase { target, .. } if target.contains("file.db")), "{missing:?}");
-    assert!(missing.is_connect());
-}
-
-#[tokio::test]
-async fn what_is_wrong_with_a_postgres_server_is_told_apart_without_credentials() {
-    let error = TxPool::<Postgres>::connect("user:secret@host/db?next=http://elsewhere").await.unwrap_err();
-    assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
-    assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
-    let connect = async |options: PgConnectOptions| {
-        let options = options.password("secret");
-        let error = TxPool::<Postgres>::builder().connect_with(options).await.unwrap_err();
-        assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
-        assert!(error.is_connect());
-        error
-    };
-    let right: PgConnectOptions = url(POSTGRES).parse().unwrap();
-    let missing = connect(right.clone().database("no_such_database")).await;
-    assert!(
-        matches!(&missing, TxError::MissingDatabase { target, .. } if target.contains("no_such_database")),
-        "{missing:?}"
-    );
-    let refused = connect(right.username("no_such_user")).await;
-    assert!(matches!(refused, TxError::Refused { .. }), "{refused:?}");
-    let dead = connect(PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(1)).await;
-    assert!(matches!(&dead, TxError::Unreachable { target, .. } if target.contains("127.0.0.1:1")), "{dead:?}");
-    let wrong = TxPool::<Postgres>::connect("postgres://user:secret@host:no-port/db").await.unwrap_err();
-    assert!(matches!(wrong, TxError::InvalidUrl { .. }), "{wrong:?}");
-    assert!(!format!("{wrong} {wrong:?}").contains("secret"));
-}
-
-#[tokio::test]
-async fn a_server_that_says_nothing_is_a_timeout() {
-    let silent = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let options = PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(silent.local_addr().unwrap().port());
-    let builder = TxPool::<Postgres>::builder().connect_timeout(Duration::from_millis(50));
-    let error = builder.connect_with(options).await.unwrap_err();
-    assert!(matches!(error, TxError::ConnectTimeout { .. }), "{error:?}");
 }
 
 #[tokio::test]

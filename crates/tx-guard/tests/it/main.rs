@@ -8,6 +8,8 @@ mod example;
 mod faults;
 mod fuzz;
 mod happy;
+mod input;
+mod known;
 mod late;
 mod log;
 mod mysql;

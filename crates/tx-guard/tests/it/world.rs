@@ -125,6 +125,8 @@ impl TestDb for MySql {
 pub(crate) trait Server: TestDb {
     /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
     fn way(options: &Options<Self>, port: u16) -> ((String, u16), Options<Self>);
+    fn account(options: Options<Self>, user: &str, password: &str) -> Options<Self>;
+    fn database(options: Options<Self>, name: &str) -> Options<Self>;
 }
 
 impl Server for Postgres {
@@ -132,12 +134,28 @@ impl Server for Postgres {
         let server = (options.get_host().to_owned(), options.get_port());
         (server, options.clone().host("127.0.0.1").port(port).ssl_mode(PgSslMode::Disable))
     }
+
+    fn account(options: PgConnectOptions, user: &str, password: &str) -> PgConnectOptions {
+        options.username(user).password(password)
+    }
+
+    fn database(options: PgConnectOptions, name: &str) -> PgConnectOptions {
+        options.database(name)
+    }
 }
 
 impl Server for MySql {
     fn way(options: &MySqlConnectOptions, port: u16) -> ((String, u16), MySqlConnectOptions) {
         let server = (options.get_host().to_owned(), options.get_port());
         (server, options.clone().host("127.0.0.1").port(port).ssl_mode(MySqlSslMode::Disabled))
+    }
+
+    fn account(options: MySqlConnectOptions, user: &str, password: &str) -> MySqlConnectOptions {
+        options.username(user).password(password)
+    }
+
+    fn database(options: MySqlConnectOptions, name: &str) -> MySqlConnectOptions {
+        options.database(name)
     }
 }
 

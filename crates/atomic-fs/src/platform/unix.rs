@@ -1,0 +1,206 @@
+//! Unix: system calls below a directory handle.
+//!
+//! Invariant: a name is never resolved from the root or the working directory, only below an open directory.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, Permissions, TryLockError};
+use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags};
+
+use super::{Entry, Kind, Moved, Share};
+
+/// An open directory.
+#[derive(Debug)]
+pub(crate) struct Dir(File);
+
+impl Dir {
+    /// Opens the directory `path`.
+    pub(crate) fn open(path: &Path) -> io::Result<Self> {
+        Self::open_at(rustix::fs::CWD, path)
+    }
+
+    /// Opens `path` as seen from this directory.
+    pub(crate) fn open_dir(&self, path: &Path) -> io::Result<Self> {
+        Self::open_at(&self.0, path)
+    }
+
+    fn open_at(from: impl rustix::fd::AsFd, path: &Path) -> io::Result<Self> {
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        Ok(Self(File::from(rustix::fs::openat(from, path, flags, Mode::empty())?)))
+    }
+
+    /// Looks at `name` without following it; `None` if there is none.
+    pub(crate) fn look(&self, name: &OsStr) -> io::Result<Option<Entry>> {
+        match rustix::fs::statat(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) => Ok(Some(Entry::from_stat(&stat))),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Reads where the symlink `name` points.
+    pub(crate) fn read_link(&self, name: &OsStr) -> io::Result<PathBuf> {
+        use std::os::unix::ffi::OsStringExt;
+        let bytes = rustix::fs::readlinkat(&self.0, name, Vec::new())?.into_bytes();
+        Ok(PathBuf::from(OsString::from_vec(bytes)))
+    }
+
+    /// Creates the file `name`, which must not exist; the umask applies to `mode`.
+    pub(crate) fn create(&self, name: &OsStr, mode: u32) -> io::Result<File> {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        Ok(File::from(rustix::fs::openat(&self.0, name, flags, mode_bits(mode))?))
+    }
+
+    /// Opens the file `name` for reading, following no symlink and waiting for no FIFO.
+    pub(crate) fn read(&self, name: &OsStr) -> io::Result<File> {
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
+    }
+
+    /// Renames `from` to `to`, replacing what is there.
+    pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.0, from, &self.0, to)?)
+    }
+
+    /// Renames `from` to `to`, which must not exist.
+    pub(crate) fn rename_new(&self, from: &OsStr, to: &OsStr) -> io::Result<Moved> {
+        #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+        {
+            use rustix::fs::RenameFlags;
+            use rustix::io::Errno;
+            match rustix::fs::renameat_with(&self.0, from, &self.0, to, RenameFlags::NOREPLACE) {
+                // The kernel or the file system does not know the flag.
+                Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+                other => return Ok(other.map(|()| Moved::Renamed)?),
+            }
+        }
+        // A hard link is refused if the name is taken. That the file has two names for a moment harms nobody.
+        rustix::fs::linkat(&self.0, from, &self.0, to, AtFlags::empty())?;
+        Ok(Moved::Linked)
+    }
+
+    /// Removes the file `name`.
+    pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
+        Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?)
+    }
+
+    /// Device and inode of this directory.
+    pub(crate) fn id(&self) -> io::Result<(u64, u64)> {
+        Ok(Entry::of(&self.0)?.id)
+    }
+
+    /// The names in this directory.
+    pub(crate) fn list(&self) -> io::Result<Vec<OsString>> {
+        let mut names = Vec::new();
+        for entry in rustix::fs::Dir::read_from(&self.0)? {
+            names.push(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned());
+        }
+        Ok(names)
+    }
+
+    /// Tries to lock this directory against others that do so; the lock lives as long as this handle.
+    pub(crate) fn try_lock(&self, share: Share) -> Result<(), TryLockError> {
+        match share {
+            Share::Readers => self.0.try_lock_shared(),
+            Share::Nobody => self.0.try_lock(),
+        }
+    }
+
+    /// Gives the file `from` of the directory `source` a second name here.
+    pub(crate) fn link(&self, source: &Self, from: &OsStr, to: &OsStr) -> io::Result<()> {
+        Ok(rustix::fs::linkat(&source.0, from, &self.0, to, AtFlags::empty())?)
+    }
+
+    /// Exchanges two files, so that neither name is ever without one; `false` if the system cannot do that.
+    pub(crate) fn exchange(&self, one: &OsStr, other: &OsStr) -> io::Result<bool> {
+        #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+        {
+            use rustix::fs::RenameFlags;
+            use rustix::io::Errno;
+            match rustix::fs::renameat_with(&self.0, one, &self.0, other, RenameFlags::EXCHANGE) {
+                Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
+                other => return Ok(other.map(|()| true)?),
+            }
+        }
+        let _ = (one, other);
+        Ok(false)
+    }
+
+    /// Makes the names in this directory durable.
+    pub(crate) fn sync(&self) -> io::Result<()> {
+        match self.0.sync_all() {
+            // Some file systems do not let a directory be synced; there is nothing more that one could do there.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Copies to `file` the extended attributes of the file `name` that it does not already have.
+    pub(crate) fn copy_xattrs(&self, name: &OsStr, file: &File) -> io::Result<()> {
+        #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
+        match self.read(name) {
+            Ok(old) => super::xattr::copy(&old, file)?,
+            // Somebody has removed the old file; there is nothing left to keep.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "android", target_vendor = "apple")))]
+        let _ = (name, file);
+        Ok(())
+    }
+}
+
+/// Looks at an open file.
+pub(super) fn look_at(file: &File) -> io::Result<Entry> {
+    let meta = file.metadata()?;
+    Ok(Entry {
+        kind: if meta.is_file() { Kind::File } else { Kind::Other("special file") },
+        mode: meta.mode() & 0o7777,
+        uid: meta.uid(),
+        gid: meta.gid(),
+        id: (meta.dev(), meta.ino()),
+        links: meta.nlink(),
+        size: meta.size(),
+    })
+}
+
+impl Entry {
+    #[expect(clippy::unnecessary_cast, reason = "the widths of these fields differ between systems")]
+    fn from_stat(stat: &rustix::fs::Stat) -> Self {
+        let kind = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::RegularFile => Kind::File,
+            FileType::Symlink => Kind::Symlink,
+            FileType::Directory => Kind::Other("directory"),
+            FileType::Fifo => Kind::Other("FIFO"),
+            FileType::Socket => Kind::Other("socket"),
+            _ => Kind::Other("device"),
+        };
+        Self {
+            kind,
+            mode: stat.st_mode as u32 & 0o7777,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            id: (stat.st_dev as u64, stat.st_ino as u64),
+            links: stat.st_nlink as u64,
+            size: stat.st_size as u64,
+        }
+    }
+}
+
+/// Gives `file` the owner and group of `entry`.
+pub(crate) fn set_owner(file: &File, entry: &Entry) -> io::Result<()> {
+    fchown(file, Some(entry.uid), Some(entry.gid))
+}
+
+/// Gives `file` exactly these permission bits.
+pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
+    file.set_permissions(Permissions::from_mode(mode))
+}
+
+fn mode_bits(mode: u32) -> Mode {
+    Mode::from_bits_truncate(mode as rustix::fs::RawMode)
+}

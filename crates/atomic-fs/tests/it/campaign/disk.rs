@@ -1,0 +1,149 @@
+//! A file system of its own on a loop device, whose power can be cut.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use tempfile::{TempDir, tempdir};
+
+use super::Layout;
+use crate::child;
+use crate::strace::{self, Run};
+use crate::support::not_run;
+
+/// The file systems that are cut.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Kind {
+    Ext4,
+    Xfs,
+}
+
+impl Kind {
+    pub(super) const ALL: [Self; 2] = [Self::Ext4, Self::Xfs];
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Ext4 => "ext4",
+            Self::Xfs => "xfs",
+        }
+    }
+
+    /// How it is made, and how large its image is at least; the image is sparse.
+    fn make(self) -> (&'static [&'static str], u64) {
+        match self {
+            Self::Ext4 => (&["mkfs.ext4", "-q", "-F"], 64 << 20),
+            Self::Xfs => (&["mkfs.xfs", "-q", "-f"], 320 << 20),
+        }
+    }
+
+    /// How it is mounted: without what ext4 does by default to hide a missing sync.
+    fn options(self) -> &'static str {
+        match self {
+            Self::Ext4 => "loop,noauto_da_alloc",
+            Self::Xfs => "loop",
+        }
+    }
+}
+
+pub(super) struct Disk {
+    kind: Kind,
+    temp: TempDir,
+    /// For what is not to be cut.
+    scratch: TempDir,
+    point: PathBuf,
+    pub(super) layout: Layout,
+}
+
+impl Disk {
+    /// `None`, and that is published with the reason, if `campaign` cannot be run here.
+    pub(super) fn new(kind: Kind, campaign: &str) -> Option<Self> {
+        child::strace(campaign)?;
+        match Self::try_new(kind) {
+            Ok(disk) => Some(disk),
+            Err(why) => {
+                not_run(campaign, &why);
+                None
+            }
+        }
+    }
+
+    fn try_new(kind: Kind) -> Result<Self, String> {
+        if !rustix::process::geteuid().is_root() {
+            return Err("a power cut needs root".to_owned());
+        }
+        let temp = tempdir().unwrap();
+        let point = temp.path().join("disk");
+        std::fs::create_dir(&point).unwrap();
+        let disk = Self { kind, temp, scratch: super::scratch(), point, layout: Layout::TwoDirectories };
+        let (make, size_bytes) = kind.make();
+        let image = disk.image();
+        std::fs::File::create(&image).unwrap().set_len(size_bytes).unwrap();
+        run(Command::new(make[0]).args(&make[1..]).arg(image))?;
+        disk.mount()?;
+        disk.try_cut()?;
+        Ok(disk)
+    }
+
+    pub(super) fn with(mut self, layout: Layout) -> Self {
+        self.layout = layout;
+        self
+    }
+
+    fn image(&self) -> PathBuf {
+        self.temp.path().join("image")
+    }
+
+    fn mount(&self) -> Result<(), String> {
+        let mut mount = Command::new("mount");
+        mount.args(["-t", self.kind.name(), "-o", self.kind.options()]).arg(self.image()).arg(&self.point);
+        run(&mut mount)
+    }
+
+    /// Cuts the power: nothing more reaches the disk. Then the machine starts again.
+    pub(super) fn cut(&self) {
+        self.try_cut().unwrap();
+    }
+
+    fn try_cut(&self) -> Result<(), String> {
+        // FS_IOC_GOINGDOWN without flushing the log; both file systems have the same number for it.
+        const SCRIPT: &str = "import fcntl,os,struct,sys\n\
+            fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
+        run(Command::new("python3").args(["-c", SCRIPT]).arg(&self.point))?;
+        run(Command::new("umount").arg(&self.point))?;
+        self.mount()
+    }
+
+    /// Makes the file system write its log, as any other program may do at any time.
+    pub(super) fn sync_elsewhere(&self) {
+        let file = std::fs::File::create(self.point.join("elsewhere")).unwrap();
+        file.sync_all().unwrap();
+    }
+
+    pub(super) fn dir(&self) -> PathBuf {
+        self.point.join("traced")
+    }
+
+    pub(super) fn run(&self, task: &str, path: &Path, inject: Option<&str>) -> Run {
+        strace::run(task, path, self.scratch.path(), inject)
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        // Not if it never was mounted.
+        let _gone = Command::new("umount").arg("-q").arg(&self.point).status();
+    }
+}
+
+/// Runs a command; the error is what it said.
+fn run(command: &mut Command) -> Result<(), String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    match command.output() {
+        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) => {
+            let said = String::from_utf8_lossy(&output.stderr);
+            let said: Vec<_> = said.split_whitespace().collect();
+            Err(format!("{name} failed: {}", said.join(" ")))
+        }
+        Err(error) => Err(format!("{name} cannot be run: {error}")),
+    }
+}

@@ -1,0 +1,83 @@
+//! Transactions of more files than are open at once.
+
+use std::path::Path;
+
+use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction};
+use tempfile::tempdir;
+
+use crate::child;
+use crate::strace;
+use crate::support::temps;
+
+/// More than two batches of files that are synced and closed while others are staged.
+const FILES: usize = 150;
+
+fn is_all(dir: &Path, content: &str) -> bool {
+    (0..FILES).all(|number| std::fs::read_to_string(dir.join(number.to_string())).is_ok_and(|read| read == content))
+}
+
+fn renew(dir: &Path) {
+    std::fs::create_dir(dir).unwrap();
+    for number in 0..FILES {
+        std::fs::write(dir.join(number.to_string()), "old").unwrap();
+    }
+}
+
+/// The child's side: replaces all files, and commits whatever the staging said.
+pub(crate) async fn replace_all(dir: &Path) -> Result<(), Error> {
+    let mut tx = MultiFileTransaction::new();
+    for number in 0..FILES {
+        // Whoever ignores this must not have it committed either.
+        drop(tx.add_file(dir.join(number.to_string()), "new").await);
+    }
+    tx.commit().await
+}
+
+#[tokio::test]
+async fn many_files_change_together_and_leave_nothing() {
+    let scratch = tempdir().unwrap();
+    let dir = scratch.path().join("dir");
+    renew(&dir);
+    replace_all(&dir).await.unwrap();
+    assert!(is_all(&dir, "new"));
+    assert_eq!(temps(&dir), [""; 0]);
+}
+
+#[tokio::test]
+async fn many_files_that_are_given_up_leave_nothing() {
+    let scratch = tempdir().unwrap();
+    let dir = scratch.path().join("dir");
+    renew(&dir);
+    let mut tx = MultiFileTransaction::new();
+    for number in 0..FILES {
+        tx.add_file(dir.join(number.to_string()), "new").await.unwrap();
+    }
+    drop(tx);
+    assert!(is_all(&dir, "old"));
+    assert_eq!(temps(&dir), [""; 0]);
+}
+
+/// The second sync of a file whose first one failed says `Ok`, although the data may be lost.
+#[test]
+fn a_sync_that_failed_between_two_additions_is_not_forgotten_by_the_commit() {
+    if child::strace("a failing sync between two additions").is_none() {
+        return;
+    }
+    for number in [1, 20, FILES - 5] {
+        let scratch = tempdir().unwrap();
+        let dir = scratch.path().join("traced");
+        renew(&dir);
+        let run = strace::run("replace many", &dir, scratch.path(), Some(&format!("fsync:error=EIO:when={number}")));
+        assert!(run.is_hit, "sync {number} was not hit: {}", run.complaint);
+        let said = run.said.unwrap_or(run.complaint);
+        assert!(said.starts_with("Unchanged"), "sync {number}: {said}");
+        assert!(is_all(&dir, "old"), "sync {number}: {said}");
+        assert_eq!(temps(&dir), [""; 0], "sync {number}: {said}");
+    }
+    let scratch = tempdir().unwrap();
+    let dir = scratch.path().join("traced");
+    renew(&dir);
+    let run = strace::run("replace many", &dir, scratch.path(), None);
+    assert_eq!((run.said.as_deref(), is_all(&dir, "new")), (Some("Ok"), true), "without a fault");
+    assert_eq!(atomic_fs::TargetState::Unchanged, Error::Broken { path: dir }.target());
+}
