@@ -5,17 +5,30 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::CommitOutcome;
-use futures_util::future::join_all;
+use futures_util::future::{FutureExt, join_all};
 use tokio::time::timeout;
 
 use crate::measure::{Place, Table, execute, show};
-use crate::peers::{Named, Peer, all, cut};
+use crate::peers::{Named, Peer, Worked, all, cut};
 
 /// After how many pendings something is dropped: all that there are, in all the crates.
 const PENDINGS: std::ops::RangeInclusive<u32> = 1..=6;
 const ROUNDS: usize = 4;
 /// How long what was dropped may take to have its effect.
 const SETTLE: Duration = Duration::from_millis(30);
+
+/// How long a lock is waited for that nobody may ever give back.
+const LONGEST: Duration = Duration::from_secs(14);
+
+/// None if it takes longer than anything here should.
+async fn patiently<T>(future: impl Future<Output = T>) -> Option<T> {
+    timeout(Duration::from_secs(2), future).await.ok()
+}
+
+/// A panic is an error as well.
+async fn calmly<T>(work: Worked<T>) -> Result<T, String> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Err("a panic".to_owned()))
+}
 
 struct Faults {
     place: Place,
@@ -58,13 +71,13 @@ pub(crate) async fn run(url: &str) {
     let mut cells = Vec::new();
     for (_, peer) in &peers {
         let n = faults.key();
-        let said = timeout(Duration::from_secs(5), peer.work(vec![faults.insert(n), faults.insert(n)])).await;
+        let said = patiently(calmly(peer.work(vec![faults.insert(n), faults.insert(n)]))).await;
         let there = faults.is_there(n).await;
         cells.push(match said {
-            Ok(Ok(())) if !there => "Ok".to_owned(),
-            Ok(Ok(())) => "Ok, and it is there".to_owned(),
-            Ok(Err(_)) => "an error".to_owned(),
-            Err(_) => "nothing".to_owned(),
+            Some(Ok(())) if !there => "Ok".to_owned(),
+            Some(Ok(())) => "Ok, and it is there".to_owned(),
+            Some(Err(_)) => "an error".to_owned(),
+            None => "nothing".to_owned(),
         });
     }
     row("commit of an aborted transaction says", cells);
@@ -84,8 +97,13 @@ async fn sleeping(faults: &Faults, peers: &[Named]) -> Vec<String> {
         assert!(timeout(Duration::from_millis(300), work).await.is_err(), "it was not slow");
         let mut conn = place.conn().await;
         let start = Instant::now();
-        execute(&mut conn, place.update(row)).await.unwrap();
-        show(start.elapsed())
+        match timeout(LONGEST, execute(&mut conn, place.update(row))).await {
+            Ok(freed) => {
+                freed.unwrap();
+                show(start.elapsed())
+            }
+            Err(_) => format!("more than {}", show(LONGEST)),
+        }
     });
     join_all(waits).await
 }
@@ -98,14 +116,14 @@ async fn begins(faults: &mut Faults) -> Vec<String> {
                 if lost.len() <= index {
                     lost.push((0, 0));
                 }
-                if cut(peer.work(Vec::new()), pendings).await.is_some() {
+                if patiently(cut(calmly(peer.work(Vec::new())), pendings)).await.is_none_or(|done| done.is_some()) {
                     continue;
                 }
                 lost[index].1 += 1;
                 tokio::time::sleep(SETTLE).await;
                 let n = faults.key();
-                let said = timeout(Duration::from_secs(2), peer.through_the_pool(faults.insert(n))).await;
-                if matches!(said, Ok(Ok(()))) && !faults.is_there(n).await {
+                let said = patiently(calmly(peer.through_the_pool(faults.insert(n)))).await;
+                if matches!(said, Some(Ok(()))) && !faults.is_there(n).await {
                     lost[index].0 += 1;
                 }
             }
@@ -124,17 +142,17 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
                 }
                 let (first, second) = (faults.key(), faults.key());
                 let work = peer.nested(faults.insert(first), faults.insert(second), pendings, commit);
-                let said = timeout(Duration::from_secs(2), work).await;
+                let said = patiently(calmly(work)).await;
                 tokio::time::sleep(SETTLE).await;
                 let there = usize::from(faults.is_there(first).await) + usize::from(faults.is_there(second).await);
                 match said {
                     // Faster than the cut.
-                    Ok(Ok(false)) => {}
-                    Ok(Ok(true)) => {
+                    Some(Ok(false)) => {}
+                    Some(Ok(true)) => {
                         wrong[index].1 += 1;
                         wrong[index].0 += usize::from(there != if commit { 2 } else { 0 });
                     }
-                    Ok(Err(_)) | Err(_) => {
+                    Some(Err(_)) | None => {
                         wrong[index].1 += 1;
                         // An error that has left something is no better.
                         wrong[index].2 += usize::from(there != 0);
@@ -153,11 +171,16 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
 async fn commits(faults: &mut Faults) -> Vec<String> {
     let mut cells = Vec::new();
     for (_, peer) in faults.peers().await {
-        let (mut dropped, mut committed, mut told) = (0, 0, 0);
+        let (mut dropped, mut committed, mut told, mut stuck) = (0, 0, 0, false);
         for round in 0..120 {
             let n = faults.key();
-            if cut(peer.work(vec![faults.insert(n)]), 1 + round % 10).await.is_some() {
-                continue;
+            match patiently(cut(calmly(peer.work(vec![faults.insert(n)])), 1 + round % 10)).await {
+                Some(None) => {}
+                Some(Some(_)) => continue,
+                None => {
+                    stuck = true;
+                    break;
+                }
             }
             dropped += 1;
             let outcome = match peer.last_outcome() {
@@ -170,10 +193,12 @@ async fn commits(faults: &mut Faults) -> Vec<String> {
             let expected = if there { CommitOutcome::Committed } else { CommitOutcome::RolledBack };
             told += usize::from(outcome == Some(expected));
         }
-        cells.push(match told {
-            0 => format!("{committed} of {dropped}, none of which can be told"),
-            told => format!("{committed} of {dropped}, {told} of {dropped} told rightly"),
-        });
+        let told = match told {
+            0 => "none of which can be told".to_owned(),
+            told => format!("{told} of {dropped} told rightly"),
+        };
+        let stuck = if stuck { ", and then the pool gave no connection any more" } else { "" };
+        cells.push(format!("{committed} of {dropped}, {told}{stuck}"));
     }
     cells
 }

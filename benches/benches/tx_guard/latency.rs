@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use cancel_safe_tx_guard::TxPool;
+use cancel_safe_tx_guard::{CommitMode, TxPool};
 use futures_util::future::LocalBoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgPool, Postgres};
@@ -62,6 +62,12 @@ async fn measure(
                 Ok(())
             });
             run.await.unwrap();
+        }),
+        Variant::new("guard, resolvable commit", async || {
+            let mut tx = owned.begin().await.unwrap();
+            tx.set_commit_mode(CommitMode::Resolvable);
+            sqlx::query(sql(6)).execute(&mut *tx).await.unwrap();
+            tx.commit().await.unwrap();
         }),
         Variant::new("guard on a wrapped pool, verified commit", || guarded(&wrapped, 5)),
     ];

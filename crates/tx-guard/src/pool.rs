@@ -310,12 +310,13 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
     pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
         let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
-        // A driver would take the URL of another database for a host or a file name.
+        // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
-        if let Some(scheme) = scheme.filter(|scheme| !DB::URL_SCHEMES.contains(scheme)) {
+        if !scheme.map_or(DB::TAKES_FILES, |scheme| DB::URL_SCHEMES.contains(&scheme)) {
             // What only looks like a scheme may hold a password.
-            let named = scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
-            let scheme = if named { scheme } else { "missing" };
+            let named =
+                |scheme: &&str| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+            let scheme = scheme.filter(named).unwrap_or("missing");
             return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
         }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;

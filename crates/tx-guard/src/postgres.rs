@@ -146,7 +146,7 @@ impl Driver for Postgres {
         let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
         let Some(error) = answer.failure else {
             if answer.row.is_some() && answer.done_after_row == 2 {
-                proof::leave(conn).await;
+                proof::leave(conn);
                 return Ok(());
             }
             return Err(proof::in_doubt(proof::out_of_step(), receipt));
@@ -154,7 +154,7 @@ impl Driver for Postgres {
         if !proof::is_refusal(&error) {
             return Err(proof::in_doubt(error, receipt));
         }
-        // The row of the SELECT would have come ahead of COMMIT.
+        // The row would have come ahead of COMMIT.
         if answer.row.is_none() {
             return Err(CommitFailure::Aborted(error));
         }
@@ -191,7 +191,7 @@ impl Driver for Postgres {
             let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
             match answer.failure {
                 None if answer.row.as_deref() == Some(&number) => {
-                    proof::leave(conn).await;
+                    proof::leave(conn);
                     return Ok(());
                 }
                 None => return Err(proof::out_of_step()),

@@ -3,13 +3,11 @@
 //! Invariant: nothing is taken for done because of an answer that might be that to another message, and no fate is told
 //! that is not that of the transaction which was asked for it.
 
-use std::pin::pin;
 use std::time::Duration;
 
-use futures_util::future::poll_immediate;
 use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
-use sqlx::{AssertSqlSafe, Connection, Database, Either, PgConnection, Postgres, Row};
+use sqlx::{AssertSqlSafe, Database, Either, PgConnection, Postgres, Row};
 use sqlx_core::transaction::TransactionManager;
 use tokio::time::{sleep, timeout};
 
@@ -18,9 +16,9 @@ use crate::canceller::Canceller;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
-/// The xid fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside a transaction an
-/// error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
-pub(crate) const VERIFIED_COMMIT: &str = "SELECT pg_current_xact_id_if_assigned()::text; COMMIT AND CHAIN";
+/// The cheapest statement with a row fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside
+/// a transaction an error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
+pub(crate) const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
 
 /// A commit is asked for its transaction by this first, if it is to be found out how it ended.
 const RECEIPT: &str = "SELECT pg_current_xact_id_if_assigned()::text,
@@ -67,14 +65,12 @@ fn text(row: &PgRow, column: usize) -> Option<String> {
     row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
 }
 
-/// Ends the empty transaction that CHAIN has left, and waits for nothing: its ROLLBACK is on its way when this returns,
-/// ahead of whatever is sent next.
-pub(crate) async fn leave(conn: &mut PgConnection) {
+/// Ends the empty transaction that CHAIN has left: its ROLLBACK is sent ahead of whatever is sent next, and without that
+/// when the connection is given back.
+pub(crate) fn leave(conn: &mut PgConnection) {
     while depth::<Postgres>(conn) > 0 {
         Manager::start_rollback(conn);
     }
-    // Of a connection that has just failed, the next one to use it will hear.
-    drop(poll_immediate(pin!(conn.flush())).await);
 }
 
 /// The id of the transaction. Nothing has been sent that could commit it, so an error is a rollback.

@@ -3,10 +3,13 @@
 //! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::{self, Object, PoolError, TimeoutType};
+use futures_util::future::poll_immediate;
+use sqlx::Connection;
 use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
@@ -181,7 +184,12 @@ impl<DB: Backend> Slot<DB> {
     pub(crate) async fn release(mut self, closed: bool) {
         match self.lease.take() {
             Some(Lease::Owned(session)) if closed => Object::take(session).close().await,
-            Some(Lease::Owned(mut session)) => session.rest(),
+            Some(Lease::Owned(mut session)) => {
+                // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
+                // its own. Of a connection that fails here, the next one to use it will hear.
+                drop(poll_immediate(pin!(session.conn.flush())).await);
+                session.rest();
+            }
             Some(Lease::Wrapped(conn, _)) => self.give(conn),
             None => {}
         }

@@ -72,6 +72,7 @@ impl Backend for Sqlite {}
 
 impl Driver for Sqlite {
     const TITLE: &'static str = "SQLite";
+    const TAKES_FILES: bool = true;
     type Probe = Arc<Hooks>;
     type Known = ();
     type Canceller = ();

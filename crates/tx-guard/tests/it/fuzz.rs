@@ -9,6 +9,7 @@ mod check;
 pub(crate) mod cut;
 mod program;
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
@@ -258,9 +259,15 @@ impl<D: FuzzDb> Campaign<D> {
                                 return books;
                             }
                             let book = Book::new(id * KEYS);
-                            let run =
-                                Run { source: source.clone(), table: Arc::clone(&table), book: book.clone(), deep };
-                            let cut = round(run, Rng::with_seed(seed.wrapping_add(id.unsigned_abs()))).await;
+                            let run = Run {
+                                source: source.clone(),
+                                table: Arc::clone(&table),
+                                book: book.clone(),
+                                deep,
+                                in_cut: Cell::new(false),
+                            };
+                            let round = round(run, Rng::with_seed(seed.wrapping_add(id.unsigned_abs())));
+                            let cut = timeout(PATIENCE, round).await;
                             books.push((id, book, cut));
                         }
                     };
@@ -273,8 +280,10 @@ impl<D: FuzzDb> Campaign<D> {
         let mut books = Vec::new();
         for (id, book, cut) in tokio::task::spawn_blocking(join).await.unwrap() {
             self.tally.rounds += 1;
-            if cut {
-                self.tally.cut_at(book.page().stage);
+            match cut {
+                Ok(true) => self.tally.cut_at(book.page().stage),
+                Ok(false) => {}
+                Err(_) => self.tally.leak(&format!("program {id} does not end: {:?}", book.page())),
             }
             for &stage in &book.page().inner_cuts {
                 self.tally.cut_at(stage);

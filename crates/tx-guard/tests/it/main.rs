@@ -9,6 +9,7 @@ mod faults;
 mod fuzz;
 mod happy;
 mod input;
+mod known;
 mod late;
 mod log;
 mod mysql;

@@ -3,6 +3,7 @@
 //! Invariant: whatever a statement may do is in the book before the statement is sent, so a cut at any moment leaves no
 //! row in the table of which the book does not know.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
@@ -318,6 +319,8 @@ pub(crate) struct Run<D: FuzzDb> {
     pub(crate) book: Book,
     /// Whether a `begin` inside a nested transaction of sqlx is cut as well: where nothing can mend that, it is not.
     pub(crate) deep: bool,
+    /// Inside something that is cut and after which the program goes on.
+    pub(crate) in_cut: Cell<bool>,
 }
 
 impl<D: FuzzDb> Run<D> {
@@ -455,6 +458,7 @@ impl<D: FuzzDb> Run<D> {
 
     async fn step(&self, hand: &mut Hand<'_, D>, step: &Step) -> Result<(), TxError> {
         match step {
+            Step::Read { .. } | Step::HalfRead | Step::Nap { .. } if self.in_cut.get() && !D::READS_GO_ON => Ok(()),
             Step::Insert { rows, cut } => {
                 let (entry, keys) = self.book.enter(*rows, None);
                 let values = keys.map(|n| format!("({n})")).collect::<Vec<_>>().join(",");
@@ -525,12 +529,15 @@ impl<D: FuzzDb> Run<D> {
         after: Cut,
     ) -> Result<(), TxError> {
         let start = self.book.entries();
+        let in_cut = self.in_cut.replace(self.in_cut.get() || after.is_some());
         let work = tx.savepoint(async |sp: &mut TransactionGuard<D>| {
             self.steps(Hand::Ours(sp), steps).await?;
             self.book.stage(Stage::Savepoint);
             if undo { Err(TxError::application("undone on purpose")) } else { Ok(()) }
         });
-        match self.book.within(Stage::Savepoint, after, work).await {
+        let worked = self.book.within(Stage::Savepoint, after, work).await;
+        self.in_cut.set(in_cut);
+        match worked {
             Some(Ok(())) => Ok(()),
             // Undone, or the transaction cannot be committed: a commit that succeeds shows that it was undone.
             Some(Err(error)) => {

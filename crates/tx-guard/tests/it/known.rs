@@ -1,0 +1,90 @@
+//! The sessions of a wrapped pool are asked who they are once, and are never taken for one another.
+
+use std::time::{Duration, Instant};
+
+use cancel_safe_tx_guard::{Options, TxPool};
+use sqlx::database::HasStatementCache;
+use sqlx::mysql::MySqlConnectOptions;
+use sqlx::pool::PoolOptions;
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres};
+
+use crate::commit::works_as_before;
+use crate::world::{Server, TestDb, World};
+
+/// Tells what is promised, milliseconds, from what a slow statement lasts.
+const SOON: Duration = Duration::from_secs(2);
+
+trait Sessions: Server + HasStatementCache {
+    /// Keeps no statements, by which a session could be recognised.
+    fn without_cache(options: Options<Self>) -> Options<Self>;
+    /// Sleeps for a while, and says whether it was left in peace.
+    async fn nap(conn: &mut Self::Connection) -> bool;
+}
+
+impl Sessions for Postgres {
+    fn without_cache(options: PgConnectOptions) -> PgConnectOptions {
+        options.statement_cache_capacity(0)
+    }
+
+    async fn nap(conn: &mut PgConnection) -> bool {
+        Self::execute(conn, "SELECT pg_sleep(0.2)".to_owned()).await.is_ok()
+    }
+}
+
+impl Sessions for MySql {
+    fn without_cache(options: MySqlConnectOptions) -> MySqlConnectOptions {
+        options.statement_cache_capacity(0)
+    }
+
+    async fn nap(conn: &mut MySqlConnection) -> bool {
+        Self::numbers(conn, "SELECT CAST(SLEEP(0.2) AS SIGNED)".to_owned()).await.is_ok_and(|woken| woken == [0])
+    }
+}
+
+/// Cancels statements on three sessions of one pool in turn, while the others go on with theirs.
+async fn each_cancel_reaches_the_session_it_is_meant_for<D: Sessions>(cached: bool) {
+    let world = World::<D>::new().await;
+    let options = if cached { world.options.clone() } else { D::without_cache(world.options.clone()) };
+    let pool = PoolOptions::<D>::new().max_connections(3).connect_with(options).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    for round in 0..6 {
+        let mut bystanders = [db.begin().await.unwrap(), db.begin().await.unwrap()];
+        let mut tx = db.begin().await.unwrap();
+        world.insert(&mut tx, 1).await.unwrap();
+        let slow = D::execute(&mut tx, D::SLOW.to_owned());
+        assert!(tokio::time::timeout(Duration::from_millis(30), slow).await.is_err(), "it was not slow");
+        let handle = tx.outcome_handle();
+        let start = Instant::now();
+        let [one, two] = &mut bystanders;
+        let naps = futures_util::future::join(D::nap(one), D::nap(two));
+        drop(tx);
+        let ((one, two), _) = futures_util::future::join(naps, handle.outcome()).await;
+        assert!(one && two, "a bystander was disturbed");
+        assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+        drop(bystanders);
+        if round % 2 == 1 {
+            // Another connection takes the place of one that is known.
+            let conn = pool.acquire().await.unwrap();
+            conn.detach().close().await.unwrap();
+        }
+        // The statements that are kept are thrown away, and what they were recognised by with them.
+        let mut conn = pool.acquire().await.unwrap();
+        conn.clear_cached_statements().await.unwrap();
+    }
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+    pool.close().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_cancel_reaches_the_session_it_is_meant_for_on_postgres() {
+    each_cancel_reaches_the_session_it_is_meant_for::<Postgres>(true).await;
+    each_cancel_reaches_the_session_it_is_meant_for::<Postgres>(false).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn each_cancel_reaches_the_session_it_is_meant_for_on_mysql() {
+    each_cancel_reaches_the_session_it_is_meant_for::<MySql>(true).await;
+    each_cancel_reaches_the_session_it_is_meant_for::<MySql>(false).await;
+}
