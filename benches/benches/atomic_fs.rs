@@ -29,7 +29,7 @@ fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
     let is_wanted = |title: &str| words.is_empty() || words.iter().any(|word| title.contains(word.as_str()));
     let bench = Bench { runtime: Runtime::new().unwrap(), disk: Scratch::new(Path::new(env!("CARGO_TARGET_TMPDIR"))) };
-    let contests: [(&str, fn(&Bench)); 6] = [
+    let contests: &[(&str, Contests)] = &[
         ("replace", replace),
         ("memory", in_memory),
         ("stream", stream),
@@ -41,6 +41,8 @@ fn main() {
         hold(&bench);
     }
 }
+
+type Contests = fn(&Bench);
 
 struct Bench {
     runtime: Runtime,
