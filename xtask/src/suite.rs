@@ -288,10 +288,10 @@ fn campaigns(tally: &Tally) -> String {
     let mut text = String::new();
     if !tally.campaigns.is_empty() {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "\n{:<48}{:>8}{:>12}", "campaign", "points", "violations");
+        let _ = writeln!(text, "\n{:<60}{:>8}{:>12}", "campaign", "points", "violations");
     }
     for (name, visited) in &tally.campaigns {
-        let _ = writeln!(text, "{name:<48}{:>8}{:>12}", visited.points, visited.violations);
+        let _ = writeln!(text, "{name:<60}{:>8}{:>12}", visited.points, visited.violations);
     }
     if !tally.not_run.is_empty() {
         let _ = writeln!(text, "\nnot run");

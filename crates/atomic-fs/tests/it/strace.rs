@@ -8,6 +8,9 @@ use std::path::Path;
 
 use crate::child;
 
+/// How long a child may take; most take a tenth of a second.
+const CHILD_LIMIT_SECS: &str = "60";
+
 /// One file system call: its name, and the how-manieth of this name on its thread it was.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
@@ -50,7 +53,21 @@ pub(crate) fn run(task: &str, path: &Path, scratch: &Path, inject: Option<&str>)
     assert!(gone.is_ok() || !other.exists(), "{gone:?}");
     let inject: Vec<_> =
         inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
-    let mut wrapper = vec!["strace", "-f", "-qq", "-y", "-s", "300", "-e", "trace=%file,%desc"];
+    // A child that hangs is killed together with strace; it has then said nothing, like one that was killed by a fault.
+    let mut wrapper = vec![
+        "timeout",
+        "-s",
+        "KILL",
+        CHILD_LIMIT_SECS,
+        "strace",
+        "-f",
+        "-qq",
+        "-y",
+        "-s",
+        "300",
+        "-e",
+        "trace=%file,%desc",
+    ];
     wrapper.extend(["-o", log.to_str().unwrap()]);
     wrapper.extend(inject.iter().flat_map(|inject| ["-e", inject]));
     let output = child::command(&wrapper, task, path).env(child::OTHER, other).output().unwrap();

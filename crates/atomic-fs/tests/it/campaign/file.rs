@@ -22,8 +22,6 @@ struct Way {
     length: usize,
     /// Whether the new file has the owner and the attributes of the old one.
     keeps_all: bool,
-    /// The thread of the pool also writes to wake the runtime, more or less often; then its writes cannot be counted.
-    counts_writes: bool,
     /// Whether there is no old file.
     creates: bool,
     /// Whether a power cut may bring back the old file although the write has returned.
@@ -38,20 +36,18 @@ const WRITE: Way = Way {
     task: "write after others",
     length: SIZE_BYTES,
     keeps_all: false,
-    counts_writes: true,
     creates: false,
     may_be_undone: false,
     always: None,
 };
-const POOLED: Way = Way { counts_writes: false, ..WRITE };
-const KEEP_ALL: Way = Way { name: "write-keeping-all", task: "keep all after others", keeps_all: true, ..POOLED };
-const STREAM: Way = Way { name: "stream", task: "stream after others", length: STREAM_BYTES, ..POOLED };
-const ORDERED: Way = Way { name: "write-ordered", task: "ordered after others", may_be_undone: true, ..POOLED };
-const CREATE: Way = Way { name: "create-new", task: "create after others", creates: true, ..POOLED };
+const KEEP_ALL: Way = Way { name: "write-keeping-all", task: "keep all after others", keeps_all: true, ..WRITE };
+const STREAM: Way = Way { name: "stream", task: "stream after others", length: STREAM_BYTES, ..WRITE };
+const ORDERED: Way = Way { name: "write-ordered", task: "ordered after others", may_be_undone: true, ..WRITE };
+const CREATE: Way = Way { name: "create-new", task: "create after others", creates: true, ..WRITE };
 /// Where a rename cannot be told not to replace.
 const CREATE_BY_LINK: Way = Way { name: "create-new-by-link", always: Some("renameat2:error=EINVAL"), ..CREATE };
 /// A transaction of one file, which needs no journal.
-const ALONE: Way = Way { name: "transaction-of-one", task: "transaction of one after others", ..POOLED };
+const ALONE: Way = Way { name: "transaction-of-one", task: "transaction of one after others", ..WRITE };
 const ALL: [Way; 7] = [WRITE, KEEP_ALL, STREAM, ORDERED, CREATE, CREATE_BY_LINK, ALONE];
 const IN_PLACE: Way = Way { name: "write/twin", task: "write in place", ..WRITE };
 
@@ -65,7 +61,7 @@ impl Way {
     fn calls(&self, run: Run) -> Vec<Call> {
         // strace keeps one fault for each name of a call.
         let is_taken = |call: &Call| self.always.is_some_and(|fault| fault.starts_with(&format!("{}:", call.name)));
-        distinct(run.calls, |call| (self.counts_writes || call.name != "write") && !is_taken(call))
+        distinct(run.calls, |call| !is_taken(call))
     }
 
     /// A fault, together with the one that is always there.
