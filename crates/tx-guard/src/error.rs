@@ -55,7 +55,8 @@ pub enum TxError {
         /// What the driver said.
         source: sqlx::Error,
     },
-    /// Opening a connection took longer than the builder's `connect_timeout`.
+    /// Opening a connection took longer than the builder's `connect_timeout`, or than there was time for it: until the
+    /// deadline of a closure, or the acquire timeout of a wrapped pool.
     #[error("no connection to {target} was established within {timeout:?}")]
     ConnectTimeout {
         /// The database and its server, or the file.
@@ -63,7 +64,7 @@ pub enum TxError {
         /// The timeout that passed.
         timeout: Duration,
     },
-    /// Every connection of the pool stayed in use for the whole acquire timeout.
+    /// Every connection of the pool stayed in use for the whole acquire timeout, or until the deadline of a closure.
     #[error("all {max_connections} connections to {target} stayed in use for {timeout:?}")]
     PoolExhausted {
         /// The database and its server, or the file.

@@ -18,7 +18,7 @@ pub enum TxEvent {
     ImplicitRollback,
     /// A statement still ran in a transaction that was dropped or rolled back, and was cancelled.
     CancelSent,
-    /// A session did not come to rest in time and was closed.
+    /// A session did not come to rest, or not in time, and was ended.
     SessionTerminated,
     /// A commit whose caller had gone ended so.
     LateOutcome(CommitOutcome),

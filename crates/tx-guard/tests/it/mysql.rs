@@ -326,6 +326,7 @@ async fn a_commit_that_waits_is_handed_over_and_one_that_is_killed_is_in_doubt()
             assert_eq!(handle.outcome().await, CommitOutcome::Committed);
         }
     }
-    assert_eq!(world.committed().await, [0]);
+    // The one that was killed may have been committed all the same.
+    assert!([vec![0], vec![0, 1]].contains(&world.committed().await));
     world.end(db).await;
 }

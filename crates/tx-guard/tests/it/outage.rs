@@ -245,11 +245,12 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     assert!(error.is_connect());
     // The one there is can still be cancelled, and comes back.
     leave_a_slow_statement(&world, &mut tx).await;
-    let start = Instant::now();
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
     drop(tx);
     let mut plain = world.plain().await;
     world.insert(&mut plain, 1).await.unwrap();
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    handle.outcome().await;
     // If it was closed instead, the server takes a moment until it has room for another one.
     eventually("there is a session again", async || db.begin().await.is_ok()).await;
     works_as_before(&world, &db).await;
