@@ -143,9 +143,9 @@ impl Driver for Postgres {
             CommitMode::Verified => None,
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
-        let answer = proof::exchange(conn, proof::VERIFIED_COMMIT.to_owned()).await;
+        let answer = proof::exchange_commit(conn).await;
         let Some(error) = answer.failure else {
-            if answer.row.is_some() && answer.done_after_row == 2 {
+            if answer.row && answer.done_after_row == 2 {
                 proof::leave(conn);
                 return Ok(());
             }
@@ -155,7 +155,7 @@ impl Driver for Postgres {
             return Err(proof::in_doubt(error, receipt));
         }
         // The row would have come ahead of COMMIT.
-        if answer.row.is_none() {
+        if !answer.row {
             return Err(CommitFailure::Aborted(error));
         }
         // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
@@ -187,10 +187,9 @@ impl Driver for Postgres {
                 // A nested transaction that was forgotten.
                 Manager::start_rollback(conn);
             }
-            let number = fastrand::i32(..).to_string();
-            let answer = proof::exchange(conn, format!("ROLLBACK AND CHAIN; SELECT {number}")).await;
+            let answer = proof::exchange_rollback(conn).await;
             match answer.failure {
-                None if answer.row.as_deref() == Some(&number) => {
+                None if answer.row => {
                     proof::leave(conn);
                     return Ok(());
                 }
