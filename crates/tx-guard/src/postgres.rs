@@ -139,6 +139,7 @@ impl Driver for Postgres {
     }
 
     async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
+        release_forgotten(conn).await?;
         let receipt = match mode {
             CommitMode::Verified => None,
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
@@ -260,6 +261,21 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
         }
     }
     sql
+}
+
+/// A nested transaction of sqlx that was forgotten is part of the whole. sqlx counts it as long as it is not told, and
+/// COMMIT takes its savepoint away without a word to sqlx.
+async fn release_forgotten(conn: &mut PgConnection) -> Result<(), CommitFailure> {
+    while depth::<Postgres>(conn) > 1 {
+        match Manager::commit(conn).await {
+            Ok(()) => {}
+            Err(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => return Err(CommitFailure::Ended),
+            Err(error) if proof::is_refusal(&error) => return Err(CommitFailure::Aborted(error)),
+            // COMMIT has not been sent.
+            Err(error) => return Err(CommitFailure::Refused(error)),
+        }
+    }
+    Ok(())
 }
 
 fn code(error: &sqlx::Error) -> Option<String> {
