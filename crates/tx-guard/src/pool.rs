@@ -22,6 +22,9 @@ use crate::{TransactionGuard, TxError};
 /// How many connections a pool holds at most, unless the builder says otherwise.
 const MAX_CONNECTIONS: u32 = 10;
 
+/// More than any server takes. The pool has room for all from the beginning.
+const MOST_CONNECTIONS: u32 = 65_535;
+
 /// How long `begin` waits for a free connection, unless the builder says otherwise.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -274,7 +277,7 @@ pub struct TxPoolBuilder<DB: Backend> {
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
-    /// How many connections there may be at once. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
+    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self
@@ -336,8 +339,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let invalid = |option, reason| TxError::InvalidOption { option, reason };
         let max_size = usize::try_from(self.limits.max_connections)
             .ok()
-            .filter(|size| (1..=tokio::sync::Semaphore::MAX_PERMITS).contains(size))
-            .ok_or_else(|| invalid("max_connections", "it must be at least 1"))?;
+            .filter(|_| (1..=MOST_CONNECTIONS).contains(&self.limits.max_connections))
+            .ok_or_else(|| invalid("max_connections", "it must be from 1 to 65,535"))?;
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
