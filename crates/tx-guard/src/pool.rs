@@ -179,7 +179,7 @@ impl<DB: Backend> TxPool<DB> {
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
     ///
     /// Waits for commits and rollbacks that were dropped by their callers, and for guards that are still in use.
-    /// An sqlx pool that was wrapped stays open.
+    /// An sqlx pool that was wrapped stays open. Outside a tokio runtime nothing can be waited for, so `grace` is zero there.
     ///
     /// # Cancel safety
     ///
@@ -201,6 +201,11 @@ impl<DB: Backend> TxPool<DB> {
     /// ```
     pub async fn close(&self, grace: Duration) -> CloseReport {
         let shared = &self.shared;
+        if Handle::try_current().is_err() {
+            shared.work.close();
+            shared.forget();
+            return shared.report();
+        }
         let finish = async {
             shared.work.close();
             shared.close_idle().await;
@@ -209,8 +214,7 @@ impl<DB: Backend> TxPool<DB> {
         };
         // A farewell that does not fit into the grace is no transaction, so the counts alone are reported.
         drop(timeout(grace, finish).await);
-        let load = shared.work.load();
-        CloseReport { in_use: load.open, settling: load.settling }
+        shared.report()
     }
 }
 
