@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitMode, CommitOutcome, TxError, TxEvent, TxPool};
 use futures_util::{FutureExt, StreamExt};
-use sqlx::{AssertSqlSafe, Connection, Postgres, Sqlite};
+use sqlx::{AssertSqlSafe, Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
 use crate::commit::works_as_before;
@@ -153,6 +153,7 @@ async fn drop_a_commit<D: TestDb, H: FnOnce() + Send + 'static>(
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "a hook that takes its time is what this is about")]
 async fn closing_waits_for_the_hooks_and_events_of_a_dropped_commit<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
@@ -184,6 +185,7 @@ async fn a_late_commit_whose_hook_panics_is_told<D: TestDb>() {
 }
 
 /// The thread was busy, so no timeout could fire.
+#[expect(clippy::disallowed_methods, reason = "a thread that is kept busy is what this is about")]
 async fn work_that_ends_after_its_deadline_is_not_committed<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
@@ -274,4 +276,16 @@ async fn the_answer_to_another_message_is_no_commit() {
         }
     }
     world.run(format!("DROP TABLE {}", world.table)).await;
+}
+/// A password with a slash in it leads to the host `user`, and its rest is a part of the database's name.
+#[tokio::test]
+async fn a_url_with_a_password_that_is_not_encoded_is_refused_without_it() {
+    for url in ["postgres://user:12/secret@127.0.0.1/db", "postgres://user:se/secret@127.0.0.1/db?a=b"] {
+        let error = TxPool::<Postgres>::connect(url).await.unwrap_err();
+        assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
+        assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
+    }
+    let error = TxPool::<MySql>::connect("mysql://user:12/secret@127.0.0.1/db").await.unwrap_err();
+    assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
+    assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
 }
