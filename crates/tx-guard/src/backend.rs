@@ -57,7 +57,7 @@ pub enum CommitMode {
     Verified,
     /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
     /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
-    /// each commit. [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long,
+    /// each commit, and an id also for a transaction that has written nothing. [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long,
     /// or that was replaced by a standby, which may not have heard of the transaction.
     ///
     /// SQLite has no connection to lose, and MySQL nobody who could be asked: there it is the same as `Verified`.
@@ -69,7 +69,7 @@ pub enum CommitMode {
 #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct Receipt {
-    /// None if it has written nothing.
+    /// None where nothing can be written.
     pub(crate) transaction: Option<String>,
     /// The history of the server to which the id belongs.
     pub(crate) timeline: String,

@@ -20,7 +20,7 @@ pub enum TxError {
     InvalidUrl {
         /// The kind of database that was asked for, such as `PostgreSQL`.
         database: &'static str,
-        /// What is wrong with the URL, without quoting it.
+        /// What is wrong with the URL, without its credentials.
         reason: String,
     },
     /// An option of the builder is out of its range.

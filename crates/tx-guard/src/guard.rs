@@ -136,7 +136,12 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// ```
     pub async fn commit_within(mut self, within: Duration) -> Result<(), CommitError> {
         let handle = self.outcome_handle();
-        match timeout(within, self.shielded_commit()).await {
+        let committed = {
+            let runtime = self.held().runtime.clone();
+            let _entered = runtime.enter();
+            timeout(within, self.shielded_commit())
+        };
+        match committed.await {
             Ok(committed) => Ok(committed?),
             Err(_) => Err(CommitError::Pending(handle)),
         }
@@ -259,14 +264,17 @@ impl<DB: Backend> TransactionGuard<DB> {
     }
 
     fn shielded_commit(&mut self) -> Shield<Result<(), TxError>> {
-        let mut open = self.take();
+        let open = self.take();
         open.ticket.settling();
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
         let shared = Arc::clone(&open.shared);
         let handle = open.outcome.handle();
+        // Closing the pool waits for the hooks, and for what is told here.
+        let ticket = Arc::clone(&open.ticket);
         Shield::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |_| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
             shared.teller.tell(TxEvent::LateOutcome(outcome));
+            drop(ticket);
         })
     }
 }
@@ -294,7 +302,7 @@ impl<DB: Backend> DerefMut for TransactionGuard<DB> {
 
 impl<DB: Backend> Drop for TransactionGuard<DB> {
     fn drop(&mut self) {
-        if let Some(mut open) = self.open.take() {
+        if let Some(open) = self.open.take() {
             open.ticket.settling();
             open.shared.teller.tell(TxEvent::ImplicitRollback);
             // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and

@@ -22,6 +22,9 @@ use crate::{TransactionGuard, TxError};
 /// How many connections a pool holds at most, unless the builder says otherwise.
 const MAX_CONNECTIONS: u32 = 10;
 
+/// More than any server takes. The pool has room for all from the beginning.
+const MOST_CONNECTIONS: u32 = 65_535;
+
 /// How long `begin` waits for a free connection, unless the builder says otherwise.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -176,7 +179,7 @@ impl<DB: Backend> TxPool<DB> {
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
     ///
     /// Waits for commits and rollbacks that were dropped by their callers, and for guards that are still in use.
-    /// An sqlx pool that was wrapped stays open.
+    /// An sqlx pool that was wrapped stays open. Outside a tokio runtime nothing can be waited for, so `grace` is zero there.
     ///
     /// # Cancel safety
     ///
@@ -198,6 +201,11 @@ impl<DB: Backend> TxPool<DB> {
     /// ```
     pub async fn close(&self, grace: Duration) -> CloseReport {
         let shared = &self.shared;
+        if Handle::try_current().is_err() {
+            shared.work.close();
+            shared.forget();
+            return shared.report();
+        }
         let finish = async {
             shared.work.close();
             shared.close_idle().await;
@@ -206,8 +214,7 @@ impl<DB: Backend> TxPool<DB> {
         };
         // A farewell that does not fit into the grace is no transaction, so the counts alone are reported.
         drop(timeout(grace, finish).await);
-        let load = shared.work.load();
-        CloseReport { in_use: load.open, settling: load.settling }
+        shared.report()
     }
 }
 
@@ -274,7 +281,7 @@ pub struct TxPoolBuilder<DB: Backend> {
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
-    /// How many connections there may be at once. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
+    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self
@@ -319,6 +326,11 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             let scheme = scheme.filter(named).unwrap_or("missing");
             return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
         }
+        // A slash in a password ends the address, and the rest of the password would be told as the database's name.
+        let path = url.split_once("://").and_then(|(_, rest)| rest.split(['?', '#']).next()?.split_once('/'));
+        if !DB::TAKES_FILES && path.is_some_and(|(address, path)| !address.contains('@') && path.contains('@')) {
+            return Err(invalid("it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned()));
+        }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
         self.connect_with(options).await
     }
@@ -336,8 +348,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let invalid = |option, reason| TxError::InvalidOption { option, reason };
         let max_size = usize::try_from(self.limits.max_connections)
             .ok()
-            .filter(|size| (1..=tokio::sync::Semaphore::MAX_PERMITS).contains(size))
-            .ok_or_else(|| invalid("max_connections", "it must be at least 1"))?;
+            .filter(|_| (1..=MOST_CONNECTIONS).contains(&self.limits.max_connections))
+            .ok_or_else(|| invalid("max_connections", "it must be from 1 to 65,535"))?;
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }

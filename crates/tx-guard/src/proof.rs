@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use futures_util::{FutureExt, StreamExt, TryFutureExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
-use sqlx::{AssertSqlSafe, Database, Either, PgConnection, Postgres, Row};
+use sqlx::{AssertSqlSafe, Column, ColumnIndex, Database, Either, PgConnection, Postgres, Row};
 use sqlx_core::transaction::TransactionManager;
 use tokio::time::{sleep, timeout};
 
@@ -18,11 +18,16 @@ type Manager = <Postgres as Database>::TransactionManager;
 
 /// The cheapest statement with a row fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside
 /// a transaction an error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
-pub(crate) const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
+const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
 
-/// A commit is asked for its transaction by this first, if it is to be found out how it ended.
-const RECEIPT: &str = "SELECT pg_current_xact_id_if_assigned()::text,
-    left(pg_walfile_name(pg_current_wal_insert_lsn()), 8)";
+/// The name of its row's column, which tells it from the rows of other statements.
+const VERIFIED_BY: &str = "lock_timeout";
+
+/// A commit is asked for its transaction by this first, if it is to be found out how it ended. One that has written
+/// nothing is given an id by it, since what it has to NOTIFY goes out at its commit all the same. On a standby nothing
+/// can be committed, and there is no id to be had.
+const RECEIPT: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_xact_id()::text END AS txg_transaction,
+    CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END AS txg_timeline";
 
 /// A standby that took over may not have heard of the transaction, and may give its id to another one.
 const FATE: &str = "SELECT pg_xact_status($1::xid8)
@@ -39,21 +44,32 @@ const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
 /// What has come back for a message of several statements, of which one has a row.
 #[derive(Default)]
 pub(crate) struct Answer {
-    /// The first value of the row.
-    pub(crate) row: Option<String>,
+    /// The row has come.
+    pub(crate) row: bool,
     /// How many statements were done once the row had come, the one with the row included.
     pub(crate) done_after_row: usize,
     pub(crate) failure: Option<sqlx::Error>,
 }
 
-pub(crate) async fn exchange(conn: &mut PgConnection, sql: String) -> Answer {
+pub(crate) async fn exchange_commit(conn: &mut PgConnection) -> Answer {
+    exchange(conn, VERIFIED_COMMIT.to_owned(), |row| row.columns().iter().map(Column::name).eq([VERIFIED_BY])).await
+}
+
+/// Rolls back, and shows it by a number that was made up for it.
+pub(crate) async fn exchange_rollback(conn: &mut PgConnection) -> Answer {
+    let number = fastrand::i32(..).to_string();
+    let sql = format!("ROLLBACK AND CHAIN; SELECT {number}");
+    exchange(conn, sql, |row| text(row, 0).as_ref() == Some(&number)).await
+}
+
+/// Sends the message, whose row is told from the rows of others by `is_ours`.
+async fn exchange(conn: &mut PgConnection, sql: String, is_ours: impl Fn(&PgRow) -> bool) -> Answer {
     let mut answer = Answer::default();
     let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
     while let Some(part) = parts.next().await {
         match part {
-            // No value is as good as an empty one.
-            Ok(Either::Right(row)) => answer.row = Some(text(&row, 0).unwrap_or_default()),
-            Ok(Either::Left(_)) if answer.row.is_some() => answer.done_after_row += 1,
+            Ok(Either::Right(row)) => answer.row = is_ours(&row),
+            Ok(Either::Left(_)) if answer.row => answer.done_after_row += 1,
             Ok(Either::Left(_)) => {}
             Err(error) => answer.failure = Some(error),
         }
@@ -61,7 +77,7 @@ pub(crate) async fn exchange(conn: &mut PgConnection, sql: String) -> Answer {
     answer
 }
 
-fn text(row: &PgRow, column: usize) -> Option<String> {
+fn text<I: ColumnIndex<PgRow>>(row: &PgRow, column: I) -> Option<String> {
     row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
 }
 
@@ -81,8 +97,8 @@ pub(crate) async fn receipt(conn: &mut PgConnection) -> Result<Receipt, CommitFa
         Err(error) => return Err(CommitFailure::Refused(error)),
     };
     let row = rows.pop().ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
-    let timeline = text(&row, 1).ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
-    Ok(Receipt { transaction: text(&row, 0), timeline })
+    let timeline = text(&row, "txg_timeline").ok_or_else(|| CommitFailure::Refused(out_of_step()))?;
+    Ok(Receipt { transaction: text(&row, "txg_transaction"), timeline })
 }
 
 pub(crate) fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFailure {
@@ -126,7 +142,7 @@ async fn fate(
     options: &PgConnectOptions,
     receipt: &Receipt,
 ) -> Result<Option<String>, sqlx::Error> {
-    // Without an id it has written nothing, and there is nothing that could have been committed.
+    // On a standby there is nothing that could have been committed.
     let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
     canceller
         .ask(options, |conn, _| {

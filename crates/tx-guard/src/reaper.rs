@@ -3,11 +3,14 @@
 //! Invariant: a connection goes back to its pool only after it was seen idle and clean. Whatever is dropped
 //! before that, by a caller or by the end of the runtime, closes its connection instead.
 
+use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
@@ -73,6 +76,9 @@ impl<T: Send + 'static> Future for Shield<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         self.polled = true;
+        // Whoever polls it may do so outside any runtime, where nothing could be waited for.
+        let runtime = self.runtime.clone();
+        let _entered = runtime.enter();
         // Taken out for the poll, so that a future that panics in it is not polled again by the runtime.
         let mut future = self.future.take().expect("a future is not polled again after it has completed");
         let polled = future.as_mut().poll(cx);
@@ -89,12 +95,21 @@ impl<T: Send + 'static> Drop for Shield<T> {
             let (limit, late) = (self.limit, self.late.take());
             // A runtime that has shut down drops the future here, and the slot inside closes its connection.
             drop(self.runtime.spawn(async move {
+                // A hook of the user's may panic, after a commit of which is to be told all the same.
+                let future = AssertUnwindSafe(future).catch_unwind();
                 let output = match limit {
                     Some(limit) => timeout(limit, future).await.ok(),
                     None => Some(future.await),
                 };
+                let (output, panic) = match output.transpose() {
+                    Ok(output) => (output, None),
+                    Err(panic) => (None, Some(panic)),
+                };
                 if let Some(late) = late {
                     late(output);
+                }
+                if let Some(panic) = panic {
+                    resume_unwind(panic);
                 }
             }));
         }
@@ -107,7 +122,7 @@ pub(crate) struct Open<DB: Backend> {
     pub(crate) slot: Slot<DB>,
     pub(crate) outcome: OutcomeCell,
     pub(crate) runtime: Handle,
-    pub(crate) ticket: Ticket,
+    pub(crate) ticket: Arc<Ticket>,
     pub(crate) shared: Arc<Shared<DB>>,
     pub(crate) hooks: Vec<Hook>,
     pub(crate) commit_mode: CommitMode,
@@ -270,22 +285,21 @@ impl Work {
     }
 }
 
-/// One transaction's place in the count.
+/// One transaction's place in the count, kept until the last who has to do with it is done.
 pub(crate) struct Ticket {
     work: Arc<Work>,
-    settling: bool,
+    settling: AtomicBool,
 }
 
 impl Ticket {
-    pub(crate) fn new(work: &Arc<Work>) -> Self {
+    pub(crate) fn new(work: &Arc<Work>) -> Arc<Self> {
         work.0.send_modify(|load| load.open += 1);
-        Self { work: Arc::clone(work), settling: false }
+        Arc::new(Self { work: Arc::clone(work), settling: AtomicBool::new(false) })
     }
 
     /// Moves the transaction from its user's hands to ours.
-    pub(crate) fn settling(&mut self) {
-        if !self.settling {
-            self.settling = true;
+    pub(crate) fn settling(&self) {
+        if !self.settling.swap(true, Ordering::Relaxed) {
             self.work.0.send_modify(|load| {
                 load.open -= 1;
                 load.settling += 1;
@@ -296,7 +310,8 @@ impl Ticket {
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.work.0.send_modify(|load| match self.settling {
+        let settling = *self.settling.get_mut();
+        self.work.0.send_modify(|load| match settling {
             true => load.settling -= 1,
             false => load.open -= 1,
         });

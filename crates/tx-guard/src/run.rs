@@ -5,6 +5,7 @@
 use std::fmt;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Isolation, Mode};
@@ -169,6 +170,7 @@ impl<DB: Backend> Tx<DB> {
     where
         F: AsyncFnMut(&mut TransactionGuard<DB>) -> Result<T, TxError>,
     {
+        Handle::try_current().map_err(|_| TxError::NoRuntime)?;
         let deadline = self.timeout.and_then(|timeout| Instant::now().checked_add(timeout));
         let mut attempt = 1;
         loop {
@@ -203,6 +205,12 @@ impl<DB: Backend> Tx<DB> {
             }
         });
         let (tx, value) = worked.await??;
+        // Nobody could look at the clock while the work kept its thread busy.
+        if let (Some(deadline), Some(timeout)) = (deadline, self.timeout)
+            && Instant::now() >= deadline
+        {
+            return Err(TxError::Timeout { timeout });
+        }
         match deadline {
             None => tx.commit().await?,
             Some(deadline) => match tx.commit_within(deadline.saturating_duration_since(Instant::now())).await {

@@ -14,11 +14,11 @@ use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
-use crate::TxError;
 use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
 use crate::reaper::Work;
 use crate::session::Manager;
+use crate::{CloseReport, TxError};
 
 /// What the clones of a pool, its guards and the reaper share.
 pub(crate) struct Shared<DB: Backend> {
@@ -112,6 +112,19 @@ impl<DB: Backend> Shared<DB> {
             drop(sessions.retain(|_, _| false).removed);
             drop(sessions.manager().spares());
         }
+    }
+
+    /// The same, for the last time and without a farewell.
+    pub(crate) fn forget(&self) {
+        if let Source::Owned { sessions, .. } = &self.source {
+            sessions.close();
+            drop(sessions.manager().last_spares());
+        }
+    }
+
+    pub(crate) fn report(&self) -> CloseReport {
+        let load = self.work.load();
+        CloseReport { in_use: load.open, settling: load.settling }
     }
 
     /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.

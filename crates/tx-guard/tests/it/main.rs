@@ -4,10 +4,12 @@
 
 mod cancel;
 mod commit;
+mod contract;
 mod example;
 mod faults;
 mod fuzz;
 mod happy;
+mod hostile;
 mod input;
 mod known;
 mod late;

@@ -6,8 +6,8 @@ use std::time::Duration;
 use cancel_safe_tx_guard::{CommitMode, CommitOutcome, Options, TransactionGuard, TxPool};
 use futures_util::FutureExt;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
-use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{Connection, MySql, Postgres};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgSslMode};
+use sqlx::{Connection, MySql, PgPool, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
@@ -326,6 +326,29 @@ async fn no_outcome_is_left_unknown_where_it_is_asked_for() {
         let told = no_outcome_is_told_wrongly::<Postgres>(slow, CommitMode::Resolvable).await;
         assert_eq!(told.unknown, 0, "{told:?}");
     }
+}
+
+/// What it has to NOTIFY goes out at its commit, although it has written nothing.
+#[tokio::test]
+async fn a_lost_commit_that_has_only_notified_is_no_rollback() {
+    let world = World::<Postgres>::new().await;
+    let mut listener = PgListener::connect_with(&PgPool::connect_lazy_with(world.options.clone())).await.unwrap();
+    listener.listen(&world.table).await.unwrap();
+    let proxy = Proxy::open(Postgres::address(&world.options)).await;
+    let db = TxPool::<Postgres>::builder().max_connections(1).commit_mode(CommitMode::Resolvable);
+    let db = db.connect_with(Postgres::through(world.options.clone(), proxy.port)).await.unwrap();
+    for (fault, expected) in
+        [(Fault::CutAnswer, CommitOutcome::Committed), (Fault::CutBefore, CommitOutcome::RolledBack)]
+    {
+        let mut tx = db.begin().await.unwrap();
+        let handle = tx.outcome_handle();
+        Postgres::execute(&mut tx, format!("NOTIFY {}", world.table)).await.unwrap();
+        proxy.arm(fault);
+        assert_eq!(tx.commit().await.is_ok(), expected == CommitOutcome::Committed, "{fault:?}");
+        assert_eq!(handle.outcome().await, expected, "{fault:?}");
+    }
+    timeout(PATIENCE, listener.recv()).await.expect("one has gone out").unwrap();
+    world.end(db).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

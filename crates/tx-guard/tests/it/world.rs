@@ -38,8 +38,8 @@ pub(crate) trait TestDb: Backend {
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n";
 
     fn place() -> (Self::Place, Options<Self>);
-    async fn execute(conn: &mut Self::Connection, sql: String) -> Result<(), sqlx::Error>;
-    async fn numbers(conn: &mut Self::Connection, sql: String) -> Result<Vec<i64>, sqlx::Error>;
+    fn execute(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    fn numbers(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<Vec<i64>, sqlx::Error>> + Send;
     /// Reads one row of many, and leaves the rest.
     async fn first_row(conn: &mut Self::Connection, sql: &'static str);
 }
