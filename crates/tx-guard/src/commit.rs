@@ -113,7 +113,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);
             if depth::<DB>(open.slot.parts().0) == 0 {
-                open.release().await;
+                open.release_answered().await;
             } else {
                 // The empty transaction behind the commit is nobody's to wait for.
                 let runtime = open.runtime.clone();

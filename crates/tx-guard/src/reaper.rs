@@ -11,7 +11,8 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, join};
+use futures_util::future::{BoxFuture, join, poll_immediate};
+use sqlx::Connection;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -136,6 +137,28 @@ impl<DB: Backend> Open<DB> {
     pub(crate) async fn release(self) {
         let closed = self.shared.work.is_closed();
         self.slot.release(closed).await;
+    }
+}
+
+impl<DB: Backend> Open<DB> {
+    /// Gives the connection back when what was left to be sent has its answer, for which nobody waits: a message that
+    /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
+    /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
+    pub(crate) async fn release_answered(mut self) {
+        let flushed = poll_immediate(pin!(self.slot.parts().0.flush())).await;
+        match flushed {
+            Some(Ok(())) => self.release().await,
+            Some(Err(_)) => {}
+            None => {
+                self.ticket.settling();
+                let runtime = self.runtime.clone();
+                drop(runtime.spawn(async move {
+                    if let Ok(Ok(())) = timeout(SETTLE_LIMIT, self.slot.parts().0.flush()).await {
+                        self.release().await;
+                    }
+                }));
+            }
+        }
     }
 }
 

@@ -209,8 +209,9 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
                 drop(tx);
             }
             _ => {
-                drop(tx.begin().now_or_never());
-                tx.commit().await.unwrap_err();
+                let is_cut = tx.begin().now_or_never().is_none();
+                // The server may have been so fast that there was nothing to cut.
+                assert_eq!(tx.commit().await.is_err(), is_cut);
             }
         }
         handle.outcome().await;
