@@ -329,7 +329,9 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         // A slash in a password ends the address, and the rest of the password would be told as the database's name.
         let path = url.split_once("://").and_then(|(_, rest)| rest.split(['?', '#']).next()?.split_once('/'));
         if !DB::TAKES_FILES && path.is_some_and(|(address, path)| !address.contains('@') && path.contains('@')) {
-            return Err(invalid("it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned()));
+            return Err(invalid(
+                "it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned(),
+            ));
         }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
         self.connect_with(options).await
