@@ -3,7 +3,8 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::Duration;
+use std::sync::mpsc;
+use std::time::{Duration, Instant};
 
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
@@ -109,12 +110,22 @@ pub(crate) fn far_away(options: &PgConnectOptions, one_way: Duration) -> PgConne
     let door = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = door.local_addr().unwrap().port();
     let server = (options.get_host().to_owned(), options.get_port());
+    // One thread notes when something came and the other hands it on later, so that what is sent in a row arrives in a
+    // row, as on a long line.
     let carry = move |mut from: TcpStream, mut to: TcpStream| {
+        let (sender, line) = mpsc::channel::<(Instant, Vec<u8>)>();
         std::thread::spawn(move || {
             let mut buffer = [0; 1 << 16];
             while let Ok(size @ 1..) = from.read(&mut buffer) {
-                std::thread::sleep(one_way);
-                if to.write_all(&buffer[..size]).is_err() {
+                if sender.send((Instant::now(), buffer[..size].to_vec())).is_err() {
+                    break;
+                }
+            }
+        });
+        std::thread::spawn(move || {
+            for (came, bytes) in line {
+                std::thread::sleep(one_way.saturating_sub(came.elapsed()));
+                if to.write_all(&bytes).is_err() {
                     break;
                 }
             }

@@ -224,7 +224,12 @@ async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
     drop(usurper);
-    eventually("there is a session again", async || db.begin().await.is_ok()).await;
+    eventually("there is a session again", async || match db.begin().await {
+        // Awaited, so that it is back in the pool, which would otherwise open another one.
+        Ok(tx) => tx.rollback().await.is_ok(),
+        Err(_) => false,
+    })
+    .await;
     works_as_before(&world, &db).await;
     world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
     world.end(db).await;
@@ -250,10 +255,14 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     let mut plain = world.plain().await;
     world.insert(&mut plain, 1).await.unwrap();
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
-    // It has been given back before this is told, so it is found again.
     handle.outcome().await;
     // If it was closed instead, the server takes a moment until it has room for another one.
-    eventually("there is a session again", async || db.begin().await.is_ok()).await;
+    eventually("there is a session again", async || match db.begin().await {
+        // Awaited, so that it is back in the pool, which would otherwise open another one.
+        Ok(tx) => tx.rollback().await.is_ok(),
+        Err(_) => false,
+    })
+    .await;
     works_as_before(&world, &db).await;
     world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
     world.end(db).await;

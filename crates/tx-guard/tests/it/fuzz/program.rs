@@ -255,13 +255,13 @@ impl Book {
     }
 
     /// The commit of a nested transaction of sqlx was dropped. Released or not, sqlx then rolls back to its name, which
-    /// may be that of an older savepoint. What was in doubt before stays so by itself.
+    /// may be that of an older savepoint, and of several the last. What was in doubt before stays so by itself.
     fn nested_in_doubt(&self, start: usize) {
         self.last(|attempt| {
             let stale = attempt.stale.unwrap_or(start).min(start);
             for (index, entry) in attempt.entries.iter_mut().enumerate().skip(stale) {
                 if entry.standing == Standing::Done {
-                    entry.standing = Standing::May(if index < start { stale } else { start });
+                    entry.standing = Standing::May(index.min(start));
                 }
             }
         });
