@@ -81,12 +81,12 @@ impl MariaDb {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(format!("{}: {said}", named("no database could be made")));
         }
-        let script = r#"read -r _; export MYSQL_PWD="$1"; shift; exec "$@""#;
+        let script = r#"read -r _; exec "$@""#;
         let (program, remove) = (client.to_string_lossy(), format!("DROP DATABASE {database}"));
         let arguments = login.arguments();
-        let mut words = vec![login.password.as_str(), &*program];
+        let mut words = vec![&*program];
         words.extend(arguments.iter().map(String::as_str).chain(["--execute", &remove]));
-        let keeper = Keeper::hold(script, &words, Path::new("/"), None)?;
+        let keeper = Keeper::hold(script, &words, Some(("MYSQL_PWD", &login.password)), Path::new("/"), None)?;
         println!("MySQL of these tests: {}", named(&format!("the database {database}")));
         url.set_path(&database);
         Ok(Self { url: url.into(), _hold: Hold::Database { _keeper: keeper } })
@@ -118,7 +118,7 @@ impl Login {
 }
 
 /// The text of a part of a URL, in which each `%` introduces a byte in hexadecimal digits.
-fn decoded(part: &str) -> String {
+pub(crate) fn decoded(part: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = part.as_bytes();
     while let Some((&first, after)) = rest.split_first() {

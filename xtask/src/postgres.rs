@@ -8,6 +8,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use url::Url;
+
+use crate::mariadb::decoded;
 use crate::server::{Home, Keeper, Missing, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
 /// What a run needs of PostgreSQL, and how to end it.
@@ -58,8 +61,10 @@ impl Database {
         let psql = programs_or_install(&["psql"])?.join("psql");
         let schema = format!("cancel_safe_test_{}", std::process::id());
         let create = format!("DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}");
+        let (open, password) = without_password(url)?;
         let output = Command::new(&psql)
-            .args(["--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", url, "--command", &create])
+            .args(["--no-psqlrc", "--quiet", "--set", "ON_ERROR_STOP=1", "--dbname", &open, "--command", &create])
+            .envs(secret(&password))
             .output()
             .map_err(|error| format!("{} could not be started: {error}", psql.display()))?;
         if !output.status.success() {
@@ -70,7 +75,7 @@ impl Database {
         let script = r#"read -r _; exec "$1" --no-psqlrc --quiet --dbname "$2" --command "$3""#;
         let program = psql.to_string_lossy();
         let remove = format!("DROP SCHEMA {schema} CASCADE");
-        let keeper = Keeper::hold(script, &[&program, url, &remove], Path::new("/"), None)?;
+        let keeper = Keeper::hold(script, &[&program, &open, &remove], secret(&password), Path::new("/"), None)?;
         println!("PostgreSQL of these tests: the schema {schema} in the server of {}", Self::VARIABLE);
         Ok(Self { url: with_search_path(url, &schema), _hold: Hold::Schema { _keeper: keeper } })
     }
@@ -167,6 +172,24 @@ fn with_search_path(url: &str, schema: &str) -> String {
     format!("{url}{separator}options=-c%20search_path%3D{schema}")
 }
 
+/// The URL without its password, and the password. Arguments are seen by all users of the machine.
+fn without_password(url: &str) -> Result<(String, Option<String>), String> {
+    let broken = |what: &str| format!("{}: {what}", Database::VARIABLE);
+    let mut url = Url::parse(url).map_err(|error| broken(&error.to_string()))?;
+    if url.query_pairs().any(|(name, _)| name == "password") {
+        return Err(broken("give the password as postgres://user:password@…, with each special character as %XX"));
+    }
+    let password = url.password().map(decoded);
+    if password.is_some() {
+        url.set_password(None).map_err(|()| broken("its password cannot be taken out"))?;
+    }
+    Ok((url.into(), password))
+}
+
+fn secret(password: &Option<String>) -> Option<(&str, &str)> {
+    password.as_deref().map(|password| ("PGPASSWORD", password))
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::TcpStream;
@@ -190,6 +213,14 @@ mod tests {
             with_search_path("postgres://h/d?sslmode=disable", "s"),
             "postgres://h/d?sslmode=disable&options=-c%20search_path%3Ds"
         );
+    }
+
+    #[test]
+    fn a_password_is_no_argument() {
+        let (open, password) = without_password("postgres://u:s%2Fc@h:5433/d?sslmode=disable").unwrap();
+        assert_eq!((open.as_str(), password.as_deref()), ("postgres://u@h:5433/d?sslmode=disable", Some("s/c")));
+        assert_eq!(without_password("postgres://u@h/d").unwrap(), ("postgres://u@h/d".to_owned(), None));
+        assert!(!without_password("postgres://u@h/d?password=secret").unwrap_err().contains("secret"));
     }
 
     #[test]

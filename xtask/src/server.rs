@@ -51,16 +51,19 @@ pub(crate) struct Keeper {
 }
 
 impl Keeper {
-    /// Starts `sh -c script` in a process group of its own, which a Ctrl-C on this terminal does not reach.
+    /// Starts `sh -c script` in a process group of its own, which a Ctrl-C on this terminal does not reach. What is secret
+    /// goes through the environment, which other users cannot see, unlike the arguments.
     pub(crate) fn hold(
         script: &str,
         arguments: &[&str],
+        secret: Option<(&str, &str)>,
         directory: &Path,
         account: Option<Account>,
     ) -> Result<Self, String> {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", script, "keeper"]).args(arguments).current_dir(directory).process_group(0);
         command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).env("LC_ALL", "C");
+        command.envs(secret);
         if let Some(account) = account {
             command.uid(account.uid).gid(account.gid);
         }
@@ -159,7 +162,7 @@ impl PrivateServer {
         // Its log exists before the shell starts, so that there is something to show however early it fails.
         let log = home.path.join("log");
         let arguments = [&*directory, &set_up, &serve, recipe.stop_signal];
-        let keeper = Keeper::hold(KEEP_SERVER, &arguments, &home.path, home.account)?;
+        let keeper = Keeper::hold(KEEP_SERVER, &arguments, None, &home.path, home.account)?;
         let ended = home.path.join("ended");
         let answered = wait_until(START_BOUND, || ended.exists() || ready(&home.path));
         if answered && !ended.exists() {

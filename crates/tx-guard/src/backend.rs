@@ -57,8 +57,9 @@ pub enum CommitMode {
     Verified,
     /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
     /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
-    /// each commit, and an id also for a transaction that has written nothing. [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long,
-    /// or that was replaced by a standby, which may not have heard of the transaction.
+    /// each commit, and an id also for a transaction that has written nothing.
+    /// [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long, or that was
+    /// replaced by a standby, which may not have heard of the transaction.
     ///
     /// SQLite has no connection to lose, and MySQL nobody who could be asked: there it is the same as `Verified`.
     Resolvable,

@@ -53,8 +53,9 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped while it waits for a connection, nothing has happened. If dropped while
-    /// the transaction is being begun, it is rolled back and its connection goes back to the pool.
+    /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun. If dropped while the
+    /// transaction is being begun, it is rolled back and its connection goes back to the pool, or is closed if it has no
+    /// answer within two seconds.
     ///
     /// # Errors
     ///
@@ -235,7 +236,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// Hooks run in the order in which they were given, on the task that drives the commit, after its handle has
     /// been told. They do not run if the transaction is rolled back, or its outcome is unknown, or the savepoint in
-    /// which they were given is undone.
+    /// which they were given is undone. A hook that panics keeps no other from running, and does not undo the commit.
     pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
         self.held_mut().hooks.push(Box::new(hook));
     }

@@ -67,7 +67,8 @@
 //! | `begin`, later | nothing: it is driven to its end and rolled back |
 //! | a guard, idle | rolled back; the connection goes back when it was seen clean |
 //! | a guard, while a statement runs | the statement is cancelled on the server, then the same |
-//! | a guard, outside a runtime or after its end | the connection is closed, which rolls back; no panic |
+//! | a guard, outside any runtime | the same, on the runtime on which it was begun |
+//! | a guard, after the end of that runtime | the connection is closed, which rolls back; no panic |
 //! | `commit`, never polled | rolled back |
 //! | `commit`, polled | driven to its end; the [`OutcomeHandle`] and the hooks learn how it ended |
 //! | `commit` of a transaction that an error had aborted | rolled back, and an error: `Ok` means committed |
@@ -82,6 +83,7 @@
 //!
 //! # Limitations
 //!
+//! - The guard hands out the connection itself. Who swaps it for another, by `mem::swap` say, has the wrong one cancelled.
 //! - `mem::forget` of a guard keeps its transaction and its connection. A process that is killed leaves its transaction
 //!   to the server. PostgreSQL 14 and later is asked to look for dead clients every half second on sessions of the
 //!   crate's own; MySQL looks when it has something to say to them.
@@ -123,8 +125,8 @@
 //!
 //! # Features
 //!
-//! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are the application's to choose;
-//!   tokio is needed.
+//! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are
+//!   the application's to choose; tokio is needed.
 //! - `tracing`: logs what [`TxPool::events`] tells.
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.

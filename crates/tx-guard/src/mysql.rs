@@ -59,6 +59,8 @@ pub struct Thread {
     limited: AtomicBool,
     /// The answer to the COMMIT has been read to its end, and nothing was sent since.
     in_step: AtomicBool,
+    /// A session of the user's has its settings back already.
+    is_back: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -99,10 +101,10 @@ impl Flavour {
     }
 
     /// The variables that [`HOLD`] sets.
-    fn held(self) -> &'static [&'static str] {
+    fn held(self) -> [&'static str; 2] {
         match self {
-            Self::MariaDb => &["autocommit", "tx_read_only"],
-            Self::MySql => &["autocommit", "transaction_read_only"],
+            Self::MariaDb => ["autocommit", "tx_read_only"],
+            Self::MySql => ["autocommit", "transaction_read_only"],
         }
     }
 
@@ -203,12 +205,20 @@ impl Driver for MySql {
     async fn commit(conn: &mut MySqlConnection, thread: &Thread, _: CommitMode) -> Result<(), CommitFailure> {
         // What a dropped future has left to be read. COMMIT has not been sent, so an error here is a rollback.
         read_what_is_left(conn).await.map_err(CommitFailure::Refused)?;
-        match exchange(conn).await {
+        // In the same message, so that it costs no round trip of its own.
+        let (sql, statements) = match thread.settings_back() {
+            Some(settings_back) => (format!("{VERIFIED_COMMIT}; {settings_back}"), 3),
+            None => (VERIFIED_COMMIT.to_owned(), 2),
+        };
+        match exchange(conn, sql).await {
             // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
-            (2, None) => {
+            (done, None) if done == statements => {
                 thread.in_step.store(true, Ordering::Relaxed);
+                thread.is_back.store(true, Ordering::Relaxed);
                 Ok(())
             }
+            // Committed; the settings are tried again, or the connection is closed.
+            (2, Some(_)) if statements > 2 => Ok(()),
             (0, Some(error)) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Err(CommitFailure::Ended),
             (0, Some(error @ sqlx::Error::Database(_))) => Err(CommitFailure::Refused(error)),
             (_, Some(error)) if matches!(number(&error), Some(DEADLOCK | REFUSED_BY_THE_GROUP)) => {
@@ -245,7 +255,12 @@ impl Driver for MySql {
                 _ => Manager::rollback(conn).await,
             };
             if is_done(rolled_back)? {
-                return thread.put_back(conn).await;
+                return match thread.settings_back() {
+                    Some(settings_back) if !thread.is_back.swap(false, Ordering::Relaxed) => {
+                        Self::run_sql(conn, settings_back).await
+                    }
+                    _ => Ok(()),
+                };
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
@@ -284,11 +299,17 @@ impl Driver for MySql {
 
 impl Thread {
     fn new(identity: Identity, ownership: Ownership) -> Self {
-        Self { identity, ownership, limited: AtomicBool::new(false), in_step: AtomicBool::new(false) }
+        Self {
+            identity,
+            ownership,
+            limited: AtomicBool::new(false),
+            in_step: AtomicBool::new(false),
+            is_back: AtomicBool::new(false),
+        }
     }
 
-    /// Gives a wrapped session the settings back that it had before its transaction.
-    async fn put_back(&self, conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    /// Gives a wrapped session the settings back that it had before its transaction. None where it has them all.
+    fn settings_back(&self) -> Option<String> {
         let mut settings: Vec<&str> = Vec::new();
         if self.ownership == Ownership::Wrapped && !self.identity.read_only {
             settings.extend(self.identity.flavour.held());
@@ -296,11 +317,8 @@ impl Thread {
         if self.ownership == Ownership::Wrapped && self.limited.load(Ordering::Relaxed) {
             settings.extend(self.identity.flavour.limits());
         }
-        if settings.is_empty() {
-            return Ok(());
-        }
         let settings: Vec<_> = settings.iter().map(|setting| format!("{setting} = @txg_{setting}")).collect();
-        MySql::run_sql(conn, format!("SET {}", settings.join(", "))).await
+        (!settings.is_empty()).then(|| format!("SET {}", settings.join(", ")))
     }
 }
 
@@ -316,26 +334,33 @@ async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sq
 /// BEGIN, its settings and its mark in one message, so that they cost no round trip of their own.
 fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     let wrapped = thread.ownership == Ownership::Wrapped;
-    let mut sql = String::new();
-    // A wrapped session keeps what it had where it is found again.
-    let put_away = |sql: &mut String, setting| sql.push_str(&format!("SET @txg_{setting} = @@{setting}; "));
+    let flavour = thread.identity.flavour;
+    // One SET for all, whose parts count from the left to the right: a wrapped session keeps what it had where it is
+    // found again.
+    let put_away = |setting: &&str| format!("@txg_{setting} = @@{setting}");
+    let mut settings: Vec<String> = Vec::new();
     if wrapped && !thread.identity.read_only {
-        thread.identity.flavour.held().iter().for_each(|setting| put_away(&mut sql, setting));
-        sql.push_str(HOLD);
-        sql.push_str("; ");
+        let [autocommit, read_only] = flavour.held();
+        settings.extend(flavour.held().iter().map(put_away));
+        settings.extend([format!("{autocommit} = 0"), format!("{read_only} = 1")]);
     }
     let was_limited = thread.limited.swap(mode.remaining.is_some(), Ordering::Relaxed);
-    for limit in thread.identity.flavour.limits() {
-        match mode.remaining {
-            Some(remaining) => {
-                if wrapped {
-                    put_away(&mut sql, limit);
-                }
-                sql.push_str(&format!("SET {limit} = {}; ", thread.identity.flavour.limit(limit, remaining)));
+    match mode.remaining {
+        Some(remaining) => {
+            if wrapped {
+                settings.extend(flavour.limits().iter().map(put_away));
             }
-            None if was_limited && !wrapped => sql.push_str(&format!("SET {limit} = DEFAULT; ")),
-            None => {}
+            let limits = flavour.limits().iter();
+            settings.extend(limits.map(|limit| format!("{limit} = {}", flavour.limit(limit, remaining))));
         }
+        None if was_limited && !wrapped => {
+            settings.extend(flavour.limits().iter().map(|limit| format!("{limit} = DEFAULT")));
+        }
+        None => {}
+    }
+    let mut sql = String::new();
+    if !settings.is_empty() {
+        sql.push_str(&format!("SET {}; ", settings.join(", ")));
     }
     sql.push_str(match mode.isolation {
         None => "",
@@ -368,15 +393,15 @@ async fn read_what_is_left(conn: &mut MySqlConnection) -> Result<(), sqlx::Error
     if is_left { conn.ping().await } else { Ok(()) }
 }
 
-/// Sends the verified commit, and says how many of its two statements have been done before the error.
+/// Sends the verified commit, and says how many of its statements have been done before the error.
 ///
 /// After a statement that was abandoned while it was being prepared, sqlx may take a part of its answer for that to one
 /// of these, and panic in trying to read it.
-async fn exchange(conn: &mut MySqlConnection) -> (usize, Option<sqlx::Error>) {
+async fn exchange(conn: &mut MySqlConnection, sql: String) -> (usize, Option<sqlx::Error>) {
     let out_of_step = || sqlx::Error::Protocol("the answer is that to another statement".into());
     let mut done = 0;
     let read = AssertUnwindSafe(async {
-        let mut answers = sqlx::raw_sql(VERIFIED_COMMIT).fetch_many(conn);
+        let mut answers = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
         while let Some(answer) = answers.next().await {
             match answer {
                 Ok(Either::Left(_)) => done += 1,

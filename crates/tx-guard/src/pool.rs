@@ -91,11 +91,14 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
     ///
-    /// PostgreSQL and MySQL are asked for the id of each session once, which a prepared statement in it is recognised by
-    /// later; wrap a pool once, because each wrapping has a memory of its own. A pool without a cache for statements is asked
-    /// each time. The connection for cancelling is opened when it is needed for the first time, and limits that a session has
-    /// for good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress handler, the commit hook and the rollback hook of the connection are replaced, and
-    /// stay, without effect outside guards.
+    /// PostgreSQL and MySQL are asked for the id of each session once; later the session is recognised by a prepared
+    /// statement that it keeps. Wrap a pool once, because each wrapping has a memory of its own. A pool without a cache
+    /// for statements is asked each time.
+    ///
+    /// The connection for cancelling is opened when it is needed for the first time, and limits that a session has for
+    /// good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress
+    /// handler, the commit hook and the rollback hook of the connection are replaced, and stay, without effect outside
+    /// guards.
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         let options = pool.connect_options();
@@ -106,8 +109,9 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped while it waits for a connection, nothing has happened. If dropped while
-    /// the transaction is being begun, it is rolled back and its connection goes back to the pool.
+    /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun, and one that was being
+    /// opened is kept for others. If dropped while the transaction is being begun, it is rolled back and its connection
+    /// goes back to the pool, or is closed if it has no answer within two seconds.
     ///
     /// # Errors
     ///
@@ -178,8 +182,10 @@ impl<DB: Backend> TxPool<DB> {
 
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
     ///
-    /// Waits for commits and rollbacks that were dropped by their callers, and for guards that are still in use.
-    /// An sqlx pool that was wrapped stays open. Outside a tokio runtime nothing can be waited for, so `grace` is zero there.
+    /// Waits for commits and rollbacks that were dropped by their callers, with their hooks and events, and for guards
+    /// that are still in use.
+    /// An sqlx pool that was wrapped stays open. Outside a tokio runtime nothing can be waited for, so `grace` is zero
+    /// there.
     ///
     /// # Cancel safety
     ///
@@ -281,7 +287,8 @@ pub struct TxPoolBuilder<DB: Backend> {
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
-    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept for cancelling.
+    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept
+    /// for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self
@@ -329,7 +336,9 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         // A slash in a password ends the address, and the rest of the password would be told as the database's name.
         let path = url.split_once("://").and_then(|(_, rest)| rest.split(['?', '#']).next()?.split_once('/'));
         if !DB::TAKES_FILES && path.is_some_and(|(address, path)| !address.contains('@') && path.contains('@')) {
-            return Err(invalid("it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned()));
+            return Err(invalid(
+                "it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned(),
+            ));
         }
         let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
         self.connect_with(options).await

@@ -105,7 +105,8 @@ impl<DB: Backend> Tx<DB> {
     }
 
     /// Runs the closure again after a transient failure: a serialization failure or deadlock of PostgreSQL (40001,
-    /// 40P01), a busy or locked SQLite, a deadlock or a lock waited for too long on MySQL (1213, 1205). Default: [`Retry::none`].
+    /// 40P01), a busy or locked SQLite, a deadlock or a lock waited for too long on MySQL (1213, 1205). Default:
+    /// [`Retry::none`].
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
