@@ -83,8 +83,9 @@ async fn no_transaction_ends_twice() {
     assert!(tx.commit().await.is_err());
     // A nested begin that is cancelled, and a statement that is.
     let mut tx = db.begin().await.unwrap();
-    drop(Connection::begin(&mut *tx).now_or_never());
-    assert!(tx.commit().await.is_err());
+    // The server may be so fast that there is nothing to cancel.
+    let is_cut = Connection::begin(&mut *tx).now_or_never().is_none();
+    assert_eq!(tx.commit().await.is_err(), is_cut);
     let naps = (0..20).map(|round| format!("SELECT pg_sleep({})", 0.0005 * f64::from(round)));
     for nap in naps.chain([Postgres::SLOW.to_owned()]) {
         let mut tx = db.begin().await.unwrap();
