@@ -23,6 +23,7 @@ on_all!(
     a_late_commit_whose_hook_panics_is_told,
     work_that_ends_after_its_deadline_is_not_committed,
     those_who_wait_when_the_pool_is_closed_are_told,
+    a_guard_whose_runtime_has_ended_ends_on_another,
 );
 
 /// The nested transaction is committed with the whole, and the session is in order for whoever has it next.
@@ -227,6 +228,38 @@ async fn those_who_wait_when_the_pool_is_closed_are_told<D: TestDb>() {
     }
     drop(held);
     world.end(db).await;
+}
+
+/// Its connection is of no use any more, except on SQLite.
+async fn a_guard_whose_runtime_has_ended_ends_on_another<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (options, table) = (world.options.clone(), world.table.clone());
+    let ends = move || {
+        for n in 1..=3 {
+            let first = runtime();
+            let (db, tx) = first.block_on(async {
+                let db = TxPool::<D>::builder().max_connections(2).connect_with(options.clone()).await.unwrap();
+                let mut tx = db.begin().await.unwrap();
+                D::execute(&mut tx, format!("INSERT INTO {table} (n) VALUES ({n})")).await.unwrap();
+                (db, tx)
+            });
+            drop(first);
+            let handle = tx.outcome_handle();
+            runtime().block_on(async {
+                let committed = match n {
+                    1 => tx.commit().await.is_ok(),
+                    2 => tx.commit_within(PATIENCE).await.is_ok(),
+                    _ => tx.rollback().await.is_err_and(|_| false),
+                };
+                assert_eq!(handle.outcome().await == CommitOutcome::Committed, committed, "{n}");
+                assert!(db.close(PATIENCE).await.is_clean());
+            });
+        }
+    };
+    tokio::task::spawn_blocking(ends).await.unwrap();
+    assert!(!world.committed().await.contains(&3));
+    world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
 #[tokio::test]
