@@ -322,3 +322,28 @@ async fn a_url_with_a_password_that_is_not_encoded_is_refused_without_it() {
     assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
     assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
 }
+
+/// A `begin` that is cancelled in a nested transaction of sqlx takes that one's level with it, so its `commit` is a COMMIT.
+/// Dropped at once, that waits in the queue of the connection's thread behind a statement, with the guard's own behind it.
+#[tokio::test]
+async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(1).await;
+    for _ in 0..10 {
+        let mut tx = db.begin().await.unwrap();
+        let handle = tx.outcome_handle();
+        let mut nested = tx.begin().await.unwrap();
+        world.insert(&mut nested, 1).await.unwrap();
+        drop(nested.begin().now_or_never());
+        world.insert(&mut nested, 2).await.unwrap();
+        let a_while =
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT count(*) FROM n";
+        drop(Sqlite::execute(&mut nested, a_while.to_owned()).now_or_never());
+        drop(nested.commit().now_or_never());
+        let error = tx.commit().await.unwrap_err();
+        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+        assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+        assert_eq!(world.committed().await, []);
+    }
+    world.end(db).await;
+}
