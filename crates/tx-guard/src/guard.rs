@@ -139,7 +139,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let handle = self.outcome_handle();
         let committed = {
             let runtime = self.held().runtime.clone();
-            let _entered = runtime.enter();
+            let _entered = reaper::enter_if_outside(&runtime);
             timeout(within, self.shielded_commit())
         };
         match committed.await {

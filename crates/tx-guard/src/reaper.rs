@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, join, poll_immediate};
 use sqlx::Connection;
-use tokio::runtime::Handle;
+use tokio::runtime::{EnterGuard, Handle};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -50,6 +50,11 @@ pub(crate) struct Shield<T: Send + 'static> {
     late: Option<Late<T>>,
 }
 
+/// Outside any runtime nothing could be waited for. Where there is one it is left, because `runtime` may have ended.
+pub(crate) fn enter_if_outside(runtime: &Handle) -> Option<EnterGuard<'_>> {
+    Handle::try_current().is_err().then(|| runtime.enter())
+}
+
 /// What is done with an output that has come too late for the caller, or not at all.
 type Late<T> = Box<dyn FnOnce(Option<T>) + Send>;
 
@@ -77,9 +82,8 @@ impl<T: Send + 'static> Future for Shield<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         self.polled = true;
-        // Whoever polls it may do so outside any runtime, where nothing could be waited for.
         let runtime = self.runtime.clone();
-        let _entered = runtime.enter();
+        let _entered = enter_if_outside(&runtime);
         // Taken out for the poll, so that a future that panics in it is not polled again by the runtime.
         let mut future = self.future.take().expect("a future is not polled again after it has completed");
         let polled = future.as_mut().poll(cx);

@@ -146,6 +146,9 @@ impl Driver for Sqlite {
     fn fence(_: &mut SqliteConnection) {}
 
     async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, _: CommitMode) -> Result<(), CommitFailure> {
+        // What dropped futures have left in the queue runs first, a COMMIT of somebody else's among it, and must meet the
+        // hook while that still refuses it. COMMIT has not been sent, so an error here is a rollback.
+        conn.ping().await.map_err(CommitFailure::Refused)?;
         hooks.enter(COMMITTING);
         let mut committed = Manager::commit(conn).await;
         // A nested transaction that was forgotten is released first. Each success takes one level away.

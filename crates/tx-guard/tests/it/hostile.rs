@@ -23,6 +23,7 @@ on_all!(
     a_late_commit_whose_hook_panics_is_told,
     work_that_ends_after_its_deadline_is_not_committed,
     those_who_wait_when_the_pool_is_closed_are_told,
+    a_guard_whose_runtime_has_ended_ends_on_another,
 );
 
 /// The nested transaction is committed with the whole, and the session is in order for whoever has it next.
@@ -229,6 +230,38 @@ async fn those_who_wait_when_the_pool_is_closed_are_told<D: TestDb>() {
     world.end(db).await;
 }
 
+/// Its connection is of no use any more, except on SQLite.
+async fn a_guard_whose_runtime_has_ended_ends_on_another<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let (options, table) = (world.options.clone(), world.table.clone());
+    let ends = move || {
+        for n in 1..=3 {
+            let first = runtime();
+            let (db, tx) = first.block_on(async {
+                let db = TxPool::<D>::builder().max_connections(2).connect_with(options.clone()).await.unwrap();
+                let mut tx = db.begin().await.unwrap();
+                D::execute(&mut tx, format!("INSERT INTO {table} (n) VALUES ({n})")).await.unwrap();
+                (db, tx)
+            });
+            drop(first);
+            let handle = tx.outcome_handle();
+            runtime().block_on(async {
+                let committed = match n {
+                    1 => tx.commit().await.is_ok(),
+                    2 => tx.commit_within(PATIENCE).await.is_ok(),
+                    _ => tx.rollback().await.is_err_and(|_| false),
+                };
+                assert_eq!(handle.outcome().await == CommitOutcome::Committed, committed, "{n}");
+                assert!(db.close(PATIENCE).await.is_clean());
+            });
+        }
+    };
+    tokio::task::spawn_blocking(ends).await.unwrap();
+    assert!(!world.committed().await.contains(&3));
+    world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
 #[tokio::test]
 async fn no_number_of_connections_is_too_large_to_be_refused() {
     for many in [u32::MAX, 1 << 31, 1 << 20] {
@@ -288,4 +321,29 @@ async fn a_url_with_a_password_that_is_not_encoded_is_refused_without_it() {
     let error = TxPool::<MySql>::connect("mysql://user:12/secret@127.0.0.1/db").await.unwrap_err();
     assert!(matches!(error, TxError::InvalidUrl { .. }), "{error:?}");
     assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
+}
+
+/// A `begin` that is cancelled in a nested transaction of sqlx takes that one's level with it, so its `commit` is a COMMIT.
+/// Dropped at once, that waits in the queue of the connection's thread behind a statement, with the guard's own behind it.
+#[tokio::test]
+async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(1).await;
+    for _ in 0..10 {
+        let mut tx = db.begin().await.unwrap();
+        let handle = tx.outcome_handle();
+        let mut nested = tx.begin().await.unwrap();
+        world.insert(&mut nested, 1).await.unwrap();
+        drop(nested.begin().now_or_never());
+        world.insert(&mut nested, 2).await.unwrap();
+        let a_while =
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 300000) SELECT count(*) FROM n";
+        drop(Sqlite::execute(&mut nested, a_while.to_owned()).now_or_never());
+        drop(nested.commit().now_or_never());
+        let error = tx.commit().await.unwrap_err();
+        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+        assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+        assert_eq!(world.committed().await, []);
+    }
+    world.end(db).await;
 }
