@@ -2,7 +2,8 @@
 //!
 //! Everything here syncs files and directories, except where a name says otherwise, so that like is compared with like.
 //! The contestants take turns on one disk (that of the target directory) and the medians of all rounds are printed:
-//! figures that were taken one after the other tell more about the disk's neighbours than about the code.
+//! figures that were taken one after the other tell more about the disk's neighbours than about the code. Before each turn
+//! the file system is synced, so that nobody pays for what another has put off; the same is true of what ours puts off.
 //!
 //! Arguments: words; only contests whose title contains one of them are held.
 
@@ -59,6 +60,11 @@ impl Scratch {
         Self(path)
     }
 
+    /// Lets the file system finish what it has put off, such as freeing what was replaced.
+    fn settle(&self) {
+        assert!(std::process::Command::new("sync").arg("-f").arg(&self.0).status().unwrap().success());
+    }
+
     /// An empty directory of its own for one contestant.
     fn fresh(&self, name: &str) -> PathBuf {
         let path = self.0.join(name);
@@ -105,6 +111,7 @@ fn replace(bench: &Bench) {
         let path = |who: &str| disk.fresh(who).join("file");
         let (std, ours, naive) = (path("std"), path("ours"), path("naive"));
         let contest = Contest::new(format!("replace a file of {name}, durably"), rounds)
+            .before_each(|| disk.settle())
             .add("std", move || std_replace(&std, black_box(content)))
             .add("atomic-fs", move || runtime.block_on(atomic_fs::write(&ours, black_box(content))).unwrap())
             .add("tokio::fs, one await a step", move || runtime.block_on(naive_replace(&naive, black_box(content))));
@@ -138,6 +145,7 @@ fn stream(bench: &Bench) {
     let path = |who: &str| disk.fresh(who).join("file");
     let (std, ours, tokio) = (path("std"), path("ours"), path("tokio"));
     Contest::new("stream 64 MiB in chunks of 8 KiB, not synced", 15)
+        .before_each(|| disk.settle())
         .add("std, BufWriter of 256 KiB", move || {
             let temp = std.with_extension("tmp");
             let mut writer = BufWriter::with_capacity(256 << 10, File::create(&temp).unwrap());
@@ -187,6 +195,7 @@ fn many(bench: &Bench) {
     let names = &names;
     let (std, ours, tx) = (disk.fresh("std"), disk.fresh("ours"), disk.fresh("tx"));
     let contest = Contest::new("replace many files (1000 of 4 KiB), durably", 7)
+        .before_each(|| disk.settle())
         .add("std, one after the other", move || names.iter().for_each(|name| std_replace(&std.join(name), &SMALL)))
         .add("atomic-fs, 32 writes at once", move || {
             runtime.block_on(async {
@@ -214,6 +223,7 @@ fn transaction(bench: &Bench) {
         let names = &names;
         let (ours, single) = (disk.fresh("ours"), disk.fresh("single"));
         let contest = Contest::new(format!("replace {count} file(s) of 4 KiB in a transaction, durably"), rounds)
+            .before_each(|| disk.settle())
             .add("atomic-fs, a transaction", move || runtime.block_on(commit(&ours, names)))
             .add("atomic-fs, single writes in turn", move || {
                 runtime.block_on(async {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 pub struct Contest<'a> {
     title: String,
     rounds: usize,
+    before_each: Option<Box<dyn FnMut() + 'a>>,
     contestants: Vec<Contestant<'a>>,
 }
 
@@ -26,6 +27,13 @@ impl<'a> Contest<'a> {
     /// A contest over so many rounds; one more before them warms up and does not count.
     pub fn new(title: impl Into<String>, rounds: usize) -> Self {
         Self { title: title.into(), rounds, ..Self::default() }
+    }
+
+    /// What is done before each turn and does not count: what one contestant has left for later must not fall on the next.
+    #[must_use]
+    pub fn before_each(mut self, prepare: impl FnMut() + 'a) -> Self {
+        self.before_each = Some(Box::new(prepare));
+        self
     }
 
     /// Adds a contestant, of which everything counts.
@@ -50,6 +58,9 @@ impl<'a> Contest<'a> {
         for round in 0..=self.rounds {
             let count = self.contestants.len();
             for turn in 0..count {
+                if let Some(prepare) = &mut self.before_each {
+                    prepare();
+                }
                 let contestant = &mut self.contestants[(turn + round) % count];
                 let time = (contestant.run)();
                 if round > 0 {
