@@ -103,18 +103,25 @@ async fn naive_replace(path: &Path, content: &[u8]) {
     tokio::fs::File::open(path.parent().unwrap()).await.unwrap().sync_all().await.unwrap();
 }
 
+/// The same as a whole on the blocking pool: what one hop and one copy cost at the least.
+async fn hop_replace(path: &Path, content: &[u8]) {
+    let (path, content) = (path.to_path_buf(), content.to_vec());
+    tokio::task::spawn_blocking(move || std_replace(&path, &content)).await.unwrap();
+}
+
 fn replace(bench: &Bench) {
     let Bench { runtime, disk } = bench;
     for (name, bytes, rounds) in [("4 KiB", 4 << 10, 400), ("1 MiB", 1 << 20, 100), ("64 MiB", 64 << 20, 10)] {
         let content = vec![b'x'; bytes];
         let content = &content;
         let path = |who: &str| disk.fresh(who).join("file");
-        let (std, ours, naive) = (path("std"), path("ours"), path("naive"));
+        let (std, ours, naive, hop) = (path("std"), path("ours"), path("naive"), path("hop"));
         let contest = Contest::new(format!("replace a file of {name}, durably"), rounds)
             .before_each(|| disk.settle())
             .add("std", move || std_replace(&std, black_box(content)))
             .add("atomic-fs", move || runtime.block_on(atomic_fs::write(&ours, black_box(content))).unwrap())
-            .add("tokio::fs, one await a step", move || runtime.block_on(naive_replace(&naive, black_box(content))));
+            .add("tokio::fs, one await a step", move || runtime.block_on(naive_replace(&naive, black_box(content))))
+            .add("std in one spawn_blocking", move || runtime.block_on(hop_replace(&hop, black_box(content))));
         #[cfg(feature = "peers")]
         let contest = peers::replace(contest, content, disk);
         contest.run();
@@ -130,10 +137,11 @@ fn in_memory(bench: &Bench) {
     }
     let (runtime, memory) = (&bench.runtime, Scratch::new(shared));
     let path = |who: &str| memory.fresh(who).join("file");
-    let (std, ours, naive) = (path("std"), path("ours"), path("naive"));
+    let (std, ours, naive, hop) = (path("std"), path("ours"), path("naive"), path("hop"));
     Contest::new("replace a file of 4 KiB in memory", 2_000)
         .add("atomic-fs", move || runtime.block_on(atomic_fs::write(&ours, black_box(&SMALL))).unwrap())
         .add("tokio::fs, one await a step", move || runtime.block_on(naive_replace(&naive, black_box(&SMALL))))
+        .add("std in one spawn_blocking", move || runtime.block_on(hop_replace(&hop, black_box(&SMALL))))
         .add("std", move || std_replace(&std, black_box(&SMALL)))
         .run();
 }
