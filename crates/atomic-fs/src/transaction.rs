@@ -211,9 +211,11 @@ impl MultiFileTransaction {
 
     /// Makes all changes, durably, or none.
     ///
-    /// The staged files are synced in parallel. Then the commit locks the directories of the journal and of all targets
-    /// against other transactions and [readers](crate::read_lock), for which it waits up to 30 s; writes the journal,
-    /// and exchanges each file. A single file needs no journal and costs about as much as a single write.
+    /// The commit locks the directories of the journal and of all targets against other transactions and
+    /// [readers](crate::read_lock), for which it waits up to 30 s; writes the journal, syncs it together with the staged
+    /// files, several at once, and exchanges each file. More than 16 MiB are synced before the directories are locked.
+    /// A single file needs no journal. The space of small replaced files is freed by the blocking pool after this has
+    /// returned.
     ///
     /// # Cancel safety
     ///
