@@ -1,13 +1,15 @@
 //! Transactions of more files than are open at once.
 
 use std::path::Path;
+use std::time::Duration;
 
 use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction};
 use tempfile::tempdir;
+use tokio::time::timeout;
 
 use crate::child;
 use crate::strace;
-use crate::support::temps;
+use crate::support::{eventually, temps};
 
 /// More than two batches of files that are synced and closed while others are staged.
 const FILES: usize = 150;
@@ -55,6 +57,31 @@ async fn many_files_that_are_given_up_leave_nothing() {
     drop(tx);
     assert!(is_all(&dir, "old"));
     assert_eq!(temps(&dir), [""; 0]);
+}
+
+/// Among the awaits at which it is dropped is that for the files that are synced in between.
+#[tokio::test]
+async fn additions_that_were_dropped_can_be_made_again() {
+    let scratch = tempdir().unwrap();
+    let dir = scratch.path().join("dir");
+    renew(&dir);
+    let mut tx = MultiFileTransaction::new();
+    let mut dropped = 0;
+    for number in 0..FILES {
+        let path = dir.join(number.to_string());
+        // A timeout of nothing polls once.
+        match timeout(Duration::ZERO, tx.add_file(&path, "new")).await {
+            Ok(added) => added.unwrap(),
+            Err(_) => {
+                dropped += 1;
+                tx.add_file(&path, "new").await.unwrap();
+            }
+        }
+    }
+    assert!(dropped > 0, "nothing was dropped");
+    tx.commit().await.unwrap();
+    assert!(is_all(&dir, "new"));
+    eventually("what was dropped is removed", || temps(&dir).is_empty()).await;
 }
 
 /// The second sync of a file whose first one failed says `Ok`, although the data may be lost.
