@@ -42,8 +42,12 @@ pub(crate) enum Campaign {
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     failed: usize,
-    /// Tests that the runners said they would run, less those they reported on.
+    /// Tests that the running binary said it would run, less those it reported on.
     unreported: isize,
+    /// The first binary whose numbers did not agree, and by how much.
+    disagreed: Option<(String, isize)>,
+    /// The line of cargo that announced the running binary.
+    announced: String,
     by_crate: BTreeMap<String, usize>,
     points: BTreeMap<String, Points>,
     /// What each campaign of kills, faults and power cuts visited, by crate and name.
@@ -85,6 +89,7 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     let published = fs::read_to_string(&points).unwrap_or_default();
     tally.read_points(&published);
     tally.read_campaigns(&published);
+    tally.settle("");
     if !succeeded || tally.failed > 0 {
         // Only that: the other tables would look as if all were well.
         print!("{}", campaigns(&tally));
@@ -155,9 +160,21 @@ impl Tally {
         self.not_run.extend(other.not_run);
     }
 
+    /// Closes the account of the binary that was running, when cargo announces the next or there is none.
+    fn settle(&mut self, next: &str) {
+        let ended = std::mem::replace(&mut self.announced, next.to_owned());
+        let unreported = std::mem::take(&mut self.unreported);
+        if unreported != 0 {
+            self.disagreed.get_or_insert((ended, unreported));
+        }
+    }
+
     /// Takes in one line of cargo's output.
     fn read(&mut self, line: &str) {
         let line = line.trim();
+        if line.starts_with("Doc-tests ") || line.starts_with("Running ") {
+            self.settle(line);
+        }
         if let Some(library) = line.strip_prefix("Doc-tests ") {
             self.current = library.to_owned();
         } else if let Some(path) = line.strip_prefix("Running unittests ") {
@@ -215,10 +232,11 @@ impl Tally {
 
     /// Nothing is skipped in silence: a run that tested nothing is not a run that passed.
     fn require_something(&self, workspace: &Workspace, scope: &Scope) -> Result<(), Failure> {
-        if self.unreported != 0 {
-            let what = "a test binary announced other tests than it reported on: \
-                        it ended early with success, or a child process of a test prints to the same output";
-            return Err(what.to_owned().into());
+        if let Some((binary, unreported)) = &self.disagreed {
+            return Err(Failure::from(format!(
+                "a test binary announced {unreported:+} tests more than it reported on ({binary}): \
+                 it ended early with success, or a child process of a test prints to the same output"
+            )));
         }
         if matches!(scope, Scope::Crates { arguments, .. } if !arguments.is_empty()) {
             return if self.passed > 0 { Ok(()) } else { Err("no test matches".to_owned().into()) };
@@ -381,9 +399,18 @@ mod tests {
             campaign: Campaign::Quick,
         };
         let closing = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 9 filtered out; finished in 0.01s";
-        assert!(read(&["running 4 tests", closing]).require_something(&workspace, &scope).is_ok());
-        let early = read(&["running 4 tests", closing, "running 1 test"]).require_something(&workspace, &scope);
-        assert!(early.unwrap_err().what.contains("ended early"));
+        let ends = |lines: &[&str]| {
+            let mut tally = read(lines);
+            tally.settle("");
+            tally.require_something(&workspace, &scope)
+        };
+        assert!(ends(&["running 4 tests", closing]).is_ok());
+        let binary = "     Running tests/it/main.rs (target/debug/deps/it-0123abcd)";
+        for after in [&[][..], &["     Running tests/other.rs (other)", "running 0 tests", closing]] {
+            let lines = [&["running 4 tests", closing, binary, "running 1 test"], after].concat();
+            let failure = ends(&lines).unwrap_err().what;
+            assert!(failure.contains("+1 tests") && failure.contains("it-0123abcd"), "{failure}");
+        }
     }
 
     #[test]

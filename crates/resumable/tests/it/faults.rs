@@ -340,13 +340,13 @@ async fn the_name_of_a_file_that_nobody_wrote_to_is_synced_again() {
             .arg(std::env::current_exe().unwrap())
             .args(["faults::child_that_goes_on", "--exact"])
             .env(CREATED, &path)
-            .status();
+            .output();
         let Ok(child) = child else {
             println!("skipped: watching system calls needs strace");
             return;
         };
         let synced = fs::read_to_string(&trace).unwrap();
         let name = format!("<{}>", dir.path().canonicalize().unwrap().display());
-        assert!(child.success() && synced.matches(&name).count() == expected, "{synced}");
+        assert!(child.status.success() && synced.matches(&name).count() == expected, "{synced}");
     }
 }
