@@ -14,8 +14,9 @@ use crate::workspace;
 /// How long the output of a command may stay open after the command itself has ended.
 const OUTPUT_GRACE: Duration = Duration::from_secs(10);
 
-/// How long a command that prints its progress may print nothing: a test that hangs is a test that failed.
-const SILENCE_BOUND: Duration = Duration::from_secs(300);
+/// How long a command that prints its progress may print nothing: a test that hangs is a test that failed. The longest
+/// tests take half a minute; a machine may be many times slower.
+const SILENCE_BOUND: Duration = Duration::from_secs(900);
 
 /// Why a task failed, and what a person runs to see it again.
 #[derive(Debug)]

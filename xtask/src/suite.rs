@@ -80,8 +80,8 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     clear(&points)?;
     let mut tally = Tally::default();
     let succeeded = match scope {
-        Scope::Tests(databases) => whole(workspace, databases, &points, "--tests", &mut tally),
-        Scope::Doctests(databases) => whole(workspace, databases, &points, "--doc", &mut tally),
+        Scope::Tests(databases) => whole(databases, &points, "--tests", &mut tally),
+        Scope::Doctests(databases) => whole(databases, &points, "--doc", &mut tally),
         Scope::Crates { names, arguments, campaign } => {
             chosen(workspace, names, arguments, *campaign, &points, &mut tally)
         }
@@ -101,8 +101,13 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
 
 /// One run over all packages, so that tests, doctests and examples share one build of the dependencies: a run for each
 /// package would select other features of tokio and sqlx each time, and build them again.
-fn whole(_: &Workspace, databases: &Databases, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
-    let run = cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what]);
+fn whole(databases: &Databases, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
+    let tests = || cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what]);
+    if what == "--tests" {
+        // On its own, because a linker is silent for longer than a test may be. Doctests are built as they are run.
+        tests().arg("--no-run").run()?;
+    }
+    let run = tests();
     databases.tell(run).env("CANCEL_SAFE_POINTS_FILE", points).run_lines(|line| tally.read(line))
 }
 
@@ -115,12 +120,14 @@ fn chosen(
     tally: &mut Tally,
 ) -> Result<bool, Failure> {
     let packages = select(workspace, names)?;
-    let mut run = cargo(["test", "--all-features"]).env("CANCEL_SAFE_POINTS_FILE", points);
+    let tests = || {
+        let selected = packages.iter().flat_map(|package| ["--package", &package.name]);
+        cargo(["test", "--all-features"]).args(selected)
+    };
+    tests().arg("--no-run").run()?;
+    let mut run = tests().env("CANCEL_SAFE_POINTS_FILE", points);
     if let Campaign::Full = campaign {
         run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
-    }
-    for package in &packages {
-        run = run.args(["--package", &package.name]);
     }
     let some_of = |crates: &[&str]| packages.iter().any(|package| crates.contains(&package.short_name()));
     let wanted = Wanted { postgres: some_of(&ON_POSTGRES), mysql: some_of(&ON_MYSQL) };
