@@ -15,6 +15,7 @@ use std::fs::File;
 use std::hint::black_box;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Durability, MultiFileTransaction};
@@ -22,12 +23,30 @@ use cancel_safe_benches::{Contest, percentile};
 use tokio::io::AsyncWriteExt;
 use tokio::runtime::Runtime;
 
+#[cfg(feature = "peers")]
+#[path = "atomic_fs/disk.rs"]
+mod disk;
+#[cfg(feature = "peers")]
+#[path = "atomic_fs/faults.rs"]
+mod faults;
+#[cfg(feature = "peers")]
+#[path = "atomic_fs/ways.rs"]
+mod ways;
+
 const CHUNK_BYTES: usize = 8 << 10;
 const STREAM_BYTES: usize = 64 << 20;
 const SMALL: [u8; 4 << 10] = [b'x'; 4 << 10];
 
-fn main() {
+fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    #[cfg(feature = "peers")]
+    if let [role, task, who, path] = words.as_slice()
+        && role == "child"
+    {
+        // One thread for all blocking jobs, so that their calls can be counted; no I/O driver, which writes by itself.
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_time().build();
+        return faults::child(&runtime.unwrap(), task, who, path);
+    }
     let is_wanted = |title: &str| words.is_empty() || words.iter().any(|word| title.contains(word.as_str()));
     let bench = Bench { runtime: Runtime::new().unwrap(), disk: Scratch::new(Path::new(env!("CARGO_TARGET_TMPDIR"))) };
     let contests: &[(&str, Contests)] = &[
@@ -37,10 +56,13 @@ fn main() {
         ("many", many),
         ("transaction", transaction),
         ("drop", dropped),
+        #[cfg(feature = "peers")]
+        ("faults", |bench| faults::run_all(&bench.runtime, &bench.disk.0)),
     ];
     for (_, hold) in contests.iter().filter(|(title, _)| is_wanted(title)) {
         hold(&bench);
     }
+    ExitCode::SUCCESS
 }
 
 type Contests = fn(&Bench);

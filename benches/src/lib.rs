@@ -1,4 +1,4 @@
-//! What several benches share: contests, in which the contestants take turns.
+//! What several benches share: contests, in which the contestants take turns, and tables of faults.
 //!
 //! Invariant: on a disk that others use too, two figures can be compared only if they were taken at the same time. So
 //! each round runs every contestant once, each time another one first, and what is printed are medians over the rounds.
@@ -85,6 +85,35 @@ impl fmt::Debug for Contest<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<_> = self.contestants.iter().map(|contestant| contestant.name).collect();
         f.debug_struct("Contest").field("title", &self.title).field("contestants", &names).finish_non_exhaustive()
+    }
+}
+
+/// A table for people, which is also one in Markdown: what happened, and a column for each to whom it did.
+#[derive(Debug)]
+pub struct Table {
+    rows: Vec<Vec<String>>,
+}
+
+impl Table {
+    /// A table with this line at its head.
+    pub fn new(head: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        let head: Vec<String> = head.into_iter().map(Into::into).collect();
+        let rule = head.iter().map(|_| "---".to_owned()).collect();
+        Self { rows: vec![head, rule] }
+    }
+
+    /// Adds a row.
+    pub fn row(&mut self, what: &str, cells: impl IntoIterator<Item = String>) {
+        self.rows.push(std::iter::once(what.to_owned()).chain(cells).collect());
+    }
+
+    /// Prints it.
+    pub fn print(&self) {
+        println!();
+        for row in &self.rows {
+            println!("| {} |", row.join(" | "));
+        }
+        println!();
     }
 }
 
