@@ -12,7 +12,7 @@ use crate::child::{DEADLINE, PROGRAM, STALL};
 
 /// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
 /// which waits for its straggler is caught.
-const PATIENCE: Duration = Duration::from_secs(6);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
 struct Program {
@@ -76,16 +76,23 @@ impl Program {
         drop(self.child.stdin.take());
         loop {
             match self.lines.recv_timeout(PATIENCE) {
-                Ok(line) => self.stderr = self.stderr + &line + "\n",
+                Ok(line) => self.stderr += &(line + "\n"),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.child.kill().unwrap();
-                    panic!("still running after {:?}: {}", since.elapsed(), self.stderr);
+                    panic!("still running after {:?}: {}", since.elapsed(), self.stderr)
                 }
             }
         }
         let code = self.child.wait().unwrap().code();
-        Exit { code, elapsed: since.elapsed(), stderr: self.stderr }
+        Exit { code, elapsed: since.elapsed(), stderr: std::mem::take(&mut self.stderr) }
+    }
+}
+
+impl Drop for Program {
+    /// What a failed test has started does not outlive it. One that has ended cannot be killed, which is as well.
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 
@@ -207,7 +214,8 @@ fn a_blocking_closure_of_a_group_is_named_at_the_deadline() {
         &[
             "task `hash` of `hasher`: abandoned, inside a blocking closure, spawned at",
             "last mark `block 7`",
-            "worker `hasher` of `main`: aborted, parked at an await",
+            // It waits for its group, which ends when the closure is given up: it may be quicker than its own abort.
+            "worker `hasher` of `main`: ",
         ],
     );
 }
