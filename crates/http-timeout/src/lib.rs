@@ -132,3 +132,8 @@ pub use many::{FetchMany, Fetched};
 pub use origins::BreakerMap;
 pub use request::RequestBuilder;
 pub use retry::Retry;
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

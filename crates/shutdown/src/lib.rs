@@ -130,3 +130,8 @@ pub use restart::{Restart, RestartPolicy};
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
