@@ -157,9 +157,10 @@ impl fmt::Display for Cargo {
     }
 }
 
-/// Ends the processes that `parent` has started and waits for, so that it can say which of them failed.
+/// Ends the processes that `parent` has started and waits for, so that it can say which of them failed. Killed, because a
+/// test of `shutdown` has handlers for everything milder.
 fn end_children(parent: u32) {
-    let script = r#"kill $(cat "/proc/$1/task/"*/children) || pkill -P "$1""#;
+    let script = r#"kill -KILL $(cat "/proc/$1/task/"*/children) || pkill -KILL -P "$1""#;
     let shell = Command::new("/bin/sh").args(["-c", script, "end", &parent.to_string()]).stderr(Stdio::null()).status();
     if let Err(error) = shell {
         eprintln!("the children of process {parent} could not be ended: {error}");
@@ -213,13 +214,13 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn the_children_of_a_process_are_ended_and_it_is_not() {
-        let script = "sleep 600; echo $?";
+        let script = "(trap '' TERM; sleep 600); echo $?";
         let child = Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", child.id());
         let started = || std::fs::read_to_string(&children).is_ok_and(|pids| !pids.trim().is_empty());
         assert!(wait_until(Duration::from_secs(30), started));
         end_children(child.id());
-        assert_eq!(child.wait_with_output().unwrap().stdout, b"143\n");
+        assert_eq!(child.wait_with_output().unwrap().stdout, b"137\n");
     }
 
     #[test]

@@ -64,8 +64,8 @@ enum Task {
     /// Run the campaigns of kills, faults and power cuts in full: minutes to hours where the tests take seconds
     ///
     /// The same tests as `cargo xtask test`, told by CANCEL_SAFE_CAMPAIGN=full to visit everything instead of a sample.
-    /// The closing table says what each campaign visited and found, and which of them could not be run here, and why.
-    /// Power cuts need root, Linux, strace, python3, mkfs.ext4 and mkfs.xfs (xfsprogs).
+    /// What they visited and found is in what they print and in the closing table; what could not be run here, and why,
+    /// is below it. Power cuts need root, Linux, strace, python3, mkfs.ext4 and mkfs.xfs (xfsprogs).
     Crash {
         /// Directories under crates/ or package names; all that have a campaign when none is named
         crates: Vec<String>,
@@ -110,6 +110,17 @@ fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failu
     Ok(())
 }
 
+/// A crate that has no campaign would run its tests, and look as if they were one.
+fn require_campaigns(workspace: &Workspace, names: &[String]) -> Result<(), Failure> {
+    for name in names {
+        let package = workspace.find(name)?;
+        if !CAMPAIGNS.contains(&package.short_name()) {
+            return Err(Failure::from(format!("`{name}` has no campaign; these have: {}", CAMPAIGNS.join(", "))));
+        }
+    }
+    Ok(())
+}
+
 fn run(task: Task) -> Result<(), Failure> {
     let workspace = Workspace::load()?;
     match task {
@@ -121,6 +132,7 @@ fn run(task: Task) -> Result<(), Failure> {
         }
         Task::Crash { crates, quick } => {
             let names = if crates.is_empty() { CAMPAIGNS.map(String::from).to_vec() } else { crates };
+            require_campaigns(&workspace, &names)?;
             let again = format!("cargo xtask crash {}{}", if quick { "--quick " } else { "" }, names.join(" "));
             let campaign = if quick { Campaign::Quick } else { Campaign::Full };
             let scope = Scope::Crates { names, arguments: vec!["--nocapture".to_owned()], campaign };
@@ -140,5 +152,20 @@ fn run(task: Task) -> Result<(), Failure> {
             let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted })?;
             databases.tell(bench).arg("--").args(&arguments).run()
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_crate_without_a_campaign_is_named_with_those_that_have_one() {
+        let workspace = Workspace::load().unwrap();
+        let asked = |name: &str| require_campaigns(&workspace, &[name.to_owned()]);
+        assert!(CAMPAIGNS.iter().all(|name| asked(name).is_ok()));
+        assert!(asked("cancel-safe-atomic-fs").is_ok());
+        assert!(asked("guard").unwrap_err().what.contains("atomic-fs"));
+        assert!(asked("grard").unwrap_err().what.contains("there is no crate"));
     }
 }

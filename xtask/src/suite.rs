@@ -15,7 +15,7 @@ use crate::databases::{Databases, Wanted};
 use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
 
 /// The crates whose tests talk to a server, by directory.
-const ON_POSTGRES: [&str; 3] = [UMBRELLA, "resumable", "tx-guard"];
+const ON_POSTGRES: [&str; 2] = [UMBRELLA, "tx-guard"];
 const ON_MYSQL: [&str; 1] = ["tx-guard"];
 
 /// What to run.

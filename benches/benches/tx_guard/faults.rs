@@ -1,7 +1,6 @@
 //! The faults of transactions that are dropped, each met by this crate, by sqlx and by the peers in the same way.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::CommitOutcome;
@@ -9,7 +8,7 @@ use futures_util::future::{FutureExt, join_all};
 use tokio::time::timeout;
 
 use crate::measure::{Place, Table, execute, show};
-use crate::peers::{Named, Peer, Worked, all, cut};
+use crate::peers::{BoxError, Contestant, Worked, all, cut};
 
 /// After how many pendings something is dropped: all that there are, in all the crates.
 const PENDINGS: std::ops::RangeInclusive<u32> = 1..=6;
@@ -26,8 +25,8 @@ async fn patiently<T>(future: impl Future<Output = T>) -> Option<T> {
 }
 
 /// A panic is an error as well.
-async fn calmly<T>(work: Worked<T>) -> Result<T, String> {
-    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Err("a panic".to_owned()))
+async fn calmly<T>(work: Worked<T>) -> Result<T, BoxError> {
+    AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Err("a panic".into()))
 }
 
 struct Faults {
@@ -51,27 +50,26 @@ impl Faults {
     }
 
     /// New pools of one connection, so that whatever is left on it is met by whoever comes next.
-    async fn peers(&self) -> Vec<Named> {
+    async fn contestants(&self) -> Vec<Contestant> {
         all(&self.place, 1).await
     }
 }
 
 pub(crate) async fn run(url: &str) {
     let mut faults = Faults { place: Place::open(url, 50).await, next: 1_000 };
-    let peers = faults.peers().await;
-    let names: Vec<String> = peers.iter().map(|(name, _)| name.clone()).collect();
-    let head: Vec<&str> = std::iter::once("").chain(names.iter().map(String::as_str)).collect();
+    let contestants = faults.contestants().await;
+    let head: Vec<&str> = std::iter::once("").chain(contestants.iter().map(|it| it.name)).collect();
     let mut table = Table::new(&head);
     let mut row = |what: &str, cells: Vec<String>| table.row(std::iter::once(what.to_owned()).chain(cells));
 
-    row("dropped in `pg_sleep(10)`: the row is free after", sleeping(&faults, &peers).await);
+    row("dropped in `pg_sleep(10)`: the row is free after", sleeping(&faults, &contestants).await);
     row("`begin` dropped: later writes through the pool that said Ok and are lost", begins(&mut faults).await);
     row("nested `begin` dropped: commits that said Ok and are not whole", nested(&mut faults, true).await);
     row("nested `begin` dropped: rollbacks that said Ok and did not happen", nested(&mut faults, false).await);
     let mut cells = Vec::new();
-    for (_, peer) in &peers {
+    for contestant in &contestants {
         let n = faults.key();
-        let said = patiently(calmly(peer.work(vec![faults.insert(n), faults.insert(n)]))).await;
+        let said = patiently(calmly(contestant.peer.work(vec![faults.insert(n), faults.insert(n)]))).await;
         let there = faults.is_there(n).await;
         cells.push(match said {
             Some(Ok(())) if !there => "Ok".to_owned(),
@@ -85,15 +83,15 @@ pub(crate) async fn run(url: &str) {
     row("dropped outside a runtime", outside(&faults).await);
     println!("the faults, each in the same scenario");
     table.print();
-    drop(peers);
+    drop(contestants);
     faults.place.close().await;
 }
 
 /// All at the same time, each on a row of its own.
-async fn sleeping(faults: &Faults, peers: &[Named]) -> Vec<String> {
+async fn sleeping(faults: &Faults, contestants: &[Contestant]) -> Vec<String> {
     let place = &faults.place;
-    let waits = peers.iter().zip(1..).map(async |((_, peer), row)| {
-        let work = peer.work(vec![place.update(row), "SELECT pg_sleep(10)".to_owned()]);
+    let waits = contestants.iter().zip(1..).map(async |(contestant, row)| {
+        let work = contestant.peer.work(vec![place.update(row), "SELECT pg_sleep(10)".to_owned()]);
         assert!(timeout(Duration::from_millis(300), work).await.is_err(), "it was not slow");
         let mut conn = place.conn().await;
         let start = Instant::now();
@@ -112,7 +110,7 @@ async fn begins(faults: &mut Faults) -> Vec<String> {
     let mut lost = Vec::new();
     for pendings in PENDINGS {
         for _ in 0..ROUNDS {
-            for (index, (_, peer)) in faults.peers().await.into_iter().enumerate() {
+            for (index, Contestant { peer, .. }) in faults.contestants().await.into_iter().enumerate() {
                 if lost.len() <= index {
                     lost.push((0, 0));
                 }
@@ -136,7 +134,7 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
     let mut wrong: Vec<(usize, usize, usize)> = Vec::new();
     for pendings in PENDINGS {
         for _ in 0..ROUNDS {
-            for (index, (_, peer)) in faults.peers().await.into_iter().enumerate() {
+            for (index, Contestant { peer, .. }) in faults.contestants().await.into_iter().enumerate() {
                 if wrong.len() <= index {
                     wrong.push((0, 0, 0));
                 }
@@ -170,7 +168,7 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
 
 async fn commits(faults: &mut Faults) -> Vec<String> {
     let mut cells = Vec::new();
-    for (_, peer) in faults.peers().await {
+    for Contestant { peer, .. } in faults.contestants().await {
         let (mut dropped, mut committed, mut told, mut stuck) = (0, 0, 0, false);
         for round in 0..120 {
             let n = faults.key();
@@ -208,8 +206,7 @@ async fn outside(faults: &Faults) -> Vec<String> {
     let mut cells = Vec::new();
     let before = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    for (_, peer) in faults.peers().await {
-        let peer: Arc<dyn Peer> = peer;
+    for Contestant { peer, .. } in faults.contestants().await {
         let mut work = peer.work(vec!["SELECT pg_sleep(0.5)".to_owned()]);
         assert!(timeout(Duration::from_millis(100), &mut work).await.is_err(), "it was not slow");
         let panicked = std::thread::spawn(move || catch_unwind(AssertUnwindSafe(move || drop(work))).is_err());

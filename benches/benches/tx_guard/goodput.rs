@@ -8,24 +8,11 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::measure::{Place, Table};
-use crate::peers::{Peer, all, default_and_tuned};
+use crate::peers::{Contestant, all};
 
 const TASKS: i64 = 16;
 const CONNECTIONS: u32 = 8;
 const TIME: Duration = Duration::from_secs(2);
-
-/// What came of one run.
-pub(crate) struct Goodput {
-    pub(crate) per_second: f64,
-    pub(crate) sessions: i64,
-    pub(crate) leaked: i64,
-}
-
-impl Goodput {
-    pub(crate) fn show(&self) -> String {
-        format!("{:.0}/s, {} sessions, {} leaked", self.per_second, self.sessions, self.leaked)
-    }
-}
 
 /// How many backends PostgreSQL has started for this database.
 async fn sessions(place: &Place) -> i64 {
@@ -33,7 +20,7 @@ async fn sessions(place: &Place) -> i64 {
     place.number(count.to_owned()).await
 }
 
-pub(crate) async fn goodput(peer: &Arc<dyn Peer>, place: &Place, longest_ms: u64) -> Goodput {
+async fn goodput(contestant: &Contestant, place: &Place, longest_ms: u64) -> String {
     // Counted a second late, and so are our own questions.
     let settle = || tokio::time::sleep(Duration::from_millis(1_200));
     settle().await;
@@ -42,7 +29,7 @@ pub(crate) async fn goodput(peer: &Arc<dyn Peer>, place: &Place, longest_ms: u64
     let start = Instant::now();
     let mut tasks = JoinSet::new();
     for task in 0..TASKS {
-        let (peer, done, update) = (Arc::clone(peer), Arc::clone(&done), place.update(task + 1));
+        let (peer, done, update) = (Arc::clone(&contestant.peer), Arc::clone(&done), place.update(task + 1));
         let mut random = fastrand::Rng::with_seed(seed.fetch_add(1, Ordering::Relaxed).into());
         tasks.spawn(async move {
             while start.elapsed() < TIME {
@@ -56,10 +43,10 @@ pub(crate) async fn goodput(peer: &Arc<dyn Peer>, place: &Place, longest_ms: u64
     tasks.join_all().await;
     let per_second = done.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64();
     settle().await;
-    let leaked = peer.leaked(place).await;
+    let leaked = contestant.leaked(place).await;
     // Less the connections of the questions before and between.
     let sessions = (sessions(place).await - before - 2).max(0);
-    Goodput { per_second, sessions, leaked }
+    format!("{per_second:.0}/s, {sessions} sessions, {leaked} leaked")
 }
 
 pub(crate) async fn run(url: &str) {
@@ -69,17 +56,10 @@ pub(crate) async fn run(url: &str) {
     );
     println!("sessions opened meanwhile, transactions left open");
     let mut table = Table::new(&["", "0 to 2 ms", "0 to 6 ms", "0 to 15 ms"]);
-    for (name, peer) in default_and_tuned(&place, CONNECTIONS).await {
-        let mut cells = vec![name];
+    for contestant in all(&place, CONNECTIONS).await {
+        let mut cells = vec![contestant.name.to_owned()];
         for longest in [2, 6, 15] {
-            cells.push(goodput(&peer, &place, longest).await.show());
-        }
-        table.row(cells);
-    }
-    for (name, peer) in all(&place, CONNECTIONS).await.into_iter().skip(3) {
-        let mut cells = vec![name];
-        for longest in [2, 6, 15] {
-            cells.push(goodput(&peer, &place, longest).await.show());
+            cells.push(goodput(&contestant, &place, longest).await);
         }
         table.row(cells);
     }

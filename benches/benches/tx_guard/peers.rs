@@ -11,9 +11,10 @@ use sqlx::{AssertSqlSafe, Connection, PgPool, Postgres};
 
 use crate::measure::{Place, execute};
 
-pub(crate) type Worked<T> = BoxFuture<'static, Result<T, String>>;
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
+pub(crate) type Worked<T> = BoxFuture<'static, Result<T, BoxError>>;
 
-/// Statements go on after an error, as careless callers do.
+/// What a crate does, in its own words. Statements go on after an error, as careless callers do.
 pub(crate) trait Peer: Send + Sync {
     /// Begins, runs each statement, commits, and says what the commit said.
     fn work(&self, sql: Vec<String>) -> Worked<()>;
@@ -29,17 +30,29 @@ pub(crate) trait Peer: Send + Sync {
     fn last_outcome(&self) -> Option<BoxFuture<'static, CommitOutcome>> {
         None
     }
+}
 
+/// One contestant: a crate, with a pool of its own.
+#[derive(Clone)]
+pub(crate) struct Contestant {
+    pub(crate) name: &'static str,
+    pub(crate) peer: Arc<dyn Peer>,
     /// The name of its sessions.
-    fn application(&self) -> &str;
+    application: String,
+}
+
+impl Contestant {
+    fn new(name: &'static str, application: String, peer: impl Peer + 'static) -> Self {
+        Self { name, peer: Arc::new(peer), application }
+    }
 
     /// How many of its sessions are in a transaction that nobody has.
-    fn leaked<'a>(&'a self, place: &'a Place) -> BoxFuture<'a, i64> {
+    pub(crate) async fn leaked(&self, place: &Place) -> i64 {
         let sql = format!(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}' AND xact_start IS NOT NULL",
-            self.application()
+            self.application
         );
-        Box::pin(place.number(sql))
+        place.number(sql).await
     }
 }
 
@@ -56,14 +69,9 @@ pub(crate) async fn cut<T>(future: impl Future<Output = T>, pendings: u32) -> Op
     .await
 }
 
-fn text(error: impl std::fmt::Display) -> String {
-    error.to_string()
-}
-
 struct Guarded {
     db: TxPool<Postgres>,
     last: Arc<Mutex<Option<OutcomeHandle>>>,
-    application: String,
 }
 
 impl Peer for Guarded {
@@ -71,12 +79,12 @@ impl Peer for Guarded {
         let (db, last) = (self.db.clone(), Arc::clone(&self.last));
         *last.lock().unwrap() = None;
         Box::pin(async move {
-            let mut tx = db.begin().await.map_err(text)?;
+            let mut tx = db.begin().await?;
             *last.lock().unwrap() = Some(tx.outcome_handle());
             for sql in sql {
                 drop(execute(&mut tx, sql).await);
             }
-            tx.commit().await.map_err(text)
+            Ok(tx.commit().await?)
         })
     }
 
@@ -87,14 +95,14 @@ impl Peer for Guarded {
     fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool> {
         let db = self.db.clone();
         Box::pin(async move {
-            let mut tx = db.begin().await.map_err(text)?;
+            let mut tx = db.begin().await?;
             drop(execute(&mut tx, first).await);
             let dropped = cut(tx.begin(), pendings).await.is_none();
             drop(execute(&mut tx, second).await);
             if commit {
-                tx.commit().await.map_err(text)?
+                tx.commit().await?
             } else {
-                tx.rollback().await.map_err(text)?
+                tx.rollback().await?
             }
             Ok(dropped)
         })
@@ -109,52 +117,42 @@ impl Peer for Guarded {
             }
         }))
     }
-
-    fn application(&self) -> &str {
-        &self.application
-    }
 }
 
-struct Sqlx {
-    pool: PgPool,
-    application: String,
-}
-
-impl Peer for Sqlx {
+impl Peer for PgPool {
     fn work(&self, sql: Vec<String>) -> Worked<()> {
-        let pool = self.pool.clone();
+        let pool = self.clone();
         Box::pin(async move {
-            let mut tx = pool.begin().await.map_err(text)?;
+            let mut tx = pool.begin().await?;
             for sql in sql {
                 drop(execute(&mut tx, sql).await);
             }
-            tx.commit().await.map_err(text)
+            Ok(tx.commit().await?)
         })
     }
 
     fn through_the_pool(&self, sql: String) -> Worked<()> {
-        let pool = self.pool.clone();
-        Box::pin(async move { sqlx::query(AssertSqlSafe(sql)).execute(&pool).await.map(drop).map_err(text) })
+        let pool = self.clone();
+        Box::pin(async move {
+            sqlx::query(AssertSqlSafe(sql)).execute(&pool).await?;
+            Ok(())
+        })
     }
 
     fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool> {
-        let pool = self.pool.clone();
+        let pool = self.clone();
         Box::pin(async move {
-            let mut tx = pool.begin().await.map_err(text)?;
+            let mut tx = pool.begin().await?;
             drop(execute(&mut tx, first).await);
             let dropped = cut((*tx).begin(), pendings).await.is_none();
             drop(execute(&mut tx, second).await);
             if commit {
-                tx.commit().await.map_err(text)?
+                tx.commit().await?
             } else {
-                tx.rollback().await.map_err(text)?
+                tx.rollback().await?
             }
             Ok(dropped)
         })
-    }
-
-    fn application(&self) -> &str {
-        &self.application
     }
 }
 
@@ -163,34 +161,26 @@ fn application() -> String {
     format!("tx_bench_{}", fastrand::u64(..))
 }
 
-async fn guarded(place: &Place, connections: u32) -> Arc<dyn Peer> {
+async fn guarded(place: &Place, connections: u32) -> Contestant {
     let application = application();
     let options = place.options.clone().application_name(&application);
     let db = TxPool::builder().max_connections(connections).connect_with(options).await.unwrap();
-    Arc::new(Guarded { db, last: Arc::default(), application })
+    Contestant::new("tx-guard", application, Guarded { db, last: Arc::default() })
 }
 
-async fn sqlx(place: &Place, connections: u32, test: bool) -> Arc<dyn Peer> {
+async fn sqlx(name: &'static str, place: &Place, connections: u32, test: bool) -> Contestant {
     let application = application();
     let pool = PgPoolOptions::new().max_connections(connections).test_before_acquire(test);
     let pool = pool.connect_with(place.options.clone().application_name(&application)).await.unwrap();
-    Arc::new(Sqlx { pool, application })
+    Contestant::new(name, application, pool)
 }
 
-pub(crate) type Named = (String, Arc<dyn Peer>);
-
-/// This crate, and sqlx in its two ways.
-pub(crate) async fn default_and_tuned(place: &Place, connections: u32) -> Vec<Named> {
-    vec![
-        ("tx-guard".to_owned(), guarded(place, connections).await),
-        ("sqlx".to_owned(), sqlx(place, connections, true).await),
-        ("sqlx, tuned".to_owned(), sqlx(place, connections, false).await),
-    ]
-}
-
-/// Those, and the peers.
-pub(crate) async fn all(place: &Place, connections: u32) -> Vec<Named> {
-    let all = default_and_tuned(place, connections).await;
+/// This crate, sqlx in its two ways, and the peers, each with a pool of so many connections.
+pub(crate) async fn all(place: &Place, connections: u32) -> Vec<Contestant> {
+    let ours = guarded(place, connections).await;
+    let plain = sqlx("sqlx", place, connections, true).await;
+    let tuned = sqlx("sqlx, tuned", place, connections, false).await;
+    let all = vec![ours, plain, tuned];
     #[cfg(feature = "peers")]
     let all = [all, others::all(place, connections).await].concat();
     all
@@ -200,18 +190,15 @@ pub(crate) async fn all(place: &Place, connections: u32) -> Vec<Named> {
 mod others {
     //! Those that only `cargo xtask bench` compiles.
 
+    use diesel::result::Error as DieselError;
     use diesel_async::pooled_connection::AsyncDieselConnectionManager;
     use diesel_async::{AsyncConnection, AsyncPgConnection, RunQueryDsl};
-    use sea_orm::{ConnectionTrait, TransactionTrait};
+    use sea_orm::{ConnectionTrait, DatabaseConnection, TransactionTrait};
 
     use super::*;
 
-    pub(super) async fn all(place: &Place, connections: u32) -> Vec<Named> {
-        vec![
-            ("sea-orm".to_owned(), sea_orm(place, connections).await),
-            ("deadpool-postgres".to_owned(), deadpool(place, connections)),
-            ("diesel-async".to_owned(), diesel(place, connections)),
-        ]
+    pub(super) async fn all(place: &Place, connections: u32) -> Vec<Contestant> {
+        vec![sea_orm(place, connections).await, deadpool(place, connections), diesel(place, connections)]
     }
 
     fn url(place: &Place, application: &str) -> String {
@@ -219,176 +206,146 @@ mod others {
         format!("{}{separator}application_name={application}", place.url)
     }
 
-    struct SeaOrm {
-        db: sea_orm::DatabaseConnection,
-        application: String,
-    }
-
-    async fn sea_orm(place: &Place, connections: u32) -> Arc<dyn Peer> {
+    async fn sea_orm(place: &Place, connections: u32) -> Contestant {
         let application = application();
         let mut options = sea_orm::ConnectOptions::new(url(place, &application));
         options.max_connections(connections).sqlx_logging(false);
         let db = sea_orm::Database::connect(options).await.unwrap();
-        Arc::new(SeaOrm { db, application })
+        Contestant::new("sea-orm", application, db)
     }
 
-    impl Peer for SeaOrm {
+    impl Peer for DatabaseConnection {
         fn work(&self, sql: Vec<String>) -> Worked<()> {
-            let db = self.db.clone();
+            let db = self.clone();
             Box::pin(async move {
-                let tx = db.begin().await.map_err(text)?;
+                let tx = db.begin().await?;
                 for sql in sql {
                     drop(tx.execute_unprepared(&sql).await);
                 }
-                tx.commit().await.map_err(text)
+                Ok(tx.commit().await?)
             })
         }
 
         fn through_the_pool(&self, sql: String) -> Worked<()> {
-            let db = self.db.clone();
-            Box::pin(async move { db.execute_unprepared(&sql).await.map(drop).map_err(text) })
+            let db = self.clone();
+            Box::pin(async move {
+                db.execute_unprepared(&sql).await?;
+                Ok(())
+            })
         }
 
         fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool> {
-            let db = self.db.clone();
+            let db = self.clone();
             Box::pin(async move {
-                let tx = db.begin().await.map_err(text)?;
+                let tx = db.begin().await?;
                 drop(tx.execute_unprepared(&first).await);
                 let dropped = cut(tx.begin(), pendings).await.is_none();
                 drop(tx.execute_unprepared(&second).await);
                 if commit {
-                    tx.commit().await.map_err(text)?
+                    tx.commit().await?
                 } else {
-                    tx.rollback().await.map_err(text)?
+                    tx.rollback().await?
                 }
                 Ok(dropped)
             })
         }
-
-        fn application(&self) -> &str {
-            &self.application
-        }
     }
 
-    struct Deadpool {
-        pool: deadpool_postgres::Pool,
-        application: String,
-    }
-
-    fn deadpool(place: &Place, connections: u32) -> Arc<dyn Peer> {
+    fn deadpool(place: &Place, connections: u32) -> Contestant {
         let application = application();
         let config: tokio_postgres::Config = url(place, &application).parse().unwrap();
         let manager = deadpool_postgres::Manager::new(config, tokio_postgres::NoTls);
         let pool = deadpool_postgres::Pool::builder(manager).max_size(connections as usize).build().unwrap();
-        Arc::new(Deadpool { pool, application })
+        Contestant::new("deadpool-postgres", application, pool)
     }
 
-    impl Peer for Deadpool {
+    impl Peer for deadpool_postgres::Pool {
         fn work(&self, sql: Vec<String>) -> Worked<()> {
-            let pool = self.pool.clone();
+            let pool = self.clone();
             Box::pin(async move {
-                let mut client = pool.get().await.map_err(text)?;
-                let tx = client.transaction().await.map_err(text)?;
+                let mut client = pool.get().await?;
+                let tx = client.transaction().await?;
                 for sql in sql {
                     drop(tx.batch_execute(&sql).await);
                 }
-                tx.commit().await.map_err(text)
+                Ok(tx.commit().await?)
             })
         }
 
         fn through_the_pool(&self, sql: String) -> Worked<()> {
-            let pool = self.pool.clone();
-            Box::pin(async move {
-                let client = pool.get().await.map_err(text)?;
-                client.batch_execute(&sql).await.map_err(text)
-            })
+            let pool = self.clone();
+            Box::pin(async move { Ok(pool.get().await?.batch_execute(&sql).await?) })
         }
 
         fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool> {
-            let pool = self.pool.clone();
+            let pool = self.clone();
             Box::pin(async move {
-                let mut client = pool.get().await.map_err(text)?;
-                let mut tx = client.transaction().await.map_err(text)?;
+                let mut client = pool.get().await?;
+                let mut tx = client.transaction().await?;
                 drop(tx.batch_execute(&first).await);
                 let dropped = cut(tx.transaction(), pendings).await.is_none();
                 drop(tx.batch_execute(&second).await);
                 if commit {
-                    tx.commit().await.map_err(text)?
+                    tx.commit().await?
                 } else {
-                    tx.rollback().await.map_err(text)?
+                    tx.rollback().await?
                 }
                 Ok(dropped)
             })
-        }
-
-        fn application(&self) -> &str {
-            &self.application
         }
     }
 
     type DieselPool = diesel_async::pooled_connection::deadpool::Pool<AsyncPgConnection>;
 
-    struct Diesel {
-        pool: DieselPool,
-        application: String,
-    }
-
-    fn diesel(place: &Place, connections: u32) -> Arc<dyn Peer> {
+    fn diesel(place: &Place, connections: u32) -> Contestant {
         let application = application();
         let manager = AsyncDieselConnectionManager::<AsyncPgConnection>::new(url(place, &application));
         let pool = DieselPool::builder(manager).max_size(connections as usize).build().unwrap();
-        Arc::new(Diesel { pool, application })
+        Contestant::new("diesel-async", application, pool)
     }
 
-    async fn run(conn: &mut AsyncPgConnection, sql: String) -> Result<(), diesel::result::Error> {
+    async fn run(conn: &mut AsyncPgConnection, sql: String) -> Result<(), DieselError> {
         diesel::sql_query(sql).execute(conn).await.map(drop)
     }
 
-    impl Peer for Diesel {
+    impl Peer for DieselPool {
         fn work(&self, sql: Vec<String>) -> Worked<()> {
-            let pool = self.pool.clone();
+            let pool = self.clone();
             Box::pin(async move {
-                let mut conn = pool.get().await.map_err(text)?;
+                let mut conn = pool.get().await?;
                 let conn: &mut AsyncPgConnection = &mut conn;
                 let worked = conn.transaction(async move |conn: &mut AsyncPgConnection| {
                     for sql in sql {
                         drop(run(conn, sql).await);
                     }
-                    Ok::<_, diesel::result::Error>(())
+                    Ok::<_, DieselError>(())
                 });
-                worked.await.map_err(text)
+                Ok(worked.await?)
             })
         }
 
         fn through_the_pool(&self, sql: String) -> Worked<()> {
-            let pool = self.pool.clone();
-            Box::pin(async move {
-                let mut conn = pool.get().await.map_err(text)?;
-                run(&mut conn, sql).await.map_err(text)
-            })
+            let pool = self.clone();
+            Box::pin(async move { Ok(run(&mut *pool.get().await?, sql).await?) })
         }
 
         fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool> {
-            let pool = self.pool.clone();
+            let pool = self.clone();
             Box::pin(async move {
-                let mut conn = pool.get().await.map_err(text)?;
+                let mut conn = pool.get().await?;
                 let conn: &mut AsyncPgConnection = &mut conn;
                 let worked = conn.transaction(async move |conn: &mut AsyncPgConnection| {
                     drop(run(conn, first).await);
-                    let inner = conn.transaction(async |_: &mut AsyncPgConnection| Ok::<_, diesel::result::Error>(()));
+                    let inner = conn.transaction(async |_: &mut AsyncPgConnection| Ok::<_, DieselError>(()));
                     let dropped = cut(inner, pendings).await.is_none();
                     drop(run(conn, second).await);
-                    if commit { Ok(dropped) } else { Err(diesel::result::Error::RollbackTransaction) }
+                    if commit { Ok(dropped) } else { Err(DieselError::RollbackTransaction) }
                 });
                 match worked.await {
-                    Err(diesel::result::Error::RollbackTransaction) => Ok(true),
-                    worked => worked.map_err(text),
+                    Err(DieselError::RollbackTransaction) => Ok(true),
+                    worked => Ok(worked?),
                 }
             })
-        }
-
-        fn application(&self) -> &str {
-            &self.application
         }
     }
 }

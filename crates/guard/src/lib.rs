@@ -24,7 +24,7 @@
 //!
 //! # The same, made safe
 //!
-//! Mark the steps that belong together, and use a time-out that honours the mark. It still ends the transfer while that waits
+//! Mark the steps that belong together, and use a timeout that honours the mark. It still ends the transfer while that waits
 //! to begin, and it never ends it in the middle:
 //!
 //! ```
@@ -203,3 +203,8 @@ pub use critical::{Torn, critical, critical_for, on_torn, torn_sections};
 pub use guard::{Guard, try_commit_cancel};
 pub use reaper::{Deferred, Drain, Reaper, Shield};
 pub use scope::{Cancelled, Elapsed, cancellation_point, remaining, timeout, timeout_at, with_token};
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -149,7 +149,7 @@ pub fn remaining() -> Option<Duration> {
 ///
 /// A long computation between awaits is never pending, so no scope can end it. Called in its loop, this lets every scope
 /// around that wants to end do so here. Inside a critical section it lets none, like any other await. Now and then it yields
-/// to the runtime, as all awaits of tokio's own do, so that foreign time-outs and aborts work too.
+/// to the runtime, as all awaits of tokio's own do, so that foreign timeouts and aborts work too.
 ///
 /// # Cancel safety
 ///

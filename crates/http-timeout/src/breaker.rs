@@ -2,50 +2,15 @@
 //!
 //! Invariant: an admission ends exactly once, synchronously, whether its permit is used, dropped or unwound.
 
-use std::{fmt, future::Future, sync::Arc, time::Duration};
+use std::{future::Future, sync::Arc, time::Duration};
 
 use tokio::time::Instant;
 
 use crate::{
-    circuit::{Admission, Circuit, Ending},
+    circuit::{Admission, Circuit, Ending, State, Transition},
     config::{BreakerConfig, nanos},
     window::Nanos,
 };
-
-/// The state of a [`CircuitBreaker`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum State {
-    /// Calls pass, and their results are counted.
-    Closed,
-    /// Calls are refused until the wait is over; the first call after it is a probe.
-    Open,
-    /// A few probes are let in; their results decide.
-    HalfOpen,
-    /// Calls are refused until [`CircuitBreaker::reset`].
-    Isolated,
-}
-
-impl fmt::Display for State {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Closed => "closed",
-            Self::Open => "open",
-            Self::HalfOpen => "half-open",
-            Self::Isolated => "isolated",
-        })
-    }
-}
-
-/// A change of state, as given to the hook of [`BreakerConfigBuilder::on_transition`](crate::BreakerConfigBuilder).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Transition {
-    /// The state before.
-    pub from: State,
-    /// The state after.
-    pub to: State,
-}
 
 /// What the result of a call says about the callee.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

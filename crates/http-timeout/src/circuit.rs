@@ -10,6 +10,7 @@
 //! ```
 
 use std::{
+    fmt,
     sync::{
         Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
@@ -17,10 +18,7 @@ use std::{
     time::Duration,
 };
 
-use crate::{
-    breaker::{State, Transition},
-    window::{Counts, Nanos, Span, Tally, Window},
-};
+use crate::window::{Counts, Nanos, Span, Tally, Window};
 
 const STATE: u64 = 0b11;
 const CLOSED: u64 = 0;
@@ -34,6 +32,41 @@ const GENERATION_ONE: u64 = 1 << 18;
 
 /// The most probes and consecutive failures that the word has room for.
 pub(crate) const COUNTER_MAX: u32 = 0xffff;
+
+/// The state of a [`CircuitBreaker`](crate::CircuitBreaker).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum State {
+    /// Calls pass, and their results are counted.
+    Closed,
+    /// Calls are refused until the wait is over; the first call after it is a probe.
+    Open,
+    /// A few probes are let in; their results decide.
+    HalfOpen,
+    /// Calls are refused until [`CircuitBreaker::reset`](crate::CircuitBreaker::reset).
+    Isolated,
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Closed => "closed",
+            Self::Open => "open",
+            Self::HalfOpen => "half-open",
+            Self::Isolated => "isolated",
+        })
+    }
+}
+
+/// A change of state, as given to the hook of [`BreakerConfigBuilder::on_transition`](crate::BreakerConfigBuilder).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Transition {
+    /// The state before.
+    pub from: State,
+    /// The state after.
+    pub to: State,
+}
 
 /// The figures by which a circuit trips and recovers; valid, because only `BreakerConfig` makes them.
 #[derive(Clone, Debug)]

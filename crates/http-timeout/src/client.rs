@@ -12,8 +12,9 @@ use reqwest::{IntoUrl, Response};
 use tokio::sync::Semaphore;
 
 use crate::{
-    breaker::{CircuitBreaker, State},
+    breaker::CircuitBreaker,
     builder::{Options, TimeoutClientBuilder, build_reqwest},
+    circuit::State,
     error::{RequestError, redacted},
     limit::Limits,
     many::FetchMany,

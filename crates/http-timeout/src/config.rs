@@ -5,8 +5,7 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use crate::{
-    breaker::Transition,
-    circuit::{COUNTER_MAX, Rules, SlowRule},
+    circuit::{COUNTER_MAX, Rules, SlowRule, Transition},
     error::BuildError,
     window::{Nanos, Span},
 };

@@ -120,8 +120,9 @@ mod request;
 mod retry;
 mod window;
 
-pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class, State, Transition};
+pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 pub use builder::TimeoutClientBuilder;
+pub use circuit::{State, Transition};
 pub use client::{Attempts, ClientMetrics, TimeoutClient};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
 pub use error::{BuildError, Phase, RequestError};
@@ -131,3 +132,8 @@ pub use many::{FetchMany, Fetched};
 pub use origins::BreakerMap;
 pub use request::RequestBuilder;
 pub use retry::Retry;
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

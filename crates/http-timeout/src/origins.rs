@@ -16,7 +16,8 @@ use tokio::sync::Semaphore;
 use url::{Position, Url};
 
 use crate::{
-    breaker::{BreakerPermit, CircuitBreaker, CircuitOpen, State},
+    breaker::{BreakerPermit, CircuitBreaker, CircuitOpen},
+    circuit::State,
     config::BreakerConfig,
 };
 

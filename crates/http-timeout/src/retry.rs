@@ -19,7 +19,7 @@ const TOKEN: u64 = 1_000;
 /// header, or one declared by [`RequestBuilder::idempotent`](crate::RequestBuilder::idempotent)), and any request that
 /// provably was not sent because no connection came about (and no redirect went before). A body that is a stream cannot be sent twice.
 ///
-/// Tried again are connection errors, time-outs of an attempt, and the statuses 408, 429, 500, 502, 503 and 504. The
+/// Tried again are connection errors, timeouts of an attempt, and the statuses 408, 429, 500, 502, 503 and 504. The
 /// wait before the n-th retry is random between zero and `base × 2ⁿ⁻¹` ("full jitter"), or that on top of what
 /// `Retry-After` asks for.
 ///

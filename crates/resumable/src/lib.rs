@@ -164,3 +164,8 @@ pub use crate::{
     store::FileStore,
     task::{ResumableTask, map},
 };
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

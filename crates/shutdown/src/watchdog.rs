@@ -14,6 +14,7 @@ use crate::signal;
 use crate::stop::StopReason;
 use crate::supervisor::Core;
 use crate::tree::SAMPLE;
+use crate::voice::WAKE_UP;
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);
@@ -81,6 +82,7 @@ fn watch(core: &Core) {
 pub(crate) fn end_process(core: &Core, code: u8) {
     let Some(voice) = core.take_voice() else {
         // Somebody else has begun to report just in time, and gets as long as it would have taken here.
+        await_callbacks(core);
         if sleep(SAMPLE + LAST_WORDS, &core.over) {
             signal::exit(code);
         }
@@ -99,6 +101,16 @@ pub(crate) fn end_process(core: &Core, code: u8) {
     }
     voice.deliver(core.report(), Some(code), LAST_WORDS);
     signal::exit(code);
+}
+
+/// Waits until the callbacks have begun or need not any more. It is a matter of microseconds unless the machine is
+/// overloaded, so looking once a millisecond costs less than being told.
+fn await_callbacks(core: &Core) {
+    let begun = Instant::now();
+    let awaited = || !core.begun.load(Ordering::Acquire) && !core.over.load(Ordering::Acquire);
+    while awaited() && begun.elapsed() < WAKE_UP {
+        thread::park_timeout(Duration::from_millis(1));
+    }
 }
 
 /// Sleeps for `duration` and returns true, or returns false as soon as `off` is set.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -150,19 +151,29 @@ fn catalogue(out: &Path) -> BTreeMap<String, String> {
     })
 }
 
-/// Waits until `condition` holds; half a minute is far more than any of them needs.
+/// Waits until `condition` holds; a minute is far more than any of them needs.
 #[track_caller]
 fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
     while !condition() {
-        assert!(started.elapsed() < Duration::from_secs(30), "waited in vain for {what}");
+        assert!(started.elapsed() < Duration::from_secs(60), "waited in vain for {what}");
         std::thread::park_timeout(Duration::from_millis(2));
     }
 }
 
 fn signal(child: &Child, name: &str) {
-    let killed = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status().unwrap();
-    assert!(killed.success());
+    let killed = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).output().unwrap();
+    assert!(killed.status.success());
+}
+
+/// Tells the closing table of `cargo xtask` what a campaign has visited, or what could not be run here and why: a test
+/// that says nothing has run.
+fn publish(line: &str) {
+    if let Some(path) = std::env::var_os("CANCEL_SAFE_POINTS_FILE") {
+        // In one write, so that lines of several processes do not mix.
+        let mut file = fs::OpenOptions::new().append(true).create(true).open(path).unwrap();
+        file.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
 }
 
 #[test]
@@ -201,6 +212,7 @@ fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight(
     // What was in flight, and one batch of the catalogue, which holds no more than was in flight.
     let most = 300 + kills * 2 * CONCURRENCY;
     assert!(scene.server.requests() <= most, "{} requests for 300 files", scene.server.requests());
+    publish(&format!("campaign cancel-safe mirror/kills {kills} 0"));
 }
 
 #[test]
@@ -258,7 +270,8 @@ fn a_corrupt_checkpoint_is_refused_untouched_with_the_command_that_helps() {
 #[test]
 fn a_signal_lets_fetches_finish_and_the_next_run_goes_on() {
     let scene = Scene::new(80);
-    scene.server.state().pause = Duration::from_millis(20);
+    // Two seconds for all of them, so that none of the two runs is through when its signal comes.
+    scene.server.state().pause = Duration::from_millis(100);
     for (name, code) in [("TERM", 143), ("INT", 130)] {
         let before = scene.server.requests();
         let child = scene.start(&["--concurrency", "4"]);
@@ -267,6 +280,7 @@ fn a_signal_lets_fetches_finish_and_the_next_run_goes_on() {
         expect(child.wait_with_output().unwrap(), code);
         scene.assert_consistent();
     }
+    scene.server.state().pause = Duration::ZERO;
     scene.run(&[], 0);
     scene.assert_complete();
     assert_eq!(scene.server.requests(), 80, "nothing that was in flight was cut");
@@ -312,7 +326,7 @@ fn a_retry_after_is_waited_for_and_uses_up_nothing() {
 #[test]
 fn a_fetch_that_has_not_begun_is_neither_started_nor_cut_by_a_stop() {
     let scene = Scene::new(40);
-    scene.server.state().pause = Duration::from_millis(400);
+    scene.server.state().pause = Duration::from_secs(1);
     let child = scene.start(&["--concurrency", "32", "--per-host", "2"]);
     wait_for("two requests", || scene.server.requests() >= 2);
     signal(&child, "TERM");
@@ -341,7 +355,8 @@ fn standard_input_is_a_manifest_too_and_a_stop_does_not_wait_for_its_end() {
     let output = child.wait_with_output().unwrap();
     drop(stdin);
     expect(output, 143);
-    assert!(started.elapsed() < Duration::from_secs(8), "{:?}", started.elapsed());
+    // A reader that were waited for would have held it for the grace and the margin, 20 s.
+    assert!(started.elapsed() < Duration::from_secs(18), "{:?}", started.elapsed());
 }
 
 #[test]
@@ -377,15 +392,15 @@ fn a_second_signal_ends_it_at_once() {
     let scene = Scene::new(5);
     let hung = scene.served()[4].clone();
     scene.server.state().hang.push(hung);
-    let child = scene.start(&["--grace", "25s"]);
+    let child = scene.start(&["--grace", "5m"]);
     wait_for("all requests", || scene.server.requests() >= 5);
     let started = Instant::now();
+    // Two different ones, because the kernel merges two of a kind. Which of them is seen first does not matter.
     signal(&child, "INT");
-    // The two must not be merged into one by the kernel.
-    std::thread::park_timeout(Duration::from_millis(300));
-    signal(&child, "INT");
-    expect(child.wait_with_output().unwrap(), 130);
-    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    signal(&child, "TERM");
+    let output = child.wait_with_output().unwrap();
+    assert!(matches!(output.status.code(), Some(130 | 143)), "{output:?}");
+    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
 }
 
 #[test]
@@ -549,8 +564,8 @@ fn bad_usage_is_64() {
 fn a_full_disk_is_told_and_what_is_complete_stays() {
     let mount = tempfile::tempdir().unwrap();
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(mount.path()).output();
-    if !mounted.as_ref().is_ok_and(|output| output.status.success()) {
-        println!("not run: mounting a small tmpfs takes root on Linux ({mounted:?})");
+    if !mounted.is_ok_and(|output| output.status.success()) {
+        publish("not-run cancel-safe mirror/full-disk: mounting a small file system takes root, on Linux");
         return;
     }
     let scene = Scene::new(120);
@@ -561,8 +576,8 @@ fn a_full_disk_is_told_and_what_is_complete_stays() {
     let rows = catalogue(&out);
     let disk: BTreeMap<String, String> =
         tree(&out.join("files")).into_iter().map(|(path, content)| (path, hex(&content))).collect();
-    let unmounted = Command::new("umount").arg("-l").arg(mount.path()).status();
+    let unmounted = Command::new("umount").arg("-l").arg(mount.path()).output();
     let text = expect(output.unwrap(), 73);
-    assert!(unmounted.unwrap().success());
+    assert!(unmounted.unwrap().status.success());
     assert!(rows.iter().all(|(path, digest)| disk.get(path) == Some(digest)), "{text}");
 }

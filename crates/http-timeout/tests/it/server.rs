@@ -3,7 +3,7 @@
 use std::{
     convert::Infallible,
     future::Future,
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     pin::Pin,
     sync::{
         Arc,
@@ -22,7 +22,11 @@ use hyper::{
     service::service_fn,
 };
 use hyper_util::rt::TokioIo;
-use tokio::{net::TcpListener, runtime::Runtime, time::Sleep};
+use tokio::{
+    net::{TcpListener, TcpSocket},
+    runtime::Runtime,
+    time::Sleep,
+};
 
 pub(crate) type Reply = Response<BoxBody<Bytes, Infallible>>;
 
@@ -182,17 +186,21 @@ impl Body for Drip {
     }
 }
 
-/// A URL at which nobody listens: connecting is refused.
+/// A URL at which nobody listens: connecting is refused. The port stays taken until the process ends, so that no server
+/// of another test gets it.
 pub(crate) fn refused_url() -> String {
-    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
-    format!("http://{}/", socket.local_addr().expect("an address"))
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a free port");
+    let url = format!("http://{}/", socket.local_addr().expect("an address"));
+    std::mem::forget(socket);
+    url
 }
 
-/// Waits until `condition` holds, for ten seconds at most.
+/// Waits until `condition` holds, for a minute at most.
 pub(crate) async fn eventually(condition: impl Fn() -> bool) {
     let started = Instant::now();
     while !condition() {
-        assert!(started.elapsed() < Duration::from_secs(10), "the condition did not come true in ten seconds");
+        assert!(started.elapsed() < Duration::from_secs(60), "the condition did not come true in a minute");
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }

@@ -1,4 +1,4 @@
-//! Real processes, really killed.
+//! Real processes, really killed. `CANCEL_SAFE_CAMPAIGN=full` kills many more of them.
 
 use std::{
     path::Path,
@@ -10,7 +10,7 @@ use cancel_safe_resumable::{FileStore, ResumableTask, TaskError};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::checkpoint;
+use crate::support::{checkpoint, in_full, visited};
 
 const CHECKPOINT: &str = "RESUMABLE_CRASH";
 const ITEMS: u64 = 2000;
@@ -45,8 +45,9 @@ fn spawn(path: &Path) -> Child {
     Command::new(std::env::current_exe().unwrap())
         .args(["crash::child_that_is_killed", "--exact"])
         .env(CHECKPOINT, path)
+        .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::piped())
+        .stderr(Stdio::null())
         .spawn()
         .unwrap()
 }
@@ -66,14 +67,21 @@ async fn cut_torn_tail(path: &Path) {
     assert!(error.is_cancelled(), "{error}");
 }
 
+/// How many checkpoints a test completes.
+fn repetitions() -> usize {
+    if in_full() { 100 } else { 2 }
+}
+
 /// Kills runs of one checkpoint until it is complete, and checks after each that nothing was lost or written twice.
+/// Returns how many rounds that took.
 #[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
-async fn survive(starters: usize, seed: u64) {
+async fn survive(starters: usize, seed: u64) -> usize {
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let (_dir, path) = checkpoint();
-    let mut before = vec![0; ITEMS as usize];
+    let (mut before, mut rounds) = (vec![0; ITEMS as usize], 0);
     for round in 0..400 {
+        rounds += 1;
         let mut children: Vec<Child> = (0..starters).map(|_| spawn(&path)).collect();
         let patience = Duration::from_micros(random.u64(500..120_000));
         tokio::time::sleep(patience).await;
@@ -109,20 +117,25 @@ async fn survive(starters: usize, seed: u64) {
     run.finish().await.unwrap();
     assert!(seen.iter().all(|count| *count == 1));
     assert!(occurrences(&path).iter().all(|count| *count == 1), "something was recorded twice");
+    rounds
 }
 
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
-    for _ in 0..2 {
-        survive(1, fastrand::u64(..)).await;
+    let mut kills = 0;
+    for _ in 0..repetitions() {
+        kills += survive(1, fastrand::u64(..)).await;
     }
+    visited("kills", kills);
 }
 
 #[tokio::test]
 async fn two_starters_that_are_killed_never_share_a_checkpoint() {
-    for _ in 0..2 {
-        survive(2, fastrand::u64(..)).await;
+    let mut kills = 0;
+    for _ in 0..repetitions() {
+        kills += survive(2, fastrand::u64(..)).await;
     }
+    visited("kills-of-two", kills);
 }
 
 #[tokio::test]

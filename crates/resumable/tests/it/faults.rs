@@ -12,7 +12,7 @@ use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{checkpoint, complete, double, eventually, numbers, restored};
+use crate::support::{PATIENCE, checkpoint, complete, double, eventually, not_run, numbers, restored};
 
 /// What a run says of the file.
 async fn refusal(path: &Path) -> TaskError {
@@ -50,7 +50,7 @@ async fn a_token_ends_the_wait_for_a_held_file() {
     tokio::task::yield_now().await;
     assert!(!second.is_finished());
     token.cancel();
-    let ended = tokio::time::timeout(Duration::from_secs(10), second).await.expect("it waits on");
+    let ended = tokio::time::timeout(PATIENCE, second).await.expect("it waits on");
     assert!(ended.unwrap().unwrap_err().is_cancelled());
     assert_eq!(first.finish().await.unwrap().completed, 100);
 }
@@ -99,7 +99,7 @@ async fn the_advice_of_the_message_works() {
     let error = refusal(&path).await.to_string();
     let command = format!("truncate -s {middle} '{}'", path.display());
     assert!(error.contains(&command), "{error}");
-    assert!(Command::new("sh").args(["-c", &command]).status().unwrap().success());
+    assert!(Command::new("sh").args(["-c", &command]).output().unwrap().status.success());
     let all = complete(&path, 100).await.unwrap();
     assert_eq!(all.iter().filter(|done| done.restored).count(), 50);
 }
@@ -229,8 +229,7 @@ async fn the_memory_of_a_run_is_bounded_by_what_the_disk_takes() {
     let (_dir, path) = checkpoint();
     // Forty results of a megabyte: the buffer is full again and again, and nothing is lost or stuck.
     let large = |_, x: u64| async move { Ok(x.to_string().repeat(1 << 19)) };
-    let job =
-        || ResumableTask::builder("large").store(FileStore::at(&path).wait(Duration::from_secs(5))).concurrency(4);
+    let job = || ResumableTask::builder("large").store(FileStore::at(&path).wait(PATIENCE)).concurrency(4);
     assert_eq!(job().stream(10..50u64, large).finish().await.unwrap().completed, 40);
     assert_eq!(job().stream(10..50u64, large).finish().await.unwrap().restored, 40);
 }
@@ -248,7 +247,7 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        assert!(Command::new("umount").arg(&self.0).status().unwrap().success());
+        assert!(Command::new("umount").arg(&self.0).output().unwrap().status.success());
     }
 }
 
@@ -256,18 +255,18 @@ impl Drop for Tmpfs {
 async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let Some(tmpfs) = Tmpfs::mount(&dir.path().join("small")) else {
-        println!("skipped: mounting a small file system needs root");
+        not_run("full-disk", "mounting a small file system takes root, on Linux");
         return;
     };
     let path = tmpfs.0.join("job.ckpt");
-    let job = || ResumableTask::builder("big").store(FileStore::at(&path).wait(Duration::from_secs(5))).concurrency(4);
+    let job = || ResumableTask::builder("big").store(FileStore::at(&path).wait(PATIENCE)).concurrency(4);
     let work = |_, x: u64| async move { Ok(format!("{x:01000}")) };
     match job().stream(0..3000u64, work).finish().await.unwrap_err() {
         TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}"),
         other => panic!("{other}"),
     }
-    let remounted = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&tmpfs.0).status().unwrap();
-    assert!(remounted.success());
+    let remounted = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&tmpfs.0).output().unwrap();
+    assert!(remounted.status.success());
     let mut run = job().stream(0..3000u64, work);
     let mut seen = 0;
     while let Some(done) = run.next().await {
@@ -305,7 +304,7 @@ async fn a_failed_sync_ends_the_run_at_once() {
         .env(FAULTY, &path)
         .output();
     let Ok(child) = child else {
-        println!("skipped: injecting a failed fdatasync needs strace");
+        not_run("failed-sync", "a failed fdatasync is injected by strace, which cannot be run");
         return;
     };
     let output = String::from_utf8_lossy(&child.stdout);
@@ -342,7 +341,7 @@ async fn the_name_of_a_file_that_nobody_wrote_to_is_synced_again() {
             .env(CREATED, &path)
             .output();
         let Ok(child) = child else {
-            println!("skipped: watching system calls needs strace");
+            not_run("synced-name", "system calls are watched by strace, which cannot be run");
             return;
         };
         let synced = fs::read_to_string(&trace).unwrap();

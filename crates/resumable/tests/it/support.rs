@@ -1,6 +1,8 @@
 //! What the tests share.
 
 use std::{
+    fs::OpenOptions,
+    io::Write as _,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -14,6 +16,35 @@ use cancel_safe_resumable::{Builder, Done, FileStore, ItemError, ResumableTask, 
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
+/// How long a successor waits for the last sync of a run that was dropped: far longer than any disk takes.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Whether `cargo xtask crash` asks for the whole campaign.
+pub(crate) fn in_full() -> bool {
+    std::env::var("CANCEL_SAFE_CAMPAIGN").is_ok_and(|form| form == "full")
+}
+
+/// Tells the closing table of `cargo xtask` what could not be run here, and why: a test that says nothing has run.
+pub(crate) fn not_run(what: &str, why: &str) {
+    publish(&format!("not-run resumable {what}: {why}"));
+}
+
+/// Tells the closing table what a campaign has visited. It has found nothing, or its test has failed by now.
+pub(crate) fn visited(campaign: &str, points: usize) {
+    publish(&format!("campaign resumable {campaign} {points} 0"));
+}
+
+/// Prints `line` and, if `CANCEL_SAFE_POINTS_FILE` names a file, appends it there.
+#[expect(clippy::print_stdout, reason = "whoever runs the tests alone reads it there")]
+fn publish(line: &str) {
+    println!("{line}");
+    if let Some(path) = std::env::var_os("CANCEL_SAFE_POINTS_FILE") {
+        // In one write, so that lines of several processes do not mix.
+        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
+        file.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
+}
+
 /// A directory and the path of a checkpoint in it.
 pub(crate) fn checkpoint() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
@@ -23,7 +54,7 @@ pub(crate) fn checkpoint() -> (tempfile::TempDir, PathBuf) {
 
 /// A run over numbers, by position.
 pub(crate) fn numbers(path: &Path) -> Builder<u64, u64> {
-    ResumableTask::builder("numbers").store(FileStore::at(path).wait(Duration::from_secs(5)))
+    ResumableTask::builder("numbers").store(FileStore::at(path).wait(PATIENCE))
 }
 
 /// The item's function in most tests.
@@ -65,13 +96,13 @@ pub(crate) async fn restored(path: &Path, n: u64) -> Vec<usize> {
     indexes
 }
 
-/// Waits until a condition holds, for at most ten seconds.
+/// Waits until a condition holds, for at most a minute.
 pub(crate) async fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
-    for _ in 0..2_000 {
+    for _ in 0..12_000 {
         if holds() {
             return;
         }
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    panic!("not within ten seconds: {what}");
+    panic!("not within a minute: {what}");
 }

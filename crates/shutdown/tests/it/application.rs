@@ -341,7 +341,7 @@ fn serve_ends_in_time_although_a_straggler_holds_the_last_blocking_thread() {
         .shutdown_timeout(Duration::from_millis(50))
         .on_report(move |report| send.send(report.exit_code()).unwrap());
     let report = runtime.block_on(async {
-        tokio::time::timeout(10 * SECOND, serve(app, Duration::from_millis(10)))
+        tokio::time::timeout(60 * SECOND, serve(app, Duration::from_millis(10)))
             .await
             .expect("it waits for the closure")
     });

@@ -12,7 +12,7 @@ use crate::child::{DEADLINE, PROGRAM, STALL};
 
 /// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
 /// which waits for its straggler is caught.
-const PATIENCE: Duration = Duration::from_secs(6);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
 struct Program {
@@ -76,16 +76,23 @@ impl Program {
         drop(self.child.stdin.take());
         loop {
             match self.lines.recv_timeout(PATIENCE) {
-                Ok(line) => self.stderr = self.stderr + &line + "\n",
+                Ok(line) => self.stderr += &(line + "\n"),
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
-                    self.child.kill().unwrap();
-                    panic!("still running after {:?}: {}", since.elapsed(), self.stderr);
+                    panic!("still running after {:?}: {}", since.elapsed(), self.stderr)
                 }
             }
         }
         let code = self.child.wait().unwrap().code();
-        Exit { code, elapsed: since.elapsed(), stderr: self.stderr }
+        Exit { code, elapsed: since.elapsed(), stderr: std::mem::take(&mut self.stderr) }
+    }
+}
+
+impl Drop for Program {
+    /// What a failed test has started does not outlive it. One that has ended cannot be killed, which is as well.
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
     }
 }
 
@@ -107,6 +114,9 @@ impl Exit {
         assert!(self.elapsed < PATIENCE, "ended after {:?}", self.elapsed);
     }
 }
+
+/// Aborted; or abandoned, where the machine did not come to drop it within the 20 ms that an abort may take.
+const CUT_DEAF: &str = "worker `deaf` of `main`: ab";
 
 const _: () = assert!(PATIENCE.as_secs() < STALL.as_secs());
 
@@ -136,7 +146,8 @@ fn a_worker_that_ignores_its_token_is_cut_at_the_deadline_and_named() {
     exit.assert(
         70,
         &[
-            "worker `deaf` of `main`: aborted, parked at an await, spawned at",
+            CUT_DEAF,
+            "parked at an await, spawned at",
             "child.rs:",
             "last mark `wait for ever`",
             "worker `good` of `main`: completed",
@@ -178,7 +189,7 @@ fn a_second_signal_ends_the_grace_inside_a_runtime_of_the_users() {
     let mut program = Program::ready("serves");
     program.send(Signal::INT);
     program.wait_for("STOPPING");
-    program.end_by(Signal::INT).assert(70, &["worker `deaf` of `main`: aborted, parked at an await", "RETURNED"]);
+    program.end_by(Signal::INT).assert(70, &[CUT_DEAF, "parked at an await", "RETURNED"]);
 }
 
 #[test]
@@ -207,7 +218,8 @@ fn a_blocking_closure_of_a_group_is_named_at_the_deadline() {
         &[
             "task `hash` of `hasher`: abandoned, inside a blocking closure, spawned at",
             "last mark `block 7`",
-            "worker `hasher` of `main`: aborted, parked at an await",
+            // It waits for its group, which ends when the closure is given up: it may be quicker than its own abort.
+            "worker `hasher` of `main`: ",
         ],
     );
 }
@@ -216,7 +228,7 @@ fn a_blocking_closure_of_a_group_is_named_at_the_deadline() {
 fn a_blocking_closure_that_nobody_named_does_not_hold_the_process() {
     let exit = Program::ready("blocks elsewhere").end_by(Signal::INT);
     exit.assert_by_deadline();
-    exit.assert(70, &["worker `hasher` of `main`: aborted, parked at an await"]);
+    exit.assert(70, &["worker `hasher` of `main`: ab", "parked at an await"]);
 }
 
 #[test]
