@@ -12,6 +12,7 @@ mod command;
 mod databases;
 mod doc;
 mod mariadb;
+mod missing;
 mod postgres;
 mod server;
 mod suite;
@@ -65,7 +66,8 @@ enum Task {
     ///
     /// The same tests as `cargo xtask test`, told by CANCEL_SAFE_CAMPAIGN=full to visit everything instead of a sample.
     /// What they visited and found is in what they print and in the closing table; what could not be run here, and why,
-    /// is below it. Power cuts need root, Linux, strace, python3, mkfs.ext4 and mkfs.xfs (xfsprogs).
+    /// is below it. Faults need Linux and strace, power cuts root and xfsprogs too; as root on
+    /// Debian they are installed.
     Crash {
         /// Directories under crates/ or package names; all that have a campaign when none is named
         crates: Vec<String>,
@@ -99,6 +101,9 @@ fn main() -> ExitCode {
 
 /// The bench that needs the servers.
 const ON_DATABASES: &str = "tx_guard";
+
+/// The bench that needs strace and a file system of its own.
+const ON_FAULTS: &str = "atomic_fs";
 
 /// The crates whose tests have a campaign that can be run in full.
 const CAMPAIGNS: [&str; 4] = ["atomic-fs", "resumable", "tx-guard", workspace::UMBRELLA];
@@ -141,6 +146,9 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
         Task::Bench { names, arguments } => {
+            if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
+                missing::see_to_tools();
+            }
             let mut bench = cargo(["bench", "--package", "cancel-safe-benches", "--features", "peers"]);
             for name in &names {
                 bench = bench.args(["--bench", name]);

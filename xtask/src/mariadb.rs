@@ -10,7 +10,8 @@ use std::process::Command;
 
 use url::Url;
 
-use crate::server::{Home, Keeper, Missing, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
+use crate::missing::{Missing, find};
+use crate::server::{Home, Keeper, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
 /// The parts of `mariadb-server` without the service that would be started for the whole system. Debian has a program
 /// that setting up needs in the package of the client.
@@ -193,13 +194,6 @@ impl Programs {
         find("my_print_defaults")?;
         Some(Self { set_up: find("mariadb-install-db")?, server: find("mariadbd")? })
     }
-}
-
-/// Debian keeps the server itself where the PATH of a user does not lead.
-fn find(name: &str) -> Option<PathBuf> {
-    let path = env::var_os("PATH").unwrap_or_default();
-    let more = ["/usr/sbin", "/usr/local/sbin", "/usr/libexec"].map(PathBuf::from);
-    env::split_paths(&path).chain(more).map(|directory| directory.join(name)).find(|program| program.is_file())
 }
 
 #[cfg(test)]

@@ -11,7 +11,8 @@ use std::process::Command;
 use url::Url;
 
 use crate::mariadb::decoded;
-use crate::server::{Home, Keeper, Missing, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
+use crate::missing::Missing;
+use crate::server::{Home, Keeper, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
 /// What a run needs of PostgreSQL, and how to end it.
 pub(crate) struct Database {

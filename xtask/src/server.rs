@@ -174,48 +174,6 @@ impl PrivateServer {
     }
 }
 
-/// A server that is not installed.
-pub(crate) struct Missing<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) debian: &'a str,
-    pub(crate) homebrew: &'a str,
-}
-
-impl Missing<'_> {
-    /// We install as root on Debian. Everybody else is told the command.
-    pub(crate) fn may_be_installed(&self) -> Result<(), String> {
-        let Self { name, homebrew, .. } = self;
-        if !Path::new("/usr/bin/apt-get").exists() {
-            let command = if cfg!(target_os = "macos") {
-                format!("brew install {homebrew}")
-            } else {
-                "your package manager".into()
-            };
-            return Err(format!("the tests need {name}, which is missing; install it with: {command}"));
-        }
-        if !fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0) {
-            let command = self.command();
-            return Err(format!("the tests need {name}, which is missing; install it with: sudo sh -c '{command}'"));
-        }
-        Ok(())
-    }
-
-    pub(crate) fn install(&self) -> Result<(), String> {
-        self.may_be_installed()?;
-        let (name, command) = (self.name, self.command());
-        println!("{name} is missing: {command}");
-        let status = Command::new("sh").args(["-c", &command]).env("DEBIAN_FRONTEND", "noninteractive").status();
-        if status.is_ok_and(|status| status.success()) {
-            return Ok(());
-        }
-        Err(format!("{name} could not be installed; to see why: {command}"))
-    }
-
-    fn command(&self) -> String {
-        format!("apt-get update && apt-get install -y {}", self.debian)
-    }
-}
-
 /// A port of 127.0.0.1 that was free just now.
 pub(crate) fn free_port() -> Result<u16, String> {
     TcpListener::bind(("127.0.0.1", 0))
@@ -264,6 +222,11 @@ mod tests {
     }
 
     fn alive(pid: &str) -> bool {
-        Command::new("kill").args(["-0", pid.trim()]).stderr(Stdio::null()).status().unwrap().success()
+        Command::new("sh")
+            .args(["-c", &format!("kill -0 {}", pid.trim())])
+            .stderr(Stdio::null())
+            .status()
+            .unwrap()
+            .success()
     }
 }

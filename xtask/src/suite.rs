@@ -12,11 +12,15 @@ use std::path::Path;
 
 use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
+use crate::missing;
 use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
 
 /// The crates whose tests talk to a server, by directory.
 const ON_POSTGRES: [&str; 2] = [UMBRELLA, "tx-guard"];
 const ON_MYSQL: [&str; 1] = ["tx-guard"];
+
+/// The crates whose tests tamper with system calls and cut the power of a disk.
+const ON_FAULTS: [&str; 2] = ["atomic-fs", "resumable"];
 
 /// What to run.
 pub(crate) enum Scope {
@@ -106,6 +110,7 @@ fn whole(databases: &Databases, points: &Path, what: &str, tally: &mut Tally) ->
     if what == "--tests" {
         // On its own, because a linker is silent for longer than a test may be. Doctests are built as they are run.
         tests().arg("--no-run").run()?;
+        missing::see_to_tools();
     }
     let run = tests();
     databases.tell(run).env("CANCEL_SAFE_POINTS_FILE", points).run_lines(|line| tally.read(line))
@@ -130,6 +135,9 @@ fn chosen(
         run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
     }
     let some_of = |crates: &[&str]| packages.iter().any(|package| crates.contains(&package.short_name()));
+    if some_of(&ON_FAULTS) {
+        missing::see_to_tools();
+    }
     let wanted = Wanted { postgres: some_of(&ON_POSTGRES), mysql: some_of(&ON_MYSQL) };
     // Kept until the tests have ended.
     let databases = Databases::for_tests(wanted)?;

@@ -25,10 +25,8 @@ impl Disk {
 
     /// Cuts the power: nothing more reaches the disk. Then the machine starts again.
     pub(crate) fn cut(&self) {
-        // FS_IOC_GOINGDOWN without flushing the log.
-        const SCRIPT: &str = "import fcntl,os,struct,sys\n\
-            fcntl.ioctl(os.open(sys.argv[1], os.O_RDONLY), 0x8004587d, struct.pack('I', 2))";
-        run(Command::new("python3").args(["-S", "-E", "-c", SCRIPT]).arg(&self.point)).unwrap();
+        // Without flushing the log; ext4 takes the call as well.
+        run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.point)).unwrap();
         run(Command::new("umount").arg(&self.point)).unwrap();
         self.mount().unwrap();
     }

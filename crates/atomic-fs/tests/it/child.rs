@@ -124,6 +124,14 @@ fn entry() {
     let content = vec![b'N'; SIZE_BYTES];
     match task.as_str() {
         "write" => say_result(blocking::write(path, &content)),
+        "write as nobody" => {
+            // Root may write anywhere. The process has begun as root, because nobody may not read where this binary is.
+            if rustix::process::geteuid().is_root() {
+                rustix::thread::set_thread_gid(rustix::process::Gid::from_raw(65534)).unwrap();
+                rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534)).unwrap();
+            }
+            say_result(blocking::write(path, &content));
+        }
         "write after others" => {
             write_others();
             say_result(blocking::write(path, &content));

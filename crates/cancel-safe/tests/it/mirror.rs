@@ -162,7 +162,7 @@ fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
 }
 
 fn signal(child: &Child, name: &str) {
-    let killed = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).output().unwrap();
+    let killed = Command::new("sh").args(["-c", &format!("kill -{name} {}", child.id())]).output().unwrap();
     assert!(killed.status.success());
 }
 
