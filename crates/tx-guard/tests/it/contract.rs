@@ -142,7 +142,12 @@ async fn the_events<D: TestDb>() {
             break;
         }
     }
-    assert_eq!(events.next().await, Some(TxEvent::LateOutcome(CommitOutcome::Committed)));
+    let mut event = events.next().await;
+    if event == Some(TxEvent::CancelSent) {
+        // On a slow machine what is idle is cancelled as well: its rollback took longer than the grace.
+        event = events.next().await;
+    }
+    assert_eq!(event, Some(TxEvent::LateOutcome(CommitOutcome::Committed)));
     world.end(db).await;
 }
 
