@@ -214,8 +214,9 @@ mod tests {
     #[test]
     #[cfg(target_os = "linux")]
     fn the_children_of_a_process_are_ended_and_it_is_not() {
-        let script = "(trap '' TERM; sleep 600); echo $?";
-        let child = Command::new("/bin/sh").args(["-c", script]).stdout(Stdio::piped()).spawn().unwrap();
+        let script = "(trap '' TERM; exec sleep 600); echo $?";
+        let mut shell = Command::new("/bin/sh");
+        let child = shell.args(["-c", script]).stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
         let children = format!("/proc/{0}/task/{0}/children", child.id());
         let started = || std::fs::read_to_string(&children).is_ok_and(|pids| !pids.trim().is_empty());
         assert!(wait_until(Duration::from_secs(30), started));

@@ -191,7 +191,8 @@ mod tests {
         let home = Home::create("keeper-test").unwrap();
         let path = home.path.clone();
         let recipe = Recipe { name: "test", set_up: &["touch", "data"], serve, stop_signal: "TERM" };
-        (path, PrivateServer::start(home, &recipe, |path| path.join("pid").exists()))
+        let written = |path: &Path| fs::read_to_string(path.join("pid")).is_ok_and(|pid| pid.ends_with('\n'));
+        (path, PrivateServer::start(home, &recipe, written))
     }
 
     #[test]

@@ -3,7 +3,9 @@
 //! Invariant: it is removed with the run, and a process that crashes and the one that checks use the same.
 
 use std::cell::RefCell;
+use std::hash::{BuildHasher, RandomState};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -11,6 +13,12 @@ use crate::crash::SCRATCH;
 
 /// How often the removal of a directory is tried.
 const REMOVALS: usize = 20;
+
+/// Tells this process from an earlier one with the same number, which may have been killed and left its directories.
+static PROCESS: LazyLock<String> = LazyLock::new(|| {
+    let pid = std::process::id();
+    format!("{pid}-{:016x}", RandomState::new().hash_one(pid))
+});
 
 thread_local! {
     /// The directory of the run on this thread.
@@ -56,7 +64,7 @@ impl Scratch {
     pub(crate) fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(0);
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("cancel-safe-{}-{number}", std::process::id()));
+        let path = std::env::temp_dir().join(format!("cancel-safe-{}-{number}", *PROCESS));
         CURRENT.set(Some(path.clone()));
         Self { path }
     }
