@@ -223,7 +223,7 @@ impl Application {
     /// Sets what is done with the report at the very end.
     ///
     /// Runs on a thread of its own and is waited for until the deadline but no longer than a second; at the deadline or
-    /// at the second signal, for 25 ms from when the thread begins. The process ends whether it has returned or not.
+    /// at the second signal, for half a second. The process ends whether it has returned or not.
     pub fn on_report(mut self, on_report: impl FnOnce(&Report) + Send + 'static) -> Self {
         self.on_report = Some(Box::new(on_report));
         self
@@ -333,7 +333,7 @@ impl Application {
     fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
         let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
         let core = Core::new(self.name, self.stop, self.budget, self.drain_delay, workers);
-        let voice = Voice::start(self.on_report, self.on_exit_code, Arc::clone(&core.begun));
+        let voice = Voice::start(self.on_report, self.on_exit_code, Arc::clone(&core.told));
         core.give_voice(voice.map_err(AppError::thread("callbacks"))?);
         let Self { phases, restart, runtime, signals, .. } = self;
         Ok((Arc::new(core), Course { phases, restart, runtime, signals }))

@@ -79,8 +79,8 @@
 //! - Nothing can stop a blocking closure that has begun, or a future that does not yield. They are named, and end with
 //!   the process.
 //! - [`serve`](Application::serve), inside a runtime of yours, cannot bound the drop of that runtime.
-//! - The 100 ms are those of a machine that has time for our threads. One that has none is given up to a second more, so
-//!   that the report is not lost.
+//! - The bounds at the deadline and after a second signal are those of tasks: a [callback](Application::on_report) that
+//!   hangs holds the process half a second longer.
 //! - A handler of a signal stays for the life of the process: after the application has ended, SIGINT and SIGTERM do
 //!   nothing.
 //! - Signals are those of Unix. Elsewhere, and without the feature `signal`, an application stops by its

@@ -32,8 +32,8 @@ pub(crate) struct Core {
     pub(crate) hurry: CancellationToken,
     /// Whether `run` is about to return, and the process no longer ours to end.
     pub(crate) over: AtomicBool,
-    /// Whether the callbacks have begun: from then on their time runs.
-    pub(crate) begun: Arc<AtomicBool>,
+    /// Whether the callbacks have returned.
+    pub(crate) told: Arc<AtomicBool>,
     /// Whoever takes it ends the application; nobody else reports.
     voice: Mutex<Option<Voice>>,
     ledger: Arc<Ledger>,
@@ -53,7 +53,7 @@ impl Core {
             drain_delay,
             hurry: CancellationToken::new(),
             over: AtomicBool::new(false),
-            begun: Arc::default(),
+            told: Arc::default(),
             voice: Mutex::default(),
             ledger: Arc::default(),
             started: Mutex::default(),

@@ -12,9 +12,9 @@ use crate::report::Report;
 pub(crate) type OnReport = Box<dyn FnOnce(&Report) + Send>;
 pub(crate) type OnExitCode = Box<dyn FnOnce(&Report) -> Option<u8> + Send>;
 
-/// How long the thread may take to begin. Until then nothing of the user's runs, so only a machine that has no time for
-/// the thread makes use of it; there the report would be lost if the time of the callbacks were running already.
-pub(crate) const WAKE_UP: Duration = Duration::from_secs(1);
+/// How long the callbacks may take at the deadline and after. Those that do not hang take microseconds; the rest of it is
+/// for a machine that has no time for their thread, on which the report would be lost.
+pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
 /// Delivers one report.
 #[derive(Debug)]
@@ -27,8 +27,16 @@ pub(crate) struct Voice {
 #[derive(Debug)]
 pub(crate) struct Telling {
     code: u8,
-    /// The code as it is when the thread begins, and as it is when its callback was asked.
     answers: Option<Receiver<u8>>,
+}
+
+/// Sets its flag when the callbacks have returned, or one of them has panicked.
+struct Told(Arc<AtomicBool>);
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Release);
+    }
 }
 
 struct Message {
@@ -38,15 +46,15 @@ struct Message {
 }
 
 impl Voice {
-    /// Prepares the thread, which sets `begun` when it comes to the callbacks; where there are none, they have begun.
+    /// Prepares the thread, which sets `told` when the callbacks have returned; where there are none, they have.
     pub(crate) fn start(
         on_report: Option<OnReport>,
         on_exit_code: Option<OnExitCode>,
-        begun: Arc<AtomicBool>,
+        told: Arc<AtomicBool>,
     ) -> io::Result<Self> {
         // A subscriber of events is the user's code as well, and may write to where nobody reads any more.
         if on_report.is_none() && on_exit_code.is_none() && !cfg!(feature = "tracing") {
-            begun.store(true, Ordering::Release);
+            told.store(true, Ordering::Release);
             return Ok(Self { thread: None });
         }
         let (send, messages) = channel();
@@ -54,12 +62,11 @@ impl Voice {
         let speak = move || {
             // An error is a voice dropped unused.
             let Ok(Message { mut report, negotiable }) = messages.recv() else { return };
-            begun.store(true, Ordering::Release);
-            // Nobody listens any more if the time was up; the same holds of the answer below.
-            let _ = answer.send(report.exit_code());
+            let _told = Told(told);
             if negotiable && let Some(code) = on_exit_code.and_then(|exit_code| exit_code(&report)) {
                 report.set_exit_code(code);
             }
+            // Nobody listens any more if the time was up.
             let _ = answer.send(report.exit_code());
             #[cfg(feature = "tracing")]
             log(&report);
@@ -94,13 +101,12 @@ impl Voice {
 }
 
 impl Telling {
-    /// Waits for the callbacks for at most `limit` from when they have begun, and returns the exit code.
+    /// Waits for the callbacks for at most `limit` and returns the exit code.
     pub(crate) fn wait(self, limit: Duration) -> u8 {
-        let Some(answers) = self.answers else { return self.code };
-        let _ = answers.recv_timeout(WAKE_UP);
         let until = Instant::now() + limit;
+        let Some(answers) = self.answers else { return self.code };
         let code = answers.recv_timeout(limit).unwrap_or(self.code);
-        // Ends with the thread or with the time, whichever is first; there is no third answer.
+        // Ends with the thread or with the time, whichever is first; there is no second answer.
         let _ = answers.recv_timeout(until.saturating_duration_since(Instant::now()));
         code
     }
@@ -112,23 +118,5 @@ fn log(report: &Report) {
         tracing::info!(%report, "the application has ended");
     } else {
         tracing::error!(%report, "the application has ended badly");
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_time_of_the_callbacks_begins_with_their_thread() {
-        let (answer, answers) = channel();
-        let late = std::thread::spawn(move || {
-            // Nobody unparks it.
-            std::thread::park_timeout(Duration::from_millis(300));
-            answer.send(0).and_then(|()| answer.send(65))
-        });
-        let telling = Telling { code: 0, answers: Some(answers) };
-        assert_eq!(telling.wait(Duration::from_millis(200)), 65);
-        assert_eq!(late.join().ok(), Some(Ok(())));
     }
 }

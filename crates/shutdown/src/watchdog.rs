@@ -14,14 +14,14 @@ use crate::signal;
 use crate::stop::StopReason;
 use crate::supervisor::Core;
 use crate::tree::SAMPLE;
-use crate::voice::WAKE_UP;
+use crate::voice::LAST_WORDS;
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);
 /// How long the runtime may take to begin with a stop before it counts as wedged.
 const REACTION: Duration = Duration::from_millis(20);
-/// How long the callbacks may take when the process is about to be ended.
-const LAST_WORDS: Duration = Duration::from_millis(25);
+/// How long `run` may take to return when the callbacks have.
+const RETURN: Duration = Duration::from_millis(30);
 
 /// Ends the process at the deadline, unless it is dropped before.
 #[derive(Debug)]
@@ -83,7 +83,7 @@ pub(crate) fn end_process(core: &Core, code: u8) {
     let Some(voice) = core.take_voice() else {
         // Somebody else has begun to report just in time, and gets as long as it would have taken here.
         await_callbacks(core);
-        if sleep(SAMPLE + LAST_WORDS, &core.over) {
+        if sleep(RETURN, &core.over) {
             signal::exit(code);
         }
         return;
@@ -103,12 +103,12 @@ pub(crate) fn end_process(core: &Core, code: u8) {
     signal::exit(code);
 }
 
-/// Waits until the callbacks have begun or need not any more. It is a matter of microseconds unless the machine is
-/// overloaded, so looking once a millisecond costs less than being told.
+/// Waits until the callbacks have returned or need not any more. It is a matter of microseconds unless one hangs or the
+/// machine is overloaded, so looking once a millisecond costs less than being told.
 fn await_callbacks(core: &Core) {
     let begun = Instant::now();
-    let awaited = || !core.begun.load(Ordering::Acquire) && !core.over.load(Ordering::Acquire);
-    while awaited() && begun.elapsed() < WAKE_UP {
+    let awaited = || !core.told.load(Ordering::Acquire) && !core.over.load(Ordering::Acquire);
+    while awaited() && begun.elapsed() < LAST_WORDS {
         thread::park_timeout(Duration::from_millis(1));
     }
 }

@@ -18,6 +18,12 @@ struct Rig {
     client: TimeoutClient,
 }
 
+/// By the clock of the system, because the server has a thread of its own; and with time enough for a machine that has
+/// little: each run makes a server and a client.
+fn explore() -> Explore {
+    Explore::new().paused_time(false).timeout(Duration::from_secs(600))
+}
+
 /// A client with every mechanism on, and a server that fails at first.
 fn rig() -> Rig {
     let server = Server::start(|_, hit| async move {
@@ -46,7 +52,7 @@ fn given_back(rig: &Rig) -> Result<(), String> {
 
 #[test]
 fn a_call_dropped_anywhere_gives_everything_back() {
-    let report = Explore::new().paused_time(false).run(
+    let report = explore().run(
         async || rig(),
         async |rig| {
             let response = rig.client.get(rig.server.url("/")).send().await.unwrap();
@@ -65,7 +71,7 @@ fn a_call_dropped_anywhere_gives_everything_back() {
 
 #[test]
 fn get_with_timeout_dropped_anywhere_gives_everything_back() {
-    let report = Explore::new().paused_time(false).run(
+    let report = explore().run(
         async || rig(),
         async |rig| rig.client.get_with_timeout(rig.server.url("/"), Some(Duration::from_secs(20))).await.is_ok(),
         async |rig, _| given_back(rig),
@@ -76,7 +82,7 @@ fn get_with_timeout_dropped_anywhere_gives_everything_back() {
 
 #[test]
 fn get_many_dropped_anywhere_gives_everything_back() {
-    let report = Explore::new().paused_time(false).run(
+    let report = explore().run(
         async || rig(),
         async |rig| {
             let urls = vec![rig.server.url("/"); 3];
@@ -128,7 +134,7 @@ async fn calls_dropped_at_random_moments_leave_nothing_behind() {
 
 #[test]
 fn a_call_dropped_in_the_queue_leaves_it() {
-    let report = Explore::new().paused_time(false).run(
+    let report = explore().run(
         async || {
             let server = Server::start(|_, _| async { reply(200, "unread") });
             let client = TimeoutClient::builder().concurrency(1).build().unwrap();

@@ -93,11 +93,11 @@ async fn waiting_for_a_permit_ends_at_the_deadline() {
 #[tokio::test]
 async fn waiting_for_a_permit_is_not_idle_time() {
     let server = Server::start(|_, _| async { reply(200, "unread") });
-    let client = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_secs(1)).build().unwrap();
+    let client = TimeoutClient::builder().concurrency(1).idle_timeout(Duration::from_secs(3)).build().unwrap();
     let held = client.get(server.url("/")).send().await.unwrap();
     let waiting = tokio::spawn(client.get(server.url("/")).send());
     eventually(|| client.metrics().waiting == 1).await;
-    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    tokio::time::sleep(Duration::from_millis(3_500)).await;
     drop(held);
     assert!(waiting.await.unwrap().is_ok(), "the wait for the permit was counted as silence");
 }

@@ -53,6 +53,14 @@ const PROGRAMS: &[(&str, Program)] = &[
         let app = Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf);
         app.on_report(|_| stall(STALL)).run()
     }),
+    ("reports slowly at the deadline", || {
+        let app = Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf);
+        let slow = |report: &Report| {
+            stall(Duration::from_millis(100));
+            eprintln!("{report}");
+        };
+        app.on_report(slow).run()
+    }),
     ("overrides the code", || overriding(DEADLINE).worker("good", cooperative).run()),
     ("overrides the code of a straggler", || overriding(DEADLINE).worker("deaf", deaf).run()),
     ("reports when told twice", || {

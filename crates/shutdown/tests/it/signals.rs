@@ -274,6 +274,13 @@ fn a_report_callback_that_hangs_is_not_waited_for() {
     exit.assert(70, &[]);
 }
 
+#[test]
+fn a_report_callback_that_takes_a_moment_is_heard_at_the_deadline() {
+    let exit = Program::ready("reports slowly at the deadline").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &[CUT_DEAF]);
+}
+
 #[cfg(feature = "tracing")]
 #[test]
 fn a_log_that_hangs_is_not_waited_for() {
