@@ -73,6 +73,11 @@ impl Identity {
     fn same_inode(&self, other: &Self) -> bool {
         self.inode == other.inode && self.size == other.size
     }
+
+    /// The same as far as one can tell without the content.
+    fn same_unread(&self, other: &Self) -> bool {
+        self.same_inode(other) && (self.digest.is_none() || other.digest.is_none())
+    }
 }
 
 pub(crate) fn digest(bytes: &[u8]) -> u128 {
@@ -272,11 +277,14 @@ impl Slot {
             let is = |known: &Option<Identity>| known.as_ref().is_some_and(|known| test(&found, known));
             (is(&self.old), is(&self.new))
         };
-        // Content first: after a restored backup a number may by chance be that of another file. The number decides
-        // where the contents are the same, or the old file was changed in place and kept its size.
-        Ok(match (matches(Identity::same_content), matches(Identity::same_inode)) {
-            ((true, false), _) | ((false, false), (true, false)) | ((true, true), (true, _)) => Seen::Old,
-            ((false, true), _) | ((false, false), (_, true)) | ((true, true), _) => Seen::New,
+        // The old file may still be written to by whoever has it open; but only this transaction puts it here.
+        let is_ours = name == self.temp && self.old.is_some_and(|old| found.same_inode(&old));
+        // By content: a number may be that of another file, since it is given anew as soon as a file is gone, or of a
+        // file that was changed in place. It decides where the contents are the same, or cannot be read.
+        Ok(match (matches(Identity::same_content), matches(Identity::same_inode), matches(Identity::same_unread)) {
+            ((true, false), ..) | ((true, true), (true, _), _) | ((false, false), _, (true, false)) => Seen::Old,
+            ((false, true), ..) | ((true, true), ..) | ((false, false), _, (_, true)) => Seen::New,
+            _ if is_ours => Seen::Old,
             _ if self.new.as_ref().is_some_and(|new| new.inode == found.inode) => Seen::Altered,
             _ => Seen::Other,
         })

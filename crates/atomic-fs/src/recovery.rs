@@ -164,8 +164,8 @@ const LOCK_ATTEMPTS: usize = 8;
 /// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
 /// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
 ///
-/// It knows files again by their inode and size, or else by their content, so that a restored backup recovers too. What
-/// somebody else has put in the place of a file that was already exchanged is the last write, and stays.
+/// It knows files again by their content, so that a restored backup recovers too, and by inode and size where it may not
+/// read them. What somebody else has put in the place of a file that was already exchanged is the last write, and stays.
 ///
 /// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
 /// would not trust with the files that you can write to.
