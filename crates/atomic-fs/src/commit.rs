@@ -231,6 +231,32 @@ impl<T> Drop for Job<T> {
     }
 }
 
+/// How a turn of [`in_turns`] ended.
+#[cfg(unix)]
+pub(crate) enum Turn<S, T> {
+    Done(T),
+    /// Not yet: somebody else has to let go of something first.
+    Again(S),
+}
+
+/// Has the blocking pool take turns at `work` until it is done, each time at the end of the queue: what waits for a lock
+/// must not keep a thread from those who are to let go of it.
+#[cfg(unix)]
+pub(crate) async fn in_turns<S: Send + 'static, T: Send + 'static>(
+    runtime: &Handle,
+    path: &Arc<Path>,
+    mut state: S,
+    work: impl Fn(S, &Gate) -> Result<Turn<S, T>, Error> + Clone + Send + 'static,
+) -> Result<T, Error> {
+    loop {
+        let turn = work.clone();
+        match Job::spawn(runtime, &Gate::new(), path, move |gate| turn(state, gate)).await? {
+            Turn::Done(result) => return Ok(result),
+            Turn::Again(next) => state = next,
+        }
+    }
+}
+
 /// The error of an operation whose runtime went away: what became of the target is for the gate to say.
 pub(crate) fn cut_short(gate: &Gate, path: &Path) -> Error {
     let path = path.to_path_buf();

@@ -6,11 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Error;
-use crate::commit::{Gate, Job};
+use crate::commit::{Turn, in_turns};
 use crate::file::current_runtime;
 use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
-use crate::workspace::{Locks, Site};
+use crate::workspace::{Locking, Locks, Site};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
 ///
@@ -62,11 +62,21 @@ pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     let path = Arc::<Path>::from(dir.as_ref());
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    let work = move |gate: &Gate| {
-        let site = Site::open(&target)?;
-        let locks = Locks::take([&site], Share::Readers, gate)?;
-        refuse_unfinished(&site)?;
-        Ok(ReadLock { _locks: locks })
-    };
-    Job::spawn(&runtime, &Gate::new(), &path, work).await
+    in_turns(&runtime, &path, None, move |locking: Option<(Arc<Site>, Locking)>, gate| {
+        let (site, locking) = match locking {
+            Some(begun) => begun,
+            None => {
+                let site = Arc::new(Site::open(&target)?);
+                (site.clone(), Locking::new([&site], Share::Readers))
+            }
+        };
+        Ok(match locking.advance(gate)? {
+            Turn::Again(locking) => Turn::Again(Some((site, locking))),
+            Turn::Done(locks) => {
+                refuse_unfinished(&site)?;
+                Turn::Done(ReadLock { _locks: locks })
+            }
+        })
+    })
+    .await
 }

@@ -17,10 +17,11 @@ use crate::staged::is_temp_name;
 #[cfg(unix)]
 use crate::{
     apply,
+    commit::{Turn, in_turns},
     journal::{self, ABORTING, Slot},
     platform::Share,
     staged::io_error,
-    workspace::{self, Locks, Site},
+    workspace::{self, Locking, Site},
 };
 
 /// What a [`sweep`] found.
@@ -200,24 +201,50 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let path = Arc::<Path>::from(dir.as_ref());
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    Job::spawn(&runtime, &Gate::new(), &path, move |gate| recover_all(&target, gate)).await
+    in_turns(&runtime, &path, None, move |recovering, gate| match recovering {
+        Some(recovering) => Recovering::advance(recovering, gate),
+        None => Recovering::begin(Arc::new(Site::open(&target)?), 0).advance(gate),
+    })
+    .await
+}
+
+/// A recovery that is about to lock its directories.
+#[cfg(unix)]
+struct Recovering {
+    home: Arc<Site>,
+    attempt: usize,
+    /// The directories that it will have locked.
+    sites: Vec<Arc<Site>>,
+    locking: Locking,
 }
 
 #[cfg(unix)]
-fn recover_all(path: &Path, gate: &Gate) -> Result<RecoveryReport, Error> {
-    let home = Arc::new(Site::open(path)?);
-    for _ in 0..LOCK_ATTEMPTS {
+impl Recovering {
+    fn begin(home: Arc<Site>, attempt: usize) -> Self {
         // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
         let foreseen = find(&home).ok().flatten().map(|(_, slots)| slots).unwrap_or_default();
-        let sites = || foreseen.iter().map(|slot| &slot.site).chain([&home]);
-        let _locks = Locks::take(sites().map(|site| &**site), Share::Nobody, gate)?;
+        let mut sites: Vec<_> = foreseen.into_iter().map(|slot| slot.site).collect();
+        sites.push(home.clone());
+        let locking = Locking::new(&sites, Share::Nobody);
+        Self { home, attempt, sites, locking }
+    }
+
+    fn advance(self, gate: &Gate) -> Result<Turn<Option<Self>, RecoveryReport>, Error> {
+        let Self { home, attempt, sites, locking } = self;
+        let _locks = match locking.advance(gate)? {
+            Turn::Done(locks) => locks,
+            Turn::Again(locking) => return Ok(Turn::Again(Some(Self { home, attempt, sites, locking }))),
+        };
         let found = find(&home)?;
         let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
-        if slots.iter().all(|slot| sites().any(|site| site.id == slot.site.id)) {
-            return recover_locked(&home, found, gate);
+        if slots.iter().all(|slot| sites.iter().any(|site| site.id == slot.site.id)) {
+            return recover_locked(&home, found, gate).map(Turn::Done);
         }
+        if attempt + 1 == LOCK_ATTEMPTS {
+            return Err(Error::Busy { directory: home.path.clone(), waited: workspace::LOCK_PATIENCE });
+        }
+        Ok(Turn::Again(Some(Self::begin(home, attempt + 1))))
     }
-    Err(Error::Busy { directory: home.path.clone(), waited: workspace::LOCK_PATIENCE })
 }
 
 /// The journal of `home` with its directories open.

@@ -8,9 +8,9 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::commit::{Gate, Job};
+use crate::commit::{Gate, Job, Turn, in_turns};
 use crate::file::current_runtime;
-use crate::protocol::{self, Sealed, Step};
+use crate::protocol::{Prepared, Sealed, Step};
 use crate::staged::{Naming, Staged, Target, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Site, Workspace};
@@ -243,12 +243,8 @@ impl MultiFileTransaction {
             }
         }
         // The job owns all of it from here on, and with it the removal if nothing comes of it.
-        let work = move |gate: &Gate| {
-            let changes = std::mem::take(&mut self.changes).into_iter();
-            let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
-            protocol::commit(&workspace, steps, gate)
-        };
-        job(&first, work).await
+        let fresh = Commit::Fresh(std::mem::take(&mut self.changes), workspace);
+        in_turns(&current_runtime(&first)?, &first, fresh, Commit::advance).await
     }
 
     /// Gives up all changes and waits until the staged files are gone.
@@ -401,6 +397,29 @@ impl Change {
             Self::Writing { writer, .. } => writer.into_staged().map_or(Ok(()), |(staged, ..)| staged.discard()),
             Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
+    }
+}
+
+/// How far a commit has come.
+enum Commit {
+    Fresh(Vec<Change>, Arc<Workspace>),
+    Prepared(Box<Prepared>),
+}
+
+impl Commit {
+    fn advance(self, gate: &Gate) -> Result<Turn<Self, ()>, Error> {
+        let prepared = match self {
+            Self::Fresh(changes, workspace) => {
+                let changes = changes.into_iter();
+                let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
+                Prepared::new(workspace, steps)?
+            }
+            Self::Prepared(prepared) => *prepared,
+        };
+        Ok(match prepared.advance(gate)? {
+            Turn::Done(()) => Turn::Done(()),
+            Turn::Again(prepared) => Turn::Again(Self::Prepared(Box::new(prepared))),
+        })
     }
 }
 

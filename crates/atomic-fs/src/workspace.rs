@@ -14,7 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::Error;
-use crate::commit::Gate;
+use crate::commit::{Gate, Turn};
 use crate::platform::{Dir, Entry, Kind, Share};
 use crate::staged::{io_error, lock, open_error};
 
@@ -25,8 +25,8 @@ const ID_DIGITS: usize = 16;
 const NOTE_ATTEMPTS: usize = 32;
 /// How long the lock of a directory is waited for.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// The longest pause between two attempts to lock; a cancelled job ends within it.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
+/// How long of that a thread waits before it does what else is queued; the longest pause between two attempts, too.
+const LOCK_TURN: Duration = Duration::from_millis(5);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
 
@@ -153,40 +153,61 @@ pub(crate) struct Locks {
     _held: Vec<Dir>,
 }
 
-impl Locks {
-    /// Locks all of `sites`, always in the same order, so that no two transactions wait for each other.
-    pub(crate) fn take<'a>(
-        sites: impl IntoIterator<Item = &'a Site>,
-        share: Share,
-        gate: &Gate,
-    ) -> Result<Self, Error> {
-        let mut sites: Vec<_> = sites.into_iter().collect();
-        sites.sort_by_key(|site| site.id);
-        sites.dedup_by_key(|site| site.id);
-        let begun = Instant::now();
-        let held = sites.into_iter().map(|site| lock_one(site, share, gate, begun)).collect::<Result<_, _>>()?;
-        Ok(Self { _held: held })
+/// Directories on the way to being locked.
+#[derive(Debug)]
+pub(crate) struct Locking {
+    /// The next one last.
+    wanted: Vec<Arc<Site>>,
+    held: Vec<Dir>,
+    share: Share,
+    begun: Instant,
+}
+
+impl Locking {
+    /// Begins to lock all of `sites`, always in the same order, so that no two transactions wait for each other.
+    pub(crate) fn new<'a>(sites: impl IntoIterator<Item = &'a Arc<Site>>, share: Share) -> Self {
+        let mut wanted: Vec<_> = sites.into_iter().cloned().collect();
+        wanted.sort_by_key(|site| std::cmp::Reverse(site.id));
+        wanted.dedup_by_key(|site| site.id);
+        Self { wanted, held: Vec::new(), share, begun: Instant::now() }
+    }
+
+    /// Waits for the locks, but only for one turn at the blocking pool; what is locked by then stays so.
+    pub(crate) fn advance(mut self, gate: &Gate) -> Result<Turn<Self, Locks>, Error> {
+        let turn = Instant::now();
+        while let Some(site) = self.wanted.last() {
+            let Some(dir) = lock_one(site, self.share, gate, turn)? else {
+                if self.begun.elapsed() >= LOCK_PATIENCE {
+                    return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
+                }
+                return Ok(Turn::Again(self));
+            };
+            self.held.push(dir);
+            self.wanted.pop();
+        }
+        Ok(Turn::Done(Locks { _held: self.held }))
     }
 }
 
-fn lock_one(site: &Site, share: Share, gate: &Gate, begun: Instant) -> Result<Dir, Error> {
+/// `None` if others hold it until the end of the turn.
+fn lock_one(site: &Site, share: Share, gate: &Gate, turn: Instant) -> Result<Option<Dir>, Error> {
     // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
     let dir = site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?;
     let mut pause = Duration::from_micros(100);
     loop {
         match dir.try_lock(share) {
-            Ok(()) => return Ok(dir),
+            Ok(()) => return Ok(Some(dir)),
             Err(TryLockError::WouldBlock) => {}
             Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
         }
         if gate.is_cancelled() {
             return Err(Error::Interrupted { path: site.path.clone() });
         }
-        if begun.elapsed() >= LOCK_PATIENCE {
-            return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
+        if turn.elapsed() >= LOCK_TURN {
+            return Ok(None);
         }
         gate.pause(pause);
-        pause = (pause * 2).min(LOCK_PAUSE);
+        pause *= 2;
     }
 }
 

@@ -293,6 +293,34 @@ async fn a_commit_waits_for_a_reader_and_a_dropped_one_lets_go() {
     assert_eq!(read(dir.path(), "a"), "a");
 }
 
+#[test]
+fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
+    let dir = scene(&["a", "b"]);
+    let dir = dir.path();
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let lock = atomic_fs::read_lock(dir).await.unwrap();
+        let mut tx = MultiFileTransaction::new();
+        tx.add_file(dir.join("a"), "new").await.unwrap();
+        tx.add_file(dir.join("b"), "new").await.unwrap();
+        let commit = tokio::spawn(tx.commit());
+        let recovery = tokio::spawn(atomic_fs::recover(dir.to_owned()));
+        for _ in 0..20 {
+            // Less than the waiting is patient, and far more than this takes.
+            let read = tokio::time::timeout(Duration::from_secs(20), tokio::fs::read(dir.join("a"))).await;
+            assert_eq!(read.expect("there is no thread for the reader").unwrap(), b"a");
+        }
+        assert!(!commit.is_finished() && !recovery.is_finished());
+        drop(lock);
+        commit.await.unwrap().unwrap();
+        recovery.await.unwrap().unwrap();
+        assert_eq!(
+            (read(dir, "a"), read(dir, "b"), names(dir)),
+            ("new".into(), "new".into(), vec!["a".into(), "b".into()])
+        );
+    });
+}
+
 #[tokio::test]
 async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     let dir = scene(&["a"]);
