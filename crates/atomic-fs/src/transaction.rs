@@ -92,12 +92,13 @@ impl MultiFileTransaction {
     ///
     /// Nothing is touched until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
-        Self { journal_dir: Some(from_here(journal_dir.as_ref())), ..Self::new() }
+        Self { journal_dir: Some(absolute(journal_dir.as_ref())), ..Self::new() }
     }
 
     /// Stages `content` to become the file `path`.
     ///
-    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer).
+    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer). The new file keeps the
+    /// permission bits that the replaced one has now.
     ///
     /// # Cancel safety
     ///
@@ -111,7 +112,7 @@ impl MultiFileTransaction {
     /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
     /// it is [`Broken`](Error::Broken), because a file that was staged before could not be synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
-        let path = Arc::<Path>::from(from_here(path.as_ref()));
+        let path = Arc::<Path>::from(from_here(path.as_ref())?);
         let content = content.as_ref().to_vec();
         self.close_some(&path).await?;
         let workspace = self.workspace(&path).await?;
@@ -162,7 +163,7 @@ impl MultiFileTransaction {
     /// # }
     /// ```
     pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
-        let path = Arc::<Path>::from(from_here(path.as_ref()));
+        let path = Arc::<Path>::from(from_here(path.as_ref())?);
         let runtime = current_runtime(&path)?;
         let workspace = self.workspace(&path).await?;
         let target = path.clone();
@@ -320,7 +321,7 @@ impl MultiFileTransaction {
 
     /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
     fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
-        let path = from_here(path);
+        let path = from_here(path)?;
         let (directory, _) = split(&path, &path)?;
         self.journal_dir.get_or_insert_with(|| directory.to_path_buf());
         Ok(path.into())
@@ -381,6 +382,7 @@ impl Change {
             Self::Writing { path, site, writer, .. } => {
                 let (mut staged, base, tail) = writer.into_staged()?;
                 staged.write_at(base, &tail, gate)?;
+                staged.look_again()?;
                 let length = base + tail.len() as u64;
                 Step::Put(Box::new(Sealed::new(*staged, length, None, &path, site, workspace.clone())?))
             }
@@ -423,10 +425,16 @@ impl Commit {
     }
 }
 
-/// The path as seen from the working directory of now: all paths of a transaction mean what they meant when they were
-/// given, although a removal looks for its file only when it is committed.
-fn from_here(path: &Path) -> PathBuf {
-    // A working directory that is gone, or a path that is empty, is for the first system call to complain of.
+/// The path of a file as seen from the working directory of now: all paths of a transaction mean what they meant when
+/// they were given, although a removal looks for its file only when it is committed.
+fn from_here(path: &Path) -> Result<PathBuf, Error> {
+    // First as it was given, since what follows drops a dot at the end, which only a directory can have.
+    split(path, path)?;
+    Ok(absolute(path))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    // A working directory that is gone is for the first system call to complain of.
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 

@@ -123,8 +123,8 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        let mut line = site.path.as_os_str().as_bytes().to_vec();
-        line.push(0);
+        // Marked at both ends, so that what a full disk has cut off does not spoil the next one.
+        let line = [b"\0", site.path.as_os_str().as_bytes(), b"\0"].concat();
         let noted = (&self.note).write_all(&line).and_then(|()| self.note.sync_all());
         // The note itself was made without a sync; from here on it must survive a power cut, or nobody finds the files.
         noted.and_then(|()| sites[0].dir.sync()).map_err(io_error("note the directory of", path))?;
