@@ -354,6 +354,11 @@ pub(crate) fn find(home: &Site) -> Result<Option<Found>, Error> {
     for name in [ABORTING, COMMITTED] {
         let path = home.path.join(name);
         let corrupt = |reason| Error::CorruptJournal { journal: path.clone(), reason };
+        match home.dir.look(name.as_ref()).map_err(io_error("look for the journal", &path))? {
+            None => continue,
+            Some(Entry { kind: Kind::File, .. }) => {}
+            Some(_) => return Err(corrupt("it is not a regular file")),
+        }
         let file = match home.dir.read(name.as_ref()) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,

@@ -10,6 +10,7 @@ use crate::commit::{Turn, in_turns};
 use crate::file::current_runtime;
 use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
+use crate::staged::directory;
 use crate::workspace::{Locking, Locks, Site};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
@@ -59,7 +60,7 @@ pub struct ReadLock {
 /// # }
 /// ```
 pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
     in_turns(&runtime, &path, None, move |locking: Option<(Arc<Site>, Locking)>, gate| {

@@ -13,14 +13,13 @@ use crate::Error;
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::is_temp_name;
+use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply,
     commit::{Turn, in_turns},
     journal::{self, ABORTING, Slot},
     platform::Share,
-    staged::io_error,
     workspace::{self, Locking, Site},
 };
 
@@ -50,7 +49,7 @@ pub struct SweepReport {
 ///
 /// # Errors
 ///
-/// If `dir` cannot be opened or listed. A single file that cannot be removed is counted in
+/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed is counted in
 /// [`failed`](SweepReport::failed) instead.
 ///
 /// # Examples
@@ -69,20 +68,20 @@ pub struct SweepReport {
 /// # }
 /// ```
 pub async fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
     let work = move |gate: &Gate| {
-        sweep_all(&target, gate)
-            .map_err(|source| Error::Io { action: "sweep", path: target.to_path_buf(), source })?
+        let dir = Dir::open(&target).map_err(|source| open_error(&target, source))?;
+        sweep_all(&dir, &target, gate)
+            .map_err(io_error("sweep", &target))?
             .ok_or_else(|| Error::Interrupted { path: target.to_path_buf() })
     };
     Job::spawn(&runtime, &Gate::new(), &path, work).await
 }
 
 /// `None` if it was cancelled.
-fn sweep_all(path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
-    let dir = Dir::open(path)?;
+fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
     let mut report = SweepReport::default();
     for entry in std::fs::read_dir(path)? {
         let name = entry?.file_name();
@@ -91,7 +90,7 @@ fn sweep_all(path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
         }
         // Each removal passes the gate by itself, so that a dropped sweep removes nothing more.
         let Some(_passage) = gate.enter() else { return Ok(None) };
-        match sweep_one(&dir, &name) {
+        match sweep_one(dir, &name) {
             Ok(Found::Dead) => report.removed += 1,
             Ok(Found::Live) => report.live += 1,
             Ok(Found::Vanished) => {}
@@ -198,7 +197,7 @@ const LOCK_ATTEMPTS: usize = 8;
 /// ```
 #[cfg(unix)]
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
     in_turns(&runtime, &path, None, move |recovering, gate| match recovering {

@@ -134,8 +134,12 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
     if name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes()) {
         return Err(invalid("names that begin with .afs- are reserved for temporary files"));
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    Ok((parent.unwrap_or(Path::new(".")), name))
+    Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
+}
+
+/// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
+pub(crate) fn directory(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
 /// The name of the temporary file; removed when this is dropped, unless it has become the target's.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::commit::{Gate, Job, Turn, in_turns};
 use crate::file::current_runtime;
 use crate::protocol::{Prepared, Sealed, Step};
-use crate::staged::{Naming, Staged, Target, split};
+use crate::staged::{Naming, Staged, Target, directory, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Site, Workspace};
 use crate::{AtomicFileWriter, Error, WriteOptions, journal};
@@ -92,7 +92,7 @@ impl MultiFileTransaction {
     ///
     /// Nothing is touched until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
-        Self { journal_dir: Some(absolute(journal_dir.as_ref())), ..Self::new() }
+        Self { journal_dir: Some(absolute(directory(journal_dir.as_ref()))), ..Self::new() }
     }
 
     /// Stages `content` to become the file `path`.

@@ -334,6 +334,24 @@ async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     assert_eq!((names(dir.path()), read(dir.path(), "a")), (vec!["a".into(), "b".into()], "new".into()));
 }
 
+/// What a bare name has for a parent.
+#[tokio::test]
+async fn a_directory_without_a_name_is_the_working_directory_and_a_missing_one_a_typed_error() {
+    let here = Path::new("file").parent().unwrap();
+    assert_eq!(atomic_fs::recover(here).await.unwrap(), RecoveryReport::default());
+    assert_eq!(atomic_fs::sweep(here).await.unwrap().removed, 0);
+    drop(atomic_fs::read_lock(here).await.unwrap());
+    let dir = scene(&[]);
+    let missing = dir.path().join("missing");
+    for error in [
+        atomic_fs::recover(&missing).await.unwrap_err(),
+        atomic_fs::sweep(&missing).await.unwrap_err(),
+        atomic_fs::read_lock(&missing).await.unwrap_err(),
+    ] {
+        assert!(error.is_missing_directory(), "{error:?}");
+    }
+}
+
 #[tokio::test]
 async fn a_journal_that_is_cut_or_altered_is_refused_and_nothing_is_touched() {
     let dir = scene(&["a"]);
@@ -350,6 +368,13 @@ async fn a_journal_that_is_cut_or_altered_is_refused_and_nothing_is_touched() {
         tx.add_file(dir.path().join("a"), "new").await.unwrap();
         assert!(tx.commit().await.unwrap_err().is_unrecovered());
     }
+    std::fs::remove_file(&journal).unwrap();
+    std::fs::create_dir(&journal).unwrap();
+    let a_directory = atomic_fs::recover(dir.path()).await.unwrap_err();
+    std::fs::remove_dir(&journal).unwrap();
+    symlink("a", &journal).unwrap();
+    let a_symlink = atomic_fs::recover(dir.path()).await.unwrap_err();
+    assert!(a_directory.is_refused() && a_symlink.is_refused(), "{a_directory}, {a_symlink}");
     std::fs::remove_file(&journal).unwrap();
     assert_eq!(atomic_fs::recover(dir.path()).await.unwrap().removed, 1);
     assert_eq!((names(dir.path()), read(dir.path(), "a")), (vec!["a".into()], "a".into()));
