@@ -11,9 +11,13 @@ use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_deci
 use crate::strace::{Call, Run};
 use crate::support::names;
 
+/// What the child does; and a broken one, which has no journal for a while.
+const RECOVER: &str = "recover";
+const RECOVER_ASIDE: &str = "recover with the journal put aside";
+
 impl Ground {
     fn recover(&self, inject: Option<&str>) -> Run {
-        self.run("recover", &self.dir, inject)
+        self.run(RECOVER, &self.dir, inject)
     }
 
     fn crashes(&self) -> Vec<Call> {
@@ -70,22 +74,26 @@ async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     let applies = crashes.iter().map(|call| aim(call, KILL));
     // Every third: three nested loops over all calls would take an hour.
     for crash in sample(aborts.chain(applies).step_by(3).collect(), 2) {
-        ground.change(Some(&crash));
-        let first = distinct(ground.recover(None).calls, is_decisive);
-        for first in sample(first, 4) {
-            let failing = aim(&first, EIO);
-            ground.change(Some(&crash));
-            let calls =
-                distinct(ground.recover(Some(&failing)).calls, |call| is_decisive(call) && call.name != first.name);
-            for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 3) {
-                let both = format!("{failing}\n{}", aim(&call, fault));
-                ground.change(Some(&crash));
-                ground.recover(Some(&both));
-                tally.add(&format!("{crash}, then {both}"), verify(&ground.dir, None, false).await);
-            }
-        }
+        fail_twice(&ground, RECOVER, &crash, &mut tally).await;
     }
     tally.close();
+}
+
+/// Has `task` recover what `crash` leaves, with one fault and then another or a kill.
+async fn fail_twice(ground: &Ground, task: &str, crash: &str, tally: &mut Tally) {
+    let recover = |inject: Option<&str>| {
+        ground.change(Some(crash));
+        ground.run(task, &ground.dir, inject)
+    };
+    for first in sample(distinct(recover(None).calls, is_decisive), 4) {
+        let failing = aim(&first, EIO);
+        let calls = distinct(recover(Some(&failing)).calls, |call| is_decisive(call) && call.name != first.name);
+        for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 3) {
+            let both = format!("{failing}\n{}", aim(&call, fault));
+            recover(Some(&both));
+            tally.add(&format!("{crash}, then {both}"), verify(&ground.dir, None, false).await);
+        }
+    }
 }
 
 #[tokio::test]
@@ -102,21 +110,36 @@ async fn cut_everywhere(kind: Kind) {
     let mut tally = Tally::new(format!("recovery/power-cuts-{}", kind.name()));
     let Some(disk) = Disk::new(kind, &tally.name) else { return };
     let calls = distinct(disk.change(None).calls, is_decisive);
-    for crash in sample(crashes(&calls), 2) {
-        let crash = aim(&crash, KILL);
-        disk.change(Some(&crash));
-        disk.cut();
-        let run = disk.run("recover", &disk.dir(), None);
-        for call in sample(distinct(run.calls, is_decisive), 3) {
-            disk.change(Some(&crash));
-            disk.cut();
-            let inject = aim(&call, KILL);
-            disk.run("recover", &disk.dir(), Some(&inject));
-            disk.cut();
-            tally.add(&format!("{crash}, then {inject}"), verify(&disk.dir(), None, true).await);
-        }
+    // In turns as it is, which is with the old files and a journal, and with all that was exchanged.
+    for (number, crash) in sample(crashes(&calls), 2).iter().enumerate() {
+        cut_recoveries(&disk, RECOVER, &aim(crash, KILL), number % 2 == 1, is_decisive, &mut tally).await;
     }
     tally.close();
+}
+
+/// Cuts the power after `crash`, and again at each of those calls of a recovery that are `wanted`.
+async fn cut_recoveries(
+    disk: &Disk,
+    task: &str,
+    crash: &str,
+    elsewhere: bool,
+    wanted: fn(&Call) -> bool,
+    tally: &mut Tally,
+) {
+    let recover = |inject: Option<&str>| {
+        disk.change(Some(crash));
+        if elsewhere {
+            disk.sync_elsewhere();
+        }
+        disk.cut();
+        disk.run(task, &disk.dir(), inject)
+    };
+    for call in sample(distinct(recover(None).calls, wanted), 3) {
+        let inject = aim(&call, KILL);
+        recover(Some(&inject));
+        disk.cut();
+        tally.add(&format!("{crash}, elsewhere: {elsewhere}, then {inject}"), verify(&disk.dir(), None, true).await);
+    }
 }
 
 #[tokio::test]
@@ -131,12 +154,28 @@ async fn the_same_check_catches_a_recovery_that_only_tidies_up() {
     tally.assert_caught("a mix");
 }
 
+#[tokio::test]
+async fn the_same_checks_catch_a_recovery_that_puts_its_journal_aside() {
+    let mut tally = Tally::new("recovery/double-faults/twin");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    fail_twice(&ground, RECOVER_ASIDE, &second_exchange(&ground.calls()), &mut tally).await;
+    tally.assert_caught("a mix");
+    let mut tally = Tally::new("recovery/power-cuts-ext4/twin");
+    let Some(disk) = Disk::new(Kind::Ext4, &tally.name) else { return };
+    let crash = second_exchange(&disk.change(None).calls);
+    cut_recoveries(&disk, RECOVER_ASIDE, &crash, true, |call| call.name == "rename", &mut tally).await;
+    tally.assert_caught("a mix");
+}
+
+/// A kill at the second exchange.
+fn second_exchange(calls: &[Call]) -> String {
+    let committed = calls.iter().position(is_commit).unwrap();
+    aim(calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap(), KILL)
+}
+
 /// Leaves the directory as a crash at the second exchange does.
 fn crash_in_the_middle(ground: &Ground) -> Picture {
-    let calls = ground.calls();
-    let committed = calls.iter().position(is_commit).unwrap();
-    let exchange = calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap();
-    let run = ground.change(Some(&aim(exchange, "signal=SIGKILL")));
+    let run = ground.change(Some(&second_exchange(&ground.calls())));
     assert_eq!(run.said, None);
     look(&ground.dir).unwrap()
 }
