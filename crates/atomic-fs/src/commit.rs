@@ -190,8 +190,10 @@ impl<T> Job<T> {
             Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late),
             Ok(result) => result,
             Err(_) if gate.try_cancel() => {
-                // Only for the temporary file; on a disk that hangs, the caller's time matters more.
-                let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+                if take(&self.queued).is_none() {
+                    // Only for the temporary file; on a disk that hangs, the caller's time matters more.
+                    let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+                }
                 Err(late)
             }
             Err(_) => self.await,

@@ -286,7 +286,7 @@ impl Plan {
             return Ok(());
         }
         let old = Identity::of(&site.dir, &name).map_err(io_error("look at", &path))?;
-        self.push(Slot { site, name, temp, old, new: Some(new) }, false);
+        self.push(Slot::new(site, name, temp, old, Some(new)), false);
         Ok(())
     }
 
@@ -299,7 +299,7 @@ impl Plan {
         let found = Identity::of(&site.dir, &target.name)
             .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
             .map_err(io_error("find the file", &path))?;
-        self.push(Slot { site, name: target.name, temp, old: Some(found), new: None }, vacated);
+        self.push(Slot::new(site, target.name, temp, Some(found), None), vacated);
         Ok(found)
     }
 
@@ -312,6 +312,7 @@ impl Plan {
     fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
         // First what is put somewhere, so that a file that is renamed has its new name before it loses the old one.
         self.slots.sort_by_key(|slot| slot.new.is_none());
+        journal::mark_moves(&mut self.slots);
         let home = workspace.home();
         let (draft, file) = Draft::write(workspace, &home, &self.slots)?;
         unsynced.push(Unsynced::Draft(home.clone(), file));

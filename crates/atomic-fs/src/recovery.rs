@@ -165,7 +165,8 @@ const LOCK_ATTEMPTS: usize = 8;
 /// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
 ///
 /// It knows files again by their content, so that a restored backup recovers too, and by inode and size where it may not
-/// read them. What somebody else has put in the place of a file that was already exchanged is the last write, and stays.
+/// read them; one that is renamed may be written to meanwhile, as a log is. What somebody else has put in the place of a
+/// file that was already exchanged is the last write, and stays.
 ///
 /// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
 /// would not trust with the files that you can write to.

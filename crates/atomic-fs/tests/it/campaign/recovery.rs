@@ -277,6 +277,45 @@ async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
     }
 }
 
+/// As a log is, while it is rotated. Whatever its name, it is the same file, so that nothing need be lost or refused.
+#[tokio::test]
+async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what_they_wrote() {
+    let Some(ground) = Ground::new("recovery/moved-files") else { return };
+    let calls = ground.calls();
+    let moves = [("d", "e"), ("log", "log.1"), ("log.1", "log.2")];
+    let applied = kill_before_the_journal_goes(&ground);
+    for (crash, is_applied, is_aborting) in [
+        (second_exchange(&calls), false, false),
+        (second_exchange(&calls), false, true),
+        (applied.clone(), true, false),
+        (applied, true, true),
+    ] {
+        assert_eq!(ground.change(Some(&crash)).said, None);
+        let dir = &ground.dir;
+        if is_aborting {
+            std::fs::rename(dir.join(".afs-journal"), dir.join(".afs-journal-aborting")).unwrap();
+        }
+        for (from, to) in moves {
+            // Two grow, and one does not keep what it had.
+            let path = dir.join(if is_applied { to } else { from });
+            let mut file = std::fs::File::options().write(true).append(from != "log").open(path).unwrap();
+            std::io::Write::write_all(&mut file, b"and more").unwrap();
+        }
+        let context = format!("applied: {is_applied}, aborting: {is_aborting}");
+        let report = atomic_fs::recover(dir).await.map_err(|error| format!("{context}: {error}")).unwrap();
+        assert_eq!(
+            (report.rolled_back, report.rolled_forward),
+            (is_aborting.into(), (!is_aborting).into()),
+            "{context}"
+        );
+        for ((from, to), wanted) in moves.into_iter().zip(["old dand more", "and more", "old log.1and more"]) {
+            let path = dir.join(if is_aborting { from } else { to });
+            assert_eq!(std::fs::read_to_string(path).unwrap(), wanted, "{context}, {from} to {to}");
+        }
+        assert_eq!(crate::support::temps(dir), [""; 0], "{context}");
+    }
+}
+
 /// A kill when everything is applied, and the journal is about to go.
 fn kill_before_the_journal_goes(ground: &Ground) -> String {
     let removal = |call: &&Call| call.name == "unlinkat" && call.text.contains("\".afs-journal\"");

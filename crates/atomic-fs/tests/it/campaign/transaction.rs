@@ -267,6 +267,8 @@ async fn cut_everywhere(kind: Kind) {
 #[derive(Clone, Copy, Debug)]
 enum Later {
     Append,
+    /// In place, and as long as what was there.
+    Overwrite,
     Write,
     Remove,
     /// As programs do that sync the file and not its directory; something else makes it durable.
@@ -275,8 +277,14 @@ enum Later {
 }
 
 impl Later {
-    const ALL: [Self; 5] =
-        [Self::Append, Self::Write, Self::Remove, Self::RenameAndSyncElsewhere, Self::TransactionElsewhere];
+    const ALL: [Self; 6] = [
+        Self::Append,
+        Self::Overwrite,
+        Self::Write,
+        Self::Remove,
+        Self::RenameAndSyncElsewhere,
+        Self::TransactionElsewhere,
+    ];
 
     /// Makes the change and returns what is then in the file.
     async fn make(self, disk: &Disk) -> Option<&'static str> {
@@ -287,6 +295,12 @@ impl Later {
                 std::io::Write::write_all(&mut file, b", and more").unwrap();
                 file.sync_all().unwrap();
                 return Some("new a, and more");
+            }
+            Self::Overwrite => {
+                let mut file = std::fs::File::options().write(true).open(path).unwrap();
+                std::io::Write::write_all(&mut file, b"newer").unwrap();
+                // Less than a full sync, which would make the removal of the journal durable as well.
+                file.sync_data().unwrap();
             }
             Self::Write => atomic_fs::write(path, "newer").await.unwrap(),
             Self::Remove => {
@@ -319,7 +333,7 @@ async fn what_follows_a_commit_survives_a_power_cut_and_the_recovery() {
     for (kind, layout) in Kind::ALL.into_iter().flat_map(|kind| Layout::ALL.map(|layout| (kind, layout))) {
         let mut tally = Tally::new(layout.campaign(&format!("transaction/later-changes-{}", kind.name())));
         let Some(disk) = Disk::new(kind, &tally.name).map(|disk| disk.with(layout)) else { continue };
-        for later in sample(Later::ALL.to_vec(), if layout == Layout::OneDirectory { 5 } else { 1 }) {
+        for later in sample(Later::ALL.to_vec(), if layout == Layout::OneDirectory { Later::ALL.len() } else { 1 }) {
             follow(&disk, later, &mut tally, |_| {}).await;
         }
         tally.close();
