@@ -10,7 +10,7 @@ use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-#[cfg(any(unix, feature = "json"))]
+#[cfg(feature = "json")]
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -88,12 +88,6 @@ impl Gate {
     /// Whether the operation has been cancelled, so that a long job can stop early.
     pub(crate) fn is_cancelled(&self) -> bool {
         *self.state() == State::Cancelled
-    }
-
-    /// Waits for `patience`, within a job that polls for something.
-    #[cfg(unix)]
-    pub(crate) fn pause(&self, patience: Duration) {
-        drop(self.left.wait_timeout(self.state(), patience).unwrap_or_else(PoisonError::into_inner));
     }
 
     fn is_late(&self) -> bool {
@@ -229,32 +223,6 @@ impl<T> Drop for Job<T> {
             // A job that is still queued ends here, and its files with it: a thread may not come free for long.
             drop(take(&self.queued));
             self.handle.abort();
-        }
-    }
-}
-
-/// How a turn of [`in_turns`] ended.
-#[cfg(unix)]
-pub(crate) enum Turn<S, T> {
-    Done(T),
-    /// Not yet: somebody else has to let go of something first.
-    Again(S),
-}
-
-/// Has the blocking pool take turns at `work` until it is done, each time at the end of the queue: what waits for a lock
-/// must not keep a thread from those who are to let go of it.
-#[cfg(unix)]
-pub(crate) async fn in_turns<S: Send + 'static, T: Send + 'static>(
-    runtime: &Handle,
-    path: &Arc<Path>,
-    mut state: S,
-    work: impl Fn(S, &Gate) -> Result<Turn<S, T>, Error> + Clone + Send + 'static,
-) -> Result<T, Error> {
-    loop {
-        let turn = work.clone();
-        match Job::spawn(runtime, &Gate::new(), path, move |gate| turn(state, gate)).await? {
-            Turn::Done(result) => return Ok(result),
-            Turn::Again(next) => state = next,
         }
     }
 }

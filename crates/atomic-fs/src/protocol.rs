@@ -12,12 +12,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 use crate::apply::{abort, apply, forget, sites};
-use crate::commit::{Gate, Turn};
+use crate::commit::Gate;
 use crate::journal::{self, COMMITTED, Identity, Slot};
 use crate::platform::{Entry, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
-use crate::workspace::{Locking, Site, Workspace};
+use crate::workspace::{Locking, Locks, Site, Workspace};
 use crate::{Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
@@ -75,13 +75,12 @@ pub(crate) enum Step {
 pub(crate) struct Prepared {
     moves: Vec<Move>,
     unsynced: Vec<Unsynced>,
-    locking: Locking,
     // Last, so that the note goes after the files.
     workspace: Arc<Workspace>,
 }
 
 impl Prepared {
-    pub(crate) fn new(workspace: Arc<Workspace>, steps: Vec<Step>) -> Result<Self, Error> {
+    pub(crate) fn new(workspace: Arc<Workspace>, steps: Vec<Step>) -> Result<(Self, Locking), Error> {
         let mut moves = steps.into_iter().map(|step| Move::new(&workspace, step)).collect::<Result<Vec<_>, _>>()?;
         let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
         let bytes: u64 = moves.iter().map(Move::bytes).sum();
@@ -90,31 +89,27 @@ impl Prepared {
             sync_files(std::mem::take(&mut unsynced))?;
         }
         let home = workspace.home();
+        // Once these are locked, nobody else who asks for them, reader or writer, is in between.
         let locking = Locking::new(moves.iter().flat_map(Move::sites).chain([&home]), Share::Nobody);
-        Ok(Self { moves, unsynced, locking, workspace })
+        Ok((Self { moves, unsynced, workspace }, locking))
     }
 
-    /// Makes all steps visible, or none, once everything is locked.
-    pub(crate) fn advance(self, gate: &Gate) -> Result<Turn<Self, ()>, Error> {
-        let Self { workspace, moves, unsynced, locking } = self;
-        // From here on nobody else who asks for these locks, reader or writer, is in between.
-        let _locks = match locking.advance(gate)? {
-            Turn::Done(locks) => locks,
-            Turn::Again(locking) => return Ok(Turn::Again(Self { moves, unsynced, locking, workspace })),
-        };
+    /// Makes all steps visible, or none.
+    pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
+        let Self { workspace, moves, unsynced } = self;
         for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
             refuse_unfinished(site)?;
         }
         if let [single] = &moves[..]
             && let Some(done) = single.alone(gate)
         {
-            return done.map(Turn::Done);
+            return done;
         }
         let mut plan = Plan::default();
         for one in moves {
             plan.add(&workspace, one)?;
         }
-        plan.commit(&workspace, unsynced, gate).map(Turn::Done)
+        plan.commit(&workspace, unsynced, gate)
     }
 }
 

@@ -6,11 +6,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Error;
-use crate::commit::{Turn, in_turns};
+use crate::commit::Gate;
 use crate::file::current_runtime;
 use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
 use crate::staged::directory;
+use crate::waiting::with_locks;
 use crate::workspace::{Locking, Locks, Site};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
@@ -63,21 +64,14 @@ pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    in_turns(&runtime, &path, None, move |locking: Option<(Arc<Site>, Locking)>, gate| {
-        let (site, locking) = match locking {
-            Some(begun) => begun,
-            None => {
-                let site = Arc::new(Site::open(&target)?);
-                (site.clone(), Locking::new([&site], Share::Readers))
-            }
-        };
-        Ok(match locking.advance(gate)? {
-            Turn::Again(locking) => Turn::Again(Some((site, locking))),
-            Turn::Done(locks) => {
-                refuse_unfinished(&site)?;
-                Turn::Done(ReadLock { _locks: locks })
-            }
-        })
-    })
-    .await
+    let prepare = move |_: &Gate| {
+        let site = Arc::new(Site::open(&target)?);
+        let locking = Locking::new([&site], Share::Readers);
+        Ok((site, locking))
+    };
+    let finish = |site: Arc<Site>, locks, _: &Gate| {
+        refuse_unfinished(&site)?;
+        Ok(ReadLock { _locks: locks })
+    };
+    with_locks(&runtime, &path, prepare, finish).await
 }

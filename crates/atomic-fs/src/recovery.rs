@@ -17,10 +17,10 @@ use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply,
-    commit::{Turn, in_turns},
     journal::{self, ABORTING, Slot},
     platform::Share,
-    workspace::{self, Locking, Site},
+    waiting::with_locks,
+    workspace::{self, Locking, Locks, Site},
 };
 
 /// What a [`sweep`] found.
@@ -200,50 +200,41 @@ const LOCK_ATTEMPTS: usize = 8;
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
-    let target = path.clone();
-    in_turns(&runtime, &path, None, move |recovering, gate| match recovering {
-        Some(recovering) => Recovering::advance(recovering, gate),
-        None => Recovering::begin(Arc::new(Site::open(&target)?), 0).advance(gate),
-    })
-    .await
+    for _ in 0..LOCK_ATTEMPTS {
+        let target = path.clone();
+        let prepare = move |_: &Gate| Recovering::new(&target);
+        if let Some(report) = with_locks(&runtime, &path, prepare, Recovering::finish).await? {
+            return Ok(report);
+        }
+    }
+    Err(Error::Busy { directory: path.to_path_buf(), waited: workspace::LOCK_PATIENCE })
 }
 
 /// A recovery that is about to lock its directories.
 #[cfg(unix)]
 struct Recovering {
     home: Arc<Site>,
-    attempt: usize,
-    /// The directories that it will have locked.
+    /// Those that it will have locked.
     sites: Vec<Arc<Site>>,
-    locking: Locking,
 }
 
 #[cfg(unix)]
 impl Recovering {
-    fn begin(home: Arc<Site>, attempt: usize) -> Self {
+    fn new(path: &Path) -> Result<(Self, Locking), Error> {
+        let home = Arc::new(Site::open(path)?);
         // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
         let foreseen = find(&home).ok().flatten().map(|(_, slots)| slots).unwrap_or_default();
-        let mut sites: Vec<_> = foreseen.into_iter().map(|slot| slot.site).collect();
-        sites.push(home.clone());
+        let sites: Vec<_> = foreseen.into_iter().map(|slot| slot.site).chain([home.clone()]).collect();
         let locking = Locking::new(&sites, Share::Nobody);
-        Self { home, attempt, sites, locking }
+        Ok((Self { home, sites }, locking))
     }
 
-    fn advance(self, gate: &Gate) -> Result<Turn<Option<Self>, RecoveryReport>, Error> {
-        let Self { home, attempt, sites, locking } = self;
-        let _locks = match locking.advance(gate)? {
-            Turn::Done(locks) => locks,
-            Turn::Again(locking) => return Ok(Turn::Again(Some(Self { home, attempt, sites, locking }))),
-        };
-        let found = find(&home)?;
+    /// `None` if there is another journal now, of other directories.
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<Option<RecoveryReport>, Error> {
+        let found = find(&self.home)?;
         let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
-        if slots.iter().all(|slot| sites.iter().any(|site| site.id == slot.site.id)) {
-            return recover_locked(&home, found, gate).map(Turn::Done);
-        }
-        if attempt + 1 == LOCK_ATTEMPTS {
-            return Err(Error::Busy { directory: home.path.clone(), waited: workspace::LOCK_PATIENCE });
-        }
-        Ok(Turn::Again(Some(Self::begin(home, attempt + 1))))
+        let is_locked = slots.iter().all(|slot| self.sites.iter().any(|site| site.id == slot.site.id));
+        is_locked.then(|| recover_locked(&self.home, found, gate)).transpose()
     }
 }
 

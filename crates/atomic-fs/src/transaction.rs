@@ -8,11 +8,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::commit::{Gate, Job, Turn, in_turns};
+use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::protocol::{Prepared, Sealed, Step};
 use crate::staged::{Naming, Staged, Target, directory, split};
 use crate::sync::{Unsynced, sync_files};
+use crate::waiting::with_locks;
 use crate::workspace::{Site, Workspace};
 use crate::{AtomicFileWriter, Error, WriteOptions, journal};
 
@@ -213,10 +214,10 @@ impl MultiFileTransaction {
     /// Makes all changes, durably, or none.
     ///
     /// The commit locks the directories of the journal and of all targets against other transactions and
-    /// [readers](crate::read_lock), for which it waits up to 30 s; writes the journal, syncs it together with the staged
-    /// files, several at once, and exchanges each file. More than 16 MiB are synced before the directories are locked.
-    /// A single file needs no journal. The space of small replaced files is freed by the blocking pool after this has
-    /// returned.
+    /// [readers](crate::read_lock), for which it waits up to 30 s (one thread of this crate's tries for all that wait, so
+    /// that the blocking pool stays free); writes the journal, syncs it together with the staged files, several at once,
+    /// and exchanges each file. More than 16 MiB are synced before the directories are locked. A single file needs no
+    /// journal. The space of small replaced files is freed by the blocking pool after this has returned.
     ///
     /// # Cancel safety
     ///
@@ -244,8 +245,12 @@ impl MultiFileTransaction {
             }
         }
         // The job owns all of it from here on, and with it the removal if nothing comes of it.
-        let fresh = Commit::Fresh(std::mem::take(&mut self.changes), workspace);
-        in_turns(&current_runtime(&first)?, &first, fresh, Commit::advance).await
+        let changes = std::mem::take(&mut self.changes).into_iter();
+        let prepare = move |gate: &Gate| {
+            let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
+            Prepared::new(workspace, steps)
+        };
+        with_locks(&current_runtime(&first)?, &first, prepare, Prepared::commit).await
     }
 
     /// Gives up all changes and waits until the staged files are gone.
@@ -399,29 +404,6 @@ impl Change {
             Self::Writing { writer, .. } => writer.into_staged().map_or(Ok(()), |(staged, ..)| staged.discard()),
             Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
-    }
-}
-
-/// How far a commit has come.
-enum Commit {
-    Fresh(Vec<Change>, Arc<Workspace>),
-    Prepared(Box<Prepared>),
-}
-
-impl Commit {
-    fn advance(self, gate: &Gate) -> Result<Turn<Self, ()>, Error> {
-        let prepared = match self {
-            Self::Fresh(changes, workspace) => {
-                let changes = changes.into_iter();
-                let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
-                Prepared::new(workspace, steps)?
-            }
-            Self::Prepared(prepared) => *prepared,
-        };
-        Ok(match prepared.advance(gate)? {
-            Turn::Done(()) => Turn::Done(()),
-            Turn::Again(prepared) => Turn::Again(Self::Prepared(Box::new(prepared))),
-        })
     }
 }
 

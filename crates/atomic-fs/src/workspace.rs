@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::Error;
-use crate::commit::{Gate, Turn};
 use crate::platform::{Dir, Entry, Kind, Share};
 use crate::staged::{io_error, lock, open_error};
 
@@ -25,8 +24,6 @@ const ID_DIGITS: usize = 16;
 const NOTE_ATTEMPTS: usize = 32;
 /// How long the lock of a directory is waited for.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// How long of that a thread waits before it does what else is queued; the longest pause between two attempts, too.
-const LOCK_TURN: Duration = Duration::from_millis(5);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
 
@@ -159,6 +156,8 @@ pub(crate) struct Locking {
     /// The next one last.
     wanted: Vec<Arc<Site>>,
     held: Vec<Dir>,
+    /// The next one, open.
+    tried: Option<Dir>,
     share: Share,
     begun: Instant,
 }
@@ -169,45 +168,36 @@ impl Locking {
         let mut wanted: Vec<_> = sites.into_iter().cloned().collect();
         wanted.sort_by_key(|site| std::cmp::Reverse(site.id));
         wanted.dedup_by_key(|site| site.id);
-        Self { wanted, held: Vec::new(), share, begun: Instant::now() }
+        Self { wanted, held: Vec::new(), tried: None, share, begun: Instant::now() }
     }
 
-    /// Waits for the locks, but only for one turn at the blocking pool; what is locked by then stays so.
-    pub(crate) fn advance(mut self, gate: &Gate) -> Result<Turn<Self, Locks>, Error> {
-        let turn = Instant::now();
+    /// The directory that is not locked yet.
+    pub(crate) fn path(&self) -> &Path {
+        self.wanted.last().map_or(Path::new(""), |site| &site.path)
+    }
+
+    /// Locks what it can without waiting, which then stays so; `None` if something is left to be locked.
+    pub(crate) fn attempt(&mut self) -> Result<Option<Locks>, Error> {
         while let Some(site) = self.wanted.last() {
-            let Some(dir) = lock_one(site, self.share, gate, turn)? else {
-                if self.begun.elapsed() >= LOCK_PATIENCE {
+            let dir = match self.tried.take() {
+                Some(dir) => dir,
+                // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
+                None => site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?,
+            };
+            match dir.try_lock(self.share) {
+                Ok(()) => self.held.push(dir),
+                Err(TryLockError::WouldBlock) if self.begun.elapsed() >= LOCK_PATIENCE => {
                     return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
                 }
-                return Ok(Turn::Again(self));
-            };
-            self.held.push(dir);
+                Err(TryLockError::WouldBlock) => {
+                    self.tried = Some(dir);
+                    return Ok(None);
+                }
+                Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
+            }
             self.wanted.pop();
         }
-        Ok(Turn::Done(Locks { _held: self.held }))
-    }
-}
-
-/// `None` if others hold it until the end of the turn.
-fn lock_one(site: &Site, share: Share, gate: &Gate, turn: Instant) -> Result<Option<Dir>, Error> {
-    // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
-    let dir = site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?;
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match dir.try_lock(share) {
-            Ok(()) => return Ok(Some(dir)),
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
-        }
-        if gate.is_cancelled() {
-            return Err(Error::Interrupted { path: site.path.clone() });
-        }
-        if turn.elapsed() >= LOCK_TURN {
-            return Ok(None);
-        }
-        gate.pause(pause);
-        pause *= 2;
+        Ok(Some(Locks { _held: std::mem::take(&mut self.held) }))
     }
 }
 

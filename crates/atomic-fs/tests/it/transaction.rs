@@ -321,6 +321,85 @@ fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
     });
 }
 
+/// A transaction that changes `x` and `y` in both directories.
+async fn change_both(dirs: [PathBuf; 2], content: &str) -> Result<(), Error> {
+    let mut tx = MultiFileTransaction::new();
+    for dir in dirs {
+        for name in ["x", "y"] {
+            tx.add_file(dir.join(name), content).await?;
+        }
+    }
+    tx.commit().await
+}
+
+#[tokio::test]
+async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
+    let dir = tempdir().unwrap();
+    let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+    for path in [&one, &other] {
+        std::fs::create_dir(path).unwrap();
+    }
+    for (free, held) in [(&one, &other), (&other, &one)] {
+        for _ in 0..20 {
+            let lock = atomic_fs::read_lock(held).await.unwrap();
+            let commit = change_both([one.clone(), other.clone()], "new");
+            // It may have locked the first of the two by then, and waits for the second.
+            assert!(tokio::time::timeout(Duration::from_millis(20), commit).await.is_err());
+            for path in [free, held] {
+                std::fs::File::open(path).unwrap().try_lock_shared().unwrap();
+            }
+            std::fs::File::open(free).unwrap().try_lock().unwrap();
+            drop(lock);
+            std::fs::File::open(held).unwrap().try_lock().unwrap();
+        }
+        assert_eq!((names(free), names(held)), (vec![], vec![]));
+    }
+}
+
+#[test]
+fn readers_and_transactions_in_opposite_orders_all_get_their_turn_on_one_thread() {
+    let dir = tempdir().unwrap();
+    let dirs = ["one", "other"].map(|name| dir.path().join(name));
+    for path in &dirs {
+        std::fs::create_dir(path).unwrap();
+        for name in ["x", "y"] {
+            std::fs::write(path.join(name), "old").unwrap();
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let done = Arc::new(AtomicBool::new(false));
+        let mut readers = tokio::task::JoinSet::new();
+        for dir in dirs.iter().cycle().take(4) {
+            let (dir, done) = (dir.clone(), done.clone());
+            readers.spawn(async move {
+                while !done.load(Ordering::Relaxed) {
+                    let lock = atomic_fs::read_lock(&dir).await.unwrap();
+                    let x = tokio::fs::read(dir.join("x")).await.unwrap();
+                    assert_eq!(x, tokio::fs::read(dir.join("y")).await.unwrap());
+                    drop(lock);
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            });
+        }
+        let mut writers = tokio::task::JoinSet::new();
+        for writer in 0..8 {
+            let [one, other] = dirs.clone();
+            let dirs = if writer % 2 == 0 { [one, other] } else { [other, one] };
+            writers.spawn(async move {
+                for round in 0..5 {
+                    change_both(dirs.clone(), &format!("{writer} {round}")).await.unwrap();
+                }
+            });
+        }
+        writers.join_all().await;
+        done.store(true, Ordering::Relaxed);
+        readers.join_all().await;
+    });
+    let read = |dir: &Path| (read(dir, "x"), read(dir, "y"), names(dir).len());
+    assert_eq!(read(&dirs[0]), read(&dirs[1]));
+}
+
 #[tokio::test]
 async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     let dir = scene(&["a"]);
