@@ -180,7 +180,8 @@ const LOCK_ATTEMPTS: usize = 8;
 ///
 /// A journal that [cannot be read](Error::CorruptJournal), or a target that is
 /// [neither old nor new](Error::UnknownFile): then nothing was touched ([`Error::is_refused`]), and the message names
-/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again.
+/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again; if the
+/// disk failed when it had begun, that is [`Error::Undecided`].
 ///
 /// # Examples
 ///
@@ -249,19 +250,23 @@ fn find(home: &Arc<Site>) -> Result<Option<(&'static str, Vec<Slot>)>, Error> {
 fn recover_locked(home: &Site, found: Option<(&'static str, Vec<Slot>)>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
+    // Once a target may have been touched, an error must not say that all are unchanged.
+    let undecided = |error: Error| Error::Undecided { directory: home.path.clone(), source: error.into() };
+    let has_journal = found.is_some();
     if let Some((name, slots)) = found {
         let progress = apply::judge(home, name, &slots)?;
         // After a crash of the process alone, what it last renamed may not be durable yet.
         home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
         if name == ABORTING {
-            apply::roll_back(home, &slots, &progress)?;
+            apply::roll_back(home, &slots, &progress).map_err(undecided)?;
             report.rolled_back = 1;
         } else {
-            apply::roll_forward(home, &slots, &progress)?;
+            apply::roll_forward(home, &slots, &progress).map_err(undecided)?;
             report.rolled_forward = 1;
         }
     }
-    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path))?;
+    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path));
+    let litter = litter.map_err(|error| if has_journal { undecided(error) } else { error })?;
     (report.removed, report.live) = (litter.removed, litter.live);
     passage.done();
     Ok(report)

@@ -25,6 +25,16 @@ impl Ground {
     }
 }
 
+/// What is in each file that somebody may read.
+fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for place in [dir.to_owned(), dir.join("sub")] {
+        let visible = names(&place).into_iter().filter(|name| !name.starts_with(".afs-") && name != "sub");
+        all.extend(visible.map(|name| (name.clone(), std::fs::read(place.join(name)).unwrap())));
+    }
+    all
+}
+
 /// Where a crash leaves something to recover.
 fn crashes(calls: &[Call]) -> Vec<Call> {
     let committed = calls.iter().position(is_commit).unwrap();
@@ -48,9 +58,13 @@ async fn a_fault_or_a_kill_at_any_call_of_a_recovery_leaves_it_to_the_next_one()
         let calls = distinct(run.calls, is_decisive);
         for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 8) {
             ground.change(Some(&crash));
+            let before = contents(&ground.dir);
             let inject = aim(&call, fault);
             let run = ground.recover(Some(&inject));
+            let is_told = run.said.as_ref().is_some_and(|said| said.starts_with("Unchanged"));
+            let is_true = !is_told || contents(&ground.dir) == before;
             let verdict = verify(&ground.dir, None, false).await;
+            let verdict = if is_true { verdict } else { Err("Unchanged, but it did change something".to_owned()) };
             tally.add(&format!("{crash}, then {inject}: {:?}", run.said), verdict);
         }
     }
