@@ -103,6 +103,20 @@ fn dropped_commit_leaves_all_old_or_all_new_for_ever() {
 }
 
 #[test]
+fn dropped_commit_that_waits_for_a_reader_leaves_all_old_or_all_new_for_ever() {
+    let report = explore("new", async |dir| {
+        let lock = atomic_fs::read_lock(dir).await.unwrap();
+        let read = async {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            assert_eq!(pair(dir), ("old".into(), "old".into()), "it did not wait");
+            drop(lock);
+        };
+        tokio::join!(async { change_both(dir).await.unwrap() }, read);
+    });
+    assert_clean("MultiFileTransaction::commit/waiting", &report);
+}
+
+#[test]
 fn dropped_commit_of_renames_leaves_all_old_or_all_new_for_ever() {
     let report = explore("new", async |dir| {
         let mut tx = MultiFileTransaction::new();
