@@ -200,7 +200,8 @@ pub(crate) fn reopen(home: &Arc<Site>, lines: Vec<journal::Line>) -> Result<Vec<
             sites.push((directory, site.clone()));
             site
         };
-        slots.push(Slot { site, name, temp, old, new });
+        slots.push(Slot::new(site, name, temp, old, new));
     }
+    journal::mark_moves(&mut slots);
     Ok(slots)
 }

@@ -3,13 +3,14 @@
 //! Invariant: once the future that waits for a job has been dropped, the job changes nothing that a user can see.
 //! `spawn_blocking` alone does not give that: its closure runs on after its future is gone.
 
+use std::fmt;
 use std::future::Future;
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-#[cfg(any(unix, feature = "json"))]
+#[cfg(feature = "json")]
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -89,12 +90,6 @@ impl Gate {
         *self.state() == State::Cancelled
     }
 
-    /// Waits for `patience`, within a job that polls for something.
-    #[cfg(unix)]
-    pub(crate) fn pause(&self, patience: Duration) {
-        drop(self.left.wait_timeout(self.state(), patience).unwrap_or_else(PoisonError::into_inner));
-    }
-
     fn is_late(&self) -> bool {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
@@ -129,13 +124,17 @@ impl Drop for Passage<'_> {
     }
 }
 
+/// What a job does, until it begins; with it go the files that it would have finished.
+type Work<T> = Box<dyn FnOnce(&Gate) -> Result<T, Error> + Send>;
+
 /// A closure on the blocking pool that is cancelled, through its gate, when this future is dropped.
-#[derive(Debug)]
 #[must_use = "a job is cancelled when it is dropped"]
 pub(crate) struct Job<T> {
     gate: Arc<Gate>,
     path: Arc<Path>,
     handle: JoinHandle<Result<T, Error>>,
+    /// Shared with the queue, so that whoever drops a job that waits there need not wait for a thread to clean up.
+    queued: Arc<Mutex<Option<Work<T>>>>,
     finished: bool,
 }
 
@@ -147,15 +146,27 @@ impl<T: Send + 'static> Job<T> {
         path: &Arc<Path>,
         work: impl FnOnce(&Gate) -> Result<T, Error> + Send + 'static,
     ) -> Self {
-        let (inner_gate, inner_path) = (gate.clone(), path.clone());
+        let queued = Arc::new(Mutex::new(Some(Box::new(work) as Work<T>)));
+        let (inner_gate, inner_path, inner) = (gate.clone(), path.clone(), queued.clone());
         let handle = runtime.spawn_blocking(move || {
             // A job that was cancelled in the queue must not even create its temporary file.
-            if inner_gate.is_cancelled() {
-                return Err(Error::Interrupted { path: inner_path.to_path_buf() });
+            match take(&inner) {
+                Some(work) if !inner_gate.is_cancelled() => work(&inner_gate),
+                _ => Err(Error::Interrupted { path: inner_path.to_path_buf() }),
             }
-            work(&inner_gate)
         });
-        Self { gate: gate.clone(), path: path.clone(), handle, finished: false }
+        Self { gate: gate.clone(), path: path.clone(), handle, queued, finished: false }
+    }
+}
+
+/// Takes the work of a job that has not begun. Nothing panics while it is locked.
+fn take<T>(queued: &Mutex<Option<Work<T>>>) -> Option<Work<T>> {
+    queued.lock().unwrap_or_else(PoisonError::into_inner).take()
+}
+
+impl<T> fmt::Debug for Job<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Job").field("path", &self.path).field("gate", &self.gate).finish_non_exhaustive()
     }
 }
 
@@ -173,8 +184,10 @@ impl<T> Job<T> {
             Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late),
             Ok(result) => result,
             Err(_) if gate.try_cancel() => {
-                // Only for the temporary file; on a disk that hangs, the caller's time matters more.
-                let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+                if take(&self.queued).is_none() {
+                    // Only for the temporary file; on a disk that hangs, the caller's time matters more.
+                    let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
+                }
                 Err(late)
             }
             Err(_) => self.await,
@@ -195,7 +208,10 @@ impl<T> Future for Job<T> {
         Poll::Ready(match joined {
             Ok(result) => result,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(cut_short(&self.gate, &self.path)),
+            Err(_) => {
+                drop(take(&self.queued));
+                Err(cut_short(&self.gate, &self.path))
+            }
         })
     }
 }
@@ -204,7 +220,8 @@ impl<T> Drop for Job<T> {
     fn drop(&mut self) {
         if !self.finished {
             self.gate.cancel();
-            // A job that is still queued is taken out, so that it does not hold a place for nothing.
+            // A job that is still queued ends here, and its files with it: a thread may not come free for long.
+            drop(take(&self.queued));
             self.handle.abort();
         }
     }

@@ -144,7 +144,8 @@ pub enum Error {
         /// The directory with the journal.
         directory: PathBuf,
     },
-    /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides.
+    /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides; if
+    /// this is its own error, call it again.
     #[error("the transaction in {directory:?} is undecided until it is recovered")]
     Undecided {
         /// The directory with the journal.

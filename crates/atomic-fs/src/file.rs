@@ -156,6 +156,7 @@ impl AtomicFileWriter {
         let (base, buffer) = (self.base, std::mem::take(&mut self.buffer));
         let job = Job::spawn(&self.runtime, &self.gate, &self.path, move |gate| {
             staged.write_at(base, &buffer, gate)?;
+            staged.look_again()?;
             staged.install(base + buffer.len() as u64, gate)
         });
         job.await

@@ -3,6 +3,7 @@
 //! Invariant: from its rename to its committed name until its durable removal, a journal is enough to finish the
 //! transaction or to undo it; every step looks at what is there, so that it may be repeated.
 
+use std::collections::HashSet;
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, Read};
@@ -73,6 +74,11 @@ impl Identity {
     fn same_inode(&self, other: &Self) -> bool {
         self.inode == other.inode && self.size == other.size
     }
+
+    /// The same as far as one can tell without the content.
+    fn same_unread(&self, other: &Self) -> bool {
+        self.same_inode(other) && (self.digest.is_none() || other.digest.is_none())
+    }
 }
 
 pub(crate) fn digest(bytes: &[u8]) -> u128 {
@@ -101,6 +107,23 @@ pub(crate) struct Slot {
     pub(crate) temp: OsString,
     pub(crate) old: Option<Identity>,
     pub(crate) new: Option<Identity>,
+    /// Whether the old file gets another name.
+    moved_out: bool,
+    /// Whether the new file had another name.
+    moved_in: bool,
+}
+
+/// Notes which files are moved from one name to another.
+pub(crate) fn mark_moves(slots: &mut [Slot]) {
+    let inodes = |known: fn(&Slot) -> Option<Identity>| -> HashSet<u64> {
+        slots.iter().filter_map(known).map(|known| known.inode).collect()
+    };
+    // A file that was staged is none that was there.
+    let (old, new) = (inodes(|slot| slot.old), inodes(|slot| slot.new));
+    for slot in slots {
+        slot.moved_out = slot.old.is_some_and(|known| new.contains(&known.inode));
+        slot.moved_in = slot.new.is_some_and(|known| old.contains(&known.inode));
+    }
 }
 
 /// How far a slot has come.
@@ -132,6 +155,16 @@ enum Seen {
 }
 
 impl Slot {
+    pub(crate) fn new(
+        site: Arc<Site>,
+        name: OsString,
+        temp: OsString,
+        old: Option<Identity>,
+        new: Option<Identity>,
+    ) -> Self {
+        Self { site, name, temp, old, new, moved_out: false, moved_in: false }
+    }
+
     pub(crate) fn path(&self) -> PathBuf {
         self.site.path.join(&self.name)
     }
@@ -272,11 +305,18 @@ impl Slot {
             let is = |known: &Option<Identity>| known.as_ref().is_some_and(|known| test(&found, known));
             (is(&self.old), is(&self.new))
         };
-        // Content first: after a restored backup a number may by chance be that of another file. The number decides
-        // where the contents are the same, or the old file was changed in place and kept its size.
+        // The number alone is enough for a file that keeps a name of ours all the time, so that it cannot be given anew:
+        // one that is moved, whoever goes on writing to it; and the old one, once it is here.
+        let by_number = |known: &Option<Identity>, is_kept: bool| {
+            known.is_some_and(|known| found.same_unread(&known) || (is_kept && found.inode == known.inode))
+        };
+        // Otherwise the content comes first: a number may be that of another file, since it is given anew as soon as a
+        // file is gone, or of a file that was changed in place. It decides where the contents are the same.
         Ok(match (matches(Identity::same_content), matches(Identity::same_inode)) {
-            ((true, false), _) | ((false, false), (true, false)) | ((true, true), (true, _)) => Seen::Old,
-            ((false, true), _) | ((false, false), (_, true)) | ((true, true), _) => Seen::New,
+            ((true, false), _) | ((true, true), (true, _)) => Seen::Old,
+            ((false, true), _) | ((true, true), _) => Seen::New,
+            _ if by_number(&self.old, self.moved_out || name != self.name) => Seen::Old,
+            _ if by_number(&self.new, self.moved_in) => Seen::New,
             _ if self.new.as_ref().is_some_and(|new| new.inode == found.inode) => Seen::Altered,
             _ => Seen::Other,
         })
@@ -346,6 +386,11 @@ pub(crate) fn find(home: &Site) -> Result<Option<Found>, Error> {
     for name in [ABORTING, COMMITTED] {
         let path = home.path.join(name);
         let corrupt = |reason| Error::CorruptJournal { journal: path.clone(), reason };
+        match home.dir.look(name.as_ref()).map_err(io_error("look for the journal", &path))? {
+            None => continue,
+            Some(Entry { kind: Kind::File, .. }) => {}
+            Some(_) => return Err(corrupt("it is not a regular file")),
+        }
         let file = match home.dir.read(name.as_ref()) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,

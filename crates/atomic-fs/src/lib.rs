@@ -196,6 +196,8 @@ mod staged;
 mod sync;
 #[cfg(unix)]
 mod transaction;
+#[cfg(unix)]
+mod waiting;
 mod whole;
 #[cfg(unix)]
 mod workspace;

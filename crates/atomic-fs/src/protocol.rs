@@ -17,7 +17,7 @@ use crate::journal::{self, COMMITTED, Identity, Slot};
 use crate::platform::{Entry, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
-use crate::workspace::{Locks, Site, Workspace};
+use crate::workspace::{Locking, Locks, Site, Workspace};
 use crate::{Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
@@ -70,32 +70,47 @@ pub(crate) enum Step {
     Rename { from: Arc<Path>, to: Arc<Path> },
 }
 
-/// Makes all of `steps` visible, or none.
-pub(crate) fn commit(workspace: &Workspace, steps: Vec<Step>, gate: &Gate) -> Result<(), Error> {
-    let mut moves = steps.into_iter().map(|step| Move::new(workspace, step)).collect::<Result<Vec<_>, _>>()?;
-    let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
-    let bytes: u64 = moves.iter().map(Move::bytes).sum();
-    let mut unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
-    if !has_journal || bytes > QUICK_BYTES {
-        sync_files(std::mem::take(&mut unsynced))?;
+/// A commit that is about to lock its directories.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    moves: Vec<Move>,
+    unsynced: Vec<Unsynced>,
+    // Last, so that the note goes after the files.
+    workspace: Arc<Workspace>,
+}
+
+impl Prepared {
+    pub(crate) fn new(workspace: Arc<Workspace>, steps: Vec<Step>) -> Result<(Self, Locking), Error> {
+        let mut moves = steps.into_iter().map(|step| Move::new(&workspace, step)).collect::<Result<Vec<_>, _>>()?;
+        let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
+        let bytes: u64 = moves.iter().map(Move::bytes).sum();
+        let mut unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
+        if !has_journal || bytes > QUICK_BYTES {
+            sync_files(std::mem::take(&mut unsynced))?;
+        }
+        let home = workspace.home();
+        // Once these are locked, nobody else who asks for them, reader or writer, is in between.
+        let locking = Locking::new(moves.iter().flat_map(Move::sites).chain([&home]), Share::Nobody);
+        Ok((Self { moves, unsynced, workspace }, locking))
     }
-    let mut plan = Plan::default();
-    let home = workspace.home();
-    let sites: Vec<_> = moves.iter().flat_map(Move::sites).chain([&home]).collect();
-    // From here on nobody else who asks for these locks, reader or writer, is in between.
-    let _locks = Locks::take(sites.iter().map(|site| &***site), Share::Nobody, gate)?;
-    for site in &sites {
-        refuse_unfinished(site)?;
+
+    /// Makes all steps visible, or none.
+    pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
+        let Self { workspace, moves, unsynced } = self;
+        for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
+            refuse_unfinished(site)?;
+        }
+        if let [single] = &moves[..]
+            && let Some(done) = single.alone(gate)
+        {
+            return done;
+        }
+        let mut plan = Plan::default();
+        for one in moves {
+            plan.add(&workspace, one)?;
+        }
+        plan.commit(&workspace, unsynced, gate)
     }
-    if let [single] = &moves[..]
-        && let Some(done) = single.alone(gate)
-    {
-        return done;
-    }
-    for one in moves {
-        plan.add(workspace, one)?;
-    }
-    plan.commit(workspace, unsynced, gate)
 }
 
 /// An unfinished transaction may have files of these very targets in its hands.
@@ -266,7 +281,7 @@ impl Plan {
             return Ok(());
         }
         let old = Identity::of(&site.dir, &name).map_err(io_error("look at", &path))?;
-        self.push(Slot { site, name, temp, old, new: Some(new) }, false);
+        self.push(Slot::new(site, name, temp, old, Some(new)), false);
         Ok(())
     }
 
@@ -279,7 +294,7 @@ impl Plan {
         let found = Identity::of(&site.dir, &target.name)
             .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
             .map_err(io_error("find the file", &path))?;
-        self.push(Slot { site, name: target.name, temp, old: Some(found), new: None }, vacated);
+        self.push(Slot::new(site, target.name, temp, Some(found), None), vacated);
         Ok(found)
     }
 
@@ -292,6 +307,7 @@ impl Plan {
     fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
         // First what is put somewhere, so that a file that is renamed has its new name before it loses the old one.
         self.slots.sort_by_key(|slot| slot.new.is_none());
+        journal::mark_moves(&mut self.slots);
         let home = workspace.home();
         let (draft, file) = Draft::write(workspace, &home, &self.slots)?;
         unsynced.push(Unsynced::Draft(home.clone(), file));

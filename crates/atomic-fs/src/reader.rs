@@ -6,11 +6,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use crate::Error;
-use crate::commit::{Gate, Job};
+use crate::commit::Gate;
 use crate::file::current_runtime;
 use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
-use crate::workspace::{Locks, Site};
+use crate::staged::directory;
+use crate::waiting::with_locks;
+use crate::workspace::{Locking, Locks, Site};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
 ///
@@ -59,14 +61,17 @@ pub struct ReadLock {
 /// # }
 /// ```
 pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    let work = move |gate: &Gate| {
-        let site = Site::open(&target)?;
-        let locks = Locks::take([&site], Share::Readers, gate)?;
+    let prepare = move |_: &Gate| {
+        let site = Arc::new(Site::open(&target)?);
+        let locking = Locking::new([&site], Share::Readers);
+        Ok((site, locking))
+    };
+    let finish = |site: Arc<Site>, locks, _: &Gate| {
         refuse_unfinished(&site)?;
         Ok(ReadLock { _locks: locks })
     };
-    Job::spawn(&runtime, &Gate::new(), &path, work).await
+    with_locks(&runtime, &path, prepare, finish).await
 }

@@ -13,14 +13,14 @@ use crate::Error;
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::is_temp_name;
+use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply,
     journal::{self, ABORTING, Slot},
     platform::Share,
-    staged::io_error,
-    workspace::{self, Locks, Site},
+    waiting::with_locks,
+    workspace::{self, Locking, Locks, Site},
 };
 
 /// What a [`sweep`] found.
@@ -49,7 +49,7 @@ pub struct SweepReport {
 ///
 /// # Errors
 ///
-/// If `dir` cannot be opened or listed. A single file that cannot be removed is counted in
+/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed is counted in
 /// [`failed`](SweepReport::failed) instead.
 ///
 /// # Examples
@@ -68,20 +68,20 @@ pub struct SweepReport {
 /// # }
 /// ```
 pub async fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     let target = path.clone();
     let work = move |gate: &Gate| {
-        sweep_all(&target, gate)
-            .map_err(|source| Error::Io { action: "sweep", path: target.to_path_buf(), source })?
+        let dir = Dir::open(&target).map_err(|source| open_error(&target, source))?;
+        sweep_all(&dir, &target, gate)
+            .map_err(io_error("sweep", &target))?
             .ok_or_else(|| Error::Interrupted { path: target.to_path_buf() })
     };
     Job::spawn(&runtime, &Gate::new(), &path, work).await
 }
 
 /// `None` if it was cancelled.
-fn sweep_all(path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
-    let dir = Dir::open(path)?;
+fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
     let mut report = SweepReport::default();
     for entry in std::fs::read_dir(path)? {
         let name = entry?.file_name();
@@ -90,7 +90,7 @@ fn sweep_all(path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
         }
         // Each removal passes the gate by itself, so that a dropped sweep removes nothing more.
         let Some(_passage) = gate.enter() else { return Ok(None) };
-        match sweep_one(&dir, &name) {
+        match sweep_one(dir, &name) {
             Ok(Found::Dead) => report.removed += 1,
             Ok(Found::Live) => report.live += 1,
             Ok(Found::Vanished) => {}
@@ -164,8 +164,9 @@ const LOCK_ATTEMPTS: usize = 8;
 /// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
 /// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
 ///
-/// It knows files again by their inode and size, or else by their content, so that a restored backup recovers too. What
-/// somebody else has put in the place of a file that was already exchanged is the last write, and stays.
+/// It knows files again by their content, so that a restored backup recovers too, and by inode and size where it may not
+/// read them; one that is renamed may be written to meanwhile, as a log is. What somebody else has put in the place of a
+/// file that was already exchanged is the last write, and stays.
 ///
 /// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
 /// would not trust with the files that you can write to.
@@ -179,7 +180,8 @@ const LOCK_ATTEMPTS: usize = 8;
 ///
 /// A journal that [cannot be read](Error::CorruptJournal), or a target that is
 /// [neither old nor new](Error::UnknownFile): then nothing was touched ([`Error::is_refused`]), and the message names
-/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again.
+/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again; if the
+/// disk failed when it had begun, that is [`Error::Undecided`].
 ///
 /// # Examples
 ///
@@ -197,27 +199,44 @@ const LOCK_ATTEMPTS: usize = 8;
 /// ```
 #[cfg(unix)]
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
-    let path = Arc::<Path>::from(dir.as_ref());
+    let path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
-    let target = path.clone();
-    Job::spawn(&runtime, &Gate::new(), &path, move |gate| recover_all(&target, gate)).await
+    for _ in 0..LOCK_ATTEMPTS {
+        let target = path.clone();
+        let prepare = move |_: &Gate| Recovering::new(&target);
+        if let Some(report) = with_locks(&runtime, &path, prepare, Recovering::finish).await? {
+            return Ok(report);
+        }
+    }
+    Err(Error::Busy { directory: path.to_path_buf(), waited: workspace::LOCK_PATIENCE })
+}
+
+/// A recovery that is about to lock its directories.
+#[cfg(unix)]
+struct Recovering {
+    home: Arc<Site>,
+    /// Those that it will have locked.
+    sites: Vec<Arc<Site>>,
 }
 
 #[cfg(unix)]
-fn recover_all(path: &Path, gate: &Gate) -> Result<RecoveryReport, Error> {
-    let home = Arc::new(Site::open(path)?);
-    for _ in 0..LOCK_ATTEMPTS {
+impl Recovering {
+    fn new(path: &Path) -> Result<(Self, Locking), Error> {
+        let home = Arc::new(Site::open(path)?);
         // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
         let foreseen = find(&home).ok().flatten().map(|(_, slots)| slots).unwrap_or_default();
-        let sites = || foreseen.iter().map(|slot| &slot.site).chain([&home]);
-        let _locks = Locks::take(sites().map(|site| &**site), Share::Nobody, gate)?;
-        let found = find(&home)?;
-        let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
-        if slots.iter().all(|slot| sites().any(|site| site.id == slot.site.id)) {
-            return recover_locked(&home, found, gate);
-        }
+        let sites: Vec<_> = foreseen.into_iter().map(|slot| slot.site).chain([home.clone()]).collect();
+        let locking = Locking::new(&sites, Share::Nobody);
+        Ok((Self { home, sites }, locking))
     }
-    Err(Error::Busy { directory: home.path.clone(), waited: workspace::LOCK_PATIENCE })
+
+    /// `None` if there is another journal now, of other directories.
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<Option<RecoveryReport>, Error> {
+        let found = find(&self.home)?;
+        let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
+        let is_locked = slots.iter().all(|slot| self.sites.iter().any(|site| site.id == slot.site.id));
+        is_locked.then(|| recover_locked(&self.home, found, gate)).transpose()
+    }
 }
 
 /// The journal of `home` with its directories open.
@@ -231,19 +250,23 @@ fn find(home: &Arc<Site>) -> Result<Option<(&'static str, Vec<Slot>)>, Error> {
 fn recover_locked(home: &Site, found: Option<(&'static str, Vec<Slot>)>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
+    // Once a target may have been touched, an error must not say that all are unchanged.
+    let undecided = |error: Error| Error::Undecided { directory: home.path.clone(), source: error.into() };
+    let has_journal = found.is_some();
     if let Some((name, slots)) = found {
         let progress = apply::judge(home, name, &slots)?;
         // After a crash of the process alone, what it last renamed may not be durable yet.
         home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
         if name == ABORTING {
-            apply::roll_back(home, &slots, &progress)?;
+            apply::roll_back(home, &slots, &progress).map_err(undecided)?;
             report.rolled_back = 1;
         } else {
-            apply::roll_forward(home, &slots, &progress)?;
+            apply::roll_forward(home, &slots, &progress).map_err(undecided)?;
             report.rolled_forward = 1;
         }
     }
-    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path))?;
+    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path));
+    let litter = litter.map_err(|error| if has_journal { undecided(error) } else { error })?;
     (report.removed, report.live) = (litter.removed, litter.live);
     passage.done();
     Ok(report)

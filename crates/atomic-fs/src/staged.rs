@@ -107,8 +107,8 @@ impl Target {
                 Some(Entry { kind: Kind::Symlink, .. }) if options.symlinks == Symlinks::Follow => {
                     let link = dir.read_link(&name).map_err(io_error("read the symlink", path))?;
                     let (next, last) = split(&link, path)?;
-                    dir = dir.open_dir(next).map_err(|source| open_error(next, source))?;
                     parent.push(next);
+                    dir = dir.open_dir(next).map_err(|source| open_error(&parent, source))?;
                     name = last.to_owned();
                 }
                 Some(Entry { kind: Kind::Symlink, .. }) | None => {
@@ -134,8 +134,12 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
     if name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes()) {
         return Err(invalid("names that begin with .afs- are reserved for temporary files"));
     }
-    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    Ok((parent.unwrap_or(Path::new(".")), name))
+    Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
+}
+
+/// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
+pub(crate) fn directory(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
 /// The name of the temporary file; removed when this is dropped, unless it has become the target's.
@@ -271,6 +275,17 @@ impl Staged {
         }
         self.length = self.length.max(self.cursor);
         Ok(())
+    }
+
+    /// Looks at the target once more, for a file that was created a while ago: what is kept of the replaced one is what
+    /// it has now. A file that was made private meanwhile must not become public again.
+    pub(crate) fn look_again(&mut self) -> Result<(), Error> {
+        let Target { dir, name, existing, .. } = &mut self.place.target;
+        // What is gone, or no file any more, is for the rename to find out.
+        if let Some(entry @ Entry { kind: Kind::File, .. }) = dir.look(name).map_err(io_error("look at", &self.path))? {
+            *existing = Some(entry);
+        }
+        self.take_owner()
     }
 
     /// Makes the first `length` bytes the target: cut, dress, sync, rename, sync the directory.

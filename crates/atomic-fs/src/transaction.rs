@@ -10,9 +10,10 @@ use std::sync::Arc;
 
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
-use crate::protocol::{self, Sealed, Step};
-use crate::staged::{Naming, Staged, Target, split};
+use crate::protocol::{Prepared, Sealed, Step};
+use crate::staged::{Naming, Staged, Target, directory, split};
 use crate::sync::{Unsynced, sync_files};
+use crate::waiting::with_locks;
 use crate::workspace::{Site, Workspace};
 use crate::{AtomicFileWriter, Error, WriteOptions, journal};
 
@@ -92,12 +93,13 @@ impl MultiFileTransaction {
     ///
     /// Nothing is touched until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
-        Self { journal_dir: Some(from_here(journal_dir.as_ref())), ..Self::new() }
+        Self { journal_dir: Some(absolute(directory(journal_dir.as_ref()))), ..Self::new() }
     }
 
     /// Stages `content` to become the file `path`.
     ///
-    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer).
+    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer). The new file keeps the
+    /// permission bits that the replaced one has now.
     ///
     /// # Cancel safety
     ///
@@ -111,7 +113,7 @@ impl MultiFileTransaction {
     /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
     /// it is [`Broken`](Error::Broken), because a file that was staged before could not be synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
-        let path = Arc::<Path>::from(from_here(path.as_ref()));
+        let path = Arc::<Path>::from(from_here(path.as_ref())?);
         let content = content.as_ref().to_vec();
         self.close_some(&path).await?;
         let workspace = self.workspace(&path).await?;
@@ -162,7 +164,7 @@ impl MultiFileTransaction {
     /// # }
     /// ```
     pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
-        let path = Arc::<Path>::from(from_here(path.as_ref()));
+        let path = Arc::<Path>::from(from_here(path.as_ref())?);
         let runtime = current_runtime(&path)?;
         let workspace = self.workspace(&path).await?;
         let target = path.clone();
@@ -212,10 +214,10 @@ impl MultiFileTransaction {
     /// Makes all changes, durably, or none.
     ///
     /// The commit locks the directories of the journal and of all targets against other transactions and
-    /// [readers](crate::read_lock), for which it waits up to 30 s; writes the journal, syncs it together with the staged
-    /// files, several at once, and exchanges each file. More than 16 MiB are synced before the directories are locked.
-    /// A single file needs no journal. The space of small replaced files is freed by the blocking pool after this has
-    /// returned.
+    /// [readers](crate::read_lock), for which it waits up to 30 s (one thread of this crate's tries for all that wait, so
+    /// that the blocking pool stays free); writes the journal, syncs it together with the staged files, several at once,
+    /// and exchanges each file. More than 16 MiB are synced before the directories are locked. A single file needs no
+    /// journal. The space of small replaced files is freed by the blocking pool after this has returned.
     ///
     /// # Cancel safety
     ///
@@ -243,12 +245,12 @@ impl MultiFileTransaction {
             }
         }
         // The job owns all of it from here on, and with it the removal if nothing comes of it.
-        let work = move |gate: &Gate| {
-            let changes = std::mem::take(&mut self.changes).into_iter();
+        let changes = std::mem::take(&mut self.changes).into_iter();
+        let prepare = move |gate: &Gate| {
             let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
-            protocol::commit(&workspace, steps, gate)
+            Prepared::new(workspace, steps)
         };
-        job(&first, work).await
+        with_locks(&current_runtime(&first)?, &first, prepare, Prepared::commit).await
     }
 
     /// Gives up all changes and waits until the staged files are gone.
@@ -324,7 +326,7 @@ impl MultiFileTransaction {
 
     /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
     fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
-        let path = from_here(path);
+        let path = from_here(path)?;
         let (directory, _) = split(&path, &path)?;
         self.journal_dir.get_or_insert_with(|| directory.to_path_buf());
         Ok(path.into())
@@ -385,6 +387,7 @@ impl Change {
             Self::Writing { path, site, writer, .. } => {
                 let (mut staged, base, tail) = writer.into_staged()?;
                 staged.write_at(base, &tail, gate)?;
+                staged.look_again()?;
                 let length = base + tail.len() as u64;
                 Step::Put(Box::new(Sealed::new(*staged, length, None, &path, site, workspace.clone())?))
             }
@@ -404,10 +407,16 @@ impl Change {
     }
 }
 
-/// The path as seen from the working directory of now: all paths of a transaction mean what they meant when they were
-/// given, although a removal looks for its file only when it is committed.
-fn from_here(path: &Path) -> PathBuf {
-    // A working directory that is gone, or a path that is empty, is for the first system call to complain of.
+/// The path of a file as seen from the working directory of now: all paths of a transaction mean what they meant when
+/// they were given, although a removal looks for its file only when it is committed.
+fn from_here(path: &Path) -> Result<PathBuf, Error> {
+    // First as it was given, since what follows drops a dot at the end, which only a directory can have.
+    split(path, path)?;
+    Ok(absolute(path))
+}
+
+fn absolute(path: &Path) -> PathBuf {
+    // A working directory that is gone is for the first system call to complain of.
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 

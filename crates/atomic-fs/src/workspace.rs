@@ -14,7 +14,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::Error;
-use crate::commit::Gate;
 use crate::platform::{Dir, Entry, Kind, Share};
 use crate::staged::{io_error, lock, open_error};
 
@@ -25,8 +24,6 @@ const ID_DIGITS: usize = 16;
 const NOTE_ATTEMPTS: usize = 32;
 /// How long the lock of a directory is waited for.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// The longest pause between two attempts to lock; a cancelled job ends within it.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
 
@@ -123,8 +120,8 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        let mut line = site.path.as_os_str().as_bytes().to_vec();
-        line.push(0);
+        // Marked at both ends, so that what a full disk has cut off does not spoil the next one.
+        let line = [b"\0", site.path.as_os_str().as_bytes(), b"\0"].concat();
         let noted = (&self.note).write_all(&line).and_then(|()| self.note.sync_all());
         // The note itself was made without a sync; from here on it must survive a power cut, or nobody finds the files.
         noted.and_then(|()| sites[0].dir.sync()).map_err(io_error("note the directory of", path))?;
@@ -153,40 +150,54 @@ pub(crate) struct Locks {
     _held: Vec<Dir>,
 }
 
-impl Locks {
-    /// Locks all of `sites`, always in the same order, so that no two transactions wait for each other.
-    pub(crate) fn take<'a>(
-        sites: impl IntoIterator<Item = &'a Site>,
-        share: Share,
-        gate: &Gate,
-    ) -> Result<Self, Error> {
-        let mut sites: Vec<_> = sites.into_iter().collect();
-        sites.sort_by_key(|site| site.id);
-        sites.dedup_by_key(|site| site.id);
-        let begun = Instant::now();
-        let held = sites.into_iter().map(|site| lock_one(site, share, gate, begun)).collect::<Result<_, _>>()?;
-        Ok(Self { _held: held })
-    }
+/// Directories on the way to being locked.
+#[derive(Debug)]
+pub(crate) struct Locking {
+    /// The next one last.
+    wanted: Vec<Arc<Site>>,
+    held: Vec<Dir>,
+    /// The next one, open.
+    tried: Option<Dir>,
+    share: Share,
+    begun: Instant,
 }
 
-fn lock_one(site: &Site, share: Share, gate: &Gate, begun: Instant) -> Result<Dir, Error> {
-    // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
-    let dir = site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?;
-    let mut pause = Duration::from_micros(100);
-    loop {
-        match dir.try_lock(share) {
-            Ok(()) => return Ok(dir),
-            Err(TryLockError::WouldBlock) => {}
-            Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
+impl Locking {
+    /// Begins to lock all of `sites`, always in the same order, so that no two transactions wait for each other.
+    pub(crate) fn new<'a>(sites: impl IntoIterator<Item = &'a Arc<Site>>, share: Share) -> Self {
+        let mut wanted: Vec<_> = sites.into_iter().cloned().collect();
+        wanted.sort_by_key(|site| std::cmp::Reverse(site.id));
+        wanted.dedup_by_key(|site| site.id);
+        Self { wanted, held: Vec::new(), tried: None, share, begun: Instant::now() }
+    }
+
+    /// The directory that is not locked yet.
+    pub(crate) fn path(&self) -> &Path {
+        self.wanted.last().map_or(Path::new(""), |site| &site.path)
+    }
+
+    /// Locks what it can without waiting, which then stays so; `None` if something is left to be locked.
+    pub(crate) fn attempt(&mut self) -> Result<Option<Locks>, Error> {
+        while let Some(site) = self.wanted.last() {
+            let dir = match self.tried.take() {
+                Some(dir) => dir,
+                // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
+                None => site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?,
+            };
+            match dir.try_lock(self.share) {
+                Ok(()) => self.held.push(dir),
+                Err(TryLockError::WouldBlock) if self.begun.elapsed() >= LOCK_PATIENCE => {
+                    return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
+                }
+                Err(TryLockError::WouldBlock) => {
+                    self.tried = Some(dir);
+                    return Ok(None);
+                }
+                Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
+            }
+            self.wanted.pop();
         }
-        if gate.is_cancelled() {
-            return Err(Error::Interrupted { path: site.path.clone() });
-        }
-        if begun.elapsed() >= LOCK_PATIENCE {
-            return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
-        }
-        gate.pause(pause);
-        pause = (pause * 2).min(LOCK_PAUSE);
+        Ok(Some(Locks { _held: std::mem::take(&mut self.held) }))
     }
 }
 

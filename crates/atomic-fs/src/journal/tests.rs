@@ -34,12 +34,9 @@ proptest! {
     fn what_was_encoded_is_decoded(parts in prop::collection::vec((any::<bool>(), parts()), 0..8)) {
         let (home, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         let (home, far) = (Arc::new(Site::open(home.path()).unwrap()), Arc::new(Site::open(far.path()).unwrap()));
-        let slot = |(is_far, (name, temp, old, new)): &(bool, Parts)| Slot {
-            site: if *is_far { far.clone() } else { home.clone() },
-            name: name.clone(),
-            temp: temp.clone(),
-            old: *old,
-            new: *new,
+        let slot = |(is_far, (name, temp, old, new)): &(bool, Parts)| {
+            let site = if *is_far { far.clone() } else { home.clone() };
+            Slot::new(site, name.clone(), temp.clone(), *old, *new)
         };
         let slots: Vec<_> = parts.iter().map(slot).collect();
         let lines = decode(&encode(&home, &slots)).unwrap();

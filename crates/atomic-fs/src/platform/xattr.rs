@@ -6,15 +6,22 @@ use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
 
-use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fsetxattr};
+use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
 use rustix::io::Errno;
 
 /// The kernel's own limit for one value and for the list of names.
 const LIMIT_BYTES: usize = 64 << 10;
 
+/// What a directory may give to each new file in it, though the replaced file has none.
+const ACCESS_LIST: &CStr = c"system.posix_acl_access";
+
 /// Copies every attribute of `from` that `to` does not already have with the same value.
 pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
-    for name in names(from)? {
+    let names = names(from)?;
+    if !names.iter().any(|name| **name == *ACCESS_LIST) && has_access_list(to)? {
+        fremovexattr(to, ACCESS_LIST)?;
+    }
+    for name in names {
         // An attribute that vanished since it was listed is not there to be kept.
         let Some(value) = get(from, &name)? else { continue };
         // Security labels are often set by the kernel itself, and setting them again may need a privilege.
@@ -23,6 +30,13 @@ pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+fn has_access_list(file: &File) -> io::Result<bool> {
+    match get(file, ACCESS_LIST) {
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+        other => Ok(other?.is_some()),
+    }
 }
 
 fn names(file: &File) -> io::Result<Vec<CString>> {

@@ -418,14 +418,16 @@ fn a_write_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_never_lands()
             // One before the pool is busy, so that its commit waits.
             let mut writer = AtomicFileWriter::new(&path).await.unwrap();
             writer.write(b"new").await.unwrap();
+            let mut stream = AtomicFileWriter::new(&path).await.unwrap();
             let (release, released) = std::sync::mpsc::channel::<()>();
             let busy = tokio::task::spawn_blocking(move || released.recv());
             let write = atomic_fs::write(&path, "new");
             let open = AtomicFileWriter::new(&path);
-            let mut futures: [std::pin::Pin<Box<dyn Future<Output = ()>>>; 3] = [
+            let mut futures: [std::pin::Pin<Box<dyn Future<Output = ()>>>; 4] = [
                 Box::pin(async { write.await.unwrap() }),
                 Box::pin(async { drop(open.await.unwrap()) }),
                 Box::pin(async { writer.commit().await.unwrap() }),
+                Box::pin(async move { stream.write_all(&vec![b'x'; 5 * MIB]).await.unwrap() }),
             ];
             for future in &mut futures {
                 for _ in 0..polls {
@@ -435,6 +437,8 @@ fn a_write_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_never_lands()
                 }
             }
             drop(futures);
+            // At once: nobody knows when the pool will have a thread again.
+            assert_eq!(names(dir.path()), ["file"], "after {polls} polls");
             release.send(()).unwrap();
             busy.await.unwrap().unwrap();
             drain_pool().await;

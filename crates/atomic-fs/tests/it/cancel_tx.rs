@@ -103,6 +103,20 @@ fn dropped_commit_leaves_all_old_or_all_new_for_ever() {
 }
 
 #[test]
+fn dropped_commit_that_waits_for_a_reader_leaves_all_old_or_all_new_for_ever() {
+    let report = explore("new", async |dir| {
+        let lock = atomic_fs::read_lock(dir).await.unwrap();
+        let read = async {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            assert_eq!(pair(dir), ("old".into(), "old".into()), "it did not wait");
+            drop(lock);
+        };
+        tokio::join!(async { change_both(dir).await.unwrap() }, read);
+    });
+    assert_clean("MultiFileTransaction::commit/waiting", &report);
+}
+
+#[test]
 fn dropped_commit_of_renames_leaves_all_old_or_all_new_for_ever() {
     let report = explore("new", async |dir| {
         let mut tx = MultiFileTransaction::new();
@@ -278,6 +292,39 @@ fn a_transaction_that_is_dropped_at_random_never_lands_later_nor_in_part() {
     });
     println!("{cancelled} cancelled, {wrong} wrong");
     assert!(cancelled > 0 && wrong == 0, "{cancelled} cancelled, {wrong} wrong");
+}
+
+#[test]
+fn a_transaction_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_leaves_nothing() {
+    let scene = Scene::new();
+    let dir = scene.dir.path();
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        for polls in 0..4 {
+            for is_rollback in [false, true] {
+                // Staged before the pool is busy, so that the commit waits.
+                let mut tx = MultiFileTransaction::new();
+                tx.add_file(dir.join("a"), "new").await.unwrap();
+                tx.writer(dir.join("b")).await.unwrap().write_all(b"new").await.unwrap();
+                let (release, released) = std::sync::mpsc::channel::<()>();
+                let busy = tokio::task::spawn_blocking(move || released.recv());
+                let mut end =
+                    Box::pin(async move { if is_rollback { tx.rollback().await } else { tx.commit().await } });
+                for _ in 0..polls {
+                    let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+                    assert!(end.as_mut().poll(&mut cx).is_pending());
+                    tokio::task::yield_now().await;
+                }
+                drop(end);
+                // At once: nobody knows when the pool will have a thread again.
+                assert_eq!(names(dir), ["a", "b"], "after {polls} polls");
+                release.send(()).unwrap();
+                busy.await.unwrap().unwrap();
+                drain_pool().await;
+                assert_eq!(check(dir, |pair| *pair == ("old".into(), "old".into())), Ok(()));
+            }
+        }
+    });
 }
 
 #[test]

@@ -141,6 +141,16 @@ fn entry() {
             std::fs::write(path, &content).unwrap();
             say("Ok");
         }
+        "write in place and put back" => {
+            write_others();
+            let old = std::fs::read(path).unwrap();
+            if std::fs::write(path, &content).is_ok() {
+                say("Ok");
+            } else {
+                let put_back = std::fs::write(path, old);
+                say(&format!("Unchanged, if that was {put_back:?}"));
+            }
+        }
         "one after the other" => {
             for name in ["a", "b", "n", "sub/f"] {
                 blocking::write(path.join(name), format!("new {name}")).unwrap();
@@ -148,6 +158,26 @@ fn entry() {
             std::fs::rename(path.join("d"), path.join("e")).unwrap();
             std::fs::remove_file(path.join("c")).unwrap();
             say("Ok");
+        }
+        "undone by hand" => {
+            let files = ["a", "b", "n", "sub/f"];
+            let write = |state: &str, name: &&str| blocking::write(path.join(name), format!("{state} {name}"));
+            match files.iter().position(|name| write("new", name).is_err()) {
+                None => say("Ok"),
+                Some(failed) => {
+                    // It hopes that what has just failed once does not fail again.
+                    files[..failed].iter().rev().for_each(|name| drop(write("old", name)));
+                    say("Unchanged, as far as it knows");
+                }
+            }
+        }
+        "recover with the journal put aside" => {
+            let (journal, aside) = (path.join(".afs-journal"), path.join("aside"));
+            let put_aside = std::fs::rename(&journal, &aside).and_then(|()| std::fs::File::open(path)?.sync_all());
+            match put_aside.and_then(|()| std::fs::rename(&aside, &journal)) {
+                Ok(()) => say_result(runtime().block_on(atomic_fs::recover(path)).map(drop)),
+                Err(error) => say(&format!("Undecided {error}")),
+            }
         }
         "keep all after others" | "ordered after others" | "create after others" => {
             let options = AtomicFileWriter::options();

@@ -1,10 +1,13 @@
 //! Transactions of more files than are open at once.
 
+use std::cell::Cell;
 use std::path::Path;
 use std::time::Duration;
 
 use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction};
-use tempfile::tempdir;
+use cancel_safe_testing::{Explore, Outcome, Way};
+use tempfile::{TempDir, tempdir};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::child;
@@ -82,6 +85,86 @@ async fn additions_that_were_dropped_can_be_made_again() {
     tx.commit().await.unwrap();
     assert!(is_all(&dir, "new"));
     eventually("what was dropped is removed", || temps(&dir).is_empty()).await;
+}
+
+/// Two batches of files that are staged; the next one closes the second, once the first is synced.
+const TWO_BATCHES: usize = 128;
+
+/// In memory where there is such a place, since the files are made anew for each point.
+struct Scene {
+    dir: TempDir,
+    tx: Mutex<Option<MultiFileTransaction>>,
+    /// How many files were new when the operation had just been dropped.
+    at_drop: Cell<Option<usize>>,
+}
+
+impl Scene {
+    async fn new() -> Self {
+        let memory = Path::new("/dev/shm");
+        let dir = if memory.exists() { tempfile::tempdir_in(memory) } else { tempdir() }.unwrap();
+        let mut tx = MultiFileTransaction::new();
+        for number in 0..=TWO_BATCHES {
+            std::fs::write(dir.path().join(number.to_string()), "old").unwrap();
+        }
+        for number in 0..TWO_BATCHES {
+            tx.add_file(dir.path().join(number.to_string()), "new").await.unwrap();
+        }
+        Self { dir, tx: Mutex::new(Some(tx)), at_drop: Cell::default() }
+    }
+
+    async fn add(&self, tx: &mut MultiFileTransaction) {
+        tx.add_file(self.dir.path().join(TWO_BATCHES.to_string()), "new").await.unwrap();
+    }
+
+    fn new_files(&self) -> usize {
+        let is_new = |number: &usize| std::fs::read(self.dir.path().join(number.to_string())).unwrap() == b"new";
+        (0..=TWO_BATCHES).filter(is_new).count()
+    }
+}
+
+#[test]
+fn a_large_transaction_that_is_dropped_anywhere_leaves_all_old_or_all_new_for_ever() {
+    struct Note<'a>(&'a Scene);
+    impl Drop for Note<'_> {
+        fn drop(&mut self) {
+            self.0.at_drop.set(Some(self.0.new_files()));
+        }
+    }
+    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Shutdown, Way::Panic]).budgets([1]).run(
+        async || Scene::new().await,
+        async |scene| {
+            let _note = Note(scene);
+            let mut tx = scene.tx.lock().await.take().unwrap();
+            scene.add(&mut tx).await;
+            tx.commit().await.unwrap();
+        },
+        async |scene, outcome| {
+            drop(scene.tx.lock().await.take());
+            let new = scene.new_files();
+            let wanted = if outcome.is_completed() { TWO_BATCHES + 1 } else { scene.at_drop.get().unwrap_or(0) };
+            if new != wanted || (new != 0 && new != TWO_BATCHES + 1) {
+                return Err(format!("{new} files are new, of {:?} at the drop: {outcome:?}", scene.at_drop));
+            }
+            let left = temps(scene.dir.path());
+            if left.is_empty() { Ok(()) } else { Err(format!("left behind: {left:?}")) }
+        },
+    );
+    report.publish("atomic-fs", "MultiFileTransaction/many").assert_clean();
+}
+
+#[test]
+fn an_addition_to_a_large_transaction_that_is_dropped_anywhere_is_no_part_of_it() {
+    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).budgets([1]).run(
+        async || Scene::new().await,
+        async |scene| scene.add(scene.tx.lock().await.as_mut().unwrap()).await,
+        async |scene, outcome: Outcome<()>| {
+            scene.tx.lock().await.take().unwrap().commit().await.map_err(|error| error.to_string())?;
+            let (new, left) = (scene.new_files(), temps(scene.dir.path()));
+            let is_right = new == TWO_BATCHES + usize::from(outcome.is_completed()) && left.is_empty();
+            if is_right { Ok(()) } else { Err(format!("{new} files are new, left behind: {left:?}")) }
+        },
+    );
+    report.publish("atomic-fs", "MultiFileTransaction::add_file/many").assert_clean();
 }
 
 /// The second sync of a file whose first one failed says `Ok`, although the data may be lost.

@@ -3,7 +3,9 @@
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
 
-use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, Preserve, Symlinks, TargetState};
+use cancel_safe_atomic_fs::{
+    self as atomic_fs, AtomicFileWriter, Error, MultiFileTransaction, Preserve, Symlinks, TargetState,
+};
 use tempfile::tempdir;
 
 use crate::support::{names, not_run, temps};
@@ -78,6 +80,35 @@ async fn a_temporary_file_grants_nothing_that_the_final_file_does_not() {
 }
 
 #[tokio::test]
+async fn what_is_kept_is_what_the_file_has_when_it_is_replaced() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    for is_transaction in [false, true] {
+        std::fs::write(&path, "old").unwrap();
+        set_mode(&path, 0o644);
+        let mut tx = MultiFileTransaction::new();
+        let mut writer = AtomicFileWriter::new(&path).await.unwrap();
+        if is_transaction {
+            tx.writer(&path).await.unwrap().write_all(b"new").await.unwrap();
+        }
+        writer.write_all(b"new").await.unwrap();
+        // Somebody notices that it should have been private.
+        set_mode(&path, 0o600);
+        if is_transaction {
+            tx.commit().await.unwrap()
+        } else {
+            writer.commit().await.unwrap()
+        }
+        assert_eq!((std::fs::read_to_string(&path).unwrap().as_str(), mode(&path)), ("new", 0o600), "{is_transaction}");
+    }
+    std::fs::remove_file(&path).unwrap();
+    let writer = AtomicFileWriter::new(&path).await.unwrap();
+    AtomicFileWriter::options().mode(0o600).write(&path, "by somebody else").await.unwrap();
+    writer.commit().await.unwrap();
+    assert_eq!((std::fs::read(&path).unwrap().len(), mode(&path)), (0, 0o600));
+}
+
+#[tokio::test]
 async fn nothing_is_kept_if_nothing_is_asked_for() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");
@@ -133,6 +164,34 @@ async fn extended_attributes_are_kept_on_request() {
     assert!(list[..length].split(|&b| b == 0).any(|name| name == b"user.empty"));
     atomic_fs::write(&path, "newer").await.unwrap();
     assert_eq!(colour(), None);
+}
+
+/// A directory may give an access control list to each new file in it.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn an_access_control_list_that_the_replaced_file_had_not_is_not_added() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, "old").unwrap();
+    set_mode(&path, 0o640);
+    // Version 2: the owner, one more user, the group, the mask, all others.
+    let entries: [(u16, u16, u32); 5] =
+        [(1, 6, u32::MAX), (2, 7, 12345), (4, 4, u32::MAX), (16, 7, u32::MAX), (32, 4, u32::MAX)];
+    let mut list = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in entries {
+        list.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+        list.extend(id.to_le_bytes());
+    }
+    let set = rustix::fs::setxattr(dir.path(), "system.posix_acl_default", &list, rustix::fs::XattrFlags::empty());
+    if set.is_err() {
+        not_run("an_access_control_list_that_the_replaced_file_had_not_is_not_added", "the file system has none");
+        return;
+    }
+    let has_list = |path: &Path| rustix::fs::getxattr(path, "system.posix_acl_access", &mut [0; 256][..]).is_ok();
+    std::fs::write(dir.path().join("other"), "as any new file").unwrap();
+    assert!(has_list(&dir.path().join("other")), "or this test shows nothing");
+    AtomicFileWriter::options().preserve(Preserve::ALL).write(&path, "new").await.unwrap();
+    assert_eq!((has_list(&path), mode(&path)), (false, 0o640));
 }
 
 #[tokio::test]
@@ -222,9 +281,18 @@ async fn what_is_no_file_is_refused_and_left_alone() {
 #[tokio::test]
 async fn a_path_that_names_no_file_is_refused() {
     let dir = tempdir().unwrap();
-    for path in [format!("{}/", dir.path().join("x").display()), "..".into(), "/".into(), String::new()] {
-        let error = atomic_fs::write(&path, "x").await.unwrap_err();
-        assert!(matches!(error, Error::InvalidPath { .. }), "{path:?}: {error}");
+    let like_a_directory = |end: &str| format!("{}{end}", dir.path().join("x").display());
+    for path in [like_a_directory("/"), like_a_directory("/."), "..".into(), "/".into(), String::new()] {
+        let mut tx = MultiFileTransaction::new();
+        for error in [
+            atomic_fs::write(&path, "x").await.unwrap_err(),
+            tx.add_file(&path, "x").await.unwrap_err(),
+            tx.writer(&path).await.unwrap_err(),
+            tx.remove_file(&path).unwrap_err(),
+            tx.rename(dir.path().join("y"), &path).unwrap_err(),
+        ] {
+            assert!(matches!(error, Error::InvalidPath { .. }), "{path:?}: {error}");
+        }
     }
     let ours = dir.path().join(".afs-file-0123456789abcdef");
     let error = atomic_fs::write(ours, "x").await.unwrap_err();

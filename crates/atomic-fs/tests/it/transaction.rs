@@ -293,6 +293,113 @@ async fn a_commit_waits_for_a_reader_and_a_dropped_one_lets_go() {
     assert_eq!(read(dir.path(), "a"), "a");
 }
 
+#[test]
+fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
+    let dir = scene(&["a", "b"]);
+    let dir = dir.path();
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let lock = atomic_fs::read_lock(dir).await.unwrap();
+        let mut tx = MultiFileTransaction::new();
+        tx.add_file(dir.join("a"), "new").await.unwrap();
+        tx.add_file(dir.join("b"), "new").await.unwrap();
+        let commit = tokio::spawn(tx.commit());
+        let recovery = tokio::spawn(atomic_fs::recover(dir.to_owned()));
+        for _ in 0..20 {
+            // Less than the waiting is patient, and far more than this takes.
+            let read = tokio::time::timeout(Duration::from_secs(20), tokio::fs::read(dir.join("a"))).await;
+            assert_eq!(read.expect("there is no thread for the reader").unwrap(), b"a");
+        }
+        assert!(!commit.is_finished() && !recovery.is_finished());
+        drop(lock);
+        commit.await.unwrap().unwrap();
+        recovery.await.unwrap().unwrap();
+        assert_eq!(
+            (read(dir, "a"), read(dir, "b"), names(dir)),
+            ("new".into(), "new".into(), vec!["a".into(), "b".into()])
+        );
+    });
+}
+
+/// A transaction that changes `x` and `y` in both directories.
+async fn change_both(dirs: [PathBuf; 2], content: &str) -> Result<(), Error> {
+    let mut tx = MultiFileTransaction::new();
+    for dir in dirs {
+        for name in ["x", "y"] {
+            tx.add_file(dir.join(name), content).await?;
+        }
+    }
+    tx.commit().await
+}
+
+#[tokio::test]
+async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
+    let dir = tempdir().unwrap();
+    let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+    for path in [&one, &other] {
+        std::fs::create_dir(path).unwrap();
+    }
+    for (free, held) in [(&one, &other), (&other, &one)] {
+        for _ in 0..20 {
+            let lock = atomic_fs::read_lock(held).await.unwrap();
+            let commit = change_both([one.clone(), other.clone()], "new");
+            // It may have locked the first of the two by then, and waits for the second.
+            assert!(tokio::time::timeout(Duration::from_millis(20), commit).await.is_err());
+            for path in [free, held] {
+                std::fs::File::open(path).unwrap().try_lock_shared().unwrap();
+            }
+            std::fs::File::open(free).unwrap().try_lock().unwrap();
+            drop(lock);
+            std::fs::File::open(held).unwrap().try_lock().unwrap();
+        }
+        assert_eq!((names(free), names(held)), (vec![], vec![]));
+    }
+}
+
+#[test]
+fn readers_and_transactions_in_opposite_orders_all_get_their_turn_on_one_thread() {
+    let dir = tempdir().unwrap();
+    let dirs = ["one", "other"].map(|name| dir.path().join(name));
+    for path in &dirs {
+        std::fs::create_dir(path).unwrap();
+        for name in ["x", "y"] {
+            std::fs::write(path.join(name), "old").unwrap();
+        }
+    }
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let done = Arc::new(AtomicBool::new(false));
+        let mut readers = tokio::task::JoinSet::new();
+        for dir in dirs.iter().cycle().take(4) {
+            let (dir, done) = (dir.clone(), done.clone());
+            readers.spawn(async move {
+                while !done.load(Ordering::Relaxed) {
+                    let lock = atomic_fs::read_lock(&dir).await.unwrap();
+                    let x = tokio::fs::read(dir.join("x")).await.unwrap();
+                    assert_eq!(x, tokio::fs::read(dir.join("y")).await.unwrap());
+                    drop(lock);
+                    tokio::time::sleep(Duration::from_millis(2)).await;
+                }
+            });
+        }
+        let mut writers = tokio::task::JoinSet::new();
+        for writer in 0..8 {
+            let [one, other] = dirs.clone();
+            let dirs = if writer % 2 == 0 { [one, other] } else { [other, one] };
+            writers.spawn(async move {
+                for round in 0..5 {
+                    change_both(dirs.clone(), &format!("{writer} {round}")).await.unwrap();
+                }
+            });
+        }
+        writers.join_all().await;
+        done.store(true, Ordering::Relaxed);
+        readers.join_all().await;
+    });
+    let read = |dir: &Path| (read(dir, "x"), read(dir, "y"), names(dir).len());
+    assert_eq!(read(&dirs[0]), read(&dirs[1]));
+}
+
 #[tokio::test]
 async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     let dir = scene(&["a"]);
@@ -304,6 +411,24 @@ async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     assert_eq!(atomic_fs::sweep(dir.path()).await.unwrap().removed, 0);
     tx.commit().await.unwrap();
     assert_eq!((names(dir.path()), read(dir.path(), "a")), (vec!["a".into(), "b".into()], "new".into()));
+}
+
+/// What a bare name has for a parent.
+#[tokio::test]
+async fn a_directory_without_a_name_is_the_working_directory_and_a_missing_one_a_typed_error() {
+    let here = Path::new("file").parent().unwrap();
+    assert_eq!(atomic_fs::recover(here).await.unwrap(), RecoveryReport::default());
+    assert_eq!(atomic_fs::sweep(here).await.unwrap().removed, 0);
+    drop(atomic_fs::read_lock(here).await.unwrap());
+    let dir = scene(&[]);
+    let missing = dir.path().join("missing");
+    for error in [
+        atomic_fs::recover(&missing).await.unwrap_err(),
+        atomic_fs::sweep(&missing).await.unwrap_err(),
+        atomic_fs::read_lock(&missing).await.unwrap_err(),
+    ] {
+        assert!(error.is_missing_directory(), "{error:?}");
+    }
 }
 
 #[tokio::test]
@@ -322,6 +447,13 @@ async fn a_journal_that_is_cut_or_altered_is_refused_and_nothing_is_touched() {
         tx.add_file(dir.path().join("a"), "new").await.unwrap();
         assert!(tx.commit().await.unwrap_err().is_unrecovered());
     }
+    std::fs::remove_file(&journal).unwrap();
+    std::fs::create_dir(&journal).unwrap();
+    let a_directory = atomic_fs::recover(dir.path()).await.unwrap_err();
+    std::fs::remove_dir(&journal).unwrap();
+    symlink("a", &journal).unwrap();
+    let a_symlink = atomic_fs::recover(dir.path()).await.unwrap_err();
+    assert!(a_directory.is_refused() && a_symlink.is_refused(), "{a_directory}, {a_symlink}");
     std::fs::remove_file(&journal).unwrap();
     assert_eq!(atomic_fs::recover(dir.path()).await.unwrap().removed, 1);
     assert_eq!((names(dir.path()), read(dir.path(), "a")), (vec!["a".into()], "a".into()));

@@ -50,6 +50,7 @@ const CREATE_BY_LINK: Way = Way { name: "create-new-by-link", always: Some("rena
 const ALONE: Way = Way { name: "transaction-of-one", task: "transaction of one after others", ..WRITE };
 const ALL: [Way; 7] = [WRITE, KEEP_ALL, STREAM, ORDERED, CREATE, CREATE_BY_LINK, ALONE];
 const IN_PLACE: Way = Way { name: "write/twin", task: "write in place", ..WRITE };
+const PUT_BACK: Way = Way { name: "write/twin", task: "write in place and put back", ..WRITE };
 
 const OLD: &[u8] = b"old";
 const OLD_MODE: u32 = 0o640;
@@ -219,24 +220,39 @@ async fn the_same_check_catches_a_write_in_place() {
 async fn a_second_fault_while_a_failed_write_tidies_up_leaves_old_or_new() {
     let mut tally = Tally::new("write/double-faults");
     let Some(ground) = Ground::new(&tally.name) else { return };
-    let path = place(&ground.dir);
     renew(WRITE, &ground.dir);
-    let first = distinct(ground.run(WRITE.task, &path, None).calls, |_| true);
+    let first = distinct(ground.run(WRITE.task, &place(&ground.dir), None).calls, |_| true);
     for call in sample(first, 4) {
-        let failing = aim(&call, EIO);
-        renew(WRITE, &ground.dir);
-        let run = ground.run(WRITE.task, &path, Some(&failing));
-        let Some(failed) = run.calls.iter().position(Call::is_injected) else { continue };
-        // strace keeps one fault for each name of a call.
-        let rest = distinct(run.calls[failed + 1..].to_vec(), |next| next.name != call.name);
-        for (next, fault) in sample(pairs(&rest, &[KILL, EIO]), 2) {
-            let old = renew(WRITE, &ground.dir);
-            let both = format!("{failing}\n{}", aim(&next, fault));
-            let run = ground.run(WRITE.task, &path, Some(&both));
-            tally.add(&both, verify(WRITE, &ground.dir, &old, &run, false).await);
-        }
+        fail_twice(WRITE, &ground, &call, &mut tally).await;
     }
     tally.close();
+}
+
+/// Has a write fail at `call`, and visits what it does then with a second fault or a kill.
+async fn fail_twice(way: Way, ground: &Ground, call: &Call, tally: &mut Tally) {
+    let path = place(&ground.dir);
+    let failing = aim(call, EIO);
+    renew(way, &ground.dir);
+    let run = ground.run(way.task, &path, Some(&failing));
+    let Some(failed) = run.calls.iter().position(Call::is_injected) else { return };
+    // strace keeps one fault for each name of a call.
+    let rest = distinct(run.calls[failed + 1..].to_vec(), |next| next.name != call.name);
+    for (next, fault) in sample(pairs(&rest, &[KILL, EIO]), 2) {
+        let old = renew(way, &ground.dir);
+        let both = format!("{failing}\n{}", aim(&next, fault));
+        let run = ground.run(way.task, &path, Some(&both));
+        tally.add(&both, verify(way, &ground.dir, &old, &run, false).await);
+    }
+}
+
+#[tokio::test]
+async fn the_same_check_catches_a_write_in_place_that_is_put_back_by_hand() {
+    let mut tally = Tally::new("write/double-faults/twin");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    renew(PUT_BACK, &ground.dir);
+    let calls = distinct(ground.run(PUT_BACK.task, &place(&ground.dir), None).calls, |call| call.name == "write");
+    fail_twice(PUT_BACK, &ground, &calls[0], &mut tally).await;
+    tally.assert_caught("torn");
 }
 
 #[tokio::test]

@@ -11,14 +11,28 @@ use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_deci
 use crate::strace::{Call, Run};
 use crate::support::names;
 
+/// What the child does; and a broken one, which has no journal for a while.
+const RECOVER: &str = "recover";
+const RECOVER_ASIDE: &str = "recover with the journal put aside";
+
 impl Ground {
     fn recover(&self, inject: Option<&str>) -> Run {
-        self.run("recover", &self.dir, inject)
+        self.run(RECOVER, &self.dir, inject)
     }
 
     fn crashes(&self) -> Vec<Call> {
         crashes(&self.calls())
     }
+}
+
+/// What is in each file that somebody may read.
+fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
+    let mut all = Vec::new();
+    for place in [dir.to_owned(), dir.join("sub")] {
+        let visible = names(&place).into_iter().filter(|name| !name.starts_with(".afs-") && name != "sub");
+        all.extend(visible.map(|name| (name.clone(), std::fs::read(place.join(name)).unwrap())));
+    }
+    all
 }
 
 /// Where a crash leaves something to recover.
@@ -44,9 +58,13 @@ async fn a_fault_or_a_kill_at_any_call_of_a_recovery_leaves_it_to_the_next_one()
         let calls = distinct(run.calls, is_decisive);
         for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 8) {
             ground.change(Some(&crash));
+            let before = contents(&ground.dir);
             let inject = aim(&call, fault);
             let run = ground.recover(Some(&inject));
+            let is_told = run.said.as_ref().is_some_and(|said| said.starts_with("Unchanged"));
+            let is_true = !is_told || contents(&ground.dir) == before;
             let verdict = verify(&ground.dir, None, false).await;
+            let verdict = if is_true { verdict } else { Err("Unchanged, but it did change something".to_owned()) };
             tally.add(&format!("{crash}, then {inject}: {:?}", run.said), verdict);
         }
     }
@@ -70,22 +88,26 @@ async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     let applies = crashes.iter().map(|call| aim(call, KILL));
     // Every third: three nested loops over all calls would take an hour.
     for crash in sample(aborts.chain(applies).step_by(3).collect(), 2) {
-        ground.change(Some(&crash));
-        let first = distinct(ground.recover(None).calls, is_decisive);
-        for first in sample(first, 4) {
-            let failing = aim(&first, EIO);
-            ground.change(Some(&crash));
-            let calls =
-                distinct(ground.recover(Some(&failing)).calls, |call| is_decisive(call) && call.name != first.name);
-            for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 3) {
-                let both = format!("{failing}\n{}", aim(&call, fault));
-                ground.change(Some(&crash));
-                ground.recover(Some(&both));
-                tally.add(&format!("{crash}, then {both}"), verify(&ground.dir, None, false).await);
-            }
-        }
+        fail_twice(&ground, RECOVER, &crash, &mut tally).await;
     }
     tally.close();
+}
+
+/// Has `task` recover what `crash` leaves, with one fault and then another or a kill.
+async fn fail_twice(ground: &Ground, task: &str, crash: &str, tally: &mut Tally) {
+    let recover = |inject: Option<&str>| {
+        ground.change(Some(crash));
+        ground.run(task, &ground.dir, inject)
+    };
+    for first in sample(distinct(recover(None).calls, is_decisive), 4) {
+        let failing = aim(&first, EIO);
+        let calls = distinct(recover(Some(&failing)).calls, |call| is_decisive(call) && call.name != first.name);
+        for (call, fault) in sample(pairs(&calls, &[KILL, EIO]), 3) {
+            let both = format!("{failing}\n{}", aim(&call, fault));
+            recover(Some(&both));
+            tally.add(&format!("{crash}, then {both}"), verify(&ground.dir, None, false).await);
+        }
+    }
 }
 
 #[tokio::test]
@@ -102,21 +124,36 @@ async fn cut_everywhere(kind: Kind) {
     let mut tally = Tally::new(format!("recovery/power-cuts-{}", kind.name()));
     let Some(disk) = Disk::new(kind, &tally.name) else { return };
     let calls = distinct(disk.change(None).calls, is_decisive);
-    for crash in sample(crashes(&calls), 2) {
-        let crash = aim(&crash, KILL);
-        disk.change(Some(&crash));
-        disk.cut();
-        let run = disk.run("recover", &disk.dir(), None);
-        for call in sample(distinct(run.calls, is_decisive), 3) {
-            disk.change(Some(&crash));
-            disk.cut();
-            let inject = aim(&call, KILL);
-            disk.run("recover", &disk.dir(), Some(&inject));
-            disk.cut();
-            tally.add(&format!("{crash}, then {inject}"), verify(&disk.dir(), None, true).await);
-        }
+    // In turns as it is, which is with the old files and a journal, and with all that was exchanged.
+    for (number, crash) in sample(crashes(&calls), 2).iter().enumerate() {
+        cut_recoveries(&disk, RECOVER, &aim(crash, KILL), number % 2 == 1, is_decisive, &mut tally).await;
     }
     tally.close();
+}
+
+/// Cuts the power after `crash`, and again at each of those calls of a recovery that are `wanted`.
+async fn cut_recoveries(
+    disk: &Disk,
+    task: &str,
+    crash: &str,
+    elsewhere: bool,
+    wanted: fn(&Call) -> bool,
+    tally: &mut Tally,
+) {
+    let recover = |inject: Option<&str>| {
+        disk.change(Some(crash));
+        if elsewhere {
+            disk.sync_elsewhere();
+        }
+        disk.cut();
+        disk.run(task, &disk.dir(), inject)
+    };
+    for call in sample(distinct(recover(None).calls, wanted), 3) {
+        let inject = aim(&call, KILL);
+        recover(Some(&inject));
+        disk.cut();
+        tally.add(&format!("{crash}, elsewhere: {elsewhere}, then {inject}"), verify(&disk.dir(), None, true).await);
+    }
 }
 
 #[tokio::test]
@@ -131,12 +168,28 @@ async fn the_same_check_catches_a_recovery_that_only_tidies_up() {
     tally.assert_caught("a mix");
 }
 
+#[tokio::test]
+async fn the_same_checks_catch_a_recovery_that_puts_its_journal_aside() {
+    let mut tally = Tally::new("recovery/double-faults/twin");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    fail_twice(&ground, RECOVER_ASIDE, &second_exchange(&ground.calls()), &mut tally).await;
+    tally.assert_caught("a mix");
+    let mut tally = Tally::new("recovery/power-cuts-ext4/twin");
+    let Some(disk) = Disk::new(Kind::Ext4, &tally.name) else { return };
+    let crash = second_exchange(&disk.change(None).calls);
+    cut_recoveries(&disk, RECOVER_ASIDE, &crash, true, |call| call.name == "rename", &mut tally).await;
+    tally.assert_caught("a mix");
+}
+
+/// A kill at the second exchange.
+fn second_exchange(calls: &[Call]) -> String {
+    let committed = calls.iter().position(is_commit).unwrap();
+    aim(calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap(), KILL)
+}
+
 /// Leaves the directory as a crash at the second exchange does.
 fn crash_in_the_middle(ground: &Ground) -> Picture {
-    let calls = ground.calls();
-    let committed = calls.iter().position(is_commit).unwrap();
-    let exchange = calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap();
-    let run = ground.change(Some(&aim(exchange, "signal=SIGKILL")));
+    let run = ground.change(Some(&second_exchange(&ground.calls())));
     assert_eq!(run.said, None);
     look(&ground.dir).unwrap()
 }
@@ -144,19 +197,22 @@ fn crash_in_the_middle(ground: &Ground) -> Picture {
 #[tokio::test]
 async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_is_touched() {
     let Some(ground) = Ground::new("recovery/refusals") else { return };
-    assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
     let (dir, victim) = (&ground.dir, ground.dir.join("sub/f"));
     let aside = dir.with_file_name("aside");
-    std::fs::rename(&victim, &aside).unwrap();
-    std::fs::write(&victim, "by somebody else").unwrap();
-    let left = names(dir);
-    let error = atomic_fs::recover(dir).await.unwrap_err();
-    assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
-    assert!(error.to_string().contains("sub/f"), "{error}");
-    assert_eq!(names(dir), left);
-    // What was put aside is put back: the way out that the error names.
-    std::fs::rename(&aside, &victim).unwrap();
-    assert_eq!(verify(dir, None, false).await, Ok(Picture::New));
+    // The last one is like the old file in all but its content: so is a file that was given its number anew.
+    for content in ["by somebody else", "own sub/f"] {
+        assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
+        std::fs::copy(&victim, &aside).unwrap();
+        std::fs::write(&victim, content).unwrap();
+        let left = names(dir);
+        let error = atomic_fs::recover(dir).await.unwrap_err();
+        assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
+        assert!(error.to_string().contains("sub/f"), "{error}");
+        assert_eq!((names(dir), std::fs::read_to_string(&victim).unwrap()), (left, content.to_owned()));
+        // What was put aside is put back: the way out that the error names.
+        std::fs::rename(&aside, &victim).unwrap();
+        assert_eq!(verify(dir, None, false).await, Ok(Picture::New));
+    }
 }
 
 #[tokio::test]
@@ -232,6 +288,45 @@ async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
             Ok(report) => assert!(!is_aborting && report.rolled_forward == 1, "{report:?}"),
             Err(error) => assert!(is_aborting && error.is_refused(), "{error}"),
         }
+    }
+}
+
+/// As a log is, while it is rotated. Whatever its name, it is the same file, so that nothing need be lost or refused.
+#[tokio::test]
+async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what_they_wrote() {
+    let Some(ground) = Ground::new("recovery/moved-files") else { return };
+    let calls = ground.calls();
+    let moves = [("d", "e"), ("log", "log.1"), ("log.1", "log.2")];
+    let applied = kill_before_the_journal_goes(&ground);
+    for (crash, is_applied, is_aborting) in [
+        (second_exchange(&calls), false, false),
+        (second_exchange(&calls), false, true),
+        (applied.clone(), true, false),
+        (applied, true, true),
+    ] {
+        assert_eq!(ground.change(Some(&crash)).said, None);
+        let dir = &ground.dir;
+        if is_aborting {
+            std::fs::rename(dir.join(".afs-journal"), dir.join(".afs-journal-aborting")).unwrap();
+        }
+        for (from, to) in moves {
+            // Two grow, and one does not keep what it had.
+            let path = dir.join(if is_applied { to } else { from });
+            let mut file = std::fs::File::options().write(true).append(from != "log").open(path).unwrap();
+            std::io::Write::write_all(&mut file, b"and more").unwrap();
+        }
+        let context = format!("applied: {is_applied}, aborting: {is_aborting}");
+        let report = atomic_fs::recover(dir).await.map_err(|error| format!("{context}: {error}")).unwrap();
+        assert_eq!(
+            (report.rolled_back, report.rolled_forward),
+            (is_aborting.into(), (!is_aborting).into()),
+            "{context}"
+        );
+        for ((from, to), wanted) in moves.into_iter().zip(["old dand more", "and more", "old log.1and more"]) {
+            let path = dir.join(if is_aborting { from } else { to });
+            assert_eq!(std::fs::read_to_string(path).unwrap(), wanted, "{context}, {from} to {to}");
+        }
+        assert_eq!(crate::support::temps(dir), [""; 0], "{context}");
     }
 }
 

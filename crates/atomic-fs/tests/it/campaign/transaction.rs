@@ -143,8 +143,13 @@ pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Resu
 
 impl Ground {
     pub(super) fn change(&self, inject: Option<&str>) -> Run {
+        self.attempt(TASK, inject)
+    }
+
+    /// Has `task` change the files.
+    fn attempt(&self, task: &str, inject: Option<&str>) -> Run {
         renew(&self.dir, self.layout);
-        self.run(TASK, &self.dir, inject)
+        self.run(task, &self.dir, inject)
     }
 
     /// The calls of an undisturbed transaction, each number once.
@@ -195,19 +200,24 @@ async fn a_second_fault_while_a_failed_transaction_is_undone_leaves_all_old_or_a
         let mut first = calls[committed + 1..].to_vec();
         first.retain(|call| is_decisive(call) && call.name != "unlinkat");
         for call in sample(first, 2) {
-            let failing = aim(&call, EIO);
-            let run = ground.change(Some(&failing));
-            let Some(failed) = run.calls.iter().position(Call::is_injected) else { continue };
-            let mut rest = distinct(run.calls[failed + 1..].to_vec(), is_decisive);
-            // strace keeps one fault for each name of a call.
-            rest.retain(|next| next.name != call.name);
-            for (next, fault) in sample(pairs(&rest, &[KILL, EIO]), 4) {
-                let both = format!("{failing}\n{}", aim(&next, fault));
-                let run = ground.change(Some(&both));
-                tally.add(&both, verify(&ground.dir, run.said.as_deref(), false).await);
-            }
+            fail_twice(&ground, TASK, &call, &mut tally).await;
         }
         tally.close();
+    }
+}
+
+/// Has `task` fail at `call`, and visits what it does then with a second fault or a kill.
+async fn fail_twice(ground: &Ground, task: &str, call: &Call, tally: &mut Tally) {
+    let failing = aim(call, EIO);
+    let run = ground.attempt(task, Some(&failing));
+    let Some(failed) = run.calls.iter().position(Call::is_injected) else { return };
+    let mut rest = distinct(run.calls[failed + 1..].to_vec(), is_decisive);
+    // strace keeps one fault for each name of a call.
+    rest.retain(|next| next.name != call.name);
+    for (next, fault) in sample(pairs(&rest, &[KILL, EIO]), 4) {
+        let both = format!("{failing}\n{}", aim(&next, fault));
+        let run = ground.attempt(task, Some(&both));
+        tally.add(&both, verify(&ground.dir, run.said.as_deref(), false).await);
     }
 }
 
@@ -257,6 +267,8 @@ async fn cut_everywhere(kind: Kind) {
 #[derive(Clone, Copy, Debug)]
 enum Later {
     Append,
+    /// In place, and as long as what was there.
+    Overwrite,
     Write,
     Remove,
     /// As programs do that sync the file and not its directory; something else makes it durable.
@@ -265,8 +277,14 @@ enum Later {
 }
 
 impl Later {
-    const ALL: [Self; 5] =
-        [Self::Append, Self::Write, Self::Remove, Self::RenameAndSyncElsewhere, Self::TransactionElsewhere];
+    const ALL: [Self; 6] = [
+        Self::Append,
+        Self::Overwrite,
+        Self::Write,
+        Self::Remove,
+        Self::RenameAndSyncElsewhere,
+        Self::TransactionElsewhere,
+    ];
 
     /// Makes the change and returns what is then in the file.
     async fn make(self, disk: &Disk) -> Option<&'static str> {
@@ -277,6 +295,12 @@ impl Later {
                 std::io::Write::write_all(&mut file, b", and more").unwrap();
                 file.sync_all().unwrap();
                 return Some("new a, and more");
+            }
+            Self::Overwrite => {
+                let mut file = std::fs::File::options().write(true).open(path).unwrap();
+                std::io::Write::write_all(&mut file, b"newer").unwrap();
+                // Less than a full sync, which would make the removal of the journal durable as well.
+                file.sync_data().unwrap();
             }
             Self::Write => atomic_fs::write(path, "newer").await.unwrap(),
             Self::Remove => {
@@ -309,29 +333,55 @@ async fn what_follows_a_commit_survives_a_power_cut_and_the_recovery() {
     for (kind, layout) in Kind::ALL.into_iter().flat_map(|kind| Layout::ALL.map(|layout| (kind, layout))) {
         let mut tally = Tally::new(layout.campaign(&format!("transaction/later-changes-{}", kind.name())));
         let Some(disk) = Disk::new(kind, &tally.name).map(|disk| disk.with(layout)) else { continue };
-        for later in sample(Later::ALL.to_vec(), if layout == Layout::OneDirectory { 5 } else { 1 }) {
-            assert_eq!(disk.change(None).said.as_deref(), Some("Ok"));
-            let wanted = later.make(&disk).await;
-            disk.cut();
-            let dir = disk.dir();
-            let mut recovered = atomic_fs::recover(&dir).await;
-            let home = dir.with_file_name("home");
-            if recovered.is_ok() && home.exists() {
-                // What the other transaction has left here is for the recovery of its own directory.
-                recovered = atomic_fs::recover(&home).await;
-                std::fs::remove_dir_all(&home).unwrap();
-            }
-            let found = std::fs::read_to_string(dir.join("a")).ok();
-            let verdict = if recovered.is_ok() && found.as_deref() == wanted {
-                std::fs::write(dir.join("a"), "new a").unwrap();
-                verify(&dir, Some("Ok"), true).await
-            } else {
-                Err(format!("{found:?} instead of {wanted:?}, {recovered:?}"))
-            };
-            tally.add(&format!("{later:?}"), verdict);
+        for later in sample(Later::ALL.to_vec(), if layout == Layout::OneDirectory { Later::ALL.len() } else { 1 }) {
+            follow(&disk, later, &mut tally, |_| {}).await;
         }
         tally.close();
     }
+}
+
+/// Makes a change after a commit, cuts the power and recovers; before that, `meddle` may do something to the directory.
+async fn follow(disk: &Disk, later: Later, tally: &mut Tally, meddle: impl Fn(&Path)) {
+    assert_eq!(disk.change(None).said.as_deref(), Some("Ok"));
+    let wanted = later.make(disk).await;
+    disk.cut();
+    let dir = disk.dir();
+    meddle(&dir);
+    let mut recovered = atomic_fs::recover(&dir).await;
+    let home = dir.with_file_name("home");
+    if recovered.is_ok() && home.exists() {
+        // What the other transaction has left here is for the recovery of its own directory.
+        recovered = atomic_fs::recover(&home).await;
+        std::fs::remove_dir_all(&home).unwrap();
+    }
+    let found = std::fs::read_to_string(dir.join("a")).ok();
+    let verdict = if recovered.is_ok() && found.as_deref() == wanted {
+        std::fs::write(dir.join("a"), "new a").unwrap();
+        verify(&dir, Some("Ok"), true).await
+    } else {
+        Err(format!("{found:?} instead of {wanted:?}, {recovered:?}"))
+    };
+    tally.add(&format!("{later:?}"), verdict);
+}
+
+#[tokio::test]
+async fn the_same_check_catches_a_journal_that_comes_back_after_a_later_change() {
+    let mut tally = Tally::new("transaction/later-changes-ext4/twin");
+    let Some(disk) = Disk::new(Kind::Ext4, &tally.name).map(|disk| disk.with(Layout::OneDirectory)) else { return };
+    let calls = disk.change(None).calls;
+    let committed = calls.iter().position(is_commit).unwrap();
+    let exchange = calls[committed + 1..].iter().find(|call| call.name == "renameat2").unwrap();
+    assert_eq!(disk.change(Some(&aim(exchange, KILL))).said, None);
+    // As if neither the exchanges nor the removals had become durable before the later change was.
+    let aside = tempdir().unwrap();
+    let copy = |from: &Path, to: &Path| {
+        for name in temps(from) {
+            std::fs::copy(from.join(&name), to.join(&name)).unwrap();
+        }
+    };
+    copy(&disk.dir(), aside.path());
+    follow(&disk, Later::Write, &mut tally, |dir| copy(aside.path(), dir)).await;
+    tally.assert_caught("instead of");
 }
 
 /// Runs the transaction with a fault, cuts the power, and looks at what is left.
@@ -367,6 +417,16 @@ async fn the_same_check_catches_one_write_after_the_other() {
         tally.add(&inject, verify(&ground.dir, run.said.as_deref(), false).await);
     }
     tally.assert_caught("a mix");
+}
+
+#[tokio::test]
+async fn the_same_check_catches_files_that_are_put_back_by_hand() {
+    let mut tally = Tally::new("transaction/double-faults/twin");
+    let Some(ground) = Ground::new(&tally.name) else { return };
+    let calls = distinct(ground.attempt("undone by hand", None).calls, |call| call.name == "renameat");
+    fail_twice(&ground, "undone by hand", &calls[2], &mut tally).await;
+    tally.assert_caught("but Mix");
+    tally.assert_caught("a mix after the recovery");
 }
 
 #[tokio::test]
