@@ -135,7 +135,7 @@ pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, va
 ///
 /// # Panics
 ///
-/// If the runtime has no timer.
+/// If the runtime has no timer, or the call is polled after its runtime was shut down.
 ///
 /// # Examples
 ///
