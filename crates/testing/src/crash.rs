@@ -16,8 +16,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
+use crate::campaign::POINTS_FILE;
 use crate::explore::Plan;
-use crate::report::{POINTS_FILE, Report};
+use crate::report::Report;
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
 use crate::site::{Namer, Site};

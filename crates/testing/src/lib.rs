@@ -197,6 +197,7 @@
 //!
 //! 1.89. Raised only in a minor release.
 
+mod campaign;
 mod crash;
 mod drive;
 mod explore;
@@ -209,6 +210,7 @@ mod torn;
 mod tracer;
 mod visit;
 
+pub use crate::campaign::{publish_campaign, publish_not_run};
 pub use crate::explore::{Explore, Outcome, Way};
 pub use crate::report::{Failure, Report};
 pub use crate::scratch::scratch_dir;

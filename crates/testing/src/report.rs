@@ -4,13 +4,10 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::io::Write as _;
 
+use crate::campaign::publish;
 use crate::explore::{ONLY, Plan, Way};
 use crate::site::Site;
-
-/// What [`Report::publish`] appends to, if it is set.
-pub(crate) const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
 
 /// What an exploration visited and what it found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -92,17 +89,7 @@ impl Report {
     /// If that file cannot be written: a table that lacks lines in silence would be worse.
     #[track_caller]
     pub fn publish(&self, krate: &str, operation: &str) -> &Self {
-        let line = format!("cancel-points {krate} {operation} {}\n", self.points);
-        #[expect(clippy::print_stdout, reason = "printing is what was asked for; print! is what test capture captures")]
-        {
-            print!("{line}");
-        }
-        if let Some(path) = std::env::var_os(POINTS_FILE) {
-            let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
-            // One write of a whole line: lines of tests that run at the same time do not mix.
-            let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
-            assert!(written.is_ok(), "{} could not be appended to: {written:?}", path.display());
-        }
+        publish(&format!("cancel-points {krate} {operation} {}\n", self.points));
         self
     }
 

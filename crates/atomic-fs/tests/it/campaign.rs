@@ -12,11 +12,11 @@ mod transaction;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
+use cancel_safe_testing::publish_campaign;
 use tempfile::{TempDir, tempdir};
 
 use crate::child;
 use crate::strace::{self, Call, Run};
-use crate::support::publish;
 
 pub(crate) use transaction::change_all_after_others;
 
@@ -174,7 +174,7 @@ impl Tally {
 
     fn close(self) {
         let Self { name, points, violations, old, new, astray } = self;
-        publish(&format!("campaign atomic-fs {name} {points} {}", violations.len()));
+        publish_campaign("atomic-fs", &name, points, violations.len());
         println!("{name}: {old} old, {new} new, {astray} astray");
         assert!(violations.is_empty(), "{violations:#?}");
         assert!(old > 0 || new > 0, "nothing was visited");

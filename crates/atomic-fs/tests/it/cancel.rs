@@ -361,18 +361,15 @@ fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat:delay_enter=3000"];
     let said = child::outcome(child::command(&wrapper, "cancel", Path::new(rounds)));
     let said = said.expect("the child was not killed");
-    let count = |what: &str| -> u32 {
+    let count = |what: &str| -> usize {
         let words: Vec<_> = said.split(' ').collect();
         let position = words.iter().position(|word| *word == what).unwrap();
         words[position - 1].parse().unwrap()
     };
     println!("{said}");
-    crate::support::publish(&format!(
-        "campaign atomic-fs {name} {} {}",
-        count("cancelled"),
-        count("late") + count("litter")
-    ));
-    assert!(count("late") + count("litter") == 0, "{said}");
+    let violations = count("late") + count("litter");
+    cancel_safe_testing::publish_campaign("atomic-fs", name, count("cancelled"), violations);
+    assert!(violations == 0, "{said}");
     assert!(count("landed") > 0 && count("cancelled") > count("landed"), "the moments are badly chosen: {said}");
 }
 

@@ -30,21 +30,8 @@ pub(crate) async fn drain_pool() {
     tokio::task::spawn_blocking(|| ()).await.unwrap();
 }
 
-/// Prints `line` and, if `CANCEL_SAFE_POINTS_FILE` names a file, appends it there, for the closing table of
-/// `cargo xtask`: what a test prints is captured.
-#[cfg(unix)]
-pub(crate) fn publish(line: &str) {
-    use std::io::Write;
-    println!("{line}");
-    if let Some(path) = std::env::var_os("CANCEL_SAFE_POINTS_FILE") {
-        let mut file = std::fs::OpenOptions::new().create(true).append(true).open(path).unwrap();
-        // One write of a whole line: lines of tests that run at the same time do not mix.
-        file.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
-}
-
 /// Says that something is not run here, and why.
 #[cfg(unix)]
 pub(crate) fn not_run(what: &str, why: &str) {
-    publish(&format!("not-run atomic-fs {what}: {why}"));
+    cancel_safe_testing::publish_not_run("atomic-fs", what, why);
 }

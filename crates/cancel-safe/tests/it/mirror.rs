@@ -2,11 +2,11 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use cancel_safe::testing::{publish_campaign, publish_not_run};
 use hyper::StatusCode;
 use sha2::{Digest, Sha256};
 use sqlx::{ConnectOptions, Connection};
@@ -166,16 +166,6 @@ fn signal(child: &Child, name: &str) {
     assert!(killed.status.success());
 }
 
-/// Tells the closing table of `cargo xtask` what a campaign has visited, or what could not be run here and why: a test
-/// that says nothing has run.
-fn publish(line: &str) {
-    if let Some(path) = std::env::var_os("CANCEL_SAFE_POINTS_FILE") {
-        // In one write, so that lines of several processes do not mix.
-        let mut file = fs::OpenOptions::new().append(true).create(true).open(path).unwrap();
-        file.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
-}
-
 #[test]
 fn an_ordinary_directory_is_mirrored_byte_for_byte_and_a_second_run_has_nothing_to_do() {
     let scene = Scene::new(60);
@@ -212,7 +202,7 @@ fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight(
     // What was in flight, and one batch of the catalogue, which holds no more than was in flight.
     let most = 300 + kills * 2 * CONCURRENCY;
     assert!(scene.server.requests() <= most, "{} requests for 300 files", scene.server.requests());
-    publish(&format!("campaign cancel-safe mirror/kills {kills} 0"));
+    publish_campaign("cancel-safe", "mirror/kills", kills, 0);
 }
 
 #[test]
@@ -565,7 +555,7 @@ fn a_full_disk_is_told_and_what_is_complete_stays() {
     let mount = tempfile::tempdir().unwrap();
     let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m", "tmpfs"]).arg(mount.path()).output();
     if !mounted.is_ok_and(|output| output.status.success()) {
-        publish("not-run cancel-safe mirror/full-disk: mounting a small file system takes root, on Linux");
+        publish_not_run("cancel-safe", "mirror/full-disk", "mounting a small file system takes root, on Linux");
         return;
     }
     let scene = Scene::new(120);

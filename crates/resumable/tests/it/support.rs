@@ -1,8 +1,6 @@
 //! What the tests share.
 
 use std::{
-    fs::OpenOptions,
-    io::Write as _,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -13,6 +11,7 @@ use std::{
 };
 
 use cancel_safe_resumable::{Builder, Done, FileStore, ItemError, ResumableTask, TaskError};
+use cancel_safe_testing::{publish_campaign, publish_not_run};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
@@ -26,23 +25,12 @@ pub(crate) fn in_full() -> bool {
 
 /// Tells the closing table of `cargo xtask` what could not be run here, and why: a test that says nothing has run.
 pub(crate) fn not_run(what: &str, why: &str) {
-    publish(&format!("not-run resumable {what}: {why}"));
+    publish_not_run("resumable", what, why);
 }
 
 /// Tells the closing table what a campaign has visited. It has found nothing, or its test has failed by now.
 pub(crate) fn visited(campaign: &str, points: usize) {
-    publish(&format!("campaign resumable {campaign} {points} 0"));
-}
-
-/// Prints `line` and, if `CANCEL_SAFE_POINTS_FILE` names a file, appends it there.
-#[expect(clippy::print_stdout, reason = "whoever runs the tests alone reads it there")]
-fn publish(line: &str) {
-    println!("{line}");
-    if let Some(path) = std::env::var_os("CANCEL_SAFE_POINTS_FILE") {
-        // In one write, so that lines of several processes do not mix.
-        let mut file = OpenOptions::new().append(true).create(true).open(path).unwrap();
-        file.write_all(format!("{line}\n").as_bytes()).unwrap();
-    }
+    publish_campaign("resumable", campaign, points, 0);
 }
 
 /// A directory and the path of a checkpoint in it.

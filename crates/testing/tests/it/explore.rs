@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use cancel_safe_testing::{Explore, Outcome, Report, Way, publish_campaign, publish_not_run};
 use tokio::task::yield_now;
 use tokio::time::sleep;
 
@@ -418,19 +418,22 @@ fn an_environment_variable_asks_for_one_run() {
 }
 
 #[test]
-fn a_report_is_published_to_standard_output_and_to_the_file() {
+fn what_is_published_goes_to_standard_output_and_to_the_file() {
     const CHILD: &str = "CANCEL_SAFE_TEST_PUBLISH";
     if std::env::var_os(CHILD).is_some() {
         let report = Explore::new().budgets([]).run(nothing, async |()| yield_now().await, fine);
         report.publish("bank", "transfer").publish("bank", "close").assert_clean();
+        publish_campaign("bank", "kills", 7, 0);
+        publish_not_run("bank", "full-disk", "it needs root");
         return;
     }
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("points");
-    let here = "explore::a_report_is_published_to_standard_output_and_to_the_file";
+    let here = "explore::what_is_published_goes_to_standard_output_and_to_the_file";
     let output = run_again(here, &[(CHILD, ""), ("CANCEL_SAFE_POINTS_FILE", file.to_str().unwrap())]);
     assert!(output.status.success());
-    let lines = "cancel-points bank transfer 2\ncancel-points bank close 2\n";
+    let lines = "cancel-points bank transfer 2\ncancel-points bank close 2\ncampaign bank kills 7 0\n\
+                 not-run bank full-disk: it needs root\n";
     assert!(String::from_utf8_lossy(&output.stdout).contains(lines));
     assert_eq!(std::fs::read_to_string(file).unwrap(), lines);
 }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
+use cancel_safe_testing::publish_campaign;
 use cancel_safe_tx_guard::{Options, TxPool};
 use fastrand::Rng;
 use futures_util::StreamExt;
@@ -392,6 +393,8 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
     // The guards of a wrapped pool are all back as well.
     eventually("sqlx has its connections back", async || pool.num_idle() == pool.size() as usize).await;
     campaign.tally.print(database);
+    let Tally { rounds, .. } = campaign.tally;
+    publish_campaign("tx-guard", &format!("random-cuts/{database}"), rounds, campaign.tally.violations());
     campaign.tally.assert_clean();
     pool.close().await;
     let report = owned.close(PATIENCE).await;
