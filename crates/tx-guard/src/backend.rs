@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
+use tokio::runtime::Handle;
 
 use crate::TxError;
 
@@ -104,7 +105,7 @@ pub trait Driver: Database {
     const TAKES_FILES: bool = false;
 
     /// What a session learns about its connection once, to be able to cancel what runs on it.
-    type Probe: Send + Sync + 'static;
+    type Probe: Clone + Send + Sync + 'static;
 
     /// What was learnt of the connections of a wrapped pool.
     type Known: Default + Send + Sync + 'static;
@@ -126,6 +127,11 @@ pub trait Driver: Database {
         conn: &mut Self::Connection,
         known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+
+    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
+    fn beside() -> Option<Handle> {
+        None
+    }
 
     /// Opens what `cancel` needs ahead of its first use.
     fn warm(

@@ -7,10 +7,11 @@ use futures_util::{FutureExt, TryFutureExt};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
+use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
-use crate::canceller::Canceller;
+use crate::canceller::{self, Canceller};
 use crate::known::Known;
 use crate::proof;
 
@@ -107,6 +108,10 @@ impl Driver for Postgres {
         let backend = identify(conn, false, true).await?;
         known.remember(statement, backend);
         Ok(backend)
+    }
+
+    fn beside() -> Option<Handle> {
+        canceller::beside()
     }
 
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {

@@ -5,17 +5,18 @@
 
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, join, poll_immediate};
+use futures_util::future::{BoxFuture, Either, poll_immediate, select};
 use sqlx::Connection;
 use tokio::runtime::{EnterGuard, Handle};
-use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinHandle;
+use tokio::time::{sleep, timeout};
 
 use crate::backend::{Activity, Backend, CommitMode};
 use crate::commit::{CommitOutcome, OutcomeCell};
@@ -210,45 +211,115 @@ enum Rest {
 }
 
 async fn come_to_rest<DB: Backend>(
-    shared: &Shared<DB>,
+    shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
 ) -> Result<Rest, sqlx::Error> {
-    {
-        let mut rollback = pin!(DB::rollback(conn, probe));
-        if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
-            return ended.map(|()| Rest::Clean);
-        }
-        shared.teller.tell(TxEvent::CancelSent);
-        let mut pause = FIRST_PAUSE;
-        let mut idle_since = None;
-        loop {
-            // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is polled
-            // first: a rollback that ends in the same moment must find it sent. And it is never dropped halfway.
-            let cancel = DB::cancel(&shared.canceller, &shared.options, probe);
-            let (cancelled, ended) = join(cancel, timeout(pause, rollback.as_mut())).await;
-            match (cancelled, ended) {
-                (Ok(_), Ok(ended)) => {
-                    ended?;
-                    break;
-                }
-                (Ok(Activity::Unseen), Err(_)) => idle_since = None,
-                (Ok(Activity::Idle), Err(_)) => {
-                    let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > IDLE_LIMIT {
-                        return Ok(Rest::Stuck);
-                    }
-                }
-                // Without an acknowledgement the cancel may still be on its way to this session, which must not be
-                // used again. Another one could only add to the doubt.
-                (Err(_), Ok(ended)) => return ended.map(|()| Rest::Doubtful),
-                (Err(_), Err(_)) => return rollback.await.map(|()| Rest::Doubtful),
+    // First, because the rollback may not come back from its first poll before the last row was read.
+    let mut watch = Watch::over(shared, probe);
+    let seen = {
+        let rollback = pin!(DB::rollback(conn, probe));
+        match select(rollback, &mut watch.seen).await {
+            Either::Left((ended, _)) => {
+                // Of an acknowledged cancel nothing is left behind the round trip below, however the rollback has ended.
+                let seen = watch.end().await;
+                ended?;
+                seen
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
+            Either::Right((Ok(Seen::Stuck), _)) => return Ok(Rest::Stuck),
+            // Another cancel could only add to the doubt.
+            Either::Right((_, rollback)) => return rollback.await.map(|()| Rest::Doubtful),
         }
+    };
+    match seen {
+        Seen::Nothing => return Ok(Rest::Clean),
+        Seen::Unanswered => return Ok(Rest::Doubtful),
+        Seen::Acknowledged | Seen::Stuck => {}
     }
     // The acknowledged cancels are behind this round trip.
     rest::<DB>(conn).await.map(|()| Rest::Clean)
+}
+
+/// Cancels what still runs, after a moment and until the rollback has ended. It does so beside the rollback, because
+/// sqlx does not come back from a poll as long as there are rows to be read, and a fast server always has some.
+struct Watch {
+    /// Set by who comes first: the first cancel, or the end of the rollback, after which there is none.
+    taken: Arc<AtomicBool>,
+    /// Tells of the end by its drop.
+    end: Option<oneshot::Sender<()>>,
+    seen: JoinHandle<Seen>,
+}
+
+/// What has become of the cancels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// There was none.
+    Nothing,
+    /// Each was acknowledged.
+    Acknowledged,
+    /// One was not: it may still be on its way to the session, which must not be used again.
+    Unanswered,
+    /// The server waits for the client and the client for the server.
+    Stuck,
+}
+
+impl Watch {
+    fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe) -> Self {
+        let taken = Arc::new(AtomicBool::new(false));
+        let (end, ended) = oneshot::channel();
+        let beside = DB::beside().unwrap_or_else(Handle::current);
+        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&taken), ended));
+        Self { taken, end: Some(end), seen }
+    }
+
+    /// The rollback has ended. Does not wait where nothing was cancelled, as after most drops.
+    async fn end(&mut self) -> Seen {
+        drop(self.end.take());
+        match self.taken.swap(true, Ordering::AcqRel) {
+            false => Seen::Nothing,
+            true => (&mut self.seen).await.unwrap_or(Seen::Unanswered),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // Given up before its end: a cancel that has no answer would keep those of others waiting.
+        if self.end.is_some() && self.taken.swap(true, Ordering::AcqRel) {
+            self.seen.abort();
+        }
+    }
+}
+
+async fn watch_over<DB: Backend>(
+    shared: Weak<Shared<DB>>,
+    probe: DB::Probe,
+    taken: Arc<AtomicBool>,
+    mut ended: oneshot::Receiver<()>,
+) -> Seen {
+    sleep(DRAIN_GRACE).await;
+    let Some(shared) = shared.upgrade().filter(|_| !taken.swap(true, Ordering::AcqRel)) else { return Seen::Nothing };
+    shared.teller.tell(TxEvent::CancelSent);
+    let mut pause = FIRST_PAUSE;
+    let mut idle_since = None;
+    // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
+    // halfway while the session may be used again.
+    loop {
+        match DB::cancel(&shared.canceller, &shared.options, &probe).await {
+            Ok(Activity::Unseen) => idle_since = None,
+            Ok(Activity::Idle) => {
+                let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > IDLE_LIMIT {
+                    return Seen::Stuck;
+                }
+            }
+            Err(_) => return Seen::Unanswered,
+        }
+        if timeout(pause, &mut ended).await.is_ok() {
+            return Seen::Acknowledged;
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }
 
 /// Ends the session from outside. If this fails as well, the server finds out by itself that the client has closed.
