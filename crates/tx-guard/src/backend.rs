@@ -95,6 +95,16 @@ pub enum CommitFailure {
     Resolvable(sqlx::Error, Receipt),
 }
 
+/// What a rollback has found when it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Rollback {
+    /// The transaction, or what the database had left of it.
+    Done,
+    /// No transaction: it had been ended without the guard, and whether by a commit is not known here.
+    TooLate,
+}
+
 /// The sealed half of [`Backend`].
 #[expect(unnameable_types, reason = "this is what seals `Backend`")]
 pub trait Driver: Database {
@@ -152,6 +162,11 @@ pub trait Driver: Database {
     /// Whether the same transaction, run again, may well succeed.
     fn is_transient(error: &sqlx::Error) -> bool;
 
+    /// Whether a limit that a deadline has set on the server was over.
+    fn is_over_time(_: &sqlx::Error) -> bool {
+        false
+    }
+
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 
@@ -183,7 +198,7 @@ pub trait Driver: Database {
     fn rollback(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
     /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
     fn rest(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;

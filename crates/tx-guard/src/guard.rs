@@ -157,11 +157,14 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// [`TxError::Database`] if the connection failed. Nothing was committed then either: the server rolls back what
-    /// a closed connection leaves behind.
+    /// - [`TxError::Database`]: the connection failed. Nothing was committed then either: the server rolls back what a
+    ///   closed connection leaves behind.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and whether by a commit is not known. It
+    ///   is noticed on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a nested `begin` of sqlx that
+    ///   was cancelled.
     pub async fn rollback(mut self) -> Result<(), TxError> {
         let open = self.take();
-        Shield::new(open.runtime.clone(), reaper::settle(open)).await.map_err(TxError::Database)
+        Shield::new(open.runtime.clone(), reaper::settle(open)).await
     }
 
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.

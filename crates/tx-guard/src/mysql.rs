@@ -17,7 +17,9 @@ use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+};
 use crate::canceller::{self, Canceller};
 use crate::known::Known;
 
@@ -45,6 +47,8 @@ const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_on
 
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
+const MARIADB_STATEMENT_TIMEOUT: u16 = 1969;
+const MYSQL_QUERY_TIMEOUT: u16 = 3024;
 const NO_SUCH_DATABASE: u16 = 1049;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
@@ -195,6 +199,10 @@ impl Driver for MySql {
         matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
+    fn is_over_time(error: &sqlx::Error) -> bool {
+        matches!(number(error), Some(MARIADB_STATEMENT_TIMEOUT | MYSQL_QUERY_TIMEOUT))
+    }
+
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {
         depth::<Self>(conn) == 0
     }
@@ -240,7 +248,8 @@ impl Driver for MySql {
         None
     }
 
-    async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<Rollback, sqlx::Error> {
+        let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
         // A future that was dropped while its statement was being prepared leaves an answer of which sqlx does not know
         // the length. The answer to a ping cannot be mistaken for any part of it.
         if !thread.in_step.swap(false, Ordering::Relaxed) {
@@ -261,12 +270,13 @@ impl Driver for MySql {
                 _ => Manager::rollback(conn).await,
             };
             if is_done(rolled_back)? {
-                return match thread.settings_back() {
+                match thread.settings_back() {
                     Some(settings_back) if !thread.is_back.swap(false, Ordering::Relaxed) => {
-                        Self::run_sql(conn, settings_back).await
+                        Self::run_sql(conn, settings_back).await?;
                     }
-                    _ => Ok(()),
-                };
+                    _ => {}
+                }
+                return Ok(found);
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))

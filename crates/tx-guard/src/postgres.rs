@@ -10,7 +10,9 @@ use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+};
 use crate::canceller::{self, Canceller};
 use crate::known::Known;
 use crate::proof;
@@ -133,6 +135,11 @@ impl Driver for Postgres {
         matches!(code.as_deref(), Some("40001" | "40P01"))
     }
 
+    /// 57014 says that a statement was cancelled, by its time limit for one.
+    fn is_over_time(error: &sqlx::Error) -> bool {
+        code(error).as_deref() == Some("57014")
+    }
+
     fn is_lost(conn: &PgConnection, _: &BackendId) -> bool {
         depth::<Self>(conn) == 0
     }
@@ -184,10 +191,11 @@ impl Driver for Postgres {
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
     /// sqlx takes each answer for that to the message before.
-    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<Rollback, sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
+        let mut found = Rollback::Done;
         for _ in 0..ROLLBACK_ATTEMPTS {
             while depth::<Self>(conn) > 1 {
                 // A nested transaction that was forgotten.
@@ -197,11 +205,12 @@ impl Driver for Postgres {
             match answer.failure {
                 None if answer.row => {
                     proof::leave(conn);
-                    return Ok(());
+                    return Ok(found);
                 }
                 None => return Err(proof::out_of_step()),
                 // Its SQL has ended the transaction.
                 Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
+                    found = Rollback::TooLate;
                     Self::run_sql(conn, "BEGIN".to_owned()).await?;
                 }
                 // A statement that was left behind, or a cancel that hit the ROLLBACK itself.

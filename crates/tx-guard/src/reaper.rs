@@ -14,17 +14,21 @@ use futures_util::FutureExt;
 use futures_util::future::{BoxFuture, Either, poll_immediate, select};
 use sqlx::Connection;
 use tokio::runtime::{EnterGuard, Handle};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio::task::JoinHandle;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 
-use crate::backend::{Activity, Backend, CommitMode};
+use crate::TxError;
+use crate::backend::{Activity, Backend, CommitMode, Rollback};
 use crate::commit::{CommitOutcome, OutcomeCell};
 use crate::events::TxEvent;
 use crate::slot::{Shared, Slot};
 
 /// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
 const DRAIN_GRACE: Duration = Duration::from_millis(1);
+
+/// The same where the rollback keeps its thread too busy to look at the clock.
+const BESIDE_GRACE: Duration = Duration::from_millis(3);
 
 /// How long cancelling and rolling back may take before the session is terminated.
 pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
@@ -172,33 +176,46 @@ impl<DB: Backend> Open<DB> {
 ///
 /// # Errors
 ///
-/// The connection failed and was closed; the server rolls back what it had.
-pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::Error> {
+/// [`TxError::Database`]: the connection failed and was closed; the server rolls back what it had. [`TxError::Lost`]:
+/// there was nothing to be rolled back any more.
+pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxError> {
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
     if DB::may_have_committed(conn) {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
-        Ok(Ok(Rest::Clean)) => {
-            open.release().await;
-            Ok(())
+    let found = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+        Ok(Ok((found, rest))) => {
+            if found == Rollback::TooLate {
+                open.outcome.stands(CommitOutcome::Unknown);
+            }
+            match rest {
+                Rest::Clean => open.release().await,
+                // Rolled back, but not to be used again: the drop closes it.
+                Rest::Doubtful => drop(open),
+            }
+            found
         }
-        // Rolled back, but not to be used again: the drop closes it.
-        Ok(Ok(Rest::Doubtful)) => Ok(()),
         // A connection that was lost has ended its session, or will as soon as the server knows.
-        Ok(Err(error @ sqlx::Error::Io(_))) => Err(error),
-        Ok(Err(error)) => {
+        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => return Err(TxError::Database(error)),
+        Ok(Err(Unrest::Failed(error))) => {
             terminate(&mut open).await;
-            Err(error)
+            return Err(TxError::Database(error));
         }
-        Ok(Ok(Rest::Stuck)) | Err(_) => {
+        Ok(Err(Unrest::Stuck)) | Err(_) => {
             terminate(&mut open).await;
-            Ok(())
+            Rollback::Done
         }
+    };
+    match found {
+        Rollback::Done => Ok(()),
+        Rollback::TooLate => Err(TxError::Lost { reason: ENDED_BEFORE }),
     }
 }
+
+/// Who has found no transaction any more says so.
+pub(crate) const ENDED_BEFORE: &str = "its SQL, or the database itself, had ended the transaction already";
 
 /// How a session has come to rest.
 enum Rest {
@@ -206,48 +223,71 @@ enum Rest {
     Clean,
     /// Rolled back, but a cancel may still be on its way to it.
     Doubtful,
+}
+
+/// Why a session has not come to rest.
+enum Unrest {
+    Failed(sqlx::Error),
     /// The server waits for the client and the client for the server.
     Stuck,
+}
+
+impl From<sqlx::Error> for Unrest {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Failed(error)
+    }
 }
 
 async fn come_to_rest<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
-) -> Result<Rest, sqlx::Error> {
+) -> Result<(Rollback, Rest), Unrest> {
     // First, because the rollback may not come back from its first poll before the last row was read.
     let mut watch = Watch::over(shared, probe);
-    let seen = {
-        let rollback = pin!(DB::rollback(conn, probe));
-        match select(rollback, &mut watch.seen).await {
-            Either::Left((ended, _)) => {
-                // Of an acknowledged cancel nothing is left behind the round trip below, however the rollback has ended.
-                let seen = watch.end().await;
-                ended?;
-                seen
+    let ended = {
+        let mut rollback = pin!(DB::rollback(conn, probe));
+        match timeout(DRAIN_GRACE, rollback.as_mut()).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                watch.signals.overdue.notify_one();
+                match select(rollback, &mut watch.seen).await {
+                    Either::Left((ended, _)) => ended,
+                    Either::Right((Ok(Seen::Stuck), _)) => return Err(Unrest::Stuck),
+                    // Another cancel could only add to the doubt.
+                    Either::Right((_, rollback)) => return Ok((rollback.await?, Rest::Doubtful)),
+                }
             }
-            Either::Right((Ok(Seen::Stuck), _)) => return Ok(Rest::Stuck),
-            // Another cancel could only add to the doubt.
-            Either::Right((_, rollback)) => return rollback.await.map(|()| Rest::Doubtful),
         }
     };
+    let seen = watch.end().await;
+    let found = ended?;
     match seen {
-        Seen::Nothing => return Ok(Rest::Clean),
-        Seen::Unanswered => return Ok(Rest::Doubtful),
+        Seen::Nothing => return Ok((found, Rest::Clean)),
+        Seen::Unanswered => return Ok((found, Rest::Doubtful)),
         Seen::Acknowledged | Seen::Stuck => {}
     }
     // The acknowledged cancels are behind this round trip.
-    rest::<DB>(conn).await.map(|()| Rest::Clean)
+    rest::<DB>(conn).await?;
+    Ok((found, Rest::Clean))
 }
 
-/// Cancels what still runs, after a moment and until the rollback has ended. It does so beside the rollback, because
-/// sqlx does not come back from a poll as long as there are rows to be read, and a fast server always has some.
+/// Cancels what still runs, when it is told to or after [`BESIDE_GRACE`], until the rollback has ended. It does so beside
+/// the rollback, because sqlx does not come back from a poll as long as there are rows to be read, and a fast server
+/// always has some.
 struct Watch {
-    /// Set by who comes first: the first cancel, or the end of the rollback, after which there is none.
-    taken: Arc<AtomicBool>,
+    signals: Arc<Signals>,
     /// Tells of the end by its drop.
     end: Option<oneshot::Sender<()>>,
     seen: JoinHandle<Seen>,
+}
+
+#[derive(Default)]
+struct Signals {
+    /// Set by who comes first: the first cancel, or the end of the rollback, after which there is none.
+    taken: AtomicBool,
+    /// The rollback has been waited for long enough.
+    overdue: Notify,
 }
 
 /// What has become of the cancels.
@@ -265,17 +305,17 @@ enum Seen {
 
 impl Watch {
     fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe) -> Self {
-        let taken = Arc::new(AtomicBool::new(false));
+        let signals = Arc::<Signals>::default();
         let (end, ended) = oneshot::channel();
         let beside = DB::beside().unwrap_or_else(Handle::current);
-        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&taken), ended));
-        Self { taken, end: Some(end), seen }
+        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&signals), ended));
+        Self { signals, end: Some(end), seen }
     }
 
     /// The rollback has ended. Does not wait where nothing was cancelled, as after most drops.
     async fn end(&mut self) -> Seen {
         drop(self.end.take());
-        match self.taken.swap(true, Ordering::AcqRel) {
+        match self.signals.taken.swap(true, Ordering::AcqRel) {
             false => Seen::Nothing,
             true => (&mut self.seen).await.unwrap_or(Seen::Unanswered),
         }
@@ -285,7 +325,7 @@ impl Watch {
 impl Drop for Watch {
     fn drop(&mut self) {
         // Given up before its end: a cancel that has no answer would keep those of others waiting.
-        if self.end.is_some() && self.taken.swap(true, Ordering::AcqRel) {
+        if self.end.is_some() && self.signals.taken.swap(true, Ordering::AcqRel) {
             self.seen.abort();
         }
     }
@@ -294,11 +334,12 @@ impl Drop for Watch {
 async fn watch_over<DB: Backend>(
     shared: Weak<Shared<DB>>,
     probe: DB::Probe,
-    taken: Arc<AtomicBool>,
+    signals: Arc<Signals>,
     mut ended: oneshot::Receiver<()>,
 ) -> Seen {
-    sleep(DRAIN_GRACE).await;
-    let Some(shared) = shared.upgrade().filter(|_| !taken.swap(true, Ordering::AcqRel)) else { return Seen::Nothing };
+    drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
+    let first = !signals.taken.swap(true, Ordering::AcqRel);
+    let Some(shared) = shared.upgrade().filter(|_| first) else { return Seen::Nothing };
     shared.teller.tell(TxEvent::CancelSent);
     let mut pause = FIRST_PAUSE;
     let mut idle_since = None;
@@ -334,7 +375,7 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) {
 pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     open.ticket.settling();
     let (conn, probe) = open.slot.parts();
-    if let Ok(Ok(())) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
+    if let Ok(Ok(_)) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
         open.release().await;
     }
 }

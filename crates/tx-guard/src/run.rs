@@ -205,13 +205,19 @@ impl<DB: Backend> Tx<DB> {
                 }
             }
         });
-        let (tx, value) = worked.await??;
-        // Nobody could look at the clock while the work kept its thread busy.
+        let worked = worked.await?;
         if let (Some(deadline), Some(timeout)) = (deadline, self.timeout)
             && Instant::now() >= deadline
         {
-            return Err(TxError::Timeout { timeout });
+            match worked {
+                // Nobody could look at the clock while the work kept its thread busy.
+                Ok(_) => return Err(TxError::Timeout { timeout }),
+                // The server has looked at its own first.
+                Err(TxError::Database(error)) if DB::is_over_time(&error) => return Err(TxError::Timeout { timeout }),
+                Err(_) => {}
+            }
         }
+        let (tx, value) = worked?;
         match deadline {
             None => tx.commit().await?,
             Some(deadline) => match tx.commit_within(deadline.saturating_duration_since(Instant::now())).await {
