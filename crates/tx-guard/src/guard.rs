@@ -41,7 +41,7 @@ const HELD: &str = "the transaction is taken only by methods that consume the gu
 /// How long a commit may go on after its caller has gone. Long, because closing its connection leaves it in doubt.
 const COMMIT_LIMIT: Duration = Duration::from_secs(600);
 
-const SAVEPOINT_DROPPED: &str = "a savepoint was dropped halfway";
+const SAVEPOINT_DROPPED: &str = "a savepoint was dropped, or failed, halfway";
 
 impl<DB: Backend> TransactionGuard<DB> {
     pub(crate) fn hold(open: Open<DB>) -> Self {
@@ -213,7 +213,12 @@ impl<DB: Backend> TransactionGuard<DB> {
         let hooks = self.held().hooks.len();
         self.savepoints += 1;
         let level = self.savepoints;
-        DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await.inspect_err(|_| self.savepoints = level - 1)?;
+        let set = DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await;
+        if matches!(set, Err(sqlx::Error::Database(_))) {
+            // Refused, so there is none to be ended. After another error nobody knows what there is.
+            self.savepoints = level - 1;
+        }
+        set?;
         let mut result = work(self).await;
         if self.savepoints != level {
             return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });

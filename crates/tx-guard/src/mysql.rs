@@ -192,6 +192,8 @@ impl Driver for MySql {
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
+        // Or what a dropped future has left would be taken for the answer to this.
+        read_what_is_left(conn).await?;
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
