@@ -81,6 +81,9 @@
 //! used again. One that comes before its statement is no cancel, so it is repeated, after 2 ms at first and each time
 //! twice as long up to 100 ms. A connection that does not come to rest within two seconds is terminated and closed.
 //!
+//! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
+//! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
+//!
 //! # Limitations
 //!
 //! - The guard hands out the connection itself. Who swaps it for another, by `mem::swap` say, has the wrong one cancelled.

@@ -338,8 +338,10 @@ async fn watch_over<DB: Backend>(
     mut ended: oneshot::Receiver<()>,
 ) -> Seen {
     drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
-    let first = !signals.taken.swap(true, Ordering::AcqRel);
-    let Some(shared) = shared.upgrade().filter(|_| first) else { return Seen::Nothing };
+    if signals.taken.swap(true, Ordering::AcqRel) {
+        return Seen::Nothing;
+    }
+    let Some(shared) = shared.upgrade() else { return Seen::Nothing };
     shared.teller.tell(TxEvent::CancelSent);
     let mut pause = FIRST_PAUSE;
     let mut idle_since = None;
