@@ -162,11 +162,6 @@ pub trait Driver: Database {
     /// Whether the same transaction, run again, may well succeed.
     fn is_transient(error: &sqlx::Error) -> bool;
 
-    /// Whether a limit that a deadline has set on the server was over.
-    fn is_over_time(_: &sqlx::Error) -> bool {
-        false
-    }
-
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 

@@ -47,8 +47,6 @@ const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_on
 
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
-const MARIADB_STATEMENT_TIMEOUT: u16 = 1969;
-const MYSQL_QUERY_TIMEOUT: u16 = 3024;
 const NO_SUCH_DATABASE: u16 = 1049;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
@@ -199,10 +197,6 @@ impl Driver for MySql {
 
     fn is_transient(error: &sqlx::Error) -> bool {
         matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
-    }
-
-    fn is_over_time(error: &sqlx::Error) -> bool {
-        matches!(number(error), Some(MARIADB_STATEMENT_TIMEOUT | MYSQL_QUERY_TIMEOUT))
     }
 
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {

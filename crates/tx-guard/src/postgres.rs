@@ -135,11 +135,6 @@ impl Driver for Postgres {
         matches!(code.as_deref(), Some("40001" | "40P01"))
     }
 
-    /// 57014 says that a statement was cancelled, by its time limit for one.
-    fn is_over_time(error: &sqlx::Error) -> bool {
-        code(error).as_deref() == Some("57014")
-    }
-
     fn is_lost(conn: &PgConnection, _: &BackendId) -> bool {
         depth::<Self>(conn) == 0
     }

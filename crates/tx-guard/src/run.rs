@@ -205,19 +205,13 @@ impl<DB: Backend> Tx<DB> {
                 }
             }
         });
-        let worked = worked.await?;
+        let (tx, value) = worked.await??;
+        // Nobody could look at the clock while the work kept its thread busy.
         if let (Some(deadline), Some(timeout)) = (deadline, self.timeout)
             && Instant::now() >= deadline
         {
-            match worked {
-                // Nobody could look at the clock while the work kept its thread busy.
-                Ok(_) => return Err(TxError::Timeout { timeout }),
-                // The server has looked at its own first.
-                Err(TxError::Database(error)) if DB::is_over_time(&error) => return Err(TxError::Timeout { timeout }),
-                Err(_) => {}
-            }
+            return Err(TxError::Timeout { timeout });
         }
-        let (tx, value) = worked?;
         match deadline {
             None => tx.commit().await?,
             Some(deadline) => match tx.commit_within(deadline.saturating_duration_since(Instant::now())).await {

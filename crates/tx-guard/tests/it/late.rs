@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use cancel_safe_tx_guard::{CommitOutcome, Options, TxError, TxEvent, TxPool};
 use futures_util::FutureExt;
 use futures_util::future::poll_immediate;
-use sqlx::{MySql, Postgres};
+use sqlx::{AssertSqlSafe, MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
@@ -115,7 +115,8 @@ async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is
     let handle = tx.outcome_handle();
     world.insert(&mut tx, 1).await.unwrap();
     door.held.send_replace(true);
-    let prepared = sqlx::query("SELECT ? + ?").bind(1).bind(2).fetch_all(&mut *tx);
+    let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
+    let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut *tx);
     assert!(prepared.now_or_never().is_none());
     {
         let mut savepoint = pin!(tx.savepoint(async |sp| world.insert(sp, 2).await.map_err(TxError::from)));

@@ -1,14 +1,12 @@
 //! Savepoints, and closures that are run as transactions: retry, timeout, hooks.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, Isolation, Retry, TransactionGuard, TxError};
 use futures_util::FutureExt;
-use futures_util::future::poll_immediate;
-use sqlx::{MySql, Postgres, Sqlite};
+use sqlx::{Postgres, Sqlite};
 use tokio::sync::Barrier;
 
 use crate::commit::works_as_before;
@@ -345,34 +343,6 @@ async fn the_server_ends_a_statement_at_the_deadline_even_if_nobody_asks() {
     assert!(limits.iter().all(|limit| (1..=8_000).contains(limit)), "{limits:?}");
     assert!(limits[0] <= 7_000, "{limits:?}");
     world.end(db).await;
-}
-
-/// The thread is busy at the deadline, so the server's own limit is heard of first.
-#[expect(clippy::disallowed_methods, reason = "a thread that is kept busy is what this is about")]
-async fn a_limit_of_the_server_is_the_timeout<D: TestDb>() {
-    let world = World::<D>::new().await;
-    let db = world.pool(1).await;
-    let limit = Duration::from_secs(1);
-    let late = db.tx().timeout(limit).run(async |tx| {
-        let mut slow = pin!(D::execute(tx, D::SLOW.to_owned()));
-        assert!(poll_immediate(slow.as_mut()).await.is_none(), "it was not slow");
-        std::thread::sleep(2 * limit);
-        Ok(slow.await?)
-    });
-    let error = late.await.unwrap_err();
-    assert!(matches!(error, TxError::Timeout { timeout } if timeout == limit), "{error:?}");
-    works_as_before(&world, &db).await;
-    world.end(db).await;
-}
-
-#[tokio::test]
-async fn a_limit_of_the_server_is_the_timeout_on_postgres() {
-    a_limit_of_the_server_is_the_timeout::<Postgres>().await;
-}
-
-#[tokio::test]
-async fn a_limit_of_the_server_is_the_timeout_on_mysql() {
-    a_limit_of_the_server_is_the_timeout::<MySql>().await;
 }
 
 /// SQLite says so only when it comes to the commit.
