@@ -15,7 +15,7 @@ use sqlx::{
 use tempfile::TempDir;
 
 /// Longer than anything here takes on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
 
