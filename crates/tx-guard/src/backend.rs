@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
+use tokio::runtime::Handle;
 
 use crate::TxError;
 
@@ -94,6 +95,16 @@ pub enum CommitFailure {
     Resolvable(sqlx::Error, Receipt),
 }
 
+/// What a rollback has found when it came.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Rollback {
+    /// The transaction, or what the database had left of it.
+    Done,
+    /// No transaction: it had been ended without the guard, and whether by a commit is not known here.
+    TooLate,
+}
+
 /// The sealed half of [`Backend`].
 #[expect(unnameable_types, reason = "this is what seals `Backend`")]
 pub trait Driver: Database {
@@ -104,7 +115,7 @@ pub trait Driver: Database {
     const TAKES_FILES: bool = false;
 
     /// What a session learns about its connection once, to be able to cancel what runs on it.
-    type Probe: Send + Sync + 'static;
+    type Probe: Clone + Send + Sync + 'static;
 
     /// What was learnt of the connections of a wrapped pool.
     type Known: Default + Send + Sync + 'static;
@@ -126,6 +137,11 @@ pub trait Driver: Database {
         conn: &mut Self::Connection,
         known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+
+    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
+    fn beside() -> Option<Handle> {
+        None
+    }
 
     /// Opens what `cancel` needs ahead of its first use.
     fn warm(
@@ -177,7 +193,7 @@ pub trait Driver: Database {
     fn rollback(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
     /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
     fn rest(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;

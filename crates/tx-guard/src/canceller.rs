@@ -5,11 +5,16 @@
 //! acknowledged.
 
 use std::fmt;
+use std::future::pending;
+use std::sync::OnceLock;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use sqlx::{ConnectOptions, Connection};
+use tokio::runtime::{Builder, Handle};
 use tokio::sync::Mutex;
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 /// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
@@ -25,15 +30,37 @@ struct Warm<C> {
     since: Instant,
 }
 
-impl<C: Connection> Warm<C> {
+impl<C: Connection + 'static> Warm<C> {
     async fn open(options: &C::Options) -> Result<Self, sqlx::Error> {
         // Before it is opened: what is older than this is older than the connection.
         let since = Instant::now();
-        Ok(Self { conn: options.connect().await?, since })
+        let Some(beside) = beside() else { return Ok(Self { conn: options.connect().await?, since }) };
+        // A set, because its drop takes what was begun with it.
+        let mut opening = JoinSet::new();
+        let options = options.clone();
+        opening.spawn_on(async move { options.connect().await }, &beside);
+        match opening.join_next().await {
+            Some(Ok(opened)) => Ok(Self { conn: opened?, since }),
+            Some(Err(_)) | None => Err(sqlx::Error::WorkerCrashed),
+        }
     }
 }
 
-impl<C: Connection> Canceller<C> {
+/// A thread for all cancels of the process, on which nothing else runs: the runtime of a transaction may be busy reading
+/// what is to be cancelled, and answers to cancels would wait for that. `None` where there is no thread to be had.
+pub(crate) fn beside() -> Option<Handle> {
+    static BESIDE: OnceLock<Option<Handle>> = OnceLock::new();
+    let start = || {
+        let runtime = Builder::new_current_thread().enable_all().build().ok()?;
+        let handle = runtime.handle().clone();
+        let run = move || runtime.block_on(pending::<()>());
+        thread::Builder::new().name("tx-guard-cancel".to_owned()).spawn(run).ok()?;
+        Some(handle)
+    };
+    BESIDE.get_or_init(start).clone()
+}
+
+impl<C: Connection + 'static> Canceller<C> {
     /// Opens the connection ahead of its first use.
     pub(crate) async fn warm(&self, options: &C::Options) -> Result<(), sqlx::Error> {
         let mut warm = self.0.lock().await;

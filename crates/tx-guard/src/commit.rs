@@ -130,7 +130,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         CommitFailure::Resolvable(source, receipt) => return resolve(open, source, &receipt).await,
         CommitFailure::Ended => {
             drop(reaper::settle(open).await);
-            return Err(TxError::Lost { reason: "its SQL, or the database itself, had ended the transaction already" });
+            return Err(TxError::Lost { reason: reaper::ENDED_BEFORE });
         }
         CommitFailure::Aborted(source) => TxError::Aborted { source },
         CommitFailure::Lost(reason) => TxError::Lost { reason },

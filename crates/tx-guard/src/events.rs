@@ -16,7 +16,7 @@ const BACKLOG: usize = 256;
 pub enum TxEvent {
     /// A guard was dropped without a commit or a rollback; its transaction is being rolled back.
     ImplicitRollback,
-    /// A statement still ran in a transaction that was dropped or rolled back, and was cancelled.
+    /// A transaction that was dropped or rolled back did not end at once, so what still ran in it was cancelled.
     CancelSent,
     /// A session did not come to rest, or not in time, and was ended.
     SessionTerminated,

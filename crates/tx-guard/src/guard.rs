@@ -41,7 +41,7 @@ const HELD: &str = "the transaction is taken only by methods that consume the gu
 /// How long a commit may go on after its caller has gone. Long, because closing its connection leaves it in doubt.
 const COMMIT_LIMIT: Duration = Duration::from_secs(600);
 
-const SAVEPOINT_DROPPED: &str = "a savepoint was dropped halfway";
+const SAVEPOINT_DROPPED: &str = "a savepoint was dropped, or failed, halfway";
 
 impl<DB: Backend> TransactionGuard<DB> {
     pub(crate) fn hold(open: Open<DB>) -> Self {
@@ -157,11 +157,14 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// [`TxError::Database`] if the connection failed. Nothing was committed then either: the server rolls back what
-    /// a closed connection leaves behind.
+    /// - [`TxError::Database`]: the connection failed. Nothing was committed then either: the server rolls back what a
+    ///   closed connection leaves behind.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and whether by a commit is not known. It
+    ///   is noticed on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a nested `begin` of sqlx that
+    ///   was cancelled.
     pub async fn rollback(mut self) -> Result<(), TxError> {
         let open = self.take();
-        Shield::new(open.runtime.clone(), reaper::settle(open)).await.map_err(TxError::Database)
+        Shield::new(open.runtime.clone(), reaper::settle(open)).await
     }
 
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
@@ -210,7 +213,12 @@ impl<DB: Backend> TransactionGuard<DB> {
         let hooks = self.held().hooks.len();
         self.savepoints += 1;
         let level = self.savepoints;
-        DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await.inspect_err(|_| self.savepoints = level - 1)?;
+        let set = DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await;
+        if matches!(set, Err(sqlx::Error::Database(_))) {
+            // Refused, so there is none to be ended. After another error nobody knows what there is.
+            self.savepoints = level - 1;
+        }
+        set?;
         let mut result = work(self).await;
         if self.savepoints != level {
             return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });

@@ -81,6 +81,9 @@
 //! used again. One that comes before its statement is no cancel, so it is repeated, after 2 ms at first and each time
 //! twice as long up to 100 ms. A connection that does not come to rest within two seconds is terminated and closed.
 //!
+//! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
+//! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
+//!
 //! # Limitations
 //!
 //! - The guard hands out the connection itself. Who swaps it for another, by `mem::swap` say, has the wrong one cancelled.
@@ -99,13 +102,16 @@
 //!   deadlock, `commit` is [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two look
 //!   the same.
 //! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
-//!   guard's own `commit`; SQLite refuses one that has written. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
+//!   guard's own `commit` and `rollback`, and the outcome is [`CommitOutcome::Unknown`]; SQLite refuses one that has
+//!   written; on MySQL only `commit` notices it. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
 //!   each further write on a pool of the crate's own, and commits it by itself on a wrapped one.
 //! - A `begin` that is cancelled inside a *nested* sqlx transaction takes more than that with it. On a wrapped PostgreSQL
 //!   pool, what then still runs on the nested transaction is committed by itself; on MySQL, its `commit` commits what is
 //!   left of the whole. The guard's `commit` is [`TxError::Lost`] in both cases.
-//! - On MySQL, sqlx loses its place in the answers when a prepared statement is dropped halfway. Rolling back gets over
-//!   it; running further statements on that guard does not.
+//! - On MySQL, sqlx loses its place in the answers when a statement is dropped while it is prepared, which is when its
+//!   text is new to the connection, or in the middle of a packet. A drop and a rollback get over it, and `commit` tells
+//!   the truth or that it is unknown. A further statement of the caller's on that guard may panic inside sqlx, fail, or
+//!   wait for ever, which the guard cannot see coming: give it up with the future of such a statement.
 //! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
 //!   gives its savepoints the same name again, and then rolls back to an older one. Those of
 //!   [`savepoint`](TransactionGuard::savepoint) are told apart.

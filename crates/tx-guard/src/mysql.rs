@@ -5,6 +5,7 @@
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,10 +14,13 @@ use futures_util::future::{FutureExt, poll_immediate};
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
+use tokio::runtime::Handle;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
-use crate::canceller::Canceller;
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+};
+use crate::canceller::{self, Canceller};
 use crate::known::Known;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -124,7 +128,7 @@ impl Backend for MySql {}
 
 impl Driver for MySql {
     const TITLE: &'static str = "MySQL";
-    type Probe = Thread;
+    type Probe = Arc<Thread>;
     type Known = Known<Self, Identity>;
     type Canceller = Canceller<MySqlConnection>;
 
@@ -149,15 +153,15 @@ impl Driver for MySql {
         }
     }
 
-    async fn probe(conn: &mut MySqlConnection) -> Result<Thread, sqlx::Error> {
+    async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = identify(conn, false).await?;
         if !identity.read_only {
             Self::run_sql(conn, HOLD.to_owned()).await?;
         }
-        Ok(Thread::new(identity, Ownership::Owned))
+        Ok(Arc::new(Thread::new(identity, Ownership::Owned)))
     }
 
-    async fn recognise(conn: &mut MySqlConnection, known: &Self::Known) -> Result<Thread, sqlx::Error> {
+    async fn recognise(conn: &mut MySqlConnection, known: &Self::Known) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = match known.statement(conn, IDENTIFY).await? {
             None => identify(conn, false).await?,
             Some(statement) => match known.find(&statement) {
@@ -169,19 +173,25 @@ impl Driver for MySql {
                 }
             },
         };
-        Ok(Thread::new(identity, Ownership::Wrapped))
+        Ok(Arc::new(Thread::new(identity, Ownership::Wrapped)))
+    }
+
+    fn beside() -> Option<Handle> {
+        canceller::beside()
     }
 
     async fn warm(canceller: &Self::Canceller, options: &MySqlConnectOptions) -> Result<(), sqlx::Error> {
         canceller.warm(options).await
     }
 
-    async fn begin(conn: &mut MySqlConnection, thread: &Thread, mode: &Mode) -> Result<(), sqlx::Error> {
+    async fn begin(conn: &mut MySqlConnection, thread: &Arc<Thread>, mode: &Mode) -> Result<(), sqlx::Error> {
         let sql = begin_sql(thread, mode);
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
+        // Or what a dropped future has left would be taken for the answer to this.
+        read_what_is_left(conn).await?;
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
@@ -189,7 +199,7 @@ impl Driver for MySql {
         matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
-    fn is_lost(conn: &MySqlConnection, _: &Thread) -> bool {
+    fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {
         depth::<Self>(conn) == 0
     }
 
@@ -202,7 +212,7 @@ impl Driver for MySql {
     /// That the session may only read is fence enough.
     fn fence(_: &mut MySqlConnection) {}
 
-    async fn commit(conn: &mut MySqlConnection, thread: &Thread, _: CommitMode) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut MySqlConnection, thread: &Arc<Thread>, _: CommitMode) -> Result<(), CommitFailure> {
         // What a dropped future has left to be read. COMMIT has not been sent, so an error here is a rollback.
         read_what_is_left(conn).await.map_err(CommitFailure::Refused)?;
         // In the same message, so that it costs no round trip of its own.
@@ -230,11 +240,12 @@ impl Driver for MySql {
     }
 
     /// MySQL does not remember how a transaction ended.
-    async fn resolve(_: &Self::Canceller, _: &MySqlConnectOptions, _: &Thread, _: &Receipt) -> Option<bool> {
+    async fn resolve(_: &Self::Canceller, _: &MySqlConnectOptions, _: &Arc<Thread>, _: &Receipt) -> Option<bool> {
         None
     }
 
-    async fn rollback(conn: &mut MySqlConnection, thread: &Thread) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<Rollback, sqlx::Error> {
+        let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
         // A future that was dropped while its statement was being prepared leaves an answer of which sqlx does not know
         // the length. The answer to a ping cannot be mistaken for any part of it.
         if !thread.in_step.swap(false, Ordering::Relaxed) {
@@ -255,12 +266,13 @@ impl Driver for MySql {
                 _ => Manager::rollback(conn).await,
             };
             if is_done(rolled_back)? {
-                return match thread.settings_back() {
+                match thread.settings_back() {
                     Some(settings_back) if !thread.is_back.swap(false, Ordering::Relaxed) => {
-                        Self::run_sql(conn, settings_back).await
+                        Self::run_sql(conn, settings_back).await?;
                     }
-                    _ => Ok(()),
-                };
+                    _ => {}
+                }
+                return Ok(found);
             }
         }
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
@@ -274,7 +286,7 @@ impl Driver for MySql {
     async fn cancel(
         canceller: &Self::Canceller,
         options: &MySqlConnectOptions,
-        to: &Thread,
+        to: &Arc<Thread>,
     ) -> Result<Activity, sqlx::Error> {
         let Identity { id, learnt, .. } = to.identity;
         canceller.ask(options, |conn, since| Box::pin(kill_query(conn, since, id, learnt))).await
@@ -283,14 +295,14 @@ impl Driver for MySql {
     async fn terminate(
         canceller: &Self::Canceller,
         options: &MySqlConnectOptions,
-        to: &Thread,
+        to: &Arc<Thread>,
     ) -> Result<(), sqlx::Error> {
         let Identity { id, learnt, .. } = to.identity;
         canceller.ask(options, |conn, since| Box::pin(kill_connection(conn, since, id, learnt))).await
     }
 
     /// Only a round trip can do it.
-    fn interrupt(_: &Thread) {}
+    fn interrupt(_: &Arc<Thread>) {}
 
     async fn cool(canceller: &Self::Canceller) {
         canceller.close().await;

@@ -7,10 +7,13 @@ use futures_util::{FutureExt, TryFutureExt};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
+use tokio::runtime::Handle;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
-use crate::canceller::Canceller;
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+};
+use crate::canceller::{self, Canceller};
 use crate::known::Known;
 use crate::proof;
 
@@ -109,6 +112,10 @@ impl Driver for Postgres {
         Ok(backend)
     }
 
+    fn beside() -> Option<Handle> {
+        canceller::beside()
+    }
+
     async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
         canceller.warm(options).await
     }
@@ -179,10 +186,11 @@ impl Driver for Postgres {
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
     /// sqlx takes each answer for that to the message before.
-    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<Rollback, sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
+        let mut found = Rollback::Done;
         for _ in 0..ROLLBACK_ATTEMPTS {
             while depth::<Self>(conn) > 1 {
                 // A nested transaction that was forgotten.
@@ -192,11 +200,12 @@ impl Driver for Postgres {
             match answer.failure {
                 None if answer.row => {
                     proof::leave(conn);
-                    return Ok(());
+                    return Ok(found);
                 }
                 None => return Err(proof::out_of_step()),
                 // Its SQL has ended the transaction.
                 Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
+                    found = Rollback::TooLate;
                     Self::run_sql(conn, "BEGIN".to_owned()).await?;
                 }
                 // A statement that was left behind, or a cancel that hit the ROLLBACK itself.

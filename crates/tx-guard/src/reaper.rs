@@ -5,25 +5,30 @@
 
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::{Pin, pin};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, join, poll_immediate};
+use futures_util::future::{BoxFuture, Either, poll_immediate, select};
 use sqlx::Connection;
 use tokio::runtime::{EnterGuard, Handle};
-use tokio::sync::watch;
+use tokio::sync::{Notify, oneshot, watch};
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::backend::{Activity, Backend, CommitMode};
+use crate::TxError;
+use crate::backend::{Activity, Backend, CommitMode, Rollback};
 use crate::commit::{CommitOutcome, OutcomeCell};
 use crate::events::TxEvent;
 use crate::slot::{Shared, Slot};
 
 /// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
 const DRAIN_GRACE: Duration = Duration::from_millis(1);
+
+/// The same where the rollback keeps its thread too busy to look at the clock.
+const BESIDE_GRACE: Duration = Duration::from_millis(3);
 
 /// How long cancelling and rolling back may take before the session is terminated.
 pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
@@ -171,33 +176,46 @@ impl<DB: Backend> Open<DB> {
 ///
 /// # Errors
 ///
-/// The connection failed and was closed; the server rolls back what it had.
-pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), sqlx::Error> {
+/// [`TxError::Database`]: the connection failed and was closed; the server rolls back what it had. [`TxError::Lost`]:
+/// there was nothing to be rolled back any more.
+pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxError> {
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
     if DB::may_have_committed(conn) {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
-        Ok(Ok(Rest::Clean)) => {
-            open.release().await;
-            Ok(())
+    let found = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+        Ok(Ok((found, rest))) => {
+            if found == Rollback::TooLate {
+                open.outcome.stands(CommitOutcome::Unknown);
+            }
+            match rest {
+                Rest::Clean => open.release().await,
+                // Rolled back, but not to be used again: the drop closes it.
+                Rest::Doubtful => drop(open),
+            }
+            found
         }
-        // Rolled back, but not to be used again: the drop closes it.
-        Ok(Ok(Rest::Doubtful)) => Ok(()),
         // A connection that was lost has ended its session, or will as soon as the server knows.
-        Ok(Err(error @ sqlx::Error::Io(_))) => Err(error),
-        Ok(Err(error)) => {
+        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => return Err(TxError::Database(error)),
+        Ok(Err(Unrest::Failed(error))) => {
             terminate(&mut open).await;
-            Err(error)
+            return Err(TxError::Database(error));
         }
-        Ok(Ok(Rest::Stuck)) | Err(_) => {
+        Ok(Err(Unrest::Stuck)) | Err(_) => {
             terminate(&mut open).await;
-            Ok(())
+            Rollback::Done
         }
+    };
+    match found {
+        Rollback::Done => Ok(()),
+        Rollback::TooLate => Err(TxError::Lost { reason: ENDED_BEFORE }),
     }
 }
+
+/// Who has found no transaction any more says so.
+pub(crate) const ENDED_BEFORE: &str = "its SQL, or the database itself, had ended the transaction already";
 
 /// How a session has come to rest.
 enum Rest {
@@ -205,50 +223,146 @@ enum Rest {
     Clean,
     /// Rolled back, but a cancel may still be on its way to it.
     Doubtful,
+}
+
+/// Why a session has not come to rest.
+enum Unrest {
+    Failed(sqlx::Error),
     /// The server waits for the client and the client for the server.
     Stuck,
 }
 
+impl From<sqlx::Error> for Unrest {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
 async fn come_to_rest<DB: Backend>(
-    shared: &Shared<DB>,
+    shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
-) -> Result<Rest, sqlx::Error> {
-    {
+) -> Result<(Rollback, Rest), Unrest> {
+    // First, because the rollback may not come back from its first poll before the last row was read.
+    let mut watch = Watch::over(shared, probe);
+    let ended = {
         let mut rollback = pin!(DB::rollback(conn, probe));
-        if let Ok(ended) = timeout(DRAIN_GRACE, rollback.as_mut()).await {
-            return ended.map(|()| Rest::Clean);
-        }
-        shared.teller.tell(TxEvent::CancelSent);
-        let mut pause = FIRST_PAUSE;
-        let mut idle_since = None;
-        loop {
-            // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is polled
-            // first: a rollback that ends in the same moment must find it sent. And it is never dropped halfway.
-            let cancel = DB::cancel(&shared.canceller, &shared.options, probe);
-            let (cancelled, ended) = join(cancel, timeout(pause, rollback.as_mut())).await;
-            match (cancelled, ended) {
-                (Ok(_), Ok(ended)) => {
-                    ended?;
-                    break;
+        match timeout(DRAIN_GRACE, rollback.as_mut()).await {
+            Ok(ended) => ended,
+            Err(_) => {
+                watch.signals.overdue.notify_one();
+                match select(rollback, &mut watch.seen).await {
+                    Either::Left((ended, _)) => ended,
+                    Either::Right((Ok(Seen::Stuck), _)) => return Err(Unrest::Stuck),
+                    // Another cancel could only add to the doubt.
+                    Either::Right((_, rollback)) => return Ok((rollback.await?, Rest::Doubtful)),
                 }
-                (Ok(Activity::Unseen), Err(_)) => idle_since = None,
-                (Ok(Activity::Idle), Err(_)) => {
-                    let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() > IDLE_LIMIT {
-                        return Ok(Rest::Stuck);
-                    }
-                }
-                // Without an acknowledgement the cancel may still be on its way to this session, which must not be
-                // used again. Another one could only add to the doubt.
-                (Err(_), Ok(ended)) => return ended.map(|()| Rest::Doubtful),
-                (Err(_), Err(_)) => return rollback.await.map(|()| Rest::Doubtful),
             }
-            pause = (pause * 2).min(LONGEST_PAUSE);
         }
+    };
+    let seen = watch.end().await;
+    let found = ended?;
+    match seen {
+        Seen::Nothing => return Ok((found, Rest::Clean)),
+        Seen::Unanswered => return Ok((found, Rest::Doubtful)),
+        Seen::Acknowledged | Seen::Stuck => {}
     }
     // The acknowledged cancels are behind this round trip.
-    rest::<DB>(conn).await.map(|()| Rest::Clean)
+    rest::<DB>(conn).await?;
+    Ok((found, Rest::Clean))
+}
+
+/// Cancels what still runs, when it is told to or after [`BESIDE_GRACE`], until the rollback has ended. It does so beside
+/// the rollback, because sqlx does not come back from a poll as long as there are rows to be read, and a fast server
+/// always has some.
+struct Watch {
+    signals: Arc<Signals>,
+    /// Tells of the end by its drop.
+    end: Option<oneshot::Sender<()>>,
+    seen: JoinHandle<Seen>,
+}
+
+#[derive(Default)]
+struct Signals {
+    /// Set by who comes first: the first cancel, or the end of the rollback, after which there is none.
+    taken: AtomicBool,
+    /// The rollback has been waited for long enough.
+    overdue: Notify,
+}
+
+/// What has become of the cancels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Seen {
+    /// There was none.
+    Nothing,
+    /// Each was acknowledged.
+    Acknowledged,
+    /// One was not: it may still be on its way to the session, which must not be used again.
+    Unanswered,
+    /// The server waits for the client and the client for the server.
+    Stuck,
+}
+
+impl Watch {
+    fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe) -> Self {
+        let signals = Arc::<Signals>::default();
+        let (end, ended) = oneshot::channel();
+        let beside = DB::beside().unwrap_or_else(Handle::current);
+        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&signals), ended));
+        Self { signals, end: Some(end), seen }
+    }
+
+    /// The rollback has ended. Does not wait where nothing was cancelled, as after most drops.
+    async fn end(&mut self) -> Seen {
+        drop(self.end.take());
+        match self.signals.taken.swap(true, Ordering::AcqRel) {
+            false => Seen::Nothing,
+            true => (&mut self.seen).await.unwrap_or(Seen::Unanswered),
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // Given up before its end: a cancel that has no answer would keep those of others waiting.
+        if self.end.is_some() && self.signals.taken.swap(true, Ordering::AcqRel) {
+            self.seen.abort();
+        }
+    }
+}
+
+async fn watch_over<DB: Backend>(
+    shared: Weak<Shared<DB>>,
+    probe: DB::Probe,
+    signals: Arc<Signals>,
+    mut ended: oneshot::Receiver<()>,
+) -> Seen {
+    drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
+    if signals.taken.swap(true, Ordering::AcqRel) {
+        return Seen::Nothing;
+    }
+    let Some(shared) = shared.upgrade() else { return Seen::Nothing };
+    shared.teller.tell(TxEvent::CancelSent);
+    let mut pause = FIRST_PAUSE;
+    let mut idle_since = None;
+    // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
+    // halfway while the session may be used again.
+    loop {
+        match DB::cancel(&shared.canceller, &shared.options, &probe).await {
+            Ok(Activity::Unseen) => idle_since = None,
+            Ok(Activity::Idle) => {
+                let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > IDLE_LIMIT {
+                    return Seen::Stuck;
+                }
+            }
+            Err(_) => return Seen::Unanswered,
+        }
+        if timeout(pause, &mut ended).await.is_ok() {
+            return Seen::Acknowledged;
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
 }
 
 /// Ends the session from outside. If this fails as well, the server finds out by itself that the client has closed.
@@ -263,7 +377,7 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) {
 pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     open.ticket.settling();
     let (conn, probe) = open.slot.parts();
-    if let Ok(Ok(())) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
+    if let Ok(Ok(_)) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
         open.release().await;
     }
 }

@@ -12,7 +12,9 @@ use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnec
 use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
-use crate::backend::{Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, depth};
+use crate::backend::{
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+};
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -149,6 +151,7 @@ impl Driver for Sqlite {
         // What dropped futures have left in the queue runs first, a COMMIT of somebody else's among it, and must meet the
         // hook while that still refuses it. COMMIT has not been sent, so an error here is a rollback.
         conn.ping().await.map_err(CommitFailure::Refused)?;
+        let lost_before = hooks.is_rolled_back();
         hooks.enter(COMMITTING);
         let mut committed = Manager::commit(conn).await;
         // A nested transaction that was forgotten is released first. Each success takes one level away.
@@ -160,6 +163,9 @@ impl Driver for Sqlite {
         hooks.enter(if committed.is_ok() && !lost { IDLE } else { OPEN });
         match committed {
             Err(error) if !matches!(error, sqlx::Error::Database(_)) => Err(CommitFailure::Unknown(error)),
+            _ if lost && !lost_before && hooks.read_only.load(Ordering::Acquire) => {
+                Err(CommitFailure::Lost("it was to be read only, and has written"))
+            }
             _ if lost => Err(CommitFailure::Lost("the database or a cancelled nested begin had rolled it back")),
             // Without any write, a COMMIT in the SQL passes the commit hook, and leaves nothing to commit.
             Err(error) if primary_code(&error) == Some(SQLITE_ERROR) => {
@@ -174,7 +180,7 @@ impl Driver for Sqlite {
         None
     }
 
-    async fn rollback(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+    async fn rollback(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<Rollback, sqlx::Error> {
         // A round trip first: what a dropped future has left in the queue runs before it.
         conn.ping().await?;
         let mut doubtful = hooks.is_rolled_back();
@@ -205,7 +211,7 @@ impl Driver for Sqlite {
         // The cancel comes at any await of this, and must not be left for the owner of a wrapped connection to meet.
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.enter(IDLE);
-        Ok(())
+        Ok(Rollback::Done)
     }
 
     async fn rest(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {

@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::commit::works_as_before;
 use crate::on_all;
-use crate::world::{TestDb, World};
+use crate::world::{PATIENCE, TestDb, World};
 
 /// The bound that is promised is milliseconds. This one tells them from the ten seconds of the statement on any machine.
 const SOON: Duration = Duration::from_secs(2);
@@ -26,6 +26,7 @@ on_all!(
     a_drop_after_the_runtime_has_ended_does_not_panic,
     a_begin_dropped_after_the_runtime_has_ended_does_not_panic,
     a_drop_in_a_half_read_stream_leaves_a_clean_connection,
+    a_drop_in_a_stream_without_end_frees_everything_soon,
     a_panic_in_the_owner_rolls_back,
 );
 
@@ -168,6 +169,30 @@ async fn a_drop_in_a_half_read_stream_leaves_a_clean_connection<D: TestDb>() {
     drop(tx);
     works_as_before(&world, &db).await;
     assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+async fn a_drop_in_a_stream_without_end_frees_everything_soon<D: TestDb>() {
+    drop_in_a_stream_without_end::<D>().await;
+    // sqlx reads as long as there are rows, and gives nothing else of such a runtime a turn.
+    let one_thread = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    tokio::task::spawn_blocking(move || one_thread.block_on(drop_in_a_stream_without_end::<D>())).await.unwrap();
+}
+
+async fn drop_in_a_stream_without_end<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    D::first_row(&mut tx, D::ENDLESS).await;
+    let start = Instant::now();
+    drop(tx);
+    let mut next = db.begin().await.unwrap();
+    world.insert(&mut next, 1).await.unwrap();
+    next.commit().await.unwrap();
+    // Reading to the end would take many minutes, and a machine with more to do than this test reads slowly.
+    assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
+    assert_eq!(world.committed().await, [1]);
     world.end(db).await;
 }
 

@@ -1,18 +1,20 @@
 //! Statements that reach the server later than their cancel: it finds nothing to cancel, and has to come again.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use cancel_safe_tx_guard::{CommitOutcome, Options, TxEvent, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, Options, TxError, TxEvent, TxPool};
 use futures_util::FutureExt;
-use sqlx::{MySql, Postgres};
+use futures_util::future::poll_immediate;
+use sqlx::{AssertSqlSafe, MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::commit::works_as_before;
-use crate::world::{Server, TestDb, World, eventually};
+use crate::world::{PATIENCE, Server, TestDb, World, eventually};
 
 /// The first connection of a pool is a session, the second its connection for cancelling.
 const CANCELLER: usize = 1;
@@ -101,4 +103,32 @@ async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same_on_po
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same_on_mysql() {
     a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same::<MySql>().await;
+}
+
+/// sqlx does not know how long the answer is that it has not waited for, and would wait for another one for ever.
+#[tokio::test]
+async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is_an_error_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    door.held.send_replace(true);
+    let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
+    let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut *tx);
+    assert!(prepared.now_or_never().is_none());
+    {
+        let mut savepoint = pin!(tx.savepoint(async |sp| world.insert(sp, 2).await.map_err(TxError::from)));
+        assert!(poll_immediate(savepoint.as_mut()).await.is_none());
+        door.held.send_replace(false);
+        let error = tokio::time::timeout(PATIENCE, savepoint).await.unwrap().unwrap_err();
+        assert!(matches!(error, TxError::Database(sqlx::Error::Protocol(_))), "{error:?}");
+    }
+    let error = tx.commit().await.unwrap_err();
+    assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(world.committed().await.is_empty());
+    works_as_before(&world, &db).await;
+    world.end(db).await;
 }

@@ -8,7 +8,7 @@ use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql};
 
 use crate::commit::works_as_before;
-use crate::world::{PATIENCE, TestDb, World, eventually};
+use crate::world::{TestDb, World, eventually};
 
 /// The bound that is promised is milliseconds. This one tells them from the limit after which a session is given up.
 const SOON: Duration = Duration::from_millis(1_500);
@@ -162,6 +162,11 @@ async fn a_ddl_is_refused_but_has_committed_what_came_before_it() {
 const SETTINGS: &str = "SELECT CAST(@@innodb_lock_wait_timeout AS SIGNED)
     UNION ALL SELECT CAST(@@lock_wait_timeout AS SIGNED)";
 
+/// What was left of so many seconds when the transaction was begun, which is less on a busy machine.
+fn limits_of(seconds: i64, settings: &[i64]) -> bool {
+    settings.len() == 2 && settings.iter().all(|limit| (1..=seconds).contains(limit))
+}
+
 #[tokio::test]
 async fn a_deadline_limits_the_session_and_the_next_transaction_has_its_own_limits() {
     let world = World::<MySql>::new().await;
@@ -169,11 +174,12 @@ async fn a_deadline_limits_the_session_and_the_next_transaction_has_its_own_limi
     let settings = async |tx: &mut Guard| Ok(MySql::numbers(tx, SETTINGS.to_owned()).await?);
     let before = db.tx().run(settings).await.unwrap();
     let limited = db.tx().timeout(Duration::from_secs(3)).run(settings).await.unwrap();
-    assert_eq!(limited, [3, 3]);
+    assert!(limits_of(3, &limited), "{limited:?}");
     assert_eq!(db.tx().run(settings).await.unwrap(), before);
     // Asked for on another isolation, to see that the message as a whole is understood.
-    let all = db.tx().isolation(Isolation::ReadCommitted).read_only().timeout(PATIENCE).run(settings);
-    assert_eq!(all.await.unwrap(), [20, 20]);
+    let all = db.tx().isolation(Isolation::ReadCommitted).read_only().timeout(Duration::from_secs(20)).run(settings);
+    let limited = all.await.unwrap();
+    assert!(limits_of(20, &limited), "{limited:?}");
     db.tx().serializable().run(settings).await.unwrap();
     world.end(db).await;
 }
@@ -216,8 +222,9 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
         }
         handle.outcome().await;
         assert_eq!(settings().await, before, "way {way}");
-        let limited = db.tx().timeout(PATIENCE).run(async |tx| Ok(MySql::numbers(tx, SETTINGS.to_owned()).await?));
-        assert_eq!(limited.await.unwrap(), [20, 20]);
+        let tx = db.tx().timeout(Duration::from_secs(20));
+        let limited = tx.run(async |tx| Ok(MySql::numbers(tx, SETTINGS.to_owned()).await?)).await.unwrap();
+        assert!(limits_of(20, &limited), "{limited:?}");
         assert_eq!(settings().await, before, "way {way}");
     }
     world.end(db).await;

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::commit::works_as_before;
 use crate::on_all;
 use crate::proxy::ServerDb;
-use crate::world::{PATIENCE, TestDb, World, eventually};
+use crate::world::{PATIENCE, Server, TestDb, World, eventually};
 
 /// Tells what is promised from the ten seconds of the statement.
 const SOON: Duration = Duration::from_secs(5);
@@ -231,8 +231,98 @@ async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     world.run(format!("DROP ROLE {role}")).await;
 }
 
+/// The same where the server notices nothing of a dead client: what runs there ends in its own time, and the pool does not
+/// wait for it.
+#[tokio::test]
+async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let user = format!("limited{}", std::process::id());
+    world.run(format!("CREATE USER {user} IDENTIFIED BY 'right' WITH MAX_USER_CONNECTIONS 2")).await;
+    world.run(format!("GRANT ALL ON *.* TO {user}")).await;
+    let options = MySql::account(world.options.clone(), &user, "right");
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(options.clone()).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let id: u64 = sqlx::query_scalar("SELECT CONNECTION_ID()").fetch_one(&mut *tx).await.unwrap();
+    leave_a_slow_statement(&world, &mut tx).await;
+    let mut beside = world.plain().await;
+    let others =
+        format!("SELECT CAST(id AS SIGNED) FROM information_schema.processlist WHERE user = '{user}' AND id <> {id}");
+    for canceller in MySql::numbers(&mut beside, others).await.unwrap() {
+        MySql::execute(&mut beside, format!("KILL CONNECTION {canceller}")).await.unwrap();
+    }
+    // Its place is taken at once.
+    let mut usurper = None;
+    eventually("the place of the canceller is free", async || {
+        usurper = sqlx::ConnectOptions::connect(&options).await.ok();
+        usurper.is_some()
+    })
+    .await;
+    let (handle, start) = (tx.outcome_handle(), Instant::now());
+    drop(tx);
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    drop(usurper);
+    there_is_a_session_again(&db).await;
+    works_as_before(&world, &db).await;
+    // Once it is over, it has left nothing behind.
+    world.insert(&mut beside, 1).await.unwrap();
+    assert_eq!(world.committed().await, [1, 77]);
+    world.end(db).await;
+    world.run(format!("DROP USER {user}")).await;
+}
+
+/// Whatever the server ends, the canceller among it, is told as lost, and the next transaction finds a new session.
+async fn a_server_that_ends_all_its_sessions_is_survived(wrapped: bool) {
+    let world = World::<Postgres>::new().await;
+    let role = format!("{}_role", world.table);
+    world.run(format!("CREATE ROLE {role} LOGIN; GRANT ALL ON {} TO {role}", world.table)).await;
+    let options = world.options.clone().username(&role);
+    let db = match wrapped {
+        true => TxPool::wrap(PoolOptions::<Postgres>::new().max_connections(3).connect_with(options).await.unwrap()),
+        false => TxPool::<Postgres>::builder().max_connections(3).connect_with(options).await.unwrap(),
+    };
+    let mut committed = db.begin().await.unwrap();
+    world.insert(&mut committed, 1).await.unwrap();
+    let mut running = db.begin().await.unwrap();
+    world.insert(&mut running, 2).await.unwrap();
+    let mut dropped = db.begin().await.unwrap();
+    leave_a_slow_statement_of(&world, &mut dropped, 3).await;
+    let (handle, dropped_handle) = (committed.outcome_handle(), dropped.outcome_handle());
+    world.run(format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")).await;
+    drop(dropped);
+
+    let error = committed.commit().await.unwrap_err();
+    let unknown = handle.outcome().await == CommitOutcome::Unknown;
+    assert_eq!(error.is_unknown(), unknown, "{error:?}");
+    world.insert(&mut running, 4).await.unwrap_err();
+    let start = Instant::now();
+    drop(running);
+    works_as_before(&world, &db).await;
+    assert_eq!(dropped_handle.outcome().await, CommitOutcome::RolledBack);
+    // There is a new canceller as well.
+    let mut tx = db.begin().await.unwrap();
+    leave_a_slow_statement_of(&world, &mut tx, 5).await;
+    drop(tx);
+    world.run(format!("INSERT INTO {} (n) VALUES (5)", world.table)).await;
+    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
+    assert_eq!(world.committed().await, [5, 77]);
+    world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
+    world.end(db).await;
+    world.run(format!("DROP ROLE {role}")).await;
+}
+
+#[tokio::test]
+async fn a_server_that_ends_all_its_sessions_is_survived_by_a_pool() {
+    a_server_that_ends_all_its_sessions_is_survived(false).await;
+}
+
+#[tokio::test]
+async fn a_server_that_ends_all_its_sessions_is_survived_by_a_wrapped_pool() {
+    a_server_that_ends_all_its_sessions_is_survived(true).await;
+}
+
 /// Each attempt is rolled back, so that its session is there for the next one.
-async fn there_is_a_session_again(db: &TxPool<Postgres>) {
+async fn there_is_a_session_again<D: TestDb>(db: &TxPool<D>) {
     let begins = async || match db.begin().await {
         Ok(tx) => tx.rollback().await.is_ok(),
         Err(_) => false,

@@ -344,3 +344,15 @@ async fn the_server_ends_a_statement_at_the_deadline_even_if_nobody_asks() {
     assert!(limits[0] <= 7_000, "{limits:?}");
     world.end(db).await;
 }
+
+/// SQLite says so only when it comes to the commit.
+#[tokio::test]
+async fn a_write_where_nothing_is_to_be_written_is_named_on_sqlite() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(1).await;
+    let error = db.tx().read_only().run(async |tx| Ok(world.insert(tx, 1).await?)).await.unwrap_err();
+    assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    assert!(error.to_string().contains("read only"), "{error}");
+    assert!(world.committed().await.is_empty());
+    world.end(db).await;
+}

@@ -15,7 +15,7 @@ use sqlx::{
 use tempfile::TempDir;
 
 /// Longer than anything here takes on a busy machine.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
 
@@ -36,6 +36,9 @@ pub(crate) trait TestDb: Backend {
     /// A query for a million rows.
     const MILLION: &'static str =
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n";
+
+    /// A query for so many rows that reading them all takes much longer than any test.
+    const ENDLESS: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n";
 
     fn place() -> (Self::Place, Options<Self>);
     fn execute(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
@@ -78,6 +81,8 @@ impl TestDb for Postgres {
 
     const SLOW: &'static str = "SELECT pg_sleep(10)";
 
+    const ENDLESS: &'static str = "SELECT generate_series(1, 2000000000)";
+
     fn place() -> ((), PgConnectOptions) {
         ((), url(POSTGRES).parse().unwrap())
     }
@@ -103,6 +108,10 @@ impl TestDb for MySql {
     const MILLION: &'static str = "WITH d(i) AS (SELECT 0 UNION SELECT 1 UNION SELECT 2 UNION SELECT 3 UNION SELECT 4
             UNION SELECT 5 UNION SELECT 6 UNION SELECT 7 UNION SELECT 8 UNION SELECT 9)
         SELECT a.i FROM d a, d b, d c, d d, d e, d f";
+
+    const ENDLESS: &'static str = "WITH d(i) AS (SELECT 0 UNION SELECT 1 UNION SELECT 2 UNION SELECT 3 UNION SELECT 4
+            UNION SELECT 5 UNION SELECT 6 UNION SELECT 7 UNION SELECT 8 UNION SELECT 9)
+        SELECT a.i FROM d a, d b, d c, d d, d e, d f, d g, d h, d i";
 
     fn place() -> ((), MySqlConnectOptions) {
         ((), url(MYSQL).parse().unwrap())
