@@ -63,20 +63,20 @@ async fn a_slow_consumer_is_not_taken_for_a_silent_peer() {
 #[tokio::test]
 async fn an_upload_that_progresses_outlives_the_idle_timeout() {
     // The server takes 32 MiB at its leisure: longer than the idle timeout in all, never silent for so long.
+    const BYTES: u32 = 32 << 20;
+    const WHOLE: Duration = Duration::from_secs(5);
     let server = Server::start(|request, _| async move {
-        let (mut body, mut bytes, mut pause_at) = (request.into_body(), 0, 0);
+        let (mut body, mut bytes, begun) = (request.into_body(), 0, tokio::time::Instant::now());
         while let Some(Ok(frame)) = body.frame().await {
-            bytes += frame.into_data().unwrap().len();
-            if bytes >= pause_at {
-                tokio::time::sleep(Duration::from_millis(40)).await;
-                pause_at = bytes + (256 << 10);
-            }
+            bytes += u32::try_from(frame.into_data().unwrap().len()).unwrap();
+            tokio::time::sleep_until(begun + WHOLE.mul_f64(f64::from(bytes) / f64::from(BYTES))).await;
         }
         reply(200, bytes.to_string())
     });
     let started = Instant::now();
-    let text = idle(3_000).put(server.url("/")).body(vec![7; 32 << 20]).send().await.unwrap().text().await.unwrap();
-    assert_eq!(text, (32 << 20).to_string());
+    let body = vec![7; BYTES as usize];
+    let text = idle(3_000).put(server.url("/")).body(body).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, BYTES.to_string());
     assert!(started.elapsed() > Duration::from_millis(3_000), "the upload was too quick to prove anything");
 }
 
