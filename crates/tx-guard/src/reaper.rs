@@ -268,7 +268,7 @@ async fn come_to_rest<DB: Backend>(
         Seen::Acknowledged | Seen::Stuck => {}
     }
     // The acknowledged cancels are behind this round trip.
-    rest::<DB>(conn).await?;
+    rest::<DB>(conn, probe).await?;
     Ok((found, Rest::Clean))
 }
 
@@ -382,9 +382,9 @@ pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     }
 }
 
-async fn rest<DB: Backend>(conn: &mut DB::Connection) -> Result<(), sqlx::Error> {
+async fn rest<DB: Backend>(conn: &mut DB::Connection, probe: &DB::Probe) -> Result<(), sqlx::Error> {
     for _ in 0..REST_ATTEMPTS {
-        match DB::rest(conn).await {
+        match DB::rest(conn, probe).await {
             Err(sqlx::Error::Database(_)) => {}
             answered => return answered,
         }
