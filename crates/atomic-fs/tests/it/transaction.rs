@@ -293,6 +293,31 @@ async fn a_commit_waits_for_a_reader_and_a_dropped_one_lets_go() {
     assert_eq!(read(dir.path(), "a"), "a");
 }
 
+#[tokio::test]
+async fn a_commit_that_waits_for_a_lock_gets_on_without_being_polled() {
+    let dir = tempdir().unwrap();
+    let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+    for path in [&one, &other] {
+        std::fs::create_dir(path).unwrap();
+    }
+    for (round, held) in [("0", &one), ("1", &other)] {
+        let lock = atomic_fs::read_lock(held).await.unwrap();
+        let mut commit = Box::pin(change_both([one.clone(), other.clone()], round));
+        // Until it waits; from here on it is like one of several in a stream whose consumer is busy.
+        assert!(tokio::time::timeout(Duration::from_millis(500), &mut commit).await.is_err());
+        drop(lock);
+        let is_new = |path: &PathBuf| std::fs::read_to_string(path.join("y")).is_ok_and(|y| y == round);
+        let changed = || [&one, &other].into_iter().all(is_new);
+        crate::support::eventually("the files change", changed).await;
+        for path in [&one, &other] {
+            let lock = tokio::time::timeout(Duration::from_secs(20), atomic_fs::read_lock(path)).await;
+            drop(lock.expect("a lock is held for a commit that nobody polls").unwrap());
+        }
+        commit.await.unwrap();
+        assert!([&one, &other].iter().all(|path| names(path) == ["x", "y"]));
+    }
+}
+
 #[test]
 fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
     let dir = scene(&["a", "b"]);
