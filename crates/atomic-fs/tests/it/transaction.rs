@@ -318,6 +318,31 @@ async fn a_commit_that_waits_for_a_lock_gets_on_without_being_polled() {
     }
 }
 
+#[tokio::test]
+async fn a_waker_that_panics_harms_nobody_else_who_waits_for_a_lock() {
+    struct Bomb;
+    impl std::task::Wake for Bomb {
+        fn wake(self: Arc<Self>) {
+            panic!("a waker of the test's");
+        }
+    }
+    let dir = tempdir().unwrap();
+    let change = |content| change_both([dir.path().to_owned(), dir.path().join("other")], content);
+    std::fs::create_dir(dir.path().join("other")).unwrap();
+    let lock = atomic_fs::read_lock(dir.path()).await.unwrap();
+    let mut first = Box::pin(change("first"));
+    let mut second = Box::pin(change("second"));
+    for commit in [&mut first, &mut second] {
+        assert!(tokio::time::timeout(Duration::from_millis(500), commit).await.is_err());
+    }
+    let bomb = std::task::Waker::from(Arc::new(Bomb));
+    assert!(first.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    drop(lock);
+    let second = tokio::time::timeout(Duration::from_secs(20), second).await;
+    second.expect("nobody tries for those who wait any more").unwrap();
+    first.await.unwrap();
+}
+
 #[test]
 fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
     let dir = scene(&["a", "b"]);
