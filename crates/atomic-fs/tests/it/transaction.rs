@@ -394,7 +394,15 @@ async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
             let lock = atomic_fs::read_lock(held).await.unwrap();
             let commit = change_both([one.clone(), other.clone()], "new");
             // It may have locked the first of the two by then, and waits for the second.
-            assert!(tokio::time::timeout(Duration::from_millis(20), commit).await.is_err());
+            let waiting = async {
+                let staged = || names(free).len() + names(held).len() == 5;
+                crate::support::eventually("the four files and the note are there", staged).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
+            tokio::select! {
+                ended = commit => panic!("it did not wait: {ended:?}"),
+                () = waiting => {}
+            }
             for path in [free, held] {
                 std::fs::File::open(path).unwrap().try_lock_shared().unwrap();
             }
