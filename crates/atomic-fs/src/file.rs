@@ -150,14 +150,13 @@ impl AtomicFileWriter {
     /// [`Visible`](crate::TargetState::Visible) without being known to be durable.
     pub async fn commit(mut self) -> Result<(), Error> {
         poll_fn(|cx| self.poll_idle(cx)).await?;
-        let Stage::Idle(mut staged) = std::mem::replace(&mut self.stage, Stage::Gone) else {
-            return Err(self.broken());
-        };
-        let (base, buffer) = (self.base, std::mem::take(&mut self.buffer));
-        let job = Job::spawn(&self.runtime, &self.gate, &self.path, move |gate| {
-            staged.write_at(base, &buffer, gate)?;
+        let (runtime, gate, path) = (self.runtime.clone(), self.gate.clone(), self.path.clone());
+        // The writer itself goes there: if this is dropped while the job waits for a thread, it removes its file as always.
+        let job = Job::spawn(&runtime, &gate, &path, move |gate| {
+            let (mut staged, base, tail) = self.into_staged()?;
+            staged.write_at(base, &tail, gate)?;
             staged.look_again()?;
-            staged.install(base + buffer.len() as u64, gate)
+            staged.install(base + tail.len() as u64, gate)
         });
         job.await
     }
@@ -204,7 +203,6 @@ impl AtomicFileWriter {
     }
 
     /// Hands over the file, where its last piece belongs, and that piece; for a writer that has settled.
-    #[cfg(unix)]
     pub(crate) fn into_staged(mut self) -> Result<(Box<Staged>, u64, Vec<u8>), Error> {
         match std::mem::replace(&mut self.stage, Stage::Gone) {
             Stage::Idle(staged) => Ok((staged, self.base, std::mem::take(&mut self.buffer))),

@@ -196,7 +196,7 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
     /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
-    fn rest(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    fn rest(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Cancels the statement that runs on the connection of `probe`. `Ok` means that the cancel cannot
     /// arrive after the next clean round trip on that connection.

@@ -6,13 +6,13 @@
 
 use std::fmt;
 use std::future::pending;
-use std::sync::OnceLock;
+use std::sync::{OnceLock, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
 use sqlx::{ConnectOptions, Connection};
-use tokio::runtime::{Builder, Handle};
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
@@ -51,10 +51,13 @@ impl<C: Connection + 'static> Warm<C> {
 pub(crate) fn beside() -> Option<Handle> {
     static BESIDE: OnceLock<Option<Handle>> = OnceLock::new();
     let start = || {
+        // The thread first: a runtime that is not needed could not be dropped inside another, which panics.
+        let (give, given) = mpsc::channel::<Runtime>();
+        let run = move || given.recv().map(|runtime| runtime.block_on(pending::<()>()));
+        thread::Builder::new().name("tx-guard-cancel".to_owned()).spawn(run).ok()?;
         let runtime = Builder::new_current_thread().enable_all().build().ok()?;
         let handle = runtime.handle().clone();
-        let run = move || runtime.block_on(pending::<()>());
-        thread::Builder::new().name("tx-guard-cancel".to_owned()).spawn(run).ok()?;
+        give.send(runtime).ok()?;
         Some(handle)
     };
     BESIDE.get_or_init(start).clone()
@@ -116,5 +119,34 @@ impl<C> Default for Canceller<C> {
 impl<C> fmt::Debug for Canceller<C> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Canceller").finish_non_exhaustive()
+    }
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use std::env;
+    use std::process::Command;
+
+    use super::*;
+
+    /// Set in a process in which no thread can be started.
+    const CHILD: &str = "TX_GUARD_TEST_WITHOUT_THREADS";
+
+    #[test]
+    fn where_no_thread_is_to_be_had_there_is_none() {
+        if env::var_os(CHILD).is_some() {
+            let runtime = Builder::new_current_thread().build().unwrap();
+            runtime.block_on(async { assert!(beside().is_none()) });
+            return;
+        }
+        let name = "canceller::tests::where_no_thread_is_to_be_had_there_is_none";
+        let output = Command::new(env::current_exe().unwrap())
+            .args(["--exact", name, "--test-threads=1"])
+            // No machine has room for a stack of 2^50 bytes.
+            .envs([(CHILD, "1"), ("RUST_MIN_STACK", "1125899906842624")])
+            .output()
+            .unwrap();
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
     }
 }

@@ -279,7 +279,7 @@ impl Driver for MySql {
     }
 
     /// A KILL QUERY that has found no statement hits the next one; a ping is none.
-    async fn rest(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    async fn rest(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
         Self::run_sql(conn, "DO 0".to_owned()).await
     }
 

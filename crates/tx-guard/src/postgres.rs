@@ -216,7 +216,7 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    async fn rest(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    async fn rest(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
         conn.ping().await
     }
 

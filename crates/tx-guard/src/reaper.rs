@@ -268,7 +268,7 @@ async fn come_to_rest<DB: Backend>(
         Seen::Acknowledged | Seen::Stuck => {}
     }
     // The acknowledged cancels are behind this round trip.
-    rest::<DB>(conn).await?;
+    rest::<DB>(conn, probe).await?;
     Ok((found, Rest::Clean))
 }
 
@@ -280,6 +280,8 @@ struct Watch {
     /// Tells of the end by its drop.
     end: Option<oneshot::Sender<()>>,
     seen: JoinHandle<Seen>,
+    /// No cancel is under way, nor will be.
+    is_over: bool,
 }
 
 #[derive(Default)]
@@ -309,23 +311,25 @@ impl Watch {
         let (end, ended) = oneshot::channel();
         let beside = DB::beside().unwrap_or_else(Handle::current);
         let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&signals), ended));
-        Self { signals, end: Some(end), seen }
+        Self { signals, end: Some(end), seen, is_over: false }
     }
 
     /// The rollback has ended. Does not wait where nothing was cancelled, as after most drops.
     async fn end(&mut self) -> Seen {
         drop(self.end.take());
-        match self.signals.taken.swap(true, Ordering::AcqRel) {
+        let seen = match self.signals.taken.swap(true, Ordering::AcqRel) {
             false => Seen::Nothing,
             true => (&mut self.seen).await.unwrap_or(Seen::Unanswered),
-        }
+        };
+        self.is_over = true;
+        seen
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
         // Given up before its end: a cancel that has no answer would keep those of others waiting.
-        if self.end.is_some() && self.signals.taken.swap(true, Ordering::AcqRel) {
+        if !self.is_over && self.signals.taken.swap(true, Ordering::AcqRel) {
             self.seen.abort();
         }
     }
@@ -382,9 +386,9 @@ pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     }
 }
 
-async fn rest<DB: Backend>(conn: &mut DB::Connection) -> Result<(), sqlx::Error> {
+async fn rest<DB: Backend>(conn: &mut DB::Connection, probe: &DB::Probe) -> Result<(), sqlx::Error> {
     for _ in 0..REST_ATTEMPTS {
-        match DB::rest(conn).await {
+        match DB::rest(conn, probe).await {
             Err(sqlx::Error::Database(_)) => {}
             answered => return answered,
         }
@@ -456,5 +460,30 @@ impl Drop for Ticket {
             true => load.settling -= 1,
             false => load.open -= 1,
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_gives_up_waiting_for_the_answer_to_a_cancel_gives_up_the_cancel() {
+        let (end, ended) = oneshot::channel();
+        let (held, released) = oneshot::channel::<()>();
+        let signals = Arc::new(Signals { taken: AtomicBool::new(true), overdue: Notify::new() });
+        // A cancel on its way to a server that does not answer, which keeps the connection for cancelling.
+        let seen = tokio::spawn(async move {
+            let _held = held;
+            drop(ended.await);
+            pending().await
+        });
+        let mut watch = Watch { signals, end: Some(end), seen, is_over: false };
+        assert!(timeout(Duration::from_millis(10), watch.end()).await.is_err(), "nobody has answered");
+        drop(watch);
+        let released = timeout(Duration::from_secs(10), released).await;
+        assert!(released.expect("it still keeps the connection").is_err());
     }
 }

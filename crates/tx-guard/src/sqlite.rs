@@ -214,7 +214,10 @@ impl Driver for Sqlite {
         Ok(Rollback::Done)
     }
 
-    async fn rest(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    /// A cancel is a flag here, which no round trip consumes. On another thread it may have been set after the rollback
+    /// had cleared it, and the owner of a wrapped connection would meet it in each statement from then on.
+    async fn rest(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        hooks.cancel.store(false, Ordering::Relaxed);
         conn.ping().await
     }
 
@@ -276,5 +279,18 @@ mod tests {
             cancelled.await.unwrap();
         }
         assert!(!hooks.cancel.load(Ordering::Relaxed));
+    }
+
+    #[tokio::test]
+    async fn a_cancel_that_comes_after_the_rollback_is_not_left_behind() {
+        let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
+        let hooks = Sqlite::probe(&mut conn).await.unwrap();
+        Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
+        Sqlite::rollback(&mut conn, &hooks).await.unwrap();
+        Sqlite::interrupt(&hooks);
+        Sqlite::rest(&mut conn, &hooks).await.unwrap();
+        let count =
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 10000) SELECT count(*) FROM n";
+        sqlx::raw_sql(count).execute(&mut conn).await.expect("nothing interrupts what is none of the guard's");
     }
 }

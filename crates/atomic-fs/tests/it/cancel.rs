@@ -443,3 +443,37 @@ fn a_write_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_never_lands()
         }
     });
 }
+
+/// Closing the last handle of a file without a name frees its space: a third of a second for a gigabyte.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_commit_that_is_dropped_in_the_queue_leaves_it_to_the_pool_to_free_the_space() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let place = dir.path().canonicalize().unwrap();
+    let open = || {
+        let handles = std::fs::read_dir("/proc/self/fd").unwrap();
+        let handles = handles.filter_map(|handle| std::fs::read_link(handle.ok()?.path()).ok());
+        handles.filter(|file| file.parent() == Some(&place)).count()
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let mut writer = AtomicFileWriter::new(&path).await.unwrap();
+        writer.write_all(&vec![b'x'; 3 * MIB]).await.unwrap();
+        drain_pool().await;
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || released.recv());
+        let mut commit = Box::pin(writer.commit());
+        for _ in 0..3 {
+            let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(commit.as_mut().poll(&mut cx).is_pending());
+            tokio::task::yield_now().await;
+        }
+        drop(commit);
+        assert_eq!((names(dir.path()), open()), (vec![], 1), "the name goes, and the file stays open");
+        release.send(()).unwrap();
+        busy.await.unwrap().unwrap();
+        drain_pool().await;
+        assert_eq!(open(), 0);
+    });
+}

@@ -293,6 +293,56 @@ async fn a_commit_waits_for_a_reader_and_a_dropped_one_lets_go() {
     assert_eq!(read(dir.path(), "a"), "a");
 }
 
+#[tokio::test]
+async fn a_commit_that_waits_for_a_lock_gets_on_without_being_polled() {
+    let dir = tempdir().unwrap();
+    let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+    for path in [&one, &other] {
+        std::fs::create_dir(path).unwrap();
+    }
+    for (round, held) in [("0", &one), ("1", &other)] {
+        let lock = atomic_fs::read_lock(held).await.unwrap();
+        let mut commit = Box::pin(change_both([one.clone(), other.clone()], round));
+        // Until it waits; from here on it is like one of several in a stream whose consumer is busy.
+        assert!(tokio::time::timeout(Duration::from_millis(500), &mut commit).await.is_err());
+        drop(lock);
+        let is_new = |path: &PathBuf| std::fs::read_to_string(path.join("y")).is_ok_and(|y| y == round);
+        let changed = || [&one, &other].into_iter().all(is_new);
+        crate::support::eventually("the files change", changed).await;
+        for path in [&one, &other] {
+            let lock = tokio::time::timeout(Duration::from_secs(20), atomic_fs::read_lock(path)).await;
+            drop(lock.expect("a lock is held for a commit that nobody polls").unwrap());
+        }
+        commit.await.unwrap();
+        assert!([&one, &other].iter().all(|path| names(path) == ["x", "y"]));
+    }
+}
+
+#[tokio::test]
+async fn a_waker_that_panics_harms_nobody_else_who_waits_for_a_lock() {
+    struct Bomb;
+    impl std::task::Wake for Bomb {
+        fn wake(self: Arc<Self>) {
+            panic!("a waker of the test's");
+        }
+    }
+    let dir = tempdir().unwrap();
+    let change = |content| change_both([dir.path().to_owned(), dir.path().join("other")], content);
+    std::fs::create_dir(dir.path().join("other")).unwrap();
+    let lock = atomic_fs::read_lock(dir.path()).await.unwrap();
+    let mut first = Box::pin(change("first"));
+    let mut second = Box::pin(change("second"));
+    for commit in [&mut first, &mut second] {
+        assert!(tokio::time::timeout(Duration::from_millis(500), commit).await.is_err());
+    }
+    let bomb = std::task::Waker::from(Arc::new(Bomb));
+    assert!(first.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    drop(lock);
+    let second = tokio::time::timeout(Duration::from_secs(20), second).await;
+    second.expect("nobody tries for those who wait any more").unwrap();
+    first.await.unwrap();
+}
+
 #[test]
 fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
     let dir = scene(&["a", "b"]);
@@ -344,7 +394,15 @@ async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
             let lock = atomic_fs::read_lock(held).await.unwrap();
             let commit = change_both([one.clone(), other.clone()], "new");
             // It may have locked the first of the two by then, and waits for the second.
-            assert!(tokio::time::timeout(Duration::from_millis(20), commit).await.is_err());
+            let waiting = async {
+                let staged = || names(free).len() + names(held).len() == 5;
+                crate::support::eventually("the four files and the note are there", staged).await;
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            };
+            tokio::select! {
+                ended = commit => panic!("it did not wait: {ended:?}"),
+                () = waiting => {}
+            }
             for path in [free, held] {
                 std::fs::File::open(path).unwrap().try_lock_shared().unwrap();
             }

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitMode, CommitOutcome, TxError, TxEvent, TxPool};
 use futures_util::{FutureExt, StreamExt};
+use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
@@ -355,4 +356,28 @@ async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
     }
     assert_eq!(cut, 10, "nothing could be cut");
     world.end(db).await;
+}
+
+/// A transaction that is dropped about when its statement ends is cancelled about when its rollback ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_cancel_is_left_on_a_connection_of_a_wrapped_sqlite_pool() {
+    let world = World::<Sqlite>::new().await;
+    let pool = PoolOptions::<Sqlite>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    let count = |rows: u64| {
+        format!(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}) SELECT count(*) FROM n"
+        )
+    };
+    for round in 0..300 {
+        let mut tx = db.begin().await.unwrap();
+        let statement = Sqlite::execute(&mut tx, count(1000 + round % 100 * 200));
+        drop(timeout(Duration::from_micros(10), statement).await);
+        drop(tx);
+        let mut conn = pool.acquire().await.unwrap();
+        let own = Sqlite::execute(&mut conn, count(2000)).await;
+        own.unwrap_or_else(|error| panic!("in round {round} the statement of another was cancelled: {error}"));
+    }
+    world.end(db).await;
+    pool.close().await;
 }
