@@ -139,6 +139,9 @@
 //!   links. Where files cannot be exchanged in one step, three steps by way of a link do it, equally safe.
 //! - Dropping a commit that has begun to write its journal down blocks its thread until the files are exchanged and
 //!   their directories synced.
+//! - Who waits for a lock that others hold waits at most 30 s. One thread, `afs-locks`, tries for all of a process, as long
+//!   as there are any; a file system that hangs when a lock is asked for makes all of them wait. A transaction of more than
+//!   16 MiB that is dropped while it waits frees its files on the thread that drops it.
 //! - A journal keeps digests, so that a commit reads the files that it replaces once.
 //! - Transactions need Unix.
 //! - A drop that finds the rename entered blocks its thread for that one system call.

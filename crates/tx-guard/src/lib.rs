@@ -93,6 +93,7 @@
 //! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
 //!   `busy_timeout`).
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
+//! - After a `fork` the child has no thread for cancels: its drops end by their time limits, and close the connection.
 //! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
 //!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported. No more is a MySQL behind an
 //!   address that leads to another of several servers each time: the cancel would go to the wrong one.
