@@ -231,7 +231,8 @@ impl Driver for MySql {
             (2, Some(_)) if statements > 2 => Ok(()),
             (0, Some(error)) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Err(CommitFailure::Ended),
             (0, Some(error @ sqlx::Error::Database(_))) => Err(CommitFailure::Refused(error)),
-            (_, Some(error)) if matches!(number(&error), Some(DEADLOCK | REFUSED_BY_THE_GROUP)) => {
+            // A COMMIT that waits too long for the global read lock of another session is rolled back by the server.
+            (_, Some(error)) if matches!(number(&error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT | REFUSED_BY_THE_GROUP)) => {
                 Err(CommitFailure::Refused(error))
             }
             (_, Some(error)) => Err(CommitFailure::Unknown(error)),

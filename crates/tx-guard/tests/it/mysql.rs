@@ -298,6 +298,27 @@ async fn a_session_that_was_killed_while_idle_is_replaced() {
     world.end(db).await;
 }
 
+/// A global read lock keeps every COMMIT waiting, but no longer than its session waits for locks.
+#[tokio::test]
+async fn a_commit_that_has_waited_too_long_is_a_rollback() {
+    let world = World::<MySql>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    MySql::execute(&mut tx, "SET SESSION lock_wait_timeout = 1".to_owned()).await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let mut other = world.plain().await;
+    MySql::execute(&mut other, "FLUSH TABLES WITH READ LOCK".to_owned()).await.unwrap();
+    let handle = tx.outcome_handle();
+    let failed = tx.commit().await.unwrap_err();
+    MySql::execute(&mut other, "UNLOCK TABLES".to_owned()).await.unwrap();
+    other.close().await.unwrap();
+    let why = std::error::Error::source(&failed).map(ToString::to_string).unwrap_or_default();
+    assert!(!failed.is_unknown() && why.contains("Lock wait timeout"), "{failed}: {why}");
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert_eq!(world.committed().await, [0_i64; 0]);
+    world.end(db).await;
+}
+
 /// A global read lock keeps every COMMIT waiting.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_waits_is_handed_over_and_one_that_is_killed_is_in_doubt() {
