@@ -49,8 +49,8 @@ pub struct SweepReport {
 ///
 /// # Errors
 ///
-/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed is counted in
-/// [`failed`](SweepReport::failed) instead.
+/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed
+/// is counted in [`failed`](SweepReport::failed) instead.
 ///
 /// # Examples
 ///

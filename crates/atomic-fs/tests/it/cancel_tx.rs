@@ -190,17 +190,37 @@ fn dropped_add_file_is_no_part_of_the_transaction() {
     }
 }
 
+/// Runs `work` on a directory that somebody else keeps locked for a moment, if it `waits`.
+async fn beside_a_lock<T>(dir: &Path, waits: bool, work: impl Future<Output = T>) -> T {
+    let lock = std::fs::File::open(dir).unwrap();
+    if waits {
+        lock.try_lock().unwrap();
+    }
+    let hold = async {
+        if waits {
+            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+        }
+        drop(lock);
+    };
+    tokio::join!(work, hold).0
+}
+
 #[test]
 fn dropped_read_lock_locks_nothing() {
-    let report = Explore::new().ways(WAYS).run(
-        async || Scene::new(),
-        async |scene| drop(atomic_fs::read_lock(scene.dir.path()).await.unwrap()),
-        async |scene, _outcome| {
-            let dir = std::fs::File::open(scene.dir.path()).unwrap();
-            dir.try_lock().map_err(|error| format!("still locked: {error}"))
-        },
-    );
-    assert_clean("read_lock", &report);
+    for (name, waits) in [("read_lock", false), ("read_lock/waiting", true)] {
+        let report = Explore::new().ways(WAYS).run(
+            async || Scene::new(),
+            async |scene| {
+                let dir = scene.dir.path();
+                drop(beside_a_lock(dir, waits, atomic_fs::read_lock(dir)).await.unwrap());
+            },
+            async |scene, _outcome| {
+                let dir = std::fs::File::open(scene.dir.path()).unwrap();
+                dir.try_lock().map_err(|error| format!("still locked: {error}"))
+            },
+        );
+        assert_clean(name, &report);
+    }
 }
 
 #[test]
@@ -211,31 +231,34 @@ fn dropped_recover_has_done_everything_or_nothing() {
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
     assert_eq!(child::outcome(child::command(&wrapper, "pair new new", template.dir.path())), None);
     assert_eq!(pair(template.dir.path()), ("new".into(), "old".into()));
-    let report = Explore::new().ways(WAYS).run(
-        async || {
-            let scene = Scene::new();
-            for name in names(template.dir.path()) {
-                std::fs::copy(template.dir.path().join(&name), scene.dir.path().join(&name)).unwrap();
-            }
-            scene
-        },
-        async |scene| {
-            let _note = Note(scene);
-            atomic_fs::recover(scene.dir.path()).await.unwrap()
-        },
-        async |scene, outcome| {
-            let (dir, now) = (scene.dir.path(), pair(scene.dir.path()));
-            if scene.at_drop.borrow().as_ref().is_some_and(|then| *then != now) {
-                return Err("the files changed after the drop".to_owned());
-            }
-            if !is_whole(&now) && (outcome.is_completed() || names(dir) != names(template.dir.path())) {
-                return Err(format!("recovered in part: {now:?}, {:?}", names(dir)));
-            }
-            atomic_fs::recover(dir).await.map_err(|error| error.to_string())?;
-            check(dir, |pair| *pair == ("new".into(), "new".into()))
-        },
-    );
-    assert_clean("recover", &report);
+    for (name, waits) in [("recover", false), ("recover/waiting", true)] {
+        let report = Explore::new().ways(WAYS).run(
+            async || {
+                let scene = Scene::new();
+                for name in names(template.dir.path()) {
+                    std::fs::copy(template.dir.path().join(&name), scene.dir.path().join(&name)).unwrap();
+                }
+                scene
+            },
+            async |scene| {
+                let _note = Note(scene);
+                let dir = scene.dir.path();
+                beside_a_lock(dir, waits, atomic_fs::recover(dir)).await.unwrap()
+            },
+            async |scene, outcome| {
+                let (dir, now) = (scene.dir.path(), pair(scene.dir.path()));
+                if scene.at_drop.borrow().as_ref().is_some_and(|then| *then != now) {
+                    return Err("the files changed after the drop".to_owned());
+                }
+                if !is_whole(&now) && (outcome.is_completed() || names(dir) != names(template.dir.path())) {
+                    return Err(format!("recovered in part: {now:?}, {:?}", names(dir)));
+                }
+                atomic_fs::recover(dir).await.map_err(|error| error.to_string())?;
+                check(dir, |pair| *pair == ("new".into(), "new".into()))
+            },
+        );
+        assert_clean(name, &report);
+    }
 }
 
 /// Cancels at random moments of the time that a transaction takes; returns how many were cancelled, and how many of
