@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cancel_safe_tx_guard::{CommitOutcome, TxError, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, Options, TxError, TxPool};
 use sqlx::pool::PoolOptions;
-use sqlx::{Connection, MySql, Postgres};
+use sqlx::{ConnectOptions, Connection, MySql, Postgres};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinHandle;
@@ -211,13 +211,7 @@ async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     let others = format!("SELECT pid FROM pg_stat_activity WHERE usename = '{role}' AND pid <> {pid}");
     let kill = format!("SELECT pg_terminate_backend(pid) FROM ({others}) canceller");
     Postgres::execute(&mut beside, kill).await.unwrap();
-    // Its place is taken at once.
-    let mut usurper = None;
-    eventually("the place of the canceller is free", async || {
-        usurper = sqlx::ConnectOptions::connect(&options).await.ok();
-        usurper.is_some()
-    })
-    .await;
+    let usurper = take_the_place::<Postgres>(&options).await;
     let (handle, start) = (tx.outcome_handle(), Instant::now());
     drop(tx);
     world.insert(&mut beside, 1).await.unwrap();
@@ -229,6 +223,17 @@ async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;
     world.end(db).await;
     world.run(format!("DROP ROLE {role}")).await;
+}
+
+/// Connects as soon as the server has room, which is that of the canceller.
+async fn take_the_place<D: TestDb>(options: &Options<D>) -> D::Connection {
+    let mut usurper = None;
+    eventually("the place of the canceller is free", async || {
+        usurper = options.connect().await.ok();
+        usurper.is_some()
+    })
+    .await;
+    usurper.unwrap()
 }
 
 /// The same where the server notices nothing of a dead client: what runs there ends in its own time, and the pool does not
@@ -250,13 +255,7 @@ async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
     for canceller in MySql::numbers(&mut beside, others).await.unwrap() {
         MySql::execute(&mut beside, format!("KILL CONNECTION {canceller}")).await.unwrap();
     }
-    // Its place is taken at once.
-    let mut usurper = None;
-    eventually("the place of the canceller is free", async || {
-        usurper = sqlx::ConnectOptions::connect(&options).await.ok();
-        usurper.is_some()
-    })
-    .await;
+    let usurper = take_the_place::<MySql>(&options).await;
     let (handle, start) = (tx.outcome_handle(), Instant::now());
     drop(tx);
     assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
