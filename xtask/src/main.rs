@@ -11,6 +11,7 @@ mod ci;
 mod command;
 mod databases;
 mod doc;
+mod failed;
 mod mariadb;
 mod missing;
 mod postgres;

@@ -12,6 +12,7 @@ use std::path::Path;
 
 use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
+use crate::failed::Failed;
 use crate::missing;
 use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
 
@@ -62,6 +63,8 @@ pub(crate) struct Tally {
     current: String,
     /// The arguments by which cargo says a failed test binary is run again.
     rerun: Option<String>,
+    /// What the failed tests said.
+    said: Failed,
 }
 
 /// What one campaign visited.
@@ -95,8 +98,9 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     tally.read_campaigns(&published);
     tally.settle("");
     if !succeeded || tally.failed > 0 {
-        // Only that: the other tables would look as if all were well.
-        print!("{}", campaigns(&tally));
+        // Only what is wrong: the other lines would look as if all were well.
+        tally.campaigns.retain(|_, visited| visited.violations > 0);
+        print!("{}{}", campaigns(&tally), tally.said);
         return Err(tally.failure(workspace));
     }
     tally.require_something(workspace, scope)?;
@@ -186,6 +190,7 @@ impl Tally {
 
     /// Takes in one line of cargo's output.
     fn read(&mut self, line: &str) {
+        self.said.read(line);
         let line = line.trim();
         if line.starts_with("Doc-tests ") || line.starts_with("Running ") {
             self.settle(line);

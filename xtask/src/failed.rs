@@ -1,0 +1,126 @@
+//! What the failed tests said, kept for the end of the run: they may be thousands of lines above it.
+//!
+//! Invariant: a test is in the list if its runner named it as failed, whether or not it said anything.
+
+use std::fmt;
+
+/// How many lines of a failed test are shown again, from its first panic on. All of them are above.
+const LINES: usize = 12;
+
+/// How many failed tests are shown again.
+const TESTS: usize = 8;
+
+/// The failed tests of a run, in the order in which the runners told of them.
+#[derive(Default)]
+pub(crate) struct Failed {
+    /// Between `failures:` and `test result:`.
+    reading: bool,
+    tests: Vec<Test>,
+}
+
+struct Test {
+    name: String,
+    /// What it printed from its first panic on, or from the beginning.
+    said: Vec<String>,
+    panicked: bool,
+}
+
+impl Failed {
+    /// Takes in one line of a runner's output.
+    pub(crate) fn read(&mut self, line: &str) {
+        let line = line.trim_end();
+        if line == "failures:" {
+            self.reading = true;
+        } else if line.starts_with("test result: ") {
+            self.reading = false;
+        } else if let Some(name) = self.heading(line) {
+            self.tests.push(Test { name, said: Vec::new(), panicked: false });
+        } else if self.reading && line.starts_with("    ") && !line.trim_start().contains(char::is_whitespace) {
+            // The list of names at the end, which has those that printed nothing too.
+            let name = line.trim_start();
+            if self.tests.iter().all(|test| test.name != name) {
+                self.tests.push(Test { name: name.to_owned(), said: Vec::new(), panicked: false });
+            }
+        } else if self.reading
+            && let Some(test) = self.tests.last_mut()
+        {
+            test.hear(line);
+        }
+    }
+
+    fn heading(&self, line: &str) -> Option<String> {
+        let name = line.strip_prefix("---- ")?.strip_suffix(" stdout ----")?;
+        self.reading.then(|| name.to_owned())
+    }
+}
+
+impl Test {
+    fn hear(&mut self, line: &str) {
+        if !self.panicked && line.contains(" panicked at ") {
+            self.panicked = true;
+            self.said.clear();
+        }
+        if self.said.len() < LINES && !line.is_empty() && !line.starts_with("note: run with `RUST_BACKTRACE") {
+            self.said.push(line.to_owned());
+        }
+    }
+}
+
+impl fmt::Display for Failed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for test in self.tests.iter().take(TESTS) {
+            writeln!(f, "\nfailed: {}", test.name)?;
+            test.said.iter().try_for_each(|line| writeln!(f, "  {line}"))?;
+        }
+        match self.tests.len().saturating_sub(TESTS) {
+            0 => Ok(()),
+            more => writeln!(f, "\n{more} more failed"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failed_test_is_shown_from_its_panic_on_and_a_silent_one_by_name() {
+        let mut failed = Failed::default();
+        let output = "running 3 tests\n\
+            test quiet ... FAILED\n\
+            test a::loud ... FAILED\n\n\
+            failures:\n\n\
+            ---- a::loud stdout ----\n\
+            chatter\n\n\
+            thread 'a::loud' (7) panicked at src/a.rs:1:2:\n\
+            assertion failed: two words\n\
+            note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n\n\n\
+            failures:\n    a::loud\n    quiet\n\n\
+            test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
+            a line of another binary\n";
+        output.lines().for_each(|line| failed.read(line));
+        let shown = "\nfailed: a::loud\n  thread 'a::loud' (7) panicked at src/a.rs:1:2:\n  assertion failed: two words\n\
+                     \nfailed: quiet\n";
+        assert_eq!(failed.to_string(), shown);
+    }
+
+    #[test]
+    fn nothing_is_said_of_a_run_that_passed() {
+        let mut failed = Failed::default();
+        ["running 1 test", "---- no stdout ----", "test a ... ok"].iter().for_each(|line| failed.read(line));
+        assert_eq!(failed.to_string(), "");
+    }
+
+    #[test]
+    fn many_failures_and_long_ones_are_cut() {
+        let mut failed = Failed::default();
+        failed.read("failures:");
+        for number in 0..20 {
+            failed.read(&format!("---- t{number} stdout ----"));
+            (0..100).for_each(|_| failed.read("said"));
+        }
+        let shown = failed.to_string();
+        assert_eq!(shown.matches("said").count(), TESTS * LINES);
+        assert!(shown.ends_with("\n12 more failed\n"), "{shown}");
+    }
+}
