@@ -18,11 +18,14 @@ pub(crate) struct Failed {
     tests: Vec<Test>,
 }
 
+#[derive(Default)]
 struct Test {
     name: String,
     /// What it printed from its first panic on, or from the beginning.
     said: Vec<String>,
     panicked: bool,
+    /// Where it was called from follows, and is of no use without the source.
+    is_enough: bool,
 }
 
 impl Failed {
@@ -34,12 +37,12 @@ impl Failed {
         } else if line.starts_with("test result: ") {
             self.reading = false;
         } else if let Some(name) = self.heading(line) {
-            self.tests.push(Test { name, said: Vec::new(), panicked: false });
+            self.tests.push(Test::named(&name));
         } else if self.reading && line.starts_with("    ") && !line.trim_start().contains(char::is_whitespace) {
             // The list of names at the end, which has those that printed nothing too.
             let name = line.trim_start();
             if self.tests.iter().all(|test| test.name != name) {
-                self.tests.push(Test { name: name.to_owned(), said: Vec::new(), panicked: false });
+                self.tests.push(Test::named(name));
             }
         } else if self.reading
             && let Some(test) = self.tests.last_mut()
@@ -55,12 +58,18 @@ impl Failed {
 }
 
 impl Test {
+    fn named(name: &str) -> Self {
+        Self { name: name.to_owned(), ..Self::default() }
+    }
+
     fn hear(&mut self, line: &str) {
         if !self.panicked && line.contains(" panicked at ") {
             self.panicked = true;
             self.said.clear();
         }
-        if self.said.len() < LINES && !line.is_empty() && !line.starts_with("note: run with `RUST_BACKTRACE") {
+        self.is_enough |=
+            self.panicked && (line == "stack backtrace:" || line.starts_with("note: run with `RUST_BACKTRACE"));
+        if !self.is_enough && self.said.len() < LINES && !line.is_empty() {
             self.said.push(line.to_owned());
         }
     }

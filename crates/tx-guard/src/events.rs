@@ -5,7 +5,7 @@
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
-use crate::CommitOutcome;
+use crate::{CommitOutcome, TxError};
 
 /// How many events a listener may be behind before it misses some.
 const BACKLOG: usize = 256;
@@ -68,5 +68,16 @@ impl Teller {
         }
         // Fails when nobody listens, which is no failure.
         drop(self.0.send(event));
+    }
+
+    /// Tells how a commit ended whose caller had gone. Its error is logged, because nobody else is told of it.
+    pub(crate) fn tell_late(&self, outcome: CommitOutcome, error: Option<&TxError>) {
+        #[cfg(feature = "tracing")]
+        if let Some(error) = error {
+            tracing::warn!(error = error as &dyn std::error::Error, ?outcome, "a commit whose caller had gone failed");
+        }
+        #[cfg(not(feature = "tracing"))]
+        let _ = error;
+        self.tell(TxEvent::LateOutcome(outcome));
     }
 }

@@ -280,9 +280,9 @@ impl<DB: Backend> TransactionGuard<DB> {
         let handle = open.outcome.handle();
         // Closing the pool waits for the hooks, and for what is told here.
         let ticket = Arc::clone(&open.ticket);
-        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |_| {
+        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |ended| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
-            shared.teller.tell(TxEvent::LateOutcome(outcome));
+            shared.teller.tell_late(outcome, ended.and_then(Result::err).as_ref());
             drop(ticket);
         })
     }

@@ -134,7 +134,7 @@
 //!
 //! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are
 //!   the application's to choose; tokio is needed.
-//! - `tracing`: logs what [`TxPool::events`] tells.
+//! - `tracing`: logs what [`TxPool::events`] tells, and the error of a commit whose caller had gone.
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 

@@ -22,6 +22,8 @@ mod proxy;
 mod run;
 mod silence;
 mod stuck;
+#[cfg(feature = "tracing")]
+mod tell;
 mod world;
 
 /// Makes a test on each database out of one generic function.

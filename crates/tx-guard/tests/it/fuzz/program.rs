@@ -160,6 +160,8 @@ pub(crate) struct Attempt {
     pub(crate) doomed: Option<&'static str>,
     pub(crate) hooks: Arc<AtomicU32>,
     pub(crate) may_be_unknown: bool,
+    /// What its commit failed with, if the caller was told.
+    pub(crate) error: Option<String>,
     /// The entry before which the oldest savepoint of sqlx was set to which was rolled back. It is still there, and sqlx
     /// uses its name again.
     stale: Option<usize>,
@@ -216,8 +218,9 @@ impl Book {
     fn attempt(&self, handle: Option<OutcomeHandle>) -> Arc<AtomicU32> {
         let hooks = Arc::new(AtomicU32::new(0));
         let (entries, said, doomed) = (Vec::new(), Said::Nothing, None);
-        let (may_be_unknown, stale) = (false, None);
-        let attempt = Attempt { handle, entries, said, doomed, hooks: Arc::clone(&hooks), may_be_unknown, stale };
+        let (may_be_unknown, error, stale) = (false, None, None);
+        let attempt =
+            Attempt { handle, entries, said, doomed, hooks: Arc::clone(&hooks), may_be_unknown, error, stale };
         self.page().attempts.push(attempt);
         hooks
     }
@@ -371,8 +374,7 @@ impl<D: FuzzDb> Run<D> {
         let said = match (&program.end, worked) {
             (End::Commit(after), Ok(())) => match self.book.within(Stage::Commit, *after, tx.commit()).await {
                 Some(Ok(())) => Said::Committed,
-                Some(Err(error)) if error.is_unknown() => Said::Unknown,
-                Some(Err(_)) => Said::NotCommitted,
+                Some(Err(error)) => self.failed(&error),
                 None => Said::Nothing,
             },
             (End::CommitWithin(within), Ok(())) => {
@@ -380,7 +382,7 @@ impl<D: FuzzDb> Run<D> {
                 match tx.commit_within(*within).await {
                     Ok(()) => Said::Committed,
                     Err(CommitError::Pending(_)) => Said::Nothing,
-                    Err(CommitError::Failed(error)) if error.is_unknown() => Said::Unknown,
+                    Err(CommitError::Failed(error)) => self.failed(&error),
                     Err(_) => Said::NotCommitted,
                 }
             }
@@ -395,6 +397,16 @@ impl<D: FuzzDb> Run<D> {
         };
         self.book.last(|attempt| attempt.said = said);
         self.book.stage(Stage::Idle);
+    }
+
+    /// What a failed commit says, noted for the description of a violation.
+    fn failed(&self, error: &TxError) -> Said {
+        let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
+        // A closure that did not begin has no attempt.
+        if let Some(attempt) = self.book.page().attempts.last_mut() {
+            attempt.error = Some(format!("{error}: {source}"));
+        }
+        if error.is_unknown() { Said::Unknown } else { Said::NotCommitted }
     }
 
     /// As its users do: what did not say `Ok` has failed.
@@ -437,8 +449,7 @@ impl<D: FuzzDb> Run<D> {
         let said = match run.await {
             Ok(()) => Said::Committed,
             Err(TxError::Pending(_)) => Said::Nothing,
-            Err(TxError::Unknown { .. }) => Said::Unknown,
-            Err(_) => Said::NotCommitted,
+            Err(error) => self.failed(&error),
         };
         let mut page = self.book.page();
         page.stage = Stage::Idle;
