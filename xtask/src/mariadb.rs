@@ -146,13 +146,16 @@ fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
     let data = format!("--datadir={}", inside("data"));
     let (port, socket) = (format!("--port={port}"), format!("--socket={}", inside("socket")));
     let pid_file = format!("--pid-file={}", inside("pid"));
+    // A server that starts removes the temporary tables of all others from the directory that they share.
+    let temporary = format!("--tmpdir={}", home.path.display());
     let recipe = Recipe {
         name: "MariaDB",
-        set_up: &[&set_up, "--no-defaults", &data, "--auth-root-authentication-method=normal"],
+        set_up: &[&set_up, "--no-defaults", &data, &temporary, "--auth-root-authentication-method=normal"],
         serve: &[
             &server,
             "--no-defaults",
             &data,
+            &temporary,
             &port,
             &socket,
             &pid_file,

@@ -14,8 +14,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::command::{quoted, wait_until};
 
-/// How long a server may take to be set up and to answer.
-const START_BOUND: Duration = Duration::from_secs(60);
+/// How long a server may take to be set up and to answer: seconds, on a machine with nothing else to do.
+const START_BOUND: Duration = Duration::from_secs(300);
 
 /// How often another port is tried when a process takes the free one before the server does.
 pub(crate) const PORT_ATTEMPTS: usize = 3;
