@@ -13,10 +13,7 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::commit::works_as_before;
 use crate::on_all;
-use crate::world::{PATIENCE, TestDb, World};
-
-/// The bound that is promised is milliseconds. This one tells them from the ten seconds of the statement on any machine.
-const SOON: Duration = Duration::from_secs(2);
+use crate::world::{PATIENCE, SOON, TestDb, World};
 
 on_all!(
     a_drop_in_a_slow_statement_frees_everything_soon,

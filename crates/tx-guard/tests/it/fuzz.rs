@@ -300,7 +300,7 @@ impl<D: FuzzDb> Campaign<D> {
         check::settle(&books, &mut self.tally).await;
         let start = Instant::now();
         while D::in_transaction(&mut beside, &self.world.table).await {
-            if start.elapsed() > check::REST {
+            if start.elapsed() > source.rest() {
                 self.tally.leak("a session is in a transaction that nobody has");
                 break;
             }
@@ -342,7 +342,7 @@ impl<D: FuzzDb> Campaign<D> {
                     }
                 }
             };
-            timeout(check::REST, write).await.ok().flatten().map(|()| n)
+            timeout(source.rest(), write).await.ok().flatten().map(|()| n)
         });
         for write in join_all(writes).await {
             match write {
@@ -411,7 +411,7 @@ async fn plain_sqlx_is_caught<D: FuzzDb>(database: &str) {
         let source = Source::Plain(pool.clone());
         let books = campaign.run(&source, true, BATCH / 5).await;
         campaign.compare(&source, books).await;
-        drop(timeout(check::REST, pool.close()).await);
+        drop(timeout(source.rest(), pool.close()).await);
         if campaign.tally.violations() > 0 {
             break;
         }

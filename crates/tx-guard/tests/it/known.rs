@@ -10,10 +10,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{Connection, MySql, MySqlConnection, PgConnection, Postgres};
 
 use crate::commit::works_as_before;
-use crate::world::{Server, TestDb, World};
-
-/// Tells what is promised, milliseconds, from what a slow statement lasts.
-const SOON: Duration = Duration::from_secs(2);
+use crate::world::{SOON, Server, TestDb, World};
 
 trait Sessions: Server + HasStatementCache {
     /// Keeps no statements, by which a session could be recognised.

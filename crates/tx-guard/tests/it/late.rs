@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::commit::works_as_before;
-use crate::world::{PATIENCE, Server, TestDb, World, eventually};
+use crate::world::{PATIENCE, Server, TestDb, World, at_times_within, eventually};
 
 /// The first connection of a pool is a session, the second its connection for cancelling.
 const CANCELLER: usize = 1;
@@ -67,31 +67,42 @@ async fn carry(
     drop(to.shutdown().await);
 }
 
+/// Says how long it took until it was rolled back.
+async fn a_statement_after_its_cancel<D: Server>(world: &World<D>, door: &Door<D>, db: &TxPool<D>) -> Duration {
+    let mut events = db.events();
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    let before = door.acknowledged.load(Ordering::Relaxed);
+    door.held.send_replace(true);
+    assert!(D::execute(&mut tx, D::SLOW.to_owned()).now_or_never().is_none());
+    let start = Instant::now();
+    drop(tx);
+    eventually("a cancel has been answered", async || door.acknowledged.load(Ordering::Relaxed) > before).await;
+    door.held.send_replace(false);
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    let took = start.elapsed();
+    assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
+    assert_eq!(events.next().await, Some(TxEvent::CancelSent));
+    works_as_before(world, db).await;
+    assert_eq!(world.committed().await, [77]);
+    world.run(format!("DELETE FROM {}", world.table)).await;
+    took
+}
+
 async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same<D: Server>() {
     let world = World::<D>::new().await;
     let door = Door::<D>::open(&world.options).await;
     let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
-    for round in 0..5 {
-        let mut events = db.events();
-        let mut tx = db.begin().await.unwrap();
-        let handle = tx.outcome_handle();
-        world.insert(&mut tx, 1).await.unwrap();
-        let before = door.acknowledged.load(Ordering::Relaxed);
-        door.held.send_replace(true);
-        assert!(D::execute(&mut tx, D::SLOW.to_owned()).now_or_never().is_none());
-        let start = Instant::now();
-        drop(tx);
-        eventually("a cancel has been answered", async || door.acknowledged.load(Ordering::Relaxed) > before).await;
-        door.held.send_replace(false);
-        assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
-        // Not the two seconds after which a session is given up.
-        assert!(start.elapsed() < Duration::from_millis(1_500), "round {round}: {:?}", start.elapsed());
-        assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
-        assert_eq!(events.next().await, Some(TxEvent::CancelSent));
-        works_as_before(&world, &db).await;
-        assert_eq!(world.committed().await, [77]);
-        world.run(format!("DELETE FROM {}", world.table)).await;
-    }
+    // Not the two seconds after which a session is given up.
+    at_times_within(Duration::from_millis(1_500), async || {
+        let mut longest = Duration::ZERO;
+        for _ in 0..5 {
+            longest = longest.max(a_statement_after_its_cancel(&world, &door, &db).await);
+        }
+        longest
+    })
+    .await;
     world.end(db).await;
 }
 

@@ -14,10 +14,7 @@ use tokio::time::timeout;
 use crate::commit::works_as_before;
 use crate::on_all;
 use crate::proxy::ServerDb;
-use crate::world::{PATIENCE, Server, TestDb, World, eventually};
-
-/// Tells what is promised from the ten seconds of the statement.
-const SOON: Duration = Duration::from_secs(5);
+use crate::world::{PATIENCE, SOON, Server, TestDb, World, eventually};
 
 on_all!(
     a_wrapped_pool_that_is_closed_while_a_transaction_settles_ends,
@@ -26,8 +23,12 @@ on_all!(
 
 /// Starts a statement that is slow, and drops it.
 async fn leave_a_slow_statement<D: TestDb>(world: &World<D>, conn: &mut D::Connection) {
-    world.insert(conn, 1).await.unwrap();
-    let slow = D::execute(conn, D::SLOW.to_owned());
+    leave_after_an_insert(world, conn, 1, D::SLOW).await;
+}
+
+async fn leave_after_an_insert<D: TestDb>(world: &World<D>, conn: &mut D::Connection, n: i64, slow: &str) {
+    world.insert(conn, n).await.unwrap();
+    let slow = D::execute(conn, slow.to_owned());
     assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
 }
 
@@ -120,19 +121,20 @@ async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
     let world = Arc::new(World::<D>::new().await);
     let machine = Machine::on(D::address(&world.options)).await;
     let options = D::through(world.options.clone(), machine.port);
-    let pool = PoolOptions::<D>::new().acquire_timeout(Duration::from_secs(2));
+    let pool = PoolOptions::<D>::new().acquire_timeout(Duration::from_secs(5));
     let db = if wrapped {
         TxPool::wrap(pool.connect_with(options).await.unwrap())
     } else {
-        let builder = TxPool::<D>::builder().connect_timeout(Duration::from_secs(2));
-        builder.acquire_timeout(Duration::from_secs(2)).connect_with(options).await.unwrap()
+        let builder = TxPool::<D>::builder().connect_timeout(Duration::from_secs(5));
+        builder.acquire_timeout(Duration::from_secs(5)).connect_with(options).await.unwrap()
     };
     let mut committed = db.begin().await.unwrap();
     world.insert(&mut committed, 1).await.unwrap();
     let mut running = db.begin().await.unwrap();
     world.insert(&mut running, 2).await.unwrap();
     let mut dropped = db.begin().await.unwrap();
-    leave_a_slow_statement_of(&world, &mut dropped, 3).await;
+    // MySQL notices when it is over that nobody is there any more.
+    leave_after_an_insert(&world, &mut dropped, 3, D::SECONDS).await;
     machine.switch_off().await;
     drop(dropped);
 
@@ -167,12 +169,6 @@ async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
     .await;
     assert_eq!(world.committed().await, [77]);
     world.end(db).await;
-}
-
-async fn leave_a_slow_statement_of<D: TestDb>(world: &World<D>, conn: &mut D::Connection, n: i64) {
-    world.insert(conn, n).await.unwrap();
-    let slow = D::execute(conn, D::SLOW.to_owned());
-    assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
 }
 
 #[tokio::test]
@@ -263,7 +259,8 @@ async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
     drop(usurper);
     there_is_a_session_again(&db).await;
     works_as_before(&world, &db).await;
-    // Once it is over, it has left nothing behind.
+    // It runs on, and when it is over it has left nothing behind.
+    MySql::execute(&mut beside, format!("KILL CONNECTION {id}")).await.unwrap();
     world.insert(&mut beside, 1).await.unwrap();
     assert_eq!(world.committed().await, [1, 77]);
     world.end(db).await;
@@ -285,7 +282,7 @@ async fn a_server_that_ends_all_its_sessions_is_survived(wrapped: bool) {
     let mut running = db.begin().await.unwrap();
     world.insert(&mut running, 2).await.unwrap();
     let mut dropped = db.begin().await.unwrap();
-    leave_a_slow_statement_of(&world, &mut dropped, 3).await;
+    leave_after_an_insert(&world, &mut dropped, 3, Postgres::SLOW).await;
     let (handle, dropped_handle) = (committed.outcome_handle(), dropped.outcome_handle());
     world.run(format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = '{role}'")).await;
     drop(dropped);
@@ -300,7 +297,7 @@ async fn a_server_that_ends_all_its_sessions_is_survived(wrapped: bool) {
     assert_eq!(dropped_handle.outcome().await, CommitOutcome::RolledBack);
     // There is a new canceller as well.
     let mut tx = db.begin().await.unwrap();
-    leave_a_slow_statement_of(&world, &mut tx, 5).await;
+    leave_after_an_insert(&world, &mut tx, 5, Postgres::SLOW).await;
     drop(tx);
     world.run(format!("INSERT INTO {} (n) VALUES (5)", world.table)).await;
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());

@@ -21,6 +21,9 @@ const ROUNDS: i64 = 4;
 
 /// A database behind a socket.
 pub(crate) trait ServerDb: TestDb {
+    /// A statement that ends by itself after ten seconds.
+    const SECONDS: &'static str;
+
     fn address(options: &Options<Self>) -> (String, u16);
     /// The same database through another port of this machine, in plain text.
     fn through(options: Options<Self>, port: u16) -> Options<Self>;
@@ -29,6 +32,8 @@ pub(crate) trait ServerDb: TestDb {
 }
 
 impl ServerDb for Postgres {
+    const SECONDS: &'static str = "SELECT pg_sleep(10)";
+
     fn address(options: &PgConnectOptions) -> (String, u16) {
         (options.get_host().to_owned(), options.get_port())
     }
@@ -49,6 +54,8 @@ impl ServerDb for Postgres {
 }
 
 impl ServerDb for MySql {
+    const SECONDS: &'static str = "SELECT SLEEP(10)";
+
     fn address(options: &MySqlConnectOptions) -> (String, u16) {
         (options.get_host().to_owned(), options.get_port())
     }

@@ -11,9 +11,7 @@ use cancel_safe_tx_guard::CommitOutcome;
 use tokio::time::timeout;
 
 use super::program::{ACCOUNTS, Attempt, Book, KEYS, Page, Said, Stage, Standing};
-
-/// How long it may take until all is at rest: a session that does not settle is given up after two seconds.
-pub(crate) const REST: Duration = Duration::from_secs(5);
+use crate::world::PATIENCE;
 
 /// How many of the violations are described.
 const DESCRIBED: usize = 20;
@@ -89,7 +87,7 @@ pub(crate) async fn settle(books: &[(i64, Book)], tally: &mut Tally) {
             book.page().attempts.iter().map(|attempt| (attempt.handle.clone(), attempt.hooks.clone())).collect();
         for (handle, hooks) in handles {
             let Some(handle) = handle else { continue };
-            let ended = timeout(REST, async {
+            let ended = timeout(PATIENCE, async {
                 // The hooks run after the handle was told, and promise no more.
                 while handle.outcome().await == CommitOutcome::Committed && hooks.load(Ordering::Relaxed) == 0 {
                     tokio::time::sleep(Duration::from_millis(1)).await;

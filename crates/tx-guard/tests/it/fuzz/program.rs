@@ -15,6 +15,7 @@ use sqlx::Connection;
 
 use super::FuzzDb;
 use super::cut::cut;
+use crate::world::PATIENCE;
 
 /// How many keys each program may write.
 pub(crate) const KEYS: i64 = 256;
@@ -289,6 +290,16 @@ impl Book {
 pub(crate) enum Source<D: FuzzDb> {
     Ours(TxPool<D>),
     Plain(sqlx::Pool<D>),
+}
+
+impl<D: FuzzDb> Source<D> {
+    /// How long it may take until all is at rest. The twin has something to wait for that never comes.
+    pub(crate) fn rest(&self) -> Duration {
+        match self {
+            Self::Ours(_) => PATIENCE,
+            Self::Plain(_) => Duration::from_secs(5),
+        }
+    }
 }
 
 impl<D: FuzzDb> Clone for Source<D> {
