@@ -3,6 +3,7 @@
 //! Invariant: there are never more of them than the pool allows, and one that was begun to be opened is not lost
 //! with the caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
 
+use std::future::pending;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,6 +13,7 @@ use futures_util::future::{Either, select};
 use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+use tokio::task::AbortHandle;
 use tokio::time::timeout;
 
 use crate::backend::{Backend, Options};
@@ -27,6 +29,7 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Session<DB: Backend> {
     pub(crate) conn: DB::Connection,
     pub(crate) probe: DB::Probe,
+    home: Home,
     idle_since: Instant,
     /// One of as many as there may be sessions.
     _permit: OwnedSemaphorePermit,
@@ -36,7 +39,7 @@ impl<DB: Backend> Session<DB> {
     async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
         let mut conn = options.connect().await?;
         let probe = DB::probe(&mut conn).await?;
-        Ok(Self { conn, probe, idle_since: Instant::now(), _permit: permit })
+        Ok(Self { conn, probe, home: Home::here(), idle_since: Instant::now(), _permit: permit })
     }
 
     /// The same in bounded time, because a caller who has gone bounds nothing.
@@ -54,12 +57,36 @@ impl<DB: Backend> Session<DB> {
     }
 
     async fn look_after(&mut self) -> Result<(), sqlx::Error> {
+        if self.home.has_ended() {
+            return Err(sqlx::Error::WorkerCrashed);
+        }
         if self.idle_since.elapsed() < FRESH { Ok(()) } else { self.conn.ping().await }
     }
 
     pub(crate) async fn close(self) {
         // The database sees the end of the connection in any case; this only makes it a polite one.
         drop(timeout(GOODBYE_TIMEOUT, self.conn.close()).await);
+    }
+}
+
+/// The runtime on which a connection was opened. When it has ended, the connection works only as long as it never has to
+/// wait, and may fail inside COMMIT.
+struct Home(AbortHandle);
+
+impl Home {
+    /// A task that ends with its runtime, and only then.
+    fn here() -> Self {
+        Self(tokio::spawn(pending::<()>()).abort_handle())
+    }
+
+    fn has_ended(&self) -> bool {
+        self.0.is_finished()
+    }
+}
+
+impl Drop for Home {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

@@ -139,6 +139,34 @@ async fn a_pool_outlives_the_runtime_it_was_opened_in<D: TestDb>() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
+/// It may work for a while, as long as it never has to wait, and then fail inside COMMIT.
+#[tokio::test]
+async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
+    let world = World::<Postgres>::new().await;
+    let options = world.options.clone();
+    let outlives = move || {
+        let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let session = async |db: &TxPool<Postgres>| {
+            let mut tx = db.begin().await.unwrap();
+            let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
+            tx.commit().await.unwrap();
+            pid
+        };
+        let first = runtime();
+        let builder = TxPool::<Postgres>::builder().max_connections(1);
+        let db = first.block_on(builder.connect_with(options)).unwrap();
+        let pid = first.block_on(session(&db));
+        assert_eq!(first.block_on(session(&db)), pid);
+        drop(first);
+        runtime().block_on(async {
+            assert_ne!(session(&db).await, pid);
+            assert!(db.close(PATIENCE).await.is_clean());
+        });
+    };
+    tokio::task::spawn_blocking(outlives).await.unwrap();
+    world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
 /// Drops a commit that has begun and not ended, with a hook. One that ends at its first poll is no such commit.
 async fn drop_a_commit<D: TestDb, H: FnOnce() + Send + 'static>(
     world: &World<D>,
