@@ -173,6 +173,12 @@ pub trait Driver: Database {
     /// Keeps further statements of a lost transaction from being committed one by one.
     fn fence(conn: &mut Self::Connection);
 
+    /// Reads what dropped futures have left to be read, where it could be taken for the answer to what follows. Nothing of
+    /// the commit has been sent until it returns.
+    fn catch_up(_: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send {
+        async { Ok(()) }
+    }
+
     /// Commits, and leaves sqlx's depth as it is on the server: 1 where a rollback is still due, else 0.
     fn commit(
         conn: &mut Self::Connection,
@@ -206,6 +212,15 @@ pub trait Driver: Database {
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send;
 
+    /// Sees whether the session of `probe` waits for its client, where sqlx may wait for more than there is.
+    fn look(
+        _: &Self::Canceller,
+        _: &Options<Self>,
+        _: &Self::Probe,
+    ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send {
+        async { Ok(Activity::Unseen) }
+    }
+
     /// Ends the session of `probe` from outside.
     fn terminate(
         canceller: &Self::Canceller,
@@ -220,7 +235,7 @@ pub trait Driver: Database {
     fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
 }
 
-/// What a cancel has seen of the session it was meant for.
+/// What was seen of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub enum Activity {

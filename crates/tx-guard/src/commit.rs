@@ -106,9 +106,21 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         drop(reaper::settle(open).await);
         return Err(TxError::Lost { reason });
     }
+    let shared = Arc::clone(&open.shared);
+    let failed = match reaper::unless_stuck(&shared, probe, DB::catch_up(conn)).await {
+        Some(Ok(())) => None,
+        Some(Err(error)) => Some(TxError::Database(error)),
+        None => Some(TxError::Lost { reason: reaper::OUT_OF_STEP }),
+    };
+    if let Some(error) = failed {
+        drop(reaper::settle(open).await);
+        return Err(error);
+    }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
-    let failure = match DB::commit(conn, probe, open.commit_mode).await {
+    let answer = reaper::unless_stuck(&shared, probe, DB::commit(conn, probe, open.commit_mode)).await;
+    let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into())));
+    let failure = match answer.unwrap_or_else(stuck) {
         Ok(()) => {
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);

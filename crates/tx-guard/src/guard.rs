@@ -213,7 +213,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let hooks = self.held().hooks.len();
         self.savepoints += 1;
         let level = self.savepoints;
-        let set = DB::run_sql(self, format!("SAVEPOINT txg_{level}")).await;
+        let set = self.run_sql(format!("SAVEPOINT txg_{level}")).await;
         if matches!(set, Err(sqlx::Error::Database(_))) {
             // Refused, so there is none to be ended. After another error nobody knows what there is.
             self.savepoints = level - 1;
@@ -224,7 +224,7 @@ impl<DB: Backend> TransactionGuard<DB> {
             return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });
         }
         if result.is_ok() {
-            match DB::run_sql(self, format!("RELEASE SAVEPOINT txg_{level}")).await {
+            match self.run_sql(format!("RELEASE SAVEPOINT txg_{level}")).await {
                 Ok(()) => {
                     self.savepoints = level - 1;
                     return result;
@@ -234,7 +234,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         }
         self.held_mut().hooks.truncate(hooks);
         let undo = format!("ROLLBACK TO SAVEPOINT txg_{level}; RELEASE SAVEPOINT txg_{level}");
-        if DB::run_sql(self, undo).await.is_ok() {
+        if self.run_sql(undo).await.is_ok() {
             self.savepoints = level - 1;
         }
         result
@@ -266,6 +266,17 @@ impl<DB: Backend> TransactionGuard<DB> {
 
     fn held_mut(&mut self) -> &mut Open<DB> {
         self.open.as_mut().expect(HELD)
+    }
+
+    /// Runs SQL of our own.
+    async fn run_sql(&mut self, sql: String) -> Result<(), sqlx::Error> {
+        // Looks at the depth on the way.
+        let _: &mut DB::Connection = self;
+        let open = self.held_mut();
+        let shared = Arc::clone(&open.shared);
+        let (conn, probe) = open.slot.parts();
+        let stuck = || Err(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into()));
+        reaper::unless_stuck(&shared, probe, DB::run_sql(conn, sql)).await.unwrap_or_else(stuck)
     }
 
     fn take(&mut self) -> Open<DB> {

@@ -3,16 +3,12 @@
 //! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
 //! lost is refused; what comes after MySQL has rolled it back is undone at the end.
 
-use std::panic::AssertUnwindSafe;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use futures_util::StreamExt;
-use futures_util::future::{FutureExt, poll_immediate};
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
-use sqlx::{AssertSqlSafe, Connection, Database, Either, MySql, MySqlConnection, SqlSafeStr};
+use sqlx::{AssertSqlSafe, Database, MySql, MySqlConnection, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
@@ -21,6 +17,7 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
 };
 use crate::canceller::{self, Canceller};
+use crate::in_step::{self, Answers};
 use crate::known::Known;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -142,7 +139,7 @@ impl Driver for MySql {
 
     fn connect_error(target: String, source: sqlx::Error) -> TxError {
         match &source {
-            sqlx::Error::Database(_) if number(&source) == Some(NO_SUCH_DATABASE) => {
+            sqlx::Error::Database(_) if number_of(&source) == Some(NO_SUCH_DATABASE) => {
                 TxError::MissingDatabase { target, source }
             }
             sqlx::Error::Database(_) => TxError::Refused { target, source },
@@ -191,12 +188,12 @@ impl Driver for MySql {
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
         // Or what a dropped future has left would be taken for the answer to this.
-        read_what_is_left(conn).await?;
+        in_step::catch_up(conn).await?;
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
     fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
+        matches!(number_of(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {
@@ -212,31 +209,43 @@ impl Driver for MySql {
     /// That the session may only read is fence enough.
     fn fence(_: &mut MySqlConnection) {}
 
+    async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        in_step::catch_up(conn).await
+    }
+
     async fn commit(conn: &mut MySqlConnection, thread: &Arc<Thread>, _: CommitMode) -> Result<(), CommitFailure> {
-        // What a dropped future has left to be read. COMMIT has not been sent, so an error here is a rollback.
-        read_what_is_left(conn).await.map_err(CommitFailure::Refused)?;
-        // In the same message, so that it costs no round trip of its own.
-        let (sql, statements) = match thread.settings_back() {
-            Some(settings_back) => (format!("{VERIFIED_COMMIT}; {settings_back}"), 3),
-            None => (VERIFIED_COMMIT.to_owned(), 2),
-        };
-        match exchange(conn, sql).await {
+        // All in one message, so that neither costs a round trip of its own.
+        let (question, number) = in_step::question();
+        let (mut sql, mut statements) = (format!("{VERIFIED_COMMIT}; {question}"), 3);
+        if let Some(settings_back) = thread.settings_back() {
+            sql.push_str("; ");
+            sql.push_str(&settings_back);
+            statements += 1;
+        }
+        let Answers { done, proved, error } = in_step::exchange(conn, sql, 2, number).await;
+        if error.is_none() && done == statements {
             // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
-            (done, None) if done == statements => {
-                thread.in_step.store(true, Ordering::Relaxed);
-                thread.is_back.store(true, Ordering::Relaxed);
-                Ok(())
-            }
-            // Committed; the settings are tried again, or the connection is closed.
-            (2, Some(_)) if statements > 2 => Ok(()),
-            (0, Some(error)) if number(&error) == Some(NO_SUCH_SAVEPOINT) => Err(CommitFailure::Ended),
-            (0, Some(error @ sqlx::Error::Database(_))) => Err(CommitFailure::Refused(error)),
+            thread.in_step.store(true, Ordering::Relaxed);
+            thread.is_back.store(true, Ordering::Relaxed);
+        }
+        let missing = || sqlx::Error::Protocol("the answer to COMMIT is missing".into());
+        // Committed. If the settings were refused they are tried again, or the connection is closed.
+        if proved {
+            return Ok(());
+        }
+        let error = error.unwrap_or_else(missing);
+        // No answer is believed that may have been meant for what was left behind.
+        if error.as_database_error().is_none() || in_step::prove(conn).await.is_err() {
+            return Err(CommitFailure::Unknown(error));
+        }
+        match (done, number_of(&error)) {
+            (0, Some(NO_SUCH_SAVEPOINT)) => Err(CommitFailure::Ended),
             // A COMMIT that waits too long for the global read lock of another session is rolled back by the server.
-            (_, Some(error)) if matches!(number(&error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT | REFUSED_BY_THE_GROUP)) => {
+            (0, _) | (1, Some(DEADLOCK | LOCK_WAIT_TIMEOUT | REFUSED_BY_THE_GROUP)) => {
                 Err(CommitFailure::Refused(error))
             }
-            (_, Some(error)) => Err(CommitFailure::Unknown(error)),
-            (_, None) => Err(CommitFailure::Unknown(sqlx::Error::Protocol("the answer to COMMIT is missing".into()))),
+            (1, _) => Err(CommitFailure::Unknown(error)),
+            _ => Ok(()),
         }
     }
 
@@ -247,14 +256,8 @@ impl Driver for MySql {
 
     async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<Rollback, sqlx::Error> {
         let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
-        // A future that was dropped while its statement was being prepared leaves an answer of which sqlx does not know
-        // the length. The answer to a ping cannot be mistaken for any part of it.
         if !thread.in_step.swap(false, Ordering::Relaxed) {
-            for _ in 0..ROLLBACK_ATTEMPTS {
-                if is_done(conn.ping().await)? {
-                    break;
-                }
-            }
+            in_step::prove(conn).await?;
         }
         // sqlx's depth stays where it was when MySQL has rolled back by itself, with the savepoints, and then its own
         // rollback fails for ever. This one takes a level away whatever the answer will be.
@@ -291,6 +294,15 @@ impl Driver for MySql {
     ) -> Result<Activity, sqlx::Error> {
         let Identity { id, learnt, .. } = to.identity;
         canceller.ask(options, |conn, since| Box::pin(kill_query(conn, since, id, learnt))).await
+    }
+
+    async fn look(
+        canceller: &Self::Canceller,
+        options: &MySqlConnectOptions,
+        at: &Arc<Thread>,
+    ) -> Result<Activity, sqlx::Error> {
+        let Identity { id, learnt, .. } = at.identity;
+        canceller.ask(options, |conn, since| Box::pin(look(conn, since, id, learnt))).await
     }
 
     async fn terminate(
@@ -390,44 +402,6 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     sql
 }
 
-/// Reads the answers of statements that were abandoned. Where there is nothing to be read, this costs nothing.
-async fn read_what_is_left(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    let is_left = {
-        let mut left = pin!(conn.flush());
-        match poll_immediate(left.as_mut()).await {
-            Some(read) => {
-                read?;
-                false
-            }
-            // Not dropped, because sqlx loses its place in an answer when it is dropped in the middle of it.
-            None => left.await.map(|()| true)?,
-        }
-    };
-    if is_left { conn.ping().await } else { Ok(()) }
-}
-
-/// Sends the verified commit, and says how many of its statements have been done before the error.
-///
-/// After a statement that was abandoned while it was being prepared, sqlx may take a part of its answer for that to one
-/// of these, and panic in trying to read it.
-async fn exchange(conn: &mut MySqlConnection, sql: String) -> (usize, Option<sqlx::Error>) {
-    let out_of_step = || sqlx::Error::Protocol("the answer is that to another statement".into());
-    let mut done = 0;
-    let read = AssertUnwindSafe(async {
-        let mut answers = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
-        while let Some(answer) = answers.next().await {
-            match answer {
-                Ok(Either::Left(_)) => done += 1,
-                Ok(Either::Right(_)) => return Some(out_of_step()),
-                Err(error) => return Some(error),
-            }
-        }
-        None
-    });
-    let error = read.catch_unwind().await.unwrap_or_else(|_| Some(out_of_step()));
-    (done, error)
-}
-
 /// Whether the work is done. An answer of the database, even a refusal, shows that the connection works: of the
 /// statements that were left behind, each may have one.
 fn is_done(result: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
@@ -445,14 +419,21 @@ async fn kill_query(
     id: u64,
     learnt: Instant,
 ) -> Result<Activity, sqlx::Error> {
+    let seen = look(conn, since, id, learnt).await?;
+    if seen == Activity::Unseen {
+        kill(conn, format!("KILL QUERY {id}")).await?;
+    }
+    Ok(seen)
+}
+
+async fn look(conn: &mut MySqlConnection, since: Instant, id: u64, learnt: Instant) -> Result<Activity, sqlx::Error> {
     still_the_same_server(conn, since, learnt).await?;
     let look = "SELECT command FROM information_schema.processlist WHERE id = ?";
     match sqlx::query_scalar::<_, String>(look).bind(id).fetch_optional(&mut *conn).await?.as_deref() {
-        Some("Sleep") => return Ok(Activity::Idle),
-        Some(_) => kill(conn, format!("KILL QUERY {id}")).await?,
-        None => {}
+        Some("Sleep") => Ok(Activity::Idle),
+        // One that is gone cannot be killed, which does no harm.
+        Some(_) | None => Ok(Activity::Unseen),
     }
-    Ok(Activity::Unseen)
 }
 
 async fn kill_connection(
@@ -467,7 +448,7 @@ async fn kill_connection(
 
 async fn kill(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
     match MySql::run_sql(conn, sql).await {
-        Err(error) if number(&error) == Some(NO_SUCH_THREAD) => Ok(()),
+        Err(error) if number_of(&error) == Some(NO_SUCH_THREAD) => Ok(()),
         killed => killed,
     }
 }
@@ -485,6 +466,6 @@ async fn still_the_same_server(conn: &mut MySqlConnection, since: Instant, learn
     }
 }
 
-fn number(error: &sqlx::Error) -> Option<u16> {
+fn number_of(error: &sqlx::Error) -> Option<u16> {
     Some(error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }

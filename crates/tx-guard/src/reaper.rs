@@ -45,6 +45,15 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// other: a driver whose future was dropped in the middle of an answer may have lost its place in it.
 const IDLE_LIMIT: Duration = Duration::from_millis(50);
 
+/// The same while a caller waits, who has sent something that may yet be under way: how often the server is looked at, and
+/// for how long it must have been seen waiting.
+const LOOK_PAUSE: Duration = Duration::from_millis(500);
+const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// What is said then.
+pub(crate) const OUT_OF_STEP: &str =
+    "a statement was dropped in the middle of its answer, and the driver has lost its place";
+
 /// A future that is polled in place, and that finishes on the runtime if it is dropped after its first poll.
 pub(crate) struct Shield<T: Send + 'static> {
     future: Option<BoxFuture<'static, T>>,
@@ -235,6 +244,32 @@ enum Unrest {
 impl From<sqlx::Error> for Unrest {
     fn from(error: sqlx::Error) -> Self {
         Self::Failed(error)
+    }
+}
+
+/// Waits for an answer, or until it is known that there will be none: `None` if the server waits for the client.
+pub(crate) async fn unless_stuck<DB: Backend, T>(
+    shared: &Shared<DB>,
+    probe: &DB::Probe,
+    answer: impl Future<Output = T>,
+) -> Option<T> {
+    let mut answer = pin!(answer);
+    let mut idle_since = None;
+    loop {
+        if let Ok(answer) = timeout(LOOK_PAUSE, answer.as_mut()).await {
+            return Some(answer);
+        }
+        let look = pin!(DB::look(&shared.canceller, &shared.options, probe));
+        match select(answer.as_mut(), look).await {
+            Either::Left((answer, _)) => return Some(answer),
+            Either::Right((Ok(Activity::Idle), _)) => {
+                let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > ANSWER_LIMIT {
+                    return None;
+                }
+            }
+            Either::Right(_) => idle_since = None,
+        }
     }
 }
 

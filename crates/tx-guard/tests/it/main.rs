@@ -24,6 +24,7 @@ mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
+mod torn;
 mod world;
 
 /// Makes a test on each database out of one generic function.

@@ -135,6 +135,9 @@ impl TestDb for MySql {
 
 /// A database with a server, and so with a way to it.
 pub(crate) trait Server: TestDb {
+    /// The type of a number of 64 bits in a CAST.
+    const BIGINT: &'static str;
+
     /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
     fn way(options: &Options<Self>, port: u16) -> ((String, u16), Options<Self>);
     fn account(options: Options<Self>, user: &str, password: &str) -> Options<Self>;
@@ -142,6 +145,8 @@ pub(crate) trait Server: TestDb {
 }
 
 impl Server for Postgres {
+    const BIGINT: &'static str = "BIGINT";
+
     fn way(options: &PgConnectOptions, port: u16) -> ((String, u16), PgConnectOptions) {
         let server = (options.get_host().to_owned(), options.get_port());
         (server, options.clone().host("127.0.0.1").port(port).ssl_mode(PgSslMode::Disable))
@@ -157,6 +162,8 @@ impl Server for Postgres {
 }
 
 impl Server for MySql {
+    const BIGINT: &'static str = "SIGNED";
+
     fn way(options: &MySqlConnectOptions, port: u16) -> ((String, u16), MySqlConnectOptions) {
         let server = (options.get_host().to_owned(), options.get_port());
         (server, options.clone().host("127.0.0.1").port(port).ssl_mode(MySqlSslMode::Disabled))

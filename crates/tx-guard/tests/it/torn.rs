@@ -1,0 +1,207 @@
+//! Answers that come a byte at a time: a future can then be dropped in the middle of each, where sqlx has read a part of it
+//! that it does not remember.
+
+use std::collections::BTreeSet;
+use std::panic::AssertUnwindSafe;
+
+use cancel_safe_tx_guard::{CommitOutcome, Options, TxPool};
+use futures_util::FutureExt;
+use sqlx::{MySql, Postgres};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use crate::fuzz::cut::cut;
+use crate::world::{PATIENCE, Server, World};
+
+/// Stands before the server, and can pass on what it says byte by byte.
+struct Door<D: Server> {
+    through: Options<D>,
+    slow: watch::Sender<bool>,
+}
+
+impl<D: Server> Door<D> {
+    async fn open(options: &Options<D>) -> Self {
+        let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let (server, through) = D::way(options, door.local_addr().unwrap().port());
+        let slow = watch::Sender::new(false);
+        let is_slow = slow.subscribe();
+        tokio::spawn(async move {
+            while let Ok((client, _)) = door.accept().await {
+                let server = TcpStream::connect(server.clone()).await.unwrap();
+                client.set_nodelay(true).unwrap();
+                server.set_nodelay(true).unwrap();
+                let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
+                tokio::spawn(carry(from_client, to_server, watch::Sender::new(false).subscribe()));
+                tokio::spawn(carry(from_server, to_client, is_slow.clone()));
+            }
+        });
+        Self { through, slow }
+    }
+}
+
+#[expect(clippy::disallowed_methods, reason = "nobody drops the door's tasks halfway")]
+async fn carry(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, slow: watch::Receiver<bool>) {
+    let mut buffer = [0; 8192];
+    while let Ok(size @ 1..) = from.read(&mut buffer).await {
+        let mut rest = &buffer[..size];
+        while !rest.is_empty() {
+            let part = if *slow.borrow() { 1 } else { rest.len() };
+            if to.write_all(&rest[..part]).await.is_err() {
+                return;
+            }
+            rest = &rest[part..];
+            if *slow.borrow() {
+                // Time for the other end to read it.
+                for _ in 0..4 {
+                    tokio::task::yield_now().await;
+                }
+            }
+        }
+    }
+    drop(to.shutdown().await);
+}
+
+/// How a transaction ends in which a statement was torn.
+#[derive(Debug, Clone, Copy)]
+enum End {
+    Drop,
+    Rollback,
+    Commit,
+}
+
+struct Torn<D: Server> {
+    world: World<D>,
+    door: Door<D>,
+    db: TxPool<D>,
+    next: i64,
+    expected: BTreeSet<i64>,
+}
+
+impl<D: Server> Torn<D> {
+    async fn new() -> Self {
+        let world = World::<D>::new().await;
+        world.run(format!("INSERT INTO {} (n) VALUES (1), (2), (3)", world.table)).await;
+        let door = Door::<D>::open(&world.options).await;
+        let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+        Self { world, door, db, next: 10, expected: [1, 2, 3].into() }
+    }
+
+    /// Drops `run` after so many pendings, ends the transaction, and looks at the two that follow. Says whether there was
+    /// anything to drop.
+    async fn once(
+        &mut self,
+        run: impl AsyncFnOnce(&mut D::Connection, String),
+        sql: &str,
+        after: u32,
+        end: End,
+    ) -> bool {
+        let what = format!("{sql}, dropped after {after} pendings, {end:?}");
+        let mut tx = self.db.begin().await.unwrap_or_else(|error| panic!("{what}: {error}"));
+        let handle = tx.outcome_handle();
+        self.next += 1;
+        let torn = self.next;
+        // Each has a text of its own, so that none is prepared already.
+        let sql = sql.replace("TABLE", &self.world.table).replace('#', &torn.to_string());
+        self.door.slow.send_replace(true);
+        let was_cut = cut(run(&mut tx, sql), Some(after)).await.is_none();
+        self.door.slow.send_replace(false);
+        let committed = match end {
+            End::Drop => {
+                drop(tx);
+                false
+            }
+            End::Rollback => {
+                drop(tx.rollback().await);
+                false
+            }
+            End::Commit => timeout(PATIENCE, tx.commit()).await.unwrap_or_else(|_| panic!("{what}: it hangs")).is_ok(),
+        };
+        let told = handle.outcome().await;
+        assert_eq!(committed, told == CommitOutcome::Committed, "{what}: {told:?}");
+        for _ in 0..2 {
+            self.next += 1;
+            let number = self.next;
+            let probe = AssertUnwindSafe(async {
+                let mut tx = self.db.begin().await.unwrap();
+                let answer = D::numbers(&mut tx, format!("SELECT CAST({number} AS {})", D::BIGINT)).await.unwrap();
+                assert_eq!(answer, [number]);
+                self.world.insert(&mut tx, number).await.unwrap();
+                tx.commit().await.unwrap();
+            });
+            let probed = timeout(PATIENCE, probe.catch_unwind()).await;
+            assert!(matches!(probed, Ok(Ok(()))), "{what}: the next transaction panics or hangs");
+            self.expected.insert(number);
+        }
+        let there: BTreeSet<i64> = self.world.committed().await.into_iter().collect();
+        // Whether a statement was run that was dropped nobody can tell.
+        if told != CommitOutcome::RolledBack && there.contains(&torn) {
+            self.expected.insert(torn);
+        }
+        assert_eq!(there, self.expected, "{what}");
+        was_cut
+    }
+
+    async fn end(self) {
+        self.world.end(self.db).await;
+    }
+}
+
+/// Reads its rows, which are in the binary form, because it is prepared.
+async fn read<D: Server>(conn: &mut D::Connection, sql: String) {
+    drop(D::numbers(conn, sql).await);
+}
+
+async fn write<D: Server>(conn: &mut D::Connection, sql: String) {
+    drop(D::execute(conn, sql).await);
+}
+const TRANSFER: &str = "UPDATE TABLE SET v = v - 1 WHERE n = 1; UPDATE TABLE SET v = v + 1 WHERE n = 2;
+    INSERT INTO TABLE (n) VALUES (#)";
+const SELECT: &str = "SELECT n FROM TABLE WHERE n < 4 AND # > 0";
+
+/// Drops after each pending that there is; a commit now and then, because one that finds no way out takes seconds.
+async fn whatever_is_torn_the_next_transactions_are_whole<D: Server>() {
+    let mut torn = Torn::<D>::new().await;
+    for end in [End::Drop, End::Rollback, End::Commit] {
+        let step = if matches!(end, End::Commit) { 29 } else { 1 };
+        for after in (1..).step_by(step) {
+            if !torn.once(read::<D>, SELECT, after, end).await {
+                break;
+            }
+        }
+        for sql in [TRANSFER, SELECT] {
+            for after in (1..).step_by(step) {
+                if !torn.once(write::<D>, sql, after, end).await {
+                    break;
+                }
+            }
+        }
+    }
+    torn.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_is_torn_the_next_transactions_are_whole_on_postgres() {
+    whatever_is_torn_the_next_transactions_are_whole::<Postgres>().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_is_torn_the_next_transactions_are_whole_on_mysql() {
+    whatever_is_torn_the_next_transactions_are_whole::<MySql>().await;
+}
+
+/// Values that pass for answers to something else once sqlx has lost its place between them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_look_like_answers_are_not_believed() {
+    let mut torn = Torn::<MySql>::new().await;
+    let rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
+        SELECT x'000000fe00000000' FROM n WHERE # > 0";
+    for end in [End::Drop, End::Commit] {
+        let step = if matches!(end, End::Commit) { 37 } else { 1 };
+        for after in (60..200).step_by(step) {
+            torn.once(write::<MySql>, rows, after, end).await;
+        }
+    }
+    torn.end().await;
+}
