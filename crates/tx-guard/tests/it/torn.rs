@@ -2,10 +2,13 @@
 //! that it does not remember.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::panic::AssertUnwindSafe;
+use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, Options, TxPool};
 use futures_util::FutureExt;
+use sqlx::pool::PoolOptions;
 use sqlx::{MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -13,7 +16,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use crate::fuzz::cut::cut;
-use crate::world::{PATIENCE, Server, World};
+use crate::world::{PATIENCE, Server, TestDb, World};
 
 /// Stands before the server, and can pass on what it says byte by byte.
 struct Door<D: Server> {
@@ -192,16 +195,49 @@ async fn whatever_is_torn_the_next_transactions_are_whole_on_mysql() {
 }
 
 /// Values that pass for answers to something else once sqlx has lost its place between them.
+const ROWS: &str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
+    SELECT x'000000fe00000000' FROM n WHERE # > 0";
+const IN_THE_ROWS: Range<u32> = 60..200;
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_not_believed() {
     let mut torn = Torn::<MySql>::new().await;
-    let rows = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
-        SELECT x'000000fe00000000' FROM n WHERE # > 0";
-    for end in [End::Drop, End::Commit] {
-        let step = if matches!(end, End::Commit) { 37 } else { 1 };
-        for after in (60..200).step_by(step) {
-            torn.once(write::<MySql>, rows, after, end).await;
+    for (end, step) in [(End::Drop, 1), (End::Commit, 37)] {
+        for after in IN_THE_ROWS.step_by(step) {
+            torn.once(write::<MySql>, ROWS, after, end).await;
         }
     }
     torn.end().await;
+}
+
+/// The twin: sqlx alone gives connections back that are out of step, so the check can fail.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_look_like_answers_are_believed_by_plain_sqlx() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let pool = PoolOptions::<MySql>::new().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let mut is_caught = false;
+    for after in IN_THE_ROWS {
+        let mut tx = pool.begin().await.unwrap();
+        door.slow.send_replace(true);
+        cut(write::<MySql>(&mut tx, ROWS.replace('#', "1")), Some(after)).await;
+        door.slow.send_replace(false);
+        drop(tx);
+        let number = i64::from(after);
+        let probe = AssertUnwindSafe(async {
+            let mut tx = pool.begin().await?;
+            let answer = MySql::numbers(&mut tx, format!("SELECT CAST({number} AS SIGNED)")).await?;
+            world.insert(&mut tx, number).await?;
+            tx.commit().await?;
+            Ok::<_, sqlx::Error>(answer == [number])
+        });
+        let probed = timeout(Duration::from_secs(10), probe.catch_unwind()).await;
+        if !matches!(probed, Ok(Ok(Ok(true)))) || !world.committed().await.contains(&number) {
+            is_caught = true;
+            break;
+        }
+    }
+    assert!(is_caught, "plain sqlx passes, so the check shows nothing");
+    drop(timeout(Duration::from_secs(5), pool.close()).await);
+    world.run(format!("DROP TABLE {}", world.table)).await;
 }
