@@ -273,10 +273,11 @@ impl<DB: Backend> TransactionGuard<DB> {
         // Looks at the depth on the way.
         let _: &mut DB::Connection = self;
         let open = self.held_mut();
-        let shared = Arc::clone(&open.shared);
+        let (shared, runtime) = (Arc::clone(&open.shared), open.runtime.clone());
         let (conn, probe) = open.slot.parts();
         let stuck = || Err(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into()));
-        reaper::unless_stuck(&shared, probe, DB::run_sql(conn, sql)).await.unwrap_or_else(stuck)
+        let run = reaper::unless_stuck(&shared, probe, DB::run_sql(conn, sql));
+        reaper::inside(&runtime, run).await.unwrap_or_else(stuck)
     }
 
     fn take(&mut self) -> Open<DB> {

@@ -3,6 +3,7 @@
 //! Invariant: a connection goes back to its pool only after it was seen idle and clean. Whatever is dropped
 //! before that, by a caller or by the end of the runtime, closes its connection instead.
 
+use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, resume_unwind};
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,6 +68,16 @@ pub(crate) struct Shield<T: Send + 'static> {
 /// Outside any runtime nothing could be waited for. Where there is one it is left, because `runtime` may have ended.
 pub(crate) fn enter_if_outside(runtime: &Handle) -> Option<EnterGuard<'_>> {
     Handle::try_current().is_err().then(|| runtime.enter())
+}
+
+/// Polls `future` where there are timers, wherever it is polled.
+pub(crate) async fn inside<T>(runtime: &Handle, future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    let poll = |cx: &mut Context<'_>| {
+        let _entered = enter_if_outside(runtime);
+        future.as_mut().poll(cx)
+    };
+    poll_fn(poll).await
 }
 
 /// What is done with an output that has come too late for the caller, or not at all.

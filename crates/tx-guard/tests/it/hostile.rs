@@ -83,6 +83,16 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     world.insert(&mut tx, 3).await.unwrap();
     drop(timeout(Duration::from_millis(20), D::execute(&mut tx, D::SLOW.to_owned())).await);
     outside(tx.rollback()).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let insert = format!("INSERT INTO {} (n) VALUES (4)", world.table);
+    // A future that is made there need not be one that can be sent there.
+    let savepoint = move || {
+        block_on(async {
+            tx.savepoint(async |sp| Ok(D::execute(sp, insert).await?)).await?;
+            tx.commit().await
+        })
+    };
+    tokio::task::spawn_blocking(|| std::thread::spawn(savepoint).join().unwrap()).await.unwrap().unwrap();
     let begun = outside({
         let db = db.clone();
         async move { db.begin().await.map(drop) }
@@ -94,7 +104,7 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     })
     .await;
     assert!(matches!(db.begin().await, Err(TxError::Closed)));
-    assert_eq!(world.committed().await, [1, 2]);
+    assert_eq!(world.committed().await, [1, 2, 4]);
     world.end(db).await;
 }
 
