@@ -13,9 +13,21 @@ const TESTS: usize = 8;
 /// The failed tests of a run, in the order in which the runners told of them.
 #[derive(Default)]
 pub(crate) struct Failed {
-    /// Between `failures:` and `test result:`.
-    reading: bool,
+    part: Part,
     tests: Vec<Test>,
+    /// How many of them other runners have told of.
+    of_others: usize,
+}
+
+/// The part of a runner's output.
+#[derive(Default, PartialEq)]
+enum Part {
+    #[default]
+    Running,
+    /// What the failed tests said, if they said anything.
+    Details,
+    /// The names of all that failed.
+    Names,
 }
 
 #[derive(Default)]
@@ -33,27 +45,23 @@ impl Failed {
     pub(crate) fn read(&mut self, line: &str) {
         let line = line.trim_end();
         if line == "failures:" {
-            self.reading = true;
+            self.part = if self.part == Part::Running { Part::Details } else { Part::Names };
         } else if line.starts_with("test result: ") {
-            self.reading = false;
-        } else if let Some(name) = self.heading(line) {
-            self.tests.push(Test::named(&name));
-        } else if self.reading && line.starts_with("    ") && !line.trim_start().contains(char::is_whitespace) {
-            // The list of names at the end, which has those that printed nothing too.
+            self.part = Part::Running;
+            self.of_others = self.tests.len();
+        } else if self.part == Part::Details {
+            let name = line.strip_prefix("---- ").and_then(|line| line.strip_suffix(" stdout ----"));
+            match (name, self.tests.last_mut()) {
+                (Some(name), _) => self.tests.push(Test::named(name)),
+                (None, Some(test)) => test.hear(line),
+                (None, None) => {}
+            }
+        } else if self.part == Part::Names && !line.is_empty() {
             let name = line.trim_start();
-            if self.tests.iter().all(|test| test.name != name) {
+            if self.tests[self.of_others..].iter().all(|test| test.name != name) {
                 self.tests.push(Test::named(name));
             }
-        } else if self.reading
-            && let Some(test) = self.tests.last_mut()
-        {
-            test.hear(line);
         }
-    }
-
-    fn heading(&self, line: &str) -> Option<String> {
-        let name = line.strip_prefix("---- ")?.strip_suffix(" stdout ----")?;
-        self.reading.then(|| name.to_owned())
     }
 }
 
@@ -103,13 +111,18 @@ mod tests {
             chatter\n\n\
             thread 'a::loud' (7) panicked at src/a.rs:1:2:\n\
             assertion failed: two words\n\
+            \x20   indented\n\
             note: run with `RUST_BACKTRACE=1` environment variable to display a backtrace\n\n\n\
             failures:\n    a::loud\n    quiet\n\n\
             test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
             a line of another binary\n";
         output.lines().for_each(|line| failed.read(line));
-        let shown = "\nfailed: a::loud\n  thread 'a::loud' (7) panicked at src/a.rs:1:2:\n  assertion failed: two words\n\
-                     \nfailed: quiet\n";
+        // Of the same name in another binary.
+        ["failures:", "", "failures:", "    quiet", "", "test result: FAILED."]
+            .iter()
+            .for_each(|line| failed.read(line));
+        let shown = "\nfailed: a::loud\n  thread 'a::loud' (7) panicked at src/a.rs:1:2:\n  assertion failed: two words\n      indented\n\
+                     \nfailed: quiet\n\nfailed: quiet\n";
         assert_eq!(failed.to_string(), shown);
     }
 

@@ -114,6 +114,12 @@ pub trait Driver: Database {
     /// Whether a URL may do without a scheme, as the name of a file.
     const TAKES_FILES: bool = false;
 
+    /// Whether a connection can do nothing any more when the runtime has ended on which it was opened.
+    const NEEDS_ITS_RUNTIME: bool = true;
+
+    /// Whether sqlx may wait for more than the server has to say, after a future was dropped in the middle of an answer.
+    const LOSES_ITS_PLACE: bool = false;
+
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Clone + Send + Sync + 'static;
 
@@ -212,7 +218,7 @@ pub trait Driver: Database {
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send;
 
-    /// Sees whether the session of `probe` waits for its client, where sqlx may wait for more than there is.
+    /// Sees whether the session of `probe` waits for its client, where that may be for ever.
     fn look(
         _: &Self::Canceller,
         _: &Options<Self>,

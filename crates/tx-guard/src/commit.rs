@@ -107,7 +107,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         return Err(TxError::Lost { reason });
     }
     let shared = Arc::clone(&open.shared);
-    let failed = match reaper::unless_stuck(&shared, probe, DB::catch_up(conn)).await {
+    let failed = match reaper::unless_stuck(&shared, probe, reaper::CATCH_UP_LIMIT, DB::catch_up(conn)).await {
         Some(Ok(())) => None,
         Some(Err(error)) => Some(TxError::Database(error)),
         None => Some(TxError::Lost { reason: reaper::OUT_OF_STEP }),
@@ -118,7 +118,8 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
-    let answer = reaper::unless_stuck(&shared, probe, DB::commit(conn, probe, open.commit_mode)).await;
+    let commit = DB::commit(conn, probe, open.commit_mode);
+    let answer = reaper::unless_stuck(&shared, probe, reaper::ANSWER_LIMIT, commit).await;
     let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into())));
     let failure = match answer.unwrap_or_else(stuck) {
         Ok(()) => {

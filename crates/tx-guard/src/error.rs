@@ -86,7 +86,8 @@ pub enum TxError {
         /// What the database said to the commit.
         source: sqlx::Error,
     },
-    /// The transaction ended behind the guard's back. The guard has committed nothing.
+    /// The transaction ended behind the guard's back, or what a dropped statement had left to be read made a commit
+    /// impossible. The guard has committed nothing.
     #[error("the transaction was lost: {reason}")]
     Lost {
         /// What ended it, as far as it can be told.

@@ -276,7 +276,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let (shared, runtime) = (Arc::clone(&open.shared), open.runtime.clone());
         let (conn, probe) = open.slot.parts();
         let stuck = || Err(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into()));
-        let run = reaper::unless_stuck(&shared, probe, DB::run_sql(conn, sql));
+        let run = reaper::unless_stuck(&shared, probe, reaper::CATCH_UP_LIMIT, DB::run_sql(conn, sql));
         reaper::inside(&runtime, run).await.unwrap_or_else(stuck)
     }
 

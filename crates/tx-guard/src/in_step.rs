@@ -3,7 +3,8 @@
 //! sqlx reads an answer in parts, and a future that is dropped between two of them leaves the rest to whoever reads next:
 //! a row, or any bytes in it, may then pass for the answer to ROLLBACK or to COMMIT.
 //!
-//! Invariant: an answer is believed only if a number came with it that nobody can have known before.
+//! Invariant: an answer is believed only behind a number that nobody is likely to have sent before. Who has read that has
+//! nothing older left to read.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -17,43 +18,46 @@ const ATTEMPTS: usize = 16;
 
 /// What came back of a message of several statements.
 pub(crate) struct Answers {
-    /// How many of them were done before the error.
-    pub(crate) done: usize,
-    /// The number came where it was expected.
+    /// The number has come, so all that came behind it are the answers to this.
     pub(crate) proved: bool,
+    /// How many statements have been done before the error.
+    pub(crate) done: usize,
     pub(crate) error: Option<sqlx::Error>,
 }
 
-/// A statement that answers with a number, and the number.
-pub(crate) fn question() -> (String, i64) {
-    // No answer to anything else has these digits but by a chance of one in 2^62.
-    let number = fastrand::i64(1 << 62..);
-    (format!("SELECT {number}"), number)
-}
-
-/// Sends several statements, after the first `before` of which the number comes.
+/// Sends statements behind one that answers with a number, all in one message.
 ///
 /// Where sqlx is out of step it may take a part of another answer for the length of something, and panic in reading it.
-pub(crate) async fn exchange(conn: &mut MySqlConnection, sql: String, before: usize, number: i64) -> Answers {
-    let (mut done, mut proved) = (0, false);
+pub(crate) async fn exchange(conn: &mut MySqlConnection, sql: &str) -> Answers {
+    // No other answer has these digits but by a chance of one in 2^62.
+    let number = fastrand::i64(1 << 62..);
+    let sql = format!("SELECT {number}; {sql}");
+    // The end of the number's own answer is counted as well.
+    let (mut proved, mut ends) = (false, 0_usize);
     let read = AssertUnwindSafe(async {
         let mut answers = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(Either::Left(_)) => done += 1,
-                Ok(Either::Right(row)) => {
-                    if done != before || proved || row.try_get::<i64, _>(0).ok() != Some(number) {
-                        return Some(out_of_step());
-                    }
-                    proved = true;
-                }
+                Ok(Either::Left(_)) if proved => ends += 1,
+                Ok(Either::Right(row)) if !proved && row.try_get::<i64, _>(0).ok() == Some(number) => proved = true,
+                Ok(_) => return Some(out_of_step()),
                 Err(error) => return Some(error),
             }
         }
         None
     });
     let error = read.catch_unwind().await.unwrap_or_else(|_| Some(out_of_step()));
-    Answers { done, proved, error }
+    Answers { proved, done: ends.saturating_sub(1), error }
+}
+
+/// Runs statements that have no rows.
+pub(crate) async fn run(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
+    catch_up(conn).await?;
+    match exchange(conn, sql).await {
+        Answers { proved: true, error: None, .. } => Ok(()),
+        Answers { proved: true, error: Some(error), .. } => Err(error),
+        Answers { .. } => Err(out_of_step()),
+    }
 }
 
 /// Reads what was left to be read, and makes sure that nothing of it is left.
@@ -63,11 +67,10 @@ pub(crate) async fn exchange(conn: &mut MySqlConnection, sql: String, before: us
 /// There is, and nobody can say where it ends: the connection cannot be used any more.
 pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
-        let (sql, number) = question();
-        match exchange(conn, sql, 0, number).await {
-            Answers { done: 1, proved: true, error: None } => return Ok(()),
+        match exchange(conn, "DO 0").await {
+            Answers { proved: true, error: None, .. } => return Ok(()),
             // The answer to what was left, after which nothing was sent; or to this, which was cancelled.
-            Answers { done: 0, proved: false, error: Some(sqlx::Error::Database(_)) } => {}
+            Answers { error: Some(sqlx::Error::Database(_)), .. } => {}
             Answers { error, .. } => return Err(error.unwrap_or_else(out_of_step)),
         }
     }

@@ -93,8 +93,8 @@
 //! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
 //!   `busy_timeout`).
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
-//! - Connections need the runtime on which they were opened. A pool of the crate's own that outlives it opens new ones; a
-//!   wrapped pool is sqlx's, which does not look.
+//! - Connections need the runtime on which they were opened, except SQLite's. A pool of the crate's own that outlives it
+//!   opens new ones; a wrapped pool is sqlx's, which does not look.
 //! - After a `fork` the child has no thread for cancels: its drops end by their time limits, and close the connection.
 //! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
 //!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported. No more is a MySQL behind an
@@ -112,12 +112,13 @@
 //!   pool, what then still runs on the nested transaction is committed by itself; on MySQL, its `commit` commits what is
 //!   left of the whole. The guard's `commit` is [`TxError::Lost`] in both cases.
 //! - On MySQL, sqlx loses its place in the answers when a statement is dropped while it is prepared, which is when its
-//!   text is new to the connection, or in the middle of a packet. No answer to a statement of the guard's own is believed
-//!   then: after a drop and a rollback the connection is proved to be in step, or closed, and a `commit` is rolled back, or
-//!   unknown if `COMMIT` had been sent. Where sqlx and the server wait for each other, `commit` and
-//!   [`savepoint`](TransactionGuard::savepoint) take two seconds to find out. A further statement of the caller's on that
-//!   guard may panic inside sqlx, fail, or wait for ever, which the guard cannot see coming: give it up with the future of
-//!   such a statement.
+//!   text is new to the connection, or in the middle of a packet. The guard's own statements come behind a random number,
+//!   and no answer is believed before that was read: after a drop and a rollback the connection is in step or closed, and
+//!   a `commit` is rolled back, or unknown if `COMMIT` had been sent. Where sqlx and the server wait for each other, that
+//!   is found out over the connection for cancelling, when the server has waited for five seconds in a `commit` or a
+//!   [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been sent, and after a drop within milliseconds.
+//!   A further statement of the caller's on that guard may panic inside sqlx, fail, or wait for ever, which the guard
+//!   cannot see coming: give it up with the future of such a statement.
 //! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
 //!   gives its savepoints the same name again, and then rolls back to an older one. Those of
 //!   [`savepoint`](TransactionGuard::savepoint) are told apart.

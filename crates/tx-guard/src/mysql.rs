@@ -125,6 +125,7 @@ impl Backend for MySql {}
 
 impl Driver for MySql {
     const TITLE: &'static str = "MySQL";
+    const LOSES_ITS_PLACE: bool = true;
     type Probe = Arc<Thread>;
     type Known = Known<Self, Identity>;
     type Canceller = Canceller<MySqlConnection>;
@@ -139,7 +140,7 @@ impl Driver for MySql {
 
     fn connect_error(target: String, source: sqlx::Error) -> TxError {
         match &source {
-            sqlx::Error::Database(_) if number_of(&source) == Some(NO_SUCH_DATABASE) => {
+            sqlx::Error::Database(_) if number(&source) == Some(NO_SUCH_DATABASE) => {
                 TxError::MissingDatabase { target, source }
             }
             sqlx::Error::Database(_) => TxError::Refused { target, source },
@@ -187,13 +188,11 @@ impl Driver for MySql {
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
-        // Or what a dropped future has left would be taken for the answer to this.
-        in_step::catch_up(conn).await?;
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
+        in_step::run(conn, &sql).await
     }
 
     fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(number_of(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
+        matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {
@@ -214,39 +213,34 @@ impl Driver for MySql {
     }
 
     async fn commit(conn: &mut MySqlConnection, thread: &Arc<Thread>, _: CommitMode) -> Result<(), CommitFailure> {
-        // All in one message, so that neither costs a round trip of its own.
-        let (question, number) = in_step::question();
-        let (mut sql, mut statements) = (format!("{VERIFIED_COMMIT}; {question}"), 3);
-        if let Some(settings_back) = thread.settings_back() {
-            sql.push_str("; ");
-            sql.push_str(&settings_back);
-            statements += 1;
-        }
-        let Answers { done, proved, error } = in_step::exchange(conn, sql, 2, number).await;
-        if error.is_none() && done == statements {
-            // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
-            thread.in_step.store(true, Ordering::Relaxed);
-            thread.is_back.store(true, Ordering::Relaxed);
-        }
+        // All in one message, so that none costs a round trip of its own.
+        let sql = match thread.settings_back() {
+            Some(settings_back) => format!("{VERIFIED_COMMIT}; {settings_back}"),
+            None => VERIFIED_COMMIT.to_owned(),
+        };
         let missing = || sqlx::Error::Protocol("the answer to COMMIT is missing".into());
-        // Committed. If the settings were refused they are tried again, or the connection is closed.
-        if proved {
-            return Ok(());
-        }
-        let error = error.unwrap_or_else(missing);
-        // No answer is believed that may have been meant for what was left behind.
-        if error.as_database_error().is_none() || in_step::prove(conn).await.is_err() {
-            return Err(CommitFailure::Unknown(error));
-        }
-        match (done, number_of(&error)) {
-            (0, Some(NO_SUCH_SAVEPOINT)) => Err(CommitFailure::Ended),
-            // A COMMIT that waits too long for the global read lock of another session is rolled back by the server.
-            (0, _) | (1, Some(DEADLOCK | LOCK_WAIT_TIMEOUT | REFUSED_BY_THE_GROUP)) => {
-                Err(CommitFailure::Refused(error))
+        let error = match in_step::exchange(conn, &sql).await {
+            // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
+            Answers { proved: true, done: 2.., error: None } => {
+                thread.in_step.store(true, Ordering::Relaxed);
+                thread.is_back.store(true, Ordering::Relaxed);
+                return Ok(());
             }
-            (1, _) => Err(CommitFailure::Unknown(error)),
-            _ => Ok(()),
-        }
+            // Committed; the settings are tried again, or the connection is closed.
+            Answers { proved: true, done: 2.., error: Some(_) } => return Ok(()),
+            Answers { proved: true, done, error: Some(error @ sqlx::Error::Database(_)) } => {
+                return Err(match (done, number(&error)) {
+                    (0, Some(NO_SUCH_SAVEPOINT)) => CommitFailure::Ended,
+                    // A COMMIT that waits too long for the global read lock of another session is rolled back.
+                    (0, _) | (_, Some(DEADLOCK | LOCK_WAIT_TIMEOUT | REFUSED_BY_THE_GROUP)) => {
+                        CommitFailure::Refused(error)
+                    }
+                    _ => CommitFailure::Unknown(error),
+                });
+            }
+            Answers { error, .. } => error,
+        };
+        Err(CommitFailure::Unknown(error.unwrap_or_else(missing)))
     }
 
     /// MySQL does not remember how a transaction ended.
@@ -284,7 +278,7 @@ impl Driver for MySql {
 
     /// A KILL QUERY that has found no statement hits the next one; a ping is none.
     async fn rest(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
-        Self::run_sql(conn, "DO 0".to_owned()).await
+        in_step::prove(conn).await
     }
 
     async fn cancel(
@@ -448,7 +442,7 @@ async fn kill_connection(
 
 async fn kill(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
     match MySql::run_sql(conn, sql).await {
-        Err(error) if number_of(&error) == Some(NO_SUCH_THREAD) => Ok(()),
+        Err(error) if number(&error) == Some(NO_SUCH_THREAD) => Ok(()),
         killed => killed,
     }
 }
@@ -466,6 +460,6 @@ async fn still_the_same_server(conn: &mut MySqlConnection, since: Instant, learn
     }
 }
 
-fn number_of(error: &sqlx::Error) -> Option<u16> {
+fn number(error: &sqlx::Error) -> Option<u16> {
     Some(error.as_database_error()?.try_downcast_ref::<MySqlDatabaseError>()?.number())
 }

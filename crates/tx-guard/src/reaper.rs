@@ -46,14 +46,16 @@ const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 /// other: a driver whose future was dropped in the middle of an answer may have lost its place in it.
 const IDLE_LIMIT: Duration = Duration::from_millis(50);
 
-/// The same while a caller waits, who has sent something that may yet be under way: how often the server is looked at, and
-/// for how long it must have been seen waiting.
+/// How often a server is looked at that does not answer a caller, and how long one look may take.
 const LOOK_PAUSE: Duration = Duration::from_millis(500);
-const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+
+/// For how long it must have been seen waiting for the client until no answer is expected any more. What was asked for last
+/// may still be under way to it; what it had to say may be under way to the client for longer, if that is much.
+pub(crate) const ANSWER_LIMIT: Duration = Duration::from_secs(2);
+pub(crate) const CATCH_UP_LIMIT: Duration = Duration::from_secs(5);
 
 /// What is said then.
-pub(crate) const OUT_OF_STEP: &str =
-    "a statement was dropped in the middle of its answer, and the driver has lost its place";
+pub(crate) const OUT_OF_STEP: &str = "what a dropped statement has left behind could not be read";
 
 /// A future that is polled in place, and that finishes on the runtime if it is dropped after its first poll.
 pub(crate) struct Shield<T: Send + 'static> {
@@ -258,24 +260,29 @@ impl From<sqlx::Error> for Unrest {
     }
 }
 
-/// Waits for an answer, or until it is known that there will be none: `None` if the server waits for the client.
+/// Waits for an answer, or until none is to be expected: `None` if the server has waited for the client for `limit`.
 pub(crate) async fn unless_stuck<DB: Backend, T>(
     shared: &Shared<DB>,
     probe: &DB::Probe,
+    limit: Duration,
     answer: impl Future<Output = T>,
 ) -> Option<T> {
+    if !DB::LOSES_ITS_PLACE {
+        return Some(answer.await);
+    }
     let mut answer = pin!(answer);
     let mut idle_since = None;
     loop {
         if let Ok(answer) = timeout(LOOK_PAUSE, answer.as_mut()).await {
             return Some(answer);
         }
-        let look = pin!(DB::look(&shared.canceller, &shared.options, probe));
+        // Bounded, because the cancels of others wait for it.
+        let look = pin!(timeout(LOOK_PAUSE, DB::look(&shared.canceller, &shared.options, probe)));
         match select(answer.as_mut(), look).await {
             Either::Left((answer, _)) => return Some(answer),
-            Either::Right((Ok(Activity::Idle), _)) => {
+            Either::Right((Ok(Ok(Activity::Idle)), _)) => {
                 let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > ANSWER_LIMIT {
+                if since.elapsed() > limit {
                     return None;
                 }
             }

@@ -29,7 +29,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 pub(crate) struct Session<DB: Backend> {
     pub(crate) conn: DB::Connection,
     pub(crate) probe: DB::Probe,
-    home: Home,
+    /// None where a connection does not need it.
+    home: Option<Home>,
     idle_since: Instant,
     /// One of as many as there may be sessions.
     _permit: OwnedSemaphorePermit,
@@ -39,7 +40,13 @@ impl<DB: Backend> Session<DB> {
     async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
         let mut conn = options.connect().await?;
         let probe = DB::probe(&mut conn).await?;
-        Ok(Self { conn, probe, home: Home::here(), idle_since: Instant::now(), _permit: permit })
+        Ok(Self {
+            conn,
+            probe,
+            home: DB::NEEDS_ITS_RUNTIME.then(Home::here),
+            idle_since: Instant::now(),
+            _permit: permit,
+        })
     }
 
     /// The same in bounded time, because a caller who has gone bounds nothing.
@@ -57,7 +64,7 @@ impl<DB: Backend> Session<DB> {
     }
 
     async fn look_after(&mut self) -> Result<(), sqlx::Error> {
-        if self.home.has_ended() {
+        if self.home.as_ref().is_some_and(Home::has_ended) {
             return Err(sqlx::Error::WorkerCrashed);
         }
         if self.idle_since.elapsed() < FRESH { Ok(()) } else { self.conn.ping().await }

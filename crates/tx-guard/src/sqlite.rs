@@ -74,6 +74,7 @@ impl Backend for Sqlite {}
 
 impl Driver for Sqlite {
     const TITLE: &'static str = "SQLite";
+    const NEEDS_ITS_RUNTIME: bool = false;
     const TAKES_FILES: bool = true;
     type Probe = Arc<Hooks>;
     type Known = ();

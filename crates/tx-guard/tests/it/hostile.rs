@@ -177,6 +177,28 @@ async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
+/// SQLite has a thread of its own, and what is in memory is gone with its connection.
+#[test]
+fn sqlite_needs_no_runtime_of_its_own() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let first = runtime();
+    let (db, tx) = first.block_on(async {
+        let db = TxPool::<Sqlite>::builder().max_connections(1).connect("sqlite::memory:").await.unwrap();
+        let mut tx = db.begin().await.unwrap();
+        Sqlite::execute(&mut tx, "CREATE TABLE t (n BIGINT); INSERT INTO t VALUES (1)".to_owned()).await.unwrap();
+        (db, tx)
+    });
+    drop(first);
+    // Outside any runtime, and after the end of its own.
+    block_on(tx.commit()).unwrap();
+    runtime().block_on(async {
+        let mut tx = db.begin().await.unwrap();
+        assert_eq!(Sqlite::numbers(&mut tx, "SELECT n FROM t".to_owned()).await.unwrap(), [1]);
+        tx.rollback().await.unwrap();
+        db.close(PATIENCE).await;
+    });
+}
+
 /// Drops a commit that has begun and not ended, with a hook. One that ends at its first poll is no such commit.
 async fn drop_a_commit<D: TestDb, H: FnOnce() + Send + 'static>(
     world: &World<D>,

@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
 use crate::commit::works_as_before;
-use crate::world::{PATIENCE, Server, TestDb, World, at_times_within, eventually};
+use crate::world::{PATIENCE, Server, TestDb, World, eventually, mostly_within};
 
 /// The first connection of a pool is a session, the second its connection for cancelling.
 const CANCELLER: usize = 1;
@@ -95,14 +95,8 @@ async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same<D: Se
     let door = Door::<D>::open(&world.options).await;
     let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
     // Not the two seconds after which a session is given up.
-    at_times_within(Duration::from_millis(1_500), async || {
-        let mut longest = Duration::ZERO;
-        for _ in 0..5 {
-            longest = longest.max(a_statement_after_its_cancel(&world, &door, &db).await);
-        }
-        longest
-    })
-    .await;
+    let once = async || a_statement_after_its_cancel(&world, &door, &db).await;
+    mostly_within(Duration::from_millis(1_500), 10, once).await;
     world.end(db).await;
 }
 

@@ -7,11 +7,12 @@ use std::sync::{Arc, Mutex};
 use cancel_safe_tx_guard::{CommitOutcome, TxEvent};
 use futures_util::FutureExt;
 use sqlx::{Postgres, Sqlite};
+use tokio::time::timeout;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Level, Metadata, Subscriber};
 
-use crate::world::{TestDb, World};
+use crate::world::{PATIENCE, TestDb, World};
 
 /// Keeps the warnings of the crate.
 #[derive(Clone, Default)]
@@ -77,8 +78,9 @@ async fn the_error_of_a_commit_without_a_caller_is_logged<D: TestDb>() {
             break handle;
         }
     };
-    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
-    while events.next().await != Some(TxEvent::LateOutcome(CommitOutcome::RolledBack)) {}
+    let told = async { while events.next().await != Some(TxEvent::LateOutcome(CommitOutcome::RolledBack)) {} };
+    timeout(PATIENCE, told).await.unwrap();
+    assert_eq!(handle.try_outcome(), Some(CommitOutcome::RolledBack));
     let logged = listener.0.lock().unwrap().clone();
     assert!(logged.contains("outcome: RolledBack") && logged.to_lowercase().contains("foreign key"), "{logged:?}");
 

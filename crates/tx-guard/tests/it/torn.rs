@@ -18,52 +18,77 @@ use tokio::time::timeout;
 use crate::fuzz::cut::cut;
 use crate::world::{PATIENCE, Server, TestDb, World};
 
-/// Stands before the server, and can pass on what it says byte by byte.
+/// How what the server says is passed on.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Pace {
+    AtOnce,
+    ByteByByte,
+    /// MySQL's number of columns, the first column, and the length of the first row; then nothing until there is another
+    /// pace.
+    ToTheFirstRow,
+}
+
+/// Stands before the server, and passes on what it says.
 struct Door<D: Server> {
     through: Options<D>,
-    slow: watch::Sender<bool>,
+    pace: watch::Sender<Pace>,
 }
 
 impl<D: Server> Door<D> {
     async fn open(options: &Options<D>) -> Self {
         let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, through) = D::way(options, door.local_addr().unwrap().port());
-        let slow = watch::Sender::new(false);
-        let is_slow = slow.subscribe();
+        let pace = watch::Sender::new(Pace::AtOnce);
+        let answers = pace.subscribe();
         tokio::spawn(async move {
             while let Ok((client, _)) = door.accept().await {
                 let server = TcpStream::connect(server.clone()).await.unwrap();
                 client.set_nodelay(true).unwrap();
                 server.set_nodelay(true).unwrap();
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-                tokio::spawn(carry(from_client, to_server, watch::Sender::new(false).subscribe()));
-                tokio::spawn(carry(from_server, to_client, is_slow.clone()));
+                tokio::spawn(carry(from_client, to_server, watch::Sender::new(Pace::AtOnce).subscribe()));
+                tokio::spawn(carry(from_server, to_client, answers.clone()));
             }
         });
-        Self { through, slow }
+        Self { through, pace }
     }
 }
 
 #[expect(clippy::disallowed_methods, reason = "nobody drops the door's tasks halfway")]
-async fn carry(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, slow: watch::Receiver<bool>) {
+async fn carry(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt + Unpin, pace: watch::Receiver<Pace>) {
     let mut buffer = [0; 8192];
     while let Ok(size @ 1..) = from.read(&mut buffer).await {
         let mut rest = &buffer[..size];
         while !rest.is_empty() {
-            let part = if *slow.borrow() { 1 } else { rest.len() };
+            let now = *pace.borrow();
+            let part = match now {
+                Pace::AtOnce => rest.len(),
+                Pace::ByteByByte => 1,
+                Pace::ToTheFirstRow => to_the_first_row(rest),
+            };
             if to.write_all(&rest[..part]).await.is_err() {
                 return;
             }
             rest = &rest[part..];
-            if *slow.borrow() {
+            match now {
+                Pace::AtOnce => {}
                 // Time for the other end to read it.
-                for _ in 0..4 {
-                    tokio::task::yield_now().await;
+                Pace::ByteByByte => {
+                    for _ in 0..4 {
+                        tokio::task::yield_now().await;
+                    }
                 }
+                Pace::ToTheFirstRow => drop(pace.clone().wait_for(|pace| *pace != now).await),
             }
         }
     }
     drop(to.shutdown().await);
+}
+
+fn to_the_first_row(answer: &[u8]) -> usize {
+    const HEADER: usize = 4;
+    let after = |packet: usize| packet + HEADER + usize::from(answer[packet]);
+    after(after(0)) + HEADER
 }
 
 /// How a transaction ends in which a statement was torn.
@@ -72,6 +97,8 @@ enum End {
     Drop,
     Rollback,
     Commit,
+    /// When all is there that was to come.
+    LateCommit,
 }
 
 struct Torn<D: Server> {
@@ -107,9 +134,9 @@ impl<D: Server> Torn<D> {
         let torn = self.next;
         // Each has a text of its own, so that none is prepared already.
         let sql = sql.replace("TABLE", &self.world.table).replace('#', &torn.to_string());
-        self.door.slow.send_replace(true);
+        self.door.pace.send_replace(Pace::ByteByByte);
         let was_cut = cut(run(&mut tx, sql), Some(after)).await.is_none();
-        self.door.slow.send_replace(false);
+        self.door.pace.send_replace(Pace::AtOnce);
         let committed = match end {
             End::Drop => {
                 drop(tx);
@@ -119,7 +146,12 @@ impl<D: Server> Torn<D> {
                 drop(tx.rollback().await);
                 false
             }
-            End::Commit => timeout(PATIENCE, tx.commit()).await.unwrap_or_else(|_| panic!("{what}: it hangs")).is_ok(),
+            End::Commit | End::LateCommit => {
+                if matches!(end, End::LateCommit) {
+                    tokio::time::sleep(Duration::from_millis(30)).await;
+                }
+                timeout(PATIENCE, tx.commit()).await.unwrap_or_else(|_| panic!("{what}: it hangs")).is_ok()
+            }
         };
         let told = handle.outcome().await;
         assert_eq!(committed, told == CommitOutcome::Committed, "{what}: {told:?}");
@@ -166,8 +198,7 @@ const SELECT: &str = "SELECT n FROM TABLE WHERE n < 4 AND # > 0";
 /// Drops after each pending that there is; a commit now and then, because one that finds no way out takes seconds.
 async fn whatever_is_torn_the_next_transactions_are_whole<D: Server>() {
     let mut torn = Torn::<D>::new().await;
-    for end in [End::Drop, End::Rollback, End::Commit] {
-        let step = if matches!(end, End::Commit) { 29 } else { 1 };
+    for (end, step) in [(End::Drop, 1), (End::Rollback, 1), (End::Commit, 61), (End::LateCommit, 47)] {
         for after in (1..).step_by(step) {
             if !torn.once(read::<D>, SELECT, after, end).await {
                 break;
@@ -202,12 +233,39 @@ const IN_THE_ROWS: Range<u32> = 60..200;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_not_believed() {
     let mut torn = Torn::<MySql>::new().await;
-    for (end, step) in [(End::Drop, 1), (End::Commit, 37)] {
+    for (end, step) in [(End::Drop, 1), (End::Commit, 61), (End::LateCommit, 47)] {
         for after in IN_THE_ROWS.step_by(step) {
             torn.once(write::<MySql>, ROWS, after, end).await;
         }
     }
     torn.end().await;
+}
+
+/// The rows are such that, read from the second half of the first on, they are an end, two answers `OK` of which the first
+/// says that there is more to come, and nothing that is left over. The transaction has ended already, so the true answers
+/// are errors.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_look_like_the_answers_to_a_commit_are_not_believed() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let filler = format!("{}1200000000000008000000", "61".repeat(3059));
+    let rows =
+        format!("SELECT x'000000fe00000000' UNION ALL SELECT x'000000000008000000616161' UNION ALL SELECT x'{filler}'");
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    MySql::execute(&mut tx, "ROLLBACK".to_owned()).await.unwrap();
+    door.pace.send_replace(Pace::ToTheFirstRow);
+    let read = timeout(Duration::from_millis(200), MySql::execute(&mut tx, rows)).await;
+    assert!(read.is_err(), "nothing was torn");
+    door.pace.send_replace(Pace::AtOnce);
+    // All is there when it is looked at next.
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert!(timeout(PATIENCE, tx.commit()).await.unwrap().is_err());
+    assert_ne!(handle.outcome().await, CommitOutcome::Committed);
+    assert!(world.committed().await.is_empty());
+    world.end(db).await;
 }
 
 /// The twin: sqlx alone gives connections back that are out of step, so the check can fail.
@@ -219,9 +277,9 @@ async fn rows_that_look_like_answers_are_believed_by_plain_sqlx() {
     let mut is_caught = false;
     for after in IN_THE_ROWS {
         let mut tx = pool.begin().await.unwrap();
-        door.slow.send_replace(true);
+        door.pace.send_replace(Pace::ByteByByte);
         cut(write::<MySql>(&mut tx, ROWS.replace('#', "1")), Some(after)).await;
-        door.slow.send_replace(false);
+        door.pace.send_replace(Pace::AtOnce);
         drop(tx);
         let number = i64::from(after);
         let probe = AssertUnwindSafe(async {

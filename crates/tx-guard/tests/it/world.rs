@@ -232,17 +232,15 @@ impl<D: TestDb> World<D> {
     }
 }
 
-/// Fails if `scenario`, which says how long it took, is at no time quicker than `bound`. Where that is near to what would
-/// be wrong, a machine with much else to do may miss it once, but not each time.
-pub(crate) async fn at_times_within(bound: Duration, mut scenario: impl AsyncFnMut() -> Duration) {
+/// Runs `scenario`, which says how long it took, several times, and fails if more than a fifth were not within `bound`:
+/// what would be wrong takes two seconds each time, and a machine with much else to do may take as long now and then.
+pub(crate) async fn mostly_within(bound: Duration, times: usize, mut scenario: impl AsyncFnMut() -> Duration) {
     let mut took = Vec::new();
-    for _ in 0..5 {
+    for _ in 0..times {
         took.push(scenario().await);
-        if took.last().is_some_and(|took| *took < bound) {
-            return;
-        }
     }
-    panic!("never within {bound:?}: {took:?}");
+    let late = took.iter().filter(|took| **took >= bound).count();
+    assert!(late * 5 <= times, "not within {bound:?}: {took:?}");
 }
 
 /// Waits for `holds` to be true, and fails after [`PATIENCE`].
