@@ -121,15 +121,16 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// ```
     /// # #[cfg(feature = "sqlite")] {
     /// use std::time::Duration;
-    /// use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxPool};
+    /// use cancel_safe_tx_guard::{CommitOutcome, TxPool};
     ///
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
     /// # let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
     /// let tx = db.begin().await.unwrap();
+    /// let handle = tx.outcome_handle();
     /// let outcome = match tx.commit_within(Duration::from_secs(1)).await {
     ///     Ok(()) => CommitOutcome::Committed,
-    ///     Err(CommitError::Pending(handle)) => handle.outcome().await,
-    ///     Err(_) => CommitOutcome::RolledBack,
+    ///     // Still under way, or ended without success, which need not be a rollback.
+    ///     Err(_) => handle.outcome().await,
     /// };
     /// assert_eq!(outcome, CommitOutcome::Committed);
     /// # });

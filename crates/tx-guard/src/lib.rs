@@ -118,7 +118,8 @@
 //!   is found out over the connection for cancelling, when the server has waited for five seconds in a `commit` or a
 //!   [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been sent, and after a drop within milliseconds.
 //!   A further statement of the caller's on that guard may panic inside sqlx, fail, or wait for ever, which the guard
-//!   cannot see coming: give it up with the future of such a statement.
+//!   cannot see coming: give it up with the future of such a statement. A wrapped pool may hand out a connection on
+//!   which that has happened outside of any guard; its commit is then unknown.
 //! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
 //!   gives its savepoints the same name again, and then rolls back to an older one. Those of
 //!   [`savepoint`](TransactionGuard::savepoint) are told apart.

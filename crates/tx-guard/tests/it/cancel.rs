@@ -6,7 +6,7 @@
 use std::cell::RefCell;
 
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
-use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxError, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, OutcomeHandle, TxError, TxEvent, TxPool};
 use sqlx::pool::PoolOptions;
 use sqlx::{MySql, Pool, Postgres, Sqlite};
 use tokio::sync::Mutex;
@@ -92,6 +92,81 @@ fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_postgres() {
 #[test]
 fn a_transaction_dropped_anywhere_is_whole_or_nothing_on_mysql() {
     transaction::<MySql>().publish("tx-guard", "transaction (MySQL)").assert_clean();
+}
+
+fn commit_within<D: TestDb>() -> Report {
+    explore().run(
+        async || Stage::<D>::new().await,
+        async |stage| {
+            let mut tx = stage.db.begin().await.unwrap();
+            stage.handle.replace(Some(tx.outcome_handle()));
+            stage.world.insert(&mut tx, 1).await.unwrap();
+            tx.commit_within(PATIENCE).await.unwrap();
+        },
+        async |stage, outcome| stage.check(outcome, &[1]).await,
+    )
+}
+
+#[test]
+fn a_commit_with_a_limit_dropped_anywhere_is_whole_or_nothing() {
+    commit_within::<Sqlite>().publish("tx-guard", "commit_within (SQLite)").assert_clean();
+    commit_within::<Postgres>().publish("tx-guard", "commit_within (PostgreSQL)").assert_clean();
+    commit_within::<MySql>().publish("tx-guard", "commit_within (MySQL)").assert_clean();
+}
+
+/// A transaction that somebody else drops a little later.
+async fn dropped_later(stage: &Stage<Sqlite>) -> OutcomeHandle {
+    let tx = stage.db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    tokio::spawn(async move {
+        tokio::task::yield_now().await;
+        drop(tx);
+    });
+    handle
+}
+
+#[test]
+fn a_wait_for_the_outcome_dropped_anywhere_can_be_repeated() {
+    let report = explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let stage = Stage::<Sqlite>::new().await;
+            let handle = dropped_later(&stage).await;
+            (stage, handle)
+        },
+        async |(_, handle)| handle.outcome().await,
+        async |(stage, handle), outcome| {
+            let told = within(handle.outcome()).await?;
+            within(stage.world.end(stage.db.clone())).await?;
+            match outcome {
+                _ if told != CommitOutcome::RolledBack => Err(format!("{told:?}")),
+                Outcome::Completed(first) if first != told => Err(format!("{first:?} at first, then {told:?}")),
+                _ => Ok(()),
+            }
+        },
+    );
+    report.publish("tx-guard", "outcome (SQLite)").assert_clean();
+}
+
+#[test]
+fn a_wait_for_an_event_dropped_anywhere_loses_none() {
+    let report = explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let stage = Stage::<Sqlite>::new().await;
+            let events = Mutex::new(stage.db.events());
+            dropped_later(&stage).await;
+            (stage, events)
+        },
+        async |(_, events)| events.lock().await.next().await,
+        async |(stage, events), outcome| {
+            let event = match outcome {
+                Outcome::Completed(event) => event,
+                Outcome::Dropped { .. } => within(events.lock().await.next()).await?,
+            };
+            within(stage.world.end(stage.db.clone())).await?;
+            if event == Some(TxEvent::ImplicitRollback) { Ok(()) } else { Err(format!("{event:?}")) }
+        },
+    );
+    report.publish("tx-guard", "events (SQLite)").assert_clean();
 }
 
 fn closure<D: TestDb>() -> Report {
