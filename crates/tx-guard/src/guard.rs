@@ -96,7 +96,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # Errors
     ///
     /// - [`TxError::Aborted`]: a statement had failed before, so PostgreSQL could only roll back.
-    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back; or, on MySQL, what a dropped statement had
+    ///   left to be read did not come within five seconds, and it is rolled back.
     /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
     /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
     ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
