@@ -181,7 +181,9 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # Errors
     ///
     /// The error of `work`; or [`TxError::Database`] if the database refused the savepoint or its end, in which case
-    /// what `work` has done is undone as well; or [`TxError::Lost`] if a savepoint inside `work` was dropped halfway.
+    /// what `work` has done is undone as well, or if what a dropped statement had left to be read on MySQL did not come
+    /// within five seconds, which dooms the transaction; or [`TxError::Lost`] if a savepoint inside `work` was dropped
+    /// halfway.
     ///
     /// # Examples
     ///

@@ -16,6 +16,7 @@ use crate::on_all;
 use crate::world::{PATIENCE, TestDb, World};
 
 on_all!(
+    a_commit_after_the_end_of_its_runtime_tells_the_truth,
     a_nested_transaction_that_was_forgotten_harms_nobody,
     everything_ends_outside_any_runtime,
     a_closure_outside_any_runtime_is_an_error,
@@ -174,6 +175,34 @@ async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
         });
     };
     tokio::task::spawn_blocking(outlives).await.unwrap();
+    world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
+/// Outside any runtime: what is asked of the one that has ended must not panic.
+async fn a_commit_after_the_end_of_its_runtime_tells_the_truth<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let (options, insert) = (world.options.clone(), format!("INSERT INTO {} (n) VALUES (1)", world.table));
+    let outlived = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let tx = runtime.block_on(async {
+            let db = TxPool::<D>::builder().max_connections(1).connect_with(options).await.unwrap();
+            let mut tx = db.begin().await.unwrap();
+            D::execute(&mut tx, insert).await.unwrap();
+            tx
+        });
+        let handle = tx.outcome_handle();
+        drop(runtime);
+        let committed = block_on(tx.commit());
+        (committed.is_ok(), handle.try_outcome())
+    };
+    let thread = std::thread::spawn(outlived);
+    let (committed, told) = tokio::task::spawn_blocking(|| thread.join().unwrap()).await.unwrap();
+    let rows = world.committed().await;
+    match told {
+        Some(CommitOutcome::Committed) => assert!(committed && rows == [1], "{rows:?}"),
+        Some(CommitOutcome::RolledBack) => assert!(!committed && rows.is_empty(), "{rows:?}"),
+        told => assert!(!committed && told == Some(CommitOutcome::Unknown), "{told:?}"),
+    }
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
