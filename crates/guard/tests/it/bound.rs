@@ -23,7 +23,7 @@ fn ms(count: u64) -> Duration {
 }
 
 /// Begins `future` and then never polls it again, nor drops it: the loser of a `select!` over `&mut future`.
-pub(crate) async fn abandon<T>(future: impl Future) -> T {
+async fn abandon<T>(future: impl Future) -> T {
     let mut future = pin!(future);
     poll_fn(|cx| {
         assert!(future.as_mut().poll(cx).is_pending());
