@@ -13,7 +13,7 @@ use std::time::Duration;
 use pin_project_lite::pin_project;
 use tokio::time::Instant;
 
-use crate::hold::{Bound, Grip};
+use crate::hold::{Grip, SectionBound};
 use crate::scope::{Elapsed, until};
 use crate::stack::{InCritical, holds_around};
 
@@ -66,7 +66,7 @@ use crate::stack::{InCritical, holds_around};
 /// ```
 #[track_caller]
 pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
-    Critical { future, section: Section::new(Bound::critical(), Location::caller()) }
+    Critical { future, section: Section::new(SectionBound::Limit, Location::caller()) }
 }
 
 /// Runs `future` as a [`critical`] section that lasts `grace` at most, counted from this call.
@@ -134,7 +134,7 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 #[track_caller]
 pub fn critical_for<T>(grace: Duration, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
     let end = Instant::now().checked_add(grace);
-    Critical { future: until(end, future), section: Section::new(Bound::grace(end), Location::caller()) }
+    Critical { future: until(end, future), section: Section::new(SectionBound::grace(end), Location::caller()) }
 }
 
 /// A critical section that was entered and not left.
@@ -235,9 +235,7 @@ impl<F: Future> Future for Critical<F> {
 
 struct Section {
     progress: Progress,
-    /// How long it holds the scopes around.
-    bound: Bound,
-    grip: Grip,
+    grip: Grip<SectionBound>,
     location: &'static Location<'static>,
 }
 
@@ -250,8 +248,8 @@ enum Progress {
 
 impl Section {
     #[inline]
-    fn new(bound: Bound, location: &'static Location<'static>) -> Self {
-        Self { progress: Progress::Untouched, bound, grip: Grip::default(), location }
+    fn new(bound: SectionBound, location: &'static Location<'static>) -> Self {
+        Self { progress: Progress::Untouched, grip: Grip::new(bound), location }
     }
 
     fn enter(&mut self) {
@@ -260,8 +258,11 @@ impl Section {
         }
     }
 
+    /// Out of line, like what lets go: most sections never wait, and are faster without it.
+    #[cold]
+    #[inline(never)]
     fn hold(&mut self) {
-        self.grip.settle(holds_around().as_ref(), self.bound);
+        self.grip.settle(holds_around());
     }
 
     fn leave(&mut self) {

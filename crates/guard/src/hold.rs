@@ -2,6 +2,7 @@
 //! they let go or are dropped.
 
 use std::collections::BTreeMap;
+use std::mem;
 use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::Waker;
@@ -38,19 +39,34 @@ enum Limit {
     Open,
 }
 
-impl Bound {
-    /// That of a section without a grace.
-    #[inline]
-    pub(crate) fn critical() -> Self {
-        Self { grace: None, limit: Limit::Open }
-    }
+/// How long one critical section holds a scope. It is half of a [`Bound`], because every section carries it, and most never
+/// wait.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum SectionBound {
+    /// Up to the limit.
+    Limit,
+    /// Up to the end of its grace.
+    Grace(Instant),
+}
 
+impl SectionBound {
     /// That of a section whose grace ends at `end`, or never.
     #[inline]
     pub(crate) fn grace(end: Option<Instant>) -> Self {
-        Self { grace: Some(end.unwrap_or_else(|| Instant::now() + NEVER)), limit: Limit::None }
+        Self::Grace(end.unwrap_or_else(|| Instant::now() + NEVER))
     }
+}
 
+impl From<SectionBound> for Bound {
+    fn from(bound: SectionBound) -> Self {
+        match bound {
+            SectionBound::Limit => Self { grace: None, limit: Limit::Open },
+            SectionBound::Grace(end) => Self { grace: Some(end), limit: Limit::None },
+        }
+    }
+}
+
+impl Bound {
     /// When a scope that is due since `due` has waited long enough.
     pub(crate) fn end(self, due: Instant) -> Instant {
         let limit = match self.limit {
@@ -154,23 +170,17 @@ impl Holds {
         drop(self.lock().waker.take());
     }
 
-    fn hold(self: &Arc<Self>, bound: Bound) -> Weak<Self> {
-        self.lock().add(bound);
-        Arc::downgrade(self)
-    }
-}
-
-/// Changes what a scope counts and wakes it, unless it is gone.
-fn change(holds: &Weak<Holds>, what: impl FnOnce(&mut Tally)) {
-    let Some(holds) = holds.upgrade() else { return };
-    let woken = {
-        let mut tally = holds.lock();
-        what(&mut tally);
-        tally.waker.take()
-    };
-    // Woken outside the lock: a waker is foreign code.
-    if let Some(waker) = woken {
-        waker.wake();
+    /// Changes what the scope counts, and wakes it.
+    fn change(&self, what: impl Fn(&mut Tally)) {
+        let woken = {
+            let mut tally = self.lock();
+            what(&mut tally);
+            tally.waker.take()
+        };
+        // Woken outside the lock: a waker is foreign code.
+        if let Some(waker) = woken {
+            waker.wake();
+        }
     }
 }
 
@@ -179,95 +189,133 @@ fn change(holds: &Weak<Holds>, what: impl FnOnce(&mut Tally)) {
 /// It holds the scope that has polled its holder last. A holder that is moved from one scope into another takes its hand
 /// along. But a holder that comes back to a scope is shared by several: were its hand to go to and fro, each of them would
 /// wake the other for ever. So from then on it holds all scopes that poll it.
-#[derive(Default)]
-pub(crate) struct Grip {
-    bound: Bound,
-    /// The scope that has polled the holder last, if any was around.
-    latest: Option<Weak<Holds>>,
+pub(crate) struct Grip<B: Copy + Into<Bound>> {
+    bound: B,
+    reach: Reach,
+}
+
+/// The scopes that have polled a holder while it had to wait.
+enum Reach {
+    None,
     /// Most holders are polled in one scope only.
-    earlier: Option<Box<Earlier>>,
+    One(Arc<Holds>),
+    Several(Box<Several>),
 }
 
-/// The other scopes that have polled a holder and are still there.
+/// Those of several scopes that are still there.
 #[derive(Default)]
-struct Earlier {
+struct Several {
     is_shared: bool,
-    scopes: Vec<EarlierScope>,
+    scopes: Vec<Reached>,
 }
 
-struct EarlierScope {
+struct Reached {
     holds: Weak<Holds>,
     is_held: bool,
 }
 
-impl Grip {
-    /// Holds the scope `around` with `bound`.
+impl<B: Copy + Into<Bound>> Grip<B> {
+    #[inline]
+    pub(crate) fn new(bound: B) -> Self {
+        Self { bound, reach: Reach::None }
+    }
+
+    /// Holds the scope `around`.
     ///
     /// It is called whenever the holder has been polled and has to wait. Most often nothing has changed since.
-    pub(crate) fn settle(&mut self, around: Option<&Arc<Holds>>, bound: Bound) {
-        if self.bound != bound {
-            let before = self.bound;
-            self.for_each_held(|holds| {
-                change(holds, |tally| {
-                    tally.remove(before);
-                    tally.add(bound);
-                });
-            });
-            self.bound = bound;
-        }
-        match (&self.latest, around) {
-            (Some(latest), Some(around)) if is_of(latest, around) => {}
-            (None, None) => {}
-            (None, Some(around)) if self.earlier.is_none() => self.latest = Some(around.hold(bound)),
-            _ => self.reach_for(around),
+    pub(crate) fn settle(&mut self, around: Option<Arc<Holds>>) {
+        match (&mut self.reach, around) {
+            (Reach::One(one), Some(around)) if Arc::ptr_eq(one, &around) => {}
+            (Reach::None, None) => {}
+            (Reach::None, Some(around)) => {
+                around.lock().add(self.bound.into());
+                self.reach = Reach::One(around);
+            }
+            (Reach::One(one), around) => {
+                let left = Reached { holds: Arc::downgrade(one), is_held: true };
+                let mut several = Several { is_shared: false, scopes: vec![left] };
+                several.settle(around.as_ref(), self.bound.into());
+                self.reach = Reach::Several(Box::new(several));
+            }
+            (Reach::Several(several), around) => several.settle(around.as_ref(), self.bound.into()),
         }
     }
 
-    /// The holder has been polled in another scope than the last time.
-    fn reach_for(&mut self, around: Option<&Arc<Holds>>) {
-        let earlier = self.earlier.get_or_insert_default();
-        earlier.scopes.retain(|scope| scope.holds.strong_count() > 0);
-        let known = around.and_then(|around| earlier.scopes.iter().position(|scope| is_of(&scope.holds, around)));
-        let known = known.map(|place| earlier.scopes.swap_remove(place));
-        earlier.is_shared |= known.is_some();
-        let reached = match known {
-            Some(EarlierScope { holds, is_held: true }) => Some(holds),
-            _ => around.map(|around| around.hold(self.bound)),
-        };
-        if let Some(left) = std::mem::replace(&mut self.latest, reached) {
-            earlier.scopes.push(EarlierScope { holds: Weak::clone(&left), is_held: earlier.is_shared });
-            if !earlier.is_shared {
-                // It may wait for nothing else.
-                change(&left, |tally| tally.remove(self.bound));
-            }
+    /// Holds the same scopes for another time.
+    pub(crate) fn set_bound(&mut self, bound: B)
+    where
+        B: PartialEq,
+    {
+        let before = mem::replace(&mut self.bound, bound);
+        if before != bound {
+            self.reach.change(|tally| {
+                tally.remove(before.into());
+                tally.add(bound.into());
+            });
         }
     }
 
     /// Lets go of all.
     #[inline]
     pub(crate) fn release(&mut self) {
-        if self.latest.is_some() || self.earlier.is_some() {
-            let bound = self.bound;
-            self.for_each_held(|holds| change(holds, |tally| tally.remove(bound)));
-            self.latest = None;
-            self.earlier = None;
+        // Most sections never wait, and have reached nothing.
+        if !matches!(self.reach, Reach::None) {
+            self.let_go();
         }
     }
 
-    fn for_each_held(&self, mut each: impl FnMut(&Weak<Holds>)) {
-        let earlier = self.earlier.iter().flat_map(|earlier| &earlier.scopes);
-        let held = earlier.filter(|scope| scope.is_held).map(|scope| &scope.holds);
-        self.latest.iter().chain(held).for_each(&mut each);
+    #[cold]
+    #[inline(never)]
+    fn let_go(&mut self) {
+        let bound = self.bound.into();
+        mem::replace(&mut self.reach, Reach::None).change(|tally| tally.remove(bound));
     }
 }
 
-impl Drop for Grip {
+impl<B: Copy + Into<Bound>> Drop for Grip<B> {
     #[inline]
     fn drop(&mut self) {
         self.release();
     }
 }
 
-fn is_of(holds: &Weak<Holds>, scope: &Arc<Holds>) -> bool {
-    ptr::eq(holds.as_ptr(), Arc::as_ptr(scope))
+impl Reach {
+    /// Changes what the scopes count that are held, and wakes them.
+    fn change(&self, what: impl Fn(&mut Tally)) {
+        match self {
+            Self::None => {}
+            Self::One(one) => one.change(what),
+            Self::Several(several) => several.change(what),
+        }
+    }
+}
+
+impl Several {
+    fn settle(&mut self, around: Option<&Arc<Holds>>, bound: Bound) {
+        self.scopes.retain(|scope| scope.holds.strong_count() > 0);
+        let is_around =
+            |scope: &&mut Reached| around.is_some_and(|around| ptr::eq(scope.holds.as_ptr(), Arc::as_ptr(around)));
+        if let Some(known) = self.scopes.iter_mut().find(is_around) {
+            if !known.is_held {
+                known.is_held = true;
+                self.is_shared = true;
+                around.into_iter().for_each(|around| around.lock().add(bound));
+            }
+            return;
+        }
+        if !self.is_shared {
+            // It was moved. What it leaves may wait for nothing else.
+            self.change(|tally| tally.remove(bound));
+            self.scopes.iter_mut().for_each(|scope| scope.is_held = false);
+        }
+        if let Some(around) = around {
+            around.lock().add(bound);
+            self.scopes.push(Reached { holds: Arc::downgrade(around), is_held: true });
+        }
+    }
+
+    fn change(&self, what: impl Fn(&mut Tally)) {
+        let held = self.scopes.iter().filter(|scope| scope.is_held);
+        held.filter_map(|scope| scope.holds.upgrade()).for_each(|holds| holds.change(&what));
+    }
 }

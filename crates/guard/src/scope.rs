@@ -13,7 +13,7 @@ use tokio::task::coop::{consume_budget, unconstrained};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::hold::Grip;
+use crate::hold::{Bound, Grip};
 use crate::overtime::Overtime;
 use crate::stack::{self, InScope, Scope};
 
@@ -249,10 +249,9 @@ pin_project! {
 }
 
 /// What a scope does while a critical section waits inside it.
-#[derive(Default)]
 struct Held {
     /// It holds the scope around, so that this one does not end either.
-    grip: Grip,
+    grip: Grip<Bound>,
     /// Begins when the scope is due.
     overtime: Option<Overtime>,
 }
@@ -278,18 +277,18 @@ impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
             this.scope.due = true;
         }
         if let Some(bound) = this.scope.held(cx.waker()) {
-            let held = this.held.get_or_insert_default();
+            let held = this.held.get_or_insert_with(|| Box::new(Held { grip: Grip::new(bound), overtime: None }));
             if this.scope.due {
                 held.overtime.get_or_insert_with(Overtime::begin);
             }
             if !held.overtime.as_mut().is_some_and(|overtime| overtime.is_over(bound, cx)) {
                 let due = held.overtime.as_ref().map(Overtime::since).or(this.scope.deadline);
-                held.grip.settle(stack::holds_around().as_ref(), bound.outward(due));
+                held.grip.set_bound(bound.outward(due));
+                held.grip.settle(stack::holds_around());
                 return Poll::Pending;
             }
         }
         if this.scope.due {
-            this.scope.close();
             this.future.set(None);
             *this.held = None;
             return Poll::Ready(Err(*this.verdict));

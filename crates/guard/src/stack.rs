@@ -55,11 +55,6 @@ impl Scope {
         self.holds.as_ref()?.bound(waker)
     }
 
-    /// The scope ends: what still holds it need not wake it any more.
-    pub(crate) fn close(&mut self) {
-        self.holds = None;
-    }
-
     fn notice_due(&mut self) -> bool {
         self.due = self.due
             || self.deadline.is_some_and(|deadline| deadline <= Instant::now())

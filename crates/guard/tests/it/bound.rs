@@ -119,19 +119,22 @@ async fn a_bounded_section_that_is_polled_ends_by_itself_however_long_its_grace_
 #[tokio::test(start_paused = true)]
 async fn a_bounded_section_that_is_polled_one_poll_after_its_wake_ends_by_itself() {
     watch();
-    // Polls the section in every second poll only, as a combinator with many children may.
+    // Polls the program in every second poll only, as a combinator with many children may.
     let mut polls = 0;
-    let mut section = pin!(critical_for(ms(10), pending::<()>()));
+    let mut program = pin!(async {
+        // The second one begins when the first has been given its last chance.
+        (critical_for(ms(10), pending::<()>()).await, critical_for(ms(10), pending::<()>()).await)
+    });
     let late = poll_fn(|cx| {
         polls += 1;
         if polls % 2 == 1 {
-            return section.as_mut().poll(cx);
+            return program.as_mut().poll(cx);
         }
         cx.waker().wake_by_ref();
         Poll::Pending
     });
     let result = timed(timeout(ms(5), late)).await;
-    assert_eq!(result, (Ok(Err(elapsed())), ms(10)));
+    assert_eq!(result, (Ok((Err(elapsed()), Err(elapsed()))), ms(20)));
     assert_eq!(torn_here(), 0);
 }
 
@@ -191,6 +194,8 @@ async fn an_inner_scope_that_nobody_polls_holds_no_longer_than_it_would_by_itsel
     assert_eq!(early, (Err(elapsed()), ms(5) + CRITICAL_LIMIT));
     let between = timed(timeout(ms(5_000), inner())).await;
     assert_eq!(between, (Err(elapsed()), ms(10) + CRITICAL_LIMIT));
+    let deep = abandon::<()>(timeout(ms(10), timeout(HOUR, critical(sleep(HOUR)))));
+    assert_eq!(timed(timeout(ms(5_000), deep)).await, (Err(elapsed()), ms(10) + CRITICAL_LIMIT));
     let late = timed(timeout(CRITICAL_LIMIT * 2, inner())).await;
     assert_eq!(late, (Err(elapsed()), CRITICAL_LIMIT * 2));
 
@@ -205,7 +210,7 @@ async fn an_inner_scope_that_nobody_polls_holds_no_longer_than_it_would_by_itsel
         pending::<()>().await
     });
     assert_eq!(timed(scope).await, (Err(elapsed()), ms(100) + CRITICAL_LIMIT));
-    assert_eq!(torn_here(), 4);
+    assert_eq!(torn_here(), 5);
 }
 
 #[tokio::test(start_paused = true)]
@@ -231,6 +236,40 @@ async fn a_section_that_is_polled_outlasts_an_abandoned_one_beside_it() {
     });
     assert_eq!(timed(both).await, (Err(elapsed()), ms(50)));
     assert_eq!(torn_here(), 1);
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_sections_the_one_with_the_longest_bound_counts() {
+    for (graces, at) in
+        [([10, 90_000], 90_000), ([90_000, 10], 90_000), ([10, 30_000], 60_020), ([90_000, 90_000], 90_000)]
+    {
+        watch();
+        let sections = timeout(ms(20), async {
+            tokio::join!(
+                abandon::<()>(critical_for(ms(graces[0]), sleep(HOUR))),
+                abandon::<()>(critical(sleep(HOUR))),
+                abandon::<()>(critical_for(ms(graces[1]), sleep(HOUR))),
+                async {
+                    // Another one with the bound of the first leaves, and the first one stays.
+                    critical_for(ms(graces[0]), yield_now()).await.unwrap();
+                }
+            );
+        });
+        assert_eq!(timed(sections).await, (Err(elapsed()), ms(at)), "{graces:?}");
+        assert_eq!(torn_here(), 3);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_two_sections_with_one_bound_the_second_still_holds_when_the_first_has_left() {
+    let scope = timeout(ms(5), async {
+        let start = Instant::now();
+        let both = [critical_for(ms(30), sleep(ms(10))), critical_for(ms(30), sleep(ms(20)))];
+        let [one, two] = both;
+        let (one, two) = tokio::join!(one, two);
+        (one, two, start.elapsed())
+    });
+    assert_eq!(timed(scope).await.0, Ok((Ok(()), Ok(()), ms(20))));
 }
 
 #[tokio::test(start_paused = true)]

@@ -3,7 +3,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
@@ -86,6 +86,27 @@ async fn a_shared_section_is_polled_no_more_often_than_it_is_woken() {
         assert_eq!(begun.elapsed(), ms(20), "both were held, or had time");
     }
     assert_eq!((start.elapsed(), torn_here()), (ms(100), 0));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_section_shared_with_code_outside_any_scope_does_not_spin() {
+    watch();
+    let polls = Cell::new(0);
+    let section = critical(sleep(ms(20))).shared();
+    let counted = || {
+        let (mut section, polls) = (section.clone(), &polls);
+        poll_fn(move |cx| {
+            polls.set(polls.get() + 1);
+            assert!(polls.get() < MANY, "it is polled again and again");
+            section.poll_unpin(cx)
+        })
+    };
+    // The third one is in a new scope each time.
+    let fresh = poll_fn(|cx| pin!(timeout(HOUR, counted())).poll(cx));
+    let start = Instant::now();
+    let all = async { tokio::join!(biased; timeout(ms(5), counted()), counted(), fresh) };
+    assert_eq!(soon(all).await, (Ok(()), (), Ok(())));
+    assert_eq!((start.elapsed(), torn_here()), (ms(20), 0));
 }
 
 #[tokio::test(start_paused = true)]
