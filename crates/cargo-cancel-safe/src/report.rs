@@ -9,7 +9,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::coverage::{Coverage, Figures, Package};
-use crate::place::{Await, AwaitKind};
+use crate::place::{Await, AwaitKind, Position};
 
 /// The path as a person at the root of the workspace writes it.
 #[must_use]
@@ -28,7 +28,7 @@ pub fn table(coverage: &Coverage, root: &Path) -> String {
         .chain([("total".to_owned(), coverage.figures())])
         .collect();
     let width = rows.iter().map(|(name, _)| name.chars().count()).max().unwrap_or_default();
-    let mut text = format!("{:<width$}{:>9}{:>9}{:>9}{:>10}\n", "file", "awaits", "dropped", "never", "dropped");
+    let mut text = format!("{:<width$}{:>9}{:>9}{:>9}{:>10}\n", "file", "awaits", "dropped", "never", "share");
     for (name, figures) in rows {
         let (awaits, dropped) = (figures.awaits, figures.dropped);
         let never = awaits - dropped;
@@ -44,8 +44,13 @@ pub fn never_dropped(coverage: &Coverage, root: &Path) -> String {
     let mut lines = Vec::new();
     for counted in coverage.packages().iter().flat_map(Package::files) {
         let path = shown(counted.path(), root);
-        let never = counted.awaits().filter(|(_, drops)| *drops == 0);
-        lines.extend(never.map(|(found, _)| (format!("{path}:{}", found.position.line), place(found))));
+        for (found, _) in counted.awaits().filter(|(_, drops)| *drops == 0) {
+            let Position { line, .. } = found.position;
+            // The column tells apart those that share a line.
+            let is_shared = counted.awaits().filter(|(other, _)| other.position.line == line).count() > 1;
+            let at = if is_shared { found.position.to_string() } else { line.to_string() };
+            lines.push((format!("{path}:{at}"), place(found)));
+        }
     }
     let mut text = section("never dropped", lines);
     let unattributed = coverage.unattributed().iter();
