@@ -116,7 +116,8 @@ pub enum Reason {
     NotAsync,
     /// Several awaits share the line, and no column was recorded.
     SharedLine,
-    /// There is no await in the source.
+    /// There is no await in the source: an async body was inside an ordinary call, which polled or dropped something;
+    /// or a procedural macro has written the await; or the source has changed since it was built.
     NoAwait,
 }
 
@@ -137,7 +138,9 @@ impl fmt::Display for Reason {
         f.write_str(match self {
             Self::NotAsync => "in code that is not async, such as a poll function written by hand",
             Self::SharedLine => "several awaits share the line, and the line tables have no columns",
-            Self::NoAwait => "no await here: a macro writes one, or the source has changed since it was built",
+            Self::NoAwait => {
+                "no await here: a call that polls by itself, an await that a macro writes, or source changed since"
+            }
         })
     }
 }
