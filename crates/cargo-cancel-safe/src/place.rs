@@ -167,8 +167,10 @@ impl Source {
         if let Some(&exact) = on_line.iter().find(|&&i| self.awaits[i].position == at) {
             return Owner::Await(exact);
         }
+        let is_async = self.innermost(at, |_| true).is_none_or(|body| self.bodies[body].is_async);
         match on_line[..] {
-            [only] => return Owner::Await(only),
+            // A closure on the same line is another place, unless it is part of what is awaited.
+            [only] if at.column == 0 || is_async => return Owner::Await(only),
             [_, _, ..] if at.column == 0 => return Owner::Unknown(Reason::SharedLine),
             _ => {}
         }
@@ -181,7 +183,6 @@ impl Source {
         if let Some(around) = around {
             return Owner::Await(around);
         }
-        let is_async = self.innermost(at, |_| true).is_none_or(|body| self.bodies[body].is_async);
         Owner::Unknown(if is_async { Reason::NoAwait } else { Reason::NotAsync })
     }
 

@@ -18,6 +18,12 @@ pub fn shown(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap_or(path).display().to_string().replace('\\', "/")
 }
 
+/// The whole path, without the prefix by which Windows marks paths whose links are resolved, and which few tools know.
+fn whole(path: &Path) -> String {
+    let path = path.display().to_string();
+    path.strip_prefix(r"\\?\").map(str::to_owned).unwrap_or(path)
+}
+
 /// The table of the files that have awaits, with the total.
 #[must_use]
 pub fn table(coverage: &Coverage, root: &Path) -> String {
@@ -103,7 +109,7 @@ pub fn json(coverage: &Coverage, malformed: u64) -> Value {
     let figures = coverage.figures();
     let unattributed = coverage.unattributed().iter().map(|it| {
         json!({
-            "path": it.path.display().to_string(),
+            "path": whole(&it.path),
             "line": it.position.line,
             "column": it.position.column,
             "drops": it.drops,
@@ -144,7 +150,7 @@ fn packages(coverage: &Coverage, with_drops: bool) -> Vec<Value> {
         let files = package.files().iter().filter(|counted| counted.figures().awaits > 0);
         let files = files.map(|counted| {
             let awaits: Vec<Value> = counted.awaits().map(one).collect();
-            json!({ "path": counted.path().display().to_string(), "awaits": awaits })
+            json!({ "path": whole(counted.path()), "awaits": awaits })
         });
         let mut value = json!({ "name": package.name(), "files": files.collect::<Vec<_>>() });
         value["awaits"] = package.figures().awaits.into();
@@ -172,7 +178,7 @@ pub fn lcov(coverage: &Coverage) -> String {
         }
         let hit = lines.values().filter(|&&drops| drops > 0).count();
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "SF:{}", counted.path().display());
+        let _ = writeln!(text, "SF:{}", whole(counted.path()));
         for (line, drops) in &lines {
             let _ = writeln!(text, "DA:{line},{drops}");
         }

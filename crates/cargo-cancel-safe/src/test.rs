@@ -22,7 +22,8 @@ pub(crate) fn run(options: &TestOptions) -> Result<ExitCode, Error> {
     let tests = cargo_test(options, &file)?;
     let record = Record::read(&file)?;
     let coverage = Coverage::new(scanned, &record, workspace.root());
-    warn(&coverage, &record, tests, &file);
+    let has_run = tests.success() && !options.arguments.iter().any(|argument| argument == "--no-run");
+    warn(&coverage, &record, has_run, &file);
     if record.malformed() == 0 {
         // It is worth keeping only for a person who looks for what is wrong with it.
         remove(&file)?;
@@ -91,7 +92,7 @@ fn cargo_test(options: &TestOptions, file: &Path) -> Result<ExitStatus, Error> {
 }
 
 /// Says why the figures may be lower than they should be.
-fn warn(coverage: &Coverage, record: &Record, tests: ExitStatus, file: &Path) {
+fn warn(coverage: &Coverage, record: &Record, has_run: bool, file: &Path) {
     if record.malformed() > 0 {
         let lines = record.malformed();
         eprintln!(
@@ -100,7 +101,7 @@ fn warn(coverage: &Coverage, record: &Record, tests: ExitStatus, file: &Path) {
             file.display()
         );
     }
-    let may_be_empty = !tests.success() || coverage.figures().awaits == 0;
+    let may_be_empty = !has_run || coverage.figures().awaits == 0;
     if record.is_empty() && !may_be_empty {
         eprintln!(
             "warning: no test used cancel_safe_testing::Explore, so no await was dropped\n  \

@@ -198,7 +198,8 @@ async fn f() {
     }).await;
     let c = poll_fn(|cx|
         x.poll(cx));
-    c.await
+    c.await;
+    h(|| y.poll(), z).await; let _ = || w;
 }";
     let (source, _) = scanned(text);
     let owner = |line, column| match source.owner(Position::new(line, column)) {
@@ -219,6 +220,9 @@ async fn f() {
     assert_eq!(owner(10, 9), is("11:14"));
     // Another task may run the block.
     assert_eq!(owner(9, 9), Err(Reason::NoAwait));
+    assert_eq!(owner(16, 10), is("16:23"));
+    // Another closure on the line of an await.
+    assert_eq!(owner(16, 41), Err(Reason::NotAsync));
     // Polled by hand.
     assert_eq!(owner(14, 11), Err(Reason::NotAsync));
 }
