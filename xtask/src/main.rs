@@ -12,6 +12,7 @@ mod command;
 mod databases;
 mod doc;
 mod failed;
+mod history;
 mod mariadb;
 mod missing;
 mod postgres;
@@ -80,6 +81,14 @@ enum Task {
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
     Doc,
+    /// Explore old versions of published crates, which must be caught, and new ones, which must be clean
+    ///
+    /// Each is a package of its own in benches/history, with its own lock file, outside of this workspace. When all are
+    /// explored, the table in benches/history/README.md is written anew.
+    History {
+        /// Directories in benches/history (`tokio-mutex`); all of them when none is named
+        names: Vec<String>,
+    },
     /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
@@ -146,6 +155,7 @@ fn run(task: Task) -> Result<(), Failure> {
         }
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
+        Task::History { names } => history::run(&names),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
                 missing::see_to_tools();
