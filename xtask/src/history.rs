@@ -63,8 +63,8 @@ enum Said {
 /// written into the README as well.
 pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
     let mut rows = String::from(
-        "| crate | bug | found in | the exploration says | silent in |\n\
-         |---|---|---|---|---|\n",
+        "| crate | bug | where it was found | found again in | the exploration says | silent in |\n\
+         |---|---|---|---|---|---|\n",
     );
     let mut wrong = Vec::new();
     let cases = cases(names)?;
@@ -203,8 +203,10 @@ fn explore(version: &Version) -> Result<Said, Failure> {
 fn read(line: &str) -> Said {
     if line.starts_with("silent: ") {
         Said::Silent
-    } else if let Some(place) = line.strip_prefix("found ") {
-        Said::Found(place.replacen("../", "", 1))
+    } else if let Some(found) = line.strip_prefix("found ") {
+        let at_case = found.strip_prefix("at ../").map(|place| format!("at {place}"));
+        let at_main = || found.strip_prefix("at ").map(|place| format!("at old/{place}"));
+        Said::Found(at_case.or_else(at_main).unwrap_or_else(|| found.to_owned()))
     } else {
         Said::Nothing
     }
@@ -218,7 +220,12 @@ fn row(case: &Case, old: &Said) -> String {
         Said::Nothing => "not even that it is silent".to_owned(),
     };
     let new = new.as_ref().map_or("no version yet", |new| &new.number);
-    format!("| [{krate}]({name}) | {bug} ([reported]({source})) | {number} | {said} | {new} |")
+    let report = match source {
+        source if source.contains("/issues/") => "issue",
+        source if source.contains("/pull/") => "pull request",
+        _ => "changelog",
+    };
+    format!("| [{krate}]({name}) | {bug} | [{report}]({source}) | {number} | {said} | {new} |")
 }
 
 fn write_table(rows: &str) -> Result<(), String> {
@@ -243,6 +250,8 @@ mod tests {
     fn a_verdict_is_read_and_everything_else_is_not_one() {
         let found = read("found at ../case.rs:20: nobody can lock it");
         assert_eq!(found, Said::Found("at case.rs:20: nobody can lock it".to_owned()));
+        assert_eq!(read("found at main.rs:9: no"), Said::Found("at old/main.rs:9: no".to_owned()));
+        assert_eq!(read("found before the first poll: no"), Said::Found("before the first poll: no".to_owned()));
         assert_eq!(read("silent: 9 points at 2 awaits in 67 runs: clean"), Said::Silent);
         assert_eq!(read("   Compiling tokio v0.2.2"), Said::Nothing);
     }

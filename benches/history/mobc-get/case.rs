@@ -1,4 +1,4 @@
-//! mobc's `get`, dropped while it checks the only connection of the pool: can another be had afterwards?
+//! mobc's `get`, dropped after a connection was handed to it: can the pool of one still give one?
 
 #[path = "../verdict.rs"]
 mod verdict;
@@ -7,13 +7,15 @@ use std::convert::Infallible;
 use std::time::Duration;
 
 use cancel_safe_testing::{Explore, Way};
+use futures_util::join;
 use mobc::{Manager, Pool, async_trait};
-use tokio::time::{sleep, timeout};
+use tokio::task::yield_now;
+use tokio::time::timeout;
 
-struct Slow;
+struct Connector;
 
 #[async_trait]
-impl Manager for Slow {
+impl Manager for Connector {
     type Connection = ();
     type Error = Infallible;
 
@@ -22,26 +24,23 @@ impl Manager for Slow {
     }
 
     async fn check(&self, (): ()) -> Result<(), Infallible> {
-        sleep(Duration::from_millis(10)).await;
         Ok(())
     }
 }
 
-/// A pool of one whose connection is idle. It comes back in a task of its own.
-async fn pool() -> Pool<Slow> {
-    let pool = Pool::builder().max_open(1).get_timeout(None).build(Slow);
-    drop(pool.get().await.expect("nothing can fail"));
-    while pool.state().await.idle == 0 {
-        tokio::task::yield_now().await;
-    }
-    pool
-}
-
 fn main() {
-    // Not `Shutdown`: the pool has a task in its runtime.
+    // Not `Shutdown`: the pool has a task in its runtime, and takes connections back in others.
     let report = Explore::new().paused_time(true).ways([Way::Eager, Way::Settled]).run(
-        pool,
-        async |pool| pool.get().await.is_ok(),
+        async || Pool::builder().max_open(1).get_timeout(None).build(Connector),
+        async |pool| {
+            let held = pool.get().await;
+            let hand_over = async {
+                yield_now().await;
+                drop(held);
+            };
+            let (got, ()) = join!(pool.get(), hand_over);
+            got.is_ok()
+        },
         async |pool, _outcome| match timeout(Duration::from_secs(60), pool.get()).await {
             Ok(Ok(_connection)) => Ok(()),
             Ok(Err(error)) => Err(error.to_string()),
