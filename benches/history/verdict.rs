@@ -5,8 +5,7 @@ use cancel_safe_testing::Report;
 /// Prints the simplest failure with its line, or that there is none.
 pub fn tell(report: &Report) {
     let Some(failure) = report.failures().first() else { return println!("silent: {report}") };
-    // The first sentence: a panic of a crate may have many.
-    let message = failure.message().split(". ").next().unwrap_or_default();
+    let message = failure.message().lines().next().unwrap_or_default();
     match failure.site() {
         Some(site) => println!("found at {site}: {message}"),
         None => println!("found before the first poll: {message}"),

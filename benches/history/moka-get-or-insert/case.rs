@@ -18,9 +18,14 @@ fn main() {
     let report = Explore::new().paused_time(true).run(
         async || Cache::new(10),
         async |cache| cache.get_or_insert_with("key", made(7)).await,
-        async |cache, _outcome| match cache.get_or_insert_with("key", made(7)).await {
-            7 => Ok(()),
-            other => Err(format!("the cache made {other} of 7")),
+        async |cache, _outcome| {
+            let cache = cache.clone();
+            let again = tokio::spawn(async move { cache.get_or_insert_with("key", made(7)).await });
+            match again.await {
+                Ok(_value) => Ok(()),
+                Err(error) if error.is_panic() => Err("the next call for the same key panicked".to_owned()),
+                Err(error) => Err(error.to_string()),
+            }
         },
     );
     verdict::tell(&report);
