@@ -2,11 +2,13 @@
 
 #[path = "../stub_postgres.rs"]
 mod stub_postgres;
+#[path = "../tokio_postgres_session.rs"]
+mod tokio_postgres_session;
 #[path = "../verdict.rs"]
 mod verdict;
 
 use cancel_safe_testing::{Explore, Way};
-use stub_postgres::Session;
+use tokio_postgres_session::Session;
 
 fn main() {
     // Not `Shutdown`: the server and the connection are tasks of the setup.
