@@ -59,9 +59,18 @@ enum Said {
     Nothing,
 }
 
+/// What to do about a lock file that does not fit our own crates any more, because their dependencies have changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Locks {
+    /// Fail: a version is explored with the dependencies that are committed.
+    Kept,
+    /// Bring it in line first. What it says of other crates stays.
+    Renewed,
+}
+
 /// Explores both versions of the named cases, of all when none is named, and prints the table. A table of all is
 /// written into the README as well.
-pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
+pub(crate) fn run(names: &[String], locks: Locks) -> Result<(), Failure> {
     let mut rows = String::from(
         "| crate | bug | where it was found | found again in | the exploration says | silent in |\n\
          |---|---|---|---|---|---|\n",
@@ -69,6 +78,11 @@ pub(crate) fn run(names: &[String]) -> Result<(), Failure> {
     let mut wrong = Vec::new();
     let cases = cases(names)?;
     for case in &cases {
+        if locks == Locks::Renewed {
+            for version in std::iter::once(&case.old).chain(&case.new) {
+                cargo(["update", "--quiet", "--workspace", "--manifest-path"]).arg(&version.manifest).run()?;
+            }
+        }
         let old = explore(&case.old)?;
         let new = case.new.as_ref().map(explore).transpose()?;
         for (version, said) in std::iter::once((&case.old, &old)).chain(case.new.iter().zip(&new)) {
@@ -195,8 +209,11 @@ fn explore(version: &Version) -> Result<Said, Failure> {
     if succeeded {
         return Ok(said);
     }
-    Err(Failure::from(format!("{} could not be explored", version.manifest.display()))
-        .repeat_with(version.command().to_string()))
+    let what = format!(
+        "{} could not be explored; if its lock file does not fit our crates any more: cargo xtask history --relock",
+        version.manifest.display()
+    );
+    Err(Failure::from(what).repeat_with(version.command().to_string()))
 }
 
 /// Reads a line of `verdict.rs`. The file is named as cargo calls the compiler for it: from the package's directory.

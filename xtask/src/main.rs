@@ -28,6 +28,7 @@ use clap::{Parser, Subcommand};
 use crate::ci::Section;
 use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
+use crate::history::Locks;
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -88,6 +89,9 @@ enum Task {
     History {
         /// Directories in benches/history (`tokio-mutex`); all of them when none is named
         names: Vec<String>,
+        /// Bring the lock files in line with our own crates first, after a dependency of `testing` has changed
+        #[arg(long)]
+        relock: bool,
     },
     /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
@@ -155,7 +159,7 @@ fn run(task: Task) -> Result<(), Failure> {
         }
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
-        Task::History { names } => history::run(&names),
+        Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
                 missing::see_to_tools();
