@@ -72,7 +72,7 @@ pub(crate) enum Locks {
 /// written into the README as well.
 pub(crate) fn run(names: &[String], locks: Locks) -> Result<(), Failure> {
     let mut rows = String::from(
-        "| crate | bug | where it was found | found again in | the exploration says | silent in |\n\
+        "| crate | bug | reported or mended in | found in | the exploration says | silent in |\n\
          |---|---|---|---|---|---|\n",
     );
     let mut wrong = Vec::new();

@@ -34,7 +34,7 @@ impl ManageConnection for Manager {
 /// A pool of one whose connection is idle.
 async fn pool() -> Pool<Manager> {
     let pool = Pool::builder().max_size(1).max_lifetime(None).idle_timeout(None).test_on_check_out(false);
-    let pool = pool.connection_timeout(Duration::from_millis(100)).build(Manager).await.expect("nothing can fail");
+    let pool = pool.connection_timeout(Duration::from_millis(250)).build(Manager).await.expect("nothing can fail");
     drop(pool.get().await);
     pool
 }
