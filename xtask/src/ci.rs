@@ -57,8 +57,7 @@ pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure
         println!("==> {name}: passed in {}", seconds(time));
         times.push((name, time));
     }
-    run.finish(&times);
-    Ok(())
+    run.finish(&times)
 }
 
 struct Run<'a> {
@@ -106,10 +105,10 @@ impl Run<'_> {
     }
 
     /// Prints the tables; the total comes last, for those who read one line.
-    fn finish(self, times: &[(String, Duration)]) {
+    fn finish(self, times: &[(String, Duration)]) -> Result<(), Failure> {
         drop(self.databases);
         if let Some(tally) = &self.tally {
-            print!("{}", suite::table(self.workspace, tally));
+            print!("{}", suite::table(self.workspace, tally)?);
         }
         println!("{:<14}{:>8}", "section", "time");
         for (name, time) in times {
@@ -119,6 +118,7 @@ impl Run<'_> {
         if let Some(tally) = &self.tally {
             println!("{tally}");
         }
+        Ok(())
     }
 }
 

@@ -7,6 +7,7 @@
 #[cfg(not(unix))]
 compile_error!("cargo xtask keeps its servers with Unix processes: on Windows, run it inside WSL");
 
+mod awaits;
 mod ci;
 mod command;
 mod databases;
@@ -78,6 +79,13 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// List the awaits that the last test run has never dropped
+    ///
+    /// After `cargo xtask test` or `cargo xtask ci`; what `cargo cancel-safe test` tells of other projects.
+    Awaits {
+        /// Directories under crates/ or package names; all crates when none is named
+        crates: Vec<String>,
+    },
     /// Check the house rules that a compiler does not know
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
@@ -124,7 +132,7 @@ const CAMPAIGNS: [&str; 4] = ["atomic-fs", "resumable", "tx-guard", workspace::U
 
 fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failure> {
     let tally = suite::run(workspace, scope).map_err(|failure| failure.repeat_with(again))?;
-    print!("{}", suite::table(workspace, &tally));
+    print!("{}", suite::table(workspace, &tally)?);
     println!("{tally}");
     Ok(())
 }
@@ -157,6 +165,7 @@ fn run(task: Task) -> Result<(), Failure> {
             let scope = Scope::Crates { names, arguments: vec!["--nocapture".to_owned()], campaign };
             report(&workspace, &scope, &again)
         }
+        Task::Awaits { crates } => awaits::tell(&workspace, &crates),
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
         Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),

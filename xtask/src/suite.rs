@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
 
+use crate::awaits::{self, Written};
 use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::failed::Failed;
@@ -55,6 +55,8 @@ pub(crate) struct Tally {
     announced: String,
     by_crate: BTreeMap<String, usize>,
     points: BTreeMap<String, Points>,
+    /// The awaits that were dropped.
+    dropped: cargo_cancel_safe::Record,
     /// What each campaign of kills, faults and power cuts visited, by crate and name.
     campaigns: BTreeMap<String, Visited>,
     /// What was not run, and why.
@@ -83,17 +85,17 @@ struct Points {
 
 /// Runs the tests and returns what they reported; a failed test, or a crate without one, is an error.
 pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure> {
-    let points = workspace.target_directory.join("xtask").join("cancel-points.txt");
-    clear(&points)?;
+    let written = Written::fresh(workspace)?;
     let mut tally = Tally::default();
     let succeeded = match scope {
-        Scope::Tests(databases) => whole(databases, &points, "--tests", &mut tally),
-        Scope::Doctests(databases) => whole(databases, &points, "--doc", &mut tally),
+        Scope::Tests(databases) => whole(databases, &written, "--tests", &mut tally),
+        Scope::Doctests(databases) => whole(databases, &written, "--doc", &mut tally),
         Scope::Crates { names, arguments, campaign } => {
-            chosen(workspace, names, arguments, *campaign, &points, &mut tally)
+            chosen(workspace, names, arguments, *campaign, &written, &mut tally)
         }
     }?;
-    let published = fs::read_to_string(&points).unwrap_or_default();
+    let published = fs::read_to_string(&written.points).unwrap_or_default();
+    tally.dropped = written.dropped()?;
     tally.read_points(&published);
     tally.read_campaigns(&published);
     tally.settle("");
@@ -109,7 +111,7 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
 
 /// One run over all packages, so that tests, doctests and examples share one build of the dependencies: a run for each
 /// package would select other features of tokio and sqlx each time, and build them again.
-fn whole(databases: &Databases, points: &Path, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
+fn whole(databases: &Databases, written: &Written, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
     let tests = || cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what]);
     if what == "--tests" {
         // On its own, because a linker is silent for longer than a test may be. Doctests are built as they are run.
@@ -117,7 +119,7 @@ fn whole(databases: &Databases, points: &Path, what: &str, tally: &mut Tally) ->
         missing::see_to_tools();
     }
     let run = tests();
-    databases.tell(run).env("CANCEL_SAFE_POINTS_FILE", points).run_lines(|line| tally.read(line))
+    written.tell(databases.tell(run)).run_lines(|line| tally.read(line))
 }
 
 fn chosen(
@@ -125,7 +127,7 @@ fn chosen(
     names: &[String],
     arguments: &[String],
     campaign: Campaign,
-    points: &Path,
+    written: &Written,
     tally: &mut Tally,
 ) -> Result<bool, Failure> {
     let packages = select(workspace, names)?;
@@ -134,7 +136,7 @@ fn chosen(
         cargo(["test", "--all-features"]).args(selected)
     };
     tests().arg("--no-run").run()?;
-    let mut run = tests().env("CANCEL_SAFE_POINTS_FILE", points);
+    let mut run = written.tell(tests());
     if let Campaign::Full = campaign {
         run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
     }
@@ -155,13 +157,6 @@ fn select<'a>(workspace: &'a Workspace, names: &[String]) -> Result<Vec<&'a Pack
     names.iter().map(|name| workspace.find(name).map_err(Failure::from)).collect()
 }
 
-fn clear(points: &Path) -> Result<(), Failure> {
-    let directory = points.parent().unwrap_or(points);
-    fs::create_dir_all(directory)
-        .and_then(|()| fs::write(points, ""))
-        .map_err(|error| Failure::from(format!("{} cannot be written: {error}", points.display())))
-}
-
 impl Tally {
     /// Adds the counts of another part of the same run.
     pub(crate) fn add(&mut self, other: Self) {
@@ -175,6 +170,7 @@ impl Tally {
             sum.operations.extend(points.operations);
             sum.visited += points.visited;
         }
+        self.dropped.add(other.dropped);
         self.campaigns.extend(other.campaigns);
         self.not_run.extend(other.not_run);
     }
@@ -299,26 +295,30 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The table of what was tested, crate by crate.
-pub(crate) fn table(workspace: &Workspace, tally: &Tally) -> String {
-    let mut text = format!("\n{:<14}{:>8}{:>12}{:>8}\n", "crate", "tests", "operations", "points");
-    let mut row = |name: &str, tests: usize, operations: usize, visited: usize| {
+/// The table of what was tested, crate by crate; of all awaits of a crate, `dropped` are those that some test has dropped.
+pub(crate) fn table(workspace: &Workspace, tally: &Tally) -> Result<String, Failure> {
+    let mut text =
+        format!("\n{:<18}{:>8}{:>12}{:>8}{:>8}{:>9}\n", "crate", "tests", "operations", "points", "awaits", "dropped");
+    let mut row = |name: &str, [tests, operations, points, awaits, dropped]: [usize; 5]| {
         // Writing to a String cannot fail.
-        let _ = writeln!(text, "{name:<14}{tests:>8}{operations:>12}{visited:>8}");
+        let _ = writeln!(text, "{name:<18}{tests:>8}{operations:>12}{points:>8}{awaits:>8}{dropped:>9}");
     };
-    let (mut operations, mut visited) = (0, 0);
+    let by_crate = awaits::figures(workspace, &tally.dropped)?;
+    let mut total = [0; 5];
     for package in &workspace.packages {
         let Some(&tests) = tally.by_crate.get(&package.name.replace('-', "_")) else { continue };
         let points = tally.points.get(package.short_name());
-        let here = points.map_or((0, 0), |points| (points.operations.len(), points.visited));
-        row(package.short_name(), tests, here.0, here.1);
-        operations += here.0;
-        visited += here.1;
+        let (operations, visited) = points.map_or((0, 0), |points| (points.operations.len(), points.visited));
+        let [awaits, dropped] = by_crate.get(package.short_name()).copied().unwrap_or_default();
+        let here = [tests, operations, visited, awaits, dropped];
+        row(package.short_name(), here);
+        total.iter_mut().zip(here).for_each(|(sum, number)| *sum += number);
     }
-    row("total", tally.passed, operations, visited);
+    total[0] = tally.passed;
+    row("total", total);
     text.push_str(&campaigns(tally));
     text.push('\n');
-    text
+    Ok(text)
 }
 
 /// The table of what the campaigns visited, and what was not run; empty if there were none.
@@ -404,7 +404,7 @@ mod tests {
              not-run atomic-fs write/power-cuts-xfs: mkfs.xfs cannot be run\ncampaign of another kind\n",
         );
         assert_eq!(tally.campaigns["atomic-fs write/faults"], Visited { points: 15, violations: 1 });
-        let text = table(&Workspace::load().unwrap(), &tally);
+        let text = campaigns(&tally);
         assert!(text.contains("not run\natomic-fs write/power-cuts-xfs: mkfs.xfs cannot be run\n"), "{text}");
         assert_eq!(tally.campaigns.len(), 1, "{text}");
         assert!(text.contains("campaign ") && text.contains("15           1\n"), "{text}");

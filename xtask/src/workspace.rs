@@ -46,6 +46,12 @@ impl Workspace {
         self.packages.iter().filter(|package| package.directory().parent().is_some_and(|up| up.ends_with("crates")))
     }
 
+    /// The crates that the umbrella re-exports: all but itself and the commands, which are programs that cargo finds by
+    /// their names, so that their packages are not called `cancel-safe-` and their directory.
+    pub(crate) fn libraries(&self) -> impl Iterator<Item = &Package> {
+        self.crates().filter(|package| package.short_name() != UMBRELLA && !package.is_command())
+    }
+
     /// The package in the directory `name`, or of that name.
     pub(crate) fn find(&self, name: &str) -> Result<&Package, String> {
         self.packages.iter().find(|package| package.name == name || package.short_name() == name).ok_or_else(|| {
@@ -63,6 +69,11 @@ impl Package {
     /// The name of its directory, by which people call it.
     pub(crate) fn short_name(&self) -> &str {
         self.directory().file_name().and_then(|name| name.to_str()).unwrap_or(&self.name)
+    }
+
+    /// Whether it is a command of cargo, with no asynchronous operation of its own.
+    pub(crate) fn is_command(&self) -> bool {
+        self.name.starts_with("cargo-")
     }
 
     /// Its features, without the collective `default`.
@@ -88,5 +99,7 @@ mod tests {
         assert_eq!(workspace.find("cancel-safe-guard").unwrap().short_name(), "guard");
         assert!(workspace.find("grard").err().unwrap().contains("there are"));
         assert!(workspace.crates().all(|package| package.name != "xtask" && package.name != BENCHES));
+        assert!(workspace.libraries().all(|package| package.name == format!("cancel-safe-{}", package.short_name())));
+        assert!(workspace.find("cargo-cancel-safe").unwrap().is_command());
     }
 }

@@ -11,9 +11,11 @@ use std::thread;
 use std::time::Duration;
 
 use pin_project_lite::pin_project;
+use tokio::time::Instant;
 
-use crate::scope::{Elapsed, timeout};
-use crate::stack::{Hold, InCritical};
+use crate::hold::{Grip, SectionBound};
+use crate::scope::{Elapsed, until};
+use crate::stack::{InCritical, holds_around};
 
 /// Runs `future` so that no scope around drops it: from its first poll to its end every [`timeout`](crate::timeout()),
 /// [`timeout_at`](crate::timeout_at) and [`with_token`](crate::with_token) around waits for it, and ends right after it.
@@ -22,6 +24,14 @@ use crate::stack::{Hold, InCritical};
 /// opened inside `future` still works: use [`critical_for`] when the section itself must end. Keep sections short, since
 /// all deadlines around wait for them.
 ///
+/// A scope does not wait for ever. A section that is never polled again, say because a `select!` over `&mut section` went on
+/// with another branch, never ends by itself. So a scope waits until [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT), 60 s, after
+/// its own deadline or the fire of its token, whether the section is polled or not; then it drops what it runs, and the section
+/// is torn. [`critical_for`] sets another limit. In a scope that is not due a section may rest as long as it likes.
+///
+/// The section holds the scope that polls it. Moved to another scope it holds that one, and no longer the first. A section
+/// that is polled by several scopes in turn holds all of them.
+///
 /// What is not one of our scopes cannot be asked to wait: `tokio::select!`, `tokio::time::timeout`, `JoinHandle::abort` and
 /// the shutdown of a runtime drop the section where it stands. It is then torn: counted by [`torn_sections`] and reported
 /// to [`on_torn`]. So is a section that panics. Where the steps must be finished nevertheless, use
@@ -29,9 +39,9 @@ use crate::stack::{Hold, InCritical};
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. The scopes of this crate do not drop it, but anything else may: if dropped after its
-/// first poll and before completion, what `future` has done so far remains, and the section is reported as torn. Dropped
-/// before its first poll, nothing has happened.
+/// This method is not cancel safe. The scopes of this crate do not drop it before its limit, but anything else may: if
+/// dropped after its first poll and before completion, what `future` has done so far remains, and the section is reported as
+/// torn. Dropped before its first poll, nothing has happened.
 ///
 /// # Examples
 ///
@@ -56,20 +66,25 @@ use crate::stack::{Hold, InCritical};
 /// ```
 #[track_caller]
 pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
-    let section = Section { progress: Progress::Untouched, hold: None, location: Location::caller() };
-    Critical { future, section }
+    Critical { future, section: Section::new(SectionBound::Limit, Location::caller()) }
 }
 
 /// Runs `future` as a [`critical`] section that lasts `grace` at most, counted from this call.
 ///
 /// The scopes around wait for it, and because it is bounded so is their wait. When the grace is over `future` is dropped at its
-/// next pending point; the section ends with an error that its own code can handle, and is not torn.
+/// next pending point; the section ends with an error that its own code can handle, and is not torn. A grace may be longer
+/// than [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT); one too large for the clock never ends.
+///
+/// A section that nobody polls when its grace ends cannot see that. A scope around enforces it then: from its own deadline, or
+/// the fire of its token, it waits until the end of the grace at most, and not at all where that has passed. It drops what it
+/// runs, and the section is torn: it was begun, and its own code had no chance to handle the end. While no scope around is due,
+/// nothing is dropped, and the section returns its error when it is polled again.
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. The scopes of this crate do not drop it, but anything else may: if dropped after its
-/// first poll and before completion, what `future` has done so far remains, and the section is reported as torn. Dropped
-/// before its first poll, nothing has happened.
+/// This method is not cancel safe. The scopes of this crate do not drop it before its grace is over, but anything else may: if
+/// dropped after its first poll and before completion, what `future` has done so far remains, and the section is reported as
+/// torn. Dropped before its first poll, nothing has happened.
 ///
 /// # Errors
 ///
@@ -93,12 +108,39 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 /// assert_eq!(start.elapsed(), Duration::from_secs(3));
 /// # }
 /// ```
+///
+/// A section that nobody polls any more does not hold its scope past its grace:
+///
+/// ```
+/// use std::pin::pin;
+/// use std::time::Duration;
+/// use cancel_safe_guard::{critical_for, timeout};
+/// use tokio::time::{Instant, sleep};
+///
+/// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+/// let start = Instant::now();
+/// let result = timeout(Duration::from_secs(1), async {
+///     let mut section = pin!(critical_for(Duration::from_secs(3), sleep(Duration::from_secs(2))));
+///     tokio::select! {
+///         biased;
+///         _ = section.as_mut() => {}
+///         () = sleep(Duration::from_millis(1)) => std::future::pending().await, // and `section` rests
+///     }
+/// });
+/// assert!(result.await.is_err());
+/// assert_eq!(start.elapsed(), Duration::from_secs(3));
+/// # }
+/// ```
 #[track_caller]
 pub fn critical_for<T>(grace: Duration, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
-    critical(timeout(grace, future))
+    let end = Instant::now().checked_add(grace);
+    Critical { future: until(end, future), section: Section::new(SectionBound::grace(end), Location::caller()) }
 }
 
 /// A critical section that was entered and not left.
+///
+/// Something that is no scope of this crate dropped it, it panicked, or its scope dropped it at the end of its grace or at
+/// [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT).
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Torn {
@@ -185,7 +227,7 @@ impl<F: Future> Future for Critical<F> {
         match polled {
             Poll::Ready(_) => this.section.leave(),
             // Only now: no scope around looks at its holds before this poll has returned, and most sections never wait.
-            Poll::Pending => Hold::settle(&mut this.section.hold),
+            Poll::Pending => this.section.hold(),
         }
         polled
     }
@@ -193,7 +235,7 @@ impl<F: Future> Future for Critical<F> {
 
 struct Section {
     progress: Progress,
-    hold: Option<Hold>,
+    grip: Grip<SectionBound>,
     location: &'static Location<'static>,
 }
 
@@ -205,15 +247,27 @@ enum Progress {
 }
 
 impl Section {
+    #[inline]
+    fn new(bound: SectionBound, location: &'static Location<'static>) -> Self {
+        Self { progress: Progress::Untouched, grip: Grip::new(bound), location }
+    }
+
     fn enter(&mut self) {
         if self.progress == Progress::Untouched {
             self.progress = Progress::Entered;
         }
     }
 
+    /// Out of line, like what lets go: most sections never wait, and are faster without it.
+    #[cold]
+    #[inline(never)]
+    fn hold(&mut self) {
+        self.grip.settle(holds_around());
+    }
+
     fn leave(&mut self) {
         self.progress = Progress::Left;
-        self.hold = None;
+        self.grip.release();
     }
 }
 

@@ -154,6 +154,7 @@
 //! |---|---|
 //! | a future with an armed [`Guard`] is dropped, panics or is aborted | the cleanup has run exactly once |
 //! | [`timeout()`], [`timeout_at`] or [`with_token`] ends during [`critical`] | the section is finished first; the future is dropped at its first pending point after it |
+//! | a critical section has not ended by 60 s after that ([`CRITICAL_LIMIT`]), or by the end of its grace ([`critical_for`]), polled or not | the scope's own timer ends the wait: the future is dropped, the section is torn and reported |
 //! | the future is ready in the poll in which the deadline passes or the token fires | its result is returned: the future is polled first |
 //! | scopes are nested | the smallest deadline counts; inside a critical section the outer ones are postponed, its own still work |
 //! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing`; a failure in `cancel-safe-testing` |
@@ -168,7 +169,10 @@
 //! - Only the scopes of this crate know of critical sections. A drop by anything else can be seen, not stopped.
 //! - A scope acts when its future is pending. A future that blocks its thread is not ended by it;
 //!   [`cancellation_point`] helps a computation that never awaits.
-//! - A critical section without a bound postpones the deadlines around it without a bound: see [`critical_for`].
+//! - A critical section postpones the deadlines around it, by 60 s at most: see [`critical_for`] for another bound. A scope of a
+//!   token that runs where there is no timer waits for the section however long it takes.
+//! - What a [`Shield`] or a cleanup goes on with as a task has no task-locals, and is in no span of `tracing`:
+//!   [`Reaper::shield`] shows how to take them along.
 //! - The deadlines are tokio's timers, so they are exact to about a millisecond.
 //!
 //! # Comparison
@@ -191,7 +195,9 @@
 
 mod critical;
 mod guard;
+mod hold;
 mod ledger;
+mod overtime;
 mod reaper;
 mod scope;
 mod stack;
@@ -201,6 +207,7 @@ mod sync;
 pub use critical::observe_torn;
 pub use critical::{Torn, critical, critical_for, on_torn, torn_sections};
 pub use guard::{Guard, try_commit_cancel};
+pub use hold::CRITICAL_LIMIT;
 pub use reaper::{Deferred, Drain, Reaper, Shield};
 pub use scope::{Cancelled, Elapsed, cancellation_point, remaining, timeout, timeout_at, with_token};
 

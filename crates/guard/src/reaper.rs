@@ -24,6 +24,7 @@ type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// - The reaper sets no limit to what runs at once: each future belongs to a call that somebody made. Where callers can
 ///   start and abandon calls faster than they finish, move a semaphore's permit into the future.
 /// - A future that blocks its thread, or never finishes, is counted as `timed_out`. It is not aborted.
+/// - What goes on as a task has left the task-locals and the `tracing` span of its caller: see [`shield`](Reaper::shield).
 ///
 /// # Comparison to `tokio::spawn` and `TaskTracker`
 ///
@@ -71,6 +72,38 @@ impl Reaper {
     /// pending poll ran on, and its output is dropped. Where that poll ran outside any runtime, the one around the drop is
     /// used.
     ///
+    /// # Task-locals and spans
+    ///
+    /// A value of `tokio::task_local!` is seen by what runs inside its `scope`, and the task that an abandoned shield becomes
+    /// runs outside it: `with` and `get` panic there, and the work counts as [`lost`](Drain::lost). The shield cannot take the
+    /// values along, because only who knows their names can read them. So put the scope inside:
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_guard::Reaper;
+    /// use tokio::time::{sleep, timeout};
+    ///
+    /// tokio::task_local! { static USER: u32; }
+    ///
+    /// async fn handle(reaper: &Reaper) {
+    ///     let work = async {
+    ///         sleep(Duration::from_secs(2)).await;
+    ///         assert_eq!(USER.get(), 7);
+    ///     };
+    ///     reaper.shield(USER.scope(USER.get(), work)).await;
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+    /// let reaper = Reaper::new();
+    /// let request = USER.scope(7, handle(&reaper));
+    /// assert!(timeout(Duration::from_secs(1), request).await.is_err());
+    /// assert!(reaper.drain(Duration::from_secs(5)).await.is_clean());
+    /// # }
+    /// ```
+    ///
+    /// The same is true of the current span of `tracing`, which is lost without an error:
+    /// `shield(work.instrument(Span::current()))`.
+    ///
     /// # Cancel safety
     ///
     /// Once polled, it runs to completion even if dropped. `future` cannot finish, and is counted as
@@ -101,7 +134,8 @@ impl Reaper {
     /// Prepares an asynchronous cleanup, which runs when the returned [`Deferred`] is dropped.
     ///
     /// It runs as a task of the runtime around this call, or, where there is none, of the runtime around the drop. Without
-    /// either it cannot run and is counted as [`lost`](Drain::lost). Nothing is counted before the drop.
+    /// either it cannot run and is counted as [`lost`](Drain::lost). Nothing is counted before the drop. It sees no task-locals
+    /// but those that it sets itself, as in [`shield`](Reaper::shield).
     ///
     /// # Examples
     ///
@@ -190,7 +224,8 @@ fn hand_over<T: Send + 'static>(runtime: Option<Handle>, mut entry: Entry, futur
 
 /// A future that finishes although its caller was dropped; made by [`Reaper::shield`].
 ///
-/// Dropped after its first poll it goes on as a task; dropped before that it has never run.
+/// Dropped after its first poll it goes on as a task; dropped before that it has never run. That task sees neither the
+/// task-locals nor the span of the caller, unless they are [put inside](Reaper::shield).
 #[must_use = "a shield that is never polled never runs"]
 pub struct Shield<T: Send + 'static> {
     /// Taken out while it is polled and when it has ended: a future that panics is dropped by that poll, and is not handed

@@ -1,5 +1,5 @@
-//! Cancel scopes. Invariant: a scope drops its future only after it was polled and was pending, and never while a critical
-//! section inside it waits.
+//! Cancel scopes. Invariant: a scope drops its future only after it was polled and was pending, and while a critical section
+//! inside it waits, only when the bound of that section is over.
 
 use std::fmt;
 use std::future::{Future, pending, poll_fn};
@@ -13,13 +13,17 @@ use tokio::task::coop::{consume_budget, unconstrained};
 use tokio::time::{Instant, sleep_until};
 use tokio_util::sync::CancellationToken;
 
-use crate::stack::{self, Hold, InScope, Scope};
+use crate::hold::{Bound, Grip};
+use crate::overtime::Overtime;
+use crate::stack::{self, InScope, Scope};
 
 /// Runs `future` for `duration` at most, counted from this call.
 ///
 /// It differs from `tokio::time::timeout` in what it cuts: a [`critical`](crate::critical) section that has been entered is
 /// finished first, and `future` is dropped at its next pending point after that. So this returns by the deadline plus the
-/// critical part. A result that is ready is returned, however late.
+/// critical part. That is [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT) (60 s) at most, or up to the end of the longest grace of
+/// [`critical_for`](crate::critical_for) inside; a section that has not ended by then is dropped with the rest, and torn. A
+/// result that is ready is returned, however late.
 ///
 /// A duration too large for the clock is no deadline at all.
 ///
@@ -91,6 +95,9 @@ pub fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> impl
 /// Runs `future` until `token` is cancelled. In all else it is [`timeout`]: critical sections are finished, and a result that
 /// is ready in the very poll in which the token fires is returned.
 ///
+/// It needs a timer only when the token has fired and a critical section is not over yet. Where there is none, outside a tokio
+/// runtime or in one that was built without its timer, nothing bounds that wait but the section itself.
+///
 /// # Cancel safety
 ///
 /// This method is cancel safe. If dropped before completion, `future` is dropped with it, where it stands; a critical
@@ -121,7 +128,7 @@ pub fn with_token<T>(
     future: impl Future<Output = T>,
 ) -> impl Future<Output = Result<T, Cancelled>> {
     let scope = Scope::new(None, Some(token.clone()));
-    Scoped { future: Some(future), signal: token.cancelled(), scope, hold: None, verdict: Cancelled }
+    Scoped { future: Some(future), signal: token.cancelled(), scope, held: None, verdict: Cancelled }
 }
 
 /// The time to the nearest deadline of the scopes around, or `None` where there is none.
@@ -211,7 +218,10 @@ impl fmt::Display for Cancelled {
 
 impl std::error::Error for Cancelled {}
 
-fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> impl Future<Output = Result<T, Elapsed>> {
+pub(crate) fn until<T>(
+    deadline: Option<Instant>,
+    future: impl Future<Output = T>,
+) -> impl Future<Output = Result<T, Elapsed>> {
     // Lazy: a future that is ready at once costs no timer and needs no runtime.
     let signal = async move {
         match deadline {
@@ -220,7 +230,7 @@ fn until<T>(deadline: Option<Instant>, future: impl Future<Output = T>) -> impl 
         }
     };
     let scope = Scope::new(deadline, None);
-    Scoped { future: Some(future), signal, scope, hold: None, verdict: Elapsed }
+    Scoped { future: Some(future), signal, scope, held: None, verdict: Elapsed }
 }
 
 pin_project! {
@@ -232,10 +242,18 @@ pin_project! {
         #[pin]
         signal: S,
         scope: Scope,
-        // Held while a critical section waits inside, so that the scope around does not end either.
-        hold: Option<Hold>,
+        // Made when a critical section waits inside for the first time.
+        held: Option<Box<Held>>,
         verdict: E,
     }
+}
+
+/// What a scope does while a critical section waits inside it.
+struct Held {
+    /// It holds the scope around, so that this one does not end either.
+    grip: Grip<Bound>,
+    /// Begins when the scope is due.
+    overtime: Option<Overtime>,
 }
 
 impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
@@ -251,21 +269,32 @@ impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
         };
         if let Poll::Ready(output) = polled {
             this.future.set(None);
-            *this.hold = None;
+            *this.held = None;
             return Poll::Ready(Ok(output));
         }
         // Outside the cooperative budget: a future that uses it all up in each poll could not be timed out otherwise.
         if !this.scope.due && pin!(unconstrained(this.signal)).poll(cx).is_ready() {
             this.scope.due = true;
         }
-        if this.scope.is_held(cx.waker()) {
-            Hold::settle(this.hold);
-            return Poll::Pending;
+        if let Some(bound) = this.scope.held(cx.waker()) {
+            let held = this.held.get_or_insert_with(|| Box::new(Held { grip: Grip::new(bound), overtime: None }));
+            if this.scope.due {
+                held.overtime.get_or_insert_with(Overtime::begin);
+            }
+            if !held.overtime.as_mut().is_some_and(|overtime| overtime.is_over(bound, cx)) {
+                let due = held.overtime.as_ref().map(Overtime::since).or(this.scope.deadline);
+                held.grip.set_bound(bound.outward(due));
+                held.grip.settle(stack::holds_around());
+                return Poll::Pending;
+            }
         }
-        *this.hold = None;
         if this.scope.due {
             this.future.set(None);
+            *this.held = None;
             return Poll::Ready(Err(*this.verdict));
+        }
+        if let Some(held) = this.held {
+            held.grip.release();
         }
         Poll::Pending
     }

@@ -4,12 +4,14 @@
 
 use std::cell::RefCell;
 use std::mem;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::Waker;
 
 use tokio::task;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+
+use crate::hold::{Bound, Holds};
 
 thread_local! {
     static STACK: RefCell<Vec<Frame>> = const { RefCell::new(Vec::new()) };
@@ -27,7 +29,7 @@ struct Frame {
 /// A cancel scope as seen from inside. It lies on the stack during a poll and in its future between polls; moving it is
 /// cheaper than sharing it, and nothing is allocated until a critical section inside it has to wait.
 pub(crate) struct Scope {
-    deadline: Option<Instant>,
+    pub(crate) deadline: Option<Instant>,
     token: Option<CancellationToken>,
     /// The deadline has passed or the token has fired: the scope ends as soon as nothing holds it.
     pub(crate) due: bool,
@@ -46,19 +48,11 @@ impl Scope {
         Self { deadline: self.deadline, token: self.token.take(), due: self.due, holds: self.holds.take() }
     }
 
-    /// Whether a critical section inside waits. If so, `waker` is woken when the last one has left the scope.
+    /// How long the critical sections inside hold the scope, if any of them waits. If so, `waker` is woken when one of them has
+    /// left the scope.
     #[inline]
-    pub(crate) fn is_held(&self, waker: &Waker) -> bool {
-        let Some(holds) = &self.holds else { return false };
-        let mut holds = holds.lock();
-        if holds.count == 0 {
-            return false;
-        }
-        match &mut holds.waker {
-            Some(stored) => stored.clone_from(waker),
-            none => *none = Some(waker.clone()),
-        }
-        true
+    pub(crate) fn held(&self, waker: &Waker) -> Option<Bound> {
+        self.holds.as_ref()?.bound(waker)
     }
 
     fn notice_due(&mut self) -> bool {
@@ -69,66 +63,6 @@ impl Scope {
     }
 }
 
-/// The critical sections inside one scope that have been entered and wait.
-#[derive(Default)]
-struct Holds(Mutex<HoldsState>);
-
-#[derive(Default)]
-struct HoldsState {
-    count: usize,
-    /// Set while the scope sleeps. A section may leave without its scope being polled: dropped, or moved elsewhere.
-    waker: Option<Waker>,
-}
-
-impl Holds {
-    fn lock(&self) -> MutexGuard<'_, HoldsState> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// One reason for a scope not to end: a critical section that waits, or an inner scope with such a section inside it.
-pub(crate) struct Hold(Arc<Holds>);
-
-impl Hold {
-    fn new(holds: Arc<Holds>) -> Self {
-        holds.lock().count += 1;
-        Self(holds)
-    }
-
-    /// Makes `hold` the hold of the innermost scope around, or none where there is no scope.
-    ///
-    /// It is called whenever the holder has been polled and has to wait. Most often nothing has changed; but a future may
-    /// have been moved from one scope into another since.
-    pub(crate) fn settle(hold: &mut Option<Self>) {
-        let around = with_visible(|frames| {
-            let innermost = frames.last_mut()?;
-            Some(Arc::clone(innermost.scope.holds.get_or_insert_default()))
-        });
-        let settled = match (&*hold, &around) {
-            (Some(hold), Some(around)) => Arc::ptr_eq(&hold.0, around),
-            (None, None) => true,
-            (Some(_), None) | (None, Some(_)) => false,
-        };
-        if !settled {
-            *hold = around.map(Self::new);
-        }
-    }
-}
-
-impl Drop for Hold {
-    fn drop(&mut self) {
-        let woken = {
-            let mut holds = self.0.lock();
-            holds.count -= 1;
-            if holds.count == 0 { holds.waker.take() } else { None }
-        };
-        // Woken outside the lock: a waker is foreign code.
-        if let Some(waker) = woken {
-            waker.wake();
-        }
-    }
-}
-
 /// Keeps a scope on the stack, and puts it back into its future when dropped, be it by a panic.
 pub(crate) struct InScope<'a>(&'a mut Scope);
 
@@ -136,8 +70,7 @@ impl<'a> InScope<'a> {
     #[inline]
     pub(crate) fn enter(scope: &'a mut Scope) -> Self {
         if let Some(holds) = &scope.holds {
-            // The scope looks at its holds after this poll anyway, so they need not wake it.
-            drop(holds.lock().waker.take());
+            holds.awake();
         }
         // A stack that is gone is not pushed to, and the scope stays in its future.
         let push = |stack: &RefCell<Vec<Frame>>| {
@@ -192,6 +125,11 @@ fn mark(critical: bool) -> bool {
         None => false,
     };
     STACK.try_with(mark).unwrap_or(false)
+}
+
+/// Where those who hold the innermost scope around are counted, or `None` where there is no scope.
+pub(crate) fn holds_around() -> Option<Arc<Holds>> {
+    with_visible(|frames| Some(Arc::clone(frames.last_mut()?.scope.holds.get_or_insert_default())))
 }
 
 /// The nearest deadline of the scopes around, critical sections notwithstanding.

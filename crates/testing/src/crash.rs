@@ -16,8 +16,9 @@ use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use crate::campaign::POINTS_FILE;
-use crate::explore::Plan;
+use crate::coverage::COVERAGE;
+use crate::plan::Plan;
+use crate::publish::POINTS_FILE;
 use crate::report::Report;
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
@@ -89,7 +90,7 @@ impl Here {
         run(&mut |visit| {
             let line = match visit.end {
                 End::Dropped => match Namer::new(caller).name(&visit.traces) {
-                    Some(site) => format!("dropped {} {}", site.line(), site.file()),
+                    Some(place) => format!("dropped {} {}", place.site().line(), place.site().file()),
                     None => "dropped".to_owned(),
                 },
                 End::Completed => format!("completed {}", visit.polls),
@@ -133,14 +134,13 @@ impl Here {
     }
 
     fn start(&self, plan: Plan, scratch: &Scratch) -> std::io::Result<Child> {
-        let Plan { budget, point, way } = plan;
-        let budget = budget.map_or_else(|| "natural".to_owned(), |units| units.to_string());
         Command::new(std::env::current_exe()?)
             .args(["--exact", &self.test, "--include-ignored", "--nocapture", "--test-threads", "1"])
-            .env(VICTIM, format!("{point}:{way}:{budget}@{}", self.call))
+            .env(VICTIM, format!("{plan}@{}", self.call))
             .env(SCRATCH, scratch.path())
             // The explorations that this child passes by have nothing to publish.
             .env_remove(POINTS_FILE)
+            .env_remove(COVERAGE)
             // Kept open by the parent: its end tells the child that the parent is gone.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

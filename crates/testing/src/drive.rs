@@ -1,20 +1,20 @@
 //! Polls one operation up to one point.
 //!
-//! Invariant: before each poll every earlier blocking job has ended, and during it none begins; so the operation's
-//! n-th pending is the same one in each run.
+//! Invariant: during a poll of the operation no blocking job begins, and before the next one every earlier job has ended
+//! if anything waits for it; so the operation's n-th pending is the same one in each run.
 
 use std::backtrace::Backtrace;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::task::{Context, Poll};
-use std::time::Duration;
 
 use tokio::task::coop;
 
-use crate::runtime::{Fault, Gate, Watchdog, fence};
+use crate::runtime::Fault;
 use crate::torn::Ours;
 use crate::tracer::{OnClone, PointPanic, Tracer};
+use crate::world::{Patience, Went, World};
 
 /// The units that tokio gives a task for each poll.
 const FULL_BUDGET: u32 = 128;
@@ -28,11 +28,14 @@ const PENDINGS_PER_EXTRA_UNIT: usize = 128;
 pub(crate) struct Course {
     /// The number of pendings after which the operation stays where it is.
     pub(crate) point: usize,
+    /// The number of polls of tasks after that.
+    pub(crate) step: usize,
     pub(crate) budget: Option<u32>,
     /// Applies to the poll that reaches the point.
     pub(crate) at_point: OnClone,
     /// Applies to the polls before.
     pub(crate) before: OnClone,
+    pub(crate) patience: Patience,
 }
 
 /// How far an operation got.
@@ -41,10 +44,12 @@ pub(crate) struct Drive<T> {
     pub(crate) stop: Stop<T>,
     /// The pendings seen.
     pub(crate) polls: usize,
+    /// How many polls of tasks followed each pending, until the operation was polled again.
+    pub(crate) steps: Vec<usize>,
+    /// Whether tasks were alive at some pending that the setup has not left.
+    pub(crate) has_children: bool,
     /// Where the last poll waited.
     pub(crate) traces: Vec<Backtrace>,
-    /// Closed since before the last poll.
-    pub(crate) gate: Gate,
 }
 
 #[derive(Debug)]
@@ -57,50 +62,50 @@ pub(crate) enum Stop<T> {
     Faulted(Fault),
 }
 
-/// Polls `operation` until it completes, fails, or has been pending `course.point` times.
+/// Polls `operation` until it completes, fails, or is at its point. The gate is closed from before the last poll.
 pub(crate) async fn drive<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
-    watchdog: &Watchdog,
+    world: &World<'_>,
+    tracer: &Tracer,
 ) -> Drive<F::Output> {
-    let tracer = Tracer::default();
-    let mut polls = 0;
-    let (stop, gate) = loop {
-        let rest = watchdog.bound(async {
-            fence(Duration::ZERO).await;
-            if polls > 0 {
-                poll_fn(|cx| tracer.poll_woken(cx)).await;
+    world.close_gate();
+    // Brings a full budget for the first poll.
+    let _ran = world.step().await;
+    let (mut polls, mut steps, mut has_children) = (0, Vec::new(), false);
+    let stop = loop {
+        let stop_after = (polls == course.point && course.step > 0).then_some(course.step);
+        if polls == course.point && stop_after.is_none() {
+            break Stop::Parked;
+        }
+        if polls > 0 {
+            let mut polled = 0;
+            let went = world.until(|| tracer.is_woken(), course.patience, stop_after, &mut polled).await;
+            steps.push(polled);
+            match went {
+                Ok(Went::Stepped) => break Stop::Parked,
+                Ok(Went::Woken) => {}
+                Err(fault) => break Stop::Faulted(fault),
             }
-        });
-        let rested = rest.await;
-        let gate = Gate::close();
-        if let Err(fault) = rested {
-            break (Stop::Faulted(fault), gate);
         }
-        if course.point == 0 {
-            break (Stop::Parked, gate);
-        }
-        // A new turn of the scheduler brings a full budget.
-        tokio::task::yield_now().await;
-        match poll_once(operation.as_mut(), course, polls, &tracer).await {
-            Ok(Poll::Ready(value)) => break (Stop::Completed(value), gate),
-            Ok(Poll::Pending) => polls += 1,
+        match poll_once(operation.as_mut(), course, polls, tracer).await {
+            Ok(Poll::Ready(value)) => break Stop::Completed(value),
+            Ok(Poll::Pending) => {
+                polls += 1;
+                has_children |= world.has_children();
+            }
             Err(None) => {
                 polls += 1;
-                break (Stop::Unwound, gate);
+                break Stop::Unwound;
             }
-            Err(Some(fault)) => break (Stop::Faulted(fault), gate),
+            Err(Some(fault)) => break Stop::Faulted(fault),
         }
-        if polls == course.point {
-            break (Stop::Parked, gate);
-        }
-        gate.open();
     };
-    Drive { stop, polls, traces: tracer.take_traces(), gate }
+    Drive { stop, polls, steps, has_children, traces: tracer.take_traces() }
 }
 
 /// One poll. `Err(None)` is the panic that was asked for.
-async fn poll_once<F: Future + ?Sized>(
+pub(crate) async fn poll_once<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
     polls: usize,

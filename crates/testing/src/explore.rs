@@ -2,19 +2,19 @@
 //!
 //! Invariant: every option has a default and every bound is finite.
 
-use std::fmt;
+use std::fmt::{self, Debug};
 use std::panic::Location;
-use std::str::FromStr;
 use std::time::Duration;
 
+use crate::act::Bounds;
+use crate::calls::Calls;
 use crate::crash;
+use crate::panics::Quietly;
+use crate::plan::{ONLY, Plan};
 use crate::report::Report;
-use crate::runtime::Watchdog;
-use crate::search::search;
+use crate::rival::Rivals;
+use crate::search::{Question, Visit, search};
 use crate::visit::Scene;
-
-/// Names one run, as `point:way:budget`; every exploration in the process then does just that one.
-pub(crate) const ONLY: &str = "CANCEL_SAFE_ONLY";
 
 /// How an operation is dropped at a point. Each way finds bugs that the others miss.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -44,7 +44,8 @@ pub enum Way {
 }
 
 impl Way {
-    const ALL: [Self; 6] = [Self::Eager, Self::Settled, Self::Shutdown, Self::Scope, Self::Panic, Self::Crash];
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Eager, Self::Settled, Self::Shutdown, Self::Scope, Self::Panic, Self::Crash];
 }
 
 impl fmt::Display for Way {
@@ -98,36 +99,15 @@ impl<T> Outcome<T> {
     }
 }
 
-/// One run: the operation is dropped after `point` pendings under this budget in this way. Ordered simplest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Plan {
-    pub(crate) budget: Option<u32>,
-    pub(crate) point: usize,
-    pub(crate) way: Way,
-}
-
-impl FromStr for Plan {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("{ONLY} is {text:?}, but has to look like 3:settled:natural or 3:settled:2");
-        let mut parts = text.split(':');
-        let (Some(point), Some(way), Some(budget), None) = (parts.next(), parts.next(), parts.next(), parts.next())
-        else {
-            return Err(wrong());
-        };
-        let way = Way::ALL.into_iter().find(|it| it.to_string() == way);
-        let budget = if budget == "natural" { None } else { Some(budget.parse().map_err(|_| wrong())?) };
-        Ok(Self { budget, point: point.parse().map_err(|_| wrong())?, way: way.ok_or_else(wrong)? })
-    }
-}
-
 /// Drops an operation at every await point, and checks what it leaves behind.
 #[derive(Debug, Clone)]
 #[must_use = "nothing is explored until run() is called"]
 pub struct Explore {
     pub(crate) budgets: Vec<u32>,
-    pub(crate) ways: Vec<Way>,
+    ways: Option<Vec<Way>>,
+    pub(crate) calls: usize,
+    pub(crate) tasks: bool,
+    pub(crate) waiting: bool,
     pub(crate) max_points: usize,
     pub(crate) max_polls: usize,
     pub(crate) timeout: Duration,
@@ -148,7 +128,10 @@ impl Explore {
     pub fn new() -> Self {
         Self {
             budgets: vec![1, 2, 3],
-            ways: vec![Way::Eager, Way::Settled, Way::Shutdown],
+            ways: None,
+            calls: 1,
+            tasks: true,
+            waiting: false,
             max_points: 1_000,
             max_polls: 10_000,
             timeout: Duration::from_secs(120),
@@ -169,9 +152,43 @@ impl Explore {
         self
     }
 
-    /// The ways to drop the operation. Default: eager, settled and shutdown.
+    /// The ways to drop the operation. Default: eager, settled and shutdown, the last unless the setup leaves tasks
+    /// running: these end with their runtime, and then the state is dead.
+    ///
+    /// [`cancel_safe`](Explore::cancel_safe) and [`suspended`](Explore::suspended) know eager and settled only, and
+    /// leave out the others.
     pub fn ways(mut self, ways: impl IntoIterator<Item = Way>) -> Self {
-        self.ways = ways.into_iter().collect();
+        self.ways = Some(ways.into_iter().collect());
+        self
+    }
+
+    /// The ways that were asked for.
+    pub(crate) fn chosen_ways(&self) -> Option<&[Way]> {
+        self.ways.as_deref()
+    }
+
+    /// How many results make a run of [`cancel_safe`](Explore::cancel_safe). Default 1; 0 is taken for 1. With several, a
+    /// drop can also spoil a later call.
+    pub fn calls(mut self, calls: usize) -> Self {
+        self.calls = calls.max(1);
+        self
+    }
+
+    /// Whether an operation that has tasks of its own is also dropped between any two polls of tasks, under the natural
+    /// budget: then its tasks stand at awaits of theirs. Default `true`.
+    ///
+    /// It costs a run for each of these points. One exploration visits at most 256 of them, evenly spread, and the
+    /// report says of how many ([`Report::task_points`], [`Report::notes`]).
+    pub fn tasks(mut self, explored: bool) -> Self {
+        self.tasks = explored;
+        self
+    }
+
+    /// Whether a rival of [`suspended`](Explore::suspended) may wait for the operation. Default `false`: a rival that
+    /// waits for what the operation holds is a failure. With `true` the operation goes on whenever the rival waits, for
+    /// locks that are meant to be waited for; what both leave behind is checked all the same.
+    pub fn allow_waiting(mut self, allowed: bool) -> Self {
+        self.waiting = allowed;
         self
     }
 
@@ -205,10 +222,11 @@ impl Explore {
         self
     }
 
-    /// How long a run waits for spawned tasks to end before it drops (when settled) and before it checks. Default
-    /// 5 ms; with paused time, 5 ms of tokio's clock too. Tasks spawned by the setup are not waited for. A run goes
-    /// on as soon as all have ended; a run that goes on without is counted in
-    /// [`Report::unsettled`](crate::Report::unsettled). Raise it when a spawned cleanup talks to a server.
+    /// How long a run waits for spawned tasks to end before it checks, and, when settled, for them and for what wakes
+    /// the operation before it drops. Default 5 ms; with paused time, 5 ms of tokio's clock too. What needs no time is
+    /// done in any case. Before the check, tasks spawned by the setup are not waited for. A run goes on as soon as all
+    /// have ended; a run that goes on without is counted in [`Report::unsettled`](crate::Report::unsettled). Raise it
+    /// when a spawned cleanup talks to a server.
     pub fn settle_for(mut self, patience: Duration) -> Self {
         self.settle_for = patience;
         self
@@ -223,7 +241,7 @@ impl Explore {
 
     /// Explores this one run only, for a debugger. Every failure says how to call it. `None` is the natural budget.
     pub fn only(mut self, point: usize, way: Way, budget: impl Into<Option<u32>>) -> Self {
-        self.only = Some(Plan { budget: budget.into(), point, way });
+        self.only = Some(Plan::new(budget.into(), point, way));
         self
     }
 
@@ -269,21 +287,144 @@ impl Explore {
         operation: impl AsyncFn(&S) -> T,
         check: impl AsyncFn(&S, Outcome<T>) -> Result<(), String>,
     ) -> Report {
-        let inside = tokio::runtime::Handle::try_current().is_ok();
-        assert!(!inside, "Explore::run owns its runtimes: call it from a plain #[test], not from #[tokio::test]");
         let caller = Location::caller();
-        let scene = Scene { options: self, setup, operation, check, watchdog: &Watchdog::new(self.hang_after) };
-        let here = crash::Here::new(caller, std::any::type_name_of_val(&scene.setup));
+        let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
+        let bounds = Bounds::new(self);
+        let scene = Scene { bounds: &bounds, setup, operation, check };
         match here.role() {
             crash::Role::Victim(plan) => here.die(scene.victim(plan), caller),
             crash::Role::Bystander => Report::EMPTY,
-            crash::Role::Explorer => {
-                let only = match std::env::var(ONLY) {
-                    Ok(text) => Some(text.parse().unwrap_or_else(|error| panic!("{error}"))),
-                    Err(_) => self.only,
-                };
-                search(self, only, caller, &mut |plan| scene.visit(plan, &here))
-            }
+            crash::Role::Explorer => self.search(Question::Run, caller, &mut |plan| scene.visit(plan, &here)),
         }
+    }
+
+    /// Asks whether `call` is cancel safe as tokio's documentation means it: dropped at any await and called again, it
+    /// is as good as if it had not been dropped. There is no check to write: undisturbed calls are the oracle.
+    ///
+    /// A run makes a state, calls until [`calls`](Explore::calls) results are there, and observes the state. The call is
+    /// dropped once at each point, [eager and settled](Explore::ways), and called again until it completes. Then every
+    /// call is dropped at its first pending, each time after something has woken it, as `select!` in a loop may do; then
+    /// every call at its second pending, and at its third. What the results and the observation must be is what they
+    /// were when nobody disturbed: [`Report::verdict`] tells.
+    ///
+    /// Leave in the state whatever a call borrows or keeps between calls, such as the buffer of a reader: what is local
+    /// to `call` is lost with it, and that is the point. `observe` sees what the results do not show, such as what a peer
+    /// has received; `async |_| ()` is fine where there is nothing.
+    ///
+    /// # Panics
+    ///
+    /// As [`run`](Explore::run).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_testing::{Explore, Verdict};
+    /// use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
+    ///
+    /// let setup = async || {
+    ///     let (here, mut there) = duplex(4);
+    ///     tokio::spawn(async move { there.write_all(b"12345678").await });
+    ///     here
+    /// };
+    /// let explore = Explore::new().paused_time(true);
+    ///
+    /// // A read takes what is there, or nothing.
+    /// let read = explore.cancel_safe(setup, async |pipe| pipe.read(&mut [0; 2]).await.unwrap(), async |_| ());
+    /// read.assert_safe();
+    ///
+    /// // Half of eight bytes is forgotten with the future that had read it.
+    /// let read_u64 = explore.cancel_safe(setup, async |pipe| pipe.read_u64().await.ok(), async |_| ());
+    /// assert!(matches!(read_u64.verdict(), Verdict::NotSafe { .. }));
+    /// ```
+    #[track_caller]
+    pub fn cancel_safe<S, T, O>(
+        &self,
+        setup: impl AsyncFn() -> S,
+        call: impl AsyncFn(&mut S) -> T,
+        observe: impl AsyncFn(&mut S) -> O,
+    ) -> Report
+    where
+        T: PartialEq + Debug,
+        O: PartialEq + Debug,
+    {
+        let caller = Location::caller();
+        let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
+        let bounds = Bounds::new(self);
+        let calls = Calls::new(&bounds, setup, call, observe);
+        match here.role() {
+            crash::Role::Victim(_) | crash::Role::Bystander => Report::EMPTY,
+            crash::Role::Explorer => self.search(Question::CancelSafe, caller, &mut |plan| calls.visit(plan)),
+        }
+    }
+
+    /// Asks who waits for an operation that is alive and that nobody polls, as `select!` over `&mut future` leaves it, or
+    /// a busy consumer of `buffer_unordered`.
+    ///
+    /// At each point, eager and settled, the operation is left alone while `rival` runs. A rival that can make no
+    /// progress, but goes on once the operation is dropped, waits for something that the operation holds: a *futurelock*
+    /// ([`Failure::is_futurelock`](crate::Failure::is_futurelock)), told with the lines of both. Otherwise the operation
+    /// is dropped in one run, and polled to its end in another, and `check` judges what both left: a state that the rival
+    /// saw half done is found as well.
+    ///
+    /// That nothing can make progress is known within a second where no socket is watched, no timer is due and no
+    /// blocking job runs, and nothing woke anybody for half of it; elsewhere after [`hang_after`](Explore::hang_after).
+    ///
+    /// # Panics
+    ///
+    /// As [`run`](Explore::run).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use cancel_safe_testing::Explore;
+    /// use tokio::sync::Mutex;
+    /// use tokio::time::sleep;
+    ///
+    /// let report = Explore::new().paused_time(true).suspended(
+    ///     async || Mutex::new(0),
+    ///     async |count| {
+    ///         let mut count = count.lock().await;
+    ///         sleep(Duration::from_millis(1)).await; // left here, it holds the lock
+    ///         *count += 1;
+    ///     },
+    ///     async |count| *count.lock().await += 1,
+    ///     async |_count, _outcome, ()| Ok(()),
+    /// );
+    /// assert!(report.failures()[0].is_futurelock());
+    /// ```
+    #[track_caller]
+    pub fn suspended<S, T, R>(
+        &self,
+        setup: impl AsyncFn() -> S,
+        operation: impl AsyncFn(&S) -> T,
+        rival: impl AsyncFn(&S) -> R,
+        check: impl AsyncFn(&S, Outcome<T>, R) -> Result<(), String>,
+    ) -> Report {
+        let caller = Location::caller();
+        let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
+        let bounds = Bounds::new(self);
+        let rivals = Rivals { bounds: &bounds, setup, operation, rival, check };
+        match here.role() {
+            crash::Role::Victim(_) | crash::Role::Bystander => Report::EMPTY,
+            crash::Role::Explorer => self.search(Question::Suspended, caller, &mut |plan| rivals.visit(plan)),
+        }
+    }
+
+    fn search(
+        &self,
+        question: Question,
+        caller: &'static Location<'static>,
+        visit: &mut dyn FnMut(Plan) -> Visit,
+    ) -> Report {
+        let inside = tokio::runtime::Handle::try_current().is_ok();
+        assert!(!inside, "Explore owns its runtimes: call it from a plain #[test], not from #[tokio::test]");
+        let only = match std::env::var(ONLY) {
+            Ok(text) => Some(text.parse().unwrap_or_else(|error| panic!("{error}"))),
+            Err(_) => self.only,
+        };
+        let _quietly = Quietly::begin();
+        search(self, question, only, caller, visit)
     }
 }

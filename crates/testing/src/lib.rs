@@ -197,21 +197,35 @@
 //!
 //! 1.89. Raised only in a minor release.
 
-mod campaign;
+mod act;
+mod calls;
+mod coverage;
 mod crash;
 mod drive;
+mod drop_after;
 mod explore;
+mod failure;
+mod panics;
+mod plan;
+mod publish;
 mod report;
+mod rival;
 mod runtime;
 mod scratch;
 mod search;
+mod select;
 mod site;
+mod sockets;
 mod torn;
 mod tracer;
+mod verdict;
 mod visit;
+mod world;
 
-pub use crate::campaign::{publish_campaign, publish_not_run};
+pub use crate::drop_after::drop_after;
 pub use crate::explore::{Explore, Outcome, Way};
-pub use crate::report::{Failure, Report};
+pub use crate::failure::Failure;
+pub use crate::report::Report;
 pub use crate::scratch::scratch_dir;
 pub use crate::site::Site;
+pub use crate::verdict::Verdict;

@@ -1,36 +1,70 @@
-//! What an exploration found, and how to see one failure again.
+//! What an exploration found.
 //!
 //! Invariant: failures are in the order simplest first: natural budget before starved ones, then the lowest point.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::campaign::publish;
-use crate::explore::{ONLY, Plan, Way};
-use crate::site::Site;
+use serde_json::{Value, json};
+
+use crate::explore::Way;
+use crate::failure::{Failure, FailureKind};
+use crate::publish::publish;
+use crate::search::Question;
+use crate::site::{Await, Place, Site};
+use crate::verdict::Verdict;
 
 /// What an exploration visited and what it found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "a report nobody looks at proves nothing: call assert_clean()"]
 pub struct Report {
+    pub(crate) question: Question,
     pub(crate) points: usize,
+    pub(crate) task_points: usize,
+    pub(crate) task_points_in_all: usize,
     pub(crate) runs: usize,
     pub(crate) unsettled: usize,
     pub(crate) varied: bool,
+    /// A `select!` that polls its branches in a random order, if the report varies.
+    pub(crate) random_select: Option<Site>,
+    pub(crate) notes: Vec<String>,
     pub(crate) sites: Vec<Site>,
+    /// How many points each of the sites has.
+    pub(crate) visited: Vec<usize>,
+    pub(crate) covered: BTreeSet<Place>,
     pub(crate) failures: Vec<Failure>,
 }
 
 impl Report {
     /// Not a public `Default`: a clean report that nobody earned should be hard to come by.
-    pub(crate) const EMPTY: Self =
-        Self { points: 0, runs: 0, unsettled: 0, varied: false, sites: Vec::new(), failures: Vec::new() };
+    pub(crate) const EMPTY: Self = Self {
+        question: Question::Run,
+        points: 0,
+        task_points: 0,
+        task_points_in_all: 0,
+        runs: 0,
+        unsettled: 0,
+        varied: false,
+        random_select: None,
+        notes: Vec::new(),
+        sites: Vec::new(),
+        visited: Vec::new(),
+        covered: BTreeSet::new(),
+        failures: Vec::new(),
+    };
 
     /// The number of points at which the operation was dropped: the pendings it has under each budget, and once the
     /// point 0, at which it was never polled. Each was visited in every way.
     #[must_use]
     pub fn points(&self) -> usize {
         self.points
+    }
+
+    /// The number of points between two polls of tasks, at which the operation was dropped as well because it had tasks
+    /// of its own; see [`Explore::tasks`](crate::Explore::tasks).
+    #[must_use]
+    pub fn task_points(&self) -> usize {
+        self.task_points
     }
 
     /// The awaits at which the operation was dropped, in the order of files and lines.
@@ -70,7 +104,20 @@ impl Report {
         self.varied
     }
 
-    /// Panics with the simplest failure, if there is any.
+    /// What was not explored, or only in part, and why: a setup whose tasks end with their runtime, say.
+    #[must_use]
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    /// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out; [`Verdict::Unjudged`] of other
+    /// explorations.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        Verdict::of(self)
+    }
+
+    /// Panics with the simplest failure of each await, if there is any.
     ///
     /// # Panics
     ///
@@ -78,6 +125,17 @@ impl Report {
     #[track_caller]
     pub fn assert_clean(&self) {
         assert!(self.is_clean(), "{self}");
+    }
+
+    /// Panics unless the [verdict](Report::verdict) is [`Verdict::Safe`].
+    ///
+    /// # Panics
+    ///
+    /// If the call is not safe, starves, or could not be judged.
+    #[track_caller]
+    pub fn assert_safe(&self) {
+        let verdict = self.verdict();
+        assert!(verdict == Verdict::Safe, "{verdict}\n{self}");
     }
 
     /// Prints the line `cancel-points <krate> <operation> <points>` to standard output and, if the environment
@@ -89,148 +147,163 @@ impl Report {
     /// If that file cannot be written: a table that lacks lines in silence would be worse.
     #[track_caller]
     pub fn publish(&self, krate: &str, operation: &str) -> &Self {
-        publish(&format!("cancel-points {krate} {operation} {}\n", self.points));
+        publish(&format!("cancel-points {krate} {operation} {}\n", self.points + self.task_points));
         self
     }
 
+    /// The report as one JSON object, for programs: `points`, `task_points`, `runs`, `unsettled`, `varied`, `notes`,
+    /// `awaits` (an array of `file`, `line`, `points`, `failures`), `failures` (an array of `kind`, `message`, `point`,
+    /// `step`, `way`, `budget`, `completed`, `site`, `callers`, `rival`, `undisturbed`, `seen`, `again`) and, of
+    /// [`Explore::cancel_safe`](crate::Explore::cancel_safe), `verdict`.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let awaits = self.sites.iter().zip(&self.visited).map(|(site, points)| {
+            let failures = self.failures.iter().filter(|failure| failure.site() == Some(site)).count();
+            json!({"file": site.file(), "line": site.line(), "points": points, "failures": failures})
+        });
+        let mut object = json!({
+            "clean": self.is_clean(),
+            "points": self.points,
+            "task_points": self.task_points,
+            "runs": self.runs,
+            "unsettled": self.unsettled,
+            "varied": self.varied,
+            "notes": self.notes,
+            "awaits": awaits.collect::<Vec<_>>(),
+            "failures": self.failures.iter().map(failure_as_json).collect::<Vec<_>>(),
+        });
+        if self.question == Question::CancelSafe {
+            object["verdict"] = self.verdict().name().into();
+        }
+        object.to_string()
+    }
+
     pub(crate) fn add_failure(&mut self, failure: Failure) {
-        let key = |failure: &Failure| (failure.completed, failure.plan, failure.kind);
         // A completion is confirmed several times; its failure is one failure.
-        if let Err(at) = self.failures.binary_search_by_key(&key(&failure), key) {
+        if let Err(at) = self.failures.binary_search_by_key(&failure.rank(), Failure::rank) {
             self.failures.insert(at, failure);
         }
     }
 
-    pub(crate) fn add_sites(&mut self, sites: BTreeSet<Site>) {
-        self.sites = sites.into_iter().collect();
+    pub(crate) fn cover(&mut self, place: Option<&Await>) {
+        self.covered.extend(place.into_iter().flat_map(Await::frames).cloned());
+    }
+
+    pub(crate) fn count_sites<'a>(&mut self, places: impl Iterator<Item = &'a Await>) {
+        let mut points = BTreeMap::<&Site, usize>::new();
+        for place in places {
+            *points.entry(place.site()).or_default() += 1;
+        }
+        (self.sites, self.visited) = points.into_iter().map(|(site, points)| (site.clone(), points)).unzip();
+    }
+
+    /// Says what of the setup, and of the bounds, keeps points from being visited.
+    pub(crate) fn note(&mut self, setup_tasks: usize, workers: usize, left_out_shutdown: bool) {
+        if setup_tasks > 0 && left_out_shutdown {
+            let tasks = count(setup_tasks, "task");
+            let end = if setup_tasks == 1 { "ends with its" } else { "end with their" };
+            self.notes.push(format!(
+                "{tasks} of the setup {end} runtime, so the state would be dead: {} was left out (ask for it by ways())",
+                Way::Shutdown
+            ));
+        }
+        if workers > 0 {
+            let jobs = count(workers, "blocking job");
+            self.notes.push(format!(
+                "{jobs} of the setup did not end, and got {} (tokio's paused clock stands still meanwhile)",
+                if workers == 1 { "a thread of its own" } else { "threads of their own" }
+            ));
+        }
+        if self.task_points < self.task_points_in_all {
+            let all = self.task_points_in_all;
+            self.notes.push(format!("{} of {all} points between polls of tasks were visited", self.task_points));
+        }
+    }
+
+    /// The simplest failure of each await, in the order of failures.
+    fn simplest(&self) -> Vec<&Failure> {
+        let mut seen: Vec<(Option<&Site>, FailureKind)> = Vec::new();
+        let mut simplest = Vec::new();
+        for failure in &self.failures {
+            let key = (failure.site(), failure.refusal.kind);
+            if !seen.contains(&key) {
+                seen.push(key);
+                simplest.push(failure);
+            }
+        }
+        simplest
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (points, awaits) = (count(self.points, "point"), count(self.sites.len(), "await"));
-        write!(f, "{points} at {awaits} in {}", count(self.runs, "run"))?;
+        write!(f, "{points} at {awaits}")?;
+        if self.task_points > 0 {
+            write!(f, " and {} between polls of tasks", self.task_points)?;
+        }
+        write!(f, " in {}", count(self.runs, "run"))?;
         if self.varied {
             write!(f, ", their number varied")?;
+        }
+        if let Some(site) = &self.random_select {
+            write!(f, " (likely because the select! at {site} is not `biased`)")?;
         }
         if self.unsettled > 0 {
             write!(f, ", {} unsettled", count(self.unsettled, "run"))?;
         }
-        match self.failures.as_slice() {
-            [] => write!(f, ": clean"),
-            [only] => write!(f, ": 1 failure\n{only}"),
-            [first, rest @ ..] => write!(f, ": {} failures, the simplest:\n{first}", rest.len() + 1),
+        let simplest = self.simplest();
+        match (self.failures.as_slice(), simplest.as_slice()) {
+            ([], _) => write!(f, ": clean")?,
+            ([only], _) => write!(f, ": 1 failure\n{only}")?,
+            (all, [first]) => write!(f, ": {} failures, the simplest:\n{first}", all.len())?,
+            (all, simplest) => {
+                writeln!(f, ": {} failures, the simplest of each await:", all.len())?;
+                self.fmt_table(f)?;
+                for failure in simplest {
+                    write!(f, "\n{failure}")?;
+                }
+            }
         }
+        for note in &self.notes {
+            write!(f, "\nnote: {note}")?;
+        }
+        Ok(())
     }
 }
 
-fn count(number: usize, noun: &str) -> String {
+impl Report {
+    fn fmt_table(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.sites.iter().map(ToString::to_string).collect();
+        let width = names.iter().map(String::len).max().unwrap_or(0).max("await".len());
+        writeln!(f, "  {:<width$}  {:>7} {:>9}", "await", "points", "failures")?;
+        for ((name, site), points) in names.iter().zip(&self.sites).zip(&self.visited) {
+            let failures = self.failures.iter().filter(|failure| failure.site() == Some(site)).count();
+            writeln!(f, "  {name:<width$}  {points:>7} {failures:>9}")?;
+        }
+        Ok(())
+    }
+}
+
+fn failure_as_json(failure: &Failure) -> Value {
+    let site = |site: &Site| json!({"file": site.file(), "line": site.line()});
+    json!({
+        "kind": failure.refusal.kind.name(),
+        "message": failure.message(),
+        "point": failure.point(),
+        "step": failure.step(),
+        "way": failure.way().to_string(),
+        "budget": failure.budget(),
+        "completed": failure.is_completed(),
+        "site": failure.site().map(site),
+        "callers": failure.callers().iter().map(site).collect::<Vec<_>>(),
+        "rival": failure.rival_site().map(site),
+        "undisturbed": failure.refusal.evidence.as_ref().map(|(undisturbed, _)| undisturbed),
+        "seen": failure.refusal.evidence.as_ref().map(|(_, seen)| seen),
+        "again": failure.plan.to_string(),
+    })
+}
+
+pub(crate) fn count(number: usize, noun: &str) -> String {
     format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
-}
-
-/// One run that went wrong.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Failure {
-    pub(crate) plan: Plan,
-    pub(crate) completed: bool,
-    pub(crate) site: Option<Site>,
-    pub(crate) kind: FailureKind,
-    pub(crate) message: String,
-}
-
-/// What kind of wrong.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum FailureKind {
-    Hang,
-    Panic,
-    Torn,
-    Check,
-    Incomplete,
-}
-
-impl Failure {
-    /// The pendings the operation had had: 0 if it was never polled.
-    #[must_use]
-    pub fn point(&self) -> usize {
-        self.plan.point
-    }
-
-    /// The way it was dropped.
-    #[must_use]
-    pub fn way(&self) -> Way {
-        self.plan.way
-    }
-
-    /// The units of tokio's budget left for each poll; `None` is all of them, as in production.
-    #[must_use]
-    pub fn budget(&self) -> Option<u32> {
-        self.plan.budget
-    }
-
-    /// The await at which it was dropped, or the call that began the critical section which was
-    /// [torn](Failure::is_torn). `None` at point 0, after it had completed, or if no frame of user code was
-    /// seen (a build without line tables).
-    #[must_use]
-    pub fn site(&self) -> Option<&Site> {
-        self.site.as_ref()
-    }
-
-    /// What the check said, or what was thrown.
-    #[must_use]
-    pub fn message(&self) -> &str {
-        &self.message
-    }
-
-    /// Whether the operation had completed: it is wrong even when nobody drops it.
-    #[must_use]
-    pub fn is_completed(&self) -> bool {
-        self.completed
-    }
-
-    /// Whether something was not woken within its bound, or never came to an end.
-    #[must_use]
-    pub fn is_hang(&self) -> bool {
-        self.kind == FailureKind::Hang
-    }
-
-    /// Whether the operation, its drop, the setup or the check panicked.
-    #[must_use]
-    pub fn is_panic(&self) -> bool {
-        self.kind == FailureKind::Panic
-    }
-
-    /// Whether a critical section of `cancel-safe-guard` was dropped before its end, and not by the exploration itself.
-    /// [Critical sections](crate#critical-sections) says what counts.
-    #[must_use]
-    pub fn is_torn(&self) -> bool {
-        self.kind == FailureKind::Torn
-    }
-
-    /// Whether the exploration reached one of its own bounds, so that points were left unvisited.
-    #[must_use]
-    pub fn is_incomplete(&self) -> bool {
-        self.kind == FailureKind::Incomplete
-    }
-}
-
-impl fmt::Display for Failure {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Plan { point, way, budget } = self.plan;
-        match &self.site {
-            // No run is to blame, so there is none to repeat.
-            _ if self.is_incomplete() => return write!(f, "exploration incomplete: {}", self.message),
-            Some(site) if self.is_torn() => write!(f, "torn at {site}")?,
-            _ if self.completed => write!(f, "completed, never dropped")?,
-            Some(site) if self.is_hang() => write!(f, "stuck at {site}")?,
-            Some(site) => write!(f, "dropped at {site}")?,
-            None if point == 0 => write!(f, "dropped before the first poll")?,
-            None => write!(f, "dropped at an await that no line table names")?,
-        }
-        let rust_budget = budget.map_or_else(|| "None".to_owned(), |units| format!("Some({units})"));
-        let budget = budget.map_or_else(|| "natural".to_owned(), |units| units.to_string());
-        writeln!(f, ": {}", self.message)?;
-        writeln!(f, "  point {point}, way {way}, budget {budget}")?;
-        write!(f, "  again: .only({point}, Way::{way:?}, {rust_budget}), or {ONLY}={point}:{way}:{budget}")
-    }
 }

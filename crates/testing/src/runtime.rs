@@ -3,6 +3,7 @@
 //! Invariant: whatever is awaited here ends. A wait that nobody answers becomes a [`Fault`], never a hung test.
 
 use std::any::Any;
+use std::cell::Cell;
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
@@ -11,21 +12,20 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
-use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::JoinHandle;
 
 use crate::torn::Ours;
 
 /// How often the watchdog lets a wait look at its limit.
 const TICK: Duration = Duration::from_millis(20);
 
-/// How many times the scheduler is let run between two looks at the number of alive tasks.
-const YIELDS_PER_ROUND: u32 = 8;
+/// How long the end of a runtime waits for the blocking jobs of a setup that are known not to end by themselves. They
+/// end when the state is dropped, or never.
+const WORKER_PATIENCE: Duration = Duration::from_millis(100);
 
-/// Rounds of settling that pass no time: enough for a task that only needs to be scheduled or needs a blocking job.
-const TIMELESS_ROUNDS: u32 = 6;
-
-/// The time one further round of settling lets pass, really and (with paused time) on tokio's clock.
-const ROUND: Duration = Duration::from_micros(500);
+/// How long the end of an open gate's job is waited for; it takes microseconds on an idle machine.
+const OPENING: Duration = Duration::from_millis(2);
 
 /// What kept a part of a run from ending as it should.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +34,8 @@ pub(crate) enum Fault {
     Hung,
     /// It panicked, with this message.
     Panicked(String),
+    /// A blocking job of the setup does not end and occupies the only thread.
+    Occupied,
 }
 
 impl Fault {
@@ -99,105 +101,125 @@ impl Watchdog {
     }
 }
 
-/// A fresh current-thread runtime with a single blocking thread.
+/// Rings when the runtime has slept: what wakes the driver first, before any task that has become ready meanwhile.
+#[derive(Debug, Default)]
+pub(crate) struct Bell(Mutex<Ringing>);
+
+#[derive(Debug, Default)]
+struct Ringing {
+    rung: bool,
+    waker: Option<Waker>,
+}
+
+impl Bell {
+    fn ring(&self) {
+        let waker = {
+            let mut ringing = lock(&self.0);
+            ringing.rung = true;
+            ringing.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Ends after the next time that the runtime has slept.
+    pub(crate) async fn next(&self) {
+        lock(&self.0).rung = false;
+        poll_fn(|cx| {
+            let mut ringing = lock(&self.0);
+            ringing.waker = Some(cx.waker().clone());
+            if ringing.rung { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+}
+
+/// A fresh current-thread runtime with a single blocking thread for the jobs of the operation.
 #[derive(Debug)]
 pub(crate) struct Stage<'a> {
     runtime: Runtime,
-    watchdog: &'a Watchdog,
-    paused: bool,
+    /// How long it has to be quiet before a wait can be known to be for ever.
+    pub(crate) quiet: &'a Cell<Duration>,
+    pub(crate) watchdog: &'a Watchdog,
+    pub(crate) paused: bool,
+    pub(crate) bell: Arc<Bell>,
+    /// Blocking jobs of the setup that never end, each of which occupies a thread.
+    workers: usize,
     blocking_threads: Arc<(Mutex<usize>, Condvar)>,
 }
 
 impl<'a> Stage<'a> {
-    pub(crate) fn new(paused: bool, watchdog: &'a Watchdog) -> std::io::Result<Self> {
+    pub(crate) fn new(
+        paused: bool,
+        workers: usize,
+        watchdog: &'a Watchdog,
+        quiet: &'a Cell<Duration>,
+    ) -> std::io::Result<Self> {
         let blocking_threads = Arc::new((Mutex::new(0_usize), Condvar::new()));
         let (started, stopped) = (Arc::clone(&blocking_threads), Arc::clone(&blocking_threads));
+        let bell = Arc::new(Bell::default());
+        let slept = Arc::clone(&bell);
         let runtime = Builder::new_current_thread()
             .enable_all()
             // One blocking thread makes the blocking pool a queue: jobs run in the order they were submitted, and a
             // job at its end proves that all before it have finished.
-            .max_blocking_threads(1)
+            .max_blocking_threads(workers + 1)
+            // The driver is polled between any two polls of tasks, so that each of these polls can be a point.
+            .event_interval(1)
+            // What other threads have woken is run next: the queue of the runtime is kept from running dry, and what
+            // waits outside of it would starve.
+            .global_queue_interval(1)
             .start_paused(paused)
+            .on_thread_unpark(move || slept.ring())
             .on_thread_start(move || *lock(&started.0) += 1)
             .on_thread_stop(move || {
                 *lock(&stopped.0) -= 1;
                 stopped.1.notify_all();
             })
             .build()?;
-        Ok(Self { runtime, watchdog, paused, blocking_threads })
+        Ok(Self { runtime, quiet, watchdog, paused, bell, workers, blocking_threads })
     }
 
-    /// Runs `future` to its end, its panic, or the limit.
-    pub(crate) fn play<T>(&self, future: impl Future<Output = T>) -> Result<T, Fault> {
-        self.runtime.block_on(self.watchdog.bound(future))
-    }
-
-    /// Runs `future`, which bounds its own waits.
-    pub(crate) fn play_unbounded<T>(&self, future: impl Future<Output = T>) -> T {
+    /// Runs `future` to its end; it bounds its own waits.
+    pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         self.runtime.block_on(future)
     }
 
-    /// Enters the runtime, for code that is not async but spawns.
-    pub(crate) fn enter(&self) -> tokio::runtime::EnterGuard<'_> {
-        self.runtime.enter()
-    }
-
-    /// Drops `value` inside the runtime, where its `Drop` may spawn. What this and the ends of the runtime tear, the
-    /// exploration has torn.
+    /// Drops `value` in the context of the runtime, where its `Drop` may spawn.
     pub(crate) fn drop_inside<T>(&self, value: T) -> Result<(), Fault> {
         let _context = self.runtime.enter();
-        let _ours = Ours::begin();
-        catch_unwind(AssertUnwindSafe(|| drop(value))).map_err(|payload| Fault::from_panic(payload.as_ref()))
+        drop_caught(value)
     }
 
     pub(crate) fn alive_tasks(&self) -> usize {
         self.runtime.metrics().num_alive_tasks()
     }
 
-    /// Lets blocking jobs and spawned tasks end, until no more than `baseline` tasks are alive. Returns whether that
-    /// was reached within `patience`; without it a task that lives on purpose would hold up every run.
-    pub(crate) async fn settle(&self, baseline: usize, patience: Duration) -> bool {
-        let metrics = Handle::current().metrics();
-        let rounds = TIMELESS_ROUNDS + u32::try_from(patience.as_micros() / ROUND.as_micros()).unwrap_or(u32::MAX);
-        let mut calm = false;
-        for round in 0..rounds {
-            let pause = if round < TIMELESS_ROUNDS { Duration::ZERO } else { ROUND };
-            fence(pause).await;
-            if self.paused && !pause.is_zero() {
-                tokio::time::sleep(pause).await;
-            }
-            for _ in 0..YIELDS_PER_ROUND {
-                tokio::task::yield_now().await;
-            }
-            // Twice in a row, because the last task may have submitted one more blocking job as it ended.
-            let calm_before = std::mem::replace(&mut calm, metrics.num_alive_tasks() <= baseline);
-            if calm && calm_before {
-                return true;
-            }
-        }
-        false
-    }
-
     /// Ends the runtime with all its tasks where they stand, then waits for the blocking jobs already submitted.
     ///
     /// The shutdown begins before the gate opens, so that which jobs still run does not depend on thread timing.
-    pub(crate) fn shut_down(self, gate: Gate) -> Result<(), Fault> {
-        let Self { runtime, watchdog, blocking_threads, .. } = self;
+    pub(crate) fn shut_down(self, gate: Option<Gate>) -> Result<(), Fault> {
+        let Self { runtime, watchdog, workers, blocking_threads, .. } = self;
         let _ours = Ours::begin();
-        gate.wait_until_held(watchdog.limit());
+        if let Some(gate) = &gate {
+            // If it does not close an earlier job hangs, which the wait for the blocking thread then finds.
+            let _closed = gate.held().wait(watchdog.limit());
+        }
         runtime.shutdown_background();
-        gate.open();
+        drop(gate);
         let (count, changed) = &*blocking_threads;
         let (count, _) = changed
-            .wait_timeout_while(lock(count), watchdog.limit(), |count| *count > 0)
+            .wait_timeout_while(lock(count), watchdog.limit(), |count| *count > workers)
             .unwrap_or_else(PoisonError::into_inner);
-        if *count == 0 { Ok(()) } else { Err(Fault::Hung) }
+        if *count <= workers { Ok(()) } else { Err(Fault::Hung) }
     }
 
     /// Ends the runtime in the ordinary way; a blocking job that never ends is left behind after the limit.
     pub(crate) fn finish(self) {
         let _ours = Ours::begin();
-        self.runtime.shutdown_timeout(self.watchdog.limit());
+        let patience = if self.workers == 0 { self.watchdog.limit() } else { WORKER_PATIENCE };
+        self.runtime.shutdown_timeout(patience);
     }
 
     /// Ends the runtime without waiting for a blocking job that is known to hang.
@@ -207,41 +229,62 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Holds the only blocking thread: jobs submitted while it is closed have not begun, on every machine alike.
+/// Drops `value`, and catches its panic. What this tears, the exploration has torn.
+pub(crate) fn drop_caught<T>(value: T) -> Result<(), Fault> {
+    let _ours = Ours::begin();
+    catch_unwind(AssertUnwindSafe(|| drop(value))).map_err(|payload| Fault::from_panic(payload.as_ref()))
+}
+
+/// Holds the only blocking thread: jobs submitted while it is closed have not begun, on every machine alike. It opens
+/// when it is dropped.
 #[derive(Debug)]
 pub(crate) struct Gate {
-    held: mpsc::Receiver<()>,
-    _open: mpsc::Sender<()>,
+    held: Told,
+    open: mpsc::Sender<()>,
+    job: JoinHandle<()>,
 }
 
 impl Gate {
-    /// Must be called inside the runtime.
+    /// Must be called inside the runtime. It closes when all jobs that were submitted before have ended.
     pub(crate) fn close() -> Self {
-        let (hold, held) = mpsc::sync_channel(1);
+        let (hold, held) = mpsc::sync_channel::<()>(1);
         let (open, opened) = mpsc::channel::<()>();
-        drop(tokio::task::spawn_blocking(move || {
-            let listening = hold.send(());
-            // Ends when the gate is dropped: nothing is ever sent.
-            listening.is_ok().then(|| opened.recv())
-        }));
-        Self { held, _open: open }
+        let job = tokio::task::spawn_blocking(move || {
+            if hold.send(()).is_ok() {
+                // Who asks later hears that nothing more comes, which says as much.
+                drop(hold);
+                // Ends when the gate is dropped: nothing is ever sent.
+                opened.recv().unwrap_or_default();
+            }
+        });
+        Self { held: Told(held), open, job }
     }
 
-    pub(crate) fn open(self) {}
+    /// Opens it, and waits a moment for its job to be over.
+    pub(crate) fn open(self) {
+        let Self { held: _, open, job } = self;
+        drop(open);
+        let begun = Instant::now();
+        while !job.is_finished() && begun.elapsed() < OPENING {
+            std::thread::yield_now();
+        }
+        // It wakes the runtime once more after it has said that it is over.
+        std::thread::yield_now();
+    }
 
-    fn wait_until_held(&self, limit: Duration) {
-        // A timeout means that an earlier job hangs, which the wait for the blocking thread then finds.
-        let _ = self.held.recv_timeout(limit);
+    /// Tells when it is closed.
+    pub(crate) fn held(&self) -> &Told {
+        &self.held
     }
 }
 
-/// Ends when every blocking job submitted before it has ended, after holding the blocking thread for `pause`.
-pub(crate) async fn fence(pause: Duration) {
-    let job = tokio::task::spawn_blocking(move || {
-        if !pause.is_zero() {
-            // On the blocking thread, where real time passes without moving tokio's paused clock.
-            std::thread::park_timeout(pause);
-        }
-    });
-    drop(job.await);
+/// A word from the blocking thread.
+#[derive(Debug)]
+pub(crate) struct Told(pub(crate) mpsc::Receiver<()>);
+
+impl Told {
+    /// Waits for it, with the thread standing still. Says whether it came, or cannot come any more.
+    pub(crate) fn wait(&self, limit: Duration) -> bool {
+        !matches!(self.0.recv_timeout(limit), Err(RecvTimeoutError::Timeout))
+    }
 }

@@ -1,18 +1,25 @@
 //! In which order the points are visited, and when a search ends.
 //!
-//! Invariant: a search ends, and a point left out because of a bound is a failure, never silence.
+//! Invariant: a search ends, and a point left out because of a bound is told, never passed over in silence.
 
 use std::backtrace::Backtrace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Instant;
 
-use crate::explore::{Explore, Plan, Way};
-use crate::report::{Failure, FailureKind, Report};
-use crate::site::{Namer, Site};
+use crate::coverage;
+use crate::explore::{Explore, Way};
+use crate::failure::{Failure, FailureKind, Refusal};
+use crate::plan::{Plan, Then};
+use crate::report::Report;
+use crate::select;
+use crate::site::{Await, Namer, Site};
 
 /// An operation has completed at a point when it did so this many times in a row.
 const CONFIRMATIONS: usize = 3;
+
+/// Points between two polls of tasks that one exploration visits. Where there are more, they are evenly spread.
+const MAX_TASK_POINTS: usize = 256;
 
 /// What one run showed.
 #[derive(Debug, Default)]
@@ -22,10 +29,20 @@ pub(crate) struct Visit {
     /// Where it waited last: the traces, not yet named, or the name that another process has found.
     pub(crate) traces: Vec<Backtrace>,
     pub(crate) site: Option<Site>,
-    pub(crate) unsettled: bool,
+    /// Where the rival waited.
+    pub(crate) rival_traces: Vec<Backtrace>,
+    /// How many polls of tasks followed each pending.
+    pub(crate) steps: Vec<usize>,
+    /// Whether the operation had tasks of its own.
+    pub(crate) has_children: bool,
+    /// How many tasks the setup left running.
+    pub(crate) setup_tasks: usize,
+    /// How many blocking jobs of the setup did not end.
+    pub(crate) workers: usize,
+    pub(crate) is_unsettled: bool,
     /// Where the critical section began that the code under test has torn.
     pub(crate) torn: Option<Site>,
-    pub(crate) failure: Option<(FailureKind, String)>,
+    pub(crate) failure: Option<Refusal>,
 }
 
 /// How the operation ended in it.
@@ -40,24 +57,47 @@ pub(crate) enum End {
     Dropped,
 }
 
+/// What is asked, and so which runs there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// What is left behind?
+    Run,
+    /// Is a call that was dropped and called again as good as one that was not?
+    CancelSafe,
+    /// Who waits for an operation that is alive and not polled?
+    Suspended,
+}
+
 /// Visits every point there is, or the one that was asked for.
 pub(crate) fn search(
     options: &Explore,
+    question: Question,
     only: Option<Plan>,
     caller: &'static Location<'static>,
     visit: &mut dyn FnMut(Plan) -> Visit,
 ) -> Report {
     let mut search = Search {
         options,
+        question,
         visit,
         namer: Namer::new(caller),
         started: Instant::now(),
-        sites: BTreeMap::new(),
+        places: BTreeMap::new(),
         ends: BTreeMap::new(),
-        report: Report::EMPTY,
+        futurelocks: BTreeSet::new(),
+        natural: Visit::default(),
+        task_points: 0,
+        report: Report { question, ..Report::EMPTY },
     };
     match only {
-        Some(plan) => drop(search.go(plan)),
+        Some(plan) => {
+            // A call is judged by what an undisturbed one gives.
+            if question == Question::CancelSafe {
+                let _end = search.measure(plan.budget);
+            }
+            search.report.runs = 0;
+            let _end = search.go(plan);
+        }
         None => search.everything(),
     }
     search.finish()
@@ -65,13 +105,20 @@ pub(crate) fn search(
 
 struct Search<'a> {
     options: &'a Explore,
+    question: Question,
     visit: &'a mut dyn FnMut(Plan) -> Visit,
     namer: Namer,
     started: Instant,
     /// The await of each point, by budget and number.
-    sites: BTreeMap<(Option<u32>, usize), Option<Site>>,
+    places: BTreeMap<(Option<u32>, usize), Option<Await>>,
     /// After how many pendings the operation was seen to complete, by budget.
     ends: BTreeMap<Option<u32>, BTreeSet<usize>>,
+    /// The points at which a suspended operation is waited for, by budget and number.
+    futurelocks: BTreeSet<(Option<u32>, usize)>,
+    /// What the first run showed, which nobody disturbed.
+    natural: Visit,
+    /// Points visited between two polls of tasks.
+    task_points: usize,
     report: Report,
 }
 
@@ -84,8 +131,8 @@ enum Next {
 
 impl Search<'_> {
     fn everything(&mut self) {
-        if self.options.ways.is_empty() {
-            let plan = Plan { budget: None, point: 0, way: Way::Eager };
+        if self.options.chosen_ways().is_some_and(<[Way]>::is_empty) {
+            let plan = Plan::new(None, 0, Way::Eager);
             return self.incomplete(plan, "ways() was given none, so nothing would be dropped".to_owned());
         }
         let budgets = std::iter::once(None).chain(self.options.budgets.iter().copied().map(Some));
@@ -93,19 +140,58 @@ impl Search<'_> {
             if self.measure(budget) == Next::GiveUp {
                 return;
             }
-            for &way in &self.options.ways {
-                if self.sweep(budget, way) == Next::GiveUp {
-                    return;
+            for way in self.ways() {
+                for &then in self.thens() {
+                    if self.sweep(Plan { then, ..Plan::new(budget, 0, way) }) == Next::GiveUp {
+                        return;
+                    }
                 }
             }
+            let more = match self.question {
+                Question::CancelSafe => self.drop_each(budget),
+                Question::Run | Question::Suspended => Next::GoOn,
+            };
+            if more == Next::GiveUp || (budget.is_none() && self.between_polls_of_tasks() == Next::GiveUp) {
+                return;
+            }
+        }
+    }
+
+    /// The ways that make sense for what is asked.
+    fn ways(&mut self) -> Vec<Way> {
+        let chosen = self.options.chosen_ways();
+        let mut ways = chosen.map_or_else(|| vec![Way::Eager, Way::Settled, Way::Shutdown], <[Way]>::to_vec);
+        if self.question != Question::Run {
+            ways.retain(|way| matches!(way, Way::Eager | Way::Settled));
+            if ways.is_empty() {
+                ways = vec![Way::Eager];
+            }
+        }
+        if chosen.is_none() && self.natural.setup_tasks > 0 {
+            ways.retain(|&way| way != Way::Shutdown);
+        }
+        ways
+    }
+
+    fn thens(&self) -> &'static [Then] {
+        match self.question {
+            Question::Run | Question::CancelSafe => &[Then::Drop],
+            Question::Suspended => &[Then::Drop, Then::Resume],
         }
     }
 
     /// Runs the operation to its end once. One that never ends is found here, at the price of one run, and is not
     /// swept: each of its points would cost as many polls as its number.
     fn measure(&mut self, budget: Option<u32>) -> Next {
-        let plan = Plan { budget, point: self.options.max_polls, way: Way::Eager };
+        let plan = Plan::new(budget, self.options.max_polls, Way::Eager);
         let (end, polls) = self.go(plan);
+        if end == End::Completed && self.question == Question::CancelSafe {
+            // The oracle has to agree with itself.
+            let _end = self.go(plan);
+            if self.report.failures.iter().any(|it| it.refusal.kind == FailureKind::Unsteady) {
+                return Next::GiveUp;
+            }
+        }
         match end {
             End::Completed if polls <= self.options.max_points => Next::GoOn,
             End::Completed => {
@@ -115,31 +201,36 @@ impl Search<'_> {
             }
             End::Failed => Next::GiveUp,
             End::Dropped => {
-                let site = self.sites.get(&(budget, polls)).cloned().flatten();
-                let message = format!("not completed after max_polls({polls})");
-                self.report.add_failure(Failure { plan, completed: false, site, kind: FailureKind::Hang, message });
+                let place = self.places.get(&(budget, polls)).cloned().flatten();
+                let refusal = Refusal::new(FailureKind::Hang, format!("not completed after max_polls({polls})"));
+                self.fail(plan, polls, false, place, refusal);
                 Next::GiveUp
             }
         }
     }
 
-    fn sweep(&mut self, budget: Option<u32>, way: Way) -> Next {
-        // Before the first poll there is no budget to starve.
-        let mut point = usize::from(budget.is_some());
+    /// Visits the points from the first to the last, in the way of `first`.
+    fn sweep(&mut self, first: Plan) -> Next {
+        // Before the first poll there is no budget to starve, and nothing that could be resumed.
+        let mut point = usize::from(first.budget.is_some() || first.then == Then::Resume);
         let mut completions = 0;
         while completions < CONFIRMATIONS {
-            let plan = Plan { budget, point, way };
+            let plan = Plan { point, ..first };
             // The operation is seen to complete one beyond its last point.
             if point > self.options.max_points.saturating_add(1) {
                 self.incomplete(plan, format!("more than max_points({})", self.options.max_points));
                 return Next::GiveUp;
             }
-            if self.started.elapsed() > self.options.timeout {
-                self.incomplete(plan, format!("not finished within timeout({:?})", self.options.timeout));
+            if self.is_late(plan) {
                 return Next::GiveUp;
             }
-            if way == Way::Panic && !self.has_point(plan) {
+            if plan.way == Way::Panic && !self.has_point(plan) {
                 return Next::GoOn;
+            }
+            // Who holds something there holds it in every way, and each such run waits until that is known.
+            if self.futurelocks.contains(&(plan.budget, point)) {
+                point += 1;
+                continue;
             }
             match self.go(plan).0 {
                 End::Dropped => {
@@ -153,6 +244,63 @@ impl Search<'_> {
         Next::GoOn
     }
 
+    /// Drops every call at its first pending, at its second, and at its third.
+    fn drop_each(&mut self, budget: Option<u32>) -> Next {
+        for point in 1..=3 {
+            let plan = Plan { then: Then::DropEach, ..Plan::new(budget, point, Way::Settled) };
+            if self.is_late(plan) || self.go(plan).0 == End::Failed {
+                return Next::GiveUp;
+            }
+        }
+        Next::GoOn
+    }
+
+    /// Visits the points between two polls of tasks, where the operation has tasks of its own: these stand at awaits of
+    /// theirs when it is dropped.
+    fn between_polls_of_tasks(&mut self) -> Next {
+        if !self.options.tasks || self.question == Question::CancelSafe || !self.natural.has_children {
+            return Next::GoOn;
+        }
+        let ways = self.ways();
+        let Some(&way) = ways.iter().find(|way| matches!(way, Way::Eager)).or(ways.first()) else { return Next::GoOn };
+        if !matches!(way, Way::Eager | Way::Shutdown) {
+            return Next::GoOn;
+        }
+        let steps = std::mem::take(&mut self.natural.steps);
+        let all: Vec<(usize, usize)> = steps
+            .iter()
+            .enumerate()
+            .flat_map(|(pending, &steps)| (1..=steps).map(move |step| (pending + 1, step)))
+            .collect();
+        self.report.task_points_in_all = all.len();
+        let visited = all.len().min(MAX_TASK_POINTS);
+        for number in 0..visited {
+            let (point, step) = all[number * all.len() / visited];
+            for &then in self.thens() {
+                let plan = Plan { step, then, ..Plan::new(None, point, way) };
+                if self.is_late(plan) {
+                    return Next::GiveUp;
+                }
+                match self.go(plan).0 {
+                    End::Dropped => {}
+                    // The tasks have taken another course, and the operation was woken before that step.
+                    End::Completed => self.report.varied = true,
+                    End::Failed => return Next::GiveUp,
+                }
+            }
+            self.task_points += 1;
+        }
+        Next::GoOn
+    }
+
+    fn is_late(&mut self, plan: Plan) -> bool {
+        let late = self.started.elapsed() > self.options.timeout;
+        if late {
+            self.incomplete(plan, format!("not finished within timeout({:?})", self.options.timeout));
+        }
+        late
+    }
+
     /// Whether an undisturbed operation was seen pending that often. The poll in which it completes may clone its
     /// waker too; a panic there would look like one more point.
     fn has_point(&self, plan: Plan) -> bool {
@@ -162,51 +310,93 @@ impl Search<'_> {
 
     /// Does one run and keeps what it showed. Says how it ended, and after how many pendings.
     fn go(&mut self, plan: Plan) -> (End, usize) {
-        let visit = (self.visit)(plan);
-        let Visit { polls, end, .. } = visit;
+        let mut visit = (self.visit)(plan);
+        let (polls, end) = (visit.polls, visit.end);
         self.report.runs += 1;
-        self.report.unsettled += usize::from(visit.unsettled);
-        let known = self.sites.get(&(plan.budget, polls)).cloned();
+        self.report.unsettled += usize::from(visit.is_unsettled);
+        let known = self.places.get(&(plan.budget, polls)).cloned();
         // Naming takes longer than all the rest of a run, so a point is named once; but where the number of points
-        // varies, the same number need not be the same await, and a failing run is named from its own trace.
-        let name_again = visit.failure.is_some() && self.is_varied();
-        let site = if known.is_none() || name_again { self.namer.name(&visit.traces) } else { None };
-        let site = site.or(visit.site).or(known.flatten());
+        // varies, the same number need not be the same await, and a failing run is named from its own trace. So is one
+        // that was dropped elsewhere than it was told to.
+        let is_own = plan.way == Way::Scope || plan.then == Then::DropEach;
+        let name_again = is_own || (visit.failure.is_some() && self.is_varied());
+        let place = if known.is_none() || name_again { self.namer.name(&visit.traces) } else { None };
+        let place = place.or(visit.site.take().map(Await::bare)).or(known.flatten());
         match end {
-            End::Dropped => drop(self.sites.insert((plan.budget, polls), site.clone())),
+            End::Dropped if !is_own => drop(self.places.insert((plan.budget, polls), place.clone())),
+            End::Dropped => {
+                self.report.cover(place.as_ref());
+                if plan.way == Way::Scope {
+                    self.places.entry((plan.budget, plan.point)).or_insert_with(|| place.clone());
+                }
+            }
             End::Completed => drop(self.ends.entry(plan.budget).or_default().insert(polls)),
             End::Failed => {}
         }
         let completed = end == End::Completed;
-        let reached = Plan { point: polls, ..plan };
-        if let Some(section) = visit.torn {
-            let (site, message) = (Some(section), "a critical section was dropped before its end".to_owned());
-            self.report.add_failure(Failure { plan: reached, completed, site, kind: FailureKind::Torn, message });
+        if let Some(section) = visit.torn.take() {
+            let refusal = Refusal::new(FailureKind::Torn, "a critical section was dropped before its end".to_owned());
+            self.fail(plan, polls, completed, Some(Await::bare(section)), refusal);
         }
-        if let Some((kind, message)) = visit.failure {
-            let site = site.filter(|_| !completed);
-            self.report.add_failure(Failure { plan: reached, completed, site, kind, message });
-            if kind == FailureKind::Hang {
-                // Each hang costs its whole limit: one is enough to know.
-                return (End::Failed, polls);
+        let mut end = end;
+        if let Some(refusal) = visit.failure.take() {
+            if refusal.kind == FailureKind::Futurelock && plan.step == 0 {
+                self.futurelocks.insert((plan.budget, polls));
             }
+            if refusal.kind == FailureKind::Hang {
+                // Each hang costs its whole limit: one is enough to know.
+                end = End::Failed;
+            }
+            let rival = self.namer.name(&std::mem::take(&mut visit.rival_traces));
+            let place = place.filter(|_| !completed || plan.then == Then::DropEach);
+            self.fail_beside(plan, polls, completed, place, rival, refusal);
+        }
+        if self.report.runs == 1 {
+            self.natural = visit;
         }
         (end, polls)
     }
 
+    fn fail(&mut self, plan: Plan, point: usize, completed: bool, place: Option<Await>, refusal: Refusal) {
+        self.fail_beside(plan, point, completed, place, None, refusal);
+    }
+
+    fn fail_beside(
+        &mut self,
+        plan: Plan,
+        point: usize,
+        completed: bool,
+        place: Option<Await>,
+        rival: Option<Await>,
+        refusal: Refusal,
+    ) {
+        // A run that completed earlier than asked is the run to its end, whatever was asked.
+        let plan = if plan.way == Way::Scope || plan.then == Then::DropEach { plan } else { Plan { point, ..plan } };
+        self.report.add_failure(Failure { plan, point, completed, place, rival, refusal });
+    }
+
     fn is_varied(&self) -> bool {
-        self.ends.values().any(|ends| ends.len() > 1)
+        self.report.varied || self.ends.values().any(|ends| ends.len() > 1)
     }
 
     fn incomplete(&mut self, plan: Plan, message: String) {
-        let kind = FailureKind::Incomplete;
-        self.report.add_failure(Failure { plan, completed: false, site: None, kind, message });
+        self.fail(plan, plan.point, false, None, Refusal::new(FailureKind::Incomplete, message));
     }
 
     fn finish(mut self) -> Report {
-        self.report.points = self.sites.len();
+        self.report.points = self.places.len();
+        self.report.task_points = self.task_points;
         self.report.varied = self.is_varied();
-        self.report.add_sites(self.sites.into_values().flatten().collect());
+        let left_out = self.options.chosen_ways().is_none() && self.question == Question::Run;
+        self.report.note(self.natural.setup_tasks, self.natural.workers, left_out);
+        for place in self.places.values() {
+            self.report.cover(place.as_ref());
+        }
+        self.report.count_sites(self.places.values().flatten());
+        if self.report.varied {
+            self.report.random_select = self.places.values().flatten().find_map(select::at_random);
+        }
+        coverage::append(&self.report.covered);
         self.report
     }
 }

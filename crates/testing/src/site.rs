@@ -37,18 +37,54 @@ impl fmt::Display for Site {
     }
 }
 
+/// Where an operation waits: the await, and those around it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Await {
+    /// Innermost first; the first is the await itself.
+    sites: Vec<Site>,
+    /// The same frames as the debug information spells them: absolute path, line, column.
+    frames: Vec<Place>,
+}
+
+/// A frame, for coverage.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) struct Place {
+    pub(crate) path: String,
+    pub(crate) line: u32,
+    pub(crate) column: u32,
+}
+
+impl Await {
+    /// A place that another process has named.
+    pub(crate) fn bare(site: Site) -> Self {
+        Self { sites: vec![site], frames: Vec::new() }
+    }
+
+    pub(crate) fn site(&self) -> &Site {
+        &self.sites[0]
+    }
+
+    pub(crate) fn callers(&self) -> &[Site] {
+        &self.sites[1..]
+    }
+
+    pub(crate) fn frames(&self) -> &[Place] {
+        &self.frames
+    }
+}
+
 /// Names awaits. Resolving a trace takes milliseconds in a large binary, so it is asked once for each point.
 #[derive(Debug)]
 pub(crate) struct Namer {
-    /// The file that called `run`, as `file!()` spells it.
-    caller: &'static str,
+    /// The call of the exploration; its file as `file!()` spells it.
+    caller: &'static Location<'static>,
     /// The workspace's directory, with its slash, once a trace has shown it.
     root: Option<String>,
 }
 
 impl Namer {
     pub(crate) fn new(caller: &'static Location<'static>) -> Self {
-        Self { caller: caller.file(), root: None }
+        Self { caller, root: None }
     }
 
     /// The await at which a poll that left these traces is waiting.
@@ -56,11 +92,17 @@ impl Namer {
     /// The last trace is the one of the leaf that is pending: an earlier leaf may have become ready in the same poll.
     /// But in `timeout(d, operation)` the timer comes last and the operation knows more: a trace that passes through
     /// the same await and goes deeper is preferred.
-    pub(crate) fn name(&mut self, traces: &[Backtrace]) -> Option<Site> {
+    pub(crate) fn name(&mut self, traces: &[Backtrace]) -> Option<Await> {
         let stacks: Vec<Vec<Frame>> = traces.iter().map(|trace| self.awaits(trace)).collect();
         let last = stacks.last()?;
-        let deepest = stacks.iter().rev().filter(|stack| stack.ends_with(last)).max_by_key(|stack| stack.len());
-        deepest?.first().map(|frame| frame.site.clone())
+        let deepest = stacks.iter().rev().filter(|stack| ends_with(stack, last)).max_by_key(|stack| stack.len())?;
+        if deepest.is_empty() {
+            return None;
+        }
+        Some(Await {
+            sites: deepest.iter().map(|frame| frame.site.clone()).collect(),
+            frames: deepest.iter().map(|frame| frame.place.clone()).collect(),
+        })
     }
 
     /// The user's frames of a trace, innermost first. Hand-written `poll` functions are left out where an `async`
@@ -70,7 +112,7 @@ impl Namer {
         if self.root.is_none() {
             // The outermost such frame is the caller of `run`; another package may have a file of the same name.
             self.root = frames.iter().rev().find_map(|frame| {
-                let root = frame.site.file.strip_suffix(self.caller)?;
+                let root = frame.site.file.strip_suffix(self.caller.file())?;
                 root.ends_with('/').then(|| root.to_owned())
             });
         }
@@ -80,6 +122,11 @@ impl Namer {
             }
         }
         frames.retain(|frame| !frame.site.file.starts_with("vendor/"));
+        // What lies around the operation is the test that explores it, down to the call of the exploration.
+        let test = |frame: &Frame| frame.site.file == self.caller.file() && frame.site.line == self.caller.line();
+        if let Some(around) = frames.iter().position(|frame| !frame.is_async && test(frame)) {
+            frames.truncate(around);
+        }
         if frames.iter().any(|frame| frame.is_async) {
             frames.retain(|frame| frame.is_async);
         }
@@ -87,10 +134,15 @@ impl Namer {
     }
 }
 
+fn ends_with(stack: &[Frame], last: &[Frame]) -> bool {
+    stack.len() >= last.len() && stack[stack.len() - last.len()..].iter().zip(last).all(|(a, b)| a.site == b.site)
+}
+
 /// One of the user's frames.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct Frame {
     site: Site,
+    place: Place,
     /// Whether it is the body of an `async` function or block, or of a closure: these look alike in a trace.
     is_async: bool,
 }
@@ -103,11 +155,13 @@ fn frames(trace: &str) -> Vec<Frame> {
         let line = line.trim();
         if let Some(place) = line.strip_prefix("at ") {
             let mut parts = place.rsplitn(3, ':');
-            let (Some(_column), Some(line), Some(file)) = (parts.next(), parts.next(), parts.next()) else { continue };
-            let (Ok(line), true) = (line.parse(), is_users(file)) else { continue };
-            // `{async_fn#0}` or `{{closure}}::h0123456789abcdef`, depending on how names are mangled.
-            let is_async = without_hash(name).ends_with('}');
-            frames.push(Frame { site: Site { file: file.replace('\\', "/"), line }, is_async });
+            let (Some(column), Some(line), Some(file)) = (parts.next(), parts.next(), parts.next()) else { continue };
+            let (Ok(line), Ok(column), true) = (line.parse(), column.parse(), is_users(file)) else { continue };
+            // `{async_fn#0}`, `{async_fn#0}<u8>` or `{{closure}}::h0123456789abcdef`, depending on how names are mangled.
+            let is_async = without_arguments(without_hash(name)).ends_with('}');
+            let path = file.replace('\\', "/");
+            let place = Place { path: path.clone(), line, column };
+            frames.push(Frame { site: Site { file: path, line }, place, is_async });
         } else if let Some((_, rest)) = line.split_once(": ") {
             name = rest.split_once(" - ").map_or(rest, |(_, name)| name);
         }
@@ -129,5 +183,45 @@ fn without_hash(name: &str) -> &str {
     match name.rsplit_once("::h") {
         Some((rest, hash)) if hash.len() == 16 && hash.bytes().all(|byte| byte.is_ascii_hexdigit()) => rest,
         _ => name,
+    }
+}
+
+/// A generic function is followed by its arguments.
+fn without_arguments(name: &str) -> &str {
+    let Some(rest) = name.strip_suffix('>') else { return name };
+    let mut depth = 1_usize;
+    for (at, character) in rest.char_indices().rev() {
+        match character {
+            // The arrow of a function's type.
+            '>' if rest[..at].ends_with('-') => {}
+            '>' => depth += 1,
+            '<' => depth -= 1,
+            _ => {}
+        }
+        if depth == 0 {
+            return &rest[..at];
+        }
+    }
+    name
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn async_functions_are_told_from_others_in_every_mangling() {
+        let is_async = |name| without_arguments(without_hash(name)).ends_with('}');
+        for name in [
+            "bank::transfer::{async_fn#0}",
+            "bank::transfer::{{closure}}::h0123456789abcdef",
+            "bank::transfer::{async_fn#0}<alloc::vec::Vec<u8>, fn(u8) -> u8>",
+            "<bank::Bank as bank::Trait>::transfer::{closure#0}::{async_block#1}<bank::Row>",
+        ] {
+            assert!(is_async(name), "{name}");
+        }
+        for name in ["bank::transfer", "bank::poll::<u8>", "<bank::Bank as core::future::Future>::poll", "main"] {
+            assert!(!is_async(name), "{name}");
+        }
     }
 }

@@ -72,11 +72,19 @@ impl Tracer {
         poll(&mut Context::from_waker(&waker))
     }
 
-    /// Ready once the operation has been woken since its last poll.
-    pub(crate) fn poll_woken(&self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut state = lock(&self.shared);
-        state.driver = Some(cx.waker().clone());
-        if state.woken { Poll::Ready(()) } else { Poll::Pending }
+    /// Whether the operation was ever polled.
+    pub(crate) fn has_polled(&self) -> bool {
+        lock(&self.shared).driver.is_some()
+    }
+
+    /// Whether the operation has been woken since its last poll.
+    pub(crate) fn is_woken(&self) -> bool {
+        lock(&self.shared).woken
+    }
+
+    /// Keeps the traces of a poll for later.
+    pub(crate) fn put_back(&self, traces: Vec<Backtrace>) {
+        lock(&self.shared).traces = traces;
     }
 
     /// The traces of the last poll, oldest first.

@@ -1,54 +1,47 @@
-//! One run: set up, poll to the point, drop, settle, check.
+//! One run of `run`: set up, poll to the point, drop, settle, check.
 //!
-//! Invariant: each run has its own state and its own runtime; nothing of one run reaches another, and whatever the
-//! user's code does, the run ends with a [`Visit`].
+//! Invariant: all of it happens in one `block_on`, as it would in a program, so that no wake is lost between its parts;
+//! only [`Way::Shutdown`] ends the runtime before the check.
 
-use std::pin::Pin;
+use std::cell::OnceCell;
 
-use crate::crash::{Death, Here};
 use cancel_safe_guard::with_token;
 use tokio_util::sync::CancellationToken;
 
+use crate::act::{Bounds, Broken, Ended, Running, set_up};
+use crate::crash::{Death, Here};
 use crate::drive::{Course, Drive, Stop, drive};
-use crate::explore::{Explore, Outcome, Plan, Way};
-use crate::report::FailureKind;
-use crate::runtime::{Fault, Gate, Stage, Watchdog};
+use crate::explore::{Outcome, Way};
+use crate::failure::{FailureKind, Refusal};
+use crate::plan::Plan;
+use crate::runtime::{Fault, Gate, Stage, drop_caught};
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
-use crate::torn::Watch;
-use crate::tracer::OnClone;
+use crate::tracer::{OnClone, Tracer};
+use crate::world::{Patience, World};
 
 /// What the user handed to `run`.
 pub(crate) struct Scene<'a, Setup, Operation, Check> {
-    pub(crate) options: &'a Explore,
-    pub(crate) watchdog: &'a Watchdog,
+    pub(crate) bounds: &'a Bounds<'a>,
     pub(crate) setup: Setup,
     pub(crate) operation: Operation,
     pub(crate) check: Check,
 }
 
-/// The part of a run that did not end as it should.
-struct Broken {
-    part: &'static str,
-    fault: Fault,
-}
-
-impl Broken {
-    fn at(part: &'static str) -> impl FnOnce(Fault) -> Self {
-        move |fault| Self { part, fault }
-    }
-}
-
-/// The operation. Its output is `None` if the scope around it has dropped it.
-type Running<'a, T> = Pin<Box<dyn Future<Output = Option<T>> + 'a>>;
-
-/// The operation at its point, and what keeps the blocking jobs from beginning.
+/// The operation at its point. Its output is `None` if the scope around it has dropped it.
 struct Halted<'a, T> {
-    running: Running<'a, T>,
+    running: Running<'a, Option<T>>,
+    tracer: Tracer,
     outcome: Outcome<T>,
-    gate: Gate,
     /// Ends the scope around the operation, in [`Way::Scope`].
     scope: CancellationToken,
+}
+
+/// An operation that is to be dropped together with its runtime.
+struct Doomed<'a, T> {
+    running: Running<'a, Option<T>>,
+    outcome: Outcome<T>,
+    gate: Option<Gate>,
 }
 
 impl<S, T, Setup, Operation, Check> Scene<'_, Setup, Operation, Check>
@@ -59,10 +52,9 @@ where
 {
     pub(crate) fn visit(&self, plan: Plan, here: &Here) -> Visit {
         let scratch = Scratch::new();
-        let watch = Watch::begin();
         let mut visit = Visit::default();
         if plan.way == Way::Crash {
-            match here.kill_at(plan, &scratch, self.options.hang_after) {
+            match here.kill_at(plan, &scratch, self.bounds.options.hang_after) {
                 Death::AtPoint(site) => {
                     visit.polls = plan.point;
                     visit.end = End::Dropped;
@@ -75,178 +67,200 @@ where
                     return visit;
                 }
                 Death::Missed(message) => {
-                    visit.failure = Some((FailureKind::Incomplete, message));
+                    visit.failure = Some(Refusal::new(FailureKind::Incomplete, message));
                     return visit;
                 }
             }
         }
-        let (stage, ended) = self.perform(self.stage(), plan, &mut visit);
-        match ended {
-            Ok(Ok(())) => stage.finish(),
-            Ok(Err(message)) => {
-                let hint = watch.torn_by_us().map(|section| {
-                    format!(" (the drop has torn the critical section of {section}; a scope would not: see Way::Scope)")
-                });
-                visit.failure = Some((FailureKind::Check, message + &hint.unwrap_or_default()));
-                stage.finish();
-            }
-            Err(Broken { part, fault: Fault::Panicked(message) }) => {
-                visit.failure = Some((FailureKind::Panic, format!("the {part} panicked: {message}")));
-                stage.finish();
-            }
-            Err(Broken { part, fault: Fault::Hung }) => {
-                let limit = self.options.hang_after;
-                visit.failure =
-                    Some((FailureKind::Hang, format!("the {part} did not end within hang_after({limit:?})")));
-                // Not waited for: what hangs may be a blocking job.
-                stage.abandon();
-            }
-        }
-        visit.torn = watch.torn_by_code();
-        visit
+        self.bounds.act(scratch, visit, |stage, visit| self.perform(stage, plan, visit))
     }
 
     /// Makes the state, uses it up, and drops it in whichever runtime is alive then.
-    fn perform<'s>(
-        &'s self,
-        stage: Stage<'s>,
-        plan: Plan,
-        visit: &mut Visit,
-    ) -> (Stage<'s>, Result<Result<(), String>, Broken>) {
-        let state = match stage.play((self.setup)()) {
-            Ok(state) => state,
-            Err(fault) => return (stage, Err(Broken { part: "setup", fault })),
-        };
-        let baseline = stage.alive_tasks();
-        let (stage, outcome) = match plan.way {
-            Way::Crash => (stage, Ok(Outcome::Dropped { point: plan.point, way: plan.way })),
-            _ => self.operate(stage, plan, &state, baseline, visit),
-        };
-        let verdict = outcome.and_then(|outcome| {
-            let settled = stage.play(stage.settle(baseline, self.options.settle_for));
-            visit.unsettled = !settled.map_err(Broken::at("wait for blocking jobs"))?;
-            stage.play((self.check)(&state, outcome)).map_err(Broken::at("check"))
-        });
-        let dropped = stage.drop_inside(state).map_err(Broken::at("drop of the state"));
-        let verdict = verdict.and_then(|verdict| dropped.map(|()| verdict));
-        (stage, verdict)
+    fn perform<'s>(&'s self, stage: Stage<'s>, plan: Plan, visit: &mut Visit) -> (Stage<'s>, Ended) {
+        let cell = OnceCell::new();
+        let (stage, ended) = self.use_up(stage, plan, &cell, visit);
+        let dropped = stage.drop_inside(cell).map_err(Broken::at("drop of the state"));
+        (stage, ended.and_then(|verdict| dropped.map(|()| verdict)))
     }
 
-    /// Runs the operation to its point and drops it there. Hands back the runtime to check on.
-    fn operate<'s>(
+    fn use_up<'s, 'o>(
         &'s self,
         stage: Stage<'s>,
         plan: Plan,
-        state: &S,
-        baseline: usize,
+        cell: &'o OnceCell<S>,
         visit: &mut Visit,
-    ) -> (Stage<'s>, Result<Outcome<T>, Broken>) {
-        let Halted { running, outcome, gate, scope } = match self.halt(&stage, plan, state, visit) {
-            Ok(halted) => halted,
-            Err(broken) => return (stage, Err(broken)),
-        };
-        let by_drop = Broken::at("drop");
+    ) -> (Stage<'s>, Ended)
+    where
+        's: 'o,
+    {
+        let ended = stage.block_on(async {
+            let (state, world) = set_up(&stage, (self.setup)(), visit).await?;
+            let state = cell.get_or_init(|| state);
+            let outcome = match plan.way {
+                Way::Crash => Outcome::Dropped { point: plan.point, way: plan.way },
+                Way::Shutdown => {
+                    let Halted { running, outcome, .. } = self.halt(&world, plan, state, visit).await?;
+                    return Ok(Err(Doomed { running, outcome, gate: world.take_gate() }));
+                }
+                _ => {
+                    let halted = self.halt(&world, plan, state, visit).await?;
+                    self.end(&world, plan, halted, visit).await?
+                }
+            };
+            visit.is_unsettled = !self.settle(&world).await?;
+            self.judge(&stage, state, outcome).await.map(Ok)
+        });
+        match ended {
+            Ok(Ok(verdict)) => (stage, Ok(verdict)),
+            Err(broken) => (stage, Err(broken)),
+            Ok(Err(doomed)) => self.shut_down(stage, doomed, cell, visit),
+        }
+    }
+
+    /// Ends the operation with its runtime, and checks on a fresh one.
+    fn shut_down<'s>(
+        &'s self,
+        stage: Stage<'s>,
+        doomed: Doomed<'_, T>,
+        cell: &OnceCell<S>,
+        visit: &mut Visit,
+    ) -> (Stage<'s>, Ended) {
+        let Doomed { running, outcome, gate } = doomed;
+        let dropped = stage.drop_inside(running);
+        let shut_down = stage.shut_down(gate);
+        let stage = self.bounds.stage();
+        let ended = stage.block_on(async {
+            dropped.and(shut_down).map_err(Broken::at("drop"))?;
+            // What the drop has spawned is gone; what the state spawns from now on is waited for.
+            let ((), world) = set_up(&stage, async {}, &mut Visit::default()).await?;
+            visit.is_unsettled = !self.settle(&world).await?;
+            match cell.get() {
+                Some(state) => self.judge(&stage, state, outcome).await,
+                None => Ok(Ok(())),
+            }
+        });
+        (stage, ended)
+    }
+
+    async fn settle(&self, world: &World<'_>) -> Result<bool, Broken> {
+        world
+            .settle(self.bounds.options.settle_for)
+            .await
+            .map_err(Broken::at("wait for spawned tasks and blocking jobs"))
+    }
+
+    async fn judge(&self, stage: &Stage<'_>, state: &S, outcome: Outcome<T>) -> Ended {
+        let verdict = stage.watchdog.bound((self.check)(state, outcome)).await.map_err(Broken::at("check"))?;
+        Ok(verdict.map_err(|message| Refusal::new(FailureKind::Check, message)))
+    }
+
+    /// Drops the operation at its point, in the way that was asked for.
+    async fn end(
+        &self,
+        world: &World<'_>,
+        plan: Plan,
+        halted: Halted<'_, T>,
+        visit: &mut Visit,
+    ) -> Result<Outcome<T>, Broken> {
+        let Halted { running, tracer, outcome, scope } = halted;
         match plan.way {
-            Way::Settled => {
-                gate.open();
-                let settled = stage.play(stage.settle(baseline, self.options.settle_for));
-                let dropped = stage.drop_inside(running);
-                (stage, settled.and(dropped).map_err(by_drop).map(|()| outcome))
-            }
             Way::Scope if outcome.is_dropped() => {
-                gate.open();
                 scope.cancel();
-                let outcome = self.wait_for_cut(&stage, plan, running);
-                (stage, outcome)
+                self.wait_for_cut(world, plan, running, &tracer, visit).await
             }
-            Way::Shutdown => {
-                let dropped = stage.drop_inside(running);
-                let shut_down = stage.shut_down(gate);
-                (self.stage(), dropped.and(shut_down).map_err(by_drop).map(|()| outcome))
+            Way::Settled if outcome.is_dropped() => {
+                let rested = world.rest(&tracer, self.bounds.options.settle_for).await;
+                let dropped = drop_caught(running);
+                rested.and(dropped).map_err(Broken::at("drop")).map(|()| outcome)
             }
-            _ => {
-                let dropped = stage.drop_inside(running);
-                gate.open();
-                (stage, dropped.map_err(by_drop).map(|()| outcome))
-            }
+            _ => drop_caught(running).map_err(Broken::at("drop")).map(|()| outcome),
         }
     }
 
     /// Polls the operation on until the scope around it, which has been cancelled, drops it, or it completes.
-    fn wait_for_cut(&self, stage: &Stage<'_>, plan: Plan, mut running: Running<'_, T>) -> Result<Outcome<T>, Broken> {
-        let Plan { budget, point, way } = plan;
-        let course =
-            Course { point: self.options.max_polls, budget, at_point: OnClone::Nothing, before: OnClone::Nothing };
-        let Drive { stop, gate, .. } = stage.play_unbounded(drive(running.as_mut(), course, self.watchdog));
-        gate.open();
+    async fn wait_for_cut(
+        &self,
+        world: &World<'_>,
+        plan: Plan,
+        mut running: Running<'_, Option<T>>,
+        tracer: &Tracer,
+        visit: &mut Visit,
+    ) -> Result<Outcome<T>, Broken> {
+        // Where it is dropped is known only afterwards, so each poll is traced.
+        let course = self.course(plan, self.bounds.options.max_polls, OnClone::Trace, OnClone::Trace);
+        let before = std::mem::take(&mut visit.traces);
+        let Drive { stop, polls, traces, .. } = drive(running.as_mut(), course, world, tracer).await;
+        // In the poll in which the scope dropped it, the operation was pending once more.
+        if matches!(stop, Stop::Completed(None)) {
+            visit.polls += polls + 1;
+        }
+        visit.traces = if traces.is_empty() { before } else { traces };
         let outcome = match stop {
-            Stop::Completed(value) => Ok(value.map_or(Outcome::Dropped { point, way }, Outcome::Completed)),
+            Stop::Completed(None) => Ok(Outcome::Dropped { point: visit.polls, way: plan.way }),
+            Stop::Completed(Some(value)) => Ok(Outcome::Completed(value)),
             Stop::Parked | Stop::Unwound => Err(Fault::Hung),
             Stop::Faulted(fault) => Err(fault),
         };
-        let dropped = stage.drop_inside(running);
+        let dropped = drop_caught(running);
         outcome.and_then(|outcome| dropped.map(|()| outcome)).map_err(Broken::at("operation in a cancelled scope"))
     }
 
+    fn course(&self, plan: Plan, point: usize, at_point: OnClone, before: OnClone) -> Course {
+        Course { point, step: plan.step, budget: plan.budget, at_point, before, patience: Patience::Limit }
+    }
+
     /// Polls the operation to its point.
-    fn halt<'o>(
+    async fn halt<'o>(
         &'o self,
-        stage: &Stage<'_>,
+        world: &World<'_>,
         plan: Plan,
         state: &'o S,
         visit: &mut Visit,
     ) -> Result<Halted<'o, T>, Broken> {
-        let Plan { budget, point, way } = plan;
+        let Plan { point, way, .. } = plan;
         let scope = CancellationToken::new();
-        let mut running: Running<'o, T> = {
-            let _context = stage.enter();
-            let operation = (self.operation)(state);
-            match way {
-                Way::Scope => {
-                    let scope = scope.clone();
-                    Box::pin(async move { with_token(&scope, operation).await.ok() })
-                }
-                _ => Box::pin(async { Some(operation.await) }),
+        let operation = (self.operation)(state);
+        let mut running: Running<'o, Option<T>> = match way {
+            Way::Scope => {
+                let scope = scope.clone();
+                Box::pin(async move { with_token(&scope, operation).await.ok() })
             }
+            _ => Box::pin(async { Some(operation.await) }),
         };
         // A run that may end anywhere has to know where it was at each poll; the others, only at the last one.
-        let before = if point == self.options.max_polls { OnClone::Trace } else { OnClone::Nothing };
+        let before = if point == self.bounds.options.max_polls { OnClone::Trace } else { OnClone::Nothing };
         let at_point = if way == Way::Panic { OnClone::TraceAndPanic } else { OnClone::Trace };
-        let course = Course { point, budget, at_point, before };
-        let Drive { stop, polls, traces, gate } = stage.play_unbounded(drive(running.as_mut(), course, self.watchdog));
-        visit.polls = polls;
-        visit.traces = traces;
+        let tracer = Tracer::default();
+        let course = self.course(plan, point, at_point, before);
+        let Drive { stop, polls, steps, has_children, traces } = drive(running.as_mut(), course, world, &tracer).await;
+        (visit.polls, visit.steps, visit.has_children, visit.traces) = (polls, steps, has_children, traces);
         let outcome = match stop {
             Stop::Completed(value) => value.map_or(Outcome::Dropped { point, way }, Outcome::Completed),
             Stop::Parked | Stop::Unwound => Outcome::Dropped { point, way },
             Stop::Faulted(fault) => {
-                gate.open();
                 // It has failed already; a second panic on the way out adds nothing.
-                drop(stage.drop_inside(running));
-                return Err(Broken { part: "operation", fault });
+                drop(drop_caught(running));
+                return Err(Broken::at("operation")(fault));
             }
         };
         visit.end = if outcome.is_completed() { End::Completed } else { End::Dropped };
-        Ok(Halted { running, outcome, gate, scope })
+        Ok(Halted { running, tracer, outcome, scope })
     }
 
     /// The part of a run that a process does which is killed: `at_end` never returns.
     pub(crate) fn victim(&self, plan: Plan) -> impl FnOnce(&mut dyn FnMut(&Visit)) {
         move |at_end| {
             let mut visit = Visit::default();
-            let stage = self.stage();
-            if let Ok(state) = stage.play((self.setup)()) {
-                let halted = self.halt(&stage, plan, &state, &mut visit);
+            let stage = self.bounds.stage();
+            let ended = stage.block_on(async {
+                let (state, world) = set_up(&stage, (self.setup)(), &mut visit).await?;
+                let halted = self.halt(&world, plan, &state, &mut visit).await;
                 at_end(&visit);
                 drop(halted);
-            }
-        }
-    }
-
-    fn stage(&self) -> Stage<'_> {
-        match Stage::new(self.options.paused_time, self.watchdog) {
-            Ok(stage) => stage,
-            Err(error) => panic!("no runtime could be built: {error}"),
+                Ok::<_, Broken>(())
+            });
+            // The parent learns from the silence that the setup has failed.
+            drop(ended);
         }
     }
 }

@@ -17,7 +17,7 @@ type Checked = Result<(), (usize, String)>;
 /// Checks what each crate must have.
 pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
     let directory = package.directory();
-    let explores = !matches!(package.short_name(), UMBRELLA | "testing");
+    let explores = !matches!(package.short_name(), UMBRELLA | "testing") && !package.is_command();
     findings.extend(missing(directory, explores).map(|(file, why)| Finding {
         path: shown(&directory.join(file)),
         line: 1,
@@ -35,10 +35,10 @@ pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
     text_rule("Cargo.toml", "lints", &lints);
 }
 
-/// Checks that the umbrella is made of aliases, one for each crate, and of nothing else.
+/// Checks that the umbrella is made of aliases, one for each library, and of nothing else.
 pub(super) fn check_umbrella(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
     let umbrella = workspace.find(UMBRELLA)?;
-    let names: Vec<&str> = workspace.crates().map(Package::short_name).filter(|&name| name != UMBRELLA).collect();
+    let names: Vec<&str> = workspace.libraries().map(Package::short_name).collect();
     let manifest = shown(&umbrella.directory().join("Cargo.toml"));
     findings.extend(umbrella_features(&umbrella.features, &names).into_iter().map(|fix| Finding {
         path: manifest.clone(),

@@ -1,15 +1,19 @@
 //! Every operation dropped at every await point, in every way.
 
 use std::cell::Cell;
+use std::future::{Future, poll_fn};
+use std::pin::pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+use std::task::Poll;
 use std::time::Duration;
 
 use cancel_safe_guard::{
     Guard, Reaper, cancellation_point, critical, critical_for, timeout, timeout_at, try_commit_cancel, with_token,
 };
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use futures_util::future::FutureExt;
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -143,6 +147,62 @@ fn a_token_scope_dropped_at_every_point_reports_what_it_tears() {
         assert!(cut.await.is_err());
     });
     report.publish("guard", "with_token").assert_clean();
+}
+
+/// Begins a transfer, leaves it alone in the middle until the scopes around are due, and goes on with it.
+async fn rest_in_the_middle(section: impl Future) {
+    let mut section = pin!(section);
+    assert!(poll_fn(|cx| Poll::Ready(section.as_mut().poll(cx))).await.is_pending());
+    for _ in 0..3 {
+        step().await;
+    }
+    section.await;
+}
+
+#[test]
+fn a_scope_dropped_while_it_waits_for_a_resting_section_reports_what_it_tears() {
+    let report = bank(async |bank| {
+        let cut = timeout(Duration::from_millis(15), async {
+            rest_in_the_middle(critical(bank.transfer())).await;
+            step().await;
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "timeout, in overtime").assert_clean();
+
+    let report = bank(async |bank| {
+        let inner = timeout(Duration::from_millis(5), async {
+            rest_in_the_middle(critical_for(GRACE, bank.transfer())).await;
+            step().await;
+        });
+        let nested = timeout_at(Instant::now() + Duration::from_millis(20), inner);
+        assert!(nested.await.unwrap().is_err());
+    });
+    report.publish("guard", "nested scopes, in overtime").assert_clean();
+
+    let report = bank(async |bank| {
+        let token = CancellationToken::new();
+        let cut = with_token(&token, async {
+            tokio::join!(rest_in_the_middle(critical(bank.transfer())), async { token.cancel() });
+            step().await;
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "with_token, in overtime").assert_clean();
+}
+
+#[test]
+fn a_section_shared_by_two_scopes_is_torn_once_wherever_they_are_dropped() {
+    let report = bank(async |bank| {
+        let section = critical(bank.transfer()).shared();
+        let early = timeout(Duration::from_millis(3), section.clone());
+        let late = timeout(Duration::from_millis(7), async {
+            step().await;
+            section.await;
+        });
+        assert!(matches!(tokio::join!(early, late), (Ok(()), Err(_))));
+    });
+    report.publish("guard", "shared section").assert_clean();
 }
 
 #[test]

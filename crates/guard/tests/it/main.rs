@@ -1,23 +1,36 @@
 //! The integration tests of `cancel-safe-guard`, one binary.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod bound;
 mod cancel;
 mod chaos;
 mod happy;
 mod interleavings;
 mod reaper;
 mod scope;
+mod shared;
 mod torn;
 
-use std::future::Future;
+use std::future::{Future, pending};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use cancel_safe_guard::{Elapsed, timeout_at};
+use tokio::time::Instant;
+
 /// Polls `future` once, by hand, with a waker that does nothing.
 fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     pin!(future).poll(&mut Context::from_waker(Waker::noop()))
+}
+
+/// The error of a scope whose deadline passed, which nobody else can make. It needs a runtime with a timer.
+fn elapsed() -> Elapsed {
+    match poll_once(&mut Box::pin(timeout_at(Instant::now(), pending::<()>()))) {
+        Poll::Ready(Err(elapsed)) => elapsed,
+        other => unreachable!("the deadline has passed: {other:?}"),
+    }
 }
 
 /// Awaits what takes no time worth mentioning, so that a wake-up that is missing fails the test instead of hanging it. With

@@ -4,7 +4,9 @@
 
 mod crash;
 mod explore;
+mod judged;
 mod repeat;
+mod suspended;
 mod torn;
 mod twins_files;
 mod twins_state;

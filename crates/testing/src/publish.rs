@@ -1,0 +1,22 @@
+//! Lines of a table that is made of many tests: what was visited.
+//!
+//! Invariant: what a passing test prints is captured, so the lines also go to a file, whole or not at all.
+
+use std::io::Write as _;
+
+/// The environment variable that names the file.
+pub(crate) const POINTS_FILE: &str = "CANCEL_SAFE_POINTS_FILE";
+
+#[track_caller]
+pub(crate) fn publish(line: &str) {
+    #[expect(clippy::print_stdout, reason = "printing is what was asked for; print! is what test capture captures")]
+    {
+        print!("{line}");
+    }
+    if let Some(path) = std::env::var_os(POINTS_FILE) {
+        let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
+        // One write of a whole line: lines of tests that run at the same time do not mix.
+        let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
+        assert!(written.is_ok(), "{} could not be appended to: {written:?}", path.display());
+    }
+}

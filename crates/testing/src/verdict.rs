@@ -1,0 +1,93 @@
+//! Whether a call is cancel safe, in the sense of tokio's documentation.
+//!
+//! Invariant: `Safe` is said only of an exploration in which nothing at all went wrong.
+
+use std::fmt;
+
+use crate::failure::FailureKind;
+use crate::report::Report;
+use crate::search::Question;
+use crate::site::Site;
+
+/// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out about a call.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Verdict {
+    /// Dropped anywhere and called again, it gave what undisturbed calls give.
+    Safe,
+    /// Dropped and called again, it gave something else, or never ended although somebody waited for it undisturbed.
+    #[non_exhaustive]
+    NotSafe {
+        /// The pendings before the drop.
+        point: usize,
+        /// The await at which it was dropped; `None` at point 0, or where no line table names it.
+        site: Option<Site>,
+        /// The results and the observation of the undisturbed calls, as `Debug` prints them.
+        undisturbed: String,
+        /// What was seen instead.
+        seen: String,
+    },
+    /// Dropped again and again, each time after it had been woken, it never ended. Nothing is lost, but nothing is kept
+    /// either: a `sleep` begins anew each time. In a loop of `select!`, keep such a future and poll it by reference.
+    #[non_exhaustive]
+    Starves {
+        /// The pendings of each call before its drop.
+        point: usize,
+        /// The await at which the calls were dropped.
+        site: Option<Site>,
+    },
+    /// Nothing can be said.
+    #[non_exhaustive]
+    Unjudged {
+        /// Undisturbed calls that differ, a panic, or a bound that was exceeded.
+        reason: String,
+    },
+}
+
+impl Verdict {
+    pub(crate) fn of(report: &Report) -> Self {
+        if report.question != Question::CancelSafe {
+            return Self::Unjudged { reason: "only Explore::cancel_safe judges".to_owned() };
+        }
+        let find = |kind| report.failures().iter().find(|failure| failure.refusal.kind == kind);
+        if let Some(failure) = find(FailureKind::NotSafe) {
+            let (undisturbed, seen) = failure.refusal.evidence.clone().unwrap_or_default();
+            return Self::NotSafe { point: failure.point(), site: failure.site().cloned(), undisturbed, seen };
+        }
+        if let Some(failure) = find(FailureKind::Starved) {
+            return Self::Starves { point: failure.point(), site: failure.site().cloned() };
+        }
+        match report.failures() {
+            [] if report.runs() > 0 => Self::Safe,
+            [] => Self::Unjudged { reason: "nothing was run".to_owned() },
+            [first, ..] => Self::Unjudged { reason: first.message().to_owned() },
+        }
+    }
+
+    pub(crate) fn name(&self) -> &'static str {
+        match self {
+            Self::Safe => "safe",
+            Self::NotSafe { .. } => "not safe",
+            Self::Starves { .. } => "starves",
+            Self::Unjudged { .. } => "unjudged",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = |site: &Option<Site>| site.as_ref().map_or_else(String::new, |site| format!(" at {site}"));
+        match self {
+            Self::Safe => f.write_str("cancel safe"),
+            Self::NotSafe { point, site, undisturbed, seen } => write!(
+                f,
+                "not cancel safe: dropped{} (point {point}) and called again, it gave {seen}; undisturbed, {undisturbed}",
+                at(site)
+            ),
+            Self::Starves { point, site } => {
+                write!(f, "starves: dropped{} at its pending {point} each time, it never ends", at(site))
+            }
+            Self::Unjudged { reason } => write!(f, "unjudged: {reason}"),
+        }
+    }
+}

@@ -1,0 +1,384 @@
+//! The runtime around the operation, run one task poll at a time.
+//!
+//! Invariant: between two calls of this room no task runs and no blocking job begins; so the n-th poll of any task is
+//! the same one in each run, and can be a point.
+//!
+//! Stock tokio tells nobody that it has polled a task. But a current-thread runtime with an event interval of one polls
+//! a driver that has woken itself after every task. And it runs its tasks in turn: when a task of ours, the sentinel,
+//! is queued behind all others and is the next to be polled, nothing else was ready.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::mpsc;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::time::{Duration, Instant};
+
+use crate::runtime::{Fault, Gate, Stage, Told, lock};
+use crate::sockets;
+use crate::tracer::Tracer;
+
+/// How long the thread waits for blocking jobs before it lets tasks run meanwhile: a job may wait for a task.
+const STILL: Duration = Duration::from_millis(20);
+
+/// How long the blocking jobs of a setup may take before the one that still runs is taken for a worker; less where
+/// that is more than a quarter of the limit for hangs.
+const WORKER_AFTER: Duration = Duration::from_millis(500);
+
+/// The time that one round of waiting for tasks lets pass, really and on tokio's clock.
+const ROUND: Duration = Duration::from_micros(500);
+
+/// Polls of tasks in one rest. Tasks that wake themselves for ever would never come to rest.
+const POLLS_PER_REST: usize = 10_000;
+
+/// How long everything stands still, in real time, before a wait can be known to be for ever. Threads that tokio does
+/// not know may still wake somebody; an exploration that has known one such wait is less patient with the next.
+pub(crate) const QUIET: Duration = Duration::from_millis(200);
+const QUIET_AGAIN: Duration = Duration::from_millis(20);
+
+/// What one step of the world was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// A task was polled.
+    Ran,
+    /// None was ready.
+    Idle,
+}
+
+/// How a wait for the operation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Went {
+    /// It has been woken.
+    Woken,
+    /// As many tasks were polled as was asked for.
+    Stepped,
+}
+
+/// When a wait is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Patience {
+    /// When the limit for hangs is over.
+    Limit,
+    /// As soon as it is known that nothing can happen any more, where that can be known.
+    Known,
+    /// As soon as nothing can happen without time passing.
+    Rest,
+}
+
+/// The runtime, seen from the driver that runs on it.
+#[derive(Debug)]
+pub(crate) struct World<'a> {
+    stage: &'a Stage<'a>,
+    sentinel: Arc<Mutex<Sentinel>>,
+    gate: RefCell<Option<Gate>>,
+    baseline: usize,
+}
+
+/// A task that does nothing but say that it was its turn.
+#[derive(Debug, Default)]
+struct Sentinel {
+    polled: bool,
+    waker: Option<Waker>,
+}
+
+impl Sentinel {
+    fn poll(&mut self, cx: &Context<'_>) -> Poll<()> {
+        self.polled = true;
+        self.waker = Some(cx.waker().clone());
+        Poll::Pending
+    }
+}
+
+impl<'a> World<'a> {
+    /// Takes the runtime over after the setup, and waits for its blocking jobs. Must be called on the runtime. `None`
+    /// says that a blocking job of the setup does not end.
+    pub(crate) async fn enter(stage: &'a Stage<'a>) -> Option<Self> {
+        let baseline = stage.alive_tasks();
+        let sentinel = Arc::new(Mutex::new(Sentinel::default()));
+        let ours = Arc::clone(&sentinel);
+        drop(tokio::spawn(poll_fn(move |cx| lock(&ours).poll(cx))));
+        let patience = WORKER_AFTER.min(stage.watchdog.limit() / 4);
+        let gate = Gate::close();
+        let has_closed = gate.held().wait(patience);
+        let world = Self { stage, sentinel, gate: RefCell::new(Some(gate)), baseline };
+        // A new turn of the scheduler brings the driver a full budget.
+        let _ran = world.step().await;
+        has_closed.then_some(world)
+    }
+
+    /// How many tasks the setup has left running.
+    pub(crate) fn tasks_of_the_setup(&self) -> usize {
+        self.baseline
+    }
+
+    /// Whether more tasks are alive than the setup has left.
+    pub(crate) fn has_children(&self) -> bool {
+        // One of them is the sentinel.
+        self.stage.alive_tasks() > self.baseline + 1
+    }
+
+    pub(crate) fn close_gate(&self) {
+        self.gate.borrow_mut().get_or_insert_with(Gate::close);
+    }
+
+    pub(crate) fn open_gate(&self) {
+        drop(self.take_gate());
+    }
+
+    /// For an end of the runtime that has to begin before the gate opens.
+    pub(crate) fn take_gate(&self) -> Option<Gate> {
+        self.gate.borrow_mut().take()
+    }
+
+    /// Polls the next task that is ready, if there is one, and lets what is due at once happen.
+    pub(crate) async fn step(&self) -> Step {
+        // What a task or the driver makes ready comes behind the sentinel, so its turn has to come twice.
+        for _ in 0..2 {
+            if self.turn().await == Step::Ran {
+                return Step::Ran;
+            }
+        }
+        Step::Idle
+    }
+
+    /// One round of the scheduler: `Idle` if it was the sentinel's turn.
+    async fn turn(&self) -> Step {
+        let mut begun = false;
+        poll_fn(|cx| {
+            if begun {
+                let ran = !std::mem::take(&mut lock(&self.sentinel).polled);
+                return Poll::Ready(if ran { Step::Ran } else { Step::Idle });
+            }
+            begun = true;
+            let waker = {
+                let mut sentinel = lock(&self.sentinel);
+                sentinel.polled = false;
+                sentinel.waker.take()
+            };
+            // Without a waker it is in the queue already.
+            if let Some(waker) = waker {
+                waker.wake();
+            }
+            cx.waker().wake_by_ref();
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Polls tasks until none is ready and no blocking job is left, without time passing. Says how many polls it took.
+    async fn quiesce(&self) -> usize {
+        let mut polls = 0;
+        let mut drained = false;
+        while polls < POLLS_PER_REST {
+            match self.step().await {
+                Step::Ran => {
+                    polls += 1;
+                    drained = false;
+                }
+                Step::Idle if drained => break,
+                Step::Idle => {
+                    self.fence(Duration::ZERO).await;
+                    drained = true;
+                }
+            }
+        }
+        polls
+    }
+
+    /// Waits until all blocking jobs that have been submitted have ended, after holding the blocking thread for
+    /// `pause`.
+    async fn fence(&self, pause: Duration) {
+        let (tell, told) = mpsc::sync_channel(1);
+        drop(tokio::task::spawn_blocking(move || {
+            if !pause.is_zero() {
+                std::thread::park_timeout(pause);
+            }
+            // The other end is gone if the wait was given up.
+            tell.send(()).unwrap_or_default();
+        }));
+        self.hear(&Told(told), pause + STILL).await;
+    }
+
+    /// Lets the blocking jobs run that wait at the gate, if it is closed, and closes it again behind them.
+    async fn drain(&self) {
+        let Some(gate) = self.take_gate() else { return self.fence(Duration::ZERO).await };
+        let next = Gate::close();
+        drop(gate);
+        self.hear(next.held(), STILL).await;
+        self.gate.replace(Some(next));
+    }
+
+    /// Waits for a word from the blocking thread. This thread stands still meanwhile, so that no task runs that nobody
+    /// has asked to; but not for long, because a job may wait for a task.
+    async fn hear(&self, told: &Told, still: Duration) {
+        if told.wait(still) {
+            return;
+        }
+        // The watchdog around bounds this.
+        while !told.wait(Duration::ZERO) {
+            if self.step().await == Step::Idle {
+                self.stage.bell.next().await;
+            }
+        }
+    }
+
+    /// Lets the runtime sleep until something happens: a timer, a socket, another thread, or the watchdog. `Ran` says
+    /// that a task was polled instead.
+    async fn sleep(&self) -> Step {
+        // The paused clock stands still while a blocking job runs, and the gate is one.
+        let gate = self.take_gate();
+        let closed = gate.is_some();
+        // As it ends, the gate wakes the driver of the timers, which then does not move the clock when it next sleeps.
+        gate.map(Gate::open);
+        let step = if closed { self.turn().await } else { Step::Idle };
+        if step == Step::Idle {
+            self.stage.bell.next().await;
+        }
+        if closed {
+            self.close_gate();
+        }
+        step
+    }
+
+    /// Lets the world go on until `is_woken`, or until `stop_after` tasks have been polled. Counts these in `steps`.
+    pub(crate) async fn until(
+        &self,
+        is_woken: impl Fn() -> bool,
+        patience: Patience,
+        stop_after: Option<usize>,
+        steps: &mut usize,
+    ) -> Result<Went, Fault> {
+        let wait = async {
+            let mut quiet = Quiet::new();
+            // Whether the blocking jobs have ended since the last poll of a task; and whether sleep is next.
+            let (mut drained, mut sleepy) = (false, false);
+            loop {
+                // A step first: it brings the driver, and so what it polls next, a full budget.
+                let slept = std::mem::take(&mut sleepy);
+                let step = if slept { self.sleep().await } else { self.step().await };
+                if step == Step::Ran {
+                    (quiet, drained) = (Quiet::new(), false);
+                    *steps += 1;
+                    if stop_after == Some(*steps) {
+                        return Ok(Went::Stepped);
+                    }
+                }
+                match step {
+                    _ if slept => {}
+                    _ if is_woken() => return Ok(Went::Woken),
+                    Step::Ran => {}
+                    Step::Idle if !drained => {
+                        self.drain().await;
+                        drained = true;
+                    }
+                    Step::Idle if patience == Patience::Rest => return Err(Fault::Hung),
+                    Step::Idle
+                        if patience == Patience::Known
+                            && quiet.is_longer_than(self.stage.quiet.get())
+                            && self.is_for_ever(&is_woken).await =>
+                    {
+                        self.stage.quiet.set(QUIET_AGAIN);
+                        return Err(Fault::Hung);
+                    }
+                    Step::Idle => sleepy = true,
+                }
+            }
+        };
+        self.stage.watchdog.bound(wait).await.and_then(|went| went)
+    }
+
+    /// Whether it is known that nothing will happen any more, after it has been quiet for long: no socket is watched,
+    /// and no timer is due.
+    async fn is_for_ever(&self, is_woken: impl Fn() -> bool) -> bool {
+        if !sockets::are_none() {
+            return false;
+        }
+        let before = Instant::now();
+        let clock = tokio::time::Instant::now();
+        std::thread::park_timeout(ROUND);
+        // With a paused clock it would not have been quiet if a timer were due: the clock would have jumped to it.
+        if self.stage.paused || clock == tokio::time::Instant::now() || is_woken() {
+            return !is_woken();
+        }
+        // So it is paused for a moment; should a timer be due, then it is later now.
+        tokio::time::pause();
+        for _ in 0..2 {
+            let _step = self.sleep().await;
+        }
+        let passed = clock.elapsed();
+        tokio::time::resume();
+        passed <= before.elapsed() && !is_woken()
+    }
+
+    /// Opens the gate and lets the world go on until nothing in it can make progress without time passing. Then, for
+    /// `patience` at most, time passes until what `tracer` polls has been woken and the tasks that were spawned since
+    /// the setup have ended.
+    pub(crate) async fn rest(&self, tracer: &Tracer, patience: Duration) -> Result<(), Fault> {
+        self.open_gate();
+        // What was never polled waits for nothing.
+        let patience = if tracer.has_polled() { patience } else { Duration::ZERO };
+        let wait = self.wait_rounds(patience, || tracer.is_woken() && !self.has_children());
+        self.stage.watchdog.bound(wait).await.map(drop)
+    }
+
+    /// Opens the gate and lets tasks and blocking jobs end, for `patience` at most. Says whether the tasks that were
+    /// spawned since the setup have ended.
+    pub(crate) async fn settle(&self, patience: Duration) -> Result<bool, Fault> {
+        self.open_gate();
+        self.stage.watchdog.bound(self.wait_rounds(patience, || !self.has_children())).await
+    }
+
+    async fn wait_rounds(&self, patience: Duration, is_done: impl Fn() -> bool) -> bool {
+        self.quiesce().await;
+        let begun = tokio::time::Instant::now();
+        let rounds = u32::try_from(patience.as_micros().div_ceil(ROUND.as_micros())).unwrap_or(u32::MAX);
+        for round in 1..=rounds {
+            if is_done() {
+                return true;
+            }
+            // On the blocking thread, where real time passes without moving a paused clock.
+            self.fence(ROUND).await;
+            if self.stage.paused {
+                self.pass_until(begun + ROUND * round).await;
+            }
+            self.quiesce().await;
+        }
+        is_done()
+    }
+
+    /// Lets time pass on tokio's clock, stopping at each timer for the tasks it wakes.
+    async fn pass_until(&self, deadline: tokio::time::Instant) {
+        let mut timer = pin!(tokio::time::sleep_until(deadline));
+        loop {
+            let over = poll_fn(|cx| Poll::Ready(timer.as_mut().poll(cx).is_ready())).await;
+            if over {
+                return;
+            }
+            while self.step().await == Step::Ran {}
+            let _step = self.sleep().await;
+        }
+    }
+}
+
+/// How long nothing has happened: no task has run, and a paused clock has not moved.
+#[derive(Debug)]
+struct Quiet {
+    since: Instant,
+    clock: tokio::time::Instant,
+}
+
+impl Quiet {
+    fn new() -> Self {
+        Self { since: Instant::now(), clock: tokio::time::Instant::now() }
+    }
+
+    fn is_longer_than(&mut self, limit: Duration) -> bool {
+        let quiet = self.since.elapsed();
+        // A clock that runs does not run ahead.
+        if self.clock.elapsed() > quiet + ROUND {
+            *self = Self::new();
+        }
+        quiet >= limit
+    }
+}
