@@ -68,22 +68,37 @@
 //! # */
 //! ```
 //!
-//! On the broken code it fails, and says where and how to see just that run again:
+//! On the broken code it fails, and says where, who called from where, and how to see just that run again:
 //!
 //! ```text
 //! 5 points at 1 await in 55 runs: 12 failures, the simplest:
 //! dropped at src/bank.rs:9: alice 30, bob 40
+//!   called from tests/bank.rs:12
 //!   point 1, way eager, budget natural
 //!   again: .only(1, Way::Eager, None), or CANCEL_SAFE_ONLY=1:eager:natural
 //! ```
 //!
-//! A **point** is the number of times the operation has returned `Pending`; at point 0 it was never polled. Each
-//! point is visited in each [`Way`] to die and under each budget:
+//! # Four questions
+//!
+//! | question | asked by | answered by |
+//! |---|---|---|
+//! | What is left behind when it is dropped? | [`Explore::run`], with a check of yours | [`Report::assert_clean`] |
+//! | Is this call cancel safe, as tokio's pages mean it: dropped in a `select!` and called again, is anything lost or done twice? | [`Explore::cancel_safe`], with no check: undisturbed calls are the oracle | [`Report::verdict`], [`Report::assert_safe`] |
+//! | Who waits for it while it is alive and nobody polls it (a *futurelock*), and what does another task see half done? | [`Explore::suspended`], with a rival | [`Failure::is_futurelock`], with both lines |
+//! | Which awaits were never dropped by any test? | `CANCEL_SAFE_COVERAGE=file`, which every exploration appends to | `cargo cancel-safe test` |
+//!
+//! All have the same options, bounds, reports and names of lines. [`drop_after`] is for the test that needs one drop at
+//! one point.
+//!
+//! A **point** is the number of times the operation has returned `Pending`; at point 0 it was never polled. (An async
+//! closure has not begun there. What a function does before it returns its future is seen at point 0 if the function
+//! itself is the operation: `.run(setup, send, check)` with `fn send(bank: &Bank) -> impl Future`.) Each point is
+//! visited in each [`Way`] to die and under each budget:
 //!
 //! | way | what happens at the point | what it finds |
 //! |---|---|---|
 //! | [`Way::Eager`] | dropped while its blocking jobs have not begun | effects that land after the drop |
-//! | [`Way::Settled`] | dropped when what it waits for is done but not seen | results thrown away |
+//! | [`Way::Settled`] | dropped when nothing around it can go on without time passing, and what it waits for is done but not seen | results thrown away |
 //! | [`Way::Shutdown`] | dropped with its runtime | cleanups that were spawned |
 //! | [`Way::Scope`] (on request) | dropped by a cancel scope of `cancel-safe-guard` | effects outside a critical section that belong inside |
 //! | [`Way::Panic`] (on request) | unwound by a panic | poisoned locks, destructors that need a sane world |
@@ -93,23 +108,39 @@
 //! futures yield although they are ready, as they do under load: a `read_exact` of bytes that are all there has no
 //! natural point at all.
 //!
+//! # Tasks of the operation
+//!
+//! A server does its work in tasks, and a parent that is dropped aborts them between two of *their* awaits. So an
+//! operation that has spawned tasks is also dropped after each poll of any task ([`Explore::tasks`]). These points are
+//! counted apart, and written as 2+3: the operation had been pending twice, and then tasks were polled three times. There
+//! are at most 256 in an exploration, evenly spread where there would be more; the report says so.
+//!
+//! Such a failure names the await at which the operation itself waits. Where each task stands cannot be seen on stock
+//! tokio: its waker is tokio's own, which tells nobody when it is cloned.
+//!
 //! # Guarantees
 //!
 //! | event | what you get |
 //! |---|---|
-//! | the same code is explored again (files, synchronisation, paused time) | the same report |
+//! | the same code is explored again (files, synchronisation, tasks, paused time) | the same report |
+//! | the code is right in one plain runtime | a clean report: setup, operation, drop and check run in one `block_on` |
 //! | the check returns `Err` or panics | a [`Failure`] with the line of the await, the point, the way and the budget |
 //! | the operation, its drop or the setup panics | a failure; the exploration goes on or ends, never crashes |
 //! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled for ever ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
 //! | there are more points, or more time is needed, than allowed | a failure: nothing is left out in silence |
 //! | a critical section of `cancel-safe-guard` is torn, but not by the exploration | a failure with the line that began it |
+//! | the setup leaves tasks running | by default no [`Way::Shutdown`], which would end them; a [note](Report::notes) says so |
+//! | the setup leaves a blocking job running | it gets a thread of its own, and a note says so |
+//! | a panic repeats in each run | it is printed once |
 //! | a spawned task lives on | the run goes on after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
 //! | nothing is `Send` | nothing has to be |
 //!
 //! How it works: each run has a fresh current-thread runtime with a single blocking thread. During each poll that
 //! thread is held, before the next one it is drained; so blocking jobs begin and end at the same places in every run.
-//! A leaf future that waits clones the waker it is polled with; ours takes a backtrace there, whose innermost frame
-//! in user code is the await. Naming needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
+//! The runtime looks at its events after every task, and a driver that has woken itself is polled between any two tasks:
+//! that is how tasks are run one poll at a time. A leaf future that waits clones the waker it is polled with; ours takes a
+//! backtrace there, whose innermost frame in user code is the await, and the frames around it are its callers. Naming
+//! needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
 //!
 //! # Critical sections
 //!
@@ -165,12 +196,14 @@
 //!
 //! # Limitations
 //!
-//! - Only tokio's leaf futures can be starved, and only those of the operation itself: awaits inside tasks that it
-//!   spawns are not enumerated. Explore what the task does by itself.
+//! - Only tokio's leaf futures can be starved, and only those of the operation itself.
+//! - Inside tasks, points are polls and not awaits, they are visited under the natural budget and eagerly only, and the
+//!   await of a task has no name.
+//! - With paused time, a blocking job of the setup that never ends stops tokio's clock, as in any runtime of tokio's.
 //! - Sockets, and databases with threads of their own, finish when they like: the number of points varies, and the
-//!   report [says so](Report::is_varied). `select!` without `biased` is random by design.
+//!   report [says so](Report::is_varied). `select!` without `biased` is random by design, and named as the likely cause.
 //! - In [`Way::Shutdown`] the check runs on a fresh runtime: a pool or a connection made in the setup is dead there.
-//!   Use the other ways for such a state.
+//!   Where it is a task of the setup that keeps it alive, this way is left out by default; else use the other ways.
 //! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
 //!   one; points beyond that are a little less starved.
 //! - Torn sections are seen on the thread that explores, and only those of the `cancel-safe-guard` that this crate

@@ -6,18 +6,56 @@ use std::fs;
 
 use crate::site::{Await, Site};
 
-/// Lines below an await that may still belong to its macro's head.
+/// Lines of a macro's head, in which `biased` would stand.
 const HEAD: usize = 3;
 
-/// The await, if it is a `select!` that is not `biased`, which polls its branches in a random order.
+/// How far above an await the macro around it may begin.
+const REACH: usize = 40;
+
+/// The `select!` at or around the await, if it is not `biased`: it polls its branches in a random order.
 pub(crate) fn at_random(place: &Await) -> Option<Site> {
     let sites = std::iter::once(place.site()).chain(place.callers());
-    let mut frames = sites.zip(place.frames());
-    frames.find_map(|(site, frame)| {
+    sites.zip(place.frames()).find_map(|(site, frame)| {
         let source = fs::read_to_string(&frame.path).ok()?;
-        let from = usize::try_from(frame.line).ok()?.checked_sub(1)?;
-        let mut head = source.lines().skip(from).take(HEAD);
-        let opens = head.next().is_some_and(|line| line.contains("select!"));
-        (opens && !head.any(|line| line.trim_start().starts_with("biased"))).then(|| site.clone())
+        let lines: Vec<&str> = source.lines().collect();
+        let line = around(&lines, usize::try_from(site.line()).ok()?.checked_sub(1)?)?;
+        Some(Site::new(site.file().to_owned(), u32::try_from(line + 1).ok()?))
     })
+}
+
+/// The line of the random `select!` in whose braces the line `at` stands.
+fn around(lines: &[&str], at: usize) -> Option<usize> {
+    let mut open = 0_i32;
+    for line in (at.saturating_sub(REACH)..=at).rev() {
+        let text = lines.get(line)?;
+        if line < at {
+            open += braces(text);
+        }
+        if text.contains("select!") && (line == at || open > 0) {
+            let head = lines.iter().skip(line).take(HEAD);
+            return (!head.clone().any(|text| text.contains("biased"))).then_some(line);
+        }
+    }
+    None
+}
+
+/// How many more braces a line opens than it closes. Those in strings count too: this is a hint.
+fn braces(text: &str) -> i32 {
+    text.chars().map(|character| i32::from(character == '{') - i32::from(character == '}')).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_select_around_an_await_is_found_unless_it_is_biased() {
+        let lines = ["select! {", "    () = one() => {", "        two().await", "    }", "}", "three().await"];
+        assert_eq!(around(&lines, 0), Some(0));
+        assert_eq!(around(&lines, 2), Some(0));
+        assert_eq!(around(&lines, 5), None);
+        let biased = ["select! {", "    biased;", "    () = one() => two().await,", "}"];
+        assert_eq!(around(&biased, 2), None);
+        assert_eq!(around(&biased, 9), None);
+    }
 }

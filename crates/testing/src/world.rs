@@ -46,6 +46,17 @@ pub(crate) enum Step {
     Idle,
 }
 
+/// What is known of the blocking jobs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Jobs {
+    /// Tasks have run since, and may have submitted some.
+    Unknown,
+    /// They have been let through the gate, and not all have ended.
+    Running,
+    /// All have ended.
+    Done,
+}
+
 /// How a wait for the operation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Went {
@@ -200,13 +211,17 @@ impl<'a> World<'a> {
         self.hear(&Told(told), pause + STILL).await;
     }
 
-    /// Lets the blocking jobs run that wait at the gate, if it is closed, and closes it again behind them.
-    async fn drain(&self) {
-        let Some(gate) = self.take_gate() else { return self.fence(Duration::ZERO).await };
+    /// Lets the blocking jobs run that wait at the gate, and has it close again behind them. Whether it has is asked by
+    /// [`is_drained`](Self::is_drained).
+    fn begin_to_drain(&self) {
         let next = Gate::close();
-        drop(gate);
-        self.hear(next.held(), STILL).await;
-        self.gate.replace(Some(next));
+        // The old one opens.
+        drop(self.gate.replace(Some(next)));
+    }
+
+    /// Whether the gate is closed and no blocking job is left before it; waits a moment for that.
+    fn is_drained(&self) -> bool {
+        self.gate.borrow().as_ref().is_none_or(|gate| gate.held().wait(STILL))
     }
 
     /// Waits for a word from the blocking thread. This thread stands still meanwhile, so that no task runs that nobody
@@ -215,9 +230,10 @@ impl<'a> World<'a> {
         if told.wait(still) {
             return;
         }
-        // The watchdog around bounds this.
+        // The watchdog around bounds this. After a step the word is asked for again: should the job have ended meanwhile,
+        // a paused clock would jump to the next timer as soon as the runtime sleeps.
         while !told.wait(Duration::ZERO) {
-            if self.step().await == Step::Idle {
+            if self.step().await == Step::Idle && !told.wait(Duration::ZERO) {
                 self.stage.bell.next().await;
             }
         }
@@ -230,7 +246,9 @@ impl<'a> World<'a> {
         let gate = self.take_gate();
         let closed = gate.is_some();
         // As it ends, the gate wakes the driver of the timers, which then does not move the clock when it next sleeps.
-        gate.map(Gate::open);
+        if let Some(gate) = gate {
+            gate.open();
+        }
         let step = if closed { self.turn().await } else { Step::Idle };
         if step == Step::Idle {
             self.stage.bell.next().await;
@@ -251,29 +269,39 @@ impl<'a> World<'a> {
     ) -> Result<Went, Fault> {
         let wait = async {
             let mut quiet = Quiet::new();
-            // Whether the blocking jobs have ended since the last poll of a task; and whether sleep is next.
-            let (mut drained, mut sleepy) = (false, false);
+            let mut jobs = Jobs::Unknown;
+            let mut sleepy = false;
             loop {
                 // A step first: it brings the driver, and so what it polls next, a full budget.
                 let slept = std::mem::take(&mut sleepy);
                 let step = if slept { self.sleep().await } else { self.step().await };
                 if step == Step::Ran {
-                    (quiet, drained) = (Quiet::new(), false);
+                    quiet = Quiet::new();
+                    jobs = if jobs == Jobs::Running { Jobs::Running } else { Jobs::Unknown };
                     *steps += 1;
                     if stop_after == Some(*steps) {
                         return Ok(Went::Stepped);
                     }
                 }
-                match step {
+                match (step, jobs) {
                     _ if slept => {}
                     _ if is_woken() => return Ok(Went::Woken),
-                    Step::Ran => {}
-                    Step::Idle if !drained => {
-                        self.drain().await;
-                        drained = true;
+                    (Step::Ran, _) => {}
+                    (Step::Idle, Jobs::Unknown) => {
+                        self.close_gate();
+                        self.begin_to_drain();
+                        jobs = if self.is_drained() { Jobs::Done } else { Jobs::Running };
                     }
-                    Step::Idle if patience == Patience::Rest => return Err(Fault::Hung),
-                    Step::Idle
+                    (Step::Idle, Jobs::Running) => {
+                        // A job that takes long may wait for a task, a timer or a socket.
+                        if self.is_drained() {
+                            jobs = Jobs::Done;
+                        } else {
+                            self.stage.bell.next().await;
+                        }
+                    }
+                    (Step::Idle, Jobs::Done) if patience == Patience::Rest => return Err(Fault::Hung),
+                    (Step::Idle, Jobs::Done)
                         if patience == Patience::Known
                             && quiet.is_longer_than(self.stage.quiet.get())
                             && self.is_for_ever(&is_woken).await =>
@@ -281,7 +309,7 @@ impl<'a> World<'a> {
                         self.stage.quiet.set(QUIET_AGAIN);
                         return Err(Fault::Hung);
                     }
-                    Step::Idle => sleepy = true,
+                    (Step::Idle, Jobs::Done) => sleepy = true,
                 }
             }
         };

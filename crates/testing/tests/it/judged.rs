@@ -1,5 +1,7 @@
 //! `cancel_safe` against operations whose answer is known, most of them from the pages of tokio.
 
+#![expect(clippy::disallowed_methods, reason = "what is banned for its verdict is judged here")]
+
 use std::time::Duration;
 
 use bytes::Bytes;

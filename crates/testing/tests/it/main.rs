@@ -4,8 +4,10 @@
 
 mod crash;
 mod explore;
+mod field;
 mod judged;
 mod repeat;
+mod reports;
 mod suspended;
 mod torn;
 mod twins_files;

@@ -5,13 +5,14 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_testing::{Explore, Outcome, Report, Way, scratch_dir};
 use tokio::sync::{Mutex, mpsc};
+use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 const TIMES: usize = 100;
 
 fn assert_repeats(explore: impl Fn() -> Report) {
     let first = explore();
-    assert!(first.points() > 3, "{first}");
+    assert!(first.points() + first.task_points() > 2, "{first}");
     for number in 1..TIMES {
         assert_eq!(explore(), first, "report {number} differs");
     }
@@ -21,7 +22,7 @@ fn assert_repeats(explore: impl Fn() -> Report) {
 fn file_operations_repeat() {
     // What is found differs from way to way and from point to point, and is found each time.
     assert_repeats(|| {
-        Explore::new().budgets([1]).run(
+        Explore::new().budgets([]).run(
             async || scratch_dir(),
             async |directory| {
                 tokio::fs::write(directory.join("a"), b"a").await.unwrap();
@@ -60,6 +61,66 @@ fn synchronisation_and_paused_time_repeat() {
                 (Outcome::Completed(()), [0, 10, 1, 11] | [0, 1, 10, 11]) | (_, []) => Ok(()),
                 (_, log) => Err(format!("{log:?}")),
             },
+        )
+    });
+}
+
+#[test]
+fn tasks_of_the_operation_repeat() {
+    assert_repeats(|| {
+        Explore::new().paused_time(true).budgets([]).run(
+            async || Arc::new(Mutex::new(Vec::new())),
+            async |log| {
+                let mut set = JoinSet::new();
+                for number in 0..2 {
+                    let log = Arc::clone(log);
+                    set.spawn(async move {
+                        log.lock().await.push(number);
+                        sleep(Duration::from_millis(number)).await;
+                        let path = scratch_dir().join(number.to_string());
+                        drop(tokio::fs::write(path, b"a").await);
+                        log.lock().await.push(10 + number);
+                    });
+                }
+                while set.join_next().await.is_some() {}
+            },
+            async |log, _outcome| match log.lock().await.as_slice() {
+                [] | [_, _, _, _] => Ok(()),
+                log => Err(format!("{log:?}, {:?}", scratch_dir().read_dir().map(Iterator::count).ok())),
+            },
+        )
+    });
+}
+
+#[test]
+fn rivals_and_calls_repeat() {
+    assert_repeats(|| {
+        Explore::new().paused_time(true).budgets([]).suspended(
+            async || (Mutex::new(0), scratch_dir()),
+            async |(count, directory)| {
+                drop(tokio::fs::write(directory.join("a"), b"a").await);
+                let mut count = count.lock().await;
+                sleep(Duration::from_millis(1)).await;
+                *count += 1;
+            },
+            async |(count, _)| *count.lock().await,
+            async |_, outcome, count| if count == 0 || outcome.is_completed() { Ok(()) } else { Err(String::new()) },
+        )
+    });
+    assert_repeats(|| {
+        Explore::new().paused_time(true).budgets([]).calls(2).cancel_safe(
+            async || {
+                let (send, receive) = mpsc::channel(1);
+                drop(tokio::spawn(async move { while send.send(1).await.is_ok() {} }));
+                (receive, 0)
+            },
+            async |(receive, sum)| {
+                let first = receive.recv().await;
+                *sum += first.unwrap_or(0);
+                sleep(Duration::from_millis(3)).await;
+                *sum
+            },
+            async |(_, sum)| *sum,
         )
     });
 }

@@ -1,0 +1,278 @@
+//! What people's own tests look like: peers in the setup, tasks in the operation, workers on threads. What is right in
+//! one plain runtime is clean here, and what is wrong is found wherever the peer was spawned.
+
+use std::cell::Cell;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, Ordering::SeqCst};
+use std::time::Duration;
+
+use cancel_safe_guard::critical;
+use cancel_safe_testing::{Explore, Outcome, Report, Way};
+use futures_util::StreamExt as _;
+use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::task::{JoinSet, yield_now};
+use tokio::time::{sleep, timeout};
+
+const MS: Duration = Duration::from_millis(1);
+
+fn explore() -> Explore {
+    Explore::new().paused_time(true)
+}
+
+async fn within_a_minute(future: impl Future<Output = ()>) -> Result<(), String> {
+    timeout(Duration::from_secs(60), future).await.map_err(|_| "called again it never ends".to_owned())
+}
+
+#[test]
+fn a_set_of_tasks_can_be_emptied_after_the_drop() {
+    let empty = async |set: &Mutex<JoinSet<u8>>| while set.lock().await.join_next().await.is_some() {};
+    for yields in 0..3 {
+        explore()
+            .run(
+                async || {
+                    let mut set = JoinSet::new();
+                    for number in 0..3 {
+                        set.spawn(async move {
+                            for _ in 0..yields {
+                                yield_now().await;
+                            }
+                            number
+                        });
+                    }
+                    Mutex::new(set)
+                },
+                empty,
+                async |set, outcome| match outcome {
+                    // The tasks end with their runtime; then there is nothing to wait for.
+                    Outcome::Dropped { way: Way::Shutdown, .. } => Ok(()),
+                    _ => within_a_minute(empty(set)).await,
+                },
+            )
+            .assert_clean();
+    }
+}
+
+#[test]
+fn a_wake_that_the_runtime_has_put_off_outlives_the_drop() {
+    let setup = async || {
+        let yielding = (0..2).map(|number| async move {
+            yield_now().await;
+            number
+        });
+        Mutex::new(futures_util::stream::iter(yielding).buffered(2))
+    };
+    // With its runtime such a wake goes too, and the stream with it.
+    let report = explore().ways([Way::Eager, Way::Settled]).run(
+        setup,
+        async |stream| stream.lock().await.next().await,
+        async |stream, _outcome| within_a_minute(async { while stream.lock().await.next().await.is_some() {} }).await,
+    );
+    report.assert_clean();
+}
+
+#[test]
+fn what_a_peer_in_the_setup_has_sent_is_there_when_all_is_settled() {
+    let waiting = Cell::new(0);
+    let seen = Cell::new(0);
+    let report = explore().budgets([]).ways([Way::Settled]).run(
+        async || {
+            let (send, receive) = mpsc::unbounded_channel();
+            drop(tokio::spawn(async move {
+                sleep(MS).await;
+                send.send(7).unwrap();
+                std::future::pending::<()>().await;
+            }));
+            Mutex::new(receive)
+        },
+        async |receive| receive.lock().await.recv().await,
+        async |receive, outcome| {
+            if let Outcome::Dropped { point: 1, .. } = outcome {
+                waiting.set(waiting.get() + 1);
+                // No time passes here: it has arrived, or it has not.
+                seen.set(seen.get() + usize::from(receive.lock().await.try_recv().is_ok()));
+            }
+            Ok(())
+        },
+    );
+    report.assert_clean();
+    assert!(waiting.get() > 0);
+    assert_eq!(seen.get(), waiting.get());
+}
+
+fn transfers_in_children(explore: &Explore, finish: bool) -> Report {
+    explore.run(
+        async || (Arc::new(AtomicI64::new(60)), Arc::new(AtomicI64::new(40))),
+        async |(from, to)| {
+            let mut set = JoinSet::new();
+            for _ in 0..2 {
+                let (from, to) = (Arc::clone(from), Arc::clone(to));
+                set.spawn(async move {
+                    sleep(MS).await;
+                    if finish {
+                        from.fetch_sub(10, SeqCst);
+                        to.fetch_add(10, SeqCst);
+                        return;
+                    }
+                    from.fetch_sub(10, SeqCst);
+                    sleep(MS).await;
+                    to.fetch_add(10, SeqCst);
+                });
+            }
+            while set.join_next().await.is_some() {}
+        },
+        async |(from, to), _outcome| match from.load(SeqCst) + to.load(SeqCst) {
+            100 => Ok(()),
+            sum => Err(format!("money gone: {sum}")),
+        },
+    )
+}
+
+#[test]
+fn a_task_that_dies_between_two_of_its_awaits_is_found() {
+    let report = transfers_in_children(&explore(), false);
+    let failure = report.failures().iter().find(|it| it.step() > 0);
+    let failure = failure.unwrap_or_else(|| panic!("nothing was found between polls of tasks; {report}"));
+    assert!(failure.message().starts_with("money gone"), "{report}");
+    assert!(report.task_points() > 0);
+    let text = failure.to_string();
+    assert!(text.contains("polls of tasks") && text.contains("CANCEL_SAFE_ONLY=1+"), "{text}");
+    assert_eq!(transfers_in_children(&explore().tasks(false), false).task_points(), 0);
+    transfers_in_children(&explore(), true).assert_clean();
+}
+
+#[test]
+fn a_task_of_a_task_is_found_too() {
+    let report = explore().budgets([]).run(
+        async || (Arc::new(AtomicI64::new(60)), Arc::new(AtomicI64::new(40))),
+        async |(from, to)| {
+            let (from, to) = (Arc::clone(from), Arc::clone(to));
+            let mut outer = JoinSet::new();
+            outer.spawn(async move {
+                let mut inner = JoinSet::new();
+                inner.spawn(async move {
+                    from.fetch_sub(10, SeqCst);
+                    yield_now().await;
+                    to.fetch_add(10, SeqCst);
+                });
+                while inner.join_next().await.is_some() {}
+            });
+            while outer.join_next().await.is_some() {}
+        },
+        async |(from, to), _outcome| match from.load(SeqCst) + to.load(SeqCst) {
+            100 => Ok(()),
+            sum => Err(format!("money gone: {sum}")),
+        },
+    );
+    assert!(report.failures().iter().any(|it| it.step() > 0), "{report}");
+}
+
+#[test]
+fn the_end_of_a_setups_own_tasks_is_not_held_against_the_code() {
+    let ask = |explore: Explore| {
+        explore.budgets([]).run(
+            async || {
+                let (ask, mut asked) = mpsc::channel::<oneshot::Sender<u8>>(1);
+                drop(tokio::spawn(async move {
+                    while let Some(reply) = asked.recv().await {
+                        let _ = reply.send(7);
+                    }
+                }));
+                ask
+            },
+            async |ask| {
+                let (reply, answer) = oneshot::channel();
+                drop(ask.send(reply).await);
+                drop(answer.await);
+            },
+            async |ask, _outcome| {
+                let (reply, answer) = oneshot::channel();
+                ask.send(reply).await.map_err(|_| "the actor is gone".to_owned())?;
+                answer.await.map(drop).map_err(|_| "the actor is gone".to_owned())
+            },
+        )
+    };
+    let report = ask(explore());
+    report.assert_clean();
+    assert!(report.notes()[0].starts_with("1 task of the setup ends with its runtime"), "{report}");
+    assert!(report.to_string().contains("note: 1 task of the setup"), "{report}");
+    let asked_for = ask(explore().ways([Way::Shutdown]));
+    assert!(asked_for.failures().iter().all(|it| it.message() == "the actor is gone"), "{asked_for}");
+    assert!(!asked_for.is_clean() && asked_for.notes().is_empty(), "{asked_for}");
+}
+
+#[test]
+fn a_scope_names_the_line_where_it_drops() {
+    let line = line!() + 6;
+    let report = explore().budgets([]).ways([Way::Scope]).run(
+        async || (Cell::new(0), Cell::new(0)),
+        async |(begun, done)| {
+            critical(sleep(MS)).await;
+            begun.set(1);
+            sleep(MS).await;
+            done.set(1);
+        },
+        async |(begun, done), outcome| match outcome {
+            Outcome::Dropped { point: 0, .. } => Err("it was polled".to_owned()),
+            _ if begun.get() == done.get() => Ok(()),
+            _ => Err("half".to_owned()),
+        },
+    );
+    assert!(!report.is_clean());
+    for failure in report.failures() {
+        assert_eq!(failure.message(), "half");
+        assert_eq!(failure.site().map(|site| site.line()), Some(line), "{report}");
+        assert!(failure.point() > 0);
+    }
+    // The first is seen again by the point at which the scope was cancelled.
+    let text = report.failures()[0].to_string();
+    assert!(text.contains("CANCEL_SAFE_ONLY=0:scope:natural"), "{text}");
+}
+
+#[test]
+fn a_blocking_worker_in_the_setup_gets_a_thread_of_its_own() {
+    for workers in [1, 2] {
+        let report = Explore::new().budgets([]).run(
+            async || {
+                let queues = (0..workers).map(|_| {
+                    let (ask, asked) = std::sync::mpsc::channel::<oneshot::Sender<u8>>();
+                    drop(tokio::task::spawn_blocking(move || {
+                        while let Ok(reply) = asked.recv() {
+                            let _ = reply.send(7);
+                        }
+                    }));
+                    ask
+                });
+                queues.collect::<Vec<_>>()
+            },
+            async |queues| {
+                for queue in queues {
+                    let (reply, answer) = oneshot::channel();
+                    queue.send(reply).unwrap();
+                    assert_eq!(answer.await, Ok(7));
+                }
+                tokio::fs::metadata("/").await.map(drop).unwrap();
+            },
+            async |_, _outcome| Ok(()),
+        );
+        report.assert_clean();
+        let jobs = if workers == 1 { "1 blocking job of the setup did" } else { "2 blocking jobs of the setup did" };
+        assert!(report.notes().iter().any(|note| note.starts_with(jobs)), "{report}");
+    }
+}
+
+#[test]
+fn a_future_that_was_made_and_never_polled_is_point_0_of_a_function_that_makes_it() {
+    /// Counts when it is called, not when it is polled.
+    fn count_at_once(count: &Cell<u32>) -> impl Future<Output = ()> {
+        count.set(count.get() + 1);
+        yield_now()
+    }
+    let seen = |report: Report| report.failures().iter().any(|it| it.point() == 0 && it.message() == "counted");
+    let check = async |count: &Cell<u32>, outcome: Outcome<()>| match outcome {
+        Outcome::Dropped { point: 0, .. } if count.get() > 0 => Err("counted".to_owned()),
+        _ => Ok(()),
+    };
+    assert!(seen(explore().budgets([]).run(async || Cell::new(0), count_at_once, check)));
+    // The body of an async closure has not begun at point 0, so what it would call was not called.
+    assert!(!seen(explore().budgets([]).run(async || Cell::new(0), async |count| count_at_once(count).await, check)));
+}
