@@ -25,6 +25,7 @@ pub(crate) struct Bounds<'a> {
     /// Blocking jobs of the setup that never end. Each has a thread of its own.
     workers: Cell<usize>,
     quiet: Cell<Duration>,
+    job_patience: Cell<Duration>,
 }
 
 /// The part of a run that did not end as it should.
@@ -52,12 +53,24 @@ pub(crate) type Running<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 impl<'a> Bounds<'a> {
     pub(crate) fn new(options: &'a Explore) -> Self {
-        Self { options, watchdog: Watchdog::new(options.hang_after), workers: Cell::new(0), quiet: Cell::new(QUIET) }
+        Self {
+            options,
+            watchdog: Watchdog::new(options.hang_after),
+            workers: Cell::new(0),
+            quiet: Cell::new(QUIET),
+            job_patience: Cell::new(Duration::MAX),
+        }
+    }
+
+    /// Nothing is known to be for ever before it has been quiet for so long.
+    pub(crate) fn wait_at_least(&self, quiet: Duration) {
+        self.quiet.set(self.quiet.get().max(quiet));
     }
 
     /// A runtime for a run.
     pub(crate) fn stage(&self) -> Stage<'_> {
-        match Stage::new(self.options.paused_time, self.workers.get(), &self.watchdog, &self.quiet) {
+        match Stage::new(self.options.paused_time, self.workers.get(), &self.watchdog, &self.quiet, &self.job_patience)
+        {
             Ok(stage) => stage,
             Err(error) => panic!("no runtime could be built: {error}"),
         }

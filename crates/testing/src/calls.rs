@@ -6,6 +6,7 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fmt::{Debug, Write as _};
 use std::marker::PhantomData;
+use std::time::Instant;
 
 use crate::act::{Bounds, Broken, Ended, Running, set_up};
 use crate::drive::{Course, Drive, Stop, drive};
@@ -23,6 +24,9 @@ const DROPS: usize = 100;
 
 /// How many times as often a call that keeps its progress may be dropped as an undisturbed one waits.
 const DROPS_PER_PENDING: usize = 20;
+
+/// A disturbed call may wait so many times as long as all undisturbed ones took together, before it is said never to end.
+const WAITS_AS_LONG: u32 = 10;
 
 /// The length to which results are told.
 const TOLD: usize = 1_000;
@@ -100,12 +104,16 @@ where
     }
 
     fn perform<'s>(&'s self, stage: Stage<'s>, plan: Plan, visit: &mut Visit) -> (Stage<'s>, Ended) {
+        let begun = Instant::now();
         let ended = stage.block_on(async {
             let (mut state, world) = set_up(&stage, (self.setup)(), visit).await?;
             let ended = self.judge(&stage, &world, plan, &mut state, visit).await;
             let dropped = drop_caught(state).map_err(Broken::at("drop of the state"));
             ended.and_then(|verdict| dropped.map(|()| verdict))
         });
+        if plan.point == self.bounds.options.max_polls {
+            self.bounds.wait_at_least(begun.elapsed() * WAITS_AS_LONG);
+        }
         (stage, ended)
     }
 
@@ -182,14 +190,17 @@ where
         let mut running: Running<'_, T> = Box::pin((self.call)(state));
         let course = Course {
             point: left.unwrap_or(max_polls),
-            step: 0,
+            step: if plan.then == Then::Drop && left.is_some() { plan.step } else { 0 },
             budget: plan.budget,
             at_point: OnClone::Trace,
             before: if left == Some(max_polls) { OnClone::Trace } else { OnClone::Nothing },
-            patience: Patience::Known,
+            // An undisturbed call may take its time; that one which was disturbed never ends is known by comparison.
+            patience: if plan.point == max_polls { Patience::Limit } else { Patience::Known },
         };
-        let Drive { stop, polls, traces, .. } = drive(running.as_mut(), course, world, &tracer).await;
+        let Drive { stop, polls, traces, steps, has_children } = drive(running.as_mut(), course, world, &tracer).await;
         progress.polls += polls;
+        visit.steps.extend(steps);
+        visit.has_children |= has_children;
         if progress.drops == 0 || plan.then == Then::DropEach {
             visit.polls = if plan.then == Then::DropEach { plan.point } else { progress.polls };
             visit.traces = traces;
@@ -213,7 +224,11 @@ where
             (Then::DropEach, _) => {
                 // Dropped before it was woken, an interval would be starved by the exploration itself.
                 let woken = world.until(|| tracer.is_woken(), Patience::Known, None, &mut 0).await;
-                Ok(if woken.is_ok() { Attempt::Dropped } else { Attempt::Stuck })
+                match woken {
+                    Ok(_) => Ok(Attempt::Dropped),
+                    Err(Fault::Hung) => Ok(Attempt::Stuck),
+                    Err(fault) => Err(Broken::at("call")(fault)),
+                }
             }
             (_, Way::Settled) => {
                 let rested = world.rest(tracer, self.bounds.options.settle_for).await;

@@ -115,7 +115,9 @@ pub(crate) async fn poll_once<F: Future + ?Sized>(
     poll_fn(|cx| {
         if let Some(budget) = course.budget {
             let extra = u32::try_from(polls / PENDINGS_PER_EXTRA_UNIT).unwrap_or(FULL_BUDGET);
-            starve(budget.saturating_add(extra), cx);
+            // Without any unit nothing would ever be ready, so a budget of 0 is one for the first poll.
+            let units = if polls == 0 { budget } else { budget.max(1) };
+            starve(units.saturating_add(extra), cx);
         }
         let driver = cx.waker().clone();
         let _ours = Ours::if_panics();

@@ -127,7 +127,7 @@ impl Explore {
     /// An exploration with every option at its default.
     pub fn new() -> Self {
         Self {
-            budgets: vec![1, 2, 3],
+            budgets: vec![0, 1, 2, 3],
             ways: None,
             calls: 1,
             tasks: true,
@@ -143,10 +143,12 @@ impl Explore {
     }
 
     /// The starved budgets to explore besides the natural one, in units of tokio's cooperative budget. Default
-    /// `[1, 2, 3]`.
+    /// `[0, 1, 2, 3]`.
     ///
-    /// With a budget of one, every leaf of tokio's that would be ready at once yields first: a point where
-    /// production may drop it under load, and an undisturbed test never would.
+    /// With a budget of one, every leaf of tokio's that would be ready at once yields first, but for the first leaf of
+    /// all: a point where production may drop it under load, and an undisturbed test never would. With a budget of 0 the
+    /// first leaf yields too, once; what follows is as with a budget of one, so only that point is visited, and in the
+    /// first of the ways only.
     pub fn budgets(mut self, budgets: impl IntoIterator<Item = u32>) -> Self {
         self.budgets = budgets.into_iter().collect();
         self

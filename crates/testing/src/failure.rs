@@ -6,6 +6,7 @@ use std::fmt;
 
 use crate::explore::Way;
 use crate::plan::{ONLY, Plan, Then};
+use crate::report::count;
 use crate::site::{Await, Site};
 
 /// One run that went wrong.
@@ -17,6 +18,8 @@ pub struct Failure {
     /// The pendings it had had, which is not the plan's in [`Way::Scope`].
     pub(crate) point: usize,
     pub(crate) completed: bool,
+    /// Whether it ended before it came to a point, by a panic or a hang.
+    pub(crate) ended_early: bool,
     pub(crate) place: Option<Await>,
     pub(crate) rival: Option<Await>,
     pub(crate) refusal: Refusal,
@@ -171,6 +174,7 @@ impl Failure {
             FailureKind::Torn => "torn",
             FailureKind::Hang => "stuck",
             FailureKind::Futurelock => "left alive",
+            FailureKind::Panic if self.ended_early => "panicked after it had waited",
             _ if self.plan.then == Then::Resume => "left alive and resumed",
             _ if each => "each call dropped",
             _ => "dropped",
@@ -196,7 +200,8 @@ impl fmt::Display for Failure {
         let Plan { budget, point, way, step, .. } = self.plan;
         write!(f, "{}", self.headline())?;
         if step > 0 {
-            write!(f, ", after {step} polls of tasks")?;
+            write!(f, ", after {}", count(step, "poll"))?;
+            write!(f, " of tasks, which stood at awaits of their own")?;
         }
         writeln!(f, ": {}", self.message())?;
         for caller in self.callers() {

@@ -160,6 +160,11 @@ impl Report {
     }
 
     pub(crate) fn add_failure(&mut self, failure: Failure) {
+        // A call that takes a unit itself before its leaf does makes no progress on one: it is the budget that starves it.
+        let is_starved = |it: &Failure| it.refusal.kind == FailureKind::Starved;
+        if is_starved(&failure) && failure.budget().is_some() && !self.failures.iter().any(is_starved) {
+            return;
+        }
         // A completion is confirmed several times; its failure is one failure.
         if let Err(at) = self.failures.binary_search_by_key(&failure.rank(), Failure::rank) {
             self.failures.insert(at, failure);
@@ -179,19 +184,21 @@ impl Report {
     }
 
     /// Says what of the setup, and of the bounds, keeps points from being visited.
-    pub(crate) fn note(&mut self, setup_tasks: usize, workers: usize, left_out_shutdown: bool) {
-        if setup_tasks > 0 && left_out_shutdown {
-            let tasks = count(setup_tasks, "task");
-            let end = if setup_tasks == 1 { "ends with its" } else { "end with their" };
-            self.notes.push(format!(
-                "{tasks} of the setup {end} runtime, so the state would be dead: {} was left out (ask for it by ways())",
-                Way::Shutdown
-            ));
+    pub(crate) fn note(&mut self, (tasks, sockets): (usize, usize), workers: usize) {
+        for (number, noun) in [(tasks, "task"), (sockets, "socket")] {
+            if number > 0 {
+                let end = if number == 1 { "ends with its" } else { "end with their" };
+                self.notes.push(format!(
+                    "{} of the setup {end} runtime, so the state would be dead: {} was left out (ask for it by ways())",
+                    count(number, noun),
+                    Way::Shutdown
+                ));
+            }
         }
         if workers > 0 {
             let jobs = count(workers, "blocking job");
             self.notes.push(format!(
-                "{jobs} of the setup did not end, and got {} (tokio's paused clock stands still meanwhile)",
+                "{jobs} did not end, and got {}: runs may vary, and tokio's paused clock stands still meanwhile",
                 if workers == 1 { "a thread of its own" } else { "threads of their own" }
             ));
         }

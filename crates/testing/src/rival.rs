@@ -138,7 +138,12 @@ where
             return Ok(None);
         }
         let allowed = self.bounds.options.waiting;
-        let patience = if allowed { Patience::Rest } else { Patience::Known };
+        let patience = match plan.then {
+            _ if allowed => Patience::Rest,
+            // That it is no futurelock has been found out by the drop at this point.
+            Then::Resume => Patience::Limit,
+            Then::Drop | Then::DropEach => Patience::Known,
+        };
         match self.drive_on(world, plan, patience, rival).await {
             Err(broken) if broken.is_hang() && allowed => {
                 self.go_on_together(world, operation, rival).await.map(|()| None)

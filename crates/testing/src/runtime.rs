@@ -141,6 +141,8 @@ pub(crate) struct Stage<'a> {
     runtime: Runtime,
     /// How long it has to be quiet before a wait can be known to be for ever.
     pub(crate) quiet: &'a Cell<Duration>,
+    /// How long blocking jobs are waited for when everything else is at rest.
+    pub(crate) job_patience: &'a Cell<Duration>,
     pub(crate) watchdog: &'a Watchdog,
     pub(crate) paused: bool,
     pub(crate) bell: Arc<Bell>,
@@ -155,6 +157,7 @@ impl<'a> Stage<'a> {
         workers: usize,
         watchdog: &'a Watchdog,
         quiet: &'a Cell<Duration>,
+        job_patience: &'a Cell<Duration>,
     ) -> std::io::Result<Self> {
         let blocking_threads = Arc::new((Mutex::new(0_usize), Condvar::new()));
         let (started, stopped) = (Arc::clone(&blocking_threads), Arc::clone(&blocking_threads));
@@ -178,7 +181,7 @@ impl<'a> Stage<'a> {
                 stopped.1.notify_all();
             })
             .build()?;
-        Ok(Self { runtime, quiet, watchdog, paused, bell, workers, blocking_threads })
+        Ok(Self { runtime, quiet, job_patience, watchdog, paused, bell, workers, blocking_threads })
     }
 
     /// Runs `future` to its end; it bounds its own waits.

@@ -37,7 +37,9 @@ pub(crate) struct Visit {
     pub(crate) has_children: bool,
     /// How many tasks the setup left running.
     pub(crate) setup_tasks: usize,
-    /// How many blocking jobs of the setup did not end.
+    /// How many sockets the setup left open, where that is known.
+    pub(crate) setup_sockets: usize,
+    /// How many blocking jobs did not end.
     pub(crate) workers: usize,
     pub(crate) is_unsettled: bool,
     /// Where the critical section began that the code under test has torn.
@@ -140,7 +142,12 @@ impl Search<'_> {
             if self.measure(budget) == Next::GiveUp {
                 return;
             }
-            for way in self.ways() {
+            let mut ways = self.ways();
+            if budget == Some(0) {
+                // The first leaf was denied its turn: what the point shows has happened before it.
+                ways.truncate(1);
+            }
+            for way in ways {
                 for &then in self.thens() {
                     if self.sweep(Plan { then, ..Plan::new(budget, 0, way) }) == Next::GiveUp {
                         return;
@@ -167,7 +174,7 @@ impl Search<'_> {
                 ways = vec![Way::Eager];
             }
         }
-        if chosen.is_none() && self.natural.setup_tasks > 0 {
+        if chosen.is_none() && (self.natural.setup_tasks > 0 || self.natural.setup_sockets > 0) {
             ways.retain(|&way| way != Way::Shutdown);
         }
         ways
@@ -187,7 +194,9 @@ impl Search<'_> {
         let (end, polls) = self.go(plan);
         if end == End::Completed && self.question == Question::CancelSafe {
             // The oracle has to agree with itself.
-            let _end = self.go(plan);
+            for _ in 1..CONFIRMATIONS {
+                let _end = self.go(plan);
+            }
             if self.report.failures.iter().any(|it| it.refusal.kind == FailureKind::Unsteady) {
                 return Next::GiveUp;
             }
@@ -203,7 +212,7 @@ impl Search<'_> {
             End::Dropped => {
                 let place = self.places.get(&(budget, polls)).cloned().flatten();
                 let refusal = Refusal::new(FailureKind::Hang, format!("not completed after max_polls({polls})"));
-                self.fail(plan, polls, false, place, refusal);
+                self.fail(plan, polls, End::Dropped, place, refusal);
                 Next::GiveUp
             }
         }
@@ -214,7 +223,9 @@ impl Search<'_> {
         // Before the first poll there is no budget to starve, and nothing that could be resumed.
         let mut point = usize::from(first.budget.is_some() || first.then == Then::Resume);
         let mut completions = 0;
-        while completions < CONFIRMATIONS {
+        // A budget of 0 adds one point to those of a budget of one.
+        let last = if first.budget == Some(0) { 1 } else { usize::MAX };
+        while completions < CONFIRMATIONS && point <= last {
             let plan = Plan { point, ..first };
             // The operation is seen to complete one beyond its last point.
             if point > self.options.max_points.saturating_add(1) {
@@ -258,7 +269,7 @@ impl Search<'_> {
     /// Visits the points between two polls of tasks, where the operation has tasks of its own: these stand at awaits of
     /// theirs when it is dropped.
     fn between_polls_of_tasks(&mut self) -> Next {
-        if !self.options.tasks || self.question == Question::CancelSafe || !self.natural.has_children {
+        if !self.options.tasks || !self.natural.has_children {
             return Next::GoOn;
         }
         let ways = self.ways();
@@ -310,7 +321,9 @@ impl Search<'_> {
 
     /// Does one run and keeps what it showed. Says how it ended, and after how many pendings.
     fn go(&mut self, plan: Plan) -> (End, usize) {
+        let begun = Instant::now();
         let mut visit = (self.visit)(plan);
+        let is_costly = begun.elapsed() >= self.options.hang_after;
         let (polls, end) = (visit.polls, visit.end);
         self.report.runs += 1;
         self.report.unsettled += usize::from(visit.is_unsettled);
@@ -336,20 +349,22 @@ impl Search<'_> {
         let completed = end == End::Completed;
         if let Some(section) = visit.torn.take() {
             let refusal = Refusal::new(FailureKind::Torn, "a critical section was dropped before its end".to_owned());
-            self.fail(plan, polls, completed, Some(Await::bare(section)), refusal);
+            self.fail(plan, polls, end, Some(Await::bare(section)), refusal);
         }
+        let as_seen = end;
         let mut end = end;
         if let Some(refusal) = visit.failure.take() {
             if refusal.kind == FailureKind::Futurelock && plan.step == 0 {
                 self.futurelocks.insert((plan.budget, polls));
             }
-            if refusal.kind == FailureKind::Hang {
+            let waited = matches!(refusal.kind, FailureKind::NotSafe | FailureKind::Futurelock) && is_costly;
+            if refusal.kind == FailureKind::Hang || waited {
                 // Each hang costs its whole limit: one is enough to know.
                 end = End::Failed;
             }
             let rival = self.namer.name(&std::mem::take(&mut visit.rival_traces));
             let place = place.filter(|_| !completed || plan.then == Then::DropEach);
-            self.fail_beside(plan, polls, completed, place, rival, refusal);
+            self.fail_beside(plan, polls, as_seen, place, rival, refusal);
         }
         if self.report.runs == 1 {
             self.natural = visit;
@@ -357,22 +372,32 @@ impl Search<'_> {
         (end, polls)
     }
 
-    fn fail(&mut self, plan: Plan, point: usize, completed: bool, place: Option<Await>, refusal: Refusal) {
-        self.fail_beside(plan, point, completed, place, None, refusal);
+    fn fail(&mut self, plan: Plan, point: usize, end: End, place: Option<Await>, refusal: Refusal) {
+        self.fail_beside(plan, point, end, place, None, refusal);
     }
 
     fn fail_beside(
         &mut self,
         plan: Plan,
         point: usize,
-        completed: bool,
+        end: End,
         place: Option<Await>,
         rival: Option<Await>,
         refusal: Refusal,
     ) {
-        // A run that completed earlier than asked is the run to its end, whatever was asked.
-        let plan = if plan.way == Way::Scope || plan.then == Then::DropEach { plan } else { Plan { point, ..plan } };
-        self.report.add_failure(Failure { plan, point, completed, place, rival, refusal });
+        let (completed, ended_early) = (end == End::Completed, end != End::Dropped);
+        // A run that ended before its point is seen again by any point beyond.
+        let is_own = plan.way == Way::Scope || plan.then == Then::DropEach;
+        let plan = if is_own { plan } else { Plan { point: point + usize::from(ended_early), ..plan } };
+        self.report.add_failure(Failure {
+            plan,
+            point,
+            completed,
+            ended_early: end == End::Failed,
+            place,
+            rival,
+            refusal,
+        });
     }
 
     fn is_varied(&self) -> bool {
@@ -380,7 +405,7 @@ impl Search<'_> {
     }
 
     fn incomplete(&mut self, plan: Plan, message: String) {
-        self.fail(plan, plan.point, false, None, Refusal::new(FailureKind::Incomplete, message));
+        self.fail(plan, plan.point, End::Dropped, None, Refusal::new(FailureKind::Incomplete, message));
     }
 
     fn finish(mut self) -> Report {
@@ -388,7 +413,8 @@ impl Search<'_> {
         self.report.task_points = self.task_points;
         self.report.varied = self.is_varied();
         let left_out = self.options.chosen_ways().is_none() && self.question == Question::Run;
-        self.report.note(self.natural.setup_tasks, self.natural.workers, left_out);
+        let (tasks, sockets) = (self.natural.setup_tasks, self.natural.setup_sockets);
+        self.report.note(if left_out { (tasks, sockets) } else { (0, 0) }, self.natural.workers);
         for place in self.places.values() {
             self.report.cover(place.as_ref());
         }

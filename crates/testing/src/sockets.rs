@@ -8,6 +8,11 @@ use std::sync::OnceLock;
 
 /// Whether it is known that the current runtime waits for no socket. Must be called on the runtime.
 pub(crate) fn are_none() -> bool {
+    count() == Some(0)
+}
+
+/// How many sockets the current runtime waits for, where that is known. Must be called on the runtime.
+pub(crate) fn count() -> Option<usize> {
     /// What a runtime watches by itself.
     static OWN: OnceLock<Option<usize>> = OnceLock::new();
     let own = *OWN.get_or_init(|| {
@@ -18,7 +23,7 @@ pub(crate) fn are_none() -> bool {
         };
         std::thread::scope(|scope| scope.spawn(count).join().ok().flatten())
     });
-    own.is_some_and(|own| watched() == Some(own))
+    Some(watched()?.saturating_sub(own?))
 }
 
 /// How many descriptors the runtime watches, besides the pair that finds this out.

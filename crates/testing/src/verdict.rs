@@ -50,6 +50,9 @@ impl Verdict {
             return Self::Unjudged { reason: "only Explore::cancel_safe judges".to_owned() };
         }
         let find = |kind| report.failures().iter().find(|failure| failure.refusal.kind == kind);
+        if let Some(failure) = find(FailureKind::Unsteady) {
+            return Self::Unjudged { reason: format!("undisturbed runs differ: {}", failure.message()) };
+        }
         if let Some(failure) = find(FailureKind::NotSafe) {
             let (undisturbed, seen) = failure.refusal.evidence.clone().unwrap_or_default();
             return Self::NotSafe { point: failure.point(), site: failure.site().cloned(), undisturbed, seen };

@@ -17,6 +17,7 @@ use crate::plan::Plan;
 use crate::runtime::{Fault, Gate, Stage, drop_caught};
 use crate::scratch::Scratch;
 use crate::search::{End, Visit};
+use crate::sockets;
 use crate::tracer::{OnClone, Tracer};
 use crate::world::{Patience, World};
 
@@ -96,6 +97,9 @@ where
         let ended = stage.block_on(async {
             let (state, world) = set_up(&stage, (self.setup)(), visit).await?;
             let state = cell.get_or_init(|| state);
+            if plan.point == self.bounds.options.max_polls {
+                visit.setup_sockets = sockets::count().unwrap_or(0);
+            }
             let outcome = match plan.way {
                 Way::Crash => Outcome::Dropped { point: plan.point, way: plan.way },
                 Way::Shutdown => {

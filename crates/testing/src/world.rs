@@ -30,12 +30,15 @@ const WORKER_AFTER: Duration = Duration::from_millis(500);
 const ROUND: Duration = Duration::from_micros(500);
 
 /// Polls of tasks in one rest. Tasks that wake themselves for ever would never come to rest.
-const POLLS_PER_REST: usize = 10_000;
+const POLLS_PER_REST: usize = 1_000;
+
+/// Polls of tasks after which blocking jobs are let through although tasks are still ready: some spin for ever.
+const POLLS_PER_DRAIN: usize = 64;
 
 /// How long everything stands still, in real time, before a wait can be known to be for ever. Threads that tokio does
 /// not know may still wake somebody; an exploration that has known one such wait is less patient with the next.
 pub(crate) const QUIET: Duration = Duration::from_millis(200);
-const QUIET_AGAIN: Duration = Duration::from_millis(20);
+const QUIET_AGAIN: u32 = 2;
 
 /// What one step of the world was.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,13 +112,17 @@ impl<'a> World<'a> {
         let sentinel = Arc::new(Mutex::new(Sentinel::default()));
         let ours = Arc::clone(&sentinel);
         drop(tokio::spawn(poll_fn(move |cx| lock(&ours).poll(cx))));
-        let patience = WORKER_AFTER.min(stage.watchdog.limit() / 4);
         let gate = Gate::close();
-        let has_closed = gate.held().wait(patience);
         let world = Self { stage, sentinel, gate: RefCell::new(Some(gate)), baseline };
+        let has_closed = world.gate.borrow().as_ref().is_some_and(|gate| gate.held().wait(world.worker_after()));
         // A new turn of the scheduler brings the driver a full budget.
         let _ran = world.step().await;
         has_closed.then_some(world)
+    }
+
+    /// How long a blocking job is waited for before it is given a thread of its own.
+    fn worker_after(&self) -> Duration {
+        WORKER_AFTER.min(self.stage.watchdog.limit() / 4)
     }
 
     /// How many tasks the setup has left running.
@@ -177,8 +184,9 @@ impl<'a> World<'a> {
         .await
     }
 
-    /// Polls tasks until none is ready and no blocking job is left, without time passing. Says how many polls it took.
-    async fn quiesce(&self) -> usize {
+    /// Polls tasks until none is ready and no blocking job is left, or only such as wait for somebody, without time
+    /// passing.
+    async fn quiesce(&self) {
         let mut polls = 0;
         let mut drained = false;
         while polls < POLLS_PER_REST {
@@ -188,18 +196,15 @@ impl<'a> World<'a> {
                     drained = false;
                 }
                 Step::Idle if drained => break,
-                Step::Idle => {
-                    self.fence(Duration::ZERO).await;
-                    drained = true;
-                }
+                Step::Idle if self.fence(Duration::ZERO).await => drained = true,
+                Step::Idle => break,
             }
         }
-        polls
     }
 
     /// Waits until all blocking jobs that have been submitted have ended, after holding the blocking thread for
-    /// `pause`.
-    async fn fence(&self, pause: Duration) {
+    /// `pause`. Says whether they have: a job may wait for what is not to go on now.
+    async fn fence(&self, pause: Duration) -> bool {
         let (tell, told) = mpsc::sync_channel(1);
         drop(tokio::task::spawn_blocking(move || {
             if !pause.is_zero() {
@@ -208,7 +213,7 @@ impl<'a> World<'a> {
             // The other end is gone if the wait was given up.
             tell.send(()).unwrap_or_default();
         }));
-        self.hear(&Told(told), pause + STILL).await;
+        self.hear(&Told(told), pause + STILL).await
     }
 
     /// Lets the blocking jobs run that wait at the gate, and has it close again behind them. Whether it has is asked by
@@ -226,17 +231,28 @@ impl<'a> World<'a> {
 
     /// Waits for a word from the blocking thread. This thread stands still meanwhile, so that no task runs that nobody
     /// has asked to; but not for long, because a job may wait for a task.
-    async fn hear(&self, told: &Told, still: Duration) {
+    async fn hear(&self, told: &Told, still: Duration) -> bool {
         if told.wait(still) {
-            return;
+            return true;
         }
-        // The watchdog around bounds this. After a step the word is asked for again: should the job have ended meanwhile,
-        // a paused clock would jump to the next timer as soon as the runtime sleeps.
+        let begun = Instant::now();
+        let patience = self.stage.job_patience.get().min(self.worker_after());
         while !told.wait(Duration::ZERO) {
-            if self.step().await == Step::Idle && !told.wait(Duration::ZERO) {
+            if self.step().await == Step::Ran {
+                continue;
+            }
+            if begun.elapsed() > patience {
+                // Jobs that wait for each other's end are few, and the next run need not wait so long to know it.
+                self.stage.job_patience.set(STILL);
+                return false;
+            }
+            // After a step the word is asked for again: should the job have ended meanwhile, a paused clock would jump to
+            // the next timer as soon as the runtime sleeps.
+            if !told.wait(Duration::ZERO) {
                 self.stage.bell.next().await;
             }
         }
+        true
     }
 
     /// Lets the runtime sleep until something happens: a timer, a socket, another thread, or the watchdog. `Ran` says
@@ -270,6 +286,7 @@ impl<'a> World<'a> {
         let wait = async {
             let mut quiet = Quiet::new();
             let mut jobs = Jobs::Unknown;
+            let mut running_since = Instant::now();
             let mut sleepy = false;
             loop {
                 // A step first: it brings the driver, and so what it polls next, a full budget.
@@ -286,16 +303,21 @@ impl<'a> World<'a> {
                 match (step, jobs) {
                     _ if slept => {}
                     _ if is_woken() => return Ok(Went::Woken),
-                    (Step::Ran, _) => {}
-                    (Step::Idle, Jobs::Unknown) => {
+                    (Step::Ran, _) if !(*steps).is_multiple_of(POLLS_PER_DRAIN) => {}
+                    (_, Jobs::Unknown) => {
                         self.close_gate();
                         self.begin_to_drain();
                         jobs = if self.is_drained() { Jobs::Done } else { Jobs::Running };
+                        running_since = Instant::now();
                     }
+                    (Step::Ran, _) => {}
                     (Step::Idle, Jobs::Running) => {
-                        // A job that takes long may wait for a task, a timer or a socket.
+                        // A job that takes long may wait for a task, a timer or a socket; or for another job, which
+                        // needs a thread of its own then.
                         if self.is_drained() {
                             jobs = Jobs::Done;
+                        } else if running_since.elapsed() > self.worker_after() {
+                            return Err(Fault::Occupied);
                         } else {
                             self.stage.bell.next().await;
                         }
@@ -306,7 +328,7 @@ impl<'a> World<'a> {
                             && quiet.is_longer_than(self.stage.quiet.get())
                             && self.is_for_ever(&is_woken).await =>
                     {
-                        self.stage.quiet.set(QUIET_AGAIN);
+                        self.stage.quiet.set((self.stage.quiet.get() / QUIET_AGAIN).max(QUIET / QUIET_AGAIN));
                         return Err(Fault::Hung);
                     }
                     (Step::Idle, Jobs::Done) => sleepy = true,
@@ -325,18 +347,21 @@ impl<'a> World<'a> {
         let before = Instant::now();
         let clock = tokio::time::Instant::now();
         std::thread::park_timeout(ROUND);
-        // With a paused clock it would not have been quiet if a timer were due: the clock would have jumped to it.
-        if self.stage.paused || clock == tokio::time::Instant::now() || is_woken() {
-            return !is_woken();
+        let is_paused = clock == tokio::time::Instant::now();
+        // A paused clock jumps to the next timer when the runtime sleeps. The first sleep may end for another reason.
+        if !is_paused {
+            tokio::time::pause();
         }
-        // So it is paused for a moment; should a timer be due, then it is later now.
-        tokio::time::pause();
+        let mut is_still = true;
         for _ in 0..2 {
-            let _step = self.sleep().await;
+            is_still &= self.sleep().await == Step::Idle;
         }
         let passed = clock.elapsed();
+        if is_paused {
+            return is_still && passed.is_zero() && !is_woken();
+        }
         tokio::time::resume();
-        passed <= before.elapsed() && !is_woken()
+        is_still && passed <= before.elapsed() && !is_woken()
     }
 
     /// Opens the gate and lets the world go on until nothing in it can make progress without time passing. Then, for
@@ -366,7 +391,7 @@ impl<'a> World<'a> {
                 return true;
             }
             // On the blocking thread, where real time passes without moving a paused clock.
-            self.fence(ROUND).await;
+            let _ended = self.fence(ROUND).await;
             if self.stage.paused {
                 self.pass_until(begun + ROUND * round).await;
             }
@@ -383,7 +408,11 @@ impl<'a> World<'a> {
             if over {
                 return;
             }
-            while self.step().await == Step::Ran {}
+            for _ in 0..POLLS_PER_REST {
+                if self.step().await == Step::Idle {
+                    break;
+                }
+            }
             let _step = self.sleep().await;
         }
     }
@@ -406,6 +435,7 @@ impl Quiet {
         // A clock that runs does not run ahead.
         if self.clock.elapsed() > quiet + ROUND {
             *self = Self::new();
+            return false;
         }
         quiet >= limit
     }

@@ -255,7 +255,7 @@ fn a_blocking_worker_in_the_setup_gets_a_thread_of_its_own() {
             async |_, _outcome| Ok(()),
         );
         report.assert_clean();
-        let jobs = if workers == 1 { "1 blocking job of the setup did" } else { "2 blocking jobs of the setup did" };
+        let jobs = if workers == 1 { "1 blocking job did" } else { "2 blocking jobs did" };
         assert!(report.notes().iter().any(|note| note.starts_with(jobs)), "{report}");
     }
 }
@@ -275,4 +275,122 @@ fn a_future_that_was_made_and_never_polled_is_point_0_of_a_function_that_makes_i
     assert!(seen(explore().budgets([]).run(async || Cell::new(0), count_at_once, check)));
     // The body of an async closure has not begun at point 0, so what it would call was not called.
     assert!(!seen(explore().budgets([]).run(async || Cell::new(0), async |count| count_at_once(count).await, check)));
+}
+
+#[test]
+fn a_change_before_the_first_leaf_is_found_although_the_leaf_is_ready() {
+    let line = line!() + 5;
+    let report = explore().run(
+        async || (Mutex::new(()), Cell::new(0)),
+        async |(lock, step)| {
+            step.set(1);
+            drop(lock.lock().await);
+            step.set(2);
+        },
+        async |(_, step), _outcome| if step.get() == 1 { Err("half".to_owned()) } else { Ok(()) },
+    );
+    crate::assert_caught(&report, file!(), line, "half");
+}
+
+#[test]
+fn blocking_jobs_that_wait_for_the_operation_or_for_each_other_are_no_hang() {
+    let fine = |report: Report| assert!(report.failures().is_empty(), "{report}");
+    let explore = || Explore::new().budgets([]);
+    // The job ends when the operation lets it.
+    fine(explore().run(
+        async || (),
+        async |()| {
+            let (send, mut receive) = mpsc::channel(1);
+            let job = tokio::task::spawn_blocking(move || while receive.blocking_recv().is_some() {});
+            for number in 0..3 {
+                send.send(number).await.unwrap();
+            }
+            drop(send);
+            job.await.unwrap();
+        },
+        async |(), _outcome| Ok(()),
+    ));
+    // The job needs another one.
+    fine(explore().run(
+        async || (),
+        async |()| {
+            let handle = tokio::runtime::Handle::current();
+            let job = tokio::task::spawn_blocking(move || handle.block_on(tokio::fs::metadata("/")).is_ok());
+            assert!(job.await.unwrap());
+        },
+        async |(), _outcome| Ok(()),
+    ));
+    // The job waits for what the operation holds.
+    fine(explore().run(
+        async || Arc::new(Mutex::new(())),
+        async |lock| {
+            let guard = lock.lock().await;
+            let other = Arc::clone(lock);
+            let job = tokio::task::spawn_blocking(move || drop(other.blocking_lock()));
+            sleep(MS).await;
+            drop(guard);
+            job.await.unwrap();
+        },
+        async |_lock, _outcome| Ok(()),
+    ));
+}
+
+#[test]
+fn a_task_of_the_setup_that_spins_does_not_starve_blocking_jobs() {
+    let report = Explore::new().budgets([]).ways([Way::Eager]).run(
+        async || {
+            drop(tokio::spawn(async {
+                loop {
+                    yield_now().await;
+                }
+            }));
+        },
+        async |()| tokio::fs::metadata("/").await.map(drop).unwrap(),
+        async |(), _outcome| Ok(()),
+    );
+    report.assert_clean();
+}
+
+#[test]
+fn a_failure_of_a_run_that_completed_panicked_or_hung_is_seen_again_too() {
+    let again = |report: &Report, explore: &dyn Fn(Explore) -> Report| {
+        let failure = &report.failures()[0];
+        let text = failure.to_string();
+        let (_, only) = text.rsplit_once("CANCEL_SAFE_ONLY=").unwrap();
+        let point = only.split(':').next().unwrap().parse().unwrap();
+        let seen = explore(Explore::new().hang_after(100 * MS).only(point, failure.way(), failure.budget()));
+        assert_eq!(seen.failures().first().map(|it| it.message()), Some(failure.message()), "{text}");
+    };
+    let refused = |explore: Explore| {
+        explore.run(
+            async || (),
+            async |()| yield_now().await,
+            async |(), outcome| if outcome.is_completed() { Err("no".to_owned()) } else { Ok(()) },
+        )
+    };
+    again(&refused(Explore::new()), &refused);
+    let panics = |explore: Explore| {
+        explore.run(
+            async || (),
+            async |()| {
+                yield_now().await;
+                panic!("out of cheese")
+            },
+            async |(), _: Outcome<()>| Ok(()),
+        )
+    };
+    let report = panics(Explore::new());
+    assert!(report.failures()[0].to_string().starts_with("panicked after it had waited at"), "{report}");
+    again(&report, &panics);
+    let hangs = |explore: Explore| {
+        explore.run(
+            async || (),
+            async |()| {
+                yield_now().await;
+                std::future::pending::<()>().await;
+            },
+            async |(), _| Ok(()),
+        )
+    };
+    again(&hangs(Explore::new().hang_after(100 * MS)), &hangs);
 }

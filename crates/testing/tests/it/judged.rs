@@ -2,6 +2,8 @@
 
 #![expect(clippy::disallowed_methods, reason = "what is banned for its verdict is judged here")]
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering::SeqCst};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -335,4 +337,35 @@ fn a_panic_and_a_hang_are_not_judged() {
     assert!(matches!(hangs.verdict(), Verdict::Unjudged { reason, .. } if reason.contains("did not end")));
     let elsewhere = explore(1).run(async || (), async |()| (), async |(), _| Ok(()));
     assert!(matches!(elsewhere.verdict(), Verdict::Unjudged { .. }));
+}
+
+#[test]
+fn a_task_of_the_call_that_dies_between_its_awaits_is_not_safe() {
+    let report = explore(1).cancel_safe(
+        async || Arc::new(AtomicU32::new(0)),
+        async |step| {
+            let mut set = JoinSet::new();
+            let step = Arc::clone(step);
+            set.spawn(async move {
+                if step.fetch_max(1, SeqCst) == 0 {
+                    yield_now().await;
+                    yield_now().await;
+                    step.store(2, SeqCst);
+                }
+            });
+            set.join_next().await;
+        },
+        async |step| step.load(SeqCst),
+    );
+    assert_not_safe(&report);
+}
+
+#[test]
+fn a_call_that_takes_its_own_unit_is_not_starved_by_the_exploration() {
+    let report = Explore::new().cancel_safe(
+        async || tokio::process::Command::new("true").spawn().unwrap(),
+        async |child| child.wait().await.unwrap().code(),
+        async |_| (),
+    );
+    report.assert_safe();
 }
