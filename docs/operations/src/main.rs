@@ -21,7 +21,6 @@ fn main() -> ExitCode {
     let argument = std::env::args().nth(1);
     let result = match argument.as_deref() {
         None => generate(),
-        Some("--check") => check(),
         Some(part) => {
             tell(part);
             Ok(())
@@ -40,10 +39,6 @@ fn versions() -> Result<Versions, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let lockfile = std::fs::read_to_string(root.join("Cargo.lock")).map_err(|error| format!("Cargo.lock: {error}"))?;
     Versions::read(&lockfile)
-}
-
-fn path() -> std::path::PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../src/operations.md")
 }
 
 /// Explores everything, and writes the page.
@@ -66,7 +61,8 @@ fn generate() -> Result<(), String> {
     if !refused.is_empty() {
         return Err(format!("The page was not written.\n\n{}", refused.join("\n\n")));
     }
-    std::fs::write(path(), page::page(&versions, &groups)).map_err(|error| format!("the page: {error}"))?;
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../src/operations.md");
+    std::fs::write(path, page::page(&versions, &groups)).map_err(|error| format!("the page: {error}"))?;
     println!("docs/src/operations.md was written after {:.0} s", started.elapsed().as_secs_f64());
     Ok(())
 }
@@ -77,10 +73,4 @@ fn tell(part: &str) {
         let report = (row.judge)();
         println!("{}: {}\n{report}\n", row.title(), report.verdict());
     }
-}
-
-/// Compares the page with the definitions, which takes no time.
-fn check() -> Result<(), String> {
-    let page = std::fs::read_to_string(path()).map_err(|error| format!("the page: {error}"))?;
-    page::check(&versions()?, &rows::all(), &page)
 }

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 
 use cancel_safe_testing::{Report, Verdict};
 
-use crate::row::{From, Group, Row, Says};
+use crate::row::{From, Row, Says};
 
 /// The versions that were built, as the lockfile has them.
 #[derive(Debug)]
@@ -50,6 +50,7 @@ impl Judged {
         let judged = Self { verdict: report.verdict(), seen: seen(report), row };
         let title = judged.row.title();
         match &judged.verdict {
+            _ if report.points() == 0 => Err(format!("{title} never waits, so it was never dropped\n{report}")),
             Verdict::Unjudged { reason, .. } => Err(format!("{title} is not judged: {reason}\n{report}")),
             verdict if judged.differs() && judged.row.note.is_empty() => Err(format!(
                 "{title} is not as documented: {verdict}\nFind out which of the two is wrong, and say it in a note.\n{report}"
@@ -65,7 +66,7 @@ impl Judged {
     /// Whether the documentation and the exploration contradict each other. A lost place in a queue is not always seen.
     fn differs(&self) -> bool {
         match self.row.says {
-            Says::Safe => !self.is_safe(),
+            Says::Safe | Says::NotSent => !self.is_safe(),
             Says::NotSafe => self.is_safe(),
             Says::Place | Says::Nothing => false,
         }
@@ -82,6 +83,7 @@ impl Judged {
         let documented = match self.row.says {
             Says::Safe => format!("[safe]({})", versions.url(at, said_at)),
             Says::NotSafe => format!("[not safe]({})", versions.url(at, said_at)),
+            Says::NotSent => format!("[not sent]({})", versions.url(at, said_at)),
             Says::Place => format!("[not safe: the place]({})", versions.url(at, said_at)),
             Says::Nothing => "not said".to_owned(),
         };
@@ -139,7 +141,7 @@ pub(crate) fn page(versions: &Versions, groups: &[(&'static str, Vec<Judged>)]) 
     let differing: Vec<&&Judged> = all.iter().filter(|it| it.differs()).collect();
     let silent = all.iter().filter(|it| it.row.says == Says::Nothing).count();
     let mut page = HEAD.replace("{versions}", &versions.tell());
-    let mut summary = format!(
+    let summary = format!(
         "{} calls were explored: {} are safe, {} are not, and {} starve. Of {silent} the documentation says nothing; of {} it \
          says something else than what was seen.",
         all.len(),
@@ -148,9 +150,6 @@ pub(crate) fn page(versions: &Versions, groups: &[(&'static str, Vec<Judged>)]) 
         count("starves"),
         differing.len(),
     );
-    if differing.is_empty() {
-        summary.push_str(" None contradicts its documentation.");
-    }
     page = page.replace("{summary}", &summary);
     for (title, rows) in groups {
         // Writing to a String cannot fail.
@@ -175,7 +174,9 @@ const HEAD: &str = "\
 
 # Which operations are cancel safe
 
-What the documentation says of an operation that is dropped, and what happens. {summary}
+What the documentation says of an operation that is dropped, and what happens.
+
+{summary}
 
 Measured with {versions}.
 
@@ -192,7 +193,8 @@ loop may do. What came of it was compared with calls that nobody disturbed
   was seen `for` what undisturbed calls give.
 - *starves*: nothing is lost, but nothing is kept either. Dropped again and again, it never ends.
 - *not safe: the place*: only the place in a queue is lost.
-- *not said*: its page has no word about it.
+- *not sent*: a message of a dropped call has not been sent.
+- *not said*: its page gives no verdict.
 
 It depends on how an operation is called: a buffer that outlives the call keeps what was read, a local one does not. Where
 that matters, it is said. *Safe* means that calling again is enough. It does not mean that a call which is dropped for good
@@ -203,23 +205,3 @@ const FINDINGS: &str = "\
 Where documentation and measurement differ. Each was looked at twice: whether the exploration is right, and whether it keeps
 in its state what the documentation tells the caller to keep.
 ";
-
-/// What of the page can be compared without exploring anything.
-pub(crate) fn check(versions: &Versions, groups: &[Group], page: &str) -> Result<(), String> {
-    let again = "cargo xtask operations writes it anew";
-    if !page.contains(&format!("Measured with {}.", versions.tell())) {
-        return Err(format!("the page is not of {}; {again}", versions.tell()));
-    }
-    let rows: Vec<&Row> = groups.iter().flat_map(|group| &group.rows).collect();
-    let lines: Vec<&str> = page.lines().filter(|line| line.starts_with("| [`")).collect();
-    if lines.len() != rows.len() {
-        return Err(format!("the page has {} operations, and {} are defined; {again}", lines.len(), rows.len()));
-    }
-    for (row, line) in rows.iter().zip(lines) {
-        let begins = format!("| [`{}`]({})", row.name, versions.url(row.from, row.page));
-        if !line.starts_with(&begins) || !line.ends_with(&format!("| {} |", row.instead)) || !page.contains(row.note) {
-            return Err(format!("{} is not told as it is defined; {again}", row.title()));
-        }
-    }
-    Ok(())
-}

@@ -36,6 +36,8 @@ impl From {
 pub(crate) enum Says {
     Safe,
     NotSafe,
+    /// A message is not sent, and is lost if it was moved.
+    NotSent,
     /// Nothing is lost but the place in a queue; `tokio::select!` counts that as not safe.
     Place,
     Nothing,

@@ -75,7 +75,7 @@ pub(crate) fn mpsc() -> Vec<Row> {
             )
         })
         .how("of a clone")
-        .says(Says::Safe),
+        .says(Says::NotSent),
         Row::tokio("mpsc::Sender::reserve", "sync/mpsc/struct.Sender.html#method.reserve", || {
             on_paused_time(2).cancel_safe(
                 async || (full_channel(3), VecDeque::from([1, 2])),
@@ -87,7 +87,8 @@ pub(crate) fn mpsc() -> Vec<Row> {
             )
         })
         .how("then `Permit::send`, with no other sender")
-        .says(Says::Safe),
+        .says(Says::Place)
+        .note("With no other sender there is no place to lose; the message stays with the caller until there is room."),
         Row::tokio("mpsc::Sender::reserve", "sync/mpsc/struct.Sender.html#method.reserve", || {
             on_paused_time(1).cancel_safe(
                 async || {
@@ -151,9 +152,9 @@ pub(crate) fn others() -> Vec<Row> {
                         sleep(HELD).await;
                         send.send("sent").unwrap();
                     }));
-                    receive
+                    (receive,)
                 },
-                async |receive| receive.await.unwrap(),
+                async |(receive,)| receive.await.unwrap(),
                 async |_| (),
             )
         })

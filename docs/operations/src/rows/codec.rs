@@ -62,7 +62,7 @@ pub(crate) fn frames() -> Vec<Row> {
             )
         })
         .how("of a clone")
-        .says(Says::Safe)
+        .says(Says::NotSent)
         .instead(FEED)
         .note(DOUBLED),
         Row::tokio_util("FramedWrite::send", "codec/struct.FramedWrite.html#cancellation-safety", || {
@@ -82,7 +82,7 @@ pub(crate) fn frames() -> Vec<Row> {
             )
         })
         .how("of a clone")
-        .says(Says::Safe)
+        .says(Says::NotSent)
         .instead(FEED)
         .note("As with `Framed`."),
         Row::tokio_util("Framed::feed", "codec/struct.Framed.html", || {

@@ -146,7 +146,6 @@ pub(crate) fn paths() -> Vec<Row> {
                 async |_| (),
             )
         })
-        .how("and the others that only look")
         .instead(LATE),
         Row::tokio("fs::write", "fs/fn.write.html", || {
             on_paused_time(1).cancel_safe(
@@ -164,16 +163,16 @@ pub(crate) fn paths() -> Vec<Row> {
             on_paused_time(1).cancel_safe(
                 async || place(),
                 async |place| kind(fs::rename(&place.file, &place.other).await),
-                async |place| place.other.exists(),
+                async |place| if place.other.exists() { "it has moved" } else { "it has not moved" },
             )
         })
         .instead(LATE)
-        .note("The dropped call has done its work and the next one does not find it: so with `remove_file` and `hard_link`."),
+        .note("The dropped call has done its work, and the next one finds no file to rename; so with `remove_file`."),
         Row::tokio("fs::create_dir", "fs/fn.create_dir.html", || {
             on_paused_time(1).cancel_safe(
                 async || place(),
                 async |place| kind(fs::create_dir(&place.other).await),
-                async |place| place.other.is_dir(),
+                async |place| if place.other.is_dir() { "it is there" } else { "it is not there" },
             )
         })
         .instead("`create_dir_all`, which does not mind"),
@@ -181,7 +180,7 @@ pub(crate) fn paths() -> Vec<Row> {
             on_paused_time(1).cancel_safe(
                 async || place(),
                 async |place| kind(fs::remove_file(&place.file).await),
-                async |place| place.file.exists(),
+                async |place| if place.file.exists() { "it is there" } else { "it is gone" },
             )
         })
         .instead("take `NotFound` for done"),
@@ -189,7 +188,7 @@ pub(crate) fn paths() -> Vec<Row> {
             on_paused_time(1).cancel_safe(
                 async || place(),
                 async |place| kind(File::create_new(&place.other).await.map(drop)),
-                async |place| place.other.exists(),
+                async |place| if place.other.exists() { "it is there" } else { "it is not there" },
             )
         })
         .instead(LATE),

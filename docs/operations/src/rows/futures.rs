@@ -118,9 +118,9 @@ pub(crate) fn sinks() -> Vec<Row> {
                         sleep(HELD).await;
                         send.send("sent").unwrap();
                     }));
-                    receive
+                    (receive,)
                 },
-                async |receive| receive.await.unwrap(),
+                async |(receive,)| receive.await.unwrap(),
                 async |_| (),
             )
         })
@@ -137,8 +137,29 @@ pub(crate) fn combinators() -> Vec<Row> {
                 async |_| (),
             )
         })
-        .how("of two `recv`; also `try_join`, and tokio's `join!` and `try_join!`")
+        .how("of two `recv`")
         .instead("keep the joined future, and poll it by reference; `select!` over both in a loop"),
+        Row::futures("future::try_join", "future/fn.try_join.html", || {
+            on_paused_time(2).cancel_safe(
+                async || (channel(2), channel(2)),
+                async |(one, other)| {
+                    let (one, other) = (one.recv().map(Ok::<_, ()>), other.recv().map(Ok));
+                    future::try_join(one, other).await
+                },
+                async |_| (),
+            )
+        })
+        .how("of two `recv`")
+        .instead("as for `join`"),
+        Row::tokio("join!", "macro.join.html", || {
+            on_paused_time(2).cancel_safe(
+                async || (channel(2), channel(2)),
+                async |(one, other)| tokio::join!(one.recv(), other.recv()),
+                async |_| (),
+            )
+        })
+        .how("of two `recv`")
+        .instead("as for `future::join`"),
         Row::futures("future::select", "future/fn.select.html", || {
             on_paused_time(1).cancel_safe(
                 async || (channel(2), channel(2), Vec::new()),
@@ -202,7 +223,9 @@ pub(crate) fn combinators() -> Vec<Row> {
                 async |queue| queue.call(queue.resource.lock()).await,
                 Queue::order,
             )
-        }),
+        })
+        .instead("keep the future, and poll it by reference")
+        .note("Only the place in the queue is lost."),
     ]
 }
 

@@ -88,7 +88,7 @@ pub(crate) fn in_turn() -> Vec<Row> {
         .says(Says::Place)
         .note(
             "With no rival there is no place to lose, and the permits that a dropped call had gathered go back. With one, \
-             it is as with `acquire`.",
+             its page says, it is as with `acquire`.",
         ),
         Row::tokio("Notify::notified", "sync/struct.Notify.html#method.notified", || {
             on_paused_time(1).cancel_safe(
@@ -121,7 +121,7 @@ pub(crate) fn in_turn() -> Vec<Row> {
         })
         .how("with `notify_one` and no rival")
         .says(Says::Place)
-        .note("A notification that a dropped call had received is handed on, or kept for the next call."),
+        .note("The notification that a dropped call had received is kept for the next call."),
         Row::tokio("Notify::notified", "sync/struct.Notify.html#method.notified", || {
             on_paused_time(1).cancel_safe(
                 async || {

@@ -73,12 +73,12 @@ pub(crate) fn rows() -> Vec<Row> {
                 async || TempDir::new().unwrap(),
                 async |directory| {
                     let output = shell("echo alpha >> log").current_dir(directory.path()).output().await;
-                    output.unwrap().status.success()
+                    assert!(output.unwrap().status.success());
                 },
                 how_often,
             )
         })
-        .how("and `status`, in each call")
+        .how("in each call")
         .instead("`spawn` once, and `Child::wait`; `kill_on_drop` ends a child whose call was dropped")
         .note("The child of a dropped call runs on, unless `kill_on_drop` was asked for."),
         Row::tokio("signal::unix::Signal::recv", "signal/unix/struct.Signal.html#method.recv", || {

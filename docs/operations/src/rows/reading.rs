@@ -109,8 +109,8 @@ pub(crate) fn unbuffered() -> Vec<Row> {
                 async |_| (),
             )
         })
-        .how("and all wider numbers")
         .says(Says::NotSafe)
+        .note("Its pages say the same of all numbers of two bytes and more.")
         .instead("`read_buf` until four bytes are there, then `Buf::get_u32`"),
     ]
 }

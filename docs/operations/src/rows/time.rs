@@ -82,7 +82,8 @@ pub(crate) fn timers() -> Vec<Row> {
             )
         })
         .how("around a wait that is cancel safe")
-        .instead("`timeout_at` with a deadline that is kept"),
+        .instead("`timeout_at` with a deadline that is kept")
+        .note("The time begins anew with each call, so that a loop waits longer than it says, or for ever."),
         Row::tokio("time::timeout_at", "time/fn.timeout_at.html", || {
             on_paused_time(1).cancel_safe(
                 async || late(),
@@ -115,12 +116,13 @@ pub(crate) fn tasks() -> Vec<Row> {
         Row::tokio("JoinHandle", "task/struct.JoinHandle.html#cancel-safety", || {
             on_paused_time(1).cancel_safe(
                 async || {
-                    tokio::spawn(async {
+                    let work = async {
                         sleep(HELD).await;
                         "done"
-                    })
+                    };
+                    (tokio::spawn(work),)
                 },
-                async |task| task.await.unwrap(),
+                async |(task,)| task.await.unwrap(),
                 async |_| (),
             )
         })
@@ -162,7 +164,8 @@ pub(crate) fn tasks() -> Vec<Row> {
         .instead("spawn once, and wait for the `JoinHandle` by reference"),
         Row::tokio("task::yield_now", "task/fn.yield_now.html", || {
             on_paused_time(1).cancel_safe(async || (), async |()| yield_now().await, async |()| ())
-        }),
+        })
+        .note("It holds nothing, so there is nothing to keep."),
         Row::tokio("JoinSet::join_next", "task/struct.JoinSet.html#method.join_next", || {
             on_paused_time(3).cancel_safe(
                 async || staggered(),

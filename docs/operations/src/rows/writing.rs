@@ -84,8 +84,8 @@ pub(crate) fn pieces() -> Vec<Row> {
                 async |pipe| pipe.received().await,
             )
         })
-        .how("and all wider numbers")
-        .instead("`BufMut::put_u32` into a buffer that outlives the call, then `write_all_buf`"),
+        .instead("`BufMut::put_u32` into a buffer that outlives the call, then `write_all_buf`")
+        .note("The code is the same for all numbers of two bytes and more."),
         Row::tokio("AsyncWriteExt::flush", "io/trait.AsyncWriteExt.html#method.flush", || {
             on_paused_time(1).cancel_safe(
                 async || {
