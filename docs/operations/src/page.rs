@@ -139,15 +139,17 @@ pub(crate) fn page(versions: &Versions, groups: &[(&'static str, Vec<Judged>)]) 
     let all: Vec<&Judged> = groups.iter().flat_map(|(_, rows)| rows).collect();
     let count = |measured: &str| all.iter().filter(|it| it.measured() == measured).count();
     let differing: Vec<&&Judged> = all.iter().filter(|it| it.differs()).collect();
-    let silent = all.iter().filter(|it| it.row.says == Says::Nothing).count();
+    let silent: Vec<&&Judged> = all.iter().filter(|it| it.row.says == Says::Nothing).collect();
     let mut page = HEAD.replace("{versions}", &versions.tell());
     let summary = format!(
-        "{} calls were explored: {} are safe, {} are not, and {} starve. Of {silent} the documentation says nothing; of {} it \
-         says something else than what was seen.",
+        "{} calls were explored: {} are safe, {} are not, and {} starve. Of {} the documentation says nothing, and {} of these \
+         are not safe or starve. Of {} it says something else than what was seen.",
         all.len(),
         count("safe"),
         count("not safe"),
         count("starves"),
+        silent.len(),
+        silent.iter().filter(|it| !it.is_safe()).count(),
         differing.len(),
     );
     page = page.replace("{summary}", &summary);
