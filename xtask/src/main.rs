@@ -13,6 +13,7 @@ mod command;
 mod databases;
 mod doc;
 mod failed;
+mod history;
 mod mariadb;
 mod missing;
 mod operations;
@@ -29,6 +30,7 @@ use clap::{Parser, Subcommand};
 use crate::ci::Section;
 use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
+use crate::history::Locks;
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -89,6 +91,17 @@ enum Task {
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
     Doc,
+    /// Explore old versions of published crates, which must be caught, and new ones, which must be clean
+    ///
+    /// Each is a package of its own in benches/history, with its own lock file, outside of this workspace. When all are
+    /// explored, the table in benches/history/README.md is written anew.
+    History {
+        /// Directories in benches/history (`tokio-mutex`); all of them when none is named
+        names: Vec<String>,
+        /// Bring the lock files in line with our own crates first, after a dependency of `testing` has changed
+        #[arg(long)]
+        relock: bool,
+    },
     /// Judge operations of tokio, tokio-util and futures anew, and write docs/src/operations.md
     ///
     /// A minute. The page is not written if an operation could not be judged, or if it is not as documented and no note says
@@ -164,6 +177,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Awaits { crates } => awaits::tell(&workspace, &crates),
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
+        Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
         Task::Operations { part } => operations::run(part),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {

@@ -205,6 +205,7 @@ mod drive;
 mod drop_after;
 mod explore;
 mod failure;
+mod json;
 mod panics;
 mod plan;
 mod publish;

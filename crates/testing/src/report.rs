@@ -5,10 +5,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use serde_json::{Value, json};
-
 use crate::explore::Way;
 use crate::failure::{Failure, FailureKind};
+use crate::json;
 use crate::publish::publish;
 use crate::search::Question;
 use crate::site::{Await, Place, Site};
@@ -157,25 +156,7 @@ impl Report {
     /// [`Explore::cancel_safe`](crate::Explore::cancel_safe), `verdict`.
     #[must_use]
     pub fn to_json(&self) -> String {
-        let awaits = self.sites.iter().zip(&self.visited).map(|(site, points)| {
-            let failures = self.failures.iter().filter(|failure| failure.site() == Some(site)).count();
-            json!({"file": site.file(), "line": site.line(), "points": points, "failures": failures})
-        });
-        let mut object = json!({
-            "clean": self.is_clean(),
-            "points": self.points,
-            "task_points": self.task_points,
-            "runs": self.runs,
-            "unsettled": self.unsettled,
-            "varied": self.varied,
-            "notes": self.notes,
-            "awaits": awaits.collect::<Vec<_>>(),
-            "failures": self.failures.iter().map(failure_as_json).collect::<Vec<_>>(),
-        });
-        if self.question == Question::CancelSafe {
-            object["verdict"] = self.verdict().name().into();
-        }
-        object.to_string()
+        json::report(self)
     }
 
     pub(crate) fn add_failure(&mut self, failure: Failure) {
@@ -283,25 +264,6 @@ impl Report {
         }
         Ok(())
     }
-}
-
-fn failure_as_json(failure: &Failure) -> Value {
-    let site = |site: &Site| json!({"file": site.file(), "line": site.line()});
-    json!({
-        "kind": failure.refusal.kind.name(),
-        "message": failure.message(),
-        "point": failure.point(),
-        "step": failure.step(),
-        "way": failure.way().to_string(),
-        "budget": failure.budget(),
-        "completed": failure.is_completed(),
-        "site": failure.site().map(site),
-        "callers": failure.callers().iter().map(site).collect::<Vec<_>>(),
-        "rival": failure.rival_site().map(site),
-        "undisturbed": failure.refusal.evidence.as_ref().map(|(undisturbed, _)| undisturbed),
-        "seen": failure.refusal.evidence.as_ref().map(|(_, seen)| seen),
-        "again": failure.plan.to_string(),
-    })
 }
 
 pub(crate) fn count(number: usize, noun: &str) -> String {

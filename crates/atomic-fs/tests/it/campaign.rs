@@ -12,7 +12,7 @@ mod transaction;
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use cancel_safe_testing::publish_campaign;
+use cancel_safe_campaign::publish_campaign;
 use tempfile::{TempDir, tempdir};
 
 use crate::child;

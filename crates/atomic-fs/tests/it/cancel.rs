@@ -368,7 +368,7 @@ fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
     };
     println!("{said}");
     let violations = count("late") + count("litter");
-    cancel_safe_testing::publish_campaign("atomic-fs", name, count("cancelled"), violations);
+    cancel_safe_campaign::publish_campaign("atomic-fs", name, count("cancelled"), violations);
     assert!(violations == 0, "{said}");
     assert!(count("landed") > 0 && count("cancelled") > count("landed"), "the moments are badly chosen: {said}");
 }

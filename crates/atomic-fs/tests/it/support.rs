@@ -33,5 +33,5 @@ pub(crate) async fn drain_pool() {
 /// Says that something is not run here, and why.
 #[cfg(unix)]
 pub(crate) fn not_run(what: &str, why: &str) {
-    cancel_safe_testing::publish_not_run("atomic-fs", what, why);
+    cancel_safe_campaign::publish_not_run("atomic-fs", what, why);
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
-use cancel_safe::testing::{publish_campaign, publish_not_run};
+use cancel_safe_campaign::{publish_campaign, publish_not_run};
 use hyper::StatusCode;
 use sha2::{Digest, Sha256};
 use sqlx::{ConnectOptions, Connection};

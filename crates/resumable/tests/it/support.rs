@@ -10,8 +10,8 @@ use std::{
     time::Duration,
 };
 
+use cancel_safe_campaign::{publish_campaign, publish_not_run};
 use cancel_safe_resumable::{Builder, Done, FileStore, ItemError, ResumableTask, TaskError};
-use cancel_safe_testing::{publish_campaign, publish_not_run};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
-use cancel_safe_testing::publish_campaign;
+use cancel_safe_campaign::publish_campaign;
 use cancel_safe_tx_guard::{Options, TxPool};
 use fastrand::Rng;
 use futures_util::StreamExt;
