@@ -5,7 +5,7 @@
 use std::process::{Command, Stdio};
 
 use crate::command::{Failure, cargo};
-use crate::workspace::{self, BENCHES};
+use crate::workspace::{self, BENCHES, OPERATIONS};
 
 pub(crate) fn run() -> Result<(), Failure> {
     rustdoc()?;
@@ -14,7 +14,9 @@ pub(crate) fn run() -> Result<(), Failure> {
 
 /// Documents the crates; the flags reach rustdoc alone, so nothing that is compiled already is compiled again.
 pub(crate) fn rustdoc() -> Result<(), Failure> {
-    cargo(["doc", "--workspace", "--exclude", BENCHES, "--exclude", "xtask", "--all-features", "--no-deps"])
+    let unpublished = [BENCHES, OPERATIONS, "xtask"].into_iter().flat_map(|package| ["--exclude", package]);
+    cargo(["doc", "--workspace", "--all-features", "--no-deps"])
+        .args(unpublished)
         .env("RUSTDOCFLAGS", "-D warnings")
         .run()
 }

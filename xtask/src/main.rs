@@ -16,6 +16,7 @@ mod failed;
 mod history;
 mod mariadb;
 mod missing;
+mod operations;
 mod postgres;
 mod server;
 mod suite;
@@ -101,6 +102,14 @@ enum Task {
         #[arg(long)]
         relock: bool,
     },
+    /// Judge operations of tokio, tokio-util and futures anew, and write docs/src/operations.md
+    ///
+    /// A minute. The page is not written if an operation could not be judged, or if it is not as documented and no note says
+    /// why.
+    Operations {
+        /// Only explore the operations whose names contain this, and tell everything that was found
+        part: Option<String>,
+    },
     /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
@@ -169,6 +178,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Tidy => tidy::run(&workspace),
         Task::Doc => doc::run(),
         Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
+        Task::Operations { part } => operations::run(part),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
                 missing::see_to_tools();

@@ -13,6 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::command::Failure;
+use crate::operations;
 use crate::workspace::{self, Package, Workspace};
 
 /// One breach of a rule.
@@ -41,6 +42,12 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
         package::check(package, &mut findings);
     }
     package::check_umbrella(workspace, &mut findings)?;
+    findings.extend(operations::check()?.into_iter().map(|fix| Finding {
+        path: operations::PAGE.into(),
+        line: 1,
+        rule: "operations",
+        fix,
+    }));
     findings.sort_by(|a, b| (&a.path, a.line).cmp(&(&b.path, b.line)));
     for finding in &findings {
         println!("{finding}");

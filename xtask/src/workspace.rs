@@ -11,6 +11,9 @@ use serde::Deserialize;
 /// The package that is never built with all its features: `peers` compiles every crate ours are compared with.
 pub(crate) const BENCHES: &str = "cancel-safe-benches";
 
+/// The package that writes a page of the book; its operations are not ours.
+pub(crate) const OPERATIONS: &str = "cancel-safe-operations";
+
 /// The directory of the crate that only re-exports the others.
 pub(crate) const UMBRELLA: &str = "cancel-safe";
 
@@ -98,7 +101,7 @@ mod tests {
         assert_eq!(workspace.find("guard").unwrap().name, "cancel-safe-guard");
         assert_eq!(workspace.find("cancel-safe-guard").unwrap().short_name(), "guard");
         assert!(workspace.find("grard").err().unwrap().contains("there are"));
-        assert!(workspace.crates().all(|package| package.name != "xtask" && package.name != BENCHES));
+        assert!(workspace.crates().all(|package| ![BENCHES, OPERATIONS, "xtask"].contains(&package.name.as_str())));
         assert!(workspace.libraries().all(|package| package.name == format!("cancel-safe-{}", package.short_name())));
         assert!(workspace.find("cargo-cancel-safe").unwrap().is_command());
     }
