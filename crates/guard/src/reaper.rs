@@ -211,15 +211,18 @@ impl Reaper {
 }
 
 /// Hands an abandoned future to a runtime. Without one, or when it is shut down, dropping `entry` counts the loss.
-fn hand_over<T: Send + 'static>(runtime: Option<Handle>, mut entry: Entry, future: BoxFuture<T>) {
+fn hand_over<T: Send + 'static>(runtime: Option<Handle>, entry: Entry, future: BoxFuture<T>) {
     let Some(runtime) = runtime.or_else(|| Handle::try_current().ok()) else {
         return;
     };
-    drop(runtime.spawn(async move {
-        // The output may have a destructor; it has run before the books say that the future is finished.
-        drop(future.await);
-        entry.finish();
-    }));
+    drop(runtime.spawn(go_on(entry, future)));
+}
+
+/// What an abandoned future goes on as. Dropped with its runtime, it counts the loss.
+async fn go_on<T>(mut entry: Entry, future: BoxFuture<T>) {
+    // The output may have a destructor; it has run before the books say that the future is finished.
+    drop(future.await);
+    entry.finish();
 }
 
 /// A future that finishes although its caller was dropped; made by [`Reaper::shield`].
@@ -360,5 +363,35 @@ impl Drain {
     /// ```
     pub fn is_clean(&self) -> bool {
         self.timed_out == 0 && self.lost == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cancel_safe_testing::{Explore, Outcome};
+    use tokio::time::sleep;
+
+    use super::*;
+
+    #[test]
+    fn an_abandoned_future_that_is_dropped_with_its_task_is_counted_as_lost() {
+        let report = Explore::new().paused_time(true).run(
+            async || Reaper::new(),
+            async |reaper| {
+                let mut entry = reaper.ledger.entry();
+                entry.start();
+                go_on(entry, Box::pin(sleep(Duration::from_secs(1)))).await;
+            },
+            async |reaper, outcome| {
+                let Drain { finished, timed_out, lost } = reaper.drain(Duration::ZERO).await;
+                match (&outcome, finished, timed_out, lost) {
+                    (Outcome::Completed(()), 1, 0, 0) | (Outcome::Dropped { point: 1.., .. }, 0, 0, 1) => Ok(()),
+                    // Never polled, it was not even begun.
+                    (Outcome::Dropped { point: 0, .. }, 0, 0, 0) => Ok(()),
+                    _ => Err(format!("{outcome:?}: {finished} finished, {timed_out} running, {lost} lost")),
+                }
+            },
+        );
+        report.publish("guard", "task of an abandoned future").assert_clean();
     }
 }

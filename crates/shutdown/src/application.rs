@@ -415,7 +415,7 @@ pub struct Phase {
 }
 
 impl Phase {
-    fn new(name: String) -> Self {
+    pub(crate) fn new(name: String) -> Self {
         Self { name, workers: Vec::new(), timeout: None, ready_within: None, restart: None, is_own: false }
     }
 

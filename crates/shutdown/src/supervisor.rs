@@ -286,7 +286,115 @@ async fn cut_all(core: &Core, groups: &[TaskGroup]) {
 
 #[cfg(test)]
 mod tests {
+    use std::future::pending;
+
+    use cancel_safe_testing::{Explore, Outcome};
+    use tokio::time::sleep;
+
     use super::*;
+    use crate::restart::Restart;
+    use crate::task::{Kind, Slot};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// The core of an application with one worker, and what the worker leaves behind.
+    struct Scene {
+        core: Arc<Core>,
+        /// Held by each attempt for as long as it lives.
+        alive: Arc<()>,
+        begun: Arc<AtomicUsize>,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let core = Core::new("app".to_owned(), Arc::default(), 10 * SECOND, Duration::ZERO, 1);
+            Self { core: Arc::new(core), alive: Arc::default(), begun: Arc::default() }
+        }
+
+        /// Fails at first, and returns in its third attempt.
+        fn flaky(&self) -> Phase {
+            let (alive, begun) = (Arc::clone(&self.alive), Arc::clone(&self.begun));
+            Phase::new("main".to_owned()).worker("flaky", |_: WorkerContext| async move {
+                let number = begun.fetch_add(1, Ordering::SeqCst);
+                sleep(SECOND).await;
+                drop(alive);
+                if number < 2 { Err("not yet") } else { Ok(()) }
+            })
+        }
+
+        /// Returns in its only attempt.
+        fn steady(&self) -> Phase {
+            let (alive, begun) = (Arc::clone(&self.alive), Arc::clone(&self.begun));
+            Phase::new("main".to_owned()).worker_once("steady", move |_: WorkerContext| async move {
+                begun.fetch_add(1, Ordering::SeqCst);
+                sleep(SECOND).await;
+                drop(alive);
+            })
+        }
+
+        async fn run(&self, mut phase: Phase) -> bool {
+            let Worker { work, .. } = phase.workers.remove(0);
+            let group = TaskGroup::of_workers(Arc::clone(&self.core.ledger), phase.name);
+            let slot = Slot::new("worker".into(), Location::caller(), Kind::Contextual);
+            let cx = WorkerContext::new(Arc::new(slot), group.node());
+            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), cx).await.is_ok()
+        }
+
+        fn check(&self, outcome: Outcome<bool>, attempts: usize) -> Result<(), String> {
+            let (begun, working) = (self.begun.load(Ordering::SeqCst), self.core.working.load(Ordering::SeqCst));
+            let lives_on = Arc::strong_count(&self.alive) > 1;
+            match (outcome, working) {
+                _ if lives_on => Err(format!("an attempt outlives its worker: {outcome:?}")),
+                (Outcome::Completed(true), 0) if begun == attempts => Ok(()),
+                // A worker that was never polled was not there to end.
+                (Outcome::Dropped { point: 0, .. }, 1) if begun == 0 => Ok(()),
+                (Outcome::Dropped { point: 1.., .. }, 0) if (1..=attempts).contains(&begun) => Ok(()),
+                _ => Err(format!("{outcome:?}: {begun} attempts, {working} workers still count as running")),
+            }
+        }
+    }
+
+    #[test]
+    fn a_worker_dropped_anywhere_leaves_no_attempt_and_counts_as_ended() {
+        let explore = Explore::new().paused_time(true);
+        let report = explore.run(
+            async || Scene::new(),
+            async |scene| scene.run(scene.flaky()).await,
+            async |scene, outcome| scene.check(outcome, 3),
+        );
+        report.publish("shutdown", "task of a worker").assert_clean();
+        let report = explore.run(
+            async || Scene::new(),
+            async |scene| scene.run(scene.steady()).await,
+            async |scene, outcome| scene.check(outcome, 1),
+        );
+        report.publish("shutdown", "task of a worker that starts once").assert_clean();
+    }
+
+    #[test]
+    fn a_hurried_stop_dropped_anywhere_leaves_no_worker() {
+        let report = Explore::new().paused_time(true).run(
+            async || Scene::new(),
+            async |scene| {
+                let alive = Arc::clone(&scene.alive);
+                let deaf = |_: WorkerContext| async move { (alive, pending::<()>().await).1 };
+                let phase = Phase::new("main".to_owned()).worker_once("deaf", deaf);
+                let hurry = async {
+                    sleep(SECOND).await;
+                    scene.core.request(StopReason::Requested);
+                    sleep(SECOND).await;
+                    scene.core.hurry.cancel();
+                };
+                tokio::join!(supervise(&scene.core, vec![phase], Restart::Never.into()), hurry);
+                scene.core.report().stragglers().count()
+            },
+            async |scene, outcome| match (Arc::strong_count(&scene.alive), outcome) {
+                (1, Outcome::Completed(1) | Outcome::Dropped { .. }) => Ok(()),
+                (count, outcome) => Err(format!("{} workers left: {outcome:?}", count - 1)),
+            },
+        );
+        report.publish("shutdown", "supervisor in a hurry").assert_clean();
+    }
 
     #[tokio::test]
     async fn a_worker_whose_phase_is_closed_while_it_starts_is_reported_as_never_started() {
@@ -298,7 +406,7 @@ mod tests {
 
         let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
         let worker = Worker { name: "late".to_owned(), added_at: Location::caller(), work };
-        launch(&core, &group, "main", worker, restart::Restart::Never.into());
+        launch(&core, &group, "main", worker, Restart::Never.into());
 
         let report = core.report();
         let [task] = report.tasks() else { panic!("{report}") };

@@ -123,6 +123,29 @@ fn a_timeout_dropped_at_every_point_reports_what_it_tears() {
 }
 
 #[test]
+fn a_timeout_beyond_the_end_of_time_dropped_at_every_point_reports_what_it_tears() {
+    let report = bank(async |bank| timeout(Duration::MAX, critical(bank.transfer())).await.unwrap());
+    report.publish("guard", "timeout without end").assert_clean();
+}
+
+#[test]
+fn a_cancellation_point_beside_a_section_dropped_at_every_point_goes_no_further() {
+    let report = bank(async |bank| {
+        let cut = timeout(Duration::from_millis(5), async {
+            let beside = async {
+                sleep(Duration::from_millis(7)).await;
+                // The scope is due, and the section holds it.
+                cancellation_point().await;
+                unreachable!("a scope that is due lets nobody pass");
+            };
+            tokio::join!(critical(bank.transfer()), beside);
+        });
+        assert!(cut.await.is_err());
+    });
+    report.publish("guard", "cancellation_point, in overtime").assert_clean();
+}
+
+#[test]
 fn a_deadline_dropped_at_every_point_reports_what_it_tears() {
     let report = bank(async |bank| {
         let cut = timeout_at(Instant::now() + Duration::from_millis(5), async {

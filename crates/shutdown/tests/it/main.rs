@@ -3,6 +3,7 @@
 
 mod application;
 mod cancel;
+mod cancel_serve;
 mod child;
 mod group;
 #[cfg(all(unix, feature = "signal"))]
