@@ -242,6 +242,18 @@ pub(crate) fn cut_short(gate: &Gate, path: &Path) -> Error {
 
 #[cfg(test)]
 mod tests {
+    #[cfg(feature = "json")]
+    use std::{
+        cell::Cell,
+        sync::LazyLock,
+        sync::mpsc::{Receiver, Sender, channel},
+    };
+
+    #[cfg(feature = "json")]
+    use cancel_safe_testing::{Explore, Outcome};
+    #[cfg(feature = "json")]
+    use tokio::runtime::Runtime;
+
     use super::*;
 
     #[test]
@@ -291,6 +303,97 @@ mod tests {
         assert!(!gate.try_cancel());
         passage.done();
         assert!(!gate.try_cancel());
+    }
+
+    /// A job that has begun when its time is up, on a runtime that goes its own way.
+    #[cfg(feature = "json")]
+    struct Late {
+        gate: Arc<Gate>,
+        /// Lets the job go on.
+        release: Sender<()>,
+        released: Cell<Option<Receiver<()>>>,
+        /// Whether the job has entered.
+        tell: Sender<bool>,
+        entered: Receiver<bool>,
+    }
+
+    #[cfg(feature = "json")]
+    impl Late {
+        const LIMIT: Duration = Duration::from_secs(1);
+
+        fn new() -> Self {
+            let ((release, released), (tell, entered)) = (channel(), channel());
+            let gate = Gate::with_deadline(Instant::now().checked_add(Self::LIMIT));
+            Self { gate, release, released: Cell::new(Some(released)), tell, entered }
+        }
+
+        /// Waits for `work` as a job, which tells when it has begun.
+        async fn within(&self, work: impl FnOnce(&Gate, Sender<()>) + Send + 'static) -> Result<(), Error> {
+            static ELSEWHERE: LazyLock<Runtime> = LazyLock::new(|| Runtime::new().expect("a runtime"));
+            let (begin, begun) = channel();
+            let path = Arc::<Path>::from(Path::new("file"));
+            let job = Job::spawn(ELSEWHERE.handle(), &self.gate, &path, move |gate| {
+                work(gate, begin);
+                Ok(())
+            });
+            begun.recv().expect("the job begins");
+            job.within(Self::LIMIT).await
+        }
+    }
+
+    #[cfg(feature = "json")]
+    #[test]
+    fn a_job_that_is_late_never_enters_wherever_its_caller_is_dropped() {
+        let report = Explore::new().paused_time(true).run(
+            async || Late::new(),
+            async |late| {
+                let released = late.released.take().expect("it is run once");
+                let tell = late.tell.clone();
+                let work = move |gate: &Gate, begin: Sender<()>| {
+                    begin.send(()).expect("the caller waits for it");
+                    released.recv().expect("the check releases it");
+                    tell.send(gate.enter().is_some()).unwrap_or_default();
+                };
+                late.within(work).await
+            },
+            async |late, outcome| {
+                late.release.send(()).unwrap_or_default();
+                let is_begun = !matches!(outcome, Outcome::Dropped { point: 0, .. });
+                let entered = is_begun.then(|| late.entered.recv_timeout(10 * Late::LIMIT));
+                match (&outcome, entered) {
+                    (Outcome::Completed(Err(Error::TimedOut { .. })), Some(Ok(false))) => Ok(()),
+                    (Outcome::Dropped { .. }, None | Some(Ok(false))) => Ok(()),
+                    _ => Err(format!("{outcome:?}, and it entered: {entered:?}")),
+                }
+            },
+        );
+        report.publish("atomic-fs", "job with a deadline").assert_clean();
+    }
+
+    #[cfg(feature = "json")]
+    #[test]
+    fn a_call_that_was_entered_in_time_is_made_wherever_its_caller_is_dropped() {
+        let report = Explore::new().paused_time(true).run(
+            async || Late::new(),
+            async |late| {
+                let tell = late.tell.clone();
+                let work = move |gate: &Gate, begin: Sender<()>| {
+                    let passage = gate.enter().expect("nobody has cancelled");
+                    begin.send(()).expect("the caller waits for it");
+                    // The call that users can see takes its time.
+                    std::thread::park_timeout(Duration::from_millis(10));
+                    tell.send(true).unwrap_or_default();
+                    passage.done();
+                };
+                late.within(work).await
+            },
+            async |late, outcome| match (&outcome, late.entered.try_recv(), late.gate.is_cancelled()) {
+                (Outcome::Completed(Ok(())) | Outcome::Dropped { point: 1.., .. }, Ok(true), false) => Ok(()),
+                (Outcome::Dropped { point: 0, .. }, Err(_), false) => Ok(()),
+                state => Err(format!("outcome, made, cancelled: {state:?}")),
+            },
+        );
+        report.publish("atomic-fs", "job that is late in its call").assert_clean();
     }
 
     #[test]

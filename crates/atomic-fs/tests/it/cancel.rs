@@ -92,10 +92,13 @@ fn dropped_write_leaves_old_or_new_for_ever() {
 fn dropped_write_json_leaves_old_or_new_for_ever() {
     let report = explore(b"5", async |path| atomic_fs::write_json(path, &5).await.unwrap());
     assert_clean("write_json", &report);
-    let report = explore(b"5", async |path| {
-        atomic_fs::write_json_with_timeout(path, &5, Duration::from_secs(60)).await.unwrap();
-    });
-    assert_clean("write_json_with_timeout", &report);
+    // A timeout beyond the end of time is none.
+    for (name, timeout) in
+        [("write_json_with_timeout", Duration::from_secs(60)), ("write_json_with_timeout/none", Duration::MAX)]
+    {
+        let report = explore(b"5", async |path| atomic_fs::write_json_with_timeout(path, &5, timeout).await.unwrap());
+        assert_clean(name, &report);
+    }
 }
 
 #[test]

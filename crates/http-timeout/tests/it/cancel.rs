@@ -8,6 +8,7 @@ use std::{
 use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, RequestError, Retry, State, TimeoutClient};
 use cancel_safe_testing::{Explore, Outcome};
 use futures_util::StreamExt as _;
+use http::StatusCode;
 
 use crate::server::{Server, drip, reply};
 
@@ -151,6 +152,59 @@ fn a_call_dropped_in_the_queue_leaves_it() {
         },
     );
     report.publish(CRATE, "wait for a permit");
+    report.assert_clean();
+}
+
+#[test]
+fn a_call_dropped_while_it_reads_what_it_does_not_want_gives_everything_back() {
+    let report = explore().budgets([1]).run(
+        async || {
+            let server = Server::start(|_, hit| async move {
+                let mut reply = drip(3, 100, Duration::from_millis(1));
+                *reply.status_mut() = if hit == 0 { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
+                reply
+            });
+            let retry = Retry::idempotent(1).backoff(Duration::from_millis(1), Duration::from_millis(3));
+            Rig { server, client: TimeoutClient::builder().retry(retry).build().unwrap() }
+        },
+        async |rig| {
+            let response = rig.client.get(rig.server.url("/")).send().await.unwrap();
+            response.bytes().await.unwrap().len()
+        },
+        async |rig, outcome| match outcome {
+            Outcome::Completed(300) | Outcome::Dropped { .. } => given_back(rig),
+            Outcome::Completed(length) => Err(format!("{length} bytes")),
+        },
+    );
+    report.publish(CRATE, "drain before a retry");
+    report.assert_clean();
+}
+
+/// Nothing ends these calls but the drop: no deadline, no idle timeout.
+#[test]
+fn calls_without_any_limit_dropped_anywhere_give_everything_back() {
+    let report = explore().run(
+        async || {
+            let server = Server::start(|_, _| async { drip(3, 100, Duration::from_millis(1)) });
+            let client = TimeoutClient::builder().timeout(None).attempt_timeout(None).idle_timeout(None);
+            Rig { server, client: client.concurrency_per_host(1).build().unwrap() }
+        },
+        async |rig| {
+            let first = rig.client.get(rig.server.url("/")).send().await.unwrap();
+            // The origin has one permit, which the first body holds to its end.
+            let second = rig.client.get(rig.server.url("/")).send();
+            let (first, second) = tokio::join!(first.bytes(), second);
+            first.unwrap().len() + second.unwrap().bytes().await.unwrap().len()
+        },
+        async |rig, outcome| {
+            let metrics = rig.client.metrics();
+            match (outcome, metrics.in_flight, metrics.waiting) {
+                (Outcome::Completed(600) | Outcome::Dropped { .. }, 0, 0) => Ok(()),
+                (outcome, ..) => Err(format!("{outcome:?}: {metrics:?}")),
+            }
+        },
+    );
+    report.publish(CRATE, "calls without limits");
     report.assert_clean();
 }
 

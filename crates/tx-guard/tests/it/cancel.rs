@@ -15,21 +15,21 @@ use tokio::task::JoinHandle;
 use crate::world::{PATIENCE, TestDb, World};
 
 /// Both starved budgets and the natural one find the same awaits here; the smallest finds the most points.
-fn explore() -> Explore {
+pub(crate) fn explore() -> Explore {
     Explore::new().budgets([1]).hang_after(PATIENCE).timeout(6 * PATIENCE)
 }
 
 /// A pool of one connection, so that whatever is left on it is met by whoever comes next.
-struct Stage<D: TestDb> {
-    world: World<D>,
-    db: TxPool<D>,
-    handle: RefCell<Option<OutcomeHandle>>,
+pub(crate) struct Stage<D: TestDb> {
+    pub(crate) world: World<D>,
+    pub(crate) db: TxPool<D>,
+    pub(crate) handle: RefCell<Option<OutcomeHandle>>,
     /// Ends with the runtime in which the pool was made, and not before.
     runtime: JoinHandle<()>,
 }
 
 impl<D: TestDb> Stage<D> {
-    async fn new() -> Self {
+    pub(crate) async fn new() -> Self {
         let world = World::new().await;
         let db = world.pool(1).await;
         Self { world, db, handle: RefCell::new(None), runtime: tokio::spawn(std::future::pending()) }
@@ -37,7 +37,7 @@ impl<D: TestDb> Stage<D> {
 
     /// The promises that hold after any drop: the handle tells what the table shows, halves are never seen, and the
     /// pool goes on as if nothing had happened.
-    async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
+    pub(crate) async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
         let shutdown = self.runtime.is_finished();
         let handle = self.handle.borrow_mut().take();
         let told = match &handle {
@@ -61,7 +61,7 @@ impl<D: TestDb> Stage<D> {
     }
 }
 
-async fn within<T>(future: impl Future<Output = T>) -> Result<T, String> {
+pub(crate) async fn within<T>(future: impl Future<Output = T>) -> Result<T, String> {
     tokio::time::timeout(PATIENCE / 2, future).await.map_err(|_| "it does not end".to_owned())
 }
 
