@@ -311,7 +311,8 @@ impl Explore {
     ///
     /// Leave in the state whatever a call borrows or keeps between calls, such as the buffer of a reader: what is local
     /// to `call` is lost with it, and that is the point. `observe` sees what the results do not show, such as what a peer
-    /// has received; `async |_| ()` is fine where there is nothing.
+    /// has received; `async |_| ()` is fine where there is nothing. Let a call return its error instead of unwrapping it:
+    /// an error is a result that can be compared, a panic is not judged.
     ///
     /// # Panics
     ///
@@ -367,6 +368,8 @@ impl Explore {
     /// ([`Failure::is_futurelock`](crate::Failure::is_futurelock)), told with the lines of both. Otherwise the operation
     /// is dropped in one run, and polled to its end in another, and `check` judges what both left: a state that the rival
     /// saw half done is found as well.
+    ///
+    /// The operation has to come to its end without the rival: it is first run undisturbed, and the rival after it.
     ///
     /// That nothing can make progress is known within a second where no socket is watched, no timer is due and no
     /// blocking job runs, and nothing woke anybody for half of it; elsewhere after [`hang_after`](Explore::hang_after).

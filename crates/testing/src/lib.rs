@@ -199,6 +199,8 @@
 //! - Only tokio's leaf futures can be starved, and only those of the operation itself.
 //! - Inside tasks, points are polls and not awaits, they are visited under the natural budget and eagerly only, and the
 //!   await of a task has no name.
+//! - Sets of futures (`FuturesUnordered`, `buffered`) poll with wakers of their own: a failure names the await of the set,
+//!   not the one inside it.
 //! - With paused time, a blocking job of the setup that never ends stops tokio's clock, as in any runtime of tokio's.
 //! - Sockets, and databases with threads of their own, finish when they like: the number of points varies, and the
 //!   report [says so](Report::is_varied). `select!` without `biased` is random by design, and named as the likely cause.

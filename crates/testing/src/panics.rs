@@ -1,16 +1,31 @@
 //! Panics in explored code are printed once.
 //!
-//! Invariant: only what has been printed already, from the same line of the same thread, is left out; every other panic
-//! of the program reaches the hook that was there before.
+//! Invariant: only what has been printed already, from the same line in the same exploration, is left out; every other
+//! panic of the program reaches the hook that was there before.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::panic::{self, Location};
-use std::sync::Once;
+use std::sync::{Arc, Mutex, Once};
+
+use crate::runtime::lock;
+
+/// The lines of which a panic has been printed.
+pub(crate) type Printed = Arc<Mutex<BTreeSet<(String, u32, u32)>>>;
 
 thread_local! {
-    /// The lines of which a panic has been printed in the exploration on this thread.
-    static PRINTED: RefCell<Option<BTreeSet<(String, u32, u32)>>> = const { RefCell::new(None) };
+    /// Those of the exploration that this thread belongs to.
+    static PRINTED: RefCell<Option<Printed>> = const { RefCell::new(None) };
+}
+
+/// The exploration on this thread, for the other threads of its runtimes.
+pub(crate) fn printed() -> Option<Printed> {
+    PRINTED.with_borrow(Clone::clone)
+}
+
+/// Makes this thread one of the exploration's.
+pub(crate) fn join(printed: Option<&Printed>) {
+    PRINTED.set(printed.cloned());
 }
 
 /// While it lives, a panic on this thread is printed the first time only: each run of an exploration repeats it, and the
@@ -29,7 +44,7 @@ impl Quietly {
                 }
             }));
         });
-        PRINTED.set(Some(BTreeSet::new()));
+        PRINTED.set(Some(Arc::default()));
         Self(())
     }
 }
@@ -41,8 +56,8 @@ impl Drop for Quietly {
 }
 
 fn is_news(location: &Location<'_>) -> bool {
-    let is_news = |printed: &RefCell<Option<BTreeSet<_>>>| match printed.borrow_mut().as_mut() {
-        Some(printed) => printed.insert((location.file().to_owned(), location.line(), location.column())),
+    let is_news = |printed: &RefCell<Option<Printed>>| match printed.borrow().as_ref() {
+        Some(printed) => lock(printed).insert((location.file().to_owned(), location.line(), location.column())),
         None => true,
     };
     PRINTED.try_with(is_news).unwrap_or(true)

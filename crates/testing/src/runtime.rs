@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
+use crate::panics;
 use crate::torn::Ours;
 
 /// How often the watchdog lets a wait look at its limit.
@@ -163,6 +164,7 @@ impl<'a> Stage<'a> {
         let (started, stopped) = (Arc::clone(&blocking_threads), Arc::clone(&blocking_threads));
         let bell = Arc::new(Bell::default());
         let slept = Arc::clone(&bell);
+        let printed = panics::printed();
         let runtime = Builder::new_current_thread()
             .enable_all()
             // One blocking thread makes the blocking pool a queue: jobs run in the order they were submitted, and a
@@ -175,7 +177,10 @@ impl<'a> Stage<'a> {
             .global_queue_interval(1)
             .start_paused(paused)
             .on_thread_unpark(move || slept.ring())
-            .on_thread_start(move || *lock(&started.0) += 1)
+            .on_thread_start(move || {
+                panics::join(printed.as_ref());
+                *lock(&started.0) += 1;
+            })
             .on_thread_stop(move || {
                 *lock(&stopped.0) -= 1;
                 stopped.1.notify_all();

@@ -108,7 +108,7 @@ impl Namer {
     /// The user's frames of a trace, innermost first. Hand-written `poll` functions are left out where an `async`
     /// block or function around them is seen, because that one has the await.
     fn awaits(&mut self, trace: &Backtrace) -> Vec<Frame> {
-        let mut frames = frames(&format!("{trace:#}"));
+        let (mut frames, inside) = frames(&format!("{trace:#}"));
         if self.root.is_none() {
             // The outermost such frame is the caller of `run`; another package may have a file of the same name.
             self.root = frames.iter().rev().find_map(|frame| {
@@ -121,12 +121,9 @@ impl Namer {
                 frame.site.file = relative.to_owned();
             }
         }
+        // What lies around the operation is the test that explores it.
+        frames.truncate(inside);
         frames.retain(|frame| !frame.site.file.starts_with("vendor/"));
-        // What lies around the operation is the test that explores it, down to the call of the exploration.
-        let test = |frame: &Frame| frame.site.file == self.caller.file() && frame.site.line == self.caller.line();
-        if let Some(around) = frames.iter().position(|frame| !frame.is_async && test(frame)) {
-            frames.truncate(around);
-        }
         if frames.iter().any(|frame| frame.is_async) {
             frames.retain(|frame| frame.is_async);
         }
@@ -147,15 +144,21 @@ struct Frame {
     is_async: bool,
 }
 
-/// Reads the standard library's rendering of a trace: a line `12: 0x55d0 - name`, then a line `at file:line:column`.
-fn frames(trace: &str) -> Vec<Frame> {
+/// Reads the standard library's rendering of a trace: a line `12: 0x55d0 - name`, then a line `at file:line:column`. Says
+/// too how many of the frames lie inside the poll of the operation.
+fn frames(trace: &str) -> (Vec<Frame>, usize) {
+    let poll = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tracer.rs").replace('\\', "/");
     let mut name = "";
     let mut frames = Vec::new();
+    let mut inside = None;
     for line in trace.lines() {
         let line = line.trim();
         if let Some(place) = line.strip_prefix("at ") {
             let mut parts = place.rsplitn(3, ':');
             let (Some(column), Some(line), Some(file)) = (parts.next(), parts.next(), parts.next()) else { continue };
+            if inside.is_none() && !frames.is_empty() && file.replace('\\', "/") == poll {
+                inside = Some(frames.len());
+            }
             let (Ok(line), Ok(column), true) = (line.parse(), column.parse(), is_users(file)) else { continue };
             // `{async_fn#0}`, `{async_fn#0}<u8>` or `{{closure}}::h0123456789abcdef`, depending on how names are mangled.
             let is_async = without_arguments(without_hash(name)).ends_with('}');
@@ -166,7 +169,8 @@ fn frames(trace: &str) -> Vec<Frame> {
             name = rest.split_once(" - ").map_or(rest, |(_, name)| name);
         }
     }
-    frames
+    let inside = inside.unwrap_or(frames.len());
+    (frames, inside)
 }
 
 /// Decided by path, not by whether there is debug information: a build may have it for every crate.

@@ -131,6 +131,8 @@ fn a_panic_is_printed_once_and_the_hook_of_the_program_stays() {
             },
         );
         assert!(report.failures().len() > 3);
+        let job = async |()| drop(tokio::task::spawn_blocking(|| panic!("out of wine")).await);
+        let _report = Explore::new().run(async || (), async |()| job(()).await, async |(), _| Ok(()));
         let _caught = std::panic::catch_unwind(|| panic!("another"));
         let _caught = std::panic::catch_unwind(|| panic!("another"));
         return;
@@ -139,6 +141,7 @@ fn a_panic_is_printed_once_and_the_hook_of_the_program_stays() {
     assert!(output.status.success());
     let printed = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(printed.matches("out of cheese").count(), 1, "{printed}");
+    assert_eq!(printed.matches("out of wine").count(), 1, "{printed}");
     assert_eq!(printed.matches("another").count(), 2, "{printed}");
 }
 
