@@ -14,7 +14,7 @@ use crate::search::Visit;
 use crate::torn::Watch;
 use crate::world::{QUIET, World};
 
-/// How many blocking jobs that never end a setup may have.
+/// How many blocking jobs may need a thread of their own.
 const MAX_WORKERS: usize = 16;
 
 /// The bounds of an exploration, and what it has learnt about its setup.
@@ -22,7 +22,7 @@ const MAX_WORKERS: usize = 16;
 pub(crate) struct Bounds<'a> {
     pub(crate) options: &'a Explore,
     watchdog: Watchdog,
-    /// Blocking jobs of the setup that never end. Each has a thread of its own.
+    /// Blocking jobs that do not end, or wait for each other. Each has a thread of its own.
     workers: Cell<usize>,
     quiet: Cell<Duration>,
     job_patience: Cell<Duration>,
@@ -76,7 +76,7 @@ impl<'a> Bounds<'a> {
         }
     }
 
-    /// Does a run. `perform` is called once more for each blocking job of the setup that turns out not to end.
+    /// Does a run. `perform` is called once more for each blocking job that turns out to need a thread of its own.
     pub(crate) fn act<'s>(
         &'s self,
         scratch: Scratch,
@@ -84,12 +84,16 @@ impl<'a> Bounds<'a> {
         mut perform: impl FnMut(Stage<'s>, &mut Visit) -> (Stage<'s>, Ended),
     ) -> Visit {
         let watch = Watch::begin();
+        let (polls, end, site) = (visit.polls, visit.end, visit.site.clone());
         let (stage, ended) = loop {
             let (stage, ended) = perform(self.stage(), &mut visit);
             match ended {
                 Err(Broken { fault: Fault::Occupied, .. }) if self.workers.get() < MAX_WORKERS => {
                     stage.abandon();
                     self.workers.set(self.workers.get() + 1);
+                    // From the beginning, with a thread more.
+                    visit = Visit { polls, end, site: site.clone(), ..Visit::default() };
+                    scratch.empty();
                 }
                 ended => break (stage, ended),
             }
@@ -112,7 +116,7 @@ impl<'a> Bounds<'a> {
                 Some(Refusal::new(FailureKind::Hang, message))
             }
             Err(Broken { fault: Fault::Occupied, .. }) => {
-                let message = format!("the setup has more than {MAX_WORKERS} blocking jobs that do not end");
+                let message = format!("more than {MAX_WORKERS} blocking jobs do not end");
                 Some(Refusal::new(FailureKind::Incomplete, message))
             }
         };

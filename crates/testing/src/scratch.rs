@@ -79,9 +79,9 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        CURRENT.set(None);
+impl Scratch {
+    /// Removes it, as if the run had not begun.
+    pub(crate) fn empty(&self) {
         // Most runs never made it. A thread of the operation's own may write a last file into it while it is being
         // removed, which makes one attempt fail; what cannot be removed at all is left as temporary files are.
         for _ in 0..REMOVALS {
@@ -90,5 +90,12 @@ impl Drop for Scratch {
             }
             std::thread::park_timeout(Duration::from_millis(1));
         }
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        CURRENT.set(None);
+        self.empty();
     }
 }

@@ -13,9 +13,7 @@
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 use std::fmt;
-use std::pin::pin;
 use std::process::ExitCode;
-use std::task::Poll;
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{
@@ -191,16 +189,8 @@ enum Told {
 
 /// Drops `future` when it has been pending `at` times, as a timeout or a lost `select!` does.
 async fn drop_at<T>(future: impl Future<Output = T>, at: Option<u32>) -> Option<T> {
-    let Some(mut left) = at else { return Some(future.await) };
-    let mut future = pin!(future);
-    std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
-        Poll::Ready(output) => Poll::Ready(Some(output)),
-        Poll::Pending => {
-            left -= 1;
-            if left == 0 { Poll::Ready(None) } else { Poll::Pending }
-        }
-    })
-    .await
+    let pendings = at.map_or(usize::MAX, |at| usize::try_from(at).unwrap_or(usize::MAX));
+    cancel_safe_testing::drop_after(pendings, future).await
 }
 
 /// What came of all of them.

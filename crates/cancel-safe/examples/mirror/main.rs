@@ -59,6 +59,9 @@ fn main() -> ExitCode {
             Some(match (code, stop.reason()) {
                 (Some((Exit::Interrupted, _)), StopReason::Signal(15)) => Exit::Terminated as u8,
                 (Some((exit, _)), _) => exit as u8,
+                // The signal came before the worker had begun: that is a stop like any other.
+                (None, StopReason::Signal(15)) if stop.is_clean() => Exit::Terminated as u8,
+                (None, StopReason::Signal(_)) if stop.is_clean() => Exit::Interrupted as u8,
                 (None, _) => return None,
             })
         })

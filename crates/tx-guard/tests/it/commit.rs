@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use cancel_safe_testing::drop_after;
 use cancel_safe_tx_guard::{CommitError, CommitMode, CommitOutcome, TxError, TxEvent, TxPool};
 use futures_util::FutureExt;
 use sqlx::{AssertSqlSafe, Connection, Postgres, Sqlite};
@@ -66,13 +67,13 @@ async fn a_cancelled_nested_begin_is_caught_at_every_poll<D: TestDb>() {
 async fn cancel_a_nested_begin<D: TestDb>(
     world: &World<D>,
     db: &TxPool<D>,
-    polls: u32,
+    polls: usize,
     write_after: bool,
     caught: &mut u32,
 ) -> bool {
     let mut tx = db.begin().await.unwrap();
     world.insert(&mut tx, 1).await.unwrap();
-    if poll_times(tx.begin(), polls).await {
+    if drop_after(polls, tx.begin()).await.is_some() {
         tx.rollback().await.unwrap();
         return false;
     }
@@ -93,18 +94,6 @@ async fn cancel_a_nested_begin<D: TestDb>(
     }
     assert!(world.committed().await.is_empty(), "a statement after the loss was committed by itself");
     true
-}
-
-/// Polls `future` up to `polls` times, each time when it was woken, and drops it. Whether it had completed.
-async fn poll_times<T>(future: impl Future<Output = T>, polls: u32) -> bool {
-    let mut future = std::pin::pin!(future);
-    let mut left = polls;
-    std::future::poll_fn(|cx| {
-        let polled = future.as_mut().poll(cx).is_ready();
-        left -= 1;
-        if polled || left == 0 { std::task::Poll::Ready(polled) } else { std::task::Poll::Pending }
-    })
-    .await
 }
 
 async fn a_nested_transaction_that_ends_properly_is_fine<D: TestDb>() {
