@@ -82,6 +82,11 @@ impl Watchdog {
         self.limit
     }
 
+    fn forget_waker(&self) {
+        let waker = lock(&self.waiting).take();
+        drop(waker);
+    }
+
     /// Waits for `future`, but not longer than the limit, and not past a panic.
     pub(crate) async fn bound<T>(&self, future: impl Future<Output = T>) -> Result<T, Fault> {
         let mut future = pin!(future);
@@ -129,10 +134,19 @@ impl Bell {
         lock(&self.0).rung = false;
         poll_fn(|cx| {
             let mut ringing = lock(&self.0);
+            if ringing.rung {
+                return Poll::Ready(());
+            }
             ringing.waker = Some(cx.waker().clone());
-            if ringing.rung { Poll::Ready(()) } else { Poll::Pending }
+            Poll::Pending
         })
         .await;
+    }
+
+    /// The runtime owns the bell and the waker owns the runtime: without this it would never be freed.
+    fn forget_waker(&self) {
+        let waker = lock(&self.0).waker.take();
+        drop(waker);
     }
 }
 
@@ -191,7 +205,10 @@ impl<'a> Stage<'a> {
 
     /// Runs `future` to its end; it bounds its own waits.
     pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
-        self.runtime.block_on(future)
+        let output = self.runtime.block_on(future);
+        self.bell.forget_waker();
+        self.watchdog.forget_waker();
+        output
     }
 
     /// Drops `value` in the context of the runtime, where its `Drop` may spawn.

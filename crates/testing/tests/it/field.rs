@@ -394,3 +394,41 @@ fn a_failure_of_a_run_that_completed_panicked_or_hung_is_seen_again_too() {
     };
     again(&hangs(Explore::new().hang_after(100 * MS)), &hangs);
 }
+
+#[cfg(target_os = "linux")]
+#[test]
+fn an_exploration_leaves_no_descriptor_open() {
+    const CHILD: &str = "CANCEL_SAFE_TEST_DESCRIPTORS";
+    let here = "field::an_exploration_leaves_no_descriptor_open";
+    if std::env::var_os(CHILD).is_none() {
+        // Alone in its process: other tests have descriptors of their own.
+        assert!(crate::run_again(here, &[(CHILD, "")]).status.success());
+        return;
+    }
+    let open = || std::fs::read_dir("/proc/self/fd").unwrap().count();
+    let explore = |explore: Explore| {
+        let check = async |_: &Mutex<u8>, _: Outcome<()>| Ok(());
+        let operation = async |lock: &Mutex<u8>| {
+            let _guard = lock.lock().await;
+            drop(tokio::fs::metadata("/").await);
+            drop(tokio::spawn(sleep(MS)).await);
+        };
+        explore.run(async || Mutex::new(0), operation, check).assert_clean();
+        let rival = async |_: &Mutex<u8>| sleep(3 * MS).await;
+        drop(explore.suspended(async || Mutex::new(0), operation, rival, async |_, _, ()| Ok(())));
+        drop(explore.cancel_safe(async || Mutex::new(0), async |lock| operation(lock).await, async |_| ()));
+        let hung = async |_: &Mutex<u8>| std::future::pending::<()>().await;
+        drop(explore.hang_after(50 * MS).run(async || Mutex::new(0), hung, check));
+    };
+    explore(Explore::new());
+    let before = open();
+    for paused in [true, false] {
+        explore(Explore::new().paused_time(paused));
+    }
+    // A blocking thread that is just ending may hold its runtime for a moment.
+    let limit = std::time::Instant::now() + Duration::from_secs(30);
+    while open() > before && std::time::Instant::now() < limit {
+        std::thread::park_timeout(MS);
+    }
+    assert!(open() <= before, "{} descriptors, and {before} before", open());
+}
