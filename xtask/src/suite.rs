@@ -14,7 +14,7 @@ use crate::command::{Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::failed::Failed;
 use crate::missing;
-use crate::workspace::{BENCHES, Package, UMBRELLA, Workspace};
+use crate::workspace::{BENCHES, OPERATIONS, Package, UMBRELLA, Workspace};
 
 /// The crates whose tests talk to a server, by directory.
 const ON_POSTGRES: [&str; 2] = [UMBRELLA, "tx-guard"];
@@ -152,7 +152,11 @@ fn chosen(
 
 fn select<'a>(workspace: &'a Workspace, names: &[String]) -> Result<Vec<&'a Package>, Failure> {
     if names.is_empty() {
-        return Ok(workspace.packages.iter().filter(|package| package.name != BENCHES).collect());
+        return Ok(workspace
+            .packages
+            .iter()
+            .filter(|package| ![BENCHES, OPERATIONS].contains(&package.name.as_str()))
+            .collect());
     }
     names.iter().map(|name| workspace.find(name).map_err(Failure::from)).collect()
 }
