@@ -1,118 +1,119 @@
 //! What is done with a committed journal: apply it, undo it, judge what a crash left of it, and forget it.
 //!
-//! Invariant: nothing is touched before every slot has been judged; the journal goes, durably, before any file that it
-//! speaks of.
+//! Invariant: nothing is touched before every chain has been judged; no step of a chain is made before the one before it
+//! is durable; the journal goes, durably, before any file that it speaks of.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use tokio::runtime::Handle;
 
 use crate::Error;
-use crate::journal::{self, ABORTING, COMMITTED, Progress, Slot};
+use crate::chain::{Aim, Chain, Spot, Trust, Way};
+use crate::journal::{self, ABORTING, COMMITTED, Pointer, Record};
 use crate::staged::{io_error, rename_error};
 use crate::workspace::Site;
 
-/// The directories of `slots`, each once.
-pub(crate) fn sites(slots: &[Slot]) -> impl Iterator<Item = &Arc<Site>> {
-    let mut seen = Vec::new();
-    slots.iter().map(|slot| &slot.site).filter(move |site| {
-        let fresh = !seen.contains(&site.id);
-        if fresh {
-            seen.push(site.id);
-        }
-        fresh
-    })
-}
-
-/// Makes the commit point durable, and then every slot.
-pub(crate) fn apply(home: &Site, slots: &[Slot]) -> Result<(), Error> {
+/// Makes the commit point durable, and then every step.
+pub(crate) fn apply(home: &Site, chains: &[Chain]) -> Result<(), Error> {
     home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
-    for slot in slots {
-        slot.apply().map_err(|source| rename_error(slot.path(), source))?;
+    let ways: Vec<_> = chains.iter().map(|chain| Way { from: 0, to: chain.steps() }).collect();
+    for number in 1..=longest(chains) {
+        // Puts before removals: of a file that is renamed, the new name comes before the old one goes.
+        for chain in chains.iter().filter(|chain| number <= chain.steps()) {
+            chain.step(number).map_err(|source| rename_error(chain.names[number - 1].path(), source))?;
+        }
+        sync_where(chains, &ways, |way| way.to > number)?;
     }
-    sync_sites(slots)
+    sync_where(chains, &ways, |_| true)
 }
 
-fn sync_sites(slots: &[Slot]) -> Result<(), Error> {
-    sites(slots).try_for_each(|site| site.dir.sync().map_err(io_error("sync the directory", &site.path)))
+fn longest(chains: &[Chain]) -> usize {
+    chains.iter().map(Chain::steps).max().unwrap_or_default()
+}
+
+/// Makes the names of those chains durable whose way is `wanted`.
+fn sync_where(chains: &[Chain], ways: &[Way], wanted: impl Fn(&Way) -> bool) -> Result<(), Error> {
+    let chosen = chains.iter().zip(ways).filter(|(_, way)| wanted(way)).map(|(chain, _)| chain);
+    let mut synced = Vec::new();
+    for site in chosen.flat_map(Chain::spots).map(|spot| &spot.site) {
+        if !synced.contains(&site.id) {
+            site.dir.sync().map_err(io_error("sync the directory", &site.path))?;
+            synced.push(site.id);
+        }
+    }
+    Ok(())
 }
 
 /// Undoes what was applied; an error means that only a recovery can tell.
-pub(crate) fn abort(home: &Site, slots: &[Slot]) -> io::Result<()> {
+pub(crate) fn abort(home: &Site, chains: &[Chain], trust: Trust) -> io::Result<()> {
     // Durably first: after a power cut in the middle of undoing, nobody may take this for a commit.
     home.dir.rename(COMMITTED.as_ref(), ABORTING.as_ref())?;
     home.dir.sync()?;
     let undone = (|| {
-        let progress = judge(home, ABORTING, slots)?;
-        roll_back(home, slots, &progress)
+        let ways = judge(home, ABORTING, chains, trust)?;
+        roll(home, ABORTING, chains, &ways)
     })();
     undone.map_err(io::Error::from)
 }
 
-/// Finds out how far each slot has come, and refuses if one cannot be told, or should not be touched.
-pub(crate) fn judge(home: &Site, journal: &'static str, slots: &[Slot]) -> Result<Vec<Progress>, Error> {
-    let is_known = |progress| match progress {
-        // What somebody else put over an applied file is the last write, whichever way this goes.
-        Progress::Before | Progress::After | Progress::Same | Progress::AfterReplaced => true,
-        // To undo would lose what they wrote, and not to undo would keep what is being undone.
-        Progress::AfterChanged => journal == COMMITTED,
-        // To finish would overwrite it.
-        Progress::BeforeChanged => journal == ABORTING,
-        Progress::Unknown => false,
+/// Finds out how far each chain has come, and refuses if one cannot be told, or should not be touched.
+pub(crate) fn judge(home: &Site, name: &'static str, chains: &[Chain], trust: Trust) -> Result<Vec<Way>, Error> {
+    let aim = if name == ABORTING { Aim::Back } else { Aim::Forward };
+    let judge_one = |chain: &Chain| {
+        let judged = chain.judge(trust, aim).map_err(io_error("look at", &chain.path()))?;
+        judged.map_err(|path| Error::UnknownFile { path, journal: home.path.join(name) })
     };
-    let judge_one = |slot: &Slot| {
-        let progress = slot.progress().map_err(io_error("look at", &slot.path()))?;
-        let unknown = || Error::UnknownFile { path: slot.path(), journal: home.path.join(journal) };
-        is_known(progress).then_some(progress).ok_or_else(unknown)
+    chains.iter().map(judge_one).collect()
+}
+
+/// Brings every chain to where it should be, and forgets the journal `name`.
+pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Way]) -> Result<(), Error> {
+    let action = if name == ABORTING { "roll back" } else { "roll forward" };
+    for chain in chains {
+        chain.settle().map_err(io_error(action, &chain.path()))?;
+    }
+    let shift = |number: usize, is_due: fn(&Way, usize) -> bool| {
+        let due: Vec<_> = ways.iter().map(|way| is_due(way, number)).collect();
+        for (chain, _) in chains.iter().zip(&due).filter(|(_, is_due)| **is_due) {
+            chain.shift(number).map_err(io_error(action, &chain.path()))?;
+        }
+        // Only where there is another step: the last ones are synced together.
+        let goes_on = |way: &Way| is_due(way, number) && way.from.abs_diff(way.to) > 1;
+        sync_where(chains, ways, goes_on)
     };
-    slots.iter().map(judge_one).collect()
-}
-
-/// Applies what is not applied, and forgets the journal.
-pub(crate) fn roll_forward(home: &Site, slots: &[Slot], progress: &[Progress]) -> Result<(), Error> {
-    for (slot, progress) in slots.iter().zip(progress) {
-        let settled = slot.settle();
-        let done = if *progress == Progress::Before { settled.and_then(|()| slot.apply()) } else { settled };
-        done.map_err(io_error("roll forward", &slot.path()))?;
+    for number in 1..=longest(chains) {
+        shift(number, |way, number| way.from < number && number <= way.to)?;
     }
-    sync_sites(slots)?;
-    finish(home, COMMITTED, slots).map_err(io_error("finish the transaction in", &home.path))
-}
-
-/// Undoes what is applied, in reverse, and forgets the journal.
-pub(crate) fn roll_back(home: &Site, slots: &[Slot], progress: &[Progress]) -> Result<(), Error> {
-    for (slot, progress) in slots.iter().zip(progress).rev() {
-        let settled = slot.settle();
-        let done = if *progress == Progress::After { settled.and_then(|()| slot.undo()) } else { settled };
-        done.map_err(io_error("roll back", &slot.path()))?;
+    for number in (1..=longest(chains)).rev() {
+        shift(number, |way, number| way.to < number && number <= way.from)?;
     }
-    sync_sites(slots)?;
-    finish(home, ABORTING, slots).map_err(io_error("finish the transaction in", &home.path))
+    sync_where(chains, ways, |_| true)?;
+    finish(home, name, chains).map_err(io_error("finish the transaction in", &home.path))
 }
 
-/// Forgets the journal of a transaction whose files are all in place, durably, and removes what it no longer needs.
+/// Forgets the journal of a transaction whose files are all in place, and removes what it no longer needs.
 ///
 /// Here the journal need not be gone durably before the rest is: if a power cut brings it back, its recovery finds each
 /// target new and is done, whether or not the old file is still there. Only a later, durable change of a target must not
 /// survive where the journal came back. In the journal's directory it cannot, because the sync that makes the change
 /// durable does so for the removal of the journal as well; for any other directory the removal is synced here.
-pub(crate) fn forget(home: &Site, slots: &[Slot]) -> io::Result<()> {
-    if slots.iter().any(|slot| slot.site.id != home.id) {
-        return finish(home, COMMITTED, slots);
+pub(crate) fn forget(home: &Site, chains: &[Chain]) -> io::Result<()> {
+    if journal::sites(home, chains).len() > 1 {
+        return finish(home, COMMITTED, chains);
     }
     let mut held = Held::default();
     held.open(home, COMMITTED.as_ref(), 0);
     home.dir.remove(COMMITTED.as_ref())?;
-    for slot in slots {
-        if let Some(old) = &slot.old {
-            held.open(&slot.site, &slot.temp, old.size);
+    for chain in chains {
+        if let Some(Some(old)) = chain.files.last()
+            && chain.is_hidden()
+        {
+            held.open(&chain.carrier.site, &chain.carrier.name, old.size);
         }
-        slot.clear()?;
+        chain.clear()?;
     }
     Ok(())
 }
@@ -141,7 +142,7 @@ impl Held {
     /// So much of them is open at most, that hardly any space is still taken when the commit has returned.
     const BYTES: u64 = 4 << 20;
 
-    fn open(&mut self, site: &Site, name: &OsStr, bytes: u64) {
+    fn open(&mut self, site: &Site, name: &std::ffi::OsStr, bytes: u64) {
         let Pending { files: open, bytes: taken } = &*self.pending;
         if open.load(Ordering::Relaxed) >= Self::FILES || taken.load(Ordering::Relaxed) + bytes > Self::BYTES {
             return;
@@ -179,29 +180,43 @@ impl Drop for Held {
 }
 
 /// Forgets the journal, and then removes what it no longer needs.
-fn finish(home: &Site, journal: &str, slots: &[Slot]) -> io::Result<()> {
+fn finish(home: &Site, journal: &str, chains: &[Chain]) -> io::Result<()> {
     home.dir.remove(journal.as_ref())?;
     // Durably, or after a power cut a journal would ask for files that have been removed.
     home.dir.sync()?;
-    slots.iter().try_for_each(Slot::clear)
+    chains.iter().try_for_each(Chain::clear)?;
+    // And only then what tells others of it; one that stays leads nowhere, and the next who finds it removes it.
+    journal::sites(home, chains).into_iter().skip(1).try_for_each(journal::remove_pointer)
 }
 
-/// The slots that a journal names, with their directories open.
-pub(crate) fn reopen(home: &Arc<Site>, lines: Vec<journal::Line>) -> Result<Vec<Slot>, Error> {
-    let mut sites: Vec<(PathBuf, Arc<Site>)> = Vec::new();
-    let mut slots = Vec::new();
-    for journal::Line { directory, name, temp, old, new } in lines {
-        let site = if directory.as_os_str().is_empty() {
-            home.clone()
-        } else if let Some((_, site)) = sites.iter().find(|(path, _)| *path == directory) {
-            site.clone()
-        } else {
-            let site = Arc::new(Site::open(&directory)?);
-            sites.push((directory, site.clone()));
-            site
-        };
-        slots.push(Slot::new(site, name, temp, old, new));
-    }
-    journal::mark_moves(&mut slots);
-    Ok(slots)
+/// The chains that a journal names, with their directories open; refuses a directory that is not the one that took part.
+pub(crate) fn reopen(home: &Arc<Site>, name: &str, record: Record) -> Result<Vec<Chain>, Error> {
+    let tag = record.tag;
+    let open = |way: &std::path::PathBuf| {
+        if way.as_os_str().is_empty() {
+            return Ok(home.clone());
+        }
+        let (journal, directory) = (home.path.join(name), home.path.join(way));
+        let misplaced = |reason| Error::Misplaced { journal, directory, reason };
+        let Ok(site) = Site::open(&home.path.join(way)) else { return Err(misplaced("cannot be opened")) };
+        match Pointer::find(&site)? {
+            Some(pointer) if pointer.tag == tag && leads_to(&site, &pointer, home) => Ok(Arc::new(site)),
+            Some(_) => Err(misplaced("belongs to another transaction, or another copy of this one")),
+            None => Err(misplaced("has nothing that leads to this journal")),
+        }
+    };
+    let sites = record.sites.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let spot = |name: journal::Name| Spot { site: sites[name.site].clone(), name: name.name };
+    let chain = |line: journal::Line| Chain {
+        carrier: spot(line.carrier),
+        hidden: line.hidden,
+        names: line.names.into_iter().map(spot).collect(),
+        files: line.files,
+    };
+    Ok(record.chains.into_iter().map(chain).collect())
+}
+
+/// Whether the pointer of `site` leads to the very directory `home`.
+fn leads_to(site: &Site, pointer: &Pointer, home: &Site) -> bool {
+    site.dir.open_dir(&pointer.home).and_then(|dir| dir.id()).is_ok_and(|id| id == home.id)
 }

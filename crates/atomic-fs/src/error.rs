@@ -166,17 +166,34 @@ pub enum Error {
     },
     /// A file is neither what it was before the transaction nor what it should become. Nothing was touched.
     ///
-    /// The way out by hand: put back the file that was there, or decide for yourself what each target should be and
-    /// remove the journal.
+    /// The way out by hand: move that file out of the way; or decide for yourself what each target should be, and remove
+    /// the journal.
     #[error(
         "{path:?} is neither the old nor the new file of the transaction {journal:?}; nothing was touched: \
-         put back what was there and recover again, or set the targets right and remove the journal by hand"
+         move it out of the way and recover again, or set the targets right and remove the journal by hand"
     )]
     UnknownFile {
         /// The target.
         path: PathBuf,
         /// The journal.
         journal: PathBuf,
+    },
+    /// A transaction took place in two directories, and one of them is not where the other says. Nothing was touched.
+    ///
+    /// The way out by hand: bring both back to where they were in relation to each other, or copy or move what contains
+    /// both; or decide for yourself what each target should be, and remove the journal or the pointer to it.
+    #[error(
+        "{journal:?} is of a transaction that has to do with the directory {directory:?}, which {reason}; nothing was \
+         touched: bring the directories back to where they were in relation to each other and recover again, or set \
+         the targets right and remove {journal:?} by hand"
+    )]
+    Misplaced {
+        /// The journal; or the pointer to it, which lies in each other directory that takes part.
+        journal: PathBuf,
+        /// Where the other directory should be.
+        directory: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
     },
     /// The call was made outside a tokio runtime.
     #[error("{path:?} cannot be written outside a tokio runtime")]
@@ -255,7 +272,7 @@ impl Error {
 
     /// Whether a recovery refused to touch anything, so that somebody has to look.
     pub fn is_refused(&self) -> bool {
-        matches!(self, Self::CorruptJournal { .. } | Self::UnknownFile { .. })
+        matches!(self, Self::CorruptJournal { .. } | Self::UnknownFile { .. } | Self::Misplaced { .. })
     }
 
     /// Whether the disk or the quota is full.
@@ -289,7 +306,9 @@ impl Error {
             Self::OtherFileSystem { .. } => io::ErrorKind::CrossesDevices,
             Self::Busy { .. } => io::ErrorKind::ResourceBusy,
             Self::Undecided { source, .. } => source.kind(),
-            Self::CorruptJournal { .. } | Self::UnknownFile { .. } => io::ErrorKind::InvalidData,
+            Self::CorruptJournal { .. } | Self::UnknownFile { .. } | Self::Misplaced { .. } => {
+                io::ErrorKind::InvalidData
+            }
             // Not `ErrorKind::Interrupted`, which std's loops take as an invitation to try again.
             Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } | Self::Unrecovered { .. } => {
                 io::ErrorKind::Other

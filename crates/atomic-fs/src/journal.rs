@@ -1,378 +1,151 @@
-//! The redo journal: what a transaction replaces by what, how that is done and undone, and what a crash left of it.
+//! The journal, which says what a transaction changes; and the pointer to it, in each other directory that takes part.
 //!
-//! Invariant: from its rename to its committed name until its durable removal, a journal is enough to finish the
-//! transaction or to undo it; every step looks at what is there, so that it may be repeated.
+//! Invariant: directories are named relative to the one in which the record lies, so that a tree may be moved or copied;
+//! no bytes whatever make the reader stumble, and what is not understood is refused.
 
-use std::collections::HashSet;
-use std::ffi::{OsStr, OsString};
+use std::collections::{HashMap, HashSet};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Read};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-
-use xxhash_rust::xxh3::Xxh3Default;
+use std::path::{Component, Path, PathBuf};
 
 use crate::Error;
-use crate::platform::{Dir, Entry, Kind, Moved};
-use crate::staged::io_error;
-use crate::workspace::Site;
+use crate::chain::{Chain, Spot, Trust, is_name};
+use crate::platform::{Dir, Entry, Identity, Kind, Moment};
+use crate::staged::{RESERVED_PREFIX, io_error};
+use crate::workspace::{Site, Tag};
 
 /// The journal once its transaction is committed. One a directory, since commits there wait for each other.
 pub(crate) const COMMITTED: &str = ".afs-journal";
 /// The same journal once its transaction is being undone.
 pub(crate) const ABORTING: &str = ".afs-journal-aborting";
-/// What a file's backup adds to its temporary name, where files cannot be exchanged.
-const BACKUP_SUFFIX: &str = "b";
-const MAGIC: &[u8; 8] = b"afs-tx1\n";
+/// What leads from another directory of a transaction to its journal.
+pub(crate) const POINTER: &str = ".afs-journal-elsewhere";
+const MAGIC: &[u8; 8] = b"afs-tx2\n";
+const POINTER_MAGIC: &[u8; 8] = b"afs-at2\n";
+/// What the version before began with; its journals name directories by absolute paths.
+const FORMER_MAGIC: &[u8; 8] = b"afs-tx1\n";
 /// No journal is larger than this; it takes more than 100,000 files of long names to get there.
 pub(crate) const LIMIT_BYTES: u64 = 64 << 20;
+/// No pointer is larger than this: it holds one path.
+const POINTER_LIMIT_BYTES: u64 = 64 << 10;
 
-/// By what a file is known again.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    pub(crate) inode: u64,
-    pub(crate) size: u64,
-    /// Of the content, or of where a symlink leads; `None` if we may not read it.
-    pub(crate) digest: Option<u128>,
+/// What a journal says.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    pub(crate) tag: Tag,
+    /// By what the journal itself is known to lie where it was written.
+    own: (u64, Option<Moment>),
+    written: Moment,
+    /// The directories, relative to the journal's; that one is empty.
+    pub(crate) sites: Vec<PathBuf>,
+    pub(crate) chains: Vec<Line>,
 }
 
-impl Identity {
-    /// Looks at the file `name`; `None` if there is none.
-    pub(crate) fn of(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
-        let Some(entry) = dir.look(name)? else { return Ok(None) };
-        let known = match entry.kind {
-            Kind::File => Self::of_file(dir, name),
-            Kind::Symlink => {
-                dir.read_link(name).map(|link| Self::new(&entry, Some(digest(link.as_os_str().as_bytes()))))
-            }
-            Kind::Other(_) => return Err(io::ErrorKind::IsADirectory.into()),
-        };
-        match known {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(Some(Self::new(&entry, None))),
-            // Somebody has removed it since it was looked at.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-            other => other.map(Some),
-        }
-    }
-
-    /// All of it from one opening, since by its name another file might be found in between.
-    fn of_file(dir: &Dir, name: &OsStr) -> io::Result<Self> {
-        let mut file = dir.read(name)?;
-        let digest = digest_file(&mut file)?;
-        Ok(Self::new(&Entry::of(&file)?, Some(digest)))
-    }
-
-    fn new(entry: &Entry, digest: Option<u128>) -> Self {
-        Self { inode: entry.id.1, size: entry.size, digest }
-    }
-
-    fn same_content(&self, other: &Self) -> bool {
-        self.size == other.size && self.digest.is_some() && self.digest == other.digest
-    }
-
-    fn same_inode(&self, other: &Self) -> bool {
-        self.inode == other.inode && self.size == other.size
-    }
-
-    /// The same as far as one can tell without the content.
-    fn same_unread(&self, other: &Self) -> bool {
-        self.same_inode(other) && (self.digest.is_none() || other.digest.is_none())
-    }
-}
-
-pub(crate) fn digest(bytes: &[u8]) -> u128 {
-    xxhash_rust::xxh3::xxh3_128(bytes)
-}
-
-fn digest_file(file: &mut File) -> io::Result<u128> {
-    let mut hasher = Xxh3Default::new();
-    let mut buffer = vec![0; 128 << 10];
-    loop {
-        match file.read(&mut buffer) {
-            Ok(0) => return Ok(hasher.digest128()),
-            Ok(length) => hasher.update(&buffer[..length]),
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// One name that a transaction changes.
-#[derive(Debug)]
-pub(crate) struct Slot {
-    pub(crate) site: Arc<Site>,
-    pub(crate) name: OsString,
-    /// Beside it: first the new file, and once the slot is applied the old one.
-    pub(crate) temp: OsString,
-    pub(crate) old: Option<Identity>,
-    pub(crate) new: Option<Identity>,
-    /// Whether the old file gets another name.
-    moved_out: bool,
-    /// Whether the new file had another name.
-    moved_in: bool,
-}
-
-/// Notes which files are moved from one name to another.
-pub(crate) fn mark_moves(slots: &mut [Slot]) {
-    let inodes = |known: fn(&Slot) -> Option<Identity>| -> HashSet<u64> {
-        slots.iter().filter_map(known).map(|known| known.inode).collect()
-    };
-    // A file that was staged is none that was there.
-    let (old, new) = (inodes(|slot| slot.old), inodes(|slot| slot.new));
-    for slot in slots {
-        slot.moved_out = slot.old.is_some_and(|known| new.contains(&known.inode));
-        slot.moved_in = slot.new.is_some_and(|known| old.contains(&known.inode));
-    }
-}
-
-/// How far a slot has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Progress {
-    Before,
-    /// Not applied, and somebody else has changed the target since.
-    BeforeChanged,
-    After,
-    /// Applied, and somebody else has changed the target since, or removed it.
-    AfterChanged,
-    /// Applied, and somebody else has put another file there since, which is the last write.
-    AfterReplaced,
-    /// The target has the new content, and so has the temporary name. If both were the same from the beginning, and a
-    /// backup was restored, nothing tells whether it was applied; and nothing need be done.
-    Same,
-    Unknown,
-}
-
-/// What was found by a name.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Seen {
-    Old,
-    New,
-    /// The new file, written to in place since.
-    Altered,
-    Other,
-    Nothing,
-}
-
-impl Slot {
-    pub(crate) fn new(
-        site: Arc<Site>,
-        name: OsString,
-        temp: OsString,
-        old: Option<Identity>,
-        new: Option<Identity>,
-    ) -> Self {
-        Self { site, name, temp, old, new, moved_out: false, moved_in: false }
-    }
-
-    pub(crate) fn path(&self) -> PathBuf {
-        self.site.path.join(&self.name)
-    }
-
-    /// Puts the new file in place, or takes the old one away; the temporary name then holds the old one.
-    pub(crate) fn apply(&self) -> io::Result<()> {
-        match (&self.old, &self.new) {
-            (Some(_), Some(_)) => self.swap(),
-            (None, _) => self.move_new(&self.temp, &self.name),
-            (Some(_), None) => self.move_new(&self.name, &self.temp),
-        }
-    }
-
-    /// The reverse of [`apply`](Self::apply).
-    pub(crate) fn undo(&self) -> io::Result<()> {
-        match (&self.old, &self.new) {
-            (Some(_), Some(_)) => self.swap(),
-            (None, _) => self.move_new(&self.name, &self.temp),
-            (Some(_), None) => self.move_new(&self.temp, &self.name),
-        }
-    }
-
-    fn swap(&self) -> io::Result<()> {
-        let dir = &self.site.dir;
-        if dir.exchange(&self.temp, &self.name)? {
-            return Ok(());
-        }
-        // Three steps instead of one, and at each of them the target's name has a file: the old, or the new.
-        let backup = self.backup();
-        dir.link(dir, &self.name, &backup)?;
-        dir.rename(&self.temp, &self.name)?;
-        dir.rename(&backup, &self.temp)
-    }
-
-    fn move_new(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
-        match self.site.dir.rename_new(from, to)? {
-            Moved::Renamed => Ok(()),
-            Moved::Linked => self.site.dir.remove(from),
-        }
-    }
-
-    fn backup(&self) -> OsString {
-        let mut name = self.temp.clone();
-        name.push(BACKUP_SUFFIX);
-        name
-    }
-
-    /// Finds out how far this slot has come, and touches nothing.
-    pub(crate) fn progress(&self) -> io::Result<Progress> {
-        let mut temp = self.see(&self.temp)?;
-        let name = self.see(&self.name)?;
-        if temp == Seen::Nothing {
-            // Between the second and the third step of a swap without an exchange.
-            temp = self.see(&self.backup())?;
-        }
-        if let (Some(old), Some(new)) = (&self.old, &self.new)
-            && old.same_inode(new)
-        {
-            // Two names of one file: to exchange them is nothing, as often as one likes.
-            return Ok(if name == Seen::Nothing { Progress::Unknown } else { Progress::Before });
-        }
-        Ok(match (&self.old, &self.new) {
-            (None, None) => Progress::Unknown,
-            (_, Some(_)) => match (temp, name) {
-                // The old file comes to the temporary name in no other way.
-                (Seen::Old, Seen::New) => Progress::After,
-                (Seen::Old, Seen::Other) => Progress::AfterReplaced,
-                (Seen::Old, _) => Progress::AfterChanged,
-                (Seen::New, Seen::Old) => Progress::Before,
-                (Seen::New, Seen::Nothing) if self.old.is_none() => Progress::Before,
-                // A link of the new file, made where files can neither be exchanged nor moved to a free name.
-                (Seen::New, Seen::New) if self.old.is_none() => Progress::Before,
-                (Seen::New, Seen::New) => Progress::Same,
-                (Seen::New, _) => Progress::BeforeChanged,
-                // Whatever was replaced, if it was not what was expected: the last one to rename wins.
-                (_, Seen::New) => Progress::After,
-                // A file that was created has no old one to leave at the temporary name.
-                (Seen::Nothing, Seen::Other) if self.old.is_none() => Progress::AfterReplaced,
-                // Nor has one whose old file was already freed when a power cut brought the journal back.
-                (Seen::Nothing, Seen::Altered) => Progress::AfterChanged,
-                // Both are gone, with their directory most likely: there is nothing left to finish, nor to undo.
-                (Seen::Nothing, Seen::Nothing) => Progress::BeforeChanged,
-                _ => Progress::Unknown,
-            },
-            (Some(_), None) => match (temp, name) {
-                (Seen::Old, Seen::Nothing) | (Seen::Nothing, Seen::Nothing) => Progress::After,
-                // The same file, moved half-way by a link; or one like it, that somebody else has made.
-                (Seen::Old, Seen::Old) if !self.is_one_file()? => Progress::AfterReplaced,
-                (Seen::Old, Seen::Old) | (Seen::Nothing, Seen::Old) => Progress::Before,
-                (Seen::Old, _) => Progress::AfterReplaced,
-                (Seen::Nothing, _) => Progress::BeforeChanged,
-                _ => Progress::Unknown,
-            },
-        })
-    }
-
-    /// Whether both names are of one file.
-    fn is_one_file(&self) -> io::Result<bool> {
-        let (temp, name) = (self.site.dir.look(&self.temp)?, self.site.dir.look(&self.name)?);
-        Ok(temp.zip(name).is_some_and(|(temp, name)| temp.id == name.id))
-    }
-
-    /// Removes what a step that was cut short has left over, so that every step can be taken again.
-    pub(crate) fn settle(&self) -> io::Result<()> {
-        let (dir, backup) = (&self.site.dir, self.backup());
-        if dir.look(&backup)?.is_some() {
-            match dir.look(&self.temp)? {
-                Some(_) => dir.remove(&backup)?,
-                None => dir.rename(&backup, &self.temp)?,
-            }
-        }
-        // A file that has both names was being moved by a link, and is moved anew.
-        let (temp, name) = (dir.look(&self.temp)?, dir.look(&self.name)?);
-        match (temp, name) {
-            (Some(temp), Some(name)) if temp.id == name.id && self.old.is_none() => dir.remove(&self.name),
-            (Some(temp), Some(name)) if temp.id == name.id && self.new.is_none() => dir.remove(&self.temp),
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes what the temporary name holds at the end.
-    pub(crate) fn clear(&self) -> io::Result<()> {
-        match self.site.dir.remove(&self.temp) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
-    }
-
-    fn see(&self, name: &OsStr) -> io::Result<Seen> {
-        let found = match Identity::of(&self.site.dir, name) {
-            Ok(Some(found)) => found,
-            Ok(None) => return Ok(Seen::Nothing),
-            // A directory, most likely made by hand.
-            Err(error) if error.kind() == io::ErrorKind::IsADirectory => return Ok(Seen::Other),
-            Err(error) => return Err(error),
-        };
-        let matches = |test: fn(&Identity, &Identity) -> bool| {
-            let is = |known: &Option<Identity>| known.as_ref().is_some_and(|known| test(&found, known));
-            (is(&self.old), is(&self.new))
-        };
-        // The number alone is enough for a file that keeps a name of ours all the time, so that it cannot be given anew:
-        // one that is moved, whoever goes on writing to it; and the old one, once it is here.
-        let by_number = |known: &Option<Identity>, is_kept: bool| {
-            known.is_some_and(|known| found.same_unread(&known) || (is_kept && found.inode == known.inode))
-        };
-        // Otherwise the content comes first: a number may be that of another file, since it is given anew as soon as a
-        // file is gone, or of a file that was changed in place. It decides where the contents are the same.
-        Ok(match (matches(Identity::same_content), matches(Identity::same_inode)) {
-            ((true, false), _) | ((true, true), (true, _)) => Seen::Old,
-            ((false, true), _) | ((true, true), _) => Seen::New,
-            _ if by_number(&self.old, self.moved_out || name != self.name) => Seen::Old,
-            _ if by_number(&self.new, self.moved_in) => Seen::New,
-            _ if self.new.as_ref().is_some_and(|new| new.inode == found.inode) => Seen::Altered,
-            _ => Seen::Other,
-        })
-    }
-}
-
-/// Writes the slots down.
-pub(crate) fn encode(home: &Site, slots: &[Slot]) -> Vec<u8> {
-    let mut out = MAGIC.to_vec();
-    put_number(&mut out, slots.len() as u64);
-    for slot in slots {
-        // Files beside the journal are named relative to it, so that a directory may be moved with its journal.
-        let local = slot.site.id == home.id;
-        put_bytes(&mut out, if local { b"" } else { slot.site.path.as_os_str().as_bytes() });
-        put_bytes(&mut out, slot.name.as_bytes());
-        put_bytes(&mut out, slot.temp.as_bytes());
-        for identity in [&slot.old, &slot.new] {
-            let Some(identity) = identity else {
-                out.push(0);
-                continue;
-            };
-            out.push(if identity.digest.is_some() { 2 } else { 1 });
-            put_number(&mut out, identity.inode);
-            put_number(&mut out, identity.size);
-            out.extend_from_slice(&identity.digest.unwrap_or_default().to_le_bytes());
-        }
-    }
-    let sum = crc32c::crc32c(&out);
-    out.extend_from_slice(&sum.to_le_bytes());
-    out
-}
-
-fn put_number(out: &mut Vec<u8>, number: u64) {
-    out.extend_from_slice(&number.to_le_bytes());
-}
-
-fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
-    put_number(out, bytes.len() as u64);
-    out.extend_from_slice(bytes);
-}
-
-/// A slot as it was written down; its directory is empty if it is the journal's.
-#[derive(Debug)]
+/// A chain as it was written down.
+#[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Line {
-    pub(crate) directory: PathBuf,
+    pub(crate) carrier: Name,
+    pub(crate) hidden: OsString,
+    pub(crate) names: Vec<Name>,
+    pub(crate) files: Vec<Option<Identity>>,
+}
+
+/// A name in one of the directories of the record.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Name {
+    pub(crate) site: usize,
     pub(crate) name: OsString,
-    pub(crate) temp: OsString,
-    pub(crate) old: Option<Identity>,
-    pub(crate) new: Option<Identity>,
 }
 
 /// A journal that a crash left.
 #[derive(Debug)]
 pub(crate) struct Found {
     pub(crate) name: &'static str,
-    pub(crate) lines: Vec<Line>,
+    pub(crate) record: Record,
+    pub(crate) trust: Trust,
+}
+
+/// Writes down what `chains` are to do, for the journal that is the file `own`.
+pub(crate) fn encode(tag: Tag, own: &Identity, home: &Site, chains: &[Chain]) -> Vec<u8> {
+    let sites = sites(home, chains);
+    let numbers: HashMap<_, _> = sites.iter().enumerate().map(|(number, site)| (site.id, number as u64)).collect();
+    let put_spot = |out: &mut Vec<u8>, spot: &Spot| {
+        put_number(out, numbers[&spot.site.id]);
+        put_bytes(out, spot.name.as_bytes());
+    };
+    let mut out = MAGIC.to_vec();
+    put_number(&mut out, tag.0);
+    put_number(&mut out, own.inode);
+    put_moment(&mut out, own.born);
+    put_moment(&mut out, Some(own.modified));
+    put_number(&mut out, sites.len() as u64);
+    for site in sites {
+        put_bytes(&mut out, way(&home.path, &site.path).as_os_str().as_bytes());
+    }
+    put_number(&mut out, chains.len() as u64);
+    for chain in chains {
+        put_spot(&mut out, &chain.carrier);
+        put_bytes(&mut out, chain.hidden.as_bytes());
+        put_number(&mut out, chain.names.len() as u64);
+        chain.names.iter().for_each(|spot| put_spot(&mut out, spot));
+        chain.files.iter().for_each(|file| put_identity(&mut out, file.as_ref()));
+    }
+    seal(out)
+}
+
+/// The directories of `chains`, each once, and `home` first.
+pub(crate) fn sites<'a>(home: &'a Site, chains: &'a [Chain]) -> Vec<&'a Site> {
+    let mut seen = HashSet::from([home.id]);
+    let others = chains.iter().flat_map(Chain::spots).map(|spot| &*spot.site).filter(|site| seen.insert(site.id));
+    std::iter::once(home).chain(others).collect()
+}
+
+/// How to get from the directory `from` to the directory `to`; empty if they are one.
+pub(crate) fn way(from: &Path, to: &Path) -> PathBuf {
+    let common = from.components().zip(to.components()).take_while(|(one, other)| one == other).count();
+    let up = from.components().skip(common).map(|_| Component::ParentDir);
+    up.chain(to.components().skip(common)).collect()
+}
+
+/// What a pointer says: of which transaction its directory is a part, and the way to the journal's directory.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Pointer {
+    pub(crate) tag: Tag,
+    pub(crate) home: PathBuf,
+}
+
+impl Pointer {
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut out = POINTER_MAGIC.to_vec();
+        put_number(&mut out, self.tag.0);
+        put_bytes(&mut out, self.home.as_os_str().as_bytes());
+        seal(out)
+    }
+
+    fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
+        let mut rest = open(bytes, POINTER_MAGIC, POINTER_LIMIT_BYTES)?;
+        let cut = "it is cut off";
+        let pointer =
+            Self { tag: Tag(take_number(&mut rest).ok_or(cut)?), home: take_name(&mut rest).ok_or(cut)?.into() };
+        if rest.is_empty() { Ok(pointer) } else { Err("it goes on behind its end") }
+    }
+
+    /// Reads the pointer of `site`, if there is one.
+    pub(crate) fn find(site: &Site) -> Result<Option<Self>, Error> {
+        let Some((_, bytes)) = read(site, POINTER, POINTER_LIMIT_BYTES)? else { return Ok(None) };
+        let corrupt = |reason| Error::CorruptJournal { journal: site.path.join(POINTER), reason };
+        Self::decode(&bytes).map(Some).map_err(corrupt)
+    }
+}
+
+/// Removes what leads to a journal elsewhere, if there is anything.
+pub(crate) fn remove_pointer(site: &Site) -> io::Result<()> {
+    match site.dir.remove(POINTER.as_ref()) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 /// Whether there is a journal in `dir`.
@@ -384,48 +157,115 @@ pub(crate) fn is_present(dir: &Dir) -> io::Result<bool> {
 pub(crate) fn find(home: &Site) -> Result<Option<Found>, Error> {
     let mut found = None;
     for name in [ABORTING, COMMITTED] {
-        let path = home.path.join(name);
-        let corrupt = |reason| Error::CorruptJournal { journal: path.clone(), reason };
-        match home.dir.look(name.as_ref()).map_err(io_error("look for the journal", &path))? {
-            None => continue,
-            Some(Entry { kind: Kind::File, .. }) => {}
-            Some(_) => return Err(corrupt("it is not a regular file")),
-        }
-        let file = match home.dir.read(name.as_ref()) {
-            Ok(file) => file,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(io_error("open the journal", &path)(error)),
-        };
+        let corrupt = |reason| Error::CorruptJournal { journal: home.path.join(name), reason };
+        let Some((own, bytes)) = read(home, name, LIMIT_BYTES)? else { continue };
         if found.is_some() {
             return Err(corrupt("there are two journals"));
         }
-        let mut bytes = Vec::new();
-        file.take(LIMIT_BYTES + 1).read_to_end(&mut bytes).map_err(io_error("read the journal", &path))?;
-        let lines = decode(&bytes).map_err(corrupt)?;
-        found = Some(Found { name, lines });
+        let record = decode(&bytes).map_err(corrupt)?;
+        let (inode, born) = record.own;
+        let is_in_place = own.inode == inode && own.born.zip(born).is_none_or(|(one, other)| one == other);
+        let trust = if is_in_place { Trust::Numbers { written: record.written } } else { Trust::Times };
+        found = Some(Found { name, record, trust });
     }
     Ok(found)
 }
 
-fn decode(bytes: &[u8]) -> Result<Vec<Line>, &'static str> {
-    if bytes.len() as u64 > LIMIT_BYTES {
+/// Reads a record whole, and looks at its file; `None` if there is none.
+fn read(site: &Site, name: &'static str, limit: u64) -> Result<Option<(Identity, Vec<u8>)>, Error> {
+    let path = site.path.join(name);
+    match site.dir.look(name.as_ref()).map_err(io_error("look for the journal", &path))? {
+        None => return Ok(None),
+        Some(Entry { kind: Kind::File, .. }) => {}
+        Some(_) => return Err(Error::CorruptJournal { journal: path, reason: "it is not a regular file" }),
+    }
+    let file = match site.dir.read(name.as_ref()) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(io_error("open the journal", &path)(error)),
+    };
+    let read = |file: File| -> io::Result<_> {
+        let own = Identity::of(&file)?;
+        let mut bytes = Vec::new();
+        file.take(limit + 1).read_to_end(&mut bytes)?;
+        Ok((own, bytes))
+    };
+    read(file).map(Some).map_err(io_error("read the journal", &path))
+}
+
+fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
+    if bytes.starts_with(FORMER_MAGIC) {
+        return Err("it is of version 1: recover with the release that wrote it");
+    }
+    let mut rest = open(bytes, MAGIC, LIMIT_BYTES)?;
+    let record = take_record(&mut rest).ok_or("it is cut off")?;
+    if !rest.is_empty() {
+        return Err("it goes on behind its end");
+    }
+    record.chains.iter().all(|line| line.is_sound(&record)).then_some(record).ok_or("it names what is no file of its")
+}
+
+impl Line {
+    /// Whether this can be a chain of that transaction, which touches nothing but targets and names of its own.
+    fn is_sound(&self, record: &Record) -> bool {
+        let is_target = |name: &Name| {
+            is_name(&name.name)
+                && name.site < record.sites.len()
+                && !name.name.as_bytes().starts_with(RESERVED_PREFIX.as_bytes())
+        };
+        let is_hidden = self.carrier.name == self.hidden && self.carrier.site < record.sites.len();
+        let is_ours = is_name(&self.hidden) && record.tag.is_of(&self.hidden);
+        let is_step = |pair: &[Option<Identity>]| pair.iter().any(Option::is_some);
+        is_ours
+            && (is_hidden || is_target(&self.carrier))
+            && self.names.iter().all(is_target)
+            && self.files.windows(2).all(is_step)
+    }
+}
+
+/// Adds the checksum.
+fn seal(mut out: Vec<u8>) -> Vec<u8> {
+    let sum = crc32c::crc32c(&out);
+    out.extend_from_slice(&sum.to_le_bytes());
+    out
+}
+
+/// What a record contains behind its first bytes, if its checksum is right.
+fn open<'a>(bytes: &'a [u8], magic: &[u8], limit: u64) -> Result<&'a [u8], &'static str> {
+    if bytes.len() as u64 > limit {
         return Err("it is too long");
     }
     let (body, sum) = bytes.split_last_chunk::<4>().ok_or("it is too short")?;
     if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
         return Err("its checksum is wrong");
     }
-    let mut rest = body.strip_prefix(MAGIC).ok_or("it is of another version")?;
-    let count = take_number(&mut rest).ok_or("it is cut off")?;
-    // Not allocated in advance: each line is far longer than one byte, but the number may be anything.
-    let lines = (0..count).map(|_| take_line(&mut rest)).collect::<Option<Vec<_>>>().ok_or("it is cut off")?;
-    if !rest.is_empty() {
-        return Err("it goes on behind its end");
+    body.strip_prefix(magic).ok_or("it is of another version")
+}
+
+fn put_number(out: &mut Vec<u8>, number: u64) {
+    out.extend_from_slice(&number.to_le_bytes());
+}
+
+fn put_bytes(out: &mut Vec<u8>, bytes: &[u8]) {
+    put_number(out, bytes.len() as u64);
+    out.extend_from_slice(bytes);
+}
+
+fn put_moment(out: &mut Vec<u8>, moment: Option<Moment>) {
+    out.push(moment.is_some().into());
+    let (seconds, nanoseconds) = moment.unwrap_or_default();
+    out.extend_from_slice(&seconds.to_le_bytes());
+    out.extend_from_slice(&nanoseconds.to_le_bytes());
+}
+
+fn put_identity(out: &mut Vec<u8>, file: Option<&Identity>) {
+    out.push(file.is_some().into());
+    if let Some(Identity { inode, born, size, modified }) = file {
+        put_number(out, *inode);
+        put_moment(out, *born);
+        put_number(out, *size);
+        put_moment(out, Some(*modified));
     }
-    let is_name = |name: &OsStr| Path::new(name).file_name() == Some(name);
-    let is_sound =
-        |line: &Line| is_name(&line.name) && is_name(&line.temp) && (line.old.is_some() || line.new.is_some());
-    lines.iter().all(is_sound).then_some(lines).ok_or("it names what is no file")
 }
 
 fn take<'a>(rest: &mut &'a [u8], length: u64) -> Option<&'a [u8]> {
@@ -443,24 +283,54 @@ fn take_name(rest: &mut &[u8]) -> Option<OsString> {
     Some(OsString::from_vec(take(rest, length)?.to_vec()))
 }
 
-fn take_line(rest: &mut &[u8]) -> Option<Line> {
-    let directory = take_name(rest)?.into();
-    let (name, temp) = (take_name(rest)?, take_name(rest)?);
-    Some(Line { directory, name, temp, old: take_identity(rest)?, new: take_identity(rest)? })
+fn take_flag(rest: &mut &[u8]) -> Option<bool> {
+    match take(rest, 1)?[0] {
+        0 => Some(false),
+        1 => Some(true),
+        _ => None,
+    }
+}
+
+fn take_moment(rest: &mut &[u8]) -> Option<Option<Moment>> {
+    let is_known = take_flag(rest)?;
+    let seconds = i64::from_le_bytes(take(rest, 8)?.try_into().ok()?);
+    let nanoseconds = u32::from_le_bytes(take(rest, 4)?.try_into().ok()?);
+    Some(is_known.then_some((seconds, nanoseconds)))
 }
 
 fn take_identity(rest: &mut &[u8]) -> Option<Option<Identity>> {
-    let kind = take(rest, 1)?[0];
-    if kind == 0 {
+    if !take_flag(rest)? {
         return Some(None);
     }
-    let (inode, size) = (take_number(rest)?, take_number(rest)?);
-    let digest = u128::from_le_bytes(take(rest, 16)?.try_into().ok()?);
-    match kind {
-        1 => Some(Some(Identity { inode, size, digest: None })),
-        2 => Some(Some(Identity { inode, size, digest: Some(digest) })),
-        _ => None,
-    }
+    let (inode, born) = (take_number(rest)?, take_moment(rest)?);
+    Some(Some(Identity { inode, born, size: take_number(rest)?, modified: take_moment(rest)?? }))
+}
+
+/// Takes as many as it says that there are. Nothing is allocated in advance, since the number may be anything; and each
+/// takes some bytes, so that the end comes.
+fn take_many<T>(rest: &mut &[u8], one: impl Fn(&mut &[u8]) -> Option<T>) -> Option<Vec<T>> {
+    let count = take_number(rest)?;
+    (0..count).map(|_| one(rest)).collect()
+}
+
+fn take_record(rest: &mut &[u8]) -> Option<Record> {
+    let tag = Tag(take_number(rest)?);
+    let own = (take_number(rest)?, take_moment(rest)?);
+    let written = take_moment(rest)??;
+    let sites = take_many(rest, |rest| take_name(rest).map(PathBuf::from))?;
+    Some(Record { tag, own, written, sites, chains: take_many(rest, take_line)? })
+}
+
+fn take_place(rest: &mut &[u8]) -> Option<Name> {
+    Some(Name { site: usize::try_from(take_number(rest)?).ok()?, name: take_name(rest)? })
+}
+
+fn take_line(rest: &mut &[u8]) -> Option<Line> {
+    let (carrier, hidden) = (take_place(rest)?, take_name(rest)?);
+    let names = take_many(rest, take_place)?;
+    // A chain of no names changes nothing, and has no place here.
+    let files = (0..=names.len()).map(|_| take_identity(rest)).collect::<Option<Vec<_>>>()?;
+    (!names.is_empty()).then_some(Line { carrier, hidden, names, files })
 }
 
 #[cfg(test)]

@@ -129,20 +129,24 @@
 //!   exchanged, which takes microseconds a file; after a crash, until [`recover`]. No file system offers better.
 //! - A target that is changed by somebody else between a crash and its recovery may be neither the old nor the new file.
 //!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
+//! - A crashed tree may be moved, or copied, and recovers where it is, without touching the original. A copy has to keep
+//!   the times of its files (`cp -a`, `tar`, `rsync -a`), and all directories of the transaction; otherwise it is refused.
 //! - A journal is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
 //!   such as `/tmp` itself.
 //! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
 //!   fail, with all files unchanged.
-//! - Recover the journal's directory: that of the first target, or the one that the transaction began with. Only there
-//!   an unfinished transaction is noticed.
-//! - All targets and the journal are on one file system, with file locks; a rename within a transaction needs hard
-//!   links. Where files cannot be exchanged in one step, three steps by way of a link do it, equally safe.
+//! - An unfinished transaction is noticed in each directory in which it was to change files or has its journal.
+//! - All targets and the journal are on one file system, with file locks. Where files cannot be exchanged in one step,
+//!   three steps by way of a hard link do it, equally safe.
+//! - A file that a transaction renames over another has for a moment, or after a crash until [`recover`], only a hidden
+//!   name; every visible name has its old file or its new one. If three or more files change places in a circle, the first
+//!   of them shows the others in turn.
+//! - In an append-only directory nothing can be renamed or removed: a write fails, and its temporary file stays.
 //! - Dropping a commit that has begun to write its journal down blocks its thread until the files are exchanged and
 //!   their directories synced.
 //! - Who waits for a lock that others hold waits at most 30 s. One thread, `afs-locks`, tries for all of a process, as long
 //!   as there are any; a file system that hangs when a lock is asked for makes all of them wait. A transaction of more than
 //!   16 MiB that is dropped while it waits frees its files on the thread that drops it.
-//! - A journal keeps digests, so that a commit reads the files that it replaces once.
 //! - Transactions need Unix.
 //! - A drop that finds the rename entered blocks its thread for that one system call.
 //! - A directory that does not exist is an error; it is never created.
@@ -181,6 +185,8 @@
 
 #[cfg(unix)]
 mod apply;
+#[cfg(unix)]
+mod chain;
 mod commit;
 mod error;
 mod file;
@@ -188,6 +194,8 @@ mod file;
 mod journal;
 mod lane;
 mod options;
+#[cfg(unix)]
+mod plan;
 mod platform;
 #[cfg(unix)]
 mod protocol;

@@ -45,6 +45,21 @@ pub(crate) struct Entry {
     pub(crate) size: u64,
 }
 
+/// A moment on the clock of a file system: seconds and nanoseconds.
+#[cfg(unix)]
+pub(crate) type Moment = (i64, u32);
+
+/// By what a file is known again, without reading it.
+#[cfg(unix)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    pub(crate) inode: u64,
+    /// When it was created, where the file system tells: then a number that was given anew is no confusion.
+    pub(crate) born: Option<Moment>,
+    pub(crate) size: u64,
+    pub(crate) modified: Moment,
+}
+
 /// With whom the lock of a directory is shared.
 #[cfg(unix)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,14 +7,16 @@ use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::apply::{abort, apply, forget, sites};
+use crate::apply::{abort, apply, forget};
+use crate::chain::{Chain, Spot, Trust};
 use crate::commit::Gate;
-use crate::journal::{self, COMMITTED, Identity, Slot};
-use crate::platform::{Entry, Moved, Share};
+use crate::journal::{self, COMMITTED, POINTER, Pointer};
+use crate::plan::Plan;
+use crate::platform::{Identity, Moment, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Locking, Locks, Site, Workspace};
@@ -37,27 +39,15 @@ pub(crate) struct Sealed {
 }
 
 impl Sealed {
-    /// `digest` is that of the content, if it is known.
     pub(crate) fn new(
         staged: Staged,
         length: u64,
-        digest: Option<u128>,
         path: &Arc<Path>,
         site: Arc<Site>,
         workspace: Arc<Workspace>,
     ) -> Result<Self, Error> {
         let (place, file) = staged.seal(length)?;
-        let failed = |source| io_error("look at the new file for", path)(source);
-        let identity = match digest {
-            Some(_) => {
-                let entry = Entry::of(&file).map_err(failed)?;
-                Identity { inode: entry.id.1, size: entry.size, digest }
-            }
-            // Read back, for it may have been written in pieces, and some of them taken back.
-            None => Identity::of(&site.dir, &place.temp)
-                .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
-                .map_err(failed)?,
-        };
+        let identity = Identity::of(&file).map_err(io_error("look at the new file for", path))?;
         Ok(Self { path: path.clone(), place, site, file: Some(Arc::new(file)), identity, workspace })
     }
 }
@@ -84,7 +74,7 @@ impl Prepared {
         let mut moves = steps.into_iter().map(|step| Move::new(&workspace, step)).collect::<Result<Vec<_>, _>>()?;
         let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
         let bytes: u64 = moves.iter().map(Move::bytes).sum();
-        let mut unsynced: Vec<_> = moves.iter_mut().flat_map(|one| one.unsynced(has_journal)).collect();
+        let mut unsynced: Vec<_> = moves.iter_mut().filter_map(Move::unsynced).collect();
         if !has_journal || bytes > QUICK_BYTES {
             sync_files(std::mem::take(&mut unsynced))?;
         }
@@ -105,20 +95,43 @@ impl Prepared {
         {
             return done;
         }
-        let mut plan = Plan::default();
+        let mut all = Committing::default();
         for one in moves {
-            plan.add(&workspace, one)?;
+            all.add(one)?;
         }
-        plan.commit(&workspace, unsynced, gate)
+        all.commit(&workspace, unsynced, gate)
     }
 }
 
 /// An unfinished transaction may have files of these very targets in its hands.
 pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
-    match journal::is_present(&site.dir) {
-        Ok(false) => Ok(()),
-        Ok(true) => Err(Error::Unrecovered { directory: site.path.clone() }),
-        Err(source) => Err(io_error("look for a journal in", &site.path)(source)),
+    let failed = |source| io_error("look for a journal in", &site.path)(source);
+    if journal::is_present(&site.dir).map_err(failed)? {
+        return Err(Error::Unrecovered { directory: site.path.clone() });
+    }
+    match elsewhere(site)? {
+        Some(home) => Err(Error::Unrecovered { directory: home.path }),
+        None => Ok(()),
+    }
+}
+
+/// The directory with the journal of a transaction in which `site` takes part, if it has not been finished.
+pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
+    let Some(pointer) = Pointer::find(site)? else { return Ok(None) };
+    let directory = site.path.join(&pointer.home);
+    let misplaced = |directory, reason| Error::Misplaced { journal: site.path.join(POINTER), directory, reason };
+    let Ok(home) = Site::open(&directory) else { return Err(misplaced(directory, "cannot be opened")) };
+    match journal::find(&home)? {
+        Some(found) if found.record.tag == pointer.tag => {
+            let is_here = |way: &PathBuf| home.dir.open_dir(way).and_then(|dir| dir.id()).is_ok_and(|id| id == site.id);
+            if found.record.sites.iter().any(is_here) {
+                Ok(Some(home))
+            } else {
+                Err(misplaced(home.path, "has a journal that speaks of another directory than this one"))
+            }
+        }
+        // If it speaks of another transaction, or of none, then the one that led there has been finished.
+        _ => Ok(None),
     }
 }
 
@@ -131,6 +144,10 @@ struct Named {
 }
 
 impl Named {
+    fn spot(&self) -> Spot {
+        Spot { site: self.site.clone(), name: self.target.name.clone() }
+    }
+
     /// A removal and a rename act on a symlink itself, as those of the system do.
     fn new(workspace: &Workspace, path: Arc<Path>) -> Result<Self, Error> {
         let options = WriteOptions { symlinks: Symlinks::Replace, ..WriteOptions::default() };
@@ -162,26 +179,21 @@ impl Move {
     /// How much there is to sync, as far as is known.
     fn bytes(&self) -> u64 {
         match self {
-            Self::Put(sealed) => sealed.identity.size + sealed.place.target.size(),
-            Self::Remove(named) => named.target.size(),
-            Self::Rename { from, to } => from.target.size() + to.target.size(),
+            Self::Put(sealed) => sealed.identity.size,
+            Self::Remove(_) => 0,
+            Self::Rename { from, .. } => from.target.size(),
         }
     }
 
-    /// What is to be synced: the new file, and what a journal would speak of.
-    fn unsynced(&mut self, has_journal: bool) -> Vec<Unsynced> {
-        let old = |named: &Named| Unsynced::Old(named.path.clone(), named.site.clone(), named.target.name.clone());
-        let mut files = Vec::new();
+    /// What is to be synced: the new file, and one that gets another name, whoever has written it.
+    fn unsynced(&mut self) -> Option<Unsynced> {
         match self {
-            Self::Put(sealed) => {
-                let (path, site, name) = (&sealed.path, &sealed.site, &sealed.place.target.name);
-                files.extend(has_journal.then(|| Unsynced::Old(path.clone(), site.clone(), name.clone())));
-                files.extend(sealed.file.take().map(|file| Unsynced::New(sealed.path.clone(), file)));
+            Self::Put(sealed) => Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?)),
+            Self::Remove(_) => None,
+            Self::Rename { from, .. } => {
+                Some(Unsynced::Old(from.path.clone(), from.site.clone(), from.target.name.clone()))
             }
-            Self::Remove(named) => files.extend(has_journal.then(|| old(named))),
-            Self::Rename { from, to } => files.extend([old(from), old(to)]),
         }
-        files
     }
 
     fn sites(&self) -> impl Iterator<Item = &Arc<Site>> {
@@ -214,122 +226,59 @@ impl Move {
     }
 }
 
-/// What becomes of each name.
+/// What is to become visible, under the locks of all its directories.
 #[derive(Debug, Default)]
-struct Plan {
-    slots: Vec<Slot>,
-    /// Of each slot: whether a rename took its file away, and nothing has been put there since.
-    vacated: Vec<bool>,
-    /// Where among the slots a name of a directory is.
-    positions: HashMap<((u64, u64), OsString), usize>,
+struct Committing {
+    plan: Plan,
     /// The staged files, which go unless the commit comes.
     places: Vec<Place>,
     /// Last, so that the notes go after the files.
     keep: Vec<Arc<Workspace>>,
 }
 
-impl Plan {
-    fn add(&mut self, workspace: &Workspace, one: Move) -> Result<(), Error> {
+impl Committing {
+    fn add(&mut self, one: Move) -> Result<(), Error> {
         match one {
             Move::Put(sealed) => {
                 let Sealed { path, place, site, identity, workspace, .. } = *sealed;
                 self.keep.push(workspace);
                 let (name, temp) = (place.target.name.clone(), place.temp.clone());
                 self.places.push(place);
-                self.put(path, site, name, temp, identity)
+                self.plan.put(&path, Spot { site, name }, temp, identity)
             }
-            Move::Remove(named) => {
-                let temp = workspace.name(&named.site);
-                self.take_away(named, temp, false).map(drop)
+            Move::Remove(named) => self.plan.remove(&named.path, named.spot()),
+            Move::Rename { from, to } if from.site.id.0 != to.site.id.0 => {
+                Err(Error::OtherFileSystem { path: to.path.to_path_buf() })
             }
-            Move::Rename { from, to } => {
-                let (source, old_name, given) = (from.site.clone(), from.target.name.clone(), from.path.clone());
-                let temp = workspace.name(&from.site);
-                let identity = self.take_away(from, temp, true)?;
-                // The new place gets a second name of the same file, so that it is at no time without a name.
-                let temp = workspace.name(&to.site);
-                to.site.dir.link(&source.dir, &old_name, &temp).map_err(|source| match source.kind() {
-                    io::ErrorKind::CrossesDevices => Error::OtherFileSystem { path: to.path.to_path_buf() },
-                    _ => io_error("link the file", &given)(source),
-                })?;
-                let name = to.target.name.clone();
-                self.places.push(Place {
-                    target: to.target,
-                    temp: temp.clone(),
-                    taken: true,
-                    left: Some(workspace.left.clone()),
-                });
-                self.put(to.path, to.site, name, temp, identity)
-            }
+            Move::Rename { from, to } => self.plan.rename((&from.path, from.spot()), (&to.path, to.spot())),
         }
-    }
-
-    fn put(
-        &mut self,
-        path: Arc<Path>,
-        site: Arc<Site>,
-        name: OsString,
-        temp: OsString,
-        new: Identity,
-    ) -> Result<(), Error> {
-        if let Some(&position) = self.positions.get(&(site.id, name.clone())) {
-            if !std::mem::take(&mut self.vacated[position]) {
-                return Err(Error::RepeatedTarget { path: path.to_path_buf() });
-            }
-            let slot = &mut self.slots[position];
-            (slot.temp, slot.new) = (temp, Some(new));
-            return Ok(());
-        }
-        let old = Identity::of(&site.dir, &name).map_err(io_error("look at", &path))?;
-        self.push(Slot::new(site, name, temp, old, Some(new)), false);
-        Ok(())
-    }
-
-    /// Plans that a name loses its file, and says which one that is.
-    fn take_away(&mut self, named: Named, temp: OsString, vacated: bool) -> Result<Identity, Error> {
-        let Named { path, target, site } = named;
-        if self.positions.contains_key(&(site.id, target.name.clone())) {
-            return Err(Error::RepeatedTarget { path: path.to_path_buf() });
-        }
-        let found = Identity::of(&site.dir, &target.name)
-            .and_then(|found| found.ok_or_else(|| io::ErrorKind::NotFound.into()))
-            .map_err(io_error("find the file", &path))?;
-        self.push(Slot::new(site, target.name, temp, Some(found), None), vacated);
-        Ok(found)
-    }
-
-    fn push(&mut self, slot: Slot, vacated: bool) {
-        self.positions.insert((slot.site.id, slot.name.clone()), self.slots.len());
-        self.slots.push(slot);
-        self.vacated.push(vacated);
     }
 
     fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
-        // First what is put somewhere, so that a file that is renamed has its new name before it loses the old one.
-        self.slots.sort_by_key(|slot| slot.new.is_none());
-        journal::mark_moves(&mut self.slots);
+        let chains = self.plan.chains(workspace);
         let home = workspace.home();
-        let (draft, file) = Draft::write(workspace, &home, &self.slots)?;
-        unsynced.push(Unsynced::Draft(home.clone(), file));
+        let draft = Draft::begin(workspace, &home, &chains, &mut unsynced)?;
         // The names beside the journal are synced together with its own.
-        unsynced.extend(sites(&self.slots).filter(|site| site.id != home.id).cloned().map(Unsynced::Names));
+        let others = chains.iter().flat_map(Chain::spots).map(|spot| &spot.site).filter(|site| site.id != home.id);
+        let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
+        unsynced.extend(others.into_values().map(Unsynced::Names));
         // With that the new files are closed, and unlocked, before they become the targets.
         sync_files(unsynced)?;
         let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
-        draft.commit()?;
+        let trust = draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
         self.places.iter_mut().for_each(|place| place.taken = false);
-        let Err(error) = apply(&home, &self.slots) else {
+        let Err(error) = apply(&home, &chains) else {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
-            if let Err(_error) = forget(&home, &self.slots) {
+            if let Err(_error) = forget(&home, &chains) {
                 workspace.left.store(true, Ordering::Relaxed);
                 #[cfg(feature = "tracing")]
                 tracing::warn!(error = %_error, "a committed transaction is to be cleaned up by a recovery");
             }
             return Ok(());
         };
-        match abort(&home, &self.slots) {
+        match abort(&home, &chains, trust) {
             Ok(()) => Err(error),
             Err(source) => {
                 workspace.left.store(true, Ordering::Relaxed);
@@ -341,42 +290,75 @@ impl Plan {
     }
 }
 
-/// A journal that is not yet committed; dropped, it is removed.
+/// A journal that is not yet committed, and the pointers to it; dropped, they are removed.
 struct Draft<'a> {
     home: &'a Site,
     name: OsString,
     /// Whether there is still a file of this name.
     taken: bool,
+    pointed: Vec<Arc<Site>>,
+    written: Moment,
 }
 
 impl<'a> Draft<'a> {
-    /// Writes it, and leaves it to be synced.
-    fn write(workspace: &Workspace, home: &'a Site, slots: &[Slot]) -> Result<(Self, File), Error> {
+    /// Writes it, and what leads to it, and leaves all to be synced.
+    fn begin(
+        workspace: &Workspace,
+        home: &'a Arc<Site>,
+        chains: &[Chain],
+        unsynced: &mut Vec<Unsynced>,
+    ) -> Result<Self, Error> {
         let failed = || io_error("write a journal in", &home.path);
-        let bytes = journal::encode(home, slots);
+        let name = workspace.draft();
+        let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
+        let mut draft = Self { home, name, taken: true, pointed: Vec::new(), written: Moment::default() };
+        let own = Identity::of(&file).map_err(failed())?;
+        draft.written = own.modified;
+        let bytes = journal::encode(workspace.tag, &own, home, chains);
         if bytes.len() as u64 > journal::LIMIT_BYTES {
             return Err(failed()(io::ErrorKind::FileTooLarge.into()));
         }
-        let name = workspace.draft();
-        let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
-        let draft = Self { home, name, taken: true };
         file.write_all(&bytes).map_err(failed())?;
-        Ok((draft, file))
+        unsynced.push(Unsynced::Draft(home.clone(), file));
+        for site in chains.iter().flat_map(Chain::spots).map(|spot| &spot.site) {
+            if site.id != home.id && draft.pointed.iter().all(|known| known.id != site.id) {
+                let pointer = draft.point(workspace, site)?;
+                unsynced.push(Unsynced::Draft(site.clone(), pointer));
+            }
+        }
+        Ok(draft)
     }
 
-    fn commit(mut self) -> Result<(), Error> {
+    /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.
+    fn point(&mut self, workspace: &Workspace, site: &Arc<Site>) -> Result<File, Error> {
+        let failed = || io_error("write what leads to the journal in", &site.path);
+        let pointer = Pointer { tag: workspace.tag, home: journal::way(&site.path, &self.home.path) };
+        // One that is there leads nowhere, or this transaction would have been refused.
+        journal::remove_pointer(site).map_err(failed())?;
+        let mut file = site.dir.create(POINTER.as_ref(), 0o644).map_err(failed())?;
+        self.pointed.push(site.clone());
+        file.write_all(&pointer.encode()).map_err(failed())?;
+        Ok(file)
+    }
+
+    /// Commits it, and says by what its files are known.
+    fn commit(mut self) -> Result<Trust, Error> {
         let renamed = self.home.dir.rename_new(&self.name, COMMITTED.as_ref());
         let moved = renamed.map_err(io_error("commit the journal in", &self.home.path))?;
         self.taken = moved == Moved::Linked;
-        Ok(())
+        self.pointed.clear();
+        Ok(Trust::Numbers { written: self.written })
     }
 }
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
+        // What cannot be removed now is left to a recovery.
         if self.taken {
-            // What cannot be removed now is left to a recovery.
             let _left = self.home.dir.remove(&self.name);
+        }
+        for site in &self.pointed {
+            let _left = journal::remove_pointer(site);
         }
     }
 }

@@ -7,6 +7,8 @@ use std::ffi::OsStr;
 use std::fs::TryLockError;
 use std::io;
 use std::path::Path;
+#[cfg(unix)]
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::Error;
@@ -17,8 +19,10 @@ use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply,
-    journal::{self, ABORTING, Slot},
+    chain::{Chain, Spot, Trust},
+    journal::{self, ABORTING},
     platform::Share,
+    protocol::elsewhere,
     waiting::with_locks,
     workspace::{self, Locking, Locks, Site},
 };
@@ -164,9 +168,11 @@ const LOCK_ATTEMPTS: usize = 8;
 /// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
 /// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
 ///
-/// It knows files again by their content, so that a restored backup recovers too, and by inode and size where it may not
-/// read them; one that is renamed may be written to meanwhile, as a log is. What somebody else has put in the place of a
-/// file that was already exchanged is the last write, and stays.
+/// `dir` may also be any other directory in which the transaction was to change files: it leads to the journal.
+///
+/// It knows files again by their inode and birth; in a tree that was copied or restored, by size and time, so that only
+/// the copy is touched. A file that is renamed may be written to meanwhile, as a log is. What somebody else has put in the
+/// place of a file that was already exchanged is the last write, and stays.
 ///
 /// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
 /// would not trust with the files that you can write to.
@@ -178,8 +184,8 @@ const LOCK_ATTEMPTS: usize = 8;
 ///
 /// # Errors
 ///
-/// A journal that [cannot be read](Error::CorruptJournal), or a target that is
-/// [neither old nor new](Error::UnknownFile): then nothing was touched ([`Error::is_refused`]), and the message names
+/// A journal that [cannot be read](Error::CorruptJournal), a target that is
+/// [neither old nor new](Error::UnknownFile), or a directory that [is not where it was](Error::Misplaced): then nothing was touched ([`Error::is_refused`]), and the message names
 /// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again; if the
 /// disk failed when it had begun, that is [`Error::Undecided`].
 ///
@@ -199,13 +205,15 @@ const LOCK_ATTEMPTS: usize = 8;
 /// ```
 #[cfg(unix)]
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
-    let path = Arc::<Path>::from(directory(dir.as_ref()));
+    let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
-        if let Some(report) = with_locks(&runtime, &path, prepare, Recovering::finish).await? {
-            return Ok(report);
+        match with_locks(&runtime, &path, prepare, Recovering::finish).await? {
+            Recovered::Done(report) => return Ok(report),
+            Recovered::Elsewhere(home) => path = home.into(),
+            Recovered::Again => {}
         }
     }
     Err(Error::Busy { directory: path.to_path_buf(), waited: workspace::LOCK_PATIENCE })
@@ -219,54 +227,80 @@ struct Recovering {
     sites: Vec<Arc<Site>>,
 }
 
+/// What a recovery of one directory came to.
+#[cfg(unix)]
+enum Recovered {
+    Done(RecoveryReport),
+    /// This directory takes part in a transaction that is unfinished there.
+    Elsewhere(PathBuf),
+    /// There is another journal now, of other directories.
+    Again,
+}
+
 #[cfg(unix)]
 impl Recovering {
     fn new(path: &Path) -> Result<(Self, Locking), Error> {
         let home = Arc::new(Site::open(path)?);
         // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
-        let foreseen = find(&home).ok().flatten().map(|(_, slots)| slots).unwrap_or_default();
-        let sites: Vec<_> = foreseen.into_iter().map(|slot| slot.site).chain([home.clone()]).collect();
+        let foreseen = find(&home).ok().flatten().map(|left| left.chains).unwrap_or_default();
+        let spots = foreseen.iter().flat_map(Chain::spots).map(|spot| spot.site.clone());
+        let sites: Vec<_> = spots.chain([home.clone()]).collect();
         let locking = Locking::new(&sites, Share::Nobody);
         Ok((Self { home, sites }, locking))
     }
 
-    /// `None` if there is another journal now, of other directories.
-    fn finish(self, _locks: Locks, gate: &Gate) -> Result<Option<RecoveryReport>, Error> {
-        let found = find(&self.home)?;
-        let slots = found.as_ref().map(|(_, slots)| &slots[..]).unwrap_or_default();
-        let is_locked = slots.iter().all(|slot| self.sites.iter().any(|site| site.id == slot.site.id));
-        is_locked.then(|| recover_locked(&self.home, found, gate)).transpose()
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<Recovered, Error> {
+        let left = find(&self.home)?;
+        let chains = left.as_ref().map(|left| &left.chains[..]).unwrap_or_default();
+        let is_locked = |spot: &Spot| self.sites.iter().any(|site| site.id == spot.site.id);
+        if !chains.iter().flat_map(Chain::spots).all(is_locked) {
+            return Ok(Recovered::Again);
+        }
+        if let (None, Some(home)) = (&left, elsewhere(&self.home)?) {
+            return Ok(Recovered::Elsewhere(home.path));
+        }
+        recover_locked(&self.home, left, gate).map(Recovered::Done)
     }
 }
 
-/// The journal of `home` with its directories open.
+/// A transaction that a crash left, with its directories open.
 #[cfg(unix)]
-fn find(home: &Arc<Site>) -> Result<Option<(&'static str, Vec<Slot>)>, Error> {
-    let Some(journal::Found { name, lines }) = journal::find(home)? else { return Ok(None) };
-    Ok(Some((name, apply::reopen(home, lines)?)))
+struct Left {
+    name: &'static str,
+    chains: Vec<Chain>,
+    trust: Trust,
 }
 
 #[cfg(unix)]
-fn recover_locked(home: &Site, found: Option<(&'static str, Vec<Slot>)>, gate: &Gate) -> Result<RecoveryReport, Error> {
+fn find(home: &Arc<Site>) -> Result<Option<Left>, Error> {
+    let Some(journal::Found { name, record, trust }) = journal::find(home)? else { return Ok(None) };
+    Ok(Some(Left { name, chains: apply::reopen(home, name, record)?, trust }))
+}
+
+#[cfg(unix)]
+fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
     // Once a target may have been touched, an error must not say that all are unchanged.
     let undecided = |error: Error| Error::Undecided { directory: home.path.clone(), source: error.into() };
-    let has_journal = found.is_some();
-    if let Some((name, slots)) = found {
-        let progress = apply::judge(home, name, &slots)?;
+    let has_journal = left.is_some();
+    if let Some(Left { name, chains, trust }) = left {
+        let ways = apply::judge(home, name, &chains, trust)?;
         // After a crash of the process alone, what it last renamed may not be durable yet.
         home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
+        apply::roll(home, name, &chains, &ways).map_err(undecided)?;
         if name == ABORTING {
-            apply::roll_back(home, &slots, &progress).map_err(undecided)?;
             report.rolled_back = 1;
         } else {
-            apply::roll_forward(home, &slots, &progress).map_err(undecided)?;
             report.rolled_forward = 1;
         }
     }
-    let litter = workspace::remove_litter(home).map_err(io_error("clean up", &home.path));
-    let litter = litter.map_err(|error| if has_journal { undecided(error) } else { error })?;
+    let is_stale = elsewhere(home).map(|home| home.is_none());
+    let cleaned = is_stale.and_then(|is_stale| {
+        let removed = if is_stale { journal::remove_pointer(home) } else { Ok(()) };
+        removed.and_then(|()| workspace::remove_litter(home)).map_err(io_error("clean up", &home.path))
+    });
+    let litter = cleaned.map_err(|error| if has_journal { undecided(error) } else { error })?;
     (report.removed, report.live) = (litter.removed, litter.live);
     passage.done();
     Ok(report)

@@ -15,7 +15,7 @@ use crate::platform::{self, Dir, Entry, Kind, Moved};
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
 /// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
-const RESERVED_PREFIX: &str = ".afs-";
+pub(crate) const RESERVED_PREFIX: &str = ".afs-";
 /// What the temporary name of a single file begins with; 16 hexadecimal digits follow.
 const TEMP_PREFIX: &str = ".afs-file-";
 const TEMP_DIGITS: usize = 16;

@@ -26,8 +26,8 @@ const FILES_PER_THREAD: usize = 4;
 #[derive(Debug)]
 pub(crate) enum Unsynced {
     New(Arc<Path>, Arc<File>),
-    /// One that is to be replaced, removed or renamed. What the journal says of it must be so after a power cut too,
-    /// although whoever wrote it may not have synced it.
+    /// One that is to be renamed: by its new name it must survive a power cut as a new file does, although whoever wrote
+    /// it may not have synced it.
     Old(Arc<Path>, Arc<Site>, OsString),
     /// The journal in this directory, before it is committed.
     Draft(Arc<Site>, File),
@@ -40,7 +40,7 @@ impl Unsynced {
         match self {
             Self::New(path, file) => file.sync_all().map_err(io_error("sync the new file for", path)),
             Self::Old(path, site, name) => match sync_old(&site.dir, name) {
-                // There is none, or we may only replace it; then its size has to do.
+                // There is none, or we may only rename it: then that is for whoever wrote it.
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
                     Ok(())
                 }

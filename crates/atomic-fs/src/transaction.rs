@@ -15,7 +15,7 @@ use crate::staged::{Naming, Staged, Target, directory, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::waiting::with_locks;
 use crate::workspace::{Site, Workspace};
-use crate::{AtomicFileWriter, Error, WriteOptions, journal};
+use crate::{AtomicFileWriter, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
 const BATCH_FILES: usize = 64;
@@ -121,7 +121,7 @@ impl MultiFileTransaction {
         let sealed = job(&path, move |gate| {
             let (mut staged, site) = stage(&shared, &target)?;
             staged.write_at(0, &content, gate)?;
-            Sealed::new(staged, content.len() as u64, Some(journal::digest(&content)), &target, site, shared)
+            Sealed::new(staged, content.len() as u64, &target, site, shared)
         })
         .await?;
         self.refuse_repetition(&sealed.site, &sealed.place.target.name, &path)?;
@@ -194,7 +194,9 @@ impl MultiFileTransaction {
 
     /// Notes that the file `from` is to be renamed to `to`, replacing what is there.
     ///
-    /// The file needs hard links on its file system, since at no time it is without a name.
+    /// As all names here, these mean the files before the transaction: `rename(a, b)` and `rename(b, a)` swap two files.
+    /// A file whose new place is free gets there in one step; one that replaces another has for a moment only a hidden
+    /// name.
     ///
     /// # Errors
     ///
@@ -202,9 +204,11 @@ impl MultiFileTransaction {
     /// [part of the transaction](Error::is_repeated_target).
     pub fn rename(&mut self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
         let (from, to) = (self.note(from.as_ref())?, self.note(to.as_ref())?);
-        self.refuse_named(&from)?;
-        let is_vacated = self.changes.iter().any(|change| matches!(change, Change::Rename { from, .. } if *from == to));
-        if from == to || (!is_vacated && self.refuse_named(&to).is_err()) {
+        // A circle of renames is closed by the last of them, whose both ends have been named before.
+        if self.origin(&from).is_none_or(|origin| origin != to) {
+            self.refuse_named(&from)?;
+        }
+        if from == to || self.is_taken(&to) {
             return Err(Error::RepeatedTarget { path: to.to_path_buf() });
         }
         self.changes.push(Change::Rename { from, to });
@@ -332,6 +336,33 @@ impl MultiFileTransaction {
         Ok(path.into())
     }
 
+    /// Where the file comes from, by way of one rename after the other, that is renamed to `path`.
+    fn origin(&self, path: &Arc<Path>) -> Option<Arc<Path>> {
+        let source = |path: &Arc<Path>| {
+            self.changes.iter().find_map(|change| match change {
+                Change::Rename { from, to } if to == path => Some(from.clone()),
+                _ => None,
+            })
+        };
+        let mut origin = source(path)?;
+        // Never round, since a circle that is closed has no name left that could be given again.
+        while let Some(before) = source(&origin) {
+            if before == *path {
+                return None;
+            }
+            origin = before;
+        }
+        Some(origin)
+    }
+
+    /// Whether something is to become the file `path`, or it is to be removed, so that nothing else can come there.
+    fn is_taken(&self, path: &Arc<Path>) -> bool {
+        self.changes.iter().any(|change| match change {
+            Change::Rename { to, .. } => to == path,
+            other => other.path() == *path,
+        })
+    }
+
     /// Refuses a path that is already named. By what other path a file may be named, the commit finds out.
     fn refuse_named(&self, path: &Arc<Path>) -> Result<(), Error> {
         let is_named = |change: &Change| match change {
@@ -389,7 +420,7 @@ impl Change {
                 staged.write_at(base, &tail, gate)?;
                 staged.look_again()?;
                 let length = base + tail.len() as u64;
-                Step::Put(Box::new(Sealed::new(*staged, length, None, &path, site, workspace.clone())?))
+                Step::Put(Box::new(Sealed::new(*staged, length, &path, site, workspace.clone())?))
             }
             Self::Remove(path) => Step::Remove(path),
             Self::Rename { from, to } => Step::Rename { from, to },

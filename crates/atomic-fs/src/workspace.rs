@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::Error;
-use crate::platform::{Dir, Entry, Kind, Share};
+use crate::journal::{self, POINTER, Pointer};
+use crate::platform::{Dir, Entry, Identity, Kind, Share};
 use crate::staged::{io_error, lock, open_error};
 
 /// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
@@ -55,10 +56,26 @@ impl Site {
     }
 }
 
+/// The random number of a transaction, by which what is its own is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Tag(pub(crate) u64);
+
+impl Tag {
+    /// What every name of this transaction begins with; that of its note is nothing else.
+    fn prefix(self) -> String {
+        format!("{PREFIX}{:0ID_DIGITS$x}", self.0)
+    }
+
+    /// Whether `name` is one that this transaction gives to a file.
+    pub(crate) fn is_of(self, name: &OsStr) -> bool {
+        name.as_bytes().strip_prefix(self.prefix().as_bytes()).is_some_and(|rest| rest.starts_with(b"-"))
+    }
+}
+
 /// What the jobs of one transaction share.
 #[derive(Debug)]
 pub(crate) struct Workspace {
-    id: String,
+    pub(crate) tag: Tag,
     /// The journal's directory first.
     sites: Mutex<Vec<Arc<Site>>>,
     /// The note, locked as long as this lives.
@@ -74,15 +91,14 @@ impl Workspace {
     pub(crate) fn begin(journal_dir: &Path) -> Result<Self, Error> {
         let home = Arc::new(Site::open(journal_dir)?);
         for _ in 0..NOTE_ATTEMPTS {
-            let id = format!("{:0ID_DIGITS$x}", fastrand::u64(..));
-            let name = format!("{PREFIX}{id}");
-            let note = match home.dir.create(name.as_ref(), 0o600) {
+            let tag = Tag(fastrand::u64(..));
+            let note = match home.dir.create(tag.prefix().as_ref(), 0o600) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(io_error("create a transaction's note in", journal_dir))?,
             };
             // From here on its drop removes it.
             let workspace =
-                Self { id, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0), left: Arc::default() };
+                Self { tag, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0), left: Arc::default() };
             if lock(&workspace.note).map_err(io_error("lock a transaction's note in", journal_dir))?.is_some() {
                 return Ok(workspace);
             }
@@ -101,12 +117,12 @@ impl Workspace {
         *given += 1;
         // The mark tells a recovery of this other directory that the note is elsewhere.
         let mark = if site.id == self.home().id { "" } else { "x" };
-        format!("{PREFIX}{}-{mark}{given}", self.id).into()
+        format!("{}-{mark}{given}", self.tag.prefix()).into()
     }
 
     /// The name of the journal before it is committed.
     pub(crate) fn draft(&self) -> OsString {
-        format!("{PREFIX}{}-journal", self.id).into()
+        format!("{}-journal", self.tag.prefix()).into()
     }
 
     /// Makes the directory `dir`, opened by `parent`, one of this transaction's; `path` is the target, for errors.
@@ -120,9 +136,10 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        // Marked at both ends, so that what a full disk has cut off does not spoil the next one.
-        let line = [b"\0", site.path.as_os_str().as_bytes(), b"\0"].concat();
-        let noted = (&self.note).write_all(&line).and_then(|()| self.note.sync_all());
+        let noted = Foreign::new(&self.note, &sites[0], &site).and_then(|foreign| {
+            (&self.note).write_all(&foreign.encode())?;
+            self.note.sync_all()
+        });
         // The note itself was made without a sync; from here on it must survive a power cut, or nobody finds the files.
         noted.and_then(|()| sites[0].dir.sync()).map_err(io_error("note the directory of", path))?;
         sites.push(site.clone());
@@ -140,7 +157,7 @@ impl Drop for Workspace {
         if self.left.load(Ordering::Relaxed) {
             return;
         }
-        let _gone_already = self.home().dir.remove(format!("{PREFIX}{}", self.id).as_ref());
+        let _gone_already = self.home().dir.remove(self.tag.prefix().as_ref());
     }
 }
 
@@ -235,10 +252,11 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     }
     litter.live = live.len();
     for (id, _, note) in &notes {
-        for path in foreign_sites(note)? {
-            // What has been moved or removed since is out of reach, and harmless.
-            let Ok(dir) = Dir::open(&path) else { continue };
-            litter.removed += remove_where(&dir, &dir.list()?, |found, rest| found == *id && rest.starts_with('x'))?;
+        for foreign in foreign_sites(note)? {
+            let Some(site) = foreign.open(note, home) else { continue };
+            let names = site.dir.list()?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.starts_with('x'))?;
+            litter.removed += usize::from(remove_stale_pointer(&site, id)?);
         }
     }
     // A file without a note is nobody's, unless the note was made after the names had been listed.
@@ -250,6 +268,22 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
         litter.removed += usize::from(remove(&home.dir, name)?);
     }
     Ok(litter)
+}
+
+/// Removes the pointer to a journal that never was committed.
+fn remove_stale_pointer(site: &Site, id: &str) -> io::Result<bool> {
+    // Whoever commits here now may just be putting a pointer of its own there.
+    let dir = site.dir.open_dir(Path::new("."))?;
+    match dir.try_lock(Share::Nobody) {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => return Ok(false),
+        Err(TryLockError::Error(error)) => return Err(error),
+    }
+    match Pointer::find(site) {
+        Ok(Some(pointer)) if pointer.tag.prefix() == format!("{PREFIX}{id}") => remove(&site.dir, POINTER.as_ref()),
+        // One that cannot be read is for a recovery of that directory.
+        _ => Ok(false),
+    }
 }
 
 /// Whether `name` is that of a regular file.
@@ -289,13 +323,50 @@ fn open_note(home: &Site, name: &OsStr) -> io::Result<Option<File>> {
     }
 }
 
+/// Another directory in which files are staged, as a note names it.
+struct Foreign {
+    /// By what the note itself is known to lie where it was written, and by what that directory is.
+    marks: [String; 2],
+    /// From the note's directory to that one, so that a copy of both does not lead to the original.
+    way: PathBuf,
+}
+
+impl Foreign {
+    fn new(note: &File, home: &Site, site: &Site) -> io::Result<Self> {
+        let marks = [Identity::of(note)?.mark(), site.dir.identity()?.mark()];
+        Ok(Self { marks, way: journal::way(&home.path, &site.path) })
+    }
+
+    /// Marked at both ends, so that what a full disk has cut off does not spoil the next one.
+    fn encode(&self) -> Vec<u8> {
+        let [note, site] = &self.marks;
+        [format!("\0{note}/{site}/").as_bytes(), self.way.as_os_str().as_bytes(), b"\0"].concat()
+    }
+
+    fn decode(line: &[u8]) -> Option<Self> {
+        let mut parts = line.splitn(3, |&byte| byte == b'/');
+        let mut mark = || Some(std::str::from_utf8(parts.next()?).ok()?.to_owned());
+        let marks = [mark()?, mark()?];
+        Some(Self { marks, way: OsString::from_vec(parts.next()?.to_vec()).into() })
+    }
+
+    /// The directory, if it can be told that it is the one: both are where they were, or both were copied. What has been
+    /// moved or removed since is out of reach, and harmless.
+    fn open(&self, note: &File, home: &Site) -> Option<Site> {
+        let site = Site::open(&home.path.join(&self.way)).ok()?;
+        let marks = [Identity::of(note).ok()?.mark(), site.dir.identity().ok()?.mark()];
+        let [is_note, is_site] = [0, 1].map(|end| marks[end] == self.marks[end]);
+        (is_note == is_site).then_some(site)
+    }
+}
+
 /// The other directories that a note names. What was cut off by a crash was not yet used.
-fn foreign_sites(note: &File) -> io::Result<Vec<PathBuf>> {
+fn foreign_sites(note: &File) -> io::Result<Vec<Foreign>> {
     use std::io::Read;
     let mut bytes = Vec::new();
     note.take(NOTE_LIMIT_BYTES).read_to_end(&mut bytes)?;
     let whole = bytes.split_inclusive(|&byte| byte == 0).filter_map(|line| line.strip_suffix(&[0]));
-    Ok(whole.filter(|line| !line.is_empty()).map(|line| OsString::from_vec(line.to_vec()).into()).collect())
+    Ok(whole.filter_map(Foreign::decode).collect())
 }
 
 /// Splits a transaction's name into its identity and what follows the hyphen, which a note has not.

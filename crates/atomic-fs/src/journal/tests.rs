@@ -1,88 +1,165 @@
 //! The journal's encoding: what was written is what is read, and no bytes whatever make the reader stumble.
 
+use std::ffi::OsStr;
+use std::sync::Arc;
+
 use proptest::prelude::*;
 
 use super::*;
 
-fn sealed(mut bytes: Vec<u8>) -> Vec<u8> {
-    let sum = crc32c::crc32c(&bytes);
-    bytes.extend_from_slice(&sum.to_le_bytes());
-    bytes
+const TAG: Tag = Tag(0x0123_4567_89ab_cdef);
+
+fn sealed(bytes: &[u8]) -> Vec<u8> {
+    seal(bytes.to_vec())
 }
 
 fn name() -> impl Strategy<Value = OsString> {
     let byte = any::<u8>().prop_filter("no part of a name", |byte| !matches!(byte, 0 | b'/'));
     let bytes = prop::collection::vec(byte, 1..256);
-    bytes.prop_map(OsString::from_vec).prop_filter("a directory", |name| name != "." && name != "..")
+    bytes
+        .prop_map(OsString::from_vec)
+        .prop_filter("no target", |name| name != "." && name != ".." && !name.as_bytes().starts_with(b".afs-"))
 }
 
-fn identity() -> impl Strategy<Value = Option<Identity>> {
-    let known = (any::<u64>(), any::<u64>(), any::<Option<u128>>());
-    prop::option::of(known.prop_map(|(inode, size, digest)| Identity { inode, size, digest }))
+fn moment() -> impl Strategy<Value = Moment> {
+    (any::<i64>(), any::<u32>())
 }
 
-type Parts = (OsString, OsString, Option<Identity>, Option<Identity>);
+fn identity() -> impl Strategy<Value = Identity> {
+    let parts = (any::<u64>(), prop::option::of(moment()), any::<u64>(), moment());
+    parts.prop_map(|(inode, born, size, modified)| Identity { inode, born, size, modified })
+}
 
-fn parts() -> impl Strategy<Value = Parts> {
-    (name(), name(), identity(), identity()).prop_filter("no change", |(_, _, old, new)| old.is_some() || new.is_some())
+/// Whether it is in the other directory, its name and what is there; of all names of a chain.
+type Names = Vec<(bool, OsString, Identity)>;
+
+fn names() -> impl Strategy<Value = Names> {
+    prop::collection::vec((any::<bool>(), name(), identity()), 1..5)
 }
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 200, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
-    fn what_was_encoded_is_decoded(parts in prop::collection::vec((any::<bool>(), parts()), 0..8)) {
-        let (home, far) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let (home, far) = (Arc::new(Site::open(home.path()).unwrap()), Arc::new(Site::open(far.path()).unwrap()));
-        let slot = |(is_far, (name, temp, old, new)): &(bool, Parts)| {
-            let site = if *is_far { far.clone() } else { home.clone() };
-            Slot::new(site, name.clone(), temp.clone(), *old, *new)
+    fn what_was_encoded_is_decoded(
+        own in identity(),
+        parts in prop::collection::vec((any::<bool>(), prop::option::of(identity()), names()), 0..8),
+    ) {
+        let dir = tempfile::tempdir().unwrap();
+        let [home, far] = ["home", "far"].map(|name| {
+            std::fs::create_dir(dir.path().join(name)).unwrap();
+            Arc::new(Site::open(&dir.path().join(name)).unwrap())
+        });
+        let site = |is_far: bool| if is_far { far.clone() } else { home.clone() };
+        let chain = |(is_hidden, new, names): &(bool, Option<Identity>, Names)| {
+            let hidden = OsString::from(".afs-tx-0123456789abcdef-7");
+            let spots: Vec<_> =
+                names.iter().map(|(is_far, name, _)| Spot { site: site(*is_far), name: name.clone() }).collect();
+            let carrier_name = if *is_hidden { hidden.clone() } else { spots[0].name.clone() };
+            let carrier = Spot { site: spots[0].site.clone(), name: carrier_name };
+            let files = std::iter::once(*new).chain(names.iter().map(|(.., file)| Some(*file))).collect();
+            Chain { carrier, hidden, names: spots, files }
         };
-        let slots: Vec<_> = parts.iter().map(slot).collect();
-        let lines = decode(&encode(&home, &slots)).unwrap();
-        assert_eq!(lines.len(), parts.len());
-        for (line, (is_far, (name, temp, old, new))) in lines.iter().zip(&parts) {
-            let directory = if *is_far { far.path.as_path() } else { Path::new("") };
-            assert_eq!((&*line.directory, &line.name, &line.temp), (directory, name, temp));
-            assert_eq!((line.old, line.new), (*old, *new));
+        let chains: Vec<_> = parts.iter().map(chain).collect();
+        let record = decode(&encode(TAG, &own, &home, &chains)).unwrap();
+        assert_eq!((record.tag, record.own, record.written), (TAG, (own.inode, own.born), own.modified));
+        let path = |name: &Name| (record.sites[name.site].clone(), name.name.clone());
+        let same = |name: &Name, spot: &Spot| {
+            let way = if spot.site.id == home.id { PathBuf::new() } else { PathBuf::from("../far") };
+            path(name) == (way, spot.name.clone())
+        };
+        assert_eq!(record.chains.len(), chains.len());
+        for (line, chain) in record.chains.iter().zip(&chains) {
+            assert!(same(&line.carrier, &chain.carrier) && line.names.len() == chain.names.len());
+            assert!(line.names.iter().zip(&chain.names).all(|(name, spot)| same(name, spot)));
+            assert_eq!((&line.hidden, &line.files), (&chain.hidden, &chain.files));
         }
     }
 
     /// A checksum proves that nothing was damaged, not that nobody made it up.
     #[test]
     fn a_journal_that_was_made_up_is_read_without_a_panic_and_names_only_files(
-        count in prop_oneof![0..4_u64, any::<u64>()],
-        body in prop::collection::vec(prop_oneof![Just(0_u8), 0..4_u8, any::<u8>()], 0..300),
+        body in prop::collection::vec(prop_oneof![Just(0_u8), 0..4_u8, any::<u8>()], 0..400),
     ) {
-        let bytes = sealed([&MAGIC[..], &count.to_le_bytes(), &body].concat());
-        if let Ok(lines) = decode(&bytes) {
-            for line in lines {
-                for name in [&line.name, &line.temp] {
+        if let Ok(record) = decode(&sealed(&[&MAGIC[..], &body].concat())) {
+            for line in record.chains {
+                for name in line.names.iter().map(|name| &name.name).chain([&line.carrier.name, &line.hidden]) {
                     assert!(!name.as_bytes().contains(&b'/') && name != "." && name != ".." && !name.is_empty());
                 }
             }
         }
+        drop(Pointer::decode(&sealed(&[&POINTER_MAGIC[..], &body].concat())));
     }
+
+    #[test]
+    fn a_pointer_is_read_as_it_was_written(tag in any::<u64>(), home in name()) {
+        let pointer = Pointer { tag: Tag(tag), home: home.into() };
+        assert_eq!(Pointer::decode(&pointer.encode()), Ok(pointer));
+    }
+}
+
+/// A journal of one chain: the hidden name, the targets and the files.
+fn made_up(hidden: &[u8], carrier: &[u8], names: &[&[u8]]) -> Vec<u8> {
+    let mut out = MAGIC.to_vec();
+    put_number(&mut out, TAG.0);
+    put_number(&mut out, 7);
+    put_moment(&mut out, None);
+    put_moment(&mut out, Some((8, 9)));
+    put_number(&mut out, 1);
+    put_bytes(&mut out, b"");
+    put_number(&mut out, 1);
+    put_number(&mut out, 0);
+    put_bytes(&mut out, carrier);
+    put_bytes(&mut out, hidden);
+    put_number(&mut out, names.len() as u64);
+    for name in names {
+        put_number(&mut out, 0);
+        put_bytes(&mut out, name);
+    }
+    for number in 0..=names.len() as u64 {
+        put_identity(&mut out, Some(&Identity { inode: number, born: None, size: 1, modified: (2, 3) }));
+    }
+    out
 }
 
 #[test]
 fn a_journal_that_goes_on_or_leads_elsewhere_is_refused() {
-    let line = |name: &[u8]| {
-        let mut out = MAGIC.to_vec();
-        put_number(&mut out, 1);
-        put_bytes(&mut out, b"");
-        put_bytes(&mut out, name);
-        put_bytes(&mut out, b".afs-tx-0123456789abcdef-1");
-        out.extend_from_slice(&[0, 1]);
-        out.extend_from_slice(&[0; 32]);
-        out
-    };
-    assert_eq!(decode(&sealed(line(b"file"))).unwrap().len(), 1);
-    for name in [&b"../file"[..], b"/etc/passwd", b"..", b".", b"", b"a/", b"a/."] {
-        assert!(decode(&sealed(line(name))).is_err(), "{}", String::from_utf8_lossy(name));
+    let ours = b".afs-tx-0123456789abcdef-1";
+    assert_eq!(decode(&sealed(&made_up(ours, ours, &[b"file"]))).unwrap().chains.len(), 1);
+    assert_eq!(decode(&sealed(&made_up(ours, b"one", &[b"file"]))).unwrap().chains.len(), 1);
+    for name in [&b"../file"[..], b"/etc/passwd", b"..", b".", b"", b"a/", b"a/.", b".afs-journal-elsewhere"] {
+        assert!(decode(&sealed(&made_up(ours, ours, &[name]))).is_err(), "{}", OsStr::from_bytes(name).display());
+        assert!(decode(&sealed(&made_up(ours, name, &[b"file"]))).is_err(), "{}", OsStr::from_bytes(name).display());
+        assert!(decode(&sealed(&made_up(name, name, &[b"file"]))).is_err(), "{}", OsStr::from_bytes(name).display());
     }
-    let mut longer = line(b"file");
-    longer.push(0);
-    assert_eq!(decode(&sealed(longer)).unwrap_err(), "it goes on behind its end");
+    let another = b".afs-tx-0123456789abcdee-1";
+    assert!(decode(&sealed(&made_up(another, another, &[b"file"]))).is_err(), "a file of another transaction");
+    assert!(decode(&sealed(&made_up(ours, ours, &[]))).is_err(), "it changes nothing");
+    let longer = [made_up(ours, ours, &[b"file"]), vec![0]].concat();
+    assert_eq!(decode(&sealed(&longer)).unwrap_err(), "it goes on behind its end");
     assert_eq!(decode(b"abc").unwrap_err(), "it is too short");
+    assert!(decode(b"afs-tx1\nwhatever").unwrap_err().contains("version 1"));
+}
+
+/// What this version writes, later ones must read.
+#[test]
+fn the_format_is_that_of_the_golden_files() {
+    let ours = b".afs-tx-0123456789abcdef-1";
+    let journal = sealed(&made_up(ours, ours, &[b"log", b"log.1"]));
+    assert_eq!(journal, include_bytes!("golden/journal-2"), "the format is another one: give it another version");
+    assert!(decode(include_bytes!("golden/journal-2")).is_ok());
+    let pointer = Pointer { tag: TAG, home: "../a".into() };
+    assert_eq!(pointer.encode(), include_bytes!("golden/pointer-2"));
+    assert_eq!(Pointer::decode(include_bytes!("golden/pointer-2")), Ok(pointer));
+}
+
+#[test]
+fn the_way_from_one_directory_to_another_goes_over_what_contains_both() {
+    let way = |from: &str, to: &str| way(Path::new(from), Path::new(to)).display().to_string();
+    assert_eq!(way("/d/a", "/d/a"), "");
+    assert_eq!(way("/d/a", "/d/b"), "../b");
+    assert_eq!(way("/d/a", "/d/a/sub"), "sub");
+    assert_eq!(way("/d/a/sub", "/d/a"), "..");
+    assert_eq!(way("/", "/d"), "d");
+    assert_eq!(way("/x/y", "/d/a"), "../../d/a");
 }

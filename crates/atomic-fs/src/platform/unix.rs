@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-use super::{Entry, Kind, Moved, Share};
+use super::{Entry, Identity, Kind, Moved, Share};
 
 /// An open directory.
 #[derive(Debug)]
@@ -68,19 +68,29 @@ impl Dir {
 
     /// Renames `from` to `to`, which must not exist.
     pub(crate) fn rename_new(&self, from: &OsStr, to: &OsStr) -> io::Result<Moved> {
+        self.move_new(from, self, to)
+    }
+
+    /// Moves the file `from` to the directory `target` as `to`, which must not exist.
+    pub(crate) fn move_new(&self, from: &OsStr, target: &Self, to: &OsStr) -> io::Result<Moved> {
         #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
         {
             use rustix::fs::RenameFlags;
             use rustix::io::Errno;
-            match rustix::fs::renameat_with(&self.0, from, &self.0, to, RenameFlags::NOREPLACE) {
+            match rustix::fs::renameat_with(&self.0, from, &target.0, to, RenameFlags::NOREPLACE) {
                 // The kernel or the file system does not know the flag.
                 Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
                 other => return Ok(other.map(|()| Moved::Renamed)?),
             }
         }
         // A hard link is refused if the name is taken. That the file has two names for a moment harms nobody.
-        rustix::fs::linkat(&self.0, from, &self.0, to, AtFlags::empty())?;
+        rustix::fs::linkat(&self.0, from, &target.0, to, AtFlags::empty())?;
         Ok(Moved::Linked)
+    }
+
+    /// Moves the file `from` to the directory `target` as `to`, replacing what is there.
+    pub(crate) fn move_over(&self, from: &OsStr, target: &Self, to: &OsStr) -> io::Result<()> {
+        Ok(rustix::fs::renameat(&self.0, from, &target.0, to)?)
     }
 
     /// Removes the file `name`.
@@ -91,6 +101,11 @@ impl Dir {
     /// Device and inode of this directory.
     pub(crate) fn id(&self) -> io::Result<(u64, u64)> {
         Ok(Entry::of(&self.0)?.id)
+    }
+
+    /// By what this directory is known again.
+    pub(crate) fn identity(&self) -> io::Result<Identity> {
+        Identity::of(&self.0)
     }
 
     /// The names in this directory.
@@ -115,19 +130,29 @@ impl Dir {
         Ok(rustix::fs::linkat(&source.0, from, &self.0, to, AtFlags::empty())?)
     }
 
-    /// Exchanges two files, so that neither name is ever without one; `false` if the system cannot do that.
-    pub(crate) fn exchange(&self, one: &OsStr, other: &OsStr) -> io::Result<bool> {
+    /// Exchanges the file `one` with the file `other` of the directory `target`, so that neither name is ever without
+    /// one; `false` if the system cannot do that.
+    pub(crate) fn exchange(&self, one: &OsStr, target: &Self, other: &OsStr) -> io::Result<bool> {
         #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
         {
             use rustix::fs::RenameFlags;
             use rustix::io::Errno;
-            match rustix::fs::renameat_with(&self.0, one, &self.0, other, RenameFlags::EXCHANGE) {
+            match rustix::fs::renameat_with(&self.0, one, &target.0, other, RenameFlags::EXCHANGE) {
                 Err(Errno::INVAL | Errno::NOSYS | Errno::NOTSUP) => {}
                 other => return Ok(other.map(|()| true)?),
             }
         }
-        let _ = (one, other);
+        let _ = (one, target, other);
         Ok(false)
+    }
+
+    /// Looks by what the file `name` will be known again, without following it; `None` if there is none.
+    pub(crate) fn identify(&self, name: &OsStr) -> io::Result<Option<Identity>> {
+        match identity_at(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(identity) => Ok(Some(identity)),
+            Err(rustix::io::Errno::NOENT) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
     }
 
     /// Makes the names in this directory durable.
@@ -152,6 +177,57 @@ impl Dir {
         let _ = (name, file);
         Ok(())
     }
+}
+
+impl Identity {
+    /// The number and the birth, as a word: the same as long as the file is not copied.
+    pub(crate) fn mark(&self) -> String {
+        match self.born {
+            Some((seconds, nanoseconds)) => format!("{}.{seconds}.{nanoseconds}", self.inode),
+            None => self.inode.to_string(),
+        }
+    }
+
+    /// By what an open file will be known again.
+    pub(crate) fn of(file: &File) -> io::Result<Self> {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        let flags = AtFlags::EMPTY_PATH;
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        let flags = AtFlags::empty();
+        Ok(identity_at(file, OsStr::new(""), flags)?)
+    }
+}
+
+/// Of the file `name` below `dir`; of `dir` itself if it is empty.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn identity_at(dir: &File, name: &OsStr, flags: AtFlags) -> rustix::io::Result<Identity> {
+    use rustix::fs::StatxFlags;
+    use rustix::io::Errno;
+    let moment = |time: rustix::fs::StatxTimestamp| (time.tv_sec, time.tv_nsec);
+    match rustix::fs::statx(dir, name, flags, StatxFlags::BASIC_STATS | StatxFlags::BTIME) {
+        Ok(found) => Ok(Identity {
+            inode: found.stx_ino,
+            born: (found.stx_mask & StatxFlags::BTIME.bits() != 0).then(|| moment(found.stx_btime)),
+            size: found.stx_size,
+            modified: moment(found.stx_mtime),
+        }),
+        // Kernels before 4.11, and some sandboxes.
+        Err(Errno::NOSYS | Errno::PERM) => stat_identity(dir, name, flags),
+        Err(errno) => Err(errno),
+    }
+}
+
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+use stat_identity as identity_at;
+
+fn stat_identity(dir: &File, name: &OsStr, flags: AtFlags) -> rustix::io::Result<Identity> {
+    let found = match name.is_empty() {
+        true => rustix::fs::fstat(dir)?,
+        false => rustix::fs::statat(dir, name, flags)?,
+    };
+    // The widths of these fields differ between systems.
+    let modified = (found.st_mtime as i64, found.st_mtime_nsec as u32);
+    Ok(Identity { inode: found.st_ino as u64, born: None, size: found.st_size as u64, modified })
 }
 
 /// Looks at an open file.

@@ -250,7 +250,7 @@ fn dropped_recover_has_done_everything_or_nothing() {
             async || {
                 let scene = Scene::new();
                 for name in names(template.dir.path()) {
-                    std::fs::copy(template.dir.path().join(&name), scene.dir.path().join(&name)).unwrap();
+                    copy(&template.dir.path().join(&name), &scene.dir.path().join(&name));
                 }
                 scene
             },
@@ -273,6 +273,13 @@ fn dropped_recover_has_done_everything_or_nothing() {
         );
         assert_clean(name, &report);
     }
+}
+
+/// With its times, as a backup keeps them.
+fn copy(from: &Path, to: &Path) {
+    std::fs::copy(from, to).unwrap();
+    let modified = std::fs::metadata(from).unwrap().modified().unwrap();
+    std::fs::File::options().write(true).open(to).unwrap().set_modified(modified).unwrap();
 }
 
 /// Cancels at random moments of the time that a transaction takes; returns how many were cancelled, and how many of

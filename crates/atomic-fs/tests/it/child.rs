@@ -88,6 +88,14 @@ fn other() -> PathBuf {
     PathBuf::from(std::env::var_os(OTHER).unwrap())
 }
 
+/// Root may do anything. The process has begun as root, because nobody may not read where this binary is.
+fn become_nobody() {
+    if rustix::process::geteuid().is_root() {
+        rustix::thread::set_thread_gid(rustix::process::Gid::from_raw(65534)).unwrap();
+        rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534)).unwrap();
+    }
+}
+
 fn write_others() {
     for _ in 0..OTHERS {
         blocking::write(other(), b"x").unwrap();
@@ -125,13 +133,25 @@ fn entry() {
     match task.as_str() {
         "write" => say_result(blocking::write(path, &content)),
         "write as nobody" => {
-            // Root may write anywhere. The process has begun as root, because nobody may not read where this binary is.
-            if rustix::process::geteuid().is_root() {
-                rustix::thread::set_thread_gid(rustix::process::Gid::from_raw(65534)).unwrap();
-                rustix::thread::set_thread_uid(rustix::process::Uid::from_raw(65534)).unwrap();
-            }
+            become_nobody();
             say_result(blocking::write(path, &content));
         }
+        "rename as nobody" => {
+            become_nobody();
+            // Its threads begin as this one is.
+            say_result(one_pool_thread().block_on(async {
+                let mut tx = MultiFileTransaction::new();
+                tx.rename(path.join("f"), path.join("g"))?;
+                tx.rename(path.join("over"), path.join("replaced"))?;
+                tx.commit().await
+            }));
+        }
+        "two directories" => say_result(one_pool_thread().block_on(async {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(path.join("a/x"), "new").await?;
+            tx.add_file(path.join("b/y"), "new").await?;
+            tx.commit().await
+        })),
         "write after others" => {
             write_others();
             say_result(blocking::write(path, &content));

@@ -17,6 +17,8 @@ mod child;
 mod crash;
 #[cfg(unix)]
 mod faults;
+#[cfg(target_os = "linux")]
+mod field;
 #[cfg(unix)]
 mod hostile;
 #[cfg(target_os = "linux")]

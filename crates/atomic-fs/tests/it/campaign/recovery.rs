@@ -199,19 +199,23 @@ async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_i
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     let (dir, victim) = (&ground.dir, ground.dir.join("sub/f"));
     let aside = dir.with_file_name("aside");
-    // The last one is like the old file in all but its content: so is a file that was given its number anew.
-    for content in ["by somebody else", "own sub/f"] {
+    // In place, and as another file; the last one is like the old file in all but its content and its time.
+    for (content, in_place) in [("by somebody else", true), ("own sub/f", true), ("own sub/f", false)] {
         assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
-        std::fs::copy(&victim, &aside).unwrap();
+        if !in_place {
+            std::fs::remove_file(&victim).unwrap();
+        }
         std::fs::write(&victim, content).unwrap();
         let left = names(dir);
         let error = atomic_fs::recover(dir).await.unwrap_err();
         assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
         assert!(error.to_string().contains("sub/f"), "{error}");
         assert_eq!((names(dir), std::fs::read_to_string(&victim).unwrap()), (left, content.to_owned()));
-        // What was put aside is put back: the way out that the error names.
-        std::fs::rename(&aside, &victim).unwrap();
-        assert_eq!(verify(dir, None, false).await, Ok(Picture::New));
+        // The way out that the error names; nothing of what somebody wrote is lost.
+        std::fs::rename(&victim, &aside).unwrap();
+        let report = atomic_fs::recover(dir).await.unwrap();
+        assert_eq!((report.rolled_forward, look(dir)), (1, Ok(Picture::New)));
+        assert_eq!(std::fs::read_to_string(&aside).unwrap(), content);
     }
 }
 

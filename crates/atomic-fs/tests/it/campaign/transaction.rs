@@ -32,7 +32,7 @@ pub(super) fn renew(dir: &Path, layout: Layout) {
     if layout == Layout::TwoDirectories {
         std::fs::create_dir(dir.join("sub")).unwrap();
     }
-    for name in ["a", "b", "c", "d", "log", "log.1", "log.2", far(dir)] {
+    for name in ["a", "b", "blue", "c", "d", "green", "log", "log.1", "log.2", far(dir)] {
         std::fs::write(dir.join(name), format!("old {name}")).unwrap();
     }
     rustix::fs::syncfs(std::fs::File::open(dir).unwrap()).unwrap();
@@ -47,7 +47,9 @@ pub(crate) async fn change_all(dir: &Path) -> Result<(), atomic_fs::Error> {
     tx.add_file(dir.join(far(dir)), format!("new {}", far(dir))).await?;
     tx.remove_file(dir.join("c"))?;
     tx.rename(dir.join("d"), dir.join("e"))?;
-    // Each of these files has two names for a while.
+    tx.rename(dir.join("blue"), dir.join("green"))?;
+    tx.rename(dir.join("green"), dir.join("blue"))?;
+    // Each of these files has only a hidden name for a while.
     tx.rename(dir.join("log.1"), dir.join("log.2"))?;
     tx.rename(dir.join("log"), dir.join("log.1"))?;
     tx.add_file(dir.join("log"), "new log").await?;
@@ -81,6 +83,8 @@ pub(super) fn look(dir: &Path) -> Result<Picture, String> {
         ("n", None, Some("new n")),
         ("c", Some("old c"), None),
         ("e", None, Some("old d")),
+        ("blue", Some("old blue"), Some("old green")),
+        ("green", Some("old green"), Some("old blue")),
         ("log", Some("old log"), Some("new log")),
         ("log.1", Some("old log.1"), Some("old log")),
         ("log.2", Some("old log.2"), Some("old log.1")),
@@ -119,8 +123,8 @@ pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Resu
     let context = format!("{before:?}, then {after:?} by {report:?}");
     let (first, last) = if far(dir) == "f" { ("f", "") } else { ("", "sub") };
     let mut wanted = match after {
-        Picture::Old => vec!["a", "b", "c", "d", first, "log", "log.1", "log.2", last],
-        Picture::New => vec!["a", "b", "e", first, "log", "log.1", "log.2", "n", last],
+        Picture::Old => vec!["a", "b", "blue", "c", "d", first, "green", "log", "log.1", "log.2", last],
+        Picture::New => vec!["a", "b", "blue", "e", first, "green", "log", "log.1", "log.2", "n", last],
         Picture::Mix => return Err(format!("a mix after the recovery: {context}")),
     };
     match said {

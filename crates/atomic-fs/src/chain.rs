@@ -1,0 +1,339 @@
+//! The change of one name, or of several between which files are moved: how it is done, undone, and known again.
+//!
+//! Invariant: a chain is changed by steps of one system call each, and what lies by its names tells how many were made;
+//! every step looks, if it must, and may be repeated.
+
+use std::ffi::{OsStr, OsString};
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use crate::platform::{Dir, Identity, Moment, Moved};
+use crate::workspace::Site;
+
+/// What a backup adds to a hidden name, where files cannot be exchanged.
+const BACKUP_SUFFIX: &str = "b";
+
+/// A name in a directory.
+#[derive(Clone, Debug)]
+pub(crate) struct Spot {
+    pub(crate) site: Arc<Site>,
+    pub(crate) name: OsString,
+}
+
+impl Spot {
+    pub(crate) fn path(&self) -> PathBuf {
+        self.site.path.join(&self.name)
+    }
+
+    pub(crate) fn dir(&self) -> &Dir {
+        &self.site.dir
+    }
+
+    fn identify(&self) -> io::Result<Option<Identity>> {
+        self.dir().identify(&self.name)
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        self.dir().remove(&self.name)
+    }
+}
+
+/// Names whose files change places. Step `i` exchanges what the carrier has with what is at `names[i - 1]`.
+///
+/// | change | carrier | names | files |
+/// |---|---|---|---|
+/// | put a new file | hidden, the new file | the target | new; old or none |
+/// | remove | hidden, nothing | the target | none; old |
+/// | rename over a file | hidden, nothing | from, to | none; the moved one; old |
+/// | rotate two logs and begin a third | hidden, the new file | `log`, `log.1` | new; `log`; `log.1` or none |
+/// | rename to a free name | from | to | the moved one; none |
+/// | swap | one | the other | one; the other |
+#[derive(Debug)]
+pub(crate) struct Chain {
+    pub(crate) carrier: Spot,
+    /// A name of the transaction's own beside the first name; that of the carrier, unless that one is a target itself.
+    pub(crate) hidden: OsString,
+    pub(crate) names: Vec<Spot>,
+    /// What the carrier has before the first step, and then what each name has; one more than there are names.
+    pub(crate) files: Vec<Option<Identity>>,
+}
+
+/// From how many steps a chain is to come to how many.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Way {
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+/// Where a transaction is to be brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Aim {
+    Forward,
+    Back,
+}
+
+/// By what the files of a journal are known.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Trust {
+    /// The journal lies where it was written, and so do the files: their numbers are those that were written down.
+    Numbers {
+        /// What was modified later is not what the journal speaks of.
+        written: Moment,
+    },
+    /// It was copied, together with its files: they have the sizes and times that were written down.
+    Times,
+}
+
+impl Chain {
+    pub(crate) fn steps(&self) -> usize {
+        self.names.len()
+    }
+
+    /// Whether the carrier's name is none of the targets, so that what it has at the end is removed.
+    pub(crate) fn is_hidden(&self) -> bool {
+        self.carrier.name == self.hidden
+    }
+
+    pub(crate) fn spots(&self) -> impl Iterator<Item = &Spot> {
+        std::iter::once(&self.carrier).chain(&self.names)
+    }
+
+    /// The name that a message about the whole chain speaks of.
+    pub(crate) fn path(&self) -> PathBuf {
+        self.names.first().map_or_else(|| self.carrier.path(), Spot::path)
+    }
+
+    /// Makes step `number`, from 1 on, in the belief that everything is as it was planned.
+    pub(crate) fn step(&self, number: usize) -> io::Result<()> {
+        let name = &self.names[number - 1];
+        match (&self.files[number - 1], &self.files[number]) {
+            (Some(_), Some(_)) => self.swap(name),
+            (Some(_), None) => move_new(&self.carrier, name),
+            (None, Some(_)) => move_new(name, &self.carrier),
+            (None, None) => Ok(()),
+        }
+    }
+
+    /// Makes or undoes step `number`, whatever is there: the one is as the other.
+    pub(crate) fn shift(&self, number: usize) -> io::Result<()> {
+        let name = &self.names[number - 1];
+        match (self.carrier.identify()?.is_some(), name.identify()?.is_some()) {
+            (true, true) => self.swap(name),
+            (true, false) => move_new(&self.carrier, name),
+            (false, true) => move_new(name, &self.carrier),
+            (false, false) => Ok(()),
+        }
+    }
+
+    fn swap(&self, name: &Spot) -> io::Result<()> {
+        let (carrier, backup) = (&self.carrier, self.backup());
+        if carrier.dir().exchange(&carrier.name, name.dir(), &name.name)? {
+            return Ok(());
+        }
+        // Three steps instead of one, and at each of them the name has a file: the old, or the new.
+        backup.dir().link(name.dir(), &name.name, &backup.name)?;
+        carrier.dir().move_over(&carrier.name, name.dir(), &name.name)?;
+        backup.dir().move_over(&backup.name, carrier.dir(), &carrier.name)
+    }
+
+    fn backup(&self) -> Spot {
+        let mut name = self.hidden.clone();
+        name.push(BACKUP_SUFFIX);
+        Spot { site: self.carrier.site.clone(), name }
+    }
+
+    /// Finds out from where to where this chain is to be brought, and touches nothing; an error names what cannot be
+    /// told, or should not be touched.
+    pub(crate) fn judge(&self, trust: Trust, aim: Aim) -> io::Result<Result<Way, PathBuf>> {
+        let seen = self.look()?;
+        let from = match trust {
+            Trust::Numbers { .. } => seen.made(&self.files),
+            Trust::Times => seen.made_of_copies(&self.files),
+        };
+        let Some(from) = from else { return Ok(Err(self.path())) };
+        let obstacle = match (aim, trust) {
+            (Aim::Forward, Trust::Numbers { written }) => self.before_going_forward(&seen, from, written),
+            (Aim::Back, Trust::Numbers { written }) => self.before_going_back(&seen, from, written),
+            // Everything is exactly as it was written down, or the number of steps could not be told.
+            (_, Trust::Times) => Ok(match aim {
+                Aim::Forward => self.steps(),
+                Aim::Back => 0,
+            }),
+        };
+        Ok(obstacle.map(|to| Way { from, to }))
+    }
+
+    /// What there is, as if no step had been cut short.
+    fn look(&self) -> io::Result<Seen> {
+        let mut carried = self.carrier.identify()?;
+        let mut held = self.names.iter().map(Spot::identify).collect::<io::Result<Vec<_>>>()?;
+        if carried.is_none() {
+            // Between the second and the third step of a swap without an exchange.
+            carried = self.backup().identify()?;
+        }
+        // A file that has two names was being moved by a link.
+        if let Some(found) = carried
+            && let Some(double) = held.iter().position(|held| held.is_some_and(|held| held.is(&found)))
+        {
+            match double {
+                0 if self.files[0].is_none() => carried = None,
+                _ => held[double] = None,
+            }
+        }
+        Ok(Seen { carried, held })
+    }
+
+    /// Nothing may be overwritten that is not what was to be replaced.
+    fn before_going_forward(&self, seen: &Seen, from: usize, written: Moment) -> Result<usize, PathBuf> {
+        let last = self.steps();
+        for number in from + 1..=last {
+            let name = &self.names[number - 1];
+            // What somebody has moved out of the way is not overwritten.
+            let Some(found) = seen.held[number - 1] else { continue };
+            let is_lost = number == last && self.is_hidden();
+            if !self.files[number].is_some_and(|file| found.is(&file) && !(is_lost && file.is_older(&found, written))) {
+                return Err(name.path());
+            }
+        }
+        Ok(last)
+    }
+
+    /// Nothing may be removed that is not what had been staged.
+    fn before_going_back(&self, seen: &Seen, from: usize, written: Moment) -> Result<usize, PathBuf> {
+        for number in (1..=from).rev() {
+            let name = &self.names[number - 1];
+            let Some(found) = seen.held[number - 1] else { continue };
+            let is_lost = number == 1 && self.is_hidden();
+            match self.files[number - 1] {
+                Some(file) if found.is(&file) && !(is_lost && file.is_older(&found, written)) => {}
+                // What somebody else has put in the place of an applied file is the last write, and stays.
+                known if self.steps() == 1 && !known.is_some_and(|file| found.is(&file)) => return Ok(from),
+                _ => return Err(name.path()),
+            }
+        }
+        // What the last name had is gone, so that it cannot be put back.
+        let is_gone = from > 0 && seen.carried.is_none() && self.files[from].is_some();
+        if is_gone { Err(self.path()) } else { Ok(0) }
+    }
+
+    /// Removes what a step that was cut short has left over, so that every step can be taken again.
+    pub(crate) fn settle(&self) -> io::Result<()> {
+        let (carrier, backup) = (&self.carrier, self.backup());
+        if backup.identify()?.is_some() {
+            match carrier.identify()? {
+                Some(_) => backup.remove()?,
+                None => backup.dir().move_over(&backup.name, carrier.dir(), &carrier.name)?,
+            }
+        }
+        let Some(found) = carrier.identify()? else { return Ok(()) };
+        for (position, name) in self.names.iter().enumerate() {
+            if name.identify()?.is_some_and(|held| held.is(&found)) {
+                // Moved by a link half-way: it keeps the name that it had before.
+                return if position == 0 && self.files[0].is_none() { carrier.remove() } else { name.remove() };
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what the hidden name holds at the end.
+    pub(crate) fn clear(&self) -> io::Result<()> {
+        if !self.is_hidden() {
+            return Ok(());
+        }
+        match self.carrier.remove() {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+}
+
+fn move_new(from: &Spot, to: &Spot) -> io::Result<()> {
+    match from.dir().move_new(&from.name, to.dir(), &to.name)? {
+        Moved::Renamed => Ok(()),
+        Moved::Linked => from.remove(),
+    }
+}
+
+/// What lies by the names of a chain.
+struct Seen {
+    carried: Option<Identity>,
+    held: Vec<Option<Identity>>,
+}
+
+impl Seen {
+    /// How many steps were made, if that can be told from the numbers of the files.
+    fn made(&self, files: &[Option<Identity>]) -> Option<usize> {
+        let steps = self.held.len();
+        let is = |found: &Option<Identity>, file: &Option<Identity>| {
+            found.zip(*file).is_some_and(|(found, file)| found.is(&file))
+        };
+        if self.carried.is_some()
+            && let Some(position) = files.iter().position(|file| is(&self.carried, file))
+        {
+            return Some(position);
+        }
+        let reached = (1..=steps).rev().find(|&number| is(&self.held[number - 1], &files[number - 1]));
+        let is_untouched = |number: usize| is(&self.held[number - 1], &files[number]);
+        if self.carried.is_some() {
+            // A file of somebody else's, which was at a target's place when its step was made.
+            return reached.or((steps == 1 && files[0].is_some() && !is_untouched(1)).then_some(1));
+        }
+        if files[0].is_none() && is_untouched(1) {
+            return Some(0);
+        }
+        // All is done and cleared; but not if something is still where it was, or the new file is nowhere.
+        let is_lost = files[0].is_some() && reached.is_none() && self.held[0].is_none();
+        let is_done = !(1..=steps).any(is_untouched) && !is_lost;
+        is_done.then_some(steps)
+    }
+
+    /// How many steps were made, if everything is exactly as it was written down but for the numbers.
+    fn made_of_copies(&self, files: &[Option<Identity>]) -> Option<usize> {
+        let steps = self.held.len();
+        let is = |found: &Option<Identity>, file: &Option<Identity>| match (found, file) {
+            (Some(found), Some(file)) => found.is_copy_of(file),
+            (None, None) => true,
+            _ => false,
+        };
+        let are_held = |made: usize| {
+            (1..=steps).all(|number| {
+                let file = if number <= made { &files[number - 1] } else { &files[number] };
+                is(&self.held[number - 1], file)
+            })
+        };
+        let mut matching = (0..=steps).filter(|&made| {
+            let is_cleared = made == steps && self.carried.is_none();
+            are_held(made) && (is_cleared || is(&self.carried, &files[made]))
+        });
+        let made = matching.next()?;
+        // Files that cannot be told apart are no ground to stand on.
+        matching.next().is_none().then_some(made)
+    }
+}
+
+impl Identity {
+    /// Whether it is the same file, whoever has written to it meanwhile.
+    fn is(&self, other: &Self) -> bool {
+        let is_born_together = self.born.zip(other.born).is_none_or(|(one, other)| one == other);
+        self.inode == other.inode && is_born_together
+    }
+
+    /// Whether `found`, which is the same file, has been written to since the journal was `written`.
+    fn is_older(&self, found: &Self, written: Moment) -> bool {
+        found.modified > self.modified.max(written)
+    }
+
+    /// Whether it is like `file`, which lies elsewhere or lay here before.
+    fn is_copy_of(&self, file: &Self) -> bool {
+        let (seconds, fraction) = self.modified;
+        // Some archives, and some file systems, keep seconds only, and some only every other.
+        let is_near = fraction == 0 && (0..2).contains(&(file.modified.0 - seconds));
+        self.size == file.size && (self.modified == file.modified || is_near)
+    }
+}
+
+/// Whether `name` is that of a file within a directory.
+pub(crate) fn is_name(name: &OsStr) -> bool {
+    std::path::Path::new(name).file_name() == Some(name)
+}

@@ -1,0 +1,183 @@
+//! What the changes of a transaction come to: which file goes where, as chains of names.
+//!
+//! Invariant: all names mean the files that are there before the transaction, and each file goes to one name at most;
+//! what would be understood differently by who thinks of one change after the other is refused.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::io;
+use std::path::Path;
+use std::sync::Arc;
+
+use crate::Error;
+use crate::chain::{Chain, Spot};
+use crate::platform::Identity;
+use crate::staged::io_error;
+use crate::workspace::Workspace;
+
+/// What becomes of the file at each name, and what comes there.
+#[derive(Debug, Default)]
+pub(crate) struct Plan {
+    nodes: Vec<Node>,
+    /// Where among the nodes a name of a directory is.
+    positions: HashMap<((u64, u64), OsString), usize>,
+}
+
+#[derive(Debug)]
+struct Node {
+    path: Arc<Path>,
+    spot: Spot,
+    /// What is there now.
+    old: Option<Identity>,
+    leaves: Leaves,
+    arrives: Option<Arrives>,
+}
+
+/// Where the file of a name goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Leaves {
+    /// It is replaced, if it is there.
+    Replaced,
+    Removed,
+    /// To the name of that node.
+    To(usize),
+}
+
+/// What comes to a name.
+#[derive(Clone, Debug)]
+enum Arrives {
+    /// The file that is staged by this name.
+    New(OsString, Identity),
+    Moved,
+}
+
+impl Plan {
+    /// Plans that the file staged as `temp` becomes that of the name `spot`.
+    pub(crate) fn put(&mut self, path: &Arc<Path>, spot: Spot, temp: OsString, new: Identity) -> Result<(), Error> {
+        let node = self.node(path, spot)?;
+        self.arrive(node, Arrives::New(temp, new))
+    }
+
+    pub(crate) fn remove(&mut self, path: &Arc<Path>, spot: Spot) -> Result<(), Error> {
+        let node = self.node(path, spot)?;
+        self.leave(node, Leaves::Removed)
+    }
+
+    pub(crate) fn rename(&mut self, from: (&Arc<Path>, Spot), to: (&Arc<Path>, Spot)) -> Result<(), Error> {
+        let (from, to) = (self.node(from.0, from.1)?, self.node(to.0, to.1)?);
+        self.leave(from, Leaves::To(to))?;
+        self.arrive(to, Arrives::Moved)
+    }
+
+    fn node(&mut self, path: &Arc<Path>, spot: Spot) -> Result<usize, Error> {
+        let key = (spot.site.id, spot.name.clone());
+        if let Some(&known) = self.positions.get(&key) {
+            return Ok(known);
+        }
+        let old = spot.dir().identify(&spot.name).map_err(io_error("look at", path))?;
+        self.positions.insert(key, self.nodes.len());
+        self.nodes.push(Node { path: path.clone(), spot, old, leaves: Leaves::Replaced, arrives: None });
+        Ok(self.nodes.len() - 1)
+    }
+
+    fn leave(&mut self, node: usize, leaves: Leaves) -> Result<(), Error> {
+        let closes = matches!(leaves, Leaves::To(to) if self.leads(to, node));
+        let node = &mut self.nodes[node];
+        // What arrived first and leaves then would seem to be another file than the one that is there; not in a circle.
+        if node.leaves != Leaves::Replaced || (node.arrives.is_some() && !closes) {
+            return Err(Error::RepeatedTarget { path: node.path.to_path_buf() });
+        }
+        if node.old.is_none() {
+            return Err(io_error("find the file", &node.path)(io::ErrorKind::NotFound.into()));
+        }
+        node.leaves = leaves;
+        Ok(())
+    }
+
+    fn arrive(&mut self, node: usize, arrives: Arrives) -> Result<(), Error> {
+        let node = &mut self.nodes[node];
+        if node.leaves == Leaves::Removed || node.arrives.is_some() {
+            return Err(Error::RepeatedTarget { path: node.path.to_path_buf() });
+        }
+        node.arrives = Some(arrives);
+        Ok(())
+    }
+
+    /// Whether the file of the name `from` goes to the name `to`, from one to the next.
+    fn leads(&self, from: usize, to: usize) -> bool {
+        let mut node = from;
+        while let Leaves::To(next) = self.nodes[node].leaves {
+            if next == to {
+                return true;
+            }
+            node = next;
+        }
+        false
+    }
+
+    /// Makes chains of the names between which files are moved; first those that put something somewhere.
+    pub(crate) fn chains(&self, workspace: &Workspace) -> Vec<Chain> {
+        let mut is_told = vec![false; self.nodes.len()];
+        let mut chains = Vec::new();
+        let starts = |node: &Node| !matches!(node.arrives, Some(Arrives::Moved));
+        for first in (0..self.nodes.len()).filter(|&node| starts(&self.nodes[node])) {
+            let nodes = self.follow(first, &mut is_told);
+            chains.push(self.chain(workspace, &nodes));
+        }
+        // What is left over runs in circles.
+        for first in 0..self.nodes.len() {
+            if !is_told[first] {
+                let nodes = self.follow(first, &mut is_told);
+                chains.push(self.circle(workspace, &nodes));
+            }
+        }
+        chains.sort_by_key(|chain| chain.is_hidden() && chain.files[0].is_none());
+        chains
+    }
+
+    fn follow(&self, first: usize, is_told: &mut [bool]) -> Vec<usize> {
+        let mut nodes = Vec::new();
+        let mut next = Some(first);
+        while let Some(node) = next.filter(|&node| !is_told[node]) {
+            is_told[node] = true;
+            nodes.push(node);
+            next = match self.nodes[node].leaves {
+                Leaves::To(to) => Some(to),
+                Leaves::Replaced | Leaves::Removed => None,
+            };
+        }
+        nodes
+    }
+
+    fn chain(&self, workspace: &Workspace, nodes: &[usize]) -> Chain {
+        let first = &self.nodes[nodes[0]];
+        let (hidden, new) = match &first.arrives {
+            Some(Arrives::New(temp, identity)) => (temp.clone(), Some(*identity)),
+            _ => (workspace.name(&first.spot.site), None),
+        };
+        if let (None, [from, to]) = (new, nodes)
+            && self.nodes[*to].old.is_none()
+        {
+            // To a free name it is a single rename, as that of the system is.
+            let carrier = self.nodes[*from].spot.clone();
+            return Chain { carrier, hidden, names: self.spots(&[*to]), files: self.files(None, nodes) };
+        }
+        let carrier = Spot { site: first.spot.site.clone(), name: hidden.clone() };
+        Chain { carrier, hidden, names: self.spots(nodes), files: self.files(Some(new), nodes) }
+    }
+
+    /// The files of a circle change places by exchanges with the first name.
+    fn circle(&self, workspace: &Workspace, nodes: &[usize]) -> Chain {
+        let carrier = self.nodes[nodes[0]].spot.clone();
+        let hidden = workspace.name(&carrier.site);
+        Chain { carrier, hidden, names: self.spots(&nodes[1..]), files: self.files(None, nodes) }
+    }
+
+    fn spots(&self, nodes: &[usize]) -> Vec<Spot> {
+        nodes.iter().map(|&node| self.nodes[node].spot.clone()).collect()
+    }
+
+    fn files(&self, first: Option<Option<Identity>>, nodes: &[usize]) -> Vec<Option<Identity>> {
+        first.into_iter().chain(nodes.iter().map(|&node| self.nodes[node].old)).collect()
+    }
+}

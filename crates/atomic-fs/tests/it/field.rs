@@ -1,0 +1,307 @@
+//! Transactions where people use them: trees that are copied and moved, files of others, large files, changed places.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction, TargetState};
+use tempfile::{TempDir, tempdir};
+
+use crate::child;
+use crate::support::{names, temps};
+
+/// A tree `tree` with the directories `a` and `b`, in each of which a transaction of both was killed: `a/x` is new, and
+/// `b/y` is not yet.
+fn killed_halfway() -> Option<TempDir> {
+    let strace = child::strace("what a kill leaves is copied and moved")?;
+    let dir = tempdir().unwrap();
+    for (place, name) in [("a", "x"), ("b", "y")] {
+        std::fs::create_dir_all(dir.path().join("tree").join(place)).unwrap();
+        std::fs::write(dir.path().join("tree").join(place).join(name), "old").unwrap();
+    }
+    // The first renames the journal, the second exchanges `x`.
+    let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
+    let killed = child::outcome(child::command(&wrapper, "two directories", &dir.path().join("tree")));
+    assert_eq!((killed, contents(&dir.path().join("tree"))), (None, ("new".into(), "old".into())));
+    Some(dir)
+}
+
+fn contents(tree: &Path) -> (String, String) {
+    let read = |name: &str| std::fs::read_to_string(tree.join(name)).unwrap();
+    (read("a/x"), read("b/y"))
+}
+
+fn both(content: &str) -> (String, String) {
+    (content.to_owned(), content.to_owned())
+}
+
+/// Copies a tree with its times, as backups do.
+fn copy(from: &Path, to: &Path, how: &str) {
+    let script = match how {
+        "cp" => r#"cp -a "$0" "$1""#,
+        // Times in whole seconds, and other numbers.
+        "tar" => r#"mkdir "$1" && tar -C "$0" --format=ustar -cf - . | tar -C "$1" -xf -"#,
+        other => panic!("{other}?"),
+    };
+    assert!(Command::new("sh").args(["-c", script]).args([from, to]).status().unwrap().success());
+}
+
+#[tokio::test]
+async fn a_copy_of_a_crashed_tree_recovers_itself_and_leaves_the_original_alone() {
+    let Some(dir) = killed_halfway() else { return };
+    let [tree, copied] = ["tree", "copy"].map(|name| dir.path().join(name));
+    copy(&tree, &copied, "cp");
+    // From either directory: the second one leads to the journal in the first.
+    for (place, start) in [(&copied, "b"), (&tree, "a")] {
+        let before = contents(&tree);
+        assert_eq!(atomic_fs::recover(place.join(start)).await.unwrap().rolled_forward, 1);
+        assert_eq!(contents(place), both("new"));
+        assert_eq!((temps(&place.join("a")), temps(&place.join("b"))), (vec![], vec![]));
+        if place == &copied {
+            assert_eq!(contents(&tree), before, "the original has been touched");
+        }
+    }
+}
+
+/// A kill before the commit point leaves what was staged, in both directories, and nobody's.
+#[tokio::test]
+async fn a_copy_of_what_was_staged_is_cleaned_and_the_original_keeps_what_its_own_recovery_removes() {
+    let Some(strace) = child::strace("what a kill leaves staged is copied") else { return };
+    let dir = tempdir().unwrap();
+    let [tree, copied] = ["tree", "copy"].map(|name| dir.path().join(name));
+    for place in ["a", "b"] {
+        std::fs::create_dir_all(tree.join(place)).unwrap();
+    }
+    let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=1"];
+    assert_eq!(child::outcome(child::command(&wrapper, "two directories", &tree)), None);
+    copy(&tree, &copied, "cp");
+    copy(&tree.join("a"), &tree.join("a2"), "cp");
+    let litter = names(&tree.join("b"));
+    assert_eq!(litter.len(), 2, "{litter:?}");
+    // The copy of one directory only stands beside the original of the other.
+    for place in [tree.join("a2"), copied.join("a")] {
+        assert!(atomic_fs::recover(&place).await.unwrap().removed > 0);
+        assert_eq!((names(&place), names(&tree.join("b"))), (vec![], litter.clone()));
+    }
+    assert_eq!(names(&copied.join("b")), [""; 0]);
+    atomic_fs::recover(tree.join("a")).await.unwrap();
+    assert_eq!((names(&tree.join("a")), names(&tree.join("b"))), (vec![], vec![]));
+}
+
+#[tokio::test]
+async fn a_tree_that_was_moved_recovers_where_it_is() {
+    let Some(dir) = killed_halfway() else { return };
+    std::fs::create_dir(dir.path().join("deeper")).unwrap();
+    let moved = dir.path().join("deeper/tree");
+    std::fs::rename(dir.path().join("tree"), &moved).unwrap();
+    assert_eq!(atomic_fs::recover(moved.join("a")).await.unwrap().rolled_forward, 1);
+    assert_eq!(contents(&moved), both("new"));
+}
+
+/// Old and new have the same size here: what tells them apart is when they were written, to the second.
+#[tokio::test]
+async fn a_copy_in_which_old_and_new_look_alike_is_refused_and_one_with_other_times_recovers() {
+    let Some(dir) = killed_halfway() else { return };
+    let [tree, alike, older] = ["tree", "alike", "older"].map(|name| dir.path().join(name));
+    copy(&tree, &alike, "tar");
+    match atomic_fs::recover(alike.join("a")).await {
+        // A second passed in between.
+        Ok(_) => assert_eq!(contents(&alike), both("new")),
+        Err(error) => {
+            assert!(error.is_refused() && error.target() == TargetState::Unchanged, "{error}");
+            assert_eq!(contents(&alike), ("new".into(), "old".into()));
+        }
+    }
+    // Without times there is no telling whether somebody has changed a file since.
+    assert!(Command::new("cp").arg("-r").args([&tree, &older]).status().unwrap().success());
+    let touched = Command::new("find").arg(&older).args(["-exec", "touch", "-d", "+5 seconds", "{}", "+"]).status();
+    assert!(touched.unwrap().success());
+    let error = atomic_fs::recover(older.join("a")).await.unwrap_err();
+    assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
+    assert_eq!(contents(&older), ("new".into(), "old".into()));
+}
+
+#[tokio::test]
+async fn one_directory_without_the_other_is_refused_and_the_error_names_both() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    // Beside the original: what lies where the other directory should be belongs to another copy.
+    copy(&tree.join("a"), &tree.join("a2"), "cp");
+    copy(&tree.join("b"), &tree.join("b2"), "cp");
+    // And where there is none.
+    copy(&tree.join("a"), &dir.path().join("a"), "cp");
+    for place in [tree.join("a2"), dir.path().join("a")] {
+        let before = (names(&place), contents(&tree));
+        let error = atomic_fs::recover(&place).await.unwrap_err();
+        assert!(matches!(error, Error::Misplaced { .. }) && error.is_refused(), "{error}");
+        let text = error.to_string();
+        assert!(text.contains(place.to_str().unwrap()) && text.contains("by hand"), "{text}");
+        assert_eq!((names(&place), contents(&tree)), before);
+    }
+    // The copy of the other one leads to the original, whose transaction it is not.
+    let error = atomic_fs::recover(tree.join("b2")).await.unwrap_err();
+    assert!(error.is_refused() && error.to_string().contains(".afs-journal-elsewhere"), "{error}");
+    assert_eq!(contents(&tree), ("new".into(), "old".into()));
+    assert_eq!(atomic_fs::recover(tree.join("a")).await.unwrap().rolled_forward, 1);
+    assert_eq!(contents(&tree), both("new"));
+}
+
+#[tokio::test]
+async fn an_unfinished_transaction_is_noticed_in_each_of_its_directories() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    for place in ["a", "b"] {
+        let error = atomic_fs::read_lock(tree.join(place)).await.unwrap_err();
+        assert!(error.is_unrecovered() && error.to_string().contains("tree/a"), "{error}");
+        for name in ["z", if place == "a" { "x" } else { "y" }] {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_file(tree.join(place).join(name), "newer").await.unwrap();
+            let error = tx.commit().await.unwrap_err();
+            assert!(error.is_unrecovered() && error.to_string().contains("tree/a"), "{error}");
+        }
+    }
+    assert_eq!(atomic_fs::recover(tree.join("b")).await.unwrap().rolled_forward, 1);
+    assert_eq!(contents(&tree), both("new"));
+    assert_eq!((names(&tree.join("a")), names(&tree.join("b"))), (vec!["x".to_owned()], vec!["y".to_owned()]));
+    drop(atomic_fs::read_lock(tree.join("b")).await.unwrap());
+}
+
+/// What leads to a journal that has been dealt with stops nobody.
+#[tokio::test]
+async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_void_is_refused() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    let pointer = tree.join("b/.afs-journal-elsewhere");
+    let kept = std::fs::read(&pointer).unwrap();
+    atomic_fs::recover(tree.join("a")).await.unwrap();
+    std::fs::write(&pointer, &kept).unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(tree.join("b/y"), "newer").await.unwrap();
+    tx.add_file(tree.join("a/x"), "newer").await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!((contents(&tree), names(&tree.join("a")).len()), (both("newer"), 1));
+    // It was that of a journal in `a`, while this one was in `b`; a recovery takes it away.
+    atomic_fs::recover(tree.join("b")).await.unwrap();
+    assert_eq!(names(&tree.join("b")), ["y"]);
+    std::fs::write(&pointer, &kept).unwrap();
+    std::fs::rename(tree.join("a"), tree.join("gone")).unwrap();
+    let error = atomic_fs::recover(tree.join("b")).await.unwrap_err();
+    assert!(error.is_refused() && error.to_string().contains(".afs-journal-elsewhere"), "{error}");
+    std::fs::write(&pointer, &kept[..kept.len() - 1]).unwrap();
+    assert!(matches!(atomic_fs::recover(tree.join("b")).await, Err(Error::CorruptJournal { .. })));
+}
+
+/// A directory with files whose content is their name.
+fn scene(files: &[&str]) -> (TempDir, impl Fn(&str) -> PathBuf) {
+    let dir = tempdir().unwrap();
+    for file in files {
+        std::fs::write(dir.path().join(file), file).unwrap();
+    }
+    let path = dir.path().to_owned();
+    (dir, move |name| path.join(name))
+}
+
+fn all(dir: &Path) -> Vec<(String, String)> {
+    let read = |name: String| (name.clone(), std::fs::read_to_string(dir.join(name)).unwrap());
+    names(dir).into_iter().map(read).collect()
+}
+
+fn pairs(list: &[(&str, &str)]) -> Vec<(String, String)> {
+    list.iter().map(|(name, content)| ((*name).to_owned(), (*content).to_owned())).collect()
+}
+
+#[tokio::test]
+async fn files_change_places() {
+    let (dir, at) = scene(&["a", "b", "c", "d"]);
+    std::fs::create_dir(at("sub")).unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("a"), at("b")).unwrap();
+    tx.rename(at("b"), at("a")).unwrap();
+    tx.commit().await.unwrap();
+    std::fs::rename(at("c"), at("sub/c")).unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("sub/c"), at("d")).unwrap();
+    tx.rename(at("d"), at("sub/c")).unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!((std::fs::read(at("sub/c")).unwrap(), names(&at("sub"))), (b"d".to_vec(), vec!["c".to_owned()]));
+    std::fs::rename(at("sub/c"), at("c")).unwrap();
+    std::fs::remove_dir(at("sub")).unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")]));
+    // Three in a circle: the last one closes it.
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("a"), at("b")).unwrap();
+    tx.rename(at("c"), at("a")).unwrap();
+    tx.rename(at("b"), at("c")).unwrap();
+    tx.add_file(at("e"), "e").await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "d"), ("b", "b"), ("c", "a"), ("d", "c"), ("e", "e")]));
+}
+
+#[tokio::test]
+async fn a_file_that_seems_to_be_renamed_twice_is_refused_unless_that_closes_a_circle() {
+    let (dir, at) = scene(&["a", "b", "c"]);
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("a"), at("b")).unwrap();
+    // Is it the file that comes to `b`, or the one that was there?
+    assert!(tx.rename(at("b"), at("c")).unwrap_err().is_repeated_target());
+    assert!(tx.rename(at("c"), at("b")).unwrap_err().is_repeated_target());
+    tx.rename(at("b"), at("a")).unwrap();
+    for name in ["a", "b"] {
+        assert!(tx.rename(at(name), at("c")).unwrap_err().is_repeated_target());
+        assert!(tx.rename(at("c"), at(name)).unwrap_err().is_repeated_target());
+        assert!(tx.remove_file(at(name)).unwrap_err().is_repeated_target());
+        assert!(tx.add_file(at(name), "new").await.unwrap_err().is_repeated_target());
+    }
+    tx.commit().await.unwrap();
+    // By another path that the transaction cannot know to be the same.
+    let mut tx = MultiFileTransaction::new();
+    let around = dir.path().join("..").join(dir.path().file_name().unwrap());
+    tx.rename(at("a"), at("b")).unwrap();
+    tx.rename(around.join("b"), at("c")).unwrap();
+    let error = tx.commit().await.unwrap_err();
+    assert!(error.is_repeated_target() && error.target() == TargetState::Unchanged, "{error}");
+    assert_eq!(all(dir.path()), pairs(&[("a", "b"), ("b", "a"), ("c", "c")]));
+    // A circle is one by whatever path.
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("a"), at("b")).unwrap();
+    tx.rename(around.join("b"), around.join("a")).unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("b", "b"), ("c", "c")]));
+}
+
+/// As a log of many gigabytes: a rename costs what rename(2) costs, whatever is in the file.
+#[tokio::test]
+async fn a_large_file_is_renamed_and_replaced_without_being_read() {
+    let (dir, at) = scene(&["other"]);
+    let large = std::fs::File::create(at("log")).unwrap();
+    if large.set_len(1 << 40).is_err() {
+        crate::support::not_run("a_large_file_is_renamed", "the file system has no files of 1 TiB");
+        return;
+    }
+    let begun = Instant::now();
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("log"), at("log.1")).unwrap();
+    tx.add_file(at("log"), "").await.unwrap();
+    tx.commit().await.unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(at("log.1"), "short").await.unwrap();
+    tx.remove_file(at("other")).unwrap();
+    tx.commit().await.unwrap();
+    // To read it would take minutes.
+    assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
+    assert_eq!(all(dir.path()), pairs(&[("log", ""), ("log.1", "short")]));
+}
+
+/// In a directory of one's own rename(2) may move what belongs to others; a hard link to it may be forbidden.
+#[tokio::test]
+async fn a_file_of_somebody_else_is_renamed_where_the_system_allows_that() {
+    let (dir, at) = scene(&["f", "over", "replaced"]);
+    if !rustix::process::geteuid().is_root() {
+        crate::support::not_run("a_file_of_somebody_else_is_renamed", "only root has files of somebody else");
+        return;
+    }
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
+    let said = child::outcome(child::command(&[], "rename as nobody", dir.path()));
+    assert_eq!((said.as_deref(), all(dir.path())), (Some("Ok"), pairs(&[("g", "f"), ("replaced", "over")])));
+    assert!(std::fs::symlink_metadata(at("f")).is_err());
+}
