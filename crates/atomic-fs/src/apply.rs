@@ -12,33 +12,36 @@ use tokio::runtime::Handle;
 
 use crate::Error;
 use crate::chain::{Aim, Chain, Spot, Trust, Way};
-use crate::journal::{self, ABORTING, COMMITTED, Pointer, Record};
+use crate::journal::{self, COMMITTED, PREPARED, Pointer, Record};
 use crate::staged::{io_error, rename_error};
 use crate::workspace::Site;
 
-/// Makes the commit point durable, and then every step.
-pub(crate) fn apply(home: &Site, chains: &[Chain]) -> Result<(), Error> {
-    home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
-    let ways: Vec<_> = chains.iter().map(|chain| Way { from: 0, to: chain.steps() }).collect();
+/// Makes every step. None is durable yet, and if a power cut keeps some of them, the journal undoes or finishes them.
+pub(crate) fn apply(chains: &[Chain]) -> Result<(), Error> {
     for number in 1..=longest(chains) {
         // Puts before removals: of a file that is renamed, the new name comes before the old one goes.
         for chain in chains.iter().filter(|chain| number <= chain.steps()) {
             chain.step(number).map_err(|source| rename_error(chain.names[number - 1].path(), source))?;
         }
-        sync_where(chains, &ways, |way| way.to > number)?;
+        sync_sites(chains.iter().filter(|chain| number < chain.steps()))?;
     }
-    sync_where(chains, &ways, |_| true)
+    Ok(())
+}
+
+/// Makes the commit point durable, and all names.
+pub(crate) fn sync(home: &Site, chains: &[Chain]) -> Result<(), Error> {
+    let sync_one = |site: &Site| site.dir.sync().map_err(io_error("sync the directory", &site.path));
+    journal::sites(home, chains).into_iter().try_for_each(sync_one)
 }
 
 fn longest(chains: &[Chain]) -> usize {
     chains.iter().map(Chain::steps).max().unwrap_or_default()
 }
 
-/// Makes the names of those chains durable whose way is `wanted`.
-fn sync_where(chains: &[Chain], ways: &[Way], wanted: impl Fn(&Way) -> bool) -> Result<(), Error> {
-    let chosen = chains.iter().zip(ways).filter(|(_, way)| wanted(way)).map(|(chain, _)| chain);
+/// Makes the names of these chains durable.
+fn sync_sites<'a>(chains: impl Iterator<Item = &'a Chain>) -> Result<(), Error> {
     let mut synced = Vec::new();
-    for site in chosen.flat_map(Chain::spots).map(|spot| &spot.site) {
+    for site in chains.flat_map(Chain::spots).map(|spot| &spot.site) {
         if !synced.contains(&site.id) {
             site.dir.sync().map_err(io_error("sync the directory", &site.path))?;
             synced.push(site.id);
@@ -50,18 +53,18 @@ fn sync_where(chains: &[Chain], ways: &[Way], wanted: impl Fn(&Way) -> bool) -> 
 /// Undoes what was applied; an error means that only a recovery can tell.
 pub(crate) fn abort(home: &Site, chains: &[Chain], trust: Trust) -> io::Result<()> {
     // Durably first: after a power cut in the middle of undoing, nobody may take this for a commit.
-    home.dir.rename(COMMITTED.as_ref(), ABORTING.as_ref())?;
+    home.dir.rename(COMMITTED.as_ref(), PREPARED.as_ref())?;
     home.dir.sync()?;
     let undone = (|| {
-        let ways = judge(home, ABORTING, chains, trust)?;
-        roll(home, ABORTING, chains, &ways)
+        let ways = judge(home, PREPARED, chains, trust)?;
+        roll(home, PREPARED, chains, &ways)
     })();
     undone.map_err(io::Error::from)
 }
 
 /// Finds out how far each chain has come, and refuses if one cannot be told, or should not be touched.
 pub(crate) fn judge(home: &Site, name: &'static str, chains: &[Chain], trust: Trust) -> Result<Vec<Way>, Error> {
-    let aim = if name == ABORTING { Aim::Back } else { Aim::Forward };
+    let aim = if name == PREPARED { Aim::Back } else { Aim::Forward };
     let judge_one = |chain: &Chain| {
         let judged = chain.judge(trust, aim).map_err(io_error("look at", &chain.path()))?;
         judged.map_err(|path| Error::UnknownFile { path, journal: home.path.join(name) })
@@ -71,7 +74,7 @@ pub(crate) fn judge(home: &Site, name: &'static str, chains: &[Chain], trust: Tr
 
 /// Brings every chain to where it should be, and forgets the journal `name`.
 pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Way]) -> Result<(), Error> {
-    let action = if name == ABORTING { "roll back" } else { "roll forward" };
+    let action = if name == PREPARED { "roll back" } else { "roll forward" };
     for chain in chains {
         chain.settle().map_err(io_error(action, &chain.path()))?;
     }
@@ -82,7 +85,7 @@ pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Wa
         }
         // Only where there is another step: the last ones are synced together.
         let goes_on = |way: &Way| is_due(way, number) && way.from.abs_diff(way.to) > 1;
-        sync_where(chains, ways, goes_on)
+        sync_sites(chains.iter().zip(ways).filter(|(_, way)| goes_on(way)).map(|(chain, _)| chain))
     };
     for number in 1..=longest(chains) {
         shift(number, |way, number| way.from < number && number <= way.to)?;
@@ -90,7 +93,7 @@ pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Wa
     for number in (1..=longest(chains)).rev() {
         shift(number, |way, number| way.to < number && number <= way.from)?;
     }
-    sync_where(chains, ways, |_| true)?;
+    sync(home, chains)?;
     finish(home, name, chains).map_err(io_error("finish the transaction in", &home.path))
 }
 

@@ -131,10 +131,21 @@ impl Chain {
         if carrier.dir().exchange(&carrier.name, name.dir(), &name.name)? {
             return Ok(());
         }
-        // Three steps instead of one, and at each of them the name has a file: the old, or the new.
+        // Several steps instead of one, and at each of them a name that is a target has a file: the old, or the new.
         backup.dir().link(name.dir(), &name.name, &backup.name)?;
-        carrier.dir().move_over(&carrier.name, name.dir(), &name.name)?;
-        backup.dir().move_over(&backup.name, carrier.dir(), &carrier.name)
+        if self.is_hidden() {
+            carrier.dir().move_over(&carrier.name, name.dir(), &name.name)?;
+            return backup.dir().move_over(&backup.name, carrier.dir(), &carrier.name);
+        }
+        let second = self.second();
+        second.dir().link(carrier.dir(), &carrier.name, &second.name)?;
+        backup.dir().move_over(&backup.name, carrier.dir(), &carrier.name)?;
+        second.dir().move_over(&second.name, name.dir(), &name.name)
+    }
+
+    /// Another name of the carrier's file, if that is a target itself, while files are exchanged by links.
+    fn second(&self) -> Spot {
+        Spot { site: self.carrier.site.clone(), name: self.hidden.clone() }
     }
 
     fn backup(&self) -> Spot {
@@ -148,7 +159,7 @@ impl Chain {
     pub(crate) fn judge(&self, trust: Trust, aim: Aim) -> io::Result<Result<Way, PathBuf>> {
         let seen = self.look()?;
         let from = match trust {
-            Trust::Numbers { .. } => seen.made(&self.files),
+            Trust::Numbers { .. } => seen.made(&self.files, aim),
             Trust::Times => seen.made_of_copies(&self.files),
         };
         let Some(from) = from else { return Ok(Err(self.path())) };
@@ -168,8 +179,11 @@ impl Chain {
     fn look(&self) -> io::Result<Seen> {
         let mut carried = self.carrier.identify()?;
         let mut held = self.names.iter().map(Spot::identify).collect::<io::Result<Vec<_>>>()?;
-        if carried.is_none() {
-            // Between the second and the third step of a swap without an exchange.
+        if !self.is_hidden() {
+            // Of a swap without an exchange, all but the last step count for nothing.
+            carried = self.second().identify()?.or(carried);
+        } else if carried.is_none() {
+            // Between its second and its third step.
             carried = self.backup().identify()?;
         }
         // A file that has two names was being moved by a link.
@@ -220,6 +234,12 @@ impl Chain {
     /// Removes what a step that was cut short has left over, so that every step can be taken again.
     pub(crate) fn settle(&self) -> io::Result<()> {
         let (carrier, backup) = (&self.carrier, self.backup());
+        if !self.is_hidden() && self.second().identify()?.is_some() {
+            let second = self.second();
+            second.dir().move_over(&second.name, carrier.dir(), &carrier.name)?;
+            // To rename a file over another name of the same does nothing.
+            ignore_missing(second.remove())?;
+        }
         if backup.identify()?.is_some() {
             match carrier.identify()? {
                 Some(_) => backup.remove()?,
@@ -241,10 +261,14 @@ impl Chain {
         if !self.is_hidden() {
             return Ok(());
         }
-        match self.carrier.remove() {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
-        }
+        ignore_missing(self.carrier.remove())
+    }
+}
+
+fn ignore_missing(removed: io::Result<()>) -> io::Result<()> {
+    match removed {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 
@@ -263,7 +287,7 @@ struct Seen {
 
 impl Seen {
     /// How many steps were made, if that can be told from the numbers of the files.
-    fn made(&self, files: &[Option<Identity>]) -> Option<usize> {
+    fn made(&self, files: &[Option<Identity>], aim: Aim) -> Option<usize> {
         let steps = self.held.len();
         let is = |found: &Option<Identity>, file: &Option<Identity>| {
             found.zip(*file).is_some_and(|(found, file)| found.is(&file))
@@ -282,10 +306,15 @@ impl Seen {
         if files[0].is_none() && is_untouched(1) {
             return Some(0);
         }
-        // All is done and cleared; but not if something is still where it was, or the new file is nowhere.
-        let is_lost = files[0].is_some() && reached.is_none() && self.held[0].is_none();
-        let is_done = !(1..=steps).any(is_untouched) && !is_lost;
-        is_done.then_some(steps)
+        // What had been staged was removed before it came to its place, or the new file is nowhere.
+        let is_old =
+            (1..=steps).all(|number| is_untouched(number) || (self.held[number - 1], files[number]) == (None, None));
+        let is_nowhere = files[0].is_some() && reached.is_none() && self.held[0].is_none();
+        if is_old || is_nowhere {
+            return (aim == Aim::Back && is_old).then_some(0);
+        }
+        // All is done and cleared, unless something is still where it was.
+        (!(1..=steps).any(is_untouched)).then_some(steps)
     }
 
     /// How many steps were made, if everything is exactly as it was written down but for the numbers.

@@ -26,6 +26,8 @@ enum State {
     Pending,
     /// The job is within the visible call.
     Renaming,
+    /// The visible call has been made; the job undoes it if what follows fails, unless somebody has relied on it.
+    Settled,
     /// The visible call has been made. Final.
     Done,
     /// The visible call will never be made. Final.
@@ -79,9 +81,11 @@ impl Gate {
         let state = self.state();
         let mut state =
             self.left.wait_while(state, |state| *state == State::Renaming).unwrap_or_else(PoisonError::into_inner);
-        if *state == State::Pending {
-            *state = State::Cancelled;
-        }
+        *state = match *state {
+            State::Pending | State::Cancelled => State::Cancelled,
+            // From here on somebody may have seen it, and been told that it stays.
+            _ => State::Done,
+        };
         *state == State::Cancelled
     }
 
@@ -114,6 +118,28 @@ impl Passage<'_> {
     /// Says that the visible call has been made.
     pub(crate) fn done(mut self) {
         self.next = State::Done;
+    }
+
+    /// Says that it has been made, and lets go whoever waits, though there is more to be done; see [`undo`](Self::undo).
+    #[cfg(unix)]
+    pub(crate) fn settle(&mut self) {
+        self.next = State::Done;
+        *self.gate.state() = State::Settled;
+        self.gate.left.notify_all();
+    }
+
+    /// Asks to undo what was visible; `false` if somebody has cancelled since it was settled, who was told that it stays.
+    #[cfg(unix)]
+    pub(crate) fn undo(&mut self) -> bool {
+        let mut state = self.gate.state();
+        if *state == State::Settled {
+            *state = State::Renaming;
+        }
+        let is_possible = *state == State::Renaming;
+        if is_possible {
+            self.next = State::Pending;
+        }
+        is_possible
     }
 }
 
@@ -281,6 +307,26 @@ mod tests {
         let gate = Gate::new();
         drop(gate.enter().expect("nobody has cancelled"));
         assert!(gate.cancel());
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn what_is_settled_is_undone_only_if_nobody_has_left() {
+        let gate = Gate::new();
+        let mut passage = gate.enter().expect("nobody has cancelled");
+        passage.settle();
+        assert!(passage.undo());
+        drop(passage);
+        assert!(gate.cancel(), "it was undone");
+
+        let gate = Gate::new();
+        let mut passage = gate.enter().expect("nobody has cancelled");
+        passage.settle();
+        // It does not wait, although the job is still at work.
+        assert!(!gate.cancel(), "it has been made");
+        assert!(!passage.undo());
+        drop(passage);
+        assert!(!gate.cancel());
     }
 
     #[test]

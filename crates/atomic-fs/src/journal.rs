@@ -18,18 +18,15 @@ use crate::workspace::{Site, Tag};
 
 /// The journal once its transaction is committed. One a directory, since commits there wait for each other.
 pub(crate) const COMMITTED: &str = ".afs-journal";
-/// The same journal once its transaction is being undone.
-pub(crate) const ABORTING: &str = ".afs-journal-aborting";
+/// The same journal before that, and again when its transaction is being undone: what was done is to be undone.
+pub(crate) const PREPARED: &str = ".afs-journal-prepared";
 /// What leads from another directory of a transaction to its journal.
 pub(crate) const POINTER: &str = ".afs-journal-elsewhere";
 const MAGIC: &[u8; 8] = b"afs-tx2\n";
-const POINTER_MAGIC: &[u8; 8] = b"afs-at2\n";
 /// What the version before began with; its journals name directories by absolute paths.
 const FORMER_MAGIC: &[u8; 8] = b"afs-tx1\n";
 /// No journal is larger than this; it takes more than 100,000 files of long names to get there.
 pub(crate) const LIMIT_BYTES: u64 = 64 << 20;
-/// No pointer is larger than this: it holds one path.
-const POINTER_LIMIT_BYTES: u64 = 64 << 10;
 
 /// What a journal says.
 #[derive(Debug, PartialEq, Eq)]
@@ -117,26 +114,28 @@ pub(crate) struct Pointer {
 }
 
 impl Pointer {
-    pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut out = POINTER_MAGIC.to_vec();
-        put_number(&mut out, self.tag.0);
-        put_bytes(&mut out, self.home.as_os_str().as_bytes());
-        seal(out)
-    }
-
-    fn decode(bytes: &[u8]) -> Result<Self, &'static str> {
-        let mut rest = open(bytes, POINTER_MAGIC, POINTER_LIMIT_BYTES)?;
-        let cut = "it is cut off";
-        let pointer =
-            Self { tag: Tag(take_number(&mut rest).ok_or(cut)?), home: take_name(&mut rest).ok_or(cut)?.into() };
-        if rest.is_empty() { Ok(pointer) } else { Err("it goes on behind its end") }
+    /// Leaves it in `site`. It is a symlink, so that it is there whole or not at all, and says at a glance what it is.
+    pub(crate) fn leave(&self, site: &Site) -> io::Result<()> {
+        site.dir.symlink(&self.home.join(self.tag.note()), POINTER.as_ref())
     }
 
     /// Reads the pointer of `site`, if there is one.
     pub(crate) fn find(site: &Site) -> Result<Option<Self>, Error> {
-        let Some((_, bytes)) = read(site, POINTER, POINTER_LIMIT_BYTES)? else { return Ok(None) };
-        let corrupt = |reason| Error::CorruptJournal { journal: site.path.join(POINTER), reason };
-        Self::decode(&bytes).map(Some).map_err(corrupt)
+        let path = site.path.join(POINTER);
+        let corrupt = |reason| Error::CorruptJournal { journal: path.clone(), reason };
+        let found = site.dir.look(POINTER.as_ref());
+        let link = found.and_then(|found| found.map(|_| site.dir.read_link(POINTER.as_ref())).transpose());
+        match link {
+            Ok(link) => link.map(|link| Self::parse(&link).ok_or(corrupt("it leads to no transaction"))).transpose(),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => Err(corrupt("it is not a symlink")),
+            Err(error) => Err(io_error("read what leads to a journal elsewhere", &path)(error)),
+        }
+    }
+
+    fn parse(link: &Path) -> Option<Self> {
+        let tag = Tag::of_note(link.file_name()?)?;
+        Some(Self { tag, home: link.parent()?.to_path_buf() })
     }
 }
 
@@ -150,15 +149,15 @@ pub(crate) fn remove_pointer(site: &Site) -> io::Result<()> {
 
 /// Whether there is a journal in `dir`.
 pub(crate) fn is_present(dir: &Dir) -> io::Result<bool> {
-    Ok(dir.look(COMMITTED.as_ref())?.is_some() || dir.look(ABORTING.as_ref())?.is_some())
+    Ok(dir.look(COMMITTED.as_ref())?.is_some() || dir.look(PREPARED.as_ref())?.is_some())
 }
 
 /// Reads the journal of `home`, if there is one.
 pub(crate) fn find(home: &Site) -> Result<Option<Found>, Error> {
     let mut found = None;
-    for name in [ABORTING, COMMITTED] {
+    for name in [PREPARED, COMMITTED] {
         let corrupt = |reason| Error::CorruptJournal { journal: home.path.join(name), reason };
-        let Some((own, bytes)) = read(home, name, LIMIT_BYTES)? else { continue };
+        let Some((own, bytes)) = read(home, name)? else { continue };
         if found.is_some() {
             return Err(corrupt("there are two journals"));
         }
@@ -171,8 +170,8 @@ pub(crate) fn find(home: &Site) -> Result<Option<Found>, Error> {
     Ok(found)
 }
 
-/// Reads a record whole, and looks at its file; `None` if there is none.
-fn read(site: &Site, name: &'static str, limit: u64) -> Result<Option<(Identity, Vec<u8>)>, Error> {
+/// Reads a journal whole, and looks at its file; `None` if there is none.
+fn read(site: &Site, name: &'static str) -> Result<Option<(Identity, Vec<u8>)>, Error> {
     let path = site.path.join(name);
     match site.dir.look(name.as_ref()).map_err(io_error("look for the journal", &path))? {
         None => return Ok(None),
@@ -187,7 +186,7 @@ fn read(site: &Site, name: &'static str, limit: u64) -> Result<Option<(Identity,
     let read = |file: File| -> io::Result<_> {
         let own = Identity::of(&file)?;
         let mut bytes = Vec::new();
-        file.take(limit + 1).read_to_end(&mut bytes)?;
+        file.take(LIMIT_BYTES + 1).read_to_end(&mut bytes)?;
         Ok((own, bytes))
     };
     read(file).map(Some).map_err(io_error("read the journal", &path))
@@ -197,7 +196,7 @@ fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
     if bytes.starts_with(FORMER_MAGIC) {
         return Err("it is of version 1: recover with the release that wrote it");
     }
-    let mut rest = open(bytes, MAGIC, LIMIT_BYTES)?;
+    let mut rest = open(bytes)?;
     let record = take_record(&mut rest).ok_or("it is cut off")?;
     if !rest.is_empty() {
         return Err("it goes on behind its end");
@@ -231,15 +230,15 @@ fn seal(mut out: Vec<u8>) -> Vec<u8> {
 }
 
 /// What a record contains behind its first bytes, if its checksum is right.
-fn open<'a>(bytes: &'a [u8], magic: &[u8], limit: u64) -> Result<&'a [u8], &'static str> {
-    if bytes.len() as u64 > limit {
+fn open(bytes: &[u8]) -> Result<&[u8], &'static str> {
+    if bytes.len() as u64 > LIMIT_BYTES {
         return Err("it is too long");
     }
     let (body, sum) = bytes.split_last_chunk::<4>().ok_or("it is too short")?;
     if crc32c::crc32c(body) != u32::from_le_bytes(*sum) {
         return Err("its checksum is wrong");
     }
-    body.strip_prefix(magic).ok_or("it is of another version")
+    body.strip_prefix(MAGIC).ok_or("it is of another version")
 }
 
 fn put_number(out: &mut Vec<u8>, number: u64) {

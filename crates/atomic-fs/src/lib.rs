@@ -136,7 +136,8 @@
 //! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
 //!   fail, with all files unchanged.
 //! - An unfinished transaction is noticed in each directory in which it was to change files or has its journal.
-//! - All targets and the journal are on one file system, with file locks. Where files cannot be exchanged in one step,
+//! - All targets and the journal are on one file system, with file locks, and with symlinks if they are in several
+//!   directories. Where files cannot be exchanged in one step,
 //!   three steps by way of a hard link do it, equally safe.
 //! - A file that a transaction renames over another has for a moment, or after a crash until [`recover`], only a hidden
 //!   name; every visible name has its old file or its new one. If three or more files change places in a circle, the first

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use crate::apply::{abort, apply, forget};
+use crate::apply::{abort, apply, forget, sync};
 use crate::chain::{Chain, Spot, Trust};
 use crate::commit::Gate;
-use crate::journal::{self, COMMITTED, POINTER, Pointer};
+use crate::journal::{self, COMMITTED, POINTER, PREPARED, Pointer};
 use crate::plan::Plan;
 use crate::platform::{Identity, Moment, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
@@ -257,18 +257,24 @@ impl Committing {
     fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
-        let draft = Draft::begin(workspace, &home, &chains, &mut unsynced)?;
+        let mut draft = Draft::begin(workspace, &home, &chains, &mut unsynced)?;
         // The names beside the journal are synced together with its own.
         let others = chains.iter().flat_map(Chain::spots).map(|spot| &spot.site).filter(|site| site.id != home.id);
         let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
         unsynced.extend(others.into_values().map(Unsynced::Names));
         // With that the new files are closed, and unlocked, before they become the targets.
         sync_files(unsynced)?;
-        let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
+        draft.prepare()?;
+        let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
         self.places.iter_mut().for_each(|place| place.taken = false);
-        let Err(error) = apply(&home, &chains) else {
+        let applied = apply(&chains).and_then(|()| {
+            // Who drops the commit from here on finds all files new, and need not wait for the disk.
+            passage.settle();
+            sync(&home, &chains)
+        });
+        let Err(error) = applied else {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
             if let Err(_error) = forget(&home, &chains) {
@@ -278,8 +284,10 @@ impl Committing {
             }
             return Ok(());
         };
-        match abort(&home, &chains, trust) {
-            Ok(()) => Err(error),
+        // Otherwise somebody has seen the files new, and been told that they stay.
+        let undone = if passage.undo() { abort(&home, &chains, trust).map(|()| error) } else { Err(error.into()) };
+        match undone {
+            Ok(error) => Err(error),
             Err(source) => {
                 workspace.left.store(true, Ordering::Relaxed);
                 // The passage stays open until here, so that a drop waits for this too.
@@ -293,9 +301,8 @@ impl Committing {
 /// A journal that is not yet committed, and the pointers to it; dropped, they are removed.
 struct Draft<'a> {
     home: &'a Site,
-    name: OsString,
-    /// Whether there is still a file of this name.
-    taken: bool,
+    /// By which name it is there; none once it is committed.
+    name: Option<OsString>,
     pointed: Vec<Arc<Site>>,
     written: Moment,
 }
@@ -311,7 +318,7 @@ impl<'a> Draft<'a> {
         let failed = || io_error("write a journal in", &home.path);
         let name = workspace.draft();
         let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
-        let mut draft = Self { home, name, taken: true, pointed: Vec::new(), written: Moment::default() };
+        let mut draft = Self { home, name: Some(name), pointed: Vec::new(), written: Moment::default() };
         let own = Identity::of(&file).map_err(failed())?;
         draft.written = own.modified;
         let bytes = journal::encode(workspace.tag, &own, home, chains);
@@ -322,30 +329,40 @@ impl<'a> Draft<'a> {
         unsynced.push(Unsynced::Draft(home.clone(), file));
         for site in chains.iter().flat_map(Chain::spots).map(|spot| &spot.site) {
             if site.id != home.id && draft.pointed.iter().all(|known| known.id != site.id) {
-                let pointer = draft.point(workspace, site)?;
-                unsynced.push(Unsynced::Draft(site.clone(), pointer));
+                draft.point(workspace, site)?;
             }
         }
         Ok(draft)
     }
 
     /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.
-    fn point(&mut self, workspace: &Workspace, site: &Arc<Site>) -> Result<File, Error> {
-        let failed = || io_error("write what leads to the journal in", &site.path);
+    fn point(&mut self, workspace: &Workspace, site: &Arc<Site>) -> Result<(), Error> {
         let pointer = Pointer { tag: workspace.tag, home: journal::way(&site.path, &self.home.path) };
         // One that is there leads nowhere, or this transaction would have been refused.
-        journal::remove_pointer(site).map_err(failed())?;
-        let mut file = site.dir.create(POINTER.as_ref(), 0o644).map_err(failed())?;
+        let left = journal::remove_pointer(site).and_then(|()| pointer.leave(site));
+        left.map_err(io_error("leave what leads to the journal in", &site.path))?;
         self.pointed.push(site.clone());
-        file.write_all(&pointer.encode()).map_err(failed())?;
-        Ok(file)
+        Ok(())
     }
 
-    /// Commits it, and says by what its files are known.
+    /// Gives it the name by which a recovery finds it, once it is whole and what leads to it is durable.
+    fn prepare(&mut self) -> Result<(), Error> {
+        let failed = || io_error("prepare the journal in", &self.home.path);
+        let Some(name) = &self.name else { return Ok(()) };
+        let moved = self.home.dir.rename_new(name, PREPARED.as_ref()).map_err(failed())?;
+        let draft = self.name.replace(PREPARED.into());
+        if let (Moved::Linked, Some(draft)) = (moved, draft) {
+            self.home.dir.remove(&draft).map_err(failed())?;
+        }
+        // From here on the files may change places: a recovery will put them back.
+        self.home.dir.sync().map_err(failed())
+    }
+
+    /// Commits it, and says by what its files are known. No sync: if that is lost, so is what follows, or it is undone.
     fn commit(mut self) -> Result<Trust, Error> {
-        let renamed = self.home.dir.rename_new(&self.name, COMMITTED.as_ref());
-        let moved = renamed.map_err(io_error("commit the journal in", &self.home.path))?;
-        self.taken = moved == Moved::Linked;
+        let renamed = self.home.dir.rename(PREPARED.as_ref(), COMMITTED.as_ref());
+        renamed.map_err(io_error("commit the journal in", &self.home.path))?;
+        self.name = None;
         self.pointed.clear();
         Ok(Trust::Numbers { written: self.written })
     }
@@ -353,9 +370,13 @@ impl<'a> Draft<'a> {
 
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
+        let Some(name) = &self.name else { return };
         // What cannot be removed now is left to a recovery.
-        if self.taken {
-            let _left = self.home.dir.remove(&self.name);
+        let _left = self.home.dir.remove(name);
+        if name == PREPARED {
+            // A rename may have taken effect although it failed. Then durably, before what leads here goes.
+            let _left = self.home.dir.remove(COMMITTED.as_ref());
+            let _left = self.home.dir.sync();
         }
         for site in &self.pointed {
             let _left = journal::remove_pointer(site);

@@ -20,7 +20,7 @@ use crate::staged::{directory, io_error, is_temp_name, open_error};
 use crate::{
     apply,
     chain::{Chain, Spot, Trust},
-    journal::{self, ABORTING},
+    journal::{self, PREPARED},
     platform::Share,
     protocol::elsewhere,
     waiting::with_locks,
@@ -289,7 +289,7 @@ fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<Recove
         // After a crash of the process alone, what it last renamed may not be durable yet.
         home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
         apply::roll(home, name, &chains, &ways).map_err(undecided)?;
-        if name == ABORTING {
+        if name == PREPARED {
             report.rolled_back = 1;
         } else {
             report.rolled_forward = 1;

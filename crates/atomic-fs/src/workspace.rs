@@ -61,14 +61,20 @@ impl Site {
 pub(crate) struct Tag(pub(crate) u64);
 
 impl Tag {
-    /// What every name of this transaction begins with; that of its note is nothing else.
-    fn prefix(self) -> String {
+    /// The name of the note, with which every other name of this transaction begins.
+    pub(crate) fn note(self) -> String {
         format!("{PREFIX}{:0ID_DIGITS$x}", self.0)
+    }
+
+    /// Whose note this is.
+    pub(crate) fn of_note(name: &OsStr) -> Option<Self> {
+        let (id, rest) = parse(name)?;
+        u64::from_str_radix(id, 16).ok().filter(|_| rest.is_empty()).map(Self)
     }
 
     /// Whether `name` is one that this transaction gives to a file.
     pub(crate) fn is_of(self, name: &OsStr) -> bool {
-        name.as_bytes().strip_prefix(self.prefix().as_bytes()).is_some_and(|rest| rest.starts_with(b"-"))
+        name.as_bytes().strip_prefix(self.note().as_bytes()).is_some_and(|rest| rest.starts_with(b"-"))
     }
 }
 
@@ -92,7 +98,7 @@ impl Workspace {
         let home = Arc::new(Site::open(journal_dir)?);
         for _ in 0..NOTE_ATTEMPTS {
             let tag = Tag(fastrand::u64(..));
-            let note = match home.dir.create(tag.prefix().as_ref(), 0o600) {
+            let note = match home.dir.create(tag.note().as_ref(), 0o600) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(io_error("create a transaction's note in", journal_dir))?,
             };
@@ -117,12 +123,12 @@ impl Workspace {
         *given += 1;
         // The mark tells a recovery of this other directory that the note is elsewhere.
         let mark = if site.id == self.home().id { "" } else { "x" };
-        format!("{}-{mark}{given}", self.tag.prefix()).into()
+        format!("{}-{mark}{given}", self.tag.note()).into()
     }
 
     /// The name of the journal before it is committed.
     pub(crate) fn draft(&self) -> OsString {
-        format!("{}-journal", self.tag.prefix()).into()
+        format!("{}-journal", self.tag.note()).into()
     }
 
     /// Makes the directory `dir`, opened by `parent`, one of this transaction's; `path` is the target, for errors.
@@ -157,7 +163,7 @@ impl Drop for Workspace {
         if self.left.load(Ordering::Relaxed) {
             return;
         }
-        let _gone_already = self.home().dir.remove(self.tag.prefix().as_ref());
+        let _gone_already = self.home().dir.remove(self.tag.note().as_ref());
     }
 }
 
@@ -280,7 +286,7 @@ fn remove_stale_pointer(site: &Site, id: &str) -> io::Result<bool> {
         Err(TryLockError::Error(error)) => return Err(error),
     }
     match Pointer::find(site) {
-        Ok(Some(pointer)) if pointer.tag.prefix() == format!("{PREFIX}{id}") => remove(&site.dir, POINTER.as_ref()),
+        Ok(Some(pointer)) if pointer.tag.note() == format!("{PREFIX}{id}") => remove(&site.dir, POINTER.as_ref()),
         // One that cannot be read is for a recovery of that directory.
         _ => Ok(false),
     }

@@ -130,6 +130,11 @@ impl Dir {
         Ok(rustix::fs::linkat(&source.0, from, &self.0, to, AtFlags::empty())?)
     }
 
+    /// Makes the symlink `name`, which must not exist.
+    pub(crate) fn symlink(&self, to: &Path, name: &OsStr) -> io::Result<()> {
+        Ok(rustix::fs::symlinkat(to, &self.0, name)?)
+    }
+
     /// Exchanges the file `one` with the file `other` of the directory `target`, so that neither name is ever without
     /// one; `false` if the system cannot do that.
     pub(crate) fn exchange(&self, one: &OsStr, target: &Self, other: &OsStr) -> io::Result<bool> {

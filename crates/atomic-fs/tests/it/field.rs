@@ -172,9 +172,9 @@ async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_v
     let Some(dir) = killed_halfway() else { return };
     let tree = dir.path().join("tree");
     let pointer = tree.join("b/.afs-journal-elsewhere");
-    let kept = std::fs::read(&pointer).unwrap();
+    let kept = std::fs::read_link(&pointer).unwrap();
     atomic_fs::recover(tree.join("a")).await.unwrap();
-    std::fs::write(&pointer, &kept).unwrap();
+    std::os::unix::fs::symlink(&kept, &pointer).unwrap();
     let mut tx = MultiFileTransaction::new();
     tx.add_file(tree.join("b/y"), "newer").await.unwrap();
     tx.add_file(tree.join("a/x"), "newer").await.unwrap();
@@ -183,12 +183,18 @@ async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_v
     // It was that of a journal in `a`, while this one was in `b`; a recovery takes it away.
     atomic_fs::recover(tree.join("b")).await.unwrap();
     assert_eq!(names(&tree.join("b")), ["y"]);
-    std::fs::write(&pointer, &kept).unwrap();
+    std::os::unix::fs::symlink(&kept, &pointer).unwrap();
     std::fs::rename(tree.join("a"), tree.join("gone")).unwrap();
     let error = atomic_fs::recover(tree.join("b")).await.unwrap_err();
     assert!(error.is_refused() && error.to_string().contains(".afs-journal-elsewhere"), "{error}");
-    std::fs::write(&pointer, &kept[..kept.len() - 1]).unwrap();
-    assert!(matches!(atomic_fs::recover(tree.join("b")).await, Err(Error::CorruptJournal { .. })));
+    for made_up in ["../a/x", ""] {
+        std::fs::remove_file(&pointer).unwrap();
+        match made_up {
+            "" => std::fs::write(&pointer, "").unwrap(),
+            link => std::os::unix::fs::symlink(link, &pointer).unwrap(),
+        }
+        assert!(matches!(atomic_fs::recover(tree.join("b")).await, Err(Error::CorruptJournal { .. })));
+    }
 }
 
 /// A directory with files whose content is their name.

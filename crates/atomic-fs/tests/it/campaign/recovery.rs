@@ -242,7 +242,7 @@ async fn what_was_written_over_a_file_before_a_failed_transaction_is_undone_is_k
     for name in ["a", "n"] {
         assert_eq!(ground.change(Some(&committed)).said, None);
         // As if its last sync had failed.
-        std::fs::rename(ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting")).unwrap();
+        std::fs::rename(ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-prepared")).unwrap();
         atomic_fs::write(ground.dir.join(name), "newer").await.unwrap();
         let report = atomic_fs::recover(&ground.dir).await.unwrap();
         assert_eq!(report.rolled_back, 1);
@@ -280,7 +280,7 @@ async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
         for name in names(&ground.dir).into_iter().filter(|name| is_freed && is_staged(name)) {
             std::fs::remove_file(ground.dir.join(name)).unwrap();
         }
-        let (journal, aborting) = (ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-aborting"));
+        let (journal, aborting) = (ground.dir.join(".afs-journal"), ground.dir.join(".afs-journal-prepared"));
         if is_aborting {
             std::fs::rename(journal, aborting).unwrap();
         }
@@ -311,7 +311,7 @@ async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what
         assert_eq!(ground.change(Some(&crash)).said, None);
         let dir = &ground.dir;
         if is_aborting {
-            std::fs::rename(dir.join(".afs-journal"), dir.join(".afs-journal-aborting")).unwrap();
+            std::fs::rename(dir.join(".afs-journal"), dir.join(".afs-journal-prepared")).unwrap();
         }
         for (from, to) in moves {
             // Two grow, and one does not keep what it had.
