@@ -67,7 +67,7 @@ impl Gate {
     }
 
     /// Cancels unless the visible call has been entered; never waits. Returns whether it is cancelled.
-    #[cfg(feature = "json")]
+    #[cfg(any(unix, feature = "json"))]
     pub(crate) fn try_cancel(&self) -> bool {
         let mut state = self.state();
         if *state == State::Pending {
@@ -94,7 +94,8 @@ impl Gate {
         *self.state() == State::Cancelled
     }
 
-    fn is_late(&self) -> bool {
+    /// Whether its deadline is over.
+    pub(crate) fn is_late(&self) -> bool {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 

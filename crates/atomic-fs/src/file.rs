@@ -196,6 +196,12 @@ impl AtomicFileWriter {
         Self { runtime, gate: Gate::new(), path, stage, buffer: Vec::new(), lane: Lane::new(), base: 0 }
     }
 
+    /// Where its jobs run.
+    #[cfg(unix)]
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+
     /// Waits until nothing is being written.
     #[cfg(unix)]
     pub(crate) async fn settle(&mut self) -> Result<(), Error> {
@@ -379,7 +385,8 @@ impl fmt::Debug for AtomicFileWriter {
     }
 }
 
-/// Tells how a [detached commit](AtomicFileWriter::commit_detached) ended; dropping it does not cancel the commit.
+/// Tells how a detached commit ended, of [a writer](AtomicFileWriter::commit_detached) or of a transaction; dropping it
+/// does not cancel the commit.
 ///
 /// # Cancel safety
 ///
@@ -391,6 +398,13 @@ pub struct CommitHandle {
     gate: Arc<Gate>,
     path: Arc<Path>,
     handle: JoinHandle<Result<(), Error>>,
+}
+
+#[cfg(unix)]
+impl CommitHandle {
+    pub(crate) fn new(gate: Arc<Gate>, path: Arc<Path>, handle: JoinHandle<Result<(), Error>>) -> Self {
+        Self { gate, path, handle }
+    }
 }
 
 impl Future for CommitHandle {

@@ -52,9 +52,19 @@ enum Arrives {
 }
 
 impl Plan {
-    /// Plans that the file staged as `temp` becomes that of the name `spot`.
-    pub(crate) fn put(&mut self, path: &Arc<Path>, spot: Spot, temp: OsString, new: Identity) -> Result<(), Error> {
+    /// Plans that the file staged as `temp` becomes that of the name `spot`, which may have to be free.
+    pub(crate) fn put(
+        &mut self,
+        path: &Arc<Path>,
+        spot: Spot,
+        temp: OsString,
+        new: Identity,
+        must_be_new: bool,
+    ) -> Result<(), Error> {
         let node = self.node(path, spot)?;
+        if must_be_new && self.nodes[node].old.is_some() {
+            return Err(Error::AlreadyExists { path: path.to_path_buf() });
+        }
         self.arrive(node, Arrives::New(temp, new))
     }
 

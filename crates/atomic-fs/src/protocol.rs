@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use crate::apply::{abort, apply, forget, sync};
 use crate::chain::{Chain, Spot, Trust};
@@ -20,7 +21,7 @@ use crate::platform::{Identity, Moment, Moved, Share};
 use crate::staged::{Place, Staged, Target, io_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Locking, Locks, Site, Workspace};
-use crate::{Error, Symlinks, WriteOptions};
+use crate::{Durability, Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
 const QUICK_BYTES: u64 = 16 << 20;
@@ -33,6 +34,8 @@ pub(crate) struct Sealed {
     pub(crate) site: Arc<Site>,
     /// Open until it is synced.
     pub(crate) file: Option<Arc<File>>,
+    /// Whether the target must not exist.
+    is_new: bool,
     identity: Identity,
     // Last, so that the note goes after the file.
     workspace: Arc<Workspace>,
@@ -46,9 +49,10 @@ impl Sealed {
         site: Arc<Site>,
         workspace: Arc<Workspace>,
     ) -> Result<Self, Error> {
+        let is_new = staged.must_be_new();
         let (place, file) = staged.seal(length)?;
         let identity = Identity::of(&file).map_err(io_error("look at the new file for", path))?;
-        Ok(Self { path: path.clone(), place, site, file: Some(Arc::new(file)), identity, workspace })
+        Ok(Self { path: path.clone(), place, site, file: Some(Arc::new(file)), is_new, identity, workspace })
     }
 }
 
@@ -65,33 +69,40 @@ pub(crate) enum Step {
 pub(crate) struct Prepared {
     moves: Vec<Move>,
     unsynced: Vec<Unsynced>,
+    durability: Durability,
     // Last, so that the note goes after the files.
     workspace: Arc<Workspace>,
 }
 
 impl Prepared {
-    pub(crate) fn new(workspace: Arc<Workspace>, steps: Vec<Step>) -> Result<(Self, Locking), Error> {
+    pub(crate) fn new(
+        workspace: Arc<Workspace>,
+        steps: Vec<Step>,
+        durability: Durability,
+        patience: Duration,
+        gate: &Gate,
+    ) -> Result<(Self, Locking), Error> {
         let mut moves = steps.into_iter().map(|step| Move::new(&workspace, step)).collect::<Result<Vec<_>, _>>()?;
         let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
         let bytes: u64 = moves.iter().map(Move::bytes).sum();
         let mut unsynced: Vec<_> = moves.iter_mut().filter_map(Move::unsynced).collect();
         if !has_journal || bytes > QUICK_BYTES {
-            sync_files(std::mem::take(&mut unsynced))?;
+            sync_files(std::mem::take(&mut unsynced), durability, gate)?;
         }
         let home = workspace.home();
         // Once these are locked, nobody else who asks for them, reader or writer, is in between.
-        let locking = Locking::new(moves.iter().flat_map(Move::sites).chain([&home]), Share::Nobody);
-        Ok((Self { moves, unsynced, workspace }, locking))
+        let locking = Locking::new(moves.iter().flat_map(Move::sites).chain([&home]), Share::Nobody, patience);
+        Ok((Self { moves, unsynced, durability, workspace }, locking))
     }
 
     /// Makes all steps visible, or none.
     pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
-        let Self { workspace, moves, unsynced } = self;
+        let Self { workspace, moves, unsynced, durability } = self;
         for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
             refuse_unfinished(site)?;
         }
         if let [single] = &moves[..]
-            && let Some(done) = single.alone(gate)
+            && let Some(done) = single.alone(durability, gate)
         {
             return done;
         }
@@ -99,7 +110,7 @@ impl Prepared {
         for one in moves {
             all.add(one)?;
         }
-        all.commit(&workspace, unsynced, gate)
+        all.commit(&workspace, unsynced, durability, gate)
     }
 }
 
@@ -206,7 +217,7 @@ impl Move {
     }
 
     /// Does this step as the only one: a single system call is atomic without a journal.
-    fn alone(&self, gate: &Gate) -> Option<Result<(), Error>> {
+    fn alone(&self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
         let (path, site) = match self {
             Self::Put(sealed) => (&sealed.path, &sealed.site),
             Self::Remove(named) => (&named.path, &named.site),
@@ -215,13 +226,17 @@ impl Move {
         let Some(passage) = gate.enter() else { return Some(Err(Error::Interrupted { path: path.to_path_buf() })) };
         let made = match self {
             // The place finds no file when it wants to remove it, which it does not mind.
+            Self::Put(sealed) if sealed.is_new => {
+                site.dir.rename_new(&sealed.place.temp, &sealed.place.target.name).map(drop)
+            }
             Self::Put(sealed) => site.dir.rename(&sealed.place.temp, &sealed.place.target.name),
             Self::Remove(named) => site.dir.remove(&named.target.name),
             Self::Rename { .. } => return None,
         };
         Some(made.map_err(|source| rename_error(path.to_path_buf(), source)).and_then(|()| {
             passage.done();
-            site.dir.sync().map_err(|source| Error::NotDurable { path: path.to_path_buf(), source })
+            let synced = if durability == Durability::Full { site.dir.sync() } else { Ok(()) };
+            synced.map_err(|source| Error::NotDurable { path: path.to_path_buf(), source })
         }))
     }
 }
@@ -240,11 +255,11 @@ impl Committing {
     fn add(&mut self, one: Move) -> Result<(), Error> {
         match one {
             Move::Put(sealed) => {
-                let Sealed { path, place, site, identity, workspace, .. } = *sealed;
+                let Sealed { path, place, site, is_new, identity, workspace, .. } = *sealed;
                 self.keep.push(workspace);
                 let (name, temp) = (place.target.name.clone(), place.temp.clone());
                 self.places.push(place);
-                self.plan.put(&path, Spot { site, name }, temp, identity)
+                self.plan.put(&path, Spot { site, name }, temp, identity, is_new)
             }
             Move::Remove(named) => self.plan.remove(&named.path, named.spot()),
             Move::Rename { from, to } if from.site.id.0 != to.site.id.0 => {
@@ -254,7 +269,13 @@ impl Committing {
         }
     }
 
-    fn commit(mut self, workspace: &Workspace, mut unsynced: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
+    fn commit(
+        mut self,
+        workspace: &Workspace,
+        mut unsynced: Vec<Unsynced>,
+        durability: Durability,
+        gate: &Gate,
+    ) -> Result<(), Error> {
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
         let mut draft = Draft::begin(workspace, &home, &chains, &mut unsynced)?;
@@ -263,8 +284,8 @@ impl Committing {
         let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
         unsynced.extend(others.into_values().map(Unsynced::Names));
         // With that the new files are closed, and unlocked, before they become the targets.
-        sync_files(unsynced)?;
-        draft.prepare()?;
+        sync_files(unsynced, durability, gate)?;
+        draft.prepare(durability)?;
         let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
@@ -272,7 +293,7 @@ impl Committing {
         let applied = apply(&chains).and_then(|()| {
             // Who drops the commit from here on finds all files new, and need not wait for the disk.
             passage.settle();
-            sync(&home, &chains)
+            if durability == Durability::None { Ok(()) } else { sync(&home, &chains) }
         });
         let Err(error) = applied else {
             passage.done();
@@ -346,7 +367,7 @@ impl<'a> Draft<'a> {
     }
 
     /// Gives it the name by which a recovery finds it, once it is whole and what leads to it is durable.
-    fn prepare(&mut self) -> Result<(), Error> {
+    fn prepare(&mut self, durability: Durability) -> Result<(), Error> {
         let failed = || io_error("prepare the journal in", &self.home.path);
         let Some(name) = &self.name else { return Ok(()) };
         let moved = self.home.dir.rename_new(name, PREPARED.as_ref()).map_err(failed())?;
@@ -355,7 +376,7 @@ impl<'a> Draft<'a> {
             self.home.dir.remove(&draft).map_err(failed())?;
         }
         // From here on the files may change places: a recovery will put them back.
-        self.home.dir.sync().map_err(failed())
+        if durability == Durability::None { Ok(()) } else { self.home.dir.sync().map_err(failed()) }
     }
 
     /// Commits it, and says by what its files are known. No sync: if that is lost, so is what follows, or it is undone.

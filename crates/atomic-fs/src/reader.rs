@@ -12,7 +12,7 @@ use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
 use crate::staged::directory;
 use crate::waiting::with_locks;
-use crate::workspace::{Locking, Locks, Site};
+use crate::workspace::{LOCK_PATIENCE, Locking, Locks, Site};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
 ///
@@ -66,12 +66,12 @@ pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     let target = path.clone();
     let prepare = move |_: &Gate| {
         let site = Arc::new(Site::open(&target)?);
-        let locking = Locking::new([&site], Share::Readers);
+        let locking = Locking::new([&site], Share::Readers, LOCK_PATIENCE);
         Ok((site, locking))
     };
     let finish = |site: Arc<Site>, locks, _: &Gate| {
         refuse_unfinished(&site)?;
         Ok(ReadLock { _locks: locks })
     };
-    with_locks(&runtime, &path, prepare, finish).await
+    with_locks(&runtime, &Gate::new(), &path, prepare, finish).await
 }

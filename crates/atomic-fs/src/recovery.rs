@@ -210,7 +210,7 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
-        match with_locks(&runtime, &path, prepare, Recovering::finish).await? {
+        match with_locks(&runtime, &Gate::new(), &path, prepare, Recovering::finish).await? {
             Recovered::Done(report) => return Ok(report),
             Recovered::Elsewhere(home) => path = home.into(),
             Recovered::Again => {}
@@ -245,7 +245,7 @@ impl Recovering {
         let foreseen = find(&home).ok().flatten().map(|left| left.chains).unwrap_or_default();
         let spots = foreseen.iter().flat_map(Chain::spots).map(|spot| spot.site.clone());
         let sites: Vec<_> = spots.chain([home.clone()]).collect();
-        let locking = Locking::new(&sites, Share::Nobody);
+        let locking = Locking::new(&sites, Share::Nobody, workspace::LOCK_PATIENCE);
         Ok((Self { home, sites }, locking))
     }
 

@@ -322,6 +322,12 @@ impl Staged {
         &self.place.target.name
     }
 
+    /// Whether the target must not exist.
+    #[cfg(unix)]
+    pub(crate) fn must_be_new(&self) -> bool {
+        self.options.create_new
+    }
+
     /// Hands over the file, cut to `length` and dressed but not synced, to a transaction.
     #[cfg(unix)]
     pub(crate) fn seal(self, length: u64) -> Result<(Place, File), Error> {

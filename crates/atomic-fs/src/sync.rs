@@ -12,10 +12,11 @@ use std::vec;
 
 use tokio::runtime::Handle;
 
-use crate::Error;
+use crate::commit::Gate;
 use crate::platform::{Dir, Entry, Kind};
 use crate::staged::io_error;
 use crate::workspace::Site;
+use crate::{Durability, Error};
 
 /// How many threads sync at once at most.
 const THREADS: usize = 16;
@@ -59,8 +60,12 @@ fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
     }
 }
 
-/// Syncs and closes the files, several at once; after the first failure, which is returned, no other sync begins.
-pub(crate) fn sync_files(files: Vec<Unsynced>) -> Result<(), Error> {
+/// Syncs and closes the files, several at once; after the first failure, which is returned, no other sync begins, nor once
+/// the gate is closed.
+pub(crate) fn sync_files(files: Vec<Unsynced>, durability: Durability, gate: &Gate) -> Result<(), Error> {
+    if durability == Durability::None {
+        return Ok(());
+    }
     let threads = files.len().div_ceil(FILES_PER_THREAD).min(THREADS);
     let batch = Arc::new(Batch::new(files));
     if let Ok(runtime) = Handle::try_current() {
@@ -69,8 +74,8 @@ pub(crate) fn sync_files(files: Vec<Unsynced>) -> Result<(), Error> {
             drop(runtime.spawn_blocking(move || batch.work()));
         }
     }
-    batch.work();
-    batch.finish()
+    while !gate.is_cancelled() && batch.work_once() {}
+    batch.finish(gate.is_cancelled())
 }
 
 /// Files that several threads take from.
@@ -96,9 +101,12 @@ impl Batch {
 
     /// Syncs one file after the other until there are no more.
     fn work(&self) {
-        while let Some(running) = self.take() {
-            running.sync();
-        }
+        while self.work_once() {}
+    }
+
+    /// `false` if there are no more.
+    fn work_once(&self) -> bool {
+        self.take().map(Running::sync).is_some()
     }
 
     fn take(&self) -> Option<Running<'_>> {
@@ -109,7 +117,11 @@ impl Batch {
     }
 
     /// Waits for the syncs that have begun; a disk that hangs holds this thread as it would hold any that syncs.
-    fn finish(&self) -> Result<(), Error> {
+    fn finish(&self, is_cancelled: bool) -> Result<(), Error> {
+        if is_cancelled {
+            let rest = std::mem::take(&mut self.state().files);
+            drop(rest);
+        }
         let state = self.ended.wait_while(self.state(), |state| state.running > 0);
         let mut state = state.unwrap_or_else(PoisonError::into_inner);
         state.failure.take().map_or(Ok(()), Err)
@@ -165,12 +177,14 @@ mod tests {
     #[test]
     fn nothing_is_open_once_all_is_synced_with_and_without_threads_to_lend() {
         let (_dir, list, watch) = files(100);
-        sync_files(list).unwrap();
+        sync_files(list, Durability::Full, &Gate::new()).unwrap();
         assert!(watch.upgrade().is_none());
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
         let (_dir, list, watch) = files(100);
         // The only thread of the pool is the one that asks for others.
-        runtime.block_on(async { tokio::task::spawn_blocking(|| sync_files(list)).await.unwrap().unwrap() });
+        runtime.block_on(async {
+            tokio::task::spawn_blocking(|| sync_files(list, Durability::Full, &Gate::new())).await.unwrap().unwrap()
+        });
         assert!(watch.upgrade().is_none());
     }
 
@@ -181,7 +195,7 @@ mod tests {
         let (_reader, writer) = io::pipe().unwrap();
         let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer)));
         list.insert(7, Unsynced::New(Arc::from(dir.path()), pipe));
-        let error = sync_files(list).unwrap_err();
+        let error = sync_files(list, Durability::Full, &Gate::new()).unwrap_err();
         assert!(error.to_string().contains("sync the new file for"), "{error}");
         assert!(watch.upgrade().is_none());
     }

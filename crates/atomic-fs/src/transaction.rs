@@ -3,19 +3,23 @@
 //! Invariant: until the commit every file is staged beside its target and owned by this object, so that dropping it at
 //! any moment leaves the targets as they were and no file behind.
 
+use std::collections::HashSet;
 use std::ffi::OsString;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::Instant;
 
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::protocol::{Prepared, Sealed, Step};
-use crate::staged::{Naming, Staged, Target, directory, split};
+use crate::staged::{Naming, Staged, Target, directory, io_error, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::waiting::with_locks;
-use crate::workspace::{Site, Workspace};
-use crate::{AtomicFileWriter, Error, WriteOptions};
+use crate::workspace::{LOCK_PATIENCE, Site, Workspace};
+use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
 const BATCH_FILES: usize = 64;
@@ -64,7 +68,11 @@ const BATCH_FILES: usize = 64;
 #[must_use = "a transaction that is dropped without a commit changes nothing"]
 pub struct MultiFileTransaction {
     journal_dir: Option<PathBuf>,
+    options: WriteOptions,
+    patience: Duration,
     changes: Vec<Change>,
+    /// Which of `changes` has a writer that was lent, so that its file is not whole yet.
+    lent: Option<usize>,
     /// How many files of `changes` are open.
     open: usize,
     /// What syncs and closes the files before those.
@@ -78,15 +86,35 @@ pub struct MultiFileTransaction {
 /// What the caller asked for, in its order.
 enum Change {
     Put(Box<Sealed>),
-    Writing { path: Arc<Path>, name: OsString, site: Arc<Site>, writer: Box<AtomicFileWriter> },
+    Writing(Lent),
     Remove(Arc<Path>),
     Rename { from: Arc<Path>, to: Arc<Path> },
+}
+
+/// A file whose writer was lent, until the transaction is turned to again.
+struct Lent {
+    path: Arc<Path>,
+    name: OsString,
+    site: Arc<Site>,
+    writer: Option<Box<AtomicFileWriter>>,
+    /// Takes the last piece in, and closes the writer.
+    sealing: Option<Job<Box<Sealed>>>,
 }
 
 impl MultiFileTransaction {
     /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
     pub fn new() -> Self {
-        Self { journal_dir: None, changes: Vec::new(), open: 0, syncing: None, is_broken: false, workspace: None }
+        Self {
+            journal_dir: None,
+            options: WriteOptions::default(),
+            patience: LOCK_PATIENCE,
+            changes: Vec::new(),
+            lent: None,
+            open: 0,
+            syncing: None,
+            is_broken: false,
+            workspace: None,
+        }
     }
 
     /// An empty transaction, whose journal will be in the directory `journal_dir`; that is where to recover it.
@@ -96,10 +124,48 @@ impl MultiFileTransaction {
         Self { journal_dir: Some(absolute(directory(journal_dir.as_ref()))), ..Self::new() }
     }
 
+    /// Sets how the files are written that are added from now on: mode, owner, attributes, symlinks, and whether they
+    /// must be new. The default is that of [`WriteOptions`].
+    ///
+    /// The [durability](WriteOptions::durability) is that of the whole transaction, as it is set when it is committed:
+    /// [`Ordered`](crate::Durability::Ordered) is as [`Full`](crate::Durability::Full); with
+    /// [`None`](crate::Durability::None) all files are old or new as long as the machine runs, and whatever happens to the
+    /// process, but not after a power cut.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_atomic_fs::{AtomicFileWriter, MultiFileTransaction, Preserve};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> std::io::Result<()> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// // Files of a service, changed by root: they stay the service's.
+    /// let kept = AtomicFileWriter::options().preserve(Preserve::ALL);
+    /// let mut tx = MultiFileTransaction::new().options(kept);
+    /// tx.add_file(dir.join("users"), "ann").await?;
+    /// tx.add_file(dir.join("groups"), "staff").await?;
+    /// tx.commit().await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn options(mut self, options: WriteOptions) -> Self {
+        self.options = options;
+        self
+    }
+
+    /// Sets how long the commit waits for directories that others have locked. The default is 30 s.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.patience = patience;
+        self
+    }
+
     /// Stages `content` to become the file `path`.
     ///
-    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer). The new file keeps the
-    /// permission bits that the replaced one has now.
+    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer); for many files at once
+    /// there is [`add_files`](Self::add_files). The new file keeps of the one that it replaces what the
+    /// [options](Self::options) say.
     ///
     /// # Cancel safety
     ///
@@ -111,29 +177,72 @@ impl MultiFileTransaction {
     /// As [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already
     /// [part of the transaction](Error::is_repeated_target), or on
     /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
-    /// it is [`Broken`](Error::Broken), because a file that was staged before could not be synced.
+    /// it is [`Broken`](Error::Broken), because a file that was staged before could not be written or synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
-        let path = Arc::<Path>::from(from_here(path.as_ref())?);
-        let content = content.as_ref().to_vec();
-        self.close_some(&path).await?;
-        let workspace = self.workspace(&path).await?;
-        let (target, shared) = (path.clone(), workspace.clone());
-        let sealed = job(&path, move |gate| {
-            let (mut staged, site) = stage(&shared, &target)?;
-            staged.write_at(0, &content, gate)?;
-            Sealed::new(staged, content.len() as u64, &target, site, shared)
-        })
-        .await?;
-        self.refuse_repetition(&sealed.site, &sealed.place.target.name, &path)?;
-        self.changes.push(Change::Put(Box::new(sealed)));
-        self.open += 1;
+        self.add_files([(path, content)]).await
+    }
+
+    /// Stages several files, each a path and its content, in as few hops to the blocking pool as it can.
+    ///
+    /// It copies the contents.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, none of the files is part of the transaction, which can be gone on with.
+    ///
+    /// # Errors
+    ///
+    /// As [`add_file`](Self::add_file), for the first file that could not be staged; then none of them is part of the
+    /// transaction.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_atomic_fs::MultiFileTransaction;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> std::io::Result<()> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let dir = dir.path();
+    /// let mut tx = MultiFileTransaction::new();
+    /// tx.add_files((0..100).map(|number| (dir.join(number.to_string()), "content"))).await?;
+    /// tx.commit().await?;
+    /// assert_eq!(std::fs::read_dir(dir)?.count(), 100);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn add_files<P: AsRef<Path>, C: AsRef<[u8]>>(
+        &mut self,
+        files: impl IntoIterator<Item = (P, C)>,
+    ) -> Result<(), Error> {
+        let given = files.into_iter().map(|(path, content)| {
+            Ok::<_, Error>((Arc::<Path>::from(from_here(path.as_ref())?), content.as_ref().to_vec()))
+        });
+        let given = given.collect::<Result<Vec<_>, _>>()?;
+        let Some((first, _)) = given.first() else { return Ok(()) };
+        let first = first.clone();
+        self.close_lent().await?;
+        self.close_some(&first).await?;
+        let (workspace, options) = (self.workspace(&first).await?, self.options);
+        let staged = job(&first, move |gate| stage_all(&workspace, given, options, gate)).await?;
+        let mut named = self.named();
+        for sealed in &staged {
+            if !named.insert((sealed.site.id, sealed.place.target.name.clone())) {
+                return Err(Error::RepeatedTarget { path: sealed.path.to_path_buf() });
+            }
+            self.refuse_noted(&sealed.path)?;
+        }
+        self.open += staged.iter().filter(|sealed| sealed.file.is_some()).count();
+        self.changes.extend(staged.into_iter().map(|sealed| Change::Put(Box::new(sealed))));
         Ok(())
     }
 
     /// Stages a file to become the file `path`, and lends a writer for its content.
     ///
-    /// What has been written to it when the transaction is committed is the content. The commit is the transaction's
-    /// alone; a writer whose write failed makes it fail.
+    /// What has been written to it when the transaction is turned to again, or committed, is the content; with that its
+    /// file is closed, so that any number of them can be written. The commit is the transaction's alone; a writer whose
+    /// write failed makes it fail.
     ///
     /// # Cancel safety
     ///
@@ -166,15 +275,20 @@ impl MultiFileTransaction {
     pub async fn writer(&mut self, path: impl AsRef<Path>) -> Result<&mut AtomicFileWriter, Error> {
         let path = Arc::<Path>::from(from_here(path.as_ref())?);
         let runtime = current_runtime(&path)?;
-        let workspace = self.workspace(&path).await?;
-        let target = path.clone();
-        let (staged, site) = job(&path, move |_| stage(&workspace, &target)).await?;
+        self.close_lent().await?;
+        self.close_some(&path).await?;
+        let (workspace, target, options) = (self.workspace(&path).await?, path.clone(), self.options);
+        let (staged, site) = job(&path, move |_| stage(&workspace, &target, options)).await?;
         let name = staged.target_name().to_owned();
-        self.refuse_repetition(&site, &name, &path)?;
-        let writer = Box::new(AtomicFileWriter::over(staged, path.clone(), runtime));
-        self.changes.push(Change::Writing { path, name, site, writer });
+        if self.named().contains(&(site.id, name.clone())) {
+            return Err(Error::RepeatedTarget { path: path.to_path_buf() });
+        }
+        self.refuse_noted(&path)?;
+        let writer = Some(Box::new(AtomicFileWriter::over(staged, path.clone(), runtime)));
+        self.lent = Some(self.changes.len());
+        self.changes.push(Change::Writing(Lent { path, name, site, writer, sealing: None }));
         match self.changes.last_mut() {
-            Some(Change::Writing { writer, .. }) => Ok(writer),
+            Some(Change::Writing(Lent { writer: Some(writer), .. })) => Ok(writer),
             _ => unreachable!("it has just been pushed"),
         }
     }
@@ -239,22 +353,72 @@ impl MultiFileTransaction {
     /// there, or [no file](Error::is_not_a_file); two paths lead to the [same target](Error::is_repeated_target); a
     /// directory stayed [locked](Error::is_busy), or holds a transaction that is to be
     /// [recovered first](Error::is_unrecovered).
-    pub async fn commit(mut self) -> Result<(), Error> {
+    pub async fn commit(self) -> Result<(), Error> {
+        self.commit_by(Gate::new()).await
+    }
+
+    /// Makes all changes as [`commit`](Self::commit) does, unless the first of them has not been made within `timeout`.
+    ///
+    /// Once files are being exchanged the timeout no longer applies, and the call waits until it is known how that ends.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, all files are old or all are new, as if a [`commit`](Self::commit) were dropped.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::TimedOut`]: all files are unchanged, for ever. And as [`commit`](Self::commit).
+    ///
+    /// # Panics
+    ///
+    /// If the runtime has no timer.
+    pub async fn commit_within(self, timeout: Duration) -> Result<(), Error> {
+        let Some(path) = self.changes.first().map(Change::path) else { return Ok(()) };
+        let late = || Error::TimedOut { path: path.to_path_buf(), timeout };
+        // A timeout beyond the end of time is none.
+        let Some(deadline) = Instant::now().checked_add(timeout) else { return self.commit().await };
+        let gate = Gate::with_deadline(Some(deadline));
+        let mut commit = Box::pin(self.commit_by(gate.clone()));
+        match tokio::time::timeout_at(deadline, &mut commit).await {
+            // The job has seen for itself that it was late, before the timer did.
+            Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late()),
+            Ok(ended) => ended,
+            // What is dropped with this never enters any more.
+            Err(_) if gate.try_cancel() => Err(late()),
+            Err(_) => commit.await,
+        }
+    }
+
+    /// Starts a [`commit`](Self::commit) that no drop cancels, only a shutdown of the runtime.
+    ///
+    /// # Cancel safety
+    ///
+    /// Once polled, it runs to completion even if dropped.
+    /// It need not even be polled: the commit is under way when this returns, and the handle only tells how it ended.
+    ///
+    /// # Errors
+    ///
+    /// Of this call itself: it was made [outside a runtime](Error::NoRuntime). The handle gives those of the commit.
+    pub fn commit_detached(self) -> Result<CommitHandle, Error> {
+        let path = self.changes.first().map_or_else(|| Path::new("").into(), Change::path);
+        let (runtime, gate) = (current_runtime(&path)?, Gate::new());
+        Ok(CommitHandle::new(gate.clone(), path, runtime.spawn(self.commit_by(gate))))
+    }
+
+    async fn commit_by(mut self, gate: Arc<Gate>) -> Result<(), Error> {
         let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
+        self.close_lent().await?;
         let workspace = self.workspace(&first).await?;
         self.finish_syncing(&first).await?;
-        for change in &mut self.changes {
-            if let Change::Writing { writer, .. } = change {
-                writer.settle().await?;
-            }
-        }
         // The job owns all of it from here on, and with it the removal if nothing comes of it.
-        let changes = std::mem::take(&mut self.changes).into_iter();
+        let (changes, patience) = (std::mem::take(&mut self.changes), self.patience);
+        let durability = self.options.durability;
         let prepare = move |gate: &Gate| {
-            let steps = changes.map(|change| change.into_step(&workspace, gate)).collect::<Result<Vec<_>, _>>()?;
-            Prepared::new(workspace, steps)
+            let steps = changes.into_iter().map(Change::into_step).collect::<Result<Vec<_>, _>>()?;
+            Prepared::new(workspace, steps, durability, patience, gate)
         };
-        with_locks(&current_runtime(&first)?, &first, prepare, Prepared::commit).await
+        with_locks(&current_runtime(&first)?, &gate, &first, prepare, Prepared::commit).await
     }
 
     /// Gives up all changes and waits until the staged files are gone.
@@ -269,12 +433,8 @@ impl MultiFileTransaction {
     /// That of a removal; the file is then left to [`recover`](crate::recover).
     pub async fn rollback(mut self) -> Result<(), Error> {
         let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
-        for change in &mut self.changes {
-            if let Change::Writing { writer, .. } = change {
-                // A write that has failed has already removed its file.
-                let _failed_before = writer.settle().await;
-            }
-        }
+        // A write that has failed has already removed its file.
+        let _failed_before = self.close_lent().await;
         let work = move |_: &Gate| {
             let removed = std::mem::take(&mut self.changes).into_iter().map(Change::discard);
             // All of them, and then the first failure.
@@ -303,12 +463,12 @@ impl MultiFileTransaction {
         }
         self.finish_syncing(path).await?;
         let runtime = current_runtime(path)?;
-        let open = self.changes.iter_mut().filter_map(|change| match change {
-            Change::Put(sealed) => Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?)),
+        let files = take_open(self.changes.iter_mut().filter_map(|change| match change {
+            Change::Put(sealed) => Some(&mut **sealed),
             _ => None,
-        });
-        let files = open.collect();
-        self.syncing = Some(Job::spawn(&runtime, &Gate::new(), path, move |_| sync_files(files)));
+        }));
+        let durability = self.options.durability;
+        self.syncing = Some(Job::spawn(&runtime, &Gate::new(), path, move |gate| sync_files(files, durability, gate)));
         self.open = 0;
         Ok(())
     }
@@ -375,11 +535,20 @@ impl MultiFileTransaction {
         Ok(())
     }
 
-    /// Refuses a staged file for a target that has one.
-    fn refuse_repetition(&self, site: &Site, name: &OsString, path: &Path) -> Result<(), Error> {
+    /// The targets of staged files.
+    fn named(&self) -> HashSet<((u64, u64), OsString)> {
+        let target = |change: &Change| match change {
+            Change::Put(sealed) => Some((sealed.site.id, sealed.place.target.name.clone())),
+            Change::Writing(lent) => Some((lent.site.id, lent.name.clone())),
+            Change::Remove(_) | Change::Rename { .. } => None,
+        };
+        self.changes.iter().filter_map(target).collect()
+    }
+
+    /// Refuses a staged file for what is to be removed, or to be that of a rename.
+    fn refuse_noted(&self, path: &Path) -> Result<(), Error> {
         let is_same = |change: &Change| match change {
-            Change::Put(sealed) => sealed.site.id == site.id && sealed.place.target.name == *name,
-            Change::Writing { site: other, name: known, .. } => other.id == site.id && known == name,
+            Change::Put(_) | Change::Writing(_) => false,
             Change::Remove(removed) => **removed == *path,
             Change::Rename { to, .. } => **to == *path,
         };
@@ -387,6 +556,41 @@ impl MultiFileTransaction {
             return Err(Error::RepeatedTarget { path: path.to_path_buf() });
         }
         Ok(())
+    }
+
+    /// Has the writer that was lent last take in its last piece, and closes it.
+    async fn close_lent(&mut self) -> Result<(), Error> {
+        let Some(position) = self.lent else { return Ok(()) };
+        let Some(workspace) = self.workspace.clone() else { return Ok(()) };
+        let Change::Writing(lent) = &mut self.changes[position] else { return Ok(()) };
+        let sealed = lent.seal(workspace).await;
+        self.is_broken |= sealed.is_err();
+        self.changes[position] = Change::Put(sealed?);
+        self.lent = None;
+        self.open += 1;
+        Ok(())
+    }
+}
+
+impl Lent {
+    /// If this is dropped, what it has begun goes on, and the next call waits for it.
+    async fn seal(&mut self, workspace: Arc<Workspace>) -> Result<Box<Sealed>, Error> {
+        if let Some(writer) = &mut self.writer {
+            writer.settle().await?;
+        }
+        if let Some(writer) = self.writer.take() {
+            let (path, site, runtime) = (self.path.clone(), self.site.clone(), writer.runtime().clone());
+            self.sealing = Some(Job::spawn(&runtime, &Gate::new(), &self.path, move |gate| {
+                let (mut staged, base, tail) = writer.into_staged()?;
+                staged.write_at(base, &tail, gate)?;
+                staged.look_again()?;
+                Sealed::new(*staged, base + tail.len() as u64, &path, site, workspace).map(Box::new)
+            }));
+        }
+        match &mut self.sealing {
+            Some(job) => job.await,
+            None => Err(Error::Broken { path: self.path.to_path_buf() }),
+        }
     }
 }
 
@@ -407,21 +611,14 @@ impl Change {
     fn path(&self) -> Arc<Path> {
         match self {
             Self::Put(sealed) => sealed.path.clone(),
-            Self::Writing { path, .. } | Self::Remove(path) | Self::Rename { from: path, .. } => path.clone(),
+            Self::Writing(Lent { path, .. }) | Self::Remove(path) | Self::Rename { from: path, .. } => path.clone(),
         }
     }
 
-    /// Takes the last piece of a writer in, and its file out of it.
-    fn into_step(self, workspace: &Arc<Workspace>, gate: &Gate) -> Result<Step, Error> {
+    fn into_step(self) -> Result<Step, Error> {
         Ok(match self {
             Self::Put(sealed) => Step::Put(sealed),
-            Self::Writing { path, site, writer, .. } => {
-                let (mut staged, base, tail) = writer.into_staged()?;
-                staged.write_at(base, &tail, gate)?;
-                staged.look_again()?;
-                let length = base + tail.len() as u64;
-                Step::Put(Box::new(Sealed::new(*staged, length, &path, site, workspace.clone())?))
-            }
+            Self::Writing(lent) => return Err(Error::Broken { path: lent.path.to_path_buf() }),
             Self::Remove(path) => Step::Remove(path),
             Self::Rename { from, to } => Step::Rename { from, to },
         })
@@ -429,11 +626,9 @@ impl Change {
 
     fn discard(self) -> Result<(), Error> {
         match self {
-            Self::Put(mut sealed) => {
-                sealed.place.remove().map_err(crate::staged::io_error("remove the staged file of", &sealed.path))
-            }
-            Self::Writing { writer, .. } => writer.into_staged().map_or(Ok(()), |(staged, ..)| staged.discard()),
-            Self::Remove(_) | Self::Rename { .. } => Ok(()),
+            Self::Put(mut sealed) => sealed.place.remove().map_err(io_error("remove the staged file of", &sealed.path)),
+            // One whose write has failed, which has removed its file.
+            Self::Writing(_) | Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
     }
 }
@@ -460,12 +655,35 @@ async fn job<T: Send + 'static>(
 }
 
 /// Creates the staged file beside what `path` stands for.
-fn stage(workspace: &Workspace, path: &Path) -> Result<(Staged, Arc<Site>), Error> {
-    let options = WriteOptions::default();
+fn stage(workspace: &Workspace, path: &Path, options: WriteOptions) -> Result<(Staged, Arc<Site>), Error> {
     let mut target = Target::resolve(path, options)?;
     let site = workspace.adopt(target.dir, &target.parent, path)?;
     // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
     target.dir = site.dir.clone();
     let naming = Naming::Fixed { name: workspace.name(&site), left: workspace.left.clone() };
     Ok((Staged::create_at(path, target, options, &naming)?, site))
+}
+
+/// Stages whole files, and syncs and closes all but the last of them.
+fn stage_all(
+    workspace: &Arc<Workspace>,
+    files: Vec<(Arc<Path>, Vec<u8>)>,
+    options: WriteOptions,
+    gate: &Gate,
+) -> Result<Vec<Sealed>, Error> {
+    let mut all = Vec::new();
+    for (path, content) in files {
+        if all.len() % BATCH_FILES == 0 {
+            sync_files(take_open(all.iter_mut()), options.durability, gate)?;
+        }
+        let (mut staged, site) = stage(workspace, &path, options)?;
+        staged.write_at(0, &content, gate)?;
+        all.push(Sealed::new(staged, content.len() as u64, &path, site, workspace.clone())?);
+    }
+    Ok(all)
+}
+
+/// Takes the open files out of these.
+fn take_open<'a>(sealed: impl Iterator<Item = &'a mut Sealed>) -> Vec<Unsynced> {
+    sealed.filter_map(|sealed| Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?))).collect()
 }

@@ -51,14 +51,14 @@ struct Wait<T> {
 /// first poll on it gets there without being polled.
 pub(crate) async fn with_locks<S: Send + 'static, T: Send + 'static>(
     runtime: &Handle,
+    gate: &Arc<Gate>,
     path: &Arc<Path>,
     prepare: impl FnOnce(&Gate) -> Result<(S, Locking), Error> + Send + 'static,
     finish: impl FnOnce(S, Locks, &Gate) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
     // One gate for both jobs: who drops this closes it to the second one, wherever that stands.
-    let gate = Gate::new();
     let (handle, shared, for_job) = (runtime.clone(), gate.clone(), path.clone());
-    let first = Job::spawn(runtime, &gate, path, move |gate| {
+    let first = Job::spawn(runtime, gate, path, move |gate| {
         let (state, mut locking) = prepare(gate)?;
         if let Some(locks) = locking.attempt()? {
             return finish(state, locks, gate).map(Ok);

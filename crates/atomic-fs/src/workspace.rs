@@ -23,7 +23,7 @@ const PREFIX: &str = ".afs-tx-";
 const ID_DIGITS: usize = 16;
 /// How often a note is made anew, because a recovery took it before it could be locked.
 const NOTE_ATTEMPTS: usize = 32;
-/// How long the lock of a directory is waited for.
+/// How long the lock of a directory is waited for by default.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
@@ -183,15 +183,16 @@ pub(crate) struct Locking {
     tried: Option<Dir>,
     share: Share,
     begun: Instant,
+    patience: Duration,
 }
 
 impl Locking {
     /// Begins to lock all of `sites`, always in the same order, so that no two transactions wait for each other.
-    pub(crate) fn new<'a>(sites: impl IntoIterator<Item = &'a Arc<Site>>, share: Share) -> Self {
+    pub(crate) fn new<'a>(sites: impl IntoIterator<Item = &'a Arc<Site>>, share: Share, patience: Duration) -> Self {
         let mut wanted: Vec<_> = sites.into_iter().cloned().collect();
         wanted.sort_by_key(|site| std::cmp::Reverse(site.id));
         wanted.dedup_by_key(|site| site.id);
-        Self { wanted, held: Vec::new(), tried: None, share, begun: Instant::now() }
+        Self { wanted, held: Vec::new(), tried: None, share, begun: Instant::now(), patience }
     }
 
     /// The directory that is not locked yet.
@@ -209,8 +210,8 @@ impl Locking {
             };
             match dir.try_lock(self.share) {
                 Ok(()) => self.held.push(dir),
-                Err(TryLockError::WouldBlock) if self.begun.elapsed() >= LOCK_PATIENCE => {
-                    return Err(Error::Busy { directory: site.path.clone(), waited: LOCK_PATIENCE });
+                Err(TryLockError::WouldBlock) if self.begun.elapsed() >= self.patience => {
+                    return Err(Error::Busy { directory: site.path.clone(), waited: self.patience });
                 }
                 Err(TryLockError::WouldBlock) => {
                     self.tried = Some(dir);
