@@ -171,37 +171,94 @@ fn dropped_rollback_removes_what_was_staged_all_the_same() {
 }
 
 #[test]
+fn dropped_commit_within_a_time_leaves_all_old_or_all_new_for_ever() {
+    let report = explore("new", async |dir| {
+        let mut tx = MultiFileTransaction::new();
+        tx.add_files([(dir.join("a"), "new"), (dir.join("b"), "new")]).await.unwrap();
+        tx.commit_within(std::time::Duration::from_secs(60)).await.unwrap();
+    });
+    assert_clean("MultiFileTransaction::commit_within", &report);
+}
+
+#[test]
+fn dropped_handle_of_a_detached_commit_leaves_it_to_go_on() {
+    // Not with its runtime, and not by a panic before there is a handle.
+    let report = Explore::new().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let scene = Scene::new();
+            let mut tx = MultiFileTransaction::new();
+            let paths = ["a", "b"].map(|name| scene.dir.path().join(name));
+            tx.add_files(paths.map(|path| (path, "new"))).await.unwrap();
+            (scene, RefCell::new(Some(tx)))
+        },
+        async |(_, tx)| {
+            let tx = tx.borrow_mut().take().unwrap();
+            tx.commit_detached().unwrap().await.unwrap();
+        },
+        async |(scene, tx), _outcome| {
+            if tx.borrow().is_none() {
+                let is_new = || pair(scene.dir.path()) == ("new".into(), "new".into());
+                crate::support::eventually("the detached commit", is_new).await;
+            }
+            drop(tx.borrow_mut().take());
+            crate::support::eventually("all is cleaned up", || names(scene.dir.path()) == ["a", "b"]).await;
+            Ok(())
+        },
+    );
+    assert_clean("MultiFileTransaction::commit_detached", &report);
+}
+
+/// What is added to a transaction, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Add {
+    File,
+    Files,
+    Writer,
+}
+
+#[test]
 fn dropped_add_file_is_no_part_of_the_transaction() {
-    let ways = [Way::Eager, Way::Settled, Way::Panic];
-    for with_writer in [false, true] {
-        let report = Explore::new().ways(ways).run(
-            async || {
-                let scene = Scene::new();
-                let mut tx = MultiFileTransaction::new();
-                tx.add_file(scene.dir.path().join("a"), "new").await.unwrap();
-                (scene, Mutex::new(Some(tx)))
-            },
-            async |(scene, tx)| {
-                let mut tx = tx.lock().await;
-                let (tx, path) = (tx.as_mut().unwrap(), scene.dir.path().join("b"));
-                if with_writer {
-                    // Empty, until somebody writes to it.
-                    tx.writer(path).await.map(drop).unwrap();
-                } else {
-                    tx.add_file(path, "").await.unwrap();
-                }
-            },
-            async |(scene, tx), outcome| {
-                tx.lock().await.take().unwrap().commit().await.unwrap();
-                let wanted = if outcome.is_completed() { "" } else { "old" };
-                check(scene.dir.path(), |pair| *pair == ("new".into(), wanted.into()))
-            },
-        );
-        assert_clean(
-            if with_writer { "MultiFileTransaction::writer" } else { "MultiFileTransaction::add_file" },
-            &report,
-        );
+    for (name, add) in [
+        ("MultiFileTransaction::add_file", Add::File),
+        ("MultiFileTransaction::add_files", Add::Files),
+        ("MultiFileTransaction::writer", Add::Writer),
+    ] {
+        explore_add(name, add, false);
     }
+    explore_add("MultiFileTransaction::add_file/after a writer", Add::File, true);
+}
+
+/// Drops what adds `b`; `a` is there before, or has a writer that was lent and is to be closed first.
+fn explore_add(name: &str, add: Add, is_lent: bool) {
+    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).run(
+        async || {
+            let scene = Scene::new();
+            let mut tx = MultiFileTransaction::new();
+            let path = scene.dir.path().join("a");
+            if is_lent {
+                tx.writer(path).await.unwrap().write_all(b"new").await.unwrap();
+            } else {
+                tx.add_file(path, "new").await.unwrap();
+            }
+            (scene, Mutex::new(Some(tx)))
+        },
+        async |(scene, tx)| {
+            let mut tx = tx.lock().await;
+            let (tx, path) = (tx.as_mut().unwrap(), scene.dir.path().join("b"));
+            match add {
+                Add::File => tx.add_file(path, "").await.unwrap(),
+                Add::Files => tx.add_files([(path, "")]).await.unwrap(),
+                // Empty, until somebody writes to it.
+                Add::Writer => tx.writer(path).await.map(drop).unwrap(),
+            }
+        },
+        async |(scene, tx), outcome| {
+            tx.lock().await.take().unwrap().commit().await.unwrap();
+            let wanted = if outcome.is_completed() { "" } else { "old" };
+            check(scene.dir.path(), |pair| *pair == ("new".into(), wanted.into()))
+        },
+    );
+    assert_clean(name, &report);
 }
 
 /// Runs `work` on a directory that somebody else keeps locked for a moment, if it `waits`.

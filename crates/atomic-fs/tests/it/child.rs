@@ -146,6 +146,20 @@ fn entry() {
                 tx.commit().await
             }));
         }
+        "drop a commit when its journal is committed" => runtime().block_on(async {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_files((0..200).map(|number| (path.join(number.to_string()), "new"))).await.unwrap();
+            let mut commit = Box::pin(tx.commit());
+            while !path.join(".afs-journal").exists() {
+                let cut = tokio::time::timeout(Duration::from_millis(1), &mut commit).await;
+                assert!(cut.is_err(), "it ended too soon: {cut:?}");
+            }
+            let begun = std::time::Instant::now();
+            drop(commit);
+            let took = begun.elapsed();
+            let are_new = (0..200).all(|number| path.join(number.to_string()).exists());
+            say(if are_new && took < Duration::from_millis(1500) { "Ok" } else { "it waited, or left a mix" });
+        }),
         "two directories" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a/x"), "new").await?;

@@ -4,7 +4,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction, TargetState};
+use cancel_safe_atomic_fs::{
+    self as atomic_fs, AtomicFileWriter, Durability, Error, MultiFileTransaction, Preserve, Symlinks, TargetState,
+};
 use tempfile::{TempDir, tempdir};
 
 use crate::child;
@@ -310,4 +312,178 @@ async fn a_file_of_somebody_else_is_renamed_where_the_system_allows_that() {
     let said = child::outcome(child::command(&[], "rename as nobody", dir.path()));
     assert_eq!((said.as_deref(), all(dir.path())), (Some("Ok"), pairs(&[("g", "f"), ("replaced", "over")])));
     assert!(std::fs::symlink_metadata(at("f")).is_err());
+}
+
+/// What a file has beside its content: owner, group, mode and one attribute.
+fn dress(path: &Path) -> (u32, u32, u32, Option<Vec<u8>>) {
+    use std::os::unix::fs::MetadataExt;
+    let meta = std::fs::metadata(path).unwrap();
+    let mut value = vec![0; 64];
+    let length = rustix::fs::getxattr(path, "user.kept", &mut value[..]).ok();
+    let kept = length.map(|length| value[..length].to_vec());
+    (meta.uid(), meta.gid(), meta.mode() & 0o7777, kept)
+}
+
+#[tokio::test]
+async fn a_transaction_writes_with_the_options_that_it_was_given() {
+    let (dir, at) = scene(&["a", "b", "real"]);
+    let is_root = rustix::process::geteuid().is_root();
+    for name in ["a", "b"] {
+        std::fs::set_permissions(at(name), std::os::unix::fs::PermissionsExt::from_mode(0o640)).unwrap();
+        // Where there are such attributes.
+        let _none = rustix::fs::setxattr(at(name), "user.kept", b"yes", rustix::fs::XattrFlags::empty());
+        if is_root {
+            std::os::unix::fs::chown(at(name), Some(65534), Some(65534)).unwrap();
+        }
+    }
+    std::os::unix::fs::symlink("real", at("link")).unwrap();
+    let before = [dress(&at("a")), dress(&at("b"))];
+    let options = AtomicFileWriter::options();
+    let mut tx = MultiFileTransaction::new().options(options.preserve(Preserve::ALL));
+    tx.add_file(at("a"), "new").await.unwrap();
+    tx.writer(at("b")).await.unwrap().write_all(b"new").await.unwrap();
+    tx = tx.options(options.mode(0o604).symlinks(Symlinks::Replace));
+    tx.add_file(at("link"), "new").await.unwrap();
+    tx = tx.options(options.create_new(true).mode(0o600));
+    assert!(tx.add_file(at("real"), "new").await.unwrap_err().is_already_exists());
+    tx.add_file(at("fresh"), "new").await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!([dress(&at("a")), dress(&at("b"))], before);
+    assert_eq!((dress(&at("link")).2, dress(&at("fresh")).2), (0o604, 0o600));
+    assert!(std::fs::symlink_metadata(at("link")).unwrap().is_file());
+    assert_eq!(
+        all(dir.path()),
+        pairs(&[("a", "new"), ("b", "new"), ("fresh", "new"), ("link", "new"), ("real", "real")])
+    );
+}
+
+#[tokio::test]
+async fn a_file_that_must_be_new_and_has_appeared_since_fails_the_whole_transaction() {
+    let (dir, at) = scene(&["a"]);
+    for others in [0, 1] {
+        let mut tx = MultiFileTransaction::new().options(AtomicFileWriter::options().create_new(true));
+        tx.add_file(at("fresh"), "new").await.unwrap();
+        for _ in 0..others {
+            tx.remove_file(at("a")).unwrap();
+        }
+        std::fs::write(at("fresh"), "by somebody else").unwrap();
+        let error = tx.commit().await.unwrap_err();
+        assert!(error.is_already_exists() && error.target() == TargetState::Unchanged, "{error}");
+        assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("fresh", "by somebody else")]));
+        std::fs::remove_file(at("fresh")).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn without_durability_all_files_still_change_together() {
+    let (dir, at) = scene(&["a", "log", "log.1"]);
+    let mut tx = MultiFileTransaction::new().options(AtomicFileWriter::options().durability(Durability::None));
+    tx.add_files([(at("a"), "new"), (at("b"), "new")]).await.unwrap();
+    tx.rename(at("log"), at("log.1")).unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "new"), ("b", "new"), ("log.1", "log")]));
+}
+
+#[tokio::test]
+async fn many_files_are_added_together_or_not_at_all() {
+    let (dir, at) = scene(&["a"]);
+    std::fs::create_dir(at("sub")).unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_files((0..0).map(|_| ("", ""))).await.unwrap();
+    tx.add_file(at("a"), "new").await.unwrap();
+    let numbers = |range: std::ops::Range<u32>| range.map(|number| (at(&format!("f{number}")), number.to_string()));
+    // The last one is no file, is named twice, or is one of the transaction's already; and one path is none.
+    for wrong in ["sub", "f7", "a"] {
+        let files = numbers(0..150).chain([(at(wrong), String::new())]);
+        let error = tx.add_files(files).await.unwrap_err();
+        assert!(error.is_repeated_target() || error.is_not_a_file(), "{wrong}: {error}");
+        assert_eq!(names(dir.path()).len(), 4, "what was staged for nothing is gone");
+    }
+    let error = tx.add_files([(at("b"), ""), (at(".."), "")]).await.unwrap_err();
+    assert!(matches!(error, Error::InvalidPath { .. }), "{error}");
+    tx.add_files(numbers(0..150)).await.unwrap();
+    tx.commit().await.unwrap();
+    std::fs::remove_dir(at("sub")).unwrap();
+    assert_eq!(all(dir.path()).len(), 151);
+    assert_eq!(std::fs::read_to_string(at("f149")).unwrap(), "149");
+}
+
+/// Only its own: other tests of this process have files open too.
+fn open_files(dir: &Path) -> usize {
+    let is_ours = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.and_then(|entry| entry.path().read_link()).is_ok_and(|target| target.starts_with(dir))
+    };
+    std::fs::read_dir("/proc/self/fd").unwrap().map(is_ours).filter(|is_ours| *is_ours).count()
+}
+
+#[tokio::test]
+async fn writers_that_were_lent_do_not_keep_their_files_open() {
+    let (dir, at) = scene(&[]);
+    let mut tx = MultiFileTransaction::new().options(AtomicFileWriter::options().durability(Durability::None));
+    for number in 0..500 {
+        let writer = tx.writer(at(&number.to_string())).await.unwrap();
+        writer.write_all(b"in ").await.unwrap();
+        writer.write_all(number.to_string().as_bytes()).await.unwrap();
+    }
+    let open = open_files(dir.path());
+    assert!(open < 200, "{open} are open");
+    tx.commit().await.unwrap();
+    assert_eq!(names(dir.path()).len(), 500);
+    assert_eq!(std::fs::read_to_string(at("499")).unwrap(), "in 499");
+}
+
+#[tokio::test]
+async fn a_writer_whose_write_was_cut_short_has_none_of_it_when_the_transaction_goes_on() {
+    let (dir, at) = scene(&[]);
+    let mut tx = MultiFileTransaction::new();
+    let writer = tx.writer(at("a")).await.unwrap();
+    writer.write_all(b"whole").await.unwrap();
+    let large = vec![b'x'; 8 << 20];
+    assert!(tokio::time::timeout(Duration::ZERO, writer.write_all(&large)).await.is_err());
+    tx.add_file(at("b"), "b").await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "whole"), ("b", "b")]));
+}
+
+#[tokio::test]
+async fn a_detached_commit_goes_on_and_a_bounded_one_leaves_all_old() {
+    let (dir, at) = scene(&["a", "b"]);
+    let lock = atomic_fs::read_lock(dir.path()).await.unwrap();
+    let change = async |content: &str| {
+        let mut tx = MultiFileTransaction::new();
+        tx.add_files([(at("a"), content), (at("b"), content)]).await.unwrap();
+        tx
+    };
+    let begun = Instant::now();
+    let error = change("late").await.commit_within(Duration::from_millis(50)).await.unwrap_err();
+    assert!(error.kind() == std::io::ErrorKind::TimedOut && error.target() == TargetState::Unchanged, "{error}");
+    let impatient = change("busy").await.patience(Duration::from_millis(50)).commit().await.unwrap_err();
+    assert!(impatient.is_busy() && impatient.to_string().contains("50ms"), "{impatient}");
+    assert!(begun.elapsed() < Duration::from_secs(15));
+    let detached = change("new").await.commit_detached().unwrap();
+    drop(lock);
+    drop(detached);
+    crate::support::eventually("it changes all", || all(dir.path()) == pairs(&[("a", "new"), ("b", "new")])).await;
+    change("newer").await.commit_detached().unwrap().await.unwrap();
+    change("newest").await.commit_within(Duration::MAX).await.unwrap();
+    assert_eq!(all(dir.path()), pairs(&[("a", "newest"), ("b", "newest")]));
+    MultiFileTransaction::new().commit_detached().unwrap().await.unwrap();
+    MultiFileTransaction::new().commit_within(Duration::ZERO).await.unwrap();
+    let outside = std::thread::spawn(|| MultiFileTransaction::new().commit_detached().unwrap_err());
+    assert!(matches!(outside.join().unwrap(), Error::NoRuntime { .. }));
+}
+
+/// Every sync of the directory takes three seconds here; a drop that finds the files exchanged waits for none.
+#[tokio::test]
+async fn a_dropped_commit_of_many_files_waits_for_no_sync() {
+    let Some(strace) = child::strace("a drop while syncs are slow") else { return };
+    let (dir, at) = scene(&[]);
+    let place = dir.path().canonicalize().unwrap();
+    let slow = ["-P", place.to_str().unwrap(), "-e", "inject=fsync:delay_enter=3000000"];
+    let wrapper = [&[strace, "-f", "-qq", "-o", "/dev/null"][..], &slow].concat();
+    let said = child::outcome(child::command(&wrapper, "drop a commit when its journal is committed", dir.path()));
+    assert_eq!(said.as_deref(), Some("Ok"));
+    let report = atomic_fs::recover(dir.path()).await.unwrap();
+    assert_eq!((report.rolled_back, names(dir.path()).len()), (0, 200));
+    assert_eq!(std::fs::read_to_string(at("199")).unwrap(), "new");
 }
