@@ -189,7 +189,12 @@ fn finish(home: &Site, journal: &str, chains: &[Chain]) -> io::Result<()> {
     home.dir.sync()?;
     chains.iter().try_for_each(Chain::clear)?;
     // And only then what tells others of it; one that stays leads nowhere, and the next who finds it removes it.
-    journal::sites(home, chains).into_iter().skip(1).try_for_each(journal::remove_pointer)
+    for site in journal::sites(home, chains).into_iter().skip(1) {
+        journal::remove_pointer(site)?;
+        // Durably, for the note in the journal's directory goes next, and without it nobody looks for files here.
+        site.dir.sync()?;
+    }
+    Ok(())
 }
 
 /// The chains that a journal names, with their directories open; refuses a directory that is not the one that took part.

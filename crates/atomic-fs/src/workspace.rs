@@ -264,6 +264,8 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
             let names = site.dir.list()?;
             litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.starts_with('x'))?;
             litter.removed += usize::from(remove_stale_pointer(&site, id)?);
+            // Durably, before the note goes, without which nobody looks for files there.
+            site.dir.sync()?;
         }
     }
     // A file without a note is nobody's, unless the note was made after the names had been listed.

@@ -18,7 +18,7 @@ use tempfile::{TempDir, tempdir};
 use crate::child;
 use crate::strace::{self, Call, Run};
 
-pub(crate) use transaction::change_all_after_others;
+pub(crate) use transaction::{change_all_after_others, renew_for_replay as renew, verify_for_replay as verify};
 
 /// Calls that change something, and of which none is made by the test harness of the child.
 const DECISIVE: [&str; 6] = ["fsync", "renameat", "renameat2", "rename", "linkat", "unlinkat"];
@@ -95,7 +95,7 @@ fn is_commit(call: &Call) -> bool {
 }
 
 /// A directory in memory, if there is such a place: there a sync costs nothing.
-fn scratch() -> TempDir {
+pub(crate) fn scratch() -> TempDir {
     let memory = Path::new("/dev/shm");
     if memory.exists() { tempfile::tempdir_in(memory).unwrap() } else { tempdir().unwrap() }
 }

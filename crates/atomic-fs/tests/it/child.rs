@@ -160,6 +160,16 @@ fn entry() {
             let are_new = (0..200).all(|number| path.join(number.to_string()).exists());
             say(if are_new && took < Duration::from_millis(1500) { "Ok" } else { "it waited, or left a mix" });
         }),
+        "rotate and swap" => say_result(one_pool_thread().block_on(async {
+            let mut tx = MultiFileTransaction::begin(path);
+            tx.rename(path.join("log.1"), path.join("old/log.2"))?;
+            tx.rename(path.join("log"), path.join("log.1"))?;
+            tx.add_file(path.join("log"), "fresh").await?;
+            tx.rename(path.join("blue"), path.join("green"))?;
+            tx.rename(path.join("green"), path.join("blue"))?;
+            tx.remove_file(path.join("gone"))?;
+            tx.commit().await
+        })),
         "two directories" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a/x"), "new").await?;

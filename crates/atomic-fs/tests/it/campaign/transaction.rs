@@ -38,6 +38,16 @@ pub(super) fn renew(dir: &Path, layout: Layout) {
     rustix::fs::syncfs(std::fs::File::open(dir).unwrap()).unwrap();
 }
 
+/// The same for a replay.
+pub(crate) fn renew_for_replay(dir: &Path, is_one: bool) {
+    renew(dir, if is_one { Layout::OneDirectory } else { Layout::TwoDirectories });
+}
+
+/// The same for a replay, in which the power has always been cut.
+pub(crate) async fn verify_for_replay(dir: &Path, said: Option<&str>) -> Result<(), String> {
+    verify(dir, said, true).await.map(drop)
+}
+
 /// What the child does: every kind of change, in two directories.
 pub(crate) async fn change_all(dir: &Path) -> Result<(), atomic_fs::Error> {
     let mut tx = MultiFileTransaction::begin(dir);
