@@ -52,9 +52,8 @@ fn sync_sites<'a>(chains: impl Iterator<Item = &'a Chain>) -> Result<(), Error> 
 
 /// Undoes what was applied; an error means that only a recovery can tell.
 pub(crate) fn abort(home: &Site, chains: &[Chain], trust: Trust) -> io::Result<()> {
-    // Durably first: after a power cut in the middle of undoing, nobody may take this for a commit.
+    // Unsynced: as long as nobody has been told how it ends, a recovery may as well finish it.
     home.dir.rename(COMMITTED.as_ref(), PREPARED.as_ref())?;
-    home.dir.sync()?;
     let undone = (|| {
         let ways = judge(home, PREPARED, chains, trust)?;
         roll(home, PREPARED, chains, &ways)
@@ -189,12 +188,7 @@ fn finish(home: &Site, journal: &str, chains: &[Chain]) -> io::Result<()> {
     home.dir.sync()?;
     chains.iter().try_for_each(Chain::clear)?;
     // And only then what tells others of it; one that stays leads nowhere, and the next who finds it removes it.
-    for site in journal::sites(home, chains).into_iter().skip(1) {
-        journal::remove_pointer(site)?;
-        // Durably, for the note in the journal's directory goes next, and without it nobody looks for files here.
-        site.dir.sync()?;
-    }
-    Ok(())
+    journal::sites(home, chains).into_iter().skip(1).try_for_each(journal::remove_pointer)
 }
 
 /// The chains that a journal names, with their directories open; refuses a directory that is not the one that took part.

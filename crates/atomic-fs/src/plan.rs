@@ -163,7 +163,7 @@ impl Plan {
         let first = &self.nodes[nodes[0]];
         let (hidden, new) = match &first.arrives {
             Some(Arrives::New(temp, identity)) => (temp.clone(), Some(*identity)),
-            _ => (workspace.name(&first.spot.site), None),
+            _ => (workspace.name(), None),
         };
         if let (None, [from, to]) = (new, nodes)
             && self.nodes[*to].old.is_none()
@@ -179,7 +179,7 @@ impl Plan {
     /// The files of a circle change places by exchanges with the first name.
     fn circle(&self, workspace: &Workspace, nodes: &[usize]) -> Chain {
         let carrier = self.nodes[nodes[0]].spot.clone();
-        let hidden = workspace.name(&carrier.site);
+        let hidden = workspace.name();
         Chain { carrier, hidden, names: self.spots(&nodes[1..]), files: self.files(None, nodes) }
     }
 

@@ -286,8 +286,6 @@ fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<Recove
     let has_journal = left.is_some();
     if let Some(Left { name, chains, trust }) = left {
         let ways = apply::judge(home, name, &chains, trust)?;
-        // After a crash of the process alone, what it last renamed may not be durable yet.
-        home.dir.sync().map_err(io_error("sync the journal in", &home.path))?;
         apply::roll(home, name, &chains, &ways).map_err(undecided)?;
         if name == PREPARED {
             report.rolled_back = 1;

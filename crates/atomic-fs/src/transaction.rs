@@ -660,7 +660,7 @@ fn stage(workspace: &Workspace, path: &Path, options: WriteOptions) -> Result<(S
     let site = workspace.adopt(target.dir, &target.parent, path)?;
     // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
     target.dir = site.dir.clone();
-    let naming = Naming::Fixed { name: workspace.name(&site), left: workspace.left.clone() };
+    let naming = Naming::Fixed { name: workspace.name(), left: workspace.left.clone() };
     Ok((Staged::create_at(path, target, options, &naming)?, site))
 }
 

@@ -1,8 +1,8 @@
 //! The directories of a transaction, its locks, and the note that says which files are its own.
 //!
-//! Invariant: the note is made, and locked, before the first staged file, and goes after the last; so a staged file of
-//! which there is no locked note belongs to nobody that lives. A file staged in another directory than the journal's is
-//! first written down in the note, durably.
+//! Invariant: the note is made, and locked, before the first staged file, and goes after the last; in another directory
+//! than the journal's a symlink that leads there takes its place. So a staged file of which there is no locked note
+//! belongs to nobody that lives.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -117,13 +117,11 @@ impl Workspace {
         self.sites()[0].clone()
     }
 
-    /// A fresh name for a file staged in `site`.
-    pub(crate) fn name(&self, site: &Site) -> OsString {
+    /// A fresh name for a staged file.
+    pub(crate) fn name(&self) -> OsString {
         let mut given = self.given.lock().unwrap_or_else(PoisonError::into_inner);
         *given += 1;
-        // The mark tells a recovery of this other directory that the note is elsewhere.
-        let mark = if site.id == self.home().id { "" } else { "x" };
-        format!("{}-{mark}{given}", self.tag.note()).into()
+        format!("{}-{given}", self.tag.note()).into()
     }
 
     /// The name of the journal before it is committed.
@@ -142,13 +140,15 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        let noted = Foreign::new(&self.note, &sites[0], &site).and_then(|foreign| {
-            (&self.note).write_all(&foreign.encode())?;
-            self.note.sync_all()
+        // First what keeps the files alive that will be staged there, and then what a recovery of the journal's directory
+        // knows them by. Neither is synced: if a power cut takes them, the files are nobody's.
+        let link = journal::way(&site.path, &sites[0].path).join(self.tag.note());
+        let linked = site.dir.symlink(&link, self.tag.note().as_ref());
+        let noted = linked.and_then(|()| Foreign::new(&self.note, &sites[0], &site)).and_then(|foreign| {
+            sites.push(site.clone());
+            (&self.note).write_all(&foreign.encode())
         });
-        // The note itself was made without a sync; from here on it must survive a power cut, or nobody finds the files.
-        noted.and_then(|()| sites[0].dir.sync()).map_err(io_error("note the directory of", path))?;
-        sites.push(site.clone());
+        noted.map_err(io_error("note the directory of", path))?;
         Ok(site)
     }
 
@@ -163,7 +163,9 @@ impl Drop for Workspace {
         if self.left.load(Ordering::Relaxed) {
             return;
         }
-        let _gone_already = self.home().dir.remove(self.tag.note().as_ref());
+        for site in self.sites().iter().rev() {
+            let _gone_already = site.dir.remove(self.tag.note().as_ref());
+        }
     }
 }
 
@@ -243,14 +245,11 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     let mut notes = Vec::new();
     for name in &names {
         let Some((id, "")) = parse(name) else { continue };
-        // What is no file is not ours, whatever its name.
-        if !is_file(&home.dir, name)? {
-            continue;
-        }
-        match open_note(home, name) {
-            Ok(Some(note)) => notes.push((id, name, note)),
-            Ok(None) => live.push(id),
-            // Its transaction has just ended.
+        match Note::open(home, name) {
+            Ok(Some(Note::Dead(note))) => notes.push((id, name, note)),
+            Ok(Some(Note::Live)) => live.push(id),
+            // What is no file is not ours, whatever its name; or its transaction has just ended.
+            Ok(None) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // Somebody else's; what we may not read we leave to them.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => live.push(id),
@@ -259,24 +258,63 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     }
     litter.live = live.len();
     for (id, _, note) in &notes {
+        let Some(note) = note else { continue };
         for foreign in foreign_sites(note)? {
             let Some(site) = foreign.open(note, home) else { continue };
             let names = site.dir.list()?;
-            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.starts_with('x'))?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && !rest.is_empty())?;
             litter.removed += usize::from(remove_stale_pointer(&site, id)?);
-            // Durably, before the note goes, without which nobody looks for files there.
-            site.dir.sync()?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.is_empty())?;
         }
     }
     // A file without a note is nobody's, unless the note was made after the names had been listed.
     let noted_since = |id: &str| !matches!(home.dir.look(format!("{PREFIX}{id}").as_ref()), Ok(None));
     let dead = |id: &str| notes.iter().any(|(noted, ..)| *noted == id) || (!live.contains(&id) && !noted_since(id));
-    let local = |id: &str, rest: &str| !rest.is_empty() && !rest.starts_with('x') && dead(id);
-    litter.removed += remove_where(&home.dir, &names, local)?;
+    litter.removed += remove_where(&home.dir, &names, |id, rest| !rest.is_empty() && dead(id))?;
     for (_, name, _) in &notes {
         litter.removed += usize::from(remove(&home.dir, name)?);
     }
     Ok(litter)
+}
+
+/// What became of the transaction whose note this is.
+enum Note {
+    Live,
+    /// The note itself, locked, if it is in this directory.
+    Dead(Option<File>),
+}
+
+impl Note {
+    /// Looks at what is called as notes are; `None` if it is none.
+    fn open(site: &Site, name: &OsStr) -> io::Result<Option<Self>> {
+        match site.dir.look(name)?.map(|entry| entry.kind) {
+            Some(Kind::File) => Self::lock(site.dir.read(name)?).map(Some),
+            Some(Kind::Symlink) => {
+                let link = site.dir.read_link(name)?;
+                // A directory that is not there may have been moved, while its transaction lives.
+                let Ok(home) = site.dir.open_dir(link.parent().unwrap_or(Path::new("/"))) else {
+                    return Ok(Some(Self::Live));
+                };
+                match home.read(name) {
+                    Ok(note) => Ok(Some(match Self::lock(note)? {
+                        Self::Live => Self::Live,
+                        Self::Dead(_) => Self::Dead(None),
+                    })),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(Self::Dead(None))),
+                    Err(error) => Err(error),
+                }
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn lock(note: File) -> io::Result<Self> {
+        match note.try_lock() {
+            Ok(()) => Ok(Self::Dead(Some(note))),
+            Err(TryLockError::WouldBlock) => Ok(Self::Live),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
 }
 
 /// Removes the pointer to a journal that never was committed.
@@ -293,11 +331,6 @@ fn remove_stale_pointer(site: &Site, id: &str) -> io::Result<bool> {
         // One that cannot be read is for a recovery of that directory.
         _ => Ok(false),
     }
-}
-
-/// Whether `name` is that of a regular file.
-fn is_file(dir: &Dir, name: &OsStr) -> io::Result<bool> {
-    Ok(matches!(dir.look(name)?, Some(Entry { kind: Kind::File, .. })))
 }
 
 /// Removes a file; `false` if somebody else was faster, as a transaction is that has just ended.
@@ -320,16 +353,6 @@ fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(&str, &str) -> bo
         }
     }
     Ok(removed)
-}
-
-/// Opens and locks a note; `None` if its transaction lives.
-fn open_note(home: &Site, name: &OsStr) -> io::Result<Option<File>> {
-    let note = home.dir.read(name)?;
-    match note.try_lock() {
-        Ok(()) => Ok(Some(note)),
-        Err(TryLockError::WouldBlock) => Ok(None),
-        Err(TryLockError::Error(error)) => Err(error),
-    }
 }
 
 /// Another directory in which files are staged, as a note names it.
@@ -392,7 +415,7 @@ mod tests {
     #[test]
     fn a_recovery_knows_the_names_of_transactions_and_no_others() {
         assert_eq!(parse(".afs-tx-0123456789abcdef".as_ref()), Some(("0123456789abcdef", "")));
-        assert_eq!(parse(".afs-tx-0123456789abcdef-x7".as_ref()), Some(("0123456789abcdef", "x7")));
+        assert_eq!(parse(".afs-tx-0123456789abcdef-7".as_ref()), Some(("0123456789abcdef", "7")));
         for other in [".afs-tx-", ".afs-tx-0123456789abcdef-", ".afs-tx-0123456789ABCDEF", ".afs-file-0123456789abcdef"]
         {
             assert_eq!(parse(other.as_ref()), None, "{other}");

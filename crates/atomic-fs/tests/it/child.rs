@@ -170,6 +170,12 @@ fn entry() {
             tx.remove_file(path.join("gone"))?;
             tx.commit().await
         })),
+        "remove and add" => say_result(one_pool_thread().block_on(async {
+            let mut tx = MultiFileTransaction::new();
+            tx.remove_file(path.join("old"))?;
+            tx.add_files(["new", "taken"].map(|name| (path.join(name), "new"))).await?;
+            tx.commit().await
+        })),
         "two directories" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a/x"), "new").await?;

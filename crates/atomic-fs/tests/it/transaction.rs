@@ -400,8 +400,8 @@ async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
             let commit = change_both([one.clone(), other.clone()], "new");
             // It may have locked the first of the two by then, and waits for the second.
             let waiting = async {
-                let staged = || names(free).len() + names(held).len() == 5;
-                crate::support::eventually("the four files and the note are there", staged).await;
+                let staged = || names(free).len() + names(held).len() == 6;
+                crate::support::eventually("the four files, the note and what leads to it are there", staged).await;
                 tokio::time::sleep(Duration::from_millis(20)).await;
             };
             tokio::select! {

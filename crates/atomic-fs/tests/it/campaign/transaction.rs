@@ -129,6 +129,10 @@ pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Resu
         _ => {}
     }
     let report = atomic_fs::recover(dir).await.map_err(|error| format!("the recovery failed: {error}"))?;
+    if let (true, Some(other)) = (is_cut, dir.join(far(dir)).parent()) {
+        // What a cut left of names that had been removed is for each directory's own recovery.
+        atomic_fs::recover(other).await.map_err(|error| format!("the other recovery failed: {error}"))?;
+    }
     let after = look(dir)?;
     let context = format!("{before:?}, then {after:?} by {report:?}");
     let (first, last) = if far(dir) == "f" { ("f", "") } else { ("", "sub") };
