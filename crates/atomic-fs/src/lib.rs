@@ -107,7 +107,7 @@
 //!
 //! | event | the targets | left behind |
 //! |---|---|---|
-//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] |
+//! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] of their directory |
 //! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
 //! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
@@ -143,8 +143,8 @@
 //!   name; every visible name has its old file or its new one. If three or more files change places in a circle, the first
 //!   of them shows the others in turn.
 //! - In an append-only directory nothing can be renamed or removed: a write fails, and its temporary file stays.
-//! - Dropping a commit that has begun to write its journal down blocks its thread until the files are exchanged and
-//!   their directories synced.
+//! - Dropping a commit that is exchanging its files blocks its thread until they are exchanged: microseconds a file, and a
+//!   sync where a rename replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
 //! - Who waits for a lock that others hold waits at most 30 s. One thread, `afs-locks`, tries for all of a process, as long
 //!   as there are any; a file system that hangs when a lock is asked for makes all of them wait. A transaction of more than
 //!   16 MiB that is dropped while it waits frees its files on the thread that drops it.

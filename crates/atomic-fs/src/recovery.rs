@@ -148,7 +148,7 @@ fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
 pub struct RecoveryReport {
     /// Transactions that had been committed, and are now finished: all of their files are new.
     pub rolled_forward: usize,
-    /// Transactions that were being undone, and now are: all of their files are old.
+    /// Transactions that were prepared but not committed, or were being undone: all of their files are old.
     pub rolled_back: usize,
     /// Files that transactions had staged, or noted, which never were committed; they were removed.
     pub removed: usize,

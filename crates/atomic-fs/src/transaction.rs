@@ -31,9 +31,11 @@ const BATCH_FILES: usize = 64;
 /// [`recover`](crate::recover) all files are old or all are new; and all are new if it returned `Ok`.
 ///
 /// Each name can be changed once; but what a [`rename`](Self::rename) has taken away can be replaced, so that a log is
-/// rotated by `rename("log.1", "log.2")`, `rename("log", "log.1")`, `add_file("log", "")`. All targets must be on one
-/// file system. New files have the metadata that [`WriteOptions`] has by default, and symlinks are followed; a removal
-/// and a rename act on the symlink itself.
+/// rotated by `rename("log.1", "log.2")`, `rename("log", "log.1")`, `add_file("log", "")`, and two files are swapped by
+/// renaming each to the other. All targets must be on one file system. New files are written as the
+/// [options](Self::options) say, which are the defaults of [`WriteOptions`]; a removal and a rename act on a symlink itself.
+///
+/// What is put somewhere comes before what is removed, so that of an old file and its successor one is always there.
 ///
 /// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
 /// which takes microseconds, or after a crash until the recovery, unless it holds a [`read_lock`](crate::read_lock).
@@ -341,8 +343,8 @@ impl MultiFileTransaction {
     ///
     /// This method is cancel safe.
     /// If dropped before completion, all files are old or all are new, decided before the drop returns, and never change
-    /// later because of this call. A drop that finds the journal being committed waits until the files are exchanged
-    /// (a system call each) and their directories synced, or all of it undone; before that it waits for nothing.
+    /// later because of this call. A drop that finds the files being exchanged waits for that (a system call each), or for
+    /// all of it to be undone; before and after that it waits for nothing.
     ///
     /// # Errors
     ///

@@ -176,6 +176,10 @@ fn entry() {
             tx.add_files(["new", "taken"].map(|name| (path.join(name), "new"))).await?;
             tx.commit().await
         })),
+        #[cfg(target_os = "linux")]
+        task if task.starts_with(crate::random::TASK) => {
+            say_result(one_pool_thread().block_on(crate::random::run(path, &task[crate::random::TASK.len()..])));
+        }
         "two directories" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a/x"), "new").await?;

@@ -28,6 +28,8 @@ mod metadata;
 #[cfg(unix)]
 mod processes;
 #[cfg(target_os = "linux")]
+mod random;
+#[cfg(target_os = "linux")]
 mod replay;
 #[cfg(target_os = "linux")]
 mod strace;
