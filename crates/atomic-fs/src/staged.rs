@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
-use crate::platform::{self, Dir, Entry, Kind, Moved};
+use crate::platform::{self, Dir, Entry, Guests, Kind, Moved};
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
 /// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
@@ -362,17 +362,18 @@ impl Staged {
     /// Gives the new file its attributes and its mode. After the content, since a write clears set-user-ID bits.
     fn dress(&self) -> Result<(), Error> {
         let Target { dir, name, .. } = &self.place.target;
-        let xattr = kept(&self.place.target, self.options, Preserve::XATTR).is_some();
-        if xattr {
+        if kept(&self.place.target, self.options, Preserve::XATTR).is_some() {
             dir.copy_xattrs(name, &self.file).map_err(io_error("keep the extended attributes of", &self.path))?;
         }
-        let old = kept(&self.place.target, self.options, Preserve::MODE);
-        let Some(mode) = self.options.mode.or(old.map(|old| kept_mode(old, &self.fresh))) else { return Ok(()) };
-        // An access control list, once copied, has changed the mode that the file was created with.
-        if mode != self.fresh.mode || xattr {
-            platform::set_mode(&self.file, mode).map_err(io_error("set the mode of", &self.path))?;
-        }
-        Ok(())
+        let (mode, guests) = if let Some(mode) = self.options.mode {
+            (mode, Guests::None)
+        } else if let Some(old) = kept(&self.place.target, self.options, Preserve::MODE) {
+            let guests = dir.guests(name).map_err(io_error("read the access control list of", &self.path))?;
+            (kept_mode(old, &self.fresh), kept_guests(guests, old, &self.fresh))
+        } else {
+            return Ok(());
+        };
+        platform::set_access(&self.file, mode, &guests).map_err(io_error("set the mode of", &self.path))
     }
 }
 
@@ -390,16 +391,29 @@ fn creation_mode(target: &Target, options: WriteOptions) -> u32 {
     };
     // Attributes can only be set on a file that its owner may write.
     let xattr = if kept(target, options, Preserve::XATTR).is_some() { 0o200 } else { 0 };
-    // With another owner or an access control list, the same bits mean other people: they are set when these are.
-    let narrow = xattr != 0 || kept(target, options, Preserve::OWNER).is_some();
-    if narrow { mode & 0o600 | xattr } else { mode & 0o777 }
+    // The owner's bits alone. The others may mean other people as long as the group is not the final one, and they would
+    // put a list into force that the directory gives to new files.
+    mode & 0o600 | xattr
 }
 
-/// The mode of the replaced file, without what would be a privilege under another owner or group.
+/// The mode of the replaced file, without what would mean other people, or be a privilege, under another owner or group.
 fn kept_mode(old: &Entry, new: &Entry) -> u32 {
     let set_user_id = if old.uid == new.uid { 0 } else { 0o4000 };
-    let set_group_id = if old.gid == new.gid { 0 } else { 0o2000 };
-    old.mode & !(set_user_id | set_group_id)
+    if old.gid == new.gid {
+        return old.mode & !set_user_id;
+    }
+    // The new group may be anybody, and members of the old one are now among all others: both get what both had.
+    let both = old.mode >> 3 & old.mode & 0o7;
+    old.mode & !(set_user_id | 0o2077) | both << 3 | both
+}
+
+/// The access control list of the replaced file, in the same way.
+fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
+    match guests {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        Guests::Listed(list) if old.gid != new.gid => Guests::Listed(list.for_another_group()),
+        other => other,
+    }
 }
 
 pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
@@ -454,5 +468,16 @@ mod tests {
         assert_eq!(kept_mode(&id(1, 2), &id(1, 2)), 0o6755);
         assert_eq!(kept_mode(&id(1, 2), &id(3, 2)), 0o2755);
         assert_eq!(kept_mode(&id(1, 2), &id(1, 3)), 0o4755);
+    }
+
+    #[test]
+    fn another_group_and_all_others_get_what_both_had() {
+        let id = |gid, mode| Entry { kind: Kind::File, mode, uid: 1, gid, id: (0, 0), links: 1, size: 0 };
+        for (mode, under_another) in
+            [(0o640, 0o600), (0o664, 0o644), (0o604, 0o600), (0o755, 0o755), (0o750, 0o700), (0o1666, 0o1666)]
+        {
+            assert_eq!(kept_mode(&id(1, mode), &id(1, 0)), mode);
+            assert_eq!(kept_mode(&id(1, mode), &id(2, 0)), under_another, "{mode:o}");
+        }
     }
 }

@@ -7,7 +7,7 @@ use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::{Entry, Kind, Moved};
+use super::{Entry, Guests, Kind, Moved};
 
 /// A directory by its absolute path, for systems without calls below a directory handle.
 #[derive(Debug)]
@@ -68,6 +68,11 @@ impl Dir {
     /// These systems have no call that syncs a directory.
     pub(crate) fn sync(&self) -> io::Result<()> {
         Ok(())
+    }
+
+    /// These systems have no POSIX access control lists.
+    pub(crate) fn guests(&self, _name: &OsStr) -> io::Result<Guests> {
+        Ok(Guests::Unsupported)
     }
 
     /// These systems have no extended attributes that std or rustix could copy.
@@ -137,6 +142,7 @@ mod tests {
         set_mode(&file, 0o600).expect("it does nothing");
         set_owner(&file, &look_at(&file).expect("the file is open")).expect("it does nothing");
         dir.copy_xattrs(name.as_ref(), &file).expect("it does nothing");
+        assert_eq!(dir.guests(name.as_ref()).expect("it does nothing"), Guests::Unsupported);
     }
 
     fn read(dir: &Dir, name: &str) -> String {
