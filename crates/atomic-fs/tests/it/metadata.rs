@@ -249,9 +249,24 @@ async fn what_is_no_file_is_refused_and_left_alone() {
             assert!(error.to_string().contains(kind), "{error}");
         }
     }
-    let error = atomic_fs::write("/dev/null", "x").await.unwrap_err();
-    assert!(error.is_not_a_file(), "{error}");
     assert_eq!(names(dir.path()), before);
+}
+
+/// A device of its own: a test that fails must not cost the machine its `/dev/null`.
+#[cfg(target_os = "linux")]
+#[tokio::test]
+async fn a_device_is_refused_and_left_alone() {
+    use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("device");
+    // As /dev/null is.
+    if mknodat(CWD, &path, FileType::CharacterDevice, Mode::RUSR | Mode::WUSR, makedev(1, 3)).is_err() {
+        not_run("a_device_is_refused_and_left_alone", "it needs root, and the permission to make a device");
+        return;
+    }
+    let error = atomic_fs::write(&path, "x").await.unwrap_err();
+    assert!(error.is_not_a_file() && error.to_string().contains("device"), "{error}");
+    assert_eq!((names(dir.path()).len(), std::fs::read(&path).unwrap_or_default().len()), (1, 0));
 }
 
 #[tokio::test]
