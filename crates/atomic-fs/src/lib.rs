@@ -164,8 +164,9 @@
 //! - To sync a directory it is opened for reading, so a directory that may only be written to is a
 //!   [permission](Error::is_permission_denied) that is missing.
 //! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`. On Windows there are no modes, owners
-//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced; and for a moment after
-//!   the rename a reader may find the new file locked.
+//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced, which is tried for half
+//!   a second, and a drop may have to wait for that; and for a moment after the rename a reader may find the new file
+//!   locked.
 //!
 //! # Comparison
 //!

@@ -122,6 +122,20 @@ async fn an_access_control_list_is_kept_as_part_of_the_mode() {
 }
 
 #[tokio::test]
+async fn an_access_control_list_without_its_mode_is_not_kept() {
+    for place in places("an_access_control_list_without_its_mode_is_not_kept") {
+        let (path, usual) = (place.path().join("file"), place.path().join("std"));
+        std::fs::write(&usual, "new").unwrap();
+        for keep in [Preserve::NONE, Preserve::XATTR, Preserve::OWNER, Preserve::OWNER | Preserve::XATTR] {
+            old_file(&path, 0o640);
+            set_list(&path, ACCESS, &list(6, (12345, 7), 4, 7, 0));
+            AtomicFileWriter::options().preserve(keep).write(&path, "new").await.unwrap();
+            assert_eq!(access(&path), access(&usual), "{keep:?}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_default_list_of_the_directory_is_applied_to_new_files_only() {
     for place in places("a_default_list_of_the_directory_is_applied_to_new_files_only") {
         let dir = place.path();
