@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use crate::Error;
 use crate::chain::{Aim, Chain, Spot, Trust, Way};
 use crate::journal::{self, COMMITTED, PREPARED, Pointer, Record};
-use crate::staged::{io_error, rename_error};
+use crate::staged::{io_error, remove_error, rename_error};
 use crate::workspace::Site;
 
 /// Makes every step. None is durable yet, and if a power cut keeps some of them, the journal undoes or finishes them.
@@ -21,7 +21,8 @@ pub(crate) fn apply(chains: &[Chain]) -> Result<(), Error> {
     for number in 1..=longest(chains) {
         // Puts before removals: of a file that is renamed, the new name comes before the old one goes.
         for chain in chains.iter().filter(|chain| number <= chain.steps()) {
-            chain.step(number).map_err(|source| rename_error(chain.names[number - 1].path(), source))?;
+            let failed = if chain.files[number - 1].is_none() { remove_error } else { rename_error };
+            chain.step(number).map_err(|source| failed(chain.names[number - 1].path(), source))?;
         }
         sync_sites(chains.iter().filter(|chain| number < chain.steps()))?;
     }

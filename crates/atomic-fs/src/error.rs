@@ -3,7 +3,7 @@
 //! Invariant: whether the target was changed is told by [`Error::target`] alone, and `Unchanged` is final.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 /// What a failed call means for its target.
@@ -57,10 +57,12 @@ pub enum Error {
         directory: PathBuf,
     },
     /// The target is a directory, a FIFO, a socket or a device, which no file replaces.
-    #[error("{path:?} is a {kind}, not a regular file")]
+    #[error("{} is a {kind}, not a regular file", named(.path, .resolved))]
     NotAFile {
         /// The target as given.
         path: PathBuf,
+        /// What the path leads to, if it is a symlink that was followed.
+        resolved: Option<PathBuf>,
         /// What it is.
         kind: &'static str,
     },
@@ -71,20 +73,24 @@ pub enum Error {
         path: PathBuf,
     },
     /// The target is a mount point (a file that is bind-mounted into a container, say), which no rename replaces.
-    #[error("{path:?} cannot be replaced by a rename, because it is a mount point")]
+    #[error("{} cannot be replaced or removed, because it is a mount point", named(.path, .resolved))]
     NotReplaceable {
         /// The target as given.
         path: PathBuf,
-        /// What the rename said.
+        /// The mount point, if the path is a symlink that was followed there.
+        resolved: Option<PathBuf>,
+        /// What the rename or the removal said.
         source: io::Error,
     },
     /// A system call failed before the target was touched.
-    #[error("could not {action} {path:?}")]
+    #[error("could not {action} {}", named(.path, .resolved))]
     Io {
         /// What was attempted.
         action: &'static str,
         /// The target as given, or the directory that was swept.
         path: PathBuf,
+        /// What the path leads to, if it is a symlink that was followed.
+        resolved: Option<PathBuf>,
         /// What the system said.
         source: io::Error,
     },
@@ -223,7 +229,7 @@ impl Error {
     }
 
     /// Whether the time was up.
-    pub fn is_timed_out(&self) -> bool {
+    pub fn is_timeout(&self) -> bool {
         matches!(self, Self::TimedOut { .. })
     }
 
@@ -316,6 +322,14 @@ impl Error {
             #[cfg(feature = "json")]
             Self::Serialize { .. } => io::ErrorKind::InvalidData,
         }
+    }
+}
+
+/// A path as given, and where it leads.
+fn named(path: &Path, resolved: &Option<PathBuf>) -> String {
+    match resolved {
+        Some(resolved) => format!("{path:?} (which leads to {resolved:?})"),
+        None => format!("{path:?}"),
     }
 }
 

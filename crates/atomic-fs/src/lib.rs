@@ -155,7 +155,9 @@
 //!   keeps reading it.
 //! - A file that is a mount point (bind-mounted into a container) cannot be replaced by a rename: that is
 //!   [an error](Error::is_not_replaceable), and the file is not written in place instead.
-//! - By default only the permission bits are kept; see [`Preserve`]. Access control lists are extended attributes.
+//! - By default only the permission bits are kept, on Linux with the POSIX access control list; see [`Preserve`]. Where the
+//!   group is not kept, bits that would mean other people are dropped: a file of another group with mode 0640 becomes 0600.
+//!   Other kinds of access control lists (NFSv4, macOS, Windows) are not kept, or copied as attributes if at all.
 //! - `Ok` is as good as what the disk promises. File systems that refuse to sync a directory are taken at their word.
 //!   On a network file system a rename may take effect although it reports an error, and locks may be seen by one
 //!   machine only; sweep while no other machine writes.
@@ -163,8 +165,9 @@
 //! - To sync a directory it is opened for reading, so a directory that may only be written to is a
 //!   [permission](Error::is_permission_denied) that is missing.
 //! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`. On Windows there are no modes, owners
-//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced; and for a moment after
-//!   the rename a reader may find the new file locked.
+//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced, which is tried for half
+//!   a second, and a drop may have to wait for that; and for a moment after the rename a reader may find the new file
+//!   locked.
 //!
 //! # Comparison
 //!

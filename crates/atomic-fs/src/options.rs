@@ -44,11 +44,17 @@ pub struct Preserve(u8);
 impl Preserve {
     /// Nothing: the new file is as any that is newly created.
     pub const NONE: Self = Self(0);
-    /// The permission bits. The set-user-ID bit is dropped if the owner changes, the set-group-ID bit if the group does.
+    /// The permission bits and, on Linux, the POSIX access control list, which belongs to them.
+    ///
+    /// The new file grants nobody what the old one did not. If the owner changes, the owner's bits are those of whoever
+    /// writes, and the set-user-ID bit is dropped. If the group changes, the new group and all others keep only what the
+    /// old group and all others both had (0640 becomes 0600, 0664 becomes 0644), and the set-group-ID bit is dropped;
+    /// users and groups that a list names keep what it grants them. A default list of the directory is not applied.
     pub const MODE: Self = Self(1);
     /// The owner and the group. Keeping those of others needs a privilege; without it the write fails, target untouched.
     pub const OWNER: Self = Self(2);
-    /// The extended attributes, which include POSIX access control lists and security labels.
+    /// The extended attributes, such as security labels. POSIX access control lists are not among them: they go with the
+    /// mode.
     pub const XATTR: Self = Self(4);
     /// All of them.
     pub const ALL: Self = Self(7);
@@ -60,7 +66,7 @@ impl Preserve {
 }
 
 impl Default for Preserve {
-    /// Permission bits only, so that a private file stays private.
+    /// Permission bits and access control list only, so that a private file stays private.
     fn default() -> Self {
         Self::MODE
     }
@@ -78,7 +84,7 @@ impl BitOr for Preserve {
 ///
 /// | option | default |
 /// |---|---|
-/// | [`mode`](Self::mode) | that of the file being replaced, or what the umask leaves of 0666 |
+/// | [`mode`](Self::mode) | that of the file being replaced, or what the umask, or the directory's default list, leaves of 0666 |
 /// | [`durability`](Self::durability) | [`Durability::Full`] |
 /// | [`symlinks`](Self::symlinks) | [`Symlinks::Follow`] |
 /// | [`preserve`](Self::preserve) | [`Preserve::MODE`] |
@@ -108,7 +114,8 @@ pub struct WriteOptions {
 }
 
 impl WriteOptions {
-    /// Sets the permission bits, exactly: the umask does not apply, nor does what the replaced file had.
+    /// Sets the permission bits, exactly: neither does the umask apply, nor what the replaced file had, nor, for new files
+    /// too, a default access control list of the directory.
     ///
     /// Bits beyond the twelve permission bits are ignored.
     #[must_use = "options do nothing until a file is opened or written with them"]
@@ -133,7 +140,7 @@ impl WriteOptions {
 
     /// Sets what the new file keeps of the one that it replaces.
     ///
-    /// Mode and owner are kept as they were when the writer was opened, attributes as they are at the commit.
+    /// What is kept is what the replaced file has at the commit.
     #[must_use = "options do nothing until a file is opened or written with them"]
     pub fn preserve(mut self, preserve: Preserve) -> Self {
         self.preserve = preserve;

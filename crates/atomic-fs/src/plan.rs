@@ -120,6 +120,10 @@ impl Plan {
             if next == to {
                 return true;
             }
+            if next == from {
+                // Another circle, which is closed already.
+                return false;
+            }
             node = next;
         }
         false

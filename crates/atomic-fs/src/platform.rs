@@ -6,6 +6,8 @@
 use std::fs::File;
 use std::io;
 
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(crate) mod acl;
 #[cfg(any(not(unix), test))]
 mod portable;
 #[cfg(unix)]
@@ -19,6 +21,10 @@ use portable as imp;
 use unix as imp;
 
 pub(crate) use imp::{Dir, set_mode, set_owner};
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+pub(crate) use no_lists::set_access;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(crate) use xattr::set_access;
 
 /// What a directory entry is, without following it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,6 +72,34 @@ pub(crate) struct Identity {
 pub(crate) enum Share {
     Readers,
     Nobody,
+}
+
+/// Who may use a file beside those whom its mode speaks of.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Guests {
+    /// Here no file has an access control list.
+    Unsupported,
+    /// Nobody.
+    None,
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    Listed(acl::List),
+    /// The file went before it could be asked, so that nobody knows whether its group bits were a list's mask.
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    Unknown,
+}
+
+/// Systems whose access control lists, if they have any, are not POSIX ones.
+#[cfg(not(any(target_os = "linux", target_os = "android")))]
+mod no_lists {
+    use std::fs::File;
+    use std::io;
+
+    use super::Guests;
+
+    /// Gives `file` exactly these permission bits.
+    pub(crate) fn set_access(file: &File, mode: u32, _guests: &Guests) -> io::Result<()> {
+        super::set_mode(file, mode)
+    }
 }
 
 /// How a file came to its new name.

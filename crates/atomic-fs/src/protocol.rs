@@ -18,7 +18,7 @@ use crate::commit::Gate;
 use crate::journal::{self, COMMITTED, POINTER, PREPARED, Pointer};
 use crate::plan::Plan;
 use crate::platform::{Identity, Moment, Moved, Share};
-use crate::staged::{Place, Staged, Target, io_error, rename_error};
+use crate::staged::{Place, Staged, Target, io_error, remove_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::{Locking, Locks, Site, Workspace};
 use crate::{Durability, Error, Symlinks, WriteOptions};
@@ -233,7 +233,8 @@ impl Move {
             Self::Remove(named) => site.dir.remove(&named.target.name),
             Self::Rename { .. } => return None,
         };
-        Some(made.map_err(|source| rename_error(path.to_path_buf(), source)).and_then(|()| {
+        let failed = if let Self::Remove(_) = self { remove_error } else { rename_error };
+        Some(made.map_err(|source| failed(path.to_path_buf(), source)).and_then(|()| {
             passage.done();
             let synced = if durability == Durability::Full { site.dir.sync() } else { Ok(()) };
             synced.map_err(|source| Error::NotDurable { path: path.to_path_buf(), source })

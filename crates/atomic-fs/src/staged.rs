@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
-use crate::platform::{self, Dir, Entry, Kind, Moved};
+use crate::platform::{self, Dir, Entry, Guests, Kind, Moved};
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
 /// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
@@ -81,6 +81,8 @@ pub(crate) struct Target {
     /// The path by which `dir` was opened.
     #[cfg_attr(not(unix), expect(dead_code, reason = "only transactions note it"))]
     pub(crate) parent: PathBuf,
+    /// What a symlink led to; `None` if none was followed.
+    pub(crate) resolved: Option<PathBuf>,
     /// The file that is there now; `None` also for a link that is itself replaced, since it has no mode of its own.
     existing: Option<Entry>,
 }
@@ -93,29 +95,35 @@ impl Target {
     }
 
     pub(crate) fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
+        let mut resolved = None;
         let (parent, name) = split(path, path)?;
         let mut dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;
         let mut parent = parent.to_path_buf();
         let mut name = name.to_owned();
         for _ in 0..SYMLINK_LIMIT {
-            let entry = dir.look(&name).map_err(io_error("look at", path))?;
+            let failed = |action| resolved_error(action, path, &resolved);
+            let entry = dir.look(&name).map_err(failed("look at"))?;
             match entry {
                 Some(_) if options.create_new => return Err(Error::AlreadyExists { path: path.to_path_buf() }),
                 Some(Entry { kind: Kind::Other(kind), .. }) => {
-                    return Err(Error::NotAFile { path: path.to_path_buf(), kind });
+                    return Err(Error::NotAFile { path: path.to_path_buf(), resolved, kind });
                 }
                 Some(Entry { kind: Kind::Symlink, .. }) if options.symlinks == Symlinks::Follow => {
-                    let link = dir.read_link(&name).map_err(io_error("read the symlink", path))?;
+                    let link = dir.read_link(&name).map_err(failed("read the symlink"))?;
                     let (next, last) = split(&link, path)?;
-                    parent.push(next);
+                    // A link to a neighbour stays in the same directory, which errors need not name with a dot.
+                    if next != Path::new(".") {
+                        parent.push(next);
+                    }
                     dir = dir.open_dir(next).map_err(|source| open_error(&parent, source))?;
                     name = last.to_owned();
+                    resolved = Some(parent.join(&name));
                 }
                 Some(Entry { kind: Kind::Symlink, .. }) | None => {
-                    return Ok(Self { dir: Arc::new(dir), name, parent, existing: None });
+                    return Ok(Self { dir: Arc::new(dir), name, parent, resolved, existing: None });
                 }
                 Some(Entry { kind: Kind::File, .. }) => {
-                    return Ok(Self { dir: Arc::new(dir), name, parent, existing: entry });
+                    return Ok(Self { dir: Arc::new(dir), name, parent, resolved, existing: entry });
                 }
             }
         }
@@ -250,7 +258,8 @@ impl Staged {
     ) -> Result<Self, Error> {
         let mode = creation_mode(&target, options);
         let mut place = Place { target, temp: OsString::new(), taken: false, left: naming.left() };
-        let (file, fresh) = place.take(mode, naming).map_err(io_error("create a temporary file beside", path))?;
+        let failed = resolved_error("create a temporary file beside", path, &place.target.resolved);
+        let (file, fresh) = place.take(mode, naming).map_err(failed)?;
         let mut staged = Self { path: path.to_path_buf(), options, place, file, fresh, cursor: 0, length: 0 };
         // Before there is any content, so that at no time a group may read it that may not read the final file.
         staged.take_owner()?;
@@ -259,9 +268,10 @@ impl Staged {
 
     /// Writes `bytes` at `offset`, looking at the gate after each chunk.
     pub(crate) fn write_at(&mut self, offset: u64, bytes: &[u8], gate: &Gate) -> Result<(), Error> {
-        let failed = io_error("write the new content of", &self.path);
+        let failed = self.failed("write the new content of");
         if self.cursor != offset {
-            self.file.seek(SeekFrom::Start(offset)).map_err(io_error("seek in the new file for", &self.path))?;
+            let failed = self.failed("seek in the new file for");
+            self.file.seek(SeekFrom::Start(offset)).map_err(failed)?;
             self.cursor = offset;
         }
         for chunk in bytes.chunks(CHUNK_BYTES) {
@@ -280,9 +290,10 @@ impl Staged {
     /// Looks at the target once more, for a file that was created a while ago: what is kept of the replaced one is what
     /// it has now. A file that was made private meanwhile must not become public again.
     pub(crate) fn look_again(&mut self) -> Result<(), Error> {
+        let failed = self.failed("look at");
         let Target { dir, name, existing, .. } = &mut self.place.target;
         // What is gone, or no file any more, is for the rename to find out.
-        if let Some(entry @ Entry { kind: Kind::File, .. }) = dir.look(name).map_err(io_error("look at", &self.path))? {
+        if let Some(entry @ Entry { kind: Kind::File, .. }) = dir.look(name).map_err(failed)? {
             *existing = Some(entry);
         }
         self.take_owner()
@@ -293,7 +304,7 @@ impl Staged {
         self.finish(length)?;
         if self.options.durability != Durability::None {
             // Everything, not only the data: mode, owner and attributes must survive together with the content.
-            self.file.sync_all().map_err(io_error("sync the new file for", &self.path))?;
+            self.file.sync_all().map_err(self.failed("sync the new file for"))?;
         }
         // The file is named before the place, so that it is dropped, and unlocked, after the name is gone.
         let Self { path, options, file, mut place, .. } = self;
@@ -304,7 +315,8 @@ impl Staged {
         } else {
             dir.rename(&place.temp, name).map(|()| Moved::Renamed)
         };
-        let moved = renamed.map_err(|source| rename_error(path.clone(), source))?;
+        let moved =
+            renamed.map_err(|source| change_error("rename the new file to", &path, &place.target.resolved, source))?;
         passage.done();
         place.taken = moved == Moved::Linked;
         place.release();
@@ -338,14 +350,15 @@ impl Staged {
     /// Gives the file its final length and metadata.
     fn finish(&self, length: u64) -> Result<(), Error> {
         if self.length > length {
-            self.file.set_len(length).map_err(io_error("cut the new file for", &self.path))?;
+            self.file.set_len(length).map_err(self.failed("cut the new file for"))?;
         }
         self.dress()
     }
 
     /// Removes the file and says whether that worked.
     pub(crate) fn discard(mut self) -> Result<(), Error> {
-        self.place.remove().map_err(io_error("remove the temporary file of", &self.path))
+        let failed = self.failed("remove the temporary file of");
+        self.place.remove().map_err(failed)
     }
 
     /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.
@@ -354,12 +367,17 @@ impl Staged {
         self.file
     }
 
+    /// The error of a call that was to do `action`.
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
+        resolved_error(action, &self.path, &self.place.target.resolved)
+    }
+
     /// Gives the new file the owner of the old one, if that is asked for and it has another.
     fn take_owner(&mut self) -> Result<(), Error> {
         if let Some(old) = kept(&self.place.target, self.options, Preserve::OWNER)
             && (old.uid, old.gid) != (self.fresh.uid, self.fresh.gid)
         {
-            platform::set_owner(&self.file, old).map_err(io_error("keep the owner of", &self.path))?;
+            platform::set_owner(&self.file, old).map_err(self.failed("keep the owner of"))?;
             (self.fresh.uid, self.fresh.gid) = (old.uid, old.gid);
         }
         Ok(())
@@ -368,17 +386,18 @@ impl Staged {
     /// Gives the new file its attributes and its mode. After the content, since a write clears set-user-ID bits.
     fn dress(&self) -> Result<(), Error> {
         let Target { dir, name, .. } = &self.place.target;
-        let xattr = kept(&self.place.target, self.options, Preserve::XATTR).is_some();
-        if xattr {
-            dir.copy_xattrs(name, &self.file).map_err(io_error("keep the extended attributes of", &self.path))?;
+        if kept(&self.place.target, self.options, Preserve::XATTR).is_some() {
+            dir.copy_xattrs(name, &self.file).map_err(self.failed("keep the extended attributes of"))?;
         }
-        let old = kept(&self.place.target, self.options, Preserve::MODE);
-        let Some(mode) = self.options.mode.or(old.map(|old| kept_mode(old, &self.fresh))) else { return Ok(()) };
-        // An access control list, once copied, has changed the mode that the file was created with.
-        if mode != self.fresh.mode || xattr {
-            platform::set_mode(&self.file, mode).map_err(io_error("set the mode of", &self.path))?;
-        }
-        Ok(())
+        let (mode, guests) = if let Some(mode) = self.options.mode {
+            (mode, Guests::None)
+        } else if let Some(old) = kept(&self.place.target, self.options, Preserve::MODE) {
+            let guests = dir.guests(name).map_err(self.failed("read the access control list of"))?;
+            (kept_mode(old, &self.fresh), kept_guests(guests, old, &self.fresh))
+        } else {
+            return Ok(());
+        };
+        platform::set_access(&self.file, mode, &guests).map_err(self.failed("set the mode of"))
     }
 }
 
@@ -396,21 +415,43 @@ fn creation_mode(target: &Target, options: WriteOptions) -> u32 {
     };
     // Attributes can only be set on a file that its owner may write.
     let xattr = if kept(target, options, Preserve::XATTR).is_some() { 0o200 } else { 0 };
-    // With another owner or an access control list, the same bits mean other people: they are set when these are.
-    let narrow = xattr != 0 || kept(target, options, Preserve::OWNER).is_some();
-    if narrow { mode & 0o600 | xattr } else { mode & 0o777 }
+    // The owner's bits alone. The others may mean other people as long as the group is not the final one, and they would
+    // put a list into force that the directory gives to new files.
+    mode & 0o600 | xattr
 }
 
-/// The mode of the replaced file, without what would be a privilege under another owner or group.
+/// The mode of the replaced file, without what would mean other people, or be a privilege, under another owner or group.
 fn kept_mode(old: &Entry, new: &Entry) -> u32 {
     let set_user_id = if old.uid == new.uid { 0 } else { 0o4000 };
-    let set_group_id = if old.gid == new.gid { 0 } else { 0o2000 };
-    old.mode & !(set_user_id | set_group_id)
+    if old.gid == new.gid {
+        return old.mode & !set_user_id;
+    }
+    // The new group may be anybody, and members of the old one are now among all others: both get what both had.
+    let both = old.mode >> 3 & old.mode & 0o7;
+    old.mode & !(set_user_id | 0o2077) | both << 3 | both
 }
 
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
-    let path = path.to_path_buf();
-    move |source| Error::Io { action, path, source }
+/// The access control list of the replaced file, in the same way.
+fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
+    match guests {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        Guests::Listed(list) if old.gid != new.gid => Guests::Listed(list.for_another_group()),
+        other => other,
+    }
+}
+
+pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+    resolved_error(action, path, &None)
+}
+
+/// The error of a call that was to do `action` to what `path` leads to.
+fn resolved_error(
+    action: &'static str,
+    path: &Path,
+    resolved: &Option<PathBuf>,
+) -> impl FnOnce(io::Error) -> Error + use<> {
+    let (path, resolved) = (path.to_path_buf(), resolved.clone());
+    move |source| Error::Io { action, path, resolved, source }
 }
 
 pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
@@ -420,12 +461,25 @@ pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
     }
 }
 
+/// The error of a rename to `path`.
+#[cfg(unix)]
 pub(crate) fn rename_error(path: PathBuf, source: io::Error) -> Error {
+    change_error("rename the new file to", &path, &None, source)
+}
+
+/// The error of the removal of `path`.
+#[cfg(unix)]
+pub(crate) fn remove_error(path: PathBuf, source: io::Error) -> Error {
+    change_error("remove", &path, &None, source)
+}
+
+fn change_error(action: &'static str, path: &Path, resolved: &Option<PathBuf>, source: io::Error) -> Error {
+    let (path, resolved) = (path.to_path_buf(), resolved.clone());
     match source.kind() {
         io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
-        io::ErrorKind::IsADirectory => Error::NotAFile { path, kind: "directory" },
-        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, source },
-        _ => Error::Io { action: "rename the new file to", path, source },
+        io::ErrorKind::IsADirectory => Error::NotAFile { path, resolved, kind: "directory" },
+        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, resolved, source },
+        _ => Error::Io { action, path, resolved, source },
     }
 }
 
@@ -460,5 +514,16 @@ mod tests {
         assert_eq!(kept_mode(&id(1, 2), &id(1, 2)), 0o6755);
         assert_eq!(kept_mode(&id(1, 2), &id(3, 2)), 0o2755);
         assert_eq!(kept_mode(&id(1, 2), &id(1, 3)), 0o4755);
+    }
+
+    #[test]
+    fn another_group_and_all_others_get_what_both_had() {
+        let id = |gid, mode| Entry { kind: Kind::File, mode, uid: 1, gid, id: (0, 0), links: 1, size: 0 };
+        for (mode, under_another) in
+            [(0o640, 0o600), (0o664, 0o644), (0o604, 0o600), (0o755, 0o755), (0o750, 0o700), (0o1666, 0o1666)]
+        {
+            assert_eq!(kept_mode(&id(1, mode), &id(1, 0)), mode);
+            assert_eq!(kept_mode(&id(1, mode), &id(2, 0)), under_another, "{mode:o}");
+        }
     }
 }

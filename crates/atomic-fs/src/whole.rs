@@ -150,7 +150,7 @@ pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, va
 /// atomic_fs::write_json_with_timeout(&path, &"value", Duration::from_secs(60)).await?;
 ///
 /// let late = atomic_fs::write_json_with_timeout(&path, &"other", Duration::ZERO).await.unwrap_err();
-/// assert!(late.is_timed_out());
+/// assert!(late.is_timeout());
 /// assert_eq!(std::fs::read_to_string(&path)?, "\"value\"");
 /// # Ok(())
 /// # }

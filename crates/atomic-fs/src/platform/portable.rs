@@ -6,8 +6,10 @@ use std::ffi::OsStr;
 use std::fs::{self, File, Metadata, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Duration;
 
-use super::{Entry, Kind, Moved};
+use super::{Entry, Guests, Kind, Moved};
 
 /// A directory by its absolute path, for systems without calls below a directory handle.
 #[derive(Debug)]
@@ -51,18 +53,21 @@ impl Dir {
 
     /// Renames `from` to `to`, replacing what is there.
     pub(crate) fn rename(&self, from: &OsStr, to: &OsStr) -> io::Result<()> {
-        fs::rename(self.0.join(from), self.0.join(to))
+        let (from, to) = (self.0.join(from), self.0.join(to));
+        persist(pause_here, || fs::rename(&from, &to))
     }
 
     /// Renames `from` to `to`, which must not exist.
     pub(crate) fn rename_new(&self, from: &OsStr, to: &OsStr) -> io::Result<Moved> {
-        fs::hard_link(self.0.join(from), self.0.join(to))?;
+        let (from, to) = (self.0.join(from), self.0.join(to));
+        persist(pause_here, || fs::hard_link(&from, &to))?;
         Ok(Moved::Linked)
     }
 
     /// Removes the file `name`.
     pub(crate) fn remove(&self, name: &OsStr) -> io::Result<()> {
-        fs::remove_file(self.0.join(name))
+        let path = self.0.join(name);
+        persist(pause_here, || fs::remove_file(&path))
     }
 
     /// These systems have no call that syncs a directory.
@@ -70,9 +75,55 @@ impl Dir {
         Ok(())
     }
 
+    /// These systems have no POSIX access control lists.
+    pub(crate) fn guests(&self, _name: &OsStr) -> io::Result<Guests> {
+        Ok(Guests::Unsupported)
+    }
+
     /// These systems have no extended attributes that std or rustix could copy.
     pub(crate) fn copy_xattrs(&self, _name: &OsStr, _file: &File) -> io::Result<()> {
         Ok(())
+    }
+}
+
+/// How often a rename or a removal is tried at most.
+const ATTEMPTS: u32 = 10;
+/// The first pause; each is twice as long as the one before, about half a second in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(1);
+
+/// How long to wait before a call is made again that has failed for the `failures`-th time, by its number in Windows;
+/// `None` if it is not.
+///
+/// On Windows a virus scanner or an indexer may have a file open for a moment right after it was written, and meanwhile it
+/// can be neither renamed nor removed. A permission that is really missing has one of these numbers too, and is told late.
+fn pause(code: Option<i32>, failures: u32) -> Option<Duration> {
+    const ACCESS_DENIED: i32 = 5;
+    const SHARING_VIOLATION: i32 = 32;
+    const LOCK_VIOLATION: i32 = 33;
+    let is_passing = matches!(code, Some(ACCESS_DENIED | SHARING_VIOLATION | LOCK_VIOLATION));
+    (is_passing && failures < ATTEMPTS).then(|| FIRST_PAUSE * 2_u32.pow(failures.saturating_sub(1)))
+}
+
+/// As [`pause`] on Windows; elsewhere the numbers mean something else, and nothing is tried again.
+fn pause_here(code: Option<i32>, failures: u32) -> Option<Duration> {
+    if cfg!(windows) { pause(code, failures) } else { None }
+}
+
+/// Makes `call` until it succeeds, or `pause` says that it is in vain.
+fn persist<T>(
+    pause: impl Fn(Option<i32>, u32) -> Option<Duration>,
+    mut call: impl FnMut() -> io::Result<T>,
+) -> io::Result<T> {
+    let mut failures = 0;
+    loop {
+        let error = match call() {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        failures += 1;
+        let Some(pause) = pause(error.raw_os_error(), failures) else { return Err(error) };
+        // Whoever wakes this thread for another reason only makes the pause shorter.
+        thread::park_timeout(pause);
     }
 }
 
@@ -137,6 +188,7 @@ mod tests {
         set_mode(&file, 0o600).expect("it does nothing");
         set_owner(&file, &look_at(&file).expect("the file is open")).expect("it does nothing");
         dir.copy_xattrs(name.as_ref(), &file).expect("it does nothing");
+        assert_eq!(dir.guests(name.as_ref()).expect("it does nothing"), Guests::Unsupported);
     }
 
     fn read(dir: &Dir, name: &str) -> String {
@@ -189,6 +241,38 @@ mod tests {
         assert_eq!(fs::read_to_string(scratch.0.join("sub/inner")).expect("it is where it belongs"), "deep");
         let entry = dir.look("sub".as_ref()).expect("a look succeeds").expect("it exists");
         assert_eq!(entry.kind, Kind::Other("directory"));
+    }
+
+    #[test]
+    fn what_passes_is_waited_for_with_a_bound_and_nothing_else_is() {
+        for code in [5, 32, 33] {
+            let pauses: Vec<_> = (1..).map_while(|failures| pause(Some(code), failures)).collect();
+            assert_eq!((pauses.len(), pauses[0]), (9, Duration::from_millis(1)), "ten attempts have nine pauses");
+            let all: Duration = pauses.iter().sum();
+            assert!(all > Duration::from_millis(200) && all <= Duration::from_secs(1), "{all:?}");
+        }
+        for code in [None, Some(0), Some(2), Some(3), Some(13), Some(80), Some(183)] {
+            assert_eq!(pause(code, 1), None, "{code:?}");
+        }
+        assert_eq!(pause_here(Some(32), 1).is_some(), cfg!(windows));
+    }
+
+    #[test]
+    fn a_call_is_made_again_until_it_succeeds_or_is_in_vain() {
+        let attempt = |succeeds_at: u32, code| {
+            let mut calls = 0;
+            let short = |code, failures| pause(code, failures).map(|_| Duration::ZERO);
+            let result = persist(short, || {
+                calls += 1;
+                if calls < succeeds_at { Err(io::Error::from_raw_os_error(code)) } else { Ok(calls) }
+            });
+            (result.map_err(|error| error.raw_os_error()), calls)
+        };
+        assert_eq!(attempt(1, 32), (Ok(1), 1));
+        assert_eq!(attempt(4, 32), (Ok(4), 4));
+        assert_eq!(attempt(10, 5), (Ok(10), 10));
+        assert_eq!(attempt(11, 33), (Err(Some(33)), 10));
+        assert_eq!(attempt(2, 2), (Err(Some(2)), 1));
     }
 
     #[cfg(unix)]

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-use super::{Entry, Identity, Kind, Moved, Share};
+use super::{Entry, Guests, Identity, Kind, Moved, Share};
 
 /// An open directory.
 #[derive(Debug)]
@@ -166,6 +166,17 @@ impl Dir {
             // Some file systems do not let a directory be synced; there is nothing more that one could do there.
             Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
             other => other,
+        }
+    }
+
+    /// Who may use the file `name` beside those whom its mode speaks of.
+    pub(crate) fn guests(&self, name: &OsStr) -> io::Result<Guests> {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        return super::xattr::guests(self, &self.0, name);
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        {
+            let _ = name;
+            Ok(Guests::Unsupported)
         }
     }
 

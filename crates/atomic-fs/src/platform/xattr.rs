@@ -1,27 +1,34 @@
 //! Extended attributes, where the system has them.
 //!
-//! Invariant: an attribute that the new file already has is not set again.
+//! Invariant: an attribute that the new file already has is not set again, and an access control list is never copied
+//! without the mode to which it belongs.
 
 use std::ffi::{CStr, CString};
 use std::fs::File;
 use std::io;
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use std::{
+    ffi::{OsStr, OsString},
+    os::fd::AsRawFd,
+};
 
-use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fremovexattr, fsetxattr};
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use rustix::fs::lgetxattr;
+use rustix::fs::{XattrFlags, fgetxattr, flistxattr, fsetxattr};
 use rustix::io::Errno;
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+use super::{Entry, Guests, acl::List};
 
 /// The kernel's own limit for one value and for the list of names.
 const LIMIT_BYTES: usize = 64 << 10;
 
-/// What a directory may give to each new file in it, though the replaced file has none.
+/// It belongs to the mode, so that it is not copied as any other attribute.
 const ACCESS_LIST: &CStr = c"system.posix_acl_access";
 
-/// Copies every attribute of `from` that `to` does not already have with the same value.
+/// Copies every attribute of `from` that `to` does not already have with the same value, but for its access control list.
 pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
-    let names = names(from)?;
-    if !names.iter().any(|name| **name == *ACCESS_LIST) && has_access_list(to)? {
-        fremovexattr(to, ACCESS_LIST)?;
-    }
-    for name in names {
+    for name in names(from)?.into_iter().filter(|name| **name != *ACCESS_LIST) {
         // An attribute that vanished since it was listed is not there to be kept.
         let Some(value) = get(from, &name)? else { continue };
         // Security labels are often set by the kernel itself, and setting them again may need a privilege.
@@ -32,10 +39,51 @@ pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
     Ok(())
 }
 
-fn has_access_list(file: &File) -> io::Result<bool> {
-    match get(file, ACCESS_LIST) {
-        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
-        other => Ok(other?.is_some()),
+/// Reads the access control list of the file `name` in `dir`, whose handle is `handle`, without following a symlink.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(super) fn guests(dir: &super::Dir, handle: &File, name: &OsStr) -> io::Result<Guests> {
+    let mut value = vec![0; LIMIT_BYTES];
+    // There is no such call below a handle before Linux 6.13, but /proc has a name for the handle. To read the list, one
+    // need not be able to read the file.
+    let mut path = OsString::from(format!("/proc/self/fd/{}/", handle.as_raw_fd()));
+    path.push(name);
+    let read = match lgetxattr(&*path, ACCESS_LIST, &mut value[..]) {
+        // The file has gone, or there is no /proc.
+        Err(Errno::NOENT | Errno::NOTDIR) => match dir.read(name) {
+            Ok(file) => fgetxattr(&file, ACCESS_LIST, &mut value[..]),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Guests::Unknown),
+            Err(error) => return Err(error),
+        },
+        other => other,
+    };
+    match read {
+        Ok(length) => match List::parse(&value[..length]) {
+            Some(list) => Ok(Guests::Listed(list)),
+            None => Err(io::Error::new(io::ErrorKind::InvalidData, "its access control list is not understood")),
+        },
+        Err(Errno::NODATA) => Ok(Guests::None),
+        Err(Errno::NOTSUP) => Ok(Guests::Unsupported),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Gives `file`, which so far grants nothing to anybody but its owner, exactly these permission bits and this list.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+pub(crate) fn set_access(file: &File, mode: u32, guests: &Guests) -> io::Result<()> {
+    // One call for list and bits, so that no moment has the new bits and the list that the directory gave.
+    let list = match guests {
+        Guests::Unsupported => return super::set_mode(file, mode),
+        Guests::None => List::of_mode(mode),
+        // With a list, the group bits of a mode are its mask: to take them for the group's would widen that.
+        Guests::Listed(list) => list.clone(),
+        Guests::Unknown => List::of_mode(mode & 0o700),
+    };
+    match fsetxattr(file, ACCESS_LIST, &list.to_bytes(), XattrFlags::empty()) {
+        Ok(()) if mode & 0o7000 == 0 => Ok(()),
+        // A list has no room for the set-ID bits and the sticky bit. The other nine are now as the list says.
+        Ok(()) => super::set_mode(file, Entry::of(file)?.mode & 0o777 | mode & 0o7000),
+        Err(Errno::NOTSUP) if *guests == Guests::None => super::set_mode(file, mode),
+        Err(errno) => Err(errno.into()),
     }
 }
 

@@ -136,6 +136,13 @@ fn entry() {
             become_nobody();
             say_result(blocking::write(path, &content));
         }
+        "read as nobody" => {
+            become_nobody();
+            match std::fs::read(path) {
+                Ok(_) => say("Ok"),
+                Err(error) => say(&format!("Err({:?})", error.kind())),
+            }
+        }
         "rename as nobody" => {
             become_nobody();
             // Its threads begin as this one is.

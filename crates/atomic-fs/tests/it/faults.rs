@@ -96,6 +96,54 @@ async fn a_file_that_is_a_mount_point_is_refused_and_left_alone() {
     assert!(error.is_not_replaceable() && error.target() == TargetState::Unchanged, "{error}");
     assert_eq!(std::fs::read(&mount.point).unwrap(), b"old");
     assert_eq!(names(mount.dir.path()), ["point", "source"]);
+    // By way of a symlink the mount point itself is named, as well as the link.
+    let link = mount.dir.path().join("link");
+    std::os::unix::fs::symlink("point", &link).unwrap();
+    let error = atomic_fs::write(&link, "new").await.unwrap_err();
+    let (text, point) = (error.to_string(), format!("{:?}", mount.point));
+    assert!(text.contains(&format!("{link:?}")) && text.contains(&point), "{text}");
+    assert!(matches!(error, Error::NotReplaceable { resolved: Some(resolved), .. } if resolved == mount.point));
+    // A removal of it did not fail as a rename.
+    let mut tx = MultiFileTransaction::new();
+    tx.remove_file(&mount.point).unwrap();
+    let error = tx.commit().await.unwrap_err();
+    assert!(error.is_not_replaceable() && error.to_string().contains(&point), "{error}");
+}
+
+#[tokio::test]
+async fn an_error_names_the_step_that_was_attempted() {
+    let test = "an_error_names_the_step_that_was_attempted";
+    let dir = tempdir().unwrap();
+    let (path, link) = (dir.path().join("file"), dir.path().join("link"));
+    std::fs::write(&path, "old").unwrap();
+    std::os::unix::fs::symlink("file", &link).unwrap();
+    let attribute = |change: &str| Command::new("chattr").arg(change).arg(&path).status().is_ok_and(|s| s.success());
+    if !attribute("+i") {
+        not_run(test, "it needs root, and chattr(1) on a file system that knows immutable files");
+        return;
+    }
+    let mut removal = MultiFileTransaction::new();
+    removal.remove_file(&path).unwrap();
+    let removal = removal.commit().await;
+    let mut both = MultiFileTransaction::new();
+    both.add_file(dir.path().join("other"), "new").await.unwrap();
+    both.remove_file(&path).unwrap();
+    let both = both.commit().await;
+    let written = atomic_fs::write(&link, "new").await;
+    assert!(attribute("-i"));
+    for removed in [removal, both] {
+        let error = removed.unwrap_err();
+        assert!(error.to_string().starts_with("could not remove") && error.is_permission_denied(), "{error}");
+    }
+    let text = written.unwrap_err().to_string();
+    assert!(text.starts_with("could not rename the new file to"), "{text}");
+    assert!(text.contains(&format!("{link:?} (which leads to {path:?})")), "{text}");
+    assert_eq!(names(dir.path()), ["file", "link"]);
+    // What a link leads to is named also if it is no file.
+    std::fs::remove_file(&path).unwrap();
+    std::fs::create_dir(&path).unwrap();
+    let text = atomic_fs::write(&link, "new").await.unwrap_err().to_string();
+    assert!(text.contains(&format!("{link:?} (which leads to {path:?}) is a directory")), "{text}");
 }
 
 #[tokio::test]

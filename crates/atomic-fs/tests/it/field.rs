@@ -294,6 +294,12 @@ async fn a_file_that_seems_to_be_renamed_twice_is_refused_unless_that_closes_a_c
     let error = tx.commit().await.unwrap_err();
     assert!(error.is_repeated_target() && error.target() == TargetState::Unchanged, "{error}");
     assert_eq!(all(dir.path()), pairs(&[("a", "b"), ("b", "a"), ("c", "c")]));
+    // Into a circle that is closed there is no way.
+    let mut tx = MultiFileTransaction::new();
+    tx.rename(at("a"), at("b")).unwrap();
+    tx.rename(at("b"), at("a")).unwrap();
+    tx.rename(at("c"), around.join("a")).unwrap();
+    assert!(tx.commit().await.unwrap_err().is_repeated_target());
     // A circle is one by whatever path.
     let mut tx = MultiFileTransaction::new();
     tx.rename(at("a"), at("b")).unwrap();

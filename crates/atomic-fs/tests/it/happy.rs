@@ -169,7 +169,7 @@ async fn a_write_whose_time_is_up_never_lands() {
     std::fs::write(&path, "old").unwrap();
     for timeout in [Duration::ZERO, Duration::from_nanos(1)] {
         let error = atomic_fs::write_json_with_timeout(&path, &"new", timeout).await.unwrap_err();
-        assert!(error.is_timed_out() && error.target() == TargetState::Unchanged);
+        assert!(error.is_timeout() && error.target() == TargetState::Unchanged);
         assert_eq!(std::fs::read_to_string(&path).unwrap(), "old");
     }
     for timeout in [Duration::from_secs(60), Duration::MAX] {
@@ -189,7 +189,7 @@ fn a_write_that_is_stuck_in_the_queue_times_out_and_never_lands() {
         let (release, released) = std::sync::mpsc::channel::<()>();
         let busy = tokio::task::spawn_blocking(move || released.recv());
         let error = atomic_fs::write_json_with_timeout(&path, &1, Duration::from_millis(5)).await.unwrap_err();
-        assert!(error.is_timed_out());
+        assert!(error.is_timeout());
         release.send(()).unwrap();
         busy.await.unwrap().unwrap();
         crate::support::drain_pool().await;

@@ -8,6 +8,8 @@ mod prop;
 mod support;
 
 #[cfg(target_os = "linux")]
+mod access;
+#[cfg(target_os = "linux")]
 mod campaign;
 #[cfg(unix)]
 mod cancel_tx;
