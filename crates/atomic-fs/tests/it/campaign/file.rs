@@ -138,7 +138,9 @@ async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> R
     let now = see(way, &place(dir))?;
     // Content and metadata change together.
     let is_alike = (now.owner, now.has_colour) == (old.owner, old.has_colour) || !(now.is_old || way.keeps_all);
-    let belongs_together = way.creates || (is_alike && now.mode == old.mode);
+    // The rights of a group go with it.
+    let mode = if now.is_old || now.owner.1 == old.owner.1 { old.mode } else { old.mode & 0o700 };
+    let belongs_together = way.creates || (is_alike && now.mode == mode);
     if !belongs_together {
         return Err(format!("content and metadata do not belong together: {now:?}"));
     }
