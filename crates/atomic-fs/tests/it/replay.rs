@@ -90,7 +90,11 @@ impl Trace {
             let Some((thread, text)) = line.split_once(char::is_whitespace) else { continue };
             let text = text.trim_start();
             let whole = if let Some(begun) = text.strip_suffix("<unfinished ...>") {
-                cut.insert(thread, begun.to_owned());
+                // A number that is closed may be given anew before this call returns.
+                match begun.trim_end().strip_prefix("close(").map(|number| number.trim_end_matches(')').parse()) {
+                    Some(Ok(number)) => drop(reader.open.remove(&number)),
+                    _ => drop(cut.insert(thread, begun.to_owned())),
+                }
                 continue;
             } else if let Some((_, rest)) = text.strip_prefix("<... ").and_then(|text| text.split_once(" resumed>")) {
                 cut.remove(thread).unwrap_or_default() + rest
@@ -188,7 +192,7 @@ impl<'a> Call<'a> {
         let (call, result) = text.rsplit_once(" = ")?;
         let result = result.split_whitespace().next()?.parse().ok().filter(|result| *result >= 0)?;
         let (name, arguments) = call.trim_end().strip_suffix(')')?.split_once('(')?;
-        Some(Self { name, arguments: arguments.split(", ").collect(), result })
+        Some(Self { name, arguments: arguments.split(", ").map(str::trim).collect(), result })
     }
 
     /// The text of a quoted argument, all of which is written in hexadecimal digits.
