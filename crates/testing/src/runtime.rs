@@ -8,13 +8,14 @@ use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
+use crate::lock::lock;
 use crate::panics;
 use crate::torn::Ours;
 
@@ -45,11 +46,6 @@ impl Fault {
         let text = text.or_else(|| payload.downcast_ref::<String>().cloned());
         Self::Panicked(text.unwrap_or_else(|| "a panic without a message".to_owned()))
     }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is kept behind these locks is valid after every single assignment, so a panic elsewhere does not spoil it.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A real-time clock beside tokio's. A timer of tokio's would not do: under paused time it would fire as soon as the

@@ -15,7 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
-use crate::runtime::{Fault, Gate, Stage, Told, lock};
+use crate::lock::lock;
+use crate::runtime::{Fault, Gate, Stage, Told};
 use crate::sockets;
 use crate::tracer::Tracer;
 
