@@ -257,6 +257,7 @@ mod site;
 mod sockets;
 mod torn;
 mod tracer;
+mod turns;
 mod verdict;
 mod visit;
 mod way;
