@@ -418,7 +418,19 @@ fn an_exploration_leaves_no_descriptor_open() {
         drop(explore.suspended(async || Mutex::new(0), operation, rival, async |_, _, ()| Ok(())));
         drop(explore.cancel_safe(async || Mutex::new(0), async |lock| operation(lock).await, async |_| ()));
         let hung = async |_: &Mutex<u8>| std::future::pending::<()>().await;
-        drop(explore.hang_after(50 * MS).run(async || Mutex::new(0), hung, check));
+        drop(explore.clone().hang_after(50 * MS).run(async || Mutex::new(0), hung, check));
+        // The limit is over while a blocking job is waited for, in about one of two.
+        for begins in (150..190).step_by(8) {
+            let hung = async |_: &Mutex<u8>| {
+                drop(tokio::spawn(async move {
+                    sleep(begins * MS).await;
+                    drop(tokio::task::spawn_blocking(|| std::thread::park_timeout(150 * MS)));
+                }));
+                std::future::pending::<()>().await;
+            };
+            let explore = explore.clone().paused_time(false).tasks(false).budgets([]).hang_after(200 * MS);
+            drop(explore.only(2, Way::Eager, None).run(async || Mutex::new(0), hung, check));
+        }
     };
     explore(Explore::new());
     let before = open();
