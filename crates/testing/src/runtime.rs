@@ -78,11 +78,6 @@ impl Watchdog {
         self.limit
     }
 
-    fn forget_waker(&self) {
-        let waker = lock(&self.waiting).take();
-        drop(waker);
-    }
-
     /// Waits for `future`, but not longer than the limit, and not past a panic.
     pub(crate) async fn bound<T>(&self, future: impl Future<Output = T>) -> Result<T, Fault> {
         let mut future = pin!(future);
@@ -203,7 +198,6 @@ impl<'a> Stage<'a> {
     pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let output = self.runtime.block_on(future);
         self.bell.forget_waker();
-        self.watchdog.forget_waker();
         output
     }
 
