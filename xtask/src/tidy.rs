@@ -1,9 +1,10 @@
 //! The house rules that a compiler does not know. This room walks the tree; `source` reads one Rust file, `package` one
-//! crate.
+//! crate, `circles` the imports between the files of one.
 //!
 //! Invariant: every rule has a broken sample in the tests beside it, so a rule that stops working is noticed; and every
 //! finding says where it is and what to do.
 
+mod circles;
 mod package;
 mod source;
 
@@ -94,7 +95,30 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
         }
         findings.extend(breaches.into_iter().map(|breach| breach.at(&shown(path))));
     }
+    if published {
+        let mut imports = circles::Imports::default();
+        for (path, text, _) in &parsed {
+            if let Some(room) = room(path, &library) {
+                imports.read(&room, text);
+            }
+        }
+        findings.extend(imports.check(package.short_name()).into_iter().map(|fix| Finding {
+            path: shown(&library),
+            line: 1,
+            rule: "circle",
+            fix,
+        }));
+    }
     Ok(parsed.len())
+}
+
+/// The module at the top of the crate to which a file belongs; none for the front page, which re-exports from all,
+/// and for tests.
+fn room(path: &Path, library: &Path) -> Option<String> {
+    let inside = path.strip_prefix(library).ok()?.with_extension("");
+    let room = inside.iter().next()?.to_str()?;
+    let is_room = !matches!(room, "lib" | "main") && !inside.ends_with("tests");
+    is_room.then(|| room.to_owned())
 }
 
 fn rust_files(directory: &Path, found: &mut Vec<PathBuf>) -> Result<(), String> {

@@ -6,11 +6,11 @@ use std::cell::Cell;
 use std::pin::Pin;
 use std::time::Duration;
 
-use crate::explore::Explore;
 use crate::failure::{FailureKind, Refusal};
+use crate::options::Options;
 use crate::runtime::{Fault, Stage, Watchdog};
 use crate::scratch::Scratch;
-use crate::search::Visit;
+use crate::seen::Visit;
 use crate::torn::Watch;
 use crate::world::{QUIET, World};
 
@@ -20,7 +20,7 @@ const MAX_WORKERS: usize = 16;
 /// The bounds of an exploration, and what it has learnt about its setup.
 #[derive(Debug)]
 pub(crate) struct Bounds<'a> {
-    pub(crate) options: &'a Explore,
+    pub(crate) options: &'a Options,
     watchdog: Watchdog,
     /// Blocking jobs that do not end, or wait for each other. Each has a thread of its own.
     workers: Cell<usize>,
@@ -52,7 +52,7 @@ pub(crate) type Ended = Result<Result<(), Refusal>, Broken>;
 pub(crate) type Running<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 impl<'a> Bounds<'a> {
-    pub(crate) fn new(options: &'a Explore) -> Self {
+    pub(crate) fn new(options: &'a Options) -> Self {
         Self {
             options,
             watchdog: Watchdog::new(options.hang_after),

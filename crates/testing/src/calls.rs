@@ -10,13 +10,13 @@ use std::time::Instant;
 
 use crate::act::{Bounds, Broken, Ended, Running, set_up};
 use crate::drive::{Course, Drive, Stop, drive};
-use crate::explore::Way;
 use crate::failure::{FailureKind, Refusal};
 use crate::plan::{Plan, Then};
 use crate::runtime::{Fault, Stage, drop_caught};
 use crate::scratch::Scratch;
-use crate::search::{End, Visit};
+use crate::seen::{End, Visit};
 use crate::tracer::{OnClone, Tracer};
+use crate::way::Way;
 use crate::world::{Patience, World};
 
 /// How often a call is dropped at least before it is said to starve; more where undisturbed calls wait often.

@@ -5,7 +5,7 @@
 //!
 //! The child is this test binary again, asked for the test that called `run`. Two environment variables tell it its
 //! part: [`VICTIM`], `point:crash:budget@call`, where `call` is the source position of the call of `run` and how many
-//! calls on the same thread went before from there; and [`SCRATCH`], the directory of the run. At its point the child
+//! calls on the same thread went before from there; and [`INHERITED`], the directory of the run. At its point the child
 //! says so on standard output and stops, with the blocking pool held; the parent kills it.
 
 use std::cell::RefCell;
@@ -19,13 +19,11 @@ use std::time::Duration;
 use crate::coverage::COVERAGE;
 use crate::plan::Plan;
 use crate::publish::POINTS_FILE;
-use crate::report::Report;
-use crate::scratch::Scratch;
-use crate::search::{End, Visit};
+use crate::scratch::{INHERITED, Scratch};
+use crate::seen::{End, Visit};
 use crate::site::{Namer, Site};
 
 const VICTIM: &str = "CANCEL_SAFE_CRASH";
-pub(crate) const SCRATCH: &str = "CANCEL_SAFE_CRASH_DIR";
 
 /// Opens the line by which the child speaks to its parent, among whatever else a test prints.
 const WORD: &str = "cancel-safe-crash";
@@ -85,7 +83,7 @@ impl Here {
     }
 
     /// In the child: does the run and waits at its end to be killed.
-    pub(crate) fn die(&self, run: impl FnOnce(&mut dyn FnMut(&Visit)), caller: &'static Location<'static>) -> Report {
+    pub(crate) fn die(&self, run: impl FnOnce(&mut dyn FnMut(&Visit)), caller: &'static Location<'static>) {
         Scratch::inherit();
         run(&mut |visit| {
             let line = match visit.end {
@@ -102,7 +100,6 @@ impl Here {
             // If nobody listens the parent is gone, and so is the reason to wait.
             while told.is_ok() && parent_is_there() {}
         });
-        Report::EMPTY
     }
 
     /// In the parent: runs the plan in a child and kills it at the point.
@@ -137,7 +134,7 @@ impl Here {
         Command::new(std::env::current_exe()?)
             .args(["--exact", &self.test, "--include-ignored", "--nocapture", "--test-threads", "1"])
             .env(VICTIM, format!("{plan}@{}", self.call))
-            .env(SCRATCH, scratch.path())
+            .env(INHERITED, scratch.path())
             // The explorations that this child passes by have nothing to publish.
             .env_remove(POINTS_FILE)
             .env_remove(COVERAGE)

@@ -1,119 +1,29 @@
-//! The exploration as the user states it.
+//! The exploration as the user states it: every setter, and the three questions.
 //!
-//! Invariant: every option has a default and every bound is finite.
+//! Invariant: this is the top of the crate, and nothing else in it knows that this room exists.
 
-use std::fmt::{self, Debug};
+use std::fmt::Debug;
 use std::panic::Location;
 use std::time::Duration;
 
 use crate::act::Bounds;
 use crate::calls::Calls;
 use crate::crash;
+use crate::options::Options;
 use crate::panics::Quietly;
-use crate::plan::{ONLY, Plan};
+use crate::plan::{ONLY, Plan, Question};
 use crate::report::Report;
 use crate::rival::Rivals;
-use crate::search::{Question, Visit, search};
+use crate::search::search;
+use crate::seen::Visit;
 use crate::visit::Scene;
-
-/// How an operation is dropped at a point. Each way finds bugs that the others miss.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[non_exhaustive]
-pub enum Way {
-    /// At once: the blocking jobs it has submitted have not begun, and land after the drop.
-    Eager,
-    /// After everything around it has come to rest: what it waits for is done, but it has not seen that.
-    Settled,
-    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end where they stand. Blocking jobs
-    /// already submitted are run, as tokio does.
-    ///
-    /// The check runs on a fresh runtime, so the state has to outlive the one in which it was set up: a pool or a
-    /// connection that was opened there is dead.
-    Shutdown,
-    /// By a cancel scope of `cancel-safe-guard` around it, which is cancelled at the point: a critical section is
-    /// finished, and the operation is dropped at its next pending outside of one. It may complete instead.
-    ///
-    /// For operations that are only ever ended by such scopes; the ways above drop them in the middle of a section.
-    Scope,
-    /// By a panic raised inside the leaf future that waits: its destructors run while the thread unwinds, and the
-    /// locks it holds are poisoned.
-    Panic,
-    /// With its whole process, killed: no destructor runs, and only what is outside the process survives. See
-    /// [Crashes](crate#crashes) for how to write the setup.
-    Crash,
-}
-
-impl Way {
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Eager, Self::Settled, Self::Shutdown, Self::Scope, Self::Panic, Self::Crash];
-}
-
-impl fmt::Display for Way {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Eager => "eager",
-            Self::Settled => "settled",
-            Self::Shutdown => "shutdown",
-            Self::Scope => "scope",
-            Self::Panic => "panic",
-            Self::Crash => "crash",
-        })
-    }
-}
-
-/// What became of the operation in a run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(clippy::exhaustive_enums, reason = "an operation either completed or it was dropped; a match should say both")]
-pub enum Outcome<T> {
-    /// It returned.
-    Completed(T),
-    /// It was dropped.
-    Dropped {
-        /// The number of times it had returned `Pending`; 0 if it was never polled.
-        point: usize,
-        /// The way it was dropped.
-        way: Way,
-    },
-}
-
-impl<T> Outcome<T> {
-    /// Whether the operation returned.
-    #[must_use]
-    pub fn is_completed(&self) -> bool {
-        matches!(self, Self::Completed(_))
-    }
-
-    /// Whether the operation was dropped.
-    #[must_use]
-    pub fn is_dropped(&self) -> bool {
-        !self.is_completed()
-    }
-
-    /// What the operation returned.
-    #[must_use]
-    pub fn completed(self) -> Option<T> {
-        match self {
-            Self::Completed(value) => Some(value),
-            Self::Dropped { .. } => None,
-        }
-    }
-}
+use crate::way::{Outcome, Way};
 
 /// Drops an operation at every await point, and checks what it leaves behind.
 #[derive(Debug, Clone)]
 #[must_use = "nothing is explored until run() is called"]
 pub struct Explore {
-    pub(crate) budgets: Vec<u32>,
-    ways: Option<Vec<Way>>,
-    pub(crate) calls: usize,
-    pub(crate) tasks: bool,
-    pub(crate) waiting: bool,
-    pub(crate) max_points: usize,
-    pub(crate) max_polls: usize,
-    pub(crate) timeout: Duration,
-    pub(crate) paused_time: bool,
-    pub(crate) hang_after: Duration,
-    pub(crate) settle_for: Duration,
+    options: Options,
     only: Option<Plan>,
 }
 
@@ -126,20 +36,7 @@ impl Default for Explore {
 impl Explore {
     /// An exploration with every option at its default.
     pub fn new() -> Self {
-        Self {
-            budgets: vec![0, 1, 2, 3],
-            ways: None,
-            calls: 1,
-            tasks: true,
-            waiting: false,
-            max_points: 1_000,
-            max_polls: 10_000,
-            timeout: Duration::from_secs(120),
-            paused_time: false,
-            hang_after: Duration::from_secs(10),
-            settle_for: Duration::from_millis(5),
-            only: None,
-        }
+        Self { options: Options::default(), only: None }
     }
 
     /// The starved budgets to explore besides the natural one, in units of tokio's cooperative budget. Default
@@ -150,7 +47,7 @@ impl Explore {
     /// first leaf yields too, once; what follows is as with a budget of one, so only that point is visited, and in the
     /// first of the ways only.
     pub fn budgets(mut self, budgets: impl IntoIterator<Item = u32>) -> Self {
-        self.budgets = budgets.into_iter().collect();
+        self.options.budgets = budgets.into_iter().collect();
         self
     }
 
@@ -160,19 +57,14 @@ impl Explore {
     /// [`cancel_safe`](Explore::cancel_safe) and [`suspended`](Explore::suspended) know eager and settled only, and
     /// leave out the others.
     pub fn ways(mut self, ways: impl IntoIterator<Item = Way>) -> Self {
-        self.ways = Some(ways.into_iter().collect());
+        self.options.ways = Some(ways.into_iter().collect());
         self
-    }
-
-    /// The ways that were asked for.
-    pub(crate) fn chosen_ways(&self) -> Option<&[Way]> {
-        self.ways.as_deref()
     }
 
     /// How many results make a run of [`cancel_safe`](Explore::cancel_safe). Default 1; 0 is taken for 1. With several, a
     /// drop can also spoil a later call.
     pub fn calls(mut self, calls: usize) -> Self {
-        self.calls = calls.max(1);
+        self.options.calls = calls.max(1);
         self
     }
 
@@ -182,7 +74,7 @@ impl Explore {
     /// It costs a run for each of these points. One exploration visits at most 256 of them, evenly spread, and the
     /// report says of how many ([`Report::task_points`], [`Report::notes`]).
     pub fn tasks(mut self, explored: bool) -> Self {
-        self.tasks = explored;
+        self.options.tasks = explored;
         self
     }
 
@@ -190,7 +82,7 @@ impl Explore {
     /// waits for what the operation holds is a failure. With `true` the operation goes on whenever the rival waits, for
     /// locks that are meant to be waited for; what both leave behind is checked all the same.
     pub fn allow_waiting(mut self, allowed: bool) -> Self {
-        self.waiting = allowed;
+        self.options.waiting = allowed;
         self
     }
 
@@ -198,7 +90,7 @@ impl Explore {
     /// `false`. With it, timers cost no time and runs repeat exactly; sockets, and databases with threads of their
     /// own, are better explored without.
     pub fn paused_time(mut self, paused: bool) -> Self {
-        self.paused_time = paused;
+        self.options.paused_time = paused;
         self
     }
 
@@ -206,21 +98,21 @@ impl Explore {
     /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)): a cost that grows with the square of the number
     /// of points has to be asked for.
     pub fn max_points(mut self, points: usize) -> Self {
-        self.max_points = points;
+        self.options.max_points = points;
         self
     }
 
     /// How many polls an operation that nobody drops may take. Default 10 000. One that takes more is a failure
     /// ([`Failure::is_hang`](crate::Failure::is_hang)).
     pub fn max_polls(mut self, polls: usize) -> Self {
-        self.max_polls = polls;
+        self.options.max_polls = polls;
         self
     }
 
     /// How long, in real time, the setup and the check may take, and the operation may wait to be woken. Default
     /// 10 s. What takes longer is a failure ([`Failure::is_hang`](crate::Failure::is_hang)).
     pub fn hang_after(mut self, limit: Duration) -> Self {
-        self.hang_after = limit;
+        self.options.hang_after = limit;
         self
     }
 
@@ -230,14 +122,14 @@ impl Explore {
     /// have ended; a run that goes on without is counted in [`Report::unsettled`](crate::Report::unsettled). Raise it
     /// when a spawned cleanup talks to a server.
     pub fn settle_for(mut self, patience: Duration) -> Self {
-        self.settle_for = patience;
+        self.options.settle_for = patience;
         self
     }
 
     /// How long the whole exploration may take. Default 120 s. What is not visited by then is a failure
     /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)).
     pub fn timeout(mut self, limit: Duration) -> Self {
-        self.timeout = limit;
+        self.options.timeout = limit;
         self
     }
 
@@ -291,10 +183,13 @@ impl Explore {
     ) -> Report {
         let caller = Location::caller();
         let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
-        let bounds = Bounds::new(self);
+        let bounds = Bounds::new(&self.options);
         let scene = Scene { bounds: &bounds, setup, operation, check };
         match here.role() {
-            crash::Role::Victim(plan) => here.die(scene.victim(plan), caller),
+            crash::Role::Victim(plan) => {
+                here.die(scene.victim(plan), caller);
+                Report::EMPTY
+            }
             crash::Role::Bystander => Report::EMPTY,
             crash::Role::Explorer => self.search(Question::Run, caller, &mut |plan| scene.visit(plan, &here)),
         }
@@ -352,7 +247,7 @@ impl Explore {
     {
         let caller = Location::caller();
         let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
-        let bounds = Bounds::new(self);
+        let bounds = Bounds::new(&self.options);
         let calls = Calls::new(&bounds, setup, call, observe);
         match here.role() {
             crash::Role::Victim(_) | crash::Role::Bystander => Report::EMPTY,
@@ -409,7 +304,7 @@ impl Explore {
     ) -> Report {
         let caller = Location::caller();
         let here = crash::Here::new(caller, std::any::type_name_of_val(&setup));
-        let bounds = Bounds::new(self);
+        let bounds = Bounds::new(&self.options);
         let rivals = Rivals { bounds: &bounds, setup, operation, rival, check };
         match here.role() {
             crash::Role::Victim(_) | crash::Role::Bystander => Report::EMPTY,
@@ -430,6 +325,6 @@ impl Explore {
             Err(_) => self.only,
         };
         let _quietly = Quietly::begin();
-        search(self, question, only, caller, visit)
+        search(&self.options, question, only, caller, visit)
     }
 }

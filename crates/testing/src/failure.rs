@@ -4,10 +4,9 @@
 
 use std::fmt;
 
-use crate::explore::Way;
 use crate::plan::{ONLY, Plan, Then};
-use crate::report::count;
 use crate::site::{Await, Site};
+use crate::way::Way;
 
 /// One run that went wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,4 +221,9 @@ impl fmt::Display for Failure {
             write!(f, "  again: {ONLY}={}", self.plan)
         }
     }
+}
+
+/// `1 point`, `2 points`.
+pub(crate) fn count(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }

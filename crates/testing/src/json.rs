@@ -8,32 +8,38 @@
 use std::fmt::Write as _;
 
 use crate::failure::Failure;
+use crate::plan::Question;
 use crate::report::Report;
-use crate::search::Question;
 use crate::site::Site;
 
-/// The report as one object.
-pub(crate) fn report(report: &Report) -> String {
-    let awaits = report.sites.iter().zip(&report.visited).map(|(site, points)| {
-        let failures = report.failures.iter().filter(|failure| failure.site() == Some(site)).count();
-        let place = [("file", string(site.file())), ("line", site.line().to_string())];
-        object(place.into_iter().chain([("points", points.to_string()), ("failures", failures.to_string())]))
-    });
-    let mut fields = vec![
-        ("clean", report.is_clean().to_string()),
-        ("points", report.points.to_string()),
-        ("task_points", report.task_points.to_string()),
-        ("runs", report.runs.to_string()),
-        ("unsettled", report.unsettled.to_string()),
-        ("varied", report.varied.to_string()),
-        ("notes", array(report.notes.iter().map(|note| string(note)))),
-        ("awaits", array(awaits)),
-        ("failures", array(report.failures.iter().map(failure))),
-    ];
-    if report.question == Question::CancelSafe {
-        fields.push(("verdict", string(report.verdict().name())));
+impl Report {
+    /// The report as one JSON object, for programs: `points`, `task_points`, `runs`, `unsettled`, `varied`, `notes`,
+    /// `awaits` (an array of `file`, `line`, `points`, `failures`), `failures` (an array of `kind`, `message`, `point`,
+    /// `step`, `way`, `budget`, `completed`, `site`, `callers`, `rival`, `undisturbed`, `seen`, `again`) and, of
+    /// [`Explore::cancel_safe`](crate::Explore::cancel_safe), `verdict`.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        let awaits = self.sites.iter().zip(&self.visited).map(|(site, points)| {
+            let failures = self.failures.iter().filter(|failure| failure.site() == Some(site)).count();
+            let place = [("file", string(site.file())), ("line", site.line().to_string())];
+            object(place.into_iter().chain([("points", points.to_string()), ("failures", failures.to_string())]))
+        });
+        let mut fields = vec![
+            ("clean", self.is_clean().to_string()),
+            ("points", self.points.to_string()),
+            ("task_points", self.task_points.to_string()),
+            ("runs", self.runs.to_string()),
+            ("unsettled", self.unsettled.to_string()),
+            ("varied", self.varied.to_string()),
+            ("notes", array(self.notes.iter().map(|note| string(note)))),
+            ("awaits", array(awaits)),
+            ("failures", array(self.failures.iter().map(failure))),
+        ];
+        if self.question == Question::CancelSafe {
+            fields.push(("verdict", string(self.verdict().name())));
+        }
+        object(fields)
     }
-    object(fields)
 }
 
 fn failure(failure: &Failure) -> String {

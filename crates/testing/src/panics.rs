@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use std::panic::{self, Location};
 use std::sync::{Arc, Mutex, Once};
 
-use crate::runtime::lock;
+use crate::lock::lock;
 
 /// The lines of which a panic has been printed.
 pub(crate) type Printed = Arc<Mutex<BTreeSet<(String, u32, u32)>>>;

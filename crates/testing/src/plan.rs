@@ -1,14 +1,25 @@
-//! The address of one run.
+//! What is asked, and the address of one run that helps to answer it.
 //!
 //! Invariant: what a failure prints is parsed back to the very same run.
 
 use std::fmt;
 use std::str::FromStr;
 
-use crate::explore::Way;
+use crate::way::Way;
 
 /// Names one run, as `point:way:budget`; every exploration in the process then does just that one.
 pub(crate) const ONLY: &str = "CANCEL_SAFE_ONLY";
+
+/// What is asked, and so which runs there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Question {
+    /// What is left behind?
+    Run,
+    /// Is a call that was dropped and called again as good as one that was not?
+    CancelSafe,
+    /// Who waits for an operation that is alive and not polled?
+    Suspended,
+}
 
 /// What follows when the point has been reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]

@@ -5,13 +5,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
-use crate::explore::Way;
-use crate::failure::{Failure, FailureKind};
-use crate::json;
+use crate::failure::{Failure, FailureKind, count};
+use crate::plan::Question;
 use crate::publish::publish;
-use crate::search::Question;
 use crate::site::{Await, Place, Site};
-use crate::verdict::Verdict;
+use crate::way::Way;
 
 /// What an exploration visited and what it found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -109,13 +107,6 @@ impl Report {
         &self.notes
     }
 
-    /// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out; [`Verdict::Unjudged`] of other
-    /// explorations.
-    #[must_use]
-    pub fn verdict(&self) -> Verdict {
-        Verdict::of(self)
-    }
-
     /// Panics with the simplest failure of each await, if there is any.
     ///
     /// # Panics
@@ -124,17 +115,6 @@ impl Report {
     #[track_caller]
     pub fn assert_clean(&self) {
         assert!(self.is_clean(), "{self}");
-    }
-
-    /// Panics unless the [verdict](Report::verdict) is [`Verdict::Safe`].
-    ///
-    /// # Panics
-    ///
-    /// If the call is not safe, starves, or could not be judged.
-    #[track_caller]
-    pub fn assert_safe(&self) {
-        let verdict = self.verdict();
-        assert!(verdict == Verdict::Safe, "{verdict}\n{self}");
     }
 
     /// Prints the line `cancel-points <krate> <operation> <points>` to standard output and, if the environment
@@ -148,15 +128,6 @@ impl Report {
     pub fn publish(&self, krate: &str, operation: &str) -> &Self {
         publish(&format!("cancel-points {krate} {operation} {}\n", self.points + self.task_points));
         self
-    }
-
-    /// The report as one JSON object, for programs: `points`, `task_points`, `runs`, `unsettled`, `varied`, `notes`,
-    /// `awaits` (an array of `file`, `line`, `points`, `failures`), `failures` (an array of `kind`, `message`, `point`,
-    /// `step`, `way`, `budget`, `completed`, `site`, `callers`, `rival`, `undisturbed`, `seen`, `again`) and, of
-    /// [`Explore::cancel_safe`](crate::Explore::cancel_safe), `verdict`.
-    #[must_use]
-    pub fn to_json(&self) -> String {
-        json::report(self)
     }
 
     pub(crate) fn add_failure(&mut self, failure: Failure) {
@@ -271,8 +242,4 @@ impl Report {
         }
         Ok(())
     }
-}
-
-pub(crate) fn count(number: usize, noun: &str) -> String {
-    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
 }

@@ -4,13 +4,13 @@
 
 use crate::act::{Bounds, Broken, Ended, Running, set_up};
 use crate::drive::{Course, Drive, Stop, drive, poll_once};
-use crate::explore::{Outcome, Way};
 use crate::failure::{FailureKind, Refusal};
 use crate::plan::{Plan, Then};
 use crate::runtime::{Fault, Stage, drop_caught};
 use crate::scratch::Scratch;
-use crate::search::{End, Visit};
+use crate::seen::{End, Visit};
 use crate::tracer::{OnClone, Tracer};
+use crate::way::{Outcome, Way};
 use crate::world::{Patience, World};
 
 /// What the user handed to `suspended`.

@@ -8,13 +8,14 @@ use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinHandle;
 
+use crate::lock::lock;
 use crate::panics;
 use crate::torn::Ours;
 
@@ -47,11 +48,6 @@ impl Fault {
     }
 }
 
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // What is kept behind these locks is valid after every single assignment, so a panic elsewhere does not spoil it.
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
 /// A real-time clock beside tokio's. A timer of tokio's would not do: under paused time it would fire as soon as the
 /// runtime is idle, and it would move the clock that the operation sees.
 #[derive(Debug)]
@@ -80,11 +76,6 @@ impl Watchdog {
 
     pub(crate) fn limit(&self) -> Duration {
         self.limit
-    }
-
-    fn forget_waker(&self) {
-        let waker = lock(&self.waiting).take();
-        drop(waker);
     }
 
     /// Waits for `future`, but not longer than the limit, and not past a panic.
@@ -207,7 +198,6 @@ impl<'a> Stage<'a> {
     pub(crate) fn block_on<T>(&self, future: impl Future<Output = T>) -> T {
         let output = self.runtime.block_on(future);
         self.bell.forget_waker();
-        self.watchdog.forget_waker();
         output
     }
 

@@ -9,7 +9,8 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::crash::SCRATCH;
+/// The environment variable by which a process that is to crash is told its directory.
+pub(crate) const INHERITED: &str = "CANCEL_SAFE_CRASH_DIR";
 
 /// How often the removal of a directory is tried.
 const REMOVALS: usize = 20;
@@ -71,7 +72,7 @@ impl Scratch {
 
     /// The one handed down by the process that will check. It also removes it, so this is no guard.
     pub(crate) fn inherit() {
-        CURRENT.set(std::env::var_os(SCRATCH).map(PathBuf::from));
+        CURRENT.set(std::env::var_os(INHERITED).map(PathBuf::from));
     }
 
     pub(crate) fn path(&self) -> &Path {

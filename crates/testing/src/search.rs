@@ -2,18 +2,19 @@
 //!
 //! Invariant: a search ends, and a point left out because of a bound is told, never passed over in silence.
 
-use std::backtrace::Backtrace;
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
 use std::time::Instant;
 
 use crate::coverage;
-use crate::explore::{Explore, Way};
 use crate::failure::{Failure, FailureKind, Refusal};
-use crate::plan::{Plan, Then};
+use crate::options::Options;
+use crate::plan::{Plan, Question, Then};
 use crate::report::Report;
+use crate::seen::{End, Visit};
 use crate::select;
-use crate::site::{Await, Namer, Site};
+use crate::site::{Await, Namer};
+use crate::way::Way;
 
 /// An operation has completed at a point when it did so this many times in a row.
 const CONFIRMATIONS: usize = 3;
@@ -21,58 +22,9 @@ const CONFIRMATIONS: usize = 3;
 /// Points between two polls of tasks that one exploration visits. Where there are more, they are evenly spread.
 const MAX_TASK_POINTS: usize = 256;
 
-/// What one run showed.
-#[derive(Debug, Default)]
-pub(crate) struct Visit {
-    pub(crate) polls: usize,
-    pub(crate) end: End,
-    /// Where it waited last: the traces, not yet named, or the name that another process has found.
-    pub(crate) traces: Vec<Backtrace>,
-    pub(crate) site: Option<Site>,
-    /// Where the rival waited.
-    pub(crate) rival_traces: Vec<Backtrace>,
-    /// How many polls of tasks followed each pending.
-    pub(crate) steps: Vec<usize>,
-    /// Whether the operation had tasks of its own.
-    pub(crate) has_children: bool,
-    /// How many tasks the setup left running.
-    pub(crate) setup_tasks: usize,
-    /// How many sockets the setup left open, where that is known.
-    pub(crate) setup_sockets: usize,
-    /// How many blocking jobs did not end.
-    pub(crate) workers: usize,
-    pub(crate) is_unsettled: bool,
-    /// Where the critical section began that the code under test has torn.
-    pub(crate) torn: Option<Site>,
-    pub(crate) failure: Option<Refusal>,
-}
-
-/// How the operation ended in it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub(crate) enum End {
-    /// Before the point, by its own panic or because nothing woke it.
-    #[default]
-    Failed,
-    /// Before the point, with its result.
-    Completed,
-    /// At the point.
-    Dropped,
-}
-
-/// What is asked, and so which runs there are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Question {
-    /// What is left behind?
-    Run,
-    /// Is a call that was dropped and called again as good as one that was not?
-    CancelSafe,
-    /// Who waits for an operation that is alive and not polled?
-    Suspended,
-}
-
 /// Visits every point there is, or the one that was asked for.
 pub(crate) fn search(
-    options: &Explore,
+    options: &Options,
     question: Question,
     only: Option<Plan>,
     caller: &'static Location<'static>,
@@ -106,7 +58,7 @@ pub(crate) fn search(
 }
 
 struct Search<'a> {
-    options: &'a Explore,
+    options: &'a Options,
     question: Question,
     visit: &'a mut dyn FnMut(Plan) -> Visit,
     namer: Namer,
@@ -133,7 +85,7 @@ enum Next {
 
 impl Search<'_> {
     fn everything(&mut self) {
-        if self.options.chosen_ways().is_some_and(<[Way]>::is_empty) {
+        if self.options.ways.as_deref().is_some_and(<[Way]>::is_empty) {
             let plan = Plan::new(None, 0, Way::Eager);
             return self.incomplete(plan, "ways() was given none, so nothing would be dropped".to_owned());
         }
@@ -166,7 +118,7 @@ impl Search<'_> {
 
     /// The ways that make sense for what is asked.
     fn ways(&mut self) -> Vec<Way> {
-        let chosen = self.options.chosen_ways();
+        let chosen = self.options.ways.as_deref();
         let mut ways = chosen.map_or_else(|| vec![Way::Eager, Way::Settled, Way::Shutdown], <[Way]>::to_vec);
         if self.question != Question::Run {
             ways.retain(|way| matches!(way, Way::Eager | Way::Settled));
@@ -412,7 +364,7 @@ impl Search<'_> {
         self.report.points = self.places.len();
         self.report.task_points = self.task_points;
         self.report.varied = self.is_varied();
-        let left_out = self.options.chosen_ways().is_none() && self.question == Question::Run;
+        let left_out = self.options.ways.as_deref().is_none() && self.question == Question::Run;
         let (tasks, sockets) = (self.natural.setup_tasks, self.natural.setup_sockets);
         self.report.note(if left_out { (tasks, sockets) } else { (0, 0) }, self.natural.workers);
         for place in self.places.values() {

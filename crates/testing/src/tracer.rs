@@ -19,7 +19,7 @@ use std::thread::{self, ThreadId};
 
 use cooked_waker::{IntoWaker, Wake, WakeRef};
 
-use crate::runtime::lock;
+use crate::lock::lock;
 use crate::torn;
 
 /// A poll that clones its waker more often (a join of hundreds) is traced by its first and last clones only.

@@ -5,8 +5,8 @@
 use std::fmt;
 
 use crate::failure::FailureKind;
+use crate::plan::Question;
 use crate::report::Report;
-use crate::search::Question;
 use crate::site::Site;
 
 /// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out about a call.
@@ -44,8 +44,28 @@ pub enum Verdict {
     },
 }
 
+impl Report {
+    /// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out; [`Verdict::Unjudged`] of other
+    /// explorations.
+    #[must_use]
+    pub fn verdict(&self) -> Verdict {
+        Verdict::of(self)
+    }
+
+    /// Panics unless the [verdict](Report::verdict) is [`Verdict::Safe`].
+    ///
+    /// # Panics
+    ///
+    /// If the call is not safe, starves, or could not be judged.
+    #[track_caller]
+    pub fn assert_safe(&self) {
+        let verdict = self.verdict();
+        assert!(verdict == Verdict::Safe, "{verdict}\n{self}");
+    }
+}
+
 impl Verdict {
-    pub(crate) fn of(report: &Report) -> Self {
+    fn of(report: &Report) -> Self {
         if report.question != Question::CancelSafe {
             return Self::Unjudged { reason: "only Explore::cancel_safe judges".to_owned() };
         }
@@ -61,8 +81,7 @@ impl Verdict {
             return Self::Starves { point: failure.point(), site: failure.site().cloned() };
         }
         match report.failures() {
-            [] if report.runs() > 0 => Self::Safe,
-            [] => Self::Unjudged { reason: "nothing was run".to_owned() },
+            [] => Self::Safe,
             [first, ..] => Self::Unjudged { reason: first.message().to_owned() },
         }
     }

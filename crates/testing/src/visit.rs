@@ -11,14 +11,14 @@ use tokio_util::sync::CancellationToken;
 use crate::act::{Bounds, Broken, Ended, Running, set_up};
 use crate::crash::{Death, Here};
 use crate::drive::{Course, Drive, Stop, drive};
-use crate::explore::{Outcome, Way};
 use crate::failure::{FailureKind, Refusal};
 use crate::plan::Plan;
 use crate::runtime::{Fault, Gate, Stage, drop_caught};
 use crate::scratch::Scratch;
-use crate::search::{End, Visit};
+use crate::seen::{End, Visit};
 use crate::sockets;
 use crate::tracer::{OnClone, Tracer};
+use crate::way::{Outcome, Way};
 use crate::world::{Patience, World};
 
 /// What the user handed to `run`.

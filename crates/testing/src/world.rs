@@ -2,22 +2,18 @@
 //!
 //! Invariant: between two calls of this room no task runs and no blocking job begins; so the n-th poll of any task is
 //! the same one in each run, and can be a point.
-//!
-//! Stock tokio tells nobody that it has polled a task. But a current-thread runtime with an event interval of one polls
-//! a driver that has woken itself after every task. And it runs its tasks in turn: when a task of ours, the sentinel,
-//! is queued behind all others and is the next to be polled, nothing else was ready.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::mpsc;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll, Waker};
+use std::task::Poll;
 use std::time::{Duration, Instant};
 
-use crate::runtime::{Fault, Gate, Stage, Told, lock};
+use crate::runtime::{Fault, Gate, Stage, Told};
 use crate::sockets;
 use crate::tracer::Tracer;
+use crate::turns::{Step, Turns};
 
 /// How long the thread waits for blocking jobs before it lets tasks run meanwhile: a job may wait for a task.
 const STILL: Duration = Duration::from_millis(20);
@@ -39,15 +35,6 @@ const POLLS_PER_DRAIN: usize = 64;
 /// not know may still wake somebody; an exploration that has known one such wait is less patient with the next.
 pub(crate) const QUIET: Duration = Duration::from_millis(200);
 const QUIET_AGAIN: u32 = 2;
-
-/// What one step of the world was.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Step {
-    /// A task was polled.
-    Ran,
-    /// None was ready.
-    Idle,
-}
 
 /// What is known of the blocking jobs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -84,24 +71,9 @@ pub(crate) enum Patience {
 #[derive(Debug)]
 pub(crate) struct World<'a> {
     stage: &'a Stage<'a>,
-    sentinel: Arc<Mutex<Sentinel>>,
+    turns: Turns,
     gate: RefCell<Option<Gate>>,
     baseline: usize,
-}
-
-/// A task that does nothing but say that it was its turn.
-#[derive(Debug, Default)]
-struct Sentinel {
-    polled: bool,
-    waker: Option<Waker>,
-}
-
-impl Sentinel {
-    fn poll(&mut self, cx: &Context<'_>) -> Poll<()> {
-        self.polled = true;
-        self.waker = Some(cx.waker().clone());
-        Poll::Pending
-    }
 }
 
 impl<'a> World<'a> {
@@ -109,11 +81,9 @@ impl<'a> World<'a> {
     /// says that a blocking job of the setup does not end.
     pub(crate) async fn enter(stage: &'a Stage<'a>) -> Option<Self> {
         let baseline = stage.alive_tasks();
-        let sentinel = Arc::new(Mutex::new(Sentinel::default()));
-        let ours = Arc::clone(&sentinel);
-        drop(tokio::spawn(poll_fn(move |cx| lock(&ours).poll(cx))));
+        let turns = Turns::begin();
         let gate = Gate::close();
-        let world = Self { stage, sentinel, gate: RefCell::new(Some(gate)), baseline };
+        let world = Self { stage, turns, gate: RefCell::new(Some(gate)), baseline };
         let has_closed = world.gate.borrow().as_ref().is_some_and(|gate| gate.held().wait(world.worker_after()));
         // A new turn of the scheduler brings the driver a full budget.
         let _ran = world.step().await;
@@ -151,37 +121,7 @@ impl<'a> World<'a> {
 
     /// Polls the next task that is ready, if there is one, and lets what is due at once happen.
     pub(crate) async fn step(&self) -> Step {
-        // What a task or the driver makes ready comes behind the sentinel, so its turn has to come twice.
-        for _ in 0..2 {
-            if self.turn().await == Step::Ran {
-                return Step::Ran;
-            }
-        }
-        Step::Idle
-    }
-
-    /// One round of the scheduler: `Idle` if it was the sentinel's turn.
-    async fn turn(&self) -> Step {
-        let mut begun = false;
-        poll_fn(|cx| {
-            if begun {
-                let ran = !std::mem::take(&mut lock(&self.sentinel).polled);
-                return Poll::Ready(if ran { Step::Ran } else { Step::Idle });
-            }
-            begun = true;
-            let waker = {
-                let mut sentinel = lock(&self.sentinel);
-                sentinel.polled = false;
-                sentinel.waker.take()
-            };
-            // Without a waker it is in the queue already.
-            if let Some(waker) = waker {
-                waker.wake();
-            }
-            cx.waker().wake_by_ref();
-            Poll::Pending
-        })
-        .await
+        self.turns.step().await
     }
 
     /// Polls tasks until none is ready and no blocking job is left, or only such as wait for somebody, without time
@@ -265,7 +205,7 @@ impl<'a> World<'a> {
         if let Some(gate) = gate {
             gate.open();
         }
-        let step = if closed { self.turn().await } else { Step::Idle };
+        let step = if closed { self.turns.next().await } else { Step::Idle };
         if step == Step::Idle {
             self.stage.bell.next().await;
         }

@@ -264,6 +264,25 @@ fn a_budget_lets_just_so_many_ready_leaves_through_at_each_poll() {
 }
 
 #[test]
+fn a_budget_of_none_adds_one_point_and_no_more() {
+    let three_ready_leaves = async |lock: &tokio::sync::Mutex<()>| {
+        for _ in 0..3 {
+            drop(lock.lock().await);
+        }
+    };
+    let report = Explore::new().budgets([0]).run(async || tokio::sync::Mutex::new(()), three_ready_leaves, fine);
+    assert_eq!(report.points(), 2, "never polled, and before the first leaf; {report}");
+}
+
+#[test]
+fn one_run_of_a_call_is_one_run_although_an_undisturbed_one_goes_before() {
+    let call = async |(): &mut ()| yield_now().await;
+    let report = Explore::new().only(1, Way::Eager, None).cancel_safe(nothing, call, async |()| ());
+    assert_eq!(report.runs(), 1);
+    report.assert_safe();
+}
+
+#[test]
 fn copying_does_not_livelock_when_starved() {
     let report = Explore::new().ways([Way::Eager]).run(
         nothing,

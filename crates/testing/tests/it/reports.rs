@@ -52,6 +52,27 @@ fn each_await_is_told_with_its_callers_and_counted_in_a_table() {
 }
 
 #[test]
+fn a_failure_of_production_is_told_before_one_of_a_starved_budget() {
+    let report = Explore::new().paused_time(true).ways([cancel_safe_testing::Way::Eager]).run(
+        async || (tokio::sync::Mutex::new(()), std::cell::Cell::new(false)),
+        async |(lock, is_past)| {
+            drop(lock.lock().await);
+            is_past.set(true);
+            yield_now().await;
+            yield_now().await;
+        },
+        async |(_, is_past), outcome| match outcome {
+            // Point 1 of a starved budget, and point 2 of the natural one.
+            Outcome::Dropped { point: 1, .. } if !is_past.get() => Err("starved".to_owned()),
+            Outcome::Dropped { point: 2, .. } => Err("natural".to_owned()),
+            _ => Ok(()),
+        },
+    );
+    assert!(report.failures().iter().any(|it| it.point() == 1), "{report}");
+    assert_eq!(report.failures()[0].message(), "natural", "{report}");
+}
+
+#[test]
 fn a_program_reads_the_same_as_a_person() {
     let report = two_awaits();
     let json = report.to_json();

@@ -230,6 +230,7 @@ fn a_resumed_operation_is_checked_too() {
     assert!(!report.is_clean());
     let text = report.failures()[0].to_string();
     assert!(text.contains("resumed-1:eager:natural"), "{text}");
+    assert!(!text.contains(".only("), "only() resumes nothing: {text}");
 }
 
 #[test]
@@ -265,4 +266,66 @@ fn a_rival_that_only_takes_its_time_is_no_futurelock() {
         );
         report.assert_clean();
     }
+}
+
+/// A step that is 1 between two awaits of the operation.
+async fn two_steps(step: &Cell<u32>) {
+    step.set(1);
+    sleep(MS).await;
+    step.set(2);
+}
+
+#[test]
+fn a_rival_that_waits_for_nothing_of_the_operations_is_a_hang() {
+    let report = explore().budgets([]).hang_after(200 * MS).suspended(
+        async || Cell::new(0),
+        two_steps,
+        async |step| {
+            if step.get() == 1 {
+                std::future::pending::<()>().await;
+            }
+        },
+        fine,
+    );
+    let failure = &report.failures()[0];
+    assert!(failure.is_hang() && failure.message().starts_with("the rival did not end"), "{report}");
+    assert!(!report.failures().iter().any(cancel_safe_testing::Failure::is_futurelock), "{report}");
+}
+
+#[test]
+fn a_rival_that_ends_late_but_by_itself_is_no_failure() {
+    // More than the limit, and less than twice.
+    let report = Explore::new().budgets([]).hang_after(400 * MS).suspended(
+        async || Cell::new(0),
+        two_steps,
+        async |step| {
+            if step.get() == 1 {
+                sleep(600 * MS).await;
+            }
+        },
+        fine,
+    );
+    report.assert_clean();
+}
+
+#[test]
+fn a_rival_is_not_starved() {
+    let report = explore().suspended(
+        async || Mutex::new(()),
+        async |lock| drop(lock.lock().await),
+        async |_| {
+            let (send, mut receive) = mpsc::unbounded_channel();
+            for number in 0..9 {
+                send.send(number).unwrap();
+            }
+            let receive_all = async {
+                for _ in 0..9 {
+                    receive.recv().await.unwrap();
+                }
+            };
+            futures_util::FutureExt::now_or_never(receive_all).is_some()
+        },
+        async |_, _outcome, at_once| if at_once { Ok(()) } else { Err("starved".to_owned()) },
+    );
+    report.assert_clean();
 }

@@ -1,0 +1,42 @@
+//! The options of an exploration.
+//!
+//! Invariant: every option has a default and every bound is finite.
+
+use std::time::Duration;
+
+use crate::way::Way;
+
+/// What [`Explore`](crate::Explore) was told; its setters say what each of them means.
+#[derive(Debug, Clone)]
+pub(crate) struct Options {
+    pub(crate) budgets: Vec<u32>,
+    /// `None` is the default, which depends on the setup.
+    pub(crate) ways: Option<Vec<Way>>,
+    pub(crate) calls: usize,
+    pub(crate) tasks: bool,
+    pub(crate) waiting: bool,
+    pub(crate) max_points: usize,
+    pub(crate) max_polls: usize,
+    pub(crate) timeout: Duration,
+    pub(crate) paused_time: bool,
+    pub(crate) hang_after: Duration,
+    pub(crate) settle_for: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            budgets: vec![0, 1, 2, 3],
+            ways: None,
+            calls: 1,
+            tasks: true,
+            waiting: false,
+            max_points: 1_000,
+            max_polls: 10_000,
+            timeout: Duration::from_secs(120),
+            paused_time: false,
+            hang_after: Duration::from_secs(10),
+            settle_for: Duration::from_millis(5),
+        }
+    }
+}

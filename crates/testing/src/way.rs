@@ -1,0 +1,88 @@
+//! The ways an operation ends at its point, and what became of it.
+//!
+//! Invariant: this is what the user's check is told, so an operation has either completed or been dropped, never neither.
+
+use std::fmt;
+
+/// How an operation is dropped at a point. Each way finds bugs that the others miss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
+pub enum Way {
+    /// At once: the blocking jobs it has submitted have not begun, and land after the drop.
+    Eager,
+    /// After everything around it has come to rest: what it waits for is done, but it has not seen that.
+    Settled,
+    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end where they stand. Blocking jobs
+    /// already submitted are run, as tokio does.
+    ///
+    /// The check runs on a fresh runtime, so the state has to outlive the one in which it was set up: a pool or a
+    /// connection that was opened there is dead.
+    Shutdown,
+    /// By a cancel scope of `cancel-safe-guard` around it, which is cancelled at the point: a critical section is
+    /// finished, and the operation is dropped at its next pending outside of one. It may complete instead.
+    ///
+    /// For operations that are only ever ended by such scopes; the ways above drop them in the middle of a section.
+    Scope,
+    /// By a panic raised inside the leaf future that waits: its destructors run while the thread unwinds, and the
+    /// locks it holds are poisoned.
+    Panic,
+    /// With its whole process, killed: no destructor runs, and only what is outside the process survives. See
+    /// [Crashes](crate#crashes) for how to write the setup.
+    Crash,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 6] =
+        [Self::Eager, Self::Settled, Self::Shutdown, Self::Scope, Self::Panic, Self::Crash];
+}
+
+impl fmt::Display for Way {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Eager => "eager",
+            Self::Settled => "settled",
+            Self::Shutdown => "shutdown",
+            Self::Scope => "scope",
+            Self::Panic => "panic",
+            Self::Crash => "crash",
+        })
+    }
+}
+
+/// What became of the operation in a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(clippy::exhaustive_enums, reason = "an operation either completed or it was dropped; a match should say both")]
+pub enum Outcome<T> {
+    /// It returned.
+    Completed(T),
+    /// It was dropped.
+    Dropped {
+        /// The number of times it had returned `Pending`; 0 if it was never polled.
+        point: usize,
+        /// The way it was dropped.
+        way: Way,
+    },
+}
+
+impl<T> Outcome<T> {
+    /// Whether the operation returned.
+    #[must_use]
+    pub fn is_completed(&self) -> bool {
+        matches!(self, Self::Completed(_))
+    }
+
+    /// Whether the operation was dropped.
+    #[must_use]
+    pub fn is_dropped(&self) -> bool {
+        !self.is_completed()
+    }
+
+    /// What the operation returned.
+    #[must_use]
+    pub fn completed(self) -> Option<T> {
+        match self {
+            Self::Completed(value) => Some(value),
+            Self::Dropped { .. } => None,
+        }
+    }
+}

@@ -1,0 +1,149 @@
+//! The rule that the imports of a crate's files point one way.
+//!
+//! Invariant: a circle that is allowed today is named here as a whole, and no longer than it is there.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use proc_macro2::{Group, TokenStream, TokenTree};
+
+/// The circles that are not mended yet: the crate's directory, and the files.
+const UNMENDED: [(&str, &[&str]); 6] = [
+    ("atomic-fs", &["chain", "journal", "workspace"]),
+    ("http-timeout", &["body", "builder", "client", "many", "request"]),
+    ("resumable", &["file", "store"]),
+    ("shutdown", &["application", "supervisor", "watchdog"]),
+    ("shutdown", &["group", "worker"]),
+    ("tx-guard", &["commit", "reaper", "session", "slot"]),
+];
+
+/// Which of its own files each file of a crate imports. A folder and the file of its name are one room.
+#[derive(Debug, Default)]
+pub(super) struct Imports(BTreeMap<String, BTreeSet<String>>);
+
+impl Imports {
+    /// Adds the file of the module `room` with this text.
+    pub(super) fn read(&mut self, room: &str, text: &str) {
+        // What does not parse is told by another rule.
+        let Ok(tokens) = text.parse::<TokenStream>() else { return };
+        imports(tokens, self.0.entry(room.to_owned()).or_default());
+    }
+
+    /// What to do about the circles of the crate in the directory `krate`.
+    pub(super) fn check(&self, krate: &str) -> Vec<String> {
+        let allowed = UNMENDED.iter().filter(|(of, _)| *of == krate).map(|(_, files)| *files);
+        against(&self.circles(), &allowed.collect::<Vec<_>>())
+    }
+
+    /// Each set of files that import each other, directly or over others.
+    fn circles(&self) -> BTreeSet<Vec<&str>> {
+        let reached: BTreeMap<&str, BTreeSet<&str>> =
+            self.0.keys().map(|room| (room.as_str(), self.reach(room))).collect();
+        let beside = |room: &str| -> Vec<&str> {
+            let mutual = |other: &&&str| reached.get(**other).is_some_and(|back| back.contains(room));
+            reached.get(room).into_iter().flatten().filter(mutual).copied().collect()
+        };
+        reached.keys().map(|room| beside(room)).filter(|circle| circle.len() > 1).collect()
+    }
+
+    /// What a file imports, directly or over others.
+    fn reach(&self, room: &str) -> BTreeSet<&str> {
+        let mut reached = BTreeSet::new();
+        let mut open = vec![room];
+        while let Some(next) = open.pop() {
+            for import in self.0.get(next).into_iter().flatten() {
+                if self.0.contains_key(import) && import != next && reached.insert(import.as_str()) {
+                    open.push(import);
+                }
+            }
+        }
+        reached
+    }
+}
+
+fn against(circles: &BTreeSet<Vec<&str>>, allowed: &[&[&str]]) -> Vec<String> {
+    let new = circles.iter().filter(|circle| !allowed.contains(&circle.as_slice()));
+    let stale = allowed.iter().filter(|circle| !circles.contains(**circle));
+    let told =
+        new.map(|circle| format!("{} import each other: move what they share to a file below", circle.join(", ")));
+    let mended = stale.map(|circle| format!("{} are no circle any more: take it out of UNMENDED", circle.join(", ")));
+    told.chain(mended).collect()
+}
+
+/// Collects the first names of all paths that begin with `crate::`, but for those in the tests of a file.
+fn imports(tokens: TokenStream, found: &mut BTreeSet<String>) {
+    let tokens: Vec<TokenTree> = tokens.into_iter().collect();
+    for (at, token) in tokens.iter().enumerate() {
+        match token {
+            TokenTree::Group(group) if !(at >= 2 && is(&tokens[at - 2], "mod") && is(&tokens[at - 1], "tests")) => {
+                imports(group.stream(), found);
+            }
+            TokenTree::Ident(name) if *name == "crate" && is_path(&tokens[at + 1..]) => match tokens.get(at + 3) {
+                Some(TokenTree::Ident(room)) => drop(found.insert(room.to_string())),
+                Some(TokenTree::Group(list)) => found.extend(heads(list)),
+                _ => {}
+            },
+            _ => {}
+        }
+    }
+}
+
+/// The first name of each path in `{a::b, c}`.
+fn heads(list: &Group) -> Vec<String> {
+    let tokens: Vec<TokenTree> = list.stream().into_iter().collect();
+    let paths = tokens.split(|token| matches!(token, TokenTree::Punct(comma) if comma.as_char() == ','));
+    paths.filter_map(|path| path.first().map(ToString::to_string)).collect()
+}
+
+fn is(token: &TokenTree, name: &str) -> bool {
+    matches!(token, TokenTree::Ident(ident) if *ident == name)
+}
+
+fn is_path(after: &[TokenTree]) -> bool {
+    let is_colon = |token: &TokenTree| matches!(token, TokenTree::Punct(colon) if colon.as_char() == ':');
+    after.len() > 2 && after[..2].iter().all(is_colon)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn crate_of(files: &[(&str, &str)]) -> Imports {
+        let mut read = Imports::default();
+        for (room, text) in files {
+            read.read(room, text);
+        }
+        read
+    }
+
+    #[test]
+    fn imports_that_point_down_are_no_circle() {
+        let read = crate_of(&[
+            ("top", "use crate::{middle::X, bottom};\npub(crate) fn go() { crate::middle::go() }"),
+            (
+                "middle",
+                "use crate::bottom::Y;\n// crate::top\nconst T: &str = \"crate::top\"; /** crate::top */ fn f() {}",
+            ),
+            ("bottom", "fn go() {}\n#[cfg(test)] mod tests { use crate::top::X; }"),
+        ]);
+        assert_eq!(read.check("testing"), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_circle_over_several_files_is_found_once() {
+        let read = crate_of(&[
+            ("a", "use crate::b::X;"),
+            ("b", "fn go() { vec![crate::c::go()] }"),
+            ("c", "use crate::{d, a::{Y, Z}};"),
+            ("d", "use crate::d::inner;"),
+        ]);
+        assert_eq!(read.check("testing"), ["a, b, c import each other: move what they share to a file below"]);
+    }
+
+    #[test]
+    fn an_allowed_circle_that_is_gone_or_has_grown_is_found() {
+        let circles = |list: &[&[&'static str]]| list.iter().map(|circle| circle.to_vec()).collect();
+        assert_eq!(against(&circles(&[&["a", "b"]]), &[&["a", "b"]]), Vec::<String>::new());
+        assert_eq!(against(&circles(&[]), &[&["a", "b"]]).len(), 1);
+        assert_eq!(against(&circles(&[&["a", "b", "c"]]), &[&["a", "b"]]).len(), 2);
+    }
+}
