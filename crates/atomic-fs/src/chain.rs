@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::platform::{Dir, Identity, Moment, Moved};
-use crate::workspace::Site;
+use crate::site::Site;
 
 /// What a backup adds to a hidden name, where files cannot be exchanged.
 const BACKUP_SUFFIX: &str = "b";

@@ -13,8 +13,8 @@ use std::path::{Component, Path, PathBuf};
 use crate::Error;
 use crate::chain::{Chain, Spot, Trust, is_name};
 use crate::platform::{Dir, Entry, Identity, Kind, Moment};
+use crate::site::{Site, Tag};
 use crate::staged::{RESERVED_PREFIX, io_error};
-use crate::workspace::{Site, Tag};
 
 /// The journal once its transaction is committed. One a directory, since commits there wait for each other.
 pub(crate) const COMMITTED: &str = ".afs-journal";

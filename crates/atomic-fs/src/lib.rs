@@ -206,6 +206,8 @@ mod protocol;
 #[cfg(unix)]
 mod reader;
 mod recovery;
+#[cfg(unix)]
+mod site;
 mod staged;
 #[cfg(unix)]
 mod sync;

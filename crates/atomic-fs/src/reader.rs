@@ -10,9 +10,10 @@ use crate::commit::Gate;
 use crate::file::current_runtime;
 use crate::platform::Share;
 use crate::protocol::refuse_unfinished;
+use crate::site::Site;
 use crate::staged::directory;
 use crate::waiting::with_locks;
-use crate::workspace::{LOCK_PATIENCE, Locking, Locks, Site};
+use crate::workspace::{LOCK_PATIENCE, Locking, Locks};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
 ///

@@ -23,8 +23,9 @@ use crate::{
     journal::{self, PREPARED},
     platform::Share,
     protocol::elsewhere,
+    site::Site,
     waiting::with_locks,
-    workspace::{self, Locking, Locks, Site},
+    workspace::{self, Locking, Locks},
 };
 
 /// What a [`sweep`] found.

@@ -14,8 +14,8 @@ use tokio::runtime::Handle;
 
 use crate::commit::Gate;
 use crate::platform::{Dir, Entry, Kind};
+use crate::site::Site;
 use crate::staged::io_error;
-use crate::workspace::Site;
 use crate::{Durability, Error};
 
 /// How many threads sync at once at most.

@@ -15,10 +15,11 @@ use tokio::time::Instant;
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::protocol::{Prepared, Sealed, Step};
+use crate::site::Site;
 use crate::staged::{Naming, Staged, Target, directory, io_error, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::waiting::with_locks;
-use crate::workspace::{LOCK_PATIENCE, Site, Workspace};
+use crate::workspace::{LOCK_PATIENCE, Workspace};
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.

@@ -1,4 +1,4 @@
-//! The directories of a transaction, its locks, and the note that says which files are its own.
+//! What the jobs of one transaction share: its directories, its locks, and the note that says which files are its own.
 //!
 //! Invariant: the note is made, and locked, before the first staged file, and goes after the last; in another directory
 //! than the journal's a symlink that leads there takes its place. So a staged file of which there is no locked note
@@ -16,67 +16,15 @@ use std::time::{Duration, Instant};
 use crate::Error;
 use crate::journal::{self, POINTER, Pointer};
 use crate::platform::{Dir, Entry, Identity, Kind, Share};
+use crate::site::{PREFIX, Site, Tag, parse};
 use crate::staged::{io_error, lock, open_error};
 
-/// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
-const PREFIX: &str = ".afs-tx-";
-const ID_DIGITS: usize = 16;
 /// How often a note is made anew, because a recovery took it before it could be locked.
 const NOTE_ATTEMPTS: usize = 32;
 /// How long the lock of a directory is waited for by default.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
-
-/// A directory that a transaction changes files in.
-#[derive(Debug)]
-pub(crate) struct Site {
-    pub(crate) dir: Arc<Dir>,
-    /// Without symlinks, so that it still leads here when the process has gone elsewhere.
-    pub(crate) path: PathBuf,
-    pub(crate) id: (u64, u64),
-}
-
-impl Site {
-    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
-        let dir = Dir::open(path).map_err(|source| open_error(path, source))?;
-        Self::of(Arc::new(dir), path)
-    }
-
-    /// The directory that was opened by `path`.
-    fn of(dir: Arc<Dir>, path: &Path) -> Result<Self, Error> {
-        let failed = |source| open_error(path, source);
-        let id = dir.id().map_err(failed)?;
-        let canonical = std::fs::canonicalize(path).map_err(failed)?;
-        // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
-        if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {
-            return Err(failed(io::Error::other("it was moved while it was opened")));
-        }
-        Ok(Self { dir, path: canonical, id })
-    }
-}
-
-/// The random number of a transaction, by which what is its own is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Tag(pub(crate) u64);
-
-impl Tag {
-    /// The name of the note, with which every other name of this transaction begins.
-    pub(crate) fn note(self) -> String {
-        format!("{PREFIX}{:0ID_DIGITS$x}", self.0)
-    }
-
-    /// Whose note this is.
-    pub(crate) fn of_note(name: &OsStr) -> Option<Self> {
-        let (id, rest) = parse(name)?;
-        u64::from_str_radix(id, 16).ok().filter(|_| rest.is_empty()).map(Self)
-    }
-
-    /// Whether `name` is one that this transaction gives to a file.
-    pub(crate) fn is_of(self, name: &OsStr) -> bool {
-        name.as_bytes().strip_prefix(self.note().as_bytes()).is_some_and(|rest| rest.starts_with(b"-"))
-    }
-}
 
 /// What the jobs of one transaction share.
 #[derive(Debug)]
@@ -399,26 +347,4 @@ fn foreign_sites(note: &File) -> io::Result<Vec<Foreign>> {
     note.take(NOTE_LIMIT_BYTES).read_to_end(&mut bytes)?;
     let whole = bytes.split_inclusive(|&byte| byte == 0).filter_map(|line| line.strip_suffix(&[0]));
     Ok(whole.filter_map(Foreign::decode).collect())
-}
-
-/// Splits a transaction's name into its identity and what follows the hyphen, which a note has not.
-fn parse(name: &OsStr) -> Option<(&str, &str)> {
-    let (id, rest) = name.to_str()?.strip_prefix(PREFIX)?.split_at_checked(ID_DIGITS)?;
-    let rest = if rest.is_empty() { rest } else { rest.strip_prefix('-').filter(|rest| !rest.is_empty())? };
-    id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')).then_some((id, rest))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_recovery_knows_the_names_of_transactions_and_no_others() {
-        assert_eq!(parse(".afs-tx-0123456789abcdef".as_ref()), Some(("0123456789abcdef", "")));
-        assert_eq!(parse(".afs-tx-0123456789abcdef-7".as_ref()), Some(("0123456789abcdef", "7")));
-        for other in [".afs-tx-", ".afs-tx-0123456789abcdef-", ".afs-tx-0123456789ABCDEF", ".afs-file-0123456789abcdef"]
-        {
-            assert_eq!(parse(other.as_ref()), None, "{other}");
-        }
-    }
 }
