@@ -96,10 +96,18 @@ mod no_lists {
 
     use super::Guests;
 
-    /// Gives `file` exactly these permission bits.
-    pub(crate) fn set_access(file: &File, mode: u32, _guests: &Guests) -> io::Result<()> {
-        super::set_mode(file, mode)
+    /// Gives `file` exactly these permission bits; `now` are those that it has.
+    pub(crate) fn set_access(file: &File, now: u32, mode: u32, _guests: &Guests) -> io::Result<()> {
+        super::change_mode(file, now, mode)
     }
+}
+
+/// Gives `file`, which has no access control list, the permission bits `mode` instead of `now`.
+///
+/// Bits that it already has are not set again: where a file system gives the same to all its files, as FAT does, they
+/// belong to somebody else, who alone may set them.
+fn change_mode(file: &File, now: u32, mode: u32) -> io::Result<()> {
+    if now == mode { Ok(()) } else { set_mode(file, mode) }
 }
 
 /// How a file came to its new name.

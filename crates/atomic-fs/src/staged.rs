@@ -70,6 +70,10 @@ pub(crate) fn is_temp_name(name: &OsStr) -> bool {
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate: &Gate) -> Result<(), Error> {
     let mut staged = Staged::create(path, options)?;
     staged.write_at(0, bytes, gate)?;
+    // Some time has gone by since the first look.
+    if bytes.len() > CHUNK_BYTES {
+        staged.look_again()?;
+    }
     staged.install(bytes.len() as u64, gate)
 }
 
@@ -391,7 +395,7 @@ impl Staged {
         } else {
             return Ok(());
         };
-        platform::set_access(&self.file, mode, &guests).map_err(self.failed("set the mode of"))
+        platform::set_access(&self.file, self.fresh.mode, mode, &guests).map_err(self.failed("set the mode of"))
     }
 }
 
