@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(crate) mod acl;
+mod acl;
 #[cfg(any(not(unix), test))]
 mod portable;
 #[cfg(unix)]
@@ -86,6 +86,17 @@ pub(crate) enum Guests {
     /// The file went before it could be asked, so that nobody knows whether its group bits were a list's mask.
     #[cfg(any(target_os = "linux", target_os = "android"))]
     Unknown,
+}
+
+impl Guests {
+    /// Those who are left when the file has another group.
+    pub(crate) fn for_another_group(self) -> Self {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Self::Listed(list) = self {
+            return Self::Listed(list.for_another_group());
+        }
+        self
+    }
 }
 
 /// Systems whose access control lists, if they have any, are not POSIX ones.

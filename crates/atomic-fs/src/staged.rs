@@ -431,11 +431,7 @@ fn kept_mode(old: &Entry, new: &Entry) -> u32 {
 
 /// The access control list of the replaced file, in the same way.
 fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
-    match guests {
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        Guests::Listed(list) if old.gid != new.gid => Guests::Listed(list.for_another_group()),
-        other => other,
-    }
+    if old.gid == new.gid { guests } else { guests.for_another_group() }
 }
 
 pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
