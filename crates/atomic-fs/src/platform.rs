@@ -7,7 +7,7 @@ use std::fs::File;
 use std::io;
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(crate) mod acl;
+mod acl;
 #[cfg(any(not(unix), test))]
 mod portable;
 #[cfg(unix)]
@@ -88,6 +88,17 @@ pub(crate) enum Guests {
     Unknown,
 }
 
+impl Guests {
+    /// Those who are left when the file has another group.
+    pub(crate) fn for_another_group(self) -> Self {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Self::Listed(list) = self {
+            return Self::Listed(list.for_another_group());
+        }
+        self
+    }
+}
+
 /// Systems whose access control lists, if they have any, are not POSIX ones.
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 mod no_lists {
@@ -96,10 +107,18 @@ mod no_lists {
 
     use super::Guests;
 
-    /// Gives `file` exactly these permission bits.
-    pub(crate) fn set_access(file: &File, mode: u32, _guests: &Guests) -> io::Result<()> {
-        super::set_mode(file, mode)
+    /// Gives `file` exactly these permission bits; `now` are those that it has.
+    pub(crate) fn set_access(file: &File, now: u32, mode: u32, _guests: &Guests) -> io::Result<()> {
+        super::change_mode(file, now, mode)
     }
+}
+
+/// Gives `file`, which has no access control list, the permission bits `mode` instead of `now`.
+///
+/// Bits that it already has are not set again: where a file system gives the same to all its files, as FAT does, they
+/// belong to somebody else, who alone may set them.
+fn change_mode(file: &File, now: u32, mode: u32) -> io::Result<()> {
+    if now == mode { Ok(()) } else { set_mode(file, mode) }
 }
 
 /// How a file came to its new name.

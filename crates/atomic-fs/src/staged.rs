@@ -70,6 +70,10 @@ pub(crate) fn is_temp_name(name: &OsStr) -> bool {
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate: &Gate) -> Result<(), Error> {
     let mut staged = Staged::create(path, options)?;
     staged.write_at(0, bytes, gate)?;
+    // Some time has gone by since the first look.
+    if bytes.len() > CHUNK_BYTES {
+        staged.look_again()?;
+    }
     staged.install(bytes.len() as u64, gate)
 }
 
@@ -397,7 +401,7 @@ impl Staged {
         } else {
             return Ok(());
         };
-        platform::set_access(&self.file, mode, &guests).map_err(self.failed("set the mode of"))
+        platform::set_access(&self.file, self.fresh.mode, mode, &guests).map_err(self.failed("set the mode of"))
     }
 }
 
@@ -433,11 +437,7 @@ fn kept_mode(old: &Entry, new: &Entry) -> u32 {
 
 /// The access control list of the replaced file, in the same way.
 fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
-    match guests {
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        Guests::Listed(list) if old.gid != new.gid => Guests::Listed(list.for_another_group()),
-        other => other,
-    }
+    if old.gid == new.gid { guests } else { guests.for_another_group() }
 }
 
 pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {

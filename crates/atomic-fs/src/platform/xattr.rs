@@ -48,8 +48,8 @@ pub(super) fn guests(dir: &super::Dir, handle: &File, name: &OsStr) -> io::Resul
     let mut path = OsString::from(format!("/proc/self/fd/{}/", handle.as_raw_fd()));
     path.push(name);
     let read = match lgetxattr(&*path, ACCESS_LIST, &mut value[..]) {
-        // The file has gone, or there is no /proc.
-        Err(Errno::NOENT | Errno::NOTDIR) => match dir.read(name) {
+        // The file has gone, or there is no /proc, or it is shut.
+        Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => match dir.read(name) {
             Ok(file) => fgetxattr(&file, ACCESS_LIST, &mut value[..]),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Guests::Unknown),
             Err(error) => return Err(error),
@@ -67,22 +67,23 @@ pub(super) fn guests(dir: &super::Dir, handle: &File, name: &OsStr) -> io::Resul
     }
 }
 
-/// Gives `file`, which so far grants nothing to anybody but its owner, exactly these permission bits and this list.
+/// Gives `file`, which so far grants nothing to anybody but its owner, exactly these permission bits and this list; `now`
+/// are the bits that it has.
 #[cfg(any(target_os = "linux", target_os = "android"))]
-pub(crate) fn set_access(file: &File, mode: u32, guests: &Guests) -> io::Result<()> {
+pub(crate) fn set_access(file: &File, now: u32, mode: u32, guests: &Guests) -> io::Result<()> {
+    // With a list, the group bits of a mode are its mask: to take them for the group's would widen that.
+    let mode = if *guests == Guests::Unknown { mode & 0o7700 } else { mode };
     // One call for list and bits, so that no moment has the new bits and the list that the directory gave.
     let list = match guests {
-        Guests::Unsupported => return super::set_mode(file, mode),
-        Guests::None => List::of_mode(mode),
-        // With a list, the group bits of a mode are its mask: to take them for the group's would widen that.
+        Guests::Unsupported => return super::change_mode(file, now, mode),
+        Guests::None | Guests::Unknown => List::of_mode(mode),
         Guests::Listed(list) => list.clone(),
-        Guests::Unknown => List::of_mode(mode & 0o700),
     };
     match fsetxattr(file, ACCESS_LIST, &list.to_bytes(), XattrFlags::empty()) {
         Ok(()) if mode & 0o7000 == 0 => Ok(()),
         // A list has no room for the set-ID bits and the sticky bit. The other nine are now as the list says.
         Ok(()) => super::set_mode(file, Entry::of(file)?.mode & 0o777 | mode & 0o7000),
-        Err(Errno::NOTSUP) if *guests == Guests::None => super::set_mode(file, mode),
+        Err(Errno::NOTSUP) if !matches!(guests, Guests::Listed(_)) => super::change_mode(file, now, mode),
         Err(errno) => Err(errno.into()),
     }
 }
@@ -111,5 +112,37 @@ fn get(file: &File, name: &CStr) -> io::Result<Option<Vec<u8>>> {
         #[cfg(target_vendor = "apple")]
         Err(Errno::NOATTR) => Ok(None),
         Err(errno) => Err(errno.into()),
+    }
+}
+
+#[cfg(all(test, any(target_os = "linux", target_os = "android")))]
+mod tests {
+    use super::*;
+
+    /// A file that grants nothing to anybody but its owner.
+    fn fresh() -> File {
+        tempfile::NamedTempFile::new().expect("the temporary directory has room").into_file()
+    }
+
+    fn mode_after(mode: u32, guests: &Guests) -> u32 {
+        let file = fresh();
+        set_access(&file, 0o600, mode, guests).expect("the file is ours");
+        Entry::of(&file).expect("it is open").mode
+    }
+
+    #[test]
+    fn bits_that_may_have_been_a_mask_are_granted_to_nobody_but_the_owner() {
+        assert_eq!(mode_after(0o660, &Guests::Unknown), 0o600);
+        assert_eq!(mode_after(0o4754, &Guests::Unknown), 0o4700);
+        assert_eq!(mode_after(0o664, &Guests::None), 0o664);
+        assert_eq!(mode_after(0o664, &Guests::Unsupported), 0o664);
+    }
+
+    #[test]
+    fn bits_that_a_file_without_lists_has_are_not_set_again() {
+        let file = fresh();
+        // Of another mode than it is said to have, so that setting it would be seen.
+        set_access(&file, 0o640, 0o640, &Guests::Unsupported).expect("there is nothing to do");
+        assert_eq!(Entry::of(&file).expect("it is open").mode, 0o600);
     }
 }

@@ -289,3 +289,29 @@ fn who_is_not_root_grants_a_file_to_no_other_group() {
         assert_eq!((said.as_deref(), access(&path)), (Some("Ok"), (0o600, None)));
     }
 }
+
+/// The list is read by way of /proc, or else through the file itself.
+#[test]
+fn a_list_is_kept_where_there_is_no_proc() {
+    let test = "a_list_is_kept_where_there_is_no_proc";
+    if !is_root(test) {
+        return;
+    }
+    let hidden = ["unshare", "-m", "sh", "-c", "mount -t tmpfs none /proc && exec \"$@\"", "sh"];
+    if !std::process::Command::new(hidden[0]).args(&hidden[1..]).arg("true").status().is_ok_and(|s| s.success()) {
+        not_run(test, "it needs unshare(1), and the permission to mount");
+        return;
+    }
+    for place in places(test) {
+        let path = place.path().join("file");
+        for (mode, list) in [(0o660, Some(list(6, (12345, 6), 0, 6, 0))), (0o640, None)] {
+            old_file(&path, mode);
+            if let Some(list) = &list {
+                set_list(&path, ACCESS, list);
+            }
+            let said = child::outcome(child::command(&hidden, "write", &path));
+            assert_eq!((said.as_deref(), access(&path)), (Some("Ok"), (mode, list)));
+            assert_ne!(std::fs::read(&path).unwrap(), b"old");
+        }
+    }
+}

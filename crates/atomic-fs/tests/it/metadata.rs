@@ -108,6 +108,34 @@ async fn what_is_kept_is_what_the_file_has_when_it_is_replaced() {
     assert_eq!((std::fs::read(&path).unwrap().len(), mode(&path)), (0, 0o600));
 }
 
+#[test]
+fn a_file_that_is_made_private_during_a_long_write_stays_private() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let content = vec![0; 64 << 20];
+    let is_half_done = || {
+        let temps = temps(dir.path());
+        let temp = temps.first().and_then(|temp| std::fs::metadata(dir.path().join(temp)).ok());
+        temp.is_some_and(|temp| temp.len() > 0 && temp.len() < content.len() as u64 / 2)
+    };
+    // A round in which the content was written before this thread had its turn shows nothing.
+    let shown = (0..50).any(|_| {
+        std::fs::write(&path, "old").unwrap();
+        set_mode(&path, 0o644);
+        let is_in_time = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| atomic_fs::blocking::write(&path, &content).unwrap());
+            while !is_half_done() && !writer.is_finished() {
+                std::thread::yield_now();
+            }
+            set_mode(&path, 0o600);
+            is_half_done()
+        });
+        assert!(!is_in_time || mode(&path) == 0o600);
+        is_in_time
+    });
+    assert!(shown, "no write took long enough");
+}
+
 #[tokio::test]
 async fn nothing_is_kept_if_nothing_is_asked_for() {
     let dir = tempdir().unwrap();

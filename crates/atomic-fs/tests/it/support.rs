@@ -25,6 +25,23 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
     }
 }
 
+/// Locks a directory that nobody has locked, alone or shared with others.
+///
+/// At once, but for a moment in which a child of another test is being started: until it is executed it has a copy of
+/// every descriptor of this process, and with it the lock.
+#[cfg(unix)]
+pub(crate) fn lock_free(dir: &Path, shared: bool) -> Result<std::fs::File, String> {
+    let begun = Instant::now();
+    loop {
+        let file = std::fs::File::open(dir).unwrap();
+        match if shared { file.try_lock_shared() } else { file.try_lock() } {
+            Ok(()) => return Ok(file),
+            Err(error) if begun.elapsed() > Duration::from_secs(2) => return Err(format!("still locked: {error}")),
+            Err(_) => std::thread::yield_now(),
+        }
+    }
+}
+
 /// Runs every job that is queued or running on a pool of one thread to its end.
 pub(crate) async fn drain_pool() {
     tokio::task::spawn_blocking(|| ()).await.unwrap();

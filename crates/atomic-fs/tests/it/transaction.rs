@@ -9,7 +9,7 @@ use std::time::Duration;
 use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction, RecoveryReport, TargetState};
 use tempfile::{TempDir, tempdir};
 
-use crate::support::{names, not_run};
+use crate::support::{lock_free, names, not_run};
 
 /// A directory with files whose content is their name.
 fn scene(files: &[&str]) -> TempDir {
@@ -409,11 +409,11 @@ async fn a_dropped_wait_for_a_lock_has_at_once_locked_nothing() {
                 () = waiting => {}
             }
             for path in [free, held] {
-                std::fs::File::open(path).unwrap().try_lock_shared().unwrap();
+                drop(lock_free(path, true).unwrap());
             }
-            std::fs::File::open(free).unwrap().try_lock().unwrap();
+            drop(lock_free(free, false).unwrap());
             drop(lock);
-            std::fs::File::open(held).unwrap().try_lock().unwrap();
+            drop(lock_free(held, false).unwrap());
         }
         assert_eq!((names(free), names(held)), (vec![], vec![]));
     }
