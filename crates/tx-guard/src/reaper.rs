@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Either, poll_immediate, select};
+use futures_util::future::{BoxFuture, Either, select};
 use sqlx::Connection;
 use tokio::runtime::{EnterGuard, Handle};
 use tokio::sync::{Notify, oneshot, watch};
@@ -176,8 +176,7 @@ impl<DB: Backend> Open<DB> {
     /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
     /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
     pub(crate) async fn release_answered(mut self) {
-        let flushed = poll_immediate(pin!(self.slot.parts().0.flush())).await;
-        match flushed {
+        match self.slot.parts().0.flush().now_or_never() {
             Some(Ok(())) => self.release().await,
             Some(Err(_)) => {}
             None => {
