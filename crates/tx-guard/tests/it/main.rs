@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+mod cancel_ends;
 mod cancel_less;
 mod commit;
 mod contract;
