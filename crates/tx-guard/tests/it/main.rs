@@ -5,6 +5,7 @@
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
+mod cancel_pool;
 mod commit;
 mod contract;
 mod example;
