@@ -19,6 +19,11 @@ pub(crate) fn explore() -> Explore {
     Explore::new().budgets([1]).hang_after(PATIENCE).timeout(6 * PATIENCE)
 }
 
+/// Only the natural budget, in a part of the time: whoever waits for a server is pending without being starved.
+pub(crate) fn explore_unstarved() -> Explore {
+    explore().budgets([])
+}
+
 /// A pool of one connection, so that whatever is left on it is met by whoever comes next.
 pub(crate) struct Stage<D: TestDb> {
     pub(crate) world: World<D>,

@@ -12,7 +12,7 @@ use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
-use crate::cancel::{Doubt, Stage, explore, within};
+use crate::cancel::{Doubt, Stage, explore, explore_unstarved, within};
 use crate::proxy::{Fault, Proxy, ServerDb};
 use crate::torn::{self, Pace};
 use crate::world::{TestDb, World, elsewhere};
@@ -67,7 +67,7 @@ async fn is_lost<D: TestDb>(tx: TransactionGuard<D>) {
 
 #[test]
 fn a_commit_of_a_doomed_transaction_dropped_anywhere_leaves_nothing() {
-    fn doomed<D: TestDb>() -> Report {
+    fn doomed<D: TestDb>(explore: &Explore) -> Report {
         let lose = async |stage: &Stage<D>, tx: &mut TransactionGuard<D>| {
             let savepoint = tx.savepoint(async |sp| {
                 stage.world.insert(sp, 2).await?;
@@ -76,11 +76,11 @@ fn a_commit_of_a_doomed_transaction_dropped_anywhere_leaves_nothing() {
             let savepoint: Result<Result<(), _>, _> = timeout(Duration::from_millis(20), savepoint).await;
             assert!(savepoint.is_err(), "{savepoint:?}");
         };
-        ended::<D>(&explore(), lose, is_lost, &[], Doubt::OfTheRuntime)
+        ended::<D>(explore, lose, is_lost, &[], Doubt::OfTheRuntime)
     }
-    doomed::<Sqlite>().publish("tx-guard", "commit, doomed (SQLite)").assert_clean();
-    doomed::<Postgres>().publish("tx-guard", "commit, doomed (PostgreSQL)").assert_clean();
-    doomed::<MySql>().publish("tx-guard", "commit, doomed (MySQL)").assert_clean();
+    doomed::<Sqlite>(&explore()).publish("tx-guard", "commit, doomed (SQLite)").assert_clean();
+    doomed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, doomed (PostgreSQL)").assert_clean();
+    doomed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, doomed (MySQL)").assert_clean();
 }
 
 #[test]
@@ -102,19 +102,19 @@ fn the_end_of_a_transaction_that_its_sql_has_ended_dropped_anywhere_commits_noth
     async fn roll_back<D: TestDb>(_: &Stage<D>, tx: &mut TransactionGuard<D>) {
         D::execute(tx, "ROLLBACK".to_owned()).await.unwrap();
     }
-    fn committed<D: TestDb>() -> Report {
-        ended::<D>(&explore(), roll_back, is_lost, &[], Doubt::OfTheTransaction)
+    fn committed<D: TestDb>(explore: &Explore) -> Report {
+        ended::<D>(explore, roll_back, is_lost, &[], Doubt::OfTheTransaction)
     }
-    fn rolled_back<D: TestDb>() -> Report {
+    fn rolled_back<D: TestDb>(explore: &Explore) -> Report {
         let end = async |tx: TransactionGuard<D>| drop(tx.rollback().await);
-        ended::<D>(&explore(), roll_back, end, &[], Doubt::OfTheTransaction)
+        ended::<D>(explore, roll_back, end, &[], Doubt::OfTheTransaction)
     }
-    committed::<Sqlite>().publish("tx-guard", "commit, ended (SQLite)").assert_clean();
-    committed::<Postgres>().publish("tx-guard", "commit, ended (PostgreSQL)").assert_clean();
-    committed::<MySql>().publish("tx-guard", "commit, ended (MySQL)").assert_clean();
-    rolled_back::<Sqlite>().publish("tx-guard", "rollback, ended (SQLite)").assert_clean();
-    rolled_back::<Postgres>().publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean();
-    rolled_back::<MySql>().publish("tx-guard", "rollback, ended (MySQL)").assert_clean();
+    committed::<Sqlite>(&explore()).publish("tx-guard", "commit, ended (SQLite)").assert_clean();
+    committed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, ended (PostgreSQL)").assert_clean();
+    committed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, ended (MySQL)").assert_clean();
+    rolled_back::<Sqlite>(&explore()).publish("tx-guard", "rollback, ended (SQLite)").assert_clean();
+    rolled_back::<Postgres>(&explore_unstarved()).publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean();
+    rolled_back::<MySql>(&explore_unstarved()).publish("tx-guard", "rollback, ended (MySQL)").assert_clean();
 }
 
 #[test]
@@ -206,18 +206,18 @@ fn a_rollback_on_a_wrapped_pool_dropped_anywhere_gives_the_settings_back() {
 #[test]
 fn a_commit_behind_a_dropped_statement_dropped_anywhere_is_whole_or_nothing() {
     let leave = async |_: &Stage<MySql>, tx: &mut TransactionGuard<MySql>| {
-        let left = MySql::execute(tx, "SELECT SLEEP(0.7)".to_owned());
+        let left = MySql::execute(tx, "SELECT SLEEP(0.6)".to_owned());
         timeout(Duration::from_millis(10), left).await.unwrap_err();
     };
     let commit = async |tx: TransactionGuard<MySql>| tx.commit().await.unwrap();
-    let explore = explore().budgets([]).ways([Way::Eager]);
+    let explore = explore_unstarved().ways([Way::Eager]);
     let report = ended::<MySql>(&explore, leave, commit, &[1], Doubt::OfTheRuntime);
     report.publish("tx-guard", "commit, behind (MySQL)").assert_clean();
 }
 
 /// The guard outlives its savepoint, which is undone, or set behind what a dropped statement has left to be read.
-fn savepoint_of<D: TestDb>(left: Option<&str>) -> Report {
-    explore().ways([Way::Eager, Way::Settled]).run(
+fn savepoint_of<D: TestDb>(explore: Explore, left: Option<&str>) -> Report {
+    explore.ways([Way::Eager, Way::Settled]).run(
         async || {
             let (stage, mut tx) = Met::begin(Stage::<D>::new().await).await;
             if let Some(left) = left {
@@ -248,14 +248,16 @@ fn savepoint_of<D: TestDb>(left: Option<&str>) -> Report {
 
 #[test]
 fn a_savepoint_that_is_undone_dropped_anywhere_is_never_committed_by_halves() {
-    savepoint_of::<Sqlite>(None).publish("tx-guard", "savepoint, undone (SQLite)").assert_clean();
-    savepoint_of::<Postgres>(None).publish("tx-guard", "savepoint, undone (PostgreSQL)").assert_clean();
-    savepoint_of::<MySql>(None).publish("tx-guard", "savepoint, undone (MySQL)").assert_clean();
+    savepoint_of::<Sqlite>(explore(), None).publish("tx-guard", "savepoint, undone (SQLite)").assert_clean();
+    savepoint_of::<Postgres>(explore_unstarved(), None)
+        .publish("tx-guard", "savepoint, undone (PostgreSQL)")
+        .assert_clean();
+    savepoint_of::<MySql>(explore_unstarved(), None).publish("tx-guard", "savepoint, undone (MySQL)").assert_clean();
 }
 
 #[test]
 fn a_savepoint_behind_a_dropped_statement_dropped_anywhere_is_never_committed_by_halves() {
-    let report = savepoint_of::<MySql>(Some("SELECT SLEEP(0.05)"));
+    let report = savepoint_of::<MySql>(explore_unstarved(), Some("SELECT SLEEP(0.05)"));
     report.publish("tx-guard", "savepoint, behind (MySQL)").assert_clean();
 }
 
@@ -266,7 +268,7 @@ fn out_of_step(
     end: impl AsyncFn(TransactionGuard<MySql>),
     whole: &[i64],
 ) -> Report {
-    explore().budgets([]).ways([Way::Eager, Way::Settled]).run(
+    explore_unstarved().ways([Way::Eager, Way::Settled]).run(
         async || {
             let world = World::<MySql>::new().await;
             let options = world.options.clone();
@@ -320,7 +322,7 @@ fn a_rollback_that_is_stuck_dropped_anywhere_ends_the_session() {
 
 /// The server is asked how it ended, and nothing is left in doubt.
 fn commit_that_is_cut(fault: Fault, slow: bool) -> Report {
-    explore().run(
+    explore_unstarved().run(
         async || {
             let world = World::<Postgres>::new().await;
             let address = Postgres::address(&world.options);
