@@ -113,7 +113,7 @@ fn the_end_of_a_transaction_that_its_sql_has_ended_dropped_anywhere_commits_noth
     committed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, ended (PostgreSQL)").assert_clean();
     committed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, ended (MySQL)").assert_clean();
     rolled_back::<Sqlite>(&explore()).publish("tx-guard", "rollback, ended (SQLite)").assert_clean();
-    rolled_back::<Postgres>(&explore_unstarved()).publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean();
+    rolled_back::<Postgres>(&explore()).publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean();
     rolled_back::<MySql>(&explore_unstarved()).publish("tx-guard", "rollback, ended (MySQL)").assert_clean();
 }
 
@@ -134,14 +134,9 @@ fn a_commit_over_a_forgotten_nested_transaction_dropped_anywhere_is_whole_or_not
 
 /// sqlx has rolled back behind the guard's back, and its session is told no more by what sqlx knows of it.
 async fn cancel_a_nested_begin<D: TestDb>(_: &Stage<D>, tx: &mut TransactionGuard<D>) {
-    for _ in 0..100 {
-        match drop_after(1, tx.begin()).await {
-            None => return,
-            // The server was faster than the first poll, so there was nothing to cancel.
-            Some(nested) => nested.unwrap().rollback().await.unwrap(),
-        }
-    }
-    panic!("nothing was cancelled");
+    // Behind a statement that still runs, because the server may be faster than a poll.
+    timeout(Duration::from_millis(10), D::execute(tx, D::SLOW.to_owned())).await.unwrap_err();
+    assert!(drop_after(1, tx.begin()).await.is_none(), "nothing was cancelled");
 }
 
 #[test]
@@ -206,7 +201,7 @@ fn a_rollback_on_a_wrapped_pool_dropped_anywhere_gives_the_settings_back() {
 #[test]
 fn a_commit_behind_a_dropped_statement_dropped_anywhere_is_whole_or_nothing() {
     let leave = async |_: &Stage<MySql>, tx: &mut TransactionGuard<MySql>| {
-        let left = MySql::execute(tx, "SELECT SLEEP(0.6)".to_owned());
+        let left = MySql::execute(tx, "SELECT SLEEP(0.8)".to_owned());
         timeout(Duration::from_millis(10), left).await.unwrap_err();
     };
     let commit = async |tx: TransactionGuard<MySql>| tx.commit().await.unwrap();
@@ -221,7 +216,8 @@ fn savepoint_of<D: TestDb>(explore: Explore, left: Option<&str>) -> Report {
         async || {
             let (stage, mut tx) = Met::begin(Stage::<D>::new().await).await;
             if let Some(left) = left {
-                timeout(Duration::from_millis(5), D::execute(&mut tx, left.to_owned())).await.unwrap_err();
+                // On a machine that is very busy it may have ended already, which does no harm.
+                drop(drop_after(1, D::execute(&mut tx, left.to_owned())).await);
             }
             (stage, tokio::sync::Mutex::new(Some(tx)))
         },
@@ -322,7 +318,8 @@ fn a_rollback_that_is_stuck_dropped_anywhere_ends_the_session() {
 
 /// The server is asked how it ended, and nothing is left in doubt.
 fn commit_that_is_cut(fault: Fault, slow: bool) -> Report {
-    explore_unstarved().run(
+    let explore = if slow { explore() } else { explore_unstarved() };
+    explore.run(
         async || {
             let world = World::<Postgres>::new().await;
             let address = Postgres::address(&world.options);
