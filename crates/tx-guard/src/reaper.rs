@@ -203,10 +203,11 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
-    if DB::may_have_committed(conn) {
+    let ended_before = DB::may_have_committed(conn);
+    if ended_before {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    let found = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+    let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
         Ok(Ok((found, rest))) => {
             if found == Rollback::TooLate {
                 open.outcome.stands(CommitOutcome::Unknown);
@@ -216,22 +217,25 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
                 // Rolled back, but not to be used again: the drop closes it.
                 Rest::Doubtful => drop(open),
             }
-            found
+            Ok(found)
         }
         // A connection that was lost has ended its session, or will as soon as the server knows.
-        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => return Err(TxError::Database(error)),
+        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => Err(error),
         Ok(Err(Unrest::Failed(error))) => {
             terminate(&mut open).await;
-            return Err(TxError::Database(error));
+            Err(error)
         }
         Ok(Err(Unrest::Stuck)) | Err(_) => {
             terminate(&mut open).await;
-            Rollback::Done
+            Ok(Rollback::Done)
         }
     };
-    match found {
-        Rollback::Done => Ok(()),
-        Rollback::TooLate => Err(TxError::Lost { reason: ENDED_BEFORE }),
+    match ended {
+        // The end of the session has rolled back what there was, but not what was committed before.
+        _ if ended_before => Err(TxError::Lost { reason: ENDED_BEFORE }),
+        Ok(Rollback::Done) => Ok(()),
+        Ok(Rollback::TooLate) => Err(TxError::Lost { reason: ENDED_BEFORE }),
+        Err(error) => Err(TxError::Database(error)),
     }
 }
 

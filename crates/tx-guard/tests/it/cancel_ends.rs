@@ -304,16 +304,33 @@ fn the_end_of_a_transaction_that_is_out_of_step_dropped_anywhere_leaves_nothing(
     rollback.publish("tx-guard", "rollback, out of step (MySQL)").assert_clean();
 }
 
+/// What it is answered is wider than sqlx knows when it is dropped before the end.
+async fn prepare_wide(world: &World<MySql>, tx: &mut TransactionGuard<MySql>) {
+    let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
+    let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut **tx);
+    timeout(Duration::from_millis(30), prepared).await.map(drop).unwrap_err();
+}
+
 /// sqlx waits for more than the server has to say, and the server for sqlx.
 #[test]
 fn a_rollback_that_is_stuck_dropped_anywhere_ends_the_session() {
-    let prepare = async |world: &World<MySql>, tx: &mut TransactionGuard<MySql>| {
-        let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
-        let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut **tx);
-        timeout(Duration::from_millis(30), prepared).await.map(drop).unwrap_err();
-    };
-    let rollback = out_of_step(prepare, async |tx| drop(tx.rollback().await), &[]);
+    let rollback = out_of_step(prepare_wide, async |tx| drop(tx.rollback().await), &[]);
     rollback.publish("tx-guard", "rollback, stuck (MySQL)").assert_clean();
+}
+
+/// The same behind a nested begin that was cancelled. Whether there was anything left to be rolled back nobody knows.
+#[test]
+fn a_rollback_that_is_stuck_and_too_late_dropped_anywhere_is_not_told_as_one() {
+    let leave = async |world: &World<MySql>, tx: &mut TransactionGuard<MySql>| {
+        prepare_wide(world, tx).await;
+        assert!(drop_after(1, tx.begin()).await.is_none(), "nothing was cancelled");
+    };
+    let is_lost = async |tx: TransactionGuard<MySql>| {
+        let error = tx.rollback().await.unwrap_err();
+        assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    };
+    let rollback = out_of_step(leave, is_lost, &[]);
+    rollback.publish("tx-guard", "rollback, stuck and lost (MySQL)").assert_clean();
 }
 
 /// The server is asked how it ended, and nothing is left in doubt.
