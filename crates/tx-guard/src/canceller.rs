@@ -66,7 +66,8 @@ pub(crate) fn beside() -> Option<Handle> {
 impl<C: Connection + 'static> Canceller<C> {
     /// Opens the connection ahead of its first use.
     pub(crate) async fn warm(&self, options: &C::Options) -> Result<(), sqlx::Error> {
-        let mut warm = self.0.lock().await;
+        // Whoever has it has opened it, or is about to.
+        let Ok(mut warm) = self.0.try_lock() else { return Ok(()) };
         if warm.is_none() {
             *warm = Some(Warm::open(options).await?);
         }

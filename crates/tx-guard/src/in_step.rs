@@ -9,8 +9,7 @@
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 
-use futures_util::StreamExt;
-use futures_util::future::{FutureExt, poll_immediate};
+use futures_util::{FutureExt, StreamExt};
 use sqlx::{AssertSqlSafe, Connection, Either, MySqlConnection, Row};
 
 /// How often the server is asked: each statement that was left behind may answer with one error.
@@ -82,7 +81,7 @@ pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error>
 pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     let is_left = {
         let mut left = pin!(conn.flush());
-        match poll_immediate(left.as_mut()).await {
+        match left.as_mut().now_or_never() {
             Some(read) => {
                 read?;
                 false

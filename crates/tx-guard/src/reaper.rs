@@ -12,7 +12,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{BoxFuture, Either, poll_immediate, select};
+use futures_util::future::{BoxFuture, Either, select};
 use sqlx::Connection;
 use tokio::runtime::{EnterGuard, Handle};
 use tokio::sync::{Notify, oneshot, watch};
@@ -176,8 +176,7 @@ impl<DB: Backend> Open<DB> {
     /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
     /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
     pub(crate) async fn release_answered(mut self) {
-        let flushed = poll_immediate(pin!(self.slot.parts().0.flush())).await;
-        match flushed {
+        match self.slot.parts().0.flush().now_or_never() {
             Some(Ok(())) => self.release().await,
             Some(Err(_)) => {}
             None => {
@@ -204,10 +203,11 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
     let (conn, probe) = open.slot.parts();
-    if DB::may_have_committed(conn) {
+    let ended_before = DB::may_have_committed(conn);
+    if ended_before {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    let found = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+    let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
         Ok(Ok((found, rest))) => {
             if found == Rollback::TooLate {
                 open.outcome.stands(CommitOutcome::Unknown);
@@ -217,22 +217,25 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
                 // Rolled back, but not to be used again: the drop closes it.
                 Rest::Doubtful => drop(open),
             }
-            found
+            Ok(found)
         }
         // A connection that was lost has ended its session, or will as soon as the server knows.
-        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => return Err(TxError::Database(error)),
+        Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => Err(error),
         Ok(Err(Unrest::Failed(error))) => {
             terminate(&mut open).await;
-            return Err(TxError::Database(error));
+            Err(error)
         }
         Ok(Err(Unrest::Stuck)) | Err(_) => {
             terminate(&mut open).await;
-            Rollback::Done
+            Ok(Rollback::Done)
         }
     };
-    match found {
-        Rollback::Done => Ok(()),
-        Rollback::TooLate => Err(TxError::Lost { reason: ENDED_BEFORE }),
+    match ended {
+        // The end of the session has rolled back what there was, but not what was committed before.
+        _ if ended_before => Err(TxError::Lost { reason: ENDED_BEFORE }),
+        Ok(Rollback::Done) => Ok(()),
+        Ok(Rollback::TooLate) => Err(TxError::Lost { reason: ENDED_BEFORE }),
+        Err(error) => Err(TxError::Database(error)),
     }
 }
 

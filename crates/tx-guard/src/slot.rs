@@ -3,12 +3,11 @@
 //! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use deadpool::managed::{self, Object, PoolError, TimeoutType};
-use futures_util::future::poll_immediate;
+use futures_util::FutureExt;
 use sqlx::Connection;
 use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
@@ -200,7 +199,7 @@ impl<DB: Backend> Slot<DB> {
             Some(Lease::Owned(mut session)) => {
                 // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
                 // its own. Of a connection that fails here, the next one to use it will hear.
-                drop(poll_immediate(pin!(session.conn.flush())).await);
+                drop(session.conn.flush().now_or_never());
                 session.rest();
             }
             Some(Lease::Wrapped(conn, _)) => self.give(conn),

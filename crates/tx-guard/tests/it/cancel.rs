@@ -19,6 +19,11 @@ pub(crate) fn explore() -> Explore {
     Explore::new().budgets([1]).hang_after(PATIENCE).timeout(6 * PATIENCE)
 }
 
+/// Only the natural budget, in a part of the time: whoever waits for a server is pending without being starved.
+pub(crate) fn explore_unstarved() -> Explore {
+    explore().budgets([])
+}
+
 /// A pool of one connection, so that whatever is left on it is met by whoever comes next.
 pub(crate) struct Stage<D: TestDb> {
     pub(crate) world: World<D>,
@@ -32,12 +37,26 @@ impl<D: TestDb> Stage<D> {
     pub(crate) async fn new() -> Self {
         let world = World::new().await;
         let db = world.pool(1).await;
+        Self::over(world, db)
+    }
+
+    /// The same over a pool of one connection that was made in another way.
+    pub(crate) fn over(world: World<D>, db: TxPool<D>) -> Self {
         Self { world, db, handle: RefCell::new(None), runtime: tokio::spawn(std::future::pending()) }
     }
 
     /// The promises that hold after any drop: the handle tells what the table shows, halves are never seen, and the
     /// pool goes on as if nothing had happened.
     pub(crate) async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
+        let rows = self.agree(whole, Doubt::OfTheRuntime).await?;
+        if outcome.is_completed() && rows != whole {
+            return Err(format!("completed, and the table has {rows:?}"));
+        }
+        Ok(())
+    }
+
+    /// The same whatever the operation was to achieve. Says what the table had.
+    pub(crate) async fn agree(&self, whole: &[i64], doubt: Doubt) -> Result<Vec<i64>, String> {
         let shutdown = self.runtime.is_finished();
         let handle = self.handle.borrow_mut().take();
         let told = match &handle {
@@ -45,20 +64,27 @@ impl<D: TestDb> Stage<D> {
             None => None,
         };
         let rows = self.world.committed().await;
+        let in_doubt = shutdown || matches!(doubt, Doubt::OfTheTransaction);
         match told {
             Some(CommitOutcome::Committed) if rows == whole => {}
             Some(CommitOutcome::RolledBack) | None if rows.is_empty() => {}
-            // The runtime that would have learnt it is gone.
-            Some(CommitOutcome::Unknown) if shutdown && (rows.is_empty() || rows == whole) => {}
+            Some(CommitOutcome::Unknown) if in_doubt && (rows.is_empty() || rows == whole) => {}
             told => return Err(format!("the handle says {told:?} and the table has {rows:?}")),
-        }
-        if outcome.is_completed() && rows != whole {
-            return Err(format!("completed, and the table has {rows:?}"));
         }
         let db = if shutdown { self.world.pool(1).await } else { self.db.clone() };
         within(crate::commit::works_as_before(&self.world, &db)).await?;
-        within(self.world.end(db)).await
+        within(self.world.end(db)).await?;
+        Ok(rows)
     }
+}
+
+/// When it may be that nobody knows how a transaction has ended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Doubt {
+    /// The runtime that would have learnt it is gone.
+    OfTheRuntime,
+    /// The transaction had been ended without its guard, too.
+    OfTheTransaction,
 }
 
 pub(crate) async fn within<T>(future: impl Future<Output = T>) -> Result<T, String> {

@@ -85,6 +85,7 @@ fn rollback_behind_a_statement<D: TestDb>() -> Report {
 
 #[test]
 fn a_rollback_behind_a_statement_dropped_anywhere_ends_both() {
+    rollback_behind_a_statement::<Sqlite>().publish("tx-guard", "rollback, behind (SQLite)").assert_clean();
     rollback_behind_a_statement::<Postgres>().publish("tx-guard", "rollback, behind (PostgreSQL)").assert_clean();
     rollback_behind_a_statement::<MySql>().publish("tx-guard", "rollback, behind (MySQL)").assert_clean();
 }

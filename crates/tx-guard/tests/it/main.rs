@@ -3,7 +3,9 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+mod cancel_ends;
 mod cancel_less;
+mod cancel_pool;
 mod commit;
 mod contract;
 mod example;

@@ -71,7 +71,7 @@ impl ServerDb for MySql {
 
 /// What happens to the next COMMIT.
 #[derive(Debug, Clone, Copy)]
-enum Fault {
+pub(crate) enum Fault {
     /// It comes later, and so does its answer.
     Delay,
     /// It never reaches the server.
@@ -102,14 +102,14 @@ const FAULTS: [Fault; 9] = [
 type Armed = Arc<Mutex<Option<Fault>>>;
 
 /// Stands before the server. Its drop closes all its connections.
-struct Proxy {
-    port: u16,
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
     armed: Armed,
     task: tokio::task::JoinHandle<()>,
 }
 
 impl Proxy {
-    async fn open(server: (String, u16)) -> Self {
+    pub(crate) async fn open(server: (String, u16)) -> Self {
         let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let port = door.local_addr().unwrap().port();
         let armed = Armed::default();
@@ -124,8 +124,12 @@ impl Proxy {
         Self { port, armed, task }
     }
 
-    fn arm(&self, fault: Fault) {
+    pub(crate) fn arm(&self, fault: Fault) {
         *self.armed.lock().unwrap() = Some(fault);
+    }
+
+    pub(crate) fn disarm(&self) {
+        *self.armed.lock().unwrap() = None;
     }
 
     fn is_armed(&self) -> bool {

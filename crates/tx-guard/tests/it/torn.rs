@@ -13,6 +13,7 @@ use sqlx::{MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::fuzz::cut::cut;
@@ -20,7 +21,7 @@ use crate::world::{PATIENCE, Server, TestDb, World};
 
 /// How what the server says is passed on.
 #[derive(Debug, Clone, Copy, PartialEq)]
-enum Pace {
+pub(crate) enum Pace {
     AtOnce,
     ByteByByte,
     /// MySQL's number of columns, the first column, and the length of the first row; then nothing until there is another
@@ -29,18 +30,19 @@ enum Pace {
 }
 
 /// Stands before the server, and passes on what it says.
-struct Door<D: Server> {
-    through: Options<D>,
-    pace: watch::Sender<Pace>,
+pub(crate) struct Door<D: Server> {
+    pub(crate) through: Options<D>,
+    pub(crate) pace: watch::Sender<Pace>,
+    task: JoinHandle<()>,
 }
 
 impl<D: Server> Door<D> {
-    async fn open(options: &Options<D>) -> Self {
+    pub(crate) async fn open(options: &Options<D>) -> Self {
         let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, through) = D::way(options, door.local_addr().unwrap().port());
         let pace = watch::Sender::new(Pace::AtOnce);
         let answers = pace.subscribe();
-        tokio::spawn(async move {
+        let task = tokio::spawn(async move {
             while let Ok((client, _)) = door.accept().await {
                 let server = TcpStream::connect(server.clone()).await.unwrap();
                 client.set_nodelay(true).unwrap();
@@ -50,7 +52,14 @@ impl<D: Server> Door<D> {
                 tokio::spawn(carry(from_server, to_client, answers.clone()));
             }
         });
-        Self { through, pace }
+        Self { through, pace, task }
+    }
+}
+
+impl<D: Server> Drop for Door<D> {
+    /// What has come through goes on.
+    fn drop(&mut self) {
+        self.task.abort();
     }
 }
 
@@ -232,7 +241,7 @@ async fn whatever_is_torn_the_next_transactions_are_whole_on_mysql() {
 }
 
 /// Values that pass for answers to something else once sqlx has lost its place between them.
-const ROWS: &str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
+pub(crate) const ROWS: &str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
     SELECT x'000000fe00000000' FROM n WHERE # > 0";
 const IN_THE_ROWS: Range<u32> = 60..200;
 

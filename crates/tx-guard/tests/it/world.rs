@@ -1,6 +1,7 @@
 //! A database with one table of its own for each test. What is asserted is read over a plain connection, never over
 //! the pool that is under test.
 
+use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
@@ -13,6 +14,7 @@ use sqlx::{
     AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection,
 };
 use tempfile::TempDir;
+use tokio::runtime::{Builder, Runtime};
 
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
@@ -241,6 +243,13 @@ pub(crate) async fn mostly_within(bound: Duration, times: usize, mut scenario: i
     }
     let late = took.iter().filter(|took| **took >= bound).count();
     assert!(late * 5 <= times, "not within {bound:?}: {took:?}");
+}
+
+/// Runs `peer`, and what it spawns, on a runtime that outlives those of the tests and is none of theirs.
+pub(crate) async fn elsewhere<T: Send + 'static>(peer: impl Future<Output = T> + Send + 'static) -> T {
+    static PEERS: LazyLock<Runtime> =
+        LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());
+    PEERS.spawn(peer).await.unwrap()
 }
 
 /// Waits for `holds` to be true, and fails after [`PATIENCE`].
