@@ -190,9 +190,11 @@ impl Chain {
         if let Some(found) = carried
             && let Some(double) = held.iter().position(|held| held.is_some_and(|held| held.is(&found)))
         {
-            match double {
-                0 if self.files[0].is_none() => carried = None,
-                _ => held[double] = None,
+            match self.half_moved(double) {
+                Some(Half::ToCarrier) => carried = None,
+                Some(Half::ToName) => held[double] = None,
+                // Two names of one file change places.
+                None => {}
             }
         }
         Ok(Seen { carried, held })
@@ -250,10 +252,22 @@ impl Chain {
         for (position, name) in self.names.iter().enumerate() {
             if name.identify()?.is_some_and(|held| held.is(&found)) {
                 // Moved by a link half-way: it keeps the name that it had before.
-                return if position == 0 && self.files[0].is_none() { carrier.remove() } else { name.remove() };
+                return match self.half_moved(position) {
+                    Some(Half::ToCarrier) => carrier.remove(),
+                    Some(Half::ToName) => name.remove(),
+                    None => Ok(()),
+                };
             }
         }
         Ok(())
+    }
+
+    /// Where a file was on its way that the carrier and this name both have.
+    fn half_moved(&self, position: usize) -> Option<Half> {
+        if position == 0 && self.files[0].is_none() {
+            return Some(Half::ToCarrier);
+        }
+        self.files[position + 1].is_none().then_some(Half::ToName)
     }
 
     /// Removes what the hidden name holds at the end.
@@ -277,6 +291,13 @@ fn move_new(from: &Spot, to: &Spot) -> io::Result<()> {
         Moved::Renamed => Ok(()),
         Moved::Linked => from.remove(),
     }
+}
+
+/// A move that is made by a link, and has not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Half {
+    ToCarrier,
+    ToName,
 }
 
 /// What lies by the names of a chain.

@@ -537,3 +537,23 @@ async fn what_is_put_somewhere_comes_before_what_is_removed() {
     atomic_fs::recover(dir.path()).await.unwrap();
     assert_eq!(names(dir.path()), ["new", "taken"]);
 }
+
+/// Two names of one file, which nothing tells apart, stay two names of one file.
+#[tokio::test]
+async fn two_names_of_one_file_that_change_places_are_both_there_after_a_kill() {
+    let Some(strace) = child::strace("a kill while two names of one file are swapped") else { return };
+    let task = "random - put:one/c:new rename:one/a:one/b rename:one/b:one/a";
+    for kill in 1..=3 {
+        let (dir, at) = scene(&[]);
+        std::fs::create_dir(at("one")).unwrap();
+        std::fs::write(at("one/a"), "same").unwrap();
+        std::fs::hard_link(at("one/a"), at("one/b")).unwrap();
+        let inject = format!("inject=renameat2:signal=SIGKILL:when={kill}");
+        let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+        assert_eq!(child::outcome(child::command(&wrapper, task, dir.path())), None);
+        atomic_fs::recover(at("one")).await.unwrap();
+        let both = pairs(&[("a", "same"), ("b", "same")]);
+        let wanted = if kill == 1 { both } else { [both, pairs(&[("c", "new")])].concat() };
+        assert_eq!(all(&at("one")), wanted, "killed at {kill}");
+    }
+}
