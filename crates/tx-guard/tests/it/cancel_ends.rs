@@ -201,7 +201,7 @@ fn a_rollback_on_a_wrapped_pool_dropped_anywhere_gives_the_settings_back() {
 #[test]
 fn a_commit_behind_a_dropped_statement_dropped_anywhere_is_whole_or_nothing() {
     let leave = async |_: &Stage<MySql>, tx: &mut TransactionGuard<MySql>| {
-        let left = MySql::execute(tx, "SELECT SLEEP(0.8)".to_owned());
+        let left = MySql::execute(tx, "SELECT SLEEP(0.65)".to_owned());
         timeout(Duration::from_millis(10), left).await.unwrap_err();
     };
     let commit = async |tx: TransactionGuard<MySql>| tx.commit().await.unwrap();
