@@ -172,7 +172,16 @@ impl Chain {
                 Aim::Back => 0,
             }),
         };
-        Ok(obstacle.map(|to| Way { from, to }))
+        // A name that is a target itself, and has a file of somebody else's, is none to carry ours.
+        let is_ours = self.is_hidden()
+            || matches!((seen.carried, self.files[from]), (Some(found), Some(file)) if found.is(&file));
+        let is_free = seen.carried.is_none() && self.files[from].is_none();
+        Ok(match obstacle {
+            Ok(to) if from != to && !is_ours && !is_free && matches!(trust, Trust::Numbers { .. }) => {
+                Err(self.carrier.path())
+            }
+            other => other.map(|to| Way { from, to }),
+        })
     }
 
     /// What there is, as if no step had been cut short.

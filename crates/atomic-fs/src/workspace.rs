@@ -88,15 +88,15 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        // First what keeps the files alive that will be staged there, and then what a recovery of the journal's directory
-        // knows them by. Neither is synced: if a power cut takes them, the files are nobody's.
+        // First what a recovery of the journal's directory knows this one by, so that it finds all that follows; then what
+        // keeps the files alive that will be staged here. Neither is synced: if a power cut takes them, the files are
+        // nobody's.
+        let foreign = Foreign::new(&self.note, &sites[0], &site);
+        let noted = foreign.and_then(|foreign| (&self.note).write_all(&foreign.encode()));
         let link = journal::way(&site.path, &sites[0].path).join(self.tag.note());
-        let linked = site.dir.symlink(&link, self.tag.note().as_ref());
-        let noted = linked.and_then(|()| Foreign::new(&self.note, &sites[0], &site)).and_then(|foreign| {
-            sites.push(site.clone());
-            (&self.note).write_all(&foreign.encode())
-        });
-        noted.map_err(io_error("note the directory of", path))?;
+        let linked = noted.and_then(|()| site.dir.symlink(&link, self.tag.note().as_ref()));
+        linked.map_err(io_error("note the directory of", path))?;
+        sites.push(site.clone());
         Ok(site)
     }
 

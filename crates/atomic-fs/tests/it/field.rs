@@ -557,3 +557,25 @@ async fn two_names_of_one_file_that_change_places_are_both_there_after_a_kill() 
         assert_eq!(all(&at("one")), wanted, "killed at {kill}");
     }
 }
+
+/// Whose name is free again is not for us to fill while somebody else has.
+#[tokio::test]
+async fn what_somebody_put_where_a_renamed_file_was_is_not_moved_by_undoing_that() {
+    let Some(strace) = child::strace("a kill behind a rename to a free name") else { return };
+    let (dir, at) = scene(&[]);
+    std::fs::create_dir(at("one")).unwrap();
+    std::fs::write(at("one/a"), "moved").unwrap();
+    let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=unlinkat:signal=SIGKILL:when=1"];
+    let task = "random - put:one/c:new rename:one/a:one/b";
+    assert_eq!(child::outcome(child::command(&wrapper, task, dir.path())), None);
+    // As if its last sync had failed.
+    std::fs::rename(at("one/.afs-journal"), at("one/.afs-journal-prepared")).unwrap();
+    std::fs::write(at("one/a"), "by somebody else").unwrap();
+    let error = atomic_fs::recover(at("one")).await.unwrap_err();
+    assert!(error.is_refused() && error.to_string().contains("one/a"), "{error}");
+    assert_eq!(std::fs::read_to_string(at("one/a")).unwrap(), "by somebody else");
+    assert_eq!(std::fs::read_to_string(at("one/b")).unwrap(), "moved");
+    std::fs::rename(at("one/a"), at("aside")).unwrap();
+    assert_eq!(atomic_fs::recover(at("one")).await.unwrap().rolled_back, 1);
+    assert_eq!(all(&at("one")), pairs(&[("a", "moved")]));
+}
