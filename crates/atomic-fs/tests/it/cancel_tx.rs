@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::path::Path;
+use std::time::Duration;
 
 use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction};
 use cancel_safe_testing::{Explore, Outcome, Report, Way, scratch_dir};
@@ -121,7 +122,7 @@ fn dropped_commit_that_waits_for_a_reader_leaves_all_old_or_all_new_for_ever() {
     let report = explore("new", async |dir| {
         let lock = atomic_fs::read_lock(dir).await.unwrap();
         let read = async {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
             assert_eq!(pair(dir), ("old".into(), "old".into()), "it did not wait");
             drop(lock);
         };
@@ -172,12 +173,17 @@ fn dropped_rollback_removes_what_was_staged_all_the_same() {
 
 #[test]
 fn dropped_commit_within_a_time_leaves_all_old_or_all_new_for_ever() {
-    let report = explore("new", async |dir| {
-        let mut tx = MultiFileTransaction::new();
-        tx.add_files([(dir.join("a"), "new"), (dir.join("b"), "new")]).await.unwrap();
-        tx.commit_within(std::time::Duration::from_secs(60)).await.unwrap();
-    });
-    assert_clean("MultiFileTransaction::commit_within", &report);
+    for (name, limit) in [
+        ("MultiFileTransaction::commit_within", Duration::from_secs(60)),
+        ("MultiFileTransaction::commit_within/without end", Duration::MAX),
+    ] {
+        let report = explore("new", async |dir| {
+            let mut tx = MultiFileTransaction::new();
+            tx.add_files([(dir.join("a"), "new"), (dir.join("b"), "new")]).await.unwrap();
+            tx.commit_within(limit).await.unwrap();
+        });
+        assert_clean(name, &report);
+    }
 }
 
 #[test]
@@ -269,7 +275,7 @@ async fn beside_a_lock<T>(dir: &Path, waits: bool, work: impl Future<Output = T>
     }
     let hold = async {
         if waits {
-            tokio::time::sleep(std::time::Duration::from_millis(2)).await;
+            tokio::time::sleep(Duration::from_millis(2)).await;
         }
         drop(lock);
     };
@@ -352,7 +358,7 @@ fn cancel_at_random<F: Future>(rounds: u32, operation: impl Fn(&Path) -> F) -> (
         .unwrap();
     let (mut cancelled, mut wrong) = (0, 0);
     runtime.block_on(async {
-        let mut longest = std::time::Duration::MAX;
+        let mut longest = Duration::MAX;
         for _ in 0..10 {
             let begun = std::time::Instant::now();
             operation(dir).await;

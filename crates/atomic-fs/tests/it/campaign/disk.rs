@@ -116,7 +116,14 @@ impl Disk {
         file.sync_all().unwrap();
     }
 
+    /// Where the campaign takes place.
     pub(super) fn dir(&self) -> PathBuf {
+        // A kernel that has met so many cuts may give the file system up by itself, some time after it was mounted. The
+        // disk is as it should be, and so it is mounted again; nothing of the crate has run since.
+        if std::fs::read_dir(&self.point).is_err() {
+            println!("{} was given up by the kernel, and is mounted again", self.kind.name());
+            run(Command::new("umount").arg(&self.point)).and_then(|()| self.mount()).unwrap();
+        }
         self.point.join("traced")
     }
 
