@@ -169,7 +169,7 @@ impl AtomicFileWriter {
     /// It need not even be polled: the commit is under way when this returns, and the handle only tells how it ended.
     pub fn commit_detached(self) -> CommitHandle {
         let (gate, path, runtime) = (self.gate.clone(), self.path.clone(), self.runtime.clone());
-        CommitHandle { gate, path, handle: runtime.spawn(self.commit()) }
+        CommitHandle::new(gate, path, Ok(runtime.spawn(self.commit())))
     }
 
     /// Gives up what was written and waits until the temporary file is gone.
@@ -397,13 +397,13 @@ impl fmt::Debug for AtomicFileWriter {
 pub struct CommitHandle {
     gate: Arc<Gate>,
     path: Arc<Path>,
-    handle: JoinHandle<Result<(), Error>>,
+    /// The commit; or why it could not begin, until that was told.
+    begun: Result<JoinHandle<Result<(), Error>>, Option<Error>>,
 }
 
-#[cfg(unix)]
 impl CommitHandle {
-    pub(crate) fn new(gate: Arc<Gate>, path: Arc<Path>, handle: JoinHandle<Result<(), Error>>) -> Self {
-        Self { gate, path, handle }
+    pub(crate) fn new(gate: Arc<Gate>, path: Arc<Path>, begun: Result<JoinHandle<Result<(), Error>>, Error>) -> Self {
+        Self { gate, path, begun: begun.map_err(Some) }
     }
 }
 
@@ -411,10 +411,18 @@ impl Future for CommitHandle {
     type Output = Result<(), Error>;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        Poll::Ready(match ready!(Pin::new(&mut self.handle).poll(cx)) {
+        let this = &mut *self;
+        let handle = match &mut this.begun {
+            Ok(handle) => handle,
+            Err(error) => {
+                let again = || Error::NoRuntime { path: this.path.to_path_buf() };
+                return Poll::Ready(Err(error.take().unwrap_or_else(again)));
+            }
+        };
+        Poll::Ready(match ready!(Pin::new(handle).poll(cx)) {
             Ok(result) => result,
             Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(cut_short(&self.gate, &self.path)),
+            Err(_) => Err(cut_short(&this.gate, &this.path)),
         })
     }
 }

@@ -37,6 +37,8 @@ pub(crate) struct Sealed {
     pub(crate) file: Option<Arc<File>>,
     /// Whether the target must not exist.
     is_new: bool,
+    /// That of its content.
+    durability: Durability,
     identity: Identity,
     // Last, so that the note goes after the file.
     workspace: Arc<Workspace>,
@@ -50,10 +52,17 @@ impl Sealed {
         site: Arc<Site>,
         workspace: Arc<Workspace>,
     ) -> Result<Self, Error> {
-        let is_new = staged.must_be_new();
+        let WriteOptions { create_new: is_new, durability, .. } = staged.options();
         let (place, file) = staged.seal(length)?;
         let identity = Identity::of(&file).map_err(io_error("look at the new file for", path))?;
-        Ok(Self { path: path.clone(), place, site, file: Some(Arc::new(file)), is_new, identity, workspace })
+        let file = Some(Arc::new(file));
+        Ok(Self { path: path.clone(), place, site, file, is_new, durability, identity, workspace })
+    }
+
+    /// Its file, to be synced and closed; one that is not to be synced is closed here.
+    pub(crate) fn take_unsynced(&mut self) -> Option<Unsynced> {
+        let file = self.file.take()?;
+        (self.durability != Durability::None).then(|| Unsynced::New(self.path.clone(), file))
     }
 }
 
@@ -86,9 +95,9 @@ impl Prepared {
         let mut moves = steps.into_iter().map(|step| Move::new(&workspace, step)).collect::<Result<Vec<_>, _>>()?;
         let has_journal = !matches!(&moves[..], [Move::Put(_) | Move::Remove(_)]);
         let bytes: u64 = moves.iter().map(Move::bytes).sum();
-        let mut unsynced: Vec<_> = moves.iter_mut().filter_map(Move::unsynced).collect();
+        let mut unsynced: Vec<_> = moves.iter_mut().filter_map(|one| one.unsynced(durability)).collect();
         if !has_journal || bytes > QUICK_BYTES {
-            sync_files(std::mem::take(&mut unsynced), durability, gate)?;
+            sync_files(std::mem::take(&mut unsynced), gate)?;
         }
         let home = workspace.home();
         // Once these are locked, nobody else who asks for them, reader or writer, is in between.
@@ -198,10 +207,11 @@ impl Move {
     }
 
     /// What is to be synced: the new file, and one that gets another name, whoever has written it.
-    fn unsynced(&mut self) -> Option<Unsynced> {
+    fn unsynced(&mut self, durability: Durability) -> Option<Unsynced> {
         match self {
-            Self::Put(sealed) => Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?)),
+            Self::Put(sealed) => sealed.take_unsynced(),
             Self::Remove(_) => None,
+            Self::Rename { .. } if durability == Durability::None => None,
             Self::Rename { from, .. } => {
                 Some(Unsynced::Old(from.path.clone(), from.site.clone(), from.target.name.clone()))
             }
@@ -280,13 +290,16 @@ impl Committing {
     ) -> Result<(), Error> {
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
-        let mut draft = Draft::begin(workspace, &home, &chains, &mut unsynced)?;
+        let (mut draft, journal) = Draft::begin(workspace, &home, &chains)?;
         // The names beside the journal are synced together with its own.
         let others = chains.iter().flat_map(Chain::spots).map(|spot| &spot.site).filter(|site| site.id != home.id);
         let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
-        unsynced.extend(others.into_values().map(Unsynced::Names));
+        if durability != Durability::None {
+            unsynced.extend(others.into_values().map(Unsynced::Names));
+            unsynced.push(journal);
+        }
         // With that the new files are closed, and unlocked, before they become the targets.
-        sync_files(unsynced, durability, gate)?;
+        sync_files(unsynced, gate)?;
         draft.prepare(durability)?;
         let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
@@ -313,6 +326,9 @@ impl Committing {
             Ok(error) => Err(error),
             Err(source) => {
                 workspace.left.store(true, Ordering::Relaxed);
+                // Who has dropped the commit does not hear of it, and the next one finds the directory unrecovered.
+                #[cfg(feature = "tracing")]
+                tracing::error!(directory = ?home.path, error = %source, "a transaction is undecided until a recovery");
                 // The passage stays open until here, so that a drop waits for this too.
                 passage.done();
                 Err(Error::Undecided { directory: home.path.clone(), source })
@@ -332,12 +348,7 @@ struct Draft<'a> {
 
 impl<'a> Draft<'a> {
     /// Writes it, and what leads to it, and leaves all to be synced.
-    fn begin(
-        workspace: &Workspace,
-        home: &'a Arc<Site>,
-        chains: &[Chain],
-        unsynced: &mut Vec<Unsynced>,
-    ) -> Result<Self, Error> {
+    fn begin(workspace: &Workspace, home: &'a Arc<Site>, chains: &[Chain]) -> Result<(Self, Unsynced), Error> {
         let failed = || io_error("write a journal in", &home.path);
         let name = workspace.draft();
         let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
@@ -349,13 +360,12 @@ impl<'a> Draft<'a> {
             return Err(failed()(io::ErrorKind::FileTooLarge.into()));
         }
         file.write_all(&bytes).map_err(failed())?;
-        unsynced.push(Unsynced::Draft(home.clone(), file));
         for site in chains.iter().flat_map(Chain::spots).map(|spot| &spot.site) {
             if site.id != home.id && draft.pointed.iter().all(|known| known.id != site.id) {
                 draft.point(workspace, site)?;
             }
         }
-        Ok(draft)
+        Ok((draft, Unsynced::Draft(home.clone(), file)))
     }
 
     /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.

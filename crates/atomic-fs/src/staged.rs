@@ -338,10 +338,10 @@ impl Staged {
         &self.place.target.name
     }
 
-    /// Whether the target must not exist.
+    /// How it is written.
     #[cfg(unix)]
-    pub(crate) fn must_be_new(&self) -> bool {
-        self.options.create_new
+    pub(crate) fn options(&self) -> WriteOptions {
+        self.options
     }
 
     /// Hands over the file, cut to `length` and dressed but not synced, to a transaction.

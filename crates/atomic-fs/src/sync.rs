@@ -12,11 +12,11 @@ use std::vec;
 
 use tokio::runtime::Handle;
 
+use crate::Error;
 use crate::commit::Gate;
 use crate::platform::{Dir, Entry, Kind};
 use crate::site::Site;
 use crate::staged::io_error;
-use crate::{Durability, Error};
 
 /// How many threads sync at once at most.
 const THREADS: usize = 16;
@@ -62,10 +62,7 @@ fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
 
 /// Syncs and closes the files, several at once; after the first failure, which is returned, no other sync begins, nor once
 /// the gate is closed.
-pub(crate) fn sync_files(files: Vec<Unsynced>, durability: Durability, gate: &Gate) -> Result<(), Error> {
-    if durability == Durability::None {
-        return Ok(());
-    }
+pub(crate) fn sync_files(files: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
     let threads = files.len().div_ceil(FILES_PER_THREAD).min(THREADS);
     let batch = Arc::new(Batch::new(files));
     if let Ok(runtime) = Handle::try_current() {
@@ -177,14 +174,13 @@ mod tests {
     #[test]
     fn nothing_is_open_once_all_is_synced_with_and_without_threads_to_lend() {
         let (_dir, list, watch) = files(100);
-        sync_files(list, Durability::Full, &Gate::new()).unwrap();
+        sync_files(list, &Gate::new()).unwrap();
         assert!(watch.upgrade().is_none());
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
         let (_dir, list, watch) = files(100);
         // The only thread of the pool is the one that asks for others.
-        runtime.block_on(async {
-            tokio::task::spawn_blocking(|| sync_files(list, Durability::Full, &Gate::new())).await.unwrap().unwrap()
-        });
+        runtime
+            .block_on(async { tokio::task::spawn_blocking(|| sync_files(list, &Gate::new())).await.unwrap().unwrap() });
         assert!(watch.upgrade().is_none());
     }
 
@@ -195,7 +191,7 @@ mod tests {
         let (_reader, writer) = io::pipe().unwrap();
         let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer)));
         list.insert(7, Unsynced::New(Arc::from(dir.path()), pipe));
-        let error = sync_files(list, Durability::Full, &Gate::new()).unwrap_err();
+        let error = sync_files(list, &Gate::new()).unwrap_err();
         assert!(error.to_string().contains("sync the new file for"), "{error}");
         assert!(watch.upgrade().is_none());
     }

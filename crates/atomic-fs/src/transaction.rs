@@ -130,7 +130,8 @@ impl MultiFileTransaction {
     /// Sets how the files are written that are added from now on: mode, owner, attributes, symlinks, and whether they
     /// must be new. The default is that of [`WriteOptions`].
     ///
-    /// The [durability](WriteOptions::durability) is that of the whole transaction, as it is set when it is committed:
+    /// The [durability](WriteOptions::durability) of a file's content is that with which it was added. That of the names,
+    /// and with them of "all or none", is the one that is set when the transaction is committed:
     /// [`Ordered`](crate::Durability::Ordered) is as [`Full`](crate::Durability::Full); with
     /// [`None`](crate::Durability::None) all files are old or new as long as the machine runs, and whatever happens to the
     /// process, but not after a power cut.
@@ -185,9 +186,9 @@ impl MultiFileTransaction {
         self.add_files([(path, content)]).await
     }
 
-    /// Stages several files, each a path and its content, in as few hops to the blocking pool as it can.
+    /// Stages several files, each a path and its content, in one hop to the blocking pool.
     ///
-    /// It copies the contents.
+    /// It copies the contents, all of them before the first is staged; so add what is large in several calls.
     ///
     /// # Cancel safety
     ///
@@ -229,12 +230,13 @@ impl MultiFileTransaction {
         self.close_some(&first).await?;
         let (workspace, options) = (self.workspace(&first).await?, self.options);
         let staged = job(&first, move |gate| stage_all(&workspace, given, options, gate)).await?;
-        let mut named = self.named();
+        let mut among = HashSet::new();
         for sealed in &staged {
-            if !named.insert((sealed.site.id, sealed.place.target.name.clone())) {
+            let name = &sealed.place.target.name;
+            self.refuse_repetition(&sealed.site, name, &sealed.path)?;
+            if !among.insert((sealed.site.id, name)) {
                 return Err(Error::RepeatedTarget { path: sealed.path.to_path_buf() });
             }
-            self.refuse_noted(&sealed.path)?;
         }
         self.open += staged.iter().filter(|sealed| sealed.file.is_some()).count();
         self.changes.extend(staged.into_iter().map(|sealed| Change::Put(Box::new(sealed))));
@@ -283,10 +285,7 @@ impl MultiFileTransaction {
         let (workspace, target, options) = (self.workspace(&path).await?, path.clone(), self.options);
         let (staged, site) = job(&path, move |_| stage(&workspace, &target, options)).await?;
         let name = staged.target_name().to_owned();
-        if self.named().contains(&(site.id, name.clone())) {
-            return Err(Error::RepeatedTarget { path: path.to_path_buf() });
-        }
-        self.refuse_noted(&path)?;
+        self.refuse_repetition(&site, &name, &path)?;
         let writer = Some(Box::new(AtomicFileWriter::over(staged, path.clone(), runtime)));
         self.lent = Some(self.changes.len());
         self.changes.push(Change::Writing(Lent { path, name, site, writer, sealing: None }));
@@ -344,8 +343,9 @@ impl MultiFileTransaction {
     ///
     /// This method is cancel safe.
     /// If dropped before completion, all files are old or all are new, decided before the drop returns, and never change
-    /// later because of this call. A drop that finds the files being exchanged waits for that (a system call each), or for
-    /// all of it to be undone; before and after that it waits for nothing.
+    /// later because of this call. A drop that finds the files being exchanged waits for that (a system call each, and a
+    /// sync of the directory where a rename replaces a file), or for all of it to be undone; before and after that it waits
+    /// for nothing. If the disk fails after such a drop, the files are to be [recovered](crate::recover).
     ///
     /// # Errors
     ///
@@ -402,11 +402,12 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// Of this call itself: it was made [outside a runtime](Error::NoRuntime). The handle gives those of the commit.
-    pub fn commit_detached(self) -> Result<CommitHandle, Error> {
+    /// The handle gives those of the commit; or that this was called [outside a runtime](Error::NoRuntime).
+    pub fn commit_detached(self) -> CommitHandle {
         let path = self.changes.first().map_or_else(|| Path::new("").into(), Change::path);
-        let (runtime, gate) = (current_runtime(&path)?, Gate::new());
-        Ok(CommitHandle::new(gate.clone(), path, runtime.spawn(self.commit_by(gate))))
+        let gate = Gate::new();
+        let begun = current_runtime(&path).map(|runtime| runtime.spawn(self.commit_by(gate.clone())));
+        CommitHandle::new(gate, path, begun)
     }
 
     async fn commit_by(mut self, gate: Arc<Gate>) -> Result<(), Error> {
@@ -470,8 +471,7 @@ impl MultiFileTransaction {
             Change::Put(sealed) => Some(&mut **sealed),
             _ => None,
         }));
-        let durability = self.options.durability;
-        self.syncing = Some(Job::spawn(&runtime, &Gate::new(), path, move |gate| sync_files(files, durability, gate)));
+        self.syncing = Some(Job::spawn(&runtime, &Gate::new(), path, move |gate| sync_files(files, gate)));
         self.open = 0;
         Ok(())
     }
@@ -538,20 +538,11 @@ impl MultiFileTransaction {
         Ok(())
     }
 
-    /// The targets of staged files.
-    fn named(&self) -> HashSet<((u64, u64), OsString)> {
-        let target = |change: &Change| match change {
-            Change::Put(sealed) => Some((sealed.site.id, sealed.place.target.name.clone())),
-            Change::Writing(lent) => Some((lent.site.id, lent.name.clone())),
-            Change::Remove(_) | Change::Rename { .. } => None,
-        };
-        self.changes.iter().filter_map(target).collect()
-    }
-
-    /// Refuses a staged file for what is to be removed, or to be that of a rename.
-    fn refuse_noted(&self, path: &Path) -> Result<(), Error> {
+    /// Refuses a staged file for a target that has one, or is noted.
+    fn refuse_repetition(&self, site: &Site, name: &OsString, path: &Path) -> Result<(), Error> {
         let is_same = |change: &Change| match change {
-            Change::Put(_) | Change::Writing(_) => false,
+            Change::Put(sealed) => sealed.site.id == site.id && sealed.place.target.name == *name,
+            Change::Writing(lent) => lent.site.id == site.id && lent.name == *name,
             Change::Remove(removed) => **removed == *path,
             Change::Rename { to, .. } => **to == *path,
         };
@@ -590,10 +581,11 @@ impl Lent {
                 Sealed::new(*staged, base + tail.len() as u64, &path, site, workspace).map(Box::new)
             }));
         }
-        match &mut self.sealing {
-            Some(job) => job.await,
-            None => Err(Error::Broken { path: self.path.to_path_buf() }),
-        }
+        let Some(job) = &mut self.sealing else { return Err(Error::Broken { path: self.path.to_path_buf() }) };
+        let sealed = job.await;
+        // It has nothing more to say.
+        self.sealing = None;
+        sealed
     }
 }
 
@@ -677,7 +669,7 @@ fn stage_all(
     let mut all = Vec::new();
     for (path, content) in files {
         if all.len() % BATCH_FILES == 0 {
-            sync_files(take_open(all.iter_mut()), options.durability, gate)?;
+            sync_files(take_open(all.iter_mut()), gate)?;
         }
         let (mut staged, site) = stage(workspace, &path, options)?;
         staged.write_at(0, &content, gate)?;
@@ -686,7 +678,7 @@ fn stage_all(
     Ok(all)
 }
 
-/// Takes the open files out of these.
+/// Takes the open files out of these, to be synced and closed.
 fn take_open<'a>(sealed: impl Iterator<Item = &'a mut Sealed>) -> Vec<Unsynced> {
-    sealed.filter_map(|sealed| Some(Unsynced::New(sealed.path.clone(), sealed.file.take()?))).collect()
+    sealed.filter_map(Sealed::take_unsynced).collect()
 }

@@ -199,7 +199,7 @@ fn dropped_handle_of_a_detached_commit_leaves_it_to_go_on() {
         },
         async |(_, tx)| {
             let tx = tx.borrow_mut().take().unwrap();
-            tx.commit_detached().unwrap().await.unwrap();
+            tx.commit_detached().await.unwrap();
         },
         async |(scene, tx), _outcome| {
             if tx.borrow().is_none() {

@@ -177,6 +177,30 @@ fn entry() {
             tx.remove_file(path.join("gone"))?;
             tx.commit().await
         })),
+        "keep owners as nobody" => {
+            become_nobody();
+            one_pool_thread().block_on(async {
+                let keep = AtomicFileWriter::options().preserve(Preserve::ALL);
+                let single = keep.write(path.join("theirs"), "new").await.unwrap_err();
+                let mut tx = MultiFileTransaction::new().options(keep);
+                tx.add_file(path.join("ours"), "new").await.unwrap();
+                let several = tx.add_file(path.join("theirs"), "new").await.unwrap_err();
+                drop(tx);
+                say(&format!("{:?} {:?}", single.kind(), several.kind()));
+            });
+        }
+        // The content of each file as it was added with, the names as they are committed with.
+        task @ ("none, then full" | "full, then none") => say_result(one_pool_thread().block_on(async {
+            let durability = |name| if name == "none" { Durability::None } else { Durability::Full };
+            let (first, last) = task.split_once(", then ").unwrap();
+            let mut tx = MultiFileTransaction::new();
+            for name in [first, last] {
+                tx = tx.options(AtomicFileWriter::options().durability(durability(name)));
+                // More than are kept open, so that some are closed before the commit.
+                tx.add_files((0..70).map(|number| (path.join(format!("{name}{number}")), name))).await?;
+            }
+            tx.commit().await
+        })),
         "remove and add" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.remove_file(path.join("old"))?;

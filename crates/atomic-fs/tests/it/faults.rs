@@ -68,6 +68,30 @@ async fn a_full_disk_leaves_the_old_file() {
     atomic_fs::write(&path, &content[..60_000]).await.unwrap();
 }
 
+/// The last piece is written when the transaction is turned to again: whoever asks then is told, and whoever asks later.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_lent_writer_that_met_a_full_disk_breaks_its_transaction() {
+    let Some(disk) = small_disk("a_lent_writer_that_met_a_full_disk_breaks_its_transaction") else { return };
+    let at = |name: &str| disk.point.join(name);
+    std::fs::write(at("old"), "old").unwrap();
+    for is_committed in [true, false] {
+        let mut tx = MultiFileTransaction::new();
+        tx.writer(at("old")).await.unwrap().write_all(&[b'N'; 200_000]).await.unwrap();
+        assert!(tx.add_file(at("b"), "b").await.unwrap_err().is_storage_full());
+        for error in [tx.add_file(at("b"), "b").await.unwrap_err(), tx.writer(at("c")).await.map(drop).unwrap_err()] {
+            assert!(matches!(error, Error::Broken { .. }), "{error}");
+        }
+        if is_committed {
+            let error = tx.commit().await.unwrap_err();
+            assert_eq!((error.target(), matches!(error, Error::Broken { .. })), (TargetState::Unchanged, true));
+        } else {
+            tx.rollback().await.unwrap();
+        }
+        assert_eq!((std::fs::read(at("old")).unwrap(), names(&disk.point)), (b"old".to_vec(), vec!["old".to_owned()]));
+    }
+}
+
 #[tokio::test]
 async fn a_writer_that_met_a_full_disk_cannot_be_committed() {
     let Some(disk) = small_disk("a_writer_that_met_a_full_disk_cannot_be_committed") else { return };

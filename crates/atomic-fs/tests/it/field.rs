@@ -494,19 +494,19 @@ async fn a_detached_commit_goes_on_and_a_bounded_one_leaves_all_old() {
     let impatient = change("busy").await.patience(Duration::from_millis(50)).commit().await.unwrap_err();
     assert!(impatient.is_busy() && impatient.to_string().contains("50ms"), "{impatient}");
     assert!(begun.elapsed() < Duration::from_secs(15));
-    let detached = change("new").await.commit_detached().unwrap();
+    let detached = change("new").await.commit_detached();
     drop(lock);
     drop(detached);
     let is_new = |name| std::fs::read_to_string(at(name)).unwrap() == "new";
     let ended = || is_new("a") && is_new("b") && names(dir.path()) == ["a", "b"];
     crate::support::eventually("it changes all, and goes", ended).await;
-    change("newer").await.commit_detached().unwrap().await.unwrap();
+    change("newer").await.commit_detached().await.unwrap();
     change("newest").await.commit_within(Duration::MAX).await.unwrap();
     assert_eq!(all(dir.path()), pairs(&[("a", "newest"), ("b", "newest")]));
-    MultiFileTransaction::new().commit_detached().unwrap().await.unwrap();
+    MultiFileTransaction::new().commit_detached().await.unwrap();
     MultiFileTransaction::new().commit_within(Duration::ZERO).await.unwrap();
-    let outside = std::thread::spawn(|| MultiFileTransaction::new().commit_detached().unwrap_err());
-    assert!(matches!(outside.join().unwrap(), Error::NoRuntime { .. }));
+    let outside = std::thread::spawn(|| MultiFileTransaction::new().commit_detached()).join().unwrap();
+    assert!(matches!(outside.await, Err(Error::NoRuntime { .. })));
 }
 
 /// Every sync of the directory takes three seconds here; a drop that finds the files exchanged waits for none.
@@ -578,4 +578,51 @@ async fn what_somebody_put_where_a_renamed_file_was_is_not_moved_by_undoing_that
     std::fs::rename(at("one/a"), at("aside")).unwrap();
     assert_eq!(atomic_fs::recover(at("one")).await.unwrap().rolled_back, 1);
     assert_eq!(all(&at("one")), pairs(&[("a", "moved")]));
+}
+
+/// The right to give a file to its owner is missing: then nothing is changed, by a single write and by a transaction.
+#[tokio::test]
+async fn an_owner_that_cannot_be_kept_fails_a_transaction_as_it_fails_a_write() {
+    let (dir, at) = scene(&["ours", "theirs"]);
+    if !rustix::process::geteuid().is_root() {
+        crate::support::not_run("an_owner_that_cannot_be_kept", "only root has files of somebody else");
+        return;
+    }
+    for path in [dir.path().to_owned(), at("ours")] {
+        std::os::unix::fs::chown(path, Some(65534), Some(65534)).unwrap();
+    }
+    let said = child::outcome(child::command(&[], "keep owners as nobody", dir.path()));
+    assert_eq!(said.as_deref(), Some("PermissionDenied PermissionDenied"));
+    assert_eq!(all(dir.path()), pairs(&[("ours", "ours"), ("theirs", "theirs")]));
+}
+
+#[tokio::test]
+async fn each_content_is_as_durable_as_it_was_added_and_the_names_as_they_are_committed() {
+    let Some(strace) = child::strace("which files of a transaction are synced") else { return };
+    for (task, synced, are_names_synced) in [("none, then full", "full", true), ("full, then none", "full", false)] {
+        let (dir, at) = scene(&[]);
+        let place = dir.path().canonicalize().unwrap();
+        let log = tempdir().unwrap();
+        let log = log.path().join("calls");
+        let wrapper = [strace, "-f", "-qq", "-y", "-e", "trace=fsync,openat", "-o", log.to_str().unwrap()];
+        assert_eq!(child::outcome(child::command(&wrapper, task, dir.path())).as_deref(), Some("Ok"));
+        let log = std::fs::read_to_string(log).unwrap();
+        let syncs: Vec<_> = log.lines().filter(|line| line.contains("fsync(")).collect();
+        // By the number in the hidden name: the first 70 were added first.
+        let is_of = |line: &&&str, range: std::ops::RangeInclusive<u32>| {
+            let number = line.split_once(".afs-tx-").and_then(|(_, rest)| rest.split_once('-'));
+            number
+                .and_then(|(_, rest)| rest.split('>').next()?.parse().ok())
+                .is_some_and(|number| range.contains(&number))
+        };
+        let count =
+            |range: std::ops::RangeInclusive<u32>| syncs.iter().filter(|line| is_of(line, range.clone())).count();
+        let (first, last) = (count(1..=70), count(71..=140));
+        let wanted = if task.starts_with(synced) { (70, 0) } else { (0, 70) };
+        assert_eq!((first, last), wanted, "{task}");
+        let of_journal = syncs.iter().filter(|line| line.contains("-journal>")).count();
+        let of_names = syncs.iter().filter(|line| line.contains(&format!("<{}>", place.display()))).count();
+        assert_eq!((of_journal > 0, of_names > 0), (are_names_synced, are_names_synced), "{task}");
+        assert_eq!((names(dir.path()).len(), std::fs::read(at("full69")).unwrap()), (140, b"full".to_vec()));
+    }
 }
