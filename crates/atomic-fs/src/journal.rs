@@ -133,6 +133,21 @@ impl Pointer {
         }
     }
 
+    /// Where the pointer in `dir` leads, if there is one that leads to a journal's directory.
+    pub(crate) fn home(dir: &Dir) -> io::Result<Option<PathBuf>> {
+        match dir.look(POINTER.as_ref())? {
+            None => Ok(None),
+            Some(_) => match dir.read_link(POINTER.as_ref()) {
+                Ok(link) => match Self::parse(&link) {
+                    Some(pointer) => Ok(Some(pointer.home)),
+                    None => Err(io::Error::new(io::ErrorKind::InvalidData, "what should lead to one does not")),
+                },
+                Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(error),
+            },
+        }
+    }
+
     fn parse(link: &Path) -> Option<Self> {
         let tag = Tag::of_note(link.file_name()?)?;
         Some(Self { tag, home: link.parent()?.to_path_buf() })

@@ -197,6 +197,8 @@ mod file;
 #[cfg(unix)]
 mod journal;
 mod lane;
+#[cfg(unix)]
+mod lock;
 mod options;
 #[cfg(unix)]
 mod plan;
@@ -225,7 +227,7 @@ pub use error::{Error, TargetState};
 pub use file::{AtomicFileWriter, CommitHandle};
 pub use options::{Durability, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
-pub use reader::{ReadLock, read_lock};
+pub use reader::{ReadLock, open_together, read_lock};
 #[cfg(unix)]
 pub use recovery::{RecoveryReport, recover};
 pub use recovery::{SweepReport, sweep};

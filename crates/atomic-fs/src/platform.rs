@@ -66,14 +66,6 @@ pub(crate) struct Identity {
     pub(crate) modified: Moment,
 }
 
-/// With whom the lock of a directory is shared.
-#[cfg(unix)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Share {
-    Readers,
-    Nobody,
-}
-
 /// Who may use a file beside those whom its mode speaks of.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Guests {
@@ -89,6 +81,16 @@ pub(crate) enum Guests {
 }
 
 impl Guests {
+    /// Of a directory: those who may write to it, as they may then write to a file in it.
+    #[cfg(unix)]
+    pub(crate) fn for_writers(self) -> Self {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Self::Listed(list) = self {
+            return Self::Listed(list.for_writers());
+        }
+        self
+    }
+
     /// Those who are left when the file has another group.
     pub(crate) fn for_another_group(self) -> Self {
         #[cfg(any(target_os = "linux", target_os = "android"))]

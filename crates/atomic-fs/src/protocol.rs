@@ -16,12 +16,13 @@ use crate::apply::{abort, apply, forget, sync};
 use crate::chain::{Chain, Spot, Trust};
 use crate::commit::Gate;
 use crate::journal::{self, COMMITTED, POINTER, PREPARED, Pointer};
+use crate::lock::{Locking, Locks, Share};
 use crate::plan::Plan;
-use crate::platform::{Identity, Moment, Moved, Share};
+use crate::platform::{Identity, Moment, Moved};
 use crate::site::Site;
 use crate::staged::{Place, Staged, Target, io_error, remove_error, rename_error};
 use crate::sync::{Unsynced, sync_files};
-use crate::workspace::{Locking, Locks, Workspace};
+use crate::workspace::Workspace;
 use crate::{Durability, Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.

@@ -15,17 +15,17 @@ use crate::Error;
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::{directory, io_error, is_temp_name, open_error};
+use crate::staged::{directory, io_error, is_reserved, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply,
     chain::{Chain, Spot, Trust},
     journal::{self, PREPARED},
-    platform::Share,
+    lock::{self, Locking, Locks, Share},
     protocol::elsewhere,
     site::Site,
     waiting::with_locks,
-    workspace::{self, Locking, Locks},
+    workspace,
 };
 
 /// What a [`sweep`] found.
@@ -217,14 +217,14 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
             Recovered::Again => {}
         }
     }
-    Err(Error::Busy { directory: path.to_path_buf(), waited: workspace::LOCK_PATIENCE })
+    Err(Error::Busy { directory: path.to_path_buf(), waited: lock::LOCK_PATIENCE })
 }
 
 /// A recovery that is about to lock its directories.
 #[cfg(unix)]
 struct Recovering {
     home: Arc<Site>,
-    /// Those that it will have locked.
+    /// Those that it will have locked; none if there is nothing to recover.
     sites: Vec<Arc<Site>>,
 }
 
@@ -242,15 +242,25 @@ enum Recovered {
 impl Recovering {
     fn new(path: &Path) -> Result<(Self, Locking), Error> {
         let home = Arc::new(Site::open(path)?);
+        let names = home.dir.list().map_err(io_error("list", path))?;
+        if !names.iter().any(|name| is_reserved(name) && !is_temp_name(name) && !lock::is_lock(name)) {
+            // Nothing is to be done, which needs no right to write here.
+            lock::remove_dead(&home);
+            let locking = Locking::new([], Share::Nobody, lock::LOCK_PATIENCE);
+            return Ok((Self { home, sites: Vec::new() }, locking));
+        }
         // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
         let foreseen = find(&home).ok().flatten().map(|left| left.chains).unwrap_or_default();
         let spots = foreseen.iter().flat_map(Chain::spots).map(|spot| spot.site.clone());
         let sites: Vec<_> = spots.chain([home.clone()]).collect();
-        let locking = Locking::new(&sites, Share::Nobody, workspace::LOCK_PATIENCE);
+        let locking = Locking::new(&sites, Share::Nobody, lock::LOCK_PATIENCE);
         Ok((Self { home, sites }, locking))
     }
 
     fn finish(self, _locks: Locks, gate: &Gate) -> Result<Recovered, Error> {
+        if self.sites.is_empty() {
+            return Ok(Recovered::Done(RecoveryReport::default()));
+        }
         let left = find(&self.home)?;
         let chains = left.as_ref().map(|left| &left.chains[..]).unwrap_or_default();
         let is_locked = |spot: &Spot| self.sites.iter().any(|site| site.id == spot.site.id);

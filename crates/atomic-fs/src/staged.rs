@@ -58,6 +58,11 @@ impl Naming {
     }
 }
 
+/// Whether `name` is one that only this crate may give.
+pub(crate) fn is_reserved(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes())
+}
+
 /// Whether `name` is one that [`Staged`] gives to a temporary file.
 pub(crate) fn is_temp_name(name: &OsStr) -> bool {
     let digits = name.to_str().and_then(|name| name.strip_prefix(TEMP_PREFIX));
@@ -143,7 +148,7 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
     if !path.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes()) {
         return Err(invalid("it ends like a directory"));
     }
-    if name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes()) {
+    if is_reserved(name) {
         return Err(invalid("names that begin with .afs- are reserved for temporary files"));
     }
     Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
@@ -152,6 +157,13 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
 /// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
 pub(crate) fn directory(path: &Path) -> &Path {
     if path.as_os_str().is_empty() { Path::new(".") } else { path }
+}
+
+/// The path as seen from the working directory of now.
+#[cfg(unix)]
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    // A working directory that is gone is for the first system call to complain of.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// The name of the temporary file; removed when this is dropped, unless it has become the target's.
@@ -176,7 +188,7 @@ impl Place {
                 Err(error) => return Err(error),
             };
             self.taken = true;
-            if let Some(fresh) = lock(&file)? {
+            if let Some(fresh) = lock_new(&file)? {
                 return Ok((file, fresh));
             }
             // A sweep came between creation and lock, and took the file for litter.
@@ -219,7 +231,7 @@ impl Drop for Place {
 /// Locks a file that has just been created, so that no sweep takes it while its writer lives.
 ///
 /// Returns what the file is like, or `None` if a sweep was faster.
-pub(crate) fn lock(file: &File) -> io::Result<Option<Entry>> {
+pub(crate) fn lock_new(file: &File) -> io::Result<Option<Entry>> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Ok(None),

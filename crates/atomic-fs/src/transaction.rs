@@ -14,12 +14,13 @@ use tokio::time::Instant;
 
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
+use crate::lock::LOCK_PATIENCE;
 use crate::protocol::{Prepared, Sealed, Step};
 use crate::site::Site;
-use crate::staged::{Naming, Staged, Target, directory, io_error, split};
+use crate::staged::{Naming, Staged, Target, absolute, directory, io_error, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::waiting::with_locks;
-use crate::workspace::{LOCK_PATIENCE, Workspace};
+use crate::workspace::Workspace;
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
@@ -634,11 +635,6 @@ fn from_here(path: &Path) -> Result<PathBuf, Error> {
     // First as it was given, since what follows drops a dot at the end, which only a directory can have.
     split(path, path)?;
     Ok(absolute(path))
-}
-
-fn absolute(path: &Path) -> PathBuf {
-    // A working directory that is gone is for the first system call to complain of.
-    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// One hop to the blocking pool, cancelled if it is dropped.

@@ -17,8 +17,8 @@ use tokio::sync::oneshot;
 
 use crate::Error;
 use crate::commit::{Gate, Job};
+use crate::lock::{Locking, Locks};
 use crate::staged::io_error;
-use crate::workspace::{Locking, Locks};
 
 /// The shortest and the longest pause between two attempts.
 const PAUSES: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];

@@ -1,4 +1,4 @@
-//! What the jobs of one transaction share: its directories, its locks, and the note that says which files are its own.
+//! What the jobs of one transaction share: its directories, and the note that says which files are its own.
 //!
 //! Invariant: the note is made, and locked, before the first staged file, and goes after the last; in another directory
 //! than the journal's a symlink that leads there takes its place. So a staged file of which there is no locked note
@@ -11,18 +11,16 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::journal::{self, POINTER, Pointer};
-use crate::platform::{Dir, Entry, Identity, Kind, Share};
+use crate::lock;
+use crate::platform::{Dir, Entry, Identity, Kind};
 use crate::site::{PREFIX, Site, Tag, parse};
-use crate::staged::{io_error, lock, open_error};
+use crate::staged::{io_error, lock_new, open_error};
 
 /// How often a note is made anew, because a recovery took it before it could be locked.
 const NOTE_ATTEMPTS: usize = 32;
-/// How long the lock of a directory is waited for by default.
-pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
 /// No note is larger than this, so that a recovery need not read a file of any size.
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
 
@@ -53,7 +51,7 @@ impl Workspace {
             // From here on its drop removes it.
             let workspace =
                 Self { tag, sites: Mutex::new(vec![home.clone()]), note, given: Mutex::new(0), left: Arc::default() };
-            if lock(&workspace.note).map_err(io_error("lock a transaction's note in", journal_dir))?.is_some() {
+            if lock_new(&workspace.note).map_err(io_error("lock a transaction's note in", journal_dir))?.is_some() {
                 return Ok(workspace);
             }
         }
@@ -121,64 +119,6 @@ impl Drop for Workspace {
     }
 }
 
-/// Keeps directories locked; the locks go when this is dropped, or its process dies.
-#[derive(Debug)]
-pub(crate) struct Locks {
-    _held: Vec<Dir>,
-}
-
-/// Directories on the way to being locked.
-#[derive(Debug)]
-pub(crate) struct Locking {
-    /// The next one last.
-    wanted: Vec<Arc<Site>>,
-    held: Vec<Dir>,
-    /// The next one, open.
-    tried: Option<Dir>,
-    share: Share,
-    begun: Instant,
-    patience: Duration,
-}
-
-impl Locking {
-    /// Begins to lock all of `sites`, always in the same order, so that no two transactions wait for each other.
-    pub(crate) fn new<'a>(sites: impl IntoIterator<Item = &'a Arc<Site>>, share: Share, patience: Duration) -> Self {
-        let mut wanted: Vec<_> = sites.into_iter().cloned().collect();
-        wanted.sort_by_key(|site| std::cmp::Reverse(site.id));
-        wanted.dedup_by_key(|site| site.id);
-        Self { wanted, held: Vec::new(), tried: None, share, begun: Instant::now(), patience }
-    }
-
-    /// The directory that is not locked yet.
-    pub(crate) fn path(&self) -> &Path {
-        self.wanted.last().map_or(Path::new(""), |site| &site.path)
-    }
-
-    /// Locks what it can without waiting, which then stays so; `None` if something is left to be locked.
-    pub(crate) fn attempt(&mut self) -> Result<Option<Locks>, Error> {
-        while let Some(site) = self.wanted.last() {
-            let dir = match self.tried.take() {
-                Some(dir) => dir,
-                // A handle of its own: locks belong to the opening, and two jobs of one transaction must not share one.
-                None => site.dir.open_dir(Path::new(".")).map_err(|source| open_error(&site.path, source))?,
-            };
-            match dir.try_lock(self.share) {
-                Ok(()) => self.held.push(dir),
-                Err(TryLockError::WouldBlock) if self.begun.elapsed() >= self.patience => {
-                    return Err(Error::Busy { directory: site.path.clone(), waited: self.patience });
-                }
-                Err(TryLockError::WouldBlock) => {
-                    self.tried = Some(dir);
-                    return Ok(None);
-                }
-                Err(TryLockError::Error(source)) => return Err(io_error("lock the directory", &site.path)(source)),
-            }
-            self.wanted.pop();
-        }
-        Ok(Some(Locks { _held: std::mem::take(&mut self.held) }))
-    }
-}
-
 /// What recoveries removed of transactions that never were committed.
 #[derive(Debug, Default)]
 pub(crate) struct Litter {
@@ -212,7 +152,7 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     for (id, _, note) in &notes {
         let Some(note) = note else { continue };
         for foreign in foreign_sites(note)? {
-            let Some(site) = foreign.open(note, home) else { continue };
+            let Some(site) = foreign.open(note, home).map(Arc::new) else { continue };
             let names = site.dir.list()?;
             litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && !rest.is_empty())?;
             litter.removed += usize::from(remove_stale_pointer(&site, id)?);
@@ -270,14 +210,9 @@ impl Note {
 }
 
 /// Removes the pointer to a journal that never was committed.
-fn remove_stale_pointer(site: &Site, id: &str) -> io::Result<bool> {
+fn remove_stale_pointer(site: &Arc<Site>, id: &str) -> io::Result<bool> {
     // Whoever commits here now may just be putting a pointer of its own there.
-    let dir = site.dir.open_dir(Path::new("."))?;
-    match dir.try_lock(Share::Nobody) {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Ok(false),
-        Err(TryLockError::Error(error)) => return Err(error),
-    }
+    let Some(_alone) = lock::try_alone(site)? else { return Ok(false) };
     match Pointer::find(site) {
         Ok(Some(pointer)) if pointer.tag.note() == format!("{PREFIX}{id}") => remove(&site.dir, POINTER.as_ref()),
         // One that cannot be read is for a recovery of that directory.

@@ -83,6 +83,16 @@ impl List {
     }
 }
 
+impl List {
+    /// Of a directory: whoever may write to it may read and write, and nobody else may do anything; but the owner always may.
+    pub(crate) fn for_writers(mut self) -> Self {
+        for right in &mut self.0 {
+            right.bits = if right.tag == OWNER || right.bits & 2 != 0 { 6 } else { 0 };
+        }
+        self
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -3,7 +3,7 @@
 //! Invariant: a name is never resolved from the root or the working directory, only below an open directory.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{File, Permissions, TryLockError};
+use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, fchown};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags};
 
-use super::{Entry, Guests, Identity, Kind, Moved, Share};
+use super::{Entry, Guests, Identity, Kind, Moved};
 
 /// An open directory.
 #[derive(Debug)]
@@ -51,13 +51,19 @@ impl Dir {
 
     /// Creates the file `name`, which must not exist; the umask applies to `mode`.
     pub(crate) fn create(&self, name: &OsStr, mode: u32) -> io::Result<File> {
-        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, mode_bits(mode))?))
     }
 
     /// Opens the file `name` for reading, following no symlink and waiting for no FIFO.
     pub(crate) fn read(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+        Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
+    }
+
+    /// Opens the file `name` for reading and writing, following no symlink and waiting for no FIFO.
+    pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
+        let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
     }
 
@@ -98,9 +104,14 @@ impl Dir {
         Ok(rustix::fs::unlinkat(&self.0, name, AtFlags::empty())?)
     }
 
+    /// Looks at this directory.
+    pub(crate) fn entry(&self) -> io::Result<Entry> {
+        Entry::of(&self.0)
+    }
+
     /// Device and inode of this directory.
     pub(crate) fn id(&self) -> io::Result<(u64, u64)> {
-        Ok(Entry::of(&self.0)?.id)
+        Ok(self.entry()?.id)
     }
 
     /// By what this directory is known again.
@@ -115,14 +126,6 @@ impl Dir {
             names.push(OsStr::from_bytes(entry?.file_name().to_bytes()).to_owned());
         }
         Ok(names)
-    }
-
-    /// Tries to lock this directory against others that do so; the lock lives as long as this handle.
-    pub(crate) fn try_lock(&self, share: Share) -> Result<(), TryLockError> {
-        match share {
-            Share::Readers => self.0.try_lock_shared(),
-            Share::Nobody => self.0.try_lock(),
-        }
     }
 
     /// Gives the file `from` of the directory `source` a second name here.

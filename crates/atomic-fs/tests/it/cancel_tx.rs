@@ -269,10 +269,7 @@ fn explore_add(name: &str, add: Add, is_lent: bool) {
 
 /// Runs `work` on a directory that somebody else keeps locked for a moment, if it `waits`.
 async fn beside_a_lock<T>(dir: &Path, waits: bool, work: impl Future<Output = T>) -> T {
-    let lock = std::fs::File::open(dir).unwrap();
-    if waits {
-        lock.try_lock().unwrap();
-    }
+    let lock = waits.then(|| crate::support::lock_free(dir, false).unwrap());
     let hold = async {
         if waits {
             tokio::time::sleep(Duration::from_millis(2)).await;

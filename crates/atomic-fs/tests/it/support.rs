@@ -3,10 +3,13 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// The names in `dir`, sorted.
+/// What locks are called. One that is held, or that somebody left who was killed, harms nobody; `lock.rs` looks at them.
+pub(crate) const LOCKS: [&str; 2] = [".afs-lock", ".afs-turn"];
+
+/// The names in `dir` but for locks, sorted.
 pub(crate) fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> =
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
+    let mut names: Vec<_> = names.filter(|name| !LOCKS.contains(&name.as_str())).collect();
     names.sort();
     names
 }
@@ -30,15 +33,31 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
 /// At once, but for a moment in which a child of another test is being started: until it is executed it has a copy of
 /// every descriptor of this process, and with it the lock.
 #[cfg(unix)]
-pub(crate) fn lock_free(dir: &Path, shared: bool) -> Result<std::fs::File, String> {
+pub(crate) fn lock_free(dir: &Path, shared: bool) -> Result<Locked, String> {
     let begun = Instant::now();
     loop {
-        let file = std::fs::File::open(dir).unwrap();
+        let path = dir.join(LOCKS[0]);
+        let file = std::fs::File::create(&path).unwrap();
         match if shared { file.try_lock_shared() } else { file.try_lock() } {
-            Ok(()) => return Ok(file),
+            Ok(()) => return Ok(Locked { _file: file, path }),
             Err(error) if begun.elapsed() > Duration::from_secs(2) => return Err(format!("still locked: {error}")),
             Err(_) => std::thread::yield_now(),
         }
+    }
+}
+
+/// A lock that only its holder removes.
+#[cfg(unix)]
+#[derive(Debug)]
+pub(crate) struct Locked {
+    _file: std::fs::File,
+    path: std::path::PathBuf,
+}
+
+#[cfg(unix)]
+impl Drop for Locked {
+    fn drop(&mut self) {
+        std::fs::remove_file(&self.path).unwrap();
     }
 }
 
