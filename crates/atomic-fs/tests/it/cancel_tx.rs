@@ -295,6 +295,19 @@ fn dropped_read_lock_locks_nothing() {
 }
 
 #[test]
+fn dropped_open_together_leaves_nothing() {
+    let report = Explore::new().ways(WAYS).run(
+        async || Scene::new(),
+        async |scene| {
+            let path = |name| scene.dir.path().join(name);
+            assert_eq!(atomic_fs::open_together([path("a"), path("b")]).await.unwrap().len(), 2);
+        },
+        async |scene, _outcome| check(scene.dir.path(), |pair| *pair == ("old".into(), "old".into())),
+    );
+    assert_clean("open_together", &report);
+}
+
+#[test]
 fn dropped_recover_has_done_everything_or_nothing() {
     let Some(strace) = child::strace("a dropped recovery") else { return };
     // The first renames the journal, the second exchanges `a`; so `b` is still to be exchanged.

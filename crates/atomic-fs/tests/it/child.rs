@@ -328,6 +328,15 @@ fn entry() {
             }
         }),
         #[cfg(target_os = "linux")]
+        "read in turns" | "commit in turns" => {
+            tokio::runtime::Runtime::new().unwrap().block_on(crate::lock::busy(&task, path));
+        }
+        #[cfg(target_os = "linux")]
+        "hold up as nobody" => {
+            become_nobody();
+            one_pool_thread().block_on(crate::lock::hold_up(path, say));
+        }
+        #[cfg(target_os = "linux")]
         "replace many" => say_result(one_pool_thread().block_on(crate::many::replace_all(path))),
         "count transactions" => runtime().block_on(async {
             for number in 1_u64.. {

@@ -9,6 +9,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use crate::child;
+use crate::support::LOCKS;
 
 /// A name: the number of its directory, and what it is called there.
 type Name = (usize, String);
@@ -260,7 +261,7 @@ impl Reader {
                 self.change(trace, vec![(to, Some(trace.nodes.len() - 1))]);
             }
             "unlinkat" => {
-                let Some(name) = self.name(call, 0) else { return };
+                let Some(name) = self.name(call, 0).filter(|name| !LOCKS.contains(&&*name.1)) else { return };
                 self.change(trace, vec![(name, None)]);
             }
             "ftruncate" | "pwrite64" | "pwritev2" | "rename" | "link" | "symlink" | "unlink" => {
@@ -281,7 +282,8 @@ impl Reader {
                 (trace.dirs.iter().position(|dir| *dir == path), None)
             }
         };
-        let node = below.and_then(|name| {
+        // A lock is empty and tells a recovery nothing; each would double the states.
+        let node = below.filter(|name| !LOCKS.contains(&&*name.1)).and_then(|name| {
             let is_new = call.arguments[2].contains("O_CREAT") && !self.now.contains_key(&name);
             if is_new {
                 trace.nodes.push(Thing::File(Vec::new()));
