@@ -38,8 +38,9 @@ impl Kind {
     /// How it is mounted: without what ext4 does by default to hide a missing sync.
     fn options(self) -> &'static str {
         match self {
-            Self::Ext4 => "loop,noauto_da_alloc",
-            Self::Xfs => "loop",
+            Self::Ext4 => "noauto_da_alloc",
+            // What is kept alive so has the same identity.
+            Self::Xfs => "nouuid",
         }
     }
 }
@@ -92,10 +93,15 @@ impl Disk {
         self.temp.path().join("image")
     }
 
+    /// On a device of its own each time. Any process that has meanwhile been given mounts of its own, as by unshare(1),
+    /// keeps what was mounted before alive, cut as it is; and the device that it is on would show that once more.
     fn mount(&self) -> Result<(), String> {
+        let device = run(Command::new("losetup").args(["--find", "--show"]).arg(self.image()))?;
         let mut mount = Command::new("mount");
-        mount.args(["-t", self.kind.name(), "-o", self.kind.options()]).arg(self.image()).arg(&self.point);
-        run(&mut mount)
+        let mounted = run(mount.args(["-t", self.kind.name(), "-o", self.kind.options(), &device]).arg(&self.point));
+        // It goes with the last mount.
+        run(Command::new("losetup").args(["--detach", &device]))?;
+        mounted.map(drop)
     }
 
     /// Cuts the power: nothing more reaches the disk. Then the machine starts again.
@@ -118,12 +124,6 @@ impl Disk {
 
     /// Where the campaign takes place.
     pub(super) fn dir(&self) -> PathBuf {
-        // A kernel that has met so many cuts may give the file system up by itself, some time after it was mounted. The
-        // disk is as it should be, and so it is mounted again; nothing of the crate has run since.
-        if std::fs::read_dir(&self.point).is_err() {
-            println!("{} was given up by the kernel, and is mounted again", self.kind.name());
-            run(Command::new("umount").arg(&self.point)).and_then(|()| self.mount()).unwrap();
-        }
         self.point.join("traced")
     }
 
@@ -139,11 +139,11 @@ impl Drop for Disk {
     }
 }
 
-/// Runs a command; the error is what it said.
-fn run(command: &mut Command) -> Result<(), String> {
+/// Runs a command, and hands out its output; the error is what it said.
+fn run(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match command.output() {
-        Ok(output) if output.status.success() => Ok(()),
+        Ok(output) if output.status.success() => Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned()),
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
             let said: Vec<_> = said.split_whitespace().collect();
