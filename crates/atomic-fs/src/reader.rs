@@ -133,7 +133,10 @@ const PAUSES: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis
 /// # }
 /// ```
 pub async fn open_together<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<File>, Error> {
-    let paths: Arc<[PathBuf]> = paths.into_iter().map(|path| absolute(path.as_ref())).collect();
+    open_within(paths.into_iter().map(|path| absolute(path.as_ref())).collect(), LOCK_PATIENCE).await
+}
+
+async fn open_within(paths: Arc<[PathBuf]>, patience: Duration) -> Result<Vec<File>, Error> {
     let Some(first) = paths.first().map(|path| Arc::<Path>::from(&**path)) else { return Ok(Vec::new()) };
     let runtime = current_runtime(&first)?;
     let begun = Instant::now();
@@ -150,7 +153,7 @@ pub async fn open_together<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -
         });
         match attempt.await? {
             Ok(files) => return Ok(files),
-            Err(obstacle) if begun.elapsed() >= LOCK_PATIENCE => return Err(obstacle),
+            Err(obstacle) if begun.elapsed() >= patience => return Err(obstacle),
             Err(_) => pause = (pause * 2).min(longest),
         }
     }
@@ -177,9 +180,7 @@ fn open_at_once(paths: &[PathBuf]) -> Result<Result<Vec<File>, Error>, Error> {
         let (opened, named) = (Identity::of(file), now.dir.identify(&now.name));
         let failed = || io_error("look at", path);
         let (opened, named) = (opened.map_err(failed())?, named.map_err(failed())?);
-        let directories = (target.dir.id().map_err(failed())?, now.dir.id().map_err(failed())?);
-        let is_same = named.is_some_and(|named| (named.inode, named.born) == (opened.inode, opened.born));
-        if !is_same || directories.0 != directories.1 {
+        if named.is_none_or(|named| (named.inode, named.born) != (opened.inode, opened.born)) {
             return Ok(Err(Error::Busy { directory: target.parent.clone(), waited: LOCK_PATIENCE }));
         }
     }
@@ -194,4 +195,75 @@ fn is_exchanging(target: &Target) -> std::io::Result<bool> {
     let Some(home) = Pointer::home(&target.dir)? else { return Ok(false) };
     // Where that leads to no journal, its transaction has ended. What cannot be looked at may go on.
     target.dir.open_dir(&home).map_or(Ok(true), |home| is_present(&home))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+    use crate::journal::{COMMITTED, POINTER, PREPARED};
+
+    #[tokio::test]
+    async fn nothing_is_opened_while_files_of_its_directory_may_be_exchanged() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for place in ["one", "other"] {
+            std::fs::create_dir(at(place)).unwrap();
+            std::fs::write(at(place).join("file"), place).unwrap();
+        }
+        let opened = async || {
+            let paths = ["one", "other"].map(|place| at(place).join("file"));
+            open_within(paths.into(), Duration::from_millis(20)).await
+        };
+        assert_eq!(opened().await.unwrap().len(), 2);
+        for journal in [PREPARED, COMMITTED] {
+            std::fs::write(at("other").join(journal), "").unwrap();
+            let error = opened().await.unwrap_err();
+            assert!(error.is_unrecovered() && error.to_string().contains("other"), "{error}");
+            std::fs::remove_file(at("other").join(journal)).unwrap();
+        }
+        // What leads to a journal that is not there any more stops nobody; what leads nowhere does, and what is no such thing.
+        symlink("../.afs-tx-0123456789abcdef", at("one").join(POINTER)).unwrap();
+        assert_eq!(opened().await.unwrap().len(), 2);
+        std::fs::write(at(COMMITTED), "").unwrap();
+        assert!(opened().await.unwrap_err().is_unrecovered());
+        for (link, is_unrecovered) in [("../gone/.afs-tx-0123456789abcdef", true), ("../file", false)] {
+            std::fs::remove_file(at("one").join(POINTER)).unwrap();
+            symlink(link, at("one").join(POINTER)).unwrap();
+            let error = opened().await.unwrap_err();
+            assert_eq!(error.is_unrecovered(), is_unrecovered, "{error}");
+            assert!(error.to_string().contains("one"), "{error}");
+        }
+    }
+
+    #[test]
+    fn what_has_been_replaced_since_it_was_opened_is_opened_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("file");
+        // Opened first as the one, and looked at again as the other.
+        let [one, other] = ["one", "other"].map(|name| dir.path().join(name));
+        for target in [&one, &other] {
+            std::fs::write(target, "").unwrap();
+        }
+        symlink(&one, &path).unwrap();
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let mut counts = [0, 0];
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    for target in [&one, &other] {
+                        let fresh = dir.path().join("fresh");
+                        symlink(target, &fresh).unwrap();
+                        std::fs::rename(&fresh, &path).unwrap();
+                    }
+                }
+            });
+            while counts.contains(&0) {
+                let opened = open_at_once(std::slice::from_ref(&path)).unwrap();
+                counts[usize::from(opened.is_err_and(|error| error.is_busy()))] += 1;
+            }
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
 }
