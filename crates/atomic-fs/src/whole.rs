@@ -168,7 +168,7 @@ pub async fn write_json_with_timeout<T: serde::Serialize + ?Sized>(
 }
 
 #[cfg(feature = "json")]
-fn to_json<T: serde::Serialize + ?Sized>(path: &Path, value: &T) -> Result<Vec<u8>, Error> {
+pub(crate) fn to_json<T: serde::Serialize + ?Sized>(path: &Path, value: &T) -> Result<Vec<u8>, Error> {
     serde_json::to_vec_pretty(value)
         .map_err(|error| Error::Serialize { path: path.to_path_buf(), source: error.into() })
 }

@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::unwrap_in_result, reason = "a failed unwrap is a failed test")]
 #![expect(clippy::print_stdout, reason = "a test that needs root says so, and a child process reports to its parent")]
 
+mod blocking;
 mod cancel;
 mod happy;
 mod prop;
