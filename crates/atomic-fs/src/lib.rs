@@ -215,8 +215,6 @@ mod staged;
 mod sync;
 #[cfg(unix)]
 mod transaction;
-#[cfg(unix)]
-mod waiting;
 mod whole;
 #[cfg(unix)]
 mod workspace;

@@ -11,12 +11,11 @@ use std::time::{Duration, Instant};
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::journal::{Pointer, is_present};
-use crate::lock::{LOCK_PATIENCE, Locking, Locks, Share};
+use crate::lock::{LOCK_PATIENCE, Locking, Locks, Share, with_locks};
 use crate::platform::Identity;
 use crate::protocol::refuse_unfinished;
 use crate::site::Site;
 use crate::staged::{Target, absolute, directory, io_error};
-use crate::waiting::with_locks;
 use crate::{Error, WriteOptions};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].

@@ -21,10 +21,9 @@ use crate::{
     apply,
     chain::{Chain, Spot, Trust},
     journal::{self, PREPARED},
-    lock::{self, Locking, Locks, Share},
+    lock::{self, Locking, Locks, Share, with_locks},
     protocol::elsewhere,
     site::Site,
-    waiting::with_locks,
     workspace,
 };
 
