@@ -288,6 +288,7 @@ impl Committing {
         durability: Durability,
         gate: &Gate,
     ) -> Result<(), Error> {
+        self.plan.lift(workspace)?;
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
         let (mut draft, journal) = Draft::begin(workspace, &home, &chains)?;
