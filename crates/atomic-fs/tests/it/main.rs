@@ -27,6 +27,8 @@ mod hostile;
 mod many;
 #[cfg(unix)]
 mod metadata;
+#[cfg(target_os = "linux")]
+mod mounts;
 #[cfg(unix)]
 mod processes;
 #[cfg(target_os = "linux")]
