@@ -53,7 +53,12 @@ impl Missing<'_> {
 /// Sees to what the campaigns of faults and power cuts run. They need Linux, and power cuts root: where a tool cannot be
 /// had, the tests go on without it, and the closing table names what was not run.
 pub(crate) fn see_to_tools() {
-    for (program, name, debian) in [("strace", "strace", "strace"), ("mkfs.xfs", "xfsprogs", "xfsprogs")] {
+    let tools = [
+        ("strace", "strace", "strace"),
+        ("mkfs.xfs", "xfsprogs", "xfsprogs"),
+        ("mkfs.btrfs", "btrfs-progs", "btrfs-progs"),
+    ];
+    for (program, name, debian) in tools {
         let is_of_use = cfg!(target_os = "linux") && (is_root() || program == "strace");
         if is_of_use && find(program).is_none() {
             let missing = Missing { name, debian, homebrew: "" };

@@ -37,6 +37,26 @@ impl Spot {
     fn remove(&self) -> io::Result<()> {
         self.dir().remove(&self.name)
     }
+
+    /// Has the file lie in the upper layer of an overlay, by giving it the name `spare` for a moment; and identifies it.
+    pub(crate) fn lift(&self, spare: &OsStr) -> io::Result<Option<Identity>> {
+        let dir = self.dir();
+        match dir.link(dir, &self.name, spare) {
+            Ok(()) => {
+                dir.remove(spare)?;
+                self.identify()
+            }
+            // Not everybody may link the files of others. Its copy will keep the number, unless it has several names.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                match dir.look(&self.name)? {
+                    Some(entry) if entry.links > 1 => return Err(error),
+                    _ => {}
+                }
+                Ok(self.identify()?.map(|found| Identity { born: None, ..found }))
+            }
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// Names whose files change places. Step `i` exchanges what the carrier has with what is at `names[i - 1]`.

@@ -139,6 +139,8 @@
 //! - All targets and the journal are on one file system, with file locks, and with symlinks if they are in several
 //!   directories. Where files cannot be exchanged in one step,
 //!   three steps by way of a hard link do it, equally safe.
+//! - On overlayfs a transaction has the files of a lower layer copied before it replaces, renames or removes them. Where
+//!   links to the files of others are restricted, one that has several names makes the commit fail, with all unchanged.
 //! - A file that a transaction renames over another has for a moment, or after a crash until [`recover`], only a hidden
 //!   name; every visible name has its old file or its new one. If three or more files change places in a circle, the first
 //!   of them shows the others in turn.

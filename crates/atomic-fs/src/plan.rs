@@ -129,6 +129,17 @@ impl Plan {
         false
     }
 
+    /// Has each file that is there lie in the upper layer, where a directory is on an overlay.
+    ///
+    /// What lies in a lower layer is copied when it is first changed, and be it by a rename. The copy is born later, and
+    /// may have another number; so that happens before it is written down by what the file is known again.
+    pub(crate) fn lift(&mut self, workspace: &Workspace) -> Result<(), Error> {
+        for node in self.nodes.iter_mut().filter(|node| node.old.is_some() && node.spot.site.is_layered) {
+            node.old = node.spot.lift(&workspace.name()).map_err(io_error("look at", &node.path))?;
+        }
+        Ok(())
+    }
+
     /// Makes chains of the names between which files are moved; first those that put something somewhere.
     pub(crate) fn chains(&self, workspace: &Workspace) -> Vec<Chain> {
         let mut is_told = vec![false; self.nodes.len()];

@@ -289,6 +289,7 @@ impl Committing {
         durability: Durability,
         gate: &Gate,
     ) -> Result<(), Error> {
+        self.plan.lift(workspace)?;
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
         let (mut draft, journal) = Draft::begin(workspace, &home, &chains)?;
@@ -414,6 +415,30 @@ impl Drop for Draft<'_> {
         }
         for site in &self.pointed {
             let _left = journal::remove_pointer(site);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As on a network file system: the rename that was to commit it took effect, and reported an error.
+    #[test]
+    fn a_journal_that_was_not_committed_goes_by_either_of_its_names_and_takes_what_leads_to_it_along() {
+        let scratch = tempfile::tempdir().expect("the temporary directory has room");
+        let [home, other] = ["home", "other"].map(|name| {
+            std::fs::create_dir(scratch.path().join(name)).expect("the directory is ours");
+            Arc::new(Site::open(&scratch.path().join(name)).expect("it is there"))
+        });
+        for name in [PREPARED, COMMITTED] {
+            std::fs::write(home.path.join(name), "").expect("the directory is ours");
+        }
+        std::fs::write(other.path.join(POINTER), "").expect("the directory is ours");
+        let pointed = vec![other.clone()];
+        drop(Draft { home: &home, name: Some(PREPARED.into()), pointed, written: Moment::default() });
+        for site in [home, other] {
+            assert!(site.dir.list().expect("it is there").iter().all(|name| name == "." || name == ".."), "{site:?}");
         }
     }
 }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::Error;
-use crate::platform::Dir;
+use crate::platform::{Dir, Identity};
 use crate::staged::open_error;
 
 /// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
@@ -23,6 +23,8 @@ pub(crate) struct Site {
     /// Without symlinks, so that it still leads here when the process has gone elsewhere.
     pub(crate) path: PathBuf,
     pub(crate) id: (u64, u64),
+    /// Whether it is on an overlay, where what lies in a lower layer is copied as soon as it is changed.
+    pub(crate) is_layered: bool,
 }
 
 impl Site {
@@ -34,13 +36,19 @@ impl Site {
     /// The directory that was opened by `path`.
     pub(crate) fn of(dir: Arc<Dir>, path: &Path) -> Result<Self, Error> {
         let failed = |source| open_error(path, source);
-        let id = dir.id().map_err(failed)?;
+        let (id, is_layered) = (dir.id().map_err(failed)?, dir.is_layered());
         let canonical = std::fs::canonicalize(path).map_err(failed)?;
         // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
         if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {
             return Err(failed(io::Error::other("it was moved while it was opened")));
         }
-        Ok(Self { dir, path: canonical, id })
+        Ok(Self { dir, path: canonical, id, is_layered })
+    }
+
+    /// By what the directory itself is known again: on an overlay not by its birth, since its copy is born later.
+    pub(crate) fn mark(&self) -> io::Result<String> {
+        let identity = self.dir.identity()?;
+        Ok(Identity { born: identity.born.filter(|_| !self.is_layered), ..identity }.mark())
     }
 }
 

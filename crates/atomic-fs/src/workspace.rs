@@ -252,7 +252,7 @@ struct Foreign {
 
 impl Foreign {
     fn new(note: &File, home: &Site, site: &Site) -> io::Result<Self> {
-        let marks = [Identity::of(note)?.mark(), site.dir.identity()?.mark()];
+        let marks = [Identity::of(note)?.mark(), site.mark()?];
         Ok(Self { marks, way: journal::way(&home.path, &site.path) })
     }
 
@@ -273,9 +273,10 @@ impl Foreign {
     /// moved or removed since is out of reach, and harmless.
     fn open(&self, note: &File, home: &Site) -> Option<Site> {
         let site = Site::open(&home.path.join(&self.way)).ok()?;
-        let marks = [Identity::of(note).ok()?.mark(), site.dir.identity().ok()?.mark()];
+        let marks = [Identity::of(note).ok()?.mark(), site.mark().ok()?];
         let [is_note, is_site] = [0, 1].map(|end| marks[end] == self.marks[end]);
-        (is_note == is_site).then_some(site)
+        // The directories of an overlay whose layers are on several file systems are numbered anew when it is mounted.
+        (is_note == is_site || (is_note && site.is_layered)).then_some(site)
     }
 }
 

@@ -114,6 +114,18 @@ impl Dir {
         Ok(self.entry()?.id)
     }
 
+    /// Whether this directory is on an overlay of several layers.
+    pub(crate) fn is_layered(&self) -> bool {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        {
+            const OVERLAYFS_SUPER_MAGIC: u32 = 0x794c_7630;
+            // The width and the sign of this field differ between architectures.
+            rustix::fs::fstatfs(&self.0).is_ok_and(|found| found.f_type as u32 == OVERLAYFS_SUPER_MAGIC)
+        }
+        #[cfg(not(any(target_os = "linux", target_os = "android")))]
+        false
+    }
+
     /// By what this directory is known again.
     pub(crate) fn identity(&self) -> io::Result<Identity> {
         Identity::of(&self.0)

@@ -38,13 +38,14 @@ fn is_decisive(call: &Call) -> bool {
 
 /// Whether a call leaves the file system as it is, so that a power cut at it is one at the next call that does not.
 fn is_look(call: &Call) -> bool {
-    const LOOKS: [&str; 15] = [
+    const LOOKS: [&str; 16] = [
         "read",
         "readlinkat",
         "readlink",
         "statx",
         "newfstatat",
         "fstat",
+        "fstatfs",
         "lseek",
         "getdents64",
         "flock",

@@ -224,6 +224,57 @@ async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_v
     }
 }
 
+/// That the old file is another one only counts if that was after the journal was written.
+#[tokio::test]
+async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_written_later_is_not() {
+    let Some(strace) = child::strace("an old file is written before or after the journal") else { return };
+    for (seconds, is_replaced) in [(1_200_000_000, true), (9_000_000_000, false)] {
+        let (dir, at) = scene(&[]);
+        let set = |path: PathBuf, seconds| {
+            let moment = std::time::UNIX_EPOCH + Duration::from_secs(seconds);
+            std::fs::File::options().write(true).open(path).unwrap().set_modified(moment).unwrap();
+        };
+        for name in ["a", "b"] {
+            std::fs::write(at(name), "old").unwrap();
+            set(at(name), 1_000_000_000);
+        }
+        let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
+        assert_eq!(child::outcome(child::command(&wrapper, "pair new new", dir.path())), None);
+        set(at("b"), seconds);
+        let recovered = atomic_fs::recover(dir.path()).await;
+        assert_eq!(recovered.is_ok(), is_replaced, "{recovered:?}");
+        let content = if is_replaced { "new" } else { "old" };
+        assert_eq!(std::fs::read_to_string(at("b")).unwrap(), content);
+    }
+}
+
+/// What leads to a journal is passed over if another transaction's journal has taken its place.
+#[tokio::test]
+async fn a_pointer_to_the_journal_of_another_transaction_stops_nobody() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    let pointer = tree.join("b/.afs-journal-elsewhere");
+    let kept = std::fs::read_link(&pointer).unwrap();
+    atomic_fs::recover(tree.join("a")).await.unwrap();
+    std::os::unix::fs::symlink(&kept, &pointer).unwrap();
+    let wrapper = ["strace", "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=2"];
+    assert_eq!(child::outcome(child::command(&wrapper, "pair new new", &tree.join("a"))), None);
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(tree.join("b/y"), "newer").await.unwrap();
+    tx.add_file(tree.join("b/z"), "newer").await.unwrap();
+    tx.commit().await.unwrap();
+    drop(atomic_fs::read_lock(tree.join("b")).await.unwrap());
+    let report = atomic_fs::recover(tree.join("b")).await.unwrap();
+    assert_eq!((report.rolled_forward, names(&tree.join("b"))), (0, vec!["y".to_owned(), "z".to_owned()]));
+    assert_eq!(atomic_fs::recover(tree.join("a")).await.unwrap().rolled_forward, 1);
+    // One that leads nowhere gives way to the next.
+    std::os::unix::fs::symlink(&kept, &pointer).unwrap();
+    let mut tx = MultiFileTransaction::begin(tree.join("a"));
+    tx.add_files([(tree.join("a/x"), "last"), (tree.join("b/y"), "last")]).await.unwrap();
+    tx.commit().await.unwrap();
+    assert_eq!((contents(&tree), temps(&tree.join("b"))), (both("last"), vec![]));
+}
+
 /// A directory with files whose content is their name.
 fn scene(files: &[&str]) -> (TempDir, impl Fn(&str) -> PathBuf) {
     let dir = tempdir().unwrap();
@@ -624,5 +675,27 @@ async fn each_content_is_as_durable_as_it_was_added_and_the_names_as_they_are_co
         let of_names = syncs.iter().filter(|line| line.contains(&format!("<{}>", place.display()))).count();
         assert_eq!((of_journal > 0, of_names > 0), (are_names_synced, are_names_synced), "{task}");
         assert_eq!((names(dir.path()).len(), std::fs::read(at("full69")).unwrap()), (140, b"full".to_vec()));
+    }
+}
+
+/// By its new name it must survive a power cut, whoever has written it and not synced it.
+#[tokio::test]
+async fn what_is_renamed_is_synced_before_the_commit() {
+    let Some(strace) = child::strace("whether a renamed file is synced") else { return };
+    let (dir, at) = scene(&[]);
+    std::fs::create_dir(at("one")).unwrap();
+    for name in ["one/a", "one/over", "one/c"] {
+        std::fs::write(at(name), name).unwrap();
+    }
+    let log = tempdir().unwrap();
+    let log = log.path().join("calls");
+    let wrapper = [strace, "-f", "-qq", "-y", "-e", "trace=fsync,renameat", "-o", log.to_str().unwrap()];
+    let task = "random - rename:one/a:one/b rename:one/over:one/c";
+    assert_eq!(child::outcome(child::command(&wrapper, task, dir.path())).as_deref(), Some("Ok"));
+    let log = std::fs::read_to_string(log).unwrap();
+    let line = |wanted: &str| log.lines().position(|line| line.contains(wanted)).unwrap_or_else(|| panic!("{log}"));
+    let committed = line("\".afs-journal\"");
+    for name in ["/one/a>", "/one/over>"] {
+        assert!(line(name) < committed, "{name}: {log}");
     }
 }

@@ -30,6 +30,8 @@ mod lock;
 mod many;
 #[cfg(unix)]
 mod metadata;
+#[cfg(target_os = "linux")]
+mod mounts;
 #[cfg(unix)]
 mod processes;
 #[cfg(target_os = "linux")]
