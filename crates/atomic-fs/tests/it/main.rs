@@ -24,6 +24,8 @@ mod field;
 #[cfg(unix)]
 mod hostile;
 #[cfg(target_os = "linux")]
+mod in_place;
+#[cfg(target_os = "linux")]
 mod many;
 #[cfg(unix)]
 mod metadata;
