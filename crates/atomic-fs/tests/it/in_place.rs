@@ -16,6 +16,7 @@ use tempfile::TempDir;
 
 use crate::campaign::{is_full, scratch};
 use crate::child;
+use crate::replay::{Trace, Verdicts};
 use crate::strace::{self, Call, Run};
 use crate::support::{drain_pool, eventually, names, not_run, temps};
 
@@ -40,6 +41,7 @@ pub(crate) async fn run(path: &Path, other: &Path, task: &str) -> Result<(), Err
             }
             in_place().write(path, vec![b'N'; number]).await
         }
+        "write alone" => in_place().write(path, vec![b'N'; number]).await,
         "take turns" => {
             for letter in (b'a'..=b'z').cycle().take(number) {
                 while let Err(error) = in_place().write(path, letters(letter)).await {
@@ -719,4 +721,100 @@ async fn a_hostile_record_is_refused_and_never_followed() {
     std::fs::create_dir(&record).unwrap();
     std::fs::create_dir(&backup).unwrap();
     assert_eq!(atomic_fs::recover(&dir).await.unwrap(), RecoveryReport::default());
+}
+
+/// What makes a usual file one that cannot be replaced.
+const IS_BUSY: &str = "renameat:error=EBUSY";
+
+/// Recovers and judges each state that a cut may leave; once everything is over, the content is to be what was `told`.
+async fn replay(trace: &Trace, old: &[u8], told: Option<&[u8]>) -> Verdicts {
+    let runtime = tokio::runtime::Handle::current();
+    trace.replay(if is_full() { 100_000 } else { 300 }, |dirs, is_told| {
+        let verdict = async {
+            let dir = &dirs[0];
+            let before = std::fs::read(dir.join("file")).map(|content| content.len());
+            let report = atomic_fs::recover(dir).await.map_err(|error| format!("{before:?}, then {error}"))?;
+            atomic_fs::sweep(dir).await.map_err(|error| error.to_string())?;
+            let after = std::fs::read(dir.join("file")).map_err(|error| error.to_string())?;
+            let new = vec![b'N'; NEW_BYTES];
+            let is_wanted = match told.filter(|_| is_told) {
+                Some(told) => after == told,
+                None => after == old || after == new,
+            };
+            if is_wanted && names(dir) == ["file"] {
+                return Ok(());
+            }
+            Err(format!("{before:?}, then {} bytes and {:?} by {report:?}", after.len(), names(dir)))
+        };
+        tokio::task::block_in_place(|| runtime.block_on(verdict))
+    })
+}
+
+/// A directory in which a file cannot be replaced because that is what a rename is made to say: nothing is mounted, so that
+/// every state can be made elsewhere. There both files are other ones than the record speaks of, as in a copied tree.
+fn home(old: &[u8]) -> (TempDir, PathBuf, PathBuf) {
+    let scratch = scratch();
+    let home = scratch.path().canonicalize().unwrap().join("home");
+    std::fs::create_dir(&home).unwrap();
+    let file = home.join("file");
+    std::fs::write(&file, old).unwrap();
+    (scratch, home, file)
+}
+
+/// By how the write ends, and that each of its syncs is needed: without it some state is lost.
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn every_state_that_a_cut_in_a_write_in_place_may_leave_is_recovered() {
+    let name = "replay/in-place";
+    if child::strace(name).is_none() {
+        return;
+    }
+    let task = format!("{TASK}write alone {NEW_BYTES}");
+    let (mut states, mut violations) = (0, Vec::new());
+    for old in [vec![b'o'; 5000], b"old".to_vec(), Vec::new()] {
+        let new = vec![b'N'; NEW_BYTES];
+        // The write of the new content fails, or what makes it durable, or the removal of the record.
+        let failing = ["", "ftruncate:error=EIO:when=1", "fsync:error=EIO:when=5", "unlinkat:error=EIO:when=1"];
+        for inject in failing {
+            let (_scratch, home, file) = home(&old);
+            let all = [IS_BUSY, inject].join("\n");
+            let inject = if inject.is_empty() { IS_BUSY } else { &all };
+            let said = if inject == IS_BUSY { "Ok" } else { "Unchanged" };
+            let trace = Trace::of(&task, &file, std::slice::from_ref(&home), Some(inject), said);
+            let told = if said == "Ok" { &new } else { &old };
+            let verdicts = replay(&trace, &old, Some(told)).await;
+            states += verdicts.states;
+            violations.extend(verdicts.violations.into_iter().map(|violation| format!("{inject}: {violation}")));
+            if inject == IS_BUSY && !old.is_empty() {
+                for (number, (skipped, trace)) in trace.without_each_sync().enumerate() {
+                    let is_caught = !replay(&trace, &old, Some(&new)).await.violations.is_empty();
+                    // The first one is of the temporary file, which a write in place does not need.
+                    assert_eq!(is_caught, number > 0, "{skipped}");
+                }
+            }
+        }
+    }
+    cancel_safe_campaign::publish_campaign("atomic-fs", name, states, violations.len());
+    assert!(violations.is_empty(), "{} violations: {:#?}", violations.len(), &violations[..3.min(violations.len())]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn every_state_that_a_cut_in_its_recovery_may_leave_is_recovered_by_the_next_one() {
+    let name = "replay/in-place-recovery";
+    if child::strace(name).is_none() {
+        return;
+    }
+    let task = format!("{TASK}write alone {NEW_BYTES}");
+    let old = vec![b'o'; 5000];
+    let (_scratch, home, file) = home(&old);
+    let kills = ["-e", "inject=renameat:error=EBUSY", "-e", "inject=ftruncate:signal=SIGKILL:when=1"];
+    let wrapper: Vec<_> = ["strace", "-f", "-qq", "-o", "/dev/null"].into_iter().chain(kills).collect();
+    assert_eq!(child::outcome(child::command(&wrapper, &task, &file)), None);
+    assert!(std::fs::read(&file).unwrap() != old, "it was not half written");
+    let trace = Trace::of("recover", &home, std::slice::from_ref(&home), None, "Ok");
+    let verdicts = replay(&trace, &old, Some(&old)).await;
+    cancel_safe_campaign::publish_campaign("atomic-fs", name, verdicts.states, verdicts.violations.len());
+    assert!(verdicts.violations.is_empty(), "{:#?}", verdicts.violations.first());
+    for (skipped, trace) in trace.without_each_sync() {
+        assert!(!replay(&trace, &old, Some(&old)).await.violations.is_empty(), "{skipped} is not needed");
+    }
 }
