@@ -132,7 +132,7 @@
 //!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
 //! - A crashed tree may be moved, or copied, and recovers where it is, without touching the original. A copy has to keep
 //!   the times of its files (`cp -a`, `tar`, `rsync -a`), and all directories of the transaction; otherwise it is refused.
-//! - A journal is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
+//! - A journal, or a backup, is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
 //!   such as `/tmp` itself.
 //! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
 //!   fail, with all files unchanged.
@@ -192,6 +192,8 @@
 
 #[cfg(unix)]
 mod apply;
+#[cfg(unix)]
+mod backup;
 #[cfg(unix)]
 mod chain;
 mod commit;

@@ -49,8 +49,10 @@ pub enum InPlace {
     /// directory puts it back; until then the target may be half written, and another such write is
     /// [refused](crate::Error::is_unrecovered). Recover before anybody else writes to the file, or that is undone.
     ///
-    /// - The copy, `.afs-place-…-old`, lies in the directory of the mount point, not of what is mounted there. In a container
-    ///   that is the container's own layer: it outlives a crash and a restart of the container, but not its removal.
+    /// - The copy, `.afs-place-…-old`, lies in the directory of the mount point, not of what is mounted there; that must be
+    ///   writable. In a container it is the container's own layer, which outlives a crash and a restart of the container,
+    ///   but not its removal.
+    /// - While a mount is absent its backup is [refused](crate::Error::is_refused), and not put back into the file below.
     /// - The file stays the one that it was, with its owner, its attributes and its access control list, whatever
     ///   [`preserve`](WriteOptions::preserve) says; its mode too, unless [one is given](WriteOptions::mode).
     /// - What a recovery needs is synced, whatever [`durability`](WriteOptions::durability) says: five syncs beside that of

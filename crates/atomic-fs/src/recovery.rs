@@ -18,9 +18,8 @@ use crate::platform::{Dir, Entry, Kind};
 use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
-    apply,
+    apply, backup,
     chain::{Chain, Spot, Trust},
-    in_place,
     journal::{self, PREPARED},
     platform::Share,
     protocol::elsewhere,
@@ -216,7 +215,7 @@ const LOCK_ATTEMPTS: usize = 8;
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
-    let mut placed = Ok(in_place::Found::default());
+    let mut placed = Ok(backup::Found::default());
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
@@ -224,7 +223,7 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
         placed = placed.and_then(|before| Ok(before.and(found?)));
         match recovered {
             Recovered::Done(report) => {
-                let in_place::Found { restored, removed, live } = placed?;
+                let backup::Found { restored, removed, live } = placed?;
                 return Ok(RecoveryReport {
                     restored,
                     removed: report.removed + removed,
@@ -270,8 +269,8 @@ impl Recovering {
     }
 
     /// What was being written in place is told apart: it has nothing to do with the transaction.
-    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<in_place::Found, Error>, Recovered), Error> {
-        let placed = in_place::recover(&self.home.dir, &self.home.path, gate);
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<backup::Found, Error>, Recovered), Error> {
+        let placed = backup::recover(&self.home.dir, &self.home.path, gate);
         Ok((placed, self.finish_transaction(gate)?))
     }
 
