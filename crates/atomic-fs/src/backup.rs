@@ -60,19 +60,21 @@ impl Names {
     }
 }
 
-/// What a record says: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`.
+/// What a record says: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`. The mode is `-` if that is
+/// not to be put back.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     /// By what the copy and the target are known, in this order.
     pub(crate) marks: [String; 2],
-    pub(crate) mode: u32,
+    pub(crate) mode: Option<u32>,
     pub(crate) name: OsString,
 }
 
 impl Record {
     pub(crate) fn encode(&self) -> PathBuf {
         let [copy, target] = &self.marks;
-        let head = format!("{copy},{target},{:o}/", self.mode);
+        let mode = self.mode.map_or("-".to_owned(), |mode| format!("{mode:o}"));
+        let head = format!("{copy},{target},{mode}/");
         OsString::from_vec([head.as_bytes(), self.name.as_bytes()].concat()).into()
     }
 
@@ -88,7 +90,10 @@ impl Record {
         let [copy, target, mode] = std::str::from_utf8(head).ok()?.split(',').collect::<Vec<_>>()[..] else {
             return None;
         };
-        let mode = u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o7777)?;
+        let mode = match mode {
+            "-" => None,
+            mode => Some(u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o7777)?),
+        };
         Some(Self { marks: [copy.to_owned(), target.to_owned()], mode, name: name.to_owned() })
     }
 
@@ -169,20 +174,23 @@ pub(crate) fn is_at(dir: &Dir, name: &OsStr, file: &File) -> io::Result<bool> {
     Ok(dir.look(name)?.is_some_and(|now| now.kind == Kind::File && now.id == opened.id))
 }
 
-/// Makes `from` all of what is in `file`, with this mode, durably. Meanwhile it grants no more than before, nor than after.
-pub(crate) fn fill(file: &File, from: &File, length: u64, mode: u32) -> io::Result<()> {
-    let now = Entry::of(file)?.mode;
-    if now & mode != now {
-        platform::set_mode(file, now & mode)?;
+/// Makes `from` all of what is in `file`, durably, with this mode if there is one. Meanwhile the file grants no more than
+/// before, nor than after.
+pub(crate) fn fill(file: &File, from: &File, length: u64, mode: Option<u32>) -> io::Result<()> {
+    if let Some(mode) = mode {
+        let now = Entry::of(file)?.mode;
+        if now & mode != now {
+            platform::set_mode(file, now & mode)?;
+            // A power cut must not leave content with a mode that was never its own, so neither overtakes the other.
+            file.sync_all()?;
+        }
     }
     copy(from, file, length, || false)?;
     file.set_len(length)?;
-    // A write by who is not privileged has cleared the set-ID bits as well, and only the owner can set them again.
-    if Entry::of(file)?.mode != mode {
-        match platform::set_mode(file, mode) {
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-            other => other?,
-        }
+    // Without one it is left alone: somebody may have made the file private meanwhile.
+    if let Some(mode) = mode {
+        file.sync_all()?;
+        platform::set_mode(file, mode)?;
     }
     file.sync_all()
 }
@@ -393,8 +401,10 @@ mod tests {
     #[test]
     fn a_record_says_what_it_was_told_and_leads_nowhere_else() {
         let name = OsString::from_vec([b"\xff,".as_slice(), &[b'n'; 253]].concat());
-        let record = Record { marks: ["1.-2.3".into(), "4".into()], mode: 0o4751, name };
-        assert_eq!(Record::decode(&record.encode()), Some(record));
+        for mode in [Some(0o4751), None] {
+            let record = Record { marks: ["1.-2.3".into(), "4".into()], mode, name: name.clone() };
+            assert_eq!(Record::decode(&record.encode()), Some(record));
+        }
         for other in
             ["", "file", "/etc/passwd", "../file", "1,2,644/", "1,2,644/..", "1,2,644/.", "1,2,644/a/b", "1,2,644//a"]
         {

@@ -44,9 +44,10 @@ impl Fixed<'_> {
         let file = self.lock(gate)?;
         self.refuse_unrecovered()?;
         let old = Entry::of(&file.0).map_err(self.failed("look at"))?;
-        let mut backup = Backup::take(self, &old)?;
+        let mode = mode.filter(|mode| *mode != old.mode);
+        let mut backup = Backup::take(self, old.size, mode.map(|_| old.mode))?;
         backup.fill(self, &file.0, gate)?;
-        if mode.is_some_and(|mode| mode != old.mode) {
+        if mode.is_some() {
             // It changes nothing, but fails for whoever may not set the mode: better now than half way.
             platform::set_mode(&file.0, old.mode).map_err(self.failed("set the mode of"))?;
         }
@@ -56,7 +57,7 @@ impl Fixed<'_> {
         // From here on a panic too leaves the target to a recovery.
         backup.is_needed = true;
         reserved.is_used = true;
-        let written = fill(&file.0, new, length, mode.unwrap_or(old.mode));
+        let written = fill(&file.0, new, length, mode);
         // Once there is no record, nothing undoes it any more: whoever drops the future waits until here.
         match written.and_then(|()| remove(self.dir, &backup.record)) {
             Ok(()) => {
@@ -155,7 +156,8 @@ struct Backup<'a> {
     copy_name: OsString,
     copy: File,
     length: u64,
-    mode: u32,
+    /// That of the old content, if another one is to be set.
+    mode: Option<u32>,
     is_recorded: bool,
     /// Whether the old content is nowhere else, or may be after a power cut. If not, both go when this is dropped.
     is_needed: bool,
@@ -163,7 +165,7 @@ struct Backup<'a> {
 
 impl<'a> Backup<'a> {
     /// Creates and locks an empty copy, which nobody may read but who writes it.
-    fn take(target: &Fixed<'a>, old: &Entry) -> Result<Self, Error> {
+    fn take(target: &Fixed<'a>, length: u64, mode: Option<u32>) -> Result<Self, Error> {
         let failed = || target.failed("create a backup beside");
         for _ in 0..NAME_ATTEMPTS {
             let Names { record, copy: copy_name } = Names::by_chance();
@@ -171,7 +173,6 @@ impl<'a> Backup<'a> {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(failed())?,
             };
-            let (length, mode) = (old.size, old.mode);
             // From here on its drop removes it.
             let backup =
                 Self { dir: target.dir, record, copy_name, copy, length, mode, is_recorded: false, is_needed: false };

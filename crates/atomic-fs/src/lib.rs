@@ -132,8 +132,8 @@
 //!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
 //! - A crashed tree may be moved, or copied, and recovers where it is, without touching the original. A copy has to keep
 //!   the times of its files (`cp -a`, `tar`, `rsync -a`), and all directories of the transaction; otherwise it is refused.
-//! - A journal, or a backup, is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
-//!   such as `/tmp` itself.
+//! - A journal, or a backup, is believed by whoever recovers it, so do not call [`recover`] on a directory in which others
+//!   may write, such as `/tmp` itself.
 //! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
 //!   fail, with all files unchanged.
 //! - An unfinished transaction is noticed in each directory in which it was to change files or has its journal.

@@ -52,9 +52,11 @@ pub enum InPlace {
     /// - The copy, `.afs-place-…-old`, lies in the directory of the mount point, not of what is mounted there; that must be
     ///   writable. In a container it is the container's own layer, which outlives a crash and a restart of the container,
     ///   but not its removal.
-    /// - While a mount is absent its backup is [refused](crate::Error::is_refused), and not put back into the file below.
+    /// - While a mount is absent its backup is [refused](crate::Error::is_refused), and not put back into the file below. So
+    ///   it is if a file system numbers its files anew when it is mounted; then the error names the backup to copy by hand.
     /// - The file stays the one that it was, with its owner, its attributes and its access control list, whatever
-    ///   [`preserve`](WriteOptions::preserve) says; its mode too, unless [one is given](WriteOptions::mode).
+    ///   [`preserve`](WriteOptions::preserve) says; its mode too, unless [one is given](WriteOptions::mode), of which the
+    ///   group bits then limit that list. As with any write, set-ID bits go if whoever writes is not privileged.
     /// - What a recovery needs is synced, whatever [`durability`](WriteOptions::durability) says: five syncs beside that of
     ///   the temporary file.
     /// - Writers of one file take turns, also those in other containers and by other names: a lock of the file is waited for
