@@ -42,7 +42,7 @@ impl Fixed<'_> {
     pub(crate) fn write(&self, new: &File, length: u64, mode: Option<u32>, gate: &Gate) -> Result<(), Error> {
         // Dropped last, so that the next writer finds neither record nor copy.
         let file = self.lock(gate)?;
-        self.refuse_unrecovered()?;
+        self.refuse_unrecovered(&file.0)?;
         let old = Entry::of(&file.0).map_err(self.failed("look at"))?;
         let mode = mode.filter(|mode| *mode != old.mode);
         let mut backup = Backup::take(self, old.size, mode.map(|_| old.mode))?;
@@ -101,9 +101,11 @@ impl Fixed<'_> {
     }
 
     /// What a crash left half written must not be taken for the old content. Under the lock no living writer has a record.
-    fn refuse_unrecovered(&self) -> Result<(), Error> {
+    fn refuse_unrecovered(&self, file: &File) -> Result<(), Error> {
+        let mark = Identity::of(file).map_err(self.failed("look at"))?.mark();
         for name in self.dir.list().map_err(self.failed("look for unfinished writes beside"))? {
-            let is_ours = |record: Record| record.name == self.name;
+            // By this name; or by another one, if the same file is mounted twice.
+            let is_ours = |record: Record| record.name == self.name || record.marks[1] == mark;
             if Names::of_record(&name).is_some() && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
             {
                 return Err(Error::Unrecovered { directory: self.parent.to_path_buf() });

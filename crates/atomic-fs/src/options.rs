@@ -47,7 +47,8 @@ pub enum InPlace {
     /// A full disk is noticed before anything is overwritten, where the file system can reserve space; a write that fails
     /// half way puts the old content back. After a crash or a power cut, [`recover`](crate::recover) of the target's
     /// directory puts it back; until then the target may be half written, and another such write is
-    /// [refused](crate::Error::is_unrecovered). Recover before anybody else writes to the file, or that is undone.
+    /// [refused](crate::Error::is_unrecovered). Recover before anybody else writes to the file, by another directory in which
+    /// it is mounted or in another container, or that is undone.
     ///
     /// - The copy, `.afs-place-…-old`, lies in the directory of the mount point, not of what is mounted there; that must be
     ///   writable. In a container it is the container's own layer, which outlives a crash and a restart of the container,

@@ -613,9 +613,17 @@ fn crashed(test: &str, old: &[u8]) -> Option<Bound> {
 async fn until_a_recovery_a_dead_write_refuses_others_and_a_living_one_is_left_alone() {
     let test = "until_a_recovery_a_dead_write_refuses_others_and_a_living_one_is_left_alone";
     let old = vec![b'o'; 5000];
-    let Some(bound) = crashed(test, &old) else { return };
-    let error = in_place().write(&bound.file, "newer").await.unwrap_err();
-    assert!(matches!(&error, Error::Unrecovered { directory } if *directory == bound.dir), "{error:?}");
+    let Some(mut bound) = crashed(test, &old) else { return };
+    // Nor by another name.
+    let (source, again) = (bound.source.clone(), bound.dir.join("again"));
+    std::fs::write(&again, "").unwrap();
+    assert!(bound.mount(&["--bind", source.to_str().unwrap()], &again));
+    for path in [&bound.file, &again] {
+        let error = in_place().write(path, "newer").await.unwrap_err();
+        assert!(matches!(&error, Error::Unrecovered { directory } if *directory == bound.dir), "{error:?}");
+    }
+    bound.unmount();
+    std::fs::remove_file(&again).unwrap();
     // As if its writer lived.
     let torn = bound.content();
     let writer = std::fs::File::open(bound.backup()).unwrap();
