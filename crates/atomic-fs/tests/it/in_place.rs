@@ -301,6 +301,38 @@ async fn a_full_disk_is_met_before_anything_is_overwritten() {
     }
 }
 
+/// On the usual disk, with what is mounted on another file system than where it is mounted.
+#[tokio::test]
+async fn space_that_was_reserved_for_a_write_that_failed_is_given_back() {
+    let test = "space_that_was_reserved_for_a_write_that_failed_is_given_back";
+    let disk = tempfile::tempdir().unwrap();
+    let prepare = |bound: &mut Bound| {
+        bound.source = disk.path().join("source");
+        true
+    };
+    let (Some(bound), Some(_)) = (Bound::prepare(test, prepare), child::strace(test)) else { return };
+    let blocks =
+        || std::fs::File::open(&bound.source).unwrap().sync_all().map(|()| bound.source.metadata().unwrap().blocks());
+    let old = vec![b'o'; 5000];
+    bound.renew(&old);
+    let before = blocks().unwrap();
+    let run = bound.write(4 * MIB, Some("symlinkat:error=EIO:when=1"));
+    assert!(run.said.as_deref().is_some_and(|said| said.starts_with("Unchanged")), "{run:?}");
+    assert!(run.calls.iter().any(|call| call.name == "fallocate"), "nothing was reserved");
+    bound.assert_is(&old);
+    // File systems round; 4 MiB are 8192 of these.
+    assert!(blocks().unwrap() < before + 1000, "{} after {before}", blocks().unwrap());
+    in_place().write(&bound.file, vec![b'N'; 4 * MIB]).await.unwrap();
+    bound.assert_is(&vec![b'N'; 4 * MIB]);
+    in_place().write(&bound.file, "short").await.unwrap();
+    bound.assert_is(b"short");
+    assert!(blocks().unwrap() < before + 1000, "{} after {before}", blocks().unwrap());
+    // What is restored on a disk.
+    bound.crash(&old);
+    assert_eq!(bound.recover().await.unwrap().restored, 1);
+    bound.assert_is(&old);
+}
+
 #[test]
 fn dropped_write_in_place_leaves_old_or_new_for_ever() {
     let Some(bound) = Bound::new("dropped_write_in_place_leaves_old_or_new_for_ever") else { return };
