@@ -15,7 +15,8 @@ pub enum TargetState {
     /// The target is the new file, whole; only whether it would survive a power cut is unknown.
     Visible,
     /// Of a transaction: each of its files is old or new, whole, and [`recover`](crate::recover) makes them all the one or
-    /// all the other. Until then a reader may find a mix.
+    /// all the other. Until then a reader may find a mix. Of a file that was [written in place](crate::InPlace): it may be
+    /// half written, and [`recover`](crate::recover) makes it the old one.
     Undecided,
 }
 
@@ -72,7 +73,8 @@ pub enum Error {
         /// The target as given.
         path: PathBuf,
     },
-    /// The target is a mount point (a file that is bind-mounted into a container, say), which no rename replaces.
+    /// The target is a mount point (a file that is bind-mounted into a container, say), which no rename replaces. See
+    /// [`InPlace`](crate::InPlace).
     #[error("{} cannot be replaced or removed, because it is a mount point", named(.path, .resolved))]
     NotReplaceable {
         /// The target as given.
@@ -144,10 +146,18 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
-    /// A crash left a transaction unfinished in this directory. Call [`recover`](crate::recover) first.
-    #[error("the directory {directory:?} holds an unfinished transaction")]
+    /// Others held the lock of a file that is to be [written in place](crate::InPlace) all the time. Try again.
+    #[error("{path:?} was locked for {waited:?}")]
+    FileBusy {
+        /// The target.
+        path: PathBuf,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// A crash left a transaction, or a write in place of this target, unfinished in this directory. Call [`recover`](crate::recover) first.
+    #[error("the directory {directory:?} holds an unfinished transaction or write in place")]
     Unrecovered {
-        /// The directory with the journal.
+        /// The directory with the journal or the backup.
         directory: PathBuf,
     },
     /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides; if
@@ -158,6 +168,36 @@ pub enum Error {
         directory: PathBuf,
         /// What the system said.
         source: io::Error,
+    },
+    /// A write in place failed, and the old content could not be put back, because the disk failed twice.
+    /// [`recover`](crate::recover) puts it back; if this is its own error, call it again.
+    ///
+    /// The way out by hand: copy the backup over the target, and remove the backup and what has the same name without
+    /// `-old`.
+    #[error("{path:?} may be half written: recover its directory, or copy {backup:?} over it by hand")]
+    Torn {
+        /// The target as given.
+        path: PathBuf,
+        /// Where its old content is.
+        backup: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// A write in place was cut by a crash, and its backup is not put back, because it cannot be told that it belongs there.
+    /// The target was not touched.
+    ///
+    /// The way out by hand: mount what was mounted there and recover again; or copy the backup to where it belongs, and
+    /// remove both it and the record.
+    #[error(
+        "{record:?} is of a write in place that was cut, but {reason}; the target was not touched: set that right and          recover again, or copy {backup:?} to where it belongs and remove both by hand"
+    )]
+    UnusableBackup {
+        /// What should lead from the backup to its target.
+        record: PathBuf,
+        /// Where the old content of the target is.
+        backup: PathBuf,
+        /// What is wrong.
+        reason: &'static str,
     },
     /// A journal cannot be read. Nothing was touched.
     ///
@@ -223,7 +263,7 @@ impl Error {
     pub fn target(&self) -> TargetState {
         match self {
             Self::NotDurable { .. } => TargetState::Visible,
-            Self::Undecided { .. } => TargetState::Undecided,
+            Self::Undecided { .. } | Self::Torn { .. } => TargetState::Undecided,
             _ => TargetState::Unchanged,
         }
     }
@@ -250,8 +290,8 @@ impl Error {
 
     /// Whether the target is a mount point.
     ///
-    /// Such a file can only be written in place, where a crash tears it and a full disk leaves half of it, so this crate
-    /// never does. Who prefers that to no new content at all calls [`std::fs::write`] now, knowingly.
+    /// Such a file can only be written in place, where readers may find it half written. Whoever prefers that to no new
+    /// content at all asks for it: [`InPlace::WithBackup`](crate::InPlace::WithBackup).
     pub fn is_not_replaceable(&self) -> bool {
         matches!(self, Self::NotReplaceable { .. })
     }
@@ -266,19 +306,25 @@ impl Error {
         matches!(self, Self::OtherFileSystem { .. })
     }
 
-    /// Whether a directory stayed locked by others.
+    /// Whether a directory, or a file that is to be written in place, stayed locked by others.
     pub fn is_busy(&self) -> bool {
-        matches!(self, Self::Busy { .. })
+        matches!(self, Self::Busy { .. } | Self::FileBusy { .. })
     }
 
-    /// Whether a transaction that a crash, or a failing disk, left unfinished has to be recovered first.
+    /// Whether a transaction, or a write in place, that a crash or a failing disk left unfinished has to be recovered first.
     pub fn is_unrecovered(&self) -> bool {
-        matches!(self, Self::Unrecovered { .. } | Self::Undecided { .. })
+        matches!(self, Self::Unrecovered { .. } | Self::Undecided { .. } | Self::Torn { .. })
     }
 
     /// Whether a recovery refused to touch anything, so that somebody has to look.
     pub fn is_refused(&self) -> bool {
-        matches!(self, Self::CorruptJournal { .. } | Self::UnknownFile { .. } | Self::Misplaced { .. })
+        matches!(
+            self,
+            Self::CorruptJournal { .. }
+                | Self::UnknownFile { .. }
+                | Self::Misplaced { .. }
+                | Self::UnusableBackup { .. }
+        )
     }
 
     /// Whether the disk or the quota is full.
@@ -310,11 +356,12 @@ impl Error {
             Self::TimedOut { .. } => io::ErrorKind::TimedOut,
             Self::RepeatedTarget { .. } => io::ErrorKind::InvalidInput,
             Self::OtherFileSystem { .. } => io::ErrorKind::CrossesDevices,
-            Self::Busy { .. } => io::ErrorKind::ResourceBusy,
-            Self::Undecided { source, .. } => source.kind(),
-            Self::CorruptJournal { .. } | Self::UnknownFile { .. } | Self::Misplaced { .. } => {
-                io::ErrorKind::InvalidData
-            }
+            Self::Busy { .. } | Self::FileBusy { .. } => io::ErrorKind::ResourceBusy,
+            Self::Undecided { source, .. } | Self::Torn { source, .. } => source.kind(),
+            Self::CorruptJournal { .. }
+            | Self::UnknownFile { .. }
+            | Self::Misplaced { .. }
+            | Self::UnusableBackup { .. } => io::ErrorKind::InvalidData,
             // Not `ErrorKind::Interrupted`, which std's loops take as an invitation to try again.
             Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } | Self::Unrecovered { .. } => {
                 io::ErrorKind::Other

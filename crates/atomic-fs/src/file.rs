@@ -143,11 +143,14 @@ impl AtomicFileWriter {
     /// If dropped before completion, the target is the old file or the new one, whole, and from then on never changes
     /// because of this call: a drop that finds the rename entered waits for that one system call. What was written is
     /// given up if the rename had not begun. To go on regardless, call [`commit_detached`](Self::commit_detached).
+    /// If the target is [written in place](crate::InPlace), a drop that finds that begun waits until all of it is written
+    /// and synced, or put back.
     ///
     /// # Errors
     ///
     /// [`Error::target`] tells whether the target is [`Unchanged`](crate::TargetState::Unchanged), for ever, or
-    /// [`Visible`](crate::TargetState::Visible) without being known to be durable.
+    /// [`Visible`](crate::TargetState::Visible) without being known to be durable; or, only if it was
+    /// [written in place](crate::InPlace), [`Undecided`](crate::TargetState::Undecided).
     pub async fn commit(mut self) -> Result<(), Error> {
         poll_fn(|cx| self.poll_idle(cx)).await?;
         let (runtime, gate, path) = (self.runtime.clone(), self.gate.clone(), self.path.clone());

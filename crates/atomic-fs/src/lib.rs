@@ -101,6 +101,7 @@
 //! | a panic, an abort of the task, a shutdown of the runtime | as if dropped | as if dropped |
 //! | the process is killed | old or new | a hidden file `.afs-file-…`, until [`sweep`] |
 //! | a power cut | old or new | the same |
+//! | a kill or a power cut, while it is [written in place](InPlace) | may be half written, until [`recover`] puts the old one back | `.afs-place-…` and `.afs-place-…-old`, until then |
 //! | several writers at once | each gets `Ok`, the last rename wins | nothing |
 //!
 //! And of the files of a transaction:
@@ -131,8 +132,8 @@
 //!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
 //! - A crashed tree may be moved, or copied, and recovers where it is, without touching the original. A copy has to keep
 //!   the times of its files (`cp -a`, `tar`, `rsync -a`), and all directories of the transaction; otherwise it is refused.
-//! - A journal is believed by whoever recovers it, so do not call [`recover`] on a directory in which others may write,
-//!   such as `/tmp` itself.
+//! - A journal, or a backup, is believed by whoever recovers it, so do not call [`recover`] on a directory in which others
+//!   may write, such as `/tmp` itself.
 //! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
 //!   fail, with all files unchanged.
 //! - An unfinished transaction is noticed in each directory in which it was to change files or has its journal.
@@ -156,7 +157,9 @@
 //! - Hard links are cut: the target gets a new file, other names keep the old one. A process that has the old file open
 //!   keeps reading it.
 //! - A file that is a mount point (bind-mounted into a container) cannot be replaced by a rename: that is
-//!   [an error](Error::is_not_replaceable), and the file is not written in place instead.
+//!   [an error](Error::is_not_replaceable), unless the option [`InPlace::WithBackup`] asks for it to be written in place.
+//!   Then readers may find it half written, meanwhile and from a crash until [`recover`], which puts the old content back;
+//!   and a drop waits for the whole write. Transactions refuse such files.
 //! - By default only the permission bits are kept, on Linux with the POSIX access control list; see [`Preserve`]. Where the
 //!   group is not kept, bits that would mean other people are dropped: a file of another group with mode 0640 becomes 0600.
 //!   Other kinds of access control lists (NFSv4, macOS, Windows) are not kept, or copied as attributes if at all.
@@ -192,10 +195,14 @@
 #[cfg(unix)]
 mod apply;
 #[cfg(unix)]
+mod backup;
+#[cfg(unix)]
 mod chain;
 mod commit;
 mod error;
 mod file;
+#[cfg(unix)]
+mod in_place;
 #[cfg(unix)]
 mod journal;
 mod lane;
@@ -225,7 +232,7 @@ pub mod blocking;
 
 pub use error::{Error, TargetState};
 pub use file::{AtomicFileWriter, CommitHandle};
-pub use options::{Durability, Preserve, Symlinks, WriteOptions};
+pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
 pub use reader::{ReadLock, open_together, read_lock};
 #[cfg(unix)]

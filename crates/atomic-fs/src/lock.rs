@@ -168,7 +168,7 @@ impl Hold {
     /// `None` if others hold it.
     fn take(site: &Arc<Site>, name: &'static str, share: Share) -> io::Result<Option<Self>> {
         for _ in 0..ATTEMPTS {
-            let opened = site.dir.open_file(name.as_ref()).or_else(|error| match error.kind() {
+            let opened = site.dir.update(name.as_ref()).or_else(|error| match error.kind() {
                 io::ErrorKind::NotFound => make(&site.dir, name),
                 _ => Err(error),
             });

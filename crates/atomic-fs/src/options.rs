@@ -1,6 +1,6 @@
 //! How a file is written: permissions, durability, symlinks and what is kept of the file that it replaces.
 //!
-//! Invariant: no option weakens "old or new, never torn" while the machine keeps running.
+//! Invariant: no option but [`InPlace::WithBackup`] weakens "old or new, never torn" while the machine keeps running.
 
 use std::ops::BitOr;
 
@@ -26,6 +26,47 @@ pub enum Symlinks {
     Follow,
     /// The link itself is replaced by the new file; what it pointed to is not touched.
     Replace,
+}
+
+/// What happens if the target cannot be replaced by a rename, as a single file that is bind-mounted into a container.
+///
+/// Transactions take no notice of it: a mount point among their files is always
+/// [an error](crate::Error::is_not_replaceable).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum InPlace {
+    /// That is [an error](crate::Error::is_not_replaceable), and the target stays as it is. The default.
+    #[default]
+    Never,
+    /// The new content is written over the old one, of which a copy lies beside the target meanwhile.
+    ///
+    /// **This is not atomic for readers**: while it is written, which takes about as long as a write and a sync of the new
+    /// content, they may find it old, new, or anything in between. A reader that holds a shared lock of the file itself
+    /// ([`File::lock_shared`](std::fs::File::lock_shared)) finds it old or new, unless a crash came before.
+    ///
+    /// A full disk is noticed before anything is overwritten, where the file system can reserve space; a write that fails
+    /// half way puts the old content back. After a crash or a power cut, [`recover`](crate::recover) of the target's
+    /// directory puts it back; until then the target may be half written, and another such write is
+    /// [refused](crate::Error::is_unrecovered). Recover before anybody else writes to the file, by another directory in which
+    /// it is mounted or in another container, or that is undone.
+    ///
+    /// - The copy, `.afs-place-…-old`, lies in the directory of the mount point, not of what is mounted there; that must be
+    ///   writable. In a container it is the container's own layer, which outlives a crash and a restart of the container,
+    ///   but not its removal.
+    /// - While a mount is absent its backup is [refused](crate::Error::is_refused), and not put back into the file below. So
+    ///   it is if a file system numbers its files anew when it is mounted; then the error names the backup to copy by hand.
+    /// - The file stays the one that it was, with its owner, its attributes and its access control list, whatever
+    ///   [`preserve`](WriteOptions::preserve) says; its mode too, unless [one is given](WriteOptions::mode), of which the
+    ///   group bits then limit that list. As with any write, set-ID bits go if whoever writes is not privileged.
+    /// - What a recovery needs is synced, whatever [`durability`](WriteOptions::durability) says: five syncs beside that of
+    ///   the temporary file.
+    /// - Writers of one file take turns, also those in other containers and by other names: a lock of the file is waited for
+    ///   up to 5 s, which then is [an error](crate::Error::is_busy). A file system without locks is one too.
+    /// - Dropped before the first byte is overwritten, it changes nothing. A drop that finds it begun blocks its thread until
+    ///   all is written and synced, or put back.
+    ///
+    /// It needs Unix; elsewhere it is as `Never`.
+    WithBackup,
 }
 
 /// What the new file keeps of the one that it replaces; a set, joined by `|`.
@@ -89,6 +130,7 @@ impl BitOr for Preserve {
 /// | [`symlinks`](Self::symlinks) | [`Symlinks::Follow`] |
 /// | [`preserve`](Self::preserve) | [`Preserve::MODE`] |
 /// | [`create_new`](Self::create_new) | `false` |
+/// | [`in_place`](Self::in_place) | [`InPlace::Never`] |
 ///
 /// # Examples
 ///
@@ -111,6 +153,8 @@ pub struct WriteOptions {
     pub(crate) symlinks: Symlinks,
     pub(crate) preserve: Preserve,
     pub(crate) create_new: bool,
+    #[cfg_attr(not(unix), expect(dead_code, reason = "only Unix has files that cannot be replaced"))]
+    pub(crate) in_place: InPlace,
 }
 
 impl WriteOptions {
@@ -153,6 +197,13 @@ impl WriteOptions {
     #[must_use = "options do nothing until a file is opened or written with them"]
     pub fn create_new(mut self, create_new: bool) -> Self {
         self.create_new = create_new;
+        self
+    }
+
+    /// Sets what happens if the target cannot be replaced by a rename. Transactions take no notice of it.
+    #[must_use = "options do nothing until a file is opened or written with them"]
+    pub fn in_place(mut self, in_place: InPlace) -> Self {
+        self.in_place = in_place;
         self
     }
 }

@@ -20,6 +20,8 @@ use portable as imp;
 #[cfg(unix)]
 use unix as imp;
 
+#[cfg(unix)]
+pub(crate) use imp::reserve;
 pub(crate) use imp::{Dir, set_mode, set_owner};
 #[cfg(not(any(target_os = "linux", target_os = "android")))]
 pub(crate) use no_lists::set_access;

@@ -18,7 +18,7 @@ use crate::platform::{Dir, Entry, Kind};
 use crate::staged::{directory, io_error, is_reserved, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
-    apply,
+    apply, backup,
     chain::{Chain, Spot, Trust},
     journal::{self, PREPARED},
     lock::{self, Locking, Locks, Share, with_locks},
@@ -150,17 +150,21 @@ pub struct RecoveryReport {
     pub rolled_forward: usize,
     /// Transactions that were prepared but not committed, or were being undone: all of their files are old.
     pub rolled_back: usize,
-    /// Files that transactions had staged, or noted, which never were committed; they were removed.
+    /// Files that transactions had staged, or noted, which never were committed, and copies that writes in place no longer
+    /// need; they were removed.
     pub removed: usize,
-    /// Transactions that live and are not yet committed; they were left alone.
+    /// Transactions that live and are not yet committed, and living writes in place; they were left alone.
     pub live: usize,
+    /// Files that were being [written in place](crate::InPlace): their old content was put back.
+    pub restored: usize,
 }
 
 /// How often a recovery that finds another journal than when it looked for its directories begins anew.
 #[cfg(unix)]
 const LOCK_ATTEMPTS: usize = 8;
 
-/// Finishes or undoes the transaction that a crash left in the directory `dir`, and removes what others had staged.
+/// Finishes or undoes the transaction that a crash left in the directory `dir`, puts back the old content of files that
+/// were being [written in place](crate::InPlace) there, and removes what others had staged.
 ///
 /// `dir` is where the journal lives: the directory of a transaction's first target, or the one that it began with. Call
 /// it when a program starts, before it writes to these files. A transaction whose journal was committed is rolled
@@ -180,10 +184,13 @@ const LOCK_ATTEMPTS: usize = 8;
 /// # Cancel safety
 ///
 /// This method is cancel safe.
-/// If dropped before completion, the recovery has been done or has not begun; a drop that finds it begun waits for it.
+/// If dropped before completion, the recovery has been done or has not begun; a drop that finds it begun waits for it. That
+/// goes for the transaction, and for each file that was being written in place, by itself.
 ///
 /// # Errors
 ///
+/// A backup of a file that was being written in place [which may not belong there](Error::UnusableBackup), or which a
+/// disk that fails [keeps from being put back](Error::Torn); everything else has then been recovered.
 /// A journal that [cannot be read](Error::CorruptJournal), a target that is
 /// [neither old nor new](Error::UnknownFile), or a directory that [is not where it was](Error::Misplaced): then nothing was touched ([`Error::is_refused`]), and the message names
 /// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again; if the
@@ -207,11 +214,22 @@ const LOCK_ATTEMPTS: usize = 8;
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
+    let mut placed = Ok(backup::Found::default());
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
-        match with_locks(&runtime, &Gate::new(), &path, prepare, Recovering::finish).await? {
-            Recovered::Done(report) => return Ok(report),
+        let (found, recovered) = with_locks(&runtime, &Gate::new(), &path, prepare, Recovering::finish).await?;
+        placed = placed.and_then(|before| Ok(before.and(found?)));
+        match recovered {
+            Recovered::Done(report) => {
+                let backup::Found { restored, removed, live } = placed?;
+                return Ok(RecoveryReport {
+                    restored,
+                    removed: report.removed + removed,
+                    live: report.live + live,
+                    ..report
+                });
+            }
             Recovered::Elsewhere(home) => path = home.into(),
             Recovered::Again => {}
         }
@@ -256,10 +274,16 @@ impl Recovering {
         Ok((Self { home, sites }, locking))
     }
 
-    fn finish(self, _locks: Locks, gate: &Gate) -> Result<Recovered, Error> {
+    /// What was being written in place is told apart: it has nothing to do with the transaction.
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<backup::Found, Error>, Recovered), Error> {
         if self.sites.is_empty() {
-            return Ok(Recovered::Done(RecoveryReport::default()));
+            return Ok((Ok(backup::Found::default()), Recovered::Done(RecoveryReport::default())));
         }
+        let placed = backup::recover(&self.home.dir, &self.home.path, gate);
+        Ok((placed, self.finish_transaction(gate)?))
+    }
+
+    fn finish_transaction(self, gate: &Gate) -> Result<Recovered, Error> {
         let left = find(&self.home)?;
         let chains = left.as_ref().map(|left| &left.chains[..]).unwrap_or_default();
         let is_locked = |spot: &Spot| self.sites.iter().any(|site| site.id == spot.site.id);

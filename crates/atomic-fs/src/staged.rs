@@ -11,6 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
+#[cfg(unix)]
+use crate::in_place;
 use crate::platform::{self, Dir, Entry, Guests, Kind, Moved};
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
@@ -331,6 +333,16 @@ impl Staged {
         } else {
             dir.rename(&place.temp, name).map(|()| Moved::Renamed)
         };
+        #[cfg(unix)]
+        if let Err(failure) = &renamed
+            && in_place::is_wanted(options, failure)
+        {
+            // The rename has changed nothing; the write in place asks the gate for itself.
+            drop(passage);
+            let Target { dir, name, parent, resolved, .. } = &place.target;
+            let fixed = in_place::Fixed { path: &path, resolved, dir, parent, name };
+            return fixed.write(&file, length, options.mode, gate);
+        }
         let moved =
             renamed.map_err(|source| change_error("rename the new file to", &path, &place.target.resolved, source))?;
         passage.done();

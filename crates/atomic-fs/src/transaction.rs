@@ -130,6 +130,9 @@ impl MultiFileTransaction {
     /// Sets how the files are written that are added from now on: mode, owner, attributes, symlinks, and whether they
     /// must be new. The default is that of [`WriteOptions`].
     ///
+    /// No file is [written in place](crate::InPlace), whatever is asked for: a mount point is
+    /// [an error](Error::is_not_replaceable).
+    ///
     /// The [durability](WriteOptions::durability) of a file's content is that with which it was added. That of the names,
     /// and with them of "all or none", is the one that is set when the transaction is committed:
     /// [`Ordered`](crate::Durability::Ordered) is as [`Full`](crate::Durability::Full); with

@@ -49,7 +49,7 @@ impl Dir {
         Ok(PathBuf::from(OsString::from_vec(bytes)))
     }
 
-    /// Creates the file `name`, which must not exist; the umask applies to `mode`.
+    /// Creates the file `name`, which must not exist, and opens it for reading too; the umask applies to `mode`.
     pub(crate) fn create(&self, name: &OsStr, mode: u32) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC | OFlags::NOFOLLOW;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, mode_bits(mode))?))
@@ -62,7 +62,7 @@ impl Dir {
     }
 
     /// Opens the file `name` for reading and writing, following no symlink and waiting for no FIFO.
-    pub(crate) fn open_file(&self, name: &OsStr) -> io::Result<File> {
+    pub(crate) fn update(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
     }
@@ -306,6 +306,21 @@ pub(crate) fn set_owner(file: &File, entry: &Entry) -> io::Result<()> {
 /// Gives `file` exactly these permission bits.
 pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(mode))
+}
+
+/// Reserves space for `length` bytes in `file`, without making it longer; does nothing where that is not known.
+pub(crate) fn reserve(file: &File, length: u64) -> io::Result<()> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    if length > 0 {
+        use rustix::fs::FallocateFlags;
+        use rustix::io::{Errno, retry_on_intr};
+        match retry_on_intr(|| rustix::fs::fallocate(file, FallocateFlags::KEEP_SIZE, 0, length)) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INVAL | Errno::PERM) => {}
+            other => other?,
+        }
+    }
+    let _ = (file, length);
+    Ok(())
 }
 
 fn mode_bits(mode: u32) -> Mode {

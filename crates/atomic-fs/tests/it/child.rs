@@ -211,6 +211,12 @@ fn entry() {
         task if task.starts_with(crate::random::TASK) => {
             say_result(one_pool_thread().block_on(crate::random::run(path, &task[crate::random::TASK.len()..])));
         }
+        #[cfg(target_os = "linux")]
+        task if task.starts_with(crate::in_place::TASK) => {
+            let task = &task[crate::in_place::TASK.len()..];
+            let other = std::env::var_os(OTHER).map_or_else(|| path.to_owned(), PathBuf::from);
+            say_result(one_pool_thread().block_on(crate::in_place::run(path, &other, task)));
+        }
         "two directories" => say_result(one_pool_thread().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_file(path.join("a/x"), "new").await?;

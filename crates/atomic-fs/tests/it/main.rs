@@ -25,6 +25,8 @@ mod field;
 #[cfg(unix)]
 mod hostile;
 #[cfg(target_os = "linux")]
+mod in_place;
+#[cfg(target_os = "linux")]
 mod lock;
 #[cfg(target_os = "linux")]
 mod many;

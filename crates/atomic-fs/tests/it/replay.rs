@@ -49,7 +49,7 @@ pub(crate) struct Trace {
 type State = BTreeMap<Name, (Node, Thing)>;
 
 impl Trace {
-    /// Runs `task` on `path`, with a fault if one is given, until it says something that begins with `wanted`; notes what it
+    /// Runs `task` on `path`, with faults if there are any, one a line, until it says something that begins with `wanted`; notes what it
     /// does in `dirs`, of which the first is the journal's.
     pub(crate) fn of(task: &str, path: &Path, dirs: &[PathBuf], inject: Option<&str>, wanted: &str) -> Self {
         use std::os::unix::fs::MetadataExt;
@@ -73,7 +73,8 @@ impl Trace {
         let scratch = tempfile::tempdir().unwrap();
         let (log, other) = (scratch.path().join("calls"), scratch.path().join("other"));
         let traced = ["-f", "-qq", "-xx", "-s", "1000000", "-e", "trace=%file,%desc", "-o", log.to_str().unwrap()];
-        let inject = inject.map(|inject| format!("inject={inject}"));
+        let inject: Vec<_> =
+            inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
         let inject = inject.iter().flat_map(|inject| ["-e", inject]);
         let wrapper: Vec<_> = ["strace"].into_iter().chain(traced).chain(inject).collect();
         let output = child::command(&wrapper, task, path).env(child::OTHER, other).output().unwrap();
@@ -81,6 +82,18 @@ impl Trace {
         assert!(said.starts_with(wanted), "{task}: {said}");
         trace.read(&std::fs::read_to_string(log).unwrap());
         trace
+    }
+
+    /// The same as if one of its syncs had not been made, for each of them; with which it is.
+    pub(crate) fn without_each_sync(&self) -> impl Iterator<Item = (String, Self)> {
+        let is_sync = |effect: &Effect| matches!(effect, Effect::SyncFile(_) | Effect::SyncDir(_));
+        (0..self.effects.len()).filter(move |&position| is_sync(&self.effects[position])).map(|position| {
+            let mut effects = self.effects.clone();
+            let skipped = effects.remove(position);
+            let (dirs, names) = (self.dirs.clone(), self.names.clone());
+            let (nodes, numbers) = (self.nodes.clone(), self.numbers.clone());
+            (format!("{skipped:?} at {position}"), Self { dirs, effects, names, nodes, numbers })
+        })
     }
 
     /// Reads the log, in the order in which the calls returned.
@@ -264,7 +277,17 @@ impl Reader {
                 let Some(name) = self.name(call, 0).filter(|name| !LOCKS.contains(&&*name.1)) else { return };
                 self.change(trace, vec![(name, None)]);
             }
-            "ftruncate" | "pwrite64" | "pwritev2" | "rename" | "link" | "symlink" | "unlink" => {
+            "pwrite64" => self.rewrite(trace, call, |bytes| {
+                let begin = usize::try_from(call.number(3).unwrap()).unwrap();
+                let end = begin + usize::try_from(call.result).unwrap();
+                bytes.resize(bytes.len().max(end), 0);
+                bytes[begin..end].copy_from_slice(&call.bytes(1)[..end - begin]);
+            }),
+            "ftruncate" => {
+                let length = call.number(1).unwrap().try_into().unwrap();
+                self.rewrite(trace, call, |bytes| bytes.resize(length, 0));
+            }
+            "pwritev2" | "rename" | "link" | "symlink" | "unlink" => {
                 assert!(self.file(call).is_none(), "the replay does not know {}", call.name);
             }
             _ => {}
@@ -297,6 +320,14 @@ impl Reader {
             // The number may have been that of a file before.
             _ => drop(self.open.remove(&call.result)),
         }
+    }
+
+    /// What a call makes of the content of a file; of none that lies elsewhere.
+    fn rewrite(&self, trace: &mut Trace, call: &Call<'_>, change: impl FnOnce(&mut Vec<u8>)) {
+        let Some(node) = self.file(call) else { return };
+        let (_, Thing::File(mut bytes)) = trace.content(node, trace.effects.len()) else { return };
+        change(&mut bytes);
+        trace.effects.push(Effect::Content(node, bytes));
     }
 
     fn file(&self, call: &Call<'_>) -> Option<Node> {
