@@ -113,9 +113,10 @@
 //! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
 //! | the transaction is dropped | all old | nothing |
-//! | the process is killed, or a power cut | each old or new; after [`recover`] all old or all new | `.afs-journal` and hidden files `.afs-tx-…`, until [`recover`] |
-//! | transactions that share a directory | one after the other | nothing |
-//! | a reader | each file whole and never missing; with [`read_lock`] all old or all new | |
+//! | the process is killed, or a power cut | each old or new; after [`recover`] all old or all new | `.afs-journal` and hidden files `.afs-tx-…`, until [`recover`]; an empty `.afs-lock` or `.afs-turn`, which stops nobody and goes with the next transaction |
+//! | transactions that share a directory | one after the other, in turns with readers that lock it | nothing |
+//! | a reader | each file whole and never missing; with [`open_together`] or [`read_lock`] all old or all new | |
+//! | somebody who may only read the directory | holds up no commit | |
 //!
 //! Content and metadata change together. A temporary file lies beside the resolved target, is locked while its writer
 //! lives, and at no time grants more than the final file will. A failed sync is never retried, since the kernel may have
@@ -126,60 +127,63 @@
 //!
 //! # Limitations
 //!
-//! - A reader that does not hold a [`read_lock`] may find some files of a transaction old and others new: while they are
-//!   exchanged, which takes microseconds a file; after a crash, until [`recover`]. No file system offers better.
-//! - A target that is changed by somebody else between a crash and its recovery may be neither the old nor the new file.
-//!   Then [`recover`] refuses, touches nothing, and says what to do by hand. So recover before you write.
-//! - A crashed tree may be moved, or copied, and recovers where it is, without touching the original. A copy has to keep
-//!   the times of its files (`cp -a`, `tar`, `rsync -a`), and all directories of the transaction; otherwise it is refused.
-//! - A journal, or a backup, is believed by whoever recovers it, so do not call [`recover`] on a directory in which others
-//!   may write, such as `/tmp` itself.
-//! - A file that somebody else creates or removes, outside transactions, while a commit exchanges it makes that commit
-//!   fail, with all files unchanged.
-//! - An unfinished transaction is noticed in each directory in which it was to change files or has its journal.
-//! - All targets and the journal are on one file system, with file locks, and with symlinks if they are in several
-//!   directories. Where files cannot be exchanged in one step,
-//!   three steps by way of a hard link do it, equally safe.
-//! - On overlayfs a transaction has the files of a lower layer copied before it replaces, renames or removes them. Where
-//!   links to the files of others are restricted, one that has several names makes the commit fail, with all unchanged.
-//! - A file that a transaction renames over another has for a moment, or after a crash until [`recover`], only a hidden
-//!   name; every visible name has its old file or its new one. If three or more files change places in a circle, the first
-//!   of them shows the others in turn.
-//! - In an append-only directory nothing can be renamed or removed: a write fails, and its temporary file stays.
-//! - Dropping a commit that is exchanging its files blocks its thread until they are exchanged: microseconds a file, and a
-//!   sync where a rename replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
-//! - Who waits for a lock that others hold waits at most 30 s. One thread, `afs-locks`, tries for all of a process, as long
-//!   as there are any; a file system that hangs when a lock is asked for makes all of them wait. A transaction of more than
-//!   16 MiB that is dropped while it waits frees its files on the thread that drops it.
-//! - Transactions need Unix.
-//! - A drop that finds the rename entered blocks its thread for that one system call.
+//! Every file:
+//!
 //! - A directory that does not exist is an error; it is never created.
-//! - Hard links are cut: the target gets a new file, other names keep the old one. A process that has the old file open
-//!   keeps reading it.
-//! - A file that is a mount point (bind-mounted into a container) cannot be replaced by a rename: that is
-//!   [an error](Error::is_not_replaceable), unless the option [`InPlace::WithBackup`] asks for it to be written in place.
-//!   Then readers may find it half written, meanwhile and from a crash until [`recover`], which puts the old content back;
-//!   and a drop waits for the whole write. Transactions refuse such files.
-//! - By default only the permission bits are kept, on Linux with the POSIX access control list; see [`Preserve`]. Where the
-//!   group is not kept, bits that would mean other people are dropped: a file of another group with mode 0640 becomes 0600.
-//!   Other kinds of access control lists (NFSv4, macOS, Windows) are not kept, or copied as attributes if at all.
+//! - A hard link is cut: the target is a new file, the other names keep the old one.
+//! - A drop that finds the rename entered blocks its thread for that one system call.
+//! - A mount point, such as a file that is bind-mounted into a container, cannot be replaced by a rename. That is
+//!   [an error](Error::is_not_replaceable), unless [`InPlace::WithBackup`] asks for a write in place, which readers may
+//!   find half done, and which a drop waits for.
+//! - By default the permission bits are kept, on Linux with the POSIX access control list; see [`Preserve`]. If the group
+//!   is not kept, the bits that would mean other people are dropped: 0640 becomes 0600.
+//! - Other kinds of access control lists (NFSv4, macOS, Windows) are not kept, or copied as attributes if at all.
+//! - A directory that may be written to but not read is an error, because it cannot be synced.
+//! - In an append-only directory nothing can be renamed or removed: a write fails, and its temporary file stays.
+//! - [`sweep`] needs file locks; where there are none it removes nothing.
+//!
+//! Transactions:
+//!
+//! - They need Unix, one file system for all targets and the journal, and file locks.
+//! - A reader without [`open_together`] or [`read_lock`] may find some files old and others new while they are exchanged,
+//!   which takes microseconds a file, or after a crash until [`recover`]. No file system offers better.
+//! - A file that is renamed over another has for a moment only a hidden name; every visible name has its old or its new
+//!   file. If three or more change places in a circle, the first of them shows the others in turn.
+//! - A file that somebody else creates or removes while a commit exchanges it makes the commit fail, all files unchanged.
+//! - A lock is waited for 30 s; see [`patience`](MultiFileTransaction::patience). One thread, `afs-locks`, tries for all
+//!   callers of a process; if a file system hangs when it is asked for a lock, all of them wait.
+//! - A drop that finds the files being exchanged waits until they are: microseconds a file, and a sync of the directory
+//!   for each rename that replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
+//! - Where files cannot be exchanged in one step, three steps by way of a hard link do it, equally safe.
+//! - On overlayfs the files of a lower layer are copied before they are replaced, renamed or removed. Where links to the
+//!   files of others are restricted, one that has several names makes the commit fail, all files unchanged.
+//! - Mount points are refused, whatever [`InPlace`] says.
+//!
+//! Recovery:
+//!
+//! - A journal and a backup are believed. So call [`recover`] only where nobody may write whom you would not trust with
+//!   your files; not in `/tmp` itself.
+//! - Recover before you write. A target that somebody has changed since the crash may be neither the old nor the new file;
+//!   then nothing is touched, and the error says what to do by hand.
+//! - A tree that was copied or restored recovers if the copy has the times of its files (`cp -a`, `tar`, `rsync -a`) and
+//!   all directories of the transaction. Otherwise it is refused.
+//!
+//! Systems:
+//!
 //! - `Ok` is as good as what the disk promises. File systems that refuse to sync a directory are taken at their word.
-//!   On a network file system a rename may take effect although it reports an error, and locks may be seen by one
-//!   machine only; sweep while no other machine writes.
-//! - A [`sweep`] needs file locks; where there are none it removes nothing.
-//! - To sync a directory it is opened for reading, so a directory that may only be written to is a
-//!   [permission](Error::is_permission_denied) that is missing.
-//! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`. On Windows there are no modes, owners
-//!   and directory syncs; a target that somebody has open without sharing it cannot be replaced, which is tried for half
-//!   a second, and a drop may have to wait for that; and for a moment after the rename a reader may find the new file
-//!   locked.
+//! - On a network file system a rename may take effect although it reports an error, and locks may be seen by one machine
+//!   only; sweep and recover while no other machine writes.
+//! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`.
+//! - On Windows there are no modes, owners and directory syncs. A target that somebody has open without sharing it cannot
+//!   be replaced; that is tried for half a second, which a drop may have to wait for. For a moment after the rename a
+//!   reader may find the new file locked.
 //!
 //! # Comparison
 //!
 //! [`tempfile`](https://docs.rs/tempfile) makes a good temporary file for blocking code; it syncs neither the file nor
 //! its directory, and inside `spawn_blocking` its `persist` lands although nobody waits any more. `std::fs::write` in
 //! place is right for what may be torn and made again. If nothing ever drops your future, no timeout, no `select!`, no
-//! shutdown, then [`blocking::write`] inside `spawn_blocking` is all you need.
+//! shutdown, then [`blocking`] inside `spawn_blocking` is all you need; a program without a runtime uses it as it is.
 //!
 //! # Features
 //!

@@ -39,7 +39,8 @@ const BATCH_FILES: usize = 64;
 /// What is put somewhere comes before what is removed, so that of an old file and its successor one is always there.
 ///
 /// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
-/// which takes microseconds, or after a crash until the recovery, unless it holds a [`read_lock`](crate::read_lock).
+/// which takes microseconds, or after a crash until the recovery, unless it uses [`open_together`](crate::open_together) or
+/// holds a [`read_lock`](crate::read_lock).
 ///
 /// A relative path is taken from the working directory at the time when it is given.
 ///
