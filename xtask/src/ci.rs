@@ -2,7 +2,7 @@
 //!
 //! Invariant: each section builds with the same features as its neighbours, so that nothing is compiled twice: clippy
 //! shares its dependencies with nobody, but examples, tests and doctests share theirs. `RUSTFLAGS` is never set, because
-//! another value of it would compile everything again.
+//! another value of it would compile everything again. What is checked for other systems has a directory of its own.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::suite::{self, Scope, Tally};
 use crate::workspace::{BENCHES, Workspace};
-use crate::{doc, tidy};
+use crate::{doc, foreign, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -33,6 +33,8 @@ pub(crate) enum Section {
     Docs,
     /// Each crate compiles with each of its features alone, and with none
     Features,
+    /// The crates that can be checked from here compile for Windows and macOS
+    Foreign,
 }
 
 impl Section {
@@ -84,6 +86,7 @@ impl Run<'_> {
             Section::Doctests => self.suite(Scope::Doctests),
             Section::Docs => doc::rustdoc(),
             Section::Features => features(self.workspace),
+            Section::Foreign => foreign::run(self.workspace),
         }
     }
 

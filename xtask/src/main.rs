@@ -13,6 +13,7 @@ mod command;
 mod databases;
 mod doc;
 mod failed;
+mod foreign;
 mod history;
 mod mariadb;
 mod missing;

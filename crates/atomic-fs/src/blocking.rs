@@ -3,8 +3,6 @@
 //! Invariant: everything but cancellation is as in the async functions, because it is the same code. Only [`write()`] runs
 //! on the thread that calls it; the others let it wait for threads of this crate's own.
 
-use std::fmt;
-use std::fs::File;
 use std::future::Future;
 use std::io;
 use std::path::Path;
@@ -13,7 +11,7 @@ use std::sync::{Arc, LazyLock};
 use std::task::{Context, Poll, Wake};
 use std::thread::Thread;
 #[cfg(unix)]
-use std::time::Duration;
+use std::{fmt, fs::File, time::Duration};
 
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::coop::unconstrained;

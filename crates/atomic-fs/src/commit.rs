@@ -27,6 +27,7 @@ enum State {
     /// The job is within the visible call.
     Renaming,
     /// The visible call has been made; the job undoes it if what follows fails, unless somebody has relied on it.
+    #[cfg_attr(not(unix), expect(dead_code, reason = "only transactions have more to do"))]
     Settled,
     /// The visible call has been made. Final.
     Done,

@@ -153,7 +153,6 @@ pub struct WriteOptions {
     pub(crate) symlinks: Symlinks,
     pub(crate) preserve: Preserve,
     pub(crate) create_new: bool,
-    #[cfg_attr(not(unix), expect(dead_code, reason = "only Unix has files that cannot be replaced"))]
     pub(crate) in_place: InPlace,
 }
 

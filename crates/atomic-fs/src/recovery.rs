@@ -15,7 +15,7 @@ use crate::Error;
 use crate::commit::{Gate, Job};
 use crate::file::current_runtime;
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::{directory, io_error, is_reserved, is_temp_name, open_error};
+use crate::staged::{directory, io_error, is_temp_name, open_error};
 #[cfg(unix)]
 use crate::{
     apply, backup,
@@ -24,6 +24,7 @@ use crate::{
     lock::{self, Locking, Locks, Share, with_locks},
     protocol::elsewhere,
     site::Site,
+    staged::is_reserved,
     workspace,
 };
 
