@@ -46,7 +46,7 @@ mod ways;
 
 const CHUNK_BYTES: usize = 8 << 10;
 const STREAM_BYTES: usize = 64 << 20;
-const SMALL: [u8; 4 << 10] = [b'x'; 4 << 10];
+static SMALL: [u8; 4 << 10] = [b'x'; 4 << 10];
 
 fn main() -> ExitCode {
     let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
@@ -349,7 +349,7 @@ fn writers(bench: &Bench<'_>) {
             }));
         })
         .add("atomic-fs", move || {
-            runtime.block_on(by_tasks(ours.clone(), |path| async { atomic_fs::write(path, SMALL).await.unwrap() }));
+            runtime.block_on(by_tasks(ours.clone(), |path| async { atomic_fs::write(path, &SMALL).await.unwrap() }));
         });
     #[cfg(feature = "peers")]
     let contest = peers::writers(contest, names, disk);
@@ -387,14 +387,14 @@ fn dropped(bench: &Bench<'_>) {
     let path = disk.fresh("drop").join("file");
     let whole = {
         let start = Instant::now();
-        runtime.block_on(atomic_fs::write(&path, SMALL)).unwrap();
+        runtime.block_on(atomic_fs::write(&path, &SMALL)).unwrap();
         start.elapsed()
     };
     let mut times = Vec::new();
     for number in 0..DROPS {
         let wait = whole * number / DROPS;
         runtime.block_on(async {
-            let mut write = Box::pin(atomic_fs::write(&path, SMALL));
+            let mut write = Box::pin(atomic_fs::write(&path, &SMALL));
             let begun = Instant::now();
             // A timer would be too coarse: the thread spins.
             while begun.elapsed() < wait {
