@@ -71,8 +71,8 @@ fn main() -> ExitCode {
     let grounds = Ground::all(&scratch.0, is_chosen);
     for (place, ground) in grounds.iter().enumerate() {
         let bench = Bench { runtime: &runtime, disk: Scratch::new(&ground.path), ground: &ground.name, pace };
-        for (title, where_, hold) in CONTESTS {
-            if is_wanted(title) && (*where_ == Where::Everywhere || place == 0) {
+        for (title, place_of, hold) in CONTESTS {
+            if is_wanted(title) && (*place_of == Where::Everywhere || place == 0) {
                 hold(&bench);
             }
         }
@@ -91,7 +91,9 @@ enum Where {
     Once,
 }
 
-const CONTESTS: &[(&str, Where, fn(&Bench<'_>))] = &[
+type Hold = fn(&Bench<'_>);
+
+const CONTESTS: &[(&str, Where, Hold)] = &[
     ("replace", Where::Everywhere, replace),
     ("stream", Where::Once, stream),
     ("many", Where::Everywhere, many),

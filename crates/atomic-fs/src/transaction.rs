@@ -682,7 +682,7 @@ fn stage_all(
     // The directory of the last file, by the path that led there: a thousand files need not resolve it as often.
     let mut known: Option<(PathBuf, Arc<Site>)> = None;
     for (path, content) in files {
-        if all.len() % BATCH_FILES == 0 {
+        if all.len().is_multiple_of(BATCH_FILES) {
             sync_files(take_open(all.iter_mut()), gate)?;
         }
         let directory = split(&path, &path)?.0;
