@@ -55,7 +55,7 @@ pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<()
 ///
 /// It is [`write()`] for content that is owned, or shared: a `Vec<u8>`, a `String`, a `&'static str`, or a [`Bytes`], of
 /// which a clone is cheap. Whatever its size, one call is one hop to the blocking pool, and the content is let go when the
-/// write has ended. From 1 MiB on, a copy is what a call of [`write()`] spends most of its own time on.
+/// write has ended.
 ///
 /// # Cancel safety
 ///
