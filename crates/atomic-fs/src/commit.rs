@@ -8,6 +8,7 @@ use std::future::Future;
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 #[cfg(feature = "json")]
@@ -40,6 +41,9 @@ enum State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     left: Condvar,
+    /// Whether somebody has waited for `left`; changed and read only while `state` is locked. To tell nobody is a system
+    /// call as well.
+    is_awaited: AtomicBool,
     /// From here on nobody enters. The job asks for itself, because a timer is coarse and an executor may be late.
     deadline: Option<Instant>,
 }
@@ -51,7 +55,8 @@ impl Gate {
 
     /// A gate that closes by itself at `deadline`.
     pub(crate) fn with_deadline(deadline: Option<Instant>) -> Arc<Self> {
-        Arc::new(Self { state: Mutex::new(State::Pending), left: Condvar::new(), deadline })
+        let state = Mutex::new(State::Pending);
+        Arc::new(Self { state, left: Condvar::new(), is_awaited: AtomicBool::new(false), deadline })
     }
 
     /// Asks to make the visible call; `None` if the operation has been cancelled.
@@ -80,6 +85,7 @@ impl Gate {
     /// Cancels; if the visible call has been entered, waits for that one system call. Returns whether it is cancelled.
     pub(crate) fn cancel(&self) -> bool {
         let state = self.state();
+        self.is_awaited.store(true, Ordering::Relaxed);
         let mut state =
             self.left.wait_while(state, |state| *state == State::Renaming).unwrap_or_else(PoisonError::into_inner);
         *state = match *state {
@@ -98,6 +104,17 @@ impl Gate {
     /// Whether its deadline is over.
     pub(crate) fn is_late(&self) -> bool {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
+    }
+
+    /// Goes on to `next`, and tells whoever waits for that.
+    fn leave(&self, next: State) {
+        let mut state = self.state();
+        *state = next;
+        let is_awaited = self.is_awaited.load(Ordering::Relaxed);
+        drop(state);
+        if is_awaited {
+            self.left.notify_all();
+        }
     }
 
     /// The state is one word that is always valid, so a panic elsewhere while it was locked has spoiled nothing.
@@ -126,8 +143,7 @@ impl Passage<'_> {
     #[cfg(unix)]
     pub(crate) fn settle(&mut self) {
         self.next = State::Done;
-        *self.gate.state() = State::Settled;
-        self.gate.left.notify_all();
+        self.gate.leave(State::Settled);
     }
 
     /// Asks to undo what was visible; `false` if somebody has cancelled since it was settled, who was told that it stays.
@@ -147,8 +163,7 @@ impl Passage<'_> {
 
 impl Drop for Passage<'_> {
     fn drop(&mut self) {
-        *self.gate.state() = self.next;
-        self.gate.left.notify_all();
+        self.gate.leave(self.next);
     }
 }
 

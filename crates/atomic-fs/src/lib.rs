@@ -244,6 +244,6 @@ pub use recovery::{RecoveryReport, recover};
 pub use recovery::{SweepReport, sweep};
 #[cfg(unix)]
 pub use transaction::MultiFileTransaction;
-pub use whole::write;
+pub use whole::{write, write_bytes};
 #[cfg(feature = "json")]
 pub use whole::{write_json, write_json_with_timeout};

@@ -3,7 +3,7 @@
 //! Invariant: before the commit point the targets are untouched and every failure removes what was staged; after it the
 //! journal outlives every step, so that a crash at any moment leaves enough to finish or to undo the whole.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Write};
@@ -109,8 +109,11 @@ impl Prepared {
     /// Makes all steps visible, or none.
     pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
         let Self { workspace, moves, unsynced, durability } = self;
+        let mut asked = HashSet::new();
         for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
-            refuse_unfinished(site)?;
+            if asked.insert(site.id) {
+                refuse_unfinished(site)?;
+            }
         }
         if let [single] = &moves[..]
             && let Some(done) = single.alone(durability, gate)

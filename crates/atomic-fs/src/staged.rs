@@ -106,9 +106,15 @@ impl Target {
     }
 
     pub(crate) fn resolve(path: &Path, options: WriteOptions) -> Result<Self, Error> {
+        let (parent, _) = split(path, path)?;
+        let dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;
+        Self::resolve_in(Arc::new(dir), path, options)
+    }
+
+    /// The same where `dir`, the directory of `path`, is already open.
+    pub(crate) fn resolve_in(mut dir: Arc<Dir>, path: &Path, options: WriteOptions) -> Result<Self, Error> {
         let mut resolved = None;
         let (parent, name) = split(path, path)?;
-        let mut dir = Dir::open(parent).map_err(|source| open_error(parent, source))?;
         let mut parent = parent.to_path_buf();
         let mut name = name.to_owned();
         for _ in 0..SYMLINK_LIMIT {
@@ -126,15 +132,15 @@ impl Target {
                     if next != Path::new(".") {
                         parent.push(next);
                     }
-                    dir = dir.open_dir(next).map_err(|source| open_error(&parent, source))?;
+                    dir = Arc::new(dir.open_dir(next).map_err(|source| open_error(&parent, source))?);
                     name = last.to_owned();
                     resolved = Some(parent.join(&name));
                 }
                 Some(Entry { kind: Kind::Symlink, .. }) | None => {
-                    return Ok(Self { dir: Arc::new(dir), name, parent, resolved, existing: None });
+                    return Ok(Self { dir, name, parent, resolved, existing: None });
                 }
                 Some(Entry { kind: Kind::File, .. }) => {
-                    return Ok(Self { dir: Arc::new(dir), name, parent, resolved, existing: entry });
+                    return Ok(Self { dir, name, parent, resolved, existing: entry });
                 }
             }
         }
@@ -180,7 +186,7 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Creates a locked file under a fresh name.
+    /// Creates a file under a fresh name, locked if a sweep knows such names.
     fn take(&mut self, mode: u32, naming: &Naming) -> io::Result<(File, Entry)> {
         for _ in 0..NAME_ATTEMPTS {
             self.temp = naming.next();
@@ -190,7 +196,13 @@ impl Place {
                 Err(error) => return Err(error),
             };
             self.taken = true;
-            if let Some(fresh) = lock_new(&file)? {
+            let fresh = match naming {
+                Naming::File => lock_new(&file)?,
+                // The lock of its transaction's note keeps it.
+                #[cfg(unix)]
+                Naming::Fixed { .. } => Some(Entry::of(&file)?),
+            };
+            if let Some(fresh) = fresh {
                 return Ok((file, fresh));
             }
             // A sweep came between creation and lock, and took the file for litter.
@@ -360,6 +372,12 @@ impl Staged {
     #[cfg(unix)]
     pub(crate) fn target_name(&self) -> &OsStr {
         &self.place.target.name
+    }
+
+    /// Whether no symlink was followed on the way to the target.
+    #[cfg(unix)]
+    pub(crate) fn is_direct(&self) -> bool {
+        self.place.target.resolved.is_none()
     }
 
     /// How it is written.

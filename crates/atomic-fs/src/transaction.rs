@@ -287,7 +287,7 @@ impl MultiFileTransaction {
         self.close_lent().await?;
         self.close_some(&path).await?;
         let (workspace, target, options) = (self.workspace(&path).await?, path.clone(), self.options);
-        let (staged, site) = job(&path, move |_| stage(&workspace, &target, options)).await?;
+        let (staged, site) = job(&path, move |_| stage(&workspace, &target, options, None)).await?;
         let name = staged.target_name().to_owned();
         self.refuse_repetition(&site, &name, &path)?;
         let writer = Some(Box::new(AtomicFileWriter::over(staged, path.clone(), runtime)));
@@ -648,10 +648,22 @@ async fn job<T: Send + 'static>(
     Job::spawn(&current_runtime(path)?, &Gate::new(), path, work).await
 }
 
-/// Creates the staged file beside what `path` stands for.
-fn stage(workspace: &Workspace, path: &Path, options: WriteOptions) -> Result<(Staged, Arc<Site>), Error> {
-    let mut target = Target::resolve(path, options)?;
-    let site = workspace.adopt(target.dir, &target.parent, path)?;
+/// Creates the staged file beside what `path` stands for, whose directory may be `known`.
+fn stage(
+    workspace: &Workspace,
+    path: &Path,
+    options: WriteOptions,
+    known: Option<&Arc<Site>>,
+) -> Result<(Staged, Arc<Site>), Error> {
+    let mut target = match known {
+        Some(site) => Target::resolve_in(site.dir.clone(), path, options)?,
+        None => Target::resolve(path, options)?,
+    };
+    let site = match known {
+        // No symlink has led elsewhere.
+        Some(site) if Arc::ptr_eq(&site.dir, &target.dir) => site.clone(),
+        _ => workspace.adopt(target.dir, &target.parent, path)?,
+    };
     // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
     target.dir = site.dir.clone();
     let naming = Naming::Fixed { name: workspace.name(), left: workspace.left.clone() };
@@ -665,12 +677,17 @@ fn stage_all(
     options: WriteOptions,
     gate: &Gate,
 ) -> Result<Vec<Sealed>, Error> {
-    let mut all = Vec::new();
+    let mut all: Vec<Sealed> = Vec::new();
+    // The directory of the last file, by the path that led there: a thousand files need not resolve it as often.
+    let mut known: Option<(PathBuf, Arc<Site>)> = None;
     for (path, content) in files {
-        if all.len() % BATCH_FILES == 0 {
+        if all.len().is_multiple_of(BATCH_FILES) {
             sync_files(take_open(all.iter_mut()), gate)?;
         }
-        let (mut staged, site) = stage(workspace, &path, options)?;
+        let directory = split(&path, &path)?.0;
+        let same = known.take().filter(|(parent, _)| parent == directory);
+        let (mut staged, site) = stage(workspace, &path, options, same.as_ref().map(|(_, site)| site))?;
+        known = same.or_else(|| staged.is_direct().then(|| (directory.to_path_buf(), site.clone())));
         staged.write_at(0, &content, gate)?;
         all.push(Sealed::new(staged, content.len() as u64, &path, site, workspace.clone())?);
     }

@@ -1,12 +1,13 @@
 //! Whole files in one call.
 //!
-//! Invariant: up to 1 MiB, and for JSON of any size, one call is one hop to the blocking pool.
+//! Invariant: up to 1 MiB, and for JSON and [`Bytes`] of any size, one call is one hop to the blocking pool.
 
 use std::path::Path;
 use std::sync::Arc;
 #[cfg(feature = "json")]
 use std::time::Duration;
 
+use bytes::Bytes;
 #[cfg(feature = "json")]
 use tokio::time::Instant;
 
@@ -19,7 +20,8 @@ use crate::{Error, WriteOptions};
 ///
 /// Every reader sees the old file or the new one, whole. `Ok` means that the new one survives a power cut. Of several
 /// concurrent calls each succeeds, and the last one to rename wins. For options see
-/// [`AtomicFileWriter::options`](crate::AtomicFileWriter::options).
+/// [`AtomicFileWriter::options`](crate::AtomicFileWriter::options). It copies `bytes`, at most 3 MiB of them at a time;
+/// [`write_bytes`] copies nothing.
 ///
 /// # Cancel safety
 ///
@@ -49,6 +51,43 @@ pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<()
     WriteOptions::default().write(path, bytes).await
 }
 
+/// Replaces the file `path` by one that contains `content`, or creates it, without copying `content`.
+///
+/// It is [`write()`] for content that is owned, or shared: a `Vec<u8>`, a `String`, a `&'static str`, or a [`Bytes`], of
+/// which a clone is cheap. Whatever its size, one call is one hop to the blocking pool, and the content is let go when the
+/// write has ended.
+///
+/// # Cancel safety
+///
+/// This method is cancel safe.
+/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
+/// this call; the temporary file is removed, and the content let go, as soon as the system call in progress returns.
+///
+/// # Errors
+///
+/// As [`write()`].
+///
+/// # Examples
+///
+/// ```
+/// use bytes::Bytes;
+/// use cancel_safe_atomic_fs as atomic_fs;
+///
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> std::io::Result<()> {
+/// # let dir = tempfile::tempdir()?;
+/// let content = Bytes::from(vec![b'x'; 2 << 20]);
+/// for name in ["one", "other"] {
+///     atomic_fs::write_bytes(dir.path().join(name), content.clone()).await?;
+/// }
+/// assert_eq!(std::fs::read(dir.path().join("other"))?, content);
+/// # Ok(())
+/// # }
+/// ```
+pub async fn write_bytes(path: impl AsRef<Path>, content: impl Into<Bytes>) -> Result<(), Error> {
+    WriteOptions::default().write_bytes(path, content).await
+}
+
 impl WriteOptions {
     /// Replaces the file `path` by one that contains `bytes`, or creates it, as [`write()`] does with the defaults.
     ///
@@ -71,14 +110,36 @@ impl WriteOptions {
         writer.write_all(bytes).await?;
         writer.commit().await
     }
+
+    /// Replaces the file `path` by one that contains `content`, or creates it, without copying `content`, as
+    /// [`write_bytes()`] does with the defaults.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe.
+    /// If dropped before completion, the target is the old file or the new one, and from then on never changes because
+    /// of this call; the temporary file is removed, and the content let go, as soon as the system call in progress
+    /// returns.
+    ///
+    /// # Errors
+    ///
+    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    pub async fn write_bytes(self, path: impl AsRef<Path>, content: impl Into<Bytes>) -> Result<(), Error> {
+        write_job(path.as_ref(), content.into(), self, Gate::new())?.await
+    }
 }
 
-/// One hop: everything happens inside this job.
-fn write_job(path: &Path, bytes: Vec<u8>, options: WriteOptions, gate: Arc<Gate>) -> Result<Job<()>, Error> {
+/// One hop: everything happens inside this job, and the content goes with it.
+fn write_job(
+    path: &Path,
+    content: impl AsRef<[u8]> + Send + 'static,
+    options: WriteOptions,
+    gate: Arc<Gate>,
+) -> Result<Job<()>, Error> {
     let path = Arc::<Path>::from(path);
     let runtime = current_runtime(&path)?;
     let target = path.clone();
-    Ok(Job::spawn(&runtime, &gate, &path, move |gate| write_whole(&target, &bytes, options, gate)))
+    Ok(Job::spawn(&runtime, &gate, &path, move |gate| write_whole(&target, content.as_ref(), options, gate)))
 }
 
 /// Replaces the file `path` by `value` as pretty-printed JSON, or creates it.

@@ -22,6 +22,10 @@ use super::{Entry, Guests, acl::List};
 
 /// The kernel's own limit for one value and for the list of names.
 const LIMIT_BYTES: usize = 64 << 10;
+/// Room for an access control list of some 120 entries. The kernel takes as much memory, and clears it, as it is offered
+/// room, which at the limit takes longer than to read a list.
+#[cfg(any(target_os = "linux", target_os = "android"))]
+const USUAL_BYTES: usize = 1 << 10;
 
 /// It belongs to the mode, so that it is not copied as any other attribute.
 const ACCESS_LIST: &CStr = c"system.posix_acl_access";
@@ -42,15 +46,24 @@ pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
 /// Reads the access control list of the file `name` in `dir`, whose handle is `handle`, without following a symlink.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(super) fn guests(dir: &super::Dir, handle: &File, name: &OsStr) -> io::Result<Guests> {
-    let mut value = vec![0; LIMIT_BYTES];
+    match read_guests(dir, handle, name, &mut [0; USUAL_BYTES]) {
+        Err(error) if error.raw_os_error() == Some(Errno::RANGE.raw_os_error()) => {
+            read_guests(dir, handle, name, &mut vec![0; LIMIT_BYTES])
+        }
+        other => other,
+    }
+}
+
+#[cfg(any(target_os = "linux", target_os = "android"))]
+fn read_guests(dir: &super::Dir, handle: &File, name: &OsStr, value: &mut [u8]) -> io::Result<Guests> {
     // There is no such call below a handle before Linux 6.13, but /proc has a name for the handle. To read the list, one
     // need not be able to read the file.
     let mut path = OsString::from(format!("/proc/self/fd/{}/", handle.as_raw_fd()));
     path.push(name);
-    let read = match lgetxattr(&*path, ACCESS_LIST, &mut value[..]) {
+    let read = match lgetxattr(&*path, ACCESS_LIST, &mut *value) {
         // The file has gone, or there is no /proc, or it is shut.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => match dir.read(name) {
-            Ok(file) => fgetxattr(&file, ACCESS_LIST, &mut value[..]),
+            Ok(file) => fgetxattr(&file, ACCESS_LIST, &mut *value),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Guests::Unknown),
             Err(error) => return Err(error),
         },

@@ -2,8 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use bytes::Bytes;
 use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Error, blocking};
 use cancel_safe_testing::{Explore, Outcome, Report, Way, scratch_dir};
 use tempfile::{TempDir, tempdir};
@@ -85,6 +88,68 @@ fn dropped_write_leaves_old_or_new_for_ever() {
         let report = explore(&new, async |path| atomic_fs::write(path, &new).await.unwrap());
         assert_clean(&format!("write/{length}-bytes"), &report);
     }
+}
+
+/// Content that tells when nobody holds it any more.
+struct Witness(Vec<u8>, Arc<AtomicBool>);
+
+impl AsRef<[u8]> for Witness {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        self.1.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Content, and whether it has been let go.
+fn witness(content: Vec<u8>) -> (Bytes, Arc<AtomicBool>) {
+    let gone = Arc::new(AtomicBool::new(false));
+    (Bytes::from_owner(Witness(content, gone.clone())), gone)
+}
+
+#[test]
+fn dropped_write_bytes_leaves_old_or_new_for_ever() {
+    for length in [10, 3 * MIB] {
+        let new = vec![b'N'; length];
+        let report = explore(&new, async |path| {
+            let (content, gone) = witness(new.clone());
+            atomic_fs::write_bytes(path, content).await.unwrap();
+            assert!(gone.load(Ordering::Relaxed), "it holds the content although the write has ended");
+        });
+        assert_clean(&format!("write_bytes/{length}-bytes"), &report);
+    }
+}
+
+#[test]
+fn dropped_write_bytes_lets_its_content_go() {
+    let dir = tempdir().unwrap();
+    let path = dir.path().join("file");
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let busy = tokio::task::spawn_blocking(move || released.recv());
+        let (content, gone) = witness(vec![b'N'; 2 * MIB]);
+        let mut write = Box::pin(atomic_fs::write_bytes(&path, content));
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(write.as_mut().poll(&mut cx).is_pending());
+        assert!(!gone.load(Ordering::Relaxed), "what waits for a thread must not have copied it");
+        drop(write);
+        assert!(gone.load(Ordering::Relaxed), "a thread may not come free for long");
+        release.send(()).unwrap();
+        busy.await.unwrap().unwrap();
+        drain_pool().await;
+        // One that is at work when it is dropped lets it go with its job.
+        for wait_us in (0..2000).step_by(100) {
+            let (content, gone) = witness(vec![b'N'; 2 * MIB]);
+            drop(tokio::time::timeout(Duration::from_micros(wait_us), atomic_fs::write_bytes(&path, content)).await);
+            drain_pool().await;
+            assert!(gone.load(Ordering::Relaxed), "dropped after {wait_us} µs");
+        }
+    });
 }
 
 #[cfg(feature = "json")]

@@ -27,6 +27,8 @@ const MARK: &str = "child says ";
 pub(crate) const SIZE_BYTES: usize = 4096;
 /// How much it writes in pieces: more than a writer holds in its buffers.
 pub(crate) const STREAM_BYTES: usize = (3 << 20) + 5;
+/// How much it writes of which it may hold no copy.
+pub(crate) const LARGE_BYTES: usize = 64 << 20;
 /// How many files it writes elsewhere first. strace counts calls by thread but tampers with every thread; after so many
 /// calls this thread is alone with its counts, and a fault that is meant for it does not hit the test harness.
 const OTHERS: usize = 40;
@@ -142,6 +144,19 @@ fn entry() {
                 Ok(_) => say("Ok"),
                 Err(error) => say(&format!("Err({:?})", error.kind())),
             }
+        }
+        // How much more memory it took at its peak than before, in KiB. Zeros that nobody has touched take none themselves.
+        #[cfg(target_os = "linux")]
+        task @ ("write bytes" | "write a copy") => {
+            let peak = || {
+                let status = std::fs::read_to_string("/proc/self/status").unwrap();
+                let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+                line.trim().trim_end_matches(" kB").parse::<usize>().unwrap()
+            };
+            let (before, content) = (peak(), bytes::Bytes::from(vec![0; LARGE_BYTES]));
+            let content = if task == "write bytes" { content } else { content.to_vec().into() };
+            one_pool_thread().block_on(atomic_fs::write_bytes(path, content)).unwrap();
+            say(&(peak() - before).to_string());
         }
         "rename as nobody" => {
             become_nobody();

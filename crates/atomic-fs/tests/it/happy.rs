@@ -11,6 +11,8 @@ use cancel_safe_atomic_fs::{self as atomic_fs, AtomicFileWriter, Durability, Err
 use tempfile::tempdir;
 use tokio::task::JoinSet;
 
+#[cfg(target_os = "linux")]
+use crate::child;
 use crate::support::{eventually, names, temps};
 
 const MIB: usize = 1 << 20;
@@ -30,6 +32,8 @@ async fn write_creates_and_then_replaces_at_any_size() {
         assert!(std::fs::read(&path).unwrap() == content, "{length} bytes");
         blocking::write(&path, b"between").unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"between");
+        atomic_fs::write_bytes(&path, content.clone()).await.unwrap();
+        assert!(std::fs::read(&path).unwrap() == content, "{length} bytes");
     }
     assert_eq!(names(dir.path()), ["file"]);
 }
@@ -44,6 +48,23 @@ async fn write_takes_whatever_is_bytes() {
     atomic_fs::write(&path, &owned).await.unwrap();
     atomic_fs::write(path.to_str().unwrap(), owned.into_bytes()).await.unwrap();
     assert_eq!(std::fs::read(&path).unwrap(), b"owned");
+    atomic_fs::write_bytes(&path, "static").await.unwrap();
+    atomic_fs::write_bytes(&path, vec![b'x'; 2]).await.unwrap();
+    AtomicFileWriter::options().write_bytes(&path, String::from("owned again")).await.unwrap();
+    assert_eq!(std::fs::read(&path).unwrap(), b"owned again");
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn write_bytes_holds_no_copy_of_its_content() {
+    let dir = tempdir().unwrap();
+    let grown_kib = |task| -> usize {
+        let said = child::outcome(child::command(&[], task, &dir.path().join("file"))).unwrap();
+        said.parse().unwrap()
+    };
+    let (shared, copied) = (grown_kib("write bytes"), grown_kib("write a copy"));
+    assert!(shared < child::LARGE_BYTES / 1024 / 4, "{shared} KiB");
+    assert!(copied > child::LARGE_BYTES / 1024 / 2, "a copy must be caught: {copied} KiB");
 }
 
 #[tokio::test]
