@@ -92,6 +92,24 @@ async fn a_lent_writer_that_met_a_full_disk_breaks_its_transaction() {
     }
 }
 
+/// A name may still be had where there is no room for content.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_transaction_that_cannot_even_be_noted_leaves_nothing() {
+    let Some(disk) = small_disk("a_transaction_that_cannot_even_be_noted_leaves_nothing") else { return };
+    let at = |name: &str| disk.point.join(name);
+    for name in ["a", "b"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    assert!(std::fs::write(at("filler"), [b'x'; 200_000]).is_err());
+    let mut tx = MultiFileTransaction::begin(at("a"));
+    let error = tx.add_file(at("b/y"), "").await.unwrap_err();
+    assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
+    drop(tx);
+    eventually("what was noted goes", || names(&at("a")).is_empty()).await;
+    assert_eq!(names(&at("b")), [""; 0]);
+}
+
 #[tokio::test]
 async fn a_writer_that_met_a_full_disk_cannot_be_committed() {
     let Some(disk) = small_disk("a_writer_that_met_a_full_disk_cannot_be_committed") else { return };
