@@ -139,6 +139,10 @@ fn a_journal_that_goes_on_or_leads_elsewhere_is_refused() {
     assert!(decode(&sealed(&made_up(ours, ours, &[]))).is_err(), "it changes nothing");
     let longer = [made_up(ours, ours, &[b"file"]), vec![0]].concat();
     assert_eq!(decode(&sealed(&longer)).unwrap_err(), "it goes on behind its end");
+    let mut unknown = made_up(ours, ours, &[b"file"]);
+    // Whether the journal's birth is known.
+    assert_eq!(std::mem::replace(&mut unknown[MAGIC.len() + 16], 2), 0);
+    assert!(decode(&sealed(&unknown)).is_err(), "neither yes nor no");
     assert_eq!(decode(b"abc").unwrap_err(), "it is too short");
     assert!(decode(b"afs-tx1\nwhatever").unwrap_err().contains("version 1"));
 }

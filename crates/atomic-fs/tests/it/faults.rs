@@ -287,6 +287,21 @@ async fn a_target_that_becomes_a_directory_meanwhile_is_left_alone() {
 }
 
 #[tokio::test]
+async fn a_temporary_file_that_somebody_has_removed_is_discarded_all_the_same() {
+    let dir = tempdir().unwrap();
+    let writer = AtomicFileWriter::new(dir.path().join("file")).await.unwrap();
+    std::fs::remove_file(dir.path().join(&names(dir.path())[0])).unwrap();
+    writer.discard().await.unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(dir.path().join("file"), "new").await.unwrap();
+    for name in names(dir.path()) {
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    tx.rollback().await.unwrap();
+    assert_eq!(names(dir.path()), [""; 0]);
+}
+
+#[tokio::test]
 async fn a_panic_while_a_writer_is_open_leaves_no_litter() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");

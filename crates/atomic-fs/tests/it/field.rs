@@ -457,6 +457,27 @@ async fn a_file_that_seems_to_be_renamed_twice_is_refused_unless_that_closes_a_c
     assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("b", "b"), ("c", "c")]));
 }
 
+#[tokio::test]
+async fn what_is_removed_by_one_path_is_not_replaced_by_another() {
+    let (dir, at) = scene(&["a", "b"]);
+    let around = dir.path().join("..").join(dir.path().file_name().unwrap());
+    for is_renamed in [false, true] {
+        let mut tx = MultiFileTransaction::new();
+        tx.remove_file(at("a")).unwrap();
+        // By the same path that is seen at once, and by another one when it is committed.
+        assert!(tx.add_file(at("a"), "new").await.unwrap_err().is_repeated_target());
+        assert!(tx.writer(at("a")).await.map(drop).unwrap_err().is_repeated_target());
+        if is_renamed {
+            tx.rename(at("b"), around.join("a")).unwrap();
+        } else {
+            tx.add_file(around.join("a"), "new").await.unwrap();
+        }
+        let error = tx.commit().await.unwrap_err();
+        assert!(error.is_repeated_target() && error.target() == TargetState::Unchanged, "{error}");
+        assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("b", "b")]));
+    }
+}
+
 /// As a log of many gigabytes: a rename costs what rename(2) costs, whatever is in the file.
 #[tokio::test]
 async fn a_large_file_is_renamed_and_replaced_without_being_read() {
@@ -685,6 +706,26 @@ async fn what_is_put_somewhere_comes_before_what_is_removed() {
     assert_eq!(std::fs::read_to_string(dir.path().join("taken")).unwrap(), "new");
     atomic_fs::recover(dir.path()).await.unwrap();
     assert_eq!(names(dir.path()), ["new", "taken"]);
+}
+
+/// A single system call brings it there.
+#[tokio::test]
+async fn a_file_that_is_renamed_to_a_free_name_is_never_without_a_visible_one() {
+    let Some(strace) = child::strace("kills before and behind a rename to a free name") else { return };
+    for number in 1.. {
+        let (_dir, at) = scene(&[]);
+        std::fs::create_dir(at("one")).unwrap();
+        std::fs::write(at("one/a"), "moved").unwrap();
+        let inject = format!("inject=renameat2:signal=SIGKILL:when={number}");
+        let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+        let said = child::outcome(child::command(&wrapper, "random - put:one/c:new rename:one/a:one/b", &at("")));
+        let seen: Vec<_> = ["one/a", "one/b"].into_iter().filter(|name| at(name).exists()).collect();
+        assert_eq!(seen.len(), 1, "killed at {number}: {seen:?}");
+        if said.is_some() {
+            assert_eq!((said.as_deref(), number > 3), (Some("Ok"), true));
+            break;
+        }
+    }
 }
 
 /// Two names of one file, which nothing tells apart, stay two names of one file.
