@@ -346,6 +346,26 @@ async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_wri
     }
 }
 
+/// It has locked what it foresaw to need; that is not enough any more.
+#[tokio::test]
+async fn a_recovery_that_waited_while_a_journal_appeared_locks_the_directories_of_that_one() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    let (journal, aside) = (tree.join("a/.afs-journal"), dir.path().join("aside"));
+    std::fs::rename(&journal, &aside).unwrap();
+    let [here, there] = ["a", "b"].map(|place| crate::support::lock_free(&tree.join(place), true).unwrap());
+    let recovery = tokio::spawn(atomic_fs::recover(tree.join("a")));
+    // So that it has looked, which does not matter to what is right here.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    std::fs::rename(&aside, &journal).unwrap();
+    drop(here);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(contents(&tree), ("new".into(), "old".into()), "somebody reads it");
+    drop(there);
+    assert_eq!(recovery.await.unwrap().unwrap().rolled_forward, 1);
+    assert_eq!(contents(&tree), both("new"));
+}
+
 /// What leads to a journal is passed over if another transaction's journal has taken its place.
 #[tokio::test]
 async fn a_pointer_to_the_journal_of_another_transaction_stops_nobody() {
