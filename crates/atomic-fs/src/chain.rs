@@ -416,3 +416,118 @@ impl Identity {
 pub(crate) fn is_name(name: &OsStr) -> bool {
     std::path::Path::new(name).file_name() == Some(name)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    const WRITTEN: Moment = (100, 0);
+
+    fn file(number: u64) -> Option<Identity> {
+        (number > 0).then_some(Identity { inode: number, born: Some((7, 0)), size: 1, modified: (50, 0) })
+    }
+
+    fn written_later(number: u64) -> Option<Identity> {
+        file(number).map(|file| Identity { modified: (101, 0), ..file })
+    }
+
+    fn files(numbers: &[u64]) -> Vec<Option<Identity>> {
+        numbers.iter().copied().map(file).collect()
+    }
+
+    fn seen(carried: Option<Identity>, held: &[Option<Identity>]) -> Seen {
+        Seen { carried, held: held.to_vec() }
+    }
+
+    /// A chain whose carrier is hidden, or a name like the others.
+    fn chain(numbers: &[u64], is_hidden: bool) -> Chain {
+        let site = Arc::new(Site::open(Path::new(".")).expect("it is there"));
+        let spot = |name: String| Spot { site: site.clone(), name: name.into() };
+        let carrier = spot(if is_hidden { "hidden".to_owned() } else { "carrier".to_owned() });
+        let names = (1..numbers.len()).map(|number| spot(number.to_string())).collect();
+        Chain { carrier, hidden: "hidden".into(), names, files: files(numbers) }
+    }
+
+    /// 1 is the new file, 2 the old one, 3 one that is moved, 9 somebody else's; 0 is none.
+    #[test]
+    fn how_many_steps_were_made_is_told_from_what_lies_by_the_names() {
+        let (forward, back) = (&[Aim::Forward][..], &[Aim::Back][..]);
+        let both = &[Aim::Forward, Aim::Back][..];
+        type Case<'a> = (&'a [u64], u64, &'a [u64], &'a [Aim], Option<usize>);
+        let cases: [Case<'_>; 24] = [
+            // A put over a file.
+            (&[1, 2], 1, &[2], both, Some(0)),
+            (&[1, 2], 2, &[1], both, Some(1)),
+            (&[1, 2], 0, &[1], both, Some(1)),
+            (&[1, 2], 2, &[9], both, Some(1)),
+            (&[1, 2], 0, &[9], both, Some(1)),
+            // It was somebody else's that was exchanged.
+            (&[1, 2], 9, &[1], both, Some(1)),
+            (&[1, 2], 9, &[9], both, Some(1)),
+            // What was staged is not there, and the old file is.
+            (&[1, 2], 9, &[2], both, None),
+            (&[1, 2], 0, &[2], forward, None),
+            (&[1, 2], 0, &[2], back, Some(0)),
+            (&[1, 2], 0, &[0], both, None),
+            // A put to a free name.
+            (&[1, 0], 1, &[0], both, Some(0)),
+            (&[1, 0], 0, &[1], both, Some(1)),
+            (&[1, 0], 0, &[0], forward, None),
+            (&[1, 0], 0, &[0], back, Some(0)),
+            // A removal.
+            (&[0, 2], 0, &[2], both, Some(0)),
+            (&[0, 2], 2, &[0], both, Some(1)),
+            (&[0, 2], 0, &[0], both, Some(1)),
+            (&[0, 2], 0, &[9], both, Some(1)),
+            // A rename over a file.
+            (&[0, 3, 2], 0, &[3, 2], both, Some(0)),
+            (&[0, 3, 2], 3, &[0, 2], both, Some(1)),
+            (&[0, 3, 2], 2, &[0, 3], both, Some(2)),
+            (&[0, 3, 2], 0, &[0, 3], both, Some(2)),
+            // The moved file is nowhere, and the old one where it was.
+            (&[0, 3, 2], 0, &[0, 2], both, None),
+        ];
+        for (planned, carried, held, aims, wanted) in cases {
+            for &aim in aims {
+                let made = seen(file(carried), &files(held)).made(&files(planned), aim);
+                assert_eq!(made, wanted, "{planned:?}: {carried} {held:?} {aim:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn nothing_is_overwritten_that_is_not_what_was_to_be_replaced() {
+        let forward = |numbers: &[u64], is_hidden, held: &[Option<Identity>], from| {
+            chain(numbers, is_hidden).before_going_forward(&seen(None, held), from, WRITTEN).ok()
+        };
+        assert_eq!(forward(&[1, 2], true, &[file(2)], 0), Some(1));
+        assert_eq!(forward(&[1, 2], true, &[None], 0), Some(1));
+        assert_eq!(forward(&[1, 2], true, &[file(9)], 0), None);
+        assert_eq!(forward(&[1, 2], true, &[written_later(2)], 0), None);
+        // One that only gets another name may be written to meanwhile.
+        assert_eq!(forward(&[2, 3], false, &[written_later(3)], 0), Some(1));
+        assert_eq!(forward(&[0, 3, 2], true, &[written_later(3), file(2)], 0), Some(2));
+        assert_eq!(forward(&[0, 3, 2], true, &[file(3), written_later(2)], 0), None);
+    }
+
+    #[test]
+    fn nothing_is_removed_that_is_not_what_was_staged() {
+        let back = |numbers: &[u64], is_hidden, carried, held: &[Option<Identity>], from| {
+            chain(numbers, is_hidden).before_going_back(&seen(carried, held), from, WRITTEN).ok()
+        };
+        assert_eq!(back(&[1, 2], true, file(2), &[file(1)], 1), Some(0));
+        assert_eq!(back(&[1, 2], true, file(2), &[None], 1), Some(0));
+        // Of somebody else's, which is the last write; and written to since.
+        assert_eq!(back(&[1, 2], true, file(2), &[file(9)], 1), Some(1));
+        assert_eq!(back(&[1, 2], true, file(2), &[written_later(1)], 1), None);
+        assert_eq!(back(&[2, 3], false, file(3), &[written_later(2)], 1), Some(0));
+        // The old file is gone.
+        assert_eq!(back(&[1, 2], true, None, &[file(1)], 1), None);
+        assert_eq!(back(&[1, 0], true, None, &[file(1)], 1), Some(0));
+        // Of several steps none can be left out.
+        assert_eq!(back(&[0, 3, 2], true, file(2), &[None, file(3)], 2), Some(0));
+        assert_eq!(back(&[0, 3, 2], true, file(2), &[None, file(9)], 2), None);
+    }
+}

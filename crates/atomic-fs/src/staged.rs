@@ -551,6 +551,20 @@ mod tests {
     }
 
     #[test]
+    fn a_job_that_is_cancelled_writes_no_more_and_leaves_nothing() {
+        let dir = tempfile::tempdir().expect("the temporary directory has room");
+        let gate = Gate::new();
+        let path = dir.path().join("file");
+        let mut staged = Staged::create(&path, WriteOptions::default()).expect("the directory is ours");
+        staged.write_at(0, b"begun", &gate).expect("nobody has cancelled");
+        gate.cancel();
+        assert!(matches!(staged.write_at(5, b"more", &gate), Err(Error::Interrupted { .. })));
+        assert_eq!(staged.file.metadata().expect("it is open").len(), 5);
+        drop(staged);
+        assert!(std::fs::read_dir(dir.path()).expect("it is there").next().is_none());
+    }
+
+    #[test]
     fn set_id_bits_go_with_their_owner() {
         let id = |uid, gid| Entry { kind: Kind::File, mode: 0o6755, uid, gid, id: (0, 0), links: 1, size: 0 };
         assert_eq!(kept_mode(&id(1, 2), &id(1, 2)), 0o6755);

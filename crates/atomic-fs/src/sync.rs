@@ -184,13 +184,45 @@ mod tests {
         assert!(watch.upgrade().is_none());
     }
 
+    /// A pipe cannot be synced.
+    fn pipe() -> Unsynced {
+        let (_reader, writer) = io::pipe().unwrap();
+        Unsynced::New(Arc::from(Path::new("pipe")), Arc::new(File::from(std::os::fd::OwnedFd::from(writer))))
+    }
+
+    #[test]
+    fn after_a_failure_and_after_a_cancellation_no_sync_begins() {
+        let (_dir, mut list, watch) = files(2);
+        list.insert(0, pipe());
+        let batch = Batch::new(list);
+        assert!(batch.work_once());
+        assert!(!batch.work_once());
+        assert!(watch.upgrade().is_none());
+        let gate = Gate::new();
+        gate.cancel();
+        sync_files(vec![pipe()], &gate).unwrap();
+    }
+
+    #[test]
+    fn who_lends_a_hand_is_waited_for() {
+        let (_dir, list, watch) = files(1);
+        let batch = Batch::new(list);
+        let running = batch.take().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Long enough that who does not wait is gone.
+                std::thread::park_timeout(std::time::Duration::from_millis(50));
+                running.sync();
+            });
+            batch.finish(false).unwrap();
+            assert!(watch.upgrade().is_none());
+        });
+    }
+
     #[test]
     fn a_failure_is_told_and_closes_the_rest() {
-        let (dir, mut list, watch) = files(50);
-        // A pipe cannot be synced.
-        let (_reader, writer) = io::pipe().unwrap();
-        let pipe = Arc::new(File::from(std::os::fd::OwnedFd::from(writer)));
-        list.insert(7, Unsynced::New(Arc::from(dir.path()), pipe));
+        let (_dir, mut list, watch) = files(50);
+        list.insert(7, pipe());
         let error = sync_files(list, &Gate::new()).unwrap_err();
         assert!(error.to_string().contains("sync the new file for"), "{error}");
         assert!(watch.upgrade().is_none());

@@ -139,6 +139,10 @@ fn a_journal_that_goes_on_or_leads_elsewhere_is_refused() {
     assert!(decode(&sealed(&made_up(ours, ours, &[]))).is_err(), "it changes nothing");
     let longer = [made_up(ours, ours, &[b"file"]), vec![0]].concat();
     assert_eq!(decode(&sealed(&longer)).unwrap_err(), "it goes on behind its end");
+    let mut unknown = made_up(ours, ours, &[b"file"]);
+    // Whether the journal's birth is known.
+    assert_eq!(std::mem::replace(&mut unknown[MAGIC.len() + 16], 2), 0);
+    assert!(decode(&sealed(&unknown)).is_err(), "neither yes nor no");
     assert_eq!(decode(b"abc").unwrap_err(), "it is too short");
     assert!(decode(b"afs-tx1\nwhatever").unwrap_err().contains("version 1"));
 }
@@ -166,4 +170,36 @@ fn the_way_from_one_directory_to_another_goes_over_what_contains_both() {
     assert_eq!(way("/d/a/sub", "/d/a"), "..");
     assert_eq!(way("/", "/d"), "d");
     assert_eq!(way("/x/y", "/d/a"), "../../d/a");
+}
+
+/// A number may be that of another file elsewhere, or be given anew.
+#[test]
+fn a_journal_is_in_its_place_if_number_and_birth_are_those_that_it_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = Site::open(dir.path()).unwrap();
+    let path = dir.path().join(COMMITTED);
+    let own = Identity::of(&File::create(&path).unwrap()).unwrap();
+    let later = own.born.map(|(seconds, nanoseconds)| (seconds + 1, nanoseconds));
+    for (own, is_in_place) in [
+        (own, true),
+        (Identity { born: None, ..own }, true),
+        (Identity { inode: own.inode + 1, ..own }, false),
+        // Where the file system tells no birth, the number is all there is.
+        (Identity { born: later, ..own }, own.born.is_none()),
+    ] {
+        std::fs::write(&path, encode(TAG, &own, &home, &[])).unwrap();
+        let found = find(&home).unwrap().unwrap();
+        assert_eq!(matches!(found.trust, Trust::Numbers { .. }), is_in_place, "{own:?}");
+    }
+}
+
+#[test]
+fn two_journals_in_one_directory_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = Site::open(dir.path()).unwrap();
+    for name in [PREPARED, COMMITTED] {
+        let own = Identity::of(&File::create(dir.path().join(name)).unwrap()).unwrap();
+        std::fs::write(dir.path().join(name), encode(TAG, &own, &home, &[])).unwrap();
+    }
+    assert!(matches!(find(&home), Err(Error::CorruptJournal { reason: "there are two journals", .. })));
 }

@@ -168,6 +168,14 @@ fn entry() {
                 tx.commit().await
             }));
         }
+        "recover as nobody" => {
+            become_nobody();
+            say_result(one_pool_thread().block_on(async {
+                let report = atomic_fs::recover(path).await?;
+                assert_eq!((report.removed, report.live), (1, 1), "{report:?}");
+                Ok(())
+            }));
+        }
         "drop a commit when its journal is committed" => runtime().block_on(async {
             let mut tx = MultiFileTransaction::new();
             tx.add_files((0..200).map(|number| (path.join(number.to_string()), "new"))).await.unwrap();

@@ -92,6 +92,24 @@ async fn a_lent_writer_that_met_a_full_disk_breaks_its_transaction() {
     }
 }
 
+/// A name may still be had where there is no room for content.
+#[cfg(unix)]
+#[tokio::test]
+async fn a_transaction_that_cannot_even_be_noted_leaves_nothing() {
+    let Some(disk) = small_disk("a_transaction_that_cannot_even_be_noted_leaves_nothing") else { return };
+    let at = |name: &str| disk.point.join(name);
+    for name in ["a", "b"] {
+        std::fs::create_dir(at(name)).unwrap();
+    }
+    assert!(std::fs::write(at("filler"), [b'x'; 200_000]).is_err());
+    let mut tx = MultiFileTransaction::begin(at("a"));
+    let error = tx.add_file(at("b/y"), "").await.unwrap_err();
+    assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
+    drop(tx);
+    eventually("what was noted goes", || names(&at("a")).is_empty()).await;
+    assert_eq!(names(&at("b")), [""; 0]);
+}
+
 #[tokio::test]
 async fn a_writer_that_met_a_full_disk_cannot_be_committed() {
     let Some(disk) = small_disk("a_writer_that_met_a_full_disk_cannot_be_committed") else { return };
@@ -266,6 +284,21 @@ async fn a_target_that_becomes_a_directory_meanwhile_is_left_alone() {
     let error = writer.commit().await.unwrap_err();
     assert!(error.is_not_a_file() && error.target() == TargetState::Unchanged, "{error}");
     assert_eq!(names(dir.path()), ["file"]);
+}
+
+#[tokio::test]
+async fn a_temporary_file_that_somebody_has_removed_is_discarded_all_the_same() {
+    let dir = tempdir().unwrap();
+    let writer = AtomicFileWriter::new(dir.path().join("file")).await.unwrap();
+    std::fs::remove_file(dir.path().join(&names(dir.path())[0])).unwrap();
+    writer.discard().await.unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_file(dir.path().join("file"), "new").await.unwrap();
+    for name in names(dir.path()) {
+        std::fs::remove_file(dir.path().join(name)).unwrap();
+    }
+    tx.rollback().await.unwrap();
+    assert_eq!(names(dir.path()), [""; 0]);
 }
 
 #[tokio::test]

@@ -224,6 +224,104 @@ async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_v
     }
 }
 
+/// Of a directory in which two transactions took part, the recovery of one leaves what the other needs.
+#[tokio::test]
+async fn what_leads_to_one_transaction_stays_when_the_litter_of_another_is_removed() {
+    let Some(strace) = child::strace("two kills in one directory") else { return };
+    let (dir, at) = scene(&[]);
+    for place in ["a", "b", "c"] {
+        std::fs::create_dir(at(place)).unwrap();
+    }
+    let kill = |number: usize, task: &str| {
+        let inject = format!("inject=renameat2:signal=SIGKILL:when={number}");
+        let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+        assert_eq!(child::outcome(child::command(&wrapper, task, dir.path())), None);
+    };
+    // The first was never committed, the second was.
+    kill(1, "two directories");
+    kill(3, "random c put:c/z:new put:b/y:newer");
+    let pointer = std::fs::read_link(at("b/.afs-journal-elsewhere")).unwrap();
+    assert!(atomic_fs::recover(at("a")).await.unwrap().removed > 0);
+    assert_eq!(std::fs::read_link(at("b/.afs-journal-elsewhere")).unwrap(), pointer);
+    assert_eq!(atomic_fs::recover(at("b")).await.unwrap().rolled_forward, 1);
+    assert_eq!(
+        (names(&at("a")), all(&at("b")), all(&at("c"))),
+        (vec![], pairs(&[("y", "newer")]), pairs(&[("z", "new")]))
+    );
+    // Who has locked the other directory may be just about to put its own there.
+    kill(1, "two directories");
+    let lock = crate::support::lock_free(&at("b"), true).unwrap();
+    atomic_fs::recover(at("a")).await.unwrap();
+    assert_eq!((names(&at("a")), temps(&at("b"))), (vec![], vec![".afs-journal-elsewhere".to_owned()]));
+    drop(lock);
+    atomic_fs::recover(at("b")).await.unwrap();
+    assert_eq!(names(&at("b")), ["y"]);
+}
+
+/// As in a directory that is shared, in which each may write.
+#[tokio::test]
+async fn a_recovery_leaves_what_others_have_staged_whose_note_it_may_not_read() {
+    use std::os::unix::fs::PermissionsExt;
+    let (dir, at) = scene(&[]);
+    if !rustix::process::geteuid().is_root() {
+        crate::support::not_run("a_recovery_leaves_what_others_have_staged", "only root has files of somebody else");
+        return;
+    }
+    std::os::unix::fs::chown(dir.path(), Some(65534), Some(65534)).unwrap();
+    let theirs = [".afs-tx-0123456789abcdef", ".afs-tx-0123456789abcdef-1"];
+    for name in theirs {
+        std::fs::write(at(name), "").unwrap();
+        std::fs::set_permissions(at(name), PermissionsExt::from_mode(0o600)).unwrap();
+    }
+    std::fs::write(at(".afs-tx-fedcba9876543210-1"), "nobody's, without a note").unwrap();
+    let said = child::outcome(child::command(&[], "recover as nobody", dir.path()));
+    assert_eq!((said.as_deref(), names(dir.path())), (Some("Ok"), theirs.map(String::from).to_vec()));
+}
+
+/// Whichever removal fails or is not reached, the journal's directory leads to what is left.
+#[tokio::test]
+async fn what_a_failed_transaction_could_not_remove_is_found_by_the_recovery_of_its_journals_directory() {
+    let Some(strace) = child::strace("removals that fail") else { return };
+    for fault in ["error=EIO", "signal=SIGKILL"] {
+        for number in 1.. {
+            let (dir, at) = scene(&[]);
+            for place in ["a", "b"] {
+                std::fs::create_dir(at(place)).unwrap();
+            }
+            // The journal cannot be prepared.
+            let fail = "inject=renameat2:error=EIO:when=1";
+            let inject = format!("inject=unlinkat:{fault}:when={number}");
+            let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", fail, "-e", &inject];
+            let said = child::outcome(child::command(&wrapper, "two directories", dir.path()));
+            assert!(said.as_ref().is_none_or(|said| said.starts_with("Unchanged")), "{fault} {number}: {said:?}");
+            let litter = [names(&at("a")), names(&at("b"))];
+            if litter == [[""; 0]; 2] {
+                // The draft, a pointer and two staged files; on another thread a link and the note.
+                assert!(number > 5, "{fault} {number}");
+                break;
+            }
+            atomic_fs::recover(at("a")).await.unwrap();
+            let left = [names(&at("a")), names(&at("b"))];
+            // A pointer by itself leads nowhere and stops nobody.
+            let is_pointer = litter[0].is_empty() && litter[1] == [".afs-journal-elsewhere"];
+            let wanted = if is_pointer { litter.clone() } else { [vec![], vec![]] };
+            assert_eq!(left, wanted, "{fault} {number}: {litter:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_directory_whose_pointer_is_of_another_transaction_is_not_taken_for_the_one_that_took_part() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    let pointer = tree.join("b/.afs-journal-elsewhere");
+    std::fs::remove_file(&pointer).unwrap();
+    std::os::unix::fs::symlink("../a/.afs-tx-0123456789abcdef", &pointer).unwrap();
+    let error = atomic_fs::recover(tree.join("a")).await.unwrap_err();
+    assert!(matches!(error, Error::Misplaced { .. }) && error.to_string().contains("another transaction"), "{error}");
+    assert_eq!(contents(&tree), ("new".into(), "old".into()));
+}
+
 /// That the old file is another one only counts if that was after the journal was written.
 #[tokio::test]
 async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_written_later_is_not() {
@@ -246,6 +344,26 @@ async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_wri
         let content = if is_replaced { "new" } else { "old" };
         assert_eq!(std::fs::read_to_string(at("b")).unwrap(), content);
     }
+}
+
+/// It has locked what it foresaw to need; that is not enough any more.
+#[tokio::test]
+async fn a_recovery_that_waited_while_a_journal_appeared_locks_the_directories_of_that_one() {
+    let Some(dir) = killed_halfway() else { return };
+    let tree = dir.path().join("tree");
+    let (journal, aside) = (tree.join("a/.afs-journal"), dir.path().join("aside"));
+    std::fs::rename(&journal, &aside).unwrap();
+    let [here, there] = ["a", "b"].map(|place| crate::support::lock_free(&tree.join(place), true).unwrap());
+    let recovery = tokio::spawn(atomic_fs::recover(tree.join("a")));
+    // So that it has looked, which does not matter to what is right here.
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    std::fs::rename(&aside, &journal).unwrap();
+    drop(here);
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    assert_eq!(contents(&tree), ("new".into(), "old".into()), "somebody reads it");
+    drop(there);
+    assert_eq!(recovery.await.unwrap().unwrap().rolled_forward, 1);
+    assert_eq!(contents(&tree), both("new"));
 }
 
 /// What leads to a journal is passed over if another transaction's journal has taken its place.
@@ -357,6 +475,27 @@ async fn a_file_that_seems_to_be_renamed_twice_is_refused_unless_that_closes_a_c
     tx.rename(around.join("b"), around.join("a")).unwrap();
     tx.commit().await.unwrap();
     assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("b", "b"), ("c", "c")]));
+}
+
+#[tokio::test]
+async fn what_is_removed_by_one_path_is_not_replaced_by_another() {
+    let (dir, at) = scene(&["a", "b"]);
+    let around = dir.path().join("..").join(dir.path().file_name().unwrap());
+    for is_renamed in [false, true] {
+        let mut tx = MultiFileTransaction::new();
+        tx.remove_file(at("a")).unwrap();
+        // By the same path that is seen at once, and by another one when it is committed.
+        assert!(tx.add_file(at("a"), "new").await.unwrap_err().is_repeated_target());
+        assert!(tx.writer(at("a")).await.map(drop).unwrap_err().is_repeated_target());
+        if is_renamed {
+            tx.rename(at("b"), around.join("a")).unwrap();
+        } else {
+            tx.add_file(around.join("a"), "new").await.unwrap();
+        }
+        let error = tx.commit().await.unwrap_err();
+        assert!(error.is_repeated_target() && error.target() == TargetState::Unchanged, "{error}");
+        assert_eq!(all(dir.path()), pairs(&[("a", "a"), ("b", "b")]));
+    }
 }
 
 /// As a log of many gigabytes: a rename costs what rename(2) costs, whatever is in the file.
@@ -587,6 +726,26 @@ async fn what_is_put_somewhere_comes_before_what_is_removed() {
     assert_eq!(std::fs::read_to_string(dir.path().join("taken")).unwrap(), "new");
     atomic_fs::recover(dir.path()).await.unwrap();
     assert_eq!(names(dir.path()), ["new", "taken"]);
+}
+
+/// A single system call brings it there.
+#[tokio::test]
+async fn a_file_that_is_renamed_to_a_free_name_is_never_without_a_visible_one() {
+    let Some(strace) = child::strace("kills before and behind a rename to a free name") else { return };
+    for number in 1.. {
+        let (_dir, at) = scene(&[]);
+        std::fs::create_dir(at("one")).unwrap();
+        std::fs::write(at("one/a"), "moved").unwrap();
+        let inject = format!("inject=renameat2:signal=SIGKILL:when={number}");
+        let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", &inject];
+        let said = child::outcome(child::command(&wrapper, "random - put:one/c:new rename:one/a:one/b", &at("")));
+        let seen: Vec<_> = ["one/a", "one/b"].into_iter().filter(|name| at(name).exists()).collect();
+        assert_eq!(seen.len(), 1, "killed at {number}: {seen:?}");
+        if said.is_some() {
+            assert_eq!((said.as_deref(), number > 3), (Some("Ok"), true));
+            break;
+        }
+    }
 }
 
 /// Two names of one file, which nothing tells apart, stay two names of one file.

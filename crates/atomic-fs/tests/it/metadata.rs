@@ -26,6 +26,29 @@ fn is_root(test: &str) -> bool {
     root
 }
 
+/// What is kept is what the file has when it is replaced.
+#[tokio::test]
+async fn a_file_that_changes_hands_while_a_writer_is_open_stays_with_its_new_owner() {
+    if !is_root("a_file_that_changes_hands_while_a_writer_is_open") {
+        return;
+    }
+    let dir = tempdir().unwrap();
+    let paths = ["single", "several"].map(|name| dir.path().join(name));
+    paths.iter().for_each(|path| std::fs::write(path, "old").unwrap());
+    let keep = AtomicFileWriter::options().preserve(Preserve::ALL);
+    let mut writer = keep.open(&paths[0]).await.unwrap();
+    writer.write(b"new").await.unwrap();
+    let mut tx = MultiFileTransaction::new().options(keep);
+    tx.writer(&paths[1]).await.unwrap().write(b"new").await.unwrap();
+    paths.iter().for_each(|path| chown(path, Some(65534), Some(65533)).unwrap());
+    writer.commit().await.unwrap();
+    tx.commit().await.unwrap();
+    for path in paths {
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((std::fs::read(&path).unwrap(), meta.uid(), meta.gid()), (b"new".to_vec(), 65534, 65533));
+    }
+}
+
 #[tokio::test]
 async fn a_replaced_file_keeps_its_mode() {
     let dir = tempdir().unwrap();

@@ -278,7 +278,7 @@ impl Ground {
             }
             Kind::Tmpfs => mount.args(["-t", "tmpfs", "tmpfs"]),
             Kind::Ext4 => mount.args(["-t", "ext4", "-o", "loop"]).arg(self.image()),
-            Kind::Xfs => mount.args(["-t", "xfs", "-o", "loop"]).arg(self.image()),
+            Kind::Xfs => mount.args(["-t", "xfs", "-o", "loop,nouuid"]).arg(self.image()),
             Kind::Btrfs => mount.args(["-t", "btrfs", "-o", "loop"]).arg(self.image()),
         };
         tool(mount.arg(&self.point))?;
@@ -299,6 +299,8 @@ impl Ground {
                 let device = Command::new("findmnt").args(["-n", "-o", "SOURCE"]).arg(&self.point).output().unwrap();
                 self.held.push(File::open(String::from_utf8(device.stdout).unwrap().trim()).unwrap());
             }
+            // To be unmounted need not do that: in another mount namespace, which has a copy of all mounts, it may live on.
+            rustix::fs::syncfs(File::open(&self.point).unwrap()).unwrap();
             // The blocking pool may still be closing files, and a child that is being started has a copy of each handle.
             let is_gone = || tool(Command::new("umount").arg(&self.point)).is_ok();
             crate::support::eventually("nobody uses the file system any more", is_gone).await;
