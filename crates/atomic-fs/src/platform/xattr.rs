@@ -152,6 +152,23 @@ mod tests {
     }
 
     #[test]
+    fn a_list_that_is_longer_than_usual_is_read_whole() {
+        let dir = tempfile::tempdir().expect("the temporary directory has room");
+        let file = File::create(dir.path().join("file")).expect("the directory is ours");
+        let entry = |tag: u16, id: u32| [&tag.to_le_bytes()[..], &4_u16.to_le_bytes(), &id.to_le_bytes()].concat();
+        let named = (0..200).map(|number| entry(0x02, 1000 + number));
+        let last = [(0x04, u32::MAX), (0x10, u32::MAX), (0x20, u32::MAX)].map(|(tag, id)| entry(tag, id));
+        let all = [2_u32.to_le_bytes().to_vec(), entry(0x01, u32::MAX)].into_iter().chain(named).chain(last);
+        let list = all.collect::<Vec<_>>().concat();
+        assert!(list.len() > USUAL_BYTES);
+        // There may be no lists here.
+        let Ok(()) = fsetxattr(&file, ACCESS_LIST, &list, XattrFlags::empty()) else { return };
+        let opened = super::super::Dir::open(dir.path()).expect("it is there");
+        let wanted = List::parse(&list).expect("it is a list");
+        assert_eq!(opened.guests("file".as_ref()).expect("it can be read"), Guests::Listed(wanted));
+    }
+
+    #[test]
     fn bits_that_a_file_without_lists_has_are_not_set_again() {
         let file = fresh();
         // Of another mode than it is said to have, so that setting it would be seen.
