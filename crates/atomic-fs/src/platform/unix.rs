@@ -326,3 +326,23 @@ pub(crate) fn reserve(file: &File, length: u64) -> io::Result<()> {
 fn mode_bits(mode: u32) -> Mode {
     Mode::from_bits_truncate(mode as rustix::fs::RawMode)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_that_is_taken_is_not_created_and_what_is_no_file_is_not_read() {
+        let scratch = tempfile::tempdir().expect("the temporary directory has room");
+        let dir = Dir::open(scratch.path()).expect("it is there");
+        drop(dir.create("file".as_ref(), 0o600).expect("the directory is ours"));
+        dir.symlink(Path::new("file"), "link".as_ref()).expect("the directory is ours");
+        dir.symlink(Path::new("nowhere"), "dangling".as_ref()).expect("the directory is ours");
+        for name in ["file", "link", "dangling"] {
+            let error = dir.create(name.as_ref(), 0o600).expect_err(name);
+            assert_eq!(error.kind(), io::ErrorKind::AlreadyExists, "{name}");
+        }
+        assert!(dir.read("file".as_ref()).is_ok());
+        assert!(dir.read("link".as_ref()).is_err() && dir.read("dangling".as_ref()).is_err());
+    }
+}

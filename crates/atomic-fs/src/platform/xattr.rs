@@ -169,6 +169,13 @@ mod tests {
     }
 
     #[test]
+    fn of_a_file_that_has_gone_nobody_knows_who_might_use_it() {
+        let dir = tempfile::tempdir().expect("the temporary directory has room");
+        let dir = super::super::Dir::open(dir.path()).expect("it is there");
+        assert_eq!(dir.guests("gone".as_ref()).expect("that is no error"), Guests::Unknown);
+    }
+
+    #[test]
     fn bits_that_a_file_without_lists_has_are_not_set_again() {
         let file = fresh();
         // Of another mode than it is said to have, so that setting it would be seen.

@@ -302,6 +302,24 @@ async fn a_temporary_file_that_somebody_has_removed_is_discarded_all_the_same() 
 }
 
 #[tokio::test]
+async fn a_rollback_tells_of_the_first_file_that_it_could_not_remove_and_removes_the_others() {
+    let dir = tempdir().unwrap();
+    let mut tx = MultiFileTransaction::new();
+    tx.add_files(["a", "b", "c"].map(|name| (dir.path().join(name), "new"))).await.unwrap();
+    let staged: Vec<_> = names(dir.path()).into_iter().filter(|name| name.ends_with("-1")).collect();
+    let first = dir.path().join(&staged[0]);
+    std::fs::remove_file(&first).unwrap();
+    std::fs::create_dir(&first).unwrap();
+    let error = tx.rollback().await.unwrap_err();
+    assert!(error.to_string().contains("could not remove the staged file of"), "{error}");
+    let left = names(dir.path());
+    assert!(
+        left.contains(&staged[0]) && !left.iter().any(|name| name.ends_with("-2") || name.ends_with("-3")),
+        "{left:?}"
+    );
+}
+
+#[tokio::test]
 async fn a_panic_while_a_writer_is_open_leaves_no_litter() {
     let dir = tempdir().unwrap();
     let path = dir.path().join("file");

@@ -593,6 +593,13 @@ async fn crashes(ground: &mut Ground) {
         let before = everything(&scene);
         tool(Command::new("cp").arg("-a").args([&scene, &copy])).unwrap();
         recover(&copy, name).await;
+        if number == 0 {
+            // What was only staged; the copy of one directory stands beside the original of the other.
+            let alone = scene.join("alone");
+            tool(Command::new("cp").arg("-a").args([&scene.join("one"), &alone])).unwrap();
+            assert!(atomic_fs::recover(&alone).await.unwrap().removed > 0);
+            assert_eq!(temps(&alone), [""; 0]);
+        }
         assert_eq!(everything(&scene), before, "{name}: the original has been touched");
         if number % 2 == 1 {
             recover(&scene, name).await;
