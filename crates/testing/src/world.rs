@@ -18,10 +18,6 @@ use crate::turns::{Step, Turns};
 /// How long the thread waits for blocking jobs before it lets tasks run meanwhile: a job may wait for a task.
 const STILL: Duration = Duration::from_millis(20);
 
-/// How long the blocking jobs of a setup may take before the one that still runs is taken for a worker; less where
-/// that is more than a quarter of the limit for hangs.
-const WORKER_AFTER: Duration = Duration::from_millis(500);
-
 /// The time that one round of waiting for tasks lets pass, really and on tokio's clock.
 const ROUND: Duration = Duration::from_micros(500);
 
@@ -90,9 +86,10 @@ impl<'a> World<'a> {
         has_closed.then_some(world)
     }
 
-    /// How long a blocking job is waited for before it is given a thread of its own.
+    /// How long a blocking job is waited for before it is taken for one that waits for somebody, and is given a thread of
+    /// its own: a quarter of the limit for hangs, because a sync on a busy disk may take seconds too.
     fn worker_after(&self) -> Duration {
-        WORKER_AFTER.min(self.stage.watchdog.limit() / 4)
+        self.stage.watchdog.limit() / 4
     }
 
     /// How many tasks the setup has left running.

@@ -14,7 +14,7 @@ use tokio::sync::Mutex;
 
 #[cfg(target_os = "linux")]
 use crate::child;
-use crate::support::{drain_pool, names};
+use crate::support::{SLOW_DISK, drain_pool, names};
 
 const OLD: &[u8] = b"old";
 const MIB: usize = 1 << 20;
@@ -51,7 +51,7 @@ impl Drop for Note<'_> {
 
 /// Drops `operation`, which writes `new`, at every point, and holds what is left behind against the documentation.
 fn explore<R>(new: &[u8], operation: impl AsyncFn(&Path) -> R) -> Report {
-    Explore::new().ways(WAYS).paused_time(true).run(
+    Explore::new().hang_after(SLOW_DISK).ways(WAYS).paused_time(true).run(
         async || Scene::new(),
         async |scene| {
             let _note = Note(scene);
@@ -210,7 +210,7 @@ fn dropped_discard_removes_the_temporary_file_all_the_same() {
 
 #[test]
 fn dropped_commit_handle_does_not_stop_its_commit() {
-    let report = Explore::new().ways(WAYS).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
         async || (Scene::new(), Cell::new(false)),
         async |(scene, under_way)| {
             let mut writer = AtomicFileWriter::new(&scene.path).await?;
@@ -235,7 +235,7 @@ fn dropped_commit_handle_does_not_stop_its_commit() {
 
 #[test]
 fn dropped_write_all_is_no_part_of_the_file() {
-    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Eager, Way::Settled, Way::Panic]).run(
         async || {
             let scene = Scene::new();
             let mut writer = AtomicFileWriter::new(&scene.path).await.unwrap();
@@ -258,7 +258,7 @@ fn dropped_write_all_is_no_part_of_the_file() {
 
 #[test]
 fn dropped_sweep_removes_nothing_later() {
-    let report = Explore::new().ways(WAYS).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
         async || {
             let scene = Scene::new();
             for digit in 0..8 {
@@ -293,7 +293,7 @@ fn dropped_sweep_removes_nothing_later() {
 #[test]
 fn a_process_killed_at_any_await_leaves_old_or_new_and_a_sweep_removes_the_rest() {
     let new = vec![b'N'; MIB + 2];
-    let report = Explore::new().ways([Way::Crash]).budgets([1]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Crash]).budgets([1]).run(
         async || {
             let path = scratch_dir().join("file");
             // The setup runs again after the crash, and then finds what that left.
@@ -381,7 +381,12 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> 
             // The shortest, so that on a busy machine too most are cancelled.
             longest = longest.min(begun.elapsed().mul_f64(1.2));
         }
+        let mut too_early = 0;
         for _ in 0..rounds {
+            // Those ten may have been quicker than any that follows.
+            if too_early == 10 {
+                (longest, too_early) = (longest.mul_f64(1.2), 0);
+            }
             std::fs::write(&path, "old").unwrap();
             let mut write = Box::pin(write(&path));
             let begun = std::time::Instant::now();
@@ -401,6 +406,7 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> 
             drop(write);
             let after_drop = std::fs::read(&path).unwrap();
             drain_pool().await;
+            too_early = if ended || after_drop != OLD { 0 } else { too_early + 1 };
             if !ended {
                 tally.cancelled += 1;
                 tally.landed += u32::from(after_drop != OLD);

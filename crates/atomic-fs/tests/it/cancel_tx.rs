@@ -10,7 +10,7 @@ use tempfile::{TempDir, tempdir};
 use tokio::sync::Mutex;
 
 use crate::child;
-use crate::support::{drain_pool, names};
+use crate::support::{SLOW_DISK, drain_pool, names};
 
 const WAYS: [Way; 4] = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic];
 type Pair = (String, String);
@@ -66,7 +66,7 @@ fn is_whole((a, b): &Pair) -> bool {
 
 /// Drops `operation` at every point; if it completes, both files are `wanted`.
 fn explore<R>(wanted: &str, operation: impl AsyncFn(&Path) -> R) -> Report {
-    Explore::new().ways(WAYS).run(
+    Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
         async || Scene::new(),
         async |scene| {
             let _note = Note(scene);
@@ -189,7 +189,7 @@ fn dropped_commit_within_a_time_leaves_all_old_or_all_new_for_ever() {
 #[test]
 fn dropped_handle_of_a_detached_commit_leaves_it_to_go_on() {
     // Not with its runtime, and not by a panic before there is a handle.
-    let report = Explore::new().ways([Way::Eager, Way::Settled]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Eager, Way::Settled]).run(
         async || {
             let scene = Scene::new();
             let mut tx = MultiFileTransaction::new();
@@ -236,7 +236,7 @@ fn dropped_add_file_is_no_part_of_the_transaction() {
 
 /// Drops what adds `b`; `a` is there before, or has a writer that was lent and is to be closed first.
 fn explore_add(name: &str, add: Add, is_lent: bool) {
-    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Eager, Way::Settled, Way::Panic]).run(
         async || {
             let scene = Scene::new();
             let mut tx = MultiFileTransaction::new();
@@ -282,7 +282,7 @@ async fn beside_a_lock<T>(dir: &Path, waits: bool, work: impl Future<Output = T>
 #[test]
 fn dropped_read_lock_locks_nothing() {
     for (name, waits) in [("read_lock", false), ("read_lock/waiting", true)] {
-        let report = Explore::new().ways(WAYS).run(
+        let report = Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
             async || Scene::new(),
             async |scene| {
                 let dir = scene.dir.path();
@@ -296,7 +296,7 @@ fn dropped_read_lock_locks_nothing() {
 
 #[test]
 fn dropped_open_together_leaves_nothing() {
-    let report = Explore::new().ways(WAYS).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
         async || Scene::new(),
         async |scene| {
             let path = |name| scene.dir.path().join(name);
@@ -316,7 +316,7 @@ fn dropped_recover_has_done_everything_or_nothing() {
     assert_eq!(child::outcome(child::command(&wrapper, "pair new new", template.dir.path())), None);
     assert_eq!(pair(template.dir.path()), ("new".into(), "old".into()));
     for (name, waits) in [("recover", false), ("recover/waiting", true)] {
-        let report = Explore::new().ways(WAYS).run(
+        let report = Explore::new().hang_after(SLOW_DISK).ways(WAYS).run(
             async || {
                 let scene = Scene::new();
                 for name in names(template.dir.path()) {
@@ -452,7 +452,7 @@ fn the_same_check_catches_a_transaction_without_a_gate() {
 
 #[test]
 fn a_process_killed_at_any_await_of_a_transaction_is_recovered() {
-    let report = Explore::new().ways([Way::Crash]).budgets([1]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Crash]).budgets([1]).run(
         async || {
             let dir = scratch_dir().join("files");
             // The setup runs again after the crash, and then finds what that left.

@@ -18,7 +18,7 @@ use crate::campaign::{is_full, scratch};
 use crate::child;
 use crate::replay::{Trace, Verdicts};
 use crate::strace::{self, Call, Run};
-use crate::support::{drain_pool, eventually, names, not_run, temps};
+use crate::support::{SLOW_DISK, drain_pool, eventually, names, not_run, temps};
 
 const MIB: usize = 1 << 20;
 /// What the tasks of a child begin with that are for this module.
@@ -338,20 +338,24 @@ fn dropped_write_in_place_leaves_old_or_new_for_ever() {
     let Some(bound) = Bound::new("dropped_write_in_place_leaves_old_or_new_for_ever") else { return };
     for length in [10, 3 * MIB] {
         let (old, new) = (vec![b'o'; 5000], vec![b'N'; length]);
-        let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Shutdown, Way::Panic]).paused_time(true).run(
-            async || bound.renew(&old),
-            async |()| in_place().write(&bound.file, &new).await.unwrap(),
-            async |(), outcome| {
-                let content = bound.content();
-                match outcome {
-                    _ if names(&bound.dir) != ["file"] => Err(format!("left behind: {:?}", names(&bound.dir))),
-                    Outcome::Completed(()) if content != new => Err("completed, but old".to_owned()),
-                    Outcome::Dropped { point: 0, .. } if content != old => Err("never polled, but new".to_owned()),
-                    _ if content != old && content != new => Err(format!("torn: {} bytes", content.len())),
-                    _ => Ok(()),
-                }
-            },
-        );
+        let report = Explore::new()
+            .hang_after(SLOW_DISK)
+            .ways([Way::Eager, Way::Settled, Way::Shutdown, Way::Panic])
+            .paused_time(true)
+            .run(
+                async || bound.renew(&old),
+                async |()| in_place().write(&bound.file, &new).await.unwrap(),
+                async |(), outcome| {
+                    let content = bound.content();
+                    match outcome {
+                        _ if names(&bound.dir) != ["file"] => Err(format!("left behind: {:?}", names(&bound.dir))),
+                        Outcome::Completed(()) if content != new => Err("completed, but old".to_owned()),
+                        Outcome::Dropped { point: 0, .. } if content != old => Err("never polled, but new".to_owned()),
+                        _ if content != old && content != new => Err(format!("torn: {} bytes", content.len())),
+                        _ => Ok(()),
+                    }
+                },
+            );
         report.publish("atomic-fs", &format!("write-in-place/{length}-bytes")).assert_clean();
     }
 }

@@ -12,7 +12,7 @@ use tokio::time::timeout;
 
 use crate::child;
 use crate::strace;
-use crate::support::{eventually, temps};
+use crate::support::{SLOW_DISK, eventually, temps};
 
 /// More than two batches of files that are synced and closed while others are staged.
 const FILES: usize = 150;
@@ -130,31 +130,35 @@ fn a_large_transaction_that_is_dropped_anywhere_leaves_all_old_or_all_new_for_ev
             self.0.at_drop.set(Some(self.0.new_files()));
         }
     }
-    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Shutdown, Way::Panic]).budgets([1]).run(
-        async || Scene::new().await,
-        async |scene| {
-            let _note = Note(scene);
-            let mut tx = scene.tx.lock().await.take().unwrap();
-            scene.add(&mut tx).await;
-            tx.commit().await.unwrap();
-        },
-        async |scene, outcome| {
-            drop(scene.tx.lock().await.take());
-            let new = scene.new_files();
-            let wanted = if outcome.is_completed() { TWO_BATCHES + 1 } else { scene.at_drop.get().unwrap_or(0) };
-            if new != wanted || (new != 0 && new != TWO_BATCHES + 1) {
-                return Err(format!("{new} files are new, of {:?} at the drop: {outcome:?}", scene.at_drop));
-            }
-            let left = temps(scene.dir.path());
-            if left.is_empty() { Ok(()) } else { Err(format!("left behind: {left:?}")) }
-        },
-    );
+    let report = Explore::new()
+        .hang_after(SLOW_DISK)
+        .ways([Way::Eager, Way::Settled, Way::Shutdown, Way::Panic])
+        .budgets([1])
+        .run(
+            async || Scene::new().await,
+            async |scene| {
+                let _note = Note(scene);
+                let mut tx = scene.tx.lock().await.take().unwrap();
+                scene.add(&mut tx).await;
+                tx.commit().await.unwrap();
+            },
+            async |scene, outcome| {
+                drop(scene.tx.lock().await.take());
+                let new = scene.new_files();
+                let wanted = if outcome.is_completed() { TWO_BATCHES + 1 } else { scene.at_drop.get().unwrap_or(0) };
+                if new != wanted || (new != 0 && new != TWO_BATCHES + 1) {
+                    return Err(format!("{new} files are new, of {:?} at the drop: {outcome:?}", scene.at_drop));
+                }
+                let left = temps(scene.dir.path());
+                if left.is_empty() { Ok(()) } else { Err(format!("left behind: {left:?}")) }
+            },
+        );
     report.publish("atomic-fs", "MultiFileTransaction/many").assert_clean();
 }
 
 #[test]
 fn an_addition_to_a_large_transaction_that_is_dropped_anywhere_is_no_part_of_it() {
-    let report = Explore::new().ways([Way::Eager, Way::Settled, Way::Panic]).budgets([1]).run(
+    let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Eager, Way::Settled, Way::Panic]).budgets([1]).run(
         async || Scene::new().await,
         async |scene| scene.add(scene.tx.lock().await.as_mut().unwrap()).await,
         async |scene, outcome: Outcome<()>| {

@@ -6,6 +6,10 @@ use std::time::{Duration, Instant};
 /// What locks are called. One that is held, or that somebody left who was killed, harms nobody; `lock.rs` looks at them.
 pub(crate) const LOCKS: [&str; 2] = [".afs-lock", ".afs-turn"];
 
+/// A limit for what hangs: on a busy disk a sync may take seconds, and an exploration takes a job that runs for a quarter of
+/// this for one that waits for somebody.
+pub(crate) const SLOW_DISK: Duration = Duration::from_secs(60);
+
 /// The names in `dir` but for locks, sorted.
 pub(crate) fn names(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
