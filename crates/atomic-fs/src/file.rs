@@ -8,15 +8,14 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll, Waker, ready};
 
 use tokio::io::AsyncWrite;
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, coop};
 
 use crate::commit::{Gate, Job, cut_short};
-use crate::lane::{Lane, Piece};
 use crate::staged::{CHUNK_BYTES, Staged};
 use crate::{Error, WriteOptions};
 
@@ -309,6 +308,86 @@ impl AtomicFileWriter {
 
     fn broken(&self) -> Error {
         Error::Broken { path: self.path.to_path_buf() }
+    }
+}
+
+/// A piece of content, and where in the file it belongs.
+#[derive(Debug)]
+struct Piece {
+    offset: u64,
+    bytes: Vec<u8>,
+}
+
+/// The lane between a writer, which fills buffers, and the blocking job that writes them: at most one buffer waits in it.
+///
+/// A job lives as long as the writer keeps ahead of it, so that a fast stream is one job.
+#[derive(Debug, Default)]
+struct Lane(Mutex<LaneState>);
+
+#[derive(Debug, Default)]
+struct LaneState {
+    waiting: Option<Piece>,
+    /// Set by a job that found nothing waiting: it will not look again.
+    closed: bool,
+    /// A buffer that has been written, to be filled anew.
+    written: Option<Vec<u8>>,
+    /// Whom to tell when there is room.
+    writer: Option<Waker>,
+}
+
+impl Lane {
+    fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// Makes ready for a new job.
+    fn open(&self) {
+        self.state().closed = false;
+    }
+
+    /// Leaves a piece for the running job; hands it back if one is already waiting, or if the job is about to end.
+    ///
+    /// If it is handed back, the caller is woken when there is room. The end of the job is for the caller to await.
+    fn offer(&self, cx: &mut Context<'_>, piece: Piece) -> Result<(), Piece> {
+        let mut state = self.state();
+        if state.closed || state.waiting.is_some() {
+            state.writer = Some(cx.waker().clone());
+            return Err(piece);
+        }
+        state.waiting = Some(piece);
+        Ok(())
+    }
+
+    /// An empty buffer, used before if there is one.
+    fn buffer(&self) -> Vec<u8> {
+        self.state().written.take().unwrap_or_default()
+    }
+
+    /// Writes `piece` and all that are left here meanwhile.
+    fn drain(&self, mut staged: Box<Staged>, mut piece: Piece, gate: &Gate) -> Result<Box<Staged>, Error> {
+        loop {
+            staged.write_at(piece.offset, &piece.bytes, gate)?;
+            piece.bytes.clear();
+            let mut state = self.state();
+            state.written = Some(piece.bytes);
+            match state.waiting.take() {
+                Some(next) => piece = next,
+                None => {
+                    state.closed = true;
+                    return Ok(staged);
+                }
+            }
+            let writer = state.writer.take();
+            drop(state);
+            if let Some(writer) = writer {
+                writer.wake();
+            }
+        }
+    }
+
+    /// Nothing panics while it is locked, so a poisoned lock has spoiled nothing.
+    fn state(&self) -> MutexGuard<'_, LaneState> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

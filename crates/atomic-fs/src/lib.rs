@@ -209,7 +209,6 @@ mod file;
 mod in_place;
 #[cfg(unix)]
 mod journal;
-mod lane;
 #[cfg(unix)]
 mod lock;
 mod options;
