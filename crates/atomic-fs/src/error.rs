@@ -138,8 +138,9 @@ pub enum Error {
         /// The target as given.
         path: PathBuf,
     },
-    /// Other transactions or readers held the lock of a directory all the time. Try again, or look for who holds it.
-    #[error("the directory {directory:?} was locked for {waited:?}")]
+    /// Other transactions or readers held the lock of a directory all the time, or files that were to be opened together
+    /// kept changing. Try again, or look for who holds it.
+    #[error("the directory {directory:?} was busy for {waited:?}")]
     Busy {
         /// The directory.
         directory: PathBuf,
