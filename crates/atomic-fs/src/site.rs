@@ -36,7 +36,7 @@ impl Site {
     /// The directory that was opened by `path`.
     pub(crate) fn of(dir: Arc<Dir>, path: &Path) -> Result<Self, Error> {
         let failed = |source| open_error(path, source);
-        let (id, is_layered) = (dir.id().map_err(failed)?, dir.is_layered());
+        let (id, is_layered) = (dir.id().map_err(failed)?, dir.is_layered().map_err(failed)?);
         let canonical = std::fs::canonicalize(path).map_err(failed)?;
         // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
         if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {

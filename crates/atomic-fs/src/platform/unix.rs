@@ -115,15 +115,20 @@ impl Dir {
     }
 
     /// Whether this directory is on an overlay of several layers.
-    pub(crate) fn is_layered(&self) -> bool {
+    pub(crate) fn is_layered(&self) -> io::Result<bool> {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         {
             const OVERLAYFS_SUPER_MAGIC: u32 = 0x794c_7630;
-            // The width and the sign of this field differ between architectures.
-            rustix::fs::fstatfs(&self.0).is_ok_and(|found| found.f_type as u32 == OVERLAYFS_SUPER_MAGIC)
+            match rustix::fs::fstatfs(&self.0) {
+                // The width and the sign of this field differ between architectures.
+                Ok(found) => Ok(found.f_type as u32 == OVERLAYFS_SUPER_MAGIC),
+                // Some sandboxes, which bring a file system of their own.
+                Err(rustix::io::Errno::NOSYS | rustix::io::Errno::PERM) => Ok(false),
+                Err(errno) => Err(errno.into()),
+            }
         }
         #[cfg(not(any(target_os = "linux", target_os = "android")))]
-        false
+        Ok(false)
     }
 
     /// By what this directory is known again.
