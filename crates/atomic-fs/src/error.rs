@@ -155,7 +155,8 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
-    /// A crash left a transaction, or a write in place of this target, unfinished in this directory. Call [`recover`](crate::recover) first.
+    /// A crash left a transaction, or a write in place of this target, unfinished in this directory. Call
+    /// [`recover`](crate::recover) first.
     #[error("the directory {directory:?} holds an unfinished transaction or write in place")]
     Unrecovered {
         /// The directory with the journal or the backup.
@@ -190,7 +191,8 @@ pub enum Error {
     /// The way out by hand: mount what was mounted there and recover again; or copy the backup to where it belongs, and
     /// remove both it and the record.
     #[error(
-        "{record:?} is of a write in place that was cut, but {reason}; the target was not touched: set that right and          recover again, or copy {backup:?} to where it belongs and remove both by hand"
+        "{record:?} is of a write in place that was cut, but {reason}; the target was not touched: set that right and \
+         recover again, or copy {backup:?} to where it belongs and remove both by hand"
     )]
     UnusableBackup {
         /// What should lead from the backup to its target.

@@ -190,7 +190,7 @@
 //! | feature | default | adds |
 //! |---|---|---|
 //! | `json` | yes | [`write_json`] and [`write_json_with_timeout`] |
-//! | `tracing` | no | a warning if a temporary file could not be removed, or a committed transaction not cleaned up |
+//! | `tracing` | no | a warning if a temporary file could not be removed, or a committed transaction not cleaned up; an error if a transaction is left undecided, or a file half written |
 //!
 //! # Minimum supported Rust version
 //!

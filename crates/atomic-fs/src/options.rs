@@ -61,7 +61,8 @@ pub enum InPlace {
     /// - What a recovery needs is synced, whatever [`durability`](WriteOptions::durability) says: five syncs beside that of
     ///   the temporary file.
     /// - Writers of one file take turns, also those in other containers and by other names: a lock of the file is waited for
-    ///   up to 5 s, which then is [an error](crate::Error::is_busy). A file system without locks is one too.
+    ///   up to 5 s, which then is [an error](crate::Error::is_busy). A file system without locks is one too. Whoever may
+    ///   read the file can hold that lock, and so keep it from being written.
     /// - Dropped before the first byte is overwritten, it changes nothing. A drop that finds it begun blocks its thread until
     ///   all is written and synced, or put back.
     ///

@@ -92,12 +92,14 @@ const PAUSES: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis
 ///
 /// It opens all files, and does so again as long as a transaction is exchanging files in one of their directories, or one
 /// of the files has been replaced meanwhile. What is returned was at one moment the state of all these names. The files
-/// are in the order of `paths`, open for reading; no transaction and no [`write`](crate::write()) changes what is in
-/// them, so they can be read at leisure.
+/// are in the order of `paths`, open for reading, one descriptor each; no transaction and no [`write`](crate::write())
+/// changes what is in them, so they can be read at leisure.
 ///
 /// It takes the right to read the files and their directories, and no other: it makes no lock, works on a file system
 /// that is mounted read-only, and no commit waits for it. So a service reads what only root may write. Symlinks are
-/// followed.
+/// followed. A caller with less patience than 30 s puts it in a timeout.
+///
+/// What is [written in place](crate::InPlace) is not replaced, and may be found half written here too.
 ///
 /// # Cancel safety
 ///

@@ -190,12 +190,12 @@ const LOCK_ATTEMPTS: usize = 8;
 ///
 /// # Errors
 ///
-/// A backup of a file that was being written in place [which may not belong there](Error::UnusableBackup), or which a
-/// disk that fails [keeps from being put back](Error::Torn); everything else has then been recovered.
-/// A journal that [cannot be read](Error::CorruptJournal), a target that is
-/// [neither old nor new](Error::UnknownFile), or a directory that [is not where it was](Error::Misplaced): then nothing was touched ([`Error::is_refused`]), and the message names
-/// the way out by hand. The directory is missing or [busy](Error::is_busy). After any other error call it again; if the
-/// disk failed when it had begun, that is [`Error::Undecided`].
+/// A journal that [cannot be read](Error::CorruptJournal), a target that is [neither old nor new](Error::UnknownFile), or
+/// a directory that [is not where it was](Error::Misplaced): then nothing of the transaction was touched
+/// ([`Error::is_refused`]), and the message names the way out by hand. A backup of a file that was being written in place
+/// [which may not belong there](Error::UnusableBackup), or which a disk that fails [keeps from being put
+/// back](Error::Torn); everything else has then been recovered. The directory is missing or [busy](Error::is_busy). After
+/// any other error call it again; if the disk failed when it had begun, that is [`Error::Undecided`].
 ///
 /// # Examples
 ///
