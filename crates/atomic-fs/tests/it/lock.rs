@@ -346,6 +346,30 @@ async fn whoever_waits_is_next() {
     }
 }
 
+#[tokio::test]
+async fn whoever_has_entered_one_directory_waits_for_the_next_with_its_turn_there() {
+    let dir = scene(&[]);
+    let dirs = ["one", "other"].map(|name| dir.path().join(name));
+    dirs.iter().for_each(|dir| std::fs::create_dir(dir).unwrap());
+    let mut held = dirs.each_ref().map(|dir| Some(crate::support::lock_free(dir, false).unwrap()));
+    let paths = dirs.each_ref().map(|dir| dir.join("file"));
+    let waiting = tokio::spawn(async move {
+        let mut tx = MultiFileTransaction::new();
+        tx.add_files(paths.map(|path| (path, "new"))).await.unwrap();
+        tx.commit().await.unwrap();
+    });
+    let is_waited_for = |dir: &PathBuf| locks(dir) == LOCKS;
+    eventually("it waits for one of them", || dirs.iter().any(is_waited_for)).await;
+    let first = dirs.iter().position(is_waited_for).unwrap();
+    assert_eq!(locks(&dirs[1 - first]), [LOCKS[0]]);
+    held[first] = None;
+    eventually("it waits for the other", || is_waited_for(&dirs[1 - first])).await;
+    assert_eq!(locks(&dirs[first]), [LOCKS[0]], "it is in there, and others may wait to be next");
+    held[1 - first] = None;
+    waiting.await.unwrap();
+    assert!(dirs.iter().all(|dir| locks(dir).is_empty() && dir.join("file").exists()));
+}
+
 fn access_of(dir: &Path) -> (u32, u32, u32) {
     let meta = std::fs::symlink_metadata(dir.join(LOCKS[0])).unwrap();
     (meta.mode() & 0o7777, meta.uid(), meta.gid())
