@@ -109,6 +109,12 @@ pub enum TxError {
     /// ends.
     #[error("the commit is still under way")]
     Pending(OutcomeHandle),
+    /// [`Attempts::next`](crate::Attempts::next) was asked for one attempt too many.
+    #[error("there is no further attempt at the transaction: {reason}")]
+    NoAttempt {
+        /// Why there is none.
+        reason: &'static str,
+    },
     /// An error of the caller's own, from inside a transaction, which it rolls back. See [`TxError::application`].
     #[error(transparent)]
     Application(Box<dyn std::error::Error + Send + Sync>),

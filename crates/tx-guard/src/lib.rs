@@ -145,10 +145,12 @@
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
+mod attempts;
 mod backend;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
+mod deadline;
 mod error;
 mod events;
 mod guard;
@@ -164,16 +166,21 @@ mod postgres;
 #[cfg(feature = "postgres")]
 mod proof;
 mod reaper;
+mod retry;
 mod run;
 mod session;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod transient;
 
+pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use commit::{CommitOutcome, OutcomeHandle};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
-pub use run::{Retry, Tx};
+pub use retry::Retry;
+pub use run::{BoxedWork, Tx, TxRef};
+pub use transient::is_transient;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use sqlx::error::DatabaseError;
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Database, MySql, MySqlConnection, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
@@ -27,6 +28,9 @@ const ROLLBACK_ATTEMPTS: usize = 16;
 
 /// How much later than the client the server ends a session whose transaction lasts too long, in seconds.
 const SESSION_MARGIN: u64 = 1;
+
+/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+const STATEMENT_MARGIN: Duration = Duration::from_millis(250);
 
 /// The largest limit that both servers take, in seconds.
 const LONGEST_LIMIT: u64 = 31_536_000;
@@ -111,10 +115,12 @@ impl Flavour {
 
     /// MySQL limits its SELECTs alone, in milliseconds; MariaDB each statement, in seconds.
     fn limit(self, variable: &str, remaining: Duration) -> String {
-        let seconds = remaining.as_secs().saturating_add(1).min(LONGEST_LIMIT);
+        // Rounded up, because a limit that comes a moment sooner is told as another error.
+        let later = remaining.saturating_add(STATEMENT_MARGIN);
+        let seconds = later.as_secs().saturating_add(1).min(LONGEST_LIMIT);
         match variable {
-            "max_statement_time" => format!("{:.3}", remaining.as_secs_f64().clamp(0.001, 31_536_000.0)),
-            "max_execution_time" => remaining.as_millis().clamp(1, u128::from(u32::MAX)).to_string(),
+            "max_statement_time" => format!("{:.3}", later.as_secs_f64().min(31_536_000.0)),
+            "max_execution_time" => (later.as_millis() + 1).min(u128::from(u32::MAX)).to_string(),
             "idle_transaction_timeout" => (seconds + SESSION_MARGIN).min(LONGEST_LIMIT).to_string(),
             _ => seconds.to_string(),
         }
@@ -191,8 +197,9 @@ impl Driver for MySql {
         in_step::run(conn, &sql).await
     }
 
-    fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        let number = error.try_downcast_ref().map(MySqlDatabaseError::number);
+        matches!(number, Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {
