@@ -10,6 +10,7 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::backend::Backend;
+use crate::boxed::{BoxedWork, TxRef};
 use crate::commit;
 use crate::deadline::Deadline;
 use crate::events::TxEvent;
@@ -238,6 +239,27 @@ impl<DB: Backend> TransactionGuard<DB> {
     {
         let savepoint = self.set_savepoint().await?;
         let result = work(self).await;
+        self.end_savepoint(savepoint, result).await
+    }
+
+    /// As [`savepoint`](Self::savepoint), for work that borrows and whose future must be [`Send`]: a closure that returns
+    /// a boxed future. See [`Tx::run_boxed`](crate::Tx::run_boxed).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped before completion, the transaction is doomed, as with
+    /// [`savepoint`](Self::savepoint).
+    ///
+    /// # Errors
+    ///
+    /// As [`savepoint`](Self::savepoint).
+    pub async fn savepoint_boxed<'env, T, E, F>(&mut self, work: F) -> Result<T, E>
+    where
+        F: for<'tx> FnOnce(TxRef<'tx, 'env, DB>) -> BoxedWork<'tx, T, E>,
+        E: From<TxError>,
+    {
+        let savepoint = self.set_savepoint().await?;
+        let result = work(TxRef::new(self)).await;
         self.end_savepoint(savepoint, result).await
     }
 

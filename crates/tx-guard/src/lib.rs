@@ -147,6 +147,7 @@
 
 mod attempts;
 mod backend;
+mod boxed;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
@@ -176,11 +177,12 @@ mod transient;
 
 pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
+pub use boxed::{BoxedWork, TxRef};
 pub use commit::{CommitOutcome, OutcomeHandle};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use retry::Retry;
-pub use run::{BoxedWork, Tx, TxRef};
+pub use run::Tx;
 pub use transient::is_transient;

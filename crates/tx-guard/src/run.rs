@@ -4,14 +4,12 @@
 
 use std::any::Any;
 use std::fmt;
-use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
-use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::attempts::Attempts;
 use crate::backend::{Backend, CommitMode, Isolation, Mode};
+use crate::boxed::{BoxedWork, TxRef};
 use crate::{Retry, TransactionGuard, TxError, TxPool};
 
 /// A transaction and its options, to be [run](Self::run) as a closure or [begun](Self::begin) by hand. From
@@ -292,39 +290,6 @@ impl<DB: Backend> Tx<DB> {
                 return Ok(value);
             }
         }
-    }
-}
-
-/// What [`Tx::run_boxed`] runs: `Box::pin(async move { … })`.
-pub type BoxedWork<'tx, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'tx>>;
-
-/// A guard that is lent to boxed work. It dereferences to the guard, so `&mut **tx` runs statements.
-///
-/// It carries the lifetime of what the work borrows beside it, `'env`, which is how the compiler learns that those
-/// borrows outlive each attempt.
-#[derive(Debug)]
-pub struct TxRef<'tx, 'env, DB: Backend> {
-    guard: &'tx mut TransactionGuard<DB>,
-    env: PhantomData<&'tx &'env ()>,
-}
-
-impl<'tx, DB: Backend> TxRef<'tx, '_, DB> {
-    pub(crate) fn new(guard: &'tx mut TransactionGuard<DB>) -> Self {
-        Self { guard, env: PhantomData }
-    }
-}
-
-impl<DB: Backend> Deref for TxRef<'_, '_, DB> {
-    type Target = TransactionGuard<DB>;
-
-    fn deref(&self) -> &TransactionGuard<DB> {
-        self.guard
-    }
-}
-
-impl<DB: Backend> DerefMut for TxRef<'_, '_, DB> {
-    fn deref_mut(&mut self) -> &mut TransactionGuard<DB> {
-        self.guard
     }
 }
 

@@ -23,6 +23,7 @@ mod outage;
 mod prop;
 mod proxy;
 mod run;
+mod service;
 mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
