@@ -169,6 +169,7 @@ mod proof;
 mod reaper;
 mod retry;
 mod run;
+mod said;
 mod session;
 mod slot;
 #[cfg(feature = "sqlite")]

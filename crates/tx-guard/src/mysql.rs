@@ -49,6 +49,10 @@ const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_on
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
 const NO_SUCH_DATABASE: u16 = 1049;
+const TOO_MANY_SESSIONS: u16 = 1040;
+const SHUTTING_DOWN: u16 = 1053;
+const TOO_MANY_OF_THE_USER: u16 = 1203;
+const TOO_MUCH_OF_THE_USER: u16 = 1226;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
 /// Group replication's way of saying that a commit was refused and rolled back.
@@ -146,10 +150,14 @@ impl Driver for MySql {
 
     fn connect_error(target: String, source: sqlx::Error) -> TxError {
         match &source {
-            sqlx::Error::Database(_) if number(&source) == Some(NO_SUCH_DATABASE) => {
-                TxError::MissingDatabase { target, source }
-            }
-            sqlx::Error::Database(_) => TxError::Refused { target, source },
+            sqlx::Error::Database(_) => match number(&source) {
+                Some(NO_SUCH_DATABASE) => TxError::MissingDatabase { target, source },
+                Some(TOO_MANY_SESSIONS | TOO_MANY_OF_THE_USER | TOO_MUCH_OF_THE_USER) => {
+                    TxError::TooManySessions { target, source }
+                }
+                Some(SHUTTING_DOWN) => TxError::NotReady { target, source },
+                _ => TxError::Refused { target, source },
+            },
             sqlx::Error::Configuration(_) => {
                 TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
             }

@@ -86,6 +86,8 @@ impl Driver for Postgres {
         match &source {
             sqlx::Error::Database(error) => match error.code().as_deref() {
                 Some("3D000") => TxError::MissingDatabase { target, source },
+                Some("53300") => TxError::TooManySessions { target, source },
+                Some("57P01" | "57P02" | "57P03") => TxError::NotReady { target, source },
                 _ => TxError::Refused { target, source },
             },
             sqlx::Error::Configuration(_) => {

@@ -2,17 +2,20 @@
 //! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod attempts;
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
 mod cancel_pool;
 mod commit;
 mod contract;
+mod errors;
 mod example;
 mod faults;
 mod fuzz;
 mod happy;
 mod hostile;
+mod in_hand;
 mod input;
 mod known;
 mod late;
@@ -28,7 +31,9 @@ mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
+mod timeout;
 mod torn;
+mod transient;
 mod world;
 
 /// Makes a test on each database out of one generic function.

@@ -23,7 +23,7 @@ on_all!(
 );
 
 /// A database that can be asked for a failure after which it makes sense to try again.
-trait Transient: TestDb {
+pub(crate) trait Transient: TestDb {
     async fn transient(conn: &mut Self::Connection) -> sqlx::Error;
 }
 
