@@ -11,8 +11,8 @@ use tokio::time::{sleep, timeout};
 
 use crate::backend::{Backend, Mode};
 use crate::deadline::Deadline;
-use crate::run::Tx;
 use crate::transient::{Verdict, verdict, verdict_of_any};
+use crate::tx::Tx;
 use crate::{CommitError, CommitOutcome, OutcomeHandle, TransactionGuard, TxError};
 
 /// How long an attempt waits for the end of the one before, which the pool bounds more tightly unless a guard is kept.

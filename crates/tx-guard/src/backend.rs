@@ -39,7 +39,6 @@ pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
     /// The lock for writing is taken at once, where there is one for the whole database.
-    #[cfg_attr(not(feature = "sqlite"), expect(dead_code, reason = "only SQLite has such a lock"))]
     pub(crate) immediate: bool,
     /// How long the transaction may still last.
     #[cfg_attr(

@@ -175,6 +175,7 @@ mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod transient;
+mod tx;
 
 pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
@@ -185,5 +186,5 @@ pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use retry::Retry;
-pub use run::Tx;
 pub use transient::is_transient;
+pub use tx::Tx;
