@@ -22,6 +22,7 @@ mod late;
 mod log;
 mod mysql;
 mod nested;
+mod orders;
 mod outage;
 mod prop;
 mod proxy;
