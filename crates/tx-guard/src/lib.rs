@@ -57,7 +57,9 @@
 //! # }
 //! ```
 //!
-//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`].
+//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`]; where
+//! the future of a closure is not "general enough" to be sent, [`Tx::run_boxed`] or [`Tx::attempts`]. The same options
+//! hold for a guard in hand: [`Tx::begin`].
 //!
 //! # Guarantees
 //!
