@@ -7,6 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
@@ -38,6 +39,8 @@ pub enum Isolation {
 pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
+    /// The lock for writing is taken at once, where there is one for the whole database.
+    pub(crate) immediate: bool,
     /// How long the transaction may still last.
     #[cfg_attr(
         not(any(feature = "postgres", feature = "mysql")),
@@ -166,8 +169,8 @@ pub trait Driver: Database {
     /// Runs SQL of our own that has no result.
     fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Whether the same transaction, run again, may well succeed.
-    fn is_transient(error: &sqlx::Error) -> bool;
+    /// Whether the same transaction, run again, may well succeed. Never so of an error of another database.
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool;
 
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;

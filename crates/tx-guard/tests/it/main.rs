@@ -2,6 +2,7 @@
 //! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod attempts;
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
@@ -9,26 +10,32 @@ mod cancel_pool;
 mod commit;
 mod contract;
 mod ends;
+mod errors;
 mod example;
 mod faults;
 mod fuzz;
 mod happy;
 mod hostile;
+mod in_hand;
 mod input;
 mod known;
 mod late;
 mod log;
 mod mysql;
 mod nested;
+mod orders;
 mod outage;
 mod prop;
 mod proxy;
 mod run;
+mod service;
 mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
+mod timeout;
 mod torn;
+mod transient;
 mod world;
 
 /// Makes a test on each database out of one generic function.
