@@ -146,6 +146,7 @@
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
 mod backend;
+mod begin;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
@@ -163,9 +164,11 @@ mod pool;
 mod postgres;
 #[cfg(feature = "postgres")]
 mod proof;
+mod queue;
 mod reaper;
 mod run;
 mod session;
+mod settings;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;

@@ -42,6 +42,13 @@ const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
 const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)";
 
+/// Refused inside a transaction, which START TRANSACTION would commit without a word. It is about the next one only.
+const ALONE: &str = "SET TRANSACTION READ WRITE; ";
+
+/// The answer to that inside a transaction.
+const IN_TRANSACTION: u16 = 1568;
+/// The server or the account has as many sessions as it may have.
+const TOO_MANY_SESSIONS: [u16; 3] = [1040, 1203, 1226];
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
 const NO_SUCH_DATABASE: u16 = 1049;
@@ -149,6 +156,14 @@ impl Driver for MySql {
             }
             _ => TxError::Unreachable { target, source },
         }
+    }
+
+    fn is_full(error: &sqlx::Error) -> bool {
+        number(error).is_some_and(|number| TOO_MANY_SESSIONS.contains(&number))
+    }
+
+    fn is_occupied(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::InvalidSavePointStatement) || number(error) == Some(IN_TRANSACTION)
     }
 
     async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
@@ -377,7 +392,7 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
         }
         None => {}
     }
-    let mut sql = String::new();
+    let mut sql = String::from(ALONE);
     if !settings.is_empty() {
         sql.push_str(&format!("SET {}; ", settings.join(", ")));
     }

@@ -45,6 +45,12 @@ const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1
 const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
     WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
 
+/// A transaction has run a query already, or has failed.
+const IN_TRANSACTION: [&str; 2] = ["25001", "25P02"];
+
+/// The server, the role or the database has as many sessions as it may have.
+const TOO_MANY_SESSIONS: &str = "53300";
+
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
@@ -89,6 +95,15 @@ impl Driver for Postgres {
             }
             _ => TxError::Unreachable { target, source },
         }
+    }
+
+    fn is_full(error: &sqlx::Error) -> bool {
+        code(error).as_deref() == Some(TOO_MANY_SESSIONS)
+    }
+
+    fn is_occupied(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::InvalidSavePointStatement)
+            || code(error).is_some_and(|code| IN_TRANSACTION.contains(&code.as_str()))
     }
 
     async fn probe(conn: &mut PgConnection) -> Result<BackendId, sqlx::Error> {
@@ -258,6 +273,9 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     } else if backend.fenced {
         sql.push_str(" READ WRITE");
     }
+    // It is what it would be anyway, but to say so is refused in a transaction that has run a query: inside one, BEGIN
+    // alone is only warned about, and would join it.
+    sql.push_str(" NOT DEFERRABLE");
     if let Some(remaining) = mode.remaining {
         // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
         // those that end the whole session come later than what the client does by itself.

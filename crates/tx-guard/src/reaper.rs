@@ -176,6 +176,9 @@ impl<DB: Backend> Open<DB> {
     /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
     /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
     pub(crate) async fn release_answered(mut self) {
+        if self.slot.takes_unsent() {
+            return self.release().await;
+        }
         match self.slot.parts().0.flush().now_or_never() {
             Some(Ok(())) => self.release().await,
             Some(Err(_)) => {}

@@ -2,6 +2,7 @@
 //! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod bounded;
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
@@ -10,6 +11,7 @@ mod commit;
 mod contract;
 mod example;
 mod faults;
+mod full;
 mod fuzz;
 mod happy;
 mod hostile;
@@ -18,6 +20,7 @@ mod known;
 mod late;
 mod log;
 mod mysql;
+mod neighbours;
 mod nested;
 mod outage;
 mod prop;
