@@ -24,6 +24,8 @@ enum Refusal {
     Dead(sqlx::Error),
     /// It is in somebody else's transaction.
     Occupied(sqlx::Error),
+    /// The user's hook will not have it.
+    Rejected(sqlx::Error),
     /// The database does not begin.
     Refused(sqlx::Error),
 }
@@ -55,14 +57,17 @@ pub(crate) async fn begin<DB: Backend>(
                 shared.forget_idle();
                 is_used
             }
-            Refusal::Occupied(_) => true,
+            Refusal::Occupied(_) | Refusal::Rejected(_) => true,
             Refusal::Refused(_) => false,
         };
         if !again || left == 0 || Instant::now() >= until {
             let target = DB::target(&shared.options);
             return Err(match refusal {
                 Refusal::Silent(waited) => TxError::ConnectTimeout { target, timeout: limit.max(waited) },
-                Refusal::Dead(error) | Refusal::Occupied(error) | Refusal::Refused(error) => TxError::Database(error),
+                Refusal::Dead(error)
+                | Refusal::Occupied(error)
+                | Refusal::Rejected(error)
+                | Refusal::Refused(error) => TxError::Database(error),
             });
         }
         left -= 1;
@@ -90,10 +95,16 @@ async fn begin_on<DB: Backend>(
         // One that was opened just now has shown that it answers, and may take its time.
         let answer = start + shared.limits.begin_timeout.min(FOREVER);
         let answer = if slot.is_used() { until.min(answer) } else { until };
+        let mut rejected = false;
         let begun = {
             let begin = async {
                 slot.recognise(&shared.known).await?;
                 let (conn, probe) = slot.parts();
+                if let Some(before_begin) = &shared.upkeep.before_begin {
+                    rejected = true;
+                    before_begin(conn).await?;
+                    rejected = false;
+                }
                 DB::begin(conn, probe, &mode).await
             };
             match DB::IS_REMOTE {
@@ -104,6 +115,7 @@ async fn begin_on<DB: Backend>(
         };
         match begun {
             Some(Ok(())) => {}
+            Some(Err(error)) if rejected => return Err(Refusal::Rejected(error)),
             Some(Err(error)) if is_dead(&error) => return Err(Refusal::Dead(error)),
             Some(Err(error)) if DB::is_occupied(&error) => return Err(Refusal::Occupied(error)),
             Some(Err(error)) => return Err(Refusal::Refused(error)),

@@ -155,6 +155,7 @@ mod events;
 mod guard;
 #[cfg(feature = "mysql")]
 mod in_step;
+mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
 #[cfg(feature = "mysql")]
@@ -172,6 +173,7 @@ mod settings;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod upkeep;
 
 pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use commit::{CommitOutcome, OutcomeHandle};
@@ -180,3 +182,4 @@ pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use run::{Retry, Tx};
+pub use upkeep::HookFuture;

@@ -3,8 +3,7 @@
 //! Invariant: a transaction that is begun is counted before anything is sent, so closing the pool misses none.
 
 use std::fmt;
-use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -13,8 +12,10 @@ use tokio::time::{Instant, timeout};
 use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::begin;
 use crate::events::TxEvents;
+use crate::keeper;
 use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
 use crate::slot::{Shared, Source};
+use crate::upkeep::{HookFuture, Upkeep};
 use crate::{TransactionGuard, TxError};
 
 /// A pool of connections for guarded transactions. Clones share the same pool.
@@ -64,7 +65,7 @@ impl<DB: Backend> TxPool<DB> {
 
     /// A builder, for other limits than the default ones.
     pub fn builder() -> TxPoolBuilder<DB> {
-        TxPoolBuilder { limits: Limits::default(), commit_mode: CommitMode::default(), database: PhantomData }
+        TxPoolBuilder { limits: Limits::default(), upkeep: Upkeep::default(), commit_mode: CommitMode::default() }
     }
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
@@ -83,7 +84,8 @@ impl<DB: Backend> TxPool<DB> {
         let max_connections = pool.options().get_max_connections();
         let acquire_timeout = pool.options().get_acquire_timeout();
         let limits = Limits { max_connections, acquire_timeout, ..Limits::default() };
-        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), limits, options, CommitMode::default())) }
+        let (source, upkeep) = (Source::Wrapped(pool), Upkeep::default());
+        Self { shared: Arc::new(Shared::new(source, limits, upkeep, options, CommitMode::default())) }
     }
 
     /// Begins a transaction.
@@ -210,12 +212,26 @@ impl fmt::Display for CloseReport {
     }
 }
 
-/// The limits of a pool. From [`TxPool::builder`].
+/// The settings of a pool. From [`TxPool::builder`].
+///
+/// | setting | default | what it limits |
+/// |---|---|---|
+/// | [`max_connections`](Self::max_connections) | 10 | sessions at once |
+/// | [`min_connections`](Self::min_connections) | 0 | sessions that are kept open |
+/// | [`acquire_timeout`](Self::acquire_timeout) | 30 s | all of `begin` |
+/// | [`connect_timeout`](Self::connect_timeout) | 10 s | the opening of one session |
+/// | [`begin_timeout`](Self::begin_timeout) | 2 s | the answer to `BEGIN` on a session that was used before |
+/// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
+/// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
+/// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
+///
+/// A wrapped pool keeps its own settings of these: its sessions are sqlx's. Its acquire timeout and the default
+/// `begin_timeout` hold for `begin`.
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
     limits: Limits,
+    upkeep: Upkeep<DB>,
     commit_mode: CommitMode,
-    database: PhantomData<fn() -> DB>,
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
@@ -243,6 +259,60 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// taken. Default 2 seconds. SQLite waits for its lock as long as its `busy_timeout` says.
     pub fn begin_timeout(mut self, timeout: Duration) -> Self {
         self.limits.begin_timeout = timeout;
+        self
+    }
+
+    /// How long the farewell to one session may take. Default 1 second.
+    pub fn goodbye_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.goodbye_timeout = timeout;
+        self
+    }
+
+    /// How many sessions are kept open at least, up to `max_connections`. Default 0, though the first one is opened with
+    /// the pool.
+    pub fn min_connections(mut self, connections: u32) -> Self {
+        self.upkeep.min_connections = connections;
+        self
+    }
+
+    /// After how long a session is closed, when nobody has it. Up to a tenth less, so that those that were opened together
+    /// are not closed together. Default 30 minutes, on SQLite for ever; `None` is for ever.
+    pub fn max_lifetime(mut self, lifetime: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.max_lifetime = lifetime.into();
+        self
+    }
+
+    /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
+    pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.idle_timeout = timeout.into();
+        self
+    }
+
+    /// Runs on each new session, before the pool's own settings. If it fails, the session is not opened.
+    pub fn after_connect<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.after_connect = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs ahead of each `BEGIN`, within its limit. If it fails, the session is closed and another one is taken.
+    pub fn before_begin<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.before_begin = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs after each transaction, when its session is idle again, and says whether to keep the session. One on which the
+    /// hook fails, or takes longer than two seconds, is closed.
+    pub fn after_release<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, bool> + Send + Sync + 'static,
+    {
+        self.upkeep.after_release = Some(Arc::new(hook));
         self
     }
 
@@ -284,6 +354,28 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self.connect_with(options).await
     }
 
+    /// Opens the pool, asking `options` for the driver's own options each time a session is opened, so that credentials
+    /// that change are always the latest. An error of `options` is one of connecting.
+    ///
+    /// The connection for cancelling is opened with the first options.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    pub async fn connect_with_fn<F, O>(mut self, options: F) -> Result<TxPool<DB>, TxError>
+    where
+        F: Fn() -> O + Send + Sync + 'static,
+        O: Future<Output = Result<Options<DB>, sqlx::Error>> + Send + 'static,
+    {
+        let first = options().await.map_err(|error| DB::connect_error(DB::TITLE.to_owned(), error))?;
+        self.upkeep.rotation = Some(Arc::new(move || Box::pin(options())));
+        self.connect_with(first).await
+    }
+
     /// Opens the pool and its first connection with the driver's own options.
     ///
     /// # Cancel safety
@@ -297,11 +389,20 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
             return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });
         }
+        if self.upkeep.min_connections > self.limits.max_connections {
+            return Err(TxError::InvalidOption {
+                option: "min_connections",
+                reason: "it is more than max_connections",
+            });
+        }
+        if self.upkeep.max_lifetime.is_some_and(|lifetime| lifetime.is_zero()) {
+            return Err(TxError::InvalidOption { option: "max_lifetime", reason: "it is zero" });
+        }
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
         let options = Arc::new(options);
-        let shared = Arc::new(Shared::new(Source::Owned, self.limits, options, self.commit_mode));
+        let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let limit = self.limits.connect_timeout;
         let first = shared.acquire(Instant::now() + limit.min(FOREVER), limit).await?;
@@ -314,6 +415,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             Err(_) => return Err(TxError::ConnectTimeout { target: target(), timeout: limit }),
         }
         first.pass_on();
+        let keeper = tokio::spawn(keeper::keep_up(Arc::downgrade(&shared))).abort_handle();
+        *shared.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
         Ok(TxPool { shared })
     }
 }

@@ -102,6 +102,16 @@ impl<T: Idle> Queue<T> {
         chosen.into_iter().map(|idle| Place { queue: Some(Arc::clone(self)), idle: Some(idle) }).collect()
     }
 
+    /// A free place, where fewer than so many are taken and nobody waits.
+    pub(crate) fn take_free(self: &Arc<Self>, least: usize) -> Option<Place<T>> {
+        let mut state = self.lock();
+        if state.closed || state.taken >= least.min(self.max) {
+            return None;
+        }
+        state.taken += 1;
+        Some(Place { queue: Some(Arc::clone(self)), idle: None })
+    }
+
     /// From now on nobody waits, and nothing is idle.
     pub(crate) fn close(self: &Arc<Self>) -> Vec<Place<T>> {
         let waiting = {

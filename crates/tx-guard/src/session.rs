@@ -11,13 +11,11 @@ use sqlx::pool::PoolConnection;
 use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, Options};
 use crate::queue::Idle;
-
-/// How long the farewell to one connection may take.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+use crate::upkeep::Upkeep;
 
 /// The proofs behind the `expect`s below.
 const LINKED: &str = "the connection is taken out only by what consumes the session, and by its drop";
@@ -32,6 +30,9 @@ pub(crate) struct Session<DB: Backend> {
     home: Option<Home>,
     /// Somebody had it before.
     is_used: bool,
+    /// None for one that may grow as old as it likes.
+    expiry: Option<Instant>,
+    idle_since: Instant,
 }
 
 /// A connection, and whose it is.
@@ -42,17 +43,25 @@ enum Link<DB: Backend> {
 }
 
 impl<DB: Backend> Session<DB> {
-    /// Opens one of our own.
-    pub(crate) async fn open(options: &Options<DB>) -> Result<Self, sqlx::Error> {
-        let mut conn = options.connect().await?;
+    /// Opens one of our own, and has it made ready by the user's hook before it is by us.
+    pub(crate) async fn open(options: &Options<DB>, upkeep: &Upkeep<DB>) -> Result<Self, sqlx::Error> {
+        let mut conn = match &upkeep.rotation {
+            Some(rotation) => rotation().await?.connect().await?,
+            None => options.connect().await?,
+        };
+        if let Some(after_connect) = &upkeep.after_connect {
+            after_connect(&mut conn).await?;
+        }
         let probe = DB::probe(&mut conn).await?;
         let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
-        Ok(Self { link: Some(Link::Own(conn)), probe: Some(probe), home, is_used: false })
+        let (expiry, idle_since) = (upkeep.expiry(), Instant::now());
+        Ok(Self { link: Some(Link::Own(conn)), probe: Some(probe), home, is_used: false, expiry, idle_since })
     }
 
     /// Makes one of a connection that was borrowed, of which nobody knows how long it has been idle.
     pub(crate) fn lent(conn: PoolConnection<DB>, runtime: Handle) -> Self {
-        Self { link: Some(Link::Lent(conn, runtime)), probe: None, home: None, is_used: true }
+        let (link, idle_since) = (Some(Link::Lent(conn, runtime)), Instant::now());
+        Self { link, probe: None, home: None, is_used: true, expiry: None, idle_since }
     }
 
     /// Learns what is needed for cancelling on it, if that is not known yet.
@@ -92,17 +101,25 @@ impl<DB: Backend> Session<DB> {
         self.home.as_ref().is_some_and(Home::has_ended)
     }
 
+    pub(crate) fn is_expired(&self) -> bool {
+        self.expiry.is_some_and(|expiry| Instant::now() >= expiry)
+    }
+
+    pub(crate) fn is_idle_for(&self, limit: Duration) -> bool {
+        self.idle_since.elapsed() >= limit
+    }
+
     /// Interrupts what runs on it, where that can be done without waiting.
     pub(crate) fn interrupt(&self) {
         self.probe.iter().for_each(DB::interrupt);
     }
 
-    /// Says goodbye, in bounded time. The database sees the end of the connection in any case; this only makes it a polite
+    /// Says goodbye, within the limit. The database sees the end of the connection in any case; this only makes it a polite
     /// one.
-    pub(crate) async fn close(mut self) {
+    pub(crate) async fn close(mut self, limit: Duration) {
         match self.link.take() {
-            Some(Link::Own(conn)) => drop(timeout(GOODBYE_TIMEOUT, conn.close()).await),
-            Some(Link::Lent(conn, _)) => drop(timeout(GOODBYE_TIMEOUT, conn.close()).await),
+            Some(Link::Own(conn)) => drop(timeout(limit, conn.close()).await),
+            Some(Link::Lent(conn, _)) => drop(timeout(limit, conn.close()).await),
             None => {}
         }
     }
@@ -123,6 +140,7 @@ impl<DB: Backend> Idle for Session<DB> {
             Some(Link::Own(conn)) => {
                 // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
                 // its own. Of a connection that fails here, the next one to use it will hear.
+                self.idle_since = Instant::now();
                 if conn.should_flush() {
                     drop(conn.flush().now_or_never());
                 }

@@ -20,6 +20,8 @@ pub(crate) struct Limits {
     pub(crate) connect_timeout: Duration,
     /// For the answer to BEGIN on a session that somebody had before.
     pub(crate) begin_timeout: Duration,
+    /// For the farewell to one session.
+    pub(crate) goodbye_timeout: Duration,
 }
 
 impl Default for Limits {
@@ -29,6 +31,7 @@ impl Default for Limits {
             acquire_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             begin_timeout: Duration::from_secs(2),
+            goodbye_timeout: Duration::from_secs(1),
         }
     }
 }

@@ -3,11 +3,14 @@
 //! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures_util::FutureExt;
 use tokio::runtime::Handle;
+use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Options};
@@ -16,6 +19,7 @@ use crate::queue::{Asked, Counts, Place, Queue};
 use crate::reaper::{SETTLE_LIMIT, Shield, Work};
 use crate::session::Session;
 use crate::settings::Limits;
+use crate::upkeep::{Hook, Upkeep, with_runtime};
 use crate::{CloseReport, TxError};
 
 /// How often, and after which pause, a session is tried to be opened again for which the connection for cancelling has
@@ -29,6 +33,9 @@ pub(crate) struct Shared<DB: Backend> {
     queue: Arc<Queue<Session<DB>>>,
     opening: AtomicU32,
     pub(crate) limits: Limits,
+    pub(crate) upkeep: Upkeep<DB>,
+    /// The task that looks after the sessions ends with this.
+    pub(crate) keeper: Mutex<Option<AbortHandle>>,
     pub(crate) options: Arc<Options<DB>>,
     pub(crate) commit_mode: CommitMode,
     pub(crate) known: DB::Known,
@@ -46,6 +53,8 @@ pub(crate) enum Source<DB: Backend> {
 enum Failure {
     Late(Duration),
     Closed,
+    /// sqlx was built without a runtime.
+    NoFeature,
     Failed(sqlx::Error),
 }
 
@@ -66,11 +75,18 @@ impl Drop for Opening<'_> {
 }
 
 impl<DB: Backend> Shared<DB> {
-    pub(crate) fn new(source: Source<DB>, limits: Limits, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
+    pub(crate) fn new(
+        source: Source<DB>,
+        limits: Limits,
+        upkeep: Upkeep<DB>,
+        options: Arc<Options<DB>>,
+        commit_mode: CommitMode,
+    ) -> Self {
         let queue = Arc::new(Queue::new(usize::try_from(limits.max_connections).unwrap_or(usize::MAX)));
         let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
         let (work, teller) = (Arc::default(), Teller::new());
-        Self { source, queue, opening: AtomicU32::new(0), limits, options, commit_mode, known, canceller, work, teller }
+        let (opening, keeper) = (AtomicU32::new(0), Mutex::default());
+        Self { source, queue, opening, limits, upkeep, keeper, options, commit_mode, known, canceller, work, teller }
     }
 
     /// Takes a connection, not later than at `until`, which is `limit` from when it was first asked for. Waiting dies with
@@ -86,16 +102,19 @@ impl<DB: Backend> Shared<DB> {
         };
         let runtime = Handle::current();
         if let Some(session) = place.take() {
-            if !session.is_homeless() {
-                return Ok(Slot { session: Some(session), place: Some(place), runtime });
+            if session.is_homeless() {
+                drop(session);
+            } else if session.is_expired() {
+                session.close(self.limits.goodbye_timeout).await;
+            } else {
+                return Ok(self.slot(session, place, runtime));
             }
-            drop(session);
         }
         let opening = {
             let (shared, runtime) = (Arc::clone(self), runtime.clone());
             async move {
                 let session = shared.open(&runtime).await?;
-                Ok(Slot { session: Some(session), place: Some(place), runtime })
+                Ok(shared.slot(session, place, runtime))
             }
         };
         let opening = Shield::new(runtime, opening).or_late(|opened| {
@@ -108,6 +127,10 @@ impl<DB: Backend> Shared<DB> {
             Ok(Ok(slot)) => Ok(slot),
             Ok(Err(Failure::Late(timeout))) => Err(TxError::ConnectTimeout { target: target(), timeout }),
             Ok(Err(Failure::Closed)) => Err(TxError::Closed),
+            Ok(Err(Failure::NoFeature)) => {
+                let reason = "sqlx was built without it, and can open no connection";
+                Err(TxError::InvalidOption { option: "sqlx/runtime-tokio", reason })
+            }
             Ok(Err(Failure::Failed(error))) => Err(DB::connect_error(target(), error)),
             Err(_) => Err(match &self.source {
                 Source::Owned => TxError::ConnectTimeout { target: target(), timeout: limit },
@@ -116,16 +139,23 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
+    fn slot(&self, session: Session<DB>, place: Place<Session<DB>>, runtime: Handle) -> Slot<DB> {
+        let goodbye = self.limits.goodbye_timeout;
+        let after_release = self.upkeep.after_release.clone();
+        Slot { session: Some(session), place: Some(place), runtime, goodbye, after_release }
+    }
+
     /// Opens a session, or borrows one, in bounded time, because a caller who has gone bounds nothing.
     async fn open(&self, runtime: &Handle) -> Result<Session<DB>, Failure> {
         let _opening = Opening::new(&self.opening);
         match &self.source {
             Source::Owned => {
                 let limit = self.limits.connect_timeout;
-                let opened = timeout(limit, self.open_with_room()).await.map_err(|_| Failure::Late(limit))?;
-                opened.map_err(Failure::Failed)
+                let opening = timeout(limit, self.open_with_room());
+                let opened = with_runtime(opening).await.ok_or(Failure::NoFeature)?;
+                opened.map_err(|_| Failure::Late(limit))?.map_err(Failure::Failed)
             }
-            Source::Wrapped(pool) => match pool.acquire().await {
+            Source::Wrapped(pool) => match with_runtime(pool.acquire()).await.ok_or(Failure::NoFeature)? {
                 Ok(conn) => Ok(Session::lent(conn, runtime.clone())),
                 Err(sqlx::Error::PoolClosed) => Err(Failure::Closed),
                 Err(sqlx::Error::PoolTimedOut) => Err(Failure::Late(pool.options().get_acquire_timeout())),
@@ -136,11 +166,11 @@ impl<DB: Backend> Shared<DB> {
 
     /// Where the server takes no more sessions, the one for cancelling makes room.
     async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
-        let mut opened = Session::<DB>::open(&*self.options).await;
+        let mut opened = Session::<DB>::open(&*self.options, &self.upkeep).await;
         if opened.as_ref().is_err_and(DB::is_full) {
             DB::cool(&self.canceller).await;
             for _ in 0..ROOM_ATTEMPTS {
-                opened = Session::open(&*self.options).await;
+                opened = Session::open(&*self.options, &self.upkeep).await;
                 if !opened.as_ref().is_err_and(DB::is_full) {
                     break;
                 }
@@ -176,7 +206,14 @@ impl<DB: Backend> Shared<DB> {
 
     /// The same, for the last time.
     pub(crate) fn forget(&self) {
+        self.end_keeper();
         drop_idle(self.queue.close());
+    }
+
+    fn end_keeper(&self) {
+        if let Some(keeper) = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            keeper.abort();
+        }
     }
 
     pub(crate) fn report(&self) -> CloseReport {
@@ -184,11 +221,36 @@ impl<DB: Backend> Shared<DB> {
         CloseReport { in_use: load.open, settling: load.settling }
     }
 
+    /// Closes the idle sessions that are too old, and of those that have been idle for too long as many as there are more
+    /// than the least.
+    pub(crate) async fn close_expired(&self) {
+        let mut spare = self.queue.counts().taken.saturating_sub(self.upkeep.min_connections as usize);
+        let expired = self.queue.take_idle(|session| {
+            let is_spare = spare > 0 && self.upkeep.idle_timeout.is_some_and(|limit| session.is_idle_for(limit));
+            spare -= usize::from(is_spare);
+            is_spare || session.is_expired()
+        });
+        for mut place in expired {
+            if let Some(session) = place.take() {
+                session.close(self.limits.goodbye_timeout).await;
+            }
+        }
+    }
+
+    /// Opens what is missing to the least number of sessions. What fails is tried again at the next look.
+    pub(crate) async fn open_to_the_least(&self) {
+        while let Some(place) = self.queue.take_free(self.upkeep.min_connections as usize) {
+            let Ok(session) = self.open(&Handle::current()).await else { return };
+            drop(place.put_back(session));
+        }
+    }
+
     /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.
     pub(crate) async fn close_idle(&self) {
+        self.end_keeper();
         for mut place in self.queue.close() {
             if let Some(session) = place.take() {
-                session.close().await;
+                session.close(self.limits.goodbye_timeout).await;
             }
         }
     }
@@ -207,6 +269,8 @@ pub(crate) struct Slot<DB: Backend> {
     session: Option<Session<DB>>,
     place: Option<Place<Session<DB>>>,
     runtime: Handle,
+    goodbye: Duration,
+    after_release: Option<Hook<DB, bool>>,
 }
 
 /// The proof behind the `expect`s below.
@@ -248,7 +312,10 @@ impl<DB: Backend> Slot<DB> {
                 drop(place);
             }));
         } else if closed {
-            session.close().await;
+            session.close(self.goodbye).await;
+        } else if session.is_expired() || self.after_release.is_some() {
+            let (goodbye, after_release) = (self.goodbye, self.after_release.clone());
+            drop(self.runtime.spawn(look_over(session, place, goodbye, after_release)));
         } else {
             // In a pool that is closed just now, it closes as it is dropped.
             drop(place.put_back(session));
@@ -260,6 +327,37 @@ impl<DB: Backend> Slot<DB> {
         if let (Some(session), Some(place)) = (self.session.take(), self.place.take()) {
             drop(place.put_back(session));
         }
+    }
+}
+
+/// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
+async fn look_over<DB: Backend>(
+    mut session: Session<DB>,
+    place: Place<Session<DB>>,
+    goodbye: Duration,
+    after_release: Option<Hook<DB, bool>>,
+) {
+    let keep = match after_release {
+        _ if session.is_expired() => false,
+        Some(after_release) => {
+            let keep = timeout(SETTLE_LIMIT, after_release(session.parts().0));
+            // One that has panicked is closed, as one that has failed.
+            matches!(AssertUnwindSafe(keep).catch_unwind().await, Ok(Ok(Ok(true))))
+        }
+        None => true,
+    };
+    match keep {
+        true => drop(place.put_back(session)),
+        false => {
+            session.close(goodbye).await;
+            drop(place);
+        }
+    }
+}
+
+impl<DB: Backend> Drop for Shared<DB> {
+    fn drop(&mut self) {
+        self.end_keeper();
     }
 }
 

@@ -12,7 +12,7 @@ const UNMENDED: [(&str, &[&str]); 5] = [
     ("resumable", &["file", "store"]),
     ("shutdown", &["application", "supervisor", "watchdog"]),
     ("shutdown", &["group", "worker"]),
-    ("tx-guard", &["commit", "reaper", "session", "slot"]),
+    ("tx-guard", &["commit", "reaper", "slot"]),
 ];
 
 /// Which of its own files each file of a crate imports. A folder and the file of its name are one room.

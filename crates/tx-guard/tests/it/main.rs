@@ -31,6 +31,7 @@ mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
 mod torn;
+mod upkeep;
 mod world;
 
 /// Makes a test on each database out of one generic function.
