@@ -10,10 +10,12 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout_at};
 
 use crate::backend::{Backend, Mode};
-use crate::commit::OutcomeCell;
-use crate::reaper::{Open, SETTLE_LIMIT, Shield, Ticket};
-use crate::settings::FOREVER;
+use crate::drive::Driven;
+use crate::open::Open;
+use crate::outcome::OutcomeCell;
+use crate::settings::{FOREVER, SETTLE_LIMIT};
 use crate::slot::{Shared, Slot};
+use crate::work::Ticket;
 use crate::{TransactionGuard, TxError};
 
 /// What has become of a session on which a transaction was to be begun.
@@ -90,7 +92,7 @@ async fn begin_on<DB: Backend>(
         return Err(TxError::Closed);
     }
     let (shared, runtime) = (Arc::clone(shared), runtime.clone());
-    let shield = Shield::new(runtime.clone(), async move {
+    let begun = Driven::new(runtime.clone(), async move {
         let start = Instant::now();
         // One that was opened just now has shown that it answers, and may take its time.
         let answer = start + shared.limits.begin_timeout.min(FOREVER);
@@ -124,7 +126,7 @@ async fn begin_on<DB: Backend>(
         let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
         Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
     });
-    Ok(shield.alone_for(SETTLE_LIMIT).await)
+    Ok(begun.alone_for(SETTLE_LIMIT).await)
 }
 
 /// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08

@@ -150,36 +150,38 @@ mod begin;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
+mod drive;
 mod error;
 mod events;
 mod guard;
-#[cfg(feature = "mysql")]
-mod in_step;
 mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
 #[cfg(feature = "mysql")]
 mod mysql;
+mod open;
+mod outcome;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
-#[cfg(feature = "postgres")]
-mod proof;
 mod queue;
-mod reaper;
 mod run;
 mod session;
 mod settings;
+mod settle;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod upkeep;
+mod watch;
+mod work;
 
 pub use backend::{Backend, CommitMode, Isolation, Options};
-pub use commit::{CommitOutcome, OutcomeHandle};
+
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
+pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use run::{Retry, Tx};
 pub use upkeep::HookFuture;

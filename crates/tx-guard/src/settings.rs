@@ -10,6 +10,9 @@ pub(crate) const MOST_CONNECTIONS: u32 = 65_535;
 /// What stands for "no limit" where one is added to a moment.
 pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
+/// How long cancelling and rolling back may take before the session is terminated.
+pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+
 /// How many connections there may be, and how long is waited for what.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {

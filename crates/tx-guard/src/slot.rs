@@ -14,12 +14,14 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Options};
+use crate::drive::Driven;
 use crate::events::Teller;
 use crate::queue::{Asked, Counts, Place, Queue};
-use crate::reaper::{SETTLE_LIMIT, Shield, Work};
 use crate::session::Session;
 use crate::settings::Limits;
+use crate::settings::SETTLE_LIMIT;
 use crate::upkeep::{Hook, Upkeep, with_runtime};
+use crate::work::Work;
 use crate::{CloseReport, TxError};
 
 /// How often, and after which pause, a session is tried to be opened again for which the connection for cancelling has
@@ -117,7 +119,7 @@ impl<DB: Backend> Shared<DB> {
                 Ok(shared.slot(session, place, runtime))
             }
         };
-        let opening = Shield::new(runtime, opening).or_late(|opened| {
+        let opening = Driven::new(runtime, opening).or_late(|opened| {
             if let Some(Ok(slot)) = opened {
                 slot.pass_on();
             }

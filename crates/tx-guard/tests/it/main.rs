@@ -9,6 +9,7 @@ mod cancel_less;
 mod cancel_pool;
 mod commit;
 mod contract;
+mod ends;
 mod example;
 mod faults;
 mod full;

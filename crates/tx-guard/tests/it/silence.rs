@@ -82,7 +82,7 @@ async fn serve(
     ended.lock().unwrap().insert(number);
 }
 
-fn builder() -> TxPoolBuilder<Postgres> {
+pub(crate) fn builder() -> TxPoolBuilder<Postgres> {
     TxPool::<Postgres>::builder().max_connections(1)
 }
 
