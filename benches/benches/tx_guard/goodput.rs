@@ -7,12 +7,16 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::measure::{Place, Table};
-use crate::peers::{Contestant, all};
+use crate::measure::{Place, Table, quantile};
+use crate::peers::{Contestant, all, wrapped};
 
 const TASKS: i64 = 16;
 const CONNECTIONS: u32 = 8;
 const TIME: Duration = Duration::from_secs(2);
+
+/// How often the contestants take turns where nobody is in a hurry, and how long a turn is.
+const TURNS: usize = 7;
+const TURN: Duration = Duration::from_millis(700);
 
 /// How many backends PostgreSQL has started for this database.
 async fn sessions(place: &Place) -> i64 {
@@ -49,18 +53,65 @@ async fn goodput(contestant: &Contestant, place: &Place, longest_ms: u64) -> Str
     format!("{per_second:.0}/s, {sessions} sessions, {leaked} leaked")
 }
 
+/// Transactions a second of callers who wait as long as it takes.
+async fn unhurried(contestant: &Contestant, place: &Place) -> f64 {
+    let start = Instant::now();
+    let mut tasks = JoinSet::new();
+    for task in 0..TASKS {
+        let (peer, update) = (Arc::clone(&contestant.peer), place.update(task + 1));
+        tasks.spawn(async move {
+            let mut done = 0_usize;
+            while start.elapsed() < TURN {
+                peer.work(vec![update.clone()]).await.unwrap();
+                done += 1;
+            }
+            done
+        });
+    }
+    let done: usize = tasks.join_all().await.into_iter().sum();
+    done as f64 / start.elapsed().as_secs_f64()
+}
+
+/// In turns, so that what the machine does meanwhile falls on all of them: medians of the rates and of the ratios to tuned
+/// sqlx.
+async fn without_deadlines(contestants: &[Contestant], place: &Place) -> Vec<String> {
+    let mut rates = vec![Vec::new(); contestants.len()];
+    for turn in 0..TURNS + 1 {
+        for offset in 0..contestants.len() {
+            let index = (turn + offset) % contestants.len();
+            let rate = unhurried(&contestants[index], place).await;
+            // The first turn warms everything up.
+            if turn > 0 {
+                rates[index].push(rate);
+            }
+        }
+    }
+    let tuned = contestants.iter().position(|contestant| contestant.name == "sqlx, tuned").unwrap();
+    let base = rates[tuned].clone();
+    let show = |rates: &Vec<f64>| {
+        let ratios: Vec<f64> = rates.iter().zip(&base).map(|(ours, theirs)| ours / theirs).collect();
+        format!("{:.0}/s, {:.2} ×", quantile(rates, 0.5), quantile(&ratios, 0.5))
+    };
+    rates.iter().map(show).collect()
+}
+
 pub(crate) async fn run(url: &str) {
     let place = Place::open(url, TASKS).await;
     println!(
         "{TASKS} tasks on {CONNECTIONS} connections whose deadlines are random up to 2, 6, 15 ms: transactions a second,"
     );
     println!("sessions opened meanwhile, transactions left open");
-    let mut table = Table::new(&["", "0 to 2 ms", "0 to 6 ms", "0 to 15 ms"]);
-    for contestant in all(&place, CONNECTIONS).await {
+    println!("without a deadline also the ratio to tuned sqlx");
+    let mut table = Table::new(&["", "0 to 2 ms", "0 to 6 ms", "0 to 15 ms", "no deadline"]);
+    let mut contestants = all(&place, CONNECTIONS).await;
+    contestants.insert(1, wrapped(&place, CONNECTIONS).await);
+    let unhurried = without_deadlines(&contestants, &place).await;
+    for (contestant, unhurried) in contestants.iter().zip(unhurried) {
         let mut cells = vec![contestant.name.to_owned()];
         for longest in [2, 6, 15] {
-            cells.push(goodput(&contestant, &place, longest).await);
+            cells.push(goodput(contestant, &place, longest).await);
         }
+        cells.push(unhurried);
         table.row(cells);
     }
     table.print();

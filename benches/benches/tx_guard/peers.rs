@@ -168,6 +168,14 @@ async fn guarded(place: &Place, connections: u32) -> Contestant {
     Contestant::new("tx-guard", application, Guarded { db, last: Arc::default() })
 }
 
+/// The same on a tuned pool of sqlx's.
+pub(crate) async fn wrapped(place: &Place, connections: u32) -> Contestant {
+    let application = application();
+    let pool = PgPoolOptions::new().max_connections(connections).test_before_acquire(false);
+    let pool = pool.connect_with(place.options.clone().application_name(&application)).await.unwrap();
+    Contestant::new("tx-guard, wrapped", application, Guarded { db: TxPool::wrap(pool), last: Arc::default() })
+}
+
 async fn sqlx(name: &'static str, place: &Place, connections: u32, test: bool) -> Contestant {
     let application = application();
     let pool = PgPoolOptions::new().max_connections(connections).test_before_acquire(test);

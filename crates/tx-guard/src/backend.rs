@@ -121,6 +121,9 @@ pub trait Driver: Database {
     /// Whether a connection can do nothing any more when the runtime has ended on which it was opened.
     const NEEDS_ITS_RUNTIME: bool = true;
 
+    /// Whether somebody has to answer who may have gone without a word.
+    const IS_REMOTE: bool = true;
+
     /// Whether sqlx may wait for more than the server has to say, after a future was dropped in the middle of an answer.
     const LOSES_ITS_PLACE: bool = false;
 
@@ -138,6 +141,14 @@ pub trait Driver: Database {
 
     /// Says which kind of failure an error of opening a connection is.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
+
+    /// Whether the server takes no more sessions for now.
+    fn is_full(_: &sqlx::Error) -> bool {
+        false
+    }
+
+    /// Whether BEGIN was refused because the session is in a transaction that was begun by somebody else.
+    fn is_occupied(error: &sqlx::Error) -> bool;
 
     /// Makes the settings of a session of our own, and learns what `cancel` will need.
     fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
@@ -159,7 +170,7 @@ pub trait Driver: Database {
         options: &Arc<Options<Self>>,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Begins a transaction.
+    /// Begins a transaction, and only where there is none.
     fn begin(
         conn: &mut Self::Connection,
         probe: &Self::Probe,

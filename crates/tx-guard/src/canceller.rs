@@ -18,7 +18,7 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::backend::{Activity, Options, Unsignalled, Wanted};
-use crate::open::SETTLE_LIMIT;
+use crate::settings::SETTLE_LIMIT;
 
 /// How long the warm connection may take to answer before a new one is opened in its stead: so long, and some round trips,
 /// and something for each session that is signalled. It may have been idle for hours, and firewalls forget such connections

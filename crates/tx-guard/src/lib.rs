@@ -149,6 +149,7 @@
 
 mod attempts;
 mod backend;
+mod begin;
 mod boxed;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
@@ -158,6 +159,7 @@ mod drive;
 mod error;
 mod events;
 mod guard;
+mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
 #[cfg(feature = "mysql")]
@@ -167,16 +169,19 @@ mod outcome;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod queue;
 mod retry;
 mod run;
 mod said;
 mod session;
+mod settings;
 mod settle;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
 mod transient;
 mod tx;
+mod upkeep;
 mod watch;
 mod work;
 
@@ -191,3 +196,4 @@ pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use retry::Retry;
 pub use transient::is_transient;
 pub use tx::Tx;
+pub use upkeep::HookFuture;

@@ -51,13 +51,16 @@ const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
 const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)";
 
+/// Refused inside a transaction, which START TRANSACTION would commit without a word. It is about the next one only.
+const ALONE: &str = "SET TRANSACTION READ WRITE; ";
+
+/// The answer to that inside a transaction.
+const IN_TRANSACTION: u16 = 1568;
+/// The server or the account has as many sessions as it may have.
+const TOO_MANY_SESSIONS: [u16; 3] = [1040, 1203, 1226];
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
 const NO_SUCH_DATABASE: u16 = 1049;
-const TOO_MANY_SESSIONS: u16 = 1040;
-const SHUTTING_DOWN: u16 = 1053;
-const TOO_MANY_OF_THE_USER: u16 = 1203;
-const TOO_MUCH_OF_THE_USER: u16 = 1226;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
 /// Group replication's way of saying that a commit was refused and rolled back.
@@ -162,10 +165,8 @@ impl Driver for MySql {
         match &source {
             sqlx::Error::Database(_) => match number(&source) {
                 Some(NO_SUCH_DATABASE) => TxError::MissingDatabase { target, source },
-                Some(TOO_MANY_SESSIONS | TOO_MANY_OF_THE_USER | TOO_MUCH_OF_THE_USER) => {
-                    TxError::TooManySessions { target, source }
-                }
-                Some(SHUTTING_DOWN) => TxError::NotReady { target, source },
+                Some(number) if TOO_MANY_SESSIONS.contains(&number) => TxError::TooManySessions { target, source },
+                Some(SERVER_SHUTDOWN) => TxError::NotReady { target, source },
                 _ => TxError::Refused { target, source },
             },
             sqlx::Error::Configuration(_) => {
@@ -173,6 +174,14 @@ impl Driver for MySql {
             }
             _ => TxError::Unreachable { target, source },
         }
+    }
+
+    fn is_full(error: &sqlx::Error) -> bool {
+        number(error).is_some_and(|number| TOO_MANY_SESSIONS.contains(&number))
+    }
+
+    fn is_occupied(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::InvalidSavePointStatement) || number(error) == Some(IN_TRANSACTION)
     }
 
     async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
@@ -388,7 +397,7 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
         }
         None => {}
     }
-    let mut sql = String::new();
+    let mut sql = String::from(ALONE);
     if !settings.is_empty() {
         sql.push_str(&format!("SET {}; ", settings.join(", ")));
     }

@@ -4,7 +4,6 @@
 //! Whatever is dropped before that, by a caller or by the end of the runtime, closes its connection instead.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use futures_util::FutureExt;
 use sqlx::Connection;
@@ -13,11 +12,9 @@ use tokio::time::timeout;
 
 use crate::backend::{Backend, CommitMode};
 use crate::outcome::OutcomeCell;
+use crate::settings::SETTLE_LIMIT;
 use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
-
-/// How long cancelling and rolling back may take before the session is terminated.
-pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
 
 /// A transaction and all that belongs to it. The order of the fields is the order of their drops: the connection is
 /// given back or closed, then the outcome is told, and only then does the pool count the transaction as ended.
@@ -45,6 +42,9 @@ impl<DB: Backend> Open<DB> {
     /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
     /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
     pub(crate) async fn release_answered(mut self) {
+        if self.slot.takes_unsent() {
+            return self.release().await;
+        }
         match self.slot.parts().0.flush().now_or_never() {
             Some(Ok(())) => self.release().await,
             Some(Err(_)) => {}

@@ -3,38 +3,20 @@
 //! Invariant: a transaction that is begun is counted before anything is sent, so closing the pool misses none.
 
 use std::fmt;
-use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use deadpool::managed;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, CommitMode, Mode, Options};
-use crate::drive::Driven;
+use crate::begin;
 use crate::events::TxEvents;
-use crate::open::{Open, SETTLE_LIMIT};
-use crate::outcome::OutcomeCell;
-use crate::session::Manager;
-use crate::slot::{Limits, Shared, Slot, Source};
-use crate::work::Ticket;
+use crate::keeper;
+use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
+use crate::slot::{Shared, Source};
+use crate::upkeep::{HookFuture, Upkeep};
 use crate::{TransactionGuard, TxError};
-
-/// How many connections a pool holds at most, unless the builder says otherwise.
-const MAX_CONNECTIONS: u32 = 10;
-
-/// More than any server takes. The pool has room for all from the beginning.
-const MOST_CONNECTIONS: u32 = 65_535;
-
-/// How long `begin` waits for a free connection, unless the builder says otherwise.
-const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// How long opening a connection may take, unless the builder says otherwise.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// How long a connection that was idle for longer may take to answer.
-const LIVENESS_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// A pool of connections for guarded transactions. Clones share the same pool.
 ///
@@ -83,12 +65,7 @@ impl<DB: Backend> TxPool<DB> {
 
     /// A builder, for other limits than the default ones.
     pub fn builder() -> TxPoolBuilder<DB> {
-        let limits = Limits {
-            max_connections: MAX_CONNECTIONS,
-            acquire_timeout: ACQUIRE_TIMEOUT,
-            connect_timeout: CONNECT_TIMEOUT,
-        };
-        TxPoolBuilder { limits, commit_mode: CommitMode::default(), database: PhantomData }
+        TxPoolBuilder { limits: Limits::default(), upkeep: Upkeep::default(), commit_mode: CommitMode::default() }
     }
 
     /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
@@ -104,7 +81,11 @@ impl<DB: Backend> TxPool<DB> {
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         let options = pool.connect_options();
-        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options, CommitMode::default())) }
+        let max_connections = pool.options().get_max_connections();
+        let acquire_timeout = pool.options().get_acquire_timeout();
+        let limits = Limits { max_connections, acquire_timeout, ..Limits::default() };
+        let (source, upkeep) = (Source::Wrapped(pool), Upkeep::default());
+        Self { shared: Arc::new(Shared::new(source, limits, upkeep, options, CommitMode::default())) }
     }
 
     /// Begins a transaction.
@@ -131,45 +112,7 @@ impl<DB: Backend> TxPool<DB> {
         mode: Mode,
         deadline: Option<Instant>,
     ) -> Result<TransactionGuard<DB>, TxError> {
-        let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
-        match self.begin_once(&runtime, mode, deadline).await {
-            // A connection that had died in the pool. Nothing has happened yet, and those that are idle beside it have
-            // most likely died with it: once more, with a new one.
-            Err(TxError::Database(error)) if is_dead(&error) => {
-                self.shared.forget_idle();
-                self.begin_once(&runtime, mode, deadline).await
-            }
-            begun => begun,
-        }
-    }
-
-    /// Waiting for a connection dies with the caller. Only what follows it is shielded, and that starts in the same
-    /// poll, so a caller that has gone while it waited begins nothing.
-    async fn begin_once(
-        &self,
-        runtime: &Handle,
-        mode: Mode,
-        deadline: Option<Instant>,
-    ) -> Result<TransactionGuard<DB>, TxError> {
-        let held = self.shared.acquire(deadline).await?;
-        let shared = Arc::clone(&self.shared);
-        let ticket = Ticket::new(&shared.work);
-        // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
-        if shared.work.is_closed() {
-            return Err(TxError::Closed);
-        }
-        Driven::new(runtime.clone(), {
-            let runtime = runtime.clone();
-            async move {
-                let mut slot = Slot::new(held, runtime.clone(), &shared.known).await?;
-                let (conn, probe) = slot.parts();
-                DB::begin(conn, probe, &mode).await?;
-                let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
-                Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
-            }
-        })
-        .alone_for(SETTLE_LIMIT)
-        .await
+        begin::begin(&self.shared, mode, deadline).await
     }
 
     pub(crate) fn commit_mode(&self) -> CommitMode {
@@ -226,19 +169,6 @@ impl<DB: Backend> TxPool<DB> {
     }
 }
 
-/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
-/// for that, and 70100 for a session that was killed. An answer that is none to BEGIN belongs to something else that was
-/// done on the session, which nobody can make sense of any more.
-fn is_dead(error: &sqlx::Error) -> bool {
-    match error {
-        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::BeginFailed => true,
-        sqlx::Error::Database(error) => {
-            error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "70100")
-        }
-        _ => false,
-    }
-}
-
 impl<DB: Backend> Clone for TxPool<DB> {
     fn clone(&self) -> Self {
         Self { shared: Arc::clone(&self.shared) }
@@ -247,9 +177,11 @@ impl<DB: Backend> Clone for TxPool<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPool<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let load = self.shared.work.load();
+        let (load, counts) = (self.shared.work.load(), self.shared.counts());
         f.debug_struct("TxPool")
             .field("target", &DB::target(&self.shared.options))
+            .field("idle", &counts.idle)
+            .field("waiting", &counts.waiting)
             .field("in_use", &load.open)
             .field("settling", &load.settling)
             .finish()
@@ -280,12 +212,26 @@ impl fmt::Display for CloseReport {
     }
 }
 
-/// The limits of a pool. From [`TxPool::builder`].
+/// The settings of a pool. From [`TxPool::builder`].
+///
+/// | setting | default | what it limits |
+/// |---|---|---|
+/// | [`max_connections`](Self::max_connections) | 10 | sessions at once |
+/// | [`min_connections`](Self::min_connections) | 0 | sessions that are kept open |
+/// | [`acquire_timeout`](Self::acquire_timeout) | 30 s | all of `begin` |
+/// | [`connect_timeout`](Self::connect_timeout) | 10 s | the opening of one session |
+/// | [`begin_timeout`](Self::begin_timeout) | 2 s | the answer to `BEGIN` on a session that was used before |
+/// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
+/// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
+/// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
+///
+/// A wrapped pool keeps its own settings of these: its sessions are sqlx's. Its acquire timeout and the default
+/// `begin_timeout` hold for `begin`.
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
     limits: Limits,
+    upkeep: Upkeep<DB>,
     commit_mode: CommitMode,
-    database: PhantomData<fn() -> DB>,
 }
 
 impl<DB: Backend> TxPoolBuilder<DB> {
@@ -296,7 +242,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
-    /// How long `begin` waits for a free connection. Default 30 seconds.
+    /// How long `begin` may take: the wait for a free connection, the opening of one, and `BEGIN` itself. Default 30
+    /// seconds.
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.limits.acquire_timeout = timeout;
         self
@@ -305,6 +252,67 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// How long opening one connection may take. Default 10 seconds.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.limits.connect_timeout = timeout;
+        self
+    }
+
+    /// How long a session that was used before may take to begin a transaction, before it is closed and another one is
+    /// taken. Default 2 seconds. SQLite waits for its lock as long as its `busy_timeout` says.
+    pub fn begin_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.begin_timeout = timeout;
+        self
+    }
+
+    /// How long the farewell to one session may take. Default 1 second.
+    pub fn goodbye_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.goodbye_timeout = timeout;
+        self
+    }
+
+    /// How many sessions are kept open at least, up to `max_connections`. Default 0, though the first one is opened with
+    /// the pool.
+    pub fn min_connections(mut self, connections: u32) -> Self {
+        self.upkeep.min_connections = connections;
+        self
+    }
+
+    /// After how long a session is closed, when nobody has it. Up to a tenth less, so that those that were opened together
+    /// are not closed together. Default 30 minutes, on SQLite for ever; `None` is for ever.
+    pub fn max_lifetime(mut self, lifetime: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.max_lifetime = lifetime.into();
+        self
+    }
+
+    /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
+    pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.idle_timeout = timeout.into();
+        self
+    }
+
+    /// Runs on each new session, before the pool's own settings. If it fails, the session is not opened.
+    pub fn after_connect<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.after_connect = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs ahead of each `BEGIN`, within its limit. If it fails, the session is closed and another one is taken.
+    pub fn before_begin<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.before_begin = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs after each transaction, when its session is idle again, and says whether to keep the session. One on which the
+    /// hook fails, or takes longer than two seconds, is closed.
+    pub fn after_release<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, bool> + Send + Sync + 'static,
+    {
+        self.upkeep.after_release = Some(Arc::new(hook));
         self
     }
 
@@ -346,6 +354,28 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self.connect_with(options).await
     }
 
+    /// Opens the pool, asking `options` for the driver's own options each time a session is opened, so that credentials
+    /// that change are always the latest. An error of `options` is one of connecting.
+    ///
+    /// The connection for cancelling is opened with the first options.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    pub async fn connect_with_fn<F, O>(mut self, options: F) -> Result<TxPool<DB>, TxError>
+    where
+        F: Fn() -> O + Send + Sync + 'static,
+        O: Future<Output = Result<Options<DB>, sqlx::Error>> + Send + 'static,
+    {
+        let first = options().await.map_err(|error| DB::connect_error(DB::TITLE.to_owned(), error))?;
+        self.upkeep.rotation = Some(Arc::new(move || Box::pin(options())));
+        self.connect_with(first).await
+    }
+
     /// Opens the pool and its first connection with the driver's own options.
     ///
     /// # Cancel safety
@@ -356,36 +386,37 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
     pub async fn connect_with(self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
-        let invalid = |option, reason| TxError::InvalidOption { option, reason };
-        let max_size = usize::try_from(self.limits.max_connections)
-            .ok()
-            .filter(|_| (1..=MOST_CONNECTIONS).contains(&self.limits.max_connections))
-            .ok_or_else(|| invalid("max_connections", "it must be from 1 to 65,535"))?;
+        if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
+            return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });
+        }
+        if self.upkeep.min_connections > self.limits.max_connections {
+            return Err(TxError::InvalidOption {
+                option: "min_connections",
+                reason: "it is more than max_connections",
+            });
+        }
+        if self.upkeep.max_lifetime.is_some_and(|lifetime| lifetime.is_zero()) {
+            return Err(TxError::InvalidOption { option: "max_lifetime", reason: "it is zero" });
+        }
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
         let options = Arc::new(options);
-        let manager = Manager::new(Arc::clone(&options), max_size, self.limits.connect_timeout);
-        let sessions = managed::Pool::builder(manager)
-            .max_size(max_size)
-            .wait_timeout(Some(self.limits.acquire_timeout))
-            .create_timeout(Some(self.limits.connect_timeout))
-            .recycle_timeout(Some(LIVENESS_TIMEOUT))
-            .runtime(deadpool::Runtime::Tokio1)
-            .build()
-            .map_err(|_| invalid("acquire_timeout", "timeouts need a runtime"))?;
-        let source = Source::Owned { sessions, limits: self.limits };
-        let shared = Arc::new(Shared::new(source, options, self.commit_mode));
+        let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
-        let first = shared.acquire(None).await?;
-        let target = || DB::target(&shared.options);
         let limit = self.limits.connect_timeout;
-        timeout(limit, DB::warm(&shared.canceller, &shared.options))
-            .await
-            .map_err(|_| TxError::ConnectTimeout { target: target(), timeout: limit })?
-            .map_err(|error| DB::connect_error(target(), error))?;
-        // It was not in a transaction yet.
-        drop(first);
+        let first = shared.acquire(Instant::now() + limit.min(FOREVER), limit).await?;
+        let target = || DB::target(&shared.options);
+        match timeout(limit, DB::warm(&shared.canceller, &shared.options)).await {
+            Ok(Ok(())) => {}
+            // It is not opened where it would take the place of a transaction.
+            Ok(Err(error)) if DB::is_full(&error) => {}
+            Ok(Err(error)) => return Err(DB::connect_error(target(), error)),
+            Err(_) => return Err(TxError::ConnectTimeout { target: target(), timeout: limit }),
+        }
+        first.pass_on();
+        let keeper = tokio::spawn(keeper::keep_up(Arc::downgrade(&shared))).abort_handle();
+        *shared.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
         Ok(TxPool { shared })
     }
 }

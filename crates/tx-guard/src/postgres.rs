@@ -61,6 +61,12 @@ const TERMINATE: &str =
     JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
     WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started";
 
+/// A transaction has run a query already, or has failed.
+const IN_TRANSACTION: [&str; 2] = ["25001", "25P02"];
+
+/// The server, the role or the database has as many sessions as it may have.
+const TOO_MANY_SESSIONS: &str = "53300";
+
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
@@ -103,7 +109,7 @@ impl Driver for Postgres {
         match &source {
             sqlx::Error::Database(error) => match error.code().as_deref() {
                 Some("3D000") => TxError::MissingDatabase { target, source },
-                Some("53300") => TxError::TooManySessions { target, source },
+                Some(TOO_MANY_SESSIONS) => TxError::TooManySessions { target, source },
                 Some("57P01" | "57P02" | "57P03") => TxError::NotReady { target, source },
                 _ => TxError::Refused { target, source },
             },
@@ -112,6 +118,15 @@ impl Driver for Postgres {
             }
             _ => TxError::Unreachable { target, source },
         }
+    }
+
+    fn is_full(error: &sqlx::Error) -> bool {
+        code(error).as_deref() == Some(TOO_MANY_SESSIONS)
+    }
+
+    fn is_occupied(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::InvalidSavePointStatement)
+            || code(error).is_some_and(|code| IN_TRANSACTION.contains(&code.as_str()))
     }
 
     async fn probe(conn: &mut PgConnection) -> Result<BackendId, sqlx::Error> {
@@ -283,6 +298,9 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     } else if backend.fenced {
         sql.push_str(" READ WRITE");
     }
+    // It is what it would be anyway, but to say so is refused in a transaction that has run a query: inside one, BEGIN
+    // alone is only warned about, and would join it.
+    sql.push_str(" NOT DEFERRABLE");
     if backend.unwatched {
         // Where nothing can be cancelled, the end of the connection is what ends its statement.
         sql.push_str("; SET LOCAL client_connection_check_interval = '500ms'");

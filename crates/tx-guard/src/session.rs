@@ -1,78 +1,179 @@
-//! Connections of our own: opened, looked after, closed.
+//! One connection of a pool: opened or borrowed, looked after, closed or given back.
 //!
-//! Invariant: there are never more of them than the pool allows, and one that was begun to be opened is not lost
-//! with the caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
+//! Invariant: a connection that was begun to be opened, or asked for from the user's own sqlx pool, is not lost with the
+//! caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
 
 use std::future::pending;
-use std::pin::pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use deadpool::managed::{self, Metrics, RecycleError, RecycleResult};
-use futures_util::future::{Either, select};
+use futures_util::FutureExt;
+use sqlx::pool::PoolConnection;
 use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, Options};
-use crate::drive::Driven;
+use crate::queue::Idle;
+use crate::upkeep::Upkeep;
 
-/// A connection that was used within this time is not asked whether it still lives.
-const FRESH: Duration = Duration::from_secs(1);
+/// The proofs behind the `expect`s below.
+const LINKED: &str = "the connection is taken out only by what consumes the session, and by its drop";
+const PROBED: &str = "a session is handed out only after its probe was learnt";
 
-/// How long the farewell to one connection may take when a pool is closed.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
-
-/// One connection of our own, and what was learnt about it when it was opened.
+/// One connection, and what was learnt about it. Its drop closes the connection, wherever that came from.
 pub(crate) struct Session<DB: Backend> {
-    pub(crate) conn: DB::Connection,
-    pub(crate) probe: DB::Probe,
+    link: Option<Link<DB>>,
+    /// None until one that was borrowed was recognised.
+    probe: Option<DB::Probe>,
     /// None where a connection does not need it.
     home: Option<Home>,
+    /// Somebody had it before.
+    is_used: bool,
+    /// None for one that may grow as old as it likes.
+    expiry: Option<Instant>,
     idle_since: Instant,
-    /// One of as many as there may be sessions.
-    _permit: OwnedSemaphorePermit,
+}
+
+/// A connection, and whose it is.
+enum Link<DB: Backend> {
+    Own(DB::Connection),
+    /// From the user's sqlx pool. With the runtime on which that takes it back.
+    Lent(PoolConnection<DB>, Handle),
 }
 
 impl<DB: Backend> Session<DB> {
-    async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
-        let mut conn = options.connect().await?;
-        let probe = DB::probe(&mut conn).await?;
-        Ok(Self {
-            conn,
-            probe,
-            home: DB::NEEDS_ITS_RUNTIME.then(Home::here),
-            idle_since: Instant::now(),
-            _permit: permit,
-        })
-    }
-
-    /// The same in bounded time, because a caller who has gone bounds nothing.
-    async fn open_within(
-        limit: Duration,
-        options: Arc<Options<DB>>,
-        permit: OwnedSemaphorePermit,
-    ) -> Result<Self, sqlx::Error> {
-        timeout(limit, Self::open(options, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
-    }
-
-    /// The session was in use until now.
-    pub(crate) fn rest(&mut self) {
-        self.idle_since = Instant::now();
-    }
-
-    async fn look_after(&mut self) -> Result<(), sqlx::Error> {
-        if self.home.as_ref().is_some_and(Home::has_ended) {
-            return Err(sqlx::Error::WorkerCrashed);
+    /// Opens one of our own, and has it made ready by the user's hook before it is by us.
+    pub(crate) async fn open(options: &Options<DB>, upkeep: &Upkeep<DB>) -> Result<Self, sqlx::Error> {
+        let mut conn = match &upkeep.rotation {
+            Some(rotation) => rotation().await?.connect().await?,
+            None => options.connect().await?,
+        };
+        if let Some(after_connect) = &upkeep.after_connect {
+            after_connect(&mut conn).await?;
         }
-        if self.idle_since.elapsed() < FRESH { Ok(()) } else { self.conn.ping().await }
+        let probe = DB::probe(&mut conn).await?;
+        let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
+        let (expiry, idle_since) = (upkeep.expiry(), Instant::now());
+        Ok(Self { link: Some(Link::Own(conn)), probe: Some(probe), home, is_used: false, expiry, idle_since })
     }
 
-    pub(crate) async fn close(self) {
-        // The database sees the end of the connection in any case; this only makes it a polite one.
-        drop(timeout(GOODBYE_TIMEOUT, self.conn.close()).await);
+    /// Makes one of a connection that was borrowed, of which nobody knows how long it has been idle.
+    pub(crate) fn lent(conn: PoolConnection<DB>, runtime: Handle) -> Self {
+        let (link, idle_since) = (Some(Link::Lent(conn, runtime)), Instant::now());
+        Self { link, probe: None, home: None, is_used: true, expiry: None, idle_since }
+    }
+
+    /// Learns what is needed for cancelling on it, if that is not known yet.
+    pub(crate) async fn recognise(&mut self, known: &DB::Known) -> Result<(), sqlx::Error> {
+        if self.probe.is_none() {
+            let probe = DB::recognise(self.connection_mut(), known).await?;
+            self.probe = Some(probe);
+        }
+        Ok(())
+    }
+
+    pub(crate) fn connection(&self) -> &DB::Connection {
+        match self.link.as_ref().expect(LINKED) {
+            Link::Own(conn) => conn,
+            Link::Lent(conn, _) => conn,
+        }
+    }
+
+    fn connection_mut(&mut self) -> &mut DB::Connection {
+        self.link.as_mut().expect(LINKED).connection_mut()
+    }
+
+    pub(crate) fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {
+        (self.link.as_mut().expect(LINKED).connection_mut(), self.probe.as_ref().expect(PROBED))
+    }
+
+    pub(crate) fn is_used(&self) -> bool {
+        self.is_used
+    }
+
+    pub(crate) fn is_lent(&self) -> bool {
+        matches!(self.link, Some(Link::Lent(..)))
+    }
+
+    /// Whether there is no runtime any more on which it could wait.
+    pub(crate) fn is_homeless(&self) -> bool {
+        self.home.as_ref().is_some_and(Home::has_ended)
+    }
+
+    pub(crate) fn is_expired(&self) -> bool {
+        self.expiry.is_some_and(|expiry| Instant::now() >= expiry)
+    }
+
+    pub(crate) fn is_idle_for(&self, limit: Duration) -> bool {
+        self.idle_since.elapsed() >= limit
+    }
+
+    /// Interrupts what runs on it, where that can be done without waiting.
+    pub(crate) fn interrupt(&self) {
+        self.probe.iter().for_each(DB::interrupt);
+    }
+
+    /// Says goodbye, within the limit. The database sees the end of the connection in any case; this only makes it a polite
+    /// one.
+    pub(crate) async fn close(mut self, limit: Duration) {
+        match self.link.take() {
+            Some(Link::Own(conn)) => drop(timeout(limit, conn.close()).await),
+            Some(Link::Lent(conn, _)) => drop(timeout(limit, conn.close()).await),
+            None => {}
+        }
+    }
+
+    /// Gives one that was borrowed back, which ends when the user's pool has it. It is closed if that takes longer than
+    /// `limit`, as with a server that does not answer.
+    pub(crate) async fn give_back(mut self, limit: Duration) {
+        if let Some(Link::Lent(mut conn, _)) = self.link.take() {
+            drop(timeout(limit, conn.return_to_pool()).await);
+        }
+    }
+}
+
+impl<DB: Backend> Idle for Session<DB> {
+    fn rest(mut self) -> Option<Self> {
+        self.is_used = true;
+        match &mut self.link {
+            Some(Link::Own(conn)) => {
+                // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
+                // its own. Of a connection that fails here, the next one to use it will hear.
+                self.idle_since = Instant::now();
+                if conn.should_flush() {
+                    drop(conn.flush().now_or_never());
+                }
+                Some(self)
+            }
+            Some(Link::Lent(..)) => {
+                if let Some(Link::Lent(conn, runtime)) = self.link.take() {
+                    // An sqlx pool spawns a task for what comes back, and panics where it finds no runtime.
+                    let _entered = runtime.enter();
+                    drop(conn);
+                }
+                None
+            }
+            None => None,
+        }
+    }
+}
+
+impl<DB: Backend> Link<DB> {
+    fn connection_mut(&mut self) -> &mut DB::Connection {
+        match self {
+            Self::Own(conn) => conn,
+            Self::Lent(conn, _) => conn,
+        }
+    }
+}
+
+impl<DB: Backend> Drop for Session<DB> {
+    fn drop(&mut self) {
+        if let Some(Link::Lent(conn, runtime)) = self.link.take() {
+            let _entered = runtime.enter();
+            drop(conn.detach());
+        }
     }
 }
 
@@ -94,106 +195,5 @@ impl Home {
 impl Drop for Home {
     fn drop(&mut self) {
         self.0.abort();
-    }
-}
-
-/// Opens sessions, and looks after those that were idle for long.
-pub(crate) struct Manager<DB: Backend> {
-    options: Arc<Options<DB>>,
-    connect_timeout: Duration,
-    permits: Arc<Semaphore>,
-    spares: Arc<Spares<DB>>,
-}
-
-/// Sessions whose callers had gone before they were open.
-struct Spares<DB: Backend> {
-    /// None once the pool is closed.
-    sessions: Mutex<Option<Vec<Session<DB>>>>,
-    arrived: Notify,
-}
-
-impl<DB: Backend> Spares<DB> {
-    fn take(&self) -> Option<Session<DB>> {
-        self.lock().as_mut().and_then(Vec::pop)
-    }
-
-    fn put(&self, session: Session<DB>) {
-        // In a closed pool nobody will ask for it: it closes as it is dropped.
-        if let Some(sessions) = self.lock().as_mut() {
-            sessions.push(session);
-            self.arrived.notify_one();
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Vec<Session<DB>>>> {
-        self.sessions.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl<DB: Backend> Manager<DB> {
-    pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, connect_timeout: Duration) -> Self {
-        let spares = Spares { sessions: Mutex::new(Some(Vec::new())), arrived: Notify::new() };
-        let permits = Arc::new(Semaphore::new(max_sessions));
-        Self { options, connect_timeout, permits, spares: Arc::new(spares) }
-    }
-
-    /// Takes the sessions away for which nobody waits any more.
-    pub(crate) fn spares(&self) -> Vec<Session<DB>> {
-        self.spares.lock().as_mut().map(std::mem::take).unwrap_or_default()
-    }
-
-    /// The same, for the last time: what is opened from now on is closed at once.
-    pub(crate) fn last_spares(&self) -> Vec<Session<DB>> {
-        self.spares.lock().take().unwrap_or_default()
-    }
-
-    /// A spare session, or the permission to open one, whichever there is first.
-    async fn spare_or_permit(&self) -> Either<Session<DB>, OwnedSemaphorePermit> {
-        loop {
-            let mut arrived = pin!(self.spares.arrived.notified());
-            // Enlisted before looking, so that a spare that comes between the two is not missed.
-            arrived.as_mut().enable();
-            if let Some(session) = self.spares.take() {
-                return Either::Left(session);
-            }
-            let permit = Arc::clone(&self.permits).acquire_owned();
-            match select(arrived, pin!(permit)).await {
-                Either::Right((Ok(permit), _)) => return Either::Right(permit),
-                // The semaphore is never closed, so this is a spare.
-                Either::Left(_) | Either::Right((Err(_), _)) => {}
-            }
-        }
-    }
-}
-
-impl<DB: Backend> managed::Manager for Manager<DB> {
-    type Type = Session<DB>;
-    type Error = sqlx::Error;
-
-    async fn create(&self) -> Result<Session<DB>, sqlx::Error> {
-        let permit = loop {
-            match self.spare_or_permit().await {
-                Either::Left(mut spare) => {
-                    if spare.look_after().await.is_ok() {
-                        return Ok(spare);
-                    }
-                }
-                Either::Right(permit) => break permit,
-            }
-        };
-        let spares = Arc::downgrade(&self.spares);
-        let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), permit);
-        Driven::new(Handle::current(), opening)
-            .or_late(move |opened| {
-                // A pool that is gone needs no spare: the session closes as it is dropped.
-                if let (Some(Ok(session)), Some(spares)) = (opened, spares.upgrade()) {
-                    spares.put(session);
-                }
-            })
-            .await
-    }
-
-    async fn recycle(&self, session: &mut Session<DB>, _: &Metrics) -> RecycleResult<sqlx::Error> {
-        session.look_after().await.map_err(RecycleError::Backend)
     }
 }

@@ -13,8 +13,9 @@ use tokio::time::timeout;
 use crate::TxError;
 use crate::backend::{Backend, Rollback, Wanted};
 use crate::events::TxEvent;
-use crate::open::{Open, SETTLE_LIMIT};
+use crate::open::Open;
 use crate::outcome::CommitOutcome;
+use crate::settings::SETTLE_LIMIT;
 use crate::slot::Shared;
 use crate::watch::{SETTLE_PATIENCE, Seen, Watch, unless_stuck};
 

@@ -1,27 +1,43 @@
-//! Where the connection of a transaction comes from, and where it goes: our own slots, or the user's sqlx pool.
+//! Where the connection of a transaction comes from, and where it goes: our own sessions, or the user's sqlx pool.
 //!
 //! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
-use std::sync::Arc;
+use std::panic::AssertUnwindSafe;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use deadpool::managed::{self, Object, PoolError, TimeoutType};
 use futures_util::FutureExt;
-use sqlx::Connection;
-use sqlx::pool::PoolConnection;
 use tokio::runtime::Handle;
-use tokio::time::{Instant, timeout_at};
+use tokio::task::AbortHandle;
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Options};
+use crate::drive::Driven;
 use crate::events::Teller;
-use crate::session::Manager;
+use crate::queue::{Asked, Counts, Place, Queue};
+use crate::session::Session;
+use crate::settings::Limits;
+use crate::settings::SETTLE_LIMIT;
+use crate::upkeep::{Hook, Upkeep, with_runtime};
 use crate::work::Work;
 use crate::{CloseReport, TxError};
 
-/// What the clones of a pool, its guards and the reaper share.
+/// How often, and after which pause, a session is tried to be opened again for which the connection for cancelling has
+/// made room. The server notices the end of that a moment later.
+const ROOM_ATTEMPTS: usize = 10;
+const ROOM_PAUSE: Duration = Duration::from_millis(25);
+
+/// What the clones of a pool, its guards and what goes on behind them share.
 pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
+    queue: Arc<Queue<Session<DB>>>,
+    opening: AtomicU32,
+    pub(crate) limits: Limits,
+    pub(crate) upkeep: Upkeep<DB>,
+    /// The task that looks after the sessions ends with this.
+    pub(crate) keeper: Mutex<Option<AbortHandle>>,
     pub(crate) options: Arc<Options<DB>>,
     pub(crate) commit_mode: CommitMode,
     pub(crate) known: DB::Known,
@@ -31,93 +47,174 @@ pub(crate) struct Shared<DB: Backend> {
 }
 
 pub(crate) enum Source<DB: Backend> {
-    Owned { sessions: managed::Pool<Manager<DB>>, limits: Limits },
+    Owned,
     Wrapped(sqlx::Pool<DB>),
 }
 
-/// The limits of slots of our own.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
-    pub(crate) max_connections: u32,
-    pub(crate) acquire_timeout: Duration,
-    pub(crate) connect_timeout: Duration,
+/// Why no session was opened.
+enum Failure {
+    Late(Duration),
+    Closed,
+    /// sqlx was built without a runtime.
+    NoFeature,
+    Failed(sqlx::Error),
+}
+
+/// Counts a session that is being opened.
+struct Opening<'a>(&'a AtomicU32);
+
+impl<'a> Opening<'a> {
+    fn new(count: &'a AtomicU32) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Opening<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl<DB: Backend> Shared<DB> {
-    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
+    pub(crate) fn new(
+        source: Source<DB>,
+        limits: Limits,
+        upkeep: Upkeep<DB>,
+        options: Arc<Options<DB>>,
+        commit_mode: CommitMode,
+    ) -> Self {
+        let queue = Arc::new(Queue::new(usize::try_from(limits.max_connections).unwrap_or(usize::MAX)));
         let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
-        Self { source, options, commit_mode, known, canceller, work: Arc::default(), teller: Teller::new() }
+        let (work, teller) = (Arc::default(), Teller::new());
+        let (opening, keeper) = (AtomicU32::new(0), Mutex::default());
+        Self { source, queue, opening, limits, upkeep, keeper, options, commit_mode, known, canceller, work, teller }
     }
 
-    /// Takes a connection, not later than at the deadline.
-    pub(crate) async fn acquire(&self, deadline: Option<Instant>) -> Result<Held<DB>, TxError> {
-        if self.work.is_closed() {
-            return Err(TxError::Closed);
+    /// Takes a connection, not later than at `until`, which is `limit` from when it was first asked for. Waiting dies with
+    /// the caller. What follows goes on without one.
+    pub(crate) async fn acquire(self: &Arc<Self>, until: Instant, limit: Duration) -> Result<Slot<DB>, TxError> {
+        let mut place = match self.queue.ask() {
+            Asked::Now(place) => place,
+            Asked::Later(told) => match timeout_at(until, told).await {
+                Ok(told) => told.map_err(|_| TxError::Closed)?,
+                Err(_) => return Err(self.too_late(limit)),
+            },
+            Asked::Closed => return Err(TxError::Closed),
+        };
+        let runtime = Handle::current();
+        if let Some(session) = place.take() {
+            if session.is_homeless() {
+                drop(session);
+            } else if session.is_expired() {
+                session.close(self.limits.goodbye_timeout).await;
+            } else {
+                return Ok(self.slot(session, place, runtime));
+            }
         }
-        let Some(deadline) = deadline else { return self.acquire_from_source().await };
-        let limit = deadline.saturating_duration_since(Instant::now());
-        match timeout_at(deadline, self.acquire_from_source()).await {
-            Ok(acquired) => acquired,
-            Err(_) => Err(self.too_late(limit)),
-        }
-    }
-
-    async fn acquire_from_source(&self) -> Result<Held<DB>, TxError> {
+        let opening = {
+            let (shared, runtime) = (Arc::clone(self), runtime.clone());
+            async move {
+                let session = shared.open(&runtime).await?;
+                Ok(shared.slot(session, place, runtime))
+            }
+        };
+        let opening = Driven::new(runtime, opening).or_late(|opened| {
+            if let Some(Ok(slot)) = opened {
+                slot.pass_on();
+            }
+        });
         let target = || DB::target(&self.options);
+        match timeout_at(until, opening).await {
+            Ok(Ok(slot)) => Ok(slot),
+            Ok(Err(Failure::Late(timeout))) => Err(TxError::ConnectTimeout { target: target(), timeout }),
+            Ok(Err(Failure::Closed)) => Err(TxError::Closed),
+            Ok(Err(Failure::NoFeature)) => {
+                let reason = "sqlx was built without it, and can open no connection";
+                Err(TxError::InvalidOption { option: "sqlx/runtime-tokio", reason })
+            }
+            Ok(Err(Failure::Failed(error))) => Err(DB::connect_error(target(), error)),
+            Err(_) => Err(match &self.source {
+                Source::Owned => TxError::ConnectTimeout { target: target(), timeout: limit },
+                Source::Wrapped(_) => self.too_late(limit),
+            }),
+        }
+    }
+
+    fn slot(&self, session: Session<DB>, place: Place<Session<DB>>, runtime: Handle) -> Slot<DB> {
+        let goodbye = self.limits.goodbye_timeout;
+        let after_release = self.upkeep.after_release.clone();
+        Slot { session: Some(session), place: Some(place), runtime, goodbye, after_release }
+    }
+
+    /// Opens a session, or borrows one, in bounded time, because a caller who has gone bounds nothing.
+    async fn open(&self, runtime: &Handle) -> Result<Session<DB>, Failure> {
+        let _opening = Opening::new(&self.opening);
         match &self.source {
-            Source::Owned { sessions, limits } => match sessions.get().await {
-                Ok(session) => Ok(Held::Owned(session)),
-                Err(PoolError::Timeout(TimeoutType::Wait)) => Err(self.too_late(limits.acquire_timeout)),
-                Err(PoolError::Timeout(_) | PoolError::Backend(sqlx::Error::PoolTimedOut)) => {
-                    Err(TxError::ConnectTimeout { target: target(), timeout: limits.connect_timeout })
-                }
-                Err(PoolError::Backend(error)) => Err(DB::connect_error(target(), error)),
-                Err(PoolError::NoRuntimeSpecified) => Err(TxError::NoRuntime),
-                // There are no hooks that could fail, so what is left is a closed pool.
-                Err(PoolError::Closed | PoolError::PostCreateHook(_)) => Err(TxError::Closed),
-            },
-            Source::Wrapped(pool) => match pool.acquire().await {
-                Ok(conn) => Ok(Held::Wrapped(conn)),
-                Err(sqlx::Error::PoolClosed) => Err(TxError::Closed),
-                Err(sqlx::Error::PoolTimedOut) => Err(self.too_late(pool.options().get_acquire_timeout())),
-                Err(error) => Err(DB::connect_error(target(), error)),
+            Source::Owned => {
+                let limit = self.limits.connect_timeout;
+                let opening = timeout(limit, self.open_with_room());
+                let opened = with_runtime(opening).await.ok_or(Failure::NoFeature)?;
+                opened.map_err(|_| Failure::Late(limit))?.map_err(Failure::Failed)
+            }
+            Source::Wrapped(pool) => match with_runtime(pool.acquire()).await.ok_or(Failure::NoFeature)? {
+                Ok(conn) => Ok(Session::lent(conn, runtime.clone())),
+                Err(sqlx::Error::PoolClosed) => Err(Failure::Closed),
+                Err(sqlx::Error::PoolTimedOut) => Err(Failure::Late(pool.options().get_acquire_timeout())),
+                Err(error) => Err(Failure::Failed(error)),
             },
         }
+    }
+
+    /// Where the server takes no more sessions, the one for cancelling makes room.
+    async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
+        let mut opened = Session::<DB>::open(&*self.options, &self.upkeep).await;
+        if opened.as_ref().is_err_and(DB::is_full) {
+            DB::cool(&self.canceller).await;
+            for _ in 0..ROOM_ATTEMPTS {
+                opened = Session::open(&*self.options, &self.upkeep).await;
+                if !opened.as_ref().is_err_and(DB::is_full) {
+                    break;
+                }
+                sleep(ROOM_PAUSE).await;
+            }
+        }
+        opened
     }
 
     /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
     /// down as for a connection that is in use.
     fn too_late(&self, timeout: Duration) -> TxError {
         let target = DB::target(&self.options);
-        let (max_connections, all_open) = match &self.source {
-            Source::Owned { sessions, limits } => {
-                let status = sessions.status();
-                (limits.max_connections, status.size >= status.max_size)
-            }
-            Source::Wrapped(pool) => {
-                let max_connections = pool.options().get_max_connections();
-                (max_connections, pool.size() >= max_connections)
-            }
+        let all_open = match &self.source {
+            // Who waits behind sessions that are being opened, and are not, waits for the server.
+            Source::Owned => self.queue.is_full() && self.opening.load(Ordering::Relaxed) < self.limits.max_connections,
+            Source::Wrapped(pool) => pool.size() >= self.limits.max_connections,
         };
         match all_open {
-            true => TxError::PoolExhausted { target, max_connections, timeout },
+            true => TxError::PoolExhausted { target, max_connections: self.limits.max_connections, timeout },
             false => TxError::ConnectTimeout { target, timeout },
         }
     }
 
-    /// Drops the idle sessions of our own, which closes them.
-    pub(crate) fn forget_idle(&self) {
-        if let Source::Owned { sessions, .. } = &self.source {
-            drop(sessions.retain(|_, _| false).removed);
-            drop(sessions.manager().spares());
-        }
+    pub(crate) fn counts(&self) -> Counts {
+        self.queue.counts()
     }
 
-    /// The same, for the last time and without a farewell.
+    /// Closes the idle sessions of our own.
+    pub(crate) fn forget_idle(&self) {
+        drop_idle(self.queue.take_idle(|_| true));
+    }
+
+    /// The same, for the last time.
     pub(crate) fn forget(&self) {
-        if let Source::Owned { sessions, .. } = &self.source {
-            sessions.close();
-            drop(sessions.manager().last_spares());
+        self.end_keeper();
+        drop_idle(self.queue.close());
+    }
+
+    fn end_keeper(&self) {
+        if let Some(keeper) = self.keeper.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            keeper.abort();
         }
     }
 
@@ -126,107 +223,151 @@ impl<DB: Backend> Shared<DB> {
         CloseReport { in_use: load.open, settling: load.settling }
     }
 
+    /// Closes the idle sessions that are too old, and of those that have been idle for too long as many as there are more
+    /// than the least.
+    pub(crate) async fn close_expired(&self) {
+        let mut spare = self.queue.counts().taken.saturating_sub(self.upkeep.min_connections as usize);
+        let expired = self.queue.take_idle(|session| {
+            let is_spare = spare > 0 && self.upkeep.idle_timeout.is_some_and(|limit| session.is_idle_for(limit));
+            spare -= usize::from(is_spare);
+            is_spare || session.is_expired()
+        });
+        for mut place in expired {
+            if let Some(session) = place.take() {
+                session.close(self.limits.goodbye_timeout).await;
+            }
+        }
+    }
+
+    /// Opens what is missing to the least number of sessions. What fails is tried again at the next look.
+    pub(crate) async fn open_to_the_least(&self) {
+        while let Some(place) = self.queue.take_free(self.upkeep.min_connections as usize) {
+            let Ok(session) = self.open(&Handle::current()).await else { return };
+            drop(place.put_back(session));
+        }
+    }
+
     /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.
     pub(crate) async fn close_idle(&self) {
-        if let Source::Owned { sessions, .. } = &self.source {
-            let idle = sessions.retain(|_, _| false).removed;
-            sessions.close();
-            for session in idle.into_iter().chain(sessions.manager().last_spares()) {
-                session.close().await;
+        self.end_keeper();
+        for mut place in self.queue.close() {
+            if let Some(session) = place.take() {
+                session.close(self.limits.goodbye_timeout).await;
             }
         }
     }
 }
 
-/// A connection that was taken from its pool and is in no transaction yet.
-pub(crate) enum Held<DB: Backend> {
-    Owned(Object<Manager<DB>>),
-    Wrapped(PoolConnection<DB>),
+fn drop_idle<DB: Backend>(places: Vec<Place<Session<DB>>>) {
+    for mut place in places {
+        // Before the place, which is free only when the session is gone.
+        drop(place.take());
+    }
 }
 
 /// A connection that may be in a transaction. Closed by its drop, unless it was released before.
 pub(crate) struct Slot<DB: Backend> {
-    /// Taken only by the release and the drop.
-    lease: Option<Lease<DB>>,
+    /// Taken only by the release and the drop. Ahead of the place, which is free only when the session is gone.
+    session: Option<Session<DB>>,
+    place: Option<Place<Session<DB>>>,
     runtime: Handle,
+    goodbye: Duration,
+    after_release: Option<Hook<DB, bool>>,
 }
 
-enum Lease<DB: Backend> {
-    Owned(Object<Manager<DB>>),
-    /// The probe is learnt before anybody has the slot.
-    Wrapped(PoolConnection<DB>, Option<DB::Probe>),
-}
-
-/// The proofs behind the `expect`s below.
-const LEASED: &str = "the lease is taken only by the release and the drop, after which nobody has the slot";
-const PROBED: &str = "a slot is handed out only after its probe was learnt";
+/// The proof behind the `expect`s below.
+const HELD: &str = "the session is taken only by the release and the drop, after which nobody has the slot";
 
 impl<DB: Backend> Slot<DB> {
-    pub(crate) async fn new(held: Held<DB>, runtime: Handle, known: &DB::Known) -> Result<Self, sqlx::Error> {
-        let lease = match held {
-            Held::Owned(session) => Lease::Owned(session),
-            Held::Wrapped(conn) => Lease::Wrapped(conn, None),
-        };
-        // A slot already, because a connection that does not answer must be closed: its pool would wait for it.
-        let mut slot = Self { lease: Some(lease), runtime };
-        if let Some(Lease::Wrapped(conn, probe)) = &mut slot.lease {
-            *probe = Some(DB::recognise(conn, known).await?);
-        }
-        Ok(slot)
+    /// Learns what is needed for cancelling on a connection that was borrowed.
+    pub(crate) async fn recognise(&mut self, known: &DB::Known) -> Result<(), sqlx::Error> {
+        self.session.as_mut().expect(HELD).recognise(known).await
     }
 
     pub(crate) fn connection(&self) -> &DB::Connection {
-        match self.lease.as_ref().expect(LEASED) {
-            Lease::Owned(session) => &session.conn,
-            Lease::Wrapped(conn, _) => conn,
-        }
+        self.session.as_ref().expect(HELD).connection()
     }
 
     pub(crate) fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {
-        match self.lease.as_mut().expect(LEASED) {
-            Lease::Owned(session) => {
-                let session = &mut **session;
-                (&mut session.conn, &session.probe)
-            }
-            Lease::Wrapped(conn, probe) => (conn, probe.as_ref().expect(PROBED)),
-        }
+        self.session.as_mut().expect(HELD).parts()
     }
 
-    /// Gives the connection back to its pool, or closes it if the pool was closed meanwhile.
+    /// Whether somebody had the connection before, so that it may have died meanwhile.
+    pub(crate) fn is_used(&self) -> bool {
+        self.session.as_ref().is_some_and(Session::is_used)
+    }
+
+    /// Whether the connection may be released while there is still something to be sent: the next one who uses it sends
+    /// that along with what is its own, or the user's own pool waits for the answer.
+    pub(crate) fn takes_unsent(&self) -> bool {
+        self.session.as_ref().is_some_and(Session::is_lent) || self.place.as_ref().is_some_and(Place::is_waited_for)
+    }
+
+    /// Gives the connection to the next one who waits for it, or back to its pool; or closes it if the pool was closed
+    /// meanwhile.
     pub(crate) async fn release(mut self, closed: bool) {
-        match self.lease.take() {
-            Some(Lease::Owned(session)) if closed => Object::take(session).close().await,
-            Some(Lease::Owned(mut session)) => {
-                // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
-                // its own. Of a connection that fails here, the next one to use it will hear.
-                drop(session.conn.flush().now_or_never());
-                session.rest();
-            }
-            Some(Lease::Wrapped(conn, _)) => self.give(conn),
-            None => {}
+        let (Some(session), Some(place)) = (self.session.take(), self.place.take()) else { return };
+        if session.is_lent() {
+            // A runtime that has shut down drops the task, and so closes the connection.
+            drop(self.runtime.spawn(async move {
+                session.give_back(SETTLE_LIMIT).await;
+                drop(place);
+            }));
+        } else if closed {
+            session.close(self.goodbye).await;
+        } else if session.is_expired() || self.after_release.is_some() {
+            let (goodbye, after_release) = (self.goodbye, self.after_release.clone());
+            drop(self.runtime.spawn(look_over(session, place, goodbye, after_release)));
+        } else {
+            // In a pool that is closed just now, it closes as it is dropped.
+            drop(place.put_back(session));
         }
     }
 
-    /// An sqlx pool spawns a task when a connection leaves a hand, and panics where it finds no runtime.
-    fn give(&self, conn: PoolConnection<DB>) {
-        let _entered = self.runtime.enter();
-        drop(conn);
+    /// Gives a connection on which nothing was done to the next one who waits.
+    pub(crate) fn pass_on(mut self) {
+        if let (Some(session), Some(place)) = (self.session.take(), self.place.take()) {
+            drop(place.put_back(session));
+        }
+    }
+}
+
+/// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
+async fn look_over<DB: Backend>(
+    mut session: Session<DB>,
+    place: Place<Session<DB>>,
+    goodbye: Duration,
+    after_release: Option<Hook<DB, bool>>,
+) {
+    let keep = match after_release {
+        _ if session.is_expired() => false,
+        Some(after_release) => {
+            let keep = timeout(SETTLE_LIMIT, after_release(session.parts().0));
+            // One that has panicked is closed, as one that has failed.
+            matches!(AssertUnwindSafe(keep).catch_unwind().await, Ok(Ok(Ok(true))))
+        }
+        None => true,
+    };
+    match keep {
+        true => drop(place.put_back(session)),
+        false => {
+            session.close(goodbye).await;
+            drop(place);
+        }
+    }
+}
+
+impl<DB: Backend> Drop for Shared<DB> {
+    fn drop(&mut self) {
+        self.end_keeper();
     }
 }
 
 impl<DB: Backend> Drop for Slot<DB> {
     fn drop(&mut self) {
-        match self.lease.take() {
-            Some(Lease::Owned(session)) => {
-                DB::interrupt(&session.probe);
-                drop(Object::take(session));
-            }
-            Some(Lease::Wrapped(conn, probe)) => {
-                probe.iter().for_each(DB::interrupt);
-                let _entered = self.runtime.enter();
-                drop(conn.detach());
-            }
-            None => {}
+        if let Some(session) = self.session.take() {
+            session.interrupt();
+            drop(session);
         }
     }
 }

@@ -77,6 +77,7 @@ impl Backend for Sqlite {}
 impl Driver for Sqlite {
     const TITLE: &'static str = "SQLite";
     const NEEDS_ITS_RUNTIME: bool = false;
+    const IS_REMOTE: bool = false;
     const TAKES_FILES: bool = true;
     type Probe = Arc<Hooks>;
     type Known = ();
@@ -91,6 +92,11 @@ impl Driver for Sqlite {
             Some(SQLITE_CANTOPEN) => TxError::MissingDatabase { target, source },
             _ => TxError::Refused { target, source },
         }
+    }
+
+    /// Nothing else about BEGIN is an error of this kind.
+    fn is_occupied(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::InvalidSavePointStatement) || primary_code(error) == Some(SQLITE_ERROR)
     }
 
     async fn probe(conn: &mut SqliteConnection) -> Result<Arc<Hooks>, sqlx::Error> {
@@ -123,7 +129,8 @@ impl Driver for Sqlite {
     /// transaction that has read before its first write could not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
         let write = (mode.immediate || mode.isolation == Some(Isolation::Serializable)) && !mode.read_only;
-        let statement = write.then(|| "BEGIN IMMEDIATE".into_sql_str());
+        // Always one of our own: sqlx would make a savepoint in a transaction of somebody else's, where this is refused.
+        let statement = Some(if write { "BEGIN IMMEDIATE" } else { "BEGIN" }.into_sql_str());
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.rolled_back.store(false, Ordering::Release);
         hooks.enter(OPEN);

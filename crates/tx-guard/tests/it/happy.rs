@@ -99,7 +99,8 @@ async fn a_wrapped_pool_works_and_stays_open<D: TestDb>() {
 
 async fn a_pool_with_all_connections_in_use_says_so<D: TestDb>() {
     let world = World::<D>::new().await;
-    let short = Duration::from_millis(20);
+    // Enough for the two to be opened.
+    let short = Duration::from_secs(2);
     let builder = TxPool::<D>::builder().max_connections(2).acquire_timeout(short);
     let db = builder.connect_with(world.options.clone()).await.unwrap();
     let held = (db.begin().await.unwrap(), db.begin().await.unwrap());

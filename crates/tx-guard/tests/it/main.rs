@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod attempts;
+mod bounded;
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
@@ -13,6 +14,7 @@ mod ends;
 mod errors;
 mod example;
 mod faults;
+mod full;
 mod fuzz;
 mod happy;
 mod hostile;
@@ -22,6 +24,7 @@ mod known;
 mod late;
 mod log;
 mod mysql;
+mod neighbours;
 mod nested;
 mod orders;
 mod outage;
@@ -36,6 +39,7 @@ mod tell;
 mod timeout;
 mod torn;
 mod transient;
+mod upkeep;
 mod world;
 
 /// Makes a test on each database out of one generic function.

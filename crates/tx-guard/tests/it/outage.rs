@@ -335,9 +335,12 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     let builder = TxPool::<Postgres>::builder().max_connections(5).acquire_timeout(PATIENCE);
     let db = builder.connect_with(options).await.unwrap();
     let mut tx = db.begin().await.unwrap();
+    // In the place of the connection for cancelling.
+    let other = db.begin().await.unwrap();
     let error = db.begin().await.unwrap_err();
     assert!(matches!(error, TxError::TooManySessions { .. }), "{error:?}");
     assert!(error.is_connect());
+    other.rollback().await.unwrap();
     // The one there is can still be cancelled, and comes back.
     leave_a_slow_statement(&world, &mut tx).await;
     let (handle, start) = (tx.outcome_handle(), Instant::now());

@@ -86,11 +86,11 @@ pub(crate) fn builder() -> TxPoolBuilder<Postgres> {
     TxPool::<Postgres>::builder().max_connections(1)
 }
 
-async fn within<T>(future: impl Future<Output = T>) -> T {
+pub(crate) async fn within<T>(future: impl Future<Output = T>) -> T {
     timeout(PATIENCE / 2, future).await.expect("it does not end")
 }
 
-async fn backend(db: &TxPool<Postgres>) -> i32 {
+pub(crate) async fn backend(db: &TxPool<Postgres>) -> i32 {
     let mut tx = db.begin().await.unwrap();
     let pid = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *tx).await.unwrap();
     tx.rollback().await.unwrap();

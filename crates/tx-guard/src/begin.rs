@@ -1,0 +1,143 @@
+//! How a transaction is begun: in bounded time, and on a session that is in none.
+//!
+//! Invariant: a transaction is begun only where the database has said that there was none before, and each session of
+//! which that is not known is closed. Nobody waits longer than the pool's acquire timeout.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout_at};
+
+use crate::backend::{Backend, Mode};
+use crate::drive::Driven;
+use crate::open::Open;
+use crate::outcome::OutcomeCell;
+use crate::settings::{FOREVER, SETTLE_LIMIT};
+use crate::slot::{Shared, Slot};
+use crate::work::Ticket;
+use crate::{TransactionGuard, TxError};
+
+/// What has become of a session on which a transaction was to be begun.
+enum Refusal {
+    /// It has not answered.
+    Silent(Duration),
+    /// It had ended without us.
+    Dead(sqlx::Error),
+    /// It is in somebody else's transaction.
+    Occupied(sqlx::Error),
+    /// The user's hook will not have it.
+    Rejected(sqlx::Error),
+    /// The database does not begin.
+    Refused(sqlx::Error),
+}
+
+/// Begins within the acquire timeout, and not later than at the deadline. A session that turns out to be of no use is
+/// closed, and another one is taken.
+pub(crate) async fn begin<DB: Backend>(
+    shared: &Arc<Shared<DB>>,
+    mode: Mode,
+    deadline: Option<Instant>,
+) -> Result<TransactionGuard<DB>, TxError> {
+    let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
+    let start = Instant::now();
+    let until = start + shared.limits.acquire_timeout.min(FOREVER);
+    let until = deadline.map_or(until, |deadline| deadline.min(until));
+    let limit = until.saturating_duration_since(start);
+    // Each failure has closed a session. When so many have been closed, those that are opened are of no use either.
+    let mut left = shared.limits.max_connections;
+    loop {
+        let slot = shared.acquire(until, limit).await?;
+        let is_used = slot.is_used();
+        let refusal = match begin_on(shared, &runtime, slot, mode, until).await? {
+            Ok(guard) => return Ok(guard),
+            Err(refusal) => refusal,
+        };
+        let again = match &refusal {
+            // Those that are idle beside it have most likely died with it.
+            Refusal::Silent(_) | Refusal::Dead(_) => {
+                shared.forget_idle();
+                is_used
+            }
+            Refusal::Occupied(_) | Refusal::Rejected(_) => true,
+            Refusal::Refused(_) => false,
+        };
+        if !again || left == 0 || Instant::now() >= until {
+            let target = DB::target(&shared.options);
+            return Err(match refusal {
+                Refusal::Silent(waited) => TxError::ConnectTimeout { target, timeout: limit.max(waited) },
+                Refusal::Dead(error)
+                | Refusal::Occupied(error)
+                | Refusal::Rejected(error)
+                | Refusal::Refused(error) => TxError::Database(error),
+            });
+        }
+        left -= 1;
+    }
+}
+
+/// Shielded, and that starts in the same poll in which the session was taken, so a caller that has gone while it waited
+/// begins nothing.
+async fn begin_on<DB: Backend>(
+    shared: &Arc<Shared<DB>>,
+    runtime: &Handle,
+    mut slot: Slot<DB>,
+    mode: Mode,
+    until: Instant,
+) -> Result<Result<TransactionGuard<DB>, Refusal>, TxError> {
+    let ticket = Ticket::new(&shared.work);
+    // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
+    if shared.work.is_closed() {
+        slot.pass_on();
+        return Err(TxError::Closed);
+    }
+    let (shared, runtime) = (Arc::clone(shared), runtime.clone());
+    let begun = Driven::new(runtime.clone(), async move {
+        let start = Instant::now();
+        // One that was opened just now has shown that it answers, and may take its time.
+        let answer = start + shared.limits.begin_timeout.min(FOREVER);
+        let answer = if slot.is_used() { until.min(answer) } else { until };
+        let mut rejected = false;
+        let begun = {
+            let begin = async {
+                slot.recognise(&shared.known).await?;
+                let (conn, probe) = slot.parts();
+                if let Some(before_begin) = &shared.upkeep.before_begin {
+                    rejected = true;
+                    before_begin(conn).await?;
+                    rejected = false;
+                }
+                DB::begin(conn, probe, &mode).await
+            };
+            match DB::IS_REMOTE {
+                true => timeout_at(answer, begin).await.ok(),
+                // It waits for its lock as long as its owner has told it to.
+                false => Some(begin.await),
+            }
+        };
+        match begun {
+            Some(Ok(())) => {}
+            Some(Err(error)) if rejected => return Err(Refusal::Rejected(error)),
+            Some(Err(error)) if is_dead(&error) => return Err(Refusal::Dead(error)),
+            Some(Err(error)) if DB::is_occupied(&error) => return Err(Refusal::Occupied(error)),
+            Some(Err(error)) => return Err(Refusal::Refused(error)),
+            None => return Err(Refusal::Silent(start.elapsed())),
+        }
+        let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
+        Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
+    });
+    Ok(begun.alone_for(SETTLE_LIMIT).await)
+}
+
+/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
+/// for that, and 70100 for a session that was killed. An answer that is none to BEGIN belongs to something else that was
+/// done on the session, which nobody can make sense of any more.
+fn is_dead(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::BeginFailed => true,
+        sqlx::Error::Database(error) => {
+            error.code().is_some_and(|code| code.starts_with("57P") || code.starts_with("08") || code == "70100")
+        }
+        _ => false,
+    }
+}

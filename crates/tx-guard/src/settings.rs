@@ -1,0 +1,40 @@
+//! The limits of a pool, with their defaults.
+//!
+//! Invariant: everything that is waited for has a limit, and each limit has its default here.
+
+use std::time::Duration;
+
+/// More than any server takes.
+pub(crate) const MOST_CONNECTIONS: u32 = 65_535;
+
+/// What stands for "no limit" where one is added to a moment.
+pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
+
+/// How long cancelling and rolling back may take before the session is terminated.
+pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
+
+/// How many connections there may be, and how long is waited for what.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) max_connections: u32,
+    /// For a transaction to be begun, all in all.
+    pub(crate) acquire_timeout: Duration,
+    /// For one session to be opened.
+    pub(crate) connect_timeout: Duration,
+    /// For the answer to BEGIN on a session that somebody had before.
+    pub(crate) begin_timeout: Duration,
+    /// For the farewell to one session.
+    pub(crate) goodbye_timeout: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 10,
+            acquire_timeout: Duration::from_secs(30),
+            connect_timeout: Duration::from_secs(10),
+            begin_timeout: Duration::from_secs(2),
+            goodbye_timeout: Duration::from_secs(1),
+        }
+    }
+}
