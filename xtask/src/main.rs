@@ -18,6 +18,7 @@ mod history;
 mod mariadb;
 mod missing;
 mod operations;
+mod other_sqlx;
 mod postgres;
 mod server;
 mod suite;
@@ -29,9 +30,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::ci::Section;
-use crate::command::{Failure, cargo};
+use crate::command::{Failure, cargo, quoted};
 use crate::databases::{Databases, Wanted};
 use crate::history::Locks;
+use crate::other_sqlx::OtherSqlx;
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -64,6 +66,10 @@ enum Task {
     Test {
         /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
         crates: Vec<String>,
+        /// On another sqlx: the directory of a checkout, or `mended` for the locked one, in which a `begin` that is dropped
+        /// ends what it has begun, as in sqlx after 0.9.0. Built below target/sqlx; Cargo.lock stays as it is
+        #[arg(long, value_name = "PATH", requires = "crates")]
+        sqlx: Option<String>,
         /// What follows `--` goes to the test binaries, as with `cargo test`: a part of a test's name, `--nocapture`, …
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -162,9 +168,13 @@ fn run(task: Task) -> Result<(), Failure> {
     let workspace = Workspace::load()?;
     match task {
         Task::Ci { sections } => ci::run(&workspace, &sections),
-        Task::Test { crates, arguments } => {
-            let again = format!("cargo xtask test {}", crates.join(" "));
-            let scope = Scope::Crates { names: crates, arguments, campaign: Campaign::Quick };
+        Task::Test { crates, sqlx, arguments } => {
+            let mut again = format!("cargo xtask test {}", crates.join(" "));
+            if let Some(sqlx) = &sqlx {
+                again = format!("{again} --sqlx {}", quoted(sqlx));
+            }
+            let sqlx = sqlx.map(|named| OtherSqlx::prepare(&workspace, &named)).transpose()?;
+            let scope = Scope::Crates { names: crates, arguments, campaign: Campaign::Quick, sqlx };
             report(&workspace, &scope, again.trim_end())
         }
         Task::Crash { crates, quick } => {
@@ -172,7 +182,8 @@ fn run(task: Task) -> Result<(), Failure> {
             require_campaigns(&workspace, &names)?;
             let again = format!("cargo xtask crash {}{}", if quick { "--quick " } else { "" }, names.join(" "));
             let campaign = if quick { Campaign::Quick } else { Campaign::Full };
-            let scope = Scope::Crates { names, arguments: vec!["--nocapture".to_owned()], campaign };
+            let arguments = vec!["--nocapture".to_owned()];
+            let scope = Scope::Crates { names, arguments, campaign, sqlx: None };
             report(&workspace, &scope, &again)
         }
         Task::Awaits { crates } => awaits::tell(&workspace, &crates),
