@@ -22,6 +22,7 @@ mod nested;
 mod outage;
 mod prop;
 mod proxy;
+mod relied;
 mod run;
 mod silence;
 mod stuck;
