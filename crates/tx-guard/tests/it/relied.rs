@@ -120,6 +120,25 @@ async fn a_begin_of_several_statements_is_one_message_on_postgres() {
     assert!(matches!(none, Err(sqlx::Error::BeginFailed)), "sqlx has changed: a BEGIN without effect is {none:?}");
 }
 
+/// `postgres`, the fence: one poll of `begin` queues its statements ahead of what follows, and to drop it then takes nothing
+/// back. sqlx has mended this after 0.9.0.
+#[tokio::test]
+async fn a_begin_that_is_dropped_after_one_poll_takes_nothing_back_on_postgres() {
+    let mut conn = plain::<Postgres>().await;
+    assert!(begin::<Postgres>(&mut conn, "BEGIN; ROLLBACK TO SAVEPOINT none").now_or_never().is_none());
+    let mut codes = Vec::new();
+    for _ in 0..3 {
+        codes.push(code(&Postgres::numbers(&mut conn, "SELECT 1::BIGINT".to_owned()).await));
+    }
+    let codes: Vec<_> = codes.iter().map(|code| code.as_deref().unwrap_or("fine")).collect();
+    // The error of what was dropped, and then those of a transaction that has failed.
+    let fenced = ["3B001", "25P02", "25P02"];
+    assert_eq!(
+        codes, fenced,
+        "sqlx has changed: a begin that is dropped after its first poll is taken back, or not sent"
+    );
+}
+
 /// `mysql`: START TRANSACTION, its settings and its mark go in one message.
 #[tokio::test]
 async fn a_begin_of_several_statements_is_one_message_on_mysql() {
