@@ -19,6 +19,7 @@ mod late;
 mod log;
 mod mysql;
 mod nested;
+mod network;
 mod outage;
 mod prop;
 mod proxy;
