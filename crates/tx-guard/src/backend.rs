@@ -4,6 +4,7 @@
 //! outcomes are the same for all databases and live elsewhere.
 
 use std::future::Future;
+use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::{Connection, Database};
@@ -152,7 +153,7 @@ pub trait Driver: Database {
     /// Opens what `cancel` needs ahead of its first use.
     fn warm(
         canceller: &Self::Canceller,
-        options: &Options<Self>,
+        options: &Arc<Options<Self>>,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Begins a transaction.
@@ -176,8 +177,9 @@ pub trait Driver: Database {
         false
     }
 
-    /// Keeps further statements of a lost transaction from being committed one by one.
-    fn fence(conn: &mut Self::Connection);
+    /// Keeps further statements of a lost transaction from being committed one by one. The connection is not used for
+    /// another transaction after that.
+    fn fence(_: &mut Self::Connection) {}
 
     /// Reads what dropped futures have left to be read, where it could be taken for the answer to what follows. Nothing of
     /// the commit has been sent until it returns.
@@ -196,7 +198,7 @@ pub trait Driver: Database {
     /// where that cannot be said. Bounds itself.
     fn resolve(
         canceller: &Self::Canceller,
-        options: &Options<Self>,
+        options: &Arc<Options<Self>>,
         probe: &Self::Probe,
         receipt: &Receipt,
     ) -> impl Future<Output = Option<bool>> + Send;
@@ -207,38 +209,51 @@ pub trait Driver: Database {
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
-    /// One round trip on an idle connection, which consumes a cancel that has come too late for what it was meant for.
-    fn rest(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// Waits until nothing runs any more on the connection, and reads the answer of the first statement that was left
+    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing.
+    fn quiet(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Cancels the statement that runs on the connection of `probe`. `Ok` means that the cancel cannot
-    /// arrive after the next clean round trip on that connection.
-    fn cancel(
+    /// Signals the session of `probe` over another one. `Ok` means that a cancel cannot arrive after the next clean round
+    /// trip of that session.
+    fn signal(
         canceller: &Self::Canceller,
-        options: &Options<Self>,
+        options: &Arc<Options<Self>>,
+        wanted: Wanted,
         probe: &Self::Probe,
-    ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send;
+    ) -> impl Future<Output = Result<Activity, Unsignalled>> + Send;
 
-    /// Sees whether the session of `probe` waits for its client, where that may be for ever.
-    fn look(
-        _: &Self::Canceller,
-        _: &Options<Self>,
-        _: &Self::Probe,
-    ) -> impl Future<Output = Result<Activity, sqlx::Error>> + Send {
-        async { Ok(Activity::Unseen) }
+    /// How long a message to the server and its answer take, as far as is known.
+    fn round_trip(_: &Self::Canceller) -> Duration {
+        Duration::ZERO
     }
-
-    /// Ends the session of `probe` from outside.
-    fn terminate(
-        canceller: &Self::Canceller,
-        options: &Options<Self>,
-        probe: &Self::Probe,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Interrupts what runs on the connection without waiting, where that can be done.
     fn interrupt(probe: &Self::Probe);
 
     /// Closes what `warm` and `cancel` have opened.
     fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
+}
+
+/// What is wanted of a session.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Wanted {
+    /// What it runs is cancelled.
+    Cancel,
+    /// It is looked at: whether it waits for its client, where that may be for ever.
+    Look,
+    /// It is ended.
+    Terminate,
+}
+
+/// Why it is not known that a session was signalled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub enum Unsignalled {
+    /// Nothing was sent: there was no connection over which it could be.
+    Unreachable,
+    /// It was sent and had no answer, so it may be under way.
+    Unanswered,
 }
 
 /// What was seen of a session.

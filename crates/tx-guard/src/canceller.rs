@@ -1,37 +1,87 @@
-//! The connection over which statements on other connections are cancelled: kept warm, and never the user's.
+//! The connection over which sessions are signalled: kept warm, and never the user's.
 //!
-//! Invariant: it is used again only after a complete answer. A call that was dropped or has failed leaves nothing behind
-//! that could be mistaken for the answer to the next one, and a signal that had no answer is never said to have been
-//! acknowledged.
+//! Invariant: it is used again only after a complete answer. A signal that had no answer is never said to have been
+//! acknowledged, and all who wait when it is free are served by the same message, so that a thousand wait no longer than one.
 
 use std::fmt;
 use std::future::pending;
-use std::sync::{OnceLock, mpsc};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex as StdMutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
-use sqlx::{ConnectOptions, Connection};
+use sqlx::{ConnectOptions, Connection, Database};
 use tokio::runtime::{Builder, Handle, Runtime};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-/// How long the warm connection may take to answer before a new one is opened in its stead. It may have been idle for
-/// hours, and firewalls forget such connections without telling either end.
+use crate::backend::{Activity, Options, Unsignalled, Wanted};
+use crate::open::SETTLE_LIMIT;
+
+/// How long the warm connection may take to answer, round trips apart, before a new one is opened in its stead. It may have
+/// been idle for hours, and firewalls forget such connections without telling either end.
 const WARM_LIMIT: Duration = Duration::from_millis(500);
+const WARM_ROUND_TRIPS: u32 = 4;
+
+/// How many sessions one message signals at most.
+const BATCH: usize = 1_000;
+
+/// Before a message is sent, others are waited for: for this part of a round trip, and no longer than this. Whoever comes
+/// later waits for a whole one.
+const GATHER_PART: u32 = 8;
+const GATHER_LIMIT: Duration = Duration::from_millis(2);
+
+/// A server whose sessions are signalled over another of its sessions.
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub trait Signals: Database {
+    /// What tells a session from all others, those before and after it included.
+    type Session: Clone + Send + Sync + 'static;
+
+    /// How many round trips a message takes.
+    const TRIPS: u32;
+
+    /// Signals all these sessions over `conn`, which was opened at `since`. One that is gone needs no signal.
+    fn send<'c>(
+        conn: &'c mut Self::Connection,
+        since: Instant,
+        wanted: Wanted,
+        sessions: &'c [Self::Session],
+    ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>>;
+}
 
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
-pub struct Canceller<C>(Mutex<Option<Warm<C>>>);
+pub struct Canceller<DB: Signals>(Arc<Inner<DB>>);
+
+struct Inner<DB: Signals> {
+    queue: StdMutex<Queue<DB>>,
+    warm: Mutex<Option<Warm<DB>>>,
+    /// In microseconds.
+    round_trip: AtomicU64,
+}
+
+/// Who waits to be served.
+struct Queue<DB: Signals> {
+    requests: Vec<Request<DB>>,
+    /// Somebody serves, and will see what is added.
+    is_served: bool,
+}
+
+struct Request<DB: Signals> {
+    wanted: Wanted,
+    session: DB::Session,
+    answer: oneshot::Sender<Result<Activity, Unsignalled>>,
+}
 
 /// A connection, and since when it has been open.
-struct Warm<C> {
-    conn: C,
+struct Warm<DB: Database> {
+    conn: DB::Connection,
     since: Instant,
 }
 
-impl<C: Connection + 'static> Warm<C> {
-    async fn open(options: &C::Options) -> Result<Self, sqlx::Error> {
+impl<DB: Database> Warm<DB> {
+    async fn open(options: &Options<DB>) -> Result<Self, sqlx::Error> {
         // Before it is opened: what is older than this is older than the connection.
         let since = Instant::now();
         let Some(beside) = beside() else { return Ok(Self { conn: options.connect().await?, since }) };
@@ -63,61 +113,177 @@ pub(crate) fn beside() -> Option<Handle> {
     BESIDE.get_or_init(start).clone()
 }
 
-impl<C: Connection + 'static> Canceller<C> {
+impl<DB: Signals> Canceller<DB> {
     /// Opens the connection ahead of its first use.
-    pub(crate) async fn warm(&self, options: &C::Options) -> Result<(), sqlx::Error> {
+    pub(crate) async fn warm(&self, options: &Options<DB>) -> Result<(), sqlx::Error> {
         // Whoever has it has opened it, or is about to.
-        let Ok(mut warm) = self.0.try_lock() else { return Ok(()) };
+        let Ok(mut warm) = self.0.warm.try_lock() else { return Ok(()) };
         if warm.is_none() {
-            *warm = Some(Warm::open(options).await?);
+            let mut opened = Warm::open(options).await?;
+            // What the driver has to learn about the message is learnt now. The second one shows how long it takes.
+            DB::send(&mut opened.conn, opened.since, Wanted::Look, &[]).await?;
+            self.0.send(&mut opened, Wanted::Look, &[]).await?;
+            *warm = Some(opened);
         }
         Ok(())
     }
 
-    /// Lets `ask` use the connection, which is told since when it has been open, and opens another one if it fails.
-    ///
-    /// # Errors
-    ///
-    /// There may be a signal under way that was not acknowledged.
-    pub(crate) async fn ask<T>(
+    /// Signals a session, together with all others that are to be signalled now.
+    pub(crate) async fn signal(
         &self,
-        options: &C::Options,
-        ask: impl for<'c> Fn(&'c mut C, Instant) -> BoxFuture<'c, Result<T, sqlx::Error>>,
-    ) -> Result<T, sqlx::Error> {
-        let mut warm = self.0.lock().await;
-        let mut doubt = None;
-        if let Some(mut taken) = warm.take() {
-            match timeout(WARM_LIMIT, ask(&mut taken.conn, taken.since)).await {
-                Ok(Ok(answer)) => {
-                    *warm = Some(taken);
-                    return Ok(answer);
-                }
-                Ok(Err(error)) => doubt = Some(error),
-                Err(_) => doubt = Some(sqlx::Error::Protocol("the connection for cancelling does not answer".into())),
-            }
+        options: &Arc<Options<DB>>,
+        wanted: Wanted,
+        session: DB::Session,
+    ) -> Result<Activity, Unsignalled> {
+        let (answer, answered) = oneshot::channel();
+        let is_served = {
+            let mut queue = self.0.queue();
+            queue.requests.push(Request { wanted, session, answer });
+            std::mem::replace(&mut queue.is_served, true)
+        };
+        if !is_served {
+            let turn = Turn { inner: Arc::clone(&self.0), is_over: false };
+            let options = Arc::clone(options);
+            drop(beside().unwrap_or_else(Handle::current).spawn(serve(turn, options)));
         }
-        let mut opened = Warm::open(options).await?;
-        let answer = ask(&mut opened.conn, opened.since).await?;
-        *warm = Some(opened);
-        // The signal that had no answer may be under way behind this one, so the session must not be used again.
-        doubt.map_or(Ok(answer), Err)
+        // Not answered by a runtime that has ended.
+        answered.await.unwrap_or(Err(Unsignalled::Unanswered))
+    }
+
+    /// How long a message and its answer take. Zero before any was sent.
+    pub(crate) fn round_trip(&self) -> Duration {
+        self.0.round_trip()
     }
 
     pub(crate) async fn close(&self) {
-        if let Some(warm) = self.0.lock().await.take() {
+        if let Some(warm) = self.0.warm.lock().await.take() {
             // A server that is gone needs no farewell.
             drop(warm.conn.close().await);
         }
     }
 }
 
-impl<C> Default for Canceller<C> {
-    fn default() -> Self {
-        Self(Mutex::new(None))
+/// Whoever serves the queue. If it is dropped before the queue is empty, the requests that are left are answered by their
+/// drop, and the next one finds nobody who serves.
+struct Turn<DB: Signals> {
+    inner: Arc<Inner<DB>>,
+    is_over: bool,
+}
+
+impl<DB: Signals> Turn<DB> {
+    /// The next that are to be served together, or none, in which case the turn is over.
+    fn next(&mut self) -> Vec<Request<DB>> {
+        let mut queue = self.inner.queue();
+        // Who has gone needs no signal any more.
+        queue.requests.retain(|request| !request.answer.is_closed());
+        let count = queue.requests.len().min(BATCH);
+        queue.is_served = count > 0;
+        self.is_over = count == 0;
+        queue.requests.drain(..count).collect()
     }
 }
 
-impl<C> fmt::Debug for Canceller<C> {
+impl<DB: Signals> Drop for Turn<DB> {
+    fn drop(&mut self) {
+        if !self.is_over {
+            let mut queue = self.inner.queue();
+            queue.is_served = false;
+            queue.requests.clear();
+        }
+    }
+}
+
+async fn serve<DB: Signals>(mut turn: Turn<DB>, options: Arc<Options<DB>>) {
+    loop {
+        let gather = (turn.inner.round_trip() / GATHER_PART).min(GATHER_LIMIT);
+        if gather > Duration::from_micros(100) {
+            sleep(gather).await;
+        }
+        let mut batch = turn.next();
+        if batch.is_empty() {
+            return;
+        }
+        for wanted in [Wanted::Cancel, Wanted::Look, Wanted::Terminate] {
+            let requests: Vec<_> = batch.extract_if(.., |request| request.wanted == wanted).collect();
+            if requests.is_empty() {
+                continue;
+            }
+            let sessions: Vec<_> = requests.iter().map(|request| request.session.clone()).collect();
+            let answers = turn.inner.ask(&options, wanted, &sessions).await;
+            for (index, request) in requests.into_iter().enumerate() {
+                let answer = match &answers {
+                    Ok(seen) => seen.get(index).copied().ok_or(Unsignalled::Unanswered),
+                    Err(failure) => Err(*failure),
+                };
+                // Whoever has gone needs no answer.
+                let (Ok(()) | Err(_)) = request.answer.send(answer);
+            }
+        }
+    }
+}
+
+impl<DB: Signals> Inner<DB> {
+    fn queue(&self) -> MutexGuard<'_, Queue<DB>> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn round_trip(&self) -> Duration {
+        Duration::from_micros(self.round_trip.load(Ordering::Relaxed))
+    }
+
+    /// Sends one message over the connection, or over another one if it fails.
+    async fn ask(
+        &self,
+        options: &Options<DB>,
+        wanted: Wanted,
+        sessions: &[DB::Session],
+    ) -> Result<Vec<Activity>, Unsignalled> {
+        let mut warm = self.warm.lock().await;
+        let mut in_doubt = false;
+        if let Some(mut taken) = warm.take() {
+            let limit = WARM_LIMIT + self.round_trip() * WARM_ROUND_TRIPS;
+            if let Ok(Ok(answer)) = timeout(limit, self.send(&mut taken, wanted, sessions)).await {
+                *warm = Some(taken);
+                return Ok(answer);
+            }
+            in_doubt = true;
+        }
+        let Ok(Ok(mut opened)) = timeout(SETTLE_LIMIT, Warm::<DB>::open(options)).await else {
+            return Err(if in_doubt { Unsignalled::Unanswered } else { Unsignalled::Unreachable });
+        };
+        let answer = timeout(SETTLE_LIMIT, self.send(&mut opened, wanted, sessions)).await;
+        let Ok(Ok(answer)) = answer else { return Err(Unsignalled::Unanswered) };
+        *warm = Some(opened);
+        // The signal that had no answer may be under way behind this one, so the session must not be used again.
+        if in_doubt { Err(Unsignalled::Unanswered) } else { Ok(answer) }
+    }
+
+    /// Sends one message, and learns from it how long that takes.
+    async fn send(
+        &self,
+        warm: &mut Warm<DB>,
+        wanted: Wanted,
+        sessions: &[DB::Session],
+    ) -> Result<Vec<Activity>, sqlx::Error> {
+        let start = Instant::now();
+        let answer = DB::send(&mut warm.conn, warm.since, wanted, sessions).await?;
+        let took = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) / u64::from(DB::TRIPS);
+        // Mostly the last ones; a server that was slow once is not taken for far away.
+        let known = self.round_trip.load(Ordering::Relaxed);
+        let learnt = if known == 0 { took } else { (known * 3 + took.min(known * 4)) / 4 };
+        self.round_trip.store(learnt.max(1), Ordering::Relaxed);
+        Ok(answer)
+    }
+}
+
+impl<DB: Signals> Default for Canceller<DB> {
+    fn default() -> Self {
+        let queue = Queue { requests: Vec::new(), is_served: false };
+        Self(Arc::new(Inner { queue: StdMutex::new(queue), warm: Mutex::new(None), round_trip: AtomicU64::new(0) }))
+    }
+}
+
+impl<DB: Signals> fmt::Debug for Canceller<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Canceller").finish_non_exhaustive()
     }

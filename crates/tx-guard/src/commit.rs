@@ -1,101 +1,17 @@
-//! Commit and how it ended.
+//! The commit: sent once, proved, and driven to its end.
 //!
-//! Invariant: every transaction gets exactly one outcome, and its handle always learns it: the outcome is sent
-//! by the drop of what carries the transaction, whatever path led there.
+//! Invariant: `Ok` is said only after the database has confirmed, and "failed" only of what cannot have been committed.
+//! Everything between is unknown.
 
-use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
-use tokio::sync::watch;
-
 use crate::TxError;
 use crate::backend::{Backend, CommitFailure, Receipt, depth};
-use crate::reaper::{self, Hook, Open};
-
-/// How a transaction ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum CommitOutcome {
-    /// The database has confirmed the commit.
-    Committed,
-    /// The transaction was rolled back: on request, by a drop, or by the database.
-    RolledBack,
-    /// COMMIT was sent, and the connection or the runtime ended before its answer came.
-    Unknown,
-}
-
-/// Tells how a transaction ended, even if its `commit()` was dropped.
-///
-/// Taken with [`TransactionGuard::outcome_handle`](crate::TransactionGuard::outcome_handle) before the commit, or
-/// found in [`CommitError::Pending`](crate::CommitError::Pending). Clones tell the same.
-#[derive(Clone)]
-pub struct OutcomeHandle {
-    receiver: watch::Receiver<Option<CommitOutcome>>,
-}
-
-impl OutcomeHandle {
-    /// Waits until the transaction has ended and says how.
-    ///
-    /// The wait lasts as long as the transaction does; put a timeout around it to bound it.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. If dropped before completion, nothing is lost: a later call gives the same answer.
-    pub async fn outcome(&self) -> CommitOutcome {
-        let mut receiver = self.receiver.clone();
-        match receiver.wait_for(Option::is_some).await {
-            Ok(outcome) => outcome.unwrap_or(CommitOutcome::Unknown),
-            // The sender always sends before it is dropped; a value it did not send is in doubt.
-            Err(_) => CommitOutcome::Unknown,
-        }
-    }
-
-    /// The outcome, if the transaction has ended already.
-    #[must_use]
-    pub fn try_outcome(&self) -> Option<CommitOutcome> {
-        *self.receiver.borrow()
-    }
-}
-
-impl fmt::Debug for OutcomeHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("OutcomeHandle").field("outcome", &self.try_outcome()).finish()
-    }
-}
-
-/// The sending half: sends when it is dropped.
-pub(crate) struct OutcomeCell {
-    sender: watch::Sender<Option<CommitOutcome>>,
-    /// What would be true if nothing more happened.
-    standing: CommitOutcome,
-}
-
-impl OutcomeCell {
-    pub(crate) fn new() -> Self {
-        Self { sender: watch::Sender::new(None), standing: CommitOutcome::RolledBack }
-    }
-
-    pub(crate) fn handle(&self) -> OutcomeHandle {
-        OutcomeHandle { receiver: self.sender.subscribe() }
-    }
-
-    pub(crate) fn stands(&mut self, outcome: CommitOutcome) {
-        self.standing = outcome;
-    }
-
-    /// Tells the outcome ahead of the drop.
-    fn announce(&mut self, outcome: CommitOutcome) {
-        self.standing = outcome;
-        self.sender.send_replace(Some(outcome));
-    }
-}
-
-impl Drop for OutcomeCell {
-    fn drop(&mut self) {
-        self.sender.send_replace(Some(self.standing));
-    }
-}
+use crate::open::{Hook, Open};
+use crate::outcome::CommitOutcome;
+use crate::settle::{self, ENDED_BEFORE};
+use crate::watch::{ANSWER_LIMIT, CATCH_UP_LIMIT, OUT_OF_STEP, unless_stuck};
 
 /// Commits, and comes back when the outcome is known. Runs shielded.
 pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'static str>) -> Result<(), TxError> {
@@ -103,24 +19,24 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     let lost = doomed.or_else(|| DB::is_lost(conn, probe).then_some("a nested begin was cancelled inside the guard"));
     if let Some(reason) = lost {
         // The error of the rollback adds nothing: its connection is closed, which rolls back as well.
-        drop(reaper::settle(open).await);
+        drop(settle::settle(open).await);
         return Err(TxError::Lost { reason });
     }
     let shared = Arc::clone(&open.shared);
-    let failed = match reaper::unless_stuck(&shared, probe, reaper::CATCH_UP_LIMIT, DB::catch_up(conn)).await {
+    let failed = match unless_stuck(&shared, probe, CATCH_UP_LIMIT, DB::catch_up(conn)).await {
         Some(Ok(())) => None,
         Some(Err(error)) => Some(TxError::Database(error)),
-        None => Some(TxError::Lost { reason: reaper::OUT_OF_STEP }),
+        None => Some(TxError::Lost { reason: OUT_OF_STEP }),
     };
     if let Some(error) = failed {
-        drop(reaper::settle(open).await);
+        drop(settle::settle(open).await);
         return Err(error);
     }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
     let commit = DB::commit(conn, probe, open.commit_mode);
-    let answer = reaper::unless_stuck(&shared, probe, reaper::ANSWER_LIMIT, commit).await;
-    let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into())));
+    let answer = unless_stuck(&shared, probe, ANSWER_LIMIT, commit).await;
+    let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(OUT_OF_STEP.into())));
     let failure = match answer.unwrap_or_else(stuck) {
         Ok(()) => {
             open.outcome.announce(CommitOutcome::Committed);
@@ -130,7 +46,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
             } else {
                 // The empty transaction behind the commit is nobody's to wait for.
                 let runtime = open.runtime.clone();
-                drop(runtime.spawn(reaper::clear(open)));
+                drop(runtime.spawn(settle::clear(open)));
             }
             run_hooks(hooks);
             return Ok(());
@@ -142,15 +58,15 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         CommitFailure::Unknown(source) => return Err(TxError::Unknown { source }),
         CommitFailure::Resolvable(source, receipt) => return resolve(open, source, &receipt).await,
         CommitFailure::Ended => {
-            drop(reaper::settle(open).await);
-            return Err(TxError::Lost { reason: reaper::ENDED_BEFORE });
+            drop(settle::settle(open).await);
+            return Err(TxError::Lost { reason: ENDED_BEFORE });
         }
         CommitFailure::Aborted(source) => TxError::Aborted { source },
         CommitFailure::Lost(reason) => TxError::Lost { reason },
         CommitFailure::Refused(source) => TxError::Database(source),
     };
     open.outcome.stands(CommitOutcome::RolledBack);
-    drop(reaper::settle(open).await);
+    drop(settle::settle(open).await);
     Err(error)
 }
 

@@ -109,6 +109,15 @@ pub enum TxError {
     /// ends.
     #[error("the commit is still under way")]
     Pending(OutcomeHandle),
+    /// The server has not confirmed the rollback in time, and its connection was closed. Nothing is committed, but row locks
+    /// may be held until the server notices.
+    #[error("the server of {target} did not confirm the rollback within {waited:?}; nothing is committed")]
+    Unconfirmed {
+        /// The database and its server, or the file.
+        target: String,
+        /// How long the answer was waited for.
+        waited: Duration,
+    },
     /// An error of the caller's own, from inside a transaction, which it rolls back. See [`TxError::application`].
     #[error(transparent)]
     Application(Box<dyn std::error::Error + Send + Sync>),

@@ -11,9 +11,12 @@ use tokio::time::timeout;
 
 use crate::backend::Backend;
 use crate::commit;
+use crate::drive::{self, Driven};
 use crate::events::TxEvent;
+use crate::open::Open;
 use crate::pool::PoolSource;
-use crate::reaper::{self, Open, Shield};
+use crate::settle;
+use crate::watch::{CATCH_UP_LIMIT, OUT_OF_STEP, unless_stuck};
 use crate::{CommitError, CommitMode, CommitOutcome, OutcomeHandle, TxError};
 
 /// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
@@ -102,7 +105,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
     ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
     pub async fn commit(mut self) -> Result<(), TxError> {
-        self.shielded_commit().await
+        self.driven_commit().await
     }
 
     /// Commits, but waits for it no longer than `within`.
@@ -141,8 +144,8 @@ impl<DB: Backend> TransactionGuard<DB> {
         let handle = self.outcome_handle();
         let committed = {
             let runtime = self.held().runtime.clone();
-            let _entered = reaper::enter_if_outside(&runtime);
-            timeout(within, self.shielded_commit())
+            let _entered = drive::enter_if_outside(&runtime);
+            timeout(within, self.driven_commit())
         };
         match committed.await {
             Ok(committed) => Ok(committed?),
@@ -166,7 +169,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///   was cancelled.
     pub async fn rollback(mut self) -> Result<(), TxError> {
         let open = self.take();
-        Shield::new(open.runtime.clone(), reaper::settle(open)).await
+        Driven::new(open.runtime.clone(), settle::settle(open)).await
     }
 
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
@@ -279,16 +282,16 @@ impl<DB: Backend> TransactionGuard<DB> {
         let open = self.held_mut();
         let (shared, runtime) = (Arc::clone(&open.shared), open.runtime.clone());
         let (conn, probe) = open.slot.parts();
-        let stuck = || Err(sqlx::Error::Protocol(reaper::OUT_OF_STEP.into()));
-        let run = reaper::unless_stuck(&shared, probe, reaper::CATCH_UP_LIMIT, DB::run_sql(conn, sql));
-        reaper::inside(&runtime, run).await.unwrap_or_else(stuck)
+        let stuck = || Err(sqlx::Error::Protocol(OUT_OF_STEP.into()));
+        let run = unless_stuck(&shared, probe, CATCH_UP_LIMIT, DB::run_sql(conn, sql));
+        drive::inside(&runtime, run).await.unwrap_or_else(stuck)
     }
 
     fn take(&mut self) -> Open<DB> {
         self.open.take().expect(HELD)
     }
 
-    fn shielded_commit(&mut self) -> Shield<Result<(), TxError>> {
+    fn driven_commit(&mut self) -> Driven<Result<(), TxError>> {
         let open = self.take();
         open.ticket.settling();
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
@@ -296,7 +299,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let handle = open.outcome.handle();
         // Closing the pool waits for the hooks, and for what is told here.
         let ticket = Arc::clone(&open.ticket);
-        Shield::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |ended| {
+        Driven::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |ended| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
             shared.teller.tell_late(outcome, ended.and_then(Result::err).as_ref());
             drop(ticket);
@@ -332,7 +335,7 @@ impl<DB: Backend> Drop for TransactionGuard<DB> {
             open.shared.teller.tell(TxEvent::ImplicitRollback);
             // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and
             // the connection is closed.
-            drop(open.runtime.clone().spawn(reaper::settle(open)));
+            drop(open.runtime.clone().spawn(settle::settle(open)));
         }
     }
 }

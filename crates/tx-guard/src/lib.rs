@@ -149,31 +149,33 @@ mod backend;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
+mod drive;
 mod error;
 mod events;
 mod guard;
-#[cfg(feature = "mysql")]
-mod in_step;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
 #[cfg(feature = "mysql")]
 mod mysql;
+mod open;
+mod outcome;
 mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
-#[cfg(feature = "postgres")]
-mod proof;
-mod reaper;
 mod run;
 mod session;
+mod settle;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod watch;
+mod work;
 
 pub use backend::{Backend, CommitMode, Isolation, Options};
-pub use commit::{CommitOutcome, OutcomeHandle};
+
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
+pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use run::{Retry, Tx};

@@ -3,22 +3,27 @@
 //! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
 //! lost is refused; what comes after MySQL has rolled it back is undone at the end.
 
+mod in_step;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
-use sqlx::{AssertSqlSafe, Database, MySql, MySqlConnection, SqlSafeStr};
+use sqlx::{AssertSqlSafe, Connection, Database, MySql, MySqlConnection, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
+    Wanted, depth,
 };
-use crate::canceller::{self, Canceller};
-use crate::in_step::{self, Answers};
+use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
+use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
 
@@ -49,6 +54,11 @@ const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
 /// Group replication's way of saying that a commit was refused and rolled back.
 const REFUSED_BY_THE_GROUP: u16 = 3101;
+
+/// What a server says last on a session. The second is MariaDB's, the third MySQL's.
+const SERVER_SHUTDOWN: u16 = 1053;
+const CONNECTION_KILLED: u16 = 1927;
+const IDLE_FOR_TOO_LONG: u16 = 4031;
 
 /// One session of the server, and what our transactions have made of it.
 #[derive(Debug)]
@@ -128,7 +138,7 @@ impl Driver for MySql {
     const LOSES_ITS_PLACE: bool = true;
     type Probe = Arc<Thread>;
     type Known = Known<Self, Identity>;
-    type Canceller = Canceller<MySqlConnection>;
+    type Canceller = Canceller<Self>;
 
     fn target(options: &Options<Self>) -> String {
         let database = options.get_database().unwrap_or("(default)");
@@ -178,7 +188,7 @@ impl Driver for MySql {
         canceller::beside()
     }
 
-    async fn warm(canceller: &Self::Canceller, options: &MySqlConnectOptions) -> Result<(), sqlx::Error> {
+    async fn warm(canceller: &Self::Canceller, options: &Arc<MySqlConnectOptions>) -> Result<(), sqlx::Error> {
         canceller.warm(options).await
     }
 
@@ -204,9 +214,6 @@ impl Driver for MySql {
     fn may_have_committed(conn: &MySqlConnection) -> bool {
         depth::<Self>(conn) == 0
     }
-
-    /// That the session may only read is fence enough.
-    fn fence(_: &mut MySqlConnection) {}
 
     async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
         in_step::catch_up(conn).await
@@ -238,13 +245,17 @@ impl Driver for MySql {
                     _ => CommitFailure::Unknown(error),
                 });
             }
+            // Instead of the number, which comes ahead of COMMIT: the session was ended before.
+            Answers { proved: false, error: Some(error), .. } if is_last_word(&error) => {
+                return Err(CommitFailure::Refused(error));
+            }
             Answers { error, .. } => error,
         };
         Err(CommitFailure::Unknown(error.unwrap_or_else(missing)))
     }
 
     /// MySQL does not remember how a transaction ended.
-    async fn resolve(_: &Self::Canceller, _: &MySqlConnectOptions, _: &Arc<Thread>, _: &Receipt) -> Option<bool> {
+    async fn resolve(_: &Self::Canceller, _: &Arc<MySqlConnectOptions>, _: &Arc<Thread>, _: &Receipt) -> Option<bool> {
         None
     }
 
@@ -276,36 +287,21 @@ impl Driver for MySql {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    /// A KILL QUERY that has found no statement hits the next one; a ping is none.
-    async fn rest(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
-        in_step::prove(conn).await
+    async fn quiet(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+        in_step::catch_up(conn).await
     }
 
-    async fn cancel(
+    async fn signal(
         canceller: &Self::Canceller,
-        options: &MySqlConnectOptions,
+        options: &Arc<MySqlConnectOptions>,
+        wanted: Wanted,
         to: &Arc<Thread>,
-    ) -> Result<Activity, sqlx::Error> {
-        let Identity { id, learnt, .. } = to.identity;
-        canceller.ask(options, |conn, since| Box::pin(kill_query(conn, since, id, learnt))).await
+    ) -> Result<Activity, Unsignalled> {
+        canceller.signal(options, wanted, to.identity).await
     }
 
-    async fn look(
-        canceller: &Self::Canceller,
-        options: &MySqlConnectOptions,
-        at: &Arc<Thread>,
-    ) -> Result<Activity, sqlx::Error> {
-        let Identity { id, learnt, .. } = at.identity;
-        canceller.ask(options, |conn, since| Box::pin(look(conn, since, id, learnt))).await
-    }
-
-    async fn terminate(
-        canceller: &Self::Canceller,
-        options: &MySqlConnectOptions,
-        to: &Arc<Thread>,
-    ) -> Result<(), sqlx::Error> {
-        let Identity { id, learnt, .. } = to.identity;
-        canceller.ask(options, |conn, since| Box::pin(kill_connection(conn, since, id, learnt))).await
+    fn round_trip(canceller: &Self::Canceller) -> Duration {
+        canceller.round_trip()
     }
 
     /// Only a round trip can do it.
@@ -406,58 +402,98 @@ fn is_done(result: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
     }
 }
 
-/// Looks before it kills: a session that waits for its client has nothing to be killed, and the next statement would be.
-async fn kill_query(
+impl Signals for MySql {
+    type Session = Identity;
+
+    /// It looks before it kills.
+    const TRIPS: u32 = 2;
+
+    fn send<'c>(
+        conn: &'c mut MySqlConnection,
+        since: Instant,
+        wanted: Wanted,
+        sessions: &'c [Identity],
+    ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {
+        signal(conn, since, wanted, sessions).boxed()
+    }
+}
+
+/// A session that waits for its client has nothing to be killed, and its next statement would be.
+async fn signal(
     conn: &mut MySqlConnection,
     since: Instant,
-    id: u64,
-    learnt: Instant,
-) -> Result<Activity, sqlx::Error> {
-    let seen = look(conn, since, id, learnt).await?;
-    if seen == Activity::Unseen {
-        kill(conn, format!("KILL QUERY {id}")).await?;
+    wanted: Wanted,
+    sessions: &[Identity],
+) -> Result<Vec<Activity>, sqlx::Error> {
+    if sessions.is_empty() {
+        // As many messages as otherwise, so that the time they take is that of others.
+        conn.ping().await?;
+        return conn.ping().await.map(|()| Vec::new());
     }
-    Ok(seen)
+    // Ids are given out again by a server that was started anew. A connection that is older than the id is one to the same
+    // start of the server.
+    let uptime =
+        if sessions.iter().any(|session| session.learnt < since) { uptime(conn).await? } else { Duration::MAX };
+    let lives = |session: &Identity| session.learnt >= since || uptime > session.learnt.elapsed();
+    let ids = |wanted: &[bool]| -> Vec<u64> {
+        sessions.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(session, _)| session.id).collect()
+    };
+    let living: Vec<bool> = sessions.iter().map(lives).collect();
+    if wanted == Wanted::Terminate {
+        kill(conn, "KILL CONNECTION", &ids(&living)).await?;
+        return Ok(vec![Activity::Unseen; sessions.len()]);
+    }
+    let idle = idle_among(conn, &ids(&living)).await?;
+    let is_idle = |session: &Identity, lives: bool| lives && idle.contains(&session.id);
+    let seen: Vec<bool> = sessions.iter().zip(&living).map(|(session, lives)| is_idle(session, *lives)).collect();
+    if wanted == Wanted::Cancel {
+        let running: Vec<bool> = living.iter().zip(&seen).map(|(lives, idle)| *lives && !idle).collect();
+        kill(conn, "KILL QUERY", &ids(&running)).await?;
+    }
+    Ok(seen.into_iter().map(|idle| if idle { Activity::Idle } else { Activity::Unseen }).collect())
 }
 
-async fn look(conn: &mut MySqlConnection, since: Instant, id: u64, learnt: Instant) -> Result<Activity, sqlx::Error> {
-    still_the_same_server(conn, since, learnt).await?;
-    let look = "SELECT command FROM information_schema.processlist WHERE id = ?";
-    match sqlx::query_scalar::<_, String>(look).bind(id).fetch_optional(&mut *conn).await?.as_deref() {
-        Some("Sleep") => Ok(Activity::Idle),
-        // One that is gone cannot be killed, which does no harm.
-        Some(_) | None => Ok(Activity::Unseen),
+/// Which of the sessions wait for their clients.
+async fn idle_among(conn: &mut MySqlConnection, ids: &[u64]) -> Result<Vec<u64>, sqlx::Error> {
+    if ids.is_empty() {
+        return Ok(Vec::new());
     }
+    let ids: Vec<_> = ids.iter().map(u64::to_string).collect();
+    let sql = format!(
+        "SELECT CAST(id AS UNSIGNED) FROM information_schema.processlist WHERE command = 'Sleep' AND id IN ({})",
+        ids.join(", ")
+    );
+    // As text, because a statement that is prepared takes another round trip, and each is different from the last.
+    let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?;
+    rows.iter().map(|row| row.try_get::<u64, _>(0)).collect()
 }
 
-async fn kill_connection(
-    conn: &mut MySqlConnection,
-    since: Instant,
-    id: u64,
-    learnt: Instant,
-) -> Result<(), sqlx::Error> {
-    still_the_same_server(conn, since, learnt).await?;
-    kill(conn, format!("KILL CONNECTION {id}")).await
+/// Kills them all with one message, or with one more for each that has gone meanwhile: the message ends there.
+async fn kill(conn: &mut MySqlConnection, how: &str, mut ids: &[u64]) -> Result<(), sqlx::Error> {
+    while !ids.is_empty() {
+        let sql: Vec<_> = ids.iter().map(|id| format!("{how} {id}")).collect();
+        match in_step::exchange(conn, &sql.join("; ")).await {
+            Answers { proved: true, error: None, .. } => return Ok(()),
+            Answers { proved: true, done, error: Some(error) } if number(&error) == Some(NO_SUCH_THREAD) => {
+                ids = ids.get(done + 1..).unwrap_or_default();
+            }
+            Answers { error, .. } => return Err(error.unwrap_or_else(in_step::out_of_step)),
+        }
+    }
+    Ok(())
 }
 
-async fn kill(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
-    match MySql::run_sql(conn, sql).await {
-        Err(error) if number(&error) == Some(NO_SUCH_THREAD) => Ok(()),
-        killed => killed,
-    }
-}
-
-/// A server that was started after the id was learnt has given that id to somebody else. A connection that is older than
-/// the id needs no asking: it is to the same start of the server.
-async fn still_the_same_server(conn: &mut MySqlConnection, since: Instant, learnt: Instant) -> Result<(), sqlx::Error> {
-    if since <= learnt {
-        return Ok(());
-    }
+/// For how long the server has been running, in whole seconds.
+async fn uptime(conn: &mut MySqlConnection) -> Result<Duration, sqlx::Error> {
     let (_, uptime): (String, String) = sqlx::query_as("SHOW GLOBAL STATUS LIKE 'Uptime'").fetch_one(conn).await?;
-    match uptime.parse::<u64>() {
-        Ok(uptime) if Duration::from_secs(uptime) > learnt.elapsed() => Ok(()),
-        Ok(_) | Err(_) => Err(sqlx::Error::Protocol("the server was started anew".into())),
-    }
+    let uptime =
+        uptime.parse().map_err(|_| sqlx::Error::Protocol("the server does not say how long it runs".into()))?;
+    Ok(Duration::from_secs(uptime))
+}
+
+/// Whether the server has said that it ends the session, after which nothing is run on it.
+fn is_last_word(error: &sqlx::Error) -> bool {
+    matches!(number(error), Some(SERVER_SHUTDOWN | CONNECTION_KILLED | IDLE_FOR_TOO_LONG))
 }
 
 fn number(error: &sqlx::Error) -> Option<u16> {

@@ -12,11 +12,13 @@ use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, CommitMode, Mode, Options};
-use crate::commit::OutcomeCell;
+use crate::drive::Driven;
 use crate::events::TxEvents;
-use crate::reaper::{Open, SETTLE_LIMIT, Shield, Ticket};
+use crate::open::{Open, SETTLE_LIMIT};
+use crate::outcome::OutcomeCell;
 use crate::session::Manager;
 use crate::slot::{Limits, Shared, Slot, Source};
+use crate::work::Ticket;
 use crate::{TransactionGuard, TxError};
 
 /// How many connections a pool holds at most, unless the builder says otherwise.
@@ -156,7 +158,7 @@ impl<DB: Backend> TxPool<DB> {
         if shared.work.is_closed() {
             return Err(TxError::Closed);
         }
-        Shield::new(runtime.clone(), {
+        Driven::new(runtime.clone(), {
             let runtime = runtime.clone();
             async move {
                 let mut slot = Slot::new(held, runtime.clone(), &shared.known).await?;

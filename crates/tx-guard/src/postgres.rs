@@ -3,7 +3,13 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
-use futures_util::{FutureExt, TryFutureExt};
+mod proof;
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
@@ -11,11 +17,11 @@ use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
+    Wanted, depth,
 };
-use crate::canceller::{self, Canceller};
+use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
-use crate::proof;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -38,18 +44,27 @@ const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
 /// do not pass the guard. Left as it is where nothing can be written anyway.
 const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
     CASE WHEN $1 AND current_setting('default_transaction_read_only') = 'off' AND NOT pg_is_in_recovery()
-        THEN set_config('default_transaction_read_only', 'on', false) = 'on' ELSE false END
+        THEN set_config('default_transaction_read_only', 'on', false) = 'on' ELSE false END,
+    coalesce(current_setting('client_connection_check_interval', true) = '0' AND version() ~ 'linux', false)
     FROM pg_stat_get_activity(pg_backend_pid())";
-const CANCEL: &str = "SELECT pg_cancel_backend(pid) FROM pg_stat_get_activity($1)
-    WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
-const TERMINATE: &str = "SELECT pg_terminate_backend(pid) FROM pg_stat_get_activity($1)
-    WHERE (extract(epoch FROM backend_start) * 1000000)::bigint = $2";
+
+/// Sessions are joined by both, so that one which has taken the place of another is left alone.
+const CANCEL: &str = "SELECT pg_cancel_backend(a.pid) FROM unnest($1::int[], $2::bigint[]) AS wanted (pid, started)
+    JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
+    WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started";
+const TERMINATE: &str =
+    "SELECT pg_terminate_backend(a.pid) FROM unnest($1::int[], $2::bigint[]) AS wanted (pid, started)
+    JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
+    WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started";
 
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
+/// Lets the session write nothing any more, whatever is rolled back on it afterwards.
+const FENCE: &str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY";
+
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
-const FENCE: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
+const SPOIL: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
 /// One backend of the server.
 #[derive(Debug, Clone, Copy)]
@@ -60,6 +75,8 @@ pub struct BackendId {
     started: i64,
     /// Whether only a transaction that asks for it may write.
     fenced: bool,
+    /// Whether the server could look for a client that has gone, and does not.
+    unwatched: bool,
 }
 
 impl Backend for Postgres {}
@@ -68,7 +85,7 @@ impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
     type Probe = BackendId;
     type Known = Known<Self, BackendId>;
-    type Canceller = Canceller<PgConnection>;
+    type Canceller = Canceller<Self>;
 
     fn target(options: &Options<Self>) -> String {
         let database = options.get_database().unwrap_or("(default)");
@@ -116,7 +133,7 @@ impl Driver for Postgres {
         canceller::beside()
     }
 
-    async fn warm(canceller: &Self::Canceller, options: &PgConnectOptions) -> Result<(), sqlx::Error> {
+    async fn warm(canceller: &Self::Canceller, options: &Arc<PgConnectOptions>) -> Result<(), sqlx::Error> {
         canceller.warm(options).await
     }
 
@@ -139,10 +156,12 @@ impl Driver for Postgres {
         depth::<Self>(conn) == 0
     }
 
+    /// One poll of a `begin` writes its message into the connection's buffer, ahead of whatever the caller sends next. What
+    /// sqlx does when the `begin` is then dropped differs between its versions: nothing, or a `ROLLBACK`, which ends the
+    /// spoilt transaction. Writes are refused in both cases.
     fn fence(conn: &mut PgConnection) {
-        // One poll writes the message into the connection's buffer, ahead of whatever the caller sends next. Dropped
-        // after that it changes nothing, since sqlx's depth is zero.
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
+        Manager::begin(conn, Some(SPOIL.into_sql_str())).now_or_never();
     }
 
     async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
@@ -160,7 +179,11 @@ impl Driver for Postgres {
             return Err(proof::in_doubt(proof::out_of_step(), receipt));
         };
         if !proof::is_refusal(&error) {
-            return Err(proof::in_doubt(error, receipt));
+            // The row comes ahead of COMMIT, so a session that was ended before it had sent the row has not run COMMIT.
+            return Err(match proof::is_last_word(&error) && !answer.row {
+                true => CommitFailure::Refused(error),
+                false => proof::in_doubt(error, receipt),
+            });
         }
         // The row would have come ahead of COMMIT.
         if !answer.row {
@@ -177,11 +200,11 @@ impl Driver for Postgres {
 
     async fn resolve(
         canceller: &Self::Canceller,
-        options: &PgConnectOptions,
+        options: &Arc<PgConnectOptions>,
         backend: &BackendId,
         receipt: &Receipt,
     ) -> Option<bool> {
-        proof::resolve(canceller, options, receipt, || Self::terminate(canceller, options, backend)).await
+        proof::resolve(options, receipt, || Self::signal(canceller, options, Wanted::Terminate, backend)).await
     }
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
@@ -216,24 +239,21 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    async fn rest(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
-        conn.ping().await
+    async fn quiet(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+        conn.flush().await
     }
 
-    async fn cancel(
+    async fn signal(
         canceller: &Self::Canceller,
-        options: &PgConnectOptions,
+        options: &Arc<PgConnectOptions>,
+        wanted: Wanted,
         to: &BackendId,
-    ) -> Result<Activity, sqlx::Error> {
-        signal(canceller, options, CANCEL, *to).await.map(|()| Activity::Unseen)
+    ) -> Result<Activity, Unsignalled> {
+        canceller.signal(options, wanted, *to).await
     }
 
-    async fn terminate(
-        canceller: &Self::Canceller,
-        options: &PgConnectOptions,
-        to: &BackendId,
-    ) -> Result<(), sqlx::Error> {
-        signal(canceller, options, TERMINATE, *to).await
+    fn round_trip(canceller: &Self::Canceller) -> Duration {
+        canceller.round_trip()
     }
 
     /// Only a round trip can do it.
@@ -257,6 +277,10 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
         sql.push_str(" READ ONLY");
     } else if backend.fenced {
         sql.push_str(" READ WRITE");
+    }
+    if backend.unwatched {
+        // Where nothing can be cancelled, the end of the connection is what ends its statement.
+        sql.push_str("; SET LOCAL client_connection_check_interval = '500ms'");
     }
     if let Some(remaining) = mode.remaining {
         // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
@@ -292,25 +316,32 @@ fn code(error: &sqlx::Error) -> Option<String> {
 }
 
 async fn identify(conn: &mut PgConnection, fence: bool, keep: bool) -> Result<BackendId, sqlx::Error> {
-    let (pid, started, fenced) = sqlx::query_as(IDENTIFY).bind(fence).persistent(keep).fetch_one(conn).await?;
-    Ok(BackendId { pid, started, fenced })
+    let identify = sqlx::query_as(IDENTIFY).bind(fence).persistent(keep);
+    let (pid, started, fenced, unwatched) = identify.fetch_one(conn).await?;
+    Ok(BackendId { pid, started, fenced, unwatched })
 }
 
-async fn signal(
-    canceller: &Canceller<PgConnection>,
-    options: &PgConnectOptions,
-    sql: &'static str,
-    to: BackendId,
-) -> Result<(), sqlx::Error> {
-    canceller
-        .ask(options, |conn, _| sqlx::query(sql).bind(to.pid).bind(to.started).execute(conn).map_ok(drop).boxed())
-        .await
+impl Signals for Postgres {
+    type Session = BackendId;
+
+    const TRIPS: u32 = 1;
+
+    fn send<'c>(
+        conn: &'c mut PgConnection,
+        _: Instant,
+        wanted: Wanted,
+        sessions: &'c [BackendId],
+    ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {
+        let sql = if wanted == Wanted::Terminate { TERMINATE } else { CANCEL };
+        let pids: Vec<i32> = sessions.iter().map(|session| session.pid).collect();
+        let starts: Vec<i64> = sessions.iter().map(|session| session.started).collect();
+        let seen = vec![Activity::Unseen; sessions.len()];
+        async move { sqlx::query(sql).bind(pids).bind(starts).execute(conn).await.map(|_| seen) }.boxed()
+    }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use sqlx::ConnectOptions;
 
     use super::*;
@@ -319,7 +350,7 @@ mod tests {
     async fn a_cancel_reaches_no_other_backend_that_was_given_the_same_process_id() {
         let url = std::env::var("CANCEL_SAFE_TEST_POSTGRES_URL")
             .expect("set CANCEL_SAFE_TEST_POSTGRES_URL or run cargo xtask test tx-guard");
-        let options: PgConnectOptions = url.parse().unwrap();
+        let options: Arc<PgConnectOptions> = Arc::new(url.parse().unwrap());
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
@@ -329,7 +360,7 @@ mod tests {
         // Again and again, because a cancel that comes before the statement is no cancel.
         let again = async |to: BackendId| {
             loop {
-                Postgres::cancel(&canceller, &options, &to).await.unwrap();
+                Postgres::signal(&canceller, &options, Wanted::Cancel, &to).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };

@@ -17,7 +17,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, Options};
-use crate::reaper::Shield;
+use crate::drive::Driven;
 
 /// A connection that was used within this time is not asked whether it still lives.
 const FRESH: Duration = Duration::from_secs(1);
@@ -183,7 +183,7 @@ impl<DB: Backend> managed::Manager for Manager<DB> {
         };
         let spares = Arc::downgrade(&self.spares);
         let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), permit);
-        Shield::new(Handle::current(), opening)
+        Driven::new(Handle::current(), opening)
             .or_late(move |opened| {
                 // A pool that is gone needs no spare: the session closes as it is dropped.
                 if let (Some(Ok(session)), Some(spares)) = (opened, spares.upgrade()) {

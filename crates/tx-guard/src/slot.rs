@@ -15,8 +15,8 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
-use crate::reaper::Work;
 use crate::session::Manager;
+use crate::work::Work;
 use crate::{CloseReport, TxError};
 
 /// What the clones of a pool, its guards and the reaper share.

@@ -13,7 +13,8 @@ use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
+    Wanted, depth,
 };
 
 type Manager = <Sqlite as Database>::TransactionManager;
@@ -113,7 +114,7 @@ impl Driver for Sqlite {
         Self::probe(conn).await
     }
 
-    async fn warm((): &(), _: &Options<Self>) -> Result<(), sqlx::Error> {
+    async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
         Ok(())
     }
 
@@ -145,9 +146,6 @@ impl Driver for Sqlite {
         hooks.is_rolled_back() || depth::<Self>(conn) == 0
     }
 
-    /// The commit hook is the fence.
-    fn fence(_: &mut SqliteConnection) {}
-
     async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, _: CommitMode) -> Result<(), CommitFailure> {
         // What dropped futures have left in the queue runs first, a COMMIT of somebody else's among it, and must meet the
         // hook while that still refuses it. COMMIT has not been sent, so an error here is a rollback.
@@ -177,7 +175,7 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn resolve((): &(), _: &Options<Self>, _: &Arc<Hooks>, _: &Receipt) -> Option<bool> {
+    async fn resolve((): &(), _: &Arc<Options<Self>>, _: &Arc<Hooks>, _: &Receipt) -> Option<bool> {
         None
     }
 
@@ -215,21 +213,20 @@ impl Driver for Sqlite {
         Ok(Rollback::Done)
     }
 
-    /// A cancel is a flag here, which no round trip consumes. On another thread it may have been set after the rollback
-    /// had cleared it, and the owner of a wrapped connection would meet it in each statement from then on.
-    async fn rest(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
-        hooks.cancel.store(false, Ordering::Relaxed);
+    async fn quiet(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
         conn.ping().await
     }
 
-    async fn cancel((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<Activity, sqlx::Error> {
-        Self::interrupt(hooks);
+    async fn signal(
+        (): &(),
+        _: &Arc<Options<Self>>,
+        wanted: Wanted,
+        hooks: &Arc<Hooks>,
+    ) -> Result<Activity, Unsignalled> {
+        if wanted != Wanted::Look {
+            Self::interrupt(hooks);
+        }
         Ok(Activity::Unseen)
-    }
-
-    async fn terminate((): &(), _: &Options<Self>, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
-        Self::interrupt(hooks);
-        Ok(())
     }
 
     fn interrupt(hooks: &Arc<Hooks>) {
@@ -280,18 +277,5 @@ mod tests {
             cancelled.await.unwrap();
         }
         assert!(!hooks.cancel.load(Ordering::Relaxed));
-    }
-
-    #[tokio::test]
-    async fn a_cancel_that_comes_after_the_rollback_is_not_left_behind() {
-        let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn).await.unwrap();
-        Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
-        Sqlite::rollback(&mut conn, &hooks).await.unwrap();
-        Sqlite::interrupt(&hooks);
-        Sqlite::rest(&mut conn, &hooks).await.unwrap();
-        let count =
-            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n LIMIT 10000) SELECT count(*) FROM n";
-        sqlx::raw_sql(count).execute(&mut conn).await.expect("nothing interrupts what is none of the guard's");
     }
 }

@@ -93,6 +93,6 @@ pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Err
     if is_left { prove(conn).await } else { Ok(()) }
 }
 
-fn out_of_step() -> sqlx::Error {
+pub(crate) fn out_of_step() -> sqlx::Error {
     sqlx::Error::Protocol("the answer is that to another statement".into())
 }

@@ -5,14 +5,15 @@
 
 use std::time::Duration;
 
-use futures_util::{FutureExt, StreamExt, TryFutureExt};
+use futures_util::StreamExt;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
-use sqlx::{AssertSqlSafe, Column, ColumnIndex, Database, Either, PgConnection, Postgres, Row};
+use sqlx::{
+    AssertSqlSafe, Column, ColumnIndex, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, Row,
+};
 use sqlx_core::transaction::TransactionManager;
 use tokio::time::{sleep, timeout};
 
 use crate::backend::{CommitFailure, Receipt, depth};
-use crate::canceller::Canceller;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -108,20 +109,16 @@ pub(crate) fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFa
     }
 }
 
-/// Asks for the fate of the transaction until it is known. `end` ends its session.
-pub(crate) async fn resolve<F>(
-    canceller: &Canceller<PgConnection>,
+/// Asks for the fate of the transaction until it is known, on a connection of its own. `end` ends its session.
+pub(crate) async fn resolve<F: Future>(
     options: &PgConnectOptions,
     receipt: &Receipt,
     end: impl Fn() -> F,
-) -> Option<bool>
-where
-    F: Future<Output = Result<(), sqlx::Error>>,
-{
+) -> Option<bool> {
     let ask = async {
         let mut pause = FIRST_RESOLVE_PAUSE;
         loop {
-            match timeout(RESOLVE_ATTEMPT, fate(canceller, options, receipt)).await {
+            match timeout(RESOLVE_ATTEMPT, fate(options, receipt)).await {
                 Ok(Ok(Some(status))) if status == "committed" => return Some(true),
                 Ok(Ok(Some(status))) if status == "aborted" => return Some(false),
                 // Its client is gone, so it need not wait for a COMMIT that does not come.
@@ -137,19 +134,15 @@ where
     timeout(RESOLVE_LIMIT, ask).await.ok().flatten()
 }
 
-async fn fate(
-    canceller: &Canceller<PgConnection>,
-    options: &PgConnectOptions,
-    receipt: &Receipt,
-) -> Result<Option<String>, sqlx::Error> {
+async fn fate(options: &PgConnectOptions, receipt: &Receipt) -> Result<Option<String>, sqlx::Error> {
     // On a standby there is nothing that could have been committed.
     let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
-    canceller
-        .ask(options, |conn, _| {
-            let status = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
-            status.fetch_optional(conn).map_ok(Option::flatten).boxed()
-        })
-        .await
+    let mut conn = options.connect().await?;
+    let fate = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
+    let status: Option<Option<String>> = fate.persistent(false).fetch_optional(&mut conn).await?;
+    // The answer counts, whatever becomes of the farewell.
+    drop(conn.close().await);
+    Ok(status.flatten())
 }
 
 pub(crate) fn out_of_step() -> sqlx::Error {
@@ -158,8 +151,14 @@ pub(crate) fn out_of_step() -> sqlx::Error {
 
 /// Whether the server has refused and lives on. A FATAL answer may have come before or after the commit.
 pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
-    match error.as_database_error().and_then(|e| e.try_downcast_ref::<PgDatabaseError>()) {
-        Some(answer) => !matches!(answer.severity(), PgSeverity::Fatal | PgSeverity::Panic),
-        None => false,
-    }
+    severity(error).is_some_and(|severity| !matches!(severity, PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+/// Whether the server has said that it ends the session, after which nothing is run on it.
+pub(crate) fn is_last_word(error: &sqlx::Error) -> bool {
+    severity(error).is_some_and(|severity| matches!(severity, PgSeverity::Fatal | PgSeverity::Panic))
+}
+
+fn severity(error: &sqlx::Error) -> Option<PgSeverity> {
+    Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.severity())
 }

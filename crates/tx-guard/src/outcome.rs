@@ -1,0 +1,92 @@
+//! How a transaction ended, and the handle that tells it.
+//!
+//! Invariant: every transaction gets exactly one outcome, and its handle always learns it: the outcome is sent by the drop
+//! of what carries the transaction, whatever path led there.
+
+use std::fmt;
+
+use tokio::sync::watch;
+
+/// How a transaction ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum CommitOutcome {
+    /// The database has confirmed the commit.
+    Committed,
+    /// The transaction was rolled back: on request, by a drop, or by the database.
+    RolledBack,
+    /// COMMIT was sent, and the connection or the runtime ended before its answer came.
+    Unknown,
+}
+
+/// Tells how a transaction ended, even if its `commit()` was dropped.
+///
+/// Taken with [`TransactionGuard::outcome_handle`](crate::TransactionGuard::outcome_handle) before the commit, or
+/// found in [`CommitError::Pending`](crate::CommitError::Pending). Clones tell the same.
+#[derive(Clone)]
+pub struct OutcomeHandle {
+    receiver: watch::Receiver<Option<CommitOutcome>>,
+}
+
+impl OutcomeHandle {
+    /// Waits until the transaction has ended and says how.
+    ///
+    /// The wait lasts as long as the transaction does; put a timeout around it to bound it.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, nothing is lost: a later call gives the same answer.
+    pub async fn outcome(&self) -> CommitOutcome {
+        let mut receiver = self.receiver.clone();
+        match receiver.wait_for(Option::is_some).await {
+            Ok(outcome) => outcome.unwrap_or(CommitOutcome::Unknown),
+            // The sender always sends before it is dropped; a value it did not send is in doubt.
+            Err(_) => CommitOutcome::Unknown,
+        }
+    }
+
+    /// The outcome, if the transaction has ended already.
+    #[must_use]
+    pub fn try_outcome(&self) -> Option<CommitOutcome> {
+        *self.receiver.borrow()
+    }
+}
+
+impl fmt::Debug for OutcomeHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OutcomeHandle").field("outcome", &self.try_outcome()).finish()
+    }
+}
+
+/// The sending half: sends when it is dropped.
+pub(crate) struct OutcomeCell {
+    sender: watch::Sender<Option<CommitOutcome>>,
+    /// What would be true if nothing more happened.
+    standing: CommitOutcome,
+}
+
+impl OutcomeCell {
+    pub(crate) fn new() -> Self {
+        Self { sender: watch::Sender::new(None), standing: CommitOutcome::RolledBack }
+    }
+
+    pub(crate) fn handle(&self) -> OutcomeHandle {
+        OutcomeHandle { receiver: self.sender.subscribe() }
+    }
+
+    pub(crate) fn stands(&mut self, outcome: CommitOutcome) {
+        self.standing = outcome;
+    }
+
+    /// Tells the outcome ahead of the drop.
+    pub(crate) fn announce(&mut self, outcome: CommitOutcome) {
+        self.standing = outcome;
+        self.sender.send_replace(Some(outcome));
+    }
+}
+
+impl Drop for OutcomeCell {
+    fn drop(&mut self) {
+        self.sender.send_replace(Some(self.standing));
+    }
+}

@@ -1,0 +1,230 @@
+//! Looks at the server from beside, while somebody waits for an answer of it: to cancel what still runs after a drop, and to
+//! notice when no answer can come any more.
+//!
+//! Invariant: when a watch has ended, no cancel of it is under way any more that was acknowledged, and none will be sent.
+
+use std::pin::pin;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use futures_util::future::{Either, select};
+use tokio::runtime::Handle;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+
+use crate::backend::{Activity, Backend, Unsignalled, Wanted};
+use crate::events::TxEvent;
+use crate::slot::Shared;
+
+/// When a statement is cancelled where its reader keeps the thread too busy to look at the clock.
+const BESIDE_GRACE: Duration = Duration::from_millis(3);
+
+/// How long a cancel is given to show before it is repeated, on top of the round trip to the server: so long at first,
+/// twice as long each time, up to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(2);
+const LONGEST_PAUSE: Duration = Duration::from_millis(100);
+
+/// How long the server may wait for a client that waits for the server, before the two are known to misunderstand each
+/// other: a driver whose future was dropped in the middle of an answer may have lost its place in it. Round trips to the
+/// server come on top, since what is seen there is as old as they are.
+const IDLE_LIMIT: Duration = Duration::from_millis(50);
+const IDLE_ROUND_TRIPS: u32 = 4;
+
+/// How often a server is looked at that does not answer a caller, and how long one look may take.
+const LOOK_PAUSE: Duration = Duration::from_millis(500);
+
+/// The same after a drop.
+const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(25);
+
+/// For how long it must have been seen waiting for the client until no answer is expected any more. What was asked for last
+/// may still be under way to it; what it had to say may be under way to the client for longer, if that is much.
+pub(crate) const ANSWER_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(2) };
+pub(crate) const CATCH_UP_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(5) };
+pub(crate) const SETTLE_PATIENCE: Patience = Patience { pause: SETTLE_LOOK_PAUSE, limit: IDLE_LIMIT };
+
+/// What is said then.
+pub(crate) const OUT_OF_STEP: &str = "what a dropped statement has left behind could not be read";
+
+/// How often the server is looked at, and how long it may be seen idle.
+#[derive(Clone, Copy)]
+pub(crate) struct Patience {
+    pause: Duration,
+    limit: Duration,
+}
+
+/// Waits for an answer, or until none is to be expected: `None` if the server has waited for the client for too long.
+pub(crate) async fn unless_stuck<DB: Backend, T>(
+    shared: &Shared<DB>,
+    probe: &DB::Probe,
+    patience: Patience,
+    answer: impl Future<Output = T>,
+) -> Option<T> {
+    if !DB::LOSES_ITS_PLACE {
+        return Some(answer.await);
+    }
+    let mut answer = pin!(answer);
+    let mut idle_since = None;
+    loop {
+        if let Ok(answer) = timeout(patience.pause, answer.as_mut()).await {
+            return Some(answer);
+        }
+        let look = pin!(timeout(LOOK_PAUSE, DB::signal(&shared.canceller, &shared.options, Wanted::Look, probe)));
+        match select(answer.as_mut(), look).await {
+            Either::Left((answer, _)) => return Some(answer),
+            Either::Right((Ok(Ok(Activity::Idle)), _)) => {
+                let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > patience.limit + DB::round_trip(&shared.canceller) * IDLE_ROUND_TRIPS {
+                    return None;
+                }
+            }
+            Either::Right(_) => idle_since = None,
+        }
+    }
+}
+
+/// Cancels what still runs, when it is told to or after [`BESIDE_GRACE`], until it is told that nothing runs any more. It
+/// does so beside whoever reads the answers, because sqlx does not come back from a poll as long as there are rows to be
+/// read, and a fast server always has some.
+pub(crate) struct Watch {
+    signals: Arc<Signals>,
+    pub(crate) seen: JoinHandle<Seen>,
+}
+
+#[derive(Default)]
+struct Signals {
+    /// Whose turn it is: [`FREE`], [`CANCELLING`] or [`ENDED`].
+    turn: AtomicU8,
+    /// The answer has been waited for long enough.
+    overdue: Notify,
+    /// Nothing runs any more.
+    ended: Notify,
+}
+
+/// No cancel is under way.
+const FREE: u8 = 0;
+/// A cancel is under way.
+const CANCELLING: u8 = 1;
+/// No cancel will be sent any more.
+const ENDED: u8 = 2;
+
+/// What has become of the cancels.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// There was none, or each was acknowledged.
+    Settled,
+    /// One was not acknowledged: it may still be on its way to the session, which must not be used again.
+    Unanswered,
+    /// There is no way to cancel anything: the server has no session left for it, or does not answer.
+    Unreachable,
+    /// The server waits for the client and the client for the server.
+    Stuck,
+}
+
+impl Watch {
+    pub(crate) fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe) -> Self {
+        let signals = Arc::<Signals>::default();
+        let beside = DB::beside().unwrap_or_else(Handle::current);
+        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&signals)));
+        Self { signals, seen }
+    }
+
+    /// What runs has been waited for long enough.
+    pub(crate) fn is_overdue(&self) {
+        self.signals.overdue.notify_one();
+    }
+
+    /// Nothing runs any more. Does not wait where no cancel is under way, as after most drops.
+    pub(crate) async fn end(&mut self) -> Seen {
+        match self.signals.end() {
+            CANCELLING => (&mut self.seen).await.unwrap_or(Seen::Unanswered),
+            _ => Seen::Settled,
+        }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // Who gives up waiting for the answer to a cancel gives up the cancel.
+        if self.signals.end() == CANCELLING {
+            self.seen.abort();
+        }
+    }
+}
+
+impl Signals {
+    fn end(&self) -> u8 {
+        let was = self.turn.swap(ENDED, Ordering::AcqRel);
+        self.ended.notify_one();
+        was
+    }
+
+    /// Passes the turn on, unless all has ended.
+    fn pass(&self, from: u8, to: u8) -> bool {
+        self.turn.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
+    }
+}
+
+/// The turn stays [`CANCELLING`] after a cancel that has failed, so that whoever ends the watch asks how.
+async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, signals: Arc<Signals>) -> Seen {
+    drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
+    if !signals.pass(FREE, CANCELLING) {
+        return Seen::Settled;
+    }
+    let Some(shared) = shared.upgrade() else { return Seen::Settled };
+    shared.teller.tell(TxEvent::CancelSent);
+    let mut pause = FIRST_PAUSE;
+    let mut idle_since = None;
+    // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
+    // halfway while the session may be used again.
+    loop {
+        let cancelled = DB::signal(&shared.canceller, &shared.options, Wanted::Cancel, &probe).await;
+        let round_trip = DB::round_trip(&shared.canceller);
+        match cancelled {
+            Ok(Activity::Unseen) => idle_since = None,
+            Ok(Activity::Idle) => {
+                let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > IDLE_LIMIT + round_trip * IDLE_ROUND_TRIPS {
+                    return Seen::Stuck;
+                }
+            }
+            Err(Unsignalled::Unanswered) => return Seen::Unanswered,
+            Err(Unsignalled::Unreachable) => return Seen::Unreachable,
+        }
+        if !signals.pass(CANCELLING, FREE) {
+            return Seen::Settled;
+        }
+        drop(timeout(pause + round_trip, signals.ended.notified()).await);
+        if !signals.pass(FREE, CANCELLING) {
+            return Seen::Settled;
+        }
+        pause = (pause * 2).min(LONGEST_PAUSE);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::sync::oneshot;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn who_gives_up_waiting_for_the_answer_to_a_cancel_gives_up_the_cancel() {
+        let (held, released) = oneshot::channel::<()>();
+        let signals = Arc::new(Signals { turn: AtomicU8::new(CANCELLING), ..Signals::default() });
+        // A cancel on its way to a server that does not answer.
+        let seen = tokio::spawn(async move {
+            let _held = held;
+            pending().await
+        });
+        let mut watch = Watch { signals, seen };
+        assert!(timeout(Duration::from_millis(10), watch.end()).await.is_err(), "nobody has answered");
+        watch.signals.turn.store(CANCELLING, Ordering::Release);
+        drop(watch);
+        let released = timeout(Duration::from_secs(10), released).await;
+        assert!(released.expect("the cancel goes on").is_err());
+    }
+}

@@ -1,0 +1,75 @@
+//! How many transactions of a pool are under way, so that closing it can wait for them.
+//!
+//! Invariant: a transaction is counted from before anything is sent for it until the last who has to do with it is done.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use tokio::sync::watch;
+
+/// How many transactions of a pool are under way.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Load {
+    /// In the hands of their users.
+    pub(crate) open: usize,
+    /// Being committed or rolled back.
+    pub(crate) settling: usize,
+    closed: bool,
+}
+
+/// Counts the transactions of a pool, so that closing it can wait for them.
+#[derive(Debug, Default)]
+pub(crate) struct Work(watch::Sender<Load>);
+
+impl Work {
+    pub(crate) fn is_closed(&self) -> bool {
+        self.0.borrow().closed
+    }
+
+    pub(crate) fn close(&self) {
+        self.0.send_modify(|load| load.closed = true);
+    }
+
+    pub(crate) fn load(&self) -> Load {
+        *self.0.borrow()
+    }
+
+    /// Waits until no transaction is under way.
+    pub(crate) async fn idle(&self) {
+        // The sender is borrowed here, so it is not gone and the wait cannot fail.
+        drop(self.0.subscribe().wait_for(|load| load.open + load.settling == 0).await);
+    }
+}
+
+/// One transaction's place in the count, kept until the last who has to do with it is done.
+pub(crate) struct Ticket {
+    work: Arc<Work>,
+    settling: AtomicBool,
+}
+
+impl Ticket {
+    pub(crate) fn new(work: &Arc<Work>) -> Arc<Self> {
+        work.0.send_modify(|load| load.open += 1);
+        Arc::new(Self { work: Arc::clone(work), settling: AtomicBool::new(false) })
+    }
+
+    /// Moves the transaction from its user's hands to ours.
+    pub(crate) fn settling(&self) {
+        if !self.settling.swap(true, Ordering::Relaxed) {
+            self.work.0.send_modify(|load| {
+                load.open -= 1;
+                load.settling += 1;
+            });
+        }
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let settling = *self.settling.get_mut();
+        self.work.0.send_modify(|load| match settling {
+            true => load.settling -= 1,
+            false => load.open -= 1,
+        });
+    }
+}
