@@ -19,6 +19,7 @@ mod mariadb;
 mod missing;
 mod operations;
 mod other_sqlx;
+mod pgbouncer;
 mod postgres;
 mod server;
 mod suite;
@@ -51,8 +52,8 @@ struct CommandLine {
 enum Task {
     /// Check everything, in order, and stop at the first failure with the command that repeats it
     ///
-    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL and MariaDB, which are installed when this is
-    /// Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, MariaDB and PgBouncer, which are installed when
+    /// this is Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
     Ci {
         /// Only these sections; all of them when none is named
         #[arg(value_enum)]
@@ -60,7 +61,7 @@ enum Task {
     },
     /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB where they need one
     ///
-    /// The servers are started in temporary directories and removed afterwards. To use one of your own, set
+    /// The servers, and a PgBouncer in front of PostgreSQL, are started in temporary directories and removed afterwards. To use one of your own, set
     /// CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the tests then run in a schema, or a database, of
     /// theirs, which is dropped at the end.
     Test {
@@ -203,7 +204,7 @@ fn run(task: Task) -> Result<(), Failure> {
                 bench = bench.args(["--benches"]);
             }
             let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
-            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted })?;
+            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted, pgbouncer: false })?;
             databases.tell(bench).arg("--").args(&arguments).run()
         }
     }

@@ -20,6 +20,7 @@ use crate::workspace::{BENCHES, OPERATIONS, Package, UMBRELLA, Workspace};
 /// The crates whose tests talk to a server, by directory.
 const ON_POSTGRES: [&str; 2] = [UMBRELLA, "tx-guard"];
 const ON_MYSQL: [&str; 1] = ["tx-guard"];
+const ON_PGBOUNCER: [&str; 1] = ["tx-guard"];
 
 /// The crates whose tests tamper with system calls and cut the power of a disk.
 const ON_FAULTS: [&str; 2] = ["atomic-fs", "resumable"];
@@ -146,7 +147,11 @@ impl Chosen<'_> {
         if self.has_some_of(&ON_FAULTS) {
             missing::see_to_tools();
         }
-        let wanted = Wanted { postgres: self.has_some_of(&ON_POSTGRES), mysql: self.has_some_of(&ON_MYSQL) };
+        let wanted = Wanted {
+            postgres: self.has_some_of(&ON_POSTGRES),
+            mysql: self.has_some_of(&ON_MYSQL),
+            pgbouncer: self.has_some_of(&ON_PGBOUNCER),
+        };
         // Kept until the tests have ended.
         let databases = Databases::for_tests(wanted)?;
         databases.tell(run).arg("--").args(self.arguments).run_lines(|line| tally.read(line))
