@@ -20,10 +20,12 @@ use tokio::time::{sleep, timeout};
 use crate::backend::{Activity, Options, Unsignalled, Wanted};
 use crate::open::SETTLE_LIMIT;
 
-/// How long the warm connection may take to answer, round trips apart, before a new one is opened in its stead. It may have
-/// been idle for hours, and firewalls forget such connections without telling either end.
+/// How long the warm connection may take to answer before a new one is opened in its stead: so long, and some round trips,
+/// and something for each session that is signalled. It may have been idle for hours, and firewalls forget such connections
+/// without telling either end.
 const WARM_LIMIT: Duration = Duration::from_millis(500);
 const WARM_ROUND_TRIPS: u32 = 4;
+const SIGNAL_LIMIT: Duration = Duration::from_millis(1);
 
 /// How many sessions one message signals at most.
 const BATCH: usize = 1_000;
@@ -241,7 +243,8 @@ impl<DB: Signals> Inner<DB> {
         let mut warm = self.warm.lock().await;
         let mut in_doubt = false;
         if let Some(mut taken) = warm.take() {
-            let limit = WARM_LIMIT + self.round_trip() * WARM_ROUND_TRIPS;
+            let count = u32::try_from(sessions.len()).unwrap_or(u32::MAX);
+            let limit = WARM_LIMIT + self.round_trip() * WARM_ROUND_TRIPS + SIGNAL_LIMIT.saturating_mul(count);
             if let Ok(Ok(answer)) = timeout(limit, self.send(&mut taken, wanted, sessions)).await {
                 *warm = Some(taken);
                 return Ok(answer);

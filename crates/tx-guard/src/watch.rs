@@ -27,16 +27,17 @@ const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
 /// How long the server may wait for a client that waits for the server, before the two are known to misunderstand each
-/// other: a driver whose future was dropped in the middle of an answer may have lost its place in it. Round trips to the
-/// server come on top, since what is seen there is as old as they are.
-const IDLE_LIMIT: Duration = Duration::from_millis(50);
+/// other: a driver whose future was dropped in the middle of an answer may have lost its place in it. Long, because a
+/// client whose machine is busy looks the same. Round trips to the server come on top, since what is seen there is as old as
+/// they are.
+const IDLE_LIMIT: Duration = Duration::from_millis(500);
 const IDLE_ROUND_TRIPS: u32 = 4;
 
 /// How often a server is looked at that does not answer a caller, and how long one look may take.
 const LOOK_PAUSE: Duration = Duration::from_millis(500);
 
 /// The same after a drop.
-const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(25);
+const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(100);
 
 /// For how long it must have been seen waiting for the client until no answer is expected any more. What was asked for last
 /// may still be under way to it; what it had to say may be under way to the client for longer, if that is much.

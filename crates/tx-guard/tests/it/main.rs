@@ -8,6 +8,7 @@ mod cancel_less;
 mod cancel_pool;
 mod commit;
 mod contract;
+mod ends;
 mod example;
 mod faults;
 mod fuzz;

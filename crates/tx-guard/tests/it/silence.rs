@@ -18,19 +18,19 @@ use crate::commit::works_as_before;
 use crate::world::{PATIENCE, TestDb, World, eventually, mostly_within};
 
 /// Stands before the server and numbers the connections. A silent one is neither closed nor served.
-struct Door {
-    through: PgConnectOptions,
+pub(crate) struct Door {
+    pub(crate) through: PgConnectOptions,
     silent: watch::Sender<HashSet<usize>>,
     ended: Arc<Mutex<HashSet<usize>>>,
     task: JoinHandle<()>,
 }
 
 /// The number of the first session of a pool, and of its connection for cancelling.
-const SESSION: usize = 0;
+pub(crate) const SESSION: usize = 0;
 const CANCELLER: usize = 1;
 
 impl Door {
-    async fn open(options: &PgConnectOptions) -> Self {
+    pub(crate) async fn open(options: &PgConnectOptions) -> Self {
         let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let through = options.clone().host("127.0.0.1").port(door.local_addr().unwrap().port());
         let server = (options.get_host().to_owned(), options.get_port());
@@ -47,7 +47,7 @@ impl Door {
         Self { through, silent, ended, task }
     }
 
-    fn silence(&self, number: usize) {
+    pub(crate) fn silence(&self, number: usize) {
         self.silent.send_modify(|silent| assert!(silent.insert(number)));
     }
 
@@ -82,7 +82,7 @@ async fn serve(
     ended.lock().unwrap().insert(number);
 }
 
-fn builder() -> TxPoolBuilder<Postgres> {
+pub(crate) fn builder() -> TxPoolBuilder<Postgres> {
     TxPool::<Postgres>::builder().max_connections(1)
 }
 
