@@ -160,6 +160,7 @@ mod mysql;
 mod open;
 mod outcome;
 mod pool;
+mod pooler;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod run;
@@ -178,4 +179,5 @@ pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use pooler::PoolerMode;
 pub use run::{Retry, Tx};

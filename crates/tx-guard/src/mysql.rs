@@ -23,6 +23,7 @@ use crate::backend::{
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
+use crate::pooler::PoolerMode;
 use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -161,7 +162,7 @@ impl Driver for MySql {
         }
     }
 
-    async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
+    async fn probe(conn: &mut MySqlConnection, _: PoolerMode) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = identify(conn, false).await?;
         if !identity.read_only {
             Self::run_sql(conn, HOLD.to_owned()).await?;

@@ -16,6 +16,7 @@ use crate::drive::Driven;
 use crate::events::TxEvents;
 use crate::open::{Open, SETTLE_LIMIT};
 use crate::outcome::OutcomeCell;
+use crate::pooler::PoolerMode;
 use crate::session::Manager;
 use crate::slot::{Limits, Shared, Slot, Source};
 use crate::work::Ticket;
@@ -87,6 +88,7 @@ impl<DB: Backend> TxPool<DB> {
             max_connections: MAX_CONNECTIONS,
             acquire_timeout: ACQUIRE_TIMEOUT,
             connect_timeout: CONNECT_TIMEOUT,
+            pooler: PoolerMode::None,
         };
         TxPoolBuilder { limits, commit_mode: CommitMode::default(), database: PhantomData }
     }
@@ -308,6 +310,12 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
+    /// What there is between the pool and the server. Default [`PoolerMode::None`].
+    pub fn pooler(mut self, mode: PoolerMode) -> Self {
+        self.limits.pooler = mode;
+        self
+    }
+
     /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
     /// [`CommitMode::Verified`].
     pub fn commit_mode(mut self, mode: CommitMode) -> Self {
@@ -364,8 +372,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
-        let options = Arc::new(options);
-        let manager = Manager::new(Arc::clone(&options), max_size, self.limits.connect_timeout);
+        let options = Arc::new(self.through_what_is_there(options).await?);
+        let manager = Manager::new(Arc::clone(&options), max_size, &self.limits);
         let sessions = managed::Pool::builder(manager)
             .max_size(max_size)
             .wait_timeout(Some(self.limits.acquire_timeout))
@@ -387,6 +395,23 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         // It was not in a transaction yet.
         drop(first);
         Ok(TxPool { shared })
+    }
+
+    /// The options for what is between here and the server, or an error if that is something else than was said.
+    async fn through_what_is_there(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
+        if self.limits.pooler == PoolerMode::Transaction {
+            return match DB::HAS_POOLERS {
+                true => Ok(DB::for_a_pooler(options)),
+                false => {
+                    Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
+                }
+            };
+        }
+        match timeout(self.limits.connect_timeout, DB::is_pooled(&options)).await {
+            Ok(Ok(true)) => Err(TxError::Pooler { target: DB::target(&options) }),
+            // What does not work now does not work when the first session is opened, or there was no room for a second one.
+            Ok(Ok(false) | Err(_)) | Err(_) => Ok(options),
+        }
     }
 }
 

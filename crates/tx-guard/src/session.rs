@@ -18,6 +18,8 @@ use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, Options};
 use crate::drive::Driven;
+use crate::pooler::PoolerMode;
+use crate::slot::Limits;
 
 /// A connection that was used within this time is not asked whether it still lives.
 const FRESH: Duration = Duration::from_secs(1);
@@ -37,9 +39,13 @@ pub(crate) struct Session<DB: Backend> {
 }
 
 impl<DB: Backend> Session<DB> {
-    async fn open(options: Arc<Options<DB>>, permit: OwnedSemaphorePermit) -> Result<Self, sqlx::Error> {
+    async fn open(
+        options: Arc<Options<DB>>,
+        pooler: PoolerMode,
+        permit: OwnedSemaphorePermit,
+    ) -> Result<Self, sqlx::Error> {
         let mut conn = options.connect().await?;
-        let probe = DB::probe(&mut conn).await?;
+        let probe = DB::probe(&mut conn, pooler).await?;
         Ok(Self {
             conn,
             probe,
@@ -53,9 +59,10 @@ impl<DB: Backend> Session<DB> {
     async fn open_within(
         limit: Duration,
         options: Arc<Options<DB>>,
+        pooler: PoolerMode,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, sqlx::Error> {
-        timeout(limit, Self::open(options, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+        timeout(limit, Self::open(options, pooler, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
     /// The session was in use until now.
@@ -101,6 +108,7 @@ impl Drop for Home {
 pub(crate) struct Manager<DB: Backend> {
     options: Arc<Options<DB>>,
     connect_timeout: Duration,
+    pooler: PoolerMode,
     permits: Arc<Semaphore>,
     spares: Arc<Spares<DB>>,
 }
@@ -131,10 +139,11 @@ impl<DB: Backend> Spares<DB> {
 }
 
 impl<DB: Backend> Manager<DB> {
-    pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, connect_timeout: Duration) -> Self {
+    pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, limits: &Limits) -> Self {
         let spares = Spares { sessions: Mutex::new(Some(Vec::new())), arrived: Notify::new() };
         let permits = Arc::new(Semaphore::new(max_sessions));
-        Self { options, connect_timeout, permits, spares: Arc::new(spares) }
+        let Limits { connect_timeout, pooler, .. } = *limits;
+        Self { options, connect_timeout, pooler, permits, spares: Arc::new(spares) }
     }
 
     /// Takes the sessions away for which nobody waits any more.
@@ -182,7 +191,7 @@ impl<DB: Backend> managed::Manager for Manager<DB> {
             }
         };
         let spares = Arc::downgrade(&self.spares);
-        let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), permit);
+        let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), self.pooler, permit);
         Driven::new(Handle::current(), opening)
             .or_late(move |opened| {
                 // A pool that is gone needs no spare: the session closes as it is dropped.

@@ -15,6 +15,7 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::backend::{Backend, CommitMode, Options};
 use crate::events::Teller;
+use crate::pooler::PoolerMode;
 use crate::session::Manager;
 use crate::work::Work;
 use crate::{CloseReport, TxError};
@@ -41,6 +42,7 @@ pub(crate) struct Limits {
     pub(crate) max_connections: u32,
     pub(crate) acquire_timeout: Duration,
     pub(crate) connect_timeout: Duration,
+    pub(crate) pooler: PoolerMode,
 }
 
 impl<DB: Backend> Shared<DB> {

@@ -22,6 +22,7 @@ mod mysql;
 mod nested;
 mod network;
 mod outage;
+mod pooler;
 mod prop;
 mod proxy;
 mod relied;
