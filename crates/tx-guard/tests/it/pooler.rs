@@ -25,18 +25,19 @@ const SESSIONS: usize = 150;
 
 /// What is left on the session of this transaction. The pooler itself gives each session the first five of its client, and
 /// the last one to those of a server that the user has named.
-const LEFT: &str = "SELECT name || ' = ' || setting FROM pg_settings WHERE source = 'session' AND name NOT IN
+pub(crate) const LEFT: &str =
+    "SELECT name || ' = ' || setting FROM pg_settings WHERE source = 'session' AND name NOT IN
         ('client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings', 'application_name', 'search_path')
     UNION ALL SELECT 'the prepared statement ' || name || ': ' || statement FROM pg_prepared_statements
     UNION ALL SELECT 'an advisory lock' FROM pg_locks WHERE locktype = 'advisory' AND pid = pg_backend_pid()";
 
-fn options() -> PgConnectOptions {
+pub(crate) fn options() -> PgConnectOptions {
     url(PGBOUNCER).parse::<PgConnectOptions>().unwrap().statement_cache_capacity(0)
 }
 
 /// Has one transaction on each session of the pooler at the same time, runs `sql` in each, and gives all the texts that
 /// come back.
-async fn visit_all(sql: &'static str) -> Vec<String> {
+pub(crate) async fn visit_all(sql: &'static str) -> Vec<String> {
     let visits = stream::iter(0..SESSIONS).map(async |_| {
         let mut conn = options().connect().await.unwrap();
         Postgres::execute(&mut conn, "BEGIN".to_owned()).await.unwrap();
@@ -87,6 +88,12 @@ impl Neighbour {
     }
 }
 
+/// Nobody else uses the pooler.
+pub(crate) async fn alone() -> MutexGuard<'static, ()> {
+    static ALONE: Mutex<()> = Mutex::const_new(());
+    ALONE.lock().await
+}
+
 /// A pool behind the pooler, with neighbours. One at a time, because they have all sessions at their ends.
 struct Pooled {
     world: World<Postgres>,
@@ -98,8 +105,7 @@ struct Pooled {
 
 impl Pooled {
     async fn new(connections: u32) -> Self {
-        static ALONE: Mutex<()> = Mutex::const_new(());
-        let alone = ALONE.lock().await;
+        let alone = alone().await;
         let (world, theirs) = (World::new().await, World::new().await);
         let pool = TxPool::builder().max_connections(connections).pooler(PoolerMode::Transaction);
         let db = pool.connect_with(url(PGBOUNCER).parse().unwrap()).await.unwrap();
