@@ -7,6 +7,7 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
@@ -39,6 +40,8 @@ pub enum Isolation {
 pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
+    /// The lock for writing is taken at once, where there is one for the whole database.
+    pub(crate) immediate: bool,
     /// How long the transaction may still last.
     #[cfg_attr(
         not(any(feature = "postgres", feature = "mysql")),
@@ -132,7 +135,7 @@ pub trait Driver: Database {
     type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
-    type Canceller: Default + Send + Sync + 'static;
+    type Canceller: Default + Clone + Send + Sync + 'static;
 
     /// Describes where the options lead to, without credentials.
     fn target(options: &Options<Self>) -> String;
@@ -140,20 +143,17 @@ pub trait Driver: Database {
     /// Says which kind of failure an error of opening a connection is.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
 
-    /// Whether connections with these options share their sessions with others. Leaves nothing behind.
-    fn is_pooled(_: &Options<Self>) -> impl Future<Output = Result<bool, sqlx::Error>> + Send {
-        async { Ok(false) }
-    }
-
     /// The options for connections that share their sessions with others.
     fn for_a_pooler(options: Options<Self>) -> Options<Self> {
         options
     }
 
-    /// Makes the settings of a session of our own, and learns what `cancel` will need.
+    /// Makes the settings of a session of our own, and learns what `cancel` will need. The first session of a pool is
+    /// compared with that of the connection for cancelling before.
     fn probe(
         conn: &mut Self::Connection,
         pooler: PoolerMode,
+        first: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
@@ -183,8 +183,8 @@ pub trait Driver: Database {
     /// Runs SQL of our own that has no result.
     fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Whether the same transaction, run again, may well succeed.
-    fn is_transient(error: &sqlx::Error) -> bool;
+    /// Whether the same transaction, run again, may well succeed. Never so of an error of another database.
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool;
 
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;

@@ -57,7 +57,9 @@
 //! # }
 //! ```
 //!
-//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`].
+//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`]; where
+//! the future of a closure is not "general enough" to be sent, [`Tx::run_boxed`] or [`Tx::attempts`]. The same options
+//! hold for a guard in hand: [`Tx::begin`].
 //!
 //! # Guarantees
 //!
@@ -145,10 +147,13 @@
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
+mod attempts;
 mod backend;
+mod boxed;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
+mod deadline;
 mod drive;
 mod error;
 mod events;
@@ -163,21 +168,28 @@ mod pool;
 mod pooler;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod retry;
 mod run;
+mod said;
 mod session;
 mod settle;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod transient;
+mod tx;
 mod watch;
 mod work;
 
+pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
-
+pub use boxed::{BoxedWork, TxRef};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use pooler::PoolerMode;
-pub use run::{Retry, Tx};
+pub use retry::Retry;
+pub use transient::is_transient;
+pub use tx::Tx;

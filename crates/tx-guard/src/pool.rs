@@ -106,7 +106,14 @@ impl<DB: Backend> TxPool<DB> {
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         let options = pool.connect_options();
-        Self { shared: Arc::new(Shared::new(Source::Wrapped(pool), options, CommitMode::default())) }
+        Self {
+            shared: Arc::new(Shared::new(
+                Source::Wrapped(pool),
+                options,
+                DB::Canceller::default(),
+                CommitMode::default(),
+            )),
+        }
     }
 
     /// Begins a transaction.
@@ -372,8 +379,10 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
-        let options = Arc::new(self.through_what_is_there(options).await?);
-        let manager = Manager::new(Arc::clone(&options), max_size, &self.limits);
+        let options = Arc::new(self.through_a_pooler(options)?);
+        let canceller = DB::Canceller::default();
+        let Limits { connect_timeout, pooler, .. } = self.limits;
+        let manager = Manager::new(Arc::clone(&options), max_size, connect_timeout, pooler, canceller.clone());
         let sessions = managed::Pool::builder(manager)
             .max_size(max_size)
             .wait_timeout(Some(self.limits.acquire_timeout))
@@ -383,7 +392,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             .build()
             .map_err(|_| invalid("acquire_timeout", "timeouts need a runtime"))?;
         let source = Source::Owned { sessions, limits: self.limits };
-        let shared = Arc::new(Shared::new(source, options, self.commit_mode));
+        let shared = Arc::new(Shared::new(source, options, canceller, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let first = shared.acquire(None).await?;
         let target = || DB::target(&shared.options);
@@ -397,20 +406,14 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         Ok(TxPool { shared })
     }
 
-    /// The options for what is between here and the server, or an error if that is something else than was said.
-    async fn through_what_is_there(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
-        if self.limits.pooler == PoolerMode::Transaction {
-            return match DB::HAS_POOLERS {
-                true => Ok(DB::for_a_pooler(options)),
-                false => {
-                    Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
-                }
-            };
-        }
-        match timeout(self.limits.connect_timeout, DB::is_pooled(&options)).await {
-            Ok(Ok(true)) => Err(TxError::Pooler { target: DB::target(&options) }),
-            // What does not work now does not work when the first session is opened, or there was no room for a second one.
-            Ok(Ok(false) | Err(_)) | Err(_) => Ok(options),
+    /// The options for what there is between here and the server.
+    fn through_a_pooler(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
+        match self.limits.pooler {
+            PoolerMode::None => Ok(options),
+            PoolerMode::Transaction if DB::HAS_POOLERS => Ok(DB::for_a_pooler(options)),
+            PoolerMode::Transaction => {
+                Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
+            }
         }
     }
 }

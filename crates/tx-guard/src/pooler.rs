@@ -8,8 +8,9 @@
 pub enum PoolerMode {
     /// Nothing: each connection has a session of its own, as also behind a pooler in session mode.
     ///
-    /// On PostgreSQL it is looked at when the pool is opened, over two connections that are closed again. A server behind
-    /// a pooler in transaction mode is refused with [`TxError::Pooler`](crate::TxError::Pooler).
+    /// On PostgreSQL it is looked at when the pool is opened: its first connection and the one for cancelling are asked for
+    /// their sessions in turn. A pooler in transaction mode is refused with
+    /// [`TxError::Pooler`](crate::TxError::Pooler), before anything was set.
     #[default]
     None,
     /// A pooler that gives each transaction another session, such as PgBouncer with `pool_mode = transaction`. PostgreSQL

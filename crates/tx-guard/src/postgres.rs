@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::error::DatabaseError;
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
@@ -34,6 +35,9 @@ const ROLLBACK_ATTEMPTS: usize = 16;
 
 /// How much later than the client the server ends a session whose transaction lasts too long, in milliseconds.
 const SESSION_MARGIN: u128 = 1_000;
+
+/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+const STATEMENT_MARGIN: u128 = 250;
 
 /// The largest timeout the server takes, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
@@ -105,8 +109,11 @@ impl Driver for Postgres {
         match &source {
             sqlx::Error::Database(error) => match error.code().as_deref() {
                 Some("3D000") => TxError::MissingDatabase { target, source },
+                Some("53300") => TxError::TooManySessions { target, source },
+                Some("57P01" | "57P02" | "57P03") => TxError::NotReady { target, source },
                 _ => TxError::Refused { target, source },
             },
+            sqlx::Error::Configuration(reason) if pooled::is_refused(&**reason) => TxError::Pooler { target },
             sqlx::Error::Configuration(_) => {
                 TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
             }
@@ -114,17 +121,20 @@ impl Driver for Postgres {
         }
     }
 
-    async fn is_pooled(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
-        pooled::is_there(options).await
-    }
-
     fn for_a_pooler(options: PgConnectOptions) -> PgConnectOptions {
         options.statement_cache_capacity(0)
     }
 
-    async fn probe(conn: &mut PgConnection, pooler: PoolerMode) -> Result<Place, sqlx::Error> {
+    async fn probe(
+        conn: &mut PgConnection,
+        pooler: PoolerMode,
+        first: Option<(&Self::Canceller, &Arc<PgConnectOptions>)>,
+    ) -> Result<Place, sqlx::Error> {
         if pooler == PoolerMode::Transaction {
             return Ok(Place::pooled());
+        }
+        if let Some((canceller, options)) = first {
+            pooled::refuse(conn, canceller, options).await?;
         }
         if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
@@ -167,9 +177,8 @@ impl Driver for Postgres {
     }
 
     /// 40001 is a serialization failure, 40P01 a deadlock.
-    fn is_transient(error: &sqlx::Error) -> bool {
-        let code = error.as_database_error().and_then(|e| e.code());
-        matches!(code.as_deref(), Some("40001" | "40P01"))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        error.try_downcast_ref::<PgDatabaseError>().is_some_and(|error| matches!(error.code(), "40001" | "40P01"))
     }
 
     fn is_lost(conn: &PgConnection, _: &Place) -> bool {
@@ -313,10 +322,11 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
         sql.push_str("; SET LOCAL client_connection_check_interval = '500ms'");
     }
     if let Some(remaining) = mode.remaining {
-        // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
-        // those that end the whole session come later than what the client does by itself.
-        let limit = remaining.as_millis().clamp(1, LONGEST_LIMIT);
-        let margin = (limit + SESSION_MARGIN).min(LONGEST_LIMIT);
+        // The server's own limits only matter when the client is gone or hangs, so they come later than what the client
+        // does by itself. Rounded up, because a limit that comes a moment sooner is told as another error.
+        let rest = remaining.as_micros().div_ceil(1_000);
+        let limit = (rest + STATEMENT_MARGIN).min(LONGEST_LIMIT);
+        let margin = (rest + SESSION_MARGIN).min(LONGEST_LIMIT);
         sql.push_str(&format!("; SET LOCAL statement_timeout = {limit}"));
         sql.push_str(&format!("; SET LOCAL idle_in_transaction_session_timeout = {margin}"));
         if version.is_some_and(|version| version >= 17_00_00) {
@@ -391,7 +401,7 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let ours = Postgres::probe(&mut conn, PoolerMode::None).await.unwrap();
+        let ours = Postgres::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         let backend = ours.backend();
         let before = Place::own(BackendId { started: backend.started - 1, ..backend });
 

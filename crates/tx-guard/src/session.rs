@@ -19,7 +19,6 @@ use tokio::time::{Instant, timeout};
 use crate::backend::{Backend, Options};
 use crate::drive::Driven;
 use crate::pooler::PoolerMode;
-use crate::slot::Limits;
 
 /// A connection that was used within this time is not asked whether it still lives.
 const FRESH: Duration = Duration::from_secs(1);
@@ -42,10 +41,11 @@ impl<DB: Backend> Session<DB> {
     async fn open(
         options: Arc<Options<DB>>,
         pooler: PoolerMode,
+        first: Option<DB::Canceller>,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, sqlx::Error> {
         let mut conn = options.connect().await?;
-        let probe = DB::probe(&mut conn, pooler).await?;
+        let probe = DB::probe(&mut conn, pooler, first.as_ref().map(|canceller| (canceller, &options))).await?;
         Ok(Self {
             conn,
             probe,
@@ -60,9 +60,10 @@ impl<DB: Backend> Session<DB> {
         limit: Duration,
         options: Arc<Options<DB>>,
         pooler: PoolerMode,
+        first: Option<DB::Canceller>,
         permit: OwnedSemaphorePermit,
     ) -> Result<Self, sqlx::Error> {
-        timeout(limit, Self::open(options, pooler, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
+        timeout(limit, Self::open(options, pooler, first, permit)).await.unwrap_or(Err(sqlx::Error::PoolTimedOut))
     }
 
     /// The session was in use until now.
@@ -109,6 +110,8 @@ pub(crate) struct Manager<DB: Backend> {
     options: Arc<Options<DB>>,
     connect_timeout: Duration,
     pooler: PoolerMode,
+    /// For the first session, which is compared with that of the connection for cancelling.
+    first: Mutex<Option<DB::Canceller>>,
     permits: Arc<Semaphore>,
     spares: Arc<Spares<DB>>,
 }
@@ -139,11 +142,17 @@ impl<DB: Backend> Spares<DB> {
 }
 
 impl<DB: Backend> Manager<DB> {
-    pub(crate) fn new(options: Arc<Options<DB>>, max_sessions: usize, limits: &Limits) -> Self {
+    pub(crate) fn new(
+        options: Arc<Options<DB>>,
+        max_sessions: usize,
+        connect_timeout: Duration,
+        pooler: PoolerMode,
+        canceller: DB::Canceller,
+    ) -> Self {
         let spares = Spares { sessions: Mutex::new(Some(Vec::new())), arrived: Notify::new() };
         let permits = Arc::new(Semaphore::new(max_sessions));
-        let Limits { connect_timeout, pooler, .. } = *limits;
-        Self { options, connect_timeout, pooler, permits, spares: Arc::new(spares) }
+        let first = Mutex::new(Some(canceller));
+        Self { options, connect_timeout, pooler, first, permits, spares: Arc::new(spares) }
     }
 
     /// Takes the sessions away for which nobody waits any more.
@@ -191,7 +200,9 @@ impl<DB: Backend> managed::Manager for Manager<DB> {
             }
         };
         let spares = Arc::downgrade(&self.spares);
-        let opening = Session::<DB>::open_within(self.connect_timeout, Arc::clone(&self.options), self.pooler, permit);
+        let first = self.first.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let (limit, options) = (self.connect_timeout, Arc::clone(&self.options));
+        let opening = Session::<DB>::open_within(limit, options, self.pooler, first, permit);
         Driven::new(Handle::current(), opening)
             .or_late(move |opened| {
                 // A pool that is gone needs no spare: the session closes as it is dropped.

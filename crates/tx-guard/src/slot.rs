@@ -46,8 +46,13 @@ pub(crate) struct Limits {
 }
 
 impl<DB: Backend> Shared<DB> {
-    pub(crate) fn new(source: Source<DB>, options: Arc<Options<DB>>, commit_mode: CommitMode) -> Self {
-        let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
+    pub(crate) fn new(
+        source: Source<DB>,
+        options: Arc<Options<DB>>,
+        canceller: DB::Canceller,
+        commit_mode: CommitMode,
+    ) -> Self {
+        let known = DB::Known::default();
         Self { source, options, commit_mode, known, canceller, work: Arc::default(), teller: Teller::new() }
     }
 

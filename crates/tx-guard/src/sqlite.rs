@@ -7,7 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::error::DatabaseError;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteError};
 use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnection};
 use sqlx_core::transaction::TransactionManager;
 
@@ -93,7 +94,11 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn probe(conn: &mut SqliteConnection, _: PoolerMode) -> Result<Arc<Hooks>, sqlx::Error> {
+    async fn probe(
+        conn: &mut SqliteConnection,
+        _: PoolerMode,
+        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;
         handle.set_progress_handler(PROGRESS_OPS, {
@@ -112,7 +117,7 @@ impl Driver for Sqlite {
     }
 
     async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
-        Self::probe(conn, PoolerMode::None).await
+        Self::probe(conn, PoolerMode::None, None).await
     }
 
     async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
@@ -122,7 +127,7 @@ impl Driver for Sqlite {
     /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
     /// transaction that has read before its first write could not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
-        let write = mode.isolation == Some(Isolation::Serializable) && !mode.read_only;
+        let write = (mode.immediate || mode.isolation == Some(Isolation::Serializable)) && !mode.read_only;
         let statement = write.then(|| "BEGIN IMMEDIATE".into_sql_str());
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.rolled_back.store(false, Ordering::Release);
@@ -139,8 +144,9 @@ impl Driver for Sqlite {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
-    fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(primary_code(error), Some(SQLITE_BUSY | SQLITE_LOCKED))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        let primary = error.try_downcast_ref::<SqliteError>().and_then(|error| primary_code_of(error));
+        matches!(primary, Some(SQLITE_BUSY | SQLITE_LOCKED))
     }
 
     fn is_lost(conn: &SqliteConnection, hooks: &Arc<Hooks>) -> bool {
@@ -247,7 +253,11 @@ fn tolerate<T>(result: Result<T, sqlx::Error>) -> Result<(), sqlx::Error> {
 
 /// The extended codes carry the primary one in their low byte.
 fn primary_code(error: &sqlx::Error) -> Option<u32> {
-    error.as_database_error()?.code()?.parse::<u32>().ok().map(|code| code & 0xff)
+    primary_code_of(error.as_database_error()?)
+}
+
+fn primary_code_of(error: &dyn DatabaseError) -> Option<u32> {
+    error.code()?.parse::<u32>().ok().map(|code| code & 0xff)
 }
 
 #[cfg(test)]
@@ -262,7 +272,7 @@ mod tests {
     #[tokio::test]
     async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn, PoolerMode::None).await.unwrap();
+        let hooks = Sqlite::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
         // SQLite has rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();

@@ -5,11 +5,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use futures_util::future::try_join;
 use sqlx::postgres::{PgConnectOptions, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
 use super::BackendId;
+use crate::canceller::Canceller;
 
 /// sqlx gives the statements it prepares names that are the same on each connection, and behind a pooler they would outlive
 /// the transaction. Prepared statements are in no transaction, so it does not matter how the one ends that takes them away.
@@ -79,19 +79,42 @@ fn session(row: &PgRow) -> Result<(i32, i64), sqlx::Error> {
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
-/// Whether connections share sessions. Two that are open at the same time are asked in turn: behind a pooler they mostly
-/// have the same session, and if others are busy there, they have a new one each time.
-pub(crate) async fn is_there(options: &PgConnectOptions) -> Result<bool, sqlx::Error> {
-    let (mut one, mut two) = try_join(options.connect(), options.connect()).await?;
-    let (mut of_one, mut of_two) = (Vec::new(), Vec::new());
+/// Why a connection is not used: the pool was not told of the pooler that is behind it.
+#[derive(Debug, thiserror::Error)]
+#[error("it is behind a pooler that gives each transaction another session")]
+struct Refused;
+
+pub(crate) fn is_refused(reason: &(dyn std::error::Error + Send + Sync + 'static)) -> bool {
+    reason.is::<Refused>()
+}
+
+/// Fails where connections share sessions, and leaves nothing behind. The first connection of a pool and that for cancelling
+/// are asked in turn: behind a pooler they mostly have the same session, and if others are busy there, they have a new one
+/// each time.
+pub(crate) async fn refuse(
+    conn: &mut PgConnection,
+    canceller: &Canceller<Postgres>,
+    options: &Arc<PgConnectOptions>,
+) -> Result<(), sqlx::Error> {
+    // Whoever opens the pool hears of it if the connection for cancelling cannot be opened.
+    if canceller.warm(options).await.is_err() {
+        return Ok(());
+    }
+    let (mut ours, mut beside) = (Vec::new(), Vec::new());
     for _ in 0..QUESTIONS {
-        of_one.push(session(&sqlx::raw_sql(WHO).fetch_one(&mut one).await?)?);
-        of_two.push(session(&sqlx::raw_sql(WHO).fetch_one(&mut two).await?)?);
+        ours.push(who(conn).await?);
+        match canceller.on_warm(who).await {
+            Some(session) => beside.push(session?),
+            None => return Ok(()),
+        }
     }
     let changes = |sessions: &[(i32, i64)]| sessions.windows(2).any(|pair| pair[0] != pair[1]);
-    let is_there = changes(&of_one) || changes(&of_two) || of_one == of_two;
-    // What was seen counts, whatever becomes of the farewells.
-    drop(one.close().await);
-    drop(two.close().await);
-    Ok(is_there)
+    if changes(&ours) || changes(&beside) || ours == beside {
+        return Err(sqlx::Error::Configuration(Box::new(Refused)));
+    }
+    Ok(())
+}
+
+async fn who(conn: &mut PgConnection) -> Result<(i32, i64), sqlx::Error> {
+    session(&sqlx::raw_sql(WHO).fetch_one(conn).await?)
 }

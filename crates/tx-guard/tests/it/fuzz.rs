@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use cancel_safe_campaign::publish_campaign;
-use cancel_safe_tx_guard::{Options, PoolerMode, TxPool};
+use cancel_safe_tx_guard::{Options, PoolerMode, TxError, TxPool};
 use fastrand::Rng;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
@@ -334,7 +334,7 @@ impl<D: FuzzDb> Campaign<D> {
                         // One after the other where only one can write: what is busy may be tried again.
                         drop(tx);
                         let run = db.tx().retry(cancel_safe_tx_guard::Retry::attempts(50)).serializable();
-                        run.run(async |tx| Ok(D::execute(tx, insert(n)).await?)).await.ok()
+                        run.run(async |tx| Ok::<_, TxError>(D::execute(tx, insert(n)).await?)).await.ok()
                     }
                     Source::Plain(pool) => {
                         let mut conn = pool.acquire().await.ok()?;

@@ -2,6 +2,7 @@
 //! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod attempts;
 mod cancel;
 mod cancel_ends;
 mod cancel_less;
@@ -9,11 +10,13 @@ mod cancel_pool;
 mod commit;
 mod contract;
 mod ends;
+mod errors;
 mod example;
 mod faults;
 mod fuzz;
 mod happy;
 mod hostile;
+mod in_hand;
 mod input;
 mod known;
 mod late;
@@ -21,17 +24,21 @@ mod log;
 mod mysql;
 mod nested;
 mod network;
+mod orders;
 mod outage;
 mod pooler;
 mod prop;
 mod proxy;
 mod relied;
 mod run;
+mod service;
 mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
+mod timeout;
 mod torn;
+mod transient;
 mod world;
 
 /// Makes a test on each database out of one generic function.

@@ -336,7 +336,7 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     let db = builder.connect_with(options).await.unwrap();
     let mut tx = db.begin().await.unwrap();
     let error = db.begin().await.unwrap_err();
-    assert!(matches!(error, TxError::Refused { .. }), "{error:?}");
+    assert!(matches!(error, TxError::TooManySessions { .. }), "{error:?}");
     assert!(error.is_connect());
     // The one there is can still be cancelled, and comes back.
     leave_a_slow_statement(&world, &mut tx).await;
