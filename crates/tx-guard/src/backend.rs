@@ -13,6 +13,7 @@ use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
 use crate::TxError;
+use crate::pooler::PoolerMode;
 
 /// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
 pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
@@ -127,6 +128,9 @@ pub trait Driver: Database {
     /// Whether sqlx may wait for more than the server has to say, after a future was dropped in the middle of an answer.
     const LOSES_ITS_PLACE: bool = false;
 
+    /// Whether a pooler is known that gives each transaction another session.
+    const HAS_POOLERS: bool = false;
+
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Clone + Send + Sync + 'static;
 
@@ -134,7 +138,7 @@ pub trait Driver: Database {
     type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
-    type Canceller: Default + Send + Sync + 'static;
+    type Canceller: Default + Clone + Send + Sync + 'static;
 
     /// Describes where the options lead to, without credentials.
     fn target(options: &Options<Self>) -> String;
@@ -150,8 +154,18 @@ pub trait Driver: Database {
     /// Whether BEGIN was refused because the session is in a transaction that was begun by somebody else.
     fn is_occupied(error: &sqlx::Error) -> bool;
 
-    /// Makes the settings of a session of our own, and learns what `cancel` will need.
-    fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+    /// The options for connections that share their sessions with others.
+    fn for_a_pooler(options: Options<Self>) -> Options<Self> {
+        options
+    }
+
+    /// Makes the settings of a session of our own, and learns what `cancel` will need. The first session of a pool is
+    /// compared with that of the connection for cancelling before.
+    fn probe(
+        conn: &mut Self::Connection,
+        pooler: PoolerMode,
+        first: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
     fn recognise(
@@ -193,7 +207,7 @@ pub trait Driver: Database {
 
     /// Keeps further statements of a lost transaction from being committed one by one. The connection is not used for
     /// another transaction after that.
-    fn fence(_: &mut Self::Connection) {}
+    fn fence(_: &mut Self::Connection, _: &Self::Probe) {}
 
     /// Reads what dropped futures have left to be read, where it could be taken for the answer to what follows. Nothing of
     /// the commit has been sent until it returns.

@@ -85,6 +85,16 @@ pub enum TxError {
         /// The timeout that passed.
         timeout: Duration,
     },
+    /// There is a pooler before the server that gives each transaction another session, and the pool was not told: see
+    /// [`PoolerMode`](crate::PoolerMode). Nothing was changed on any session.
+    #[error(
+        "{target} is behind a pooler that gives each transaction another session: \
+         say so with `.pooler(PoolerMode::Transaction)`, or name the port of the server itself"
+    )]
+    Pooler {
+        /// The database and its server.
+        target: String,
+    },
     /// Every connection of the pool stayed in use for the whole acquire timeout, or until the deadline of a closure.
     #[error("all {max_connections} connections to {target} stayed in use for {timeout:?}")]
     PoolExhausted {
@@ -176,6 +186,7 @@ impl TxError {
                 | Self::TooManySessions { .. }
                 | Self::NotReady { .. }
                 | Self::ConnectTimeout { .. }
+                | Self::Pooler { .. }
         )
     }
 

@@ -385,7 +385,7 @@ impl<DB: Backend> DerefMut for TransactionGuard<DB> {
         let (conn, probe) = self.open.as_mut().expect(HELD).slot.parts();
         if self.doomed.is_none() && DB::is_lost(conn, probe) {
             self.doomed = Some("a nested begin was cancelled inside the guard, or the database rolled back by itself");
-            DB::fence(conn);
+            DB::fence(conn, probe);
         }
         conn
     }

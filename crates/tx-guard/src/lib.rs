@@ -167,6 +167,7 @@ mod mysql;
 mod open;
 mod outcome;
 mod pool;
+mod pooler;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod queue;
@@ -193,6 +194,7 @@ pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use pooler::PoolerMode;
 pub use retry::Retry;
 pub use transient::is_transient;
 pub use tx::Tx;

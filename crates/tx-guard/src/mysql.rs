@@ -24,6 +24,7 @@ use crate::backend::{
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
+use crate::pooler::PoolerMode;
 use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -184,7 +185,11 @@ impl Driver for MySql {
         matches!(error, sqlx::Error::InvalidSavePointStatement) || number(error) == Some(IN_TRANSACTION)
     }
 
-    async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
+    async fn probe(
+        conn: &mut MySqlConnection,
+        _: PoolerMode,
+        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = identify(conn, false).await?;
         if !identity.read_only {
             Self::run_sql(conn, HOLD.to_owned()).await?;

@@ -13,6 +13,7 @@ use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::begin;
 use crate::events::TxEvents;
 use crate::keeper;
+use crate::pooler::PoolerMode;
 use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
 use crate::slot::{Shared, Source};
 use crate::upkeep::{HookFuture, Upkeep};
@@ -316,6 +317,12 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
+    /// What there is between the pool and the server. Default [`PoolerMode::None`].
+    pub fn pooler(mut self, mode: PoolerMode) -> Self {
+        self.limits.pooler = mode;
+        self
+    }
+
     /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
     /// [`CommitMode::Verified`].
     pub fn commit_mode(mut self, mode: CommitMode) -> Self {
@@ -401,7 +408,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
-        let options = Arc::new(options);
+        let options = Arc::new(self.through_a_pooler(options)?);
         let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let limit = self.limits.connect_timeout;
@@ -418,6 +425,17 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let keeper = tokio::spawn(keeper::keep_up(Arc::downgrade(&shared))).abort_handle();
         *shared.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
         Ok(TxPool { shared })
+    }
+
+    /// The options for what there is between here and the server.
+    fn through_a_pooler(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
+        match self.limits.pooler {
+            PoolerMode::None => Ok(options),
+            PoolerMode::Transaction if DB::HAS_POOLERS => Ok(DB::for_a_pooler(options)),
+            PoolerMode::Transaction => {
+                Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
+            }
+        }
     }
 }
 

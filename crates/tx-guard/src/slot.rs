@@ -4,7 +4,7 @@
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     queue: Arc<Queue<Session<DB>>>,
     opening: AtomicU32,
+    /// A session of our own has been opened, so it is known what is between here and the server.
+    has_opened: AtomicBool,
     pub(crate) limits: Limits,
     pub(crate) upkeep: Upkeep<DB>,
     /// The task that looks after the sessions ends with this.
@@ -87,8 +89,22 @@ impl<DB: Backend> Shared<DB> {
         let queue = Arc::new(Queue::new(usize::try_from(limits.max_connections).unwrap_or(usize::MAX)));
         let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
         let (work, teller) = (Arc::default(), Teller::new());
-        let (opening, keeper) = (AtomicU32::new(0), Mutex::default());
-        Self { source, queue, opening, limits, upkeep, keeper, options, commit_mode, known, canceller, work, teller }
+        let (opening, has_opened, keeper) = (AtomicU32::new(0), AtomicBool::new(false), Mutex::default());
+        Self {
+            source,
+            queue,
+            opening,
+            has_opened,
+            limits,
+            upkeep,
+            keeper,
+            options,
+            commit_mode,
+            known,
+            canceller,
+            work,
+            teller,
+        }
     }
 
     /// Takes a connection, not later than at `until`, which is `limit` from when it was first asked for. Waiting dies with
@@ -168,11 +184,17 @@ impl<DB: Backend> Shared<DB> {
 
     /// Where the server takes no more sessions, the one for cancelling makes room.
     async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
-        let mut opened = Session::<DB>::open(&*self.options, &self.upkeep).await;
+        let open = async || {
+            let first = (!self.has_opened.load(Ordering::Relaxed)).then_some(&self.canceller);
+            let opened = Session::<DB>::open(&self.options, &self.upkeep, self.limits.pooler, first).await;
+            self.has_opened.fetch_or(opened.is_ok(), Ordering::Relaxed);
+            opened
+        };
+        let mut opened = open().await;
         if opened.as_ref().is_err_and(DB::is_full) {
             DB::cool(&self.canceller).await;
             for _ in 0..ROOM_ATTEMPTS {
-                opened = Session::open(&*self.options, &self.upkeep).await;
+                opened = open().await;
                 if !opened.as_ref().is_err_and(DB::is_full) {
                     break;
                 }

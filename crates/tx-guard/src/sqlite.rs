@@ -17,6 +17,7 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
     Wanted, depth,
 };
+use crate::pooler::PoolerMode;
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -99,7 +100,11 @@ impl Driver for Sqlite {
         matches!(error, sqlx::Error::InvalidSavePointStatement) || primary_code(error) == Some(SQLITE_ERROR)
     }
 
-    async fn probe(conn: &mut SqliteConnection) -> Result<Arc<Hooks>, sqlx::Error> {
+    async fn probe(
+        conn: &mut SqliteConnection,
+        _: PoolerMode,
+        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;
         handle.set_progress_handler(PROGRESS_OPS, {
@@ -118,7 +123,7 @@ impl Driver for Sqlite {
     }
 
     async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
-        Self::probe(conn).await
+        Self::probe(conn, PoolerMode::None, None).await
     }
 
     async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
@@ -274,7 +279,7 @@ mod tests {
     #[tokio::test]
     async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn).await.unwrap();
+        let hooks = Sqlite::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
         // SQLite has rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();
