@@ -57,6 +57,33 @@ async fn a_storm_loses_no_session_and_holds_no_lock_on_mysql() {
     a_storm_loses_no_session_and_holds_no_lock::<MySql>(millis(0)).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_far_from_the_server_loses_no_session_and_holds_no_lock_on_postgres() {
+    a_storm_loses_no_session_and_holds_no_lock::<Postgres>(millis(20)).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_storm_far_from_the_server_loses_no_session_and_holds_no_lock_on_mysql() {
+    a_storm_loses_no_session_and_holds_no_lock::<MySql>(millis(20)).await;
+}
+
+/// Where nothing runs there is nothing to be cancelled, however far away.
+async fn no_cancel_is_sent_for_idle_guards<D: Stormy + TestDb>() {
+    let (_place, options) = D::place();
+    let report = storm::<D>(&options, 100, millis(20), Doing::Idle).await;
+    assert_eq!((report.cancels, report.missed), (0, 0), "{:?}", quantile(&report.locks, 1.0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_cancel_is_sent_for_idle_guards_on_postgres() {
+    no_cancel_is_sent_for_idle_guards::<Postgres>().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_cancel_is_sent_for_idle_guards_on_mysql() {
+    no_cancel_is_sent_for_idle_guards::<MySql>().await;
+}
+
 /// Each of a thousand connections takes three files of this process and of the server.
 #[cfg(target_os = "linux")]
 fn has_files_for_all() -> bool {

@@ -14,7 +14,7 @@ use futures_util::future::join_all;
 use futures_util::stream::{self, StreamExt};
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres};
+use sqlx::{AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres, Row};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::runtime::{Builder, Runtime};
@@ -30,7 +30,9 @@ const ABREAST: usize = 32;
 
 /// A database with a server, and what a storm needs to know of it.
 pub(crate) trait Stormy: Backend {
-    /// A statement that runs for hours. A comment is added, by which it is found.
+    /// What somebody else has done, so that the next one is slow.
+    const HINDRANCE: &'static str = "SELECT 1 /* TAG */";
+    /// A statement that runs for hours.
     const SLOW: &'static str;
     /// The number of the session.
     const ID: &'static str;
@@ -44,7 +46,7 @@ pub(crate) trait Stormy: Backend {
 }
 
 impl Stormy for Postgres {
-    const SLOW: &'static str = "SELECT pg_sleep(10000)";
+    const SLOW: &'static str = "SELECT pg_sleep(10000) /* TAG */";
     const ID: &'static str = "SELECT pg_backend_pid()::BIGINT";
     const RUNNING: &'static str = "SELECT count(*) FROM pg_stat_activity
         WHERE state = 'active' AND query LIKE '%TAG%' AND pid <> pg_backend_pid()";
@@ -63,8 +65,11 @@ impl Stormy for Postgres {
     }
 }
 
+/// No SLEEP: in MariaDB all that sleep share one mutex, and a KILL that does not get it at once tries again after a tenth of
+/// a second, so that a hundred of them take ten seconds.
 impl Stormy for MySql {
-    const SLOW: &'static str = "SELECT SLEEP(10000)";
+    const HINDRANCE: &'static str = "SELECT GET_LOCK('TAG', 0)";
+    const SLOW: &'static str = "SELECT GET_LOCK('TAG', 10000)";
     const ID: &'static str = "SELECT CAST(CONNECTION_ID() AS SIGNED)";
     const RUNNING: &'static str = "SELECT count(*) FROM information_schema.processlist
         WHERE info LIKE '%TAG%' AND id <> CONNECTION_ID()";
@@ -78,8 +83,10 @@ impl Stormy for MySql {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
+    /// As text, because each statement that is prepared is closed by a message without an answer, behind which the next one
+    /// is held back by the server's own TCP.
     async fn numbers(conn: &mut MySqlConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
-        sqlx::query_scalar(AssertSqlSafe(sql)).persistent(false).fetch_all(conn).await
+        sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?.iter().map(|row| row.try_get(0)).collect()
     }
 }
 
@@ -192,6 +199,7 @@ pub(crate) async fn storm<D: Stormy>(options: &Options<D>, drops: u32, round_tri
     for sql in [
         format!("CREATE TABLE {table} (n BIGINT PRIMARY KEY, v BIGINT NOT NULL)"),
         format!("INSERT INTO {table} (n, v) VALUES {}", rows.join(", ")),
+        D::HINDRANCE.replace("TAG", &table),
     ] {
         D::execute(&mut beside, sql).await.unwrap();
     }
@@ -219,7 +227,7 @@ pub(crate) async fn storm<D: Stormy>(options: &Options<D>, drops: u32, round_tri
     });
     let mut tasks = JoinSet::new();
     for mut tx in guards {
-        let slow = format!("{} /* {table} */", D::SLOW);
+        let slow = D::SLOW.replace("TAG", &table);
         tasks.spawn(async move {
             match doing {
                 Doing::Running => drop(D::execute(&mut tx, slow).await),
