@@ -133,22 +133,20 @@ pub(crate) struct Litter {
 pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     let names = home.dir.list()?;
     let mut litter = Litter::default();
-    let mut live = Vec::new();
     let mut notes = Vec::new();
     for name in &names {
         let Some((id, "")) = parse(name) else { continue };
         match Note::open(home, name) {
             Ok(Some(Note::Dead(note))) => notes.push((id, name, note)),
-            Ok(Some(Note::Live)) => live.push(id),
+            Ok(Some(Note::Live)) => litter.live += 1,
             // What is no file is not ours, whatever its name; or its transaction has just ended.
             Ok(None) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             // Somebody else's; what we may not read we leave to them.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => live.push(id),
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => litter.live += 1,
             Err(error) => return Err(error),
         }
     }
-    litter.live = live.len();
     for (id, _, note) in &notes {
         let Some(note) = note else { continue };
         for foreign in foreign_sites(note)? {
@@ -159,9 +157,9 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
             litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.is_empty())?;
         }
     }
-    // A file without a note is nobody's, unless the note was made after the names had been listed.
-    let noted_since = |id: &str| !matches!(home.dir.look(format!("{PREFIX}{id}").as_ref()), Ok(None));
-    let dead = |id: &str| notes.iter().any(|(noted, ..)| *noted == id) || (!live.contains(&id) && !noted_since(id));
+    // A file without a note is nobody's. Looked for now, since a note may have been made after the names had been listed.
+    let is_noted = |id: &str| !matches!(home.dir.look(format!("{PREFIX}{id}").as_ref()), Ok(None));
+    let dead = |id: &str| notes.iter().any(|(noted, ..)| *noted == id) || !is_noted(id);
     litter.removed += remove_where(&home.dir, &names, |id, rest| !rest.is_empty() && dead(id))?;
     for (_, name, _) in &notes {
         litter.removed += usize::from(remove(&home.dir, name)?);
