@@ -561,9 +561,8 @@ impl MultiFileTransaction {
         let Some(position) = self.lent else { return Ok(()) };
         let Some(workspace) = self.workspace.clone() else { return Ok(()) };
         let Change::Writing(lent) = &mut self.changes[position] else { return Ok(()) };
-        let sealed = lent.seal(workspace).await;
-        self.is_broken |= sealed.is_err();
-        self.changes[position] = Change::Put(sealed?);
+        // If it fails it stays lent, and fails whatever is asked for next.
+        self.changes[position] = Change::Put(lent.seal(workspace).await?);
         self.lent = None;
         self.open += 1;
         Ok(())
