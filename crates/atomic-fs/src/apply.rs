@@ -12,9 +12,10 @@ use tokio::runtime::Handle;
 
 use crate::Error;
 use crate::chain::{Aim, Chain, Spot, Trust, Way};
-use crate::journal::{self, COMMITTED, PREPARED, Pointer, Record};
+use crate::error::{io_error, remove_error, rename_error};
+use crate::journal::{self, Pointer, Record};
+use crate::names::{COMMITTED, PREPARED};
 use crate::site::Site;
-use crate::staged::{io_error, remove_error, rename_error};
 
 /// Makes every step. None is durable yet, and if a power cut keeps some of them, the journal undoes or finishes them.
 pub(crate) fn apply(chains: &[Chain]) -> Result<(), Error> {

@@ -17,48 +17,15 @@ use std::time::{Duration, Instant};
 
 use crate::Error;
 use crate::commit::Gate;
+use crate::names::{self, is_name, is_reserved};
 use crate::platform::{self, Dir, Entry, Identity, Kind};
 
-/// What the name of a record begins with; 16 hexadecimal digits follow.
-const PREFIX: &str = ".afs-place-";
-const DIGITS: usize = 16;
-/// What the name of the copy has beyond that of its record.
-const COPY_SUFFIX: &str = "-old";
-/// What no target's name begins with, in no record either.
-const RESERVED_PREFIX: &str = ".afs-";
 /// How long the lock of a target is waited for, which another writer in place, a recovery or a reader may hold.
 const TARGET_PATIENCE: Duration = Duration::from_secs(5);
 /// How often it is tried for meanwhile, and the gate looked at.
 const PAUSE: Duration = Duration::from_millis(2);
 /// How much is copied between two looks at the gate.
 const CHUNK_BYTES: usize = 1 << 20;
-
-/// The two names of one backup.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Names {
-    pub(crate) record: OsString,
-    pub(crate) copy: OsString,
-}
-
-impl Names {
-    pub(crate) fn by_chance() -> Self {
-        Self::new(&format!("{:0DIGITS$x}", fastrand::u64(..)))
-    }
-
-    fn new(id: &str) -> Self {
-        let record = format!("{PREFIX}{id}");
-        Self { copy: format!("{record}{COPY_SUFFIX}").into(), record: record.into() }
-    }
-
-    pub(crate) fn of_record(name: &OsStr) -> Option<Self> {
-        let id = name.to_str()?.strip_prefix(PREFIX)?;
-        (id.len() == DIGITS && id.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))).then(|| Self::new(id))
-    }
-
-    fn of_copy(name: &OsStr) -> Option<Self> {
-        Self::of_record(name.to_str()?.strip_suffix(COPY_SUFFIX)?.as_ref())
-    }
-}
 
 /// What a record says: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`. The mode is `-` if that is
 /// not to be put back.
@@ -83,8 +50,7 @@ impl Record {
         let bytes = link.as_os_str().as_bytes();
         let (head, name) = bytes.split_at_checked(bytes.iter().position(|&byte| byte == b'/')?)?;
         let name = OsStr::from_bytes(&name[1..]);
-        let is_plain = Path::new(name).file_name() == Some(name) && !name.as_bytes().contains(&b'/');
-        if !is_plain || name.as_bytes().starts_with(RESERVED_PREFIX.as_bytes()) {
+        if !is_name(name) || is_reserved(name) {
             return None;
         }
         let [copy, target, mode] = std::str::from_utf8(head).ok()?.split(',').collect::<Vec<_>>()[..] else {
@@ -249,7 +215,7 @@ pub(crate) fn recover(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Erro
     let failed = |source| Error::Io { action: "recover", path: path.to_path_buf(), resolved: None, source };
     let (mut found, mut refused) = (Found::default(), None);
     let names = dir.list().map_err(failed)?;
-    for names in names.iter().filter_map(|name| Names::of_record(name)) {
+    for names in names.iter().filter_map(|name| names::Backup::of_record(name)) {
         match (Dead { dir, path, names: &names }).restore(gate) {
             Ok(Fate::Done) => found.restored += 1,
             Ok(Fate::Live) => found.live += 1,
@@ -258,7 +224,7 @@ pub(crate) fn recover(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Erro
             Err(error) => drop(refused.get_or_insert(error)),
         }
     }
-    for names in names.iter().filter_map(|name| Names::of_copy(name)) {
+    for names in names.iter().filter_map(|name| names::Backup::of_copy(name)) {
         let Some(_passage) = gate.enter() else { return Err(Error::Interrupted { path: path.to_path_buf() }) };
         match remove_litter(dir, &names).map_err(failed)? {
             Fate::Done => found.removed += 1,
@@ -286,7 +252,7 @@ fn open_dead(dir: &Dir, copy: &OsStr) -> io::Result<Result<File, Fate>> {
 }
 
 /// Removes a copy that no record leads to. One that has a record is for [`Dead::restore`].
-fn remove_litter(dir: &Dir, names: &Names) -> io::Result<Fate> {
+fn remove_litter(dir: &Dir, names: &names::Backup) -> io::Result<Fate> {
     if dir.look(&names.record)?.is_some() || !matches!(dir.look(&names.copy)?, Some(Entry { kind: Kind::File, .. })) {
         return Ok(Fate::Vanished);
     }
@@ -305,7 +271,7 @@ fn remove_litter(dir: &Dir, names: &Names) -> io::Result<Fate> {
 struct Dead<'a> {
     dir: &'a Dir,
     path: &'a Path,
-    names: &'a Names,
+    names: &'a names::Backup,
 }
 
 impl Dead<'_> {
@@ -385,18 +351,6 @@ impl Dead<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_recovery_knows_our_names_and_no_others() {
-        let names = Names::of_record(".afs-place-0123456789abcdef".as_ref()).unwrap();
-        assert_eq!(names.copy, ".afs-place-0123456789abcdef-old");
-        assert_eq!(Names::of_copy(&names.copy), Some(names));
-        for other in [".afs-place-", ".afs-place-0123456789ABCDEF", ".afs-place-0123456789abcdef-old", ".afs-tx-0", ""]
-        {
-            assert_eq!(Names::of_record(other.as_ref()), None, "{other}");
-        }
-        assert_eq!(Names::of_copy(".afs-place-0123456789abcdef".as_ref()), None);
-    }
 
     #[test]
     fn a_record_says_what_it_was_told_and_leads_nowhere_else() {

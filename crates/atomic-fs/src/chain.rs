@@ -412,11 +412,6 @@ impl Identity {
     }
 }
 
-/// Whether `name` is that of a file within a directory.
-pub(crate) fn is_name(name: &OsStr) -> bool {
-    std::path::Path::new(name).file_name() == Some(name)
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;

@@ -9,8 +9,9 @@ use std::fs::{File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::backup::{Locked, Names, Record, copy, fill, is_at, remove, remove_both, torn};
+use crate::backup::{Locked, Record, copy, fill, is_at, remove, remove_both, torn};
 use crate::commit::Gate;
+use crate::names;
 use crate::platform::{self, Dir, Entry, Identity, Kind};
 use crate::{Error, InPlace, WriteOptions};
 
@@ -106,7 +107,8 @@ impl Fixed<'_> {
         for name in self.dir.list().map_err(self.failed("look for unfinished writes beside"))? {
             // By this name; or by another one, if the same file is mounted twice.
             let is_ours = |record: Record| record.name == self.name || record.marks[1] == mark;
-            if Names::of_record(&name).is_some() && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
+            if names::Backup::of_record(&name).is_some()
+                && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
             {
                 return Err(Error::Unrecovered { directory: self.parent.to_path_buf() });
             }
@@ -170,7 +172,7 @@ impl<'a> Backup<'a> {
     fn take(target: &Fixed<'a>, length: u64, mode: Option<u32>) -> Result<Self, Error> {
         let failed = || target.failed("create a backup beside");
         for _ in 0..NAME_ATTEMPTS {
-            let Names { record, copy: copy_name } = Names::by_chance();
+            let names::Backup { record, copy: copy_name } = names::Backup::by_chance();
             let copy = match target.dir.create(&copy_name, 0o600) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(failed())?,

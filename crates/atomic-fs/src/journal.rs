@@ -11,17 +11,12 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 use crate::Error;
-use crate::chain::{Chain, Spot, Trust, is_name};
+use crate::chain::{Chain, Spot, Trust};
+use crate::error::io_error;
+use crate::names::{COMMITTED, POINTER, PREPARED, Tag, is_name, is_reserved};
 use crate::platform::{Dir, Entry, Identity, Kind, Moment};
-use crate::site::{Site, Tag};
-use crate::staged::{RESERVED_PREFIX, io_error};
+use crate::site::Site;
 
-/// The journal once its transaction is committed. One a directory, since commits there wait for each other.
-pub(crate) const COMMITTED: &str = ".afs-journal";
-/// The same journal before that, and again when its transaction is being undone: what was done is to be undone.
-pub(crate) const PREPARED: &str = ".afs-journal-prepared";
-/// What leads from another directory of a transaction to its journal.
-pub(crate) const POINTER: &str = ".afs-journal-elsewhere";
 const MAGIC: &[u8; 8] = b"afs-tx2\n";
 /// What the version before began with; its journals name directories by absolute paths.
 const FORMER_MAGIC: &[u8; 8] = b"afs-tx1\n";
@@ -222,11 +217,7 @@ fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
 impl Line {
     /// Whether this can be a chain of that transaction, which touches nothing but targets and names of its own.
     fn is_sound(&self, record: &Record) -> bool {
-        let is_target = |name: &Name| {
-            is_name(&name.name)
-                && name.site < record.sites.len()
-                && !name.name.as_bytes().starts_with(RESERVED_PREFIX.as_bytes())
-        };
+        let is_target = |name: &Name| is_name(&name.name) && name.site < record.sites.len() && !is_reserved(&name.name);
         let is_hidden = self.carrier.name == self.hidden && self.carrier.site < record.sites.len();
         let is_ours = is_name(&self.hidden) && record.tag.is_of(&self.hidden);
         let is_step = |pair: &[Option<Identity>]| pair.iter().any(Option::is_some);

@@ -211,6 +211,7 @@ mod in_place;
 mod journal;
 #[cfg(unix)]
 mod lock;
+mod names;
 mod options;
 #[cfg(unix)]
 mod plan;

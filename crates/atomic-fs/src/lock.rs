@@ -9,7 +9,6 @@
 //! ends with the last of them. It also begins the job of whoever gets the lock, so that no lock is held for a future that
 //! nobody polls.
 
-use std::ffi::OsStr;
 use std::fs::{File, TryLockError};
 use std::future::Future;
 use std::io;
@@ -25,16 +24,13 @@ use tokio::sync::oneshot;
 
 use crate::Error;
 use crate::commit::{Gate, Job};
+use crate::error::io_error;
+use crate::names::{ROOM, TURN};
 use crate::platform::{self, Dir, Entry, Guests};
 use crate::site::Site;
-use crate::staged::io_error;
 
 /// How long a lock is waited for by default.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// Locked by whoever reads or changes the files of the directory.
-const ROOM: &str = ".afs-lock";
-/// Locked by whoever enters next.
-const TURN: &str = ".afs-turn";
 /// How often one is opened anew because its last holder removed it meanwhile, or another one made it.
 const ATTEMPTS: usize = 32;
 /// How long a lock that may not be opened is taken for one that is just being made.
@@ -45,11 +41,6 @@ const MAKING: Duration = Duration::from_millis(200);
 pub(crate) enum Share {
     Readers,
     Nobody,
-}
-
-/// Whether `name` is that of a lock.
-pub(crate) fn is_lock(name: &OsStr) -> bool {
-    name == ROOM || name == TURN
 }
 
 /// Takes a lock that nobody holds now, shared with nobody, whatever others wait for.

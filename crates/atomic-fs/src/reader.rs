@@ -9,13 +9,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::commit::{Gate, Job};
+use crate::error::io_error;
 use crate::file::current_runtime;
 use crate::journal::{Pointer, is_present};
 use crate::lock::{LOCK_PATIENCE, Locking, Locks, Share, with_locks};
 use crate::platform::Identity;
 use crate::protocol::refuse_unfinished;
 use crate::site::Site;
-use crate::staged::{Target, absolute, directory, io_error};
+use crate::staged::{Target, absolute, directory};
 use crate::{Error, WriteOptions};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
@@ -203,7 +204,7 @@ mod tests {
     use std::os::unix::fs::symlink;
 
     use super::*;
-    use crate::journal::{COMMITTED, POINTER, PREPARED};
+    use crate::names::{COMMITTED, POINTER, PREPARED};
 
     #[tokio::test]
     async fn nothing_is_opened_while_files_of_its_directory_may_be_exchanged() {

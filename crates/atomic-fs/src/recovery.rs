@@ -13,18 +13,20 @@ use std::sync::Arc;
 
 use crate::Error;
 use crate::commit::{Gate, Job};
+use crate::error::{io_error, open_error};
 use crate::file::current_runtime;
+use crate::names::is_temp;
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::{directory, io_error, is_temp_name, open_error};
+use crate::staged::directory;
 #[cfg(unix)]
 use crate::{
     apply, backup,
     chain::{Chain, Spot, Trust},
-    journal::{self, PREPARED},
+    journal,
     lock::{self, Locking, Locks, Share, with_locks},
+    names::{PREPARED, is_lock, is_reserved},
     protocol::elsewhere,
     site::Site,
-    staged::is_reserved,
     workspace,
 };
 
@@ -90,7 +92,7 @@ fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepRepo
     let mut report = SweepReport::default();
     for entry in std::fs::read_dir(path)? {
         let name = entry?.file_name();
-        if !is_temp_name(&name) {
+        if !is_temp(&name) {
             continue;
         }
         // Each removal passes the gate by itself, so that a dropped sweep removes nothing more.
@@ -261,7 +263,7 @@ impl Recovering {
     fn new(path: &Path) -> Result<(Self, Locking), Error> {
         let home = Arc::new(Site::open(path)?);
         let names = home.dir.list().map_err(io_error("list", path))?;
-        if !names.iter().any(|name| is_reserved(name) && !is_temp_name(name) && !lock::is_lock(name)) {
+        if !names.iter().any(|name| is_reserved(name) && !is_temp(name) && !is_lock(name)) {
             // Nothing is to be done, which needs no right to write here.
             lock::remove_dead(&home);
             let locking = Locking::new([], Share::Nobody, lock::LOCK_PATIENCE);

@@ -1,20 +1,14 @@
-//! The directories of transactions, and the names that these give to files of their own.
+//! The directories of transactions.
 //!
-//! Invariant: a name tells whose it is, by the random number of its transaction.
+//! Invariant: whoever has one has the directory that was opened, whatever becomes of its path.
 
-use std::ffi::OsStr;
 use std::io;
-use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::Error;
+use crate::error::open_error;
 use crate::platform::{Dir, Identity};
-use crate::staged::open_error;
-
-/// What every name of a transaction begins with; 16 hexadecimal digits follow, which are its identity.
-pub(crate) const PREFIX: &str = ".afs-tx-";
-const ID_DIGITS: usize = 16;
 
 /// A directory that a transaction changes files in.
 #[derive(Debug)]
@@ -49,49 +43,5 @@ impl Site {
     pub(crate) fn mark(&self) -> io::Result<String> {
         let identity = self.dir.identity()?;
         Ok(Identity { born: identity.born.filter(|_| !self.is_layered), ..identity }.mark())
-    }
-}
-
-/// The random number of a transaction, by which what is its own is known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Tag(pub(crate) u64);
-
-impl Tag {
-    /// The name of the note, with which every other name of this transaction begins.
-    pub(crate) fn note(self) -> String {
-        format!("{PREFIX}{:0ID_DIGITS$x}", self.0)
-    }
-
-    /// Whose note this is.
-    pub(crate) fn of_note(name: &OsStr) -> Option<Self> {
-        let (id, rest) = parse(name)?;
-        u64::from_str_radix(id, 16).ok().filter(|_| rest.is_empty()).map(Self)
-    }
-
-    /// Whether `name` is one that this transaction gives to a file.
-    pub(crate) fn is_of(self, name: &OsStr) -> bool {
-        name.as_bytes().strip_prefix(self.note().as_bytes()).is_some_and(|rest| rest.starts_with(b"-"))
-    }
-}
-
-/// Splits a transaction's name into its identity and what follows the hyphen, which a note has not.
-pub(crate) fn parse(name: &OsStr) -> Option<(&str, &str)> {
-    let (id, rest) = name.to_str()?.strip_prefix(PREFIX)?.split_at_checked(ID_DIGITS)?;
-    let rest = if rest.is_empty() { rest } else { rest.strip_prefix('-').filter(|rest| !rest.is_empty())? };
-    id.bytes().all(|byte| matches!(byte, b'0'..=b'9' | b'a'..=b'f')).then_some((id, rest))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_recovery_knows_the_names_of_transactions_and_no_others() {
-        assert_eq!(parse(".afs-tx-0123456789abcdef".as_ref()), Some(("0123456789abcdef", "")));
-        assert_eq!(parse(".afs-tx-0123456789abcdef-7".as_ref()), Some(("0123456789abcdef", "7")));
-        for other in [".afs-tx-", ".afs-tx-0123456789abcdef-", ".afs-tx-0123456789ABCDEF", ".afs-file-0123456789abcdef"]
-        {
-            assert_eq!(parse(other.as_ref()), None, "{other}");
-        }
     }
 }

@@ -11,16 +11,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::commit::Gate;
+use crate::error::{change_error, open_error, resolved_error};
 #[cfg(unix)]
 use crate::in_place;
+use crate::names;
 use crate::platform::{self, Dir, Entry, Guests, Kind, Moved};
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
-/// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
-pub(crate) const RESERVED_PREFIX: &str = ".afs-";
-/// What the temporary name of a single file begins with; 16 hexadecimal digits follow.
-const TEMP_PREFIX: &str = ".afs-file-";
-const TEMP_DIGITS: usize = 16;
 /// How many names are tried. A second one is needed only if a sweep took the file before it could be locked.
 const NAME_ATTEMPTS: usize = 32;
 /// As many links as Linux follows in one path.
@@ -45,7 +42,7 @@ pub(crate) enum Naming {
 impl Naming {
     fn next(&self) -> OsString {
         match self {
-            Self::File => format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into(),
+            Self::File => names::temp(),
             #[cfg(unix)]
             Self::Fixed { name, .. } => name.clone(),
         }
@@ -58,19 +55,6 @@ impl Naming {
             Self::Fixed { left, .. } => Some(left.clone()),
         }
     }
-}
-
-/// Whether `name` is one that only this crate may give.
-pub(crate) fn is_reserved(name: &OsStr) -> bool {
-    name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes())
-}
-
-/// Whether `name` is one that [`Staged`] gives to a temporary file.
-pub(crate) fn is_temp_name(name: &OsStr) -> bool {
-    let digits = name.to_str().and_then(|name| name.strip_prefix(TEMP_PREFIX));
-    digits.is_some_and(|digits| {
-        digits.len() == TEMP_DIGITS && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    })
 }
 
 /// Writes all of `bytes` to `path` in one go.
@@ -156,7 +140,7 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
     if !path.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes()) {
         return Err(invalid("it ends like a directory"));
     }
-    if is_reserved(name) {
+    if names::is_reserved(name) {
         return Err(invalid("names that begin with .afs- are reserved for temporary files"));
     }
     Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
@@ -482,60 +466,9 @@ fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
     if old.gid == new.gid { guests } else { guests.for_another_group() }
 }
 
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    resolved_error(action, path, &None)
-}
-
-/// The error of a call that was to do `action` to what `path` leads to.
-fn resolved_error(
-    action: &'static str,
-    path: &Path,
-    resolved: &Option<PathBuf>,
-) -> impl FnOnce(io::Error) -> Error + use<> {
-    let (path, resolved) = (path.to_path_buf(), resolved.clone());
-    move |source| Error::Io { action, path, resolved, source }
-}
-
-pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::NotFound => Error::MissingDirectory { directory: directory.to_path_buf() },
-        _ => io_error("open the directory", directory)(source),
-    }
-}
-
-/// The error of a rename to `path`.
-#[cfg(unix)]
-pub(crate) fn rename_error(path: PathBuf, source: io::Error) -> Error {
-    change_error("rename the new file to", &path, &None, source)
-}
-
-/// The error of the removal of `path`.
-#[cfg(unix)]
-pub(crate) fn remove_error(path: PathBuf, source: io::Error) -> Error {
-    change_error("remove", &path, &None, source)
-}
-
-fn change_error(action: &'static str, path: &Path, resolved: &Option<PathBuf>, source: io::Error) -> Error {
-    let (path, resolved) = (path.to_path_buf(), resolved.clone());
-    match source.kind() {
-        io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
-        io::ErrorKind::IsADirectory => Error::NotAFile { path, resolved, kind: "directory" },
-        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, resolved, source },
-        _ => Error::Io { action, path, resolved, source },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_sweep_knows_our_names_and_no_others() {
-        assert!(is_temp_name(".afs-file-0123456789abcdef".as_ref()));
-        for other in [".afs-file-", ".afs-file-0123456789ABCDEF", ".afs-file-0123456789abcdef0", ".afs-tx-0", "x", ""] {
-            assert!(!is_temp_name(other.as_ref()), "{other}");
-        }
-    }
 
     #[test]
     fn a_path_is_split_where_the_system_splits_it() {

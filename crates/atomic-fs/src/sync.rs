@@ -14,9 +14,9 @@ use tokio::runtime::Handle;
 
 use crate::Error;
 use crate::commit::Gate;
+use crate::error::io_error;
 use crate::platform::{Dir, Entry, Kind};
 use crate::site::Site;
-use crate::staged::io_error;
 
 /// How many threads sync at once at most.
 const THREADS: usize = 16;

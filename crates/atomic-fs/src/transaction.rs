@@ -13,11 +13,12 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::commit::{Gate, Job};
+use crate::error::io_error;
 use crate::file::current_runtime;
 use crate::lock::{LOCK_PATIENCE, with_locks};
 use crate::protocol::{Prepared, Sealed, Step};
 use crate::site::Site;
-use crate::staged::{Naming, Staged, Target, absolute, directory, io_error, split};
+use crate::staged::{Naming, Staged, Target, absolute, directory, split};
 use crate::sync::{Unsynced, sync_files};
 use crate::workspace::Workspace;
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};

@@ -13,11 +13,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::Error;
-use crate::journal::{self, POINTER, Pointer};
+use crate::error::{io_error, open_error};
+use crate::journal::{self, Pointer};
 use crate::lock;
+use crate::names::{POINTER, Tag};
 use crate::platform::{Dir, Entry, Identity, Kind};
-use crate::site::{PREFIX, Site, Tag, parse};
-use crate::staged::{io_error, lock_new, open_error};
+use crate::site::Site;
+use crate::staged::lock_new;
 
 /// How often a note is made anew, because a recovery took it before it could be locked.
 const NOTE_ATTEMPTS: usize = 32;
@@ -43,7 +45,7 @@ impl Workspace {
     pub(crate) fn begin(journal_dir: &Path) -> Result<Self, Error> {
         let home = Arc::new(Site::open(journal_dir)?);
         for _ in 0..NOTE_ATTEMPTS {
-            let tag = Tag(fastrand::u64(..));
+            let tag = Tag::by_chance();
             let note = match home.dir.create(tag.note().as_ref(), 0o600) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(io_error("create a transaction's note in", journal_dir))?,
@@ -135,9 +137,9 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
     let mut litter = Litter::default();
     let mut notes = Vec::new();
     for name in &names {
-        let Some((id, "")) = parse(name) else { continue };
+        let Some(tag) = Tag::of_note(name) else { continue };
         match Note::open(home, name) {
-            Ok(Some(Note::Dead(note))) => notes.push((id, name, note)),
+            Ok(Some(Note::Dead(note))) => notes.push((tag, name, note)),
             Ok(Some(Note::Live)) => litter.live += 1,
             // What is no file is not ours, whatever its name; or its transaction has just ended.
             Ok(None) => {}
@@ -147,20 +149,20 @@ pub(crate) fn remove_litter(home: &Site) -> io::Result<Litter> {
             Err(error) => return Err(error),
         }
     }
-    for (id, _, note) in &notes {
+    for (tag, _, note) in &notes {
         let Some(note) = note else { continue };
         for foreign in foreign_sites(note)? {
             let Some(site) = foreign.open(note, home).map(Arc::new) else { continue };
             let names = site.dir.list()?;
-            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && !rest.is_empty())?;
-            litter.removed += usize::from(remove_stale_pointer(&site, id)?);
-            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *id && rest.is_empty())?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && !rest.is_empty())?;
+            litter.removed += usize::from(remove_stale_pointer(&site, *tag)?);
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && rest.is_empty())?;
         }
     }
     // A file without a note is nobody's. Looked for now, since a note may have been made after the names had been listed.
-    let is_noted = |id: &str| !matches!(home.dir.look(format!("{PREFIX}{id}").as_ref()), Ok(None));
-    let dead = |id: &str| notes.iter().any(|(noted, ..)| *noted == id) || !is_noted(id);
-    litter.removed += remove_where(&home.dir, &names, |id, rest| !rest.is_empty() && dead(id))?;
+    let is_noted = |tag: Tag| !matches!(home.dir.look(tag.note().as_ref()), Ok(None));
+    let is_dead = |tag| notes.iter().any(|(dead, ..)| *dead == tag) || !is_noted(tag);
+    litter.removed += remove_where(&home.dir, &names, |tag, rest| !rest.is_empty() && is_dead(tag))?;
     for (_, name, _) in &notes {
         litter.removed += usize::from(remove(&home.dir, name)?);
     }
@@ -208,11 +210,11 @@ impl Note {
 }
 
 /// Removes the pointer to a journal that never was committed.
-fn remove_stale_pointer(site: &Arc<Site>, id: &str) -> io::Result<bool> {
+fn remove_stale_pointer(site: &Arc<Site>, tag: Tag) -> io::Result<bool> {
     // Whoever commits here now may just be putting a pointer of its own there.
     let Some(_alone) = lock::try_alone(site)? else { return Ok(false) };
     match Pointer::find(site) {
-        Ok(Some(pointer)) if pointer.tag.note() == format!("{PREFIX}{id}") => remove(&site.dir, POINTER.as_ref()),
+        Ok(Some(pointer)) if pointer.tag == tag => remove(&site.dir, POINTER.as_ref()),
         // One that cannot be read is for a recovery of that directory.
         _ => Ok(false),
     }
@@ -226,11 +228,11 @@ fn remove(dir: &Dir, name: &OsStr) -> io::Result<bool> {
     }
 }
 
-/// Removes those of `names` whose identity and remainder are `wanted`; returns how many.
-fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(&str, &str) -> bool) -> io::Result<usize> {
+/// Removes those of `names` whose transaction and remainder are `wanted`; returns how many.
+fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(Tag, &str) -> bool) -> io::Result<usize> {
     let mut removed = 0;
     for name in names {
-        if parse(name).is_some_and(|(id, rest)| wanted(id, rest)) {
+        if Tag::parse(name).is_some_and(|(tag, rest)| wanted(tag, rest)) {
             // A directory is not ours. A symlink may be: a transaction that renames one has given it a second name.
             if !matches!(dir.look(name)?, Some(Entry { kind: Kind::Other(_), .. })) {
                 removed += usize::from(remove(dir, name)?);
