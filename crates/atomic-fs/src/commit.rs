@@ -202,6 +202,11 @@ impl<T: Send + 'static> Job<T> {
     }
 }
 
+/// The runtime whose blocking pool does the work.
+pub(crate) fn current_runtime(path: &Path) -> Result<Handle, Error> {
+    Handle::try_current().map_err(|_| Error::NoRuntime { path: path.to_path_buf() })
+}
+
 /// Takes the work of a job that has not begun. Nothing panics while it is locked.
 fn take<T>(queued: &Mutex<Option<Work<T>>>) -> Option<Work<T>> {
     queued.lock().unwrap_or_else(PoisonError::into_inner).take()

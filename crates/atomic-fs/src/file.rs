@@ -15,7 +15,7 @@ use tokio::io::AsyncWrite;
 use tokio::runtime::Handle;
 use tokio::task::{JoinHandle, coop};
 
-use crate::commit::{Gate, Job, cut_short};
+use crate::commit::{Gate, Job, current_runtime, cut_short};
 use crate::staged::{CHUNK_BYTES, Staged};
 use crate::{Error, WriteOptions};
 
@@ -414,11 +414,6 @@ impl WriteOptions {
         let stage = Stage::Idle(Box::new(staged));
         Ok(AtomicFileWriter { runtime, gate, path, stage, buffer: Vec::new(), lane: Lane::new(), base: 0 })
     }
-}
-
-/// The runtime whose blocking pool does the work.
-pub(crate) fn current_runtime(path: &Path) -> Result<Handle, Error> {
-    Handle::try_current().map_err(|_| Error::NoRuntime { path: path.to_path_buf() })
 }
 
 /// One `write_all`, which takes back what it had taken in unless it completes.

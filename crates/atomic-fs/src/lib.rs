@@ -220,17 +220,17 @@ mod platform;
 mod protocol;
 #[cfg(unix)]
 mod reader;
+#[cfg(unix)]
 mod recovery;
 #[cfg(unix)]
 mod site;
 mod staged;
+mod staging;
 #[cfg(unix)]
 mod sync;
 #[cfg(unix)]
 mod transaction;
 mod whole;
-#[cfg(unix)]
-mod workspace;
 
 pub mod blocking;
 
@@ -241,7 +241,7 @@ pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 pub use reader::{ReadLock, open_together, read_lock};
 #[cfg(unix)]
 pub use recovery::{RecoveryReport, recover};
-pub use recovery::{SweepReport, sweep};
+pub use staging::{SweepReport, sweep};
 #[cfg(unix)]
 pub use transaction::MultiFileTransaction;
 pub use whole::{write, write_bytes};

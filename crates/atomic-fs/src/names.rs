@@ -1,7 +1,7 @@
-//! The names that this crate gives to files of its own.
+//! The names that callers give to their files, and those that this crate gives to files of its own.
 //!
-//! Invariant: each begins with a prefix that no target's name has; and if its maker is killed, a file tells by its name
-//! who removes it.
+//! Invariant: the latter begin with a prefix that no target's name has; and if its maker is killed, a file tells by its
+//! name who removes it.
 //!
 //! | name | what it is | removed by |
 //! |---|---|---|
@@ -16,6 +16,10 @@
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
+#[cfg(unix)]
+use std::path::PathBuf;
+
+use crate::Error;
 
 /// What every name that this crate gives begins with. No target may bear it, or it could be taken for litter.
 const RESERVED_PREFIX: &str = ".afs-";
@@ -50,6 +54,32 @@ pub(crate) fn is_name(name: &OsStr) -> bool {
 /// Whether `name` is that of a lock.
 pub(crate) fn is_lock(name: &OsStr) -> bool {
     name == ROOM || name == TURN
+}
+
+/// Splits `path` into the directory to open and the name within it; `given` is the caller's path, for errors.
+pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Error> {
+    let invalid = |reason| Error::InvalidPath { path: given.to_path_buf(), reason };
+    let name = path.file_name().ok_or_else(|| invalid("it has no file name"))?;
+    // `Path` quietly drops a slash at the end, but the system takes `name/` for a directory.
+    if !path.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes()) {
+        return Err(invalid("it ends like a directory"));
+    }
+    if is_reserved(name) {
+        return Err(invalid("names that begin with .afs- are reserved for temporary files"));
+    }
+    Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
+}
+
+/// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
+pub(crate) fn directory(path: &Path) -> &Path {
+    if path.as_os_str().is_empty() { Path::new(".") } else { path }
+}
+
+/// The path as seen from the working directory of now.
+#[cfg(unix)]
+pub(crate) fn absolute(path: &Path) -> PathBuf {
+    // A working directory that is gone is for the first system call to complain of.
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
 /// A name for a single file on its way, by chance.
@@ -129,6 +159,19 @@ impl Backup {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_path_is_split_where_the_system_splits_it() {
+        let parts =
+            |path: &str| split(path.as_ref(), path.as_ref()).map(|(d, n)| format!("{} {}", d.display(), n.display()));
+        assert_eq!(parts("a").unwrap(), ". a");
+        assert_eq!(parts("a/b").unwrap(), "a b");
+        assert_eq!(parts("/a").unwrap(), "/ a");
+        assert_eq!(parts("../a").unwrap(), ".. a");
+        for path in ["", "/", ".", "..", "a/", "a/.", "a/..", "d/.afs-x"] {
+            assert!(matches!(parts(path), Err(Error::InvalidPath { .. })), "{path}");
+        }
+    }
 
     #[test]
     fn a_sweep_knows_the_names_of_single_files_and_no_others() {

@@ -13,7 +13,7 @@ use crate::Error;
 use crate::chain::{Chain, Spot};
 use crate::error::io_error;
 use crate::platform::Identity;
-use crate::workspace::Workspace;
+use crate::staging::Workspace;
 
 /// What becomes of the file at each name, and what comes there.
 #[derive(Debug, Default)]

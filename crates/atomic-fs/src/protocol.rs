@@ -9,7 +9,6 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::apply::{abort, apply, forget, sync};
@@ -22,9 +21,9 @@ use crate::names::{COMMITTED, POINTER, PREPARED};
 use crate::plan::Plan;
 use crate::platform::{Identity, Moment, Moved};
 use crate::site::Site;
-use crate::staged::{Place, Staged, Target};
+use crate::staged::{Staged, Target};
+use crate::staging::{Staging, Workspace};
 use crate::sync::{Unsynced, sync_files};
-use crate::workspace::Workspace;
 use crate::{Durability, Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
@@ -34,8 +33,10 @@ const QUICK_BYTES: u64 = 16 << 20;
 #[derive(Debug)]
 pub(crate) struct Sealed {
     pub(crate) path: Arc<Path>,
-    pub(crate) place: Place,
+    pub(crate) staging: Staging,
     pub(crate) site: Arc<Site>,
+    /// That of the target in its directory.
+    pub(crate) name: OsString,
     /// Open until it is synced.
     pub(crate) file: Option<Arc<File>>,
     /// Whether the target must not exist.
@@ -43,23 +44,14 @@ pub(crate) struct Sealed {
     /// That of its content.
     durability: Durability,
     identity: Identity,
-    // Last, so that the note goes after the file.
-    workspace: Arc<Workspace>,
 }
 
 impl Sealed {
-    pub(crate) fn new(
-        staged: Staged,
-        length: u64,
-        path: &Arc<Path>,
-        site: Arc<Site>,
-        workspace: Arc<Workspace>,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(staged: Staged, length: u64, path: &Arc<Path>, site: Arc<Site>) -> Result<Self, Error> {
         let WriteOptions { create_new: is_new, durability, .. } = staged.options();
-        let (place, file) = staged.seal(length)?;
+        let (staging, file, name) = staged.seal(length)?;
         let identity = Identity::of(&file).map_err(io_error("look at the new file for", path))?;
-        let file = Some(Arc::new(file));
-        Ok(Self { path: path.clone(), place, site, file, is_new, durability, identity, workspace })
+        Ok(Self { path: path.clone(), staging, site, name, file: Some(file), is_new, durability, identity })
     }
 
     /// Its file, to be synced and closed; one that is not to be synced is closed here.
@@ -83,7 +75,6 @@ pub(crate) struct Prepared {
     moves: Vec<Move>,
     unsynced: Vec<Unsynced>,
     durability: Durability,
-    // Last, so that the note goes after the files.
     workspace: Arc<Workspace>,
 }
 
@@ -110,14 +101,14 @@ impl Prepared {
 
     /// Makes all steps visible, or none.
     pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
-        let Self { workspace, moves, unsynced, durability } = self;
+        let Self { workspace, mut moves, unsynced, durability } = self;
         let mut asked = HashSet::new();
         for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
             if asked.insert(site.id) {
                 refuse_unfinished(site)?;
             }
         }
-        if let [single] = &moves[..]
+        if let [single] = &mut moves[..]
             && let Some(done) = single.alone(durability, gate)
         {
             return done;
@@ -234,24 +225,25 @@ impl Move {
     }
 
     /// Does this step as the only one: a single system call is atomic without a journal.
-    fn alone(&self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
+    fn alone(&mut self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
         let (path, site) = match self {
-            Self::Put(sealed) => (&sealed.path, &sealed.site),
-            Self::Remove(named) => (&named.path, &named.site),
+            Self::Put(sealed) => (sealed.path.clone(), sealed.site.clone()),
+            Self::Remove(named) => (named.path.clone(), named.site.clone()),
             Self::Rename { .. } => return None,
         };
         let Some(passage) = gate.enter() else { return Some(Err(Error::Interrupted { path: path.to_path_buf() })) };
         let made = match self {
-            // The place finds no file when it wants to remove it, which it does not mind.
-            Self::Put(sealed) if sealed.is_new => {
-                site.dir.rename_new(&sealed.place.temp, &sealed.place.target.name).map(drop)
+            Self::Put(sealed) => {
+                let renamed = sealed.staging.rename(&sealed.name, sealed.is_new);
+                renamed.map_err(|source| rename_error(path.to_path_buf(), source))
             }
-            Self::Put(sealed) => site.dir.rename(&sealed.place.temp, &sealed.place.target.name),
-            Self::Remove(named) => site.dir.remove(&named.target.name),
+            Self::Remove(named) => {
+                let removed = site.dir.remove(&named.target.name);
+                removed.map_err(|source| remove_error(path.to_path_buf(), source))
+            }
             Self::Rename { .. } => return None,
         };
-        let failed = if let Self::Remove(_) = self { remove_error } else { rename_error };
-        Some(made.map_err(|source| failed(path.to_path_buf(), source)).and_then(|()| {
+        Some(made.and_then(|()| {
             passage.done();
             let synced = if durability == Durability::Full { site.dir.sync() } else { Ok(()) };
             synced.map_err(|source| Error::NotDurable { path: path.to_path_buf(), source })
@@ -263,20 +255,17 @@ impl Move {
 #[derive(Debug, Default)]
 struct Committing {
     plan: Plan,
-    /// The staged files, which go unless the commit comes.
-    places: Vec<Place>,
-    /// Last, so that the notes go after the files.
-    keep: Vec<Arc<Workspace>>,
+    /// The new files, which go unless the commit comes.
+    staged: Vec<Staging>,
 }
 
 impl Committing {
     fn add(&mut self, one: Move) -> Result<(), Error> {
         match one {
             Move::Put(sealed) => {
-                let Sealed { path, place, site, is_new, identity, workspace, .. } = *sealed;
-                self.keep.push(workspace);
-                let (name, temp) = (place.target.name.clone(), place.temp.clone());
-                self.places.push(place);
+                let Sealed { path, staging, site, name, is_new, identity, .. } = *sealed;
+                let temp = staging.name().to_owned();
+                self.staged.push(staging);
                 self.plan.put(&path, Spot { site, name }, temp, identity, is_new)
             }
             Move::Remove(named) => self.plan.remove(&named.path, named.spot()),
@@ -311,7 +300,7 @@ impl Committing {
         let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
-        self.places.iter_mut().for_each(|place| place.taken = false);
+        self.staged.iter_mut().for_each(Staging::give_away);
         let applied = apply(&chains).and_then(|()| {
             // Who drops the commit from here on finds all files new, and need not wait for the disk.
             passage.settle();
@@ -321,7 +310,7 @@ impl Committing {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
             if let Err(_error) = forget(&home, &chains) {
-                workspace.left.store(true, Ordering::Relaxed);
+                workspace.stay();
                 #[cfg(feature = "tracing")]
                 tracing::warn!(error = %_error, "a committed transaction is to be cleaned up by a recovery");
             }
@@ -332,7 +321,7 @@ impl Committing {
         match undone {
             Ok(error) => Err(error),
             Err(source) => {
-                workspace.left.store(true, Ordering::Relaxed);
+                workspace.stay();
                 // Who has dropped the commit does not hear of it, and the next one finds the directory unrecovered.
                 #[cfg(feature = "tracing")]
                 tracing::error!(directory = ?home.path, error = %source, "a transaction is undecided until a recovery");

@@ -8,15 +8,15 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::commit::{Gate, Job};
+use crate::commit::{Gate, Job, current_runtime};
 use crate::error::io_error;
-use crate::file::current_runtime;
 use crate::journal::{Pointer, is_present};
 use crate::lock::{LOCK_PATIENCE, Locking, Locks, Share, with_locks};
+use crate::names::{absolute, directory};
 use crate::platform::Identity;
 use crate::protocol::refuse_unfinished;
 use crate::site::Site;
-use crate::staged::{Target, absolute, directory};
+use crate::staged::Target;
 use crate::{Error, WriteOptions};
 
 /// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].

@@ -1,151 +1,27 @@
-//! What a killed process left behind.
+//! What a killed process left behind of transactions and of writes in place.
 //!
-//! Invariant: nothing is removed but a temporary file whose writer is dead: a living one holds its file's lock. Of a
-//! transaction either everything is finished or everything is undone, or nothing is touched.
+//! Invariant: of a transaction either everything is finished or everything is undone, or nothing is touched; and nothing is
+//! removed of what belongs to one that lives.
 
-use std::ffi::OsStr;
-use std::fs::TryLockError;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::path::Path;
-#[cfg(unix)]
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::Error;
-use crate::commit::{Gate, Job};
-use crate::error::{io_error, open_error};
-use crate::file::current_runtime;
-use crate::names::is_temp;
+use crate::chain::{Chain, Spot, Trust};
+use crate::commit::{Gate, current_runtime};
+use crate::error::io_error;
+use crate::journal::{self, Pointer};
+use crate::lock::{self, Locking, Locks, Share, with_locks};
+use crate::names::{POINTER, PREPARED, Tag, directory, is_lock, is_reserved, is_temp};
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::directory;
-#[cfg(unix)]
-use crate::{
-    apply, backup,
-    chain::{Chain, Spot, Trust},
-    journal,
-    lock::{self, Locking, Locks, Share, with_locks},
-    names::{PREPARED, is_lock, is_reserved},
-    protocol::elsewhere,
-    site::Site,
-    workspace,
-};
-
-/// What a [`sweep`] found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SweepReport {
-    /// Temporary files that were removed.
-    pub removed: usize,
-    /// Temporary files whose writer lives; they were left alone.
-    pub live: usize,
-    /// Temporary files that could not be opened, locked or removed, for want of a permission or of file locks.
-    pub failed: usize,
-}
-
-/// Removes from the directory `dir` the temporary files of writers that were killed.
-///
-/// Call it when a program starts. It looks at regular files named `.afs-file-` and 16 hexadecimal digits, and at
-/// nothing else: it does not descend into directories, and leaves what transactions have staged to their recovery.
-/// Living writers, in this process or another, are not disturbed: each locks its file, and the lock dies with its
-/// process. On a network file system whose locks are not seen by other machines, only sweep while none of them writes.
-///
-/// # Cancel safety
-///
-/// This method is cancel safe.
-/// If dropped before completion, some files have been removed, and none is removed from then on. Call it again.
-///
-/// # Errors
-///
-/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed
-/// is counted in [`failed`](SweepReport::failed) instead.
-///
-/// # Examples
-///
-/// ```
-/// use cancel_safe_atomic_fs as atomic_fs;
-///
-/// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> std::io::Result<()> {
-/// # let dir = tempfile::tempdir()?;
-/// # let dir = dir.path();
-/// std::fs::write(dir.join(".afs-file-00112233445566ff"), "of a killed writer")?;
-/// let report = atomic_fs::sweep(dir).await?;
-/// assert_eq!((report.removed, report.live), (1, 0));
-/// # Ok(())
-/// # }
-/// ```
-pub async fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
-    let path = Arc::<Path>::from(directory(dir.as_ref()));
-    let runtime = current_runtime(&path)?;
-    let target = path.clone();
-    let work = move |gate: &Gate| {
-        let dir = Dir::open(&target).map_err(|source| open_error(&target, source))?;
-        sweep_all(&dir, &target, gate)
-            .map_err(io_error("sweep", &target))?
-            .ok_or_else(|| Error::Interrupted { path: target.to_path_buf() })
-    };
-    Job::spawn(&runtime, &Gate::new(), &path, work).await
-}
-
-/// `None` if it was cancelled.
-fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
-    let mut report = SweepReport::default();
-    for entry in std::fs::read_dir(path)? {
-        let name = entry?.file_name();
-        if !is_temp(&name) {
-            continue;
-        }
-        // Each removal passes the gate by itself, so that a dropped sweep removes nothing more.
-        let Some(_passage) = gate.enter() else { return Ok(None) };
-        match sweep_one(dir, &name) {
-            Ok(Found::Dead) => report.removed += 1,
-            Ok(Found::Live) => report.live += 1,
-            Ok(Found::Vanished) => {}
-            Err(_error) => {
-                #[cfg(feature = "tracing")]
-                tracing::warn!(?name, error = %_error, "a temporary file could not be swept");
-                report.failed += 1;
-            }
-        }
-    }
-    Ok(Some(report))
-}
-
-/// What became of one temporary file.
-enum Found {
-    Dead,
-    Live,
-    /// Committed, removed or not ours: there is nothing to do.
-    Vanished,
-}
-
-fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
-    let Some(Entry { kind: Kind::File, .. }) = dir.look(name)? else { return Ok(Found::Vanished) };
-    let file = match dir.read(name) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Vanished),
-        Err(error) => return Err(error),
-    };
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Ok(Found::Live),
-        Err(TryLockError::Error(error)) => return Err(error),
-    }
-    // Its writer may have committed between the opening and the lock: then this is the target, and the name is gone.
-    let opened = Entry::of(&file)?;
-    match dir.look(name)? {
-        Some(now) if now.id == opened.id => {}
-        _ => return Ok(Found::Vanished),
-    }
-    match dir.remove(name) {
-        // A living writer that could not lock its file, because of this very lock, removes it and takes another.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Vanished),
-        other => other.map(|()| Found::Dead),
-    }
-}
+use crate::protocol::elsewhere;
+use crate::site::Site;
+use crate::staging::foreign_sites;
+use crate::{Error, apply, backup};
 
 /// What a [`recover`] found and did.
-#[cfg(unix)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecoveryReport {
@@ -163,7 +39,6 @@ pub struct RecoveryReport {
 }
 
 /// How often a recovery that finds another journal than when it looked for its directories begins anew.
-#[cfg(unix)]
 const LOCK_ATTEMPTS: usize = 8;
 
 /// Finishes or undoes the transaction that a crash left in the directory `dir`, puts back the old content of files that
@@ -213,7 +88,6 @@ const LOCK_ATTEMPTS: usize = 8;
 /// # Ok(())
 /// # }
 /// ```
-#[cfg(unix)]
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
@@ -241,7 +115,6 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
 }
 
 /// A recovery that is about to lock its directories.
-#[cfg(unix)]
 struct Recovering {
     home: Arc<Site>,
     /// Those that it will have locked; none if there is nothing to recover.
@@ -249,7 +122,6 @@ struct Recovering {
 }
 
 /// What a recovery of one directory came to.
-#[cfg(unix)]
 enum Recovered {
     Done(RecoveryReport),
     /// This directory takes part in a transaction that is unfinished there.
@@ -258,7 +130,6 @@ enum Recovered {
     Again,
 }
 
-#[cfg(unix)]
 impl Recovering {
     fn new(path: &Path) -> Result<(Self, Locking), Error> {
         let home = Arc::new(Site::open(path)?);
@@ -301,20 +172,17 @@ impl Recovering {
 }
 
 /// A transaction that a crash left, with its directories open.
-#[cfg(unix)]
 struct Left {
     name: &'static str,
     chains: Vec<Chain>,
     trust: Trust,
 }
 
-#[cfg(unix)]
 fn find(home: &Arc<Site>) -> Result<Option<Left>, Error> {
     let Some(journal::Found { name, record, trust }) = journal::find(home)? else { return Ok(None) };
     Ok(Some(Left { name, chains: apply::reopen(home, name, record)?, trust }))
 }
 
-#[cfg(unix)]
 fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
@@ -333,10 +201,131 @@ fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<Recove
     let is_stale = elsewhere(home).map(|home| home.is_none());
     let cleaned = is_stale.and_then(|is_stale| {
         let removed = if is_stale { journal::remove_pointer(home) } else { Ok(()) };
-        removed.and_then(|()| workspace::remove_litter(home)).map_err(io_error("clean up", &home.path))
+        removed.and_then(|()| remove_litter(home)).map_err(io_error("clean up", &home.path))
     });
     let litter = cleaned.map_err(|error| if has_journal { undecided(error) } else { error })?;
     (report.removed, report.live) = (litter.removed, litter.live);
     passage.done();
     Ok(report)
+}
+
+/// What recoveries removed of transactions that never were committed.
+#[derive(Debug, Default)]
+struct Litter {
+    removed: usize,
+    /// Transactions that are still being staged.
+    live: usize,
+}
+
+/// Removes from `home`, and from where its notes lead, what dead transactions staged.
+///
+/// Only under the lock of `home`, and when no journal is there: after a commit these files are the data.
+fn remove_litter(home: &Site) -> io::Result<Litter> {
+    let names = home.dir.list()?;
+    let mut litter = Litter::default();
+    let mut notes = Vec::new();
+    for name in &names {
+        let Some(tag) = Tag::of_note(name) else { continue };
+        match Note::open(home, name) {
+            Ok(Some(Note::Dead(note))) => notes.push((tag, name, note)),
+            Ok(Some(Note::Live)) => litter.live += 1,
+            // What is no file is not ours, whatever its name; or its transaction has just ended.
+            Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Somebody else's; what we may not read we leave to them.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => litter.live += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    for (tag, _, note) in &notes {
+        let Some(note) = note else { continue };
+        for foreign in foreign_sites(note)? {
+            let Some(site) = foreign.open(note, home).map(Arc::new) else { continue };
+            let names = site.dir.list()?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && !rest.is_empty())?;
+            litter.removed += usize::from(remove_stale_pointer(&site, *tag)?);
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && rest.is_empty())?;
+        }
+    }
+    // A file without a note is nobody's. Looked for now, since a note may have been made after the names had been listed.
+    let is_noted = |tag: Tag| !matches!(home.dir.look(tag.note().as_ref()), Ok(None));
+    let is_dead = |tag| notes.iter().any(|(dead, ..)| *dead == tag) || !is_noted(tag);
+    litter.removed += remove_where(&home.dir, &names, |tag, rest| !rest.is_empty() && is_dead(tag))?;
+    for (_, name, _) in &notes {
+        litter.removed += usize::from(remove(&home.dir, name)?);
+    }
+    Ok(litter)
+}
+
+/// What became of the transaction whose note this is.
+enum Note {
+    Live,
+    /// The note itself, locked, if it is in this directory.
+    Dead(Option<File>),
+}
+
+impl Note {
+    /// Looks at what is called as notes are; `None` if it is none.
+    fn open(site: &Site, name: &OsStr) -> io::Result<Option<Self>> {
+        match site.dir.look(name)?.map(|entry| entry.kind) {
+            Some(Kind::File) => Self::lock(site.dir.read(name)?).map(Some),
+            Some(Kind::Symlink) => {
+                let link = site.dir.read_link(name)?;
+                // A directory that is not there may have been moved, while its transaction lives.
+                let Ok(home) = site.dir.open_dir(link.parent().unwrap_or(Path::new("/"))) else {
+                    return Ok(Some(Self::Live));
+                };
+                match home.read(name) {
+                    Ok(note) => Ok(Some(match Self::lock(note)? {
+                        Self::Live => Self::Live,
+                        Self::Dead(_) => Self::Dead(None),
+                    })),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(Self::Dead(None))),
+                    Err(error) => Err(error),
+                }
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn lock(note: File) -> io::Result<Self> {
+        match note.try_lock() {
+            Ok(()) => Ok(Self::Dead(Some(note))),
+            Err(TryLockError::WouldBlock) => Ok(Self::Live),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+/// Removes the pointer to a journal that never was committed.
+fn remove_stale_pointer(site: &Arc<Site>, tag: Tag) -> io::Result<bool> {
+    // Whoever commits here now may just be putting a pointer of its own there.
+    let Some(_alone) = lock::try_alone(site)? else { return Ok(false) };
+    match Pointer::find(site) {
+        Ok(Some(pointer)) if pointer.tag == tag => remove(&site.dir, POINTER.as_ref()),
+        // One that cannot be read is for a recovery of that directory.
+        _ => Ok(false),
+    }
+}
+
+/// Removes a file; `false` if somebody else was faster, as a transaction is that has just ended.
+fn remove(dir: &Dir, name: &OsStr) -> io::Result<bool> {
+    match dir.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+/// Removes those of `names` whose transaction and remainder are `wanted`; returns how many.
+fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(Tag, &str) -> bool) -> io::Result<usize> {
+    let mut removed = 0;
+    for name in names {
+        if Tag::parse(name).is_some_and(|(tag, rest)| wanted(tag, rest)) {
+            // A directory is not ours. A symlink may be: a transaction that renames one has given it a second name.
+            if !matches!(dir.look(name)?, Some(Entry { kind: Kind::Other(_), .. })) {
+                removed += usize::from(remove(dir, name)?);
+            }
+        }
+    }
+    Ok(removed)
 }

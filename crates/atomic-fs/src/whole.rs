@@ -11,8 +11,7 @@ use bytes::Bytes;
 #[cfg(feature = "json")]
 use tokio::time::Instant;
 
-use crate::commit::{Gate, Job};
-use crate::file::current_runtime;
+use crate::commit::{Gate, Job, current_runtime};
 use crate::staged::{CHUNK_BYTES, write_whole};
 use crate::{Error, WriteOptions};
 
