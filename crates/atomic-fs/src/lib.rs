@@ -230,12 +230,13 @@ mod staging;
 mod sync;
 #[cfg(unix)]
 mod transaction;
-mod whole;
 
 pub mod blocking;
 
 pub use error::{Error, TargetState};
-pub use file::{AtomicFileWriter, CommitHandle};
+pub use file::{AtomicFileWriter, CommitHandle, write, write_bytes};
+#[cfg(feature = "json")]
+pub use file::{write_json, write_json_with_timeout};
 pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
 pub use reader::{ReadLock, open_together, read_lock};
@@ -244,6 +245,3 @@ pub use recovery::{RecoveryReport, recover};
 pub use staging::{SweepReport, sweep};
 #[cfg(unix)]
 pub use transaction::MultiFileTransaction;
-pub use whole::{write, write_bytes};
-#[cfg(feature = "json")]
-pub use whole::{write_json, write_json_with_timeout};
