@@ -227,8 +227,6 @@ mod site;
 mod staged;
 mod staging;
 #[cfg(unix)]
-mod sync;
-#[cfg(unix)]
 mod transaction;
 
 pub mod blocking;

@@ -112,6 +112,11 @@ impl Tag {
         format!("{TRANSACTION_PREFIX}{:0ID_DIGITS$x}", self.0)
     }
 
+    /// The name of the journal before it is whole.
+    pub(crate) fn draft(self) -> OsString {
+        format!("{}-journal", self.note()).into()
+    }
+
     /// Whose note this is.
     pub(crate) fn of_note(name: &OsStr) -> Option<Self> {
         Self::parse(name).filter(|(_, rest)| rest.is_empty()).map(|(tag, _)| tag)

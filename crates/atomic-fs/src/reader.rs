@@ -10,11 +10,10 @@ use std::time::{Duration, Instant};
 
 use crate::commit::{Gate, Job, current_runtime};
 use crate::error::io_error;
-use crate::journal::{Pointer, is_present};
+use crate::journal::{Pointer, is_present, refuse_unfinished};
 use crate::lock::{LOCK_PATIENCE, Locking, Locks, Share, with_locks};
 use crate::names::{absolute, directory};
 use crate::platform::Identity;
-use crate::protocol::refuse_unfinished;
 use crate::site::Site;
 use crate::staged::Target;
 use crate::{Error, WriteOptions};

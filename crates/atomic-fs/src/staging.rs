@@ -318,11 +318,6 @@ impl Workspace {
         format!("{}-{}", self.tag.note(), self.given.fetch_add(1, Ordering::Relaxed) + 1).into()
     }
 
-    /// The name of the journal before it is committed.
-    pub(crate) fn draft(&self) -> OsString {
-        format!("{}-journal", self.tag.note()).into()
-    }
-
     /// Makes the directory `dir`, opened by `parent`, one of this transaction's; `path` is the target, for errors.
     pub(crate) fn adopt(&self, dir: Arc<Dir>, parent: &Path, path: &Path) -> Result<Arc<Site>, Error> {
         let id = dir.id().map_err(|source| open_error(parent, source))?;

@@ -17,11 +17,10 @@ use crate::error::io_error;
 use crate::lock::{LOCK_PATIENCE, with_locks};
 use crate::names::{absolute, directory, split};
 use crate::platform::Dir;
-use crate::protocol::{Prepared, Sealed, Step};
+use crate::protocol::{Prepared, Sealed, Step, Unsynced, sync_files};
 use crate::site::Site;
 use crate::staged::{Staged, Target};
 use crate::staging::{Staging, Workspace};
-use crate::sync::{Unsynced, sync_files};
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
