@@ -12,11 +12,10 @@ use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use crate::chain::{Chain, Spot, Trust};
+use crate::chain::{Chain, Site, Spot, Trust};
 use crate::error::io_error;
 use crate::names::{COMMITTED, POINTER, PREPARED, Tag, is_name, is_reserved};
 use crate::platform::{Dir, Entry, Identity, Kind, Moment, Moved};
-use crate::site::Site;
 use crate::{Durability, Error};
 
 const MAGIC: &[u8; 8] = b"afs-tx2\n";

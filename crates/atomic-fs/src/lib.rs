@@ -219,11 +219,7 @@ mod platform;
 #[cfg(unix)]
 mod protocol;
 #[cfg(unix)]
-mod reader;
-#[cfg(unix)]
 mod recovery;
-#[cfg(unix)]
-mod site;
 mod staged;
 mod staging;
 #[cfg(unix)]
@@ -235,9 +231,9 @@ pub use error::{Error, TargetState};
 pub use file::{AtomicFileWriter, CommitHandle, write, write_bytes};
 #[cfg(feature = "json")]
 pub use file::{write_json, write_json_with_timeout};
-pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
-pub use reader::{ReadLock, open_together, read_lock};
+pub use lock::{ReadLock, open_together, read_lock};
+pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
 pub use recovery::{RecoveryReport, recover};
 pub use staging::{SweepReport, sweep};

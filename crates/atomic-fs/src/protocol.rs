@@ -15,14 +15,13 @@ use std::vec;
 use tokio::runtime::Handle;
 
 use crate::apply::{abort, apply, forget, sync};
-use crate::chain::{Chain, Spot};
+use crate::chain::{Chain, Site, Spot};
 use crate::commit::Gate;
 use crate::error::{io_error, remove_error, rename_error};
 use crate::journal::{Draft, refuse_unfinished};
 use crate::lock::{Locking, Locks, Share};
 use crate::plan::Plan;
 use crate::platform::{Dir, Entry, Identity, Kind};
-use crate::site::Site;
 use crate::staged::{Staged, Target};
 use crate::staging::{Staging, Workspace};
 use crate::{Durability, Error, Symlinks, WriteOptions};

@@ -9,14 +9,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::chain::{Chain, Spot, Trust};
+use crate::chain::{Chain, Site, Spot, Trust};
 use crate::commit::{Gate, current_runtime};
 use crate::error::io_error;
 use crate::journal::{self, Pointer, elsewhere};
 use crate::lock::{self, Locking, Locks, Share, with_locks};
 use crate::names::{POINTER, PREPARED, Tag, directory, is_lock, is_reserved, is_temp};
 use crate::platform::{Dir, Entry, Kind};
-use crate::site::Site;
 use crate::staging::foreign_sites;
 use crate::{Error, apply, backup};
 

@@ -24,7 +24,7 @@ use crate::error::{io_error, open_error};
 use crate::names::{self, directory, is_temp};
 use crate::platform::{Dir, Entry, Kind, Moved};
 #[cfg(unix)]
-use crate::{journal, names::Tag, platform::Identity, site::Site};
+use crate::{chain::Site, journal, names::Tag, platform::Identity};
 
 /// How many names are tried. A second one is needed only if somebody took the file for litter before it could be locked.
 const NAME_ATTEMPTS: usize = 32;

@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::chain::Site;
 use crate::commit::{Gate, Job, current_runtime};
 use crate::error::io_error;
 use crate::lock::{LOCK_PATIENCE, with_locks};
 use crate::names::{absolute, directory, split};
 use crate::platform::Dir;
 use crate::protocol::{Prepared, Sealed, Step, Unsynced, sync_files};
-use crate::site::Site;
 use crate::staged::{Staged, Target};
 use crate::staging::{Staging, Workspace};
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
