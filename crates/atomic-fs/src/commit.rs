@@ -20,6 +20,9 @@ use tokio::time::Instant;
 
 use crate::Error;
 
+/// How much is written between two looks at the gate, and how much a writer buffers.
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+
 /// Where an operation stands with respect to the one call that users can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {

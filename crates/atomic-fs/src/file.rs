@@ -21,8 +21,8 @@ use tokio::task::{JoinHandle, coop};
 #[cfg(feature = "json")]
 use tokio::time::Instant;
 
-use crate::commit::{Gate, Job, current_runtime, cut_short};
-use crate::staged::{CHUNK_BYTES, Staged, write_whole};
+use crate::commit::{CHUNK_BYTES, Gate, Job, current_runtime, cut_short};
+use crate::staged::{Staged, write_whole};
 use crate::{Error, WriteOptions};
 
 /// The first allocation of a buffer. From here it doubles, so that many small files cost little.

@@ -199,8 +199,6 @@
 #[cfg(unix)]
 mod apply;
 #[cfg(unix)]
-mod backup;
-#[cfg(unix)]
 mod chain;
 mod commit;
 mod error;

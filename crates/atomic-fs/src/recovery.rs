@@ -1,7 +1,7 @@
 //! What a killed process left behind of transactions and of writes in place.
 //!
-//! Invariant: of a transaction either everything is finished or everything is undone, or nothing is touched; and nothing is
-//! removed of what belongs to one that lives.
+//! Invariant: of a transaction either everything is finished or everything is undone, or nothing is touched; old content
+//! that cannot be told to belong to a target is not put back there; and nothing is removed of what belongs to who lives.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -12,12 +12,13 @@ use std::sync::Arc;
 use crate::chain::{Chain, Site, Spot, Trust};
 use crate::commit::{Gate, current_runtime};
 use crate::error::io_error;
+use crate::in_place::{Locked, Record, fill, is_at, remove_both, torn};
 use crate::journal::{self, Pointer, elsewhere};
 use crate::lock::{self, Locking, Locks, Share, with_locks};
-use crate::names::{POINTER, PREPARED, Tag, directory, is_lock, is_reserved, is_temp};
+use crate::names::{self, POINTER, PREPARED, Tag, directory, is_lock, is_reserved, is_temp};
 use crate::platform::{Dir, Entry, Kind};
 use crate::staging::foreign_sites;
-use crate::{Error, apply, backup};
+use crate::{Error, apply};
 
 /// What a [`recover`] found and did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -89,7 +90,7 @@ const LOCK_ATTEMPTS: usize = 8;
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
-    let mut placed = Ok(backup::Found::default());
+    let mut placed = Ok(Found::default());
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
@@ -97,7 +98,7 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
         placed = placed.and_then(|before| Ok(before.and(found?)));
         match recovered {
             Recovered::Done(report) => {
-                let backup::Found { restored, removed, live } = placed?;
+                let Found { restored, removed, live } = placed?;
                 return Ok(RecoveryReport {
                     restored,
                     removed: report.removed + removed,
@@ -147,11 +148,11 @@ impl Recovering {
     }
 
     /// What was being written in place is told apart: it has nothing to do with the transaction.
-    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<backup::Found, Error>, Recovered), Error> {
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<Found, Error>, Recovered), Error> {
         if self.sites.is_empty() {
-            return Ok((Ok(backup::Found::default()), Recovered::Done(RecoveryReport::default())));
+            return Ok((Ok(Found::default()), Recovered::Done(RecoveryReport::default())));
         }
-        let placed = backup::recover(&self.home.dir, &self.home.path, gate);
+        let placed = recover_in_place(&self.home.dir, &self.home.path, gate);
         Ok((placed, self.finish_transaction(gate)?))
     }
 
@@ -326,4 +327,171 @@ fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(Tag, &str) -> boo
         }
     }
     Ok(removed)
+}
+
+/// What a recovery found of writes in place.
+#[derive(Clone, Copy, Debug, Default)]
+struct Found {
+    /// Targets whose old content was put back.
+    restored: usize,
+    /// Copies that nothing led to.
+    removed: usize,
+    /// Writers that live.
+    live: usize,
+}
+
+impl Found {
+    fn and(self, other: Self) -> Self {
+        let Self { restored, removed, live } = other;
+        Self { restored: self.restored + restored, removed: self.removed + removed, live: self.live.max(live) }
+    }
+}
+
+/// What became of one record or copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Done,
+    Live,
+    /// Its writer has just ended, or it was none.
+    Vanished,
+}
+
+/// Puts back what writers that are dead have left half written in `dir`, and removes the copies that nothing leads to.
+///
+/// One that is refused does not keep the others from being put back; it is told afterwards. Each passes the gate by itself.
+fn recover_in_place(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Error> {
+    let failed = |source| Error::Io { action: "recover", path: path.to_path_buf(), resolved: None, source };
+    let (mut found, mut refused) = (Found::default(), None);
+    let names = dir.list().map_err(failed)?;
+    for names in names.iter().filter_map(|name| names::Backup::of_record(name)) {
+        match (Dead { dir, path, names: &names }).restore(gate) {
+            Ok(Fate::Done) => found.restored += 1,
+            Ok(Fate::Live) => found.live += 1,
+            Ok(Fate::Vanished) => {}
+            Err(error @ Error::Interrupted { .. }) => return Err(error),
+            Err(error) => drop(refused.get_or_insert(error)),
+        }
+    }
+    for names in names.iter().filter_map(|name| names::Backup::of_copy(name)) {
+        let Some(_passage) = gate.enter() else { return Err(Error::Interrupted { path: path.to_path_buf() }) };
+        match remove_copy(dir, &names).map_err(failed)? {
+            Fate::Done => found.removed += 1,
+            Fate::Live => found.live += 1,
+            Fate::Vanished => {}
+        }
+    }
+    refused.map_or(Ok(found), Err)
+}
+
+/// Opens the copy and takes its lock; if that is not to be had, what that means.
+fn open_dead(dir: &Dir, copy: &OsStr) -> io::Result<Result<File, Fate>> {
+    let file = match dir.read(copy) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(Fate::Vanished)),
+        // Somebody else's; what we may not read we leave to them.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(Err(Fate::Live)),
+        other => other?,
+    };
+    match file.try_lock() {
+        Ok(()) if is_at(dir, copy, &file)? => Ok(Ok(file)),
+        Ok(()) => Ok(Err(Fate::Vanished)),
+        Err(TryLockError::WouldBlock) => Ok(Err(Fate::Live)),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Removes a copy that no record leads to. One that has a record is for [`Dead::restore`].
+fn remove_copy(dir: &Dir, names: &names::Backup) -> io::Result<Fate> {
+    if dir.look(&names.record)?.is_some() || !matches!(dir.look(&names.copy)?, Some(Entry { kind: Kind::File, .. })) {
+        return Ok(Fate::Vanished);
+    }
+    let _lock = match open_dead(dir, &names.copy)? {
+        Ok(lock) => lock,
+        Err(fate) => return Ok(fate),
+    };
+    // Its writer may have made the record, and died, since that was looked for.
+    if dir.look(&names.record)?.is_some() {
+        return Ok(Fate::Vanished);
+    }
+    remove(dir, &names.copy).map(|_| Fate::Done)
+}
+
+/// A record whose writer may be dead.
+struct Dead<'a> {
+    dir: &'a Dir,
+    path: &'a Path,
+    names: &'a names::Backup,
+}
+
+impl Dead<'_> {
+    /// Puts the old content back. Interrupted at any moment, it can be done again.
+    fn restore(&self, gate: &Gate) -> Result<Fate, Error> {
+        let Self { dir, names, .. } = self;
+        let Some(Entry { kind: Kind::Symlink, .. }) = dir.look(&names.record).map_err(self.failed("look at"))? else {
+            return Ok(Fate::Vanished);
+        };
+        let record = match Record::read(dir, &names.record) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Fate::Vanished),
+            other => other.map_err(self.failed("read the record"))?,
+        };
+        let copy = match dir.look(&names.copy).map_err(self.failed("look at the backup of"))? {
+            Some(Entry { kind: Kind::File, .. }) => open_dead(dir, &names.copy),
+            None => Ok(Err(Fate::Vanished)),
+            Some(_) => return Err(self.refused("its backup is no regular file")),
+        };
+        let copy = match copy.map_err(self.failed("lock the backup of"))? {
+            Ok(copy) => copy,
+            Err(Fate::Vanished) if self.is_there()? => return Err(self.refused("its backup is missing")),
+            Err(fate) => return Ok(fate),
+        };
+        // Its writer may have ended since, and taken the record with it.
+        if !self.is_there()? {
+            return Ok(Fate::Vanished);
+        }
+        let Some(record) = record else { return Err(self.refused("it does not say what the backup is of")) };
+        self.put_back(&record, &copy, gate)?;
+        Ok(Fate::Done)
+    }
+
+    fn put_back(&self, record: &Record, copy: &File, gate: &Gate) -> Result<(), Error> {
+        let Self { dir, path, names } = self;
+        let target = path.join(&record.name);
+        let failed = |action| {
+            let path = target.clone();
+            move |source| Error::Io { action, path, resolved: None, source }
+        };
+        match dir.look(&record.name).map_err(failed("look at"))?.map(|entry| entry.kind) {
+            Some(Kind::File) => {}
+            Some(_) => return Err(self.refused("what the backup is of is no regular file any more")),
+            None => return Err(self.refused("the file that the backup is of is gone")),
+        }
+        let file = dir.update(&record.name).map_err(failed("open"))?;
+        let file = Locked::wait(file, &target, gate)?;
+        let is_known = is_at(dir, &record.name, &file.0)
+            .and_then(|is_there| Ok(is_there && record.is_of(copy, &file.0)?))
+            .map_err(failed("look at"))?;
+        if !is_known {
+            return Err(
+                self.refused("another file is now where the one was that the backup is of, or its mount is absent")
+            );
+        }
+        let length = Entry::of(copy).map_err(failed("look at the backup of"))?.size;
+        let Some(_passage) = gate.enter() else { return Err(Error::Interrupted { path: path.to_path_buf() }) };
+        fill(&file.0, copy, length, record.mode).map_err(|source| torn(&target, path.join(&names.copy), source))?;
+        remove_both(dir, Some(&names.record), &names.copy).map_err(failed("remove the backup of"))
+    }
+
+    fn is_there(&self) -> Result<bool, Error> {
+        let entry = self.dir.look(&self.names.record).map_err(self.failed("look at"))?;
+        Ok(entry.is_some_and(|entry| entry.kind == Kind::Symlink))
+    }
+
+    fn refused(&self, reason: &'static str) -> Error {
+        let [record, backup] = [&self.names.record, &self.names.copy].map(|name| self.path.join(name));
+        Error::UnusableBackup { record, backup, reason }
+    }
+
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
+        let path = self.path.join(&self.names.record);
+        move |source| Error::Io { action, path, resolved: None, source }
+    }
 }

@@ -9,7 +9,7 @@ use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::commit::Gate;
+use crate::commit::{CHUNK_BYTES, Gate};
 use crate::error::{change_error, open_error, resolved_error};
 #[cfg(unix)]
 use crate::in_place;
@@ -20,8 +20,6 @@ use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
 /// As many links as Linux follows in one path.
 const SYMLINK_LIMIT: usize = 40;
-/// How much is written between two looks at the gate, and how much a writer buffers.
-pub(crate) const CHUNK_BYTES: usize = 1 << 20;
 
 /// Writes all of `bytes` to `path` in one go.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate: &Gate) -> Result<(), Error> {
