@@ -391,18 +391,17 @@ impl From<Error> for io::Error {
 }
 
 /// The error of a call that was to do `action` to `path`.
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
+pub(crate) fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + use<'a> {
     resolved_error(action, path, &None)
 }
 
 /// The error of a call that was to do `action` to what `path` leads to.
-pub(crate) fn resolved_error(
+pub(crate) fn resolved_error<'a>(
     action: &'static str,
-    path: &Path,
-    resolved: &Option<PathBuf>,
-) -> impl FnOnce(io::Error) -> Error + use<> {
-    let (path, resolved) = (path.to_path_buf(), resolved.clone());
-    move |source| Error::Io { action, path, resolved, source }
+    path: &'a Path,
+    resolved: &'a Option<PathBuf>,
+) -> impl FnOnce(io::Error) -> Error + use<'a> {
+    move |source| Error::Io { action, path: path.to_path_buf(), resolved: resolved.clone(), source }
 }
 
 /// The error of opening a directory.

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::commit::{CHUNK_BYTES, Gate};
+use crate::error::resolved_error;
 use crate::names::{self, is_name, is_reserved};
 use crate::platform::{self, Dir, Entry, Identity, Kind};
 use crate::{Error, InPlace, WriteOptions};
@@ -131,9 +132,8 @@ impl Fixed<'_> {
     }
 
     /// The error of a call that was to do `action`.
-    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
-        let (path, resolved) = (self.path.to_path_buf(), self.resolved.clone());
-        move |source| Error::Io { action, path, resolved, source }
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error {
+        resolved_error(action, self.path, self.resolved)
     }
 }
 

@@ -137,19 +137,15 @@ impl Staged {
 
     /// Writes `bytes` at `offset`, looking at the gate after each chunk.
     pub(crate) fn write_at(&mut self, offset: u64, bytes: &[u8], gate: &Gate) -> Result<(), Error> {
-        let failed = self.failed("write the new content of");
         if self.cursor != offset {
-            let failed = self.failed("seek in the new file for");
-            (&*self.file).seek(SeekFrom::Start(offset)).map_err(failed)?;
+            (&*self.file).seek(SeekFrom::Start(offset)).map_err(self.failed("seek in the new file for"))?;
             self.cursor = offset;
         }
         for chunk in bytes.chunks(CHUNK_BYTES) {
             if gate.is_cancelled() {
                 return Err(Error::Interrupted { path: self.path.clone() });
             }
-            if let Err(source) = (&*self.file).write_all(chunk) {
-                return Err(failed(source));
-            }
+            (&*self.file).write_all(chunk).map_err(self.failed("write the new content of"))?;
             self.cursor += chunk.len() as u64;
         }
         self.length = self.length.max(self.cursor);
@@ -159,11 +155,10 @@ impl Staged {
     /// Looks at the target once more, for a file that was created a while ago: what is kept of the replaced one is what
     /// it has now. A file that was made private meanwhile must not become public again.
     pub(crate) fn look_again(&mut self) -> Result<(), Error> {
-        let failed = self.failed("look at");
-        let Target { dir, name, existing, .. } = &mut self.target;
+        let now = self.target.dir.look(&self.target.name).map_err(self.failed("look at"))?;
         // What is gone, or no file any more, is for the rename to find out.
-        if let Some(entry @ Entry { kind: Kind::File, .. }) = dir.look(name).map_err(failed)? {
-            *existing = Some(entry);
+        if let Some(Entry { kind: Kind::File, .. }) = now {
+            self.target.existing = now;
         }
         self.take_owner()
     }
@@ -233,8 +228,8 @@ impl Staged {
 
     /// Removes the file and says whether that worked.
     pub(crate) fn discard(self) -> Result<(), Error> {
-        let failed = self.failed("remove the temporary file of");
-        self.staging.end().map_err(failed)
+        let Self { path, target, staging, .. } = self;
+        staging.end().map_err(resolved_error("remove the temporary file of", &path, &target.resolved))
     }
 
     /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.
@@ -244,7 +239,7 @@ impl Staged {
     }
 
     /// The error of a call that was to do `action`.
-    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<'_> {
         resolved_error(action, &self.path, &self.target.resolved)
     }
 
