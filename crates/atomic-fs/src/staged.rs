@@ -3,7 +3,7 @@
 //! Invariant: until the rename the target is not touched, and however this ends, no temporary file stays. All of it is
 //! synchronous and runs inside one blocking job, so that whoever creates the file also owns its removal.
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
@@ -195,7 +195,7 @@ impl Staged {
 
     /// The name of the target in its directory.
     #[cfg(unix)]
-    pub(crate) fn target_name(&self) -> &OsStr {
+    pub(crate) fn target_name(&self) -> &OsString {
         &self.target.name
     }
 

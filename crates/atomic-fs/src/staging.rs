@@ -39,18 +39,11 @@ pub(crate) struct Staging {
     name: OsString,
     /// Whether there is a file of ours by that name.
     is_ours: bool,
-    life: Life,
-}
-
-/// What tells others that the maker of a staged file lives.
-#[derive(Debug)]
-enum Life {
-    /// A sweep, by the lock of the file.
-    #[expect(dead_code, reason = "it is held, and nothing else")]
-    Lock(Arc<File>),
-    /// A recovery, by the lock of the note.
+    /// What tells a sweep that the maker of a single file lives: its lock.
+    _lock: Option<Arc<File>>,
+    /// What tells a recovery that the maker of a transaction's file lives: the lock of the note.
     #[cfg(unix)]
-    Note(Arc<Workspace>),
+    note: Option<Arc<Workspace>>,
 }
 
 impl Staging {
@@ -63,7 +56,14 @@ impl Staging {
                 other => Arc::new(other?),
             };
             // From here on its drop removes it.
-            let staging = Self { dir: dir.clone(), name, is_ours: true, life: Life::Lock(file.clone()) };
+            let staging = Self {
+                dir: dir.clone(),
+                name,
+                is_ours: true,
+                _lock: Some(file.clone()),
+                #[cfg(unix)]
+                note: None,
+            };
             if let Some(fresh) = lock_new(&file)? {
                 return Ok((staging, file, fresh));
             }
@@ -81,7 +81,7 @@ impl Staging {
     ) -> io::Result<(Self, Arc<File>, Entry)> {
         let name = workspace.name();
         let file = Arc::new(dir.create(&name, mode)?);
-        let staging = Self { dir: dir.clone(), name, is_ours: true, life: Life::Note(workspace.clone()) };
+        let staging = Self { dir: dir.clone(), name, is_ours: true, _lock: None, note: Some(workspace.clone()) };
         let fresh = Entry::of(&file)?;
         Ok((staging, file, fresh))
     }
@@ -121,8 +121,8 @@ impl Staging {
         match self.dir.remove(&self.name) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 #[cfg(unix)]
-                if let Life::Note(workspace) = &self.life {
-                    workspace.stay();
+                if let Some(note) = &self.note {
+                    note.stay();
                 }
                 Err(error)
             }
