@@ -416,3 +416,56 @@ pub(crate) fn foreign_sites(note: &File) -> io::Result<Vec<Foreign>> {
     let whole = bytes.split_inclusive(|&byte| byte == 0).filter_map(|line| line.strip_suffix(&[0]));
     Ok(whole.filter_map(Foreign::decode).collect())
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_tells_that_a_staged_file_lives_goes_after_it_whatever_is_dropped_first() {
+        let scratch = tempfile::tempdir().expect("the temporary directory has room");
+        let dir = Arc::new(Dir::open(scratch.path()).expect("it is there"));
+        let names = || std::fs::read_dir(scratch.path()).expect("it is there").count();
+
+        let (staging, file, _) = Staging::create(&dir, 0o600).expect("the directory is ours");
+        drop(file);
+        let sweeper = dir.read(staging.name()).expect("it is there");
+        assert!(matches!(sweeper.try_lock(), Err(TryLockError::WouldBlock)));
+        drop(staging);
+        assert_eq!(names(), 0);
+        assert!(sweeper.try_lock().is_ok());
+
+        let workspace = Arc::new(Workspace::begin(scratch.path()).expect("the directory is ours"));
+        let [one, other] = [1, 2].map(|_| Staging::create_for(&workspace, &dir, 0o600).expect("the directory is ours"));
+        drop(workspace);
+        drop(one);
+        assert_eq!(names(), 2, "the other, and the note");
+        let (staging, file, _) = other;
+        assert!(staging.end().is_ok());
+        assert_eq!(names(), 0);
+        drop(file);
+    }
+
+    #[test]
+    fn the_note_stays_if_a_file_does_and_what_was_given_away_is_not_removed() {
+        let scratch = tempfile::tempdir().expect("the temporary directory has room");
+        let dir = Arc::new(Dir::open(scratch.path()).expect("it is there"));
+        let names = || std::fs::read_dir(scratch.path()).expect("it is there").count();
+
+        let workspace = Arc::new(Workspace::begin(scratch.path()).expect("the directory is ours"));
+        let (mut staging, ..) = Staging::create_for(&workspace, &dir, 0o600).expect("the directory is ours");
+        drop(workspace);
+        staging.give_away();
+        drop(staging);
+        assert_eq!(names(), 1, "the file, which somebody else has now");
+
+        let workspace = Arc::new(Workspace::begin(scratch.path()).expect("the directory is ours"));
+        let (staging, ..) = Staging::create_for(&workspace, &dir, 0o600).expect("the directory is ours");
+        drop(workspace);
+        // A directory cannot be removed as files are.
+        dir.remove(staging.name()).expect("it is ours");
+        std::fs::create_dir(scratch.path().join(staging.name())).expect("the name is free");
+        assert!(staging.end().is_err());
+        assert_eq!(names(), 3, "and the note");
+    }
+}
