@@ -116,9 +116,12 @@ impl<DB: Backend> TransactionGuard<DB> {
     pub async fn commit(mut self) -> Result<(), TxError> {
         let deadline = self.deadline;
         if let Some(deadline) = deadline.filter(Deadline::has_passed) {
-            // That it is rolled back is certain, whatever comes of the connection.
-            drop(self.rollback().await);
-            return Err(deadline.error());
+            return match self.rollback().await {
+                // Its SQL may have committed it.
+                Err(lost @ TxError::Lost { .. }) => Err(lost),
+                // It is rolled back, whatever has come of the connection.
+                Ok(()) | Err(_) => Err(deadline.error()),
+            };
         }
         self.shielded_commit().await.map_err(|error| match deadline {
             Some(deadline) => deadline.name(error),

@@ -4,6 +4,7 @@
 
 mod attempts;
 mod cancel;
+mod cancel_doors;
 mod cancel_ends;
 mod cancel_less;
 mod cancel_pool;
