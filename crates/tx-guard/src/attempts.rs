@@ -144,7 +144,11 @@ impl<DB: Backend> Attempts<DB> {
     {
         match self.deadline {
             None => work.await,
-            Some(deadline) => deadline.bound(work).await?,
+            Some(deadline) => match deadline.bound(work).await? {
+                // The server may have been the first to notice.
+                Err(_) if deadline.has_passed() => Err(deadline.error().into()),
+                worked => worked,
+            },
         }
     }
 

@@ -196,7 +196,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
     ///
     /// The transaction goes on in both cases. Savepoints nest. The error is any that a [`TxError`] turns into, so name it
-    /// where nothing else does: `Ok::<_, TxError>(())`.
+    /// where nothing else does: `Ok::<_, TxError>(())`. Where the work borrows and its future must be [`Send`], see
+    /// [`savepoint_boxed`](Self::savepoint_boxed).
     ///
     /// # Cancel safety
     ///
