@@ -144,7 +144,11 @@ impl<DB: Backend> Attempts<DB> {
     {
         match self.deadline {
             None => work.await,
-            Some(deadline) => deadline.bound(work).await?,
+            Some(deadline) => match deadline.bound(work).await? {
+                // The server may have been the first to notice.
+                Err(_) if deadline.has_passed() => Err(deadline.error().into()),
+                worked => worked,
+            },
         }
     }
 
@@ -185,6 +189,10 @@ impl<DB: Backend> Attempts<DB> {
             },
             Err(error) => {
                 let again = self.may_repeat(self.verdict_of_work(&error));
+                if !again {
+                    // Known before the wait, so that whoever drops it cannot go on.
+                    self.over = Some(FAILED);
+                }
                 let handle = tx.outcome_handle();
                 // Before the next attempt, this one has to be over. Its connection failing changes nothing, and a rollback
                 // that is slower than the deadline goes on without its caller.

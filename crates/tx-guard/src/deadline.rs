@@ -43,9 +43,10 @@ impl Deadline {
         timeout_at(self.at, future).await.map_err(|_| self.error())
     }
 
-    /// What `error` is to be told as. Errors of opening a connection say themselves what took so long.
+    /// What `error` is to be told as. A timeout says that the transaction is rolled back, which is not known of one that was
+    /// lost. Errors of opening a connection say themselves what took so long.
     pub(crate) fn name(&self, error: TxError) -> TxError {
-        let of_the_work = matches!(error, TxError::Database(_) | TxError::Aborted { .. } | TxError::Lost { .. });
-        if of_the_work && self.has_passed() { self.error() } else { error }
+        let is_rolled_back = matches!(error, TxError::Database(_) | TxError::Aborted { .. });
+        if is_rolled_back && self.has_passed() { self.error() } else { error }
     }
 }

@@ -119,9 +119,12 @@ impl<DB: Backend> TransactionGuard<DB> {
     pub async fn commit(mut self) -> Result<(), TxError> {
         let deadline = self.deadline;
         if let Some(deadline) = deadline.filter(Deadline::has_passed) {
-            // That it is rolled back is certain, whatever comes of the connection.
-            drop(self.rollback().await);
-            return Err(deadline.error());
+            return match self.rollback().await {
+                // Its SQL may have committed it.
+                Err(lost @ TxError::Lost { .. }) => Err(lost),
+                // It is rolled back, whatever has come of the connection.
+                Ok(()) | Err(_) => Err(deadline.error()),
+            };
         }
         self.driven_commit().await.map_err(|error| match deadline {
             Some(deadline) => deadline.name(error),
@@ -196,7 +199,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
     ///
     /// The transaction goes on in both cases. Savepoints nest. The error is any that a [`TxError`] turns into, so name it
-    /// where nothing else does: `Ok::<_, TxError>(())`.
+    /// where nothing else does: `Ok::<_, TxError>(())`. Where the work borrows and its future must be [`Send`], see
+    /// [`savepoint_boxed`](Self::savepoint_boxed).
     ///
     /// # Cancel safety
     ///

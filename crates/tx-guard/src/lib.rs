@@ -73,6 +73,7 @@
 //! | a guard, after the end of that runtime | the connection is closed, which rolls back; no panic |
 //! | `commit`, never polled | rolled back |
 //! | `commit`, polled | driven to its end; the [`OutcomeHandle`] and the hooks learn how it ended |
+//! | `commit`, after the [`timeout`](Tx::timeout) of its transaction | rolled back, and [`TxError::Timeout`] |
 //! | `commit` of a transaction that an error had aborted | rolled back, and an error: `Ok` means committed |
 //! | a nested sqlx `begin` that is cancelled inside the guard | `commit` is [`TxError::Lost`]; no later statement stands |
 //! | a savepoint, halfway | `commit` is [`TxError::Lost`] and rolls back |

@@ -22,7 +22,8 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::begin`], and [`TxError::Timeout`] if the time was over before the transaction had begun.
+    /// As [`TxPool::begin`](crate::TxPool::begin), and [`TxError::Timeout`] if the time was over before the transaction
+    /// had begun.
     ///
     /// # Examples
     ///
@@ -65,7 +66,7 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// The error of `work`, of [`begin`](TxPool::begin) or of [`commit`](TransactionGuard::commit) in the last
+    /// The error of `work`, of [`begin`](crate::TxPool::begin) or of [`commit`](TransactionGuard::commit) in the last
     /// attempt; [`TxError::Timeout`] in its place if the time had passed when it came, and [`TxError::Pending`] if the
     /// time has passed while the commit was under way. If it has passed while a connection was waited for, the error is
     /// that of `begin`, which says why: all are in use, or the server does not answer.

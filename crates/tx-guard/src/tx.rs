@@ -69,7 +69,8 @@ impl<DB: Backend> Tx<DB> {
 
     /// How long everything may take: all attempts, their pauses, and the wait for a connection. Default: no limit.
     ///
-    /// Whatever fails at or past that moment is told as [`TxError::Timeout`], unless it may have been committed.
+    /// Whatever fails at or past that moment is told as [`TxError::Timeout`](crate::TxError::Timeout), unless it may have
+    /// been committed.
     ///
     /// PostgreSQL and MariaDB are told as well, so a transaction whose client has vanished ends there a second or two later;
     /// MySQL can only be told how long a `SELECT` and the wait for a lock may take. Their limits come later than ours.
@@ -82,7 +83,7 @@ impl<DB: Backend> Tx<DB> {
     /// busy or locked SQLite, a deadlock or a lock waited for too long on MySQL (1213, 1205). Default: [`Retry::none`].
     ///
     /// Such a failure is found in what the work returns, and behind it in the chain of sources, if that is a
-    /// [`TxError`], an [`sqlx::Error`] or a boxed [`std::error::Error`]. For another type, say it with
+    /// [`TxError`](crate::TxError), an [`sqlx::Error`] or a boxed [`std::error::Error`]. For another type, say it with
     /// [`retry_if`](Self::retry_if). Failures of the begin and of the commit are always seen.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{Attempts, CommitOutcome, Retry, TransactionGuard, TxError};
 use futures_util::FutureExt;
-use sqlx::Sqlite;
+use sqlx::{Postgres, Sqlite};
 
 use crate::commit::works_as_before;
 use crate::on_all;
@@ -154,17 +154,11 @@ async fn an_end_that_is_dropped_is_a_rollback_or_a_commit_and_never_both<D: Test
         let mut tx: TransactionGuard<D> = attempts.next().await.unwrap();
         world.insert(&mut tx, n).await.unwrap();
         let handle = tx.outcome_handle();
-        // A server may answer within the one poll of it.
-        let ended = attempts.end(tx, worked).now_or_never().is_some();
+        drop(attempts.end(tx, worked).now_or_never());
         let committed = handle.outcome().await == CommitOutcome::Committed;
         assert_eq!(committed, n == 1);
         assert_eq!(world.committed().await, [1]);
-        match (committed, ended) {
-            (true, _) => no_attempt(&mut attempts, "committed").await,
-            (false, true) => no_attempt(&mut attempts, "failed").await,
-            // Whoever drops the end of an attempt may make another.
-            (false, false) => attempts.next().await.unwrap().rollback().await.unwrap(),
-        }
+        no_attempt(&mut attempts, if committed { "committed" } else { "failed" }).await;
     }
     world.end(db).await;
 }
@@ -187,5 +181,55 @@ async fn a_begin_that_fails_in_passing_is_an_attempt() {
         writer.rollback().await.unwrap();
     });
     next.unwrap().rollback().await.unwrap();
+    world.end(db).await;
+}
+
+/// Its SQL has ended the transaction, and nobody can say whether by a commit.
+#[tokio::test]
+async fn an_attempt_of_which_nobody_knows_the_end_is_followed_by_another_only_if_that_does_no_harm() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let retry = Retry::attempts(2).backoff(AT_ONCE, AT_ONCE);
+    for idempotent in [false, true] {
+        let tx = db.tx().retry(retry);
+        let mut attempts = if idempotent { tx.idempotent() } else { tx }.attempts();
+        let mut tx = attempts.next().await.unwrap();
+        sqlx::raw_sql("COMMIT").execute(&mut *tx).await.unwrap();
+        drop(tx);
+        match idempotent {
+            true => attempts.next().await.unwrap().rollback().await.unwrap(),
+            false => no_attempt(&mut attempts, "not known").await,
+        }
+    }
+    world.end(db).await;
+}
+
+/// A guard that its owner keeps is waited for, and no longer than there is time.
+#[tokio::test]
+async fn a_guard_that_is_kept_lets_the_next_attempt_wait_until_the_deadline() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(2).await;
+    let limit = Duration::from_millis(200);
+    let mut attempts = db.tx().timeout(limit).retry(Retry::attempts(2).backoff(AT_ONCE, AT_ONCE)).attempts();
+    let kept = attempts.next().await.unwrap();
+    let error = attempts.next().await.unwrap_err();
+    assert!(matches!(error, TxError::Timeout { timeout } if timeout == limit), "{error:?}");
+    kept.rollback().await.unwrap();
+    world.end(db).await;
+}
+
+/// The pause between two attempts is inside the time as well.
+#[tokio::test]
+async fn a_pause_ends_at_the_deadline() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(1).await;
+    let (limit, start) = (Duration::from_millis(200), Instant::now());
+    // Random pauses below this are not shorter than the limit but once in a hundred thousand times.
+    let retry = Retry::attempts(u32::MAX).backoff(Duration::from_secs(20_000), Duration::from_secs(20_000));
+    let mut attempts = db.tx().timeout(limit).retry(retry).attempts();
+    drop(attempts.next().await.unwrap());
+    let error = attempts.next().await.unwrap_err();
+    assert!(matches!(error, TxError::Timeout { timeout } if timeout == limit), "{error:?}");
+    assert!((limit..SOON).contains(&start.elapsed()));
     world.end(db).await;
 }

@@ -65,6 +65,24 @@ async fn a_commit_after_the_deadline_rolls_back_and_is_a_timeout<D: TestDb>() {
     world.end(db).await;
 }
 
+/// A timeout would say that it is rolled back.
+#[tokio::test]
+async fn a_transaction_that_its_sql_has_committed_is_no_timeout_but_lost() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    let limit = Duration::from_secs(1);
+    let mut tx = db.tx().timeout(limit).begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    sqlx::raw_sql("COMMIT").execute(&mut *tx).await.unwrap();
+    let handle = tx.outcome_handle();
+    sleep(limit).await;
+    let error = tx.commit().await.unwrap_err();
+    assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
+    assert_eq!(handle.outcome().await, CommitOutcome::Unknown);
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
 async fn a_commit_within_the_deadline_commits<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;

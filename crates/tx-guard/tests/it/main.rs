@@ -5,6 +5,7 @@
 mod attempts;
 mod bounded;
 mod cancel;
+mod cancel_doors;
 mod cancel_ends;
 mod cancel_less;
 mod cancel_pool;

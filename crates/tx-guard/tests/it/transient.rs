@@ -130,6 +130,9 @@ async fn what_may_have_been_committed_is_not_run_again<D: Transient>() {
     assert_eq!(attempts(db.tx().retry_if(|error: &TxError| error.is_unknown()), unknown).await, 1);
     let behind = |source, _| TxError::application(TxError::Unknown { source });
     assert_eq!(attempts(db.tx(), behind).await, 1);
+    let inside = |source, _| sqlx::Error::Io(io::Error::other(TxError::Unknown { source }));
+    assert_eq!(attempts(db.tx(), inside).await, 1);
+    assert_eq!(attempts(db.tx().idempotent(), inside).await, 3);
     // What is still under way is not even to be done twice by who may do it twice.
     for tx in [db.tx(), db.tx().idempotent(), db.tx().idempotent().retry_if(|_: &TxError| true)] {
         assert_eq!(attempts(tx, |_, handle| TxError::Pending(handle)).await, 1);
