@@ -17,6 +17,7 @@ mod fuzz;
 mod happy;
 mod hostile;
 mod in_hand;
+mod injected;
 mod input;
 mod known;
 mod late;
