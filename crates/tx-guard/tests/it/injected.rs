@@ -77,7 +77,8 @@ async fn door<D: Injected>(options: &Options<D>, armed: Arc<AtomicUsize>) -> Opt
                     let is_rollback = message.windows(D::ROLLBACK.len()).any(|part| part == D::ROLLBACK);
                     let take = |left: usize| left.checked_sub(1);
                     if is_rollback && armed.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok() {
-                        send(&mut *to_client.lock().await, &D::answer()).await;
+                        // Two, because of one too many the next BEGIN would find that it has not begun.
+                        send(&mut *to_client.lock().await, &D::answer().repeat(2)).await;
                     }
                     send(&mut to_server, message).await;
                 }
