@@ -127,22 +127,20 @@ async fn one_poll_of_a_begin_queues_its_message_on_postgres() {
     const HABIT: &str =
         "sqlx has changed: one poll of a begin does not queue its message ahead of what follows any more";
     let mut conn = plain::<Postgres>().await;
+    // A server that is near may have answered at once.
     let fence = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY";
-    assert!(begin::<Postgres>(&mut conn, fence).now_or_never().is_none(), "{HABIT}");
+    drop(begin::<Postgres>(&mut conn, fence).now_or_never());
     let fenced = "SELECT (current_setting('default_transaction_read_only') = 'on')::int::bigint".to_owned();
     assert_eq!(Postgres::numbers(&mut conn, fenced).await.unwrap(), [1], "{HABIT}");
 
     let mut conn = plain::<Postgres>().await;
-    let mut spoil = Box::pin(begin::<Postgres>(&mut conn, "BEGIN; ROLLBACK TO SAVEPOINT none"));
-    assert!(spoil.as_mut().now_or_never().is_none(), "{HABIT}");
-    std::mem::forget(spoil);
-    let mut codes = Vec::new();
-    for _ in 0..3 {
-        codes.push(code(&Postgres::numbers(&mut conn, "SELECT 1::BIGINT".to_owned()).await));
+    let mut hold = Box::pin(begin::<Postgres>(&mut conn, "BEGIN READ ONLY"));
+    drop(hold.as_mut().now_or_never());
+    std::mem::forget(hold);
+    for _ in 0..2 {
+        let held = "SELECT (current_setting('transaction_read_only') = 'on')::int::bigint".to_owned();
+        assert_eq!(Postgres::numbers(&mut conn, held).await.unwrap(), [1], "{HABIT}, or takes a forgotten one back");
     }
-    let codes: Vec<_> = codes.iter().map(|code| code.as_deref().unwrap_or("fine")).collect();
-    // The error of what was forgotten, and then those of a transaction that has failed.
-    assert_eq!(codes, ["3B001", "25P02", "25P02"], "{HABIT}, or takes a forgotten one back");
 }
 
 /// `mysql`: START TRANSACTION, its settings and its mark go in one message.
