@@ -79,6 +79,9 @@ const FENCE: &str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY";
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
 const SPOIL: &str = "BEGIN; ROLLBACK TO SAVEPOINT \"none: the guarded transaction was lost\"";
 
+/// The same for the session of this one transaction.
+const HOLD: &str = "BEGIN READ ONLY";
+
 /// One backend of the server.
 #[derive(Debug, Clone, Copy)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
@@ -204,13 +207,19 @@ impl Driver for Postgres {
     /// sqlx does when the `begin` is then dropped differs between its versions: nothing, or a `ROLLBACK`, which ends the
     /// spoilt transaction. Writes are refused in both cases.
     ///
-    /// Behind a pooler the next session is not ours to change, so there the spoilt transaction must last: the `begin` is not
+    /// Behind a pooler the next session is not ours to change, so there it is a transaction that must last: the `begin` is not
     /// dropped, but forgotten.
     fn fence(conn: &mut PgConnection, place: &Place) {
         if place.is_pooled() {
-            let mut spoil = Box::pin(Manager::begin(conn, Some(SPOIL.into_sql_str())));
-            drop(spoil.as_mut().now_or_never());
-            std::mem::forget(spoil);
+            // One that meets the error of a statement that was left behind is taken back by later versions of sqlx.
+            for _ in 0..ROLLBACK_ATTEMPTS {
+                let mut hold = Box::pin(Manager::begin(conn, Some(HOLD.into_sql_str())));
+                match hold.as_mut().now_or_never() {
+                    Some(Err(_)) => {}
+                    Some(Ok(())) => return,
+                    None => return std::mem::forget(hold),
+                }
+            }
             return;
         }
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();

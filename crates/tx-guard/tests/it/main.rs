@@ -20,6 +20,7 @@ mod fuzz;
 mod happy;
 mod hostile;
 mod in_hand;
+mod injected;
 mod input;
 mod known;
 mod late;
