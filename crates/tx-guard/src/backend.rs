@@ -11,6 +11,7 @@ use sqlx::error::DatabaseError;
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
+use tokio::time::Instant;
 
 use crate::TxError;
 use crate::pooler::PoolerMode;
@@ -164,7 +165,7 @@ pub trait Driver: Database {
     fn probe(
         conn: &mut Self::Connection,
         pooler: PoolerMode,
-        first: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+        first: Option<First<'_, Self>>,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
@@ -282,6 +283,16 @@ pub enum Unsignalled {
     Unreachable,
     /// It was sent and had no answer, so it may be under way.
     Unanswered,
+}
+
+/// The first session of a pool, of which it is not known yet what is between here and the server.
+#[derive(Debug)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub struct First<'a, DB: Driver> {
+    pub(crate) canceller: &'a DB::Canceller,
+    pub(crate) options: &'a Arc<Options<DB>>,
+    /// When its connection was asked for.
+    pub(crate) since: Instant,
 }
 
 /// What was seen of a session.

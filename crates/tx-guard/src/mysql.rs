@@ -19,8 +19,8 @@ use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
-    Wanted, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Unsignalled, Wanted, depth,
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
@@ -188,7 +188,7 @@ impl Driver for MySql {
     async fn probe(
         conn: &mut MySqlConnection,
         _: PoolerMode,
-        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+        _: Option<First<'_, Self>>,
     ) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = identify(conn, false).await?;
         if !identity.read_only {

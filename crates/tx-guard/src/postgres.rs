@@ -19,8 +19,8 @@ use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
-    Wanted, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Unsignalled, Wanted, depth,
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
@@ -146,13 +146,13 @@ impl Driver for Postgres {
     async fn probe(
         conn: &mut PgConnection,
         pooler: PoolerMode,
-        first: Option<(&Self::Canceller, &Arc<PgConnectOptions>)>,
+        first: Option<First<'_, Self>>,
     ) -> Result<Place, sqlx::Error> {
         if pooler == PoolerMode::Transaction {
             return Ok(Place::pooled());
         }
-        if let Some((canceller, options)) = first {
-            pooled::refuse(conn, canceller, options).await?;
+        if let Some(first) = first {
+            pooled::refuse(conn, first).await?;
         }
         if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
             // Not every operating system can do it; the server then refuses the setting, and goes without.

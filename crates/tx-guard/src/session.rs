@@ -14,7 +14,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
-use crate::backend::{Backend, Options};
+use crate::backend::{Backend, First, Options};
 use crate::pooler::PoolerMode;
 use crate::queue::Idle;
 use crate::upkeep::Upkeep;
@@ -53,6 +53,7 @@ impl<DB: Backend> Session<DB> {
         pooler: PoolerMode,
         first: Option<&DB::Canceller>,
     ) -> Result<Self, sqlx::Error> {
+        let since = Instant::now();
         let mut conn = match &upkeep.rotation {
             Some(rotation) => rotation().await?.connect().await?,
             None => options.connect().await?,
@@ -60,7 +61,7 @@ impl<DB: Backend> Session<DB> {
         if let Some(after_connect) = &upkeep.after_connect {
             after_connect(&mut conn).await?;
         }
-        let probe = DB::probe(&mut conn, pooler, first.map(|canceller| (canceller, options))).await?;
+        let probe = DB::probe(&mut conn, pooler, first.map(|canceller| First { canceller, options, since })).await?;
         let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
         let (expiry, idle_since) = (upkeep.expiry(), Instant::now());
         Ok(Self { link: Some(Link::Own(conn)), probe: Some(probe), home, is_used: false, expiry, idle_since })

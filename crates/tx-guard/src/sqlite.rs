@@ -14,8 +14,8 @@ use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
-    Wanted, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Unsignalled, Wanted, depth,
 };
 use crate::pooler::PoolerMode;
 
@@ -103,7 +103,7 @@ impl Driver for Sqlite {
     async fn probe(
         conn: &mut SqliteConnection,
         _: PoolerMode,
-        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+        _: Option<First<'_, Self>>,
     ) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;

@@ -4,12 +4,13 @@
 //! and each message is a simple query, because two messages may reach two sessions.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
-use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
 use super::BackendId;
-use crate::canceller::Canceller;
+use crate::backend::First;
 
 /// sqlx gives the statements it prepares names that are the same on each connection, and behind a pooler they would outlive
 /// the transaction. Prepared statements are in no transaction, so it does not matter how the one ends that takes them away.
@@ -25,11 +26,16 @@ const LEARN: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::
         THEN set_config('client_connection_check_interval', '500ms', true) END
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-const WHO: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
+const WHO: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
+    (extract(epoch FROM clock_timestamp() - backend_start) * 1000000)::bigint
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-/// How often each of two connections is asked for its session.
+/// How often each of two connections is asked for its session, and how often where there is a pooler of some kind.
 const QUESTIONS: usize = 2;
+const QUESTIONS_TO_A_POOLER: usize = 30;
+
+/// How much older than its connection a session may look.
+const AGE_MARGIN: Duration = Duration::from_millis(250);
 
 /// The session of a connection: its own, or that of its transaction.
 #[derive(Debug, Clone)]
@@ -88,33 +94,57 @@ pub(crate) fn is_refused(reason: &(dyn std::error::Error + Send + Sync + 'static
     reason.is::<Refused>()
 }
 
-/// Fails where connections share sessions, and leaves nothing behind. The first connection of a pool and that for cancelling
-/// are asked in turn: behind a pooler they mostly have the same session, and if others are busy there, they have a new one
-/// each time.
-pub(crate) async fn refuse(
-    conn: &mut PgConnection,
-    canceller: &Canceller<Postgres>,
-    options: &Arc<PgConnectOptions>,
-) -> Result<(), sqlx::Error> {
-    // Whoever opens the pool hears of it if the connection for cancelling cannot be opened.
-    if canceller.warm(options).await.is_err() {
-        return Ok(());
-    }
-    let (mut ours, mut beside) = (Vec::new(), Vec::new());
-    for _ in 0..QUESTIONS {
-        ours.push(who(conn).await?);
-        match canceller.on_warm(who).await {
-            Some(session) => beside.push(session?),
-            None => return Ok(()),
+/// Fails where connections share sessions, and leaves nothing behind.
+///
+/// The first connection of a pool and that for cancelling are asked in turn: behind a pooler they mostly have the same
+/// session, and if others are busy there, they have a new one each time. A session that is older than its connection shows
+/// that there is a pooler, whose way is then found out by more questions: in session mode, the two stay what they are.
+pub(crate) async fn refuse(conn: &mut PgConnection, first: First<'_, Postgres>) -> Result<(), sqlx::Error> {
+    // Whoever opens the pool hears of it if the connection for cancelling cannot be opened. The other one can be asked
+    // alone.
+    let has_canceller = first.canceller.warm(first.options).await.is_ok();
+    let (mut ours, mut beside) = (None, None);
+    let mut questions = QUESTIONS;
+    let mut asked = 0;
+    while asked < questions {
+        asked += 1;
+        let one = who(conn).await?;
+        let other = if has_canceller { first.canceller.on_warm(who).await.transpose()? } else { None };
+        let differ = |before: Option<Who>, now: Option<Who>| match (before, now) {
+            (Some(before), Some(now)) => before.session() != now.session(),
+            _ => false,
+        };
+        let is_same = other.is_some_and(|other| other.session() == one.session());
+        if is_same || differ(ours, Some(one)) || differ(beside, other) {
+            return Err(sqlx::Error::Configuration(Box::new(Refused)));
         }
-    }
-    let changes = |sessions: &[(i32, i64)]| sessions.windows(2).any(|pair| pair[0] != pair[1]);
-    if changes(&ours) || changes(&beside) || ours == beside {
-        return Err(sqlx::Error::Configuration(Box::new(Refused)));
+        let oldest = other.map_or(one.age, |other| other.age.max(one.age));
+        if oldest > first.since.elapsed() + AGE_MARGIN {
+            questions = QUESTIONS_TO_A_POOLER;
+        }
+        (ours, beside) = (Some(one), other.or(beside));
     }
     Ok(())
 }
 
-async fn who(conn: &mut PgConnection) -> Result<(i32, i64), sqlx::Error> {
-    session(&sqlx::raw_sql(WHO).fetch_one(conn).await?)
+/// The session of a connection for the moment.
+#[derive(Clone, Copy)]
+struct Who {
+    pid: i32,
+    started: i64,
+    age: Duration,
+}
+
+impl Who {
+    fn session(self) -> (i32, i64) {
+        (self.pid, self.started)
+    }
+}
+
+async fn who(conn: &mut PgConnection) -> Result<Who, sqlx::Error> {
+    let row = sqlx::raw_sql(WHO).fetch_one(conn).await?;
+    let (pid, started) = session(&row)?;
+    // A clock that was put back makes it look young.
+    let age = Duration::from_micros(u64::try_from(row.try_get::<i64, _>(2)?).unwrap_or_default());
+    Ok(Who { pid, started, age })
 }
