@@ -25,8 +25,8 @@ const LEARN: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::
         THEN set_config('client_connection_check_interval', '500ms', true) END
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-const WHO: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint
-    FROM pg_stat_get_activity(pg_backend_pid())";
+const WHO: &str = "SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint
+    FROM pg_stat_get_activity(pg_backend_pid()) a";
 
 /// How often each of two connections is asked for its session.
 const QUESTIONS: usize = 2;
