@@ -26,9 +26,9 @@ const LEARN: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::
         THEN set_config('client_connection_check_interval', '500ms', true) END
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-const WHO: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
-    (extract(epoch FROM clock_timestamp() - backend_start) * 1000000)::bigint
-    FROM pg_stat_get_activity(pg_backend_pid())";
+const WHO: &str = "SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)::bigint,
+    (extract(epoch FROM clock_timestamp() - a.backend_start) * 1000000)::bigint
+    FROM pg_stat_get_activity(pg_backend_pid()) a";
 
 /// How often each of two connections is asked for its session, and how often where there is a pooler of some kind.
 const QUESTIONS: usize = 2;
