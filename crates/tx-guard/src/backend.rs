@@ -150,6 +150,20 @@ pub trait Driver: Database {
     /// Makes the settings of a session of our own, and learns what `cancel` will need.
     fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
+    /// What is to be the same for each transaction, and the settings of these names. Releases the locks of the session. None
+    /// where nothing is compared.
+    fn state(
+        _: &mut Self::Connection,
+        _: &[String],
+    ) -> impl Future<Output = Result<Option<String>, sqlx::Error>> + Send {
+        async { Ok(None) }
+    }
+
+    /// Resets all that a session has for itself but its prepared statements. False where that cannot be done.
+    fn discard(_: &mut Self::Connection) -> impl Future<Output = Result<bool, sqlx::Error>> + Send {
+        async { Ok(false) }
+    }
+
     /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
     fn recognise(
         conn: &mut Self::Connection,

@@ -157,6 +157,7 @@ mod guard;
 mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
+mod metrics;
 #[cfg(feature = "mysql")]
 mod mysql;
 mod open;
@@ -165,6 +166,7 @@ mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod queue;
+mod reset;
 mod run;
 mod session;
 mod settings;
@@ -181,7 +183,9 @@ pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
+pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use reset::Reset;
 pub use run::{Retry, Tx};
 pub use upkeep::HookFuture;

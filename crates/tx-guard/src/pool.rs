@@ -13,6 +13,8 @@ use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::begin;
 use crate::events::TxEvents;
 use crate::keeper;
+use crate::metrics::Metrics;
+use crate::reset::{Reset, is_name};
 use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
 use crate::slot::{Shared, Source};
 use crate::upkeep::{HookFuture, Upkeep};
@@ -125,6 +127,23 @@ impl<DB: Backend> TxPool<DB> {
         self.shared.teller.listen()
     }
 
+    /// What the pool is doing now, and what it has done so far.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// db.begin().await.unwrap().commit().await.unwrap();
+    /// let metrics = db.metrics();
+    /// assert_eq!((metrics.size, metrics.opened, metrics.committed), (1, 1, 1));
+    /// # });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        self.shared.metrics()
+    }
+
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
     ///
     /// Waits for commits and rollbacks that were dropped by their callers, with their hooks and events, and for guards
@@ -177,13 +196,13 @@ impl<DB: Backend> Clone for TxPool<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPool<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (load, counts) = (self.shared.work.load(), self.shared.counts());
+        let metrics = self.metrics();
         f.debug_struct("TxPool")
             .field("target", &DB::target(&self.shared.options))
-            .field("idle", &counts.idle)
-            .field("waiting", &counts.waiting)
-            .field("in_use", &load.open)
-            .field("settling", &load.settling)
+            .field("idle", &metrics.idle)
+            .field("waiting", &metrics.waiting)
+            .field("in_use", &metrics.in_use)
+            .field("settling", &metrics.settling)
             .finish()
     }
 }
@@ -224,6 +243,8 @@ impl fmt::Display for CloseReport {
 /// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
 /// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
 /// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
+///
+/// [`reset`](Self::reset) is [`Reset::Verify`] by default.
 ///
 /// A wrapped pool keeps its own settings of these: its sessions are sqlx's. Its acquire timeout and the default
 /// `begin_timeout` hold for `begin`.
@@ -285,6 +306,19 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.upkeep.idle_timeout = timeout.into();
+        self
+    }
+
+    /// How a session is made the same for each transaction. Default [`Reset::Verify`].
+    pub fn reset(mut self, reset: Reset) -> Self {
+        self.upkeep.reset = reset;
+        self
+    }
+
+    /// The names of settings that [`Reset::Verify`] compares besides its own: on PostgreSQL such as `app.tenant`, on MySQL
+    /// such as `time_zone` or `@tenant`.
+    pub fn verify<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
+        self.upkeep.verify = names.into_iter().map(Into::into).collect();
         self
     }
 
@@ -394,6 +428,10 @@ impl<DB: Backend> TxPoolBuilder<DB> {
                 option: "min_connections",
                 reason: "it is more than max_connections",
             });
+        }
+        if !self.upkeep.verify.iter().all(|name| is_name(name)) {
+            let reason = "a name has letters, digits, _ and . only, and on MySQL an @ ahead of them";
+            return Err(TxError::InvalidOption { option: "verify", reason });
         }
         if self.upkeep.max_lifetime.is_some_and(|lifetime| lifetime.is_zero()) {
             return Err(TxError::InvalidOption { option: "max_lifetime", reason: "it is zero" });

@@ -141,6 +141,11 @@ impl Driver for Sqlite {
         begun
     }
 
+    /// Nothing is compared, so nothing has to be reset.
+    async fn discard(_: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+        Ok(true)
+    }
+
     async fn run_sql(conn: &mut SqliteConnection, sql: String) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
