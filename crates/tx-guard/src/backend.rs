@@ -188,6 +188,16 @@ pub trait Driver: Database {
         mode: &Mode,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// Keeps queries outside transactions from writing, where the session does not.
+    fn begin_read(_: &Self::Probe) {}
+
+    /// Makes a session ready for the next one after such queries, when nothing runs on it. A cancel that has come too late for
+    /// what it was meant for is consumed.
+    fn end_read(
+        conn: &mut Self::Connection,
+        probe: &Self::Probe,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
     /// Runs SQL of our own that has no result.
     fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 

@@ -166,6 +166,7 @@ mod pool;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod queue;
+mod reader;
 mod reset;
 mod run;
 mod session;
@@ -186,6 +187,7 @@ pub use guard::TransactionGuard;
 pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use reader::Reader;
 pub use reset::Reset;
 pub use run::{Retry, Tx};
 pub use upkeep::HookFuture;

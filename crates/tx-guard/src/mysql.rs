@@ -226,6 +226,12 @@ impl Driver for MySql {
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
+    /// Without autocommit a query begins a transaction.
+    async fn end_read(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
+        in_step::prove(conn).await?;
+        Self::run_sql(conn, "ROLLBACK".to_owned()).await
+    }
+
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
         in_step::run(conn, &sql).await
     }

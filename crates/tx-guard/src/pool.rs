@@ -24,9 +24,9 @@ use crate::{TransactionGuard, TxError};
 ///
 /// # Comparison with `sqlx::Pool`
 ///
-/// Each connection is known by what is needed to cancel a statement on it, is checked for life only after a second
-/// of idleness, and is given back only when it was seen outside any transaction. For queries outside transactions
-/// sqlx's own pool is the right one; [`wrap`](Self::wrap) guards the transactions of such a pool.
+/// Each connection is known by what is needed to cancel a statement on it, is checked for life by its `BEGIN` alone, and is
+/// given back only when it was seen outside any transaction. [`reader`](Self::reader) has a session for
+/// queries outside transactions; [`wrap`](Self::wrap) guards the transactions of an sqlx pool.
 pub struct TxPool<DB: Backend> {
     shared: Arc<Shared<DB>>,
 }
@@ -115,6 +115,10 @@ impl<DB: Backend> TxPool<DB> {
         deadline: Option<Instant>,
     ) -> Result<TransactionGuard<DB>, TxError> {
         begin::begin(&self.shared, mode, deadline).await
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared<DB>> {
+        &self.shared
     }
 
     pub(crate) fn commit_mode(&self) -> CommitMode {

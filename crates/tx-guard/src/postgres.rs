@@ -170,6 +170,10 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
 
+    async fn end_read(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
+        conn.ping().await
+    }
+
     async fn run_sql(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }

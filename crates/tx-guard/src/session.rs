@@ -109,6 +109,10 @@ impl<DB: Backend> Session<DB> {
         (self.link.as_mut().expect(LINKED).connection_mut(), self.probe.as_ref().expect(PROBED))
     }
 
+    pub(crate) fn probe(&self) -> &DB::Probe {
+        self.probe.as_ref().expect(PROBED)
+    }
+
     pub(crate) fn is_used(&self) -> bool {
         self.is_used
     }

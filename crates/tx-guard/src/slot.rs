@@ -329,6 +329,15 @@ impl<DB: Backend> Slot<DB> {
         self.session.as_ref().is_some_and(Session::is_used)
     }
 
+    /// Whether somebody had it, but not within this time.
+    pub(crate) fn is_used_before(&self, limit: Duration) -> bool {
+        self.session.as_ref().is_some_and(|session| session.is_used() && session.is_idle_for(limit))
+    }
+
+    pub(crate) fn probe(&self) -> &DB::Probe {
+        self.session.as_ref().expect(HELD).probe()
+    }
+
     /// Whether the connection may be released while there is still something to be sent: the next one who uses it sends
     /// that along with what is its own, or the user's own pool waits for the answer.
     pub(crate) fn takes_unsent(&self) -> bool {

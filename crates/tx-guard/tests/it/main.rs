@@ -27,6 +27,7 @@ mod nested;
 mod outage;
 mod prop;
 mod proxy;
+mod reader;
 mod reset;
 mod run;
 mod silence;
