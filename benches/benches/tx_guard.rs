@@ -3,8 +3,8 @@
 //! The bars are measured in one run beside plain sqlx, as it comes and tuned (`test_before_acquire(false)`); the faults
 //! beside the peers, with the feature `peers`. Criterion repeats one thing until its time is known; here most of the
 //! times are waits of seconds for somebody else's locks, and costs are ratios of blocks that take turns. So this bench
-//! has a harness of its own. `cargo xtask bench tx_guard` starts the servers; the names `latency`, `drops`, `goodput`
-//! and `faults` choose a part.
+//! has a harness of its own. `cargo xtask bench tx_guard` starts the servers; the names `latency`, `drops`, `storm`,
+//! `goodput` and `faults` choose a part.
 
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
 #![expect(clippy::unwrap_used, reason = "a bench that fails has nothing to measure")]
@@ -21,6 +21,11 @@ mod latency;
 mod measure;
 #[path = "tx_guard/peers.rs"]
 mod peers;
+#[path = "tx_guard/storm.rs"]
+mod storm;
+/// The storms that the tests of the crate make.
+#[path = "../../crates/tx-guard/tests/it/network/storm.rs"]
+mod storms;
 
 /// Set by `cargo xtask bench`.
 const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
@@ -46,6 +51,9 @@ fn main() {
     }
     if wants("drops") {
         runtime.block_on(drops::run(&postgres, &mysql));
+    }
+    if wants("storm") {
+        runtime.block_on(storm::run(&postgres, &mysql));
     }
     if wants("goodput") {
         runtime.block_on(goodput::run(&postgres));

@@ -93,7 +93,7 @@ impl Run<'_> {
     fn suite(&mut self, scope: impl FnOnce(Databases) -> Scope) -> Result<(), Failure> {
         let databases = match self.databases.take() {
             Some(databases) => databases,
-            None => Databases::for_tests(Wanted { postgres: true, mysql: true })?,
+            None => Databases::for_tests(Wanted { postgres: true, mysql: true, pgbouncer: true })?,
         };
         let scope = scope(databases);
         let tally = suite::run(self.workspace, &scope)?;

@@ -4,6 +4,7 @@
 
 use crate::command::Cargo;
 use crate::mariadb::MariaDb;
+use crate::pgbouncer::PgBouncer;
 use crate::postgres::Database as Postgres;
 
 /// Which of them.
@@ -11,19 +12,26 @@ use crate::postgres::Database as Postgres;
 pub(crate) struct Wanted {
     pub(crate) postgres: bool,
     pub(crate) mysql: bool,
+    /// In front of PostgreSQL, which is wanted as well then.
+    pub(crate) pgbouncer: bool,
 }
 
 /// Dropping them stops what we have started and removes what we have made.
 pub(crate) struct Databases {
+    /// First, because it is stopped before the server behind it.
+    pgbouncer: Option<PgBouncer>,
     postgres: Option<Postgres>,
     mysql: Option<MariaDb>,
 }
 
 impl Databases {
     pub(crate) fn for_tests(wanted: Wanted) -> Result<Self, String> {
+        let postgres = wanted.postgres.then(Postgres::for_tests).transpose()?;
+        let in_front = postgres.as_ref().filter(|_| wanted.pgbouncer).map(Postgres::url);
         Ok(Self {
-            postgres: wanted.postgres.then(Postgres::for_tests).transpose()?,
+            pgbouncer: in_front.map(PgBouncer::in_front_of).transpose()?,
             mysql: wanted.mysql.then(MariaDb::for_tests).transpose()?,
+            postgres,
         })
     }
 
@@ -31,6 +39,9 @@ impl Databases {
     pub(crate) fn tell(&self, mut cargo: Cargo) -> Cargo {
         if let Some(postgres) = &self.postgres {
             cargo = cargo.env(Postgres::VARIABLE, postgres.url());
+        }
+        if let Some(pgbouncer) = &self.pgbouncer {
+            cargo = cargo.env(PgBouncer::VARIABLE, pgbouncer.url());
         }
         if let Some(mysql) = &self.mysql {
             cargo = cargo.env(MariaDb::VARIABLE, mysql.url());

@@ -18,6 +18,8 @@ mod history;
 mod mariadb;
 mod missing;
 mod operations;
+mod other_sqlx;
+mod pgbouncer;
 mod postgres;
 mod server;
 mod suite;
@@ -29,9 +31,10 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 use crate::ci::Section;
-use crate::command::{Failure, cargo};
+use crate::command::{Failure, cargo, quoted};
 use crate::databases::{Databases, Wanted};
 use crate::history::Locks;
+use crate::other_sqlx::OtherSqlx;
 use crate::suite::{Campaign, Scope};
 use crate::workspace::Workspace;
 
@@ -49,8 +52,8 @@ struct CommandLine {
 enum Task {
     /// Check everything, in order, and stop at the first failure with the command that repeats it
     ///
-    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL and MariaDB, which are installed when this is
-    /// Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, MariaDB and PgBouncer, which are installed when
+    /// this is Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
     Ci {
         /// Only these sections; all of them when none is named
         #[arg(value_enum)]
@@ -58,12 +61,16 @@ enum Task {
     },
     /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB where they need one
     ///
-    /// The servers are started in temporary directories and removed afterwards. To use one of your own, set
+    /// The servers, and a PgBouncer in front of PostgreSQL, are started in temporary directories and removed afterwards. To use one of your own, set
     /// CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the tests then run in a schema, or a database, of
     /// theirs, which is dropped at the end.
     Test {
         /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
         crates: Vec<String>,
+        /// On another sqlx: the directory of a checkout, or `mended` for the locked one, in which a `begin` that is dropped
+        /// ends what it has begun, as in sqlx after 0.9.0. Built below target/sqlx; Cargo.lock stays as it is
+        #[arg(long, value_name = "PATH", requires = "crates")]
+        sqlx: Option<String>,
         /// What follows `--` goes to the test binaries, as with `cargo test`: a part of a test's name, `--nocapture`, …
         #[arg(last = true)]
         arguments: Vec<String>,
@@ -162,9 +169,13 @@ fn run(task: Task) -> Result<(), Failure> {
     let workspace = Workspace::load()?;
     match task {
         Task::Ci { sections } => ci::run(&workspace, &sections),
-        Task::Test { crates, arguments } => {
-            let again = format!("cargo xtask test {}", crates.join(" "));
-            let scope = Scope::Crates { names: crates, arguments, campaign: Campaign::Quick };
+        Task::Test { crates, sqlx, arguments } => {
+            let mut again = format!("cargo xtask test {}", crates.join(" "));
+            if let Some(sqlx) = &sqlx {
+                again = format!("{again} --sqlx {}", quoted(sqlx));
+            }
+            let sqlx = sqlx.map(|named| OtherSqlx::prepare(&workspace, &named)).transpose()?;
+            let scope = Scope::Crates { names: crates, arguments, campaign: Campaign::Quick, sqlx };
             report(&workspace, &scope, again.trim_end())
         }
         Task::Crash { crates, quick } => {
@@ -172,7 +183,8 @@ fn run(task: Task) -> Result<(), Failure> {
             require_campaigns(&workspace, &names)?;
             let again = format!("cargo xtask crash {}{}", if quick { "--quick " } else { "" }, names.join(" "));
             let campaign = if quick { Campaign::Quick } else { Campaign::Full };
-            let scope = Scope::Crates { names, arguments: vec!["--nocapture".to_owned()], campaign };
+            let arguments = vec!["--nocapture".to_owned()];
+            let scope = Scope::Crates { names, arguments, campaign, sqlx: None };
             report(&workspace, &scope, &again)
         }
         Task::Awaits { crates } => awaits::tell(&workspace, &crates),
@@ -192,7 +204,7 @@ fn run(task: Task) -> Result<(), Failure> {
                 bench = bench.args(["--benches"]);
             }
             let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
-            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted })?;
+            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted, pgbouncer: false })?;
             databases.tell(bench).arg("--").args(&arguments).run()
         }
     }

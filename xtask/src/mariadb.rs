@@ -161,8 +161,8 @@ fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
             &pid_file,
             "--bind-address=127.0.0.1",
             "--skip-name-resolve",
-            // Tests fill pools on purpose, several at a time.
-            "--max-connections=200",
+            // Tests fill pools on purpose, several at a time, and the campaigns one of a thousand connections.
+            "--max-connections=1200",
             // No test cuts the power, and a killed server loses nothing that it has handed to the kernel.
             "--innodb-flush-log-at-trx-commit=2",
         ],

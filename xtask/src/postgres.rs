@@ -108,9 +108,9 @@ fn start(programs: &Path, port: u16) -> Result<PrivateServer, String> {
             &sockets,
             "-c",
             "listen_addresses=127.0.0.1",
-            // Tests fill pools on purpose, several at a time.
+            // Tests fill pools on purpose, several at a time, and the campaigns one of a thousand connections.
             "-c",
-            "max_connections=200",
+            "max_connections=1200",
             // No test cuts the power, and a killed server loses nothing that it has handed to the kernel.
             "-c",
             "fsync=off",

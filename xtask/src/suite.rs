@@ -10,15 +10,17 @@ use std::fmt::Write as _;
 use std::fs;
 
 use crate::awaits::{self, Written};
-use crate::command::{Failure, cargo};
+use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::failed::Failed;
 use crate::missing;
+use crate::other_sqlx::OtherSqlx;
 use crate::workspace::{BENCHES, OPERATIONS, Package, UMBRELLA, Workspace};
 
 /// The crates whose tests talk to a server, by directory.
 const ON_POSTGRES: [&str; 2] = [UMBRELLA, "tx-guard"];
 const ON_MYSQL: [&str; 1] = ["tx-guard"];
+const ON_PGBOUNCER: [&str; 1] = ["tx-guard"];
 
 /// The crates whose tests tamper with system calls and cut the power of a disk.
 const ON_FAULTS: [&str; 2] = ["atomic-fs", "resumable"];
@@ -29,8 +31,8 @@ pub(crate) enum Scope {
     Tests(Databases),
     /// Doctests of the whole workspace, on the given databases.
     Doctests(Databases),
-    /// Everything of the named crates, or of all; with arguments for the test binaries.
-    Crates { names: Vec<String>, arguments: Vec<String>, campaign: Campaign },
+    /// Everything of the named crates, or of all; with arguments for the test binaries, and on another sqlx if there is one.
+    Crates { names: Vec<String>, arguments: Vec<String>, campaign: Campaign, sqlx: Option<OtherSqlx> },
 }
 
 /// How much the campaigns of kills and faults visit.
@@ -90,8 +92,10 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     let succeeded = match scope {
         Scope::Tests(databases) => whole(databases, &written, "--tests", &mut tally),
         Scope::Doctests(databases) => whole(databases, &written, "--doc", &mut tally),
-        Scope::Crates { names, arguments, campaign } => {
-            chosen(workspace, names, arguments, *campaign, &written, &mut tally)
+        Scope::Crates { names, arguments, campaign, sqlx } => {
+            let chosen =
+                Chosen { packages: select(workspace, names)?, arguments, campaign: *campaign, sqlx: sqlx.as_ref() };
+            chosen.run(&written, &mut tally)
         }
     }?;
     let published = fs::read_to_string(&written.points).unwrap_or_default();
@@ -122,32 +126,49 @@ fn whole(databases: &Databases, written: &Written, what: &str, tally: &mut Tally
     written.tell(databases.tell(run)).run_lines(|line| tally.read(line))
 }
 
-fn chosen(
-    workspace: &Workspace,
-    names: &[String],
-    arguments: &[String],
+/// Some crates, and how their tests are run.
+struct Chosen<'a> {
+    packages: Vec<&'a Package>,
+    arguments: &'a [String],
     campaign: Campaign,
-    written: &Written,
-    tally: &mut Tally,
-) -> Result<bool, Failure> {
-    let packages = select(workspace, names)?;
-    let tests = || {
-        let selected = packages.iter().flat_map(|package| ["--package", &package.name]);
-        cargo(["test", "--all-features"]).args(selected)
-    };
-    tests().arg("--no-run").run()?;
-    let mut run = written.tell(tests());
-    if let Campaign::Full = campaign {
-        run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
+    sqlx: Option<&'a OtherSqlx>,
+}
+
+impl Chosen<'_> {
+    fn run(&self, written: &Written, tally: &mut Tally) -> Result<bool, Failure> {
+        self.tests().arg("--no-run").run()?;
+        if let Some(sqlx) = self.sqlx {
+            sqlx.was_used()?;
+        }
+        let mut run = written.tell(self.tests());
+        if let Campaign::Full = self.campaign {
+            run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
+        }
+        if self.has_some_of(&ON_FAULTS) {
+            missing::see_to_tools();
+        }
+        let wanted = Wanted {
+            postgres: self.has_some_of(&ON_POSTGRES),
+            mysql: self.has_some_of(&ON_MYSQL),
+            pgbouncer: self.has_some_of(&ON_PGBOUNCER),
+        };
+        // Kept until the tests have ended.
+        let databases = Databases::for_tests(wanted)?;
+        databases.tell(run).arg("--").args(self.arguments).run_lines(|line| tally.read(line))
     }
-    let some_of = |crates: &[&str]| packages.iter().any(|package| crates.contains(&package.short_name()));
-    if some_of(&ON_FAULTS) {
-        missing::see_to_tools();
+
+    fn tests(&self) -> Cargo {
+        let selected = self.packages.iter().flat_map(|package| ["--package", &package.name]);
+        let tests = cargo(["test", "--all-features"]).args(selected);
+        match self.sqlx {
+            Some(sqlx) => sqlx.tell(tests),
+            None => tests,
+        }
     }
-    let wanted = Wanted { postgres: some_of(&ON_POSTGRES), mysql: some_of(&ON_MYSQL) };
-    // Kept until the tests have ended.
-    let databases = Databases::for_tests(wanted)?;
-    databases.tell(run).arg("--").args(arguments).run_lines(|line| tally.read(line))
+
+    fn has_some_of(&self, crates: &[&str]) -> bool {
+        self.packages.iter().any(|package| crates.contains(&package.short_name()))
+    }
 }
 
 fn select<'a>(workspace: &'a Workspace, names: &[String]) -> Result<Vec<&'a Package>, Failure> {
@@ -421,6 +442,7 @@ mod tests {
             names: vec!["guard".to_owned()],
             arguments: vec!["any".to_owned()],
             campaign: Campaign::Quick,
+            sqlx: None,
         };
         let closing = "test result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 9 filtered out; finished in 0.01s";
         let ends = |lines: &[&str]| {
@@ -440,14 +462,15 @@ mod tests {
     #[test]
     fn a_run_without_tests_has_not_passed() {
         let workspace = Workspace::load().unwrap();
-        let scope = Scope::Crates { names: vec!["guard".to_owned()], arguments: Vec::new(), campaign: Campaign::Quick };
+        let names = vec!["guard".to_owned()];
+        let scope = Scope::Crates { names, arguments: Vec::new(), campaign: Campaign::Quick, sqlx: None };
         let empty = read(&[
             "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
             "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ]);
         assert!(empty.require_something(&workspace, &scope).unwrap_err().what.contains("no test of cancel-safe-guard"));
-        let filtered =
-            Scope::Crates { names: Vec::new(), arguments: vec!["nothing".to_owned()], campaign: Campaign::Quick };
+        let arguments = vec!["nothing".to_owned()];
+        let filtered = Scope::Crates { names: Vec::new(), arguments, campaign: Campaign::Quick, sqlx: None };
         assert_eq!(empty.require_something(&workspace, &filtered).unwrap_err().what, "no test matches");
     }
 }

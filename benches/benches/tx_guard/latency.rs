@@ -59,7 +59,7 @@ async fn measure(
         Variant::new("guard with limits, verified commit", async || {
             let run = owned.tx().timeout(LIMIT).run(async |tx| {
                 sqlx::query(sql(4)).execute(&mut **tx).await?;
-                Ok(())
+                Ok::<_, sqlx::Error>(())
             });
             run.await.unwrap();
         }),

@@ -11,10 +11,10 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use tokio::runtime::Handle;
 
 use crate::Error;
-use crate::chain::{Aim, Chain, Spot, Trust, Way};
-use crate::journal::{self, COMMITTED, PREPARED, Pointer, Record};
-use crate::site::Site;
-use crate::staged::{io_error, remove_error, rename_error};
+use crate::chain::{Aim, Chain, Site, Spot, Trust, Way};
+use crate::error::{io_error, remove_error, rename_error};
+use crate::journal::{self, Pointer, Record};
+use crate::names::{COMMITTED, PREPARED};
 
 /// Makes every step. None is durable yet, and if a power cut keeps some of them, the journal undoes or finishes them.
 pub(crate) fn apply(chains: &[Chain]) -> Result<(), Error> {

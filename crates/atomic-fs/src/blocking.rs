@@ -62,7 +62,7 @@ pub fn write_with(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, options: Writ
 #[cfg(feature = "json")]
 pub fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<(), Error> {
     let path = path.as_ref();
-    write(path, crate::whole::to_json(path, value)?)
+    write(path, crate::file::to_json(path, value)?)
 }
 
 /// Removes from the directory `dir` the temporary files of writers that were killed.

@@ -1,18 +1,56 @@
-//! The change of one name, or of several between which files are moved: how it is done, undone, and known again.
+//! The directories of transactions; and the change of one name there, or of several between which files are moved: how it
+//! is done, undone, and known again.
 //!
-//! Invariant: a chain is changed by steps of one system call each, and what lies by its names tells how many were made;
+//! Invariant: whoever has a directory has the one that was opened, whatever becomes of its path; a chain is changed by steps of one system call each, and what lies by its names tells how many were made;
 //! every step looks, if it must, and may be repeated.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::Error;
+use crate::error::open_error;
 use crate::platform::{Dir, Identity, Moment, Moved};
-use crate::site::Site;
 
 /// What a backup adds to a hidden name, where files cannot be exchanged.
 const BACKUP_SUFFIX: &str = "b";
+
+/// A directory that a transaction changes files in.
+#[derive(Debug)]
+pub(crate) struct Site {
+    pub(crate) dir: Arc<Dir>,
+    /// Without symlinks, so that it still leads here when the process has gone elsewhere.
+    pub(crate) path: PathBuf,
+    pub(crate) id: (u64, u64),
+    /// Whether it is on an overlay, where what lies in a lower layer is copied as soon as it is changed.
+    pub(crate) is_layered: bool,
+}
+
+impl Site {
+    pub(crate) fn open(path: &Path) -> Result<Self, Error> {
+        let dir = Dir::open(path).map_err(|source| open_error(path, source))?;
+        Self::of(Arc::new(dir), path)
+    }
+
+    /// The directory that was opened by `path`.
+    pub(crate) fn of(dir: Arc<Dir>, path: &Path) -> Result<Self, Error> {
+        let failed = |source| open_error(path, source);
+        let (id, is_layered) = (dir.id().map_err(failed)?, dir.is_layered().map_err(failed)?);
+        let canonical = std::fs::canonicalize(path).map_err(failed)?;
+        // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
+        if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {
+            return Err(failed(io::Error::other("it was moved while it was opened")));
+        }
+        Ok(Self { dir, path: canonical, id, is_layered })
+    }
+
+    /// By what the directory itself is known again: on an overlay not by its birth, since its copy is born later.
+    pub(crate) fn mark(&self) -> io::Result<String> {
+        let identity = self.dir.identity()?;
+        Ok(Identity { born: identity.born.filter(|_| !self.is_layered), ..identity }.mark())
+    }
+}
 
 /// A name in a directory.
 #[derive(Clone, Debug)]
@@ -412,15 +450,8 @@ impl Identity {
     }
 }
 
-/// Whether `name` is that of a file within a directory.
-pub(crate) fn is_name(name: &OsStr) -> bool {
-    std::path::Path::new(name).file_name() == Some(name)
-}
-
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
-
     use super::*;
 
     const WRITTEN: Moment = (100, 0);

@@ -20,6 +20,9 @@ use tokio::time::Instant;
 
 use crate::Error;
 
+/// How much is written between two looks at the gate, and how much a writer buffers.
+pub(crate) const CHUNK_BYTES: usize = 1 << 20;
+
 /// Where an operation stands with respect to the one call that users can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -200,6 +203,11 @@ impl<T: Send + 'static> Job<T> {
         });
         Self { gate: gate.clone(), path: path.clone(), handle, queued, finished: false }
     }
+}
+
+/// The runtime whose blocking pool does the work.
+pub(crate) fn current_runtime(path: &Path) -> Result<Handle, Error> {
+    Handle::try_current().map_err(|_| Error::NoRuntime { path: path.to_path_buf() })
 }
 
 /// Takes the work of a job that has not begun. Nothing panics while it is locked.

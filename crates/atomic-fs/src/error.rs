@@ -389,3 +389,47 @@ impl From<Error> for io::Error {
         Self::new(error.kind(), error)
     }
 }
+
+/// The error of a call that was to do `action` to `path`.
+pub(crate) fn io_error<'a>(action: &'static str, path: &'a Path) -> impl FnOnce(io::Error) -> Error + use<'a> {
+    resolved_error(action, path, &None)
+}
+
+/// The error of a call that was to do `action` to what `path` leads to.
+pub(crate) fn resolved_error<'a>(
+    action: &'static str,
+    path: &'a Path,
+    resolved: &'a Option<PathBuf>,
+) -> impl FnOnce(io::Error) -> Error + use<'a> {
+    move |source| Error::Io { action, path: path.to_path_buf(), resolved: resolved.clone(), source }
+}
+
+/// The error of opening a directory.
+pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
+    match source.kind() {
+        io::ErrorKind::NotFound => Error::MissingDirectory { directory: directory.to_path_buf() },
+        _ => io_error("open the directory", directory)(source),
+    }
+}
+
+/// The error of a rename to `path`.
+#[cfg(unix)]
+pub(crate) fn rename_error(path: PathBuf, source: io::Error) -> Error {
+    change_error("rename the new file to", &path, &None, source)
+}
+
+/// The error of the removal of `path`.
+#[cfg(unix)]
+pub(crate) fn remove_error(path: PathBuf, source: io::Error) -> Error {
+    change_error("remove", &path, &None, source)
+}
+
+pub(crate) fn change_error(action: &'static str, path: &Path, resolved: &Option<PathBuf>, source: io::Error) -> Error {
+    let (path, resolved) = (path.to_path_buf(), resolved.clone());
+    match source.kind() {
+        io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
+        io::ErrorKind::IsADirectory => Error::NotAFile { path, resolved, kind: "directory" },
+        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, resolved, source },
+        _ => Error::Io { action, path, resolved, source },
+    }
+}

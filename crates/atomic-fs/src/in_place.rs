@@ -1,21 +1,33 @@
 //! A file that no rename can replace, written in place, with a copy of its old content beside it.
 //!
 //! Invariant: from before the first byte of the target changes until all of the new content is durable, a durable record
-//! leads to a durable copy of the old content. Nobody but a reader without the lock may find the
-//! target half written, and a recovery.
+//! leads to a durable copy of the old content. Nobody but a reader without the lock may find the target half written, and
+//! a recovery. The record goes, durably, before the copy goes, and neither while its writer lives.
+//!
+//! The record is a symlink that leads nowhere, since it can be made and removed in one step. Its text says which file the
+//! copy is of, and by what both are known: a mount that is absent when it comes to a recovery must not have the old content
+//! written into the empty file below it, and the only copy removed.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
 use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
-use crate::backup::{Locked, Names, Record, copy, fill, is_at, remove, remove_both, torn};
-use crate::commit::Gate;
+use crate::commit::{CHUNK_BYTES, Gate};
+use crate::error::resolved_error;
+use crate::names::{self, is_name, is_reserved};
 use crate::platform::{self, Dir, Entry, Identity, Kind};
 use crate::{Error, InPlace, WriteOptions};
 
 /// How many names are tried. A second one is needed only if a recovery took the copy before it could be locked.
 const NAME_ATTEMPTS: usize = 32;
+/// How long the lock of a target is waited for, which another writer in place, a recovery or a reader may hold.
+const TARGET_PATIENCE: Duration = Duration::from_secs(5);
+/// How often it is tried for meanwhile, and the gate looked at.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// Whether a rename that has failed in this way is to be made up for by a write in place.
 pub(crate) fn is_wanted(options: WriteOptions, failure: &io::Error) -> bool {
@@ -106,7 +118,8 @@ impl Fixed<'_> {
         for name in self.dir.list().map_err(self.failed("look for unfinished writes beside"))? {
             // By this name; or by another one, if the same file is mounted twice.
             let is_ours = |record: Record| record.name == self.name || record.marks[1] == mark;
-            if Names::of_record(&name).is_some() && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
+            if names::Backup::of_record(&name).is_some()
+                && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
             {
                 return Err(Error::Unrecovered { directory: self.parent.to_path_buf() });
             }
@@ -119,9 +132,8 @@ impl Fixed<'_> {
     }
 
     /// The error of a call that was to do `action`.
-    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
-        let (path, resolved) = (self.path.to_path_buf(), self.resolved.clone());
-        move |source| Error::Io { action, path, resolved, source }
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error {
+        resolved_error(action, self.path, self.resolved)
     }
 }
 
@@ -170,7 +182,7 @@ impl<'a> Backup<'a> {
     fn take(target: &Fixed<'a>, length: u64, mode: Option<u32>) -> Result<Self, Error> {
         let failed = || target.failed("create a backup beside");
         for _ in 0..NAME_ATTEMPTS {
-            let Names { record, copy: copy_name } = Names::by_chance();
+            let names::Backup { record, copy: copy_name } = names::Backup::by_chance();
             let copy = match target.dir.create(&copy_name, 0o600) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
                 other => other.map_err(failed())?,
@@ -234,5 +246,182 @@ impl Drop for Backup<'_> {
         }
         // As that of the target.
         let _closed_anyway = self.copy.unlock();
+    }
+}
+
+/// What a record says: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`. The mode is `-` if that is
+/// not to be put back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// By what the copy and the target are known, in this order.
+    pub(crate) marks: [String; 2],
+    pub(crate) mode: Option<u32>,
+    pub(crate) name: OsString,
+}
+
+impl Record {
+    pub(crate) fn encode(&self) -> PathBuf {
+        let [copy, target] = &self.marks;
+        let mode = self.mode.map_or("-".to_owned(), |mode| format!("{mode:o}"));
+        let head = format!("{copy},{target},{mode}/");
+        OsString::from_vec([head.as_bytes(), self.name.as_bytes()].concat()).into()
+    }
+
+    /// `None` if it says anything else; above all, if it leads out of its directory.
+    fn decode(link: &Path) -> Option<Self> {
+        let bytes = link.as_os_str().as_bytes();
+        let (head, name) = bytes.split_at_checked(bytes.iter().position(|&byte| byte == b'/')?)?;
+        let name = OsStr::from_bytes(&name[1..]);
+        if !is_name(name) || is_reserved(name) {
+            return None;
+        }
+        let [copy, target, mode] = std::str::from_utf8(head).ok()?.split(',').collect::<Vec<_>>()[..] else {
+            return None;
+        };
+        let mode = match mode {
+            "-" => None,
+            mode => Some(u32::from_str_radix(mode, 8).ok().filter(|mode| *mode <= 0o7777)?),
+        };
+        Some(Self { marks: [copy.to_owned(), target.to_owned()], mode, name: name.to_owned() })
+    }
+
+    /// Reads the record `name`; `None` if it is no record.
+    pub(crate) fn read(dir: &Dir, name: &OsStr) -> io::Result<Option<Self>> {
+        Ok(Self::decode(&dir.read_link(name)?))
+    }
+
+    /// Whether these are the files that it speaks of: both are what they were, or both were copied. If only the target is
+    /// another one, it was replaced since, or is the one below a mount that is absent.
+    pub(crate) fn is_of(&self, copy: &File, target: &File) -> io::Result<bool> {
+        let marks = [Identity::of(copy)?.mark(), Identity::of(target)?.mark()];
+        let [is_copy, is_target] = [0, 1].map(|end| marks[end] == self.marks[end]);
+        Ok(is_copy == is_target)
+    }
+}
+
+pub(crate) fn torn(path: &Path, backup: PathBuf, source: io::Error) -> Error {
+    Error::Torn { path: path.to_path_buf(), backup, source }
+}
+
+/// A target whose lock is held. It is given back by hand, because a process that is just being started by another thread
+/// has a copy of the descriptor, and would keep the lock for a moment.
+#[derive(Debug)]
+pub(crate) struct Locked(pub(crate) File);
+
+impl Locked {
+    /// Waits on this thread of the blocking pool: whoever holds the lock already has the thread that it needs.
+    pub(crate) fn wait(file: File, path: &Path, gate: &Gate) -> Result<Self, Error> {
+        let begun = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Self(file)),
+                Err(TryLockError::WouldBlock) if gate.is_cancelled() || gate.is_late() => {
+                    return Err(Error::Interrupted { path: path.to_path_buf() });
+                }
+                Err(TryLockError::WouldBlock) if begun.elapsed() >= TARGET_PATIENCE => {
+                    return Err(Error::FileBusy { path: path.to_path_buf(), waited: TARGET_PATIENCE });
+                }
+                Err(TryLockError::WouldBlock) => std::thread::park_timeout(PAUSE),
+                // Without locks two writers would mix, and each take the other's half for the old content.
+                Err(TryLockError::Error(source)) => {
+                    let (path, action) = (path.to_path_buf(), "lock");
+                    return Err(Error::Io { action, path, resolved: None, source });
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let _closed_anyway = self.0.unlock();
+    }
+}
+
+/// Removes the record, if there is one, and then the copy: only once the record is gone for ever, because one without a
+/// copy could not be recovered.
+pub(crate) fn remove_both(dir: &Dir, record: Option<&OsString>, copy: &OsStr) -> io::Result<()> {
+    if let Some(record) = record {
+        remove(dir, record)?;
+        dir.sync()?;
+    }
+    remove(dir, copy)
+}
+
+/// Removes a file, if it is there.
+pub(crate) fn remove(dir: &Dir, name: &OsStr) -> io::Result<()> {
+    match dir.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// Whether `name` is still that of the open file.
+pub(crate) fn is_at(dir: &Dir, name: &OsStr, file: &File) -> io::Result<bool> {
+    let opened = Entry::of(file)?;
+    Ok(dir.look(name)?.is_some_and(|now| now.kind == Kind::File && now.id == opened.id))
+}
+
+/// Makes `from` all of what is in `file`, durably, with this mode if there is one. Meanwhile the file grants no more than
+/// before, nor than after.
+pub(crate) fn fill(file: &File, from: &File, length: u64, mode: Option<u32>) -> io::Result<()> {
+    if let Some(mode) = mode {
+        let now = Entry::of(file)?.mode;
+        if now & mode != now {
+            platform::set_mode(file, now & mode)?;
+            // A power cut must not leave content with a mode that was never its own, so neither overtakes the other.
+            file.sync_all()?;
+        }
+    }
+    copy(from, file, length, || false)?;
+    file.set_len(length)?;
+    // Without one it is left alone: somebody may have made the file private meanwhile.
+    if let Some(mode) = mode {
+        file.sync_all()?;
+        platform::set_mode(file, mode)?;
+    }
+    file.sync_all()
+}
+
+/// Copies the first `length` bytes; `false` if it was cancelled.
+pub(crate) fn copy(from: &File, to: &File, length: u64, is_cancelled: impl Fn() -> bool) -> io::Result<bool> {
+    let mut buffer = vec![0; usize::try_from(length).unwrap_or(usize::MAX).min(CHUNK_BYTES)];
+    let mut at = 0;
+    while at < length {
+        if is_cancelled() {
+            return Ok(false);
+        }
+        let wanted = usize::try_from(length - at).unwrap_or(usize::MAX).min(buffer.len());
+        let taken = match from.read_at(&mut buffer[..wanted], at) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
+        to.write_all_at(&buffer[..taken], at)?;
+        at += taken as u64;
+    }
+    Ok(true)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_says_what_it_was_told_and_leads_nowhere_else() {
+        let name = OsString::from_vec([b"\xff,".as_slice(), &[b'n'; 253]].concat());
+        for mode in [Some(0o4751), None] {
+            let record = Record { marks: ["1.-2.3".into(), "4".into()], mode, name: name.clone() };
+            assert_eq!(Record::decode(&record.encode()), Some(record));
+        }
+        for other in
+            ["", "file", "/etc/passwd", "../file", "1,2,644/", "1,2,644/..", "1,2,644/.", "1,2,644/a/b", "1,2,644//a"]
+        {
+            assert_eq!(Record::decode(other.as_ref()), None, "{other}");
+        }
+        for other in ["1,2,644/a/", "1,2,644/.afs-journal", "1,2,10000/a", "1,2,a/a", "1,2/a", "1,2,3,4/a", "1,2,-1/a"]
+        {
+            assert_eq!(Record::decode(other.as_ref()), None, "{other}");
+        }
     }
 }

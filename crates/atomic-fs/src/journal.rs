@@ -1,4 +1,5 @@
-//! The journal, which says what a transaction changes; and the pointer to it, in each other directory that takes part.
+//! The journal, which says what a transaction changes; and the pointer to it, in each other directory that takes part: how
+//! they are written, found and read.
 //!
 //! Invariant: directories are named relative to the one in which the record lies, so that a tree may be moved or copied;
 //! no bytes whatever make the reader stumble, and what is not understood is refused.
@@ -6,22 +7,17 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
 
-use crate::Error;
-use crate::chain::{Chain, Spot, Trust, is_name};
-use crate::platform::{Dir, Entry, Identity, Kind, Moment};
-use crate::site::{Site, Tag};
-use crate::staged::{RESERVED_PREFIX, io_error};
+use crate::chain::{Chain, Site, Spot, Trust};
+use crate::error::io_error;
+use crate::names::{COMMITTED, POINTER, PREPARED, Tag, is_name, is_reserved};
+use crate::platform::{Dir, Entry, Identity, Kind, Moment, Moved};
+use crate::{Durability, Error};
 
-/// The journal once its transaction is committed. One a directory, since commits there wait for each other.
-pub(crate) const COMMITTED: &str = ".afs-journal";
-/// The same journal before that, and again when its transaction is being undone: what was done is to be undone.
-pub(crate) const PREPARED: &str = ".afs-journal-prepared";
-/// What leads from another directory of a transaction to its journal.
-pub(crate) const POINTER: &str = ".afs-journal-elsewhere";
 const MAGIC: &[u8; 8] = b"afs-tx2\n";
 /// What the version before began with; its journals name directories by absolute paths.
 const FORMER_MAGIC: &[u8; 8] = b"afs-tx1\n";
@@ -207,6 +203,118 @@ fn read(site: &Site, name: &'static str) -> Result<Option<(Identity, Vec<u8>)>, 
     read(file).map(Some).map_err(io_error("read the journal", &path))
 }
 
+/// An unfinished transaction may have files of these very targets in its hands.
+pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
+    let failed = |source| io_error("look for a journal in", &site.path)(source);
+    if is_present(&site.dir).map_err(failed)? {
+        return Err(Error::Unrecovered { directory: site.path.clone() });
+    }
+    match elsewhere(site)? {
+        Some(home) => Err(Error::Unrecovered { directory: home.path }),
+        None => Ok(()),
+    }
+}
+
+/// The directory with the journal of a transaction in which `site` takes part, if it has not been finished.
+pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
+    let Some(pointer) = Pointer::find(site)? else { return Ok(None) };
+    let directory = site.path.join(&pointer.home);
+    let misplaced = |directory, reason| Error::Misplaced { journal: site.path.join(POINTER), directory, reason };
+    let Ok(home) = Site::open(&directory) else { return Err(misplaced(directory, "cannot be opened")) };
+    match find(&home)? {
+        Some(found) if found.record.tag == pointer.tag => {
+            let is_here = |way: &PathBuf| home.dir.open_dir(way).and_then(|dir| dir.id()).is_ok_and(|id| id == site.id);
+            if found.record.sites.iter().any(is_here) {
+                Ok(Some(home))
+            } else {
+                Err(misplaced(home.path, "has a journal that speaks of another directory than this one"))
+            }
+        }
+        // If it speaks of another transaction, or of none, then the one that led there has been finished.
+        _ => Ok(None),
+    }
+}
+
+/// A journal that is not yet committed, and the pointers to it; dropped, they are removed.
+pub(crate) struct Draft<'a> {
+    home: &'a Site,
+    /// By which name it is there; none once it is committed.
+    name: Option<OsString>,
+    pointed: Vec<Arc<Site>>,
+    written: Moment,
+}
+
+impl<'a> Draft<'a> {
+    /// Writes it, and what leads to it, and leaves all to be synced.
+    pub(crate) fn begin(tag: Tag, home: &'a Site, chains: &[Chain]) -> Result<(Self, File), Error> {
+        let failed = || io_error("write a journal in", &home.path);
+        let name = tag.draft();
+        let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
+        let mut draft = Self { home, name: Some(name), pointed: Vec::new(), written: Moment::default() };
+        let own = Identity::of(&file).map_err(failed())?;
+        draft.written = own.modified;
+        let bytes = encode(tag, &own, home, chains);
+        if bytes.len() as u64 > LIMIT_BYTES {
+            return Err(failed()(io::ErrorKind::FileTooLarge.into()));
+        }
+        file.write_all(&bytes).map_err(failed())?;
+        for site in chains.iter().flat_map(Chain::spots).map(|spot| &spot.site) {
+            if site.id != home.id && draft.pointed.iter().all(|known| known.id != site.id) {
+                draft.point(tag, site)?;
+            }
+        }
+        Ok((draft, file))
+    }
+
+    /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.
+    fn point(&mut self, tag: Tag, site: &Arc<Site>) -> Result<(), Error> {
+        let pointer = Pointer { tag, home: way(&site.path, &self.home.path) };
+        // One that is there leads nowhere, or this transaction would have been refused.
+        let left = remove_pointer(site).and_then(|()| pointer.leave(site));
+        left.map_err(io_error("leave what leads to the journal in", &site.path))?;
+        self.pointed.push(site.clone());
+        Ok(())
+    }
+
+    /// Gives it the name by which a recovery finds it, once it is whole and what leads to it is durable.
+    pub(crate) fn prepare(&mut self, durability: Durability) -> Result<(), Error> {
+        let failed = || io_error("prepare the journal in", &self.home.path);
+        let Some(name) = &self.name else { return Ok(()) };
+        let moved = self.home.dir.rename_new(name, PREPARED.as_ref()).map_err(failed())?;
+        let draft = self.name.replace(PREPARED.into());
+        if let (Moved::Linked, Some(draft)) = (moved, draft) {
+            self.home.dir.remove(&draft).map_err(failed())?;
+        }
+        // From here on the files may change places: a recovery will put them back.
+        if durability == Durability::None { Ok(()) } else { self.home.dir.sync().map_err(failed()) }
+    }
+
+    /// Commits it, and says by what its files are known. No sync: if that is lost, so is what follows, or it is undone.
+    pub(crate) fn commit(mut self) -> Result<Trust, Error> {
+        let renamed = self.home.dir.rename(PREPARED.as_ref(), COMMITTED.as_ref());
+        renamed.map_err(io_error("commit the journal in", &self.home.path))?;
+        self.name = None;
+        self.pointed.clear();
+        Ok(Trust::Numbers { written: self.written })
+    }
+}
+
+impl Drop for Draft<'_> {
+    fn drop(&mut self) {
+        let Some(name) = &self.name else { return };
+        // What cannot be removed now is left to a recovery.
+        let _left = self.home.dir.remove(name);
+        if name == PREPARED {
+            // A rename may have taken effect although it failed. Then durably, before what leads here goes.
+            let _left = self.home.dir.remove(COMMITTED.as_ref());
+            let _left = self.home.dir.sync();
+        }
+        for site in &self.pointed {
+            let _left = remove_pointer(site);
+        }
+    }
+}
+
 fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
     if bytes.starts_with(FORMER_MAGIC) {
         return Err("it is of version 1: recover with the release that wrote it");
@@ -222,11 +330,7 @@ fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
 impl Line {
     /// Whether this can be a chain of that transaction, which touches nothing but targets and names of its own.
     fn is_sound(&self, record: &Record) -> bool {
-        let is_target = |name: &Name| {
-            is_name(&name.name)
-                && name.site < record.sites.len()
-                && !name.name.as_bytes().starts_with(RESERVED_PREFIX.as_bytes())
-        };
+        let is_target = |name: &Name| is_name(&name.name) && name.site < record.sites.len() && !is_reserved(&name.name);
         let is_hidden = self.carrier.name == self.hidden && self.carrier.site < record.sites.len();
         let is_ours = is_name(&self.hidden) && record.tag.is_of(&self.hidden);
         let is_step = |pair: &[Option<Identity>]| pair.iter().any(Option::is_some);

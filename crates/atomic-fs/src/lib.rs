@@ -199,8 +199,6 @@
 #[cfg(unix)]
 mod apply;
 #[cfg(unix)]
-mod backup;
-#[cfg(unix)]
 mod chain;
 mod commit;
 mod error;
@@ -211,6 +209,7 @@ mod in_place;
 mod journal;
 #[cfg(unix)]
 mod lock;
+mod names;
 mod options;
 #[cfg(unix)]
 mod plan;
@@ -218,31 +217,23 @@ mod platform;
 #[cfg(unix)]
 mod protocol;
 #[cfg(unix)]
-mod reader;
 mod recovery;
-#[cfg(unix)]
-mod site;
 mod staged;
-#[cfg(unix)]
-mod sync;
+mod staging;
 #[cfg(unix)]
 mod transaction;
-mod whole;
-#[cfg(unix)]
-mod workspace;
 
 pub mod blocking;
 
 pub use error::{Error, TargetState};
-pub use file::{AtomicFileWriter, CommitHandle};
+pub use file::{AtomicFileWriter, CommitHandle, write, write_bytes};
+#[cfg(feature = "json")]
+pub use file::{write_json, write_json_with_timeout};
+#[cfg(unix)]
+pub use lock::{ReadLock, open_together, read_lock};
 pub use options::{Durability, InPlace, Preserve, Symlinks, WriteOptions};
 #[cfg(unix)]
-pub use reader::{ReadLock, open_together, read_lock};
-#[cfg(unix)]
 pub use recovery::{RecoveryReport, recover};
-pub use recovery::{SweepReport, sweep};
+pub use staging::{SweepReport, sweep};
 #[cfg(unix)]
 pub use transaction::MultiFileTransaction;
-pub use whole::{write, write_bytes};
-#[cfg(feature = "json")]
-pub use whole::{write_json, write_json_with_timeout};

@@ -11,9 +11,9 @@ use std::sync::Arc;
 
 use crate::Error;
 use crate::chain::{Chain, Spot};
+use crate::error::io_error;
 use crate::platform::Identity;
-use crate::staged::io_error;
-use crate::workspace::Workspace;
+use crate::staging::Workspace;
 
 /// What becomes of the file at each name, and what comes there.
 #[derive(Debug, Default)]

@@ -4,36 +4,43 @@
 //! journal outlives every step, so that a crash at any moment leaves enough to finish or to undo the whole.
 
 use std::collections::{HashMap, HashSet};
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, Write};
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::io;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
+use std::vec;
+
+use tokio::runtime::Handle;
 
 use crate::apply::{abort, apply, forget, sync};
-use crate::chain::{Chain, Spot, Trust};
+use crate::chain::{Chain, Site, Spot};
 use crate::commit::Gate;
-use crate::journal::{self, COMMITTED, POINTER, PREPARED, Pointer};
+use crate::error::{io_error, remove_error, rename_error};
+use crate::journal::{Draft, refuse_unfinished};
 use crate::lock::{Locking, Locks, Share};
 use crate::plan::Plan;
-use crate::platform::{Identity, Moment, Moved};
-use crate::site::Site;
-use crate::staged::{Place, Staged, Target, io_error, remove_error, rename_error};
-use crate::sync::{Unsynced, sync_files};
-use crate::workspace::Workspace;
+use crate::platform::{Dir, Entry, Identity, Kind};
+use crate::staged::{Staged, Target};
+use crate::staging::{Staging, Workspace};
 use crate::{Durability, Error, Symlinks, WriteOptions};
 
 /// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
 const QUICK_BYTES: u64 = 16 << 20;
+/// How many threads sync at once at most.
+const THREADS: usize = 16;
+/// How many files there are for each thread: to wake one takes about as long as to sync a file or two.
+const FILES_PER_THREAD: usize = 4;
 
 /// A new file with its final content and metadata.
 #[derive(Debug)]
 pub(crate) struct Sealed {
     pub(crate) path: Arc<Path>,
-    pub(crate) place: Place,
+    pub(crate) staging: Staging,
     pub(crate) site: Arc<Site>,
+    /// That of the target in its directory.
+    pub(crate) name: OsString,
     /// Open until it is synced.
     pub(crate) file: Option<Arc<File>>,
     /// Whether the target must not exist.
@@ -41,23 +48,14 @@ pub(crate) struct Sealed {
     /// That of its content.
     durability: Durability,
     identity: Identity,
-    // Last, so that the note goes after the file.
-    workspace: Arc<Workspace>,
 }
 
 impl Sealed {
-    pub(crate) fn new(
-        staged: Staged,
-        length: u64,
-        path: &Arc<Path>,
-        site: Arc<Site>,
-        workspace: Arc<Workspace>,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(staged: Staged, length: u64, path: &Arc<Path>, site: Arc<Site>) -> Result<Self, Error> {
         let WriteOptions { create_new: is_new, durability, .. } = staged.options();
-        let (place, file) = staged.seal(length)?;
+        let (staging, file, name) = staged.seal(length)?;
         let identity = Identity::of(&file).map_err(io_error("look at the new file for", path))?;
-        let file = Some(Arc::new(file));
-        Ok(Self { path: path.clone(), place, site, file, is_new, durability, identity, workspace })
+        Ok(Self { path: path.clone(), staging, site, name, file: Some(file), is_new, durability, identity })
     }
 
     /// Its file, to be synced and closed; one that is not to be synced is closed here.
@@ -81,7 +79,6 @@ pub(crate) struct Prepared {
     moves: Vec<Move>,
     unsynced: Vec<Unsynced>,
     durability: Durability,
-    // Last, so that the note goes after the files.
     workspace: Arc<Workspace>,
 }
 
@@ -108,14 +105,14 @@ impl Prepared {
 
     /// Makes all steps visible, or none.
     pub(crate) fn commit(self, _locks: Locks, gate: &Gate) -> Result<(), Error> {
-        let Self { workspace, moves, unsynced, durability } = self;
+        let Self { workspace, mut moves, unsynced, durability } = self;
         let mut asked = HashSet::new();
         for site in moves.iter().flat_map(Move::sites).chain([&workspace.home()]) {
             if asked.insert(site.id) {
                 refuse_unfinished(site)?;
             }
         }
-        if let [single] = &moves[..]
+        if let [single] = &mut moves[..]
             && let Some(done) = single.alone(durability, gate)
         {
             return done;
@@ -125,38 +122,6 @@ impl Prepared {
             all.add(one)?;
         }
         all.commit(&workspace, unsynced, durability, gate)
-    }
-}
-
-/// An unfinished transaction may have files of these very targets in its hands.
-pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
-    let failed = |source| io_error("look for a journal in", &site.path)(source);
-    if journal::is_present(&site.dir).map_err(failed)? {
-        return Err(Error::Unrecovered { directory: site.path.clone() });
-    }
-    match elsewhere(site)? {
-        Some(home) => Err(Error::Unrecovered { directory: home.path }),
-        None => Ok(()),
-    }
-}
-
-/// The directory with the journal of a transaction in which `site` takes part, if it has not been finished.
-pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
-    let Some(pointer) = Pointer::find(site)? else { return Ok(None) };
-    let directory = site.path.join(&pointer.home);
-    let misplaced = |directory, reason| Error::Misplaced { journal: site.path.join(POINTER), directory, reason };
-    let Ok(home) = Site::open(&directory) else { return Err(misplaced(directory, "cannot be opened")) };
-    match journal::find(&home)? {
-        Some(found) if found.record.tag == pointer.tag => {
-            let is_here = |way: &PathBuf| home.dir.open_dir(way).and_then(|dir| dir.id()).is_ok_and(|id| id == site.id);
-            if found.record.sites.iter().any(is_here) {
-                Ok(Some(home))
-            } else {
-                Err(misplaced(home.path, "has a journal that speaks of another directory than this one"))
-            }
-        }
-        // If it speaks of another transaction, or of none, then the one that led there has been finished.
-        _ => Ok(None),
     }
 }
 
@@ -232,24 +197,25 @@ impl Move {
     }
 
     /// Does this step as the only one: a single system call is atomic without a journal.
-    fn alone(&self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
+    fn alone(&mut self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
         let (path, site) = match self {
-            Self::Put(sealed) => (&sealed.path, &sealed.site),
-            Self::Remove(named) => (&named.path, &named.site),
+            Self::Put(sealed) => (sealed.path.clone(), sealed.site.clone()),
+            Self::Remove(named) => (named.path.clone(), named.site.clone()),
             Self::Rename { .. } => return None,
         };
         let Some(passage) = gate.enter() else { return Some(Err(Error::Interrupted { path: path.to_path_buf() })) };
         let made = match self {
-            // The place finds no file when it wants to remove it, which it does not mind.
-            Self::Put(sealed) if sealed.is_new => {
-                site.dir.rename_new(&sealed.place.temp, &sealed.place.target.name).map(drop)
+            Self::Put(sealed) => {
+                let renamed = sealed.staging.rename(&sealed.name, sealed.is_new);
+                renamed.map_err(|source| rename_error(path.to_path_buf(), source))
             }
-            Self::Put(sealed) => site.dir.rename(&sealed.place.temp, &sealed.place.target.name),
-            Self::Remove(named) => site.dir.remove(&named.target.name),
+            Self::Remove(named) => {
+                let removed = site.dir.remove(&named.target.name);
+                removed.map_err(|source| remove_error(path.to_path_buf(), source))
+            }
             Self::Rename { .. } => return None,
         };
-        let failed = if let Self::Remove(_) = self { remove_error } else { rename_error };
-        Some(made.map_err(|source| failed(path.to_path_buf(), source)).and_then(|()| {
+        Some(made.and_then(|()| {
             passage.done();
             let synced = if durability == Durability::Full { site.dir.sync() } else { Ok(()) };
             synced.map_err(|source| Error::NotDurable { path: path.to_path_buf(), source })
@@ -261,20 +227,17 @@ impl Move {
 #[derive(Debug, Default)]
 struct Committing {
     plan: Plan,
-    /// The staged files, which go unless the commit comes.
-    places: Vec<Place>,
-    /// Last, so that the notes go after the files.
-    keep: Vec<Arc<Workspace>>,
+    /// The new files, which go unless the commit comes.
+    staged: Vec<Staging>,
 }
 
 impl Committing {
     fn add(&mut self, one: Move) -> Result<(), Error> {
         match one {
             Move::Put(sealed) => {
-                let Sealed { path, place, site, is_new, identity, workspace, .. } = *sealed;
-                self.keep.push(workspace);
-                let (name, temp) = (place.target.name.clone(), place.temp.clone());
-                self.places.push(place);
+                let Sealed { path, staging, site, name, is_new, identity, .. } = *sealed;
+                let temp = staging.name().to_owned();
+                self.staged.push(staging);
                 self.plan.put(&path, Spot { site, name }, temp, identity, is_new)
             }
             Move::Remove(named) => self.plan.remove(&named.path, named.spot()),
@@ -295,13 +258,13 @@ impl Committing {
         self.plan.lift(workspace)?;
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
-        let (mut draft, journal) = Draft::begin(workspace, &home, &chains)?;
+        let (mut draft, journal) = Draft::begin(workspace.tag, &home, &chains)?;
         // The names beside the journal are synced together with its own.
         let others = chains.iter().flat_map(Chain::spots).map(|spot| &spot.site).filter(|site| site.id != home.id);
         let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
         if durability != Durability::None {
             unsynced.extend(others.into_values().map(Unsynced::Names));
-            unsynced.push(journal);
+            unsynced.push(Unsynced::Draft(home.clone(), journal));
         }
         // With that the new files are closed, and unlocked, before they become the targets.
         sync_files(unsynced, gate)?;
@@ -309,7 +272,7 @@ impl Committing {
         let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
         // The commit point is passed, or will be: what was staged is now the journal's.
-        self.places.iter_mut().for_each(|place| place.taken = false);
+        self.staged.iter_mut().for_each(Staging::give_away);
         let applied = apply(&chains).and_then(|()| {
             // Who drops the commit from here on finds all files new, and need not wait for the disk.
             passage.settle();
@@ -319,7 +282,7 @@ impl Committing {
             passage.done();
             // Nobody who drops the commit can change anything any more, and everything is durable.
             if let Err(_error) = forget(&home, &chains) {
-                workspace.left.store(true, Ordering::Relaxed);
+                workspace.stay();
                 #[cfg(feature = "tracing")]
                 tracing::warn!(error = %_error, "a committed transaction is to be cleaned up by a recovery");
             }
@@ -330,7 +293,7 @@ impl Committing {
         match undone {
             Ok(error) => Err(error),
             Err(source) => {
-                workspace.left.store(true, Ordering::Relaxed);
+                workspace.stay();
                 // Who has dropped the commit does not hear of it, and the next one finds the directory unrecovered.
                 #[cfg(feature = "tracing")]
                 tracing::error!(directory = ?home.path, error = %source, "a transaction is undecided until a recovery");
@@ -342,83 +305,142 @@ impl Committing {
     }
 }
 
-/// A journal that is not yet committed, and the pointers to it; dropped, they are removed.
-struct Draft<'a> {
-    home: &'a Site,
-    /// By which name it is there; none once it is committed.
-    name: Option<OsString>,
-    pointed: Vec<Arc<Site>>,
-    written: Moment,
+/// What must be durable before a committed journal speaks of it.
+#[derive(Debug)]
+pub(crate) enum Unsynced {
+    New(Arc<Path>, Arc<File>),
+    /// One that is to be renamed: by its new name it must survive a power cut as a new file does, although whoever wrote
+    /// it may not have synced it.
+    Old(Arc<Path>, Arc<Site>, OsString),
+    /// The journal in this directory, before it is committed.
+    Draft(Arc<Site>, File),
+    /// A directory, so that a staged file is found after a power cut.
+    Names(Arc<Site>),
 }
 
-impl<'a> Draft<'a> {
-    /// Writes it, and what leads to it, and leaves all to be synced.
-    fn begin(workspace: &Workspace, home: &'a Arc<Site>, chains: &[Chain]) -> Result<(Self, Unsynced), Error> {
-        let failed = || io_error("write a journal in", &home.path);
-        let name = workspace.draft();
-        let mut file = home.dir.create(&name, 0o600).map_err(failed())?;
-        let mut draft = Self { home, name: Some(name), pointed: Vec::new(), written: Moment::default() };
-        let own = Identity::of(&file).map_err(failed())?;
-        draft.written = own.modified;
-        let bytes = journal::encode(workspace.tag, &own, home, chains);
-        if bytes.len() as u64 > journal::LIMIT_BYTES {
-            return Err(failed()(io::ErrorKind::FileTooLarge.into()));
+impl Unsynced {
+    fn sync(&self) -> Result<(), Error> {
+        match self {
+            Self::New(path, file) => file.sync_all().map_err(io_error("sync the new file for", path)),
+            Self::Old(path, site, name) => match sync_old(&site.dir, name) {
+                // There is none, or we may only rename it: then that is for whoever wrote it.
+                Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
+                    Ok(())
+                }
+                other => other.map_err(io_error("sync the old file of", path)),
+            },
+            Self::Draft(home, file) => file.sync_all().map_err(io_error("sync a journal in", &home.path)),
+            Self::Names(site) => site.dir.sync().map_err(io_error("sync the directory", &site.path)),
         }
-        file.write_all(&bytes).map_err(failed())?;
-        for site in chains.iter().flat_map(Chain::spots).map(|spot| &spot.site) {
-            if site.id != home.id && draft.pointed.iter().all(|known| known.id != site.id) {
-                draft.point(workspace, site)?;
-            }
-        }
-        Ok((draft, Unsynced::Draft(home.clone(), file)))
-    }
-
-    /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.
-    fn point(&mut self, workspace: &Workspace, site: &Arc<Site>) -> Result<(), Error> {
-        let pointer = Pointer { tag: workspace.tag, home: journal::way(&site.path, &self.home.path) };
-        // One that is there leads nowhere, or this transaction would have been refused.
-        let left = journal::remove_pointer(site).and_then(|()| pointer.leave(site));
-        left.map_err(io_error("leave what leads to the journal in", &site.path))?;
-        self.pointed.push(site.clone());
-        Ok(())
-    }
-
-    /// Gives it the name by which a recovery finds it, once it is whole and what leads to it is durable.
-    fn prepare(&mut self, durability: Durability) -> Result<(), Error> {
-        let failed = || io_error("prepare the journal in", &self.home.path);
-        let Some(name) = &self.name else { return Ok(()) };
-        let moved = self.home.dir.rename_new(name, PREPARED.as_ref()).map_err(failed())?;
-        let draft = self.name.replace(PREPARED.into());
-        if let (Moved::Linked, Some(draft)) = (moved, draft) {
-            self.home.dir.remove(&draft).map_err(failed())?;
-        }
-        // From here on the files may change places: a recovery will put them back.
-        if durability == Durability::None { Ok(()) } else { self.home.dir.sync().map_err(failed()) }
-    }
-
-    /// Commits it, and says by what its files are known. No sync: if that is lost, so is what follows, or it is undone.
-    fn commit(mut self) -> Result<Trust, Error> {
-        let renamed = self.home.dir.rename(PREPARED.as_ref(), COMMITTED.as_ref());
-        renamed.map_err(io_error("commit the journal in", &self.home.path))?;
-        self.name = None;
-        self.pointed.clear();
-        Ok(Trust::Numbers { written: self.written })
     }
 }
 
-impl Drop for Draft<'_> {
+fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
+    match dir.look(name)? {
+        Some(Entry { kind: Kind::File, .. }) => dir.read(name)?.sync_all(),
+        _ => Ok(()),
+    }
+}
+
+/// Syncs and closes the files, several at once; after the first failure, which is returned, no other sync begins, nor once
+/// the gate is closed.
+///
+/// Several, so that the file system can join their commits. When it returns, nothing of what it was given is open any more
+/// or being synced. It lends threads from the blocking pool and waits for none of them to begin: with no thread to spare the
+/// caller's does it all.
+pub(crate) fn sync_files(files: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
+    let threads = files.len().div_ceil(FILES_PER_THREAD).min(THREADS);
+    let batch = Arc::new(Batch::new(files));
+    if let Ok(runtime) = Handle::try_current() {
+        for _ in 1..threads {
+            let batch = batch.clone();
+            drop(runtime.spawn_blocking(move || batch.work()));
+        }
+    }
+    while !gate.is_cancelled() && batch.work_once() {}
+    batch.finish(gate.is_cancelled())
+}
+
+/// Files that several threads take from.
+#[derive(Debug)]
+struct Batch {
+    state: Mutex<State>,
+    ended: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Taken out before they are synced, so that a thread that comes late keeps nothing open.
+    files: vec::IntoIter<Unsynced>,
+    running: usize,
+    failure: Option<Error>,
+}
+
+impl Batch {
+    fn new(files: Vec<Unsynced>) -> Self {
+        let state = State { files: files.into_iter(), running: 0, failure: None };
+        Self { state: Mutex::new(state), ended: Condvar::new() }
+    }
+
+    /// Syncs one file after the other until there are no more.
+    fn work(&self) {
+        while self.work_once() {}
+    }
+
+    /// `false` if there are no more.
+    fn work_once(&self) -> bool {
+        self.take().map(Running::sync).is_some()
+    }
+
+    fn take(&self) -> Option<Running<'_>> {
+        let mut state = self.state();
+        let file = state.files.next()?;
+        state.running += 1;
+        Some(Running { batch: self, file: Some(file) })
+    }
+
+    /// Waits for the syncs that have begun; a disk that hangs holds this thread as it would hold any that syncs.
+    fn finish(&self, is_cancelled: bool) -> Result<(), Error> {
+        if is_cancelled {
+            let rest = std::mem::take(&mut self.state().files);
+            drop(rest);
+        }
+        let state = self.ended.wait_while(self.state(), |state| state.running > 0);
+        let mut state = state.unwrap_or_else(PoisonError::into_inner);
+        state.failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Nothing panics while it is locked, so a poisoned lock has spoiled nothing.
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A file that is being synced; counted until it is closed.
+struct Running<'a> {
+    batch: &'a Batch,
+    file: Option<Unsynced>,
+}
+
+impl Running<'_> {
+    fn sync(mut self) {
+        let Some(file) = self.file.take() else { return };
+        if let Err(error) = file.sync() {
+            let mut state = self.batch.state();
+            // Whoever reports a failure will have the rest closed unsynced; the files of one batch fall together.
+            let rest = std::mem::take(&mut state.files);
+            state.failure.get_or_insert(error);
+            drop(state);
+            drop(rest);
+        }
+    }
+}
+
+impl Drop for Running<'_> {
     fn drop(&mut self) {
-        let Some(name) = &self.name else { return };
-        // What cannot be removed now is left to a recovery.
-        let _left = self.home.dir.remove(name);
-        if name == PREPARED {
-            // A rename may have taken effect although it failed. Then durably, before what leads here goes.
-            let _left = self.home.dir.remove(COMMITTED.as_ref());
-            let _left = self.home.dir.sync();
-        }
-        for site in &self.pointed {
-            let _left = journal::remove_pointer(site);
-        }
+        self.file = None;
+        self.batch.state().running -= 1;
+        self.batch.ended.notify_all();
     }
 }
 
@@ -426,22 +448,69 @@ impl Drop for Draft<'_> {
 mod tests {
     use super::*;
 
-    /// As on a network file system: the rename that was to commit it took effect, and reported an error.
+    fn files(count: usize) -> (tempfile::TempDir, Vec<Unsynced>, std::sync::Weak<File>) {
+        let dir = tempfile::tempdir().unwrap();
+        let file = Arc::new(File::create(dir.path().join("file")).unwrap());
+        let path = Arc::<Path>::from(dir.path());
+        let list = (0..count).map(|_| Unsynced::New(path.clone(), file.clone())).collect();
+        let watch = Arc::downgrade(&file);
+        (dir, list, watch)
+    }
+
     #[test]
-    fn a_journal_that_was_not_committed_goes_by_either_of_its_names_and_takes_what_leads_to_it_along() {
-        let scratch = tempfile::tempdir().expect("the temporary directory has room");
-        let [home, other] = ["home", "other"].map(|name| {
-            std::fs::create_dir(scratch.path().join(name)).expect("the directory is ours");
-            Arc::new(Site::open(&scratch.path().join(name)).expect("it is there"))
+    fn nothing_is_open_once_all_is_synced_with_and_without_threads_to_lend() {
+        let (_dir, list, watch) = files(100);
+        sync_files(list, &Gate::new()).unwrap();
+        assert!(watch.upgrade().is_none());
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        let (_dir, list, watch) = files(100);
+        // The only thread of the pool is the one that asks for others.
+        runtime
+            .block_on(async { tokio::task::spawn_blocking(|| sync_files(list, &Gate::new())).await.unwrap().unwrap() });
+        assert!(watch.upgrade().is_none());
+    }
+
+    /// A pipe cannot be synced.
+    fn pipe() -> Unsynced {
+        let (_reader, writer) = io::pipe().unwrap();
+        Unsynced::New(Arc::from(Path::new("pipe")), Arc::new(File::from(std::os::fd::OwnedFd::from(writer))))
+    }
+
+    #[test]
+    fn after_a_failure_and_after_a_cancellation_no_sync_begins() {
+        let (_dir, mut list, watch) = files(2);
+        list.insert(0, pipe());
+        let batch = Batch::new(list);
+        assert!(batch.work_once());
+        assert!(!batch.work_once());
+        assert!(watch.upgrade().is_none());
+        let gate = Gate::new();
+        gate.cancel();
+        sync_files(vec![pipe()], &gate).unwrap();
+    }
+
+    #[test]
+    fn who_lends_a_hand_is_waited_for() {
+        let (_dir, list, watch) = files(1);
+        let batch = Batch::new(list);
+        let running = batch.take().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Long enough that who does not wait is gone.
+                std::thread::park_timeout(Duration::from_millis(50));
+                running.sync();
+            });
+            batch.finish(false).unwrap();
+            assert!(watch.upgrade().is_none());
         });
-        for name in [PREPARED, COMMITTED] {
-            std::fs::write(home.path.join(name), "").expect("the directory is ours");
-        }
-        std::fs::write(other.path.join(POINTER), "").expect("the directory is ours");
-        let pointed = vec![other.clone()];
-        drop(Draft { home: &home, name: Some(PREPARED.into()), pointed, written: Moment::default() });
-        for site in [home, other] {
-            assert!(site.dir.list().expect("it is there").iter().all(|name| name == "." || name == ".."), "{site:?}");
-        }
+    }
+
+    #[test]
+    fn a_failure_is_told_and_closes_the_rest() {
+        let (_dir, mut list, watch) = files(50);
+        list.insert(7, pipe());
+        let error = sync_files(list, &Gate::new()).unwrap_err();
+        assert!(error.to_string().contains("sync the new file for"), "{error}");
+        assert!(watch.upgrade().is_none());
     }
 }

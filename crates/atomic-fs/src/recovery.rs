@@ -1,149 +1,26 @@
-//! What a killed process left behind.
+//! What a killed process left behind of transactions and of writes in place.
 //!
-//! Invariant: nothing is removed but a temporary file whose writer is dead: a living one holds its file's lock. Of a
-//! transaction either everything is finished or everything is undone, or nothing is touched.
+//! Invariant: of a transaction either everything is finished or everything is undone, or nothing is touched; old content
+//! that cannot be told to belong to a target is not put back there; and nothing is removed of what belongs to who lives.
 
-use std::ffi::OsStr;
-use std::fs::TryLockError;
+use std::ffi::{OsStr, OsString};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::path::Path;
-#[cfg(unix)]
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::Error;
-use crate::commit::{Gate, Job};
-use crate::file::current_runtime;
+use crate::chain::{Chain, Site, Spot, Trust};
+use crate::commit::{Gate, current_runtime};
+use crate::error::io_error;
+use crate::in_place::{Locked, Record, fill, is_at, remove_both, torn};
+use crate::journal::{self, Pointer, elsewhere};
+use crate::lock::{self, Locking, Locks, Share, with_locks};
+use crate::names::{self, POINTER, PREPARED, Tag, directory, is_lock, is_reserved, is_temp};
 use crate::platform::{Dir, Entry, Kind};
-use crate::staged::{directory, io_error, is_temp_name, open_error};
-#[cfg(unix)]
-use crate::{
-    apply, backup,
-    chain::{Chain, Spot, Trust},
-    journal::{self, PREPARED},
-    lock::{self, Locking, Locks, Share, with_locks},
-    protocol::elsewhere,
-    site::Site,
-    staged::is_reserved,
-    workspace,
-};
-
-/// What a [`sweep`] found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct SweepReport {
-    /// Temporary files that were removed.
-    pub removed: usize,
-    /// Temporary files whose writer lives; they were left alone.
-    pub live: usize,
-    /// Temporary files that could not be opened, locked or removed, for want of a permission or of file locks.
-    pub failed: usize,
-}
-
-/// Removes from the directory `dir` the temporary files of writers that were killed.
-///
-/// Call it when a program starts. It looks at regular files named `.afs-file-` and 16 hexadecimal digits, and at
-/// nothing else: it does not descend into directories, and leaves what transactions have staged to their recovery.
-/// Living writers, in this process or another, are not disturbed: each locks its file, and the lock dies with its
-/// process. On a network file system whose locks are not seen by other machines, only sweep while none of them writes.
-///
-/// # Cancel safety
-///
-/// This method is cancel safe.
-/// If dropped before completion, some files have been removed, and none is removed from then on. Call it again.
-///
-/// # Errors
-///
-/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed
-/// is counted in [`failed`](SweepReport::failed) instead.
-///
-/// # Examples
-///
-/// ```
-/// use cancel_safe_atomic_fs as atomic_fs;
-///
-/// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> std::io::Result<()> {
-/// # let dir = tempfile::tempdir()?;
-/// # let dir = dir.path();
-/// std::fs::write(dir.join(".afs-file-00112233445566ff"), "of a killed writer")?;
-/// let report = atomic_fs::sweep(dir).await?;
-/// assert_eq!((report.removed, report.live), (1, 0));
-/// # Ok(())
-/// # }
-/// ```
-pub async fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
-    let path = Arc::<Path>::from(directory(dir.as_ref()));
-    let runtime = current_runtime(&path)?;
-    let target = path.clone();
-    let work = move |gate: &Gate| {
-        let dir = Dir::open(&target).map_err(|source| open_error(&target, source))?;
-        sweep_all(&dir, &target, gate)
-            .map_err(io_error("sweep", &target))?
-            .ok_or_else(|| Error::Interrupted { path: target.to_path_buf() })
-    };
-    Job::spawn(&runtime, &Gate::new(), &path, work).await
-}
-
-/// `None` if it was cancelled.
-fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepReport>> {
-    let mut report = SweepReport::default();
-    for entry in std::fs::read_dir(path)? {
-        let name = entry?.file_name();
-        if !is_temp_name(&name) {
-            continue;
-        }
-        // Each removal passes the gate by itself, so that a dropped sweep removes nothing more.
-        let Some(_passage) = gate.enter() else { return Ok(None) };
-        match sweep_one(dir, &name) {
-            Ok(Found::Dead) => report.removed += 1,
-            Ok(Found::Live) => report.live += 1,
-            Ok(Found::Vanished) => {}
-            Err(_error) => {
-                #[cfg(feature = "tracing")]
-                tracing::warn!(?name, error = %_error, "a temporary file could not be swept");
-                report.failed += 1;
-            }
-        }
-    }
-    Ok(Some(report))
-}
-
-/// What became of one temporary file.
-enum Found {
-    Dead,
-    Live,
-    /// Committed, removed or not ours: there is nothing to do.
-    Vanished,
-}
-
-fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
-    let Some(Entry { kind: Kind::File, .. }) = dir.look(name)? else { return Ok(Found::Vanished) };
-    let file = match dir.read(name) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Vanished),
-        Err(error) => return Err(error),
-    };
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Ok(Found::Live),
-        Err(TryLockError::Error(error)) => return Err(error),
-    }
-    // Its writer may have committed between the opening and the lock: then this is the target, and the name is gone.
-    let opened = Entry::of(&file)?;
-    match dir.look(name)? {
-        Some(now) if now.id == opened.id => {}
-        _ => return Ok(Found::Vanished),
-    }
-    match dir.remove(name) {
-        // A living writer that could not lock its file, because of this very lock, removes it and takes another.
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Vanished),
-        other => other.map(|()| Found::Dead),
-    }
-}
+use crate::staging::foreign_sites;
+use crate::{Error, apply};
 
 /// What a [`recover`] found and did.
-#[cfg(unix)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecoveryReport {
@@ -161,7 +38,6 @@ pub struct RecoveryReport {
 }
 
 /// How often a recovery that finds another journal than when it looked for its directories begins anew.
-#[cfg(unix)]
 const LOCK_ATTEMPTS: usize = 8;
 
 /// Finishes or undoes the transaction that a crash left in the directory `dir`, puts back the old content of files that
@@ -211,11 +87,10 @@ const LOCK_ATTEMPTS: usize = 8;
 /// # Ok(())
 /// # }
 /// ```
-#[cfg(unix)]
 pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     let mut path = Arc::<Path>::from(directory(dir.as_ref()));
     let runtime = current_runtime(&path)?;
-    let mut placed = Ok(backup::Found::default());
+    let mut placed = Ok(Found::default());
     for _ in 0..LOCK_ATTEMPTS {
         let target = path.clone();
         let prepare = move |_: &Gate| Recovering::new(&target);
@@ -223,7 +98,7 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
         placed = placed.and_then(|before| Ok(before.and(found?)));
         match recovered {
             Recovered::Done(report) => {
-                let backup::Found { restored, removed, live } = placed?;
+                let Found { restored, removed, live } = placed?;
                 return Ok(RecoveryReport {
                     restored,
                     removed: report.removed + removed,
@@ -239,7 +114,6 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
 }
 
 /// A recovery that is about to lock its directories.
-#[cfg(unix)]
 struct Recovering {
     home: Arc<Site>,
     /// Those that it will have locked; none if there is nothing to recover.
@@ -247,7 +121,6 @@ struct Recovering {
 }
 
 /// What a recovery of one directory came to.
-#[cfg(unix)]
 enum Recovered {
     Done(RecoveryReport),
     /// This directory takes part in a transaction that is unfinished there.
@@ -256,12 +129,11 @@ enum Recovered {
     Again,
 }
 
-#[cfg(unix)]
 impl Recovering {
     fn new(path: &Path) -> Result<(Self, Locking), Error> {
         let home = Arc::new(Site::open(path)?);
         let names = home.dir.list().map_err(io_error("list", path))?;
-        if !names.iter().any(|name| is_reserved(name) && !is_temp_name(name) && !lock::is_lock(name)) {
+        if !names.iter().any(|name| is_reserved(name) && !is_temp(name) && !is_lock(name)) {
             // Nothing is to be done, which needs no right to write here.
             lock::remove_dead(&home);
             let locking = Locking::new([], Share::Nobody, lock::LOCK_PATIENCE);
@@ -276,11 +148,11 @@ impl Recovering {
     }
 
     /// What was being written in place is told apart: it has nothing to do with the transaction.
-    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<backup::Found, Error>, Recovered), Error> {
+    fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<Found, Error>, Recovered), Error> {
         if self.sites.is_empty() {
-            return Ok((Ok(backup::Found::default()), Recovered::Done(RecoveryReport::default())));
+            return Ok((Ok(Found::default()), Recovered::Done(RecoveryReport::default())));
         }
-        let placed = backup::recover(&self.home.dir, &self.home.path, gate);
+        let placed = recover_in_place(&self.home.dir, &self.home.path, gate);
         Ok((placed, self.finish_transaction(gate)?))
     }
 
@@ -299,20 +171,17 @@ impl Recovering {
 }
 
 /// A transaction that a crash left, with its directories open.
-#[cfg(unix)]
 struct Left {
     name: &'static str,
     chains: Vec<Chain>,
     trust: Trust,
 }
 
-#[cfg(unix)]
 fn find(home: &Arc<Site>) -> Result<Option<Left>, Error> {
     let Some(journal::Found { name, record, trust }) = journal::find(home)? else { return Ok(None) };
     Ok(Some(Left { name, chains: apply::reopen(home, name, record)?, trust }))
 }
 
-#[cfg(unix)]
 fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
@@ -331,10 +200,298 @@ fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<Recove
     let is_stale = elsewhere(home).map(|home| home.is_none());
     let cleaned = is_stale.and_then(|is_stale| {
         let removed = if is_stale { journal::remove_pointer(home) } else { Ok(()) };
-        removed.and_then(|()| workspace::remove_litter(home)).map_err(io_error("clean up", &home.path))
+        removed.and_then(|()| remove_litter(home)).map_err(io_error("clean up", &home.path))
     });
     let litter = cleaned.map_err(|error| if has_journal { undecided(error) } else { error })?;
     (report.removed, report.live) = (litter.removed, litter.live);
     passage.done();
     Ok(report)
+}
+
+/// What recoveries removed of transactions that never were committed.
+#[derive(Debug, Default)]
+struct Litter {
+    removed: usize,
+    /// Transactions that are still being staged.
+    live: usize,
+}
+
+/// Removes from `home`, and from where its notes lead, what dead transactions staged.
+///
+/// Only under the lock of `home`, and when no journal is there: after a commit these files are the data.
+fn remove_litter(home: &Site) -> io::Result<Litter> {
+    let names = home.dir.list()?;
+    let mut litter = Litter::default();
+    let mut notes = Vec::new();
+    for name in &names {
+        let Some(tag) = Tag::of_note(name) else { continue };
+        match Note::open(home, name) {
+            Ok(Some(Note::Dead(note))) => notes.push((tag, name, note)),
+            Ok(Some(Note::Live)) => litter.live += 1,
+            // What is no file is not ours, whatever its name; or its transaction has just ended.
+            Ok(None) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            // Somebody else's; what we may not read we leave to them.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => litter.live += 1,
+            Err(error) => return Err(error),
+        }
+    }
+    for (tag, _, note) in &notes {
+        let Some(note) = note else { continue };
+        for foreign in foreign_sites(note)? {
+            let Some(site) = foreign.open(note, home).map(Arc::new) else { continue };
+            let names = site.dir.list()?;
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && !rest.is_empty())?;
+            litter.removed += usize::from(remove_stale_pointer(&site, *tag)?);
+            litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && rest.is_empty())?;
+        }
+    }
+    // A file without a note is nobody's. Looked for now, since a note may have been made after the names had been listed.
+    let is_noted = |tag: Tag| !matches!(home.dir.look(tag.note().as_ref()), Ok(None));
+    let is_dead = |tag| notes.iter().any(|(dead, ..)| *dead == tag) || !is_noted(tag);
+    litter.removed += remove_where(&home.dir, &names, |tag, rest| !rest.is_empty() && is_dead(tag))?;
+    for (_, name, _) in &notes {
+        litter.removed += usize::from(remove(&home.dir, name)?);
+    }
+    Ok(litter)
+}
+
+/// What became of the transaction whose note this is.
+enum Note {
+    Live,
+    /// The note itself, locked, if it is in this directory.
+    Dead(Option<File>),
+}
+
+impl Note {
+    /// Looks at what is called as notes are; `None` if it is none.
+    fn open(site: &Site, name: &OsStr) -> io::Result<Option<Self>> {
+        match site.dir.look(name)?.map(|entry| entry.kind) {
+            Some(Kind::File) => Self::lock(site.dir.read(name)?).map(Some),
+            Some(Kind::Symlink) => {
+                let link = site.dir.read_link(name)?;
+                // A directory that is not there may have been moved, while its transaction lives.
+                let Ok(home) = site.dir.open_dir(link.parent().unwrap_or(Path::new("/"))) else {
+                    return Ok(Some(Self::Live));
+                };
+                match home.read(name) {
+                    Ok(note) => Ok(Some(match Self::lock(note)? {
+                        Self::Live => Self::Live,
+                        Self::Dead(_) => Self::Dead(None),
+                    })),
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Some(Self::Dead(None))),
+                    Err(error) => Err(error),
+                }
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn lock(note: File) -> io::Result<Self> {
+        match note.try_lock() {
+            Ok(()) => Ok(Self::Dead(Some(note))),
+            Err(TryLockError::WouldBlock) => Ok(Self::Live),
+            Err(TryLockError::Error(error)) => Err(error),
+        }
+    }
+}
+
+/// Removes the pointer to a journal that never was committed.
+fn remove_stale_pointer(site: &Arc<Site>, tag: Tag) -> io::Result<bool> {
+    // Whoever commits here now may just be putting a pointer of its own there.
+    let Some(_alone) = lock::try_alone(site)? else { return Ok(false) };
+    match Pointer::find(site) {
+        Ok(Some(pointer)) if pointer.tag == tag => remove(&site.dir, POINTER.as_ref()),
+        // One that cannot be read is for a recovery of that directory.
+        _ => Ok(false),
+    }
+}
+
+/// Removes a file; `false` if somebody else was faster, as a transaction is that has just ended.
+fn remove(dir: &Dir, name: &OsStr) -> io::Result<bool> {
+    match dir.remove(name) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        other => other.map(|()| true),
+    }
+}
+
+/// Removes those of `names` whose transaction and remainder are `wanted`; returns how many.
+fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(Tag, &str) -> bool) -> io::Result<usize> {
+    let mut removed = 0;
+    for name in names {
+        if Tag::parse(name).is_some_and(|(tag, rest)| wanted(tag, rest)) {
+            // A directory is not ours. A symlink may be: a transaction that renames one has given it a second name.
+            if !matches!(dir.look(name)?, Some(Entry { kind: Kind::Other(_), .. })) {
+                removed += usize::from(remove(dir, name)?);
+            }
+        }
+    }
+    Ok(removed)
+}
+
+/// What a recovery found of writes in place.
+#[derive(Clone, Copy, Debug, Default)]
+struct Found {
+    /// Targets whose old content was put back.
+    restored: usize,
+    /// Copies that nothing led to.
+    removed: usize,
+    /// Writers that live.
+    live: usize,
+}
+
+impl Found {
+    fn and(self, other: Self) -> Self {
+        let Self { restored, removed, live } = other;
+        Self { restored: self.restored + restored, removed: self.removed + removed, live: self.live.max(live) }
+    }
+}
+
+/// What became of one record or copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fate {
+    Done,
+    Live,
+    /// Its writer has just ended, or it was none.
+    Vanished,
+}
+
+/// Puts back what writers that are dead have left half written in `dir`, and removes the copies that nothing leads to.
+///
+/// One that is refused does not keep the others from being put back; it is told afterwards. Each passes the gate by itself.
+fn recover_in_place(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Error> {
+    let failed = |source| Error::Io { action: "recover", path: path.to_path_buf(), resolved: None, source };
+    let (mut found, mut refused) = (Found::default(), None);
+    let names = dir.list().map_err(failed)?;
+    for names in names.iter().filter_map(|name| names::Backup::of_record(name)) {
+        match (Dead { dir, path, names: &names }).restore(gate) {
+            Ok(Fate::Done) => found.restored += 1,
+            Ok(Fate::Live) => found.live += 1,
+            Ok(Fate::Vanished) => {}
+            Err(error @ Error::Interrupted { .. }) => return Err(error),
+            Err(error) => drop(refused.get_or_insert(error)),
+        }
+    }
+    for names in names.iter().filter_map(|name| names::Backup::of_copy(name)) {
+        let Some(_passage) = gate.enter() else { return Err(Error::Interrupted { path: path.to_path_buf() }) };
+        match remove_copy(dir, &names).map_err(failed)? {
+            Fate::Done => found.removed += 1,
+            Fate::Live => found.live += 1,
+            Fate::Vanished => {}
+        }
+    }
+    refused.map_or(Ok(found), Err)
+}
+
+/// Opens the copy and takes its lock; if that is not to be had, what that means.
+fn open_dead(dir: &Dir, copy: &OsStr) -> io::Result<Result<File, Fate>> {
+    let file = match dir.read(copy) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(Fate::Vanished)),
+        // Somebody else's; what we may not read we leave to them.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(Err(Fate::Live)),
+        other => other?,
+    };
+    match file.try_lock() {
+        Ok(()) if is_at(dir, copy, &file)? => Ok(Ok(file)),
+        Ok(()) => Ok(Err(Fate::Vanished)),
+        Err(TryLockError::WouldBlock) => Ok(Err(Fate::Live)),
+        Err(TryLockError::Error(error)) => Err(error),
+    }
+}
+
+/// Removes a copy that no record leads to. One that has a record is for [`Dead::restore`].
+fn remove_copy(dir: &Dir, names: &names::Backup) -> io::Result<Fate> {
+    if dir.look(&names.record)?.is_some() || !matches!(dir.look(&names.copy)?, Some(Entry { kind: Kind::File, .. })) {
+        return Ok(Fate::Vanished);
+    }
+    let _lock = match open_dead(dir, &names.copy)? {
+        Ok(lock) => lock,
+        Err(fate) => return Ok(fate),
+    };
+    // Its writer may have made the record, and died, since that was looked for.
+    if dir.look(&names.record)?.is_some() {
+        return Ok(Fate::Vanished);
+    }
+    remove(dir, &names.copy).map(|_| Fate::Done)
+}
+
+/// A record whose writer may be dead.
+struct Dead<'a> {
+    dir: &'a Dir,
+    path: &'a Path,
+    names: &'a names::Backup,
+}
+
+impl Dead<'_> {
+    /// Puts the old content back. Interrupted at any moment, it can be done again.
+    fn restore(&self, gate: &Gate) -> Result<Fate, Error> {
+        let Self { dir, names, .. } = self;
+        let Some(Entry { kind: Kind::Symlink, .. }) = dir.look(&names.record).map_err(self.failed("look at"))? else {
+            return Ok(Fate::Vanished);
+        };
+        let record = match Record::read(dir, &names.record) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Fate::Vanished),
+            other => other.map_err(self.failed("read the record"))?,
+        };
+        let copy = match dir.look(&names.copy).map_err(self.failed("look at the backup of"))? {
+            Some(Entry { kind: Kind::File, .. }) => open_dead(dir, &names.copy),
+            None => Ok(Err(Fate::Vanished)),
+            Some(_) => return Err(self.refused("its backup is no regular file")),
+        };
+        let copy = match copy.map_err(self.failed("lock the backup of"))? {
+            Ok(copy) => copy,
+            Err(Fate::Vanished) if self.is_there()? => return Err(self.refused("its backup is missing")),
+            Err(fate) => return Ok(fate),
+        };
+        // Its writer may have ended since, and taken the record with it.
+        if !self.is_there()? {
+            return Ok(Fate::Vanished);
+        }
+        let Some(record) = record else { return Err(self.refused("it does not say what the backup is of")) };
+        self.put_back(&record, &copy, gate)?;
+        Ok(Fate::Done)
+    }
+
+    fn put_back(&self, record: &Record, copy: &File, gate: &Gate) -> Result<(), Error> {
+        let Self { dir, path, names } = self;
+        let target = path.join(&record.name);
+        let failed = |action| {
+            let path = target.clone();
+            move |source| Error::Io { action, path, resolved: None, source }
+        };
+        match dir.look(&record.name).map_err(failed("look at"))?.map(|entry| entry.kind) {
+            Some(Kind::File) => {}
+            Some(_) => return Err(self.refused("what the backup is of is no regular file any more")),
+            None => return Err(self.refused("the file that the backup is of is gone")),
+        }
+        let file = dir.update(&record.name).map_err(failed("open"))?;
+        let file = Locked::wait(file, &target, gate)?;
+        let is_known = is_at(dir, &record.name, &file.0)
+            .and_then(|is_there| Ok(is_there && record.is_of(copy, &file.0)?))
+            .map_err(failed("look at"))?;
+        if !is_known {
+            return Err(
+                self.refused("another file is now where the one was that the backup is of, or its mount is absent")
+            );
+        }
+        let length = Entry::of(copy).map_err(failed("look at the backup of"))?.size;
+        let Some(_passage) = gate.enter() else { return Err(Error::Interrupted { path: path.to_path_buf() }) };
+        fill(&file.0, copy, length, record.mode).map_err(|source| torn(&target, path.join(&names.copy), source))?;
+        remove_both(dir, Some(&names.record), &names.copy).map_err(failed("remove the backup of"))
+    }
+
+    fn is_there(&self) -> Result<bool, Error> {
+        let entry = self.dir.look(&self.names.record).map_err(self.failed("look at"))?;
+        Ok(entry.is_some_and(|entry| entry.kind == Kind::Symlink))
+    }
+
+    fn refused(&self, reason: &'static str) -> Error {
+        let [record, backup] = [&self.names.record, &self.names.copy].map(|name| self.path.join(name));
+        Error::UnusableBackup { record, backup, reason }
+    }
+
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
+        let path = self.path.join(&self.names.record);
+        move |source| Error::Io { action, path, resolved: None, source }
+    }
 }

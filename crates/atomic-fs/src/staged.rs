@@ -3,75 +3,23 @@
 //! Invariant: until the rename the target is not touched, and however this ends, no temporary file stays. All of it is
 //! synchronous and runs inside one blocking job, so that whoever creates the file also owns its removal.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{File, TryLockError};
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-use crate::commit::Gate;
+use crate::commit::{CHUNK_BYTES, Gate};
+use crate::error::{change_error, open_error, resolved_error};
 #[cfg(unix)]
 use crate::in_place;
-use crate::platform::{self, Dir, Entry, Guests, Kind, Moved};
+use crate::names::split;
+use crate::platform::{self, Dir, Entry, Guests, Kind};
+use crate::staging::Staging;
 use crate::{Durability, Error, Preserve, Symlinks, WriteOptions};
 
-/// What every name that this crate gives begins with. No target may bear it, or `sweep` could take it for litter.
-pub(crate) const RESERVED_PREFIX: &str = ".afs-";
-/// What the temporary name of a single file begins with; 16 hexadecimal digits follow.
-const TEMP_PREFIX: &str = ".afs-file-";
-const TEMP_DIGITS: usize = 16;
-/// How many names are tried. A second one is needed only if a sweep took the file before it could be locked.
-const NAME_ATTEMPTS: usize = 32;
 /// As many links as Linux follows in one path.
 const SYMLINK_LIMIT: usize = 40;
-/// How much is written between two looks at the gate, and how much a writer buffers.
-pub(crate) const CHUNK_BYTES: usize = 1 << 20;
-
-/// What a temporary file is called.
-#[derive(Clone, Debug)]
-pub(crate) enum Naming {
-    /// By chance; a sweep knows the name.
-    File,
-    /// As the transaction says that it is part of; a sweep leaves it alone.
-    #[cfg(unix)]
-    Fixed {
-        name: OsString,
-        /// Set if the file could not be removed.
-        left: Arc<AtomicBool>,
-    },
-}
-
-impl Naming {
-    fn next(&self) -> OsString {
-        match self {
-            Self::File => format!("{TEMP_PREFIX}{:0TEMP_DIGITS$x}", fastrand::u64(..)).into(),
-            #[cfg(unix)]
-            Self::Fixed { name, .. } => name.clone(),
-        }
-    }
-
-    fn left(&self) -> Option<Arc<AtomicBool>> {
-        match self {
-            Self::File => None,
-            #[cfg(unix)]
-            Self::Fixed { left, .. } => Some(left.clone()),
-        }
-    }
-}
-
-/// Whether `name` is one that only this crate may give.
-pub(crate) fn is_reserved(name: &OsStr) -> bool {
-    name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes())
-}
-
-/// Whether `name` is one that [`Staged`] gives to a temporary file.
-pub(crate) fn is_temp_name(name: &OsStr) -> bool {
-    let digits = name.to_str().and_then(|name| name.strip_prefix(TEMP_PREFIX));
-    digits.is_some_and(|digits| {
-        digits.len() == TEMP_DIGITS && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'))
-    })
-}
 
 /// Writes all of `bytes` to `path` in one go.
 pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate: &Gate) -> Result<(), Error> {
@@ -148,123 +96,14 @@ impl Target {
     }
 }
 
-/// Splits `path` into the directory to open and the name within it; `given` is the caller's path, for errors.
-pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a OsStr), Error> {
-    let invalid = |reason| Error::InvalidPath { path: given.to_path_buf(), reason };
-    let name = path.file_name().ok_or_else(|| invalid("it has no file name"))?;
-    // `Path` quietly drops a slash at the end, but the system takes `name/` for a directory.
-    if !path.as_os_str().as_encoded_bytes().ends_with(name.as_encoded_bytes()) {
-        return Err(invalid("it ends like a directory"));
-    }
-    if is_reserved(name) {
-        return Err(invalid("names that begin with .afs- are reserved for temporary files"));
-    }
-    Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
-}
-
-/// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
-pub(crate) fn directory(path: &Path) -> &Path {
-    if path.as_os_str().is_empty() { Path::new(".") } else { path }
-}
-
-/// The path as seen from the working directory of now.
-#[cfg(unix)]
-pub(crate) fn absolute(path: &Path) -> PathBuf {
-    // A working directory that is gone is for the first system call to complain of.
-    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
-}
-
-/// The name of the temporary file; removed when this is dropped, unless it has become the target's.
-#[derive(Debug)]
-pub(crate) struct Place {
-    pub(crate) target: Target,
-    pub(crate) temp: OsString,
-    /// Whether there is a file of ours by the name `temp`.
-    pub(crate) taken: bool,
-    /// Whom to tell if the file could not be removed.
-    pub(crate) left: Option<Arc<AtomicBool>>,
-}
-
-impl Place {
-    /// Creates a file under a fresh name, locked if a sweep knows such names.
-    fn take(&mut self, mode: u32, naming: &Naming) -> io::Result<(File, Entry)> {
-        for _ in 0..NAME_ATTEMPTS {
-            self.temp = naming.next();
-            let file = match self.target.dir.create(&self.temp, mode) {
-                Ok(file) => file,
-                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => continue,
-                Err(error) => return Err(error),
-            };
-            self.taken = true;
-            let fresh = match naming {
-                Naming::File => lock_new(&file)?,
-                // The lock of its transaction's note keeps it.
-                #[cfg(unix)]
-                Naming::Fixed { .. } => Some(Entry::of(&file)?),
-            };
-            if let Some(fresh) = fresh {
-                return Ok((file, fresh));
-            }
-            // A sweep came between creation and lock, and took the file for litter.
-            self.release();
-        }
-        Err(io::Error::new(io::ErrorKind::AlreadyExists, "every temporary name that was tried is taken"))
-    }
-
-    /// Removes the file of ours, if there is one, and says whether that worked.
-    pub(crate) fn remove(&mut self) -> io::Result<()> {
-        if !std::mem::take(&mut self.taken) {
-            return Ok(());
-        }
-        match self.target.dir.remove(&self.temp) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                if let Some(left) = &self.left {
-                    left.store(true, Ordering::Relaxed);
-                }
-                Err(error)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Removes the file of ours, if there is one.
-    fn release(&mut self) {
-        if let Err(_error) = self.remove() {
-            #[cfg(feature = "tracing")]
-            tracing::warn!(temp = ?self.temp, error = %_error, "a temporary file stays until the next sweep or recovery");
-        }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        self.release();
-    }
-}
-
-/// Locks a file that has just been created, so that no sweep takes it while its writer lives.
-///
-/// Returns what the file is like, or `None` if a sweep was faster.
-pub(crate) fn lock_new(file: &File) -> io::Result<Option<Entry>> {
-    match file.try_lock() {
-        Ok(()) => {}
-        Err(TryLockError::WouldBlock) => return Ok(None),
-        // A file system without locks: a sweep gets none there either, and therefore removes nothing.
-        Err(TryLockError::Error(_)) => {}
-    }
-    let entry = Entry::of(file)?;
-    // The sweep may have come and gone before the lock was taken; then the file has no name any more.
-    Ok((entry.links > 0).then_some(entry))
-}
-
 /// A new file that is not yet the target.
 #[derive(Debug)]
 pub(crate) struct Staged {
     path: PathBuf,
     options: WriteOptions,
-    // Before `file`, so that when this is dropped the name goes while the lock is still held.
-    place: Place,
-    file: File,
+    target: Target,
+    staging: Staging,
+    file: Arc<File>,
     /// What the file was like when it had just been created.
     fresh: Entry,
     /// Where the file's cursor stands, in bytes.
@@ -276,21 +115,21 @@ pub(crate) struct Staged {
 impl Staged {
     /// Resolves `path` and creates the temporary file beside what it stands for.
     pub(crate) fn create(path: &Path, options: WriteOptions) -> Result<Self, Error> {
-        Self::create_at(path, Target::resolve(path, options)?, options, &Naming::File)
+        Self::create_at(path, Target::resolve(path, options)?, options, Staging::create)
     }
 
-    /// Creates the temporary file beside `target`, which `path` stands for.
+    /// Has `create` make the temporary file beside `target`, which `path` stands for.
     pub(crate) fn create_at(
         path: &Path,
         target: Target,
         options: WriteOptions,
-        naming: &Naming,
+        create: impl FnOnce(&Arc<Dir>, u32) -> io::Result<(Staging, Arc<File>, Entry)>,
     ) -> Result<Self, Error> {
-        let mode = creation_mode(&target, options);
-        let mut place = Place { target, temp: OsString::new(), taken: false, left: naming.left() };
-        let failed = resolved_error("create a temporary file beside", path, &place.target.resolved);
-        let (file, fresh) = place.take(mode, naming).map_err(failed)?;
-        let mut staged = Self { path: path.to_path_buf(), options, place, file, fresh, cursor: 0, length: 0 };
+        let created = create(&target.dir, creation_mode(&target, options));
+        let failed = resolved_error("create a temporary file beside", path, &target.resolved);
+        let (staging, file, fresh) = created.map_err(failed)?;
+        let path = path.to_path_buf();
+        let mut staged = Self { path, options, target, staging, file, fresh, cursor: 0, length: 0 };
         // Before there is any content, so that at no time a group may read it that may not read the final file.
         staged.take_owner()?;
         Ok(staged)
@@ -298,19 +137,15 @@ impl Staged {
 
     /// Writes `bytes` at `offset`, looking at the gate after each chunk.
     pub(crate) fn write_at(&mut self, offset: u64, bytes: &[u8], gate: &Gate) -> Result<(), Error> {
-        let failed = self.failed("write the new content of");
         if self.cursor != offset {
-            let failed = self.failed("seek in the new file for");
-            self.file.seek(SeekFrom::Start(offset)).map_err(failed)?;
+            (&*self.file).seek(SeekFrom::Start(offset)).map_err(self.failed("seek in the new file for"))?;
             self.cursor = offset;
         }
         for chunk in bytes.chunks(CHUNK_BYTES) {
             if gate.is_cancelled() {
                 return Err(Error::Interrupted { path: self.path.clone() });
             }
-            if let Err(source) = self.file.write_all(chunk) {
-                return Err(failed(source));
-            }
+            (&*self.file).write_all(chunk).map_err(self.failed("write the new content of"))?;
             self.cursor += chunk.len() as u64;
         }
         self.length = self.length.max(self.cursor);
@@ -320,11 +155,10 @@ impl Staged {
     /// Looks at the target once more, for a file that was created a while ago: what is kept of the replaced one is what
     /// it has now. A file that was made private meanwhile must not become public again.
     pub(crate) fn look_again(&mut self) -> Result<(), Error> {
-        let failed = self.failed("look at");
-        let Target { dir, name, existing, .. } = &mut self.place.target;
+        let now = self.target.dir.look(&self.target.name).map_err(self.failed("look at"))?;
         // What is gone, or no file any more, is for the rename to find out.
-        if let Some(entry @ Entry { kind: Kind::File, .. }) = dir.look(name).map_err(failed)? {
-            *existing = Some(entry);
+        if let Some(Entry { kind: Kind::File, .. }) = now {
+            self.target.existing = now;
         }
         self.take_owner()
     }
@@ -336,48 +170,39 @@ impl Staged {
             // Everything, not only the data: mode, owner and attributes must survive together with the content.
             self.file.sync_all().map_err(self.failed("sync the new file for"))?;
         }
-        // The file is named before the place, so that it is dropped, and unlocked, after the name is gone.
-        let Self { path, options, file, mut place, .. } = self;
+        let Self { path, options, target, mut staging, file, .. } = self;
         let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path }) };
-        let Target { dir, name, .. } = &place.target;
-        let renamed = if options.create_new {
-            dir.rename_new(&place.temp, name)
-        } else {
-            dir.rename(&place.temp, name).map(|()| Moved::Renamed)
-        };
+        let renamed = staging.rename(&target.name, options.create_new);
         #[cfg(unix)]
         if let Err(failure) = &renamed
             && in_place::is_wanted(options, failure)
         {
             // The rename has changed nothing; the write in place asks the gate for itself.
             drop(passage);
-            let Target { dir, name, parent, resolved, .. } = &place.target;
+            let Target { dir, name, parent, resolved, .. } = &target;
             let fixed = in_place::Fixed { path: &path, resolved, dir, parent, name };
             return fixed.write(&file, length, options.mode, gate);
         }
-        let moved =
-            renamed.map_err(|source| change_error("rename the new file to", &path, &place.target.resolved, source))?;
+        renamed.map_err(|source| change_error("rename the new file to", &path, &target.resolved, source))?;
         passage.done();
-        place.taken = moved == Moved::Linked;
-        place.release();
-        // The lock goes with the file, before the slow sync: others may want to lock what is now the target.
-        drop(file);
+        // The lock goes with them, before the slow sync: others may want to lock what is now the target.
+        drop((staging, file));
         if options.durability == Durability::Full {
-            place.target.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
+            target.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
         }
         Ok(())
     }
 
     /// The name of the target in its directory.
     #[cfg(unix)]
-    pub(crate) fn target_name(&self) -> &OsStr {
-        &self.place.target.name
+    pub(crate) fn target_name(&self) -> &OsString {
+        &self.target.name
     }
 
     /// Whether no symlink was followed on the way to the target.
     #[cfg(unix)]
     pub(crate) fn is_direct(&self) -> bool {
-        self.place.target.resolved.is_none()
+        self.target.resolved.is_none()
     }
 
     /// How it is written.
@@ -386,11 +211,11 @@ impl Staged {
         self.options
     }
 
-    /// Hands over the file, cut to `length` and dressed but not synced, to a transaction.
+    /// Hands over the file, cut to `length` and dressed but not synced, and the name of its target, to a transaction.
     #[cfg(unix)]
-    pub(crate) fn seal(self, length: u64) -> Result<(Place, File), Error> {
+    pub(crate) fn seal(self, length: u64) -> Result<(Staging, Arc<File>, OsString), Error> {
         self.finish(length)?;
-        Ok((self.place, self.file))
+        Ok((self.staging, self.file, self.target.name))
     }
 
     /// Gives the file its final length and metadata.
@@ -402,25 +227,25 @@ impl Staged {
     }
 
     /// Removes the file and says whether that worked.
-    pub(crate) fn discard(mut self) -> Result<(), Error> {
-        let failed = self.failed("remove the temporary file of");
-        self.place.remove().map_err(failed)
+    pub(crate) fn discard(self) -> Result<(), Error> {
+        let Self { path, target, staging, .. } = self;
+        staging.end().map_err(resolved_error("remove the temporary file of", &path, &target.resolved))
     }
 
     /// Removes the name at once, and hands back the open file: closing it frees its space, which may take a while.
-    pub(crate) fn unlink(mut self) -> File {
-        self.place.release();
+    pub(crate) fn unlink(self) -> Arc<File> {
+        drop(self.staging);
         self.file
     }
 
     /// The error of a call that was to do `action`.
-    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<> {
-        resolved_error(action, &self.path, &self.place.target.resolved)
+    fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<'_> {
+        resolved_error(action, &self.path, &self.target.resolved)
     }
 
     /// Gives the new file the owner of the old one, if that is asked for and it has another.
     fn take_owner(&mut self) -> Result<(), Error> {
-        if let Some(old) = kept(&self.place.target, self.options, Preserve::OWNER)
+        if let Some(old) = kept(&self.target, self.options, Preserve::OWNER)
             && (old.uid, old.gid) != (self.fresh.uid, self.fresh.gid)
         {
             platform::set_owner(&self.file, old).map_err(self.failed("keep the owner of"))?;
@@ -431,13 +256,13 @@ impl Staged {
 
     /// Gives the new file its attributes and its mode. After the content, since a write clears set-user-ID bits.
     fn dress(&self) -> Result<(), Error> {
-        let Target { dir, name, .. } = &self.place.target;
-        if kept(&self.place.target, self.options, Preserve::XATTR).is_some() {
+        let Target { dir, name, .. } = &self.target;
+        if kept(&self.target, self.options, Preserve::XATTR).is_some() {
             dir.copy_xattrs(name, &self.file).map_err(self.failed("keep the extended attributes of"))?;
         }
         let (mode, guests) = if let Some(mode) = self.options.mode {
             (mode, Guests::None)
-        } else if let Some(old) = kept(&self.place.target, self.options, Preserve::MODE) {
+        } else if let Some(old) = kept(&self.target, self.options, Preserve::MODE) {
             let guests = dir.guests(name).map_err(self.failed("read the access control list of"))?;
             (kept_mode(old, &self.fresh), kept_guests(guests, old, &self.fresh))
         } else {
@@ -482,73 +307,9 @@ fn kept_guests(guests: Guests, old: &Entry, new: &Entry) -> Guests {
     if old.gid == new.gid { guests } else { guests.for_another_group() }
 }
 
-pub(crate) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error + use<> {
-    resolved_error(action, path, &None)
-}
-
-/// The error of a call that was to do `action` to what `path` leads to.
-fn resolved_error(
-    action: &'static str,
-    path: &Path,
-    resolved: &Option<PathBuf>,
-) -> impl FnOnce(io::Error) -> Error + use<> {
-    let (path, resolved) = (path.to_path_buf(), resolved.clone());
-    move |source| Error::Io { action, path, resolved, source }
-}
-
-pub(crate) fn open_error(directory: &Path, source: io::Error) -> Error {
-    match source.kind() {
-        io::ErrorKind::NotFound => Error::MissingDirectory { directory: directory.to_path_buf() },
-        _ => io_error("open the directory", directory)(source),
-    }
-}
-
-/// The error of a rename to `path`.
-#[cfg(unix)]
-pub(crate) fn rename_error(path: PathBuf, source: io::Error) -> Error {
-    change_error("rename the new file to", &path, &None, source)
-}
-
-/// The error of the removal of `path`.
-#[cfg(unix)]
-pub(crate) fn remove_error(path: PathBuf, source: io::Error) -> Error {
-    change_error("remove", &path, &None, source)
-}
-
-fn change_error(action: &'static str, path: &Path, resolved: &Option<PathBuf>, source: io::Error) -> Error {
-    let (path, resolved) = (path.to_path_buf(), resolved.clone());
-    match source.kind() {
-        io::ErrorKind::AlreadyExists => Error::AlreadyExists { path },
-        io::ErrorKind::IsADirectory => Error::NotAFile { path, resolved, kind: "directory" },
-        io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices => Error::NotReplaceable { path, resolved, source },
-        _ => Error::Io { action, path, resolved, source },
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_sweep_knows_our_names_and_no_others() {
-        assert!(is_temp_name(".afs-file-0123456789abcdef".as_ref()));
-        for other in [".afs-file-", ".afs-file-0123456789ABCDEF", ".afs-file-0123456789abcdef0", ".afs-tx-0", "x", ""] {
-            assert!(!is_temp_name(other.as_ref()), "{other}");
-        }
-    }
-
-    #[test]
-    fn a_path_is_split_where_the_system_splits_it() {
-        let parts =
-            |path: &str| split(path.as_ref(), path.as_ref()).map(|(d, n)| format!("{} {}", d.display(), n.display()));
-        assert_eq!(parts("a").unwrap(), ". a");
-        assert_eq!(parts("a/b").unwrap(), "a b");
-        assert_eq!(parts("/a").unwrap(), "/ a");
-        assert_eq!(parts("../a").unwrap(), ".. a");
-        for path in ["", "/", ".", "..", "a/", "a/.", "a/..", "d/.afs-x"] {
-            assert!(matches!(parts(path), Err(Error::InvalidPath { .. })), "{path}");
-        }
-    }
 
     #[test]
     fn a_job_that_is_cancelled_writes_no_more_and_leaves_nothing() {

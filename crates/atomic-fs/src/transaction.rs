@@ -12,14 +12,15 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::commit::{Gate, Job};
-use crate::file::current_runtime;
+use crate::chain::Site;
+use crate::commit::{Gate, Job, current_runtime};
+use crate::error::io_error;
 use crate::lock::{LOCK_PATIENCE, with_locks};
-use crate::protocol::{Prepared, Sealed, Step};
-use crate::site::Site;
-use crate::staged::{Naming, Staged, Target, absolute, directory, io_error, split};
-use crate::sync::{Unsynced, sync_files};
-use crate::workspace::Workspace;
+use crate::names::{absolute, directory, split};
+use crate::platform::Dir;
+use crate::protocol::{Prepared, Sealed, Step, Unsynced, sync_files};
+use crate::staged::{Staged, Target};
+use crate::staging::{Staging, Workspace};
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
@@ -83,7 +84,6 @@ pub struct MultiFileTransaction {
     syncing: Option<Job<()>>,
     /// The system drops what it could not sync, and a second sync would hear nothing of it: so this stays.
     is_broken: bool,
-    // Last, so that the note goes after the files.
     workspace: Option<Arc<Workspace>>,
 }
 
@@ -236,9 +236,8 @@ impl MultiFileTransaction {
         let staged = job(&first, move |gate| stage_all(&workspace, given, options, gate)).await?;
         let mut among = HashSet::new();
         for sealed in &staged {
-            let name = &sealed.place.target.name;
-            self.refuse_repetition(&sealed.site, name, &sealed.path)?;
-            if !among.insert((sealed.site.id, name)) {
+            self.refuse_repetition(&sealed.site, &sealed.name, &sealed.path)?;
+            if !among.insert((sealed.site.id, &sealed.name)) {
                 return Err(Error::RepeatedTarget { path: sealed.path.to_path_buf() });
             }
         }
@@ -545,7 +544,7 @@ impl MultiFileTransaction {
     /// Refuses a staged file for a target that has one, or is noted.
     fn refuse_repetition(&self, site: &Site, name: &OsString, path: &Path) -> Result<(), Error> {
         let is_same = |change: &Change| match change {
-            Change::Put(sealed) => sealed.site.id == site.id && sealed.place.target.name == *name,
+            Change::Put(sealed) => sealed.site.id == site.id && sealed.name == *name,
             Change::Writing(lent) => lent.site.id == site.id && lent.name == *name,
             Change::Remove(removed) => **removed == *path,
             Change::Rename { to, .. } => **to == *path,
@@ -559,11 +558,9 @@ impl MultiFileTransaction {
     /// Has the writer that was lent last take in its last piece, and closes it.
     async fn close_lent(&mut self) -> Result<(), Error> {
         let Some(position) = self.lent else { return Ok(()) };
-        let Some(workspace) = self.workspace.clone() else { return Ok(()) };
         let Change::Writing(lent) = &mut self.changes[position] else { return Ok(()) };
-        let sealed = lent.seal(workspace).await;
-        self.is_broken |= sealed.is_err();
-        self.changes[position] = Change::Put(sealed?);
+        // If it fails it stays lent, and fails whatever is asked for next.
+        self.changes[position] = Change::Put(lent.seal().await?);
         self.lent = None;
         self.open += 1;
         Ok(())
@@ -572,7 +569,7 @@ impl MultiFileTransaction {
 
 impl Lent {
     /// If this is dropped, what it has begun goes on, and the next call waits for it.
-    async fn seal(&mut self, workspace: Arc<Workspace>) -> Result<Box<Sealed>, Error> {
+    async fn seal(&mut self) -> Result<Box<Sealed>, Error> {
         if let Some(writer) = &mut self.writer {
             writer.settle().await?;
         }
@@ -582,7 +579,7 @@ impl Lent {
                 let (mut staged, base, tail) = writer.into_staged()?;
                 staged.write_at(base, &tail, gate)?;
                 staged.look_again()?;
-                Sealed::new(*staged, base + tail.len() as u64, &path, site, workspace).map(Box::new)
+                Sealed::new(*staged, base + tail.len() as u64, &path, site).map(Box::new)
             }));
         }
         let Some(job) = &mut self.sealing else { return Err(Error::Broken { path: self.path.to_path_buf() }) };
@@ -625,7 +622,7 @@ impl Change {
 
     fn discard(self) -> Result<(), Error> {
         match self {
-            Self::Put(mut sealed) => sealed.place.remove().map_err(io_error("remove the staged file of", &sealed.path)),
+            Self::Put(sealed) => sealed.staging.end().map_err(io_error("remove the staged file of", &sealed.path)),
             // One whose write has failed, which has removed its file.
             Self::Writing(_) | Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
@@ -650,7 +647,7 @@ async fn job<T: Send + 'static>(
 
 /// Creates the staged file beside what `path` stands for, whose directory may be `known`.
 fn stage(
-    workspace: &Workspace,
+    workspace: &Arc<Workspace>,
     path: &Path,
     options: WriteOptions,
     known: Option<&Arc<Site>>,
@@ -666,8 +663,8 @@ fn stage(
     };
     // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
     target.dir = site.dir.clone();
-    let naming = Naming::Fixed { name: workspace.name(), left: workspace.left.clone() };
-    Ok((Staged::create_at(path, target, options, &naming)?, site))
+    let create = |dir: &Arc<Dir>, mode| Staging::create_for(workspace, dir, mode);
+    Ok((Staged::create_at(path, target, options, create)?, site))
 }
 
 /// Stages whole files, and syncs and closes all but the last of them.
@@ -689,7 +686,7 @@ fn stage_all(
         let (mut staged, site) = stage(workspace, &path, options, same.as_ref().map(|(_, site)| site))?;
         known = same.or_else(|| staged.is_direct().then(|| (directory.to_path_buf(), site.clone())));
         staged.write_at(0, &content, gate)?;
-        all.push(Sealed::new(staged, content.len() as u64, &path, site, workspace.clone())?);
+        all.push(Sealed::new(staged, content.len() as u64, &path, site)?);
     }
     Ok(all)
 }

@@ -159,7 +159,7 @@ impl Order {
             .timeout(limit)
             // PostgreSQL then tells the end of a commit even if its connection is lost.
             .commit_mode(CommitMode::Resolvable)
-            .retry(Retry::attempts(20).pauses(Duration::from_millis(5), Duration::from_millis(200)))
+            .retry(Retry::attempts(20).backoff(Duration::from_millis(5), Duration::from_millis(200)))
             .run(async |tx| self.work(tx, bank).await);
         match drop_at(transfer, self.dropped_at).await {
             Some(Ok(())) => Told::Committed,

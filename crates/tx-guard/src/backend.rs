@@ -7,11 +7,13 @@ use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
+use sqlx::error::DatabaseError;
 use sqlx::{Connection, Database};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
 use crate::TxError;
+use crate::pooler::PoolerMode;
 
 /// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
 pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
@@ -38,6 +40,8 @@ pub enum Isolation {
 pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
+    /// The lock for writing is taken at once, where there is one for the whole database.
+    pub(crate) immediate: bool,
     /// How long the transaction may still last.
     #[cfg_attr(
         not(any(feature = "postgres", feature = "mysql")),
@@ -124,6 +128,9 @@ pub trait Driver: Database {
     /// Whether sqlx may wait for more than the server has to say, after a future was dropped in the middle of an answer.
     const LOSES_ITS_PLACE: bool = false;
 
+    /// Whether a pooler is known that gives each transaction another session.
+    const HAS_POOLERS: bool = false;
+
     /// What a session learns about its connection once, to be able to cancel what runs on it.
     type Probe: Clone + Send + Sync + 'static;
 
@@ -131,7 +138,7 @@ pub trait Driver: Database {
     type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
-    type Canceller: Default + Send + Sync + 'static;
+    type Canceller: Default + Clone + Send + Sync + 'static;
 
     /// Describes where the options lead to, without credentials.
     fn target(options: &Options<Self>) -> String;
@@ -147,8 +154,18 @@ pub trait Driver: Database {
     /// Whether BEGIN was refused because the session is in a transaction that was begun by somebody else.
     fn is_occupied(error: &sqlx::Error) -> bool;
 
-    /// Makes the settings of a session of our own, and learns what `cancel` will need.
-    fn probe(conn: &mut Self::Connection) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
+    /// The options for connections that share their sessions with others.
+    fn for_a_pooler(options: Options<Self>) -> Options<Self> {
+        options
+    }
+
+    /// Makes the settings of a session of our own, and learns what `cancel` will need. The first session of a pool is
+    /// compared with that of the connection for cancelling before.
+    fn probe(
+        conn: &mut Self::Connection,
+        pooler: PoolerMode,
+        first: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
     /// What is to be the same for each transaction, and the settings of these names. Releases the locks of the session. None
     /// where nothing is compared.
@@ -201,8 +218,8 @@ pub trait Driver: Database {
     /// Runs SQL of our own that has no result.
     fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Whether the same transaction, run again, may well succeed.
-    fn is_transient(error: &sqlx::Error) -> bool;
+    /// Whether the same transaction, run again, may well succeed. Never so of an error of another database.
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool;
 
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
@@ -214,7 +231,7 @@ pub trait Driver: Database {
 
     /// Keeps further statements of a lost transaction from being committed one by one. The connection is not used for
     /// another transaction after that.
-    fn fence(_: &mut Self::Connection) {}
+    fn fence(_: &mut Self::Connection, _: &Self::Probe) {}
 
     /// Reads what dropped futures have left to be read, where it could be taken for the answer to what follows. Nothing of
     /// the commit has been sent until it returns.

@@ -130,6 +130,20 @@ impl<DB: Signals> Canceller<DB> {
         Ok(())
     }
 
+    /// Runs something else on the connection, which is lost if that fails. None where it is not open.
+    pub(crate) async fn on_warm<T>(
+        &self,
+        run: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, sqlx::Error>,
+    ) -> Option<Result<T, sqlx::Error>> {
+        let mut warm = self.0.warm.lock().await;
+        let mut taken = warm.take()?;
+        let ran = run(&mut taken.conn).await;
+        if ran.is_ok() {
+            *warm = Some(taken);
+        }
+        Some(ran)
+    }
+
     /// Signals a session, together with all others that are to be signalled now.
     pub(crate) async fn signal(
         &self,
@@ -276,6 +290,12 @@ impl<DB: Signals> Inner<DB> {
         let learnt = if known == 0 { took } else { (known * 3 + took.min(known * 4)) / 4 };
         self.round_trip.store(learnt.max(1), Ordering::Relaxed);
         Ok(answer)
+    }
+}
+
+impl<DB: Signals> Clone for Canceller<DB> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
     }
 }
 

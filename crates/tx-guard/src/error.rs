@@ -1,17 +1,21 @@
 //! What can go wrong, one variant for each thing a caller can do about it.
 //!
-//! Invariant: no text of an error contains credentials. A target is described by its host and
-//! database (or its file), never by its URL.
+//! Invariant: no text of an error contains credentials or row data. A target is described by its host and database (or
+//! its file), never by its URL, and what the driver said is told without values.
 
 use std::io;
 use std::time::Duration;
 
 use crate::OutcomeHandle;
+use crate::said::said;
 
 /// Why a pool could not be opened, or a transaction not begun, used or ended.
 ///
 /// `From<sqlx::Error>` lets `?` carry the error of a statement, and `From<TxError> for sqlx::Error` lets a
 /// function that returns `sqlx::Error` use a guard.
+///
+/// What is printed says where it happened and what the database said, with its SQLSTATE or number. PostgreSQL's details
+/// and quoted values are left out, because they are row data; they are in the [source](std::error::Error::source).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TxError {
@@ -32,24 +36,41 @@ pub enum TxError {
         reason: &'static str,
     },
     /// The server answered, but the database (or the file) does not exist or cannot be opened.
-    #[error("the database {target} does not exist or cannot be opened")]
+    #[error("the database {target} does not exist or cannot be opened: {}", said(source))]
     MissingDatabase {
         /// The database and its server, or the file.
         target: String,
         /// What the driver said.
         source: sqlx::Error,
     },
-    /// The server did not answer: it is down, or the address is wrong.
-    #[error("the server of {target} cannot be reached")]
+    /// The server did not answer: it is down, or the address is wrong, or something else listens there.
+    #[error("{target} cannot be reached: {}", said(source))]
     Unreachable {
         /// The database and its server, or the file.
         target: String,
         /// What the driver said.
         source: sqlx::Error,
     },
-    /// The server answered and refused the connection: wrong credentials, or no session left.
-    #[error("the server of {target} refused the connection")]
+    /// The server answered and refused the connection, and will refuse the next: wrong credentials, or no permission.
+    #[error("{target} refused the connection: {}", said(source))]
     Refused {
+        /// The database and its server, or the file.
+        target: String,
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// The server has no session left, or none for this account (53300; 1040, 1203, 1226). One may be free later; a smaller
+    /// pool, or fewer of them, keeps it from happening.
+    #[error("{target} has no session left: {}", said(source))]
+    TooManySessions {
+        /// The database and its server, or the file.
+        target: String,
+        /// What the driver said.
+        source: sqlx::Error,
+    },
+    /// The server is starting up or shutting down (57P03, 57P01, 57P02; 1053). It may take connections later.
+    #[error("{target} takes no connections now: {}", said(source))]
+    NotReady {
         /// The database and its server, or the file.
         target: String,
         /// What the driver said.
@@ -63,6 +84,16 @@ pub enum TxError {
         target: String,
         /// The timeout that passed.
         timeout: Duration,
+    },
+    /// There is a pooler before the server that gives each transaction another session, and the pool was not told: see
+    /// [`PoolerMode`](crate::PoolerMode). Nothing was changed on any session.
+    #[error(
+        "{target} is behind a pooler that gives each transaction another session: \
+         say so with `.pooler(PoolerMode::Transaction)`, or name the port of the server itself"
+    )]
+    Pooler {
+        /// The database and its server.
+        target: String,
     },
     /// Every connection of the pool stayed in use for the whole acquire timeout, or until the deadline of a closure.
     #[error("all {max_connections} connections to {target} stayed in use for {timeout:?}")]
@@ -81,7 +112,7 @@ pub enum TxError {
     #[error("transactions need a tokio runtime, and there is none here")]
     NoRuntime,
     /// An earlier statement had failed, so the database could only roll back. Nothing was committed.
-    #[error("the transaction was already aborted by an earlier error and is rolled back")]
+    #[error("the transaction was already aborted by an earlier error and is rolled back: {}", said(source))]
     Aborted {
         /// What the database said to the commit.
         source: sqlx::Error,
@@ -94,7 +125,7 @@ pub enum TxError {
         reason: &'static str,
     },
     /// COMMIT was sent and its answer never came: the transaction may have been committed or not.
-    #[error("the connection failed while COMMIT was under way: whether it was committed is unknown")]
+    #[error("whether the transaction was committed is unknown, its connection failed inside COMMIT: {}", said(source))]
     Unknown {
         /// What the driver said.
         source: sqlx::Error,
@@ -118,16 +149,22 @@ pub enum TxError {
         /// How long the answer was waited for.
         waited: Duration,
     },
+    /// [`Attempts::next`](crate::Attempts::next) was asked for one attempt too many.
+    #[error("there is no further attempt at the transaction: {reason}")]
+    NoAttempt {
+        /// Why there is none.
+        reason: &'static str,
+    },
     /// An error of the caller's own, from inside a transaction, which it rolls back. See [`TxError::application`].
     #[error(transparent)]
     Application(Box<dyn std::error::Error + Send + Sync>),
     /// A statement failed, or the database refused to begin or to commit (and rolled back).
-    #[error("the database operation failed")]
+    #[error("the database operation failed: {}", said(.0))]
     Database(#[source] sqlx::Error),
 }
 
 impl TxError {
-    /// The connection could not be opened: URL, server, database, credentials or time.
+    /// The connection could not be opened: URL, server, database, credentials, sessions or time.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -146,7 +183,40 @@ impl TxError {
                 | Self::MissingDatabase { .. }
                 | Self::Unreachable { .. }
                 | Self::Refused { .. }
+                | Self::TooManySessions { .. }
+                | Self::NotReady { .. }
                 | Self::ConnectTimeout { .. }
+                | Self::Pooler { .. }
+        )
+    }
+
+    /// The database had no room for the transaction, or was not there: it was not begun, and may well be later. The answer
+    /// of a web service to it is 503.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use std::time::Duration;
+    /// use cancel_safe_tx_guard::TxPool;
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let pool = TxPool::<sqlx::Sqlite>::builder().max_connections(1);
+    /// let db = pool.acquire_timeout(Duration::from_millis(10)).connect("sqlite::memory:").await.unwrap();
+    /// let held = db.begin().await.unwrap();
+    /// let error = db.begin().await.unwrap_err();
+    /// assert!(error.is_unavailable() && error.is_timeout(), "{error}");
+    /// # drop(held);
+    /// # });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn is_unavailable(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::TooManySessions { .. }
+                | Self::NotReady { .. }
+                | Self::ConnectTimeout { .. }
+                | Self::PoolExhausted { .. }
+                | Self::Closed
         )
     }
 
@@ -163,6 +233,21 @@ impl TxError {
     }
 
     /// A time limit passed before anything was committed. Trying again later may help.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use std::time::Duration;
+    /// use cancel_safe_tx_guard::{TxError, TxPool};
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// let run = db.tx().timeout(Duration::from_millis(10)).run(async move |_| {
+    ///     std::future::pending::<()>().await;
+    ///     Ok::<_, TxError>(())
+    /// });
+    /// assert!(run.await.unwrap_err().is_timeout());
+    /// # });
+    /// # }
+    /// ```
     #[must_use]
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::ConnectTimeout { .. } | Self::PoolExhausted { .. } | Self::Timeout { .. })
@@ -170,6 +255,14 @@ impl TxError {
 
     /// The transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
     /// [`Pending`](Self::Pending). With any other error, the guard has committed nothing.
+    ///
+    /// ```
+    /// use cancel_safe_tx_guard::TxError;
+    ///
+    /// let lost = TxError::Unknown { source: sqlx::Error::WorkerCrashed };
+    /// assert!(lost.is_unknown());
+    /// assert!(!TxError::Closed.is_unknown());
+    /// ```
     #[must_use]
     pub fn is_unknown(&self) -> bool {
         matches!(self, Self::Unknown { .. } | Self::Pending(_))
@@ -182,6 +275,8 @@ impl TxError {
             Self::MissingDatabase { source, .. }
             | Self::Unreachable { source, .. }
             | Self::Refused { source, .. }
+            | Self::TooManySessions { source, .. }
+            | Self::NotReady { source, .. }
             | Self::Aborted { source }
             | Self::Unknown { source }
             | Self::Database(source) => Some(source),
@@ -225,6 +320,21 @@ pub enum CommitError {
 
 impl CommitError {
     /// The commit is still under way.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// use std::time::Duration;
+    /// use cancel_safe_tx_guard::TxPool;
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// let tx = db.begin().await.unwrap();
+    /// match tx.commit_within(Duration::ZERO).await {
+    ///     Ok(()) => {}
+    ///     Err(error) => assert!(error.is_pending()),
+    /// }
+    /// # });
+    /// # }
+    /// ```
     #[must_use]
     pub fn is_pending(&self) -> bool {
         matches!(self, Self::Pending(_))

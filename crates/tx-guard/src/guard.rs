@@ -10,7 +10,9 @@ use std::time::Duration;
 use tokio::time::timeout;
 
 use crate::backend::Backend;
+use crate::boxed::{BoxedWork, TxRef};
 use crate::commit;
+use crate::deadline::Deadline;
 use crate::drive::{self, Driven};
 use crate::events::TxEvent;
 use crate::open::Open;
@@ -36,6 +38,14 @@ pub struct TransactionGuard<DB: Backend> {
     doomed: Option<&'static str>,
     /// How many savepoints have been set and not ended. One that was dropped is never ended.
     savepoints: usize,
+    /// Nothing is committed from then on.
+    deadline: Option<Deadline>,
+}
+
+/// A savepoint that was set, and how many hooks there were.
+struct Savepoint {
+    level: usize,
+    hooks: usize,
 }
 
 /// The proof behind the `expect`s below.
@@ -48,7 +58,7 @@ const SAVEPOINT_DROPPED: &str = "a savepoint was dropped, or failed, halfway";
 
 impl<DB: Backend> TransactionGuard<DB> {
     pub(crate) fn hold(open: Open<DB>) -> Self {
-        Self { open: Some(open), doomed: None, savepoints: 0 }
+        Self { open: Some(open), doomed: None, savepoints: 0, deadline: None }
     }
 
     /// Begins a transaction on `pool`: a [`TxPool`](crate::TxPool), for which this is the same as
@@ -104,8 +114,19 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
     /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
     ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
+    /// - [`TxError::Timeout`]: the [`timeout`](crate::Tx::timeout) of the transaction had passed when this was polled, or
+    ///   when the database refused. It is rolled back.
     pub async fn commit(mut self) -> Result<(), TxError> {
-        self.driven_commit().await
+        let deadline = self.deadline;
+        if let Some(deadline) = deadline.filter(Deadline::has_passed) {
+            // That it is rolled back is certain, whatever comes of the connection.
+            drop(self.rollback().await);
+            return Err(deadline.error());
+        }
+        self.driven_commit().await.map_err(|error| match deadline {
+            Some(deadline) => deadline.name(error),
+            None => error,
+        })
     }
 
     /// Commits, but waits for it no longer than `within`.
@@ -140,12 +161,12 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # });
     /// # }
     /// ```
-    pub async fn commit_within(mut self, within: Duration) -> Result<(), CommitError> {
+    pub async fn commit_within(self, within: Duration) -> Result<(), CommitError> {
         let handle = self.outcome_handle();
         let committed = {
             let runtime = self.held().runtime.clone();
             let _entered = drive::enter_if_outside(&runtime);
-            timeout(within, self.driven_commit())
+            timeout(within, self.commit())
         };
         match committed.await {
             Ok(committed) => Ok(committed?),
@@ -174,7 +195,8 @@ impl<DB: Backend> TransactionGuard<DB> {
 
     /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
     ///
-    /// The transaction goes on in both cases. Savepoints nest.
+    /// The transaction goes on in both cases. Savepoints nest. The error is any that a [`TxError`] turns into, so name it
+    /// where nothing else does: `Ok::<_, TxError>(())`.
     ///
     /// # Cancel safety
     ///
@@ -202,7 +224,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///     .savepoint(async move |sp| {
     ///         sqlx::query("INSERT INTO t VALUES (1)").execute(&mut **sp).await?;
     ///         sqlx::query("INSERT INTO t VALUES (1)").execute(&mut **sp).await?;
-    ///         Ok(())
+    ///         Ok::<_, TxError>(())
     ///     })
     ///     .await;
     /// assert!(tried.is_err());
@@ -213,10 +235,39 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// # }).unwrap();
     /// # }
     /// ```
-    pub async fn savepoint<T, F>(&mut self, work: F) -> Result<T, TxError>
+    pub async fn savepoint<T, E, F>(&mut self, work: F) -> Result<T, E>
     where
-        F: AsyncFnOnce(&mut Self) -> Result<T, TxError>,
+        F: AsyncFnOnce(&mut Self) -> Result<T, E>,
+        E: From<TxError>,
     {
+        let savepoint = self.set_savepoint().await?;
+        let result = work(self).await;
+        self.end_savepoint(savepoint, result).await
+    }
+
+    /// As [`savepoint`](Self::savepoint), for work that borrows and whose future must be [`Send`]: a closure that returns
+    /// a boxed future. See [`Tx::run_boxed`](crate::Tx::run_boxed).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped before completion, the transaction is doomed, as with
+    /// [`savepoint`](Self::savepoint).
+    ///
+    /// # Errors
+    ///
+    /// As [`savepoint`](Self::savepoint).
+    pub async fn savepoint_boxed<'env, T, E, F>(&mut self, work: F) -> Result<T, E>
+    where
+        F: for<'tx> FnOnce(TxRef<'tx, 'env, DB>) -> BoxedWork<'tx, T, E>,
+        E: From<TxError>,
+    {
+        let savepoint = self.set_savepoint().await?;
+        let result = work(TxRef::new(self)).await;
+        self.end_savepoint(savepoint, result).await
+    }
+
+    /// Sets a savepoint, to be ended by [`end_savepoint`](Self::end_savepoint).
+    async fn set_savepoint(&mut self) -> Result<Savepoint, TxError> {
         let hooks = self.held().hooks.len();
         self.savepoints += 1;
         let level = self.savepoints;
@@ -226,9 +277,16 @@ impl<DB: Backend> TransactionGuard<DB> {
             self.savepoints = level - 1;
         }
         set?;
-        let mut result = work(self).await;
+        Ok(Savepoint { level, hooks })
+    }
+
+    async fn end_savepoint<T, E>(&mut self, set: Savepoint, mut result: Result<T, E>) -> Result<T, E>
+    where
+        E: From<TxError>,
+    {
+        let Savepoint { level, hooks } = set;
         if self.savepoints != level {
-            return Err(TxError::Lost { reason: SAVEPOINT_DROPPED });
+            return Err(TxError::Lost { reason: SAVEPOINT_DROPPED }.into());
         }
         if result.is_ok() {
             match self.run_sql(format!("RELEASE SAVEPOINT txg_{level}")).await {
@@ -236,7 +294,7 @@ impl<DB: Backend> TransactionGuard<DB> {
                     self.savepoints = level - 1;
                     return result;
                 }
-                Err(error) => result = Err(error.into()),
+                Err(error) => result = Err(TxError::from(error).into()),
             }
         }
         self.held_mut().hooks.truncate(hooks);
@@ -259,6 +317,11 @@ impl<DB: Backend> TransactionGuard<DB> {
     /// What is done if the connection is lost inside `COMMIT`, for this transaction alone.
     pub fn set_commit_mode(&mut self, mode: CommitMode) {
         self.held_mut().commit_mode = mode;
+    }
+
+    /// From then on nothing is committed.
+    pub(crate) fn set_deadline(&mut self, deadline: Option<Deadline>) {
+        self.deadline = deadline;
     }
 
     /// A handle that tells how this transaction will have ended, even after a dropped commit.
@@ -322,7 +385,7 @@ impl<DB: Backend> DerefMut for TransactionGuard<DB> {
         let (conn, probe) = self.open.as_mut().expect(HELD).slot.parts();
         if self.doomed.is_none() && DB::is_lost(conn, probe) {
             self.doomed = Some("a nested begin was cancelled inside the guard, or the database rolled back by itself");
-            DB::fence(conn);
+            DB::fence(conn, probe);
         }
         conn
     }

@@ -57,7 +57,9 @@
 //! # }
 //! ```
 //!
-//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`].
+//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`]; where
+//! the future of a closure is not "general enough" to be sent, [`Tx::run_boxed`] or [`Tx::attempts`]. The same options
+//! hold for a guard in hand: [`Tx::begin`].
 //!
 //! # Guarantees
 //!
@@ -92,6 +94,8 @@
 //!   crate's own; MySQL looks when it has something to say to them.
 //! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
 //!   `busy_timeout`).
+//! - On a wrapped PostgreSQL pool, a transaction that somebody else has left open, and in which nothing was read or written
+//!   but a `LOCK`, `NOTIFY` or `SET LOCAL`, is not noticed by `begin`, which joins it. Others are noticed, and closed.
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
 //! - Connections need the runtime on which they were opened, except SQLite's. A pool of the crate's own that outlives it
 //!   opens new ones; a wrapped pool is sqlx's, which does not look.
@@ -145,11 +149,14 @@
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
 
+mod attempts;
 mod backend;
 mod begin;
+mod boxed;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
+mod deadline;
 mod drive;
 mod error;
 mod events;
@@ -163,31 +170,40 @@ mod mysql;
 mod open;
 mod outcome;
 mod pool;
+mod pooler;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod queue;
 mod reader;
 mod reset;
+mod retry;
 mod run;
+mod said;
 mod session;
 mod settings;
 mod settle;
 mod slot;
 #[cfg(feature = "sqlite")]
 mod sqlite;
+mod transient;
+mod tx;
 mod upkeep;
 mod watch;
 mod work;
 
+pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
-
+pub use boxed::{BoxedWork, TxRef};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
 pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use pooler::PoolerMode;
 pub use reader::Reader;
 pub use reset::Reset;
-pub use run::{Retry, Tx};
+pub use retry::Retry;
+pub use transient::is_transient;
+pub use tx::Tx;
 pub use upkeep::HookFuture;

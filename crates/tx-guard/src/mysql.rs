@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
+use sqlx::error::DatabaseError;
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, MySql, MySqlConnection, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
@@ -23,6 +24,7 @@ use crate::backend::{
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
+use crate::pooler::PoolerMode;
 use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
@@ -32,6 +34,9 @@ const ROLLBACK_ATTEMPTS: usize = 16;
 
 /// How much later than the client the server ends a session whose transaction lasts too long, in seconds.
 const SESSION_MARGIN: u64 = 1;
+
+/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+const STATEMENT_MARGIN: Duration = Duration::from_millis(250);
 
 /// The largest limit that both servers take, in seconds.
 const LONGEST_LIMIT: u64 = 31_536_000;
@@ -128,10 +133,12 @@ impl Flavour {
 
     /// MySQL limits its SELECTs alone, in milliseconds; MariaDB each statement, in seconds.
     fn limit(self, variable: &str, remaining: Duration) -> String {
-        let seconds = remaining.as_secs().saturating_add(1).min(LONGEST_LIMIT);
+        // Rounded up, because a limit that comes a moment sooner is told as another error.
+        let later = remaining.saturating_add(STATEMENT_MARGIN);
+        let seconds = later.as_secs().saturating_add(1).min(LONGEST_LIMIT);
         match variable {
-            "max_statement_time" => format!("{:.3}", remaining.as_secs_f64().clamp(0.001, 31_536_000.0)),
-            "max_execution_time" => remaining.as_millis().clamp(1, u128::from(u32::MAX)).to_string(),
+            "max_statement_time" => format!("{:.3}", later.as_secs_f64().min(31_536_000.0)),
+            "max_execution_time" => (later.as_millis() + 1).min(u128::from(u32::MAX)).to_string(),
             "idle_transaction_timeout" => (seconds + SESSION_MARGIN).min(LONGEST_LIMIT).to_string(),
             _ => seconds.to_string(),
         }
@@ -157,10 +164,12 @@ impl Driver for MySql {
 
     fn connect_error(target: String, source: sqlx::Error) -> TxError {
         match &source {
-            sqlx::Error::Database(_) if number(&source) == Some(NO_SUCH_DATABASE) => {
-                TxError::MissingDatabase { target, source }
-            }
-            sqlx::Error::Database(_) => TxError::Refused { target, source },
+            sqlx::Error::Database(_) => match number(&source) {
+                Some(NO_SUCH_DATABASE) => TxError::MissingDatabase { target, source },
+                Some(number) if TOO_MANY_SESSIONS.contains(&number) => TxError::TooManySessions { target, source },
+                Some(SERVER_SHUTDOWN) => TxError::NotReady { target, source },
+                _ => TxError::Refused { target, source },
+            },
             sqlx::Error::Configuration(_) => {
                 TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
             }
@@ -176,7 +185,11 @@ impl Driver for MySql {
         matches!(error, sqlx::Error::InvalidSavePointStatement) || number(error) == Some(IN_TRANSACTION)
     }
 
-    async fn probe(conn: &mut MySqlConnection) -> Result<Arc<Thread>, sqlx::Error> {
+    async fn probe(
+        conn: &mut MySqlConnection,
+        _: PoolerMode,
+        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> Result<Arc<Thread>, sqlx::Error> {
         let identity = identify(conn, false).await?;
         if !identity.read_only {
             Self::run_sql(conn, HOLD.to_owned()).await?;
@@ -236,8 +249,9 @@ impl Driver for MySql {
         in_step::run(conn, &sql).await
     }
 
-    fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(number(error), Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        let number = error.try_downcast_ref().map(MySqlDatabaseError::number);
+        matches!(number, Some(DEADLOCK | LOCK_WAIT_TIMEOUT))
     }
 
     fn is_lost(conn: &MySqlConnection, _: &Arc<Thread>) -> bool {

@@ -14,6 +14,7 @@ use crate::begin;
 use crate::events::TxEvents;
 use crate::keeper;
 use crate::metrics::Metrics;
+use crate::pooler::PoolerMode;
 use crate::reset::{Reset, is_name};
 use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
 use crate::slot::{Shared, Source};
@@ -354,6 +355,12 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
+    /// What there is between the pool and the server. Default [`PoolerMode::None`].
+    pub fn pooler(mut self, mode: PoolerMode) -> Self {
+        self.limits.pooler = mode;
+        self
+    }
+
     /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
     /// [`CommitMode::Verified`].
     pub fn commit_mode(mut self, mode: CommitMode) -> Self {
@@ -423,7 +430,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// # Errors
     ///
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
-    pub async fn connect_with(self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
+    pub async fn connect_with(mut self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
         if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
             return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });
         }
@@ -443,7 +450,11 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         if Handle::try_current().is_err() {
             return Err(TxError::NoRuntime);
         }
-        let options = Arc::new(options);
+        let options = Arc::new(self.through_a_pooler(options)?);
+        if self.limits.pooler == PoolerMode::Transaction {
+            // The sessions are the pooler's, and what is asked of one is answered by another.
+            self.upkeep.reset = Reset::None;
+        }
         let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let limit = self.limits.connect_timeout;
@@ -460,6 +471,17 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let keeper = tokio::spawn(keeper::keep_up(Arc::downgrade(&shared))).abort_handle();
         *shared.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
         Ok(TxPool { shared })
+    }
+
+    /// The options for what there is between here and the server.
+    fn through_a_pooler(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
+        match self.limits.pooler {
+            PoolerMode::None => Ok(options),
+            PoolerMode::Transaction if DB::HAS_POOLERS => Ok(DB::for_a_pooler(options)),
+            PoolerMode::Transaction => {
+                Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
+            }
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
+mod pooled;
 mod proof;
 
 use std::sync::Arc;
@@ -10,7 +11,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use sqlx::postgres::PgConnectOptions;
+use sqlx::error::DatabaseError;
+use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
@@ -22,6 +24,9 @@ use crate::backend::{
 };
 use crate::canceller::{self, Canceller, Signals};
 use crate::known::Known;
+use crate::pooler::PoolerMode;
+
+use self::pooled::Place;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -30,6 +35,9 @@ const ROLLBACK_ATTEMPTS: usize = 16;
 
 /// How much later than the client the server ends a session whose transaction lasts too long, in milliseconds.
 const SESSION_MARGIN: u128 = 1_000;
+
+/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+const STATEMENT_MARGIN: u128 = 250;
 
 /// The largest timeout the server takes, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
@@ -48,14 +56,13 @@ const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000
     coalesce(current_setting('client_connection_check_interval', true) = '0' AND version() ~ 'linux', false)
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-/// Sessions are joined by both, so that one which has taken the place of another is left alone.
-const CANCEL: &str = "SELECT pg_cancel_backend(a.pid) FROM unnest($1::int[], $2::bigint[]) AS wanted (pid, started)
+/// Sessions are joined by both, so that one which has taken the place of another is left alone; and by the transaction
+/// where it is what makes the session ours.
+const WHICH: &str = "(a.pid)
+    FROM unnest('{PIDS}'::int[], '{STARTS}'::bigint[], '{TRANSACTIONS}'::bigint[]) AS wanted (pid, started, transaction)
     JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
-    WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started";
-const TERMINATE: &str =
-    "SELECT pg_terminate_backend(a.pid) FROM unnest($1::int[], $2::bigint[]) AS wanted (pid, started)
-    JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
-    WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started";
+    WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started
+        AND wanted.transaction IN (0, (extract(epoch FROM a.xact_start) * 1000000)::bigint)";
 
 /// A transaction has run a query already, or has failed.
 const IN_TRANSACTION: [&str; 2] = ["25001", "25P02"];
@@ -83,6 +90,8 @@ pub struct BackendId {
     pid: i32,
     /// In microseconds.
     started: i64,
+    /// When the transaction was begun without which the session is not ours, in microseconds. Zero for a session of ours.
+    transaction: i64,
     /// Whether only a transaction that asks for it may write.
     fenced: bool,
     /// Whether the server could look for a client that has gone, and does not.
@@ -93,7 +102,8 @@ impl Backend for Postgres {}
 
 impl Driver for Postgres {
     const TITLE: &'static str = "PostgreSQL";
-    type Probe = BackendId;
+    const HAS_POOLERS: bool = true;
+    type Probe = Place;
     type Known = Known<Self, BackendId>;
     type Canceller = Canceller<Self>;
 
@@ -109,8 +119,11 @@ impl Driver for Postgres {
         match &source {
             sqlx::Error::Database(error) => match error.code().as_deref() {
                 Some("3D000") => TxError::MissingDatabase { target, source },
+                Some(TOO_MANY_SESSIONS) => TxError::TooManySessions { target, source },
+                Some("57P01" | "57P02" | "57P03") => TxError::NotReady { target, source },
                 _ => TxError::Refused { target, source },
             },
+            sqlx::Error::Configuration(reason) if pooled::is_refused(&**reason) => TxError::Pooler { target },
             sqlx::Error::Configuration(_) => {
                 TxError::InvalidUrl { database: Self::TITLE, reason: "an option cannot be used".to_owned() }
             }
@@ -127,7 +140,21 @@ impl Driver for Postgres {
             || code(error).is_some_and(|code| IN_TRANSACTION.contains(&code.as_str()))
     }
 
-    async fn probe(conn: &mut PgConnection) -> Result<BackendId, sqlx::Error> {
+    fn for_a_pooler(options: PgConnectOptions) -> PgConnectOptions {
+        options.statement_cache_capacity(0)
+    }
+
+    async fn probe(
+        conn: &mut PgConnection,
+        pooler: PoolerMode,
+        first: Option<(&Self::Canceller, &Arc<PgConnectOptions>)>,
+    ) -> Result<Place, sqlx::Error> {
+        if pooler == PoolerMode::Transaction {
+            return Ok(Place::pooled());
+        }
+        if let Some((canceller, options)) = first {
+            pooled::refuse(conn, canceller, options).await?;
+        }
         if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
             // Not every operating system can do it; the server then refuses the setting, and goes without.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
@@ -135,17 +162,19 @@ impl Driver for Postgres {
                 Err(error) => return Err(error),
             }
         }
-        identify(conn, true, false).await
+        identify(conn, true, false).await.map(Place::own)
     }
 
-    async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<BackendId, sqlx::Error> {
-        let Some(statement) = known.statement(conn, IDENTIFY).await? else { return identify(conn, false, false).await };
+    async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<Place, sqlx::Error> {
+        let Some(statement) = known.statement(conn, IDENTIFY).await? else {
+            return identify(conn, false, false).await.map(Place::own);
+        };
         if let Some(backend) = known.find(&statement) {
-            return Ok(backend);
+            return Ok(Place::own(backend));
         }
         let backend = identify(conn, false, true).await?;
         known.remember(statement, backend);
-        Ok(backend)
+        Ok(Place::own(backend))
     }
 
     fn beside() -> Option<Handle> {
@@ -165,12 +194,13 @@ impl Driver for Postgres {
         Self::run_sql(conn, DISCARD.to_owned()).await.map(|()| true)
     }
 
-    async fn begin(conn: &mut PgConnection, backend: &BackendId, mode: &Mode) -> Result<(), sqlx::Error> {
-        let sql = begin_sql(mode, backend, conn.server_version_num());
-        Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
+    async fn begin(conn: &mut PgConnection, place: &Place, mode: &Mode) -> Result<(), sqlx::Error> {
+        let sql = begin_sql(mode, &place.backend(), conn.server_version_num());
+        Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?;
+        if place.is_pooled() { place.learn(conn).await } else { Ok(()) }
     }
 
-    async fn end_read(conn: &mut PgConnection, _: &BackendId) -> Result<(), sqlx::Error> {
+    async fn end_read(conn: &mut PgConnection, _: &Place) -> Result<(), sqlx::Error> {
         conn.ping().await
     }
 
@@ -179,35 +209,44 @@ impl Driver for Postgres {
     }
 
     /// 40001 is a serialization failure, 40P01 a deadlock.
-    fn is_transient(error: &sqlx::Error) -> bool {
-        let code = error.as_database_error().and_then(|e| e.code());
-        matches!(code.as_deref(), Some("40001" | "40P01"))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        error.try_downcast_ref::<PgDatabaseError>().is_some_and(|error| matches!(error.code(), "40001" | "40P01"))
     }
 
-    fn is_lost(conn: &PgConnection, _: &BackendId) -> bool {
+    fn is_lost(conn: &PgConnection, _: &Place) -> bool {
         depth::<Self>(conn) == 0
     }
 
     /// One poll of a `begin` writes its message into the connection's buffer, ahead of whatever the caller sends next. What
     /// sqlx does when the `begin` is then dropped differs between its versions: nothing, or a `ROLLBACK`, which ends the
     /// spoilt transaction. Writes are refused in both cases.
-    fn fence(conn: &mut PgConnection) {
+    ///
+    /// Behind a pooler the next session is not ours to change, so there the spoilt transaction must last: the `begin` is not
+    /// dropped, but forgotten.
+    fn fence(conn: &mut PgConnection, place: &Place) {
+        if place.is_pooled() {
+            let mut spoil = Box::pin(Manager::begin(conn, Some(SPOIL.into_sql_str())));
+            drop(spoil.as_mut().now_or_never());
+            std::mem::forget(spoil);
+            return;
+        }
         Manager::begin(conn, Some(FENCE.into_sql_str())).now_or_never();
         Manager::begin(conn, Some(SPOIL.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, _: &BackendId, mode: CommitMode) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut PgConnection, place: &Place, mode: CommitMode) -> Result<(), CommitFailure> {
         release_forgotten(conn).await?;
         let receipt = match mode {
             CommitMode::Verified => None,
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
-        let answer = proof::exchange_commit(conn).await;
+        let answer = proof::exchange_commit(conn, place.farewell()).await;
+        // Whatever comes behind the answer to COMMIT takes nothing back.
+        if answer.row && answer.done_after_row >= 2 {
+            proof::leave(conn);
+            return Ok(());
+        }
         let Some(error) = answer.failure else {
-            if answer.row && answer.done_after_row == 2 {
-                proof::leave(conn);
-                return Ok(());
-            }
             return Err(proof::in_doubt(proof::out_of_step(), receipt));
         };
         if !proof::is_refusal(&error) {
@@ -233,15 +272,15 @@ impl Driver for Postgres {
     async fn resolve(
         canceller: &Self::Canceller,
         options: &Arc<PgConnectOptions>,
-        backend: &BackendId,
+        place: &Place,
         receipt: &Receipt,
     ) -> Option<bool> {
-        proof::resolve(options, receipt, || Self::signal(canceller, options, Wanted::Terminate, backend)).await
+        proof::resolve(options, receipt, || Self::signal(canceller, options, Wanted::Terminate, place)).await
     }
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
     /// sqlx takes each answer for that to the message before.
-    async fn rollback(conn: &mut PgConnection, _: &BackendId) -> Result<Rollback, sqlx::Error> {
+    async fn rollback(conn: &mut PgConnection, place: &Place) -> Result<Rollback, sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
         }
@@ -251,9 +290,9 @@ impl Driver for Postgres {
                 // A nested transaction that was forgotten.
                 Manager::start_rollback(conn);
             }
-            let answer = proof::exchange_rollback(conn).await;
+            let answer = proof::exchange_rollback(conn, place.farewell()).await;
             match answer.failure {
-                None if answer.row => {
+                None | Some(sqlx::Error::Database(_)) if answer.row => {
                     proof::leave(conn);
                     return Ok(found);
                 }
@@ -279,9 +318,9 @@ impl Driver for Postgres {
         canceller: &Self::Canceller,
         options: &Arc<PgConnectOptions>,
         wanted: Wanted,
-        to: &BackendId,
+        to: &Place,
     ) -> Result<Activity, Unsignalled> {
-        canceller.signal(options, wanted, *to).await
+        canceller.signal(options, wanted, to.backend()).await
     }
 
     fn round_trip(canceller: &Self::Canceller) -> Duration {
@@ -289,7 +328,7 @@ impl Driver for Postgres {
     }
 
     /// Only a round trip can do it.
-    fn interrupt(_: &BackendId) {}
+    fn interrupt(_: &Place) {}
 
     async fn cool(canceller: &Self::Canceller) {
         canceller.close().await;
@@ -318,10 +357,11 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
         sql.push_str("; SET LOCAL client_connection_check_interval = '500ms'");
     }
     if let Some(remaining) = mode.remaining {
-        // Zero would mean "no limit". The server's own limits only matter when the client is gone or hangs, so
-        // those that end the whole session come later than what the client does by itself.
-        let limit = remaining.as_millis().clamp(1, LONGEST_LIMIT);
-        let margin = (limit + SESSION_MARGIN).min(LONGEST_LIMIT);
+        // The server's own limits only matter when the client is gone or hangs, so they come later than what the client
+        // does by itself. Rounded up, because a limit that comes a moment sooner is told as another error.
+        let rest = remaining.as_micros().div_ceil(1_000);
+        let limit = (rest + STATEMENT_MARGIN).min(LONGEST_LIMIT);
+        let margin = (rest + SESSION_MARGIN).min(LONGEST_LIMIT);
         sql.push_str(&format!("; SET LOCAL statement_timeout = {limit}"));
         sql.push_str(&format!("; SET LOCAL idle_in_transaction_session_timeout = {margin}"));
         if version.is_some_and(|version| version >= 17_00_00) {
@@ -364,7 +404,7 @@ fn code(error: &sqlx::Error) -> Option<String> {
 async fn identify(conn: &mut PgConnection, fence: bool, keep: bool) -> Result<BackendId, sqlx::Error> {
     let identify = sqlx::query_as(IDENTIFY).bind(fence).persistent(keep);
     let (pid, started, fenced, unwatched) = identify.fetch_one(conn).await?;
-    Ok(BackendId { pid, started, fenced, unwatched })
+    Ok(BackendId { pid, started, transaction: 0, fenced, unwatched })
 }
 
 impl Signals for Postgres {
@@ -378,11 +418,18 @@ impl Signals for Postgres {
         wanted: Wanted,
         sessions: &'c [BackendId],
     ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {
-        let sql = if wanted == Wanted::Terminate { TERMINATE } else { CANCEL };
-        let pids: Vec<i32> = sessions.iter().map(|session| session.pid).collect();
-        let starts: Vec<i64> = sessions.iter().map(|session| session.started).collect();
+        let function = if wanted == Wanted::Terminate { "pg_terminate_backend" } else { "pg_cancel_backend" };
+        let list = |number: fn(&BackendId) -> i64| {
+            sessions.iter().map(|session| number(session).to_string()).collect::<Vec<_>>().join(",")
+        };
+        let which = WHICH
+            .replace("PIDS", &list(|session| session.pid.into()))
+            .replace("STARTS", &list(|session| session.started))
+            .replace("TRANSACTIONS", &list(|session| session.transaction));
+        let sql = AssertSqlSafe(format!("SELECT {function}{which}"));
         let seen = vec![Activity::Unseen; sessions.len()];
-        async move { sqlx::query(sql).bind(pids).bind(starts).execute(conn).await.map(|_| seen) }.boxed()
+        // One simple query, because behind a pooler two messages may reach two sessions.
+        async move { sqlx::raw_sql(sql).execute(conn).await.map(|_| seen) }.boxed()
     }
 }
 
@@ -400,11 +447,12 @@ mod tests {
         let canceller = <Postgres as Driver>::Canceller::default();
         Postgres::warm(&canceller, &options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
-        let ours = Postgres::probe(&mut conn).await.unwrap();
-        let before = BackendId { started: ours.started - 1, ..ours };
+        let ours = Postgres::probe(&mut conn, PoolerMode::None, None).await.unwrap();
+        let backend = ours.backend();
+        let before = Place::own(BackendId { started: backend.started - 1, ..backend });
 
         // Again and again, because a cancel that comes before the statement is no cancel.
-        let again = async |to: BackendId| {
+        let again = async |to: Place| {
             loop {
                 Postgres::signal(&canceller, &options, Wanted::Cancel, &to).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(10)).await;

@@ -4,6 +4,8 @@
 //! or its session closed.
 
 /// How a session is made the same for each transaction. From [`TxPoolBuilder::reset`](crate::TxPoolBuilder::reset).
+///
+/// Sessions of a wrapped pool, and those behind a [`PoolerMode::Transaction`](crate::PoolerMode), go back as they are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Reset {

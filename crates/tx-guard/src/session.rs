@@ -4,6 +4,7 @@
 //! caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
 
 use std::future::pending;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -14,6 +15,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{Instant, timeout};
 
 use crate::backend::{Backend, Options};
+use crate::pooler::PoolerMode;
 use crate::queue::Idle;
 use crate::reset::Reset;
 use crate::upkeep::Upkeep;
@@ -47,7 +49,13 @@ enum Link<DB: Backend> {
 
 impl<DB: Backend> Session<DB> {
     /// Opens one of our own, and has it made ready by the user's hook before it is by us.
-    pub(crate) async fn open(options: &Options<DB>, upkeep: &Upkeep<DB>) -> Result<Self, sqlx::Error> {
+    /// The first one of a pool is compared with that of the connection for cancelling.
+    pub(crate) async fn open(
+        options: &Arc<Options<DB>>,
+        upkeep: &Upkeep<DB>,
+        pooler: PoolerMode,
+        first: Option<&DB::Canceller>,
+    ) -> Result<Self, sqlx::Error> {
         let mut conn = match &upkeep.rotation {
             Some(rotation) => rotation().await?.connect().await?,
             None => options.connect().await?,
@@ -55,7 +63,7 @@ impl<DB: Backend> Session<DB> {
         if let Some(after_connect) = &upkeep.after_connect {
             after_connect(&mut conn).await?;
         }
-        let probe = DB::probe(&mut conn).await?;
+        let probe = DB::probe(&mut conn, pooler, first.map(|canceller| (canceller, options))).await?;
         let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
         let state = match upkeep.reset {
             Reset::Verify => DB::state(&mut conn, &upkeep.verify).await?,
@@ -163,7 +171,8 @@ impl<DB: Backend> Session<DB> {
         if let Some(after_connect) = &upkeep.after_connect {
             after_connect(conn).await?;
         }
-        let probe = DB::probe(conn).await?;
+        // Behind a pooler nothing is compared, so there is none here.
+        let probe = DB::probe(conn, PoolerMode::None, None).await?;
         self.probe = Some(probe);
         Ok(true)
     }

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use crate::pooler::PoolerMode;
+
 /// More than any server takes.
 pub(crate) const MOST_CONNECTIONS: u32 = 65_535;
 
@@ -25,6 +27,8 @@ pub(crate) struct Limits {
     pub(crate) begin_timeout: Duration,
     /// For the farewell to one session.
     pub(crate) goodbye_timeout: Duration,
+    /// What there is between here and the server.
+    pub(crate) pooler: PoolerMode,
 }
 
 impl Default for Limits {
@@ -35,6 +39,7 @@ impl Default for Limits {
             connect_timeout: Duration::from_secs(10),
             begin_timeout: Duration::from_secs(2),
             goodbye_timeout: Duration::from_secs(1),
+            pooler: PoolerMode::None,
         }
     }
 }

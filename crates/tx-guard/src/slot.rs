@@ -4,7 +4,7 @@
 //! nobody thought of, puts a connection back that might still be in a transaction.
 
 use std::panic::AssertUnwindSafe;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -35,6 +35,8 @@ pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     queue: Arc<Queue<Session<DB>>>,
     opening: AtomicU32,
+    /// A session of our own has been opened, so it is known what is between here and the server.
+    has_opened: AtomicBool,
     pub(crate) limits: Limits,
     pub(crate) upkeep: Upkeep<DB>,
     /// The task that looks after the sessions ends with this.
@@ -90,11 +92,12 @@ impl<DB: Backend> Shared<DB> {
         let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
         let counters = Arc::<Counters>::default();
         let (work, teller) = (Arc::default(), Teller::new(Arc::clone(&counters)));
-        let (opening, keeper) = (AtomicU32::new(0), Mutex::default());
+        let (opening, has_opened, keeper) = (AtomicU32::new(0), AtomicBool::new(false), Mutex::default());
         Self {
             source,
             queue,
             opening,
+            has_opened,
             limits,
             upkeep,
             keeper,
@@ -185,11 +188,17 @@ impl<DB: Backend> Shared<DB> {
 
     /// Where the server takes no more sessions, the one for cancelling makes room.
     async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
-        let mut opened = Session::<DB>::open(&*self.options, &self.upkeep).await;
+        let open = async || {
+            let first = (!self.has_opened.load(Ordering::Relaxed)).then_some(&self.canceller);
+            let opened = Session::<DB>::open(&self.options, &self.upkeep, self.limits.pooler, first).await;
+            self.has_opened.fetch_or(opened.is_ok(), Ordering::Relaxed);
+            opened
+        };
+        let mut opened = open().await;
         if opened.as_ref().is_err_and(DB::is_full) {
             DB::cool(&self.canceller).await;
             for _ in 0..ROOM_ATTEMPTS {
-                opened = Session::open(&*self.options, &self.upkeep).await;
+                opened = open().await;
                 if !opened.as_ref().is_err_and(DB::is_full) {
                     break;
                 }

@@ -7,7 +7,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 
-use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::error::DatabaseError;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteError};
 use sqlx::{AssertSqlSafe, Connection, Database, SqlSafeStr, Sqlite, SqliteConnection};
 use sqlx_core::transaction::TransactionManager;
 
@@ -16,6 +17,7 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, Isolation, Mode, Options, Receipt, Rollback, Unsignalled,
     Wanted, depth,
 };
+use crate::pooler::PoolerMode;
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
@@ -98,7 +100,11 @@ impl Driver for Sqlite {
         matches!(error, sqlx::Error::InvalidSavePointStatement) || primary_code(error) == Some(SQLITE_ERROR)
     }
 
-    async fn probe(conn: &mut SqliteConnection) -> Result<Arc<Hooks>, sqlx::Error> {
+    async fn probe(
+        conn: &mut SqliteConnection,
+        _: PoolerMode,
+        _: Option<(&Self::Canceller, &Arc<Options<Self>>)>,
+    ) -> Result<Arc<Hooks>, sqlx::Error> {
         let hooks = Arc::new(Hooks::default());
         let mut handle = conn.lock_handle().await?;
         handle.set_progress_handler(PROGRESS_OPS, {
@@ -117,7 +123,7 @@ impl Driver for Sqlite {
     }
 
     async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
-        Self::probe(conn).await
+        Self::probe(conn, PoolerMode::None, None).await
     }
 
     async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
@@ -127,7 +133,7 @@ impl Driver for Sqlite {
     /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
     /// transaction that has read before its first write could not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
-        let write = mode.isolation == Some(Isolation::Serializable) && !mode.read_only;
+        let write = (mode.immediate || mode.isolation == Some(Isolation::Serializable)) && !mode.read_only;
         // Always one of our own: sqlx would make a savepoint in a transaction of somebody else's, where this is refused.
         let statement = Some(if write { "BEGIN IMMEDIATE" } else { "BEGIN" }.into_sql_str());
         hooks.cancel.store(false, Ordering::Relaxed);
@@ -163,8 +169,9 @@ impl Driver for Sqlite {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
-    fn is_transient(error: &sqlx::Error) -> bool {
-        matches!(primary_code(error), Some(SQLITE_BUSY | SQLITE_LOCKED))
+    fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool {
+        let primary = error.try_downcast_ref::<SqliteError>().and_then(|error| primary_code_of(error));
+        matches!(primary, Some(SQLITE_BUSY | SQLITE_LOCKED))
     }
 
     fn is_lost(conn: &SqliteConnection, hooks: &Arc<Hooks>) -> bool {
@@ -271,7 +278,11 @@ fn tolerate<T>(result: Result<T, sqlx::Error>) -> Result<(), sqlx::Error> {
 
 /// The extended codes carry the primary one in their low byte.
 fn primary_code(error: &sqlx::Error) -> Option<u32> {
-    error.as_database_error()?.code()?.parse::<u32>().ok().map(|code| code & 0xff)
+    primary_code_of(error.as_database_error()?)
+}
+
+fn primary_code_of(error: &dyn DatabaseError) -> Option<u32> {
+    error.code()?.parse::<u32>().ok().map(|code| code & 0xff)
 }
 
 #[cfg(test)]
@@ -286,7 +297,7 @@ mod tests {
     #[tokio::test]
     async fn a_rollback_that_is_cancelled_at_every_await_leaves_no_cancel_behind() {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
-        let hooks = Sqlite::probe(&mut conn).await.unwrap();
+        let hooks = Sqlite::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
         // SQLite has rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();

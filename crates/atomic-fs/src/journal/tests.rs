@@ -203,3 +203,22 @@ fn two_journals_in_one_directory_are_refused() {
     }
     assert!(matches!(find(&home), Err(Error::CorruptJournal { reason: "there are two journals", .. })));
 }
+
+/// As on a network file system: the rename that was to commit it took effect, and reported an error.
+#[test]
+fn a_journal_that_was_not_committed_goes_by_either_of_its_names_and_takes_what_leads_to_it_along() {
+    let scratch = tempfile::tempdir().expect("the temporary directory has room");
+    let [home, other] = ["home", "other"].map(|name| {
+        std::fs::create_dir(scratch.path().join(name)).expect("the directory is ours");
+        Arc::new(Site::open(&scratch.path().join(name)).expect("it is there"))
+    });
+    for name in [PREPARED, COMMITTED] {
+        std::fs::write(home.path.join(name), "").expect("the directory is ours");
+    }
+    std::fs::write(other.path.join(POINTER), "").expect("the directory is ours");
+    let pointed = vec![other.clone()];
+    drop(Draft { home: &home, name: Some(PREPARED.into()), pointed, written: Moment::default() });
+    for site in [home, other] {
+        assert!(site.dir.list().expect("it is there").iter().all(|name| name == "." || name == ".."), "{site:?}");
+    }
+}

@@ -310,6 +310,33 @@ async fn what_a_failed_transaction_could_not_remove_is_found_by_the_recovery_of_
     }
 }
 
+/// The journal has gone, and with it what knows of the other directory, but for the note.
+#[tokio::test]
+async fn what_a_disk_that_failed_behind_the_commit_point_has_left_is_found_by_the_recovery_of_the_journals_directory() {
+    let Some(strace) = child::strace("syncs that fail") else { return };
+    // Undone, because the second file cannot be put in its place; and all in place, but not cleaned up.
+    for (old, fail, end) in [(None, "inject=renameat2:error=EIO:when=3", "Undecided"), (Some("old"), "trace=all", "Ok")]
+    {
+        let mut found = 0;
+        for number in 1..=12 {
+            let (dir, at) = scene(&[]);
+            for (place, file) in [("a", "a/x"), ("b", "b/y")] {
+                std::fs::create_dir(at(place)).unwrap();
+                old.map_or(Ok(()), |old| std::fs::write(at(file), old)).unwrap();
+            }
+            let inject = format!("inject=fsync:error=EIO:when={number}");
+            let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", fail, "-e", &inject];
+            let said = child::outcome(child::command(&wrapper, "two directories", dir.path())).unwrap();
+            let is_left = |place| names(&at(place)).iter().any(|name| name.starts_with(".afs-tx-"));
+            found += usize::from(said.starts_with(end) && is_left("b"));
+            atomic_fs::recover(at("a")).await.unwrap();
+            // What leads to a journal that has gone stops nobody, and the next who finds it removes it.
+            assert!(!is_left("a") && !is_left("b"), "{number}: {said}, {:?}", names(&at("b")));
+        }
+        assert!(found > 0, "{end}: no sync that failed has left anything");
+    }
+}
+
 #[tokio::test]
 async fn a_directory_whose_pointer_is_of_another_transaction_is_not_taken_for_the_one_that_took_part() {
     let Some(dir) = killed_halfway() else { return };

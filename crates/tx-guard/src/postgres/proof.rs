@@ -31,8 +31,8 @@ const RECEIPT: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_
     CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END AS txg_timeline";
 
 /// A standby that took over may not have heard of the transaction, and may give its id to another one.
-const FATE: &str = "SELECT pg_xact_status($1::xid8)
-    WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = $2";
+const FATE: &str = "SELECT pg_xact_status('TRANSACTION'::xid8)
+    WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = 'TIMELINE'";
 
 /// How long the fate of a commit is asked for. A server that crashed needs a while to come back.
 const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
@@ -52,15 +52,24 @@ pub(crate) struct Answer {
     pub(crate) failure: Option<sqlx::Error>,
 }
 
-pub(crate) async fn exchange_commit(conn: &mut PgConnection) -> Answer {
-    exchange(conn, VERIFIED_COMMIT.to_owned(), |row| row.columns().iter().map(Column::name).eq([VERIFIED_BY])).await
+/// Commits. `farewell` is run behind that, and no failure of it takes anything back.
+pub(crate) async fn exchange_commit(conn: &mut PgConnection, farewell: Option<&str>) -> Answer {
+    let sql = with(VERIFIED_COMMIT.to_owned(), farewell);
+    exchange(conn, sql, |row| row.columns().iter().map(Column::name).eq([VERIFIED_BY])).await
 }
 
-/// Rolls back, and shows it by a number that was made up for it.
-pub(crate) async fn exchange_rollback(conn: &mut PgConnection) -> Answer {
+/// Rolls back, and shows it by a number that was made up for it. `farewell` is run behind that.
+pub(crate) async fn exchange_rollback(conn: &mut PgConnection, farewell: Option<&str>) -> Answer {
     let number = fastrand::i32(..).to_string();
-    let sql = format!("ROLLBACK AND CHAIN; SELECT {number}");
+    let sql = with(format!("ROLLBACK AND CHAIN; SELECT {number}"), farewell);
     exchange(conn, sql, |row| text(row, 0).as_ref() == Some(&number)).await
+}
+
+fn with(sql: String, farewell: Option<&str>) -> String {
+    match farewell {
+        Some(farewell) => format!("{sql}; {farewell}"),
+        None => sql,
+    }
 }
 
 /// Sends the message, whose row is told from the rows of others by `is_ours`.
@@ -137,9 +146,12 @@ pub(crate) async fn resolve<F: Future>(
 async fn fate(options: &PgConnectOptions, receipt: &Receipt) -> Result<Option<String>, sqlx::Error> {
     // On a standby there is nothing that could have been committed.
     let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
+    let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
+    let fate = FATE.replace("TRANSACTION", &plain(transaction)).replace("TIMELINE", &plain(&receipt.timeline));
     let mut conn = options.connect().await?;
-    let fate = sqlx::query_scalar(FATE).bind(transaction.clone()).bind(receipt.timeline.clone());
-    let status: Option<Option<String>> = fate.persistent(false).fetch_optional(&mut conn).await?;
+    // One simple query, because behind a pooler two messages may reach two sessions.
+    let mut rows = sqlx::raw_sql(AssertSqlSafe(fate)).fetch_all(&mut conn).await?;
+    let status = rows.pop().map(|row| text(&row, 0));
     // The answer counts, whatever becomes of the farewell.
     drop(conn.close().await);
     Ok(status.flatten())

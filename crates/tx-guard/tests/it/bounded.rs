@@ -105,7 +105,7 @@ async fn a_closure_with_a_deadline_does_not_wait_longer_for_a_silent_server() {
     let db = builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
     assert!(backend(&db).await > 0);
     (0..ALL).for_each(|number| door.silence(number));
-    let run = db.tx().timeout(Duration::from_millis(400)).run(async |_| Ok(()));
+    let run = db.tx().timeout(Duration::from_millis(400)).run(async |_| Ok::<_, TxError>(()));
     let error = within(run).await.unwrap_err();
     assert!(error.is_timeout(), "{error:?}");
     drop(door);
@@ -121,7 +121,7 @@ async fn sqlite_waits_for_its_lock_as_long_as_it_was_told_to() {
     let mut holder = db.begin().await.unwrap();
     world.insert(&mut holder, 1).await.unwrap();
     let other = db.clone();
-    let waits = tokio::spawn(async move { other.tx().serializable().run(async |_| Ok(())).await });
+    let waits = tokio::spawn(async move { other.tx().serializable().run(async |_| Ok::<_, TxError>(())).await });
     sleep(Duration::from_millis(200)).await;
     assert!(!waits.is_finished(), "the lock is held");
     holder.commit().await.unwrap();

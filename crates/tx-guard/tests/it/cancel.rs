@@ -202,7 +202,7 @@ fn closure<D: TestDb>() -> Report {
             let run = stage.db.tx().timeout(PATIENCE).run(async |tx| {
                 stage.handle.replace(Some(tx.outcome_handle()));
                 stage.world.insert(tx, 1).await?;
-                tx.savepoint(async |sp| Ok(stage.world.insert(sp, 2).await?)).await
+                tx.savepoint(async |sp| Ok::<_, TxError>(stage.world.insert(sp, 2).await?)).await
             });
             run.await.unwrap();
         },
@@ -237,7 +237,7 @@ fn savepoint<D: TestDb>() -> Report {
         async |(stage, tx)| {
             let mut tx = tx.lock().await;
             let tx = tx.as_mut().unwrap();
-            tx.savepoint(async |sp| Ok(stage.world.insert(sp, 2).await?)).await.unwrap();
+            tx.savepoint(async |sp| Ok::<_, TxError>(stage.world.insert(sp, 2).await?)).await.unwrap();
         },
         async |(stage, tx), outcome| {
             let committed = tx.lock().await.take().unwrap().commit().await;

@@ -73,7 +73,7 @@ fn a_commit_of_a_doomed_transaction_dropped_anywhere_leaves_nothing() {
                 stage.world.insert(sp, 2).await?;
                 std::future::pending().await
             });
-            let savepoint: Result<Result<(), _>, _> = timeout(Duration::from_millis(20), savepoint).await;
+            let savepoint: Result<Result<(), TxError>, _> = timeout(Duration::from_millis(20), savepoint).await;
             assert!(savepoint.is_err(), "{savepoint:?}");
         };
         ended::<D>(explore, lose, is_lost, &[], Doubt::OfTheRuntime)

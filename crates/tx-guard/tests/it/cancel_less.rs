@@ -17,7 +17,7 @@ fn a_closure_that_is_run_again_dropped_anywhere_is_whole_or_nothing() {
         async || Stage::<Postgres>::new().await,
         async |stage| {
             let attempts = Cell::new(0);
-            let retry = Retry::attempts(2).pauses(Duration::from_millis(2), Duration::from_millis(2));
+            let retry = Retry::attempts(2).backoff(Duration::from_millis(2), Duration::from_millis(2));
             // With a receipt, by which the outcome could be asked for on another connection.
             let tx = stage.db.tx().retry(retry).commit_mode(CommitMode::Resolvable);
             let run = tx.run(async |tx| {
@@ -28,7 +28,7 @@ fn a_closure_that_is_run_again_dropped_anywhere_is_whole_or_nothing() {
                     let fail = "DO $$ BEGIN RAISE EXCEPTION 'again' USING ERRCODE = '40001'; END $$".to_owned();
                     Postgres::execute(tx, fail).await?;
                 }
-                Ok(())
+                Ok::<_, TxError>(())
             });
             run.await.unwrap();
         },

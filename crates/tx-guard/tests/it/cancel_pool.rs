@@ -5,7 +5,7 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use cancel_safe_testing::{Report, Way, drop_after};
-use cancel_safe_tx_guard::{Options, TransactionGuard, TxPool};
+use cancel_safe_tx_guard::{Options, TransactionGuard, TxError, TxPool};
 use sqlx::mysql::MySqlConnectOptions;
 use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
@@ -107,7 +107,7 @@ fn a_wait_for_a_connection_with_a_deadline_dropped_anywhere_begins_nothing() {
         async |stage| {
             let run = stage.db.tx().timeout(PATIENCE).run(async |tx| {
                 stage.handle.replace(Some(tx.outcome_handle()));
-                Ok(stage.world.insert(tx, 1).await?)
+                Ok::<_, TxError>(stage.world.insert(tx, 1).await?)
             });
             run.await.unwrap();
         },

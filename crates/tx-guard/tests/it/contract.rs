@@ -45,7 +45,7 @@ async fn the_guard<D: TestDb>() {
     let (five, six) = (insert(5), insert(6));
     let kept = tx.savepoint(async move |sp| {
         D::execute(sp, five).await?;
-        Ok(5)
+        Ok::<_, TxError>(5)
     });
     assert_eq!(kept.await.unwrap(), 5);
     let undone: Result<(), TxError> = tx
@@ -95,13 +95,13 @@ async fn the_closure<D: TestDb>() {
                     D::execute(tx, insert.clone()).await?;
                     let hooks = Arc::clone(&hooks);
                     tx.after_commit(move || hooks.store(1, Ordering::Relaxed));
-                    Ok(1)
+                    Ok::<_, TxError>(1)
                 })
                 .await?;
             let read = db.tx().serializable().read_only().timeout(Duration::from_secs(20)).retry(Retry::default());
             let one = read
                 .run(async move |tx| {
-                    Ok(D::numbers(tx, "SELECT count(*) FROM (SELECT 1) AS one".to_owned()).await?.len())
+                    Ok::<_, TxError>(D::numbers(tx, "SELECT count(*) FROM (SELECT 1) AS one".to_owned()).await?.len())
                 })
                 .await?;
             Ok::<_, TxError>((n, one))
@@ -162,8 +162,8 @@ async fn a_url_opens_each_database() -> Result<(), TxError> {
         .tx()
         .run(async move |tx| {
             sqlx::query("SELECT $1::int").bind(1).execute(&mut **tx).await?;
-            tx.savepoint(async move |sp| Ok(sqlx::query("SELECT 1").execute(&mut **sp).await?)).await?;
-            Ok(1)
+            tx.savepoint(async move |sp| Ok::<_, TxError>(sqlx::query("SELECT 1").execute(&mut **sp).await?)).await?;
+            Ok::<_, TxError>(1)
         })
         .await?;
     assert_eq!(n, 1);

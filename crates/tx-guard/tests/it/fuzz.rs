@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, Instant};
 
 use cancel_safe_campaign::publish_campaign;
-use cancel_safe_tx_guard::{Options, TxPool};
+use cancel_safe_tx_guard::{Options, PoolerMode, TxError, TxPool};
 use fastrand::Rng;
 use futures_util::StreamExt;
 use futures_util::future::join_all;
@@ -31,6 +31,7 @@ use tokio::time::{sleep, timeout};
 use self::check::{Sums, Tally};
 use self::cut::cut;
 use self::program::{ACCOUNTS, Book, KEYS, Program, Run, Source};
+use crate::pooler;
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
 const FULL_ROUNDS: i64 = 100_000;
@@ -333,7 +334,7 @@ impl<D: FuzzDb> Campaign<D> {
                         // One after the other where only one can write: what is busy may be tried again.
                         drop(tx);
                         let run = db.tx().retry(cancel_safe_tx_guard::Retry::attempts(50)).serializable();
-                        run.run(async |tx| Ok(D::execute(tx, insert(n)).await?)).await.ok()
+                        run.run(async |tx| Ok::<_, TxError>(D::execute(tx, insert(n)).await?)).await.ok()
                     }
                     Source::Plain(pool) => {
                         let mut conn = pool.acquire().await.ok()?;
@@ -399,6 +400,30 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
     pool.close().await;
     let report = owned.close(PATIENCE).await;
     assert!(report.is_clean(), "{report}");
+    campaign.end().await;
+}
+
+/// Behind a pooler, where what nobody may set cannot be set: a `begin` that is cut two levels deep is not fenced there.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
+    let _alone = pooler::alone().await;
+    let mut campaign = Campaign::<Postgres>::new(seed()).await;
+    let db = TxPool::builder().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
+    let behind = pooler::options().application_name(&campaign.world.table);
+    let db = db.pooler(PoolerMode::Transaction).connect_with(behind).await.unwrap();
+    let source = Source::Ours(db.clone());
+    // Locks are waited for there until the server finds a deadlock, which takes a second.
+    for _ in 0..rounds::<Postgres>() / BATCH / 12 {
+        let books = campaign.run(&source, false, BATCH).await;
+        campaign.compare(&source, books).await;
+    }
+    campaign.tally.print("PgBouncer");
+    let Tally { rounds, .. } = campaign.tally;
+    publish_campaign("tx-guard", "random-cuts/PgBouncer", rounds, campaign.tally.violations());
+    campaign.tally.assert_clean();
+    let report = db.close(PATIENCE).await;
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(pooler::visit_all(pooler::LEFT).await, [""; 0], "something was left on the sessions of others");
     campaign.end().await;
 }
 

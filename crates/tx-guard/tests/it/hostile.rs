@@ -89,7 +89,7 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     // A future that is made there need not be one that can be sent there.
     let savepoint = move || {
         block_on(async {
-            tx.savepoint(async |sp| Ok(D::execute(sp, insert).await?)).await?;
+            tx.savepoint(async |sp| Ok::<_, TxError>(D::execute(sp, insert).await?)).await?;
             tx.commit().await
         })
     };
@@ -362,7 +362,7 @@ async fn no_number_of_connections_is_too_large_to_be_refused() {
         let builder = TxPool::<Sqlite>::builder().acquire_timeout(limit).connect_timeout(Duration::MAX);
         let db = builder.connect("sqlite::memory:").await.unwrap();
         db.begin().await.unwrap().commit_within(Duration::MAX).await.unwrap();
-        db.tx().timeout(Duration::MAX).run(async |_| Ok(())).await.unwrap();
+        db.tx().timeout(Duration::MAX).run(async |_| Ok::<_, TxError>(())).await.unwrap();
         assert!(db.close(Duration::MAX).await.is_clean());
     }
 }
@@ -441,7 +441,7 @@ async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
         let error = tx.commit().await.unwrap_err();
         assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
         assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
-        assert_eq!(world.committed().await, []);
+        assert!(world.committed().await.is_empty());
     }
     assert_eq!(cut, 10, "nothing could be cut");
     world.end(db).await;

@@ -2,6 +2,7 @@
 //! server and a real MariaDB or MySQL server.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod attempts;
 mod bounded;
 mod cancel;
 mod cancel_ends;
@@ -10,12 +11,14 @@ mod cancel_pool;
 mod commit;
 mod contract;
 mod ends;
+mod errors;
 mod example;
 mod faults;
 mod full;
 mod fuzz;
 mod happy;
 mod hostile;
+mod in_hand;
 mod input;
 mod known;
 mod late;
@@ -24,17 +27,24 @@ mod metrics;
 mod mysql;
 mod neighbours;
 mod nested;
+mod network;
+mod orders;
 mod outage;
+mod pooler;
 mod prop;
 mod proxy;
 mod reader;
+mod relied;
 mod reset;
 mod run;
+mod service;
 mod silence;
 mod stuck;
 #[cfg(feature = "tracing")]
 mod tell;
+mod timeout;
 mod torn;
+mod transient;
 mod upkeep;
 mod world;
 

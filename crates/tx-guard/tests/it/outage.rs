@@ -338,7 +338,7 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     // In the place of the connection for cancelling.
     let other = db.begin().await.unwrap();
     let error = db.begin().await.unwrap_err();
-    assert!(matches!(error, TxError::Refused { .. }), "{error:?}");
+    assert!(matches!(error, TxError::TooManySessions { .. }), "{error:?}");
     assert!(error.is_connect());
     other.rollback().await.unwrap();
     // The one there is can still be cancelled, and comes back.

@@ -23,7 +23,7 @@ on_all!(
 );
 
 /// A database that can be asked for a failure after which it makes sense to try again.
-trait Transient: TestDb {
+pub(crate) trait Transient: TestDb {
     async fn transient(conn: &mut Self::Connection) -> sqlx::Error;
 }
 
@@ -86,7 +86,7 @@ async fn a_panic_in_a_closure_rolls_back_and_goes_on_to_the_caller<D: TestDb>() 
         if handle.is_some() {
             panic!("on purpose");
         }
-        Ok(())
+        Ok::<_, TxError>(())
     });
     assert!(std::panic::AssertUnwindSafe(run).catch_unwind().await.is_err());
     assert_eq!(handle.unwrap().outcome().await, CommitOutcome::RolledBack);
@@ -103,7 +103,7 @@ async fn a_deadline_between_attempts_runs_no_hook<D: Transient>() {
     let start = Instant::now();
     // Enough for two attempts on any machine.
     let limit = Duration::from_secs(1);
-    let retry = Retry::attempts(u32::MAX).pauses(Duration::from_millis(1), Duration::from_millis(5));
+    let retry = Retry::attempts(u32::MAX).backoff(Duration::from_millis(1), Duration::from_millis(5));
     let run = db.tx().timeout(limit).retry(retry).run(async |tx| {
         attempts += 1;
         world.insert(tx, 1).await?;
@@ -129,7 +129,7 @@ async fn hooks_of_failed_attempts_never_run<D: Transient>() {
     let db = world.pool(1).await;
     let hooks = Arc::new(std::sync::Mutex::new(Vec::new()));
     let mut attempt = 0;
-    let retry = Retry::attempts(5).pauses(Duration::from_millis(1), Duration::from_millis(5));
+    let retry = Retry::attempts(5).backoff(Duration::from_millis(1), Duration::from_millis(5));
     let run = db.tx().timeout(PATIENCE).retry(retry).run(async |tx| {
         attempt += 1;
         world.insert(tx, attempt).await?;
@@ -321,7 +321,7 @@ async fn a_busy_commit_on_sqlite_is_refused_rolled_back_and_run_again() {
 
     let mut attempts = 0;
     let mut reads = Some(reads);
-    let retry = Retry::attempts(20).pauses(Duration::from_millis(1), Duration::from_millis(5));
+    let retry = Retry::attempts(20).backoff(Duration::from_millis(1), Duration::from_millis(5));
     db.tx()
         .retry(retry)
         .run(async |tx| {
@@ -329,7 +329,7 @@ async fn a_busy_commit_on_sqlite_is_refused_rolled_back_and_run_again() {
             if attempts == 3 {
                 reads.take().unwrap().rollback().await?;
             }
-            Ok(world.insert(tx, 2).await?)
+            Ok::<_, TxError>(world.insert(tx, 2).await?)
         })
         .await
         .unwrap();

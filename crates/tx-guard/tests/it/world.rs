@@ -260,3 +260,11 @@ pub(crate) async fn eventually(what: &str, mut holds: impl AsyncFnMut() -> bool)
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
 }
+
+impl World<Sqlite> {
+    /// Two connections that do not wait for each other's lock.
+    pub(crate) async fn impatient_pool(&self) -> TxPool<Sqlite> {
+        let options = self.options.clone().busy_timeout(Duration::ZERO);
+        TxPool::builder().max_connections(2).connect_with(options).await.unwrap()
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use tempfile::{TempDir, tempdir};
 
@@ -9,6 +10,9 @@ use super::Layout;
 use crate::child;
 use crate::strace::{self, Run};
 use crate::support::not_run;
+
+/// How long whoever uses a file system that is to be unmounted is waited for.
+const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The file systems that are cut.
 #[derive(Clone, Copy, Debug)]
@@ -112,7 +116,13 @@ impl Disk {
     fn try_cut(&self) -> Result<(), String> {
         // Without flushing the log; ext4 takes the call as well.
         run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.point))?;
-        run(Command::new("umount").arg(&self.point))?;
+        let begun = Instant::now();
+        // A child of another test that is just being started has a copy of each handle for a moment.
+        while let Err(why) = run(Command::new("umount").arg(&self.point)) {
+            if begun.elapsed() > BUSY_LIMIT {
+                return Err(why);
+            }
+        }
         self.mount()
     }
 

@@ -446,7 +446,7 @@ impl<D: FuzzDb> Run<D> {
 
     async fn closure(&self, db: &TxPool<D>, program: &Program, timeout: Option<Duration>, serializable: bool) {
         self.book.stage(Stage::Begin);
-        let retry = Retry::attempts(3).pauses(Duration::from_millis(1), Duration::from_millis(4));
+        let retry = Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_millis(4));
         let mut tx = db.tx().timeout(timeout).retry(retry);
         if serializable {
             tx = tx.serializable();
