@@ -168,6 +168,20 @@ pub trait Driver: Database {
         first: Option<First<'_, Self>>,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
+    /// What is to be the same for each transaction, and the settings of these names. Releases the locks of the session. None
+    /// where nothing is compared.
+    fn state(
+        _: &mut Self::Connection,
+        _: &[String],
+    ) -> impl Future<Output = Result<Option<String>, sqlx::Error>> + Send {
+        async { Ok(None) }
+    }
+
+    /// Resets all that a session has for itself but its prepared statements. False where that cannot be done.
+    fn discard(_: &mut Self::Connection) -> impl Future<Output = Result<bool, sqlx::Error>> + Send {
+        async { Ok(false) }
+    }
+
     /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
     fn recognise(
         conn: &mut Self::Connection,
@@ -190,6 +204,16 @@ pub trait Driver: Database {
         conn: &mut Self::Connection,
         probe: &Self::Probe,
         mode: &Mode,
+    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Keeps queries outside transactions from writing, where the session does not.
+    fn begin_read(_: &Self::Probe) {}
+
+    /// Makes a session ready for the next one after such queries, when nothing runs on it. A cancel that has come too late for
+    /// what it was meant for is consumed.
+    fn end_read(
+        conn: &mut Self::Connection,
+        probe: &Self::Probe,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Runs SQL of our own that has no result.

@@ -123,7 +123,8 @@ async fn begin_on<DB: Backend>(
             Some(Err(error)) => return Err(Refusal::Refused(error)),
             None => return Err(Refusal::Silent(start.elapsed())),
         }
-        let (outcome, hooks, commit_mode) = (OutcomeCell::new(), Vec::new(), shared.commit_mode);
+        let outcome = OutcomeCell::new(Arc::clone(&shared.counters));
+        let (hooks, commit_mode) = (Vec::new(), shared.commit_mode);
         Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
     });
     Ok(begun.alone_for(SETTLE_LIMIT).await)

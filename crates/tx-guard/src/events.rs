@@ -2,9 +2,12 @@
 //!
 //! Invariant: telling never waits. A listener that is too slow misses events and is told how many.
 
+use std::sync::Arc;
+
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
+use crate::metrics::{Counters, up};
 use crate::{CommitOutcome, TxError};
 
 /// How many events a listener may be behind before it misses some.
@@ -47,18 +50,26 @@ impl TxEvents {
 
 /// The telling half.
 #[derive(Debug)]
-pub(crate) struct Teller(broadcast::Sender<TxEvent>);
+pub(crate) struct Teller {
+    listeners: broadcast::Sender<TxEvent>,
+    counters: Arc<Counters>,
+}
 
 impl Teller {
-    pub(crate) fn new() -> Self {
-        Self(broadcast::Sender::new(BACKLOG))
+    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+        Self { listeners: broadcast::Sender::new(BACKLOG), counters }
     }
 
     pub(crate) fn listen(&self) -> TxEvents {
-        TxEvents(self.0.subscribe())
+        TxEvents(self.listeners.subscribe())
     }
 
     pub(crate) fn tell(&self, event: TxEvent) {
+        match event {
+            TxEvent::CancelSent => up(&self.counters.cancels),
+            TxEvent::SessionTerminated => up(&self.counters.terminated),
+            _ => {}
+        }
         #[cfg(feature = "tracing")]
         match event {
             TxEvent::SessionTerminated | TxEvent::LateOutcome(CommitOutcome::Unknown) => {
@@ -67,7 +78,7 @@ impl Teller {
             _ => tracing::debug!(?event, "transaction"),
         }
         // Fails when nobody listens, which is no failure.
-        drop(self.0.send(event));
+        drop(self.listeners.send(event));
     }
 
     /// Tells how a commit ended whose caller had gone. Its error is logged, because nobody else is told of it.

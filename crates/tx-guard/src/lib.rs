@@ -95,6 +95,8 @@
 //!   crate's own; MySQL looks when it has something to say to them.
 //! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
 //!   `busy_timeout`).
+//! - On a wrapped PostgreSQL pool, a transaction that somebody else has left open, and in which nothing was read or written
+//!   but a `LOCK`, `NOTIFY` or `SET LOCAL`, is not noticed by `begin`, which joins it. Others are noticed, and closed.
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
 //! - Connections need the runtime on which they were opened, except SQLite's. A pool of the crate's own that outlives it
 //!   opens new ones; a wrapped pool is sqlx's, which does not look.
@@ -163,6 +165,7 @@ mod guard;
 mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod known;
+mod metrics;
 #[cfg(feature = "mysql")]
 mod mysql;
 mod open;
@@ -172,6 +175,8 @@ mod pooler;
 #[cfg(feature = "postgres")]
 mod postgres;
 mod queue;
+mod reader;
+mod reset;
 mod retry;
 mod run;
 mod said;
@@ -193,9 +198,12 @@ pub use boxed::{BoxedWork, TxRef};
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents};
 pub use guard::TransactionGuard;
+pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};
 pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
 pub use pooler::PoolerMode;
+pub use reader::Reader;
+pub use reset::Reset;
 pub use retry::Retry;
 pub use transient::is_transient;
 pub use tx::Tx;

@@ -220,9 +220,29 @@ impl Driver for MySql {
         canceller.warm(options).await
     }
 
+    async fn state(conn: &mut MySqlConnection, names: &[String]) -> Result<Option<String>, sqlx::Error> {
+        let settings = names.iter().map(|name| match name.strip_prefix('@') {
+            Some(_) => format!(", COALESCE({name}, '')"),
+            None => format!(", COALESCE(@@SESSION.{name}, '')"),
+        });
+        let settings: String = settings.collect();
+        let now = format!("CONCAT_WS(CHAR(1), COALESCE(DATABASE(), ''){settings})");
+        // Bytes, whatever character sets the session has come to.
+        let sql = format!("SELECT RELEASE_ALL_LOCKS(), CAST({now} AS BINARY)");
+        let row = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(conn).await?;
+        let state: Vec<u8> = row.try_get(1)?;
+        Ok(Some(String::from_utf8_lossy(&state).into_owned()))
+    }
+
     async fn begin(conn: &mut MySqlConnection, thread: &Arc<Thread>, mode: &Mode) -> Result<(), sqlx::Error> {
         let sql = begin_sql(thread, mode);
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
+    }
+
+    /// Without autocommit a query begins a transaction.
+    async fn end_read(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
+        in_step::prove(conn).await?;
+        Self::run_sql(conn, "ROLLBACK".to_owned()).await
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {

@@ -4,8 +4,11 @@
 //! of what carries the transaction, whatever path led there.
 
 use std::fmt;
+use std::sync::Arc;
 
 use tokio::sync::watch;
+
+use crate::metrics::Counters;
 
 /// How a transaction ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -63,11 +66,12 @@ pub(crate) struct OutcomeCell {
     sender: watch::Sender<Option<CommitOutcome>>,
     /// What would be true if nothing more happened.
     standing: CommitOutcome,
+    counters: Arc<Counters>,
 }
 
 impl OutcomeCell {
-    pub(crate) fn new() -> Self {
-        Self { sender: watch::Sender::new(None), standing: CommitOutcome::RolledBack }
+    pub(crate) fn new(counters: Arc<Counters>) -> Self {
+        Self { sender: watch::Sender::new(None), standing: CommitOutcome::RolledBack, counters }
     }
 
     pub(crate) fn handle(&self) -> OutcomeHandle {
@@ -87,6 +91,11 @@ impl OutcomeCell {
 
 impl Drop for OutcomeCell {
     fn drop(&mut self) {
+        self.counters.ended(match self.standing {
+            CommitOutcome::Committed => Some(true),
+            CommitOutcome::RolledBack => Some(false),
+            CommitOutcome::Unknown => None,
+        });
         self.sender.send_replace(Some(self.standing));
     }
 }

@@ -13,7 +13,9 @@ use crate::backend::{Backend, CommitMode, Mode, Options};
 use crate::begin;
 use crate::events::TxEvents;
 use crate::keeper;
+use crate::metrics::Metrics;
 use crate::pooler::PoolerMode;
+use crate::reset::{Reset, is_name};
 use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
 use crate::slot::{Shared, Source};
 use crate::upkeep::{HookFuture, Upkeep};
@@ -23,9 +25,9 @@ use crate::{TransactionGuard, TxError};
 ///
 /// # Comparison with `sqlx::Pool`
 ///
-/// Each connection is known by what is needed to cancel a statement on it, is checked for life only after a second
-/// of idleness, and is given back only when it was seen outside any transaction. For queries outside transactions
-/// sqlx's own pool is the right one; [`wrap`](Self::wrap) guards the transactions of such a pool.
+/// Each connection is known by what is needed to cancel a statement on it, is checked for life by its `BEGIN` alone, and is
+/// given back only when it was seen outside any transaction. [`reader`](Self::reader) has a session for
+/// queries outside transactions; [`wrap`](Self::wrap) guards the transactions of an sqlx pool.
 pub struct TxPool<DB: Backend> {
     shared: Arc<Shared<DB>>,
 }
@@ -116,6 +118,10 @@ impl<DB: Backend> TxPool<DB> {
         begin::begin(&self.shared, mode, deadline).await
     }
 
+    pub(crate) fn shared(&self) -> &Arc<Shared<DB>> {
+        &self.shared
+    }
+
     pub(crate) fn commit_mode(&self) -> CommitMode {
         self.shared.commit_mode
     }
@@ -124,6 +130,23 @@ impl<DB: Backend> TxPool<DB> {
     #[must_use]
     pub fn events(&self) -> TxEvents {
         self.shared.teller.listen()
+    }
+
+    /// What the pool is doing now, and what it has done so far.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// db.begin().await.unwrap().commit().await.unwrap();
+    /// let metrics = db.metrics();
+    /// assert_eq!((metrics.size, metrics.opened, metrics.committed), (1, 1, 1));
+    /// # });
+    /// # }
+    /// ```
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        self.shared.metrics()
     }
 
     /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
@@ -178,13 +201,13 @@ impl<DB: Backend> Clone for TxPool<DB> {
 
 impl<DB: Backend> fmt::Debug for TxPool<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (load, counts) = (self.shared.work.load(), self.shared.counts());
+        let metrics = self.metrics();
         f.debug_struct("TxPool")
             .field("target", &DB::target(&self.shared.options))
-            .field("idle", &counts.idle)
-            .field("waiting", &counts.waiting)
-            .field("in_use", &load.open)
-            .field("settling", &load.settling)
+            .field("idle", &metrics.idle)
+            .field("waiting", &metrics.waiting)
+            .field("in_use", &metrics.in_use)
+            .field("settling", &metrics.settling)
             .finish()
     }
 }
@@ -225,6 +248,8 @@ impl fmt::Display for CloseReport {
 /// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
 /// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
 /// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
+///
+/// [`reset`](Self::reset) is [`Reset::Verify`] by default.
 ///
 /// A wrapped pool keeps its own settings of these: its sessions are sqlx's. Its acquire timeout and the default
 /// `begin_timeout` hold for `begin`.
@@ -286,6 +311,19 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.upkeep.idle_timeout = timeout.into();
+        self
+    }
+
+    /// How a session is made the same for each transaction. Default [`Reset::Verify`].
+    pub fn reset(mut self, reset: Reset) -> Self {
+        self.upkeep.reset = reset;
+        self
+    }
+
+    /// The names of settings that [`Reset::Verify`] compares besides its own: on PostgreSQL such as `app.tenant`, on MySQL
+    /// such as `time_zone` or `@tenant`.
+    pub fn verify<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
+        self.upkeep.verify = names.into_iter().map(Into::into).collect();
         self
     }
 
@@ -392,7 +430,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// # Errors
     ///
     /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
-    pub async fn connect_with(self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
+    pub async fn connect_with(mut self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
         if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
             return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });
         }
@@ -402,6 +440,10 @@ impl<DB: Backend> TxPoolBuilder<DB> {
                 reason: "it is more than max_connections",
             });
         }
+        if !self.upkeep.verify.iter().all(|name| is_name(name)) {
+            let reason = "a name has letters, digits, _ and . only, and on MySQL an @ ahead of them";
+            return Err(TxError::InvalidOption { option: "verify", reason });
+        }
         if self.upkeep.max_lifetime.is_some_and(|lifetime| lifetime.is_zero()) {
             return Err(TxError::InvalidOption { option: "max_lifetime", reason: "it is zero" });
         }
@@ -409,6 +451,10 @@ impl<DB: Backend> TxPoolBuilder<DB> {
             return Err(TxError::NoRuntime);
         }
         let options = Arc::new(self.through_a_pooler(options)?);
+        if self.limits.pooler == PoolerMode::Transaction {
+            // The sessions are the pooler's, and what is asked of one is answered by another.
+            self.upkeep.reset = Reset::None;
+        }
         let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let limit = self.limits.connect_timeout;

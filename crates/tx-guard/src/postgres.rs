@@ -70,6 +70,10 @@ const IN_TRANSACTION: [&str; 2] = ["25001", "25P02"];
 /// The server, the role or the database has as many sessions as it may have.
 const TOO_MANY_SESSIONS: &str = "53300";
 
+/// What DISCARD ALL does, but for the prepared statements, which are sqlx's.
+const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *;
+    SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
+
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
 
@@ -184,10 +188,23 @@ impl Driver for Postgres {
         canceller.warm(options).await
     }
 
+    async fn state(conn: &mut PgConnection, names: &[String]) -> Result<Option<String>, sqlx::Error> {
+        // Prepared, because it is asked after each transaction.
+        sqlx::query_scalar(AssertSqlSafe(state_sql(names))).fetch_one(conn).await.map(Some)
+    }
+
+    async fn discard(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
+        Self::run_sql(conn, DISCARD.to_owned()).await.map(|()| true)
+    }
+
     async fn begin(conn: &mut PgConnection, place: &Place, mode: &Mode) -> Result<(), sqlx::Error> {
         let sql = begin_sql(mode, &place.backend(), conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?;
         if place.is_pooled() { place.learn(conn).await } else { Ok(()) }
+    }
+
+    async fn end_read(conn: &mut PgConnection, _: &Place) -> Result<(), sqlx::Error> {
+        conn.ping().await
     }
 
     async fn run_sql(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
@@ -361,6 +378,17 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
         }
     }
     sql
+}
+
+/// The role, the search path and the settings of these names in one text. One that was never set is as good as empty, which
+/// it is after a SET LOCAL. The locks are released, because to look for them costs more.
+fn state_sql(names: &[String]) -> String {
+    let settings = names.iter().map(|name| format!("coalesce(current_setting('{name}', true), ''), "));
+    let settings: String = settings.collect();
+    format!(
+        "SELECT concat_ws(chr(1), current_setting('role'), session_user, current_setting('search_path'), {settings}
+            pg_advisory_unlock_all()::text) AS txg_state"
+    )
 }
 
 /// A nested transaction of sqlx that was forgotten is part of the whole. sqlx counts it as long as it is not told, and

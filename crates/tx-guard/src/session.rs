@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout};
 use crate::backend::{Backend, First, Options};
 use crate::pooler::PoolerMode;
 use crate::queue::Idle;
+use crate::reset::Reset;
 use crate::upkeep::Upkeep;
 
 /// The proofs behind the `expect`s below.
@@ -35,6 +36,8 @@ pub(crate) struct Session<DB: Backend> {
     /// None for one that may grow as old as it likes.
     expiry: Option<Instant>,
     idle_since: Instant,
+    /// What it is to be like for each transaction, where that is looked at.
+    state: Option<String>,
 }
 
 /// A connection, and whose it is.
@@ -63,14 +66,32 @@ impl<DB: Backend> Session<DB> {
         }
         let probe = DB::probe(&mut conn, pooler, first.map(|canceller| First { canceller, options, since })).await?;
         let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
-        let (expiry, idle_since) = (upkeep.expiry(), Instant::now());
-        Ok(Self { link: Some(Link::Own(conn)), probe: Some(probe), home, is_used: false, expiry, idle_since })
+        let state = match upkeep.reset {
+            Reset::Verify => DB::state(&mut conn, &upkeep.verify).await?,
+            Reset::Discard | Reset::None => None,
+        };
+        Ok(Self {
+            link: Some(Link::Own(conn)),
+            probe: Some(probe),
+            home,
+            is_used: false,
+            expiry: upkeep.expiry(),
+            idle_since: Instant::now(),
+            state,
+        })
     }
 
     /// Makes one of a connection that was borrowed, of which nobody knows how long it has been idle.
     pub(crate) fn lent(conn: PoolConnection<DB>, runtime: Handle) -> Self {
-        let (link, idle_since) = (Some(Link::Lent(conn, runtime)), Instant::now());
-        Self { link, probe: None, home: None, is_used: true, expiry: None, idle_since }
+        Self {
+            link: Some(Link::Lent(conn, runtime)),
+            probe: None,
+            home: None,
+            is_used: true,
+            expiry: None,
+            idle_since: Instant::now(),
+            state: None,
+        }
     }
 
     /// Learns what is needed for cancelling on it, if that is not known yet.
@@ -97,6 +118,10 @@ impl<DB: Backend> Session<DB> {
         (self.link.as_mut().expect(LINKED).connection_mut(), self.probe.as_ref().expect(PROBED))
     }
 
+    pub(crate) fn probe(&self) -> &DB::Probe {
+        self.probe.as_ref().expect(PROBED)
+    }
+
     pub(crate) fn is_used(&self) -> bool {
         self.is_used
     }
@@ -116,6 +141,41 @@ impl<DB: Backend> Session<DB> {
 
     pub(crate) fn is_idle_for(&self, limit: Duration) -> bool {
         self.idle_since.elapsed() >= limit
+    }
+
+    /// Whether there is something to be done when a transaction has ended on it.
+    pub(crate) fn is_looked_at(&self, upkeep: &Upkeep<DB>) -> bool {
+        !self.is_lent() && (upkeep.after_release.is_some() || upkeep.reset == Reset::Discard || self.state.is_some())
+    }
+
+    /// Has the user's hook look at it, and sees to it that it is as it was. False if it is to be closed.
+    pub(crate) async fn look_over(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
+        if let Some(after_release) = &upkeep.after_release
+            && !after_release(self.connection_mut()).await?
+        {
+            return Ok(false);
+        }
+        let is_same = match (upkeep.reset, &self.state) {
+            (Reset::Discard, _) => false,
+            (Reset::Verify, Some(_)) => DB::state(self.connection_mut(), &upkeep.verify).await? == self.state,
+            (Reset::Verify, None) | (Reset::None, _) => true,
+        };
+        if is_same { Ok(true) } else { self.mend(upkeep).await }
+    }
+
+    /// Resets it and makes it ready again, as if it were new. False if that cannot be done.
+    async fn mend(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
+        let conn = self.connection_mut();
+        if !DB::discard(conn).await? {
+            return Ok(false);
+        }
+        if let Some(after_connect) = &upkeep.after_connect {
+            after_connect(conn).await?;
+        }
+        // Behind a pooler nothing is compared, so there is none here.
+        let probe = DB::probe(conn, PoolerMode::None, None).await?;
+        self.probe = Some(probe);
+        Ok(true)
     }
 
     /// Interrupts what runs on it, where that can be done without waiting.

@@ -119,6 +119,15 @@ async fn come_to_rest<DB: Backend>(
     }
 }
 
+/// Waits in the same way for what runs outside a transaction. False where the session must not be used again.
+pub(crate) async fn is_quiet<DB: Backend>(
+    shared: &Arc<Shared<DB>>,
+    conn: &mut DB::Connection,
+    probe: &DB::Probe,
+) -> bool {
+    matches!(come_to_quiet(shared, conn, probe).await, Ok(Rest::Clean))
+}
+
 /// Waits until nothing runs any more, and has cancelled what takes long. An idle connection is quiet at the first poll, so
 /// nothing is ever sent for it.
 async fn come_to_quiet<DB: Backend>(

@@ -16,11 +16,12 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 use crate::backend::{Backend, CommitMode, Options};
 use crate::drive::Driven;
 use crate::events::Teller;
+use crate::metrics::{Closed, Counters, Metrics};
 use crate::queue::{Asked, Counts, Place, Queue};
 use crate::session::Session;
 use crate::settings::Limits;
 use crate::settings::SETTLE_LIMIT;
-use crate::upkeep::{Hook, Upkeep, with_runtime};
+use crate::upkeep::{Upkeep, with_runtime};
 use crate::work::Work;
 use crate::{CloseReport, TxError};
 
@@ -46,6 +47,7 @@ pub(crate) struct Shared<DB: Backend> {
     pub(crate) canceller: DB::Canceller,
     pub(crate) work: Arc<Work>,
     pub(crate) teller: Teller,
+    pub(crate) counters: Arc<Counters>,
 }
 
 pub(crate) enum Source<DB: Backend> {
@@ -88,7 +90,8 @@ impl<DB: Backend> Shared<DB> {
     ) -> Self {
         let queue = Arc::new(Queue::new(usize::try_from(limits.max_connections).unwrap_or(usize::MAX)));
         let (known, canceller) = (DB::Known::default(), DB::Canceller::default());
-        let (work, teller) = (Arc::default(), Teller::new());
+        let counters = Arc::<Counters>::default();
+        let (work, teller) = (Arc::default(), Teller::new(Arc::clone(&counters)));
         let (opening, has_opened, keeper) = (AtomicU32::new(0), AtomicBool::new(false), Mutex::default());
         Self {
             source,
@@ -104,6 +107,7 @@ impl<DB: Backend> Shared<DB> {
             canceller,
             work,
             teller,
+            counters,
         }
     }
 
@@ -121,9 +125,10 @@ impl<DB: Backend> Shared<DB> {
         let runtime = Handle::current();
         if let Some(session) = place.take() {
             if session.is_homeless() {
+                self.counters.closed(Closed::Failed);
                 drop(session);
             } else if session.is_expired() {
-                session.close(self.limits.goodbye_timeout).await;
+                self.close(session, Closed::Expired).await;
             } else {
                 return Ok(self.slot(session, place, runtime));
             }
@@ -157,16 +162,14 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
-    fn slot(&self, session: Session<DB>, place: Place<Session<DB>>, runtime: Handle) -> Slot<DB> {
-        let goodbye = self.limits.goodbye_timeout;
-        let after_release = self.upkeep.after_release.clone();
-        Slot { session: Some(session), place: Some(place), runtime, goodbye, after_release }
+    fn slot(self: &Arc<Self>, session: Session<DB>, place: Place<Session<DB>>, runtime: Handle) -> Slot<DB> {
+        Slot { session: Some(session), place: Some(place), runtime, shared: Arc::clone(self) }
     }
 
     /// Opens a session, or borrows one, in bounded time, because a caller who has gone bounds nothing.
     async fn open(&self, runtime: &Handle) -> Result<Session<DB>, Failure> {
         let _opening = Opening::new(&self.opening);
-        match &self.source {
+        let opened = match &self.source {
             Source::Owned => {
                 let limit = self.limits.connect_timeout;
                 let opening = timeout(limit, self.open_with_room());
@@ -179,7 +182,8 @@ impl<DB: Backend> Shared<DB> {
                 Err(sqlx::Error::PoolTimedOut) => Err(Failure::Late(pool.options().get_acquire_timeout())),
                 Err(error) => Err(Failure::Failed(error)),
             },
-        }
+        };
+        opened.inspect(|_| self.counters.opened())
     }
 
     /// Where the server takes no more sessions, the one for cancelling makes room.
@@ -219,19 +223,41 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
-    pub(crate) fn counts(&self) -> Counts {
-        self.queue.counts()
+    pub(crate) fn metrics(&self) -> Metrics {
+        let (Counts { taken, idle, waiting }, load) = (self.queue.counts(), self.work.load());
+        Metrics { size: taken, idle, waiting, in_use: load.open, settling: load.settling, ..self.counters.read() }
+    }
+
+    /// Says goodbye to a session, and counts it.
+    async fn close(&self, session: Session<DB>, why: Closed) {
+        self.counters.closed(why);
+        session.close(self.limits.goodbye_timeout).await;
+    }
+
+    /// In a pool that is closed just now, the session closes as it is dropped.
+    fn put_back(&self, session: Session<DB>, place: Place<Session<DB>>) {
+        if place.put_back(session).is_some() {
+            self.counters.closed(Closed::WithPool);
+        }
     }
 
     /// Closes the idle sessions of our own.
     pub(crate) fn forget_idle(&self) {
-        drop_idle(self.queue.take_idle(|_| true));
+        self.drop_idle(self.queue.take_idle(|_| true), Closed::Failed);
     }
 
     /// The same, for the last time.
     pub(crate) fn forget(&self) {
         self.end_keeper();
-        drop_idle(self.queue.close());
+        self.drop_idle(self.queue.close(), Closed::WithPool);
+    }
+
+    fn drop_idle(&self, places: Vec<Place<Session<DB>>>, why: Closed) {
+        for mut place in places {
+            self.counters.closed(why);
+            // Before the place, which is free only when the session is gone.
+            drop(place.take());
+        }
     }
 
     fn end_keeper(&self) {
@@ -256,7 +282,8 @@ impl<DB: Backend> Shared<DB> {
         });
         for mut place in expired {
             if let Some(session) = place.take() {
-                session.close(self.limits.goodbye_timeout).await;
+                let why = if session.is_expired() { Closed::Expired } else { Closed::Idle };
+                self.close(session, why).await;
             }
         }
     }
@@ -265,7 +292,7 @@ impl<DB: Backend> Shared<DB> {
     pub(crate) async fn open_to_the_least(&self) {
         while let Some(place) = self.queue.take_free(self.upkeep.min_connections as usize) {
             let Ok(session) = self.open(&Handle::current()).await else { return };
-            drop(place.put_back(session));
+            self.put_back(session, place);
         }
     }
 
@@ -274,16 +301,9 @@ impl<DB: Backend> Shared<DB> {
         self.end_keeper();
         for mut place in self.queue.close() {
             if let Some(session) = place.take() {
-                session.close(self.limits.goodbye_timeout).await;
+                self.close(session, Closed::WithPool).await;
             }
         }
-    }
-}
-
-fn drop_idle<DB: Backend>(places: Vec<Place<Session<DB>>>) {
-    for mut place in places {
-        // Before the place, which is free only when the session is gone.
-        drop(place.take());
     }
 }
 
@@ -293,8 +313,7 @@ pub(crate) struct Slot<DB: Backend> {
     session: Option<Session<DB>>,
     place: Option<Place<Session<DB>>>,
     runtime: Handle,
-    goodbye: Duration,
-    after_release: Option<Hook<DB, bool>>,
+    shared: Arc<Shared<DB>>,
 }
 
 /// The proof behind the `expect`s below.
@@ -319,10 +338,20 @@ impl<DB: Backend> Slot<DB> {
         self.session.as_ref().is_some_and(Session::is_used)
     }
 
+    /// Whether somebody had it, but not within this time.
+    pub(crate) fn is_used_before(&self, limit: Duration) -> bool {
+        self.session.as_ref().is_some_and(|session| session.is_used() && session.is_idle_for(limit))
+    }
+
+    pub(crate) fn probe(&self) -> &DB::Probe {
+        self.session.as_ref().expect(HELD).probe()
+    }
+
     /// Whether the connection may be released while there is still something to be sent: the next one who uses it sends
     /// that along with what is its own, or the user's own pool waits for the answer.
     pub(crate) fn takes_unsent(&self) -> bool {
-        self.session.as_ref().is_some_and(Session::is_lent) || self.place.as_ref().is_some_and(Place::is_waited_for)
+        self.session.as_ref().is_some_and(|session| session.is_lent() || session.is_looked_at(&self.shared.upkeep))
+            || self.place.as_ref().is_some_and(Place::is_waited_for)
     }
 
     /// Gives the connection to the next one who waits for it, or back to its pool; or closes it if the pool was closed
@@ -336,44 +365,34 @@ impl<DB: Backend> Slot<DB> {
                 drop(place);
             }));
         } else if closed {
-            session.close(self.goodbye).await;
-        } else if session.is_expired() || self.after_release.is_some() {
-            let (goodbye, after_release) = (self.goodbye, self.after_release.clone());
-            drop(self.runtime.spawn(look_over(session, place, goodbye, after_release)));
+            self.shared.close(session, Closed::WithPool).await;
+        } else if session.is_expired() || session.is_looked_at(&self.shared.upkeep) {
+            drop(self.runtime.spawn(look_over(Arc::clone(&self.shared), session, place)));
         } else {
-            // In a pool that is closed just now, it closes as it is dropped.
-            drop(place.put_back(session));
+            self.shared.put_back(session, place);
         }
     }
 
     /// Gives a connection on which nothing was done to the next one who waits.
     pub(crate) fn pass_on(mut self) {
         if let (Some(session), Some(place)) = (self.session.take(), self.place.take()) {
-            drop(place.put_back(session));
+            self.shared.put_back(session, place);
         }
     }
 }
 
 /// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
-async fn look_over<DB: Backend>(
-    mut session: Session<DB>,
-    place: Place<Session<DB>>,
-    goodbye: Duration,
-    after_release: Option<Hook<DB, bool>>,
-) {
-    let keep = match after_release {
-        _ if session.is_expired() => false,
-        Some(after_release) => {
-            let keep = timeout(SETTLE_LIMIT, after_release(session.parts().0));
-            // One that has panicked is closed, as one that has failed.
-            matches!(AssertUnwindSafe(keep).catch_unwind().await, Ok(Ok(Ok(true))))
-        }
-        None => true,
+async fn look_over<DB: Backend>(shared: Arc<Shared<DB>>, mut session: Session<DB>, place: Place<Session<DB>>) {
+    let keep = !session.is_expired() && {
+        let look = timeout(SETTLE_LIMIT, session.look_over(&shared.upkeep));
+        // One whose hook has panicked is closed, as one whose hook has failed.
+        matches!(AssertUnwindSafe(look).catch_unwind().await, Ok(Ok(Ok(true))))
     };
     match keep {
-        true => drop(place.put_back(session)),
+        true => shared.put_back(session, place),
         false => {
-            session.close(goodbye).await;
+            let why = if session.is_expired() { Closed::Expired } else { Closed::Unfit };
+            shared.close(session, why).await;
             drop(place);
         }
     }
@@ -389,6 +408,7 @@ impl<DB: Backend> Drop for Slot<DB> {
     fn drop(&mut self) {
         if let Some(session) = self.session.take() {
             session.interrupt();
+            self.shared.counters.closed(Closed::Failed);
             drop(session);
         }
     }

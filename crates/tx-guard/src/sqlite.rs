@@ -147,6 +147,24 @@ impl Driver for Sqlite {
         begun
     }
 
+    /// Nothing is compared, so nothing has to be reset.
+    async fn discard(_: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+        Ok(true)
+    }
+
+    /// The commit hook refuses each write, as it does for a transaction that was lost.
+    fn begin_read(hooks: &Arc<Hooks>) {
+        hooks.cancel.store(false, Ordering::Relaxed);
+        hooks.enter(OPEN);
+    }
+
+    async fn end_read(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<(), sqlx::Error> {
+        conn.ping().await?;
+        hooks.cancel.store(false, Ordering::Relaxed);
+        hooks.enter(IDLE);
+        Ok(())
+    }
+
     async fn run_sql(conn: &mut SqliteConnection, sql: String) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }

@@ -11,6 +11,7 @@ use futures_util::FutureExt;
 use tokio::time::Instant;
 
 use crate::backend::{Backend, Options};
+use crate::reset::Reset;
 
 /// How often the sessions are looked after at most and at least.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
@@ -40,6 +41,9 @@ pub(crate) struct Upkeep<DB: Backend> {
     pub(crate) before_begin: Option<Hook<DB, ()>>,
     pub(crate) after_release: Option<Hook<DB, bool>>,
     pub(crate) rotation: Option<Rotation<DB>>,
+    pub(crate) reset: Reset,
+    /// The names of the settings that are compared.
+    pub(crate) verify: Vec<String>,
 }
 
 impl<DB: Backend> Default for Upkeep<DB> {
@@ -53,6 +57,8 @@ impl<DB: Backend> Default for Upkeep<DB> {
             before_begin: None,
             after_release: None,
             rotation: None,
+            reset: Reset::default(),
+            verify: Vec::new(),
         }
     }
 }

@@ -137,7 +137,7 @@ fn the_upkeep_of_idle_connections_dropped_anywhere_keeps_them_or_closes_them() {
             let mut other = world.plain().await;
             eventually("a session is open for nobody", async || {
                 let sessions =
-                    format!("{} AND state = 'idle' AND query LIKE 'SELECT pid%'", Postgres::sessions(&world));
+                    format!("{} AND state = 'idle' AND query LIKE '%txg_state%'", Postgres::sessions(&world));
                 Postgres::numbers(&mut other, sessions).await.unwrap().len() == 1
             })
             .await;

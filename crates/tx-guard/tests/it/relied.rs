@@ -6,6 +6,7 @@
 use futures_util::{FutureExt, StreamExt};
 use sqlx::database::HasStatementCache;
 use sqlx::mysql::MySqlConnectOptions;
+use sqlx::pool::PoolOptions;
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{
     Column, ConnectOptions, Connection, Database, Either, Executor, MySql, PgConnection, Postgres, Row, SqlSafeStr,
@@ -15,7 +16,7 @@ use sqlx_core::transaction::TransactionManager;
 
 use crate::fuzz::cut::cut;
 use crate::on_all;
-use crate::world::{PATIENCE, Server, TestDb, World, eventually};
+use crate::world::{PATIENCE, POSTGRES, Server, TestDb, World, eventually, url};
 
 type MySqlManager = <MySql as Database>::TransactionManager;
 
@@ -407,4 +408,26 @@ async fn a_commit_of_nothing_is_fine_and_a_failed_rollback_takes_no_level_away_o
     let refused = Manager::rollback(&mut conn).await;
     assert!(matches!(refused, Err(sqlx::Error::Database(_))), "sqlx has changed: {refused:?}");
     assert_eq!(depth::<Sqlite>(&conn), 1, "sqlx has changed: a rollback that fails takes a level away");
+}
+
+/// With a server that takes its time, and without waiting for it.
+#[tokio::test]
+async fn a_connection_is_back_when_its_return_has_ended_on_postgres() {
+    let options: PgConnectOptions = url(POSTGRES).parse().unwrap();
+    let pool = PoolOptions::<Postgres>::new().max_connections(1).connect_with(options).await.unwrap();
+    let mut conn = pool.acquire().await.unwrap();
+    begin::<Postgres>(&mut conn, "BEGIN").await.unwrap();
+    assert!(!conn.should_flush());
+    start_rollback::<Postgres>(&mut conn);
+    assert!(conn.should_flush(), "should_flush does not tell what is queued any more");
+    conn.return_to_pool().await;
+    assert_eq!(pool.num_idle(), 1, "a connection is not back when return_to_pool has ended");
+    let mut conn = pool.acquire().await.unwrap();
+    assert!(!conn.should_flush(), "what was queued is still there");
+    let slow = Postgres::execute(&mut conn, Postgres::SLOW.to_owned());
+    assert!(tokio::time::timeout(std::time::Duration::from_millis(20), slow).await.is_err());
+    let returned = tokio::time::timeout(std::time::Duration::from_millis(20), conn.return_to_pool()).await;
+    assert!(returned.is_err(), "return_to_pool does not wait for what still runs");
+    assert_eq!(pool.size(), 0, "a connection whose return was dropped still counts");
+    pool.close().await;
 }

@@ -1,0 +1,129 @@
+//! What a pool has done so far, and what it is doing now.
+//!
+//! Invariant: each session that was opened is counted once, and once more, with its reason, when it is closed.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A snapshot of a pool. From [`TxPool::metrics`](crate::TxPool::metrics).
+///
+/// The first five are of this moment; the others count from the beginning of the pool and never go down, so that a rate can
+/// be made of them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub struct Metrics {
+    /// Sessions that are open, or being opened. Of a wrapped pool, those that its guards have.
+    pub size: usize,
+    /// Sessions that nobody has.
+    pub idle: usize,
+    /// Callers who wait for a session.
+    pub waiting: usize,
+    /// Transactions in the hands of their users.
+    pub in_use: usize,
+    /// Transactions that are being committed or rolled back.
+    pub settling: usize,
+    /// Sessions that were opened. Of a wrapped pool, connections that were taken from it.
+    pub opened: u64,
+    /// Sessions that were closed because of their age.
+    pub closed_expired: u64,
+    /// Sessions that were closed because nobody had used them for long.
+    pub closed_idle: u64,
+    /// Sessions that were closed because they could not be made as they were, or a hook would not have them.
+    pub closed_unfit: u64,
+    /// Sessions that were closed because they had failed, did not answer, or were in doubt.
+    pub closed_failed: u64,
+    /// Sessions that were closed with their pool.
+    pub closed_with_pool: u64,
+    /// Transactions for which cancels were sent.
+    pub cancels: u64,
+    /// Sessions that were ended from outside.
+    pub terminated: u64,
+    /// Transactions that were committed.
+    pub committed: u64,
+    /// Transactions that were rolled back.
+    pub rolled_back: u64,
+    /// Transactions of which nobody knows how they ended.
+    pub unknown: u64,
+}
+
+impl fmt::Display for Metrics {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} sessions, {} idle, {} transactions in use, {} settling, {} callers waiting",
+            self.size, self.idle, self.in_use, self.settling, self.waiting
+        )
+    }
+}
+
+/// Why a session was closed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Closed {
+    Expired,
+    Idle,
+    Unfit,
+    Failed,
+    WithPool,
+}
+
+/// What is counted from the beginning.
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    opened: AtomicU64,
+    closed: [AtomicU64; 5],
+    pub(crate) cancels: AtomicU64,
+    pub(crate) terminated: AtomicU64,
+    outcomes: [AtomicU64; 3],
+}
+
+impl Counters {
+    pub(crate) fn opened(&self) {
+        up(&self.opened);
+        #[cfg(feature = "tracing")]
+        tracing::debug!("session opened");
+    }
+
+    pub(crate) fn closed(&self, why: Closed) {
+        up(&self.closed[why as usize]);
+        #[cfg(feature = "tracing")]
+        tracing::debug!(?why, "session closed");
+    }
+
+    /// A transaction has ended: whether by a commit, where that is known.
+    pub(crate) fn ended(&self, committed: Option<bool>) {
+        let [committed_ones, rolled_back, unknown] = &self.outcomes;
+        up(match committed {
+            Some(true) => committed_ones,
+            Some(false) => rolled_back,
+            None => unknown,
+        });
+    }
+
+    pub(crate) fn read(&self) -> Metrics {
+        let [expired, idle, unfit, failed, with_pool] = &self.closed;
+        let [committed, rolled_back, unknown] = &self.outcomes;
+        Metrics {
+            opened: get(&self.opened),
+            closed_expired: get(expired),
+            closed_idle: get(idle),
+            closed_unfit: get(unfit),
+            closed_failed: get(failed),
+            closed_with_pool: get(with_pool),
+            cancels: get(&self.cancels),
+            terminated: get(&self.terminated),
+            committed: get(committed),
+            rolled_back: get(rolled_back),
+            unknown: get(unknown),
+            ..Metrics::default()
+        }
+    }
+}
+
+/// Nothing else is ordered by these.
+pub(crate) fn up(count: &AtomicU64) {
+    count.fetch_add(1, Ordering::Relaxed);
+}
+
+fn get(count: &AtomicU64) -> u64 {
+    count.load(Ordering::Relaxed)
+}

@@ -1,0 +1,169 @@
+//! A session for queries without a transaction.
+//!
+//! Invariant: it goes back to its pool when nothing runs on it any more and no cancel can reach it, or it is closed.
+
+use std::fmt;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+use std::time::Duration;
+
+use sqlx::Connection;
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout, timeout_at};
+
+use crate::backend::{Backend, Wanted, depth};
+use crate::events::TxEvent;
+use crate::settings::{FOREVER, SETTLE_LIMIT};
+use crate::settle;
+use crate::slot::{Shared, Slot};
+use crate::work::Ticket;
+use crate::{TxError, TxPool};
+
+/// A session that was used within this time is not asked whether it still lives.
+const FRESH: Duration = Duration::from_secs(1);
+
+/// A session of a pool for reads without a transaction. From [`TxPool::reader`].
+///
+/// It dereferences to the connection, so `&mut *reader` runs sqlx queries. Dropping it, even while a query runs, cancels the
+/// query on the server and gives the session back to its pool.
+///
+/// # Limitations
+///
+/// On a pool of the crate's own a write is refused: by PostgreSQL and MySQL because the session may only read, by SQLite
+/// when it would be committed. SQL that begins a transaction of its own escapes that. On a wrapped pool the session is the
+/// user's own, and a write is committed as with plain sqlx. Behind a [`PoolerMode::Transaction`](crate::PoolerMode) a write
+/// is not refused either, and a query that is dropped is not cancelled: its connection is closed.
+#[must_use = "a reader that is dropped at once has read nothing"]
+pub struct Reader<DB: Backend> {
+    /// Taken only by the drop.
+    slot: Option<Slot<DB>>,
+    shared: Arc<Shared<DB>>,
+    ticket: Arc<Ticket>,
+    runtime: Handle,
+}
+
+/// The proof behind the `expect`s below.
+const HELD: &str = "the session is taken only by the drop";
+
+impl<DB: Backend> TxPool<DB> {
+    /// Takes a session for reads that need no transaction, which saves `BEGIN` and `COMMIT`.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is kept for others.
+    ///
+    /// # Errors
+    ///
+    /// As [`begin`](Self::begin).
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
+    /// let two: i64 = sqlx::query_scalar("SELECT 1 + 1").fetch_one(&mut *db.reader().await?).await?;
+    /// assert_eq!(two, 2);
+    /// # Ok::<(), cancel_safe_tx_guard::TxError>(())
+    /// # }).unwrap();
+    /// # }
+    /// ```
+    pub async fn reader(&self) -> Result<Reader<DB>, TxError> {
+        let runtime = Handle::try_current().map_err(|_| TxError::NoRuntime)?;
+        let shared = self.shared();
+        let limit = shared.limits.acquire_timeout.min(FOREVER);
+        let until = Instant::now() + limit;
+        // As with `begin`: each failure has closed a session.
+        let mut left = shared.limits.max_connections;
+        loop {
+            let mut slot = shared.acquire(until, limit).await?;
+            let ticket = Ticket::new(&shared.work);
+            // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
+            if shared.work.is_closed() {
+                slot.pass_on();
+                return Err(TxError::Closed);
+            }
+            let answer = until.min(Instant::now() + shared.limits.begin_timeout.min(FOREVER));
+            let recognised = timeout_at(answer, slot.recognise(&shared.known)).await;
+            let (shared, runtime) = (Arc::clone(shared), runtime.clone());
+            let mut reader = Reader { slot: Some(slot), shared, ticket, runtime };
+            let lives = match recognised {
+                Ok(Ok(())) if reader.slot().is_used_before(FRESH) => {
+                    matches!(timeout_at(answer, reader.ping()).await, Ok(Ok(())))
+                }
+                Ok(Ok(())) => true,
+                Ok(Err(_)) | Err(_) => false,
+            };
+            if lives {
+                DB::begin_read(reader.slot().probe());
+                return Ok(reader);
+            }
+            // It closes as it is dropped.
+            drop(reader.slot.take());
+            if left == 0 || Instant::now() >= until {
+                let target = DB::target(&self.shared().options);
+                return Err(TxError::ConnectTimeout { target, timeout: limit });
+            }
+            left -= 1;
+        }
+    }
+}
+
+impl<DB: Backend> Reader<DB> {
+    fn slot(&self) -> &Slot<DB> {
+        self.slot.as_ref().expect(HELD)
+    }
+}
+
+impl<DB: Backend> Deref for Reader<DB> {
+    type Target = DB::Connection;
+
+    fn deref(&self) -> &DB::Connection {
+        self.slot().connection()
+    }
+}
+
+impl<DB: Backend> DerefMut for Reader<DB> {
+    fn deref_mut(&mut self) -> &mut DB::Connection {
+        self.slot.as_mut().expect(HELD).parts().0
+    }
+}
+
+impl<DB: Backend> Drop for Reader<DB> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot.take() {
+            let (shared, ticket) = (Arc::clone(&self.shared), Arc::clone(&self.ticket));
+            ticket.settling();
+            // A runtime that has shut down drops the task at once, and the connection is closed.
+            drop(self.runtime.spawn(finish(slot, shared, ticket)));
+        }
+    }
+}
+
+impl<DB: Backend> fmt::Debug for Reader<DB> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reader").finish_non_exhaustive()
+    }
+}
+
+/// Cancels what still runs, and gives the session back, or closes it.
+async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket: Arc<Ticket>) {
+    let (conn, probe) = slot.parts();
+    let ends = async {
+        // One that is in a transaction nobody has is of no use to anybody.
+        depth::<DB>(conn) == 0
+            && settle::is_quiet::<DB>(&shared, conn, probe).await
+            && DB::end_read(conn, probe).await.is_ok()
+    };
+    if let Ok(true) = timeout(SETTLE_LIMIT, ends).await {
+        slot.release(shared.work.is_closed()).await;
+    } else {
+        shared.teller.tell(TxEvent::SessionTerminated);
+        let (_, probe) = slot.parts();
+        let terminated = DB::signal(&shared.canceller, &shared.options, Wanted::Terminate, probe);
+        // What cannot be ended from outside is ended by the server, when it sees that its client has gone.
+        drop(timeout(SETTLE_LIMIT, terminated).await);
+    }
+    // Closing the pool has waited for all this.
+    drop(ticket);
+}
