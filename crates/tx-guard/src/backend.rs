@@ -225,8 +225,9 @@ pub trait Driver: Database {
     /// Whether the transaction of the guard has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 
-    /// Whether sqlx itself may have committed the transaction of the guard.
-    fn may_have_committed(_: &Self::Connection) -> bool {
+    /// Whether sqlx itself may have committed the transaction of the guard. Asked of a connection that is not used for
+    /// another transaction after that, if it is true.
+    fn may_have_committed(_: &mut Self::Connection) -> bool {
         false
     }
 

@@ -386,9 +386,14 @@ impl<DB: Backend> DerefMut for TransactionGuard<DB> {
     /// Looks at the transaction's depth on the way: a nested `begin` that was cancelled has ended this transaction,
     /// and what is run after it must not be committed statement by statement.
     fn deref_mut(&mut self) -> &mut DB::Connection {
-        let (conn, probe) = self.open.as_mut().expect(HELD).slot.parts();
+        let Open { slot, outcome, .. } = self.open.as_mut().expect(HELD);
+        let (conn, probe) = slot.parts();
         if self.doomed.is_none() && DB::is_lost(conn, probe) {
             self.doomed = Some("a nested begin was cancelled inside the guard, or the database rolled back by itself");
+            // Before the fence, behind which nobody could tell.
+            if DB::may_have_committed(conn) {
+                outcome.stands(CommitOutcome::Unknown);
+            }
             DB::fence(conn, probe);
         }
         conn

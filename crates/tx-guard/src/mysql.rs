@@ -260,7 +260,7 @@ impl Driver for MySql {
 
     /// A begin that is cancelled inside a nested transaction takes that one away alone, and the `commit` of the nested
     /// transaction then is that of the whole.
-    fn may_have_committed(conn: &MySqlConnection) -> bool {
+    fn may_have_committed(conn: &mut MySqlConnection) -> bool {
         depth::<Self>(conn) == 0
     }
 

@@ -220,6 +220,13 @@ impl Driver for Postgres {
         depth::<Self>(conn) == 0
     }
 
+    /// A `begin` that is cut two levels deep goes wrong in each version of sqlx. Version 0.9.0 rolls the whole transaction
+    /// back. One that takes a dropped `begin` back leaves the level of the transaction itself, and the `commit` of the level
+    /// between is then that of the whole.
+    fn may_have_committed(conn: &mut PgConnection) -> bool {
+        depth::<Self>(conn) == 0 && takes_dropped_begins_back(conn)
+    }
+
     /// One poll of a `begin` writes its message into the connection's buffer, ahead of whatever the caller sends next. What
     /// sqlx does when the `begin` is then dropped differs between its versions: nothing, or a `ROLLBACK`, which ends the
     /// spoilt transaction. Writes are refused in both cases.
@@ -342,6 +349,13 @@ impl Driver for Postgres {
     async fn cool(canceller: &Self::Canceller) {
         canceller.close().await;
     }
+}
+
+/// Whether sqlx queues a `ROLLBACK` behind a `begin` that is dropped. Asked by one that begins nothing.
+fn takes_dropped_begins_back(conn: &mut PgConnection) -> bool {
+    Manager::begin(conn, Some("SELECT 1".into_sql_str())).now_or_never();
+    // The message of the `begin` itself went out in its first poll, or the answer is a careful one.
+    conn.should_flush()
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.

@@ -32,6 +32,7 @@ use self::check::{Sums, Tally};
 use self::cut::cut;
 use self::program::{ACCOUNTS, Book, KEYS, Program, Run, Source};
 use crate::pooler;
+use crate::relied::{TAKES_BACK, takes_dropped_begins_back};
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
 const FULL_ROUNDS: i64 = 100_000;
@@ -60,6 +61,16 @@ pub(crate) trait FuzzDb: TestDb {
     /// Whether the outcome may be unknown of a transaction that has ended without its guard, after an error that was
     /// passed over or a nested transaction that was cut: the guard cannot tell a rollback from a COMMIT there.
     const LOST_IS_UNKNOWN: bool = false;
+
+    /// The same of the sqlx that runs here.
+    fn lost_is_unknown() -> bool {
+        Self::LOST_IS_UNKNOWN
+    }
+
+    /// Whether a pool is safe from such a `begin` with the sqlx that runs here.
+    async fn is_deep(which: usize) -> bool {
+        Self::DEEP[which]
+    }
 
     /// SQL that makes a user of that name and takes it away, where sessions are found by it.
     fn user(_: &str) -> Option<[String; 2]> {
@@ -113,6 +124,14 @@ impl FuzzDb for Postgres {
     const NAP: &'static str = "SELECT pg_sleep(0.002)";
 
     const DEEP: [bool; 2] = [true, false];
+
+    fn lost_is_unknown() -> bool {
+        TAKES_BACK.get().copied().unwrap_or_default()
+    }
+
+    async fn is_deep(which: usize) -> bool {
+        Self::DEEP[which] && !takes_dropped_begins_back().await
+    }
 
     fn tuned(options: PgConnectOptions, name: &str) -> PgConnectOptions {
         options.application_name(name).options([("lock_timeout", "50ms")])
@@ -388,7 +407,7 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
     for batch in 0..rounds::<D>() / BATCH {
         let which = usize::from(batch % 2 == 1);
         let source = &sources[which];
-        let books = campaign.run(source, D::DEEP[which], BATCH).await;
+        let books = campaign.run(source, D::is_deep(which).await, BATCH).await;
         campaign.compare(source, books).await;
     }
     // The guards of a wrapped pool are all back as well.
@@ -407,6 +426,8 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
     let _alone = pooler::alone().await;
+    // The answer is looked at by the check.
+    takes_dropped_begins_back().await;
     let mut campaign = Campaign::<Postgres>::new(seed()).await;
     let db = TxPool::builder().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
     let behind = pooler::options().application_name(&campaign.world.table);

@@ -10,6 +10,7 @@ use sqlx::{ConnectOptions, Connection, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
+use crate::relied::takes_dropped_begins_back;
 use crate::world::{TestDb, World};
 
 /// All that the server has said to its clients, which includes what it writes into its log as warnings.
@@ -81,11 +82,13 @@ async fn no_transaction_ends_twice() {
     let mut tx = db.begin().await.unwrap();
     Postgres::execute(&mut tx, "COMMIT".to_owned()).await.unwrap();
     assert!(tx.commit().await.is_err());
-    // A nested begin that is cancelled, and a statement that is.
-    let mut tx = db.begin().await.unwrap();
-    // The server may be so fast that there is nothing to cancel.
-    let is_cut = Connection::begin(&mut *tx).now_or_never().is_none();
-    assert_eq!(tx.commit().await.is_err(), is_cut);
+    // A nested begin that is cancelled, unless it is sqlx itself that ends it twice, and a statement that is.
+    if !takes_dropped_begins_back().await {
+        let mut tx = db.begin().await.unwrap();
+        // The server may be so fast that there is nothing to cancel.
+        let is_cut = Connection::begin(&mut *tx).now_or_never().is_none();
+        assert_eq!(tx.commit().await.is_err(), is_cut);
+    }
     let naps = (0..20).map(|round| format!("SELECT pg_sleep({})", 0.0005 * f64::from(round)));
     for nap in naps.chain([Postgres::SLOW.to_owned()]) {
         let mut tx = db.begin().await.unwrap();

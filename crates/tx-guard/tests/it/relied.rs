@@ -13,6 +13,7 @@ use sqlx::{
     Sqlite, SqliteConnection, Statement,
 };
 use sqlx_core::transaction::TransactionManager;
+use tokio::sync::OnceCell;
 
 use crate::fuzz::cut::cut;
 use crate::on_all;
@@ -119,6 +120,37 @@ async fn a_begin_of_several_statements_is_one_message_on_postgres() {
     let mut conn = plain::<Postgres>().await;
     let none = begin::<Postgres>(&mut conn, "SELECT 1").await;
     assert!(matches!(none, Err(sqlx::Error::BeginFailed)), "sqlx has changed: a BEGIN without effect is {none:?}");
+}
+
+/// Whether the sqlx that runs here queues a `ROLLBACK` behind a `begin` that is dropped.
+pub(crate) static TAKES_BACK: OnceCell<bool> = OnceCell::const_new();
+
+pub(crate) async fn takes_dropped_begins_back() -> bool {
+    let look = async || {
+        let mut conn = plain::<Postgres>().await;
+        drop(begin::<Postgres>(&mut conn, "SELECT 1").now_or_never());
+        conn.should_flush()
+    };
+    *TAKES_BACK.get_or_init(look).await
+}
+
+/// `postgres`: what is queued behind a dropped `begin` shows whether sqlx takes it back, and so whether the depth of a
+/// transaction that was cut two levels deep is zero or one.
+#[tokio::test]
+async fn a_begin_that_is_taken_back_leaves_one_level_more_on_postgres() {
+    let takes_back = takes_dropped_begins_back().await;
+    let mut conn = plain::<Postgres>().await;
+    begin::<Postgres>(&mut conn, "BEGIN").await.unwrap();
+    let mut nested = conn.begin().await.unwrap();
+    assert!(cut(nested.begin(), Some(1)).await.is_none());
+    // Its own end is not that of the test.
+    std::mem::forget(nested);
+    let open = depth::<Postgres>(&conn);
+    assert_eq!(
+        open,
+        usize::from(takes_back),
+        "sqlx has changed: a begin that was cut two levels deep leaves another depth"
+    );
 }
 
 /// `postgres`, the fence: one poll of `begin` queues its message ahead of what follows, whatever becomes of the `begin`; one

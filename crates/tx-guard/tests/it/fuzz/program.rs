@@ -370,7 +370,7 @@ impl<D: FuzzDb> Run<D> {
             Err(error) if program.careless && !self.half_done() => {
                 // Whether the database has aborted it is for the commit to say.
                 drop(error);
-                self.book.last(|attempt| attempt.may_be_unknown = D::LOST_IS_UNKNOWN);
+                self.book.last(|attempt| attempt.may_be_unknown = D::lost_is_unknown());
                 Ok(())
             }
             worked => worked,
@@ -580,7 +580,7 @@ impl<D: FuzzDb> Run<D> {
         end: &NestedEnd,
         begin: Cut,
     ) -> Result<(), TxError> {
-        self.book.last(|attempt| attempt.may_be_unknown |= D::LOST_IS_UNKNOWN);
+        self.book.last(|attempt| attempt.may_be_unknown |= D::lost_is_unknown());
         let Some(nested) = self.book.within(Stage::Nested, begin, conn.begin()).await else { return Ok(()) };
         let mut nested = nested?;
         let start = self.book.entries();
