@@ -89,51 +89,64 @@
 //!
 //! # Limitations
 //!
-//! - The guard hands out the connection itself. Who swaps it for another, by `mem::swap` say, has the wrong one cancelled.
-//! - `mem::forget` of a guard keeps its transaction and its connection. A process that is killed leaves its transaction
-//!   to the server. PostgreSQL 14 and later is asked to look for dead clients every half second on sessions of the
-//!   crate's own; MySQL looks when it has something to say to them.
-//! - Server code that cannot be cancelled, and an SQLite statement that waits for a lock, end in their own time (SQLite:
-//!   `busy_timeout`).
-//! - On a wrapped PostgreSQL pool, a transaction that somebody else has left open, and in which nothing was read or written
-//!   but a `LOCK`, `NOTIFY` or `SET LOCAL`, is not noticed by `begin`, which joins it. Others are noticed, and closed.
+//! Everywhere:
+//!
+//! - The guard hands out the connection itself. Swap it for another, by `mem::swap` say, and the wrong one is cancelled.
+//! - `mem::forget` of a guard keeps its transaction and its connection.
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
-//! - Connections need the runtime on which they were opened, except SQLite's. A pool of the crate's own that outlives it
-//!   opens new ones; a wrapped pool is sqlx's, which does not look.
+//! - A connection needs the runtime on which it was opened, except SQLite's. A pool of the crate's own that outlives it opens
+//!   new ones; a wrapped pool is sqlx's, which does not look.
 //! - After a `fork` the child has no thread for cancels: its drops end by their time limits, and close the connection.
-//! - PostgreSQL 13 and later. The connection poolers that share a server session between clients per transaction
-//!   (PgBouncer's transaction mode) hide the session to be cancelled, and are not supported. No more is a MySQL behind an
-//!   address that leads to another of several servers each time: the cancel would go to the wrong one.
+//! - A `COMMIT` that has no answer is waited for as long as its caller waits, and for ten minutes after the caller has gone.
+//!   Then its connection is closed, and its outcome is unknown.
+//! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that one, because sqlx gives its
+//!   savepoints the same name again. Those of [`savepoint`](TransactionGuard::savepoint) are told apart.
+//! - A `begin` that is cancelled inside a *nested* sqlx transaction takes more than that with it, and the guard's `commit` is
+//!   [`TxError::Lost`]. On a wrapped PostgreSQL pool, and behind a pooler, what then still runs on the nested transaction is
+//!   committed by itself. On MySQL, and on PostgreSQL with a version of sqlx after 0.9.0, the nested `commit` commits what is
+//!   left of the whole; then the outcome is [`CommitOutcome::Unknown`].
+//!
+//! PostgreSQL:
+//!
+//! - Version 13 and later. Behind a pooler that gives each transaction another session, such as PgBouncer in transaction
+//!   mode, a pool must be told so ([`PoolerMode`]); a wrapped pool must lead to the server itself.
+//! - Server code that cannot be cancelled ends in its own time, or with its session.
+//! - sqlx does not give the key of a session away with which the protocol cancels. Where the server has no session left for
+//!   the connection for cancelling, the connection of the dropped transaction is closed instead, and the server, which looks
+//!   for its client every half second (version 14 and later, on Linux), ends the statement.
+//! - A raw `COMMIT` in the SQL is executed, and reported by the guard's own `commit` and `rollback`; the outcome is
+//!   [`CommitOutcome::Unknown`]. Behind a raw `COMMIT` or `ROLLBACK`, each further write is refused on a pool of the crate's
+//!   own, and commits by itself on a wrapped one.
+//! - On a wrapped pool, a transaction that somebody else has left open, and in which nothing was read or written but a
+//!   `LOCK`, `NOTIFY` or `SET LOCAL`, is joined by `begin`. Any other one is noticed, and its session closed.
+//! - The outcome of a connection that is lost inside `COMMIT` is looked up only with [`CommitMode::Resolvable`].
+//!
+//! MySQL and MariaDB:
+//!
+//! - An address that leads to another of several servers each time cannot be used: a cancel would go to the wrong one.
+//! - A statement whose client has died goes on until it has something to say to it.
+//! - All who wait in MariaDB's `SLEEP()` share one mutex, for which the server makes each `KILL` wait; a hundred of them
+//!   take seconds to cancel. Other statements do not.
 //! - MySQL commits by itself before a DDL statement. Inside a guard the DDL is then refused, and `commit` is
 //!   [`TxError::Lost`], but what came before it is committed, and [`CommitOutcome::Unknown`] is told. `CREATE TEMPORARY
-//!   TABLE` does not do that. Where MySQL has rolled back by itself and its error was passed over, as for the victim of a
-//!   deadlock, `commit` is [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two look
-//!   the same.
-//! - Transaction control in the SQL itself is not ours. A raw `COMMIT` is executed by PostgreSQL, and reported by the
-//!   guard's own `commit` and `rollback`, and the outcome is [`CommitOutcome::Unknown`]; SQLite refuses one that has
-//!   written; on MySQL only `commit` notices it. After a raw `COMMIT` or `ROLLBACK`, PostgreSQL refuses
-//!   each further write on a pool of the crate's own, and commits it by itself on a wrapped one.
-//! - A `begin` that is cancelled inside a *nested* sqlx transaction takes more than that with it. On a wrapped PostgreSQL
-//!   pool, what then still runs on the nested transaction is committed by itself; on MySQL, its `commit` commits what is
-//!   left of the whole. The guard's `commit` is [`TxError::Lost`] in both cases.
-//! - On MySQL, sqlx loses its place in the answers when a statement is dropped while it is prepared, which is when its
-//!   text is new to the connection, or in the middle of a packet. The guard's own statements come behind a random number,
-//!   and no answer is believed before that was read: after a drop and a rollback the connection is in step or closed, and
-//!   a `commit` is rolled back, or unknown if `COMMIT` had been sent. Where sqlx and the server wait for each other, that
-//!   is found out over the connection for cancelling, when the server has waited for five seconds in a `commit` or a
-//!   [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been sent, and after a drop within milliseconds.
-//!   A further statement of the caller's on that guard may panic inside sqlx, fail, or wait for ever, which the guard
-//!   cannot see coming: give it up with the future of such a statement. A wrapped pool may hand out a connection on
-//!   which that has happened outside of any guard; its commit is then unknown.
-//! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that nested transaction: sqlx
-//!   gives its savepoints the same name again, and then rolls back to an older one. Those of
-//!   [`savepoint`](TransactionGuard::savepoint) are told apart.
-//! - An SQLite database in memory lives as long as one of its connections does.
-//! - On SQLite the progress handler, the commit hook and the rollback hook of each connection are taken.
-//! - The outcome of a connection that is lost inside `COMMIT` is looked up on PostgreSQL only, and only with
-//!   [`CommitMode::Resolvable`].
-//! - A `COMMIT` that has no answer is waited for as long as its caller waits, and for ten minutes after the caller has
-//!   gone. Then its connection is closed, and its outcome is unknown.
+//!   TABLE` does not do that. A raw `COMMIT` is noticed by `commit` alone.
+//! - Where MySQL has rolled back by itself and its error was passed over, as for the victim of a deadlock, `commit` is
+//!   [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two look the same.
+//! - sqlx loses its place in the answers when a statement is dropped while it is prepared, which is when its text is new to
+//!   the connection, or in the middle of a packet. The guard's own statements come behind a random number, and no answer is
+//!   believed before that was read: after a drop and a rollback the connection is in step or closed, and a `commit` is rolled
+//!   back, or unknown if `COMMIT` had been sent. Where sqlx and the server wait for each other, that is found out over the
+//!   connection for cancelling, when the server has waited for five seconds in a `commit` or a
+//!   [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been sent, and for half a second after a drop. A
+//!   further statement of the caller's on that guard may panic inside sqlx, fail, or wait for ever: give it up with the
+//!   future of such a statement. A wrapped pool may hand out a connection on which that has happened outside of any guard;
+//!   its commit is then unknown.
+//!
+//! SQLite:
+//!
+//! - A statement that waits for a lock ends by `busy_timeout`. A raw `COMMIT` of a transaction that has written is refused.
+//! - A database in memory lives as long as one of its connections does.
+//! - The progress handler, the commit hook and the rollback hook of each connection are taken.
 //!
 //! # Comparison
 //!
