@@ -43,6 +43,8 @@ pub struct Mode {
     pub(crate) read_only: bool,
     /// The lock for writing is taken at once, where there is one for the whole database.
     pub(crate) immediate: bool,
+    /// What its owner calls it.
+    pub(crate) name: Option<&'static str>,
     /// How long the transaction may still last.
     #[cfg_attr(
         not(any(feature = "postgres", feature = "mysql")),

@@ -85,7 +85,7 @@ async fn begin_on<DB: Backend>(
     mode: Mode,
     until: Instant,
 ) -> Result<Result<TransactionGuard<DB>, Refusal>, TxError> {
-    let ticket = Ticket::new(&shared.work);
+    let ticket = Ticket::new(&shared.work, mode.name);
     // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
     if shared.work.is_closed() {
         slot.pass_on();

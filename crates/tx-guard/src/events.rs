@@ -3,11 +3,13 @@
 //! Invariant: telling never waits. A listener that is too slow misses events and is told how many.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::broadcast;
 use tokio::sync::broadcast::error::RecvError;
 
 use crate::metrics::{Counters, up};
+use crate::work::Tag;
 use crate::{CommitOutcome, TxError};
 
 /// How many events a listener may be behind before it misses some.
@@ -29,9 +31,23 @@ pub enum TxEvent {
     Missed(u64),
 }
 
+/// An event, and the transaction that it is about. From [`TxEvents::record`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TxRecord {
+    /// What has happened.
+    pub event: TxEvent,
+    /// The number of the transaction, or of the query outside one, in this process. Zero for [`TxEvent::Missed`].
+    pub transaction: u64,
+    /// What its owner calls it: see [`Tx::named`](crate::Tx::named).
+    pub name: Option<&'static str>,
+    /// How long after its `begin` that was.
+    pub after: Duration,
+}
+
 /// A listener. From [`TxPool::events`](crate::TxPool::events).
 #[derive(Debug)]
-pub struct TxEvents(broadcast::Receiver<TxEvent>);
+pub struct TxEvents(broadcast::Receiver<TxRecord>);
 
 impl TxEvents {
     /// The next event, or `None` when the pool and all its guards are gone.
@@ -40,9 +56,21 @@ impl TxEvents {
     ///
     /// This method is cancel safe. If dropped before completion, no event is lost.
     pub async fn next(&mut self) -> Option<TxEvent> {
+        self.record().await.map(|record| record.event)
+    }
+
+    /// The same with the transaction that it is about.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, no event is lost.
+    pub async fn record(&mut self) -> Option<TxRecord> {
         match self.0.recv().await {
-            Ok(event) => Some(event),
-            Err(RecvError::Lagged(missed)) => Some(TxEvent::Missed(missed)),
+            Ok(record) => Some(record),
+            Err(RecvError::Lagged(missed)) => {
+                let event = TxEvent::Missed(missed);
+                Some(TxRecord { event, transaction: 0, name: None, after: Duration::ZERO })
+            }
             Err(RecvError::Closed) => None,
         }
     }
@@ -51,7 +79,7 @@ impl TxEvents {
 /// The telling half.
 #[derive(Debug)]
 pub(crate) struct Teller {
-    listeners: broadcast::Sender<TxEvent>,
+    listeners: broadcast::Sender<TxRecord>,
     counters: Arc<Counters>,
 }
 
@@ -64,31 +92,35 @@ impl Teller {
         TxEvents(self.listeners.subscribe())
     }
 
-    pub(crate) fn tell(&self, event: TxEvent) {
+    pub(crate) fn tell(&self, event: TxEvent, about: Tag) {
         match event {
             TxEvent::CancelSent => up(&self.counters.cancels),
             TxEvent::SessionTerminated => up(&self.counters.terminated),
             _ => {}
         }
+        let Tag { id: transaction, name, begun } = about;
+        let after = begun.elapsed();
         #[cfg(feature = "tracing")]
         match event {
             TxEvent::SessionTerminated | TxEvent::LateOutcome(CommitOutcome::Unknown) => {
-                tracing::warn!(?event, "transaction");
+                tracing::warn!(?event, transaction, name, ?after, "transaction");
             }
-            _ => tracing::debug!(?event, "transaction"),
+            _ => tracing::debug!(?event, transaction, name, ?after, "transaction"),
         }
         // Fails when nobody listens, which is no failure.
-        drop(self.listeners.send(event));
+        drop(self.listeners.send(TxRecord { event, transaction, name, after }));
     }
 
     /// Tells how a commit ended whose caller had gone. Its error is logged, because nobody else is told of it.
-    pub(crate) fn tell_late(&self, outcome: CommitOutcome, error: Option<&TxError>) {
+    pub(crate) fn tell_late(&self, outcome: CommitOutcome, error: Option<&TxError>, about: Tag) {
         #[cfg(feature = "tracing")]
         if let Some(error) = error {
-            tracing::warn!(error = error as &dyn std::error::Error, ?outcome, "a commit whose caller had gone failed");
+            let Tag { id: transaction, name, .. } = about;
+            let error = error as &dyn std::error::Error;
+            tracing::warn!(error, ?outcome, transaction, name, "a commit whose caller had gone failed");
         }
         #[cfg(not(feature = "tracing"))]
         let _ = error;
-        self.tell(TxEvent::LateOutcome(outcome));
+        self.tell(TxEvent::LateOutcome(outcome), about);
     }
 }

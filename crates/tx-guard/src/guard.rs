@@ -368,7 +368,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let ticket = Arc::clone(&open.ticket);
         Driven::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |ended| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
-            shared.teller.tell_late(outcome, ended.and_then(Result::err).as_ref());
+            shared.teller.tell_late(outcome, ended.and_then(Result::err).as_ref(), ticket.tag);
             drop(ticket);
         })
     }
@@ -404,7 +404,7 @@ impl<DB: Backend> Drop for TransactionGuard<DB> {
     fn drop(&mut self) {
         if let Some(open) = self.open.take() {
             open.ticket.settling();
-            open.shared.teller.tell(TxEvent::ImplicitRollback);
+            open.shared.teller.tell(TxEvent::ImplicitRollback, open.ticket.tag);
             // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and
             // the connection is closed.
             drop(open.runtime.clone().spawn(settle::settle(open)));

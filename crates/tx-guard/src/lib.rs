@@ -209,7 +209,7 @@ pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use boxed::{BoxedWork, TxRef};
 pub use error::{CommitError, TxError};
-pub use events::{TxEvent, TxEvents};
+pub use events::{TxEvent, TxEvents, TxRecord};
 pub use guard::TransactionGuard;
 pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};

@@ -77,7 +77,7 @@ impl<DB: Backend> TxPool<DB> {
         let mut left = shared.limits.max_connections;
         loop {
             let mut slot = shared.acquire(until, limit).await?;
-            let ticket = Ticket::new(&shared.work);
+            let ticket = Ticket::new(&shared.work, None);
             // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
             if shared.work.is_closed() {
                 slot.pass_on();
@@ -152,13 +152,13 @@ async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket
     let ends = async {
         // One that is in a transaction nobody has is of no use to anybody.
         depth::<DB>(conn) == 0
-            && settle::is_quiet::<DB>(&shared, conn, probe).await
+            && settle::is_quiet::<DB>(&shared, conn, probe, ticket.tag).await
             && DB::end_read(conn, probe).await.is_ok()
     };
     if let Ok(true) = timeout(SETTLE_LIMIT, ends).await {
         slot.release(shared.work.is_closed()).await;
     } else {
-        shared.teller.tell(TxEvent::SessionTerminated);
+        shared.teller.tell(TxEvent::SessionTerminated, ticket.tag);
         let (_, probe) = slot.parts();
         let terminated = DB::signal(&shared.canceller, &shared.options, Wanted::Terminate, probe);
         // What cannot be ended from outside is ended by the server, when it sees that its client has gone.

@@ -18,6 +18,7 @@ use crate::outcome::CommitOutcome;
 use crate::settings::SETTLE_LIMIT;
 use crate::slot::Shared;
 use crate::watch::{SETTLE_PATIENCE, Seen, Watch, unless_stuck};
+use crate::work::Tag;
 
 /// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
 const DRAIN_GRACE: Duration = Duration::from_millis(1);
@@ -39,13 +40,14 @@ pub(crate) const ENDED_BEFORE: &str = "its SQL, or the database itself, had ende
 pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxError> {
     open.ticket.settling();
     let shared = Arc::clone(&open.shared);
+    let tag = open.ticket.tag;
     let (conn, probe) = open.slot.parts();
     let ended_before = DB::may_have_committed(conn);
     if ended_before {
         open.outcome.stands(CommitOutcome::Unknown);
     }
     let unconfirmed = || TxError::Unconfirmed { target: DB::target(&shared.options), waited: SETTLE_LIMIT };
-    let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe)).await {
+    let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe, tag)).await {
         Ok(Ok((found, rest))) => {
             if found == Rollback::TooLate {
                 open.outcome.stands(CommitOutcome::Unknown);
@@ -66,7 +68,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
         // Nothing can be cancelled or terminated. The server looks for a client that has gone while a statement runs, so
         // the sooner the connection is closed the sooner its locks are free.
         Ok(Err(Unrest::Unreachable)) => {
-            shared.teller.tell(TxEvent::SessionTerminated);
+            shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
             drop(open);
             Err(unconfirmed())
         }
@@ -111,8 +113,9 @@ async fn come_to_rest<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
+    tag: Tag,
 ) -> Result<(Rollback, Rest), Unrest> {
-    let rest = come_to_quiet(shared, conn, probe).await?;
+    let rest = come_to_quiet(shared, conn, probe, tag).await?;
     match unless_stuck(shared, probe, SETTLE_PATIENCE, DB::rollback(conn, probe)).await {
         Some(found) => Ok((found?, rest)),
         None => Err(Unrest::Stuck),
@@ -124,8 +127,9 @@ pub(crate) async fn is_quiet<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
+    tag: Tag,
 ) -> bool {
-    matches!(come_to_quiet(shared, conn, probe).await, Ok(Rest::Clean))
+    matches!(come_to_quiet(shared, conn, probe, tag).await, Ok(Rest::Clean))
 }
 
 /// Waits until nothing runs any more, and has cancelled what takes long. An idle connection is quiet at the first poll, so
@@ -134,9 +138,10 @@ async fn come_to_quiet<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
     probe: &DB::Probe,
+    tag: Tag,
 ) -> Result<Rest, Unrest> {
     // First, because the wait may not come back from its first poll before the last row was read.
-    let mut watch = Watch::over(shared, probe);
+    let mut watch = Watch::over(shared, probe, tag);
     let mut left = pin!(quiet::<DB>(conn));
     match timeout(DRAIN_GRACE, left.as_mut()).await {
         Ok(quiet) => quiet?,
@@ -176,7 +181,7 @@ async fn quiet<DB: Backend>(conn: &mut DB::Connection) -> Result<(), sqlx::Error
 /// the client has closed.
 async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     let shared = Arc::clone(&open.shared);
-    shared.teller.tell(TxEvent::SessionTerminated);
+    shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
     let (_, probe) = open.slot.parts();
     let terminated = DB::signal(&shared.canceller, &shared.options, Wanted::Terminate, probe);
     matches!(timeout(SETTLE_LIMIT, terminated).await, Ok(Ok(_)))

@@ -42,6 +42,26 @@ impl<DB: Backend> TxPool<DB> {
 }
 
 impl<DB: Backend> Tx<DB> {
+    /// What the transaction is called in [records](crate::TxRecord) and `tracing` events. Default: nothing.
+    ///
+    /// ```
+    /// # #[cfg(feature = "sqlite")] {
+    /// # use cancel_safe_tx_guard::{TxError, TxEvent, TxPool};
+    /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
+    /// # let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
+    /// let mut events = db.events();
+    /// drop(db.tx().named("transfer").begin().await?);
+    /// let record = events.record().await.expect("the pool is there");
+    /// assert_eq!((record.event, record.name), (TxEvent::ImplicitRollback, Some("transfer")));
+    /// # Ok::<(), TxError>(())
+    /// # }).unwrap();
+    /// # }
+    /// ```
+    pub fn named(mut self, name: &'static str) -> Self {
+        self.mode.name = Some(name);
+        self
+    }
+
     /// The isolation. Default: the database's own. SQLite knows only one, the strictest.
     pub fn isolation(mut self, isolation: Isolation) -> Self {
         self.mode.isolation = Some(isolation);

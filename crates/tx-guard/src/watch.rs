@@ -17,6 +17,7 @@ use tokio::time::timeout;
 use crate::backend::{Activity, Backend, Unsignalled, Wanted};
 use crate::events::TxEvent;
 use crate::slot::Shared;
+use crate::work::Tag;
 
 /// When a statement is cancelled where its reader keeps the thread too busy to look at the clock.
 const BESIDE_GRACE: Duration = Duration::from_millis(3);
@@ -124,10 +125,10 @@ pub(crate) enum Seen {
 }
 
 impl Watch {
-    pub(crate) fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe) -> Self {
+    pub(crate) fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe, tag: Tag) -> Self {
         let signals = Arc::<Signals>::default();
         let beside = DB::beside().unwrap_or_else(Handle::current);
-        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), Arc::clone(&signals)));
+        let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), tag, Arc::clone(&signals)));
         Self { signals, seen }
     }
 
@@ -168,13 +169,13 @@ impl Signals {
 }
 
 /// The turn stays [`CANCELLING`] after a cancel that has failed, so that whoever ends the watch asks how.
-async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, signals: Arc<Signals>) -> Seen {
+async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag: Tag, signals: Arc<Signals>) -> Seen {
     drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
     if !signals.pass(FREE, CANCELLING) {
         return Seen::Settled;
     }
     let Some(shared) = shared.upgrade() else { return Seen::Settled };
-    shared.teller.tell(TxEvent::CancelSent);
+    shared.teller.tell(TxEvent::CancelSent, tag);
     let mut pause = FIRST_PAUSE;
     let mut idle_since = None;
     // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped

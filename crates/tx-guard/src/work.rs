@@ -3,7 +3,8 @@
 //! Invariant: a transaction is counted from before anything is sent for it until the last who has to do with it is done.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Instant;
 
 use tokio::sync::watch;
 
@@ -41,16 +42,33 @@ impl Work {
     }
 }
 
+/// Which transaction it is that something is told of.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tag {
+    /// Given out once in the process.
+    pub(crate) id: u64,
+    pub(crate) name: Option<&'static str>,
+    pub(crate) begun: Instant,
+}
+
+impl Tag {
+    pub(crate) fn new(name: Option<&'static str>) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Self { id: NEXT.fetch_add(1, Ordering::Relaxed), name, begun: Instant::now() }
+    }
+}
+
 /// One transaction's place in the count, kept until the last who has to do with it is done.
 pub(crate) struct Ticket {
+    pub(crate) tag: Tag,
     work: Arc<Work>,
     settling: AtomicBool,
 }
 
 impl Ticket {
-    pub(crate) fn new(work: &Arc<Work>) -> Arc<Self> {
+    pub(crate) fn new(work: &Arc<Work>, name: Option<&'static str>) -> Arc<Self> {
         work.0.send_modify(|load| load.open += 1);
-        Arc::new(Self { work: Arc::clone(work), settling: AtomicBool::new(false) })
+        Arc::new(Self { tag: Tag::new(name), work: Arc::clone(work), settling: AtomicBool::new(false) })
     }
 
     /// Moves the transaction from its user's hands to ours.

@@ -36,6 +36,7 @@ mod pooler;
 mod prop;
 mod proxy;
 mod reader;
+mod records;
 mod relied;
 mod reset;
 mod run;
