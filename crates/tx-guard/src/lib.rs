@@ -76,6 +76,7 @@
 //! | `commit`, after the [`timeout`](Tx::timeout) of its transaction | rolled back, and [`TxError::Timeout`] |
 //! | `commit` of a transaction that an error had aborted | rolled back, and an error: `Ok` means committed |
 //! | a nested sqlx `begin` that is cancelled inside the guard | `commit` is [`TxError::Lost`]; no later statement stands |
+//! | a query or a stream on the pool | it is cancelled on the server, and the session goes back when nothing runs on it |
 //! | a savepoint, halfway | `commit` is [`TxError::Lost`] and rolls back |
 //! | the connection, inside `COMMIT` | [`TxError::Unknown`] and [`CommitOutcome::Unknown`], never "failed" |
 //! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the server is asked: committed, or rolled back |
@@ -89,6 +90,8 @@
 //!
 //! # Limitations
 //!
+//! - `&TxPool` is an sqlx `Executor` for reads. A write on it is refused on a pool of the crate's own, and on SQLite; a
+//!   wrapped pool of PostgreSQL or MySQL commits it by itself. [`Reader`] has the details. It is no `Acquire`.
 //! - The guard hands out the connection itself. Who swaps it for another, by `mem::swap` say, has the wrong one cancelled.
 //! - `mem::forget` of a guard keeps its transaction and its connection. A process that is killed leaves its transaction
 //!   to the server. PostgreSQL 14 and later is asked to look for dead clients every half second on sessions of the
@@ -145,7 +148,7 @@
 //! # Features
 //!
 //! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are
-//!   the application's to choose; tokio is needed.
+//!   the application's to choose; tokio is needed. sqlx's `macros` is on, without which `Executor` is another trait.
 //! - `tracing`: logs what [`TxPool::events`] tells, and the error of a commit whose caller had gone.
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
@@ -161,6 +164,7 @@ mod deadline;
 mod drive;
 mod error;
 mod events;
+mod executor;
 mod guard;
 mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
