@@ -314,6 +314,7 @@ pub enum Unsignalled {
 
 /// The first session of a pool, of which it is not known yet what is between here and the server.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL has poolers that are looked for"))]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct First<'a, DB: Driver> {
     pub(crate) canceller: &'a DB::Canceller,

@@ -131,6 +131,7 @@ impl<DB: Signals> Canceller<DB> {
     }
 
     /// Runs something else on the connection, which is lost if that fails. None where it is not open.
+    #[cfg(feature = "postgres")]
     pub(crate) async fn on_warm<T>(
         &self,
         run: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, sqlx::Error>,

@@ -216,6 +216,7 @@ impl TxError {
                 | Self::NotReady { .. }
                 | Self::ConnectTimeout { .. }
                 | Self::PoolExhausted { .. }
+                | Self::Database(sqlx::Error::PoolTimedOut)
                 | Self::Closed
         )
     }
@@ -250,7 +251,13 @@ impl TxError {
     /// ```
     #[must_use]
     pub fn is_timeout(&self) -> bool {
-        matches!(self, Self::ConnectTimeout { .. } | Self::PoolExhausted { .. } | Self::Timeout { .. })
+        matches!(
+            self,
+            Self::ConnectTimeout { .. }
+                | Self::PoolExhausted { .. }
+                | Self::Database(sqlx::Error::PoolTimedOut)
+                | Self::Timeout { .. }
+        )
     }
 
     /// The transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
@@ -289,13 +296,18 @@ impl From<sqlx::Error> for TxError {
     fn from(error: sqlx::Error) -> Self {
         match error {
             sqlx::Error::PoolClosed => Self::Closed,
+            // Ours comes back as itself from a function that returns sqlx's.
+            sqlx::Error::Io(error) => match error.downcast::<Self>() {
+                Ok(ours) => ours,
+                Err(error) => Self::Database(sqlx::Error::Io(error)),
+            },
             error => Self::Database(error),
         }
     }
 }
 
 impl From<TxError> for sqlx::Error {
-    /// A driver's error comes out as itself; ours travels as the source of an `Io` error.
+    /// A driver's error comes out as itself; ours travels inside an `Io` error, and comes back as itself.
     fn from(error: TxError) -> Self {
         match error {
             TxError::Database(error) => error,

@@ -76,13 +76,14 @@
 //! | `commit`, after the [`timeout`](Tx::timeout) of its transaction | rolled back, and [`TxError::Timeout`] |
 //! | `commit` of a transaction that an error had aborted | rolled back, and an error: `Ok` means committed |
 //! | a nested sqlx `begin` that is cancelled inside the guard | `commit` is [`TxError::Lost`]; no later statement stands |
+//! | a query or a stream on the pool | it is cancelled on the server, and the session goes back when nothing runs on it |
 //! | a savepoint, halfway | `commit` is [`TxError::Lost`] and rolls back |
 //! | the connection, inside `COMMIT` | [`TxError::Unknown`] and [`CommitOutcome::Unknown`], never "failed" |
 //! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the server is asked: committed, or rolled back |
 //!
 //! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection is
-//! used again. One that comes before its statement is no cancel, so it is repeated, after 2 ms at first and each time
-//! twice as long up to 100 ms. A connection that does not come to rest within two seconds is terminated and closed.
+//! used again. All that wait go out in one message. One that comes before its statement is no cancel, so it is repeated, after
+//! a round trip and 2 ms at first, and each time twice as long up to 100 ms; an idle connection is sent none. A connection that does not come to rest within two seconds is terminated and closed.
 //!
 //! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
 //! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
@@ -91,6 +92,8 @@
 //!
 //! Everywhere:
 //!
+//! - `&TxPool` is an sqlx `Executor` for reads. A write on it is refused on a pool of the crate's own, and on SQLite; a
+//!   wrapped pool of PostgreSQL or MySQL commits it by itself. [`Reader`] has the details. It is no `Acquire`.
 //! - The guard hands out the connection itself. Swap it for another, by `mem::swap` say, and the wrong one is cancelled.
 //! - `mem::forget` of a guard keeps its transaction and its connection.
 //! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
@@ -158,7 +161,7 @@
 //! # Features
 //!
 //! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are
-//!   the application's to choose; tokio is needed.
+//!   the application's to choose; tokio is needed. sqlx's `macros` is on, without which `Executor` is another trait.
 //! - `tracing`: logs what [`TxPool::events`] tells, and the error of a commit whose caller had gone.
 //!
 //! The oldest supported Rust is 1.94, as for sqlx 0.9.
@@ -174,6 +177,7 @@ mod deadline;
 mod drive;
 mod error;
 mod events;
+mod executor;
 mod guard;
 mod keeper;
 #[cfg(any(feature = "postgres", feature = "mysql"))]

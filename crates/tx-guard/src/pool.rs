@@ -26,8 +26,11 @@ use crate::{TransactionGuard, TxError};
 /// # Comparison with `sqlx::Pool`
 ///
 /// Each connection is known by what is needed to cancel a statement on it, is checked for life by its `BEGIN` alone, and is
-/// given back only when it was seen outside any transaction. [`reader`](Self::reader) has a session for
-/// queries outside transactions; [`wrap`](Self::wrap) guards the transactions of an sqlx pool.
+/// given back only when it was seen outside any transaction. [`wrap`](Self::wrap) guards the transactions of an sqlx pool.
+///
+/// A query that needs no transaction runs on the pool itself: `&TxPool` is an sqlx [`Executor`](sqlx::Executor), for reads.
+/// [`reader`](Self::reader) has a session for several of them. It is no [`Acquire`](sqlx::Acquire), whose `begin` has no guard.
+/// A write on it is refused on a pool of the crate's own, and on SQLite; a wrapped pool of PostgreSQL or MySQL commits it.
 pub struct TxPool<DB: Backend> {
     shared: Arc<Shared<DB>>,
 }

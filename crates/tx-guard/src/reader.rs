@@ -30,9 +30,10 @@ const FRESH: Duration = Duration::from_secs(1);
 /// # Limitations
 ///
 /// On a pool of the crate's own a write is refused: by PostgreSQL and MySQL because the session may only read, by SQLite
-/// when it would be committed. SQL that begins a transaction of its own escapes that. On a wrapped pool the session is the
-/// user's own, and a write is committed as with plain sqlx. Behind a [`PoolerMode::Transaction`](crate::PoolerMode) a write
-/// is not refused either, and a query that is dropped is not cancelled: its connection is closed.
+/// when it would be committed. SQL that begins a transaction of its own escapes that. On a wrapped pool of PostgreSQL or
+/// MySQL the session is the user's own, and a write is committed as with plain sqlx; SQLite refuses it there, too. Behind a
+/// [`PoolerMode::Transaction`](crate::PoolerMode) a write is not refused either, and a query that is dropped is not
+/// cancelled: its connection is closed.
 #[must_use = "a reader that is dropped at once has read nothing"]
 pub struct Reader<DB: Backend> {
     /// Taken only by the drop.

@@ -14,6 +14,7 @@ mod contract;
 mod ends;
 mod errors;
 mod example;
+mod executor;
 mod faults;
 mod full;
 mod fuzz;
