@@ -63,7 +63,7 @@ pub(crate) async fn begin<DB: Backend>(
             Refusal::Refused(_) => false,
         };
         if !again || left == 0 || Instant::now() >= until {
-            let target = DB::target(&shared.options);
+            let target = DB::target(&shared.options());
             return Err(match refusal {
                 Refusal::Silent(waited) => TxError::ConnectTimeout { target, timeout: limit.max(waited) },
                 Refusal::Dead(error)

@@ -74,7 +74,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
 async fn resolve<DB: Backend>(mut open: Open<DB>, source: sqlx::Error, receipt: &Receipt) -> Result<(), TxError> {
     let shared = Arc::clone(&open.shared);
     let (_, probe) = open.slot.parts();
-    match DB::resolve(&shared.canceller, &shared.options, probe, receipt).await {
+    match DB::resolve(&shared.canceller, &shared.options(), probe, receipt).await {
         Some(true) => {
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);

@@ -206,7 +206,7 @@ impl<DB: Backend> fmt::Debug for TxPool<DB> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let metrics = self.metrics();
         f.debug_struct("TxPool")
-            .field("target", &DB::target(&self.shared.options))
+            .field("target", &DB::target(&self.shared.options()))
             .field("idle", &metrics.idle)
             .field("waiting", &metrics.waiting)
             .field("in_use", &metrics.in_use)
@@ -405,7 +405,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// Opens the pool, asking `options` for the driver's own options each time a session is opened, so that credentials
     /// that change are always the latest. An error of `options` is one of connecting.
     ///
-    /// The connection for cancelling is opened with the first options.
+    /// The connection for cancelling is opened with those with which a session was opened last.
     ///
     /// # Cancel safety
     ///
@@ -462,8 +462,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
         let limit = self.limits.connect_timeout;
         let first = shared.acquire(Instant::now() + limit.min(FOREVER), limit).await?;
-        let target = || DB::target(&shared.options);
-        match timeout(limit, DB::warm(&shared.canceller, &shared.options)).await {
+        let target = || DB::target(&shared.options());
+        match timeout(limit, DB::warm(&shared.canceller, &shared.options())).await {
             Ok(Ok(())) => {}
             // It is not opened where it would take the place of a transaction.
             Ok(Err(error)) if DB::is_full(&error) => {}

@@ -102,7 +102,7 @@ impl<DB: Backend> TxPool<DB> {
             // It closes as it is dropped.
             drop(reader.slot.take());
             if left == 0 || Instant::now() >= until {
-                let target = DB::target(&self.shared().options);
+                let target = DB::target(&self.shared().options());
                 return Err(TxError::ConnectTimeout { target, timeout: limit });
             }
             left -= 1;
@@ -161,7 +161,8 @@ async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket
     } else {
         shared.teller.tell(TxEvent::SessionTerminated, ticket.tag);
         let (_, probe) = slot.parts();
-        let terminated = DB::signal(&shared.canceller, &shared.options, Wanted::Terminate, probe);
+        let options = shared.options();
+        let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
         // What cannot be ended from outside is ended by the server, when it sees that its client has gone.
         drop(timeout(SETTLE_LIMIT, terminated).await);
     }

@@ -57,10 +57,7 @@ impl<DB: Backend> Session<DB> {
         first: Option<&DB::Canceller>,
     ) -> Result<Self, sqlx::Error> {
         let since = Instant::now();
-        let mut conn = match &upkeep.rotation {
-            Some(rotation) => rotation().await?.connect().await?,
-            None => options.connect().await?,
-        };
+        let mut conn = options.connect().await?;
         if let Some(after_connect) = &upkeep.after_connect {
             after_connect(&mut conn).await?;
         }

@@ -46,7 +46,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
     if ended_before {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    let unconfirmed = || TxError::Unconfirmed { target: DB::target(&shared.options), waited: SETTLE_LIMIT };
+    let unconfirmed = || TxError::Unconfirmed { target: DB::target(&shared.options()), waited: SETTLE_LIMIT };
     let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe, tag)).await {
         Ok(Ok((found, rest))) => {
             if found == Rollback::TooLate {
@@ -183,7 +183,8 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     let shared = Arc::clone(&open.shared);
     shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
     let (_, probe) = open.slot.parts();
-    let terminated = DB::signal(&shared.canceller, &shared.options, Wanted::Terminate, probe);
+    let options = shared.options();
+    let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
     matches!(timeout(SETTLE_LIMIT, terminated).await, Ok(Ok(_)))
 }
 

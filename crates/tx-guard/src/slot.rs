@@ -17,6 +17,7 @@ use crate::backend::{Backend, CommitMode, Options};
 use crate::drive::Driven;
 use crate::events::Teller;
 use crate::metrics::{Closed, Counters, Metrics};
+use crate::pooler::PoolerMode;
 use crate::queue::{Asked, Counts, Place, Queue};
 use crate::session::Session;
 use crate::settings::Limits;
@@ -41,7 +42,8 @@ pub(crate) struct Shared<DB: Backend> {
     pub(crate) upkeep: Upkeep<DB>,
     /// The task that looks after the sessions ends with this.
     pub(crate) keeper: Mutex<Option<AbortHandle>>,
-    pub(crate) options: Arc<Options<DB>>,
+    /// Those with which a session was opened last.
+    options: Mutex<Arc<Options<DB>>>,
     pub(crate) commit_mode: CommitMode,
     pub(crate) known: DB::Known,
     pub(crate) canceller: DB::Canceller,
@@ -101,7 +103,7 @@ impl<DB: Backend> Shared<DB> {
             limits,
             upkeep,
             keeper,
-            options,
+            options: Mutex::new(options),
             commit_mode,
             known,
             canceller,
@@ -145,7 +147,7 @@ impl<DB: Backend> Shared<DB> {
                 slot.pass_on();
             }
         });
-        let target = || DB::target(&self.options);
+        let target = || DB::target(&self.options());
         match timeout_at(until, opening).await {
             Ok(Ok(slot)) => Ok(slot),
             Ok(Err(Failure::Late(timeout))) => Err(TxError::ConnectTimeout { target: target(), timeout }),
@@ -186,11 +188,30 @@ impl<DB: Backend> Shared<DB> {
         opened.inspect(|_| self.counters.opened())
     }
 
+    /// Those with which a session was opened last, for whatever else is opened.
+    pub(crate) fn options(&self) -> Arc<Options<DB>> {
+        Arc::clone(&self.options.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Those that hold from now on, where they may change.
+    async fn newest_options(&self) -> Result<Arc<Options<DB>>, sqlx::Error> {
+        if let Some(rotation) = &self.upkeep.rotation {
+            let options = rotation().await?;
+            let options = Arc::new(match self.limits.pooler {
+                PoolerMode::None => options,
+                PoolerMode::Transaction => DB::for_a_pooler(options),
+            });
+            *self.options.lock().unwrap_or_else(PoisonError::into_inner) = options;
+        }
+        Ok(self.options())
+    }
+
     /// Where the server takes no more sessions, the one for cancelling makes room.
     async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
         let open = async || {
             let first = (!self.has_opened.load(Ordering::Relaxed)).then_some(&self.canceller);
-            let opened = Session::<DB>::open(&self.options, &self.upkeep, self.limits.pooler, first).await;
+            let options = self.newest_options().await?;
+            let opened = Session::<DB>::open(&options, &self.upkeep, self.limits.pooler, first).await;
             self.has_opened.fetch_or(opened.is_ok(), Ordering::Relaxed);
             opened
         };
@@ -211,7 +232,7 @@ impl<DB: Backend> Shared<DB> {
     /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
     /// down as for a connection that is in use.
     fn too_late(&self, timeout: Duration) -> TxError {
-        let target = DB::target(&self.options);
+        let target = DB::target(&self.options());
         let all_open = match &self.source {
             // Who waits behind sessions that are being opened, and are not, waits for the server.
             Source::Owned => self.queue.is_full() && self.opening.load(Ordering::Relaxed) < self.limits.max_connections,

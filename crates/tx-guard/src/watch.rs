@@ -72,7 +72,8 @@ pub(crate) async fn unless_stuck<DB: Backend, T>(
         if let Ok(answer) = timeout(patience.pause, answer.as_mut()).await {
             return Some(answer);
         }
-        let look = pin!(timeout(LOOK_PAUSE, DB::signal(&shared.canceller, &shared.options, Wanted::Look, probe)));
+        let options = shared.options();
+        let look = pin!(timeout(LOOK_PAUSE, DB::signal(&shared.canceller, &options, Wanted::Look, probe)));
         match select(answer.as_mut(), look).await {
             Either::Left((answer, _)) => return Some(answer),
             Either::Right((Ok(Ok(Activity::Idle)), _)) => {
@@ -181,7 +182,7 @@ async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag
     // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
     // halfway while the session may be used again.
     loop {
-        let cancelled = DB::signal(&shared.canceller, &shared.options, Wanted::Cancel, &probe).await;
+        let cancelled = DB::signal(&shared.canceller, &shared.options(), Wanted::Cancel, &probe).await;
         let round_trip = DB::round_trip(&shared.canceller);
         match cancelled {
             Ok(Activity::Unseen) => idle_since = None,

@@ -270,3 +270,37 @@ async fn a_setting_out_of_its_range_is_named() {
     }
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
+
+#[tokio::test]
+async fn the_connection_for_cancelling_follows_the_options() {
+    let world = World::<Postgres>::new().await;
+    let (options, asked) = (world.options.clone(), Count::default());
+    let table = world.table.clone();
+    let rotating = move || {
+        let name = format!("{table}_{}", asked.up());
+        std::future::ready(Ok(options.clone().application_name(&name)))
+    };
+    let db = TxPool::<Postgres>::builder().max_connections(2).connect_with_fn(rotating).await.unwrap();
+    let mut one = db.begin().await.unwrap();
+    let pid: i32 = sqlx::query_scalar("SELECT pg_backend_pid()").fetch_one(&mut *one).await.unwrap();
+    let mut two = db.begin().await.unwrap();
+    let show = "SELECT current_setting('application_name')";
+    let [old, new]: [String; 2] = [
+        sqlx::query_scalar(show).fetch_one(&mut *one).await.unwrap(),
+        sqlx::query_scalar(show).fetch_one(&mut *two).await.unwrap(),
+    ];
+    assert_ne!(old, new);
+    // The one for cancelling has the old name, too.
+    let ended = format!(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{old}' AND pid <> {pid}"
+    );
+    world.run(ended).await;
+    let slow = Postgres::execute(&mut one, Postgres::SLOW.to_owned());
+    assert!(tokio::time::timeout(Duration::from_millis(50), slow).await.is_err(), "it was not slow");
+    drop(one);
+    let mut beside = world.plain().await;
+    let named = format!("SELECT count(*) FROM pg_stat_activity WHERE application_name = '{new}'");
+    eventually("it is opened anew", async || Postgres::numbers(&mut beside, named.clone()).await.unwrap() == [2]).await;
+    two.rollback().await.unwrap();
+    world.end(db).await;
+}
