@@ -188,6 +188,8 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// - [`TxError::Database`]: the connection failed. Nothing was committed then either: the server rolls back what a
     ///   closed connection leaves behind.
+    /// - [`TxError::Unconfirmed`]: the server has not answered within two seconds, nor acknowledged the end of its session
+    ///   within another two. Nothing is committed, but locks may be held until it notices that the connection is closed.
     /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and whether by a commit is not known. It
     ///   is noticed on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a nested `begin` of sqlx that
     ///   was cancelled.
