@@ -81,9 +81,10 @@
 //! | the connection, inside `COMMIT` | [`TxError::Unknown`] and [`CommitOutcome::Unknown`], never "failed" |
 //! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the server is asked: committed, or rolled back |
 //!
-//! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection is
-//! used again. All that wait go out in one message. One that comes before its statement is no cancel, so it is repeated, after
-//! a round trip and 2 ms at first, and each time twice as long up to 100 ms; an idle connection is sent none. A connection that does not come to rest within two seconds is terminated and closed.
+//! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection
+//! is used again. All that wait go out in one message. One that comes before its statement is no cancel, so it is
+//! repeated, after a round trip and 2 ms at first, and each time twice as long up to 100 ms; an idle connection is sent
+//! none. A connection that does not come to rest within two seconds is terminated and closed.
 //!
 //! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
 //! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
