@@ -140,18 +140,21 @@ pub(crate) async fn takes_dropped_begins_back() -> bool {
 #[tokio::test]
 async fn a_begin_that_is_taken_back_leaves_one_level_more_on_postgres() {
     let takes_back = takes_dropped_begins_back().await;
-    let mut conn = plain::<Postgres>().await;
-    begin::<Postgres>(&mut conn, "BEGIN").await.unwrap();
-    let mut nested = conn.begin().await.unwrap();
-    assert!(cut(nested.begin(), Some(1)).await.is_none());
-    // Its own end is not that of the test.
-    std::mem::forget(nested);
-    let open = depth::<Postgres>(&conn);
-    assert_eq!(
-        open,
-        usize::from(takes_back),
-        "sqlx has changed: a begin that was cut two levels deep leaves another depth"
-    );
+    // A server that is near may have answered within the poll.
+    for _ in 0..1_000 {
+        let mut conn = plain::<Postgres>().await;
+        begin::<Postgres>(&mut conn, "BEGIN").await.unwrap();
+        let mut nested = conn.begin().await.unwrap();
+        let is_cut = cut(nested.begin(), Some(1)).await.is_none();
+        // Its own end is not that of the test.
+        std::mem::forget(nested);
+        if is_cut {
+            let levels = depth::<Postgres>(&conn);
+            let said = "sqlx has changed: a begin that was cut two levels deep leaves another depth";
+            return assert_eq!(levels, usize::from(takes_back), "{said}");
+        }
+    }
+    panic!("no begin was cut, so this test shows nothing");
 }
 
 /// `postgres`, the fence: one poll of `begin` queues its message ahead of what follows, whatever becomes of the `begin`; one
@@ -241,12 +244,12 @@ async fn a_flush_says_in_one_poll_whether_an_answer_is_due<D: Server>(nap: &'sta
 
 #[tokio::test]
 async fn a_flush_says_in_one_poll_whether_an_answer_is_due_on_postgres() {
-    a_flush_says_in_one_poll_whether_an_answer_is_due::<Postgres>("SELECT pg_sleep(0.3)").await;
+    a_flush_says_in_one_poll_whether_an_answer_is_due::<Postgres>("SELECT pg_sleep(2)").await;
 }
 
 #[tokio::test]
 async fn a_flush_says_in_one_poll_whether_an_answer_is_due_on_mysql() {
-    a_flush_says_in_one_poll_whether_an_answer_is_due::<MySql>("DO SLEEP(0.3)").await;
+    a_flush_says_in_one_poll_whether_an_answer_is_due::<MySql>("DO SLEEP(2)").await;
 }
 
 /// The rollbacks: what a dropped statement has left answers first, at most once, and errors are told to who comes next.
@@ -255,7 +258,7 @@ async fn the_error_of_a_dropped_statement_is_told_to_the_next_one_on_postgres() 
     const HABIT: &str = "sqlx has changed: the error of a dropped statement is not told to the next one any more";
     let mut conn = plain::<Postgres>().await;
     // It has not failed yet when the first poll ends.
-    let failing = "SELECT pg_sleep(0.1); SELECT 1 / 0".to_owned();
+    let failing = "SELECT pg_sleep(1); SELECT 1 / 0".to_owned();
     assert!(Postgres::execute(&mut conn, failing).now_or_never().is_none());
     let next = Postgres::numbers(&mut conn, "SELECT 1::BIGINT".to_owned()).await;
     assert_eq!(code(&next).as_deref(), Some("22012"), "{HABIT}: {next:?}");
