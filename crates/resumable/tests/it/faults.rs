@@ -261,6 +261,8 @@ async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
     let path = tmpfs.0.join("job.ckpt");
     let job = || ResumableTask::builder("big").store(FileStore::at(&path).wait(PATIENCE)).concurrency(4);
     let work = |_, x: u64| async move { Ok(format!("{x:01000}")) };
+    // On a machine that is slow, all that fits may be written at once, and be torn as a whole: something is there before.
+    assert_eq!(job().stream(0..10u64, work).finish().await.unwrap().completed, 10);
     match job().stream(0..3000u64, work).finish().await.unwrap_err() {
         TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}"),
         other => panic!("{other}"),
@@ -274,7 +276,7 @@ async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
         seen += 1;
     }
     let summary = run.finish().await.unwrap();
-    assert!(seen == 3000 && summary.restored > 0 && summary.completed > 0, "{summary:?}");
+    assert!(seen == 3000 && summary.restored >= 10 && summary.completed > 0, "{summary:?}");
 }
 
 const FAULTY: &str = "RESUMABLE_FAULTY";
