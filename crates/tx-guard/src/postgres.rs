@@ -353,19 +353,9 @@ impl Driver for Postgres {
 
 /// Whether sqlx queues a `ROLLBACK` behind a `begin` that is dropped. Asked by one that begins nothing.
 fn takes_dropped_begins_back(conn: &mut PgConnection) -> bool {
-    for _ in 0..ROLLBACK_ATTEMPTS {
-        let is_answered = Manager::begin(conn, Some("SELECT 1".into_sql_str())).now_or_never().is_some();
-        // The message of the `begin` itself went out in its first poll.
-        if conn.should_flush() {
-            return true;
-        }
-        // A server that is near may have answered within the poll, and what was answered need not be taken back.
-        if !is_answered {
-            return false;
-        }
-    }
-    // Careful: that leaves the outcome unknown.
-    true
+    Manager::begin(conn, Some("SELECT 1".into_sql_str())).now_or_never();
+    // The message of the `begin` itself went out in its first poll.
+    conn.should_flush()
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
