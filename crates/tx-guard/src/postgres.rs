@@ -3,6 +3,7 @@
 //! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
 //! that is told by more than its number, so it can never hit the statement of another transaction.
 
+mod habit;
 mod pooled;
 mod proof;
 
@@ -152,6 +153,7 @@ impl Driver for Postgres {
         pooler: PoolerMode,
         first: Option<First<'_, Self>>,
     ) -> Result<Place, sqlx::Error> {
+        habit::learn(conn).await?;
         if pooler == PoolerMode::Transaction {
             return Ok(Place::pooled());
         }
@@ -169,6 +171,7 @@ impl Driver for Postgres {
     }
 
     async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<Place, sqlx::Error> {
+        habit::learn(conn).await?;
         let Some(statement) = known.statement(conn, IDENTIFY).await? else {
             return identify(conn, false, false).await.map(Place::own);
         };
@@ -224,7 +227,7 @@ impl Driver for Postgres {
     /// back. One that takes a dropped `begin` back leaves the level of the transaction itself, and the `commit` of the level
     /// between is then that of the whole.
     fn may_have_committed(conn: &mut PgConnection) -> bool {
-        depth::<Self>(conn) == 0 && takes_dropped_begins_back(conn)
+        depth::<Self>(conn) == 0 && habit::takes_dropped_begins_back()
     }
 
     /// One poll of a `begin` writes its message into the connection's buffer, ahead of whatever the caller sends next. What
@@ -349,13 +352,6 @@ impl Driver for Postgres {
     async fn cool(canceller: &Self::Canceller) {
         canceller.close().await;
     }
-}
-
-/// Whether sqlx queues a `ROLLBACK` behind a `begin` that is dropped. Asked by one that begins nothing.
-fn takes_dropped_begins_back(conn: &mut PgConnection) -> bool {
-    Manager::begin(conn, Some("SELECT 1".into_sql_str())).now_or_never();
-    // The message of the `begin` itself went out in its first poll.
-    conn.should_flush()
 }
 
 /// BEGIN and its limits in one message, so that they cost no round trip of their own.
