@@ -102,36 +102,27 @@
 //!
 //! Rust 1.89; raised in a minor release only.
 
-mod body;
 mod breaker;
-mod builder;
+mod call;
 mod circuit;
 mod client;
 mod config;
-mod deadline;
 mod error;
 #[cfg(feature = "tower")]
 mod layer;
 mod limit;
-mod many;
 mod origins;
-mod redirect;
-mod request;
-mod retry;
 mod window;
 
 pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
-pub use builder::TimeoutClientBuilder;
+pub use call::{Attempts, Retry};
 pub use circuit::{State, Transition};
-pub use client::{Attempts, ClientMetrics, TimeoutClient};
+pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
 pub use error::{BuildError, Phase, RequestError};
 #[cfg(feature = "tower")]
 pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
-pub use many::{FetchMany, Fetched};
 pub use origins::BreakerMap;
-pub use request::RequestBuilder;
-pub use retry::Retry;
 
 // The examples of the README compile.
 #[cfg(doctest)]

@@ -17,8 +17,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 
 use crate::{
     breaker::BreakerPermit,
-    client::Attempts,
-    deadline::{Deadline, earlier, into_io},
+    call::deadline::{Deadline, earlier, into_io},
     error::{Phase, RequestError},
     limit::Permits,
 };
@@ -73,7 +72,6 @@ pub(crate) fn guard(response: Response, hold: Hold, limits: BodyLimits) -> Respo
     if let Some(extensions) = carrier.extensions_mut() {
         parts.extensions.extend(std::mem::take(extensions));
     }
-    parts.extensions.insert(Attempts(limits.attempts));
     // An empty body has ended already: its call must not hold a permit until the response is dropped.
     let hold = (!inner.is_end_stream()).then_some(hold);
     let body = GuardedBody { inner, hold, limits, received: 0, waiting_since: None, timer: None };
