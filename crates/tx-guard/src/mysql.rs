@@ -22,7 +22,7 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
     Unsignalled, Wanted, depth,
 };
-use crate::canceller::{self, Canceller, Signals};
+use crate::canceller::{self, Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 use in_step::Answers;
@@ -457,20 +457,24 @@ impl Signals for MySql {
     /// It looks before it kills.
     const TRIPS: u32 = 2;
 
+    fn ran(conn: &mut MySqlConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
+        uptime(conn).boxed()
+    }
+
     fn send<'c>(
         conn: &'c mut MySqlConnection,
-        since: Instant,
+        opened: Opened,
         wanted: Wanted,
         sessions: &'c [Identity],
     ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {
-        signal(conn, since, wanted, sessions).boxed()
+        signal(conn, opened, wanted, sessions).boxed()
     }
 }
 
 /// A session that waits for its client has nothing to be killed, and its next statement would be.
 async fn signal(
     conn: &mut MySqlConnection,
-    since: Instant,
+    opened: Opened,
     wanted: Wanted,
     sessions: &[Identity],
 ) -> Result<Vec<Activity>, sqlx::Error> {
@@ -479,11 +483,11 @@ async fn signal(
         conn.ping().await?;
         return conn.ping().await.map(|()| Vec::new());
     }
-    // Ids are given out again by a server that was started anew. A connection that is older than the id is one to the same
-    // start of the server.
-    let uptime =
-        if sessions.iter().any(|session| session.learnt < since) { uptime(conn).await? } else { Duration::MAX };
-    let lives = |session: &Identity| session.learnt >= since || uptime > session.learnt.elapsed();
+    // Ids are given out again by a server that was started anew. It is asked once more about one that was young when the
+    // connection was opened, since it counts in whole seconds.
+    let is_known = |session: &Identity| opened.is_same_server(session.learnt);
+    let uptime = if sessions.iter().all(is_known) { Duration::ZERO } else { uptime(conn).await? };
+    let lives = |session: &Identity| is_known(session) || uptime > session.learnt.elapsed();
     let ids = |wanted: &[bool]| -> Vec<u64> {
         sessions.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(session, _)| session.id).collect()
     };
