@@ -19,6 +19,7 @@ use crate::{
     breaker::{BreakerPermit, CircuitBreaker, CircuitOpen},
     circuit::State,
     config::BreakerConfig,
+    connections::Connections,
 };
 
 /// The name of the origin of a URL: scheme, host and port, without credentials. Borrowed in all but odd cases.
@@ -37,6 +38,7 @@ pub(crate) struct Origin {
     pub(crate) name: String,
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) permits: Option<Arc<Semaphore>>,
+    pub(crate) connections: Connections,
 }
 
 impl Origin {
@@ -65,6 +67,7 @@ impl Origins {
                 name: name.to_string(),
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
                 permits: self.concurrency.map(|permits| Arc::new(Semaphore::new(permits))),
+                connections: Connections::default(),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, is_needed))
