@@ -362,6 +362,27 @@ async fn a_lost_commit_that_has_only_notified_is_no_rollback() {
     world.end(db).await;
 }
 
+/// As after any other commit; its connection is closed by then.
+#[tokio::test]
+async fn the_hooks_of_a_commit_that_was_found_out_run_once() {
+    let world = World::<Postgres>::new().await;
+    let proxy = Proxy::open(Postgres::address(&world.options)).await;
+    let db = TxPool::<Postgres>::builder().max_connections(1).commit_mode(CommitMode::Resolvable);
+    let db = db.connect_with(Postgres::through(world.options.clone(), proxy.port)).await.unwrap();
+    let sizes = Arc::<Mutex<Vec<usize>>>::default();
+    for (n, fault) in [(1, Fault::CutAnswer), (2, Fault::CutBefore)] {
+        let mut tx = db.begin().await.unwrap();
+        world.insert(&mut tx, n).await.unwrap();
+        let (seen, pool) = (Arc::clone(&sizes), db.clone());
+        tx.after_commit(move || seen.lock().unwrap().push(pool.metrics().size));
+        proxy.arm(fault);
+        assert_eq!(tx.commit().await.is_ok(), n == 1, "{fault:?}");
+    }
+    assert_eq!(*sizes.lock().unwrap(), [0]);
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_outcome_is_told_wrongly_on_mysql() {
     no_outcome_is_told_wrongly::<MySql>(false, CommitMode::Resolvable).await;
