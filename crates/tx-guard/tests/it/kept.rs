@@ -5,7 +5,7 @@ use std::pin::pin;
 use std::time::{Duration, Instant};
 
 use cancel_safe_testing::drop_after;
-use cancel_safe_tx_guard::{CommitOutcome, TxError, TxPool};
+use cancel_safe_tx_guard::{CommitOutcome, TransactionGuard, TxError, TxPool};
 use futures_util::future::poll_immediate;
 use sqlx::{AssertSqlSafe, Connection, MySql, Postgres};
 use tokio::time::timeout;
@@ -14,7 +14,7 @@ use crate::commit::works_as_before;
 use crate::on_all;
 use crate::silence::within;
 use crate::torn::{Door, Pace};
-use crate::world::{TestDb, World};
+use crate::world::{TestDb, World, mostly_within};
 
 on_all!(a_commit_that_is_refused_for_a_lost_savepoint_keeps_its_session);
 
@@ -65,6 +65,45 @@ async fn a_commit_behind_an_end_by_its_sql_keeps_its_session_on_mysql() {
     a_commit_behind_an_end_by_its_sql_keeps_its_session::<MySql>().await;
 }
 
+/// Nobody has heard of the error, so it is that of the commit, as on PostgreSQL it would be.
+#[tokio::test]
+async fn a_commit_behind_a_dropped_statement_that_fails_is_refused_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    world.insert(&mut tx, 1).await.unwrap();
+    let again = format!("INSERT INTO {} (n) SELECT 1 FROM (SELECT SLEEP(0.3)) nap", world.table);
+    timeout(Duration::from_millis(20), MySql::execute(&mut tx, again)).await.unwrap_err();
+    let handle = tx.outcome_handle();
+    let error = within(tx.commit()).await.unwrap_err();
+    let code = error.as_sqlx().and_then(|error| error.as_database_error()?.code()).map(|code| code.into_owned());
+    assert_eq!(code.as_deref(), Some("23000"), "{error:?}");
+    assert_eq!(handle.try_outcome(), Some(CommitOutcome::RolledBack));
+    works_as_before(&world, &db).await;
+    is_kept(&db);
+    assert_eq!(world.committed().await, [77]);
+    world.end(db).await;
+}
+
+/// The session has died before anything of the commit was sent.
+#[tokio::test]
+async fn a_commit_behind_a_dropped_statement_whose_session_was_killed_is_a_rollback_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let db = world.pool(1).await;
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    let id: u64 = sqlx::query_scalar("SELECT CONNECTION_ID()").fetch_one(&mut *tx).await.unwrap();
+    timeout(Duration::from_millis(20), MySql::execute(&mut tx, MySql::SLOW.to_owned())).await.unwrap_err();
+    world.run(format!("KILL CONNECTION {id}")).await;
+    let error = within(tx.commit()).await.unwrap_err();
+    assert!(!error.is_unknown(), "{error:?}");
+    assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
+    assert!(world.committed().await.is_empty());
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
 /// sqlx takes a `begin` that was cut inside a nested transaction for the nested one, whose commit then is that of the whole.
 /// What the server may have to say to the rollback of the guard is not needed to doubt that there was one.
 #[tokio::test]
@@ -86,6 +125,18 @@ async fn an_end_of_which_sqlx_may_have_made_a_commit_is_in_doubt_although_the_se
     world.end(db).await;
 }
 
+/// What it is answered is wider than sqlx knows when it is dropped before the end.
+async fn leave_more_to_be_read_than_there_is(
+    world: &World<MySql>,
+    door: &Door<MySql>,
+    tx: &mut TransactionGuard<MySql>,
+) {
+    door.pace.send_replace(Pace::ToTheFirstRow);
+    let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
+    let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut **tx);
+    timeout(Duration::from_millis(300), prepared).await.map(drop).unwrap_err();
+}
+
 /// sqlx waits for more than the server has to say, and the server for sqlx: nothing is sent that could be committed, and after
 /// the five seconds in which the server was seen waiting the session is ended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -96,11 +147,7 @@ async fn a_commit_behind_what_never_comes_is_given_up_in_its_time_and_its_sessio
     let mut tx = db.begin().await.unwrap();
     let handle = tx.outcome_handle();
     world.insert(&mut tx, 1).await.unwrap();
-    door.pace.send_replace(Pace::ToTheFirstRow);
-    // What it is answered is wider than sqlx knows when it is dropped before the end.
-    let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
-    let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut *tx);
-    timeout(Duration::from_millis(300), prepared).await.map(drop).unwrap_err();
+    leave_more_to_be_read_than_there_is(&world, &door, &mut tx).await;
     let start = Instant::now();
     let mut commit = pin!(tx.commit());
     assert!(poll_immediate(commit.as_mut()).await.is_none());
@@ -111,6 +158,31 @@ async fn a_commit_behind_what_never_comes_is_given_up_in_its_time_and_its_sessio
     assert_eq!(handle.try_outcome(), Some(CommitOutcome::RolledBack));
     assert_eq!(db.metrics().terminated, 1);
     assert!(world.committed().await.is_empty());
+    works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+/// The same without a commit. Nobody waits for the two seconds after which a session is given up that can still be cancelled.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_drop_behind_what_never_comes_ends_the_session_soon() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let mut ended = 0;
+    let once = async || {
+        let mut tx = db.begin().await.unwrap();
+        let handle = tx.outcome_handle();
+        world.insert(&mut tx, 1).await.unwrap();
+        leave_more_to_be_read_than_there_is(&world, &door, &mut tx).await;
+        door.pace.send_replace(Pace::AtOnce);
+        let start = Instant::now();
+        drop(tx);
+        assert_eq!(within(handle.outcome()).await, CommitOutcome::RolledBack);
+        ended += 1;
+        assert_eq!(db.metrics().terminated, ended);
+        start.elapsed()
+    };
+    mostly_within(Duration::from_millis(1_900), 5, once).await;
     works_as_before(&world, &db).await;
     world.end(db).await;
 }

@@ -33,8 +33,13 @@ async fn a_pool_counts_what_it_has_and_what_it_has_done<D: TestDb>() {
         (now.idle, now.in_use, now.settling, now.waiting) == (2, 0, 0, 0)
     })
     .await;
+    // One that is dropped is not its user's any more, and is not over before anybody has done something for it.
+    drop(db.begin().await.unwrap());
+    let now = db.metrics();
+    assert_eq!((now.in_use, now.settling), (0, 1), "{now:?}");
+    eventually("it is over", async || db.metrics().idle == 2).await;
     let end = db.metrics();
-    assert_eq!((end.committed, end.rolled_back, end.unknown), (1, 2, 0), "{end:?}");
+    assert_eq!((end.committed, end.rolled_back, end.unknown), (1, 3, 0), "{end:?}");
     assert_eq!((end.opened, end.closed_failed, end.closed_with_pool), (2, 0, 0), "{end:?}");
     assert!(db.close(PATIENCE).await.is_clean());
     let closed = db.metrics();
@@ -42,7 +47,7 @@ async fn a_pool_counts_what_it_has_and_what_it_has_done<D: TestDb>() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-on_all!(a_pool_counts_what_it_has_and_what_it_has_done);
+on_all!(a_pool_counts_what_it_has_and_what_it_has_done, a_session_that_is_in_use_when_its_pool_is_closed_is_counted,);
 
 /// Works once, and waits for the one session to be closed, for the reason that `is_counted` sees alone.
 async fn one_is_closed(builder: TxPoolBuilder<Sqlite>, reason: usize) {
@@ -68,6 +73,18 @@ async fn the_reason_why_a_session_was_closed_is_counted() {
     one_is_closed(builder().max_lifetime(short), 0).await;
     one_is_closed(builder().idle_timeout(short), 1).await;
     one_is_closed(builder().after_release(|_| Box::pin(async { Ok(false) })), 2).await;
+}
+
+async fn a_session_that_is_in_use_when_its_pool_is_closed_is_counted<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let tx = db.begin().await.unwrap();
+    assert_eq!(db.close(Duration::ZERO).await.in_use, 1);
+    tx.commit().await.unwrap();
+    eventually("it is closed", async || db.metrics().size == 0).await;
+    let closed = db.metrics();
+    assert_eq!((closed.opened, closed.closed_with_pool, closed.closed_failed), (1, 1, 0), "{closed:?}");
+    world.end(db).await;
 }
 
 #[tokio::test]
