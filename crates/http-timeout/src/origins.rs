@@ -12,13 +12,13 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::sync::Semaphore;
 use url::{Position, Url};
 
 use crate::{
     breaker::{BreakerPermit, CircuitBreaker, CircuitOpen},
     circuit::State,
     config::BreakerConfig,
+    limit::Gate,
 };
 
 /// The name of the origin of a URL: scheme, host and port, without credentials. Borrowed in all but odd cases.
@@ -36,7 +36,7 @@ pub(crate) fn origin_name(url: &Url) -> Cow<'_, str> {
 pub(crate) struct Origin {
     pub(crate) name: String,
     pub(crate) breaker: Option<CircuitBreaker>,
-    pub(crate) permits: Option<Arc<Semaphore>>,
+    pub(crate) gate: Option<Gate>,
 }
 
 impl Origin {
@@ -50,12 +50,13 @@ impl Origin {
 pub(crate) struct Origins {
     known: Mutex<Lru<String, Arc<Origin>>>,
     breaker: Option<BreakerConfig>,
-    concurrency: Option<usize>,
+    /// Calls to one origin: in flight, and waiting.
+    gate: Option<(usize, usize)>,
 }
 
 impl Origins {
-    pub(crate) fn new(capacity: NonZeroUsize, breaker: Option<BreakerConfig>, concurrency: Option<usize>) -> Self {
-        Self { known: Mutex::new(Lru::new(capacity)), breaker, concurrency }
+    pub(crate) fn new(capacity: NonZeroUsize, breaker: Option<BreakerConfig>, gate: Option<(usize, usize)>) -> Self {
+        Self { known: Mutex::new(Lru::new(capacity)), breaker, gate }
     }
 
     pub(crate) fn of(&self, url: &Url) -> Arc<Origin> {
@@ -64,7 +65,7 @@ impl Origins {
             Arc::new(Origin {
                 name: name.to_string(),
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
-                permits: self.concurrency.map(|permits| Arc::new(Semaphore::new(permits))),
+                gate: self.gate.map(|(concurrency, max_waiting)| Gate::new(concurrency, max_waiting)),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, is_needed))
@@ -82,11 +83,18 @@ impl Origins {
     pub(crate) fn len(&self) -> usize {
         lock(&self.known).len()
     }
+
+    /// Calls that wait for the permit of an origin.
+    pub(crate) fn waiting(&self) -> usize {
+        lock(&self.known).values().filter_map(|origin| origin.gate.as_ref()).map(Gate::waiting).sum()
+    }
 }
 
 /// Whether somebody would notice that the origin was forgotten.
 fn is_needed(origin: &Arc<Origin>) -> bool {
-    Arc::strong_count(origin) > 1 || origin.breaker.as_ref().is_some_and(is_breaker_needed)
+    // A forgotten gate would come back with a full set of permits.
+    let in_flight = origin.gate.as_ref().is_some_and(|gate| gate.in_flight() > 0);
+    in_flight || Arc::strong_count(origin) > 1 || origin.breaker.as_ref().is_some_and(is_breaker_needed)
 }
 
 /// Isolation is an operator's word, which only the operator takes back.

@@ -16,7 +16,7 @@ use http_body::{Frame, SizeHint};
 use reqwest::{Body, Request};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
-use crate::error::{Phase, RequestError};
+use crate::error::RequestError;
 
 /// A request body in memory up to this size is sent as it is; the kernel takes it in one go.
 const UPLOAD_UNWATCHED_BYTES: usize = 64 * 1024;
@@ -56,8 +56,8 @@ impl Deadline {
         self.end.map(|end| end.saturating_duration_since(Instant::now()))
     }
 
-    pub(crate) fn timed_out(&self, phase: Phase, attempts: u32) -> RequestError {
-        RequestError::Timeout { phase, elapsed: self.started.elapsed(), attempts }
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 }
 
