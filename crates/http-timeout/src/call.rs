@@ -3,8 +3,10 @@
 //! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
 //! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
 
+mod blame;
 mod body;
 mod deadline;
+mod outgoing;
 mod redirect;
 mod retry;
 mod shared;
@@ -21,11 +23,14 @@ use tokio::time::{Instant, sleep_until};
 use crate::{
     breaker::{BreakerPermit, CircuitBreaker},
     call::{
+        blame::{Blame, Verdict, is_failure, is_retryable},
         body::{BodyLimits, Hold, guard},
-        deadline::{Deadline, Upload, earlier, watched, within},
+        deadline::{Deadline, Patience, watched, within},
+        outgoing::Outgoing,
         redirect::Refused,
-        retry::{Token, is_failure, is_retryable},
+        retry::Token,
     },
+    connections::give_up,
     error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
     origins::Origin,
@@ -44,6 +49,12 @@ const DRAIN_BYTES: usize = 64 * 1024;
 
 /// How long that may take; a new connection is cheaper than a longer wait.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the wait for a silent connection's end may take.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often a call may go on for free because another call, which was making the connection for both, was dropped.
+const MAX_FREE: u32 = 16;
 
 /// How many attempts a response took, the one that brought it included: an extension of every response.
 ///
@@ -74,6 +85,8 @@ pub(crate) struct Call<'a> {
     idempotent: bool,
     deadline: Deadline,
     attempts: u32,
+    /// Requests that do not count, because they came to nothing through no fault of the origin.
+    free: u32,
     hop: Hop,
     /// Where another attempt begins, if not with the hop.
     start: Option<Box<Hop>>,
@@ -96,10 +109,7 @@ struct Hop {
 #[derive(Debug)]
 struct Failed {
     error: RequestError,
-    /// No connection came about, so the server cannot have seen the request.
-    unsent: bool,
-    /// The origin is to blame.
-    charged: bool,
+    verdict: Verdict,
 }
 
 /// What follows an exchange.
@@ -107,7 +117,12 @@ struct Failed {
 enum Next<'a> {
     End,
     Redirected(Box<Result<Request, Refused>>),
-    Again { at: Instant, token: Token<'a> },
+    /// The same request at once, for free.
+    Same,
+    Again {
+        at: Instant,
+        token: Token<'a>,
+    },
 }
 
 impl Hop {
@@ -137,6 +152,12 @@ impl Hop {
     fn breaker(&self) -> Option<&CircuitBreaker> {
         self.origin.breaker.as_ref()
     }
+
+    /// Whether it can be sent again, and its origin would take it.
+    fn may_repeat(&self, unsent: bool) -> bool {
+        let refuses = self.breaker().is_some_and(|breaker| breaker.refusal().is_some());
+        (self.repeatable || unsent) && !self.body_is_gone && !refuses
+    }
 }
 
 impl<'a> Call<'a> {
@@ -147,6 +168,7 @@ impl<'a> Call<'a> {
             idempotent: order.idempotent,
             deadline: Deadline::new(order.timeout),
             attempts: 0,
+            free: 0,
             hop: Hop::new(client, request, order.idempotent, 0),
             start: None,
         }
@@ -186,6 +208,11 @@ impl<'a> Call<'a> {
                 Next::Redirected(request) => {
                     let stays = self.follow(*request)?;
                     kept = stays.then_some(permits);
+                    is_attempt = false;
+                }
+                Next::Same => {
+                    self.free += 1;
+                    kept = Some(permits);
                     is_attempt = false;
                 }
                 Next::Again { at, token: paid } => {
@@ -233,36 +260,43 @@ impl<'a> Call<'a> {
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
-        let upload = options.idle_timeout.and_then(|_| Upload::watch(&mut request));
-        let attempt_end = options.attempt_timeout.and_then(|limit| Instant::now().checked_add(limit));
-        let end = earlier(self.deadline.end(), attempt_end);
-        match watched(self.reqwest.execute(request), end, options.idle_timeout, upload.as_ref()).await {
-            Some(Ok(response)) => Ok(response),
-            Some(Err(error)) => Err(self.failed(error)),
-            None => {
-                let now = Instant::now();
-                let limit = match attempt_end {
-                    _ if self.deadline.is_past(now) => Limit::Total,
-                    Some(end) if now >= end => Limit::Attempt,
-                    _ => Limit::Idle,
-                };
-                let error = RequestError::timeout(limit, self.report(Phase::Response));
-                Err(Failed { error, unsent: false, charged: true })
+        let origin = &self.hop.origin;
+        if origin.connections.take_silent() {
+            // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
+            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
+        }
+        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
+        let started = Instant::now();
+        let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
+        let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
+        match watched(self.reqwest.execute(request), patience, &outgoing).await {
+            Ok(Ok(response)) => {
+                origin.connections.answered(&response);
+                Ok(response)
+            }
+            Ok(Err(error)) => {
+                let verdict = blame::of_error(&error, &outgoing, &origin.connections);
+                Err(Failed { error: self.told(error), verdict })
+            }
+            Err(limit) => {
+                let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
+                let verdict = blame::of_timeout(limit, whole, started, &outgoing);
+                if !verdict.unsent {
+                    origin.connections.timed_out();
+                }
+                let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
+                Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
             }
         }
     }
 
-    fn failed(&self, error: reqwest::Error) -> Failed {
-        let refused = error.is_connect();
-        let report = self.report(if refused { Phase::Connect } else { Phase::Response });
-        let error = match error {
-            error if refused && error.is_timeout() => RequestError::timeout(Limit::Connect, report),
+    fn told(&self, error: reqwest::Error) -> RequestError {
+        let connecting = error.is_connect();
+        let report = self.report(if connecting { Phase::Connect } else { Phase::Response });
+        match error {
+            error if connecting && error.is_timeout() => RequestError::timeout(Limit::Connect, report),
             error => RequestError::reported(error, report),
-        };
-        // Wrong requests are no sign of a sick origin.
-        let charged = !error.is_invalid_request();
-        // A client that follows redirects itself may have had an answer before the connection that failed.
-        Failed { error, unsent: refused && self.client.is_ours, charged }
+        }
     }
 
     /// What follows this result.
@@ -281,15 +315,21 @@ impl<'a> Call<'a> {
     /// Another attempt after this result, if there is one.
     fn again(&self, result: &Result<Response, Failed>) -> Option<Next<'a>> {
         let retry = &self.client.options.retry;
-        let (passing, unsent, asked) = match result {
+        let (blame, unsent, asked) = match result {
             Ok(response) => {
-                (is_retryable(response.status()), false, retry_after(response.headers(), SystemTime::now()))
+                let blame = is_retryable(response.status()).then_some(Blame::Origin);
+                (blame?, false, retry_after(response.headers(), SystemTime::now()))
             }
-            Err(failed) => (failed.charged, failed.unsent, None),
+            Err(failed) => (failed.verdict.blame, failed.verdict.unsent, None),
         };
+        // A call that was never sent costs nobody anything. One that was sent on a stale connection is, but only once.
+        let free = if unsent { MAX_FREE } else { 1 };
+        if blame == Blame::Pool && self.free < free && self.hop.may_repeat(unsent) {
+            return Some(Next::Same);
+        }
         let hop = self.start.as_deref().unwrap_or(&self.hop);
-        let possible = passing && (hop.repeatable || unsent) && !hop.body_is_gone && self.attempts < retry.attempts;
-        if !possible || hop.breaker().is_some_and(|breaker| breaker.refusal().is_some()) {
+        let possible = matches!(blame, Blame::Origin | Blame::Pool) && self.attempts < retry.attempts;
+        if !possible || !hop.may_repeat(unsent) {
             return None;
         }
         let at = Instant::now().checked_add(retry.wait(self.attempts, asked)?)?;
@@ -366,8 +406,13 @@ fn judge(
     admission.stop_clock();
     match &result {
         Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
-        Err(failed) if !failed.charged => admission.ignore(),
-        Ok(_) | Err(_) => admission.failure(),
+        Ok(_) => admission.failure(),
+        Err(failed) => match failed.verdict.blame {
+            Blame::Origin => admission.failure(),
+            Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
+            // A cut call, as if the caller had dropped it.
+            Blame::Queue => drop(admission),
+        },
     }
     (result, None)
 }

@@ -370,7 +370,7 @@ impl From<reqwest::Error> for RequestError {
 const WITHOUT_TLS: &str = "invalid URL, scheme is not http";
 
 /// Whether the URL asks for TLS and reqwest was built without it.
-fn lacks_tls(error: &reqwest::Error) -> bool {
+pub(crate) fn lacks_tls(error: &reqwest::Error) -> bool {
     error.is_connect() && root(error).to_string() == WITHOUT_TLS
 }
 

@@ -107,6 +107,7 @@ mod call;
 mod circuit;
 mod client;
 mod config;
+mod connections;
 mod error;
 #[cfg(feature = "tower")]
 mod layer;

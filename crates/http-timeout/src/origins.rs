@@ -18,6 +18,7 @@ use crate::{
     breaker::{BreakerPermit, CircuitBreaker, CircuitOpen},
     circuit::State,
     config::BreakerConfig,
+    connections::Connections,
     limit::Gate,
 };
 
@@ -37,6 +38,7 @@ pub(crate) struct Origin {
     pub(crate) name: String,
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) gate: Option<Gate>,
+    pub(crate) connections: Connections,
 }
 
 impl Origin {
@@ -66,6 +68,7 @@ impl Origins {
                 name: name.to_string(),
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
                 gate: self.gate.map(|(concurrency, max_waiting)| Gate::new(concurrency, max_waiting)),
+                connections: Connections::default(),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, is_needed))

@@ -15,12 +15,16 @@ use crate::{
     origins::Origins,
 };
 
+/// How often a connection of HTTP/2 is asked for a sign of life while a call waits on it.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long it may take to give one.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The state that every call of a client has a part in.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) reqwest: OnceLock<reqwest::Client>,
-    /// Whether that client was made here, and so leaves the redirects to the call.
-    pub(crate) is_ours: bool,
     pub(crate) options: Options,
     pub(crate) gate: Gate,
     pub(crate) origins: Origins,
@@ -63,7 +67,14 @@ pub(crate) fn build_reqwest(
     builder: reqwest::ClientBuilder,
     connect_timeout: Option<Duration>,
 ) -> reqwest::Result<reqwest::Client> {
-    let builder = builder.redirect(reqwest::redirect::Policy::none());
+    let builder = builder
+        // They are followed by the call, each at the account of its origin.
+        .redirect(reqwest::redirect::Policy::none())
+        // Its retries go round our budget.
+        .retry(reqwest::retry::never())
+        // While a call waits, so that a connection whose other end is gone is found.
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     match connect_timeout {
         Some(timeout) => builder.connect_timeout(timeout),
         None => builder,

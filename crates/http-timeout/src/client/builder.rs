@@ -33,7 +33,7 @@ impl TimeoutClient {
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
         let reqwest = build_reqwest(reqwest::Client::builder(), None).map_or_else(|_| OnceLock::new(), OnceLock::from);
-        builder.assemble(reqwest, true, None)
+        builder.assemble(reqwest, None)
     }
 
     /// Starts from the defaults of [`TimeoutClientBuilder`].
@@ -253,7 +253,6 @@ impl TimeoutClientBuilder {
     ///
     /// - redirects are followed inside, as its own policy says, unless that is `Policy::none()`: without a permit of
     ///   their origin, past its breaker, with its rules for headers, and at the account of the origin first asked;
-    /// - no request is taken for provably unsent, so only idempotent ones are tried again;
     /// - its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone;
     /// - `connect_timeout` is its own.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
@@ -305,7 +304,6 @@ impl TimeoutClientBuilder {
                 Err(_) => return wrong("propagate_deadline", "is not the name of a header"),
             }
         }
-        let is_ours = self.reqwest.is_none();
         let client = match self.reqwest.take() {
             Some(_) if self.connect_timeout_set => {
                 return wrong("connect_timeout", "cannot be set on a reqwest client that was made elsewhere");
@@ -321,16 +319,15 @@ impl TimeoutClientBuilder {
         };
         options.redirects.observe(&client);
         let lease = options.attempt_timeout.or(options.timeout);
-        Ok(self.assemble(OnceLock::from(client), is_ours, lease))
+        Ok(self.assemble(OnceLock::from(client), lease))
     }
 
-    fn assemble(self, reqwest: OnceLock<reqwest::Client>, is_ours: bool, lease: Option<Duration>) -> TimeoutClient {
+    fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
         let budget = self.options.retry.budget_of_client();
         let breaker = self.breaker.map(|config| config.with_default_lease(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
-            is_ours,
             options: self.options,
             gate: Gate::new(self.concurrency, self.max_waiting),
             origins: Origins::new(max_origins, breaker, self.concurrency_per_host.map(|size| (size, self.max_waiting))),

@@ -5,6 +5,7 @@ mod breaker;
 mod cancel;
 mod faults;
 mod happy;
+mod http2;
 #[cfg(feature = "tower")]
 mod layer;
 mod limits;
