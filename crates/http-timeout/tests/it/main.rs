@@ -9,5 +9,6 @@ mod http2;
 #[cfg(feature = "tower")]
 mod layer;
 mod limits;
+mod redirects;
 mod retries;
 mod server;
