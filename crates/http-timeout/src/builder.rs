@@ -12,8 +12,8 @@ use http::HeaderName;
 use tokio::sync::Semaphore;
 
 use crate::{
+    breaker::BreakerConfig,
     client::{Shared, TimeoutClient},
-    config::BreakerConfig,
     error::BuildError,
     limit::Limits,
     origins::Origins,
@@ -219,7 +219,7 @@ impl TimeoutClientBuilder {
         lease: Option<Duration>,
     ) -> TimeoutClient {
         let budget = self.options.retry.as_ref().map(Budget::new);
-        let breaker = self.breaker.map(|config| config.with_default_lease(lease));
+        let breaker = self.breaker.map(|config| config.with_patience(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,

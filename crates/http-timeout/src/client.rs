@@ -12,9 +12,8 @@ use reqwest::{IntoUrl, Response};
 use tokio::sync::Semaphore;
 
 use crate::{
-    breaker::CircuitBreaker,
+    breaker::{CircuitBreaker, State},
     builder::{Options, TimeoutClientBuilder, build_reqwest},
-    circuit::State,
     error::{RequestError, redacted},
     limit::Limits,
     many::FetchMany,

@@ -105,31 +105,26 @@
 mod body;
 mod breaker;
 mod builder;
-mod circuit;
 mod client;
-mod config;
 mod deadline;
 mod error;
-#[cfg(feature = "tower")]
-mod layer;
 mod limit;
 mod many;
 mod origins;
 mod redirect;
 mod request;
 mod retry;
-mod window;
 
-pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
-pub use builder::TimeoutClientBuilder;
-pub use circuit::{State, Transition};
-pub use client::{Attempts, ClientMetrics, TimeoutClient};
-pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
-pub use error::{BuildError, Phase, RequestError};
 #[cfg(feature = "tower")]
-pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
+pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
+pub use breaker::{
+    BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,
+    CircuitBreaker, CircuitOpen, Class, State, Transition,
+};
+pub use builder::TimeoutClientBuilder;
+pub use client::{Attempts, ClientMetrics, TimeoutClient};
+pub use error::{BuildError, Phase, RequestError};
 pub use many::{FetchMany, Fetched};
-pub use origins::BreakerMap;
 pub use request::RequestBuilder;
 pub use retry::Retry;
 

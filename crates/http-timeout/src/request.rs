@@ -283,7 +283,7 @@ impl<'a> Call<'a> {
         admission: Option<BreakerPermit>,
     ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
         let Some(mut admission) = admission else { return (result, None) };
-        admission.stop_clock();
+        admission.head();
         let stop = match &result {
             Ok(response) => Some(response.url()),
             Err(failed) => failed.hop.as_ref(),
@@ -295,7 +295,7 @@ impl<'a> Call<'a> {
             admission.success();
             match self.client.origins.of(url).admit() {
                 Ok(Some(mut other)) => {
-                    other.stop_clock();
+                    other.head();
                     admission = other;
                 }
                 Ok(None) | Err(_) => return (result, None),
