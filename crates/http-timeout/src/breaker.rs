@@ -3,7 +3,7 @@
 //! ```text
 //! layer   the breaker as a tower layer
 //! map     many breakers in a bounded map
-//! call    `CircuitBreaker`: the circuit, a clock, and permits that cannot be forgotten
+//! handle  `CircuitBreaker`: the circuit, a clock, and permits that cannot be forgotten
 //! config  the options, checked
 //! closed  what the results of a closed circuit's calls come to
 //! circuit the state machine, pure: the time is passed in, nothing waits or spawns
@@ -16,7 +16,7 @@
 //!
 //! Invariant: nothing in here knows of HTTP.
 
-mod call;
+mod handle;
 mod circuit;
 mod closed;
 mod config;
@@ -29,7 +29,10 @@ mod sync;
 mod window;
 mod word;
 
-pub use call::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
+#[cfg(test)]
+mod schedules;
+
+pub use handle::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
 #[cfg(feature = "tower")]
 pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};

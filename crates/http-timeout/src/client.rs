@@ -2,39 +2,24 @@
 //!
 //! Invariant: a broken TLS or an invalid URL is an error value of the first send, never a panic.
 
-use std::{
-    sync::{Arc, OnceLock},
-    time::{Duration, SystemTime},
-};
+mod builder;
+mod many;
+mod request;
+
+use std::{sync::Arc, time::Duration};
 
 use http::Method;
 use reqwest::{IntoUrl, Response};
-use tokio::sync::Semaphore;
 
 use crate::{
     breaker::{CircuitBreaker, State},
-    builder::{Options, TimeoutClientBuilder, build_reqwest},
-    error::{RequestError, redacted},
-    limit::Limits,
-    many::FetchMany,
-    origins::Origins,
-    request::RequestBuilder,
-    retry::{Budget, retry_after},
+    call::{Budget, Shared},
+    error::RequestError,
 };
 
-/// How many attempts a response took, the one that brought it included: an extension of every response.
-///
-/// ```no_run
-/// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), cancel_safe_http_timeout::RequestError> {
-/// use cancel_safe_http_timeout::Attempts;
-///
-/// let response = client.get("http://localhost:8080/").send().await?;
-/// let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
-/// # Ok(()) }
-/// ```
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[expect(clippy::exhaustive_structs, reason = "it is a number with a name, and never more")]
-pub struct Attempts(pub u32);
+pub use builder::TimeoutClientBuilder;
+pub use many::{FetchMany, Fetched};
+pub use request::RequestBuilder;
 
 /// An HTTP client with one deadline for each call, a bound on everything, and breakers that cannot stick.
 ///
@@ -61,18 +46,7 @@ pub struct Attempts(pub u32);
 /// ```
 #[derive(Clone, Debug)]
 pub struct TimeoutClient {
-    pub(crate) shared: Arc<Shared>,
-}
-
-#[derive(Debug)]
-pub(crate) struct Shared {
-    pub(crate) reqwest: OnceLock<reqwest::Client>,
-    /// Whether that client is ours, with the redirect policy that leaves notes.
-    pub(crate) notices_redirects: bool,
-    pub(crate) options: Options,
-    pub(crate) limits: Limits,
-    pub(crate) origins: Origins,
-    pub(crate) budget: Option<Budget>,
+    shared: Arc<Shared>,
 }
 
 /// A client's figures at one instant.
@@ -91,38 +65,7 @@ pub struct ClientMetrics {
     pub origins: usize,
 }
 
-impl Shared {
-    /// The client underneath, set up now if that failed before.
-    pub(crate) fn reqwest(&self) -> Result<&reqwest::Client, RequestError> {
-        if let Some(client) = self.reqwest.get() {
-            return Ok(client);
-        }
-        let client = build_reqwest(self.options.connect_timeout).map_err(RequestError::Setup)?;
-        Ok(self.reqwest.get_or_init(|| client))
-    }
-}
-
 impl TimeoutClient {
-    /// A client with this timeout for a whole call, and at most `max_concurrent` calls in flight (at least one).
-    ///
-    /// No other timeout applies; there are no retries and no breaker, and the cap on bodies is 64 MiB. A TLS set-up that
-    /// fails shows as the error of the first request.
-    pub fn new(default_timeout: Duration, max_concurrent: usize) -> Self {
-        let builder = Self::builder()
-            .timeout(default_timeout)
-            .connect_timeout(None)
-            .attempt_timeout(None)
-            .idle_timeout(None)
-            .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
-        let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
-        builder.assemble(reqwest, true, None)
-    }
-
-    /// Starts from the defaults of [`TimeoutClientBuilder`].
-    pub fn builder() -> TimeoutClientBuilder {
-        TimeoutClientBuilder::default()
-    }
-
     /// Starts a GET request.
     pub fn get(&self, url: impl IntoUrl) -> RequestBuilder {
         self.request(Method::GET, url)
@@ -155,8 +98,7 @@ impl TimeoutClient {
 
     /// Starts a request. An invalid URL shows as the error of [`RequestBuilder::send`].
     pub fn request(&self, method: Method, url: impl IntoUrl) -> RequestBuilder {
-        let request = self.shared.reqwest().map(|client| client.request(method, url));
-        RequestBuilder::new(self.clone(), request)
+        RequestBuilder::new(Arc::clone(&self.shared), method, url)
     }
 
     /// Sends a GET request that must end within `timeout`, or within the client's own timeout if it is `None`.
@@ -180,7 +122,7 @@ impl TimeoutClient {
         if timeout.is_some() {
             request = request.timeout(timeout);
         }
-        send_for_success(request).await
+        request.send_for_success().await
     }
 
     /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each as it is answered.
@@ -212,7 +154,7 @@ impl TimeoutClient {
     where
         I: IntoIterator<Item: AsRef<str>>,
     {
-        FetchMany::new(self.clone(), urls.into_iter(), per_request_timeout.into())
+        FetchMany::new(Arc::clone(&self.shared), urls.into_iter(), per_request_timeout.into())
     }
 
     /// The origins whose breaker is not closed.
@@ -243,19 +185,4 @@ impl TimeoutClient {
             origins: self.shared.origins.len(),
         }
     }
-}
-
-/// Sends `request` and turns 4xx and 5xx into errors.
-pub(crate) async fn send_for_success(request: RequestBuilder) -> Result<Response, RequestError> {
-    let response = request.send().await?;
-    let status = response.status();
-    if !status.is_client_error() && !status.is_server_error() {
-        return Ok(response);
-    }
-    Err(RequestError::Http {
-        status,
-        url: redacted(response.url()).into(),
-        retry_after: retry_after(response.headers(), SystemTime::now()),
-        attempts: response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0),
-    })
 }

@@ -102,31 +102,22 @@
 //!
 //! Rust 1.89; raised in a minor release only.
 
-mod body;
 mod breaker;
-mod builder;
+mod call;
 mod client;
-mod deadline;
 mod error;
 mod limit;
-mod many;
 mod origins;
-mod redirect;
-mod request;
-mod retry;
 
-#[cfg(feature = "tower")]
-pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
 pub use breaker::{
     BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,
     CircuitBreaker, CircuitOpen, Class, State, Transition,
 };
-pub use builder::TimeoutClientBuilder;
-pub use client::{Attempts, ClientMetrics, TimeoutClient};
+#[cfg(feature = "tower")]
+pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
+pub use call::{Attempts, Retry};
+pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
 pub use error::{BuildError, Phase, RequestError};
-pub use many::{FetchMany, Fetched};
-pub use request::RequestBuilder;
-pub use retry::Retry;
 
 // The examples of the README compile.
 #[cfg(doctest)]

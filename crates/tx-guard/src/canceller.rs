@@ -44,10 +44,13 @@ pub trait Signals: Database {
     /// How many round trips a message takes.
     const TRIPS: u32;
 
-    /// Signals all these sessions over `conn`, which was opened at `since`. One that is gone needs no signal.
+    /// For how long the server has been running, at least. Asked when the connection has been opened.
+    fn ran(conn: &mut Self::Connection) -> BoxFuture<'_, Result<Duration, sqlx::Error>>;
+
+    /// Signals all these sessions over `conn`. One that is gone needs no signal.
     fn send<'c>(
         conn: &'c mut Self::Connection,
-        since: Instant,
+        opened: Opened,
         wanted: Wanted,
         sessions: &'c [Self::Session],
     ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>>;
@@ -76,23 +79,49 @@ struct Request<DB: Signals> {
     answer: oneshot::Sender<Result<Activity, Unsignalled>>,
 }
 
-/// A connection, and since when it has been open.
-struct Warm<DB: Database> {
-    conn: DB::Connection,
+/// Since when a connection has been open, and what that says of its server.
+#[derive(Debug, Clone, Copy)]
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub struct Opened {
+    /// Before it was opened.
     since: Instant,
+    /// After the server had said how long it had been running.
+    seen: Instant,
+    ran: Duration,
 }
 
-impl<DB: Database> Warm<DB> {
+impl Opened {
+    /// Whether the server has been running ever since that moment, at which something was learnt of it. While the connection
+    /// lives it has not been started anew.
+    #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "PostgreSQL's sessions are told by their own start"))]
+    pub(crate) fn is_same_server(&self, learnt: Instant) -> bool {
+        learnt >= self.since || self.ran > self.seen.saturating_duration_since(learnt)
+    }
+}
+
+/// A connection, and when it was opened.
+struct Warm<DB: Signals> {
+    conn: DB::Connection,
+    opened: Opened,
+}
+
+impl<DB: Signals> Warm<DB> {
     async fn open(options: &Options<DB>) -> Result<Self, sqlx::Error> {
         // Before it is opened: what is older than this is older than the connection.
         let since = Instant::now();
-        let Some(beside) = beside() else { return Ok(Self { conn: options.connect().await?, since }) };
+        let mut conn = Self::connect(options).await?;
+        let ran = DB::ran(&mut conn).await?;
+        Ok(Self { conn, opened: Opened { since, seen: Instant::now(), ran } })
+    }
+
+    async fn connect(options: &Options<DB>) -> Result<DB::Connection, sqlx::Error> {
+        let Some(beside) = beside() else { return options.connect().await };
         // A set, because its drop takes what was begun with it.
         let mut opening = JoinSet::new();
         let options = options.clone();
         opening.spawn_on(async move { options.connect().await }, &beside);
         match opening.join_next().await {
-            Some(Ok(opened)) => Ok(Self { conn: opened?, since }),
+            Some(Ok(opened)) => opened,
             Some(Err(_)) | None => Err(sqlx::Error::WorkerCrashed),
         }
     }
@@ -123,7 +152,7 @@ impl<DB: Signals> Canceller<DB> {
         if warm.is_none() {
             let mut opened = Warm::open(options).await?;
             // What the driver has to learn about the message is learnt now. The second one shows how long it takes.
-            DB::send(&mut opened.conn, opened.since, Wanted::Look, &[]).await?;
+            DB::send(&mut opened.conn, opened.opened, Wanted::Look, &[]).await?;
             self.0.send(&mut opened, Wanted::Look, &[]).await?;
             *warm = Some(opened);
         }
@@ -284,7 +313,7 @@ impl<DB: Signals> Inner<DB> {
         sessions: &[DB::Session],
     ) -> Result<Vec<Activity>, sqlx::Error> {
         let start = Instant::now();
-        let answer = DB::send(&mut warm.conn, warm.since, wanted, sessions).await?;
+        let answer = DB::send(&mut warm.conn, warm.opened, wanted, sessions).await?;
         let took = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) / u64::from(DB::TRIPS);
         // Mostly the last ones; a server that was slow once is not taken for far away.
         let known = self.round_trip.load(Ordering::Relaxed);
@@ -322,6 +351,19 @@ mod tests {
 
     /// Set in a process in which no thread can be started.
     const CHILD: &str = "TX_GUARD_TEST_WITHOUT_THREADS";
+
+    #[test]
+    fn a_server_is_the_same_only_if_it_ran_before_something_was_learnt_of_it() {
+        let since = Instant::now();
+        let seconds = Duration::from_secs;
+        let is_same = |ran, learnt| Opened { since, seen: since, ran }.is_same_server(learnt);
+        let before = since.checked_sub(seconds(10)).unwrap();
+        assert!(is_same(seconds(11), before));
+        assert!(!is_same(seconds(10), before), "it may have been started at that moment");
+        assert!(!is_same(seconds(0), before));
+        // What is learnt while the connection lives is of the server to which it leads.
+        assert!(is_same(seconds(0), since) && is_same(seconds(0), since + seconds(1)));
+    }
 
     #[test]
     fn where_no_thread_is_to_be_had_there_is_none() {

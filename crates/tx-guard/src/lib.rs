@@ -129,8 +129,8 @@
 //!
 //! - An address that leads to another of several servers each time cannot be used: a cancel would go to the wrong one.
 //! - A statement whose client has died goes on until it has something to say to it.
-//! - All who wait in MariaDB's `SLEEP()` share one mutex, for which the server makes each `KILL` wait; a hundred of them
-//!   take seconds to cancel. Other statements do not.
+//! - A hundred statements that wait in MariaDB's `SLEEP()` take seconds to cancel, because the server itself waits inside
+//!   `KILL` for each. Statements that wait for a lock do not.
 //! - MySQL commits by itself before a DDL statement. Inside a guard the DDL is then refused, and `commit` is
 //!   [`TxError::Lost`], but what came before it is committed, and [`CommitOutcome::Unknown`] is told. `CREATE TEMPORARY
 //!   TABLE` does not do that. A raw `COMMIT` is noticed by `commit` alone.

@@ -22,15 +22,12 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
     Unsignalled, Wanted, depth,
 };
-use crate::canceller::{self, Canceller, Signals};
+use crate::canceller::{self, Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
-
-/// How often a rollback is tried: each statement that was left behind may answer with one error.
-const ROLLBACK_ATTEMPTS: usize = 16;
 
 /// How much later than the client the server ends a session whose transaction lasts too long, in seconds.
 const SESSION_MARGIN: u64 = 1;
@@ -80,10 +77,9 @@ pub struct Thread {
     ownership: Ownership,
     /// The session has limits of a transaction that had a deadline.
     limited: AtomicBool,
-    /// The answer to the COMMIT has been read to its end, and nothing was sent since.
-    in_step: AtomicBool,
-    /// A session of the user's has its settings back already.
-    is_back: AtomicBool,
+    /// The answer to the COMMIT has been read to its end, and nothing was sent since. A session of the user's has its
+    /// settings back already.
+    committed: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -241,8 +237,7 @@ impl Driver for MySql {
 
     /// Without autocommit a query begins a transaction.
     async fn end_read(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
-        in_step::prove(conn).await?;
-        Self::run_sql(conn, "ROLLBACK".to_owned()).await
+        in_step::insist(conn, "ROLLBACK").await
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
@@ -278,8 +273,7 @@ impl Driver for MySql {
         let error = match in_step::exchange(conn, &sql).await {
             // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
             Answers { proved: true, done: 2.., error: None } => {
-                thread.in_step.store(true, Ordering::Relaxed);
-                thread.is_back.store(true, Ordering::Relaxed);
+                thread.committed.store(true, Ordering::Relaxed);
                 return Ok(());
             }
             // Committed; the settings are tried again, or the connection is closed.
@@ -310,30 +304,19 @@ impl Driver for MySql {
 
     async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<Rollback, sqlx::Error> {
         let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
-        if !thread.in_step.swap(false, Ordering::Relaxed) {
-            in_step::prove(conn).await?;
-        }
-        // sqlx's depth stays where it was when MySQL has rolled back by itself, with the savepoints, and then its own
-        // rollback fails for ever. This one takes a level away whatever the answer will be.
-        while depth::<Self>(conn) > 1 {
+        // These take sqlx's levels away whatever the answers will be: when MySQL has rolled back by itself, with the
+        // savepoints, sqlx's own rollback fails for ever. They go out with what is sent next, and free the locks there.
+        while depth::<Self>(conn) > 0 {
             Manager::start_rollback(conn);
         }
-        for _ in 0..ROLLBACK_ATTEMPTS {
-            let rolled_back = match depth::<Self>(conn) {
-                0 => Self::run_sql(conn, "ROLLBACK".to_owned()).await,
-                _ => Manager::rollback(conn).await,
-            };
-            if is_done(rolled_back)? {
-                match thread.settings_back() {
-                    Some(settings_back) if !thread.is_back.swap(false, Ordering::Relaxed) => {
-                        Self::run_sql(conn, settings_back).await?;
-                    }
-                    _ => {}
-                }
-                return Ok(found);
-            }
+        if thread.committed.swap(false, Ordering::Relaxed) && is_done(conn.flush().await)? {
+            return Ok(found);
         }
-        Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
+        match thread.settings_back() {
+            Some(settings_back) => in_step::insist(conn, &format!("ROLLBACK; {settings_back}")).await?,
+            None => in_step::insist(conn, "ROLLBACK").await?,
+        }
+        Ok(found)
     }
 
     async fn quiet(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
@@ -363,13 +346,7 @@ impl Driver for MySql {
 
 impl Thread {
     fn new(identity: Identity, ownership: Ownership) -> Self {
-        Self {
-            identity,
-            ownership,
-            limited: AtomicBool::new(false),
-            in_step: AtomicBool::new(false),
-            is_back: AtomicBool::new(false),
-        }
+        Self { identity, ownership, limited: AtomicBool::new(false), committed: AtomicBool::new(false) }
     }
 
     /// Gives a wrapped session the settings back that it had before its transaction. None where it has them all.
@@ -457,20 +434,24 @@ impl Signals for MySql {
     /// It looks before it kills.
     const TRIPS: u32 = 2;
 
+    fn ran(conn: &mut MySqlConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
+        uptime(conn).boxed()
+    }
+
     fn send<'c>(
         conn: &'c mut MySqlConnection,
-        since: Instant,
+        opened: Opened,
         wanted: Wanted,
         sessions: &'c [Identity],
     ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {
-        signal(conn, since, wanted, sessions).boxed()
+        signal(conn, opened, wanted, sessions).boxed()
     }
 }
 
 /// A session that waits for its client has nothing to be killed, and its next statement would be.
 async fn signal(
     conn: &mut MySqlConnection,
-    since: Instant,
+    opened: Opened,
     wanted: Wanted,
     sessions: &[Identity],
 ) -> Result<Vec<Activity>, sqlx::Error> {
@@ -479,11 +460,11 @@ async fn signal(
         conn.ping().await?;
         return conn.ping().await.map(|()| Vec::new());
     }
-    // Ids are given out again by a server that was started anew. A connection that is older than the id is one to the same
-    // start of the server.
-    let uptime =
-        if sessions.iter().any(|session| session.learnt < since) { uptime(conn).await? } else { Duration::MAX };
-    let lives = |session: &Identity| session.learnt >= since || uptime > session.learnt.elapsed();
+    // Ids are given out again by a server that was started anew. It is asked once more about one that was young when the
+    // connection was opened, since it counts in whole seconds.
+    let is_known = |session: &Identity| opened.is_same_server(session.learnt);
+    let uptime = if sessions.iter().all(is_known) { Duration::ZERO } else { uptime(conn).await? };
+    let lives = |session: &Identity| is_known(session) || uptime > session.learnt.elapsed();
     let ids = |wanted: &[bool]| -> Vec<u64> {
         sessions.iter().zip(wanted).filter(|(_, wanted)| **wanted).map(|(session, _)| session.id).collect()
     };

@@ -8,7 +8,7 @@ mod pooled;
 mod proof;
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
@@ -23,7 +23,7 @@ use crate::backend::{
     Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
     Unsignalled, Wanted, depth,
 };
-use crate::canceller::{self, Canceller, Signals};
+use crate::canceller::{self, Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 
@@ -431,9 +431,14 @@ impl Signals for Postgres {
 
     const TRIPS: u32 = 1;
 
+    /// Its sessions are told by the moments at which they were started.
+    fn ran(_: &mut PgConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
+        std::future::ready(Ok(Duration::MAX)).boxed()
+    }
+
     fn send<'c>(
         conn: &'c mut PgConnection,
-        _: Instant,
+        _: Opened,
         wanted: Wanted,
         sessions: &'c [BackendId],
     ) -> BoxFuture<'c, Result<Vec<Activity>, sqlx::Error>> {

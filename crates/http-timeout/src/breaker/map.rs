@@ -12,7 +12,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
-use super::{call::CircuitBreaker, config::BreakerConfig, word::State};
+use super::{config::BreakerConfig, handle::CircuitBreaker, word::State};
 
 /// What would be lost with an entry that was forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -59,16 +59,17 @@ pub(crate) async fn run(conn: &mut MySqlConnection, sql: &str) -> Result<(), sql
     }
 }
 
-/// Reads what was left to be read, and makes sure that nothing of it is left.
+/// Reads what was left to be read, and makes sure that nothing of it is left and that these statements have been done,
+/// which have no rows.
 ///
 /// # Errors
 ///
 /// There is, and nobody can say where it ends: the connection cannot be used any more.
-pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+pub(crate) async fn insist(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
-        match exchange(conn, "DO 0").await {
+        match exchange(conn, sql).await {
             Answers { proved: true, error: None, .. } => return Ok(()),
-            // The answer to what was left, after which nothing was sent; or to this, which was cancelled.
+            // The answer to what was left, after which nothing was sent; or to these, which were cancelled.
             Answers { error: Some(sqlx::Error::Database(_)), .. } => {}
             Answers { error, .. } => return Err(error.unwrap_or_else(out_of_step)),
         }
@@ -90,7 +91,7 @@ pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Err
             None => left.await.map(|()| true)?,
         }
     };
-    if is_left { prove(conn).await } else { Ok(()) }
+    if is_left { insist(conn, "DO 0").await } else { Ok(()) }
 }
 
 pub(crate) fn out_of_step() -> sqlx::Error {

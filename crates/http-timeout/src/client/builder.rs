@@ -13,13 +13,34 @@ use tokio::sync::Semaphore;
 
 use crate::{
     breaker::BreakerConfig,
-    client::{Shared, TimeoutClient},
+    call::{Budget, Options, Retry, Shared, build_reqwest},
+    client::TimeoutClient,
     error::BuildError,
     limit::Limits,
     origins::Origins,
-    redirect,
-    retry::{Budget, Retry},
 };
+
+impl TimeoutClient {
+    /// A client with this timeout for a whole call, and at most `max_concurrent` calls in flight (at least one).
+    ///
+    /// No other timeout applies; there are no retries and no breaker, and the cap on bodies is 64 MiB. A TLS set-up that
+    /// fails shows as the error of the first request.
+    pub fn new(default_timeout: Duration, max_concurrent: usize) -> Self {
+        let builder = Self::builder()
+            .timeout(default_timeout)
+            .connect_timeout(None)
+            .attempt_timeout(None)
+            .idle_timeout(None)
+            .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
+        let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
+        builder.assemble(reqwest, true, None)
+    }
+
+    /// Starts from the defaults of [`TimeoutClientBuilder`].
+    pub fn builder() -> TimeoutClientBuilder {
+        TimeoutClientBuilder::default()
+    }
+}
 
 /// Sets the options of a [`TimeoutClient`].
 ///
@@ -212,12 +233,7 @@ impl TimeoutClientBuilder {
         Ok(self.assemble(OnceLock::from(client), is_ours, lease))
     }
 
-    pub(crate) fn assemble(
-        self,
-        reqwest: OnceLock<reqwest::Client>,
-        is_ours: bool,
-        lease: Option<Duration>,
-    ) -> TimeoutClient {
+    fn assemble(self, reqwest: OnceLock<reqwest::Client>, is_ours: bool, lease: Option<Duration>) -> TimeoutClient {
         let budget = self.options.retry.as_ref().map(Budget::new);
         let breaker = self.breaker.map(|config| config.with_patience(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
@@ -231,24 +247,4 @@ impl TimeoutClientBuilder {
         };
         TimeoutClient { shared: Arc::new(shared) }
     }
-}
-
-/// The options that a call looks at.
-#[derive(Clone, Debug)]
-pub(crate) struct Options {
-    pub(crate) timeout: Option<Duration>,
-    pub(crate) attempt_timeout: Option<Duration>,
-    pub(crate) connect_timeout: Option<Duration>,
-    pub(crate) idle_timeout: Option<Duration>,
-    pub(crate) max_body: Option<u64>,
-    pub(crate) retry: Option<Retry>,
-    pub(crate) propagate: Option<HeaderName>,
-}
-
-pub(crate) fn build_reqwest(connect_timeout: Option<Duration>) -> reqwest::Result<reqwest::Client> {
-    let mut builder = reqwest::Client::builder().redirect(redirect::policy());
-    if let Some(timeout) = connect_timeout {
-        builder = builder.connect_timeout(timeout);
-    }
-    builder.build()
 }

@@ -9,18 +9,17 @@ use std::{
     future::Future,
     iter::Enumerate,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll},
     time::Duration,
 };
 
 use futures_core::Stream;
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use http::Method;
 use reqwest::Response;
 
-use crate::{
-    client::{TimeoutClient, send_for_success},
-    error::RequestError,
-};
+use crate::{call::Shared, client::RequestBuilder, error::RequestError};
 
 /// What became of one of many URLs.
 #[derive(Debug)]
@@ -34,10 +33,10 @@ pub struct Fetched {
     pub result: Result<Response, RequestError>,
 }
 
-/// The stream of [`TimeoutClient::get_many`], in the order of the answers.
+/// The stream of [`TimeoutClient::get_many`](crate::TimeoutClient::get_many), in the order of the answers.
 #[must_use = "a stream does nothing until it is polled"]
 pub struct FetchMany<I> {
-    client: TimeoutClient,
+    client: Arc<Shared>,
     urls: Option<Enumerate<I>>,
     timeout: Option<Duration>,
     running: FuturesUnordered<Pin<Box<dyn Future<Output = Fetched> + Send>>>,
@@ -52,7 +51,7 @@ struct Order {
 }
 
 impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
-    pub(crate) fn new(client: TimeoutClient, urls: I, timeout: Option<Duration>) -> Self {
+    pub(crate) fn new(client: Arc<Shared>, urls: I, timeout: Option<Duration>) -> Self {
         Self { client, urls: Some(urls.enumerate()), timeout, running: FuturesUnordered::new(), order: None }
     }
 
@@ -64,7 +63,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
 
     fn start_what_fits(&mut self) {
         let early = self.order.as_ref().map_or(0, |order| order.early.len());
-        let limit = self.client.shared.limits.concurrency();
+        let limit = self.client.limits.concurrency();
         while self.running.len() + early < limit {
             // A finished iterator is not asked again: it need not be fused.
             let Some((index, url)) = self.urls.as_mut().and_then(Iterator::next) else {
@@ -76,7 +75,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
     }
 
     fn start(&mut self, index: usize, url: &str) {
-        let mut request = self.client.get(url);
+        let mut request = RequestBuilder::new(Arc::clone(&self.client), Method::GET, url);
         if self.timeout.is_some() {
             request = request.timeout(self.timeout);
         }
@@ -85,7 +84,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
             request = request.keeping_permits();
         }
         let url = url.to_owned();
-        self.running.push(Box::pin(async move { Fetched { index, url, result: send_for_success(request).await } }));
+        self.running.push(Box::pin(async move { Fetched { index, url, result: request.send_for_success().await } }));
     }
 }
 

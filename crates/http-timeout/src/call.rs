@@ -1,30 +1,41 @@
-//! One call: a request in reqwest's words, and the loop of attempts that sends it.
+//! One call: the loop of attempts that sends a request, under the limits of its client.
 //!
 //! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
 //! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
 
+mod body;
+mod deadline;
+mod redirect;
+mod retry;
+mod shared;
+
 use std::{
-    fmt,
     sync::Arc,
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Version};
-use reqwest::{Body, Request, Response};
-use serde::Serialize;
+use http::HeaderValue;
+use reqwest::{Request, Response};
 use tokio::time::{Instant, sleep_until};
 use url::Url;
 
 use crate::{
-    body::{BodyLimits, Hold, guard},
     breaker::{BreakerPermit, CircuitBreaker},
-    client::{Shared, TimeoutClient},
-    deadline::{Deadline, Upload, watched, within},
+    call::{
+        body::{BodyLimits, Hold, guard},
+        deadline::{Deadline, Upload, watched, within},
+        redirect::noticed,
+        retry::{Token, is_failure, is_retryable},
+    },
     error::{Phase, RequestError},
     limit::Permits,
     origins::{Origin, origin_name},
-    redirect::noticed,
-    retry::{Budget, Token, is_failure, is_retryable, retry_after},
+};
+
+pub use retry::Retry;
+pub(crate) use {
+    retry::{Budget, retry_after},
+    shared::{Options, Shared, build_reqwest},
 };
 
 /// How much of an unwanted body is read so that its connection can be used again.
@@ -33,134 +44,31 @@ const DRAIN_BYTES: usize = 64 * 1024;
 /// How long that may take; a new connection is cheaper than a longer wait.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Builds a request, in the words of [`reqwest::RequestBuilder`].
+/// How many attempts a response took, the one that brought it included: an extension of every response.
 ///
-/// A mistake, such as an invalid URL or header, shows as the error of [`send`](Self::send).
-#[derive(Debug)]
-#[must_use = "a request does nothing until it is sent"]
-pub struct RequestBuilder {
-    client: TimeoutClient,
-    request: Result<reqwest::RequestBuilder, RequestError>,
-    timeout: Option<Duration>,
-    idempotent: bool,
-    keeps_permits: bool,
-}
+/// ```no_run
+/// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), cancel_safe_http_timeout::RequestError> {
+/// use cancel_safe_http_timeout::Attempts;
+///
+/// let response = client.get("http://localhost:8080/").send().await?;
+/// let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
+/// # Ok(()) }
+/// ```
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[expect(clippy::exhaustive_structs, reason = "it is a number with a name, and never more")]
+pub struct Attempts(pub u32);
 
-impl RequestBuilder {
-    pub(crate) fn new(client: TimeoutClient, request: Result<reqwest::RequestBuilder, RequestError>) -> Self {
-        let timeout = client.shared.options.timeout;
-        Self { client, request, timeout, idempotent: false, keeps_permits: false }
-    }
-
-    fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
-        self.request = self.request.map(change);
-        self
-    }
-
-    /// Adds a header.
-    pub fn header<K, V>(self, key: K, value: V) -> Self
-    where
-        HeaderName: TryFrom<K>,
-        <HeaderName as TryFrom<K>>::Error: Into<http::Error>,
-        HeaderValue: TryFrom<V>,
-        <HeaderValue as TryFrom<V>>::Error: Into<http::Error>,
-    {
-        self.map(|request| request.header(key, value))
-    }
-
-    /// Adds headers; those of the same name are replaced.
-    pub fn headers(self, headers: HeaderMap) -> Self {
-        self.map(|request| request.headers(headers))
-    }
-
-    /// Authenticates with a name and a password.
-    pub fn basic_auth(self, username: impl fmt::Display, password: Option<impl fmt::Display>) -> Self {
-        self.map(|request| request.basic_auth(username, password))
-    }
-
-    /// Authenticates with a token.
-    pub fn bearer_auth(self, token: impl fmt::Display) -> Self {
-        self.map(|request| request.bearer_auth(token))
-    }
-
-    /// Sets the body.
-    pub fn body(self, body: impl Into<Body>) -> Self {
-        self.map(|request| request.body(body))
-    }
-
-    /// Sets the body to this value as JSON.
-    pub fn json<T: Serialize + ?Sized>(self, json: &T) -> Self {
-        self.map(|request| request.json(json))
-    }
-
-    /// Sets the body to this value as a form.
-    pub fn form<T: Serialize + ?Sized>(self, form: &T) -> Self {
-        self.map(|request| request.form(form))
-    }
-
-    /// Appends to the query of the URL.
-    pub fn query<T: Serialize + ?Sized>(self, query: &T) -> Self {
-        self.map(|request| request.query(query))
-    }
-
-    /// Sets the version of HTTP.
-    pub fn version(self, version: Version) -> Self {
-        self.map(|request| request.version(version))
-    }
-
-    /// The timeout of this call, instead of the client's; `None` for none.
-    pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
-        self.timeout = timeout.into();
-        self
-    }
-
-    /// Declares that sending this request twice is the same as once, so that it may be tried again.
-    pub fn idempotent(mut self) -> Self {
-        self.idempotent = true;
-        self
-    }
-
-    /// Keeps the permits during a back-off, so that calls that began later cannot come between.
-    pub(crate) fn keeping_permits(mut self) -> Self {
-        self.keeps_permits = true;
-        self
-    }
-
-    /// Sends the request, and again as the client's policy says. Any status is `Ok`, as in reqwest.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. If dropped before completion, the connection is given up, and permits, probe slot
-    /// and unspent retry budget are back when the drop returns. Whether the server saw the request is unknown; the
-    /// same holds of the response's body, which is dropped by dropping the response.
-    ///
-    /// # Errors
-    ///
-    /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how
-    /// the network failed. A timeout while the body is read is an error of reading it, for which
-    /// [`reqwest::Error::is_timeout`] holds.
-    pub async fn send(self) -> Result<Response, RequestError> {
-        let deadline = Deadline::new(self.timeout);
-        let (reqwest, request) = self.request?.build_split();
-        let request = request?;
-        let repeatable =
-            self.idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
-        let call = Call {
-            origin: self.client.shared.origins.of(request.url()),
-            client: &self.client.shared,
-            reqwest,
-            request: Some(request),
-            repeatable,
-            keeps_permits: self.keeps_permits,
-            deadline,
-            attempts: 0,
-        };
-        call.run().await
-    }
+/// What the caller asked for beside the request itself.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Order {
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) idempotent: bool,
+    /// Keep the permits during a back-off, so that calls that began later cannot come between.
+    pub(crate) keeps_permits: bool,
 }
 
 /// A call in progress.
-struct Call<'a> {
+pub(crate) struct Call<'a> {
     client: &'a Shared,
     reqwest: reqwest::Client,
     origin: Arc<Origin>,
@@ -190,7 +98,23 @@ struct Again<'a> {
 }
 
 impl<'a> Call<'a> {
-    async fn run(mut self) -> Result<Response, RequestError> {
+    pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order) -> Self {
+        let repeatable =
+            order.idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
+        Self {
+            client,
+            reqwest,
+            origin: client.origins.of(request.url()),
+            request: Some(request),
+            repeatable,
+            keeps_permits: order.keeps_permits,
+            deadline: Deadline::new(order.timeout),
+            attempts: 0,
+        }
+    }
+
+    /// Sends the request, and again as the policy says.
+    pub(crate) async fn run(mut self) -> Result<Response, RequestError> {
         let mut kept = None;
         let mut token: Option<Token<'_>> = None;
         loop {
@@ -353,7 +277,9 @@ impl<'a> Call<'a> {
             max_bytes: options.max_body,
             attempts: self.attempts,
         };
-        guard(response, hold, limits)
+        let mut response = guard(response, hold, limits);
+        response.extensions_mut().insert(Attempts(self.attempts));
+        response
     }
 
     fn circuit_open(&self, retry_after: Duration) -> RequestError {

@@ -1,0 +1,147 @@
+//! A request in reqwest's words, until it is sent.
+//!
+//! Invariant: a request that was never sent holds nothing, and a mistake in it is the error of sending it.
+
+use std::{
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
+use reqwest::{Body, IntoUrl, Response};
+use serde::Serialize;
+
+use crate::{
+    call::{Attempts, Call, Order, Shared, retry_after},
+    error::{RequestError, redacted},
+};
+
+/// Builds a request, in the words of [`reqwest::RequestBuilder`].
+///
+/// A mistake, such as an invalid URL or header, shows as the error of [`send`](Self::send).
+#[derive(Debug)]
+#[must_use = "a request does nothing until it is sent"]
+pub struct RequestBuilder {
+    client: Arc<Shared>,
+    request: Result<reqwest::RequestBuilder, RequestError>,
+    timeout: Option<Duration>,
+    idempotent: bool,
+    keeps_permits: bool,
+}
+
+impl RequestBuilder {
+    pub(crate) fn new(client: Arc<Shared>, method: Method, url: impl IntoUrl) -> Self {
+        let request = client.reqwest().map(|reqwest| reqwest.request(method, url));
+        let timeout = client.options.timeout;
+        Self { client, request, timeout, idempotent: false, keeps_permits: false }
+    }
+
+    fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
+        self.request = self.request.map(change);
+        self
+    }
+
+    /// Adds a header.
+    pub fn header<K, V>(self, key: K, value: V) -> Self
+    where
+        HeaderName: TryFrom<K>,
+        <HeaderName as TryFrom<K>>::Error: Into<http::Error>,
+        HeaderValue: TryFrom<V>,
+        <HeaderValue as TryFrom<V>>::Error: Into<http::Error>,
+    {
+        self.map(|request| request.header(key, value))
+    }
+
+    /// Adds headers; those of the same name are replaced.
+    pub fn headers(self, headers: HeaderMap) -> Self {
+        self.map(|request| request.headers(headers))
+    }
+
+    /// Authenticates with a name and a password.
+    pub fn basic_auth(self, username: impl fmt::Display, password: Option<impl fmt::Display>) -> Self {
+        self.map(|request| request.basic_auth(username, password))
+    }
+
+    /// Authenticates with a token.
+    pub fn bearer_auth(self, token: impl fmt::Display) -> Self {
+        self.map(|request| request.bearer_auth(token))
+    }
+
+    /// Sets the body.
+    pub fn body(self, body: impl Into<Body>) -> Self {
+        self.map(|request| request.body(body))
+    }
+
+    /// Sets the body to this value as JSON.
+    pub fn json<T: Serialize + ?Sized>(self, json: &T) -> Self {
+        self.map(|request| request.json(json))
+    }
+
+    /// Sets the body to this value as a form.
+    pub fn form<T: Serialize + ?Sized>(self, form: &T) -> Self {
+        self.map(|request| request.form(form))
+    }
+
+    /// Appends to the query of the URL.
+    pub fn query<T: Serialize + ?Sized>(self, query: &T) -> Self {
+        self.map(|request| request.query(query))
+    }
+
+    /// Sets the version of HTTP.
+    pub fn version(self, version: Version) -> Self {
+        self.map(|request| request.version(version))
+    }
+
+    /// The timeout of this call, instead of the client's; `None` for none.
+    pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.timeout = timeout.into();
+        self
+    }
+
+    /// Declares that sending this request twice is the same as once, so that it may be tried again.
+    pub fn idempotent(mut self) -> Self {
+        self.idempotent = true;
+        self
+    }
+
+    /// Keeps the permits during a back-off, so that calls that began later cannot come between.
+    pub(crate) fn keeping_permits(mut self) -> Self {
+        self.keeps_permits = true;
+        self
+    }
+
+    /// Sends the request, and again as the client's policy says. Any status is `Ok`, as in reqwest.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the connection is given up, and permits, probe slot
+    /// and unspent retry budget are back when the drop returns. Whether the server saw the request is unknown; the
+    /// same holds of the response's body, which is dropped by dropping the response.
+    ///
+    /// # Errors
+    ///
+    /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how
+    /// the network failed. A timeout while the body is read is an error of reading it, for which
+    /// [`reqwest::Error::is_timeout`] holds.
+    pub async fn send(self) -> Result<Response, RequestError> {
+        let (reqwest, request) = self.request?.build_split();
+        let order = Order { timeout: self.timeout, idempotent: self.idempotent, keeps_permits: self.keeps_permits };
+        Call::new(&self.client, reqwest, request?, order).run().await
+    }
+
+    /// Sends the request and turns 4xx and 5xx into errors.
+    pub(crate) async fn send_for_success(self) -> Result<Response, RequestError> {
+        let response = self.send().await?;
+        let status = response.status();
+        if !status.is_client_error() && !status.is_server_error() {
+            return Ok(response);
+        }
+        Err(RequestError::Http {
+            status,
+            url: redacted(response.url()).into(),
+            retry_after: retry_after(response.headers(), SystemTime::now()),
+            attempts: response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0),
+        })
+    }
+}
