@@ -16,10 +16,10 @@
 //!
 //! Invariant: nothing in here knows of HTTP.
 
-mod handle;
 mod circuit;
 mod closed;
 mod config;
+mod handle;
 #[cfg(feature = "tower")]
 mod layer;
 mod map;
@@ -32,8 +32,8 @@ mod word;
 #[cfg(test)]
 mod schedules;
 
-pub use handle::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
+pub use handle::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 #[cfg(feature = "tower")]
 pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
 pub use map::BreakerMap;

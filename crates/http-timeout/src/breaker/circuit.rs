@@ -18,7 +18,10 @@ use super::{
     silence::{SHORTEST, Silence},
     sync::{AtomicU64, Mutex, MutexGuard},
     window::{Counts, Nanos, Span, Window},
-    word::{CLOSED, HALF_OPEN, ISOLATED, OPEN, STATE, State, Transition, counter, generation, key, state, successor, transition},
+    word::{
+        CLOSED, HALF_OPEN, ISOLATED, OPEN, STATE, State, Transition, counter, generation, key, state, successor,
+        transition,
+    },
 };
 
 /// The figures by which a circuit trips and recovers; valid, because only `BreakerConfig` makes them.
@@ -50,7 +53,9 @@ pub(crate) struct SlowRule {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// The answer is finished. Its consumer waited for the body this long in all, after the head.
-    Success { body: Nanos },
+    Success {
+        body: Nanos,
+    },
     /// The head was good, and the rest was not wanted while it flowed: the callee is well, but has finished nothing.
     Unread,
     /// The head of a stream was good. Streams end when their consumer likes, so that is all there is to know.
@@ -58,7 +63,9 @@ pub(crate) enum Ending {
     Failure,
     Ignored,
     /// The caller gave up. With the head there already, `quiet` is how long the body had kept it waiting.
-    Cut { quiet: Option<Nanos> },
+    Cut {
+        quiet: Option<Nanos>,
+    },
 }
 
 /// The right to make one call, in the generation it was given in. Each is handed to `finish` exactly once.
@@ -67,8 +74,8 @@ pub(crate) struct Admission {
     /// State and generation, without counter and marks.
     pub(super) key: u64,
     pub(super) since: Nanos,
-    /// When the head of the answer came; zero before, or if the callee knows no heads.
-    head: Nanos,
+    /// When the head of the answer came; none before, or if the callee knows no heads.
+    head: Option<Nanos>,
     /// The number of a probe; zero for other calls.
     probe: u32,
 }
@@ -76,8 +83,7 @@ pub(crate) struct Admission {
 impl Admission {
     /// How long the call took, up to the head where there is one: what follows is also its consumer's time.
     pub(super) fn took(&self, now: Nanos) -> Nanos {
-        let end = if self.head == 0 { now } else { self.head };
-        end.saturating_sub(self.since)
+        self.head.unwrap_or(now).saturating_sub(self.since)
     }
 
     /// How long a call that was cut had waited for the callee.
@@ -139,8 +145,7 @@ pub(crate) struct Snapshot {
 
 impl Circuit {
     pub(crate) fn new(rules: Rules, rng: fastrand::Rng) -> Self {
-        let cold =
-            Cold { until: 0, probes: Probes::new(), silence: Silence::NONE, openings: 0, trips: 0, rng };
+        let cold = Cold { until: 0, probes: Probes::new(), silence: Silence::NONE, openings: 0, trips: 0, rng };
         Self {
             word: AtomicU64::new(CLOSED),
             usual: AtomicU64::new(0),
@@ -157,7 +162,7 @@ impl Circuit {
     pub(crate) fn admit(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
         let word = self.word.load(SeqCst);
         if word & STATE == CLOSED {
-            return Ok((Admission { key: key(word), since: now, head: 0, probe: 0 }, None));
+            return Ok((Admission { key: key(word), since: now, head: None, probe: 0 }, None));
         }
         self.admit_probe(now)
     }
@@ -166,7 +171,7 @@ impl Circuit {
     fn admit_probe(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
         let mut cold = self.lock();
         let word = self.word.load(SeqCst);
-        let granted = |word: u64, probe: u32| Admission { key: key(word), since: now, head: 0, probe };
+        let granted = |word: u64, probe: u32| Admission { key: key(word), since: now, head: None, probe };
         if word & STATE == CLOSED {
             return Ok((granted(word, 0), None));
         }
@@ -229,9 +234,7 @@ impl Circuit {
 
     /// Notes that the head of the answer has come, and was good or bad.
     pub(crate) fn head(&self, admission: &mut Admission, now: Nanos) {
-        if admission.head == 0 {
-            admission.head = now;
-        }
+        let now = *admission.head.get_or_insert(now);
         if admission.probe != 0 {
             let mut cold = self.lock();
             if key(self.word.load(SeqCst)) == admission.key {
@@ -391,13 +394,19 @@ impl Circuit {
         let is = |state| word & STATE == state;
         Snapshot {
             state: state(word),
-            counts: self.window.counts(now),
+            counts: self.window.peek(now),
             consecutive: if is(CLOSED) { counter(word) } else { 0 },
             probes: if is(HALF_OPEN) { cold.probes.holding(now, &self.rules.probes) } else { 0 },
             trips: cold.trips,
             rejected: self.rejected.load(Relaxed),
             cancelled: self.cancelled.load(Relaxed),
         }
+    }
+
+    /// Makes an admission one of the present generation, which no honest caller can.
+    #[cfg(test)]
+    pub(super) fn forge(&self, admission: &mut Admission) {
+        admission.key = key(self.word.load(SeqCst));
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Cold> {

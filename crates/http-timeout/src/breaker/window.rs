@@ -109,8 +109,15 @@ struct Ledger {
 #[derive(Debug)]
 enum Store {
     /// Bucket i holds the latest epoch that is congruent to it; that of `epoch` is being filled.
-    Time { bucket: Nanos, epoch: u64, buckets: [Counts; BUCKETS] },
-    Count { ring: Box<[Option<Tally>]>, next: usize },
+    Time {
+        bucket: Nanos,
+        epoch: u64,
+        buckets: [Counts; BUCKETS],
+    },
+    Count {
+        ring: Box<[Option<Tally>]>,
+        next: usize,
+    },
 }
 
 impl Window {
@@ -169,6 +176,20 @@ impl Window {
         let mut ledger = self.lock();
         self.slide(&mut ledger, now);
         self.sum(&ledger)
+    }
+
+    /// The same for an onlooker: the window does not slide, so the next call still sees that it should.
+    pub(crate) fn peek(&self, now: Nanos) -> Counts {
+        let ledger = self.lock();
+        let mut sum = self.sum(&ledger);
+        if let Store::Time { bucket, epoch, buckets } = &ledger.store {
+            let passed = (now / *bucket).saturating_sub(*epoch);
+            if passed >= BUCKETS as u64 {
+                return Counts::default();
+            }
+            (1..=passed).for_each(|ahead| sum.remove(buckets[slot(*epoch + ahead)]));
+        }
+        sum
     }
 
     /// Empties the window for `generation`, before the first call of that generation is admitted.
