@@ -3,8 +3,10 @@
 //! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
 //! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
 
+mod blame;
 mod body;
 mod deadline;
+mod outgoing;
 mod redirect;
 mod retry;
 mod shared;
@@ -22,11 +24,14 @@ use url::Url;
 use crate::{
     breaker::{BreakerPermit, CircuitBreaker},
     call::{
+        blame::{Blame, Verdict, is_failure, is_retryable},
         body::{BodyLimits, Hold, guard},
-        deadline::{Deadline, Upload, watched, within},
+        deadline::{Deadline, Limit, Patience, watched, within},
+        outgoing::Outgoing,
         redirect::noticed,
-        retry::{Token, is_failure, is_retryable},
+        retry::Token,
     },
+    connections::give_up,
     error::{Phase, RequestError},
     limit::Permits,
     origins::{Origin, origin_name},
@@ -43,6 +48,9 @@ const DRAIN_BYTES: usize = 64 * 1024;
 
 /// How long that may take; a new connection is cheaper than a longer wait.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How long the wait for a silent connection's end may take.
+const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How many attempts a response took, the one that brought it included: an extension of every response.
 ///
@@ -78,24 +86,26 @@ pub(crate) struct Call<'a> {
     keeps_permits: bool,
     deadline: Deadline,
     attempts: u32,
+    /// Attempts that do not count, because they came to nothing through no fault of the origin.
+    free: u32,
 }
 
 /// An attempt that brought no response.
 struct Failed {
     error: RequestError,
-    /// No connection came about, so the server cannot have seen the request.
-    unsent: bool,
-    /// The origin is to blame.
-    charged: bool,
+    verdict: Verdict,
     /// Where redirects had led the request, if anywhere.
     hop: Option<Url>,
 }
 
-/// Another attempt: when, and the token that pays for it.
+/// Another attempt: when, and the token that pays for it; none if it is free.
 struct Again<'a> {
     at: Instant,
-    token: Token<'a>,
+    token: Option<Token<'a>>,
 }
+
+/// How often a call may go on for free because another call, which was making the connection for both, was dropped.
+const MAX_FREE: u32 = 16;
 
 impl<'a> Call<'a> {
     pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order) -> Self {
@@ -110,6 +120,7 @@ impl<'a> Call<'a> {
             keeps_permits: order.keeps_permits,
             deadline: Deadline::new(order.timeout),
             attempts: 0,
+            free: 0,
         }
     }
 
@@ -125,7 +136,8 @@ impl<'a> Call<'a> {
             let admission = self.origin.admit().map_err(|open| self.circuit_open(open.retry_after))?;
             match token.take() {
                 Some(token) => token.spend(),
-                None => self.client.budget.iter().for_each(Budget::deposit),
+                None if self.attempts == 0 && self.free == 0 => self.client.budget.iter().for_each(Budget::deposit),
+                None => {}
             }
             let result = self.attempt().await;
             let (result, admission) = self.judge(result, admission);
@@ -139,10 +151,17 @@ impl<'a> Call<'a> {
             if let Ok(response) = result {
                 self.drain(response).await;
             }
-            kept = self.keeps_permits.then_some(permits);
+            let is_free = again.token.is_none();
+            if is_free {
+                self.free += 1;
+                self.attempts -= 1;
+            }
+            kept = (self.keeps_permits || is_free).then_some(permits);
             // The wait ends before the deadline, or `again` would not have asked for it.
-            sleep_until(again.at).await;
-            token = Some(again.token);
+            if !is_free {
+                sleep_until(again.at).await;
+            }
+            token = again.token;
         }
     }
 
@@ -164,40 +183,53 @@ impl<'a> Call<'a> {
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
-        let upload = options.idle_timeout.and_then(|_| Upload::watch(&mut request));
-        let end = self.deadline.part(options.attempt_timeout);
+        let origin = &self.origin;
+        if origin.connections.take_silent() {
+            // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
+            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
+        }
+        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
+        let started = Instant::now();
+        let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
+        let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
         let mut hop = None;
         let response = noticed(self.reqwest.execute(request), &mut hop);
-        match watched(response, end, options.idle_timeout, upload.as_ref()).await {
-            Some(Ok(response)) => Ok(response),
-            Some(Err(error)) => Err(self.failed(error, hop)),
-            None => {
-                let error = self.deadline.timed_out(Phase::Response, self.attempts);
-                Err(Failed { error, unsent: false, charged: true, hop })
+        match watched(response, patience, &outgoing).await {
+            Ok(Ok(response)) => {
+                origin.connections.answered(&response);
+                Ok(response)
+            }
+            Ok(Err(error)) => {
+                let mut verdict = blame::of_error(&error, &outgoing, &origin.connections);
+                // A connection that failed proves nothing if it was the next stop of a request that had been answered.
+                verdict.unsent &= hop.is_none();
+                Err(Failed { error: self.told(error), verdict, hop })
+            }
+            Err(limit) => {
+                let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
+                let verdict = blame::of_timeout(limit, whole, started, &outgoing);
+                if !verdict.unsent {
+                    origin.connections.timed_out();
+                }
+                let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
+                Err(Failed { error: self.deadline.timed_out(phase, self.attempts), verdict, hop })
             }
         }
     }
 
-    /// A copy if another attempt may need one, else the request itself.
+    /// A copy as long as another attempt may need one, else the request itself.
     fn next_request(&mut self) -> Request {
-        let more = self.client.options.retry.as_ref().is_some_and(|retry| self.attempts <= retry.retries);
-        let copy = self.request.as_ref().filter(|_| more).and_then(Request::try_clone);
+        let copy = self.request.as_ref().and_then(Request::try_clone);
         copy.or_else(|| self.request.take()).expect("the request is here: `again` asks for no attempt once it is gone")
     }
 
-    fn failed(&self, error: reqwest::Error, hop: Option<Url>) -> Failed {
-        let refused = error.is_connect();
-        // A connection that failed proves nothing if it was the next stop of a request that had been answered.
-        let unsent = refused && hop.is_none() && self.client.notices_redirects;
-        // Wrong requests and endless redirects are no sign of a sick origin.
-        let charged = !error.is_builder() && !error.is_redirect();
-        let error = if error.is_timeout() {
-            let phase = if refused { Phase::Connect } else { Phase::Response };
+    fn told(&self, error: reqwest::Error) -> RequestError {
+        if error.is_timeout() {
+            let phase = if error.is_connect() { Phase::Connect } else { Phase::Response };
             self.deadline.timed_out(phase, self.attempts)
         } else {
             RequestError::from(error)
-        };
-        Failed { error, unsent, charged, hop }
+        }
     }
 
     /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
@@ -227,31 +259,48 @@ impl<'a> Call<'a> {
         }
         match &result {
             Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
-            Err(failed) if !failed.charged => admission.ignore(),
-            Ok(_) | Err(_) => admission.failure(),
+            Ok(_) => admission.failure(),
+            Err(failed) => match failed.verdict.blame {
+                Blame::Origin => admission.failure(),
+                Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
+                // A cut call, as if the caller had dropped it.
+                Blame::Queue => drop(admission),
+            },
         }
         (result, None)
     }
 
     /// Whether there is another attempt after this result.
     fn again(&self, result: &Result<Response, Failed>) -> Option<Again<'a>> {
-        let retry = self.client.options.retry.as_ref()?;
-        let (passing, unsent, asked) = match result {
+        let retry = self.client.options.retry.as_ref();
+        let (blame, unsent, asked) = match result {
             Ok(response) => {
-                (is_retryable(response.status()), false, retry_after(response.headers(), SystemTime::now()))
+                let blame = is_retryable(response.status()).then_some(Blame::Origin);
+                (blame?, false, retry_after(response.headers(), SystemTime::now()))
             }
-            Err(failed) => (failed.charged, failed.unsent, None),
+            Err(failed) => (failed.verdict.blame, failed.verdict.unsent, None),
         };
-        let possible =
-            passing && (self.repeatable || unsent) && self.request.is_some() && self.attempts <= retry.retries;
-        if !possible || self.origin.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some()) {
+        if self.request.is_none() || !(self.repeatable || unsent) || self.is_refusing() {
+            return None;
+        }
+        // A call that was never sent costs nobody anything. One that was sent on a stale connection is, but only once.
+        let free = if unsent { MAX_FREE } else { 1 };
+        if blame == Blame::Pool && self.free < free {
+            return Some(Again { at: Instant::now(), token: None });
+        }
+        let retry = retry.filter(|retry| self.attempts <= retry.retries)?;
+        if !matches!(blame, Blame::Origin | Blame::Pool) {
             return None;
         }
         let at = Instant::now().checked_add(retry.wait(self.attempts, asked)?)?;
         if self.deadline.is_past(at) {
             return None;
         }
-        Some(Again { at, token: self.client.budget.as_ref()?.take()? })
+        Some(Again { at, token: Some(self.client.budget.as_ref()?.take()?) })
+    }
+
+    fn is_refusing(&self) -> bool {
+        self.origin.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some())
     }
 
     /// Reads the rest of an unwanted body, within limits, so that the next attempt finds its connection free.

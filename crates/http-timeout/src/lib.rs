@@ -105,6 +105,7 @@
 mod breaker;
 mod call;
 mod client;
+mod connections;
 mod error;
 mod limit;
 mod origins;

@@ -12,7 +12,10 @@ use std::{
 use tokio::sync::Semaphore;
 use url::{Position, Url};
 
-use crate::breaker::{BreakerConfig, BreakerPermit, CircuitBreaker, CircuitOpen, Loss, Lru, lock};
+use crate::{
+    breaker::{BreakerConfig, BreakerPermit, CircuitBreaker, CircuitOpen, Loss, Lru, lock},
+    connections::Connections,
+};
 
 /// The name of the origin of a URL: scheme, host and port, without credentials. Borrowed in all but odd cases.
 pub(crate) fn origin_name(url: &Url) -> Cow<'_, str> {
@@ -30,6 +33,7 @@ pub(crate) struct Origin {
     pub(crate) name: String,
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) permits: Option<Arc<Semaphore>>,
+    pub(crate) connections: Connections,
 }
 
 impl Origin {
@@ -58,6 +62,7 @@ impl Origins {
                 name: name.to_string(),
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
                 permits: self.concurrency.map(|permits| Arc::new(Semaphore::new(permits))),
+                connections: Connections::default(),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, loss))

@@ -174,9 +174,15 @@ pub trait Driver: Database {
     /// where nothing is compared.
     fn state(
         _: &mut Self::Connection,
+        _: &Self::Probe,
         _: &[String],
     ) -> impl Future<Output = Result<Option<String>, sqlx::Error>> + Send {
         async { Ok(None) }
+    }
+
+    /// Whether that is what the end of the last transaction has seen in its own message.
+    fn was_seen(_: &Self::Probe, _: &str) -> bool {
+        false
     }
 
     /// Resets all that a session has for itself but its prepared statements. False where that cannot be done.
@@ -208,7 +214,7 @@ pub trait Driver: Database {
         mode: &Mode,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Keeps queries outside transactions from writing, where the session does not.
+    /// Keeps queries outside transactions from writing, where the session does not, and forgets what was seen of it.
     fn begin_read(_: &Self::Probe) {}
 
     /// Makes a session ready for the next one after such queries, when nothing runs on it. A cancel that has come too late for

@@ -216,7 +216,11 @@ impl Driver for MySql {
         canceller.warm(options).await
     }
 
-    async fn state(conn: &mut MySqlConnection, names: &[String]) -> Result<Option<String>, sqlx::Error> {
+    async fn state(
+        conn: &mut MySqlConnection,
+        _: &Arc<Thread>,
+        names: &[String],
+    ) -> Result<Option<String>, sqlx::Error> {
         let settings = names.iter().map(|name| match name.strip_prefix('@') {
             Some(_) => format!(", COALESCE({name}, '')"),
             None => format!(", COALESCE(@@SESSION.{name}, '')"),

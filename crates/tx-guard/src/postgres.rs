@@ -14,7 +14,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
-use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, SqlSafeStr};
+use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
 use tokio::runtime::Handle;
 
@@ -191,9 +191,17 @@ impl Driver for Postgres {
         canceller.warm(options).await
     }
 
-    async fn state(conn: &mut PgConnection, names: &[String]) -> Result<Option<String>, sqlx::Error> {
-        // Prepared, because it is asked after each transaction.
-        sqlx::query_scalar(AssertSqlSafe(state_sql(names))).fetch_one(conn).await.map(Some)
+    async fn state(conn: &mut PgConnection, place: &Place, names: &[String]) -> Result<Option<String>, sqlx::Error> {
+        let question = place.ask(|| state_sql(names)).to_owned();
+        sqlx::raw_sql(AssertSqlSafe(question)).fetch_one(conn).await?.try_get(0).map(Some)
+    }
+
+    fn was_seen(place: &Place, state: &str) -> bool {
+        place.state().as_deref() == Some(state)
+    }
+
+    fn begin_read(place: &Place) {
+        *place.state() = None;
     }
 
     async fn discard(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
@@ -201,6 +209,7 @@ impl Driver for Postgres {
     }
 
     async fn begin(conn: &mut PgConnection, place: &Place, mode: &Mode) -> Result<(), sqlx::Error> {
+        *place.state() = None;
         let sql = begin_sql(mode, &place.backend(), conn.server_version_num());
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?;
         if place.is_pooled() { place.learn(conn).await } else { Ok(()) }
@@ -262,6 +271,7 @@ impl Driver for Postgres {
         let answer = proof::exchange_commit(conn, place.farewell()).await;
         // Whatever comes behind the answer to COMMIT takes nothing back.
         if answer.row && answer.done_after_row >= 2 {
+            *place.state() = answer.state;
             proof::leave(conn);
             return Ok(());
         }
@@ -312,6 +322,7 @@ impl Driver for Postgres {
             let answer = proof::exchange_rollback(conn, place.farewell()).await;
             match answer.failure {
                 None | Some(sqlx::Error::Database(_)) if answer.row => {
+                    *place.state() = answer.state;
                     proof::leave(conn);
                     return Ok(found);
                 }
@@ -397,7 +408,8 @@ fn state_sql(names: &[String]) -> String {
     let settings: String = settings.collect();
     format!(
         "SELECT concat_ws(chr(1), current_setting('role'), session_user, current_setting('search_path'), {settings}
-            pg_advisory_unlock_all()::text) AS txg_state"
+            pg_advisory_unlock_all()::text) AS {}",
+        proof::STATE
     )
 }
 

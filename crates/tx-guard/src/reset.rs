@@ -9,10 +9,10 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Reset {
-    /// After each transaction a short list is compared with what it was when the session was opened, in a message that is
-    /// sent anyway: on PostgreSQL the role, the `search_path` and the settings named by
-    /// [`verify`](crate::TxPoolBuilder::verify), on MySQL the database and the variables named. Session locks
-    /// (`pg_advisory_lock`, `GET_LOCK`) are released. When something differs, everything is reset as with `Discard`, and
+    /// After each transaction a short list is compared with what it was when the session was opened: on PostgreSQL the role,
+    /// the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify), in the message that ends the
+    /// transaction; on MySQL the database and the variables named, in a message for which nobody waits but who is given the
+    /// session next. Session locks (`pg_advisory_lock`, `GET_LOCK`) are released. When something differs, everything is reset as with `Discard`, and
     /// on MySQL the session is closed. What was `SET LOCAL` ends with its transaction and does not count.
     ///
     /// On SQLite nothing is compared.

@@ -64,7 +64,7 @@ impl<DB: Backend> Session<DB> {
         let probe = DB::probe(&mut conn, pooler, first.map(|canceller| First { canceller, options, since })).await?;
         let home = DB::NEEDS_ITS_RUNTIME.then(Home::here);
         let state = match upkeep.reset {
-            Reset::Verify => DB::state(&mut conn, &upkeep.verify).await?,
+            Reset::Verify => DB::state(&mut conn, &probe, &upkeep.verify).await?,
             Reset::Discard | Reset::None => None,
         };
         Ok(Self {
@@ -142,7 +142,8 @@ impl<DB: Backend> Session<DB> {
 
     /// Whether there is something to be done when a transaction has ended on it.
     pub(crate) fn is_looked_at(&self, upkeep: &Upkeep<DB>) -> bool {
-        !self.is_lent() && (upkeep.after_release.is_some() || upkeep.reset == Reset::Discard || self.state.is_some())
+        let has_changed = || self.state.as_ref().is_some_and(|state| !DB::was_seen(self.probe(), state));
+        !self.is_lent() && (upkeep.after_release.is_some() || upkeep.reset == Reset::Discard || has_changed())
     }
 
     /// Has the user's hook look at it, and sees to it that it is as it was. False if it is to be closed.
@@ -154,7 +155,10 @@ impl<DB: Backend> Session<DB> {
         }
         let is_same = match (upkeep.reset, &self.state) {
             (Reset::Discard, _) => false,
-            (Reset::Verify, Some(_)) => DB::state(self.connection_mut(), &upkeep.verify).await? == self.state,
+            (Reset::Verify, Some(_)) => {
+                let (conn, probe) = self.parts();
+                DB::state(conn, probe, &upkeep.verify).await? == self.state
+            }
             (Reset::Verify, None) | (Reset::None, _) => true,
         };
         if is_same { Ok(true) } else { self.mend(upkeep).await }

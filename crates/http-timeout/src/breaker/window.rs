@@ -107,6 +107,7 @@ struct Ledger {
 }
 
 #[derive(Debug)]
+#[expect(clippy::large_enum_variant, reason = "the large variant is the usual one, and a breaker holds one of them")]
 enum Store {
     /// Bucket i holds the latest epoch that is congruent to it; that of `epoch` is being filled.
     Time {

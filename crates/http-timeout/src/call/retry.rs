@@ -8,7 +8,7 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, StatusCode, header::RETRY_AFTER};
+use http::{HeaderMap, header::RETRY_AFTER};
 
 /// One retry, in the budget's unit: thousandths.
 const TOKEN: u64 = 1_000;
@@ -96,16 +96,6 @@ impl Retry {
             Some(asked) => Some(asked.saturating_add(jittered)),
         }
     }
-}
-
-/// Whether a response with this status may be a passing trouble.
-pub(crate) fn is_retryable(status: StatusCode) -> bool {
-    matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
-}
-
-/// Whether a response with this status counts against its origin.
-pub(crate) fn is_failure(status: StatusCode) -> bool {
-    status.is_server_error() || matches!(status.as_u16(), 408 | 429)
 }
 
 /// How long the server asks to wait: whole seconds, or until a date. A date in the past is no wait, nonsense no request.

@@ -16,12 +16,16 @@ use crate::{
     origins::Origins,
 };
 
+/// How often a connection of HTTP/2 is asked for a sign of life while a call waits on it.
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
+
+/// How long it may take to give one.
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The state that every call of a client has a part in.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) reqwest: OnceLock<reqwest::Client>,
-    /// Whether that client is ours, with the redirect policy that leaves notes.
-    pub(crate) notices_redirects: bool,
     pub(crate) options: Options,
     pub(crate) limits: Limits,
     pub(crate) origins: Origins,
@@ -52,7 +56,13 @@ pub(crate) struct Options {
 }
 
 pub(crate) fn build_reqwest(connect_timeout: Option<Duration>) -> reqwest::Result<reqwest::Client> {
-    let mut builder = reqwest::Client::builder().redirect(redirect::policy());
+    let mut builder = reqwest::Client::builder()
+        .redirect(redirect::policy())
+        // Its retries go round our budget.
+        .retry(reqwest::retry::never())
+        // While a call waits, so that a connection whose other end is gone is found.
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
     if let Some(timeout) = connect_timeout {
         builder = builder.connect_timeout(timeout);
     }

@@ -33,7 +33,7 @@ impl TimeoutClient {
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
         let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
-        builder.assemble(reqwest, true, None)
+        builder.assemble(reqwest, None)
     }
 
     /// Starts from the defaults of [`TimeoutClientBuilder`].
@@ -221,7 +221,6 @@ impl TimeoutClientBuilder {
                 Err(_) => return wrong("propagate_deadline", "is not the name of a header"),
             }
         }
-        let is_ours = self.reqwest.is_none();
         let client = match self.reqwest.take() {
             Some(_) if self.connect_timeout_set => {
                 return wrong("connect_timeout", "cannot be set on a reqwest client that was made elsewhere");
@@ -230,16 +229,15 @@ impl TimeoutClientBuilder {
             None => build_reqwest(options.connect_timeout).map_err(BuildError::Client)?,
         };
         let lease = options.attempt_timeout.or(options.timeout);
-        Ok(self.assemble(OnceLock::from(client), is_ours, lease))
+        Ok(self.assemble(OnceLock::from(client), lease))
     }
 
-    fn assemble(self, reqwest: OnceLock<reqwest::Client>, is_ours: bool, lease: Option<Duration>) -> TimeoutClient {
+    fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
         let budget = self.options.retry.as_ref().map(Budget::new);
         let breaker = self.breaker.map(|config| config.with_patience(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
-            notices_redirects: is_ours,
             options: self.options,
             limits: Limits::new(self.concurrency, self.max_waiting),
             origins: Origins::new(max_origins, breaker, self.concurrency_per_host),

@@ -6,6 +6,7 @@ mod cancel;
 mod cuts;
 mod faults;
 mod happy;
+mod http2;
 #[cfg(feature = "tower")]
 mod layer;
 mod limits;

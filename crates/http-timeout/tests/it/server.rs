@@ -1,4 +1,4 @@
-//! A real HTTP/1 server on loopback, on a thread of its own, so that it outlives every runtime a test makes or breaks.
+//! A real server of HTTP/1 and of HTTP/2 with prior knowledge, on loopback, on a thread of its own, so that it outlives every runtime a test makes or breaks.
 
 use std::{
     convert::Infallible,
@@ -18,10 +18,12 @@ use http_body::{Body, Frame};
 use http_body_util::{BodyExt as _, Full, combinators::BoxBody};
 use hyper::{
     body::{Bytes, Incoming},
-    server::conn::http1,
     service::service_fn,
 };
-use hyper_util::rt::TokioIo;
+use hyper_util::{
+    rt::{TokioExecutor, TokioIo},
+    server::conn::auto,
+};
 use tokio::{
     net::{TcpListener, TcpSocket},
     runtime::Runtime,
@@ -106,7 +108,7 @@ where
                 async move { Ok::<_, Infallible>(reply.await.map(|body| Tracked { body, _counted: counted })) }
             });
             // A client that hangs up is what many of the tests are about.
-            drop(http1::Builder::new().serve_connection(TokioIo::new(socket), service).await);
+            drop(auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await);
         });
     }
 }

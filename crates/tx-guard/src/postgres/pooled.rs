@@ -1,9 +1,9 @@
-//! PostgreSQL behind a pooler in transaction mode: whether there is one, and which session a transaction has.
+//! PostgreSQL: which session a transaction has, and whether there is a pooler in transaction mode in front of it.
 //!
-//! Invariant: a session is told by the transaction that runs on it, because it is somebody else's before and after that;
+//! Invariant: behind a pooler a session is told by the transaction that runs on it, because it is somebody else's before and after that;
 //! and each message is a simple query, because two messages may reach two sessions.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::PgRow;
@@ -40,33 +40,58 @@ const AGE_MARGIN: Duration = Duration::from_millis(250);
 /// The session of a connection: its own, or that of its transaction.
 #[derive(Debug, Clone)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
-pub struct Place {
-    backend: Arc<Mutex<BackendId>>,
+pub struct Place(Arc<Session>);
+
+#[derive(Debug)]
+struct Session {
+    backend: Mutex<BackendId>,
     is_pooled: bool,
+    /// What a session of ours is asked for behind each transaction, if it is compared.
+    question: OnceLock<String>,
+    /// The last answer to that.
+    state: Mutex<Option<String>>,
 }
 
 impl Place {
     pub(crate) fn own(backend: BackendId) -> Self {
-        Self { backend: Arc::new(Mutex::new(backend)), is_pooled: false }
+        Self::new(backend, false)
     }
 
     /// In no transaction yet, and so nowhere.
     pub(crate) fn pooled() -> Self {
         let nowhere = BackendId { pid: 0, started: 0, transaction: 0, fenced: false, unwatched: false };
-        Self { backend: Arc::new(Mutex::new(nowhere)), is_pooled: true }
+        Self::new(nowhere, true)
+    }
+
+    fn new(backend: BackendId, is_pooled: bool) -> Self {
+        let (question, state) = (OnceLock::new(), Mutex::new(None));
+        Self(Arc::new(Session { backend: Mutex::new(backend), is_pooled, question, state }))
     }
 
     pub(crate) fn is_pooled(&self) -> bool {
-        self.is_pooled
+        self.0.is_pooled
     }
 
     pub(crate) fn backend(&self) -> BackendId {
-        *self.backend.lock().unwrap_or_else(PoisonError::into_inner)
+        *self.0.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What is to be run behind the transaction, before its session is somebody else's.
-    pub(crate) fn farewell(&self) -> Option<&'static str> {
-        self.is_pooled.then_some(FORGET_STATEMENTS)
+    pub(crate) fn farewell(&self) -> Option<&str> {
+        match self.0.is_pooled {
+            true => Some(FORGET_STATEMENTS),
+            false => self.0.question.get().map(String::as_str),
+        }
+    }
+
+    /// Has the session asked this behind each transaction from now on.
+    pub(crate) fn ask(&self, question: impl FnOnce() -> String) -> &str {
+        self.0.question.get_or_init(question)
+    }
+
+    /// What was seen of the session behind its last transaction. None while there is another one.
+    pub(crate) fn state(&self) -> MutexGuard<'_, Option<String>> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Learns where the transaction that was begun just now is.
@@ -76,7 +101,7 @@ impl Place {
         let row = sqlx::raw_sql(sql).fetch_one(conn).await?;
         let (pid, started) = session(&row)?;
         let backend = BackendId { pid, started, transaction: row.try_get(2)?, fenced: false, unwatched: false };
-        *self.backend.lock().unwrap_or_else(PoisonError::into_inner) = backend;
+        *self.0.backend.lock().unwrap_or_else(PoisonError::into_inner) = backend;
         Ok(())
     }
 }

@@ -24,6 +24,9 @@ const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
 /// The name of its row's column, which tells it from the rows of other statements.
 const VERIFIED_BY: &str = "lock_timeout";
 
+/// The name of the column with what a session is compared by.
+pub(crate) const STATE: &str = "txg_state";
+
 /// A commit is asked for its transaction by this first, if it is to be found out how it ended. One that has written
 /// nothing is given an id by it, since what it has to NOTIFY goes out at its commit all the same. On a standby nothing
 /// can be committed, and there is no id to be had.
@@ -49,13 +52,15 @@ pub(crate) struct Answer {
     pub(crate) row: bool,
     /// How many statements were done once the row had come, the one with the row included.
     pub(crate) done_after_row: usize,
+    /// What the farewell has seen of the session.
+    pub(crate) state: Option<String>,
     pub(crate) failure: Option<sqlx::Error>,
 }
 
 /// Commits. `farewell` is run behind that, and no failure of it takes anything back.
 pub(crate) async fn exchange_commit(conn: &mut PgConnection, farewell: Option<&str>) -> Answer {
     let sql = with(VERIFIED_COMMIT.to_owned(), farewell);
-    exchange(conn, sql, |row| row.columns().iter().map(Column::name).eq([VERIFIED_BY])).await
+    exchange(conn, sql, |row| is_alone(row, VERIFIED_BY)).await
 }
 
 /// Rolls back, and shows it by a number that was made up for it. `farewell` is run behind that.
@@ -78,6 +83,7 @@ async fn exchange(conn: &mut PgConnection, sql: String, is_ours: impl Fn(&PgRow)
     let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
     while let Some(part) = parts.next().await {
         match part {
+            Ok(Either::Right(row)) if answer.row && is_alone(&row, STATE) => answer.state = text(&row, STATE),
             Ok(Either::Right(row)) => answer.row = is_ours(&row),
             Ok(Either::Left(_)) if answer.row => answer.done_after_row += 1,
             Ok(Either::Left(_)) => {}
@@ -85,6 +91,10 @@ async fn exchange(conn: &mut PgConnection, sql: String, is_ours: impl Fn(&PgRow)
         }
     }
     answer
+}
+
+fn is_alone(row: &PgRow, column: &str) -> bool {
+    row.columns().iter().map(Column::name).eq([column])
 }
 
 fn text<I: ColumnIndex<PgRow>>(row: &PgRow, column: I) -> Option<String> {

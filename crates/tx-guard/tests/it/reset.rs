@@ -94,6 +94,35 @@ async fn what_is_not_compared_stays_and_costs_no_session() {
 }
 
 #[tokio::test]
+async fn a_session_that_is_as_it_was_costs_no_message_of_its_own() {
+    let world = World::<Postgres>::new().await;
+    let db = one().connect_with(world.options.clone()).await.unwrap();
+    let pid = next(&db, "pg_backend_pid()").await;
+    let mut beside = world.plain().await;
+    for ending in [End::Commit, End::Rollback] {
+        run(&db, "SELECT 1", ending).await;
+        eventually("the session is idle", async || db.metrics().idle == 1).await;
+        let last = format!("SELECT query FROM pg_stat_activity WHERE pid = {pid}");
+        let last: String = sqlx::query_scalar(AssertSqlSafe(last)).fetch_one(&mut beside).await.unwrap();
+        // What was said last was the end of the transaction.
+        assert!(last.contains("COMMIT AND CHAIN") || last.contains("ROLLBACK"), "{ending:?}: {last}");
+    }
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn what_a_reader_has_made_of_its_session_is_reset() {
+    let world = World::<Postgres>::new().await;
+    let db = one().connect_with(world.options.clone()).await.unwrap();
+    let path = setting(&db, "search_path").await;
+    let mut reader = within(db.reader()).await.unwrap();
+    sqlx::raw_sql("SET search_path = tenant").execute(&mut *reader).await.unwrap();
+    drop(reader);
+    assert_eq!(setting(&db, "search_path").await, path);
+    world.end(db).await;
+}
+
+#[tokio::test]
 async fn a_setting_that_is_named_is_compared() {
     let world = World::<Postgres>::new().await;
     let db = one().verify(["app.tenant", "app.other"]).connect_with(world.options.clone()).await.unwrap();

@@ -1,0 +1,192 @@
+//! The way out of one attempt, watched from the body that the connection takes: whether it has taken the request, when
+//! it last asked for more, and how long it had to wait for us.
+//!
+//! Invariant: a request that no connection has taken was not sent, not a byte of it; every request carries the watch,
+//! with a body or without.
+
+use std::{
+    pin::Pin,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use http_body::{Frame, SizeHint};
+use reqwest::{Body, Request};
+use tokio::time::Instant;
+
+/// A body is handed over in pieces of this size, so that each piece the peer takes is seen. The connection asks again
+/// when it has got rid of sixteen of them.
+const PIECE_BYTES: usize = 8 * 1024;
+
+/// The size to which they shrink for a peer that is slow to take them.
+const SMALL_PIECE_BYTES: usize = 512;
+
+/// What is below this is sent in one go; of more, the buffers of two kernels may hold any part for any time.
+const UNSEEN_BYTES: u64 = 64 * 1024;
+
+/// What is known about the way out of one attempt.
+#[derive(Clone, Debug)]
+pub(crate) struct Outgoing(Arc<Mutex<Flow>>);
+
+#[derive(Debug)]
+struct Flow {
+    /// When a connection took the request: only then can any of it have been sent.
+    taken: Option<Instant>,
+    /// When the peer last took something.
+    progress: Instant,
+    /// Since when the connection has been waiting for our producer.
+    starving: Option<Instant>,
+    /// How long it waited for it before that.
+    starved: Duration,
+    producer_failed: bool,
+    bytes: u64,
+    piece: usize,
+}
+
+impl Outgoing {
+    /// Puts a watch between `request` and the connection.
+    ///
+    /// Such a body cannot be copied by what is below, so neither the redirects nor the retries of reqwest send it
+    /// again behind our back.
+    pub(crate) fn watch(request: &mut Request, idle: Option<Duration>) -> Self {
+        let flow = Flow {
+            taken: None,
+            progress: Instant::now(),
+            starving: None,
+            starved: Duration::ZERO,
+            producer_failed: false,
+            bytes: 0,
+            piece: PIECE_BYTES,
+        };
+        let outgoing = Self(Arc::new(Mutex::new(flow)));
+        let inner = request.body_mut().take();
+        let patience = idle.map(|idle| idle / 8);
+        let watched = WatchedBody { inner, held: Bytes::new(), flow: outgoing.clone(), patience };
+        *request.body_mut() = Some(Body::wrap(watched));
+        outgoing
+    }
+
+    /// When a connection took the request; `None` if none did, so that nothing of it was sent.
+    pub(crate) fn taken(&self) -> Option<Instant> {
+        self.lock().taken
+    }
+
+    /// Since when the peer is waited for; `None` while it waits for us.
+    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+        let flow = self.lock();
+        flow.starving.is_none().then_some(flow.progress)
+    }
+
+    /// How long the peer had to wait for our producer.
+    pub(crate) fn starved(&self) -> Duration {
+        let flow = self.lock();
+        flow.starved + flow.starving.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    /// Whether the producer of the body failed by itself.
+    pub(crate) fn producer_failed(&self) -> bool {
+        self.lock().producer_failed
+    }
+
+    /// Whether the peer may be taking more of the body than can be seen from here.
+    pub(crate) fn is_hidden(&self) -> bool {
+        self.lock().bytes > UNSEEN_BYTES
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Flow> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Flow {
+    fn take(&mut self) {
+        if self.taken.is_none() {
+            let now = Instant::now();
+            self.taken = Some(now);
+            self.progress = now;
+        }
+    }
+
+    /// The connection asks for more: the peer has taken what it had.
+    fn asked(&mut self, patience: Option<Duration>) {
+        let now = Instant::now();
+        self.taken.get_or_insert(now);
+        let waited_for_us = self.starving.take();
+        if let Some(since) = waited_for_us {
+            self.starved += now.saturating_duration_since(since);
+        }
+        let gap = now.saturating_duration_since(self.progress);
+        if waited_for_us.is_none() && patience.is_some_and(|patience| gap > patience) {
+            self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+        }
+        self.progress = now;
+    }
+}
+
+/// The body of a request as the connection sees it. It asks for more when the peer has taken what it had.
+struct WatchedBody {
+    /// None if the request has no body.
+    inner: Option<Body>,
+    held: Bytes,
+    flow: Outgoing,
+    /// A longer wait for the next piece makes the pieces smaller.
+    patience: Option<Duration>,
+}
+
+impl http_body::Body for WatchedBody {
+    type Data = Bytes;
+    type Error = reqwest::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, reqwest::Error>>> {
+        let this = &mut *self;
+        let mut flow = this.flow.lock();
+        flow.asked(this.patience);
+        if this.held.is_empty() {
+            let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
+            // The producer may be slow to answer, and may look at the same watch.
+            drop(flow);
+            let polled = Pin::new(inner).poll_frame(cx);
+            flow = this.flow.lock();
+            match polled {
+                Poll::Pending => {
+                    flow.starving = Some(Instant::now());
+                    return Poll::Pending;
+                }
+                Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
+                    Ok(data) => this.held = data,
+                    Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
+                },
+                Poll::Ready(Some(Err(error))) => {
+                    flow.producer_failed = true;
+                    return Poll::Ready(Some(Err(error)));
+                }
+                Poll::Ready(None) => return Poll::Ready(None),
+            }
+        }
+        let piece = this.held.split_to(this.held.len().min(flow.piece));
+        flow.bytes += piece.len() as u64;
+        Poll::Ready(Some(Ok(Frame::data(piece))))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        // The connection asks this before it writes the head, and nobody asks earlier.
+        self.flow.lock().take();
+        self.held.is_empty() && self.inner.as_ref().is_none_or(http_body::Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let inner = self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint);
+        let held = self.held.len() as u64;
+        let mut hint = SizeHint::new();
+        if let Some(upper) = inner.upper() {
+            hint.set_upper(upper + held);
+        }
+        hint.set_lower(inner.lower() + held);
+        hint
+    }
+}

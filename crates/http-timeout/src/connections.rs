@@ -1,0 +1,108 @@
+//! What is known about the connections to one origin, although the pool is reqwest's: which of them have answered
+//! before, and whether one has gone silent.
+//!
+//! Invariant: bounded memory, and no part in whether a call is admitted.
+
+use std::{
+    collections::VecDeque,
+    error::Error as StdError,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use http::{Extensions, HeaderValue, Method, Version, header::CONTENT_LENGTH};
+use hyper_util::client::legacy::{Error as PoolError, connect::HttpInfo};
+use reqwest::{Request, Response};
+use url::Url;
+
+/// The most connections that are remembered, the latest ones.
+const REMEMBERED: usize = 256;
+
+/// So many calls in a row that timed out on a connection are no accident.
+const SILENT_CALLS: u32 = 3;
+
+/// The connections to one origin.
+#[derive(Debug, Default)]
+pub(crate) struct Connections {
+    /// The local ports of connections that have answered.
+    answered: Mutex<VecDeque<u16>>,
+    /// How many calls have timed out since the last answer.
+    silent: AtomicU32,
+}
+
+impl Connections {
+    /// Remembers which connection brought this response.
+    pub(crate) fn answered(&self, response: &Response) {
+        if self.silent.load(Ordering::Relaxed) != 0 {
+            self.silent.store(0, Ordering::Relaxed);
+        }
+        let Some(port) = response.extensions().get::<HttpInfo>().map(|info| info.local_addr().port()) else { return };
+        let mut answered = self.lock();
+        if !answered.contains(&port) {
+            if answered.len() == REMEMBERED {
+                answered.pop_front();
+            }
+            answered.push_back(port);
+        }
+    }
+
+    /// Whether the connection that failed with `error` had answered before, so that it came out of the pool.
+    pub(crate) fn had_answered(&self, error: &reqwest::Error) -> bool {
+        let Some(info) = find::<PoolError>(error).and_then(PoolError::connect_info) else { return false };
+        let mut extras = Extensions::new();
+        info.get_extras(&mut extras);
+        let Some(port) = extras.get::<HttpInfo>().map(|info| info.local_addr().port()) else { return false };
+        let mut answered = self.lock();
+        let place = answered.iter().position(|known| *known == port);
+        // One of HTTP/2 fails many calls at once, so it is not forgotten here.
+        if let Some(place) = place {
+            answered.swap(place, 0);
+        }
+        place.is_some()
+    }
+
+    /// A call that had been sent timed out.
+    pub(crate) fn timed_out(&self) {
+        self.silent.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Whether a connection has gone silent, so that it must not be given to the next call. Told once, to one call.
+    pub(crate) fn take_silent(&self) -> bool {
+        self.silent.load(Ordering::Relaxed) >= SILENT_CALLS && self.silent.swap(0, Ordering::Relaxed) >= SILENT_CALLS
+    }
+
+    fn lock(&self) -> MutexGuard<'_, VecDeque<u16>> {
+        self.answered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes the pooled HTTP/2 connection to the origin of `url` out of the pool; calls that are running on it go on.
+///
+/// HTTP/1 needs none of this: there a call that is dropped takes its connection along. The pool tells which connection
+/// it has only in an error, so this asks for what hyper refuses by itself, on the connection and without a byte to the
+/// peer: CONNECT with a body on HTTP/2, and HTTP/2 on a connection of HTTP/1. `tests/it/http2.rs` holds hyper to it.
+pub(crate) async fn give_up(reqwest: &reqwest::Client, url: &Url) {
+    let mut request = Request::new(Method::CONNECT, url.clone());
+    *request.version_mut() = Version::HTTP_2;
+    request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("1"));
+    if let Err(error) = reqwest.execute(request).await
+        && find::<hyper::Error>(&error).is_some_and(hyper::Error::is_user)
+        && let Some(connection) = find::<PoolError>(&error).and_then(PoolError::connect_info)
+    {
+        connection.poison();
+    }
+}
+
+/// The first error of this type among the causes of `error`.
+pub(crate) fn find<'a, E: StdError + 'static>(error: &'a (dyn StdError + 'static)) -> Option<&'a E> {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if let Some(found) = error.downcast_ref() {
+            return Some(found);
+        }
+        next = error.source();
+    }
+    None
+}
