@@ -9,12 +9,12 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use tokio::sync::Semaphore;
 use url::{Position, Url};
 
 use crate::{
     breaker::{BreakerConfig, BreakerPermit, CircuitBreaker, CircuitOpen, Loss, Lru, lock},
     connections::Connections,
+    limit::Gate,
 };
 
 /// The name of the origin of a URL: scheme, host and port, without credentials. Borrowed in all but odd cases.
@@ -32,7 +32,7 @@ pub(crate) fn origin_name(url: &Url) -> Cow<'_, str> {
 pub(crate) struct Origin {
     pub(crate) name: String,
     pub(crate) breaker: Option<CircuitBreaker>,
-    pub(crate) permits: Option<Arc<Semaphore>>,
+    pub(crate) gate: Option<Gate>,
     pub(crate) connections: Connections,
 }
 
@@ -47,12 +47,13 @@ impl Origin {
 pub(crate) struct Origins {
     known: Mutex<Lru<String, Arc<Origin>>>,
     breaker: Option<BreakerConfig>,
-    concurrency: Option<usize>,
+    /// Calls to one origin: in flight, and waiting.
+    gate: Option<(usize, usize)>,
 }
 
 impl Origins {
-    pub(crate) fn new(capacity: NonZeroUsize, breaker: Option<BreakerConfig>, concurrency: Option<usize>) -> Self {
-        Self { known: Mutex::new(Lru::new(capacity)), breaker, concurrency }
+    pub(crate) fn new(capacity: NonZeroUsize, breaker: Option<BreakerConfig>, gate: Option<(usize, usize)>) -> Self {
+        Self { known: Mutex::new(Lru::new(capacity)), breaker, gate }
     }
 
     pub(crate) fn of(&self, url: &Url) -> Arc<Origin> {
@@ -61,7 +62,7 @@ impl Origins {
             Arc::new(Origin {
                 name: name.to_string(),
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
-                permits: self.concurrency.map(|permits| Arc::new(Semaphore::new(permits))),
+                gate: self.gate.map(|(concurrency, max_waiting)| Gate::new(concurrency, max_waiting)),
                 connections: Connections::default(),
             })
         };
@@ -80,9 +81,19 @@ impl Origins {
     pub(crate) fn len(&self) -> usize {
         lock(&self.known).len()
     }
+
+    /// Calls that wait for the permit of an origin.
+    pub(crate) fn waiting(&self) -> usize {
+        lock(&self.known).values().filter_map(|origin| origin.gate.as_ref()).map(Gate::waiting).sum()
+    }
 }
 
+/// What would be lost with an origin that was forgotten.
 fn loss(origin: &Arc<Origin>) -> Loss {
-    let of_breaker = origin.breaker.as_ref().map_or(Loss::Little, Loss::of);
-    if Arc::strong_count(origin) > 1 { Loss::Use } else { of_breaker }
+    // A forgotten gate would come back with a full set of permits.
+    let in_flight = origin.gate.as_ref().is_some_and(|gate| gate.in_flight() > 0);
+    if in_flight || Arc::strong_count(origin) > 1 {
+        return Loss::Use;
+    }
+    origin.breaker.as_ref().map_or(Loss::Little, Loss::of)
 }

@@ -19,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::{
     breaker::BreakerPermit,
     call::deadline::{Deadline, earlier, into_io},
-    error::{Phase, RequestError},
+    error::{CallReport, Limit, Phase, RequestError, Subject},
     limit::Permits,
 };
 
@@ -77,23 +77,19 @@ impl Drop for Hold {
 }
 
 /// The limits that go with a body.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct BodyLimits {
     pub(crate) deadline: Deadline,
     pub(crate) idle: Option<Duration>,
     pub(crate) max_bytes: Option<u64>,
     pub(crate) attempts: u32,
+    /// What the call asked for, for its errors.
+    pub(crate) subject: Subject,
 }
 
 /// Puts the guard around the body of `response`; everything else about it stays.
 pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> Response {
-    let url = response.url().clone();
-    let (mut parts, inner) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
-    let mut carrier = http::Response::builder().url(url);
-    if let Some(extensions) = carrier.extensions_mut() {
-        parts.extensions.extend(std::mem::take(extensions));
-    }
+    let (parts, inner) = apart(response);
     // An empty body has ended already: its call must not hold a permit until the response is dropped.
     let hold = if inner.is_end_stream() {
         hold.finish(Duration::ZERO);
@@ -107,6 +103,25 @@ pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> R
     let body =
         GuardedBody { inner, hold, limits, received: 0, waiting_since: None, waited: Duration::ZERO, timer: None };
     http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
+}
+
+/// Reads the body of `response` into memory, and gives the response back with it.
+pub(crate) async fn read_whole(response: Response) -> Result<Response, RequestError> {
+    let (parts, body) = apart(response);
+    let bytes = Response::from(http::Response::new(body)).bytes().await?;
+    Ok(http::Response::from_parts(parts, reqwest::Body::from(bytes)).into())
+}
+
+/// Takes a response apart so that it can be put together again with another body.
+fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
+    let url = response.url().clone();
+    let (mut parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
+    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
+    let mut carrier = http::Response::builder().url(url);
+    if let Some(extensions) = carrier.extensions_mut() {
+        parts.extensions.extend(std::mem::take(extensions));
+    }
+    (parts, body)
 }
 
 /// Whether the body is one that may be quiet for as long as it likes.
@@ -143,12 +158,18 @@ impl GuardedBody {
     fn too_large(&mut self, limit: u64) -> BoxError {
         // The origin did nothing wrong.
         self.hold = None;
-        RequestError::BodyTooLarge { limit }.into()
+        RequestError::BodyTooLarge { limit, report: self.report() }.into()
     }
 
     fn timed_out(&mut self) -> BoxError {
         self.fail();
-        into_io(self.limits.deadline.timed_out(Phase::Body, self.limits.attempts)).into()
+        let limit = if self.limits.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Idle };
+        into_io(RequestError::timeout(limit, self.report())).into()
+    }
+
+    fn report(&self) -> Box<CallReport> {
+        let BodyLimits { subject, deadline, attempts, .. } = &self.limits;
+        subject.report(Phase::Body, *attempts, deadline.elapsed())
     }
 
     /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
@@ -198,7 +219,7 @@ impl http_body::Body for GuardedBody {
                     Some(Ok(frame)) => Some(this.receive(frame)),
                     Some(Err(error)) => {
                         this.fail();
-                        Some(Err(error.into()))
+                        Some(Err(RequestError::reported(error, this.report()).into()))
                     }
                     None => {
                         if let Some(hold) = this.hold.take() {

@@ -152,7 +152,7 @@ fn a_wrong_option_is_an_error_that_names_it() {
     assert_eq!(option(new().concurrency(usize::MAX).build()), "concurrency");
     assert_eq!(option(new().concurrency_per_host(0).build()), "concurrency_per_host");
     assert_eq!(option(new().max_origins(0).build()), "max_origins");
-    assert_eq!(option(new().retry(Retry::idempotent(1).budget(f64::NAN)).build()), "retry");
+    assert_eq!(option(new().retry(Retry::attempts(2).budget(f64::NAN)).build()), "retry");
     assert_eq!(option(new().propagate_deadline("no header").build()), "propagate_deadline");
     let own = reqwest::Client::new();
     assert_eq!(option(new().reqwest(own).connect_timeout(LONG).build()), "connect_timeout");

@@ -137,7 +137,7 @@ fn client(change: impl FnOnce(TimeoutClientBuilder) -> TimeoutClientBuilder) -> 
 }
 
 fn quick(retries: u32) -> Retry {
-    Retry::idempotent(retries).backoff(Duration::from_millis(1), Duration::from_millis(2))
+    Retry::attempts(retries + 1).backoff(Duration::from_millis(1), Duration::from_millis(2))
 }
 
 #[tokio::test]
