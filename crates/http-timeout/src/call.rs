@@ -403,7 +403,7 @@ fn judge(
     admission: Option<BreakerPermit>,
 ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
     let Some(mut admission) = admission else { return (result, None) };
-    admission.stop_clock();
+    admission.head();
     match &result {
         Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
         Ok(_) => admission.failure(),

@@ -12,9 +12,8 @@ use http::Method;
 use reqwest::{IntoUrl, Request, Response};
 
 use crate::{
-    breaker::CircuitBreaker,
+    breaker::{CircuitBreaker, State},
     call::{Budget, Shared},
-    circuit::State,
     error::RequestError,
 };
 

@@ -104,26 +104,21 @@
 
 mod breaker;
 mod call;
-mod circuit;
 mod client;
-mod config;
 mod connections;
 mod error;
-#[cfg(feature = "tower")]
-mod layer;
 mod limit;
 mod origins;
-mod window;
 
-pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
-pub use call::{Attempts, Retry};
-pub use circuit::{State, Transition};
-pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
-pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
-pub use error::{BuildError, CallReport, Failure, Limit, Phase, RequestError};
+pub use breaker::{
+    BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,
+    CircuitBreaker, CircuitOpen, Class, State, Transition,
+};
 #[cfg(feature = "tower")]
-pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
-pub use origins::BreakerMap;
+pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
+pub use call::{Attempts, Retry};
+pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
+pub use error::{BuildError, CallReport, Failure, Limit, Phase, RequestError};
 
 // The examples of the README compile.
 #[cfg(doctest)]

@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::{HeaderMap, header::CONTENT_TYPE};
 use http_body::{Body as _, Frame, SizeHint};
 use reqwest::{Response, ResponseBuilderExt};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -38,18 +39,39 @@ impl Hold {
         Self { admission, _permits: permits }
     }
 
+    /// The body has ended well; its consumer waited this long for the peer.
+    fn finish(mut self, waited: Duration) {
+        if let Some(admission) = self.admission.take() {
+            admission.finished(waited);
+        }
+    }
+
+    /// The consumer gave up, after it had waited this long for the next piece.
+    fn abandon(mut self, quiet: Duration) {
+        if let Some(admission) = self.admission.take() {
+            admission.abandoned(quiet);
+        }
+    }
+
     fn fail(mut self) {
         if let Some(admission) = self.admission.take() {
             admission.failure();
+        }
+    }
+
+    /// The call ends for the breaker, and nothing that happens to the body is told to it any more.
+    fn ends_as_stream(&mut self) {
+        if let Some(admission) = self.admission.take() {
+            admission.stream();
         }
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        // The head was good: a body that ended, or that nobody wanted, says nothing against the origin.
+        // The head was good: a body that nobody wanted says nothing against the origin.
         if let Some(admission) = self.admission.take() {
-            admission.success();
+            admission.abandoned(Duration::ZERO);
         }
     }
 }
@@ -66,11 +88,20 @@ pub(crate) struct BodyLimits {
 }
 
 /// Puts the guard around the body of `response`; everything else about it stays.
-pub(crate) fn guard(response: Response, hold: Hold, limits: BodyLimits) -> Response {
+pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> Response {
     let (parts, inner) = apart(response);
     // An empty body has ended already: its call must not hold a permit until the response is dropped.
-    let hold = (!inner.is_end_stream()).then_some(hold);
-    let body = GuardedBody { inner, hold, limits, received: 0, waiting_since: None, timer: None };
+    let hold = if inner.is_end_stream() {
+        hold.finish(Duration::ZERO);
+        None
+    } else {
+        if is_event_stream(&parts.headers) {
+            hold.ends_as_stream();
+        }
+        Some(hold)
+    };
+    let body =
+        GuardedBody { inner, hold, limits, received: 0, waiting_since: None, waited: Duration::ZERO, timer: None };
     http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
 }
 
@@ -93,6 +124,13 @@ fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
     (parts, body)
 }
 
+/// Whether the body is one that may be quiet for as long as it likes.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = content_type.split(';').next().unwrap_or_default();
+    essence.trim().eq_ignore_ascii_case("text/event-stream")
+}
+
 struct GuardedBody {
     inner: reqwest::Body,
     /// None once the body has ended.
@@ -101,6 +139,8 @@ struct GuardedBody {
     received: u64,
     /// Since when the consumer has been waiting for the peer; none while it is busy itself.
     waiting_since: Option<Instant>,
+    /// How long it has waited before, in all.
+    waited: Duration,
     /// Made at the first wait: a body that is there needs no timer.
     timer: Option<Pin<Box<Sleep>>>,
 }
@@ -130,6 +170,11 @@ impl GuardedBody {
     fn report(&self) -> Box<CallReport> {
         let BodyLimits { subject, deadline, attempts, .. } = &self.limits;
         subject.report(Phase::Body, *attempts, deadline.elapsed())
+    }
+
+    /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
+    fn end_wait(&mut self) -> Duration {
+        self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     fn fail(&mut self) {
@@ -168,7 +213,8 @@ impl http_body::Body for GuardedBody {
         }
         match Pin::new(&mut this.inner).poll_frame(cx) {
             Poll::Ready(polled) => {
-                this.waiting_since = None;
+                let waited = this.end_wait();
+                this.waited += waited;
                 Poll::Ready(match polled {
                     Some(Ok(frame)) => Some(this.receive(frame)),
                     Some(Err(error)) => {
@@ -176,7 +222,9 @@ impl http_body::Body for GuardedBody {
                         Some(Err(RequestError::reported(error, this.report()).into()))
                     }
                     None => {
-                        this.hold = None;
+                        if let Some(hold) = this.hold.take() {
+                            hold.finish(this.waited);
+                        }
                         None
                     }
                 })
@@ -192,5 +240,16 @@ impl http_body::Body for GuardedBody {
 
     fn size_hint(&self) -> SizeHint {
         if self.hold.is_some() { self.inner.size_hint() } else { SizeHint::with_exact(0) }
+    }
+}
+
+impl Drop for GuardedBody {
+    fn drop(&mut self) {
+        let quiet = self.end_wait();
+        // The body first: whoever gets the permits must not find one more in flight than there are permits.
+        drop(std::mem::take(&mut self.inner));
+        if let Some(hold) = self.hold.take() {
+            hold.abandon(quiet);
+        }
     }
 }

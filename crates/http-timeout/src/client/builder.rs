@@ -12,9 +12,9 @@ use http::{HeaderMap, HeaderName};
 use tokio::sync::Semaphore;
 
 use crate::{
+    breaker::BreakerConfig,
     call::{Options, Redirects, Retry, Shared, build_reqwest},
     client::TimeoutClient,
-    config::BreakerConfig,
     error::BuildError,
     limit::Gate,
     origins::Origins,
@@ -324,7 +324,7 @@ impl TimeoutClientBuilder {
 
     fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
         let budget = self.options.retry.budget_of_client();
-        let breaker = self.breaker.map(|config| config.with_default_lease(lease));
+        let breaker = self.breaker.map(|config| config.with_patience(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,

@@ -111,8 +111,7 @@ async fn calls_dropped_at_random_moments_leave_nothing_behind() {
         .consecutive_failures(3)
         .min_calls(5)
         .failure_rate(0.3)
-        .open_for(Duration::from_millis(2))
-        .open_max(Duration::from_millis(4));
+        .open_for(Duration::from_millis(2), Duration::from_millis(4));
     let client = TimeoutClient::builder()
         .concurrency(8)
         .concurrency_per_host(6)
@@ -217,7 +216,7 @@ fn calls_without_any_limit_dropped_anywhere_give_everything_back() {
 /// A breaker that is due for its one probe.
 async fn due() -> CircuitBreaker {
     let open_for = Duration::from_millis(1);
-    let breaker = CircuitBreaker::new(BreakerConfig::builder().open_for(open_for).build().unwrap());
+    let breaker = CircuitBreaker::new(BreakerConfig::builder().open_for(open_for, open_for).build().unwrap());
     for _ in 0..5 {
         assert!(breaker.call(async { Err::<(), _>(()) }).await.is_err());
     }

@@ -3,6 +3,7 @@
 
 mod breaker;
 mod cancel;
+mod cuts;
 mod faults;
 mod happy;
 mod http2;
