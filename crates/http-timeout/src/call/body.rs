@@ -67,10 +67,15 @@ pub(crate) struct BodyLimits {
 pub(crate) fn guard(response: Response, hold: Hold, limits: BodyLimits) -> Response {
     let url = response.url().clone();
     let (mut parts, inner) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
-    let mut carrier = http::Response::builder().url(url);
+    // reqwest keeps the URL in an extension of a private type, which only this builder can make. It is given the map that
+    // is there, because a second one would cost three allocations.
+    let mut carrier = http::Response::builder();
     if let Some(extensions) = carrier.extensions_mut() {
-        parts.extensions.extend(std::mem::take(extensions));
+        *extensions = std::mem::take(&mut parts.extensions);
+    }
+    carrier = carrier.url(url);
+    if let Some(extensions) = carrier.extensions_mut() {
+        parts.extensions = std::mem::take(extensions);
     }
     // An empty body has ended already: its call must not hold a permit until the response is dropped.
     let hold = (!inner.is_end_stream()).then_some(hold);
