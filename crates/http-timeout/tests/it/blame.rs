@@ -50,8 +50,7 @@ async fn the_time_in_our_queue_is_not_the_origin_s() {
 #[tokio::test]
 async fn a_deadline_that_the_origin_had_to_itself_is_its_failure() {
     let server = Server::start(|_, _| std::future::pending());
-    let client =
-        TimeoutClient::builder().timeout(Duration::from_millis(100)).breaker(trips_at_once()).build().unwrap();
+    let client = TimeoutClient::builder().timeout(Duration::from_millis(100)).breaker(trips_at_once()).build().unwrap();
     assert!(client.get(server.url("/")).send().await.unwrap_err().is_timeout());
     assert_eq!(state(&client, &server.url("/")), State::Open);
 }
@@ -63,11 +62,8 @@ async fn a_producer_that_fails_or_is_slow_is_not_the_origin_s_fault() {
         reply(200, "taken")
     });
     let url = server.url("/");
-    let client = TimeoutClient::builder()
-        .attempt_timeout(Duration::from_millis(300))
-        .breaker(trips_at_once())
-        .build()
-        .unwrap();
+    let client =
+        TimeoutClient::builder().attempt_timeout(Duration::from_millis(300)).breaker(trips_at_once()).build().unwrap();
 
     let failing = stream::iter([Ok("a"), Err(io::Error::other("our disk"))]);
     let error = client.put(&url).body(reqwest::Body::wrap_stream(failing)).send().await.unwrap_err();
