@@ -9,12 +9,11 @@ mod request;
 use std::{sync::Arc, time::Duration};
 
 use http::Method;
-use reqwest::{IntoUrl, Response};
+use reqwest::{IntoUrl, Request, Response};
 
 use crate::{
-    breaker::CircuitBreaker,
+    breaker::{CircuitBreaker, State},
     call::{Budget, Shared},
-    circuit::State,
     error::RequestError,
 };
 
@@ -39,7 +38,7 @@ pub use request::RequestBuilder;
 ///     .timeout(Duration::from_secs(10))
 ///     .concurrency(64)
 ///     .concurrency_per_host(8)
-///     .retry(Retry::idempotent(3))
+///     .retry(Retry::attempts(4))
 ///     .breaker(BreakerConfig::default())
 ///     .build()?;
 /// let text = client.get("http://localhost:8080/").send().await?.text().await?;
@@ -97,6 +96,33 @@ impl TimeoutClient {
         self.request(Method::HEAD, url)
     }
 
+    /// Starts an OPTIONS request.
+    pub fn options(&self, url: impl IntoUrl) -> RequestBuilder {
+        self.request(Method::OPTIONS, url)
+    }
+
+    /// Sends a request that was built elsewhere, with its own timeout if it has one.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the same holds as for [`RequestBuilder::send`].
+    ///
+    /// # Errors
+    ///
+    /// As [`RequestBuilder::send`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), Box<dyn std::error::Error>> {
+    /// let request = reqwest::Request::new(reqwest::Method::GET, "http://localhost:8080/".parse()?);
+    /// let response = client.execute(request).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn execute(&self, request: Request) -> Result<Response, RequestError> {
+        RequestBuilder::from_request(Arc::clone(&self.shared), request).send().await
+    }
+
     /// Starts a request. An invalid URL shows as the error of [`RequestBuilder::send`].
     pub fn request(&self, method: Method, url: impl IntoUrl) -> RequestBuilder {
         RequestBuilder::new(Arc::clone(&self.shared), method, url)
@@ -132,8 +158,8 @@ impl TimeoutClient {
     /// client's own timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping
     /// the stream drops what is in flight; URLs whose turn has not come are never asked for.
     ///
-    /// A response that was yielded holds its permit until its body was read or dropped, so read each before you ask
-    /// for the next.
+    /// A response is yielded when its body is in memory, at most `max_body` of it, so it can be collected, and a body
+    /// that breaks off is the error of its URL. For bodies too large for that, use [`get`](Self::get).
     ///
     /// # Examples
     ///
@@ -179,8 +205,8 @@ impl TimeoutClient {
     /// The figures at this instant.
     pub fn metrics(&self) -> ClientMetrics {
         ClientMetrics {
-            in_flight: self.shared.limits.in_flight(),
-            waiting: self.shared.limits.waiting(),
+            in_flight: self.shared.gate.in_flight(),
+            waiting: self.shared.waiting(),
             retries: self.shared.budget.as_ref().map_or(0, Budget::retries_made),
             retries_left: self.shared.budget.as_ref().map(Budget::retries_left),
             origins: self.shared.origins.len(),

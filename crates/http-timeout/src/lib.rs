@@ -47,7 +47,7 @@
 //!     .timeout(Duration::from_secs(10))       // one deadline: permit, attempts, back-off and body
 //!     .idle_timeout(Duration::from_secs(5))   // only while the peer is waited for
 //!     .concurrency(64)                        // held until the body has ended
-//!     .retry(Retry::idempotent(3))
+//!     .retry(Retry::attempts(4))
 //!     .breaker(BreakerConfig::default())      // one for each origin
 //!     .build()?;
 //! # let url = serve().await?;
@@ -106,26 +106,21 @@
 
 mod breaker;
 mod call;
-mod circuit;
 mod client;
-mod config;
 mod connections;
 mod error;
-#[cfg(feature = "tower")]
-mod layer;
 mod limit;
 mod origins;
-mod window;
 
-pub use breaker::{BreakerError, BreakerMetrics, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
-pub use call::{Attempts, Retry};
-pub use circuit::{State, Transition};
-pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
-pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};
-pub use error::{BuildError, Phase, RequestError};
+pub use breaker::{
+    BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,
+    CircuitBreaker, CircuitOpen, Class, State, Transition,
+};
 #[cfg(feature = "tower")]
-pub use layer::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
-pub use origins::BreakerMap;
+pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classify};
+pub use call::{Attempts, Retry};
+pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
+pub use error::{BuildError, CallReport, Failure, Limit, Phase, RequestError};
 
 // The examples of the README compile.
 #[cfg(doctest)]

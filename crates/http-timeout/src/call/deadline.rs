@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
     call::outgoing::Outgoing,
-    error::{Phase, RequestError},
+    error::{Limit, RequestError},
 };
 
 /// When a call began and when it must end.
@@ -54,8 +54,8 @@ impl Deadline {
         self.end.map(|end| end.saturating_duration_since(Instant::now()))
     }
 
-    pub(crate) fn timed_out(&self, phase: Phase, attempts: u32) -> RequestError {
-        RequestError::Timeout { phase, elapsed: self.started.elapsed(), attempts }
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 }
 
@@ -69,17 +69,6 @@ pub(crate) async fn within<F: Future>(end: Option<Instant>, future: F) -> Option
         None => Some(future.await),
         Some(end) => timeout_at(end, future).await.ok(),
     }
-}
-
-/// What ended an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Limit {
-    /// The deadline of the call.
-    Total,
-    /// The time of one attempt.
-    Attempt,
-    /// The silence of the peer.
-    Idle,
 }
 
 /// The limits of one attempt.

@@ -8,15 +8,15 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 use tokio::sync::Semaphore;
 
 use crate::{
-    call::{Budget, Options, Retry, Shared, build_reqwest},
+    breaker::BreakerConfig,
+    call::{Options, Redirects, Retry, Shared, build_reqwest},
     client::TimeoutClient,
-    config::BreakerConfig,
     error::BuildError,
-    limit::Limits,
+    limit::Gate,
     origins::Origins,
 };
 
@@ -32,7 +32,7 @@ impl TimeoutClient {
             .attempt_timeout(None)
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
-        let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
+        let reqwest = build_reqwest(reqwest::Client::builder(), None).map_or_else(|_| OnceLock::new(), OnceLock::from);
         builder.assemble(reqwest, None)
     }
 
@@ -46,22 +46,36 @@ impl TimeoutClient {
 ///
 /// | option | default | |
 /// |---|---|---|
-/// | `timeout` | 30 s | one deadline: wait for a permit, attempts, back-off and body |
-/// | `attempt_timeout` | 30 s | one attempt, to the head of its response |
+/// | `timeout` | 30 s | one deadline: wait for a permit, attempts, redirects, back-off and body |
+/// | `permit_timeout` | none | the wait for a permit |
+/// | `attempt_timeout` | 30 s | one request, to the head of its response |
 /// | `connect_timeout` | 10 s | name resolution, TCP and TLS |
 /// | `idle_timeout` | 30 s | the peer neither takes nor gives a byte that is waited for |
 /// | `max_body` | 64 MiB | a response's body, after decompression |
 /// | `concurrency` | 100 | calls in flight |
 /// | `concurrency_per_host` | none | of them to one origin (scheme, host and port) |
-/// | `max_waiting` | 10,000 | calls that wait for a permit |
+/// | `max_waiting` | 10,000 | calls that wait for the client's permits, and for those of each origin |
 /// | `max_origins` | 1,024 | origins remembered |
 /// | `retry` | none | |
+/// | `redirects` | 10 | followed in one attempt |
+/// | `sensitive_headers` | those below | left out when a redirect crosses to another origin |
 /// | `breaker` | none | one for each origin |
-#[derive(Clone, Debug)]
+///
+/// Redirects are followed as reqwest and browsers do: 301 and 302 turn POST into GET, 303 turns all but HEAD into GET,
+/// 307 and 308 change nothing. Each request on the way has its own permit of its origin, admission by its origin's
+/// breaker, attempt timeout and idle time. When the origin changes, these are left out for good: `authorization`,
+/// `cookie`, `cookie2`, `host`, `proxy-authorization`, `www-authenticate`, `x-api-key`, `private-token`, the headers that
+/// [`sensitive_headers`](Self::sensitive_headers) names, those marked by `HeaderValue::set_sensitive`, and the query in
+/// `Referer`.
+#[derive(Debug)]
 #[must_use = "the options take effect when `build` is called"]
 pub struct TimeoutClientBuilder {
     options: Options,
     reqwest: Option<reqwest::Client>,
+    /// The builder of the client underneath, and whether it was changed.
+    underneath: reqwest::ClientBuilder,
+    is_configured: bool,
+    sensitive: Vec<String>,
     connect_timeout_set: bool,
     concurrency: usize,
     concurrency_per_host: Option<usize>,
@@ -77,14 +91,20 @@ impl Default for TimeoutClientBuilder {
             timeout: Some(Duration::from_secs(30)),
             attempt_timeout: Some(Duration::from_secs(30)),
             connect_timeout: Some(Duration::from_secs(10)),
+            permit_timeout: None,
             idle_timeout: Some(Duration::from_secs(30)),
             max_body: Some(64 * 1024 * 1024),
-            retry: None,
+            retry: Retry::none(),
+            redirects: Redirects::default(),
+            default_headers: HeaderMap::new(),
             propagate: None,
         };
         Self {
             options,
             reqwest: None,
+            underneath: reqwest::Client::builder(),
+            is_configured: false,
+            sensitive: Vec::new(),
             connect_timeout_set: false,
             concurrency: 100,
             concurrency_per_host: None,
@@ -103,7 +123,13 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// How long one attempt may take to the head of its response.
+    /// How long a call may wait for a permit at a time.
+    pub fn permit_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.options.permit_timeout = timeout.into();
+        self
+    }
+
+    /// How long one request may take to the head of its response. A request that a redirect asks for is one more.
     pub fn attempt_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.attempt_timeout = timeout.into();
         self
@@ -119,8 +145,7 @@ impl TimeoutClientBuilder {
     /// How long the peer may be silent while it is waited for, in both directions.
     ///
     /// The time that the consumer of a body or the producer of a streamed request is busy does not count, nor does the
-    /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress; such a request is not
-    /// redirected by 307 and 308.
+    /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.idle_timeout = timeout.into();
         self
@@ -144,7 +169,10 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// The most calls that wait for a permit; one more is [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    /// The most calls that wait for the client's permits, and the most that wait for those of one origin; one more is
+    /// [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    ///
+    /// The queues are apart: however many wait for a slow origin, they take no place from calls to others.
     pub fn max_waiting(mut self, calls: usize) -> Self {
         self.max_waiting = calls;
         self
@@ -157,8 +185,36 @@ impl TimeoutClientBuilder {
     }
 
     /// Tries calls again.
-    pub fn retry(mut self, retry: impl Into<Option<Retry>>) -> Self {
-        self.options.retry = retry.into();
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.options.retry = retry;
+        self
+    }
+
+    /// The most redirects of one attempt; with zero, a redirect is a response like any other.
+    pub fn redirects(mut self, most: u32) -> Self {
+        self.options.redirects.most = most;
+        self
+    }
+
+    /// Further headers that are left out when a redirect crosses to another origin.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::TimeoutClient;
+    ///
+    /// let client = TimeoutClient::builder().sensitive_headers(["x-session", "x-signature"]).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn sensitive_headers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.sensitive.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// Headers of every request that does not have them itself.
+    ///
+    /// They are left out across origins like the headers of a request, which those are not that
+    /// [`configure`](Self::configure) gives to reqwest: what is sensitive of these is sent empty.
+    pub fn default_headers(mut self, headers: HeaderMap) -> Self {
+        self.options.default_headers = headers;
         self
     }
 
@@ -174,11 +230,31 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Sends through this client, with its TLS, proxy, name resolution and redirects.
+    /// Changes the reqwest client underneath, for instance its TLS, proxies or name resolution.
     ///
-    /// Leave its `timeout`, `read_timeout` and `retry` alone: they know nothing of permits, deadline and budget. Since
-    /// its redirects cannot be watched, no request through it is taken for provably unsent, and a redirect to a host
-    /// that cannot be reached is charged to the origin that redirected.
+    /// Every guarantee of this crate is kept, so what they rest on is set after `change`: redirects and retries are
+    /// those of this builder, and so is `connect_timeout` unless it is `None` here.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::TimeoutClient;
+    ///
+    /// let client = TimeoutClient::builder()
+    ///     .configure(|b: reqwest::ClientBuilder| b.no_proxy().user_agent("crawler/1.0"))
+    ///     .build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn configure(mut self, change: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder) -> Self {
+        self.underneath = change(self.underneath);
+        self.is_configured = true;
+        self
+    }
+
+    /// Sends through this client, made elsewhere. Prefer [`configure`](Self::configure): with a client of your own
+    ///
+    /// - redirects are followed inside, as its own policy says, unless that is `Policy::none()`: without a permit of
+    ///   their origin, past its breaker, with its rules for headers, and at the account of the origin first asked;
+    /// - its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone;
+    /// - `connect_timeout` is its own.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
         self.reqwest = Some(client);
         self
@@ -195,6 +271,7 @@ impl TimeoutClientBuilder {
         let wrong = |option, problem| Err(BuildError::Option { option, problem });
         let durations = [
             ("timeout", options.timeout),
+            ("permit_timeout", options.permit_timeout),
             ("attempt_timeout", options.attempt_timeout),
             ("connect_timeout", options.connect_timeout),
             ("idle_timeout", options.idle_timeout),
@@ -212,8 +289,14 @@ impl TimeoutClientBuilder {
         if self.max_origins == 0 {
             return wrong("max_origins", "is zero");
         }
-        if let Some(problem) = options.retry.as_ref().and_then(Retry::problem) {
+        if let Some(problem) = options.retry.problem() {
             return wrong("retry", problem);
+        }
+        for name in std::mem::take(&mut self.sensitive) {
+            match HeaderName::try_from(name) {
+                Ok(name) => options.redirects.sensitive.push(name),
+                Err(_) => return wrong("sensitive_headers", "has what is not the name of a header"),
+            }
         }
         if let Some(name) = &self.propagate {
             match HeaderName::try_from(name) {
@@ -225,22 +308,29 @@ impl TimeoutClientBuilder {
             Some(_) if self.connect_timeout_set => {
                 return wrong("connect_timeout", "cannot be set on a reqwest client that was made elsewhere");
             }
+            Some(_) if self.is_configured => {
+                return wrong("configure", "cannot change a reqwest client that was made elsewhere");
+            }
             Some(client) => client,
-            None => build_reqwest(options.connect_timeout).map_err(BuildError::Client)?,
+            None => {
+                let underneath = std::mem::take(&mut self.underneath);
+                build_reqwest(underneath, options.connect_timeout).map_err(BuildError::Client)?
+            }
         };
+        options.redirects.observe(&client);
         let lease = options.attempt_timeout.or(options.timeout);
         Ok(self.assemble(OnceLock::from(client), lease))
     }
 
     fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
-        let budget = self.options.retry.as_ref().map(Budget::new);
-        let breaker = self.breaker.map(|config| config.with_default_lease(lease));
+        let budget = self.options.retry.budget_of_client();
+        let breaker = self.breaker.map(|config| config.with_patience(lease));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
             options: self.options,
-            limits: Limits::new(self.concurrency, self.max_waiting),
-            origins: Origins::new(max_origins, breaker, self.concurrency_per_host),
+            gate: Gate::new(self.concurrency, self.max_waiting),
+            origins: Origins::new(max_origins, breaker, self.concurrency_per_host.map(|size| (size, self.max_waiting))),
             budget,
         };
         TimeoutClient { shared: Arc::new(shared) }

@@ -22,7 +22,7 @@ use crate::server::{Server, reply};
 const LONG: Duration = Duration::from_secs(30);
 
 fn trips_at_once() -> BreakerConfig {
-    BreakerConfig::builder().consecutive_failures(1).open_for(LONG).open_max(LONG).build().unwrap()
+    BreakerConfig::builder().consecutive_failures(1).open_for(LONG, LONG).build().unwrap()
 }
 
 fn state(client: &TimeoutClient, url: &str) -> State {
@@ -93,7 +93,7 @@ fn closes_behind(answers: usize) -> (String, Arc<AtomicUsize>) {
                         return;
                     }
                     let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
-                    socket.write_all(answer).await.unwrap();
+                    assert_eq!(socket.write(answer).await.unwrap(), answer.len());
                 }
                 takes_request(&mut socket, &seen).await;
             });
@@ -128,7 +128,7 @@ async fn a_post_on_a_stale_connection_is_not_sent_twice_and_charged_to_nobody() 
     let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
     assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "ok");
     let error = client.post(&url).body("once").send().await.unwrap_err();
-    assert!(matches!(error, RequestError::Network(..)), "{error:?}");
+    assert!(matches!(error, RequestError::Network { .. }), "{error:?}");
     assert_eq!(requests.load(Ordering::SeqCst), 2);
     assert_eq!(state(&client, &url), State::Closed);
 }
@@ -176,7 +176,8 @@ async fn slow_reader(bytes: usize, every: Duration, piece: usize) -> String {
             tokio::time::sleep(every).await;
             left = left.saturating_sub(socket.read(&mut buffer).await.unwrap());
         }
-        socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n").await.unwrap();
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        assert_eq!(socket.write(answer).await.unwrap(), answer.len());
     });
     url
 }

@@ -30,7 +30,7 @@ fn rig() -> Rig {
     let server = Server::start(|_, hit| async move {
         if hit == 0 { reply(503, vec![b'x'; 1_000]) } else { drip(3, 100, Duration::from_millis(1)) }
     });
-    let retry = Retry::idempotent(2).backoff(Duration::from_millis(1), Duration::from_millis(3));
+    let retry = Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_millis(3));
     let client = TimeoutClient::builder()
         .timeout(Duration::from_secs(20))
         .concurrency(2)
@@ -111,12 +111,11 @@ async fn calls_dropped_at_random_moments_leave_nothing_behind() {
         .consecutive_failures(3)
         .min_calls(5)
         .failure_rate(0.3)
-        .open_for(Duration::from_millis(2))
-        .open_max(Duration::from_millis(4));
+        .open_for(Duration::from_millis(2), Duration::from_millis(4));
     let client = TimeoutClient::builder()
         .concurrency(8)
         .concurrency_per_host(6)
-        .retry(Retry::idempotent(2).backoff(Duration::from_millis(1), Duration::from_millis(4)))
+        .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_millis(4)))
         .breaker(breaker.build().unwrap())
         .build()
         .unwrap();
@@ -170,7 +169,7 @@ fn a_call_dropped_while_it_reads_what_it_does_not_want_gives_everything_back() {
                 *reply.status_mut() = if hit == 0 { StatusCode::SERVICE_UNAVAILABLE } else { StatusCode::OK };
                 reply
             });
-            let retry = Retry::idempotent(1).backoff(Duration::from_millis(1), Duration::from_millis(3));
+            let retry = Retry::attempts(2).backoff(Duration::from_millis(1), Duration::from_millis(3));
             Rig { server, client: TimeoutClient::builder().retry(retry).build().unwrap() }
         },
         async |rig| {
@@ -217,7 +216,7 @@ fn calls_without_any_limit_dropped_anywhere_give_everything_back() {
 /// A breaker that is due for its one probe.
 async fn due() -> CircuitBreaker {
     let open_for = Duration::from_millis(1);
-    let breaker = CircuitBreaker::new(BreakerConfig::builder().open_for(open_for).build().unwrap());
+    let breaker = CircuitBreaker::new(BreakerConfig::builder().open_for(open_for, open_for).build().unwrap());
     for _ in 0..5 {
         assert!(breaker.call(async { Err::<(), _>(()) }).await.is_err());
     }

@@ -71,7 +71,7 @@ async fn the_queue_for_permits_is_bounded() {
     let waiting: Vec<_> = (0..2).map(|_| tokio::spawn(client.get(server.url("/")).send())).collect();
     eventually(|| client.metrics().waiting == 2).await;
     let refused = client.get(server.url("/")).send().await.unwrap_err();
-    assert!(matches!(refused, RequestError::Overloaded { limit: 2 }), "{refused:?}");
+    assert!(matches!(refused, RequestError::Overloaded { limit: 2, .. }), "{refused:?}");
     waiting.iter().for_each(tokio::task::JoinHandle::abort);
     join_all(waiting).await;
     assert_eq!(client.metrics().waiting, 0);
@@ -115,7 +115,7 @@ async fn a_body_over_the_cap_is_an_error_whether_announced_or_not() {
     for path in ["/announced", "/streamed"] {
         let response = client.get(server.url(path)).send().await.unwrap();
         let error = RequestError::from(response.bytes().await.unwrap_err());
-        assert!(matches!(error, RequestError::BodyTooLarge { limit: 1_000_000 }), "{path}: {error:?}");
+        assert!(matches!(error, RequestError::BodyTooLarge { limit: 1_000_000, .. }), "{path}: {error:?}");
         assert_eq!(client.metrics().in_flight, 0);
     }
     let whole = client.get(server.url("/exact")).send().await.unwrap().bytes().await.unwrap();
@@ -165,7 +165,7 @@ async fn an_open_origin_costs_others_nothing_and_its_own_callers_no_wait() {
     let held = client.get(healthy.url("/")).send().await.unwrap();
     let started = Instant::now();
     match client.get(&sick).send().await.unwrap_err() {
-        RequestError::CircuitOpen { origin, retry_after } => {
+        RequestError::CircuitOpen { origin, retry_after, .. } => {
             assert_eq!(format!("{origin}/"), sick);
             assert!(retry_after > Duration::ZERO && retry_after <= Duration::from_secs(6), "{retry_after:?}");
         }

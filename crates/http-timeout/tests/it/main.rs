@@ -4,6 +4,7 @@
 mod blame;
 mod breaker;
 mod cancel;
+mod cuts;
 mod faults;
 mod happy;
 mod http2;

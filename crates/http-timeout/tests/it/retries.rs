@@ -16,7 +16,7 @@ use futures_util::{StreamExt as _, future::join_all};
 use crate::server::{Server, refused_url, reply, with_header};
 
 fn quick(retries: u32) -> Retry {
-    Retry::idempotent(retries).backoff(Duration::from_millis(1), Duration::from_millis(2))
+    Retry::attempts(retries + 1).backoff(Duration::from_millis(1), Duration::from_millis(2))
 }
 
 fn client(retry: Retry) -> TimeoutClient {
@@ -131,7 +131,7 @@ async fn a_call_ends_at_its_deadline_whatever_the_retries() {
         }
         reply(503, "")
     });
-    let slow = Retry::idempotent(50).reserve(1_000).backoff(Duration::from_millis(400), Duration::from_secs(50));
+    let slow = Retry::attempts(51).reserve(1_000).backoff(Duration::from_millis(400), Duration::from_secs(50));
     let client = TimeoutClient::builder()
         .timeout(Duration::from_secs(2))
         .attempt_timeout(Duration::from_millis(600))
@@ -206,7 +206,7 @@ async fn ordered_answers_do_not_block_an_earlier_retry() {
     let server = Server::start(|request, hit| async move {
         reply(if request.uri().path() == "/first" && hit < 4 { 503 } else { 200 }, "ok")
     });
-    let retry = Retry::idempotent(9).backoff(Duration::from_millis(20), Duration::from_millis(40)).reserve(100);
+    let retry = Retry::attempts(10).backoff(Duration::from_millis(20), Duration::from_millis(40)).reserve(100);
     let client = TimeoutClient::builder().concurrency(3).concurrency_per_host(2).retry(retry).build().unwrap();
     let urls = ["/first", "/b", "/c", "/d", "/e"].map(|path| server.url(path));
     let answers: Vec<_> = client
