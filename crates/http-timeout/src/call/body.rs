@@ -116,10 +116,15 @@ pub(crate) async fn read_whole(response: Response) -> Result<Response, RequestEr
 fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
     let url = response.url().clone();
     let (mut parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
-    let mut carrier = http::Response::builder().url(url);
+    // reqwest keeps the URL in an extension of a private type, which only this builder can make. It is given the map that
+    // is there, because a second one would cost three allocations.
+    let mut carrier = http::Response::builder();
     if let Some(extensions) = carrier.extensions_mut() {
-        parts.extensions.extend(std::mem::take(extensions));
+        *extensions = std::mem::take(&mut parts.extensions);
+    }
+    carrier = carrier.url(url);
+    if let Some(extensions) = carrier.extensions_mut() {
+        parts.extensions = std::mem::take(extensions);
     }
     (parts, body)
 }

@@ -82,9 +82,7 @@ pub(crate) struct Patience {
 impl Patience {
     /// The next moment at which a limit may be reached, and which.
     fn next_look(&self, outgoing: &Outgoing) -> Option<(Instant, Limit)> {
-        // While the peer waits for us, its silence is our doing.
-        let since = outgoing.waiting_since().unwrap_or_else(Instant::now);
-        let idle = self.idle.and_then(|idle| since.checked_add(idle));
+        let idle = self.idle.and_then(|idle| outgoing.idle_end(idle));
         // Of limits that are reached together, the first of these is told.
         let looks = [(self.total, Limit::Total), (self.attempt, Limit::Attempt), (idle, Limit::Idle)];
         looks.into_iter().filter_map(|(end, limit)| Some((end?, limit))).min_by_key(|(end, _)| *end)

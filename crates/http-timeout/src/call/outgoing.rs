@@ -26,6 +26,10 @@ const SMALL_PIECE_BYTES: usize = 512;
 /// What is below this is sent in one go; of more, the buffers of two kernels may hold any part for any time.
 const UNSEEN_BYTES: u64 = 64 * 1024;
 
+/// What the buffers hide is taken in a few steps of the size that can be seen: the kernel asks for more when about a
+/// third of what it can hold is gone.
+const HIDDEN_STEPS: u32 = 4;
+
 /// What is known about the way out of one attempt.
 #[derive(Clone, Debug)]
 pub(crate) struct Outgoing(Arc<Mutex<Flow>>);
@@ -41,6 +45,8 @@ struct Flow {
     /// How long it waited for it before that.
     starved: Duration,
     producer_failed: bool,
+    /// The longest time in which the peer showed no progress, although it made some.
+    longest_pause: Duration,
     bytes: u64,
     piece: usize,
 }
@@ -57,6 +63,7 @@ impl Outgoing {
             starving: None,
             starved: Duration::ZERO,
             producer_failed: false,
+            longest_pause: Duration::ZERO,
             bytes: 0,
             piece: PIECE_BYTES,
         };
@@ -73,10 +80,12 @@ impl Outgoing {
         self.lock().taken
     }
 
-    /// Since when the peer is waited for; `None` while it waits for us.
-    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+    /// When the peer will have been silent for `idle`, or for as long as it may take to empty the buffers at the pace that
+    /// it has shown. While it waits for us, its silence is our doing.
+    pub(crate) fn idle_end(&self, idle: Duration) -> Option<Instant> {
         let flow = self.lock();
-        flow.starving.is_none().then_some(flow.progress)
+        let since = if flow.starving.is_none() { flow.progress } else { Instant::now() };
+        since.checked_add(idle.max(flow.longest_pause.saturating_mul(HIDDEN_STEPS)))
     }
 
     /// How long the peer had to wait for our producer.
@@ -117,9 +126,12 @@ impl Flow {
         if let Some(since) = waited_for_us {
             self.starved += now.saturating_duration_since(since);
         }
-        let gap = now.saturating_duration_since(self.progress);
-        if waited_for_us.is_none() && patience.is_some_and(|patience| gap > patience) {
-            self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+        let pause = now.saturating_duration_since(self.progress);
+        if waited_for_us.is_none() && self.bytes > 0 {
+            self.longest_pause = self.longest_pause.max(pause);
+            if patience.is_some_and(|patience| pause > patience) {
+                self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+            }
         }
         self.progress = now;
     }

@@ -1,6 +1,7 @@
 //! The integration tests of `cancel-safe-http-timeout`, one binary.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod blame;
 mod breaker;
 mod cancel;
 mod cuts;
