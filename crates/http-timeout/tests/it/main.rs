@@ -12,5 +12,6 @@ mod judged;
 #[cfg(feature = "tower")]
 mod layer;
 mod limits;
+mod redirects;
 mod retries;
 mod server;
