@@ -25,6 +25,7 @@ mod injected;
 mod input;
 mod known;
 mod late;
+mod limits;
 mod log;
 mod metrics;
 mod mysql;
