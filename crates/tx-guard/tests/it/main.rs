@@ -7,6 +7,7 @@ mod bounded;
 mod cancel;
 mod cancel_doors;
 mod cancel_ends;
+mod cancel_hooks;
 mod cancel_less;
 mod cancel_pool;
 mod commit;
