@@ -3,12 +3,14 @@
 
 use std::fmt;
 use std::future::poll_fn;
+use std::iter::repeat;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::clock::Clock;
 use crate::report::Ledger;
 use crate::stop::{Stop, Stopping};
 use crate::task::{Kind, Slot};
@@ -127,22 +129,25 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
 
 /// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
 /// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
-pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
-    let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
-    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
+///
+/// With each root goes whether it is starved: whether the runtime has run nothing since it was told to stop.
+pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
+    let nodes: Vec<_> = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().zip(repeat(*starved))).collect();
+    let live = |(node, starved): &(Arc<dyn Node>, bool)| node.live().into_iter().zip(repeat(*starved));
+    let slots: Vec<_> = nodes.iter().flat_map(live).map(|(slot, starved)| (slot.pulse(), slot, starved)).collect();
     if !slots.is_empty() {
-        tokio::time::sleep(SAMPLE).await;
+        clock.sleep(SAMPLE).await;
     }
-    for (earlier, slot) in &slots {
-        slot.cut(slot.judge(*earlier));
+    for (earlier, slot, starved) in &slots {
+        slot.cut(slot.judge(*earlier, *starved));
         slot.abort();
     }
     let settled = Instant::now() + SETTLE;
-    for root in roots {
+    for (root, _) in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
-        drop(tokio::time::timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await);
+        let _elapsed = clock.timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await;
     }
-    for node in nodes {
+    for (node, _) in nodes {
         node.abandon();
     }
 }
@@ -154,7 +159,7 @@ pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut C
         match root.stop().get() {
             Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
                 Ok(found) => return found,
-                Err(_) => cut(std::slice::from_ref(root)).await,
+                Err(_) => cut(&[(Arc::clone(root), false)], &Clock::Tokio).await,
             },
             None => {
                 if let Some(found) = root.stop().token().run_until_cancelled(looking).await {

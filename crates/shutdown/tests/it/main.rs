@@ -6,8 +6,13 @@ mod cancel;
 mod cancel_serve;
 mod child;
 mod group;
+mod interleavings;
+#[cfg(all(unix, feature = "signal"))]
+mod phases;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
+#[cfg(all(unix, feature = "signal"))]
+mod silence;
 mod worker;
 
 use std::sync::Arc;
