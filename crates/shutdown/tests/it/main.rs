@@ -8,6 +8,7 @@ mod child;
 mod group;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
+mod structure;
 mod worker;
 
 use std::sync::Arc;
