@@ -6,7 +6,7 @@
 use std::{
     borrow::Cow,
     num::NonZeroUsize,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use url::{Position, Url};
@@ -14,6 +14,7 @@ use url::{Position, Url};
 use crate::{
     breaker::{BreakerConfig, BreakerPermit, CircuitBreaker, CircuitOpen, Loss, Lru, lock},
     connections::Connections,
+    hedge::Pace,
     limit::Gate,
 };
 
@@ -34,6 +35,8 @@ pub(crate) struct Origin {
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) gate: Option<Gate>,
     pub(crate) connections: Connections,
+    /// How long its answers take, which only hedging asks.
+    pub(crate) pace: OnceLock<Box<Pace>>,
 }
 
 impl Origin {
@@ -64,6 +67,7 @@ impl Origins {
                 breaker: self.breaker.clone().map(CircuitBreaker::new),
                 gate: self.gate.map(|(concurrency, max_waiting)| Gate::new(concurrency, max_waiting)),
                 connections: Connections::default(),
+                pace: OnceLock::new(),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, loss))

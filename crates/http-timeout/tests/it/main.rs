@@ -7,6 +7,7 @@ mod cancel;
 mod cuts;
 mod faults;
 mod happy;
+mod hedge;
 mod http2;
 #[cfg(feature = "tower")]
 mod layer;
