@@ -22,9 +22,9 @@ use reqwest::{Request, Response};
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    breaker::{BreakerPermit, CircuitBreaker},
+    breaker::{BreakerPermit, CircuitBreaker, Class},
     call::{
-        blame::{Blame, Verdict, is_failure, is_retryable},
+        blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
         deadline::{Deadline, Patience, watched, within},
         outgoing::Outgoing,
@@ -76,6 +76,7 @@ pub struct Attempts(pub u32);
 pub(crate) struct Order {
     pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
+    pub(crate) streaming: bool,
 }
 
 /// A call in progress.
@@ -84,6 +85,7 @@ pub(crate) struct Call<'a> {
     client: &'a Shared,
     reqwest: reqwest::Client,
     idempotent: bool,
+    streaming: bool,
     deadline: Deadline,
     attempts: u32,
     /// Requests that do not count, because they came to nothing through no fault of the origin.
@@ -102,6 +104,7 @@ struct Hop {
     /// Whether sending it twice is the same as once.
     repeatable: bool,
     origin: Arc<Origin>,
+    breaker: Option<CircuitBreaker>,
     /// The redirects that led here.
     followed: u32,
 }
@@ -138,7 +141,8 @@ impl Hop {
         let repeatable =
             idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
         let origin = client.origins.of(request.url());
-        Self { request, body_is_gone: false, repeatable, origin, followed }
+        let breaker = client.origins.breaker(&request, &origin);
+        Self { request, body_is_gone: false, repeatable, origin, breaker, followed }
     }
 
     /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.
@@ -157,13 +161,9 @@ impl Hop {
         Subject { method: self.request.method().clone(), url: self.request.url().clone() }
     }
 
-    fn breaker(&self) -> Option<&CircuitBreaker> {
-        self.origin.breaker.as_ref()
-    }
-
     /// Whether it can be sent again, and its origin would take it.
     fn may_repeat(&self, unsent: bool) -> bool {
-        let refuses = self.breaker().is_some_and(|breaker| breaker.refusal().is_some());
+        let refuses = self.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some());
         (self.repeatable || unsent) && !self.body_is_gone && !refuses
     }
 }
@@ -174,6 +174,7 @@ impl<'a> Call<'a> {
             client,
             reqwest,
             idempotent: order.idempotent,
+            streaming: order.streaming,
             deadline: Deadline::new(order.timeout),
             attempts: 0,
             free: 0,
@@ -192,12 +193,12 @@ impl<'a> Call<'a> {
                 Some(permits) => permits,
                 None => self.acquire().await?,
             };
-            let admission = self.hop.origin.admit().map_err(|open| self.circuit_open(open.retry_after))?;
+            let admission = self.admit()?;
             if is_attempt {
                 self.count_attempt(token.take());
             }
             let (result, Leg { admission, permits }) = self.send(Leg { admission, permits }).await;
-            let (result, admission) = judge(result, admission);
+            let (result, admission) = self.judge(result, admission);
             // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
             let next = self.next(&result);
             if let Next::End = next {
@@ -239,7 +240,7 @@ impl<'a> Call<'a> {
 
     async fn acquire(&self) -> Result<Permits, RequestError> {
         // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
-        if let Some(retry_after) = self.hop.breaker().and_then(CircuitBreaker::refusal) {
+        if let Some(retry_after) = self.hop.breaker.as_ref().and_then(CircuitBreaker::refusal) {
             return Err(self.circuit_open(retry_after));
         }
         let end = self.deadline.part(self.client.options.permit_timeout);
@@ -251,6 +252,15 @@ impl<'a> Call<'a> {
                 Err(RequestError::timeout(limit, self.report(Phase::Permit)))
             }
         }
+    }
+
+    fn admit(&self) -> Result<Option<BreakerPermit>, RequestError> {
+        let Some(breaker) = &self.hop.breaker else { return Ok(None) };
+        let mut permit = breaker.try_acquire().map_err(|open| self.circuit_open(open.retry_after))?;
+        if self.streaming {
+            permit.expect_stream();
+        }
+        Ok(Some(permit))
     }
 
     fn count_attempt(&mut self, token: Option<Token<'_>>) {
@@ -398,27 +408,33 @@ impl<'a> Call<'a> {
     }
 
     fn circuit_open(&self, retry_after: Duration) -> RequestError {
-        let origin = self.hop.origin.name.clone();
+        let origin = self.client.origins.breaker_name(&self.hop.request);
         RequestError::CircuitOpen { origin, retry_after, report: self.report(Phase::Permit) }
     }
-}
 
-/// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
-fn judge(
-    result: Result<Response, Failed>,
-    admission: Option<BreakerPermit>,
-) -> (Result<Response, Failed>, Option<BreakerPermit>) {
-    let Some(mut admission) = admission else { return (result, None) };
-    admission.head();
-    match &result {
-        Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
-        Ok(_) => admission.failure(),
-        Err(failed) => match failed.verdict.blame {
-            Blame::Origin => admission.failure(),
-            Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
-            // A cut call, as if the caller had dropped it.
-            Blame::Queue => drop(admission),
-        },
+    /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
+    fn judge(
+        &self,
+        result: Result<Response, Failed>,
+        admission: Option<BreakerPermit>,
+    ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
+        let Some(mut admission) = admission else { return (result, None) };
+        match &result {
+            Ok(response) => {
+                admission.head();
+                match self.client.origins.class_of(response) {
+                    Class::Success => return (result, Some(admission)),
+                    Class::Failure => admission.failure(),
+                    Class::Ignore => admission.ignore(),
+                }
+            }
+            Err(failed) => match failed.verdict.blame {
+                Blame::Origin => admission.failure(),
+                Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
+                // A cut call, as if the caller had dropped it.
+                Blame::Queue => drop(admission),
+            },
+        }
+        (result, None)
     }
-    (result, None)
 }

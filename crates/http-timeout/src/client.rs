@@ -187,7 +187,7 @@ impl TimeoutClient {
         FetchMany::new(Arc::clone(&self.shared), urls.into_iter(), per_request_timeout.into())
     }
 
-    /// The origins whose breaker is not closed.
+    /// The origins whose breaker is not closed; with a [`breaker_key`](TimeoutClientBuilder::breaker_key), the keys.
     pub fn open_origins(&self) -> Vec<String> {
         let not_closed = |breaker: &CircuitBreaker| (breaker.state() != State::Closed).then_some(());
         self.shared.origins.survey(not_closed).into_iter().map(|(origin, ())| origin).collect()
@@ -201,8 +201,12 @@ impl TimeoutClient {
     }
 
     /// The breaker of the origin of `url`, for instance to isolate it; `None` without breakers or for an invalid URL.
+    ///
+    /// With a [`breaker_key`](TimeoutClientBuilder::breaker_key), the breaker of a GET request to `url`.
     pub fn breaker(&self, url: impl IntoUrl) -> Option<CircuitBreaker> {
-        self.shared.origins.of(&url.into_url().ok()?).breaker.clone()
+        let request = Request::new(Method::GET, url.into_url().ok()?);
+        let origin = self.shared.origins.of(request.url());
+        self.shared.origins.breaker(&request, &origin)
     }
 
     /// The figures at this instant.

@@ -182,7 +182,7 @@ pub enum RequestError {
     #[error("{report}: the circuit of {origin} is open{}: ask again after {}", report.effort(), Shown(*retry_after))]
     #[non_exhaustive]
     CircuitOpen {
-        /// Scheme, host and port.
+        /// Scheme, host and port; the key of the breaker where the client has a function for it.
         origin: String,
         /// After this time the breaker may let a probe in.
         retry_after: Duration,

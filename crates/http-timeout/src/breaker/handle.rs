@@ -278,7 +278,8 @@ impl CircuitBreaker {
     /// ```
     pub fn try_acquire(&self) -> Result<BreakerPermit, CircuitOpen> {
         let (admission, transition) = self.shared.admit()?;
-        let permit = BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission) };
+        let permit =
+            BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission), is_for_stream: false };
         self.shared.report(transition);
         Ok(permit)
     }
@@ -383,6 +384,7 @@ impl Drop for Lent<'_> {
 pub struct BreakerPermit {
     shared: Arc<Shared>,
     admission: Option<Admission>,
+    is_for_stream: bool,
 }
 
 impl BreakerPermit {
@@ -405,6 +407,15 @@ impl BreakerPermit {
     #[cfg(feature = "tower")]
     pub(crate) fn end_as(mut self, class: Class) {
         self.end(class.into());
+    }
+
+    /// The caller has asked for a stream, so it tells nothing when it gives up, however long it had waited.
+    pub(crate) fn expect_stream(&mut self) {
+        self.is_for_stream = true;
+    }
+
+    pub(crate) fn is_for_stream(&self) -> bool {
+        self.is_for_stream
     }
 
     /// The head of the answer has come. The slow-call rule and the lease of a probe look no further; what follows is the
@@ -447,7 +458,9 @@ impl BreakerPermit {
 impl Drop for BreakerPermit {
     fn drop(&mut self) {
         if self.admission.is_some() {
-            self.end(unsaid());
+            let ending = unsaid();
+            let is_neutral = self.is_for_stream && ending != Ending::Failure;
+            self.end(if is_neutral { Ending::Ignored } else { ending });
         }
     }
 }

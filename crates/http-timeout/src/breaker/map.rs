@@ -90,11 +90,14 @@ impl<K: Eq + Hash + Clone> BreakerMap<K> {
     /// The keys whose breaker is not closed.
     pub fn open(&self) -> Vec<K> {
         // Looking at a state may report a change of it, which must not happen under the lock.
-        let known: Vec<_> = {
-            let known = lock(&self.known);
-            known.entries.iter().map(|(key, held)| (key.clone(), held.value.clone())).collect()
-        };
-        known.into_iter().filter(|(_, breaker)| breaker.state() != State::Closed).map(|(key, _)| key).collect()
+        let not_closed = self.entries().into_iter().filter(|(_, breaker)| breaker.state() != State::Closed);
+        not_closed.map(|(key, _)| key).collect()
+    }
+
+    /// All that it knows.
+    pub(crate) fn entries(&self) -> Vec<(K, CircuitBreaker)> {
+        let known = lock(&self.known);
+        known.entries.iter().map(|(key, held)| (key.clone(), held.value.clone())).collect()
     }
 }
 

@@ -45,11 +45,6 @@ pub(crate) struct Verdict {
     pub(crate) unsent: bool,
 }
 
-/// Whether a response with this status counts against its origin.
-pub(crate) fn is_failure(status: StatusCode) -> bool {
-    status.is_server_error() || matches!(status.as_u16(), 408 | 429)
-}
-
 /// Whether a response with this status may be a passing trouble.
 pub(crate) fn is_retryable(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)

@@ -59,9 +59,11 @@ impl Hold {
         }
     }
 
-    /// The call ends for the breaker, and nothing that happens to the body is told to it any more.
-    fn ends_as_stream(&mut self) {
-        if let Some(admission) = self.admission.take() {
+    /// Ends the call for the breaker if what follows is a stream: nothing that happens to it is told any more.
+    fn end_if_stream(&mut self, headers: &HeaderMap) {
+        if let Some(admission) =
+            self.admission.take_if(|admission| admission.is_for_stream() || is_event_stream(headers))
+        {
             admission.stream();
         }
     }
@@ -95,9 +97,7 @@ pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> R
         hold.finish(Duration::ZERO);
         None
     } else {
-        if is_event_stream(&parts.headers) {
-            hold.ends_as_stream();
-        }
+        hold.end_if_stream(&parts.headers);
         Some(hold)
     };
     let body =

@@ -8,19 +8,14 @@ use reqwest::{Request, Response};
 use tokio::time::{Instant, timeout_at};
 
 use crate::{
-    breaker::State,
-    call::{Call, Failed, Leg, blame::is_failure, judge, outgoing::Outgoing},
+    breaker::{Class, State},
+    call::{Call, Failed, Leg, outgoing::Outgoing},
     hedge::{Hedging, Wager},
     limit::Permits,
 };
 
 /// What an exchange came to, with what it holds.
 type Outcome = (Result<Response, Failed>, Leg);
-
-/// Whether nothing better is to be waited for.
-fn is_good((result, _): &Outcome) -> bool {
-    result.as_ref().is_ok_and(|response| !is_failure(response.status()))
-}
 
 impl Call<'_> {
     /// Sends the request of this hop, and a copy of it if the client hedges and the answer is late.
@@ -64,7 +59,7 @@ impl Call<'_> {
                 None => (first.await, 0),
             },
         };
-        if is_good(&outcome) {
+        if self.is_good(&outcome) {
             runner.answered(started.elapsed(), hedging);
         }
         (outcome, copies)
@@ -74,12 +69,12 @@ impl Call<'_> {
     fn second<'h>(&self, hedging: &'h Hedging) -> Option<(Wager<'h>, Leg)> {
         let origin = &self.hop.origin;
         // Half-open, the admissions are for probes.
-        if self.hop.breaker().is_some_and(|breaker| breaker.state() != State::Closed) {
+        if self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() != State::Closed) {
             return None;
         }
         let wager = hedging.take()?;
         let permits = Permits::try_acquire(&self.client.gate, origin.gate.as_ref())?;
-        Some((wager, Leg { admission: origin.admit().ok()?, permits }))
+        Some((wager, Leg { admission: self.admit().ok()?, permits }))
     }
 
     /// Sends the copy, and waits for the better of both. The futures are gone when this returns.
@@ -94,17 +89,28 @@ impl Call<'_> {
         let _stake = Stake { wager, outgoing: outgoing.clone() };
         let second = Box::pin(async { (self.exchange(copy, &outgoing).await, leg) });
         match select(first, second).await {
-            Either::Left((outcome, _)) if is_good(&outcome) => outcome,
-            Either::Right((outcome, _)) if is_good(&outcome) => outcome,
+            Either::Left((outcome, _)) if self.is_good(&outcome) => outcome,
+            Either::Right((outcome, _)) if self.is_good(&outcome) => outcome,
             Either::Left((bad, second)) => {
-                lose(bad);
+                self.lose(bad);
                 second.await
             }
             Either::Right((bad, first)) => {
-                lose(bad);
+                self.lose(bad);
                 first.await
             }
         }
+    }
+
+    /// Whether nothing better is to be waited for.
+    fn is_good(&self, (result, _): &Outcome) -> bool {
+        result.as_ref().is_ok_and(|response| self.client.origins.class_of(response) != Class::Failure)
+    }
+
+    /// Tells the breaker of the answer that was not good enough, and gives up what it held.
+    fn lose(&self, (result, Leg { admission, permits }): Outcome) {
+        drop(self.judge(result, admission));
+        drop(permits);
     }
 }
 
@@ -120,10 +126,4 @@ impl Drop for Stake<'_> {
             self.wager.spend();
         }
     }
-}
-
-/// Tells the breaker of the answer that was not good enough, and gives up what it held.
-fn lose((result, Leg { admission, permits }): Outcome) {
-    drop(judge(result, admission));
-    drop(permits);
 }

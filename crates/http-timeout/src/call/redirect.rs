@@ -75,7 +75,7 @@ impl Redirects {
         let to = target(request.url(), status, headers).filter(|_| self.most > 0)?;
         let refused = |to: Url, problem| Some(Err(Refused { to, problem }));
         if followed >= self.most {
-            return refused(to, "it is one too many");
+            return refused(to, "there were too many before it");
         }
         if !matches!(to.scheme(), "http" | "https") {
             return refused(to, "it leads to a scheme that is neither http nor https");

@@ -12,13 +12,13 @@ use http::{HeaderMap, HeaderName};
 use tokio::sync::Semaphore;
 
 use crate::{
-    breaker::BreakerConfig,
+    breaker::{BreakerConfig, Class},
     call::{Options, Redirects, Retry, Shared, build_reqwest, underneath},
     client::TimeoutClient,
     error::BuildError,
     hedge::{Hedge, Hedging},
     limit::Gate,
-    origins::Origins,
+    origins::{Breaking, Origins},
 };
 
 impl TimeoutClient {
@@ -83,7 +83,7 @@ pub struct TimeoutClientBuilder {
     concurrency_per_host: Option<usize>,
     max_waiting: usize,
     max_origins: usize,
-    breaker: Option<BreakerConfig>,
+    breaking: Breaking,
     hedge: Option<Hedge>,
     propagate: Option<String>,
 }
@@ -113,7 +113,7 @@ impl Default for TimeoutClientBuilder {
             concurrency_per_host: None,
             max_waiting: 10_000,
             max_origins: 1_024,
-            breaker: None,
+            breaking: Breaking::default(),
             hedge: None,
             propagate: None,
         }
@@ -230,7 +230,51 @@ impl TimeoutClientBuilder {
 
     /// Gives each origin a breaker.
     pub fn breaker(mut self, config: impl Into<Option<BreakerConfig>>) -> Self {
-        self.breaker = config.into();
+        self.breaking.config = config.into();
+        self
+    }
+
+    /// Tells the breakers apart by `key` instead of by the origin: one for each value of it.
+    ///
+    /// Routes of one host that fail apart from each other are the usual reason. Let it have few values, without ids:
+    /// what is seldom called is never found out, and no more breakers are remembered than `max_origins`.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::{BreakerConfig, TimeoutClient};
+    ///
+    /// // One breaker for `/search/…`, one for `/orders/…` and so on, of each host.
+    /// let route = |request: &reqwest::Request| {
+    ///     let url = request.url();
+    ///     let first = url.path_segments().and_then(|mut path| path.next()).unwrap_or_default();
+    ///     format!("{}/{first}", url.authority())
+    /// };
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).breaker_key(route).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn breaker_key(mut self, key: impl Fn(&reqwest::Request) -> String + Send + Sync + 'static) -> Self {
+        self.breaking.key = Some(Box::new(key));
+        self
+    }
+
+    /// Lets `classify` say what an answer says about the callee, by its head; it decides nothing but that.
+    ///
+    /// Without it, 5xx, 408 and 429 are failures and all else is a success. Calls without an answer are not asked about.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::{BreakerConfig, Class, TimeoutClient};
+    ///
+    /// // A 501 is what this service says of routes that it does not have, and a 429 is for us to heed, not for the breaker.
+    /// let classify = |response: &reqwest::Response| match response.status().as_u16() {
+    ///     429 => Class::Ignore,
+    ///     501 => Class::Success,
+    ///     500.. => Class::Failure,
+    ///     _ => Class::Success,
+    /// };
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).classify(classify).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn classify(mut self, classify: impl Fn(&reqwest::Response) -> Class + Send + Sync + 'static) -> Self {
+        self.breaking.classify = Some(Box::new(classify));
         self
     }
 
@@ -315,6 +359,12 @@ impl TimeoutClientBuilder {
                 Err(_) => return wrong("sensitive_headers", "has what is not the name of a header"),
             }
         }
+        if self.breaking.config.is_none() && self.breaking.key.is_some() {
+            return wrong("breaker_key", "is of no use without a breaker");
+        }
+        if self.breaking.config.is_none() && self.breaking.classify.is_some() {
+            return wrong("classify", "is of no use without a breaker");
+        }
         if let Some(name) = &self.propagate {
             match HeaderName::try_from(name) {
                 Ok(name) => options.propagate = Some(name),
@@ -339,15 +389,16 @@ impl TimeoutClientBuilder {
         Ok(self.assemble(OnceLock::from(client), lease))
     }
 
-    fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
+    fn assemble(mut self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
         let budget = self.options.retry.budget_of_client();
-        let breaker = self.breaker.map(|config| config.with_patience(lease));
+        self.breaking.config = self.breaking.config.map(|config| config.with_patience(lease));
+        let per_host = self.concurrency_per_host.map(|size| (size, self.max_waiting));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
             options: self.options,
             gate: Gate::new(self.concurrency, self.max_waiting),
-            origins: Origins::new(max_origins, breaker, self.concurrency_per_host.map(|size| (size, self.max_waiting))),
+            origins: Origins::new(max_origins, self.breaking, per_host),
             budget,
             hedging: self.hedge.map(Hedging::new),
         };

@@ -31,6 +31,7 @@ pub struct RequestBuilder {
     subject: Option<Subject>,
     timeout: Option<Duration>,
     idempotent: bool,
+    streaming: bool,
 }
 
 impl RequestBuilder {
@@ -78,7 +79,7 @@ impl RequestBuilder {
         subject: Option<Subject>,
     ) -> Self {
         let timeout = client.options.timeout;
-        Self { client, request, subject, timeout, idempotent: false }
+        Self { client, request, subject, timeout, idempotent: false, streaming: false }
     }
 
     fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
@@ -155,6 +156,16 @@ impl RequestBuilder {
         self
     }
 
+    /// Declares that the answer may be quiet for as long as it likes, as that of a long poll is, or a feed.
+    ///
+    /// The breaker then takes it for well when its head is good, and asks no further; and a caller who gives up says
+    /// nothing about the origin, however long it had waited. A response of the type `text/event-stream` is taken for a
+    /// stream anyway. The timeouts are the same as of any other request.
+    pub fn streaming(mut self) -> Self {
+        self.streaming = true;
+        self
+    }
+
     /// Sends the request, and again as the client's policy says. Any status is `Ok`, as in reqwest.
     ///
     /// # Cancel safety
@@ -183,7 +194,7 @@ impl RequestBuilder {
                 vacant.insert(value.clone());
             }
         }
-        let order = Order { timeout: self.timeout, idempotent: self.idempotent };
+        let order = Order { timeout: self.timeout, idempotent: self.idempotent, streaming: self.streaming };
         Call::new(&self.client, reqwest, request, order).run().await
     }
 

@@ -8,7 +8,7 @@ use cancel_safe_http_timeout::{
 use futures_util::StreamExt as _;
 use http_body_util::BodyExt as _;
 
-use crate::server::{Server, refused_url, reply, with_header};
+use crate::server::{Server, reply, with_header};
 
 fn client() -> TimeoutClient {
     TimeoutClient::new(Duration::from_secs(10), 100)
@@ -173,68 +173,4 @@ async fn ordered_yields_in_the_order_of_the_urls_with_bounded_load() {
     assert_eq!(answers, Vec::from_iter(0..12));
     assert!(server.most_bodies() <= 3, "{} at a time", server.most_bodies());
     assert_eq!(client.metrics().in_flight, 0);
-}
-
-#[tokio::test]
-async fn a_redirect_across_origins_charges_the_one_that_answered() {
-    let sick = Server::start(|_, _| async { reply(500, "sick") });
-    let target = sick.url("/");
-    let healthy = Server::start(move |_, _| {
-        let reply = with_header(reply(302, ""), "location", &target);
-        async move { reply }
-    });
-    let client = TimeoutClient::builder().breaker(BreakerConfig::default()).build().unwrap();
-    for _ in 0..5 {
-        assert_eq!(client.get(healthy.url("/")).send().await.unwrap().status(), 500);
-    }
-    let origin = sick.url("");
-    assert_eq!(client.trips(), [(origin.clone(), 1)]);
-    assert_eq!(client.open_origins(), [origin]);
-    assert_eq!(client.breaker(healthy.url("/")).unwrap().metrics().failures, 0);
-}
-
-#[tokio::test]
-async fn the_time_a_consumer_takes_is_no_slow_call_of_the_origin_it_was_redirected_to() {
-    let target = Server::start(|_, _| async { reply(200, "well") });
-    let url = target.url("/");
-    let first = Server::start(move |_, _| {
-        let reply = with_header(reply(302, ""), "location", &url);
-        async move { reply }
-    });
-    let threshold = Duration::from_secs(1);
-    let config = BreakerConfig::builder().slow_call(threshold, 1.0).build().unwrap();
-    let client = TimeoutClient::builder().breaker(config).build().unwrap();
-    let response = client.get(first.url("/")).send().await.unwrap();
-    tokio::time::sleep(threshold).await;
-    assert_eq!(response.text().await.unwrap(), "well");
-    let metrics = client.breaker(target.url("/")).unwrap().metrics();
-    assert_eq!((metrics.calls, metrics.slow_calls), (1, 0));
-}
-
-#[tokio::test]
-async fn a_redirect_to_a_dead_origin_charges_that_one() {
-    let dead = refused_url();
-    let target = dead.clone();
-    let healthy = Server::start(move |_, _| {
-        let reply = with_header(reply(302, ""), "location", &target);
-        async move { reply }
-    });
-    let client = TimeoutClient::builder().breaker(BreakerConfig::default()).build().unwrap();
-    for _ in 0..5 {
-        assert!(client.get(healthy.url("/")).send().await.unwrap_err().is_connect());
-    }
-    assert_eq!(client.open_origins(), [dead.trim_end_matches('/')]);
-    assert_eq!(client.breaker(healthy.url("/")).unwrap().metrics().failures, 0);
-}
-
-#[tokio::test]
-async fn an_endless_redirect_is_an_error_and_blames_nobody() {
-    let server = Server::start(|_, _| async { with_header(reply(302, ""), "location", "/again") });
-    let client = TimeoutClient::builder().breaker(BreakerConfig::default()).build().unwrap();
-    for _ in 0..6 {
-        let error = client.get(server.url("/")).send().await.unwrap_err();
-        assert!(error.is_redirect(), "{error:?}");
-    }
-    assert_eq!(server.hits(), 6 * 11);
-    assert!(client.open_origins().is_empty());
 }

@@ -9,8 +9,10 @@ mod faults;
 mod happy;
 mod hedge;
 mod http2;
+mod judged;
 #[cfg(feature = "tower")]
 mod layer;
 mod limits;
+mod redirects;
 mod retries;
 mod server;

@@ -85,21 +85,6 @@ async fn a_post_that_provably_was_not_sent_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_post_that_was_redirected_to_a_dead_host_is_not_sent_again() {
-    let dead = refused_url();
-    let server = Server::start(move |_, _| {
-        let reply = with_header(reply(303, ""), "location", &dead);
-        async move { reply }
-    });
-    let url = server.url("/");
-    let own = TimeoutClient::builder().retry(quick(3)).reqwest(reqwest::Client::new()).build().unwrap();
-    for (calls, client) in [client(quick(3)), own].into_iter().enumerate() {
-        assert!(client.post(&url).body("pay").send().await.unwrap_err().is_connect());
-        assert_eq!(server.hits(), calls + 1);
-    }
-}
-
-#[tokio::test]
 async fn a_stream_is_sent_once_because_it_cannot_be_sent_twice() {
     let server = Server::start(|_, _| async { reply(503, "") });
     let stream = futures_util::stream::iter([Ok::<_, std::io::Error>("once")]);
