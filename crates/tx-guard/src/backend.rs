@@ -64,7 +64,8 @@ pub enum CommitMode {
     /// Its outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit is one round trip.
     #[default]
     Verified,
-    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
+    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds
+    /// ([`resolve_timeout`](crate::TxPoolBuilder::resolve_timeout)): the transaction is asked for
     /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
     /// each commit, and an id also for a transaction that has written nothing.
     /// [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long, or that was
@@ -257,12 +258,13 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
 
     /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
-    /// where that cannot be said. Bounds itself.
+    /// where that cannot be said within the limit.
     fn resolve(
         canceller: &Self::Canceller,
         options: &Arc<Options<Self>>,
         probe: &Self::Probe,
         receipt: &Receipt,
+        limit: Duration,
     ) -> impl Future<Output = Option<bool>> + Send;
 
     /// Waits for what still runs, and rolls back until the connection is idle and clean.
@@ -272,8 +274,9 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
     /// Waits until nothing runs any more on the connection, and reads the answer of the first statement that was left
-    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing.
-    fn quiet(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing. The transaction may be
+    /// rolled back by it, but a rollback is still due.
+    fn quiet(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Signals the session of `probe` over another one. `Ok` means that a cancel cannot arrive after the next clean round
     /// trip of that session.

@@ -18,7 +18,6 @@ use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
 use crate::backend::{Activity, Options, Unsignalled, Wanted};
-use crate::settings::SETTLE_LIMIT;
 
 /// How long the warm connection may take to answer before a new one is opened in its stead: so long, and some round trips,
 /// and something for each session that is signalled. It may have been idle for hours, and firewalls forget such connections
@@ -27,13 +26,16 @@ const WARM_LIMIT: Duration = Duration::from_millis(500);
 const WARM_ROUND_TRIPS: u32 = 4;
 const SIGNAL_LIMIT: Duration = Duration::from_millis(1);
 
+/// How long the opening of the connection may take, and the first answer over it.
+const OPEN_LIMIT: Duration = Duration::from_secs(2);
+
 /// How many sessions one message signals at most.
 const BATCH: usize = 1_000;
 
 /// Before a message is sent, others are waited for: for this part of a round trip, and no longer than this. Whoever comes
 /// later waits for a whole one.
 const GATHER_PART: u32 = 8;
-const GATHER_LIMIT: Duration = Duration::from_millis(2);
+const GATHER_LIMIT: Duration = Duration::from_millis(5);
 
 /// A server whose sessions are signalled over another of its sessions.
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
@@ -295,10 +297,10 @@ impl<DB: Signals> Inner<DB> {
             }
             in_doubt = true;
         }
-        let Ok(Ok(mut opened)) = timeout(SETTLE_LIMIT, Warm::<DB>::open(options)).await else {
+        let Ok(Ok(mut opened)) = timeout(OPEN_LIMIT, Warm::<DB>::open(options)).await else {
             return Err(if in_doubt { Unsignalled::Unanswered } else { Unsignalled::Unreachable });
         };
-        let answer = timeout(SETTLE_LIMIT, self.send(&mut opened, wanted, sessions)).await;
+        let answer = timeout(OPEN_LIMIT, self.send(&mut opened, wanted, sessions)).await;
         let Ok(Ok(answer)) = answer else { return Err(Unsignalled::Unanswered) };
         *warm = Some(opened);
         // The signal that had no answer may be under way behind this one, so the session must not be used again.

@@ -303,8 +303,9 @@ impl Driver for Postgres {
         options: &Arc<PgConnectOptions>,
         place: &Place,
         receipt: &Receipt,
+        limit: Duration,
     ) -> Option<bool> {
-        proof::resolve(options, receipt, || Self::signal(canceller, options, Wanted::Terminate, place)).await
+        proof::resolve(options, receipt, limit, || Self::signal(canceller, options, Wanted::Terminate, place)).await
     }
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
@@ -340,7 +341,7 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    async fn quiet(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    async fn quiet(conn: &mut PgConnection, _: &Place) -> Result<(), sqlx::Error> {
         conn.flush().await
     }
 

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Duration;
 
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteError};
@@ -207,7 +208,7 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn resolve((): &(), _: &Arc<Options<Self>>, _: &Arc<Hooks>, _: &Receipt) -> Option<bool> {
+    async fn resolve((): &(), _: &Arc<Options<Self>>, _: &Arc<Hooks>, _: &Receipt, _: Duration) -> Option<bool> {
         None
     }
 
@@ -245,7 +246,7 @@ impl Driver for Sqlite {
         Ok(Rollback::Done)
     }
 
-    async fn quiet(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    async fn quiet(conn: &mut SqliteConnection, _: &Arc<Hooks>) -> Result<(), sqlx::Error> {
         conn.ping().await
     }
 

@@ -40,10 +40,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(500);
 /// The same after a drop.
 const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(100);
 
-/// For how long it must have been seen waiting for the client until no answer is expected any more. What was asked for last
-/// may still be under way to it; what it had to say may be under way to the client for longer, if that is much.
-pub(crate) const ANSWER_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(2) };
-pub(crate) const CATCH_UP_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(5) };
+/// After a drop.
 pub(crate) const SETTLE_PATIENCE: Patience = Patience { pause: SETTLE_LOOK_PAUSE, limit: IDLE_LIMIT };
 
 /// What is said then.
@@ -54,6 +51,15 @@ pub(crate) const OUT_OF_STEP: &str = "what a dropped statement has left behind c
 pub(crate) struct Patience {
     pause: Duration,
     limit: Duration,
+}
+
+impl Patience {
+    /// While a caller waits, for as long as the server must have been seen waiting for the client until no answer is
+    /// expected any more. What was asked for last may still be under way to it; what it had to say may be under way to the
+    /// client for longer, if that is much.
+    pub(crate) fn caller(limit: Duration) -> Self {
+        Self { pause: LOOK_PAUSE, limit }
+    }
 }
 
 /// Waits for an answer, or until none is to be expected: `None` if the server has waited for the client for too long.
@@ -78,7 +84,8 @@ pub(crate) async fn unless_stuck<DB: Backend, T>(
             Either::Left((answer, _)) => return Some(answer),
             Either::Right((Ok(Ok(Activity::Idle)), _)) => {
                 let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > patience.limit + DB::round_trip(&shared.canceller) * IDLE_ROUND_TRIPS {
+                if since.elapsed() > patience.limit.saturating_add(DB::round_trip(&shared.canceller) * IDLE_ROUND_TRIPS)
+                {
                     return None;
                 }
             }
