@@ -28,6 +28,9 @@ const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
 const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
 const ANSWER_SLACK: Duration = Duration::from_millis(100);
+/// How long after a first signal another one is taken for a copy of it. Those who forward a signal that their child has
+/// got already do so within milliseconds; a person who presses Ctrl-C again has waited longer than this.
+const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
 
@@ -102,6 +105,7 @@ pub struct Application {
     stop: Arc<Stop>,
     budget: Duration,
     drain_delay: Duration,
+    second_signal_after: Duration,
     restart: RestartPolicy,
     on_report: Option<OnReport>,
     on_exit_code: Option<OnExitCode>,
@@ -121,6 +125,7 @@ impl Application {
             stop: Arc::default(),
             budget: DEFAULT_BUDGET,
             drain_delay: Duration::ZERO,
+            second_signal_after: SECOND_SIGNAL_AFTER,
             restart: Restart::Never.into(),
             on_report: None,
             on_exit_code: None,
@@ -214,6 +219,26 @@ impl Application {
         self
     }
 
+    /// Sets how long after the first signal a second one ends the process at once. The default is one second; zero is at
+    /// once from the first moment.
+    ///
+    /// Any number of signals within this time are one: GNU `timeout`, npm, pnpm, dumb-init and `tini -g` deliver a
+    /// Ctrl-C or SIGTERM that the process has received already. A stop that began otherwise has had no first signal yet.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_shutdown::Application;
+    ///
+    /// let application = Application::new("mirror").second_signal_after(Duration::from_secs(3));
+    /// # drop(application);
+    /// ```
+    pub fn second_signal_after(mut self, quiet: Duration) -> Self {
+        self.second_signal_after = quiet;
+        self
+    }
+
     /// Sets the restart policy of every phase without one of its own. The default is [`Restart::Never`].
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = policy.into();
@@ -263,7 +288,7 @@ impl Application {
     /// Runs the application to its end and returns the exit code for `main` to return; see [`Report::exit_code`].
     ///
     /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
-    /// at once after a second signal: if the runtime cannot return in time, the process is ended from outside, without
+    /// at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, the process is ended from outside, without
     /// destructors. An application that could not be started has the code 71 and a report that says why.
     pub fn run(self) -> ExitCode {
         let (core, course) = match self.prepare() {
@@ -314,7 +339,11 @@ impl Application {
         let (first, second) = (Arc::clone(&core), core.hurry.clone());
         let signals = course.signals.map_err(AppError::Signals)?;
         let _forwarding = signals
-            .forward(move |signal| first.request(StopReason::Signal(signal)), move |_| second.cancel())
+            .forward(
+                course.second_signal_after,
+                move |signal| first.request(StopReason::Signal(signal)),
+                move |_| second.cancel(),
+            )
             .map_err(AppError::thread("signals"))?;
         supervise(&core, course.phases, course.restart).await;
         let mut report = core.report();
@@ -335,8 +364,8 @@ impl Application {
         let core = Core::new(self.name, self.stop, self.budget, self.drain_delay, workers);
         let voice = Voice::start(self.on_report, self.on_exit_code, Arc::clone(&core.told));
         core.give_voice(voice.map_err(AppError::thread("callbacks"))?);
-        let Self { phases, restart, runtime, signals, .. } = self;
-        Ok((Arc::new(core), Course { phases, restart, runtime, signals }))
+        let Self { phases, restart, runtime, signals, second_signal_after, .. } = self;
+        Ok((Arc::new(core), Course { phases, restart, runtime, signals, second_signal_after }))
     }
 
     #[track_caller]
@@ -365,6 +394,7 @@ struct Course {
     restart: RestartPolicy,
     runtime: Option<Builder>,
     signals: io::Result<Signals>,
+    second_signal_after: Duration,
 }
 
 impl Course {
@@ -376,6 +406,7 @@ impl Course {
         let signals = self.signals.map_err(AppError::Signals)?;
         let _forwarding = signals
             .forward(
+                self.second_signal_after,
                 move |signal| first.request(StopReason::Signal(signal)),
                 move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
             )

@@ -67,7 +67,8 @@
 //! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101 |
 //! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
 //! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
-//! | a second signal n, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
+//! | a second signal within [a second](Application::second_signal_after) | it is a copy of the first, as `timeout`, npm and `tini -g` send them |
+//! | a second signal n later, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
 //! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |

@@ -36,6 +36,8 @@ const PROGRAMS: &[(&str, Program)] = &[
     ("early", early),
     ("ignores", || app(DEADLINE).worker("good", cooperative).worker("deaf", deaf).run()),
     ("ignores for long", || app(FAR).worker("deaf", deaf).run()),
+    ("drains", || app(FAR).worker("drain", drains).run()),
+    ("is impatient", || app(FAR).second_signal_after(Duration::ZERO).worker("deaf", deaf).run()),
     ("panics", || app(FAR).worker("good", cooperative).worker("broken", panics).run()),
     ("fails", || app(FAR).worker("good", cooperative).worker("broken", fails).run()),
     ("blocks in a group", || app(DEADLINE).worker("hasher", blocks_in_a_group).run()),
@@ -65,6 +67,7 @@ const PROGRAMS: &[(&str, Program)] = &[
     ("overrides the code of a straggler", || overriding(DEADLINE).worker("deaf", deaf).run()),
     ("reports when told twice", || {
         let app = Application::new("child").shutdown_timeout(FAR).worker("good", cooperative);
+        let app = app.second_signal_after(Duration::ZERO);
         let slow = |_: &Report| {
             eprintln!("REPORTING");
             stall(STALL);
@@ -123,6 +126,14 @@ fn early() -> ExitCode {
 async fn cooperative(cx: WorkerContext) {
     ready();
     cx.cancelled().await;
+}
+
+/// Takes longer to end than two copies of a signal are apart.
+async fn drains(cx: WorkerContext) {
+    ready();
+    cx.cancelled().await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    eprintln!("DRAINED");
 }
 
 async fn deaf(cx: WorkerContext) {

@@ -10,6 +10,9 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::child::{DEADLINE, PROGRAM, STALL};
 
+/// The default time within which a second signal is a copy of the first, and a little more.
+const QUIET: Duration = Duration::from_millis(1050);
+
 /// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
 /// which waits for its straggler is caught.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -37,7 +40,22 @@ impl Program {
     }
 
     fn start(name: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Self::spawn(name, Command::new(std::env::current_exe().unwrap()))
+    }
+
+    /// Starts a program as the child of GNU `timeout`, which forwards signals to it and then to the whole group, itself
+    /// included, so that the program gets each twice.
+    #[cfg(target_os = "linux")]
+    fn ready_under_timeout(name: &str) -> Self {
+        let mut command = Command::new("timeout");
+        command.args([std::ffi::OsString::from("600"), std::env::current_exe().unwrap().into()]);
+        let mut program = Self::spawn(name, command);
+        program.wait_for("READY");
+        program
+    }
+
+    fn spawn(name: &str, mut command: Command) -> Self {
+        let mut child = command
             .args(["--exact", "child::child_program", "--nocapture"])
             .env(PROGRAM, name)
             .stdin(Stdio::piped())
@@ -62,6 +80,13 @@ impl Program {
 
     fn send(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
+    }
+
+    /// Waits until a signal is no copy of one that the program has reacted to.
+    #[expect(clippy::disallowed_methods, reason = "a lower bound of the time between two signals is what is asked for")]
+    fn pause(self, time: Duration) -> Self {
+        std::thread::sleep(time);
+        self
     }
 
     /// Sends a signal and waits for the end.
@@ -155,13 +180,52 @@ fn a_worker_that_ignores_its_token_is_cut_at_the_deadline_and_named() {
     );
 }
 
+/// How often each pair of signals is tried.
+const TRIES: usize = 10;
+
+#[test]
+fn a_signal_delivered_twice_within_the_quiet_time_drains_like_one() {
+    for apart in [0, 1, 5, 20, 100].map(Duration::from_millis) {
+        for _ in 0..TRIES {
+            let program = Program::ready("drains");
+            program.send(Signal::TERM);
+            let exit = program.pause(apart).end_by(Signal::TERM);
+            exit.assert(0, &["DRAINED", "stopped by SIGTERM", "worker `drain` of `main`: completed"]);
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_forwarded_by_timeout_drains_like_one() {
+    for _ in 0..TRIES {
+        let exit = Program::ready_under_timeout("drains").end_by(Signal::TERM);
+        exit.assert(0, &["DRAINED", "stopped by SIGTERM", "worker `drain` of `main`: completed"]);
+    }
+}
+
+#[test]
+fn signals_of_two_kinds_within_the_quiet_time_are_one() {
+    let program = Program::ready("drains");
+    program.send(Signal::INT);
+    program.end_by(Signal::TERM).assert(0, &["DRAINED"]);
+}
+
+#[test]
+fn without_a_quiet_time_any_second_signal_ends_the_process_at_once() {
+    let mut program = Program::ready("is impatient");
+    program.send(Signal::TERM);
+    program.wait_for("STOPPING");
+    program.end_by(Signal::TERM).assert(143, &["exit code 143", "worker `deaf`"]);
+}
+
 #[test]
 fn a_second_sigint_exits_130_at_once() {
     let mut program = Program::ready("ignores for long");
     program.send(Signal::INT);
     // The first has arrived, so that the system does not merge the two into one.
     program.wait_for("STOPPING");
-    let exit = program.end_by(Signal::INT);
+    let exit = program.pause(QUIET).end_by(Signal::INT);
     println!("{:?} after the second signal", exit.elapsed);
     exit.assert(130, &["stopped by SIGINT", "exit code 130", "worker `deaf`", "parked at an await"]);
 }
@@ -172,7 +236,7 @@ fn a_second_signal_exits_even_if_the_runtime_is_wedged() {
     program.send(Signal::INT);
     // Told by the watchdog: the runtime is held up.
     program.wait_for("STOPPING");
-    let exit = program.end_by(Signal::TERM);
+    let exit = program.pause(QUIET).end_by(Signal::TERM);
     exit.assert(143, &["stopped by SIGINT", "worker `spin` of `main`: abandoned, blocked inside a poll"]);
 }
 
@@ -189,7 +253,7 @@ fn a_second_signal_ends_the_grace_inside_a_runtime_of_the_users() {
     let mut program = Program::ready("serves");
     program.send(Signal::INT);
     program.wait_for("STOPPING");
-    program.end_by(Signal::INT).assert(70, &[CUT_DEAF, "parked at an await", "RETURNED"]);
+    program.pause(QUIET).end_by(Signal::INT).assert(70, &[CUT_DEAF, "parked at an await", "RETURNED"]);
 }
 
 #[test]
