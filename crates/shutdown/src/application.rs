@@ -289,7 +289,8 @@ impl Application {
     ///
     /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
     /// at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, the process is
-    /// ended from outside, without destructors. Work that belongs to no worker may end until the deadline as well. An application that could not be started has the code 71 and a report that says why.
+    /// ended from outside, without destructors. Work that belongs to no worker may end until the deadline as well. An
+    /// application that could not be started has the code 71 and a report that says why.
     pub fn run(mut self) -> ExitCode {
         self.audience.is_on_stderr = true;
         let (core, course) = match self.prepare() {

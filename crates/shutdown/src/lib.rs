@@ -30,7 +30,8 @@
 //! ```
 //! use std::process::ExitCode;
 //! use std::time::Duration;
-//! use cancel_safe_shutdown::{Application, WorkerContext};
+//! use cancel_safe_shutdown::{Application, BoxError, WorkerContext};
+//! use tokio::net::TcpListener;
 //!
 //! async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
 //!     cx.cancelled().await;
@@ -38,13 +39,23 @@
 //!     Ok(())
 //! }
 //!
-//! async fn http(cx: WorkerContext) -> Result<(), std::io::Error> {
-//!     let connections = cx.group();
-//!     connections.spawn("connection 1", async { /* … */ }).map_err(std::io::Error::other)?;
-//!     cx.cancelled().await;
-//!     connections.wait().await;
-//!     Ok(())
+//! async fn http(cx: WorkerContext) -> Result<(), BoxError> {
+//!     let listener = TcpListener::bind("127.0.0.1:0").await?;
+//!     let connections = cx.discarding_group(); // Keeps no outcomes: it is here for months.
+//!     loop {
+//!         let (stream, peer) = tokio::select! {
+//!             () = cx.cancelled() => break,
+//!             accepted = listener.accept() => accepted?,
+//!         };
+//!         let name = format!("connection {peer}");
+//!         if connections.spawn_with(name, |cx| connection(stream, cx)).is_err() {
+//!             break; // Told to stop since.
+//!         }
+//!     }
+//!     let result = connections.wait().await; // No longer than the phase has time.
+//!     Ok(result.into_result().map(drop)?)
 //! }
+//! # async fn connection(_: tokio::net::TcpStream, _: WorkerContext) {}
 //!
 //! fn main() -> ExitCode {
 //!     let app = Application::new("billing")
@@ -75,6 +86,8 @@
 //! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
+//! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
+//! | a task of a group of a worker's panics | exit code 101, unless its outcome [was read](TaskGroup#panics-of-tasks) |
 //! | a task is spawned on a closed group | it comes back in the error, never polled |
 //! | any of these | each task is in the report exactly once |
 //!
@@ -95,8 +108,8 @@
 //! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
 //!   and the report says that they were starved.
 //! - With `panic = "abort"` a panic is the end.
-//! - The outcomes of a group are kept until they are asked for: read a long-lived group with
-//!   [`join_next`](TaskGroup::join_next).
+//! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
+//!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
 //!
 //! # Comparison
 //!
@@ -123,13 +136,16 @@ mod phase;
 mod probe;
 mod report;
 mod restart;
+mod result;
 mod roster;
+mod scope;
 mod signal;
 mod state;
 mod stop;
 mod supervisor;
 mod sync;
 mod task;
+mod ticket;
 mod tree;
 mod unnamed;
 mod voice;
@@ -137,10 +153,12 @@ mod watchdog;
 mod worker;
 
 pub use application::{AppError, Application};
-pub use group::{Rejected, Straggler, TaskGroup, TaskGroupResult};
+pub use group::TaskGroup;
 pub use phase::Phase;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
+pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
+pub use scope::BodyOutput;
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};

@@ -90,13 +90,15 @@ pub struct Report {
     tasks: Vec<TaskReport>,
     unlisted: u64,
     unnamed: Unnamed,
+    unnoticed_panics: u64,
     exit_code: u8,
 }
 
 impl Report {
     pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger, unnamed: Unnamed) -> Self {
-        let (tasks, unlisted) = ledger.list();
-        let mut report = Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, unnamed, exit_code: 0 };
+        let (tasks, unlisted, unnoticed_panics) = ledger.list();
+        let name = name.to_owned();
+        let mut report = Self { name, reason, elapsed, tasks, unlisted, unnamed, unnoticed_panics, exit_code: 0 };
         report.exit_code = report.verdict();
         report
     }
@@ -166,13 +168,14 @@ impl Report {
         self.tasks.iter().filter(|task| task.straggling.is_some())
     }
 
-    /// Returns whether every task ended by itself in time and no worker failed or panicked.
+    /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker's has
+    /// panicked unnoticed.
     pub fn is_clean(&self) -> bool {
         self.verdict() == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic,
-    /// 70 if the deadline passed with something still alive, 71 if the application could not start, 128 + n when a
+    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic
+    /// of a worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with something still alive, 71 if the application could not start, 128 + n when a
     /// second signal n cut it short; or what [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {
         self.exit_code
@@ -187,7 +190,7 @@ impl Report {
             EXIT_NOT_STARTED
         } else if self.is_cut() {
             EXIT_STRAGGLERS
-        } else if worker(TaskOutcome::is_panicked) {
+        } else if worker(TaskOutcome::is_panicked) || self.unnoticed_panics > 0 {
             EXIT_PANICKED
         } else if worker(TaskOutcome::is_failed) || matches!(self.reason, StopReason::NotReady { .. }) {
             EXIT_FAILED
@@ -229,6 +232,8 @@ struct Pages {
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
+    /// How many tasks, other than workers, have panicked without anybody having been told.
+    unnoticed_panics: u64,
 }
 
 impl Ledger {
@@ -242,6 +247,7 @@ impl Ledger {
             pages.workers.push(task);
             return true;
         }
+        pages.unnoticed_panics += u64::from(task.outcome.is_panicked());
         let orderly = matches!(task.outcome, TaskOutcome::Completed(()) | TaskOutcome::Cancelled);
         let page = if orderly { &mut pages.orderly } else { &mut pages.notable };
         page.push_back(task);
@@ -281,10 +287,16 @@ impl Ledger {
         pages.workers.iter().chain(&pages.notable).any(condition)
     }
 
-    fn list(&self) -> (Vec<TaskReport>, u64) {
+    /// The outcomes of this many tasks that panicked have been read.
+    pub(crate) fn notice_panics(&self, count: u64) {
+        let mut pages = self.pages();
+        pages.unnoticed_panics = pages.unnoticed_panics.saturating_sub(count);
+    }
+
+    fn list(&self) -> (Vec<TaskReport>, u64, u64) {
         let pages = self.pages();
         let tasks = pages.workers.iter().chain(&pages.notable).chain(&pages.orderly).cloned().collect();
-        (tasks, pages.unlisted)
+        (tasks, pages.unlisted, pages.unnoticed_panics)
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

@@ -7,6 +7,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::task::TaskOutcome;
+
 /// Why something was told to stop. The first reason wins and never changes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -17,14 +19,16 @@ pub enum StopReason {
     Requested,
     /// Every worker ended by itself without an error.
     Completed,
-    /// This worker returned an error, and its restart policy did not absorb it.
+    /// This worker returned an error, and its restart policy did not absorb it; or this task of a group that
+    /// [fails fast](crate::TaskGroup::fail_fast) did.
     Failed {
-        /// The name of the worker.
+        /// The name of the worker or task.
         worker: String,
     },
-    /// This worker panicked, and its restart policy did not absorb it.
+    /// This worker panicked, and its restart policy did not absorb it; or this task of a group that
+    /// [fails fast](crate::TaskGroup::fail_fast) did.
     Panicked {
-        /// The name of the worker.
+        /// The name of the worker or task.
         worker: String,
     },
     /// The workers of this phase did not all call [`ready`](crate::WorkerContext::ready) in time.
@@ -37,6 +41,17 @@ pub enum StopReason {
         /// The error and its sources.
         cause: String,
     },
+}
+
+impl StopReason {
+    /// What a group that fails fast is stopped for, if this outcome is a failure.
+    pub(crate) fn of_failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<Self> {
+        match outcome {
+            TaskOutcome::Failed(_) => Some(Self::Failed { worker: task.to_owned() }),
+            TaskOutcome::Panicked { .. } => Some(Self::Panicked { worker: task.to_owned() }),
+            _ => None,
+        }
+    }
 }
 
 impl fmt::Display for StopReason {

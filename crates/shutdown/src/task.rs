@@ -129,9 +129,9 @@ impl WorkerOutput for Never {
 }
 
 /// The type of a `loop` without an end, and of a panic. Stable Rust has it, but names it only as what this returns.
-type Never = <fn() -> ! as Returning>::Value;
+pub(crate) type Never = <fn() -> ! as Returning>::Value;
 
-trait Returning {
+pub(crate) trait Returning {
     type Value;
 }
 

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::group::{Rejected, TaskGroup};
+use crate::group::TaskGroup;
+use crate::result::Rejected;
 use crate::stop::{Stop, StopReason};
 use crate::task::{Slot, TaskOutcome, WorkerOutput};
 use crate::tree::Node;
@@ -112,6 +113,11 @@ impl WorkerContext {
     /// The group is the worker's to hold. Dropping it cancels its tasks, so the worker waits for it before it returns.
     pub fn group(&self) -> TaskGroup {
         TaskGroup::below(&self.node, self.slot.name.clone().into_owned())
+    }
+
+    /// Creates the same kind of group, but a [discarding](TaskGroup::discarding) one: for a server's connections.
+    pub fn discarding_group(&self) -> TaskGroup {
+        TaskGroup::discarding_below(&self.node, self.slot.name.clone().into_owned())
     }
 }
 

@@ -96,7 +96,7 @@ fn a_dropped_scope_leaves_no_task_behind() {
                     yield_now().await;
                 }
             };
-            TaskGroup::scope(body).await;
+            drop(TaskGroup::scope(body).await);
         },
         async |alive, _| all_gone(alive).await,
     );
@@ -280,7 +280,7 @@ fn a_dropped_serve_leaves_no_worker_behind() {
                 group.spawn("below", async move { (below, pending::<()>().await).1 }).unwrap();
                 cx.cancelled().await;
                 sleep(LATER).await;
-                group.wait().await;
+                drop(group.wait().await);
             };
             let app = Application::new("app")
                 .phase("storage", |phase| phase.worker("db", |cx: WorkerContext| async move { cx.cancelled().await }))

@@ -185,7 +185,7 @@ async fn journals(cx: WorkerContext) {
     };
     group.spawn_blocking("journal", journal).unwrap();
     cx.cancelled().await;
-    group.wait().await;
+    drop(group.wait().await);
 }
 
 async fn spins_without_a_name(cx: WorkerContext) {
@@ -281,7 +281,7 @@ async fn blocks_in_a_group(cx: WorkerContext) {
     };
     group.spawn_blocking("hash", hash).unwrap();
     cx.cancelled().await;
-    group.wait().await;
+    drop(group.wait().await);
 }
 
 async fn blocks_elsewhere(_: WorkerContext) {

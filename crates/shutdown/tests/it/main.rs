@@ -13,6 +13,7 @@ mod phases;
 mod signals;
 #[cfg(all(unix, feature = "signal"))]
 mod silence;
+mod structure;
 mod worker;
 
 use std::sync::Arc;
