@@ -124,7 +124,9 @@
 //! The MSRV is 1.89; it is raised only in a minor release.
 
 mod application;
+mod ending;
 mod group;
+mod named;
 mod report;
 mod restart;
 mod result;
@@ -142,6 +144,7 @@ mod worker;
 
 pub use application::{AppError, Application, Phase};
 pub use group::TaskGroup;
+pub use named::LiveTask;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};

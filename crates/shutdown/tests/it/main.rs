@@ -6,6 +6,7 @@ mod cancel;
 mod cancel_serve;
 mod child;
 mod group;
+mod named;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
 mod structure;
