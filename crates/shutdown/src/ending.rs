@@ -1,135 +1,138 @@
-//! The end of an application, as one machine: `run`, the watchdog, the signals and the callbacks are threads of their own,
-//! and each of them may be the one that ends the process.
-//!
-//! The tests compile this file a second time, beside a `sync` that is made of loom's types, and walk through the
-//! interleavings of those threads. So it uses nothing of this crate but its sibling `sync`.
-//!
-//! Invariant: the stage only advances, one thread gets the voice, and no thread that waits for a stage misses it.
+//! How a group ends: joined, cancelled, waited for. Every wait is bounded by the grace once the group is told to stop.
 
-use std::task::{Context, Poll, Waker};
-use std::time::Instant;
+use std::pin::pin;
+use std::time::Duration;
 
-use super::sync::Monitor;
+use crate::group::TaskGroup;
+use crate::result::TaskGroupResult;
+use crate::stop::{StopReason, after};
+use crate::task::TaskOutcome;
+use crate::tree::{bounded, finished};
 
-/// How far the end has got.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) enum Stage {
-    /// Nobody has asked for a stop.
-    Running,
-    /// The deadline is set.
-    Stopping,
-    /// Somebody has the voice and reports. Nobody else does.
-    Telling,
-    /// The callbacks have returned.
-    Told,
-    /// `run` is about to return, and the process is no longer ours to end.
-    Over,
-}
-
-/// The stage, and what goes with it. `V` is the voice.
-#[derive(Debug)]
-pub(crate) struct Ending<V> {
-    state: Monitor<State<V>>,
-}
-
-#[derive(Debug)]
-struct State<V> {
-    stage: Stage,
-    deadline: Option<Instant>,
-    /// Whoever takes it ends the application.
-    voice: Option<V>,
-    /// Whether the stop is to end at once, where the process cannot simply be ended.
-    hurried: bool,
-    /// Waits to be hurried.
-    supervisor: Option<Waker>,
-}
-
-impl<V> State<V> {
-    fn advance(&mut self, stage: Stage) {
-        self.stage = self.stage.max(stage);
-    }
-}
-
-impl<V> Ending<V> {
-    pub(crate) fn new() -> Self {
-        let state = State { stage: Stage::Running, deadline: None, voice: None, hurried: false, supervisor: None };
-        Self { state: Monitor::new(state) }
-    }
-
-    pub(crate) fn give_voice(&self, voice: V) {
-        self.state.lock().voice = Some(voice);
-    }
-
-    /// Begins a stop that is over at `deadline`, unless one has begun.
-    pub(crate) fn begin(&self, deadline: Instant) {
-        self.change(|state| {
-            state.deadline.get_or_insert(deadline);
-            state.advance(Stage::Stopping);
-        });
-    }
-
-    /// Takes the voice, and with it the duty to report and to end the application. `None` if another has it.
-    pub(crate) fn claim(&self) -> Option<V> {
-        self.change(|state| {
-            state.advance(Stage::Telling);
-            state.voice.take()
-        })
-    }
-
-    pub(crate) fn told(&self) {
-        self.change(|state| state.advance(Stage::Told));
-    }
-
-    pub(crate) fn over(&self) {
-        self.change(|state| state.advance(Stage::Over));
-    }
-
-    /// Waits for a stop to begin and returns its deadline; `None` if the application is over without one.
-    pub(crate) fn deadline(&self) -> Option<Instant> {
-        let mut state = self.state.lock();
-        while state.deadline.is_none() && state.stage < Stage::Over {
-            (state, _) = self.state.wait(state, None);
+impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
+    /// Returns the next task to have ended, by its name, or `None` when there is none left.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
+    pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
+        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
+        tokio::task::coop::consume_budget().await;
+        if let Some(ended) = self.roster.next() {
+            return Some(self.roster.hand_out(ended));
         }
-        state.deadline.filter(|_| state.stage < Stage::Over)
+        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
+        ended.map(|ended| self.roster.hand_out(ended))
     }
 
-    /// Waits for `stage` or one beyond it, and returns whether it was reached by `deadline`.
-    pub(crate) fn reached(&self, stage: Stage, deadline: Instant) -> bool {
-        let mut state = self.state.lock();
-        let mut elapsed = false;
-        while state.stage < stage && !elapsed {
-            (state, elapsed) = self.state.wait(state, Some(deadline));
-        }
-        state.stage >= stage
+    /// Returns the next task to have ended if there is one at hand, and `None` otherwise.
+    pub fn try_join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
+        self.roster.next().map(|ended| self.roster.hand_out(ended))
     }
 
-    /// Ends the grace of a stop.
-    pub(crate) fn hurry(&self) {
-        let waker = self.change(|state| {
-            state.hurried = true;
-            state.supervisor.take()
-        });
-        waker.into_iter().for_each(Waker::wake);
+    /// Waits until every task has ended, here and in the groups below, and returns the outcomes not yet asked for, in the
+    /// order in which the tasks ended.
+    ///
+    /// The same as [`wait`](Self::wait) for a group whose values matter.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
+    /// lost; a blocking closure that has begun runs on.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{TaskGroup, TaskOutcome};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::<u32, String>::with_results();
+    /// group.spawn("one", async { Ok(1) })?;
+    /// group.spawn("two", async { Ok(2) })?;
+    /// let sum: u32 = group.join_all().await.into_iter().filter_map(|(_, outcome)| outcome.completed()).sum();
+    /// assert_eq!(sum, 3);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn join_all(self) -> Vec<(String, TaskOutcome<T, E>)> {
+        self.finished().await;
+        std::iter::from_fn(|| self.roster.next()).map(|ended| self.roster.hand_out(ended)).collect()
     }
 
-    /// Ready once the stop is to end at once. For one task.
-    pub(crate) fn poll_hurried(&self, cx: &Context<'_>) -> Poll<()> {
-        let mut state = self.state.lock();
-        if state.hurried {
-            return Poll::Ready(());
-        }
-        let before = state.supervisor.replace(cx.waker().clone());
-        drop(state);
-        // Without the lock: it is somebody else's code.
-        drop(before);
-        Poll::Pending
+    /// Cancels every task and waits until none is alive.
+    ///
+    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
+    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
+    /// method therefore returns within the grace and 25 ms.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
+    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
+    pub async fn cancel_all(&self) {
+        self.stop(StopReason::Requested, after(self.roster.grace()));
+        self.idle().await;
     }
 
-    fn change<R>(&self, change: impl FnOnce(&mut State<V>) -> R) -> R {
-        let mut state = self.state.lock();
-        let result = change(&mut state);
-        drop(state);
-        self.state.announce();
-        result
+    /// The same as [`cancel_all`](Self::cancel_all), with a reason of your own for the tasks to
+    /// [see](crate::WorkerContext::reason).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands, as with `cancel_all`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{StopReason, TaskGroup};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new();
+    /// group.spawn_with("watcher", |cx| async move {
+    ///     cx.cancelled().await;
+    ///     assert_eq!(cx.reason(), Some(StopReason::Because("new settings".to_owned())));
+    /// })?;
+    /// group.cancel_all_because("new settings").await;
+    /// assert_eq!(group.wait().await.completed, ["watcher"]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn cancel_all_because(&self, reason: impl Into<String>) {
+        self.stop(StopReason::Because(reason.into()), after(self.roster.grace()));
+        self.idle().await;
+    }
+
+    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
+    ///
+    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
+    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
+    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
+    /// lost; a blocking closure that has begun runs on.
+    pub async fn wait(self) -> TaskGroupResult<E> {
+        self.finished().await;
+        self.roster.take_result()
+    }
+
+    /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
+    /// the outcomes are lost; a blocking closure that has begun runs on.
+    pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
+        self.stop(StopReason::Requested, after(timeout));
+        self.wait().await
+    }
+
+    async fn finished(&self) {
+        let node = self.node();
+        let mut finished = pin!(finished(&node));
+        bounded(&node, |cx| finished.as_mut().poll(cx)).await;
     }
 }

@@ -3,19 +3,19 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::report::{Ledger, say};
-use crate::result::{Rejected, TaskCounts, TaskGroupResult};
+use crate::result::{Rejected, TaskCounts};
 use crate::roster::{Recorder, Roster, Rules};
-use crate::stop::{StopReason, Stopping, after};
-use crate::task::{BoxError, Kind, Slot, TaskOutcome, TaskOutput, guarded};
+use crate::stop::{StopReason, Stopping};
+use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
 use crate::ticket::{Ticket, Tracked};
-use crate::tree::{Node, abort_tree, bounded, finished, stop_tree};
+use crate::tree::{Node, abort_tree, bounded, stop_tree};
 use crate::worker::WorkerContext;
 
 /// The length in bytes of a group's path from which on only its own name is shown.
@@ -32,7 +32,7 @@ const LONGEST_PATH: usize = 256;
 ///
 /// A task that panics does not disturb the others, unless the group [fails fast](Self::fail_fast). In an application it
 /// makes the exit code 101 unless its outcome was read: taken with `join_next` and its kin, or asked for with
-/// [`TaskGroupResult::is_clean`] or [`into_result`](TaskGroupResult::into_result). A result that is only dropped has
+/// [`is_clean`](crate::TaskGroupResult::is_clean) or [`into_result`](crate::TaskGroupResult::into_result). A result that is only dropped has
 /// told nobody.
 ///
 /// # Comparison to `JoinSet`
@@ -62,7 +62,7 @@ const LONGEST_PATH: usize = 256;
 /// ```
 #[must_use = "a group that is dropped cancels its tasks"]
 pub struct TaskGroup<T: Send + 'static = (), E: Send + 'static = BoxError> {
-    roster: Arc<Roster<T, E>>,
+    pub(crate) roster: Arc<Roster<T, E>>,
 }
 
 impl TaskGroup {
@@ -148,7 +148,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Makes the first task that fails or panics cancel the others, with their grace.
     ///
-    /// That failure is then [the result](TaskGroupResult::into_result) of the group. The [reason](WorkerContext::reason)
+    /// That failure is then [the result](crate::TaskGroupResult::into_result) of the group. The [reason](WorkerContext::reason)
     /// the others see names the task. Groups below this one are cancelled too; a failure in one of them is its own.
     ///
     /// # Examples
@@ -191,6 +191,73 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         match self.enter(name.into(), Location::caller(), Kind::Plain) {
             Ok(ticket) => {
                 self.launch(ticket, future);
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, future)),
+        }
+    }
+
+    /// Spawns a task on the runtime of `handle`, from inside or outside of any. Otherwise the same as
+    /// [`spawn`](Self::spawn).
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: the future is handed back, never polled.
+    #[track_caller]
+    pub fn spawn_on<F>(&self, name: impl Into<Cow<'static, str>>, future: F, handle: &Handle) -> Result<(), Rejected<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+            Ok(ticket) => {
+                let slot = Arc::clone(&ticket.slot);
+                slot.attach(handle.spawn(Tracked::new(future, ticket)).abort_handle());
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, future)),
+        }
+    }
+
+    /// Spawns a task that is not `Send`, on the current [`LocalSet`](tokio::task::LocalSet). Otherwise the same as
+    /// [`spawn`](Self::spawn).
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: the future is handed back, never polled.
+    ///
+    /// # Panics
+    ///
+    /// Outside a `LocalSet`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::rc::Rc;
+    /// use cancel_safe_shutdown::TaskGroup;
+    /// use tokio::task::LocalSet;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let run = async {
+    ///     let group = TaskGroup::new();
+    ///     let page = Rc::new("one thread only".to_owned());
+    ///     group.spawn_local("renderer", async move { drop(page) }).expect("an open group");
+    ///     group.wait().await
+    /// };
+    /// assert_eq!(LocalSet::new().run_until(run).await.completed, ["renderer"]);
+    /// # }
+    /// ```
+    #[track_caller]
+    pub fn spawn_local<F>(&self, name: impl Into<Cow<'static, str>>, future: F) -> Result<(), Rejected<F>>
+    where
+        F: Future + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+            Ok(ticket) => {
+                let slot = Arc::clone(&ticket.slot);
+                slot.attach(tokio::task::spawn_local(Tracked::new(future, ticket)).abort_handle());
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -305,64 +372,6 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.roster.counts()
     }
 
-    /// Returns the next task to have ended, by its name, or `None` when there is none left.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
-    pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
-        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
-        tokio::task::coop::consume_budget().await;
-        if let Some(ended) = self.roster.next() {
-            return Some(self.roster.hand_out(ended));
-        }
-        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
-        ended.map(|ended| self.roster.hand_out(ended))
-    }
-
-    /// Cancels every task and waits until none is alive.
-    ///
-    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
-    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
-    /// method therefore returns within the grace and 25 ms.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
-    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
-    pub async fn cancel_all(&self) {
-        self.stop(StopReason::Requested, after(self.roster.grace()));
-        self.idle().await;
-    }
-
-    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
-    ///
-    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
-    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
-    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
-    /// lost; a blocking closure that has begun runs on.
-    pub async fn wait(self) -> TaskGroupResult<E> {
-        let node = self.node();
-        let mut finished = pin!(finished(&node));
-        bounded(&node, |cx| finished.as_mut().poll(cx)).await;
-        self.roster.take_result()
-    }
-
-    /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
-    /// the outcomes are lost; a blocking closure that has begun runs on.
-    pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
-        self.stop(StopReason::Requested, after(timeout));
-        self.wait().await
-    }
-
     pub(crate) fn stop(&self, reason: StopReason, deadline: Instant) {
         stop_tree(&self.node(), &Stopping { reason, deadline });
     }
@@ -430,6 +439,7 @@ impl<T: Send + 'static, E: Send + 'static> fmt::Debug for TaskGroup<T, E> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stop::after;
 
     #[tokio::test]
     async fn a_task_that_is_cut_before_it_is_spawned_is_aborted_all_the_same() {

@@ -123,6 +123,15 @@ impl<T, E> State<T, E> {
     }
 }
 
+/// What a group that fails fast is stopped for, if this outcome is a failure.
+fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> {
+    match outcome {
+        TaskOutcome::Failed(_) => Some(StopReason::Failed { worker: task.to_owned() }),
+        TaskOutcome::Panicked { .. } => Some(StopReason::Panicked { worker: task.to_owned() }),
+        _ => None,
+    }
+}
+
 fn wake((next, idle): (Vec<Waker>, Vec<Waker>)) {
     next.into_iter().for_each(Waker::wake);
     idle.into_iter().for_each(Waker::wake);
@@ -268,6 +277,41 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         result
     }
 
+    /// The tasks that are alive.
+    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
+        self.state().live.iter().flatten().cloned().collect()
+    }
+
+    /// The tasks of this name that are alive, with their places.
+    pub(crate) fn named(&self, name: &str) -> Vec<(usize, Arc<Slot>)> {
+        self.placed(|slot| slot.name == name)
+    }
+
+    /// Ready when these tasks have ended and their outcomes are at hand.
+    pub(crate) fn poll_ended(&self, tasks: &[(usize, Arc<Slot>)], cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state();
+        let lives = |(index, slot): &(usize, Arc<Slot>)| matches!(state.live.get(*index), Some(Some(live)) if Arc::ptr_eq(live, slot));
+        if !tasks.iter().any(lives) {
+            return Poll::Ready(());
+        }
+        register(&mut state.next_waiters, cx);
+        Poll::Pending
+    }
+
+    /// Tells these tasks as abandoned, but a blocking closure that has not begun as cancelled: it never will.
+    pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = (usize, Arc<Slot>)>) {
+        for (index, slot) in tasks {
+            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
+            self.tell(index, &slot, outcome, |_, _| {});
+        }
+    }
+
+    fn placed(&self, chosen: impl Fn(&Slot) -> bool) -> Vec<(usize, Arc<Slot>)> {
+        let state = self.state();
+        let live = state.live.iter().enumerate();
+        live.filter_map(|(index, slot)| Some((index, slot.clone().filter(|slot| chosen(slot))?))).collect()
+    }
+
     pub(crate) fn len(&self) -> usize {
         let state = self.state();
         state.live.len() - state.vacant.len()
@@ -300,7 +344,7 @@ impl<T, E> Roster<T, E> {
             return;
         }
         slot.detach();
-        let failure = StopReason::of_failure(&outcome, &slot.name);
+        let failure = failure(&outcome, &slot.name);
         let mut state = self.state();
         let vacated = state.leave(index, outcome);
         // In the step that makes the failure known, so that whoever learns of it finds the group closed.
@@ -356,7 +400,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn live(&self) -> Vec<Arc<Slot>> {
-        self.state().live.iter().flatten().cloned().collect()
+        self.slots()
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
@@ -384,14 +428,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn abandon(&self) {
-        let live: Vec<_> = {
-            let state = self.state();
-            state.live.iter().enumerate().filter_map(|(index, slot)| Some((index, slot.clone()?))).collect()
-        };
-        for (index, slot) in live {
-            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
-            self.tell(index, &slot, outcome, |_, _| {});
-        }
+        self.abandon_tasks(self.placed(|_| true));
     }
 
     fn entered_if_empty(&self) -> Option<u64> {

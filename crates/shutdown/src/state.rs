@@ -8,9 +8,9 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-use crate::ending::Ending;
 use crate::probe::Probe;
 use crate::report::{Ledger, Report, Unnamed};
+use crate::stages::Ending;
 use crate::stop::{Stop, StopReason, Stopping, after};
 use crate::task::Kind;
 use crate::tree::{Node, stop_tree, tree};

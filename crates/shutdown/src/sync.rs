@@ -1,7 +1,7 @@
 //! The monitor that the end of an application is made of, under a name of its own.
 //!
-//! The test of the interleavings compiles `ending` a second time, beside a `sync` that is made of loom's types. So
-//! `ending` uses nothing of this crate but this file.
+//! The test of the interleavings compiles `stages` a second time, beside a `sync` that is made of loom's types. So
+//! `stages` uses nothing of this crate but this file.
 //!
 //! Invariant: every change made under the lock and then announced is seen by every thread that waits.
 

@@ -41,7 +41,8 @@ impl<T, E> Drop for Ticket<T, E> {
             return;
         }
         // Dropped before its end: by its group, or else by a cut or by the end of the runtime.
-        let cancelled = self.roster.is_stopped() && self.slot.straggling().is_none();
+        let told = self.roster.is_stopped() || self.slot.is_called();
+        let cancelled = told && self.slot.straggling().is_none();
         let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
         self.roster.tell(self.index, &self.slot, outcome, |_, _| {});
     }

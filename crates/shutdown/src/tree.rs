@@ -133,15 +133,8 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
 /// With each root goes whether it is starved: whether the runtime has run nothing since it was told to stop.
 pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
     let nodes: Vec<_> = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().zip(repeat(*starved))).collect();
-    let live = |(node, starved): &(Arc<dyn Node>, bool)| node.live().into_iter().zip(repeat(*starved));
-    let slots: Vec<_> = nodes.iter().flat_map(live).map(|(slot, starved)| (slot.pulse(), slot, starved)).collect();
-    if !slots.is_empty() {
-        clock.sleep(SAMPLE).await;
-    }
-    for (earlier, slot, starved) in &slots {
-        slot.cut(slot.judge(*earlier, *starved));
-        slot.abort();
-    }
+    let slots = nodes.iter().flat_map(|(node, starved)| node.live().into_iter().zip(repeat(*starved)));
+    abort_judged(slots, clock).await;
     let settled = Instant::now() + SETTLE;
     for (root, _) in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
@@ -149,6 +142,24 @@ pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
     }
     for (node, _) in nodes {
         node.abandon();
+    }
+}
+
+/// Aborts these tasks, having noted what each was doing, and gives them the time to be dropped until `ended` is ready.
+pub(crate) async fn cut_tasks(slots: impl Iterator<Item = &Arc<Slot>>, ended: impl Future<Output = ()>) {
+    abort_judged(slots.filter(|slot| !slot.is_told()).map(|slot| (Arc::clone(slot), false)), &Clock::Tokio).await;
+    // Elapsed or not, the caller's next step is the same.
+    drop(tokio::time::timeout(SETTLE, ended).await);
+}
+
+async fn abort_judged(slots: impl Iterator<Item = (Arc<Slot>, bool)>, clock: &Clock) {
+    let slots: Vec<_> = slots.map(|(slot, starved)| (slot.pulse(), slot, starved)).collect();
+    if !slots.is_empty() {
+        clock.sleep(SAMPLE).await;
+    }
+    for (earlier, slot, starved) in slots {
+        slot.cut(slot.judge(earlier, starved));
+        slot.abort();
     }
 }
 

@@ -7,8 +7,8 @@ use std::sync::Weak;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::ending::Ending;
 use crate::report::Report;
+use crate::stages::Ending;
 use crate::stop::StopReason;
 
 pub(crate) type OnReport = Box<dyn FnOnce(&Report) + Send>;

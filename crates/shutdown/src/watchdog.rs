@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::ending::Stage;
 use crate::report::EXIT_STRAGGLERS;
 use crate::signal;
+use crate::stages::Stage;
 use crate::state::Core;
 use crate::tree::SAMPLE;
 use crate::unnamed;

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use loom::thread;
 
-#[path = "../../src/ending.rs"]
-mod ending;
+#[path = "../../src/stages.rs"]
+mod stages;
 
-use ending::{Ending, Stage};
+use stages::{Ending, Stage};
 
 /// How the types below misbehave, if at all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,6 +7,7 @@ mod cancel_serve;
 mod child;
 mod group;
 mod interleavings;
+mod named;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
 #[cfg(all(unix, feature = "signal"))]
