@@ -112,7 +112,7 @@ fn client(c: &mut Criterion) {
     });
     let ours = TimeoutClient::builder()
         .concurrency_per_host(50)
-        .retry(Retry::idempotent(3))
+        .retry(Retry::attempts(4))
         .breaker(BreakerConfig::default())
         .build()
         .expect("the options are in their range");

@@ -1,4 +1,4 @@
-//! One call: the loop of attempts that sends a request, under the limits of its client.
+//! One call: the attempts and redirects that bring a request its response, under the limits of its client.
 //!
 //! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
 //! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
@@ -7,6 +7,7 @@ mod blame;
 mod body;
 mod deadline;
 mod outgoing;
+mod race;
 mod redirect;
 mod retry;
 mod shared;
@@ -19,28 +20,29 @@ use std::{
 use http::HeaderValue;
 use reqwest::{Request, Response};
 use tokio::time::{Instant, sleep_until};
-use url::Url;
 
 use crate::{
-    breaker::{BreakerPermit, CircuitBreaker},
+    breaker::{BreakerPermit, CircuitBreaker, Class},
     call::{
-        blame::{Blame, Verdict, is_failure, is_retryable},
+        blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
-        deadline::{Deadline, Limit, Patience, watched, within},
+        deadline::{Deadline, Patience, watched, within},
         outgoing::Outgoing,
-        redirect::noticed,
+        redirect::Refused,
         retry::Token,
     },
     connections::give_up,
-    error::{Phase, RequestError},
+    error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
-    origins::{Origin, origin_name},
+    origins::Origin,
 };
 
 pub use retry::Retry;
 pub(crate) use {
+    body::read_whole,
+    redirect::Redirects,
     retry::{Budget, retry_after},
-    shared::{Options, Shared, build_reqwest},
+    shared::{Options, Shared, build_reqwest, underneath},
 };
 
 /// How much of an unwanted body is read so that its connection can be used again.
@@ -51,6 +53,9 @@ const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the wait for a silent connection's end may take.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// How often a call may go on for free because another call, which was making the connection for both, was dropped.
+const MAX_FREE: u32 = 16;
 
 /// How many attempts a response took, the one that brought it included: an extension of every response.
 ///
@@ -71,208 +76,261 @@ pub struct Attempts(pub u32);
 pub(crate) struct Order {
     pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
-    /// Keep the permits during a back-off, so that calls that began later cannot come between.
-    pub(crate) keeps_permits: bool,
+    pub(crate) streaming: bool,
 }
 
 /// A call in progress.
+#[derive(Debug)]
 pub(crate) struct Call<'a> {
     client: &'a Shared,
     reqwest: reqwest::Client,
-    origin: Arc<Origin>,
-    /// None once the only copy of a request that cannot be copied was sent.
-    request: Option<Request>,
-    repeatable: bool,
-    keeps_permits: bool,
+    idempotent: bool,
+    streaming: bool,
     deadline: Deadline,
     attempts: u32,
-    /// Attempts that do not count, because they came to nothing through no fault of the origin.
+    /// Requests that do not count, because they came to nothing through no fault of the origin.
     free: u32,
+    hop: Hop,
+    /// Where another attempt begins, if not with the hop.
+    start: Option<Box<Hop>>,
 }
 
-/// An attempt that brought no response.
+/// A request as it goes to one origin: the caller's own, or one that a redirect asked for.
+#[derive(Debug)]
+struct Hop {
+    /// Without its body if that could be sent only once, and was.
+    request: Request,
+    body_is_gone: bool,
+    /// Whether sending it twice is the same as once.
+    repeatable: bool,
+    origin: Arc<Origin>,
+    breaker: Option<CircuitBreaker>,
+    /// The redirects that led here.
+    followed: u32,
+}
+
+/// What one request on its way holds.
+#[derive(Debug)]
+struct Leg {
+    admission: Option<BreakerPermit>,
+    permits: Permits,
+}
+
+/// An exchange that brought no response.
+#[derive(Debug)]
 struct Failed {
     error: RequestError,
     verdict: Verdict,
-    /// Where redirects had led the request, if anywhere.
-    hop: Option<Url>,
 }
 
-/// Another attempt: when, and the token that pays for it; none if it is free.
-struct Again<'a> {
-    at: Instant,
-    token: Option<Token<'a>>,
+/// What follows an exchange.
+#[derive(Debug)]
+enum Next<'a> {
+    End,
+    Redirected(Box<Result<Request, Refused>>),
+    /// The same request at once, for free.
+    Same,
+    Again {
+        at: Instant,
+        token: Token<'a>,
+    },
 }
 
-/// How often a call may go on for free because another call, which was making the connection for both, was dropped.
-const MAX_FREE: u32 = 16;
+impl Hop {
+    fn new(client: &Shared, request: Request, idempotent: bool, followed: u32) -> Self {
+        let repeatable =
+            idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
+        let origin = client.origins.of(request.url());
+        let breaker = client.origins.breaker(&request, &origin);
+        Self { request, body_is_gone: false, repeatable, origin, breaker, followed }
+    }
+
+    /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.
+    fn request(&mut self) -> Request {
+        if let Some(copy) = self.request.try_clone() {
+            return copy;
+        }
+        let body = self.request.body_mut().take();
+        self.body_is_gone = true;
+        let mut request = self.request.try_clone().expect("a request without a body can be copied");
+        *request.body_mut() = body;
+        request
+    }
+
+    fn subject(&self) -> Subject {
+        Subject { method: self.request.method().clone(), url: self.request.url().clone() }
+    }
+
+    /// Whether it can be sent again, and its origin would take it.
+    fn may_repeat(&self, unsent: bool) -> bool {
+        let refuses = self.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some());
+        (self.repeatable || unsent) && !self.body_is_gone && !refuses
+    }
+}
 
 impl<'a> Call<'a> {
     pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order) -> Self {
-        let repeatable =
-            order.idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
         Self {
             client,
             reqwest,
-            origin: client.origins.of(request.url()),
-            request: Some(request),
-            repeatable,
-            keeps_permits: order.keeps_permits,
+            idempotent: order.idempotent,
+            streaming: order.streaming,
             deadline: Deadline::new(order.timeout),
             attempts: 0,
             free: 0,
+            hop: Hop::new(client, request, order.idempotent, 0),
+            start: None,
         }
     }
 
-    /// Sends the request, and again as the policy says.
+    /// Sends the request, and again as the policy says, wherever redirects lead.
     pub(crate) async fn run(mut self) -> Result<Response, RequestError> {
         let mut kept = None;
-        let mut token: Option<Token<'_>> = None;
+        let mut token = None;
+        let mut is_attempt = true;
         loop {
             let permits = match kept.take() {
                 Some(permits) => permits,
                 None => self.acquire().await?,
             };
-            let admission = self.origin.admit().map_err(|open| self.circuit_open(open.retry_after))?;
-            match token.take() {
-                Some(token) => token.spend(),
-                None if self.attempts == 0 && self.free == 0 => self.client.budget.iter().for_each(Budget::deposit),
-                None => {}
+            let admission = self.admit()?;
+            if is_attempt {
+                self.count_attempt(token.take());
             }
-            let result = self.attempt().await;
+            let (result, Leg { admission, permits }) = self.send(Leg { admission, permits }).await;
             let (result, admission) = self.judge(result, admission);
-            let Some(again) = self.again(&result) else {
-                return result
-                    .map(|response| self.finish(response, Hold::new(admission, permits)))
-                    .map_err(|f| f.error);
-            };
-            #[cfg(feature = "tracing")]
-            tracing::debug!(origin = %self.origin.name, attempt = self.attempts, "trying again");
+            // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
+            let next = self.next(&result);
+            if let Next::End = next {
+                let response = result.map_err(|failed| failed.error)?;
+                return Ok(self.finish(response, Hold::new(admission, permits)));
+            }
+            // A redirect is a good answer of its origin, and all there is to it.
+            if let Some(admission) = admission {
+                admission.success();
+            }
             if let Ok(response) = result {
                 self.drain(response).await;
             }
-            let is_free = again.token.is_none();
-            if is_free {
-                self.free += 1;
-                self.attempts -= 1;
+            match next {
+                Next::End => unreachable!("it ended above"),
+                Next::Redirected(request) => {
+                    let stays = self.follow(*request)?;
+                    kept = stays.then_some(permits);
+                    is_attempt = false;
+                }
+                Next::Same => {
+                    self.free += 1;
+                    kept = Some(permits);
+                    is_attempt = false;
+                }
+                Next::Again { at, token: paid } => {
+                    #[cfg(feature = "tracing")]
+                    tracing::debug!(origin = %self.hop.origin.name, attempt = self.attempts, "trying again");
+                    drop(permits);
+                    // The wait ends before the deadline, or `next` would not have asked for it.
+                    sleep_until(at).await;
+                    self.hop = self.start.take().map_or(self.hop, |start| *start);
+                    token = Some(paid);
+                    is_attempt = true;
+                }
             }
-            kept = (self.keeps_permits || is_free).then_some(permits);
-            // The wait ends before the deadline, or `again` would not have asked for it.
-            if !is_free {
-                sleep_until(again.at).await;
-            }
-            token = again.token;
         }
     }
 
     async fn acquire(&self) -> Result<Permits, RequestError> {
         // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
-        if let Some(retry_after) = self.origin.breaker.as_ref().and_then(CircuitBreaker::refusal) {
+        if let Some(retry_after) = self.hop.breaker.as_ref().and_then(CircuitBreaker::refusal) {
             return Err(self.circuit_open(retry_after));
         }
-        let phase = if self.attempts == 0 { Phase::Permit } else { Phase::Backoff };
-        within(self.deadline.end(), self.client.limits.acquire(&self.origin))
-            .await
-            .unwrap_or_else(|| Err(self.deadline.timed_out(phase, self.attempts)))
+        let end = self.deadline.part(self.client.options.permit_timeout);
+        match within(end, Permits::acquire(&self.client.gate, self.hop.origin.gate.as_ref())).await {
+            Some(Ok(permits)) => Ok(permits),
+            Some(Err(full)) => Err(RequestError::Overloaded { limit: full.limit, report: self.report(Phase::Permit) }),
+            None => {
+                let limit = if self.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Permit };
+                Err(RequestError::timeout(limit, self.report(Phase::Permit)))
+            }
+        }
     }
 
-    async fn attempt(&mut self) -> Result<Response, Failed> {
+    fn admit(&self) -> Result<Option<BreakerPermit>, RequestError> {
+        let Some(breaker) = &self.hop.breaker else { return Ok(None) };
+        let mut permit = breaker.try_acquire().map_err(|open| self.circuit_open(open.retry_after))?;
+        if self.streaming {
+            permit.expect_stream();
+        }
+        Ok(Some(permit))
+    }
+
+    fn count_attempt(&mut self, token: Option<Token<'_>>) {
         self.attempts += 1;
+        match token {
+            Some(token) => token.spend(),
+            None => self.client.budget.iter().for_each(Budget::deposit),
+        }
+    }
+
+    /// Sends the request of this hop once.
+    async fn exchange(&self, mut request: Request, outgoing: &Outgoing) -> Result<Response, Failed> {
         let options = &self.client.options;
-        let mut request = self.next_request();
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
-        let origin = &self.origin;
+        let origin = &self.hop.origin;
         if origin.connections.take_silent() {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
             within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
         }
-        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
         let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
-        let mut hop = None;
-        let response = noticed(self.reqwest.execute(request), &mut hop);
-        match watched(response, patience, &outgoing).await {
+        match watched(self.reqwest.execute(request), patience, outgoing).await {
             Ok(Ok(response)) => {
                 origin.connections.answered(&response);
                 Ok(response)
             }
             Ok(Err(error)) => {
-                let mut verdict = blame::of_error(&error, &outgoing, &origin.connections);
-                // A connection that failed proves nothing if it was the next stop of a request that had been answered.
-                verdict.unsent &= hop.is_none();
-                Err(Failed { error: self.told(error), verdict, hop })
+                let verdict = blame::of_error(&error, outgoing, &origin.connections);
+                Err(Failed { error: self.told(error), verdict })
             }
             Err(limit) => {
                 let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
-                let verdict = blame::of_timeout(limit, whole, started, &outgoing);
+                let verdict = blame::of_timeout(limit, whole, started, outgoing);
                 if !verdict.unsent {
                     origin.connections.timed_out();
                 }
                 let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
-                Err(Failed { error: self.deadline.timed_out(phase, self.attempts), verdict, hop })
+                Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
             }
         }
-    }
-
-    /// A copy as long as another attempt may need one, else the request itself.
-    fn next_request(&mut self) -> Request {
-        let copy = self.request.as_ref().and_then(Request::try_clone);
-        copy.or_else(|| self.request.take()).expect("the request is here: `again` asks for no attempt once it is gone")
     }
 
     fn told(&self, error: reqwest::Error) -> RequestError {
-        if error.is_timeout() {
-            let phase = if error.is_connect() { Phase::Connect } else { Phase::Response };
-            self.deadline.timed_out(phase, self.attempts)
-        } else {
-            RequestError::from(error)
+        let connecting = error.is_connect();
+        let report = self.report(if connecting { Phase::Connect } else { Phase::Response });
+        match error {
+            error if connecting && error.is_timeout() => RequestError::timeout(Limit::Connect, report),
+            error => RequestError::reported(error, report),
         }
     }
 
-    /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
-    fn judge(
-        &self,
-        result: Result<Response, Failed>,
-        admission: Option<BreakerPermit>,
-    ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
-        let Some(mut admission) = admission else { return (result, None) };
-        admission.stop_clock();
-        let stop = match &result {
-            Ok(response) => Some(response.url()),
-            Err(failed) => failed.hop.as_ref(),
-        };
-        if let Some(url) = stop
-            && origin_name(url) != self.origin.name
-        {
-            // The first origin did its part: the call goes on at the account of the other, if its circuit lets it.
-            admission.success();
-            match self.client.origins.of(url).admit() {
-                Ok(Some(mut other)) => {
-                    other.stop_clock();
-                    admission = other;
-                }
-                Ok(None) | Err(_) => return (result, None),
-            }
+    /// What follows this result.
+    fn next(&self, result: &Result<Response, Failed>) -> Next<'a> {
+        let Hop { request, body_is_gone, followed, .. } = &self.hop;
+        let redirect = result.as_ref().ok().and_then(|response| {
+            let answer = (response.status(), response.headers());
+            self.client.options.redirects.next(request, *body_is_gone, answer, *followed)
+        });
+        match redirect {
+            Some(request) => Next::Redirected(Box::new(request)),
+            None => self.again(result).unwrap_or(Next::End),
         }
-        match &result {
-            Ok(response) if !is_failure(response.status()) => return (result, Some(admission)),
-            Ok(_) => admission.failure(),
-            Err(failed) => match failed.verdict.blame {
-                Blame::Origin => admission.failure(),
-                Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
-                // A cut call, as if the caller had dropped it.
-                Blame::Queue => drop(admission),
-            },
-        }
-        (result, None)
     }
 
-    /// Whether there is another attempt after this result.
-    fn again(&self, result: &Result<Response, Failed>) -> Option<Again<'a>> {
-        let retry = self.client.options.retry.as_ref();
+    /// Another attempt after this result, if there is one.
+    fn again(&self, result: &Result<Response, Failed>) -> Option<Next<'a>> {
+        let retry = &self.client.options.retry;
         let (blame, unsent, asked) = match result {
             Ok(response) => {
                 let blame = is_retryable(response.status()).then_some(Blame::Origin);
@@ -280,30 +338,43 @@ impl<'a> Call<'a> {
             }
             Err(failed) => (failed.verdict.blame, failed.verdict.unsent, None),
         };
-        if self.request.is_none() || !(self.repeatable || unsent) || self.is_refusing() {
-            return None;
-        }
         // A call that was never sent costs nobody anything. One that was sent on a stale connection is, but only once.
         let free = if unsent { MAX_FREE } else { 1 };
-        if blame == Blame::Pool && self.free < free {
-            return Some(Again { at: Instant::now(), token: None });
+        if blame == Blame::Pool && self.free < free && self.hop.may_repeat(unsent) {
+            return Some(Next::Same);
         }
-        let retry = retry.filter(|retry| self.attempts <= retry.retries)?;
-        if !matches!(blame, Blame::Origin | Blame::Pool) {
+        let hop = self.start.as_deref().unwrap_or(&self.hop);
+        let possible = matches!(blame, Blame::Origin | Blame::Pool) && self.attempts < retry.attempts;
+        if !possible || !hop.may_repeat(unsent) {
             return None;
         }
         let at = Instant::now().checked_add(retry.wait(self.attempts, asked)?)?;
         if self.deadline.is_past(at) {
             return None;
         }
-        Some(Again { at, token: Some(self.client.budget.as_ref()?.take()?) })
+        Some(Next::Again { at, token: self.client.budget.as_ref()?.take()? })
     }
 
-    fn is_refusing(&self) -> bool {
-        self.origin.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some())
+    /// Goes on with the request that a redirect asked for, and says whether it stays with the same origin.
+    fn follow(&mut self, request: Result<Request, Refused>) -> Result<bool, RequestError> {
+        let request = request.map_err(|Refused { to, problem }| RequestError::Redirect {
+            to: redacted(&to).into(),
+            problem,
+            report: self.report(Phase::Response),
+        })?;
+        let hop = Hop::new(self.client, request, self.idempotent, self.hop.followed + 1);
+        let left = std::mem::replace(&mut self.hop, hop);
+        let stays = Arc::ptr_eq(&left.origin, &self.hop.origin);
+        // An answer to what may not be sent twice is where another attempt goes on, not before it.
+        self.start = match self.start.take() {
+            _ if !left.repeatable || left.body_is_gone => None,
+            None => Some(Box::new(left)),
+            start => start,
+        };
+        Ok(stays)
     }
 
-    /// Reads the rest of an unwanted body, within limits, so that the next attempt finds its connection free.
+    /// Reads the rest of an unwanted body, within limits, so that the next request finds its connection free.
     async fn drain(&self, mut response: Response) {
         let read = async {
             let mut left = DRAIN_BYTES;
@@ -325,13 +396,45 @@ impl<'a> Call<'a> {
             idle: options.idle_timeout,
             max_bytes: options.max_body,
             attempts: self.attempts,
+            subject: self.hop.subject(),
         };
         let mut response = guard(response, hold, limits);
         response.extensions_mut().insert(Attempts(self.attempts));
         response
     }
 
+    fn report(&self, phase: Phase) -> Box<CallReport> {
+        self.hop.subject().report(phase, self.attempts, self.deadline.elapsed())
+    }
+
     fn circuit_open(&self, retry_after: Duration) -> RequestError {
-        RequestError::CircuitOpen { origin: self.origin.name.clone(), retry_after }
+        let origin = self.client.origins.breaker_name(&self.hop.request);
+        RequestError::CircuitOpen { origin, retry_after, report: self.report(Phase::Permit) }
+    }
+
+    /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
+    fn judge(
+        &self,
+        result: Result<Response, Failed>,
+        admission: Option<BreakerPermit>,
+    ) -> (Result<Response, Failed>, Option<BreakerPermit>) {
+        let Some(mut admission) = admission else { return (result, None) };
+        match &result {
+            Ok(response) => {
+                admission.head();
+                match self.client.origins.class_of(response) {
+                    Class::Success => return (result, Some(admission)),
+                    Class::Failure => admission.failure(),
+                    Class::Ignore => admission.ignore(),
+                }
+            }
+            Err(failed) => match failed.verdict.blame {
+                Blame::Origin => admission.failure(),
+                Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
+                // A cut call, as if the caller had dropped it.
+                Blame::Queue => drop(admission),
+            },
+        }
+        (result, None)
     }
 }

@@ -9,13 +9,13 @@ mod request;
 use std::{sync::Arc, time::Duration};
 
 use http::Method;
-use reqwest::{IntoUrl, Response};
+use reqwest::{IntoUrl, Request, Response};
 
 use crate::{
-    breaker::CircuitBreaker,
+    breaker::{CircuitBreaker, State},
     call::{Budget, Shared},
-    circuit::State,
     error::RequestError,
+    hedge::Hedging,
 };
 
 pub use builder::TimeoutClientBuilder;
@@ -39,7 +39,7 @@ pub use request::RequestBuilder;
 ///     .timeout(Duration::from_secs(10))
 ///     .concurrency(64)
 ///     .concurrency_per_host(8)
-///     .retry(Retry::idempotent(3))
+///     .retry(Retry::attempts(4))
 ///     .breaker(BreakerConfig::default())
 ///     .build()?;
 /// let text = client.get("http://localhost:8080/").send().await?.text().await?;
@@ -60,6 +60,8 @@ pub struct ClientMetrics {
     pub waiting: usize,
     /// Retries that were made, since the client was made.
     pub retries: u64,
+    /// Copies that were sent of requests whose answer was late, since the client was made; none without a hedge.
+    pub hedges: u64,
     /// Retries that the budget has left; none without a retry policy.
     pub retries_left: Option<f64>,
     /// Origins that the client knows.
@@ -97,6 +99,33 @@ impl TimeoutClient {
         self.request(Method::HEAD, url)
     }
 
+    /// Starts an OPTIONS request.
+    pub fn options(&self, url: impl IntoUrl) -> RequestBuilder {
+        self.request(Method::OPTIONS, url)
+    }
+
+    /// Sends a request that was built elsewhere, with its own timeout if it has one.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the same holds as for [`RequestBuilder::send`].
+    ///
+    /// # Errors
+    ///
+    /// As [`RequestBuilder::send`].
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), Box<dyn std::error::Error>> {
+    /// let request = reqwest::Request::new(reqwest::Method::GET, "http://localhost:8080/".parse()?);
+    /// let response = client.execute(request).await?;
+    /// # Ok(()) }
+    /// ```
+    pub async fn execute(&self, request: Request) -> Result<Response, RequestError> {
+        RequestBuilder::from_request(Arc::clone(&self.shared), request).send().await
+    }
+
     /// Starts a request. An invalid URL shows as the error of [`RequestBuilder::send`].
     pub fn request(&self, method: Method, url: impl IntoUrl) -> RequestBuilder {
         RequestBuilder::new(Arc::clone(&self.shared), method, url)
@@ -114,6 +143,75 @@ impl TimeoutClient {
     /// # Errors
     ///
     /// As [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
+    ///
+    /// # Examples
+    ///
+    /// Three services at once, a limit for each and one for all. What came in time is used, and the rest is named:
+    /// `try_join!` and a timeout around it would throw away what is there.
+    ///
+    /// ```
+    /// # use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpListener};
+    /// # async fn serve() -> std::io::Result<String> {
+    /// #     let listener = TcpListener::bind("127.0.0.1:0").await?;
+    /// #     let base = format!("http://{}", listener.local_addr()?);
+    /// #     tokio::spawn(async move {
+    /// #         while let Ok((mut socket, _)) = listener.accept().await {
+    /// #             tokio::spawn(async move {
+    /// #                 let mut head = [0; 1024];
+    /// #                 let length = socket.read(&mut head).await.unwrap();
+    /// #                 let head = String::from_utf8_lossy(&head[..length]);
+    /// #                 let body = match head.split('/').nth(3) {
+    /// #                     Some(part) if part.starts_with("posts") => std::future::pending().await,
+    /// #                     Some(part) if part.starts_with("friends") => "[8, 9]",
+    /// #                     _ => r#"{"name": "Ada"}"#,
+    /// #                 };
+    /// #                 let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    /// #                 socket.write(answer.as_bytes()).await.unwrap();
+    /// #             });
+    /// #         }
+    /// #     });
+    /// #     Ok(base)
+    /// # }
+    /// use std::{collections::BTreeMap, time::Duration};
+    /// use cancel_safe_http_timeout::{RequestError, TimeoutClient};
+    /// use serde::de::DeserializeOwned;
+    ///
+    /// struct UserData {
+    ///     profile: Result<BTreeMap<String, String>, RequestError>,
+    ///     posts: Result<Vec<String>, RequestError>,
+    ///     friends: Result<Vec<u64>, RequestError>,
+    /// }
+    ///
+    /// async fn part<T: DeserializeOwned>(
+    ///     client: &TimeoutClient,
+    ///     url: String,
+    ///     limit: Duration,
+    /// ) -> Result<T, RequestError> {
+    ///     Ok(client.get_with_timeout(url, Some(limit)).await?.json().await?)
+    /// }
+    ///
+    /// async fn aggregate_user_data(client: &TimeoutClient, base: &str, id: u64) -> UserData {
+    ///     let all = Duration::from_secs(5);
+    ///     let limit = |own: Duration| own.min(all);
+    ///     let (profile, posts, friends) = tokio::join!(
+    ///         part(client, format!("{base}/users/{id}"), limit(Duration::from_secs(2))),
+    ///         part(client, format!("{base}/users/{id}/posts"), limit(Duration::from_millis(300))),
+    ///         part(client, format!("{base}/users/{id}/friends"), limit(Duration::from_secs(9))),
+    ///     );
+    ///     UserData { profile, posts, friends }
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let base = serve().await?;
+    /// let client = TimeoutClient::new(Duration::from_secs(5), 100);
+    /// let user = aggregate_user_data(&client, &base, 7).await;
+    /// assert_eq!(user.profile?["name"], "Ada");
+    /// assert_eq!(user.friends?, [8, 9]);
+    /// // GET http://…/users/7/posts: timed out while waiting for the response after 1 attempt in
+    /// // 300 ms: `timeout` has passed
+    /// assert!(user.posts.is_err_and(|error| error.is_timeout()));
+    /// # Ok(()) }
+    /// ```
     pub async fn get_with_timeout(
         &self,
         url: impl IntoUrl,
@@ -132,8 +230,8 @@ impl TimeoutClient {
     /// client's own timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping
     /// the stream drops what is in flight; URLs whose turn has not come are never asked for.
     ///
-    /// A response that was yielded holds its permit until its body was read or dropped, so read each before you ask
-    /// for the next.
+    /// A response is yielded when its body is in memory, at most `max_body` of it, so it can be collected, and a body
+    /// that breaks off is the error of its URL. For bodies too large for that, use [`get`](Self::get).
     ///
     /// # Examples
     ///
@@ -158,7 +256,7 @@ impl TimeoutClient {
         FetchMany::new(Arc::clone(&self.shared), urls.into_iter(), per_request_timeout.into())
     }
 
-    /// The origins whose breaker is not closed.
+    /// The origins whose breaker is not closed; with a [`breaker_key`](TimeoutClientBuilder::breaker_key), the keys.
     pub fn open_origins(&self) -> Vec<String> {
         let not_closed = |breaker: &CircuitBreaker| (breaker.state() != State::Closed).then_some(());
         self.shared.origins.survey(not_closed).into_iter().map(|(origin, ())| origin).collect()
@@ -172,17 +270,22 @@ impl TimeoutClient {
     }
 
     /// The breaker of the origin of `url`, for instance to isolate it; `None` without breakers or for an invalid URL.
+    ///
+    /// With a [`breaker_key`](TimeoutClientBuilder::breaker_key), the breaker of a GET request to `url`.
     pub fn breaker(&self, url: impl IntoUrl) -> Option<CircuitBreaker> {
-        self.shared.origins.of(&url.into_url().ok()?).breaker.clone()
+        let request = Request::new(Method::GET, url.into_url().ok()?);
+        let origin = self.shared.origins.of(request.url());
+        self.shared.origins.breaker(&request, &origin)
     }
 
     /// The figures at this instant.
     pub fn metrics(&self) -> ClientMetrics {
         ClientMetrics {
-            in_flight: self.shared.limits.in_flight(),
-            waiting: self.shared.limits.waiting(),
+            in_flight: self.shared.gate.in_flight(),
+            waiting: self.shared.waiting(),
             retries: self.shared.budget.as_ref().map_or(0, Budget::retries_made),
             retries_left: self.shared.budget.as_ref().map(Budget::retries_left),
+            hedges: self.shared.hedging.as_ref().map_or(0, Hedging::made),
             origins: self.shared.origins.len(),
         }
     }

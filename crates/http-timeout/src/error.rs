@@ -1,13 +1,13 @@
-//! The errors, named by what the caller can do about them.
+//! The errors, named by what the caller can do about them; each says in one line what was asked and how far it came.
 //!
 //! Invariant: no message carries the credentials, the query or the fragment of a URL, nor a header.
 
 use std::{error::Error as StdError, fmt, io, time::Duration};
 
-use http::StatusCode;
+use http::{Method, StatusCode};
 use url::Url;
 
-/// What a call was doing when its time ran out.
+/// What a call was doing when it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
@@ -17,8 +17,6 @@ pub enum Phase {
     Connect,
     /// Sending the request or waiting for the head of the response.
     Response,
-    /// Waiting to try again.
-    Backoff,
     /// Reading the body of the response.
     Body,
 }
@@ -29,75 +27,253 @@ impl fmt::Display for Phase {
             Self::Permit => "waiting for a permit",
             Self::Connect => "connecting",
             Self::Response => "waiting for the response",
-            Self::Backoff => "waiting to try again",
             Self::Body => "reading the body",
         })
     }
 }
 
+/// Which limit of time a call ran into. Its text is the name of the option that sets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Limit {
+    /// The deadline of the whole call.
+    Total,
+    /// How long one request may take to the head of its response.
+    Attempt,
+    /// How long a connection may take to come about.
+    Connect,
+    /// How long the peer may be silent while it is waited for.
+    Idle,
+    /// How long a call may wait for a permit.
+    Permit,
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Total => "timeout",
+            Self::Attempt => "attempt_timeout",
+            Self::Connect => "connect_timeout",
+            Self::Idle => "idle_timeout",
+            Self::Permit => "permit_timeout",
+        })
+    }
+}
+
+/// What a call asked for, and how far it had come when it ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct CallReport {
+    /// The method; none if only a [`reqwest::Error`] was there to tell.
+    pub method: Option<Method>,
+    /// The URL without credentials, query and fragment: after redirects, where they had led.
+    pub url: String,
+    /// What the call was doing.
+    pub phase: Phase,
+    /// How many attempts had been made, the last of them included. A redirect is part of its attempt.
+    pub attempts: u32,
+    /// The time since the call began.
+    pub elapsed: Duration,
+}
+
+impl CallReport {
+    /// "after 2 attempts in 1.2 s", if that is known.
+    fn effort(&self) -> String {
+        if self.method.is_none() {
+            return String::new();
+        }
+        let plural = if self.attempts == 1 { "" } else { "s" };
+        format!(" after {} attempt{plural} in {}", self.attempts, Shown(self.elapsed))
+    }
+}
+
+impl fmt::Display for CallReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.method {
+            Some(method) => write!(f, "{method} {}", self.url),
+            None => f.write_str(&self.url),
+        }
+    }
+}
+
+/// A time as one says it: "20 ms", "1.2 s".
+struct Shown(Duration);
+
+impl fmt::Display for Shown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.0 < Duration::from_secs(1) {
+            write!(f, "{} ms", self.0.as_millis())
+        } else {
+            write!(f, "{:.1} s", self.0.as_secs_f64())
+        }
+    }
+}
+
+/// What a request is about, for the errors of its call.
+#[derive(Clone, Debug)]
+pub(crate) struct Subject {
+    pub(crate) method: Method,
+    pub(crate) url: Url,
+}
+
+impl Subject {
+    pub(crate) fn report(&self, phase: Phase, attempts: u32, elapsed: Duration) -> Box<CallReport> {
+        let url = redacted(&self.url).into();
+        Box::new(CallReport { method: Some(self.method.clone()), url, phase, attempts, elapsed })
+    }
+}
+
+/// What reqwest said of a call that failed, and what that call was. It reads as the error of reqwest.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Failure {
+    /// What reqwest said; without a URL, because that may hold secrets.
+    pub error: reqwest::Error,
+    /// What was asked.
+    pub report: Box<CallReport>,
+}
+
+impl std::ops::Deref for Failure {
+    type Target = reqwest::Error;
+
+    fn deref(&self) -> &reqwest::Error {
+        &self.error
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl StdError for Failure {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        self.error.source()
+    }
+}
+
 /// Why a request gave no response, or a body no end.
+///
+/// The text says what was asked, what went wrong, after how many attempts and how long, and the cause, in one line:
+///
+/// ```text
+/// GET https://host/path: could not connect after 2 attempts in 1.2 s: connection refused
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
     /// The time ran out: the whole call's, an attempt's, or that of a silent peer.
-    #[error("timed out while {phase}, after {elapsed:?} and {attempts} attempt(s)")]
+    #[error("{report}: timed out while {phase}{}: `{limit}` has passed", report.effort())]
+    #[non_exhaustive]
     Timeout {
         /// What the call was doing.
         phase: Phase,
+        /// Which limit fired.
+        limit: Limit,
         /// The time since the call began.
         elapsed: Duration,
         /// How many attempts had been made, the last of them included.
         attempts: u32,
+        /// What was asked.
+        report: Box<CallReport>,
     },
     /// The origin's circuit breaker refused the call; nothing was sent by this attempt.
-    #[error("the circuit of {origin} is open; ask again after {retry_after:?}")]
+    #[error("{report}: the circuit of {origin} is open{}: ask again after {}", report.effort(), Shown(*retry_after))]
+    #[non_exhaustive]
     CircuitOpen {
-        /// Scheme, host and port.
+        /// Scheme, host and port; the key of the breaker where the client has a function for it.
         origin: String,
         /// After this time the breaker may let a probe in.
         retry_after: Duration,
+        /// What was asked.
+        report: Box<CallReport>,
     },
     /// The body is larger than the client's `max_body`.
-    #[error("the body is larger than {limit} bytes")]
+    #[error("{report}: the body is larger than {limit} bytes{}", report.effort())]
+    #[non_exhaustive]
     BodyTooLarge {
         /// The limit, in bytes, after decompression.
         limit: u64,
+        /// What was asked.
+        report: Box<CallReport>,
     },
     /// Too many calls wait for a permit already; nothing was sent.
-    #[error("{limit} calls are waiting for a permit already")]
+    #[error("{report}: {limit} calls are waiting for a permit already{}", report.effort())]
+    #[non_exhaustive]
     Overloaded {
         /// The most calls that may wait.
         limit: usize,
+        /// What was asked.
+        report: Box<CallReport>,
     },
     /// The request could not be built, for instance because the URL is invalid; nothing was sent.
-    #[error("the request is invalid")]
-    InvalidRequest(#[source] reqwest::Error),
+    #[error("{report}: the request is invalid{}: {}", _0.report.effort(), cause(_0), report = _0.report)]
+    InvalidRequest(#[source] Failure),
     /// The HTTP client underneath could not be set up, for instance its TLS; nothing was sent.
-    #[error("the HTTP client cannot be set up")]
-    Setup(#[source] reqwest::Error),
+    #[error("{report}: the HTTP client cannot be set up{}: {}", _0.report.effort(), cause(_0), report = _0.report)]
+    Setup(#[source] Failure),
     /// The network or the peer failed.
-    #[error("the network or the peer failed")]
-    Network(#[source] reqwest::Error),
+    #[error("{report}: {}{}: {}", failing(_0.report.phase), _0.report.effort(), cause(_0), report = _0.report)]
+    Network(#[source] Failure),
+    /// The server answered with a redirect that cannot be followed.
+    #[error("{report}: the redirect to {to} was not followed{}: {problem}", report.effort())]
+    #[non_exhaustive]
+    Redirect {
+        /// Where it led, without credentials, query and fragment.
+        to: String,
+        /// Why it was not followed.
+        problem: &'static str,
+        /// What was asked.
+        report: Box<CallReport>,
+    },
     /// The response has the status 4xx or 5xx; from `get_with_timeout`, `get_many` and `error_for_status` only.
-    #[error("the server answered {status} for {url}")]
+    #[error("{report}: the server answered {status}{}", report.effort())]
+    #[non_exhaustive]
     Http {
         /// The status.
         status: StatusCode,
-        /// The URL that answered, without credentials, query and fragment.
-        url: String,
         /// How long the server asked to wait, if it did.
         retry_after: Option<Duration>,
-        /// How many attempts had been made; 1 where `error_for_status` made the error, which does not know.
-        attempts: u32,
+        /// What was asked.
+        report: Box<CallReport>,
     },
 }
 
+fn failing(phase: Phase) -> &'static str {
+    match phase {
+        Phase::Permit | Phase::Connect => "could not connect",
+        Phase::Response => "the network or the peer failed before the response",
+        Phase::Body => "the network or the peer failed within the body",
+    }
+}
+
 impl RequestError {
+    /// What was asked, and how far the call had come.
+    pub fn report(&self) -> &CallReport {
+        match self {
+            Self::Timeout { report, .. }
+            | Self::CircuitOpen { report, .. }
+            | Self::BodyTooLarge { report, .. }
+            | Self::Overloaded { report, .. }
+            | Self::Redirect { report, .. }
+            | Self::Http { report, .. }
+            | Self::InvalidRequest(Failure { report, .. })
+            | Self::Setup(Failure { report, .. })
+            | Self::Network(Failure { report, .. }) => report,
+        }
+    }
+
+    pub(crate) fn timeout(limit: Limit, report: Box<CallReport>) -> Self {
+        let CallReport { phase, elapsed, attempts, .. } = *report;
+        Self::Timeout { phase, limit, elapsed, attempts, report }
+    }
+
     /// Whether the time ran out, ours or that of a reqwest client that was brought along.
     pub fn is_timeout(&self) -> bool {
         match self {
             Self::Timeout { .. } => true,
-            Self::Network(error) => error.is_timeout(),
+            Self::Network(failure) => failure.error.is_timeout(),
             _ => false,
         }
     }
@@ -119,14 +295,19 @@ impl RequestError {
 
     /// Whether the request itself was wrong, so that sending it again is of no use.
     pub fn is_invalid_request(&self) -> bool {
-        matches!(self, Self::InvalidRequest(_))
+        matches!(self, Self::InvalidRequest(..))
+    }
+
+    /// Whether a redirect could not be followed.
+    pub fn is_redirect(&self) -> bool {
+        matches!(self, Self::Redirect { .. })
     }
 
     /// Whether no connection could be made, so that nothing was sent.
     pub fn is_connect(&self) -> bool {
         match self {
             Self::Timeout { phase, .. } => *phase == Phase::Connect,
-            Self::Network(error) => error.is_connect(),
+            Self::Network(failure) => failure.error.is_connect(),
             _ => false,
         }
     }
@@ -139,22 +320,34 @@ impl RequestError {
         }
     }
 
-    /// A copy of an error that a guarded body put into an I/O or reqwest error.
-    fn found_in(error: &(dyn StdError + 'static)) -> Option<Self> {
-        let mut next = Some(error);
+    /// What a guarded body put into the error `outer`, around which reqwest has put its own.
+    fn taken_from(outer: reqwest::Error) -> Result<Self, reqwest::Error> {
+        let mut next: Option<&(dyn StdError + 'static)> = Some(&outer);
         while let Some(error) = next {
             // An `io::Error` hides what it was made of from `source`, so it is opened by hand.
             let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
             let ours = inner.and_then(|inner| inner.downcast_ref::<Self>()).or_else(|| error.downcast_ref::<Self>());
             match ours {
-                Some(&Self::Timeout { phase, elapsed, attempts }) => {
-                    return Some(Self::Timeout { phase, elapsed, attempts });
+                Some(Self::Timeout { limit, report, .. }) => return Ok(Self::timeout(*limit, report.clone())),
+                Some(Self::BodyTooLarge { limit, report }) => {
+                    return Ok(Self::BodyTooLarge { limit: *limit, report: report.clone() });
                 }
-                Some(&Self::BodyTooLarge { limit }) => return Some(Self::BodyTooLarge { limit }),
+                Some(Self::Network(Failure { report, .. })) => {
+                    let report = report.clone();
+                    return Ok(Self::Network(Failure { error: outer.without_url(), report }));
+                }
                 _ => next = error.source(),
             }
         }
-        None
+        Err(outer)
+    }
+
+    /// Takes over an error of reqwest, of a call whose `report` is known.
+    pub(crate) fn reported(error: reqwest::Error, report: Box<CallReport>) -> Self {
+        let wrong = error.is_builder() || lacks_tls(&error);
+        // The report has the URL, without what may be secret.
+        let failure = Failure { error: error.without_url(), report };
+        if wrong { Self::InvalidRequest(failure) } else { Self::Network(failure) }
     }
 }
 
@@ -162,22 +355,47 @@ impl RequestError {
 /// and a body over the cap from a broken connection.
 impl From<reqwest::Error> for RequestError {
     fn from(error: reqwest::Error) -> Self {
-        if let Some(ours) = Self::found_in(&error) {
-            return ours;
-        }
-        let error = match error.url().map(redacted) {
-            Some(url) => error.with_url(url),
-            None => error,
-        };
-        match error.status() {
-            Some(status) => {
-                let url = error.url().map(Url::to_string).unwrap_or_default();
-                Self::Http { status, url, retry_after: None, attempts: 1 }
+        Self::taken_from(error).unwrap_or_else(|error| {
+            let url = error.url().map(redacted).map_or_else(|| "a request".to_owned(), String::from);
+            let report = CallReport { method: None, url, phase: Phase::Body, attempts: 1, elapsed: Duration::ZERO };
+            match error.status() {
+                Some(status) => Self::Http { status, retry_after: None, report: Box::new(report) },
+                None => Self::reported(error, Box::new(report)),
             }
-            None if error.is_builder() => Self::InvalidRequest(error),
-            None => Self::Network(error),
-        }
+        })
     }
+}
+
+/// What the connector says of a scheme it was not built for.
+const WITHOUT_TLS: &str = "invalid URL, scheme is not http";
+
+/// Whether the URL asks for TLS and reqwest was built without it.
+pub(crate) fn lacks_tls(error: &reqwest::Error) -> bool {
+    error.is_connect() && root(error).to_string() == WITHOUT_TLS
+}
+
+/// The first cause, in one line.
+fn cause(error: &Failure) -> String {
+    let root = root(error);
+    let text = match root.downcast_ref::<io::Error>() {
+        // "connection refused" says as much as "Connection refused (os error 111)".
+        Some(io) if io.raw_os_error().is_some() && io.kind().to_string() != "uncategorized error" => {
+            io.kind().to_string()
+        }
+        _ => root.to_string(),
+    };
+    if text == WITHOUT_TLS {
+        return "reqwest was built without TLS: add its feature `rustls` or `native-tls` to your Cargo.toml".to_owned();
+    }
+    text.replace(char::is_control, " ")
+}
+
+fn root<'a>(error: &'a (dyn StdError + 'static)) -> &'a (dyn StdError + 'static) {
+    let mut root = error;
+    while let Some(next) = root.source() {
+        root = next;
+    }
+    root
 }
 
 /// The URL without what may be secret: credentials, query and fragment.
@@ -189,6 +407,15 @@ pub(crate) fn redacted(url: &Url) -> Url {
     shown.set_query(None);
     shown.set_fragment(None);
     shown
+}
+
+/// As [`redacted`], of a text that is no URL.
+pub(crate) fn redacted_text(text: &str) -> String {
+    let shown = text.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = shown.split_at(shown.find("//").map_or(0, |at| at + 2));
+    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
+    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
+    format!("{scheme}{host}{path}").replace(char::is_control, " ")
 }
 
 /// Why a client or a configuration could not be built.

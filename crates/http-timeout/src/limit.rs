@@ -1,6 +1,7 @@
-//! How many calls may be in flight: in all, to one origin, and waiting for their turn.
+//! How many calls may be in flight and how many may wait for that: of the client in all, and to one origin.
 //!
 //! Invariant: `Permits` are held from the first attempt until the body has ended or was dropped, and go back in `drop`.
+//! The queues are apart, so that the one of a slow origin takes no place that calls to others need.
 
 use std::sync::{
     Arc,
@@ -9,15 +10,19 @@ use std::sync::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::{error::RequestError, origins::Origin};
-
-/// The limits of one client.
+/// Lets a number of calls through at a time, and a number of others wait.
 #[derive(Debug)]
-pub(crate) struct Limits {
-    in_flight: Arc<Semaphore>,
-    concurrency: usize,
+pub(crate) struct Gate {
+    permits: Arc<Semaphore>,
+    size: usize,
     waiting: AtomicUsize,
     max_waiting: usize,
+}
+
+/// So many calls wait at a gate already that no more may.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Full {
+    pub(crate) limit: usize,
 }
 
 /// The right of one call to be in flight.
@@ -25,53 +30,63 @@ pub(crate) struct Limits {
 pub(crate) struct Permits {
     _origin: Option<OwnedSemaphorePermit>,
     _client: OwnedSemaphorePermit,
-    /// Keeps the origin known, because a forgotten origin would come back with a full set of permits.
-    _known: Arc<Origin>,
 }
 
-impl Limits {
-    pub(crate) fn new(concurrency: usize, max_waiting: usize) -> Self {
-        Self {
-            in_flight: Arc::new(Semaphore::new(concurrency)),
-            concurrency,
-            waiting: AtomicUsize::new(0),
-            max_waiting,
-        }
-    }
-
-    /// Waits for the origin's permit first, so that the queue of a slow origin holds nothing that others need.
-    pub(crate) async fn acquire(&self, origin: &Arc<Origin>) -> Result<Permits, RequestError> {
-        let of_origin = match &origin.permits {
-            Some(permits) => Some(self.take(permits).await?),
+impl Permits {
+    /// Waits at the origin's gate first, so that the queue of a slow origin holds nothing that others need.
+    pub(crate) async fn acquire(client: &Gate, origin: Option<&Gate>) -> Result<Self, Full> {
+        let of_origin = match origin {
+            Some(gate) => Some(gate.enter().await?),
             None => None,
         };
-        let of_client = self.take(&self.in_flight).await?;
-        Ok(Permits { _origin: of_origin, _client: of_client, _known: Arc::clone(origin) })
+        Ok(Self { _client: client.enter().await?, _origin: of_origin })
     }
 
-    async fn take(&self, permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, RequestError> {
+    /// Does not wait.
+    pub(crate) fn try_acquire(client: &Gate, origin: Option<&Gate>) -> Option<Self> {
+        let of_origin = match origin {
+            Some(gate) => Some(gate.try_enter()?),
+            None => None,
+        };
+        Some(Self { _client: client.try_enter()?, _origin: of_origin })
+    }
+}
+
+impl Gate {
+    /// Lets `size` calls through at a time, and `max_waiting` wait.
+    pub(crate) fn new(size: usize, max_waiting: usize) -> Self {
+        Self { permits: Arc::new(Semaphore::new(size)), size, waiting: AtomicUsize::new(0), max_waiting }
+    }
+
+    async fn enter(&self) -> Result<OwnedSemaphorePermit, Full> {
         // Free permits exist only while nobody waits, so this does not jump the queue.
-        if let Ok(permit) = Arc::clone(permits).try_acquire_owned() {
+        if let Some(permit) = self.try_enter() {
             return Ok(permit);
         }
         let _queued = self.queue()?;
-        Ok(Arc::clone(permits).acquire_owned().await.expect("the semaphore is open: nothing in this crate closes one"))
+        let permit = Arc::clone(&self.permits).acquire_owned().await;
+        Ok(permit.expect("the semaphore is open: nothing in this crate closes one"))
     }
 
-    fn queue(&self) -> Result<Queued<'_>, RequestError> {
+    fn try_enter(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.permits).try_acquire_owned().ok()
+    }
+
+    fn queue(&self) -> Result<Queued<'_>, Full> {
         let queued = Queued(&self.waiting);
         if self.waiting.fetch_add(1, Ordering::Relaxed) >= self.max_waiting {
-            return Err(RequestError::Overloaded { limit: self.max_waiting });
+            return Err(Full { limit: self.max_waiting });
         }
         Ok(queued)
     }
 
-    pub(crate) fn concurrency(&self) -> usize {
-        self.concurrency
+    /// How many calls it lets through at a time.
+    pub(crate) fn size(&self) -> usize {
+        self.size
     }
 
     pub(crate) fn in_flight(&self) -> usize {
-        self.concurrency - self.in_flight.available_permits()
+        self.size - self.permits.available_permits()
     }
 
     pub(crate) fn waiting(&self) -> usize {

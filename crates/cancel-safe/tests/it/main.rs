@@ -1,4 +1,5 @@
-//! The integration tests of `cancel-safe`, one binary: the example `mirror` as a child process, against a real server.
+//! The integration tests of `cancel-safe`, one binary: the example `mirror` as a child process, against a real server,
+//! and what needs a feature of a dependency that the crates' own tests do without.
 #![cfg(all(feature = "full", feature = "sqlite", feature = "postgres"))]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
@@ -7,5 +8,6 @@ mod manifest;
 #[path = "../../examples/mirror/paths.rs"]
 mod paths;
 
+mod http2;
 mod mirror;
 mod origin;

@@ -19,8 +19,9 @@ use hyper_util::client::legacy::Error as PoolError;
 use tokio::time::Instant;
 
 use crate::{
-    call::{deadline::Limit, outgoing::Outgoing},
+    call::outgoing::Outgoing,
     connections::{Connections, find},
+    error::{Limit, lacks_tls},
 };
 
 /// A connection that was closed before it was used shows it within a round trip.
@@ -44,11 +45,6 @@ pub(crate) struct Verdict {
     pub(crate) unsent: bool,
 }
 
-/// Whether a response with this status counts against its origin.
-pub(crate) fn is_failure(status: StatusCode) -> bool {
-    status.is_server_error() || matches!(status.as_u16(), 408 | 429)
-}
-
 /// Whether a response with this status may be a passing trouble.
 pub(crate) fn is_retryable(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
@@ -60,7 +56,7 @@ pub(crate) fn of_error(error: &reqwest::Error, outgoing: &Outgoing, connections:
     let refused = is_refused(error);
     let unsent = taken.is_none() || refused;
     let stale = taken.is_none_or(|taken| taken.elapsed() < STALE_WITHIN) || error.is_timeout();
-    let blame = if error.is_builder() || error.is_redirect() {
+    let blame = if error.is_builder() || error.is_redirect() || lacks_tls(error) {
         Blame::Request
     } else if outgoing.producer_failed() {
         Blame::Producer
@@ -80,10 +76,10 @@ pub(crate) fn of_timeout(limit: Limit, whole: Option<Duration>, started: Instant
     let had_it_all = whole.is_none_or(|whole| share >= whole.mul_f64(0.95));
     let blame = match limit {
         Limit::Idle if outgoing.is_hidden() => Blame::Producer,
-        Limit::Idle => Blame::Origin,
+        Limit::Idle | Limit::Connect => Blame::Origin,
         Limit::Total | Limit::Attempt if had_it_all => Blame::Origin,
         Limit::Attempt => Blame::Producer,
-        Limit::Total => Blame::Queue,
+        Limit::Total | Limit::Permit => Blame::Queue,
     };
     Verdict { blame, unsent: outgoing.taken().is_none() }
 }

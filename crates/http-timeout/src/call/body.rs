@@ -11,6 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use http::{HeaderMap, header::CONTENT_TYPE};
 use http_body::{Body as _, Frame, SizeHint};
 use reqwest::{Response, ResponseBuilderExt};
 use tokio::time::{Instant, Sleep, sleep_until};
@@ -18,7 +19,7 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::{
     breaker::BreakerPermit,
     call::deadline::{Deadline, earlier, into_io},
-    error::{Phase, RequestError},
+    error::{CallReport, Limit, Phase, RequestError, Subject},
     limit::Permits,
 };
 
@@ -38,44 +39,101 @@ impl Hold {
         Self { admission, _permits: permits }
     }
 
+    /// The body has ended well; its consumer waited this long for the peer.
+    fn finish(mut self, waited: Duration) {
+        if let Some(admission) = self.admission.take() {
+            admission.finished(waited);
+        }
+    }
+
+    /// The consumer gave up, after it had waited this long for the next piece.
+    fn abandon(mut self, quiet: Duration) {
+        if let Some(admission) = self.admission.take() {
+            admission.abandoned(quiet);
+        }
+    }
+
     fn fail(mut self) {
         if let Some(admission) = self.admission.take() {
             admission.failure();
+        }
+    }
+
+    /// Ends the call for the breaker if what follows is a stream: nothing that happens to it is told any more.
+    fn end_if_stream(&mut self, headers: &HeaderMap) {
+        if let Some(admission) =
+            self.admission.take_if(|admission| admission.is_for_stream() || is_event_stream(headers))
+        {
+            admission.stream();
         }
     }
 }
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        // The head was good: a body that ended, or that nobody wanted, says nothing against the origin.
+        // The head was good: a body that nobody wanted says nothing against the origin.
         if let Some(admission) = self.admission.take() {
-            admission.success();
+            admission.abandoned(Duration::ZERO);
         }
     }
 }
 
 /// The limits that go with a body.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub(crate) struct BodyLimits {
     pub(crate) deadline: Deadline,
     pub(crate) idle: Option<Duration>,
     pub(crate) max_bytes: Option<u64>,
     pub(crate) attempts: u32,
+    /// What the call asked for, for its errors.
+    pub(crate) subject: Subject,
 }
 
 /// Puts the guard around the body of `response`; everything else about it stays.
-pub(crate) fn guard(response: Response, hold: Hold, limits: BodyLimits) -> Response {
-    let url = response.url().clone();
-    let (mut parts, inner) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // reqwest keeps the URL in an extension of a private type, which only this builder can make.
-    let mut carrier = http::Response::builder().url(url);
-    if let Some(extensions) = carrier.extensions_mut() {
-        parts.extensions.extend(std::mem::take(extensions));
-    }
+pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> Response {
+    let (parts, inner) = apart(response);
     // An empty body has ended already: its call must not hold a permit until the response is dropped.
-    let hold = (!inner.is_end_stream()).then_some(hold);
-    let body = GuardedBody { inner, hold, limits, received: 0, waiting_since: None, timer: None };
+    let hold = if inner.is_end_stream() {
+        hold.finish(Duration::ZERO);
+        None
+    } else {
+        hold.end_if_stream(&parts.headers);
+        Some(hold)
+    };
+    let body =
+        GuardedBody { inner, hold, limits, received: 0, waiting_since: None, waited: Duration::ZERO, timer: None };
     http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
+}
+
+/// Reads the body of `response` into memory, and gives the response back with it.
+pub(crate) async fn read_whole(response: Response) -> Result<Response, RequestError> {
+    let (parts, body) = apart(response);
+    let bytes = Response::from(http::Response::new(body)).bytes().await?;
+    Ok(http::Response::from_parts(parts, reqwest::Body::from(bytes)).into())
+}
+
+/// Takes a response apart so that it can be put together again with another body.
+fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
+    let url = response.url().clone();
+    let (mut parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
+    // reqwest keeps the URL in an extension of a private type, which only this builder can make. It is given the map that
+    // is there, because a second one would cost three allocations.
+    let mut carrier = http::Response::builder();
+    if let Some(extensions) = carrier.extensions_mut() {
+        *extensions = std::mem::take(&mut parts.extensions);
+    }
+    carrier = carrier.url(url);
+    if let Some(extensions) = carrier.extensions_mut() {
+        parts.extensions = std::mem::take(extensions);
+    }
+    (parts, body)
+}
+
+/// Whether the body is one that may be quiet for as long as it likes.
+fn is_event_stream(headers: &HeaderMap) -> bool {
+    let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let essence = content_type.split(';').next().unwrap_or_default();
+    essence.trim().eq_ignore_ascii_case("text/event-stream")
 }
 
 struct GuardedBody {
@@ -86,6 +144,8 @@ struct GuardedBody {
     received: u64,
     /// Since when the consumer has been waiting for the peer; none while it is busy itself.
     waiting_since: Option<Instant>,
+    /// How long it has waited before, in all.
+    waited: Duration,
     /// Made at the first wait: a body that is there needs no timer.
     timer: Option<Pin<Box<Sleep>>>,
 }
@@ -103,12 +163,23 @@ impl GuardedBody {
     fn too_large(&mut self, limit: u64) -> BoxError {
         // The origin did nothing wrong.
         self.hold = None;
-        RequestError::BodyTooLarge { limit }.into()
+        RequestError::BodyTooLarge { limit, report: self.report() }.into()
     }
 
     fn timed_out(&mut self) -> BoxError {
         self.fail();
-        into_io(self.limits.deadline.timed_out(Phase::Body, self.limits.attempts)).into()
+        let limit = if self.limits.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Idle };
+        into_io(RequestError::timeout(limit, self.report())).into()
+    }
+
+    fn report(&self) -> Box<CallReport> {
+        let BodyLimits { subject, deadline, attempts, .. } = &self.limits;
+        subject.report(Phase::Body, *attempts, deadline.elapsed())
+    }
+
+    /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
+    fn end_wait(&mut self) -> Duration {
+        self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed())
     }
 
     fn fail(&mut self) {
@@ -147,15 +218,18 @@ impl http_body::Body for GuardedBody {
         }
         match Pin::new(&mut this.inner).poll_frame(cx) {
             Poll::Ready(polled) => {
-                this.waiting_since = None;
+                let waited = this.end_wait();
+                this.waited += waited;
                 Poll::Ready(match polled {
                     Some(Ok(frame)) => Some(this.receive(frame)),
                     Some(Err(error)) => {
                         this.fail();
-                        Some(Err(error.into()))
+                        Some(Err(RequestError::reported(error, this.report()).into()))
                     }
                     None => {
-                        this.hold = None;
+                        if let Some(hold) = this.hold.take() {
+                            hold.finish(this.waited);
+                        }
                         None
                     }
                 })
@@ -171,5 +245,16 @@ impl http_body::Body for GuardedBody {
 
     fn size_hint(&self) -> SizeHint {
         if self.hold.is_some() { self.inner.size_hint() } else { SizeHint::with_exact(0) }
+    }
+}
+
+impl Drop for GuardedBody {
+    fn drop(&mut self) {
+        let quiet = self.end_wait();
+        // The body first: whoever gets the permits must not find one more in flight than there are permits.
+        drop(std::mem::take(&mut self.inner));
+        if let Some(hold) = self.hold.take() {
+            hold.abandon(quiet);
+        }
     }
 }

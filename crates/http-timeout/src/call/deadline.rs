@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
     call::outgoing::Outgoing,
-    error::{Phase, RequestError},
+    error::{Limit, RequestError},
 };
 
 /// When a call began and when it must end.
@@ -54,8 +54,8 @@ impl Deadline {
         self.end.map(|end| end.saturating_duration_since(Instant::now()))
     }
 
-    pub(crate) fn timed_out(&self, phase: Phase, attempts: u32) -> RequestError {
-        RequestError::Timeout { phase, elapsed: self.started.elapsed(), attempts }
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
     }
 }
 
@@ -71,17 +71,6 @@ pub(crate) async fn within<F: Future>(end: Option<Instant>, future: F) -> Option
     }
 }
 
-/// What ended an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Limit {
-    /// The deadline of the call.
-    Total,
-    /// The time of one attempt.
-    Attempt,
-    /// The silence of the peer.
-    Idle,
-}
-
 /// The limits of one attempt.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Patience {
@@ -93,9 +82,7 @@ pub(crate) struct Patience {
 impl Patience {
     /// The next moment at which a limit may be reached, and which.
     fn next_look(&self, outgoing: &Outgoing) -> Option<(Instant, Limit)> {
-        // While the peer waits for us, its silence is our doing.
-        let since = outgoing.waiting_since().unwrap_or_else(Instant::now);
-        let idle = self.idle.and_then(|idle| since.checked_add(idle));
+        let idle = self.idle.and_then(|idle| outgoing.idle_end(idle));
         // Of limits that are reached together, the first of these is told.
         let looks = [(self.total, Limit::Total), (self.attempt, Limit::Attempt), (idle, Limit::Idle)];
         looks.into_iter().filter_map(|(end, limit)| Some((end?, limit))).min_by_key(|(end, _)| *end)

@@ -17,14 +17,25 @@ use reqwest::{Body, Request};
 use tokio::time::Instant;
 
 /// A body is handed over in pieces of this size, so that each piece the peer takes is seen. The connection asks again
-/// when it has got rid of sixteen of them.
-const PIECE_BYTES: usize = 8 * 1024;
+/// when it has got rid of sixteen of them, or of 400 KiB.
+const PIECE_BYTES: usize = 32 * 1024;
+
+/// After so much in one go, which is what the connection writes at once, it is sent to look for an answer. A peer that
+/// answers early and closes would otherwise be noticed by the next write, which fails, and its answer would be lost.
+const STRETCH_BYTES: usize = 13 * PIECE_BYTES;
+
+/// How long it looks the first time, which is when a redirect or a refusal comes.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
 
 /// The size to which they shrink for a peer that is slow to take them.
 const SMALL_PIECE_BYTES: usize = 512;
 
 /// What is below this is sent in one go; of more, the buffers of two kernels may hold any part for any time.
 const UNSEEN_BYTES: u64 = 64 * 1024;
+
+/// What the buffers hide is taken in a few steps of the size that can be seen: the kernel asks for more when about a
+/// third of what it can hold is gone.
+const HIDDEN_STEPS: u32 = 4;
 
 /// What is known about the way out of one attempt.
 #[derive(Clone, Debug)]
@@ -41,6 +52,8 @@ struct Flow {
     /// How long it waited for it before that.
     starved: Duration,
     producer_failed: bool,
+    /// The longest time in which the peer showed no progress, although it made some.
+    longest_pause: Duration,
     bytes: u64,
     piece: usize,
 }
@@ -57,13 +70,15 @@ impl Outgoing {
             starving: None,
             starved: Duration::ZERO,
             producer_failed: false,
+            longest_pause: Duration::ZERO,
             bytes: 0,
             piece: PIECE_BYTES,
         };
         let outgoing = Self(Arc::new(Mutex::new(flow)));
         let inner = request.body_mut().take();
         let patience = idle.map(|idle| idle / 8);
-        let watched = WatchedBody { inner, held: Bytes::new(), flow: outgoing.clone(), patience };
+        let watched =
+            WatchedBody { inner, held: Bytes::new(), stretch: 0, pause: None, flow: outgoing.clone(), patience };
         *request.body_mut() = Some(Body::wrap(watched));
         outgoing
     }
@@ -73,10 +88,12 @@ impl Outgoing {
         self.lock().taken
     }
 
-    /// Since when the peer is waited for; `None` while it waits for us.
-    pub(crate) fn waiting_since(&self) -> Option<Instant> {
+    /// When the peer will have been silent for `idle`, or for as long as it may take to empty the buffers at the pace that
+    /// it has shown. While it waits for us, its silence is our doing.
+    pub(crate) fn idle_end(&self, idle: Duration) -> Option<Instant> {
         let flow = self.lock();
-        flow.starving.is_none().then_some(flow.progress)
+        let since = if flow.starving.is_none() { flow.progress } else { Instant::now() };
+        since.checked_add(idle.max(flow.longest_pause.saturating_mul(HIDDEN_STEPS)))
     }
 
     /// How long the peer had to wait for our producer.
@@ -117,9 +134,12 @@ impl Flow {
         if let Some(since) = waited_for_us {
             self.starved += now.saturating_duration_since(since);
         }
-        let gap = now.saturating_duration_since(self.progress);
-        if waited_for_us.is_none() && patience.is_some_and(|patience| gap > patience) {
-            self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+        let pause = now.saturating_duration_since(self.progress);
+        if waited_for_us.is_none() && self.bytes > 0 {
+            self.longest_pause = self.longest_pause.max(pause);
+            if patience.is_some_and(|patience| pause > patience) {
+                self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+            }
         }
         self.progress = now;
     }
@@ -130,6 +150,10 @@ struct WatchedBody {
     /// None if the request has no body.
     inner: Option<Body>,
     held: Bytes,
+    /// What was handed over since the connection looked for an answer.
+    stretch: usize,
+    /// Ends when the runtime has looked at its sockets, or later.
+    pause: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     flow: Outgoing,
     /// A longer wait for the next piece makes the pieces smaller.
     patience: Option<Duration>,
@@ -144,6 +168,15 @@ impl http_body::Body for WatchedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, reqwest::Error>>> {
         let this = &mut *self;
+        if this.stretch >= STRETCH_BYTES {
+            let is_first = this.flow.lock().bytes == this.stretch as u64;
+            let pause = this.pause.get_or_insert_with(|| match is_first {
+                true => Box::pin(tokio::time::sleep(FIRST_LOOK)),
+                false => Box::pin(tokio::task::yield_now()),
+            });
+            std::task::ready!(pause.as_mut().poll(cx));
+            (this.stretch, this.pause) = (0, None);
+        }
         let mut flow = this.flow.lock();
         flow.asked(this.patience);
         if this.held.is_empty() {
@@ -154,6 +187,7 @@ impl http_body::Body for WatchedBody {
             flow = this.flow.lock();
             match polled {
                 Poll::Pending => {
+                    this.stretch = 0;
                     flow.starving = Some(Instant::now());
                     return Poll::Pending;
                 }
@@ -170,6 +204,7 @@ impl http_body::Body for WatchedBody {
         }
         let piece = this.held.split_to(this.held.len().min(flow.piece));
         flow.bytes += piece.len() as u64;
+        this.stretch += piece.len();
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 

@@ -1,7 +1,7 @@
 //! When a call may be tried again, how long it waits first, and the budget that keeps retries a fraction of the load.
 //!
-//! Invariant: a token is taken before the wait and goes back in `drop` unless its attempt was made, so attempts never
-//! exceed calls × (1 + ratio) + reserve.
+//! Invariant: a token is taken before the wait and goes back in `drop` unless its attempt was made, so while calls fail
+//! attempts never exceed calls × (1 + ratio) + reserve.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -9,47 +9,84 @@ use std::{
 };
 
 use http::{HeaderMap, header::RETRY_AFTER};
+use tokio::time::Instant;
 
 /// One retry, in the budget's unit: thousandths.
 const TOKEN: u64 = 1_000;
+
+/// After so long without a wish for a retry, the budget fills up by itself, one retry in each such time.
+const PEACE: Duration = Duration::from_secs(1);
 
 /// When and how a client tries a call again.
 ///
 /// Only idempotent requests are tried again (GET, HEAD, PUT, DELETE, OPTIONS, TRACE, one with an `Idempotency-Key`
 /// header, or one declared by [`RequestBuilder::idempotent`](crate::RequestBuilder::idempotent)), and any request that
-/// provably was not sent because no connection came about (and no redirect went before). A body that is a stream cannot be sent twice.
+/// provably was not sent because no connection came about. A body that is a stream cannot be sent twice. A call that
+/// was redirected begins anew with its first request, or with the latest that followed one which may not be sent twice.
 ///
 /// Tried again are connection errors, timeouts of an attempt, and the statuses 408, 429, 500, 502, 503 and 504. The
-/// wait before the n-th retry is random between zero and `base × 2ⁿ⁻¹` ("full jitter"), or that on top of what
-/// `Retry-After` asks for.
+/// wait before attempt n + 1 is random between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter"), or that on
+/// top of what `Retry-After` asks for.
 ///
 /// | option | default |
 /// |---|---|
+/// | attempts in all | 3 |
 /// | back-off | 100 ms, at most 10 s |
 /// | budget | 0.2 retries a call, and a reserve of 10 |
 /// | cap of `Retry-After` | 30 s |
+///
+/// The budget is the client's. It also gains a retry for each second in which no call wanted one.
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_http_timeout::Retry;
+///
+/// let retry = Retry::attempts(4)
+///     .backoff(Duration::from_millis(50), Duration::from_secs(2))
+///     .budget(0.1)
+///     .retry_after_cap(Duration::from_secs(10));
+/// # _ = retry;
+/// ```
 #[derive(Clone, Debug)]
 #[must_use = "a policy does nothing until a client is given it"]
 pub struct Retry {
-    pub(crate) retries: u32,
-    pub(crate) ratio: f64,
-    pub(crate) reserve: u32,
-    pub(crate) base: Duration,
-    pub(crate) max: Duration,
-    pub(crate) retry_after_cap: Duration,
+    pub(super) attempts: u32,
+    ratio: f64,
+    reserve: u32,
+    first: Duration,
+    longest: Duration,
+    retry_after_cap: Duration,
 }
 
 impl Retry {
-    /// At most `retries` retries of a call, so `retries + 1` attempts.
-    pub fn idempotent(retries: u32) -> Self {
+    /// One attempt, no retry.
+    pub fn none() -> Self {
+        Self::attempts(1)
+    }
+
+    /// As the default, with so many attempts in all. Zero counts as one.
+    pub fn attempts(attempts: u32) -> Self {
         Self {
-            retries,
+            attempts: attempts.max(1),
             ratio: 0.2,
             reserve: 10,
-            base: Duration::from_millis(100),
-            max: Duration::from_secs(10),
+            first: Duration::from_millis(100),
+            longest: Duration::from_secs(10),
             retry_after_cap: Duration::from_secs(30),
         }
+    }
+
+    /// So many attempts after the first.
+    #[doc(hidden)]
+    pub fn idempotent(retries: u32) -> Self {
+        Self::attempts(retries.saturating_add(1))
+    }
+
+    /// The longest wait before the second attempt, and before any attempt.
+    pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
+        self.first = first;
+        self.longest = longest;
+        self
     }
 
     /// How many retries each call adds to the budget of the client, 0 to 1.
@@ -64,17 +101,20 @@ impl Retry {
         self
     }
 
-    /// The longest wait before the first retry, and before any retry.
-    pub fn backoff(mut self, base: Duration, max: Duration) -> Self {
-        self.base = base;
-        self.max = max;
-        self
-    }
-
     /// A response that asks for a longer wait is returned at once; with zero, every response that asks for one.
     pub fn retry_after_cap(mut self, cap: Duration) -> Self {
         self.retry_after_cap = cap;
         self
+    }
+
+    /// Whether any call is tried again.
+    pub(crate) fn is_some(&self) -> bool {
+        self.attempts > 1
+    }
+
+    /// The budget of a client; none if there is nothing to pay for.
+    pub(crate) fn budget_of_client(&self) -> Option<Budget> {
+        self.is_some().then(|| Budget::new(self))
     }
 
     /// What is wrong with the options, if anything.
@@ -82,19 +122,25 @@ impl Retry {
         if !(0.0..=1.0).contains(&self.ratio) {
             return Some("has a budget that is not from 0 to 1");
         }
-        (self.base > self.max).then_some("has a first back-off above the longest")
+        (self.first > self.longest).then_some("has a first back-off above the longest")
     }
 
-    /// The wait before retry number `retry` (1, 2, …); `None` if the server asks for more patience than the cap.
-    pub(crate) fn wait(&self, retry: u32, retry_after: Option<Duration>) -> Option<Duration> {
-        let doubled = 2_u32.checked_pow(retry.saturating_sub(1)).and_then(|factor| self.base.checked_mul(factor));
-        let jittered = doubled.unwrap_or(self.max).min(self.max).mul_f64(fastrand::f64());
+    /// The wait after so many failed attempts; `None` if the server asks for more patience than the cap.
+    pub(super) fn wait(&self, failed: u32, retry_after: Option<Duration>) -> Option<Duration> {
+        let doubled = 2_u32.checked_pow(failed.saturating_sub(1)).and_then(|factor| self.first.checked_mul(factor));
+        let jittered = doubled.unwrap_or(self.longest).min(self.longest).mul_f64(fastrand::f64());
         match retry_after {
             None => Some(jittered),
             Some(asked) if asked > self.retry_after_cap || self.retry_after_cap.is_zero() => None,
             // On top of it, not instead: all who were told the same second would come back in the same instant.
             Some(asked) => Some(asked.saturating_add(jittered)),
         }
+    }
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self::attempts(3)
     }
 }
 
@@ -116,28 +162,58 @@ pub(crate) struct Budget {
     made: AtomicU64,
     capacity: u64,
     deposit: u64,
+    epoch: Instant,
+    /// When a retry was last wished for, or peace last paid, in nanoseconds since the epoch.
+    quiet_since: AtomicU64,
 }
 
 impl Budget {
-    pub(crate) fn new(retry: &Retry) -> Self {
+    fn new(retry: &Retry) -> Self {
         let capacity = u64::from(retry.reserve) * TOKEN;
         let deposit = (retry.ratio * TOKEN as f64).round() as u64;
-        Self { left: AtomicU64::new(capacity), made: AtomicU64::new(0), capacity, deposit }
+        Self {
+            left: AtomicU64::new(capacity),
+            made: AtomicU64::new(0),
+            capacity,
+            deposit,
+            epoch: Instant::now(),
+            quiet_since: AtomicU64::new(0),
+        }
     }
 
     /// Adds a call's share.
-    pub(crate) fn deposit(&self) {
+    pub(super) fn deposit(&self) {
         self.add(self.deposit);
     }
 
     /// Takes one retry out, if there is one.
-    pub(crate) fn take(&self) -> Option<Token<'_>> {
+    pub(super) fn take(&self) -> Option<Token<'_>> {
+        let now = self.refill();
+        self.quiet_since.fetch_max(now, Ordering::Relaxed);
         let less = |left: u64| left.checked_sub(TOKEN);
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok()?;
         Some(Token { budget: self, spent: false })
     }
 
+    /// Pays for the peace since the last wish, and tells the time.
+    ///
+    /// A client that calls seldom would otherwise feel an outage for as many calls as it takes to save up again. While
+    /// calls keep failing there is no peace, so the bound on attempts holds.
+    fn refill(&self) -> u64 {
+        let now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let since = self.quiet_since.load(Ordering::Relaxed);
+        let quiet = Duration::from_nanos(now.saturating_sub(since));
+        // Only one of those who see the same peace is paid for it.
+        if quiet >= PEACE && self.quiet_since.compare_exchange(since, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
+        {
+            let tokens = quiet.div_duration_f64(PEACE).min(self.capacity as f64);
+            self.add((tokens * TOKEN as f64) as u64);
+        }
+        now
+    }
+
     pub(crate) fn retries_left(&self) -> f64 {
+        self.refill();
         self.left.load(Ordering::Relaxed) as f64 / TOKEN as f64
     }
 
@@ -146,7 +222,7 @@ impl Budget {
     }
 
     fn add(&self, amount: u64) {
-        let more = |left: u64| Some((left + amount).min(self.capacity));
+        let more = |left: u64| Some(left.saturating_add(amount).min(self.capacity));
         // The closure never refuses.
         let _ = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more);
     }
@@ -155,13 +231,13 @@ impl Budget {
 /// One retry taken out of the budget; it goes back unless the attempt was made.
 #[derive(Debug)]
 #[must_use = "a dropped token goes back to the budget"]
-pub(crate) struct Token<'a> {
+pub(super) struct Token<'a> {
     budget: &'a Budget,
     spent: bool,
 }
 
 impl Token<'_> {
-    pub(crate) fn spend(mut self) {
+    pub(super) fn spend(mut self) {
         self.spent = true;
         self.budget.made.fetch_add(1, Ordering::Relaxed);
     }
@@ -171,6 +247,68 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         if !self.spent {
             self.budget.add(TOKEN);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn spend(budget: &Budget, retries: u32) {
+        for _ in 0..retries {
+            budget.take().expect("the budget has it").spend();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peace_fills_the_budget_up_to_its_reserve_and_an_outage_does_not() {
+        let budget = Budget::new(&Retry::attempts(4));
+        spend(&budget, 10);
+        assert!(budget.take().is_none());
+        // Wishes in quick succession are no peace, however long they go on.
+        for _ in 0..1_000 {
+            advance(PEACE / 2).await;
+            assert!(budget.take().is_none());
+        }
+        advance(PEACE * 3).await;
+        assert_eq!(budget.retries_left(), 3.0);
+        // It is paid for once, however many look.
+        assert_eq!(budget.retries_left(), 3.0);
+        spend(&budget, 3);
+        assert!(budget.take().is_none());
+        advance(PEACE * 3_600).await;
+        assert_eq!(budget.retries_left(), 10.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retry_that_is_not_made_goes_back() {
+        let budget = Budget::new(&Retry::attempts(2).reserve(1));
+        let token = budget.take().expect("the budget has it");
+        assert!(budget.take().is_none());
+        drop(token);
+        assert_eq!(budget.retries_left(), 1.0);
+    }
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_are_spread_over_all_of_it() {
+        let retry = Retry::attempts(9).backoff(Duration::from_millis(100), Duration::from_millis(1_000));
+        for (failed, bound) in [(1, 100), (2, 200), (4, 800), (5, 1_000), (40, 1_000), (u32::MAX, 1_000)] {
+            let waits: Vec<_> = (0..2_000).filter_map(|_| retry.wait(failed, None)).collect();
+            let bound = Duration::from_millis(bound);
+            assert!(waits.iter().all(|wait| *wait <= bound), "after {failed}");
+            // A draw of 2,000 that misses a tenth has a chance of one in 10⁹¹.
+            assert!(waits.iter().any(|wait| *wait < bound / 10) && waits.iter().any(|wait| *wait > bound * 9 / 10));
+        }
+    }
+
+    #[test]
+    fn none_is_one_attempt_and_zero_counts_as_one() {
+        for retry in [Retry::none(), Retry::attempts(0)] {
+            assert_eq!(retry.attempts, 1);
+            assert!(retry.budget_of_client().is_none());
         }
     }
 }

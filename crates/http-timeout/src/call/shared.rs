@@ -4,15 +4,15 @@
 
 use std::{sync::OnceLock, time::Duration};
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 
 use crate::{
     call::{
-        redirect,
+        redirect::Redirects,
         retry::{Budget, Retry},
     },
-    error::RequestError,
-    limit::Limits,
+    hedge::Hedging,
+    limit::Gate,
     origins::Origins,
 };
 
@@ -27,19 +27,25 @@ const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) struct Shared {
     pub(crate) reqwest: OnceLock<reqwest::Client>,
     pub(crate) options: Options,
-    pub(crate) limits: Limits,
+    pub(crate) gate: Gate,
     pub(crate) origins: Origins,
     pub(crate) budget: Option<Budget>,
+    pub(crate) hedging: Option<Hedging>,
 }
 
 impl Shared {
     /// The client underneath, set up now if that failed before.
-    pub(crate) fn reqwest(&self) -> Result<&reqwest::Client, RequestError> {
+    pub(crate) fn reqwest(&self) -> reqwest::Result<&reqwest::Client> {
         if let Some(client) = self.reqwest.get() {
             return Ok(client);
         }
-        let client = build_reqwest(self.options.connect_timeout).map_err(RequestError::Setup)?;
+        let client = build_reqwest(underneath(), self.options.connect_timeout)?;
         Ok(self.reqwest.get_or_init(|| client))
+    }
+
+    /// Calls that wait for a permit, the client's or an origin's.
+    pub(crate) fn waiting(&self) -> usize {
+        self.gate.waiting() + self.origins.waiting()
     }
 }
 
@@ -47,24 +53,38 @@ impl Shared {
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) timeout: Option<Duration>,
+    pub(crate) permit_timeout: Option<Duration>,
     pub(crate) attempt_timeout: Option<Duration>,
     pub(crate) connect_timeout: Option<Duration>,
     pub(crate) idle_timeout: Option<Duration>,
     pub(crate) max_body: Option<u64>,
-    pub(crate) retry: Option<Retry>,
+    pub(crate) retry: Retry,
+    pub(crate) redirects: Redirects,
+    pub(crate) default_headers: HeaderMap,
     pub(crate) propagate: Option<HeaderName>,
 }
 
-pub(crate) fn build_reqwest(connect_timeout: Option<Duration>) -> reqwest::Result<reqwest::Client> {
-    let mut builder = reqwest::Client::builder()
-        .redirect(redirect::policy())
-        // Its retries go round our budget.
-        .retry(reqwest::retry::never())
-        // While a call waits, so that a connection whose other end is gone is found.
+/// The builder of the client underneath, with defaults that may be changed.
+pub(crate) fn underneath() -> reqwest::ClientBuilder {
+    // Asked while a call waits, so that a connection whose other end is gone is found.
+    reqwest::Client::builder()
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
-    if let Some(timeout) = connect_timeout {
-        builder = builder.connect_timeout(timeout);
+        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+}
+
+/// Makes the client underneath, with what this crate's guarantees rest on set last.
+pub(crate) fn build_reqwest(
+    builder: reqwest::ClientBuilder,
+    connect_timeout: Option<Duration>,
+) -> reqwest::Result<reqwest::Client> {
+    let builder = builder
+        // They are followed by the call, each at the account of its origin.
+        .redirect(reqwest::redirect::Policy::none())
+        // Its retries go round our budget.
+        .retry(reqwest::retry::never());
+    match connect_timeout {
+        Some(timeout) => builder.connect_timeout(timeout),
+        None => builder,
     }
-    builder.build()
+    .build()
 }

@@ -8,16 +8,17 @@ use std::{
     time::Duration,
 };
 
-use http::HeaderName;
+use http::{HeaderMap, HeaderName};
 use tokio::sync::Semaphore;
 
 use crate::{
-    call::{Budget, Options, Retry, Shared, build_reqwest},
+    breaker::{BreakerConfig, Class},
+    call::{Options, Redirects, Retry, Shared, build_reqwest, underneath},
     client::TimeoutClient,
-    config::BreakerConfig,
     error::BuildError,
-    limit::Limits,
-    origins::Origins,
+    hedge::{Hedge, Hedging},
+    limit::Gate,
+    origins::{Breaking, Origins},
 };
 
 impl TimeoutClient {
@@ -32,7 +33,7 @@ impl TimeoutClient {
             .attempt_timeout(None)
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
-        let reqwest = build_reqwest(None).map_or_else(|_| OnceLock::new(), OnceLock::from);
+        let reqwest = build_reqwest(underneath(), None).map_or_else(|_| OnceLock::new(), OnceLock::from);
         builder.assemble(reqwest, None)
     }
 
@@ -46,28 +47,44 @@ impl TimeoutClient {
 ///
 /// | option | default | |
 /// |---|---|---|
-/// | `timeout` | 30 s | one deadline: wait for a permit, attempts, back-off and body |
-/// | `attempt_timeout` | 30 s | one attempt, to the head of its response |
+/// | `timeout` | 30 s | one deadline: wait for a permit, attempts, redirects, back-off and body |
+/// | `permit_timeout` | none | the wait for a permit |
+/// | `attempt_timeout` | 30 s | one request, to the head of its response |
 /// | `connect_timeout` | 10 s | name resolution, TCP and TLS |
 /// | `idle_timeout` | 30 s | the peer neither takes nor gives a byte that is waited for |
 /// | `max_body` | 64 MiB | a response's body, after decompression |
 /// | `concurrency` | 100 | calls in flight |
 /// | `concurrency_per_host` | none | of them to one origin (scheme, host and port) |
-/// | `max_waiting` | 10,000 | calls that wait for a permit |
+/// | `max_waiting` | 10,000 | calls that wait for the client's permits, and for those of each origin |
 /// | `max_origins` | 1,024 | origins remembered |
 /// | `retry` | none | |
+/// | `hedge` | none | instead of `retry` |
+/// | `redirects` | 10 | followed in one attempt |
+/// | `sensitive_headers` | those below | left out when a redirect crosses to another origin |
 /// | `breaker` | none | one for each origin |
-#[derive(Clone, Debug)]
+///
+/// Redirects are followed as reqwest and browsers do: 301 and 302 turn POST into GET, 303 turns all but HEAD into GET,
+/// 307 and 308 change nothing. Each request on the way has its own permit of its origin, admission by its origin's
+/// breaker, attempt timeout and idle time. When the origin changes, these are left out for good: `authorization`,
+/// `cookie`, `cookie2`, `host`, `proxy-authorization`, `www-authenticate`, `x-api-key`, `private-token`, the headers that
+/// [`sensitive_headers`](Self::sensitive_headers) names, those marked by `HeaderValue::set_sensitive`, and the query in
+/// `Referer`.
+#[derive(Debug)]
 #[must_use = "the options take effect when `build` is called"]
 pub struct TimeoutClientBuilder {
     options: Options,
     reqwest: Option<reqwest::Client>,
+    /// The builder of the client underneath, and whether it was changed.
+    underneath: reqwest::ClientBuilder,
+    is_configured: bool,
+    sensitive: Vec<String>,
     connect_timeout_set: bool,
     concurrency: usize,
     concurrency_per_host: Option<usize>,
     max_waiting: usize,
     max_origins: usize,
-    breaker: Option<BreakerConfig>,
+    breaking: Breaking,
+    hedge: Option<Hedge>,
     propagate: Option<String>,
 }
 
@@ -77,20 +94,27 @@ impl Default for TimeoutClientBuilder {
             timeout: Some(Duration::from_secs(30)),
             attempt_timeout: Some(Duration::from_secs(30)),
             connect_timeout: Some(Duration::from_secs(10)),
+            permit_timeout: None,
             idle_timeout: Some(Duration::from_secs(30)),
             max_body: Some(64 * 1024 * 1024),
-            retry: None,
+            retry: Retry::none(),
+            redirects: Redirects::default(),
+            default_headers: HeaderMap::new(),
             propagate: None,
         };
         Self {
             options,
             reqwest: None,
+            underneath: underneath(),
+            is_configured: false,
+            sensitive: Vec::new(),
             connect_timeout_set: false,
             concurrency: 100,
             concurrency_per_host: None,
             max_waiting: 10_000,
             max_origins: 1_024,
-            breaker: None,
+            breaking: Breaking::default(),
+            hedge: None,
             propagate: None,
         }
     }
@@ -103,7 +127,13 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// How long one attempt may take to the head of its response.
+    /// How long a call may wait for a permit at a time.
+    pub fn permit_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.options.permit_timeout = timeout.into();
+        self
+    }
+
+    /// How long one request may take to the head of its response. A request that a redirect asks for is one more.
     pub fn attempt_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.attempt_timeout = timeout.into();
         self
@@ -119,8 +149,7 @@ impl TimeoutClientBuilder {
     /// How long the peer may be silent while it is waited for, in both directions.
     ///
     /// The time that the consumer of a body or the producer of a streamed request is busy does not count, nor does the
-    /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress; such a request is not
-    /// redirected by 307 and 308.
+    /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.idle_timeout = timeout.into();
         self
@@ -144,7 +173,10 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// The most calls that wait for a permit; one more is [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    /// The most calls that wait for the client's permits, and the most that wait for those of one origin; one more is
+    /// [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    ///
+    /// The queues are apart: however many wait for a slow origin, they take no place from calls to others.
     pub fn max_waiting(mut self, calls: usize) -> Self {
         self.max_waiting = calls;
         self
@@ -157,14 +189,92 @@ impl TimeoutClientBuilder {
     }
 
     /// Tries calls again.
-    pub fn retry(mut self, retry: impl Into<Option<Retry>>) -> Self {
-        self.options.retry = retry.into();
+    pub fn retry(mut self, retry: Retry) -> Self {
+        self.options.retry = retry;
+        self
+    }
+
+    /// Sends a second copy of a request whose answer is late. Not together with [`retry`](Self::retry).
+    pub fn hedge(mut self, hedge: impl Into<Option<Hedge>>) -> Self {
+        self.hedge = hedge.into();
+        self
+    }
+
+    /// The most redirects of one attempt; with zero, a redirect is a response like any other.
+    pub fn redirects(mut self, most: u32) -> Self {
+        self.options.redirects.most = most;
+        self
+    }
+
+    /// Further headers that are left out when a redirect crosses to another origin.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::TimeoutClient;
+    ///
+    /// let client = TimeoutClient::builder().sensitive_headers(["x-session", "x-signature"]).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn sensitive_headers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.sensitive.extend(names.into_iter().map(Into::into));
+        self
+    }
+
+    /// Headers of every request that does not have them itself.
+    ///
+    /// They are left out across origins like the headers of a request, which those are not that
+    /// [`configure`](Self::configure) gives to reqwest: what is sensitive of these is sent empty.
+    pub fn default_headers(mut self, headers: HeaderMap) -> Self {
+        self.options.default_headers = headers;
         self
     }
 
     /// Gives each origin a breaker.
     pub fn breaker(mut self, config: impl Into<Option<BreakerConfig>>) -> Self {
-        self.breaker = config.into();
+        self.breaking.config = config.into();
+        self
+    }
+
+    /// Tells the breakers apart by `key` instead of by the origin: one for each value of it.
+    ///
+    /// Routes of one host that fail apart from each other are the usual reason. Let it have few values, without ids:
+    /// what is seldom called is never found out, and no more breakers are remembered than `max_origins`.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::{BreakerConfig, TimeoutClient};
+    ///
+    /// // One breaker for `/search/…`, one for `/orders/…` and so on, of each host.
+    /// let route = |request: &reqwest::Request| {
+    ///     let url = request.url();
+    ///     let first = url.path_segments().and_then(|mut path| path.next()).unwrap_or_default();
+    ///     format!("{}/{first}", url.authority())
+    /// };
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).breaker_key(route).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn breaker_key(mut self, key: impl Fn(&reqwest::Request) -> String + Send + Sync + 'static) -> Self {
+        self.breaking.key = Some(Box::new(key));
+        self
+    }
+
+    /// Lets `classify` say what an answer says about the callee, by its head; it decides nothing but that.
+    ///
+    /// Without it, 5xx, 408 and 429 are failures and all else is a success. Calls without an answer are not asked about.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::{BreakerConfig, Class, TimeoutClient};
+    ///
+    /// // A 501 is what this service says of routes that it does not have, and a 429 is for us to heed, not for the breaker.
+    /// let classify = |response: &reqwest::Response| match response.status().as_u16() {
+    ///     429 => Class::Ignore,
+    ///     501 => Class::Success,
+    ///     500.. => Class::Failure,
+    ///     _ => Class::Success,
+    /// };
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).classify(classify).build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn classify(mut self, classify: impl Fn(&reqwest::Response) -> Class + Send + Sync + 'static) -> Self {
+        self.breaking.classify = Some(Box::new(classify));
         self
     }
 
@@ -174,11 +284,32 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Sends through this client, with its TLS, proxy, name resolution and redirects.
+    /// Changes the reqwest client underneath, for instance its TLS, proxies or name resolution.
     ///
-    /// Leave its `timeout`, `read_timeout` and `retry` alone: they know nothing of permits, deadline and budget. Since
-    /// its redirects cannot be watched, no request through it is taken for provably unsent, and a redirect to a host
-    /// that cannot be reached is charged to the origin that redirected.
+    /// Every guarantee of this crate is kept, so what they rest on is set after `change`: redirects and retries are
+    /// those of this builder, and so is `connect_timeout` unless it is `None` here.
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::TimeoutClient;
+    ///
+    /// let client = TimeoutClient::builder()
+    ///     .configure(|b: reqwest::ClientBuilder| b.no_proxy().user_agent("crawler/1.0"))
+    ///     .build()?;
+    /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
+    /// ```
+    pub fn configure(mut self, change: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder) -> Self {
+        self.underneath = change(self.underneath);
+        self.is_configured = true;
+        self
+    }
+
+    /// Sends through this client, made elsewhere. Prefer [`configure`](Self::configure): with a client of your own
+    ///
+    /// - redirects are followed inside, as its own policy says, unless that is `Policy::none()`: without a permit of
+    ///   their origin, past its breaker, with its rules for headers, and at the account of the origin first asked;
+    /// - its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone;
+    /// - `connect_timeout` is its own;
+    /// - its HTTP/2 connections are asked for a sign of life, every 10 s while a call waits, only if it is told to.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
         self.reqwest = Some(client);
         self
@@ -195,6 +326,7 @@ impl TimeoutClientBuilder {
         let wrong = |option, problem| Err(BuildError::Option { option, problem });
         let durations = [
             ("timeout", options.timeout),
+            ("permit_timeout", options.permit_timeout),
             ("attempt_timeout", options.attempt_timeout),
             ("connect_timeout", options.connect_timeout),
             ("idle_timeout", options.idle_timeout),
@@ -212,8 +344,26 @@ impl TimeoutClientBuilder {
         if self.max_origins == 0 {
             return wrong("max_origins", "is zero");
         }
-        if let Some(problem) = options.retry.as_ref().and_then(Retry::problem) {
+        if let Some(problem) = options.retry.problem() {
             return wrong("retry", problem);
+        }
+        if let Some(problem) = self.hedge.as_ref().and_then(Hedge::problem) {
+            return wrong("hedge", problem);
+        }
+        if self.hedge.is_some() && options.retry.is_some() {
+            return wrong("hedge", "cannot go with `retry`: both answer the same trouble with more load");
+        }
+        for name in std::mem::take(&mut self.sensitive) {
+            match HeaderName::try_from(name) {
+                Ok(name) => options.redirects.sensitive.push(name),
+                Err(_) => return wrong("sensitive_headers", "has what is not the name of a header"),
+            }
+        }
+        if self.breaking.config.is_none() && self.breaking.key.is_some() {
+            return wrong("breaker_key", "is of no use without a breaker");
+        }
+        if self.breaking.config.is_none() && self.breaking.classify.is_some() {
+            return wrong("classify", "is of no use without a breaker");
         }
         if let Some(name) = &self.propagate {
             match HeaderName::try_from(name) {
@@ -225,23 +375,32 @@ impl TimeoutClientBuilder {
             Some(_) if self.connect_timeout_set => {
                 return wrong("connect_timeout", "cannot be set on a reqwest client that was made elsewhere");
             }
+            Some(_) if self.is_configured => {
+                return wrong("configure", "cannot change a reqwest client that was made elsewhere");
+            }
             Some(client) => client,
-            None => build_reqwest(options.connect_timeout).map_err(BuildError::Client)?,
+            None => {
+                let underneath = std::mem::take(&mut self.underneath);
+                build_reqwest(underneath, options.connect_timeout).map_err(BuildError::Client)?
+            }
         };
+        options.redirects.observe(&client);
         let lease = options.attempt_timeout.or(options.timeout);
         Ok(self.assemble(OnceLock::from(client), lease))
     }
 
-    fn assemble(self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
-        let budget = self.options.retry.as_ref().map(Budget::new);
-        let breaker = self.breaker.map(|config| config.with_default_lease(lease));
+    fn assemble(mut self, reqwest: OnceLock<reqwest::Client>, lease: Option<Duration>) -> TimeoutClient {
+        let budget = self.options.retry.budget_of_client();
+        self.breaking.config = self.breaking.config.map(|config| config.with_patience(lease));
+        let per_host = self.concurrency_per_host.map(|size| (size, self.max_waiting));
         let max_origins = NonZeroUsize::new(self.max_origins).unwrap_or(NonZeroUsize::MIN);
         let shared = Shared {
             reqwest,
             options: self.options,
-            limits: Limits::new(self.concurrency, self.max_waiting),
-            origins: Origins::new(max_origins, breaker, self.concurrency_per_host),
+            gate: Gate::new(self.concurrency, self.max_waiting),
+            origins: Origins::new(max_origins, self.breaking, per_host),
             budget,
+            hedging: self.hedge.map(Hedging::new),
         };
         TimeoutClient { shared: Arc::new(shared) }
     }

@@ -1,7 +1,8 @@
 //! Many URLs as a stream.
 //!
 //! Invariant: no more fetches are under way than the client's limit allows calls in flight, and those that wait to be
-//! yielded in order are among them, so an endless list of URLs takes a bounded amount of memory.
+//! yielded in order are among them, so an endless list of URLs takes a bounded amount of memory. What was yielded is
+//! whole and holds no permit, so the stream goes on whatever becomes of it.
 
 use std::{
     collections::BTreeMap,
@@ -19,7 +20,11 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use http::Method;
 use reqwest::Response;
 
-use crate::{call::Shared, client::RequestBuilder, error::RequestError};
+use crate::{
+    call::{Shared, read_whole},
+    client::RequestBuilder,
+    error::RequestError,
+};
 
 /// What became of one of many URLs.
 #[derive(Debug)]
@@ -29,7 +34,7 @@ pub struct Fetched {
     pub index: usize,
     /// The URL, as it was given.
     pub url: String,
-    /// The response, or why there is none.
+    /// The response, its body in memory, or why there is none.
     pub result: Result<Response, RequestError>,
 }
 
@@ -55,7 +60,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
         Self { client, urls: Some(urls.enumerate()), timeout, running: FuturesUnordered::new(), order: None }
     }
 
-    /// Yields in the order of the URLs. An answer that comes early keeps its permit until its turn.
+    /// Yields in the order of the URLs. An answer that comes early waits for its turn in memory.
     pub fn ordered(mut self) -> Self {
         self.order.get_or_insert_default();
         self
@@ -63,7 +68,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
 
     fn start_what_fits(&mut self) {
         let early = self.order.as_ref().map_or(0, |order| order.early.len());
-        let limit = self.client.limits.concurrency();
+        let limit = self.client.gate.size();
         while self.running.len() + early < limit {
             // A finished iterator is not asked again: it need not be fused.
             let Some((index, url)) = self.urls.as_mut().and_then(Iterator::next) else {
@@ -79,12 +84,15 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
         if self.timeout.is_some() {
             request = request.timeout(self.timeout);
         }
-        if self.order.is_some() {
-            // Early answers hold permits until those before them are done, which must not wait for these permits.
-            request = request.keeping_permits();
-        }
         let url = url.to_owned();
-        self.running.push(Box::pin(async move { Fetched { index, url, result: request.send_for_success().await } }));
+        self.running.push(Box::pin(async move {
+            // Whole, because a caller who collects the answers reads none before the last has come.
+            let result = match request.send_for_success().await {
+                Ok(response) => read_whole(response).await,
+                Err(error) => Err(error),
+            };
+            Fetched { index, url, result }
+        }));
     }
 }
 

@@ -8,13 +8,15 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use http::{HeaderMap, HeaderName, HeaderValue, Method, Version};
-use reqwest::{Body, IntoUrl, Response};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header::Entry};
+use reqwest::{Body, IntoUrl, Request, Response};
 use serde::Serialize;
+use tokio::time::Instant;
+use url::Url;
 
 use crate::{
     call::{Attempts, Call, Order, Shared, retry_after},
-    error::{RequestError, redacted},
+    error::{CallReport, Failure, Phase, RequestError, Subject, redacted, redacted_text},
 };
 
 /// Builds a request, in the words of [`reqwest::RequestBuilder`].
@@ -25,16 +27,59 @@ use crate::{
 pub struct RequestBuilder {
     client: Arc<Shared>,
     request: Result<reqwest::RequestBuilder, RequestError>,
+    /// What is asked for, because an invalid request does not tell.
+    subject: Option<Subject>,
     timeout: Option<Duration>,
     idempotent: bool,
-    keeps_permits: bool,
+    streaming: bool,
 }
 
 impl RequestBuilder {
     pub(crate) fn new(client: Arc<Shared>, method: Method, url: impl IntoUrl) -> Self {
-        let request = client.reqwest().map(|reqwest| reqwest.request(method, url));
+        let report = |url| {
+            let (method, elapsed) = (Some(method.clone()), Duration::ZERO);
+            Box::new(CallReport { method, url, phase: Phase::Permit, attempts: 0, elapsed })
+        };
+        // Parsed before it is given away: reqwest's error does not say what was no URL.
+        let (request, subject) = match (Url::parse(url.as_str()), client.reqwest()) {
+            (Ok(url), Ok(reqwest)) => {
+                let subject = Subject { method: method.clone(), url: url.clone() };
+                (Ok(reqwest.request(method, url)), Some(subject))
+            }
+            (Ok(url), Err(error)) => {
+                (Err(RequestError::Setup(Failure { error, report: report(redacted(&url).into()) })), None)
+            }
+            (Err(_), _) => {
+                let shown = redacted_text(url.as_str());
+                let error = url.into_url().err().map(|error| RequestError::reported(error, report(shown)));
+                (Err(error.expect("what cannot be parsed is no URL for reqwest either")), None)
+            }
+        };
+        Self::of(client, request, subject)
+    }
+
+    /// Goes on with a request that was built elsewhere.
+    pub(crate) fn from_request(client: Arc<Shared>, mut request: Request) -> Self {
+        let subject = Subject { method: request.method().clone(), url: request.url().clone() };
+        let timeout = request.timeout_mut().take();
+        let built = match client.reqwest() {
+            Ok(reqwest) => Ok(reqwest::RequestBuilder::from_parts(reqwest.clone(), request)),
+            Err(error) => {
+                let report = subject.report(Phase::Permit, 0, Duration::ZERO);
+                Err(RequestError::Setup(Failure { error, report }))
+            }
+        };
+        let builder = Self::of(client, built, Some(subject));
+        if timeout.is_some() { builder.timeout(timeout) } else { builder }
+    }
+
+    fn of(
+        client: Arc<Shared>,
+        request: Result<reqwest::RequestBuilder, RequestError>,
+        subject: Option<Subject>,
+    ) -> Self {
         let timeout = client.options.timeout;
-        Self { client, request, timeout, idempotent: false, keeps_permits: false }
+        Self { client, request, subject, timeout, idempotent: false, streaming: false }
     }
 
     fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
@@ -88,6 +133,12 @@ impl RequestBuilder {
         self.map(|request| request.query(query))
     }
 
+    /// Sets the body to this form of several parts, which cannot be sent twice.
+    #[cfg(feature = "multipart")]
+    pub fn multipart(self, form: reqwest::multipart::Form) -> Self {
+        self.map(|request| request.multipart(form))
+    }
+
     /// Sets the version of HTTP.
     pub fn version(self, version: Version) -> Self {
         self.map(|request| request.version(version))
@@ -105,9 +156,13 @@ impl RequestBuilder {
         self
     }
 
-    /// Keeps the permits during a back-off, so that calls that began later cannot come between.
-    pub(crate) fn keeping_permits(mut self) -> Self {
-        self.keeps_permits = true;
+    /// Declares that the answer may be quiet for as long as it likes, as that of a long poll is, or a feed.
+    ///
+    /// The breaker then takes it for well when its head is good, and asks no further; and a caller who gives up says
+    /// nothing about the origin, however long it had waited. A response of the type `text/event-stream` is taken for a
+    /// stream anyway. The timeouts are the same as of any other request.
+    pub fn streaming(mut self) -> Self {
+        self.streaming = true;
         self
     }
 
@@ -126,22 +181,38 @@ impl RequestBuilder {
     /// [`reqwest::Error::is_timeout`] holds.
     pub async fn send(self) -> Result<Response, RequestError> {
         let (reqwest, request) = self.request?.build_split();
-        let order = Order { timeout: self.timeout, idempotent: self.idempotent, keeps_permits: self.keeps_permits };
-        Call::new(&self.client, reqwest, request?, order).run().await
+        let mut request = match (request, self.subject) {
+            (Ok(request), _) => request,
+            (Err(error), Some(subject)) => {
+                let report = subject.report(Phase::Permit, 0, Duration::ZERO);
+                return Err(RequestError::reported(error, report));
+            }
+            (Err(error), None) => return Err(error.into()),
+        };
+        for (name, value) in &self.client.options.default_headers {
+            if let Entry::Vacant(vacant) = request.headers_mut().entry(name) {
+                vacant.insert(value.clone());
+            }
+        }
+        let order = Order { timeout: self.timeout, idempotent: self.idempotent, streaming: self.streaming };
+        Call::new(&self.client, reqwest, request, order).run().await
     }
 
     /// Sends the request and turns 4xx and 5xx into errors.
     pub(crate) async fn send_for_success(self) -> Result<Response, RequestError> {
+        let method = self.subject.as_ref().map(|subject| subject.method.clone());
+        let begun = Instant::now();
         let response = self.send().await?;
         let status = response.status();
         if !status.is_client_error() && !status.is_server_error() {
             return Ok(response);
         }
+        let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
+        let (url, elapsed) = (redacted(response.url()).into(), begun.elapsed());
         Err(RequestError::Http {
             status,
-            url: redacted(response.url()).into(),
             retry_after: retry_after(response.headers(), SystemTime::now()),
-            attempts: response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0),
+            report: Box::new(CallReport { method, url, phase: Phase::Response, attempts, elapsed }),
         })
     }
 }

@@ -152,7 +152,7 @@ fn a_wrong_option_is_an_error_that_names_it() {
     assert_eq!(option(new().concurrency(usize::MAX).build()), "concurrency");
     assert_eq!(option(new().concurrency_per_host(0).build()), "concurrency_per_host");
     assert_eq!(option(new().max_origins(0).build()), "max_origins");
-    assert_eq!(option(new().retry(Retry::idempotent(1).budget(f64::NAN)).build()), "retry");
+    assert_eq!(option(new().retry(Retry::attempts(2).budget(f64::NAN)).build()), "retry");
     assert_eq!(option(new().propagate_deadline("no header").build()), "propagate_deadline");
     let own = reqwest::Client::new();
     assert_eq!(option(new().reqwest(own).connect_timeout(LONG).build()), "connect_timeout");
@@ -169,8 +169,13 @@ fn a_wrong_option_is_an_error_that_names_it() {
         (new().window(BreakerWindow::Time(Duration::ZERO)), "window"),
         (new().probes(0), "probes"),
         (new().probes(70_000), "probes"),
+        (new().probes(3).probes_needed(4), "probes_needed"),
+        (new().probes_needed(0), "probes_needed"),
         (new().lease(Duration::ZERO), "lease"),
-        (new().open_for(Duration::ZERO), "open_for"),
+        (new().silence(Duration::from_millis(99)), "silence"),
+        (new().late_after(Duration::ZERO), "late_after"),
+        (new().open_for(LONG, LONG / 2), "open_for"),
+        (new().open_for(Duration::ZERO, Duration::ZERO), "open_for"),
         (new().backoff(0.5), "backoff"),
         (new().jitter(2.0), "jitter"),
     ];

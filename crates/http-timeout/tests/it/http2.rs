@@ -137,7 +137,7 @@ fn client(change: impl FnOnce(TimeoutClientBuilder) -> TimeoutClientBuilder) -> 
 }
 
 fn quick(retries: u32) -> Retry {
-    Retry::idempotent(retries).backoff(Duration::from_millis(1), Duration::from_millis(2))
+    Retry::attempts(retries + 1).backoff(Duration::from_millis(1), Duration::from_millis(2))
 }
 
 #[tokio::test]
@@ -211,7 +211,7 @@ async fn the_call_that_connects_may_time_out_alone() {
 #[tokio::test]
 async fn a_connection_that_went_silent_is_not_given_to_a_probe() {
     let server = Script::start(|connection, _| if connection == 0 { Act::Hang } else { Act::Answer });
-    let breaker = BreakerConfig::builder().open_for(Duration::from_millis(20)).open_max(Duration::from_millis(20));
+    let breaker = BreakerConfig::builder().open_for(Duration::from_millis(20), Duration::from_millis(20));
     let client = client(|builder| builder.timeout(Duration::from_millis(300)).breaker(breaker.build().unwrap()));
     let url = server.url();
     let started = Instant::now();

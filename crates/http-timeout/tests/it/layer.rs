@@ -35,7 +35,7 @@ impl<F: Future<Output = Answer>> Service<()> for Backend<F> {
 #[tokio::test(start_paused = true)]
 async fn the_layer_trips_refuses_and_gives_a_dropped_probe_s_slot_back() {
     let open_for = Duration::from_secs(5);
-    let config = BreakerConfig::builder().open_for(open_for).jitter(0.0).build().unwrap();
+    let config = BreakerConfig::builder().open_for(open_for, open_for).jitter(0.0).build().unwrap();
     let breaker = CircuitBreaker::new(config);
     let layer = BreakerLayer::new(breaker.clone());
     let mut sick = layer.layer(Backend::<Ready<Answer>>(|| ready(Err("sick")), PhantomData));

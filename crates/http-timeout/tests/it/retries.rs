@@ -16,7 +16,7 @@ use futures_util::{StreamExt as _, future::join_all};
 use crate::server::{Server, refused_url, reply, with_header};
 
 fn quick(retries: u32) -> Retry {
-    Retry::idempotent(retries).backoff(Duration::from_millis(1), Duration::from_millis(2))
+    Retry::attempts(retries + 1).backoff(Duration::from_millis(1), Duration::from_millis(2))
 }
 
 fn client(retry: Retry) -> TimeoutClient {
@@ -85,21 +85,6 @@ async fn a_post_that_provably_was_not_sent_is_tried_again() {
 }
 
 #[tokio::test]
-async fn a_post_that_was_redirected_to_a_dead_host_is_not_sent_again() {
-    let dead = refused_url();
-    let server = Server::start(move |_, _| {
-        let reply = with_header(reply(303, ""), "location", &dead);
-        async move { reply }
-    });
-    let url = server.url("/");
-    let own = TimeoutClient::builder().retry(quick(3)).reqwest(reqwest::Client::new()).build().unwrap();
-    for (calls, client) in [client(quick(3)), own].into_iter().enumerate() {
-        assert!(client.post(&url).body("pay").send().await.unwrap_err().is_connect());
-        assert_eq!(server.hits(), calls + 1);
-    }
-}
-
-#[tokio::test]
 async fn a_stream_is_sent_once_because_it_cannot_be_sent_twice() {
     let server = Server::start(|_, _| async { reply(503, "") });
     let stream = futures_util::stream::iter([Ok::<_, std::io::Error>("once")]);
@@ -131,7 +116,7 @@ async fn a_call_ends_at_its_deadline_whatever_the_retries() {
         }
         reply(503, "")
     });
-    let slow = Retry::idempotent(50).reserve(1_000).backoff(Duration::from_millis(400), Duration::from_secs(50));
+    let slow = Retry::attempts(51).reserve(1_000).backoff(Duration::from_millis(400), Duration::from_secs(50));
     let client = TimeoutClient::builder()
         .timeout(Duration::from_secs(2))
         .attempt_timeout(Duration::from_millis(600))
@@ -141,7 +126,7 @@ async fn a_call_ends_at_its_deadline_whatever_the_retries() {
     for path in ["/hang", "/error"] {
         let started = Instant::now();
         let result = client.get(server.url(path)).send().await;
-        assert!(result.is_ok_and(|r| r.status() == 503) || path == "/hang");
+        assert!(result.map_or_else(|error| error.is_timeout(), |response| response.status() == 503));
         // Fifty retries would take a quarter of an hour.
         assert!(started.elapsed() < Duration::from_secs(20), "{path} took {:?}", started.elapsed());
     }
@@ -206,7 +191,7 @@ async fn ordered_answers_do_not_block_an_earlier_retry() {
     let server = Server::start(|request, hit| async move {
         reply(if request.uri().path() == "/first" && hit < 4 { 503 } else { 200 }, "ok")
     });
-    let retry = Retry::idempotent(9).backoff(Duration::from_millis(20), Duration::from_millis(40)).reserve(100);
+    let retry = Retry::attempts(10).backoff(Duration::from_millis(20), Duration::from_millis(40)).reserve(100);
     let client = TimeoutClient::builder().concurrency(3).concurrency_per_host(2).retry(retry).build().unwrap();
     let urls = ["/first", "/b", "/c", "/d", "/e"].map(|path| server.url(path));
     let answers: Vec<_> = client

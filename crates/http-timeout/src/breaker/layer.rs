@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::breaker::{BreakerError, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
+use super::handle::{BreakerError, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 
 /// Says what the result of a service says about it. Any `Fn(&Result<T, E>) -> Class` does.
 pub trait Classify<T, E> {

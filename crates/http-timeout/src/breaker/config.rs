@@ -4,14 +4,19 @@
 
 use std::{fmt, sync::Arc, time::Duration};
 
-use crate::{
-    circuit::{COUNTER_MAX, Rules, SlowRule, Transition},
-    error::BuildError,
+use super::{
+    circuit::{Rules, SlowRule},
+    probes::ProbeRules,
     window::{Nanos, Span},
+    word::{COUNTER_MAX, Transition},
 };
+use crate::error::BuildError;
 
-/// The lease of a probe when neither the configuration nor a client's timeouts say otherwise.
-const DEFAULT_LEASE: Duration = Duration::from_secs(30);
+/// How long an attempt may take when neither the configuration nor a client's timeouts say otherwise.
+const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Each probe that runs takes a few bytes.
+const MAX_PROBES: u32 = 65_535;
 
 /// The largest count window: each result in it takes a few bytes.
 const MAX_COUNT_WINDOW: u32 = 1_000_000;
@@ -36,9 +41,30 @@ type TransitionHook = Arc<dyn Fn(Transition) + Send + Sync>;
 /// | failure rate | 50 % of at least 20 calls |
 /// | consecutive failures | 5 |
 /// | slow calls | not looked at |
+/// | silence | 1 s, of at least 5 cut calls |
 /// | open | 5 s, doubled at each re-opening, up to 60 s, ± 20 % |
-/// | probes | 1 |
+/// | probes | 1, which must succeed |
 /// | lease of a probe | a client's attempt timeout; 30 s without a client |
+/// | a cut call is late after | the slow-call threshold; without one, the same as the lease |
+///
+/// # Cut calls
+///
+/// A call that its caller drops is judged by how long it had lasted:
+///
+/// | it had lasted | what it says |
+/// |---|---|
+/// | less than 20 ms, or less than answers usually take | nothing |
+/// | longer | it was met with silence |
+/// | the slow-call threshold; without one, the attempt timeout ([`late_after`](BreakerConfigBuilder::late_after)) | it has failed |
+///
+/// **Silence** is what cut calls had waited since the callee last finished an answer: the sum of their waits, or the time
+/// since the first of them began if that is less. When it reaches its limit, of one second, and at least five calls were
+/// cut in it, the breaker opens, whatever the window holds. So callers with a patience of 100 ms find out about a callee
+/// that hangs within a second, and a page that is left after 5 ms, or a search box that cancels each request before its
+/// usual answer, opens nothing. What answers usually take is a moving average of successes that had to be waited for.
+///
+/// While half-open, half of that silence opens the breaker again, or a lease if that is shorter, with any number of calls
+/// in it. A probe that is still running at the end of its lease has failed, and opens it too.
 #[derive(Clone)]
 pub struct BreakerConfig {
     window: BreakerWindow,
@@ -46,8 +72,13 @@ pub struct BreakerConfig {
     failure_rate: Option<f64>,
     consecutive_failures: Option<u32>,
     slow_call: Option<(Duration, f64)>,
+    silence: Option<Duration>,
+    late_after: Option<Duration>,
     probes: u32,
+    probes_needed: Option<u32>,
     lease: Option<Duration>,
+    /// What a client lets an attempt take.
+    patience: Option<Duration>,
     open_for: Duration,
     open_max: Duration,
     open_factor: f64,
@@ -63,8 +94,12 @@ impl Default for BreakerConfig {
             failure_rate: Some(0.5),
             consecutive_failures: Some(5),
             slow_call: None,
+            silence: Some(Duration::from_secs(1)),
+            late_after: None,
             probes: 1,
+            probes_needed: None,
             lease: None,
+            patience: None,
             open_for: Duration::from_secs(5),
             open_max: Duration::from_secs(60),
             open_factor: 2.0,
@@ -97,6 +132,9 @@ impl BreakerConfig {
     }
 
     pub(crate) fn rules(&self) -> Rules {
+        let patience = self.patience.unwrap_or(DEFAULT_PATIENCE);
+        let lease = nanos(self.lease.unwrap_or(patience));
+        let late_after = self.late_after.or(self.slow_call.map(|(threshold, _)| threshold));
         Rules {
             span: match self.window {
                 BreakerWindow::Time(window) => Span::Time { bucket: nanos(window) / 10 },
@@ -106,8 +144,15 @@ impl BreakerConfig {
             failure_rate: self.failure_rate,
             consecutive_failures: self.consecutive_failures,
             slow: self.slow_call.map(|(threshold, rate)| SlowRule { threshold: nanos(threshold), rate }),
-            probes: self.probes,
-            lease: nanos(self.lease.unwrap_or(DEFAULT_LEASE)),
+            late: nanos(late_after.unwrap_or(patience)),
+            silence: self.silence.map(nanos),
+            probes: ProbeRules {
+                most: self.probes,
+                needed: self.probes_needed.unwrap_or(self.probes),
+                lease,
+                // Somebody who wants no silence still wants no probe to be cut and sent again for ever.
+                silence: self.silence.map_or(lease, |limit| lease.min(nanos(limit) / 2)),
+            },
             open_first: nanos(self.open_for),
             open_max: nanos(self.open_max),
             open_factor: self.open_factor,
@@ -115,10 +160,15 @@ impl BreakerConfig {
         }
     }
 
-    /// Gives a probe this lease unless the configuration names one.
-    pub(crate) fn with_default_lease(mut self, lease: Option<Duration>) -> Self {
-        self.lease = self.lease.or(lease);
+    /// Tells how long a client lets an attempt take: the lease of a probe, and when a cut call is late, unless the
+    /// configuration itself says so.
+    pub(crate) fn with_patience(mut self, patience: Option<Duration>) -> Self {
+        self.patience = patience;
         self
+    }
+
+    pub(crate) fn measures_slow_calls(&self) -> bool {
+        self.slow_call.is_some()
     }
 
     pub(crate) fn report(&self, transition: Transition) {
@@ -138,7 +188,10 @@ impl fmt::Debug for BreakerConfig {
             .field("failure_rate", &self.failure_rate)
             .field("consecutive_failures", &self.consecutive_failures)
             .field("slow_call", &self.slow_call)
+            .field("silence", &self.silence)
+            .field("late_after", &self.late_after)
             .field("probes", &self.probes)
+            .field("probes_needed", &self.probes_needed)
             .field("lease", &self.lease)
             .field("open_for", &self.open_for)
             .field("open_max", &self.open_max)
@@ -186,27 +239,47 @@ impl BreakerConfigBuilder {
         self
     }
 
-    /// This many calls are let in while half-open; all must succeed to close, one failure opens again. 1 by default.
+    /// Trips when calls that were cut have met with this much silence; 1 s by default, `None` never.
+    ///
+    /// See [`BreakerConfig`] for what that is.
+    pub fn silence(mut self, limit: impl Into<Option<Duration>>) -> Self {
+        self.config.silence = limit.into();
+        self
+    }
+
+    /// A call that is cut after it had lasted this long has failed.
+    ///
+    /// By default the slow-call threshold; without one the attempt timeout of the client, or 30 s without a client.
+    pub fn late_after(mut self, time: Duration) -> Self {
+        self.config.late_after = Some(time);
+        self
+    }
+
+    /// This many calls are let in while half-open; 1 by default. All must succeed to close, and one failure opens again,
+    /// unless [`probes_needed`](Self::probes_needed) asks for less.
     pub fn probes(mut self, probes: u32) -> Self {
         self.config.probes = probes;
         self
     }
 
-    /// A probe that is still running after this time no longer blocks others, and its result is ignored.
+    /// This many of the probes must succeed to close; all by default. The breaker opens again when too few are left.
+    pub fn probes_needed(mut self, successes: u32) -> Self {
+        self.config.probes_needed = Some(successes);
+        self
+    }
+
+    /// A probe that is still running after this time has failed and opens the breaker again; its result is ignored.
+    ///
+    /// One whose answer has begun is not charged: it only makes room for another after this time, counted from the head.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.config.lease = Some(lease);
         self
     }
 
-    /// How long the breaker stays open the first time; 5 s by default.
-    pub fn open_for(mut self, wait: Duration) -> Self {
-        self.config.open_for = wait;
-        self
-    }
-
-    /// The longest it stays open, however often its probes failed; 60 s by default.
-    pub fn open_max(mut self, wait: Duration) -> Self {
-        self.config.open_max = wait;
+    /// How long the breaker stays open the first time, and the longest it does, however often its probes fail; 5 s and
+    /// 60 s by default.
+    pub fn open_for(mut self, first: Duration, longest: Duration) -> Self {
+        (self.config.open_for, self.config.open_max) = (first, longest);
         self
     }
 
@@ -235,8 +308,8 @@ impl BreakerConfigBuilder {
     /// # Errors
     ///
     /// [`BuildError`] names the first option that is out of its range.
-    pub fn build(mut self) -> Result<BreakerConfig, BuildError> {
-        let config = &mut self.config;
+    pub fn build(self) -> Result<BreakerConfig, BuildError> {
+        let config = &self.config;
         let wrong = |option, problem| Err(BuildError::Option { option, problem });
         let is_rate = |rate: f64| rate > 0.0 && rate <= 1.0;
         match config.window {
@@ -266,14 +339,23 @@ impl BreakerConfigBuilder {
         if config.failure_rate.is_none() && config.consecutive_failures.is_none() && config.slow_call.is_none() {
             return wrong("failure_rate", "is off like every other rule, so the breaker could never trip");
         }
-        if config.probes == 0 || config.probes > COUNTER_MAX {
+        if config.probes == 0 || config.probes > MAX_PROBES {
             return wrong("probes", "is not a number from 1 to 65,535");
+        }
+        if config.probes_needed.is_some_and(|needed| needed == 0 || needed > config.probes) {
+            return wrong("probes_needed", "is zero or more than the probes that are let in");
+        }
+        if config.silence.is_some_and(|limit| limit < Duration::from_millis(100)) {
+            return wrong("silence", "is shorter than 100 ms, the waits of the five shortest calls that tell anything");
+        }
+        if config.late_after.is_some_and(|time| time.is_zero()) {
+            return wrong("late_after", "is zero");
         }
         if config.lease.is_some_and(|lease| lease.is_zero()) {
             return wrong("lease", "is zero");
         }
-        if config.open_for.is_zero() {
-            return wrong("open_for", "is zero");
+        if config.open_for.is_zero() || config.open_max < config.open_for {
+            return wrong("open_for", "has a first wait of zero, or above the longest");
         }
         if !(config.open_factor >= 1.0 && config.open_factor.is_finite()) {
             return wrong("backoff", "is not a finite factor of at least 1");
@@ -281,8 +363,6 @@ impl BreakerConfigBuilder {
         if !(0.0..=1.0).contains(&config.jitter) {
             return wrong("jitter", "is not from 0 to 1");
         }
-        // Who asks for a first wait above the default cap has not asked for a shorter one.
-        config.open_max = config.open_max.max(config.open_for);
         Ok(self.config)
     }
 }

@@ -1,0 +1,134 @@
+//! What the results of a closed circuit's calls come to.
+//!
+//! Invariant: whatever may make a rate reach its limit is followed by a look at the rates: a failure, a slow call, a
+//! success that completes the minimum, and the window's slide.
+
+use std::sync::atomic::Ordering::SeqCst;
+
+use super::{
+    circuit::{Admission, Circuit},
+    silence::{FEWEST, Silence},
+    window::{Counts, Nanos, Tally},
+    word::{COUNTER, COUNTER_MAX, COUNTER_ONE, SHORT, SILENT, Transition, counter, generation, key},
+};
+
+impl Circuit {
+    /// The callee is well. With `body`, the answer is finished, and so is a silence.
+    #[inline]
+    pub(super) fn succeed(&self, admission: Admission, body: Option<Nanos>, now: Nanos) -> Option<Transition> {
+        let took = admission.took(now);
+        if let Some(body) = body {
+            self.learn(took.saturating_add(body));
+            self.window.answer(now);
+        }
+        let forgets = if body.is_some() { COUNTER | SILENT } else { COUNTER };
+        if self.is_slow(took) {
+            return self.record(admission.key, Tally { failure: false, slow: true }, forgets, now);
+        }
+        let slid = self.window.succeed(generation(admission.key), now);
+        // After the success was counted: whoever marks the window as short counts after that, so one sees the other.
+        let word = self.word.load(SeqCst);
+        if word == admission.key && !slid { None } else { self.look(admission.key, forgets, slid, now) }
+    }
+
+    /// A success that has something to forget or, possibly, completes the minimum.
+    #[cold]
+    fn look(&self, expected: u64, forgets: u64, slid: bool, now: Nanos) -> Option<Transition> {
+        let word = self.change(expected, |word| word & !forgets)?;
+        if word & SHORT == 0 && !slid {
+            return None;
+        }
+        self.judge(expected, self.window.counts(now), now)
+    }
+
+    /// The call has failed.
+    #[cold]
+    pub(super) fn fail(&self, admission: Admission, took: Nanos, now: Nanos) -> Option<Transition> {
+        self.record(admission.key, Tally { failure: true, slow: self.is_slow(took) }, 0, now)
+    }
+
+    /// The caller gave the call up after it had waited this long.
+    #[cold]
+    pub(super) fn cut(&self, admission: Admission, waited: Nanos, now: Nanos) -> Option<Transition> {
+        if waited >= self.rules.late
+            && let Some(opened) = self.fail(admission, waited, now)
+        {
+            return Some(opened);
+        }
+        self.hush(admission.key, waited, now)
+    }
+
+    /// Adds a call that was cut to the silence.
+    fn hush(&self, expected: u64, waited: Nanos, now: Nanos) -> Option<Transition> {
+        let limit = self.rules.silence.filter(|_| self.is_telling(waited))?;
+        let mut cold = self.lock();
+        let word = self.change(expected, |word| word | SILENT)?;
+        if word & SILENT == 0 {
+            // Something was heard since the last cut.
+            cold.silence = Silence::NONE;
+        }
+        let began = now.saturating_sub(waited).max(self.window.answered());
+        cold.silence.add(began, now.saturating_sub(began));
+        if cold.silence.cuts < FEWEST || cold.silence.length(now) < limit {
+            return None;
+        }
+        let word = self.word.load(SeqCst);
+        (key(word) == expected).then(|| self.open(&mut cold, word, now))
+    }
+
+    /// Records what is no plain success, and opens the circuit if that was too much.
+    fn record(&self, expected: u64, tally: Tally, forgets: u64, now: Nanos) -> Option<Transition> {
+        let counts = self.window.record(generation(expected), now, tally);
+        let count = |word: u64| {
+            let more = (counter(word) + 1).min(COUNTER_MAX);
+            if tally.failure { (word & !COUNTER) | (u64::from(more) * COUNTER_ONE) } else { word & !forgets }
+        };
+        let before = self.change(expected, count)?;
+        let consecutive = counter(count(before));
+        if self.rules.consecutive_failures.is_some_and(|limit| consecutive >= limit) {
+            return self.trip(expected, now);
+        }
+        self.judge(expected, counts, now)
+    }
+
+    /// Opens the circuit if a rate has reached its limit. If only the minimum lacks, the next successes look again.
+    fn judge(&self, expected: u64, mut counts: Counts, now: Nanos) -> Option<Transition> {
+        loop {
+            let is_short = counts.calls < self.rules.min_calls;
+            if !is_short && self.reaches(counts) {
+                return self.trip(expected, now);
+            }
+            let marks = is_short && self.reaches(Counts { calls: self.rules.min_calls, ..counts });
+            let before = self.change(expected, |word| if marks { word | SHORT } else { word & !SHORT })?;
+            if (before & SHORT != 0) == marks {
+                return None;
+            }
+            // A call that ended between the sum and the mark saw the mark as it was before; it is in the next sum.
+            counts = self.window.counts(now);
+        }
+    }
+
+    fn reaches(&self, counts: Counts) -> bool {
+        let reaches = |part: u64, rate: f64| part as f64 >= rate * counts.calls as f64;
+        self.rules.failure_rate.is_some_and(|rate| reaches(counts.failures, rate))
+            || self.rules.slow.is_some_and(|slow| reaches(counts.slow, slow.rate))
+    }
+
+    /// Changes counter and marks of the word, and returns what they were; `None` when the generation has passed.
+    fn change(&self, expected: u64, change: impl Fn(u64) -> u64) -> Option<u64> {
+        let mut word = self.word.load(SeqCst);
+        loop {
+            if key(word) != expected {
+                return None;
+            }
+            let next = change(word);
+            if next == word {
+                return Some(word);
+            }
+            match self.word.compare_exchange_weak(word, next, SeqCst, SeqCst) {
+                Ok(_) => return Some(word),
+                Err(changed) => word = changed,
+            }
+        }
+    }
+}

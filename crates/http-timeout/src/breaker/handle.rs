@@ -1,0 +1,466 @@
+//! The circuit breaker around any future: the pure circuit, a clock, and permits that cannot be forgotten.
+//!
+//! Invariant: an admission ends exactly once, synchronously, whether its permit is used, dropped or unwound.
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::time::Instant;
+
+use super::{
+    circuit::{Admission, Circuit, Ending, Refused},
+    config::{BreakerConfig, nanos},
+    silence::SHORTEST,
+    window::Nanos,
+    word::{State, Transition},
+};
+
+/// What the result of a call says about the callee.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Class {
+    /// The callee is well.
+    Success,
+    /// The callee is not well.
+    Failure,
+    /// The result says nothing about the callee.
+    Ignore,
+}
+
+/// Why a call through a breaker gave no value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum BreakerError<E> {
+    /// The breaker refused the call; nothing was polled.
+    #[error(transparent)]
+    Open(#[from] CircuitOpen),
+    /// The call was made and failed.
+    #[error("the call failed")]
+    Inner(#[source] E),
+}
+
+impl<E> BreakerError<E> {
+    /// Whether the breaker refused the call.
+    ///
+    /// ```
+    /// # tokio_test(async {
+    /// use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker};
+    ///
+    /// let breaker = CircuitBreaker::new(BreakerConfig::default());
+    /// breaker.isolate();
+    /// let error = breaker.call(async { Ok::<_, ()>(1) }).await.unwrap_err();
+    /// assert!(error.is_open());
+    /// # });
+    /// # fn tokio_test(f: impl Future) { tokio::runtime::Runtime::new().unwrap().block_on(f); }
+    /// ```
+    pub fn is_open(&self) -> bool {
+        matches!(self, Self::Open(_))
+    }
+
+    /// The error of the call itself, if it was made.
+    pub fn into_inner(self) -> Option<E> {
+        match self {
+            Self::Open(_) => None,
+            Self::Inner(error) => Some(error),
+        }
+    }
+}
+
+/// The breaker refused a call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the circuit is open; ask again after {retry_after:?}")]
+#[non_exhaustive]
+pub struct CircuitOpen {
+    /// After this time the breaker may let a probe in. While probes are running it is what is left of their lease, at
+    /// most; they may end much sooner.
+    pub retry_after: Duration,
+}
+
+/// A breaker's figures at one instant.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[non_exhaustive]
+pub struct BreakerMetrics {
+    /// The state.
+    pub state: State,
+    /// Calls in the window. While the circuit is not closed, the window is the one that tripped it.
+    pub calls: u64,
+    /// Failures in the window.
+    pub failures: u64,
+    /// Slow calls in the window; zero without a slow-call rule.
+    pub slow_calls: u64,
+    /// Failures in a row, while closed.
+    pub consecutive_failures: u32,
+    /// Probes that hold a slot, while half-open.
+    pub probes: u32,
+    /// How often the circuit opened, since the breaker was made.
+    pub trips: u64,
+    /// Calls that were refused, since the breaker was made.
+    pub rejected: u64,
+    /// Calls that were cut: dropped before they had a result, since the breaker was made.
+    pub cancelled: u64,
+}
+
+impl BreakerMetrics {
+    /// The part of the calls in the window that failed, 0 to 1; `None` without a call.
+    pub fn failure_rate(&self) -> Option<f64> {
+        (self.calls > 0).then(|| self.failures as f64 / self.calls as f64)
+    }
+}
+
+/// A circuit breaker that cannot stick: it refuses calls to a callee that keeps failing, and probes it back to life.
+///
+/// Clones share one state. It needs no client and no runtime, guards any future, and never spawns: an admission that is
+/// dropped, unwound or hung ends by itself. A result counts only in the generation that admitted it, so calls made
+/// before a trip cannot close or re-open what came after it.
+///
+/// # Examples
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")] async fn main() {
+/// use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, State};
+///
+/// let breaker = CircuitBreaker::new(BreakerConfig::default());
+/// for _ in 0..5 {
+///     let refused = breaker.call(async { Err::<(), _>("connection refused") }).await;
+///     assert!(refused.is_err());
+/// }
+/// assert_eq!(breaker.state(), State::Open);
+/// # }
+/// ```
+#[derive(Clone, Debug)]
+pub struct CircuitBreaker {
+    shared: Arc<Shared>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    circuit: Circuit,
+    /// tokio's clock, so that a test with paused time drives the breaker too.
+    epoch: Instant,
+    config: BreakerConfig,
+}
+
+impl Shared {
+    #[inline]
+    fn now(&self) -> Nanos {
+        nanos(self.epoch.elapsed())
+    }
+
+    /// The caller reports the transition when a guard holds the admission: a hook that panics must not lose a slot.
+    #[inline]
+    fn admit(&self) -> Result<(Admission, Option<Transition>), CircuitOpen> {
+        let now = self.now();
+        loop {
+            match self.circuit.admit(now) {
+                Ok(admitted) => return Ok(admitted),
+                Err(Refused::Wait(retry_after)) => return Err(CircuitOpen { retry_after }),
+                // Once at most: what has just been opened again has no probes.
+                Err(Refused::Reopened(transition)) => self.report(Some(transition)),
+            }
+        }
+    }
+
+    #[inline]
+    fn finish(&self, admission: Admission, ending: Ending, now: impl FnOnce() -> Nanos) {
+        let transition = self.circuit.finish(admission, ending, now);
+        self.report(transition);
+    }
+
+    #[inline]
+    fn report(&self, transition: Option<Transition>) {
+        if let Some(transition) = transition {
+            self.config.report(transition);
+        }
+    }
+
+    /// Makes a probe that has hung be seen in what follows.
+    fn notice(&self) {
+        self.report(self.circuit.notice(|| self.now()));
+    }
+}
+
+impl CircuitBreaker {
+    /// Makes a closed breaker.
+    pub fn new(config: BreakerConfig) -> Self {
+        let circuit = Circuit::new(config.rules(), fastrand::Rng::new());
+        Self { shared: Arc::new(Shared { circuit, epoch: Instant::now(), config }) }
+    }
+
+    /// Polls `call` if the breaker admits it, and takes `Ok` for a success and `Err` for a failure.
+    ///
+    /// The breaker is asked when the returned future is first polled.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, `call` is dropped, and its admission has ended when
+    /// the drop returns: a probe slot is free again. What the cut call says about the callee is told by how long it had
+    /// lasted, as [`BreakerConfig`] says. A panic in `call` is a failure.
+    ///
+    /// # Errors
+    ///
+    /// [`BreakerError::Open`] if the call was refused, [`BreakerError::Inner`] with the error of `call`.
+    pub async fn call<T, E>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, BreakerError<E>> {
+        let classify = |result: &Result<T, E>| if result.is_ok() { Class::Success } else { Class::Failure };
+        self.call_with(classify, call).await
+    }
+
+    /// As [`call`](Self::call), with `classify` to say what a result says about the callee.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the same holds as for [`call`](Self::call).
+    ///
+    /// # Errors
+    ///
+    /// [`BreakerError::Open`] if the call was refused, [`BreakerError::Inner`] with the error of `call`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() {
+    /// use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker, Class};
+    ///
+    /// let breaker = CircuitBreaker::new(BreakerConfig::default());
+    /// // A missing row is an answer, not a sick database.
+    /// let classify = |result: &Result<u8, &str>| match result {
+    ///     Ok(_) | Err("no such row") => Class::Success,
+    ///     Err(_) => Class::Failure,
+    /// };
+    /// assert!(breaker.call_with(classify, async { Err("no such row") }).await.is_err());
+    /// assert_eq!(breaker.metrics().failures, 0);
+    /// # }
+    /// ```
+    pub async fn call_with<T, E>(
+        &self,
+        classify: impl FnOnce(&Result<T, E>) -> Class,
+        call: impl Future<Output = Result<T, E>>,
+    ) -> Result<T, BreakerError<E>> {
+        // Borrows the breaker, where a permit would count a reference: two threads would fight over the counter.
+        let (admission, transition) = self.shared.admit()?;
+        let mut lent = Lent { shared: &self.shared, admission: Some(admission) };
+        self.shared.report(transition);
+        let (mut call, mut has_waited) = (pin!(call), false);
+        let result = poll_fn(|cx| {
+            let polled = call.as_mut().poll(cx);
+            has_waited |= polled.is_pending();
+            polled
+        })
+        .await;
+        let ending = classify(&result).into();
+        // What was ready at once ended when it began, and the clock is the dearest part of such a call.
+        let measures = has_waited || self.shared.config.measures_slow_calls();
+        lent.end_at(ending, || if measures { self.shared.now() } else { admission.since });
+        result.map_err(BreakerError::Inner)
+    }
+
+    /// Asks for the right to make one call, for code that is not a future or decides later how it went.
+    ///
+    /// # Errors
+    ///
+    /// [`CircuitOpen`] if the breaker refuses the call; it says when to ask again.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_http_timeout::{BreakerConfig, CircuitBreaker};
+    ///
+    /// let breaker = CircuitBreaker::new(BreakerConfig::default());
+    /// let permit = breaker.try_acquire()?;
+    /// match std::fs::read("/proc/self/status") {
+    ///     Ok(_) => permit.success(),
+    ///     Err(_) => permit.failure(),
+    /// }
+    /// # Ok::<(), cancel_safe_http_timeout::CircuitOpen>(())
+    /// ```
+    pub fn try_acquire(&self) -> Result<BreakerPermit, CircuitOpen> {
+        let (admission, transition) = self.shared.admit()?;
+        let permit =
+            BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission), is_for_stream: false };
+        self.shared.report(transition);
+        Ok(permit)
+    }
+
+    /// How long a call made now would be told to wait; `None` if it would be admitted. Takes no slot.
+    pub(crate) fn refusal(&self) -> Option<Duration> {
+        self.shared.notice();
+        self.shared.circuit.refusal(|| self.shared.now())
+    }
+
+    /// The state. An open breaker whose wait is over stays open until a call comes to probe.
+    pub fn state(&self) -> State {
+        self.shared.notice();
+        self.shared.circuit.state()
+    }
+
+    /// The figures at this instant.
+    pub fn metrics(&self) -> BreakerMetrics {
+        self.shared.notice();
+        let now = self.shared.circuit.snapshot(self.shared.now());
+        BreakerMetrics {
+            state: now.state,
+            calls: now.counts.calls,
+            failures: now.counts.failures,
+            slow_calls: now.counts.slow,
+            consecutive_failures: now.consecutive,
+            probes: now.probes,
+            trips: now.trips,
+            rejected: now.rejected,
+            cancelled: now.cancelled,
+        }
+    }
+
+    /// Refuses every call until [`reset`](Self::reset), for instance while the callee is being replaced.
+    pub fn isolate(&self) {
+        self.shared.report(self.shared.circuit.isolate());
+    }
+
+    /// Closes the breaker with an empty window, whatever its state. Calls that are running count no more.
+    pub fn reset(&self) {
+        self.shared.report(self.shared.circuit.reset());
+    }
+
+    /// Whether somebody else holds a clone or a permit.
+    pub(crate) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.shared) > 1
+    }
+
+    /// Whether an operator has isolated it. Unlike `state`, it reports nothing, so a map may ask it under its lock.
+    pub(crate) fn is_isolated(&self) -> bool {
+        self.shared.circuit.state() == State::Isolated
+    }
+
+    /// Whether a breaker that was forgotten would be missed: it refuses calls, or has not long ceased to.
+    pub(crate) fn is_worth_keeping(&self) -> bool {
+        self.shared.circuit.is_worth_keeping(|| self.shared.now())
+    }
+}
+
+impl From<Class> for Ending {
+    fn from(class: Class) -> Self {
+        match class {
+            Class::Success => Self::Success { body: 0 },
+            Class::Failure => Self::Failure,
+            Class::Ignore => Self::Ignored,
+        }
+    }
+}
+
+/// What an admission comes to when nobody says how the call ended.
+fn unsaid() -> Ending {
+    if std::thread::panicking() { Ending::Failure } else { Ending::Cut { quiet: None } }
+}
+
+/// An admission that borrows its breaker for the length of one `call`.
+struct Lent<'a> {
+    shared: &'a Shared,
+    admission: Option<Admission>,
+}
+
+impl Lent<'_> {
+    #[inline]
+    fn end_at(&mut self, ending: Ending, now: impl FnOnce() -> Nanos) {
+        if let Some(admission) = self.admission.take() {
+            self.shared.finish(admission, ending, now);
+        }
+    }
+}
+
+impl Drop for Lent<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.admission.is_some() {
+            self.end_at(unsaid(), || self.shared.now());
+        }
+    }
+}
+
+/// The right to make one call. Dropping it reports the call as cut by its caller, or as failed while the thread panics.
+#[derive(Debug)]
+#[must_use = "a dropped permit reports the call as cut"]
+pub struct BreakerPermit {
+    shared: Arc<Shared>,
+    admission: Option<Admission>,
+    is_for_stream: bool,
+}
+
+impl BreakerPermit {
+    /// Reports that the callee is well.
+    pub fn success(mut self) {
+        self.end(Ending::Success { body: 0 });
+    }
+
+    /// Reports that the callee is not well.
+    pub fn failure(mut self) {
+        self.end(Ending::Failure);
+    }
+
+    /// Reports that the call said nothing about the callee. A probe slot is free again.
+    pub fn ignore(mut self) {
+        self.end(Ending::Ignored);
+    }
+
+    /// Reports what a classifier said.
+    #[cfg(feature = "tower")]
+    pub(crate) fn end_as(mut self, class: Class) {
+        self.end(class.into());
+    }
+
+    /// The caller has asked for a stream, so it tells nothing when it gives up, however long it had waited.
+    pub(crate) fn expect_stream(&mut self) {
+        self.is_for_stream = true;
+    }
+
+    pub(crate) fn is_for_stream(&self) -> bool {
+        self.is_for_stream
+    }
+
+    /// The head of the answer has come. The slow-call rule and the lease of a probe look no further; what follows is the
+    /// consumer's time as well, so the endings below are told what part of it was waited for the callee.
+    pub(crate) fn head(&mut self) {
+        if let Some(admission) = &mut self.admission {
+            self.shared.circuit.head(admission, self.shared.now());
+        }
+    }
+
+    /// The body has come to its good end. `waited` is for how long its consumer waited for the peer, in all.
+    pub(crate) fn finished(mut self, waited: Duration) {
+        self.end(Ending::Success { body: nanos(waited) });
+    }
+
+    /// The head was good, and the body was dropped before its end.
+    ///
+    /// `quiet` is for how long its consumer had been waiting for the next piece when it gave up; zero if it did not wait,
+    /// because it had the last piece still in hand or never asked for one. A body that was quiet for less than 20 ms was
+    /// flowing: the callee is well. One that was quiet for longer was stalling, and the call was cut like any other.
+    pub(crate) fn abandoned(mut self, quiet: Duration) {
+        let quiet = nanos(quiet);
+        self.end(if quiet < SHORTEST { Ending::Unread } else { Ending::Cut { quiet: Some(quiet) } });
+    }
+
+    /// The head was good, and what follows is a stream (`text/event-stream`, or marked as one by the caller), which may be
+    /// quiet for as long as it likes. The call ends here: neutral while the circuit is closed, and a good probe, because
+    /// nothing better would ever come of it.
+    pub(crate) fn stream(mut self) {
+        self.end(Ending::Stream);
+    }
+
+    fn end(&mut self, ending: Ending) {
+        if let Some(admission) = self.admission.take() {
+            self.shared.finish(admission, ending, || self.shared.now());
+        }
+    }
+}
+
+impl Drop for BreakerPermit {
+    fn drop(&mut self) {
+        if self.admission.is_some() {
+            let ending = unsaid();
+            let is_neutral = self.is_for_stream && ending != Ending::Failure;
+            self.end(if is_neutral { Ending::Ignored } else { ending });
+        }
+    }
+}

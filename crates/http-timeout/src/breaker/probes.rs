@@ -1,0 +1,126 @@
+//! The probes of a half-open circuit: which are running, and what those that ended have shown.
+//!
+//! Invariant: a probe that ended holds no slot, and a running one holds its slot for its lease at most.
+
+use super::{silence::Silence, window::Nanos};
+
+/// How many probes are let in, how many of them must succeed, and how long each may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct ProbeRules {
+    pub(crate) most: u32,
+    pub(crate) needed: u32,
+    pub(crate) lease: Nanos,
+    /// The silence of cut probes that opens the circuit again.
+    pub(crate) silence: Nanos,
+}
+
+/// What a probe's end comes to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    Undecided,
+    Close,
+    Open,
+}
+
+/// A probe, by a number of its own: two may begin in the same instant.
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    number: u32,
+    /// When its lease began: with the probe, and anew when the head of an answer came.
+    lease_began: Nanos,
+    has_head: bool,
+}
+
+#[derive(Debug)]
+pub(crate) struct Probes {
+    /// There are few of them, so a list will do.
+    running: Vec<Running>,
+    started: u32,
+    successes: u32,
+    failures: u32,
+    silence: Silence,
+}
+
+impl Probes {
+    pub(crate) const fn new() -> Self {
+        Self { running: Vec::new(), started: 0, successes: 0, failures: 0, silence: Silence::NONE }
+    }
+
+    /// Forgets everything: the probes that are still running belong to a generation that has passed.
+    pub(crate) fn clear(&mut self) {
+        self.running.clear();
+        (self.started, self.successes, self.failures, self.silence) = (0, 0, 0, Silence::NONE);
+    }
+
+    pub(crate) fn has_room(&self, now: Nanos, rules: &ProbeRules) -> bool {
+        self.holding(now, rules) + self.successes + self.failures < rules.most
+    }
+
+    /// How many probes hold a slot.
+    pub(crate) fn holding(&self, now: Nanos, rules: &ProbeRules) -> u32 {
+        self.leases(rules).filter(|end| now < *end).count() as u32
+    }
+
+    /// When the first of the slots that are held will be free at the latest.
+    pub(crate) fn room_at(&self, now: Nanos, rules: &ProbeRules) -> Nanos {
+        self.leases(rules).filter(|end| now < *end).min().unwrap_or(now)
+    }
+
+    /// When a probe outlived its lease without a sign of an answer, if one has by `now`: that is a failure. One whose
+    /// answer has begun only loses its slot, because its caller may be the one who is slow.
+    pub(crate) fn hung_since(&self, now: Nanos, rules: &ProbeRules) -> Option<Nanos> {
+        let silent = self.running.iter().filter(|probe| !probe.has_head);
+        silent.map(|probe| probe.lease_end(rules)).filter(|end| *end <= now).min()
+    }
+
+    fn leases(&self, rules: &ProbeRules) -> impl Iterator<Item = Nanos> {
+        self.running.iter().map(|probe| probe.lease_end(rules))
+    }
+
+    /// Lets a probe in; the number is its own until it ends.
+    pub(crate) fn start(&mut self, now: Nanos) -> u32 {
+        self.started = self.started.wrapping_add(1);
+        self.running.push(Running { number: self.started, lease_began: now, has_head: false });
+        self.started
+    }
+
+    /// The answer to the probe has begun.
+    pub(crate) fn head(&mut self, number: u32, now: Nanos) {
+        if let Some(probe) = self.running.iter_mut().find(|probe| probe.number == number) {
+            (probe.lease_began, probe.has_head) = (now, true);
+        }
+    }
+
+    /// The probe has shown that the callee is well.
+    pub(crate) fn succeed(&mut self, number: u32, rules: &ProbeRules) -> Verdict {
+        self.give_back(number);
+        self.successes += 1;
+        if self.successes >= rules.needed { Verdict::Close } else { Verdict::Undecided }
+    }
+
+    /// The probe has failed. The circuit opens when too few are left that could succeed.
+    pub(crate) fn fail(&mut self, number: u32, rules: &ProbeRules) -> Verdict {
+        self.give_back(number);
+        self.failures += 1;
+        if self.failures > rules.most - rules.needed { Verdict::Open } else { Verdict::Undecided }
+    }
+
+    /// The probe was cut after it had waited this long.
+    pub(crate) fn cut(&mut self, number: u32, waited: Nanos, now: Nanos, rules: &ProbeRules) -> Verdict {
+        self.give_back(number);
+        self.silence.add(now.saturating_sub(waited), waited);
+        if self.silence.length(now) >= rules.silence { Verdict::Open } else { Verdict::Undecided }
+    }
+
+    /// The probe has shown nothing; its slot is free.
+    pub(crate) fn give_back(&mut self, number: u32) -> Verdict {
+        self.running.retain(|probe| probe.number != number);
+        Verdict::Undecided
+    }
+}
+
+impl Running {
+    fn lease_end(&self, rules: &ProbeRules) -> Nanos {
+        self.lease_began.saturating_add(rules.lease)
+    }
+}

@@ -1,0 +1,216 @@
+//! Who is to blame: what our queue, our producer, our pool or our kernel did is never charged to the origin.
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use cancel_safe_http_timeout::{Attempts, BreakerConfig, Phase, RequestError, State, TimeoutClient};
+use futures_util::{StreamExt as _, future::join_all, stream};
+use http_body_util::BodyExt as _;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+};
+
+use crate::server::{Server, reply};
+
+const LONG: Duration = Duration::from_secs(30);
+
+fn trips_at_once() -> BreakerConfig {
+    BreakerConfig::builder().consecutive_failures(1).open_for(LONG, LONG).build().unwrap()
+}
+
+fn state(client: &TimeoutClient, url: &str) -> State {
+    client.breaker(url).unwrap().state()
+}
+
+#[tokio::test]
+async fn the_time_in_our_queue_is_not_the_origin_s() {
+    let server = Server::start(|_, _| async {
+        tokio::time::sleep(Duration::from_millis(120)).await;
+        reply(200, "in time")
+    });
+    let client = TimeoutClient::builder().concurrency(1).breaker(trips_at_once()).build().unwrap();
+    let url = server.url("/");
+    // The first has all of its time and more; those behind it have what the queue leaves them.
+    let calls = (0..6).map(|n| {
+        let timeout = if n == 0 { LONG } else { Duration::from_millis(200) };
+        client.get(&url).timeout(timeout).send()
+    });
+    let late = join_all(calls).await.into_iter().filter(Result::is_err).count();
+    assert!(late > 0, "nobody was late, so nothing was shown");
+    assert_eq!(state(&client, &url), State::Closed);
+}
+
+#[tokio::test]
+async fn a_deadline_that_the_origin_had_to_itself_is_its_failure() {
+    let server = Server::start(|_, _| std::future::pending());
+    let client = TimeoutClient::builder().timeout(Duration::from_millis(100)).breaker(trips_at_once()).build().unwrap();
+    assert!(client.get(server.url("/")).send().await.unwrap_err().is_timeout());
+    assert_eq!(state(&client, &server.url("/")), State::Open);
+}
+
+#[tokio::test]
+async fn a_producer_that_fails_or_is_slow_is_not_the_origin_s_fault() {
+    let server = Server::start(|request, _| async move {
+        drop(request.into_body().collect().await);
+        reply(200, "taken")
+    });
+    let url = server.url("/");
+    let client =
+        TimeoutClient::builder().attempt_timeout(Duration::from_millis(300)).breaker(trips_at_once()).build().unwrap();
+
+    let failing = stream::iter([Ok("a"), Err(io::Error::other("our disk"))]);
+    let error = client.put(&url).body(reqwest::Body::wrap_stream(failing)).send().await.unwrap_err();
+    assert!(!error.is_timeout(), "{error:?}");
+
+    let slow = stream::once(async { Ok::<_, io::Error>("a") }).chain(stream::pending());
+    let error = client.put(&url).body(reqwest::Body::wrap_stream(slow)).send().await.unwrap_err();
+    assert!(error.is_timeout(), "{error:?}");
+    assert_eq!(state(&client, &url), State::Closed);
+}
+
+/// A server that closes each connection some time after the answer, without telling, so that the client finds out when it
+/// uses the connection again. It answers `answers` requests on each connection, and reads one more.
+fn closes_behind(answers: usize) -> (String, Arc<AtomicUsize>) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    let requests = Arc::new(AtomicUsize::new(0));
+    let seen = Arc::clone(&requests);
+    tokio::spawn(async move {
+        let listener = TcpListener::from_std(listener).unwrap();
+        while let Ok((mut socket, _)) = listener.accept().await {
+            let seen = Arc::clone(&seen);
+            tokio::spawn(async move {
+                for _ in 0..answers {
+                    if !takes_request(&mut socket, &seen).await {
+                        return;
+                    }
+                    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+                    assert_eq!(socket.write(answer).await.unwrap(), answer.len());
+                }
+                takes_request(&mut socket, &seen).await;
+            });
+        }
+    });
+    (url, requests)
+}
+
+async fn takes_request(socket: &mut TcpStream, seen: &AtomicUsize) -> bool {
+    let took = socket.read(&mut [0; 4096]).await.is_ok_and(|bytes| bytes > 0);
+    seen.fetch_add(usize::from(took), Ordering::SeqCst);
+    took
+}
+
+#[tokio::test]
+async fn a_stale_connection_costs_a_repeatable_call_nothing_and_the_origin_no_blame() {
+    let (url, requests) = closes_behind(1);
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    for _ in 0..10 {
+        let response = client.get(&url).send().await.unwrap();
+        assert_eq!(response.extensions().get(), Some(&Attempts(1)));
+        assert_eq!(response.text().await.unwrap(), "ok");
+    }
+    assert_eq!(state(&client, &url), State::Closed);
+    // Every call but the first met a stale connection, once.
+    assert_eq!(requests.load(Ordering::SeqCst), 10 + 9);
+}
+
+#[tokio::test]
+async fn a_post_on_a_stale_connection_is_not_sent_twice_and_charged_to_nobody() {
+    let (url, requests) = closes_behind(1);
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "ok");
+    let error = client.post(&url).body("once").send().await.unwrap_err();
+    assert!(matches!(error, RequestError::Network { .. }), "{error:?}");
+    assert_eq!(requests.load(Ordering::SeqCst), 2);
+    assert_eq!(state(&client, &url), State::Closed);
+}
+
+#[tokio::test]
+async fn a_fresh_connection_that_is_closed_without_an_answer_is_the_origin_s_fault() {
+    let (url, requests) = closes_behind(0);
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    assert!(client.get(&url).send().await.is_err());
+    assert_eq!((requests.load(Ordering::SeqCst), state(&client, &url)), (1, State::Open));
+}
+
+#[tokio::test]
+async fn an_upload_that_the_kernel_hides_may_be_cut_but_is_never_charged() {
+    let server = Server::start(|request, _| async move {
+        let _unread = request;
+        std::future::pending().await
+    });
+    let idle = Duration::from_millis(200);
+    let client = TimeoutClient::builder().timeout(LONG).idle_timeout(idle).breaker(trips_at_once()).build().unwrap();
+    let url = server.url("/");
+    // The first is in the buffers as a whole, the second fills them up.
+    for bytes in [256 << 10, 32 << 20] {
+        let error = client.put(&url).body(vec![7; bytes]).send().await.unwrap_err();
+        assert!(matches!(error, RequestError::Timeout { .. }), "{error:?}");
+        assert_eq!(state(&client, &url), State::Closed, "{bytes} bytes");
+    }
+    // What fits into one write hides nothing.
+    assert!(client.put(&url).body("small").send().await.is_err());
+    assert_eq!(state(&client, &url), State::Open);
+}
+
+/// Takes `bytes` at this rate and answers.
+async fn slow_reader(bytes: usize, every: Duration, piece: usize) -> String {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    // A small window, as a real path to a slow peer has; loopback would hide megabytes.
+    socket.set_recv_buffer_size(8 * 1024).unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let url = format!("http://{}/", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut socket, _) = listener.accept().await.unwrap();
+        let (mut left, mut buffer) = (bytes, vec![0; piece]);
+        while left > 0 {
+            tokio::time::sleep(every).await;
+            left = left.saturating_sub(socket.read(&mut buffer).await.unwrap());
+        }
+        let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+        assert_eq!(socket.write(answer).await.unwrap(), answer.len());
+    });
+    url
+}
+
+#[tokio::test]
+async fn an_upload_to_a_slow_reader_progresses_beyond_the_idle_timeout() {
+    let bytes = 8 << 20;
+    // A megabyte or two a second, of which the kernel shows steps of about a megabyte, and hides the last three.
+    let url = slow_reader(bytes, Duration::from_millis(5), 16 * 1024).await;
+    let client = TimeoutClient::builder().timeout(LONG).idle_timeout(Duration::from_millis(1_500)).build().unwrap();
+    let started = Instant::now();
+    let response = client.put(&url).body(vec![7; bytes]).send().await.unwrap();
+    assert_eq!(response.status(), 200);
+    assert!(started.elapsed() > Duration::from_millis(3_000), "{:?} prove nothing", started.elapsed());
+}
+
+#[tokio::test]
+async fn a_deadline_that_passes_while_connecting_is_told_as_such_and_nothing_was_sent() {
+    // A port that takes no connection, because its queue is full.
+    let (url, _held) = full_queue();
+    let client = TimeoutClient::builder().timeout(Duration::from_millis(200)).build().unwrap();
+    let error = client.post(&url).body("once").send().await.unwrap_err();
+    assert!(matches!(error, RequestError::Timeout { phase: Phase::Connect, .. }), "{error:?}");
+    assert!(error.is_connect());
+}
+
+/// A listener whose queue is full, so that connecting neither succeeds nor fails. Keep what is returned.
+fn full_queue() -> (String, (Vec<std::net::TcpStream>, TcpListener)) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let connect = || std::net::TcpStream::connect_timeout(&address, Duration::from_millis(200)).ok();
+    let held = std::iter::from_fn(connect).take(16).collect();
+    (format!("http://{address}/"), (held, listener))
+}
