@@ -234,6 +234,23 @@ async fn a_pause_ends_at_the_deadline() {
     world.end(db).await;
 }
 
+/// What is refused at the end is refused for good, although it is rolled back.
+#[tokio::test]
+async fn a_commit_that_is_refused_is_followed_by_no_attempt() {
+    let world = World::<Postgres>::new().await;
+    let table = &world.table;
+    let parent = format!("ADD COLUMN parent BIGINT REFERENCES {table} (n) DEFERRABLE INITIALLY DEFERRED");
+    world.run(format!("ALTER TABLE {table} {parent}")).await;
+    let db = world.pool(1).await;
+    let mut attempts = db.tx().retry(Retry::attempts(5)).idempotent().attempts();
+    let mut tx = attempts.next().await.unwrap();
+    Postgres::execute(&mut tx, format!("INSERT INTO {table} (n, parent) VALUES (1, 2)")).await.unwrap();
+    let error = attempts.end(tx, Ok::<_, TxError>(())).await.unwrap_err();
+    assert!(matches!(error, TxError::Database(_)), "{error:?}");
+    no_attempt(&mut attempts, "failed").await;
+    world.end(db).await;
+}
+
 /// Without a deadline it is waited for ten seconds, which are over at once where time is only counted.
 #[tokio::test]
 async fn a_guard_that_is_kept_without_a_deadline_is_not_waited_for_for_ever() {

@@ -117,6 +117,9 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
 async fn a_closure_outside_any_runtime_is_an_error<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
+    let connecting = TxPool::<D>::builder().connect_with(world.options.clone());
+    let connected = outside(async move { connecting.now_or_never() }).await;
+    assert!(matches!(connected, Some(Err(TxError::NoRuntime))), "{connected:?}");
     let tx = db.tx().timeout(PATIENCE);
     let ran = outside(async move { tx.run(async move |_| Ok(())).now_or_never() }).await;
     assert!(matches!(ran, Some(Err(TxError::NoRuntime))), "{ran:?}");

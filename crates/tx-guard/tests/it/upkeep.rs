@@ -320,6 +320,9 @@ async fn a_setting_out_of_its_range_is_named() {
         assert!(matches!(error, TxError::InvalidOption { option, .. } if option == named), "{error:?}");
         assert!(error.to_string().contains(named), "{error}");
     }
+    // As many as there may be is no more than that.
+    let db = builder().max_connections(1).min_connections(1).connect_with(world.options.clone()).await.unwrap();
+    assert!(db.close(crate::world::PATIENCE).await.is_clean());
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
