@@ -229,6 +229,36 @@ async fn a_connection_that_went_silent_is_not_given_to_a_probe() {
 }
 
 #[tokio::test]
+async fn a_silent_connection_is_found_by_callers_who_bring_their_own_patience() {
+    for patience in [100, 400].map(Duration::from_millis) {
+        let server = Script::start(|connection, _| if connection == 0 { Act::Hang } else { Act::Answer });
+        let client = client(|builder| builder.idle_timeout(None).attempt_timeout(None).timeout(None));
+        let started = Instant::now();
+        let mut cut = 0;
+        while tokio::time::timeout(patience, client.get(server.url()).send()).await.is_err() {
+            cut += 1;
+            assert!(started.elapsed() < LONG, "the dead connection was never given up");
+        }
+        assert!(cut >= 3, "{cut} calls in a row are no proof");
+        assert_eq!(server.connections(), 2);
+    }
+}
+
+#[tokio::test]
+async fn callers_who_leave_early_cost_no_connection() {
+    let server = Server::start(|_, _| async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        reply(200, "in time")
+    });
+    let client = client(|builder| builder);
+    for _ in 0..20 {
+        assert!(tokio::time::timeout(Duration::from_millis(5), client.get(server.url("/")).send()).await.is_err());
+    }
+    assert_eq!(client.get(server.url("/")).send().await.unwrap().text().await.unwrap(), "in time");
+    assert_eq!(server.connections(), 1);
+}
+
+#[tokio::test]
 async fn giving_a_connection_up_leaves_the_calls_on_it_alone_and_says_nothing_to_the_server() {
     // The first stream trickles for long; those after it hang on the same connection.
     let server = Server::start(|_, hit| async move {
