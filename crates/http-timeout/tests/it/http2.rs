@@ -155,7 +155,7 @@ async fn many_calls_share_one_connection_and_give_everything_back() {
 }
 
 /// A name that takes its time to be resolved, so that connecting takes long.
-struct SlowNames(SocketAddr, Duration);
+pub(crate) struct SlowNames(pub(crate) SocketAddr, pub(crate) Duration);
 
 impl reqwest::dns::Resolve for SlowNames {
     fn resolve(&self, _: reqwest::dns::Name) -> reqwest::dns::Resolving {
