@@ -3,7 +3,13 @@
 //!
 //! `CANCEL_SAFE_CAMPAIGN=full` tries 100,000 random schedules instead of 3,000.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use cancel_safe_http_timeout::{BreakerConfig, Hedge, Retry, TimeoutClient, TimeoutClientBuilder};
 use cancel_safe_testing::{Explore, Outcome};
