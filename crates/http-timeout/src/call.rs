@@ -7,6 +7,7 @@ mod blame;
 mod body;
 mod deadline;
 mod outgoing;
+mod race;
 mod redirect;
 mod retry;
 mod shared;
@@ -41,7 +42,7 @@ pub(crate) use {
     body::read_whole,
     redirect::Redirects,
     retry::{Budget, retry_after},
-    shared::{Options, Shared, build_reqwest},
+    shared::{Options, Shared, build_reqwest, underneath},
 };
 
 /// How much of an unwanted body is read so that its connection can be used again.
@@ -106,6 +107,13 @@ struct Hop {
     breaker: Option<CircuitBreaker>,
     /// The redirects that led here.
     followed: u32,
+}
+
+/// What one request on its way holds.
+#[derive(Debug)]
+struct Leg {
+    admission: Option<BreakerPermit>,
+    permits: Permits,
 }
 
 /// An exchange that brought no response.
@@ -189,7 +197,7 @@ impl<'a> Call<'a> {
             if is_attempt {
                 self.count_attempt(token.take());
             }
-            let result = self.exchange().await;
+            let (result, Leg { admission, permits }) = self.send(Leg { admission, permits }).await;
             let (result, admission) = self.judge(result, admission);
             // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
             let next = self.next(&result);
@@ -264,9 +272,8 @@ impl<'a> Call<'a> {
     }
 
     /// Sends the request of this hop once.
-    async fn exchange(&mut self) -> Result<Response, Failed> {
+    async fn exchange(&self, mut request: Request, outgoing: &Outgoing) -> Result<Response, Failed> {
         let options = &self.client.options;
-        let mut request = self.hop.request();
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
@@ -275,22 +282,21 @@ impl<'a> Call<'a> {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
             within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
         }
-        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
         let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
-        match watched(self.reqwest.execute(request), patience, &outgoing).await {
+        match watched(self.reqwest.execute(request), patience, outgoing).await {
             Ok(Ok(response)) => {
                 origin.connections.answered(&response);
                 Ok(response)
             }
             Ok(Err(error)) => {
-                let verdict = blame::of_error(&error, &outgoing, &origin.connections);
+                let verdict = blame::of_error(&error, outgoing, &origin.connections);
                 Err(Failed { error: self.told(error), verdict })
             }
             Err(limit) => {
                 let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
-                let verdict = blame::of_timeout(limit, whole, started, &outgoing);
+                let verdict = blame::of_timeout(limit, whole, started, outgoing);
                 if !verdict.unsent {
                     origin.connections.timed_out();
                 }

@@ -15,6 +15,7 @@ use crate::{
     breaker::{CircuitBreaker, State},
     call::{Budget, Shared},
     error::RequestError,
+    hedge::Hedging,
 };
 
 pub use builder::TimeoutClientBuilder;
@@ -59,6 +60,8 @@ pub struct ClientMetrics {
     pub waiting: usize,
     /// Retries that were made, since the client was made.
     pub retries: u64,
+    /// Copies that were sent of requests whose answer was late, since the client was made; none without a hedge.
+    pub hedges: u64,
     /// Retries that the budget has left; none without a retry policy.
     pub retries_left: Option<f64>,
     /// Origins that the client knows.
@@ -282,6 +285,7 @@ impl TimeoutClient {
             waiting: self.shared.waiting(),
             retries: self.shared.budget.as_ref().map_or(0, Budget::retries_made),
             retries_left: self.shared.budget.as_ref().map(Budget::retries_left),
+            hedges: self.shared.hedging.as_ref().map_or(0, Hedging::made),
             origins: self.shared.origins.len(),
         }
     }

@@ -114,6 +114,7 @@ mod call;
 mod client;
 mod connections;
 mod error;
+mod hedge;
 mod limit;
 mod origins;
 
@@ -126,6 +127,7 @@ pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classif
 pub use call::{Attempts, Retry};
 pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
 pub use error::{BuildError, CallReport, Failure, Limit, Phase, RequestError};
+pub use hedge::Hedge;
 
 // The examples of the README compile.
 #[cfg(doctest)]

@@ -30,7 +30,8 @@
 //! ```
 //! use std::process::ExitCode;
 //! use std::time::Duration;
-//! use cancel_safe_shutdown::{Application, WorkerContext};
+//! use cancel_safe_shutdown::{Application, BoxError, WorkerContext};
+//! use tokio::net::TcpListener;
 //!
 //! async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
 //!     cx.cancelled().await;
@@ -38,13 +39,23 @@
 //!     Ok(())
 //! }
 //!
-//! async fn http(cx: WorkerContext) -> Result<(), std::io::Error> {
-//!     let connections = cx.group();
-//!     connections.spawn("connection 1", async { /* … */ }).map_err(std::io::Error::other)?;
-//!     cx.cancelled().await;
-//!     connections.wait().await;
-//!     Ok(())
+//! async fn http(cx: WorkerContext) -> Result<(), BoxError> {
+//!     let listener = TcpListener::bind("127.0.0.1:0").await?;
+//!     let connections = cx.discarding_group(); // Keeps no outcomes: it is here for months.
+//!     loop {
+//!         let (stream, peer) = tokio::select! {
+//!             () = cx.cancelled() => break,
+//!             accepted = listener.accept() => accepted?,
+//!         };
+//!         let name = format!("connection {peer}");
+//!         if connections.spawn_with(name, |cx| connection(stream, cx)).is_err() {
+//!             break; // Told to stop since.
+//!         }
+//!     }
+//!     let result = connections.wait().await; // No longer than the phase has time.
+//!     Ok(result.into_result().map(drop)?)
 //! }
+//! # async fn connection(_: tokio::net::TcpStream, _: WorkerContext) {}
 //!
 //! fn main() -> ExitCode {
 //!     let app = Application::new("billing")
@@ -72,6 +83,8 @@
 //! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
+//! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
+//! | a task of a group of a worker's panics | exit code 101, unless its outcome [was read](TaskGroup#panics-of-tasks) |
 //! | a task is spawned on a closed group | it comes back in the error, never polled |
 //! | any of these | each task is in the report exactly once |
 //!
@@ -90,8 +103,8 @@
 //! - Blocking closures that a worker starts without a group are not in the report; the worker that waits for one is.
 //!   After a clean stop they have 500 ms, within the budget, before the process ends.
 //! - With `panic = "abort"` a panic is the end.
-//! - The outcomes of a group are kept until they are asked for: read a long-lived group with
-//!   [`join_next`](TaskGroup::join_next).
+//! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
+//!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
 //!
 //! # Comparison
 //!
@@ -111,23 +124,31 @@
 //! The MSRV is 1.89; it is raised only in a minor release.
 
 mod application;
+mod ending;
 mod group;
+mod named;
 mod report;
 mod restart;
+mod result;
 mod roster;
+mod scope;
 mod signal;
 mod stop;
 mod supervisor;
 mod task;
+mod ticket;
 mod tree;
 mod voice;
 mod watchdog;
 mod worker;
 
 pub use application::{AppError, Application, Phase};
-pub use group::{Rejected, Straggler, TaskGroup, TaskGroupResult};
+pub use group::TaskGroup;
+pub use named::LiveTask;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
+pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
+pub use scope::BodyOutput;
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};

@@ -79,14 +79,15 @@ pub struct Report {
     elapsed: Duration,
     tasks: Vec<TaskReport>,
     unlisted: u64,
+    unnoticed_panics: u64,
     exit_code: u8,
 }
 
 impl Report {
     pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger) -> Self {
-        let (tasks, unlisted) = ledger.list();
-        let exit_code = exit_code(&reason, &tasks);
-        Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, exit_code }
+        let (tasks, unlisted, unnoticed_panics) = ledger.list();
+        let exit_code = exit_code(&reason, &tasks, unnoticed_panics);
+        Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, unnoticed_panics, exit_code }
     }
 
     pub(crate) fn set_exit_code(&mut self, code: u8) {
@@ -126,12 +127,14 @@ impl Report {
         self.tasks.iter().filter(|task| task.straggling.is_some())
     }
 
-    /// Returns whether every task ended by itself in time and no worker failed or panicked.
+    /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker's has
+    /// panicked unnoticed.
     pub fn is_clean(&self) -> bool {
-        exit_code(&self.reason, &self.tasks) == EXIT_CLEAN
+        exit_code(&self.reason, &self.tasks, self.unnoticed_panics) == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic, 70 if the deadline passed with
+    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic of a
+    /// worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with
     /// a task still alive, 71 if the application could not start, 128 + n when a second signal n cut it short; or what
     /// [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {
@@ -140,14 +143,14 @@ impl Report {
 }
 
 /// The worst that happened decides.
-fn exit_code(reason: &StopReason, tasks: &[TaskReport]) -> u8 {
+fn exit_code(reason: &StopReason, tasks: &[TaskReport], unnoticed_panics: u64) -> u8 {
     let worker =
         |ended: fn(&TaskOutcome<(), String>) -> bool| tasks.iter().any(|task| task.is_worker && ended(&task.outcome));
     if let StopReason::NotStarted { .. } = reason {
         EXIT_NOT_STARTED
     } else if tasks.iter().any(|task| task.straggling.is_some()) {
         EXIT_STRAGGLERS
-    } else if worker(TaskOutcome::is_panicked) {
+    } else if worker(TaskOutcome::is_panicked) || unnoticed_panics > 0 {
         EXIT_PANICKED
     } else if worker(TaskOutcome::is_failed) || matches!(reason, StopReason::NotReady { .. }) {
         EXIT_FAILED
@@ -182,6 +185,8 @@ struct Pages {
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
+    /// How many tasks, other than workers, have panicked without anybody having been told.
+    unnoticed_panics: u64,
 }
 
 impl Ledger {
@@ -195,6 +200,7 @@ impl Ledger {
             pages.workers.push(task);
             return true;
         }
+        pages.unnoticed_panics += u64::from(task.outcome.is_panicked());
         let orderly = matches!(task.outcome, TaskOutcome::Completed(()) | TaskOutcome::Cancelled);
         let page = if orderly { &mut pages.orderly } else { &mut pages.notable };
         page.push_back(task);
@@ -205,10 +211,16 @@ impl Ledger {
         true
     }
 
-    fn list(&self) -> (Vec<TaskReport>, u64) {
+    /// The outcomes of this many tasks that panicked have been read.
+    pub(crate) fn notice_panics(&self, count: u64) {
+        let mut pages = self.pages();
+        pages.unnoticed_panics = pages.unnoticed_panics.saturating_sub(count);
+    }
+
+    fn list(&self) -> (Vec<TaskReport>, u64, u64) {
         let pages = self.pages();
         let tasks = pages.workers.iter().chain(&pages.notable).chain(&pages.orderly).cloned().collect();
-        (tasks, pages.unlisted)
+        (tasks, pages.unlisted, pages.unnoticed_panics)
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

@@ -129,14 +129,8 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
 /// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
 pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
     let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
-    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).map(|slot| (slot.pulse(), slot)).collect();
-    if !slots.is_empty() {
-        tokio::time::sleep(SAMPLE).await;
-    }
-    for (earlier, slot) in &slots {
-        slot.cut(slot.judge(*earlier));
-        slot.abort();
-    }
+    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).collect();
+    abort_judged(slots.iter()).await;
     let settled = Instant::now() + SETTLE;
     for root in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
@@ -144,6 +138,24 @@ pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
     }
     for node in nodes {
         node.abandon();
+    }
+}
+
+/// Aborts these tasks, having noted what each was doing, and gives them the time to be dropped until `ended` is ready.
+pub(crate) async fn cut_tasks(slots: impl Iterator<Item = &Arc<Slot>>, ended: impl Future<Output = ()>) {
+    abort_judged(slots.filter(|slot| !slot.is_told())).await;
+    // Elapsed or not, the caller's next step is the same.
+    drop(tokio::time::timeout(SETTLE, ended).await);
+}
+
+async fn abort_judged(slots: impl Iterator<Item = &Arc<Slot>>) {
+    let slots: Vec<_> = slots.map(|slot| (slot.pulse(), slot)).collect();
+    if !slots.is_empty() {
+        tokio::time::sleep(SAMPLE).await;
+    }
+    for (earlier, slot) in slots {
+        slot.cut(slot.judge(earlier));
+        slot.abort();
     }
 }
 

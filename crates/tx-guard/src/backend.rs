@@ -142,7 +142,7 @@ pub trait Driver: Database {
     type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
-    type Canceller: Default + Clone + Send + Sync + 'static;
+    type Canceller: Cancels<Self>;
 
     /// Describes where the options lead to, without credentials.
     fn target(options: &Options<Self>) -> String;
@@ -196,17 +196,6 @@ pub trait Driver: Database {
         conn: &mut Self::Connection,
         known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
-
-    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
-    fn beside() -> Option<Handle> {
-        None
-    }
-
-    /// Opens what `cancel` needs ahead of its first use.
-    fn warm(
-        canceller: &Self::Canceller,
-        options: &Arc<Options<Self>>,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Begins a transaction, and only where there is none.
     fn begin(
@@ -278,25 +267,37 @@ pub trait Driver: Database {
     /// rolled back by it, but a rollback is still due.
     fn quiet(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// Interrupts what runs on the connection without waiting, where that can be done.
+    fn interrupt(_: &Self::Probe) {}
+}
+
+/// The way to what runs on a session, from outside. Sealed with [`Backend`].
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
+    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
+    fn beside() -> Option<Handle> {
+        None
+    }
+
+    /// Opens what [`signal`](Self::signal) needs ahead of its first use.
+    fn warm(&self, options: &Arc<Options<DB>>) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
     /// Signals the session of `probe` over another one. `Ok` means that a cancel cannot arrive after the next clean round
     /// trip of that session.
     fn signal(
-        canceller: &Self::Canceller,
-        options: &Arc<Options<Self>>,
+        &self,
+        options: &Arc<Options<DB>>,
         wanted: Wanted,
-        probe: &Self::Probe,
+        probe: &DB::Probe,
     ) -> impl Future<Output = Result<Activity, Unsignalled>> + Send;
 
     /// How long a message to the server and its answer take, as far as is known.
-    fn round_trip(_: &Self::Canceller) -> Duration {
+    fn round_trip(&self) -> Duration {
         Duration::ZERO
     }
 
-    /// Interrupts what runs on the connection without waiting, where that can be done.
-    fn interrupt(probe: &Self::Probe);
-
-    /// Closes what `warm` and `cancel` have opened.
-    fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
+    /// Closes what [`warm`](Self::warm) and [`signal`](Self::signal) have opened.
+    fn close(&self) -> impl Future<Output = ()> + Send;
 }
 
 /// What is wanted of a session.

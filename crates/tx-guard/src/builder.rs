@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
-use crate::backend::{Backend, CommitMode, Options};
+use crate::backend::{Backend, Cancels, CommitMode, Options};
 use crate::keeper;
 use crate::pooler::PoolerMode;
 use crate::reset::{Reset, is_name};
@@ -306,7 +306,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let limit = self.limits.connect_timeout;
         let first = shared.acquire(Instant::now() + limit.min(FOREVER), limit).await?;
         let target = || DB::target(&shared.options());
-        match timeout(limit, DB::warm(&shared.canceller, &shared.options())).await {
+        match timeout(limit, shared.canceller.warm(&shared.options())).await {
             Ok(Ok(())) => {}
             // It is not opened where it would take the place of a transaction.
             Ok(Err(error)) if DB::is_full(&error) => {}

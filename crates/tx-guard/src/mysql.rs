@@ -15,14 +15,13 @@ use sqlx::error::DatabaseError;
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, MySql, MySqlConnection, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
-    Unsignalled, Wanted, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback, Wanted,
+    depth,
 };
-use crate::canceller::{self, Canceller, Opened, Signals};
+use crate::canceller::{Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 use in_step::Answers;
@@ -209,14 +208,6 @@ impl Driver for MySql {
         Ok(Arc::new(Thread::new(identity, Ownership::Wrapped)))
     }
 
-    fn beside() -> Option<Handle> {
-        canceller::beside()
-    }
-
-    async fn warm(canceller: &Self::Canceller, options: &Arc<MySqlConnectOptions>) -> Result<(), sqlx::Error> {
-        canceller.warm(options).await
-    }
-
     async fn state(
         conn: &mut MySqlConnection,
         _: &Arc<Thread>,
@@ -344,26 +335,6 @@ impl Driver for MySql {
         }
         Ok(())
     }
-
-    async fn signal(
-        canceller: &Self::Canceller,
-        options: &Arc<MySqlConnectOptions>,
-        wanted: Wanted,
-        to: &Arc<Thread>,
-    ) -> Result<Activity, Unsignalled> {
-        canceller.signal(options, wanted, to.identity).await
-    }
-
-    fn round_trip(canceller: &Self::Canceller) -> Duration {
-        canceller.round_trip()
-    }
-
-    /// Only a round trip can do it.
-    fn interrupt(_: &Arc<Thread>) {}
-
-    async fn cool(canceller: &Self::Canceller) {
-        canceller.close().await;
-    }
 }
 
 impl Thread {
@@ -461,6 +432,10 @@ impl Signals for MySql {
 
     /// It looks before it kills.
     const TRIPS: u32 = 2;
+
+    fn session(thread: &Arc<Thread>) -> Identity {
+        thread.identity
+    }
 
     fn ran(conn: &mut MySqlConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
         uptime(conn).boxed()

@@ -9,7 +9,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout};
 
-use crate::backend::{Backend, CommitMode, Mode};
+use crate::backend::{Backend, Cancels, CommitMode, Mode};
 use crate::begin;
 use crate::builder::TxPoolBuilder;
 use crate::events::TxEvents;
@@ -184,7 +184,7 @@ impl<DB: Backend> TxPool<DB> {
             shared.work.close();
             shared.close_idle().await;
             shared.work.idle().await;
-            DB::cool(&shared.canceller).await;
+            shared.canceller.close().await;
         };
         // A farewell that does not fit into the grace is no transaction, so the counts alone are reported.
         drop(timeout(grace, finish).await);

@@ -11,7 +11,7 @@ use sqlx::Connection;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::backend::{Backend, Wanted, depth};
+use crate::backend::{Backend, Cancels, Wanted, depth};
 use crate::events::TxEvent;
 use crate::settings::FOREVER;
 use crate::settle;
@@ -163,7 +163,7 @@ async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket
         shared.teller.tell(TxEvent::SessionTerminated, ticket.tag);
         let (_, probe) = slot.parts();
         let options = shared.options();
-        let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
+        let terminated = shared.canceller.signal(&options, Wanted::Terminate, probe);
         // What cannot be ended from outside is ended by the server, when it sees that its client has gone.
         drop(timeout(limit, terminated).await);
     }

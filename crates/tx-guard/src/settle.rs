@@ -11,7 +11,7 @@ use futures_util::future::{Either, select};
 use tokio::time::timeout;
 
 use crate::TxError;
-use crate::backend::{Backend, Rollback, Wanted};
+use crate::backend::{Backend, Cancels, Rollback, Wanted};
 use crate::events::TxEvent;
 use crate::open::Open;
 use crate::outcome::CommitOutcome;
@@ -184,7 +184,7 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
     let (_, probe) = open.slot.parts();
     let options = shared.options();
-    let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
+    let terminated = shared.canceller.signal(&options, Wanted::Terminate, probe);
     matches!(timeout(shared.limits.settle_timeout, terminated).await, Ok(Ok(_)))
 }
 

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::backend::{Backend, CommitMode, Options};
+use crate::backend::{Backend, Cancels, CommitMode, Options};
 use crate::drive::Driven;
 use crate::events::Teller;
 use crate::metrics::{Closed, Counters, Metrics};
@@ -216,7 +216,7 @@ impl<DB: Backend> Shared<DB> {
         };
         let mut opened = open().await;
         if opened.as_ref().is_err_and(DB::is_full) {
-            DB::cool(&self.canceller).await;
+            self.canceller.close().await;
             for _ in 0..ROOM_ATTEMPTS {
                 opened = open().await;
                 if !opened.as_ref().is_err_and(DB::is_full) {

@@ -15,7 +15,7 @@ use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Activity, Backend, Cancels, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
     Unsignalled, Wanted, depth,
 };
 use crate::pooler::PoolerMode;
@@ -125,10 +125,6 @@ impl Driver for Sqlite {
 
     async fn recognise(conn: &mut SqliteConnection, (): &()) -> Result<Arc<Hooks>, sqlx::Error> {
         Self::probe(conn, PoolerMode::None, None).await
-    }
-
-    async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
-        Ok(())
     }
 
     /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
@@ -250,23 +246,30 @@ impl Driver for Sqlite {
         conn.ping().await
     }
 
+    fn interrupt(hooks: &Arc<Hooks>) {
+        hooks.cancel.store(true, Ordering::Relaxed);
+    }
+}
+
+/// What runs here can be reached without a way.
+impl Cancels<Sqlite> for () {
+    async fn warm(&self, _: &Arc<SqliteConnectOptions>) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
+
     async fn signal(
-        (): &(),
-        _: &Arc<Options<Self>>,
+        &self,
+        _: &Arc<SqliteConnectOptions>,
         wanted: Wanted,
         hooks: &Arc<Hooks>,
     ) -> Result<Activity, Unsignalled> {
         if wanted != Wanted::Look {
-            Self::interrupt(hooks);
+            Sqlite::interrupt(hooks);
         }
         Ok(Activity::Unseen)
     }
 
-    fn interrupt(hooks: &Arc<Hooks>) {
-        hooks.cancel.store(true, Ordering::Relaxed);
-    }
-
-    async fn cool((): &()) {}
+    async fn close(&self) {}
 }
 
 /// An answer of the database, even a refusal, shows that the connection works.

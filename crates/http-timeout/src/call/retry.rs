@@ -107,9 +107,14 @@ impl Retry {
         self
     }
 
+    /// Whether any call is tried again.
+    pub(crate) fn is_some(&self) -> bool {
+        self.attempts > 1
+    }
+
     /// The budget of a client; none if there is nothing to pay for.
     pub(crate) fn budget_of_client(&self) -> Option<Budget> {
-        (self.attempts > 1).then(|| Budget::new(self))
+        self.is_some().then(|| Budget::new(self))
     }
 
     /// What is wrong with the options, if anything.

@@ -8,6 +8,7 @@ mod cuts;
 mod errors;
 mod faults;
 mod happy;
+mod hedge;
 mod http2;
 mod judged;
 #[cfg(feature = "tower")]

@@ -161,7 +161,7 @@ async fn blocks_in_a_group(cx: WorkerContext) {
     };
     group.spawn_blocking("hash", hash).unwrap();
     cx.cancelled().await;
-    group.wait().await;
+    drop(group.wait().await);
 }
 
 async fn blocks_elsewhere(_: WorkerContext) {

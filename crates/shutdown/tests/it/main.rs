@@ -6,8 +6,10 @@ mod cancel;
 mod cancel_serve;
 mod child;
 mod group;
+mod named;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
+mod structure;
 mod worker;
 
 use std::sync::Arc;
