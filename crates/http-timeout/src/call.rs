@@ -6,7 +6,6 @@
 mod blame;
 mod body;
 mod deadline;
-mod outgoing;
 mod race;
 mod redirect;
 mod retry;
@@ -22,12 +21,11 @@ use reqwest::{Request, Response};
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    breaker::{BreakerPermit, CircuitBreaker, Class},
+    breaker::{BreakerPermit, CircuitBreaker, Class, State},
     call::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
         deadline::{Deadline, Patience, watched, within},
-        outgoing::Outgoing,
         redirect::Refused,
         retry::Token,
     },
@@ -35,6 +33,7 @@ use crate::{
     error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
     origins::Origin,
+    outgoing::Outgoing,
 };
 
 pub use retry::Retry;
@@ -283,7 +282,8 @@ impl<'a> Call<'a> {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
         let origin = &self.hop.origin;
-        if origin.connections.take_silent() {
+        let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
+        if origin.connections.take_silent(is_probe) {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
             let given_up = Box::pin(give_up(&self.reqwest, request.url()));
             within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), given_up).await;
@@ -291,21 +291,22 @@ impl<'a> Call<'a> {
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
         let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
+        let waiting = origin.connections.wait(outgoing);
         match watched(self.reqwest.execute(request), patience, outgoing).await {
             Ok(Ok(response)) => {
+                waiting.end();
                 origin.connections.answered(&response);
                 Ok(response)
             }
             Ok(Err(error)) => {
+                waiting.end();
                 let verdict = blame::of_error(&error, outgoing, &origin.connections);
                 Err(Failed { error: self.told(error), verdict })
             }
             Err(limit) => {
                 let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
                 let verdict = blame::of_timeout(limit, whole, started, outgoing);
-                if !verdict.unsent {
-                    origin.connections.timed_out();
-                }
+                waiting.timed_out();
                 let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
                 Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
             }

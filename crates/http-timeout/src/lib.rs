@@ -117,6 +117,7 @@ mod error;
 mod hedge;
 mod limit;
 mod origins;
+mod outgoing;
 
 pub use breaker::{
     BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,

@@ -159,6 +159,8 @@ pub enum StragglerState {
     ParkedAtAwait,
     /// It is a blocking closure, which only its own return can end.
     BlockingClosure,
+    /// It never heard of its stop: other work held every thread of the runtime from then on.
+    Starved,
 }
 
 impl fmt::Display for StragglerState {
@@ -167,6 +169,7 @@ impl fmt::Display for StragglerState {
             Self::BlockedInPoll => "blocked inside a poll",
             Self::ParkedAtAwait => "parked at an await",
             Self::BlockingClosure => "inside a blocking closure",
+            Self::Starved => "starved: the runtime ran nothing after it was told to stop",
         })
     }
 }
@@ -253,12 +256,13 @@ impl Slot {
         self.pulse.load(Ordering::Relaxed)
     }
 
-    /// What the task is doing, given its pulse some milliseconds ago.
-    pub(crate) fn judge(&self, earlier: u32) -> StragglerState {
+    /// What the task is doing, given its pulse some milliseconds ago and whether its runtime runs nothing.
+    pub(crate) fn judge(&self, earlier: u32, starved: bool) -> StragglerState {
         let now = self.pulse();
         match self.kind {
             Kind::Blocking => StragglerState::BlockingClosure,
             Kind::Plain | Kind::Contextual if now == earlier && now % 2 == 1 => StragglerState::BlockedInPoll,
+            Kind::Plain | Kind::Contextual if starved => StragglerState::Starved,
             Kind::Plain | Kind::Contextual => StragglerState::ParkedAtAwait,
         }
     }

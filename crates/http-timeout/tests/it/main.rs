@@ -5,6 +5,7 @@ mod blame;
 mod breaker;
 mod cancel;
 mod cuts;
+mod drops;
 mod errors;
 mod faults;
 mod happy;

@@ -18,28 +18,28 @@ const QUIET: Duration = Duration::from_millis(1050);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
-struct Program {
+pub(crate) struct Program {
     child: Child,
     lines: Receiver<String>,
     stderr: String,
 }
 
 /// How a program ended.
-struct Exit {
-    code: Option<i32>,
+pub(crate) struct Exit {
+    pub(crate) code: Option<i32>,
     elapsed: Duration,
-    stderr: String,
+    pub(crate) stderr: String,
 }
 
 impl Program {
     /// Starts a program and waits until it is ready.
-    fn ready(name: &str) -> Self {
+    pub(crate) fn ready(name: &str) -> Self {
         let mut program = Self::start(name);
         program.wait_for("READY");
         program
     }
 
-    fn start(name: &str) -> Self {
+    pub(crate) fn start(name: &str) -> Self {
         Self::spawn(name, Command::new(std::env::current_exe().unwrap()))
     }
 
@@ -90,14 +90,14 @@ impl Program {
     }
 
     /// Sends a signal and waits for the end.
-    fn end_by(self, signal: Signal) -> Exit {
+    pub(crate) fn end_by(self, signal: Signal) -> Exit {
         let sent = Instant::now();
         self.send(signal);
         self.end(sent)
     }
 
     /// Waits for the end, which closes the standard error.
-    fn end(mut self, since: Instant) -> Exit {
+    pub(crate) fn end(mut self, since: Instant) -> Exit {
         drop(self.child.stdin.take());
         loop {
             match self.lines.recv_timeout(PATIENCE) {
@@ -124,7 +124,7 @@ impl Drop for Program {
 impl Exit {
     /// Asserts the code and each of the texts in what was reported.
     #[track_caller]
-    fn assert(&self, code: i32, texts: &[&str]) {
+    pub(crate) fn assert(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, Some(code), "{}", self.stderr);
         for text in texts {
             assert!(self.stderr.contains(text), "no {text:?} in {}", self.stderr);
@@ -133,7 +133,7 @@ impl Exit {
 
     /// Asserts that the deadline was waited for and then kept.
     #[track_caller]
-    fn assert_by_deadline(&self) {
+    pub(crate) fn assert_by_deadline(&self) {
         println!("{:?} past the deadline", self.elapsed.saturating_sub(DEADLINE));
         assert!(self.elapsed >= DEADLINE, "ended after {:?}, before its deadline", self.elapsed);
         assert!(self.elapsed < PATIENCE, "ended after {:?}", self.elapsed);
