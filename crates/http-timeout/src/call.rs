@@ -6,6 +6,7 @@
 mod blame;
 mod body;
 mod deadline;
+mod hop;
 mod race;
 mod redirect;
 mod retry;
@@ -26,13 +27,13 @@ use crate::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
         deadline::{Deadline, Patience, watched, within},
+        hop::Hop,
         redirect::Refused,
         retry::Token,
     },
     connections::give_up,
     error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
-    origins::Origin,
     outgoing::Outgoing,
 };
 
@@ -94,21 +95,6 @@ pub(crate) struct Call<'a> {
     start: Option<Box<Hop>>,
 }
 
-/// A request as it goes to one origin: the caller's own, or one that a redirect asked for.
-#[derive(Debug)]
-struct Hop {
-    subject: Subject,
-    /// Without its body if that could be sent only once, and was.
-    request: Request,
-    body_is_gone: bool,
-    /// Whether sending it twice is the same as once.
-    repeatable: bool,
-    origin: Arc<Origin>,
-    breaker: Option<CircuitBreaker>,
-    /// The redirects that led here.
-    followed: u32,
-}
-
 /// What one request on its way holds.
 #[derive(Debug)]
 struct Leg {
@@ -134,34 +120,6 @@ enum Next<'a> {
         at: Instant,
         token: Token<'a>,
     },
-}
-
-impl Hop {
-    fn new(client: &Shared, request: Request, subject: Subject, idempotent: bool, followed: u32) -> Self {
-        let repeatable =
-            idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
-        let origin = client.origins.of(request.url());
-        let breaker = client.origins.breaker(&request, &origin);
-        Self { subject, request, body_is_gone: false, repeatable, origin, breaker, followed }
-    }
-
-    /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.
-    fn request(&mut self) -> Request {
-        if let Some(copy) = self.request.try_clone() {
-            return copy;
-        }
-        let body = self.request.body_mut().take();
-        self.body_is_gone = true;
-        let mut request = self.request.try_clone().expect("a request without a body can be copied");
-        *request.body_mut() = body;
-        request
-    }
-
-    /// Whether it can be sent again, and its origin would take it.
-    fn may_repeat(&self, unsent: bool) -> bool {
-        let refuses = self.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some());
-        (self.repeatable || unsent) && !self.body_is_gone && !refuses
-    }
 }
 
 impl<'a> Call<'a> {
