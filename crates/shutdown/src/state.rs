@@ -92,7 +92,8 @@ impl Core {
         // A token that is cancelled without a reason was cancelled through the handle, and that came first.
         let reason = if self.stop.token().is_cancelled() { StopReason::Requested } else { reason };
         // Whoever is told to stop finds that no more work is to come.
-        self.readiness.send_replace(Readiness::Stopping);
+        self.readiness
+            .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Stopping) != Readiness::Stopping);
         // Before anybody hears of the stop: once somebody has, its deadline is kept.
         self.ending.begin(after(self.terms.budget).into_std());
         if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.terms.budget) }) {
