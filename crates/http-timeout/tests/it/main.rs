@@ -8,6 +8,7 @@ mod cuts;
 mod faults;
 mod happy;
 mod http2;
+mod interleavings;
 mod judged;
 #[cfg(feature = "tower")]
 mod layer;
