@@ -29,7 +29,7 @@ mod window;
 #[expect(unreachable_pub, reason = "the library publishes what is private here")]
 mod word;
 
-use circuit::{Admission, Circuit, Ending, Refused, Rules};
+use circuit::{Admission, Circuit, Ending, Refused, Rules, Times};
 use probes::ProbeRules;
 use window::{Counts, Nanos, Span};
 use word::State;
@@ -153,6 +153,10 @@ fn circuit(rules: Rules) -> Arc<Circuit> {
 }
 
 fn admit(circuit: &Circuit, now: Nanos) -> Option<Admission> {
+    let closed = circuit.admit_closed(|| now);
+    if closed.is_some() {
+        return closed;
+    }
     match circuit.admit(now) {
         Ok((admission, _)) => Some(admission),
         Err(Refused::Wait(_)) => None,
@@ -163,10 +167,12 @@ fn admit(circuit: &Circuit, now: Nanos) -> Option<Admission> {
 /// Ends a call on another thread; whether that changed the state.
 fn ending(circuit: &Arc<Circuit>, admission: Admission, ending: Ending, now: Nanos) -> JoinHandle<bool> {
     let circuit = Arc::clone(circuit);
-    thread::spawn(move || circuit.finish(admission, ending, || now).is_some())
+    thread::spawn(move || finish(&circuit, admission, ending, now))
 }
 
-const WELL: Ending = Ending::Success { body: 0 };
+fn finish(circuit: &Circuit, admission: Admission, ending: Ending, now: Nanos) -> bool {
+    circuit.finish(&admission, ending, Times::until(now, &admission)).is_some()
+}
 
 /// Runs `model` once for each interleaving in which no more than `preemptions` times a thread is stopped that could go on.
 fn interleave(fault: Fault, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
@@ -180,7 +186,6 @@ fn interleave(fault: Fault, preemptions: usize, model: impl Fn() + Send + Sync +
         model();
     });
     let runs = runs.load(Relaxed);
-    eprintln!("{runs} interleavings");
     assert!(runs > 10, "only {runs} interleavings: the model lets its threads do too little");
 }
 
@@ -189,7 +194,7 @@ fn failures_beside_each_other() {
     let circuit = circuit(Rules { consecutive_failures: Some(3), ..rules() });
     let [a, b, c] = [(); 3].map(|()| admit(&circuit, 0).unwrap());
     let others = [ending(&circuit, a, Ending::Failure, 1), ending(&circuit, b, Ending::Failure, 1)];
-    let mut changes = u32::from(circuit.finish(c, Ending::Failure, || 1).is_some());
+    let mut changes = u32::from(finish(&circuit, c, Ending::Failure, 1));
     changes += others.into_iter().map(|other| u32::from(other.join().unwrap())).sum::<u32>();
     let seen = circuit.snapshot(1);
     assert_eq!((seen.state, seen.trips, changes), (State::Open, 1, 1), "a failure was lost");
@@ -201,7 +206,7 @@ fn a_failure_beside_the_success_that_completes_the_minimum() {
     let [a, b] = [(); 2].map(|()| admit(&circuit, 0).unwrap());
     let other = ending(&circuit, a, Ending::Failure, 1);
     sync::set_thread_index(1);
-    circuit.finish(b, WELL, || 1);
+    finish(&circuit, b, Ending::Success, 1);
     other.join().unwrap();
     assert_eq!(circuit.state(), State::Open, "nobody has seen both");
 }
@@ -209,7 +214,7 @@ fn a_failure_beside_the_success_that_completes_the_minimum() {
 /// Two calls ask to be the one probe.
 fn probes_beside_each_other() {
     let circuit = circuit(Rules { consecutive_failures: Some(1), ..rules() });
-    circuit.finish(admit(&circuit, 0).unwrap(), Ending::Failure, || 0);
+    finish(&circuit, admit(&circuit, 0).unwrap(), Ending::Failure, 0);
     let other = {
         let circuit = Arc::clone(&circuit);
         thread::spawn(move || admit(&circuit, SECOND).is_some())
@@ -223,9 +228,9 @@ fn probes_beside_each_other() {
 fn results_beside_a_reset() {
     let circuit = circuit(Rules { consecutive_failures: Some(1), ..rules() });
     let [stale, failing] = [(); 2].map(|()| admit(&circuit, 0).unwrap());
-    circuit.finish(failing, Ending::Failure, || 0);
+    finish(&circuit, failing, Ending::Failure, 0);
     let probe = admit(&circuit, SECOND).unwrap();
-    let others = [ending(&circuit, stale, Ending::Failure, SECOND), ending(&circuit, probe, WELL, SECOND)];
+    let others = [ending(&circuit, stale, Ending::Failure, SECOND), ending(&circuit, probe, Ending::Success, SECOND)];
     circuit.reset();
     others.into_iter().for_each(|other| drop(other.join()));
     let seen = circuit.snapshot(SECOND);
@@ -237,7 +242,7 @@ fn results_beside_a_reset() {
 fn results_beside_an_isolation() {
     let circuit = circuit(Rules { consecutive_failures: Some(1), ..rules() });
     let [a, b] = [(); 2].map(|()| admit(&circuit, 0).unwrap());
-    let others = [ending(&circuit, a, Ending::Failure, 0), ending(&circuit, b, WELL, 0)];
+    let others = [ending(&circuit, a, Ending::Failure, 0), ending(&circuit, b, Ending::Success, 0)];
     circuit.isolate();
     others.into_iter().for_each(|other| drop(other.join()));
     assert_eq!(circuit.state(), State::Isolated, "a result has taken back an operator's word");
@@ -248,12 +253,12 @@ fn a_cut_beside_an_answer() {
     let circuit = circuit(rules());
     let cut = |since: Nanos| {
         let admission = admit(&circuit, since).unwrap();
-        circuit.finish(admission, Ending::Cut { quiet: None }, || since + SECOND / 2);
+        finish(&circuit, admission, Ending::Cut, since + SECOND / 2);
     };
     (0..4).for_each(|_| cut(0));
     let [a, b] = [(); 2].map(|()| admit(&circuit, SECOND / 2).unwrap());
-    let other = ending(&circuit, a, WELL, 2 * SECOND);
-    circuit.finish(b, Ending::Cut { quiet: None }, || 2 * SECOND);
+    let other = ending(&circuit, a, Ending::Success, 2 * SECOND);
+    finish(&circuit, b, Ending::Cut, 2 * SECOND);
     other.join().unwrap();
     if circuit.state() == State::Closed {
         // The answer came first, or between: what was cut before it is forgotten.
@@ -266,9 +271,9 @@ fn a_cut_beside_an_answer() {
 fn successes_beside_the_slide_of_the_window() {
     let circuit = circuit(rules());
     let [a, b, c] = [(); 3].map(|()| admit(&circuit, 0).unwrap());
-    let others = [ending(&circuit, a, WELL, SECOND - 1), ending(&circuit, b, Ending::Failure, SECOND + 1)];
+    let others = [ending(&circuit, a, Ending::Success, SECOND - 1), ending(&circuit, b, Ending::Failure, SECOND + 1)];
     sync::set_thread_index(1);
-    circuit.finish(c, WELL, || SECOND);
+    finish(&circuit, c, Ending::Success, SECOND);
     others.into_iter().for_each(|other| drop(other.join()));
     let seen = circuit.snapshot(2 * SECOND);
     assert_eq!(seen.counts, Counts { calls: 3, failures: 1, slow: 0 }, "a result was lost or counted twice");
