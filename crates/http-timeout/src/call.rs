@@ -6,7 +6,7 @@
 mod blame;
 mod body;
 mod deadline;
-mod outgoing;
+mod race;
 mod redirect;
 mod retry;
 mod shared;
@@ -21,12 +21,11 @@ use reqwest::{Request, Response};
 use tokio::time::{Instant, sleep_until};
 
 use crate::{
-    breaker::{BreakerPermit, CircuitBreaker, Class},
+    breaker::{BreakerPermit, CircuitBreaker, Class, State},
     call::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
         deadline::{Deadline, Patience, watched, within},
-        outgoing::Outgoing,
         redirect::Refused,
         retry::Token,
     },
@@ -34,6 +33,7 @@ use crate::{
     error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
     origins::Origin,
+    outgoing::Outgoing,
 };
 
 pub use retry::Retry;
@@ -41,7 +41,7 @@ pub(crate) use {
     body::read_whole,
     redirect::Redirects,
     retry::{Budget, retry_after},
-    shared::{Options, Shared, build_reqwest},
+    shared::{Options, Shared, build_reqwest, underneath},
 };
 
 /// How much of an unwanted body is read so that its connection can be used again.
@@ -106,6 +106,13 @@ struct Hop {
     breaker: Option<CircuitBreaker>,
     /// The redirects that led here.
     followed: u32,
+}
+
+/// What one request on its way holds.
+#[derive(Debug)]
+struct Leg {
+    admission: Option<BreakerPermit>,
+    permits: Permits,
 }
 
 /// An exchange that brought no response.
@@ -189,7 +196,7 @@ impl<'a> Call<'a> {
             if is_attempt {
                 self.count_attempt(token.take());
             }
-            let result = self.exchange().await;
+            let (result, Leg { admission, permits }) = self.send(Leg { admission, permits }).await;
             let (result, admission) = self.judge(result, admission);
             // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
             let next = self.next(&result);
@@ -264,36 +271,36 @@ impl<'a> Call<'a> {
     }
 
     /// Sends the request of this hop once.
-    async fn exchange(&mut self) -> Result<Response, Failed> {
+    async fn exchange(&self, mut request: Request, outgoing: &Outgoing) -> Result<Response, Failed> {
         let options = &self.client.options;
-        let mut request = self.hop.request();
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
         let origin = &self.hop.origin;
-        if origin.connections.take_silent() {
+        let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
+        if origin.connections.take_silent(is_probe) {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
             within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
         }
-        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
         let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
-        match watched(self.reqwest.execute(request), patience, &outgoing).await {
+        let waiting = origin.connections.wait(outgoing);
+        match watched(self.reqwest.execute(request), patience, outgoing).await {
             Ok(Ok(response)) => {
+                waiting.end();
                 origin.connections.answered(&response);
                 Ok(response)
             }
             Ok(Err(error)) => {
-                let verdict = blame::of_error(&error, &outgoing, &origin.connections);
+                waiting.end();
+                let verdict = blame::of_error(&error, outgoing, &origin.connections);
                 Err(Failed { error: self.told(error), verdict })
             }
             Err(limit) => {
                 let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
-                let verdict = blame::of_timeout(limit, whole, started, &outgoing);
-                if !verdict.unsent {
-                    origin.connections.timed_out();
-                }
+                let verdict = blame::of_timeout(limit, whole, started, outgoing);
+                waiting.timed_out();
                 let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
                 Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
             }

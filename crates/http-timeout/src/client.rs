@@ -15,6 +15,7 @@ use crate::{
     breaker::{CircuitBreaker, State},
     call::{Budget, Shared},
     error::RequestError,
+    hedge::Hedging,
 };
 
 pub use builder::TimeoutClientBuilder;
@@ -59,6 +60,8 @@ pub struct ClientMetrics {
     pub waiting: usize,
     /// Retries that were made, since the client was made.
     pub retries: u64,
+    /// Copies that were sent of requests whose answer was late, since the client was made; none without a hedge.
+    pub hedges: u64,
     /// Retries that the budget has left; none without a retry policy.
     pub retries_left: Option<f64>,
     /// Origins that the client knows.
@@ -140,6 +143,75 @@ impl TimeoutClient {
     /// # Errors
     ///
     /// As [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
+    ///
+    /// # Examples
+    ///
+    /// Three services at once, a limit for each and one for all. What came in time is used, and the rest is named:
+    /// `try_join!` and a timeout around it would throw away what is there.
+    ///
+    /// ```
+    /// # use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpListener};
+    /// # async fn serve() -> std::io::Result<String> {
+    /// #     let listener = TcpListener::bind("127.0.0.1:0").await?;
+    /// #     let base = format!("http://{}", listener.local_addr()?);
+    /// #     tokio::spawn(async move {
+    /// #         while let Ok((mut socket, _)) = listener.accept().await {
+    /// #             tokio::spawn(async move {
+    /// #                 let mut head = [0; 1024];
+    /// #                 let length = socket.read(&mut head).await.unwrap();
+    /// #                 let head = String::from_utf8_lossy(&head[..length]);
+    /// #                 let body = match head.split('/').nth(3) {
+    /// #                     Some(part) if part.starts_with("posts") => std::future::pending().await,
+    /// #                     Some(part) if part.starts_with("friends") => "[8, 9]",
+    /// #                     _ => r#"{"name": "Ada"}"#,
+    /// #                 };
+    /// #                 let answer = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    /// #                 socket.write(answer.as_bytes()).await.unwrap();
+    /// #             });
+    /// #         }
+    /// #     });
+    /// #     Ok(base)
+    /// # }
+    /// use std::{collections::BTreeMap, time::Duration};
+    /// use cancel_safe_http_timeout::{RequestError, TimeoutClient};
+    /// use serde::de::DeserializeOwned;
+    ///
+    /// struct UserData {
+    ///     profile: Result<BTreeMap<String, String>, RequestError>,
+    ///     posts: Result<Vec<String>, RequestError>,
+    ///     friends: Result<Vec<u64>, RequestError>,
+    /// }
+    ///
+    /// async fn part<T: DeserializeOwned>(
+    ///     client: &TimeoutClient,
+    ///     url: String,
+    ///     limit: Duration,
+    /// ) -> Result<T, RequestError> {
+    ///     Ok(client.get_with_timeout(url, Some(limit)).await?.json().await?)
+    /// }
+    ///
+    /// async fn aggregate_user_data(client: &TimeoutClient, base: &str, id: u64) -> UserData {
+    ///     let all = Duration::from_secs(5);
+    ///     let limit = |own: Duration| own.min(all);
+    ///     let (profile, posts, friends) = tokio::join!(
+    ///         part(client, format!("{base}/users/{id}"), limit(Duration::from_secs(2))),
+    ///         part(client, format!("{base}/users/{id}/posts"), limit(Duration::from_millis(300))),
+    ///         part(client, format!("{base}/users/{id}/friends"), limit(Duration::from_secs(9))),
+    ///     );
+    ///     UserData { profile, posts, friends }
+    /// }
+    ///
+    /// # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let base = serve().await?;
+    /// let client = TimeoutClient::new(Duration::from_secs(5), 100);
+    /// let user = aggregate_user_data(&client, &base, 7).await;
+    /// assert_eq!(user.profile?["name"], "Ada");
+    /// assert_eq!(user.friends?, [8, 9]);
+    /// // GET http://…/users/7/posts: timed out while waiting for the response after 1 attempt in
+    /// // 300 ms: `timeout` has passed
+    /// assert!(user.posts.is_err_and(|error| error.is_timeout()));
+    /// # Ok(()) }
+    /// ```
     pub async fn get_with_timeout(
         &self,
         url: impl IntoUrl,
@@ -213,6 +285,7 @@ impl TimeoutClient {
             waiting: self.shared.waiting(),
             retries: self.shared.budget.as_ref().map_or(0, Budget::retries_made),
             retries_left: self.shared.budget.as_ref().map(Budget::retries_left),
+            hedges: self.shared.hedging.as_ref().map_or(0, Hedging::made),
             origins: self.shared.origins.len(),
         }
     }

@@ -69,13 +69,16 @@
 //! | a request that is not idempotent fails | it was sent once, unless it is declared idempotent, has an `Idempotency-Key`, or provably was not sent |
 //! | a server is dead | attempts ≤ calls × 1.2 + 10 |
 //! | a body is larger than the cap | reading it fails, at once if its length was announced |
+//! | a redirect leads to another origin | that origin's breaker and limit decide, and it is told no secret of the first |
 //!
 //! # Limitations
 //!
 //! - Whether a server saw a request whose call was dropped or timed out cannot be known; no client can.
 //! - A response that is neither read nor dropped holds its permits, beyond the deadline too: nothing polls it.
-//! - Redirects are reqwest's. A stop on the way is charged to the origin that was to answer there, except through a
-//!   [reqwest client of your own](TimeoutClientBuilder::reqwest): it does not tell which stop could not be reached.
+//! - A redirect that asks for a streamed body again is an error: the body is gone. One that is answered while the upload
+//!   is still under way can be lost with the connection, as in reqwest.
+//! - A [reqwest client of your own](TimeoutClientBuilder::reqwest) follows redirects past these guarantees, unless it is
+//!   told not to.
 //! - What the kernels have buffered of an upload counts as taken by the peer: on loopback 3 to 4 MiB (measured; Linux's
 //!   `tcp_wmem` and `tcp_rmem` set it), which they ask to refill in steps of a third. A peer so slow that such a step takes
 //!   longer than the idle timeout is cut although it reads; nobody is charged for that.
@@ -95,6 +98,7 @@
 //!
 //! # Features
 //!
+//! - `multipart`: forms of several parts.
 //! - `tower`: the breaker as a layer.
 //! - `tracing`: changes of state and retries as events.
 //!
@@ -109,8 +113,10 @@ mod call;
 mod client;
 mod connections;
 mod error;
+mod hedge;
 mod limit;
 mod origins;
+mod outgoing;
 
 pub use breaker::{
     BreakerConfig, BreakerConfigBuilder, BreakerError, BreakerMap, BreakerMetrics, BreakerPermit, BreakerWindow,
@@ -121,6 +127,7 @@ pub use breaker::{BreakerFuture, BreakerLayer, BreakerService, ByResult, Classif
 pub use call::{Attempts, Retry};
 pub use client::{ClientMetrics, FetchMany, Fetched, RequestBuilder, TimeoutClient, TimeoutClientBuilder};
 pub use error::{BuildError, CallReport, Failure, Limit, Phase, RequestError};
+pub use hedge::Hedge;
 
 // The examples of the README compile.
 #[cfg(doctest)]

@@ -41,6 +41,15 @@ impl Permits {
         };
         Ok(Self { _client: client.enter().await?, _origin: of_origin })
     }
+
+    /// Does not wait.
+    pub(crate) fn try_acquire(client: &Gate, origin: Option<&Gate>) -> Option<Self> {
+        let of_origin = match origin {
+            Some(gate) => Some(gate.try_enter()?),
+            None => None,
+        };
+        Some(Self { _client: client.try_enter()?, _origin: of_origin })
+    }
 }
 
 impl Gate {
@@ -51,12 +60,16 @@ impl Gate {
 
     async fn enter(&self) -> Result<OwnedSemaphorePermit, Full> {
         // Free permits exist only while nobody waits, so this does not jump the queue.
-        if let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() {
+        if let Some(permit) = self.try_enter() {
             return Ok(permit);
         }
         let _queued = self.queue()?;
         let permit = Arc::clone(&self.permits).acquire_owned().await;
         Ok(permit.expect("the semaphore is open: nothing in this crate closes one"))
+    }
+
+    fn try_enter(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.permits).try_acquire_owned().ok()
     }
 
     fn queue(&self) -> Result<Queued<'_>, Full> {

@@ -7,7 +7,7 @@ use std::{
     borrow::Cow,
     fmt,
     num::NonZeroUsize,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, OnceLock},
 };
 
 use reqwest::{Request, Response, StatusCode};
@@ -16,6 +16,7 @@ use url::{Position, Url};
 use crate::{
     breaker::{BreakerConfig, BreakerMap, CircuitBreaker, Class, Loss, Lru, lock},
     connections::Connections,
+    hedge::Pace,
     limit::Gate,
 };
 
@@ -70,6 +71,8 @@ pub(crate) struct Origin {
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) gate: Option<Gate>,
     pub(crate) connections: Connections,
+    /// How long its answers take, which only hedging asks.
+    pub(crate) pace: OnceLock<Box<Pace>>,
 }
 
 /// The origins of one client.
@@ -99,6 +102,7 @@ impl Origins {
                 breaker: config.map(CircuitBreaker::new),
                 gate: self.gate.map(|(concurrency, max_waiting)| Gate::new(concurrency, max_waiting)),
                 connections: Connections::default(),
+                pace: OnceLock::new(),
             })
         };
         Arc::clone(lock(&self.known).get_or_insert(name.as_ref(), make, loss))

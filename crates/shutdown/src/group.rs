@@ -3,21 +3,20 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::report::{Ledger, say};
-use crate::roster::{Ended, Recorder, Roster, Ticket, Tracked};
-use crate::stop::{StopReason, Stopping, after};
-use crate::task::{BoxError, Kind, Slot, StragglerState, TaskOutcome, TaskOutput, guarded};
-use crate::tree::{Node, abort_tree, bounded, finished, stop_tree};
+use crate::result::{Rejected, TaskCounts};
+use crate::roster::{Recorder, Roster, Rules};
+use crate::stop::{StopReason, Stopping};
+use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
+use crate::ticket::{Ticket, Tracked};
+use crate::tree::{Node, abort_tree, bounded, stop_tree};
 use crate::worker::WorkerContext;
-
-/// How long tasks with a context may take after a cancel: 10 seconds, unless [`TaskGroup::grace`] says otherwise.
-const DEFAULT_GRACE: Duration = Duration::from_secs(10);
 
 /// The length in bytes of a group's path from which on only its own name is shown.
 const LONGEST_PATH: usize = 256;
@@ -26,7 +25,15 @@ const LONGEST_PATH: usize = 256;
 ///
 /// Dropping it cancels its tasks and those of the groups below it without any grace: futures at their next await,
 /// blocking closures only if they have not begun. The outcome of each task is kept until it is asked for with
-/// [`join_next`](Self::join_next), [`wait`](Self::wait) or [`shutdown`](Self::shutdown).
+/// [`join_next`](Self::join_next), [`wait`](Self::wait) or [`shutdown`](Self::shutdown); a server that runs for months
+/// asks for none and uses a [`discarding`](Self::discarding) group.
+///
+/// # Panics of tasks
+///
+/// A task that panics does not disturb the others, unless the group [fails fast](Self::fail_fast). In an application it
+/// makes the exit code 101 unless its outcome was read: taken with `join_next` and its kin, or asked for with
+/// [`is_clean`](crate::TaskGroupResult::is_clean) or [`into_result`](crate::TaskGroupResult::into_result). A result that is only dropped has
+/// told nobody.
 ///
 /// # Comparison to `JoinSet`
 ///
@@ -55,8 +62,7 @@ const LONGEST_PATH: usize = 256;
 /// ```
 #[must_use = "a group that is dropped cancels its tasks"]
 pub struct TaskGroup<T: Send + 'static = (), E: Send + 'static = BoxError> {
-    roster: Arc<Roster<T, E>>,
-    grace: Duration,
+    pub(crate) roster: Arc<Roster<T, E>>,
 }
 
 impl TaskGroup {
@@ -65,12 +71,10 @@ impl TaskGroup {
         Self::with_results()
     }
 
-    /// Runs `body` with a new group, then waits for the tasks it has spawned.
+    /// Creates a group that forgets each task as it ends, for servers: its memory is that of the tasks that are alive.
     ///
-    /// # Cancel safety
-    ///
-    /// This method is not cancel safe. If dropped, the body and every task are dropped at their current await and the
-    /// results are lost; a blocking closure that has begun runs on.
+    /// It [counts](Self::counts) every task, and keeps only how the latest 1,024 of those ended that failed, panicked or
+    /// outlived their grace; [`join_next`](Self::join_next) and [`wait`](Self::wait) see no others.
     ///
     /// # Examples
     ///
@@ -78,31 +82,40 @@ impl TaskGroup {
     /// use cancel_safe_shutdown::TaskGroup;
     ///
     /// # #[tokio::main(flavor = "current_thread")]
-    /// # async fn main() {
-    /// let (spawned, result) = TaskGroup::scope(async |group| {
-    ///     (0..3).filter(|number| group.spawn(format!("task {number}"), async {}).is_ok()).count()
-    /// })
-    /// .await;
-    /// assert_eq!((spawned, result.completed.len()), (3, 3));
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let connections = TaskGroup::discarding();
+    /// for number in 0..3 {
+    ///     connections.spawn(format!("connection {number}"), async {})?;
+    /// }
+    /// let result = connections.wait().await;
+    /// assert_eq!((result.completed.len(), result.counts.completed), (0, 3));
+    /// # Ok(())
     /// # }
     /// ```
-    pub async fn scope<R>(body: impl AsyncFnOnce(&mut Self) -> R) -> (R, TaskGroupResult) {
-        let mut group = Self::new();
-        let value = body(&mut group).await;
-        (value, group.wait().await)
+    pub fn discarding() -> Self {
+        let group = Self::new();
+        group.roster.discard();
+        group
     }
 
     /// The workers of one phase, written down in `ledger` as they end.
     pub(crate) fn of_workers(ledger: Arc<Ledger>, phase: String) -> Self {
         let recorder = Recorder { ledger, say, workers: true };
-        Self { roster: Roster::root(phase, Some(recorder)), grace: DEFAULT_GRACE }
+        Self { roster: Roster::root(phase, Some(recorder)) }
     }
 
     /// A group for the tasks of one of `above`'s tasks, written down where those are.
     pub(crate) fn below(above: &Arc<dyn Node>, path: String) -> Self {
         let ledger = above.ledger().cloned();
         let recorder = ledger.map(|ledger| Recorder { ledger, say, workers: false });
-        Self { roster: Roster::below(above, path, recorder), grace: DEFAULT_GRACE }
+        Self { roster: Roster::below(above, path, recorder, Rules::default()) }
+    }
+
+    /// The same, of the kind that [`discarding`](Self::discarding) creates.
+    pub(crate) fn discarding_below(above: &Arc<dyn Node>, path: String) -> Self {
+        let group = Self::below(above, path);
+        group.roster.discard();
+        group
     }
 }
 
@@ -124,12 +137,39 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # }
     /// ```
     pub fn with_results() -> Self {
-        Self { roster: Roster::root(String::new(), None), grace: DEFAULT_GRACE }
+        Self { roster: Roster::root(String::new(), None) }
     }
 
     /// Sets how long tasks with a context may take after [`cancel_all`](Self::cancel_all). The default is 10 seconds.
-    pub fn grace(mut self, grace: Duration) -> Self {
-        self.grace = grace;
+    pub fn grace(self, grace: Duration) -> Self {
+        self.roster.set_grace(grace);
+        self
+    }
+
+    /// Makes the first task that fails or panics cancel the others, with their grace.
+    ///
+    /// That failure is then [the result](crate::TaskGroupResult::into_result) of the group. The [reason](WorkerContext::reason)
+    /// the others see names the task. Groups below this one are cancelled too; a failure in one of them is its own.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::TaskGroup;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new().fail_fast();
+    /// group.spawn("reader", async { Err("end of file".into()) })?;
+    /// group.spawn("writer", std::future::pending::<()>())?;
+    /// let result = group.wait().await;
+    /// assert_eq!(result.cancelled, ["writer"]);
+    /// let failure = result.into_result().unwrap_err();
+    /// assert_eq!(failure.to_string(), "task `reader` failed: end of file");
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn fail_fast(self) -> Self {
+        self.roster.fail_fast();
         self
     }
 
@@ -151,6 +191,73 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         match self.enter(name.into(), Location::caller(), Kind::Plain) {
             Ok(ticket) => {
                 self.launch(ticket, future);
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, future)),
+        }
+    }
+
+    /// Spawns a task on the runtime of `handle`, from inside or outside of any. Otherwise the same as
+    /// [`spawn`](Self::spawn).
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: the future is handed back, never polled.
+    #[track_caller]
+    pub fn spawn_on<F>(&self, name: impl Into<Cow<'static, str>>, future: F, handle: &Handle) -> Result<(), Rejected<F>>
+    where
+        F: Future + Send + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+            Ok(ticket) => {
+                let slot = Arc::clone(&ticket.slot);
+                slot.attach(handle.spawn(Tracked::new(future, ticket)).abort_handle());
+                Ok(())
+            }
+            Err(name) => Err(Rejected::new(name, future)),
+        }
+    }
+
+    /// Spawns a task that is not `Send`, on the current [`LocalSet`](tokio::task::LocalSet). Otherwise the same as
+    /// [`spawn`](Self::spawn).
+    ///
+    /// # Errors
+    ///
+    /// A group that was cancelled is closed: the future is handed back, never polled.
+    ///
+    /// # Panics
+    ///
+    /// Outside a `LocalSet`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::rc::Rc;
+    /// use cancel_safe_shutdown::TaskGroup;
+    /// use tokio::task::LocalSet;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() {
+    /// let run = async {
+    ///     let group = TaskGroup::new();
+    ///     let page = Rc::new("one thread only".to_owned());
+    ///     group.spawn_local("renderer", async move { drop(page) }).expect("an open group");
+    ///     group.wait().await
+    /// };
+    /// assert_eq!(LocalSet::new().run_until(run).await.completed, ["renderer"]);
+    /// # }
+    /// ```
+    #[track_caller]
+    pub fn spawn_local<F>(&self, name: impl Into<Cow<'static, str>>, future: F) -> Result<(), Rejected<F>>
+    where
+        F: Future + 'static,
+        F::Output: TaskOutput<T, E>,
+    {
+        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+            Ok(ticket) => {
+                let slot = Arc::clone(&ticket.slot);
+                slot.attach(tokio::task::spawn_local(Tracked::new(future, ticket)).abort_handle());
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -227,7 +334,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
                 return;
             }
             let returned = guarded(&ticket.slot, || work(cx));
-            ticket.tell(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
+            ticket.finish(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
         });
         slot.attach(handle.abort_handle());
         Ok(())
@@ -246,7 +353,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
             Some(_) => format!("{above}/{name}"),
         };
         let recorder = self.roster.recorder().cloned();
-        Self { roster: Roster::below(&self.node(), path, recorder), grace: self.grace }
+        let rules = Rules { grace: self.roster.grace(), ..Rules::default() };
+        Self { roster: Roster::below(&self.node(), path, recorder, rules) }
     }
 
     /// Returns the number of tasks that have not ended.
@@ -259,66 +367,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.len() == 0
     }
 
-    /// Returns the next task to have ended, by its name, or `None` when there is none left.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
-    pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
-        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
-        tokio::task::coop::consume_budget().await;
-        if let Some(ended) = self.roster.next() {
-            return Some(ended.into_named());
-        }
-        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
-        ended.map(|ended| ended.into_named())
-    }
-
-    /// Cancels every task and waits until none is alive.
-    ///
-    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
-    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
-    /// method therefore returns within the grace and 25 ms.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
-    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
-    pub async fn cancel_all(&self) {
-        self.stop(StopReason::Requested, after(self.grace));
-        self.idle().await;
-    }
-
-    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
-    ///
-    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
-    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
-    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
-    /// lost; a blocking closure that has begun runs on.
-    pub async fn wait(self) -> TaskGroupResult<E> {
-        let node = self.node();
-        let mut finished = pin!(finished(&node));
-        bounded(&node, |cx| finished.as_mut().poll(cx)).await;
-        let mut result = TaskGroupResult::default();
-        for ended in self.roster.take_ended() {
-            result.add(ended);
-        }
-        result
-    }
-
-    /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.
-    ///
-    /// # Cancel safety
-    ///
-    /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
-    /// the outcomes are lost; a blocking closure that has begun runs on.
-    pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
-        self.stop(StopReason::Requested, after(timeout));
-        self.wait().await
+    /// Returns how many tasks have ended, and how, whether their outcomes have been asked for or not.
+    pub fn counts(&self) -> TaskCounts {
+        self.roster.counts()
     }
 
     pub(crate) fn stop(&self, reason: StopReason, deadline: Instant) {
@@ -340,7 +391,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         spawned_at: &'static Location<'static>,
         kind: Kind,
     ) -> Result<Ticket<T, E>, Cow<'static, str>> {
-        self.roster.enter(Slot::new(name, spawned_at, kind))
+        let (slot, index) = self.roster.enter(Slot::new(name, spawned_at, kind))?;
+        Ok(Ticket::new(slot, Arc::clone(&self.roster), index))
     }
 
     fn launch<F>(&self, ticket: Ticket<T, E>, future: F)
@@ -377,125 +429,17 @@ impl<T: Send + 'static, E: Send + 'static> Drop for TaskGroup<T, E> {
 
 impl<T: Send + 'static, E: Send + 'static> fmt::Debug for TaskGroup<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("TaskGroup").field("live", &self.len()).field("grace", &self.grace).finish_non_exhaustive()
+        f.debug_struct("TaskGroup")
+            .field("live", &self.len())
+            .field("grace", &self.roster.grace())
+            .finish_non_exhaustive()
     }
 }
-
-/// How the tasks of a group ended; each task is in exactly one list.
-#[derive(Debug)]
-#[non_exhaustive]
-pub struct TaskGroupResult<E = BoxError> {
-    /// The tasks that returned without an error.
-    pub completed: Vec<String>,
-    /// The tasks whose future was dropped because they were told to stop, or because their runtime was shut down.
-    pub cancelled: Vec<String>,
-    /// The tasks that returned an error, and the error.
-    pub failed: Vec<(String, E)>,
-    /// The tasks that panicked, and what the panic said.
-    pub panicked: Vec<(String, String)>,
-    /// The tasks that had not ended when their grace was over.
-    pub stragglers: Vec<Straggler>,
-}
-
-impl<E> TaskGroupResult<E> {
-    /// Returns whether every task completed or was cancelled in time.
-    pub fn is_clean(&self) -> bool {
-        self.failed.is_empty() && self.panicked.is_empty() && self.stragglers.is_empty()
-    }
-}
-
-impl<E> TaskGroupResult<E> {
-    fn add<T>(&mut self, ended: Ended<T, E>) {
-        let (spawned_at, state, last_mark) = (ended.slot.spawned_at, ended.slot.straggling(), ended.slot.last_mark());
-        let (name, outcome) = ended.into_named();
-        match (outcome, state) {
-            (TaskOutcome::Completed(_), _) => self.completed.push(name),
-            (TaskOutcome::Failed(error), _) => self.failed.push((name, error)),
-            (TaskOutcome::Panicked { message, .. }, _) => self.panicked.push((name, message)),
-            (TaskOutcome::Aborted | TaskOutcome::Abandoned, Some(state)) => {
-                self.stragglers.push(Straggler { name, spawned_at, last_mark, state });
-            }
-            (TaskOutcome::Cancelled | TaskOutcome::Aborted | TaskOutcome::Abandoned, _) => self.cancelled.push(name),
-        }
-    }
-}
-
-impl<E> Default for TaskGroupResult<E> {
-    fn default() -> Self {
-        Self {
-            completed: Vec::new(),
-            cancelled: Vec::new(),
-            failed: Vec::new(),
-            panicked: Vec::new(),
-            stragglers: Vec::new(),
-        }
-    }
-}
-
-/// A task that had not ended when its grace was over.
-#[derive(Debug, Clone)]
-#[non_exhaustive]
-pub struct Straggler {
-    /// The name it was given.
-    pub name: String,
-    /// Where it was spawned.
-    pub spawned_at: &'static Location<'static>,
-    /// The last [`mark`](WorkerContext::mark) it passed.
-    pub last_mark: Option<String>,
-    /// What it was doing.
-    pub state: StragglerState,
-}
-
-impl fmt::Display for Straggler {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "`{}` {}, spawned at {}", self.name, self.state, self.spawned_at)?;
-        match &self.last_mark {
-            Some(mark) => write!(f, ", last mark `{mark}`"),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Work that a closed group, or a worker that is running already, did not take. Nothing of it has run.
-#[must_use = "the work it holds has not been started"]
-pub struct Rejected<W> {
-    name: Cow<'static, str>,
-    work: W,
-}
-
-impl<W> Rejected<W> {
-    pub(crate) fn new(name: impl Into<Cow<'static, str>>, work: W) -> Self {
-        Self { name: name.into(), work }
-    }
-
-    /// Returns the name the work was to have.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// Returns the work: a future that was never polled, or a closure that was never called.
-    pub fn into_inner(self) -> W {
-        self.work
-    }
-}
-
-impl<W> fmt::Debug for Rejected<W> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Rejected").field("name", &self.name).finish_non_exhaustive()
-    }
-}
-
-impl<W> fmt::Display for Rejected<W> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "task `{}` was not started: its group is closed", self.name)
-    }
-}
-
-impl<W> std::error::Error for Rejected<W> {}
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::stop::after;
 
     #[tokio::test]
     async fn a_task_that_is_cut_before_it_is_spawned_is_aborted_all_the_same() {
@@ -504,7 +448,7 @@ mod tests {
             panic!("an open group");
         };
         let slot = Arc::clone(&ticket.slot);
-        group.stop(StopReason::Requested, after(DEFAULT_GRACE));
+        group.stop(StopReason::Requested, after(Duration::from_secs(10)));
         abort_tree(&group.node());
         group.launch(ticket, std::future::pending::<()>());
         let ended = tokio::time::timeout(Duration::from_secs(5), group.wait()).await.expect("it was not aborted");
@@ -518,7 +462,7 @@ mod tests {
         group.spawn("done", async {}).expect("an open group");
         group.spawn_blocking("hashed", |_| {}).expect("an open group");
         group.idle().await;
-        for ended in group.roster.take_ended() {
+        while let Some(ended) = group.roster.next() {
             assert!(!ended.slot.holds_task());
         }
     }

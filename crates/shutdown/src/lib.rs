@@ -30,7 +30,8 @@
 //! ```
 //! use std::process::ExitCode;
 //! use std::time::Duration;
-//! use cancel_safe_shutdown::{Application, WorkerContext};
+//! use cancel_safe_shutdown::{Application, BoxError, WorkerContext};
+//! use tokio::net::TcpListener;
 //!
 //! async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
 //!     cx.cancelled().await;
@@ -38,13 +39,23 @@
 //!     Ok(())
 //! }
 //!
-//! async fn http(cx: WorkerContext) -> Result<(), std::io::Error> {
-//!     let connections = cx.group();
-//!     connections.spawn("connection 1", async { /* … */ }).map_err(std::io::Error::other)?;
-//!     cx.cancelled().await;
-//!     connections.wait().await;
-//!     Ok(())
+//! async fn http(cx: WorkerContext) -> Result<(), BoxError> {
+//!     let listener = TcpListener::bind("127.0.0.1:0").await?;
+//!     let connections = cx.discarding_group(); // Keeps no outcomes: it is here for months.
+//!     loop {
+//!         let (stream, peer) = tokio::select! {
+//!             () = cx.cancelled() => break,
+//!             accepted = listener.accept() => accepted?,
+//!         };
+//!         let name = format!("connection {peer}");
+//!         if connections.spawn_with(name, |cx| connection(stream, cx)).is_err() {
+//!             break; // Told to stop since.
+//!         }
+//!     }
+//!     let result = connections.wait().await; // No longer than the phase has time.
+//!     Ok(result.into_result().map(drop)?)
 //! }
+//! # async fn connection(_: tokio::net::TcpStream, _: WorkerContext) {}
 //!
 //! fn main() -> ExitCode {
 //!     let app = Application::new("billing")
@@ -67,10 +78,16 @@
 //! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101 |
 //! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
 //! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
-//! | a second signal n, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
+//! | a second signal within [a second](Application::second_signal_after) | it is a copy of the first, as `timeout`, npm and `tini -g` send them |
+//! | a second signal n later, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
 //! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
+//! | a phase wedges threads of the runtime, with [`run`](Application::run) | it is cut in its time and the next one is told in its, by a thread of the system's clock; what the runtime can still run, runs; a task that it never ran again is reported as [starved](StragglerState::Starved) |
+//! | work without a name (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures may end until the deadline; what [holds a thread](Report::unnamed_threads) then makes the exit code 70 |
+//! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
+//! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
+//! | a task of a group of a worker's panics | exit code 101, unless its outcome [was read](TaskGroup#panics-of-tasks) |
 //! | a task is spawned on a closed group | it comes back in the error, never polled |
 //! | any of these | each task is in the report exactly once |
 //!
@@ -86,11 +103,13 @@
 //! - Signals are those of Unix. Elsewhere, and without the feature `signal`, an application stops by its
 //!   [handle](Application::shutdown_handle) and its workers; the last resort at the deadline is then
 //!   [`std::process::exit`], which runs `atexit` handlers.
-//! - Blocking closures that a worker starts without a group are not in the report; the worker that waits for one is.
-//!   After a clean stop they have 500 ms, within the budget, before the process ends.
+//! - Work that a worker starts without a group is counted, not named; the worker that waits for it is. A closure that
+//!   never returns, such as a read of `tokio::io::stdin`, holds a clean stop until its deadline.
+//! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
+//!   and the report says that they were starved.
 //! - With `panic = "abort"` a panic is the end.
-//! - The outcomes of a group are kept until they are asked for: read a long-lived group with
-//!   [`join_next`](TaskGroup::join_next).
+//! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
+//!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
 //!
 //! # Comparison
 //!
@@ -110,23 +129,39 @@
 //! The MSRV is 1.89; it is raised only in a minor release.
 
 mod application;
+mod clock;
+mod ending;
 mod group;
+mod named;
+mod phase;
+mod probe;
 mod report;
 mod restart;
+mod result;
 mod roster;
+mod scope;
 mod signal;
+mod stages;
+mod state;
 mod stop;
 mod supervisor;
+mod sync;
 mod task;
+mod ticket;
 mod tree;
+mod unnamed;
 mod voice;
 mod watchdog;
 mod worker;
 
-pub use application::{AppError, Application, Phase};
-pub use group::{Rejected, Straggler, TaskGroup, TaskGroupResult};
+pub use application::{AppError, Application};
+pub use group::TaskGroup;
+pub use named::LiveTask;
+pub use phase::Phase;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
+pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
+pub use scope::BodyOutput;
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};

@@ -69,24 +69,38 @@ impl fmt::Display for TaskReport {
     }
 }
 
+/// Work that the application knows nothing of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Unnamed {
+    /// Futures that were alive when every worker had ended.
+    pub(crate) tasks: usize,
+    /// Threads of the runtime's that such work still held at the deadline.
+    pub(crate) threads: usize,
+}
+
 /// How an application ended.
 ///
 /// Its `Display` is the text to log: one line for the whole, then one for each task.
 #[derive(Debug, Clone)]
+#[must_use = "it says which workers failed and what was cut"]
 pub struct Report {
     name: String,
     reason: StopReason,
     elapsed: Duration,
     tasks: Vec<TaskReport>,
     unlisted: u64,
+    unnamed: Unnamed,
+    unnoticed_panics: u64,
     exit_code: u8,
 }
 
 impl Report {
-    pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger) -> Self {
-        let (tasks, unlisted) = ledger.list();
-        let exit_code = exit_code(&reason, &tasks);
-        Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, exit_code }
+    pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger, unnamed: Unnamed) -> Self {
+        let (tasks, unlisted, unnoticed_panics) = ledger.list();
+        let name = name.to_owned();
+        let mut report = Self { name, reason, elapsed, tasks, unlisted, unnamed, unnoticed_panics, exit_code: 0 };
+        report.exit_code = report.verdict();
+        report
     }
 
     pub(crate) fn set_exit_code(&mut self, code: u8) {
@@ -121,38 +135,68 @@ impl Report {
         self.unlisted
     }
 
+    /// Returns how many tasks of no group were alive when every worker had ended: what was given to `tokio::spawn` by
+    /// workers, or by libraries such as connection pools for themselves.
+    ///
+    /// They are dropped with the runtime, and their number changes nothing. Zero with
+    /// [`serve`](crate::Application::serve), in whose runtime other tasks may have other reasons.
+    pub fn unnamed_tasks(&self) -> usize {
+        self.unnamed.tasks
+    }
+
+    /// Returns how many threads of the runtime were held at the deadline by work of no group: closures of
+    /// `tokio::task::spawn_blocking`, and tasks inside a poll. The exit code is 70 if there were any.
+    ///
+    /// In a [runtime](crate::Application::runtime) of the user's they are not counted: if there was any, this is one.
+    pub fn unnamed_threads(&self) -> usize {
+        self.unnamed.threads
+    }
+
+    /// Whether something was alive when its time was over.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.unnamed.threads > 0 || self.stragglers().next().is_some()
+    }
+
+    /// Whether nothing has happened that anybody must know of.
+    pub(crate) fn is_uneventful(&self) -> bool {
+        let eventful = |task: &TaskReport| task.outcome.is_failed() || task.outcome.is_panicked();
+        self.is_clean() && self.exit_code == EXIT_CLEAN && !self.tasks.iter().any(eventful)
+    }
+
     /// Returns the tasks that had not ended when their grace was over.
     pub fn stragglers(&self) -> impl Iterator<Item = &TaskReport> {
         self.tasks.iter().filter(|task| task.straggling.is_some())
     }
 
-    /// Returns whether every task ended by itself in time and no worker failed or panicked.
+    /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker's has
+    /// panicked unnoticed.
     pub fn is_clean(&self) -> bool {
-        exit_code(&self.reason, &self.tasks) == EXIT_CLEAN
+        self.verdict() == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic, 70 if the deadline passed with
-    /// a task still alive, 71 if the application could not start, 128 + n when a second signal n cut it short; or what
-    /// [`exit_code`](crate::Application::exit_code) made of it.
+    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic
+    /// of a worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with something still alive, 71 if the application could not start, 128 + n when a
+    /// second signal n cut it short; or what [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {
         self.exit_code
     }
-}
 
-/// The worst that happened decides.
-fn exit_code(reason: &StopReason, tasks: &[TaskReport]) -> u8 {
-    let worker =
-        |ended: fn(&TaskOutcome<(), String>) -> bool| tasks.iter().any(|task| task.is_worker && ended(&task.outcome));
-    if let StopReason::NotStarted { .. } = reason {
-        EXIT_NOT_STARTED
-    } else if tasks.iter().any(|task| task.straggling.is_some()) {
-        EXIT_STRAGGLERS
-    } else if worker(TaskOutcome::is_panicked) {
-        EXIT_PANICKED
-    } else if worker(TaskOutcome::is_failed) || matches!(reason, StopReason::NotReady { .. }) {
-        EXIT_FAILED
-    } else {
-        EXIT_CLEAN
+    /// The worst that happened decides.
+    fn verdict(&self) -> u8 {
+        let worker = |ended: fn(&TaskOutcome<(), String>) -> bool| {
+            self.tasks.iter().any(|task| task.is_worker && ended(&task.outcome))
+        };
+        if let StopReason::NotStarted { .. } = self.reason {
+            EXIT_NOT_STARTED
+        } else if self.is_cut() {
+            EXIT_STRAGGLERS
+        } else if worker(TaskOutcome::is_panicked) || self.unnoticed_panics > 0 {
+            EXIT_PANICKED
+        } else if worker(TaskOutcome::is_failed) || matches!(self.reason, StopReason::NotReady { .. }) {
+            EXIT_FAILED
+        } else {
+            EXIT_CLEAN
+        }
     }
 }
 
@@ -165,6 +209,12 @@ impl fmt::Display for Report {
         }
         if self.unlisted > 0 {
             write!(f, "\n  and {} earlier tasks", self.unlisted)?;
+        }
+        if self.unnamed.tasks > 0 {
+            write!(f, "\n  unnamed tasks that were alive: {}", self.unnamed.tasks)?;
+        }
+        if self.unnamed.threads > 0 {
+            write!(f, "\n  threads that unnamed work held to the end: {}", self.unnamed.threads)?;
         }
         Ok(())
     }
@@ -182,6 +232,8 @@ struct Pages {
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
+    /// How many tasks, other than workers, have panicked without anybody having been told.
+    unnoticed_panics: u64,
 }
 
 impl Ledger {
@@ -195,6 +247,7 @@ impl Ledger {
             pages.workers.push(task);
             return true;
         }
+        pages.unnoticed_panics += u64::from(task.outcome.is_panicked());
         let orderly = matches!(task.outcome, TaskOutcome::Completed(()) | TaskOutcome::Cancelled);
         let page = if orderly { &mut pages.orderly } else { &mut pages.notable };
         page.push_back(task);
@@ -205,10 +258,45 @@ impl Ledger {
         true
     }
 
-    fn list(&self) -> (Vec<TaskReport>, u64) {
+    /// Whether a task that cannot be stopped holds a thread of the runtime's.
+    pub(crate) fn holds_threads(&self) -> bool {
+        self.any(|task| {
+            let starved = task.straggling == Some(StragglerState::Starved);
+            matches!(task.outcome, TaskOutcome::Abandoned) && !starved
+        })
+    }
+
+    /// Whether a task had not ended when its time was over.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.any(|task| task.straggling.is_some())
+    }
+
+    /// How many futures were told as abandoned, which live on in the runtime.
+    pub(crate) fn abandoned_futures(&self) -> usize {
+        let pages = self.pages();
+        let tasks = pages.workers.iter().chain(&pages.notable);
+        let lives_on = |task: &&TaskReport| {
+            let closure = task.straggling == Some(StragglerState::BlockingClosure);
+            matches!(task.outcome, TaskOutcome::Abandoned) && !closure
+        };
+        tasks.filter(lives_on).count()
+    }
+
+    fn any(&self, condition: impl Fn(&TaskReport) -> bool) -> bool {
+        let pages = self.pages();
+        pages.workers.iter().chain(&pages.notable).any(condition)
+    }
+
+    /// The outcomes of this many tasks that panicked have been read.
+    pub(crate) fn notice_panics(&self, count: u64) {
+        let mut pages = self.pages();
+        pages.unnoticed_panics = pages.unnoticed_panics.saturating_sub(count);
+    }
+
+    fn list(&self) -> (Vec<TaskReport>, u64, u64) {
         let pages = self.pages();
         let tasks = pages.workers.iter().chain(&pages.notable).chain(&pages.orderly).cloned().collect();
-        (tasks, pages.unlisted)
+        (tasks, pages.unlisted, pages.unnoticed_panics)
     }
 
     fn pages(&self) -> MutexGuard<'_, Pages> {

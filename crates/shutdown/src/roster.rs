@@ -3,15 +3,14 @@
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::fmt;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::task::{Context, Poll, Waker, ready};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
-use pin_project_lite::pin_project;
-
-use crate::report::{Ledger, TaskReport};
-use crate::stop::Stop;
-use crate::task::{Slot, TaskOutcome, TaskOutput, guarded};
+use crate::report::{KEPT_TASKS, Ledger, TaskReport};
+use crate::result::{TaskCounts, TaskGroupResult};
+use crate::stop::{Stop, StopReason};
+use crate::task::{Slot, TaskOutcome};
 use crate::tree::{Node, ended};
 
 /// How a task ended, with its traces.
@@ -51,13 +50,34 @@ pub(crate) struct Roster<T, E> {
     state: Mutex<State<T, E>>,
 }
 
+/// What a group does of itself.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// How long tasks with a context may take after a cancel.
+    pub(crate) grace: Duration,
+    /// Whether the first failure stops the group.
+    pub(crate) fail_fast: bool,
+    /// Whether only failures are kept, and a bounded number of them.
+    pub(crate) discards: bool,
+}
+
+impl Default for Rules {
+    fn default() -> Self {
+        Self { grace: Duration::from_secs(10), fail_fast: false, discards: false }
+    }
+}
+
 struct State<T, E> {
+    rules: Rules,
+    counts: TaskCounts,
     /// A slab: a task's index is its place until it ends, then the place is vacant.
     live: Vec<Option<Arc<Slot>>>,
     vacant: Vec<usize>,
     /// How many tasks there ever were.
     entered: u64,
     ended: VecDeque<Ended<T, E>>,
+    /// Whether a task of a group that fails fast has failed.
+    failed: bool,
     closed: bool,
     /// Whether the group is closed and idle, which it then stays, and the parent has been told.
     gone: bool,
@@ -77,10 +97,38 @@ impl<T, E> State<T, E> {
         self.is_empty() && self.open_children == 0
     }
 
+    /// Moves a task from the living to the ended; returns what is not kept, to be dropped without the lock.
+    fn leave(&mut self, index: usize, outcome: TaskOutcome<T, E>) -> Option<Ended<T, E>> {
+        let slot = self.live.get_mut(index).and_then(Option::take)?;
+        self.vacant.push(index);
+        let cut = slot.straggling().is_some();
+        self.counts.add(&outcome, cut);
+        let ended = Ended { slot, outcome };
+        if !self.rules.discards {
+            self.ended.push_back(ended);
+            return None;
+        }
+        let cut_short = matches!(ended.outcome, TaskOutcome::Aborted | TaskOutcome::Abandoned) && cut;
+        if !cut_short && !ended.outcome.is_failed() && !ended.outcome.is_panicked() {
+            return Some(ended);
+        }
+        self.ended.push_back(ended);
+        if self.ended.len() > KEPT_TASKS { self.ended.pop_front() } else { None }
+    }
+
     /// The waiters whose condition may have come true. To be woken without the lock.
     fn waiters(&mut self) -> (Vec<Waker>, Vec<Waker>) {
         let idle = if self.is_empty() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
         (std::mem::take(&mut self.next_waiters), idle)
+    }
+}
+
+/// What a group that fails fast is stopped for, if this outcome is a failure.
+fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> {
+    match outcome {
+        TaskOutcome::Failed(_) => Some(StopReason::Failed { worker: task.to_owned() }),
+        TaskOutcome::Panicked { .. } => Some(StopReason::Panicked { worker: task.to_owned() }),
+        _ => None,
     }
 }
 
@@ -97,12 +145,17 @@ fn register(waiters: &mut Vec<Waker>, cx: &Context<'_>) {
 
 impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
     pub(crate) fn root(path: String, recorder: Option<Recorder<T, E>>) -> Arc<Self> {
-        Arc::new(Self::with_parent(path, recorder, None))
+        Arc::new(Self::with_parent(path, recorder, None, Rules::default()))
     }
 
     /// A group below `parent`, stopped with it and awaited by it. Closed from the start if `parent` is.
-    pub(crate) fn below(parent: &Arc<dyn Node>, path: String, recorder: Option<Recorder<T, E>>) -> Arc<Self> {
-        let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::downgrade(parent))));
+    pub(crate) fn below(
+        parent: &Arc<dyn Node>,
+        path: String,
+        recorder: Option<Recorder<T, E>>,
+        rules: Rules,
+    ) -> Arc<Self> {
+        let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::downgrade(parent)), rules));
         let erased: Arc<dyn Node> = child.clone();
         if !parent.adopt(Arc::downgrade(&erased)) {
             child.state().gone = true;
@@ -114,12 +167,20 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         child
     }
 
-    fn with_parent(path: String, recorder: Option<Recorder<T, E>>, parent: Option<Weak<dyn Node>>) -> Self {
+    fn with_parent(
+        path: String,
+        recorder: Option<Recorder<T, E>>,
+        parent: Option<Weak<dyn Node>>,
+        rules: Rules,
+    ) -> Self {
         let state = State {
+            rules,
+            counts: TaskCounts::default(),
             live: Vec::new(),
             vacant: Vec::new(),
             entered: 0,
             ended: VecDeque::new(),
+            failed: false,
             closed: false,
             gone: false,
             children: Vec::new(),
@@ -134,8 +195,28 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         self.recorder.as_ref()
     }
 
-    /// Enters a task. A closed group hands its name back.
-    pub(crate) fn enter(self: &Arc<Self>, slot: Slot) -> Result<Ticket<T, E>, Cow<'static, str>> {
+    pub(crate) fn set_grace(&self, grace: Duration) {
+        self.state().rules.grace = grace;
+    }
+
+    pub(crate) fn grace(&self) -> Duration {
+        self.state().rules.grace
+    }
+
+    pub(crate) fn fail_fast(&self) {
+        self.state().rules.fail_fast = true;
+    }
+
+    pub(crate) fn discard(&self) {
+        self.state().rules.discards = true;
+    }
+
+    pub(crate) fn counts(&self) -> TaskCounts {
+        self.state().counts
+    }
+
+    /// Enters a task, which has its place until it ends. A closed group hands its name back.
+    pub(crate) fn enter(&self, slot: Slot) -> Result<(Arc<Slot>, usize), Cow<'static, str>> {
         let mut state = self.state();
         if state.closed {
             return Err(slot.name);
@@ -152,8 +233,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
                 state.live.len() - 1
             }
         };
-        drop(state);
-        Ok(Ticket { slot, roster: Arc::clone(self), index })
+        Ok((slot, index))
     }
 
     /// The next outcome, if one is at hand.
@@ -174,8 +254,62 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         Poll::Pending
     }
 
-    pub(crate) fn take_ended(&self) -> VecDeque<Ended<T, E>> {
-        std::mem::take(&mut self.state().ended)
+    /// An outcome on its way to whoever asked for it: a panic among them has been noticed.
+    pub(crate) fn hand_out(&self, ended: Ended<T, E>) -> (String, TaskOutcome<T, E>) {
+        if let (TaskOutcome::Panicked { .. }, Some(recorder)) = (&ended.outcome, &self.recorder) {
+            recorder.ledger.notice_panics(1);
+        }
+        ended.into_named()
+    }
+
+    /// The outcomes that nobody has asked for, sorted.
+    pub(crate) fn take_result(&self) -> TaskGroupResult<E> {
+        let (ended, counts) = {
+            let mut state = self.state();
+            (std::mem::take(&mut state.ended), state.counts)
+        };
+        let mut result = TaskGroupResult::new(counts, self.ledger().cloned());
+        for ended in ended {
+            let (spawned_at, state, mark) = (ended.slot.spawned_at, ended.slot.straggling(), ended.slot.last_mark());
+            let (name, outcome) = ended.into_named();
+            result.add(name, outcome, state.map(|state| (state, spawned_at, mark)));
+        }
+        result
+    }
+
+    /// The tasks that are alive.
+    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
+        self.state().live.iter().flatten().cloned().collect()
+    }
+
+    /// The tasks of this name that are alive, with their places.
+    pub(crate) fn named(&self, name: &str) -> Vec<(usize, Arc<Slot>)> {
+        self.placed(|slot| slot.name == name)
+    }
+
+    /// Ready when these tasks have ended and their outcomes are at hand.
+    pub(crate) fn poll_ended(&self, tasks: &[(usize, Arc<Slot>)], cx: &mut Context<'_>) -> Poll<()> {
+        let mut state = self.state();
+        let lives = |(index, slot): &(usize, Arc<Slot>)| matches!(state.live.get(*index), Some(Some(live)) if Arc::ptr_eq(live, slot));
+        if !tasks.iter().any(lives) {
+            return Poll::Ready(());
+        }
+        register(&mut state.next_waiters, cx);
+        Poll::Pending
+    }
+
+    /// Tells these tasks as abandoned, but a blocking closure that has not begun as cancelled: it never will.
+    pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = (usize, Arc<Slot>)>) {
+        for (index, slot) in tasks {
+            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
+            self.tell(index, &slot, outcome, |_, _| {});
+        }
+    }
+
+    fn placed(&self, chosen: impl Fn(&Slot) -> bool) -> Vec<(usize, Arc<Slot>)> {
+        let state = self.state();
+        let live = state.live.iter().enumerate();
+        live.filter_map(|(index, slot)| Some((index, slot.clone().filter(|slot| chosen(slot))?))).collect()
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -190,8 +324,15 @@ impl<T, E> Roster<T, E> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves a task from the living to the ended, unless that has been done.
-    fn tell(&self, index: usize, slot: &Slot, outcome: TaskOutcome<T, E>) {
+    /// Moves a task from the living to the ended, unless that has been done. Where the first failure ends a group, that
+    /// failure closes it and `stop` does the rest.
+    pub(crate) fn tell(
+        &self,
+        index: usize,
+        slot: &Slot,
+        outcome: TaskOutcome<T, E>,
+        stop: impl FnOnce(StopReason, Duration),
+    ) {
         let claimed = match &self.recorder {
             Some(recorder) => {
                 let report = TaskReport::new(slot, &self.path, recorder.workers, (recorder.say)(&outcome));
@@ -203,16 +344,26 @@ impl<T, E> Roster<T, E> {
             return;
         }
         slot.detach();
+        let failure = failure(&outcome, &slot.name);
         let mut state = self.state();
-        if let Some(slot) = state.live.get_mut(index).and_then(Option::take) {
-            state.vacant.push(index);
-            state.ended.push_back(Ended { slot, outcome });
-        }
+        let vacated = state.leave(index, outcome);
+        // In the step that makes the failure known, so that whoever learns of it finds the group closed.
+        let first = failure.filter(|_| state.rules.fail_fast && !std::mem::replace(&mut state.failed, true));
+        state.closed |= first.is_some();
+        let grace = state.rules.grace;
         let waiters = state.waiters();
         let above = self.above_if_gone(&mut state);
         drop(state);
+        drop(vacated);
+        if let Some(reason) = first {
+            stop(reason, grace);
+        }
         wake(waiters);
         ended(above);
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.is_set()
     }
 
     /// Whether this group has just ended for good; if so, the one above that has to be told.
@@ -249,7 +400,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn live(&self) -> Vec<Arc<Slot>> {
-        self.state().live.iter().flatten().cloned().collect()
+        self.slots()
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
@@ -277,14 +428,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn abandon(&self) {
-        let live: Vec<_> = {
-            let state = self.state();
-            state.live.iter().enumerate().filter_map(|(index, slot)| Some((index, slot.clone()?))).collect()
-        };
-        for (index, slot) in live {
-            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
-            self.tell(index, &slot, outcome);
-        }
+        self.abandon_tasks(self.placed(|_| true));
     }
 
     fn entered_if_empty(&self) -> Option<u64> {
@@ -326,70 +470,5 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
 impl<T, E> fmt::Debug for Roster<T, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Roster").field("path", &self.path).field("stop", &self.stop).finish_non_exhaustive()
-    }
-}
-
-/// A task's obligation to say how it ended: by itself, or else when it is dropped.
-pub(crate) struct Ticket<T, E> {
-    pub(crate) slot: Arc<Slot>,
-    roster: Arc<Roster<T, E>>,
-    index: usize,
-}
-
-impl<T, E> Ticket<T, E> {
-    /// Says how the task ended. Whatever it owned must be gone by then.
-    pub(crate) fn tell(&self, outcome: TaskOutcome<T, E>) {
-        self.roster.tell(self.index, &self.slot, outcome);
-    }
-}
-
-impl<T, E> Drop for Ticket<T, E> {
-    fn drop(&mut self) {
-        if self.slot.is_told() {
-            return;
-        }
-        // Dropped before its end: by its group, or else by a cut or by the end of the runtime.
-        let cancelled = self.roster.stop.is_set() && self.slot.straggling().is_none();
-        let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
-        self.tell(outcome);
-    }
-}
-
-pin_project! {
-    // The future is declared before the ticket and so is dropped before it: also when a task is aborted, its destructors
-    // have run when its end is told, even if one of them panicked.
-    pub(crate) struct Tracked<F, T, E> {
-        #[pin]
-        future: Option<F>,
-        ticket: Ticket<T, E>,
-    }
-}
-
-impl<F, T, E> Tracked<F, T, E> {
-    pub(crate) fn new(future: F, ticket: Ticket<T, E>) -> Self {
-        Self { future: Some(future), ticket }
-    }
-}
-
-impl<F, T, E> Future for Tracked<F, T, E>
-where
-    F: Future,
-    F::Output: TaskOutput<T, E>,
-{
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let mut this = self.project();
-        let slot = &this.ticket.slot;
-        // Once it was ready, it is gone, and nobody polls it again.
-        let Some(future) = this.future.as_mut().as_pin_mut() else { return Poll::Ready(()) };
-        let ended = match guarded(slot, || future.poll(cx)) {
-            Ok(output) => ready!(output).into_outcome(),
-            Err(panicked) => panicked,
-        };
-        // What it owns goes before its end is told. A destructor may panic too.
-        let outcome = guarded(slot, || this.future.set(None)).map_or_else(|panicked| panicked, |()| ended);
-        this.ticket.tell(outcome);
-        Poll::Ready(())
     }
 }

@@ -1,6 +1,10 @@
-//! SIGINT and SIGTERM, on an OS thread of their own: a wedged runtime cannot keep a signal from being seen.
+//! SIGINT and SIGTERM, on an OS thread of their own: a wedged runtime cannot keep a signal from being seen. Copies of one
+//! signal, delivered twice within a quiet time, are one signal.
 
 use std::io;
+use std::time::Duration;
+#[cfg(all(unix, feature = "signal"))]
+use std::time::Instant;
 
 #[cfg(all(unix, feature = "signal"))]
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -26,27 +30,32 @@ impl Signals {
         Ok(Self { source: signal_hook::iterator::Signals::new([SIGINT, SIGTERM])? })
     }
 
-    /// Calls `first` with the first signal and `second` with each that follows. A signal that has arrived already is
-    /// the first, and `first` has been called with it when this returns.
+    /// Calls `first` with the first signal, and `second` with each that arrives `quiet` after it or later: `timeout`,
+    /// npm and others send a process the signal that its group gets as well, and nobody has lost patience then.
+    ///
+    /// A signal that has arrived already is the first, and `first` has been called with it when this returns.
     pub(crate) fn forward(
         mut self,
+        quiet: Duration,
         first: impl FnOnce(i32) + Send + 'static,
         mut second: impl FnMut(i32) + Send + 'static,
     ) -> io::Result<Forwarding> {
         let handle = self.source.handle();
         let mut first = Some(first);
+        let mut since = Instant::now();
         // Of two that came before anything could react, neither is an impatient second.
         for signal in self.source.pending() {
             first.take().into_iter().for_each(|first| first(signal));
         }
         std::thread::Builder::new().name("shutdown-signals".to_owned()).spawn(move || {
-            let mut signals = self.source.forever();
-            if let Some(first) = first
-                && let Some(signal) = signals.next()
-            {
-                first(signal);
+            for signal in self.source.forever() {
+                if let Some(first) = first.take() {
+                    since = Instant::now();
+                    first(signal);
+                } else if since.elapsed() >= quiet {
+                    second(signal);
+                }
             }
-            signals.for_each(&mut second);
         })?;
         Ok(Forwarding { handle })
     }
@@ -67,6 +76,7 @@ impl Signals {
 
     pub(crate) fn forward(
         self,
+        _quiet: Duration,
         _first: impl FnOnce(i32) + Send + 'static,
         _second: impl FnMut(i32) + Send + 'static,
     ) -> io::Result<Forwarding> {

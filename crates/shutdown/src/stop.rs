@@ -1,9 +1,11 @@
 //! The word that says "stop": reason, deadline and flag are one cell, so no reader ever sees one without the others.
 
 use std::fmt;
+use std::pin::pin;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -15,16 +17,20 @@ pub enum StopReason {
     Signal(i32),
     /// The program asked for it: the shutdown handle was cancelled, a group was cancelled or dropped.
     Requested,
+    /// The program asked for it and said why: [`cancel_all_because`](crate::TaskGroup::cancel_all_because).
+    Because(String),
     /// Every worker ended by itself without an error.
     Completed,
-    /// This worker returned an error, and its restart policy did not absorb it.
+    /// This worker returned an error, and its restart policy did not absorb it; or this task of a group that
+    /// [fails fast](crate::TaskGroup::fail_fast) did.
     Failed {
-        /// The name of the worker.
+        /// The name of the worker or task.
         worker: String,
     },
-    /// This worker panicked, and its restart policy did not absorb it.
+    /// This worker panicked, and its restart policy did not absorb it; or this task of a group that
+    /// [fails fast](crate::TaskGroup::fail_fast) did.
     Panicked {
-        /// The name of the worker.
+        /// The name of the worker or task.
         worker: String,
     },
     /// The workers of this phase did not all call [`ready`](crate::WorkerContext::ready) in time.
@@ -46,6 +52,7 @@ impl fmt::Display for StopReason {
             Self::Signal(15) => f.write_str("SIGTERM"),
             Self::Signal(number) => write!(f, "signal {number}"),
             Self::Requested => f.write_str("a request of the program"),
+            Self::Because(why) => f.write_str(why),
             Self::Completed => f.write_str("all workers have completed"),
             Self::Failed { worker } => write!(f, "worker `{worker}` failed"),
             Self::Panicked { worker } => write!(f, "worker `{worker}` panicked"),
@@ -72,11 +79,15 @@ pub(crate) struct Stop {
 
 impl Stop {
     /// Sets the reason unless there is one already, then wakes everyone who waits.
-    pub(crate) fn request(&self, stopping: Stopping) {
-        if self.cell.set(stopping).is_ok() {
+    ///
+    /// Returns whether this was the first request.
+    pub(crate) fn request(&self, stopping: Stopping) -> bool {
+        let first = self.cell.set(stopping).is_ok();
+        if first {
             // After the cell, so that whoever is woken finds the reason.
             self.token.cancel();
         }
+        first
     }
 
     pub(crate) fn is_set(&self) -> bool {
@@ -96,4 +107,65 @@ impl Stop {
 pub(crate) fn after(timeout: Duration) -> Instant {
     const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
     Instant::now() + timeout.min(FAR)
+}
+
+/// The stop of one task alone, beside that of its group.
+#[derive(Debug, Default)]
+pub(crate) struct OwnStop {
+    cell: OnceLock<Stopping>,
+    told: Notify,
+    /// Given to code that takes a token. Made on demand, so that a cancel of 10,000 tasks has no 10,000 tokens to visit.
+    token: OnceLock<CancellationToken>,
+    /// Whether this stop came before the group's, as the first who asked for the reason has seen it.
+    is_first: OnceLock<bool>,
+}
+
+impl OwnStop {
+    pub(crate) fn request(&self, stopping: Stopping) {
+        if self.cell.set(stopping).is_ok() {
+            // After the cell, so that whoever is woken finds the reason.
+            self.told.notify_waiters();
+            if let Some(token) = self.token.get() {
+                token.cancel();
+            }
+        }
+    }
+
+    pub(crate) fn is_set(&self) -> bool {
+        self.cell.get().is_some()
+    }
+
+    /// The first reason of this stop and the group's. Whichever was seen first stays the reason.
+    pub(crate) fn reason(&self, group: &Stop) -> Option<StopReason> {
+        let (own, group) = (self.cell.get(), group.get());
+        let is_first = || *self.is_first.get_or_init(|| own.is_some());
+        let first = own.or(group).and_then(|_| if is_first() { own } else { group });
+        first.map(|stopping| stopping.reason.clone())
+    }
+
+    /// The earlier deadline of this stop and the group's.
+    pub(crate) fn deadline(&self, group: &Stop) -> Option<Instant> {
+        let deadlines = [self.cell.get(), group.get()];
+        deadlines.into_iter().flatten().map(|stopping| stopping.deadline).min()
+    }
+
+    /// Waits for this stop or the group's.
+    pub(crate) async fn cancelled(&self, group: &Stop) {
+        let mut told = pin!(self.told.notified());
+        // Before the look, so that a stop between the two is not missed.
+        told.as_mut().enable();
+        if !self.is_set() {
+            group.token().run_until_cancelled(told).await;
+        }
+    }
+
+    /// A token that is cancelled with this stop or the group's.
+    pub(crate) fn token(&self, group: &Stop) -> CancellationToken {
+        let token = self.token.get_or_init(|| group.token().child_token());
+        // The stop may have come before the token.
+        if self.is_set() {
+            token.cancel();
+        }
+        token.child_token()
+    }
 }

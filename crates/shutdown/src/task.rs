@@ -9,6 +9,8 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::task::AbortHandle;
 
+use crate::stop::{OwnStop, Stopping};
+
 /// The error of a task whose type nobody asked to keep.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -40,6 +42,14 @@ impl<T, E> TaskOutcome<T, E> {
     /// Returns whether the task returned without an error.
     pub fn is_completed(&self) -> bool {
         matches!(self, Self::Completed(_))
+    }
+
+    /// Returns what the task returned, unless it ended otherwise.
+    pub fn completed(self) -> Option<T> {
+        match self {
+            Self::Completed(value) => Some(value),
+            _ => None,
+        }
     }
 
     /// Returns whether the task was dropped because it was told to stop.
@@ -129,9 +139,9 @@ impl WorkerOutput for Never {
 }
 
 /// The type of a `loop` without an end, and of a panic. Stable Rust has it, but names it only as what this returns.
-type Never = <fn() -> ! as Returning>::Value;
+pub(crate) type Never = <fn() -> ! as Returning>::Value;
 
-trait Returning {
+pub(crate) trait Returning {
     type Value;
 }
 
@@ -149,6 +159,8 @@ pub enum StragglerState {
     ParkedAtAwait,
     /// It is a blocking closure, which only its own return can end.
     BlockingClosure,
+    /// It never heard of its stop: other work held every thread of the runtime from then on.
+    Starved,
 }
 
 impl fmt::Display for StragglerState {
@@ -157,6 +169,7 @@ impl fmt::Display for StragglerState {
             Self::BlockedInPoll => "blocked inside a poll",
             Self::ParkedAtAwait => "parked at an await",
             Self::BlockingClosure => "inside a blocking closure",
+            Self::Starved => "starved: the runtime ran nothing after it was told to stop",
         })
     }
 }
@@ -200,6 +213,10 @@ pub(crate) struct Slot {
     told: AtomicBool,
     /// What it was doing when it was cut.
     cut: OnceLock<StragglerState>,
+    /// Whether it was told to stop by itself, beside its group.
+    called: AtomicBool,
+    /// The stop of this task alone, if it has a context.
+    own: Option<Box<OwnStop>>,
     abort: Mutex<Abort>,
     mark: Mutex<Option<Cow<'static, str>>>,
 }
@@ -213,6 +230,8 @@ impl Slot {
             pulse: AtomicU32::new(0),
             told: AtomicBool::new(false),
             cut: OnceLock::new(),
+            called: AtomicBool::new(false),
+            own: (kind != Kind::Plain).then(Box::default),
             abort: Mutex::new(Abort::NotSpawned { wanted: false }),
             mark: Mutex::new(None),
         }
@@ -237,14 +256,42 @@ impl Slot {
         self.pulse.load(Ordering::Relaxed)
     }
 
-    /// What the task is doing, given its pulse some milliseconds ago.
-    pub(crate) fn judge(&self, earlier: u32) -> StragglerState {
+    /// What the task is doing, given its pulse some milliseconds ago and whether its runtime runs nothing.
+    pub(crate) fn judge(&self, earlier: u32, starved: bool) -> StragglerState {
         let now = self.pulse();
         match self.kind {
             Kind::Blocking => StragglerState::BlockingClosure,
             Kind::Plain | Kind::Contextual if now == earlier && now % 2 == 1 => StragglerState::BlockedInPoll,
+            Kind::Plain | Kind::Contextual if starved => StragglerState::Starved,
             Kind::Plain | Kind::Contextual => StragglerState::ParkedAtAwait,
         }
+    }
+
+    pub(crate) fn is_inside_poll(&self) -> bool {
+        let pulse = self.pulse();
+        pulse % 2 == 1 && pulse != CALLED_OFF
+    }
+
+    /// Tells this task alone to stop: a plain one is dropped at its next await, as is a closure that has not begun.
+    pub(crate) fn tell_to_stop(&self, stopping: Stopping) {
+        // The reason first, so that whoever finds the flag finds it.
+        if let Some(own) = &self.own {
+            own.request(stopping);
+        }
+        self.called.store(true, Ordering::Release);
+        if self.kind != Kind::Contextual {
+            self.abort();
+        }
+    }
+
+    /// Whether this task alone was told to stop.
+    pub(crate) fn is_called(&self) -> bool {
+        self.called.load(Ordering::Acquire)
+    }
+
+    /// The stop of this task alone. A plain one has none.
+    pub(crate) fn own_stop(&self) -> Option<&OwnStop> {
+        self.own.as_deref()
     }
 
     /// Records that the task outlived its grace. The first judgement stands.

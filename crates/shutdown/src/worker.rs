@@ -8,8 +8,9 @@ use std::sync::Arc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::group::{Rejected, TaskGroup};
-use crate::stop::{Stop, StopReason};
+use crate::group::TaskGroup;
+use crate::result::Rejected;
+use crate::stop::{OwnStop, Stop, StopReason};
 use crate::task::{Slot, TaskOutcome, WorkerOutput};
 use crate::tree::Node;
 
@@ -68,29 +69,52 @@ impl WorkerContext {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub async fn cancelled(&self) {
-        self.stop.token().cancelled().await;
+        match self.slot.own_stop() {
+            Some(own) => own.cancelled(&self.stop).await,
+            None => self.stop.token().cancelled().await,
+        }
     }
 
-    /// Returns whether the worker has been told to stop. One atomic load.
+    /// The same as [`cancelled`](Self::cancelled), for code that keeps what it waits for: the graceful shutdown of a
+    /// server, say.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, nothing has happened.
+    pub fn cancelled_owned(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let cx = self.clone();
+        async move { cx.cancelled().await }
+    }
+
+    /// Returns whether the worker has been told to stop. Two atomic loads.
     pub fn is_cancelled(&self) -> bool {
-        self.stop.is_set()
+        self.stop.is_set() || self.slot.own_stop().is_some_and(OwnStop::is_set)
     }
 
     /// Returns why the worker has been told to stop; `None` exactly while [`is_cancelled`](Self::is_cancelled) is false.
     pub fn reason(&self) -> Option<StopReason> {
-        self.stop.get().map(|stopping| stopping.reason.clone())
+        match self.slot.own_stop() {
+            Some(own) => own.reason(&self.stop),
+            None => self.stop.get().map(|stopping| stopping.reason.clone()),
+        }
     }
 
     /// Returns when the worker will be cut; `None` while it has not been told to stop.
     pub fn deadline(&self) -> Option<Instant> {
-        self.stop.get().map(|stopping| stopping.deadline)
+        match self.slot.own_stop() {
+            Some(own) => own.deadline(&self.stop),
+            None => self.stop.get().map(|stopping| stopping.deadline),
+        }
     }
 
     /// Returns a token that is cancelled when the worker is told to stop, for code that takes one.
     ///
     /// Cancelling this token reaches whoever holds it and its children, and not the worker.
     pub fn token(&self) -> CancellationToken {
-        self.stop.token().child_token()
+        match self.slot.own_stop() {
+            Some(own) => own.token(&self.stop),
+            None => self.stop.token().child_token(),
+        }
     }
 
     /// Says that the worker has started: what a phase with [`ready_within`](crate::Phase::ready_within) waits for.
@@ -112,6 +136,11 @@ impl WorkerContext {
     /// The group is the worker's to hold. Dropping it cancels its tasks, so the worker waits for it before it returns.
     pub fn group(&self) -> TaskGroup {
         TaskGroup::below(&self.node, self.slot.name.clone().into_owned())
+    }
+
+    /// Creates the same kind of group, but a [discarding](TaskGroup::discarding) one: for a server's connections.
+    pub fn discarding_group(&self) -> TaskGroup {
+        TaskGroup::discarding_below(&self.node, self.slot.name.clone().into_owned())
     }
 }
 

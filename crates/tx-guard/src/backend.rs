@@ -64,7 +64,8 @@ pub enum CommitMode {
     /// Its outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit is one round trip.
     #[default]
     Verified,
-    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds: the transaction is asked for
+    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds
+    /// ([`resolve_timeout`](crate::TxPoolBuilder::resolve_timeout)): the transaction is asked for
     /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
     /// each commit, and an id also for a transaction that has written nothing.
     /// [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long, or that was
@@ -141,7 +142,7 @@ pub trait Driver: Database {
     type Known: Default + Send + Sync + 'static;
 
     /// The means of cancelling from outside, one for a pool.
-    type Canceller: Default + Clone + Send + Sync + 'static;
+    type Canceller: Cancels<Self>;
 
     /// Describes where the options lead to, without credentials.
     fn target(options: &Options<Self>) -> String;
@@ -196,17 +197,6 @@ pub trait Driver: Database {
         known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
-    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
-    fn beside() -> Option<Handle> {
-        None
-    }
-
-    /// Opens what `cancel` needs ahead of its first use.
-    fn warm(
-        canceller: &Self::Canceller,
-        options: &Arc<Options<Self>>,
-    ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-
     /// Begins a transaction, and only where there is none.
     fn begin(
         conn: &mut Self::Connection,
@@ -257,12 +247,13 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
 
     /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
-    /// where that cannot be said. Bounds itself.
+    /// where that cannot be said within the limit.
     fn resolve(
         canceller: &Self::Canceller,
         options: &Arc<Options<Self>>,
         probe: &Self::Probe,
         receipt: &Receipt,
+        limit: Duration,
     ) -> impl Future<Output = Option<bool>> + Send;
 
     /// Waits for what still runs, and rolls back until the connection is idle and clean.
@@ -272,28 +263,41 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
     /// Waits until nothing runs any more on the connection, and reads the answer of the first statement that was left
-    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing.
-    fn quiet(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing. The transaction may be
+    /// rolled back by it, but a rollback is still due.
+    fn quiet(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+
+    /// Interrupts what runs on the connection without waiting, where that can be done.
+    fn interrupt(_: &Self::Probe) {}
+}
+
+/// The way to what runs on a session, from outside. Sealed with [`Backend`].
+#[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
+pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
+    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
+    fn beside() -> Option<Handle> {
+        None
+    }
+
+    /// Opens what [`signal`](Self::signal) needs ahead of its first use.
+    fn warm(&self, options: &Arc<Options<DB>>) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Signals the session of `probe` over another one. `Ok` means that a cancel cannot arrive after the next clean round
     /// trip of that session.
     fn signal(
-        canceller: &Self::Canceller,
-        options: &Arc<Options<Self>>,
+        &self,
+        options: &Arc<Options<DB>>,
         wanted: Wanted,
-        probe: &Self::Probe,
+        probe: &DB::Probe,
     ) -> impl Future<Output = Result<Activity, Unsignalled>> + Send;
 
     /// How long a message to the server and its answer take, as far as is known.
-    fn round_trip(_: &Self::Canceller) -> Duration {
+    fn round_trip(&self) -> Duration {
         Duration::ZERO
     }
 
-    /// Interrupts what runs on the connection without waiting, where that can be done.
-    fn interrupt(probe: &Self::Probe);
-
-    /// Closes what `warm` and `cancel` have opened.
-    fn cool(canceller: &Self::Canceller) -> impl Future<Output = ()> + Send;
+    /// Closes what [`warm`](Self::warm) and [`signal`](Self::signal) have opened.
+    fn close(&self) -> impl Future<Output = ()> + Send;
 }
 
 /// What is wanted of a session.

@@ -13,7 +13,7 @@ use crate::backend::{Backend, Mode};
 use crate::drive::Driven;
 use crate::open::Open;
 use crate::outcome::OutcomeCell;
-use crate::settings::{FOREVER, SETTLE_LIMIT};
+use crate::settings::FOREVER;
 use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
 use crate::{TransactionGuard, TxError};
@@ -91,7 +91,7 @@ async fn begin_on<DB: Backend>(
         slot.pass_on();
         return Err(TxError::Closed);
     }
-    let (shared, runtime) = (Arc::clone(shared), runtime.clone());
+    let (shared, runtime, alone) = (Arc::clone(shared), runtime.clone(), shared.limits.settle_timeout);
     let begun = Driven::new(runtime.clone(), async move {
         let start = Instant::now();
         // One that was opened just now has shown that it answers, and may take its time.
@@ -127,7 +127,7 @@ async fn begin_on<DB: Backend>(
         let (hooks, commit_mode) = (Vec::new(), shared.commit_mode);
         Ok(TransactionGuard::hold(Open { slot, outcome, runtime, ticket, shared, hooks, commit_mode }))
     });
-    Ok(begun.alone_for(SETTLE_LIMIT).await)
+    Ok(begun.alone_for(alone).await)
 }
 
 /// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08

@@ -11,14 +11,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use futures_util::future::BoxFuture;
-use sqlx::{ConnectOptions, Connection, Database};
+use sqlx::{ConnectOptions, Connection};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::{Mutex, oneshot};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use crate::backend::{Activity, Options, Unsignalled, Wanted};
-use crate::settings::SETTLE_LIMIT;
+use crate::backend::{Activity, Cancels, Driver, Options, Unsignalled, Wanted};
 
 /// How long the warm connection may take to answer before a new one is opened in its stead: so long, and some round trips,
 /// and something for each session that is signalled. It may have been idle for hours, and firewalls forget such connections
@@ -27,22 +26,28 @@ const WARM_LIMIT: Duration = Duration::from_millis(500);
 const WARM_ROUND_TRIPS: u32 = 4;
 const SIGNAL_LIMIT: Duration = Duration::from_millis(1);
 
+/// How long the opening of the connection may take, and the first answer over it.
+const OPEN_LIMIT: Duration = Duration::from_secs(2);
+
 /// How many sessions one message signals at most.
 const BATCH: usize = 1_000;
 
 /// Before a message is sent, others are waited for: for this part of a round trip, and no longer than this. Whoever comes
 /// later waits for a whole one.
 const GATHER_PART: u32 = 8;
-const GATHER_LIMIT: Duration = Duration::from_millis(2);
+const GATHER_LIMIT: Duration = Duration::from_millis(5);
 
 /// A server whose sessions are signalled over another of its sessions.
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
-pub trait Signals: Database {
+pub trait Signals: Driver {
     /// What tells a session from all others, those before and after it included.
     type Session: Clone + Send + Sync + 'static;
 
     /// How many round trips a message takes.
     const TRIPS: u32;
+
+    /// The session of a connection for the moment.
+    fn session(probe: &Self::Probe) -> Self::Session;
 
     /// For how long the server has been running, at least. Asked when the connection has been opened.
     fn ran(conn: &mut Self::Connection) -> BoxFuture<'_, Result<Duration, sqlx::Error>>;
@@ -106,7 +111,7 @@ struct Warm<DB: Signals> {
 }
 
 impl<DB: Signals> Warm<DB> {
-    async fn open(options: &Options<DB>) -> Result<Self, sqlx::Error> {
+    async fn open(options: &Arc<Options<DB>>) -> Result<Self, sqlx::Error> {
         // Before it is opened: what is older than this is older than the connection.
         let since = Instant::now();
         let mut conn = Self::connect(options).await?;
@@ -114,11 +119,11 @@ impl<DB: Signals> Warm<DB> {
         Ok(Self { conn, opened: Opened { since, seen: Instant::now(), ran } })
     }
 
-    async fn connect(options: &Options<DB>) -> Result<DB::Connection, sqlx::Error> {
+    async fn connect(options: &Arc<Options<DB>>) -> Result<DB::Connection, sqlx::Error> {
         let Some(beside) = beside() else { return options.connect().await };
         // A set, because its drop takes what was begun with it.
         let mut opening = JoinSet::new();
-        let options = options.clone();
+        let options = Arc::clone(options);
         opening.spawn_on(async move { options.connect().await }, &beside);
         match opening.join_next().await {
             Some(Ok(opened)) => opened,
@@ -129,7 +134,7 @@ impl<DB: Signals> Warm<DB> {
 
 /// A thread for all cancels of the process, on which nothing else runs: the runtime of a transaction may be busy reading
 /// what is to be cancelled, and answers to cancels would wait for that. `None` where there is no thread to be had.
-pub(crate) fn beside() -> Option<Handle> {
+fn beside() -> Option<Handle> {
     static BESIDE: OnceLock<Option<Handle>> = OnceLock::new();
     let start = || {
         // The thread first: a runtime that is not needed could not be dropped inside another, which panics.
@@ -144,9 +149,13 @@ pub(crate) fn beside() -> Option<Handle> {
     BESIDE.get_or_init(start).clone()
 }
 
-impl<DB: Signals> Canceller<DB> {
+impl<DB: Signals> Cancels<DB> for Canceller<DB> {
+    fn beside() -> Option<Handle> {
+        beside()
+    }
+
     /// Opens the connection ahead of its first use.
-    pub(crate) async fn warm(&self, options: &Options<DB>) -> Result<(), sqlx::Error> {
+    async fn warm(&self, options: &Arc<Options<DB>>) -> Result<(), sqlx::Error> {
         // Whoever has it has opened it, or is about to.
         let Ok(mut warm) = self.0.warm.try_lock() else { return Ok(()) };
         if warm.is_none() {
@@ -159,29 +168,14 @@ impl<DB: Signals> Canceller<DB> {
         Ok(())
     }
 
-    /// Runs something else on the connection, which is lost if that fails. None where it is not open.
-    #[cfg(feature = "postgres")]
-    pub(crate) async fn on_warm<T>(
-        &self,
-        run: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, sqlx::Error>,
-    ) -> Option<Result<T, sqlx::Error>> {
-        let mut warm = self.0.warm.lock().await;
-        let mut taken = warm.take()?;
-        let ran = run(&mut taken.conn).await;
-        if ran.is_ok() {
-            *warm = Some(taken);
-        }
-        Some(ran)
-    }
-
     /// Signals a session, together with all others that are to be signalled now.
-    pub(crate) async fn signal(
+    async fn signal(
         &self,
         options: &Arc<Options<DB>>,
         wanted: Wanted,
-        session: DB::Session,
+        probe: &DB::Probe,
     ) -> Result<Activity, Unsignalled> {
-        let (answer, answered) = oneshot::channel();
+        let (session, (answer, answered)) = (DB::session(probe), oneshot::channel());
         let is_served = {
             let mut queue = self.0.queue();
             queue.requests.push(Request { wanted, session, answer });
@@ -196,16 +190,33 @@ impl<DB: Signals> Canceller<DB> {
         answered.await.unwrap_or(Err(Unsignalled::Unanswered))
     }
 
-    /// How long a message and its answer take. Zero before any was sent.
-    pub(crate) fn round_trip(&self) -> Duration {
+    /// Zero before any was sent.
+    fn round_trip(&self) -> Duration {
         self.0.round_trip()
     }
 
-    pub(crate) async fn close(&self) {
+    async fn close(&self) {
         if let Some(warm) = self.0.warm.lock().await.take() {
             // A server that is gone needs no farewell.
             drop(warm.conn.close().await);
         }
+    }
+}
+
+#[cfg(feature = "postgres")]
+impl<DB: Signals> Canceller<DB> {
+    /// Runs something else on the connection, which is lost if that fails. None where it is not open.
+    pub(crate) async fn on_warm<T>(
+        &self,
+        run: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, sqlx::Error>,
+    ) -> Option<Result<T, sqlx::Error>> {
+        let mut warm = self.0.warm.lock().await;
+        let mut taken = warm.take()?;
+        let ran = run(&mut taken.conn).await;
+        if ran.is_ok() {
+            *warm = Some(taken);
+        }
+        Some(ran)
     }
 }
 
@@ -280,7 +291,7 @@ impl<DB: Signals> Inner<DB> {
     /// Sends one message over the connection, or over another one if it fails.
     async fn ask(
         &self,
-        options: &Options<DB>,
+        options: &Arc<Options<DB>>,
         wanted: Wanted,
         sessions: &[DB::Session],
     ) -> Result<Vec<Activity>, Unsignalled> {
@@ -295,10 +306,10 @@ impl<DB: Signals> Inner<DB> {
             }
             in_doubt = true;
         }
-        let Ok(Ok(mut opened)) = timeout(SETTLE_LIMIT, Warm::<DB>::open(options)).await else {
+        let Ok(Ok(mut opened)) = timeout(OPEN_LIMIT, Warm::<DB>::open(options)).await else {
             return Err(if in_doubt { Unsignalled::Unanswered } else { Unsignalled::Unreachable });
         };
-        let answer = timeout(SETTLE_LIMIT, self.send(&mut opened, wanted, sessions)).await;
+        let answer = timeout(OPEN_LIMIT, self.send(&mut opened, wanted, sessions)).await;
         let Ok(Ok(answer)) = answer else { return Err(Unsignalled::Unanswered) };
         *warm = Some(opened);
         // The signal that had no answer may be under way behind this one, so the session must not be used again.

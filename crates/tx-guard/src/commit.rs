@@ -11,7 +11,7 @@ use crate::backend::{Backend, CommitFailure, Receipt, depth};
 use crate::open::{Hook, Open};
 use crate::outcome::CommitOutcome;
 use crate::settle::{self, ENDED_BEFORE};
-use crate::watch::{ANSWER_LIMIT, CATCH_UP_LIMIT, OUT_OF_STEP, unless_stuck};
+use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 
 /// Commits, and comes back when the outcome is known. Runs shielded.
 pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'static str>) -> Result<(), TxError> {
@@ -23,7 +23,14 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         return Err(TxError::Lost { reason });
     }
     let shared = Arc::clone(&open.shared);
-    let failed = match unless_stuck(&shared, probe, CATCH_UP_LIMIT, DB::catch_up(conn)).await {
+    let failed = match unless_stuck(
+        &shared,
+        probe,
+        Patience::caller(shared.limits.catch_up_timeout),
+        DB::catch_up(conn),
+    )
+    .await
+    {
         Some(Ok(())) => None,
         Some(Err(error)) => Some(TxError::Database(error)),
         None => Some(TxError::Lost { reason: OUT_OF_STEP }),
@@ -35,7 +42,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
     let commit = DB::commit(conn, probe, open.commit_mode);
-    let answer = unless_stuck(&shared, probe, ANSWER_LIMIT, commit).await;
+    let answer = unless_stuck(&shared, probe, Patience::caller(shared.limits.answer_timeout), commit).await;
     let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(OUT_OF_STEP.into())));
     let failure = match answer.unwrap_or_else(stuck) {
         Ok(()) => {
@@ -74,7 +81,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
 async fn resolve<DB: Backend>(mut open: Open<DB>, source: sqlx::Error, receipt: &Receipt) -> Result<(), TxError> {
     let shared = Arc::clone(&open.shared);
     let (_, probe) = open.slot.parts();
-    match DB::resolve(&shared.canceller, &shared.options(), probe, receipt).await {
+    match DB::resolve(&shared.canceller, &shared.options(), probe, receipt, shared.limits.resolve_timeout).await {
         Some(true) => {
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);

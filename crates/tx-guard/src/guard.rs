@@ -18,7 +18,7 @@ use crate::events::TxEvent;
 use crate::open::Open;
 use crate::pool::PoolSource;
 use crate::settle;
-use crate::watch::{CATCH_UP_LIMIT, OUT_OF_STEP, unless_stuck};
+use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 use crate::{CommitError, CommitMode, CommitOutcome, OutcomeHandle, TxError};
 
 /// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
@@ -51,9 +51,6 @@ struct Savepoint {
 /// The proof behind the `expect`s below.
 const HELD: &str = "the transaction is taken only by methods that consume the guard";
 
-/// How long a commit may go on after its caller has gone. Long, because closing its connection leaves it in doubt.
-const COMMIT_LIMIT: Duration = Duration::from_secs(600);
-
 const SAVEPOINT_DROPPED: &str = "a savepoint was dropped, or failed, halfway";
 
 impl<DB: Backend> TransactionGuard<DB> {
@@ -68,7 +65,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun. If dropped while the
     /// transaction is being begun, it is rolled back and its connection goes back to the pool, or is closed if it has no
-    /// answer within two seconds.
+    /// answer within the [`settle_timeout`](crate::TxPoolBuilder::settle_timeout).
     ///
     /// # Errors
     ///
@@ -103,14 +100,16 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT is driven to its end
     /// on the runtime, and a handle taken before with [`outcome_handle`](Self::outcome_handle) tells how it ended. A
-    /// COMMIT that has no answer after another ten minutes is given up, and its outcome is unknown.
+    /// COMMIT that has no answer after another ten minutes ([`commit_timeout`](crate::TxPoolBuilder::commit_timeout)) is
+    /// given up, and its outcome is unknown.
     /// If it is never polled, the transaction is rolled back.
     ///
     /// # Errors
     ///
     /// - [`TxError::Aborted`]: a statement had failed before, so PostgreSQL could only roll back.
     /// - [`TxError::Lost`]: the transaction had ended behind the guard's back; or, on MySQL, what a dropped statement had
-    ///   left to be read did not come within five seconds, and it is rolled back.
+    ///   left to be read did not come within the [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), and it is
+    ///   rolled back.
     /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
     /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
     ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
@@ -188,8 +187,9 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// - [`TxError::Database`]: the connection failed. Nothing was committed then either: the server rolls back what a
     ///   closed connection leaves behind.
-    /// - [`TxError::Unconfirmed`]: the server has not answered within two seconds, nor acknowledged the end of its session
-    ///   within another two. Nothing is committed, but locks may be held until it notices that the connection is closed.
+    /// - [`TxError::Unconfirmed`]: the server has not answered within the
+    ///   [`settle_timeout`](crate::TxPoolBuilder::settle_timeout), nor acknowledged the end of its session within the same
+    ///   time once more. Nothing is committed, but locks may be held until it notices that the connection is closed.
     /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and whether by a commit is not known. It
     ///   is noticed on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a nested `begin` of sqlx that
     ///   was cancelled.
@@ -213,7 +213,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// The error of `work`; or [`TxError::Database`] if the database refused the savepoint or its end, in which case
     /// what `work` has done is undone as well, or if what a dropped statement had left to be read on MySQL did not come
-    /// within five seconds, which dooms the transaction; or [`TxError::Lost`] if a savepoint inside `work` was dropped
+    /// within the [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), which dooms the transaction; or [`TxError::Lost`] if a savepoint inside `work` was dropped
     /// halfway.
     ///
     /// # Examples
@@ -352,7 +352,8 @@ impl<DB: Backend> TransactionGuard<DB> {
         let (shared, runtime) = (Arc::clone(&open.shared), open.runtime.clone());
         let (conn, probe) = open.slot.parts();
         let stuck = || Err(sqlx::Error::Protocol(OUT_OF_STEP.into()));
-        let run = unless_stuck(&shared, probe, CATCH_UP_LIMIT, DB::run_sql(conn, sql));
+        let run =
+            unless_stuck(&shared, probe, Patience::caller(shared.limits.catch_up_timeout), DB::run_sql(conn, sql));
         drive::inside(&runtime, run).await.unwrap_or_else(stuck)
     }
 
@@ -364,11 +365,11 @@ impl<DB: Backend> TransactionGuard<DB> {
         let open = self.take();
         open.ticket.settling();
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
-        let shared = Arc::clone(&open.shared);
+        let (shared, limit) = (Arc::clone(&open.shared), open.shared.limits.commit_timeout);
         let handle = open.outcome.handle();
         // Closing the pool waits for the hooks, and for what is told here.
         let ticket = Arc::clone(&open.ticket);
-        Driven::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(COMMIT_LIMIT).or_late(move |ended| {
+        Driven::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(limit).or_late(move |ended| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
             shared.teller.tell_late(outcome, ended.and_then(Result::err).as_ref(), ticket.tag);
             drop(ticket);

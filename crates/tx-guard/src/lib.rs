@@ -84,7 +84,8 @@
 //! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection
 //! is used again. All that wait go out in one message. One that comes before its statement is no cancel, so it is
 //! repeated, after a round trip and 2 ms at first, and each time twice as long up to 100 ms; an idle connection is sent
-//! none. A connection that does not come to rest within two seconds is terminated and closed.
+//! none. A connection that does not come to rest within the [`settle_timeout`](TxPoolBuilder::settle_timeout), two
+//! seconds, is terminated and closed.
 //!
 //! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
 //! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
@@ -171,6 +172,7 @@ mod attempts;
 mod backend;
 mod begin;
 mod boxed;
+mod builder;
 #[cfg(any(feature = "postgres", feature = "mysql"))]
 mod canceller;
 mod commit;
@@ -213,12 +215,13 @@ mod work;
 pub use attempts::Attempts;
 pub use backend::{Backend, CommitMode, Isolation, Options};
 pub use boxed::{BoxedWork, TxRef};
+pub use builder::TxPoolBuilder;
 pub use error::{CommitError, TxError};
 pub use events::{TxEvent, TxEvents, TxRecord};
 pub use guard::TransactionGuard;
 pub use metrics::Metrics;
 pub use outcome::{CommitOutcome, OutcomeHandle};
-pub use pool::{CloseReport, PoolSource, TxPool, TxPoolBuilder};
+pub use pool::{CloseReport, PoolSource, TxPool};
 pub use pooler::PoolerMode;
 pub use reader::Reader;
 pub use reset::Reset;

@@ -15,14 +15,13 @@ use sqlx::error::DatabaseError;
 use sqlx::mysql::{MySqlConnectOptions, MySqlDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, MySql, MySqlConnection, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
-    Unsignalled, Wanted, depth,
+    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback, Wanted,
+    depth,
 };
-use crate::canceller::{self, Canceller, Opened, Signals};
+use crate::canceller::{Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 use in_step::Answers;
@@ -77,9 +76,10 @@ pub struct Thread {
     ownership: Ownership,
     /// The session has limits of a transaction that had a deadline.
     limited: AtomicBool,
-    /// The answer to the COMMIT has been read to its end, and nothing was sent since. A session of the user's has its
-    /// settings back already.
-    committed: AtomicBool,
+    /// The end of the transaction is proved, and nothing was sent since.
+    in_step: AtomicBool,
+    /// A session of the user's has its settings back already.
+    is_back: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -208,14 +208,6 @@ impl Driver for MySql {
         Ok(Arc::new(Thread::new(identity, Ownership::Wrapped)))
     }
 
-    fn beside() -> Option<Handle> {
-        canceller::beside()
-    }
-
-    async fn warm(canceller: &Self::Canceller, options: &Arc<MySqlConnectOptions>) -> Result<(), sqlx::Error> {
-        canceller.warm(options).await
-    }
-
     async fn state(
         conn: &mut MySqlConnection,
         _: &Arc<Thread>,
@@ -235,6 +227,8 @@ impl Driver for MySql {
     }
 
     async fn begin(conn: &mut MySqlConnection, thread: &Arc<Thread>, mode: &Mode) -> Result<(), sqlx::Error> {
+        thread.in_step.store(false, Ordering::Relaxed);
+        thread.is_back.store(false, Ordering::Relaxed);
         let sql = begin_sql(thread, mode);
         Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await
     }
@@ -277,7 +271,8 @@ impl Driver for MySql {
         let error = match in_step::exchange(conn, &sql).await {
             // sqlx still counts a transaction: an empty one, to be rolled back off the caller's path.
             Answers { proved: true, done: 2.., error: None } => {
-                thread.committed.store(true, Ordering::Relaxed);
+                thread.in_step.store(true, Ordering::Relaxed);
+                thread.is_back.store(true, Ordering::Relaxed);
                 return Ok(());
             }
             // Committed; the settings are tried again, or the connection is closed.
@@ -302,7 +297,13 @@ impl Driver for MySql {
     }
 
     /// MySQL does not remember how a transaction ended.
-    async fn resolve(_: &Self::Canceller, _: &Arc<MySqlConnectOptions>, _: &Arc<Thread>, _: &Receipt) -> Option<bool> {
+    async fn resolve(
+        _: &Self::Canceller,
+        _: &Arc<MySqlConnectOptions>,
+        _: &Arc<Thread>,
+        _: &Receipt,
+        _: Duration,
+    ) -> Option<bool> {
         None
     }
 
@@ -313,44 +314,38 @@ impl Driver for MySql {
         while depth::<Self>(conn) > 0 {
             Manager::start_rollback(conn);
         }
-        if thread.committed.swap(false, Ordering::Relaxed) && is_done(conn.flush().await)? {
+        let is_back = thread.is_back.swap(false, Ordering::Relaxed);
+        let settings_back = thread.settings_back().filter(|_| !is_back);
+        let in_step = thread.in_step.swap(false, Ordering::Relaxed);
+        if in_step && settings_back.is_none() && is_done(conn.flush().await)? {
             return Ok(found);
         }
-        match thread.settings_back() {
+        match settings_back {
             Some(settings_back) => in_step::insist(conn, &format!("ROLLBACK; {settings_back}")).await?,
             None => in_step::insist(conn, "ROLLBACK").await?,
         }
         Ok(found)
     }
 
-    async fn quiet(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-        in_step::catch_up(conn).await
-    }
-
-    async fn signal(
-        canceller: &Self::Canceller,
-        options: &Arc<MySqlConnectOptions>,
-        wanted: Wanted,
-        to: &Arc<Thread>,
-    ) -> Result<Activity, Unsignalled> {
-        canceller.signal(options, wanted, to.identity).await
-    }
-
-    fn round_trip(canceller: &Self::Canceller) -> Duration {
-        canceller.round_trip()
-    }
-
-    /// Only a round trip can do it.
-    fn interrupt(_: &Arc<Thread>) {}
-
-    async fn cool(canceller: &Self::Canceller) {
-        canceller.close().await;
+    /// The proof that nothing is left rolls back as well, so that the locks are free a round trip sooner.
+    async fn quiet(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<(), sqlx::Error> {
+        if in_step::is_left(conn).await? {
+            in_step::insist(conn, "ROLLBACK").await?;
+            thread.in_step.store(true, Ordering::Relaxed);
+        }
+        Ok(())
     }
 }
 
 impl Thread {
     fn new(identity: Identity, ownership: Ownership) -> Self {
-        Self { identity, ownership, limited: AtomicBool::new(false), committed: AtomicBool::new(false) }
+        Self {
+            identity,
+            ownership,
+            limited: AtomicBool::new(false),
+            in_step: AtomicBool::new(false),
+            is_back: AtomicBool::new(false),
+        }
     }
 
     /// Gives a wrapped session the settings back that it had before its transaction. None where it has them all.
@@ -437,6 +432,10 @@ impl Signals for MySql {
 
     /// It looks before it kills.
     const TRIPS: u32 = 2;
+
+    fn session(thread: &Arc<Thread>) -> Identity {
+        thread.identity
+    }
 
     fn ran(conn: &mut MySqlConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
         uptime(conn).boxed()

@@ -12,7 +12,6 @@ use tokio::time::timeout;
 
 use crate::backend::{Backend, CommitMode};
 use crate::outcome::OutcomeCell;
-use crate::settings::SETTLE_LIMIT;
 use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
 
@@ -40,7 +39,7 @@ impl<DB: Backend> Open<DB> {
 
     /// Gives the connection back when what was left to be sent has its answer, for which nobody waits: a message that
     /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
-    /// better. One without an answer within [`SETTLE_LIMIT`] is closed.
+    /// better. One without an answer within the settle timeout is closed.
     pub(crate) async fn release_answered(mut self) {
         if self.slot.takes_unsent() {
             return self.release().await;
@@ -50,9 +49,9 @@ impl<DB: Backend> Open<DB> {
             Some(Err(_)) => {}
             None => {
                 self.ticket.settling();
-                let runtime = self.runtime.clone();
+                let (runtime, limit) = (self.runtime.clone(), self.shared.limits.settle_timeout);
                 drop(runtime.spawn(async move {
-                    if let Ok(Ok(())) = timeout(SETTLE_LIMIT, self.slot.parts().0.flush()).await {
+                    if let Ok(Ok(())) = timeout(limit, self.slot.parts().0.flush()).await {
                         self.release().await;
                     }
                 }));

@@ -16,14 +16,13 @@ use sqlx::error::DatabaseError;
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError};
 use sqlx::{AssertSqlSafe, Connection, Database, PgConnection, Postgres, Row, SqlSafeStr};
 use sqlx_core::transaction::TransactionManager;
-use tokio::runtime::Handle;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
-    Unsignalled, Wanted, depth,
+    Activity, Backend, Cancels, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Wanted, depth,
 };
-use crate::canceller::{self, Canceller, Opened, Signals};
+use crate::canceller::{Canceller, Opened, Signals};
 use crate::known::Known;
 use crate::pooler::PoolerMode;
 
@@ -183,14 +182,6 @@ impl Driver for Postgres {
         Ok(Place::own(backend))
     }
 
-    fn beside() -> Option<Handle> {
-        canceller::beside()
-    }
-
-    async fn warm(canceller: &Self::Canceller, options: &Arc<PgConnectOptions>) -> Result<(), sqlx::Error> {
-        canceller.warm(options).await
-    }
-
     async fn state(conn: &mut PgConnection, place: &Place, names: &[String]) -> Result<Option<String>, sqlx::Error> {
         let question = place.ask(|| state_sql(names)).to_owned();
         sqlx::raw_sql(AssertSqlSafe(question)).fetch_one(conn).await?.try_get(0).map(Some)
@@ -303,8 +294,9 @@ impl Driver for Postgres {
         options: &Arc<PgConnectOptions>,
         place: &Place,
         receipt: &Receipt,
+        limit: Duration,
     ) -> Option<bool> {
-        proof::resolve(options, receipt, || Self::signal(canceller, options, Wanted::Terminate, place)).await
+        proof::resolve(options, receipt, limit, || canceller.signal(options, Wanted::Terminate, place)).await
     }
 
     /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
@@ -340,28 +332,8 @@ impl Driver for Postgres {
         Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()))
     }
 
-    async fn quiet(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    async fn quiet(conn: &mut PgConnection, _: &Place) -> Result<(), sqlx::Error> {
         conn.flush().await
-    }
-
-    async fn signal(
-        canceller: &Self::Canceller,
-        options: &Arc<PgConnectOptions>,
-        wanted: Wanted,
-        to: &Place,
-    ) -> Result<Activity, Unsignalled> {
-        canceller.signal(options, wanted, to.backend()).await
-    }
-
-    fn round_trip(canceller: &Self::Canceller) -> Duration {
-        canceller.round_trip()
-    }
-
-    /// Only a round trip can do it.
-    fn interrupt(_: &Place) {}
-
-    async fn cool(canceller: &Self::Canceller) {
-        canceller.close().await;
     }
 }
 
@@ -443,6 +415,10 @@ impl Signals for Postgres {
 
     const TRIPS: u32 = 1;
 
+    fn session(place: &Place) -> BackendId {
+        place.backend()
+    }
+
     /// Its sessions are told by the moments at which they were started.
     fn ran(_: &mut PgConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
         std::future::ready(Ok(Duration::MAX)).boxed()
@@ -481,7 +457,7 @@ mod tests {
             .expect("set CANCEL_SAFE_TEST_POSTGRES_URL or run cargo xtask test tx-guard");
         let options: Arc<PgConnectOptions> = Arc::new(url.parse().unwrap());
         let canceller = <Postgres as Driver>::Canceller::default();
-        Postgres::warm(&canceller, &options).await.unwrap();
+        canceller.warm(&options).await.unwrap();
         let mut conn = options.connect().await.unwrap();
         let ours = Postgres::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         let backend = ours.backend();
@@ -490,7 +466,7 @@ mod tests {
         // Again and again, because a cancel that comes before the statement is no cancel.
         let again = async |to: Place| {
             loop {
-                Postgres::signal(&canceller, &options, Wanted::Cancel, &to).await.unwrap();
+                canceller.signal(&options, Wanted::Cancel, &to).await.unwrap();
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         };

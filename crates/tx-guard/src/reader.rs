@@ -11,9 +11,9 @@ use sqlx::Connection;
 use tokio::runtime::Handle;
 use tokio::time::{Instant, timeout, timeout_at};
 
-use crate::backend::{Backend, Wanted, depth};
+use crate::backend::{Backend, Cancels, Wanted, depth};
 use crate::events::TxEvent;
-use crate::settings::{FOREVER, SETTLE_LIMIT};
+use crate::settings::FOREVER;
 use crate::settle;
 use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
@@ -156,15 +156,16 @@ async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket
             && settle::is_quiet::<DB>(&shared, conn, probe, ticket.tag).await
             && DB::end_read(conn, probe).await.is_ok()
     };
-    if let Ok(true) = timeout(SETTLE_LIMIT, ends).await {
+    let limit = shared.limits.settle_timeout;
+    if let Ok(true) = timeout(limit, ends).await {
         slot.release(shared.work.is_closed()).await;
     } else {
         shared.teller.tell(TxEvent::SessionTerminated, ticket.tag);
         let (_, probe) = slot.parts();
         let options = shared.options();
-        let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
+        let terminated = shared.canceller.signal(&options, Wanted::Terminate, probe);
         // What cannot be ended from outside is ended by the server, when it sees that its client has gone.
-        drop(timeout(SETTLE_LIMIT, terminated).await);
+        drop(timeout(limit, terminated).await);
     }
     // Closing the pool has waited for all this.
     drop(ticket);

@@ -12,9 +12,6 @@ pub(crate) const MOST_CONNECTIONS: u32 = 65_535;
 /// What stands for "no limit" where one is added to a moment.
 pub(crate) const FOREVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// How long cancelling and rolling back may take before the session is terminated.
-pub(crate) const SETTLE_LIMIT: Duration = Duration::from_secs(2);
-
 /// How many connections there may be, and how long is waited for what.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Limits {
@@ -25,6 +22,16 @@ pub(crate) struct Limits {
     pub(crate) connect_timeout: Duration,
     /// For the answer to BEGIN on a session that somebody had before.
     pub(crate) begin_timeout: Duration,
+    /// For cancelling and rolling back, before the session is terminated.
+    pub(crate) settle_timeout: Duration,
+    /// For a commit whose caller has gone.
+    pub(crate) commit_timeout: Duration,
+    /// For finding out how a commit ended whose connection was lost.
+    pub(crate) resolve_timeout: Duration,
+    /// For a server that is seen waiting for us where we wait for what a dropped statement has left to be read.
+    pub(crate) catch_up_timeout: Duration,
+    /// The same for the answer to COMMIT.
+    pub(crate) answer_timeout: Duration,
     /// For the farewell to one session.
     pub(crate) goodbye_timeout: Duration,
     /// What there is between here and the server.
@@ -38,6 +45,11 @@ impl Default for Limits {
             acquire_timeout: Duration::from_secs(30),
             connect_timeout: Duration::from_secs(10),
             begin_timeout: Duration::from_secs(2),
+            settle_timeout: Duration::from_secs(2),
+            commit_timeout: Duration::from_secs(600),
+            resolve_timeout: Duration::from_secs(10),
+            catch_up_timeout: Duration::from_secs(5),
+            answer_timeout: Duration::from_secs(2),
             goodbye_timeout: Duration::from_secs(1),
             pooler: PoolerMode::None,
         }

@@ -11,11 +11,10 @@ use futures_util::future::{Either, select};
 use tokio::time::timeout;
 
 use crate::TxError;
-use crate::backend::{Backend, Rollback, Wanted};
+use crate::backend::{Backend, Cancels, Rollback, Wanted};
 use crate::events::TxEvent;
 use crate::open::Open;
 use crate::outcome::CommitOutcome;
-use crate::settings::SETTLE_LIMIT;
 use crate::slot::Shared;
 use crate::watch::{SETTLE_PATIENCE, Seen, Watch, unless_stuck};
 use crate::work::Tag;
@@ -30,7 +29,7 @@ const QUIET_ATTEMPTS: usize = 16;
 pub(crate) const ENDED_BEFORE: &str = "its SQL, or the database itself, had ended the transaction already";
 
 /// Ends a transaction whose statement may still run: a moment to finish, then a cancel from outside, then the
-/// rollback. Past [`SETTLE_LIMIT`] the session is terminated, for which it has the same time once more.
+/// rollback. Past the settle timeout the session is terminated, for which it has the same time once more.
 ///
 /// # Errors
 ///
@@ -46,8 +45,9 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
     if ended_before {
         open.outcome.stands(CommitOutcome::Unknown);
     }
-    let unconfirmed = || TxError::Unconfirmed { target: DB::target(&shared.options()), waited: SETTLE_LIMIT };
-    let ended = match timeout(SETTLE_LIMIT, come_to_rest::<DB>(&shared, conn, probe, tag)).await {
+    let limit = shared.limits.settle_timeout;
+    let unconfirmed = || TxError::Unconfirmed { target: DB::target(&shared.options()), waited: limit };
+    let ended = match timeout(limit, come_to_rest::<DB>(&shared, conn, probe, tag)).await {
         Ok(Ok((found, rest))) => {
             if found == Rollback::TooLate {
                 open.outcome.stands(CommitOutcome::Unknown);
@@ -142,7 +142,7 @@ async fn come_to_quiet<DB: Backend>(
 ) -> Result<Rest, Unrest> {
     // First, because the wait may not come back from its first poll before the last row was read.
     let mut watch = Watch::over(shared, probe, tag);
-    let mut left = pin!(quiet::<DB>(conn));
+    let mut left = pin!(quiet::<DB>(conn, probe));
     match timeout(DRAIN_GRACE, left.as_mut()).await {
         Ok(quiet) => quiet?,
         Err(_) => {
@@ -167,9 +167,9 @@ async fn come_to_quiet<DB: Backend>(
 }
 
 /// Reads over the answers of abandoned statements, each of which may be an error.
-async fn quiet<DB: Backend>(conn: &mut DB::Connection) -> Result<(), sqlx::Error> {
+async fn quiet<DB: Backend>(conn: &mut DB::Connection, probe: &DB::Probe) -> Result<(), sqlx::Error> {
     for _ in 0..QUIET_ATTEMPTS {
-        match DB::quiet(conn).await {
+        match DB::quiet(conn, probe).await {
             Err(sqlx::Error::Database(_)) => {}
             read => return read,
         }
@@ -184,15 +184,16 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
     let (_, probe) = open.slot.parts();
     let options = shared.options();
-    let terminated = DB::signal(&shared.canceller, &options, Wanted::Terminate, probe);
-    matches!(timeout(SETTLE_LIMIT, terminated).await, Ok(Ok(_)))
+    let terminated = shared.canceller.signal(&options, Wanted::Terminate, probe);
+    matches!(timeout(shared.limits.settle_timeout, terminated).await, Ok(Ok(_)))
 }
 
 /// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs there that could be cancelled.
 pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     open.ticket.settling();
+    let limit = open.shared.limits.settle_timeout;
     let (conn, probe) = open.slot.parts();
-    if let Ok(Ok(_)) = timeout(SETTLE_LIMIT, DB::rollback(conn, probe)).await {
+    if let Ok(Ok(_)) = timeout(limit, DB::rollback(conn, probe)).await {
         open.release().await;
     }
 }

@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::task::AbortHandle;
 use tokio::time::{Instant, sleep, timeout, timeout_at};
 
-use crate::backend::{Backend, CommitMode, Options};
+use crate::backend::{Backend, Cancels, CommitMode, Options};
 use crate::drive::Driven;
 use crate::events::Teller;
 use crate::metrics::{Closed, Counters, Metrics};
@@ -21,7 +21,6 @@ use crate::pooler::PoolerMode;
 use crate::queue::{Asked, Counts, Place, Queue};
 use crate::session::Session;
 use crate::settings::Limits;
-use crate::settings::SETTLE_LIMIT;
 use crate::upkeep::{Upkeep, with_runtime};
 use crate::work::Work;
 use crate::{CloseReport, TxError};
@@ -217,7 +216,7 @@ impl<DB: Backend> Shared<DB> {
         };
         let mut opened = open().await;
         if opened.as_ref().is_err_and(DB::is_full) {
-            DB::cool(&self.canceller).await;
+            self.canceller.close().await;
             for _ in 0..ROOM_ATTEMPTS {
                 opened = open().await;
                 if !opened.as_ref().is_err_and(DB::is_full) {
@@ -381,8 +380,9 @@ impl<DB: Backend> Slot<DB> {
         let (Some(session), Some(place)) = (self.session.take(), self.place.take()) else { return };
         if session.is_lent() {
             // A runtime that has shut down drops the task, and so closes the connection.
+            let limit = self.shared.limits.settle_timeout;
             drop(self.runtime.spawn(async move {
-                session.give_back(SETTLE_LIMIT).await;
+                session.give_back(limit).await;
                 drop(place);
             }));
         } else if closed {
@@ -405,7 +405,7 @@ impl<DB: Backend> Slot<DB> {
 /// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
 async fn look_over<DB: Backend>(shared: Arc<Shared<DB>>, mut session: Session<DB>, place: Place<Session<DB>>) {
     let keep = !session.is_expired() && {
-        let look = timeout(SETTLE_LIMIT, session.look_over(&shared.upkeep));
+        let look = timeout(shared.limits.settle_timeout, session.look_over(&shared.upkeep));
         // One whose hook has panicked is closed, as one whose hook has failed.
         matches!(AssertUnwindSafe(look).catch_unwind().await, Ok(Ok(Ok(true))))
     };

@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::time::Duration;
 
 use sqlx::error::DatabaseError;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteError};
@@ -14,7 +15,7 @@ use sqlx_core::transaction::TransactionManager;
 
 use crate::TxError;
 use crate::backend::{
-    Activity, Backend, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
+    Activity, Backend, Cancels, CommitFailure, CommitMode, Driver, First, Isolation, Mode, Options, Receipt, Rollback,
     Unsignalled, Wanted, depth,
 };
 use crate::pooler::PoolerMode;
@@ -126,10 +127,6 @@ impl Driver for Sqlite {
         Self::probe(conn, PoolerMode::None, None).await
     }
 
-    async fn warm((): &(), _: &Arc<Options<Self>>) -> Result<(), sqlx::Error> {
-        Ok(())
-    }
-
     /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
     /// transaction that has read before its first write could not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
@@ -207,7 +204,7 @@ impl Driver for Sqlite {
         }
     }
 
-    async fn resolve((): &(), _: &Arc<Options<Self>>, _: &Arc<Hooks>, _: &Receipt) -> Option<bool> {
+    async fn resolve((): &(), _: &Arc<Options<Self>>, _: &Arc<Hooks>, _: &Receipt, _: Duration) -> Option<bool> {
         None
     }
 
@@ -245,27 +242,34 @@ impl Driver for Sqlite {
         Ok(Rollback::Done)
     }
 
-    async fn quiet(conn: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    async fn quiet(conn: &mut SqliteConnection, _: &Arc<Hooks>) -> Result<(), sqlx::Error> {
         conn.ping().await
-    }
-
-    async fn signal(
-        (): &(),
-        _: &Arc<Options<Self>>,
-        wanted: Wanted,
-        hooks: &Arc<Hooks>,
-    ) -> Result<Activity, Unsignalled> {
-        if wanted != Wanted::Look {
-            Self::interrupt(hooks);
-        }
-        Ok(Activity::Unseen)
     }
 
     fn interrupt(hooks: &Arc<Hooks>) {
         hooks.cancel.store(true, Ordering::Relaxed);
     }
+}
 
-    async fn cool((): &()) {}
+/// What runs here can be reached without a way.
+impl Cancels<Sqlite> for () {
+    async fn warm(&self, _: &Arc<SqliteConnectOptions>) -> Result<(), sqlx::Error> {
+        Ok(())
+    }
+
+    async fn signal(
+        &self,
+        _: &Arc<SqliteConnectOptions>,
+        wanted: Wanted,
+        hooks: &Arc<Hooks>,
+    ) -> Result<Activity, Unsignalled> {
+        if wanted != Wanted::Look {
+            Sqlite::interrupt(hooks);
+        }
+        Ok(Activity::Unseen)
+    }
+
+    async fn close(&self) {}
 }
 
 /// An answer of the database, even a refusal, shows that the connection works.

@@ -14,7 +14,7 @@ use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::backend::{Activity, Backend, Unsignalled, Wanted};
+use crate::backend::{Activity, Backend, Cancels, Unsignalled, Wanted};
 use crate::events::TxEvent;
 use crate::slot::Shared;
 use crate::work::Tag;
@@ -40,10 +40,7 @@ const LOOK_PAUSE: Duration = Duration::from_millis(500);
 /// The same after a drop.
 const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(100);
 
-/// For how long it must have been seen waiting for the client until no answer is expected any more. What was asked for last
-/// may still be under way to it; what it had to say may be under way to the client for longer, if that is much.
-pub(crate) const ANSWER_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(2) };
-pub(crate) const CATCH_UP_LIMIT: Patience = Patience { pause: LOOK_PAUSE, limit: Duration::from_secs(5) };
+/// After a drop.
 pub(crate) const SETTLE_PATIENCE: Patience = Patience { pause: SETTLE_LOOK_PAUSE, limit: IDLE_LIMIT };
 
 /// What is said then.
@@ -54,6 +51,15 @@ pub(crate) const OUT_OF_STEP: &str = "what a dropped statement has left behind c
 pub(crate) struct Patience {
     pause: Duration,
     limit: Duration,
+}
+
+impl Patience {
+    /// While a caller waits, for as long as the server must have been seen waiting for the client until no answer is
+    /// expected any more. What was asked for last may still be under way to it; what it had to say may be under way to the
+    /// client for longer, if that is much.
+    pub(crate) fn caller(limit: Duration) -> Self {
+        Self { pause: LOOK_PAUSE, limit }
+    }
 }
 
 /// Waits for an answer, or until none is to be expected: `None` if the server has waited for the client for too long.
@@ -73,12 +79,12 @@ pub(crate) async fn unless_stuck<DB: Backend, T>(
             return Some(answer);
         }
         let options = shared.options();
-        let look = pin!(timeout(LOOK_PAUSE, DB::signal(&shared.canceller, &options, Wanted::Look, probe)));
+        let look = pin!(timeout(LOOK_PAUSE, shared.canceller.signal(&options, Wanted::Look, probe)));
         match select(answer.as_mut(), look).await {
             Either::Left((answer, _)) => return Some(answer),
             Either::Right((Ok(Ok(Activity::Idle)), _)) => {
                 let since: &mut Instant = idle_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > patience.limit + DB::round_trip(&shared.canceller) * IDLE_ROUND_TRIPS {
+                if since.elapsed() > patience.limit.saturating_add(shared.canceller.round_trip() * IDLE_ROUND_TRIPS) {
                     return None;
                 }
             }
@@ -128,7 +134,7 @@ pub(crate) enum Seen {
 impl Watch {
     pub(crate) fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe, tag: Tag) -> Self {
         let signals = Arc::<Signals>::default();
-        let beside = DB::beside().unwrap_or_else(Handle::current);
+        let beside = DB::Canceller::beside().unwrap_or_else(Handle::current);
         let seen = beside.spawn(watch_over(Arc::downgrade(shared), probe.clone(), tag, Arc::clone(&signals)));
         Self { signals, seen }
     }
@@ -182,8 +188,8 @@ async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag
     // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
     // halfway while the session may be used again.
     loop {
-        let cancelled = DB::signal(&shared.canceller, &shared.options(), Wanted::Cancel, &probe).await;
-        let round_trip = DB::round_trip(&shared.canceller);
+        let cancelled = shared.canceller.signal(&shared.options(), Wanted::Cancel, &probe).await;
+        let round_trip = shared.canceller.round_trip();
         match cancelled {
             Ok(Activity::Unseen) => idle_since = None,
             Ok(Activity::Idle) => {

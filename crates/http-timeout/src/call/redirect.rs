@@ -154,3 +154,73 @@ fn without_credentials(mut url: Url) -> Url {
     let _ = url.set_password(None);
     url
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn request(url: &str) -> Request {
+        Request::new(Method::GET, url.parse().expect("a URL"))
+    }
+
+    /// The headers of the request that follows `from` to `to`.
+    fn followed(rules: &Redirects, request: &Request, to: &str) -> Request {
+        let headers = HeaderMap::from_iter([(LOCATION, HeaderValue::try_from(to).expect("a header"))]);
+        let next = rules.next(request, false, (StatusCode::FOUND, &headers), 0);
+        next.expect("a redirect").expect("one that may be followed")
+    }
+
+    #[test]
+    fn a_referer_is_told_less_to_others_and_nothing_in_the_clear() {
+        for (from, to, referer) in [
+            ("https://a.test/x?q=1#f", "https://a.test/y", Some("https://a.test/x?q=1")),
+            ("https://me:pw@a.test/x?q=1", "/y", Some("https://a.test/x?q=1")),
+            ("https://a.test/x?q=1", "https://b.test/", Some("https://a.test/x")),
+            ("https://a.test/x?q=1", "https://a.test:444/", Some("https://a.test/x")),
+            ("http://a.test/x?q=1", "https://a.test/", Some("http://a.test/x")),
+            ("https://a.test/x?q=1", "http://a.test/", None),
+        ] {
+            let next = followed(&Redirects::default(), &request(from), to);
+            let told = next.headers().get(REFERER).map(|value| value.to_str().expect("ASCII"));
+            assert_eq!(told, referer, "{from} to {to}");
+        }
+    }
+
+    #[test]
+    fn a_step_down_to_http_crosses_origins_and_forgets_the_last_referer() {
+        let mut request = request("https://a.test/");
+        request.headers_mut().insert(AUTHORIZATION, HeaderValue::from_static("secret"));
+        request.headers_mut().insert(REFERER, HeaderValue::from_static("https://before.test/"));
+        let next = followed(&Redirects::default(), &request, "http://a.test/");
+        assert!(next.headers().is_empty(), "{:?}", next.headers());
+    }
+
+    #[test]
+    fn credentials_in_a_location_are_not_sent() {
+        let next = followed(&Redirects::default(), &request("http://a.test/"), "http://me:pw@a.test/x#part");
+        assert_eq!(next.url().as_str(), "http://a.test/x#part");
+    }
+
+    #[test]
+    fn what_reqwest_shows_of_its_headers_is_understood() {
+        let mut marked = HeaderValue::from_static("secret");
+        marked.set_sensitive(true);
+        let headers = HeaderMap::from_iter([
+            (AUTHORIZATION, HeaderValue::from_static("secret")),
+            (HeaderName::from_static("x-marked"), marked),
+            (HeaderName::from_static("x-open"), HeaderValue::from_static("\"x-api-key\" : Sensitive")),
+        ]);
+        let client = reqwest::Client::builder().default_headers(headers).build().expect("a client");
+        let mut rules = Redirects::default();
+        rules.observe(&client);
+        assert!(rules.referer);
+        let mut added: Vec<_> = rules.added.iter().map(HeaderName::as_str).collect();
+        added.sort_unstable();
+        assert_eq!(added, ["authorization", "x-marked"]);
+        let next = followed(&rules, &request("http://a.test/"), "http://b.test/");
+        assert_eq!(next.headers()[AUTHORIZATION], "");
+        let silent = reqwest::Client::builder().referer(false).build().expect("a client");
+        rules.observe(&silent);
+        assert!(!rules.referer);
+    }
+}

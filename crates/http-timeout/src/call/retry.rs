@@ -107,9 +107,14 @@ impl Retry {
         self
     }
 
+    /// Whether any call is tried again.
+    pub(crate) fn is_some(&self) -> bool {
+        self.attempts > 1
+    }
+
     /// The budget of a client; none if there is nothing to pay for.
     pub(crate) fn budget_of_client(&self) -> Option<Budget> {
-        (self.attempts > 1).then(|| Budget::new(self))
+        self.is_some().then(|| Budget::new(self))
     }
 
     /// What is wrong with the options, if anything.
@@ -242,6 +247,68 @@ impl Drop for Token<'_> {
     fn drop(&mut self) {
         if !self.spent {
             self.budget.add(TOKEN);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::advance;
+
+    use super::*;
+
+    fn spend(budget: &Budget, retries: u32) {
+        for _ in 0..retries {
+            budget.take().expect("the budget has it").spend();
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn peace_fills_the_budget_up_to_its_reserve_and_an_outage_does_not() {
+        let budget = Budget::new(&Retry::attempts(4));
+        spend(&budget, 10);
+        assert!(budget.take().is_none());
+        // Wishes in quick succession are no peace, however long they go on.
+        for _ in 0..1_000 {
+            advance(PEACE / 2).await;
+            assert!(budget.take().is_none());
+        }
+        advance(PEACE * 3).await;
+        assert_eq!(budget.retries_left(), 3.0);
+        // It is paid for once, however many look.
+        assert_eq!(budget.retries_left(), 3.0);
+        spend(&budget, 3);
+        assert!(budget.take().is_none());
+        advance(PEACE * 3_600).await;
+        assert_eq!(budget.retries_left(), 10.0);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_retry_that_is_not_made_goes_back() {
+        let budget = Budget::new(&Retry::attempts(2).reserve(1));
+        let token = budget.take().expect("the budget has it");
+        assert!(budget.take().is_none());
+        drop(token);
+        assert_eq!(budget.retries_left(), 1.0);
+    }
+
+    #[test]
+    fn waits_double_up_to_the_longest_and_are_spread_over_all_of_it() {
+        let retry = Retry::attempts(9).backoff(Duration::from_millis(100), Duration::from_millis(1_000));
+        for (failed, bound) in [(1, 100), (2, 200), (4, 800), (5, 1_000), (40, 1_000), (u32::MAX, 1_000)] {
+            let waits: Vec<_> = (0..2_000).filter_map(|_| retry.wait(failed, None)).collect();
+            let bound = Duration::from_millis(bound);
+            assert!(waits.iter().all(|wait| *wait <= bound), "after {failed}");
+            // A draw of 2,000 that misses a tenth has a chance of one in 10⁹¹.
+            assert!(waits.iter().any(|wait| *wait < bound / 10) && waits.iter().any(|wait| *wait > bound * 9 / 10));
+        }
+    }
+
+    #[test]
+    fn none_is_one_attempt_and_zero_counts_as_one() {
+        for retry in [Retry::none(), Retry::attempts(0)] {
+            assert_eq!(retry.attempts, 1);
+            assert!(retry.budget_of_client().is_none());
         }
     }
 }

@@ -11,6 +11,7 @@ use crate::{
         redirect::Redirects,
         retry::{Budget, Retry},
     },
+    hedge::Hedging,
     limit::Gate,
     origins::Origins,
 };
@@ -29,6 +30,7 @@ pub(crate) struct Shared {
     pub(crate) gate: Gate,
     pub(crate) origins: Origins,
     pub(crate) budget: Option<Budget>,
+    pub(crate) hedging: Option<Hedging>,
 }
 
 impl Shared {
@@ -37,7 +39,7 @@ impl Shared {
         if let Some(client) = self.reqwest.get() {
             return Ok(client);
         }
-        let client = build_reqwest(reqwest::Client::builder(), self.options.connect_timeout)?;
+        let client = build_reqwest(underneath(), self.options.connect_timeout)?;
         Ok(self.reqwest.get_or_init(|| client))
     }
 
@@ -62,6 +64,14 @@ pub(crate) struct Options {
     pub(crate) propagate: Option<HeaderName>,
 }
 
+/// The builder of the client underneath, with defaults that may be changed.
+pub(crate) fn underneath() -> reqwest::ClientBuilder {
+    // Asked while a call waits, so that a connection whose other end is gone is found.
+    reqwest::Client::builder()
+        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
+        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
+}
+
 /// Makes the client underneath, with what this crate's guarantees rest on set last.
 pub(crate) fn build_reqwest(
     builder: reqwest::ClientBuilder,
@@ -71,10 +81,7 @@ pub(crate) fn build_reqwest(
         // They are followed by the call, each at the account of its origin.
         .redirect(reqwest::redirect::Policy::none())
         // Its retries go round our budget.
-        .retry(reqwest::retry::never())
-        // While a call waits, so that a connection whose other end is gone is found.
-        .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
-        .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+        .retry(reqwest::retry::never());
     match connect_timeout {
         Some(timeout) => builder.connect_timeout(timeout),
         None => builder,

@@ -13,9 +13,10 @@ use tokio::sync::Semaphore;
 
 use crate::{
     breaker::{BreakerConfig, Class},
-    call::{Options, Redirects, Retry, Shared, build_reqwest},
+    call::{Options, Redirects, Retry, Shared, build_reqwest, underneath},
     client::TimeoutClient,
     error::BuildError,
+    hedge::{Hedge, Hedging},
     limit::Gate,
     origins::{Breaking, Origins},
 };
@@ -32,7 +33,7 @@ impl TimeoutClient {
             .attempt_timeout(None)
             .idle_timeout(None)
             .concurrency(max_concurrent.clamp(1, Semaphore::MAX_PERMITS));
-        let reqwest = build_reqwest(reqwest::Client::builder(), None).map_or_else(|_| OnceLock::new(), OnceLock::from);
+        let reqwest = build_reqwest(underneath(), None).map_or_else(|_| OnceLock::new(), OnceLock::from);
         builder.assemble(reqwest, None)
     }
 
@@ -57,6 +58,7 @@ impl TimeoutClient {
 /// | `max_waiting` | 10,000 | calls that wait for the client's permits, and for those of each origin |
 /// | `max_origins` | 1,024 | origins remembered |
 /// | `retry` | none | |
+/// | `hedge` | none | instead of `retry` |
 /// | `redirects` | 10 | followed in one attempt |
 /// | `sensitive_headers` | those below | left out when a redirect crosses to another origin |
 /// | `breaker` | none | one for each origin |
@@ -82,6 +84,7 @@ pub struct TimeoutClientBuilder {
     max_waiting: usize,
     max_origins: usize,
     breaking: Breaking,
+    hedge: Option<Hedge>,
     propagate: Option<String>,
 }
 
@@ -102,7 +105,7 @@ impl Default for TimeoutClientBuilder {
         Self {
             options,
             reqwest: None,
-            underneath: reqwest::Client::builder(),
+            underneath: underneath(),
             is_configured: false,
             sensitive: Vec::new(),
             connect_timeout_set: false,
@@ -111,6 +114,7 @@ impl Default for TimeoutClientBuilder {
             max_waiting: 10_000,
             max_origins: 1_024,
             breaking: Breaking::default(),
+            hedge: None,
             propagate: None,
         }
     }
@@ -187,6 +191,12 @@ impl TimeoutClientBuilder {
     /// Tries calls again.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.options.retry = retry;
+        self
+    }
+
+    /// Sends a second copy of a request whose answer is late. Not together with [`retry`](Self::retry).
+    pub fn hedge(mut self, hedge: impl Into<Option<Hedge>>) -> Self {
+        self.hedge = hedge.into();
         self
     }
 
@@ -298,7 +308,8 @@ impl TimeoutClientBuilder {
     /// - redirects are followed inside, as its own policy says, unless that is `Policy::none()`: without a permit of
     ///   their origin, past its breaker, with its rules for headers, and at the account of the origin first asked;
     /// - its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone;
-    /// - `connect_timeout` is its own.
+    /// - `connect_timeout` is its own;
+    /// - its HTTP/2 connections are asked for a sign of life, every 10 s while a call waits, only if it is told to.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
         self.reqwest = Some(client);
         self
@@ -335,6 +346,12 @@ impl TimeoutClientBuilder {
         }
         if let Some(problem) = options.retry.problem() {
             return wrong("retry", problem);
+        }
+        if let Some(problem) = self.hedge.as_ref().and_then(Hedge::problem) {
+            return wrong("hedge", problem);
+        }
+        if self.hedge.is_some() && options.retry.is_some() {
+            return wrong("hedge", "cannot go with `retry`: both answer the same trouble with more load");
         }
         for name in std::mem::take(&mut self.sensitive) {
             match HeaderName::try_from(name) {
@@ -383,6 +400,7 @@ impl TimeoutClientBuilder {
             gate: Gate::new(self.concurrency, self.max_waiting),
             origins: Origins::new(max_origins, self.breaking, per_host),
             budget,
+            hedging: self.hedge.map(Hedging::new),
         };
         TimeoutClient { shared: Arc::new(shared) }
     }

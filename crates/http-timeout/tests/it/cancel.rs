@@ -10,7 +10,7 @@ use cancel_safe_testing::{Explore, Outcome};
 use futures_util::StreamExt as _;
 use http::StatusCode;
 
-use crate::server::{Server, drip, reply};
+use crate::server::{Server, drip, reply, with_header};
 
 const CRATE: &str = "http-timeout";
 
@@ -95,6 +95,66 @@ fn get_many_dropped_anywhere_gives_everything_back() {
         async |rig, _| given_back(rig),
     );
     report.publish(CRATE, "get_many");
+    report.assert_clean();
+}
+
+/// A server that leads to another, in whose half-open circuit the call is the one probe.
+struct Way {
+    first: Server,
+    last: Server,
+    client: TimeoutClient,
+}
+
+async fn way() -> Way {
+    const OPEN: Duration = Duration::from_millis(1);
+    let last = Server::start(|_, _| async { drip(3, 100, Duration::from_millis(1)) });
+    let location = last.url("/");
+    let first = Server::start(move |_, _| {
+        let mut reply = with_header(drip(3, 100, Duration::from_millis(1)), "location", &location);
+        *reply.status_mut() = StatusCode::TEMPORARY_REDIRECT;
+        async move { reply }
+    });
+    let breaker = BreakerConfig::builder().consecutive_failures(5).open_for(OPEN, OPEN);
+    let client = TimeoutClient::builder()
+        .concurrency(2)
+        .concurrency_per_host(1)
+        .retry(Retry::attempts(3))
+        .breaker(breaker.jitter(0.0).build().unwrap())
+        .build()
+        .unwrap();
+    let breaker = client.breaker(last.url("/")).unwrap();
+    for _ in 0..5 {
+        breaker.try_acquire().unwrap().failure();
+    }
+    tokio::time::sleep(OPEN * 2).await;
+    Way { first, last, client }
+}
+
+#[test]
+fn a_redirected_call_dropped_anywhere_gives_everything_back_at_every_origin() {
+    let report = explore().run(
+        way,
+        async |way| {
+            let response = way.client.put(way.first.url("/")).body(vec![7; 10_000]).send().await.unwrap();
+            response.bytes().await.unwrap().len()
+        },
+        async |way, outcome| {
+            let metrics = way.client.metrics();
+            let kept = metrics.retries_left.unwrap_or_default() + metrics.retries as f64;
+            let breaker = |server: &Server| way.client.breaker(server.url("/")).unwrap().metrics();
+            let (first, last) = (breaker(&way.first), breaker(&way.last));
+            let clean = (metrics.in_flight, metrics.waiting) == (0, 0) && kept >= 10.0;
+            match outcome {
+                Outcome::Completed(300) | Outcome::Dropped { .. }
+                    if clean && (first.probes, last.probes) == (0, 0) && first.failures == 0 =>
+                {
+                    Ok(())
+                }
+                outcome => Err(format!("{outcome:?}: {metrics:?} {first:?} {last:?}")),
+            }
+        },
+    );
+    report.publish(CRATE, "redirects");
     report.assert_clean();
 }
 

@@ -3,12 +3,14 @@
 use std::time::Duration;
 
 use cancel_safe_http_timeout::{
-    Attempts, BreakerConfig, CircuitBreaker, Fetched, RequestError, TimeoutClient, TimeoutClientBuilder,
+    Attempts, BreakerConfig, CircuitBreaker, Fetched, Limit, RequestError, TimeoutClient, TimeoutClientBuilder,
 };
 use futures_util::StreamExt as _;
+use http::{HeaderMap, HeaderName, HeaderValue, Request};
 use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
 
-use crate::server::{Server, reply, with_header};
+use crate::server::{Reply, Server, reply, with_header};
 
 fn client() -> TimeoutClient {
     TimeoutClient::new(Duration::from_secs(10), 100)
@@ -101,6 +103,72 @@ async fn the_words_of_the_builder_reach_the_server() {
         assert!(request.body("x").send().await.unwrap().text().await.unwrap().starts_with(method));
     }
     assert_eq!(client().head(server.url("/")).send().await.unwrap().status(), 200);
+}
+
+/// What a server sees of a request, in one line.
+async fn seen(request: Request<Incoming>) -> Reply {
+    let (head, body) = request.into_parts();
+    let body = body.collect().await.unwrap().to_bytes();
+    let one = head.headers.get("x-one").map_or("", |value| value.to_str().unwrap());
+    reply(200, format!("{} {} {one} {}", head.method, head.uri, String::from_utf8_lossy(&body)))
+}
+
+#[tokio::test]
+async fn a_request_that_was_built_elsewhere_is_sent_as_it_is_and_within_its_own_timeout() {
+    let server = Server::start(|request, hit| async move {
+        if hit == 1 {
+            std::future::pending::<()>().await;
+        }
+        seen(request).await
+    });
+    let mut request = reqwest::Client::new().put(server.url("/?q")).header("x-one", "1").body("body").build().unwrap();
+    let text = client().execute(request.try_clone().unwrap()).await.unwrap().text().await.unwrap();
+    assert_eq!(text, "PUT /?q 1 body");
+    *request.timeout_mut() = Some(Duration::from_millis(50));
+    let error = client().execute(request).await.unwrap_err();
+    assert!(matches!(error, RequestError::Timeout { limit: Limit::Total, .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn default_headers_go_with_every_request_that_does_not_have_them_itself() {
+    let server = Server::start(|request, _| seen(request));
+    let headers = HeaderMap::from_iter([(HeaderName::from_static("x-one"), HeaderValue::from_static("always"))]);
+    let client = TimeoutClient::builder().default_headers(headers).build().unwrap();
+    let text = client.options(server.url("/")).send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "OPTIONS / always ");
+    let text = client.get(server.url("/")).header("x-one", "now").send().await.unwrap().text().await.unwrap();
+    assert_eq!(text, "GET / now ");
+}
+
+#[cfg(feature = "multipart")]
+#[tokio::test]
+async fn a_form_of_several_parts_arrives() {
+    let server = Server::start(|request, _| seen(request));
+    let form = reqwest::multipart::Form::new().text("name", "value").text("other", "word");
+    let text = client().post(server.url("/")).multipart(form).send().await.unwrap().text().await.unwrap();
+    assert!(text.contains("name=\"name\"") && text.contains("value") && text.contains("word"), "{text}");
+}
+
+#[tokio::test]
+async fn reqwest_s_own_settings_are_kept_and_so_are_the_limits() {
+    let server = Server::start(|request, _| async move {
+        let agent = request.headers()["user-agent"].to_str().unwrap().to_owned();
+        reply(200, agent)
+    });
+    let port: u16 = server.url("").rsplit(':').next().unwrap().parse().unwrap();
+    // The builder's redirects and retries hold, whatever reqwest was told of its own.
+    let change = |b: reqwest::ClientBuilder| {
+        b.user_agent("mine/1")
+            .resolve("known.test", ([127, 0, 0, 1], port).into())
+            .redirect(reqwest::redirect::Policy::limited(3))
+    };
+    let client = TimeoutClient::builder().configure(change).concurrency(1).build().unwrap();
+    let held = client.get(format!("http://known.test:{port}/")).send().await.unwrap();
+    assert_eq!(client.metrics().in_flight, 1);
+    assert_eq!(held.text().await.unwrap(), "mine/1");
+    let own = reqwest::Client::new();
+    let error = TimeoutClient::builder().configure(change).reqwest(own).build().unwrap_err();
+    assert_eq!(error.option(), Some("configure"));
 }
 
 #[tokio::test]

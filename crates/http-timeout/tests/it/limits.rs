@@ -80,6 +80,26 @@ async fn the_queue_for_permits_is_bounded() {
 }
 
 #[tokio::test]
+async fn the_queue_of_one_host_takes_no_place_in_that_of_others() {
+    let slow = Server::start(|_, _| async { drip(1_000, 10, Duration::from_millis(20)) });
+    let other = Server::start(|_, _| async { drip(3, 10, Duration::from_millis(20)) });
+    let client = TimeoutClient::builder().concurrency(2).concurrency_per_host(1).max_waiting(3).build().unwrap();
+    let hogs: Vec<_> = (0..4).map(|_| tokio::spawn(client.get(slow.url("/")).send())).collect();
+    eventually(|| client.metrics().waiting == 3).await;
+    let refused = client.get(slow.url("/")).send().await.unwrap_err();
+    assert!(matches!(refused, RequestError::Overloaded { limit: 3, .. }), "{refused:?}");
+    // One runs and three wait, as if nobody waited elsewhere.
+    let calls = (0..4).map(|_| async {
+        assert_eq!(client.get(other.url("/")).send().await.unwrap().bytes().await.unwrap().len(), 30);
+    });
+    join_all(calls).await;
+    hogs.iter().for_each(tokio::task::JoinHandle::abort);
+    drop(join_all(hogs).await);
+    let metrics = client.metrics();
+    assert_eq!((metrics.in_flight, metrics.waiting), (0, 0));
+}
+
+#[tokio::test]
 async fn waiting_for_a_permit_ends_at_the_deadline() {
     let server = Server::start(|_, _| async { reply(200, "unread") });
     let client = TimeoutClient::builder().concurrency(1).build().unwrap();
@@ -120,6 +140,44 @@ async fn a_body_over_the_cap_is_an_error_whether_announced_or_not() {
     }
     let whole = client.get(server.url("/exact")).send().await.unwrap().bytes().await.unwrap();
     assert_eq!(whole.len(), 1_000_000);
+}
+
+#[tokio::test]
+async fn get_many_can_be_collected_beyond_the_limit_whatever_the_size_of_the_bodies() {
+    let server = Server::start(|request, _| async move {
+        if request.uri().path() == "/0" { reply(200, vec![b'x'; 3_000_000]) } else { drip(3, 100_000, Duration::ZERO) }
+    });
+    let client = TimeoutClient::builder().concurrency(4).concurrency_per_host(2).build().unwrap();
+    let urls: Vec<_> = (0..15).map(|i| server.url(&format!("/{i}"))).collect();
+    let (one, other) = (client.get_many(&urls, None).collect(), client.get_many(&urls, None).ordered().collect());
+    let all: (Vec<_>, Vec<_>) = tokio::join!(one, other);
+    assert_eq!(client.metrics().in_flight, 0);
+    assert!(server.most_bodies() <= 2, "{} at a time", server.most_bodies());
+    assert!(all.1.iter().map(|fetched| fetched.index).eq(0..15));
+    for fetched in all.0.into_iter().chain(all.1) {
+        let response = fetched.result.unwrap();
+        assert_eq!(response.url().as_str(), fetched.url);
+        let length = response.bytes().await.unwrap().len();
+        assert_eq!(length, if fetched.index == 0 { 3_000_000 } else { 300_000 });
+    }
+}
+
+#[tokio::test]
+async fn a_body_that_get_many_cannot_have_whole_is_the_error_of_its_url() {
+    let server = Server::start(|request, _| async move {
+        match request.uri().path() {
+            "/large" => drip(20, 100_000, Duration::ZERO),
+            "/endless" => drip(100_000, 1, Duration::from_millis(5)),
+            _ => reply(200, "ok"),
+        }
+    });
+    let client = TimeoutClient::builder().max_body(1_000_000).build().unwrap();
+    let urls = ["/large", "/endless", "/"].map(|path| server.url(path));
+    let all: Vec<_> =
+        client.get_many(urls, Duration::from_secs(2)).ordered().map(|fetched| fetched.result).collect().await;
+    assert!(matches!(&all[0], Err(error) if error.is_body_too_large()), "{:?}", all[0]);
+    assert!(matches!(&all[1], Err(RequestError::Timeout { phase: Phase::Body, .. })), "{:?}", all[1]);
+    assert!(all[2].is_ok(), "{:?}", all[2]);
 }
 
 #[tokio::test]

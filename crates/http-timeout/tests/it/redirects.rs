@@ -27,9 +27,13 @@ fn to(status: u16, location: &str) -> Reply {
 
 /// A server that sends everybody to `location`.
 fn sends_to(status: u16, location: String) -> Server {
-    Server::start(move |_, _| {
+    Server::start(move |request, _| {
         let reply = to(status, &location);
-        async move { reply }
+        async move {
+            // Whoever hangs up on an upload may not be heard.
+            assert!(request.into_body().collect().await.is_ok());
+            reply
+        }
     })
 }
 

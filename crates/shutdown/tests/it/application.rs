@@ -133,7 +133,7 @@ async fn the_drain_delay_runs_inside_the_timeout() {
     let app =
         Application::new("app").worker("http", diary.worker(100)).shutdown_timeout(10 * SECOND).drain_delay(4 * SECOND);
     let begun = Instant::now();
-    serve(app, Duration::ZERO).await;
+    drop(serve(app, Duration::ZERO).await);
     assert_eq!(diary.read(), [entry("http starts", 0), entry("http stops", 4)]);
     assert_eq!(begun.elapsed().as_secs(), 10);
 }
@@ -270,8 +270,8 @@ async fn the_tasks_of_a_workers_group_are_in_the_report_once() {
         let deaf = |_| async move { (child_guest, pending::<()>().await).1 };
         let child = group.child("nested");
         child.spawn_with("deaf", deaf).unwrap();
-        child.wait().await;
-        group.wait().await;
+        drop(child.wait().await);
+        drop(group.wait().await);
     };
     let report = serve(Application::new("app").worker_once("http", work).shutdown_timeout(2 * SECOND), SECOND).await;
     assert!(matches!(outcome(&report, "done"), TaskOutcome::Completed(())));
@@ -334,7 +334,7 @@ fn serve_ends_in_time_although_a_straggler_holds_the_last_blocking_thread() {
     let work = |cx: WorkerContext| async move {
         let group = cx.group();
         group.spawn_blocking("hash", move |_| held.recv().unwrap_or_default()).unwrap();
-        group.wait().await;
+        drop(group.wait().await);
     };
     let app = Application::new("app")
         .worker_once("hasher", work)

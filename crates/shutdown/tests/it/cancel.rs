@@ -96,7 +96,7 @@ fn a_dropped_scope_leaves_no_task_behind() {
                     yield_now().await;
                 }
             };
-            TaskGroup::scope(body).await;
+            drop(TaskGroup::scope(body).await);
         },
         async |alive, _| all_gone(alive).await,
     );
@@ -132,6 +132,81 @@ fn a_dropped_cancel_stands_and_its_grace_still_ends() {
         },
     );
     report.publish("shutdown", "TaskGroup::cancel_all").assert_clean();
+}
+
+#[test]
+fn a_dropped_join_all_leaves_no_task_behind() {
+    let report = explore().run(
+        async || Alive::default(),
+        async |alive| {
+            let group = TaskGroup::new();
+            for number in 0..3 {
+                let guest = alive.guest();
+                group.spawn("task", async move { (guest, sleep(number * LATER).await).1 }).unwrap();
+            }
+            group.join_all().await.len()
+        },
+        async |alive, outcome| {
+            all_gone(alive).await?;
+            if matches!(outcome, Outcome::Completed(joined) if joined != 3) {
+                Err("not all".to_owned())
+            } else {
+                Ok(())
+            }
+        },
+    );
+    report.publish("shutdown", "TaskGroup::join_all").assert_clean();
+}
+
+/// A cancel of one name that is dropped anywhere: made from the first poll on, and the other task is not touched.
+fn cancelling(cancel: impl AsyncFn(&TaskGroup)) -> Report {
+    explore().ways([Way::Eager, Way::Settled]).run(
+        async || {
+            let alive = Alive::default();
+            let group = TaskGroup::new().grace(LATER);
+            let (one, two, three) = (alive.guest(), alive.guest(), alive.guest());
+            let listens = move |cx: WorkerContext| async move { (one, cx.cancelled().await).1 };
+            group.spawn_with("listens", listens).unwrap();
+            group.spawn_with("deaf", |_| async move { (two, pending::<()>().await).1 }).unwrap();
+            group.spawn("other", async move { (three, pending::<()>().await).1 }).unwrap();
+            (RefCell::new(Some(group)), alive)
+        },
+        #[expect(clippy::await_holding_refcell_ref, reason = "nobody else borrows the group while it is cancelled")]
+        async |(group, _)| cancel(group.borrow().as_ref().unwrap()).await,
+        async |(group, alive), outcome| {
+            let group = group.take().unwrap();
+            let made = !matches!(outcome, Outcome::Dropped { point: 0, .. });
+            sleep(LATER).await;
+            if made == group.contains("listens") || !group.contains("other") {
+                return Err(format!("the cancel was made: {made}; alive are {:?}", group.tasks()));
+            }
+            group.cancel_all().await;
+            let result = group.wait().await;
+            if result.stragglers.len() != 1 || result.completed.len() + result.cancelled.len() != 2 {
+                return Err(format!("{result:?}"));
+            }
+            all_gone(alive).await
+        },
+    )
+}
+
+#[test]
+fn a_dropped_cancel_of_a_name_stands() {
+    let report = cancelling(async |group| {
+        group.cancel("listens").await;
+        group.cancel_because("deaf", "no use").await;
+    });
+    report.publish("shutdown", "TaskGroup::cancel").assert_clean();
+}
+
+#[test]
+fn a_cancel_of_a_name_that_first_awaits_is_caught() {
+    let report = cancelling(async |group| {
+        sleep(LATER).await;
+        group.cancel("listens").await;
+        group.cancel("deaf").await;
+    });
+    assert!(!report.is_clean(), "the broken twin went unnoticed");
 }
 
 /// Joins tasks in an operation that may be dropped, then the rest in the check: together each exactly once.
@@ -280,7 +355,7 @@ fn a_dropped_serve_leaves_no_worker_behind() {
                 group.spawn("below", async move { (below, pending::<()>().await).1 }).unwrap();
                 cx.cancelled().await;
                 sleep(LATER).await;
-                group.wait().await;
+                drop(group.wait().await);
             };
             let app = Application::new("app")
                 .phase("storage", |phase| phase.worker("db", |cx: WorkerContext| async move { cx.cancelled().await }))

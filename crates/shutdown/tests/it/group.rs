@@ -284,7 +284,7 @@ async fn a_group_below_that_is_still_held_is_waited_for_while_it_has_tasks_and_n
     yield_now().await;
     assert!(!waiting.is_finished());
     send.send(()).unwrap();
-    tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("it waits for the handles").unwrap();
+    drop(tokio::time::timeout(Duration::from_secs(60), waiting).await.expect("it waits for the handles").unwrap());
 
     assert!(busy.is_empty() && inner.is_empty());
     assert!(busy.spawn("late", async {}).is_err() && inner.child("late").spawn("later", async {}).is_err());
@@ -309,7 +309,7 @@ async fn a_chain_of_tasks_across_held_groups_is_waited_for_to_its_end() {
         let root = TaskGroup::new();
         let groups = Arc::new(["a", "b", "c"].map(|name| root.child(name)).into_iter().collect::<Vec<_>>());
         hop(Arc::clone(&groups), 50);
-        root.wait().await;
+        drop(root.wait().await);
         let mut completed = 0;
         for group in Arc::into_inner(groups).unwrap() {
             let result = group.wait().await;

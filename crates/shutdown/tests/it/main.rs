@@ -6,8 +6,15 @@ mod cancel;
 mod cancel_serve;
 mod child;
 mod group;
+mod interleavings;
+mod named;
+#[cfg(all(unix, feature = "signal"))]
+mod phases;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
+#[cfg(all(unix, feature = "signal"))]
+mod silence;
+mod structure;
 mod worker;
 
 use std::sync::Arc;

@@ -10,34 +10,52 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use crate::child::{DEADLINE, PROGRAM, STALL};
 
+/// The default time within which a second signal is a copy of the first, and a little more.
+const QUIET: Duration = Duration::from_millis(1050);
+
 /// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
 /// which waits for its straggler is caught.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
-struct Program {
+pub(crate) struct Program {
     child: Child,
     lines: Receiver<String>,
     stderr: String,
 }
 
 /// How a program ended.
-struct Exit {
-    code: Option<i32>,
+pub(crate) struct Exit {
+    pub(crate) code: Option<i32>,
     elapsed: Duration,
-    stderr: String,
+    pub(crate) stderr: String,
 }
 
 impl Program {
     /// Starts a program and waits until it is ready.
-    fn ready(name: &str) -> Self {
+    pub(crate) fn ready(name: &str) -> Self {
         let mut program = Self::start(name);
         program.wait_for("READY");
         program
     }
 
-    fn start(name: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+    pub(crate) fn start(name: &str) -> Self {
+        Self::spawn(name, Command::new(std::env::current_exe().unwrap()))
+    }
+
+    /// Starts a program as the child of GNU `timeout`, which forwards signals to it and then to the whole group, itself
+    /// included, so that the program gets each twice.
+    #[cfg(target_os = "linux")]
+    fn ready_under_timeout(name: &str) -> Self {
+        let mut command = Command::new("timeout");
+        command.args([std::ffi::OsString::from("600"), std::env::current_exe().unwrap().into()]);
+        let mut program = Self::spawn(name, command);
+        program.wait_for("READY");
+        program
+    }
+
+    fn spawn(name: &str, mut command: Command) -> Self {
+        let mut child = command
             .args(["--exact", "child::child_program", "--nocapture"])
             .env(PROGRAM, name)
             .stdin(Stdio::piped())
@@ -64,15 +82,22 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
+    /// Waits until a signal is no copy of one that the program has reacted to.
+    #[expect(clippy::disallowed_methods, reason = "a lower bound of the time between two signals is what is asked for")]
+    fn pause(self, time: Duration) -> Self {
+        std::thread::sleep(time);
+        self
+    }
+
     /// Sends a signal and waits for the end.
-    fn end_by(self, signal: Signal) -> Exit {
+    pub(crate) fn end_by(self, signal: Signal) -> Exit {
         let sent = Instant::now();
         self.send(signal);
         self.end(sent)
     }
 
     /// Waits for the end, which closes the standard error.
-    fn end(mut self, since: Instant) -> Exit {
+    pub(crate) fn end(mut self, since: Instant) -> Exit {
         drop(self.child.stdin.take());
         loop {
             match self.lines.recv_timeout(PATIENCE) {
@@ -99,7 +124,7 @@ impl Drop for Program {
 impl Exit {
     /// Asserts the code and each of the texts in what was reported.
     #[track_caller]
-    fn assert(&self, code: i32, texts: &[&str]) {
+    pub(crate) fn assert(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, Some(code), "{}", self.stderr);
         for text in texts {
             assert!(self.stderr.contains(text), "no {text:?} in {}", self.stderr);
@@ -108,7 +133,7 @@ impl Exit {
 
     /// Asserts that the deadline was waited for and then kept.
     #[track_caller]
-    fn assert_by_deadline(&self) {
+    pub(crate) fn assert_by_deadline(&self) {
         println!("{:?} past the deadline", self.elapsed.saturating_sub(DEADLINE));
         assert!(self.elapsed >= DEADLINE, "ended after {:?}, before its deadline", self.elapsed);
         assert!(self.elapsed < PATIENCE, "ended after {:?}", self.elapsed);
@@ -155,13 +180,52 @@ fn a_worker_that_ignores_its_token_is_cut_at_the_deadline_and_named() {
     );
 }
 
+/// How often each pair of signals is tried.
+const TRIES: usize = 10;
+
+#[test]
+fn a_signal_delivered_twice_within_the_quiet_time_drains_like_one() {
+    for apart in [0, 1, 5, 20, 100].map(Duration::from_millis) {
+        for _ in 0..TRIES {
+            let program = Program::ready("drains");
+            program.send(Signal::TERM);
+            let exit = program.pause(apart).end_by(Signal::TERM);
+            exit.assert(0, &["DRAINED", "stopped by SIGTERM", "worker `drain` of `main`: completed"]);
+        }
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_forwarded_by_timeout_drains_like_one() {
+    for _ in 0..TRIES {
+        let exit = Program::ready_under_timeout("drains").end_by(Signal::TERM);
+        exit.assert(0, &["DRAINED", "stopped by SIGTERM", "worker `drain` of `main`: completed"]);
+    }
+}
+
+#[test]
+fn signals_of_two_kinds_within_the_quiet_time_are_one() {
+    let program = Program::ready("drains");
+    program.send(Signal::INT);
+    program.end_by(Signal::TERM).assert(0, &["DRAINED"]);
+}
+
+#[test]
+fn without_a_quiet_time_any_second_signal_ends_the_process_at_once() {
+    let mut program = Program::ready("is impatient");
+    program.send(Signal::TERM);
+    program.wait_for("STOPPING");
+    program.end_by(Signal::TERM).assert(143, &["exit code 143", "worker `deaf`"]);
+}
+
 #[test]
 fn a_second_sigint_exits_130_at_once() {
     let mut program = Program::ready("ignores for long");
     program.send(Signal::INT);
     // The first has arrived, so that the system does not merge the two into one.
     program.wait_for("STOPPING");
-    let exit = program.end_by(Signal::INT);
+    let exit = program.pause(QUIET).end_by(Signal::INT);
     println!("{:?} after the second signal", exit.elapsed);
     exit.assert(130, &["stopped by SIGINT", "exit code 130", "worker `deaf`", "parked at an await"]);
 }
@@ -172,7 +236,7 @@ fn a_second_signal_exits_even_if_the_runtime_is_wedged() {
     program.send(Signal::INT);
     // Told by the watchdog: the runtime is held up.
     program.wait_for("STOPPING");
-    let exit = program.end_by(Signal::TERM);
+    let exit = program.pause(QUIET).end_by(Signal::TERM);
     exit.assert(143, &["stopped by SIGINT", "worker `spin` of `main`: abandoned, blocked inside a poll"]);
 }
 
@@ -189,7 +253,7 @@ fn a_second_signal_ends_the_grace_inside_a_runtime_of_the_users() {
     let mut program = Program::ready("serves");
     program.send(Signal::INT);
     program.wait_for("STOPPING");
-    program.end_by(Signal::INT).assert(70, &[CUT_DEAF, "parked at an await", "RETURNED"]);
+    program.pause(QUIET).end_by(Signal::INT).assert(70, &[CUT_DEAF, "parked at an await", "RETURNED"]);
 }
 
 #[test]

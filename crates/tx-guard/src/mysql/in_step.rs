@@ -77,21 +77,20 @@ pub(crate) async fn insist(conn: &mut MySqlConnection, sql: &str) -> Result<(), 
     Err(sqlx::Error::Protocol("the connection does not come to rest".into()))
 }
 
-/// The same where there is something left. Where there is nothing, this costs nothing; where it is there already, it may be
-/// overlooked.
+/// The same where there is something left.
 pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    let is_left = {
-        let mut left = pin!(conn.flush());
-        match left.as_mut().now_or_never() {
-            Some(read) => {
-                read?;
-                false
-            }
-            // Not dropped, because that would leave a part of an answer once more.
-            None => left.await.map(|()| true)?,
-        }
-    };
-    if is_left { insist(conn, "DO 0").await } else { Ok(()) }
+    if is_left(conn).await? { insist(conn, "DO 0").await } else { Ok(()) }
+}
+
+/// Reads what was left to be read, and says whether more of it may be left. Where there is nothing, this costs nothing; where
+/// it is there already, it may be overlooked.
+pub(crate) async fn is_left(conn: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
+    let mut left = pin!(conn.flush());
+    match left.as_mut().now_or_never() {
+        Some(read) => read.map(|()| false),
+        // Not dropped, because that would leave a part of an answer once more.
+        None => left.await.map(|()| true),
+    }
 }
 
 pub(crate) fn out_of_step() -> sqlx::Error {

@@ -10,7 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 
 use super::BackendId;
-use crate::backend::First;
+use crate::backend::{Cancels, First};
 
 /// sqlx gives the statements it prepares names that are the same on each connection, and behind a pooler they would outlive
 /// the transaction. Prepared statements are in no transaction, so it does not matter how the one ends that takes them away.

@@ -37,10 +37,7 @@ const RECEIPT: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_
 const FATE: &str = "SELECT pg_xact_status('TRANSACTION'::xid8)
     WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = 'TIMELINE'";
 
-/// How long the fate of a commit is asked for. A server that crashed needs a while to come back.
-const RESOLVE_LIMIT: Duration = Duration::from_secs(10);
-
-/// How long one question for it may take, and the pauses between them.
+/// How long one question for the fate of a commit may take, and the pauses between them.
 const RESOLVE_ATTEMPT: Duration = Duration::from_secs(2);
 const FIRST_RESOLVE_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
@@ -132,6 +129,7 @@ pub(crate) fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFa
 pub(crate) async fn resolve<F: Future>(
     options: &PgConnectOptions,
     receipt: &Receipt,
+    limit: Duration,
     end: impl Fn() -> F,
 ) -> Option<bool> {
     let ask = async {
@@ -150,7 +148,7 @@ pub(crate) async fn resolve<F: Future>(
             pause = (pause * 2).min(LONGEST_RESOLVE_PAUSE);
         }
     };
-    timeout(RESOLVE_LIMIT, ask).await.ok().flatten()
+    timeout(limit, ask).await.ok().flatten()
 }
 
 async fn fate(options: &PgConnectOptions, receipt: &Receipt) -> Result<Option<String>, sqlx::Error> {
@@ -183,4 +181,27 @@ pub(crate) fn is_last_word(error: &sqlx::Error) -> bool {
 
 fn severity(error: &sqlx::Error) -> Option<PgSeverity> {
     Some(error.as_database_error()?.try_downcast_ref::<PgDatabaseError>()?.severity())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use tokio::time::Instant;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_server_that_is_gone_is_asked_for_as_long_as_is_said() {
+        // Nobody listens any more where this one did.
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let options = PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(port);
+        let receipt = Receipt { transaction: Some("1".to_owned()), timeline: "00000001".to_owned() };
+        for limit in [1, 60].map(Duration::from_secs) {
+            let start = Instant::now();
+            assert_eq!(resolve(&options, &receipt, limit, async || {}).await, None);
+            let took = start.elapsed();
+            assert!(took >= limit && took < limit + RESOLVE_ATTEMPT, "{took:?}");
+        }
+    }
 }

@@ -27,7 +27,7 @@ pub(crate) struct Door {
 
 /// The number of the first session of a pool, and of its connection for cancelling.
 pub(crate) const SESSION: usize = 0;
-const CANCELLER: usize = 1;
+pub(crate) const CANCELLER: usize = 1;
 
 impl Door {
     pub(crate) async fn open(options: &PgConnectOptions) -> Self {

@@ -17,8 +17,15 @@ use reqwest::{Body, Request};
 use tokio::time::Instant;
 
 /// A body is handed over in pieces of this size, so that each piece the peer takes is seen. The connection asks again
-/// when it has got rid of sixteen of them.
-const PIECE_BYTES: usize = 8 * 1024;
+/// when it has got rid of sixteen of them, or of 400 KiB.
+const PIECE_BYTES: usize = 32 * 1024;
+
+/// After so much in one go, which is what the connection writes at once, it is sent to look for an answer. A peer that
+/// answers early and closes would otherwise be noticed by the next write, which fails, and its answer would be lost.
+const STRETCH_BYTES: usize = 13 * PIECE_BYTES;
+
+/// How long it looks the first time, which is when a redirect or a refusal comes.
+const FIRST_LOOK: Duration = Duration::from_millis(2);
 
 /// The size to which they shrink for a peer that is slow to take them.
 const SMALL_PIECE_BYTES: usize = 512;
@@ -70,7 +77,8 @@ impl Outgoing {
         let outgoing = Self(Arc::new(Mutex::new(flow)));
         let inner = request.body_mut().take();
         let patience = idle.map(|idle| idle / 8);
-        let watched = WatchedBody { inner, held: Bytes::new(), flow: outgoing.clone(), patience };
+        let watched =
+            WatchedBody { inner, held: Bytes::new(), stretch: 0, pause: None, flow: outgoing.clone(), patience };
         *request.body_mut() = Some(Body::wrap(watched));
         outgoing
     }
@@ -142,6 +150,10 @@ struct WatchedBody {
     /// None if the request has no body.
     inner: Option<Body>,
     held: Bytes,
+    /// What was handed over since the connection looked for an answer.
+    stretch: usize,
+    /// Ends when the runtime has looked at its sockets, or later.
+    pause: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
     flow: Outgoing,
     /// A longer wait for the next piece makes the pieces smaller.
     patience: Option<Duration>,
@@ -156,6 +168,15 @@ impl http_body::Body for WatchedBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, reqwest::Error>>> {
         let this = &mut *self;
+        if this.stretch >= STRETCH_BYTES {
+            let is_first = this.flow.lock().bytes == this.stretch as u64;
+            let pause = this.pause.get_or_insert_with(|| match is_first {
+                true => Box::pin(tokio::time::sleep(FIRST_LOOK)),
+                false => Box::pin(tokio::task::yield_now()),
+            });
+            std::task::ready!(pause.as_mut().poll(cx));
+            (this.stretch, this.pause) = (0, None);
+        }
         let mut flow = this.flow.lock();
         flow.asked(this.patience);
         if this.held.is_empty() {
@@ -166,6 +187,7 @@ impl http_body::Body for WatchedBody {
             flow = this.flow.lock();
             match polled {
                 Poll::Pending => {
+                    this.stretch = 0;
                     flow.starving = Some(Instant::now());
                     return Poll::Pending;
                 }
@@ -182,6 +204,7 @@ impl http_body::Body for WatchedBody {
         }
         let piece = this.held.split_to(this.held.len().min(flow.piece));
         flow.bytes += piece.len() as u64;
+        this.stretch += piece.len();
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
 

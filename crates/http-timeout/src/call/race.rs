@@ -1,0 +1,130 @@
+//! A request and its late copy: the first good answer wins.
+//!
+//! Invariant: what the loser held, its permits, its admission and its token if it was not sent, is back before the
+//! answer of the winner is returned.
+
+use futures_util::future::{Either, select};
+use reqwest::{Request, Response};
+use tokio::time::{Instant, timeout_at};
+
+use crate::{
+    breaker::{Class, State},
+    call::{Call, Failed, Leg},
+    hedge::{Hedging, Wager},
+    limit::Permits,
+    outgoing::Outgoing,
+};
+
+/// What an exchange came to, with what it holds.
+type Outcome = (Result<Response, Failed>, Leg);
+
+impl Call<'_> {
+    /// Sends the request of this hop, and a copy of it if the client hedges and the answer is late.
+    pub(super) async fn send(&mut self, leg: Leg) -> Outcome {
+        let mut request = self.hop.request();
+        let outgoing = Outgoing::watch(&mut request, self.client.options.idle_timeout);
+        let hedging = self.client.hedging.as_ref().filter(|_| request.method().is_safe());
+        let copy = hedging.filter(|_| !self.hop.body_is_gone);
+        let copy = copy.and_then(|hedging| Some((hedging, self.hop.request.try_clone()?)));
+        match copy {
+            None => (self.exchange(request, &outgoing).await, leg),
+            Some((hedging, copy)) => {
+                let first = (request, outgoing, leg);
+                // Apart, so that calls which are not hedged do not carry a future of twice the size.
+                let (outcome, copies) = Box::pin(self.hedged(hedging, first, copy)).await;
+                self.attempts += copies;
+                outcome
+            }
+        }
+    }
+
+    async fn hedged(
+        &self,
+        hedging: &Hedging,
+        (request, outgoing, leg): (Request, Outgoing, Leg),
+        copy: Request,
+    ) -> (Outcome, u32) {
+        hedging.deposit();
+        let pace = self.hop.origin.pace.get_or_init(Box::default);
+        let mut runner = pace.run();
+        let started = Instant::now();
+        let mut first = Box::pin(async { (self.exchange(request, &outgoing).await, leg) });
+        let early = match pace.late_after().and_then(|late| started.checked_add(late)) {
+            Some(late) => timeout_at(late, &mut first).await.ok(),
+            None => Some((&mut first).await),
+        };
+        let (outcome, copies) = match early {
+            Some(outcome) => (outcome, 0),
+            None => match runner.is_late().then(|| self.second(hedging)).flatten() {
+                Some((wager, leg)) => (self.decide(first, copy, wager, leg).await, 1),
+                None => (first.await, 0),
+            },
+        };
+        if self.is_good(&outcome) {
+            runner.answered(started.elapsed(), hedging);
+        }
+        (outcome, copies)
+    }
+
+    /// What a copy needs, if it is there without a wait.
+    fn second<'h>(&self, hedging: &'h Hedging) -> Option<(Wager<'h>, Leg)> {
+        let origin = &self.hop.origin;
+        // Half-open, the admissions are for probes.
+        if self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() != State::Closed) {
+            return None;
+        }
+        let wager = hedging.take()?;
+        let permits = Permits::try_acquire(&self.client.gate, origin.gate.as_ref())?;
+        Some((wager, Leg { admission: self.admit().ok()?, permits }))
+    }
+
+    /// Sends the copy, and waits for the better of both. The futures are gone when this returns.
+    async fn decide(
+        &self,
+        first: impl Future<Output = Outcome> + Unpin,
+        mut copy: Request,
+        wager: Wager<'_>,
+        leg: Leg,
+    ) -> Outcome {
+        let outgoing = Outgoing::watch(&mut copy, self.client.options.idle_timeout);
+        let _stake = Stake { wager, outgoing: outgoing.clone() };
+        let second = Box::pin(async { (self.exchange(copy, &outgoing).await, leg) });
+        match select(first, second).await {
+            Either::Left((outcome, _)) if self.is_good(&outcome) => outcome,
+            Either::Right((outcome, _)) if self.is_good(&outcome) => outcome,
+            Either::Left((bad, second)) => {
+                self.lose(bad);
+                second.await
+            }
+            Either::Right((bad, first)) => {
+                self.lose(bad);
+                first.await
+            }
+        }
+    }
+
+    /// Whether nothing better is to be waited for.
+    fn is_good(&self, (result, _): &Outcome) -> bool {
+        result.as_ref().is_ok_and(|response| self.client.origins.class_of(response) != Class::Failure)
+    }
+
+    /// Tells the breaker of the answer that was not good enough, and gives up what it held.
+    fn lose(&self, (result, Leg { admission, permits }): Outcome) {
+        drop(self.judge(result, admission));
+        drop(permits);
+    }
+}
+
+/// The wager on a copy, lost only if a connection took the copy: one that was not sent has cost nobody anything.
+struct Stake<'a> {
+    wager: Wager<'a>,
+    outgoing: Outgoing,
+}
+
+impl Drop for Stake<'_> {
+    fn drop(&mut self) {
+        if self.outgoing.taken().is_some() {
+            self.wager.spend();
+        }
+    }
+}

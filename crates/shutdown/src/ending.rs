@@ -1,0 +1,138 @@
+//! How a group ends: joined, cancelled, waited for. Every wait is bounded by the grace once the group is told to stop.
+
+use std::pin::pin;
+use std::time::Duration;
+
+use crate::group::TaskGroup;
+use crate::result::TaskGroupResult;
+use crate::stop::{StopReason, after};
+use crate::task::TaskOutcome;
+use crate::tree::{bounded, finished};
+
+impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
+    /// Returns the next task to have ended, by its name, or `None` when there is none left.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
+    pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
+        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
+        tokio::task::coop::consume_budget().await;
+        if let Some(ended) = self.roster.next() {
+            return Some(self.roster.hand_out(ended));
+        }
+        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
+        ended.map(|ended| self.roster.hand_out(ended))
+    }
+
+    /// Returns the next task to have ended if there is one at hand, and `None` otherwise.
+    pub fn try_join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
+        self.roster.next().map(|ended| self.roster.hand_out(ended))
+    }
+
+    /// Waits until every task has ended, here and in the groups below, and returns the outcomes not yet asked for, in the
+    /// order in which the tasks ended.
+    ///
+    /// The same as [`wait`](Self::wait) for a group whose values matter.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
+    /// lost; a blocking closure that has begun runs on.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{TaskGroup, TaskOutcome};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::<u32, String>::with_results();
+    /// group.spawn("one", async { Ok(1) })?;
+    /// group.spawn("two", async { Ok(2) })?;
+    /// let sum: u32 = group.join_all().await.into_iter().filter_map(|(_, outcome)| outcome.completed()).sum();
+    /// assert_eq!(sum, 3);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn join_all(self) -> Vec<(String, TaskOutcome<T, E>)> {
+        self.finished().await;
+        std::iter::from_fn(|| self.roster.next()).map(|ended| self.roster.hand_out(ended)).collect()
+    }
+
+    /// Cancels every task and waits until none is alive.
+    ///
+    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
+    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
+    /// method therefore returns within the grace and 25 ms.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
+    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
+    pub async fn cancel_all(&self) {
+        self.stop(StopReason::Requested, after(self.roster.grace()));
+        self.idle().await;
+    }
+
+    /// The same as [`cancel_all`](Self::cancel_all), with a reason of your own for the tasks to
+    /// [see](crate::WorkerContext::reason).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands, as with `cancel_all`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{StopReason, TaskGroup};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new();
+    /// group.spawn_with("watcher", |cx| async move {
+    ///     cx.cancelled().await;
+    ///     assert_eq!(cx.reason(), Some(StopReason::Because("new settings".to_owned())));
+    /// })?;
+    /// group.cancel_all_because("new settings").await;
+    /// assert_eq!(group.wait().await.completed, ["watcher"]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn cancel_all_because(&self, reason: impl Into<String>) {
+        self.stop(StopReason::Because(reason.into()), after(self.roster.grace()));
+        self.idle().await;
+    }
+
+    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
+    ///
+    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
+    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
+    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
+    /// lost; a blocking closure that has begun runs on.
+    pub async fn wait(self) -> TaskGroupResult<E> {
+        self.finished().await;
+        self.roster.take_result()
+    }
+
+    /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
+    /// the outcomes are lost; a blocking closure that has begun runs on.
+    pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
+        self.stop(StopReason::Requested, after(timeout));
+        self.wait().await
+    }
+
+    async fn finished(&self) {
+        let node = self.node();
+        let mut finished = pin!(finished(&node));
+        bounded(&node, |cx| finished.as_mut().poll(cx)).await;
+    }
+}

@@ -1,0 +1,141 @@
+//! The tasks of a group by their names: who is alive, and the end of one of them. A name is not unique, and each of these
+//! looks through all the tasks that are alive.
+
+use std::future::poll_fn;
+use std::panic::Location;
+
+use tokio::time::timeout_at;
+
+use crate::group::TaskGroup;
+use crate::stop::{StopReason, Stopping, after};
+use crate::tree::cut_tasks;
+
+impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
+    /// Returns whether a task of this name is alive.
+    pub fn contains(&self, name: &str) -> bool {
+        !self.roster.named(name).is_empty()
+    }
+
+    /// Returns the tasks that are alive, in no order.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::TaskGroup;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new();
+    /// group.spawn("idle", std::future::pending::<()>())?;
+    /// let tasks = group.tasks();
+    /// assert_eq!((tasks[0].name.as_str(), tasks[0].is_inside_poll), ("idle", false));
+    /// assert!(group.contains("idle") && !group.contains("other"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn tasks(&self) -> Vec<LiveTask> {
+        let slots = self.roster.slots().into_iter();
+        let live = slots.map(|slot| LiveTask {
+            name: slot.name.clone().into_owned(),
+            spawned_at: slot.spawned_at,
+            last_mark: slot.last_mark(),
+            is_inside_poll: slot.is_inside_poll(),
+        });
+        live.collect()
+    }
+
+    /// Drops the tasks of this name at their current await, without a grace, and returns how many there were.
+    ///
+    /// Does not wait for their end. Their outcome is [`Aborted`](crate::TaskOutcome::Aborted). A blocking closure is
+    /// dropped if it has not begun, and otherwise goes on.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::TaskGroup;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new();
+    /// group.spawn("stuck", std::future::pending::<()>())?;
+    /// group.spawn("fine", async {})?;
+    /// assert_eq!(group.abort("stuck"), 1);
+    /// assert_eq!(group.wait().await.completed, ["fine"]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn abort(&self, name: &str) -> usize {
+        let tasks = self.roster.named(name);
+        tasks.iter().for_each(|(_, slot)| slot.abort());
+        tasks.len()
+    }
+
+    /// Cancels the tasks of this name, waits until they have ended, and returns how many there were.
+    ///
+    /// Plain tasks are dropped at their current await; those with a context are told, and aborted when the group's
+    /// [grace](Self::grace) is over. The group stays open, and its other tasks go on. The groups below that such a task
+    /// holds end when it drops them.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, nobody
+    /// ends the grace of a task that does not listen, until its group is cancelled.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::TaskGroup;
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let group = TaskGroup::new();
+    /// for tenant in ["anna", "bert"] {
+    ///     group.spawn_with(tenant, |cx| async move { cx.cancelled().await })?;
+    /// }
+    /// assert_eq!(group.cancel("anna").await, 1);
+    /// assert!(!group.contains("anna") && group.contains("bert"));
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn cancel(&self, name: &str) -> usize {
+        self.cancel_named(name, StopReason::Requested).await
+    }
+
+    /// The same as [`cancel`](Self::cancel), with a reason of your own for the tasks to
+    /// [see](crate::WorkerContext::reason).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Once polled, the cancel is made and stands, as with `cancel`.
+    pub async fn cancel_because(&self, name: &str, reason: impl Into<String>) -> usize {
+        self.cancel_named(name, StopReason::Because(reason.into())).await
+    }
+
+    async fn cancel_named(&self, name: &str, reason: StopReason) -> usize {
+        let deadline = after(self.roster.grace());
+        let tasks = self.roster.named(name);
+        for (_, slot) in &tasks {
+            slot.tell_to_stop(Stopping { reason: reason.clone(), deadline });
+        }
+        let mut ended = poll_fn(|cx| self.roster.poll_ended(&tasks, cx));
+        if timeout_at(deadline, &mut ended).await.is_err() {
+            cut_tasks(tasks.iter().map(|(_, slot)| slot), ended).await;
+            self.roster.abandon_tasks(tasks.iter().cloned());
+        }
+        tasks.len()
+    }
+}
+
+/// A task of a group that has not ended.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct LiveTask {
+    /// The name it was given.
+    pub name: String,
+    /// Where it was spawned.
+    pub spawned_at: &'static Location<'static>,
+    /// The last [`mark`](crate::WorkerContext::mark) it passed.
+    pub last_mark: Option<String>,
+    /// Whether it was running at this moment, rather than parked at an await.
+    pub is_inside_poll: bool,
+}

@@ -1,0 +1,90 @@
+//! A task as its runtime holds it. It tells its end exactly once, whatever becomes of it, and only when what it owned is
+//! gone.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use pin_project_lite::pin_project;
+
+use crate::roster::Roster;
+use crate::stop::{Stopping, after};
+use crate::task::{Slot, TaskOutcome, TaskOutput, guarded};
+use crate::tree::{Node, stop_tree};
+
+/// A task's obligation to say how it ended: by itself, or else when it is dropped.
+pub(crate) struct Ticket<T, E> {
+    pub(crate) slot: Arc<Slot>,
+    roster: Arc<Roster<T, E>>,
+    index: usize,
+}
+
+impl<T, E> Ticket<T, E> {
+    pub(crate) fn new(slot: Arc<Slot>, roster: Arc<Roster<T, E>>, index: usize) -> Self {
+        Self { slot, roster, index }
+    }
+}
+
+impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
+    /// Says how the task ended. Whatever it owned must be gone by then.
+    pub(crate) fn finish(&self, outcome: TaskOutcome<T, E>) {
+        self.roster.tell(self.index, &self.slot, outcome, |reason, grace| {
+            let node: Arc<dyn Node> = self.roster.clone();
+            stop_tree(&node, &Stopping { reason, deadline: after(grace) });
+        });
+    }
+}
+
+impl<T, E> Drop for Ticket<T, E> {
+    fn drop(&mut self) {
+        if self.slot.is_told() {
+            return;
+        }
+        // Dropped before its end: by its group, or else by a cut or by the end of the runtime.
+        let told = self.roster.is_stopped() || self.slot.is_called();
+        let cancelled = told && self.slot.straggling().is_none();
+        let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
+        self.roster.tell(self.index, &self.slot, outcome, |_, _| {});
+    }
+}
+
+pin_project! {
+    // The future is declared before the ticket and so is dropped before it: also when a task is aborted, its destructors
+    // have run when its end is told, even if one of them panicked.
+    pub(crate) struct Tracked<F, T, E> {
+        #[pin]
+        future: Option<F>,
+        ticket: Ticket<T, E>,
+    }
+}
+
+impl<F, T, E> Tracked<F, T, E> {
+    pub(crate) fn new(future: F, ticket: Ticket<T, E>) -> Self {
+        Self { future: Some(future), ticket }
+    }
+}
+
+impl<F, T, E> Future for Tracked<F, T, E>
+where
+    F: Future,
+    F::Output: TaskOutput<T, E>,
+    T: Send + 'static,
+    E: Send + 'static,
+{
+    type Output = ();
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let mut this = self.project();
+        let slot = &this.ticket.slot;
+        // Once it was ready, it is gone, and nobody polls it again.
+        let Some(future) = this.future.as_mut().as_pin_mut() else { return Poll::Ready(()) };
+        let ended = match guarded(slot, || future.poll(cx)) {
+            Ok(output) => ready!(output).into_outcome(),
+            Err(panicked) => panicked,
+        };
+        // What it owns goes before its end is told. A destructor may panic too.
+        let outcome = guarded(slot, || this.future.set(None)).map_or_else(|panicked| panicked, |()| ended);
+        this.ticket.finish(outcome);
+        Poll::Ready(())
+    }
+}

@@ -1,0 +1,338 @@
+//! The settings of a pool, and how one is made of them.
+//!
+//! Invariant: a pool that was opened has a session that works, and a setting that cannot hold is an error.
+
+use std::fmt;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use tokio::runtime::Handle;
+use tokio::time::{Instant, timeout};
+
+use crate::backend::{Backend, Cancels, CommitMode, Options};
+use crate::keeper;
+use crate::pooler::PoolerMode;
+use crate::reset::{Reset, is_name};
+use crate::settings::{FOREVER, Limits, MOST_CONNECTIONS};
+use crate::slot::{Shared, Source};
+use crate::upkeep::{HookFuture, Upkeep};
+use crate::{TxError, TxPool};
+
+/// The settings of a pool. From [`TxPool::builder`].
+///
+/// | setting | default | what it limits |
+/// |---|---|---|
+/// | [`max_connections`](Self::max_connections) | 10 | sessions at once |
+/// | [`min_connections`](Self::min_connections) | 0 | sessions that are kept open |
+/// | [`acquire_timeout`](Self::acquire_timeout) | 30 s | all of `begin` |
+/// | [`connect_timeout`](Self::connect_timeout) | 10 s | the opening of one session |
+/// | [`begin_timeout`](Self::begin_timeout) | 2 s | the answer to `BEGIN` on a session that was used before |
+/// | [`settle_timeout`](Self::settle_timeout) | 2 s | cancel and rollback after a drop, before the session is terminated |
+/// | [`commit_timeout`](Self::commit_timeout) | 600 s | a `commit` whose caller has gone |
+/// | [`resolve_timeout`](Self::resolve_timeout) | 10 s | the question how a lost commit has ended |
+/// | [`answer_timeout`](Self::answer_timeout) | 2 s | on MySQL, a server that waits for us where `COMMIT` has no answer |
+/// | [`catch_up_timeout`](Self::catch_up_timeout) | 5 s | the same for what a dropped statement has left |
+/// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
+/// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
+/// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
+///
+/// [`reset`](Self::reset) is [`Reset::Verify`] by default.
+///
+/// Not to be set: a dropped statement has 1 ms to end before it is cancelled; the connection for cancelling has 0.5 s, four
+/// round trips and 1 ms for each cancel to answer, and 2 s to be opened anew; [`Attempts`](crate::Attempts) waits 10 s for
+/// the outcome of an attempt that was given up.
+///
+/// A [wrapped](Self::wrap) pool keeps its own sessions: the number and the opening of them, their age, their hooks and
+/// `reset` are sqlx's.
+#[must_use = "a builder opens nothing until it connects"]
+pub struct TxPoolBuilder<DB: Backend> {
+    limits: Limits,
+    upkeep: Upkeep<DB>,
+    commit_mode: CommitMode,
+}
+
+impl<DB: Backend> TxPoolBuilder<DB> {
+    pub(crate) fn new() -> Self {
+        Self { limits: Limits::default(), upkeep: Upkeep::default(), commit_mode: CommitMode::default() }
+    }
+
+    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept
+    /// for cancelling.
+    pub fn max_connections(mut self, connections: u32) -> Self {
+        self.limits.max_connections = connections;
+        self
+    }
+
+    /// How long `begin` may take: the wait for a free connection, the opening of one, and `BEGIN` itself. Default 30
+    /// seconds.
+    pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.acquire_timeout = timeout;
+        self
+    }
+
+    /// How long opening one connection may take. Default 10 seconds.
+    pub fn connect_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.connect_timeout = timeout;
+        self
+    }
+
+    /// How long a session that was used before may take to begin a transaction, before it is closed and another one is
+    /// taken. Default 2 seconds. SQLite waits for its lock as long as its `busy_timeout` says.
+    pub fn begin_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.begin_timeout = timeout;
+        self
+    }
+
+    /// How long a session may take to come to rest after its transaction was dropped, before it is terminated from outside,
+    /// for which it has the same time once more. It is also the longest that a hook may take and that a lost caller's `BEGIN`
+    /// is waited for. Default 2 seconds.
+    pub fn settle_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.settle_timeout = timeout;
+        self
+    }
+
+    /// How long a `commit` may go on whose caller has gone; then its connection is closed, and its outcome is unknown.
+    /// Default 10 minutes, because closing is what puts it in doubt.
+    pub fn commit_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.commit_timeout = timeout;
+        self
+    }
+
+    /// How long is asked how a commit has ended whose connection was lost, with [`CommitMode::Resolvable`]. A server that
+    /// has crashed needs a while to come back. Default 10 seconds.
+    pub fn resolve_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.resolve_timeout = timeout;
+        self
+    }
+
+    /// On MySQL, how long the server must have been seen waiting for us while we wait for its answer to `COMMIT`, until none
+    /// is expected any more and the outcome is unknown. Default 2 seconds.
+    pub fn answer_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.answer_timeout = timeout;
+        self
+    }
+
+    /// The same for what a dropped statement has left to be read, which may be much. The transaction is then lost. Default
+    /// 5 seconds.
+    pub fn catch_up_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.catch_up_timeout = timeout;
+        self
+    }
+
+    /// How long the farewell to one session may take. Default 1 second.
+    pub fn goodbye_timeout(mut self, timeout: Duration) -> Self {
+        self.limits.goodbye_timeout = timeout;
+        self
+    }
+
+    /// How many sessions are kept open at least, up to `max_connections`. Default 0, though the first one is opened with
+    /// the pool.
+    pub fn min_connections(mut self, connections: u32) -> Self {
+        self.upkeep.min_connections = connections;
+        self
+    }
+
+    /// After how long a session is closed, when nobody has it. Up to a tenth less, so that those that were opened together
+    /// are not closed together. Default 30 minutes, on SQLite for ever; `None` is for ever.
+    pub fn max_lifetime(mut self, lifetime: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.max_lifetime = lifetime.into();
+        self
+    }
+
+    /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
+    pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
+        self.upkeep.idle_timeout = timeout.into();
+        self
+    }
+
+    /// How a session is made the same for each transaction. Default [`Reset::Verify`].
+    pub fn reset(mut self, reset: Reset) -> Self {
+        self.upkeep.reset = reset;
+        self
+    }
+
+    /// The names of settings that [`Reset::Verify`] compares besides its own: on PostgreSQL such as `app.tenant`, on MySQL
+    /// such as `time_zone` or `@tenant`.
+    pub fn verify<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
+        self.upkeep.verify = names.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Runs on each new session, before the pool's own settings. If it fails, the session is not opened.
+    pub fn after_connect<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.after_connect = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs ahead of each `BEGIN`, within its limit. If it fails, the session is closed and another one is taken.
+    pub fn before_begin<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
+    {
+        self.upkeep.before_begin = Some(Arc::new(hook));
+        self
+    }
+
+    /// Runs after each transaction, when its session is idle again, and says whether to keep the session. One on which the
+    /// hook fails, or takes longer than the [`settle_timeout`](Self::settle_timeout), is closed.
+    pub fn after_release<F>(mut self, hook: F) -> Self
+    where
+        F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, bool> + Send + Sync + 'static,
+    {
+        self.upkeep.after_release = Some(Arc::new(hook));
+        self
+    }
+
+    /// What there is between the pool and the server. Default [`PoolerMode::None`].
+    pub fn pooler(mut self, mode: PoolerMode) -> Self {
+        self.limits.pooler = mode;
+        self
+    }
+
+    /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
+    /// [`CommitMode::Verified`].
+    pub fn commit_mode(mut self, mode: CommitMode) -> Self {
+        self.commit_mode = mode;
+        self
+    }
+
+    /// Guards the transactions of an sqlx pool, as [`TxPool::wrap`], with these limits. The number of connections and the
+    /// acquire timeout are those of the pool; what it does with its sessions is set on it.
+    #[must_use]
+    pub fn wrap(self, pool: sqlx::Pool<DB>) -> TxPool<DB> {
+        let options = pool.connect_options();
+        let limits = Limits {
+            max_connections: pool.options().get_max_connections(),
+            acquire_timeout: pool.options().get_acquire_timeout(),
+            pooler: PoolerMode::None,
+            ..self.limits
+        };
+        let (source, upkeep) = (Source::Wrapped(pool), Upkeep::default());
+        TxPool::of(Arc::new(Shared::new(source, limits, upkeep, options, self.commit_mode)))
+    }
+
+    /// Opens the pool and its first connection.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
+        let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
+        // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
+        let scheme = url.split_once("://").map(|(scheme, _)| scheme);
+        if !scheme.map_or(DB::TAKES_FILES, |scheme| DB::URL_SCHEMES.contains(&scheme)) {
+            // What only looks like a scheme may hold a password.
+            let named =
+                |scheme: &&str| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+            let scheme = scheme.filter(named).unwrap_or("missing");
+            return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
+        }
+        // A slash in a password ends the address, and the rest of the password would be told as the database's name.
+        let path = url.split_once("://").and_then(|(_, rest)| rest.split(['?', '#']).next()?.split_once('/'));
+        if !DB::TAKES_FILES && path.is_some_and(|(address, path)| !address.contains('@') && path.contains('@')) {
+            return Err(invalid(
+                "it has an @ behind its address: write / as %2F in a password, and @ as %40".to_owned(),
+            ));
+        }
+        let options = url.parse::<Options<DB>>().map_err(|error| invalid(error.to_string()))?;
+        self.connect_with(options).await
+    }
+
+    /// Opens the pool, asking `options` for the driver's own options each time a session is opened, so that credentials
+    /// that change are always the latest. An error of `options` is one of connecting.
+    ///
+    /// The connection for cancelling is opened with those with which a session was opened last.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    pub async fn connect_with_fn<F, O>(mut self, options: F) -> Result<TxPool<DB>, TxError>
+    where
+        F: Fn() -> O + Send + Sync + 'static,
+        O: Future<Output = Result<Options<DB>, sqlx::Error>> + Send + 'static,
+    {
+        let first = options().await.map_err(|error| DB::connect_error(DB::TITLE.to_owned(), error))?;
+        self.upkeep.rotation = Some(Arc::new(move || Box::pin(options())));
+        self.connect_with(first).await
+    }
+
+    /// Opens the pool and its first connection with the driver's own options.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, what was opened is closed.
+    ///
+    /// # Errors
+    ///
+    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    pub async fn connect_with(mut self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
+        if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
+            return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });
+        }
+        if self.upkeep.min_connections > self.limits.max_connections {
+            return Err(TxError::InvalidOption {
+                option: "min_connections",
+                reason: "it is more than max_connections",
+            });
+        }
+        if !self.upkeep.verify.iter().all(|name| is_name(name)) {
+            let reason = "a name has letters, digits, _ and . only, and on MySQL an @ ahead of them";
+            return Err(TxError::InvalidOption { option: "verify", reason });
+        }
+        if self.upkeep.max_lifetime.is_some_and(|lifetime| lifetime.is_zero()) {
+            return Err(TxError::InvalidOption { option: "max_lifetime", reason: "it is zero" });
+        }
+        if Handle::try_current().is_err() {
+            return Err(TxError::NoRuntime);
+        }
+        let options = Arc::new(self.through_a_pooler(options)?);
+        if self.limits.pooler == PoolerMode::Transaction {
+            // The sessions are the pooler's, and what is asked of one is answered by another.
+            self.upkeep.reset = Reset::None;
+        }
+        let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
+        // Both are opened now: a wrong address shows here, and the first cancel finds its connection warm.
+        let limit = self.limits.connect_timeout;
+        let first = shared.acquire(Instant::now() + limit.min(FOREVER), limit).await?;
+        let target = || DB::target(&shared.options());
+        match timeout(limit, shared.canceller.warm(&shared.options())).await {
+            Ok(Ok(())) => {}
+            // It is not opened where it would take the place of a transaction.
+            Ok(Err(error)) if DB::is_full(&error) => {}
+            Ok(Err(error)) => return Err(DB::connect_error(target(), error)),
+            Err(_) => return Err(TxError::ConnectTimeout { target: target(), timeout: limit }),
+        }
+        first.pass_on();
+        let keeper = tokio::spawn(keeper::keep_up(Arc::downgrade(&shared))).abort_handle();
+        *shared.keeper.lock().unwrap_or_else(PoisonError::into_inner) = Some(keeper);
+        Ok(TxPool::of(shared))
+    }
+
+    /// The options for what there is between here and the server.
+    fn through_a_pooler(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
+        match self.limits.pooler {
+            PoolerMode::None => Ok(options),
+            PoolerMode::Transaction if DB::HAS_POOLERS => Ok(DB::for_a_pooler(options)),
+            PoolerMode::Transaction => {
+                Err(TxError::InvalidOption { option: "pooler", reason: "this database has none that is known" })
+            }
+        }
+    }
+}
+
+impl<DB: Backend> fmt::Debug for TxPoolBuilder<DB> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("TxPoolBuilder").field("limits", &self.limits).field("commit_mode", &self.commit_mode).finish()
+    }
+}
