@@ -17,6 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::clock::{Alarm, Clock, drive};
 use crate::group::TaskGroup;
+use crate::panics::{Panic, catch, watch};
 use crate::phase::{Phase, Worker};
 use crate::probe::TICK;
 use crate::report::TaskReport;
@@ -26,6 +27,9 @@ use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
 use crate::tree::cut;
 use crate::worker::WorkerContext;
+
+/// How long a phase may take to provide what the next one needs, unless it says otherwise.
+const PROVIDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The thread that takes an application through its phases, whatever the runtime does.
 #[derive(Debug)]
@@ -95,6 +99,7 @@ impl Ticker {
 
 /// Runs the phases from the first start to the last end. Afterwards no worker is alive.
 pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy, clock: &Clock) {
+    watch();
     if core.working() == 0 {
         core.request(StopReason::Completed);
     }
@@ -103,13 +108,14 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
         if core.stop.token().is_cancelled() {
             // Before anything of the user's is dropped, which may take its time: the deadline stands.
             core.request(StopReason::Requested);
-            for Worker { name, added_at, .. } in phase.workers {
-                never_started(core, &phase.name, name, added_at);
+            for Worker { name, added_at, work, .. } in phase.workers {
+                never_started(core, &phase.name, name, added_at, work);
             }
         } else {
             running.push(start(core, phase, restart, clock).await);
         }
     }
+    core.started_all();
     core.stop.token().cancelled().await;
     // Whoever cancelled the shutdown handle left no reason.
     core.request(StopReason::Requested);
@@ -130,15 +136,18 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy, clock: &C
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
     for worker in phase.workers {
-        readiness.push(launch(core, &group, &phase.name, worker, policy));
+        // Without a limit of its own, a phase is ready when it has made what the next one needs.
+        let counts = phase.ready_within.is_some() || worker.is_provider;
+        let ready = launch(core, &group, &phase.name, worker, policy);
+        readiness.extend(counts.then_some(ready));
     }
-    if let Some(limit) = phase.ready_within {
-        let ready = async {
-            for worker in readiness {
-                worker.cancelled().await;
-            }
-        };
-        let ready = clock.timeout_at(after(limit), ready);
+    let ready = async {
+        for worker in &readiness {
+            worker.cancelled().await;
+        }
+    };
+    if !readiness.is_empty() {
+        let ready = clock.timeout_at(after(phase.ready_within.unwrap_or(PROVIDED_WITHIN)), ready);
         if let Some(None) = core.stop.token().run_until_cancelled(ready).await {
             core.request(StopReason::NotReady { phase: phase.name });
         }
@@ -155,48 +164,83 @@ fn launch(
     worker: Worker,
     policy: RestartPolicy,
 ) -> CancellationToken {
-    let Worker { name, added_at, work } = worker;
+    let Worker { name, added_at, work, restart, is_tolerated, .. } = worker;
+    let policy = restart.unwrap_or(policy);
+    if is_tolerated {
+        core.ledger.tolerate(&name, added_at);
+    }
     let ready = CancellationToken::new();
-    let (shared, told) = (Arc::clone(core), ready.clone());
+    let (shared, told, values) = (Arc::clone(core), ready.clone(), Arc::clone(&core.values));
     // The thread of the phases is none of the runtime's.
     let _entered = core.runtime.get().map(Handle::enter);
-    let run = move |cx: WorkerContext| run_worker(shared, work, policy, cx.with_ready(told));
-    if group.spawn_contextual(name.clone().into(), added_at, run).is_err() {
-        never_started(core, phase, name, added_at);
+    let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.of_worker(told, values));
+    if let Err(rejected) = group.spawn_contextual(name.clone().into(), added_at, run) {
+        never_started(core, phase, name, added_at, rejected);
     }
     ready
 }
 
 /// Runs one worker to its last end, and stops the application if that was an error or a panic.
-async fn run_worker(core: Arc<Core>, work: Work, policy: RestartPolicy, cx: WorkerContext) -> Result<(), BoxError> {
-    /// Counts the worker as ended however it ends: its future may be dropped at any await.
-    struct Working(Arc<Core>, WorkerContext);
-    impl Drop for Working {
-        fn drop(&mut self) {
-            // One that has ended cannot become ready any more, and nobody need wait for it.
-            self.1.ready();
-            self.0.worker_ended();
-        }
-    }
-    let working = Working(Arc::clone(&core), cx.clone());
-    let worker = cx.name().to_owned();
+async fn run_worker(
+    core: Arc<Core>,
+    work: Work,
+    policy: RestartPolicy,
+    is_tolerated: bool,
+    cx: WorkerContext,
+) -> Result<(), BoxError> {
+    let working = Working { core, cx: cx.clone(), is_tolerated };
     let end = restart::run(work, policy, cx).await;
     // Before the count, so that the last worker's failure is the reason and not that all have ended.
     match &end {
         Ok(Ok(())) => {}
-        Ok(Err(_)) => core.request(StopReason::Failed { worker }),
-        Err(_) => core.request(StopReason::Panicked { worker }),
+        Ok(Err(_)) => working.failed(|worker| StopReason::Failed { worker }),
+        Err(_) => working.failed(|worker| StopReason::Panicked { worker }),
     }
     drop(working);
-    end.unwrap_or_else(|payload| std::panic::resume_unwind(payload))
+    end.unwrap_or_else(|panic| std::panic::resume_unwind(Box::new(panic)))
 }
 
-fn never_started(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>) {
+/// Counts a worker as ended however it ends: its future may be dropped at any await.
+struct Working {
+    core: Arc<Core>,
+    cx: WorkerContext,
+    is_tolerated: bool,
+}
+
+impl Working {
+    fn failed(&self, reason: impl FnOnce(String) -> StopReason) {
+        if !self.is_tolerated {
+            self.core.request(reason(self.cx.name().to_owned()));
+        }
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        // What the worker has captured is dropped last, and may panic when all else went well.
+        if thread::panicking() {
+            self.failed(|worker| StopReason::Panicked { worker });
+        }
+        // One that has ended cannot become ready any more, and nobody need wait for it.
+        self.cx.ready();
+        self.core.worker_ended();
+    }
+}
+
+/// Writes down a worker that will never run. Dropping its work may panic, which is then how it ended.
+fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>, work: W) {
+    let outcome = match catch(|| drop(work)) {
+        Ok(()) => TaskOutcome::Cancelled,
+        Err(Panic { message, location }) => {
+            TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| added_at.into()) }
+        }
+    };
     let report = TaskReport {
         name,
         group: phase.to_owned(),
         is_worker: true,
-        outcome: TaskOutcome::Cancelled,
+        is_tolerated: false,
+        outcome,
         spawned_at: added_at,
         last_mark: None,
         straggling: None,
@@ -247,11 +291,13 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use cancel_safe_testing::{Explore, Outcome};
+    use tokio::sync::watch;
     use tokio::time::sleep;
 
     use super::*;
     use crate::report::Unnamed;
     use crate::restart::Restart;
+    use crate::state::Terms;
     use crate::task::{Kind, Slot};
     use crate::voice::Audience;
 
@@ -268,7 +314,8 @@ mod tests {
     /// An application of one worker.
     fn core(budget: Duration) -> Arc<Core> {
         let stop = Arc::default();
-        let core = Core::start("app".to_owned(), stop, [budget, Duration::ZERO], 1, Audience::default());
+        let terms = Terms { budget, ..Terms::default() };
+        let core = Core::start("app".to_owned(), stop, terms, 1, Audience::default(), watch::Sender::default());
         Arc::new(core.expect("a thread"))
     }
 
@@ -303,7 +350,7 @@ mod tests {
             let group = TaskGroup::of_workers(Arc::clone(&self.core.ledger), phase.name);
             let slot = Slot::new("worker".into(), Location::caller(), Kind::Contextual);
             let cx = WorkerContext::new(Arc::new(slot), group.node());
-            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), cx).await.is_ok()
+            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), false, cx).await.is_ok()
         }
 
         fn check(&self, outcome: Outcome<bool>, attempts: usize) -> Result<(), String> {
@@ -370,7 +417,8 @@ mod tests {
         group.stop(StopReason::Requested, Instant::now());
 
         let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
-        let worker = Worker { name: "late".to_owned(), added_at: Location::caller(), work };
+        let (name, added_at) = ("late".to_owned(), Location::caller());
+        let worker = Worker { name, added_at, work, restart: None, is_tolerated: false, is_provider: false };
         launch(&core, &group, "main", worker, Restart::Never.into());
 
         let report = core.report(Unnamed::default());

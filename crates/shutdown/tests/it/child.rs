@@ -6,9 +6,9 @@ use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cancel_safe_shutdown::{Application, Phase, Report, Restart, StopReason, WorkerContext};
+use cancel_safe_shutdown::{Application, Phase, Report, Restart, Signal, StopReason, WorkerContext};
 use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::stdio::dup2_stderr;
+use rustix::stdio::{dup2_stderr, dup2_stdout};
 use tokio::runtime::Builder;
 
 /// The variable that makes this test binary one of the programs.
@@ -17,6 +17,8 @@ pub(crate) const PROGRAM: &str = "SHUTDOWN_TEST_PROGRAM";
 pub(crate) const DEADLINE: Duration = Duration::from_millis(800);
 /// How long the programs that must be stopped would go on.
 pub(crate) const STALL: Duration = Duration::from_secs(60);
+/// How many workers there are where there are many.
+pub(crate) const MANY: usize = 10_000;
 /// A deadline that nobody waits for.
 const FAR: Duration = Duration::from_secs(600);
 
@@ -124,6 +126,40 @@ const PROGRAMS: &[(&str, Program)] = &[
         let app = Application::new("child").shutdown_timeout(DEADLINE);
         app.worker("deaf", fills_the_standard_error).run()
     }),
+    ("has many that are deaf", || {
+        let app = app(DEADLINE).runtime(Builder::new_current_thread());
+        let deaf = |_: WorkerContext| pending::<()>();
+        let app = (0..MANY).fold(app, |app, number| app.worker(format!("deaf {number}"), deaf));
+        app.worker("good", cooperative).run()
+    }),
+    ("reloads", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |cx| eprintln!("RELOADED {:?}", cx.signal()));
+        app.worker("good", cooperative).run()
+    }),
+    ("acts badly", || {
+        let app = app(FAR).on_signal(Signal::User1, |_| panic!("in an action"));
+        let app = app.on_signal(Signal::User2, |_| {
+            eprintln!("ACTING");
+            stall(STALL);
+        });
+        app.worker("good", cooperative).run()
+    }),
+    ("is looked at", || {
+        let app = app(FAR).phase("first", |phase| phase.worker("parked", marks).ready_within(FAR));
+        app.worker("spin", spins).run()
+    }),
+    ("reads its mask", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |_| eprintln!("RELOADED"));
+        app.worker("good", cooperative).run()
+    }),
+    ("service", || {
+        // What it prints is for the test.
+        dup2_stdout(std::io::stderr()).unwrap();
+        crate::service::main()
+    }),
+    ("drains before it stops", || drains_later().run()),
+    ("drains for long", || drains_later().drain_delay(STALL).run()),
+    ("drains before it stops, also for a person", || drains_later().drain_on_interrupt().run()),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
         app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
@@ -139,6 +175,11 @@ fn overriding(deadline: Duration) -> Application {
         StopReason::Signal(number) => u8::try_from(128 + number).ok(),
         _ => None,
     })
+}
+
+/// Goes on for the time of its drain delay.
+fn drains_later() -> Application {
+    app(FAR).drain_delay(DEADLINE).worker("good", cooperative)
 }
 
 /// A runtime of so many threads.
@@ -262,6 +303,14 @@ async fn deaf(cx: WorkerContext) {
     cx.mark("wait for ever");
     eprintln!("STOPPING");
     pending().await
+}
+
+async fn marks(cx: WorkerContext) {
+    let group = cx.group();
+    group.spawn("connection", pending::<()>()).unwrap();
+    cx.mark("halfway");
+    cx.ready();
+    cx.cancelled().await;
 }
 
 async fn panics(_: WorkerContext) {

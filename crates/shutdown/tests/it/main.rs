@@ -4,12 +4,18 @@
 mod application;
 mod cancel;
 mod cancel_serve;
+#[cfg(all(unix, feature = "signal"))]
 mod child;
 mod group;
 mod interleavings;
 mod named;
+mod panics;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
+mod readiness;
+#[cfg(all(unix, feature = "signal"))]
+#[path = "../../examples/service.rs"]
+mod service;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
 #[cfg(all(unix, feature = "signal"))]
