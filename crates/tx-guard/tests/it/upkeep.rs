@@ -162,6 +162,8 @@ async fn so_many_sessions_are_kept_as_are_asked_for() {
     let builder = TxPool::<Postgres>::builder().max_connections(5).min_connections(3);
     let db = counted(&world, builder.idle_timeout(Duration::from_millis(50))).await;
     eventually("three are open", async || sessions(&world).await == 4).await;
+    // One that is idle beside four others would be closed.
+    eventually("they are at rest", async || db.metrics().idle == 3).await;
     let mut guards = Vec::new();
     for _ in 0..5 {
         guards.push(db.begin().await.unwrap());
