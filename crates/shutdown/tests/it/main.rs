@@ -7,6 +7,10 @@ mod cancel_serve;
 mod child;
 mod group;
 mod named;
+#[cfg(feature = "axum")]
+mod requests;
+#[cfg(feature = "axum")]
+mod server;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
 mod structure;
