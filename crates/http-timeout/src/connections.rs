@@ -8,20 +8,27 @@ use std::{
     error::Error as StdError,
     sync::{
         Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU32, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
     },
+    time::Duration,
 };
 
 use http::{Extensions, HeaderValue, Method, Version, header::CONTENT_LENGTH};
 use hyper_util::client::legacy::{Error as PoolError, connect::HttpInfo};
 use reqwest::{Request, Response};
+use tokio::time::Instant;
 use url::Url;
+
+use crate::outgoing::Outgoing;
 
 /// The most connections that are remembered, the latest ones.
 const REMEMBERED: usize = 256;
 
-/// So many calls in a row that timed out on a connection are no accident.
+/// So many calls in a row without an answer, that timed out on a connection, are no accident.
 const SILENT_CALLS: u32 = 3;
+
+/// Calls that were dropped by their callers count like those that timed out once they have waited so long together.
+const SILENCE: Duration = Duration::from_secs(1);
 
 /// The connections to one origin.
 #[derive(Debug, Default)]
@@ -29,14 +36,52 @@ pub(crate) struct Connections {
     /// The local ports of connections that have answered.
     answered: Mutex<VecDeque<u16>>,
     /// How many calls have timed out since the last answer.
-    silent: AtomicU32,
+    timed_out: AtomicU32,
+    /// How many of them and of those that were dropped while they waited for an answer.
+    unanswered: AtomicU32,
+    /// How long all these have waited, in milliseconds.
+    waited: AtomicU64,
+}
+
+/// A call that waits for its answer on a connection. Dropped, it counts as one that had none.
+#[derive(Debug)]
+pub(crate) struct Waiting<'a> {
+    connections: &'a Connections,
+    outgoing: &'a Outgoing,
+    is_over: bool,
+}
+
+impl Waiting<'_> {
+    /// The wait has ended by itself: in an answer, an error or a timeout.
+    pub(crate) fn end(mut self) {
+        self.is_over = true;
+    }
+
+    /// A limit of the call was reached.
+    pub(crate) fn timed_out(mut self) {
+        self.is_over = true;
+        if let Some(taken) = self.outgoing.taken() {
+            self.connections.unanswered(taken);
+            self.connections.timed_out.fetch_add(1, Relaxed);
+        }
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        if !self.is_over
+            && let Some(taken) = self.outgoing.taken()
+        {
+            self.connections.unanswered(taken);
+        }
+    }
 }
 
 impl Connections {
     /// Remembers which connection brought this response.
     pub(crate) fn answered(&self, response: &Response) {
-        if self.silent.load(Ordering::Relaxed) != 0 {
-            self.silent.store(0, Ordering::Relaxed);
+        if self.unanswered.load(Relaxed) != 0 {
+            self.forget_silence();
         }
         let Some(port) = response.extensions().get::<HttpInfo>().map(|info| info.local_addr().port()) else { return };
         let mut answered = self.lock();
@@ -63,14 +108,37 @@ impl Connections {
         place.is_some()
     }
 
-    /// A call that had been sent timed out.
-    pub(crate) fn timed_out(&self) {
-        self.silent.fetch_add(1, Ordering::Relaxed);
+    /// A call begins to wait for its answer.
+    pub(crate) fn wait<'a>(&'a self, outgoing: &'a Outgoing) -> Waiting<'a> {
+        Waiting { connections: self, outgoing, is_over: false }
     }
 
     /// Whether a connection has gone silent, so that it must not be given to the next call. Told once, to one call.
-    pub(crate) fn take_silent(&self) -> bool {
-        self.silent.load(Ordering::Relaxed) >= SILENT_CALLS && self.silent.swap(0, Ordering::Relaxed) >= SILENT_CALLS
+    ///
+    /// For a probe it is enough that nobody was answered, however short their patience was.
+    pub(crate) fn take_silent(&self, is_probe: impl FnOnce() -> bool) -> bool {
+        let unanswered = self.unanswered.load(Relaxed);
+        if unanswered < SILENT_CALLS {
+            return false;
+        }
+        let waited = Duration::from_millis(self.waited.load(Relaxed));
+        let is_silent = self.timed_out.load(Relaxed) >= SILENT_CALLS || waited >= SILENCE || is_probe();
+        is_silent && self.unanswered.compare_exchange(unanswered, 0, Relaxed, Relaxed).is_ok() && {
+            self.forget_silence();
+            true
+        }
+    }
+
+    fn unanswered(&self, since: Instant) {
+        let waited = u64::try_from(since.elapsed().as_millis()).unwrap_or(u64::MAX);
+        self.waited.fetch_add(waited, Relaxed);
+        self.unanswered.fetch_add(1, Relaxed);
+    }
+
+    fn forget_silence(&self) {
+        self.timed_out.store(0, Relaxed);
+        self.unanswered.store(0, Relaxed);
+        self.waited.store(0, Relaxed);
     }
 
     fn lock(&self) -> MutexGuard<'_, VecDeque<u16>> {

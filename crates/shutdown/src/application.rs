@@ -3,29 +3,31 @@
 
 use std::fmt;
 use std::io;
-use std::panic::Location;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use crate::report::{EXIT_NOT_STARTED, Report, chain};
-use crate::restart::{Restart, RestartPolicy, Work};
-use crate::signal::Signals;
+use crate::actions::{Actions, SignalContext};
+use crate::clock::Clock;
+use crate::course::{AppError, Course, Listening};
+use crate::phase::{Phase, again, once};
+use crate::report::{EXIT_NOT_STARTED, Report, Unnamed, chain};
+use crate::restart::{Restart, RestartPolicy};
+use crate::signal::{Signal, Signals};
+use crate::state::Core;
 use crate::stop::{Stop, StopReason};
-use crate::supervisor::{Core, Worker, supervise};
+use crate::supervisor::{Ticker, supervise};
 use crate::task::WorkerOutput;
-use crate::voice::{OnExitCode, OnReport, Voice};
-use crate::watchdog::{Watchdog, end_process};
+use crate::voice::{Audience, print};
+use crate::watchdog::Watchdog;
 use crate::worker::WorkerContext;
 
 /// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
 const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
-/// How long the runtime's blocking threads may take to end once every task has.
-const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
 const ANSWER_SLACK: Duration = Duration::from_millis(100);
 /// How long after a first signal another one is taken for a copy of it. Those who forward a signal that their child has
@@ -33,43 +35,6 @@ const ANSWER_SLACK: Duration = Duration::from_millis(100);
 const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
-
-/// Why an application could not be started.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AppError {
-    /// The handlers of SIGINT and SIGTERM could not be installed.
-    #[error("the signal handlers could not be installed")]
-    Signals(#[source] io::Error),
-    /// A thread of the application's own (for signals, for the deadline, for callbacks) could not be started.
-    #[error("the thread for {purpose} could not be started")]
-    #[non_exhaustive]
-    Thread {
-        /// What the thread is for.
-        purpose: &'static str,
-        /// Why the system did not start it.
-        source: io::Error,
-    },
-    /// The runtime could not be built.
-    #[error("the runtime could not be built")]
-    Runtime(#[source] io::Error),
-    /// `run` was called inside a runtime; there, `serve` is the one to call.
-    #[error("an application cannot own a runtime inside another runtime")]
-    InsideRuntime,
-}
-
-impl AppError {
-    /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
-    ///
-    /// Every other error is the system's refusal.
-    pub fn is_inside_runtime(&self) -> bool {
-        matches!(self, Self::InsideRuntime)
-    }
-
-    fn thread(purpose: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Thread { purpose, source }
-    }
-}
 
 /// Workers that start together, end together and stop the process with a report and an exit code.
 ///
@@ -107,8 +72,8 @@ pub struct Application {
     drain_delay: Duration,
     second_signal_after: Duration,
     restart: RestartPolicy,
-    on_report: Option<OnReport>,
-    on_exit_code: Option<OnExitCode>,
+    audience: Audience,
+    actions: Actions,
     runtime: Option<Builder>,
     signals: io::Result<Signals>,
 }
@@ -127,8 +92,8 @@ impl Application {
             drain_delay: Duration::ZERO,
             second_signal_after: SECOND_SIGNAL_AFTER,
             restart: Restart::Never.into(),
-            on_report: None,
-            on_exit_code: None,
+            audience: Audience::default(),
+            actions: Actions::default(),
             runtime: None,
             signals: Signals::install(),
         }
@@ -158,6 +123,22 @@ impl Application {
         F::Output: WorkerOutput,
     {
         self.own_phase().add(name.into(), once(work));
+        self
+    }
+
+    /// Sets the restart policy of the worker added last to the application itself; see [`Phase::restarted`].
+    pub fn restarted(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        if let Some(worker) = self.own_phase().workers.last_mut() {
+            worker.restart = Some(policy.into());
+        }
+        self
+    }
+
+    /// Lets the application go on if the worker added last to it fails or panics; see [`Phase::tolerated`].
+    pub fn tolerated(mut self) -> Self {
+        if let Some(worker) = self.own_phase().workers.last_mut() {
+            worker.is_tolerated = true;
+        }
         self
     }
 
@@ -239,18 +220,47 @@ impl Application {
         self
     }
 
+    /// Adds what is done on a signal that does not stop the application: on SIGHUP, say, its configuration is read again.
+    ///
+    /// Runs on a thread for such actions alone, from the start of the application on; a panic ends the action and no
+    /// more. [`run`](Self::run) has an action for SIGQUIT unless one is added: it [lists](SignalContext::dump) on the
+    /// standard error what is alive. A SIGHUP that the process was started to ignore, as by `nohup`, stays ignored where
+    /// that can be told, which is on Linux. Without the feature `signal`, and elsewhere than on Unix, none arrives.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, Signal, WorkerContext};
+    /// use tokio::sync::watch;
+    ///
+    /// let (reload, mut config) = watch::channel(0_u32);
+    /// let app = Application::new("shop")
+    ///     .on_signal(Signal::Hangup, move |_| reload.send_modify(|version| *version += 1))
+    ///     .worker_once("http", move |cx: WorkerContext| async move {
+    ///         while let Some(Ok(())) = cx.token().run_until_cancelled(config.changed()).await {
+    ///             // The configuration is to be read again.
+    ///         }
+    ///     });
+    /// # drop(app);
+    /// ```
+    pub fn on_signal(mut self, signal: Signal, action: impl FnMut(SignalContext) + Send + 'static) -> Self {
+        self.actions.add(signal, Box::new(action));
+        self
+    }
+
     /// Sets the restart policy of every phase without one of its own. The default is [`Restart::Never`].
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = policy.into();
         self
     }
 
-    /// Sets what is done with the report at the very end.
+    /// Sets what is done with the report at the very end. Without it, [`run`](Self::run) writes to the standard error:
+    /// a line when a stop begins, and the report if anything failed or was cut.
     ///
     /// Runs on a thread of its own and is waited for until the deadline but no longer than a second; at the deadline or
     /// at the second signal, for half a second. The process ends whether it has returned or not.
     pub fn on_report(mut self, on_report: impl FnOnce(&Report) + Send + 'static) -> Self {
-        self.on_report = Some(Box::new(on_report));
+        self.audience.on_report = Some(Box::new(on_report));
         self
     }
 
@@ -270,7 +280,7 @@ impl Application {
     /// # drop(application);
     /// ```
     pub fn exit_code(mut self, exit_code: impl FnOnce(&Report) -> Option<u8> + Send + 'static) -> Self {
-        self.on_exit_code = Some(Box::new(exit_code));
+        self.audience.on_exit_code = Some(Box::new(exit_code));
         self
     }
 
@@ -288,18 +298,24 @@ impl Application {
     /// Runs the application to its end and returns the exit code for `main` to return; see [`Report::exit_code`].
     ///
     /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
-    /// at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, the process is ended from outside, without
-    /// destructors. An application that could not be started has the code 71 and a report that says why.
-    pub fn run(self) -> ExitCode {
+    /// at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, the process is
+    /// ended from outside, without destructors. Work that belongs to no worker may end until the deadline as well. An
+    /// application that could not be started has the code 71 and a report that says why.
+    pub fn run(mut self) -> ExitCode {
+        self.audience.is_on_stderr = true;
+        self.actions.add_dump();
         let (core, course) = match self.prepare() {
             Ok(prepared) => prepared,
-            // Without the thread for the callbacks there is nobody to tell.
-            Err(_) => return ExitCode::from(EXIT_NOT_STARTED),
+            Err(error) => {
+                // Without the thread for the callbacks there is nobody else to tell.
+                print(format_args!("not started: {}", chain(&error)));
+                return ExitCode::from(EXIT_NOT_STARTED);
+            }
         };
         ExitCode::from(course.run(&core).unwrap_or_else(|error| {
             core.request(StopReason::NotStarted { cause: chain(&error) });
-            core.take_voice().map_or(EXIT_NOT_STARTED, |voice| {
-                voice.deliver(core.report(), Some(EXIT_NOT_STARTED), Duration::from_secs(1))
+            core.ending.claim().map_or(EXIT_NOT_STARTED, |voice| {
+                voice.deliver(core.report(Unnamed::default()), Some(EXIT_NOT_STARTED), Duration::from_secs(1))
             })
         }))
     }
@@ -336,19 +352,17 @@ impl Application {
     /// ```
     pub async fn serve(self) -> Result<Report, AppError> {
         let (core, course) = self.prepare()?;
-        let (first, second) = (Arc::clone(&core), core.hurry.clone());
-        let signals = course.signals.map_err(AppError::Signals)?;
-        let _forwarding = signals
-            .forward(
-                course.second_signal_after,
-                move |signal| first.request(StopReason::Signal(signal)),
-                move |_| second.cancel(),
-            )
-            .map_err(AppError::thread("signals"))?;
-        supervise(&core, course.phases, course.restart).await;
-        let mut report = core.report();
-        if let Some(voice) = core.take_voice() {
-            let limit = Watchdog::patience(remaining(&core));
+        let (first, second) = (Arc::clone(&core), Arc::clone(&core.ending));
+        let _forwarding = course.signals.map_err(AppError::Signals)?.start(
+            &core,
+            move |signal| first.request(StopReason::Signal(signal)),
+            move |_| second.hurry(),
+        )?;
+        let _ticker = Ticker::start(&core, Handle::current()).map_err(AppError::thread("the runtime's pulse"))?;
+        supervise(&core, course.phases, course.restart, &Clock::Tokio).await;
+        let mut report = core.report(Unnamed::default());
+        if let Some(voice) = core.ending.claim() {
+            let limit = Watchdog::patience(core.remaining());
             let telling = voice.tell(report.clone(), None);
             // Bounded here as well: stragglers may hold every blocking thread there is.
             let answer = timeout(limit + ANSWER_SLACK, tokio::task::spawn_blocking(move || telling.wait(limit)));
@@ -361,11 +375,11 @@ impl Application {
 
     fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
         let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
-        let core = Core::new(self.name, self.stop, self.budget, self.drain_delay, workers);
-        let voice = Voice::start(self.on_report, self.on_exit_code, Arc::clone(&core.told));
-        core.give_voice(voice.map_err(AppError::thread("callbacks"))?);
-        let Self { phases, restart, runtime, signals, second_signal_after, .. } = self;
-        Ok((Arc::new(core), Course { phases, restart, runtime, signals, second_signal_after }))
+        let core = Core::start(self.name, self.stop, [self.budget, self.drain_delay], workers, self.audience);
+        let core = core.map_err(AppError::thread("callbacks"))?;
+        let Self { phases, restart, runtime, signals, second_signal_after, actions, .. } = self;
+        let signals = signals.map(|signals| Listening { signals, quiet: second_signal_after, actions });
+        Ok((Arc::new(core), Course { phases, restart, runtime, signals }))
     }
 
     #[track_caller]
@@ -386,145 +400,4 @@ impl fmt::Debug for Application {
             .field("shutdown_timeout", &self.budget)
             .finish_non_exhaustive()
     }
-}
-
-/// What is to be run.
-struct Course {
-    phases: Vec<Phase>,
-    restart: RestartPolicy,
-    runtime: Option<Builder>,
-    signals: io::Result<Signals>,
-    second_signal_after: Duration,
-}
-
-impl Course {
-    fn run(self, core: &Arc<Core>) -> Result<u8, AppError> {
-        if Handle::try_current().is_ok() {
-            return Err(AppError::InsideRuntime);
-        }
-        let (first, second) = (Arc::clone(core), Arc::clone(core));
-        let signals = self.signals.map_err(AppError::Signals)?;
-        let _forwarding = signals
-            .forward(
-                self.second_signal_after,
-                move |signal| first.request(StopReason::Signal(signal)),
-                move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
-            )
-            .map_err(AppError::thread("signals"))?;
-        let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
-        let mut builder = self.runtime.unwrap_or_else(Builder::new_multi_thread);
-        let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
-        runtime.block_on(supervise(core, self.phases, self.restart));
-
-        let Some(voice) = core.take_voice() else {
-            // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.
-            loop {
-                std::thread::park();
-            }
-        };
-        let code = voice.deliver(core.report(), None, Watchdog::patience(remaining(core)));
-        // Not a plain drop, which waits for blocking closures for as long as they take.
-        runtime.shutdown_timeout(remaining(core).min(RUNTIME_TIMEOUT));
-        drop(watchdog);
-        Ok(code)
-    }
-}
-
-/// What is left of the budget.
-fn remaining(core: &Core) -> Duration {
-    core.stop.get().map_or(Duration::ZERO, |stopping| stopping.deadline.saturating_duration_since(Instant::now()))
-}
-
-/// Workers that are started, and stopped, together.
-pub struct Phase {
-    pub(crate) name: String,
-    pub(crate) workers: Vec<Worker>,
-    pub(crate) timeout: Option<Duration>,
-    pub(crate) ready_within: Option<Duration>,
-    pub(crate) restart: Option<RestartPolicy>,
-    is_own: bool,
-}
-
-impl Phase {
-    pub(crate) fn new(name: String) -> Self {
-        Self { name, workers: Vec::new(), timeout: None, ready_within: None, restart: None, is_own: false }
-    }
-
-    /// Adds a worker; see [`Application::worker`].
-    #[track_caller]
-    pub fn worker<W, F>(mut self, name: impl Into<String>, work: W) -> Self
-    where
-        W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
-        F: Future + Send + 'static,
-        F::Output: WorkerOutput,
-    {
-        self.add(name.into(), again(work));
-        self
-    }
-
-    /// Adds a worker that cannot be started twice; see [`Application::worker_once`].
-    #[track_caller]
-    pub fn worker_once<W, F>(mut self, name: impl Into<String>, work: W) -> Self
-    where
-        W: FnOnce(WorkerContext) -> F + Send + 'static,
-        F: Future + Send + 'static,
-        F::Output: WorkerOutput,
-    {
-        self.add(name.into(), once(work));
-        self
-    }
-
-    /// Sets how long the phase may take to stop. The default is an equal share, among the phases yet to be stopped, of
-    /// what remains of the total budget; a longer timeout than what remains is clipped to it.
-    pub fn timeout(mut self, timeout: Duration) -> Self {
-        self.timeout = Some(timeout);
-        self
-    }
-
-    /// Holds the next phase back until every worker of this one has called [`WorkerContext::ready`], and stops the
-    /// application if that takes longer than `limit`. By default the next phase starts at once.
-    pub fn ready_within(mut self, limit: Duration) -> Self {
-        self.ready_within = Some(limit);
-        self
-    }
-
-    /// Sets the restart policy of the phase's workers. The default is the application's.
-    pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
-        self.restart = Some(policy.into());
-        self
-    }
-
-    #[track_caller]
-    fn add(&mut self, name: String, work: Work) {
-        self.workers.push(Worker { name, added_at: Location::caller(), work });
-    }
-}
-
-impl fmt::Debug for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let workers: Vec<_> = self.workers.iter().map(|worker| &worker.name).collect();
-        f.debug_struct("Phase").field("name", &self.name).field("workers", &workers).finish_non_exhaustive()
-    }
-}
-
-fn again<W, F>(work: W) -> Work
-where
-    W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
-    F: Future + Send + 'static,
-    F::Output: WorkerOutput,
-{
-    Work::Again(Box::new(move |cx| {
-        let work = work.clone();
-        // Called inside the attempt, so that a panic of `work` itself is the attempt's.
-        Box::pin(async move { work(cx).await.into_result() })
-    }))
-}
-
-fn once<W, F>(work: W) -> Work
-where
-    W: FnOnce(WorkerContext) -> F + Send + 'static,
-    F: Future + Send + 'static,
-    F::Output: WorkerOutput,
-{
-    Work::Once(Box::new(move |cx| Box::pin(async move { work(cx).await.into_result() })))
 }

@@ -74,13 +74,19 @@
 //! | event | what happens |
 //! |---|---|
 //! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; never a kill by the system's default |
+//! | SIGTERM or SIGINT inherited as blocked | it is unblocked; a SIGHUP inherited as ignored (`nohup`) stays ignored |
+//! | SIGHUP, SIGUSR1, SIGUSR2 | what [`on_signal`](Application::on_signal) says; on SIGQUIT, `run` lists what is alive |
 //! | every worker ends in time | exit code 0, or what [`exit_code`](Application::exit_code) says |
-//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101 |
+//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101; not if it is [tolerated](Phase::tolerated) |
+//! | a destructor panics: of a payload, of what a worker has captured, of a task that is cancelled or never starts | the same as any other panic |
 //! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
 //! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
 //! | a second signal within [a second](Application::second_signal_after) | it is a copy of the first, as `timeout`, npm and `tini -g` send them |
 //! | a second signal n later, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
 //! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
+//! | a phase wedges threads of the runtime, with [`run`](Application::run) | it is cut in its time and the next one is told in its, by a thread of the system's clock; what the runtime can still run, runs; a task that it never ran again is reported as [starved](StragglerState::Starved) |
+//! | work without a name (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures may end until the deadline; what [holds a thread](Report::unnamed_threads) then makes the exit code 70 |
+//! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
 //! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
@@ -100,9 +106,13 @@
 //! - Signals are those of Unix. Elsewhere, and without the feature `signal`, an application stops by its
 //!   [handle](Application::shutdown_handle) and its workers; the last resort at the deadline is then
 //!   [`std::process::exit`], which runs `atexit` handlers.
-//! - Blocking closures that a worker starts without a group are not in the report; the worker that waits for one is.
-//!   After a clean stop they have 500 ms, within the budget, before the process ends.
+//! - Work that a worker starts without a group is counted, not named; the worker that waits for it is. A closure that
+//!   never returns, such as a read of `tokio::io::stdin`, holds a clean stop until its deadline.
+//! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
+//!   and the report says that they were starved.
 //! - With `panic = "abort"` a panic is the end.
+//! - The place of a panic is known to the panic hook alone, so the first task sets one that calls the hook there was. A
+//!   hook that the program sets later and that does not call it leaves the place where the task was spawned.
 //! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
 //!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
 //!
@@ -126,14 +136,20 @@
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
 
+mod actions;
 mod application;
 #[cfg(feature = "axum")]
 pub mod axum;
+mod clock;
+mod course;
 mod ending;
 mod group;
 #[cfg(feature = "tower")]
 mod line;
 mod named;
+mod panics;
+mod phase;
+mod probe;
 mod report;
 #[cfg(feature = "tower")]
 mod request;
@@ -144,24 +160,33 @@ mod scope;
 #[cfg(feature = "tower")]
 mod server;
 mod signal;
+mod stages;
+mod state;
 mod stop;
 mod supervisor;
+mod sync;
 mod task;
 mod ticket;
 #[cfg(feature = "tower")]
 pub mod tower;
 mod tree;
+mod unnamed;
 mod voice;
 mod watchdog;
 mod worker;
 
-pub use application::{AppError, Application, Phase};
+pub use actions::SignalContext;
+pub use application::Application;
+pub use course::AppError;
 pub use group::TaskGroup;
 pub use named::LiveTask;
+pub use panics::PanicLocation;
+pub use phase::Phase;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
 pub use scope::BodyOutput;
+pub use signal::Signal;
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};

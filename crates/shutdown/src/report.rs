@@ -1,11 +1,12 @@
 //! What is handed back at the end: the reason, and every task exactly once with how it ended.
 
 use std::collections::VecDeque;
-use std::fmt;
+use std::fmt::{self, Write};
 use std::panic::Location;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::panics::{Panic, catch};
 use crate::stop::StopReason;
 use crate::task::{BoxError, Slot, StragglerState, TaskOutcome};
 
@@ -29,6 +30,8 @@ pub struct TaskReport {
     pub group: String,
     /// Whether it is a worker of the application, rather than a task of a worker's.
     pub is_worker: bool,
+    /// Whether it is a worker whose failure is not the application's; see [`tolerated`](crate::Phase::tolerated).
+    pub is_tolerated: bool,
     /// How it ended; errors are rendered with their sources.
     pub outcome: TaskOutcome<(), String>,
     /// Where it was spawned; for a worker, where it was added.
@@ -47,6 +50,7 @@ impl TaskReport {
             name: slot.name.clone().into_owned(),
             group: group.to_owned(),
             is_worker,
+            is_tolerated: false,
             outcome,
             spawned_at: slot.spawned_at,
             last_mark: slot.last_mark(),
@@ -69,25 +73,38 @@ impl fmt::Display for TaskReport {
     }
 }
 
+/// Work that the application knows nothing of.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Unnamed {
+    /// Futures that were alive when every worker had ended.
+    pub(crate) tasks: usize,
+    /// Threads of the runtime's that such work still held at the deadline.
+    pub(crate) threads: usize,
+}
+
 /// How an application ended.
 ///
 /// Its `Display` is the text to log: one line for the whole, then one for each task.
 #[derive(Debug, Clone)]
+#[must_use = "it says which workers failed and what was cut"]
 pub struct Report {
     name: String,
     reason: StopReason,
     elapsed: Duration,
     tasks: Vec<TaskReport>,
     unlisted: u64,
+    unnamed: Unnamed,
     unnoticed_panics: u64,
     exit_code: u8,
 }
 
 impl Report {
-    pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger) -> Self {
+    pub(crate) fn new(name: &str, reason: StopReason, elapsed: Duration, ledger: &Ledger, unnamed: Unnamed) -> Self {
         let (tasks, unlisted, unnoticed_panics) = ledger.list();
-        let exit_code = exit_code(&reason, &tasks, unnoticed_panics);
-        Self { name: name.to_owned(), reason, elapsed, tasks, unlisted, unnoticed_panics, exit_code }
+        let name = name.to_owned();
+        let mut report = Self { name, reason, elapsed, tasks, unlisted, unnamed, unnoticed_panics, exit_code: 0 };
+        report.exit_code = report.verdict();
+        report
     }
 
     pub(crate) fn set_exit_code(&mut self, code: u8) {
@@ -122,6 +139,35 @@ impl Report {
         self.unlisted
     }
 
+    /// Returns how many tasks of no group were alive when every worker had ended: what was given to `tokio::spawn` by
+    /// workers, or by libraries such as connection pools for themselves.
+    ///
+    /// They are dropped with the runtime, and their number changes nothing. Zero with
+    /// [`serve`](crate::Application::serve), in whose runtime other tasks may have other reasons.
+    pub fn unnamed_tasks(&self) -> usize {
+        self.unnamed.tasks
+    }
+
+    /// Returns how many threads of the runtime were held at the deadline by work of no group: closures of
+    /// `tokio::task::spawn_blocking`, and tasks inside a poll. The exit code is 70 if there were any.
+    ///
+    /// In a [runtime](crate::Application::runtime) of the user's they are not counted: if there was any, this is one.
+    pub fn unnamed_threads(&self) -> usize {
+        self.unnamed.threads
+    }
+
+    /// Whether something was alive when its time was over.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.unnamed.threads > 0 || self.stragglers().next().is_some()
+    }
+
+    /// Whether nothing has happened that anybody must know of.
+    pub(crate) fn is_uneventful(&self) -> bool {
+        // A tolerated failure is one to be told all the same.
+        let eventful = |task: &TaskReport| task.outcome.is_failed() || task.outcome.is_panicked();
+        self.is_clean() && self.exit_code == EXIT_CLEAN && !self.tasks.iter().any(eventful)
+    }
+
     /// Returns the tasks that had not ended when their grace was over.
     pub fn stragglers(&self) -> impl Iterator<Item = &TaskReport> {
         self.tasks.iter().filter(|task| task.straggling.is_some())
@@ -130,46 +176,53 @@ impl Report {
     /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker's has
     /// panicked unnoticed.
     pub fn is_clean(&self) -> bool {
-        exit_code(&self.reason, &self.tasks, self.unnoticed_panics) == EXIT_CLEAN
+        self.verdict() == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic of a
-    /// worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with
-    /// a task still alive, 71 if the application could not start, 128 + n when a second signal n cut it short; or what
-    /// [`exit_code`](crate::Application::exit_code) made of it.
+    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic
+    /// of a worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with something still alive, 71 if the application could not start, 128 + n when a
+    /// second signal n cut it short; or what [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {
         self.exit_code
     }
-}
 
-/// The worst that happened decides.
-fn exit_code(reason: &StopReason, tasks: &[TaskReport], unnoticed_panics: u64) -> u8 {
-    let worker =
-        |ended: fn(&TaskOutcome<(), String>) -> bool| tasks.iter().any(|task| task.is_worker && ended(&task.outcome));
-    if let StopReason::NotStarted { .. } = reason {
-        EXIT_NOT_STARTED
-    } else if tasks.iter().any(|task| task.straggling.is_some()) {
-        EXIT_STRAGGLERS
-    } else if worker(TaskOutcome::is_panicked) || unnoticed_panics > 0 {
-        EXIT_PANICKED
-    } else if worker(TaskOutcome::is_failed) || matches!(reason, StopReason::NotReady { .. }) {
-        EXIT_FAILED
-    } else {
-        EXIT_CLEAN
+    /// The worst that happened decides.
+    fn verdict(&self) -> u8 {
+        let worker = |ended: fn(&TaskOutcome<(), String>) -> bool| {
+            self.tasks.iter().any(|task| task.is_worker && !task.is_tolerated && ended(&task.outcome))
+        };
+        if let StopReason::NotStarted { .. } = self.reason {
+            EXIT_NOT_STARTED
+        } else if self.is_cut() {
+            EXIT_STRAGGLERS
+        } else if worker(TaskOutcome::is_panicked) || self.unnoticed_panics > 0 {
+            EXIT_PANICKED
+        } else if worker(TaskOutcome::is_failed) || matches!(self.reason, StopReason::NotReady { .. }) {
+            EXIT_FAILED
+        } else {
+            EXIT_CLEAN
+        }
     }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, reason, elapsed, exit_code, .. } = self;
-        write!(f, "`{name}` stopped by {reason}; ended after {elapsed:.1?} with exit code {exit_code}")?;
+        // In one piece: the standard error is not buffered, and ten thousand lines in ten pieces each take their time.
+        let mut text = format!("`{name}` stopped by {reason}; ended after {elapsed:.1?} with exit code {exit_code}");
         for task in &self.tasks {
-            write!(f, "\n  {task}")?;
+            write!(text, "\n  {task}")?;
         }
         if self.unlisted > 0 {
-            write!(f, "\n  and {} earlier tasks", self.unlisted)?;
+            write!(text, "\n  and {} earlier tasks", self.unlisted)?;
         }
-        Ok(())
+        if self.unnamed.tasks > 0 {
+            write!(text, "\n  unnamed tasks that were alive: {}", self.unnamed.tasks)?;
+        }
+        if self.unnamed.threads > 0 {
+            write!(text, "\n  threads that unnamed work held to the end: {}", self.unnamed.threads)?;
+        }
+        f.write_str(&text)
     }
 }
 
@@ -182,6 +235,8 @@ pub(crate) struct Ledger {
 #[derive(Debug, Default)]
 struct Pages {
     workers: Vec<TaskReport>,
+    /// The names of the workers whose failures are not the application's, and where those were added.
+    tolerated: Vec<(String, &'static Location<'static>)>,
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
@@ -191,12 +246,13 @@ struct Pages {
 
 impl Ledger {
     /// Writes a task down if `claim` says so. One step, so that a task whose slot is claimed is on the list already.
-    pub(crate) fn record(&self, task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn record(&self, mut task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
         let mut pages = self.pages();
         if !claim() {
             return false;
         }
         if task.is_worker {
+            task.is_tolerated = pages.tolerated.iter().any(|(name, at)| *name == task.name && *at == task.spawned_at);
             pages.workers.push(task);
             return true;
         }
@@ -209,6 +265,40 @@ impl Ledger {
             pages.unlisted += 1;
         }
         true
+    }
+
+    /// From now on, the failure of this worker is not the application's.
+    pub(crate) fn tolerate(&self, worker: &str, added_at: &'static Location<'static>) {
+        self.pages().tolerated.push((worker.to_owned(), added_at));
+    }
+
+    /// Whether a task that cannot be stopped holds a thread of the runtime's.
+    pub(crate) fn holds_threads(&self) -> bool {
+        self.any(|task| {
+            let starved = task.straggling == Some(StragglerState::Starved);
+            matches!(task.outcome, TaskOutcome::Abandoned) && !starved
+        })
+    }
+
+    /// Whether a task had not ended when its time was over.
+    pub(crate) fn is_cut(&self) -> bool {
+        self.any(|task| task.straggling.is_some())
+    }
+
+    /// How many futures were told as abandoned, which live on in the runtime.
+    pub(crate) fn abandoned_futures(&self) -> usize {
+        let pages = self.pages();
+        let tasks = pages.workers.iter().chain(&pages.notable);
+        let lives_on = |task: &&TaskReport| {
+            let closure = task.straggling == Some(StragglerState::BlockingClosure);
+            matches!(task.outcome, TaskOutcome::Abandoned) && !closure
+        };
+        tasks.filter(lives_on).count()
+    }
+
+    fn any(&self, condition: impl Fn(&TaskReport) -> bool) -> bool {
+        let pages = self.pages();
+        pages.workers.iter().chain(&pages.notable).any(condition)
     }
 
     /// The outcomes of this many tasks that panicked have been read.
@@ -233,8 +323,17 @@ pub(crate) fn say(outcome: &TaskOutcome<(), BoxError>) -> TaskOutcome<(), String
     match outcome {
         TaskOutcome::Completed(()) => TaskOutcome::Completed(()),
         TaskOutcome::Cancelled => TaskOutcome::Cancelled,
-        TaskOutcome::Failed(error) => TaskOutcome::Failed(chain(error.as_ref())),
-        TaskOutcome::Panicked { message, location } => TaskOutcome::Panicked { message: message.clone(), location },
+        TaskOutcome::Failed(error) => match catch(|| chain(error.as_ref())) {
+            Ok(text) => TaskOutcome::Failed(text),
+            // Its error is lost, but not the panic of whoever tried to read it.
+            Err(Panic { message, location }) => TaskOutcome::Panicked {
+                message: format!("in the text of an error: {message}"),
+                location: location.unwrap_or_else(|| Location::caller().into()),
+            },
+        },
+        TaskOutcome::Panicked { message, location } => {
+            TaskOutcome::Panicked { message: message.clone(), location: location.clone() }
+        }
         TaskOutcome::Aborted => TaskOutcome::Aborted,
         TaskOutcome::Abandoned => TaskOutcome::Abandoned,
     }

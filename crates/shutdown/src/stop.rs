@@ -79,11 +79,15 @@ pub(crate) struct Stop {
 
 impl Stop {
     /// Sets the reason unless there is one already, then wakes everyone who waits.
-    pub(crate) fn request(&self, stopping: Stopping) {
-        if self.cell.set(stopping).is_ok() {
+    ///
+    /// Returns whether this was the first request.
+    pub(crate) fn request(&self, stopping: Stopping) -> bool {
+        let first = self.cell.set(stopping).is_ok();
+        if first {
             // After the cell, so that whoever is woken finds the reason.
             self.token.cancel();
         }
+        first
     }
 
     pub(crate) fn is_set(&self) -> bool {

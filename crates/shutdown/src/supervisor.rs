@@ -1,181 +1,134 @@
 //! The course of an application: phases start in order and are stopped in reverse, each within what remains of the
-//! budget. What it does not outlive itself, the watchdog finishes.
+//! budget. With `run` it is a thread of its own that keeps the deadlines of the phases, so that a phase which wedges the
+//! runtime is cut in its time and the next one is told. What it does not outlive itself, the watchdog finishes.
 
+use std::future::poll_fn;
+use std::io;
 use std::panic::Location;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::pin::pin;
+use std::sync::Arc;
+use std::task::Poll;
+use std::thread;
 use std::time::Duration;
 
-use tokio::time::{Instant, timeout_at};
-use tokio_util::sync::CancellationToken;
+use tokio::runtime::Handle;
+use tokio::time::Instant;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::application::Phase;
+use crate::clock::{Alarm, Clock, drive};
 use crate::group::TaskGroup;
-use crate::report::{Ledger, Report, TaskReport};
+use crate::panics::{Panic, catch, watch};
+use crate::phase::{Phase, Worker};
+use crate::probe::TICK;
+use crate::report::TaskReport;
 use crate::restart::{self, RestartPolicy, Work};
-use crate::stop::{Stop, StopReason, Stopping, after};
+use crate::state::Core;
+use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
-use crate::tree::{Node, cut, stop_tree, tree};
-use crate::voice::Voice;
+use crate::tree::cut;
 use crate::worker::WorkerContext;
 
-/// What the supervisor, the workers, the signals and the watchdog share.
+/// The thread that takes an application through its phases, whatever the runtime does.
 #[derive(Debug)]
-pub(crate) struct Core {
-    pub(crate) name: String,
-    /// Its token is the shutdown handle.
-    pub(crate) stop: Arc<Stop>,
-    /// The total budget of a stop.
-    pub(crate) budget: Duration,
-    drain_delay: Duration,
-    /// Cancelled to end a stop at once, where the process cannot simply be ended.
-    pub(crate) hurry: CancellationToken,
-    /// Whether `run` is about to return, and the process no longer ours to end.
-    pub(crate) over: AtomicBool,
-    /// Whether the callbacks have returned.
-    pub(crate) told: Arc<AtomicBool>,
-    /// Whoever takes it ends the application; nobody else reports.
-    voice: Mutex<Option<Voice>>,
-    ledger: Arc<Ledger>,
-    started: Mutex<Vec<Started>>,
-    /// Whether the supervisor has begun to stop the phases.
-    stopping: AtomicBool,
-    /// How many workers have not ended.
-    working: AtomicUsize,
+pub(crate) struct Supervisor {
+    ended: CancellationToken,
 }
 
-impl Core {
-    pub(crate) fn new(name: String, stop: Arc<Stop>, budget: Duration, drain_delay: Duration, workers: usize) -> Self {
-        Self {
-            name,
-            stop,
-            budget,
-            drain_delay,
-            hurry: CancellationToken::new(),
-            over: AtomicBool::new(false),
-            told: Arc::default(),
-            voice: Mutex::default(),
-            ledger: Arc::default(),
-            started: Mutex::default(),
-            stopping: AtomicBool::new(false),
-            working: AtomicUsize::new(workers),
-        }
-    }
-
-    pub(crate) fn request(&self, reason: StopReason) {
-        // A token that is cancelled without a reason was cancelled through the handle, and that came first.
-        let reason = if self.stop.token().is_cancelled() { StopReason::Requested } else { reason };
-        self.stop.request(Stopping { reason, deadline: after(self.budget) });
-    }
-
-    pub(crate) fn give_voice(&self, voice: Voice) {
-        *self.voice.lock().unwrap_or_else(PoisonError::into_inner) = Some(voice);
-    }
-
-    pub(crate) fn take_voice(&self) -> Option<Voice> {
-        self.voice.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    /// The report on every task that has ended, from any thread.
-    pub(crate) fn report(&self) -> Report {
-        // Without a request there is nothing to report on: the callers have made one or seen one.
-        let (reason, deadline) = match self.stop.get() {
-            Some(stopping) => (stopping.reason.clone(), stopping.deadline),
-            None => (StopReason::Requested, after(self.budget)),
+impl Supervisor {
+    pub(crate) fn start(
+        core: &Arc<Core>,
+        phases: Vec<Phase>,
+        restart: RestartPolicy,
+        runtime: &Handle,
+    ) -> io::Result<Self> {
+        let ended = CancellationToken::new();
+        // Dropped in a panic too, so that `run` never waits for a thread that is gone.
+        let (core, guard) = (Arc::clone(core), ended.clone().drop_guard());
+        core.runtime.get_or_init(|| runtime.clone());
+        let supervise = move || {
+            let _guard = guard;
+            let alarm = Arc::new(Alarm::default());
+            let clock = Clock::System(Arc::clone(&alarm));
+            let course = supervise(&core, phases, restart, &clock);
+            drive(&alarm, course, || tick(&core));
         };
-        let elapsed = after(self.budget).saturating_duration_since(deadline);
-        Report::new(&self.name, reason, elapsed, &self.ledger)
+        thread::Builder::new().name("shutdown-phases".to_owned()).spawn(supervise)?;
+        Ok(Self { ended })
     }
 
-    /// The groups of all phases that were started and those below them, closed.
-    pub(crate) fn nodes(&self) -> Vec<Arc<dyn Node>> {
-        self.started().iter().flat_map(|phase| tree(&phase.node)).collect()
-    }
-
-    /// How long after a stop for this reason the first phase is told.
-    pub(crate) fn delay(&self, reason: &StopReason) -> Duration {
-        match reason {
-            StopReason::Signal(_) | StopReason::Requested => self.drain_delay,
-            _ => Duration::ZERO,
-        }
-    }
-
-    /// Tells the phase that is first to stop, if the supervisor has not got round to it: a worker that holds up the
-    /// runtime while it asks `is_cancelled` now and then is told all the same.
-    pub(crate) fn nudge(&self) {
-        let Some(Stopping { reason, deadline }) = self.stop.get() else { return };
-        let started = self.started();
-        if !self.stopping.load(Ordering::Acquire)
-            && let Some(last) = started.last()
-        {
-            let deadline = last.deadline(started.len(), *deadline);
-            stop_tree(&last.node, &Stopping { reason: reason.clone(), deadline });
-        }
-    }
-
-    fn started(&self) -> MutexGuard<'_, Vec<Started>> {
-        self.started.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// One worker has ended, or will never start.
-    fn worker_ended(&self) {
-        if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
-            self.request(StopReason::Completed);
-        }
+    /// Waits until no worker is alive.
+    pub(crate) async fn ended(self) {
+        self.ended.cancelled().await;
     }
 }
 
-/// One worker as it was added.
-pub(crate) struct Worker {
-    pub(crate) name: String,
-    pub(crate) added_at: &'static Location<'static>,
-    pub(crate) work: Work,
+/// Asks the runtime now and then while the application stops, which also keeps its timers going. Says when to ask again.
+fn tick(core: &Core) -> Option<Duration> {
+    let runtime = core.runtime.get().filter(|_| core.stop.is_set())?;
+    core.probe.ask(runtime);
+    Some(TICK)
 }
 
-/// A phase whose workers run.
-#[derive(Debug, Clone)]
-struct Started {
-    node: Arc<dyn Node>,
-    timeout: Option<Duration>,
+/// The thread that asks the runtime of the user's, for as long as this lives.
+#[derive(Debug)]
+pub(crate) struct Ticker {
+    _over: DropGuard,
 }
 
-impl Started {
-    /// When the phase is cut if it is told to stop now and `left` phases have to stop until `deadline`.
-    fn deadline(&self, left: usize, deadline: Instant) -> Instant {
-        let remaining = deadline.saturating_duration_since(Instant::now());
-        // Without a timeout of its own, a phase gets an equal share of what remains.
-        let share = remaining / u32::try_from(left).unwrap_or(u32::MAX).max(1);
-        after(self.timeout.unwrap_or(share).min(remaining))
+impl Ticker {
+    pub(crate) fn start(core: &Arc<Core>, runtime: Handle) -> io::Result<Self> {
+        let over = CancellationToken::new();
+        let (core, guard) = (Arc::clone(core), over.clone().drop_guard());
+        core.runtime.get_or_init(|| runtime);
+        let ask = move || {
+            let course = async {
+                // Woken by a stop as well, to ask from then on.
+                let stopped = pin!(core.stop.token().cancelled());
+                let _stopped = over.run_until_cancelled(stopped).await;
+                over.cancelled().await;
+            };
+            drive(&Alarm::default(), course, || tick(&core));
+        };
+        thread::Builder::new().name("shutdown-ticker".to_owned()).spawn(ask)?;
+        Ok(Self { _over: guard })
     }
 }
 
 /// Runs the phases from the first start to the last end. Afterwards no worker is alive.
-pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy) {
-    if core.working.load(Ordering::Acquire) == 0 {
+pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy, clock: &Clock) {
+    watch();
+    if core.working() == 0 {
         core.request(StopReason::Completed);
     }
     let mut running = Vec::new();
     for phase in phases {
         if core.stop.token().is_cancelled() {
-            for Worker { name, added_at, .. } in phase.workers {
-                never_started(core, &phase.name, name, added_at);
+            // Before anything of the user's is dropped, which may take its time: the deadline stands.
+            core.request(StopReason::Requested);
+            for Worker { name, added_at, work, .. } in phase.workers {
+                never_started(core, &phase.name, name, added_at, work);
             }
         } else {
-            running.push(start(core, phase, restart).await);
+            running.push(start(core, phase, restart, clock).await);
         }
     }
     core.stop.token().cancelled().await;
     // Whoever cancelled the shutdown handle left no reason.
     core.request(StopReason::Requested);
-    if core.hurry.run_until_cancelled(stop(core, &running)).await.is_none() {
-        cut_all(core, &running).await;
+    let mut stopping = pin!(stop(core, &running, clock));
+    let stopped = poll_fn(|cx| match stopping.as_mut().poll(cx) {
+        Poll::Ready(()) => Poll::Ready(true),
+        Poll::Pending => core.ending.poll_hurried(cx).map(|()| false),
+    });
+    if !stopped.await {
+        cut_all(core, clock).await;
     }
 }
 
 /// Starts a phase and waits for it to be ready if it is to. A stop ends the waiting.
-async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> TaskGroup {
+async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy, clock: &Clock) -> TaskGroup {
     let group = TaskGroup::of_workers(Arc::clone(&core.ledger), phase.name.clone());
-    core.started().push(Started { node: group.node(), timeout: phase.timeout });
+    core.enter(group.node(), phase.timeout);
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
     for worker in phase.workers {
@@ -187,8 +140,8 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy) -> TaskGr
                 worker.cancelled().await;
             }
         };
-        let ready = timeout_at(after(limit), ready);
-        if let Some(Err(_)) = core.stop.token().run_until_cancelled(ready).await {
+        let ready = clock.timeout_at(after(limit), ready);
+        if let Some(None) = core.stop.token().run_until_cancelled(ready).await {
             core.request(StopReason::NotReady { phase: phase.name });
         }
     }
@@ -204,46 +157,83 @@ fn launch(
     worker: Worker,
     policy: RestartPolicy,
 ) -> CancellationToken {
-    let Worker { name, added_at, work } = worker;
+    let Worker { name, added_at, work, restart, is_tolerated } = worker;
+    let policy = restart.unwrap_or(policy);
+    if is_tolerated {
+        core.ledger.tolerate(&name, added_at);
+    }
     let ready = CancellationToken::new();
     let (shared, told) = (Arc::clone(core), ready.clone());
-    let run = move |cx: WorkerContext| run_worker(shared, work, policy, cx.with_ready(told));
-    if group.spawn_contextual(name.clone().into(), added_at, run).is_err() {
-        never_started(core, phase, name, added_at);
+    // The thread of the phases is none of the runtime's.
+    let _entered = core.runtime.get().map(Handle::enter);
+    let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.with_ready(told));
+    if let Err(rejected) = group.spawn_contextual(name.clone().into(), added_at, run) {
+        never_started(core, phase, name, added_at, rejected);
     }
     ready
 }
 
 /// Runs one worker to its last end, and stops the application if that was an error or a panic.
-async fn run_worker(core: Arc<Core>, work: Work, policy: RestartPolicy, cx: WorkerContext) -> Result<(), BoxError> {
-    /// Counts the worker as ended however it ends: its future may be dropped at any await.
-    struct Working(Arc<Core>, WorkerContext);
-    impl Drop for Working {
-        fn drop(&mut self) {
-            // One that has ended cannot become ready any more, and nobody need wait for it.
-            self.1.ready();
-            self.0.worker_ended();
-        }
-    }
-    let working = Working(Arc::clone(&core), cx.clone());
-    let worker = cx.name().to_owned();
+async fn run_worker(
+    core: Arc<Core>,
+    work: Work,
+    policy: RestartPolicy,
+    is_tolerated: bool,
+    cx: WorkerContext,
+) -> Result<(), BoxError> {
+    let working = Working { core, cx: cx.clone(), is_tolerated };
     let end = restart::run(work, policy, cx).await;
     // Before the count, so that the last worker's failure is the reason and not that all have ended.
     match &end {
         Ok(Ok(())) => {}
-        Ok(Err(_)) => core.request(StopReason::Failed { worker }),
-        Err(_) => core.request(StopReason::Panicked { worker }),
+        Ok(Err(_)) => working.failed(|worker| StopReason::Failed { worker }),
+        Err(_) => working.failed(|worker| StopReason::Panicked { worker }),
     }
     drop(working);
-    end.unwrap_or_else(|payload| std::panic::resume_unwind(payload))
+    end.unwrap_or_else(|panic| std::panic::resume_unwind(Box::new(panic)))
 }
 
-fn never_started(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>) {
+/// Counts a worker as ended however it ends: its future may be dropped at any await.
+struct Working {
+    core: Arc<Core>,
+    cx: WorkerContext,
+    is_tolerated: bool,
+}
+
+impl Working {
+    fn failed(&self, reason: impl FnOnce(String) -> StopReason) {
+        if !self.is_tolerated {
+            self.core.request(reason(self.cx.name().to_owned()));
+        }
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        // What the worker has captured is dropped last, and may panic when all else went well.
+        if thread::panicking() {
+            self.failed(|worker| StopReason::Panicked { worker });
+        }
+        // One that has ended cannot become ready any more, and nobody need wait for it.
+        self.cx.ready();
+        self.core.worker_ended();
+    }
+}
+
+/// Writes down a worker that will never run. Dropping its work may panic, which is then how it ended.
+fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>, work: W) {
+    let outcome = match catch(|| drop(work)) {
+        Ok(()) => TaskOutcome::Cancelled,
+        Err(Panic { message, location }) => {
+            TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| added_at.into()) }
+        }
+    };
     let report = TaskReport {
         name,
         group: phase.to_owned(),
         is_worker: true,
-        outcome: TaskOutcome::Cancelled,
+        is_tolerated: false,
+        outcome,
         spawned_at: added_at,
         last_mark: None,
         straggling: None,
@@ -253,47 +243,54 @@ fn never_started(core: &Core, phase: &str, name: String, added_at: &'static Loca
 }
 
 /// Stops the phases, the last one first, each when the one after it has ended or was cut.
-async fn stop(core: &Core, groups: &[TaskGroup]) {
+async fn stop(core: &Core, groups: &[TaskGroup], clock: &Clock) {
     let Some(Stopping { reason, deadline }) = core.stop.get() else { return };
-    core.stopping.store(true, Ordering::Release);
-    let started = core.started().clone();
     let mut delay = core.delay(reason);
-    for (earlier, (group, phase)) in groups.iter().zip(&started).enumerate().rev() {
+    for (index, group) in groups.iter().enumerate().rev() {
         if Instant::now() >= *deadline {
             break;
         }
-        let phase_deadline = phase.deadline(earlier + 1, *deadline);
+        let node = group.node();
+        let phase_deadline = core.phase_deadline(index, *deadline);
         if !delay.is_zero() {
             // The delay runs inside the phase's time. Workers that end during it end it.
-            let _elapsed = timeout_at(after(delay).min(phase_deadline), group.idle()).await;
+            let delayed = after(delay).min(phase_deadline);
+            let _elapsed = clock.timeout_at(delayed, poll_fn(|cx| node.poll_idle(cx))).await;
             delay = Duration::ZERO;
         }
-        group.stop(reason.clone(), phase_deadline);
-        group.idle().await;
+        core.tell(index, &Stopping { reason: reason.clone(), deadline: phase_deadline });
+        if clock.timeout_at(phase_deadline, poll_fn(|cx| node.poll_idle(cx))).await.is_none() {
+            cut(&core.roots()[index..=index], clock).await;
+        }
     }
-    cut_all(core, groups).await;
+    cut_all(core, clock).await;
 }
 
 /// Ends whatever is left, all at once: there is no time for an order any more.
-async fn cut_all(core: &Core, groups: &[TaskGroup]) {
+async fn cut_all(core: &Core, clock: &Clock) {
     let reason = core.stop.get().map_or(StopReason::Requested, |stopping| stopping.reason.clone());
-    for group in groups.iter().rev() {
-        group.stop(reason.clone(), Instant::now());
+    let mut roots = core.roots();
+    let now = Stopping { reason, deadline: Instant::now() };
+    for index in (0..roots.len()).rev() {
+        core.tell(index, &now);
     }
-    let nodes: Vec<_> = groups.iter().rev().map(TaskGroup::node).collect();
-    cut(&nodes).await;
+    roots.reverse();
+    cut(&roots, clock).await;
 }
 
 #[cfg(test)]
 mod tests {
     use std::future::pending;
+    use std::sync::atomic::{AtomicUsize, Ordering};
 
     use cancel_safe_testing::{Explore, Outcome};
     use tokio::time::sleep;
 
     use super::*;
+    use crate::report::Unnamed;
     use crate::restart::Restart;
     use crate::task::{Kind, Slot};
+    use crate::voice::Audience;
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -305,10 +302,16 @@ mod tests {
         begun: Arc<AtomicUsize>,
     }
 
+    /// An application of one worker.
+    fn core(budget: Duration) -> Arc<Core> {
+        let stop = Arc::default();
+        let core = Core::start("app".to_owned(), stop, [budget, Duration::ZERO], 1, Audience::default());
+        Arc::new(core.expect("a thread"))
+    }
+
     impl Scene {
         fn new() -> Self {
-            let core = Core::new("app".to_owned(), Arc::default(), 10 * SECOND, Duration::ZERO, 1);
-            Self { core: Arc::new(core), alive: Arc::default(), begun: Arc::default() }
+            Self { core: core(10 * SECOND), alive: Arc::default(), begun: Arc::default() }
         }
 
         /// Fails at first, and returns in its third attempt.
@@ -337,11 +340,11 @@ mod tests {
             let group = TaskGroup::of_workers(Arc::clone(&self.core.ledger), phase.name);
             let slot = Slot::new("worker".into(), Location::caller(), Kind::Contextual);
             let cx = WorkerContext::new(Arc::new(slot), group.node());
-            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), cx).await.is_ok()
+            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), false, cx).await.is_ok()
         }
 
         fn check(&self, outcome: Outcome<bool>, attempts: usize) -> Result<(), String> {
-            let (begun, working) = (self.begun.load(Ordering::SeqCst), self.core.working.load(Ordering::SeqCst));
+            let (begun, working) = (self.begun.load(Ordering::SeqCst), self.core.working());
             let lives_on = Arc::strong_count(&self.alive) > 1;
             match (outcome, working) {
                 _ if lives_on => Err(format!("an attempt outlives its worker: {outcome:?}")),
@@ -383,10 +386,10 @@ mod tests {
                     sleep(SECOND).await;
                     scene.core.request(StopReason::Requested);
                     sleep(SECOND).await;
-                    scene.core.hurry.cancel();
+                    scene.core.ending.hurry();
                 };
-                tokio::join!(supervise(&scene.core, vec![phase], Restart::Never.into()), hurry);
-                scene.core.report().stragglers().count()
+                tokio::join!(supervise(&scene.core, vec![phase], Restart::Never.into(), &Clock::Tokio), hurry);
+                scene.core.report(Unnamed::default()).stragglers().count()
             },
             async |scene, outcome| match (Arc::strong_count(&scene.alive), outcome) {
                 (1, Outcome::Completed(1) | Outcome::Dropped { .. }) => Ok(()),
@@ -398,19 +401,19 @@ mod tests {
 
     #[tokio::test]
     async fn a_worker_whose_phase_is_closed_while_it_starts_is_reported_as_never_started() {
-        let core = Core::new("app".to_owned(), Arc::default(), Duration::from_secs(1), Duration::ZERO, 1);
-        let core = Arc::new(core);
+        let core = core(SECOND);
         core.request(StopReason::Requested);
         let group = TaskGroup::of_workers(Arc::clone(&core.ledger), "main".to_owned());
         group.stop(StopReason::Requested, Instant::now());
 
         let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
-        let worker = Worker { name: "late".to_owned(), added_at: Location::caller(), work };
+        let (name, added_at) = ("late".to_owned(), Location::caller());
+        let worker = Worker { name, added_at, work, restart: None, is_tolerated: false };
         launch(&core, &group, "main", worker, Restart::Never.into());
 
-        let report = core.report();
+        let report = core.report(Unnamed::default());
         let [task] = report.tasks() else { panic!("{report}") };
         assert!(task.name == "late" && task.is_worker && task.outcome.is_cancelled(), "{report}");
-        assert_eq!(core.working.load(Ordering::Acquire), 0);
+        assert_eq!(core.working(), 0);
     }
 }

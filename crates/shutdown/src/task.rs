@@ -1,13 +1,14 @@
 //! One task and its traces: name, origin, pulse, last mark. Whatever becomes of a task, is told exactly once.
 
-use std::any::Any;
 use std::borrow::Cow;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::task::AbortHandle;
+
+use crate::panics::{Panic, PanicLocation, catch, watch};
 
 use crate::stop::{OwnStop, Stopping};
 
@@ -27,10 +28,10 @@ pub enum TaskOutcome<T = (), E = BoxError> {
     /// It panicked.
     #[non_exhaustive]
     Panicked {
-        /// What the panic said, or an empty text if its payload was not one.
+        /// What the panic said, or the type of its payload if that is no text.
         message: String,
-        /// Where the task was spawned. (The line of the panic is known to the panic hook alone.)
-        location: &'static Location<'static>,
+        /// Where it panicked; where the task was spawned if the program has set a panic hook since, which alone is told.
+        location: PanicLocation,
     },
     /// Its grace was over, or its runtime was shut down, and its future was dropped.
     Aborted,
@@ -74,7 +75,7 @@ impl<T, E: fmt::Display> fmt::Display for TaskOutcome<T, E> {
             Self::Completed(_) => f.write_str("completed"),
             Self::Cancelled => f.write_str("cancelled"),
             Self::Failed(error) => write!(f, "failed: {error}"),
-            Self::Panicked { message, .. } => write!(f, "panicked: {message}"),
+            Self::Panicked { message, location } => write!(f, "panicked: {message}, at {location}"),
             Self::Aborted => f.write_str("aborted"),
             Self::Abandoned => f.write_str("abandoned"),
         }
@@ -159,6 +160,8 @@ pub enum StragglerState {
     ParkedAtAwait,
     /// It is a blocking closure, which only its own return can end.
     BlockingClosure,
+    /// It never heard of its stop: other work held every thread of the runtime from then on.
+    Starved,
 }
 
 impl fmt::Display for StragglerState {
@@ -167,6 +170,7 @@ impl fmt::Display for StragglerState {
             Self::BlockedInPoll => "blocked inside a poll",
             Self::ParkedAtAwait => "parked at an await",
             Self::BlockingClosure => "inside a blocking closure",
+            Self::Starved => "starved: the runtime ran nothing after it was told to stop",
         })
     }
 }
@@ -220,6 +224,7 @@ pub(crate) struct Slot {
 
 impl Slot {
     pub(crate) fn new(name: Cow<'static, str>, spawned_at: &'static Location<'static>, kind: Kind) -> Self {
+        watch();
         Self {
             name,
             spawned_at,
@@ -232,6 +237,12 @@ impl Slot {
             abort: Mutex::new(Abort::NotSpawned { wanted: false }),
             mark: Mutex::new(None),
         }
+    }
+
+    /// How a task ends that panicked.
+    pub(crate) fn panicked<T, E>(&self, panic: Panic) -> TaskOutcome<T, E> {
+        let Panic { message, location } = panic;
+        TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| self.spawned_at.into()) }
     }
 
     pub(crate) fn beat(&self) {
@@ -253,12 +264,13 @@ impl Slot {
         self.pulse.load(Ordering::Relaxed)
     }
 
-    /// What the task is doing, given its pulse some milliseconds ago.
-    pub(crate) fn judge(&self, earlier: u32) -> StragglerState {
+    /// What the task is doing, given its pulse some milliseconds ago and whether its runtime runs nothing.
+    pub(crate) fn judge(&self, earlier: u32, starved: bool) -> StragglerState {
         let now = self.pulse();
         match self.kind {
             Kind::Blocking => StragglerState::BlockingClosure,
             Kind::Plain | Kind::Contextual if now == earlier && now % 2 == 1 => StragglerState::BlockedInPoll,
+            Kind::Plain | Kind::Contextual if starved => StragglerState::Starved,
             Kind::Plain | Kind::Contextual => StragglerState::ParkedAtAwait,
         }
     }
@@ -362,15 +374,7 @@ impl Slot {
 /// Runs `call`, turning a panic into the outcome that says so.
 pub(crate) fn guarded<R, T, E>(slot: &Slot, call: impl FnOnce() -> R) -> Result<R, TaskOutcome<T, E>> {
     slot.beat();
-    // The state a panic may have broken is dropped unseen with the task, so unwinding past it is safe.
-    let result = catch_unwind(AssertUnwindSafe(call));
+    let result = catch(call);
     slot.beat();
-    result.map_err(|payload| TaskOutcome::Panicked { message: panic_message(payload), location: slot.spawned_at })
-}
-
-fn panic_message(payload: Box<dyn Any + Send>) -> String {
-    match payload.downcast::<String>() {
-        Ok(message) => *message,
-        Err(payload) => payload.downcast_ref::<&str>().copied().unwrap_or_default().to_owned(),
-    }
+    result.map_err(|panic| slot.panicked(panic))
 }

@@ -3,12 +3,14 @@
 
 use std::fmt;
 use std::future::poll_fn;
+use std::iter::repeat;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::clock::Clock;
 use crate::report::Ledger;
 use crate::stop::{Stop, Stopping};
 use crate::task::{Kind, Slot};
@@ -72,6 +74,11 @@ pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
     walk(root, |node| node.close())
 }
 
+/// Lists a group and all groups below it, and leaves them as they are.
+pub(crate) fn list(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
+    walk(root, |_| {})
+}
+
 /// Visits and lists a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
 fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn Node>> {
     let mut nodes = vec![Arc::clone(root)];
@@ -132,16 +139,18 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
 
 /// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
 /// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
-pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
-    let nodes: Vec<_> = roots.iter().flat_map(tree).collect();
-    let slots: Vec<_> = nodes.iter().flat_map(|node| node.live()).collect();
-    abort_judged(slots.iter()).await;
+///
+/// With each root goes whether it is starved: whether the runtime has run nothing since it was told to stop.
+pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
+    let nodes: Vec<_> = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().zip(repeat(*starved))).collect();
+    let slots = nodes.iter().flat_map(|(node, starved)| node.live().into_iter().zip(repeat(*starved)));
+    abort_judged(slots, clock).await;
     let settled = Instant::now() + SETTLE;
-    for root in roots {
+    for (root, _) in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
-        drop(tokio::time::timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await);
+        let _elapsed = clock.timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await;
     }
-    for node in nodes {
+    for (node, _) in nodes {
         node.abandon();
         ended(node.end());
     }
@@ -149,18 +158,18 @@ pub(crate) async fn cut(roots: &[Arc<dyn Node>]) {
 
 /// Aborts these tasks, having noted what each was doing, and gives them the time to be dropped until `ended` is ready.
 pub(crate) async fn cut_tasks(slots: impl Iterator<Item = &Arc<Slot>>, ended: impl Future<Output = ()>) {
-    abort_judged(slots.filter(|slot| !slot.is_told())).await;
+    abort_judged(slots.filter(|slot| !slot.is_told()).map(|slot| (Arc::clone(slot), false)), &Clock::Tokio).await;
     // Elapsed or not, the caller's next step is the same.
     drop(tokio::time::timeout(SETTLE, ended).await);
 }
 
-async fn abort_judged(slots: impl Iterator<Item = &Arc<Slot>>) {
-    let slots: Vec<_> = slots.map(|slot| (slot.pulse(), slot)).collect();
+async fn abort_judged(slots: impl Iterator<Item = (Arc<Slot>, bool)>, clock: &Clock) {
+    let slots: Vec<_> = slots.map(|(slot, starved)| (slot.pulse(), slot, starved)).collect();
     if !slots.is_empty() {
-        tokio::time::sleep(SAMPLE).await;
+        clock.sleep(SAMPLE).await;
     }
-    for (earlier, slot) in slots {
-        slot.cut(slot.judge(earlier));
+    for (earlier, slot, starved) in slots {
+        slot.cut(slot.judge(earlier, starved));
         slot.abort();
     }
 }
@@ -172,7 +181,7 @@ pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut C
         match root.stop().get() {
             Some(stopping) => match tokio::time::timeout_at(stopping.deadline, looking).await {
                 Ok(found) => return found,
-                Err(_) => cut(std::slice::from_ref(root)).await,
+                Err(_) => cut(&[(Arc::clone(root), false)], &Clock::Tokio).await,
             },
             None => {
                 if let Some(found) = root.stop().token().run_until_cancelled(looking).await {

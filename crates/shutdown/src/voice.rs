@@ -1,13 +1,15 @@
-//! The user's callbacks at the end, on a thread that is ready before anything runs. They are waited for, but not for
-//! long: no callback can keep a process alive.
+//! What is said about the end, on a thread that is ready before anything runs: the user's callbacks, the lines on the
+//! standard error, the events. They are waited for, but not for long: no callback and no full pipe can keep a process
+//! alive.
 
-use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::io::{self, Write};
+use std::sync::Weak;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::report::Report;
+use crate::stages::Ending;
+use crate::stop::StopReason;
 
 pub(crate) type OnReport = Box<dyn FnOnce(&Report) + Send>;
 pub(crate) type OnExitCode = Box<dyn FnOnce(&Report) -> Option<u8> + Send>;
@@ -16,11 +18,31 @@ pub(crate) type OnExitCode = Box<dyn FnOnce(&Report) -> Option<u8> + Send>;
 /// for a machine that has no time for their thread, on which the report would be lost.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
+/// What is done with what there is to say.
+#[derive(Default)]
+pub(crate) struct Audience {
+    pub(crate) on_report: Option<OnReport>,
+    pub(crate) on_exit_code: Option<OnExitCode>,
+    /// Whether the standard error gets what no callback does.
+    pub(crate) is_on_stderr: bool,
+}
+
 /// Delivers one report.
 #[derive(Debug)]
 pub(crate) struct Voice {
-    /// `None` where there is nobody to tell.
-    thread: Option<(Sender<Message>, Receiver<u8>)>,
+    thread: Sender<Message>,
+    answers: Receiver<u8>,
+}
+
+/// Says that a stop has begun.
+#[derive(Debug)]
+pub(crate) struct Announcer(Sender<Message>);
+
+impl Announcer {
+    pub(crate) fn stopping(&self, reason: &StopReason) {
+        // There is nobody to tell once the report is out.
+        drop(self.0.send(Message::Stopping(reason.clone())));
+    }
 }
 
 /// A report that is being told.
@@ -30,54 +52,52 @@ pub(crate) struct Telling {
     answers: Option<Receiver<u8>>,
 }
 
-/// Sets its flag when the callbacks have returned, or one of them has panicked.
-struct Told(Arc<AtomicBool>);
+/// Says that the callbacks have returned, or that one of them has panicked. The voice is a part of the ending, so the
+/// thread must not keep it.
+struct Told(Weak<Ending<Voice>>);
 
 impl Drop for Told {
     fn drop(&mut self) {
-        self.0.store(true, Ordering::Release);
+        if let Some(ending) = self.0.upgrade() {
+            ending.told();
+        }
     }
 }
 
-struct Message {
-    report: Report,
-    /// Whether the callback for the exit code is to be asked.
-    negotiable: bool,
+#[derive(Debug)]
+enum Message {
+    Stopping(StopReason),
+    Ended {
+        report: Report,
+        /// Whether the callback for the exit code is to be asked.
+        negotiable: bool,
+    },
 }
 
 impl Voice {
-    /// Prepares the thread, which sets `told` when the callbacks have returned; where there are none, they have.
-    pub(crate) fn start(
-        on_report: Option<OnReport>,
-        on_exit_code: Option<OnExitCode>,
-        told: Arc<AtomicBool>,
-    ) -> io::Result<Self> {
-        // A subscriber of events is the user's code as well, and may write to where nobody reads any more.
-        if on_report.is_none() && on_exit_code.is_none() && !cfg!(feature = "tracing") {
-            told.store(true, Ordering::Release);
-            return Ok(Self { thread: None });
-        }
-        let (send, messages) = channel();
+    /// Prepares the thread, which tells `ending` when the callbacks have returned.
+    pub(crate) fn start(audience: Audience, ending: Weak<Ending<Self>>) -> io::Result<(Self, Announcer)> {
+        let (thread, messages) = channel();
         let (answer, answers) = channel();
         let speak = move || {
-            // An error is a voice dropped unused.
-            let Ok(Message { mut report, negotiable }) = messages.recv() else { return };
-            let _told = Told(told);
-            if negotiable && let Some(code) = on_exit_code.and_then(|exit_code| exit_code(&report)) {
-                report.set_exit_code(code);
+            let told = Told(ending);
+            loop {
+                match messages.recv() {
+                    Ok(Message::Stopping(reason)) => audience.hear_of_stop(&reason),
+                    Ok(Message::Ended { report, negotiable }) => {
+                        audience.hear_of_end(report, negotiable, &answer);
+                        break;
+                    }
+                    // A voice dropped unused.
+                    Err(_) => break,
+                }
             }
-            // Nobody listens any more if the time was up.
-            let _ = answer.send(report.exit_code());
-            #[cfg(feature = "tracing")]
-            log(&report);
-            if let Some(on_report) = on_report {
-                on_report(&report);
-            }
-            // Told by the end of the channel, which a panic brings about too.
+            // Before the channel, by whose end the others know that there is no more to wait for.
+            drop(told);
             drop(answer);
         };
         std::thread::Builder::new().name("shutdown-report".to_owned()).spawn(speak)?;
-        Ok(Self { thread: Some((send, answers)) })
+        Ok((Self { thread: thread.clone(), answers }, Announcer(thread)))
     }
 
     /// Runs the callbacks for at most `limit` and returns the exit code. A forced code is not up to the callback.
@@ -91,12 +111,37 @@ impl Voice {
             report.set_exit_code(code);
         }
         let code = report.exit_code();
-        let negotiable = forced.is_none() && report.stragglers().next().is_none();
-        let told = self.thread.and_then(|(send, answers)| {
-            send.send(Message { report, negotiable }).ok()?;
-            Some(answers)
-        });
-        Telling { code, answers: told }
+        let negotiable = forced.is_none() && !report.is_cut();
+        let sent = self.thread.send(Message::Ended { report, negotiable });
+        Telling { code, answers: sent.is_ok().then_some(self.answers) }
+    }
+}
+
+impl Audience {
+    fn hear_of_stop(&self, reason: &StopReason) {
+        #[cfg(feature = "tracing")]
+        tracing::info!(%reason, "stopping");
+        // Of a program that has done its work there is nothing to stop.
+        let silent = matches!(reason, StopReason::Completed | StopReason::NotStarted { .. });
+        if self.is_on_stderr && self.on_report.is_none() && !silent {
+            let again = if matches!(reason, StopReason::Signal(_)) { "; again to end at once" } else { "" };
+            print(format_args!("stopping: {reason}{again}"));
+        }
+    }
+
+    fn hear_of_end(self, mut report: Report, negotiable: bool, answer: &Sender<u8>) {
+        if negotiable && let Some(code) = self.on_exit_code.and_then(|exit_code| exit_code(&report)) {
+            report.set_exit_code(code);
+        }
+        // Nobody listens any more if the time was up.
+        let _ = answer.send(report.exit_code());
+        #[cfg(feature = "tracing")]
+        log(&report);
+        match self.on_report {
+            Some(on_report) => on_report(&report),
+            None if self.is_on_stderr && !report.is_uneventful() => print(format_args!("{report}")),
+            None => {}
+        }
     }
 }
 
@@ -110,6 +155,12 @@ impl Telling {
         let _ = answers.recv_timeout(until.saturating_duration_since(Instant::now()));
         code
     }
+}
+
+/// Writes a line to the standard error. One that is closed is no reason to panic.
+pub(crate) fn print(text: std::fmt::Arguments<'_>) {
+    // In one piece, so that lines of other threads do not come in between.
+    drop(io::stderr().write_all(format!("{text}\n").as_bytes()));
 }
 
 #[cfg(feature = "tracing")]

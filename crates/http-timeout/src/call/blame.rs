@@ -19,9 +19,9 @@ use hyper_util::client::legacy::Error as PoolError;
 use tokio::time::Instant;
 
 use crate::{
-    call::outgoing::Outgoing,
     connections::{Connections, find},
     error::{Limit, lacks_tls},
+    outgoing::Outgoing,
 };
 
 /// A connection that was closed before it was used shows it within a round trip.

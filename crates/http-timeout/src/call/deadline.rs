@@ -13,8 +13,8 @@ use std::{
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::{
-    call::outgoing::Outgoing,
     error::{Limit, RequestError},
+    outgoing::Outgoing,
 };
 
 /// When a call began and when it must end.

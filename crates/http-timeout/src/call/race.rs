@@ -9,9 +9,10 @@ use tokio::time::{Instant, timeout_at};
 
 use crate::{
     breaker::{Class, State},
-    call::{Call, Failed, Leg, outgoing::Outgoing},
+    call::{Call, Failed, Leg},
     hedge::{Hedging, Wager},
     limit::Permits,
+    outgoing::Outgoing,
 };
 
 /// What an exchange came to, with what it holds.

@@ -155,7 +155,7 @@ async fn many_calls_share_one_connection_and_give_everything_back() {
 }
 
 /// A name that takes its time to be resolved, so that connecting takes long.
-struct SlowNames(SocketAddr, Duration);
+pub(crate) struct SlowNames(pub(crate) SocketAddr, pub(crate) Duration);
 
 impl reqwest::dns::Resolve for SlowNames {
     fn resolve(&self, _: reqwest::dns::Name) -> reqwest::dns::Resolving {
@@ -226,6 +226,36 @@ async fn a_connection_that_went_silent_is_not_given_to_a_probe() {
     assert_eq!(server.connections(), 2);
     assert_eq!(client.breaker(&url).unwrap().state(), State::Closed);
     assert!(client.get(&url).send().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_silent_connection_is_found_by_callers_who_bring_their_own_patience() {
+    for patience in [100, 400].map(Duration::from_millis) {
+        let server = Script::start(|connection, _| if connection == 0 { Act::Hang } else { Act::Answer });
+        let client = client(|builder| builder.idle_timeout(None).attempt_timeout(None).timeout(None));
+        let started = Instant::now();
+        let mut cut = 0;
+        while tokio::time::timeout(patience, client.get(server.url()).send()).await.is_err() {
+            cut += 1;
+            assert!(started.elapsed() < LONG, "the dead connection was never given up");
+        }
+        assert!(cut >= 3, "{cut} calls in a row are no proof");
+        assert_eq!(server.connections(), 2);
+    }
+}
+
+#[tokio::test]
+async fn callers_who_leave_early_cost_no_connection() {
+    let server = Server::start(|_, _| async {
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        reply(200, "in time")
+    });
+    let client = client(|builder| builder);
+    for _ in 0..20 {
+        assert!(tokio::time::timeout(Duration::from_millis(5), client.get(server.url("/")).send()).await.is_err());
+    }
+    assert_eq!(client.get(server.url("/")).send().await.unwrap().text().await.unwrap(), "in time");
+    assert_eq!(server.connections(), 1);
 }
 
 #[tokio::test]

@@ -5,11 +5,13 @@ mod blame;
 mod breaker;
 mod cancel;
 mod cuts;
+mod drops;
 mod errors;
 mod faults;
 mod happy;
 mod hedge;
 mod http2;
+mod interleavings;
 mod judged;
 #[cfg(feature = "tower")]
 mod layer;

@@ -69,6 +69,10 @@ impl Server {
         format!("http://{}{path}", self.address)
     }
 
+    pub(crate) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     /// Requests that reached the handler.
     pub(crate) fn hits(&self) -> usize {
         self.seen.hits.load(Ordering::SeqCst)

@@ -133,7 +133,7 @@ async fn the_drain_delay_runs_inside_the_timeout() {
     let app =
         Application::new("app").worker("http", diary.worker(100)).shutdown_timeout(10 * SECOND).drain_delay(4 * SECOND);
     let begun = Instant::now();
-    serve(app, Duration::ZERO).await;
+    drop(serve(app, Duration::ZERO).await);
     assert_eq!(diary.read(), [entry("http starts", 0), entry("http stops", 4)]);
     assert_eq!(begun.elapsed().as_secs(), 10);
 }

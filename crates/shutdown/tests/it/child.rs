@@ -2,11 +2,13 @@
 #![expect(clippy::print_stderr, reason = "a program talks to its test")]
 
 use std::future::pending;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cancel_safe_shutdown::{Application, Report, Restart, StopReason, WorkerContext};
+use cancel_safe_shutdown::{Application, Phase, Report, Restart, Signal, StopReason, WorkerContext};
+use rustix::fs::{OFlags, fcntl_setfl};
+use rustix::stdio::dup2_stderr;
 use tokio::runtime::Builder;
 
 /// The variable that makes this test binary one of the programs.
@@ -15,6 +17,8 @@ pub(crate) const PROGRAM: &str = "SHUTDOWN_TEST_PROGRAM";
 pub(crate) const DEADLINE: Duration = Duration::from_millis(800);
 /// How long the programs that must be stopped would go on.
 pub(crate) const STALL: Duration = Duration::from_secs(60);
+/// How many workers there are where there are many.
+pub(crate) const MANY: usize = 10_000;
 /// A deadline that nobody waits for.
 const FAR: Duration = Duration::from_secs(600);
 
@@ -89,6 +93,65 @@ const PROGRAMS: &[(&str, Program)] = &[
         tracing::subscriber::set_global_default(Deaf).unwrap();
         Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf).run()
     }),
+    ("wedges one of 1 threads", || wedged(threads(1)).run()),
+    ("wedges one of 2 threads", || wedged(threads(2)).shutdown_timeout(FAR).run()),
+    ("wedges one of 4 threads", || wedged(threads(4)).shutdown_timeout(FAR).run()),
+    ("wedges the current thread", || wedged(Builder::new_current_thread()).run()),
+    ("wedges the current thread before a closure", || {
+        let app = app(DEADLINE * 2).runtime(Builder::new_current_thread());
+        app.phase("storage", |phase| phase.worker("db", journals)).phase("ingress", wedge).run()
+    }),
+    ("spins without a name on one thread", || {
+        let app = app(DEADLINE).runtime(Builder::new_current_thread());
+        app.worker("innocent", spins_without_a_name).run()
+    }),
+    ("spins without a name on many threads", || app(DEADLINE).worker("innocent", spins_without_a_name).run()),
+    ("blocks without a name", || app(DEADLINE).worker("hasher", |cx| blocks_without_a_name(cx, STALL)).run()),
+    ("blocks without a name for a moment", || {
+        app(FAR).worker("hasher", |cx| blocks_without_a_name(cx, DEADLINE)).run()
+    }),
+    ("parks without a name", || app(FAR).worker("pool", parks_without_a_name).run()),
+    ("fails in silence", || {
+        let stamp = |_: WorkerContext| async { Err::<(), _>(std::io::Error::other("disk full")) };
+        Application::new("clock").worker("stamp", stamp).run()
+    }),
+    ("stops in silence", || Application::new("child").worker("good", cooperative).run()),
+    ("completes in silence", || Application::new("child").worker("one", |_: WorkerContext| async {}).run()),
+    ("is deaf in silence", || Application::new("child").shutdown_timeout(DEADLINE).worker("deaf", deaf).run()),
+    ("runs inside a runtime in silence", || {
+        let runtime = Builder::new_current_thread().build().unwrap();
+        runtime.block_on(async { Application::new("child").worker("good", cooperative).run() })
+    }),
+    ("is deaf behind a full pipe", || {
+        let app = Application::new("child").shutdown_timeout(DEADLINE);
+        app.worker("deaf", fills_the_standard_error).run()
+    }),
+    ("has many that are deaf", || {
+        let app = app(DEADLINE).runtime(Builder::new_current_thread());
+        let deaf = |_: WorkerContext| pending::<()>();
+        let app = (0..MANY).fold(app, |app, number| app.worker(format!("deaf {number}"), deaf));
+        app.worker("good", cooperative).run()
+    }),
+    ("reloads", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |cx| eprintln!("RELOADED {:?}", cx.signal()));
+        app.worker("good", cooperative).run()
+    }),
+    ("acts badly", || {
+        let app = app(FAR).on_signal(Signal::User1, |_| panic!("in an action"));
+        let app = app.on_signal(Signal::User2, |_| {
+            eprintln!("ACTING");
+            stall(STALL);
+        });
+        app.worker("good", cooperative).run()
+    }),
+    ("is looked at", || {
+        let app = app(FAR).phase("first", |phase| phase.worker("parked", marks).ready_within(FAR));
+        app.worker("spin", spins).run()
+    }),
+    ("reads its mask", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |_| eprintln!("RELOADED"));
+        app.worker("good", cooperative).run()
+    }),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
         app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
@@ -104,6 +167,91 @@ fn overriding(deadline: Duration) -> Application {
         StopReason::Signal(number) => u8::try_from(128 + number).ok(),
         _ => None,
     })
+}
+
+/// A runtime of so many threads.
+fn threads(number: usize) -> Builder {
+    let mut builder = Builder::new_multi_thread();
+    builder.worker_threads(number);
+    builder
+}
+
+/// A database to be flushed behind a phase whose worker stops yielding.
+fn wedged(runtime: Builder) -> Application {
+    app(DEADLINE * 2).runtime(runtime).phase("storage", |phase| phase.worker("db", flushes)).phase("ingress", wedge)
+}
+
+/// A worker that takes the thread which it runs on for itself.
+fn wedge(phase: Phase) -> Phase {
+    let spin = |cx: WorkerContext| async move {
+        ready();
+        // Once timers have been at work here.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let begun = Instant::now();
+        while begun.elapsed() < STALL && !cx.is_cancelled() {}
+        eprintln!("SPIN TOLD");
+        stall(STALL);
+    };
+    phase.worker("spin", spin).timeout(Duration::from_millis(500))
+}
+
+/// Works a millisecond at a time.
+async fn flushes(cx: WorkerContext) {
+    let token = cx.token();
+    while token.run_until_cancelled(tokio::time::sleep(Duration::from_millis(1))).await.is_some() {}
+    eprintln!("DB FLUSHED");
+}
+
+/// Has its work done by a closure, which no wedged runtime can hold up.
+async fn journals(cx: WorkerContext) {
+    let group = cx.group();
+    let journal = |cx: WorkerContext| {
+        while !cx.is_cancelled() {
+            stall(Duration::from_millis(1));
+        }
+        eprintln!("CLOSURE FLUSHED");
+    };
+    group.spawn_blocking("journal", journal).unwrap();
+    cx.cancelled().await;
+    drop(group.wait().await);
+}
+
+async fn spins_without_a_name(cx: WorkerContext) {
+    drop(tokio::spawn(async {
+        ready();
+        stall(STALL);
+    }));
+    cx.cancelled().await;
+}
+
+async fn blocks_without_a_name(cx: WorkerContext, time: Duration) {
+    let hash = move || {
+        ready();
+        stall(time);
+        eprintln!("WRITTEN");
+    };
+    drop(tokio::task::spawn_blocking(hash));
+    cx.cancelled().await;
+}
+
+async fn parks_without_a_name(cx: WorkerContext) {
+    for _ in 0..3 {
+        drop(tokio::spawn(pending::<()>()));
+    }
+    ready();
+    cx.cancelled().await;
+}
+
+/// Writes to a pipe from now on that is full, and that nobody reads.
+async fn fills_the_standard_error(cx: WorkerContext) {
+    let (_reader, mut writer) = std::io::pipe().unwrap();
+    ready();
+    fcntl_setfl(&writer, OFlags::NONBLOCK).unwrap();
+    while writer.write(&[b'.'; 4096]).is_ok() {}
+    fcntl_setfl(&writer, OFlags::empty()).unwrap();
+    dup2_stderr(&writer).unwrap();
+    cx.cancelled().await;
+    pending().await
 }
 
 fn ready() {
@@ -142,6 +290,14 @@ async fn deaf(cx: WorkerContext) {
     cx.mark("wait for ever");
     eprintln!("STOPPING");
     pending().await
+}
+
+async fn marks(cx: WorkerContext) {
+    let group = cx.group();
+    group.spawn("connection", pending::<()>()).unwrap();
+    cx.mark("halfway");
+    cx.ready();
+    cx.cancelled().await;
 }
 
 async fn panics(_: WorkerContext) {

@@ -4,15 +4,22 @@
 mod application;
 mod cancel;
 mod cancel_serve;
+#[cfg(all(unix, feature = "signal"))]
 mod child;
 mod group;
+mod interleavings;
 mod named;
+mod panics;
+#[cfg(all(unix, feature = "signal"))]
+mod phases;
 #[cfg(feature = "axum")]
 mod requests;
 #[cfg(feature = "axum")]
 mod server;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
+#[cfg(all(unix, feature = "signal"))]
+mod silence;
 mod structure;
 mod worker;
 

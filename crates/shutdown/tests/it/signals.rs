@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::child::{DEADLINE, PROGRAM, STALL};
+use crate::child::{DEADLINE, MANY, PROGRAM, STALL};
 
 /// The default time within which a second signal is a copy of the first, and a little more.
 const QUIET: Duration = Duration::from_millis(1050);
@@ -18,28 +18,28 @@ const QUIET: Duration = Duration::from_millis(1050);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
-struct Program {
+pub(crate) struct Program {
     child: Child,
     lines: Receiver<String>,
     stderr: String,
 }
 
 /// How a program ended.
-struct Exit {
-    code: Option<i32>,
+pub(crate) struct Exit {
+    pub(crate) code: Option<i32>,
     elapsed: Duration,
-    stderr: String,
+    pub(crate) stderr: String,
 }
 
 impl Program {
     /// Starts a program and waits until it is ready.
-    fn ready(name: &str) -> Self {
+    pub(crate) fn ready(name: &str) -> Self {
         let mut program = Self::start(name);
         program.wait_for("READY");
         program
     }
 
-    fn start(name: &str) -> Self {
+    pub(crate) fn start(name: &str) -> Self {
         Self::spawn(name, Command::new(std::env::current_exe().unwrap()))
     }
 
@@ -90,14 +90,14 @@ impl Program {
     }
 
     /// Sends a signal and waits for the end.
-    fn end_by(self, signal: Signal) -> Exit {
+    pub(crate) fn end_by(self, signal: Signal) -> Exit {
         let sent = Instant::now();
         self.send(signal);
         self.end(sent)
     }
 
     /// Waits for the end, which closes the standard error.
-    fn end(mut self, since: Instant) -> Exit {
+    pub(crate) fn end(mut self, since: Instant) -> Exit {
         drop(self.child.stdin.take());
         loop {
             match self.lines.recv_timeout(PATIENCE) {
@@ -124,7 +124,7 @@ impl Drop for Program {
 impl Exit {
     /// Asserts the code and each of the texts in what was reported.
     #[track_caller]
-    fn assert(&self, code: i32, texts: &[&str]) {
+    pub(crate) fn assert(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, Some(code), "{}", self.stderr);
         for text in texts {
             assert!(self.stderr.contains(text), "no {text:?} in {}", self.stderr);
@@ -133,7 +133,7 @@ impl Exit {
 
     /// Asserts that the deadline was waited for and then kept.
     #[track_caller]
-    fn assert_by_deadline(&self) {
+    pub(crate) fn assert_by_deadline(&self) {
         println!("{:?} past the deadline", self.elapsed.saturating_sub(DEADLINE));
         assert!(self.elapsed >= DEADLINE, "ended after {:?}, before its deadline", self.elapsed);
         assert!(self.elapsed < PATIENCE, "ended after {:?}", self.elapsed);
@@ -217,6 +217,14 @@ fn without_a_quiet_time_any_second_signal_ends_the_process_at_once() {
     program.send(Signal::TERM);
     program.wait_for("STOPPING");
     program.end_by(Signal::TERM).assert(143, &["exit code 143", "worker `deaf`"]);
+}
+
+#[test]
+fn ten_thousand_deaf_workers_are_cut_at_the_deadline_on_one_thread() {
+    let exit = Program::ready("has many that are deaf").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `good` of `main`: completed"]);
+    assert_eq!(exit.stderr.matches("worker `deaf ").count(), MANY, "some are not in the report");
 }
 
 #[test]
@@ -369,4 +377,70 @@ fn an_application_whose_workers_have_completed_exits_0() {
 fn an_application_inside_a_runtime_is_not_started() {
     let exit = Program::start("runs inside a runtime").end(Instant::now());
     exit.assert(71, &["not started: an application cannot own a runtime inside another runtime"]);
+}
+
+#[test]
+fn a_hangup_reloads_as_often_as_it_arrives_and_stops_nothing() {
+    let mut program = Program::ready("reloads");
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED Hangup");
+    program.stderr.clear();
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED Hangup");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
+}
+
+#[test]
+fn an_action_that_panics_or_hangs_keeps_no_signal_from_stopping() {
+    let mut program = Program::ready("acts badly");
+    for _ in 0..2 {
+        program.stderr.clear();
+        program.send(Signal::USR1);
+        program.wait_for("in an action");
+    }
+    program.send(Signal::USR2);
+    program.wait_for("ACTING");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
+}
+
+#[test]
+fn a_quit_lists_what_is_alive_and_where_it_is() {
+    let mut program = Program::ready("is looked at");
+    program.send(Signal::QUIT);
+    program.wait_for("`child`: tasks alive: 3");
+    program.wait_for("`parked` of `first`: parked at an await, spawned at");
+    program.wait_for("last mark `halfway`");
+    program.wait_for("`connection` of `parked`: parked at an await, spawned at");
+    program.wait_for("`spin` of `main`: blocked inside a poll, spawned at");
+    program.wait_for("last mark `sum`");
+}
+
+/// Starts a program by a shell that has been told something about signals.
+#[cfg(target_os = "linux")]
+fn ready_under(shell: &[&str], name: &str) -> Program {
+    let mut command = Command::new(shell[0]);
+    command.args(&shell[1..]).arg(std::env::current_exe().unwrap());
+    let mut program = Program::spawn(name, command);
+    program.wait_for("READY");
+    program
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_hangup_that_nohup_ignores_stays_ignored() {
+    let program = ready_under(&["nohup"], "reads its mask");
+    program.send(Signal::HUP);
+    let exit = program.end_by(Signal::TERM);
+    exit.assert(0, &["stopped by SIGTERM"]);
+    assert!(!exit.stderr.contains("RELOADED"), "{}", exit.stderr);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_inherited_as_blocked_stops_all_the_same() {
+    let block = ["env", "--block-signal=TERM", "--block-signal=INT", "--block-signal=HUP"];
+    let mut program = ready_under(&block, "reads its mask");
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
 }

@@ -1,0 +1,158 @@
+//! Phases: workers that start together and stop together, as they are declared. Nothing runs here.
+
+use std::fmt;
+use std::panic::Location;
+use std::time::Duration;
+
+use crate::restart::{RestartPolicy, Work};
+use crate::task::WorkerOutput;
+use crate::worker::WorkerContext;
+
+/// One worker as it was added.
+pub(crate) struct Worker {
+    pub(crate) name: String,
+    pub(crate) added_at: &'static Location<'static>,
+    pub(crate) work: Work,
+    /// Its own policy, instead of the phase's.
+    pub(crate) restart: Option<RestartPolicy>,
+    /// Whether its failure is not the application's.
+    pub(crate) is_tolerated: bool,
+}
+
+/// Workers that are started, and stopped, together.
+pub struct Phase {
+    pub(crate) name: String,
+    pub(crate) workers: Vec<Worker>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) ready_within: Option<Duration>,
+    pub(crate) restart: Option<RestartPolicy>,
+    /// Whether it is the one of the workers that were added to the application itself.
+    pub(crate) is_own: bool,
+}
+
+impl Phase {
+    pub(crate) fn new(name: String) -> Self {
+        Self { name, workers: Vec::new(), timeout: None, ready_within: None, restart: None, is_own: false }
+    }
+
+    /// Adds a worker; see [`Application::worker`](crate::Application::worker).
+    #[track_caller]
+    pub fn worker<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.add(name.into(), again(work));
+        self
+    }
+
+    /// Adds a worker that cannot be started twice; see [`Application::worker_once`](crate::Application::worker_once).
+    #[track_caller]
+    pub fn worker_once<W, F>(mut self, name: impl Into<String>, work: W) -> Self
+    where
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future + Send + 'static,
+        F::Output: WorkerOutput,
+    {
+        self.add(name.into(), once(work));
+        self
+    }
+
+    /// Sets how long the phase may take to stop. The default is an equal share, among the phases yet to be stopped, of
+    /// what remains of the total budget; a longer timeout than what remains is clipped to it.
+    pub fn timeout(mut self, timeout: Duration) -> Self {
+        self.timeout = Some(timeout);
+        self
+    }
+
+    /// Holds the next phase back until every worker of this one has called [`WorkerContext::ready`], and stops the
+    /// application if that takes longer than `limit`. By default the next phase starts at once.
+    pub fn ready_within(mut self, limit: Duration) -> Self {
+        self.ready_within = Some(limit);
+        self
+    }
+
+    /// Sets the restart policy of the worker added last, instead of that of the phase.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_shutdown::{Application, Restart, WorkerContext};
+    ///
+    /// async fn metrics(cx: WorkerContext) -> Result<(), std::io::Error> {
+    ///     cx.cancelled().await;
+    ///     Ok(())
+    /// }
+    /// async fn http(cx: WorkerContext) {
+    ///     cx.cancelled().await;
+    /// }
+    ///
+    /// // The metrics are tried again now and then, and the service goes on without them.
+    /// let app = Application::new("shop").phase("ingress", |phase| {
+    ///     phase
+    ///         .worker("metrics", metrics)
+    ///         .restarted(Restart::OnFailure.intensity(3, Duration::from_secs(60)))
+    ///         .tolerated()
+    ///         .worker("http", http)
+    /// });
+    /// # drop(app);
+    /// ```
+    pub fn restarted(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        if let Some(worker) = self.workers.last_mut() {
+            worker.restart = Some(policy.into());
+        }
+        self
+    }
+
+    /// Lets the application go on if the worker added last fails or panics, past its restarts, and lets the exit code
+    /// be 0 all the same. Its end is reported as that of any other.
+    pub fn tolerated(mut self) -> Self {
+        if let Some(worker) = self.workers.last_mut() {
+            worker.is_tolerated = true;
+        }
+        self
+    }
+
+    /// Sets the restart policy of the phase's workers. The default is the application's.
+    pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        self.restart = Some(policy.into());
+        self
+    }
+
+    #[track_caller]
+    pub(crate) fn add(&mut self, name: String, work: Work) {
+        let added_at = Location::caller();
+        self.workers.push(Worker { name, added_at, work, restart: None, is_tolerated: false });
+    }
+}
+
+impl fmt::Debug for Phase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let workers: Vec<_> = self.workers.iter().map(|worker| &worker.name).collect();
+        f.debug_struct("Phase").field("name", &self.name).field("workers", &workers).finish_non_exhaustive()
+    }
+}
+
+pub(crate) fn again<W, F>(work: W) -> Work
+where
+    W: FnOnce(WorkerContext) -> F + Clone + Send + 'static,
+    F: Future + Send + 'static,
+    F::Output: WorkerOutput,
+{
+    Work::Again(Box::new(move |cx| {
+        let work = work.clone();
+        // Called inside the attempt, so that a panic of `work` itself is the attempt's.
+        Box::pin(async move { work(cx).await.into_result() })
+    }))
+}
+
+pub(crate) fn once<W, F>(work: W) -> Work
+where
+    W: FnOnce(WorkerContext) -> F + Send + 'static,
+    F: Future + Send + 'static,
+    F::Output: WorkerOutput,
+{
+    Work::Once(Box::new(move |cx| Box::pin(async move { work(cx).await.into_result() })))
+}
