@@ -90,6 +90,8 @@ pub(crate) struct Call<'a> {
     /// Requests that do not count, because they came to nothing through no fault of the origin.
     free: u32,
     hop: Hop,
+    /// The first request in words, made when it was built; not made again.
+    subject: Option<Subject>,
     /// Where another attempt begins, if not with the hop.
     start: Option<Box<Hop>>,
 }
@@ -168,7 +170,7 @@ impl Hop {
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order) -> Self {
+    pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order, subject: Option<Subject>) -> Self {
         Self {
             client,
             reqwest,
@@ -178,6 +180,7 @@ impl<'a> Call<'a> {
             attempts: 0,
             free: 0,
             hop: Hop::new(client, request, order.idempotent, 0),
+            subject,
             start: None,
         }
     }
@@ -390,14 +393,14 @@ impl<'a> Call<'a> {
         within(self.deadline.part(Some(DRAIN_TIMEOUT)), read).await;
     }
 
-    fn finish(&self, response: Response, hold: Hold) -> Response {
+    fn finish(&mut self, response: Response, hold: Hold) -> Response {
         let options = &self.client.options;
         let limits = BodyLimits {
             deadline: self.deadline,
             idle: options.idle_timeout,
             max_bytes: options.max_body,
             attempts: self.attempts,
-            subject: self.hop.subject(),
+            subject: self.subject.take().filter(|_| self.hop.followed == 0).unwrap_or_else(|| self.hop.subject()),
         };
         let mut response = guard(response, hold, limits);
         response.extensions_mut().insert(Attempts(self.attempts));

@@ -181,7 +181,7 @@ impl RequestBuilder {
     /// [`reqwest::Error::is_timeout`] holds.
     pub async fn send(self) -> Result<Response, RequestError> {
         let (reqwest, request) = self.request?.build_split();
-        let mut request = match (request, self.subject) {
+        let mut request = match (request, &self.subject) {
             (Ok(request), _) => request,
             (Err(error), Some(subject)) => {
                 let report = subject.report(Phase::Permit, 0, Duration::ZERO);
@@ -195,7 +195,7 @@ impl RequestBuilder {
             }
         }
         let order = Order { timeout: self.timeout, idempotent: self.idempotent, streaming: self.streaming };
-        Call::new(&self.client, reqwest, request, order).run().await
+        Call::new(&self.client, reqwest, request, order, self.subject).run().await
     }
 
     /// Sends the request and turns 4xx and 5xx into errors.
