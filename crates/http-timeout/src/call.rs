@@ -170,7 +170,13 @@ impl Hop {
 }
 
 impl<'a> Call<'a> {
-    pub(crate) fn new(client: &'a Shared, reqwest: reqwest::Client, request: Request, order: Order, subject: Option<Subject>) -> Self {
+    pub(crate) fn new(
+        client: &'a Shared,
+        reqwest: reqwest::Client,
+        request: Request,
+        order: Order,
+        subject: Option<Subject>,
+    ) -> Self {
         Self {
             client,
             reqwest,
@@ -283,7 +289,8 @@ impl<'a> Call<'a> {
         let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
         if origin.connections.take_silent(is_probe) {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
-            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up(&self.reqwest, request.url())).await;
+            let give_up = Box::pin(give_up(&self.reqwest, request.url()));
+            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up).await;
         }
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
