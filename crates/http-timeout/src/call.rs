@@ -6,6 +6,7 @@
 mod blame;
 mod body;
 mod deadline;
+mod hop;
 mod race;
 mod redirect;
 mod retry;
@@ -26,13 +27,13 @@ use crate::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
         deadline::{Deadline, Patience, watched, within},
+        hop::Hop,
         redirect::Refused,
         retry::Token,
     },
     connections::give_up,
     error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
     limit::Permits,
-    origins::Origin,
     outgoing::Outgoing,
 };
 
@@ -90,24 +91,8 @@ pub(crate) struct Call<'a> {
     /// Requests that do not count, because they came to nothing through no fault of the origin.
     free: u32,
     hop: Hop,
-    /// The first request in words, made when it was built; not made again.
-    subject: Option<Subject>,
     /// Where another attempt begins, if not with the hop.
     start: Option<Box<Hop>>,
-}
-
-/// A request as it goes to one origin: the caller's own, or one that a redirect asked for.
-#[derive(Debug)]
-struct Hop {
-    /// Without its body if that could be sent only once, and was.
-    request: Request,
-    body_is_gone: bool,
-    /// Whether sending it twice is the same as once.
-    repeatable: bool,
-    origin: Arc<Origin>,
-    breaker: Option<CircuitBreaker>,
-    /// The redirects that led here.
-    followed: u32,
 }
 
 /// What one request on its way holds.
@@ -137,45 +122,13 @@ enum Next<'a> {
     },
 }
 
-impl Hop {
-    fn new(client: &Shared, request: Request, idempotent: bool, followed: u32) -> Self {
-        let repeatable =
-            idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
-        let origin = client.origins.of(request.url());
-        let breaker = client.origins.breaker(&request, &origin);
-        Self { request, body_is_gone: false, repeatable, origin, breaker, followed }
-    }
-
-    /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.
-    fn request(&mut self) -> Request {
-        if let Some(copy) = self.request.try_clone() {
-            return copy;
-        }
-        let body = self.request.body_mut().take();
-        self.body_is_gone = true;
-        let mut request = self.request.try_clone().expect("a request without a body can be copied");
-        *request.body_mut() = body;
-        request
-    }
-
-    fn subject(&self) -> Subject {
-        Subject { method: self.request.method().clone(), url: self.request.url().clone() }
-    }
-
-    /// Whether it can be sent again, and its origin would take it.
-    fn may_repeat(&self, unsent: bool) -> bool {
-        let refuses = self.breaker.as_ref().is_some_and(|breaker| breaker.refusal().is_some());
-        (self.repeatable || unsent) && !self.body_is_gone && !refuses
-    }
-}
-
 impl<'a> Call<'a> {
     pub(crate) fn new(
         client: &'a Shared,
         reqwest: reqwest::Client,
         request: Request,
+        subject: Subject,
         order: Order,
-        subject: Option<Subject>,
     ) -> Self {
         Self {
             client,
@@ -185,14 +138,13 @@ impl<'a> Call<'a> {
             deadline: Deadline::new(order.timeout),
             attempts: 0,
             free: 0,
-            hop: Hop::new(client, request, order.idempotent, 0),
-            subject,
+            hop: Hop::new(client, request, subject, order.idempotent, 0),
             start: None,
         }
     }
 
-    /// Sends the request, and again as the policy says, wherever redirects lead.
-    pub(crate) async fn run(mut self) -> Result<Response, RequestError> {
+    /// Sends the request, and again as the policy says, wherever redirects lead. [`finish`](Self::finish) the response.
+    pub(crate) async fn run(&mut self) -> Result<(Response, Hold), RequestError> {
         let mut kept = None;
         let mut token = None;
         let mut is_attempt = true;
@@ -211,7 +163,7 @@ impl<'a> Call<'a> {
             let next = self.next(&result);
             if let Next::End = next {
                 let response = result.map_err(|failed| failed.error)?;
-                return Ok(self.finish(response, Hold::new(admission, permits)));
+                return Ok((response, Hold::new(admission, permits)));
             }
             // A redirect is a good answer of its origin, and all there is to it.
             if let Some(admission) = admission {
@@ -238,7 +190,9 @@ impl<'a> Call<'a> {
                     drop(permits);
                     // The wait ends before the deadline, or `next` would not have asked for it.
                     sleep_until(at).await;
-                    self.hop = self.start.take().map_or(self.hop, |start| *start);
+                    if let Some(start) = self.start.take() {
+                        self.hop = *start;
+                    }
                     token = Some(paid);
                     is_attempt = true;
                 }
@@ -289,8 +243,8 @@ impl<'a> Call<'a> {
         let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
         if origin.connections.take_silent(is_probe) {
             // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
-            let give_up = Box::pin(give_up(&self.reqwest, request.url()));
-            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), give_up).await;
+            let given_up = Box::pin(give_up(&self.reqwest, request.url()));
+            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), given_up).await;
         }
         let started = Instant::now();
         let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
@@ -373,7 +327,8 @@ impl<'a> Call<'a> {
             problem,
             report: self.report(Phase::Response),
         })?;
-        let hop = Hop::new(self.client, request, self.idempotent, self.hop.followed + 1);
+        let subject = Subject { method: request.method().clone(), url: request.url().clone() };
+        let hop = Hop::new(self.client, request, subject, self.idempotent, self.hop.followed + 1);
         let left = std::mem::replace(&mut self.hop, hop);
         let stays = Arc::ptr_eq(&left.origin, &self.hop.origin);
         // An answer to what may not be sent twice is where another attempt goes on, not before it.
@@ -400,14 +355,15 @@ impl<'a> Call<'a> {
         within(self.deadline.part(Some(DRAIN_TIMEOUT)), read).await;
     }
 
-    fn finish(&mut self, response: Response, hold: Hold) -> Response {
+    /// Puts the limits of the call around the body of its response.
+    pub(crate) fn finish(self, response: Response, hold: Hold) -> Response {
         let options = &self.client.options;
         let limits = BodyLimits {
             deadline: self.deadline,
             idle: options.idle_timeout,
             max_bytes: options.max_body,
             attempts: self.attempts,
-            subject: self.subject.take().filter(|_| self.hop.followed == 0).unwrap_or_else(|| self.hop.subject()),
+            subject: self.hop.subject,
         };
         let mut response = guard(response, hold, limits);
         response.extensions_mut().insert(Attempts(self.attempts));
@@ -415,7 +371,7 @@ impl<'a> Call<'a> {
     }
 
     fn report(&self, phase: Phase) -> Box<CallReport> {
-        self.hop.subject().report(phase, self.attempts, self.deadline.elapsed())
+        self.hop.subject.report(phase, self.attempts, self.deadline.elapsed())
     }
 
     fn circuit_open(&self, retry_after: Duration) -> RequestError {

@@ -110,10 +110,16 @@ impl fmt::Display for Shown {
 }
 
 /// What a request is about, for the errors of its call.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Subject {
     pub(crate) method: Method,
     pub(crate) url: Url,
+}
+
+impl fmt::Debug for Subject {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.method, redacted(&self.url))
+    }
 }
 
 impl Subject {

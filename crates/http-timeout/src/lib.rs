@@ -105,6 +105,7 @@
 //!   is still under way can be lost with the connection, as in reqwest.
 //! - A [reqwest client of your own](TimeoutClientBuilder::reqwest) follows redirects past these guarantees, unless it is
 //!   told not to.
+//! - Informational answers (1xx) are no signs of life: reqwest tells nobody of them.
 //! - What the kernels have buffered of an upload counts as taken by the peer: on loopback 3 to 4 MiB (measured; Linux's
 //!   `tcp_wmem` and `tcp_rmem` set it), which they ask to refill in steps of a third. A peer so slow that such a step takes
 //!   longer than the idle timeout is cut although it reads; nobody is charged for that.

@@ -160,6 +160,22 @@ impl Application {
         self
     }
 
+    /// Sets the restart policy of the worker added last to the application itself; see [`Phase::restarted`].
+    pub fn restarted(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        if let Some(worker) = self.own_phase().workers.last_mut() {
+            worker.restart = Some(policy.into());
+        }
+        self
+    }
+
+    /// Lets the application go on if the worker added last to it fails or panics; see [`Phase::tolerated`].
+    pub fn tolerated(mut self) -> Self {
+        if let Some(worker) = self.own_phase().workers.last_mut() {
+            worker.is_tolerated = true;
+        }
+        self
+    }
+
     /// Adds a worker that is a plain closure over a token. It is never restarted.
     #[track_caller]
     pub fn add_worker<W, F>(&mut self, name: impl Into<String>, work: W)

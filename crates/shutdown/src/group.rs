@@ -331,6 +331,10 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         let slot = Arc::clone(&ticket.slot);
         let handle = tokio::task::spawn_blocking(move || {
             if !ticket.slot.begin() {
+                // It was called off. What it has captured may panic when it is dropped.
+                if let Err(panicked) = guarded(&ticket.slot, || drop(work)) {
+                    ticket.finish(panicked);
+                }
                 return;
             }
             let returned = guarded(&ticket.slot, || work(cx));

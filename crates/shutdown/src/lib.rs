@@ -75,7 +75,8 @@
 //! |---|---|
 //! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; never a kill by the system's default |
 //! | every worker ends in time | exit code 0, or what [`exit_code`](Application::exit_code) says |
-//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101 |
+//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101; not if it is [tolerated](Phase::tolerated) |
+//! | a destructor panics: of a payload, of what a worker has captured, of a task that is cancelled or never starts | the same as any other panic |
 //! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
 //! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
 //! | a second signal within [a second](Application::second_signal_after) | it is a copy of the first, as `timeout`, npm and `tini -g` send them |
@@ -108,6 +109,8 @@
 //! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
 //!   and the report says that they were starved.
 //! - With `panic = "abort"` a panic is the end.
+//! - The place of a panic is known to the panic hook alone, so the first task sets one that calls the hook there was. A
+//!   hook that the program sets later and that does not call it leaves the place where the task was spawned.
 //! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
 //!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
 //!
@@ -133,6 +136,7 @@ mod clock;
 mod ending;
 mod group;
 mod named;
+mod panics;
 mod phase;
 mod probe;
 mod report;
@@ -157,6 +161,7 @@ mod worker;
 pub use application::{AppError, Application};
 pub use group::TaskGroup;
 pub use named::LiveTask;
+pub use panics::PanicLocation;
 pub use phase::Phase;
 pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};

@@ -13,6 +13,10 @@ pub(crate) struct Worker {
     pub(crate) name: String,
     pub(crate) added_at: &'static Location<'static>,
     pub(crate) work: Work,
+    /// Its own policy, instead of the phase's.
+    pub(crate) restart: Option<RestartPolicy>,
+    /// Whether its failure is not the application's.
+    pub(crate) is_tolerated: bool,
 }
 
 /// Workers that are started, and stopped, together.
@@ -69,6 +73,48 @@ impl Phase {
         self
     }
 
+    /// Sets the restart policy of the worker added last, instead of that of the phase.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_shutdown::{Application, Restart, WorkerContext};
+    ///
+    /// async fn metrics(cx: WorkerContext) -> Result<(), std::io::Error> {
+    ///     cx.cancelled().await;
+    ///     Ok(())
+    /// }
+    /// async fn http(cx: WorkerContext) {
+    ///     cx.cancelled().await;
+    /// }
+    ///
+    /// // The metrics are tried again now and then, and the service goes on without them.
+    /// let app = Application::new("shop").phase("ingress", |phase| {
+    ///     phase
+    ///         .worker("metrics", metrics)
+    ///         .restarted(Restart::OnFailure.intensity(3, Duration::from_secs(60)))
+    ///         .tolerated()
+    ///         .worker("http", http)
+    /// });
+    /// # drop(app);
+    /// ```
+    pub fn restarted(mut self, policy: impl Into<RestartPolicy>) -> Self {
+        if let Some(worker) = self.workers.last_mut() {
+            worker.restart = Some(policy.into());
+        }
+        self
+    }
+
+    /// Lets the application go on if the worker added last fails or panics, past its restarts, and lets the exit code
+    /// be 0 all the same. Its end is reported as that of any other.
+    pub fn tolerated(mut self) -> Self {
+        if let Some(worker) = self.workers.last_mut() {
+            worker.is_tolerated = true;
+        }
+        self
+    }
+
     /// Sets the restart policy of the phase's workers. The default is the application's.
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = Some(policy.into());
@@ -77,7 +123,8 @@ impl Phase {
 
     #[track_caller]
     pub(crate) fn add(&mut self, name: String, work: Work) {
-        self.workers.push(Worker { name, added_at: Location::caller(), work });
+        let added_at = Location::caller();
+        self.workers.push(Worker { name, added_at, work, restart: None, is_tolerated: false });
     }
 }
 

@@ -6,6 +6,7 @@ use std::panic::Location;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use crate::panics::{Panic, catch};
 use crate::stop::StopReason;
 use crate::task::{BoxError, Slot, StragglerState, TaskOutcome};
 
@@ -29,6 +30,8 @@ pub struct TaskReport {
     pub group: String,
     /// Whether it is a worker of the application, rather than a task of a worker's.
     pub is_worker: bool,
+    /// Whether it is a worker whose failure is not the application's; see [`tolerated`](crate::Phase::tolerated).
+    pub is_tolerated: bool,
     /// How it ended; errors are rendered with their sources.
     pub outcome: TaskOutcome<(), String>,
     /// Where it was spawned; for a worker, where it was added.
@@ -47,6 +50,7 @@ impl TaskReport {
             name: slot.name.clone().into_owned(),
             group: group.to_owned(),
             is_worker,
+            is_tolerated: false,
             outcome,
             spawned_at: slot.spawned_at,
             last_mark: slot.last_mark(),
@@ -159,6 +163,7 @@ impl Report {
 
     /// Whether nothing has happened that anybody must know of.
     pub(crate) fn is_uneventful(&self) -> bool {
+        // A tolerated failure is one to be told all the same.
         let eventful = |task: &TaskReport| task.outcome.is_failed() || task.outcome.is_panicked();
         self.is_clean() && self.exit_code == EXIT_CLEAN && !self.tasks.iter().any(eventful)
     }
@@ -184,7 +189,7 @@ impl Report {
     /// The worst that happened decides.
     fn verdict(&self) -> u8 {
         let worker = |ended: fn(&TaskOutcome<(), String>) -> bool| {
-            self.tasks.iter().any(|task| task.is_worker && ended(&task.outcome))
+            self.tasks.iter().any(|task| task.is_worker && !task.is_tolerated && ended(&task.outcome))
         };
         if let StopReason::NotStarted { .. } = self.reason {
             EXIT_NOT_STARTED
@@ -229,6 +234,8 @@ pub(crate) struct Ledger {
 #[derive(Debug, Default)]
 struct Pages {
     workers: Vec<TaskReport>,
+    /// The names of the workers whose failures are not the application's, and where those were added.
+    tolerated: Vec<(String, &'static Location<'static>)>,
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
@@ -238,12 +245,13 @@ struct Pages {
 
 impl Ledger {
     /// Writes a task down if `claim` says so. One step, so that a task whose slot is claimed is on the list already.
-    pub(crate) fn record(&self, task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
+    pub(crate) fn record(&self, mut task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
         let mut pages = self.pages();
         if !claim() {
             return false;
         }
         if task.is_worker {
+            task.is_tolerated = pages.tolerated.iter().any(|(name, at)| *name == task.name && *at == task.spawned_at);
             pages.workers.push(task);
             return true;
         }
@@ -256,6 +264,11 @@ impl Ledger {
             pages.unlisted += 1;
         }
         true
+    }
+
+    /// From now on, the failure of this worker is not the application's.
+    pub(crate) fn tolerate(&self, worker: &str, added_at: &'static Location<'static>) {
+        self.pages().tolerated.push((worker.to_owned(), added_at));
     }
 
     /// Whether a task that cannot be stopped holds a thread of the runtime's.
@@ -309,8 +322,17 @@ pub(crate) fn say(outcome: &TaskOutcome<(), BoxError>) -> TaskOutcome<(), String
     match outcome {
         TaskOutcome::Completed(()) => TaskOutcome::Completed(()),
         TaskOutcome::Cancelled => TaskOutcome::Cancelled,
-        TaskOutcome::Failed(error) => TaskOutcome::Failed(chain(error.as_ref())),
-        TaskOutcome::Panicked { message, location } => TaskOutcome::Panicked { message: message.clone(), location },
+        TaskOutcome::Failed(error) => match catch(|| chain(error.as_ref())) {
+            Ok(text) => TaskOutcome::Failed(text),
+            // Its error is lost, but not the panic of whoever tried to read it.
+            Err(Panic { message, location }) => TaskOutcome::Panicked {
+                message: format!("in the text of an error: {message}"),
+                location: location.unwrap_or_else(|| Location::caller().into()),
+            },
+        },
+        TaskOutcome::Panicked { message, location } => {
+            TaskOutcome::Panicked { message: message.clone(), location: location.clone() }
+        }
         TaskOutcome::Aborted => TaskOutcome::Aborted,
         TaskOutcome::Abandoned => TaskOutcome::Abandoned,
     }

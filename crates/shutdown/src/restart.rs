@@ -1,14 +1,13 @@
 //! Restart policies. A worker that keeps failing is given up after a bounded number of attempts, and none begins while
 //! its phase is stopping.
 
-use std::any::Any;
 use std::collections::VecDeque;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::task::Poll;
 use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::panics::{Panic, catch};
 use crate::task::BoxError;
 use crate::worker::WorkerContext;
 
@@ -49,8 +48,8 @@ pub struct RestartPolicy {
 }
 
 impl RestartPolicy {
-    /// Allows at most `restarts` within any period of `within`. The next end escalates: it counts as the worker's own,
-    /// and if it was an error or a panic, it stops the application.
+    /// Allows at most `restarts` within any period of `within`. The next end escalates and stops the application: with
+    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often.
     pub fn intensity(mut self, restarts: u32, within: Duration) -> Self {
         (self.restarts, self.within) = (restarts, within);
         self
@@ -61,6 +60,16 @@ impl RestartPolicy {
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.first, self.longest) = (first, longest);
         self
+    }
+
+    /// The last end of a worker that came too soon after the others.
+    fn escalated(&self, end: End) -> End {
+        let Self { restarts, within, .. } = self;
+        match end {
+            // A worker that is to run always, and does not, is a failure however quietly it ends.
+            Ok(Ok(())) => Ok(Err(format!("ended again after {restarts} restarts within {within:?}").into())),
+            end => end,
+        }
     }
 
     fn applies(&self, end: &End) -> bool {
@@ -117,8 +126,8 @@ pub(crate) enum Work {
 
 pub(crate) type Attempt = std::pin::Pin<Box<dyn Future<Output = Result<(), BoxError>> + Send>>;
 
-/// How an attempt ended; the outer error is a panic's payload.
-pub(crate) type End = Result<Result<(), BoxError>, Box<dyn Any + Send>>;
+/// How an attempt ended; the outer error is a panic.
+pub(crate) type End = Result<Result<(), BoxError>, Panic>;
 
 /// Runs a worker to its last end.
 ///
@@ -134,7 +143,7 @@ pub(crate) async fn run(work: Work, policy: RestartPolicy, cx: WorkerContext) ->
         if cx.is_cancelled() || !policy.applies(&end) {
             return end;
         }
-        let Some(pause) = window.grant(Instant::now()) else { return end };
+        let Some(pause) = window.grant(Instant::now()) else { return policy.escalated(end) };
         #[cfg(feature = "tracing")]
         tracing::warn!(worker = cx.name(), failed = !matches!(end, Ok(Ok(()))), ?pause, "restarting a worker");
         let pause = pause.mul_f64(1.0 - fastrand::f64() / 2.0);
@@ -147,10 +156,10 @@ pub(crate) async fn run(work: Work, policy: RestartPolicy, cx: WorkerContext) ->
 async fn attempt(mut attempt: Attempt) -> End {
     std::future::poll_fn(|cx| {
         // What a panic may have broken is dropped with the attempt; the next one starts from scratch.
-        match catch_unwind(AssertUnwindSafe(|| attempt.as_mut().poll(cx))) {
+        match catch(|| attempt.as_mut().poll(cx)) {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
-            Err(payload) => Poll::Ready(Err(payload)),
+            Err(panic) => Poll::Ready(Err(panic)),
         }
     })
     .await

@@ -17,6 +17,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 
 use crate::clock::{Alarm, Clock, drive};
 use crate::group::TaskGroup;
+use crate::panics::{Panic, catch, watch};
 use crate::phase::{Phase, Worker};
 use crate::probe::TICK;
 use crate::report::TaskReport;
@@ -95,6 +96,7 @@ impl Ticker {
 
 /// Runs the phases from the first start to the last end. Afterwards no worker is alive.
 pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy, clock: &Clock) {
+    watch();
     if core.working() == 0 {
         core.request(StopReason::Completed);
     }
@@ -103,8 +105,8 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
         if core.stop.token().is_cancelled() {
             // Before anything of the user's is dropped, which may take its time: the deadline stands.
             core.request(StopReason::Requested);
-            for Worker { name, added_at, .. } in phase.workers {
-                never_started(core, &phase.name, name, added_at);
+            for Worker { name, added_at, work, .. } in phase.workers {
+                never_started(core, &phase.name, name, added_at, work);
             }
         } else {
             running.push(start(core, phase, restart, clock).await);
@@ -155,48 +157,83 @@ fn launch(
     worker: Worker,
     policy: RestartPolicy,
 ) -> CancellationToken {
-    let Worker { name, added_at, work } = worker;
+    let Worker { name, added_at, work, restart, is_tolerated } = worker;
+    let policy = restart.unwrap_or(policy);
+    if is_tolerated {
+        core.ledger.tolerate(&name, added_at);
+    }
     let ready = CancellationToken::new();
     let (shared, told) = (Arc::clone(core), ready.clone());
     // The thread of the phases is none of the runtime's.
     let _entered = core.runtime.get().map(Handle::enter);
-    let run = move |cx: WorkerContext| run_worker(shared, work, policy, cx.with_ready(told));
-    if group.spawn_contextual(name.clone().into(), added_at, run).is_err() {
-        never_started(core, phase, name, added_at);
+    let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.with_ready(told));
+    if let Err(rejected) = group.spawn_contextual(name.clone().into(), added_at, run) {
+        never_started(core, phase, name, added_at, rejected);
     }
     ready
 }
 
 /// Runs one worker to its last end, and stops the application if that was an error or a panic.
-async fn run_worker(core: Arc<Core>, work: Work, policy: RestartPolicy, cx: WorkerContext) -> Result<(), BoxError> {
-    /// Counts the worker as ended however it ends: its future may be dropped at any await.
-    struct Working(Arc<Core>, WorkerContext);
-    impl Drop for Working {
-        fn drop(&mut self) {
-            // One that has ended cannot become ready any more, and nobody need wait for it.
-            self.1.ready();
-            self.0.worker_ended();
-        }
-    }
-    let working = Working(Arc::clone(&core), cx.clone());
-    let worker = cx.name().to_owned();
+async fn run_worker(
+    core: Arc<Core>,
+    work: Work,
+    policy: RestartPolicy,
+    is_tolerated: bool,
+    cx: WorkerContext,
+) -> Result<(), BoxError> {
+    let working = Working { core, cx: cx.clone(), is_tolerated };
     let end = restart::run(work, policy, cx).await;
     // Before the count, so that the last worker's failure is the reason and not that all have ended.
     match &end {
         Ok(Ok(())) => {}
-        Ok(Err(_)) => core.request(StopReason::Failed { worker }),
-        Err(_) => core.request(StopReason::Panicked { worker }),
+        Ok(Err(_)) => working.failed(|worker| StopReason::Failed { worker }),
+        Err(_) => working.failed(|worker| StopReason::Panicked { worker }),
     }
     drop(working);
-    end.unwrap_or_else(|payload| std::panic::resume_unwind(payload))
+    end.unwrap_or_else(|panic| std::panic::resume_unwind(Box::new(panic)))
 }
 
-fn never_started(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>) {
+/// Counts a worker as ended however it ends: its future may be dropped at any await.
+struct Working {
+    core: Arc<Core>,
+    cx: WorkerContext,
+    is_tolerated: bool,
+}
+
+impl Working {
+    fn failed(&self, reason: impl FnOnce(String) -> StopReason) {
+        if !self.is_tolerated {
+            self.core.request(reason(self.cx.name().to_owned()));
+        }
+    }
+}
+
+impl Drop for Working {
+    fn drop(&mut self) {
+        // What the worker has captured is dropped last, and may panic when all else went well.
+        if thread::panicking() {
+            self.failed(|worker| StopReason::Panicked { worker });
+        }
+        // One that has ended cannot become ready any more, and nobody need wait for it.
+        self.cx.ready();
+        self.core.worker_ended();
+    }
+}
+
+/// Writes down a worker that will never run. Dropping its work may panic, which is then how it ended.
+fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>, work: W) {
+    let outcome = match catch(|| drop(work)) {
+        Ok(()) => TaskOutcome::Cancelled,
+        Err(Panic { message, location }) => {
+            TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| added_at.into()) }
+        }
+    };
     let report = TaskReport {
         name,
         group: phase.to_owned(),
         is_worker: true,
-        outcome: TaskOutcome::Cancelled,
+        is_tolerated: false,
+        outcome,
         spawned_at: added_at,
         last_mark: None,
         straggling: None,
@@ -303,7 +340,7 @@ mod tests {
             let group = TaskGroup::of_workers(Arc::clone(&self.core.ledger), phase.name);
             let slot = Slot::new("worker".into(), Location::caller(), Kind::Contextual);
             let cx = WorkerContext::new(Arc::new(slot), group.node());
-            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), cx).await.is_ok()
+            run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), false, cx).await.is_ok()
         }
 
         fn check(&self, outcome: Outcome<bool>, attempts: usize) -> Result<(), String> {
@@ -370,7 +407,8 @@ mod tests {
         group.stop(StopReason::Requested, Instant::now());
 
         let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
-        let worker = Worker { name: "late".to_owned(), added_at: Location::caller(), work };
+        let (name, added_at) = ("late".to_owned(), Location::caller());
+        let worker = Worker { name, added_at, work, restart: None, is_tolerated: false };
         launch(&core, &group, "main", worker, Restart::Never.into());
 
         let report = core.report(Unnamed::default());

@@ -1,13 +1,14 @@
 //! One task and its traces: name, origin, pulse, last mark. Whatever becomes of a task, is told exactly once.
 
-use std::any::Any;
 use std::borrow::Cow;
 use std::fmt;
-use std::panic::{AssertUnwindSafe, Location, catch_unwind};
+use std::panic::Location;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::task::AbortHandle;
+
+use crate::panics::{Panic, PanicLocation, catch, watch};
 
 use crate::stop::{OwnStop, Stopping};
 
@@ -27,10 +28,10 @@ pub enum TaskOutcome<T = (), E = BoxError> {
     /// It panicked.
     #[non_exhaustive]
     Panicked {
-        /// What the panic said, or an empty text if its payload was not one.
+        /// What the panic said, or the type of its payload if that is no text.
         message: String,
-        /// Where the task was spawned. (The line of the panic is known to the panic hook alone.)
-        location: &'static Location<'static>,
+        /// Where it panicked; where the task was spawned if the program has set a panic hook since, which alone is told.
+        location: PanicLocation,
     },
     /// Its grace was over, or its runtime was shut down, and its future was dropped.
     Aborted,
@@ -74,7 +75,7 @@ impl<T, E: fmt::Display> fmt::Display for TaskOutcome<T, E> {
             Self::Completed(_) => f.write_str("completed"),
             Self::Cancelled => f.write_str("cancelled"),
             Self::Failed(error) => write!(f, "failed: {error}"),
-            Self::Panicked { message, .. } => write!(f, "panicked: {message}"),
+            Self::Panicked { message, location } => write!(f, "panicked: {message}, at {location}"),
             Self::Aborted => f.write_str("aborted"),
             Self::Abandoned => f.write_str("abandoned"),
         }
@@ -223,6 +224,7 @@ pub(crate) struct Slot {
 
 impl Slot {
     pub(crate) fn new(name: Cow<'static, str>, spawned_at: &'static Location<'static>, kind: Kind) -> Self {
+        watch();
         Self {
             name,
             spawned_at,
@@ -235,6 +237,12 @@ impl Slot {
             abort: Mutex::new(Abort::NotSpawned { wanted: false }),
             mark: Mutex::new(None),
         }
+    }
+
+    /// How a task ends that panicked.
+    pub(crate) fn panicked<T, E>(&self, panic: Panic) -> TaskOutcome<T, E> {
+        let Panic { message, location } = panic;
+        TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| self.spawned_at.into()) }
     }
 
     pub(crate) fn beat(&self) {
@@ -366,15 +374,7 @@ impl Slot {
 /// Runs `call`, turning a panic into the outcome that says so.
 pub(crate) fn guarded<R, T, E>(slot: &Slot, call: impl FnOnce() -> R) -> Result<R, TaskOutcome<T, E>> {
     slot.beat();
-    // The state a panic may have broken is dropped unseen with the task, so unwinding past it is safe.
-    let result = catch_unwind(AssertUnwindSafe(call));
+    let result = catch(call);
     slot.beat();
-    result.map_err(|payload| TaskOutcome::Panicked { message: panic_message(payload), location: slot.spawned_at })
-}
-
-fn panic_message(payload: Box<dyn Any + Send>) -> String {
-    match payload.downcast::<String>() {
-        Ok(message) => *message,
-        Err(payload) => payload.downcast_ref::<&str>().copied().unwrap_or_default().to_owned(),
-    }
+    result.map_err(|panic| slot.panicked(panic))
 }

@@ -50,11 +50,24 @@ impl<T, E> Drop for Ticket<T, E> {
 
 pin_project! {
     // The future is declared before the ticket and so is dropped before it: also when a task is aborted, its destructors
-    // have run when its end is told, even if one of them panicked.
+    // have run when its end is told.
     pub(crate) struct Tracked<F, T, E> {
         #[pin]
         future: Option<F>,
         ticket: Ticket<T, E>,
+    }
+
+    impl<F, T, E> PinnedDrop for Tracked<F, T, E> {
+        fn drop(this: Pin<&mut Self>) {
+            let mut this = this.project();
+            if this.future.is_some() {
+                let slot = Arc::clone(&this.ticket.slot);
+                // A destructor that panics is how the task ended, also of one that is cancelled or cut.
+                if let Err(panicked) = guarded(&slot, || this.future.set(None)) {
+                    this.ticket.roster.tell(this.ticket.index, &slot, panicked, |_, _| {});
+                }
+            }
+        }
     }
 }
 

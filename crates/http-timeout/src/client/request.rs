@@ -26,9 +26,8 @@ use crate::{
 #[must_use = "a request does nothing until it is sent"]
 pub struct RequestBuilder {
     client: Arc<Shared>,
-    request: Result<reqwest::RequestBuilder, RequestError>,
-    /// What is asked for, because an invalid request does not tell.
-    subject: Option<Subject>,
+    /// With what it is about, because an invalid request does not tell.
+    request: Result<(reqwest::RequestBuilder, Subject), RequestError>,
     timeout: Option<Duration>,
     idempotent: bool,
     streaming: bool,
@@ -41,21 +40,19 @@ impl RequestBuilder {
             Box::new(CallReport { method, url, phase: Phase::Permit, attempts: 0, elapsed })
         };
         // Parsed before it is given away: reqwest's error does not say what was no URL.
-        let (request, subject) = match (Url::parse(url.as_str()), client.reqwest()) {
+        let request = match (Url::parse(url.as_str()), client.reqwest()) {
             (Ok(url), Ok(reqwest)) => {
                 let subject = Subject { method: method.clone(), url: url.clone() };
-                (Ok(reqwest.request(method, url)), Some(subject))
+                Ok((reqwest.request(method, url), subject))
             }
-            (Ok(url), Err(error)) => {
-                (Err(RequestError::Setup(Failure { error, report: report(redacted(&url).into()) })), None)
-            }
+            (Ok(url), Err(error)) => Err(RequestError::Setup(Failure { error, report: report(redacted(&url).into()) })),
             (Err(_), _) => {
                 let shown = redacted_text(url.as_str());
                 let error = url.into_url().err().map(|error| RequestError::reported(error, report(shown)));
-                (Err(error.expect("what cannot be parsed is no URL for reqwest either")), None)
+                Err(error.expect("what cannot be parsed is no URL for reqwest either"))
             }
         };
-        Self::of(client, request, subject)
+        Self::of(client, request)
     }
 
     /// Goes on with a request that was built elsewhere.
@@ -63,27 +60,23 @@ impl RequestBuilder {
         let subject = Subject { method: request.method().clone(), url: request.url().clone() };
         let timeout = request.timeout_mut().take();
         let built = match client.reqwest() {
-            Ok(reqwest) => Ok(reqwest::RequestBuilder::from_parts(reqwest.clone(), request)),
+            Ok(reqwest) => Ok((reqwest::RequestBuilder::from_parts(reqwest.clone(), request), subject)),
             Err(error) => {
                 let report = subject.report(Phase::Permit, 0, Duration::ZERO);
                 Err(RequestError::Setup(Failure { error, report }))
             }
         };
-        let builder = Self::of(client, built, Some(subject));
+        let builder = Self::of(client, built);
         if timeout.is_some() { builder.timeout(timeout) } else { builder }
     }
 
-    fn of(
-        client: Arc<Shared>,
-        request: Result<reqwest::RequestBuilder, RequestError>,
-        subject: Option<Subject>,
-    ) -> Self {
+    fn of(client: Arc<Shared>, request: Result<(reqwest::RequestBuilder, Subject), RequestError>) -> Self {
         let timeout = client.options.timeout;
-        Self { client, request, subject, timeout, idempotent: false, streaming: false }
+        Self { client, request, timeout, idempotent: false, streaming: false }
     }
 
     fn map(mut self, change: impl FnOnce(reqwest::RequestBuilder) -> reqwest::RequestBuilder) -> Self {
-        self.request = self.request.map(change);
+        self.request = self.request.map(|(request, subject)| (change(request), subject));
         self
     }
 
@@ -180,27 +173,15 @@ impl RequestBuilder {
     /// the network failed. A timeout while the body is read is an error of reading it, for which
     /// [`reqwest::Error::is_timeout`] holds.
     pub async fn send(self) -> Result<Response, RequestError> {
-        let (reqwest, request) = self.request?.build_split();
-        let mut request = match (request, &self.subject) {
-            (Ok(request), _) => request,
-            (Err(error), Some(subject)) => {
-                let report = subject.report(Phase::Permit, 0, Duration::ZERO);
-                return Err(RequestError::reported(error, report));
-            }
-            (Err(error), None) => return Err(error.into()),
-        };
-        for (name, value) in &self.client.options.default_headers {
-            if let Entry::Vacant(vacant) = request.headers_mut().entry(name) {
-                vacant.insert(value.clone());
-            }
-        }
-        let order = Order { timeout: self.timeout, idempotent: self.idempotent, streaming: self.streaming };
-        Call::new(&self.client, reqwest, request, order, self.subject).run().await
+        // Taken apart first, so that the future does not carry what the request was built from.
+        let Self { client, request, timeout, idempotent, streaming } = self;
+        let mut call = prepared(&client, request, Order { timeout, idempotent, streaming })?;
+        let (response, hold) = call.run().await?;
+        Ok(call.finish(response, hold))
     }
 
-    /// Sends the request and turns 4xx and 5xx into errors.
+    /// Sends a GET request and turns 4xx and 5xx into errors.
     pub(crate) async fn send_for_success(self) -> Result<Response, RequestError> {
-        let method = self.subject.as_ref().map(|subject| subject.method.clone());
         let begun = Instant::now();
         let response = self.send().await?;
         let status = response.status();
@@ -209,10 +190,29 @@ impl RequestBuilder {
         }
         let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
         let (url, elapsed) = (redacted(response.url()).into(), begun.elapsed());
+        let method = Some(Method::GET);
         Err(RequestError::Http {
             status,
             retry_after: retry_after(response.headers(), SystemTime::now()),
             report: Box::new(CallReport { method, url, phase: Phase::Response, attempts, elapsed }),
         })
     }
+}
+
+/// The call that sends the request, if that is valid.
+fn prepared(
+    client: &Shared,
+    request: Result<(reqwest::RequestBuilder, Subject), RequestError>,
+    order: Order,
+) -> Result<Call<'_>, RequestError> {
+    let (request, subject) = request?;
+    let (reqwest, request) = request.build_split();
+    let mut request =
+        request.map_err(|error| RequestError::reported(error, subject.report(Phase::Permit, 0, Duration::ZERO)))?;
+    for (name, value) in &client.options.default_headers {
+        if let Entry::Vacant(vacant) = request.headers_mut().entry(name) {
+            vacant.insert(value.clone());
+        }
+    }
+    Ok(Call::new(client, reqwest, request, subject, order))
 }

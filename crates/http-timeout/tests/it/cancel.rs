@@ -82,6 +82,23 @@ fn get_with_timeout_dropped_anywhere_gives_everything_back() {
 }
 
 #[test]
+fn a_request_that_was_built_elsewhere_dropped_anywhere_gives_everything_back() {
+    let report = explore().run(
+        async || rig(),
+        async |rig| {
+            let request = reqwest::Request::new(http::Method::GET, rig.server.url("/").parse().unwrap());
+            rig.client.execute(request).await.unwrap().bytes().await.unwrap().len()
+        },
+        async |rig, outcome| match outcome {
+            Outcome::Completed(300) | Outcome::Dropped { .. } => given_back(rig),
+            Outcome::Completed(length) => Err(format!("{length} bytes")),
+        },
+    );
+    report.publish(CRATE, "execute");
+    report.assert_clean();
+}
+
+#[test]
 fn get_many_dropped_anywhere_gives_everything_back() {
     let report = explore().run(
         async || rig(),

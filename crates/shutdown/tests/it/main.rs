@@ -8,6 +8,7 @@ mod child;
 mod group;
 mod interleavings;
 mod named;
+mod panics;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
 #[cfg(all(unix, feature = "signal"))]

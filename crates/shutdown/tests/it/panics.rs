@@ -1,0 +1,225 @@
+//! A panic of a worker, or of what it owns, is the exit code 101, wherever it comes from, and says its own place.
+
+use std::fmt;
+use std::future::pending;
+use std::panic::panic_any;
+use std::time::Duration;
+
+use cancel_safe_shutdown::{Application, Phase, Report, Restart, StopReason, TaskGroup, TaskOutcome, WorkerContext};
+
+/// Panics when it is dropped, unless it is a copy.
+struct Bomb(bool);
+
+impl Bomb {
+    fn armed() -> Self {
+        Self(true)
+    }
+}
+
+impl Clone for Bomb {
+    fn clone(&self) -> Self {
+        Self(false)
+    }
+}
+
+impl Drop for Bomb {
+    fn drop(&mut self) {
+        if self.0 {
+            panic!("a bomb went off");
+        }
+    }
+}
+
+async fn cooperative(cx: WorkerContext) {
+    cx.cancelled().await;
+}
+
+/// Serves the application to its end, which it finds by itself.
+async fn serve(app: Application) -> Report {
+    app.serve().await.unwrap()
+}
+
+fn worker<'a>(report: &'a Report, name: &str) -> &'a TaskOutcome<(), String> {
+    &report.tasks().iter().find(|task| task.is_worker && task.name == name).unwrap().outcome
+}
+
+#[track_caller]
+fn assert_panicked(report: &Report, name: &str) {
+    assert!(worker(report, name).is_panicked(), "{report}");
+    assert_eq!(report.exit_code(), 101, "{report}");
+    assert!(matches!(report.reason(), StopReason::Panicked { worker } if worker == name), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_payload_whose_destructor_panics_is_a_panic() {
+    let app = Application::new("app").worker("good", cooperative);
+    let app = app.worker("broken", |_: WorkerContext| async { panic_any(Bomb::armed()) });
+    assert_panicked(&serve(app).await, "broken");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_captured_value_that_panics_when_all_else_is_done_stops_the_application() {
+    let bomb = Bomb::armed();
+    let carries = move |_: WorkerContext| async move { drop(bomb) };
+    let report = serve(Application::new("app").worker("good", cooperative).worker("carrier", carries)).await;
+    assert_panicked(&report, "carrier");
+    assert!(report.to_string().contains("a bomb went off"), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_captured_value_that_panics_after_a_restart_is_a_panic() {
+    let bomb = Bomb::armed();
+    let fails = move |_: WorkerContext| async move {
+        drop(bomb);
+        Err::<(), _>("not yet")
+    };
+    let app = Application::new("app").restart(Restart::OnFailure.intensity(1, Duration::from_secs(60)));
+    let report = serve(app.worker("carrier", fails)).await;
+    assert!(worker(&report, "carrier").is_panicked() && report.exit_code() == 101, "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_cut_with_a_value_that_panics_is_a_panic() {
+    let app = Application::new("app").shutdown_timeout(Duration::from_secs(1));
+    let stop = app.shutdown_handle();
+    let app = app.worker_once("carrier", |_: WorkerContext| async move {
+        let _bomb = Bomb::armed();
+        stop.cancel();
+        pending::<()>().await;
+    });
+    let report = serve(app).await;
+    assert!(worker(&report, "carrier").is_panicked() && report.exit_code() == 101, "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_never_starts_may_panic_all_the_same() {
+    let bomb = Bomb::armed();
+    let app = Application::new("app").worker_once("late", move |_: WorkerContext| async move { drop(bomb) });
+    app.shutdown_handle().cancel();
+    let report = serve(app.worker("good", cooperative)).await;
+    assert!(worker(&report, "late").is_panicked() && report.exit_code() == 101, "{report}");
+    assert!(worker(&report, "good").is_cancelled(), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_cancelled_task_whose_destructor_panics_has_panicked() {
+    let app = Application::new("app").worker("keeper", |cx: WorkerContext| async move {
+        let group = cx.group();
+        let carries = async {
+            let _bomb = Bomb::armed();
+            pending::<()>().await;
+        };
+        group.spawn("carrier", carries).map_err(|_| "closed")?;
+        tokio::task::yield_now().await;
+        group.cancel_all().await;
+        drop(group.wait().await);
+        Ok::<_, &str>(())
+    });
+    let report = serve(app).await;
+    assert_eq!(report.exit_code(), 101, "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_error_whose_text_panics_is_a_panic() {
+    #[derive(Debug)]
+    struct Unspeakable;
+    impl fmt::Display for Unspeakable {
+        fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+            panic!("no words")
+        }
+    }
+    impl std::error::Error for Unspeakable {}
+    let app = Application::new("app").worker("broken", |_: WorkerContext| async { Err::<(), _>(Unspeakable) });
+    let report = serve(app).await;
+    assert!(worker(&report, "broken").is_panicked() && report.exit_code() == 101, "{report}");
+    assert!(report.to_string().contains("in the text of an error: no words"), "{report}");
+}
+
+#[tokio::test]
+async fn the_place_of_a_panic_is_where_it_panicked() {
+    fn deep() {
+        panic!("deep down");
+    }
+    let mut group = TaskGroup::new();
+    group.spawn("async", async { deep() }).unwrap();
+    group.spawn_blocking("blocking", |_| deep()).unwrap();
+    let line = line!() - 5;
+    while let Some((name, outcome)) = group.join_next().await {
+        let TaskOutcome::Panicked { message, location, .. } = outcome else { panic!("{name}: {outcome:?}") };
+        assert_eq!((message.as_str(), location.line()), ("deep down", line), "{name}");
+        assert!(location.file().ends_with("panics.rs"), "{location}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_payload_that_is_no_text_says_its_type() {
+    let app = Application::new("app").worker("number", |_: WorkerContext| async { panic_any(42_u32) });
+    let report = serve(app).await;
+    assert!(report.to_string().contains("panicked: a value of type u32: 42, at "), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_that_ends_too_often_under_always_stops_the_application() {
+    let policy = Restart::Always.intensity(2, Duration::from_secs(60));
+    let app = Application::new("app").restart(policy).worker_once("good", cooperative);
+    let report = serve(app.worker("flapping", |_: WorkerContext| async {})).await;
+    assert!(matches!(report.reason(), StopReason::Failed { worker } if worker == "flapping"), "{report}");
+    assert_eq!(report.exit_code(), 1);
+    assert!(report.to_string().contains("failed: ended again after 2 restarts within 60s"), "{report}");
+}
+
+/// A phase of a worker that fails its first time, and of one that waits for the end.
+fn flaky(phase: Phase, restart: Option<Restart>) -> Phase {
+    let attempts = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let work = move |cx: WorkerContext| async move {
+        if attempts.fetch_add(1, std::sync::atomic::Ordering::SeqCst) == 0 {
+            return Err("the first time");
+        }
+        cx.cancelled().await;
+        Ok(())
+    };
+    let phase = phase.worker("flaky", work);
+    match restart {
+        Some(restart) => phase.restarted(restart),
+        None => phase,
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_worker_may_have_a_restart_policy_of_its_own() {
+    for (restart, code) in [(None, 1), (Some(Restart::OnFailure), 0), (Some(Restart::Never), 1)] {
+        let app = Application::new("app").phase("main", |phase| flaky(phase, restart));
+        let stop = app.shutdown_handle();
+        let timer = |_: WorkerContext| async move {
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            stop.cancel();
+        };
+        let report = serve(app.worker_once("timer", timer)).await;
+        assert_eq!(report.exit_code(), code, "{restart:?}: {report}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_tolerated_worker_fails_alone_and_is_reported() {
+    async fn fails(_: WorkerContext) -> Result<(), &'static str> {
+        Err("no metrics today")
+    }
+    async fn panics(_: WorkerContext) {
+        panic!("no traces either")
+    }
+    let app = Application::new("app").worker("metrics", fails).tolerated().worker("traces", panics).tolerated();
+    let stop = app.shutdown_handle();
+    let timer = |_: WorkerContext| async move {
+        tokio::time::sleep(Duration::from_secs(5)).await;
+        stop.cancel();
+    };
+    let report = serve(app.worker_once("timer", timer)).await;
+    assert_eq!((report.reason(), report.exit_code()), (&StopReason::Requested, 0), "{report}");
+    assert!(report.is_clean());
+    assert!(worker(&report, "metrics").is_failed() && worker(&report, "traces").is_panicked(), "{report}");
+    assert!(report.tasks().iter().filter(|task| task.is_tolerated).count() == 2, "{report}");
+    assert!(report.to_string().contains("no metrics today"), "{report}");
+
+    let others = Application::new("app").worker("metrics", fails).tolerated().worker("broken", fails);
+    assert_eq!(serve(others).await.exit_code(), 1);
+}
