@@ -11,18 +11,19 @@ use tokio::runtime::{Builder, Handle};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
+use crate::actions::{Actions, SignalContext};
 use crate::clock::Clock;
+use crate::course::{AppError, Course, Listening};
 use crate::phase::{Phase, again, once};
 use crate::report::{EXIT_NOT_STARTED, Report, Unnamed, chain};
 use crate::restart::{Restart, RestartPolicy};
-use crate::signal::Signals;
+use crate::signal::{Signal, Signals};
 use crate::state::Core;
 use crate::stop::{Stop, StopReason};
-use crate::supervisor::{Supervisor, Ticker, supervise};
+use crate::supervisor::{Ticker, supervise};
 use crate::task::WorkerOutput;
-use crate::unnamed;
 use crate::voice::{Audience, print};
-use crate::watchdog::{Watchdog, end_process};
+use crate::watchdog::Watchdog;
 use crate::worker::WorkerContext;
 
 /// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
@@ -34,43 +35,6 @@ const ANSWER_SLACK: Duration = Duration::from_millis(100);
 const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
-
-/// Why an application could not be started.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum AppError {
-    /// The handlers of SIGINT and SIGTERM could not be installed.
-    #[error("the signal handlers could not be installed")]
-    Signals(#[source] io::Error),
-    /// A thread of the application's own (for signals, for the deadline, for callbacks) could not be started.
-    #[error("the thread for {purpose} could not be started")]
-    #[non_exhaustive]
-    Thread {
-        /// What the thread is for.
-        purpose: &'static str,
-        /// Why the system did not start it.
-        source: io::Error,
-    },
-    /// The runtime could not be built.
-    #[error("the runtime could not be built")]
-    Runtime(#[source] io::Error),
-    /// `run` was called inside a runtime; there, `serve` is the one to call.
-    #[error("an application cannot own a runtime inside another runtime")]
-    InsideRuntime,
-}
-
-impl AppError {
-    /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
-    ///
-    /// Every other error is the system's refusal.
-    pub fn is_inside_runtime(&self) -> bool {
-        matches!(self, Self::InsideRuntime)
-    }
-
-    fn thread(purpose: &'static str) -> impl Fn(io::Error) -> Self {
-        move |source| Self::Thread { purpose, source }
-    }
-}
 
 /// Workers that start together, end together and stop the process with a report and an exit code.
 ///
@@ -109,6 +73,7 @@ pub struct Application {
     second_signal_after: Duration,
     restart: RestartPolicy,
     audience: Audience,
+    actions: Actions,
     runtime: Option<Builder>,
     signals: io::Result<Signals>,
 }
@@ -128,6 +93,7 @@ impl Application {
             second_signal_after: SECOND_SIGNAL_AFTER,
             restart: Restart::Never.into(),
             audience: Audience::default(),
+            actions: Actions::default(),
             runtime: None,
             signals: Signals::install(),
         }
@@ -254,6 +220,34 @@ impl Application {
         self
     }
 
+    /// Adds what is done on a signal that does not stop the application: on SIGHUP, say, its configuration is read again.
+    ///
+    /// Runs on a thread for such actions alone, from the start of the application on; a panic ends the action and no
+    /// more. [`run`](Self::run) has an action for SIGQUIT unless one is added: it [lists](SignalContext::dump) on the
+    /// standard error what is alive. A SIGHUP that the process was started to ignore, as by `nohup`, stays ignored where
+    /// that can be told, which is on Linux. Without the feature `signal`, and elsewhere than on Unix, none arrives.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, Signal, WorkerContext};
+    /// use tokio::sync::watch;
+    ///
+    /// let (reload, mut config) = watch::channel(0_u32);
+    /// let app = Application::new("shop")
+    ///     .on_signal(Signal::Hangup, move |_| reload.send_modify(|version| *version += 1))
+    ///     .worker_once("http", move |cx: WorkerContext| async move {
+    ///         while let Some(Ok(())) = cx.token().run_until_cancelled(config.changed()).await {
+    ///             // The configuration is to be read again.
+    ///         }
+    ///     });
+    /// # drop(app);
+    /// ```
+    pub fn on_signal(mut self, signal: Signal, action: impl FnMut(SignalContext) + Send + 'static) -> Self {
+        self.actions.add(signal, Box::new(action));
+        self
+    }
+
     /// Sets the restart policy of every phase without one of its own. The default is [`Restart::Never`].
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = policy.into();
@@ -309,6 +303,7 @@ impl Application {
     /// application that could not be started has the code 71 and a report that says why.
     pub fn run(mut self) -> ExitCode {
         self.audience.is_on_stderr = true;
+        self.actions.add_dump();
         let (core, course) = match self.prepare() {
             Ok(prepared) => prepared,
             Err(error) => {
@@ -358,14 +353,11 @@ impl Application {
     pub async fn serve(self) -> Result<Report, AppError> {
         let (core, course) = self.prepare()?;
         let (first, second) = (Arc::clone(&core), Arc::clone(&core.ending));
-        let signals = course.signals.map_err(AppError::Signals)?;
-        let _forwarding = signals
-            .forward(
-                course.second_signal_after,
-                move |signal| first.request(StopReason::Signal(signal)),
-                move |_| second.hurry(),
-            )
-            .map_err(AppError::thread("signals"))?;
+        let _forwarding = course.signals.map_err(AppError::Signals)?.start(
+            &core,
+            move |signal| first.request(StopReason::Signal(signal)),
+            move |_| second.hurry(),
+        )?;
         let _ticker = Ticker::start(&core, Handle::current()).map_err(AppError::thread("the runtime's pulse"))?;
         supervise(&core, course.phases, course.restart, &Clock::Tokio).await;
         let mut report = core.report(Unnamed::default());
@@ -385,8 +377,9 @@ impl Application {
         let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
         let core = Core::start(self.name, self.stop, [self.budget, self.drain_delay], workers, self.audience);
         let core = core.map_err(AppError::thread("callbacks"))?;
-        let Self { phases, restart, runtime, signals, second_signal_after, .. } = self;
-        Ok((Arc::new(core), Course { phases, restart, runtime, signals, second_signal_after }))
+        let Self { phases, restart, runtime, signals, second_signal_after, actions, .. } = self;
+        let signals = signals.map(|signals| Listening { signals, quiet: second_signal_after, actions });
+        Ok((Arc::new(core), Course { phases, restart, runtime, signals }))
     }
 
     #[track_caller]
@@ -406,47 +399,5 @@ impl fmt::Debug for Application {
             .field("phases", &self.phases)
             .field("shutdown_timeout", &self.budget)
             .finish_non_exhaustive()
-    }
-}
-
-/// What is to be run.
-struct Course {
-    phases: Vec<Phase>,
-    restart: RestartPolicy,
-    runtime: Option<Builder>,
-    signals: io::Result<Signals>,
-    second_signal_after: Duration,
-}
-
-impl Course {
-    fn run(self, core: &Arc<Core>) -> Result<u8, AppError> {
-        if Handle::try_current().is_ok() {
-            return Err(AppError::InsideRuntime);
-        }
-        let (first, second) = (Arc::clone(core), Arc::clone(core));
-        let signals = self.signals.map_err(AppError::Signals)?;
-        let _forwarding = signals
-            .forward(
-                self.second_signal_after,
-                move |signal| first.request(StopReason::Signal(signal)),
-                move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
-            )
-            .map_err(AppError::thread("signals"))?;
-        let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
-        let mut builder = self.runtime.unwrap_or_else(|| unnamed::counting_builder(core));
-        let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
-        let supervisor = Supervisor::start(core, self.phases, self.restart, runtime.handle());
-        runtime.block_on(supervisor.map_err(AppError::thread("the phases"))?.ended());
-        let unnamed = unnamed::end(core, runtime);
-
-        let Some(voice) = core.ending.claim() else {
-            // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.
-            loop {
-                std::thread::park();
-            }
-        };
-        let code = voice.deliver(core.report(unnamed), None, Watchdog::patience(core.remaining()));
-        drop(watchdog);
-        Ok(code)
     }
 }

@@ -74,6 +74,8 @@
 //! | event | what happens |
 //! |---|---|
 //! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; never a kill by the system's default |
+//! | SIGTERM or SIGINT inherited as blocked | it is unblocked; a SIGHUP inherited as ignored (`nohup`) stays ignored |
+//! | SIGHUP, SIGUSR1, SIGUSR2 | what [`on_signal`](Application::on_signal) says; on SIGQUIT, `run` lists what is alive |
 //! | every worker ends in time | exit code 0, or what [`exit_code`](Application::exit_code) says |
 //! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101; not if it is [tolerated](Phase::tolerated) |
 //! | a destructor panics: of a payload, of what a worker has captured, of a task that is cancelled or never starts | the same as any other panic |
@@ -131,8 +133,10 @@
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
 
+mod actions;
 mod application;
 mod clock;
+mod course;
 mod ending;
 mod group;
 mod named;
@@ -158,7 +162,9 @@ mod voice;
 mod watchdog;
 mod worker;
 
-pub use application::{AppError, Application};
+pub use actions::SignalContext;
+pub use application::Application;
+pub use course::AppError;
 pub use group::TaskGroup;
 pub use named::LiveTask;
 pub use panics::PanicLocation;
@@ -167,6 +173,7 @@ pub use report::{Report, TaskReport};
 pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
 pub use scope::BodyOutput;
+pub use signal::Signal;
 pub use stop::StopReason;
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};

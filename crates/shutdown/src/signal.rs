@@ -1,5 +1,5 @@
-//! SIGINT and SIGTERM, on an OS thread of their own: a wedged runtime cannot keep a signal from being seen. Copies of one
-//! signal, delivered twice within a quiet time, are one signal.
+//! Signals, on an OS thread of their own: a wedged runtime cannot keep one from being seen. SIGINT and SIGTERM stop;
+//! copies of one signal, delivered twice within a quiet time, are one signal.
 
 use std::io;
 use std::time::Duration;
@@ -7,7 +7,50 @@ use std::time::Duration;
 use std::time::Instant;
 
 #[cfg(all(unix, feature = "signal"))]
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+
+/// A signal that does not stop an application; see [`on_signal`](crate::Application::on_signal).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Signal {
+    /// SIGHUP, by custom the request to read the configuration again. Without an action it ends the process.
+    Hangup,
+    /// SIGQUIT, or Ctrl-\ on a terminal. Without an action, [`run`](crate::Application::run) lists on the standard error
+    /// what is alive.
+    Quit,
+    /// SIGUSR1. Without an action it ends the process.
+    User1,
+    /// SIGUSR2. Without an action it ends the process.
+    User2,
+}
+
+#[cfg(all(unix, feature = "signal"))]
+impl Signal {
+    fn number(self) -> i32 {
+        match self {
+            Self::Hangup => SIGHUP,
+            Self::Quit => SIGQUIT,
+            Self::User1 => SIGUSR1,
+            Self::User2 => SIGUSR2,
+        }
+    }
+
+    fn of(number: i32) -> Option<Self> {
+        [Self::Hangup, Self::Quit, Self::User1, Self::User2].into_iter().find(|signal| signal.number() == number)
+    }
+}
+
+/// What is done with the signals.
+pub(crate) struct Forward<F, S, O> {
+    /// How long after the first one another is a copy of it.
+    pub(crate) quiet: Duration,
+    /// Called with the first signal that stops.
+    pub(crate) first: F,
+    /// Called with each one after the quiet time.
+    pub(crate) second: S,
+    /// Called with those that do not stop.
+    pub(crate) other: O,
+}
 
 /// The installed handlers. Signals that arrive before [`Signals::forward`] are kept for it.
 #[derive(Debug)]
@@ -25,40 +68,77 @@ pub(crate) struct Forwarding {
 
 #[cfg(all(unix, feature = "signal"))]
 impl Signals {
-    /// From here on neither signal ends the process by its default.
+    /// From here on neither SIGINT nor SIGTERM ends the process by its default.
     pub(crate) fn install() -> io::Result<Self> {
-        Ok(Self { source: signal_hook::iterator::Signals::new([SIGINT, SIGTERM])? })
+        let source = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
+        unblock(&[SIGINT, SIGTERM])?;
+        Ok(Self { source })
+    }
+
+    /// Sees to these signals as well, but not to a SIGHUP that `nohup` has had ignored.
+    pub(crate) fn add(&self, signals: impl Iterator<Item = Signal>) -> io::Result<()> {
+        for signal in signals.filter(|signal| *signal != Signal::Hangup || !is_ignored(SIGHUP)) {
+            self.source.handle().add_signal(signal.number())?;
+            unblock(&[signal.number()])?;
+        }
+        Ok(())
     }
 
     /// Calls `first` with the first signal, and `second` with each that arrives `quiet` after it or later: `timeout`,
     /// npm and others send a process the signal that its group gets as well, and nobody has lost patience then.
     ///
     /// A signal that has arrived already is the first, and `first` has been called with it when this returns.
-    pub(crate) fn forward(
-        mut self,
-        quiet: Duration,
-        first: impl FnOnce(i32) + Send + 'static,
-        mut second: impl FnMut(i32) + Send + 'static,
-    ) -> io::Result<Forwarding> {
+    pub(crate) fn forward<F, S, O>(mut self, forward: Forward<F, S, O>) -> io::Result<Forwarding>
+    where
+        F: FnOnce(i32) + Send + 'static,
+        S: FnMut(i32) + Send + 'static,
+        O: FnMut(Signal) + Send + 'static,
+    {
+        let Forward { quiet, first, mut second, mut other } = forward;
         let handle = self.source.handle();
         let mut first = Some(first);
         let mut since = Instant::now();
         // Of two that came before anything could react, neither is an impatient second.
-        for signal in self.source.pending() {
-            first.take().into_iter().for_each(|first| first(signal));
+        for number in self.source.pending() {
+            match Signal::of(number) {
+                Some(signal) => other(signal),
+                None => first.take().into_iter().for_each(|first| first(number)),
+            }
         }
         std::thread::Builder::new().name("shutdown-signals".to_owned()).spawn(move || {
-            for signal in self.source.forever() {
-                if let Some(first) = first.take() {
+            for number in self.source.forever() {
+                if let Some(signal) = Signal::of(number) {
+                    other(signal);
+                } else if let Some(first) = first.take() {
                     since = Instant::now();
-                    first(signal);
+                    first(number);
                 } else if since.elapsed() >= quiet {
-                    second(signal);
+                    second(number);
                 }
             }
         })?;
         Ok(Forwarding { handle })
     }
+}
+
+/// Lets this thread, and those it starts from now on, receive these signals. A parent may have started the process with
+/// some of them blocked, and a signal that is blocked is never seen.
+#[cfg(all(unix, feature = "signal"))]
+fn unblock(numbers: &[i32]) -> io::Result<()> {
+    let mut set = nix::sys::signal::SigSet::empty();
+    for number in numbers {
+        set.add(nix::sys::signal::Signal::try_from(*number)?);
+    }
+    Ok(set.thread_unblock()?)
+}
+
+/// Whether the process was started with this signal ignored. Only Linux tells without unsafe code.
+#[cfg(all(unix, feature = "signal"))]
+fn is_ignored(number: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (number - 1) & 1 == 1)
 }
 
 #[cfg(all(unix, feature = "signal"))]
@@ -74,12 +154,19 @@ impl Signals {
         Ok(Self {})
     }
 
-    pub(crate) fn forward(
-        self,
-        _quiet: Duration,
-        _first: impl FnOnce(i32) + Send + 'static,
-        _second: impl FnMut(i32) + Send + 'static,
-    ) -> io::Result<Forwarding> {
+    pub(crate) fn add(&self, _signals: impl Iterator<Item = Signal>) -> io::Result<()> {
+        Ok(())
+    }
+
+    pub(crate) fn forward<F, S, O>(self, forward: Forward<F, S, O>) -> io::Result<Forwarding>
+    where
+        F: FnOnce(i32) + Send + 'static,
+        S: FnMut(i32) + Send + 'static,
+        O: FnMut(Signal) + Send + 'static,
+    {
+        let Forward { quiet, first, second, other } = forward;
+        // Nothing will ever call them.
+        let _unused = (quiet, first, second, other);
         Ok(Forwarding {})
     }
 }

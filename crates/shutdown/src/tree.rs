@@ -72,6 +72,11 @@ pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
     walk(root, |node| node.close())
 }
 
+/// Lists a group and all groups below it, and leaves them as they are.
+pub(crate) fn list(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
+    walk(root, |_| {})
+}
+
 /// Visits and lists a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
 fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn Node>> {
     let mut nodes = vec![Arc::clone(root)];

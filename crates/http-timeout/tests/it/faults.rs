@@ -154,6 +154,8 @@ fn a_wrong_option_is_an_error_that_names_it() {
     assert_eq!(option(new().max_origins(0).build()), "max_origins");
     assert_eq!(option(new().retry(Retry::attempts(2).budget(f64::NAN)).build()), "retry");
     assert_eq!(option(new().propagate_deadline("no header").build()), "propagate_deadline");
+    assert_eq!(option(new().sensitive_headers(["x-fine", "no header"]).build()), "sensitive_headers");
+    assert_eq!(option(new().permit_timeout(Duration::ZERO).build()), "permit_timeout");
     let own = reqwest::Client::new();
     assert_eq!(option(new().reqwest(own).connect_timeout(LONG).build()), "connect_timeout");
 

@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use cancel_safe_shutdown::{Application, Phase, Report, Restart, StopReason, WorkerContext};
+use cancel_safe_shutdown::{Application, Phase, Report, Restart, Signal, StopReason, WorkerContext};
 use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::stdio::dup2_stderr;
 use tokio::runtime::Builder;
@@ -17,6 +17,8 @@ pub(crate) const PROGRAM: &str = "SHUTDOWN_TEST_PROGRAM";
 pub(crate) const DEADLINE: Duration = Duration::from_millis(800);
 /// How long the programs that must be stopped would go on.
 pub(crate) const STALL: Duration = Duration::from_secs(60);
+/// How many workers there are where there are many.
+pub(crate) const MANY: usize = 10_000;
 /// A deadline that nobody waits for.
 const FAR: Duration = Duration::from_secs(600);
 
@@ -123,6 +125,32 @@ const PROGRAMS: &[(&str, Program)] = &[
     ("is deaf behind a full pipe", || {
         let app = Application::new("child").shutdown_timeout(DEADLINE);
         app.worker("deaf", fills_the_standard_error).run()
+    }),
+    ("has many that are deaf", || {
+        let app = app(DEADLINE).runtime(Builder::new_current_thread());
+        let deaf = |_: WorkerContext| pending::<()>();
+        let app = (0..MANY).fold(app, |app, number| app.worker(format!("deaf {number}"), deaf));
+        app.worker("good", cooperative).run()
+    }),
+    ("reloads", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |cx| eprintln!("RELOADED {:?}", cx.signal()));
+        app.worker("good", cooperative).run()
+    }),
+    ("acts badly", || {
+        let app = app(FAR).on_signal(Signal::User1, |_| panic!("in an action"));
+        let app = app.on_signal(Signal::User2, |_| {
+            eprintln!("ACTING");
+            stall(STALL);
+        });
+        app.worker("good", cooperative).run()
+    }),
+    ("is looked at", || {
+        let app = app(FAR).phase("first", |phase| phase.worker("parked", marks).ready_within(FAR));
+        app.worker("spin", spins).run()
+    }),
+    ("reads its mask", || {
+        let app = app(FAR).on_signal(Signal::Hangup, |_| eprintln!("RELOADED"));
+        app.worker("good", cooperative).run()
     }),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
@@ -262,6 +290,14 @@ async fn deaf(cx: WorkerContext) {
     cx.mark("wait for ever");
     eprintln!("STOPPING");
     pending().await
+}
+
+async fn marks(cx: WorkerContext) {
+    let group = cx.group();
+    group.spawn("connection", pending::<()>()).unwrap();
+    cx.mark("halfway");
+    cx.ready();
+    cx.cancelled().await;
 }
 
 async fn panics(_: WorkerContext) {

@@ -4,6 +4,7 @@
 mod application;
 mod cancel;
 mod cancel_serve;
+#[cfg(all(unix, feature = "signal"))]
 mod child;
 mod group;
 mod interleavings;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::child::{DEADLINE, PROGRAM, STALL};
+use crate::child::{DEADLINE, MANY, PROGRAM, STALL};
 
 /// The default time within which a second signal is a copy of the first, and a little more.
 const QUIET: Duration = Duration::from_millis(1050);
@@ -220,6 +220,14 @@ fn without_a_quiet_time_any_second_signal_ends_the_process_at_once() {
 }
 
 #[test]
+fn ten_thousand_deaf_workers_are_cut_at_the_deadline_on_one_thread() {
+    let exit = Program::ready("has many that are deaf").end_by(Signal::TERM);
+    exit.assert_by_deadline();
+    exit.assert(70, &["worker `good` of `main`: completed"]);
+    assert_eq!(exit.stderr.matches("worker `deaf ").count(), MANY, "some are not in the report");
+}
+
+#[test]
 fn a_second_sigint_exits_130_at_once() {
     let mut program = Program::ready("ignores for long");
     program.send(Signal::INT);
@@ -369,4 +377,70 @@ fn an_application_whose_workers_have_completed_exits_0() {
 fn an_application_inside_a_runtime_is_not_started() {
     let exit = Program::start("runs inside a runtime").end(Instant::now());
     exit.assert(71, &["not started: an application cannot own a runtime inside another runtime"]);
+}
+
+#[test]
+fn a_hangup_reloads_as_often_as_it_arrives_and_stops_nothing() {
+    let mut program = Program::ready("reloads");
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED Hangup");
+    program.stderr.clear();
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED Hangup");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
+}
+
+#[test]
+fn an_action_that_panics_or_hangs_keeps_no_signal_from_stopping() {
+    let mut program = Program::ready("acts badly");
+    for _ in 0..2 {
+        program.stderr.clear();
+        program.send(Signal::USR1);
+        program.wait_for("in an action");
+    }
+    program.send(Signal::USR2);
+    program.wait_for("ACTING");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
+}
+
+#[test]
+fn a_quit_lists_what_is_alive_and_where_it_is() {
+    let mut program = Program::ready("is looked at");
+    program.send(Signal::QUIT);
+    program.wait_for("`child`: tasks alive: 3");
+    program.wait_for("`parked` of `first`: parked at an await, spawned at");
+    program.wait_for("last mark `halfway`");
+    program.wait_for("`connection` of `parked`: parked at an await, spawned at");
+    program.wait_for("`spin` of `main`: blocked inside a poll, spawned at");
+    program.wait_for("last mark `sum`");
+}
+
+/// Starts a program by a shell that has been told something about signals.
+#[cfg(target_os = "linux")]
+fn ready_under(shell: &[&str], name: &str) -> Program {
+    let mut command = Command::new(shell[0]);
+    command.args(&shell[1..]).arg(std::env::current_exe().unwrap());
+    let mut program = Program::spawn(name, command);
+    program.wait_for("READY");
+    program
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_hangup_that_nohup_ignores_stays_ignored() {
+    let program = ready_under(&["nohup"], "reads its mask");
+    program.send(Signal::HUP);
+    let exit = program.end_by(Signal::TERM);
+    exit.assert(0, &["stopped by SIGTERM"]);
+    assert!(!exit.stderr.contains("RELOADED"), "{}", exit.stderr);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_signal_inherited_as_blocked_stops_all_the_same() {
+    let block = ["env", "--block-signal=TERM", "--block-signal=INT", "--block-signal=HUP"];
+    let mut program = ready_under(&block, "reads its mask");
+    program.send(Signal::HUP);
+    program.wait_for("RELOADED");
+    program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
 }

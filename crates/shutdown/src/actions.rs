@@ -1,0 +1,100 @@
+//! What an application does on signals that do not stop it: actions of the user's, and the list of what is alive. They run
+//! on a thread of their own, so that one which hangs keeps no signal from stopping the application.
+
+use std::fmt;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, channel};
+use std::thread;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::panics::catch;
+use crate::signal::Signal;
+use crate::state::Core;
+use crate::tree::{SAMPLE, list};
+use crate::voice::print;
+
+pub(crate) type Action = Box<dyn FnMut(SignalContext) + Send>;
+
+/// What an [action](crate::Application::on_signal) knows of the signal and of its application.
+#[derive(Clone)]
+pub struct SignalContext {
+    core: Arc<Core>,
+    signal: Signal,
+}
+
+impl SignalContext {
+    /// Returns the signal that has arrived.
+    pub fn signal(&self) -> Signal {
+        self.signal
+    }
+
+    /// Returns a token that stops the application when it is cancelled.
+    pub fn shutdown_handle(&self) -> CancellationToken {
+        self.core.stop.token().clone()
+    }
+
+    /// Lists the workers and the tasks of their groups that are alive, one a line: where each was spawned, its last mark,
+    /// and whether it is inside a poll or parked at an await. Takes two looks, some milliseconds apart.
+    pub fn dump(&self) -> String {
+        let nodes: Vec<_> = self.core.roots().iter().flat_map(|(root, _)| list(root)).collect();
+        let live = nodes.iter().flat_map(|node| node.live().into_iter().map(move |slot| (node, slot.pulse(), slot)));
+        let slots: Vec<_> = live.collect();
+        let count = slots.len();
+        let mut text = format!("`{}`: tasks alive: {count}", self.core.name);
+        if count > 0 {
+            thread::park_timeout(SAMPLE);
+        }
+        for (node, earlier, slot) in slots {
+            let (name, group, state, at) = (&slot.name, node.path(), slot.judge(earlier, false), slot.spawned_at);
+            text.push_str(&format!("\n  `{name}` of `{group}`: {state}, spawned at {at}"));
+            if let Some(mark) = slot.last_mark() {
+                text.push_str(&format!(", last mark `{mark}`"));
+            }
+        }
+        text
+    }
+}
+
+impl fmt::Debug for SignalContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SignalContext").field("signal", &self.signal).finish_non_exhaustive()
+    }
+}
+
+/// The actions of an application. Of several for one signal, each runs.
+#[derive(Default)]
+pub(crate) struct Actions(Vec<(Signal, Action)>);
+
+impl Actions {
+    pub(crate) fn add(&mut self, signal: Signal, action: Action) {
+        self.0.push((signal, action));
+    }
+
+    /// Has SIGQUIT list what is alive on the standard error, unless it has an action.
+    pub(crate) fn add_dump(&mut self) {
+        if !self.signals().any(|signal| signal == Signal::Quit) {
+            self.add(Signal::Quit, Box::new(|cx| print(format_args!("{}", cx.dump()))));
+        }
+    }
+
+    pub(crate) fn signals(&self) -> impl Iterator<Item = Signal> {
+        self.0.iter().map(|(signal, _)| *signal)
+    }
+
+    /// Starts the thread that runs the actions for each signal it is sent, until nobody can send any more.
+    pub(crate) fn start(mut self, core: Arc<Core>) -> io::Result<Sender<Signal>> {
+        let (send, signals) = channel();
+        let act = move || {
+            for signal in signals {
+                for (_, action) in self.0.iter_mut().filter(|(of, _)| *of == signal) {
+                    // The panic hook has told it. The next signal is not to be lost for that.
+                    drop(catch(|| action(SignalContext { core: Arc::clone(&core), signal })));
+                }
+            }
+        };
+        thread::Builder::new().name("shutdown-actions".to_owned()).spawn(act)?;
+        Ok(send)
+    }
+}

@@ -1,0 +1,119 @@
+//! One run of an application whose course is set: the threads beside the runtime, the runtime, and the end of both.
+//! Nothing that was started is left if anything else cannot be.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::runtime::{Builder, Handle};
+
+use crate::actions::Actions;
+use crate::phase::Phase;
+use crate::restart::RestartPolicy;
+use crate::signal::{Forward, Forwarding, Signals};
+use crate::state::Core;
+use crate::stop::StopReason;
+use crate::supervisor::Supervisor;
+use crate::unnamed;
+use crate::watchdog::{Watchdog, end_process};
+
+/// Why an application could not be started.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum AppError {
+    /// The handlers of SIGINT and SIGTERM could not be installed.
+    #[error("the signal handlers could not be installed")]
+    Signals(#[source] io::Error),
+    /// A thread of the application's own (for signals, for the deadline, for callbacks) could not be started.
+    #[error("the thread for {purpose} could not be started")]
+    #[non_exhaustive]
+    Thread {
+        /// What the thread is for.
+        purpose: &'static str,
+        /// Why the system did not start it.
+        source: io::Error,
+    },
+    /// The runtime could not be built.
+    #[error("the runtime could not be built")]
+    Runtime(#[source] io::Error),
+    /// `run` was called inside a runtime; there, `serve` is the one to call.
+    #[error("an application cannot own a runtime inside another runtime")]
+    InsideRuntime,
+}
+
+impl AppError {
+    /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
+    ///
+    /// Every other error is the system's refusal.
+    pub fn is_inside_runtime(&self) -> bool {
+        matches!(self, Self::InsideRuntime)
+    }
+
+    pub(crate) fn thread(purpose: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Thread { purpose, source }
+    }
+}
+
+/// What is to be run.
+pub(crate) struct Course {
+    pub(crate) phases: Vec<Phase>,
+    pub(crate) restart: RestartPolicy,
+    pub(crate) runtime: Option<Builder>,
+    pub(crate) signals: io::Result<Listening>,
+}
+
+/// What is to be listened to.
+pub(crate) struct Listening {
+    pub(crate) signals: Signals,
+    pub(crate) quiet: Duration,
+    pub(crate) actions: Actions,
+}
+
+impl Listening {
+    /// Forwards the signals that stop, and has the others acted upon.
+    pub(crate) fn start(
+        self,
+        core: &Arc<Core>,
+        first: impl FnOnce(i32) + Send + 'static,
+        second: impl FnMut(i32) + Send + 'static,
+    ) -> Result<Forwarding, AppError> {
+        let Self { signals, quiet, actions } = self;
+        signals.add(actions.signals()).map_err(AppError::Signals)?;
+        let actions = actions.start(Arc::clone(core)).map_err(AppError::thread("the actions on signals"))?;
+        // An error is a thread of the actions that is gone, which its end brings about and nothing else.
+        let other = move |signal| {
+            actions.send(signal).unwrap_or_default();
+        };
+        signals.forward(Forward { quiet, first, second, other }).map_err(AppError::thread("signals"))
+    }
+}
+
+impl Course {
+    pub(crate) fn run(self, core: &Arc<Core>) -> Result<u8, AppError> {
+        if Handle::try_current().is_ok() {
+            return Err(AppError::InsideRuntime);
+        }
+        let (first, second) = (Arc::clone(core), Arc::clone(core));
+        let _forwarding = self.signals.map_err(AppError::Signals)?.start(
+            core,
+            move |signal| first.request(StopReason::Signal(signal)),
+            move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
+        )?;
+        let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
+        let mut builder = self.runtime.unwrap_or_else(|| unnamed::counting_builder(core));
+        let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
+        let supervisor = Supervisor::start(core, self.phases, self.restart, runtime.handle());
+        runtime.block_on(supervisor.map_err(AppError::thread("the phases"))?.ended());
+        let unnamed = unnamed::end(core, runtime);
+
+        let Some(voice) = core.ending.claim() else {
+            // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.
+            loop {
+                std::thread::park();
+            }
+        };
+        let code = voice.deliver(core.report(unnamed), None, Watchdog::patience(core.remaining()));
+        drop(watchdog);
+        Ok(code)
+    }
+}
