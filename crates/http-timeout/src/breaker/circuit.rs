@@ -52,20 +52,46 @@ pub(crate) struct SlowRule {
 /// How a call ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
-    /// The answer is finished. Its consumer waited for the body this long in all, after the head.
-    Success {
-        body: Nanos,
-    },
+    /// The answer is finished.
+    Success,
     /// The head was good, and the rest was not wanted while it flowed: the callee is well, but has finished nothing.
     Unread,
     /// The head of a stream was good. Streams end when their consumer likes, so that is all there is to know.
     Stream,
     Failure,
     Ignored,
-    /// The caller gave up. With the head there already, `quiet` is how long the body had kept it waiting.
-    Cut {
-        quiet: Option<Nanos>,
-    },
+    /// The caller gave up.
+    Cut,
+}
+
+/// When a call ended, and how much of its time was the callee's.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Times {
+    pub(super) now: Nanos,
+    /// Up to the head of the answer; to the end where the callee knows no heads.
+    pub(super) took: Nanos,
+    /// That, and as long as the consumer of the body waited for it.
+    pub(super) waited: Nanos,
+}
+
+impl Times {
+    /// A call that was there at once.
+    #[inline]
+    pub(crate) fn at_once(admission: &Admission) -> Self {
+        Self { now: admission.since, took: 0, waited: 0 }
+    }
+
+    /// A call that was the callee's from its admission until now.
+    pub(crate) fn until(now: Nanos, admission: &Admission) -> Self {
+        let took = now.saturating_sub(admission.since);
+        Self { now, took, waited: took }
+    }
+
+    /// A call whose answer had a head, and whose consumer waited for its body that long.
+    pub(crate) fn with_head(now: Nanos, admission: &Admission, head: Nanos, body: Nanos) -> Self {
+        let took = head.saturating_sub(admission.since);
+        Self { now, took, waited: took.saturating_add(body) }
+    }
 }
 
 /// The right to make one call, in the generation it was given in. Each is handed to `finish` exactly once.
@@ -73,27 +99,13 @@ pub(crate) enum Ending {
 pub(crate) struct Admission {
     /// State and generation, without counter and marks.
     pub(super) key: u64,
-    pub(super) since: Nanos,
-    /// When the head of the answer came; none before, or if the callee knows no heads.
-    head: Option<Nanos>,
+    since: Nanos,
     /// The number of a probe; zero for other calls.
-    probe: u32,
+    probe: u64,
 }
 
-impl Admission {
-    /// How long the call took, up to the head where there is one: what follows is also its consumer's time.
-    pub(super) fn took(&self, now: Nanos) -> Nanos {
-        self.head.unwrap_or(now).saturating_sub(self.since)
-    }
-
-    /// How long a call that was cut had waited for the callee.
-    pub(super) fn waited(&self, quiet: Option<Nanos>, now: Nanos) -> Nanos {
-        match quiet {
-            None => now.saturating_sub(self.since),
-            Some(quiet) => self.took(now).saturating_add(quiet),
-        }
-    }
-}
+/// Calls that take less than this are measured by samples.
+const QUICK: Nanos = 1_000_000;
 
 /// Why a call was not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -157,21 +169,19 @@ impl Circuit {
         }
     }
 
-    /// Admits a call, or says why not.
+    /// Admits a call if the circuit is closed.
     #[inline]
-    pub(crate) fn admit(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
+    pub(crate) fn admit_closed(&self, now: impl FnOnce() -> Nanos) -> Option<Admission> {
         let word = self.word.load(SeqCst);
-        if word & STATE == CLOSED {
-            return Ok((Admission { key: key(word), since: now, head: None, probe: 0 }, None));
-        }
-        self.admit_probe(now)
+        (word & STATE == CLOSED).then(|| Admission { key: key(word), since: now(), probe: 0 })
     }
 
+    /// Admits a call if the circuit is closed or wants a probe, or says why not.
     #[cold]
-    fn admit_probe(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
+    pub(crate) fn admit(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
         let mut cold = self.lock();
         let word = self.word.load(SeqCst);
-        let granted = |word: u64, probe: u32| Admission { key: key(word), since: now, head: None, probe };
+        let granted = |word: u64, probe: u64| Admission { key: key(word), since: now, probe };
         if word & STATE == CLOSED {
             return Ok((granted(word, 0), None));
         }
@@ -232,46 +242,41 @@ impl Circuit {
         Some(self.open(cold, word, hung))
     }
 
-    /// Notes that the head of the answer has come, and was good or bad.
-    pub(crate) fn head(&self, admission: &mut Admission, now: Nanos) {
-        let now = *admission.head.get_or_insert(now);
-        if admission.probe != 0 {
-            let mut cold = self.lock();
-            if key(self.word.load(SeqCst)) == admission.key {
-                cold.probes.head(admission.probe, now);
-            }
+    /// Notes that the head of the answer has come.
+    pub(crate) fn head(&self, admission: &Admission, now: Nanos) {
+        if admission.probe == 0 {
+            return;
+        }
+        let mut cold = self.lock();
+        if key(self.word.load(SeqCst)) == admission.key {
+            cold.probes.head(admission.probe, now);
         }
     }
 
     /// Takes the result of an admission; a result of an earlier generation changes nothing.
     #[inline]
-    pub(crate) fn finish(
-        &self,
-        admission: Admission,
-        ending: Ending,
-        now: impl FnOnce() -> Nanos,
-    ) -> Option<Transition> {
-        if matches!(ending, Ending::Cut { .. }) {
+    pub(crate) fn finish(&self, admission: &Admission, ending: Ending, times: Times) -> Option<Transition> {
+        if ending == Ending::Cut {
             self.cancelled.fetch_add(1, Relaxed);
         }
         if key(self.word.load(SeqCst)) != admission.key {
             return None;
         }
-        let now = now();
         if admission.probe != 0 {
-            return self.finish_probe(admission, ending, now);
+            return self.finish_probe(admission, ending, times);
         }
         match ending {
-            Ending::Success { body } => self.succeed(admission, Some(body), now),
-            Ending::Unread => self.succeed(admission, None, now),
-            Ending::Failure => self.fail(admission, admission.took(now), now),
-            Ending::Cut { quiet } => self.cut(admission, admission.waited(quiet, now), now),
+            Ending::Success => self.succeed(admission.key, true, times),
+            Ending::Unread => self.succeed(admission.key, false, times),
+            Ending::Failure => self.fail(admission.key, times),
+            Ending::Cut => self.cut(admission.key, times),
             Ending::Ignored | Ending::Stream => None,
         }
     }
 
     #[cold]
-    fn finish_probe(&self, probe: Admission, ending: Ending, now: Nanos) -> Option<Transition> {
+    fn finish_probe(&self, probe: &Admission, ending: Ending, times: Times) -> Option<Transition> {
+        let Times { now, took, waited } = times;
         let mut cold = self.lock();
         let word = self.word.load(SeqCst);
         if key(word) != probe.key {
@@ -281,29 +286,35 @@ impl Circuit {
             return Some(reopened);
         }
         let (rules, number) = (&self.rules.probes, probe.probe);
-        let waited = match ending {
-            Ending::Cut { quiet } => probe.waited(quiet, now),
-            _ => 0,
-        };
         let verdict = match ending {
             Ending::Failure => cold.probes.fail(number, rules),
             Ending::Ignored => cold.probes.give_back(number),
-            Ending::Cut { .. } if waited >= self.rules.late => cold.probes.fail(number, rules),
+            Ending::Cut if waited >= self.rules.late => cold.probes.fail(number, rules),
             // Nothing was learnt: the slot goes back at once, and the next call is the probe.
-            Ending::Cut { .. } if !self.is_telling(waited) => cold.probes.give_back(number),
-            Ending::Cut { .. } => cold.probes.cut(number, waited, now, rules),
-            _ if self.is_slow(probe.took(now)) => cold.probes.fail(number, rules),
-            Ending::Success { .. } | Ending::Unread | Ending::Stream => cold.probes.succeed(number, rules),
+            Ending::Cut if !self.is_telling(waited) => cold.probes.give_back(number),
+            Ending::Cut => cold.probes.cut(number, waited, now, rules),
+            _ if self.is_slow(took) => cold.probes.fail(number, rules),
+            Ending::Success | Ending::Unread | Ending::Stream => cold.probes.succeed(number, rules),
         };
-        if let Ending::Success { body } = ending {
+        if ending == Ending::Success {
             self.window.answer(now);
-            self.learn(probe.took(now).saturating_add(body));
+            self.learn(waited);
         }
         match verdict {
             Verdict::Undecided => None,
             Verdict::Close => Some(self.close(&mut cold, word)),
             Verdict::Open => Some(self.open(&mut cold, word, now)),
         }
+    }
+
+    /// Whether a success of this admission may go without a look at the clock, as if it had ended when it began: only
+    /// where calls come and go within a millisecond, and even there one in sixteen is timed, so that it is noticed when
+    /// they begin to take longer. The lowest bits of the clock are as good as dice.
+    #[inline]
+    pub(crate) fn is_quick(&self, admission: &Admission) -> bool {
+        let is_busy = admission.since.saturating_sub(self.window.answered_here()) < QUICK;
+        let is_usual = self.usual.load(Relaxed) < QUICK;
+        self.rules.slow.is_none() && is_busy && is_usual && !admission.since.is_multiple_of(16)
     }
 
     pub(super) fn is_slow(&self, took: Nanos) -> bool {

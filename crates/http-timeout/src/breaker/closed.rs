@@ -6,29 +6,28 @@
 use std::sync::atomic::Ordering::SeqCst;
 
 use super::{
-    circuit::{Admission, Circuit},
+    circuit::{Circuit, Times},
     silence::{FEWEST, Silence},
     window::{Counts, Nanos, Tally},
     word::{COUNTER, COUNTER_MAX, COUNTER_ONE, SHORT, SILENT, Transition, counter, generation, key},
 };
 
 impl Circuit {
-    /// The callee is well. With `body`, the answer is finished, and so is a silence.
+    /// The callee is well. If its answer is finished, so is a silence.
     #[inline]
-    pub(super) fn succeed(&self, admission: Admission, body: Option<Nanos>, now: Nanos) -> Option<Transition> {
-        let took = admission.took(now);
-        if let Some(body) = body {
-            self.learn(took.saturating_add(body));
-            self.window.answer(now);
+    pub(super) fn succeed(&self, expected: u64, is_finished: bool, times: Times) -> Option<Transition> {
+        if is_finished {
+            self.learn(times.waited);
+            self.window.answer(times.now);
         }
-        let forgets = if body.is_some() { COUNTER | SILENT } else { COUNTER };
-        if self.is_slow(took) {
-            return self.record(admission.key, Tally { failure: false, slow: true }, forgets, now);
+        let forgets = if is_finished { COUNTER | SILENT } else { COUNTER };
+        if self.is_slow(times.took) {
+            return self.record(expected, Tally { failure: false, slow: true }, forgets, times.now);
         }
-        let slid = self.window.succeed(generation(admission.key), now);
+        let slid = self.window.succeed(generation(expected), times.now);
         // After the success was counted: whoever marks the window as short counts after that, so one sees the other.
         let word = self.word.load(SeqCst);
-        if word == admission.key && !slid { None } else { self.look(admission.key, forgets, slid, now) }
+        if word == expected && !slid { None } else { self.look(expected, forgets, slid, times.now) }
     }
 
     /// A success that has something to forget or, possibly, completes the minimum.
@@ -43,19 +42,20 @@ impl Circuit {
 
     /// The call has failed.
     #[cold]
-    pub(super) fn fail(&self, admission: Admission, took: Nanos, now: Nanos) -> Option<Transition> {
-        self.record(admission.key, Tally { failure: true, slow: self.is_slow(took) }, 0, now)
+    pub(super) fn fail(&self, expected: u64, times: Times) -> Option<Transition> {
+        self.record(expected, Tally { failure: true, slow: self.is_slow(times.took) }, 0, times.now)
     }
 
-    /// The caller gave the call up after it had waited this long.
+    /// The caller gave the call up.
     #[cold]
-    pub(super) fn cut(&self, admission: Admission, waited: Nanos, now: Nanos) -> Option<Transition> {
+    pub(super) fn cut(&self, expected: u64, times: Times) -> Option<Transition> {
+        let Times { now, waited, .. } = times;
         if waited >= self.rules.late
-            && let Some(opened) = self.fail(admission, waited, now)
+            && let Some(opened) = self.fail(expected, Times { took: waited, ..times })
         {
             return Some(opened);
         }
-        self.hush(admission.key, waited, now)
+        self.hush(expected, waited, now)
     }
 
     /// Adds a call that was cut to the silence.

@@ -12,7 +12,7 @@ use std::{
 use tokio::time::Instant;
 
 use super::{
-    circuit::{Admission, Circuit, Ending, Refused},
+    circuit::{Admission, Circuit, Ending, Refused, Times},
     config::{BreakerConfig, nanos},
     silence::SHORTEST,
     window::Nanos,
@@ -150,13 +150,26 @@ impl Shared {
         nanos(self.epoch.elapsed())
     }
 
-    /// The caller reports the transition when a guard holds the admission: a hook that panics must not lose a slot.
+    /// Asks a closed circuit, which is the usual case. What it gives stays in registers: callers match on it themselves,
+    /// because a `Result` of an admission and a refusal goes through memory, which takes a tenth longer.
     #[inline]
-    fn admit(&self) -> Result<(Admission, Option<Transition>), CircuitOpen> {
+    fn admit_closed(&self) -> Option<Admission> {
+        self.circuit.admit_closed(|| self.now())
+    }
+
+    /// Asks a circuit that is not closed.
+    #[cold]
+    fn admit_probe(&self) -> Result<Admission, CircuitOpen> {
         let now = self.now();
         loop {
             match self.circuit.admit(now) {
-                Ok(admitted) => return Ok(admitted),
+                Ok((admission, transition)) => {
+                    // A hook that panics must not lose the slot.
+                    let mut lent = Lent { shared: self, admission, is_out: true };
+                    self.report(transition);
+                    lent.is_out = false;
+                    return Ok(admission);
+                }
                 Err(Refused::Wait(retry_after)) => return Err(CircuitOpen { retry_after }),
                 // Once at most: what has just been opened again has no probes.
                 Err(Refused::Reopened(transition)) => self.report(Some(transition)),
@@ -165,8 +178,8 @@ impl Shared {
     }
 
     #[inline]
-    fn finish(&self, admission: Admission, ending: Ending, now: impl FnOnce() -> Nanos) {
-        let transition = self.circuit.finish(admission, ending, now);
+    fn finish(&self, admission: &Admission, ending: Ending, times: Times) {
+        let transition = self.circuit.finish(admission, ending, times);
         self.report(transition);
     }
 
@@ -240,9 +253,11 @@ impl CircuitBreaker {
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, BreakerError<E>> {
         // Borrows the breaker, where a permit would count a reference: two threads would fight over the counter.
-        let (admission, transition) = self.shared.admit()?;
-        let mut lent = Lent { shared: &self.shared, admission: Some(admission) };
-        self.shared.report(transition);
+        let admission = match self.shared.admit_closed() {
+            Some(admission) => admission,
+            None => self.shared.admit_probe()?,
+        };
+        let mut lent = Lent { shared: &self.shared, admission, is_out: true };
         let (mut call, mut has_waited) = (pin!(call), false);
         let result = poll_fn(|cx| {
             let polled = call.as_mut().poll(cx);
@@ -252,8 +267,11 @@ impl CircuitBreaker {
         .await;
         let ending = classify(&result).into();
         // What was ready at once ended when it began, and the clock is the dearest part of such a call.
-        let measures = has_waited || self.shared.config.measures_slow_calls();
-        lent.end_at(ending, || if measures { self.shared.now() } else { admission.since });
+        if has_waited || self.shared.config.measures_slow_calls() {
+            lent.end(ending);
+        } else {
+            lent.end_at(ending, Times::at_once(&lent.admission));
+        }
         result.map_err(BreakerError::Inner)
     }
 
@@ -277,11 +295,17 @@ impl CircuitBreaker {
     /// # Ok::<(), cancel_safe_http_timeout::CircuitOpen>(())
     /// ```
     pub fn try_acquire(&self) -> Result<BreakerPermit, CircuitOpen> {
-        let (admission, transition) = self.shared.admit()?;
-        let permit =
-            BreakerPermit { shared: Arc::clone(&self.shared), admission: Some(admission), is_for_stream: false };
-        self.shared.report(transition);
-        Ok(permit)
+        let admission = match self.shared.admit_closed() {
+            Some(admission) => admission,
+            None => self.shared.admit_probe()?,
+        };
+        Ok(BreakerPermit {
+            shared: Arc::clone(&self.shared),
+            admission,
+            is_out: true,
+            head: None,
+            is_for_stream: false,
+        })
     }
 
     /// How long a call made now would be told to wait; `None` if it would be admitted. Takes no slot.
@@ -342,7 +366,7 @@ impl CircuitBreaker {
 impl From<Class> for Ending {
     fn from(class: Class) -> Self {
         match class {
-            Class::Success => Self::Success { body: 0 },
+            Class::Success => Self::Success,
             Class::Failure => Self::Failure,
             Class::Ignore => Self::Ignored,
         }
@@ -351,29 +375,33 @@ impl From<Class> for Ending {
 
 /// What an admission comes to when nobody says how the call ended.
 fn unsaid() -> Ending {
-    if std::thread::panicking() { Ending::Failure } else { Ending::Cut { quiet: None } }
+    if std::thread::panicking() { Ending::Failure } else { Ending::Cut }
 }
 
 /// An admission that borrows its breaker for the length of one `call`.
 struct Lent<'a> {
     shared: &'a Shared,
-    admission: Option<Admission>,
+    admission: Admission,
+    is_out: bool,
 }
 
 impl Lent<'_> {
+    fn end(&mut self, ending: Ending) {
+        self.end_at(ending, Times::until(self.shared.now(), &self.admission));
+    }
+
     #[inline]
-    fn end_at(&mut self, ending: Ending, now: impl FnOnce() -> Nanos) {
-        if let Some(admission) = self.admission.take() {
-            self.shared.finish(admission, ending, now);
-        }
+    fn end_at(&mut self, ending: Ending, times: Times) {
+        self.is_out = false;
+        self.shared.finish(&self.admission, ending, times);
     }
 }
 
 impl Drop for Lent<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.admission.is_some() {
-            self.end_at(unsaid(), || self.shared.now());
+        if self.is_out {
+            self.end(unsaid());
         }
     }
 }
@@ -383,14 +411,20 @@ impl Drop for Lent<'_> {
 #[must_use = "a dropped permit reports the call as cut"]
 pub struct BreakerPermit {
     shared: Arc<Shared>,
-    admission: Option<Admission>,
+    admission: Admission,
+    is_out: bool,
+    head: Option<Nanos>,
     is_for_stream: bool,
 }
 
 impl BreakerPermit {
     /// Reports that the callee is well.
     pub fn success(mut self) {
-        self.end(Ending::Success { body: 0 });
+        if self.head.is_none() && self.shared.circuit.is_quick(&self.admission) {
+            self.end_at(Ending::Success, Times::at_once(&self.admission));
+        } else {
+            self.end(Ending::Success);
+        }
     }
 
     /// Reports that the callee is not well.
@@ -405,8 +439,12 @@ impl BreakerPermit {
 
     /// Reports what a classifier said.
     #[cfg(feature = "tower")]
-    pub(crate) fn end_as(mut self, class: Class) {
-        self.end(class.into());
+    pub(crate) fn end_as(self, class: Class) {
+        match class {
+            Class::Success => self.success(),
+            Class::Failure => self.failure(),
+            Class::Ignore => self.ignore(),
+        }
     }
 
     /// The caller has asked for a stream, so it tells nothing when it gives up, however long it had waited.
@@ -421,14 +459,14 @@ impl BreakerPermit {
     /// The head of the answer has come. The slow-call rule and the lease of a probe look no further; what follows is the
     /// consumer's time as well, so the endings below are told what part of it was waited for the callee.
     pub(crate) fn head(&mut self) {
-        if let Some(admission) = &mut self.admission {
-            self.shared.circuit.head(admission, self.shared.now());
-        }
+        let now = self.shared.now();
+        self.head = Some(now);
+        self.shared.circuit.head(&self.admission, now);
     }
 
     /// The body has come to its good end. `waited` is for how long its consumer waited for the peer, in all.
     pub(crate) fn finished(mut self, waited: Duration) {
-        self.end(Ending::Success { body: nanos(waited) });
+        self.end_after(Ending::Success, nanos(waited));
     }
 
     /// The head was good, and the body was dropped before its end.
@@ -438,7 +476,7 @@ impl BreakerPermit {
     /// flowing: the callee is well. One that was quiet for longer was stalling, and the call was cut like any other.
     pub(crate) fn abandoned(mut self, quiet: Duration) {
         let quiet = nanos(quiet);
-        self.end(if quiet < SHORTEST { Ending::Unread } else { Ending::Cut { quiet: Some(quiet) } });
+        self.end_after(if quiet < SHORTEST { Ending::Unread } else { Ending::Cut }, quiet);
     }
 
     /// The head was good, and what follows is a stream (`text/event-stream`, or marked as one by the caller), which may be
@@ -449,15 +487,28 @@ impl BreakerPermit {
     }
 
     fn end(&mut self, ending: Ending) {
-        if let Some(admission) = self.admission.take() {
-            self.shared.finish(admission, ending, || self.shared.now());
-        }
+        self.end_after(ending, 0);
+    }
+
+    /// Ends the call, after its consumer has waited for the body that long.
+    fn end_after(&mut self, ending: Ending, body: Nanos) {
+        let now = self.shared.now();
+        let times = match self.head {
+            Some(head) => Times::with_head(now, &self.admission, head, body),
+            None => Times::until(now, &self.admission),
+        };
+        self.end_at(ending, times);
+    }
+
+    fn end_at(&mut self, ending: Ending, times: Times) {
+        self.is_out = false;
+        self.shared.finish(&self.admission, ending, times);
     }
 }
 
 impl Drop for BreakerPermit {
     fn drop(&mut self) {
-        if self.admission.is_some() {
+        if self.is_out {
             let ending = unsaid();
             let is_neutral = self.is_for_stream && ending != Ending::Failure;
             self.end(if is_neutral { Ending::Ignored } else { ending });

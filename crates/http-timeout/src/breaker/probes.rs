@@ -25,7 +25,7 @@ pub(crate) enum Verdict {
 /// A probe, by a number of its own: two may begin in the same instant.
 #[derive(Clone, Copy, Debug)]
 struct Running {
-    number: u32,
+    number: u64,
     /// When its lease began: with the probe, and anew when the head of an answer came.
     lease_began: Nanos,
     has_head: bool,
@@ -35,7 +35,7 @@ struct Running {
 pub(crate) struct Probes {
     /// There are few of them, so a list will do.
     running: Vec<Running>,
-    started: u32,
+    started: u64,
     successes: u32,
     failures: u32,
     silence: Silence,
@@ -78,42 +78,42 @@ impl Probes {
     }
 
     /// Lets a probe in; the number is its own until it ends.
-    pub(crate) fn start(&mut self, now: Nanos) -> u32 {
-        self.started = self.started.wrapping_add(1);
+    pub(crate) fn start(&mut self, now: Nanos) -> u64 {
+        self.started += 1;
         self.running.push(Running { number: self.started, lease_began: now, has_head: false });
         self.started
     }
 
     /// The answer to the probe has begun.
-    pub(crate) fn head(&mut self, number: u32, now: Nanos) {
+    pub(crate) fn head(&mut self, number: u64, now: Nanos) {
         if let Some(probe) = self.running.iter_mut().find(|probe| probe.number == number) {
             (probe.lease_began, probe.has_head) = (now, true);
         }
     }
 
     /// The probe has shown that the callee is well.
-    pub(crate) fn succeed(&mut self, number: u32, rules: &ProbeRules) -> Verdict {
+    pub(crate) fn succeed(&mut self, number: u64, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.successes += 1;
         if self.successes >= rules.needed { Verdict::Close } else { Verdict::Undecided }
     }
 
     /// The probe has failed. The circuit opens when too few are left that could succeed.
-    pub(crate) fn fail(&mut self, number: u32, rules: &ProbeRules) -> Verdict {
+    pub(crate) fn fail(&mut self, number: u64, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.failures += 1;
         if self.failures > rules.most - rules.needed { Verdict::Open } else { Verdict::Undecided }
     }
 
     /// The probe was cut after it had waited this long.
-    pub(crate) fn cut(&mut self, number: u32, waited: Nanos, now: Nanos, rules: &ProbeRules) -> Verdict {
+    pub(crate) fn cut(&mut self, number: u64, waited: Nanos, now: Nanos, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.silence.add(now.saturating_sub(waited), waited);
         if self.silence.length(now) >= rules.silence { Verdict::Open } else { Verdict::Undecided }
     }
 
     /// The probe has shown nothing; its slot is free.
-    pub(crate) fn give_back(&mut self, number: u32) -> Verdict {
+    pub(crate) fn give_back(&mut self, number: u64) -> Verdict {
         self.running.retain(|probe| probe.number != number);
         Verdict::Undecided
     }

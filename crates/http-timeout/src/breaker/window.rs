@@ -216,6 +216,12 @@ impl Window {
         self.here().answered.store(now, Relaxed);
     }
 
+    /// When the latest answer on this stripe was finished.
+    #[inline]
+    pub(crate) fn answered_here(&self) -> Nanos {
+        self.here().answered.load(Relaxed)
+    }
+
     /// When the latest answer was finished.
     pub(crate) fn answered(&self) -> Nanos {
         self.stripes.iter().map(|stripe| stripe.answered.load(Relaxed)).max().unwrap_or(0)

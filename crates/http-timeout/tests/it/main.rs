@@ -11,6 +11,7 @@ mod faults;
 mod happy;
 mod hedge;
 mod http2;
+mod interleavings;
 mod judged;
 #[cfg(feature = "tower")]
 mod layer;
