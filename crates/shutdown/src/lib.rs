@@ -87,6 +87,8 @@
 //! | a phase wedges threads of the runtime, with [`run`](Application::run) | it is cut in its time and the next one is told in its, by a thread of the system's clock; what the runtime can still run, runs; a task that it never ran again is reported as [starved](StragglerState::Starved) |
 //! | work without a name (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures may end until the deadline; what [holds a thread](Report::unnamed_threads) then makes the exit code 70 |
 //! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
+//! | a phase [provides](Phase::provide) a value | the next phase starts when it is made; it is closed when that one has ended |
+//! | a stop begins | [`readiness`](Application::readiness) is no longer ready before any worker is told; a stop by Ctrl-C skips the drain delay |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
 //! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
@@ -158,6 +160,7 @@ mod task;
 mod ticket;
 mod tree;
 mod unnamed;
+mod values;
 mod voice;
 mod watchdog;
 mod worker;
@@ -174,7 +177,7 @@ pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
 pub use scope::BodyOutput;
 pub use signal::Signal;
-pub use stop::StopReason;
+pub use stop::{Readiness, StopReason};
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};
 

@@ -12,6 +12,10 @@ mod named;
 mod panics;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
+mod readiness;
+#[cfg(all(unix, feature = "signal"))]
+#[path = "../../examples/service.rs"]
+mod service;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
 #[cfg(all(unix, feature = "signal"))]
