@@ -124,32 +124,43 @@
 //!   listen, and nobody has to know which one did not.
 //! - [`JoinSet`](tokio::task::JoinSet): tasks without names; aborts, without a grace. Right for a batch of futures
 //!   inside one function.
-//! - `tokio::time::timeout` around a server: drops the accept loop and leaves the connections it has spawned.
+//! - `tokio::time::timeout` around a server, or `axum::serve` with a graceful shutdown in a worker: drops the accept loop
+//!   and leaves the connections it has spawned. The feature `axum` has a server that owns its connections.
 //!
 //! # Features
 //!
 //! | feature | |
 //! |---|---|
 //! | `signal` (default) | SIGINT and SIGTERM stop an [`Application`] |
+//! | `axum` | [`axum::serve`], whose connections end with their worker, and the extractor [`axum::Cancelled`] |
+//! | `tower` | [`tower::serve`] for any tower service, tonic's too, and a layer that gives each request a token |
 //! | `tracing` | events for restarts and for the report |
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
 
 mod actions;
 mod application;
+#[cfg(feature = "axum")]
+pub mod axum;
 mod clock;
 mod course;
 mod ending;
 mod group;
+#[cfg(feature = "tower")]
+mod line;
 mod named;
 mod panics;
 mod phase;
 mod probe;
 mod report;
+#[cfg(feature = "tower")]
+mod request;
 mod restart;
 mod result;
 mod roster;
 mod scope;
+#[cfg(feature = "tower")]
+mod server;
 mod signal;
 mod stages;
 mod state;
@@ -158,6 +169,8 @@ mod supervisor;
 mod sync;
 mod task;
 mod ticket;
+#[cfg(feature = "tower")]
+pub mod tower;
 mod tree;
 mod unnamed;
 mod values;

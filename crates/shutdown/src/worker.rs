@@ -152,6 +152,12 @@ impl WorkerContext {
         TaskGroup::below(&self.node, self.slot.name.clone().into_owned())
     }
 
+    /// A group that takes tasks until it is dropped, also when the worker has been told to stop.
+    #[cfg(feature = "tower")]
+    pub(crate) fn streams_group(&self) -> TaskGroup {
+        TaskGroup::lingering_below(&self.node, self.slot.name.clone().into_owned())
+    }
+
     /// Creates the same kind of group, but a [discarding](TaskGroup::discarding) one: for a server's connections.
     pub fn discarding_group(&self) -> TaskGroup {
         TaskGroup::discarding_below(&self.node, self.slot.name.clone().into_owned())

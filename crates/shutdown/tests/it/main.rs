@@ -13,6 +13,10 @@ mod panics;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
 mod readiness;
+#[cfg(feature = "axum")]
+mod requests;
+#[cfg(feature = "axum")]
+mod server;
 #[cfg(all(unix, feature = "signal"))]
 #[path = "../../examples/service.rs"]
 mod service;
