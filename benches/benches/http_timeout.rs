@@ -1,5 +1,9 @@
 //! What a call through the breaker costs, and a request through the client beside the same request through reqwest.
 
+#[cfg(feature = "peers")]
+#[path = "http_timeout/breakers.rs"]
+mod breakers;
+
 use std::{
     hint::black_box,
     pin::pin,
@@ -126,4 +130,19 @@ fn client(c: &mut Criterion) {
 }
 
 criterion_group!(benches, breaker_calls, window, client);
-criterion_main!(benches);
+
+/// The peers are measured, and their faults shown, unless a part of the bench is chosen that is none of that.
+#[cfg(feature = "peers")]
+fn beside_peers(c: &mut Criterion) {
+    let chosen = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    if chosen.is_none_or(|part| part == "faults") {
+        breakers::faults();
+    }
+    breakers::calls(c);
+}
+
+#[cfg(not(feature = "peers"))]
+fn beside_peers(_: &mut Criterion) {}
+
+criterion_group!(peers, beside_peers);
+criterion_main!(benches, peers);
