@@ -1,8 +1,7 @@
 //! What a call through the breaker costs, and a request through the client beside the same request through reqwest.
 
-#[cfg(feature = "peers")]
-#[path = "http_timeout/breakers.rs"]
-mod breakers;
+#![expect(clippy::unwrap_used, reason = "a bench that fails has nothing to measure")]
+#![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
 
 use std::{
     hint::black_box,
@@ -11,14 +10,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cancel_safe_http_timeout::{
-    BreakerConfig, BreakerConfigBuilder, BreakerWindow, CircuitBreaker, Retry, TimeoutClient,
-};
-use criterion::{Criterion, criterion_group, criterion_main};
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpListener,
-};
+use cancel_safe_http_timeout::{BreakerConfig, BreakerConfigBuilder, BreakerWindow, CircuitBreaker};
+use criterion::{Criterion, criterion_group};
+use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
+
+#[cfg(feature = "peers")]
+#[path = "http_timeout/breakers.rs"]
+mod breakers;
+#[path = "http_timeout/client.rs"]
+mod client;
+
+/// Counts allocations, which costs everybody the same.
+#[global_allocator]
+static ALLOCATOR: &StatsAlloc<std::alloc::System> = &INSTRUMENTED_SYSTEM;
 
 /// One call around a future that is ready, without a runtime.
 fn call(breaker: &CircuitBreaker) {
@@ -84,65 +88,21 @@ fn window(c: &mut Criterion) {
     group.finish();
 }
 
-/// Answers every request on every connection with the same few bytes; a request is taken for one read.
-async fn serve(listener: TcpListener) {
-    while let Ok((mut socket, _)) = listener.accept().await {
-        tokio::spawn(async move {
-            let mut request = [0; 4096];
-            while socket.read(&mut request).await.is_ok_and(|bytes| bytes > 0) {
-                let answer: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nhello";
-                if !socket.write(answer).await.is_ok_and(|bytes| bytes == answer.len()) {
-                    return;
-                }
-            }
-        });
-    }
-}
-
-fn client(c: &mut Criterion) {
-    let server = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
-    let listener = server.block_on(TcpListener::bind("127.0.0.1:0")).expect("a free port");
-    let url = format!("http://{}/", listener.local_addr().expect("an address"));
-    server.spawn(serve(listener));
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-
-    let mut group = c.benchmark_group("client");
-    let plain = reqwest::Client::new();
-    group.bench_function("reqwest, get and read", |b| {
-        b.to_async(&runtime).iter(async || {
-            let response = plain.get(&url).timeout(Duration::from_secs(10)).send().await.expect("an answer");
-            response.bytes().await.expect("a body")
-        });
-    });
-    let ours = TimeoutClient::builder()
-        .concurrency_per_host(50)
-        .retry(Retry::attempts(4))
-        .breaker(BreakerConfig::default())
-        .build()
-        .expect("the options are in their range");
-    group.bench_function("ours with everything on, get and read", |b| {
-        b.to_async(&runtime).iter(async || {
-            let response = ours.get(&url).send().await.expect("an answer");
-            response.bytes().await.expect("a body")
-        });
-    });
-    group.finish();
-}
-
-criterion_group!(benches, breaker_calls, window, client);
-
-/// The peers are measured, and their faults shown, unless a part of the bench is chosen that is none of that.
+criterion_group!(benches, breaker_calls, window);
 #[cfg(feature = "peers")]
-fn beside_peers(c: &mut Criterion) {
-    let chosen = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
-    if chosen.is_none_or(|part| part == "faults") {
+criterion_group!(peers, breakers::calls);
+
+fn main() {
+    benches();
+    #[cfg(feature = "peers")]
+    peers();
+    Criterion::default().configure_from_args().final_summary();
+    // `cargo test` runs benches too, and asks for no figures.
+    if std::env::args().any(|word| word == "--bench") {
+        #[cfg(feature = "peers")]
         breakers::faults();
+        client::costs();
+        client::faults();
+        client::hedging();
     }
-    breakers::calls(c);
 }
-
-#[cfg(not(feature = "peers"))]
-fn beside_peers(_: &mut Criterion) {}
-
-criterion_group!(peers, beside_peers);
-criterion_main!(benches, peers);

@@ -2,132 +2,16 @@
 //!
 //! Invariant: no message carries the credentials, the query or the fragment of a URL, nor a header.
 
+mod report;
+
 use std::{error::Error as StdError, fmt, io, time::Duration};
 
-use http::{Method, StatusCode};
-use url::Url;
+use http::StatusCode;
 
-/// What a call was doing when it ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Phase {
-    /// Waiting for a permit of the client's limits; nothing had been sent.
-    Permit,
-    /// Connecting; nothing had been sent.
-    Connect,
-    /// Sending the request or waiting for the head of the response.
-    Response,
-    /// Reading the body of the response.
-    Body,
-}
+use report::Shown;
 
-impl fmt::Display for Phase {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Permit => "waiting for a permit",
-            Self::Connect => "connecting",
-            Self::Response => "waiting for the response",
-            Self::Body => "reading the body",
-        })
-    }
-}
-
-/// Which limit of time a call ran into. Its text is the name of the option that sets it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Limit {
-    /// The deadline of the whole call.
-    Total,
-    /// How long one request may take to the head of its response.
-    Attempt,
-    /// How long a connection may take to come about.
-    Connect,
-    /// How long the peer may be silent while it is waited for.
-    Idle,
-    /// How long a call may wait for a permit.
-    Permit,
-}
-
-impl fmt::Display for Limit {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Total => "timeout",
-            Self::Attempt => "attempt_timeout",
-            Self::Connect => "connect_timeout",
-            Self::Idle => "idle_timeout",
-            Self::Permit => "permit_timeout",
-        })
-    }
-}
-
-/// What a call asked for, and how far it had come when it ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct CallReport {
-    /// The method; none if only a [`reqwest::Error`] was there to tell.
-    pub method: Option<Method>,
-    /// The URL without credentials, query and fragment: after redirects, where they had led.
-    pub url: String,
-    /// What the call was doing.
-    pub phase: Phase,
-    /// How many attempts had been made, the last of them included. A redirect is part of its attempt.
-    pub attempts: u32,
-    /// The time since the call began.
-    pub elapsed: Duration,
-}
-
-impl CallReport {
-    /// "after 2 attempts in 1.2 s", if that is known.
-    fn effort(&self) -> String {
-        if self.method.is_none() {
-            return String::new();
-        }
-        let plural = if self.attempts == 1 { "" } else { "s" };
-        format!(" after {} attempt{plural} in {}", self.attempts, Shown(self.elapsed))
-    }
-}
-
-impl fmt::Display for CallReport {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.method {
-            Some(method) => write!(f, "{method} {}", self.url),
-            None => f.write_str(&self.url),
-        }
-    }
-}
-
-/// A time as one says it: "20 ms", "1.2 s".
-struct Shown(Duration);
-
-impl fmt::Display for Shown {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if self.0 < Duration::from_secs(1) {
-            write!(f, "{} ms", self.0.as_millis())
-        } else {
-            write!(f, "{:.1} s", self.0.as_secs_f64())
-        }
-    }
-}
-
-/// What a request is about, for the errors of its call.
-#[derive(Clone)]
-pub(crate) struct Subject {
-    pub(crate) method: Method,
-    pub(crate) url: Url,
-}
-
-impl fmt::Debug for Subject {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} {}", self.method, redacted(&self.url))
-    }
-}
-
-impl Subject {
-    pub(crate) fn report(&self, phase: Phase, attempts: u32, elapsed: Duration) -> Box<CallReport> {
-        let url = redacted(&self.url).into();
-        Box::new(CallReport { method: Some(self.method.clone()), url, phase, attempts, elapsed })
-    }
-}
+pub use report::{CallReport, Limit, Phase};
+pub(crate) use report::{Subject, redacted, redacted_text};
 
 /// What reqwest said of a call that failed, and what that call was. It reads as the error of reqwest.
 #[derive(Debug)]
@@ -155,7 +39,7 @@ impl fmt::Display for Failure {
 
 impl StdError for Failure {
     fn source(&self) -> Option<&(dyn StdError + 'static)> {
-        self.error.source()
+        Some(&self.error)
     }
 }
 
@@ -402,26 +286,6 @@ fn root<'a>(error: &'a (dyn StdError + 'static)) -> &'a (dyn StdError + 'static)
         root = next;
     }
     root
-}
-
-/// The URL without what may be secret: credentials, query and fragment.
-pub(crate) fn redacted(url: &Url) -> Url {
-    let mut shown = url.clone();
-    // Both setters refuse only URLs that cannot have credentials.
-    let _ = shown.set_username("");
-    let _ = shown.set_password(None);
-    shown.set_query(None);
-    shown.set_fragment(None);
-    shown
-}
-
-/// As [`redacted`], of a text that is no URL.
-pub(crate) fn redacted_text(text: &str) -> String {
-    let shown = text.split(['?', '#']).next().unwrap_or_default();
-    let (scheme, rest) = shown.split_at(shown.find("//").map_or(0, |at| at + 2));
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-    format!("{scheme}{host}{path}").replace(char::is_control, " ")
 }
 
 /// Why a client or a configuration could not be built.

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
+use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
@@ -18,8 +19,8 @@ use crate::phase::{Phase, again, once};
 use crate::report::{EXIT_NOT_STARTED, Report, Unnamed, chain};
 use crate::restart::{Restart, RestartPolicy};
 use crate::signal::{Signal, Signals};
-use crate::state::Core;
-use crate::stop::{Stop, StopReason};
+use crate::state::{Core, Terms};
+use crate::stop::{Readiness, Stop, StopReason};
 use crate::supervisor::{Ticker, supervise};
 use crate::task::WorkerOutput;
 use crate::voice::{Audience, print};
@@ -49,12 +50,14 @@ const OWN_PHASE: &str = "main";
 ///
 /// ```
 /// use std::process::ExitCode;
+/// use std::time::Duration;
 /// use cancel_safe_shutdown::{Application, WorkerContext};
 ///
 /// async fn outbox(cx: WorkerContext) -> Result<(), std::io::Error> {
-///     while !cx.is_cancelled() {
-///         // Send what is there, then wait for more or for the end.
-///         # cx.token(); break;
+///     let mut tick = tokio::time::interval(Duration::from_secs(1));
+///     while cx.token().run_until_cancelled(tick.tick()).await.is_some() {
+///         // Send what is there.
+///         # break;
 ///     }
 ///     Ok(())
 /// }
@@ -68,8 +71,8 @@ pub struct Application {
     name: String,
     phases: Vec<Phase>,
     stop: Arc<Stop>,
-    budget: Duration,
-    drain_delay: Duration,
+    terms: Terms,
+    readiness: watch::Sender<Readiness>,
     second_signal_after: Duration,
     restart: RestartPolicy,
     audience: Audience,
@@ -88,8 +91,8 @@ impl Application {
             name: name.into(),
             phases: Vec::new(),
             stop: Arc::default(),
-            budget: DEFAULT_BUDGET,
-            drain_delay: Duration::ZERO,
+            terms: Terms { budget: DEFAULT_BUDGET, ..Terms::default() },
+            readiness: watch::Sender::default(),
             second_signal_after: SECOND_SIGNAL_AFTER,
             restart: Restart::Never.into(),
             audience: Audience::default(),
@@ -186,7 +189,7 @@ impl Application {
 
     /// Sets the total budget of a stop, from its request to the end of the last task. The default is 25 seconds.
     pub fn shutdown_timeout(mut self, budget: Duration) -> Self {
-        self.budget = budget;
+        self.terms.budget = budget;
         self
     }
 
@@ -194,9 +197,16 @@ impl Application {
     /// balancers have time to look elsewhere. The default is zero.
     ///
     /// The delay runs inside the budget and inside the timeout of the last phase; it is not added to either. A stop
-    /// because of a failure has no delay.
+    /// because of a failure has no delay, nor has one by SIGINT: a person who presses Ctrl-C waits for no load balancer.
+    /// [`drain_on_interrupt`](Self::drain_on_interrupt) gives it one.
     pub fn drain_delay(mut self, delay: Duration) -> Self {
-        self.drain_delay = delay;
+        self.terms.drain_delay = delay;
+        self
+    }
+
+    /// Gives a stop by SIGINT the [drain delay](Self::drain_delay) as well.
+    pub fn drain_on_interrupt(mut self) -> Self {
+        self.terms.drains_on_interrupt = true;
         self
     }
 
@@ -295,6 +305,34 @@ impl Application {
         self.stop.token().clone()
     }
 
+    /// Returns whether the application is to be given work, as it changes: what a readiness probe asks.
+    ///
+    /// Ready when every phase has started and those that [provide](Phase::provide) or have a
+    /// [limit](Phase::ready_within) are ready; no longer from the moment a stop begins, before any worker is told and
+    /// while the [drain delay](Self::drain_delay) runs.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, Readiness, WorkerContext};
+    ///
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// let app = Application::new("shop").worker("http", |cx: WorkerContext| async move { cx.cancelled().await });
+    /// let (mut readiness, stop) = (app.readiness(), app.shutdown_handle());
+    /// let serving = tokio::spawn(app.serve());
+    ///
+    /// readiness.wait_for(|readiness| readiness.is_ready()).await?;
+    /// stop.cancel();
+    /// assert_eq!(*readiness.wait_for(|readiness| !readiness.is_ready()).await?, Readiness::Stopping);
+    /// assert_eq!(serving.await??.exit_code(), 0);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.subscribe()
+    }
+
     /// Runs the application to its end and returns the exit code for `main` to return; see [`Report::exit_code`].
     ///
     /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
@@ -375,7 +413,7 @@ impl Application {
 
     fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
         let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
-        let core = Core::start(self.name, self.stop, [self.budget, self.drain_delay], workers, self.audience);
+        let core = Core::start(self.name, self.stop, self.terms, workers, self.audience, self.readiness);
         let core = core.map_err(AppError::thread("callbacks"))?;
         let Self { phases, restart, runtime, signals, second_signal_after, actions, .. } = self;
         let signals = signals.map(|signals| Listening { signals, quiet: second_signal_after, actions });
@@ -397,7 +435,7 @@ impl fmt::Debug for Application {
         f.debug_struct("Application")
             .field("name", &self.name)
             .field("phases", &self.phases)
-            .field("shutdown_timeout", &self.budget)
+            .field("shutdown_timeout", &self.terms.budget)
             .finish_non_exhaustive()
     }
 }

@@ -111,6 +111,14 @@ impl TaskGroup {
         Self { roster: Roster::below(above, path, recorder, Rules::default()) }
     }
 
+    /// The same, discarding, and open until it is dropped, so that what a draining task has still to do finds its place.
+    #[cfg(feature = "tower")]
+    pub(crate) fn lingering_below(above: &Arc<dyn Node>, path: String) -> Self {
+        let recorder = above.ledger().cloned().map(|ledger| Recorder { ledger, say, workers: false });
+        let rules = Rules { discards: true, lingers: true, ..Rules::default() };
+        Self { roster: Roster::below(above, path, recorder, rules) }
+    }
+
     /// The same, of the kind that [`discarding`](Self::discarding) creates.
     pub(crate) fn discarding_below(above: &Arc<dyn Node>, path: String) -> Self {
         let group = Self::below(above, path);
@@ -380,6 +388,16 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         stop_tree(&self.node(), &Stopping { reason, deadline });
     }
 
+    /// Cancels every task without a grace, and does not wait.
+    pub(crate) fn end_now(&self) {
+        let root = self.node();
+        if root.is_gone() {
+            return;
+        }
+        self.stop(StopReason::Requested, Instant::now());
+        abort_tree(&root);
+    }
+
     /// Waits until no task is alive, cutting what is left at the end of a stop's grace.
     pub(crate) async fn idle(&self) {
         bounded(&self.node(), |cx| self.roster.poll_idle(cx)).await;
@@ -422,12 +440,7 @@ impl Default for TaskGroup {
 
 impl<T: Send + 'static, E: Send + 'static> Drop for TaskGroup<T, E> {
     fn drop(&mut self) {
-        let root = self.node();
-        if root.is_gone() {
-            return;
-        }
-        self.stop(StopReason::Requested, Instant::now());
-        abort_tree(&root);
+        self.end_now();
     }
 }
 

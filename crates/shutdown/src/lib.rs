@@ -87,6 +87,8 @@
 //! | a phase wedges threads of the runtime, with [`run`](Application::run) | it is cut in its time and the next one is told in its, by a thread of the system's clock; what the runtime can still run, runs; a task that it never ran again is reported as [starved](StragglerState::Starved) |
 //! | work without a name (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures may end until the deadline; what [holds a thread](Report::unnamed_threads) then makes the exit code 70 |
 //! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
+//! | a phase [provides](Phase::provide) a value | the next phase starts when it is made; it is closed when that one has ended |
+//! | a stop begins | [`readiness`](Application::readiness) is no longer ready before any worker is told; a stop by Ctrl-C skips the drain delay |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
 //! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
 //! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
@@ -122,32 +124,43 @@
 //!   listen, and nobody has to know which one did not.
 //! - [`JoinSet`](tokio::task::JoinSet): tasks without names; aborts, without a grace. Right for a batch of futures
 //!   inside one function.
-//! - `tokio::time::timeout` around a server: drops the accept loop and leaves the connections it has spawned.
+//! - `tokio::time::timeout` around a server, or `axum::serve` with a graceful shutdown in a worker: drops the accept loop
+//!   and leaves the connections it has spawned. The feature `axum` has a server that owns its connections.
 //!
 //! # Features
 //!
 //! | feature | |
 //! |---|---|
 //! | `signal` (default) | SIGINT and SIGTERM stop an [`Application`] |
+//! | `axum` | [`axum::serve`], whose connections end with their worker, and the extractor [`axum::Cancelled`] |
+//! | `tower` | [`tower::serve`] for any tower service, tonic's too, and a layer that gives each request a token |
 //! | `tracing` | events for restarts and for the report |
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
 
 mod actions;
 mod application;
+#[cfg(feature = "axum")]
+pub mod axum;
 mod clock;
 mod course;
 mod ending;
 mod group;
+#[cfg(feature = "tower")]
+mod line;
 mod named;
 mod panics;
 mod phase;
 mod probe;
 mod report;
+#[cfg(feature = "tower")]
+mod request;
 mod restart;
 mod result;
 mod roster;
 mod scope;
+#[cfg(feature = "tower")]
+mod server;
 mod signal;
 mod stages;
 mod state;
@@ -156,8 +169,11 @@ mod supervisor;
 mod sync;
 mod task;
 mod ticket;
+#[cfg(feature = "tower")]
+pub mod tower;
 mod tree;
 mod unnamed;
+mod values;
 mod voice;
 mod watchdog;
 mod worker;
@@ -174,7 +190,7 @@ pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
 pub use scope::BodyOutput;
 pub use signal::Signal;
-pub use stop::StopReason;
+pub use stop::{Readiness, StopReason};
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
 pub use worker::{BackgroundWorker, WorkerContext};
 

@@ -5,7 +5,7 @@ use std::panic::Location;
 use std::time::Duration;
 
 use crate::restart::{RestartPolicy, Work};
-use crate::task::WorkerOutput;
+use crate::task::{BoxError, WorkerOutput};
 use crate::worker::WorkerContext;
 
 /// One worker as it was added.
@@ -17,6 +17,8 @@ pub(crate) struct Worker {
     pub(crate) restart: Option<RestartPolicy>,
     /// Whether its failure is not the application's.
     pub(crate) is_tolerated: bool,
+    /// Whether the next phase needs what it makes.
+    pub(crate) is_provider: bool,
 }
 
 /// Workers that are started, and stopped, together.
@@ -56,6 +58,93 @@ impl Phase {
         F::Output: WorkerOutput,
     {
         self.add(name.into(), once(work));
+        self
+    }
+
+    /// Makes a value for the phases that start after this one, which get copies of it by [`WorkerContext::provided`]: a
+    /// pool of connections, a client, a configuration.
+    ///
+    /// The next phase starts when the value is made. An error or a panic stops the application; so does a value that is
+    /// not made within [`ready_within`](Self::ready_within), or within 30 seconds. When this phase stops, all those that
+    /// started after it have ended, and the value is dropped. It is one worker, by the name of the type.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::{Application, WorkerContext};
+    ///
+    /// #[derive(Clone)]
+    /// struct Pool;
+    ///
+    /// async fn http(cx: WorkerContext) -> Result<(), &'static str> {
+    ///     let _pool: Pool = cx.provided().ok_or("there is no pool")?;
+    ///     Ok(())
+    /// }
+    ///
+    /// let app = Application::new("shop")
+    ///     .phase("storage", |phase| phase.provide(|_| async { Ok(Pool) }))
+    ///     .phase("ingress", |phase| phase.worker("http", http));
+    /// # let stop = app.shutdown_handle();
+    /// # let app = app.worker("example", |_: WorkerContext| async move { stop.cancel() });
+    /// # assert_eq!(
+    /// app.run()
+    /// # , std::process::ExitCode::SUCCESS);
+    /// ```
+    #[track_caller]
+    pub fn provide<T, W, F>(self, make: W) -> Self
+    where
+        T: Clone + Send + Sync + 'static,
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future<Output = Result<T, BoxError>> + Send + 'static,
+    {
+        self.provide_until(make, |value| async move { drop(value) })
+    }
+
+    /// Makes a value as [`provide`](Self::provide) does, and closes it when this phase stops, within its time.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use cancel_safe_shutdown::Application;
+    ///
+    /// # #[derive(Clone)]
+    /// # struct Pool;
+    /// # impl Pool {
+    /// #     async fn close(&self) {}
+    /// # }
+    /// let app = Application::new("shop").phase("storage", |phase| {
+    ///     phase.provide_until(|_| async { Ok(Pool) }, |pool: Pool| async move { pool.close().await })
+    /// });
+    /// # drop(app);
+    /// ```
+    #[track_caller]
+    pub fn provide_until<T, W, F, C, G>(mut self, make: W, close: C) -> Self
+    where
+        T: Clone + Send + Sync + 'static,
+        W: FnOnce(WorkerContext) -> F + Send + 'static,
+        F: Future<Output = Result<T, BoxError>> + Send + 'static,
+        C: FnOnce(T) -> G + Send + 'static,
+        G: Future<Output = ()> + Send + 'static,
+    {
+        let provide = move |cx: WorkerContext| async move {
+            // Told to stop before there was a value, it has nothing to close.
+            let Some(made) = cx.token().run_until_cancelled_owned(make(cx.clone())).await else { return Ok(()) };
+            let value = made?;
+            if let Some(values) = cx.values() {
+                values.put(value.clone());
+            }
+            cx.ready();
+            cx.cancelled().await;
+            if let Some(values) = cx.values() {
+                values.remove::<T>();
+            }
+            close(value).await;
+            Ok::<_, BoxError>(())
+        };
+        self.add(std::any::type_name::<T>().to_owned(), once(provide));
+        if let Some(worker) = self.workers.last_mut() {
+            worker.is_provider = true;
+        }
         self
     }
 
@@ -124,7 +213,7 @@ impl Phase {
     #[track_caller]
     pub(crate) fn add(&mut self, name: String, work: Work) {
         let added_at = Location::caller();
-        self.workers.push(Worker { name, added_at, work, restart: None, is_tolerated: false });
+        self.workers.push(Worker { name, added_at, work, restart: None, is_tolerated: false, is_provider: false });
     }
 }
 

@@ -46,7 +46,6 @@ pub(crate) struct Roster<T, E> {
     path: String,
     stop: Arc<Stop>,
     recorder: Option<Recorder<T, E>>,
-    parent: Option<Weak<dyn Node>>,
     state: Mutex<State<T, E>>,
 }
 
@@ -59,11 +58,13 @@ pub(crate) struct Rules {
     pub(crate) fail_fast: bool,
     /// Whether only failures are kept, and a bounded number of them.
     pub(crate) discards: bool,
+    /// Whether a stop leaves the group open: until it is cut, or dropped.
+    pub(crate) lingers: bool,
 }
 
 impl Default for Rules {
     fn default() -> Self {
-        Self { grace: Duration::from_secs(10), fail_fast: false, discards: false }
+        Self { grace: Duration::from_secs(10), fail_fast: false, discards: false, lingers: false }
     }
 }
 
@@ -81,6 +82,8 @@ struct State<T, E> {
     closed: bool,
     /// Whether the group is closed and idle, which it then stays, and the parent has been told.
     gone: bool,
+    /// The group above, until this one is gone: it is told even if its own handle was dropped long before.
+    parent: Option<Arc<dyn Node>>,
     children: Vec<Weak<dyn Node>>,
     open_children: usize,
     /// Woken when a task ends; and when none is left here, or a group below has ended too.
@@ -155,10 +158,15 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         recorder: Option<Recorder<T, E>>,
         rules: Rules,
     ) -> Arc<Self> {
-        let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::downgrade(parent)), rules));
+        let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::clone(parent)), rules));
         let erased: Arc<dyn Node> = child.clone();
         if !parent.adopt(Arc::downgrade(&erased)) {
-            child.state().gone = true;
+            let never_taken = {
+                let mut state = child.state();
+                state.gone = true;
+                state.parent.take()
+            };
+            drop(never_taken);
             child.close();
             if let Some(stopping) = parent.stop().get() {
                 child.stop.request(stopping.clone());
@@ -170,7 +178,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
     fn with_parent(
         path: String,
         recorder: Option<Recorder<T, E>>,
-        parent: Option<Weak<dyn Node>>,
+        parent: Option<Arc<dyn Node>>,
         rules: Rules,
     ) -> Self {
         let state = State {
@@ -183,12 +191,13 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
             failed: false,
             closed: false,
             gone: false,
+            parent,
             children: Vec::new(),
             open_children: 0,
             next_waiters: Vec::new(),
             idle_waiters: Vec::new(),
         };
-        Self { path, stop: Arc::default(), recorder, parent, state: Mutex::new(state) }
+        Self { path, stop: Arc::default(), recorder, state: Mutex::new(state) }
     }
 
     pub(crate) fn recorder(&self) -> Option<&Recorder<T, E>> {
@@ -217,19 +226,23 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
 
     /// Enters a task, which has its place until it ends. A closed group hands its name back.
     pub(crate) fn enter(&self, slot: Slot) -> Result<(Arc<Slot>, usize), Cow<'static, str>> {
+        // Allocated without the lock, for which every task that ends contends.
+        let slot = Arc::new(slot);
+        let place = Arc::clone(&slot);
         let mut state = self.state();
         if state.closed {
-            return Err(slot.name);
+            drop(state);
+            drop(place);
+            return Err(Arc::try_unwrap(slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name));
         }
         state.entered += 1;
-        let slot = Arc::new(slot);
         let index = match state.vacant.pop() {
             Some(index) => {
-                state.live[index] = Some(Arc::clone(&slot));
+                state.live[index] = Some(place);
                 index
             }
             None => {
-                state.live.push(Some(Arc::clone(&slot)));
+                state.live.push(Some(place));
                 state.live.len() - 1
             }
         };
@@ -371,7 +384,8 @@ impl<T, E> Roster<T, E> {
         if !state.closed || !state.is_idle() || std::mem::replace(&mut state.gone, true) {
             return None;
         }
-        self.parent.as_ref()?.upgrade()
+        // Given away, so that a long chain of groups is let go of one by one.
+        state.parent.take()
     }
 }
 
@@ -390,6 +404,11 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
 
     fn close(&self) {
         self.state().closed = true;
+    }
+
+    fn close_on_stop(&self) {
+        let mut state = self.state();
+        state.closed |= !state.rules.lingers;
     }
 
     fn close_if_empty(&self) -> bool {

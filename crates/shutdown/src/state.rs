@@ -6,18 +6,32 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::watch;
 use tokio::time::Instant;
 
 use crate::probe::Probe;
 use crate::report::{Ledger, Report, Unnamed};
 use crate::stages::Ending;
-use crate::stop::{Stop, StopReason, Stopping, after};
+use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
 use crate::task::Kind;
 use crate::tree::{Node, stop_tree, tree};
+use crate::values::Values;
 use crate::voice::{Announcer, Audience, Voice};
 
+/// The number of SIGINT everywhere.
+const INTERRUPT: i32 = 2;
 /// How long a runtime must have run nothing at all before those who waited for it count as starved.
 const STARVED: Duration = Duration::from_millis(50);
+
+/// What a stop is granted.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Terms {
+    /// The total budget.
+    pub(crate) budget: Duration,
+    pub(crate) drain_delay: Duration,
+    /// Whether a stop by SIGINT has the delay too.
+    pub(crate) drains_on_interrupt: bool,
+}
 
 /// One application.
 #[derive(Debug)]
@@ -25,9 +39,10 @@ pub(crate) struct Core {
     pub(crate) name: String,
     /// Its token is the shutdown handle.
     pub(crate) stop: Arc<Stop>,
-    /// The total budget of a stop.
-    pub(crate) budget: Duration,
-    drain_delay: Duration,
+    terms: Terms,
+    readiness: watch::Sender<Readiness>,
+    /// What its phases provide.
+    pub(crate) values: Arc<Values>,
     pub(crate) ending: Arc<Ending<Voice>>,
     announcer: Announcer,
     pub(crate) ledger: Arc<Ledger>,
@@ -47,9 +62,10 @@ impl Core {
     pub(crate) fn start(
         name: String,
         stop: Arc<Stop>,
-        [budget, drain_delay]: [Duration; 2],
+        terms: Terms,
         workers: usize,
         audience: Audience,
+        readiness: watch::Sender<Readiness>,
     ) -> std::io::Result<Self> {
         let ending = Arc::new(Ending::new());
         let (voice, announcer) = Voice::start(audience, Arc::downgrade(&ending))?;
@@ -57,8 +73,9 @@ impl Core {
         Ok(Self {
             name,
             stop,
-            budget,
-            drain_delay,
+            terms,
+            readiness,
+            values: Arc::default(),
             ending,
             announcer,
             ledger: Arc::default(),
@@ -74,11 +91,25 @@ impl Core {
     pub(crate) fn request(&self, reason: StopReason) {
         // A token that is cancelled without a reason was cancelled through the handle, and that came first.
         let reason = if self.stop.token().is_cancelled() { StopReason::Requested } else { reason };
+        // Whoever is told to stop finds that no more work is to come.
+        self.readiness
+            .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Stopping) != Readiness::Stopping);
         // Before anybody hears of the stop: once somebody has, its deadline is kept.
-        self.ending.begin(after(self.budget).into_std());
-        if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.budget) }) {
+        self.ending.begin(after(self.terms.budget).into_std());
+        if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.terms.budget) }) {
             self.announcer.stopping(&reason);
         }
+    }
+
+    /// Every phase has started and is ready.
+    pub(crate) fn started_all(&self) {
+        self.readiness.send_if_modified(|readiness| {
+            let first = *readiness == Readiness::Starting && !self.stop.token().is_cancelled();
+            if first {
+                *readiness = Readiness::Ready;
+            }
+            first
+        });
     }
 
     /// What is left of the budget.
@@ -91,9 +122,9 @@ impl Core {
         // Without a request there is nothing to report on: the callers have made one or seen one.
         let (reason, deadline) = match self.stop.get() {
             Some(stopping) => (stopping.reason.clone(), stopping.deadline),
-            None => (StopReason::Requested, after(self.budget)),
+            None => (StopReason::Requested, after(self.terms.budget)),
         };
-        let elapsed = after(self.budget).saturating_duration_since(deadline);
+        let elapsed = after(self.terms.budget).saturating_duration_since(deadline);
         Report::new(&self.name, reason, elapsed, &self.ledger, unnamed)
     }
 
@@ -107,7 +138,9 @@ impl Core {
     /// How long after a stop for this reason the first phase is told.
     pub(crate) fn delay(&self, reason: &StopReason) -> Duration {
         match reason {
-            StopReason::Signal(_) | StopReason::Requested => self.drain_delay,
+            // A person at a terminal waits for no load balancer.
+            StopReason::Signal(INTERRUPT) if !self.terms.drains_on_interrupt => Duration::ZERO,
+            StopReason::Signal(_) | StopReason::Requested => self.terms.drain_delay,
             _ => Duration::ZERO,
         }
     }

@@ -62,6 +62,26 @@ impl fmt::Display for StopReason {
     }
 }
 
+/// Whether an application is to be given work; see [`Application::readiness`](crate::Application::readiness).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
+pub enum Readiness {
+    /// A phase has yet to start or to be ready.
+    #[default]
+    Starting,
+    /// Every phase is ready, and nobody has asked for a stop.
+    Ready,
+    /// A stop has begun, though it may be in its [drain delay](crate::Application::drain_delay).
+    Stopping,
+}
+
+impl Readiness {
+    /// Returns whether the application is to be given work.
+    pub fn is_ready(self) -> bool {
+        self == Self::Ready
+    }
+}
+
 /// A stop that has been requested.
 #[derive(Debug, Clone)]
 pub(crate) struct Stopping {

@@ -28,6 +28,9 @@ use crate::task::{BoxError, TaskOutcome};
 use crate::tree::cut;
 use crate::worker::WorkerContext;
 
+/// How long a phase may take to provide what the next one needs, unless it says otherwise.
+const PROVIDED_WITHIN: Duration = Duration::from_secs(30);
+
 /// The thread that takes an application through its phases, whatever the runtime does.
 #[derive(Debug)]
 pub(crate) struct Supervisor {
@@ -112,6 +115,7 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
             running.push(start(core, phase, restart, clock).await);
         }
     }
+    core.started_all();
     core.stop.token().cancelled().await;
     // Whoever cancelled the shutdown handle left no reason.
     core.request(StopReason::Requested);
@@ -132,15 +136,18 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy, clock: &C
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
     for worker in phase.workers {
-        readiness.push(launch(core, &group, &phase.name, worker, policy));
+        // Without a limit of its own, a phase is ready when it has made what the next one needs.
+        let counts = phase.ready_within.is_some() || worker.is_provider;
+        let ready = launch(core, &group, &phase.name, worker, policy);
+        readiness.extend(counts.then_some(ready));
     }
-    if let Some(limit) = phase.ready_within {
-        let ready = async {
-            for worker in readiness {
-                worker.cancelled().await;
-            }
-        };
-        let ready = clock.timeout_at(after(limit), ready);
+    let ready = async {
+        for worker in &readiness {
+            worker.cancelled().await;
+        }
+    };
+    if !readiness.is_empty() {
+        let ready = clock.timeout_at(after(phase.ready_within.unwrap_or(PROVIDED_WITHIN)), ready);
         if let Some(None) = core.stop.token().run_until_cancelled(ready).await {
             core.request(StopReason::NotReady { phase: phase.name });
         }
@@ -157,16 +164,16 @@ fn launch(
     worker: Worker,
     policy: RestartPolicy,
 ) -> CancellationToken {
-    let Worker { name, added_at, work, restart, is_tolerated } = worker;
+    let Worker { name, added_at, work, restart, is_tolerated, .. } = worker;
     let policy = restart.unwrap_or(policy);
     if is_tolerated {
         core.ledger.tolerate(&name, added_at);
     }
     let ready = CancellationToken::new();
-    let (shared, told) = (Arc::clone(core), ready.clone());
+    let (shared, told, values) = (Arc::clone(core), ready.clone(), Arc::clone(&core.values));
     // The thread of the phases is none of the runtime's.
     let _entered = core.runtime.get().map(Handle::enter);
-    let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.with_ready(told));
+    let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.of_worker(told, values));
     if let Err(rejected) = group.spawn_contextual(name.clone().into(), added_at, run) {
         never_started(core, phase, name, added_at, rejected);
     }
@@ -284,11 +291,13 @@ mod tests {
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     use cancel_safe_testing::{Explore, Outcome};
+    use tokio::sync::watch;
     use tokio::time::sleep;
 
     use super::*;
     use crate::report::Unnamed;
     use crate::restart::Restart;
+    use crate::state::Terms;
     use crate::task::{Kind, Slot};
     use crate::voice::Audience;
 
@@ -305,7 +314,8 @@ mod tests {
     /// An application of one worker.
     fn core(budget: Duration) -> Arc<Core> {
         let stop = Arc::default();
-        let core = Core::start("app".to_owned(), stop, [budget, Duration::ZERO], 1, Audience::default());
+        let terms = Terms { budget, ..Terms::default() };
+        let core = Core::start("app".to_owned(), stop, terms, 1, Audience::default(), watch::Sender::default());
         Arc::new(core.expect("a thread"))
     }
 
@@ -408,7 +418,7 @@ mod tests {
 
         let work = Work::Once(Box::new(|_| unreachable!("the worker was started")));
         let (name, added_at) = ("late".to_owned(), Location::caller());
-        let worker = Worker { name, added_at, work, restart: None, is_tolerated: false };
+        let worker = Worker { name, added_at, work, restart: None, is_tolerated: false, is_provider: false };
         launch(&core, &group, "main", worker, Restart::Never.into());
 
         let report = core.report(Unnamed::default());

@@ -27,6 +27,8 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn ledger(&self) -> Option<&Arc<Ledger>>;
     /// Lets no more tasks and groups in.
     fn close(&self);
+    /// The same, unless the group takes tasks until it is cut or dropped.
+    fn close_on_stop(&self);
     /// The same if no task is alive here; returns whether that is so.
     fn close_if_empty(&self) -> bool;
     fn live(&self) -> Vec<Arc<Slot>>;
@@ -55,7 +57,7 @@ pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
     // The reason comes before the close, so that a task that finds its group closed, and is aborted, finds it too.
     let tell = |node: &dyn Node| {
         node.stop().request(stopping.clone());
-        node.close();
+        node.close_on_stop();
     };
     for node in walk(root, tell) {
         for slot in node.live() {
@@ -129,7 +131,10 @@ fn census(root: &Arc<dyn Node>) -> Option<Vec<Census>> {
 
 /// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
 pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
-    tree(root).iter().flat_map(|node| node.live()).for_each(|slot| slot.abort());
+    for node in tree(root) {
+        node.live().iter().for_each(|slot| slot.abort());
+        ended(node.end());
+    }
 }
 
 /// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
@@ -147,6 +152,7 @@ pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
     }
     for (node, _) in nodes {
         node.abandon();
+        ended(node.end());
     }
 }
 

@@ -13,6 +13,7 @@ use crate::result::Rejected;
 use crate::stop::{OwnStop, Stop, StopReason};
 use crate::task::{Slot, TaskOutcome, WorkerOutput};
 use crate::tree::Node;
+use crate::values::Values;
 
 /// What a worker, or a task spawned with a context, knows of its stop. Cheap to clone.
 #[derive(Clone)]
@@ -21,15 +22,17 @@ pub struct WorkerContext {
     stop: Arc<Stop>,
     node: Arc<dyn Node>,
     ready: Option<CancellationToken>,
+    values: Option<Arc<Values>>,
 }
 
 impl WorkerContext {
     pub(crate) fn new(slot: Arc<Slot>, node: Arc<dyn Node>) -> Self {
-        Self { slot, stop: Arc::clone(node.stop()), node, ready: None }
+        Self { slot, stop: Arc::clone(node.stop()), node, ready: None, values: None }
     }
 
-    pub(crate) fn with_ready(self, ready: CancellationToken) -> Self {
-        Self { ready: Some(ready), ..self }
+    /// The context of a worker of an application's.
+    pub(crate) fn of_worker(self, ready: CancellationToken, values: Arc<Values>) -> Self {
+        Self { ready: Some(ready), values: Some(values), ..self }
     }
 
     /// Returns the name of the worker or task.
@@ -126,6 +129,17 @@ impl WorkerContext {
         }
     }
 
+    /// Returns what an earlier phase [provides](crate::Phase::provide) of this type: a pool of connections, say.
+    ///
+    /// `None` if none does, when its phase has stopped, and in a task of a group: what a task needs it is given.
+    pub fn provided<T: Clone + Send + Sync + 'static>(&self) -> Option<T> {
+        self.values.as_ref()?.get()
+    }
+
+    pub(crate) fn values(&self) -> Option<&Arc<Values>> {
+        self.values.as_ref()
+    }
+
     /// Leaves a mark. The last one is in the report if the worker does not end in time.
     pub fn mark(&self, mark: impl Into<Cow<'static, str>>) {
         self.slot.set_mark(mark.into());
@@ -136,6 +150,12 @@ impl WorkerContext {
     /// The group is the worker's to hold. Dropping it cancels its tasks, so the worker waits for it before it returns.
     pub fn group(&self) -> TaskGroup {
         TaskGroup::below(&self.node, self.slot.name.clone().into_owned())
+    }
+
+    /// A group that takes tasks until it is dropped, also when the worker has been told to stop.
+    #[cfg(feature = "tower")]
+    pub(crate) fn streams_group(&self) -> TaskGroup {
+        TaskGroup::lingering_below(&self.node, self.slot.name.clone().into_owned())
     }
 
     /// Creates the same kind of group, but a [discarding](TaskGroup::discarding) one: for a server's connections.

@@ -14,7 +14,7 @@ use futures_util::{StreamExt as _, future::join_all, stream};
 use http_body_util::BodyExt as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
 };
 
 use crate::server::{Server, reply};
@@ -63,7 +63,7 @@ async fn a_producer_that_fails_or_is_slow_is_not_the_origin_s_fault() {
     });
     let url = server.url("/");
     let client =
-        TimeoutClient::builder().attempt_timeout(Duration::from_millis(300)).breaker(trips_at_once()).build().unwrap();
+        TimeoutClient::builder().attempt_timeout(Duration::from_secs(1)).breaker(trips_at_once()).build().unwrap();
 
     let failing = stream::iter([Ok("a"), Err(io::Error::other("our disk"))]);
     let error = client.put(&url).body(reqwest::Body::wrap_stream(failing)).send().await.unwrap_err();
@@ -161,9 +161,9 @@ async fn an_upload_that_the_kernel_hides_may_be_cut_but_is_never_charged() {
     assert_eq!(state(&client, &url), State::Open);
 }
 
-/// Takes `bytes` at this rate and answers.
-async fn slow_reader(bytes: usize, every: Duration, piece: usize) -> String {
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+/// Takes `bytes` evenly over this time, and answers.
+async fn slow_reader(bytes: usize, whole: Duration) -> String {
+    let socket = TcpSocket::new_v4().unwrap();
     // A small window, as a real path to a slow peer has; loopback would hide megabytes.
     socket.set_recv_buffer_size(8 * 1024).unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
@@ -171,10 +171,10 @@ async fn slow_reader(bytes: usize, every: Duration, piece: usize) -> String {
     let url = format!("http://{}/", listener.local_addr().unwrap());
     tokio::spawn(async move {
         let (mut socket, _) = listener.accept().await.unwrap();
-        let (mut left, mut buffer) = (bytes, vec![0; piece]);
-        while left > 0 {
-            tokio::time::sleep(every).await;
-            left = left.saturating_sub(socket.read(&mut buffer).await.unwrap());
+        let (mut taken, mut buffer, begun) = (0, vec![0; 16 * 1024], tokio::time::Instant::now());
+        while taken < bytes {
+            taken += socket.read(&mut buffer).await.unwrap();
+            tokio::time::sleep_until(begun + whole.mul_f64(taken as f64 / bytes as f64)).await;
         }
         let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
         assert_eq!(socket.write(answer).await.unwrap(), answer.len());
@@ -184,14 +184,14 @@ async fn slow_reader(bytes: usize, every: Duration, piece: usize) -> String {
 
 #[tokio::test]
 async fn an_upload_to_a_slow_reader_progresses_beyond_the_idle_timeout() {
-    let bytes = 8 << 20;
-    // A megabyte or two a second, of which the kernel shows steps of about a megabyte, and hides the last three.
-    let url = slow_reader(bytes, Duration::from_millis(5), 16 * 1024).await;
-    let client = TimeoutClient::builder().timeout(LONG).idle_timeout(Duration::from_millis(1_500)).build().unwrap();
+    // A megabyte a second, of which the kernel shows steps of about a megabyte, and hides the last three.
+    let (bytes, whole, idle) = (9 << 20, Duration::from_secs(9), Duration::from_secs(5));
+    let url = slow_reader(bytes, whole).await;
+    let client = TimeoutClient::builder().timeout(4 * LONG).idle_timeout(idle).build().unwrap();
     let started = Instant::now();
     let response = client.put(&url).body(vec![7; bytes]).send().await.unwrap();
     assert_eq!(response.status(), 200);
-    assert!(started.elapsed() > Duration::from_millis(3_000), "{:?} prove nothing", started.elapsed());
+    assert!(started.elapsed() > idle, "{:?} prove nothing", started.elapsed());
 }
 
 #[tokio::test]
@@ -206,7 +206,7 @@ async fn a_deadline_that_passes_while_connecting_is_told_as_such_and_nothing_was
 
 /// A listener whose queue is full, so that connecting neither succeeds nor fails. Keep what is returned.
 fn full_queue() -> (String, (Vec<std::net::TcpStream>, TcpListener)) {
-    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
     socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
     let listener = socket.listen(1).unwrap();
     let address = listener.local_addr().unwrap();

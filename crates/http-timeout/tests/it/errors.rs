@@ -1,6 +1,7 @@
 //! What errors say: what was asked, what went wrong, which limit fired, after how many attempts and how long, and why.
 
 use std::{
+    error::Error as _,
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     time::Duration,
 };
@@ -60,6 +61,8 @@ async fn an_error_is_one_line_that_says_it_all() {
     assert_eq!((report.method.as_ref(), report.phase, report.attempts), (Some(&Method::POST), Phase::Connect, 2));
     assert_eq!(report.url, format!("{url}path"));
     assert!(!format!("{error:?}").contains("SECRET"), "{error:?}");
+    let mut causes = std::iter::successors(error.source(), |&error| error.source());
+    assert!(causes.any(|cause| cause.is::<reqwest::Error>()), "{error:?}");
 }
 
 #[tokio::test]

@@ -53,13 +53,13 @@ async fn answers_that_are_very_late_are_overtaken_by_copies_within_the_budget() 
 #[tokio::test]
 async fn where_every_answer_is_slow_no_copy_is_sent() {
     let server = Server::start(|_, _| async {
-        tokio::time::sleep(Duration::from_millis(300)).await;
+        tokio::time::sleep(Duration::from_millis(600)).await;
         reply(200, "slow")
     });
     let client = hedging(|builder| builder);
-    let calls = stream::iter(0..200).map(|_| client.get(server.url("/")).send());
+    let calls = stream::iter(0..120).map(|_| client.get(server.url("/")).send());
     let slow = calls.buffer_unordered(20).filter(|result| std::future::ready(result.is_ok())).count().await;
-    assert_eq!(slow, 200);
+    assert_eq!(slow, 120);
     // Twice the usual time on a machine that is busy is possible, but no rule.
     assert!(client.metrics().hedges <= 2, "{} copies", client.metrics().hedges);
 }

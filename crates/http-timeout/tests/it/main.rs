@@ -17,5 +17,6 @@ mod judged;
 mod layer;
 mod limits;
 mod redirects;
+mod relied;
 mod retries;
 mod server;

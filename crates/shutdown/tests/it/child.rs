@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_shutdown::{Application, Phase, Report, Restart, Signal, StopReason, WorkerContext};
 use rustix::fs::{OFlags, fcntl_setfl};
-use rustix::stdio::dup2_stderr;
+use rustix::stdio::{dup2_stderr, dup2_stdout};
 use tokio::runtime::Builder;
 
 /// The variable that makes this test binary one of the programs.
@@ -152,6 +152,14 @@ const PROGRAMS: &[(&str, Program)] = &[
         let app = app(FAR).on_signal(Signal::Hangup, |_| eprintln!("RELOADED"));
         app.worker("good", cooperative).run()
     }),
+    ("service", || {
+        // What it prints is for the test.
+        dup2_stdout(std::io::stderr()).unwrap();
+        crate::service::main()
+    }),
+    ("drains before it stops", || drains_later().run()),
+    ("drains for long", || drains_later().drain_delay(STALL).run()),
+    ("drains before it stops, also for a person", || drains_later().drain_on_interrupt().run()),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
         app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
@@ -167,6 +175,11 @@ fn overriding(deadline: Duration) -> Application {
         StopReason::Signal(number) => u8::try_from(128 + number).ok(),
         _ => None,
     })
+}
+
+/// Goes on for the time of its drain delay.
+fn drains_later() -> Application {
+    app(FAR).drain_delay(DEADLINE).worker("good", cooperative)
 }
 
 /// A runtime of so many threads.

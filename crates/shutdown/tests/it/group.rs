@@ -265,6 +265,22 @@ async fn waiting_for_a_group_waits_for_the_groups_below() {
     assert!(waiting.await.unwrap().completed.is_empty());
 }
 
+#[tokio::test(start_paused = true)]
+async fn a_group_that_was_dropped_before_one_below_it_ended_is_in_nobodys_way() {
+    let root = TaskGroup::new();
+    let middle = root.child("middle");
+    let leaf = middle.child("leaf");
+    leaf.spawn("task", pending::<()>()).unwrap();
+    let idle = middle.child("idle");
+    drop(middle);
+    yield_now().await;
+    let begun = Instant::now();
+    root.cancel_all().await;
+    assert_eq!(begun.elapsed(), Duration::ZERO);
+    drop(idle);
+    assert_eq!(leaf.wait().await.cancelled, ["task"]);
+}
+
 #[tokio::test]
 async fn a_group_below_that_is_still_held_is_waited_for_while_it_has_tasks_and_no_longer() {
     let group = TaskGroup::new();

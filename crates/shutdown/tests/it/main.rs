@@ -12,6 +12,14 @@ mod named;
 mod panics;
 #[cfg(all(unix, feature = "signal"))]
 mod phases;
+mod readiness;
+#[cfg(feature = "axum")]
+mod requests;
+#[cfg(feature = "axum")]
+mod server;
+#[cfg(all(unix, feature = "signal"))]
+#[path = "../../examples/service.rs"]
+mod service;
 #[cfg(all(unix, feature = "signal"))]
 mod signals;
 #[cfg(all(unix, feature = "signal"))]

@@ -444,3 +444,27 @@ fn a_signal_inherited_as_blocked_stops_all_the_same() {
     program.wait_for("RELOADED");
     program.end_by(Signal::TERM).assert(0, &["stopped by SIGTERM"]);
 }
+
+#[test]
+fn a_person_at_a_terminal_waits_for_no_drain_delay() {
+    for (name, signal) in
+        [("drains before it stops", Signal::TERM), ("drains before it stops, also for a person", Signal::INT)]
+    {
+        let exit = Program::ready(name).end_by(signal);
+        exit.assert(0, &[]);
+        assert!(exit.elapsed >= DEADLINE, "{name} ended after {:?}", exit.elapsed);
+    }
+    // Its drain delay is longer than anything may take.
+    Program::ready("drains for long").end_by(Signal::INT).assert(0, &["stopped by SIGINT"]);
+}
+
+#[test]
+fn the_service_of_the_example_drains_on_a_signal() {
+    let mut program = Program::start("service");
+    program.wait_for("[HTTP] Handling request");
+    let exit = program.end_by(Signal::TERM);
+    exit.assert(
+        0,
+        &["stopping: SIGTERM", "[DB] Closing connections", "[HTTP] Draining active", "[Metrics] Flushing final"],
+    );
+}

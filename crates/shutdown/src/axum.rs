@@ -1,0 +1,154 @@
+//! Axum's door to the server and to the token of a request. Nothing of its own: what it promises, [`tower`](crate::tower)
+//! keeps.
+
+use std::convert::Infallible;
+use std::fmt::Debug;
+use std::io;
+use std::task::{Context, Poll};
+
+use ::axum::Router;
+use ::axum::extract::{ConnectInfo, FromRequestParts};
+use ::axum::http::request::Parts;
+use ::axum::http::{Request, StatusCode};
+use ::axum::response::{IntoResponse, Response};
+use hyper::body::Incoming;
+use tokio_util::sync::CancellationToken;
+use tower_service::Service;
+
+use crate::server::{Listener, serve_each};
+use crate::worker::WorkerContext;
+
+/// Serves an axum router, over HTTP/1 and HTTP/2, until the worker of `cx` is told to stop; then drains.
+///
+/// Where axum's own `serve` leaves the connections it has spawned running beside a closed database, these are the worker's:
+/// on a stop, the listener and the idle connections are closed at once; requests that have come are answered, until the
+/// worker's deadline; whatever is left then is closed: half-sent requests, event streams, upgraded connections. Each of
+/// those is in the report: `127.0.0.1:50000`, and as its last mark, or for a stream of HTTP/2 as its name, `GET /path`.
+///
+/// Every request has its token ([`Cancelled`]) and its [`ConnectInfo`]. A handler that panics ends its connection, and is
+/// a task that has panicked: it makes the exit code of the application 101. The worker is
+/// [ready](WorkerContext::ready) from the first poll of this on.
+///
+/// # Cancel safety
+///
+/// This method is not cancel safe. If dropped, every connection is closed at once, and its request lost.
+///
+/// # Errors
+///
+/// None: what goes wrong with a connection is between it and its client. It is a `Result` so that it can be a worker.
+///
+/// # Limitations
+///
+/// What a handler spawns itself is not the server's, and neither is the task of an upgraded connection: it finds its
+/// stream closed. Both may ask the token of their request.
+///
+/// # Examples
+///
+/// ```no_run
+/// use axum::{Router, routing::get};
+/// use cancel_safe_shutdown::{Application, WorkerContext};
+/// use tokio::net::TcpListener;
+///
+/// async fn http(cx: WorkerContext) -> Result<(), std::io::Error> {
+///     let listener = TcpListener::bind("0.0.0.0:8080").await?;
+///     let router = Router::new().route("/", get(async || "hello"));
+///     cancel_safe_shutdown::axum::serve(listener, router, cx).await
+/// }
+///
+/// fn main() -> std::process::ExitCode {
+///     Application::new("shop").worker("http", http).run()
+/// }
+/// ```
+pub async fn serve<L>(listener: L, router: Router, cx: WorkerContext) -> io::Result<()>
+where
+    L: ::axum::serve::Listener,
+    L::Addr: Clone + Debug + Send + Sync + 'static,
+{
+    let service = |peer: &L::Addr| WithPeer { router: router.clone(), peer: peer.clone() };
+    serve_each(AxumListener(listener), service, cx).await;
+    Ok(())
+}
+
+/// An axum listener as one of ours.
+struct AxumListener<L>(L);
+
+impl<L> Listener for AxumListener<L>
+where
+    L: ::axum::serve::Listener,
+    L::Addr: Debug + Send + 'static,
+{
+    type Io = L::Io;
+    type Addr = L::Addr;
+
+    async fn accept(&mut self) -> (L::Io, L::Addr) {
+        self.0.accept().await
+    }
+}
+
+/// A router that tells its handlers the address of the peer.
+#[derive(Clone)]
+struct WithPeer<A> {
+    router: Router,
+    peer: A,
+}
+
+impl<A: Clone + Send + Sync + 'static> Service<Request<Incoming>> for WithPeer<A> {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = <Router as Service<Request<Incoming>>>::Future;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Service::<Request<Incoming>>::poll_ready(&mut self.router, cx)
+    }
+
+    fn call(&mut self, mut request: Request<Incoming>) -> Self::Future {
+        request.extensions_mut().insert(ConnectInfo(self.peer.clone()));
+        self.router.call(request)
+    }
+}
+
+/// The token of a request, as an extractor: cancelled when the client goes away, at the request's deadline, and on
+/// shutdown.
+///
+/// It is there under this crate's [`serve`], and under a [`CancellationLayer`](crate::tower::CancellationLayer).
+///
+/// # Examples
+///
+/// ```
+/// use axum::{Router, routing::post};
+/// use cancel_safe_shutdown::axum::Cancelled;
+///
+/// async fn import(Cancelled(token): Cancelled) -> &'static str {
+///     for _line in 0..3 {
+///         if token.is_cancelled() {
+///             return "stopped half-way";
+///         }
+///     }
+///     "imported"
+/// }
+/// # let _: Router =
+/// Router::new().route("/import", post(import));
+/// ```
+#[derive(Debug, Clone)]
+#[expect(clippy::exhaustive_structs, reason = "extractors are taken apart in the arguments of a handler")]
+pub struct Cancelled(pub CancellationToken);
+
+impl<S: Sync> FromRequestParts<S> for Cancelled {
+    type Rejection = MissingToken;
+
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, MissingToken> {
+        parts.extensions.get().cloned().map(Self).ok_or(MissingToken)
+    }
+}
+
+/// The request has no token: neither this crate's [`serve`] nor its layer is there. Answered with status 500.
+#[derive(Debug, thiserror::Error)]
+#[error("the request has no cancellation token: the layer is missing")]
+#[non_exhaustive]
+pub struct MissingToken;
+
+impl IntoResponse for MissingToken {
+    fn into_response(self) -> Response {
+        (StatusCode::INTERNAL_SERVER_ERROR, self.to_string()).into_response()
+    }
+}
