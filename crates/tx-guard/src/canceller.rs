@@ -376,6 +376,23 @@ mod tests {
         assert!(is_same(seconds(0), since) && is_same(seconds(0), since + seconds(1)));
     }
 
+    /// Whoever comes when nobody is left to be served has a turn of its own, which the end of the one before is not to end.
+    #[cfg(feature = "postgres")]
+    #[test]
+    fn a_turn_that_is_over_ends_no_other_and_one_that_is_not_leaves_the_place_free() {
+        let canceller = Canceller::<sqlx::Postgres>::default();
+        let turn = || Turn { inner: Arc::clone(&canceller.0), is_over: false };
+        let is_served = || std::mem::replace(&mut canceller.0.queue().is_served, true);
+        let mut over = turn();
+        assert!(!is_served());
+        assert!(over.next().is_empty());
+        assert!(!is_served(), "the next one has to see to it");
+        drop(over);
+        assert!(is_served(), "the next one does");
+        drop(turn());
+        assert!(!is_served(), "nobody serves any more");
+    }
+
     #[test]
     fn where_no_thread_is_to_be_had_there_is_none() {
         if env::var_os(CHILD).is_some() {

@@ -4,6 +4,8 @@
 //! lost is refused; what comes after MySQL has rolled it back is undone at the end.
 
 mod in_step;
+#[cfg(test)]
+mod tests;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -452,7 +452,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_cancel_reaches_no_other_backend_that_was_given_the_same_process_id() {
+    async fn a_signal_reaches_no_other_backend_that_was_given_the_same_process_id() {
         let url = std::env::var("CANCEL_SAFE_TEST_POSTGRES_URL")
             .expect("set CANCEL_SAFE_TEST_POSTGRES_URL or run cargo xtask test tx-guard");
         let options: Arc<PgConnectOptions> = Arc::new(url.parse().unwrap());
@@ -477,8 +477,14 @@ mod tests {
         assert!(slept.is_ok(), "{slept:?}");
         let slept = tokio::select! {
             slept = sqlx::raw_sql("SELECT pg_sleep(30)").execute(&mut conn) => slept,
-            () = again(ours) => unreachable!("it cancels for ever"),
+            () = again(ours.clone()) => unreachable!("it cancels for ever"),
         };
         assert!(slept.is_err(), "{slept:?}");
+        // A cancel leaves the session as it is, and this does not.
+        conn.ping().await.unwrap();
+        canceller.signal(&options, Wanted::Terminate, &ours).await.unwrap();
+        while conn.ping().await.is_ok() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
     }
 }

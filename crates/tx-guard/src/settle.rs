@@ -69,7 +69,6 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
         // the sooner the connection is closed the sooner its locks are free.
         Ok(Err(Unrest::Unreachable)) => {
             shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
-            drop(open);
             Err(unconfirmed())
         }
         Ok(Err(Unrest::Stuck)) | Err(_) => match terminate(&mut open).await {
@@ -190,7 +189,6 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
 
 /// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs there that could be cancelled.
 pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
-    open.ticket.settling();
     let limit = open.shared.limits.settle_timeout;
     let (conn, probe) = open.slot.parts();
     if let Ok(Ok(_)) = timeout(limit, DB::rollback(conn, probe)).await {

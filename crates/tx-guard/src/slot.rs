@@ -234,7 +234,7 @@ impl<DB: Backend> Shared<DB> {
         let target = DB::target(&self.options());
         let all_open = match &self.source {
             // Who waits behind sessions that are being opened, and are not, waits for the server.
-            Source::Owned => self.queue.is_full() && self.opening.load(Ordering::Relaxed) < self.limits.max_connections,
+            Source::Owned => self.opening.load(Ordering::Relaxed) < self.limits.max_connections,
             Source::Wrapped(pool) => pool.size() >= self.limits.max_connections,
         };
         match all_open {

@@ -152,6 +152,11 @@ const PROGRAMS: &[(&str, Program)] = &[
         let app = app(FAR).on_signal(Signal::Hangup, |_| eprintln!("RELOADED"));
         app.worker("good", cooperative).run()
     }),
+    ("wedges its start", || {
+        let app = app(DEADLINE).runtime(Builder::new_current_thread());
+        let app = app.phase("storage", |phase| phase.worker("spin", spins).ready_within(FAR));
+        app.phase("ingress", |phase| phase.worker("good", cooperative)).run()
+    }),
     ("service", || {
         // What it prints is for the test.
         dup2_stdout(std::io::stderr()).unwrap();

@@ -66,6 +66,15 @@ fn a_phase_behind_a_wedged_one_is_reported_as_starved_on_a_current_thread_runtim
 }
 
 #[test]
+fn a_phase_that_never_started_is_in_the_report_of_a_wedged_start() {
+    let exit = Program::ready("wedges its start").end_by(Signal::TERM);
+    exit.assert(
+        70,
+        &["worker `spin` of `storage`: abandoned, blocked inside a poll", "worker `good` of `ingress`: cancelled"],
+    );
+}
+
+#[test]
 fn a_closure_behind_a_wedged_phase_is_told_on_a_current_thread_runtime() {
     let exit = Program::ready("wedges the current thread before a closure").end_by(Signal::TERM);
     exit.assert(70, &["CLOSURE FLUSHED", "task `journal` of `db`: completed"]);

@@ -233,3 +233,38 @@ async fn a_pause_ends_at_the_deadline() {
     assert!((limit..SOON).contains(&start.elapsed()));
     world.end(db).await;
 }
+
+/// What is refused at the end is refused for good, although it is rolled back.
+#[tokio::test]
+async fn a_commit_that_is_refused_is_followed_by_no_attempt() {
+    let world = World::<Postgres>::new().await;
+    let table = &world.table;
+    let parent = format!("ADD COLUMN parent BIGINT REFERENCES {table} (n) DEFERRABLE INITIALLY DEFERRED");
+    world.run(format!("ALTER TABLE {table} {parent}")).await;
+    let db = world.pool(1).await;
+    let mut attempts = db.tx().retry(Retry::attempts(5)).idempotent().attempts();
+    let mut tx = attempts.next().await.unwrap();
+    Postgres::execute(&mut tx, format!("INSERT INTO {table} (n, parent) VALUES (1, 2)")).await.unwrap();
+    let error = attempts.end(tx, Ok::<_, TxError>(())).await.unwrap_err();
+    assert!(matches!(error, TxError::Database(_)), "{error:?}");
+    no_attempt(&mut attempts, "failed").await;
+    world.end(db).await;
+}
+
+/// Without a deadline it is waited for ten seconds, which are over at once where time is only counted.
+#[tokio::test]
+async fn a_guard_that_is_kept_without_a_deadline_is_not_waited_for_for_ever() {
+    let world = World::<Sqlite>::new().await;
+    let db = world.pool(2).await;
+    let mut attempts = db.tx().retry(Retry::attempts(2).backoff(AT_ONCE, AT_ONCE)).attempts();
+    let kept = attempts.next().await.unwrap();
+    tokio::time::pause();
+    let start = tokio::time::Instant::now();
+    no_attempt(&mut attempts, "has not ended").await;
+    assert!(start.elapsed() >= Duration::from_secs(10), "{:?}", start.elapsed());
+    tokio::time::resume();
+    // Nothing is decided by that: once it has ended, the next attempt may be made.
+    kept.rollback().await.unwrap();
+    attempts.next().await.unwrap().rollback().await.unwrap();
+    world.end(db).await;
+}

@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use crate::commit::works_as_before;
 use crate::on_all;
 use crate::silence::{Door, SESSION, builder};
-use crate::world::{PATIENCE, SOON, Server, TestDb, World, eventually};
+use crate::world::{PATIENCE, SOON, Server, TestDb, World, eventually, mostly_within};
 
 on_all!(an_idle_guard_is_dropped_without_a_cancel);
 
@@ -188,6 +188,7 @@ async fn lock_of_a_drop_on_a_full_server(options: PgConnectOptions, world: &Worl
     world.run(format!("INSERT INTO {} (n) VALUES (1)", world.table)).await;
     let took = start.elapsed();
     other.rollback().await.unwrap();
+    assert_eq!(db.metrics().terminated, 1, "it is told that the session was given up");
     assert!(db.close(PATIENCE).await.is_clean());
     pool.close().await;
     took
@@ -202,8 +203,13 @@ async fn a_drop_frees_its_locks_on_a_server_that_has_no_session_left() {
     }
     world.run(format!("GRANT ALL ON {} TO {account}", world.table)).await;
     let options = Postgres::account(world.options.clone(), &account, "p");
-    let took = lock_of_a_drop_on_a_full_server(options, &world).await;
-    assert!(took < SOON, "{took:?}");
+    // Not the two seconds that are waited for a statement that can be cancelled: the server sees that its client has gone.
+    let lock = async || {
+        let took = lock_of_a_drop_on_a_full_server(options.clone(), &world).await;
+        world.run(format!("DELETE FROM {}", world.table)).await;
+        took
+    };
+    mostly_within(Duration::from_millis(1_900), 5, lock).await;
     world.run(format!("DROP TABLE {}; DROP ROLE {account}", world.table)).await;
 }
 

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::commit::works_as_before;
 use crate::on_all;
-use crate::world::{PATIENCE, TestDb, World};
+use crate::world::{PATIENCE, TestDb, World, eventually};
 
 on_all!(
     a_commit_after_the_end_of_its_runtime_tells_the_truth,
@@ -105,6 +105,11 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     })
     .await;
     assert!(matches!(db.begin().await, Err(TxError::Closed)));
+    // It waits for nobody there.
+    eventually("all are closed", async || db.metrics().size == 0).await;
+    let closed = db.metrics();
+    assert_eq!(closed.closed_with_pool + closed.closed_failed, closed.opened, "{closed:?}");
+    assert!(closed.closed_with_pool > 0, "{closed:?}");
     assert_eq!(world.committed().await, [1, 2, 4]);
     world.end(db).await;
 }
@@ -112,6 +117,9 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
 async fn a_closure_outside_any_runtime_is_an_error<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
+    let connecting = TxPool::<D>::builder().connect_with(world.options.clone());
+    let connected = outside(async move { connecting.now_or_never() }).await;
+    assert!(matches!(connected, Some(Err(TxError::NoRuntime))), "{connected:?}");
     let tx = db.tx().timeout(PATIENCE);
     let ran = outside(async move { tx.run(async move |_| Ok(())).now_or_never() }).await;
     assert!(matches!(ran, Some(Err(TxError::NoRuntime))), "{ran:?}");
@@ -168,14 +176,43 @@ async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
         let db = first.block_on(builder.connect_with(options)).unwrap();
         let pid = first.block_on(session(&db));
         assert_eq!(first.block_on(session(&db)), pid);
+        // What the commit has left to be read is read on its own runtime, and would take the session with it.
+        first.block_on(eventually("it is at rest", async || db.metrics().idle == 1));
         drop(first);
         runtime().block_on(async {
             assert_ne!(session(&db).await, pid);
+            assert_eq!((db.metrics().opened, db.metrics().closed_failed), (2, 1));
             assert!(db.close(PATIENCE).await.is_clean());
         });
     };
     tokio::task::spawn_blocking(outlives).await.unwrap();
     world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
+/// Nobody is there any more who could wait for it, and it would hold the lock for hours.
+#[tokio::test]
+async fn a_slow_statement_whose_runtime_has_ended_is_interrupted_on_sqlite() {
+    let world = World::<Sqlite>::new().await;
+    let (options, insert) = (world.options.clone(), format!("INSERT INTO {} (n) VALUES (1)", world.table));
+    let outlived = move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let tx = runtime.block_on(async {
+            let db = TxPool::<Sqlite>::builder().max_connections(1).connect_with(options).await.unwrap();
+            let mut tx = db.begin().await.unwrap();
+            Sqlite::execute(&mut tx, insert).await.unwrap();
+            timeout(Duration::from_millis(50), Sqlite::execute(&mut tx, Sqlite::SLOW.to_owned())).await.unwrap_err();
+            tx
+        });
+        drop(runtime);
+        let handle = tx.outcome_handle();
+        drop(tx);
+        handle.try_outcome()
+    };
+    let told = tokio::task::spawn_blocking(outlived).await.unwrap();
+    assert_eq!(told, Some(CommitOutcome::RolledBack));
+    // Waits for the lock.
+    timeout(PATIENCE, world.insert(&mut world.plain().await, 1)).await.expect("it is still locked").unwrap();
+    assert_eq!(world.committed().await, [1]);
 }
 
 /// Outside any runtime: what is asked of the one that has ended must not panic.
@@ -310,7 +347,7 @@ async fn those_who_wait_when_the_pool_is_closed_are_told<D: TestDb>() {
             })
         })
         .collect();
-    crate::world::eventually("all wait", async || waiting.load(Ordering::Relaxed) == 8).await;
+    eventually("all wait", async || waiting.load(Ordering::Relaxed) == 8).await;
     assert_eq!(db.close(Duration::from_millis(50)).await.in_use, 1);
     for waiter in waiters {
         let begun = timeout(PATIENCE, waiter).await.expect("it is told").unwrap();

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use cancel_safe_tx_guard::{CommitError, CommitOutcome, TxError, TxPool};
+use cancel_safe_tx_guard::{CommitError, CommitOutcome, Isolation, TxError, TxPool};
 use sqlx::sqlite::SqliteJournalMode;
 use sqlx::{MySql, Postgres, Sqlite};
 use tokio::time::sleep;
 
 use crate::commit::works_as_before;
 use crate::on_all;
-use crate::world::{PATIENCE, SOON, TestDb, World};
+use crate::world::{PATIENCE, SOON, TestDb, World, eventually};
 
 on_all!(
     every_option_goes_with_a_guard_in_hand,
@@ -186,4 +186,52 @@ async fn the_server_knows_the_deadline_of_a_guard_in_hand() {
     assert!((1..=8).contains(&limit[0]), "{limit:?}");
     tx.rollback().await.unwrap();
     world.end(db).await;
+}
+
+/// What others commit meanwhile is seen, or is not seen, or waits.
+#[tokio::test]
+async fn the_isolation_of_a_guard_in_hand_is_what_was_asked_for_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let db = world.pool(1).await;
+    let mut other = world.plain().await;
+    world.insert(&mut other, 1).await.unwrap();
+    let read = format!("SELECT n FROM {}", world.table);
+    for (isolation, seen) in [(Isolation::ReadCommitted, 2), (Isolation::RepeatableRead, 1)] {
+        let mut tx = db.tx().isolation(isolation).begin().await.unwrap();
+        assert_eq!(MySql::numbers(&mut tx, read.clone()).await.unwrap(), [1]);
+        world.insert(&mut other, 2).await.unwrap();
+        assert_eq!(MySql::numbers(&mut tx, read.clone()).await.unwrap().len(), seen, "{isolation:?}");
+        tx.rollback().await.unwrap();
+        MySql::execute(&mut other, format!("DELETE FROM {} WHERE n = 2", world.table)).await.unwrap();
+    }
+    let write = format!("SELECT n FROM {} FOR UPDATE NOWAIT", world.table);
+    for (isolation, locks) in [(Isolation::RepeatableRead, false), (Isolation::Serializable, true)] {
+        let mut tx = db.tx().isolation(isolation).begin().await.unwrap();
+        assert_eq!(MySql::numbers(&mut tx, read.clone()).await.unwrap(), [1]);
+        assert_eq!(MySql::execute(&mut other, write.clone()).await.is_err(), locks, "{isolation:?}");
+        tx.rollback().await.unwrap();
+    }
+    world.end(db).await;
+}
+
+/// A begin that the database has refused is its answer. The session is closed, and no other is tried.
+#[tokio::test]
+async fn a_begin_that_is_refused_costs_one_session_and_no_more() {
+    for hooked in [false, true] {
+        let world = World::<Sqlite>::new().await;
+        let builder = TxPool::<Sqlite>::builder().max_connections(2);
+        let builder = if hooked { builder.before_begin(|_| Box::pin(async { Ok(()) })) } else { builder };
+        let db = builder.connect_with(world.options.clone().busy_timeout(Duration::ZERO)).await.unwrap();
+        // Both have been used before, so that either may have died meanwhile.
+        let both = (db.begin().await.unwrap(), db.begin().await.unwrap());
+        both.0.rollback().await.unwrap();
+        both.1.rollback().await.unwrap();
+        eventually("both are at rest", async || db.metrics().idle == 2).await;
+        let writer = db.tx().immediate().begin().await.unwrap();
+        let error = db.tx().immediate().begin().await.unwrap_err();
+        assert!(error.is_transient(), "{error:?}");
+        assert_eq!((db.metrics().opened, db.metrics().closed_failed), (2, 1), "hooked: {hooked}");
+        writer.rollback().await.unwrap();
+        world.end(db).await;
+    }
 }

@@ -106,7 +106,7 @@ async fn a_row_of_somebody_else_is_no_rollback<D: Injected>() {
     let armed = Arc::<AtomicUsize>::default();
     let through = door::<D>(&world.options, Arc::clone(&armed)).await;
     let db = TxPool::<D>::builder().max_connections(1).connect_with(through).await.unwrap();
-    let mut before = 0;
+    let (mut before, mut ended) = (0, 0);
     for (round, injected) in [false, true, false, true].into_iter().enumerate() {
         let mut tx = timeout(PATIENCE, db.begin()).await.unwrap().unwrap();
         let id = D::numbers(&mut tx, D::ID.to_owned()).await.unwrap()[0];
@@ -125,6 +125,8 @@ async fn a_row_of_somebody_else_is_no_rollback<D: Injected>() {
         drop(tx);
         timeout(PATIENCE, handle.outcome()).await.unwrap();
         assert_eq!(armed.load(Ordering::SeqCst), 0, "nothing was injected, so this test shows nothing");
+        ended += u64::from(injected);
+        assert_eq!(db.metrics().terminated, ended, "a session is ended from outside exactly if it cannot be used");
         // The row is free, and was not written.
         let mut other = world.plain().await;
         timeout(PATIENCE, world.insert(&mut other, 1)).await.expect("the row is still locked").unwrap();

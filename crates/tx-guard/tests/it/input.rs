@@ -168,6 +168,10 @@ async fn a_url_that_cannot_be_read_is_not_quoted<D: Server>() {
         let error = seen(TxPool::<D>::connect(&wrong).await.unwrap_err());
         assert!(matches!(error, TxError::InvalidUrl { .. }), "{wrong:?}: {error:?}");
     }
+    // One that names nobody is no mistake. There is no server at this port.
+    let nobody = format!("{}://127.0.0.1:1/db", D::URL_SCHEMES[0]);
+    let error = TxPool::<D>::connect(&nobody).await.unwrap_err();
+    assert!(matches!(error, TxError::Unreachable { .. }), "{error:?}");
 }
 
 #[tokio::test]

@@ -24,6 +24,7 @@ mod hostile;
 mod in_hand;
 mod injected;
 mod input;
+mod kept;
 mod known;
 mod late;
 mod limits;

@@ -42,7 +42,7 @@ async fn a_pool_counts_what_it_has_and_what_it_has_done<D: TestDb>() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-on_all!(a_pool_counts_what_it_has_and_what_it_has_done);
+on_all!(a_pool_counts_what_it_has_and_what_it_has_done, a_session_that_is_in_use_when_its_pool_is_closed_is_counted,);
 
 /// Works once, and waits for the one session to be closed, for the reason that `is_counted` sees alone.
 async fn one_is_closed(builder: TxPoolBuilder<Sqlite>, reason: usize) {
@@ -70,6 +70,32 @@ async fn the_reason_why_a_session_was_closed_is_counted() {
     one_is_closed(builder().after_release(|_| Box::pin(async { Ok(false) })), 2).await;
 }
 
+/// On one thread nobody can have done anything for it yet.
+#[tokio::test]
+async fn a_transaction_that_was_dropped_is_being_rolled_back_until_it_is_over() {
+    let world = World::<Postgres>::new().await;
+    let db = world.pool(1).await;
+    drop(db.begin().await.unwrap());
+    let now = db.metrics();
+    assert_eq!((now.in_use, now.settling), (0, 1), "{now:?}");
+    eventually("it is over", async || db.metrics().idle == 1).await;
+    let now = db.metrics();
+    assert_eq!((now.in_use, now.settling, now.rolled_back), (0, 0, 1), "{now:?}");
+    world.end(db).await;
+}
+
+async fn a_session_that_is_in_use_when_its_pool_is_closed_is_counted<D: TestDb>() {
+    let world = World::<D>::new().await;
+    let db = world.pool(1).await;
+    let tx = db.begin().await.unwrap();
+    assert_eq!(db.close(Duration::ZERO).await.in_use, 1);
+    tx.commit().await.unwrap();
+    eventually("it is closed", async || db.metrics().size == 0).await;
+    let closed = db.metrics();
+    assert_eq!((closed.opened, closed.closed_with_pool, closed.closed_failed), (1, 1, 0), "{closed:?}");
+    world.end(db).await;
+}
+
 #[tokio::test]
 async fn a_cancel_and_a_session_that_has_died_are_counted() {
     let world = World::<Postgres>::new().await;
@@ -84,6 +110,8 @@ async fn a_cancel_and_a_session_that_has_died_are_counted() {
     drop(tx);
     within(db.begin()).await.unwrap().rollback().await.unwrap();
     assert_eq!((db.metrics().closed_failed, db.metrics().opened), (1, 2));
+    // It had ended already.
+    assert_eq!(db.metrics().terminated, 0);
     world.end(db).await;
 }
 

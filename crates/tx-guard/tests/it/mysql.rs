@@ -47,8 +47,23 @@ fn number(error: &sqlx::Error) -> Option<u16> {
 #[tokio::test]
 async fn a_deadlock_that_was_swallowed_is_no_commit() {
     let world = World::<MySql>::new().await;
-    rows(&world, 1..=5).await;
     let db = world.pool(1).await;
+    swallow_a_deadlock(&world, &db).await;
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn a_deadlock_that_was_swallowed_is_no_commit_on_a_wrapped_pool() {
+    let world = World::<MySql>::new().await;
+    let pool = PoolOptions::<MySql>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+    let db = TxPool::wrap(pool.clone());
+    swallow_a_deadlock(&world, &db).await;
+    world.end(db).await;
+    pool.close().await;
+}
+
+async fn swallow_a_deadlock(world: &World<MySql>, db: &TxPool<MySql>) {
+    rows(world, 1..=5).await;
     for nested in [false, true] {
         let mut tx = db.begin().await.unwrap();
         let handle = tx.outcome_handle();
@@ -56,9 +71,9 @@ async fn a_deadlock_that_was_swallowed_is_no_commit() {
         let victim = if nested {
             // Forgotten, so that sqlx goes on to count two levels where none is left on the server.
             let mut inner = std::mem::ManuallyDrop::new(tx.begin().await.unwrap());
-            become_a_victim(&world, &mut inner).await
+            become_a_victim(world, &mut inner).await
         } else {
-            become_a_victim(&world, &mut tx).await
+            become_a_victim(world, &mut tx).await
         };
         assert_eq!(number(&victim), Some(1213), "{victim:?}");
         // Would be committed by itself now, if the session did that.
@@ -68,8 +83,7 @@ async fn a_deadlock_that_was_swallowed_is_no_commit() {
         assert_ne!(handle.outcome().await, CommitOutcome::Committed);
         assert_eq!(world.committed().await, [1, 2, 3, 4, 5]);
     }
-    works_as_before(&world, &db).await;
-    world.end(db).await;
+    works_as_before(world, db).await;
 }
 
 /// The same on plain sqlx: the commit says Ok, the row before is lost and the row after was committed by itself.
@@ -198,7 +212,12 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
     let before = settings().await;
     assert_eq!(before[0], 33);
     let db = TxPool::wrap(pool.clone());
+    let session = async || {
+        let mut conn = pool.acquire().await.unwrap();
+        MySql::numbers(&mut conn, "SELECT CAST(CONNECTION_ID() AS SIGNED)".to_owned()).await.unwrap()
+    };
     for way in 0..6 {
+        let same = session().await;
         let mut tx = db.begin().await.unwrap();
         let handle = tx.outcome_handle();
         world.insert(&mut tx, way).await.unwrap();
@@ -224,6 +243,9 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
             tx.run(async |tx| Ok::<_, TxError>(MySql::numbers(tx, SETTINGS.to_owned()).await?)).await.unwrap();
         assert!(limits_of(20, &limited), "{limited:?}");
         assert_eq!(settings().await, before, "way {way}");
+        if way < 3 {
+            assert_eq!(session().await, same, "way {way}: it has them back because it is another one");
+        }
     }
     world.end(db).await;
     pool.close().await;

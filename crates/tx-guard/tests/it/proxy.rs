@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{CommitMode, CommitOutcome, Options, TransactionGuard, TxPool};
+use cancel_safe_tx_guard::{CommitMode, CommitOutcome, Options, TransactionGuard, TxError, TxPool};
 use futures_util::FutureExt;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
 use sqlx::postgres::{PgConnectOptions, PgListener, PgSslMode};
@@ -359,6 +359,44 @@ async fn a_lost_commit_that_has_only_notified_is_no_rollback() {
         assert_eq!(handle.outcome().await, expected, "{fault:?}");
     }
     timeout(PATIENCE, listener.recv()).await.expect("one has gone out").unwrap();
+    world.end(db).await;
+}
+
+/// In a pool whose other commits are not asked for.
+#[tokio::test]
+async fn a_lost_commit_is_found_out_where_its_closure_asks_for_that() {
+    let world = World::<Postgres>::new().await;
+    let proxy = Proxy::open(Postgres::address(&world.options)).await;
+    let db = TxPool::<Postgres>::builder().max_connections(1);
+    let db = db.connect_with(Postgres::through(world.options.clone(), proxy.port)).await.unwrap();
+    let run = db.tx().commit_mode(CommitMode::Resolvable).run(async |tx| {
+        world.insert(tx, 1).await?;
+        proxy.arm(Fault::CutAnswer);
+        Ok::<_, TxError>(())
+    });
+    run.await.unwrap();
+    assert_eq!(world.committed().await, [1]);
+    world.end(db).await;
+}
+
+/// As after any other commit; its connection is closed by then.
+#[tokio::test]
+async fn the_hooks_of_a_commit_that_was_found_out_run_once() {
+    let world = World::<Postgres>::new().await;
+    let proxy = Proxy::open(Postgres::address(&world.options)).await;
+    let db = TxPool::<Postgres>::builder().max_connections(1).commit_mode(CommitMode::Resolvable);
+    let db = db.connect_with(Postgres::through(world.options.clone(), proxy.port)).await.unwrap();
+    let sizes = Arc::<Mutex<Vec<usize>>>::default();
+    for (n, fault) in [(1, Fault::CutAnswer), (2, Fault::CutBefore)] {
+        let mut tx = db.begin().await.unwrap();
+        world.insert(&mut tx, n).await.unwrap();
+        let (seen, pool) = (Arc::clone(&sizes), db.clone());
+        tx.after_commit(move || seen.lock().unwrap().push(pool.metrics().size));
+        proxy.arm(fault);
+        assert_eq!(tx.commit().await.is_ok(), n == 1, "{fault:?}");
+    }
+    assert_eq!(*sizes.lock().unwrap(), [0]);
+    assert_eq!(world.committed().await, [1]);
     world.end(db).await;
 }
 

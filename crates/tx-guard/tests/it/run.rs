@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-use cancel_safe_tx_guard::{CommitOutcome, Isolation, Retry, TransactionGuard, TxError};
+use cancel_safe_tx_guard::{CommitOutcome, Isolation, Retry, TransactionGuard, TxError, TxPool};
 use futures_util::FutureExt;
-use sqlx::{Postgres, Sqlite};
+use sqlx::pool::PoolOptions;
+use sqlx::{MySql, Postgres, Sqlite};
 use tokio::sync::Barrier;
 
 use crate::commit::works_as_before;
@@ -358,4 +359,22 @@ async fn a_write_where_nothing_is_to_be_written_is_named_on_sqlite() {
     assert!(error.to_string().contains("read only"), "{error}");
     assert!(world.committed().await.is_empty());
     world.end(db).await;
+}
+
+/// Whose sessions are not ours, and write whatever they are asked for.
+#[tokio::test]
+async fn a_read_only_transaction_on_a_wrapped_pool_writes_nothing() {
+    async fn on<D: TestDb>() {
+        let world = World::<D>::new().await;
+        let pool = PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
+        let db = TxPool::wrap(pool.clone());
+        let error = db.tx().read_only().run(async |tx| Ok(world.insert(tx, 1).await?)).await.unwrap_err();
+        assert!(matches!(error, TxError::Database(_)), "{error:?}");
+        assert!(world.committed().await.is_empty());
+        works_as_before(&world, &db).await;
+        world.end(db).await;
+        pool.close().await;
+    }
+    on::<Postgres>().await;
+    on::<MySql>().await;
 }

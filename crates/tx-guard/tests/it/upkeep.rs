@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{TxError, TxPool, TxPoolBuilder};
-use sqlx::Postgres;
+use sqlx::{Postgres, Sqlite};
 
 use crate::on_all;
 use crate::silence::{backend, within};
@@ -162,6 +162,8 @@ async fn so_many_sessions_are_kept_as_are_asked_for() {
     let builder = TxPool::<Postgres>::builder().max_connections(5).min_connections(3);
     let db = counted(&world, builder.idle_timeout(Duration::from_millis(50))).await;
     eventually("three are open", async || sessions(&world).await == 4).await;
+    // One that is idle beside four others would be closed.
+    eventually("they are at rest", async || db.metrics().idle == 3).await;
     let mut guards = Vec::new();
     for _ in 0..5 {
         guards.push(db.begin().await.unwrap());
@@ -173,6 +175,8 @@ async fn so_many_sessions_are_kept_as_are_asked_for() {
     eventually("the others are closed", async || sessions(&world).await == 4).await;
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert_eq!(sessions(&world).await, 4);
+    let now = db.metrics();
+    assert_eq!((now.opened, now.closed_idle), (5, 2), "those that are kept are the ones there were: {now:?}");
     world.end(db).await;
 }
 
@@ -209,6 +213,56 @@ async fn a_session_that_is_too_old_is_given_to_nobody() {
     tokio::time::sleep(lifetime).await;
     tx.commit().await.unwrap();
     assert_ne!(backend(&db).await, before);
+    let now = db.metrics();
+    assert_eq!((now.closed_unfit, now.closed_failed), (0, 0), "it was too old, and that alone: {now:?}");
+    world.end(db).await;
+}
+
+/// The task that would have closed it has ended with its runtime.
+#[test]
+fn a_session_that_grew_too_old_while_it_was_idle_is_given_to_nobody() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let lifetime = Duration::from_millis(100);
+    let first = runtime();
+    let (world, db) = first.block_on(async {
+        let world = World::<Sqlite>::new().await;
+        let builder = TxPool::<Sqlite>::builder().max_connections(1).max_lifetime(lifetime);
+        let db = builder.connect_with(world.options.clone()).await.unwrap();
+        eventually("one is at rest", async || db.metrics().idle == 1).await;
+        (world, db)
+    });
+    drop(first);
+    runtime().block_on(async {
+        tokio::time::sleep(lifetime).await;
+        let before = db.metrics();
+        assert_eq!((before.opened - before.closed_expired, before.idle), (1, 1), "{before:?}");
+        works(&world, &db, 1).await;
+        let after = db.metrics();
+        assert!(after.opened > before.opened && after.closed_expired > before.closed_expired, "{after:?}");
+        assert_eq!(after.closed_failed, 0, "{after:?}");
+        world.end(db).await;
+    });
+}
+
+/// It has shown that it answers. Whoever had it before bounds what is waited for.
+#[tokio::test]
+async fn a_begin_on_a_session_that_was_opened_just_now_may_take_its_time() {
+    let world = World::<Postgres>::new().await;
+    let begun = Count::default();
+    let builder = TxPool::<Postgres>::builder().max_connections(1).begin_timeout(Duration::from_millis(50));
+    let builder = builder.before_begin({
+        let begun = begun.clone();
+        move |_| {
+            begun.up();
+            Box::pin(async {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                Ok(())
+            })
+        }
+    });
+    let db = builder.connect_with(world.options.clone()).await.unwrap();
+    works(&world, &db, 1).await;
+    assert_eq!((begun.get(), db.metrics().opened), (2, 2), "the first one was too slow, and the second was not");
     world.end(db).await;
 }
 
@@ -268,6 +322,9 @@ async fn a_setting_out_of_its_range_is_named() {
         assert!(matches!(error, TxError::InvalidOption { option, .. } if option == named), "{error:?}");
         assert!(error.to_string().contains(named), "{error}");
     }
+    // As many as there may be is no more than that.
+    let db = builder().max_connections(1).min_connections(1).connect_with(world.options.clone()).await.unwrap();
+    assert!(db.close(crate::world::PATIENCE).await.is_clean());
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 

@@ -1,0 +1,86 @@
+//! What a server is told to end, and when a transaction ends there by itself.
+
+use std::env;
+
+use sqlx::ConnectOptions;
+use tokio::time::sleep;
+
+use super::*;
+use crate::backend::Cancels;
+
+fn options() -> Arc<MySqlConnectOptions> {
+    let url = env::var("CANCEL_SAFE_TEST_MYSQL_URL");
+    Arc::new(url.expect("set CANCEL_SAFE_TEST_MYSQL_URL or run cargo xtask test tx-guard").parse().unwrap())
+}
+
+/// Waits until the session has heard that it is over.
+async fn ends(conn: &mut MySqlConnection) {
+    while conn.ping().await.is_ok() {
+        sleep(Duration::from_millis(5)).await;
+    }
+}
+
+#[tokio::test]
+async fn those_who_have_gone_keep_nobody_else_from_being_killed() {
+    let options = options();
+    let mut beside = options.connect().await.unwrap();
+    let (mut one, mut two) = (options.connect().await.unwrap(), options.connect().await.unwrap());
+    let ids = [identify(&mut one, false).await.unwrap().id, identify(&mut two, false).await.unwrap().id];
+    kill(&mut beside, "KILL CONNECTION", &ids[..1]).await.unwrap();
+    ends(&mut one).await;
+    let count = format!("SELECT COUNT(*) FROM information_schema.processlist WHERE id = {}", ids[0]);
+    while sqlx::query_scalar::<_, i64>(AssertSqlSafe(count.clone())).fetch_one(&mut beside).await.unwrap() > 0 {
+        sleep(Duration::from_millis(5)).await;
+    }
+    two.ping().await.unwrap();
+    kill(&mut beside, "KILL CONNECTION", &ids).await.unwrap();
+    ends(&mut two).await;
+    // What is wrong otherwise is told.
+    let refused = kill(&mut beside, "KILL NOBODY", &ids).await.unwrap_err();
+    assert!(matches!(refused, sqlx::Error::Database(_)), "{refused:?}");
+    beside.close().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_waits_for_its_client_is_not_cancelled_and_what_runs_is() {
+    let options = options();
+    let canceller = <MySql as Driver>::Canceller::default();
+    let mut conn = options.connect().await.unwrap();
+    let thread = MySql::probe(&mut conn, PoolerMode::None, None).await.unwrap();
+    let signal = async |wanted| canceller.signal(&options, wanted, &thread).await;
+    assert_eq!(signal(Wanted::Look).await, Ok(Activity::Idle));
+    assert_eq!(signal(Wanted::Cancel).await, Ok(Activity::Idle));
+    conn.ping().await.unwrap();
+    let cancel = async {
+        while signal(Wanted::Look).await == Ok(Activity::Idle) {}
+        signal(Wanted::Cancel).await
+    };
+    let (slept, cancelled) = tokio::join!(sqlx::raw_sql("SELECT SLEEP(10000)").execute(&mut conn), cancel);
+    assert_eq!(cancelled, Ok(Activity::Unseen));
+    // MariaDB calls it an error, and MySQL an answer.
+    drop(slept);
+    conn.ping().await.unwrap();
+    assert_eq!(signal(Wanted::Terminate).await, Ok(Activity::Unseen));
+    ends(&mut conn).await;
+}
+
+#[test]
+fn the_limits_of_a_server_come_later_than_ours() {
+    let remaining = Duration::from_millis(1_500);
+    let limits = |flavour: Flavour| -> Vec<_> {
+        flavour.limits().iter().map(|limit| (*limit, flavour.limit(limit, remaining))).collect()
+    };
+    let locks = [("innodb_lock_wait_timeout", "2".to_owned()), ("lock_wait_timeout", "2".to_owned())];
+    let [statement, idle] = [("max_statement_time", "1.750"), ("idle_transaction_timeout", "3")];
+    let owned = |(name, limit): (&'static str, &str)| (name, limit.to_owned());
+    assert_eq!(limits(Flavour::MariaDb), [vec![owned(statement)], locks.to_vec(), vec![owned(idle)]].concat());
+    let statement = owned(("max_execution_time", "1751"));
+    assert_eq!(limits(Flavour::MySql), [vec![statement], locks.to_vec()].concat());
+    for flavour in [Flavour::MariaDb, Flavour::MySql] {
+        for limit in flavour.limits() {
+            let longest = flavour.limit(limit, Duration::MAX);
+            let most = if *limit == "max_execution_time" { f64::from(u32::MAX) } else { 31_536_000.0 };
+            assert_eq!(longest.parse::<f64>().ok(), Some(most), "{limit}");
+        }
+    }
+}
