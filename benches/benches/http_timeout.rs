@@ -14,6 +14,9 @@ use cancel_safe_http_timeout::{BreakerConfig, BreakerConfigBuilder, BreakerWindo
 use criterion::{Criterion, criterion_group};
 use stats_alloc::{INSTRUMENTED_SYSTEM, StatsAlloc};
 
+#[cfg(feature = "peers")]
+#[path = "http_timeout/breakers.rs"]
+mod breakers;
 #[path = "http_timeout/client.rs"]
 mod client;
 
@@ -86,12 +89,18 @@ fn window(c: &mut Criterion) {
 }
 
 criterion_group!(benches, breaker_calls, window);
+#[cfg(feature = "peers")]
+criterion_group!(peers, breakers::calls);
 
 fn main() {
     benches();
+    #[cfg(feature = "peers")]
+    peers();
     Criterion::default().configure_from_args().final_summary();
     // `cargo test` runs benches too, and asks for no figures.
     if std::env::args().any(|word| word == "--bench") {
+        #[cfg(feature = "peers")]
+        breakers::faults();
         client::costs();
         client::faults();
         client::hedging();

@@ -145,7 +145,7 @@ const ON_DATABASES: &str = "tx_guard";
 const ON_FAULTS: &str = "atomic_fs";
 
 /// The crates whose tests have a campaign that can be run in full.
-const CAMPAIGNS: [&str; 5] = ["atomic-fs", "resumable", "shutdown", "tx-guard", workspace::UMBRELLA];
+const CAMPAIGNS: [&str; 6] = ["atomic-fs", "http-timeout", "resumable", "shutdown", "tx-guard", workspace::UMBRELLA];
 
 fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failure> {
     let tally = suite::run(workspace, scope).map_err(|failure| failure.repeat_with(again))?;

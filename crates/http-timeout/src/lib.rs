@@ -62,8 +62,9 @@
 //! | event | what is left behind |
 //! |---|---|
 //! | a call or its response is dropped, at any await | permits, probe slot and unspent retry budget are back when the drop returns; nothing was spawned |
-//! | a probe is cancelled, or panics | its slot is free at once |
-//! | a probe hangs | it blocks others for its lease at most |
+//! | a call is cut by its caller | what it says of the callee is told by how long it had waited: nothing, silence, or that it failed |
+//! | a probe is cut | its slot is free at once; half a second of cut probes opens the circuit again, with its back-off |
+//! | a probe panics, or hangs for its lease | it has failed, and the circuit is open again, with its back-off |
 //! | a result comes after the circuit changed state | it changes nothing |
 //! | the deadline passes | the call ends one timer tick later at most, in whatever phase it is |
 //! | a request that is not idempotent fails | it was sent once, unless it is declared idempotent, has an `Idempotency-Key`, or provably was not sent |
@@ -121,7 +122,7 @@
 //!   common deadline.
 //! - **tower's `ConcurrencyLimit` and `Timeout`**: their permit and their time end at the head of the response.
 //! - **other breakers**: admit every waiting call as a probe, or lose a probe's slot when it is cancelled, or let
-//!   results of earlier generations decide.
+//!   results of earlier generations decide, or never see a hang that their callers cut.
 //!
 //! # Features
 //!

@@ -25,7 +25,7 @@ const SECOND: Nanos = 1_000 * MILLI;
 
 /// Rules of every kind: windows of time and of calls, with and without slow calls, all probes and two of three.
 fn rules(kind: usize) -> Rules {
-    let probes = ProbeRules { most: 2, needed: 2, lease: 3 * SECOND, silence: 500 * MILLI };
+    let probes = ProbeRules { most: 2, needed: 2, lease: 4 * SECOND, silence: 500 * MILLI };
     let rules = Rules {
         span: Span::Time { bucket: SECOND },
         min_calls: 8,
