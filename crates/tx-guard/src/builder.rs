@@ -84,8 +84,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     }
 
     /// How long a session may take to come to rest after its transaction was dropped, before it is terminated from outside,
-    /// for which it has the same time once more. It is also the longest that a hook may take and that a lost caller's `BEGIN`
-    /// is waited for. Default 2 seconds.
+    /// for which it has the same time once more. It is also the longest that `after_release` may take, and that the `BEGIN` of
+    /// a caller who has gone is waited for. Default 2 seconds.
     pub fn settle_timeout(mut self, timeout: Duration) -> Self {
         self.limits.settle_timeout = timeout;
         self
@@ -200,7 +200,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     }
 
     /// Guards the transactions of an sqlx pool, as [`TxPool::wrap`], with these limits. The number of connections and the
-    /// acquire timeout are those of the pool; what it does with its sessions is set on it.
+    /// acquire timeout are those of the pool; what it does with its sessions, by hooks or [`reset`](Self::reset) for example, is
+    /// set on it and not here.
     #[must_use]
     pub fn wrap(self, pool: sqlx::Pool<DB>) -> TxPool<DB> {
         let options = pool.connect_options();

@@ -313,13 +313,15 @@ impl Driver for MySql {
         let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
         // These take sqlx's levels away whatever the answers will be: when MySQL has rolled back by itself, with the
         // savepoints, sqlx's own rollback fails for ever. They go out with what is sent next, and free the locks there.
+        let is_sent = depth::<Self>(conn) > 0;
         while depth::<Self>(conn) > 0 {
             Manager::start_rollback(conn);
         }
         let is_back = thread.is_back.swap(false, Ordering::Relaxed);
         let settings_back = thread.settings_back().filter(|_| !is_back);
         let in_step = thread.in_step.swap(false, Ordering::Relaxed);
-        if in_step && settings_back.is_none() && is_done(conn.flush().await)? {
+        // A cancel that has come late is taken by what is sent here, never by the next transaction.
+        if is_sent && in_step && settings_back.is_none() && is_done(conn.flush().await)? {
             return Ok(found);
         }
         match settings_back {

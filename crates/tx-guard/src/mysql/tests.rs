@@ -86,3 +86,20 @@ fn the_limits_of_a_server_come_later_than_ours() {
         }
     }
 }
+
+/// What is sent takes a cancel upon itself that comes late, so something is, also where nothing is found and nothing is left to
+/// be proved.
+#[tokio::test]
+async fn a_rollback_reaches_the_server_whatever_it_finds() {
+    let mut conn = options().connect().await.unwrap();
+    let thread = MySql::probe(&mut conn, PoolerMode::None, None).await.unwrap();
+    let rollbacks = async |conn: &mut MySqlConnection| {
+        let count = sqlx::raw_sql("SHOW SESSION STATUS LIKE 'Com_rollback'").fetch_one(conn).await.unwrap();
+        count.get::<String, _>(1).parse::<u32>().unwrap()
+    };
+    let before = rollbacks(&mut conn).await;
+    thread.in_step.store(true, Ordering::Relaxed);
+    assert_eq!(MySql::rollback(&mut conn, &thread).await.unwrap(), Rollback::TooLate);
+    assert_eq!(rollbacks(&mut conn).await, before + 1);
+    conn.close().await.unwrap();
+}
