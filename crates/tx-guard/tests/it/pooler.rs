@@ -37,11 +37,11 @@ pub(crate) fn options() -> PgConnectOptions {
 
 /// Has one transaction on each session of the pooler at the same time, runs `sql` in each, and gives all the texts that
 /// come back.
-pub(crate) async fn visit_all(sql: &'static str) -> Vec<String> {
+pub(crate) async fn visit_all(sql: &str) -> Vec<String> {
     let visits = stream::iter(0..SESSIONS).map(async |_| {
         let mut conn = options().connect().await.unwrap();
         Postgres::execute(&mut conn, "BEGIN".to_owned()).await.unwrap();
-        let texts: Vec<_> = sqlx::raw_sql(sql).fetch_all(&mut conn).await.unwrap();
+        let texts: Vec<_> = sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).fetch_all(&mut conn).await.unwrap();
         (conn, texts.iter().map(|row| sqlx::Row::get::<String, _>(row, 0)).collect::<Vec<_>>())
     });
     // None is given back before all were there.
