@@ -110,6 +110,7 @@
 //!   [`TxError::Lost`]. On a wrapped PostgreSQL pool, and behind a pooler, what then still runs on the nested transaction is
 //!   committed by itself. On MySQL, and on PostgreSQL with a version of sqlx after 0.9.0, the nested `commit` commits what is
 //!   left of the whole; then the outcome is [`CommitOutcome::Unknown`].
+//!   Behind a pooler, what was prepared in it stays on the pooler's session until such a pool has another transaction there.
 //!
 //! PostgreSQL:
 //!
