@@ -86,7 +86,8 @@
 //! # #[tokio::main(flavor = "current_thread")] async fn main() {
 //! let savings = Account { number: 1, balance: Mutex::new(100) };
 //! let current = Account { number: 2, balance: Mutex::new(10) };
-//! let (there, back) = tokio::join!(transfer(&savings, &current, 30), transfer(&current, &savings, 5));
+//! let (there, back) =
+//!     tokio::join!(transfer(&savings, &current, 30), transfer(&current, &savings, 5));
 //! assert_eq!((there, back), (Ok(()), Ok(())));
 //! assert_eq!((*savings.balance.lock().await, *current.balance.lock().await), (75, 35));
 //! assert_eq!(transfer(&current, &savings, 99).await, Err(Refused::InsufficientFunds));
@@ -136,7 +137,8 @@
 //!
 //!     async fn create(&self, id: u32) -> Result<u32, String> {
 //!         self.prepared.lock().unwrap().push(id);
-//!         try_commit_cancel(self.activate(id), || self.prepared.lock().unwrap().retain(|other| *other != id)).await
+//!         let release = || self.prepared.lock().unwrap().retain(|other| *other != id);
+//!         try_commit_cancel(self.activate(id), release).await
 //!     }
 //! }
 //!
@@ -144,7 +146,8 @@
 //! let users = Users::default();
 //! assert_eq!(timeout(Duration::from_secs(3), users.create(1)).await, Ok(Ok(1)));
 //! assert!(timeout(Duration::from_secs(1), users.create(2)).await.is_err());
-//! assert_eq!(*users.prepared.lock().unwrap(), [1], "the second user is not left behind half made");
+//! // The second user is not left behind half made.
+//! assert_eq!(*users.prepared.lock().unwrap(), [1]);
 //! # }
 //! ```
 //!
