@@ -298,7 +298,8 @@ where
         let path = self.plan.store.path();
         let (index, key) = self.intake.admit(&item, self.plan.key.as_ref(), &self.history, path)?;
         let mut attempts = 0;
-        match self.history.of(index, key.as_deref()) {
+        let past = self.history.of(index, key.as_deref());
+        match past.map_err(|error| TaskError::io("read checkpoint", self.plan.store.path(), error))? {
             Past::Nothing => {}
             Past::Failed { .. } if self.plan.retry.per_run => {}
             Past::Failed { attempts: before } => attempts = before,
@@ -321,6 +322,7 @@ where
             }
             Past::Quarantined { .. } | Past::Uncertain => {}
         }
+        self.log.must_take_more()?;
         self.meter.item_started();
         self.start(Ticket { index, key, item, attempts, defers: 0 })?;
         Ok(Next::Started)
