@@ -25,6 +25,7 @@ use crate::{
     item::{Done, ItemContext, ItemError, Quarantined, Retry, Verdict, describe},
     log::{Header, Identity, Kind, MAX_PAYLOAD_BYTES},
     progress::{Meter, Progress},
+    proof::Prover,
     store::{self, Failed, FileStore, Log, OpenRequest, Opened, Seal},
 };
 
@@ -89,6 +90,7 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     emitted: usize,
     completed: usize,
     pushed_any: bool,
+    prover: Prover,
     payload: Vec<u8>,
     cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
     grace: Option<Pin<Box<Sleep>>>,
@@ -156,6 +158,7 @@ where
             emitted: 0,
             completed: 0,
             pushed_any: false,
+            prover: Prover::new(plan.codec),
             payload: Vec::new(),
             cancelled: Box::pin(plan.token.clone().cancelled_owned()),
             grace: None,
@@ -304,7 +307,7 @@ where
             Past::Failed { attempts: before } => attempts = before,
             Past::Result(payload) => {
                 let codec = self.plan.codec;
-                let failed = |cause| TaskError::Codec { index, action: "read back", codec, cause };
+                let failed = |cause| self.history.unread(TaskError::unread::<R>(codec, index, payload, cause));
                 let result: R = codec.decode(payload).map_err(failed)?;
                 if self.plan.revalidate.as_ref().is_none_or(|is_valid| is_valid(&item, &result)) {
                     let result = Ok(result);
@@ -417,12 +420,10 @@ where
 
     #[inline]
     fn record_result(&mut self, ticket: &Ticket<I>, result: &R) -> Result<(), TaskError> {
-        let (index, codec) = (ticket.index, self.plan.codec);
-        let failed = |cause| TaskError::Codec { index, action: "written", codec, cause };
         begin_payload(&mut self.payload, ticket.key.as_deref());
         // Into a buffer of its own: a serde implementation that fails or panics half-way must leave no half record.
-        codec.encode(result, &mut self.payload).map_err(failed)?;
-        self.push(Kind::Result, index).map(drop)
+        self.prover.encode(ticket.index, result, &mut self.payload)?;
+        self.push(Kind::Result, ticket.index).map(drop)
     }
 
     fn close(&mut self, outcome: Result<(), TaskError>) {
@@ -487,7 +488,7 @@ impl<I, R, S, F, Fut> Drive<I, R, S, F, Fut> {
     fn push(&mut self, kind: Kind, index: usize) -> Result<u64, TaskError> {
         if self.payload.len() > MAX_PAYLOAD_BYTES {
             let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
-            return Err(TaskError::Codec { index, action: "written", codec: self.plan.codec, cause });
+            return Err(TaskError::unwritten::<R>(self.plan.codec, index, cause));
         }
         self.pushed_any = true;
         match self.log.push(kind, index, &self.payload, &mut self.intake.marks) {

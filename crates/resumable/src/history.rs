@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use crate::{
+    error::TaskError,
     log::{Damage, Entry, Header, Identity, Kind, check_offset, check_width, scan},
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
@@ -36,6 +37,8 @@ pub(crate) struct History {
     marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
+    /// The result type and the version that the file was created with.
+    created_for: (String, String),
     /// How many sessions wrote to the file.
     pub(crate) epoch: u64,
     /// What the last seal says, if nothing was written after it.
@@ -62,6 +65,7 @@ impl History {
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
+            created_for: Default::default(),
             epoch: 0,
             sealed: None,
             torn_bytes: 0,
@@ -72,6 +76,7 @@ impl History {
     pub(crate) fn read(bytes: Vec<u8>, from: usize, header: &Header) -> Result<(Self, usize), Damage> {
         let mut history = Self::of_new_file(header.identity);
         let end = scan(&bytes, from, header.salt, |entry| history.enter(entry))?;
+        history.created_for = (header.result_type.clone(), header.version.clone());
         history.torn_bytes = (bytes.len() - end) as u64;
         history.bytes = bytes;
         history.bytes.truncate(end);
@@ -143,6 +148,13 @@ impl History {
                 None => Past::Nothing,
             },
         }
+    }
+
+    /// Adds to the error of a result that cannot be read what the file was created for.
+    #[cold]
+    pub(crate) fn unread(&self, error: TaskError) -> TaskError {
+        let (of_type, of_version) = &self.created_for;
+        error.of_checkpoint(of_type, of_version)
     }
 
     /// Returns how many items of the input have a fingerprint in the file.

@@ -8,3 +8,4 @@ mod happy;
 mod input;
 mod items;
 mod support;
+mod values;
