@@ -96,6 +96,8 @@
 //! | another version, job or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | a result that would not come back as it was | [`TaskError::RoundTrip`] or [`TaskError::Codec`] when the first one is recorded; see [Values](#values) |
 //! | a result type that cannot be read any more | [`TaskError::Codec`], which names the item, the field, both types and the version; the file is not changed |
+//! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
+//! | another version, result type or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
 //! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
 //! | an item's function panics | [`process`](ResumableTask::process): it goes on to the caller; in a stream: a failed attempt |
@@ -173,6 +175,7 @@ mod log;
 mod progress;
 mod proof;
 mod run;
+mod scan;
 mod shape;
 mod store;
 mod task;
