@@ -137,9 +137,11 @@
 //!
 //! 1.89, for the file locks of the standard library. It is raised only in a minor release.
 
+mod announce;
 mod builder;
 mod codec;
 mod drive;
+mod emit;
 mod error;
 mod file;
 mod flight;
@@ -147,8 +149,11 @@ mod history;
 mod intake;
 mod item;
 mod log;
+mod plan;
 mod progress;
+mod record;
 mod run;
+mod stop;
 mod store;
 mod task;
 mod varint;

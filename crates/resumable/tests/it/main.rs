@@ -7,4 +7,5 @@ mod faults;
 mod happy;
 mod input;
 mod items;
+mod spin;
 mod support;
