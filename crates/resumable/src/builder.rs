@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     codec::Codec,
-    drive::{Drive, Plan},
+    drive::Drive,
     error::TaskError,
     item::{ItemContext, ItemError, Retry},
+    plan::Plan,
     progress::Progress,
     run::{Run, caught},
     store::FileStore,

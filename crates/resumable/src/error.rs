@@ -217,7 +217,7 @@ impl TaskError {
 
     /// A value of type `T` cannot be written.
     #[cold]
-    pub(crate) fn unwritten<T>(codec: Codec, index: usize, cause: BoxError) -> Self {
+    pub(crate) fn unwritten<T: ?Sized>(codec: Codec, index: usize, cause: BoxError) -> Self {
         Self::codec::<T>(codec, index, "written", String::new(), cause)
     }
 
@@ -227,7 +227,7 @@ impl TaskError {
         Self::codec::<T>(codec, index, "read back", codec.path_of_failure::<T>(bytes), cause)
     }
 
-    fn codec<T>(codec: Codec, index: usize, action: &'static str, path: String, cause: BoxError) -> Self {
+    fn codec<T: ?Sized>(codec: Codec, index: usize, action: &'static str, path: String, cause: BoxError) -> Self {
         let type_name = type_name::<T>();
         Self::Codec { index, action, codec, type_name, path, recorded_as: None, version: None, cause }
     }

@@ -161,10 +161,12 @@
 //!
 //! 1.89, for the file locks of the standard library. It is raised only in a minor release.
 
+mod announce;
 mod builder;
 mod codec;
 mod difference;
 mod drive;
+mod emit;
 mod error;
 mod file;
 mod flight;
@@ -172,11 +174,14 @@ mod history;
 mod intake;
 mod item;
 mod log;
+mod plan;
 mod progress;
 mod proof;
+mod record;
 mod run;
 mod scan;
 mod shape;
+mod stop;
 mod store;
 mod task;
 mod varint;
