@@ -6,6 +6,7 @@
 use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
+    error::TaskError,
     index::{Index, Slot},
     log::{Chain, Damage, Header, Identity, Kind, check_offset, check_width},
     scan::{Entry, ReadAt, Scanner, Unread},
@@ -41,7 +42,7 @@ pub(crate) enum Past<'a> {
 pub(crate) struct History {
     source: Source,
     reader: Reader,
-    identity: Identity,
+    pub(crate) header: Header,
     by_position: Index,
     by_key: HashMap<Box<[u8]>, Slot>,
     finished: u64,
@@ -64,12 +65,13 @@ pub(crate) struct History {
 
 impl History {
     /// Reads the blocks of a whole file, which begin at `from`.
-    pub(crate) fn read(source: Source, from: u64, header: &Header) -> Result<Self, Unread> {
-        let mut scanner = Scanner::new(Arc::clone(&source), from, Chain::new(header.salt))?;
+    pub(crate) fn read(source: Source, from: u64, header: Header) -> Result<Self, Unread> {
+        let chain = Chain::new(header.salt);
+        let mut scanner = Scanner::new(Arc::clone(&source), from, chain)?;
         let mut history = Self {
             source: Arc::clone(&source),
             reader: Reader::default(),
-            identity: header.identity,
+            header,
             by_position: Index::default(),
             by_key: HashMap::new(),
             finished: 0,
@@ -80,7 +82,7 @@ impl History {
             epoch: 0,
             sealed: None,
             end: from,
-            chain: Chain::new(header.salt),
+            chain,
             torn_bytes: 0,
         };
         while let Some(block) = scanner.next_block()? {
@@ -130,7 +132,7 @@ impl History {
 
     /// A seal says that every item of an input is finished, and so they must be here.
     fn check_seal(&self, total: u64, digest: u64) -> Result<(), &'static str> {
-        let is_whole = match self.identity {
+        let is_whole = match self.header.identity {
             // Without any item the fingerprint is the salt it begins with.
             Identity::Position => {
                 let chain = self.marks.last().map_or(self.chain.salt, |(_, chain)| *chain);
@@ -144,7 +146,7 @@ impl History {
 
     fn enter_record(&mut self, kind: Kind, index: u64, at: u64, payload: &[u8], block_end: u64) -> Result<(), Unfit> {
         let (mut rest, mut key) = (payload, None);
-        if self.identity == Identity::Key {
+        if self.header.identity == Identity::Key {
             key = Some(take_key(&mut rest).ok_or("a record has no key")?);
         }
         if matches!(kind, Kind::Failure | Kind::Quarantine) && read_failure(rest).is_none() {
@@ -196,6 +198,12 @@ impl History {
         let changed = || io::Error::new(io::ErrorKind::InvalidData, "it is not what it was a moment ago");
         let (attempts, cause) = read_failure(payload).ok_or_else(changed)?;
         Ok(if slot.kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
+    }
+
+    /// Adds to the error of a result that cannot be read what the file was created for.
+    #[cold]
+    pub(crate) fn unread(&self, error: TaskError) -> TaskError {
+        error.of_checkpoint(&self.header.result_type, &self.header.version)
     }
 
     /// Returns how many items of the input have a fingerprint in the file.

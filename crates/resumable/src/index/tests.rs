@@ -30,7 +30,7 @@ fn compare(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize, ask: impl 
     }
     bytes.extend_from_slice(blocks.seal(&mut chain));
     let (header, from) = read_header(&bytes[..]).unwrap();
-    let mut history = History::read(std::sync::Arc::new(bytes), from, &header).unwrap();
+    let mut history = History::read(std::sync::Arc::new(bytes), from, header).unwrap();
     let last: HashMap<u64, &[u8]> = records.iter().map(|(index, payload)| (*index, &payload[..])).collect();
     for index in ask {
         let expected = last.get(&index).map_or(Past::Nothing, |payload| Past::Result(payload));

@@ -127,7 +127,7 @@ fn entries(bytes: &[u8]) -> Result<(Vec<String>, u64), Damage> {
 
 fn history(bytes: &[u8]) -> Result<History, Unread> {
     let (header, from) = read_header(bytes)?;
-    History::read(Arc::new(bytes.to_vec()), from, &header)
+    History::read(Arc::new(bytes.to_vec()), from, header)
 }
 
 /// Where the header ends, and the blocks.

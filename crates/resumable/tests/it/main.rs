@@ -8,4 +8,6 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod spin;
 mod support;
+mod values;
