@@ -10,4 +10,5 @@ mod input;
 mod items;
 mod spin;
 mod support;
+mod tutorial;
 mod values;
