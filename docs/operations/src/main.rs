@@ -5,6 +5,7 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks through its output")]
 #![expect(clippy::unwrap_used, reason = "an operation that fails is not judged, and then the page is not written")]
 #![expect(clippy::disallowed_methods, reason = "the operations that are not cancel safe are what this is about")]
+#![expect(clippy::disallowed_macros, reason = "and so is the macro")]
 
 mod fixtures;
 mod page;

@@ -20,12 +20,12 @@ async fn transfer_unsafe(from: &Mutex<u64>, to: &Mutex<u64>, amount: u64) {
 // Mended:
 type Balance = Mutex<u64>;
 
-async fn transfer_safe(from: &Balance, to: &Balance, amount: u64) -> Result<(), Refused> {
+async fn transfer_safe(from: &Balance, to: &Balance, sum: u64) -> Result<(), Refused> {
     // Everybody locks in this order, or two transfers wait for each other.
     let (mut from, mut to) = (from.lock().await, to.lock().await);
     expensive_logging().await;
-    let rest = from.checked_sub(amount).ok_or(Refused)?;
-    (*from, *to) = (rest, *to + amount); // no await between them
+    let rest = from.checked_sub(sum).ok_or(Refused)?;
+    (*from, *to) = (rest, *to + sum); // no await between them
     Ok(())
 }
 

@@ -12,7 +12,6 @@ use cancel_safe_testing::{Explore, Outcome, Report};
 use tokio::time::sleep;
 
 // Broken:
-#[expect(clippy::disallowed_macros, reason = "this is about it")]
 async fn save_both_bad(pair: &Pair) -> Result<(), &'static str> {
     tokio::try_join!(pair.save(), refused()).map(drop)
 }

@@ -32,7 +32,7 @@ async fn work_bad(lease: Lease) {
 async fn work_good(reaper: &Reaper, lease: Lease) {
     let resource = reaper.defer(|| async move { lease.give_back().await });
     sleep(Duration::from_millis(10)).await;
-    resource.run().await; // closed while somebody waits; a drop does it behind their back
+    resource.run().await; // closed while somebody waits; a drop does it afterwards
 }
 
 // Judged:
