@@ -206,6 +206,20 @@ impl History {
         error.of_checkpoint(&self.header.result_type, &self.header.version)
     }
 
+    /// Returns the keys of all items that have a record, sorted.
+    #[cfg(feature = "cli")]
+    pub(crate) fn keys(&self) -> Vec<String> {
+        let mut keys: Vec<String> = self.by_key.keys().map(|key| String::from_utf8_lossy(key).into_owned()).collect();
+        keys.sort_unstable();
+        keys
+    }
+
+    /// Returns how many bytes a file takes that has only what counts.
+    #[cfg(feature = "cli")]
+    pub(crate) fn live_bytes(&self) -> u64 {
+        self.live_bytes
+    }
+
     /// Returns how many items of the input have a fingerprint in the file.
     pub(crate) fn marked(&self) -> usize {
         self.marked

@@ -168,6 +168,9 @@
 
 mod announce;
 mod builder;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod difference;
 mod disk;

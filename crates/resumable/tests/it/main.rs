@@ -2,6 +2,8 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+#[cfg(feature = "cli")]
+mod cli;
 mod crash;
 mod faults;
 mod golden;
