@@ -4,21 +4,15 @@
 //! the help promises.
 
 use std::{
-    fs::File,
+    fs::{self, File, TryLockError},
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
-    sync::Arc,
 };
 
 use clap::{Parser, Subcommand};
 
-use crate::{
-    error::TaskError,
-    history::History,
-    log::FOREIGN,
-    scan::{Unread, read_header},
-};
+use crate::{checkpoint::Checkpoint, error::TaskError, log::FOREIGN};
 
 mod export;
 mod inspect;
@@ -53,7 +47,7 @@ enum Command {
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// Writes the finished items as JSON lines, in the order of the input or of the keys
+    /// Writes the finished items as JSON lines, in the order of the input, with keys in that of the file
     Export {
         /// The checkpoint
         file: PathBuf,
@@ -138,39 +132,20 @@ fn tell(failure: &Failure) {
     eprintln!("resumable: {failure}");
 }
 
-/// A checkpoint that is only read.
-#[derive(Debug)]
-struct Opened {
-    file: Arc<File>,
-    history: History,
-}
-
-fn open(path: &Path) -> Result<Opened, TaskError> {
-    let file = Arc::new(open_file(path)?);
-    let unread = |unread: Unread| TaskError::unreadable(path, unread);
-    let (header, from) = read_header(&*file).map_err(unread)?;
-    let history = History::read(Arc::clone(&file) as _, from, header).map_err(unread)?;
-    Ok(Opened { file, history })
-}
-
-fn open_file(path: &Path) -> Result<File, TaskError> {
-    let file = File::open(path).map_err(|error| TaskError::io("open checkpoint", path, error))?;
-    let is_file = file.metadata().map_err(|error| TaskError::io("examine", path, error))?.is_file();
+/// Opens a file that is only read. A pipe would keep whoever opens it waiting.
+fn open(path: &Path) -> Result<Checkpoint<()>, TaskError> {
+    let is_file = fs::metadata(path).map_err(|error| TaskError::io("open checkpoint", path, error))?.is_file();
     if is_file {
-        return Ok(file);
+        return Checkpoint::read(path);
     }
     let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
     Err(TaskError::io("read checkpoint", path, error))
 }
 
-impl Opened {
-    /// Whether a run holds the file. The lock is asked for, shared, and given back at once.
-    fn is_held(&self) -> bool {
-        let is_free = self.file.try_lock_shared().is_ok();
-        if is_free {
-            // Closing the file would do it too.
-            drop(self.file.unlock());
-        }
-        !is_free
+/// Whether a run holds the file. The lock is asked for, shared, and given back at once.
+fn is_held(path: &Path) -> bool {
+    match File::open(path) {
+        Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),
+        Err(_) => false,
     }
 }

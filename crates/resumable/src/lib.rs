@@ -168,6 +168,7 @@
 
 mod announce;
 mod builder;
+mod checkpoint;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
@@ -198,6 +199,7 @@ mod varint;
 
 pub use crate::{
     builder::Builder,
+    checkpoint::{Checkpoint, Counts},
     codec::Codec,
     drive::Summary,
     error::TaskError,

@@ -9,12 +9,10 @@ use serde::Serialize;
 use crate::{
     cli::{Failure, json::Value, open},
     codec::Codec,
-    error::TaskError,
-    history::Past,
-    log::Identity,
+    item::Quarantined,
 };
 
-/// One finished item.
+/// One finished item: its position or its key, and its result or why it is in quarantine.
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -35,42 +33,29 @@ struct InQuarantine {
 }
 
 pub(super) fn export(path: &Path, out: &mut dyn Write) -> Result<(), Failure> {
-    let mut history = open(path)?.history;
-    let codec = Codec::name_of(history.header.codec);
-    if history.header.codec != Codec::MessagePack.number() {
-        let why = format!(
-            "its results are written as {codec}, which cannot be read without their type `{}`: read it with the program \
-             that wrote it",
-            history.header.result_type
-        );
-        return Err(Failure::NotExported { path: path.to_owned(), why });
+    let checkpoint = open(path)?;
+    let refused = |why| Failure::NotExported { path: path.to_owned(), why };
+    if checkpoint.codec() != Some(Codec::MessagePack) {
+        return Err(refused(format!(
+            "its results are in a codec that cannot be read without their type, `{}`: read it with \
+             `Checkpoint::read` in a program that has the type",
+            checkpoint.result_type()
+        )));
     }
-    let keys = (history.header.identity == Identity::Key).then(|| history.keys());
-    let count = keys.as_ref().map_or(history.marked(), Vec::len);
-    for position in 0..count {
-        let key = keys.as_ref().and_then(|keys| keys.get(position)).map(String::as_str);
-        let failed = |error| TaskError::io("read checkpoint", path, error);
-        let past = history.of(position, key).map_err(failed)?;
-        let index = key.is_none().then_some(position);
+    for done in checkpoint.raw() {
+        let done = done?;
         let (mut result, mut quarantined) = (None, None);
-        match past {
-            Past::Nothing | Past::Failed { .. } => continue,
-            Past::Result(payload) => match Codec::MessagePack.decode(payload) {
+        match done.result {
+            Ok(bytes) => match Codec::MessagePack.decode(&bytes) {
                 Ok(value) => result = Some(value),
-                Err(cause) => {
-                    let why = format!("result {position} is not MessagePack ({cause}): run `resumable verify`");
-                    return Err(Failure::NotExported { path: path.to_owned(), why });
-                }
+                Err(cause) => return Err(refused(format!("result {} is not MessagePack ({cause})", done.index))),
             },
-            Past::Quarantined { attempts, cause } => {
-                quarantined = Some(InQuarantine { attempts, cause, uncertain: false });
-            }
-            Past::Uncertain => {
-                let cause = "it was started, and the run ended before its result was recorded".to_owned();
-                quarantined = Some(InQuarantine { attempts: 1, cause, uncertain: true });
+            Err(Quarantined { attempts, cause, uncertain }) => {
+                quarantined = Some(InQuarantine { attempts, cause, uncertain });
             }
         }
-        write_line(&Line { index, key, result, quarantined }, out)?;
+        let key = done.key.as_deref();
+        write_line(&Line { index: key.is_none().then_some(done.index), key, result, quarantined }, out)?;
     }
     Ok(())
 }
