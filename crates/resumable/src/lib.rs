@@ -147,12 +147,17 @@ mod history;
 mod intake;
 mod item;
 mod log;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod run;
 mod store;
+mod stores;
 mod task;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
     codec::Codec,
@@ -162,6 +167,7 @@ pub use crate::{
     progress::Progress,
     run::Run,
     store::FileStore,
+    stores::Store,
     task::{ResumableTask, map},
 };
 
