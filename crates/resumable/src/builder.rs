@@ -10,6 +10,11 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+#[cfg(feature = "postgres")]
+use crate::postgres::{
+    PgStore,
+    drive::{PgDrive, Running},
+};
 use crate::{
     codec::Codec,
     drive::{Drive, Plan},
@@ -20,8 +25,6 @@ use crate::{
     store::FileStore,
     stores::{Kind, Store},
 };
-#[cfg(feature = "postgres")]
-use crate::postgres::{PgStore, drive::{PgDrive, Running}};
 
 /// The options of a run over a stream of items. Every one but [`store`](Self::store) has a default.
 #[must_use = "nothing is opened and nothing runs before `stream`"]
@@ -209,8 +212,7 @@ impl<T, R> Builder<T, R> {
         if let Some(store) = self.postgres.clone() {
             let work = caught(work);
             let work = Box::new(move |cx, item| -> Running<R> { Box::pin(work(cx, item)) });
-            let opening =
-                async move { PgDrive::open(self.shared(&store)?, *store, source, work, sender).await };
+            let opening = async move { PgDrive::open(self.shared(&store)?, *store, source, work, sender).await };
             return Run::new(opening, progress);
         }
         let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
@@ -224,9 +226,15 @@ impl<T, R> Builder<T, R> {
         self.plan.store = FileStore::at("postgres:");
         let plan = self.validated()?;
         let mistakes = [
-            (plan.ordered, "workers that share a job hand items out as they finish: `PgStore::results` has them in order"),
+            (
+                plan.ordered,
+                "workers that share a job hand items out as they finish: `PgStore::results` has them in order",
+            ),
             (plan.at_most_once, "at most once is not offered on PostgreSQL: `process_tx` is exactly once"),
-            (plan.revalidate.is_some(), "a result that others may have handed out is not run again: no `revalidate` here"),
+            (
+                plan.revalidate.is_some(),
+                "a result that others may have handed out is not run again: no `revalidate` here",
+            ),
             (plan.retry_quarantined, "items in quarantine are not tried again on PostgreSQL"),
         ];
         let made = mistakes.iter().find(|(is_made, _)| *is_made).map(|(_, mistake)| *mistake);

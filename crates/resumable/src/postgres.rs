@@ -113,7 +113,10 @@ impl PgStore {
             (self.range_items == 0, "a range of 0 items would never end"),
             (self.range_items > 1 << 24, "a range has at most 16,777,216 items"),
             (self.lease < Duration::from_millis(100), "a lease of less than 100 ms would be over before it is renewed"),
-            (self.lease > Duration::from_secs(86_400), "a lease of more than a day would hold a crashed worker's ranges for as long"),
+            (
+                self.lease > Duration::from_secs(86_400),
+                "a lease of more than a day would hold a crashed worker's ranges for as long",
+            ),
             (self.schema.is_empty(), "a schema has a name"),
             (self.schema.len() > LONGEST_NAME_BYTES, "the name of a schema has at most 63 bytes"),
             (self.schema.contains('\0'), "the name of a schema has no NUL"),

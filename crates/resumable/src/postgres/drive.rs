@@ -426,7 +426,8 @@ impl<T, R> PgDrive<T, R> {
             return;
         }
         self.counts.quarantined_held -= range.held.iter().filter(|(_, done)| done.result.is_err()).count();
-        let of_others = |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.item.hold != hold);
+        let of_others =
+            |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.item.hold != hold);
         self.in_flight = std::mem::take(&mut self.in_flight).into_iter().filter(of_others).collect();
     }
 

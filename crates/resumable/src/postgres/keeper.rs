@@ -14,12 +14,12 @@ use tokio::time::{Instant, timeout};
 
 use crate::{
     error::TaskError,
-    log::Identity,
+    log::{Chain, Identity},
     postgres::{
         PgStore, job,
         job::{Job, Offer},
         leases::{Append, Claimed, Leases, Standing},
-        ledger::{Chain, Ledger, sealed},
+        ledger::{Ledger, sealed},
         place, schema,
         schema::Unusable,
         session::{Bounds, is_passing, timed_out},
@@ -336,7 +336,8 @@ impl PgStore {
         // The server's own bounds come first, and say more.
         let limit = self.bounds().limit * 2;
         loop {
-            let outcome = timeout(limit, what()).await.map_or_else(|_| Err(timed_out().into()), |said| said.map_err(Into::into));
+            let outcome =
+                timeout(limit, what()).await.map_or_else(|_| Err(timed_out().into()), |said| said.map_err(Into::into));
             let error = match outcome {
                 Ok(value) => return Ok(value),
                 Err(Unusable::Refused(error)) => return Err(error),

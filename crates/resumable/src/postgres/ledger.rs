@@ -9,32 +9,10 @@ use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     error::TaskError,
-    log::{Blocks, Damage, Entry, Identity, Kind},
+    log::{Blocks, Chain, Damage, Identity, Kind},
+    scan::{Entry, Unread, scan},
     varint::{take, take_str, take_varint},
 };
-
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Chain {
-    salt: u64,
-}
-impl Chain {
-    pub(crate) fn new(salt: u64) -> Self {
-        Self { salt }
-    }
-}
-#[expect(dead_code, reason = "interim")]
-enum Unread {
-    Io(std::io::Error),
-    Damage(Damage),
-}
-fn scan<'a>(
-    bytes: &'a [u8],
-    from: usize,
-    chain: &mut Chain,
-    visit: impl FnMut(Entry<'a>) -> Result<(), &'static str>,
-) -> Result<u64, Unread> {
-    crate::log::scan(bytes, from, chain.salt, visit).map(|end| end as u64).map_err(Unread::Damage)
-}
 
 /// What is known of one item of a range.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -103,7 +81,7 @@ impl Ledger {
         let damaged = |offset, detail| TaskError::damaged(path, Damage::Bad { offset, detail });
         match read {
             Ok(end) if end == blocks.len() as u64 => Ok(sealed),
-            Ok(end) => Err(damaged(end as usize, "a block is damaged")),
+            Ok(end) => Err(damaged(end, "a block is damaged")),
             Err(Unread::Damage(damage)) => Err(TaskError::damaged(path, damage)),
             Err(Unread::Io(_)) => Err(damaged(0, "it cannot be read")),
         }
@@ -124,7 +102,7 @@ pub(crate) fn sealed(blocks: &mut Blocks, chain: &mut Chain, finished: Option<us
     if let Some(count) = finished {
         blocks.sealed(count as u64, 0);
     }
-    blocks.seal(chain.salt).to_vec()
+    blocks.seal(chain).to_vec()
 }
 
 fn split(identity: Identity, mut payload: &[u8]) -> Option<(Option<&str>, &[u8])> {

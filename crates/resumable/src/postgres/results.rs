@@ -3,7 +3,14 @@
 //! Invariant: a range is read as it was at one moment, and each of its blocks is checked; a job that is not complete is
 //! told as an error, after what there is.
 
-use std::{collections::VecDeque, fmt, marker::PhantomData, pin::Pin, sync::Arc, task::{Context, Poll}};
+use std::{
+    collections::VecDeque,
+    fmt,
+    marker::PhantomData,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
 
 use futures_core::Stream;
 use futures_util::stream::{self, StreamExt};
@@ -16,8 +23,7 @@ use crate::{
     item::{Done, Quarantined},
     log::{Header, Kind},
     postgres::{
-        PgStore,
-        job,
+        PgStore, job,
         ledger::{Known, Ledger, failure},
         place, schema,
         schema::{Unusable, quoted},
@@ -163,7 +169,8 @@ impl<R: DeserializeOwned> Reader<R> {
         let mut items: Vec<Option<Result<Done<R>, TaskError>>> = (0..count).map(|_| None).collect();
         let sealed = ledger.read(first as u64, header.identity, &bodies.concat(), &path, |record| {
             let index = first + record.at;
-            let done = |attempts, result| Done { index, key: record.key.map(Arc::from), restored: true, attempts, result };
+            let done =
+                |attempts, result| Done { index, key: record.key.map(Arc::from), restored: true, attempts, result };
             let entered = match record.kind {
                 Kind::Result => {
                     let failed = |cause| TaskError::Codec { index, action: "read back", codec, cause };

@@ -5,12 +5,7 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sqlx::{
-    AssertSqlSafe, PgConnection, PgPool, Postgres,
-    pool::PoolConnection,
-    postgres::PgArguments,
-    query::Query,
-};
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, pool::PoolConnection, postgres::PgArguments, query::Query};
 
 /// How transactions begin, and how long one may take.
 #[derive(Clone, Debug)]

@@ -15,7 +15,7 @@ use tokio::{sync::Notify, time::Instant};
 use crate::{
     error::TaskError,
     log::{Blocks, Kind},
-    postgres::{ledger::Known, leases::Standing},
+    postgres::{leases::Standing, ledger::Known},
 };
 
 /// The keeper does not wait for the interval once so much is to be appended.

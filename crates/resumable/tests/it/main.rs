@@ -8,4 +8,6 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod support;
