@@ -2,7 +2,7 @@
 //!
 //! Invariant: no worker claims anything before name, version, codec and the whole input are those of the job.
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use sqlx::{PgPool, Row};
 
@@ -134,11 +134,11 @@ pub(crate) async fn read(tx: &mut Tx, schema: &str, name: &str) -> Result<Option
     Ok(Some(Found { job, range_items, chain: row.try_get(4)? }))
 }
 
-fn check(stored: &Header, offer: &Offer, path: &PathBuf) -> Result<(), TaskError> {
+fn check(stored: &Header, offer: &Offer, path: &Path) -> Result<(), TaskError> {
     let given = &offer.header;
     let mismatch = |field, stored: &str, given: &str| {
         let (stored, given) = (stored.to_owned(), given.to_owned());
-        Err(TaskError::VersionMismatch { path: path.clone(), field, stored, given })
+        Err(TaskError::VersionMismatch { path: path.to_owned(), field, stored, given })
     };
     if stored.codec != given.codec {
         return mismatch("codec", &Codec::name_of(stored.codec), &Codec::name_of(given.codec));
