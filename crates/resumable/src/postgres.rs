@@ -21,6 +21,7 @@ mod results;
 mod schema;
 mod session;
 mod shared;
+mod waiting;
 
 /// The longest name of a schema in PostgreSQL; a longer one would be cut.
 const LONGEST_NAME_BYTES: usize = 63;

@@ -18,12 +18,12 @@ use tokio_util::sync::WaitForCancellationFutureOwned;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
-    drive::{Plan, Summary},
+    drive::Summary,
     error::TaskError,
-    flight::{Ticket, WaitingRoom},
     history::{begin_payload, put_failure},
     item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe},
     log::{Header, Identity, Kind, MAX_PAYLOAD_BYTES},
+    plan::Plan,
     postgres::{
         PgStore,
         input::Input,
@@ -32,8 +32,10 @@ use crate::{
         leases::Standing,
         ledger::Known,
         shared::{Hold, Means, Shared, Told},
+        waiting::{Ticket, Waiting},
     },
     progress::{Meter, Progress},
+    proof::Prover,
     run::Engine,
 };
 
@@ -42,12 +44,6 @@ pub(crate) type Running<R> = Pin<Box<dyn Future<Output = Result<R, ItemError>> +
 
 /// So many items are looked at before the keeper is heard again.
 const BURST: usize = 64;
-
-/// An item of a range.
-struct Leased<T> {
-    hold: Hold,
-    item: T,
-}
 
 /// A range at work.
 struct Range<R> {
@@ -64,7 +60,7 @@ struct Range<R> {
 
 /// One attempt: the item's future, and the item it comes from.
 struct Attempt<T, R> {
-    ticket: Option<Ticket<Leased<T>>>,
+    ticket: Option<Ticket<T>>,
     future: Running<R>,
 }
 
@@ -72,7 +68,7 @@ struct Attempt<T, R> {
 impl<T, R> Unpin for Attempt<T, R> {}
 
 impl<T, R> Future for Attempt<T, R> {
-    type Output = (Ticket<Leased<T>>, Result<R, ItemError>);
+    type Output = (Ticket<T>, Result<R, ItemError>);
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let output = ready!(self.future.as_mut().poll(cx));
@@ -123,7 +119,7 @@ pub(crate) struct PgDrive<T, R> {
     work: Work<T, R>,
     meter: Meter,
     in_flight: FuturesUnordered<Attempt<T, R>>,
-    waiting: WaitingRoom<Leased<T>>,
+    waiting: Waiting<T>,
     shared: Arc<Shared>,
     ranges: HashMap<i64, Range<R>>,
     /// Ranges with items that were not started, the first to be worked on first.
@@ -132,6 +128,7 @@ pub(crate) struct PgDrive<T, R> {
     ready: VecDeque<Done<R>>,
     seed: u64,
     counts: Counts,
+    prover: Prover,
     payload: Vec<u8>,
     cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
     grace: Option<Pin<Box<Sleep>>>,
@@ -141,7 +138,11 @@ pub(crate) struct PgDrive<T, R> {
 /// Nothing in the loop is pinned in place.
 impl<T, R> Unpin for PgDrive<T, R> {}
 
-impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
+impl<T, R> PgDrive<T, R>
+where
+    T: Serialize + Clone,
+    R: Serialize + DeserializeOwned,
+{
     /// Reads the input and starts the keeper, which opens the job.
     pub(crate) async fn open(
         mut plan: Plan<T, R>,
@@ -167,7 +168,7 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
             work,
             meter: Meter::new(progress),
             in_flight: FuturesUnordered::new(),
-            waiting: WaitingRoom::new(),
+            waiting: Waiting::new(),
             shared,
             ranges: HashMap::new(),
             fresh: VecDeque::new(),
@@ -175,6 +176,7 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
             ready: VecDeque::new(),
             seed: 0,
             counts: Counts::default(),
+            prover: Prover::new(plan.codec),
             payload: Vec::new(),
             cancelled: Box::pin(plan.token.clone().cancelled_owned()),
             grace: None,
@@ -231,7 +233,7 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
             return false;
         }
         while let Some(ticket) = self.waiting.take_due() {
-            if self.is_held(ticket.item.hold) {
+            if self.is_held(ticket.hold) {
                 self.launch(ticket);
                 return true;
             }
@@ -241,13 +243,11 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
         }
         while let Some(&hold) = self.fresh.front() {
             let range = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold);
-            if let Some((at, attempts)) = range.and_then(Range::next) {
-                let index = at;
+            if let Some((index, attempts)) = range.and_then(Range::next) {
                 let Some(item) = self.input.items.get(index).cloned() else { return false };
                 let attempts = if self.plan.retry.per_run { 0 } else { attempts };
-                let item = Leased { hold, item };
                 self.meter.item_started();
-                self.launch(Ticket { index, key: self.input.key(index), item, attempts, defers: 0 });
+                self.launch(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0 });
                 return true;
             }
             self.fresh.pop_front();
@@ -256,15 +256,15 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
         false
     }
 
-    fn launch(&mut self, ticket: Ticket<Leased<T>>) {
+    fn launch(&mut self, ticket: Ticket<T>) {
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
-        let future = (self.work)(context, ticket.item.item.clone());
+        let future = (self.work)(context, ticket.item.clone());
         self.in_flight.push(Attempt { ticket: Some(ticket), future });
     }
 
     /// Records how an attempt ended.
-    fn settle(&mut self, mut ticket: Ticket<Leased<T>>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
+    fn settle(&mut self, mut ticket: Ticket<T>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
         let error = match outcome {
             Ok(result) => return self.finish(ticket, result),
             Err(error) => error,
@@ -286,19 +286,17 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
         Ok(())
     }
 
-    fn finish(&mut self, ticket: Ticket<Leased<T>>, result: R) -> Result<(), TaskError> {
-        let (index, codec) = (ticket.index, self.plan.codec);
-        let failed = |cause| TaskError::Codec { index, action: "written", codec, cause };
+    fn finish(&mut self, ticket: Ticket<T>, result: R) -> Result<(), TaskError> {
         begin_payload(&mut self.payload, ticket.key.as_deref());
-        codec.encode(&result, &mut self.payload).map_err(failed)?;
+        self.prover.encode(ticket.index, &result, &mut self.payload)?;
         let number = self.push(Kind::Result, &ticket, Means::Finished)?;
-        let Ticket { index, key, item, attempts, .. } = ticket;
+        let Ticket { hold, index, key, attempts, .. } = ticket;
         let done = Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) };
-        self.hold_back(item.hold, number, done);
+        self.hold_back(hold, number, done);
         Ok(())
     }
 
-    fn quarantine(&mut self, ticket: Ticket<Leased<T>>, cause: String) -> Result<(), TaskError> {
+    fn quarantine(&mut self, ticket: Ticket<T>, cause: String) -> Result<(), TaskError> {
         let limit = self.plan.quarantine;
         let (index, attempts) = (ticket.index, ticket.attempts);
         if self.counts.failed() >= limit {
@@ -310,14 +308,14 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
         self.counts.quarantined_held += usize::from(number.is_some());
         let result = Err(Quarantined { attempts, cause, uncertain: false });
         let done = Done { index, key: ticket.key, restored: false, attempts, result };
-        self.hold_back(ticket.item.hold, number, done);
+        self.hold_back(ticket.hold, number, done);
         Ok(())
     }
 
     fn record_failure(
         &mut self,
         kind: Kind,
-        ticket: &Ticket<Leased<T>>,
+        ticket: &Ticket<T>,
         attempts: u32,
         cause: &str,
         means: Means,
@@ -328,13 +326,13 @@ impl<T: Serialize + Clone, R: Serialize> PgDrive<T, R> {
     }
 
     /// Gives the keeper a record and returns its number; `None` if the range is lost.
-    fn push(&mut self, kind: Kind, ticket: &Ticket<Leased<T>>, means: Means) -> Result<Option<usize>, TaskError> {
+    fn push(&mut self, kind: Kind, ticket: &Ticket<T>, means: Means) -> Result<Option<usize>, TaskError> {
         let index = ticket.index;
         if self.payload.len() > MAX_PAYLOAD_BYTES {
             let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
-            return Err(TaskError::Codec { index, action: "written", codec: self.plan.codec, cause });
+            return Err(TaskError::unwritten::<R>(self.plan.codec, index, cause));
         }
-        let recorded = self.shared.record(ticket.item.hold, kind, index, &self.payload, means);
+        let recorded = self.shared.record(ticket.hold, kind, index, &self.payload, means);
         if let Some(recorded) = recorded {
             self.has_room = recorded.has_room;
         }
@@ -426,8 +424,7 @@ impl<T, R> PgDrive<T, R> {
             return;
         }
         self.counts.quarantined_held -= range.held.iter().filter(|(_, done)| done.result.is_err()).count();
-        let of_others =
-            |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.item.hold != hold);
+        let of_others = |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.hold != hold);
         self.in_flight = std::mem::take(&mut self.in_flight).into_iter().filter(of_others).collect();
     }
 

@@ -52,7 +52,7 @@ impl<T: Serialize> Input<T> {
                 keys.push(key);
             } else {
                 let encoded = codec.encode(&item, &mut scratch);
-                encoded.map_err(|cause| TaskError::Codec { index, action: "written", codec, cause })?;
+                encoded.map_err(|cause| TaskError::unwritten::<T>(codec, index, cause))?;
             }
             last = xxh3_64_with_seed(&scratch, last);
             chain.push(last);

@@ -173,7 +173,7 @@ impl<R: DeserializeOwned> Reader<R> {
                 |attempts, result| Done { index, key: record.key.map(Arc::from), restored: true, attempts, result };
             let entered = match record.kind {
                 Kind::Result => {
-                    let failed = |cause| TaskError::Codec { index, action: "read back", codec, cause };
+                    let failed = |cause| TaskError::unread::<R>(codec, index, record.payload, cause);
                     Some(codec.decode(record.payload).map(|result| done(0, Ok(result))).map_err(failed))
                 }
                 Kind::Quarantine => failure(record.payload).map(|(attempts, cause)| {

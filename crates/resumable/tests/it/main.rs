@@ -10,4 +10,6 @@ mod input;
 mod items;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod spin;
 mod support;
+mod values;
