@@ -11,7 +11,7 @@ use futures_util::StreamExt;
 use futures_util::future::join_all;
 use tokio_util::sync::CancellationToken;
 
-use self::world::{FOR_EVER, World, assert_complete, numbers, recorded, work};
+use self::world::{FOR_EVER, PGBOUNCER, World, assert_complete, numbers, pool, recorded, url, work};
 use crate::support::eventually;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -284,7 +284,7 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
     let zombie = std::thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let store = PgStore::new(world::pool(&world::url(world::POSTGRES), 2)).schema(schema).range_items(10);
+            let store = PgStore::new(pool(&url(world::POSTGRES), 2)).schema(schema).range_items(10);
             let run = numbers(store.lease(Duration::from_millis(200))).stream(0..30, move |_, x| {
                 if x == 5 {
                     is_frozen.store(1, Ordering::SeqCst);
@@ -308,5 +308,37 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
     assert_eq!(all.len(), 30);
     assert!(all.iter().skip(5).all(|done| done.result == Ok(done.index as u64 * 2)), "a zombie wrote");
     assert_eq!(world.number("SELECT taken_over::bigint FROM {s}.progress").await, 1);
+    world.end().await;
+}
+
+/// Statements of others, prepared and bound in whatever sessions the pooler has, beside ours.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn behind_a_pooler_that_gives_each_transaction_another_session_nothing_is_lost_or_mixed_up() {
+    let world = World::behind(&url(PGBOUNCER)).await;
+    let stop = CancellationToken::new();
+    let neighbours: Vec<_> = (0..4)
+        .map(|_| {
+            let (theirs, stop) = (pool(&url(PGBOUNCER), 2), stop.clone());
+            tokio::spawn(async move {
+                while !stop.is_cancelled() {
+                    // Theirs may well fail there: they take no transaction for it.
+                    drop(sqlx::query("SELECT $1::bigint, $2::text").bind(1i64).bind("x").execute(&theirs).await);
+                    drop(
+                        sqlx::query("SELECT n FROM generate_series(1, $1::bigint) n").bind(3i64).execute(&theirs).await,
+                    );
+                }
+            })
+        })
+        .collect();
+    let workers = (0..4).map(|_| tokio::spawn(work(numbers(world.store()).concurrency(8), 2005)));
+    let mut handed_out = Vec::new();
+    for worker in join_all(workers).await {
+        handed_out.extend(worker.unwrap().unwrap().into_iter().map(|done| done.index));
+    }
+    stop.cancel();
+    join_all(neighbours).await;
+    handed_out.sort_unstable();
+    assert_eq!(handed_out, (0..2005).collect::<Vec<_>>());
+    assert_complete(&world.store(), 2005).await;
     world.end().await;
 }
