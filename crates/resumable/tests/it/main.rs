@@ -12,4 +12,5 @@ mod items;
 mod postgres;
 mod spin;
 mod support;
+mod tutorial;
 mod values;
