@@ -126,7 +126,8 @@ pub(crate) async fn read(tx: &mut Tx, schema: &str, name: &str) -> Result<Option
     let Some(row) = statement(&select).bind(name).fetch_optional(tx.connection()?).await? else { return Ok(None) };
     let header: &[u8] = row.try_get(1)?;
     let path = place(schema, name);
-    let (header, _) = Header::decode(header).map_err(|damage| Unusable::Refused(TaskError::damaged(&path, damage)))?;
+    let (header, _) =
+        Header::decode(header).map_err(|damage| Unusable::Refused(TaskError::unreadable(&path, damage.into())))?;
     let total: i64 = row.try_get(2)?;
     let range_items: i32 = row.try_get(3)?;
     let job = Job { id: row.try_get(0)?, header, total: usize::try_from(total).unwrap_or_default() };

@@ -78,11 +78,11 @@ impl Ledger {
             }
             Ok(())
         });
-        let damaged = |offset, detail| TaskError::damaged(path, Damage::Bad { offset, detail });
+        let damaged = |offset, detail| TaskError::unreadable(path, Damage::Bad { offset, detail }.into());
         match read {
             Ok(end) if end == blocks.len() as u64 => Ok(sealed),
             Ok(end) => Err(damaged(end, "a block is damaged")),
-            Err(Unread::Damage(damage)) => Err(TaskError::damaged(path, damage)),
+            Err(Unread::Damage(damage)) => Err(TaskError::unreadable(path, damage.into())),
             Err(Unread::Io(_)) => Err(damaged(0, "it cannot be read")),
         }
     }
