@@ -11,6 +11,7 @@ use tokio::time::Instant;
 
 use crate::probe::Probe;
 use crate::report::{Ledger, Report, Unnamed};
+use crate::signal::INTERRUPT;
 use crate::stages::Ending;
 use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
 use crate::task::Kind;
@@ -18,8 +19,6 @@ use crate::tree::{Node, stop_tree, tree};
 use crate::values::Values;
 use crate::voice::{Announcer, Audience, Voice};
 
-/// The number of SIGINT everywhere.
-const INTERRUPT: i32 = 2;
 /// How long a runtime must have run nothing at all before those who waited for it count as starved.
 const STARVED: Duration = Duration::from_millis(50);
 
@@ -99,6 +98,12 @@ impl Core {
         if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.terms.budget) }) {
             self.announcer.stopping(&reason);
         }
+    }
+
+    /// Whether the application is to be given work, as it changes.
+    #[cfg(all(unix, feature = "systemd"))]
+    pub(crate) fn watch_readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.subscribe()
     }
 
     /// Every phase has started and is ready.

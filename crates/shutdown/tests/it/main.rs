@@ -25,6 +25,10 @@ mod signals;
 #[cfg(all(unix, feature = "signal"))]
 mod silence;
 mod structure;
+#[cfg(all(unix, feature = "signal", feature = "systemd"))]
+mod systemd;
+#[cfg(feature = "test-util")]
+mod test_run;
 mod worker;
 
 use std::sync::Arc;
