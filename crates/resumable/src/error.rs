@@ -169,7 +169,7 @@ impl TaskError {
     pub(crate) fn damaged(path: &Path, damage: Damage) -> Self {
         let path = path.to_owned();
         match damage {
-            Damage::Bad { offset, detail } => Self::Corrupt { path, offset: offset as u64, detail },
+            Damage::Bad { offset, detail } => Self::Corrupt { path, offset, detail },
             Damage::NewerFormat { needs } => Self::NewerFormat { path, needs },
         }
     }

@@ -11,7 +11,14 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{codec::Codec, error::TaskError, history::History, log::Header, store::OpenRequest};
+use crate::{
+    codec::Codec,
+    error::TaskError,
+    history::History,
+    log::{Chain, Header},
+    scan::{Unread, read_header},
+    store::OpenRequest,
+};
 
 /// How often a successor looks whether the lock is free.
 const LOCK_POLL: Duration = Duration::from_millis(2);
@@ -24,7 +31,7 @@ const OPEN_TRIES: u32 = 100;
 pub(crate) fn open_locked(
     request: &OpenRequest,
     is_cancelled: impl Fn() -> bool,
-) -> Result<(File, History, u64), TaskError> {
+) -> Result<(File, History, Chain), TaskError> {
     let path = request.store.path();
     for _ in 0..OPEN_TRIES {
         match OpenOptions::new().read(true).write(true).open(path) {
@@ -38,17 +45,18 @@ pub(crate) fn open_locked(
                     continue;
                 }
                 remove_aliases(&file, path).map_err(|error| TaskError::io("tidy up beside", path, error))?;
-                let (history, salt) = read(&mut file, request)?;
+                let (history, chain) = read(&mut file, request)?;
                 if history.epoch == 0 {
                     // Whoever created it never wrote to it, and may have been killed before its name was durable.
                     sync_directory(path).map_err(|error| TaskError::io("sync the directory of", path, error))?;
                 }
-                return Ok((file, history, salt));
+                return Ok((file, history, chain));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 match create(path, &request.header) {
                     Ok(Some(file)) => {
-                        return Ok((file, History::of_new_file(request.header.identity), request.header.salt));
+                        let chain = Chain::new(request.header.salt);
+                        return Ok((file, History::of_new_file(request.header.identity), chain));
                     }
                     // Another starter was first: it has the file now.
                     Ok(None) => {}
@@ -94,24 +102,28 @@ fn is_still_at(_: &File, _: &Path) -> bool {
 }
 
 /// Reads a locked file, checks that it belongs to this computation, and cuts off a torn tail.
-fn read(file: &mut File, request: &OpenRequest) -> Result<(History, u64), TaskError> {
+fn read(file: &mut File, request: &OpenRequest) -> Result<(History, Chain), TaskError> {
     let path = request.store.path();
     let mut bytes = Vec::new();
     let failed = |error| TaskError::io("read checkpoint", path, error);
     file.read_to_end(&mut bytes).map_err(failed)?;
-    let length = bytes.len();
-    let (stored, from) = Header::decode(&bytes).map_err(|damage| TaskError::damaged(path, damage))?;
+    let unread = |error| match error {
+        Unread::Io(error) => failed(error),
+        Unread::Damage(damage) => TaskError::damaged(path, damage),
+    };
+    let length = bytes.len() as u64;
+    let (stored, from) = read_header(&bytes[..]).map_err(unread)?;
     check_header(request, &stored)?;
-    let (history, end) = History::read(bytes, from, &stored).map_err(|damage| TaskError::damaged(path, damage))?;
+    let (history, end, chain) = History::read(bytes, from, &stored).map_err(unread)?;
     if end < length {
         #[cfg(feature = "tracing")]
         tracing::warn!(path = %path.display(), bytes = history.torn_bytes, "cut a torn tail off the checkpoint");
         // Synced before anything is appended: else a power cut could leave old bytes behind new ones.
-        let cut = file.set_len(end as u64).and_then(|()| file.sync_all());
+        let cut = file.set_len(end).and_then(|()| file.sync_all());
         cut.map_err(|error| TaskError::io("cut the torn tail off checkpoint", path, error))?;
     }
-    file.seek(SeekFrom::Start(end as u64)).map_err(failed)?;
-    Ok((history, stored.salt))
+    file.seek(SeekFrom::Start(end)).map_err(failed)?;
+    Ok((history, chain))
 }
 
 fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError> {

@@ -5,7 +5,8 @@
 use std::collections::HashMap;
 
 use crate::{
-    log::{Damage, Entry, Header, Identity, Kind, check_offset, check_width, scan},
+    log::{Chain, Header, Identity, Kind, check_offset, check_width},
+    scan::{Entry, Unread, scan},
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
 
@@ -32,6 +33,7 @@ pub(crate) struct History {
     identity: Identity,
     by_position: Vec<Slot>,
     by_key: HashMap<Box<[u8]>, Slot>,
+    finished: u64,
     /// How many items of the input were read, the check bytes of each, and the whole fingerprint after some of them.
     marked: usize,
     checks: Vec<u8>,
@@ -52,6 +54,13 @@ struct Slot {
     kind: u8,
 }
 
+impl Slot {
+    /// Whether the item needs no more work, be it that nobody knows how it ended.
+    fn is_finished(self) -> bool {
+        !matches!(self.kind, 0 | FAILURE)
+    }
+}
+
 impl History {
     pub(crate) fn of_new_file(identity: Identity) -> Self {
         Self {
@@ -59,6 +68,7 @@ impl History {
             identity,
             by_position: Vec::new(),
             by_key: HashMap::new(),
+            finished: 0,
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
@@ -68,17 +78,18 @@ impl History {
         }
     }
 
-    /// Reads the blocks of a whole file and returns them with the offset at which the next one belongs.
-    pub(crate) fn read(bytes: Vec<u8>, from: usize, header: &Header) -> Result<(Self, usize), Damage> {
-        let mut history = Self::of_new_file(header.identity);
-        let end = scan(&bytes, from, header.salt, |entry| history.enter(entry))?;
-        history.torn_bytes = (bytes.len() - end) as u64;
+    /// Reads the blocks of a whole file and returns what they say, the offset at which the next one belongs, and its place
+    /// in the chain.
+    pub(crate) fn read(bytes: Vec<u8>, from: u64, header: &Header) -> Result<(Self, u64, Chain), Unread> {
+        let (mut history, mut chain) = (Self::of_new_file(header.identity), Chain::new(header.salt));
+        let end = scan(&bytes[..], from, &mut chain, |entry| history.enter(entry, header.salt))?;
+        history.torn_bytes = bytes.len() as u64 - end;
         history.bytes = bytes;
-        history.bytes.truncate(end);
-        Ok((history, end))
+        history.bytes.truncate(usize::try_from(end).unwrap_or(usize::MAX));
+        Ok((history, end, chain))
     }
 
-    fn enter(&mut self, entry: Entry<'_>) -> Result<(), &'static str> {
+    fn enter(&mut self, entry: Entry<'_>, salt: u64) -> Result<(), &'static str> {
         self.sealed = None;
         match entry {
             Entry::Record { kind, index, at, payload } => self.enter_record(kind, index, at, payload)?,
@@ -91,12 +102,29 @@ impl History {
                 self.marks.push((self.marked, chain));
             }
             Entry::Open { epoch, .. } => self.epoch = epoch,
-            Entry::Sealed { total, digest } => self.sealed = Some((total, digest)),
+            Entry::Sealed { total, digest } => {
+                self.check_seal(total, digest, salt)?;
+                self.sealed = Some((total, digest));
+            }
         }
         Ok(())
     }
 
-    fn enter_record(&mut self, kind: Kind, index: u64, at: usize, payload: &[u8]) -> Result<(), &'static str> {
+    /// A seal says that every item of an input is finished, and so they must be here.
+    fn check_seal(&self, total: u64, digest: u64, salt: u64) -> Result<(), &'static str> {
+        let is_whole = match self.identity {
+            // Without any item the fingerprint is the salt it begins with.
+            Identity::Position => {
+                let chain = self.marks.last().map_or(salt, |(_, chain)| *chain);
+                (total, digest) == (self.marked as u64, chain) && self.finished == total
+            }
+            // An input with keys may have had fewer items than those before it.
+            Identity::Key => self.finished >= total,
+        };
+        if is_whole { Ok(()) } else { Err("the seal does not agree with what is recorded before it") }
+    }
+
+    fn enter_record(&mut self, kind: Kind, index: u64, at: u64, payload: &[u8]) -> Result<(), &'static str> {
         let mut rest = payload;
         let slot = match self.identity {
             Identity::Key => {
@@ -120,7 +148,9 @@ impl History {
             return Err("the record of a failure does not parse");
         }
         let length = u32::try_from(rest.len()).map_err(|_| "a record is too long")?;
-        *slot = Slot { at: (at + payload.len() - rest.len()) as u64, length, kind: kind as u8 };
+        let was_finished = slot.is_finished();
+        *slot = Slot { at: at + (payload.len() - rest.len()) as u64, length, kind: kind as u8 };
+        self.finished = self.finished + u64::from(slot.is_finished()) - u64::from(was_finished);
         Ok(())
     }
 

@@ -92,7 +92,7 @@
 //! | a crash while the file is created | no checkpoint, or a whole one |
 //! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing |
 //! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
-//! | damage anywhere else | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
+//! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another version, result type or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
 //! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
@@ -149,6 +149,7 @@ mod item;
 mod log;
 mod progress;
 mod run;
+mod scan;
 mod store;
 mod task;
 mod varint;

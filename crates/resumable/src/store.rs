@@ -21,7 +21,7 @@ use crate::{
     file::open_locked,
     flight::LONGEST_WAIT,
     history::History,
-    log::{Blocks, Header, Kind},
+    log::{Blocks, Chain, Header, Kind},
 };
 
 /// A full buffer of this size is written without waiting for the interval; it is synced when the interval is over.
@@ -249,7 +249,7 @@ impl Drop for Log {
 /// The life of the checkpoint thread.
 fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) {
     let path = request.store.path.clone();
-    let (file, history, salt) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
+    let (file, history, chain) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
         Ok(opened) => opened,
         Err(error) => {
             // Nobody to tell means that the run was dropped while it opened.
@@ -262,8 +262,8 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     let epoch = history.epoch + 1;
     let log = Log { shared: Arc::clone(&shared), closed };
     // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
-    drop(reply.send(Ok(Opened { log, history, salt })));
-    let mut writer = Writer { file, salt, epoch, wrote: false };
+    drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
+    let mut writer = Writer { file, chain, epoch, wrote: false };
     let outcome = write_until_stopped(&shared, &mut writer, request.every);
     if outcome.is_err() {
         let mut state = shared.lock();
@@ -281,7 +281,8 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
 
 struct Writer {
     file: File,
-    salt: u64,
+    /// The place of the next block.
+    chain: Chain,
     epoch: u64,
     wrote: bool,
 }
@@ -298,8 +299,8 @@ impl Writer {
             marks.count = 0;
             marks.checks.clear();
         }
-        self.file.write_all(before.seal(self.salt))?;
-        self.file.write_all(blocks.seal(self.salt))?;
+        self.file.write_all(before.seal(&mut self.chain))?;
+        self.file.write_all(blocks.seal(&mut self.chain))?;
         blocks.clear();
         Ok(())
     }

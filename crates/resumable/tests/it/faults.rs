@@ -87,6 +87,38 @@ async fn damage_before_the_end_is_refused_and_says_where() {
     }
 }
 
+/// Where the blocks of a checkpoint begin, and their types; at last its end.
+fn blocks(bytes: &[u8]) -> Vec<(usize, u8)> {
+    let length = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let (mut blocks, mut at) = (Vec::new(), 20 + length(12));
+    while at < bytes.len() {
+        blocks.push((at, bytes[at + 12]));
+        at += 13 + length(at + 4);
+    }
+    blocks.push((at, 0));
+    blocks
+}
+
+#[tokio::test]
+async fn a_block_that_is_lost_or_comes_back_is_refused() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 50).await.unwrap();
+    let whole = fs::read(&path).unwrap();
+    let bounds = blocks(&whole);
+    for block in bounds.windows(2) {
+        let ((start, _), (end, _)) = (block[0], block[1]);
+        // The last block is the seal: a file that is short by its end is one of a killed run.
+        if end < whole.len() {
+            fs::write(&path, [&whole[..start], &whole[end..]].concat()).unwrap();
+            let lost = refusal(&path).await;
+            assert!(matches!(lost, TaskError::Corrupt { offset, .. } if offset == start as u64), "{lost}");
+        }
+        fs::write(&path, [&whole[..], &whole[start..end]].concat()).unwrap();
+        let again = refusal(&path).await;
+        assert!(matches!(again, TaskError::Corrupt { offset, .. } if offset == whole.len() as u64), "{again}");
+    }
+}
+
 #[tokio::test]
 async fn the_advice_of_the_message_works() {
     let (_dir, path) = checkpoint();

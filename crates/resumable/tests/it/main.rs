@@ -4,6 +4,7 @@
 mod cancel;
 mod crash;
 mod faults;
+mod golden;
 mod happy;
 mod input;
 mod items;
