@@ -14,7 +14,6 @@ use crate::report::{Ledger, Report, Unnamed};
 use crate::signal::INTERRUPT;
 use crate::stages::Ending;
 use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
-use crate::task::Kind;
 use crate::tree::{Node, stop_tree, tree};
 use crate::values::Values;
 use crate::voice::{Announcer, Audience, Voice};
@@ -189,8 +188,7 @@ impl Core {
 
     /// How many futures of the application's are alive in the runtime.
     pub(crate) fn named_futures(&self) -> usize {
-        let alive = |node: &Arc<dyn Node>| node.live().iter().filter(|slot| slot.kind != Kind::Blocking).count();
-        self.nodes().iter().map(|(node, _)| alive(node)).sum()
+        self.nodes().iter().map(|(node, _)| node.live_futures()).sum()
     }
 
     fn started(&self) -> MutexGuard<'_, Vec<Started>> {

@@ -6,8 +6,11 @@ mod cancel;
 mod cancel_serve;
 #[cfg(all(unix, feature = "signal"))]
 mod child;
+mod exercise;
 mod group;
 mod interleavings;
+#[cfg(feature = "axum")]
+mod load;
 mod named;
 mod panics;
 #[cfg(all(unix, feature = "signal"))]
