@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 
 use crate::{
+    error::TaskError,
     log::{Chain, Header, Identity, Kind, check_offset, check_width},
     scan::{Entry, Unread, scan},
     varint::{put_str, put_varint, take, take_str, take_varint},
@@ -38,6 +39,8 @@ pub(crate) struct History {
     marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
+    /// The result type and the version that the file was created with.
+    created_for: (String, String),
     /// How many sessions wrote to the file.
     pub(crate) epoch: u64,
     /// What the last seal says, if nothing was written after it.
@@ -72,6 +75,7 @@ impl History {
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
+            created_for: Default::default(),
             epoch: 0,
             sealed: None,
             torn_bytes: 0,
@@ -83,6 +87,7 @@ impl History {
     pub(crate) fn read(bytes: Vec<u8>, from: u64, header: &Header) -> Result<(Self, u64, Chain), Unread> {
         let (mut history, mut chain) = (Self::of_new_file(header.identity), Chain::new(header.salt));
         let end = scan(&bytes[..], from, &mut chain, |entry| history.enter(entry, header.salt))?;
+        history.created_for = (header.result_type.clone(), header.version.clone());
         history.torn_bytes = bytes.len() as u64 - end;
         history.bytes = bytes;
         history.bytes.truncate(usize::try_from(end).unwrap_or(usize::MAX));
@@ -173,6 +178,13 @@ impl History {
                 None => Past::Nothing,
             },
         }
+    }
+
+    /// Adds to the error of a result that cannot be read what the file was created for.
+    #[cold]
+    pub(crate) fn unread(&self, error: TaskError) -> TaskError {
+        let (of_type, of_version) = &self.created_for;
+        error.of_checkpoint(of_type, of_version)
     }
 
     /// Returns how many items of the input have a fingerprint in the file.

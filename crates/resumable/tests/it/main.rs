@@ -8,4 +8,7 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod spin;
 mod support;
+mod tutorial;
+mod values;
