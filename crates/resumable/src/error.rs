@@ -10,7 +10,7 @@ use std::{
 
 use serde::de::DeserializeOwned;
 
-use crate::{codec::Codec, item::BoxError, log::Damage};
+use crate::{codec::Codec, item::BoxError, log::Damage, scan::Unread};
 
 /// Why a run ended without all its results. Whatever it was, the results recorded before it are kept.
 #[derive(Debug, thiserror::Error)]
@@ -207,11 +207,11 @@ impl TaskError {
         matches!(self, Self::Io(_))
     }
 
-    pub(crate) fn damaged(path: &Path, damage: Damage) -> Self {
-        let path = path.to_owned();
-        match damage {
-            Damage::Bad { offset, detail } => Self::Corrupt { path, offset, detail },
-            Damage::NewerFormat { needs } => Self::NewerFormat { path, needs },
+    pub(crate) fn unreadable(path: &Path, unread: Unread) -> Self {
+        match unread {
+            Unread::Io(error) => Self::io("read checkpoint", path, error),
+            Unread::Damage(Damage::Bad { offset, detail }) => Self::Corrupt { path: path.to_owned(), offset, detail },
+            Unread::Damage(Damage::NewerFormat { needs }) => Self::NewerFormat { path: path.to_owned(), needs },
         }
     }
 
@@ -280,7 +280,12 @@ fn advice(path: &Path, offset: u64) -> String {
     }
     format!(
         "it was not changed, and all before that byte is intact: restore it from a backup, or keep a copy and run \
-         `truncate -s {offset} '{}'` to go on with the results before it",
-        path.display()
+         `truncate -s {offset} {}` to go on with the results before it",
+        quoted(path)
     )
+}
+
+/// The path as one word of a shell, whatever is in it.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }
