@@ -37,7 +37,6 @@ impl Codec {
         }
     }
 
-    #[cfg(feature = "postgres")]
     pub(crate) fn of_number(number: u8) -> Option<Self> {
         match number {
             1 => Some(Self::MessagePack),

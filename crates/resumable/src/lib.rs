@@ -168,6 +168,7 @@
 
 mod announce;
 mod builder;
+mod checkpoint;
 mod codec;
 mod difference;
 mod disk;
@@ -200,6 +201,7 @@ mod varint;
 pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
+    checkpoint::{Checkpoint, Counts},
     codec::Codec,
     drive::Summary,
     error::TaskError,
