@@ -4,7 +4,11 @@
 mod cancel;
 mod crash;
 mod faults;
+mod golden;
 mod happy;
 mod input;
 mod items;
+mod spin;
 mod support;
+mod tutorial;
+mod values;
