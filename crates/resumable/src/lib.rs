@@ -168,6 +168,10 @@
 
 mod announce;
 mod builder;
+mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod difference;
 mod disk;
@@ -182,6 +186,8 @@ mod intake;
 mod item;
 mod log;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod proof;
 mod record;
@@ -190,11 +196,15 @@ mod scan;
 mod shape;
 mod stop;
 mod store;
+mod stores;
 mod task;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
+    checkpoint::{Checkpoint, Counts},
     codec::Codec,
     drive::Summary,
     error::TaskError,
@@ -202,6 +212,7 @@ pub use crate::{
     progress::Progress,
     run::Run,
     store::FileStore,
+    stores::Store,
     task::{ResumableTask, map},
 };
 
