@@ -101,6 +101,8 @@ pub use cancel_safe_tx_guard as tx_guard;
 mod pages {
     #[doc = include_str!("../../../README.md")]
     struct Readme;
+    #[doc = include_str!("../../../docs/src/dropping.md")]
+    struct Dropping;
     #[doc = include_str!("../../../docs/src/migrating.md")]
     struct Migrating;
     #[doc = include_str!("../../../docs/src/recipes.md")]

@@ -105,14 +105,14 @@
 //!
 //! static UPLOADS: AtomicU32 = AtomicU32::new(0);
 //!
-//! async fn upload() {
+//! async fn with_guard() {
 //!     UPLOADS.fetch_add(1, Ordering::Relaxed);
 //!     let _slot = Guard::new(|| { UPLOADS.fetch_sub(1, Ordering::Relaxed); });
 //!     sleep(Duration::from_secs(60)).await;
 //! }
 //!
 //! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
-//! assert!(timeout(Duration::from_secs(1), upload()).await.is_err());
+//! assert!(timeout(Duration::from_secs(1), with_guard()).await.is_err());
 //! assert_eq!(UPLOADS.load(Ordering::Relaxed), 0);
 //! # }
 //! ```
@@ -135,7 +135,7 @@
 //!         Ok(id)
 //!     }
 //!
-//!     async fn create(&self, id: u32) -> Result<u32, String> {
+//!     async fn create_user(&self, id: u32) -> Result<u32, String> {
 //!         self.prepared.lock().unwrap().push(id);
 //!         let release = || self.prepared.lock().unwrap().retain(|other| *other != id);
 //!         try_commit_cancel(self.activate(id), release).await
@@ -144,8 +144,8 @@
 //!
 //! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
 //! let users = Users::default();
-//! assert_eq!(timeout(Duration::from_secs(3), users.create(1)).await, Ok(Ok(1)));
-//! assert!(timeout(Duration::from_secs(1), users.create(2)).await.is_err());
+//! assert_eq!(timeout(Duration::from_secs(3), users.create_user(1)).await, Ok(Ok(1)));
+//! assert!(timeout(Duration::from_secs(1), users.create_user(2)).await.is_err());
 //! // The second user is not left behind half made.
 //! assert_eq!(*users.prepared.lock().unwrap(), [1]);
 //! # }

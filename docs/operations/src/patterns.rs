@@ -8,6 +8,7 @@ use cancel_safe_testing::Report;
 mod accounting;
 mod belonging;
 mod blocking_drop;
+mod file;
 mod futurelock;
 mod half_a_change;
 mod join;
@@ -15,6 +16,7 @@ mod nothing_wrong;
 mod read_exact;
 mod spawn_in_drop;
 mod take;
+mod user;
 mod worker;
 
 /// What the page of patterns begins with.
@@ -58,9 +60,11 @@ macro_rules! pattern {
     };
 }
 
-fn all() -> [Pattern; 11] {
+fn all() -> [Pattern; 13] {
     [
         pattern!(half_a_change),
+        pattern!(file),
+        pattern!(user),
         pattern!(take),
         pattern!(read_exact),
         pattern!(belonging),

@@ -23,6 +23,11 @@ async fn process_bad(state: &State) {
     drop(permit);
 }
 
+async fn process_good(state: &State) {
+    let _permit = state.semaphore.acquire().await.expect("it is never closed");
+    risky_operation().await;
+}
+
 // Judged:
 struct State {
     mutex: Mutex<()>,
@@ -49,5 +54,8 @@ pub(super) fn broken() -> Report {
 }
 
 pub(super) fn mended() -> Report {
-    explore(process_bad)
+    explore(async |state| {
+        process_bad(state).await;
+        process_good(state).await;
+    })
 }

@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
 // Broken:
-async fn serve_bad(alive: Arc<AtomicU32>) {
+async fn spawn_worker_bad(alive: Arc<AtomicU32>) {
     let token = CancellationToken::new();
     let _cancelled_on_drop = token.clone().drop_guard();
     tokio::spawn(async move {
@@ -26,7 +26,7 @@ async fn serve_bad(alive: Arc<AtomicU32>) {
 }
 
 // Mended:
-async fn serve_good(alive: Arc<AtomicU32>) {
+async fn spawn_worker_good(alive: Arc<AtomicU32>) {
     let workers = TaskGroup::new();
     let worker = async move {
         let _alive = Alive::count(&alive);
@@ -75,9 +75,9 @@ fn explore(serve: impl AsyncFn(Arc<AtomicU32>)) -> Report {
 }
 
 pub(super) fn broken() -> Report {
-    explore(serve_bad)
+    explore(spawn_worker_bad)
 }
 
 pub(super) fn mended() -> Report {
-    explore(serve_good)
+    explore(spawn_worker_good)
 }
