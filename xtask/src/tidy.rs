@@ -1,12 +1,14 @@
 //! The house rules that a compiler does not know. This room walks the tree; `source` reads one Rust file, `package` one
-//! crate, `circles` the imports between the files of one.
+//! crate, `circles` the imports between the files of one, `prose` the code on pages, `tutorial` the page of the tutorial's names.
 //!
 //! Invariant: every rule has a broken sample in the tests beside it, so a rule that stops working is noticed; and every
 //! finding says where it is and what to do.
 
 mod circles;
 mod package;
+mod prose;
 mod source;
+mod tutorial;
 
 use std::collections::HashSet;
 use std::fmt;
@@ -15,7 +17,7 @@ use std::path::{Path, PathBuf};
 
 use crate::command::Failure;
 use crate::operations;
-use crate::workspace::{self, Package, Workspace};
+use crate::workspace::{self, Package, UMBRELLA, Workspace};
 
 /// One breach of a rule.
 #[derive(Debug)]
@@ -43,6 +45,8 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
         package::check(package, &mut findings);
     }
     package::check_umbrella(workspace, &mut findings)?;
+    pages(workspace, &mut findings)?;
+    findings.extend(tutorial::check()?);
     findings.extend(operations::check()?.into_iter().map(|fix| Finding {
         path: operations::PAGE.into(),
         line: 1,
@@ -59,6 +63,31 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
     }
     let what = format!("{} breaches of the house rules (CONTRIBUTING.md gives their reasons)", findings.len());
     Err(Failure::from(what).repeat_with("cargo xtask tidy"))
+}
+
+/// Checks the READMEs of the crates, the front page and the book: what they show, and that a doctest compiles it.
+fn pages(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
+    let mut pages = Vec::new();
+    for package in workspace.libraries() {
+        pages.push((package.directory().join("README.md"), package));
+    }
+    let umbrella = workspace.find(UMBRELLA)?;
+    pages.push((workspace::root().join("README.md"), umbrella));
+    let book = workspace::root().join("docs/src");
+    let broken = |error: std::io::Error| format!("{}: {error}", book.display());
+    for entry in fs::read_dir(&book).map_err(broken)? {
+        let path = entry.map_err(broken)?.path();
+        if path.extension().is_some_and(|extension| extension == "md") {
+            pages.push((path, umbrella));
+        }
+    }
+    for (path, package) in pages {
+        let library = package.directory().join("src/lib.rs");
+        let text = read(&path)?;
+        findings.extend(prose::page(&shown(&path), &text));
+        findings.extend(prose::compiled(&shown(&path), &text, &read(&library)?));
+    }
+    Ok(())
 }
 
 /// Checks the Rust files of one package and returns how many there are.
@@ -92,6 +121,7 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
         let mut breaches = source::everywhere(text);
         if in_library(path) {
             breaches.extend(source::in_library(text, file, &futures));
+            findings.extend(prose::comments(&shown(path), text));
         }
         findings.extend(breaches.into_iter().map(|breach| breach.at(&shown(path))));
     }
