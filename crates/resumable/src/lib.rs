@@ -90,7 +90,8 @@
 //! | the process is killed | everything written, which is all but the last [interval](Builder::checkpoint_every) (100 ms) at most; what was in flight runs again |
 //! | the power is cut | everything synced, which is all but the last interval and one fsync |
 //! | a crash while the file is created | no checkpoint, or a whole one |
-//! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing |
+//! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing; if the checkpoint is complete, its results |
+//! | the file is removed, renamed, replaced or changed under a run | [`TaskError::Io`] of every later item and of the end, at the next sync, or within a second |
 //! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
 //! | damage anywhere else | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another version, job or codec | [`TaskError::VersionMismatch`]; the file is not changed |
@@ -99,6 +100,7 @@
 //! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another version, result type or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
+//! | a complete checkpoint on a read-only mount | its results |
 //! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
 //! | an item's function panics | [`process`](ResumableTask::process): it goes on to the caller; in a stream: a failed attempt |
 //!
@@ -132,9 +134,12 @@
 //!
 //! # Limitations
 //!
-//! - One machine: the lock is advisory (`flock`), and the file must be on a local file system that has hard links.
+//! - One machine: the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
+//!   second run begin beside the first, until that one notices (within a second).
 //! - Items are driven by the future itself and not spawned: it must be polled for them to make progress.
-//! - Resuming holds the recorded results in memory, a run by key also its keys.
+//! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
+//!   the run. It holds a byte of each item in memory; where results are large or lie in no order, 16 more; of a run by key
+//!   all keys.
 //! - Without keys an item is known by its position and its serialised form, which must be the same each time (a
 //!   `HashMap` in an item is not); items may only be added at the end.
 //! - From the 1,025th item on without keys, an edit is noticed at the edited item in 255 of 256 cases and else within the
@@ -163,18 +168,26 @@
 
 mod announce;
 mod builder;
+mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod difference;
+mod disk;
 mod drive;
 mod emit;
 mod error;
 mod file;
 mod flight;
 mod history;
+mod index;
 mod intake;
 mod item;
 mod log;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod proof;
 mod record;
@@ -183,11 +196,15 @@ mod scan;
 mod shape;
 mod stop;
 mod store;
+mod stores;
 mod task;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
+    checkpoint::{Checkpoint, Counts},
     codec::Codec,
     drive::Summary,
     error::TaskError,
@@ -195,6 +212,7 @@ pub use crate::{
     progress::Progress,
     run::Run,
     store::FileStore,
+    stores::Store,
     task::{ResumableTask, map},
 };
 

@@ -36,6 +36,8 @@ const LARGE_BLOCK_BYTES: usize = 1 << 20;
 /// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
 pub(crate) const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
+/// What is wrong with a file that is of something else.
+pub(crate) const FOREIGN: &str = "this is not a checkpoint file";
 /// This many items of the input have four check bytes.
 const EXACT_CHECKS: u64 = 1024;
 /// The bytes of the header before its body.
@@ -96,7 +98,7 @@ impl Header {
     pub(crate) fn decode(bytes: &[u8]) -> Result<(Self, usize), Damage> {
         let bad = |detail| Damage::Bad { offset: 0, detail };
         if bytes.len() < FILE_HEAD || bytes[..8] != FILE_MAGIC {
-            return Err(bad("this is not a checkpoint file"));
+            return Err(bad(FOREIGN));
         }
         let end = FILE_HEAD.saturating_add(u32_at(bytes, 12) as usize);
         let body = bytes.get(FILE_HEAD..end).ok_or(bad("the header is cut off"))?;
@@ -142,6 +144,11 @@ impl Kind {
         use Kind::{Failure, InputMark, Intent, Open, Quarantine, Result, Sealed};
         [Result, Intent, Failure, Quarantine, InputMark, Open, Sealed].into_iter().find(|kind| *kind as u8 == byte)
     }
+
+    /// Whether blocks of this type hold records of items.
+    pub(crate) fn is_record(self) -> bool {
+        matches!(self, Self::Result | Self::Intent | Self::Failure | Self::Quarantine)
+    }
 }
 
 /// Where the check bytes of an item begin if those of all items are put in a row.
@@ -155,6 +162,12 @@ pub(crate) fn check_offset(index: u64) -> u64 {
 /// How many bytes of the chain are kept for an item.
 pub(crate) fn check_width(index: u64) -> usize {
     if index < EXACT_CHECKS { 4 } else { 1 }
+}
+
+/// The type and the length of the block whose head begins here, of a log that has been verified.
+pub(crate) fn peek(head: &[u8]) -> Option<(Kind, usize)> {
+    let head = head.get(..BLOCK_LINKED_HEAD)?;
+    Some((Kind::from_byte(head[12])?, BLOCK_HEAD.checked_add(u32_at(head, 4) as usize)?))
 }
 
 /// Blocks under construction. Checksums are left to [`Blocks::seal`], so that adding a record is little more than a copy.

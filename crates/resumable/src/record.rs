@@ -42,6 +42,12 @@ impl Recorder {
         Self { log, path, codec, prover, marks, payload: Vec::new(), is_full: false, wrote: false }
     }
 
+    /// To be asked before an item is started: a complete checkpoint may be open only to be read.
+    #[inline]
+    pub(crate) fn must_take_more(&mut self) -> Result<(), TaskError> {
+        self.log.must_take_more()
+    }
+
     #[inline]
     pub(crate) fn result<I, R>(&mut self, ticket: &Ticket<I>, result: &R) -> Result<(), TaskError>
     where

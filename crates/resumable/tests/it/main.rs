@@ -2,12 +2,18 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+mod checkpoint;
+#[cfg(feature = "cli")]
+mod cli;
 mod crash;
 mod faults;
 mod golden;
 mod happy;
 mod input;
 mod items;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod spin;
 mod support;
+mod tutorial;
 mod values;
