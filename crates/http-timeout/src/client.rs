@@ -118,7 +118,8 @@ impl TimeoutClient {
     ///
     /// ```no_run
     /// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), Box<dyn std::error::Error>> {
-    /// let request = reqwest::Request::new(reqwest::Method::GET, "http://localhost:8080/".parse()?);
+    /// let url = "http://localhost:8080/".parse()?;
+    /// let request = reqwest::Request::new(reqwest::Method::GET, url);
     /// let response = client.execute(request).await?;
     /// # Ok(()) }
     /// ```
@@ -193,10 +194,12 @@ impl TimeoutClient {
     /// async fn aggregate_user_data(client: &TimeoutClient, base: &str, id: u64) -> UserData {
     ///     let all = Duration::from_secs(5);
     ///     let limit = |own: Duration| own.min(all);
+    ///     let posts = format!("{base}/users/{id}/posts");
+    ///     let friends = format!("{base}/users/{id}/friends");
     ///     let (profile, posts, friends) = tokio::join!(
     ///         part(client, format!("{base}/users/{id}"), limit(Duration::from_secs(2))),
-    ///         part(client, format!("{base}/users/{id}/posts"), limit(Duration::from_millis(300))),
-    ///         part(client, format!("{base}/users/{id}/friends"), limit(Duration::from_secs(9))),
+    ///         part(client, posts, limit(Duration::from_millis(300))),
+    ///         part(client, friends, limit(Duration::from_secs(9))),
     ///     );
     ///     UserData { profile, posts, friends }
     /// }
@@ -207,8 +210,8 @@ impl TimeoutClient {
     /// let user = aggregate_user_data(&client, &base, 7).await;
     /// assert_eq!(user.profile?["name"], "Ada");
     /// assert_eq!(user.friends?, [8, 9]);
-    /// // GET http://…/users/7/posts: timed out while waiting for the response after 1 attempt in
-    /// // 300 ms: `timeout` has passed
+    /// // GET http://…/users/7/posts: timed out while waiting for the response after
+    /// // 1 attempt in 300 ms: `timeout` has passed
     /// assert!(user.posts.is_err_and(|error| error.is_timeout()));
     /// # Ok(()) }
     /// ```
@@ -240,7 +243,8 @@ impl TimeoutClient {
     /// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) {
     /// use futures_util::StreamExt as _;
     ///
-    /// let mut pages = client.get_many(["http://localhost/a", "http://localhost/b"], Duration::from_secs(2));
+    /// let urls = ["http://localhost/a", "http://localhost/b"];
+    /// let mut pages = client.get_many(urls, Duration::from_secs(2));
     /// while let Some(page) = pages.next().await {
     ///     match page.result {
     ///         Ok(response) => println!("{}: {:?}", page.url, response.text().await),

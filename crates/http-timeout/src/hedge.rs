@@ -40,7 +40,8 @@ const MOST_LATE: u32 = 4;
 /// ```
 /// use cancel_safe_http_timeout::{Hedge, TimeoutClient};
 ///
-/// let client = TimeoutClient::builder().hedge(Hedge::at_percentile(0.95).budget(0.05)).build()?;
+/// let hedge = Hedge::at_percentile(0.95).budget(0.05);
+/// let client = TimeoutClient::builder().hedge(hedge).build()?;
 /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
 /// ```
 #[derive(Clone, Copy, Debug)]

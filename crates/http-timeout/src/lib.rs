@@ -6,21 +6,24 @@
 //!
 //! ```no_run
 //! # use std::{sync::atomic::{AtomicBool, AtomicU32, Ordering::Relaxed}, time::Duration};
+//! # use std::error::Error;
 //! # use tokio::{sync::Semaphore, time::timeout};
 //! # struct Client { http: reqwest::Client, permits: Semaphore, failures: AtomicU32, probing: AtomicBool }
 //! # impl Client {
-//! async fn get(&self, url: &str) -> Result<reqwest::Response, Box<dyn std::error::Error>> {
-//!     let _permit = self.permits.acquire().await?;        // waits outside the timeout, for ever if need be
+//! async fn get(&self, url: &str) -> Result<reqwest::Response, Box<dyn Error>> {
+//!     let _permit = self.permits.acquire().await?; // waits outside of the timeout
 //!     if self.failures.load(Relaxed) >= 5 && self.probing.swap(true, Relaxed) {
 //!         return Err("circuit open".into());
 //!     }
 //!     let result = timeout(Duration::from_secs(5), self.http.get(url).send()).await;
-//!     self.probing.store(false, Relaxed);                 // dropped at the await above: never runs, open for ever
+//!     // Dropped at the await above: never runs, and the circuit is open for ever.
+//!     self.probing.store(false, Relaxed);
 //!     match &result {
-//!         Ok(Ok(_)) => self.failures.store(0, Relaxed),   // a call from before the trip closes the circuit
+//!         // A call from before the trip closes the circuit.
+//!         Ok(Ok(_)) => self.failures.store(0, Relaxed),
 //!         _ => _ = self.failures.fetch_add(1, Relaxed),
 //!     }
-//!     Ok(result??)                                        // the permit ends here; the body is read without it, untimed
+//!     Ok(result??) // the permit ends here; the body is read without it, untimed
 //! }
 //! # }
 //! ```
@@ -44,7 +47,8 @@
 //! use cancel_safe_http_timeout::{BreakerConfig, Retry, TimeoutClient};
 //!
 //! let client = TimeoutClient::builder()
-//!     .timeout(Duration::from_secs(10))       // one deadline: permit, attempts, back-off and body
+//!     // One deadline: permit, attempts, back-off and body.
+//!     .timeout(Duration::from_secs(10))
 //!     .idle_timeout(Duration::from_secs(5))   // only while the peer is waited for
 //!     .concurrency(64)                        // held until the body has ended
 //!     .retry(Retry::attempts(4))

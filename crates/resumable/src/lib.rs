@@ -9,15 +9,20 @@
 //! # async fn expensive(item: u64) -> u64 { item }
 //! # async fn compute(items: Vec<u64>) -> std::io::Result<Vec<u64>> {
 //! let mut results: Vec<u64> = match std::fs::read("job.json") {
-//!     Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(), // torn by a crash? start over, silently
-//!     Err(_) => Vec::new(),                                            // unreadable? start over, silently
+//!     // Torn by a crash? Start over, silently.
+//!     Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_default(),
+//!     // Unreadable? Start over, silently.
+//!     Err(_) => Vec::new(),
 //! };
 //! for (index, item) in items.into_iter().enumerate().skip(results.len()) {
-//!     results.push(expensive(item).await);                             // another input? wrong results, silently
+//!     // Another input? Wrong results, silently.
+//!     results.push(expensive(item).await);
 //!     if index % 100 == 0 {
-//!         let all = serde_json::to_vec(&results)?;                     // NaN becomes null: never readable again
-//!         tokio::fs::write("job.json", all).await?;                    // truncates first; two processes mix; no fsync
-//!     }                                                                // and the cost grows with the square
+//!         // NaN becomes null: never readable again.
+//!         let all = serde_json::to_vec(&results)?;
+//!         // Truncates first; two processes mix; no fsync; the cost grows with the square.
+//!         tokio::fs::write("job.json", all).await?;
+//!     }
 //! }
 //! # Ok(results)
 //! # }
@@ -32,7 +37,7 @@
 //! # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("job.ckpt");
-//! let results: Vec<u64> = resumable::map(&path, 0..1000, |item| async move { expensive(item).await }).await?;
+//! let results: Vec<u64> = resumable::map(&path, 0..1000, expensive).await?;
 //! # assert_eq!(results[999], 1998);
 //! # Ok(())
 //! # }

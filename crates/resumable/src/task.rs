@@ -41,10 +41,11 @@ use crate::{
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let dir = tempfile::tempdir()?;
 /// # let path = dir.path().join("squares.ckpt");
-/// let squares = cancel_safe_resumable::map(&path, 0..1000u64, |n| async move { n * n }).await?;
+/// # use cancel_safe_resumable::map;
+/// let squares = map(&path, 0..1000u64, |n| async move { n * n }).await?;
 /// assert_eq!(squares[999], 998_001);
 /// // The checkpoint is the result: the second call runs nothing.
-/// let again = cancel_safe_resumable::map(&path, 0..1000u64, |_| async move { unreachable!() }).await?;
+/// let again = map(&path, 0..1000u64, |_| async move { unreachable!() }).await?;
 /// assert_eq!(squares, again);
 /// # Ok(())
 /// # }

@@ -168,8 +168,12 @@ impl Application {
     /// }
     ///
     /// let app = Application::new("shop")
-    ///     .phase("storage", |phase| phase.worker("pool", pool).ready_within(Duration::from_secs(5)))
-    ///     .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)));
+    ///     .phase("storage", |phase| {
+    ///         phase.worker("pool", pool).ready_within(Duration::from_secs(5))
+    ///     })
+    ///     .phase("ingress", |phase| {
+    ///         phase.worker("http", http).timeout(Duration::from_secs(10))
+    ///     });
     /// # let stop = app.shutdown_handle();
     /// # let app = app.worker("example", |_: WorkerContext| async move { stop.cancel() });
     /// # assert_eq!(
@@ -216,7 +220,8 @@ impl Application {
     /// use std::time::Duration;
     /// use cancel_safe_shutdown::Application;
     ///
-    /// let application = Application::new("mirror").second_signal_after(Duration::from_secs(3));
+    /// let application = Application::new("mirror");
+    /// let application = application.second_signal_after(Duration::from_secs(3));
     /// # drop(application);
     /// ```
     pub fn second_signal_after(mut self, quiet: Duration) -> Self {
@@ -241,7 +246,8 @@ impl Application {
     /// let app = Application::new("shop")
     ///     .on_signal(Signal::Hangup, move |_| reload.send_modify(|version| *version += 1))
     ///     .worker_once("http", move |cx: WorkerContext| async move {
-    ///         while let Some(Ok(())) = cx.token().run_until_cancelled(config.changed()).await {
+    ///         let token = cx.token();
+    ///         while let Some(Ok(())) = token.run_until_cancelled(config.changed()).await {
     ///             // The configuration is to be read again.
     ///         }
     ///     });
@@ -312,13 +318,15 @@ impl Application {
     ///
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    /// let app = Application::new("shop").worker("http", |cx: WorkerContext| async move { cx.cancelled().await });
+    /// let http = |cx: WorkerContext| async move { cx.cancelled().await };
+    /// let app = Application::new("shop").worker("http", http);
     /// let (mut readiness, stop) = (app.readiness(), app.shutdown_handle());
     /// let serving = tokio::spawn(app.serve());
     ///
     /// readiness.wait_for(|readiness| readiness.is_ready()).await?;
     /// stop.cancel();
-    /// assert_eq!(*readiness.wait_for(|readiness| !readiness.is_ready()).await?, Readiness::Stopping);
+    /// let stopped = readiness.wait_for(|readiness| !readiness.is_ready()).await?;
+    /// assert_eq!(*stopped, Readiness::Stopping);
     /// assert_eq!(serving.await??.exit_code(), 0);
     /// # Ok(())
     /// # }

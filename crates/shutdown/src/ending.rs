@@ -50,7 +50,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// let group = TaskGroup::<u32, String>::with_results();
     /// group.spawn("one", async { Ok(1) })?;
     /// group.spawn("two", async { Ok(2) })?;
-    /// let sum: u32 = group.join_all().await.into_iter().filter_map(|(_, outcome)| outcome.completed()).sum();
+    /// let ended = group.join_all().await.into_iter();
+    /// let sum: u32 = ended.filter_map(|(_, outcome)| outcome.completed()).sum();
     /// assert_eq!(sum, 3);
     /// # Ok(())
     /// # }

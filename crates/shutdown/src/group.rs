@@ -139,7 +139,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
     /// let mut group = TaskGroup::<u32, String>::with_results();
     /// group.spawn("answer", async { Ok(42) })?;
-    /// assert_eq!(group.join_next().await, Some(("answer".to_owned(), TaskOutcome::Completed(42))));
+    /// let answer = ("answer".to_owned(), TaskOutcome::Completed(42));
+    /// assert_eq!(group.join_next().await, Some(answer));
     /// assert_eq!(group.join_next().await, None);
     /// # Ok(())
     /// # }

@@ -16,7 +16,8 @@
 //! tokio::signal::ctrl_c().await?; // SIGTERM kills; so does a Ctrl-C before this line.
 //! token.cancel(); // Both at once: `http` still hands work to an `outbox` that is gone.
 //! tracker.close();
-//! tracker.wait().await; // For ever, if one of them ignores the token; a second Ctrl-C is lost.
+//! // For ever, if one of them ignores the token; a second Ctrl-C is lost.
+//! tracker.wait().await;
 //! # Ok(())
 //! # }
 //! ```
@@ -41,7 +42,8 @@
 //!
 //! async fn http(cx: WorkerContext) -> Result<(), BoxError> {
 //!     let listener = TcpListener::bind("127.0.0.1:0").await?;
-//!     let connections = cx.discarding_group(); // Keeps no outcomes: it is here for months.
+//!     // Keeps no outcomes: it is here for months.
+//!     let connections = cx.discarding_group();
 //!     loop {
 //!         let (stream, peer) = tokio::select! {
 //!             () = cx.cancelled() => break,
@@ -60,7 +62,9 @@
 //! fn main() -> ExitCode {
 //!     let app = Application::new("billing")
 //!         .phase("storage", |phase| phase.worker("outbox", outbox))
-//!         .phase("ingress", |phase| phase.worker("http", http).timeout(Duration::from_secs(10)))
+//!         .phase("ingress", |phase| {
+//!             phase.worker("http", http).timeout(Duration::from_secs(10))
+//!         })
 //!         .shutdown_timeout(Duration::from_secs(25))
 //!         .on_report(|report| eprintln!("{report}"));
 //!     # let stop = app.shutdown_handle();

@@ -113,7 +113,8 @@ impl Phase {
     /// #     async fn close(&self) {}
     /// # }
     /// let app = Application::new("shop").phase("storage", |phase| {
-    ///     phase.provide_until(|_| async { Ok(Pool) }, |pool: Pool| async move { pool.close().await })
+    ///     let close = |pool: Pool| async move { pool.close().await };
+    ///     phase.provide_until(|_| async { Ok(Pool) }, close)
     /// });
     /// # drop(app);
     /// ```

@@ -35,7 +35,8 @@ impl TaskGroup {
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() {
     /// let (spawned, result) = TaskGroup::scope(async |group| {
-    ///     (0..3).filter(|number| group.spawn(format!("task {number}"), async {}).is_ok()).count()
+    ///     let spawned = |number: &i32| group.spawn(format!("task {number}"), async {}).is_ok();
+    ///     (0..3).filter(spawned).count()
     /// })
     /// .await;
     /// assert_eq!((spawned, result.completed.len()), (3, 3));

@@ -52,12 +52,15 @@ impl<T, E> Classify<T, E> for ByResult {
 /// #     fn call(&mut self, _: ()) -> Self::Future { std::future::ready(Ok(503)) }
 /// # }
 /// # #[tokio::main(flavor = "current_thread")] async fn main() {
-/// use cancel_safe_http_timeout::{BreakerConfig, BreakerLayer, CircuitBreaker, Class, State};
+/// use cancel_safe_http_timeout::{
+///     BreakerConfig, BreakerLayer, CircuitBreaker, Class, State,
+/// };
 /// use tower_layer::Layer as _;
 /// use tower_service::Service as _;
 ///
 /// let breaker = CircuitBreaker::new(BreakerConfig::default());
-/// let layer = BreakerLayer::new(breaker.clone()).classify(|result: &std::io::Result<u16>| match result {
+/// let layer = BreakerLayer::new(breaker.clone());
+/// let layer = layer.classify(|result: &std::io::Result<u16>| match result {
 ///     Ok(status) if *status < 500 => Class::Success,
 ///     _ => Class::Failure,
 /// });

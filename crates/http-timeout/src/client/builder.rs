@@ -213,7 +213,8 @@ impl TimeoutClientBuilder {
     /// ```
     /// use cancel_safe_http_timeout::TimeoutClient;
     ///
-    /// let client = TimeoutClient::builder().sensitive_headers(["x-session", "x-signature"]).build()?;
+    /// let secret = ["x-session", "x-signature"];
+    /// let client = TimeoutClient::builder().sensitive_headers(secret).build()?;
     /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
     /// ```
     pub fn sensitive_headers(mut self, names: impl IntoIterator<Item = impl Into<String>>) -> Self {
@@ -248,10 +249,12 @@ impl TimeoutClientBuilder {
     /// // One breaker for `/search/…`, one for `/orders/…` and so on, of each host.
     /// let route = |request: &reqwest::Request| {
     ///     let url = request.url();
-    ///     let first = url.path_segments().and_then(|mut path| path.next()).unwrap_or_default();
+    ///     let first = url.path_segments().and_then(|mut path| path.next());
+    ///     let first = first.unwrap_or_default();
     ///     format!("{}/{first}", url.origin().ascii_serialization())
     /// };
-    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).breaker_key(route).build()?;
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default());
+    /// let client = client.breaker_key(route).build()?;
     /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
     /// ```
     pub fn breaker_key(mut self, key: impl Fn(&reqwest::Request) -> String + Send + Sync + 'static) -> Self {
@@ -266,14 +269,16 @@ impl TimeoutClientBuilder {
     /// ```
     /// use cancel_safe_http_timeout::{BreakerConfig, Class, TimeoutClient};
     ///
-    /// // A 501 is what this service says of routes that it does not have, and a 429 is for us to heed, not for the breaker.
+    /// // A 501 is what this service says of routes that it does not have, and a 429 is
+    /// // for us to heed, not for the breaker.
     /// let classify = |response: &reqwest::Response| match response.status().as_u16() {
     ///     429 => Class::Ignore,
     ///     501 => Class::Success,
     ///     500.. => Class::Failure,
     ///     _ => Class::Success,
     /// };
-    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).classify(classify).build()?;
+    /// let client = TimeoutClient::builder().breaker(BreakerConfig::default());
+    /// let client = client.classify(classify).build()?;
     /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
     /// ```
     pub fn classify(mut self, classify: impl Fn(&reqwest::Response) -> Class + Send + Sync + 'static) -> Self {
