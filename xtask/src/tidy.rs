@@ -68,24 +68,25 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
 /// Checks the READMEs of the crates, the front page and the book: what they show, and that a doctest compiles it.
 fn pages(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
     let mut pages = Vec::new();
+    let mut libraries = read(&workspace.find(UMBRELLA)?.directory().join("src/lib.rs"))?;
     for package in workspace.libraries() {
-        pages.push((package.directory().join("README.md"), package));
+        let library = read(&package.directory().join("src/lib.rs"))?;
+        libraries.push_str(&library);
+        pages.push((package.directory().join("README.md"), library));
     }
-    let umbrella = workspace.find(UMBRELLA)?;
-    pages.push((workspace::root().join("README.md"), umbrella));
+    pages.push((workspace::root().join("README.md"), libraries.clone()));
     let book = workspace::root().join("docs/src");
     let broken = |error: std::io::Error| format!("{}: {error}", book.display());
     for entry in fs::read_dir(&book).map_err(broken)? {
         let path = entry.map_err(broken)?.path();
         if path.extension().is_some_and(|extension| extension == "md") {
-            pages.push((path, umbrella));
+            pages.push((path, libraries.clone()));
         }
     }
-    for (path, package) in pages {
-        let library = package.directory().join("src/lib.rs");
+    for (path, library) in pages {
         let text = read(&path)?;
         findings.extend(prose::page(&shown(&path), &text));
-        findings.extend(prose::compiled(&shown(&path), &text, &read(&library)?));
+        findings.extend(prose::compiled(&shown(&path), &text, &library));
     }
     Ok(())
 }

@@ -32,7 +32,8 @@
 //!     async |dir| atomic_fs::write(dir.path().join("ledger.json"), "new").await.unwrap(),
 //!     async |dir, _outcome| {
 //!         let files = std::fs::read_dir(dir.path()).unwrap().count();
-//!         match std::fs::read_to_string(dir.path().join("ledger.json")).unwrap().as_str() {
+//!         let ledger = std::fs::read_to_string(dir.path().join("ledger.json")).unwrap();
+//!         match ledger.as_str() {
 //!             "old" | "new" if files == 1 => Ok(()),
 //!             other => Err(format!("{other:?} in one of {files} files")),
 //!         }

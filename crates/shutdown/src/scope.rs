@@ -35,8 +35,8 @@ impl TaskGroup {
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() {
     /// let (spawned, result) = TaskGroup::scope(async |group| {
-    ///     let spawned = |number: &i32| group.spawn(format!("task {number}"), async {}).is_ok();
-    ///     (0..3).filter(spawned).count()
+    ///     let names = ["a", "b", "c"].into_iter();
+    ///     names.filter(|name| group.spawn(*name, async {}).is_ok()).count()
     /// })
     /// .await;
     /// assert_eq!((spawned, result.completed.len()), (3, 3));

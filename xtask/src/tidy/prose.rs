@@ -42,6 +42,7 @@ pub(super) fn compiled(path: &Path, page: &str, library: &str) -> Option<Finding
 fn tail(path: &Path, name: &str) -> String {
     match path.parent().and_then(Path::file_name) {
         Some(parent) if parent == "src" => format!("src/{name}"),
+        None => format!("../../../{name}"),
         _ => format!("../{name}"),
     }
 }
@@ -52,6 +53,10 @@ fn is_rust(language: &str) -> bool {
 
 fn comment(line: &str) -> Option<&str> {
     let line = line.trim_start();
+    // A fence whose language depends on a feature stands in attributes: one begins the block, the others are passed over.
+    if line.starts_with("#![cfg_attr(") && line.contains("doc = \"```") {
+        return Some(if line.contains("\"```\"") { "```" } else { "" });
+    }
     let comment = line.strip_prefix("///").or_else(|| line.strip_prefix("//!"))?;
     Some(comment.strip_prefix(' ').unwrap_or(comment))
 }
@@ -132,10 +137,22 @@ mod tests {
         let readme = Path::new("crates/a/README.md");
         assert!(compiled(readme, page, library).is_none());
         assert_eq!(compiled(readme, page, "").map(|finding| finding.line), Some(2));
+        assert!(compiled(Path::new("README.md"), page, library).is_some());
         assert!(compiled(readme, "```text\n```\n", "").is_none());
         assert!(compiled(Path::new("docs/src/a.md"), page, library).is_some());
         let library = library.replace("../README.md", "../../../docs/src/a.md");
         assert!(compiled(Path::new("docs/src/a.md"), page, &library).is_none());
+    }
+
+    #[test]
+    fn a_fence_in_an_attribute_begins_a_block() {
+        let long = "x".repeat(MOST_COLUMNS + 1);
+        let text = format!(
+            "//! {long}\n#![cfg_attr(a, doc = \"```\")]\n#![cfg_attr(not(a), doc = \"```ignore\")]\n//! x\n//! ```\n//! {long}\n"
+        );
+        assert!(comments(Path::new("lib.rs"), &text).is_empty());
+        let text = text.replace("//! x\n", &format!("//! {long}\n"));
+        assert_eq!(rules(&comments(Path::new("lib.rs"), &text)), [(4, "code-width")]);
     }
 
     #[test]
