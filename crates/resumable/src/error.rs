@@ -106,6 +106,20 @@ pub enum TaskError {
         cause: String,
     },
 
+    /// All results were asked for, and some items have none. Everything else is recorded.
+    #[error(
+        "{items} items are in quarantine, the first is item {index}: {cause}; all other results are safe: mend the cause and \
+         run it again with `.retry_quarantined(true)`, or take what there is with `.stream(…)`"
+    )]
+    Quarantined {
+        /// How many items are in quarantine.
+        items: usize,
+        /// The first of them.
+        index: usize,
+        /// Why it is there.
+        cause: String,
+    },
+
     /// A value could not be written or read back. Of a result that could not be written nothing is recorded.
     #[error("item {index} cannot be {action} as {codec:?}; results before are safe: mend its serde implementation")]
     Codec {
@@ -120,7 +134,8 @@ pub enum TaskError {
         cause: BoxError,
     },
 
-    /// The options contradict each other. Nothing was opened.
+    /// The options contradict each other, or ask for what the runtime does not have. Nothing was opened, unless an item
+    /// was to wait, and there is no time driver.
     #[error("invalid options: {0}")]
     Config(&'static str),
 

@@ -60,7 +60,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -146,17 +146,20 @@ mod error;
 mod file;
 mod flight;
 mod history;
+mod hold;
 mod intake;
 mod item;
 mod log;
 mod plan;
 mod progress;
+mod rate;
 mod record;
 mod run;
 mod scan;
 mod stop;
 mod store;
 mod task;
+mod timer;
 mod varint;
 
 pub use crate::{
@@ -164,11 +167,11 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
     store::FileStore,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

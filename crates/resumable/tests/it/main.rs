@@ -8,5 +8,7 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod pause;
+mod progress;
 mod spin;
 mod support;
