@@ -290,14 +290,16 @@ where
         let (index, key) =
             self.intake.admit(&item, self.plan.key.as_ref(), &self.history, path, &mut self.recorder.marks)?;
         let mut attempts = 0;
-        match self.history.of(index, key.as_deref()) {
+        let past = self.history.of(index, key.as_deref());
+        match past.map_err(|error| TaskError::io("read checkpoint", self.plan.store.path(), error))? {
             Past::Nothing => {}
             Past::Failed { .. } if self.plan.retry.per_run => {}
             Past::Failed { attempts: before } => attempts = before,
             Past::Result(payload) => {
                 let codec = self.plan.codec;
-                let failed = |cause| TaskError::Codec { index, action: "read back", codec, cause };
-                let result: R = codec.decode(payload).map_err(failed)?;
+                let read = codec.decode(payload);
+                let read = read.map_err(|cause| TaskError::unread::<R>(codec, index, payload, cause));
+                let result: R = read.map_err(|error| self.history.unread(error))?;
                 if self.plan.revalidate.as_ref().is_none_or(|is_valid| is_valid(&item, &result)) {
                     let result = Ok(result);
                     return Ok(Next::Restored(Done { index, key, restored: true, attempts: 0, result }));
@@ -313,6 +315,7 @@ where
             }
             Past::Quarantined { .. } | Past::Uncertain => {}
         }
+        self.recorder.must_take_more()?;
         self.meter.item_started();
         self.start(Ticket { index, key, item, attempts, defers: 0, launch: 0 })?;
         Ok(Next::Started)

@@ -71,7 +71,7 @@ impl Intake {
     ) -> Result<(), TaskError> {
         self.scratch.clear();
         let encoded = self.codec.encode(item, &mut self.scratch);
-        encoded.map_err(|cause| TaskError::Codec { index, action: "written", codec: self.codec, cause })?;
+        encoded.map_err(|cause| TaskError::unwritten::<I>(self.codec, index, cause))?;
         self.chain = xxh3_64_with_seed(&self.scratch, self.chain);
         match history.confirms(index, self.chain) {
             None => {

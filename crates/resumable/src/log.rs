@@ -142,6 +142,11 @@ impl Kind {
         use Kind::{Failure, InputMark, Intent, Open, Quarantine, Result, Sealed};
         [Result, Intent, Failure, Quarantine, InputMark, Open, Sealed].into_iter().find(|kind| *kind as u8 == byte)
     }
+
+    /// Whether blocks of this type hold records of items.
+    pub(crate) fn is_record(self) -> bool {
+        matches!(self, Self::Result | Self::Intent | Self::Failure | Self::Quarantine)
+    }
 }
 
 /// Where the check bytes of an item begin if those of all items are put in a row.
@@ -155,6 +160,12 @@ pub(crate) fn check_offset(index: u64) -> u64 {
 /// How many bytes of the chain are kept for an item.
 pub(crate) fn check_width(index: u64) -> usize {
     if index < EXACT_CHECKS { 4 } else { 1 }
+}
+
+/// The type and the length of the block whose head begins here, of a log that has been verified.
+pub(crate) fn peek(head: &[u8]) -> Option<(Kind, usize)> {
+    let head = head.get(..BLOCK_LINKED_HEAD)?;
+    Some((Kind::from_byte(head[12])?, BLOCK_HEAD.checked_add(u32_at(head, 4) as usize)?))
 }
 
 /// Blocks under construction. Checksums are left to [`Blocks::seal`], so that adding a record is little more than a copy.

@@ -8,7 +8,7 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use serde::Serialize;
+use serde::{Serialize, de::DeserializeOwned};
 
 use crate::{
     codec::Codec,
@@ -16,6 +16,7 @@ use crate::{
     flight::Ticket,
     history::{begin_payload, put_failure},
     log::{Kind, MAX_PAYLOAD_BYTES},
+    proof::Prover,
     store::{Failed, Log, Marks, Seal},
 };
 
@@ -25,6 +26,7 @@ pub(crate) struct Recorder {
     log: Log,
     path: PathBuf,
     codec: Codec,
+    prover: Prover,
     /// What the checkpoint does not know yet of the items read: it goes there with the next record.
     pub(crate) marks: Marks,
     /// A buffer of its own: a serde implementation that fails or panics half-way must leave no half record.
@@ -36,16 +38,27 @@ pub(crate) struct Recorder {
 
 impl Recorder {
     pub(crate) fn new(log: Log, path: PathBuf, codec: Codec) -> Self {
-        Self { log, path, codec, marks: Marks::default(), payload: Vec::new(), is_full: false, wrote: false }
+        let (prover, marks) = (Prover::new(codec), Marks::default());
+        Self { log, path, codec, prover, marks, payload: Vec::new(), is_full: false, wrote: false }
+    }
+
+    /// To be asked before an item is started: a complete checkpoint may be open only to be read.
+    #[inline]
+    pub(crate) fn must_take_more(&mut self) -> Result<(), TaskError> {
+        self.log.must_take_more()
     }
 
     #[inline]
-    pub(crate) fn result<I, R: Serialize>(&mut self, ticket: &Ticket<I>, result: &R) -> Result<(), TaskError> {
-        let (index, codec) = (ticket.index, self.codec);
-        let failed = |cause| TaskError::Codec { index, action: "written", codec, cause };
+    pub(crate) fn result<I, R>(&mut self, ticket: &Ticket<I>, result: &R) -> Result<(), TaskError>
+    where
+        R: Serialize + DeserializeOwned,
+    {
         begin_payload(&mut self.payload, ticket.key.as_deref());
-        codec.encode(result, &mut self.payload).map_err(failed)?;
-        self.push(Kind::Result, index).map(drop)
+        self.prover.encode(ticket.index, result, &mut self.payload)?;
+        if self.payload.len() > MAX_PAYLOAD_BYTES {
+            return Err(too_long::<R>(self.codec, ticket.index));
+        }
+        self.push(Kind::Result, ticket.index).map(drop)
     }
 
     /// Records that an item is about to be started and returns the number of that record.
@@ -79,8 +92,8 @@ impl Recorder {
     #[inline]
     fn push(&mut self, kind: Kind, index: usize) -> Result<u64, TaskError> {
         if self.payload.len() > MAX_PAYLOAD_BYTES {
-            let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
-            return Err(TaskError::Codec { index, action: "written", codec: self.codec, cause });
+            // It can only be the key.
+            return Err(too_long::<str>(self.codec, index));
         }
         self.wrote = true;
         match self.log.push(kind, index, &self.payload, &mut self.marks) {
@@ -131,4 +144,9 @@ impl Recorder {
     fn store_failed(&self) -> TaskError {
         TaskError::io("write checkpoint", &self.path, io::Error::other("the store has failed"))
     }
+}
+
+#[cold]
+fn too_long<T: ?Sized>(codec: Codec, index: usize) -> TaskError {
+    TaskError::unwritten::<T>(codec, index, format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into())
 }

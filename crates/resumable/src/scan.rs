@@ -3,7 +3,7 @@
 //! Invariant: whatever bytes it is given, a scan visits a prefix of what was written or returns an error, reads each byte
 //! at most twice, and holds no more than a block of them.
 
-use std::io;
+use std::{fmt, io, sync::Arc};
 
 use crate::{
     log::{BLOCK_LINKED_HEAD, BLOCK_MAGIC, Chain, Damage, FILE_HEAD, Head, Header, Kind, check_offset},
@@ -14,9 +14,29 @@ use crate::{
 const WINDOW_BYTES: u64 = 256 << 10;
 
 /// Bytes that lie still while they are read.
-pub(crate) trait ReadAt {
+pub(crate) trait ReadAt: fmt::Debug {
     fn size(&self) -> io::Result<u64>;
     fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
+}
+
+impl<T: ReadAt + ?Sized> ReadAt for &T {
+    fn size(&self) -> io::Result<u64> {
+        (**self).size()
+    }
+
+    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read_exact_at(offset, into)
+    }
+}
+
+impl<T: ReadAt + ?Sized> ReadAt for Arc<T> {
+    fn size(&self) -> io::Result<u64> {
+        (**self).size()
+    }
+
+    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        (**self).read_exact_at(offset, into)
+    }
 }
 
 impl ReadAt for [u8] {
@@ -28,6 +48,17 @@ impl ReadAt for [u8] {
         let from = usize::try_from(offset).ok().and_then(|offset| self.get(offset..)?.get(..into.len()));
         into.copy_from_slice(from.ok_or(io::ErrorKind::UnexpectedEof)?);
         Ok(())
+    }
+}
+
+#[cfg(test)]
+impl ReadAt for Vec<u8> {
+    fn size(&self) -> io::Result<u64> {
+        self[..].size()
+    }
+
+    fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()> {
+        self[..].read_exact_at(offset, into)
     }
 }
 
@@ -78,7 +109,7 @@ pub(crate) enum Entry<'a> {
 }
 
 /// Reads the header of a log and returns it with the offset of the first block.
-pub(crate) fn read_header<S: ReadAt + ?Sized>(source: &S) -> Result<(Header, u64), Unread> {
+pub(crate) fn read_header(source: impl ReadAt) -> Result<(Header, u64), Unread> {
     let size = source.size()?;
     let mut head = [0; FILE_HEAD];
     let present = head.len().min(usize::try_from(size).unwrap_or(usize::MAX));
@@ -95,8 +126,9 @@ pub(crate) fn read_header<S: ReadAt + ?Sized>(source: &S) -> Result<(Header, u64
 ///
 /// If that is before the end of the bytes, the rest is a torn tail: it may begin with a part of the next block, and no
 /// other of this log is in it. Else it is damage: what follows had been written later.
-pub(crate) fn scan<S: ReadAt + ?Sized>(
-    source: &S,
+#[cfg(test)]
+pub(crate) fn scan<S: ReadAt>(
+    source: S,
     from: u64,
     chain: &mut Chain,
     mut visit: impl FnMut(Entry<'_>) -> Result<(), &'static str>,
@@ -105,21 +137,22 @@ pub(crate) fn scan<S: ReadAt + ?Sized>(
     while let Some(block) = scanner.next_block()? {
         block.entries(&mut visit).map_err(|detail| Damage::Bad { offset: block.offset, detail })?;
     }
-    *chain = scanner.chain;
-    Ok(scanner.offset)
+    let (end, next) = scanner.place();
+    *chain = next;
+    Ok(end)
 }
 
 /// Goes through a log block by block.
 #[derive(Debug)]
-pub(crate) struct Scanner<'s, S: ?Sized> {
-    window: Window<'s, S>,
+pub(crate) struct Scanner<S> {
+    window: Window<S>,
     /// Where the next block begins, and its place in the chain.
     offset: u64,
     chain: Chain,
 }
 
-impl<'s, S: ReadAt + ?Sized> Scanner<'s, S> {
-    pub(crate) fn new(source: &'s S, from: u64, chain: Chain) -> io::Result<Self> {
+impl<S: ReadAt> Scanner<S> {
+    pub(crate) fn new(source: S, from: u64, chain: Chain) -> io::Result<Self> {
         Ok(Self { window: Window::new(source)?, offset: from, chain })
     }
 
@@ -151,6 +184,16 @@ impl<'s, S: ReadAt + ?Sized> Scanner<'s, S> {
         }
         Ok(None)
     }
+
+    /// Where the next block begins, and its place in the chain.
+    pub(crate) fn place(&self) -> (u64, Chain) {
+        (self.offset, self.chain)
+    }
+
+    /// How many bytes there were when the scan began.
+    pub(crate) fn size(&self) -> u64 {
+        self.window.size
+    }
 }
 
 /// A block that is intact and where it belongs.
@@ -162,6 +205,10 @@ pub(crate) struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
+    pub(crate) fn end(&self) -> u64 {
+        self.offset + (BLOCK_LINKED_HEAD + self.content.len()) as u64
+    }
+
     /// Visits what the block says.
     pub(crate) fn entries(
         &self,
@@ -173,15 +220,10 @@ impl<'a> Block<'a> {
         let kind = Kind::from_byte(self.kind).ok_or("an intact block is of an unknown type")?;
         match kind {
             Kind::Result | Kind::Intent | Kind::Failure | Kind::Quarantine => {
-                let end = self.offset + (BLOCK_LINKED_HEAD + self.content.len()) as u64;
-                let mut previous = u64::MAX;
+                let (end, mut previous) = (self.end(), u64::MAX);
                 while !body.is_empty() {
-                    let delta = unzigzag(take_varint(body).ok_or(SHORT)?);
-                    let index = previous.wrapping_add(1).wrapping_add(delta);
-                    previous = index;
-                    let length = usize::try_from(take_varint(body).ok_or(SHORT)?).map_err(|_| SHORT)?;
-                    let at = end - body.len() as u64;
-                    let payload = take(body, length).ok_or(SHORT)?;
+                    let (index, payload) = next_record(body, &mut previous).ok_or(SHORT)?;
+                    let at = end - (body.len() + payload.len()) as u64;
                     visit(Entry::Record { kind, index, at, payload })?;
                 }
                 return Ok(());
@@ -210,19 +252,29 @@ impl<'a> Block<'a> {
     }
 }
 
+/// Takes a record off the content of a block; `previous` is the index of the one before, [`u64::MAX`] for the first.
+#[inline]
+pub(crate) fn next_record<'a>(body: &mut &'a [u8], previous: &mut u64) -> Option<(u64, &'a [u8])> {
+    let delta = unzigzag(take_varint(body)?);
+    *previous = previous.wrapping_add(1).wrapping_add(delta);
+    let length = usize::try_from(take_varint(body)?).ok()?;
+    Some((*previous, take(body, length)?))
+}
+
 /// The bytes of a log around where it is read.
 #[derive(Debug)]
-struct Window<'s, S: ?Sized> {
-    source: &'s S,
+struct Window<S> {
+    source: S,
     /// What was there when the scan began: a log that grows meanwhile is read up to here.
     size: u64,
     at: u64,
     bytes: Vec<u8>,
 }
 
-impl<'s, S: ReadAt + ?Sized> Window<'s, S> {
-    fn new(source: &'s S) -> io::Result<Self> {
-        Ok(Self { source, size: source.size()?, at: 0, bytes: Vec::new() })
+impl<S: ReadAt> Window<S> {
+    fn new(source: S) -> io::Result<Self> {
+        let size = source.size()?;
+        Ok(Self { source, size, at: 0, bytes: Vec::new() })
     }
 
     /// The bytes in which the head of a block that begins at `offset` must lie; `None` if there are too few.

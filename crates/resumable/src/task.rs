@@ -3,11 +3,11 @@
 //! Invariant: dropping a call at any time leaves a checkpoint from which the same call goes on.
 
 use std::{
-    cell::Cell,
+    cell::RefCell,
     fmt,
     path::PathBuf,
     pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     task::{Context, Poll},
 };
 
@@ -22,8 +22,9 @@ use crate::{
     codec::Codec,
     drive::{Drive, Summary},
     error::TaskError,
-    item::{BoxError, ItemContext, ItemError},
+    item::{ItemContext, ItemError},
     progress::Progress,
+    proof::Prover,
     store::FileStore,
 };
 
@@ -91,6 +92,10 @@ pin_project! {
 impl<Fut> Map<Fut> {
     /// Sets the version of the computation: change it when the same item would now give another result. Has no effect
     /// once the future was polled. Default: `1`.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Nothing has happened before the future is polled; then it is as [`map`] says.
     pub fn version(self, version: impl Into<String>) -> Self {
         *self.version.lock().unwrap_or_else(PoisonError::into_inner) = version.into();
         self
@@ -187,7 +192,8 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     /// [`TaskError::Cancelled`] once the token has fired and all results so far are durable. [`TaskError::Busy`] if
     /// another run holds the file for more than a second. [`TaskError::Corrupt`], [`TaskError::VersionMismatch`] and
     /// [`TaskError::NewerFormat`] if the file is damaged or does not belong to this result type; it is not changed then.
-    /// [`TaskError::InputMismatch`] if it does not belong to these items. [`TaskError::Codec`] if an item or a result does not survive serde.
+    /// [`TaskError::InputMismatch`] if it does not belong to these items. [`TaskError::Codec`] and [`TaskError::RoundTrip`] if
+    /// an item or a result does not survive serde.
     /// [`TaskError::Io`] if the file system fails.
     ///
     /// # Examples
@@ -217,16 +223,15 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
         self.summary = None;
         let builder = ResumableTask::<&T>::builder("task").version(self.version.clone());
         let plan = builder.store(self.store.clone()).cancel(self.token.clone()).validated()?;
-        let codec = plan.codec;
-        let scratch = Cell::new(Vec::new());
-        let on_copy = move |_: ItemContext, item: &T| {
-            let mut bytes = scratch.take();
-            let running = copy(codec, item, &mut bytes).map(&work);
-            scratch.set(bytes);
+        let refused = OnceLock::new();
+        let (copier, refusal) = (RefCell::new(Copier::new(plan.codec)), &refused);
+        let on_copy = move |cx: ItemContext, item: &T| {
+            let running = copier.borrow_mut().copy(cx.index(), item).map(&work);
+            let running = running.map_err(|error| drop(refusal.set(error)));
             async move {
                 match running {
                     Ok(running) => Ok(running.await),
-                    Err(cause) => Err(ItemError::permanent(cause)),
+                    Err(()) => Err(ItemError::permanent("the item cannot be copied")),
                 }
             }
         };
@@ -238,24 +243,28 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
             results.extend(done.result.ok());
         }
         let ended = drive.take_outcome().unwrap_or(Err(TaskError::Cancelled));
-        self.summary = Some(ended.map_err(|error| uncopied(error, codec))?);
+        drop(drive);
+        // In the simple forms an item can only fail by not coming back from its serialised form.
+        self.summary = Some(refused.into_inner().map_or(ended, Err)?);
         Ok(results)
     }
 }
 
-/// In the simple forms an item can only fail by not coming back from its serialised form.
-fn uncopied(error: TaskError, codec: Codec) -> TaskError {
-    match error {
-        TaskError::QuarantineFull { index, cause, .. } => {
-            TaskError::Codec { index, action: "read back", codec, cause: cause.into() }
-        }
-        other => other,
-    }
+/// Makes the copy of an item that its function is handed, by way of its serialised form.
+struct Copier {
+    prover: Prover,
+    codec: Codec,
+    bytes: Vec<u8>,
 }
 
-/// The copy of an item that its function is handed, made by way of `bytes`.
-fn copy<T: Serialize + DeserializeOwned>(codec: Codec, item: &T, bytes: &mut Vec<u8>) -> Result<T, BoxError> {
-    bytes.clear();
-    codec.encode(item, bytes)?;
-    codec.decode(bytes)
+impl Copier {
+    fn new(codec: Codec) -> Self {
+        Self { prover: Prover::new(codec), codec, bytes: Vec::new() }
+    }
+
+    fn copy<T: Serialize + DeserializeOwned>(&mut self, index: usize, item: &T) -> Result<T, TaskError> {
+        self.bytes.clear();
+        self.prover.encode(index, item, &mut self.bytes)?;
+        self.codec.decode(&self.bytes).map_err(|cause| TaskError::unread::<T>(self.codec, index, &self.bytes, cause))
+    }
 }

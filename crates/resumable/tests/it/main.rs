@@ -12,3 +12,5 @@ mod pause;
 mod progress;
 mod spin;
 mod support;
+mod tutorial;
+mod values;
