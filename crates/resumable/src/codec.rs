@@ -37,6 +37,15 @@ impl Codec {
         }
     }
 
+    pub(crate) fn of_number(number: u8) -> Option<Self> {
+        match number {
+            1 => Some(Self::MessagePack),
+            #[cfg(feature = "postcard")]
+            2 => Some(Self::Postcard),
+            _ => None,
+        }
+    }
+
     pub(crate) fn name_of(number: u8) -> String {
         match number {
             1 => "MessagePack".to_owned(),

@@ -21,6 +21,15 @@ const RECORD_BYTES: u64 = 3;
 /// The file that results are read from.
 pub(crate) type Source = Arc<dyn ReadAt + Send + Sync>;
 
+/// How many items a checkpoint says what of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) results: usize,
+    pub(crate) quarantined: usize,
+    pub(crate) uncertain: usize,
+    pub(crate) failed: usize,
+}
+
 /// What an earlier run left of one item.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Past<'a> {
@@ -44,8 +53,9 @@ pub(crate) struct History {
     reader: Reader,
     pub(crate) header: Header,
     by_position: Index,
-    by_key: HashMap<Box<[u8]>, Slot>,
-    finished: u64,
+    by_key: HashMap<Arc<str>, Slot>,
+    /// How many items have a last record of each kind, by its number.
+    by_kind: [u64; 5],
     /// How many items of the input were read, the check bytes of each, and the whole fingerprint after some of them.
     marked: usize,
     checks: Vec<u8>,
@@ -74,7 +84,7 @@ impl History {
             header,
             by_position: Index::default(),
             by_key: HashMap::new(),
-            finished: 0,
+            by_kind: [0; 5],
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
@@ -136,10 +146,10 @@ impl History {
             // Without any item the fingerprint is the salt it begins with.
             Identity::Position => {
                 let chain = self.marks.last().map_or(self.chain.salt, |(_, chain)| *chain);
-                (total, digest) == (self.marked as u64, chain) && self.finished == total
+                (total, digest) == (self.marked as u64, chain) && self.finished() == total
             }
             // An input with keys may have had fewer items than those before it.
-            Identity::Key => self.finished >= total,
+            Identity::Key => self.finished() >= total,
         };
         if is_whole { Ok(()) } else { Err("the seal does not agree with what is recorded before it") }
     }
@@ -173,15 +183,44 @@ impl History {
         let around = RECORD_BYTES + (payload.len() - rest.len()) as u64;
         let size = |slot: Slot| if slot.kind == 0 { 0 } else { u64::from(slot.length) + around };
         self.live_bytes = self.live_bytes + size(now) - size(before);
-        self.finished = self.finished + u64::from(now.is_finished()) - u64::from(before.is_finished());
+        if before.kind != 0 {
+            self.by_kind[usize::from(before.kind)] -= 1;
+        }
+        self.by_kind[usize::from(now.kind)] += 1;
         Ok(())
+    }
+
+    /// How many items need no more work, be it that nobody knows how they ended.
+    fn finished(&self) -> u64 {
+        [RESULT, QUARANTINE, INTENT].iter().map(|kind| self.by_kind[usize::from(*kind)]).sum()
+    }
+
+    /// Returns how many items there are of which kind.
+    pub(crate) fn counts(&self) -> Counts {
+        let of = |kind: u8| usize::try_from(self.by_kind[usize::from(kind)]).unwrap_or(usize::MAX);
+        Counts { results: of(RESULT), quarantined: of(QUARANTINE), uncertain: of(INTENT), failed: of(FAILURE) }
+    }
+
+    /// Returns about how many bytes the file would take with what counts alone.
+    pub(crate) fn live_bytes(&self) -> u64 {
+        self.live_bytes
+    }
+
+    /// Returns all keys, in the order in which their last records lie; `None` if the file goes by position.
+    pub(crate) fn keys(&self) -> Option<Vec<Arc<str>>> {
+        if self.header.identity == Identity::Position {
+            return None;
+        }
+        let mut keys: Vec<_> = self.by_key.iter().map(|(key, slot)| (slot.at, key)).collect();
+        keys.sort_unstable_by_key(|(at, _)| *at);
+        Some(keys.into_iter().map(|(_, key)| Arc::clone(key)).collect())
     }
 
     /// Returns what is known of an item. The key counts if the file goes by keys, else the index.
     #[inline]
     pub(crate) fn of(&mut self, index: usize, key: Option<&str>) -> io::Result<Past<'_>> {
         let (slot, payload) = match key {
-            Some(key) => (self.by_key.get(key.as_bytes()).copied().unwrap_or_default(), None),
+            Some(key) => (self.by_key.get(key).copied().unwrap_or_default(), None),
             None if index < self.marked => self.by_position.of(&*self.source, index)?,
             None => return Ok(Past::Nothing),
         };
@@ -270,6 +309,7 @@ impl From<&'static str> for Unfit {
 const RESULT: u8 = Kind::Result as u8;
 const INTENT: u8 = Kind::Intent as u8;
 const FAILURE: u8 = Kind::Failure as u8;
+const QUARANTINE: u8 = Kind::Quarantine as u8;
 
 /// Begins the payload of a record: with its key, if the file goes by keys.
 pub(crate) fn begin_payload(payload: &mut Vec<u8>, key: Option<&str>) {
@@ -285,9 +325,9 @@ pub(crate) fn put_failure(payload: &mut Vec<u8>, attempts: u32, cause: &str) {
     put_str(payload, cause);
 }
 
-fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a [u8]> {
+fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
     let length = usize::try_from(take_varint(payload)?).ok()?;
-    take(payload, length)
+    std::str::from_utf8(take(payload, length)?).ok()
 }
 
 fn read_failure(mut payload: &[u8]) -> Option<(u32, String)> {

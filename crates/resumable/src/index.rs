@@ -36,11 +36,6 @@ impl Slot {
         self.at + u64::from(self.length)
     }
 
-    /// Whether the item needs no more work, be it that nobody knows how it ended.
-    pub(crate) fn is_finished(self) -> bool {
-        !matches!(self.kind, 0 | FAILURE)
-    }
-
     /// Whether a later record of this kind counts instead: a failed attempt never hides a result.
     pub(crate) fn gives_way_to(self, kind: u8) -> bool {
         kind != FAILURE || matches!(self.kind, 0 | FAILURE | INTENT)

@@ -168,6 +168,7 @@
 
 mod announce;
 mod builder;
+mod checkpoint;
 mod codec;
 mod difference;
 mod disk;
@@ -198,6 +199,7 @@ mod varint;
 
 pub use crate::{
     builder::Builder,
+    checkpoint::{Checkpoint, Counts},
     codec::Codec,
     drive::Summary,
     error::TaskError,
