@@ -18,8 +18,8 @@ use crate::{
     emit::Emission,
     error::TaskError,
     flight::{InFlight, Ticket, WaitingRoom},
+    gate::Gate,
     history::{History, Past},
-    hold::Hold,
     intake::Intake,
     item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
     log::{Header, Identity},
@@ -60,7 +60,7 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     in_flight: InFlight<I, Fut>,
     announced: Announced<I>,
     waiting: WaitingRoom<I>,
-    hold: Hold,
+    gate: Gate,
     /// Dropped after the items above: a successor that takes the file over never runs beside them.
     recorder: Recorder,
     emission: Emission<R>,
@@ -140,7 +140,7 @@ where
             in_flight: InFlight::new(plan.concurrency),
             announced: Announced::new(),
             waiting: WaitingRoom::new(),
-            hold: Hold::new(plan.concurrency),
+            gate: Gate::new(plan.concurrency),
             recorder: Recorder::new(log, plan.store.path().to_owned(), plan.codec),
             emission: Emission::new(plan.ordered),
             meter: Meter::new(progress),
@@ -210,7 +210,7 @@ where
                 Poll::Ready(Next::Restored(done)) => return Poll::Ready(Ok(Step::Finished(done))),
                 Poll::Pending => {}
             }
-            if !self.hold.is_closed()
+            if !self.gate.is_closed()
                 && let Poll::Ready(ticket) = self.announced.poll_durable(&self.recorder, cx)?
             {
                 self.launch(ticket);
@@ -257,9 +257,7 @@ where
     /// Starts one more item, or restores it, as soon as there is a slot, room in the buffer, and an item.
     #[inline]
     fn poll_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next<R>, TaskError>> {
-        let was_closed = self.hold.is_closed();
-        ready!(self.hold.poll_open(cx))?;
-        if was_closed {
+        if ready!(self.gate.poll_open(cx))? {
             self.meter.pause(None);
         }
         if self.started() >= self.plan.concurrency {
@@ -323,7 +321,7 @@ where
 
     #[inline]
     fn start(&mut self, ticket: Ticket<I>) -> Result<(), TaskError> {
-        self.hold.item_starts();
+        self.gate.item_starts();
         if self.plan.at_most_once {
             return self.announced.announce(ticket, &mut self.recorder);
         }
@@ -333,7 +331,7 @@ where
 
     #[inline]
     fn launch(&mut self, mut ticket: Ticket<I>) {
-        ticket.launch = self.hold.launch();
+        ticket.launch = self.gate.launch();
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
@@ -356,7 +354,7 @@ where
     fn settle(&mut self, mut ticket: Ticket<I>, outcome: Result<R, ItemError>) -> Result<Step<R>, TaskError> {
         let error = match outcome {
             Ok(result) => {
-                self.hold.attempt_ended(ticket.launch);
+                self.gate.attempt_ended(ticket.launch);
                 self.recorder.result(&ticket, &result)?;
                 let Ticket { index, key, attempts, .. } = ticket;
                 let done = Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) };
@@ -373,12 +371,12 @@ where
             Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
                 ticket.defers += 1;
                 let wait = until.saturating_duration_since(Instant::now());
-                if let Some(wait) = self.hold.attempt_deferred(ticket.launch, wait, self.in_flight.len()) {
+                if let Some(wait) = self.gate.attempt_deferred(ticket.launch, wait, self.in_flight.len()) {
                     self.pause(later(wait), &cause);
                 }
                 return self.put_back(ticket, until);
             }
-            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => self.hold.attempt_ended(ticket.launch),
+            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => self.gate.attempt_ended(ticket.launch),
         }
         ticket.attempts += 1;
         if error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts {
@@ -391,7 +389,7 @@ where
 
     /// No item starts before that time.
     fn pause(&mut self, until: Instant, cause: &str) {
-        let until = self.hold.close(until);
+        let until = self.gate.close(until);
         self.meter.pause(Some(Pause::new(until, cause)));
     }
 

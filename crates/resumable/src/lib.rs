@@ -177,13 +177,15 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
-mod hold;
 mod index;
 mod intake;
 mod item;
 mod log;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod proof;
 mod rate;
@@ -193,10 +195,13 @@ mod scan;
 mod shape;
 mod stop;
 mod store;
+mod stores;
 mod task;
 mod timer;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
     checkpoint::{Checkpoint, Counts},
@@ -207,6 +212,7 @@ pub use crate::{
     progress::{Pause, Progress},
     run::Run,
     store::FileStore,
+    stores::Store,
     task::{Map, ResumableTask, map},
 };
 

@@ -10,6 +10,8 @@ mod happy;
 mod input;
 mod items;
 mod pause;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod spin;
 mod support;

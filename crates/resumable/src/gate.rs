@@ -21,7 +21,7 @@ const OTHERS_FOLLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// Whether items may start.
 #[derive(Debug)]
-pub(crate) struct Hold {
+pub(crate) struct Gate {
     state: State,
     timer: Timer,
     /// How many attempts were started so far: their numbers.
@@ -55,7 +55,7 @@ struct Streak {
     wait: Duration,
 }
 
-impl Hold {
+impl Gate {
     pub(crate) fn new(concurrency: usize) -> Self {
         let enough = u32::try_from(concurrency).unwrap_or(u32::MAX).saturating_mul(2).max(LEAST_DEFERRALS);
         Self { state: State::Open, timer: Timer::default(), launched: 0, enough, streak: None }
@@ -65,14 +65,14 @@ impl Hold {
         matches!(self.state, State::Closed { .. })
     }
 
-    /// Becomes ready when an item may start.
+    /// Becomes ready when an item may start, and says whether a pause has just ended.
     #[inline]
-    pub(crate) fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TaskError>> {
-        if let State::Open = self.state { Poll::Ready(Ok(())) } else { self.poll_held(cx) }
+    pub(crate) fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, TaskError>> {
+        if let State::Open = self.state { Poll::Ready(Ok(false)) } else { self.poll_held(cx) }
     }
 
-    fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TaskError>> {
-        let now = Instant::now();
+    fn poll_held(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, TaskError>> {
+        let (now, was_closed) = (Instant::now(), self.is_closed());
         if let State::Closed { until } = self.state {
             ready!(self.poll_until(until, now, cx))?;
             let others_from = now + OTHERS_FOLLOW_AFTER;
@@ -82,7 +82,7 @@ impl Hold {
             ready!(self.poll_until(others_from, now, cx))?;
             self.state = State::Open;
         }
-        Poll::Ready(Ok(()))
+        Poll::Ready(Ok(was_closed))
     }
 
     fn poll_until(&mut self, until: Instant, now: Instant, cx: &mut Context<'_>) -> Poll<Result<(), TaskError>> {
