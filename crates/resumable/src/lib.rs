@@ -169,6 +169,9 @@
 mod announce;
 mod builder;
 mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod difference;
 mod disk;
