@@ -60,7 +60,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -179,6 +179,7 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
 mod index;
 mod intake;
@@ -189,6 +190,7 @@ mod plan;
 mod postgres;
 mod progress;
 mod proof;
+mod rate;
 mod record;
 mod run;
 mod scan;
@@ -197,6 +199,7 @@ mod stop;
 mod store;
 mod stores;
 mod task;
+mod timer;
 mod varint;
 
 #[cfg(feature = "postgres")]
@@ -207,12 +210,12 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
     store::FileStore,
     stores::Store,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

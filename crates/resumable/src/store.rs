@@ -70,6 +70,8 @@ pub(crate) struct OpenRequest {
     /// Versions whose results are accepted although version or result type differ.
     pub(crate) accepted: Vec<String>,
     pub(crate) every: Duration,
+    /// As many unsynced records end the interval.
+    pub(crate) every_items: u64,
     /// Ends the wait for another run that holds the file.
     pub(crate) token: CancellationToken,
 }
@@ -139,6 +141,8 @@ struct State {
     /// How many records were ever pushed, and how many of them are durable.
     pushed: u64,
     synced: u64,
+    /// As many unsynced records end the interval.
+    every_items: u64,
     /// Somebody waits for a sync: the interval is over.
     hurry: bool,
     stop: bool,
@@ -200,9 +204,11 @@ impl Log {
         let after = state.blocks.len();
         state.pushed += 1;
         let number = state.pushed;
+        let is_due = number - state.synced >= state.every_items && !std::mem::replace(&mut state.hurry, true);
         drop(state);
-        // The first record starts the interval, a big buffer ends it; between them the thread need not hear of anything.
-        if before == 0 || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
+        // The first record starts the interval, a big buffer or enough records end it; between them the thread need not
+        // hear of anything.
+        if before == 0 || is_due || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
         Ok(Pushed { number, has_room: after < FULL_AT_BYTES })
@@ -282,6 +288,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
         }
     };
     let shared = Arc::new(Shared::default());
+    shared.lock().every_items = request.every_items;
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
     let log = Log { shared: Arc::clone(&shared), closed, refusal: None };
