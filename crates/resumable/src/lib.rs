@@ -157,7 +157,8 @@
 //!
 //! # Features
 //!
-//! - `cli`: the command `resumable`, which inspects, verifies and exports checkpoints.
+//! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
+//! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
@@ -166,6 +167,8 @@
 //! 1.89, for the file locks of the standard library. It is raised only in a minor release.
 
 mod announce;
+#[cfg(feature = "indicatif")]
+mod bar;
 mod builder;
 mod checkpoint;
 #[cfg(feature = "cli")]
@@ -202,6 +205,8 @@ mod task;
 mod timer;
 mod varint;
 
+#[cfg(feature = "indicatif")]
+pub use crate::bar::{Bar, bar};
 #[cfg(feature = "postgres")]
 pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{

@@ -216,3 +216,55 @@ fn a_wrong_call_is_2_and_the_help_tells_the_exit_codes() {
         assert!(out.contains(part), "{out}");
     }
 }
+
+#[tokio::test]
+async fn follow_tells_how_far_a_live_file_has_come_and_ends_when_it_is_complete() {
+    let (_dir, path) = checkpoint();
+    let gate = std::sync::Arc::new(tokio::sync::Notify::new());
+    let at_the_gate = std::sync::Arc::clone(&gate);
+    let mut run = numbers(&path).concurrency(4).stream(0..10, move |_, x| {
+        let gate = std::sync::Arc::clone(&at_the_gate);
+        async move {
+            if x == 9 {
+                gate.notified().await;
+            }
+            Ok(x)
+        }
+    });
+    for _ in 0..9 {
+        run.next().await.unwrap();
+    }
+    let mut child = command()
+        .args(["follow", "--every", "0.02", "--total", "10"])
+        .arg(&path)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    // The thread writes within its interval, so that some lines may tell of less.
+    let (told, rest) = tokio::task::spawn_blocking(move || {
+        let mut told = vec![lines.next().unwrap().unwrap()];
+        while !told.last().unwrap().contains("9 of 10 items") {
+            told.push(lines.next().unwrap().unwrap());
+        }
+        (told, lines)
+    })
+    .await
+    .unwrap();
+    assert!(told.iter().all(|line| line.starts_with("numbers: ")), "{told:?}");
+    gate.notify_one();
+    run.finish().await.unwrap();
+    let rest: Vec<String> = tokio::task::spawn_blocking(move || rest.map(Result::unwrap).collect()).await.unwrap();
+    assert_eq!(rest.last().unwrap(), "numbers: complete");
+    assert!(rest.iter().any(|line| line.contains("10 of 10 items")), "{rest:?}");
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+
+    // Of a complete file it is said at once, and of one that is none as well.
+    let (code, out, _) = on("follow", &path);
+    assert_eq!((code, out.as_str()), (0, "numbers: 10 of 10 items\nnumbers: complete\n"));
+    fs::write(&path, "hello").unwrap();
+    assert_eq!(on("follow", &path).0, 3);
+    assert_eq!(resumable(&[OsStr::new("follow"), OsStr::new("--every"), OsStr::new("0"), path.as_os_str()]).0, 2);
+}
