@@ -27,6 +27,7 @@ use crate::{
 };
 
 /// Shows the progress until the file is complete.
+#[expect(clippy::disallowed_methods, reason = "a command has no executor whose thread could be blocked")]
 pub(super) fn follow(path: &Path, total: Option<usize>, every: Duration, out: &mut dyn Write) -> Result<(), Failure> {
     let mut shown = Shown::new(total, out);
     let mut watched = Watched::open(path)?;
