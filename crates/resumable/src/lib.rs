@@ -147,7 +147,8 @@
 //!   place may be the other item's.
 //! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
 //!   is refused, with the command that goes on from what was synced.
-//! - The file only grows: a checkpoint is for one computation, not a queue.
+//! - A checkpoint is for one computation, not a queue. Its file grows until it holds more than twice what counts; then it
+//!   is written anew when it is opened or complete, which takes room for both and a hard link of it stays the old file.
 //!
 //! # Comparison
 //!
@@ -170,6 +171,7 @@ mod announce;
 mod builder;
 mod checkpoint;
 mod codec;
+mod compact;
 mod difference;
 mod disk;
 mod drive;
@@ -203,7 +205,7 @@ pub use crate::{
     item::{Done, ItemContext, ItemError, Quarantined, Retry},
     progress::Progress,
     run::Run,
-    store::FileStore,
+    store::{Compacted, FileStore},
     task::{ResumableTask, map},
 };
 

@@ -3,6 +3,7 @@
 
 mod cancel;
 mod checkpoint;
+mod compact;
 mod crash;
 mod faults;
 mod golden;
