@@ -133,7 +133,7 @@ async fn survive(starters: usize, concurrency: usize, seed: u64) -> usize {
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
     let mut kills = 0;
-    for _ in 0..repetitions() {
+    for _ in 0..repetitions().div_ceil(2) {
         for concurrency in [1, 64] {
             kills += survive(1, concurrency, fastrand::u64(..)).await;
         }
@@ -237,7 +237,7 @@ async fn survive_compaction(starters: usize, rounds: usize, seed: u64) -> usize 
 
 #[tokio::test]
 async fn a_run_that_is_killed_while_it_compacts_loses_nothing() {
-    let rounds = if in_full() { 2000 } else { 30 };
+    let rounds = if in_full() { 2000 } else { 20 };
     survive_compaction(1, rounds, fastrand::u64(..)).await;
     survive_compaction(2, rounds, fastrand::u64(..)).await;
     visited("kills-compacting", 2 * rounds);
