@@ -185,6 +185,8 @@ mod intake;
 mod item;
 mod log;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod proof;
 mod record;
@@ -193,9 +195,12 @@ mod scan;
 mod shape;
 mod stop;
 mod store;
+mod stores;
 mod task;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
     checkpoint::{Checkpoint, Counts},
@@ -206,6 +211,7 @@ pub use crate::{
     progress::Progress,
     run::Run,
     store::{Compacted, FileStore},
+    stores::Store,
     task::{ResumableTask, map},
 };
 
