@@ -170,6 +170,9 @@
 mod announce;
 mod builder;
 mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod compact;
 mod difference;
