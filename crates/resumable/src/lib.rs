@@ -60,7 +60,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -181,6 +181,7 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
 mod index;
 mod intake;
@@ -191,6 +192,7 @@ mod plan;
 mod postgres;
 mod progress;
 mod proof;
+mod rate;
 mod record;
 mod run;
 mod scan;
@@ -199,6 +201,7 @@ mod stop;
 mod store;
 mod stores;
 mod task;
+mod timer;
 mod varint;
 
 #[cfg(feature = "postgres")]
@@ -209,12 +212,12 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
     store::{Compacted, FileStore},
     stores::Store,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

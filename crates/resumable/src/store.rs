@@ -98,6 +98,8 @@ pub(crate) struct OpenRequest {
     /// Versions whose results are accepted although version or result type differ.
     pub(crate) accepted: Vec<String>,
     pub(crate) every: Duration,
+    /// As many unsynced records end the interval.
+    pub(crate) every_items: u64,
     /// Ends the wait for another run that holds the file.
     pub(crate) token: CancellationToken,
 }
@@ -171,6 +173,8 @@ struct State {
     synced: u64,
     /// The bytes of those of them that end an item: in a complete file they count.
     ends_bytes: u64,
+    /// As many unsynced records end the interval.
+    every_items: u64,
     /// Somebody waits for a sync: the interval is over.
     hurry: bool,
     stop: bool,
@@ -240,9 +244,11 @@ impl Log {
             state.ends_bytes += payload.len() as u64;
         }
         let number = state.pushed;
+        let is_due = number - state.synced >= state.every_items && !std::mem::replace(&mut state.hurry, true);
         drop(state);
-        // The first record starts the interval, a big buffer ends it; between them the thread need not hear of anything.
-        if before == 0 || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
+        // The first record starts the interval, a big buffer or enough records end it; between them the thread need not
+        // hear of anything.
+        if before == 0 || is_due || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
         Ok(Pushed { number, has_room: after < FULL_AT_BYTES })
@@ -322,6 +328,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
         }
     };
     let shared = Arc::new(Shared::default());
+    shared.lock().every_items = request.every_items;
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
     let log = Log { shared: Arc::clone(&shared), closed, refusal: None };

@@ -50,7 +50,7 @@ async fn what_a_killed_run_left_is_compacted_when_it_is_opened_and_goes_on() {
     let (_dir, path) = checkpoint();
     // An item that fails again and again: the run ends with hardly more than its failures recorded.
     let failing = |attempts| {
-        let retry = Retry::exponential(attempts).base(Duration::ZERO).cap(Duration::ZERO);
+        let retry = Retry::attempts(attempts).backoff(Duration::ZERO, Duration::ZERO);
         ResumableTask::builder("numbers").store(FileStore::at(&path).wait(PATIENCE)).retry(retry).concurrency(8)
     };
     let cause = "no answer from the other side, which is long enough to matter".repeat(16);

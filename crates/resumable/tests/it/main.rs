@@ -12,8 +12,10 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod progress;
 mod spin;
 mod support;
 mod tutorial;
