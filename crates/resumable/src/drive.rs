@@ -295,10 +295,11 @@ where
             Past::Failed { attempts: before } => attempts = before,
             Past::Result(payload) => {
                 let codec = self.plan.codec;
-                let read = codec.decode(payload);
+                let (read, length) = (codec.decode(payload), payload.len() as u64);
                 let read = read.map_err(|cause| TaskError::unread::<R>(codec, index, payload, cause));
                 let result: R = read.map_err(|error| self.history.unread(error))?;
                 if self.plan.revalidate.as_ref().is_none_or(|is_valid| is_valid(&item, &result)) {
+                    self.recorder.kept_bytes += length;
                     let result = Ok(result);
                     return Ok(Next::Restored(Done { index, key, restored: true, attempts: 0, result }));
                 }
@@ -421,7 +422,8 @@ where
         self.in_flight.clear();
         self.announced.withdraw_all(&mut self.recorder);
         self.publish();
-        let seal = Seal { total: self.intake.position as u64, digest: self.intake.chain };
+        let (total, digest) = (self.intake.position as u64, self.intake.chain);
+        let seal = Seal { total, digest, kept_bytes: self.recorder.kept_bytes };
         let is_sealed = !self.recorder.wrote && self.history.sealed == Some((seal.total, seal.digest));
         self.recorder.stop((outcome.is_ok() && !is_sealed).then_some(seal));
         self.ending = Ending::Closing(outcome);

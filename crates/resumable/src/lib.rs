@@ -145,7 +145,8 @@
 //!   place may be the other item's.
 //! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
 //!   is refused, with the command that goes on from what was synced.
-//! - The file only grows: a checkpoint is for one computation, not a queue.
+//! - A checkpoint is for one computation, not a queue. Its file grows until it holds more than twice what counts; then it
+//!   is written anew when it is opened or complete, which takes room for both and a hard link of it stays the old file.
 //!
 //! # Comparison
 //!
@@ -175,6 +176,7 @@ mod checkpoint;
 #[doc(hidden)]
 pub mod cli;
 mod codec;
+mod compact;
 mod difference;
 mod disk;
 mod drive;
@@ -218,7 +220,7 @@ pub use crate::{
     item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
     progress::{Pause, Progress},
     run::Run,
-    store::FileStore,
+    store::{Compacted, FileStore},
     stores::Store,
     task::{Map, ResumableTask, map},
 };

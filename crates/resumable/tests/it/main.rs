@@ -5,6 +5,7 @@ mod cancel;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod compact;
 mod crash;
 mod faults;
 mod golden;
