@@ -65,7 +65,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -150,7 +150,8 @@
 //!   place may be the other item's.
 //! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
 //!   is refused, with the command that goes on from what was synced.
-//! - The file only grows: a checkpoint is for one computation, not a queue.
+//! - A checkpoint is for one computation, not a queue. Its file grows until it holds more than twice what counts; then it
+//!   is written anew when it is opened or complete, which takes room for both and a hard link of it stays the old file.
 //!
 //! # Comparison
 //!
@@ -162,7 +163,8 @@
 //!
 //! # Features
 //!
-//! - `cli`: the command `resumable`, which inspects, verifies and exports checkpoints.
+//! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
+//! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
@@ -171,12 +173,15 @@
 //! 1.89, for the file locks of the standard library. It is raised only in a minor release.
 
 mod announce;
+#[cfg(feature = "indicatif")]
+mod bar;
 mod builder;
 mod checkpoint;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod cli;
 mod codec;
+mod compact;
 mod difference;
 mod disk;
 mod drive;
@@ -184,6 +189,7 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
 mod index;
 mod intake;
@@ -194,6 +200,7 @@ mod plan;
 mod postgres;
 mod progress;
 mod proof;
+mod rate;
 mod record;
 mod run;
 mod scan;
@@ -202,8 +209,11 @@ mod stop;
 mod store;
 mod stores;
 mod task;
+mod timer;
 mod varint;
 
+#[cfg(feature = "indicatif")]
+pub use crate::bar::{Bar, bar};
 #[cfg(feature = "postgres")]
 pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
@@ -212,12 +222,12 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
-    store::FileStore,
+    store::{Compacted, FileStore},
     stores::Store,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

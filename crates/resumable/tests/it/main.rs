@@ -5,14 +5,17 @@ mod cancel;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod compact;
 mod crash;
 mod faults;
 mod golden;
 mod happy;
 mod input;
 mod items;
+mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
+mod progress;
 mod spin;
 mod support;
 mod tutorial;
