@@ -78,7 +78,7 @@ pub(crate) async fn until_stopped<T, E: Into<Ending>>(
 pub(crate) async fn run(
     args: &Args,
     manifest: Manifest,
-    hosts: &[(&'static str, SocketAddr)],
+    hosts: &[(String, SocketAddr)],
     report: &Arc<Reporter>,
     cx: &WorkerContext,
 ) -> Result<Ending, Ending> {
@@ -138,7 +138,7 @@ fn tell(settled: &Settled, manifest: &Manifest, report: &Reporter) {
     }
 }
 
-fn client(args: &Args, hosts: &[(&'static str, SocketAddr)]) -> Result<TimeoutClient, Ending> {
+fn client(args: &Args, hosts: &[(String, SocketAddr)]) -> Result<TimeoutClient, Ending> {
     let unusable = |why: String| Ending::new(Exit::Usage, format!("the HTTP client cannot be built: {why}"));
     let mut inner = reqwest::Client::builder()
         .user_agent(concat!("mirror/", env!("CARGO_PKG_VERSION")))

@@ -3,11 +3,14 @@
 #![cfg(all(feature = "full", feature = "sqlite", feature = "postgres"))]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "../../examples/mirror/judge.rs"]
+mod judge;
 #[path = "../../examples/mirror/manifest.rs"]
 mod manifest;
 #[path = "../../examples/mirror/paths.rs"]
 mod paths;
 
+mod demo;
 mod http2;
 mod mirror;
 mod origin;
