@@ -42,7 +42,7 @@ pub(crate) use {
     body::read_whole,
     redirect::Redirects,
     retry::{Budget, retry_after},
-    shared::{Options, Shared, build_reqwest, underneath},
+    shared::{DefaultHeaders, Options, Shared, build_reqwest, underneath},
 };
 
 /// How much of an unwanted body is read so that its connection can be used again.
@@ -93,6 +93,8 @@ pub(crate) struct Call<'a> {
     hop: Hop,
     /// Where another attempt begins, if not with the hop.
     start: Option<Box<Hop>>,
+    /// The way out of the latest request, if its body is a stream: that may go on behind an early answer.
+    upload: Option<Outgoing>,
 }
 
 /// What one request on its way holds.
@@ -140,6 +142,7 @@ impl<'a> Call<'a> {
             free: 0,
             hop: Hop::new(client, request, subject, order.idempotent, 0),
             start: None,
+            upload: None,
         }
     }
 
@@ -149,6 +152,10 @@ impl<'a> Call<'a> {
         let mut token = None;
         let mut is_attempt = true;
         loop {
+            // A request is polled before its deadline is looked at, so one that came too late would be sent.
+            if self.deadline.is_past(Instant::now()) {
+                return Err(RequestError::timeout(Limit::Total, self.report(Phase::Permit)));
+            }
             let permits = match kept.take() {
                 Some(permits) => permits,
                 None => self.acquire().await?,
@@ -309,7 +316,7 @@ impl<'a> Call<'a> {
             return Some(Next::Same);
         }
         let hop = self.start.as_deref().unwrap_or(&self.hop);
-        let possible = matches!(blame, Blame::Origin | Blame::Pool) && self.attempts < retry.attempts;
+        let possible = matches!(blame, Blame::Origin | Blame::Pool | Blame::Machine) && self.attempts < retry.attempts;
         if !possible || !hop.may_repeat(unsent) {
             return None;
         }
@@ -323,7 +330,7 @@ impl<'a> Call<'a> {
     /// Goes on with the request that a redirect asked for, and says whether it stays with the same origin.
     fn follow(&mut self, request: Result<Request, Refused>) -> Result<bool, RequestError> {
         let request = request.map_err(|Refused { to, problem }| RequestError::Redirect {
-            to: redacted(&to).into(),
+            to: redacted(&to),
             problem,
             report: self.report(Phase::Response),
         })?;
@@ -364,6 +371,7 @@ impl<'a> Call<'a> {
             max_bytes: options.max_body,
             attempts: self.attempts,
             subject: self.hop.subject,
+            upload: self.upload,
         };
         let mut response = guard(response, hold, limits);
         response.extensions_mut().insert(Attempts(self.attempts));
@@ -397,7 +405,7 @@ impl<'a> Call<'a> {
             }
             Err(failed) => match failed.verdict.blame {
                 Blame::Origin => admission.failure(),
-                Blame::Pool | Blame::Producer | Blame::Request => admission.ignore(),
+                Blame::Pool | Blame::Machine | Blame::Producer | Blame::Request => admission.ignore(),
                 // A cut call, as if the caller had dropped it.
                 Blame::Queue => drop(admission),
             },

@@ -246,7 +246,7 @@ impl RequestError {
 impl From<reqwest::Error> for RequestError {
     fn from(error: reqwest::Error) -> Self {
         Self::taken_from(error).unwrap_or_else(|error| {
-            let url = error.url().map(redacted).map_or_else(|| "a request".to_owned(), String::from);
+            let url = error.url().map_or_else(|| "a request".to_owned(), redacted);
             let report = CallReport { method: None, url, phase: Phase::Body, attempts: 1, elapsed: Duration::ZERO };
             match error.status() {
                 Some(status) => Self::Http { status, retry_after: None, report: Box::new(report) },

@@ -56,7 +56,7 @@ impl Hedge {
         Self { percentile, budget: 0.05 }
     }
 
-    /// How many copies each call adds to the budget of the client, 0 to 1.
+    /// How many copies each call adds to the budget of the client, 0 to 1; 0.05 by default. It holds ten at most.
     pub fn budget(mut self, share: f64) -> Self {
         self.budget = share;
         self
@@ -182,8 +182,9 @@ impl Pace {
         let _ = self.late.fetch_update(Relaxed, Relaxed, |late| Some(late << 1 | was_late));
         let answers = self.answers.fetch_add(1, Relaxed);
         self.samples[answers as usize % SAMPLES].store(micros, Relaxed);
-        if answers % EVERY == EVERY - 1 && answers + 1 >= ENOUGH {
-            self.learn(answers + 1, percentile);
+        let answers = answers.saturating_add(1);
+        if answers.is_multiple_of(EVERY) && answers >= ENOUGH {
+            self.learn(answers, percentile);
         }
     }
 

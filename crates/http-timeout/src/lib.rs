@@ -68,7 +68,7 @@
 //! | a result comes after the circuit changed state | it changes nothing |
 //! | the deadline passes | the call ends one timer tick later at most, in whatever phase it is |
 //! | a request that is not idempotent fails | it was sent once, unless it is declared idempotent, has an `Idempotency-Key`, or provably was not sent |
-//! | a server is dead | attempts ≤ calls × 1.2 + 10 |
+//! | a server is dead | attempts ≤ calls × 1.2 + 10, and one for each second in which no call wanted a retry |
 //! | a body is larger than the cap | reading it fails, at once if its length was announced |
 //! | an answer is late, and its copy overtakes it | the loser's permit, admission and unsent token are back before the answer is returned |
 //! | a redirect leads to another origin | that origin's breaker and limit decide, and it is told no secret of the first |
@@ -81,9 +81,10 @@
 //! | blame | for | breaker | tried again | error |
 //! |---|---|---|---|---|
 //! | origin | 5xx, 408, 429; a connection that is refused, reset or closed without an answer; a refused stream of HTTP/2; a timeout | failure | as [`Retry`] says, if repeatable or unsent | what happened |
-//! | our queue | the deadline passed after our queue, back-off or earlier attempts had used up a part of it | a cut call | no, its time is over | `Timeout` |
-//! | producer | the body of our upload failed or was slow, or the kernel hid how it went | nothing | no | `Network`, `Timeout` |
+//! | our queue | the deadline passed after our queue, back-off, earlier attempts or the consumer of the body had used up a part of it | a cut call | no, its time is over | `Timeout` |
+//! | producer | the body of our upload failed, panicked or was slow, or the kernel hid how it went | nothing | no | `Network`, `Timeout` |
 //! | pool | a pooled connection was closed by the time it was used; the call that made the connection for several was dropped | nothing | free: at once, not counted, if repeatable or unsent | `Network`, if that was of no use |
+//! | machine | this one has no port, descriptor or memory left for a connection | nothing | as [`Retry`] says | `Network` |
 //! | caller | the call or its body was dropped | a cut call | no | none |
 //! | request | it is invalid, or redirected for ever | nothing | no | `InvalidRequest`, `Redirect` |
 //!
@@ -96,7 +97,10 @@
 //! While a call waits, the connection is asked for a sign of life every 10 s, and closed if there is none in 5 s;
 //! [`configure`](TimeoutClientBuilder::configure) can change that. A connection on which calls time out one after the
 //! other is taken out of the pool, though it answers such questions: after 3 timeouts, after 3 calls that were dropped
-//! after a second in all, and before a probe. The calls that are running on it go on.
+//! after a second in all, and before a probe. The calls that are running on it go on. What opens the circuit of a server
+//! that answers them while its streams hang is what opens it for any hang: timeouts, and the silence of cut calls.
+//!
+//! A refused stream is a failure of its origin, as a 503 is, and costs a retry of the budget; a `GOAWAY` is not.
 //!
 //! # Limitations
 //!

@@ -159,6 +159,17 @@ struct WatchedBody {
     patience: Option<Duration>,
 }
 
+/// Notes that the producer failed if it panics, which takes the connection along.
+struct Unwinding<'a>(&'a Outgoing);
+
+impl Drop for Unwinding<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.lock().producer_failed = true;
+        }
+    }
+}
+
 impl http_body::Body for WatchedBody {
     type Data = Bytes;
     type Error = reqwest::Error;
@@ -183,7 +194,9 @@ impl http_body::Body for WatchedBody {
             let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
             // The producer may be slow to answer, and may look at the same watch.
             drop(flow);
+            let unwinding = Unwinding(&this.flow);
             let polled = Pin::new(inner).poll_frame(cx);
+            drop(unwinding);
             flow = this.flow.lock();
             match polled {
                 Poll::Pending => {

@@ -12,9 +12,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{
     codec::Codec,
-    drive::{Drive, Plan},
+    drive::Drive,
     error::TaskError,
     item::{ItemContext, ItemError, Retry},
+    plan::Plan,
     progress::Progress,
     run::{Run, caught},
     store::FileStore,
@@ -64,14 +65,15 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets the version of the computation: change it when the same item would now give another result. Default: `1`.
+    /// Sets the version of the computation: change it when the same item would now give another result, or a result of
+    /// another type. The name of the type does not count: it may be moved and renamed. Default: `1`.
     pub fn version(mut self, version: impl Into<String>) -> Self {
         self.plan.version = version.into();
         self
     }
 
-    /// Accepts a checkpoint of another version, or of this one with another result type, whose results can still be
-    /// read. The file keeps its version, so say so as long as the file lives. Default: none is accepted.
+    /// Accepts a checkpoint of another version, whose results are still right and can still be read. The file keeps its
+    /// version, so say so as long as the file lives. Default: none is accepted.
     pub fn accept_version(mut self, version: impl Into<String>) -> Self {
         self.plan.accepted.push(version.into());
         self

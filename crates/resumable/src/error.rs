@@ -3,11 +3,14 @@
 //! Invariant: every message says what is on disk and what to do next.
 
 use std::{
+    any::type_name,
     io,
     path::{Path, PathBuf},
 };
 
-use crate::{codec::Codec, item::BoxError, log::Damage};
+use serde::de::DeserializeOwned;
+
+use crate::{codec::Codec, item::BoxError, log::Damage, scan::Unread};
 
 /// Why a run ended without all its results. Whatever it was, the results recorded before it are kept.
 #[derive(Debug, thiserror::Error)]
@@ -62,7 +65,7 @@ pub enum TaskError {
     VersionMismatch {
         /// The checkpoint.
         path: PathBuf,
-        /// What differs: `version`, `result type`, `job`, `codec` or `identity`.
+        /// What differs: `version`, `job`, `codec` or `identity`.
         field: &'static str,
         /// What the file says.
         stored: String,
@@ -106,8 +109,12 @@ pub enum TaskError {
         cause: String,
     },
 
-    /// A value could not be written or read back. Of a result that could not be written nothing is recorded.
-    #[error("item {index} cannot be {action} as {codec:?}; results before are safe: mend its serde implementation")]
+    /// An item or a result cannot be written, or not read back. Nothing is recorded of one that is new, and nothing is
+    /// changed of one that is in the checkpoint.
+    #[error(
+        "item {index}: a `{type_name}` cannot be {action} as {codec:?}{}; results before are safe: {}",
+        at(path), codec_advice(recorded_as.as_deref(), version.as_deref())
+    )]
     Codec {
         /// The item.
         index: usize,
@@ -115,9 +122,37 @@ pub enum TaskError {
         action: &'static str,
         /// The codec in use.
         codec: Codec,
+        /// The type that this run writes or reads.
+        type_name: &'static str,
+        /// The field, such as `.hosts[3].address`; empty if it is the value itself or cannot be told.
+        path: String,
+        /// The result type that the checkpoint was created with, if the result comes from it.
+        recorded_as: Option<Box<str>>,
+        /// The version that the checkpoint was created with, if the result comes from it.
+        version: Option<Box<str>>,
         /// What serde said.
         #[source]
         cause: BoxError,
+    },
+
+    /// A result, or an item that is handed to its function as a copy, would come back from the checkpoint as another
+    /// value. Nothing of it is recorded.
+    #[error(
+        "item {index}: a `{type_name}` does not come back from {codec:?} as it was{}: {detail}; nothing of it was recorded, \
+         results before are safe: mend its serde implementation, or use another type",
+        at(path)
+    )]
+    RoundTrip {
+        /// The item.
+        index: usize,
+        /// The type of the item, or of its result.
+        type_name: &'static str,
+        /// The codec in use.
+        codec: Codec,
+        /// The first field that differs, such as `.hosts[3].address`; empty if it is the value itself.
+        path: String,
+        /// How it differs. No data is shown.
+        detail: String,
     },
 
     /// The options contradict each other. Nothing was opened.
@@ -160,18 +195,50 @@ impl TaskError {
         matches!(self, Self::QuarantineFull { .. })
     }
 
+    /// Returns whether a value does not survive serde: its type, or the type it is read as, must be mended.
+    #[must_use]
+    pub fn is_codec(&self) -> bool {
+        matches!(self, Self::Codec { .. } | Self::RoundTrip { .. })
+    }
+
     /// Returns whether the file system failed: full, read-only, broken.
     #[must_use]
     pub fn is_io(&self) -> bool {
         matches!(self, Self::Io(_))
     }
 
-    pub(crate) fn damaged(path: &Path, damage: Damage) -> Self {
-        let path = path.to_owned();
-        match damage {
-            Damage::Bad { offset, detail } => Self::Corrupt { path, offset: offset as u64, detail },
-            Damage::NewerFormat { needs } => Self::NewerFormat { path, needs },
+    pub(crate) fn unreadable(path: &Path, unread: Unread) -> Self {
+        match unread {
+            Unread::Io(error) => Self::io("read checkpoint", path, error),
+            Unread::Damage(Damage::Bad { offset, detail }) => Self::Corrupt { path: path.to_owned(), offset, detail },
+            Unread::Damage(Damage::NewerFormat { needs }) => Self::NewerFormat { path: path.to_owned(), needs },
         }
+    }
+
+    /// A value of type `T` cannot be written.
+    #[cold]
+    pub(crate) fn unwritten<T: ?Sized>(codec: Codec, index: usize, cause: BoxError) -> Self {
+        Self::codec::<T>(codec, index, "written", String::new(), cause)
+    }
+
+    /// A value of type `T` cannot be read back from `bytes`.
+    #[cold]
+    pub(crate) fn unread<T: DeserializeOwned>(codec: Codec, index: usize, bytes: &[u8], cause: BoxError) -> Self {
+        Self::codec::<T>(codec, index, "read back", codec.path_of_failure::<T>(bytes), cause)
+    }
+
+    fn codec<T: ?Sized>(codec: Codec, index: usize, action: &'static str, path: String, cause: BoxError) -> Self {
+        let type_name = type_name::<T>();
+        Self::Codec { index, action, codec, type_name, path, recorded_as: None, version: None, cause }
+    }
+
+    /// Says what the checkpoint was created for that a result cannot be read from.
+    pub(crate) fn of_checkpoint(mut self, of_type: &str, of_version: &str) -> Self {
+        if let Self::Codec { recorded_as, version, .. } = &mut self {
+            *recorded_as = Some(of_type.into());
+            *version = Some(of_version.into());
+        }
+        self
     }
 
     /// An error of the file system, with what was being done and to which file.
@@ -191,13 +258,34 @@ struct InContext {
     source: io::Error,
 }
 
+/// Where in a value something is wrong, as part of a sentence.
+fn at(path: &str) -> String {
+    if path.is_empty() { String::new() } else { format!(" at `{path}`") }
+}
+
+fn codec_advice(recorded_as: Option<&str>, version: Option<&str>) -> String {
+    let (Some(recorded_as), Some(version)) = (recorded_as, version) else {
+        return "mend its serde implementation, or use another type".to_owned();
+    };
+    format!(
+        "the checkpoint was created for `{recorded_as}`, version `{version}`, and was not changed: run with a type that \
+         reads its results, or give the new one another version with `.version(…)` and a file of its own, or move this \
+         one away"
+    )
+}
+
 fn advice(path: &Path, offset: u64) -> String {
     if offset == 0 {
         return "it was not changed: restore it from a backup, or move it away to start over".to_owned();
     }
     format!(
         "it was not changed, and all before that byte is intact: restore it from a backup, or keep a copy and run \
-         `truncate -s {offset} '{}'` to go on with the results before it",
-        path.display()
+         `truncate -s {offset} {}` to go on with the results before it",
+        quoted(path)
     )
+}
+
+/// The path as one word of a shell, whatever is in it.
+fn quoted(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }

@@ -4,61 +4,91 @@
 //! computation is not changed.
 
 use std::{
-    fs::{self, File, OpenOptions, TryLockError},
-    io::{self, Read, Seek, SeekFrom, Write},
-    path::Path,
+    fs::{self, File, TryLockError},
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use crate::{codec::Codec, error::TaskError, history::History, log::Header, store::OpenRequest};
+use cancel_safe_atomic_fs::{WriteOptions, blocking};
+
+use crate::{
+    codec::Codec,
+    disk::{directory_of, is_still_at, open_to_append, sync_directory},
+    error::TaskError,
+    history::History,
+    log::Header,
+    scan::read_header,
+    store::OpenRequest,
+};
 
 /// How often a successor looks whether the lock is free.
 const LOCK_POLL: Duration = Duration::from_millis(2);
 /// A file that comes and goes this often while it is being opened is fought over by something else.
 const OPEN_TRIES: u32 = 100;
+/// As many symlinks as Linux follows.
+const MOST_LINKS: u32 = 40;
+
+/// An open checkpoint.
+#[derive(Debug)]
+pub(crate) enum OpenFile {
+    /// Locked, and to be written to.
+    Locked(Arc<File>, History),
+    /// Complete, and only to be read; why it cannot be written to.
+    Complete(History, TaskError),
+}
 
 /// Opens or creates the file, locks it, and reads what it holds.
 ///
-/// Gives up waiting for the lock once the run is cancelled or gone.
-pub(crate) fn open_locked(
-    request: &OpenRequest,
-    is_cancelled: impl Fn() -> bool,
-) -> Result<(File, History, u64), TaskError> {
+/// Gives up waiting for the lock once the run is cancelled or gone. A complete file needs neither the lock nor a way to
+/// write to it.
+pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<OpenFile, TaskError> {
     let path = request.store.path();
     for _ in 0..OPEN_TRIES {
-        match OpenOptions::new().read(true).write(true).open(path) {
-            Ok(mut file) => {
-                if !file.metadata().map_err(|error| TaskError::io("examine", path, error))?.is_file() {
-                    let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
-                    return Err(TaskError::io("use as a checkpoint", path, error));
+        match open_to_append(path) {
+            Ok(file) => {
+                must_be_file(&file, path)?;
+                match lock(&file, request, &is_cancelled) {
+                    Err(busy @ TaskError::Busy { .. }) => return complete(&file, request, busy),
+                    locked => locked?,
                 }
-                lock(&file, request, &is_cancelled)?;
-                if !is_still_at(&file, path) {
+                if !is_still_at(&file, path).map_err(|error| TaskError::io("examine", path, error))? {
                     continue;
                 }
-                remove_aliases(&file, path).map_err(|error| TaskError::io("tidy up beside", path, error))?;
-                let (history, salt) = read(&mut file, request)?;
+                let file = Arc::new(file);
+                let history = read(&file, request)?;
+                cut_torn_tail(&file, &history, path)?;
                 if history.epoch == 0 {
                     // Whoever created it never wrote to it, and may have been killed before its name was durable.
                     sync_directory(path).map_err(|error| TaskError::io("sync the directory of", path, error))?;
                 }
-                return Ok((file, history, salt));
+                return Ok(OpenFile::Locked(file, history));
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                match create(path, &request.header) {
-                    Ok(Some(file)) => {
-                        return Ok((file, History::of_new_file(request.header.identity), request.header.salt));
-                    }
-                    // Another starter was first: it has the file now.
-                    Ok(None) => {}
-                    Err(error) => return Err(TaskError::io("create checkpoint", path, error)),
-                }
+                create(path, &request.header).map_err(|error| TaskError::io("create checkpoint", path, error))?;
             }
-            Err(error) => return Err(TaskError::io("open checkpoint", path, error)),
+            Err(error) => {
+                let is_read_only =
+                    matches!(error.kind(), io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::PermissionDenied);
+                let failed = TaskError::io("open checkpoint", path, error);
+                return match File::open(path) {
+                    Ok(file) if is_read_only => complete(&file, request, failed),
+                    _ => Err(failed),
+                };
+            }
         }
     }
     Err(TaskError::io("open checkpoint", path, io::Error::other("it keeps appearing and disappearing")))
+}
+
+fn must_be_file(file: &File, path: &Path) -> Result<(), TaskError> {
+    if file.metadata().map_err(|error| TaskError::io("examine", path, error))?.is_file() {
+        return Ok(());
+    }
+    let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
+    Err(TaskError::io("use as a checkpoint", path, error))
 }
 
 fn lock(file: &File, request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<(), TaskError> {
@@ -77,41 +107,35 @@ fn lock(file: &File, request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> 
     }
 }
 
-/// Whether the locked file is still the one at the path: it may have been moved away while this run waited for it, and
-/// then another run may have created a new one already.
-#[cfg(unix)]
-fn is_still_at(file: &File, path: &Path) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    let identity = |metadata: fs::Metadata| (metadata.dev(), metadata.ino());
-    let (locked, named) = (file.metadata().map(identity), fs::metadata(path).map(identity));
-    locked.is_ok_and(|locked| named.is_ok_and(|named| named == locked))
-}
-
-/// Elsewhere an open file cannot be moved away.
-#[cfg(not(unix))]
-fn is_still_at(_: &File, _: &Path) -> bool {
-    true
-}
-
-/// Reads a locked file, checks that it belongs to this computation, and cuts off a torn tail.
-fn read(file: &mut File, request: &OpenRequest) -> Result<(History, u64), TaskError> {
-    let path = request.store.path();
-    let mut bytes = Vec::new();
-    let failed = |error| TaskError::io("read checkpoint", path, error);
-    file.read_to_end(&mut bytes).map_err(failed)?;
-    let length = bytes.len();
-    let (stored, from) = Header::decode(&bytes).map_err(|damage| TaskError::damaged(path, damage))?;
-    check_header(request, &stored)?;
-    let (history, end) = History::read(bytes, from, &stored).map_err(|damage| TaskError::damaged(path, damage))?;
-    if end < length {
-        #[cfg(feature = "tracing")]
-        tracing::warn!(path = %path.display(), bytes = history.torn_bytes, "cut a torn tail off the checkpoint");
-        // Synced before anything is appended: else a power cut could leave old bytes behind new ones.
-        let cut = file.set_len(end as u64).and_then(|()| file.sync_all());
-        cut.map_err(|error| TaskError::io("cut the torn tail off checkpoint", path, error))?;
+/// Reads a file that cannot be locked or written to: if it is complete, that is all it takes.
+fn complete(file: &File, request: &OpenRequest, refusal: TaskError) -> Result<OpenFile, TaskError> {
+    let Ok(file) = file.try_clone() else { return Err(refusal) };
+    match read(&Arc::new(file), request) {
+        Ok(history) if history.sealed.is_some() && history.torn_bytes == 0 => Ok(OpenFile::Complete(history, refusal)),
+        Err(error) if error.is_mismatch() => Err(error),
+        // Whatever else is wrong with it is for the run that can lock it.
+        Ok(_) | Err(_) => Err(refusal),
     }
-    file.seek(SeekFrom::Start(end as u64)).map_err(failed)?;
-    Ok((history, stored.salt))
+}
+
+/// Reads a file and checks that it belongs to this computation.
+fn read(file: &Arc<File>, request: &OpenRequest) -> Result<History, TaskError> {
+    let path = request.store.path();
+    let unread = |unread| TaskError::unreadable(path, unread);
+    let (stored, from) = read_header(&**file).map_err(unread)?;
+    check_header(request, &stored)?;
+    History::read(Arc::clone(file) as _, from, stored).map_err(unread)
+}
+
+fn cut_torn_tail(file: &File, history: &History, path: &Path) -> Result<(), TaskError> {
+    if history.torn_bytes == 0 {
+        return Ok(());
+    }
+    #[cfg(feature = "tracing")]
+    tracing::warn!(path = %path.display(), bytes = history.torn_bytes, "cut a torn tail off the checkpoint");
+    // Synced before anything is appended: else a power cut could leave old bytes behind new ones.
+    let cut = file.set_len(history.end).and_then(|()| file.sync_all());
+    cut.map_err(|error| TaskError::io("cut the torn tail off checkpoint", path, error))
 }
 
 fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError> {
@@ -135,104 +159,34 @@ fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError>
     if stored.version != given.version {
         return mismatch("version", &stored.version, &given.version);
     }
-    if stored.result_type != given.result_type {
-        return mismatch("result type", &stored.result_type, &given.result_type);
-    }
+    // The name of the result type is for messages: a type that was moved is the type of before.
     Ok(())
 }
 
-/// Creates the file so that it appears at once with its header and already locked; `None` if another one was there first.
-///
-/// The header is written and synced under another name, which a hard link then publishes: a crash leaves either no
-/// checkpoint or a whole one, and a second starter finds either no file or one that is locked. A rename would replace
-/// the file of a starter who was first.
-fn create(path: &Path, header: &Header) -> io::Result<Option<File>> {
-    let directory = directory_of(path);
-    let prefix = prefix_of_new(path)?;
-    sweep(directory, &prefix)?;
-    let temporary = directory.join(format!("{prefix}{:016x}", fastrand::u64(..)));
-    let mut file = OpenOptions::new().read(true).write(true).create_new(true).open(&temporary)?;
-    let published = file.try_lock().map_err(io::Error::from).and_then(|()| {
-        file.write_all(&header.encode())?;
-        file.sync_all()?;
-        fs::hard_link(&temporary, path)
-    });
-    match (published, fs::remove_file(&temporary)) {
-        // Another starter may have swept the name; what it named is published.
-        (Ok(()), Err(error)) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        (Ok(()), _) => {}
-        // Another starter was first, or is about to sweep the file that it has locked before this one could.
-        (Err(error), _) if matches!(error.kind(), io::ErrorKind::AlreadyExists | io::ErrorKind::WouldBlock) => {
-            return Ok(None);
-        }
-        // Another starter swept the file before it was locked.
-        (Err(error), Err(_)) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        (Err(error), _) => return Err(error),
+/// Creates the file so that it appears at once with its header, and its name is durable. Another starter may be first: then
+/// the file is that one's.
+fn create(path: &Path, header: &Header) -> io::Result<()> {
+    let target = link_target(path)?;
+    // What a starter left that was killed right here; it does no harm if it stays.
+    drop(blocking::sweep(directory_of(&target)));
+    match blocking::write_with(&target, header.encode(), WriteOptions::default().create_new(true)) {
+        Err(error) if !error.is_already_exists() => Err(error.into()),
+        Ok(()) | Err(_) => Ok(()),
     }
-    // Without this a power cut could take the name away again after results in it were called durable.
-    sync_directory(path)?;
-    Ok(Some(file))
 }
 
-/// Makes the names in the checkpoint's directory durable.
-#[cfg(unix)]
-fn sync_directory(path: &Path) -> io::Result<()> {
-    File::open(directory_of(path))?.sync_all()
-}
-
-/// Elsewhere a directory cannot be opened to be synced.
-#[cfg(not(unix))]
-fn sync_directory(_: &Path) -> io::Result<()> {
-    Ok(())
-}
-
-fn directory_of(path: &Path) -> &Path {
-    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
-}
-
-/// What the names begin with under which checkpoints are prepared.
-fn prefix_of_new(path: &Path) -> io::Result<String> {
-    let name = path.file_name().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "the path names no file"))?;
-    Ok(format!(".{}.new-", name.to_string_lossy()))
-}
-
-/// Removes the other name of a checkpoint whose starter was killed right after it had published it.
-#[cfg(unix)]
-fn remove_aliases(file: &File, path: &Path) -> io::Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    let locked = file.metadata()?;
-    if locked.nlink() == 1 {
-        return Ok(());
-    }
-    let prefix = prefix_of_new(path)?;
-    for entry in fs::read_dir(directory_of(path))? {
-        let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(&prefix)
-            && entry.metadata().is_ok_and(|found| (found.dev(), found.ino()) == (locked.dev(), locked.ino()))
-        {
-            fs::remove_file(entry.path())?;
+/// Where a path without a file leads to: a symlink may have been put there before its target.
+fn link_target(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&path) {
+            Ok(target) => path = directory_of(&path).join(target),
+            // It is no link, or there is nothing.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+                return Ok(path);
+            }
+            Err(error) => return Err(error),
         }
     }
-    Ok(())
-}
-
-/// Elsewhere the number of a file's names cannot be asked for.
-#[cfg(not(unix))]
-fn remove_aliases(_: &File, _: &Path) -> io::Result<()> {
-    Ok(())
-}
-
-/// Removes what starters left that were killed between creating the file and publishing it.
-fn sweep(directory: &Path, prefix: &str) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if !entry.file_name().to_string_lossy().starts_with(prefix) {
-            continue;
-        }
-        // A live one is locked or about to be; one that is swept too early tries again.
-        if File::open(entry.path()).is_ok_and(|file| file.try_lock().is_ok()) {
-            let _gone_already = fs::remove_file(entry.path());
-        }
-    }
-    Ok(())
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it leads through too many symlinks"))
 }

@@ -123,20 +123,18 @@ impl<I> WaitingRoom<I> {
         self.tickets.insert((until, self.arrivals), ticket);
     }
 
-    /// Returns the item that has been due for longest.
+    /// Returns the item that has been due for longest as soon as there is one; never if none waits.
     #[inline]
-    pub(crate) fn take_due(&mut self) -> Option<Ticket<I>> {
-        let first = self.tickets.first_entry()?;
-        (first.key().0 <= Instant::now()).then(|| first.remove())
-    }
-
-    /// Becomes ready when an item is due; never if none waits.
-    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let Some(((until, _), _)) = self.tickets.first_key_value() else { return Poll::Pending };
-        let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(*until)));
-        if timer.deadline() != *until {
-            timer.as_mut().reset(*until);
+    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Ticket<I>> {
+        let Some(first) = self.tickets.first_entry() else { return Poll::Pending };
+        let until = first.key().0;
+        if until > Instant::now() {
+            let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
+            if timer.deadline() != until {
+                timer.as_mut().reset(until);
+            }
+            ready!(timer.as_mut().poll(cx));
         }
-        timer.as_mut().poll(cx)
+        Poll::Ready(first.remove())
     }
 }

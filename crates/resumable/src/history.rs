@@ -1,13 +1,34 @@
-//! What a checkpoint says of each item, held in memory while a run resumes.
+//! What a checkpoint says of each item, looked up in the file while a run resumes.
 //!
-//! Invariant: of the records of one item the last one counts, except that a failed attempt never hides a result.
+//! Invariant: of the records of one item the last one counts, except that a failed attempt never hides a result. Results
+//! stay in the file, which is read in pieces of at most 256 KiB, or of one result if that is larger.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, io, sync::Arc};
 
 use crate::{
-    log::{Damage, Entry, Header, Identity, Kind, check_offset, check_width, scan},
+    error::TaskError,
+    index::{Index, Slot},
+    log::{Chain, Damage, Header, Identity, Kind, check_offset, check_width},
+    scan::{Entry, ReadAt, Scanner, Unread},
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
+
+/// Behind a payload that was read so much more is read if it comes soon after the one before it.
+const READ_AHEAD_BYTES: u64 = 64 << 10;
+/// What a record takes beside its payload: the difference of its index and its length, mostly.
+const RECORD_BYTES: u64 = 3;
+
+/// The file that results are read from.
+pub(crate) type Source = Arc<dyn ReadAt + Send + Sync>;
+
+/// How many items a checkpoint says what of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) results: usize,
+    pub(crate) quarantined: usize,
+    pub(crate) uncertain: usize,
+    pub(crate) failed: usize,
+}
 
 /// What an earlier run left of one item.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,121 +49,200 @@ pub(crate) enum Past<'a> {
 /// A checkpoint file, read and indexed.
 #[derive(Debug)]
 pub(crate) struct History {
-    bytes: Vec<u8>,
-    identity: Identity,
-    by_position: Vec<Slot>,
-    by_key: HashMap<Box<[u8]>, Slot>,
+    source: Source,
+    reader: Reader,
+    pub(crate) header: Header,
+    by_position: Index,
+    by_key: HashMap<Arc<str>, Slot>,
+    /// How many items have a last record of each kind, by its number.
+    by_kind: [u64; 5],
     /// How many items of the input were read, the check bytes of each, and the whole fingerprint after some of them.
     marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
+    /// The bytes that a file takes with what counts alone.
+    live_bytes: u64,
     /// How many sessions wrote to the file.
     pub(crate) epoch: u64,
     /// What the last seal says, if nothing was written after it.
     pub(crate) sealed: Option<(u64, u64)>,
-    /// Bytes that were cut off behind the last intact block.
+    /// Where the last intact block ends, and the place in the chain of the next.
+    pub(crate) end: u64,
+    pub(crate) chain: Chain,
+    /// Bytes behind the last intact block.
     pub(crate) torn_bytes: u64,
 }
 
-/// Where an item's last record lies: its kind, and the place of its payload. Offset 0 is the header: no record.
-#[derive(Clone, Copy, Debug, Default)]
-struct Slot {
-    at: u64,
-    length: u32,
-    kind: u8,
-}
-
 impl History {
-    pub(crate) fn of_new_file(identity: Identity) -> Self {
-        Self {
-            bytes: Vec::new(),
-            identity,
-            by_position: Vec::new(),
+    /// Reads the blocks of a whole file, which begin at `from`.
+    pub(crate) fn read(source: Source, from: u64, header: Header) -> Result<Self, Unread> {
+        let chain = Chain::new(header.salt);
+        let mut scanner = Scanner::new(Arc::clone(&source), from, chain)?;
+        let mut history = Self {
+            source: Arc::clone(&source),
+            reader: Reader::default(),
+            header,
+            by_position: Index::default(),
             by_key: HashMap::new(),
+            by_kind: [0; 5],
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
+            live_bytes: from,
             epoch: 0,
             sealed: None,
+            end: from,
+            chain,
             torn_bytes: 0,
+        };
+        while let Some(block) = scanner.next_block()? {
+            let (offset, end) = (block.offset, block.end());
+            let mut failed = None;
+            let visited = block.entries(&mut |entry| {
+                history.enter(entry, end).map_err(|unfit| match unfit {
+                    Unfit::Detail(detail) => detail,
+                    Unfit::Io(error) => {
+                        failed = Some(error);
+                        ""
+                    }
+                })
+            });
+            match failed {
+                Some(error) => return Err(error.into()),
+                None => visited.map_err(|detail| Damage::Bad { offset, detail })?,
+            }
         }
+        history.by_position.pack();
+        (history.end, history.chain) = scanner.place();
+        history.torn_bytes = scanner.size() - history.end;
+        Ok(history)
     }
 
-    /// Reads the blocks of a whole file and returns them with the offset at which the next one belongs.
-    pub(crate) fn read(bytes: Vec<u8>, from: usize, header: &Header) -> Result<(Self, usize), Damage> {
-        let mut history = Self::of_new_file(header.identity);
-        let end = scan(&bytes, from, header.salt, |entry| history.enter(entry))?;
-        history.torn_bytes = (bytes.len() - end) as u64;
-        history.bytes = bytes;
-        history.bytes.truncate(end);
-        Ok((history, end))
-    }
-
-    fn enter(&mut self, entry: Entry<'_>) -> Result<(), &'static str> {
+    fn enter(&mut self, entry: Entry<'_>, block_end: u64) -> Result<(), Unfit> {
         self.sealed = None;
         match entry {
-            Entry::Record { kind, index, at, payload } => self.enter_record(kind, index, at, payload)?,
+            Entry::Record { kind, index, at, payload } => self.enter_record(kind, index, at, payload, block_end)?,
             Entry::InputMark { first, count, chain, checks } => {
                 if first != self.marked as u64 {
-                    return Err("a fingerprint of the input does not follow the one before");
+                    return Err("a fingerprint of the input does not follow the one before".into());
                 }
                 self.checks.extend_from_slice(checks);
+                self.live_bytes += checks.len() as u64;
                 self.marked += usize::try_from(count).map_err(|_| "a fingerprint of the input is too long")?;
                 self.marks.push((self.marked, chain));
             }
             Entry::Open { epoch, .. } => self.epoch = epoch,
-            Entry::Sealed { total, digest } => self.sealed = Some((total, digest)),
+            Entry::Sealed { total, digest } => {
+                self.check_seal(total, digest)?;
+                self.sealed = Some((total, digest));
+            }
         }
         Ok(())
     }
 
-    fn enter_record(&mut self, kind: Kind, index: u64, at: usize, payload: &[u8]) -> Result<(), &'static str> {
-        let mut rest = payload;
-        let slot = match self.identity {
-            Identity::Key => {
-                let key = take_key(&mut rest).ok_or("a record has no key")?;
-                self.by_key.entry(key.into()).or_default()
-            }
+    /// A seal says that every item of an input is finished, and so they must be here.
+    fn check_seal(&self, total: u64, digest: u64) -> Result<(), &'static str> {
+        let is_whole = match self.header.identity {
+            // Without any item the fingerprint is the salt it begins with.
             Identity::Position => {
+                let chain = self.marks.last().map_or(self.chain.salt, |(_, chain)| *chain);
+                (total, digest) == (self.marked as u64, chain) && self.finished() == total
+            }
+            // An input with keys may have had fewer items than those before it.
+            Identity::Key => self.finished() >= total,
+        };
+        if is_whole { Ok(()) } else { Err("the seal does not agree with what is recorded before it") }
+    }
+
+    fn enter_record(&mut self, kind: Kind, index: u64, at: u64, payload: &[u8], block_end: u64) -> Result<(), Unfit> {
+        let (mut rest, mut key) = (payload, None);
+        if self.header.identity == Identity::Key {
+            key = Some(take_key(&mut rest).ok_or("a record has no key")?);
+        }
+        if matches!(kind, Kind::Failure | Kind::Quarantine) && read_failure(rest).is_none() {
+            return Err("the record of a failure does not parse".into());
+        }
+        let length = u32::try_from(rest.len()).map_err(|_| "a record is too long")?;
+        let slot = Slot { at: at + (payload.len() - rest.len()) as u64, length, kind: kind as u8 };
+        let (before, now) = match key {
+            Some(key) => {
+                let known = self.by_key.entry(key.into()).or_default();
+                let before = *known;
+                if before.gives_way_to(slot.kind) {
+                    *known = slot;
+                }
+                (before, *known)
+            }
+            None => {
                 // The fingerprint is written before the results it covers, so a result can not be ahead of it.
                 let index = usize::try_from(index).ok().filter(|index| *index < self.marked);
                 let index = index.ok_or("a result lies beyond the fingerprint of the input")?;
-                if self.by_position.len() <= index {
-                    self.by_position.resize(self.marked, Slot::default());
-                }
-                &mut self.by_position[index]
+                self.by_position.enter(&*self.source, index, slot, block_end).map_err(Unfit::Io)?
             }
         };
-        if kind == Kind::Failure && !matches!(slot.kind, 0 | FAILURE | INTENT) {
-            return Ok(());
+        let around = RECORD_BYTES + (payload.len() - rest.len()) as u64;
+        let size = |slot: Slot| if slot.kind == 0 { 0 } else { u64::from(slot.length) + around };
+        self.live_bytes = self.live_bytes + size(now) - size(before);
+        if before.kind != 0 {
+            self.by_kind[usize::from(before.kind)] -= 1;
         }
-        if matches!(kind, Kind::Failure | Kind::Quarantine) && read_failure(rest).is_none() {
-            return Err("the record of a failure does not parse");
-        }
-        let length = u32::try_from(rest.len()).map_err(|_| "a record is too long")?;
-        *slot = Slot { at: (at + payload.len() - rest.len()) as u64, length, kind: kind as u8 };
+        self.by_kind[usize::from(now.kind)] += 1;
         Ok(())
+    }
+
+    /// How many items need no more work, be it that nobody knows how they ended.
+    fn finished(&self) -> u64 {
+        [RESULT, QUARANTINE, INTENT].iter().map(|kind| self.by_kind[usize::from(*kind)]).sum()
+    }
+
+    /// Returns how many items there are of which kind.
+    pub(crate) fn counts(&self) -> Counts {
+        let of = |kind: u8| usize::try_from(self.by_kind[usize::from(kind)]).unwrap_or(usize::MAX);
+        Counts { results: of(RESULT), quarantined: of(QUARANTINE), uncertain: of(INTENT), failed: of(FAILURE) }
+    }
+
+    /// Returns about how many bytes the file would take with what counts alone.
+    pub(crate) fn live_bytes(&self) -> u64 {
+        self.live_bytes
+    }
+
+    /// Returns all keys, in the order in which their last records lie; `None` if the file goes by position.
+    pub(crate) fn keys(&self) -> Option<Vec<Arc<str>>> {
+        if self.header.identity == Identity::Position {
+            return None;
+        }
+        let mut keys: Vec<_> = self.by_key.iter().map(|(key, slot)| (slot.at, key)).collect();
+        keys.sort_unstable_by_key(|(at, _)| *at);
+        Some(keys.into_iter().map(|(_, key)| Arc::clone(key)).collect())
     }
 
     /// Returns what is known of an item. The key counts if the file goes by keys, else the index.
     #[inline]
-    pub(crate) fn of(&self, index: usize, key: Option<&str>) -> Past<'_> {
-        let slot = match key {
-            Some(key) => self.by_key.get(key.as_bytes()),
-            None => self.by_position.get(index),
+    pub(crate) fn of(&mut self, index: usize, key: Option<&str>) -> io::Result<Past<'_>> {
+        let (slot, payload) = match key {
+            Some(key) => (self.by_key.get(key).copied().unwrap_or_default(), None),
+            None if index < self.marked => self.by_position.of(&*self.source, index)?,
+            None => return Ok(Past::Nothing),
         };
-        let Some(slot) = slot.filter(|slot| slot.kind != 0) else { return Past::Nothing };
-        let at = slot.at as usize;
-        let payload = self.bytes.get(at..at + slot.length as usize).unwrap_or_default();
-        match slot.kind {
-            RESULT => Past::Result(payload),
-            INTENT => Past::Uncertain,
-            kind => match read_failure(payload) {
-                Some((attempts, _)) if kind == FAILURE => Past::Failed { attempts },
-                Some((attempts, cause)) => Past::Quarantined { attempts, cause },
-                None => Past::Nothing,
-            },
+        if matches!(slot.kind, 0 | INTENT) {
+            return Ok(if slot.kind == 0 { Past::Nothing } else { Past::Uncertain });
         }
+        let payload = match payload {
+            Some(payload) => payload,
+            None => self.reader.payload(&*self.source, self.end, slot)?,
+        };
+        if slot.kind == RESULT {
+            return Ok(Past::Result(payload));
+        }
+        let changed = || io::Error::new(io::ErrorKind::InvalidData, "it is not what it was a moment ago");
+        let (attempts, cause) = read_failure(payload).ok_or_else(changed)?;
+        Ok(if slot.kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
+    }
+
+    /// Adds to the error of a result that cannot be read what the file was created for.
+    #[cold]
+    pub(crate) fn unread(&self, error: TaskError) -> TaskError {
+        error.of_checkpoint(&self.header.result_type, &self.header.version)
     }
 
     /// Returns how many items of the input have a fingerprint in the file.
@@ -163,9 +263,53 @@ impl History {
     }
 }
 
+/// Reads payloads that lie anywhere.
+#[derive(Debug, Default)]
+struct Reader {
+    at: u64,
+    bytes: Vec<u8>,
+}
+
+impl Reader {
+    fn payload<S: ReadAt + ?Sized>(&mut self, source: &S, end: u64, slot: Slot) -> io::Result<&[u8]> {
+        let (from, length) = (slot.at, u64::from(slot.length));
+        let to = from + length;
+        let known_to = self.at + self.bytes.len() as u64;
+        if from < self.at || to > known_to {
+            // Records are mostly asked for in the order in which they lie.
+            let comes_next = from >= self.at && from <= known_to + READ_AHEAD_BYTES;
+            let wanted = if comes_next { length.max(READ_AHEAD_BYTES) } else { length };
+            let wanted = usize::try_from(wanted.min(end.saturating_sub(from))).map_err(io::Error::other)?;
+            self.at = from;
+            self.bytes.resize(wanted, 0);
+            let filled = source.read_exact_at(from, &mut self.bytes);
+            if filled.is_err() {
+                self.bytes.clear();
+            }
+            filled?;
+        }
+        let start = usize::try_from(from - self.at).map_err(io::Error::other)?;
+        let end = start + slot.length as usize;
+        self.bytes.get(start..end).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
+    }
+}
+
+/// Why an entry does not fit what came before it.
+enum Unfit {
+    Detail(&'static str),
+    Io(io::Error),
+}
+
+impl From<&'static str> for Unfit {
+    fn from(detail: &'static str) -> Self {
+        Self::Detail(detail)
+    }
+}
+
 const RESULT: u8 = Kind::Result as u8;
 const INTENT: u8 = Kind::Intent as u8;
 const FAILURE: u8 = Kind::Failure as u8;
+const QUARANTINE: u8 = Kind::Quarantine as u8;
 
 /// Begins the payload of a record: with its key, if the file goes by keys.
 pub(crate) fn begin_payload(payload: &mut Vec<u8>, key: Option<&str>) {
@@ -181,9 +325,9 @@ pub(crate) fn put_failure(payload: &mut Vec<u8>, attempts: u32, cause: &str) {
     put_str(payload, cause);
 }
 
-fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a [u8]> {
+fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
     let length = usize::try_from(take_varint(payload)?).ok()?;
-    take(payload, length)
+    std::str::from_utf8(take(payload, length)?).ok()
 }
 
 fn read_failure(mut payload: &[u8]) -> Option<(u32, String)> {

@@ -19,19 +19,17 @@ pub(crate) struct Intake {
     pub(crate) position: usize,
     /// The fingerprint of all of them: each item's hash is seeded with that of the items before.
     pub(crate) chain: u64,
-    /// What the checkpoint does not know yet of the items read.
-    pub(crate) marks: Marks,
     seen: HashMap<Arc<str>, usize>,
     scratch: Vec<u8>,
 }
 
 impl Intake {
     pub(crate) fn new(codec: Codec, salt: u64) -> Self {
-        let (marks, seen) = (Marks::default(), HashMap::new());
-        Self { codec, position: 0, chain: salt, marks, seen, scratch: Vec::new() }
+        Self { codec, position: 0, chain: salt, seen: HashMap::new(), scratch: Vec::new() }
     }
 
-    /// Gives the next item its index and its key, if it has one.
+    /// Gives the next item its index and its key, if it has one. What the checkpoint does not know yet of the items goes
+    /// into `marks`.
     #[inline]
     pub(crate) fn admit<I: Serialize>(
         &mut self,
@@ -39,12 +37,13 @@ impl Intake {
         key: Option<&KeyFn<I>>,
         history: &History,
         path: &Path,
+        marks: &mut Marks,
     ) -> Result<(usize, Option<Arc<str>>), TaskError> {
         let index = self.position;
         let key = match key {
             Some(key) => Some(self.admit_key(index, key(item))?),
             None => {
-                self.admit_position(index, item, history, path)?;
+                self.admit_position(index, item, history, path, marks)?;
                 None
             }
         };
@@ -68,19 +67,20 @@ impl Intake {
         item: &I,
         history: &History,
         path: &Path,
+        marks: &mut Marks,
     ) -> Result<(), TaskError> {
         self.scratch.clear();
         let encoded = self.codec.encode(item, &mut self.scratch);
-        encoded.map_err(|cause| TaskError::Codec { index, action: "written", codec: self.codec, cause })?;
+        encoded.map_err(|cause| TaskError::unwritten::<I>(self.codec, index, cause))?;
         self.chain = xxh3_64_with_seed(&self.scratch, self.chain);
         match history.confirms(index, self.chain) {
             None => {
-                if self.marks.count == 0 {
-                    self.marks.first = index as u64;
+                if marks.count == 0 {
+                    marks.first = index as u64;
                 }
-                self.marks.count += 1;
-                self.marks.chain = self.chain;
-                self.marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
+                marks.count += 1;
+                marks.chain = self.chain;
+                marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
                 Ok(())
             }
             Some(true) => Ok(()),

@@ -1,20 +1,28 @@
 //! The block log, format 1: a pure codec between records and bytes, without a file in sight.
 //!
-//! Invariant: whatever bytes it is given, [`scan`] visits a prefix of what was written or returns an error.
+//! Invariant: a block says where it belongs. One that is lost, doubled, moved or of another log never passes for the next.
 //!
 //! ```text
-//! file   = header block*
+//! log    = header block*
 //! header = magic[8] format:u16 min_reader:u16 len:u32 crc:u32 body[len]
 //!          body = salt:u64 codec:u8 identity:u8 job:str version:str result_type:str     (str = varint length, UTF-8)
 //! block  = magic:u32 len:u32 crc:u32 type:u8 body[len]          crc = CRC-32C of len, type, salt, body
-//!          Result, Intent, Failure, Quarantine: body = (zigzag varint of index - previous - 1, varint length, payload)*
+//!          body = sequence:u64 previous:u32 check:u32 content
+//!                 sequence counts the blocks of a log from 0; previous is the crc of the block before, 0 for the first;
+//!                 check = CRC-32C of salt, len, type, sequence, previous
+//!          Result, Intent, Failure, Quarantine: content = (zigzag varint of index - previous - 1, varint length, payload)*
 //!          InputMark: first:varint count:varint chain:u64 checks (for each item the low bytes of the chain after it:
 //!                    4 for each of the first 1024 items of the input, 1 for each later one)
 //!          Open: epoch:varint pid:varint          Sealed: total:varint digest:u64
 //! ```
-//! All integers are little-endian. The first index of a block is relative to -1, so that each block reads by itself.
+//! All integers are little-endian. The first index of a block is relative to -1, so that each block reads by itself. With
+//! its salted check a head is known for one of this log before its length is trusted or its body read.
+//!
+//! To write blocks anywhere, fill [`Blocks`] and [`seal`](Blocks::seal) them with the [`Chain`] of the log, which is then
+//! that of the next block; to read them, give the same to [`scan`](crate::scan::scan). A chain is three numbers (salt,
+//! sequence, previous checksum), so that any store can keep it beside its blocks.
 
-use crate::varint::{put_str, put_varint, take, take_str, take_u64, take_varint, unzigzag, zigzag};
+use crate::varint::{put_str, put_varint, take, take_str, take_u64, zigzag};
 
 /// The format this code writes, and the newest it can read.
 pub(crate) const FORMAT: u16 = 1;
@@ -27,11 +35,14 @@ const LARGE_BLOCK_BYTES: usize = 1 << 20;
 
 /// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
-const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
+pub(crate) const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
 /// This many items of the input have four check bytes.
 const EXACT_CHECKS: u64 = 1024;
-const FILE_HEAD: usize = 20;
+/// The bytes of the header before its body.
+pub(crate) const FILE_HEAD: usize = 20;
+/// The bytes of a block before its body, and before its content.
 const BLOCK_HEAD: usize = 13;
+pub(crate) const BLOCK_LINKED_HEAD: usize = BLOCK_HEAD + 16;
 
 /// How an item is recognised when a run resumes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,7 +66,7 @@ pub(crate) struct Header {
 /// Why bytes are not a log: where, and what is wrong there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Damage {
-    Bad { offset: usize, detail: &'static str },
+    Bad { offset: u64, detail: &'static str },
     NewerFormat { needs: u16 },
 }
 
@@ -70,10 +81,15 @@ impl Header {
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
         bytes.extend_from_slice(&FORMAT.to_le_bytes());
         bytes.extend_from_slice(&length_of(&body).to_le_bytes());
-        let crc = crc32c::crc32c_append(crc32c::crc32c(&bytes[8..16]), &body);
+        let crc = checksum([&bytes[8..16], &body]);
         bytes.extend_from_slice(&crc.to_le_bytes());
         bytes.extend_from_slice(&body);
         bytes
+    }
+
+    /// How many bytes the header takes that begins with these, if they are the beginning of one.
+    pub(crate) fn length(head: &[u8; FILE_HEAD]) -> Option<u64> {
+        (head[..8] == FILE_MAGIC).then(|| FILE_HEAD as u64 + u64::from(u32_at(head, 12)))
     }
 
     /// Reads the header and returns it with its length, which is where the first block begins.
@@ -84,7 +100,7 @@ impl Header {
         }
         let end = FILE_HEAD.saturating_add(u32_at(bytes, 12) as usize);
         let body = bytes.get(FILE_HEAD..end).ok_or(bad("the header is cut off"))?;
-        if crc32c::crc32c_append(crc32c::crc32c(&bytes[8..16]), body) != u32_at(bytes, 16) {
+        if checksum([&bytes[8..16], body]) != u32_at(bytes, 16) {
             return Err(bad("the header fails its checksum"));
         }
         let needs = u16::from_le_bytes([bytes[10], bytes[11]]);
@@ -122,37 +138,15 @@ pub(crate) enum Kind {
 }
 
 impl Kind {
-    fn from_byte(byte: u8) -> Option<Self> {
+    pub(crate) fn from_byte(byte: u8) -> Option<Self> {
         use Kind::{Failure, InputMark, Intent, Open, Quarantine, Result, Sealed};
         [Result, Intent, Failure, Quarantine, InputMark, Open, Sealed].into_iter().find(|kind| *kind as u8 == byte)
     }
-}
 
-/// One thing a log says, in the order in which it was written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Entry<'a> {
-    /// `at` is the offset of the payload in the scanned bytes.
-    Record {
-        kind: Kind,
-        index: u64,
-        at: usize,
-        payload: &'a [u8],
-    },
-    /// Items `first..first + count` of the input were read; `chain` is the fingerprint after the last of them.
-    InputMark {
-        first: u64,
-        count: u64,
-        chain: u64,
-        checks: &'a [u8],
-    },
-    Open {
-        epoch: u64,
-        pid: u64,
-    },
-    Sealed {
-        total: u64,
-        digest: u64,
-    },
+    /// Whether blocks of this type hold records of items.
+    pub(crate) fn is_record(self) -> bool {
+        matches!(self, Self::Result | Self::Intent | Self::Failure | Self::Quarantine)
+    }
 }
 
 /// Where the check bytes of an item begin if those of all items are put in a row.
@@ -166,6 +160,12 @@ pub(crate) fn check_offset(index: u64) -> u64 {
 /// How many bytes of the chain are kept for an item.
 pub(crate) fn check_width(index: u64) -> usize {
     if index < EXACT_CHECKS { 4 } else { 1 }
+}
+
+/// The type and the length of the block whose head begins here, of a log that has been verified.
+pub(crate) fn peek(head: &[u8]) -> Option<(Kind, usize)> {
+    let head = head.get(..BLOCK_LINKED_HEAD)?;
+    Some((Kind::from_byte(head[12])?, BLOCK_HEAD.checked_add(u32_at(head, 4) as usize)?))
 }
 
 /// Blocks under construction. Checksums are left to [`Blocks::seal`], so that adding a record is little more than a copy.
@@ -225,122 +225,113 @@ impl Blocks {
 
     fn begin(&mut self, kind: Kind) {
         self.starts.push(self.bytes.len());
-        self.bytes.extend_from_slice(&[0; BLOCK_HEAD]);
-        if let Some(last) = self.bytes.last_mut() {
-            *last = kind as u8;
-        }
+        let mut head = [0; BLOCK_LINKED_HEAD];
+        head[12] = kind as u8;
+        self.bytes.extend_from_slice(&head);
         self.previous = u64::MAX;
     }
 
-    /// Completes every block with its magic, length and checksum, and returns the bytes to append to the file.
-    pub(crate) fn seal(&mut self, salt: u64) -> &[u8] {
-        let mut end = self.bytes.len();
-        for &start in self.starts.iter().rev() {
-            let (head, body) = self.bytes[start..end].split_at_mut(BLOCK_HEAD);
-            head[..4].copy_from_slice(&BLOCK_MAGIC);
-            head[4..8].copy_from_slice(&length_of(body).to_le_bytes());
-            let crc = block_crc(head, salt, body);
-            head[8..12].copy_from_slice(&crc.to_le_bytes());
-            end = start;
+    /// Completes every block with its magic, length, place in the chain and checksum, and returns the bytes to append to
+    /// the log. The chain goes on to the block after them.
+    pub(crate) fn seal(&mut self, chain: &mut Chain) -> &[u8] {
+        for at in 0..self.starts.len() {
+            let start = self.starts[at];
+            let end = self.starts.get(at + 1).copied().unwrap_or(self.bytes.len());
+            chain.complete(&mut self.bytes[start..end]);
         }
         &self.bytes
     }
 }
 
-/// Visits every entry of the blocks that begin at `from`, in order, and returns where the last good block ends.
-///
-/// If that is before the end of `bytes`, the rest is a torn tail: no block in it is whole. A bad block with a good one
-/// after it is damage, never a tail: what follows it had been written later.
-pub(crate) fn scan<'a>(
-    bytes: &'a [u8],
-    from: usize,
-    salt: u64,
-    mut visit: impl FnMut(Entry<'a>) -> Result<(), &'static str>,
-) -> Result<usize, Damage> {
-    let mut offset = from;
-    while offset < bytes.len() {
-        let Some(end) = block_at(bytes, offset, salt) else {
-            return if holds_block(bytes, offset + 1, salt) {
-                Err(Damage::Bad { offset, detail: "a block fails its checksum and intact blocks follow it" })
-            } else {
-                Ok(offset)
-            };
-        };
-        visit_block(bytes, offset, end, &mut visit).map_err(|detail| Damage::Bad { offset, detail })?;
-        offset = end;
+/// Where the next block of a log belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Chain {
+    pub(crate) salt: u64,
+    /// The number of the next block, counted from 0.
+    pub(crate) sequence: u64,
+    /// The checksum of the block before it; 0 if there is none.
+    pub(crate) previous: u32,
+}
+
+impl Chain {
+    /// The place of the first block of a log.
+    pub(crate) fn new(salt: u64) -> Self {
+        Self { salt, sequence: 0, previous: 0 }
     }
-    Ok(offset)
-}
 
-/// Where the block that begins at `offset` ends, if it is whole and intact.
-fn block_at(bytes: &[u8], offset: usize, salt: u64) -> Option<usize> {
-    let head = bytes.get(offset..offset.checked_add(BLOCK_HEAD)?)?;
-    if head[..4] != BLOCK_MAGIC {
-        return None;
+    fn complete(&mut self, block: &mut [u8]) {
+        let length = length_of(&block[BLOCK_HEAD..]);
+        block[..4].copy_from_slice(&BLOCK_MAGIC);
+        block[4..8].copy_from_slice(&length.to_le_bytes());
+        block[13..21].copy_from_slice(&self.sequence.to_le_bytes());
+        block[21..25].copy_from_slice(&self.previous.to_le_bytes());
+        let check = head_check(block, self.salt);
+        block[25..29].copy_from_slice(&check.to_le_bytes());
+        let crc = block_crc(block, self.salt);
+        block[8..12].copy_from_slice(&crc.to_le_bytes());
+        self.advance(crc);
     }
-    let end = (offset + BLOCK_HEAD).checked_add(u32_at(head, 4) as usize)?;
-    let body = bytes.get(offset + BLOCK_HEAD..end)?;
-    (block_crc(head, salt, body) == u32_at(head, 8)).then_some(end)
-}
 
-fn holds_block(bytes: &[u8], from: usize, salt: u64) -> bool {
-    let rest = bytes.get(from..).unwrap_or_default();
-    let candidates = rest.windows(BLOCK_MAGIC.len()).enumerate().filter(|(_, window)| *window == BLOCK_MAGIC);
-    candidates.into_iter().any(|(distance, _)| block_at(bytes, from + distance, salt).is_some())
-}
-
-fn visit_block<'a>(
-    bytes: &'a [u8],
-    offset: usize,
-    end: usize,
-    visit: &mut impl FnMut(Entry<'a>) -> Result<(), &'static str>,
-) -> Result<(), &'static str> {
-    const SHORT: &str = "an intact block does not parse";
-    let body = &mut &bytes[offset + BLOCK_HEAD..end];
-    let kind = Kind::from_byte(bytes[offset + 12]).ok_or("an intact block is of an unknown type")?;
-    match kind {
-        Kind::Result | Kind::Intent | Kind::Failure | Kind::Quarantine => {
-            let mut previous = u64::MAX;
-            while !body.is_empty() {
-                let delta = unzigzag(take_varint(body).ok_or(SHORT)?);
-                let index = previous.wrapping_add(1).wrapping_add(delta);
-                previous = index;
-                let length = usize::try_from(take_varint(body).ok_or(SHORT)?).map_err(|_| SHORT)?;
-                let at = end - body.len();
-                let payload = take(body, length).ok_or(SHORT)?;
-                visit(Entry::Record { kind, index, at, payload })?;
-            }
-            return Ok(());
-        }
-        Kind::InputMark => {
-            let first = take_varint(body).ok_or(SHORT)?;
-            let count = take_varint(body).ok_or(SHORT)?;
-            let chain = take_u64(body).ok_or(SHORT)?;
-            let checks = std::mem::take(body);
-            let last = first.checked_add(count).ok_or(SHORT)?;
-            if checks.len() as u64 != check_offset(last) - check_offset(first) {
-                return Err(SHORT);
-            }
-            visit(Entry::InputMark { first, count, chain, checks })?;
-        }
-        Kind::Open => {
-            let (epoch, pid) = (take_varint(body).ok_or(SHORT)?, take_varint(body).ok_or(SHORT)?);
-            visit(Entry::Open { epoch, pid })?;
-        }
-        Kind::Sealed => {
-            let (total, digest) = (take_varint(body).ok_or(SHORT)?, take_u64(body).ok_or(SHORT)?);
-            visit(Entry::Sealed { total, digest })?;
-        }
+    fn advance(&mut self, crc: u32) {
+        self.sequence += 1;
+        self.previous = crc;
     }
-    if body.is_empty() { Ok(()) } else { Err(SHORT) }
 }
 
-/// The checksum of a block: its length, its type, the file's salt and its body.
-fn block_crc(head: &[u8], salt: u64, body: &[u8]) -> u32 {
-    let crc = crc32c::crc32c(&head[4..8]);
-    let crc = crc32c::crc32c_append(crc, &head[12..13]);
-    let crc = crc32c::crc32c_append(crc, &salt.to_le_bytes());
-    crc32c::crc32c_append(crc, body)
+/// The head of a block of a log, known to be one by its salted check.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Head {
+    /// The bytes of the whole block.
+    pub(crate) length: u64,
+    pub(crate) kind: u8,
+    sequence: u64,
+    previous: u32,
+    crc: u32,
+}
+
+impl Head {
+    /// Reads a head from the first [`BLOCK_LINKED_HEAD`] bytes; `None` if they are not one of the log with this salt.
+    pub(crate) fn read(bytes: &[u8], salt: u64) -> Option<Self> {
+        let bytes = bytes.get(..BLOCK_LINKED_HEAD)?;
+        if bytes[..4] != BLOCK_MAGIC || head_check(bytes, salt) != u32_at(bytes, 25) {
+            return None;
+        }
+        let sequence = take_u64(&mut &bytes[13..21])?;
+        let (previous, crc, kind) = (u32_at(bytes, 21), u32_at(bytes, 8), bytes[12]);
+        let length = BLOCK_HEAD as u64 + u64::from(u32_at(bytes, 4));
+        (length >= BLOCK_LINKED_HEAD as u64).then_some(Self { length, kind, sequence, previous, crc })
+    }
+
+    /// Whether the block belongs at this place of the log.
+    pub(crate) fn follows(&self, chain: &Chain) -> bool {
+        (self.sequence, self.previous) == (chain.sequence, chain.previous)
+    }
+
+    /// Returns the content of the whole block if it is intact, and moves the chain behind it.
+    pub(crate) fn verify<'a>(&self, block: &'a [u8], chain: &mut Chain) -> Option<&'a [u8]> {
+        if block_crc(block, chain.salt) != self.crc {
+            return None;
+        }
+        chain.advance(self.crc);
+        block.get(BLOCK_LINKED_HEAD..)
+    }
+}
+
+/// The checksum of a block: its length, its type, the log's salt and its body.
+fn block_crc(block: &[u8], salt: u64) -> u32 {
+    checksum([&block[4..8], &block[12..13], &salt.to_le_bytes(), &block[BLOCK_HEAD..]])
+}
+
+/// The checksum of a head: the log's salt, the block's length, its type and its place.
+fn head_check(block: &[u8], salt: u64) -> u32 {
+    checksum([&salt.to_le_bytes(), &block[4..8], &block[12..13], &block[13..25]])
+}
+
+/// CRC-32C of all parts in a row.
+fn checksum<const N: usize>(parts: [&[u8]; N]) -> u32 {
+    #[cfg(test)]
+    tests::CHECKSUMMED.set(tests::CHECKSUMMED.get() + parts.iter().map(|part| part.len() as u64).sum::<u64>());
+    parts.into_iter().fold(0, crc32c::crc32c_append)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {

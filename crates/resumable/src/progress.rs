@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use tokio::{sync::watch, time::Instant};
 
+use crate::item::Done;
+
 /// A busy loop publishes after this many items: a reader sees 1/1000 of a long run, a trivial item costs nothing more.
 const PUBLISH_EVERY_ITEMS: u32 = 1024;
 
@@ -46,13 +48,14 @@ impl Progress {
 pub(crate) struct Meter {
     sender: watch::Sender<Progress>,
     now: Progress,
+    completed: usize,
     started: Option<Instant>,
     unpublished: u32,
 }
 
 impl Meter {
     pub(crate) fn new(sender: watch::Sender<Progress>) -> Self {
-        Self { sender, now: Progress::default(), started: None, unpublished: 0 }
+        Self { sender, now: Progress::default(), completed: 0, started: None, unpublished: 0 }
     }
 
     /// The first item of this session starts: from here on the rate is counted.
@@ -62,11 +65,18 @@ impl Meter {
         }
     }
 
-    pub(crate) fn item_done(&mut self, restored: bool, failed: bool) {
+    #[inline]
+    pub(crate) fn item_done<R>(&mut self, done: &Done<R>) {
         self.now.done += 1;
-        self.now.restored += usize::from(restored);
-        self.now.failed += usize::from(failed);
+        self.now.restored += usize::from(done.restored);
+        self.now.failed += usize::from(done.result.is_err());
+        self.completed += usize::from(!done.restored && done.result.is_ok());
         self.unpublished += 1;
+    }
+
+    /// How many items this session has completed.
+    pub(crate) fn completed(&self) -> usize {
+        self.completed
     }
 
     pub(crate) fn counts(&self) -> Progress {

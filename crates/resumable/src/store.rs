@@ -5,7 +5,7 @@
 
 use std::{
     fs::File,
-    io::{self, Write},
+    io,
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
@@ -17,17 +17,20 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    disk::{append, check_place},
     error::{TaskError, in_context},
-    file::open_locked,
+    file::{OpenFile, open_locked},
     flight::LONGEST_WAIT,
     history::History,
-    log::{Blocks, Header, Kind},
+    log::{Blocks, Chain, Header, Kind},
 };
 
 /// A full buffer of this size is written without waiting for the interval; it is synced when the interval is over.
 const WRITE_AT_BYTES: usize = 256 << 10;
 /// A buffer of this size is full: no new item is started until the thread has taken it.
 const FULL_AT_BYTES: usize = 4 << 20;
+/// An idle thread looks so often whether the file is still where it was.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// A checkpoint in a local file.
 ///
@@ -119,6 +122,8 @@ pub(crate) struct Failed;
 pub(crate) struct Log {
     shared: Arc<Shared>,
     closed: oneshot::Receiver<io::Result<()>>,
+    /// Why nothing can be added, if the checkpoint is only to be read.
+    refusal: Option<TaskError>,
 }
 
 #[derive(Debug, Default)]
@@ -159,6 +164,20 @@ impl Shared {
 }
 
 impl Log {
+    /// A log that takes nothing.
+    fn refusing(refusal: TaskError) -> Self {
+        let (done, closed) = oneshot::channel();
+        drop(done.send(Ok(())));
+        Self { shared: Arc::default(), closed, refusal: Some(refusal) }
+    }
+
+    /// To be asked before the first item is started: a complete checkpoint may be open only to be read, and then there
+    /// must be no work left.
+    #[inline]
+    pub(crate) fn must_take_more(&mut self) -> Result<(), TaskError> {
+        self.refusal.take().map_or(Ok(()), Err)
+    }
+
     /// Adds a record, and before it the marks of the input read so far, which it empties.
     ///
     /// A record is never refused for lack of room; the answer says whether there is room for more.
@@ -249,29 +268,34 @@ impl Drop for Log {
 /// The life of the checkpoint thread.
 fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) {
     let path = request.store.path.clone();
-    let (file, history, salt) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
-        Ok(opened) => opened,
+    // Nobody to tell means, here and below, that the run was dropped while it opened.
+    let (file, history) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
+        Ok(OpenFile::Locked(file, history)) => (file, history),
+        Ok(OpenFile::Complete(history, refusal)) => {
+            let (log, salt) = (Log::refusing(refusal), history.chain.salt);
+            drop(reply.send(Ok(Opened { log, history, salt })));
+            return;
+        }
         Err(error) => {
-            // Nobody to tell means that the run was dropped while it opened.
             drop(reply.send(Err(error)));
             return;
         }
     };
     let shared = Arc::new(Shared::default());
     let (done, closed) = oneshot::channel();
-    let epoch = history.epoch + 1;
-    let log = Log { shared: Arc::clone(&shared), closed };
+    let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
+    let log = Log { shared: Arc::clone(&shared), closed, refusal: None };
     // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
-    drop(reply.send(Ok(Opened { log, history, salt })));
-    let mut writer = Writer { file, salt, epoch, wrote: false };
+    drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
+    let mut writer = Writer { file, path: &path, chain, end, epoch, wrote: false };
     let outcome = write_until_stopped(&shared, &mut writer, request.every);
     if outcome.is_err() {
         let mut state = shared.lock();
         state.failed = true;
         state.wake();
     }
-    // Unlocked by name and not by closing: a child process being forked just now may hold a copy of the handle, and
-    // would keep the lock until its exec.
+    // Unlocked by name and not by closing: the run may still read from it, and a child process being forked just now may
+    // hold a copy of the handle, and would keep the lock until its exec.
     let unlocked = writer.file.unlock();
     drop(writer);
     let outcome = outcome.and(unlocked).map_err(|error| in_context("write checkpoint", &path, error));
@@ -279,14 +303,17 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     drop(done.send(outcome));
 }
 
-struct Writer {
-    file: File,
-    salt: u64,
+struct Writer<'a> {
+    file: Arc<File>,
+    path: &'a Path,
+    /// The place of the next block: in the chain, and in the file.
+    chain: Chain,
+    end: u64,
     epoch: u64,
     wrote: bool,
 }
 
-impl Writer {
+impl Writer<'_> {
     fn write(&mut self, marks: &mut Marks, blocks: &mut Blocks) -> io::Result<()> {
         let mut before = Blocks::default();
         if !self.wrote {
@@ -298,30 +325,40 @@ impl Writer {
             marks.count = 0;
             marks.checks.clear();
         }
-        self.file.write_all(before.seal(self.salt))?;
-        self.file.write_all(blocks.seal(self.salt))?;
+        self.append(&mut before)?;
+        self.append(blocks)?;
         blocks.clear();
         Ok(())
+    }
+
+    fn append(&mut self, blocks: &mut Blocks) -> io::Result<()> {
+        let bytes = blocks.seal(&mut self.chain);
+        append(&self.file, self.end, bytes)?;
+        self.end += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// What was written is the checkpoint only as long as the path leads to it and nobody else changes it.
+    fn look(&self) -> io::Result<()> {
+        check_place(&self.file, self.path, self.end)
     }
 }
 
 /// Takes the shared buffer when it is big or the interval is over, writes it, and syncs once an interval.
-fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) -> io::Result<()> {
+fn write_until_stopped(shared: &Shared, writer: &mut Writer<'_>, every: Duration) -> io::Result<()> {
     let (mut blocks, mut marks, every) = (Blocks::default(), Marks::default(), every.min(LONGEST_WAIT));
     // When the oldest byte that is not yet durable has to be. What an earlier run wrote may have missed its sync: it was
     // killed before that, and this run hands its results out as durable ones.
     let mut due = (writer.epoch > 1).then(Instant::now);
     loop {
         let mut state = shared.lock();
+        let looked = Instant::now();
         while !state.stop && !state.hurry && state.blocks.len() < WRITE_AT_BYTES {
             if due.is_none() && !state.blocks.is_empty() {
                 due = Some(Instant::now() + every);
             }
-            let Some(due) = due else {
-                state = shared.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
-                continue;
-            };
-            let left = due.saturating_duration_since(Instant::now());
+            let next_look = looked + LOOK_EVERY;
+            let left = due.map_or(next_look, |due| due.min(next_look)).saturating_duration_since(Instant::now());
             if left.is_zero() {
                 break;
             }
@@ -340,10 +377,14 @@ fn write_until_stopped(shared: &Shared, writer: &mut Writer, every: Duration) ->
             writer.write(&mut marks, &mut blocks)?;
             due = due.or(Some(Instant::now() + every));
         }
-        if due.is_some_and(|due| stop || hurry || due <= Instant::now()) {
+        let is_due = due.is_some_and(|due| stop || hurry || due <= Instant::now());
+        if is_due {
             // A failed fsync is final: the kernel may have dropped the pages, and a second one would say all is well.
             writer.file.sync_data()?;
             due = None;
+        }
+        writer.look()?;
+        if is_due {
             let mut state = shared.lock();
             state.synced = pushed;
             state.wake();

@@ -2,7 +2,7 @@
 //!
 //! Invariant: dropping a call at any time leaves a checkpoint from which the same call goes on.
 
-use std::{cell::Cell, path::PathBuf};
+use std::{cell::RefCell, path::PathBuf, sync::OnceLock};
 
 use futures_util::stream;
 use serde::{Serialize, de::DeserializeOwned};
@@ -14,8 +14,9 @@ use crate::{
     codec::Codec,
     drive::{Drive, Summary},
     error::TaskError,
-    item::{BoxError, ItemContext, ItemError},
+    item::{ItemContext, ItemError},
     progress::Progress,
+    proof::Prover,
     store::FileStore,
 };
 
@@ -130,7 +131,8 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     /// [`TaskError::Cancelled`] once the token has fired and all results so far are durable. [`TaskError::Busy`] if
     /// another run holds the file for more than a second. [`TaskError::Corrupt`], [`TaskError::VersionMismatch`] and
     /// [`TaskError::NewerFormat`] if the file is damaged or does not belong to this result type; it is not changed then.
-    /// [`TaskError::InputMismatch`] if it does not belong to these items. [`TaskError::Codec`] if an item or a result does not survive serde.
+    /// [`TaskError::InputMismatch`] if it does not belong to these items. [`TaskError::Codec`] and [`TaskError::RoundTrip`] if
+    /// an item or a result does not survive serde.
     /// [`TaskError::Io`] if the file system fails.
     ///
     /// # Examples
@@ -160,16 +162,15 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
         self.summary = None;
         let builder = ResumableTask::<&T>::builder("task").store(self.store.clone()).cancel(self.token.clone());
         let plan = builder.validated()?;
-        let codec = plan.codec;
-        let scratch = Cell::new(Vec::new());
-        let on_copy = move |_: ItemContext, item: &T| {
-            let mut bytes = scratch.take();
-            let running = copy(codec, item, &mut bytes).map(&work);
-            scratch.set(bytes);
+        let refused = OnceLock::new();
+        let (copier, refusal) = (RefCell::new(Copier::new(plan.codec)), &refused);
+        let on_copy = move |cx: ItemContext, item: &T| {
+            let running = copier.borrow_mut().copy(cx.index(), item).map(&work);
+            let running = running.map_err(|error| drop(refusal.set(error)));
             async move {
                 match running {
                     Ok(running) => Ok(running.await),
-                    Err(cause) => Err(ItemError::permanent(cause)),
+                    Err(()) => Err(ItemError::permanent("the item cannot be copied")),
                 }
             }
         };
@@ -181,24 +182,28 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
             results.extend(done.result.ok());
         }
         let ended = drive.take_outcome().unwrap_or(Err(TaskError::Cancelled));
-        self.summary = Some(ended.map_err(|error| uncopied(error, codec))?);
+        drop(drive);
+        // In the simple forms an item can only fail by not coming back from its serialised form.
+        self.summary = Some(refused.into_inner().map_or(ended, Err)?);
         Ok(results)
     }
 }
 
-/// In the simple forms an item can only fail by not coming back from its serialised form.
-fn uncopied(error: TaskError, codec: Codec) -> TaskError {
-    match error {
-        TaskError::QuarantineFull { index, cause, .. } => {
-            TaskError::Codec { index, action: "read back", codec, cause: cause.into() }
-        }
-        other => other,
-    }
+/// Makes the copy of an item that its function is handed, by way of its serialised form.
+struct Copier {
+    prover: Prover,
+    codec: Codec,
+    bytes: Vec<u8>,
 }
 
-/// The copy of an item that its function is handed, made by way of `bytes`.
-fn copy<T: Serialize + DeserializeOwned>(codec: Codec, item: &T, bytes: &mut Vec<u8>) -> Result<T, BoxError> {
-    bytes.clear();
-    codec.encode(item, bytes)?;
-    codec.decode(bytes)
+impl Copier {
+    fn new(codec: Codec) -> Self {
+        Self { prover: Prover::new(codec), codec, bytes: Vec::new() }
+    }
+
+    fn copy<T: Serialize + DeserializeOwned>(&mut self, index: usize, item: &T) -> Result<T, TaskError> {
+        self.bytes.clear();
+        self.prover.encode(index, item, &mut self.bytes)?;
+        self.codec.decode(&self.bytes).map_err(|cause| TaskError::unread::<T>(self.codec, index, &self.bytes, cause))
+    }
 }

@@ -104,6 +104,13 @@ pub(crate) struct Admission {
     probe: u64,
 }
 
+impl Admission {
+    /// From the admission until `then`.
+    pub(crate) fn until(&self, then: Nanos) -> Nanos {
+        then.saturating_sub(self.since)
+    }
+}
+
 /// Calls that take less than this are measured by samples.
 const QUICK: Nanos = 1_000_000;
 

@@ -464,6 +464,11 @@ impl BreakerPermit {
         self.shared.circuit.head(&self.admission, now);
     }
 
+    /// How long it took to the head of the answer.
+    pub(crate) fn until_head(&self) -> Duration {
+        Duration::from_nanos(self.head.map_or(0, |head| self.admission.until(head)))
+    }
+
     /// The body has come to its good end. `waited` is for how long its consumer waited for the peer, in all.
     pub(crate) fn finished(mut self, waited: Duration) {
         self.end_after(Ending::Success, nanos(waited));

@@ -5,14 +5,15 @@
 //!
 //! | blame | for what | breaker | tried again |
 //! |---|---|---|---|
-//! | origin | 5xx, 408, 429; a connection refused, reset or closed without an answer; a timeout | failure | as the policy and the budget say, if repeatable or unsent |
+//! | origin | 5xx, 408, 429; a connection refused, reset or closed without an answer; a refused stream; a timeout | failure | as the policy and the budget say, if repeatable or unsent |
 //! | queue | the deadline passed, but our queue, back-off or earlier attempts had used up a part of it | a cut call | no: its time is over |
 //! | producer | the body of our upload failed or was slow, or the kernel hid how it went | nothing | no |
 //! | pool | a pooled connection was closed by the time it was used; the call that was making the connection for all was dropped | nothing | free: at once and not counted, if repeatable or unsent |
+//! | machine | this one has no port, descriptor or memory left for a connection | nothing | as the policy and the budget say |
 //! | caller | the call or its body was dropped | a cut call | no |
 //! | request | it is invalid, or redirected for ever | nothing | no |
 
-use std::{error::Error as _, time::Duration};
+use std::{error::Error as StdError, io, time::Duration};
 
 use http::StatusCode;
 use hyper_util::client::legacy::Error as PoolError;
@@ -27,6 +28,10 @@ use crate::{
 /// A connection that was closed before it was used shows it within a round trip.
 const STALE_WITHIN: Duration = Duration::from_secs(2);
 
+/// Too many open files, of the process or of the system: EMFILE and ENFILE on every Unix, WSAEMFILE. No kind of error
+/// stands for them.
+const NO_DESCRIPTORS: [i32; 3] = [24, 23, 10_024];
+
 /// Whose fault it is that an attempt did not end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blame {
@@ -34,6 +39,7 @@ pub(crate) enum Blame {
     Queue,
     Producer,
     Pool,
+    Machine,
     Request,
 }
 
@@ -58,6 +64,8 @@ pub(crate) fn of_error(error: &reqwest::Error, outgoing: &Outgoing, connections:
     let stale = taken.is_none_or(|taken| taken.elapsed() < STALE_WITHIN) || error.is_timeout();
     let blame = if error.is_builder() || error.is_redirect() || lacks_tls(error) {
         Blame::Request
+    } else if taken.is_none() && is_exhausted(error) {
+        Blame::Machine
     } else if outgoing.producer_failed() {
         Blame::Producer
     } else if is_orphaned(error) || (is_lost(error, refused) && stale && connections.had_answered(error)) {
@@ -72,8 +80,7 @@ pub(crate) fn of_error(error: &reqwest::Error, outgoing: &Outgoing, connections:
 pub(crate) fn of_timeout(limit: Limit, whole: Option<Duration>, started: Instant, outgoing: &Outgoing) -> Verdict {
     let starved = outgoing.starved();
     let share = started.elapsed().saturating_sub(starved);
-    // A tick of the timer is not a wait.
-    let had_it_all = whole.is_none_or(|whole| share >= whole.mul_f64(0.95));
+    let had_it_all = had_it_all(share, whole);
     let blame = match limit {
         Limit::Idle if outgoing.is_hidden() => Blame::Producer,
         Limit::Idle | Limit::Connect => Blame::Origin,
@@ -82,6 +89,20 @@ pub(crate) fn of_timeout(limit: Limit, whole: Option<Duration>, started: Instant
         Limit::Total | Limit::Permit => Blame::Queue,
     };
     Verdict { blame, unsent: outgoing.taken().is_none() }
+}
+
+/// Whether a `share` is as good as the `whole`: a tick of the timer is not a wait.
+pub(crate) fn had_it_all(share: Duration, whole: Option<Duration>) -> bool {
+    whole.is_none_or(|whole| share >= whole.mul_f64(0.95))
+}
+
+/// Whether this machine could not make a connection, to whatever origin.
+fn is_exhausted(error: &reqwest::Error) -> bool {
+    let causes = std::iter::successors(Some(error as &(dyn StdError + 'static)), |&error| error.source());
+    causes.filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
+        matches!(error.kind(), io::ErrorKind::AddrNotAvailable | io::ErrorKind::OutOfMemory)
+            || error.raw_os_error().is_some_and(|code| NO_DESCRIPTORS.contains(&code))
+    })
 }
 
 /// Whether the origin says that it did not process the request.
@@ -99,7 +120,7 @@ fn is_lost(error: &reqwest::Error, refused: bool) -> bool {
     let lost_stream = |error: &h2::Error| if error.is_reset() { false } else { refused || error.is_io() };
     find::<hyper::Error>(error).is_some_and(closed)
         || find::<h2::Error>(error).is_some_and(lost_stream)
-        || find::<std::io::Error>(error).is_some()
+        || find::<io::Error>(error).is_some()
 }
 
 /// Whether another call was making the connection that this one waited for, and was dropped or failed.

@@ -6,7 +6,7 @@ use std::{
     error::Error as StdError,
     future::Future,
     pin::Pin,
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::Duration,
 };
 
@@ -14,13 +14,20 @@ use bytes::Bytes;
 use http::{HeaderMap, header::CONTENT_TYPE};
 use http_body::{Body as _, Frame, SizeHint};
 use reqwest::{Response, ResponseBuilderExt};
-use tokio::time::{Instant, Sleep, sleep_until};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, Sleep, sleep_until},
+};
 
 use crate::{
     breaker::BreakerPermit,
-    call::deadline::{Deadline, earlier, into_io},
+    call::{
+        blame::had_it_all,
+        deadline::{Deadline, earlier, into_io},
+    },
     error::{CallReport, Limit, Phase, RequestError, Subject},
     limit::Permits,
+    outgoing::Outgoing,
 };
 
 type BoxError = Box<dyn StdError + Send + Sync>;
@@ -59,6 +66,25 @@ impl Hold {
         }
     }
 
+    /// What happened was of our own doing.
+    fn ignore(mut self) {
+        if let Some(admission) = self.admission.take() {
+            admission.ignore();
+        }
+    }
+
+    /// The call's whole time has passed, in which the consumer waited that long for the body. The origin is blamed if it
+    /// had the time; otherwise it is as if the caller had given up.
+    fn run_out(mut self, whole: Option<Duration>, waited: Duration, quiet: Duration) {
+        if let Some(admission) = self.admission.take() {
+            if had_it_all(admission.until_head().saturating_add(waited), whole) {
+                admission.failure();
+            } else {
+                admission.abandoned(quiet);
+            }
+        }
+    }
+
     /// Ends the call for the breaker if what follows is a stream: nothing that happens to it is told any more.
     fn end_if_stream(&mut self, headers: &HeaderMap) {
         if let Some(admission) =
@@ -87,6 +113,8 @@ pub(crate) struct BodyLimits {
     pub(crate) attempts: u32,
     /// What the call asked for, for its errors.
     pub(crate) subject: Subject,
+    /// The body of the request, if that is a stream and may still be on its way.
+    pub(crate) upload: Option<Outgoing>,
 }
 
 /// Puts the guard around the body of `response`; everything else about it stays.
@@ -157,7 +185,7 @@ impl GuardedBody {
             return Err(self.too_large(limit));
         }
         // A peer that always has a next piece would otherwise hold the call beyond its deadline.
-        if self.limits.deadline.is_past(Instant::now()) { Err(self.timed_out()) } else { Ok(frame) }
+        if self.limits.deadline.is_past(Instant::now()) { Err(self.timed_out(Duration::ZERO)) } else { Ok(frame) }
     }
 
     fn too_large(&mut self, limit: u64) -> BoxError {
@@ -166,9 +194,13 @@ impl GuardedBody {
         RequestError::BodyTooLarge { limit, report: self.report() }.into()
     }
 
-    fn timed_out(&mut self) -> BoxError {
-        self.fail();
+    /// A limit of time was reached, and the latest wait for a piece was this long.
+    fn timed_out(&mut self, quiet: Duration) -> BoxError {
         let limit = if self.limits.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Idle };
+        match self.hold.take() {
+            Some(hold) if limit == Limit::Total => hold.run_out(self.limits.deadline.whole(), self.waited, quiet),
+            hold => hold.into_iter().for_each(Hold::fail),
+        }
         into_io(RequestError::timeout(limit, self.report())).into()
     }
 
@@ -179,19 +211,34 @@ impl GuardedBody {
 
     /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
     fn end_wait(&mut self) -> Duration {
-        self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed())
+        let waited = self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        self.waited += waited;
+        waited
     }
 
+    /// The connection broke, which our upload may have brought about.
     fn fail(&mut self) {
-        if let Some(hold) = self.hold.take() {
-            hold.fail();
-        }
+        let producer_failed = self.limits.upload.as_ref().is_some_and(Outgoing::producer_failed);
+        self.hold.take().into_iter().for_each(if producer_failed { Hold::ignore } else { Hold::fail });
+    }
+
+    /// Whether the peer has sent something that nobody has looked at. A consumer that was busy elsewhere, behind a read
+    /// that it gave up, did not wait for it.
+    fn has_more(&mut self) -> bool {
+        // A body of reqwest's may make a timer. Nor is it known what a panic left behind.
+        let may_look = self.hold.is_some() && Handle::try_current().is_ok() && !std::thread::panicking();
+        let mut cx = Context::from_waker(Waker::noop());
+        may_look && matches!(Pin::new(&mut self.inner).poll_frame(&mut cx), Poll::Ready(None | Some(Ok(_))))
     }
 
     /// Ready when the consumer has waited too long for the peer, or the call has come to its end.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
-        let idle_end = self.limits.idle.and_then(|idle| since.checked_add(idle));
+        let idle_end = self.limits.idle.and_then(|idle| {
+            // While the peer waits for our upload, its silence is our doing.
+            let upload = self.limits.upload.as_ref().and_then(|upload| upload.idle_end(idle));
+            Some(since.checked_add(idle)?.max(upload.unwrap_or(since)))
+        });
         let Some(end) = earlier(self.limits.deadline.end(), idle_end) else { return Poll::Pending };
         let timer = self.timer.get_or_insert_with(|| Box::pin(sleep_until(end)));
         if timer.deadline() != end {
@@ -218,8 +265,7 @@ impl http_body::Body for GuardedBody {
         }
         match Pin::new(&mut this.inner).poll_frame(cx) {
             Poll::Ready(polled) => {
-                let waited = this.end_wait();
-                this.waited += waited;
+                this.end_wait();
                 Poll::Ready(match polled {
                     Some(Ok(frame)) => Some(this.receive(frame)),
                     Some(Err(error)) => {
@@ -234,7 +280,10 @@ impl http_body::Body for GuardedBody {
                     }
                 })
             }
-            Poll::Pending => this.poll_patience(cx).map(|()| Some(Err(this.timed_out()))),
+            Poll::Pending => this.poll_patience(cx).map(|()| {
+                let quiet = this.end_wait();
+                Some(Err(this.timed_out(quiet)))
+            }),
         }
     }
 
@@ -250,7 +299,10 @@ impl http_body::Body for GuardedBody {
 
 impl Drop for GuardedBody {
     fn drop(&mut self) {
-        let quiet = self.end_wait();
+        let mut quiet = self.end_wait();
+        if !quiet.is_zero() && self.has_more() {
+            quiet = Duration::ZERO;
+        }
         // The body first: whoever gets the permits must not find one more in flight than there are permits.
         drop(std::mem::take(&mut self.inner));
         if let Some(hold) = self.hold.take() {

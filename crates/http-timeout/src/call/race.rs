@@ -23,6 +23,7 @@ impl Call<'_> {
     pub(super) async fn send(&mut self, leg: Leg) -> Outcome {
         let mut request = self.hop.request();
         let outgoing = Outgoing::watch(&mut request, self.client.options.idle_timeout);
+        self.upload = self.hop.body_is_gone.then(|| outgoing.clone());
         let hedging = self.client.hedging.as_ref().filter(|_| request.method().is_safe());
         let copy = hedging.filter(|_| !self.hop.body_is_gone);
         let copy = copy.and_then(|hedging| Some((hedging, self.hop.request.try_clone()?)));

@@ -1,7 +1,7 @@
 //! When a call may be tried again, how long it waits first, and the budget that keeps retries a fraction of the load.
 //!
 //! Invariant: a token is taken before the wait and goes back in `drop` unless its attempt was made, so while calls fail
-//! attempts never exceed calls × (1 + ratio) + reserve.
+//! attempts never exceed calls × (1 + ratio) + reserve, and one for each second of peace between two wishes.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -64,7 +64,7 @@ impl Retry {
         Self::attempts(1)
     }
 
-    /// As the default, with so many attempts in all. Zero counts as one.
+    /// As the default, with so many attempts in all, the first included. Zero counts as one.
     pub fn attempts(attempts: u32) -> Self {
         Self {
             attempts: attempts.max(1),
@@ -82,26 +82,27 @@ impl Retry {
         Self::attempts(retries.saturating_add(1))
     }
 
-    /// The longest wait before the second attempt, and before any attempt.
+    /// The longest wait before the second attempt, and before any attempt; 100 ms and 10 s by default.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;
         self
     }
 
-    /// How many retries each call adds to the budget of the client, 0 to 1.
+    /// How many retries each call adds to the budget of the client, 0 to 1; 0.2 by default.
     pub fn budget(mut self, ratio: f64) -> Self {
         self.ratio = ratio;
         self
     }
 
-    /// How many retries the budget holds at most, and at the start.
+    /// How many retries the budget holds at most, and at the start; 10 by default.
     pub fn reserve(mut self, retries: u32) -> Self {
         self.reserve = retries;
         self
     }
 
-    /// A response that asks for a longer wait is returned at once; with zero, every response that asks for one.
+    /// A response that asks for a longer wait than this, 30 s by default, is returned at once; with zero, every response
+    /// that asks for one.
     pub fn retry_after_cap(mut self, cap: Duration) -> Self {
         self.retry_after_cap = cap;
         self

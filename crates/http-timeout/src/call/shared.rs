@@ -2,7 +2,7 @@
 //!
 //! Invariant: a TLS set-up that failed is an error value of the first send, never a panic.
 
-use std::{sync::OnceLock, time::Duration};
+use std::{fmt, sync::OnceLock, time::Duration};
 
 use http::{HeaderMap, HeaderName};
 
@@ -60,8 +60,18 @@ pub(crate) struct Options {
     pub(crate) max_body: Option<u64>,
     pub(crate) retry: Retry,
     pub(crate) redirects: Redirects,
-    pub(crate) default_headers: HeaderMap,
+    pub(crate) default_headers: DefaultHeaders,
     pub(crate) propagate: Option<HeaderName>,
+}
+
+/// Headers of every request that lacks them. Only their names are shown.
+#[derive(Clone, Default)]
+pub(crate) struct DefaultHeaders(pub(crate) HeaderMap);
+
+impl fmt::Debug for DefaultHeaders {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
 }
 
 /// The builder of the client underneath, with defaults that may be changed.

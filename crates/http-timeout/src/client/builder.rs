@@ -13,7 +13,7 @@ use tokio::sync::Semaphore;
 
 use crate::{
     breaker::{BreakerConfig, Class},
-    call::{Options, Redirects, Retry, Shared, build_reqwest, underneath},
+    call::{DefaultHeaders, Options, Redirects, Retry, Shared, build_reqwest, underneath},
     client::TimeoutClient,
     error::BuildError,
     hedge::{Hedge, Hedging},
@@ -99,7 +99,7 @@ impl Default for TimeoutClientBuilder {
             max_body: Some(64 * 1024 * 1024),
             retry: Retry::none(),
             redirects: Redirects::default(),
-            default_headers: HeaderMap::new(),
+            default_headers: DefaultHeaders::default(),
             propagate: None,
         };
         Self {
@@ -121,32 +121,33 @@ impl Default for TimeoutClientBuilder {
 }
 
 impl TimeoutClientBuilder {
-    /// One deadline for the wait for a permit, every attempt, every back-off and the body; `None` for none.
+    /// One deadline for the wait for a permit, every attempt, every back-off and the body; 30 s by default, `None` for none.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.timeout = timeout.into();
         self
     }
 
-    /// How long a call may wait for a permit at a time.
+    /// How long a call may wait for a permit at a time; by default for as long as the call may take.
     pub fn permit_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.permit_timeout = timeout.into();
         self
     }
 
-    /// How long one request may take to the head of its response. A request that a redirect asks for is one more.
+    /// How long one request may take to the head of its response; 30 s by default. A request that a redirect asks for is
+    /// one more.
     pub fn attempt_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.attempt_timeout = timeout.into();
         self
     }
 
-    /// How long a connection may take to come about. Not with [`reqwest`](Self::reqwest), which brings its own.
+    /// How long a connection may take to come about; 10 s by default. Not with [`reqwest`](Self::reqwest), which brings its own.
     pub fn connect_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.connect_timeout = timeout.into();
         self.connect_timeout_set = true;
         self
     }
 
-    /// How long the peer may be silent while it is waited for, in both directions.
+    /// How long the peer may be silent while it is waited for, in both directions; 30 s by default.
     ///
     /// The time that the consumer of a body or the producer of a streamed request is busy does not count, nor does the
     /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress.
@@ -155,26 +156,26 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// The most bytes of a response's body, after decompression; reading more of it is an error.
+    /// The most bytes of a response's body, after decompression; reading more of it is an error. 64 MiB by default.
     pub fn max_body(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.max_body = bytes.into();
         self
     }
 
-    /// The most calls in flight; a call is in flight until its body has ended or was dropped.
+    /// The most calls in flight, 100 by default; a call is in flight until its body has ended or was dropped.
     pub fn concurrency(mut self, calls: usize) -> Self {
         self.concurrency = calls;
         self
     }
 
-    /// The most calls in flight to one origin (scheme, host and port).
+    /// The most calls in flight to one origin (scheme, host and port); no such limit by default.
     pub fn concurrency_per_host(mut self, calls: impl Into<Option<usize>>) -> Self {
         self.concurrency_per_host = calls.into();
         self
     }
 
-    /// The most calls that wait for the client's permits, and the most that wait for those of one origin; one more is
-    /// [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    /// The most calls that wait for the client's permits, and the most that wait for those of one origin; 10,000 by
+    /// default. One more is [`RequestError::Overloaded`](crate::RequestError::Overloaded).
     ///
     /// The queues are apart: however many wait for a slow origin, they take no place from calls to others.
     pub fn max_waiting(mut self, calls: usize) -> Self {
@@ -182,25 +183,26 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// The most origins whose breaker and limit are remembered; the least recently used goes first.
+    /// The most origins whose breaker and limit are remembered; the least recently used goes first. 1,024 by default.
     pub fn max_origins(mut self, origins: usize) -> Self {
         self.max_origins = origins;
         self
     }
 
-    /// Tries calls again.
+    /// Tries calls again; by default none is.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.options.retry = retry;
         self
     }
 
-    /// Sends a second copy of a request whose answer is late. Not together with [`retry`](Self::retry).
+    /// Sends a second copy of a request whose answer is late. By default none is sent. Not together with
+    /// [`retry`](Self::retry).
     pub fn hedge(mut self, hedge: impl Into<Option<Hedge>>) -> Self {
         self.hedge = hedge.into();
         self
     }
 
-    /// The most redirects of one attempt; with zero, a redirect is a response like any other.
+    /// The most redirects of one attempt, 10 by default; with zero, a redirect is a response like any other.
     pub fn redirects(mut self, most: u32) -> Self {
         self.options.redirects.most = most;
         self
@@ -224,11 +226,11 @@ impl TimeoutClientBuilder {
     /// They are left out across origins like the headers of a request, which those are not that
     /// [`configure`](Self::configure) gives to reqwest: what is sensitive of these is sent empty.
     pub fn default_headers(mut self, headers: HeaderMap) -> Self {
-        self.options.default_headers = headers;
+        self.options.default_headers = DefaultHeaders(headers);
         self
     }
 
-    /// Gives each origin a breaker.
+    /// Gives each origin a breaker; by default none has one.
     pub fn breaker(mut self, config: impl Into<Option<BreakerConfig>>) -> Self {
         self.breaking.config = config.into();
         self
@@ -237,7 +239,8 @@ impl TimeoutClientBuilder {
     /// Tells the breakers apart by `key` instead of by the origin: one for each value of it.
     ///
     /// Routes of one host that fail apart from each other are the usual reason. Let it have few values, without ids:
-    /// what is seldom called is never found out, and no more breakers are remembered than `max_origins`.
+    /// what is seldom called is never found out, and no more breakers are remembered than `max_origins`. Let it hold no
+    /// secret: errors and [`trips`](TimeoutClient::trips) name it.
     ///
     /// ```
     /// use cancel_safe_http_timeout::{BreakerConfig, TimeoutClient};
@@ -246,7 +249,7 @@ impl TimeoutClientBuilder {
     /// let route = |request: &reqwest::Request| {
     ///     let url = request.url();
     ///     let first = url.path_segments().and_then(|mut path| path.next()).unwrap_or_default();
-    ///     format!("{}/{first}", url.authority())
+    ///     format!("{}/{first}", url.origin().ascii_serialization())
     /// };
     /// let client = TimeoutClient::builder().breaker(BreakerConfig::default()).breaker_key(route).build()?;
     /// # Ok::<(), cancel_safe_http_timeout::BuildError>(())
@@ -278,7 +281,7 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Tells the server how many milliseconds are left of the call, in this header of each attempt.
+    /// Tells the server how many milliseconds are left of the call, in this header of each attempt. Off by default.
     pub fn propagate_deadline(mut self, header: impl Into<String>) -> Self {
         self.propagate = Some(header.into());
         self

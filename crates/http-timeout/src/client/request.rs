@@ -22,7 +22,6 @@ use crate::{
 /// Builds a request, in the words of [`reqwest::RequestBuilder`].
 ///
 /// A mistake, such as an invalid URL or header, shows as the error of [`send`](Self::send).
-#[derive(Debug)]
 #[must_use = "a request does nothing until it is sent"]
 pub struct RequestBuilder {
     client: Arc<Shared>,
@@ -45,7 +44,7 @@ impl RequestBuilder {
                 let subject = Subject { method: method.clone(), url: url.clone() };
                 Ok((reqwest.request(method, url), subject))
             }
-            (Ok(url), Err(error)) => Err(RequestError::Setup(Failure { error, report: report(redacted(&url).into()) })),
+            (Ok(url), Err(error)) => Err(RequestError::Setup(Failure { error, report: report(redacted(&url)) })),
             (Err(_), _) => {
                 let shown = redacted_text(url.as_str());
                 let error = url.into_url().err().map(|error| RequestError::reported(error, report(shown)));
@@ -137,7 +136,7 @@ impl RequestBuilder {
         self.map(|request| request.version(version))
     }
 
-    /// The timeout of this call, instead of the client's; `None` for none.
+    /// The timeout of this call, instead of the client's; `None` for none. With zero, nothing is sent.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self
@@ -189,13 +188,24 @@ impl RequestBuilder {
             return Ok(response);
         }
         let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
-        let (url, elapsed) = (redacted(response.url()).into(), begun.elapsed());
+        let (url, elapsed) = (redacted(response.url()), begun.elapsed());
         let method = Some(Method::GET);
         Err(RequestError::Http {
             status,
             retry_after: retry_after(response.headers(), SystemTime::now()),
             report: Box::new(CallReport { method, url, phase: Phase::Response, attempts, elapsed }),
         })
+    }
+}
+
+impl fmt::Debug for RequestBuilder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Neither headers nor query: they may be secret.
+        let request = self.request.as_ref().map(|(_, subject)| subject);
+        f.debug_struct("RequestBuilder")
+            .field("request", &request)
+            .field("timeout", &self.timeout)
+            .finish_non_exhaustive()
     }
 }
 
@@ -209,7 +219,7 @@ fn prepared(
     let (reqwest, request) = request.build_split();
     let mut request =
         request.map_err(|error| RequestError::reported(error, subject.report(Phase::Permit, 0, Duration::ZERO)))?;
-    for (name, value) in &client.options.default_headers {
+    for (name, value) in &client.options.default_headers.0 {
         if let Entry::Vacant(vacant) = request.headers_mut().entry(name) {
             vacant.insert(value.clone());
         }

@@ -124,27 +124,37 @@ impl fmt::Debug for Subject {
 
 impl Subject {
     pub(crate) fn report(&self, phase: Phase, attempts: u32, elapsed: Duration) -> Box<CallReport> {
-        let url = redacted(&self.url).into();
+        let url = redacted(&self.url);
         Box::new(CallReport { method: Some(self.method.clone()), url, phase, attempts, elapsed })
     }
 }
 
 /// The URL without what may be secret: credentials, query and fragment.
-pub(crate) fn redacted(url: &Url) -> Url {
+pub(crate) fn redacted(url: &Url) -> String {
+    if url.cannot_be_a_base() {
+        // As of "name:password@host", where the scheme was left out.
+        return redacted_text(url.as_str());
+    }
     let mut shown = url.clone();
     // Both setters refuse only URLs that cannot have credentials.
     let _ = shown.set_username("");
     let _ = shown.set_password(None);
     shown.set_query(None);
     shown.set_fragment(None);
-    shown
+    shown.into()
 }
 
-/// As [`redacted`], of a text that is no URL.
+/// As [`redacted`], of a text that is no URL. Where its credentials end cannot be known, so all before the last `@` goes.
 pub(crate) fn redacted_text(text: &str) -> String {
-    let shown = text.split(['?', '#']).next().unwrap_or_default();
-    let (scheme, rest) = shown.split_at(shown.find("//").map_or(0, |at| at + 2));
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
-    format!("{scheme}{host}{path}").replace(char::is_control, " ")
+    let is_scheme = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
+    let begin = text.find("://").filter(|at| is_scheme(&text[..*at])).map_or(0, |at| at + 3);
+    let (scheme, rest) = text.split_at(begin);
+    let (gap, rest) = match rest.rsplit_once('@') {
+        // What is left out may be more than the credentials.
+        Some((left_out, rest)) if left_out.contains(['/', '\\', '?', '#']) => ("…@", rest),
+        Some((_, rest)) => ("", rest),
+        None => ("", rest),
+    };
+    let shown = rest.split(['?', '#']).next().unwrap_or_default();
+    format!("{scheme}{gap}{shown}").replace(char::is_control, " ")
 }

@@ -9,15 +9,15 @@ use std::{
     time::{Duration, Instant},
 };
 
-use cancel_safe_http_timeout::{Attempts, BreakerConfig, Phase, RequestError, State, TimeoutClient};
-use futures_util::{StreamExt as _, future::join_all, stream};
+use cancel_safe_http_timeout::{Attempts, BreakerConfig, Limit, Phase, RequestError, Retry, State, TimeoutClient};
+use futures_util::{FutureExt as _, StreamExt as _, future::join_all, stream};
 use http_body_util::BodyExt as _;
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpSocket, TcpStream},
 };
 
-use crate::server::{Server, reply};
+use crate::server::{Server, drip, reply};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -159,6 +159,144 @@ async fn an_upload_that_the_kernel_hides_may_be_cut_but_is_never_charged() {
     // What fits into one write hides nothing.
     assert!(client.put(&url).body("small").send().await.is_err());
     assert_eq!(state(&client, &url), State::Open);
+}
+
+/// A client whose calls have this long in all, and a server that answers at once and ends its body never.
+fn endless(timeout: Duration) -> (TimeoutClient, Server) {
+    let server = Server::start(|_, _| async { drip(1, 1, LONG) });
+    (TimeoutClient::builder().timeout(timeout).breaker(trips_at_once()).build().unwrap(), server)
+}
+
+#[tokio::test]
+async fn a_body_is_late_by_the_origin_s_fault_only_if_the_origin_had_the_time() {
+    let whole = Duration::from_secs(2);
+    let (client, server) = endless(whole);
+    let url = server.url("/");
+    let response = client.get(&url).send().await.unwrap();
+    tokio::time::sleep(whole * 3 / 4).await;
+    assert!(response.bytes().await.unwrap_err().is_timeout());
+    assert_eq!(state(&client, &url), State::Closed, "its consumer was busy for most of the time");
+    assert_eq!(client.breaker(&url).unwrap().metrics().cancelled, 1);
+
+    let (client, server) = endless(whole);
+    assert!(client.get(server.url("/")).send().await.unwrap().bytes().await.unwrap_err().is_timeout());
+    assert_eq!(state(&client, &server.url("/")), State::Open, "it was waited for all the time");
+}
+
+#[tokio::test]
+async fn a_body_that_was_there_in_time_is_nobody_s_fault_when_it_is_read_too_late() {
+    let server = Server::start(|_, _| async { reply(200, vec![7; 256 * 1024]) });
+    let whole = Duration::from_secs(2);
+    let client = TimeoutClient::builder().timeout(whole).breaker(trips_at_once()).build().unwrap();
+    let url = server.url("/");
+    let mut response = client.get(&url).send().await.unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    tokio::time::sleep(whole).await;
+    assert!(response.chunk().await.unwrap_err().is_timeout());
+    let metrics = client.breaker(&url).unwrap().metrics();
+    assert_eq!((metrics.state, metrics.failures, client.metrics().in_flight), (State::Closed, 0, 0));
+}
+
+#[tokio::test]
+async fn a_piece_that_nobody_took_is_no_silence_when_the_body_is_dropped() {
+    let (next, pieces) = tokio::sync::mpsc::unbounded_channel::<&'static str>();
+    let pieces = std::sync::Mutex::new(Some(pieces));
+    let server = Server::start(move |_, _| {
+        let pieces = pieces.lock().unwrap().take();
+        async move {
+            let Some(pieces) = pieces else { return reply(200, "whole") };
+            let frames = stream::unfold(pieces, |mut pieces| async {
+                Some((Ok(hyper::body::Frame::data(pieces.recv().await?.into())), pieces))
+            });
+            http::Response::new(http_body_util::BodyExt::boxed(http_body_util::StreamBody::new(frames)))
+        }
+    });
+    let config = BreakerConfig::builder().consecutive_failures(1).late_after(Duration::from_millis(50));
+    let client = TimeoutClient::builder().breaker(config.build().unwrap()).build().unwrap();
+    let url = server.url("/");
+    let mut response = client.get(&url).send().await.unwrap();
+    next.send("first").unwrap();
+    assert!(response.chunk().await.unwrap().is_some());
+    // As in a `select!` whose other branch was quicker, and is busy for a while.
+    assert!(response.chunk().now_or_never().is_none());
+    next.send("second").unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    for _ in 0..3 {
+        // Whatever the server sent before these has come.
+        assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "whole");
+    }
+    drop(response);
+    let metrics = client.breaker(&url).unwrap().metrics();
+    assert_eq!((metrics.state, metrics.failures, metrics.cancelled), (State::Closed, 0, 0));
+}
+
+#[tokio::test]
+async fn a_deadline_that_has_passed_sends_nothing_and_blames_nobody() {
+    let server = Server::start(|_, _| async { reply(200, "warm") });
+    let client = TimeoutClient::builder().breaker(trips_at_once()).retry(Retry::attempts(3)).build().unwrap();
+    let url = server.url("/");
+    assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "warm");
+    for _ in 0..10 {
+        let error = client.get(&url).timeout(Duration::ZERO).send().await.unwrap_err();
+        let RequestError::Timeout { limit: Limit::Total, attempts: 0, .. } = error else { panic!("{error:?}") };
+    }
+    // What was sent would be there before this.
+    assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "warm");
+    assert_eq!((server.hits(), state(&client, &url)), (2, State::Closed));
+}
+
+#[tokio::test]
+async fn a_producer_that_panics_is_not_the_origin_s_fault() {
+    let server = Server::start(|request, _| async move {
+        drop(request.into_body().collect().await);
+        reply(200, "taken")
+    });
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    let panics = stream::once(async { if true { panic!("on purpose") } else { Ok::<_, io::Error>("a") } });
+    let error = client.put(server.url("/")).body(reqwest::Body::wrap_stream(panics)).send().await.unwrap_err();
+    assert!(matches!(error, RequestError::Network(_)), "{error:?}");
+    assert_eq!(state(&client, &server.url("/")), State::Closed);
+}
+
+#[tokio::test]
+async fn a_producer_that_fails_behind_an_early_answer_is_not_the_origin_s_fault() {
+    let server = Server::start(|request, _| async move {
+        let _unread = request;
+        drip(1, 1, LONG)
+    });
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    let (fail, failure) = tokio::sync::oneshot::channel::<()>();
+    let failing = stream::once(async { Ok("a") })
+        .chain(stream::once(async { failure.await.map_err(|_| io::Error::other("our disk")).map(|()| "b") }));
+    let request = client.put(server.url("/")).body(reqwest::Body::wrap_stream(failing));
+    let response = request.send().await.unwrap();
+    drop(fail);
+    let error = RequestError::from(response.bytes().await.unwrap_err());
+    assert!(matches!(error, RequestError::Network(_)), "{error:?}");
+    assert_eq!(state(&client, &server.url("/")), State::Closed);
+}
+
+/// Fails as a machine does that has no descriptor left.
+struct Exhausted;
+
+impl reqwest::dns::Resolve for Exhausted {
+    fn resolve(&self, _: reqwest::dns::Name) -> reqwest::dns::Resolving {
+        Box::pin(async { Err(io::Error::from_raw_os_error(24).into()) })
+    }
+}
+
+#[tokio::test]
+async fn a_machine_without_a_port_or_a_descriptor_left_is_not_the_origin_s_fault() {
+    let server = Server::start(|_, _| async { reply(200, "reached") });
+    let without_port = TimeoutClient::builder().configure(|b| b.local_address(Some([192, 0, 2, 1].into())));
+    let without_descriptor = TimeoutClient::builder().configure(|b| b.dns_resolver(Arc::new(Exhausted)));
+    for (builder, url) in [(without_port, server.url("/")), (without_descriptor, "http://a.test/".to_owned())] {
+        let retry = Retry::attempts(2).backoff(Duration::ZERO, Duration::ZERO);
+        let client = builder.breaker(trips_at_once()).retry(retry).build().unwrap();
+        let error = client.post(&url).body("unsent").send().await.unwrap_err();
+        assert!(error.is_connect() && error.report().attempts == 2, "{error:?}");
+        assert_eq!(state(&client, &url), State::Closed, "{error}");
+    }
 }
 
 /// Takes `bytes` evenly over this time, and answers.

@@ -7,7 +7,7 @@ use std::{
 };
 
 use cancel_safe_http_timeout::{BreakerConfig, Limit, Phase, RequestError, Retry, TimeoutClient, TimeoutClientBuilder};
-use http::Method;
+use http::{HeaderMap, Method};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpSocket,
@@ -106,12 +106,35 @@ async fn what_is_no_url_is_shown_without_its_secrets() {
         ("http://me:SECRET@[bad/path?SECRET", "GET http://[bad/path: the request is invalid"),
         ("http://host:port/?SECRET\n", "GET http://host:port/: the request is invalid"),
         ("data:text/plain,x", "GET data:text/plain,x: the request is invalid"),
+        ("http://me:a/SECRET@host/path", "GET http://…@host/path: the request is invalid"),
+        ("http://me:SECRET?b@host/path?SECRET", "GET http://…@host/path: the request is invalid"),
+        ("http://me:a#SECRET@host:port/@me", "GET http://…@me: the request is invalid"),
+        ("http:/me:SECRET@[bad/path", "GET …@[bad/path: the request is invalid"),
+        // Without its scheme, a name is taken for one.
+        ("me:SECRET@host:80/path?SECRET", "GET host:80/path: the request is invalid"),
     ] {
         let error = client(|b| b).get(asked).send().await.unwrap_err();
         let text = error.to_string();
         assert!(error.is_invalid_request() && text.starts_with(shown), "{asked}: {text}");
         assert!(!text.contains("SECRET") && text.lines().count() == 1, "{text}");
     }
+}
+
+#[tokio::test]
+async fn what_is_printed_for_a_debugger_has_no_secrets_either() {
+    let headers: HeaderMap = [("x-api-key", "SECRET"), ("x-plain", "SECRET")]
+        .map(|(name, value)| (name.parse().unwrap(), value.parse().unwrap()))
+        .into_iter()
+        .collect();
+    let builder = TimeoutClient::builder().default_headers(headers);
+    let shown = format!("{builder:?}");
+    let client = builder.build().unwrap();
+    let request =
+        client.get("http://me:SECRET@host/path?SECRET").header("authorization", "SECRET").query(&[("a", "SECRET")]);
+    let invalid = client.get("http://me:SECRET@[bad/").header("authorization", "SECRET");
+    let many = client.get_many(["http://me:SECRET@host/"], None);
+    let shown = format!("{shown} {client:?} {request:?} {invalid:?} {many:?}");
+    assert!(!shown.contains("SECRET") && shown.contains("GET http://host/path"), "{shown}");
 }
 
 #[tokio::test]

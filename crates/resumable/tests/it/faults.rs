@@ -87,9 +87,42 @@ async fn damage_before_the_end_is_refused_and_says_where() {
     }
 }
 
+/// Where the blocks of a checkpoint begin, and their types; at last its end.
+fn blocks(bytes: &[u8]) -> Vec<(usize, u8)> {
+    let length = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize;
+    let (mut blocks, mut at) = (Vec::new(), 20 + length(12));
+    while at < bytes.len() {
+        blocks.push((at, bytes[at + 12]));
+        at += 13 + length(at + 4);
+    }
+    blocks.push((at, 0));
+    blocks
+}
+
+#[tokio::test]
+async fn a_block_that_is_lost_or_comes_back_is_refused() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 50).await.unwrap();
+    let whole = fs::read(&path).unwrap();
+    let bounds = blocks(&whole);
+    for block in bounds.windows(2) {
+        let ((start, _), (end, _)) = (block[0], block[1]);
+        // The last block is the seal: a file that is short by its end is one of a killed run.
+        if end < whole.len() {
+            fs::write(&path, [&whole[..start], &whole[end..]].concat()).unwrap();
+            let lost = refusal(&path).await;
+            assert!(matches!(lost, TaskError::Corrupt { offset, .. } if offset == start as u64), "{lost}");
+        }
+        fs::write(&path, [&whole[..], &whole[start..end]].concat()).unwrap();
+        let again = refusal(&path).await;
+        assert!(matches!(again, TaskError::Corrupt { offset, .. } if offset == whole.len() as u64), "{again}");
+    }
+}
+
 #[tokio::test]
 async fn the_advice_of_the_message_works() {
-    let (_dir, path) = checkpoint();
+    let (dir, _) = checkpoint();
+    let path = dir.path().join("it's $HOME; a \"job\"");
     complete(&path, 50).await.unwrap();
     let middle = fs::metadata(&path).unwrap().len();
     complete(&path, 100).await.unwrap();
@@ -97,7 +130,7 @@ async fn the_advice_of_the_message_works() {
     bytes[middle as usize + 5] ^= 1;
     fs::write(&path, bytes).unwrap();
     let error = refusal(&path).await.to_string();
-    let command = format!("truncate -s {middle} '{}'", path.display());
+    let command = format!("truncate -s {middle} '{}'", path.display().to_string().replace('\'', r"'\''"));
     assert!(error.contains(&command), "{error}");
     assert!(Command::new("sh").args(["-c", &command]).output().unwrap().status.success());
     let all = complete(&path, 100).await.unwrap();
@@ -148,11 +181,102 @@ async fn what_is_no_file_in_a_directory_is_an_io_error() {
 }
 
 #[tokio::test]
-async fn what_a_starter_left_that_was_killed_while_it_created_the_file_is_swept() {
+async fn only_temporary_files_of_killed_starters_are_swept() {
     let (dir, path) = checkpoint();
-    fs::write(dir.path().join(".job.ckpt.new-0123456789abcdef"), "half a hea").unwrap();
+    let own = [".job.ckpt.new-0123456789abcdef", "job.ckpt.tmp", ".afs-notes", ".afs-file-of-mine"];
+    for name in own {
+        fs::write(dir.path().join(name), "of somebody").unwrap();
+    }
+    fs::write(dir.path().join(".afs-file-0123456789abcdef"), "half a hea").unwrap();
     complete(&path, 3).await.unwrap();
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), own.len() + 1);
+    assert!(own.iter().all(|name| dir.path().join(name).exists()));
+}
+
+#[tokio::test]
+async fn a_name_may_be_as_long_as_the_file_system_takes() {
+    let (dir, _) = checkpoint();
+    for length in [240, 255] {
+        let path = dir.path().join("n".repeat(length));
+        assert_eq!(complete(&path, 3).await.unwrap().len(), 3);
+    }
+    let error = complete(&dir.path().join("n".repeat(256)), 3).await.unwrap_err();
+    assert!(error.is_io(), "{error}");
+}
+
+#[cfg(unix)]
+#[tokio::test]
+async fn a_symlink_leads_to_the_checkpoint_also_before_there_is_one() {
+    let (dir, path) = checkpoint();
+    let real = dir.path().join("elsewhere");
+    fs::create_dir(&real).unwrap();
+    std::os::unix::fs::symlink("elsewhere/real.ckpt", dir.path().join("second")).unwrap();
+    std::os::unix::fs::symlink(dir.path().join("second"), &path).unwrap();
+    complete(&path, 10).await.unwrap();
+    assert!(fs::symlink_metadata(&path).unwrap().is_symlink());
+    assert_eq!(restored(&real.join("real.ckpt"), 10).await.len(), 10);
+    // Links that lead nowhere are an error that says so, at once.
+    let (circle, lost) = (dir.path().join("circle"), dir.path().join("lost"));
+    std::os::unix::fs::symlink(&circle, &circle).unwrap();
+    std::os::unix::fs::symlink("no/such/directory", &lost).unwrap();
+    assert!(complete(&circle, 3).await.unwrap_err().is_io());
+    match complete(&lost, 3).await.unwrap_err() {
+        TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::NotFound, "{error}"),
+        other => panic!("{other}"),
+    }
+}
+
+/// Hurts the checkpoint of a run that works, and returns what the run and its later items say.
+async fn hurt_while_running(hurt: impl FnOnce(&Path)) -> TaskError {
+    let (_dir, path) = checkpoint();
+    let (go, gate) = tokio::sync::watch::channel(0);
+    let builder = numbers(&path).checkpoint_every(Duration::from_millis(5)).concurrency(4);
+    let mut run = builder.stream(0..1_000_000, move |_, x| {
+        let mut gate = gate.clone();
+        async move {
+            drop(gate.wait_for(|open| x < *open).await);
+            Ok(x)
+        }
+    });
+    go.send(50).unwrap();
+    for _ in 0..50 {
+        run.next().await.unwrap();
+    }
+    hurt(&path);
+    // Later items never end the run: it must end by itself, also if not one of them is finished.
+    tokio::time::timeout(PATIENCE, run.finish()).await.expect("the run ends").unwrap_err()
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_is_removed_renamed_replaced_or_changed_under_a_run_ends_it() {
+    let removed = hurt_while_running(|path| fs::remove_file(path).unwrap()).await;
+    assert!(removed.is_io() && removed.to_string().contains("removed"), "{removed}");
+    let renamed = hurt_while_running(|path| fs::rename(path, path.with_extension("old")).unwrap()).await;
+    assert!(renamed.is_io(), "{renamed}");
+    let replaced = hurt_while_running(|path| {
+        let copy = path.with_extension("copy");
+        fs::copy(path, &copy).unwrap();
+        fs::rename(copy, path).unwrap();
+    });
+    assert!(replaced.await.is_io());
+    let truncated = hurt_while_running(|path| File::options().write(true).open(path).unwrap().set_len(0).unwrap());
+    assert!(truncated.await.to_string().contains("bytes long"));
+    let grown = hurt_while_running(|path| {
+        use std::io::Write;
+        File::options().append(true).open(path).unwrap().write_all(b"more").unwrap();
+    });
+    assert!(grown.await.is_io());
+}
+
+#[tokio::test]
+async fn a_checkpoint_that_goes_right_before_the_end_is_an_error_of_finish() {
+    let (_dir, path) = checkpoint();
+    let mut run = numbers(&path).checkpoint_every(Duration::MAX).stream(0..10, |_, x| double(x));
+    for _ in 0..10 {
+        run.next().await.unwrap();
+    }
+    fs::remove_file(&path).unwrap();
+    assert!(run.finish().await.unwrap_err().is_io());
 }
 
 #[tokio::test]
@@ -199,7 +323,6 @@ async fn the_checkpoint_of_another_computation_is_refused() {
     let job = |version: &str| ResumableTask::builder("crawl").version(version).store(FileStore::at(&path));
     job("v2").stream(0..5u64, |_, x| double(x)).finish().await.unwrap();
     assert_eq!(mismatch(&path, |job| job.version("v3"), 1u64).await, "version");
-    assert_eq!(mismatch(&path, |job| job, String::new()).await, "result type");
     assert_eq!(mismatch(&path, |job| job.key(u64::to_string), 1u64).await, "identity");
     let renamed = |_| ResumableTask::builder("other").version("v2").store(FileStore::at(&path));
     assert_eq!(mismatch(&path, renamed, 1u64).await, "job");
@@ -249,6 +372,42 @@ impl Drop for Tmpfs {
     fn drop(&mut self) {
         assert!(Command::new("umount").arg(&self.0).output().unwrap().status.success());
     }
+}
+
+#[tokio::test]
+async fn a_complete_checkpoint_can_be_read_where_nothing_can_be_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tmpfs) = Tmpfs::mount(&dir.path().join("archive")) else {
+        not_run("read-only", "mounting a file system takes root, on Linux");
+        return;
+    };
+    let (whole, part) = (tmpfs.0.join("whole.ckpt"), tmpfs.0.join("part.ckpt"));
+    complete(&whole, 10).await.unwrap();
+    let mut run = numbers(&part).stream(0..10, |_, x| double(x));
+    run.next().await.unwrap();
+    drop(run);
+    assert_eq!(restored(&part, 10).await.len(), 1);
+    let remounted = Command::new("mount").args(["-o", "remount,ro"]).arg(&tmpfs.0).output().unwrap();
+    assert!(remounted.status.success());
+    let all = complete(&whole, 10).await.unwrap();
+    assert!(all.len() == 10 && all.iter().all(|done| done.restored));
+    // What is left to do cannot be recorded, and so it is not begun.
+    let more = numbers(&whole).stream(0..11, |_, _| async { unreachable!() }).finish().await.unwrap_err();
+    assert!(matches!(&more, TaskError::Io(error) if error.kind() == ErrorKind::ReadOnlyFilesystem), "{more}");
+    let rest = numbers(&part).stream(0..10, |_, _| async { unreachable!() }).finish().await.unwrap_err();
+    assert!(matches!(&rest, TaskError::Io(error) if error.kind() == ErrorKind::ReadOnlyFilesystem), "{rest}");
+}
+
+#[tokio::test]
+async fn a_complete_checkpoint_can_be_read_while_another_run_holds_it() {
+    let (_dir, path) = checkpoint();
+    complete(&path, 10).await.unwrap();
+    let held = File::open(&path).unwrap();
+    held.lock().unwrap();
+    let hasty =
+        |n| numbers(&path).store(FileStore::at(&path).wait(Duration::from_millis(10))).stream(0..n, |_, x| double(x));
+    assert_eq!(hasty(10).finish().await.unwrap().restored, 10);
+    assert!(hasty(11).finish().await.unwrap_err().is_busy());
 }
 
 #[tokio::test]

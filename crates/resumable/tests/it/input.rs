@@ -121,8 +121,7 @@ async fn an_item_that_cannot_be_serialised_is_named() {
     assert!(matches!(error, TaskError::Codec { index: 0, action: "written", .. }), "{error}");
     let error = map(path.with_extension("2"), [1u8, 2], |_| async move { Unwilling }).await;
     assert!(matches!(error, Err(TaskError::Codec { index: 0, action: "written", .. })));
-    // The file is there and belongs to results of another type; moved away, the run starts over.
-    std::fs::remove_file(path.with_extension("2")).unwrap();
+    // The file is there and has no result of the other type.
     assert_eq!(map(path.with_extension("2"), [1u8, 2], |x| async move { x }).await.unwrap(), [1, 2]);
 }
 

@@ -2,9 +2,14 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod cancel;
+mod checkpoint;
 mod crash;
 mod faults;
+mod golden;
 mod happy;
 mod input;
 mod items;
+mod spin;
 mod support;
+mod tutorial;
+mod values;

@@ -1,0 +1,58 @@
+//! Items that must not start before the record that they are about to is durable.
+//!
+//! Invariant: an item that leaves here was announced durably, or its announcement was withdrawn.
+
+use std::{
+    collections::VecDeque,
+    task::{Context, Poll, ready},
+};
+
+use crate::{error::TaskError, flight::Ticket, record::Recorder};
+
+/// The announced items, in the order of their records; none unless a run is at most once.
+#[derive(Debug)]
+pub(crate) struct Announced<I> {
+    queue: VecDeque<(u64, Ticket<I>)>,
+    /// All records up to this one are known to be durable.
+    synced: u64,
+}
+
+impl<I> Announced<I> {
+    pub(crate) fn new() -> Self {
+        Self { queue: VecDeque::new(), synced: 0 }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.queue.len()
+    }
+
+    pub(crate) fn announce(&mut self, ticket: Ticket<I>, recorder: &mut Recorder) -> Result<(), TaskError> {
+        let number = recorder.intent(&ticket)?;
+        self.queue.push_back((number, ticket));
+        Ok(())
+    }
+
+    /// Returns an item whose announcement has become durable; `Pending` if there is none.
+    pub(crate) fn poll_durable(
+        &mut self,
+        recorder: &Recorder,
+        cx: &mut Context<'_>,
+    ) -> Poll<Result<Ticket<I>, TaskError>> {
+        let Some((first, _)) = self.queue.front() else { return Poll::Pending };
+        if *first > self.synced {
+            self.synced = ready!(recorder.poll_synced(*first, cx))?;
+        }
+        match self.queue.pop_front() {
+            Some((_, ticket)) => Poll::Ready(Ok(ticket)),
+            None => Poll::Pending,
+        }
+    }
+
+    /// Records of all items that wait here that they were not started.
+    pub(crate) fn withdraw_all(&mut self, recorder: &mut Recorder) {
+        for (_, ticket) in self.queue.drain(..) {
+            // If the store has failed, its intent stays: the item is then held to be uncertain, which is safe.
+            drop(recorder.withdraw(&ticket));
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The proof that what is recorded can be read back as the same value, and when it is made.
+//!
+//! Invariant: no result is recorded of which the proof failed, and the proofs after the first ones take about a hundredth
+//! of the time at most, however large the results are.
+
+use std::{
+    any::type_name,
+    time::{Duration, Instant},
+};
+
+use serde::{Serialize, de::DeserializeOwned};
+
+use crate::{
+    codec::Codec,
+    difference::{Difference, Tree, difference},
+    error::TaskError,
+    shape::{Digest, Refused, look},
+};
+
+/// So many results of each session are proven whatever it costs.
+const FIRST: u32 = 16;
+/// No more results than this go between two proofs.
+const LONGEST_GAP: u32 = 1024;
+/// The proofs may take one part in so many of the time.
+const SHARE: u64 = 100;
+
+/// Encodes values and proves now and then that they come back.
+#[derive(Debug)]
+pub(crate) struct Prover {
+    codec: Codec,
+    /// How many values are not proven before the next one is.
+    skip: u32,
+    proven: u32,
+    /// How many values the last proof was for, itself included, and when it ended.
+    gap: u32,
+    ended: Option<Instant>,
+}
+
+impl Prover {
+    pub(crate) fn new(codec: Codec) -> Self {
+        Self { codec, skip: 0, proven: 0, gap: 1, ended: None }
+    }
+
+    /// Appends the encoded value to `bytes`.
+    #[inline]
+    pub(crate) fn encode<T>(&mut self, index: usize, value: &T, bytes: &mut Vec<u8>) -> Result<(), TaskError>
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        let start = bytes.len();
+        self.codec.encode(value, bytes).map_err(|cause| TaskError::unwritten::<T>(self.codec, index, cause))?;
+        if self.skip > 0 {
+            self.skip -= 1;
+            return Ok(());
+        }
+        self.prove(index, value, &bytes[start..])
+    }
+
+    #[cold]
+    fn prove<T>(&mut self, index: usize, value: &T, bytes: &[u8]) -> Result<(), TaskError>
+    where
+        T: Serialize + DeserializeOwned,
+    {
+        let begun = Instant::now();
+        let codec = self.codec;
+        let back: T = codec.decode(bytes).map_err(|cause| TaskError::unread::<T>(codec, index, bytes, cause))?;
+        let found = compare(value, &back, codec.is_human_readable());
+        if let Some(Difference { path, detail }) =
+            found.map_err(|cause| TaskError::unwritten::<T>(codec, index, cause.into()))?
+        {
+            return Err(TaskError::RoundTrip { index, type_name: type_name::<T>(), codec, path, detail });
+        }
+        let ended = Instant::now();
+        self.proven = self.proven.saturating_add(1);
+        let since = self.ended.replace(ended).map(|before| begun.duration_since(before));
+        self.gap = match since {
+            Some(since) if self.proven >= FIRST => {
+                let longest = longest_gap(ended - begun, since, self.gap);
+                // At random, so that no period in the input keeps clear of the proofs.
+                fastrand::u32(1..=longest)
+            }
+            _ => 1,
+        };
+        self.skip = self.gap - 1;
+        Ok(())
+    }
+}
+
+/// How far apart two proofs may be if one took `proof`, and `values` of them took `since`.
+fn longest_gap(proof: Duration, since: Duration, values: u32) -> u32 {
+    let each = (since.as_nanos() as u64 / u64::from(values)).max(1);
+    let mean = (proof.as_nanos() as u64).saturating_mul(SHARE) / each;
+    // Drawn evenly from one to the longest, the gaps are half of it in the mean.
+    mean.saturating_mul(2).clamp(1, u64::from(LONGEST_GAP)) as u32
+}
+
+/// How a value differs from the one it came from.
+fn compare<T: Serialize>(before: &T, after: &T, human_readable: bool) -> Result<Option<Difference>, Refused> {
+    if look::<Digest, T>(before, human_readable)? == look(after, human_readable)? {
+        return Ok(None);
+    }
+    // Only now, because it takes many times the memory.
+    let (before, after): (Tree, Tree) = (look(before, human_readable)?, look(after, human_readable)?);
+    Ok(difference(&before, &after))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const fn us(micros: u64) -> Duration {
+        Duration::from_micros(micros)
+    }
+
+    #[test]
+    fn costly_items_are_all_proven_and_trivial_ones_at_least_one_in_1024() {
+        // A proof of a microsecond, and the time of one item.
+        assert_eq!(longest_gap(us(1), us(200), 1), 1);
+        assert_eq!(longest_gap(us(1), us(10), 1), 20);
+        assert_eq!(longest_gap(us(1), us(100), 10), 20);
+        assert_eq!(longest_gap(us(1), Duration::from_nanos(10), 1), LONGEST_GAP);
+        // A result so large that its proof takes as long as its item.
+        assert_eq!(longest_gap(us(500_000), us(500_000), 1), 200);
+        assert_eq!(longest_gap(Duration::ZERO, Duration::ZERO, 1), 1);
+        assert_eq!(longest_gap(Duration::MAX, Duration::ZERO, LONGEST_GAP), LONGEST_GAP);
+    }
+
+    #[test]
+    fn the_first_results_are_proven_and_then_never_more_than_1023_in_a_row_are_not() {
+        let mut prover = Prover::new(Codec::MessagePack);
+        let mut bytes = Vec::new();
+        let (mut proofs, mut run) = (0, 0);
+        for index in 0..20_000usize {
+            bytes.clear();
+            let before = prover.proven;
+            prover.encode(index, &7u8, &mut bytes).unwrap();
+            if prover.proven == before {
+                run += 1;
+                assert!(index >= FIRST as usize, "result {index} was not proven");
+                assert!(run < LONGEST_GAP, "{run} results in a row were not proven");
+            } else {
+                (proofs, run) = (proofs + 1, 0);
+            }
+        }
+        assert!(proofs >= FIRST + 19_000 / LONGEST_GAP, "{proofs} proofs");
+    }
+}
