@@ -26,6 +26,7 @@ const SAVE_EVERY: usize = 10;
 
 /// Downloads every URL of a list below `out`; returns how many could not be fetched. `hosts` says where the demo's hosts are.
 #[tokio::main]
+#[expect(clippy::print_stderr, reason = "it is a program of its own, and its output a log")]
 pub(crate) async fn download(
     list: PathBuf,
     out: PathBuf,
