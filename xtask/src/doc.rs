@@ -5,7 +5,7 @@
 use std::process::{Command, Stdio};
 
 use crate::command::{Failure, cargo};
-use crate::workspace::{self, BENCHES, OPERATIONS};
+use crate::workspace::{self, BENCHES, EXAMPLES, OPERATIONS};
 
 pub(crate) fn run() -> Result<(), Failure> {
     rustdoc()?;
@@ -14,7 +14,7 @@ pub(crate) fn run() -> Result<(), Failure> {
 
 /// Documents the crates; the flags reach rustdoc alone, so nothing that is compiled already is compiled again.
 pub(crate) fn rustdoc() -> Result<(), Failure> {
-    let unpublished = [BENCHES, OPERATIONS, "xtask"].into_iter().flat_map(|package| ["--exclude", package]);
+    let unpublished = [BENCHES, EXAMPLES, OPERATIONS, "xtask"].into_iter().flat_map(|package| ["--exclude", package]);
     cargo(["doc", "--workspace", "--all-features", "--no-deps"])
         .args(unpublished)
         .env("RUSTDOCFLAGS", "-D warnings")

@@ -14,6 +14,9 @@ pub(crate) const BENCHES: &str = "cancel-safe-benches";
 /// The package that writes a page of the book; its operations are not ours.
 pub(crate) const OPERATIONS: &str = "cancel-safe-operations";
 
+/// The package of programs that need more than the crates do, and of their tests.
+pub(crate) const EXAMPLES: &str = "cancel-safe-examples";
+
 /// The directory of the crate that only re-exports the others.
 pub(crate) const UMBRELLA: &str = "cancel-safe";
 
@@ -101,7 +104,11 @@ mod tests {
         assert_eq!(workspace.find("guard").unwrap().name, "cancel-safe-guard");
         assert_eq!(workspace.find("cancel-safe-guard").unwrap().short_name(), "guard");
         assert!(workspace.find("grard").err().unwrap().contains("there are"));
-        assert!(workspace.crates().all(|package| ![BENCHES, OPERATIONS, "xtask"].contains(&package.name.as_str())));
+        assert!(
+            workspace
+                .crates()
+                .all(|package| ![BENCHES, EXAMPLES, OPERATIONS, "xtask"].contains(&package.name.as_str()))
+        );
         assert!(workspace.libraries().all(|package| package.name == format!("cancel-safe-{}", package.short_name())));
         assert!(workspace.find("cargo-cancel-safe").unwrap().is_command());
     }

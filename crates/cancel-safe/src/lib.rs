@@ -60,10 +60,10 @@
 //! # Features
 //!
 //! None is on by default; `full` is all seven. A feature only adds. `tx-guard` comes with SQLite, as its crate does by itself;
-//! `postgres` and `mysql` are passed on to it, `tower` to `http-timeout`, `tracing` to all, wherever these are chosen. A
-//! program that wants PostgreSQL and no SQLite takes `cancel-safe-tx-guard` without its default features. The async
-//! runtime and TLS are not chosen here: add `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own
-//! dependencies.
+//! `postgres` and `mysql` are passed on to it, `tower` to `http-timeout` and `shutdown`, `axum` to `shutdown`, `tracing` to
+//! all, wherever these are chosen. A program that wants PostgreSQL and no SQLite takes `cancel-safe-tx-guard` without its
+//! default features. The async runtime and TLS are not chosen here: add `sqlx` with `runtime-tokio` and `reqwest` with a TLS
+//! feature to your own dependencies.
 //!
 //! # Limitations
 //!

@@ -10,6 +10,11 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+#[cfg(feature = "postgres")]
+use crate::postgres::{
+    PgStore,
+    drive::{PgDrive, Running},
+};
 use crate::{
     codec::Codec,
     drive::Drive,
@@ -19,12 +24,15 @@ use crate::{
     progress::Progress,
     run::{Run, caught},
     store::FileStore,
+    stores::{Kind, Store},
 };
 
 /// The options of a run over a stream of items. Every one but [`store`](Self::store) has a default.
 #[must_use = "nothing is opened and nothing runs before `stream`"]
 pub struct Builder<T, R> {
     plan: Plan<T, R>,
+    #[cfg(feature = "postgres")]
+    postgres: Option<Box<PgStore>>,
 }
 
 impl<T, R> fmt::Debug for Builder<T, R> {
@@ -56,12 +64,18 @@ impl<T, R> Builder<T, R> {
                 token: CancellationToken::new(),
                 grace: Duration::ZERO,
             },
+            #[cfg(feature = "postgres")]
+            postgres: None,
         }
     }
 
-    /// Sets where the checkpoint is. There is no default.
-    pub fn store(mut self, store: FileStore) -> Self {
-        self.plan.store = store;
+    /// Sets where the results are kept: in a [`FileStore`], or with feature `postgres` in a `PgStore`. There is no default.
+    pub fn store(mut self, store: impl Into<Store>) -> Self {
+        match store.into().0 {
+            Kind::File(store) => self.plan.store = store,
+            #[cfg(feature = "postgres")]
+            Kind::Postgres(store) => self.postgres = Some(store),
+        }
         self
     }
 
@@ -196,8 +210,40 @@ impl<T, R> Builder<T, R> {
     {
         let total = source.size_hint().0;
         let (sender, progress) = watch::channel(Progress { total, ..Progress::default() });
+        #[cfg(feature = "postgres")]
+        if let Some(store) = self.postgres.clone() {
+            let work = caught(work);
+            let work = Box::new(move |cx, item| -> Running<R> { Box::pin(work(cx, item)) });
+            let opening = async move { PgDrive::open(self.shared(&store)?, *store, source, work, sender).await };
+            return Run::new(opening, progress);
+        }
         let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
         Run::new(opening, progress)
+    }
+
+    /// What a run on PostgreSQL is to do, if it can be done there.
+    #[cfg(feature = "postgres")]
+    fn shared(mut self, store: &PgStore) -> Result<Plan<T, R>, TaskError> {
+        // There is no file, and none is asked for.
+        self.plan.store = FileStore::at("postgres:");
+        let plan = self.validated()?;
+        let mistakes = [
+            (
+                plan.ordered,
+                "workers that share a job hand items out as they finish: `PgStore::results` has them in order",
+            ),
+            (plan.at_most_once, "at most once is not offered on PostgreSQL: `process_tx` is exactly once"),
+            (
+                plan.revalidate.is_some(),
+                "a result that others may have handed out is not run again: no `revalidate` here",
+            ),
+            (plan.retry_quarantined, "items in quarantine are not tried again on PostgreSQL"),
+        ];
+        let made = mistakes.iter().find(|(is_made, _)| *is_made).map(|(_, mistake)| *mistake);
+        match made.or_else(|| store.mistake()) {
+            Some(mistake) => Err(TaskError::Config(mistake)),
+            None => Ok(plan),
+        }
     }
 
     pub(crate) fn validated(self) -> Result<Plan<T, R>, TaskError> {

@@ -82,6 +82,41 @@ pub enum TaskError {
         needs: u16,
     },
 
+    /// Other workers have taken over ranges of this one: it was frozen or cut off from the database for longer than its
+    /// lease, and nothing of it is recorded twice.
+    #[error(
+        "{ranges} ranges of {} were taken over by other workers while this one was frozen or cut off past its lease; what it \
+         had recorded is safe, and nothing is recorded twice: start it again to go on",
+        path.display()
+    )]
+    Fenced {
+        /// The job.
+        path: PathBuf,
+        /// How many ranges this run has lost.
+        ranges: u32,
+    },
+
+    /// Not all items of the job have been finished yet: what there is was handed out before.
+    #[error("{} is not complete: {done} of {total} items are finished; read it again when its workers are done", path.display())]
+    Incomplete {
+        /// The job.
+        path: PathBuf,
+        /// How many items were finished when they were read.
+        done: usize,
+        /// All items.
+        total: usize,
+    },
+
+    /// The database failed, or was away for longer than the store's `outage`. What had been recorded is safe.
+    #[error("cannot {action} in the database; results recorded before are safe: mend the cause and run it again")]
+    Database {
+        /// What was to be done.
+        action: &'static str,
+        /// What the driver said.
+        #[source]
+        source: BoxError,
+    },
+
     /// Two items have the same key, so that one result could not be told from the other.
     #[error(
         "items {first} and {index} have the same key; results before are safe: remove one or make the keys distinct"
@@ -195,6 +230,18 @@ impl TaskError {
         matches!(self, Self::QuarantineFull { .. })
     }
 
+    /// Returns whether other workers have taken over ranges of this run: start it again.
+    #[must_use]
+    pub fn is_fenced(&self) -> bool {
+        matches!(self, Self::Fenced { .. })
+    }
+
+    /// Returns whether the database failed or was away for too long: start it again when it is back.
+    #[must_use]
+    pub fn is_database(&self) -> bool {
+        matches!(self, Self::Database { .. })
+    }
+
     /// Returns whether a value does not survive serde: its type, or the type it is read as, must be mended.
     #[must_use]
     pub fn is_codec(&self) -> bool {
@@ -275,6 +322,9 @@ fn codec_advice(recorded_as: Option<&str>, version: Option<&str>) -> String {
 }
 
 fn advice(path: &Path, offset: u64) -> String {
+    if path.to_string_lossy().starts_with("postgres:") {
+        return "it was not changed: restore the database from a backup, or delete the job to start over".to_owned();
+    }
     if offset == 0 {
         return "it was not changed: restore it from a backup, or move it away to start over".to_owned();
     }

@@ -183,6 +183,8 @@ mod intake;
 mod item;
 mod log;
 mod plan;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod progress;
 mod proof;
 mod record;
@@ -191,9 +193,12 @@ mod scan;
 mod shape;
 mod stop;
 mod store;
+mod stores;
 mod task;
 mod varint;
 
+#[cfg(feature = "postgres")]
+pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
     builder::Builder,
     checkpoint::{Checkpoint, Counts},
@@ -204,6 +209,7 @@ pub use crate::{
     progress::Progress,
     run::Run,
     store::FileStore,
+    stores::Store,
     task::{ResumableTask, map},
 };
 

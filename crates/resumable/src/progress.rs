@@ -74,6 +74,12 @@ impl Meter {
         self.unpublished += 1;
     }
 
+    /// Sets the counts of a run that is not the only one at work.
+    #[cfg(feature = "postgres")]
+    pub(crate) fn stand_at(&mut self, done: usize, restored: usize, failed: usize) {
+        (self.now.done, self.now.restored, self.now.failed) = (done, restored, failed);
+    }
+
     /// How many items this session has completed.
     pub(crate) fn completed(&self) -> usize {
         self.completed

@@ -88,13 +88,18 @@ impl Actions {
         let (send, signals) = channel();
         let act = move || {
             for signal in signals {
-                for (_, action) in self.0.iter_mut().filter(|(of, _)| *of == signal) {
-                    // The panic hook has told it. The next signal is not to be lost for that.
-                    drop(catch(|| action(SignalContext { core: Arc::clone(&core), signal })));
-                }
+                self.act(&core, signal);
             }
         };
         thread::Builder::new().name("shutdown-actions".to_owned()).spawn(act)?;
         Ok(send)
+    }
+
+    /// Does what is to be done on a signal, here and now.
+    pub(crate) fn act(&mut self, core: &Arc<Core>, signal: Signal) {
+        for (_, action) in self.0.iter_mut().filter(|(of, _)| *of == signal) {
+            // The panic hook has told it. The next signal is not to be lost for that.
+            drop(catch(|| action(SignalContext { core: Arc::clone(core), signal })));
+        }
     }
 }

@@ -7,13 +7,11 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::runtime::{Builder, Handle};
+use tokio::runtime::Builder;
 use tokio::sync::watch;
-use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use crate::actions::{Actions, SignalContext};
-use crate::clock::Clock;
 use crate::course::{AppError, Course, Listening};
 use crate::phase::{Phase, again, once};
 use crate::report::{EXIT_NOT_STARTED, Report, Unnamed, chain};
@@ -21,16 +19,12 @@ use crate::restart::{Restart, RestartPolicy};
 use crate::signal::{Signal, Signals};
 use crate::state::{Core, Terms};
 use crate::stop::{Readiness, Stop, StopReason};
-use crate::supervisor::{Ticker, supervise};
 use crate::task::WorkerOutput;
 use crate::voice::{Audience, print};
-use crate::watchdog::Watchdog;
 use crate::worker::WorkerContext;
 
 /// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
 const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
-/// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
-const ANSWER_SLACK: Duration = Duration::from_millis(100);
 /// How long after a first signal another one is taken for a copy of it. Those who forward a signal that their child has
 /// got already do so within milliseconds; a person who presses Ctrl-C again has waited longer than this.
 const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
@@ -390,28 +384,10 @@ impl Application {
     /// ```
     pub async fn serve(self) -> Result<Report, AppError> {
         let (core, course) = self.prepare()?;
-        let (first, second) = (Arc::clone(&core), Arc::clone(&core.ending));
-        let _forwarding = course.signals.map_err(AppError::Signals)?.start(
-            &core,
-            move |signal| first.request(StopReason::Signal(signal)),
-            move |_| second.hurry(),
-        )?;
-        let _ticker = Ticker::start(&core, Handle::current()).map_err(AppError::thread("the runtime's pulse"))?;
-        supervise(&core, course.phases, course.restart, &Clock::Tokio).await;
-        let mut report = core.report(Unnamed::default());
-        if let Some(voice) = core.ending.claim() {
-            let limit = Watchdog::patience(core.remaining());
-            let telling = voice.tell(report.clone(), None);
-            // Bounded here as well: stragglers may hold every blocking thread there is.
-            let answer = timeout(limit + ANSWER_SLACK, tokio::task::spawn_blocking(move || telling.wait(limit)));
-            if let Ok(Ok(code)) = answer.await {
-                report.set_exit_code(code);
-            }
-        }
-        Ok(report)
+        course.serve(&core).await
     }
 
-    fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
+    pub(crate) fn prepare(self) -> Result<(Arc<Core>, Course), AppError> {
         let workers = self.phases.iter().map(|phase| phase.workers.len()).sum();
         let core = Core::start(self.name, self.stop, self.terms, workers, self.audience, self.readiness);
         let core = core.map_err(AppError::thread("callbacks"))?;

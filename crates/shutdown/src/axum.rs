@@ -1,5 +1,5 @@
-//! Axum's door to the server and to the token of a request. Nothing of its own: what it promises, [`tower`](crate::tower)
-//! keeps.
+//! Axum's door to the server, to the token of a request and to the readiness of the application. Nothing of its own: what
+//! it promises, [`tower`](crate::tower) and the application keep.
 
 use std::convert::Infallible;
 use std::fmt::Debug;
@@ -8,14 +8,18 @@ use std::task::{Context, Poll};
 
 use ::axum::Router;
 use ::axum::extract::{ConnectInfo, FromRequestParts};
+use ::axum::http::header::CACHE_CONTROL;
 use ::axum::http::request::Parts;
 use ::axum::http::{Request, StatusCode};
 use ::axum::response::{IntoResponse, Response};
+use ::axum::routing::{MethodRouter, get};
 use hyper::body::Incoming;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower_service::Service;
 
 use crate::server::{Listener, serve_each};
+use crate::stop::Readiness;
 use crate::worker::WorkerContext;
 
 /// Serves an axum router, over HTTP/1 and HTTP/2, until the worker of `cx` is told to stop; then drains.
@@ -105,6 +109,40 @@ impl<A: Clone + Send + Sync + 'static> Service<Request<Incoming>> for WithPeer<A
         request.extensions_mut().insert(ConnectInfo(self.peer.clone()));
         self.router.call(request)
     }
+}
+
+/// The route of a readiness probe: 200 while the application is [ready](crate::Application::readiness), 503 before, and 503
+/// again from the first moment of a stop, while its [drain delay](crate::Application::drain_delay) runs and this server
+/// still answers. The body is one word: `ready`, `starting` or `stopping`.
+///
+/// # Examples
+///
+/// ```
+/// use axum::{Router, routing::get};
+/// use cancel_safe_shutdown::{Application, WorkerContext};
+/// use tokio::net::TcpListener;
+///
+/// let app = Application::new("shop");
+/// let router = Router::new()
+///     .route("/", get(async || "hello"))
+///     .route("/readyz", cancel_safe_shutdown::axum::readiness(app.readiness()));
+/// let app = app.worker("http", |cx: WorkerContext| async move {
+///     let listener = TcpListener::bind("127.0.0.1:0").await?;
+///     cancel_safe_shutdown::axum::serve(listener, router, cx).await
+/// });
+/// # let stop = app.shutdown_handle();
+/// # let app = app.worker("example", |_: WorkerContext| async move { stop.cancel() });
+/// # assert_eq!(
+/// app.run()
+/// # , std::process::ExitCode::SUCCESS);
+/// ```
+pub fn readiness<S: Clone + Send + Sync + 'static>(readiness: watch::Receiver<Readiness>) -> MethodRouter<S> {
+    get(async move || {
+        let now = *readiness.borrow();
+        let status = if now.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        // What a cache remembers is not how the application is.
+        (status, [(CACHE_CONTROL, "no-store")], now.to_string())
+    })
 }
 
 /// The token of a request, as an extractor: cancelled when the client goes away, at the request's deadline, and on

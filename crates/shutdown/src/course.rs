@@ -6,16 +6,24 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::runtime::{Builder, Handle};
+use tokio::time::timeout;
 
 use crate::actions::Actions;
+use crate::clock::Clock;
 use crate::phase::Phase;
+use crate::report::{Report, Unnamed};
 use crate::restart::RestartPolicy;
 use crate::signal::{Forward, Forwarding, Signals};
 use crate::state::Core;
 use crate::stop::StopReason;
-use crate::supervisor::Supervisor;
+use crate::supervisor::{Supervisor, Ticker, supervise};
+#[cfg(all(unix, feature = "systemd"))]
+use crate::systemd::Notifier;
 use crate::unnamed;
 use crate::watchdog::{Watchdog, end_process};
+
+/// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
+const ANSWER_SLACK: Duration = Duration::from_millis(100);
 
 /// Why an application could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -84,7 +92,7 @@ impl Listening {
         let other = move |signal| {
             actions.send(signal).unwrap_or_default();
         };
-        signals.forward(Forward { quiet, first, second, other }).map_err(AppError::thread("signals"))
+        signals.forward(Forward::new(quiet, first, second, other)).map_err(AppError::thread("signals"))
     }
 }
 
@@ -102,6 +110,8 @@ impl Course {
         let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
         let mut builder = self.runtime.unwrap_or_else(|| unnamed::counting_builder(core));
         let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
+        #[cfg(all(unix, feature = "systemd"))]
+        let _notifier = Notifier::start(core, runtime.handle()).map_err(AppError::thread("the service manager"))?;
         let supervisor = Supervisor::start(core, self.phases, self.restart, runtime.handle());
         runtime.block_on(supervisor.map_err(AppError::thread("the phases"))?.ended());
         let unnamed = unnamed::end(core, runtime);
@@ -116,4 +126,34 @@ impl Course {
         drop(watchdog);
         Ok(code)
     }
+    /// Inside the runtime of the caller.
+    pub(crate) async fn serve(self, core: &Arc<Core>) -> Result<Report, AppError> {
+        let Self { phases, restart, signals, .. } = self;
+        let (first, second) = (Arc::clone(core), Arc::clone(&core.ending));
+        let _forwarding = signals.map_err(AppError::Signals)?.start(
+            core,
+            move |signal| first.request(StopReason::Signal(signal)),
+            move |_| second.hurry(),
+        )?;
+        let _ticker = Ticker::start(core, Handle::current()).map_err(AppError::thread("the runtime's pulse"))?;
+        #[cfg(all(unix, feature = "systemd"))]
+        let _notifier = Notifier::start(core, &Handle::current()).map_err(AppError::thread("the service manager"))?;
+        Ok(serve(core, phases, restart).await)
+    }
+}
+
+/// Runs the phases and has the report told.
+pub(crate) async fn serve(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy) -> Report {
+    supervise(core, phases, restart, &Clock::Tokio).await;
+    let mut report = core.report(Unnamed::default());
+    if let Some(voice) = core.ending.claim() {
+        let limit = Watchdog::patience(core.remaining());
+        let telling = voice.tell(report.clone(), None);
+        // Bounded here as well: stragglers may hold every blocking thread there is.
+        let answer = timeout(limit + ANSWER_SLACK, tokio::task::spawn_blocking(move || telling.wait(limit)));
+        if let Ok(Ok(code)) = answer.await {
+            report.set_exit_code(code);
+        }
+    }
+    report
 }

@@ -105,9 +105,11 @@
 //!   hangs holds the process half a second longer.
 //! - A handler of a signal stays for the life of the process: after the application has ended, SIGINT and SIGTERM do
 //!   nothing.
-//! - Signals are those of Unix. Elsewhere, and without the feature `signal`, an application stops by its
-//!   [handle](Application::shutdown_handle) and its workers; the last resort at the deadline is then
-//!   [`std::process::exit`], which runs `atexit` handlers.
+//! - On Windows, Ctrl-C stops as SIGINT does, and Ctrl-Break and the end of the console, the session or the system as SIGTERM
+//!   does; after the latter three Windows itself ends the process within seconds. Elsewhere than there and on Unix, and
+//!   without the feature `signal`, an application stops by its [handle](Application::shutdown_handle) and its workers. Where
+//!   it is not on Unix with that feature, the last resort at the deadline is [`std::process::exit`], which runs `atexit`
+//!   handlers.
 //! - Work that a worker starts without a group is counted, not named; the worker that waits for it is. A closure that
 //!   never returns, such as a read of `tokio::io::stdin`, holds a clean stop until its deadline.
 //! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
@@ -132,7 +134,9 @@
 //! | feature | |
 //! |---|---|
 //! | `signal` (default) | SIGINT and SIGTERM stop an [`Application`] |
-//! | `axum` | [`axum::serve`], whose connections end with their worker, and the extractor [`axum::Cancelled`] |
+//! | `axum` | [`axum::serve`], whose connections end with their worker, the extractor [`axum::Cancelled`], and [`axum::readiness`] for a probe |
+//! | `systemd` | a service manager is told: ready, stopping, more time while it drains, and alive, which is said only after the runtime has run a task; without `NOTIFY_SOCKET`, nothing |
+//! | `test-util` | [`TestRun`]: an application inside a test, on a paused clock |
 //! | `tower` | [`tower::serve`] for any tower service, tonic's too, and a layer that gives each request a token |
 //! | `tracing` | events for restarts and for the report |
 //!
@@ -167,7 +171,11 @@ mod state;
 mod stop;
 mod supervisor;
 mod sync;
+#[cfg(all(unix, feature = "systemd"))]
+mod systemd;
 mod task;
+#[cfg(feature = "test-util")]
+mod test_util;
 mod ticket;
 #[cfg(feature = "tower")]
 pub mod tower;
@@ -192,9 +200,11 @@ pub use scope::BodyOutput;
 pub use signal::Signal;
 pub use stop::{Readiness, StopReason};
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
+#[cfg(feature = "test-util")]
+pub use test_util::TestRun;
 pub use worker::{BackgroundWorker, WorkerContext};
 
 // The examples of the README compile.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "axum", feature = "test-util"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

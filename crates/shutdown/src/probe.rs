@@ -1,7 +1,7 @@
 //! Whether the runtime still runs anything, asked from outside of it by tasks that do nothing.
 //!
 //! Each of them wakes a thread of the runtime as well. One that holds the timers while it polls a task for ever would
-//! otherwise keep the others asleep (tokio#4730). Invariant: at most one of them is on its way.
+//! otherwise keep the others asleep (tokio#4730). Invariant: at most one of them is on its way for each thread that asks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,13 +22,18 @@ pub(crate) struct Probe {
 impl Probe {
     /// Asks, unless the answer to the last question is still to come. For one thread.
     pub(crate) fn ask(&self, runtime: &Handle) {
-        if self.open() > 0 {
-            return;
+        if self.open() == 0 {
+            self.ask_for(runtime, || {});
         }
+    }
+
+    /// Asks, and has the answer told by `tell`, which is dropped unused with a runtime that ends.
+    pub(crate) fn ask_for(&self, runtime: &Handle, tell: impl FnOnce() + Send + 'static) {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let answered = Arc::clone(&self.answered);
         drop(runtime.spawn(async move {
             answered.fetch_add(1, Ordering::Relaxed);
+            tell();
         }));
     }
 
@@ -37,7 +42,7 @@ impl Probe {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// How many are on their way: none or one.
+    /// How many are on their way.
     pub(crate) fn open(&self) -> u64 {
         self.asked.load(Ordering::Relaxed).saturating_sub(self.answered())
     }

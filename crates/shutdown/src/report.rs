@@ -21,7 +21,7 @@ pub(crate) const EXIT_NOT_STARTED: u8 = 71;
 const EXIT_PANICKED: u8 = 101;
 
 /// How one task of an application ended.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TaskReport {
     /// The name it was given.
@@ -74,7 +74,7 @@ impl fmt::Display for TaskReport {
 }
 
 /// Work that the application knows nothing of.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Unnamed {
     /// Futures that were alive when every worker had ended.
     pub(crate) tasks: usize,
@@ -84,8 +84,9 @@ pub(crate) struct Unnamed {
 
 /// How an application ended.
 ///
-/// Its `Display` is the text to log: one line for the whole, then one for each task.
-#[derive(Debug, Clone)]
+/// Its `Display` is the text to log: one line for the whole, then one for each task. Two are equal if all that they tell is,
+/// the [time](Self::elapsed) and the places of the tasks included: two runs of one program on a paused clock are.
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "it says which workers failed and what was cut"]
 pub struct Report {
     name: String,
@@ -132,6 +133,11 @@ impl Report {
     /// ended otherwise; [`unlisted`](Self::unlisted) counts the earlier ones.
     pub fn tasks(&self) -> &[TaskReport] {
         &self.tasks
+    }
+
+    /// Returns the first task of this name, if there is one: a worker before any task of a worker's.
+    pub fn task(&self, name: &str) -> Option<&TaskReport> {
+        self.tasks.iter().find(|task| task.name == name)
     }
 
     /// Returns how many ended tasks of the workers' groups are not in [`tasks`](Self::tasks).

@@ -10,7 +10,7 @@ use std::time::Duration;
 use crate::report::{KEPT_TASKS, Ledger, TaskReport};
 use crate::result::{TaskCounts, TaskGroupResult};
 use crate::stop::{Stop, StopReason};
-use crate::task::{Slot, TaskOutcome};
+use crate::task::{Kind, Slot, TaskOutcome};
 use crate::tree::{Node, ended};
 
 /// How a task ended, with its traces.
@@ -420,6 +420,10 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
 
     fn live(&self) -> Vec<Arc<Slot>> {
         self.slots()
+    }
+
+    fn live_futures(&self) -> usize {
+        self.state().live.iter().flatten().filter(|slot| slot.kind != Kind::Blocking).count()
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {

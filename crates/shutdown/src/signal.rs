@@ -1,13 +1,25 @@
-//! Signals, on an OS thread of their own: a wedged runtime cannot keep one from being seen. SIGINT and SIGTERM stop;
-//! copies of one signal, delivered twice within a quiet time, are one signal.
+//! Signals, on an OS thread of their own: a wedged runtime cannot keep one from being seen. SIGINT and SIGTERM stop, as do
+//! the console's events on Windows; copies of one signal, delivered twice within a quiet time, are one signal.
 
-use std::io;
-use std::time::Duration;
+#[cfg(not(all(any(unix, windows), feature = "signal")))]
+#[path = "signal/none.rs"]
+mod system;
 #[cfg(all(unix, feature = "signal"))]
-use std::time::Instant;
+#[path = "signal/unix.rs"]
+mod system;
+#[cfg(all(windows, feature = "signal"))]
+#[path = "signal/windows.rs"]
+mod system;
 
-#[cfg(all(unix, feature = "signal"))]
-use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
+use std::time::{Duration, Instant};
+
+pub(crate) use system::{Forwarding, Signals};
+
+/// The number of SIGINT, everywhere.
+pub(crate) const INTERRUPT: i32 = 2;
+/// The number of SIGTERM, everywhere.
+#[cfg(any(all(windows, feature = "signal"), feature = "test-util"))]
+pub(crate) const TERMINATE: i32 = 15;
 
 /// A signal that does not stop an application; see [`on_signal`](crate::Application::on_signal).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -24,150 +36,46 @@ pub enum Signal {
     User2,
 }
 
-#[cfg(all(unix, feature = "signal"))]
-impl Signal {
-    fn number(self) -> i32 {
-        match self {
-            Self::Hangup => SIGHUP,
-            Self::Quit => SIGQUIT,
-            Self::User1 => SIGUSR1,
-            Self::User2 => SIGUSR2,
-        }
-    }
-
-    fn of(number: i32) -> Option<Self> {
-        [Self::Hangup, Self::Quit, Self::User1, Self::User2].into_iter().find(|signal| signal.number() == number)
-    }
-}
-
 /// What is done with the signals.
 pub(crate) struct Forward<F, S, O> {
-    /// How long after the first one another is a copy of it.
-    pub(crate) quiet: Duration,
-    /// Called with the first signal that stops.
-    pub(crate) first: F,
-    /// Called with each one after the quiet time.
-    pub(crate) second: S,
-    /// Called with those that do not stop.
-    pub(crate) other: O,
+    quiet: Duration,
+    /// Until there is a first signal that stops.
+    first: Option<F>,
+    second: S,
+    other: O,
+    /// When the first one came.
+    since: Instant,
 }
 
-/// The installed handlers. Signals that arrive before [`Signals::forward`] are kept for it.
-#[derive(Debug)]
-pub(crate) struct Signals {
-    #[cfg(all(unix, feature = "signal"))]
-    source: signal_hook::iterator::Signals,
+impl<F, S, O> Forward<F, S, O>
+where
+    F: FnOnce(i32) + Send + 'static,
+    S: FnMut(i32) + Send + 'static,
+    O: FnMut(Signal) + Send + 'static,
+{
+    /// Calls `first` with the first signal that stops, and `second` with each that arrives `quiet` after it or later:
+    /// `timeout`, npm and others send a process the signal that its group gets as well, and nobody has lost patience then.
+    /// Calls `other` with those that do not stop.
+    pub(crate) fn new(quiet: Duration, first: F, second: S, other: O) -> Self {
+        Self { quiet, first: Some(first), second, other, since: Instant::now() }
+    }
 }
 
-/// Ends the thread that forwards signals when it is dropped.
-#[derive(Debug)]
-pub(crate) struct Forwarding {
-    #[cfg(all(unix, feature = "signal"))]
-    handle: signal_hook::iterator::Handle,
-}
-
-#[cfg(all(unix, feature = "signal"))]
-impl Signals {
-    /// From here on neither SIGINT nor SIGTERM ends the process by its default.
-    pub(crate) fn install() -> io::Result<Self> {
-        let source = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
-        unblock(&[SIGINT, SIGTERM])?;
-        Ok(Self { source })
+#[cfg(all(any(unix, windows), feature = "signal"))]
+impl<F: FnOnce(i32), S: FnMut(i32), O: FnMut(Signal)> Forward<F, S, O> {
+    /// A signal that stops was there before anybody listened. Of two, neither is an impatient second.
+    fn kept(&mut self, number: i32) {
+        self.first.take().into_iter().for_each(|first| first(number));
     }
 
-    /// Sees to these signals as well, but not to a SIGHUP that `nohup` has had ignored.
-    pub(crate) fn add(&self, signals: impl Iterator<Item = Signal>) -> io::Result<()> {
-        for signal in signals.filter(|signal| *signal != Signal::Hangup || !is_ignored(SIGHUP)) {
-            self.source.handle().add_signal(signal.number())?;
-            unblock(&[signal.number()])?;
+    /// A signal that stops has come.
+    fn stops(&mut self, number: i32) {
+        if let Some(first) = self.first.take() {
+            self.since = Instant::now();
+            first(number);
+        } else if self.since.elapsed() >= self.quiet {
+            (self.second)(number);
         }
-        Ok(())
-    }
-
-    /// Calls `first` with the first signal, and `second` with each that arrives `quiet` after it or later: `timeout`,
-    /// npm and others send a process the signal that its group gets as well, and nobody has lost patience then.
-    ///
-    /// A signal that has arrived already is the first, and `first` has been called with it when this returns.
-    pub(crate) fn forward<F, S, O>(mut self, forward: Forward<F, S, O>) -> io::Result<Forwarding>
-    where
-        F: FnOnce(i32) + Send + 'static,
-        S: FnMut(i32) + Send + 'static,
-        O: FnMut(Signal) + Send + 'static,
-    {
-        let Forward { quiet, first, mut second, mut other } = forward;
-        let handle = self.source.handle();
-        let mut first = Some(first);
-        let mut since = Instant::now();
-        // Of two that came before anything could react, neither is an impatient second.
-        for number in self.source.pending() {
-            match Signal::of(number) {
-                Some(signal) => other(signal),
-                None => first.take().into_iter().for_each(|first| first(number)),
-            }
-        }
-        std::thread::Builder::new().name("shutdown-signals".to_owned()).spawn(move || {
-            for number in self.source.forever() {
-                if let Some(signal) = Signal::of(number) {
-                    other(signal);
-                } else if let Some(first) = first.take() {
-                    since = Instant::now();
-                    first(number);
-                } else if since.elapsed() >= quiet {
-                    second(number);
-                }
-            }
-        })?;
-        Ok(Forwarding { handle })
-    }
-}
-
-/// Lets this thread, and those it starts from now on, receive these signals. A parent may have started the process with
-/// some of them blocked, and a signal that is blocked is never seen.
-#[cfg(all(unix, feature = "signal"))]
-fn unblock(numbers: &[i32]) -> io::Result<()> {
-    let mut set = nix::sys::signal::SigSet::empty();
-    for number in numbers {
-        set.add(nix::sys::signal::Signal::try_from(*number)?);
-    }
-    Ok(set.thread_unblock()?)
-}
-
-/// Whether the process was started with this signal ignored. Only Linux tells without unsafe code.
-#[cfg(all(unix, feature = "signal"))]
-fn is_ignored(number: i32) -> bool {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
-    mask.is_some_and(|mask| mask >> (number - 1) & 1 == 1)
-}
-
-#[cfg(all(unix, feature = "signal"))]
-impl Drop for Forwarding {
-    fn drop(&mut self) {
-        self.handle.close();
-    }
-}
-
-#[cfg(not(all(unix, feature = "signal")))]
-impl Signals {
-    pub(crate) fn install() -> io::Result<Self> {
-        Ok(Self {})
-    }
-
-    pub(crate) fn add(&self, _signals: impl Iterator<Item = Signal>) -> io::Result<()> {
-        Ok(())
-    }
-
-    pub(crate) fn forward<F, S, O>(self, forward: Forward<F, S, O>) -> io::Result<Forwarding>
-    where
-        F: FnOnce(i32) + Send + 'static,
-        S: FnMut(i32) + Send + 'static,
-        O: FnMut(Signal) + Send + 'static,
-    {
-        let Forward { quiet, first, second, other } = forward;
-        // Nothing will ever call them.
-        let _unused = (quiet, first, second, other);
-        Ok(Forwarding {})
     }
 }
 

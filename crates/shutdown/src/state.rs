@@ -11,15 +11,13 @@ use tokio::time::Instant;
 
 use crate::probe::Probe;
 use crate::report::{Ledger, Report, Unnamed};
+use crate::signal::INTERRUPT;
 use crate::stages::Ending;
 use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
-use crate::task::Kind;
 use crate::tree::{Node, stop_tree, tree};
 use crate::values::Values;
 use crate::voice::{Announcer, Audience, Voice};
 
-/// The number of SIGINT everywhere.
-const INTERRUPT: i32 = 2;
 /// How long a runtime must have run nothing at all before those who waited for it count as starved.
 const STARVED: Duration = Duration::from_millis(50);
 
@@ -99,6 +97,12 @@ impl Core {
         if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.terms.budget) }) {
             self.announcer.stopping(&reason);
         }
+    }
+
+    /// Whether the application is to be given work, as it changes.
+    #[cfg(all(unix, feature = "systemd"))]
+    pub(crate) fn watch_readiness(&self) -> watch::Receiver<Readiness> {
+        self.readiness.subscribe()
     }
 
     /// Every phase has started and is ready.
@@ -184,8 +188,7 @@ impl Core {
 
     /// How many futures of the application's are alive in the runtime.
     pub(crate) fn named_futures(&self) -> usize {
-        let alive = |node: &Arc<dyn Node>| node.live().iter().filter(|slot| slot.kind != Kind::Blocking).count();
-        self.nodes().iter().map(|(node, _)| alive(node)).sum()
+        self.nodes().iter().map(|(node, _)| node.live_futures()).sum()
     }
 
     fn started(&self) -> MutexGuard<'_, Vec<Started>> {

@@ -82,6 +82,16 @@ impl Readiness {
     }
 }
 
+impl fmt::Display for Readiness {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Starting => "starting",
+            Self::Ready => "ready",
+            Self::Stopping => "stopping",
+        })
+    }
+}
+
 /// A stop that has been requested.
 #[derive(Debug, Clone)]
 pub(crate) struct Stopping {

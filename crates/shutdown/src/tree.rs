@@ -32,6 +32,8 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     /// The same if no task is alive here; returns whether that is so.
     fn close_if_empty(&self) -> bool;
     fn live(&self) -> Vec<Arc<Slot>>;
+    /// How many futures are alive, rather than blocking closures.
+    fn live_futures(&self) -> usize;
     /// The groups below that have not ended for good.
     fn children(&self) -> Vec<Arc<dyn Node>>;
     /// Whether the group has ended for good, with all below it.

@@ -9,6 +9,8 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+#[cfg(feature = "postgres")]
+mod postgres;
 mod spin;
 mod support;
 mod tutorial;

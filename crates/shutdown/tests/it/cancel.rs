@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::future::pending;
 use std::time::Duration;
 
-use cancel_safe_shutdown::{Application, BackgroundWorker, TaskGroup, TaskOutcome, WorkerContext};
+use cancel_safe_shutdown::{Application, BackgroundWorker, StopReason, TaskGroup, TaskOutcome, WorkerContext};
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
 use tokio::sync::oneshot;
 use tokio::task::{JoinSet, yield_now};
@@ -103,16 +103,63 @@ fn a_dropped_scope_leaves_no_task_behind() {
     report.publish("shutdown", "TaskGroup::scope").assert_clean();
 }
 
+/// A task to be dropped, and one that is told and then takes its time.
+fn populate(group: &TaskGroup, alive: &Alive) {
+    let (one, two) = (alive.guest(), alive.guest());
+    group.spawn("plain", async move { (one, pending::<()>().await).1 }).unwrap();
+    let tidy = move |cx: WorkerContext| async move {
+        cx.cancelled().await;
+        sleep(LATER).await;
+        drop(two);
+    };
+    group.spawn_with("tidy", tidy).unwrap();
+}
+
 #[test]
-fn a_dropped_cancel_stands_and_its_grace_still_ends() {
-    let report = explore().ways([Way::Eager, Way::Settled]).run(
+fn a_dropped_scope_whose_body_has_failed_leaves_no_task_behind() {
+    let report = explore().run(
+        async || Alive::default(),
+        async |alive| {
+            let body = async |group: &mut TaskGroup| {
+                populate(group, alive);
+                yield_now().await;
+                Err::<(), _>("no")
+            };
+            let (returned, result) = TaskGroup::scope(body).await;
+            assert_eq!((returned, result.completed.len()), (Err("no"), 1));
+        },
+        async |alive, _| all_gone(alive).await,
+    );
+    report.publish("shutdown", "TaskGroup::scope, failed").assert_clean();
+}
+
+#[test]
+fn a_dropped_try_scope_leaves_no_task_behind() {
+    let report = explore().run(
+        async || Alive::default(),
+        async |alive| {
+            let body = async |group: &mut TaskGroup| {
+                populate(group, alive);
+                yield_now().await;
+                Err::<(), _>("no")
+            };
+            assert_eq!(TaskGroup::try_scope(body).await, Err("no"));
+        },
+        async |alive, _| all_gone(alive).await,
+    );
+    report.publish("shutdown", "TaskGroup::try_scope").assert_clean();
+}
+
+/// A cancel of a group that is dropped anywhere: it is made from the first poll on, and its grace still ends.
+fn cancelling_all(cancel_all: impl AsyncFn(&TaskGroup)) -> Report {
+    explore().ways([Way::Eager, Way::Settled]).run(
         async || {
             let alive = Alive::default();
             let group = busy_group(&alive);
             (RefCell::new(Some(group)), alive)
         },
         #[expect(clippy::await_holding_refcell_ref, reason = "nobody else borrows the group while it is cancelled")]
-        async |(group, _)| group.borrow().as_ref().unwrap().cancel_all().await,
+        async |(group, _)| cancel_all(group.borrow().as_ref().unwrap()).await,
         async |(group, alive), outcome| {
             let group = group.take().unwrap();
             let made = !matches!(outcome, Outcome::Dropped { point: 0, .. });
@@ -130,8 +177,24 @@ fn a_dropped_cancel_stands_and_its_grace_still_ends() {
             }
             all_gone(alive).await
         },
-    );
+    )
+}
+
+#[test]
+fn a_dropped_cancel_stands_and_its_grace_still_ends() {
+    let report = cancelling_all(async |group| group.cancel_all().await);
     report.publish("shutdown", "TaskGroup::cancel_all").assert_clean();
+    let report = cancelling_all(async |group| group.cancel_all_because("no use").await);
+    report.publish("shutdown", "TaskGroup::cancel_all_because").assert_clean();
+}
+
+#[test]
+fn a_cancel_that_first_awaits_is_caught() {
+    let report = cancelling_all(async |group| {
+        sleep(LATER).await;
+        group.cancel_all().await;
+    });
+    assert!(!report.is_clean(), "the broken twin went unnoticed");
 }
 
 #[test]
@@ -304,9 +367,13 @@ fn a_dropped_join_aborts_the_worker() {
     report.publish("shutdown", "BackgroundWorker::join").assert_clean();
 }
 
-#[test]
-fn a_dropped_wait_for_the_cancel_can_be_repeated() {
-    let report = explore().ways([Way::Eager, Way::Settled]).run(
+/// A wait for a stop, dropped anywhere, tells of none that nobody made, and can be repeated.
+fn waiting(
+    wait: impl AsyncFn(&WorkerContext),
+    cancel: impl AsyncFn(&TaskGroup),
+    check: impl Fn(&WorkerContext) -> bool,
+) -> Report {
+    explore().ways([Way::Eager, Way::Settled]).run(
         async || {
             let group = TaskGroup::new();
             let (send, context) = oneshot::channel();
@@ -321,26 +388,48 @@ fn a_dropped_wait_for_the_cancel_can_be_repeated() {
         async |(cx, group, told)| {
             tokio::join!(
                 async {
-                    cx.cancelled().await;
+                    wait(cx).await;
                     told.set(true);
                 },
                 async {
                     sleep(LATER).await;
-                    group.borrow().as_ref().unwrap().cancel_all().await;
+                    cancel(group.borrow().as_ref().unwrap()).await;
                 }
             );
         },
         async |(cx, group, told), _| {
             let group = group.take().unwrap();
-            if told.get() && !cx.is_cancelled() {
+            if told.get() && !(cx.is_cancelled() && check(cx)) {
                 return Err("told of a cancel that nobody made".to_owned());
             }
             group.cancel_all().await;
-            cx.cancelled().await;
+            wait(cx).await;
             if group.wait().await.completed == ["worker"] { Ok(()) } else { Err("the worker was not told".to_owned()) }
         },
-    );
+    )
+}
+
+#[test]
+fn a_dropped_wait_for_the_cancel_can_be_repeated() {
+    let requested = |cx: &WorkerContext| cx.reason() == Some(StopReason::Requested);
+    let cancel_all = async |group: &TaskGroup| group.cancel_all().await;
+    let report = waiting(async |cx| cx.cancelled().await, cancel_all, requested);
     report.publish("shutdown", "WorkerContext::cancelled").assert_clean();
+    // The same for a task that is told alone.
+    let alone = async |group: &TaskGroup| assert_eq!(group.cancel("worker").await, 1);
+    let report = waiting(async |cx| cx.cancelled().await, alone, requested);
+    report.publish("shutdown", "WorkerContext::cancelled, alone").assert_clean();
+    let report = waiting(async |cx| cx.cancelled_owned().await, cancel_all, requested);
+    report.publish("shutdown", "WorkerContext::cancelled_owned").assert_clean();
+}
+
+#[test]
+fn a_wait_that_ends_by_itself_is_caught() {
+    let early = async |cx: &WorkerContext| {
+        tokio::time::timeout(LATER / 2, cx.cancelled()).await.unwrap_or_default();
+    };
+    let report = waiting(early, async |group| group.cancel_all().await, |_| true);
+    assert!(!report.is_clean(), "the broken twin went unnoticed");
 }
 
 #[test]

@@ -4,6 +4,7 @@
 use std::future::pending;
 use std::io::{Read, Write};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cancel_safe_shutdown::{Application, Phase, Report, Restart, Signal, StopReason, WorkerContext};
@@ -165,6 +166,9 @@ const PROGRAMS: &[(&str, Program)] = &[
     ("drains before it stops", || drains_later().run()),
     ("drains for long", || drains_later().drain_delay(STALL).run()),
     ("drains before it stops, also for a person", || drains_later().drain_on_interrupt().run()),
+    ("becomes ready when told", becomes_ready_when_told),
+    ("wedges when told", wedges_when_told),
+    ("lists its threads", || app(FAR).worker("lists", lists_its_threads).run()),
     ("fails past its restarts", || {
         let policy = Restart::OnFailure.intensity(2, FAR).backoff(Duration::from_millis(1), Duration::from_millis(2));
         app(FAR).restart(policy).worker("good", cooperative).worker("broken", fails).run()
@@ -316,6 +320,61 @@ async fn marks(cx: WorkerContext) {
     cx.mark("halfway");
     cx.ready();
     cx.cancelled().await;
+}
+
+/// A phase that is ready, and one that is after a SIGHUP, and that drains until another one.
+fn becomes_ready_when_told() -> ExitCode {
+    let (told, hear) = tokio::sync::watch::channel(0_u32);
+    let slow = move |cx: WorkerContext| {
+        let mut hear = hear.clone();
+        async move {
+            eprintln!("STARTED");
+            let (token, mut again) = (cx.token(), hear.clone());
+            if token.run_until_cancelled(hear.changed()).await.is_some() {
+                cx.ready();
+                again.mark_unchanged();
+                cx.cancelled().await;
+            }
+            eprintln!("TOLD");
+            again.changed().await.unwrap();
+        }
+    };
+    app(FAR)
+        .on_signal(Signal::Hangup, move |_| told.send_modify(|times| *times += 1))
+        .phase("storage", |phase| phase.worker("db", cooperative))
+        .phase("ingress", |phase| phase.worker("slow", slow).ready_within(FAR).timeout(FAR))
+        .run()
+}
+
+/// Takes the only thread for itself between a SIGHUP and a SIGUSR1.
+fn wedges_when_told() -> ExitCode {
+    static WEDGED: AtomicBool = AtomicBool::new(false);
+    let work = |cx: WorkerContext| async move {
+        let token = cx.token();
+        while token.run_until_cancelled(tokio::time::sleep(Duration::from_millis(1))).await.is_some() {
+            if WEDGED.load(Ordering::SeqCst) {
+                eprintln!("WEDGED");
+            }
+            while WEDGED.load(Ordering::SeqCst) {
+                stall(Duration::from_millis(1));
+            }
+        }
+    };
+    app(FAR)
+        .runtime(Builder::new_current_thread())
+        .on_signal(Signal::Hangup, |_| WEDGED.store(true, Ordering::SeqCst))
+        .on_signal(Signal::User1, |_| WEDGED.store(false, Ordering::SeqCst))
+        .worker("worker", work)
+        .run()
+}
+
+/// Lists the threads of its process when it is told to stop.
+async fn lists_its_threads(cx: WorkerContext) {
+    ready();
+    cx.cancelled().await;
+    for thread in std::fs::read_dir("/proc/self/task").unwrap() {
+        eprint!("{}", std::fs::read_to_string(thread.unwrap().path().join("comm")).unwrap_or_default());
+    }
 }
 
 async fn panics(_: WorkerContext) {

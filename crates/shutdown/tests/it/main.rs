@@ -6,8 +6,11 @@ mod cancel;
 mod cancel_serve;
 #[cfg(all(unix, feature = "signal"))]
 mod child;
+mod exercise;
 mod group;
 mod interleavings;
+#[cfg(feature = "axum")]
+mod load;
 mod named;
 mod panics;
 #[cfg(all(unix, feature = "signal"))]
@@ -25,6 +28,10 @@ mod signals;
 #[cfg(all(unix, feature = "signal"))]
 mod silence;
 mod structure;
+#[cfg(all(unix, feature = "signal", feature = "systemd"))]
+mod systemd;
+#[cfg(feature = "test-util")]
+mod test_run;
 mod worker;
 
 use std::sync::Arc;

@@ -530,6 +530,48 @@ async fn dropping_the_server_closes_what_it_has_and_its_handlers() {
     assert_eq!(shared.0.dropped.load(Ordering::SeqCst), 2);
 }
 
+/// What a load balancer sees: the server still answers, and says that it is not to be given work.
+#[tokio::test]
+async fn a_probe_is_told_503_before_and_from_the_first_moment_of_a_stop_while_the_server_still_answers() {
+    let (open, opened) = oneshot::channel::<()>();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap();
+    let app = Application::new("site").shutdown_timeout(MINUTE).drain_delay(NEVER);
+    let router = Router::new()
+        .route("/", get(async || "hi"))
+        .route("/readyz", cancel_safe_shutdown::axum::readiness(app.readiness()));
+    let slow = |cx: WorkerContext| async move {
+        opened.await.unwrap();
+        cx.ready();
+        cx.cancelled().await;
+    };
+    let http = |cx: WorkerContext| async move { cancel_safe_shutdown::axum::serve(listener, router, cx).await };
+    let app = app
+        .phase("ingress", |phase| phase.worker_once("http", http))
+        .phase("cache", |phase| phase.worker_once("slow", slow).ready_within(MINUTE));
+    let (mut readiness, stop) = (app.readiness(), app.shutdown_handle());
+    let running = tokio::spawn(app.serve());
+
+    let mut client = Client::new(TcpStream::connect(addr).await.unwrap());
+    client.get("/readyz").await;
+    assert!(client.read_until("starting").await.starts_with("HTTP/1.1 503"));
+    open.send(()).unwrap();
+    readiness.wait_for(|readiness| readiness.is_ready()).await.unwrap();
+    client.get("/readyz").await;
+    let response = client.read_until("\r\n\r\nready").await;
+    assert!(response.starts_with("HTTP/1.1 200") && response.contains("cache-control: no-store"), "{response}");
+    stop.cancel();
+    readiness.wait_for(|readiness| !readiness.is_ready()).await.unwrap();
+    client.get("/readyz").await;
+    assert!(client.read_until("stopping").await.starts_with("HTTP/1.1 503"));
+    // Also to those who come now, for as long as the delay runs.
+    let mut late = Client::new(TcpStream::connect(addr).await.unwrap());
+    late.get("/").await;
+    assert!(late.read_until("hi").await.starts_with("HTTP/1.1 200"));
+    drop((client, late));
+    running.abort();
+}
+
 /// What axum's own server does, and the checks above must be able to see: the twin that is broken.
 #[tokio::test]
 async fn a_connection_that_nobody_owns_is_caught() {

@@ -54,7 +54,7 @@ impl Program {
         program
     }
 
-    fn spawn(name: &str, mut command: Command) -> Self {
+    pub(crate) fn spawn(name: &str, mut command: Command) -> Self {
         let mut child = command
             .args(["--exact", "child::child_program", "--nocapture"])
             .env(PROGRAM, name)
@@ -70,7 +70,7 @@ impl Program {
         Self { child, lines, stderr: String::new() }
     }
 
-    fn wait_for(&mut self, wanted: &str) {
+    pub(crate) fn wait_for(&mut self, wanted: &str) {
         while !self.stderr.contains(wanted) {
             let line = self.lines.recv_timeout(PATIENCE);
             self.stderr += &line.unwrap_or_else(|_| panic!("no {wanted:?} in {:?}", self.stderr));
@@ -78,7 +78,7 @@ impl Program {
         }
     }
 
-    fn send(&self, signal: Signal) {
+    pub(crate) fn send(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 

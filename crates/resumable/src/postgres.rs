@@ -1,0 +1,147 @@
+//! Many workers, on any number of machines, share one job in a PostgreSQL.
+//!
+//! Invariant: a result is recorded by the worker that holds its range, and by no other: each append tests the epoch of the
+//! range under the lock of its row. What is recorded are the blocks of a checkpoint file.
+
+use std::{path::PathBuf, sync::Arc, time::Duration};
+
+use sqlx::PgPool;
+
+use self::session::Bounds;
+
+pub use self::results::PgResults;
+
+pub(crate) mod drive;
+mod input;
+mod job;
+mod keeper;
+mod leases;
+mod ledger;
+mod results;
+mod schema;
+mod session;
+mod shared;
+mod waiting;
+
+/// The longest name of a schema in PostgreSQL; a longer one would be cut.
+const LONGEST_NAME_BYTES: usize = 63;
+
+/// A job in a PostgreSQL that any number of processes on any number of machines share.
+///
+/// Each worker has the whole input, and the same one. It claims ranges of it under a lease, renews the leases while it
+/// lives, and records results in blocks; a worker that was frozen or cut off past its lease loses its ranges to others and
+/// cannot write to them any more ([`TaskError::Fenced`](crate::TaskError::Fenced)). An item is handed out by the worker that ran it, once its result
+/// is durable, and so by one worker only. A run ends when the whole job is complete.
+///
+/// The tables are made in a schema of their own, `resumable` by default, and nothing else is touched. It works behind a
+/// pooler in transaction mode, such as PgBouncer: nothing needs a session, and no statement has a name.
+#[derive(Clone, Debug)]
+#[must_use = "a store does nothing by itself: give it to `Builder::store`"]
+pub struct PgStore {
+    pub(crate) pool: PgPool,
+    pub(crate) schema: Arc<str>,
+    pub(crate) range_items: usize,
+    pub(crate) lease: Duration,
+    pub(crate) outage: Duration,
+    pub(crate) owner: Arc<str>,
+    pub(crate) tolerated: u32,
+}
+
+impl PgStore {
+    /// A store on the sessions of a pool, of which a run takes one at a time.
+    pub fn new(pool: PgPool) -> Self {
+        Self {
+            pool,
+            schema: "resumable".into(),
+            range_items: 1000,
+            lease: Duration::from_secs(30),
+            outage: Duration::from_secs(60),
+            owner: format!("pid {}", std::process::id()).into(),
+            tolerated: 0,
+        }
+    }
+
+    /// Sets the schema of the tables, at most 63 bytes. It is made if it is missing, and must hold nothing else. Default:
+    /// `resumable`.
+    pub fn schema(mut self, name: impl Into<String>) -> Self {
+        self.schema = name.into().into();
+        self
+    }
+
+    /// Sets how many items are claimed together. Default: 1,000.
+    ///
+    /// Fewer share slow items more evenly, more cost fewer transactions: one takes as long as a few hundred trivial items.
+    /// The first worker of a job decides.
+    pub fn range_items(mut self, items: usize) -> Self {
+        self.range_items = items;
+        self
+    }
+
+    /// Sets how long a range is held without a sign of life. Default: 30 s.
+    ///
+    /// Leases are renewed each third of it, by the clock of the server. After a crash others take over when it is over;
+    /// after an orderly end, or a drop, at once.
+    pub fn lease(mut self, lease: Duration) -> Self {
+        self.lease = lease;
+        self
+    }
+
+    /// Sets for how long the database may be away before the run ends with [`TaskError::Database`](crate::TaskError::Database). Default: 60 s.
+    pub fn outage(mut self, outage: Duration) -> Self {
+        self.outage = outage;
+        self
+    }
+
+    /// Sets the name that the tables show for this worker. Each run adds a number of its own, so that two of one name are
+    /// told apart. Default: the process id.
+    pub fn owner(mut self, name: impl Into<String>) -> Self {
+        self.owner = name.into().into();
+        self
+    }
+
+    /// Sets how many ranges a run may lose to other workers before it ends with [`TaskError::Fenced`](crate::TaskError::Fenced). Default: 0.
+    ///
+    /// Whatever is lost is recorded by the others, once. A worker that goes on after it was frozen, instead of being
+    /// started again, is of use where nobody starts it again.
+    pub fn tolerate_lost(mut self, ranges: u32) -> Self {
+        self.tolerated = ranges;
+        self
+    }
+
+    /// What is wrong with the settings.
+    pub(crate) fn mistake(&self) -> Option<&'static str> {
+        let mistakes = [
+            (self.range_items == 0, "a range of 0 items would never end"),
+            (self.range_items > 1 << 24, "a range has at most 16,777,216 items"),
+            (self.lease < Duration::from_millis(100), "a lease of less than 100 ms would be over before it is renewed"),
+            (
+                self.lease > Duration::from_secs(86_400),
+                "a lease of more than a day would hold a crashed worker's ranges for as long",
+            ),
+            (self.schema.is_empty(), "a schema has a name"),
+            (self.schema.len() > LONGEST_NAME_BYTES, "the name of a schema has at most 63 bytes"),
+            (self.schema.contains('\0'), "the name of a schema has no NUL"),
+        ];
+        mistakes.iter().find(|(is_made, _)| *is_made).map(|(_, mistake)| *mistake)
+    }
+
+    /// Half a lease: a worker that is frozen in a transaction does not hold its rows for longer than its lease.
+    pub(crate) fn bounds(&self) -> Bounds {
+        Bounds::new(self.lease / 2)
+    }
+
+    pub(crate) fn heartbeat_every(&self) -> Duration {
+        self.lease / 3
+    }
+
+    /// How soon to look whether a range of another has become free; not all workers at the same time.
+    pub(crate) fn look_again(&self) -> Duration {
+        let wait = (self.lease / 8).clamp(Duration::from_millis(20), Duration::from_secs(1));
+        wait.mul_f64(0.5 + fastrand::f64() / 2.0)
+    }
+}
+
+/// How errors name a job, or what is in one.
+pub(crate) fn place(schema: &str, name: &str) -> PathBuf {
+    PathBuf::from(format!("postgres:{schema}/{name}"))
+}

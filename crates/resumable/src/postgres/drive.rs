@@ -1,0 +1,523 @@
+//! The loop of a run that shares its job with other workers: runs the items of the ranges it holds.
+//!
+//! Invariant: an item is handed out after the append of its result is committed, and so by one worker only. An item of a
+//! range that another has taken over is dropped where it is.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
+
+use futures_core::Stream;
+use futures_util::stream::FuturesUnordered;
+use serde::{Serialize, de::DeserializeOwned};
+use tokio::{sync::watch, time::Sleep};
+use tokio_util::sync::WaitForCancellationFutureOwned;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
+
+use crate::{
+    drive::Summary,
+    error::TaskError,
+    history::{begin_payload, put_failure},
+    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe},
+    log::{Header, Identity, Kind, MAX_PAYLOAD_BYTES},
+    plan::Plan,
+    postgres::{
+        PgStore,
+        input::Input,
+        job::Offer,
+        keeper,
+        leases::Standing,
+        ledger::Known,
+        shared::{Hold, Means, Shared, Told},
+        waiting::{Ticket, Waiting},
+    },
+    progress::{Meter, Progress},
+    proof::Prover,
+    run::Engine,
+};
+
+type Work<T, R> = Box<dyn Fn(ItemContext, T) -> Running<R> + Send>;
+pub(crate) type Running<R> = Pin<Box<dyn Future<Output = Result<R, ItemError>> + Send>>;
+
+/// So many items are looked at before the keeper is heard again.
+const BURST: usize = 64;
+
+/// A range at work.
+struct Range<R> {
+    hold: Hold,
+    first: usize,
+    known: Vec<Known>,
+    /// The place of the next item to look at.
+    next: usize,
+    /// How many items are not finished.
+    left: usize,
+    /// What is recorded and not yet known to be durable: the number of the record, and the item.
+    held: VecDeque<(usize, Done<R>)>,
+}
+
+/// One attempt: the item's future, and the item it comes from.
+struct Attempt<T, R> {
+    ticket: Option<Ticket<T>>,
+    future: Running<R>,
+}
+
+/// The future is pinned in its box, and nothing else is.
+impl<T, R> Unpin for Attempt<T, R> {}
+
+impl<T, R> Future for Attempt<T, R> {
+    type Output = (Ticket<T>, Result<R, ItemError>);
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let output = ready!(self.future.as_mut().poll(cx));
+        Poll::Ready((self.ticket.take().expect("a future that is ready is not polled again"), output))
+    }
+}
+
+enum Ending {
+    Running,
+    /// The keeper is asked to end; then the run ends so, unless the keeper says worse.
+    Stopping(TaskError),
+    Ended(Option<Result<Summary, TaskError>>),
+}
+
+/// How far the job and this run have come.
+#[derive(Debug, Default)]
+struct Counts {
+    /// What the keeper has last said of the whole job.
+    standing: Standing,
+    /// Results and items in quarantine of this run that are durable.
+    completed: usize,
+    quarantined: usize,
+    /// Those of them that the standing does not have yet.
+    done_since: usize,
+    quarantined_since: usize,
+    /// Items in quarantine that are recorded and not durable.
+    quarantined_held: usize,
+}
+
+impl Counts {
+    fn done(&self) -> usize {
+        as_usize(self.standing.done) + self.done_since
+    }
+
+    fn failed(&self) -> usize {
+        as_usize(self.standing.quarantined) + self.quarantined_since + self.quarantined_held
+    }
+
+    fn own(&self) -> usize {
+        self.completed + self.quarantined
+    }
+}
+
+/// A run on PostgreSQL.
+pub(crate) struct PgDrive<T, R> {
+    plan: Plan<T, R>,
+    input: Input<T>,
+    work: Work<T, R>,
+    meter: Meter,
+    in_flight: FuturesUnordered<Attempt<T, R>>,
+    waiting: Waiting<T>,
+    shared: Arc<Shared>,
+    ranges: HashMap<i64, Range<R>>,
+    /// Ranges with items that were not started, the first to be worked on first.
+    fresh: VecDeque<Hold>,
+    has_room: bool,
+    ready: VecDeque<Done<R>>,
+    seed: u64,
+    counts: Counts,
+    prover: Prover,
+    payload: Vec<u8>,
+    cancelled: Pin<Box<WaitForCancellationFutureOwned>>,
+    grace: Option<Pin<Box<Sleep>>>,
+    ending: Ending,
+}
+
+/// Nothing in the loop is pinned in place.
+impl<T, R> Unpin for PgDrive<T, R> {}
+
+impl<T, R> PgDrive<T, R>
+where
+    T: Serialize + Clone,
+    R: Serialize + DeserializeOwned,
+{
+    /// Reads the input and starts the keeper, which opens the job.
+    pub(crate) async fn open(
+        mut plan: Plan<T, R>,
+        store: PgStore,
+        source: impl Stream<Item = T>,
+        work: Work<T, R>,
+        progress: watch::Sender<Progress>,
+    ) -> Result<Self, TaskError> {
+        let (input, chain) = Input::read(source, plan.key.as_mut(), plan.codec, &plan.token).await?;
+        let header = Header {
+            salt: fastrand::u64(..),
+            codec: plan.codec.number(),
+            identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
+            job: plan.job.clone(),
+            version: plan.version.clone(),
+            result_type: std::any::type_name::<R>().to_owned(),
+        };
+        let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
+        let shared = Arc::new(Shared::default());
+        keeper::start(store, &shared, offer, plan.every);
+        Ok(Self {
+            input,
+            work,
+            meter: Meter::new(progress),
+            in_flight: FuturesUnordered::new(),
+            waiting: Waiting::new(),
+            shared,
+            ranges: HashMap::new(),
+            fresh: VecDeque::new(),
+            has_room: true,
+            ready: VecDeque::new(),
+            seed: 0,
+            counts: Counts::default(),
+            prover: Prover::new(plan.codec),
+            payload: Vec::new(),
+            cancelled: Box::pin(plan.token.clone().cancelled_owned()),
+            grace: None,
+            ending: Ending::Running,
+            plan,
+        })
+    }
+
+    /// Starts and settles some items, and returns whether there were any.
+    fn step(&mut self, cx: &mut Context<'_>) -> Result<bool, TaskError> {
+        for step in 0..BURST {
+            // Before the token is looked at: a result that is there is never thrown away.
+            if let Poll::Ready(Some((ticket, outcome))) = Pin::new(&mut self.in_flight).poll_next(cx) {
+                self.settle(ticket, outcome)?;
+                continue;
+            }
+            if self.plan.token.is_cancelled() {
+                if self.poll_grace(cx).is_ready() {
+                    return Err(TaskError::Cancelled);
+                }
+                return Ok(step > 0);
+            }
+            if self.start_next() {
+                continue;
+            }
+            // Registers for what else may wake the loop.
+            let due = self.waiting.poll_due(cx).is_ready();
+            let cancelled = self.cancelled.as_mut().poll(cx).is_ready();
+            return Ok(step > 0 || due && self.can_start() || cancelled);
+        }
+        Ok(true)
+    }
+
+    /// The token has fired: nothing is started any more; becomes ready when what runs has had its time.
+    fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.in_flight.is_empty() || self.plan.grace.is_zero() {
+            return Poll::Ready(());
+        }
+        let grace = self.plan.grace;
+        self.grace.get_or_insert_with(|| Box::pin(tokio::time::sleep(grace))).as_mut().poll(cx)
+    }
+
+    fn can_start(&self) -> bool {
+        self.in_flight.len() < self.plan.concurrency && self.has_room
+    }
+
+    fn is_held(&self, hold: Hold) -> bool {
+        self.ranges.get(&hold.n).is_some_and(|range| range.hold == hold)
+    }
+
+    /// Starts one more item if there is a slot, room in the buffer, and an item.
+    fn start_next(&mut self) -> bool {
+        if !self.can_start() {
+            return false;
+        }
+        while let Some(ticket) = self.waiting.take_due() {
+            if self.is_held(ticket.hold) {
+                self.launch(ticket);
+                return true;
+            }
+        }
+        if self.waiting.len() >= self.plan.max_ahead {
+            return false;
+        }
+        while let Some(&hold) = self.fresh.front() {
+            let range = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold);
+            if let Some((index, attempts)) = range.and_then(Range::next) {
+                let Some(item) = self.input.items.get(index).cloned() else { return false };
+                let attempts = if self.plan.retry.per_run { 0 } else { attempts };
+                self.meter.item_started();
+                self.launch(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0 });
+                return true;
+            }
+            self.fresh.pop_front();
+            self.shared.exhausted(hold);
+        }
+        false
+    }
+
+    fn launch(&mut self, ticket: Ticket<T>) {
+        let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
+        let context = ItemContext { index, key, attempt, seed: self.seed };
+        let future = (self.work)(context, ticket.item.clone());
+        self.in_flight.push(Attempt { ticket: Some(ticket), future });
+    }
+
+    /// Records how an attempt ended.
+    fn settle(&mut self, mut ticket: Ticket<T>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
+        let error = match outcome {
+            Ok(result) => return self.finish(ticket, result),
+            Err(error) => error,
+        };
+        if let Verdict::Defer(after) = error.verdict
+            && ticket.defers < self.plan.max_defers
+        {
+            ticket.defers += 1;
+            self.waiting.enter(after, ticket);
+            return Ok(());
+        }
+        ticket.attempts += 1;
+        let cause = describe(error.cause.as_ref());
+        if error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts {
+            return self.quarantine(ticket, cause);
+        }
+        self.record_failure(Kind::Failure, &ticket, ticket.attempts, &cause, Means::Open)?;
+        self.waiting.enter(self.plan.retry.delay_after(ticket.attempts), ticket);
+        Ok(())
+    }
+
+    fn finish(&mut self, ticket: Ticket<T>, result: R) -> Result<(), TaskError> {
+        begin_payload(&mut self.payload, ticket.key.as_deref());
+        self.prover.encode(ticket.index, &result, &mut self.payload)?;
+        let number = self.push(Kind::Result, &ticket, Means::Finished)?;
+        let Ticket { hold, index, key, attempts, .. } = ticket;
+        let done = Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) };
+        self.hold_back(hold, number, done);
+        Ok(())
+    }
+
+    fn quarantine(&mut self, ticket: Ticket<T>, cause: String) -> Result<(), TaskError> {
+        let limit = self.plan.quarantine;
+        let (index, attempts) = (ticket.index, ticket.attempts);
+        if self.counts.failed() >= limit {
+            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            self.record_failure(Kind::Failure, &ticket, 0, &cause, Means::Open)?;
+            return Err(TaskError::QuarantineFull { limit, index, attempts, cause });
+        }
+        let number = self.record_failure(Kind::Quarantine, &ticket, attempts, &cause, Means::Quarantined)?;
+        self.counts.quarantined_held += usize::from(number.is_some());
+        let result = Err(Quarantined { attempts, cause, uncertain: false });
+        let done = Done { index, key: ticket.key, restored: false, attempts, result };
+        self.hold_back(ticket.hold, number, done);
+        Ok(())
+    }
+
+    fn record_failure(
+        &mut self,
+        kind: Kind,
+        ticket: &Ticket<T>,
+        attempts: u32,
+        cause: &str,
+        means: Means,
+    ) -> Result<Option<usize>, TaskError> {
+        begin_payload(&mut self.payload, ticket.key.as_deref());
+        put_failure(&mut self.payload, attempts, cause);
+        self.push(kind, ticket, means)
+    }
+
+    /// Gives the keeper a record and returns its number; `None` if the range is lost.
+    fn push(&mut self, kind: Kind, ticket: &Ticket<T>, means: Means) -> Result<Option<usize>, TaskError> {
+        let index = ticket.index;
+        if self.payload.len() > MAX_PAYLOAD_BYTES {
+            let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
+            return Err(TaskError::unwritten::<R>(self.plan.codec, index, cause));
+        }
+        let recorded = self.shared.record(ticket.hold, kind, index, &self.payload, means);
+        if let Some(recorded) = recorded {
+            self.has_room = recorded.has_room;
+        }
+        Ok(recorded.map(|recorded| recorded.number))
+    }
+
+    /// Keeps a finished item until its record is durable.
+    fn hold_back(&mut self, hold: Hold, number: Option<usize>, done: Done<R>) {
+        if let Some(number) = number
+            && let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold)
+        {
+            range.left = range.left.saturating_sub(1);
+            range.held.push_back((number, done));
+        }
+    }
+}
+
+impl<R> Range<R> {
+    /// The index and the failed attempts of the next item that is not finished.
+    fn next(&mut self) -> Option<(usize, u32)> {
+        while let Some(known) = self.known.get(self.next) {
+            let index = self.first + self.next;
+            self.next += 1;
+            match known {
+                Known::Nothing => return Some((index, 0)),
+                Known::Failed(attempts) => return Some((index, *attempts)),
+                Known::Result | Known::Quarantined => {}
+            }
+        }
+        None
+    }
+}
+
+impl<T, R> PgDrive<T, R> {
+    /// Takes in what the keeper has told and returns whether there was anything.
+    fn hear(&mut self, cx: &Context<'_>) -> bool {
+        let (told, has_room) = self.shared.hear(cx.waker());
+        let mut changed = !told.is_empty() || has_room && !self.has_room;
+        self.has_room = has_room;
+        for told in told {
+            match told {
+                Told::Opened { salt } => self.seed = xxh3_64_with_seed(self.plan.job.as_bytes(), salt),
+                Told::Granted { hold, first, items } => self.take_on(hold, first, items),
+                Told::Appended { hold, records } => self.release(hold, records),
+                Told::Lost(hold) => self.lose(hold),
+                Told::Standing(standing) => {
+                    self.counts.standing = standing;
+                    (self.counts.done_since, self.counts.quarantined_since) = (0, 0);
+                    changed |= self.publish();
+                }
+                Told::Fenced(error) => self.stop(error),
+            }
+        }
+        changed
+    }
+
+    fn take_on(&mut self, hold: Hold, first: usize, known: Vec<Known>) {
+        let left = known.iter().filter(|known| matches!(known, Known::Nothing | Known::Failed(_))).count();
+        self.ranges.insert(hold.n, Range { hold, first, known, next: 0, left, held: VecDeque::new() });
+        self.fresh.push_back(hold);
+    }
+
+    /// Hands out what is durable now.
+    fn release(&mut self, hold: Hold, records: usize) {
+        let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold) else { return };
+        while range.held.front().is_some_and(|(number, _)| *number <= records)
+            && let Some((_, done)) = range.held.pop_front()
+        {
+            self.counts.done_since += 1;
+            if done.result.is_ok() {
+                self.counts.completed += 1;
+            } else {
+                self.counts.quarantined += 1;
+                self.counts.quarantined_since += 1;
+                self.counts.quarantined_held -= 1;
+            }
+            self.ready.push_back(done);
+        }
+        if range.left == 0 && range.held.is_empty() {
+            self.ranges.remove(&hold.n);
+        }
+    }
+
+    /// Drops all that belongs to a range that another worker has.
+    fn lose(&mut self, hold: Hold) {
+        let Some(range) = self.ranges.remove(&hold.n) else { return };
+        if range.hold != hold {
+            self.ranges.insert(hold.n, range);
+            return;
+        }
+        self.counts.quarantined_held -= range.held.iter().filter(|(_, done)| done.result.is_err()).count();
+        let of_others = |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.hold != hold);
+        self.in_flight = std::mem::take(&mut self.in_flight).into_iter().filter(of_others).collect();
+    }
+
+    /// Ends the run once what is recorded is durable. What is running is dropped first: a successor never overlaps with it.
+    fn stop(&mut self, error: TaskError) {
+        if let Ending::Running = self.ending {
+            self.in_flight.clear();
+            self.ending = Ending::Stopping(error);
+            self.shared.stop();
+        }
+    }
+
+    fn end(&mut self, ended: Result<Standing, TaskError>) {
+        self.in_flight.clear();
+        let before = std::mem::replace(&mut self.ending, Ending::Ended(None));
+        let outcome = match (before, ended) {
+            (_, Err(error)) | (Ending::Stopping(error), Ok(_)) => Err(error),
+            (Ending::Running | Ending::Ended(_), Ok(standing)) => Ok(self.summary(standing)),
+        };
+        self.publish();
+        self.ending = Ending::Ended(Some(outcome));
+    }
+
+    fn summary(&self, standing: Standing) -> Summary {
+        Summary {
+            total: self.input.items.len(),
+            completed: self.counts.completed,
+            restored: as_usize(standing.done).saturating_sub(self.counts.own()),
+            quarantined: as_usize(standing.quarantined),
+            torn_bytes: 0,
+        }
+    }
+
+    fn publish(&mut self) -> bool {
+        let (done, failed) = (self.counts.done(), self.counts.failed());
+        self.meter.stand_at(done, done.saturating_sub(self.counts.own()), failed);
+        self.meter.publish(self.input.items.len());
+        false
+    }
+}
+
+impl<T, R> Engine<R> for PgDrive<T, R>
+where
+    T: Serialize + Clone + Send,
+    R: Serialize + DeserializeOwned + Send,
+{
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
+        loop {
+            if let Some(done) = self.ready.pop_front() {
+                return Poll::Ready(Some(done));
+            }
+            if let Ending::Ended(_) = self.ending {
+                return Poll::Ready(None);
+            }
+            // Items that are always ready must not keep the rest of the runtime from running.
+            let coop = ready!(tokio::task::coop::poll_proceed(cx));
+            let heard = self.hear(cx);
+            if let Some(ended) = self.shared.ended() {
+                self.end(ended);
+                continue;
+            }
+            let stepped = match self.ending {
+                Ending::Running => self.step(cx),
+                Ending::Stopping(_) | Ending::Ended(_) => Ok(false),
+            };
+            match stepped {
+                Ok(false) if !heard => {
+                    self.publish();
+                    return Poll::Pending;
+                }
+                Ok(_) => {}
+                Err(error) => self.stop(error),
+            }
+            coop.made_progress();
+        }
+    }
+
+    fn take_outcome(&mut self) -> Option<Result<Summary, TaskError>> {
+        match &mut self.ending {
+            Ending::Ended(outcome) => outcome.take(),
+            Ending::Running | Ending::Stopping(_) => None,
+        }
+    }
+}
+
+impl<T, R> Drop for PgDrive<T, R> {
+    fn drop(&mut self) {
+        // Before the keeper gives the ranges back: a successor never runs beside these.
+        self.in_flight.clear();
+        self.shared.stop();
+    }
+}
+
+fn as_usize(count: i64) -> usize {
+    usize::try_from(count).unwrap_or_default()
+}

@@ -1,0 +1,228 @@
+//! The results of a job, read back in the order of the input.
+//!
+//! Invariant: a range is read as it was at one moment, and each of its blocks is checked; a job that is not complete is
+//! told as an error, after what there is.
+
+use std::{
+    collections::VecDeque,
+    fmt,
+    marker::PhantomData,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use futures_core::Stream;
+use futures_util::stream::{self, StreamExt};
+use serde::de::DeserializeOwned;
+use sqlx::Row;
+
+use crate::{
+    codec::Codec,
+    error::TaskError,
+    item::{Done, Quarantined},
+    log::{Header, Kind},
+    postgres::{
+        PgStore, job,
+        ledger::{Known, Ledger, failure},
+        place, schema,
+        schema::{Unusable, quoted},
+        session::{Tx, statement},
+    },
+};
+
+/// How many ranges are read at once.
+const RANGES: i64 = 16;
+
+/// The recorded items of a job, in the order of the input: see [`PgStore::results`].
+#[must_use = "a stream does nothing unless polled"]
+pub struct PgResults<R> {
+    stream: Pin<Box<dyn Stream<Item = Result<Done<R>, TaskError>> + Send>>,
+}
+
+impl<R> fmt::Debug for PgResults<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PgResults").finish_non_exhaustive()
+    }
+}
+
+impl<R> Stream for PgResults<R> {
+    type Item = Result<Done<R>, TaskError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.stream.poll_next_unpin(cx)
+    }
+}
+
+impl PgStore {
+    /// Reads what is recorded of a job, in the order of the input, each block checked.
+    ///
+    /// It may be read while workers are at it. Items that are not finished are left out, and then the last thing that comes
+    /// is [`TaskError::Incomplete`]; any other error ends the stream too. About 16,000 items are in memory at a time.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use cancel_safe_resumable::{PgStore, TaskError};
+    /// # use futures_util::TryStreamExt;
+    /// # async fn read(store: PgStore) -> Result<(), TaskError> {
+    /// let mut results = store.results::<u64>("crawl");
+    /// while let Some(done) = results.try_next().await? {
+    ///     println!("{}: {:?}", done.index, done.result);
+    /// }
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn results<R: DeserializeOwned + Send + 'static>(&self, job: impl Into<String>) -> PgResults<R> {
+        let reader = Reader::<R> {
+            store: self.clone(),
+            name: job.into(),
+            job: None,
+            next: 0,
+            items: VecDeque::new(),
+            done: 0,
+            is_over: false,
+            of: PhantomData,
+        };
+        PgResults { stream: Box::pin(stream::unfold(reader, Reader::step)) }
+    }
+}
+
+struct Reader<R> {
+    store: PgStore,
+    name: String,
+    job: Option<Arc<job::Job>>,
+    /// The number of the next range.
+    next: i64,
+    items: VecDeque<Done<R>>,
+    done: usize,
+    is_over: bool,
+    of: PhantomData<fn() -> R>,
+}
+
+/// A range as it is in the database.
+struct Stored {
+    n: i64,
+    first: i64,
+    count: i32,
+    seq: i32,
+    finished: bool,
+    bodies: Vec<Vec<u8>>,
+}
+
+impl<R: DeserializeOwned> Reader<R> {
+    async fn step(mut self) -> Option<(Result<Done<R>, TaskError>, Self)> {
+        loop {
+            if let Some(done) = self.items.pop_front() {
+                self.done += 1;
+                return Some((Ok(done), self));
+            }
+            if self.is_over {
+                return None;
+            }
+            if let Err(error) = self.load().await {
+                self.is_over = true;
+                return Some((Err(error), self));
+            }
+        }
+    }
+
+    async fn load(&mut self) -> Result<(), TaskError> {
+        let job = match &self.job {
+            Some(job) => Arc::clone(job),
+            None => {
+                let job = self.store.patiently("find the job", || find(&self.store, &self.name)).await?;
+                Arc::clone(self.job.insert(Arc::new(job)))
+            }
+        };
+        let next = self.next;
+        let ranges = self.store.patiently("read results", || read(&self.store, job.id, next)).await?;
+        self.next += RANGES;
+        if ranges.is_empty() {
+            self.is_over = true;
+            if self.done < job.total {
+                let path = place(&self.store.schema, &self.name);
+                return Err(TaskError::Incomplete { path, done: self.done, total: job.total });
+            }
+        }
+        for range in ranges {
+            self.enter(&job.header, range)?;
+        }
+        Ok(())
+    }
+
+    /// Checks a range and takes its items.
+    fn enter(&mut self, header: &Header, range: Stored) -> Result<(), TaskError> {
+        let Stored { n, first, count, seq, finished, bodies } = range;
+        let path = place(&self.store.schema, &format!("{}/{n}", self.name));
+        let damaged = |detail| TaskError::Corrupt { path: path.clone(), offset: 0, detail };
+        let (Ok(first), Ok(count)) = (usize::try_from(first), usize::try_from(count)) else {
+            return Err(damaged("the range is not one that this crate has made"));
+        };
+        if i32::try_from(bodies.len()) != Ok(seq) {
+            return Err(damaged("blocks of the range are missing"));
+        }
+        let Some(codec) = Codec::of_number(header.codec) else {
+            return Err(damaged("its codec is not one that this program has"));
+        };
+        let mut ledger = Ledger::new(header.salt, n, count);
+        let mut items: Vec<Option<Result<Done<R>, TaskError>>> = (0..count).map(|_| None).collect();
+        let sealed = ledger.read(first as u64, header.identity, &bodies.concat(), &path, |record| {
+            let index = first + record.at;
+            let done =
+                |attempts, result| Done { index, key: record.key.map(Arc::from), restored: true, attempts, result };
+            let entered = match record.kind {
+                Kind::Result => {
+                    let failed = |cause| TaskError::unread::<R>(codec, index, record.payload, cause);
+                    Some(codec.decode(record.payload).map(|result| done(0, Ok(result))).map_err(failed))
+                }
+                Kind::Quarantine => failure(record.payload).map(|(attempts, cause)| {
+                    Ok(done(attempts, Err(Quarantined { attempts, cause, uncertain: false })))
+                }),
+                _ => None,
+            };
+            if let (Some(slot), Some(entered)) = (items.get_mut(record.at), entered) {
+                *slot = Some(entered);
+            }
+        })?;
+        let is_whole = sealed && ledger.items.iter().all(|item| matches!(item, Known::Result | Known::Quarantined));
+        if finished != is_whole {
+            return Err(damaged("a finished range does not end with its seal"));
+        }
+        for item in items.into_iter().flatten() {
+            self.items.push_back(item?);
+        }
+        Ok(())
+    }
+}
+
+async fn find(store: &PgStore, name: &str) -> Result<job::Job, Unusable> {
+    const NO_JOB: TaskError = TaskError::Config("there is no job of this name in the store");
+    if !schema::exists(&store.pool, &store.bounds(), &store.schema).await? {
+        return Err(Unusable::Refused(NO_JOB));
+    }
+    let mut tx = Tx::begin(&store.pool, &store.bounds()).await?;
+    let found = job::read(&mut tx, &store.schema, name).await?;
+    tx.commit().await?;
+    found.map(|found| found.job).ok_or(Unusable::Refused(NO_JOB))
+}
+
+/// Reads some ranges with their blocks, in one statement, so that each is as it was at one moment.
+async fn read(store: &PgStore, job: i64, from: i64) -> Result<Vec<Stored>, sqlx::Error> {
+    let s = quoted(&store.schema);
+    let select = format!(
+        "SELECT r.n, r.first, r.count, r.seq, r.finished, coalesce((SELECT array_agg(b.body ORDER BY b.seq)
+            FROM {s}.block b WHERE b.job = r.job AND b.n = r.n), '{{}}')
+        FROM {s}.range r WHERE r.job = $1 AND r.n >= $2 AND r.n < $3 ORDER BY r.n"
+    );
+    let mut tx = Tx::begin(&store.pool, &store.bounds()).await?;
+    let select = statement(&select.into()).bind(job).bind(from).bind(from + RANGES);
+    let rows = select.fetch_all(tx.connection()?).await?;
+    tx.commit().await?;
+    let stored = |row: &sqlx::postgres::PgRow| {
+        let (n, first, count) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let (seq, finished, bodies) = (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
+        Ok(Stored { n, first, count, seq, finished, bodies })
+    };
+    rows.iter().map(stored).collect()
+}

@@ -1,0 +1,99 @@
+//! One transaction on one connection of the pool, within bounds the server keeps too.
+//!
+//! Invariant: a connection goes back to the pool only after its transaction has ended; whatever else happens to it, it is
+//! closed, and the server rolls back. Nothing needs a session beyond the transaction, so that a pooler may stand between.
+
+use std::{sync::Arc, time::Duration};
+
+use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, pool::PoolConnection, postgres::PgArguments, query::Query};
+
+/// How transactions begin, and how long one may take.
+#[derive(Clone, Debug)]
+pub(crate) struct Bounds {
+    begin: Arc<str>,
+    /// The longest time of one statement, of a pause between two, and of the whole as we see it.
+    pub(crate) limit: Duration,
+}
+
+impl Bounds {
+    /// A worker that is frozen before its COMMIT would hold its rows for as long as its session lives: the server ends a
+    /// transaction that is idle for longer than `limit`.
+    ///
+    /// `READ COMMITTED` is named because the default of a database may be another, under which a statement does not see
+    /// what its row was changed to while it waited for it.
+    pub(crate) fn new(limit: Duration) -> Self {
+        let ms = limit.as_millis().clamp(1, i32::MAX as u128);
+        let begin = format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {ms}; \
+             SET LOCAL idle_in_transaction_session_timeout = {ms}"
+        );
+        Self { begin: begin.into(), limit }
+    }
+
+    /// The statements with which a transaction begins.
+    pub(crate) fn begin(&self) -> AssertSqlSafe<Arc<str>> {
+        AssertSqlSafe(Arc::clone(&self.begin))
+    }
+}
+
+/// A transaction. Dropped before its commit it closes its connection, which rolls it back.
+#[derive(Debug)]
+pub(crate) struct Tx {
+    connection: Option<PoolConnection<Postgres>>,
+}
+
+impl Tx {
+    pub(crate) async fn begin(pool: &PgPool, bounds: &Bounds) -> Result<Self, sqlx::Error> {
+        let mut tx = Self { connection: Some(pool.acquire().await?) };
+        sqlx::raw_sql(bounds.begin()).execute(tx.connection()?).await?;
+        Ok(tx)
+    }
+
+    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        self.connection.as_deref_mut().ok_or(sqlx::Error::PoolClosed)
+    }
+
+    pub(crate) async fn commit(mut self) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql("COMMIT").execute(self.connection()?).await?;
+        drop(self.connection.take());
+        Ok(())
+    }
+}
+
+impl Drop for Tx {
+    fn drop(&mut self) {
+        if let Some(connection) = &mut self.connection {
+            connection.close_on_drop();
+        }
+    }
+}
+
+/// A statement without a name: one that a pooler may send to a server that has never seen another of ours.
+pub(crate) fn statement<'q>(sql: &Arc<str>) -> Query<'q, Postgres, PgArguments> {
+    sqlx::query(AssertSqlSafe(Arc::clone(sql))).persistent(false)
+}
+
+/// Whether the cause of an error is likely to pass by itself: the server or the way to it is gone, full, or starting up, or
+/// another transaction was in the way.
+pub(crate) fn is_passing(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(error) => {
+            let code = error.code().unwrap_or_default();
+            // Connection, transaction rolled back, out of resources, object in use, operator intervention, system error;
+            // and a transaction that was idle for too long.
+            ["08", "40", "53", "55", "57", "58"].iter().any(|class| code.starts_with(class))
+                || matches!(&*code, "25P02" | "25P03" | "25P04")
+        }
+        sqlx::Error::Io(_)
+        | sqlx::Error::Tls(_)
+        | sqlx::Error::Protocol(_)
+        | sqlx::Error::PoolTimedOut
+        | sqlx::Error::WorkerCrashed => true,
+        _ => false,
+    }
+}
+
+/// The error of an operation that took longer than its bound.
+pub(crate) fn timed_out() -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database did not answer in time"))
+}
