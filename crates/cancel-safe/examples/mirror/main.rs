@@ -9,6 +9,7 @@ mod cli;
 mod demo;
 mod fetch;
 mod home;
+mod hosts;
 mod job;
 mod judge;
 mod manifest;
