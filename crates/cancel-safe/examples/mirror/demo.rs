@@ -25,8 +25,8 @@ use super::screen::{Row, Screen, Standing};
 
 /// What to do after the demo, in two lines.
 pub(crate) const READ_NEXT: &str = "\
-Read next: docs/src/mirror.md says what is on disk at each moment; examples/mirror/plain.rs is the loop, and demo.rs the kills.
-Your own code: crates/testing drops it at every await, and README.md says which crate keeps what.";
+Read next: docs/src/mirror.md, on what is on disk at each moment; the plain loop, the kills and the judge are plain.rs, demo.rs
+and judge.rs in crates/cancel-safe/examples/mirror. For code of your own: README.md, on which crate keeps what.";
 
 /// How often each side is killed.
 const KILLS: usize = 5;
@@ -67,7 +67,7 @@ async fn watch(args: &Args) -> Result<Ending, Ending> {
     let screen = Screen::new(args.json, NAMES, content.files.len());
     let bytes: usize = content.files.iter().map(|file| file.content.len()).sum();
     screen.note(format!(
-        "{} files, {} MB, from five difficult hosts on loopback into {}, twice: by a plain loop (examples/mirror/plain.rs) and \
+        "{} files, {} MB, from five difficult hosts on loopback into {}, twice: by a plain loop (plain.rs) and \
          by mirror. Both are killed with SIGKILL {KILLS} times, at random moments, and started again. The seed is {seed}.",
         content.files.len(),
         bytes / 1_000_000,
@@ -86,6 +86,7 @@ async fn watch(args: &Args) -> Result<Ending, Ending> {
         }
     };
     screen.show([sides[0].standing(), sides[1].standing()]);
+    screen.note("comparing what both have left with what was served");
     let faults = [sides[0].judge().await?, sides[1].judge().await?];
     screen.table(seed, &table(&sides, &faults, &ended));
     Ok(verdict(&sides[1], &faults[1], &ended[1]))
