@@ -1,5 +1,6 @@
 //! The command line: what may be asked, and the codes that the program ends with.
 
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -7,14 +8,15 @@ use clap::Parser;
 
 /// Keeps a directory equal to a list of URLs, and survives everything.
 ///
-/// Without --manifest it serves 500 files to itself on loopback and mirrors them into ./mirror-demo.
+/// Without --manifest it shows what it is for: it serves 500 files on loopback, lets a plain loop and itself fetch them into
+/// ./mirror-demo, kills both five times with SIGKILL, starts them again, and counts what is wrong at the end.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "mirror", version, after_help = CODES, args_override_self = true)]
 pub(crate) struct Args {
     /// One URL a line; blank lines and # comments are passed over; - reads standard input
     #[arg(long, value_name = "FILE", requires = "out")]
     pub(crate) manifest: Option<PathBuf>,
-    /// The directory that holds files/, catalog.db and mirror.ckpt [default without a manifest: ./mirror-demo]
+    /// The directory that holds files/, catalog.db and mirror.ckpt [default without a manifest: ./mirror-demo, for both]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// URLs in flight at once
@@ -39,7 +41,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub(crate) max_body: Option<u64>,
     /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
-    #[arg(long, value_name = "URL", value_parser = database)]
+    #[arg(long, value_name = "URL", value_parser = database, requires = "manifest")]
     pub(crate) database: Option<String>,
     /// Try again what failed for good in earlier runs
     #[arg(long)]
@@ -53,6 +55,21 @@ pub(crate) struct Args {
     /// One JSON object a line on standard output instead of text
     #[arg(long)]
     pub(crate) json: bool,
+    /// Without --manifest: the seed of the moments at which the demo kills [default: another one each time; it is printed]
+    #[arg(long, value_name = "N")]
+    pub(crate) seed: Option<u64>,
+    /// Without --manifest: a tenth of the files, small ones.
+    #[arg(long, hide = true)]
+    pub(crate) short: bool,
+    /// HOST=ADDRESS: how a child of the demo is told where the origin listens.
+    #[arg(long, hide = true, value_parser = resolve)]
+    pub(crate) resolve: Vec<(String, SocketAddr)>,
+    /// Ends at once when standard input does, so that no child outlives the demo.
+    #[arg(long, hide = true)]
+    pub(crate) lifeline: bool,
+    /// The demo's plain loop instead of mirror.
+    #[arg(long, hide = true, requires = "manifest")]
+    pub(crate) plain: bool,
 }
 
 const CODES: &str = "\
@@ -120,6 +137,11 @@ fn size(text: &str) -> Result<u64, String> {
         _ => return Err(format!("unknown unit of size {unit:?}: use K, M or G")),
     };
     number.checked_mul(1 << shift).ok_or_else(|| "larger than a file can be".to_owned())
+}
+
+fn resolve(text: &str) -> Result<(String, SocketAddr), String> {
+    let parsed = text.split_once('=').and_then(|(host, address)| Some((host.to_owned(), address.parse().ok()?)));
+    parsed.ok_or_else(|| "expected HOST=ADDRESS:PORT".to_owned())
 }
 
 fn database(text: &str) -> Result<String, String> {

@@ -79,7 +79,7 @@ pub(crate) async fn until_stopped<T, E: Into<Ending>>(
 pub(crate) async fn run(
     args: &Args,
     manifest: Manifest,
-    hosts: &[(&'static str, SocketAddr)],
+    hosts: &[(String, SocketAddr)],
     report: &Arc<Reporter>,
     cx: &WorkerContext,
 ) -> Result<Ending, Ending> {
@@ -137,7 +137,7 @@ fn tell(settled: &Settled, manifest: &Manifest, report: &Reporter) {
     }
 }
 
-fn client(args: &Args, hosts: &[(&'static str, SocketAddr)], known: &Arc<Hosts>) -> Result<TimeoutClient, Ending> {
+fn client(args: &Args, hosts: &[(String, SocketAddr)], known: &Arc<Hosts>) -> Result<TimeoutClient, Ending> {
     let known = Arc::clone(known);
     let built = TimeoutClient::builder()
         .configure(|mut inner| {

@@ -1,4 +1,4 @@
-//! Keeps a directory equal to a list of URLs, and survives everything: `cargo demo` runs it on an embedded origin.
+//! Keeps a directory equal to a list of URLs, and survives everything: `cargo demo` shows it beside a plain loop.
 //!
 //! The crates of `cancel-safe` at work together: files are written through `atomic_fs`, rows through `tx_guard`, requests
 //! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. A partial body starts
@@ -6,29 +6,31 @@
 
 mod catalogue;
 mod cli;
+mod demo;
 mod fetch;
 mod home;
 mod hosts;
 mod job;
+mod judge;
 mod manifest;
 mod origin;
 mod paths;
+mod plain;
 mod report;
+mod screen;
 mod settle;
 
-use std::io::{self, BufReader};
+use std::io::{self, BufReader, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use cancel_safe::shutdown::{Application, Report, StopReason, WorkerContext};
-use sha2::{Digest, Sha256};
 
 use cli::{Args, Exit};
 use job::Ending;
 use manifest::Manifest;
-use origin::Origin;
 use report::{Reporter, chain};
 
 /// What the orderly end may take beyond the grace of the fetches, before the process is ended as it is.
@@ -43,9 +45,18 @@ fn main() -> ExitCode {
             return ExitCode::from(exit as u8);
         }
     };
+    // Only the first call of a process has an effect, and this is it.
+    drop(tokio_rustls::rustls::crypto::ring::default_provider().install_default());
+    if args.lifeline {
+        end_with_input();
+    }
+    if args.plain {
+        return plain_loop(args);
+    }
     let report = Arc::new(Reporter::new(args.json));
     let ending: Arc<Mutex<Option<Ending>>> = Arc::default();
     let budget = args.grace + MARGIN;
+    let is_read_next_due = args.manifest.is_none() && !args.json;
     let (told, exit, voice) = (Arc::clone(&ending), Arc::clone(&ending), Arc::clone(&report));
     Application::new("mirror")
         .worker("mirror", move |cx: WorkerContext| async move {
@@ -67,16 +78,41 @@ fn main() -> ExitCode {
             })
         })
         .on_report(move |stop| match &*ending.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(ending) => voice.summary(&ending.verdict),
+            Some(ending) => {
+                voice.summary(&ending.verdict);
+                if is_read_next_due && ending.exit == Exit::Complete {
+                    drop(writeln!(io::stdout().lock(), "\n{}", demo::READ_NEXT));
+                }
+            }
             None => voice.summary(&format!("cut short: {stop}")),
         })
         .run()
 }
 
 async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
-    let Some(path) = args.manifest.clone() else { return demo(args, report, cx).await };
+    let Some(path) = args.manifest.clone() else { return demo::run(args, cx).await };
     let manifest = job::until_stopped(cx, read(path)).await?;
-    job::run(args, manifest, &[], report, cx).await
+    job::run(args, manifest, &args.resolve, report, cx).await
+}
+
+/// Ends the process, as hard as a kill would, when standard input ends: that of a child of the demo ends with the demo.
+fn end_with_input() {
+    std::thread::spawn(|| {
+        drop(io::copy(&mut io::stdin().lock(), &mut io::sink()));
+        std::process::exit(1);
+    });
+}
+
+/// The other side of the demo.
+fn plain_loop(args: Args) -> ExitCode {
+    match plain::download(args.manifest.unwrap_or_default(), args.out.unwrap_or_default(), args.resolve) {
+        Ok(0) => ExitCode::SUCCESS,
+        Ok(_) => ExitCode::FAILURE,
+        Err(error) => {
+            drop(writeln!(io::stderr().lock(), "{error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Reads a manifest on a thread of its own: standard input may never end, and a stop does not wait for it.
@@ -99,41 +135,4 @@ async fn read(path: PathBuf) -> Result<Manifest, Ending> {
         Ok(Err(error)) => Err(unusable(format!("{shown}: {}", chain(&error)))),
         Err(_) => Err(unusable(format!("{shown}: its reader has panicked"))),
     }
-}
-
-/// Mirrors the embedded origin, then compares every file with what the origin serves.
-async fn demo(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
-    let origin = async {
-        Origin::start().await.map_err(|error| Ending {
-            exit: Exit::Usage,
-            verdict: format!("the embedded origin cannot be started: {error}"),
-        })
-    };
-    let origin = job::until_stopped(cx, origin).await?;
-    let manifest = Manifest { urls: origin.files.keys().cloned().collect(), duplicates: 0 };
-    report.notice(&format!(
-        "{} files of {} hosts into {}",
-        origin.files.len(),
-        origin.hosts.len(),
-        args.out().display()
-    ));
-    let ending = job::run(args, manifest, &origin.hosts, report, cx).await?;
-    if ending.exit != Exit::Complete {
-        return Ok(ending);
-    }
-    let paths = paths::assign(origin.files.keys());
-    let differs = tokio::task::block_in_place(|| {
-        let differs = |(url, digest): &(&url::Url, &String)| {
-            let file = args.out().join("files").join(&paths[*url]);
-            std::fs::read(file).map(|bytes| home::hex(&Sha256::digest(bytes)) != **digest).unwrap_or(true)
-        };
-        origin.files.iter().filter(differs).count()
-    });
-    let verdict = format!(
-        "{}; {} of {} match the origin's digests",
-        ending.verdict,
-        origin.files.len() - differs,
-        origin.files.len()
-    );
-    Ok(Ending { exit: if differs == 0 { Exit::Complete } else { Exit::Failures }, verdict })
 }

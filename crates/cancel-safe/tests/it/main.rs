@@ -5,11 +5,14 @@
 
 #[path = "../../examples/mirror/hosts.rs"]
 mod hosts;
+#[path = "../../examples/mirror/judge.rs"]
+mod judge;
 #[path = "../../examples/mirror/manifest.rs"]
 mod manifest;
 #[path = "../../examples/mirror/paths.rs"]
 mod paths;
 
+mod demo;
 mod http2;
 mod mirror;
 mod origin;
