@@ -1,6 +1,17 @@
 //! The application: what runs, in which order it starts and stops, and how long a stop may take. Nothing runs before
 //! `run` or `serve`, and nothing is left running after.
 
+pub(crate) mod actions;
+pub(crate) mod course;
+pub(crate) mod phase;
+pub(crate) mod process;
+pub(crate) mod restart;
+pub(crate) mod supervisor;
+#[cfg(all(unix, feature = "systemd"))]
+pub(crate) mod systemd;
+#[cfg(feature = "test-util")]
+pub(crate) mod test_run;
+
 use std::fmt;
 use std::io;
 use std::process::ExitCode;
@@ -11,17 +22,17 @@ use tokio::runtime::Builder;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::actions::{Actions, SignalContext};
-use crate::course::{AppError, Course, Listening};
-use crate::phase::{Phase, again, once};
+use crate::application::actions::{Actions, SignalContext};
+use crate::application::course::{AppError, Course, Listening};
+use crate::application::phase::{Phase, again, once};
+use crate::application::restart::{Restart, RestartPolicy};
+use crate::context::WorkerContext;
 use crate::report::{EXIT_NOT_STARTED, Report, Unnamed, chain};
-use crate::restart::{Restart, RestartPolicy};
 use crate::signal::{Signal, Signals};
+use crate::state::voice::{Audience, print};
 use crate::state::{Core, Terms};
 use crate::stop::{Readiness, Stop, StopReason};
 use crate::task::WorkerOutput;
-use crate::voice::{Audience, print};
-use crate::worker::WorkerContext;
 
 /// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
 const DEFAULT_BUDGET: Duration = Duration::from_secs(25);

@@ -1,12 +1,19 @@
-//! Two clocks: tokio's, which tests may pause, and the system's, on a thread that no task can hold up.
+//! Two clocks: tokio's, which tests may pause, and the system's, on a thread that no task can hold up; and whether the
+//! runtime still runs anything, asked from outside of it by tasks that do nothing.
+//!
+//! Each of those tasks wakes a thread of the runtime as well. One that holds the timers while it polls a task for ever would
+//! otherwise keep the others asleep (tokio#4730). Invariant: a deadline of the system's clock needs no runtime, and at most
+//! one question is on its way for each thread that asks.
 
 use std::future::poll_fn;
 use std::pin::pin;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 use std::time::Duration;
 
+use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 /// What keeps a deadline.
@@ -77,6 +84,45 @@ pub(crate) fn drive<F: Future>(alarm: &Alarm, future: F, mut between: impl FnMut
             Some(longest) => thread::park_timeout(longest),
             None => thread::park(),
         }
+    }
+}
+
+/// How often the runtime is asked while an application stops.
+pub(crate) const TICK: Duration = Duration::from_millis(20);
+
+/// Counts the questions and the answers.
+#[derive(Debug, Default)]
+pub(crate) struct Probe {
+    asked: AtomicU64,
+    answered: Arc<AtomicU64>,
+}
+
+impl Probe {
+    /// Asks, unless the answer to the last question is still to come. For one thread.
+    pub(crate) fn ask(&self, runtime: &Handle) {
+        if self.open() == 0 {
+            self.ask_for(runtime, || {});
+        }
+    }
+
+    /// Asks, and has the answer told by `tell`, which is dropped unused with a runtime that ends.
+    pub(crate) fn ask_for(&self, runtime: &Handle, tell: impl FnOnce() + Send + 'static) {
+        self.asked.fetch_add(1, Ordering::Relaxed);
+        let answered = Arc::clone(&self.answered);
+        drop(runtime.spawn(async move {
+            answered.fetch_add(1, Ordering::Relaxed);
+            tell();
+        }));
+    }
+
+    /// How many questions have been answered.
+    pub(crate) fn answered(&self) -> u64 {
+        self.answered.load(Ordering::Relaxed)
+    }
+
+    /// How many are on their way.
+    pub(crate) fn open(&self) -> u64 {
+        self.asked.load(Ordering::Relaxed).saturating_sub(self.answered())
     }
 }
 

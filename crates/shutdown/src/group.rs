@@ -1,5 +1,9 @@
 //! Task groups: named tasks that end together. Nothing detaches: a group is awaited, or dropped and its tasks with it.
 
+mod ending;
+pub(crate) mod named;
+pub(crate) mod scope;
+
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
@@ -9,6 +13,7 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
+use crate::context::WorkerContext;
 use crate::report::{Ledger, say};
 use crate::result::{Rejected, TaskCounts};
 use crate::roster::{Recorder, Roster, Rules};
@@ -16,7 +21,6 @@ use crate::stop::{StopReason, Stopping};
 use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
 use crate::ticket::{Ticket, Tracked};
 use crate::tree::{Node, abort_tree, bounded, stop_tree};
-use crate::worker::WorkerContext;
 
 /// The length in bytes of a group's path from which on only its own name is shown.
 const LONGEST_PATH: usize = 256;

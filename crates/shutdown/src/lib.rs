@@ -146,67 +146,46 @@
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
 
-mod actions;
 mod application;
-#[cfg(feature = "axum")]
-pub mod axum;
 mod clock;
-mod course;
-mod ending;
+mod context;
 mod group;
-#[cfg(feature = "tower")]
-mod line;
-mod named;
 mod panics;
-mod phase;
-mod probe;
 mod report;
-#[cfg(feature = "tower")]
-mod request;
-mod restart;
 mod result;
 mod roster;
-mod scope;
 #[cfg(feature = "tower")]
 mod server;
 mod signal;
-mod stages;
 mod state;
 mod stop;
-mod supervisor;
-mod sync;
-#[cfg(all(unix, feature = "systemd"))]
-mod systemd;
 mod task;
-#[cfg(feature = "test-util")]
-mod test_util;
 mod ticket;
-#[cfg(feature = "tower")]
-pub mod tower;
 mod tree;
-mod unnamed;
-mod values;
-mod voice;
-mod watchdog;
 mod worker;
 
-pub use actions::SignalContext;
 pub use application::Application;
-pub use course::AppError;
+pub use application::actions::SignalContext;
+pub use application::course::AppError;
+pub use application::phase::Phase;
+pub use application::restart::{Restart, RestartPolicy};
+#[cfg(feature = "test-util")]
+pub use application::test_run::TestRun;
+pub use context::WorkerContext;
 pub use group::TaskGroup;
-pub use named::LiveTask;
+pub use group::named::LiveTask;
+pub use group::scope::BodyOutput;
 pub use panics::PanicLocation;
-pub use phase::Phase;
 pub use report::{Report, TaskReport};
-pub use restart::{Restart, RestartPolicy};
 pub use result::{Rejected, Straggler, TaskCounts, TaskFailure, TaskGroupResult};
-pub use scope::BodyOutput;
+#[cfg(feature = "axum")]
+pub use server::axum;
+#[cfg(feature = "tower")]
+pub use server::tower;
 pub use signal::Signal;
 pub use stop::{Readiness, StopReason};
 pub use task::{BoxError, StragglerState, TaskOutcome, TaskOutput, WorkerOutput};
-#[cfg(feature = "test-util")]
-pub use test_util::TestRun;
-pub use worker::{BackgroundWorker, WorkerContext};
+pub use worker::BackgroundWorker;
 
 // The examples of the README compile.
 #[cfg(all(doctest, feature = "axum", feature = "test-util"))]

@@ -1,6 +1,12 @@
 //! A server whose connections, and the streams in them, are tasks of its worker. None outlives the worker's phase, and each
 //! that was in the way is named by peer and path.
 
+#[cfg(feature = "axum")]
+pub mod axum;
+mod line;
+mod request;
+pub mod tower;
+
 use std::fmt::Debug;
 use std::io;
 use std::pin::pin;
@@ -18,11 +24,11 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tower_layer::Layer;
 use tower_service::Service;
 
+use crate::context::WorkerContext;
 use crate::group::TaskGroup;
-use crate::line::{Hold, Line, line};
-use crate::request::{CancellationLayer, CancellationService, Serving};
+use crate::server::line::{Hold, Line, line};
+use crate::server::request::{CancellationLayer, CancellationService, Serving};
 use crate::task::BoxError;
-use crate::worker::WorkerContext;
 
 /// The pause after an `accept` that failed for want of something, such as a file descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);

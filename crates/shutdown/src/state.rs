@@ -1,6 +1,10 @@
 //! What the supervisor, the workers, the signals and the watchdog share: the stop, the end, and who has started.
 //! Any of them may read the report at any time, and none waits for another under a lock.
 
+pub(crate) mod stages;
+mod sync;
+pub(crate) mod voice;
+
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
@@ -9,14 +13,14 @@ use tokio::runtime::Handle;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::probe::Probe;
+use crate::clock::Probe;
+use crate::context::Values;
 use crate::report::{Ledger, Report, Unnamed};
 use crate::signal::INTERRUPT;
-use crate::stages::Ending;
+use crate::state::stages::Ending;
+use crate::state::voice::{Announcer, Audience, Voice};
 use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
 use crate::tree::{Node, stop_tree, tree};
-use crate::values::Values;
-use crate::voice::{Announcer, Audience, Voice};
 
 /// How long a runtime must have run nothing at all before those who waited for it count as starved.
 const STARVED: Duration = Duration::from_millis(50);

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proc_macro2::{Group, TokenStream, TokenTree};
 
 /// The circles that are not mended yet: the crate's directory, and the files.
-const UNMENDED: [(&str, &[&str]); 2] = [("resumable", &["file", "store"]), ("shutdown", &["group", "worker"])];
+const UNMENDED: [(&str, &[&str]); 1] = [("resumable", &["file", "store"])];
 
 /// Which of its own files each file of a crate imports. A folder and the file of its name are one room.
 #[derive(Debug, Default)]

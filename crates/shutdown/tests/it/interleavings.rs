@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use loom::thread;
 
-#[path = "../../src/stages.rs"]
+#[path = "../../src/state/stages.rs"]
 mod stages;
 
 use stages::{Ending, Stage};

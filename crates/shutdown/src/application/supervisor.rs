@@ -15,18 +15,18 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
+use crate::application::phase::{Phase, Worker};
+use crate::application::restart::{self, RestartPolicy, Work};
+use crate::clock::TICK;
 use crate::clock::{Alarm, Clock, drive};
+use crate::context::WorkerContext;
 use crate::group::TaskGroup;
 use crate::panics::{Panic, catch, watch};
-use crate::phase::{Phase, Worker};
-use crate::probe::TICK;
 use crate::report::TaskReport;
-use crate::restart::{self, RestartPolicy, Work};
 use crate::state::Core;
 use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
 use crate::tree::cut;
-use crate::worker::WorkerContext;
 
 /// How long a phase may take to provide what the next one needs, unless it says otherwise.
 const PROVIDED_WITHIN: Duration = Duration::from_secs(30);
@@ -295,11 +295,11 @@ mod tests {
     use tokio::time::sleep;
 
     use super::*;
+    use crate::application::restart::Restart;
     use crate::report::Unnamed;
-    use crate::restart::Restart;
     use crate::state::Terms;
+    use crate::state::voice::Audience;
     use crate::task::{Kind, Slot};
-    use crate::voice::Audience;
 
     const SECOND: Duration = Duration::from_secs(1);
 

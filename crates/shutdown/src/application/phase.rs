@@ -4,9 +4,9 @@ use std::fmt;
 use std::panic::Location;
 use std::time::Duration;
 
-use crate::restart::{RestartPolicy, Work};
+use crate::application::restart::{RestartPolicy, Work};
+use crate::context::WorkerContext;
 use crate::task::{BoxError, WorkerOutput};
-use crate::worker::WorkerContext;
 
 /// One worker as it was added.
 pub(crate) struct Worker {

@@ -18,9 +18,9 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tower_service::Service;
 
+use crate::context::WorkerContext;
 use crate::server::{Listener, serve_each};
 use crate::stop::Readiness;
-use crate::worker::WorkerContext;
 
 /// Serves an axum router, over HTTP/1 and HTTP/2, until the worker of `cx` is told to stop; then drains.
 ///

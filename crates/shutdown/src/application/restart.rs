@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::context::WorkerContext;
 use crate::panics::{Panic, catch};
 use crate::task::BoxError;
-use crate::worker::WorkerContext;
 
 /// When a worker that has ended is started again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

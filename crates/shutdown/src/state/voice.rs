@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use crate::report::Report;
-use crate::stages::Ending;
+use crate::state::stages::Ending;
 use crate::stop::StopReason;
 
 pub(crate) type OnReport = Box<dyn FnOnce(&Report) + Send>;

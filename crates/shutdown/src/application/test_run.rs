@@ -9,9 +9,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::actions::Actions;
 use crate::application::Application;
-use crate::course::{AppError, Course, Listening, serve};
+use crate::application::actions::Actions;
+use crate::application::course::{AppError, Course, Listening, serve};
 use crate::report::Report;
 use crate::signal::{INTERRUPT, Signal, TERMINATE};
 use crate::state::Core;

@@ -13,7 +13,7 @@ use tokio_util::task::AbortOnDropHandle;
 use tower_layer::Layer;
 use tower_service::Service;
 
-use crate::worker::WorkerContext;
+use crate::context::WorkerContext;
 
 /// A layer that puts a [`CancellationToken`] into the extensions of each request, for axum, tonic and any other tower
 /// service.

@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use crate::panics::catch;
 use crate::signal::Signal;
 use crate::state::Core;
+use crate::state::voice::print;
 use crate::tree::{SAMPLE, list};
-use crate::voice::print;
 
 pub(crate) type Action = Box<dyn FnMut(SignalContext) + Send>;
 

@@ -8,19 +8,18 @@ use std::time::Duration;
 use tokio::runtime::{Builder, Handle};
 use tokio::time::timeout;
 
-use crate::actions::Actions;
+use crate::application::actions::Actions;
+use crate::application::phase::Phase;
+use crate::application::process::{Watchdog, counting_builder, end_process, end_runtime};
+use crate::application::restart::RestartPolicy;
+use crate::application::supervisor::{Supervisor, Ticker, supervise};
+#[cfg(all(unix, feature = "systemd"))]
+use crate::application::systemd::Notifier;
 use crate::clock::Clock;
-use crate::phase::Phase;
 use crate::report::{Report, Unnamed};
-use crate::restart::RestartPolicy;
 use crate::signal::{Forward, Forwarding, Signals};
 use crate::state::Core;
 use crate::stop::StopReason;
-use crate::supervisor::{Supervisor, Ticker, supervise};
-#[cfg(all(unix, feature = "systemd"))]
-use crate::systemd::Notifier;
-use crate::unnamed;
-use crate::watchdog::{Watchdog, end_process};
 
 /// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
 const ANSWER_SLACK: Duration = Duration::from_millis(100);
@@ -108,13 +107,13 @@ impl Course {
             move |signal| end_process(&second, u8::try_from(128 + signal).unwrap_or(u8::MAX)),
         )?;
         let watchdog = Watchdog::start(Arc::clone(core)).map_err(AppError::thread("the deadline"))?;
-        let mut builder = self.runtime.unwrap_or_else(|| unnamed::counting_builder(core));
+        let mut builder = self.runtime.unwrap_or_else(|| counting_builder(core));
         let runtime = builder.enable_all().build().map_err(AppError::Runtime)?;
         #[cfg(all(unix, feature = "systemd"))]
         let _notifier = Notifier::start(core, runtime.handle()).map_err(AppError::thread("the service manager"))?;
         let supervisor = Supervisor::start(core, self.phases, self.restart, runtime.handle());
         runtime.block_on(supervisor.map_err(AppError::thread("the phases"))?.ended());
-        let unnamed = unnamed::end(core, runtime);
+        let unnamed = end_runtime(core, runtime);
 
         let Some(voice) = core.ending.claim() else {
             // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.

@@ -1,0 +1,194 @@
+//! What a worker holds while it runs, and the values that the workers of one phase make for those of the next.
+//!
+//! Invariant: a context only tells and marks, and keeps no task alive. A value is there from when it is made until its phase
+//! stops; no code of the user's runs under the lock.
+
+use std::any::{Any, TypeId};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::stop::{OwnStop, Stop, StopReason};
+use crate::task::Slot;
+use crate::tree::Node;
+
+/// What a worker, or a task spawned with a context, knows of its stop. Cheap to clone.
+#[derive(Clone)]
+pub struct WorkerContext {
+    slot: Arc<Slot>,
+    stop: Arc<Stop>,
+    node: Arc<dyn Node>,
+    ready: Option<CancellationToken>,
+    values: Option<Arc<Values>>,
+}
+
+impl WorkerContext {
+    pub(crate) fn new(slot: Arc<Slot>, node: Arc<dyn Node>) -> Self {
+        Self { slot, stop: Arc::clone(node.stop()), node, ready: None, values: None }
+    }
+
+    /// The context of a worker of an application's.
+    pub(crate) fn of_worker(self, ready: CancellationToken, values: Arc<Values>) -> Self {
+        Self { ready: Some(ready), values: Some(values), ..self }
+    }
+
+    /// Returns the name of the worker or task.
+    pub fn name(&self) -> &str {
+        &self.slot.name
+    }
+
+    /// Waits until the worker is told to stop, and returns at once if it has been.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, nothing has happened: the next call waits for the same.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use cancel_safe_shutdown::WorkerContext;
+    ///
+    /// async fn worker(cx: WorkerContext) {
+    ///     let mut tick = tokio::time::interval(Duration::from_secs(1));
+    ///     loop {
+    ///         tokio::select! {
+    ///             () = cx.cancelled() => break,
+    ///             _ = tick.tick() => {}
+    ///         }
+    ///     }
+    ///     cx.mark("flush");
+    /// }
+    /// # tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(async {
+    /// #     let group = cancel_safe_shutdown::TaskGroup::new();
+    /// #     group.spawn_with("worker", worker)?;
+    /// #     let result = group.shutdown(Duration::from_secs(60)).await;
+    /// #     assert_eq!(result.completed, ["worker"]);
+    /// #     Ok::<_, Box<dyn std::error::Error>>(())
+    /// # })?;
+    /// # Ok::<_, Box<dyn std::error::Error>>(())
+    /// ```
+    pub async fn cancelled(&self) {
+        match self.slot.own_stop() {
+            Some(own) => own.cancelled(&self.stop).await,
+            None => self.stop.token().cancelled().await,
+        }
+    }
+
+    /// The same as [`cancelled`](Self::cancelled), for code that keeps what it waits for: the graceful shutdown of a
+    /// server, say.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, nothing has happened.
+    pub fn cancelled_owned(&self) -> impl Future<Output = ()> + Send + 'static + use<> {
+        let cx = self.clone();
+        async move { cx.cancelled().await }
+    }
+
+    /// Returns whether the worker has been told to stop. Two atomic loads.
+    pub fn is_cancelled(&self) -> bool {
+        self.stop.is_set() || self.slot.own_stop().is_some_and(OwnStop::is_set)
+    }
+
+    /// Returns why the worker has been told to stop; `None` exactly while [`is_cancelled`](Self::is_cancelled) is false.
+    pub fn reason(&self) -> Option<StopReason> {
+        match self.slot.own_stop() {
+            Some(own) => own.reason(&self.stop),
+            None => self.stop.get().map(|stopping| stopping.reason.clone()),
+        }
+    }
+
+    /// Returns when the worker will be cut; `None` while it has not been told to stop.
+    pub fn deadline(&self) -> Option<Instant> {
+        match self.slot.own_stop() {
+            Some(own) => own.deadline(&self.stop),
+            None => self.stop.get().map(|stopping| stopping.deadline),
+        }
+    }
+
+    /// Returns a token that is cancelled when the worker is told to stop, for code that takes one.
+    ///
+    /// Cancelling this token reaches whoever holds it and its children, and not the worker.
+    pub fn token(&self) -> CancellationToken {
+        match self.slot.own_stop() {
+            Some(own) => own.token(&self.stop),
+            None => self.stop.token().child_token(),
+        }
+    }
+
+    /// Says that the worker has started: what a phase with [`ready_within`](crate::Phase::ready_within) waits for.
+    ///
+    /// Without effect the second time, and in a task of a group.
+    pub fn ready(&self) {
+        if let Some(ready) = &self.ready {
+            ready.cancel();
+        }
+    }
+
+    /// Returns what an earlier phase [provides](crate::Phase::provide) of this type: a pool of connections, say.
+    ///
+    /// `None` if none does, when its phase has stopped, and in a task of a group: what a task needs it is given.
+    pub fn provided<T: Clone + Send + Sync + 'static>(&self) -> Option<T> {
+        self.values.as_ref()?.get()
+    }
+
+    /// The group that the worker or task is in.
+    pub(crate) fn node(&self) -> &Arc<dyn Node> {
+        &self.node
+    }
+
+    pub(crate) fn values(&self) -> Option<&Arc<Values>> {
+        self.values.as_ref()
+    }
+
+    /// Leaves a mark. The last one is in the report if the worker does not end in time.
+    pub fn mark(&self, mark: impl Into<Cow<'static, str>>) {
+        self.slot.set_mark(mark.into());
+    }
+}
+
+impl fmt::Debug for WorkerContext {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("WorkerContext")
+            .field("name", &self.slot.name)
+            .field("reason", &self.reason())
+            .finish_non_exhaustive()
+    }
+}
+
+/// One value of each type.
+#[derive(Default)]
+pub(crate) struct Values(Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>);
+
+impl Values {
+    pub(crate) fn put<T: Send + Sync + 'static>(&self, value: T) {
+        let before = self.lock().insert(TypeId::of::<T>(), Arc::new(value));
+        // Without the lock.
+        drop(before);
+    }
+
+    pub(crate) fn remove<T: 'static>(&self) {
+        let value = self.lock().remove(&TypeId::of::<T>());
+        drop(value);
+    }
+
+    pub(crate) fn get<T: Clone + Send + Sync + 'static>(&self) -> Option<T> {
+        let value = self.lock().get(&TypeId::of::<T>()).cloned();
+        value?.downcast::<T>().ok().map(|value| (*value).clone())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<TypeId, Arc<dyn Any + Send + Sync>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Values {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Values").field("len", &self.lock().len()).finish()
+    }
+}
