@@ -34,7 +34,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(100);
 /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// # let dir = tempfile::tempdir()?;
 /// # let store = FileStore::at(dir.path().join("job.ckpt"));
-/// let run = ResumableTask::builder("job").store(store).stream(0..1000u64, |_, n| async move { Ok(n * n) });
+/// let job = ResumableTask::builder("job").store(store);
+/// let run = job.stream(0..1000u64, |_, n| async move { Ok(n * n) });
 /// let _bar = cancel_safe_resumable::bar(run.subscribe());
 /// run.finish().await?;
 /// # Ok(())

@@ -222,7 +222,8 @@ impl Quarantined {
 /// use std::time::Duration;
 /// use cancel_safe_resumable::Retry;
 ///
-/// let retry = Retry::attempts(4).backoff(Duration::from_millis(50), Duration::from_secs(2));
+/// let (first, longest) = (Duration::from_millis(50), Duration::from_secs(2));
+/// let retry = Retry::attempts(4).backoff(first, longest);
 /// # _ = retry;
 /// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
