@@ -10,29 +10,36 @@ mod fetch;
 mod home;
 mod hosts;
 mod job;
+mod list;
 mod manifest;
 mod origin;
+mod parts;
 mod paths;
 mod report;
 mod settle;
+mod store;
+mod turns;
 
 use std::io::{self, BufReader};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cancel_safe::shutdown::{Application, Report, StopReason, WorkerContext};
 use sha2::{Digest, Sha256};
 
 use cli::{Args, Exit};
 use job::Ending;
-use manifest::Manifest;
+use manifest::{Manifest, ManifestError};
 use origin::Origin;
 use report::{Reporter, chain};
 
 /// What the orderly end may take beyond the grace of the fetches, before the process is ended as it is.
 const MARGIN: Duration = Duration::from_secs(10);
+
+/// How often a long list is told to be still on its way.
+const READING_EVERY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let args = match Args::read() {
@@ -75,20 +82,28 @@ fn main() -> ExitCode {
 
 async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
     let Some(path) = args.manifest.clone() else { return demo(args, report, cx).await };
-    let manifest = job::until_stopped(cx, read(path)).await?;
+    let manifest = job::until_stopped(cx, read(path, Arc::clone(report))).await?;
     job::run(args, manifest, &[], report, cx).await
 }
 
 /// Reads a manifest on a thread of its own: standard input may never end, and a stop does not wait for it.
-async fn read(path: PathBuf) -> Result<Manifest, Ending> {
+async fn read(path: PathBuf, report: Arc<Reporter>) -> Result<Manifest, Ending> {
     let unusable = |why: String| Ending { exit: Exit::Usage, verdict: why };
     let shown = path.display().to_string();
     let (done, manifest) = tokio::sync::oneshot::channel();
     let reader = std::thread::Builder::new().name("manifest".to_owned()).spawn(move || {
+        let mut next = Instant::now() + READING_EVERY;
+        let told = |lines: usize| {
+            if lines.is_multiple_of(4096) && Instant::now() >= next {
+                next = Instant::now() + READING_EVERY;
+                report.notice(&format!("reading the list: {lines} lines so far"));
+            }
+        };
         let manifest = if path.as_os_str() == "-" {
-            Manifest::read(io::stdin().lock())
+            Manifest::read(io::stdin().lock(), told)
         } else {
-            std::fs::File::open(path).map_err(Into::into).and_then(|file| Manifest::read(BufReader::new(file)))
+            let file = std::fs::File::open(path).map_err(Into::into);
+            file.and_then(|file| Manifest::read(BufReader::with_capacity(1 << 16, file), told))
         };
         // Nobody waits any more once the program is told to stop.
         drop(done.send(manifest));
@@ -110,7 +125,9 @@ async fn demo(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result
         })
     };
     let origin = job::until_stopped(cx, origin).await?;
-    let manifest = Manifest { urls: origin.files.keys().cloned().collect(), duplicates: 0 };
+    let urls: String = origin.files.keys().map(|url| format!("{url}\n")).collect();
+    let unusable = |error: ManifestError| Ending { exit: Exit::Usage, verdict: chain(&error) };
+    let manifest = Manifest::read(urls.as_bytes(), |_| {}).map_err(unusable)?;
     report.notice(&format!(
         "{} files of {} hosts into {}",
         origin.files.len(),
@@ -121,10 +138,10 @@ async fn demo(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result
     if ending.exit != Exit::Complete {
         return Ok(ending);
     }
-    let paths = paths::assign(origin.files.keys());
     let differs = tokio::task::block_in_place(|| {
         let differs = |(url, digest): &(&url::Url, &String)| {
-            let file = args.out().join("files").join(&paths[*url]);
+            let name = format!("{}{}", url.host_str().unwrap_or_default(), url.path());
+            let file = args.out().join("files").join(name);
             std::fs::read(file).map(|bytes| home::hex(&Sha256::digest(bytes)) != **digest).unwrap_or(true)
         };
         origin.files.iter().filter(differs).count()

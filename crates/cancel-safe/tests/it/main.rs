@@ -5,8 +5,12 @@
 
 #[path = "../../examples/mirror/hosts.rs"]
 mod hosts;
+#[path = "../../examples/mirror/list.rs"]
+mod list;
 #[path = "../../examples/mirror/manifest.rs"]
 mod manifest;
+#[path = "../../examples/mirror/parts.rs"]
+mod parts;
 #[path = "../../examples/mirror/paths.rs"]
 mod paths;
 
