@@ -614,9 +614,12 @@ fn one_overloaded_page_slows_nobody_and_a_storm_of_them_does() {
     let scene = Scene::new(40);
     let one = scene.served()[7].clone();
     scene.server.state().refuse.insert(one.clone(), (StatusCode::SERVICE_UNAVAILABLE, 12));
-    let text = scene.run(&["--retries", "12", "--concurrency", "1", "--json"], 0);
+    // Now, that is, and not after a pause.
+    scene.server.state().retry_after = Some("0");
+    let text = scene.run(&["--retries", "0", "--concurrency", "1", "--json"], 0);
     assert_eq!((summary(&text, "files"), summary(&text, "trips")), (40, 0), "{text}");
-    for path in scene.served() {
+    scene.server.state().retry_after = None;
+    for path in scene.served().into_iter().take(20) {
         scene.server.state().refuse.insert(path, (StatusCode::BAD_GATEWAY, 1));
     }
     let text = scene.run(&["--refresh", "--json"], 0);
@@ -686,13 +689,13 @@ fn large() -> Vec<u8> {
 fn a_body_that_was_cut_is_gone_on_with_where_it_ended() {
     let scene = Scene::new(2);
     scene.serve("large", &large());
-    scene.server.state().cut.insert("/large".to_owned(), (400_000, 2));
+    scene.server.state().cut.insert("/large".to_owned(), (700_000, 1));
     scene.run(&[], 0);
     scene.assert_complete();
     {
         let mut state = scene.server.state();
         let ranges = std::mem::take(&mut state.ranges);
-        assert_eq!((ranges.len(), state.asked["/large"]), (2, 3), "{ranges:?}");
+        assert_eq!((ranges.len(), state.asked["/large"]), (1, 2), "{ranges:?}");
         assert!(ranges.iter().all(|(_, range)| range != "bytes=0-"), "{ranges:?}");
         state.whole_only = true;
         state.cut.insert("/large".to_owned(), (700_000, 1));

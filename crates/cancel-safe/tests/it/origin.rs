@@ -133,8 +133,8 @@ async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -
     let length = content.len();
     let content = content[from.unwrap_or(0)..].to_vec();
     if let Some(bytes) = cut {
-        let begin = Some(Bytes::copy_from_slice(&content[..bytes.min(content.len())]));
-        let mut response = Response::new(if hang { Endless(begin).boxed() } else { Broken(begin).boxed() });
+        let begin = Bytes::copy_from_slice(&content[..bytes.min(content.len())]);
+        let mut response = Response::new(if hang { Endless(Some(begin)).boxed() } else { Broken::new(begin).boxed() });
         response.headers_mut().insert(header::CONTENT_LENGTH, content.len().into());
         response.headers_mut().insert(header::ETAG, etag.parse().unwrap());
         if let Some(from) = from {
@@ -171,8 +171,17 @@ impl Body for Endless {
     }
 }
 
-/// A body that ends before its time: its connection goes away after what it had.
-struct Broken(Option<Bytes>);
+/// A body that ends before its time: its connection goes away a moment after what it had.
+struct Broken {
+    left: Bytes,
+    pause: std::pin::Pin<Box<tokio::time::Sleep>>,
+}
+
+impl Broken {
+    fn new(left: Bytes) -> Self {
+        Self { left, pause: Box::pin(tokio::time::sleep(Duration::from_millis(300))) }
+    }
+}
 
 impl Body for Broken {
     type Data = Bytes;
@@ -180,8 +189,14 @@ impl Body for Broken {
 
     fn poll_frame(
         mut self: std::pin::Pin<&mut Self>,
-        _: &mut std::task::Context<'_>,
+        cx: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        std::task::Poll::Ready(self.0.take().map(|bytes| Ok(Frame::data(bytes))))
+        if self.left.is_empty() {
+            // What is still in a buffer when a body ends too early is never sent.
+            std::task::ready!(self.pause.as_mut().poll(cx));
+            return std::task::Poll::Ready(None);
+        }
+        let piece = self.left.len().min(64 << 10);
+        std::task::Poll::Ready(Some(Ok(Frame::data(self.left.split_to(piece)))))
     }
 }
