@@ -21,7 +21,11 @@ mod results;
 mod schema;
 mod session;
 mod shared;
+pub(crate) mod transactional;
 mod waiting;
+
+#[cfg(test)]
+mod tests;
 
 /// The longest name of a schema in PostgreSQL; a longer one would be cut.
 const LONGEST_NAME_BYTES: usize = 63;

@@ -5,12 +5,16 @@ mod cancel;
 mod checkpoint;
 mod crash;
 mod faults;
+#[cfg(all(feature = "postgres", unix))]
+mod fleet;
 mod golden;
 mod happy;
 mod input;
 mod items;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod postgres_tx;
 mod spin;
 mod support;
 mod tutorial;

@@ -1,0 +1,580 @@
+//! Items whose effect and result are one transaction.
+//!
+//! Invariant: the result is appended, under the epoch of its range, in the transaction in which the item took effect:
+//! both are there or neither. A commit whose answer was lost is looked up by its block before the item is tried again.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    future::poll_fn,
+    marker::PhantomData,
+    pin::pin,
+    sync::{Arc, PoisonError},
+    task::{Context, Poll},
+};
+
+use futures_core::Stream;
+use futures_util::{StreamExt, stream::FuturesUnordered};
+use serde::{Serialize, de::DeserializeOwned};
+use sqlx::{Connection, PgConnection};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Instant,
+};
+
+use crate::{
+    codec::Codec,
+    drive::Summary,
+    error::TaskError,
+    history::{begin_payload, put_failure},
+    item::{ItemError, Verdict, describe},
+    log::{Blocks, Header, Identity, Kind, MAX_PAYLOAD_BYTES},
+    plan::Plan,
+    postgres::{
+        PgStore,
+        input::Input,
+        job::Offer,
+        keeper,
+        leases::{Append, Leases, Standing},
+        ledger::{Known, Place, sealed},
+        session::is_passing,
+        shared::{Hold, LetGo, Shared, Told},
+        waiting::{Ticket, Waiting},
+    },
+    progress::{Meter, Progress},
+    proof::Prover,
+};
+
+/// A range at work. The place is locked from an append to the end of its transaction: appends follow each other.
+struct Range {
+    hold: Hold,
+    first: usize,
+    known: Vec<Known>,
+    next: usize,
+    place: Arc<Mutex<Place>>,
+}
+
+/// What is to be done for an item, in a range that is there.
+struct Job<T> {
+    ticket: Ticket<T>,
+    what: What,
+    place: Arc<Mutex<Place>>,
+    /// How many items the range has.
+    count: usize,
+    leases: Leases,
+}
+
+enum What {
+    Attempt,
+    /// To record a failure by itself: what the item did is rolled back.
+    Note {
+        attempts: u32,
+        cause: String,
+        after: After,
+    },
+}
+
+/// What a failure means for its item.
+#[derive(Clone, Copy)]
+enum After {
+    Retry,
+    Quarantine,
+    /// There is no room in the quarantine.
+    Full,
+}
+
+/// How it ended.
+enum End {
+    Recorded,
+    Failed(ItemError),
+    Noted {
+        attempts: u32,
+        cause: String,
+        after: After,
+    },
+    /// Another worker has the range; what the item did is rolled back.
+    Lost,
+    Broken(TaskError),
+}
+
+/// Asks the keeper to end when the run does, however it does.
+struct Stop(Arc<Shared>);
+
+impl Drop for Stop {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+/// Runs every item in a transaction of its own, until the whole job is complete.
+pub(crate) async fn process<T, R, F>(
+    mut plan: Plan<T, R>,
+    store: PgStore,
+    source: impl Stream<Item = T>,
+    work: F,
+    progress: watch::Sender<Progress>,
+) -> Result<Summary, TaskError>
+where
+    T: Serialize + Clone,
+    R: Serialize + DeserializeOwned,
+    F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
+{
+    let (input, chain) = Input::read(source, plan.key.as_mut(), plan.codec, &plan.token).await?;
+    let header = Header {
+        salt: fastrand::u64(..),
+        codec: plan.codec.number(),
+        identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
+        job: plan.job.clone(),
+        version: plan.version.clone(),
+        result_type: std::any::type_name::<R>().to_owned(),
+    };
+    let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
+    let shared = Arc::new(Shared::default());
+    keeper::start(store.clone(), &shared, offer, plan.every);
+    let prover = std::sync::Mutex::new(Prover::new(plan.codec));
+    let worker = Worker { store, work, prover, codec: plan.codec, of: PhantomData };
+    let mut run = Loop {
+        input,
+        shared: Arc::clone(&shared),
+        leases: None,
+        ranges: HashMap::new(),
+        fresh: VecDeque::new(),
+        waiting: Waiting::new(),
+        meter: Meter::new(progress),
+        standing: Standing::default(),
+        completed: 0,
+        quarantined: 0,
+        fenced: None,
+        is_over: false,
+        plan,
+    };
+    // Dropped after the items: a successor never runs beside them.
+    let _stop = Stop(Arc::clone(&shared));
+    let ended = run.drive(&worker).await;
+    let failed = match ended {
+        Ok(standing) => return Ok(run.summary(standing)),
+        Err(error) => error,
+    };
+    if !run.is_over {
+        // The ranges are given back before the caller hears of it.
+        shared.stop();
+        poll_fn(|cx| run.poll_ended(cx)).await?;
+    }
+    Err(failed)
+}
+
+enum Event<T> {
+    Heard,
+    Ended((Ticket<T>, End)),
+    Over(Result<Standing, TaskError>),
+}
+
+struct Loop<T, R> {
+    plan: Plan<T, R>,
+    input: Input<T>,
+    shared: Arc<Shared>,
+    leases: Option<Leases>,
+    ranges: HashMap<i64, Range>,
+    fresh: VecDeque<Hold>,
+    waiting: Waiting<T>,
+    meter: Meter,
+    standing: Standing,
+    completed: usize,
+    quarantined: usize,
+    fenced: Option<TaskError>,
+    /// The keeper has ended.
+    is_over: bool,
+}
+
+impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
+    async fn drive<F>(&mut self, worker: &Worker<F, R>) -> Result<Standing, TaskError>
+    where
+        F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
+    {
+        let (token, grace) = (self.plan.token.clone(), self.plan.grace);
+        let mut running = FuturesUnordered::new();
+        let mut stopped = pin!(async {
+            token.cancelled().await;
+            tokio::time::sleep(grace).await;
+        });
+        loop {
+            while running.len() < self.plan.concurrency
+                && !token.is_cancelled()
+                && let Some(ticket) = self.next()
+            {
+                let Some(job) = self.job(ticket, What::Attempt) else { continue };
+                running.push(worker.run(job));
+            }
+            let event = poll_fn(|cx| {
+                if let Poll::Ready(Some(ended)) = running.poll_next_unpin(cx) {
+                    return Poll::Ready(Event::Ended(ended));
+                }
+                if self.hear(cx) {
+                    return Poll::Ready(Event::Heard);
+                }
+                if let Some(error) = self.fenced.take() {
+                    return Poll::Ready(Event::Over(Err(error)));
+                }
+                if let Some(ended) = self.shared.ended() {
+                    self.is_over = true;
+                    return Poll::Ready(Event::Over(ended));
+                }
+                if stopped.as_mut().poll(cx).is_ready() || token.is_cancelled() && running.is_empty() {
+                    return Poll::Ready(Event::Over(Err(TaskError::Cancelled)));
+                }
+                let can_start = running.len() < self.plan.concurrency && !token.is_cancelled();
+                if can_start && self.waiting.poll_due(cx).is_ready() {
+                    Poll::Ready(Event::Heard)
+                } else {
+                    Poll::Pending
+                }
+            })
+            .await;
+            match event {
+                Event::Heard => {}
+                Event::Ended((ticket, end)) => {
+                    if let Some(job) = self.settle(ticket, end)? {
+                        running.push(worker.run(job));
+                    }
+                }
+                Event::Over(ended) => return ended,
+            }
+        }
+    }
+
+    /// What is to be done in the range of a ticket; `None` if it is lost.
+    fn job(&self, ticket: Ticket<T>, what: What) -> Option<Job<T>> {
+        let range = self.ranges.get(&ticket.hold.n).filter(|range| range.hold == ticket.hold)?;
+        let (place, count) = (Arc::clone(&range.place), range.known.len());
+        Some(Job { ticket, what, place, count, leases: self.leases.clone()? })
+    }
+
+    /// The next item that may run.
+    fn next(&mut self) -> Option<Ticket<T>> {
+        if let Some(ticket) = self.waiting.take_due() {
+            return Some(ticket);
+        }
+        if self.waiting.len() >= self.plan.max_ahead {
+            return None;
+        }
+        while let Some(&hold) = self.fresh.front() {
+            if let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold) {
+                while let Some(known) = range.known.get(range.next) {
+                    let index = range.first + range.next;
+                    range.next += 1;
+                    let attempts = match known {
+                        Known::Nothing => 0,
+                        Known::Failed(_) if self.plan.retry.per_run => 0,
+                        Known::Failed(attempts) => *attempts,
+                        Known::Result | Known::Quarantined => continue,
+                    };
+                    let item = self.input.items.get(index).cloned()?;
+                    self.meter.item_started();
+                    return Some(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0 });
+                }
+            }
+            self.fresh.pop_front();
+            self.shared.exhausted(hold);
+        }
+        None
+    }
+
+    /// Takes in what the keeper has told and returns whether there was anything.
+    fn hear(&mut self, cx: &Context<'_>) -> bool {
+        let (told, _) = self.shared.hear(cx.waker());
+        let heard = !told.is_empty();
+        for told in told {
+            match told {
+                Told::Opened { leases, .. } => self.leases = Some(leases),
+                Told::Granted { hold, first, items, place } => {
+                    let place = Arc::new(Mutex::new(place));
+                    self.ranges.insert(hold.n, Range { hold, first, known: items, next: 0, place });
+                    self.fresh.push_back(hold);
+                }
+                Told::Appended { hold, .. } | Told::Lost(hold) => {
+                    if self.ranges.get(&hold.n).is_some_and(|range| range.hold == hold) {
+                        self.ranges.remove(&hold.n);
+                    }
+                }
+                Told::Standing(standing) => self.standing = standing,
+                Told::Fenced(error) => self.fenced = Some(error),
+            }
+        }
+        self.publish();
+        heard
+    }
+
+    /// Takes in how something ended, and returns what is to be done next for its item.
+    fn settle(&mut self, mut ticket: Ticket<T>, end: End) -> Result<Option<Job<T>>, TaskError> {
+        let error = match end {
+            End::Failed(error) => error,
+            End::Recorded => {
+                self.completed += 1;
+                self.look_at(ticket.hold);
+                return Ok(None);
+            }
+            End::Noted { attempts, cause, after } => {
+                match after {
+                    After::Retry => self.waiting.enter(self.plan.retry.delay_after(attempts), ticket),
+                    After::Quarantine => {
+                        self.quarantined += 1;
+                        self.look_at(ticket.hold);
+                    }
+                    After::Full => {
+                        let (limit, index, attempts) = (self.plan.quarantine, ticket.index, ticket.attempts);
+                        return Err(TaskError::QuarantineFull { limit, index, attempts, cause });
+                    }
+                }
+                return Ok(None);
+            }
+            End::Lost => {
+                self.shared.let_go(ticket.hold, LetGo::Lost);
+                return Ok(None);
+            }
+            End::Broken(error) => return Err(error),
+        };
+        if let Verdict::Defer(after) = error.verdict
+            && ticket.defers < self.plan.max_defers
+        {
+            ticket.defers += 1;
+            self.waiting.enter(after, ticket);
+            return Ok(None);
+        }
+        ticket.attempts += 1;
+        let cause = describe(error.cause.as_ref());
+        let is_last = error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts;
+        let failed = usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined);
+        let (attempts, after) = match is_last {
+            false => (ticket.attempts, After::Retry),
+            true if failed < self.plan.quarantine => (ticket.attempts, After::Quarantine),
+            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            true => (0, After::Full),
+        };
+        Ok(self.job(ticket, What::Note { attempts, cause, after }))
+    }
+
+    /// Lets go of a range whose last item has just been recorded.
+    fn look_at(&mut self, hold: Hold) {
+        let Some(range) = self.ranges.get(&hold.n).filter(|range| range.hold == hold) else { return };
+        let is_finished = range.place.try_lock().is_ok_and(|place| is_finished(&place, range.known.len()));
+        if is_finished {
+            self.ranges.remove(&hold.n);
+            self.shared.let_go(hold, LetGo::Finished);
+        }
+    }
+
+    fn publish(&mut self) {
+        let done = usize::try_from(self.standing.done).unwrap_or_default().max(self.completed + self.quarantined);
+        let failed = usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined);
+        self.meter.stand_at(done, done - self.completed - self.quarantined, failed);
+        self.meter.publish(self.input.items.len());
+    }
+
+    fn summary(&self, standing: Standing) -> Summary {
+        let done = usize::try_from(standing.done).unwrap_or_default();
+        Summary {
+            total: self.input.items.len(),
+            completed: self.completed,
+            restored: done.saturating_sub(self.completed + self.quarantined),
+            quarantined: usize::try_from(standing.quarantined).unwrap_or_default(),
+            torn_bytes: 0,
+        }
+    }
+
+    fn poll_ended(&mut self, cx: &Context<'_>) -> Poll<Result<Standing, TaskError>> {
+        drop(self.shared.hear(cx.waker()));
+        self.shared.ended().map_or(Poll::Pending, Poll::Ready)
+    }
+}
+
+/// What runs the items.
+struct Worker<F, R> {
+    store: PgStore,
+    work: F,
+    prover: std::sync::Mutex<Prover>,
+    codec: Codec,
+    of: PhantomData<fn() -> R>,
+}
+
+/// How one try of a transaction ended.
+enum Tried {
+    End(End),
+    /// The database failed before the commit was sent: nothing of it is there.
+    Again(sqlx::Error),
+}
+
+impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
+    async fn run<T>(&self, job: Job<T>) -> (Ticket<T>, End)
+    where
+        T: Clone,
+        F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
+    {
+        let end = match &job.what {
+            What::Attempt => self.attempt(&job).await,
+            What::Note { attempts, cause, after } => self.note(&job, *attempts, cause, *after).await,
+        };
+        (job.ticket, end)
+    }
+
+    /// Runs an item in transactions until one of them has ended by what the item did, and not by the database.
+    async fn attempt<T>(&self, job: &Job<T>) -> End
+    where
+        T: Clone,
+        F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
+    {
+        let (started, mut wait) = (Instant::now(), keeper::FIRST_WAIT);
+        loop {
+            let error = match self.try_once(job).await {
+                Tried::End(end) => return end,
+                Tried::Again(error) => error,
+            };
+            if !is_passing(&error) || started.elapsed() >= self.store.outage {
+                return End::Broken(TaskError::Database { action: "run a transaction", source: error.into() });
+            }
+            tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
+            wait = (wait * 2).min(keeper::LONGEST_WAIT);
+        }
+    }
+
+    async fn try_once<T>(&self, job: &Job<T>) -> Tried
+    where
+        T: Clone,
+        F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
+    {
+        let mut connection = match self.store.pool.acquire().await {
+            Ok(connection) => connection,
+            Err(error) => return Tried::Again(error),
+        };
+        let mut tx = match connection.begin_with(self.store.bounds().begin()).await {
+            Ok(tx) => tx,
+            Err(error) => return Tried::Again(error),
+        };
+        let result = match (self.work)(&mut tx, job.ticket.item.clone()).await {
+            Ok(result) => result,
+            Err(error) => {
+                let rolled_back = tx.rollback().await;
+                return match rolled_back {
+                    Ok(()) => Tried::End(End::Failed(error)),
+                    // The connection is gone, and no fault of the item's.
+                    Err(error) => {
+                        connection.close_on_drop();
+                        Tried::Again(error)
+                    }
+                };
+            }
+        };
+        let payload = match self.encode(job, &result) {
+            Ok(payload) => payload,
+            Err(error) => return Tried::End(End::Broken(error)),
+        };
+        let mut place = job.place.lock().await;
+        let (append, next) = next_append(&place, job, Kind::Result, &payload);
+        let appends = [append];
+        match job.leases.append_on(&mut tx, &appends).await {
+            Ok(taken) if !taken.is_empty() => {}
+            Ok(_) => {
+                drop(tx.rollback().await);
+                connection.close_on_drop();
+                // Another worker has the range, or it is a repeat of a commit whose answer was lost and that came late.
+                return Tried::End(self.resolve(job, &appends, &mut place, next, End::Lost).await);
+            }
+            Err(error) => {
+                drop(tx);
+                connection.close_on_drop();
+                return match error {
+                    // A statement of the item has failed, and the item has not said so.
+                    sqlx::Error::Database(error) if error.code().as_deref() == Some("25P02") => {
+                        Tried::End(End::Failed(ItemError::retry(sqlx::Error::Database(error))))
+                    }
+                    error => Tried::Again(error),
+                };
+            }
+        }
+        match tx.commit().await {
+            Ok(()) => {
+                *place = next;
+                Tried::End(End::Recorded)
+            }
+            Err(error) => {
+                connection.close_on_drop();
+                // It may have been committed. If it is not there it may come late: then the next append finds it.
+                match self.there(job, &appends).await {
+                    Ok(true) => {
+                        *place = next;
+                        Tried::End(End::Recorded)
+                    }
+                    Ok(false) => Tried::Again(error),
+                    Err(error) => Tried::End(End::Broken(error)),
+                }
+            }
+        }
+    }
+
+    fn encode<T>(&self, job: &Job<T>, result: &R) -> Result<Vec<u8>, TaskError> {
+        let (mut payload, index) = (Vec::new(), job.ticket.index);
+        begin_payload(&mut payload, job.ticket.key.as_deref());
+        self.prover.lock().unwrap_or_else(PoisonError::into_inner).encode(index, result, &mut payload)?;
+        if payload.len() > MAX_PAYLOAD_BYTES {
+            let cause = format!("it takes more than {MAX_PAYLOAD_BYTES} bytes").into();
+            return Err(TaskError::unwritten::<R>(self.codec, index, cause));
+        }
+        Ok(payload)
+    }
+
+    /// Records a failure in a transaction of its own.
+    async fn note<T>(&self, job: &Job<T>, attempts: u32, cause: &str, after: After) -> End {
+        let mut payload = Vec::new();
+        begin_payload(&mut payload, job.ticket.key.as_deref());
+        put_failure(&mut payload, attempts, cause);
+        let kind = if let After::Quarantine = after { Kind::Quarantine } else { Kind::Failure };
+        let mut place = job.place.lock().await;
+        let (append, next) = next_append(&place, job, kind, &payload);
+        let appends = [append];
+        let noted = End::Noted { attempts, cause: cause.to_owned(), after };
+        match self.store.patiently("append", || job.leases.append(&appends)).await {
+            Ok(taken) if !taken.is_empty() => {
+                *place = next;
+                noted
+            }
+            Ok(_) => match self.resolve(job, &appends, &mut place, next, End::Lost).await {
+                End::Recorded => noted,
+                end => end,
+            },
+            Err(error) => End::Broken(error),
+        }
+    }
+
+    /// What became of an append that took no row.
+    async fn resolve<T>(&self, job: &Job<T>, appends: &[Append], place: &mut Place, next: Place, else_: End) -> End {
+        match self.there(job, appends).await {
+            Ok(true) => {
+                *place = next;
+                End::Recorded
+            }
+            Ok(false) => else_,
+            Err(error) => End::Broken(error),
+        }
+    }
+
+    async fn there<T>(&self, job: &Job<T>, appends: &[Append]) -> Result<bool, TaskError> {
+        let there = self.store.patiently("look for a block", || job.leases.look(appends)).await?;
+        Ok(!there.is_empty())
+    }
+}
+
+/// The append of one record to a range, and the place after it.
+fn next_append<T>(place: &Place, job: &Job<T>, kind: Kind, payload: &[u8]) -> (Append, Place) {
+    let mut next = *place;
+    next.seq += 1;
+    next.done += i32::from(kind != Kind::Failure);
+    next.quarantined += i32::from(kind == Kind::Quarantine);
+    let mut blocks = Blocks::default();
+    blocks.record(kind, job.ticket.index as u64, payload);
+    let finished = is_finished(&next, job.count).then_some(job.count);
+    let body = sealed(&mut blocks, &mut next.chain, finished);
+    let Hold { n, epoch } = job.ticket.hold;
+    (Append { n, epoch, seq: place.seq, done: next.done, quarantined: next.quarantined, body }, next)
+}
+
+fn is_finished(place: &Place, count: usize) -> bool {
+    usize::try_from(place.done).is_ok_and(|done| done >= count)
+}
