@@ -1,6 +1,7 @@
 //! The catalogue: what is on disk, in SQLite or PostgreSQL. One writer takes all changes that wait into one transaction.
 //!
-//! A row is there only when its file is durable. Changes are acknowledged after their COMMIT; nobody waits for a batch to
+//! A row is there only when its file is durable. Before a file is replaced, its next row is written down as pending beside
+//! the one it has, so that whatever ends the process, the digest of the file says which of the two is true. Changes are acknowledged after their COMMIT; nobody waits for a batch to
 //! fill, because the writer begins as soon as the last transaction is done, with what has come in meanwhile.
 
 use std::collections::BTreeMap;
@@ -14,7 +15,7 @@ use cancel_safe::tx_guard::{Backend, TxError, TxPool};
 use sqlx::postgres::{PgConnectOptions, Postgres};
 use sqlx::query_builder::QueryBuilder;
 use sqlx::sqlite::{Sqlite, SqliteConnectOptions, SqliteJournalMode, SqliteSynchronous};
-use sqlx::{Encode, Executor, FromRow, IntoArguments, Type};
+use sqlx::{Database, Encode, Executor, FromRow, IntoArguments, Type};
 use tokio::sync::{mpsc, oneshot};
 
 use super::report::chain;
@@ -60,12 +61,14 @@ const COLUMNS: &str = "url, path, bytes, sha256, http_status, final_url, etag, l
 /// One step of the catalogue.
 #[derive(Debug)]
 pub(crate) enum Change {
+    /// The file is about to become this one: its row so far stays until [`Change::Put`].
+    Intend(Box<Row>),
+    /// The file did not become what was intended.
+    Forget(String),
     /// The file is durable.
     Put(Box<Row>),
     /// The file of this URL is gone.
     Delete(String),
-    /// The file of this URL is about to be replaced: from the commit on it may be there without a row.
-    Withdraw { url: String, path: String },
     /// The catalogue belongs to the directory with this mark from now on.
     Mark(String),
 }
@@ -113,14 +116,14 @@ struct Job {
 #[derive(Debug, Clone)]
 pub(crate) struct Catalogue {
     jobs: mpsc::Sender<Job>,
-    unrecorded: Unrecorded,
+    pending: Pending,
 }
 
-/// Paths of files that may be on disk without a row, by URL.
-type Unrecorded = Arc<Mutex<BTreeMap<String, String>>>;
+/// What is intended and not yet known to be done, by URL.
+type Pending = Arc<Mutex<BTreeMap<String, Row>>>;
 
-/// The end that writes: ends when every [`Catalogue`] is dropped, with the files that are left without a row.
-pub(crate) type Writer = Pin<Box<dyn Future<Output = Vec<String>> + Send>>;
+/// The end that writes: ends when every [`Catalogue`] is dropped.
+pub(crate) type Writer = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A catalogue that has been opened.
 pub(crate) struct Opened {
@@ -157,9 +160,9 @@ impl Catalogue {
         }
     }
 
-    /// Says that the file of `url` is about to appear, so that it is known if its row never does.
-    pub(crate) fn announce(&self, url: &str, path: &str) {
-        self.unrecorded.lock().unwrap_or_else(PoisonError::into_inner).insert(url.to_owned(), path.to_owned());
+    /// What is intended and not yet known to be done, by this run and by those before.
+    pub(crate) fn pending(&self) -> Vec<Row> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
 
     /// Applies one change; `Ok` means that it is committed. Dropped, the change may still be applied.
@@ -199,6 +202,9 @@ where
             "CREATE TABLE IF NOT EXISTS files (url TEXT PRIMARY KEY, path TEXT NOT NULL UNIQUE, bytes BIGINT NOT NULL, \
              sha256 TEXT NOT NULL, http_status BIGINT NOT NULL, final_url TEXT NOT NULL, etag TEXT, last_modified TEXT, \
              fetched_at BIGINT NOT NULL)",
+            "CREATE TABLE IF NOT EXISTS pending (url TEXT PRIMARY KEY, path TEXT NOT NULL, bytes BIGINT NOT NULL, \
+             sha256 TEXT NOT NULL, http_status BIGINT NOT NULL, final_url TEXT NOT NULL, etag TEXT, last_modified TEXT, \
+             fetched_at BIGINT NOT NULL)",
             "CREATE TABLE IF NOT EXISTS mirror (id INTEGER PRIMARY KEY CHECK (id = 1), mark TEXT NOT NULL)",
         ] {
             (*tx).execute(sql).await?;
@@ -209,14 +215,17 @@ where
         }
         let select = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM files ORDER BY url"));
         let rows: Vec<Columns> = sqlx::query_as(select).fetch_all(&mut *tx).await?;
+        let select = sqlx::AssertSqlSafe(format!("SELECT {COLUMNS} FROM pending ORDER BY url"));
+        let pending: Vec<Columns> = sqlx::query_as(select).fetch_all(&mut *tx).await?;
         tx.commit().await?;
+        let pending = pending.into_iter().map(Row::from).map(|row| (row.url.clone(), row)).collect();
         let (jobs, waiting) = mpsc::channel(MAX_BATCH);
-        let catalogue = Catalogue { jobs, unrecorded: Arc::default() };
-        let writer = Box::pin(Self { pool }.write(waiting, Arc::clone(&catalogue.unrecorded)));
+        let catalogue = Catalogue { jobs, pending: Arc::new(Mutex::new(pending)) };
+        let writer = Box::pin(Self { pool }.write(waiting, Arc::clone(&catalogue.pending)));
         Ok(Opened { catalogue, writer, rows: rows.into_iter().map(Row::from).collect(), is_new: found.is_none() })
     }
 
-    async fn write(self, mut waiting: mpsc::Receiver<Job>, unrecorded: Unrecorded) -> Vec<String> {
+    async fn write(self, mut waiting: mpsc::Receiver<Job>, pending: Pending) {
         let mut batch = Vec::with_capacity(MAX_BATCH);
         while waiting.recv_many(&mut batch, MAX_BATCH).await > 0 {
             let outcome = self.commit_in_time(&batch).await;
@@ -227,10 +236,11 @@ where
                 };
                 // Here and not where the change was asked for: that future may have been dropped meanwhile.
                 if told.is_ok() {
-                    let mut unrecorded = unrecorded.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
                     match change {
-                        Change::Put(row) => drop(unrecorded.remove(&row.url)),
-                        Change::Withdraw { url, path } => drop(unrecorded.insert(url, path)),
+                        Change::Intend(row) => drop(pending.insert(row.url.clone(), *row)),
+                        Change::Put(row) => drop(pending.remove(&row.url)),
+                        Change::Forget(url) => drop(pending.remove(&url)),
                         Change::Delete(_) | Change::Mark(_) => {}
                     }
                 }
@@ -244,7 +254,6 @@ where
         }
         drop(waiting);
         self.pool.close(CLOSE_TIMEOUT).await;
-        std::mem::take(&mut *unrecorded.lock().unwrap_or_else(PoisonError::into_inner)).into_values().collect()
     }
 
     /// Commits a batch, several times if need be.
@@ -259,6 +268,13 @@ where
             // Every change may be applied twice, so that a commit whose outcome is unknown is simply made again.
             let outcome =
                 tokio::time::timeout(COMMIT_TIMEOUT, self.commit(batch)).await.unwrap_or_else(|_| Err(late()));
+            // SQLite gives a transaction up by itself where its disk has no room, and says so of COMMIT in no other way.
+            let outcome = outcome.map_err(|error| match error {
+                CatalogueError::Database(TxError::Lost { .. }) if DB::NAME == Sqlite::NAME => {
+                    CatalogueError::Stopped { cause: chain(&error), disk_full: true }
+                }
+                error => error,
+            });
             if outcome.is_ok() || attempt == ATTEMPTS {
                 return outcome;
             }
@@ -268,14 +284,17 @@ where
 
     async fn commit(&self, batch: &[Job]) -> Result<(), CatalogueError> {
         let mut tx = self.pool.begin().await?;
-        let mut puts: Vec<&Row> = Vec::with_capacity(batch.len());
+        let (mut files, mut pending) = (BTreeMap::new(), BTreeMap::new());
+        // The last of several changes of one URL stands: ON CONFLICT refuses to touch a row twice in one statement.
         for job in batch {
             match &job.change {
-                // The last of two changes of one URL stands: ON CONFLICT refuses to touch a row twice in one statement.
+                Change::Intend(row) => drop(pending.insert(&row.url, Some(&**row))),
+                Change::Forget(url) => drop(pending.insert(url, None)),
                 Change::Put(row) => {
-                    puts.retain(|earlier| earlier.url != row.url);
-                    puts.push(row);
+                    files.insert(&row.url, Some(&**row));
+                    pending.insert(&row.url, None);
                 }
+                Change::Delete(url) => drop(files.insert(url, None)),
                 Change::Mark(mark) => {
                     let mut insert = QueryBuilder::<DB>::new("INSERT INTO mirror (id, mark) VALUES (1, ");
                     insert.push_bind(mark.clone()).push(") ON CONFLICT (id) DO NOTHING");
@@ -284,34 +303,46 @@ where
                     let (found,): (String,) = sqlx::query_as("SELECT mark FROM mirror").fetch_one(&mut *tx).await?;
                     require(&found, mark)?;
                 }
-                Change::Delete(url) | Change::Withdraw { url, .. } => {
-                    QueryBuilder::<DB>::new("DELETE FROM files WHERE url = ")
-                        .push_bind(url.clone())
-                        .build()
-                        .execute(&mut *tx)
-                        .await?;
-                }
             }
         }
-        if !puts.is_empty() {
-            let mut insert = QueryBuilder::<DB>::new(format!("INSERT INTO files ({COLUMNS}) "));
-            insert.push_values(puts, |mut tuple, row| {
-                tuple
-                    .push_bind(row.url.clone())
-                    .push_bind(row.path.clone())
-                    .push_bind(row.bytes)
-                    .push_bind(row.sha256.clone());
-                tuple.push_bind(row.http_status).push_bind(row.final_url.clone()).push_bind(row.etag.clone());
-                tuple.push_bind(row.last_modified.clone()).push_bind(row.fetched_at);
-            });
-            insert.push(
-                " ON CONFLICT (url) DO UPDATE SET path = excluded.path, bytes = excluded.bytes, sha256 = excluded.sha256, \
-                 http_status = excluded.http_status, final_url = excluded.final_url, etag = excluded.etag, \
-                 last_modified = excluded.last_modified, fetched_at = excluded.fetched_at",
-            );
-            insert.build().execute(&mut *tx).await?;
+        for (table, rows) in [("files", files), ("pending", pending)] {
+            let gone: Vec<&String> = rows.iter().filter(|(_, row)| row.is_none()).map(|(url, _)| *url).collect();
+            if !gone.is_empty() {
+                let mut delete = QueryBuilder::<DB>::new(format!("DELETE FROM {table} WHERE url IN ("));
+                let mut urls = delete.separated(", ");
+                for url in gone {
+                    urls.push_bind(url.clone());
+                }
+                delete.push(")");
+                delete.build().execute(&mut *tx).await?;
+            }
+            let rows: Vec<&Row> = rows.into_values().flatten().collect();
+            if !rows.is_empty() {
+                upsert::<DB>(table, rows).build().execute(&mut *tx).await?;
+            }
         }
         tx.commit().await?;
         Ok(())
     }
+}
+
+fn upsert<DB>(table: &str, rows: Vec<&Row>) -> QueryBuilder<DB>
+where
+    DB: Backend,
+    for<'q> String: Encode<'q, DB> + Type<DB>,
+    for<'q> i64: Encode<'q, DB> + Type<DB>,
+    for<'q> Option<String>: Encode<'q, DB> + Type<DB>,
+{
+    let mut insert = QueryBuilder::<DB>::new(format!("INSERT INTO {table} ({COLUMNS}) "));
+    insert.push_values(rows, |mut tuple, row| {
+        tuple.push_bind(row.url.clone()).push_bind(row.path.clone()).push_bind(row.bytes).push_bind(row.sha256.clone());
+        tuple.push_bind(row.http_status).push_bind(row.final_url.clone()).push_bind(row.etag.clone());
+        tuple.push_bind(row.last_modified.clone()).push_bind(row.fetched_at);
+    });
+    insert.push(
+        " ON CONFLICT (url) DO UPDATE SET path = excluded.path, bytes = excluded.bytes, sha256 = excluded.sha256, \
+         http_status = excluded.http_status, final_url = excluded.final_url, etag = excluded.etag, \
+         last_modified = excluded.last_modified, fetched_at = excluded.fetched_at",
+    );
+    insert
 }

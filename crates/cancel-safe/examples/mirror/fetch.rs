@@ -1,6 +1,7 @@
 //! Fetches one URL into one durable file, and says of each failure whether it is worth another attempt.
 
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -13,7 +14,7 @@ use url::Url;
 use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
 use super::home::{Home, hex};
-use super::report::chain;
+use super::report::{Reporter, chain};
 
 /// The longest wait that a server may ask for; a longer one is taken as this.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(120);
@@ -21,6 +22,9 @@ const MAX_RETRY_AFTER: Duration = Duration::from_secs(120);
 /// How soon and how late an open breaker is asked again.
 const BREAKER_MIN: Duration = Duration::from_millis(50);
 const BREAKER_MAX: Duration = Duration::from_secs(2);
+
+/// How long a fetch waits when the process may open no more files.
+const FILES_PAUSE: Duration = Duration::from_millis(250);
 
 /// What came of a fetch.
 #[derive(Debug)]
@@ -59,6 +63,7 @@ pub(crate) struct Fetcher {
     pub(crate) client: TimeoutClient,
     pub(crate) home: Arc<Home>,
     pub(crate) catalogue: Catalogue,
+    pub(crate) report: Arc<Reporter>,
 }
 
 impl Fetcher {
@@ -66,6 +71,10 @@ impl Fetcher {
     ///
     /// Dropped at any point, it leaves the old file or the new one, and no other.
     pub(crate) async fn fetch(&self, url: &Url, path: &str, known: Option<&Row>) -> Result<Fetched, Trouble> {
+        let file = self.home.file(path);
+        if known.is_none() && file.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+            return Err(Trouble::in_the_way(&file));
+        }
         let mut request = self.client.get(url.as_str());
         if let Some(etag) = known.and_then(|row| row.etag.as_ref()) {
             request = request.header(header::IF_NONE_MATCH, etag);
@@ -75,7 +84,10 @@ impl Fetcher {
         let response = request.send().await.map_err(Trouble::of_request)?;
         match (response.status(), known) {
             (StatusCode::NOT_MODIFIED, Some(row)) => Ok(Fetched::Unchanged(Row { fetched_at: now(), ..row.clone() })),
-            (status, _) if status.is_success() => self.store(url, path, known, response).await.map(Fetched::Stored),
+            // A proxy that has changed the body says 203; every other success is something else than the file.
+            (StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION, _) => {
+                self.store(url, path, known, response).await.map(Fetched::Stored)
+            }
             _ => Err(Trouble::of_status(&response)),
         }
     }
@@ -85,51 +97,46 @@ impl Fetcher {
         if !self.home.has_parents(&file) {
             let (home, file) = (Arc::clone(&self.home), file.clone());
             let made = tokio::task::spawn_blocking(move || home.make_parents(&file)).await;
-            made.map_err(std::io::Error::other).flatten().map_err(Trouble::of_directory)?;
+            made.map_err(io::Error::other).flatten().map_err(Trouble::of_directory)?;
         }
-        let mut writer = AtomicFileWriter::new(&file).await.map_err(Trouble::of_write)?;
+        // Without a row there is no file of ours that could be replaced.
+        let options = AtomicFileWriter::options().create_new(known.is_none());
+        let mut writer = options.open(&file).await.map_err(|error| Trouble::of_write(error, &file))?;
         let (mut hasher, mut bytes) = (Sha256::new(), 0);
         while let Some(chunk) = response.chunk().await.map_err(|error| Trouble::of_request(error.into()))? {
+            self.report.arrived(chunk.len());
             hasher.update(&chunk);
             bytes += chunk.len() as i64;
-            writer.write_all(&chunk).await.map_err(Trouble::of_write)?;
-        }
-        if known.is_some() {
-            // A row must never stand for bytes that are not its own: from here to the new row there is none.
-            let gone = Change::Withdraw { url: url.as_str().to_owned(), path: path.to_owned() };
-            self.catalogue.apply(gone).await.map_err(Trouble::of_catalogue)?;
-        } else {
-            self.catalogue.announce(url.as_str(), path);
-        }
-        if let Err(error) = writer.commit().await {
-            if let (Some(row), TargetState::Unchanged) = (known, error.target()) {
-                let back = Change::Put(Box::new(row.clone()));
-                self.catalogue.apply(back).await.map_err(Trouble::of_catalogue)?;
-            }
-            return Err(Trouble::of_write(error));
+            writer.write_all(&chunk).await.map_err(|error| Trouble::of_write(error, &file))?;
         }
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        Ok(Row {
+        let row = Row {
             url: url.as_str().to_owned(),
             path: path.to_owned(),
             bytes,
             sha256: hex(&hasher.finalize()),
             http_status: response.status().as_u16().into(),
-            final_url: response.url().as_str().to_owned(),
+            final_url: without_secrets(response.url(), url),
             etag: text(header::ETAG),
             last_modified: text(header::LAST_MODIFIED),
             fetched_at: now(),
-        })
+        };
+        // Whatever ends the process between here and the new row, the digest tells the next start which file is there.
+        self.catalogue.apply(Change::Intend(Box::new(row.clone()))).await.map_err(Trouble::of_catalogue)?;
+        if let Err(error) = writer.commit().await {
+            if error.target() == TargetState::Unchanged {
+                let back = Change::Forget(row.url);
+                self.catalogue.apply(back).await.map_err(Trouble::of_catalogue)?;
+            }
+            return Err(Trouble::of_write(error, &file));
+        }
+        Ok(row)
     }
 }
 
 impl Trouble {
     fn new(phase: &'static str, cause: String, advice: Advice) -> Self {
         Self { phase, cause, advice }
-    }
-
-    fn stop(cause: String) -> Self {
-        Self::new("write", cause, Advice::Stop(Exit::Write))
     }
 
     fn of_request(error: RequestError) -> Self {
@@ -141,15 +148,18 @@ impl Trouble {
             RequestError::Timeout { phase: Phase::Permit, .. } | RequestError::Overloaded { .. } => {
                 ("permit", Advice::Again)
             }
-            RequestError::Timeout { phase: Phase::Body, .. } => ("body", Advice::Again),
             RequestError::BodyTooLarge { .. } => ("body", Advice::Never),
             RequestError::InvalidRequest(_) => ("request", Advice::Never),
-            RequestError::Network(why) if why.is_redirect() => ("redirect", Advice::Never),
-            RequestError::Network(why) if why.is_body() || why.is_decode() => ("body", Advice::Again),
+            _ if error.is_redirect() => ("redirect", Advice::Never),
+            error if of_system(error).is_some_and(is_out_of_files) => ("files", Advice::Later(FILES_PAUSE)),
+            error if error.report().phase == Phase::Body => ("body", Advice::Again),
             error if error.is_connect() => ("connect", Advice::Again),
             _ => ("response", Advice::Again),
         };
-        Self::new(phase, chain(&error), advice)
+        // It says all that its sources say, without what is secret; the URL stands beside it.
+        let text = error.to_string();
+        let cause = text.strip_prefix(&format!("{}: ", error.report())).unwrap_or(&text).to_owned();
+        Self::new(phase, cause, advice)
     }
 
     fn of_status(response: &Response) -> Self {
@@ -159,25 +169,45 @@ impl Trouble {
         let advice = match (status, asked) {
             (StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE, Some(wait)) => Advice::Later(wait),
             (StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_EARLY | StatusCode::TOO_MANY_REQUESTS, _) => Advice::Again,
+            (StatusCode::ACCEPTED, _) => Advice::Again,
             _ if status.is_server_error() => Advice::Again,
             _ => Advice::Never,
         };
-        Self::new("status", format!("the server answered {status}"), advice)
+        let meaning = match status {
+            StatusCode::ACCEPTED => ": the file is not ready",
+            StatusCode::PARTIAL_CONTENT => ": a part, where the whole was asked for",
+            status if status.is_success() => ": that is not the file",
+            _ => "",
+        };
+        Self::new("status", format!("the server answered {status}{meaning}"), advice)
     }
 
-    fn of_write(error: atomic_fs::Error) -> Self {
+    fn of_write(error: atomic_fs::Error, file: &Path) -> Self {
+        if error.is_already_exists() {
+            return Self::in_the_way(file);
+        }
         // What stands in the way of one path does not stand in the way of the others.
         if error.is_not_a_file() || error.is_not_replaceable() {
             return Self::new("write", chain(&error), Advice::Never);
         }
-        Self::stop(chain(&error))
+        let advice = of_system(&error).map_or(Advice::Stop(Exit::Write), advice);
+        Self::new("write", chain(&error), advice)
     }
 
-    fn of_directory(error: std::io::Error) -> Self {
+    fn of_directory(error: io::Error) -> Self {
         if matches!(error.kind(), ErrorKind::NotADirectory | ErrorKind::AlreadyExists) {
             return Self::new("write", format!("something stands where a directory belongs: {error}"), Advice::Never);
         }
-        Self::stop(chain(&error))
+        Self::new("write", chain(&error), advice(&error))
+    }
+
+    /// A file that the catalogue does not know stands where this one belongs.
+    fn in_the_way(path: &Path) -> Self {
+        let cause = format!(
+            "{} is not ours and was left alone; move it aside, or let --adopt take it over if its bytes match",
+            path.display()
+        );
+        Self::new("write", cause, Advice::Never)
     }
 
     /// The catalogue cannot be written.
@@ -185,6 +215,52 @@ impl Trouble {
         let exit = if error.is_disk_full() { Exit::Write } else { Exit::Database };
         Self::new("catalogue", chain(&error), Advice::Stop(exit))
     }
+}
+
+/// What a refusal of the system means: for this file alone, for now, or for all.
+fn advice(error: &io::Error) -> Advice {
+    match (error.raw_os_error(), error.kind()) {
+        // EILSEQ, on Linux and elsewhere: this file system does not take the name.
+        (Some(84 | 92), _) => Advice::Never,
+        _ if is_out_of_files(error) => Advice::Later(FILES_PAUSE),
+        // A name that this file system does not take, or a directory that somebody has closed to us.
+        (
+            _,
+            ErrorKind::InvalidInput
+            | ErrorKind::InvalidFilename
+            | ErrorKind::PermissionDenied
+            | ErrorKind::IsADirectory
+            | ErrorKind::NotADirectory,
+        ) => Advice::Never,
+        _ => Advice::Stop(Exit::Write),
+    }
+}
+
+/// Whether the process, or the system, has as many files and sockets open as it may: ENFILE and EMFILE.
+fn is_out_of_files(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(23 | 24))
+}
+
+/// The error of the system that lies below another one.
+fn of_system<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> Option<&'a io::Error> {
+    loop {
+        match error.downcast_ref::<io::Error>() {
+            Some(found) if found.raw_os_error().is_some() => return Some(found),
+            _ => error = error.source()?,
+        }
+    }
+}
+
+/// Where the redirects led: without what may be a credential, unless that stood in the list too.
+fn without_secrets(found: &Url, asked: &Url) -> String {
+    let mut found = found.clone();
+    if found != *asked {
+        found.set_query(None);
+        found.set_fragment(None);
+        // A URL that cannot have them has none.
+        let _none = found.set_username("").and_then(|()| found.set_password(None));
+    }
+    found.into()
 }
 
 /// The wait that a `Retry-After` asks for: seconds or a date.

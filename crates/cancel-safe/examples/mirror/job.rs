@@ -7,11 +7,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cancel_safe::guard::Guard;
-use cancel_safe::http_timeout::{BreakerConfig, TimeoutClient};
+use cancel_safe::http_timeout::{BreakerConfig, BuildError, TimeoutClient};
 use cancel_safe::resumable::{FileStore, ItemContext, ItemError, ResumableTask, Retry, TaskError};
 use cancel_safe::shutdown::WorkerContext;
 use futures_util::StreamExt;
-use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
@@ -19,14 +18,16 @@ use super::catalogue::{Catalogue, CatalogueError, Change, Opened, Row};
 use super::cli::{Args, Exit};
 use super::fetch::{Advice, Fetched, Fetcher, Trouble};
 use super::home::{Home, HomeError};
+use super::hosts::{Hosts, MAX_OUTAGE};
 use super::manifest::Manifest;
 use super::report::{Event, Reporter, chain, host_of};
 use super::settle::{self, Settled};
 
 /// How often an open breaker or a `Retry-After` may put one URL back in the queue before that counts as a failure.
 const MAX_DEFERS: u32 = 300;
-/// How long a host may give no answer at all before its URLs fail.
-const MAX_OUTAGE: Duration = Duration::from_secs(60);
+/// How long an open breaker lets nothing through, at first and at most.
+const BREAKER_FIRST: Duration = Duration::from_secs(1);
+const BREAKER_LONGEST: Duration = Duration::from_secs(30);
 
 /// How the job ended, and in which words.
 #[derive(Debug)]
@@ -92,30 +93,28 @@ pub(crate) async fn run(
         let settling = settle::settle(&home, &manifest.urls, rows, is_new, &catalogue, args.verify);
         let settled = until_stopped(cx, settling).await?;
         tell(&settled, &manifest, report);
-        let client = client(args, hosts)?;
+        let known_hosts = Arc::new(Hosts::new(args.per_host.into()));
+        let client = client(args, hosts, &known_hosts)?;
         let shared = Arc::new(Shared {
-            fetcher: Fetcher { client, home: Arc::clone(&home), catalogue },
+            fetcher: Fetcher { client, home: Arc::clone(&home), catalogue, report: Arc::clone(report) },
             settled,
             refresh: args.refresh,
             retries: args.retries,
-            per_host: args.per_host.into(),
-            hosts: Mutex::default(),
+            hosts: known_hosts,
             report: Arc::clone(report),
             stop: cx.token().child_token(),
             fatal: OnceLock::new(),
             cut: Mutex::default(),
         });
         let ending = drive(args, manifest, &shared).await;
+        // A fetch that was cut between its file and its row. Where the catalogue is gone, the next start looks again.
+        let _next_start = settle::resolve(&home, &shared.fetcher.catalogue).await;
         for (origin, trips) in shared.fetcher.client.trips() {
             report.count(&origin, |host| host.trips += trips);
         }
         Ok(ending)
     };
-    let (ending, unrecorded) = tokio::join!(job, writer);
-    for path in unrecorded {
-        // A file without a row would be fetched again anyway; so the catalogue equals the disk however this run ended.
-        settle::remove(&home.file(&path))?;
-    }
+    let (ending, ()) = tokio::join!(job, writer);
     ending
 }
 
@@ -138,32 +137,35 @@ fn tell(settled: &Settled, manifest: &Manifest, report: &Reporter) {
     }
 }
 
-fn client(args: &Args, hosts: &[(&'static str, SocketAddr)]) -> Result<TimeoutClient, Ending> {
-    let unusable = |why: String| Ending::new(Exit::Usage, format!("the HTTP client cannot be built: {why}"));
-    let mut inner = reqwest::Client::builder()
-        .user_agent(concat!("mirror/", env!("CARGO_PKG_VERSION")))
-        .redirect(reqwest::redirect::Policy::limited(10))
-        // Bytes as sent, also where some other crate of a build switches decompression on.
-        .no_gzip()
-        .no_brotli()
-        .no_zstd()
-        .no_deflate()
+fn client(args: &Args, hosts: &[(&'static str, SocketAddr)], known: &Arc<Hosts>) -> Result<TimeoutClient, Ending> {
+    let known = Arc::clone(known);
+    let built = TimeoutClient::builder()
+        .configure(|mut inner| {
+            // Bytes as sent, also where some other crate of a build switches decompression on.
+            inner = inner.no_gzip().no_brotli().no_zstd().no_deflate();
+            inner = inner.user_agent(concat!("mirror/", env!("CARGO_PKG_VERSION")));
+            inner = inner.pool_max_idle_per_host(args.per_host.into());
+            for (host, address) in hosts {
+                // The demonstration never leaves the machine, whatever proxy the environment names.
+                inner = inner.resolve(host, *address).no_proxy();
+            }
+            inner
+        })
+        .redirects(10)
         .connect_timeout(args.timeout)
-        .pool_max_idle_per_host(args.per_host.into());
-    for (host, address) in hosts {
-        // The demonstration never leaves the machine, whatever proxy the environment names.
-        inner = inner.resolve(host, *address).no_proxy();
-    }
-    TimeoutClient::builder()
-        .reqwest(inner.build().map_err(|error| unusable(chain(&error)))?)
         .timeout(args.max_time)
         .attempt_timeout(None)
         .idle_timeout(args.timeout)
         .max_body(args.max_body)
         .concurrency(args.concurrency.into())
-        .breaker(BreakerConfig::default())
-        .build()
-        .map_err(|error| unusable(chain(&error)))
+        .breaker(BreakerConfig::builder().open_for(BREAKER_FIRST, BREAKER_LONGEST).build().map_err(unusable)?)
+        .classify(move |response| known.class_of(response))
+        .build();
+    built.map_err(unusable)
+}
+
+fn unusable(error: BuildError) -> Ending {
+    Ending::new(Exit::Usage, format!("the HTTP client cannot be built: {}", chain(&error)))
 }
 
 /// What every fetch in flight shares.
@@ -172,23 +174,13 @@ struct Shared {
     settled: Settled,
     refresh: bool,
     retries: u32,
-    per_host: usize,
-    hosts: Mutex<BTreeMap<String, Host>>,
+    hosts: Arc<Hosts>,
     report: Arc<Reporter>,
     /// No new fetches: the application is told to stop, or nothing can be written any more.
     stop: CancellationToken,
     fatal: OnceLock<(Exit, String)>,
     /// URLs whose fetch was dropped.
     cut: Mutex<Vec<String>>,
-}
-
-/// What the fetches of one host share.
-struct Host {
-    /// Requests in flight. Taken before the client is asked, so that a fetch that waits for it has not begun: a stop sends
-    /// it back to the queue, and neither `--max-time` nor `cut` knows of it.
-    gate: Arc<Semaphore>,
-    /// Since when it has given no answer.
-    silent_since: Option<Instant>,
 }
 
 /// Puts every URL through a resumable task whose checkpoint is `DIR/mirror.ckpt`.
@@ -222,7 +214,7 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
             biased;
             done = run.next() => done,
             _ = ticks.tick() => {
-                report.tick(shared.fetcher.client.open_origins().len());
+                report.tick(shared.fetcher.client.open_origins().len(), &shared.hosts.waits());
                 continue;
             }
         };
@@ -313,7 +305,8 @@ async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, I
         shared.report.count(&url, |host| host.restored += 1);
         return Ok(row.bytes.unsigned_abs());
     }
-    let gate = shared.host(&url, |host| Arc::clone(&host.gate));
+    let host = host_of(&url);
+    let gate = shared.hosts.gate(&host);
     let _permit = tokio::select! {
         biased;
         () = shared.stop.cancelled() => return Err(ItemError::defer(Duration::ZERO, "not begun")),
@@ -325,7 +318,7 @@ async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, I
     dropped.disarm();
     match outcome {
         Ok((name, row)) => {
-            shared.host(&url, |host| host.silent_since = None);
+            shared.hosts.answered(&host);
             shared.report.count(&url, |host| {
                 if name == "unchanged" {
                     host.restored += 1;
@@ -364,22 +357,15 @@ async fn attempt(shared: &Shared, url: &str, known: Option<&Row>) -> Result<(&'s
 }
 
 impl Shared {
-    fn host<T>(&self, url: &str, look: impl FnOnce(&mut Host) -> T) -> T {
-        let mut hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
-        let new = || Host { gate: Arc::new(Semaphore::new(self.per_host)), silent_since: None };
-        look(hosts.entry(host_of(url)).or_insert_with(new))
-    }
-
-    /// Whether the host of a failed fetch has been silent for too long to wait for it any more.
-    fn is_lost(&self, url: &str, trouble: &Trouble) -> bool {
-        self.host(url, |host| match trouble.phase {
-            "breaker" | "connect" => host.silent_since.get_or_insert_with(Instant::now).elapsed() > MAX_OUTAGE,
-            "status" => {
-                host.silent_since = None;
-                false
-            }
-            _ => false,
-        })
+    /// Notes what a failed fetch says of its host; returns whether that has been silent for too long to be waited for.
+    fn is_lost(&self, host: &str, trouble: &Trouble) -> bool {
+        match (trouble.phase, trouble.advice) {
+            ("breaker", Advice::Later(after)) => self.hosts.blocked(host, after),
+            ("connect" | "response", _) => self.hosts.silent(host),
+            ("status" | "redirect" | "body", _) => self.hosts.answered(host),
+            _ => return false,
+        }
+        self.hosts.is_lost(host)
     }
 
     /// Tells of a failed attempt, and turns it into what the task shall do about it.
@@ -392,9 +378,10 @@ impl Shared {
             elapsed: Some(elapsed),
             ..Event::default()
         };
+        let is_lost = self.is_lost(&host_of(url), &trouble);
         match trouble.advice {
-            Advice::Later(_) | Advice::Again if self.is_lost(url, &trouble) => ItemError::permanent(Trouble {
-                cause: format!("no answer from the host for {MAX_OUTAGE:?}: {}", trouble.cause),
+            Advice::Later(_) | Advice::Again if is_lost => ItemError::permanent(Trouble {
+                cause: format!("no answer from the host for {} s: {}", MAX_OUTAGE.as_secs(), trouble.cause),
                 ..trouble
             }),
             Advice::Later(after) => {

@@ -8,6 +8,7 @@ mod catalogue;
 mod cli;
 mod fetch;
 mod home;
+mod hosts;
 mod job;
 mod manifest;
 mod origin;

@@ -1,9 +1,10 @@
 //! Everything that the program says: a bar or plain lines while it works, one JSON object a line on request, a summary.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::error::Error;
 use std::fmt::Write as _;
 use std::io::{IsTerminal, Write as _};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -11,8 +12,15 @@ use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
 use url::Url;
 
+use super::hosts;
+
 /// How often a line of progress is written where there is no terminal.
 pub(crate) const LINE_EVERY: Duration = Duration::from_secs(5);
+
+/// What the rates are taken over.
+const RECENT: Duration = Duration::from_secs(15);
+/// The most hosts of which one line tells that they are waited for.
+const MAX_WAITS: usize = 3;
 
 /// What one host has done in this run.
 #[derive(Debug, Clone, Copy, Default)]
@@ -45,6 +53,8 @@ pub(crate) struct Reporter {
     json: bool,
     bar: Option<ProgressBar>,
     started: Instant,
+    /// Bytes of bodies so far.
+    arrived: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -53,7 +63,32 @@ struct State {
     hosts: BTreeMap<String, Host>,
     total: u64,
     done: u64,
-    open: usize,
+    recent: Recent,
+}
+
+/// Where things stood a short while ago, from which the rates follow.
+#[derive(Debug, Default)]
+struct Recent(VecDeque<(Duration, u64, u64)>);
+
+struct Rates {
+    /// A second.
+    bytes: f64,
+    /// A second; what was there already is not among them.
+    files: f64,
+}
+
+impl Recent {
+    /// Takes the bytes and files so far at a time since the start, and returns the rates of the last [`RECENT`].
+    fn rates(&mut self, now: Duration, bytes: u64, files: u64) -> Rates {
+        let oldest = now.saturating_sub(RECENT);
+        while self.0.get(1).is_some_and(|(time, ..)| *time <= oldest) {
+            self.0.pop_front();
+        }
+        let (time, bytes_then, files_then) = self.0.front().copied().unwrap_or_default();
+        self.0.push_back((now, bytes, files));
+        let seconds = now.saturating_sub(time).as_secs_f64().max(0.001);
+        Rates { bytes: (bytes - bytes_then) as f64 / seconds, files: files.saturating_sub(files_then) as f64 / seconds }
+    }
 }
 
 /// An error and what caused it, in one line.
@@ -73,13 +108,7 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
 
 /// The host of a URL as the summary groups it, with its port if that is not the scheme's own.
 pub(crate) fn host_of(url: &str) -> String {
-    match Url::parse(url) {
-        Ok(url) => match (url.host_str(), url.port()) {
-            (Some(host), Some(port)) => format!("{host}:{port}"),
-            (host, _) => host.unwrap_or_default().to_owned(),
-        },
-        Err(_) => String::new(),
-    }
+    Url::parse(url).map(|url| hosts::name_of(&url)).unwrap_or_default()
 }
 
 impl Reporter {
@@ -89,7 +118,7 @@ impl Reporter {
             ProgressBar::new(0)
                 .with_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()))
         });
-        Self { json, bar, started: Instant::now(), state: Mutex::default() }
+        Self { json, bar, started: Instant::now(), arrived: AtomicU64::new(0), state: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -127,33 +156,43 @@ impl Reporter {
     }
 
     /// Shows where things stand; called every few seconds and, for a bar, ten times a second.
-    pub(crate) fn tick(&self, open_breakers: usize) {
+    pub(crate) fn tick(&self, open_breakers: usize, waits: &[String]) {
         let sum = self.sum();
-        let (done, total) = {
+        let arrived = self.arrived.load(Ordering::Relaxed);
+        let (done, total, rates) = {
             let mut state = self.state();
-            state.open = open_breakers;
-            (state.done, state.total)
+            let fetched = state.done - state.done.min(sum.restored);
+            let rates = state.recent.rates(self.started.elapsed(), arrived, fetched);
+            (state.done, state.total, rates)
         };
-        let seconds = self.started.elapsed().as_secs_f64().max(0.001);
-        // By this run's rate alone: what was there already took no time.
-        let fetched = (done - done.min(sum.restored)) as f64;
         let left = total.saturating_sub(done) as f64;
-        let eta = (fetched > 0.0).then(|| Duration::from_secs_f64((left * seconds / fetched).min(1e8)));
+        let eta = (rates.files > 0.0).then(|| Duration::from_secs_f64((left / rates.files).min(1e8)));
         let eta_text = eta.map_or_else(|| "unknown".to_owned(), |eta| HumanDuration(eta).to_string());
-        let rate = HumanBytes((sum.bytes as f64 / seconds) as u64);
-        let message = format!("{rate}/s, ETA {eta_text}, {} retries, {open_breakers} open breakers", sum.retries);
+        let rate = HumanBytes(rates.bytes as u64);
+        let mut message = format!("{} at {rate}/s, ETA {eta_text}, {} retries", HumanBytes(arrived), sum.retries);
+        for wait in waits.iter().take(MAX_WAITS) {
+            let _infallible = write!(message, "; {wait}");
+        }
+        if waits.len() > MAX_WAITS {
+            let _infallible = write!(message, "; {} more hosts like that", waits.len() - MAX_WAITS);
+        }
         match &self.bar {
             Some(bar) => {
                 bar.set_position(done);
                 bar.set_message(message);
             }
             None if self.json => self.object(json!({
-                "event": "progress", "done": done, "total": total, "bytes": sum.bytes, "retries": sum.retries,
-                "open_breakers": open_breakers, "eta_ms": eta.map(|eta| eta.as_millis() as u64),
+                "event": "progress", "done": done, "total": total, "bytes": arrived, "retries": sum.retries,
+                "open_breakers": open_breakers, "waits": waits, "eta_ms": eta.map(|eta| eta.as_millis() as u64),
                 "elapsed_ms": self.started.elapsed().as_millis() as u64,
             })),
             None => self.line(&format!("{done}/{total} files, {message}")),
         }
+    }
+
+    /// So many bytes of bodies have come in.
+    pub(crate) fn arrived(&self, bytes: usize) {
+        self.arrived.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
     /// How long to wait between two calls of [`Reporter::tick`].
@@ -185,7 +224,7 @@ impl Reporter {
             if let Some(phase) = event.phase {
                 let _infallible = write!(line, " ({phase}");
                 if let Some(attempts) = event.attempts {
-                    let _infallible = write!(line, ", {attempts} attempts");
+                    let _infallible = write!(line, ", {attempts} attempt{}", if attempts == 1 { "" } else { "s" });
                 }
                 line.push(')');
             }

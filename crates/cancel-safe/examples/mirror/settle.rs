@@ -1,8 +1,9 @@
 //! Puts in order what an earlier run left, before a new one starts.
 //!
 //! After [`settle`] the catalogue equals the disk: each row has its file, with its size, at the path that the mapping gives
-//! today; a file of ours without a row is gone (it is fetched again); a stranger's file is left alone and reported. Dropped
-//! or killed at any point, it leaves something that the next call puts in order.
+//! today, and nothing is pending. No file is removed but temporary ones of dead writers, and those whose row it does not
+//! fit; a file without a row is somebody else's, left alone and reported. Dropped or killed at any point, it leaves
+//! something that the next call puts in order.
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::File;
@@ -29,9 +30,9 @@ pub(crate) struct Settled {
     pub(crate) complete: BTreeMap<String, Row>,
     /// Rows whose file was missing or had another size or, with `--verify`, another digest.
     pub(crate) lost: usize,
-    /// Files of ours that had no row, and temporary files of dead writers.
+    /// Temporary files of dead writers.
     pub(crate) removed: usize,
-    /// Files below `files` that no URL maps to, and directories that cannot be read.
+    /// Files below `files` that have no row, and directories that cannot be read.
     pub(crate) strangers: usize,
     /// Rows whose URL has left the manifest; their files are kept.
     pub(crate) left: Vec<String>,
@@ -46,6 +47,7 @@ pub(crate) async fn settle(
     catalogue: &Catalogue,
     verify: bool,
 ) -> Result<Settled, HomeError> {
+    let rows = merge(rows, resolve(home, catalogue).await?);
     let wanted: HashSet<&Url> = manifest.iter().collect();
     let known: Vec<Url> = rows.iter().filter_map(|row| Url::parse(&row.url).ok()).collect();
     let assigned = paths::assign(manifest.iter().chain(&known));
@@ -55,17 +57,17 @@ pub(crate) async fn settle(
         ..Settled::default()
     };
     let place = Arc::clone(home);
-    let (kept, lost) = blocking(move |stop| inspect(&place, rows, verify, stop)).await?;
-    settled.lost = lost.len();
-    all(catalogue, lost.iter().map(|row| Change::Delete(row.url.clone())).collect()).await?;
-    let place = Arc::clone(home);
-    // An empty directory may stand where a file belongs now.
-    blocking(move |_| {
+    let (kept, lost) = blocking(move |stop| {
+        let (kept, lost) = inspect(&place, rows, verify, stop)?;
+        // Before the rows are: a file that has lost its row would be somebody else's.
         lost.iter().filter(|row| is_inside(&row.path)).try_for_each(|row| remove(&place.file(&row.path)))?;
+        // An empty directory may stand where a file belongs now.
         prune(&place.files());
-        Ok(())
+        Ok((kept, lost))
     })
     .await?;
+    settled.lost = lost.len();
+    all(catalogue, lost.into_iter().map(|row| Change::Delete(row.url)).collect()).await?;
     relocate(home, kept, &mut settled, catalogue).await?;
     clear(home, &mut settled, is_new).await?;
     if is_new {
@@ -73,6 +75,52 @@ pub(crate) async fn settle(
         catalogue.apply(Change::Mark(home.mark.clone())).await?;
     }
     Ok(settled)
+}
+
+/// Looks for each pending row whether its file has become what was intended, and returns those of which that is so.
+pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<Vec<Row>, HomeError> {
+    let (place, pending) = (Arc::clone(home), catalogue.pending());
+    if pending.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (done, changes) = blocking(move |stop| {
+        let (mut done, mut changes) = (Vec::new(), Vec::new());
+        for row in pending {
+            if is_there(&place, &row, true, stop)? {
+                changes.push(Change::Put(Box::new(row.clone())));
+                done.push(row);
+            } else {
+                changes.push(Change::Forget(row.url));
+            }
+        }
+        Ok((done, changes))
+    })
+    .await?;
+    all(catalogue, changes).await?;
+    Ok(done)
+}
+
+/// The rows, with those that have become true in place of what they were.
+fn merge(rows: Vec<Row>, done: Vec<Row>) -> Vec<Row> {
+    let mut rows: BTreeMap<String, Row> = rows.into_iter().map(|row| (row.url.clone(), row)).collect();
+    rows.extend(done.into_iter().map(|row| (row.url.clone(), row)));
+    rows.into_values().collect()
+}
+
+/// Whether the file of a row is there, with its size and, where asked for, its digest.
+fn is_there(home: &Home, row: &Row, by_digest: bool, stop: &CancellationToken) -> Result<bool, HomeError> {
+    if !is_inside(&row.path) {
+        return Ok(false);
+    }
+    let path = home.file(&row.path);
+    match std::fs::symlink_metadata(&path) {
+        Ok(found) if found.is_file() && i64::try_from(found.len()) == Ok(row.bytes) => {
+            Ok(!by_digest || digest(&path, stop).map_err(at(&path))? == row.sha256)
+        }
+        Ok(_) => Ok(false),
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => Ok(false),
+        Err(error) => Err(at(&path)(error)),
+    }
 }
 
 /// Tells the rows whose files are there from those whose are not.
@@ -87,16 +135,7 @@ fn inspect(
         if stop.is_cancelled() {
             break;
         }
-        let path = home.file(&row.path);
-        let whole = match std::fs::symlink_metadata(&path) {
-            _ if !is_inside(&row.path) => false,
-            Ok(found) if found.is_file() && i64::try_from(found.len()) == Ok(row.bytes) => {
-                !verify || digest(&path, stop).map_err(at(&path))? == row.sha256
-            }
-            Ok(_) => false,
-            Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => false,
-            Err(error) => return Err(at(&path)(error)),
-        };
+        let whole = is_there(home, &row, verify, stop)?;
         if whole { kept.push(row) } else { lost.push(row) }
     }
     Ok((kept, lost))
@@ -145,7 +184,7 @@ fn rename(home: &Home, from: &str, to: &str) -> Result<(), HomeError> {
         .map_err(at(&to))
 }
 
-/// Removes what is ours and has no row, and counts what is not ours.
+/// Removes the temporary files of dead writers, and counts what is not ours.
 async fn clear(home: &Arc<Home>, settled: &mut Settled, is_new: bool) -> Result<(), HomeError> {
     let ours: HashSet<PathBuf> = settled.paths.values().map(|path| home.file(path)).collect();
     let complete: HashSet<PathBuf> = settled.complete.values().map(|row| home.file(&row.path)).collect();
@@ -162,14 +201,12 @@ async fn clear(home: &Arc<Home>, settled: &mut Settled, is_new: bool) -> Result<
             let path = entry.path();
             if kind.is_dir() {
                 directories.push(path);
-            } else if ours.contains(&path) && !complete.contains(&path) {
-                if is_new {
+            } else if !complete.contains(&path) {
+                if is_new && ours.contains(&path) {
                     return Err(HomeError::Unknown(home.files()));
                 }
-                remove(&path)?;
-                settled.removed += 1;
-            } else if !complete.contains(&path) {
-                settled.strangers += 1;
+                // A temporary file that the sweep has removed is none.
+                settled.strangers += usize::from(path.symlink_metadata().is_ok());
             }
         }
     }
@@ -199,7 +236,7 @@ fn is_inside(path: &str) -> bool {
 }
 
 /// Removes a file; that it is gone already is fine.
-pub(crate) fn remove(path: &Path) -> Result<(), HomeError> {
+fn remove(path: &Path) -> Result<(), HomeError> {
     match std::fs::remove_file(path) {
         Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
             Err(at(path)(error))

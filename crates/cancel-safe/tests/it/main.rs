@@ -3,6 +3,8 @@
 #![cfg(all(feature = "full", feature = "sqlite", feature = "postgres"))]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+#[path = "../../examples/mirror/hosts.rs"]
+mod hosts;
 #[path = "../../examples/mirror/manifest.rs"]
 mod manifest;
 #[path = "../../examples/mirror/paths.rs"]

@@ -427,17 +427,20 @@ fn verify_finds_a_changed_file_and_refresh_asks_with_its_etag() {
 }
 
 #[test]
-fn a_refresh_killed_at_random_moments_leaves_no_row_for_other_bytes() {
+fn a_refresh_killed_at_random_moments_leaves_each_file_old_or_new_also_when_the_origin_is_gone() {
+    let kills =
+        if std::env::var_os("CANCEL_SAFE_CAMPAIGN").is_some_and(|campaign| campaign == "full") { 30 } else { 5 };
     let scene = Scene::new(40);
     scene.run(&[], 0);
     let seed = fastrand::u64(..);
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
-    for round in 0..5_u8 {
+    for round in 0..kills {
+        let old = tree(&scene.out().join("files"));
         // Of the same size as before, so that only the digest tells.
         for name in tree(&scene.path("served")).keys() {
             let path = scene.path("served").join(name);
-            let content: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| byte ^ (round + 1)).collect();
+            let content: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| byte ^ (round as u8 % 250 + 1)).collect();
             fs::write(path, content).unwrap();
         }
         let before = scene.server.requests();
@@ -447,9 +450,23 @@ fn a_refresh_killed_at_random_moments_leaves_no_row_for_other_bytes() {
         std::thread::park_timeout(Duration::from_micros(random.u64(..4000)));
         child.kill().unwrap();
         child.wait().unwrap();
+        // Nobody answers any more: what is there must be enough.
+        for path in scene.served() {
+            scene.server.state().refuse.insert(path, (StatusCode::NOT_FOUND, usize::MAX));
+        }
         scene.run(&[], 0);
+        scene.server.state().refuse.clear();
         scene.assert_consistent();
+        let authority = scene.server.base.strip_prefix("http://").unwrap();
+        for (path, content) in tree(&scene.out().join("files")) {
+            let name = path.strip_prefix(authority).and_then(|path| path.strip_prefix('/')).unwrap();
+            let url = url::Url::parse(&format!("{}/{name}", scene.server.base)).unwrap();
+            let new = fs::read(scene.path("served").join(&url.path()[1..])).unwrap();
+            assert!(content == new || old.get(&path) == Some(&content), "{path} is neither old nor new");
+        }
+        assert_eq!(tree(&scene.out().join("files")).len(), 40, "a file is gone");
     }
+    publish_campaign("cancel-safe", "mirror/refresh-kills", kills, 0);
 }
 
 #[test]
@@ -570,4 +587,77 @@ fn a_full_disk_is_told_and_what_is_complete_stays() {
     let text = expect(output.unwrap(), 73);
     assert!(unmounted.unwrap().status.success());
     assert!(rows.iter().all(|(path, digest)| disk.get(path) == Some(digest)), "{text}");
+}
+
+/// What the summary of a run with `--json` says of its only host.
+#[track_caller]
+fn summary(text: &str, field: &str) -> u64 {
+    let line = text.lines().find(|line| line.contains("\"event\":\"summary\"")).expect("a summary");
+    let value: serde_json::Value = serde_json::from_str(line).unwrap();
+    value["hosts"].as_object().unwrap().values().map(|host| host[field].as_u64().unwrap()).sum()
+}
+
+#[test]
+fn broken_pages_hold_up_no_other_page_of_their_host() {
+    let scene = Scene::new(60);
+    let broken: Vec<String> = scene.served().into_iter().step_by(2).collect();
+    for path in &broken {
+        scene.server.state().refuse.insert(path.clone(), (StatusCode::INTERNAL_SERVER_ERROR, usize::MAX));
+    }
+    let text = scene.run(&["--retries", "1", "--json"], 2);
+    assert_eq!((summary(&text, "files"), summary(&text, "failures"), summary(&text, "trips")), (30, 30, 0), "{text}");
+    scene.assert_consistent();
+}
+
+#[test]
+fn one_overloaded_page_slows_nobody_and_a_storm_of_them_does() {
+    let scene = Scene::new(40);
+    let one = scene.served()[7].clone();
+    scene.server.state().refuse.insert(one.clone(), (StatusCode::SERVICE_UNAVAILABLE, 12));
+    let text = scene.run(&["--retries", "12", "--concurrency", "1", "--json"], 0);
+    assert_eq!((summary(&text, "files"), summary(&text, "trips")), (40, 0), "{text}");
+    for path in scene.served() {
+        scene.server.state().refuse.insert(path, (StatusCode::BAD_GATEWAY, 1));
+    }
+    let text = scene.run(&["--refresh", "--json"], 0);
+    assert!(summary(&text, "trips") > 0, "{text}");
+    scene.assert_complete();
+}
+
+#[test]
+fn only_the_whole_file_is_stored() {
+    let scene = Scene::new(12);
+    let served = scene.served();
+    let statuses = [201, 202, 204, 205, 206, 226].map(|status| StatusCode::from_u16(status).unwrap());
+    for (path, status) in served.iter().zip(statuses) {
+        scene.server.state().with_status.insert(path.clone(), status);
+    }
+    scene.server.state().with_status.insert(served[6].clone(), StatusCode::NON_AUTHORITATIVE_INFORMATION);
+    let text = scene.run(&["--retries", "1"], 2);
+    for (path, status) in served.iter().zip(statuses) {
+        assert!(text.contains(&format!("{path} (status")) && text.contains(status.as_str()), "{status}: {text}");
+    }
+    assert_eq!(tree(&scene.out().join("files")).len(), 6);
+    let asked = scene.server.state().asked.clone();
+    assert_eq!((asked[&served[1]], asked[&served[4]]), (2, 1));
+    scene.assert_consistent();
+}
+
+#[test]
+fn a_users_own_file_is_reported_and_left_alone() {
+    let scene = Scene::new(12);
+    scene.run(&[], 0);
+    let authority = scene.server.base.strip_prefix("http://").unwrap().to_owned();
+    let own = scene.out().join("files").join(&authority).join("notes");
+    fs::write(&own, "my own notes").unwrap();
+    fs::write(scene.path("served/notes"), "theirs").unwrap();
+    let list = fs::read_to_string(scene.path("urls.txt")).unwrap() + &format!("{}/notes\n", scene.server.base);
+    fs::write(scene.path("urls.txt"), list).unwrap();
+    let text = scene.run(&[], 2);
+    assert!(text.contains("notes is not ours and was left alone"), "{text}");
+    assert_eq!(fs::read_to_string(&own).unwrap(), "my own notes");
+    fs::remove_file(&own).unwrap();
+    scene.run(&["--retry-failed"], 0);
+    assert_eq!(fs::read_to_string(&own).unwrap(), "theirs");
+    scene.assert_consistent();
 }

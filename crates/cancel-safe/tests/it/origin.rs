@@ -25,6 +25,8 @@ pub(crate) struct State {
     pub(crate) refuse: BTreeMap<String, (StatusCode, usize)>,
     /// What a refusal says in its `Retry-After`.
     pub(crate) retry_after: Option<&'static str>,
+    /// Paths that have their file with this status instead of 200.
+    pub(crate) with_status: BTreeMap<String, StatusCode>,
     /// Paths whose body never ends.
     pub(crate) hang: Vec<String>,
     /// A pause before each answer.
@@ -73,14 +75,15 @@ type Answer = Response<BoxBody<Bytes, Infallible>>;
 
 async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -> Result<Answer, Infallible> {
     let path = request.uri().path().to_owned();
-    let (refusal, retry_after, hang, pause) = {
+    let (refusal, status, retry_after, hang, pause) = {
         let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
         *state.asked.entry(path.clone()).or_default() += 1;
         let refusal = state.refuse.get_mut(&path).filter(|(_, times)| *times > 0).map(|(status, times)| {
             *times -= usize::from(*times != usize::MAX);
             *status
         });
-        (refusal, state.retry_after, state.hang.contains(&path), state.pause)
+        let status = state.with_status.get(&path).copied().unwrap_or(StatusCode::OK);
+        (refusal, status, state.retry_after, state.hang.contains(&path), state.pause)
     };
     tokio::time::sleep(pause).await;
     let empty = |status| {
@@ -102,6 +105,7 @@ async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -
     }
     let body = if hang { Endless(Some(content.into())).boxed() } else { Full::new(content.into()).boxed() };
     let mut response = Response::new(body);
+    *response.status_mut() = status;
     response.headers_mut().insert(header::ETAG, etag.parse().unwrap());
     Ok(response)
 }

@@ -1,0 +1,166 @@
+//! What is known of each host while a run lasts: how many fetches it may have at once, and whether it answers.
+//!
+//! Invariant: an answer is an answer. Only connections that fail, time-outs, and 502, 503 and 504 of different URLs count
+//! against a host; a host that has answered since is never given up.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use cancel_safe::http_timeout::Class;
+use reqwest::{Response, StatusCode};
+use tokio::sync::Semaphore;
+use url::Url;
+
+/// How long a host may give no answer at all before its URLs fail.
+pub(crate) const MAX_OUTAGE: Duration = Duration::from_secs(60);
+/// The most failing URLs of a host that are told apart; a host with so many in a row has opened its breaker long ago.
+const MAX_STORM: usize = 1024;
+
+/// The name of a host as everything shows it: with its port, if that is not the scheme's own.
+pub(crate) fn name_of(url: &Url) -> String {
+    match (url.host_str(), url.port()) {
+        (Some(host), Some(port)) => format!("{host}:{port}"),
+        (host, _) => host.unwrap_or_default().to_owned(),
+    }
+}
+
+/// The hosts of one run.
+#[derive(Debug)]
+pub(crate) struct Hosts {
+    per_host: usize,
+    table: Mutex<BTreeMap<String, Host>>,
+}
+
+#[derive(Debug)]
+struct Host {
+    /// Requests in flight. Taken before the client is asked, so that a fetch that waits for it has not begun: a stop sends
+    /// it back to the queue, and neither `--max-time` nor `cut` knows of it.
+    gate: Arc<Semaphore>,
+    /// Since when it has given no answer.
+    silent_since: Option<Instant>,
+    /// The URLs that it refused as a gateway or as overloaded since it last gave another answer.
+    storm: HashSet<String>,
+    /// When its breaker lets the next request in.
+    next_try: Option<Instant>,
+}
+
+impl Hosts {
+    /// Each host may have so many requests in flight.
+    pub(crate) fn new(per_host: usize) -> Self {
+        Self { per_host, table: Mutex::default() }
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<String, Host>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn with<T>(&self, host: &str, look: impl FnOnce(&mut Host) -> T) -> T {
+        let mut table = self.table();
+        if let Some(host) = table.get_mut(host) {
+            return look(host);
+        }
+        let gate = Arc::new(Semaphore::new(self.per_host));
+        let new = Host { gate, silent_since: None, storm: HashSet::new(), next_try: None };
+        look(table.entry(host.to_owned()).or_insert(new))
+    }
+
+    /// The permits for requests to a host.
+    pub(crate) fn gate(&self, host: &str) -> Arc<Semaphore> {
+        self.with(host, |host| Arc::clone(&host.gate))
+    }
+
+    /// It gave an answer, whatever it was.
+    pub(crate) fn answered(&self, host: &str) {
+        self.with(host, |host| (host.silent_since, host.next_try) = (None, None));
+    }
+
+    /// A connection failed, or no answer came in time.
+    pub(crate) fn silent(&self, host: &str) {
+        self.with(host, |host| {
+            host.silent_since.get_or_insert_with(Instant::now);
+        });
+    }
+
+    /// Its breaker is open for so long.
+    pub(crate) fn blocked(&self, host: &str, retry_after: Duration) {
+        self.with(host, |host| host.next_try = Instant::now().checked_add(retry_after));
+    }
+
+    /// Whether a host has been silent for too long to wait for it any more.
+    pub(crate) fn is_lost(&self, host: &str) -> bool {
+        self.with(host, |host| host.silent_since.is_some_and(|since| since.elapsed() > MAX_OUTAGE))
+    }
+
+    /// What an answer says about its host.
+    pub(crate) fn class_of(&self, response: &Response) -> Class {
+        let url = response.url();
+        self.with(&name_of(url), |host| match response.status() {
+            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+                // The same URL again says nothing new: it may be that URL which is broken.
+                let is_new = host.storm.len() >= MAX_STORM || host.storm.insert(url.path().to_owned());
+                if is_new { Class::Failure } else { Class::Ignore }
+            }
+            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => Class::Ignore,
+            _ => {
+                host.storm.clear();
+                Class::Success
+            }
+        })
+    }
+
+    /// What is waited for, a line each: hosts whose breaker is open, and when it is asked again.
+    pub(crate) fn waits(&self) -> Vec<String> {
+        let now = Instant::now();
+        let open = |(name, host): (&String, &Host)| {
+            let wait = host.next_try?.saturating_duration_since(now).as_millis().div_ceil(1000);
+            Some(format!("{name}: circuit open, next try in {wait} s"))
+        };
+        self.table().iter().filter_map(open).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(path: &str, status: u16) -> Response {
+        use reqwest::ResponseBuilderExt;
+        let url = Url::parse(&format!("http://h{path}")).unwrap();
+        hyper::Response::builder().status(status).url(url).body("").unwrap().into()
+    }
+
+    #[test]
+    fn only_a_storm_over_different_urls_counts_against_a_host() {
+        let hosts = Hosts::new(1);
+        for status in [200, 302, 404, 500, 501, 505, 507] {
+            assert_eq!(hosts.class_of(&answer("/a", status)), Class::Success, "{status}");
+        }
+        for (path, class) in [("/a", Class::Failure), ("/a", Class::Ignore), ("/b", Class::Failure)] {
+            assert_eq!(hosts.class_of(&answer(path, 503)), class, "{path}");
+        }
+        hosts.class_of(&answer("/c", 500));
+        assert_eq!(hosts.class_of(&answer("/a", 502)), Class::Failure, "another answer ends the storm");
+    }
+
+    #[test]
+    fn a_host_that_answers_is_not_lost() {
+        let hosts = Hosts::new(1);
+        hosts.with("h", |host| host.silent_since = Instant::now().checked_sub(MAX_OUTAGE * 2));
+        hosts.silent("h");
+        assert!(hosts.is_lost("h"));
+        hosts.answered("h");
+        hosts.silent("h");
+        assert!(!hosts.is_lost("h") && !hosts.is_lost("i"));
+    }
+
+    #[test]
+    fn an_open_circuit_is_told_with_its_next_try_until_the_host_answers() {
+        let hosts = Hosts::new(3);
+        assert_eq!(hosts.gate("h:81").available_permits(), 3);
+        hosts.blocked("h:81", Duration::from_millis(2900));
+        assert_eq!(hosts.waits(), ["h:81: circuit open, next try in 3 s"]);
+        hosts.answered("h:81");
+        assert_eq!(hosts.waits(), [""; 0]);
+    }
+}
