@@ -5,7 +5,7 @@
 //! cargo run -p cancel-safe-resumable --features postgres --example fleet -- --database postgres://me@db/jobs
 //! ```
 //!
-//! Without `--database` it starts a private server and removes it afterwards. At the end the results are read back, each
+//! Without `--database` it starts a private server, crashes it once on the way, and removes it afterwards. At the end the results are read back, each
 //! block checked: every item is recorded once, with the right result. Otherwise the exit code is 1.
 #![cfg_attr(
     not(test),
@@ -116,6 +116,8 @@ pub(crate) struct Report {
     pub(crate) frozen: usize,
     pub(crate) fenced: usize,
     pub(crate) failed: usize,
+    /// How often the server was.
+    pub(crate) crashed: usize,
     pub(crate) taken_over: i64,
     pub(crate) elapsed: Duration,
     pub(crate) seed: u64,
@@ -137,6 +139,7 @@ impl fmt::Display for Report {
         writeln!(f, "  frozen past their lease    {:>9}", self.frozen)?;
         writeln!(f, "  ended as fenced            {:>9}", self.fenced)?;
         writeln!(f, "  failed                     {:>9}", self.failed)?;
+        writeln!(f, "crashes of the server        {:>9}", self.crashed)?;
         writeln!(f, "ranges taken over            {:>9}", self.taken_over)?;
         writeln!(f, "items a second               {rate:>9.0}")?;
         match &self.wrong {
@@ -149,7 +152,7 @@ impl fmt::Display for Report {
 
 /// Runs a fleet.
 pub(crate) async fn start(settings: Settings) -> Result<Report, String> {
-    let cluster = if settings.database.is_none() { Some(Cluster::start()?) } else { None };
+    let mut cluster = if settings.database.is_none() { Some(Cluster::start()?) } else { None };
     let url = settings.database.clone().or_else(|| cluster.as_ref().map(Cluster::url)).unwrap_or_default();
     let pool = PgPoolOptions::new().max_connections(2).connect(&url).await.map_err(|error| error.to_string())?;
     let schema = format!("resumable_fleet_{}", std::process::id());
@@ -161,7 +164,7 @@ pub(crate) async fn start(settings: Settings) -> Result<Report, String> {
         random: fastrand::Rng::with_seed(seed),
         settings,
     };
-    let outcome = fleet.run(&pool, &schema).await;
+    let outcome = fleet.run(&pool, &schema, cluster.as_mut()).await;
     let report = match outcome {
         Ok(()) => verify(std::mem::take(&mut fleet.report), &pool, &schema).await,
         Err(error) => Err(error),
@@ -198,15 +201,15 @@ impl Drop for Fleet {
 
 impl Fleet {
     /// Works, kills and freezes until the job is complete and all workers have ended.
-    async fn run(&mut self, pool: &PgPool, schema: &str) -> Result<(), String> {
+    async fn run(&mut self, pool: &PgPool, schema: &str, mut server: Option<&mut Cluster>) -> Result<(), String> {
         let begun = Instant::now();
-        let (mut blows, mut complete) = (0, false);
+        let (mut blows, mut complete, mut done) = (0, false, 0);
         while !(complete && self.workers.is_empty()) {
             while !complete && self.workers.len() < self.settings.workers {
                 self.spawn()?;
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
-            let done = done(pool, schema).await;
+            done = recorded(pool, schema).await.unwrap_or(done);
             self.show(done, &begun);
             if !complete && done >= self.settings.items {
                 complete = true;
@@ -217,6 +220,13 @@ impl Fleet {
             if !complete && blows < self.settings.blows && due > blows as u64 {
                 blows += 1;
                 self.strike()?;
+            }
+            if !complete && done > self.settings.items / 2
+                && let Some(server) = server.take()
+            {
+                server.crash()?;
+                server.serve()?;
+                self.report.crashed += 1;
             }
             self.thaw()?;
             self.reap()?;
@@ -308,11 +318,11 @@ fn signal(process: &Child, signal: &str) -> Result<(), String> {
     sent.map(drop).map_err(|error| format!("kill: {error}"))
 }
 
-/// How many items are recorded. Before the first worker has made the tables it is none.
-async fn done(pool: &PgPool, schema: &str) -> u64 {
+/// How many items are recorded; not known before the first worker has made the tables, and while the server is away.
+async fn recorded(pool: &PgPool, schema: &str) -> Option<u64> {
     let sql = format!("SELECT done::bigint FROM {schema}.progress WHERE job = '{JOB}'");
     let row = sqlx::query(AssertSqlSafe(sql)).persistent(false).fetch_one(pool).await;
-    row.map_or(0, |row| row.get::<i64, _>(0).unsigned_abs())
+    row.ok().map(|row| row.get::<i64, _>(0).unsigned_abs())
 }
 
 /// Reads the results, which checks each block and that nothing is recorded twice.

@@ -14,6 +14,8 @@ mod items;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "postgres")]
+mod postgres_cancel;
+#[cfg(feature = "postgres")]
 mod postgres_tx;
 mod spin;
 mod support;
