@@ -221,7 +221,8 @@ impl Fleet {
                 blows += 1;
                 self.strike()?;
             }
-            if !complete && done > self.settings.items / 2
+            if !complete
+                && done > self.settings.items / 2
                 && let Some(server) = server.take()
             {
                 server.crash()?;

@@ -107,22 +107,22 @@ async fn sessions_that_are_ended_at_any_moment_lose_and_double_nothing() {
         while !stopped.is_cancelled() {
             let row = sqlx::query(AssertSqlSafe(kill.clone())).fetch_one(&mut conn).await.unwrap();
             killed += row.get::<i64, _>(0);
-            tokio::time::sleep(Duration::from_millis(fastrand::u64(5..30))).await;
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(20..80))).await;
         }
         killed
     });
     let workers = (0..2).map(|_| {
         // A fenced worker goes on: a session that ended while it gave back may have cost it its answer.
         let builder = numbers(world.store().lease(Duration::from_secs(5)).tolerate_lost(100)).concurrency(3);
-        run(builder, world.schema.clone(), 400)
+        run(builder, world.schema.clone(), 120)
     });
     for summary in join_all(workers).await {
-        assert_eq!(summary.unwrap().total, 400);
+        assert_eq!(summary.unwrap().total, 120);
     }
     stop.cancel();
     let killed = killer.await.unwrap();
-    assert!(killed > 0);
-    assert_each_once(&world, 400).await;
+    assert!(killed > 0, "nothing was ended");
+    assert_each_once(&world, 120).await;
     end(world).await;
 }
 
