@@ -93,12 +93,10 @@
 //! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing; if the checkpoint is complete, its results |
 //! | the file is removed, renamed, replaced or changed under a run | [`TaskError::Io`] of every later item and of the end, at the next sync, or within a second |
 //! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
-//! | damage anywhere else | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another version, job or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | a result that would not come back as it was | [`TaskError::RoundTrip`] or [`TaskError::Codec`] when the first one is recorded; see [Values](#values) |
 //! | a result type that cannot be read any more | [`TaskError::Codec`], which names the item, the field, both types and the version; the file is not changed |
 //! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
-//! | another version, result type or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
 //! | a complete checkpoint on a read-only mount | its results |
 //! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
@@ -162,6 +160,7 @@
 //!
 //! - `postgres`: `PgStore`, a job that processes on many machines share, and `Builder::process_tx`, in which an item's effect
 //!   and its result are one transaction. It needs Rust 1.94, and sqlx with a runtime and TLS of your choice.
+//! - `cli`: the command `resumable`, which inspects, verifies and exports checkpoints.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
@@ -172,6 +171,9 @@
 mod announce;
 mod builder;
 mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
 mod difference;
 mod disk;

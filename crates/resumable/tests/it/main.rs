@@ -3,6 +3,8 @@
 
 mod cancel;
 mod checkpoint;
+#[cfg(feature = "cli")]
+mod cli;
 mod crash;
 mod faults;
 #[cfg(all(feature = "postgres", unix))]
