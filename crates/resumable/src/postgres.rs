@@ -21,6 +21,7 @@ mod results;
 mod schema;
 mod session;
 mod shared;
+mod transaction;
 pub(crate) mod transactional;
 mod waiting;
 
