@@ -60,7 +60,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -145,7 +145,8 @@
 //!   place may be the other item's.
 //! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
 //!   is refused, with the command that goes on from what was synced.
-//! - The file only grows: a checkpoint is for one computation, not a queue.
+//! - A checkpoint is for one computation, not a queue. Its file grows until it holds more than twice what counts; then it
+//!   is written anew when it is opened or complete, which takes room for both and a hard link of it stays the old file.
 //!
 //! # Comparison
 //!
@@ -175,6 +176,7 @@ mod checkpoint;
 #[doc(hidden)]
 pub mod cli;
 mod codec;
+mod compact;
 mod difference;
 mod disk;
 mod drive;
@@ -182,6 +184,7 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
 mod index;
 mod intake;
@@ -192,6 +195,7 @@ mod plan;
 mod postgres;
 mod progress;
 mod proof;
+mod rate;
 mod record;
 mod run;
 mod scan;
@@ -200,6 +204,7 @@ mod stop;
 mod store;
 mod stores;
 mod task;
+mod timer;
 mod varint;
 
 #[cfg(feature = "postgres")]
@@ -210,12 +215,12 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
-    store::FileStore,
+    store::{Compacted, FileStore},
     stores::Store,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

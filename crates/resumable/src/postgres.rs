@@ -17,6 +17,7 @@ mod job;
 mod keeper;
 mod leases;
 mod ledger;
+mod range;
 mod results;
 mod schema;
 mod session;

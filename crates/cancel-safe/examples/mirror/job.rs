@@ -196,7 +196,7 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         .key(|url: &String| url.clone())
         .concurrency(args.concurrency.into())
         // A run that is killed while a host is down must not use up the attempts of the next one.
-        .retry(Retry::exponential(args.retries + 1).per_run())
+        .retry(Retry::attempts(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
         // As many as there are URLs may wait or fail: one dead host must not hold up the others.
         .max_ahead(manifest.urls.len().max(1))

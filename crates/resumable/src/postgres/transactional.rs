@@ -7,7 +7,7 @@ use std::{
     collections::{HashMap, VecDeque},
     future::poll_fn,
     marker::PhantomData,
-    pin::pin,
+    pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
 };
@@ -16,12 +16,15 @@ use futures_core::Stream;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::PgConnection;
-use tokio::sync::{Mutex, watch};
+use tokio::{
+    sync::{Mutex, watch},
+    time::Sleep,
+};
 
 use crate::{
     drive::Summary,
     error::TaskError,
-    item::{ItemError, Verdict, describe},
+    item::{ItemError, Verdict, describe, later},
     log::{Header, Identity},
     plan::Plan,
     postgres::{
@@ -96,6 +99,7 @@ where
         completed: 0,
         quarantined: 0,
         fenced: None,
+        paused: None,
         is_over: false,
         plan,
     };
@@ -133,6 +137,8 @@ struct Loop<T, R> {
     completed: usize,
     quarantined: usize,
     fenced: Option<TaskError>,
+    /// No item starts before this is over.
+    paused: Option<Pin<Box<Sleep>>>,
     /// The keeper has ended.
     is_over: bool,
 }
@@ -151,6 +157,7 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
         loop {
             while running.len() < self.plan.concurrency
                 && !token.is_cancelled()
+                && self.paused.is_none()
                 && let Some(ticket) = self.next()
             {
                 let Some(job) = self.job(ticket, What::Attempt) else { continue };
@@ -172,6 +179,13 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
                 }
                 if stopped.as_mut().poll(cx).is_ready() || token.is_cancelled() && running.is_empty() {
                     return Poll::Ready(Event::Over(Err(TaskError::Cancelled)));
+                }
+                if let Some(paused) = &mut self.paused {
+                    if paused.as_mut().poll(cx).is_pending() {
+                        return Poll::Pending;
+                    }
+                    self.paused = None;
+                    return Poll::Ready(Event::Heard);
                 }
                 let can_start = running.len() < self.plan.concurrency && !token.is_cancelled();
                 if can_start && self.waiting.poll_due(cx).is_ready() {
@@ -221,7 +235,15 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
                     };
                     let item = self.input.items.get(index).cloned()?;
                     self.meter.item_started();
-                    return Some(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0 });
+                    return Some(Ticket {
+                        hold,
+                        index,
+                        key: self.input.key(index),
+                        item,
+                        attempts,
+                        defers: 0,
+                        launch: 0,
+                    });
                 }
             }
             self.fresh.pop_front();
@@ -266,7 +288,7 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             }
             End::Noted { attempts, cause, after } => {
                 match after {
-                    After::Retry => self.waiting.enter(self.plan.retry.delay_after(attempts), ticket),
+                    After::Retry => self.waiting.enter(later(self.plan.retry.delay_after(attempts)), ticket),
                     After::Quarantine => {
                         self.quarantined += 1;
                         self.look_at(ticket.hold);
@@ -284,12 +306,19 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             }
             End::Broken(error) => return Err(error),
         };
-        if let Verdict::Defer(after) = error.verdict
-            && ticket.defers < self.plan.max_defers
-        {
-            ticket.defers += 1;
-            self.waiting.enter(after, ticket);
-            return Ok(None);
+        match error.verdict {
+            Verdict::Pause(until) => {
+                let until = self.paused.as_ref().map_or(until, |paused| paused.deadline().max(until));
+                self.paused = Some(Box::pin(tokio::time::sleep_until(until)));
+                self.waiting.enter(until, ticket);
+                return Ok(None);
+            }
+            Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
+                ticket.defers += 1;
+                self.waiting.enter(until, ticket);
+                return Ok(None);
+            }
+            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => {}
         }
         ticket.attempts += 1;
         let cause = describe(error.cause.as_ref());
@@ -318,7 +347,7 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
         let done = usize::try_from(self.standing.done).unwrap_or_default().max(self.completed + self.quarantined);
         let failed = usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined);
         self.meter.stand_at(done, done - self.completed - self.quarantined, failed);
-        self.meter.publish(self.input.items.len());
+        self.meter.publish(self.input.items.len(), (0, Some(0)));
     }
 
     fn summary(&self, standing: Standing) -> Summary {

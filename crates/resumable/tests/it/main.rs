@@ -5,6 +5,7 @@ mod cancel;
 mod checkpoint;
 #[cfg(feature = "cli")]
 mod cli;
+mod compact;
 mod crash;
 mod faults;
 #[cfg(all(feature = "postgres", unix))]
@@ -13,12 +14,14 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
 #[cfg(feature = "postgres")]
 mod postgres_cancel;
 #[cfg(feature = "postgres")]
 mod postgres_tx;
+mod progress;
 mod spin;
 mod support;
 mod tutorial;

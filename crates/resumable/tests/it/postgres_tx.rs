@@ -51,7 +51,7 @@ async fn the_effect_of_each_item_and_its_result_are_there_once() {
         }
         Ok(result)
     };
-    let retry = cancel_safe_resumable::Retry::exponential(9).base(Duration::from_millis(1));
+    let retry = cancel_safe_resumable::Retry::attempts(9).backoff(Duration::from_millis(1), Duration::from_millis(10));
     let worker = || numbers(world.store()).concurrency(3).retry(retry).process_tx(0..95, &work);
     let (one, two) = tokio::join!(worker(), worker());
     let (one, two) = (one.unwrap(), two.unwrap());
