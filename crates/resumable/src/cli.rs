@@ -8,6 +8,7 @@ use std::{
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{Parser, Subcommand};
@@ -15,6 +16,7 @@ use clap::{Parser, Subcommand};
 use crate::{checkpoint::Checkpoint, error::TaskError, log::FOREIGN};
 
 mod export;
+mod follow;
 mod inspect;
 mod json;
 
@@ -52,6 +54,25 @@ enum Command {
         /// The checkpoint
         file: PathBuf,
     },
+    /// Shows how far a checkpoint has come that another process writes, until it is complete
+    Follow {
+        /// The checkpoint
+        file: PathBuf,
+        /// How many items there are in all, for the percentage and the time left
+        #[arg(long, value_name = "ITEMS")]
+        total: Option<usize>,
+        /// How many seconds lie between two looks at the file; without a terminal, between two lines
+        #[arg(long, default_value_t = 1.0, value_parser = seconds, value_name = "SECONDS")]
+        every: f64,
+    },
+}
+
+/// Between a hundred looks a second and one a day.
+fn seconds(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
+        _ => Err("give a number of seconds from 0.01 to 86400".to_owned()),
+    }
 }
 
 /// Why a command failed, and so its exit code.
@@ -106,6 +127,9 @@ fn run(command: &Command, out: &mut dyn Write) -> Result<u8, Failure> {
         Command::Inspect { file } => inspect::inspect(file, out)?,
         Command::Verify { files } => return verify(files, out),
         Command::Export { file } => export::export(file, out)?,
+        Command::Follow { file, total, every } => {
+            follow::follow(file, *total, Duration::from_secs_f64(*every), out)?;
+        }
     }
     Ok(0)
 }
@@ -132,11 +156,16 @@ fn tell(failure: &Failure) {
     eprintln!("resumable: {failure}");
 }
 
-/// Opens a file that is only read. A pipe would keep whoever opens it waiting.
+/// Reads a checkpoint, and changes nothing.
 fn open(path: &Path) -> Result<Checkpoint<()>, TaskError> {
-    let is_file = fs::metadata(path).map_err(|error| TaskError::io("open checkpoint", path, error))?.is_file();
-    if is_file {
-        return Checkpoint::read(path);
+    must_be_file(path)?;
+    Checkpoint::read(path)
+}
+
+/// A pipe would keep whoever opens it waiting.
+fn must_be_file(path: &Path) -> Result<(), TaskError> {
+    if fs::metadata(path).map_err(|error| TaskError::io("open checkpoint", path, error))?.is_file() {
+        return Ok(());
     }
     let error = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
     Err(TaskError::io("read checkpoint", path, error))

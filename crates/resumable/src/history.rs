@@ -356,7 +356,7 @@ pub(crate) fn put_failure(payload: &mut Vec<u8>, attempts: u32, cause: &str) {
     put_str(payload, cause);
 }
 
-fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
+pub(crate) fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
     let length = usize::try_from(take_varint(payload)?).ok()?;
     std::str::from_utf8(take(payload, length)?).ok()
 }

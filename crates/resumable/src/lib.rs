@@ -161,7 +161,8 @@
 //!
 //! - `postgres`: `PgStore`, a job that processes on many machines share, and `Builder::process_tx`, in which an item's effect
 //!   and its result are one transaction. It needs Rust 1.94, and sqlx with a runtime and TLS of your choice.
-//! - `cli`: the command `resumable`, which inspects, verifies and exports checkpoints.
+//! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
+//! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
@@ -170,6 +171,8 @@
 //! 1.89, for the file locks of the standard library; 1.94 with `postgres`, because sqlx asks for it. It is raised only in a minor release.
 
 mod announce;
+#[cfg(feature = "indicatif")]
+mod bar;
 mod builder;
 mod checkpoint;
 #[cfg(feature = "cli")]
@@ -207,6 +210,8 @@ mod task;
 mod timer;
 mod varint;
 
+#[cfg(feature = "indicatif")]
+pub use crate::bar::{Bar, bar};
 #[cfg(feature = "postgres")]
 pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
