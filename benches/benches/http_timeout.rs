@@ -102,6 +102,7 @@ fn main() {
         #[cfg(feature = "peers")]
         breakers::faults();
         client::costs();
+        client::bytes();
         client::faults();
         client::hedging();
     }

@@ -12,7 +12,7 @@ use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::suite::{self, Scope, Tally};
 use crate::workspace::{BENCHES, Workspace};
-use crate::{doc, foreign, tidy};
+use crate::{doc, foreign, operations, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -29,7 +29,7 @@ pub(crate) enum Section {
     Tests,
     /// The examples in the documentation run
     Doctests,
-    /// The documentation builds without a warning
+    /// The documentation builds without a warning, and the book's reports are those of now
     Docs,
     /// Each crate compiles with each of its features alone, and with none
     Features,
@@ -84,7 +84,7 @@ impl Run<'_> {
             }
             Section::Tests => self.suite(Scope::Tests),
             Section::Doctests => self.suite(Scope::Doctests),
-            Section::Docs => doc::rustdoc(),
+            Section::Docs => doc::rustdoc().and_then(|()| operations::check_patterns()),
             Section::Features => features(self.workspace),
             Section::Foreign => foreign::run(self.workspace),
         }

@@ -118,6 +118,8 @@ enum Task {
         /// Only explore the operations whose names contain this, and tell everything that was found
         part: Option<String>,
     },
+    /// Explore the patterns of the book, broken and mended, and write their page (docs/src/breaking.md)
+    Patterns,
     /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
@@ -192,6 +194,7 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::Doc => doc::run(),
         Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
         Task::Operations { part } => operations::run(part),
+        Task::Patterns => operations::patterns(),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
                 missing::see_to_tools();

@@ -1,4 +1,4 @@
-//! The page of the book that says which operations of others are cancel safe.
+//! The pages of the book that are explored: which operations of others are cancel safe, and what the patterns report.
 //!
 //! Invariant: the page has the operations that are defined, and is of the versions that are locked. That is seen without
 //! building or exploring anything, in each `cargo xtask tidy`; whether it is still true, only `cargo xtask operations`.
@@ -19,6 +19,16 @@ const VERSIONS: &str = "Measured with ";
 /// Writes the page anew, or explores a part of it.
 pub(crate) fn run(part: Option<String>) -> Result<(), Failure> {
     cargo(["run", "--package", OPERATIONS, "--"]).args(part).run()
+}
+
+/// Writes the page of patterns anew.
+pub(crate) fn patterns() -> Result<(), Failure> {
+    cargo(["run", "--package", OPERATIONS, "--", "--patterns"]).run()
+}
+
+/// Compares the page of patterns with what is reported now.
+pub(crate) fn check_patterns() -> Result<(), Failure> {
+    cargo(["run", "--package", OPERATIONS, "--", "--check-patterns"]).run()
 }
 
 /// What is wrong with the page.

@@ -91,6 +91,54 @@ struct Way<'a> {
     call: Box<dyn Fn() + 'a>,
 }
 
+/// How many calls are in flight at once where their bytes are counted.
+const IN_FLIGHT: usize = 200;
+
+/// The bytes on the heap for each call whose answer is waited for, its future, its connection and the server's end of it
+/// included; the same for all contestants but for what is their own.
+fn in_flight<F: Future<Output: Send> + Send + 'static>(runtime: &Runtime, call: impl Fn(&str) -> F) -> usize {
+    let server = Server::start(HELLO, |_| Duration::from_secs(600));
+    let mut bytes = 0;
+    // What is made once is there after the first round.
+    for round in 1..=3 {
+        bytes = runtime.block_on(async {
+            let region = Region::new(&INSTRUMENTED_SYSTEM);
+            let calls: Vec<_> = (0..IN_FLIGHT).map(|_| tokio::spawn(call(&server.url))).collect();
+            while server.requests() < round * IN_FLIGHT {
+                tokio::time::sleep(MILLI).await;
+            }
+            let held = region.change();
+            for call in calls {
+                call.abort();
+                assert!(call.await.is_err(), "it was waiting");
+            }
+            held.bytes_allocated - held.bytes_deallocated
+        });
+    }
+    bytes / IN_FLIGHT
+}
+
+/// What a call keeps while it waits.
+pub(crate) fn bytes() {
+    let (runtime, plain) = (runtime(), reqwest::Client::new());
+    let ours = TimeoutClient::builder().concurrency(2 * IN_FLIGHT).concurrency_per_host(2 * IN_FLIGHT);
+    // Two hundred calls that are given up at once would open its circuit.
+    let breaker = BreakerConfig::builder().silence(None).build().unwrap();
+    let ours = ours.retry(Retry::attempts(4)).breaker(breaker).timeout(Duration::from_secs(60));
+    let ours = ours.build().unwrap();
+    let mut table = Table::new(["a call in flight", "bytes of its future", "bytes on the heap in all"]);
+    let of_reqwest = |url: &str| plain.get(url).timeout(Duration::from_secs(60)).send();
+    let of_ours = |url: &str| ours.get(url).send();
+    let nowhere = "http://localhost/";
+    // Its timeout makes a timer at once.
+    let _inside = runtime.enter();
+    let (size, held) = (size_of_val(&of_reqwest(nowhere)), in_flight(&runtime, of_reqwest));
+    table.row("reqwest with a timeout", [size.to_string(), held.to_string()]);
+    let (size, held) = (size_of_val(&of_ours(nowhere)), in_flight(&runtime, of_ours));
+    table.row("ours, everything on", [size.to_string(), held.to_string()]);
+    table.print();
+}
+
 /// What a get and read costs.
 pub(crate) fn costs() {
     let server = Server::start(HELLO, |_| Duration::ZERO);

@@ -222,7 +222,8 @@ pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, va
 /// let path = dir.path().join("config.json");
 /// atomic_fs::write_json_with_timeout(&path, &"value", Duration::from_secs(60)).await?;
 ///
-/// let late = atomic_fs::write_json_with_timeout(&path, &"other", Duration::ZERO).await.unwrap_err();
+/// let late = atomic_fs::write_json_with_timeout(&path, &"other", Duration::ZERO).await;
+/// let late = late.unwrap_err();
 /// assert!(late.is_timeout());
 /// assert_eq!(std::fs::read_to_string(&path)?, "\"value\"");
 /// # Ok(())

@@ -39,11 +39,14 @@
 //! # async fn main() -> std::io::Result<()> {
 //! # let dir = tempfile::tempdir()?;
 //! # let path = dir.path().join("settings");
-//! // In one call. However this ends, the file is old or new, and stays what it is from then on.
-//! let result = tokio::time::timeout(Duration::from_secs(2), atomic_fs::write(&path, "content")).await;
+//! // In one call. However this ends, the file is old or new, and stays what it is
+//! // from then on.
+//! let write = atomic_fs::write(&path, "content");
+//! let result = tokio::time::timeout(Duration::from_secs(2), write).await;
 //! # result.unwrap()?;
 //!
-//! // In pieces. Nothing is visible before the commit, and nothing is left if it never comes.
+//! // In pieces. Nothing is visible before the commit, and nothing is left if it never
+//! // comes.
 //! let mut writer = AtomicFileWriter::options().mode(0o600).open(&path).await?;
 //! writer.write_all(b"first, ").await?;
 //! writer.write_all(b"second").await?;
@@ -76,7 +79,8 @@
 //! tx.commit().await?;
 //!
 //! let lock = atomic_fs::read_lock(dir).await?;
-//! let (cert, key) = (std::fs::read(dir.join("cert.pem"))?, std::fs::read(dir.join("key.pem"))?);
+//! let cert = std::fs::read(dir.join("cert.pem"))?;
+//! let key = std::fs::read(dir.join("key.pem"))?;
 //! drop(lock);
 //! # assert_eq!((&cert[..], &key[..]), (&b"certificate"[..], &b"key"[..]));
 //! # Ok(())
@@ -237,3 +241,8 @@ pub use recovery::{RecoveryReport, recover};
 pub use staging::{SweepReport, sweep};
 #[cfg(unix)]
 pub use transaction::MultiFileTransaction;
+
+// The examples of the README compile.
+#[cfg(all(doctest, feature = "json"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -5,15 +5,15 @@
 //!
 //! ```no_run
 //! # use std::time::Duration;
-//! # use tokio::io::AsyncWriteExt;
+//! # use tokio::{fs::File, io::AsyncWriteExt, time::timeout};
 //! async fn save(path: &str, data: &[u8]) -> std::io::Result<()> {
-//!     let mut file = tokio::fs::File::create(path).await?; // dropped here: the old content is gone
+//!     let mut file = File::create(path).await?; // dropped here: the old content is gone
 //!     file.write_all(data).await?; // dropped here: half of the new content is there
 //!     file.sync_all().await // dropped here: and nobody ever knows which it was
 //! }
 //!
 //! # async fn caller() {
-//! let _ = tokio::time::timeout(Duration::from_millis(5), save("ledger.json", b"...")).await;
+//! let _ = timeout(Duration::from_millis(5), save("ledger.json", b"...")).await;
 //! # }
 //! ```
 //!
@@ -95,3 +95,14 @@ pub use cancel_safe_shutdown as shutdown;
 pub use cancel_safe_testing as testing;
 #[cfg(feature = "tx-guard")]
 pub use cancel_safe_tx_guard as tx_guard;
+
+// The examples of the front page and of the book compile. The pages are not in the package, and need not be.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../../../README.md")]
+    struct Readme;
+    #[doc = include_str!("../../../docs/src/migrating.md")]
+    struct Migrating;
+    #[doc = include_str!("../../../docs/src/recipes.md")]
+    struct Recipes;
+}

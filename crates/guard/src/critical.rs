@@ -59,7 +59,8 @@ use crate::stack::{InCritical, holds_around};
 ///     to.set(to.get() + 30);
 /// });
 ///
-/// // The transfer is the last step, so its result is kept even though the deadline has passed.
+/// // The transfer is the last step, so its result is kept even though the deadline
+/// // has passed.
 /// assert!(timeout(Duration::from_secs(1), transfer).await.is_ok());
 /// assert_eq!(from.get() + to.get(), 100);
 /// # }
@@ -103,7 +104,8 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
 /// let start = Instant::now();
-/// let result = timeout(Duration::from_secs(1), critical_for(Duration::from_secs(3), sleep(Duration::from_secs(60))));
+/// let section = critical_for(Duration::from_secs(3), sleep(Duration::from_secs(60)));
+/// let result = timeout(Duration::from_secs(1), section);
 /// assert!(matches!(result.await, Ok(Err(_))));
 /// assert_eq!(start.elapsed(), Duration::from_secs(3));
 /// # }
@@ -120,11 +122,14 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
 /// let start = Instant::now();
 /// let result = timeout(Duration::from_secs(1), async {
-///     let mut section = pin!(critical_for(Duration::from_secs(3), sleep(Duration::from_secs(2))));
+///     let section = critical_for(Duration::from_secs(3), sleep(Duration::from_secs(2)));
+///     let mut section = pin!(section);
 ///     tokio::select! {
 ///         biased;
 ///         _ = section.as_mut() => {}
-///         () = sleep(Duration::from_millis(1)) => std::future::pending().await, // and `section` rests
+///         () = sleep(Duration::from_millis(1)) => {
+///             std::future::pending().await // and `section` rests
+///         }
 ///     }
 /// });
 /// assert!(result.await.is_err());
@@ -183,7 +188,8 @@ static TORN: AtomicU64 = AtomicU64::new(0);
 /// });
 ///
 /// // This timeout is tokio's, which knows nothing of critical sections.
-/// assert!(timeout(Duration::from_secs(1), critical(std::future::pending::<()>())).await.is_err());
+/// let endless = critical(std::future::pending::<()>());
+/// assert!(timeout(Duration::from_secs(1), endless).await.is_err());
 /// assert_eq!(TORN.load(Ordering::Relaxed), 1);
 /// # }
 /// ```

@@ -28,7 +28,8 @@ use std::future::Future;
 /// }
 ///
 /// fn broken<F: FnOnce()>(upload: Upload<F>) -> impl Future<Output = u32> {
-///     async move { upload.part } // captures one number; the guard is dropped when `broken` returns
+///     // Captures one number; the guard is dropped when `broken` returns.
+///     async move { upload.part }
 /// }
 ///
 /// fn whole<F: FnOnce()>(upload: Upload<F>) -> impl Future<Output = u32> {
@@ -142,7 +143,8 @@ impl<F: FnOnce()> fmt::Debug for Guard<F> {
 ///     Ok::<_, std::io::Error>(())
 /// };
 ///
-/// let result = timeout(Duration::from_secs(1), try_commit_cancel(commit, || reserved.set(0))).await;
+/// let attempt = try_commit_cancel(commit, || reserved.set(0));
+/// let result = timeout(Duration::from_secs(1), attempt).await;
 /// assert!(result.is_err());
 /// assert_eq!(reserved.get(), 0, "the reservation was released");
 /// # }

@@ -86,7 +86,8 @@
 //! # #[tokio::main(flavor = "current_thread")] async fn main() {
 //! let savings = Account { number: 1, balance: Mutex::new(100) };
 //! let current = Account { number: 2, balance: Mutex::new(10) };
-//! let (there, back) = tokio::join!(transfer(&savings, &current, 30), transfer(&current, &savings, 5));
+//! let (there, back) =
+//!     tokio::join!(transfer(&savings, &current, 30), transfer(&current, &savings, 5));
 //! assert_eq!((there, back), (Ok(()), Ok(())));
 //! assert_eq!((*savings.balance.lock().await, *current.balance.lock().await), (75, 35));
 //! assert_eq!(transfer(&current, &savings, 99).await, Err(Refused::InsufficientFunds));
@@ -136,7 +137,8 @@
 //!
 //!     async fn create(&self, id: u32) -> Result<u32, String> {
 //!         self.prepared.lock().unwrap().push(id);
-//!         try_commit_cancel(self.activate(id), || self.prepared.lock().unwrap().retain(|other| *other != id)).await
+//!         let release = || self.prepared.lock().unwrap().retain(|other| *other != id);
+//!         try_commit_cancel(self.activate(id), release).await
 //!     }
 //! }
 //!
@@ -144,7 +146,53 @@
 //! let users = Users::default();
 //! assert_eq!(timeout(Duration::from_secs(3), users.create(1)).await, Ok(Ok(1)));
 //! assert!(timeout(Duration::from_secs(1), users.create(2)).await.is_err());
-//! assert_eq!(*users.prepared.lock().unwrap(), [1], "the second user is not left behind half made");
+//! // The second user is not left behind half made.
+//! assert_eq!(*users.prepared.lock().unwrap(), [1]);
+//! # }
+//! ```
+//!
+//! **Join, then try.** `tokio::try_join!` drops the other branches on the first error. [`join_then_try`] runs all of them to
+//! their ends first:
+//!
+//! ```
+//! use cancel_safe_guard::join_then_try;
+//!
+//! # async fn save(_: &str) -> Result<u64, std::io::Error> { Ok(1) }
+//! # #[tokio::main(flavor = "current_thread")] async fn main() -> Result<(), std::io::Error> {
+//! let (users, orders) = join_then_try((save("users"), save("orders"))).await?;
+//! # assert_eq!((users, orders), (1, 1));
+//! # Ok(())
+//! # }
+//! ```
+//!
+//! # A mutex that survives cancellation
+//!
+//! A future that is dropped while it holds a `tokio::sync::Mutex` releases the lock, and leaves what it had changed half
+//! changed: there is no poison. Hold the lock inside [`critical`], and the scopes of this crate wait for the whole change:
+//!
+//! ```
+//! use std::time::Duration;
+//! use cancel_safe_guard::{critical, timeout};
+//! use tokio::sync::Mutex;
+//! use tokio::time::sleep;
+//!
+//! struct Pair { left: u32, right: u32 }
+//!
+//! async fn step(pair: &Mutex<Pair>) {
+//!     let mut pair = pair.lock().await; // waiting for the lock may be cancelled
+//!     critical(async {
+//!         pair.left += 1;
+//!         sleep(Duration::from_secs(2)).await;
+//!         pair.right += 1;
+//!     })
+//!     .await;
+//! }
+//!
+//! # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
+//! let pair = Mutex::new(Pair { left: 0, right: 0 });
+//! let _ = timeout(Duration::from_secs(1), step(&pair)).await;
+//! let pair = pair.lock().await;
+//! assert_eq!(pair.left, pair.right);
 //! # }
 //! ```
 //!
@@ -156,6 +204,7 @@
 //! | [`timeout()`], [`timeout_at`] or [`with_token`] ends during [`critical`] | the section is finished first; the future is dropped at its first pending point after it |
 //! | a critical section has not ended by 60 s after that ([`CRITICAL_LIMIT`]), or by the end of its grace ([`critical_for`]), polled or not | the scope's own timer ends the wait: the future is dropped, the section is torn and reported |
 //! | the future is ready in the poll in which the deadline passes or the token fires | its result is returned: the future is polled first |
+//! | a branch of [`join_then_try`] fails | the others are polled to their ends, then its error is returned |
 //! | scopes are nested | the smallest deadline counts; inside a critical section the outer ones are postponed, its own still work |
 //! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing`; a failure in `cancel-safe-testing` |
 //! | a [`Shield`] is dropped | before its first poll: it has never run; after it: it finishes on its runtime |
@@ -196,6 +245,7 @@
 mod critical;
 mod guard;
 mod hold;
+mod join;
 mod ledger;
 mod overtime;
 mod reaper;
@@ -208,6 +258,7 @@ pub use critical::observe_torn;
 pub use critical::{Torn, critical, critical_for, on_torn, torn_sections};
 pub use guard::{Guard, try_commit_cancel};
 pub use hold::CRITICAL_LIMIT;
+pub use join::{Branches, join_then_try};
 pub use reaper::{Deferred, Drain, Reaper, Shield};
 pub use scope::{Cancelled, Elapsed, cancellation_point, remaining, timeout, timeout_at, with_token};
 

@@ -148,7 +148,9 @@ impl Reaper {
     /// let (released, mut log) = mpsc::channel(1);
     /// let reaper = Reaper::new();
     ///
-    /// let lease = reaper.defer(|| async move { released.send("lease 7").await.unwrap_or_default() });
+    /// let lease = reaper.defer(|| async move {
+    ///     released.send("lease 7").await.unwrap_or_default()
+    /// });
     /// drop(lease);
     ///
     /// assert!(reaper.drain(Duration::from_secs(5)).await.is_clean());

@@ -50,7 +50,8 @@ use crate::stack::{self, InScope, Scope};
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
 /// let start = Instant::now();
 /// let result = timeout(Duration::from_millis(10), async {
-///     critical(sleep(Duration::from_millis(30))).await; // is finished, 20 ms past the deadline
+///     // Is finished, 20 ms past the deadline.
+///     critical(sleep(Duration::from_millis(30))).await;
 ///     sleep(Duration::from_millis(1)).await; // is not begun
 /// });
 /// assert!(result.await.is_err());
@@ -144,7 +145,8 @@ pub fn with_token<T>(
 ///
 /// # #[tokio::main(flavor = "current_thread", start_paused = true)] async fn main() {
 /// assert_eq!(remaining(), None);
-/// let nested = timeout(Duration::from_secs(5), timeout(Duration::from_secs(60), async { remaining() }));
+/// let inner = timeout(Duration::from_secs(60), async { remaining() });
+/// let nested = timeout(Duration::from_secs(5), inner);
 /// assert_eq!(nested.await, Ok(Ok(Some(Duration::from_secs(5)))));
 /// # }
 /// ```

@@ -30,6 +30,8 @@ mod window;
 mod word;
 
 #[cfg(test)]
+mod edges;
+#[cfg(test)]
 mod schedules;
 
 pub use config::{BreakerConfig, BreakerConfigBuilder, BreakerWindow};

@@ -47,7 +47,7 @@ pub(crate) async fn crawl(
         .store(FileStore::at(checkpoint))
         .key(|url: &String| url.clone()) // URLs may come and go between runs
         .concurrency(16)
-        .retry(Retry::exponential(3).base(Duration::from_millis(10)))
+        .retry(Retry::attempts(3).backoff(Duration::from_millis(10), Duration::from_secs(1)))
         .quarantine(100)
         .cancel(cancel)
         .stream(urls, |cx, url| async move {

@@ -5,7 +5,7 @@
 use std::{fmt, path::PathBuf, time::Duration};
 
 use futures_core::Stream;
-use futures_util::stream;
+use futures_util::{StreamExt, stream};
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
@@ -14,10 +14,11 @@ use tokio_util::sync::CancellationToken;
 use crate::postgres::{
     PgStore,
     drive::{PgDrive, Running},
+    transactional,
 };
 use crate::{
     codec::Codec,
-    drive::Drive,
+    drive::{Drive, Summary},
     error::TaskError,
     item::{ItemContext, ItemError, Retry},
     plan::Plan,
@@ -26,6 +27,9 @@ use crate::{
     store::FileStore,
     stores::{Kind, Store},
 };
+
+/// The version of a computation that does not say another.
+pub(crate) const FIRST_VERSION: &str = "1";
 
 /// The options of a run over a stream of items. Every one but [`store`](Self::store) has a default.
 #[must_use = "nothing is opened and nothing runs before `stream`"]
@@ -46,18 +50,19 @@ impl<T, R> Builder<T, R> {
         Self {
             plan: Plan {
                 job,
-                version: "1".to_owned(),
+                version: FIRST_VERSION.to_owned(),
                 accepted: Vec::new(),
                 store: FileStore::at(PathBuf::new()),
                 codec: Codec::default(),
                 every: Duration::from_millis(100),
+                every_items: u64::MAX,
                 key: None,
                 revalidate: None,
                 concurrency: 1,
                 max_ahead: 1024,
                 ordered: false,
                 at_most_once: false,
-                retry: Retry::never(),
+                retry: Retry::none(),
                 max_defers: 100,
                 quarantine: 0,
                 retry_quarantined: false,
@@ -119,7 +124,7 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how often and how soon a failed item is tried again. Default: [`Retry::never`].
+    /// Sets how often and how soon a failed item is tried again. Default: [`Retry::none`].
     pub fn retry(mut self, retry: Retry) -> Self {
         self.plan.retry = retry;
         self
@@ -167,6 +172,14 @@ impl<T, R> Builder<T, R> {
         self
     }
 
+    /// Sets how many results may be in memory before they are written and synced, even if the
+    /// [interval](Self::checkpoint_every) is not over: what a kill may lose. Results that come during the sync wait for
+    /// the next one; nothing waits for either. Default: the interval alone decides.
+    pub fn checkpoint_every_items(mut self, items: usize) -> Self {
+        self.plan.every_items = items as u64;
+        self
+    }
+
     /// Sets how results are encoded. Default: [`Codec::MessagePack`].
     pub fn codec(mut self, codec: Codec) -> Self {
         self.plan.codec = codec;
@@ -208,8 +221,7 @@ impl<T, R> Builder<T, R> {
         F: Fn(ItemContext, T) -> Fut + Send + 'static,
         Fut: Future<Output = Result<R, ItemError>> + Send + 'static,
     {
-        let total = source.size_hint().0;
-        let (sender, progress) = watch::channel(Progress { total, ..Progress::default() });
+        let (sender, progress) = watch::channel(Progress::of_source(source.size_hint()));
         #[cfg(feature = "postgres")]
         if let Some(store) = self.postgres.clone() {
             let work = caught(work);
@@ -219,6 +231,111 @@ impl<T, R> Builder<T, R> {
         }
         let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
         Run::new(opening, progress)
+    }
+
+    /// Runs `work` on every item, each in a transaction of its own in which its result is recorded: both are there or
+    /// neither. It returns when the whole job is complete, whichever workers ran its items.
+    ///
+    /// `work` is given the connection of the transaction, and must not end it. Its statements are bounded by half of the
+    /// [lease](crate::PgStore::lease), and so is the time between two. An error rolls the transaction back, and the item is
+    /// tried again as [`retry`](Self::retry) says. `concurrency(n)` takes n connections of the pool. The results are read
+    /// with [`PgStore::results`](crate::PgStore::results).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the items that were running are rolled back, unless their
+    /// commit had been sent; the ranges are given back in a moment. Call it again to go on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Run::finish`], [`TaskError::Fenced`] if other workers have taken over ranges of this one, and
+    /// [`TaskError::Database`] if the database failed or was away for too long.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use cancel_safe_resumable::{PgStore, ResumableTask, TaskError};
+    /// # async fn pay(pool: sqlx::PgPool, invoices: Vec<i64>) -> Result<(), TaskError> {
+    /// let builder = ResumableTask::builder("pay").store(PgStore::new(pool)).concurrency(8);
+    /// let summary = builder
+    ///     .process_tx(invoices, async |conn: &mut sqlx::PgConnection, invoice| {
+    ///         let pay = sqlx::query("UPDATE invoice SET paid = paid + 1 WHERE id = $1").bind(invoice);
+    ///         Ok(pay.execute(conn).await?.rows_affected())
+    ///     })
+    ///     .await?;
+    /// println!("{} paid by this worker", summary.completed);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "postgres")]
+    pub async fn process_tx<S, F>(mut self, source: S, work: F) -> Result<Summary, TaskError>
+    where
+        S: IntoIterator<Item = T>,
+        T: Serialize + Clone,
+        R: Serialize + DeserializeOwned,
+        F: AsyncFn(&mut sqlx::PgConnection, T) -> Result<R, ItemError>,
+    {
+        const NO_STORE: &str = "transactions need a `PgStore`";
+        let store = self.postgres.take().ok_or(TaskError::Config(NO_STORE))?;
+        let source = stream::iter(source);
+        let (sender, _) = watch::channel(Progress::default());
+        transactional::process(self.shared(&store)?, *store, source, work, sender).await
+    }
+
+    /// Runs `work` on every item of `source` that has no result in the checkpoint and returns all results, restored ones
+    /// included, in the order of the input.
+    ///
+    /// All of them are held in memory. A vector has no place for an item without a result: if any is in quarantine, that
+    /// is an error, after everything else has been run and recorded.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, every result so far is in the checkpoint, or will be in
+    /// a moment (a thread writes and syncs it); the items that were running are dropped. Call it again to go on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Run::finish`], and [`TaskError::Quarantined`] if an item has no result.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use cancel_safe_resumable::{FileStore, ResumableTask};
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let path = dir.path().join("squares.ckpt");
+    /// let builder = ResumableTask::builder("squares").store(FileStore::at(path));
+    /// let squares: Vec<u64> =
+    ///     builder.concurrency(8).collect(0..100u64, |_, n| async move { Ok(n * n) }).await?;
+    /// assert_eq!(squares[99], 9801);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub async fn collect<S, F, Fut>(self, source: S, work: F) -> Result<Vec<R>, TaskError>
+    where
+        S: IntoIterator<Item = T, IntoIter: Send + 'static>,
+        T: Serialize + Clone + Send + 'static,
+        R: Serialize + DeserializeOwned + Send + 'static,
+        F: Fn(ItemContext, T) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<R, ItemError>> + Send + 'static,
+    {
+        let mut run = self.ordered().stream(source, work);
+        let (mut results, mut first, mut items) = (Vec::new(), None, 0);
+        while let Some(done) = run.next().await {
+            match done.result {
+                Ok(result) => results.push(result),
+                Err(quarantined) => {
+                    items += 1;
+                    first = first.or(Some((done.index, quarantined.cause)));
+                }
+            }
+        }
+        run.finish().await?;
+        match first {
+            None => Ok(results),
+            Some((index, cause)) => Err(TaskError::Quarantined { items, index, cause }),
+        }
     }
 
     /// What a run on PostgreSQL is to do, if it can be done there.
@@ -252,7 +369,8 @@ impl<T, R> Builder<T, R> {
             (plan.store.path().as_os_str().is_empty(), "no store: say where the checkpoint is with `.store(…)`"),
             (plan.concurrency == 0, "a concurrency of 0 would never run an item"),
             (plan.max_ahead == 0, "a max_ahead of 0 would never read an item"),
-            (plan.retry.max_attempts == 0, "0 attempts would never run an item"),
+            (plan.retry.is_contradictory(), "the first back-off is above the longest"),
+            (plan.every_items == 0, "a checkpoint every 0 items"),
         ];
         match mistakes.iter().find(|(is_made, _)| *is_made) {
             Some((_, mistake)) => Err(TaskError::Config(mistake)),

@@ -202,6 +202,8 @@ mod tests {
     fn what_the_bytes_of_a_codec_hide_is_seen() {
         assert_eq!(differ(&Some(None::<u8>), &None::<Option<u8>>), at("", "a Some comes back as a None"));
         assert_eq!(differ(&Some(()), &None::<()>), at("", "a Some comes back as a None"));
+        assert_eq!(differ(&(), &None::<u8>), at("", "a unit comes back as a None"));
+        assert_eq!(differ(&"a", &'a'), at("", "a string comes back as a char"));
         assert_eq!(differ(&5u64, &5u8), at("", "a u64 comes back as a u8"));
         assert_eq!(differ(&0.5f64, &0.5f32), at("", "an f64 comes back as an f32"));
         assert_eq!(differ(&0.0f64, &-0.0f64), at("", "an f64 comes back with another value"));
@@ -210,6 +212,29 @@ mod tests {
         });
         let (one, two) = (Either::Named { a: 1, b: Some(2) }, Either::Named { a: 1, b: None });
         assert_eq!(differ(&one, &two), at(".b", "a Some comes back as a None"));
+    }
+
+    #[test]
+    fn what_serde_is_told_depends_on_whether_it_is_for_people() {
+        let address: std::net::IpAddr = "10.0.0.1".parse().unwrap();
+        let (text, parts): (Tree, Tree) = (look(&address, true).unwrap(), look(&address, false).unwrap());
+        assert_eq!((text.kind, parts.name), (Kind::Str, "V4"));
+    }
+
+    #[test]
+    fn a_field_a_key_and_a_member_count_where_they_are() {
+        #[derive(Serialize)]
+        struct One {
+            a: u8,
+        }
+        #[derive(Serialize)]
+        struct Other {
+            b: u8,
+        }
+        assert_eq!(differ(&One { a: 1 }, &Other { b: 1 }), at(".a", "it comes back as another field"));
+        let map = |key: &str| BTreeMap::from([(key.to_owned(), 1u8)]);
+        assert_eq!(differ(&map("a"), &map("b")), at("[…]", "a u8 does not come back"));
+        assert!(differ(&[0u8; 2].as_slice(), &[0u8; 3].as_slice()).is_some());
     }
 
     #[test]

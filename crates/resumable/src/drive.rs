@@ -10,7 +10,7 @@ use std::{
 
 use futures_core::Stream;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::sync::watch;
+use tokio::{sync::watch, time::Instant};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
@@ -18,15 +18,17 @@ use crate::{
     emit::Emission,
     error::TaskError,
     flight::{InFlight, Ticket, WaitingRoom},
+    gate::Gate,
     history::{History, Past},
     intake::Intake,
-    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe},
+    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
     log::{Header, Identity},
     plan::Plan,
-    progress::{Meter, Progress},
+    progress::{Meter, Pause, Progress},
     record::Recorder,
     stop::Stop,
     store::{self, OpenRequest, Opened, Seal},
+    timer::Timer,
 };
 
 /// What a run that reached the end of its input did.
@@ -58,6 +60,7 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     in_flight: InFlight<I, Fut>,
     announced: Announced<I>,
     waiting: WaitingRoom<I>,
+    gate: Gate,
     /// Dropped after the items above: a successor that takes the file over never runs beside them.
     recorder: Recorder,
     emission: Emission<R>,
@@ -104,6 +107,9 @@ where
         work: F,
         progress: watch::Sender<Progress>,
     ) -> Result<Self, TaskError> {
+        if plan.retry.max_attempts > 1 || !plan.grace.is_zero() {
+            Timer::default().set(Instant::now())?;
+        }
         let header = Header {
             salt: fastrand::u64(..),
             codec: plan.codec.number(),
@@ -113,8 +119,15 @@ where
             result_type: std::any::type_name::<R>().to_owned(),
         };
         let (store, accepted) = (plan.store.clone(), plan.accepted.clone());
-        let opened =
-            store::open(OpenRequest { store, header, accepted, every: plan.every, token: plan.token.clone() }).await;
+        let opened = store::open(OpenRequest {
+            store,
+            header,
+            accepted,
+            every: plan.every,
+            every_items: plan.every_items,
+            token: plan.token.clone(),
+        })
+        .await;
         let gone = |_| Err(std::io::Error::other("the checkpoint thread could not be started").into());
         let Opened { log, history, salt } = opened.unwrap_or_else(gone)?;
         Ok(Self {
@@ -127,6 +140,7 @@ where
             in_flight: InFlight::new(plan.concurrency),
             announced: Announced::new(),
             waiting: WaitingRoom::new(),
+            gate: Gate::new(plan.concurrency),
             recorder: Recorder::new(log, plan.store.path().to_owned(), plan.codec),
             emission: Emission::new(plan.ordered),
             meter: Meter::new(progress),
@@ -196,7 +210,9 @@ where
                 Poll::Ready(Next::Restored(done)) => return Poll::Ready(Ok(Step::Finished(done))),
                 Poll::Pending => {}
             }
-            if let Poll::Ready(ticket) = self.announced.poll_durable(&self.recorder, cx)? {
+            if !self.gate.is_closed()
+                && let Poll::Ready(ticket) = self.announced.poll_durable(&self.recorder, cx)?
+            {
                 self.launch(ticket);
                 continue;
             }
@@ -217,7 +233,7 @@ where
         }
         // Items that wait stay where they are: were the room emptied, the run would look complete once the rest has ended.
         if self.in_flight.len() > 0 {
-            ready!(self.stop.poll_grace(cx));
+            ready!(self.stop.poll_grace(cx))?;
         }
         Poll::Ready(Err(TaskError::Cancelled))
     }
@@ -241,11 +257,14 @@ where
     /// Starts one more item, or restores it, as soon as there is a slot, room in the buffer, and an item.
     #[inline]
     fn poll_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next<R>, TaskError>> {
+        if ready!(self.gate.poll_open(cx))? {
+            self.meter.pause(None);
+        }
         if self.started() >= self.plan.concurrency {
             return Poll::Pending;
         }
         ready!(self.recorder.poll_room(cx))?;
-        if let Poll::Ready(ticket) = self.waiting.poll_due(cx) {
+        if let Poll::Ready(ticket) = self.waiting.poll_due(cx)? {
             self.start(ticket)?;
             return Poll::Ready(Ok(Next::Started));
         }
@@ -276,10 +295,11 @@ where
             Past::Failed { attempts: before } => attempts = before,
             Past::Result(payload) => {
                 let codec = self.plan.codec;
-                let read = codec.decode(payload);
+                let (read, length) = (codec.decode(payload), payload.len() as u64);
                 let read = read.map_err(|cause| TaskError::unread::<R>(codec, index, payload, cause));
                 let result: R = read.map_err(|error| self.history.unread(error))?;
                 if self.plan.revalidate.as_ref().is_none_or(|is_valid| is_valid(&item, &result)) {
+                    self.recorder.kept_bytes += length;
                     let result = Ok(result);
                     return Ok(Next::Restored(Done { index, key, restored: true, attempts: 0, result }));
                 }
@@ -296,12 +316,13 @@ where
         }
         self.recorder.must_take_more()?;
         self.meter.item_started();
-        self.start(Ticket { index, key, item, attempts, defers: 0 })?;
+        self.start(Ticket { index, key, item, attempts, defers: 0, launch: 0 })?;
         Ok(Next::Started)
     }
 
     #[inline]
     fn start(&mut self, ticket: Ticket<I>) -> Result<(), TaskError> {
+        self.gate.item_starts();
         if self.plan.at_most_once {
             return self.announced.announce(ticket, &mut self.recorder);
         }
@@ -310,7 +331,8 @@ where
     }
 
     #[inline]
-    fn launch(&mut self, ticket: Ticket<I>) {
+    fn launch(&mut self, mut ticket: Ticket<I>) {
+        ticket.launch = self.gate.launch();
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
@@ -333,6 +355,7 @@ where
     fn settle(&mut self, mut ticket: Ticket<I>, outcome: Result<R, ItemError>) -> Result<Step<R>, TaskError> {
         let error = match outcome {
             Ok(result) => {
+                self.gate.attempt_ended(ticket.launch);
                 self.recorder.result(&ticket, &result)?;
                 let Ticket { index, key, attempts, .. } = ticket;
                 let done = Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) };
@@ -340,29 +363,49 @@ where
             }
             Err(error) => error,
         };
-        if let Verdict::Defer(after) = error.verdict
-            && ticket.defers < self.plan.max_defers
-        {
-            ticket.defers += 1;
-            if self.plan.at_most_once {
-                self.recorder.withdraw(&ticket)?;
+        let cause = describe(error.cause.as_ref());
+        match error.verdict {
+            Verdict::Pause(until) => {
+                self.pause(until, &cause);
+                return self.put_back(ticket, until);
             }
-            self.waiting.enter(after, ticket);
-            return Ok(Step::Again);
+            Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
+                ticket.defers += 1;
+                let wait = until.saturating_duration_since(Instant::now());
+                if let Some(wait) = self.gate.attempt_deferred(ticket.launch, wait, self.in_flight.len()) {
+                    self.pause(later(wait), &cause);
+                }
+                return self.put_back(ticket, until);
+            }
+            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => self.gate.attempt_ended(ticket.launch),
         }
         ticket.attempts += 1;
-        let cause = describe(error.cause.as_ref());
         if error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts {
             return self.quarantine(ticket, cause).map(Step::Finished);
         }
         self.recorder.failure(&ticket, ticket.attempts, &cause)?;
-        self.waiting.enter(self.plan.retry.delay_after(ticket.attempts), ticket);
+        self.waiting.enter(later(self.plan.retry.delay_after(ticket.attempts)), ticket)?;
+        Ok(Step::Again)
+    }
+
+    /// No item starts before that time.
+    fn pause(&mut self, until: Instant, cause: &str) {
+        let until = self.gate.close(until);
+        self.meter.pause(Some(Pause::new(until, cause)));
+    }
+
+    /// Puts an item into the queue whose attempt does not count.
+    fn put_back(&mut self, ticket: Ticket<I>, until: Instant) -> Result<Step<R>, TaskError> {
+        if self.plan.at_most_once {
+            self.recorder.withdraw(&ticket)?;
+        }
+        self.waiting.enter(until, ticket)?;
         Ok(Step::Again)
     }
 
     fn quarantine(&mut self, ticket: Ticket<I>, cause: String) -> Result<Done<R>, TaskError> {
         let limit = self.plan.quarantine;
-        if self.meter.counts().failed >= limit {
+        if self.meter.failed() >= limit {
             let (index, attempts) = (ticket.index, ticket.attempts);
             // Once the cause is mended, or the limit raised, the item has all its attempts again.
             self.recorder.failure(&ticket, 0, &cause)?;
@@ -379,7 +422,8 @@ where
         self.in_flight.clear();
         self.announced.withdraw_all(&mut self.recorder);
         self.publish();
-        let seal = Seal { total: self.intake.position as u64, digest: self.intake.chain };
+        let (total, digest) = (self.intake.position as u64, self.intake.chain);
+        let seal = Seal { total, digest, kept_bytes: self.recorder.kept_bytes };
         let is_sealed = !self.recorder.wrote && self.history.sealed == Some((seal.total, seal.digest));
         self.recorder.stop((outcome.is_ok() && !is_sealed).then_some(seal));
         self.ending = Ending::Closing(outcome);
@@ -387,12 +431,11 @@ where
 
     fn poll_close(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let closed = ready!(self.recorder.poll_closed(cx));
-        let counts = self.meter.counts();
         let summary = Summary {
             total: self.intake.position,
             completed: self.meter.completed(),
-            restored: counts.restored,
-            quarantined: counts.failed,
+            restored: self.meter.restored(),
+            quarantined: self.meter.failed(),
             torn_bytes: self.history.torn_bytes,
         };
         let Ending::Closing(outcome) = std::mem::replace(&mut self.ending, Ending::Closed(None)) else {
@@ -405,8 +448,8 @@ where
     }
 
     fn publish(&mut self) {
-        let ahead = self.source.as_ref().map_or(0, |source| source.size_hint().0);
-        self.meter.publish(self.intake.position + ahead);
+        let ahead = self.source.as_ref().map_or((0, Some(0)), |source| source.size_hint());
+        self.meter.publish(self.intake.position, ahead);
     }
 }
 

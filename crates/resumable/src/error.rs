@@ -144,6 +144,20 @@ pub enum TaskError {
         cause: String,
     },
 
+    /// All results were asked for, and some items have none. Everything else is recorded.
+    #[error(
+        "{items} items are in quarantine, the first is item {index}: {cause}; all other results are safe: mend the cause and \
+         run it again with `.retry_quarantined(true)`, or take what there is with `.stream(…)`"
+    )]
+    Quarantined {
+        /// How many items are in quarantine.
+        items: usize,
+        /// The first of them.
+        index: usize,
+        /// Why it is there.
+        cause: String,
+    },
+
     /// An item or a result cannot be written, or not read back. Nothing is recorded of one that is new, and nothing is
     /// changed of one that is in the checkpoint.
     #[error(
@@ -190,7 +204,8 @@ pub enum TaskError {
         detail: String,
     },
 
-    /// The options contradict each other. Nothing was opened.
+    /// The options contradict each other, or ask for what the runtime does not have. Nothing was opened, unless an item
+    /// was to wait, and there is no time driver.
     #[error("invalid options: {0}")]
     Config(&'static str),
 

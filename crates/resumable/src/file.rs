@@ -16,6 +16,7 @@ use cancel_safe_atomic_fs::{WriteOptions, blocking};
 
 use crate::{
     codec::Codec,
+    compact::{is_due, rewrite},
     disk::{directory_of, is_still_at, open_to_append, sync_directory},
     error::TaskError,
     history::History,
@@ -45,12 +46,13 @@ pub(crate) enum OpenFile {
 /// Gives up waiting for the lock once the run is cancelled or gone. A complete file needs neither the lock nor a way to
 /// write to it.
 pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<OpenFile, TaskError> {
-    let path = request.store.path();
+    let (path, wait) = (request.store.path(), request.store.wait);
+    let (mut torn_bytes, mut was_compacted) = (0, false);
     for _ in 0..OPEN_TRIES {
         match open_to_append(path) {
             Ok(file) => {
                 must_be_file(&file, path)?;
-                match lock(&file, request, &is_cancelled) {
+                match lock(&file, path, wait, &is_cancelled) {
                     Err(busy @ TaskError::Busy { .. }) => return complete(&file, request, busy),
                     locked => locked?,
                 }
@@ -58,8 +60,16 @@ pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool
                     continue;
                 }
                 let file = Arc::new(file);
-                let history = read(&file, request)?;
+                let mut history = read(&file, request)?;
                 cut_torn_tail(&file, &history, path)?;
+                torn_bytes += history.torn_bytes;
+                if !was_compacted && is_due(history.end, history.live_bytes()) {
+                    was_compacted = true;
+                    if compact(&mut history, &file, path)? {
+                        continue;
+                    }
+                }
+                history.torn_bytes = torn_bytes;
                 if history.epoch == 0 {
                     // Whoever created it never wrote to it, and may have been killed before its name was durable.
                     sync_directory(path).map_err(|error| TaskError::io("sync the directory of", path, error))?;
@@ -91,14 +101,57 @@ fn must_be_file(file: &File, path: &Path) -> Result<(), TaskError> {
     Err(TaskError::io("use as a checkpoint", path, error))
 }
 
-fn lock(file: &File, request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<(), TaskError> {
-    let path = request.store.path();
+/// Compacts a locked file and returns whether the path leads to another one now, which is not locked yet.
+fn compact(history: &mut History, file: &File, path: &Path) -> Result<bool, TaskError> {
+    // Without it the file is only larger than it need be: a full disk or a directory that cannot be written to is no
+    // reason not to go on.
+    let _compacted = rewrite(history, file, path);
+    #[cfg(feature = "tracing")]
+    match &_compacted {
+        Ok(Some(bytes)) => {
+            tracing::debug!(path = %path.display(), before = history.end, bytes, "compacted the checkpoint")
+        }
+        Ok(None) => {}
+        Err(error) => tracing::warn!(path = %path.display(), %error, "the checkpoint could not be compacted"),
+    }
+    is_still_at(file, path).map(|is_old| !is_old).map_err(|error| TaskError::io("examine", path, error))
+}
+
+/// Compacts a file that a run has completed and still holds, if it is worth it.
+pub(crate) fn compact_complete(file: &Arc<File>, path: &Path) -> Result<(), TaskError> {
+    let mut history = read_any(file, path)?;
+    if is_due(history.end, history.live_bytes()) {
+        compact(&mut history, file, path)?;
+    }
+    Ok(())
+}
+
+/// Compacts a file that no run holds, and returns its length before and after.
+pub(crate) fn compact_free(path: &Path, wait: Duration) -> Result<(u64, u64), TaskError> {
+    for _ in 0..OPEN_TRIES {
+        let file = open_to_append(path).map_err(|error| TaskError::io("open checkpoint", path, error))?;
+        must_be_file(&file, path)?;
+        lock(&file, path, wait, || false)?;
+        if !is_still_at(&file, path).map_err(|error| TaskError::io("examine", path, error))? {
+            continue;
+        }
+        let file = Arc::new(file);
+        let mut history = read_any(&file, path)?;
+        let before = history.end + history.torn_bytes;
+        let after = rewrite(&mut history, &file, path);
+        let after = after.map_err(|error| TaskError::io("compact checkpoint", path, error))?;
+        return Ok((before, after.unwrap_or(before)));
+    }
+    Err(TaskError::io("open checkpoint", path, io::Error::other("it keeps appearing and disappearing")))
+}
+
+fn lock(file: &File, path: &Path, wait: Duration, is_cancelled: impl Fn() -> bool) -> Result<(), TaskError> {
     let started = Instant::now();
     loop {
         match file.try_lock() {
             Ok(()) => return Ok(()),
             Err(TryLockError::WouldBlock) if is_cancelled() => return Err(TaskError::Cancelled),
-            Err(TryLockError::WouldBlock) if started.elapsed() < request.store.wait => {
+            Err(TryLockError::WouldBlock) if started.elapsed() < wait => {
                 thread::park_timeout(LOCK_POLL);
             }
             Err(TryLockError::WouldBlock) => return Err(TaskError::Busy { path: path.to_owned() }),
@@ -125,6 +178,13 @@ fn read(file: &Arc<File>, request: &OpenRequest) -> Result<History, TaskError> {
     let (stored, from) = read_header(&**file).map_err(unread)?;
     check_header(request, &stored)?;
     History::read(Arc::clone(file) as _, from, stored).map_err(unread)
+}
+
+/// Reads a file whatever computation it belongs to.
+fn read_any(file: &Arc<File>, path: &Path) -> Result<History, TaskError> {
+    let unreadable = |unread| TaskError::unreadable(path, unread);
+    let (header, from) = read_header(&**file).map_err(unreadable)?;
+    History::read(Arc::clone(file) as _, from, header).map_err(unreadable)
 }
 
 fn cut_torn_tail(file: &File, history: &History, path: &Path) -> Result<(), TaskError> {

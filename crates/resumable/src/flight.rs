@@ -7,16 +7,16 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use futures_core::Stream;
 use futures_util::stream::FuturesUnordered;
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
-/// A wait for longer than this, 30 years, is one for ever: an instant may not be able to hold its end.
-pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
+use crate::{error::TaskError, timer::Timer};
+
+pub(crate) use crate::item::LONGEST_WAIT;
 
 /// An item that is not finished.
 #[derive(Debug)]
@@ -27,6 +27,8 @@ pub(crate) struct Ticket<I> {
     /// Failed attempts so far.
     pub(crate) attempts: u32,
     pub(crate) defers: u32,
+    /// The number of its attempt among those of all items.
+    pub(crate) launch: u64,
 }
 
 pin_project! {
@@ -105,36 +107,34 @@ impl<I, Fut: Future> InFlight<I, Fut> {
 pub(crate) struct WaitingRoom<I> {
     tickets: BTreeMap<(Instant, u64), Ticket<I>>,
     arrivals: u64,
-    timer: Option<Pin<Box<Sleep>>>,
+    timer: Timer,
 }
 
 impl<I> WaitingRoom<I> {
     pub(crate) fn new() -> Self {
-        Self { tickets: BTreeMap::new(), arrivals: 0, timer: None }
+        Self { tickets: BTreeMap::new(), arrivals: 0, timer: Timer::default() }
     }
 
     pub(crate) fn len(&self) -> usize {
         self.tickets.len()
     }
 
-    pub(crate) fn enter(&mut self, wait: Duration, ticket: Ticket<I>) {
-        let until = Instant::now() + wait.min(LONGEST_WAIT);
+    pub(crate) fn enter(&mut self, until: Instant, ticket: Ticket<I>) -> Result<(), TaskError> {
+        self.timer.set(until)?;
         self.arrivals += 1;
         self.tickets.insert((until, self.arrivals), ticket);
+        Ok(())
     }
 
     /// Returns the item that has been due for longest as soon as there is one; never if none waits.
     #[inline]
-    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Ticket<I>> {
+    pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Result<Ticket<I>, TaskError>> {
         let Some(first) = self.tickets.first_entry() else { return Poll::Pending };
         let until = first.key().0;
         if until > Instant::now() {
-            let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(until)));
-            if timer.deadline() != until {
-                timer.as_mut().reset(until);
-            }
-            ready!(timer.as_mut().poll(cx));
+            self.timer.set(until)?;
+            ready!(self.timer.poll(cx));
         }
-        Poll::Ready(first.remove())
+        Poll::Ready(Ok(first.remove()))
     }
 }

@@ -219,24 +219,55 @@ impl History {
     /// Returns what is known of an item. The key counts if the file goes by keys, else the index.
     #[inline]
     pub(crate) fn of(&mut self, index: usize, key: Option<&str>) -> io::Result<Past<'_>> {
-        let (slot, payload) = match key {
-            Some(key) => (self.by_key.get(key).copied().unwrap_or_default(), None),
-            None if index < self.marked => self.by_position.of(&*self.source, index)?,
-            None => return Ok(Past::Nothing),
-        };
-        if matches!(slot.kind, 0 | INTENT) {
-            return Ok(if slot.kind == 0 { Past::Nothing } else { Past::Uncertain });
-        }
-        let payload = match payload {
-            Some(payload) => payload,
-            None => self.reader.payload(&*self.source, self.end, slot)?,
-        };
-        if slot.kind == RESULT {
-            return Ok(Past::Result(payload));
+        let (kind, payload) = self.last(index, key)?;
+        match kind {
+            0 => return Ok(Past::Nothing),
+            RESULT => return Ok(Past::Result(payload)),
+            INTENT => return Ok(Past::Uncertain),
+            _ => {}
         }
         let changed = || io::Error::new(io::ErrorKind::InvalidData, "it is not what it was a moment ago");
         let (attempts, cause) = read_failure(payload).ok_or_else(changed)?;
-        Ok(if slot.kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
+        Ok(if kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
+    }
+
+    /// Fills in the payload of the last record of an item, with its key, and returns its kind.
+    pub(crate) fn record(
+        &mut self,
+        index: usize,
+        key: Option<&str>,
+        payload: &mut Vec<u8>,
+    ) -> io::Result<Option<Kind>> {
+        let (kind, rest) = self.last(index, key)?;
+        begin_payload(payload, key);
+        payload.extend_from_slice(rest);
+        Ok(Kind::from_byte(kind))
+    }
+
+    /// The kind of the last record of an item, 0 for none, and its payload.
+    #[inline]
+    fn last(&mut self, index: usize, key: Option<&str>) -> io::Result<(u8, &[u8])> {
+        let (slot, payload) = match key {
+            Some(key) => (self.by_key.get(key).copied().unwrap_or_default(), None),
+            None if index < self.marked => self.by_position.of(&*self.source, index)?,
+            None => return Ok((0, &[])),
+        };
+        let payload = match payload {
+            _ if slot.kind == 0 || slot.length == 0 => &[],
+            Some(payload) => payload,
+            None => self.reader.payload(&*self.source, self.end, slot)?,
+        };
+        Ok((slot.kind, payload))
+    }
+
+    /// The whole fingerprint after some items, by how many these are.
+    pub(crate) fn marks(&self) -> &[(usize, u64)] {
+        &self.marks
+    }
+
+    /// Some of the check bytes of all items.
+    pub(crate) fn checks_of(&self, from: u64, to: u64) -> &[u8] {
+        self.checks.get(from as usize..to as usize).unwrap_or_default()
     }
 
     /// Adds to the error of a result that cannot be read what the file was created for.
@@ -325,7 +356,7 @@ pub(crate) fn put_failure(payload: &mut Vec<u8>, attempts: u32, cause: &str) {
     put_str(payload, cause);
 }
 
-fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
+pub(crate) fn take_key<'a>(payload: &mut &'a [u8]) -> Option<&'a str> {
     let length = usize::try_from(take_varint(payload)?).ok()?;
     std::str::from_utf8(take(payload, length)?).ok()
 }

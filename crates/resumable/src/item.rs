@@ -2,8 +2,14 @@
 //!
 //! Invariant: an item's idempotency key is the same in every attempt and after every restart of one checkpoint.
 
-use std::{error::Error, fmt, sync::Arc, time::Duration};
+use std::{
+    error::Error,
+    fmt,
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
 
+use tokio::time::Instant;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
@@ -63,7 +69,8 @@ pub struct ItemError {
 pub(crate) enum Verdict {
     Retry,
     Permanent,
-    Defer(Duration),
+    Defer(Instant),
+    Pause(Instant),
 }
 
 impl ItemError {
@@ -77,11 +84,76 @@ impl ItemError {
         Self { verdict: Verdict::Permanent, cause: cause.into() }
     }
 
-    /// Not now: the item goes back into the queue for at least `after`, and no attempt is counted.
+    /// Not now: this item goes back into the queue, for so long or until then, and no attempt is counted.
     ///
-    /// An item may do so [`max_defers`](crate::Builder::max_defers) times in a run; after that it counts as a retry.
-    pub fn defer(after: Duration, cause: impl Into<BoxError>) -> Self {
-        Self { verdict: Verdict::Defer(after), cause: cause.into() }
+    /// An item may do so [`max_defers`](crate::Builder::max_defers) times in a run; after that it counts as a retry. If
+    /// one item after the other does so, twice as many as run at once and at least 16, and none ends in another way, the
+    /// run waits as a whole, as in a [pause](Self::pause): 100 ms, then twice as long each time, up to the shortest time
+    /// that one of them asked for. After each wait one item goes first.
+    pub fn defer(until: impl Into<Until>, cause: impl Into<BoxError>) -> Self {
+        Self { verdict: Verdict::Defer(until.into().0), cause: cause.into() }
+    }
+
+    /// No item now: the whole run waits, for so long or until then: a quota is used up, the disk is full. `because` says
+    /// why in the [progress](crate::Progress::paused).
+    ///
+    /// Until then no item starts; those that are running go on. This one waits too, and neither an attempt nor a deferral
+    /// is counted. Then one item goes first, and the others follow when it has ended, or after a second. Another pause
+    /// lengthens this one and never shortens it. The number of pauses has no limit: the token ends a run that waits.
+    ///
+    /// ```
+    /// # use cancel_safe_resumable::ItemError;
+    /// # use std::time::Duration;
+    /// # fn _example() -> Result<(), ItemError> {
+    /// return Err(ItemError::pause(Duration::from_secs(60)).because("429 Too Many Requests"));
+    /// # }
+    /// ```
+    pub fn pause(until: impl Into<Until>) -> Self {
+        Self { verdict: Verdict::Pause(until.into().0), cause: "paused".into() }
+    }
+
+    /// Says why.
+    #[must_use]
+    pub fn because(mut self, cause: impl Into<BoxError>) -> Self {
+        self.cause = cause.into();
+        self
+    }
+}
+
+/// A wait for longer than this, 30 years, is one for ever: an instant may not be able to hold its end.
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
+
+/// The end of a wait that begins now.
+pub(crate) fn later(wait: Duration) -> Instant {
+    Instant::now() + wait.min(LONGEST_WAIT)
+}
+
+/// When a wait ends: after a time from now, or at one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Until(Instant);
+
+impl From<Duration> for Until {
+    fn from(wait: Duration) -> Self {
+        Self(later(wait))
+    }
+}
+
+impl From<Instant> for Until {
+    fn from(instant: Instant) -> Self {
+        Self(instant)
+    }
+}
+
+impl From<std::time::Instant> for Until {
+    fn from(instant: std::time::Instant) -> Self {
+        Self(instant.into())
+    }
+}
+
+/// A date that a server says, as the clock is now; one in the past is now.
+impl From<SystemTime> for Until {
+    fn from(date: SystemTime) -> Self {
+        date.duration_since(SystemTime::now()).unwrap_or_default().into()
     }
 }
 
@@ -137,56 +209,75 @@ impl Quarantined {
 }
 
 /// How often and how soon a failed item is tried again.
+///
+/// The wait before attempt n + 1 is random between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter": items that
+/// failed together do not come back together). An item that waits takes no slot of the concurrency.
+///
+/// | option | default |
+/// |---|---|
+/// | attempts in all | 1 |
+/// | back-off | 100 ms, at most 10 s |
+///
+/// ```
+/// use std::time::Duration;
+/// use cancel_safe_resumable::Retry;
+///
+/// let retry = Retry::attempts(4).backoff(Duration::from_millis(50), Duration::from_secs(2));
+/// # _ = retry;
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a policy does nothing until a run is given it"]
 pub struct Retry {
     pub(crate) max_attempts: u32,
     pub(crate) per_run: bool,
-    base: Duration,
-    cap: Duration,
+    first: Duration,
+    longest: Duration,
 }
 
 impl Retry {
-    /// Every item is tried once (the default).
-    #[must_use]
-    pub fn never() -> Self {
-        Self::exponential(1)
+    /// One attempt, no retry.
+    pub fn none() -> Self {
+        Self::attempts(1)
     }
 
-    /// Every item is tried at most `max_attempts` times in all. Before attempt n + 1 it waits a random time up to
-    /// 100 ms × 2ⁿ⁻¹, at most 30 s, and takes no slot of the concurrency meanwhile.
-    #[must_use]
-    pub fn exponential(max_attempts: u32) -> Self {
-        Self { max_attempts, per_run: false, base: Duration::from_millis(100), cap: Duration::from_secs(30) }
+    /// So many attempts in all, the first included. Zero counts as one. More than one need tokio's time driver: without
+    /// it the run ends with [`TaskError::Config`](crate::TaskError::Config) before it begins.
+    pub fn attempts(attempts: u32) -> Self {
+        let (first, longest) = (Duration::from_millis(100), Duration::from_secs(10));
+        Self { max_attempts: attempts.max(1), per_run: false, first, longest }
+    }
+
+    /// Sets the longest wait before the second attempt, and before any attempt.
+    pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
+        self.first = first;
+        self.longest = longest;
+        self
     }
 
     /// Gives every item all its attempts again in each run. By default the failed attempts of earlier runs count too.
     ///
     /// For work that is killed and started again while what it depends on is down: without this a few short runs use up
     /// the attempts of items that were never at fault.
-    #[must_use]
     pub fn per_run(mut self) -> Self {
         self.per_run = true;
         self
     }
 
-    /// Sets the longest wait before the second attempt. Default: 100 ms.
-    #[must_use]
-    pub fn base(mut self, base: Duration) -> Self {
-        self.base = base;
-        self
+    /// What contradicts itself, if anything.
+    pub(crate) fn is_contradictory(&self) -> bool {
+        self.first > self.longest
     }
 
-    /// Sets the longest wait before any attempt. Default: 30 s.
-    #[must_use]
-    pub fn cap(mut self, cap: Duration) -> Self {
-        self.cap = cap;
-        self
-    }
-
-    /// The wait after `attempts` failed ones. Full jitter: items that failed together do not come back together.
+    /// The wait after `attempts` failed ones.
     pub(crate) fn delay_after(&self, attempts: u32) -> Duration {
         let doublings = attempts.saturating_sub(1).min(31);
-        self.base.saturating_mul(1 << doublings).min(self.cap).mul_f64(fastrand::f64())
+        self.first.saturating_mul(1 << doublings).min(self.longest).mul_f64(fastrand::f64())
+    }
+}
+
+impl Default for Retry {
+    fn default() -> Self {
+        Self::none()
     }
 }
 

@@ -60,7 +60,7 @@
 //!     .store(FileStore::at(&path))
 //!     .key(|url: &String| url.clone())
 //!     .concurrency(64)
-//!     .retry(Retry::exponential(3).base(Duration::from_millis(1)))
+//!     .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_secs(1)))
 //!     .quarantine(100)
 //!     .stream(urls, |cx, url| async move {
 //!         let length = fetch(&url, &cx.idempotency_key()).await?; // any error is retried
@@ -93,12 +93,10 @@
 //! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing; if the checkpoint is complete, its results |
 //! | the file is removed, renamed, replaced or changed under a run | [`TaskError::Io`] of every later item and of the end, at the next sync, or within a second |
 //! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
-//! | damage anywhere else | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another version, job or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | a result that would not come back as it was | [`TaskError::RoundTrip`] or [`TaskError::Codec`] when the first one is recorded; see [Values](#values) |
 //! | a result type that cannot be read any more | [`TaskError::Codec`], which names the item, the field, both types and the version; the file is not changed |
 //! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
-//! | another version, result type or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
 //! | a complete checkpoint on a read-only mount | its results |
 //! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
@@ -134,7 +132,7 @@
 //!
 //! # Limitations
 //!
-//! - One machine: the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
+//! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
 //!   second run begin beside the first, until that one notices (within a second).
 //! - Items are driven by the future itself and not spawned: it must be polled for them to make progress.
 //! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
@@ -147,29 +145,41 @@
 //!   place may be the other item's.
 //! - A power cut that tears one unsynced write so that its end is on disk and its beginning is not looks like damage: it
 //!   is refused, with the command that goes on from what was synced.
-//! - The file only grows: a checkpoint is for one computation, not a queue.
+//! - A checkpoint is for one computation, not a queue. Its file grows until it holds more than twice what counts; then it
+//!   is written anew when it is opened or complete, which takes room for both and a hard link of it stays the old file.
 //!
 //! # Comparison
 //!
 //! **A loop and a JSON file**: see above. **A job queue on a database** (apalis, River, Graphile): many machines, and a
-//! row or more an item; this crate is for the inner loop of one process, where an item may cost a microsecond.
+//! row or more an item, tens of thousands a second at best; this crate is for a known input of many items, each of which may
+//! cost a microsecond, in one process or, with `PgStore`, in a fleet that claims them in ranges.
 //! **Durable execution** (Temporal, DBOS): workflows of many different steps; here there is one function and many items.
 //! **GNU parallel `--resume`**: skips by sequence number whatever the command and the input are now. If a whole run
 //! takes less time than you would mind losing, prefer a plain loop.
 //!
 //! # Features
 //!
+//! - `postgres`: `PgStore`, a job that processes on many machines share, and `Builder::process_tx`, in which an item's effect
+//!   and its result are one transaction. It needs Rust 1.94, and sqlx with a runtime and TLS of your choice.
+//! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
+//! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89, for the file locks of the standard library. It is raised only in a minor release.
+//! 1.89, for the file locks of the standard library; 1.94 with `postgres`, because sqlx asks for it. It is raised only in a minor release.
 
 mod announce;
+#[cfg(feature = "indicatif")]
+mod bar;
 mod builder;
 mod checkpoint;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 mod codec;
+mod compact;
 mod difference;
 mod disk;
 mod drive;
@@ -177,6 +187,7 @@ mod emit;
 mod error;
 mod file;
 mod flight;
+mod gate;
 mod history;
 mod index;
 mod intake;
@@ -187,6 +198,7 @@ mod plan;
 mod postgres;
 mod progress;
 mod proof;
+mod rate;
 mod record;
 mod run;
 mod scan;
@@ -195,8 +207,11 @@ mod stop;
 mod store;
 mod stores;
 mod task;
+mod timer;
 mod varint;
 
+#[cfg(feature = "indicatif")]
+pub use crate::bar::{Bar, bar};
 #[cfg(feature = "postgres")]
 pub use crate::postgres::{PgResults, PgStore};
 pub use crate::{
@@ -205,12 +220,12 @@ pub use crate::{
     codec::Codec,
     drive::Summary,
     error::TaskError,
-    item::{Done, ItemContext, ItemError, Quarantined, Retry},
-    progress::Progress,
+    item::{Done, ItemContext, ItemError, Quarantined, Retry, Until},
+    progress::{Pause, Progress},
     run::Run,
-    store::FileStore,
+    store::{Compacted, FileStore},
     stores::Store,
-    task::{ResumableTask, map},
+    task::{Map, ResumableTask, map},
 };
 
 // The examples of the README compile.

@@ -36,6 +36,8 @@ const LARGE_BLOCK_BYTES: usize = 1 << 20;
 /// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
 pub(crate) const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
+/// What is wrong with a file that is of something else.
+pub(crate) const FOREIGN: &str = "this is not a checkpoint file";
 /// This many items of the input have four check bytes.
 const EXACT_CHECKS: u64 = 1024;
 /// The bytes of the header before its body.
@@ -96,7 +98,7 @@ impl Header {
     pub(crate) fn decode(bytes: &[u8]) -> Result<(Self, usize), Damage> {
         let bad = |detail| Damage::Bad { offset: 0, detail };
         if bytes.len() < FILE_HEAD || bytes[..8] != FILE_MAGIC {
-            return Err(bad("this is not a checkpoint file"));
+            return Err(bad(FOREIGN));
         }
         let end = FILE_HEAD.saturating_add(u32_at(bytes, 12) as usize);
         let body = bytes.get(FILE_HEAD..end).ok_or(bad("the header is cut off"))?;

@@ -16,6 +16,7 @@ pub(crate) struct Plan<I, R> {
     pub(crate) store: FileStore,
     pub(crate) codec: Codec,
     pub(crate) every: Duration,
+    pub(crate) every_items: u64,
     pub(crate) key: Option<KeyFn<I>>,
     pub(crate) revalidate: Option<RevalidateFn<I, R>>,
     pub(crate) concurrency: usize,

@@ -1,18 +1,33 @@
 //! How far a run has come, and how long it will still take.
 //!
-//! Invariant: the rate is this session's own; restored items never make it look faster than it is.
+//! Invariant: the rate is this session's own and of late; restored items never make it look faster than it is, and what
+//! is not known is not guessed.
 
-use std::time::Duration;
+use std::{fmt, time::Duration};
 
 use tokio::{sync::watch, time::Instant};
 
-use crate::item::Done;
+use crate::{item::Done, rate::Rate};
 
 /// A busy loop publishes after this many items: a reader sees 1/1000 of a long run, a trivial item costs nothing more.
 const PUBLISH_EVERY_ITEMS: u32 = 1024;
+/// The longest reason of a pause that is kept, so that a [`Progress`] can be copied.
+const REASON_BYTES: usize = 120;
 
-/// How far a run has come.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+/// How far a computation has come.
+///
+/// A run publishes it ([`subscribe`](crate::Run::subscribe)). It stands by itself too, for what has no checkpoint:
+///
+/// ```
+/// use cancel_safe_resumable::Progress;
+/// use tokio::sync::watch;
+///
+/// let progress = watch::Sender::new(Progress::new(200));
+/// let seen = progress.subscribe(); // for a bar, a log line, a page
+/// progress.send_modify(|progress| progress.advance(50));
+/// assert_eq!(seen.borrow().percent(), 25.0);
+/// ```
+#[derive(Clone, Copy, Default)]
 #[non_exhaustive]
 pub struct Progress {
     /// Items that need no more work: completed now, restored, or quarantined.
@@ -21,25 +36,143 @@ pub struct Progress {
     pub restored: usize,
     /// Those of `done` that are in quarantine.
     pub failed: usize,
-    /// All items: exact for a source that knows its length, else what is known of so far.
+    /// All items, if [`is_total_known`](Self::is_total_known); else those that are known of so far.
     pub total: usize,
-    /// Items finished per second by this session alone.
+    /// Items that this session alone finished per second, of late: over the last 30 seconds in which it worked, or, where
+    /// items take longer, over the last four.
     pub session_rate: f64,
-    /// The time the rest takes at this session's rate, once there is one.
+    /// The time the rest takes at this rate, and what is left of a pause. None as long as there is no rate or the total is
+    /// not known.
     pub eta: Option<Duration>,
+    /// Whether all items wait, until when, and why.
+    pub paused: Option<Pause>,
+    is_total_known: bool,
+    rate: Rate,
 }
 
 impl Progress {
-    /// Returns the finished part, from 0.0 to 1.0, restored items included; 1.0 if there are no items.
+    /// Nothing done yet of so many items. [`Progress::default`] is the same without a known total.
+    #[must_use]
+    pub fn new(total: usize) -> Self {
+        Self { total, is_total_known: true, rate: Rate::begun(Instant::now()), ..Self::default() }
+    }
+
+    /// What is known of a source before it is read: it has so many items, at least and at most.
+    pub(crate) fn of_source((least, most): (usize, Option<usize>)) -> Self {
+        Self { total: least, is_total_known: most == Some(least), ..Self::default() }
+    }
+
+    /// Counts so many more items as finished just now.
+    pub fn advance(&mut self, items: usize) {
+        self.done = self.done.saturating_add(items);
+        self.count(Instant::now());
+    }
+
+    /// Counts so many more items as finished by an earlier session: they do not make this one look faster.
+    pub fn restore(&mut self, items: usize) {
+        self.restored = self.restored.saturating_add(items);
+        self.done = self.done.saturating_add(items);
+        self.count(Instant::now());
+    }
+
+    /// Says how many items there are in all, once that is known.
+    pub fn set_total(&mut self, total: usize) {
+        (self.total, self.is_total_known) = (total, true);
+        self.count(Instant::now());
+    }
+
+    /// Returns whether `total` is the number of all items. It is not for a source that does not know its length, such as
+    /// a filter or a channel, before it has ended.
+    #[must_use]
+    pub fn is_total_known(&self) -> bool {
+        self.is_total_known
+    }
+
+    /// Returns the finished part, from 0.0 to 1.0, restored items included; 1.0 if there are no items, and 0.0 as long as
+    /// the total is not known.
     #[must_use]
     pub fn fraction(&self) -> f64 {
-        if self.total == 0 { 1.0 } else { self.done as f64 / self.total as f64 }
+        match (self.is_total_known, self.total) {
+            (false, _) => 0.0,
+            (true, 0) => 1.0,
+            (true, total) => (self.done as f64 / total as f64).min(1.0),
+        }
     }
 
     /// Returns [`Progress::fraction`] in percent.
     #[must_use]
     pub fn percent(&self) -> f64 {
         self.fraction() * 100.0
+    }
+
+    fn count(&mut self, now: Instant) {
+        self.rate.count(now, self.done.saturating_sub(self.restored) as u64);
+        self.session_rate = self.rate.per_second();
+        self.eta = self.is_total_known.then(|| self.left(now)).flatten();
+    }
+
+    fn left(&self, now: Instant) -> Option<Duration> {
+        let left = self.total.saturating_sub(self.done) as f64;
+        if left == 0.0 {
+            return Some(Duration::ZERO);
+        }
+        let pause = self.paused.map_or(Duration::ZERO, |pause| pause.until.saturating_duration_since(now));
+        Duration::try_from_secs_f64(left / self.session_rate).ok()?.checked_add(pause)
+    }
+}
+
+/// What everybody can see is what counts.
+impl PartialEq for Progress {
+    fn eq(&self, other: &Self) -> bool {
+        let seen = |it: &Self| (it.done, it.restored, it.failed, it.total, it.is_total_known, it.eta, it.paused);
+        seen(self) == seen(other) && self.session_rate == other.session_rate
+    }
+}
+
+impl fmt::Debug for Progress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Progress")
+            .field("done", &self.done)
+            .field("restored", &self.restored)
+            .field("failed", &self.failed)
+            .field("total", &self.total)
+            .field("is_total_known", &self.is_total_known)
+            .field("session_rate", &self.session_rate)
+            .field("eta", &self.eta)
+            .field("paused", &self.paused)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Why no item starts, and until when.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Pause {
+    /// When items start again.
+    pub until: Instant,
+    bytes: [u8; REASON_BYTES],
+    length: u8,
+}
+
+impl Pause {
+    pub(crate) fn new(until: Instant, reason: &str) -> Self {
+        let length = (0..=REASON_BYTES.min(reason.len())).rev().find(|&end| reason.is_char_boundary(end));
+        let length = length.unwrap_or_default();
+        let mut bytes = [0; REASON_BYTES];
+        bytes[..length].copy_from_slice(&reason.as_bytes()[..length]);
+        Self { until, bytes, length: length as u8 }
+    }
+
+    /// Returns why, cut after 120 bytes.
+    #[must_use]
+    pub fn reason(&self) -> &str {
+        self.bytes.get(..self.length.into()).and_then(|bytes| std::str::from_utf8(bytes).ok()).unwrap_or_default()
+    }
+}
+
+impl fmt::Debug for Pause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pause").field("until", &self.until).field("reason", &self.reason()).finish()
     }
 }
 
@@ -49,19 +182,18 @@ pub(crate) struct Meter {
     sender: watch::Sender<Progress>,
     now: Progress,
     completed: usize,
-    started: Option<Instant>,
     unpublished: u32,
 }
 
 impl Meter {
     pub(crate) fn new(sender: watch::Sender<Progress>) -> Self {
-        Self { sender, now: Progress::default(), completed: 0, started: None, unpublished: 0 }
+        Self { sender, now: Progress::default(), completed: 0, unpublished: 0 }
     }
 
     /// The first item of this session starts: from here on the rate is counted.
     pub(crate) fn item_started(&mut self) {
-        if self.started.is_none() {
-            self.started = Some(Instant::now());
+        if !self.now.rate.has_begun() {
+            self.now.rate = Rate::begun(Instant::now());
         }
     }
 
@@ -85,29 +217,42 @@ impl Meter {
         self.completed
     }
 
-    pub(crate) fn counts(&self) -> Progress {
-        self.now
+    /// How many items are in quarantine.
+    pub(crate) fn failed(&self) -> usize {
+        self.now.failed
     }
 
+    /// How many items an earlier session had finished.
+    pub(crate) fn restored(&self) -> usize {
+        self.now.restored
+    }
+
+    #[inline]
     pub(crate) fn is_due(&self) -> bool {
         self.unpublished >= PUBLISH_EVERY_ITEMS
     }
 
-    pub(crate) fn publish(&mut self, total: usize) {
+    /// All items wait, or none does any more. The time of a pause is not one in which the session was slow.
+    pub(crate) fn pause(&mut self, paused: Option<Pause>) {
+        let now = Instant::now();
+        match (self.now.paused.is_some(), paused.is_some()) {
+            (false, true) => self.now.rate.halt(now),
+            (true, false) => self.now.rate.go_on(now),
+            (true, true) | (false, false) => {}
+        }
+        self.now.paused = paused;
+    }
+
+    /// Tells how far the run has come, of a source that has still so many items: at least, and at most.
+    pub(crate) fn publish(&mut self, read: usize, (least, most): (usize, Option<usize>)) {
         self.unpublished = 0;
-        self.now.total = total;
-        let seconds = self.started.map_or(0.0, |started| started.elapsed().as_secs_f64());
-        let own = (self.now.done - self.now.restored) as f64;
-        self.now.session_rate = if seconds > 0.0 { own / seconds } else { 0.0 };
-        let left = total.saturating_sub(self.now.done) as f64;
-        self.now.eta = if left == 0.0 {
-            Some(Duration::ZERO)
-        } else {
-            Duration::try_from_secs_f64(left / self.now.session_rate).ok()
-        };
+        self.now.total = read + least;
+        self.now.is_total_known = most == Some(least);
+        self.now.count(Instant::now());
         let now = self.now;
         self.sender.send_if_modified(|shown| {
-            let changed = (shown.done, shown.total) != (now.done, now.total);
+            let seen = |it: &Progress| (it.done, it.total, it.is_total_known, it.paused);
+            let changed = seen(shown) != seen(&now);
             *shown = now;
             changed
         });

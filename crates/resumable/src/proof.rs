@@ -125,6 +125,40 @@ mod tests {
         assert_eq!(longest_gap(Duration::MAX, Duration::ZERO, LONGEST_GAP), LONGEST_GAP);
     }
 
+    /// Written as a number, and read as nothing.
+    #[derive(Debug, serde::Serialize)]
+    struct OneWay(u8);
+
+    impl<'de> serde::Deserialize<'de> for OneWay {
+        fn deserialize<D: serde::Deserializer<'de>>(_: D) -> Result<Self, D::Error> {
+            Err(serde::de::Error::custom("one way only"))
+        }
+    }
+
+    #[test]
+    fn a_value_that_does_not_come_back_is_refused_whichever_of_the_first_it_is() {
+        for before in 0..FIRST as usize {
+            let mut prover = Prover::new(Codec::MessagePack);
+            let mut bytes = b"before".to_vec();
+            for index in 0..before {
+                prover.encode(index, &Some(Some(1u8)), &mut bytes).unwrap();
+            }
+            let error = prover.encode(before, &Some(None::<u8>), &mut bytes).unwrap_err();
+            assert!(matches!(error, TaskError::RoundTrip { index, .. } if index == before), "{error}");
+        }
+        let error = Prover::new(Codec::MessagePack).encode(3, &OneWay(1), &mut Vec::new()).unwrap_err();
+        assert!(matches!(error, TaskError::Codec { index: 3, action: "read back", .. }), "{error}");
+    }
+
+    #[test]
+    fn a_value_is_looked_at_in_the_form_in_which_it_is_written() {
+        let mut bytes = Vec::new();
+        let address: std::net::IpAddr = "10.0.0.1".parse().unwrap();
+        Prover::new(Codec::MessagePack).encode(0, &address, &mut bytes).unwrap();
+        assert_eq!(&bytes[1..], b"10.0.0.1");
+        assert_eq!(compare(&address, &address, false).unwrap(), None);
+    }
+
     #[test]
     fn the_first_results_are_proven_and_then_never_more_than_1023_in_a_row_are_not() {
         let mut prover = Prover::new(Codec::MessagePack);

@@ -34,12 +34,14 @@ pub(crate) struct Recorder {
     is_full: bool,
     /// Whether this run has added anything.
     pub(crate) wrote: bool,
+    /// What the results take in the checkpoint that this run found there and kept.
+    pub(crate) kept_bytes: u64,
 }
 
 impl Recorder {
     pub(crate) fn new(log: Log, path: PathBuf, codec: Codec) -> Self {
         let (prover, marks) = (Prover::new(codec), Marks::default());
-        Self { log, path, codec, prover, marks, payload: Vec::new(), is_full: false, wrote: false }
+        Self { log, path, codec, prover, marks, payload: Vec::new(), is_full: false, wrote: false, kept_bytes: 0 }
     }
 
     /// To be asked before an item is started: a complete checkpoint may be open only to be read.

@@ -78,8 +78,8 @@ impl<R> Run<R> {
         Self { state: State::Opening(Box::pin(opening)), progress }
     }
 
-    /// Returns the finished part, from 0.0 to 1.0, restored items included. For a source that does not know its length
-    /// this is the part of what was read.
+    /// Returns the finished part, from 0.0 to 1.0, restored items included. For a source that does not know its length it
+    /// is 0.0 until all of it was read.
     #[must_use]
     pub fn progress(&self) -> f64 {
         self.progress.borrow().fraction()

@@ -126,7 +126,7 @@ pub(crate) fn read_header(source: impl ReadAt) -> Result<(Header, u64), Unread> 
 ///
 /// If that is before the end of the bytes, the rest is a torn tail: it may begin with a part of the next block, and no
 /// other of this log is in it. Else it is damage: what follows had been written later.
-#[cfg(any(test, feature = "postgres"))]
+#[cfg(any(test, feature = "cli", feature = "postgres"))]
 pub(crate) fn scan<S: ReadAt>(
     source: S,
     from: u64,

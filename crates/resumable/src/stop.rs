@@ -8,10 +8,9 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use crate::flight::LONGEST_WAIT;
+use crate::{error::TaskError, item::later, timer::Timer};
 
 /// The token of a run and the grace after it has fired.
 #[derive(Debug)]
@@ -19,13 +18,14 @@ pub(crate) struct Stop {
     token: CancellationToken,
     fired: Pin<Box<WaitForCancellationFutureOwned>>,
     grace: Duration,
-    timer: Option<Pin<Box<Sleep>>>,
+    is_set: bool,
+    timer: Timer,
 }
 
 impl Stop {
     pub(crate) fn new(token: CancellationToken, grace: Duration) -> Self {
         let fired = Box::pin(token.clone().cancelled_owned());
-        Self { token, fired, grace, timer: None }
+        Self { token, fired, grace, is_set: false, timer: Timer::default() }
     }
 
     #[inline]
@@ -39,11 +39,14 @@ impl Stop {
     }
 
     /// Becomes ready when what runs has had its time since the first call.
-    pub(crate) fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TaskError>> {
         if self.grace.is_zero() {
-            return Poll::Ready(());
+            return Poll::Ready(Ok(()));
         }
-        let grace = self.grace.min(LONGEST_WAIT);
-        self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(grace))).as_mut().poll(cx)
+        if !self.is_set {
+            self.timer.set(later(self.grace))?;
+            self.is_set = true;
+        }
+        self.timer.poll(cx).map(Ok)
     }
 }

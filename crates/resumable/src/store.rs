@@ -17,9 +17,10 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
+    compact::is_due,
     disk::{append, check_place},
     error::{TaskError, in_context},
-    file::{OpenFile, open_locked},
+    file::{OpenFile, compact_complete, compact_free, open_locked},
     flight::LONGEST_WAIT,
     history::History,
     log::{Blocks, Chain, Header, Kind},
@@ -59,6 +60,33 @@ impl FileStore {
     pub(crate) fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Writes the checkpoint anew with what counts alone, and returns its length before and after, in bytes. Results that
+    /// were replaced, failures that were overcome and a torn tail are gone then; nothing else changes.
+    ///
+    /// A run does so by itself, when it opens a file that holds more than twice what counts, and when it completes one.
+    /// Files of up to 4 KiB it leaves as they are. However it ends, the path leads to the old file or to the new one,
+    /// whole. The thread is blocked meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// [`TaskError::Busy`] if a run holds the file for longer than [`wait`](Self::wait), [`TaskError::Corrupt`] and
+    /// [`TaskError::NewerFormat`] if it cannot be read; then it is not changed. [`TaskError::Io`] if it is not there or
+    /// the file system fails.
+    pub fn compact(&self) -> Result<Compacted, TaskError> {
+        let (before_bytes, after_bytes) = compact_free(&self.path, self.wait)?;
+        Ok(Compacted { before_bytes, after_bytes })
+    }
+}
+
+/// What a compaction has saved.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Compacted {
+    /// The length of the file before.
+    pub before_bytes: u64,
+    /// The length of the file now.
+    pub after_bytes: u64,
 }
 
 /// What the thread needs to know to open the file.
@@ -70,6 +98,8 @@ pub(crate) struct OpenRequest {
     /// Versions whose results are accepted although version or result type differ.
     pub(crate) accepted: Vec<String>,
     pub(crate) every: Duration,
+    /// As many unsynced records end the interval.
+    pub(crate) every_items: u64,
     /// Ends the wait for another run that holds the file.
     pub(crate) token: CancellationToken,
 }
@@ -104,6 +134,8 @@ pub(crate) struct Marks {
 pub(crate) struct Seal {
     pub(crate) total: u64,
     pub(crate) digest: u64,
+    /// What the results take that this run found and kept, at least.
+    pub(crate) kept_bytes: u64,
 }
 
 /// A record in the buffer: its number, counted from 1, and whether there is room for more.
@@ -139,6 +171,10 @@ struct State {
     /// How many records were ever pushed, and how many of them are durable.
     pushed: u64,
     synced: u64,
+    /// The bytes of those of them that end an item: in a complete file they count.
+    ends_bytes: u64,
+    /// As many unsynced records end the interval.
+    every_items: u64,
     /// Somebody waits for a sync: the interval is over.
     hurry: bool,
     stop: bool,
@@ -148,6 +184,11 @@ struct State {
 }
 
 impl State {
+    /// How many bytes of a file that is complete count for sure.
+    fn counted_bytes(&self) -> Option<u64> {
+        self.seal.map(|seal| seal.kept_bytes + self.ends_bytes)
+    }
+
     /// Lets the run look again at whatever it waits for.
     fn wake(&mut self) {
         if let Some(waker) = self.waiting.take() {
@@ -199,10 +240,15 @@ impl Log {
         state.blocks.record(kind, index as u64, payload);
         let after = state.blocks.len();
         state.pushed += 1;
+        if matches!(kind, Kind::Result | Kind::Quarantine) {
+            state.ends_bytes += payload.len() as u64;
+        }
         let number = state.pushed;
+        let is_due = number - state.synced >= state.every_items && !std::mem::replace(&mut state.hurry, true);
         drop(state);
-        // The first record starts the interval, a big buffer ends it; between them the thread need not hear of anything.
-        if before == 0 || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
+        // The first record starts the interval, a big buffer or enough records end it; between them the thread need not
+        // hear of anything.
+        if before == 0 || is_due || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
         Ok(Pushed { number, has_room: after < FULL_AT_BYTES })
@@ -282,6 +328,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
         }
     };
     let shared = Arc::new(Shared::default());
+    shared.lock().every_items = request.every_items;
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
     let log = Log { shared: Arc::clone(&shared), closed, refusal: None };
@@ -289,6 +336,11 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
     let mut writer = Writer { file, path: &path, chain, end, epoch, wrote: false };
     let outcome = write_until_stopped(&shared, &mut writer, request.every);
+    let counted = shared.lock().counted_bytes();
+    if outcome.is_ok() && counted.is_some_and(|counted| is_due(writer.end, counted)) {
+        // The file is whole and durable with or without it.
+        drop(compact_complete(&writer.file, &path));
+    }
     if outcome.is_err() {
         let mut state = shared.lock();
         state.failed = true;
@@ -370,7 +422,7 @@ fn write_until_stopped(shared: &Shared, writer: &mut Writer<'_>, every: Duration
         let hurry = std::mem::take(&mut state.hurry);
         state.wake();
         drop(state);
-        if let Some(Seal { total, digest }) = seal {
+        if let Some(Seal { total, digest, .. }) = seal {
             blocks.sealed(total, digest);
         }
         if !blocks.is_empty() {

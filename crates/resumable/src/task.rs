@@ -2,15 +2,23 @@
 //!
 //! Invariant: dropping a call at any time leaves a checkpoint from which the same call goes on.
 
-use std::{cell::RefCell, path::PathBuf, sync::OnceLock};
+use std::{
+    cell::RefCell,
+    fmt,
+    path::PathBuf,
+    pin::Pin,
+    sync::{Arc, Mutex, OnceLock, PoisonError},
+    task::{Context, Poll},
+};
 
 use futures_util::stream;
+use pin_project_lite::pin_project;
 use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    builder::Builder,
+    builder::{Builder, FIRST_VERSION},
     codec::Codec,
     drive::{Drive, Summary},
     error::TaskError,
@@ -49,19 +57,63 @@ use crate::{
 /// # Ok(())
 /// # }
 /// ```
-pub async fn map<T, R, F, Fut>(
+pub fn map<T, R, F, Fut>(
     path: impl Into<PathBuf>,
     items: impl IntoIterator<Item = T>,
     work: F,
-) -> Result<Vec<R>, TaskError>
+) -> Map<impl Future<Output = Result<Vec<R>, TaskError>>>
 where
     T: Serialize + DeserializeOwned,
     R: Serialize + DeserializeOwned,
     F: Fn(T) -> Fut,
     Fut: Future<Output = R>,
 {
-    let items = items.into_iter().collect();
-    ResumableTask::new(items, path.into(), CancellationToken::new()).process(work).await
+    let version = Arc::new(Mutex::new(FIRST_VERSION.to_owned()));
+    let given = Arc::clone(&version);
+    let running = async move {
+        let version = std::mem::take(&mut *given.lock().unwrap_or_else(PoisonError::into_inner));
+        let task = ResumableTask::new(items.into_iter().collect(), path.into(), CancellationToken::new());
+        task.version(version).process(work).await
+    };
+    Map { version, running }
+}
+
+pin_project! {
+    /// The future of [`map`].
+    #[must_use = "nothing is opened and nothing runs unless it is awaited"]
+    pub struct Map<Fut> {
+        // Read when the future is polled first: all there is to say is said before that.
+        version: Arc<Mutex<String>>,
+        #[pin]
+        running: Fut,
+    }
+}
+
+impl<Fut> Map<Fut> {
+    /// Sets the version of the computation: change it when the same item would now give another result. Has no effect
+    /// once the future was polled. Default: `1`.
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. Nothing has happened before the future is polled; then it is as [`map`] says.
+    pub fn version(self, version: impl Into<String>) -> Self {
+        *self.version.lock().unwrap_or_else(PoisonError::into_inner) = version.into();
+        self
+    }
+}
+
+impl<Fut: Future> Future for Map<Fut> {
+    type Output = Fut::Output;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Fut::Output> {
+        self.project().running.poll(cx)
+    }
+}
+
+impl<Fut> fmt::Debug for Map<Fut> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Map").finish_non_exhaustive()
+    }
 }
 
 /// A computation over a list of items that can stop anywhere and go on from there.
@@ -73,6 +125,7 @@ pub struct ResumableTask<T> {
     items: Vec<T>,
     store: FileStore,
     token: CancellationToken,
+    version: String,
     progress: watch::Sender<Progress>,
     summary: Option<Summary>,
 }
@@ -81,8 +134,16 @@ impl<T> ResumableTask<T> {
     /// A task that records its results in the file `checkpoint_path` and stops when `cancel_token` fires. Nothing is
     /// opened yet.
     pub fn new(items: Vec<T>, checkpoint_path: PathBuf, cancel_token: CancellationToken) -> Self {
-        let progress = watch::Sender::new(Progress { total: items.len(), ..Progress::default() });
-        Self { items, store: FileStore::at(checkpoint_path), token: cancel_token, progress, summary: None }
+        let progress = watch::Sender::new(Progress::new(items.len()));
+        let (store, version) = (FileStore::at(checkpoint_path), FIRST_VERSION.to_owned());
+        Self { items, store, token: cancel_token, version, progress, summary: None }
+    }
+
+    /// Sets the version of the computation: change it when the same item would now give another result. Default: `1`.
+    #[must_use]
+    pub fn version(mut self, version: impl Into<String>) -> Self {
+        self.version = version.into();
+        self
     }
 
     /// The options of a run over a stream of items: many at once, with retries and a quarantine.
@@ -160,8 +221,8 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
         R: Serialize + DeserializeOwned,
     {
         self.summary = None;
-        let builder = ResumableTask::<&T>::builder("task").store(self.store.clone()).cancel(self.token.clone());
-        let plan = builder.validated()?;
+        let builder = ResumableTask::<&T>::builder("task").version(self.version.clone());
+        let plan = builder.store(self.store.clone()).cancel(self.token.clone()).validated()?;
         let refused = OnceLock::new();
         let (copier, refusal) = (RefCell::new(Copier::new(plan.codec)), &refused);
         let on_copy = move |cx: ItemContext, item: &T| {

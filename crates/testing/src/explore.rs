@@ -126,6 +126,42 @@ impl Explore {
         self
     }
 
+    /// How long, in real time, the drop of the operation may take in [`run`](Explore::run). By default nothing is asked. A
+    /// drop that takes longer, twice at the same point, is a failure
+    /// ([`Failure::is_blocking_drop`](crate::Failure::is_blocking_drop)): a destructor that waits, or works for long,
+    /// blocks the thread and every other task on it. A second is much for a drop, and little for a busy machine.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// use cancel_safe_testing::Explore;
+    ///
+    /// struct BadResource;
+    ///
+    /// impl Drop for BadResource {
+    ///     fn drop(&mut self) {
+    ///         std::thread::sleep(Duration::from_millis(20)); // 5 s in the field
+    ///     }
+    /// }
+    ///
+    /// let limit = Duration::from_millis(10);
+    /// let report = Explore::new().paused_time(true).drop_within(limit).run(
+    ///     async || (),
+    ///     async |()| {
+    ///         let _resource = BadResource;
+    ///         tokio::time::sleep(Duration::from_secs(1)).await;
+    ///     },
+    ///     async |(), _outcome| Ok(()),
+    /// );
+    /// assert!(report.failures()[0].is_blocking_drop());
+    /// ```
+    pub fn drop_within(mut self, limit: Duration) -> Self {
+        self.options.drop_within = Some(limit);
+        self
+    }
+
     /// How long the whole exploration may take. Default 120 s. What is not visited by then is a failure
     /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)).
     pub fn timeout(mut self, limit: Duration) -> Self {
@@ -167,8 +203,12 @@ impl Explore {
     ///         done.set(1);
     ///     },
     ///     async |done, outcome| match outcome {
-    ///         Outcome::Completed(()) if done.get() == 0 => Err("completed but not done".to_owned()),
-    ///         Outcome::Dropped { .. } if done.get() == 1 => Err("dropped but done".to_owned()),
+    ///         Outcome::Completed(()) if done.get() == 0 => {
+    ///             Err("completed but not done".to_owned())
+    ///         }
+    ///         Outcome::Dropped { .. } if done.get() == 1 => {
+    ///             Err("dropped but done".to_owned())
+    ///         }
     ///         _ => Ok(()),
     ///     },
     /// );
@@ -227,11 +267,19 @@ impl Explore {
     /// let explore = Explore::new().paused_time(true);
     ///
     /// // A read takes what is there, or nothing.
-    /// let read = explore.cancel_safe(setup, async |pipe| pipe.read(&mut [0; 2]).await.unwrap(), async |_| ());
+    /// let read = explore.cancel_safe(
+    ///     setup,
+    ///     async |pipe| pipe.read(&mut [0; 2]).await.unwrap(),
+    ///     async |_| (),
+    /// );
     /// read.assert_safe();
     ///
     /// // Half of eight bytes is forgotten with the future that had read it.
-    /// let read_u64 = explore.cancel_safe(setup, async |pipe| pipe.read_u64().await.ok(), async |_| ());
+    /// let read_u64 = explore.cancel_safe(
+    ///     setup,
+    ///     async |pipe| pipe.read_u64().await.ok(),
+    ///     async |_| (),
+    /// );
     /// assert!(matches!(read_u64.verdict(), Verdict::NotSafe { .. }));
     /// ```
     #[track_caller]

@@ -36,6 +36,8 @@ pub(crate) enum FailureKind {
     /// A call that is dropped again and again never ends.
     Starved,
     Check,
+    /// The drop took longer than it may.
+    BlockingDrop,
     /// Runs that nobody disturbed gave different results.
     Unsteady,
     Incomplete,
@@ -51,6 +53,7 @@ impl FailureKind {
             Self::NotSafe => "not safe",
             Self::Starved => "starved",
             Self::Check => "check",
+            Self::BlockingDrop => "blocking drop",
             Self::Unsteady => "unsteady",
             Self::Incomplete => "incomplete",
         }
@@ -154,6 +157,12 @@ impl Failure {
     #[must_use]
     pub fn is_futurelock(&self) -> bool {
         self.refusal.kind == FailureKind::Futurelock
+    }
+
+    /// Whether the drop took longer than [`Explore::drop_within`](crate::Explore::drop_within) allows.
+    #[must_use]
+    pub fn is_blocking_drop(&self) -> bool {
+        self.refusal.kind == FailureKind::BlockingDrop
     }
 
     /// Whether the exploration reached one of its own bounds, so that points were left unvisited.

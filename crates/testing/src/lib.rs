@@ -46,7 +46,7 @@
 //!     async fn transfer(&self, amount: i64) {
 //!         audit(amount).await;                      // first everything that waits,
 //!         self.alice.set(self.alice.get() - amount);
-//!         self.bob.set(self.bob.get() + amount);    // then both halves, with no await between them
+//!         self.bob.set(self.bob.get() + amount); // then both halves, and no await between
 //!     }
 //! }
 //!
@@ -180,7 +180,8 @@
 //!
 //! // The timeout of tokio tears the section.
 //! let second = Duration::from_secs(1);
-//! let report = explore.run(setup, async |name| drop(timeout(second, rename(name)).await), check);
+//! let report =
+//!     explore.run(setup, async |name| drop(timeout(second, rename(name)).await), check);
 //! assert!(report.failures()[0].is_torn());
 //! ```
 //!
@@ -271,3 +272,8 @@ pub use crate::scratch::scratch_dir;
 pub use crate::site::Site;
 pub use crate::verdict::Verdict;
 pub use crate::way::{Outcome, Way};
+
+// The examples of the README compile.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

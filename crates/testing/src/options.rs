@@ -21,6 +21,8 @@ pub(crate) struct Options {
     pub(crate) paused_time: bool,
     pub(crate) hang_after: Duration,
     pub(crate) settle_for: Duration,
+    /// `None` asks nothing.
+    pub(crate) drop_within: Option<Duration>,
 }
 
 impl Default for Options {
@@ -37,6 +39,7 @@ impl Default for Options {
             paused_time: false,
             hang_after: Duration::from_secs(10),
             settle_for: Duration::from_millis(5),
+            drop_within: None,
         }
     }
 }

@@ -41,7 +41,10 @@ thread_local! {
 /// let report = cancel_safe_testing::Explore::new().run(
 ///     async || cancel_safe_testing::scratch_dir().join("settings.json"),
 ///     async |path| tokio::fs::read(path).await.unwrap_or_default(),
-///     async |path, _outcome| if path.exists() { Err("made a file".to_owned()) } else { Ok(()) },
+///     async |path, _outcome| match path.exists() {
+///         true => Err("made a file".to_owned()),
+///         false => Ok(()),
+///     },
 /// );
 /// report.assert_clean();
 /// ```

@@ -28,6 +28,8 @@ pub(crate) struct Visit {
     /// How many blocking jobs did not end.
     pub(crate) workers: usize,
     pub(crate) is_unsettled: bool,
+    /// Whether the drop took longer than it may.
+    pub(crate) is_slow_drop: bool,
     /// Where the critical section began that the code under test has torn.
     pub(crate) torn: Option<Site>,
     pub(crate) failure: Option<Refusal>,

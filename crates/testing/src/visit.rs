@@ -4,6 +4,7 @@
 //! only [`Way::Shutdown`] ends the runtime before the check.
 
 use std::cell::OnceCell;
+use std::time::Instant;
 
 use cancel_safe_guard::with_token;
 use tokio_util::sync::CancellationToken;
@@ -52,6 +53,21 @@ where
     Check: AsyncFn(&S, Outcome<T>) -> Result<(), String>,
 {
     pub(crate) fn visit(&self, plan: Plan, here: &Here) -> Visit {
+        let visit = self.visit_once(plan, here);
+        if !visit.is_slow_drop {
+            return visit;
+        }
+        // Once may be the machine.
+        let mut again = self.visit_once(plan, here);
+        if again.is_slow_drop && again.failure.is_none() {
+            let limit = self.bounds.options.drop_within.unwrap_or_default();
+            let message = format!("the drop blocked its thread for more than {limit:?}");
+            again.failure = Some(Refusal::new(FailureKind::BlockingDrop, message));
+        }
+        again
+    }
+
+    fn visit_once(&self, plan: Plan, here: &Here) -> Visit {
         let scratch = Scratch::new();
         let mut visit = Visit::default();
         if plan.way == Way::Crash {
@@ -130,7 +146,7 @@ where
         visit: &mut Visit,
     ) -> (Stage<'s>, Ended) {
         let Doomed { running, outcome, gate } = doomed;
-        let dropped = stage.drop_inside(running);
+        let dropped = self.timed(visit, || stage.drop_inside(running));
         let shut_down = stage.shut_down(gate);
         let stage = self.bounds.stage();
         let ended = stage.block_on(async {
@@ -174,11 +190,19 @@ where
             }
             Way::Settled if outcome.is_dropped() => {
                 let rested = world.rest(&tracer, self.bounds.options.settle_for).await;
-                let dropped = drop_caught(running);
+                let dropped = self.timed(visit, || drop_caught(running));
                 rested.and(dropped).map_err(Broken::at("drop")).map(|()| outcome)
             }
-            _ => drop_caught(running).map_err(Broken::at("drop")).map(|()| outcome),
+            _ => self.timed(visit, || drop_caught(running)).map_err(Broken::at("drop")).map(|()| outcome),
         }
+    }
+
+    /// Does the drop, and notes whether it took longer than it may.
+    fn timed<R>(&self, visit: &mut Visit, drop: impl FnOnce() -> R) -> R {
+        let begun = Instant::now();
+        let dropped = drop();
+        visit.is_slow_drop |= self.bounds.options.drop_within.is_some_and(|limit| begun.elapsed() > limit);
+        dropped
     }
 
     /// Polls the operation on until the scope around it, which has been cancelled, drops it, or it completes.

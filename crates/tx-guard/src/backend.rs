@@ -239,11 +239,13 @@ pub trait Driver: Database {
         async { Ok(()) }
     }
 
-    /// Commits, and leaves sqlx's depth as it is on the server: 1 where a rollback is still due, else 0.
+    /// Commits, and leaves sqlx's depth as it is on the server: 1 where a rollback is still due, else 0. Where the session is
+    /// scarce, what it is asked for behind the transaction may go in the same message, and else is nobody's to wait for.
     fn commit(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
         mode: CommitMode,
+        is_scarce: bool,
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
 
     /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`

@@ -15,6 +15,7 @@ use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 
 /// Commits, and comes back when the outcome is known. Runs shielded.
 pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'static str>) -> Result<(), TxError> {
+    let is_scarce = open.slot.is_scarce();
     let (conn, probe) = open.slot.parts();
     let lost = doomed.or_else(|| DB::is_lost(conn, probe).then_some("a nested begin was cancelled inside the guard"));
     if let Some(reason) = lost {
@@ -41,7 +42,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
-    let commit = DB::commit(conn, probe, open.commit_mode);
+    let commit = DB::commit(conn, probe, open.commit_mode, is_scarce);
     let answer = unless_stuck(&shared, probe, Patience::caller(shared.limits.answer_timeout), commit).await;
     let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(OUT_OF_STEP.into())));
     let failure = match answer.unwrap_or_else(stuck) {

@@ -170,7 +170,8 @@ impl TxError {
     /// # #[cfg(feature = "sqlite")] {
     /// use cancel_safe_tx_guard::TxPool;
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
-    /// let error = TxPool::<sqlx::Sqlite>::connect("sqlite:///no/such/directory/db").await.unwrap_err();
+    /// let nowhere = TxPool::<sqlx::Sqlite>::connect("sqlite:///no/such/directory/db").await;
+    /// let error = nowhere.unwrap_err();
     /// assert!(error.is_connect());
     /// # });
     /// # }
@@ -199,7 +200,8 @@ impl TxError {
     /// use cancel_safe_tx_guard::TxPool;
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
     /// let pool = TxPool::<sqlx::Sqlite>::builder().max_connections(1);
-    /// let db = pool.acquire_timeout(Duration::from_millis(10)).connect("sqlite::memory:").await.unwrap();
+    /// let pool = pool.acquire_timeout(Duration::from_millis(10));
+    /// let db = pool.connect("sqlite::memory:").await.unwrap();
     /// let held = db.begin().await.unwrap();
     /// let error = db.begin().await.unwrap_err();
     /// assert!(error.is_unavailable() && error.is_timeout(), "{error}");

@@ -35,7 +35,8 @@ use crate::backend::Backend;
 /// ```
 /// # #[cfg(feature = "sqlite")] {
 /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
-/// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
+/// # use cancel_safe_tx_guard::TxPool;
+/// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
 /// let two: i64 = sqlx::query_scalar("SELECT 1 + ?").bind(1).fetch_one(&db).await?;
 /// assert_eq!(two, 2);
 /// # Ok::<(), cancel_safe_tx_guard::TxError>(())

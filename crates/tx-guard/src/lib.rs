@@ -8,9 +8,12 @@
 //! # async fn handler(pool: sqlx::SqlitePool) -> Result<(), Box<dyn std::error::Error>> {
 //! // A handler with a deadline, on plain sqlx.
 //! tokio::time::timeout(Duration::from_secs(5), async {
-//!     let mut tx = pool.begin().await?;                        // dropped here: can leave a transaction open in the pool
-//!     sqlx::query("UPDATE account …").execute(&mut *tx).await?;  // dropped here: goes on on the server, row locks held
-//!     tx.commit().await                                        // dropped here: committed or not, nobody will know
+//!     // Dropped here: can leave a transaction open in the pool.
+//!     let mut tx = pool.begin().await?;
+//!     // Dropped here: it goes on on the server, with its row locks held.
+//!     sqlx::query("UPDATE account …").execute(&mut *tx).await?;
+//!     // Dropped here: committed or not, nobody will know.
+//!     tx.commit().await
 //! })
 //! .await
 //! # ??;
@@ -41,7 +44,8 @@
 //! # tx.commit().await?;
 //!
 //! let mut tx: TransactionGuard<Sqlite> = TransactionGuard::new(&db).await?;
-//! sqlx::query("UPDATE account SET balance = balance - 30 WHERE id = 1").execute(&mut *tx).await?;
+//! let withdraw = sqlx::query("UPDATE account SET balance = balance - 30 WHERE id = 1");
+//! withdraw.execute(&mut *tx).await?;
 //! let handle = tx.outcome_handle();
 //!
 //! // However impatient the caller is, the commit ends, and the handle tells how.
@@ -230,3 +234,8 @@ pub use retry::Retry;
 pub use transient::is_transient;
 pub use tx::Tx;
 pub use upkeep::HookFuture;
+
+// The examples of the README compile.
+#[cfg(all(doctest, feature = "postgres"))]
+#[doc = include_str!("../README.md")]
+struct Readme;

@@ -54,7 +54,8 @@ impl<DB: Backend> TxPool<DB> {
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
     /// let db = TxPool::<Sqlite>::connect("sqlite::memory:").await?;
     ///
-    /// let wrong = TxPool::<Sqlite>::connect("postgres://user:secret@localhost/db").await.unwrap_err();
+    /// let wrong = TxPool::<Sqlite>::connect("postgres://user:secret@localhost/db").await;
+    /// let wrong = wrong.unwrap_err();
     /// assert!(matches!(wrong, TxError::InvalidUrl { .. }));
     /// assert!(!wrong.to_string().contains("secret"));
     /// # Ok::<(), TxError>(())
@@ -136,7 +137,8 @@ impl<DB: Backend> TxPool<DB> {
     /// ```
     /// # #[cfg(feature = "sqlite")] {
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
-    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// # use cancel_safe_tx_guard::TxPool;
+    /// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
     /// db.begin().await.unwrap().commit().await.unwrap();
     /// let metrics = db.metrics();
     /// assert_eq!((metrics.size, metrics.opened, metrics.committed), (1, 1, 1));
@@ -166,7 +168,8 @@ impl<DB: Backend> TxPool<DB> {
     /// # #[cfg(feature = "sqlite")] {
     /// # use std::time::Duration;
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
-    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
+    /// # use cancel_safe_tx_guard::TxPool;
+    /// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await.unwrap();
     /// drop(db.begin().await.unwrap());
     /// let report = db.close(Duration::from_secs(5)).await;
     /// assert!(report.is_clean(), "{report}");

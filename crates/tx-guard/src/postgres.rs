@@ -253,13 +253,18 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(SPOIL.into_sql_str())).now_or_never();
     }
 
-    async fn commit(conn: &mut PgConnection, place: &Place, mode: CommitMode) -> Result<(), CommitFailure> {
+    async fn commit(
+        conn: &mut PgConnection,
+        place: &Place,
+        mode: CommitMode,
+        is_scarce: bool,
+    ) -> Result<(), CommitFailure> {
         release_forgotten(conn).await?;
         let receipt = match mode {
             CommitMode::Verified => None,
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
-        let answer = proof::exchange_commit(conn, place.farewell()).await;
+        let answer = proof::exchange_commit(conn, place.farewell(is_scarce)).await;
         // Whatever comes behind the answer to COMMIT takes nothing back.
         if answer.row && answer.done_after_row >= 2 {
             *place.state() = answer.state;
@@ -311,7 +316,7 @@ impl Driver for Postgres {
                 // A nested transaction that was forgotten.
                 Manager::start_rollback(conn);
             }
-            let answer = proof::exchange_rollback(conn, place.farewell()).await;
+            let answer = proof::exchange_rollback(conn, place.farewell(true)).await;
             match answer.failure {
                 None | Some(sqlx::Error::Database(_)) if answer.row => {
                     *place.state() = answer.state;

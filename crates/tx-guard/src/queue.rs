@@ -59,6 +59,12 @@ pub(crate) struct Counts {
     pub(crate) waiting: usize,
 }
 
+impl<T: Idle> State<T> {
+    fn is_waited_for(&self) -> bool {
+        self.waiting.iter().any(|waiter| !waiter.is_closed())
+    }
+}
+
 impl<T: Idle> Queue<T> {
     pub(crate) fn new(max: usize) -> Self {
         let (idle, waiting) = (Vec::new(), VecDeque::new());
@@ -169,8 +175,14 @@ impl<T: Idle> Place<T> {
 
     /// Whether somebody waits for it.
     pub(crate) fn is_waited_for(&self) -> bool {
+        self.queue.as_ref().is_some_and(|queue| queue.lock().is_waited_for())
+    }
+
+    /// Whether somebody waits for it, or the next one to ask would have to.
+    pub(crate) fn is_scarce(&self) -> bool {
         let Some(queue) = &self.queue else { return false };
-        queue.lock().waiting.iter().any(|waiter| !waiter.is_closed())
+        let state = queue.lock();
+        state.idle.is_empty() && state.taken >= queue.max || state.is_waited_for()
     }
 
     /// Gives the place on with `item`, or lets `item` rest there. It comes back where the queue is closed.

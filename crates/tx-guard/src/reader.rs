@@ -62,8 +62,10 @@ impl<DB: Backend> TxPool<DB> {
     /// ```
     /// # #[cfg(feature = "sqlite")] {
     /// # tokio::runtime::Runtime::new().unwrap().block_on(async {
-    /// let db = cancel_safe_tx_guard::TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
-    /// let two: i64 = sqlx::query_scalar("SELECT 1 + 1").fetch_one(&mut *db.reader().await?).await?;
+    /// # use cancel_safe_tx_guard::TxPool;
+    /// let db = TxPool::<sqlx::Sqlite>::connect("sqlite::memory:").await?;
+    /// let mut reader = db.reader().await?;
+    /// let two: i64 = sqlx::query_scalar("SELECT 1 + 1").fetch_one(&mut *reader).await?;
     /// assert_eq!(two, 2);
     /// # Ok::<(), cancel_safe_tx_guard::TxError>(())
     /// # }).unwrap();

@@ -17,7 +17,8 @@ use std::time::Duration;
 /// use std::time::Duration;
 /// use cancel_safe_tx_guard::Retry;
 ///
-/// let patient = Retry::attempts(8).backoff(Duration::from_millis(5), Duration::from_secs(2));
+/// let (first, longest) = (Duration::from_millis(5), Duration::from_secs(2));
+/// let patient = Retry::attempts(8).backoff(first, longest);
 /// assert_ne!(patient, Retry::default());
 /// assert_eq!(Retry::none(), Retry::attempts(1));
 /// ```

@@ -374,6 +374,11 @@ impl<DB: Backend> Slot<DB> {
             || self.place.as_ref().is_some_and(Place::is_waited_for)
     }
 
+    /// Whether the next transaction has to wait until this one's connection is free.
+    pub(crate) fn is_scarce(&self) -> bool {
+        self.place.as_ref().is_some_and(Place::is_scarce)
+    }
+
     /// Gives the connection to the next one who waits for it, or back to its pool; or closes it if the pool was closed
     /// meanwhile.
     pub(crate) async fn release(mut self, closed: bool) {

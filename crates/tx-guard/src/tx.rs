@@ -135,7 +135,8 @@ impl<DB: Backend> Tx<DB> {
     ///     AppError::Database(error) => is_transient(error),
     ///     AppError::Overdrawn => false,
     /// });
-    /// let worked: Result<(), AppError> = tx.run(async move |_| Err(AppError::Overdrawn)).await;
+    /// let overdrawn = tx.run(async move |_| Err(AppError::Overdrawn));
+    /// let worked: Result<(), AppError> = overdrawn.await;
     /// assert!(matches!(worked, Err(AppError::Overdrawn)));
     /// # Ok::<(), TxError>(())
     /// # }).unwrap();

@@ -5,9 +5,11 @@
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks through its output")]
 #![expect(clippy::unwrap_used, reason = "an operation that fails is not judged, and then the page is not written")]
 #![expect(clippy::disallowed_methods, reason = "the operations that are not cancel safe are what this is about")]
+#![expect(clippy::disallowed_macros, reason = "and so is the macro")]
 
 mod fixtures;
 mod page;
+mod patterns;
 mod row;
 mod rows;
 
@@ -21,6 +23,8 @@ fn main() -> ExitCode {
     let argument = std::env::args().nth(1);
     let result = match argument.as_deref() {
         None => generate(),
+        Some("--patterns") => write_patterns(),
+        Some("--check-patterns") => check_patterns(),
         Some(part) => {
             tell(part);
             Ok(())
@@ -65,6 +69,30 @@ fn generate() -> Result<(), String> {
     std::fs::write(path, page::page(&versions, &groups)).map_err(|error| format!("the page: {error}"))?;
     println!("docs/src/operations.md was written after {:.0} s", started.elapsed().as_secs_f64());
     Ok(())
+}
+
+const PATTERNS: &str = "../src/breaking.md";
+
+/// Explores the patterns, and writes their page.
+fn write_patterns() -> Result<(), String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PATTERNS);
+    std::fs::write(path, patterns::page()?).map_err(|error| format!("the page: {error}"))?;
+    println!("docs/src/breaking.md was written");
+    Ok(())
+}
+
+/// Explores the patterns, and compares what is reported with their page.
+fn check_patterns() -> Result<(), String> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PATTERNS);
+    let page = std::fs::read_to_string(path).map_err(|error| format!("the page: {error}"))?;
+    let now = patterns::page()?;
+    if page == now {
+        println!("docs/src/breaking.md tells what is reported now");
+        return Ok(());
+    }
+    let differs = page.lines().zip(now.lines()).find(|(there, now)| there != now);
+    let (there, now) = differs.unwrap_or(("(the end)", "(the end)"));
+    Err(format!("docs/src/breaking.md: {there:?} is now {now:?}: let `cargo xtask patterns` write it anew"))
 }
 
 /// Explores the operations whose names have this part, and tells all of it.

@@ -232,7 +232,7 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
         .key(|(_, url): &Turn| url.clone())
         .concurrency(args.concurrency.into())
         // A run that is killed while a host is down must not use up the attempts of the next one.
-        .retry(Retry::exponential(args.retries + 1).per_run())
+        .retry(Retry::attempts(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
         // Of each host only so many wait; of that many hosts each may be down without holding up the others.
         .max_ahead(MAX_AHEAD)

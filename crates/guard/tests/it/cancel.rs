@@ -10,7 +10,8 @@ use std::task::Poll;
 use std::time::Duration;
 
 use cancel_safe_guard::{
-    Guard, Reaper, cancellation_point, critical, critical_for, timeout, timeout_at, try_commit_cancel, with_token,
+    Guard, Reaper, cancellation_point, critical, critical_for, join_then_try, timeout, timeout_at, try_commit_cancel,
+    with_token,
 };
 use cancel_safe_testing::{Explore, Outcome, Report, Way};
 use futures_util::future::FutureExt;
@@ -383,4 +384,54 @@ fn a_drain_dropped_at_any_point_changes_nothing() {
         async |journal, outcome| journal.check(&outcome, true).await,
     );
     report.publish("guard", "drain").assert_clean();
+}
+
+/// Two counters that rise together, unless the caller goes.
+async fn rise(counter: &Cell<u32>, fails: bool) -> Result<(), u32> {
+    counter.set(counter.get() + 1);
+    step().await;
+    counter.set(counter.get() + 1);
+    if fails { Err(counter.get()) } else { Ok(()) }
+}
+
+fn both(join: impl AsyncFn(&Cell<u32>, &Cell<u32>) -> Result<(), u32>) -> Report {
+    explore().run(
+        async || (Cell::new(0), Cell::new(0)),
+        async |(quick, slow)| join(quick, slow).await,
+        async |(quick, slow), outcome| {
+            // A drop leaves them where they stood. Whoever got an answer finds both at their ends.
+            match (outcome, quick.get(), slow.get()) {
+                (Outcome::Completed(Err(2)), 2, 2) | (Outcome::Dropped { .. }, ..) => Ok(()),
+                (_, quick, slow) => Err(format!("{quick} and {slow}")),
+            }
+        },
+    )
+}
+
+#[test]
+fn every_branch_is_at_its_end_when_the_first_error_is_told() {
+    let report = both(async |quick, slow| {
+        let slow = async {
+            step().await;
+            rise(slow, false).await
+        };
+        join_then_try((rise(quick, true), slow)).await.map(drop)
+    });
+    report.publish("guard", "join_then_try").assert_clean();
+}
+
+#[test]
+fn a_join_that_returns_with_the_first_error_is_caught() {
+    let report = both(async |quick, slow| {
+        let slow = async {
+            step().await;
+            rise(slow, false).await
+        };
+        let (quick, slow) = (std::pin::pin!(rise(quick, true)), std::pin::pin!(slow));
+        match futures_util::future::try_select(quick, slow).await {
+            Ok(_) => Ok(()),
+            Err(either) => Err(either.factor_first().0),
+        }
+    });
+    assert!(!report.is_clean(), "{report}");
 }

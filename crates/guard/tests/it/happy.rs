@@ -9,10 +9,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use cancel_safe_guard::{
-    Guard, Reaper, cancellation_point, critical, critical_for, timeout, timeout_at, try_commit_cancel, with_token,
+    Guard, Reaper, cancellation_point, critical, critical_for, join_then_try, timeout, timeout_at, try_commit_cancel,
+    with_token,
 };
 use tokio::sync::oneshot;
-use tokio::time::Instant;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::{caught, poll_once};
@@ -146,8 +147,42 @@ fn futures_are_send_where_their_contents_are() {
     drop(is_send(critical(critical_for(Duration::from_secs(1), ready(1)))));
     drop(is_send(cancellation_point()));
     drop(is_send(try_commit_cancel(ready(Ok::<_, ()>(1)), || ())));
+    drop(is_send(join_then_try((ready(Ok::<_, ()>(1)), ready(Ok("two"))))));
     drop(is_send(reaper.shield(ready(1))));
     drop(is_send(reaper.drain(Duration::ZERO)));
     let deferred = is_send(reaper.defer(|| ready(())));
     drop(is_send(deferred.run()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_join_then_try_gives_all_values_in_their_places() {
+    let three = join_then_try((async { Ok::<_, ()>(1) }, async { Ok("two") }, async { Ok(vec![3]) })).await;
+    assert_eq!(three, Ok((1, "two", vec![3])));
+    let good = || async { Ok::<_, ()>(()) };
+    let eight = (good(), good(), good(), good(), good(), good(), good(), good());
+    assert!(join_then_try(eight).await.is_ok());
+}
+
+#[tokio::test(start_paused = true)]
+async fn of_several_errors_the_first_in_the_tuple_is_told() {
+    let late = async {
+        sleep(Duration::from_secs(2)).await;
+        Err::<(), _>("late")
+    };
+    assert_eq!(join_then_try((late, async { Err::<(), _>("early") })).await, Err("late"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_branch_at_its_end_holds_nothing_while_the_others_run() {
+    let held = Arc::new(());
+    let (quick, seen) = (held.clone(), held);
+    let quick = async move {
+        drop(quick);
+        Ok::<_, ()>(())
+    };
+    let slow = async {
+        sleep(Duration::from_secs(1)).await;
+        Ok(Arc::strong_count(&seen))
+    };
+    assert_eq!(join_then_try((quick, slow)).await, Ok(((), 1)));
 }

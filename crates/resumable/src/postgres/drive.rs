@@ -13,15 +13,19 @@ use std::{
 use futures_core::Stream;
 use futures_util::stream::FuturesUnordered;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{sync::watch, time::Sleep};
+use tokio::{
+    sync::watch,
+    time::{Instant, Sleep},
+};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     drive::Summary,
     error::TaskError,
+    gate::Gate,
     history::{begin_payload, put_failure},
-    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe},
+    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
     log::{Header, Identity, Kind, MAX_PAYLOAD_BYTES},
     plan::Plan,
     postgres::{
@@ -31,10 +35,11 @@ use crate::{
         keeper,
         leases::Standing,
         ledger::Known,
+        range::Range,
         shared::{Hold, Means, Shared, Told},
         waiting::{Ticket, Waiting},
     },
-    progress::{Meter, Progress},
+    progress::{Meter, Pause, Progress},
     proof::Prover,
     run::Engine,
 };
@@ -44,19 +49,6 @@ pub(crate) type Running<R> = Pin<Box<dyn Future<Output = Result<R, ItemError>> +
 
 /// So many items are looked at before the keeper is heard again.
 const BURST: usize = 64;
-
-/// A range at work.
-struct Range<R> {
-    hold: Hold,
-    first: usize,
-    known: Vec<Known>,
-    /// The place of the next item to look at.
-    next: usize,
-    /// How many items are not finished.
-    left: usize,
-    /// What is recorded and not yet known to be durable: the number of the record, and the item.
-    held: VecDeque<(usize, Done<R>)>,
-}
 
 /// One attempt: the item's future, and the item it comes from.
 struct Attempt<T, R> {
@@ -120,6 +112,7 @@ pub(crate) struct PgDrive<T, R> {
     meter: Meter,
     in_flight: FuturesUnordered<Attempt<T, R>>,
     waiting: Waiting<T>,
+    gate: Gate,
     shared: Arc<Shared>,
     ranges: HashMap<i64, Range<R>>,
     /// Ranges with items that were not started, the first to be worked on first.
@@ -169,6 +162,7 @@ where
             meter: Meter::new(progress),
             in_flight: FuturesUnordered::new(),
             waiting: Waiting::new(),
+            gate: Gate::new(plan.concurrency),
             shared,
             ranges: HashMap::new(),
             fresh: VecDeque::new(),
@@ -199,13 +193,17 @@ where
                 }
                 return Ok(step > 0);
             }
-            if self.start_next() {
+            let open = self.gate.poll_open(cx)?;
+            if let Poll::Ready(true) = open {
+                self.meter.pause(None);
+            }
+            if open.is_ready() && self.start_next() {
                 continue;
             }
             // Registers for what else may wake the loop.
             let due = self.waiting.poll_due(cx).is_ready();
             let cancelled = self.cancelled.as_mut().poll(cx).is_ready();
-            return Ok(step > 0 || due && self.can_start() || cancelled);
+            return Ok(step > 0 || due && open.is_ready() && self.can_start() || cancelled);
         }
         Ok(true)
     }
@@ -247,7 +245,7 @@ where
                 let Some(item) = self.input.items.get(index).cloned() else { return false };
                 let attempts = if self.plan.retry.per_run { 0 } else { attempts };
                 self.meter.item_started();
-                self.launch(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0 });
+                self.launch(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0, launch: 0 });
                 return true;
             }
             self.fresh.pop_front();
@@ -256,7 +254,9 @@ where
         false
     }
 
-    fn launch(&mut self, ticket: Ticket<T>) {
+    fn launch(&mut self, mut ticket: Ticket<T>) {
+        self.gate.item_starts();
+        ticket.launch = self.gate.launch();
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
@@ -266,24 +266,42 @@ where
     /// Records how an attempt ended.
     fn settle(&mut self, mut ticket: Ticket<T>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
         let error = match outcome {
-            Ok(result) => return self.finish(ticket, result),
+            Ok(result) => {
+                self.gate.attempt_ended(ticket.launch);
+                return self.finish(ticket, result);
+            }
             Err(error) => error,
         };
-        if let Verdict::Defer(after) = error.verdict
-            && ticket.defers < self.plan.max_defers
-        {
-            ticket.defers += 1;
-            self.waiting.enter(after, ticket);
-            return Ok(());
+        let cause = describe(error.cause.as_ref());
+        match error.verdict {
+            Verdict::Pause(until) => {
+                self.pause(until, &cause);
+                self.waiting.enter(until, ticket);
+                return Ok(());
+            }
+            Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
+                ticket.defers += 1;
+                let wait = until.saturating_duration_since(Instant::now());
+                if let Some(wait) = self.gate.attempt_deferred(ticket.launch, wait, self.in_flight.len()) {
+                    self.pause(later(wait), &cause);
+                }
+                self.waiting.enter(until, ticket);
+                return Ok(());
+            }
+            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => self.gate.attempt_ended(ticket.launch),
         }
         ticket.attempts += 1;
-        let cause = describe(error.cause.as_ref());
         if error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts {
             return self.quarantine(ticket, cause);
         }
         self.record_failure(Kind::Failure, &ticket, ticket.attempts, &cause, Means::Open)?;
-        self.waiting.enter(self.plan.retry.delay_after(ticket.attempts), ticket);
+        self.waiting.enter(later(self.plan.retry.delay_after(ticket.attempts)), ticket);
         Ok(())
+    }
+
+    /// No item of this worker starts before that time.
+    fn pause(&mut self, until: Instant, cause: &str) {
+        self.meter.pause(Some(Pause::new(self.gate.close(until), cause)));
     }
 
     fn finish(&mut self, ticket: Ticket<T>, result: R) -> Result<(), TaskError> {
@@ -350,22 +368,6 @@ where
     }
 }
 
-impl<R> Range<R> {
-    /// The index and the failed attempts of the next item that is not finished.
-    fn next(&mut self) -> Option<(usize, u32)> {
-        while let Some(known) = self.known.get(self.next) {
-            let index = self.first + self.next;
-            self.next += 1;
-            match known {
-                Known::Nothing => return Some((index, 0)),
-                Known::Failed(attempts) => return Some((index, *attempts)),
-                Known::Result | Known::Quarantined => {}
-            }
-        }
-        None
-    }
-}
-
 impl<T, R> PgDrive<T, R> {
     /// Takes in what the keeper has told and returns whether there was anything.
     fn hear(&mut self, cx: &Context<'_>) -> bool {
@@ -374,8 +376,8 @@ impl<T, R> PgDrive<T, R> {
         self.has_room = has_room;
         for told in told {
             match told {
-                Told::Opened { salt } => self.seed = xxh3_64_with_seed(self.plan.job.as_bytes(), salt),
-                Told::Granted { hold, first, items } => self.take_on(hold, first, items),
+                Told::Opened { salt, .. } => self.seed = xxh3_64_with_seed(self.plan.job.as_bytes(), salt),
+                Told::Granted { hold, first, items, .. } => self.take_on(hold, first, items),
                 Told::Appended { hold, records } => self.release(hold, records),
                 Told::Lost(hold) => self.lose(hold),
                 Told::Standing(standing) => {
@@ -461,7 +463,7 @@ impl<T, R> PgDrive<T, R> {
     fn publish(&mut self) -> bool {
         let (done, failed) = (self.counts.done(), self.counts.failed());
         self.meter.stand_at(done, done.saturating_sub(self.counts.own()), failed);
-        self.meter.publish(self.input.items.len());
+        self.meter.publish(self.input.items.len(), (0, Some(0)));
         false
     }
 }

@@ -7,15 +7,11 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll},
-    time::Duration,
 };
 
 use tokio::time::{Instant, Sleep};
 
 use crate::postgres::shared::Hold;
-
-/// A wait for longer than this, 30 years, is one for ever: an instant may not be able to hold its end.
-const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
 
 /// An item that is not finished, of a range that this worker holds.
 #[derive(Debug)]
@@ -27,6 +23,8 @@ pub(crate) struct Ticket<T> {
     /// Failed attempts so far.
     pub(crate) attempts: u32,
     pub(crate) defers: u32,
+    /// The number of its attempt among those of all items.
+    pub(crate) launch: u64,
 }
 
 /// By the time at which they may run; of equal times the first to come is first.
@@ -46,8 +44,7 @@ impl<T> Waiting<T> {
         self.tickets.len()
     }
 
-    pub(crate) fn enter(&mut self, wait: Duration, ticket: Ticket<T>) {
-        let until = Instant::now() + wait.min(LONGEST_WAIT);
+    pub(crate) fn enter(&mut self, until: Instant, ticket: Ticket<T>) {
         self.arrivals += 1;
         self.tickets.insert((until, self.arrivals), ticket);
     }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use cancel_safe_resumable::{FileStore, ResumableTask, TaskError};
+use cancel_safe_resumable::{Checkpoint, FileStore, ResumableTask, TaskError};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
@@ -14,6 +14,8 @@ use crate::support::{checkpoint, in_full, visited};
 
 const CHECKPOINT: &str = "RESUMABLE_CRASH";
 const ITEMS: u64 = 2000;
+const WORKER: &str = "crash::child_that_is_killed";
+const REFRESHER: &str = "crash::child_that_refreshes";
 
 /// The result of an item: text that occurs once in the file for each time it was recorded. Long enough not to occur among
 /// the file's digests by chance, as one of three bytes does now and then.
@@ -21,16 +23,16 @@ fn result_of(x: u64) -> String {
     format!("<result {x:04}>")
 }
 
-fn job(path: &Path) -> cancel_safe_resumable::Builder<u64, String> {
+fn job(path: &Path, concurrency: usize) -> cancel_safe_resumable::Builder<u64, String> {
     let store = FileStore::at(path).wait(Duration::from_millis(20));
-    ResumableTask::builder("crash").store(store).checkpoint_every(Duration::from_millis(2)).concurrency(8)
+    ResumableTask::builder("crash").store(store).checkpoint_every(Duration::from_millis(2)).concurrency(concurrency)
 }
 
 /// Runs in a child that is killed; does nothing in the test run itself.
 #[tokio::test]
 async fn child_that_is_killed() {
     let Some(path) = std::env::var_os(CHECKPOINT) else { return };
-    let run = job(Path::new(&path)).stream(0..ITEMS, |_, x| async move {
+    let run = job(Path::new(&path), concurrency_of_child()).stream(0..ITEMS, |_, x| async move {
         if x % 16 == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -42,10 +44,17 @@ async fn child_that_is_killed() {
     }
 }
 
-fn spawn(path: &Path) -> Child {
+const CONCURRENCY: &str = "RESUMABLE_CRASH_CONCURRENCY";
+
+fn concurrency_of_child() -> usize {
+    std::env::var(CONCURRENCY).unwrap().parse().unwrap()
+}
+
+fn spawn(child: &str, path: &Path, concurrency: usize) -> Child {
     Command::new(std::env::current_exe().unwrap())
-        .args(["crash::child_that_is_killed", "--exact"])
+        .args([child, "--exact"])
         .env(CHECKPOINT, path)
+        .env(CONCURRENCY, concurrency.to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
@@ -63,7 +72,7 @@ fn occurrences(path: &Path) -> Vec<usize> {
 async fn cut_torn_tail(path: &Path) {
     let token = CancellationToken::new();
     token.cancel();
-    let run = job(path).cancel(token).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
+    let run = job(path, 8).cancel(token).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
     let error = run.finish().await.unwrap_err();
     assert!(error.is_cancelled(), "{error}");
 }
@@ -76,14 +85,14 @@ fn repetitions() -> usize {
 /// Kills runs of one checkpoint until it is complete, and checks after each that nothing was lost or written twice.
 /// Returns how many rounds that took.
 #[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
-async fn survive(starters: usize, seed: u64) -> usize {
+async fn survive(starters: usize, concurrency: usize, seed: u64) -> usize {
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let (_dir, path) = checkpoint();
     let (mut before, mut rounds) = (vec![0; ITEMS as usize], 0);
     for round in 0..400 {
         rounds += 1;
-        let mut children: Vec<Child> = (0..starters).map(|_| spawn(&path)).collect();
+        let mut children: Vec<Child> = (0..starters).map(|_| spawn(WORKER, &path, concurrency)).collect();
         let patience = Duration::from_micros(random.u64(500..120_000));
         tokio::time::sleep(patience).await;
         for child in &mut children {
@@ -109,7 +118,7 @@ async fn survive(starters: usize, seed: u64) -> usize {
             break;
         }
     }
-    let mut run = job(&path).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
+    let mut run = job(&path, 8).stream(0..ITEMS, |_, x| async move { Ok(result_of(x)) });
     let mut seen = vec![0; ITEMS as usize];
     while let Some(done) = run.next().await {
         assert_eq!(done.result, Ok(result_of(done.index as u64)));
@@ -124,8 +133,10 @@ async fn survive(starters: usize, seed: u64) -> usize {
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
     let mut kills = 0;
-    for _ in 0..repetitions() {
-        kills += survive(1, fastrand::u64(..)).await;
+    for _ in 0..repetitions().div_ceil(2) {
+        for concurrency in [1, 64] {
+            kills += survive(1, concurrency, fastrand::u64(..)).await;
+        }
     }
     visited("kills", kills);
 }
@@ -134,7 +145,7 @@ async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
 async fn two_starters_that_are_killed_never_share_a_checkpoint() {
     let mut kills = 0;
     for _ in 0..repetitions() {
-        kills += survive(2, fastrand::u64(..)).await;
+        kills += survive(2, 8, fastrand::u64(..)).await;
     }
     visited("kills-of-two", kills);
 }
@@ -143,7 +154,7 @@ async fn two_starters_that_are_killed_never_share_a_checkpoint() {
 async fn of_many_first_starters_one_creates_the_checkpoint() {
     for _ in 0..10 {
         let (dir, path) = checkpoint();
-        let mut children: Vec<Child> = (0..4).map(|_| spawn(&path)).collect();
+        let mut children: Vec<Child> = (0..4).map(|_| spawn(WORKER, &path, 8)).collect();
         tokio::time::sleep(Duration::from_millis(fastrand::u64(0..10))).await;
         children[0].kill().unwrap();
         for mut child in children.drain(1..) {
@@ -156,4 +167,78 @@ async fn of_many_first_starters_one_creates_the_checkpoint() {
         // What the killed one may have left beside it is swept by the next that creates a checkpoint here.
         assert!(std::fs::read_dir(dir.path()).unwrap().count() <= 2);
     }
+}
+
+/// What a generation has for an item.
+fn refreshed(generation: u64, x: u64) -> String {
+    format!("{generation}:{x}")
+}
+
+fn generation_of(result: &str) -> u64 {
+    result.split(':').next().unwrap().parse().unwrap()
+}
+
+/// Replaces all results again and again until it is killed, so that it compacts the file at every second completion and,
+/// after a kill, when it opens it; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_refreshes() {
+    let Some(path) = std::env::var_os(CHECKPOINT) else { return };
+    let path = Path::new(&path);
+    let read = Checkpoint::<String>::read(path).unwrap();
+    let first = read.records().map(|done| generation_of(&done.unwrap().result.unwrap())).max().unwrap();
+    for generation in first + 1..first + 1000 {
+        let builder = job(path, concurrency_of_child()).revalidate(move |_, found| generation_of(found) >= generation);
+        match builder.stream(0..ITEMS / 10, move |_, x| async move { Ok(refreshed(generation, x)) }).finish().await {
+            Ok(_) | Err(TaskError::Busy { .. }) => {}
+            Err(error) => panic!("{error}"),
+        }
+    }
+}
+
+/// Kills runs that refresh and compact one checkpoint, and checks after each that every item has a result that is not
+/// older than what was there. Returns how many were killed while they wrote a new file.
+#[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
+async fn survive_compaction(starters: usize, rounds: usize, seed: u64) -> usize {
+    println!("seed {seed}");
+    let mut random = fastrand::Rng::with_seed(seed);
+    let (dir, path) = checkpoint();
+    let items = ITEMS / 10;
+    job(&path, 8).stream(0..items, |_, x| async move { Ok(refreshed(1, x)) }).finish().await.unwrap();
+    let (mut before, mut in_the_middle) = (vec![1; items as usize], 0);
+    for round in 0..rounds {
+        let mut children: Vec<Child> = (0..starters).map(|_| spawn(REFRESHER, &path, 8)).collect();
+        tokio::time::sleep(Duration::from_micros(random.u64(500..80_000))).await;
+        for child in &mut children {
+            if let Some(status) = child.try_wait().unwrap() {
+                assert!(status.success(), "round {round}: {status}");
+            }
+            child.kill().unwrap();
+            child.wait().unwrap();
+        }
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        in_the_middle += names.filter(|name| name.to_string_lossy().starts_with(".afs-file-")).count();
+        let read = Checkpoint::<String>::read(&path).unwrap();
+        let mut seen = 0;
+        for done in read.records() {
+            let done = done.unwrap();
+            let result = done.result.unwrap();
+            let generation = generation_of(&result);
+            assert_eq!(result, refreshed(generation, done.index as u64));
+            assert!(generation >= before[done.index], "round {round}: result {} went back", done.index);
+            before[done.index] = generation;
+            seen += 1;
+        }
+        assert_eq!(seen, items, "round {round}: a result was lost");
+        let most = 3 * read.live_bytes() + (64 << 10);
+        assert!(read.len_bytes() < most, "round {round}: {} bytes, nothing was compacted", read.len_bytes());
+    }
+    in_the_middle
+}
+
+#[tokio::test]
+async fn a_run_that_is_killed_while_it_compacts_loses_nothing() {
+    let rounds = if in_full() { 2000 } else { 20 };
+    survive_compaction(1, rounds, fastrand::u64(..)).await;
+    survive_compaction(2, rounds, fastrand::u64(..)).await;
+    visited("kills-compacting", 2 * rounds);
 }

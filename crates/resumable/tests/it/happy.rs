@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, time::Duration};
 
-use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError, map};
+use cancel_safe_resumable::{Builder, Codec, FileStore, ItemContext, ItemError, ResumableTask, Retry, TaskError, map};
 use futures_util::{StreamExt, stream};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{checkpoint, complete, double, numbers};
+use crate::support::{checkpoint, complete, double, numbers, restored};
 
 #[tokio::test]
 async fn a_cancelled_task_goes_on_where_it_was() {
@@ -65,6 +65,73 @@ async fn a_complete_checkpoint_is_the_result_and_is_not_written_again() {
     assert_eq!(first, second);
     assert_eq!(bytes, std::fs::read(&path).unwrap());
     assert_eq!(std::fs::read_dir(path.parent().unwrap()).unwrap().count(), 1, "nothing but the checkpoint is left");
+}
+
+#[tokio::test]
+async fn a_vector_is_collected_in_the_order_of_the_input_and_an_item_without_a_result_is_an_error() {
+    let (_dir, path) = checkpoint();
+    let builder = || numbers(&path).concurrency(8).quarantine(5);
+    let work = |poison: u64| {
+        move |_: ItemContext, x: u64| async move {
+            tokio::time::sleep(Duration::from_millis(7 - x % 8)).await;
+            if x % poison == 3 { Err(ItemError::permanent(format!("no {x}"))) } else { Ok(x * 2) }
+        }
+    };
+    let error = builder().collect(0..40, work(20)).await.unwrap_err();
+    assert!(matches!(&error, TaskError::Quarantined { items: 2, index: 3, cause, .. } if cause == "no 3"), "{error}");
+    let results = builder().retry_quarantined(true).collect(0..40, work(1)).await.unwrap();
+    assert_eq!(results, (0..40).map(|x| x * 2).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn the_simple_forms_say_their_version_and_refuse_the_results_of_another() {
+    let (_dir, path) = checkpoint();
+    let first = map(&path, 0..10u64, |x| async move { x }).version("2").await.unwrap();
+    let refused = map(&path, 0..10u64, |x| async move { x + 1 }).version("3").await.unwrap_err();
+    assert!(matches!(&refused, TaskError::VersionMismatch { field: "version", .. }), "{refused}");
+    let task = || ResumableTask::new((0..10u64).collect(), path.clone(), CancellationToken::new());
+    let refused = task().process(|x| async move { x + 1 }).await.unwrap_err();
+    assert!(matches!(&refused, TaskError::VersionMismatch { field: "version", .. }), "{refused}");
+    let again: Vec<u64> = task().version("2").process(|_| async { unreachable!() }).await.unwrap();
+    assert_eq!(again, first);
+}
+
+#[tokio::test]
+async fn a_checkpoint_is_written_after_so_many_results_whatever_the_interval() {
+    let (_dir, path) = checkpoint();
+    let never = Duration::from_secs(3600);
+    let mut run = numbers(&path).checkpoint_every(never).checkpoint_every_items(10).stream(0..100, |_, x| double(x));
+    for _ in 0..25 {
+        run.next().await.unwrap();
+    }
+    let copy = path.with_extension("copy");
+    let mut seen = 0;
+    for _ in 0..12_000 {
+        std::fs::copy(&path, &copy).unwrap();
+        seen = restored(&copy, 100).await.len();
+        if seen >= 10 {
+            break;
+        }
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    assert!((10..=25).contains(&seen), "{seen}");
+}
+
+#[test]
+fn a_runtime_without_a_time_driver_is_an_error_and_no_panic() {
+    let (_dir, path) = checkpoint();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let finish = |builder: Builder<u64, u64>| {
+        let later = |_, _| async { Err(ItemError::defer(Duration::from_secs(1), "later")) };
+        runtime.block_on(builder.stream(0..3, later).finish()).unwrap_err()
+    };
+    let error = finish(numbers(&path).retry(Retry::attempts(2)));
+    assert!(matches!(error, TaskError::Config(_)) && !path.exists(), "{error}");
+    // Only an item knows that it will want to wait.
+    let error = finish(numbers(&path));
+    assert!(matches!(error, TaskError::Config(_)), "{error}");
+    let summary = runtime.block_on(numbers(&path).stream(0..3, |_, x| double(x)).finish()).unwrap();
+    assert_eq!(summary.completed, 3, "what needs no timer runs without one");
 }
 
 #[tokio::test]

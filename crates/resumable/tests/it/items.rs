@@ -29,7 +29,7 @@ fn failing(poison: &'static [u64]) -> impl Fn(ItemContext, u64) -> std::future::
 async fn poison_items_first_and_last_do_not_stop_the_others() {
     let (_dir, path) = checkpoint();
     for concurrency in [1, 8] {
-        let builder = numbers(&path).concurrency(concurrency).retry(Retry::exponential(3)).quarantine(2);
+        let builder = numbers(&path).concurrency(concurrency).retry(Retry::attempts(3)).quarantine(2);
         let mut run = builder.stream(0..100, failing(&[0, 99]));
         let all = drain(&mut run).await;
         let summary = run.finish().await.unwrap();
@@ -49,7 +49,7 @@ async fn poison_items_first_and_last_do_not_stop_the_others() {
 #[tokio::test(start_paused = true)]
 async fn one_poison_item_too_many_ends_the_run_and_has_all_its_attempts_again() {
     let (_dir, path) = checkpoint();
-    let builder = || numbers(&path).retry(Retry::exponential(2).base(Duration::ZERO)).quarantine(1);
+    let builder = || numbers(&path).retry(Retry::attempts(2).backoff(Duration::ZERO, Duration::ZERO)).quarantine(1);
     let error = builder().stream(0..100, failing(&[10, 20])).finish().await.unwrap_err();
     assert!(error.is_quarantine_full());
     assert!(matches!(error, TaskError::QuarantineFull { limit: 1, index: 20, attempts: 2, .. }), "{error}");
@@ -70,7 +70,7 @@ async fn one_poison_item_too_many_ends_the_run_and_has_all_its_attempts_again() 
 async fn a_permanent_failure_is_not_tried_again() {
     let (_dir, path) = checkpoint();
     let mut run = numbers(&path)
-        .retry(Retry::exponential(9))
+        .retry(Retry::attempts(9))
         .quarantine(1)
         .stream([7], |_, _| async { Err(ItemError::permanent("no such page")) });
     let done = run.next().await.unwrap();
@@ -80,7 +80,7 @@ async fn a_permanent_failure_is_not_tried_again() {
 #[tokio::test(start_paused = true)]
 async fn attempts_count_across_a_restart_unless_each_run_has_its_own_and_the_idempotency_key_stays() {
     for (retry, expected) in
-        [(Retry::exponential(4), &[1, 2, 3, 3, 4][..]), (Retry::exponential(4).per_run(), &[1, 2, 3, 1, 2, 3, 4])]
+        [(Retry::attempts(4), &[1, 2, 3, 3, 4][..]), (Retry::attempts(4).per_run(), &[1, 2, 3, 1, 2, 3, 4])]
     {
         let (_dir, path) = checkpoint();
         let seen = Arc::new(Mutex::new(Vec::new()));
@@ -406,7 +406,7 @@ async fn no_time_is_too_long() {
     assert_eq!(builder().stream(0..10, |_, x| double(x)).finish().await.unwrap().completed, 10);
     assert_eq!(builder().stream(0..10, |_, x| double(x)).finish().await.unwrap().restored, 10);
 
-    let retry = Retry::exponential(3).base(Duration::MAX).cap(Duration::MAX);
+    let retry = Retry::attempts(3).backoff(Duration::MAX, Duration::MAX);
     let token = CancellationToken::new();
     let mut run = builder().retry(retry).concurrency(2).cancel(token.clone()).stream(0..13, |_, x| async move {
         match x {
@@ -429,7 +429,8 @@ async fn options_that_contradict_themselves_open_nothing() {
         ResumableTask::builder("no store"),
         numbers(&path).concurrency(0),
         numbers(&path).max_ahead(0),
-        numbers(&path).retry(Retry::exponential(0)),
+        numbers(&path).retry(Retry::attempts(2).backoff(Duration::from_secs(2), Duration::from_secs(1))),
+        numbers(&path).checkpoint_every_items(0),
         numbers(&path).store(FileStore::at("")),
     ] {
         let error = builder.stream(0..3, |_, x| double(x)).finish().await.unwrap_err();

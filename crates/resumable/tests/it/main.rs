@@ -3,14 +3,25 @@
 
 mod cancel;
 mod checkpoint;
+#[cfg(feature = "cli")]
+mod cli;
+mod compact;
 mod crash;
 mod faults;
+#[cfg(all(feature = "postgres", unix))]
+mod fleet;
 mod golden;
 mod happy;
 mod input;
 mod items;
+mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod postgres_cancel;
+#[cfg(feature = "postgres")]
+mod postgres_tx;
+mod progress;
 mod spin;
 mod support;
 mod tutorial;

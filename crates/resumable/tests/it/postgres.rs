@@ -200,7 +200,11 @@ async fn a_cancelled_run_returns_when_all_is_durable_and_given_back() {
 #[tokio::test]
 async fn failures_are_retried_counted_and_put_in_quarantine_once_for_all_workers() {
     let world = World::new().await;
-    let builder = || numbers(world.store()).retry(Retry::exponential(3).base(Duration::from_millis(1))).concurrency(4);
+    let builder = || {
+        numbers(world.store())
+            .retry(Retry::attempts(3).backoff(Duration::from_millis(1), Duration::from_millis(10)))
+            .concurrency(4)
+    };
     let failing = |context: cancel_safe_resumable::ItemContext, x: u64| async move {
         match x {
             7 => Err(ItemError::retry("it never works")),

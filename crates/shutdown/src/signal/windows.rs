@@ -41,7 +41,6 @@ impl Signals {
         })
     }
 
-    #[expect(clippy::unused_self, reason = "elsewhere there are such signals")]
     pub(crate) fn add(&self, _signals: impl Iterator<Item = Signal>) -> io::Result<()> {
         Ok(())
     }
@@ -53,6 +52,8 @@ impl Signals {
         S: FnMut(i32) + Send + 'static,
         O: FnMut(Signal) + Send + 'static,
     {
+        // No event is one that does not stop.
+        let _never = &forward.other;
         let over = CancellationToken::new();
         let guard = over.clone().drop_guard();
         while let Poll::Ready(number) = self.poll(&mut Context::from_waker(Waker::noop())) {

@@ -76,11 +76,12 @@ impl Place {
         *self.0.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is to be run behind the transaction, before its session is somebody else's.
-    pub(crate) fn farewell(&self) -> Option<&str> {
+    /// What is to be run behind the transaction, before its session is somebody else's. A session of ours that is not
+    /// scarce is asked later.
+    pub(crate) fn farewell(&self, is_scarce: bool) -> Option<&str> {
         match self.0.is_pooled {
             true => Some(FORGET_STATEMENTS),
-            false => self.0.question.get().map(String::as_str),
+            false => self.0.question.get().filter(|_| is_scarce).map(String::as_str),
         }
     }
 

@@ -1,0 +1,190 @@
+//! How far a checkpoint has come that another process writes.
+//!
+//! Invariant: only what was added since the last look is read, and only a file that is complete ends it well.
+
+use std::{
+    collections::HashMap,
+    fs::File,
+    io::{IsTerminal, Write},
+    path::Path,
+    thread,
+    time::Duration,
+};
+
+use indicatif::ProgressDrawTarget;
+use xxhash_rust::xxh3::xxh3_64;
+
+use crate::{
+    bar::{Drawn, sentence},
+    cli::{Failure, must_be_file},
+    disk::is_still_at,
+    error::TaskError,
+    history::take_key,
+    index::Slot,
+    log::{Chain, Header, Identity, Kind},
+    progress::Progress,
+    scan::{Entry, Unread, read_header, scan},
+};
+
+/// Shows the progress until the file is complete.
+#[expect(clippy::disallowed_methods, reason = "a command has no executor whose thread could be blocked")]
+pub(super) fn follow(path: &Path, total: Option<usize>, every: Duration, out: &mut dyn Write) -> Result<(), Failure> {
+    let mut shown = Shown::new(total, out);
+    let mut watched = Watched::open(path)?;
+    loop {
+        watched.read(path)?;
+        shown.show(&watched)?;
+        if watched.is_sealed {
+            return shown.end(&watched);
+        }
+        thread::sleep(every);
+        if !watched.is_current(path)? {
+            // Compacted, or started anew.
+            watched = Watched::open(path)?;
+        }
+    }
+}
+
+/// The file, and what was read of it.
+#[derive(Debug)]
+struct Watched {
+    file: File,
+    header: Header,
+    /// Where the next block begins, and its place in the chain.
+    at: u64,
+    chain: Chain,
+    items: Items,
+    is_sealed: bool,
+}
+
+impl Watched {
+    fn open(path: &Path) -> Result<Self, TaskError> {
+        must_be_file(path)?;
+        let file = File::open(path).map_err(|error| TaskError::io("open checkpoint", path, error))?;
+        let (header, at) = read_header(&file).map_err(|unread| TaskError::unreadable(path, unread))?;
+        let items = Items { by_key: header.identity == Identity::Key, ..Items::default() };
+        Ok(Self { chain: Chain::new(header.salt), file, header, at, items, is_sealed: false })
+    }
+
+    /// Reads what was added.
+    fn read(&mut self, path: &Path) -> Result<(), TaskError> {
+        let (items, is_sealed) = (&mut self.items, &mut self.is_sealed);
+        let end = scan(&self.file, self.at, &mut self.chain, |entry| {
+            *is_sealed = matches!(entry, Entry::Sealed { .. });
+            items.enter(entry)
+        });
+        self.at = end.map_err(|unread: Unread| TaskError::unreadable(path, unread))?;
+        Ok(())
+    }
+
+    /// Whether the file is still the one at the path and has not become shorter.
+    fn is_current(&self, path: &Path) -> Result<bool, TaskError> {
+        let failed = |error| TaskError::io("examine", path, error);
+        let length = self.file.metadata().map_err(failed)?.len();
+        Ok(is_still_at(&self.file, path).map_err(failed)? && length >= self.at)
+    }
+}
+
+/// The state of each item, and how many have which.
+#[derive(Debug, Default)]
+struct Items {
+    by_key: bool,
+    by_position: Vec<u8>,
+    keyed: HashMap<u64, u8>,
+    read: usize,
+    finished: usize,
+    quarantined: usize,
+}
+
+impl Items {
+    fn enter(&mut self, entry: Entry<'_>) -> Result<(), &'static str> {
+        let (kind, index, mut payload) = match entry {
+            Entry::Record { kind, index, payload, .. } => (kind, index, payload),
+            Entry::InputMark { count, .. } => {
+                let count = usize::try_from(count).map_err(|_| "a fingerprint of the input is too long")?;
+                self.read = self.read.saturating_add(count);
+                return Ok(());
+            }
+            Entry::Open { .. } | Entry::Sealed { .. } => return Ok(()),
+        };
+        let state = if self.by_key {
+            let key = take_key(&mut payload).ok_or("a record has no key")?;
+            self.keyed.entry(xxh3_64(key.as_bytes())).or_default()
+        } else {
+            let index = usize::try_from(index).ok().filter(|index| *index < self.read);
+            let index = index.ok_or("a result lies beyond the fingerprint of the input")?;
+            if index >= self.by_position.len() {
+                self.by_position.resize(index + 1, 0);
+            }
+            &mut self.by_position[index]
+        };
+        let before = Slot { kind: *state, ..Slot::default() };
+        if before.gives_way_to(kind as u8) {
+            let now = Slot { kind: kind as u8, ..Slot::default() };
+            *state = now.kind;
+            self.finished = self.finished + counts(now) - counts(before);
+            self.quarantined = self.quarantined + is_bad(now) - is_bad(before);
+        }
+        Ok(())
+    }
+}
+
+/// Whether an item is finished. One that was started at most once is so only if it was left behind, which only the next
+/// run can tell.
+fn counts(slot: Slot) -> usize {
+    usize::from([Kind::Result as u8, Kind::Quarantine as u8].contains(&slot.kind))
+}
+
+fn is_bad(slot: Slot) -> usize {
+    usize::from(slot.kind == Kind::Quarantine as u8)
+}
+
+/// What was shown: a bar on a terminal, else lines.
+struct Shown<'a> {
+    progress: Progress,
+    has_begun: bool,
+    bar: Option<Drawn>,
+    out: &'a mut dyn Write,
+    last: String,
+}
+
+impl<'a> Shown<'a> {
+    fn new(total: Option<usize>, out: &'a mut dyn Write) -> Self {
+        let progress = total.map_or_else(Progress::default, Progress::new);
+        let bar = std::io::stderr().is_terminal().then(|| Drawn::on(ProgressDrawTarget::stderr()));
+        Self { progress, has_begun: false, bar, out, last: String::new() }
+    }
+
+    fn show(&mut self, watched: &Watched) -> Result<(), Failure> {
+        let items = &watched.items;
+        let added = items.finished.saturating_sub(self.progress.done);
+        // What was there before the first look says nothing of how fast it goes.
+        match self.has_begun {
+            true => self.progress.advance(added),
+            false => self.progress.restore(added),
+        }
+        self.has_begun = true;
+        self.progress.failed = items.quarantined;
+        if watched.is_sealed {
+            self.progress.set_total(items.finished);
+        }
+        if let Some(bar) = &mut self.bar {
+            bar.show(&self.progress);
+            return Ok(());
+        }
+        let line = sentence(&self.progress);
+        if line != self.last {
+            writeln!(self.out, "{}: {line}", watched.header.job)?;
+            self.out.flush()?;
+            self.last = line;
+        }
+        Ok(())
+    }
+
+    fn end(self, watched: &Watched) -> Result<(), Failure> {
+        if let Some(bar) = self.bar {
+            bar.leave();
+        }
+        Ok(writeln!(self.out, "{}: complete", watched.header.job)?)
+    }
+}

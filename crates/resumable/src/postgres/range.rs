@@ -1,0 +1,39 @@
+//! A range that this worker holds.
+//!
+//! Invariant: each item of it that is not finished is given out once.
+
+use std::collections::VecDeque;
+
+use crate::{
+    item::Done,
+    postgres::{ledger::Known, shared::Hold},
+};
+
+/// A range at work.
+pub(crate) struct Range<R> {
+    pub(crate) hold: Hold,
+    pub(crate) first: usize,
+    pub(crate) known: Vec<Known>,
+    /// The place of the next item to look at.
+    pub(crate) next: usize,
+    /// How many items are not finished.
+    pub(crate) left: usize,
+    /// What is recorded and not yet known to be durable: the number of the record, and the item.
+    pub(crate) held: VecDeque<(usize, Done<R>)>,
+}
+
+impl<R> Range<R> {
+    /// The index and the failed attempts of the next item that is not finished.
+    pub(crate) fn next(&mut self) -> Option<(usize, u32)> {
+        while let Some(known) = self.known.get(self.next) {
+            let index = self.first + self.next;
+            self.next += 1;
+            match known {
+                Known::Nothing => return Some((index, 0)),
+                Known::Failed(attempts) => return Some((index, *attempts)),
+                Known::Result | Known::Quarantined => {}
+            }
+        }
+        None
+    }
+}
