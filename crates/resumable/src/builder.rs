@@ -14,10 +14,11 @@ use tokio_util::sync::CancellationToken;
 use crate::postgres::{
     PgStore,
     drive::{PgDrive, Running},
+    transactional,
 };
 use crate::{
     codec::Codec,
-    drive::Drive,
+    drive::{Drive, Summary},
     error::TaskError,
     item::{ItemContext, ItemError, Retry},
     plan::Plan,
@@ -230,6 +231,56 @@ impl<T, R> Builder<T, R> {
         }
         let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
         Run::new(opening, progress)
+    }
+
+    /// Runs `work` on every item, each in a transaction of its own in which its result is recorded: both are there or
+    /// neither. It returns when the whole job is complete, whichever workers ran its items.
+    ///
+    /// `work` is given the connection of the transaction, and must not end it. Its statements are bounded by half of the
+    /// [lease](crate::PgStore::lease), and so is the time between two. An error rolls the transaction back, and the item is
+    /// tried again as [`retry`](Self::retry) says. `concurrency(n)` takes n connections of the pool. The results are read
+    /// with [`PgStore::results`](crate::PgStore::results).
+    ///
+    /// # Cancel safety
+    ///
+    /// This method is cancel safe. If dropped before completion, the items that were running are rolled back, unless their
+    /// commit had been sent; the ranges are given back in a moment. Call it again to go on.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Run::finish`], [`TaskError::Fenced`] if other workers have taken over ranges of this one, and
+    /// [`TaskError::Database`] if the database failed or was away for too long.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// # use cancel_safe_resumable::{PgStore, ResumableTask, TaskError};
+    /// # async fn pay(pool: sqlx::PgPool, invoices: Vec<i64>) -> Result<(), TaskError> {
+    /// let builder = ResumableTask::builder("pay").store(PgStore::new(pool)).concurrency(8);
+    /// let summary = builder
+    ///     .process_tx(invoices, async |conn: &mut sqlx::PgConnection, invoice| {
+    ///         let sql = "UPDATE invoice SET paid = paid + 1 WHERE id = $1";
+    ///         let pay = sqlx::query(sql).bind(invoice);
+    ///         Ok(pay.execute(conn).await?.rows_affected())
+    ///     })
+    ///     .await?;
+    /// println!("{} paid by this worker", summary.completed);
+    /// # Ok(())
+    /// # }
+    /// ```
+    #[cfg(feature = "postgres")]
+    pub async fn process_tx<S, F>(mut self, source: S, work: F) -> Result<Summary, TaskError>
+    where
+        S: IntoIterator<Item = T>,
+        T: Serialize + Clone,
+        R: Serialize + DeserializeOwned,
+        F: AsyncFn(&mut sqlx::PgConnection, T) -> Result<R, ItemError>,
+    {
+        const NO_STORE: &str = "transactions need a `PgStore`";
+        let store = self.postgres.take().ok_or(TaskError::Config(NO_STORE))?;
+        let source = stream::iter(source);
+        let (sender, _) = watch::channel(Progress::default());
+        transactional::process(self.shared(&store)?, *store, source, work, sender).await
     }
 
     /// Runs `work` on every item of `source` that has no result in the checkpoint and returns all results, restored ones

@@ -137,7 +137,7 @@
 //!
 //! # Limitations
 //!
-//! - One machine: the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
+//! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
 //!   second run begin beside the first, until that one notices (within a second).
 //! - Items are driven by the future itself and not spawned: it must be polled for them to make progress.
 //! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
@@ -156,13 +156,16 @@
 //! # Comparison
 //!
 //! **A loop and a JSON file**: see above. **A job queue on a database** (apalis, River, Graphile): many machines, and a
-//! row or more an item; this crate is for the inner loop of one process, where an item may cost a microsecond.
+//! row or more an item, tens of thousands a second at best; this crate is for a known input of many items, each of which may
+//! cost a microsecond, in one process or, with `PgStore`, in a fleet that claims them in ranges.
 //! **Durable execution** (Temporal, DBOS): workflows of many different steps; here there is one function and many items.
 //! **GNU parallel `--resume`**: skips by sequence number whatever the command and the input are now. If a whole run
 //! takes less time than you would mind losing, prefer a plain loop.
 //!
 //! # Features
 //!
+//! - `postgres`: `PgStore`, a job that processes on many machines share, and `Builder::process_tx`, in which an item's effect
+//!   and its result are one transaction. It needs Rust 1.94, and sqlx with a runtime and TLS of your choice.
 //! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
 //! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
@@ -170,7 +173,7 @@
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89, for the file locks of the standard library. It is raised only in a minor release.
+//! 1.89, for the file locks of the standard library; 1.94 with `postgres`, because sqlx asks for it. It is raised only in a minor release.
 
 mod announce;
 #[cfg(feature = "indicatif")]
@@ -231,6 +234,6 @@ pub use crate::{
 };
 
 // The examples of the README compile.
-#[cfg(doctest)]
+#[cfg(all(doctest, feature = "postgres"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -22,7 +22,12 @@ mod results;
 mod schema;
 mod session;
 mod shared;
+mod transaction;
+pub(crate) mod transactional;
 mod waiting;
+
+#[cfg(test)]
+mod tests;
 
 /// The longest name of a schema in PostgreSQL; a longer one would be cut.
 const LONGEST_NAME_BYTES: usize = 63;
@@ -36,6 +41,72 @@ const LONGEST_NAME_BYTES: usize = 63;
 ///
 /// The tables are made in a schema of their own, `resumable` by default, and nothing else is touched. It works behind a
 /// pooler in transaction mode, such as PgBouncer: nothing needs a session, and no statement has a name.
+///
+/// ```no_run
+/// use cancel_safe_resumable::{PgStore, ResumableTask};
+/// use futures_util::StreamExt;
+/// use sqlx::postgres::PgPoolOptions;
+///
+/// # async fn work(urls: Vec<String>) -> Result<(), Box<dyn std::error::Error>> {
+/// // The same program on each machine.
+/// let pool = PgPoolOptions::new().connect("postgres://jobs@db/jobs").await?;
+/// let store = PgStore::new(pool);
+/// let mut run = ResumableTask::builder("crawl")
+///     .store(store.clone())
+///     .concurrency(64)
+///     .stream(urls, |_, url: String| async move { Ok(url.len()) });
+/// while let Some(done) = run.next().await {
+///     println!("this worker has done item {}", done.index);
+/// }
+/// run.finish().await?; // the whole job is complete
+/// let mut all = store.results::<usize>("crawl"); // in the order of the input
+/// # drop(all.next().await);
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # What is left behind
+///
+/// | event | what is left behind |
+/// |---|---|
+/// | the token fires | everything completed is recorded and the ranges are given back when the call returns |
+/// | the run is dropped | the same, in a moment, by a task on the runtime |
+/// | the process is killed, or its runtime shut down | all but the last [interval](crate::Builder::checkpoint_every); its ranges are taken over when the lease is over |
+/// | the process is frozen past its lease | others take over; when it comes back it records nothing, and ends as `Fenced` |
+/// | the server crashes, or the network breaks | the run waits, up to [`outage`](Self::outage); an append whose answer was lost is looked up by its block |
+/// | another version, codec or input | an error of that worker; nothing is changed |
+/// | a block that is missing, damaged, doubled or moved | [`TaskError::Corrupt`](crate::TaskError::Corrupt) |
+///
+/// Durable means what the database means by it: with `synchronous_commit = off` a crash of the server may lose the last
+/// commits, and then the items they recorded run again.
+///
+/// # For operators
+///
+/// `SELECT * FROM resumable.progress` has a line a job: items, those that are done and in quarantine, ranges, those that
+/// are finished, leased, lapsed (held by nobody that lives), and how often one was taken over. Who works on what:
+///
+/// ```sql
+/// SELECT r.n, r.owner, r.epoch, r.done, r.count, r.lease_until - clock_timestamp() AS left
+/// FROM resumable.range r JOIN resumable.job j ON j.id = r.job
+/// WHERE j.name = 'crawl' AND NOT r.finished AND r.owner IS NOT NULL ORDER BY r.n;
+/// ```
+///
+/// `UPDATE resumable.range SET lease_until = NULL WHERE owner LIKE 'pid 4711 %' AND NOT finished` takes the ranges of a
+/// worker that is known to be dead from it at once; if it is not dead, it is fenced. `DELETE FROM resumable.job WHERE
+/// name = 'crawl'` removes a job with all it has. A role needs `USAGE` on the schema and `SELECT, INSERT, UPDATE` on its
+/// tables, and `CREATE` on the database for the first start alone.
+///
+/// # Limitations
+///
+/// - The input is in memory as a whole, and is fixed: no worker may have more items, or others. By
+///   [key](crate::Builder::key), too, it has to be the same keys in the same order.
+/// - [`ordered`](crate::Builder::ordered), [`at_most_once`](crate::Builder::at_most_once),
+///   [`revalidate`](crate::Builder::revalidate) and [`retry_quarantined`](crate::Builder::retry_quarantined) are refused.
+/// - A mismatch of the input names the range, not the item. The limit of the quarantine is that of the whole job, and is
+///   passed by a few if several workers reach it in the same second.
+/// - A run that is not polled keeps its leases while its runtime lives: poll it, or drop it.
+/// - A cancel waits for what is completed to be recorded; if the database is away, as long as the outage.
+/// - One transaction appends a range's results: a single result has at most 256 MiB.
 #[derive(Clone, Debug)]
 #[must_use = "a store does nothing by itself: give it to `Builder::store`"]
 pub struct PgStore {

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Parser;
+use reqwest::header::{self, HeaderName, HeaderValue};
 
 /// Keeps a directory equal to a list of URLs, and survives everything.
 ///
@@ -40,6 +41,15 @@ pub(crate) struct Args {
     /// Largest body that is accepted, in bytes (K, M and G are understood) [default: none]
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub(crate) max_body: Option<u64>,
+    /// Send this header with every request, to the origin that it is meant for and no other: 'Name: value'
+    #[arg(long = "header", value_name = "HEADER", value_parser = header)]
+    pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
+    /// What the program calls itself [default: mirror/VERSION]
+    #[arg(long, value_name = "TEXT", value_parser = user_agent)]
+    pub(crate) user_agent: Option<HeaderValue>,
+    /// A file of PEM certificates to trust beside those of the system
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ca: Vec<PathBuf>,
     /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
     #[arg(long, value_name = "URL", value_parser = database, requires = "manifest")]
     pub(crate) database: Option<String>,
@@ -49,6 +59,9 @@ pub(crate) struct Args {
     /// Ask the servers again for everything (If-None-Match, If-Modified-Since)
     #[arg(long)]
     pub(crate) refresh: bool,
+    /// Take over files that the catalogue does not know, where their bytes are those of the list, the checkpoint or the server
+    #[arg(long)]
+    pub(crate) adopt: bool,
     /// Rehash every file first, and fetch again what is not as the catalogue says
     #[arg(long)]
     pub(crate) verify: bool,
@@ -73,10 +86,16 @@ pub(crate) struct Args {
 }
 
 const CODES: &str = "\
+A line of the list is a URL, or a URL and fields behind tabs: sha256=, size=, out=; or as sha256sum writes it. What is given
+there must be so, or the file is not kept. HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY are heeded.
+
 Exit codes:
   0  all there              2  finished, some URLs failed     64  bad usage or manifest
  65  corrupt checkpoint    69  database unreachable           70  grace exceeded, fetches were cut
  73  cannot write          75  another run holds DIR         130, 143  stopped by SIGINT, SIGTERM";
+
+/// Files that a run has open besides those of its fetches: databases, checkpoint, list, lock, streams, the runtime's own.
+const OWN_FILES: u16 = 28;
 
 /// How the program ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -100,6 +119,16 @@ impl Args {
             let exit = if error.use_stderr() { Exit::Usage } else { Exit::Complete };
             (error, exit)
         })
+    }
+
+    /// The same, with no more in flight than the process may open files for.
+    pub(crate) fn within_limits(&self) -> Self {
+        let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+        let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+        let files: u16 = files.and_then(|files| files.parse().ok()).unwrap_or(u16::MAX);
+        // A socket, a temporary file and its directory each, beside what the run itself has open.
+        let most = (files.saturating_sub(OWN_FILES) / 3).max(1);
+        Self { concurrency: self.concurrency.min(most), per_host: self.per_host.min(most), ..self.clone() }
     }
 
     /// The directory that is kept.
@@ -142,6 +171,24 @@ fn size(text: &str) -> Result<u64, String> {
 fn resolve(text: &str) -> Result<(String, SocketAddr), String> {
     let parsed = text.split_once('=').and_then(|(host, address)| Some((host.to_owned(), address.parse().ok()?)));
     parsed.ok_or_else(|| "expected HOST=ADDRESS:PORT".to_owned())
+}
+
+/// `Name: value`.
+fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
+    let (name, value) = text.split_once(':').ok_or_else(|| "expected 'Name: value'".to_owned())?;
+    let name: HeaderName = name.trim().parse().map_err(|_| "that is no name of a header".to_owned())?;
+    // The range and the conditions of a request are the program's own.
+    if [header::RANGE, header::IF_RANGE, header::IF_NONE_MATCH, header::IF_MODIFIED_SINCE].contains(&name) {
+        return Err(format!("{name} is set by the program itself"));
+    }
+    let mut value: HeaderValue = value.trim().parse().map_err(|_| "that is no value of a header".to_owned())?;
+    // So that it is shown nowhere.
+    value.set_sensitive(true);
+    Ok((name, value))
+}
+
+fn user_agent(text: &str) -> Result<HeaderValue, String> {
+    text.parse().map_err(|_| "that is no value of a header".to_owned())
 }
 
 fn database(text: &str) -> Result<String, String> {

@@ -9,11 +9,13 @@ use cancel_safe::atomic_fs::{self, AtomicFileWriter, TargetState};
 use cancel_safe::http_timeout::{Phase, RequestError, TimeoutClient};
 use reqwest::{Response, StatusCode, header};
 use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
-use super::home::{Home, hex};
+use super::home::{Home, digest, hex};
+use super::parts::Part;
 use super::report::{Reporter, chain};
 
 /// The longest wait that a server may ask for; a longer one is taken as this.
@@ -58,7 +60,7 @@ pub(crate) enum Advice {
 }
 
 /// Fetches into one directory and its catalogue.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct Fetcher {
     pub(crate) client: TimeoutClient,
     pub(crate) home: Arc<Home>,
@@ -66,71 +68,226 @@ pub(crate) struct Fetcher {
     pub(crate) report: Arc<Reporter>,
 }
 
-impl Fetcher {
-    /// Fetches `url` into the file at `path` of the mapping. With `known`, asks whether that is still current.
-    ///
-    /// Dropped at any point, it leaves the old file or the new one, and no other.
-    pub(crate) async fn fetch(&self, url: &Url, path: &str, known: Option<&Row>) -> Result<Fetched, Trouble> {
-        let file = self.home.file(path);
-        if known.is_none() && file.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
-            return Err(Trouble::in_the_way(&file));
-        }
-        let mut request = self.client.get(url.as_str());
-        if let Some(etag) = known.and_then(|row| row.etag.as_ref()) {
-            request = request.header(header::IF_NONE_MATCH, etag);
-        } else if let Some(date) = known.and_then(|row| row.last_modified.as_ref()) {
-            request = request.header(header::IF_MODIFIED_SINCE, date);
-        }
-        let response = request.send().await.map_err(Trouble::of_request)?;
-        match (response.status(), known) {
-            (StatusCode::NOT_MODIFIED, Some(row)) => Ok(Fetched::Unchanged(Row { fetched_at: now(), ..row.clone() })),
-            // A proxy that has changed the body says 203; every other success is something else than the file.
-            (StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION, _) => {
-                self.store(url, path, known, response).await.map(Fetched::Stored)
-            }
-            _ => Err(Trouble::of_status(&response)),
+/// What is to be fetched, and where to.
+#[derive(Debug)]
+pub(crate) struct Target {
+    pub(crate) url: Url,
+    /// Relative to `DIR/files`.
+    pub(crate) path: String,
+    /// What the SHA-256 must be, in hexadecimal.
+    pub(crate) sha256: Option<String>,
+    /// What the length must be, in bytes.
+    pub(crate) size: Option<u64>,
+}
+
+impl Target {
+    /// Whether a row is of what the list asks for.
+    fn fits(&self, row: &Row) -> bool {
+        self.sha256.as_ref().is_none_or(|wanted| *wanted == row.sha256)
+            && self.size.is_none_or(|wanted| i64::try_from(wanted) == Ok(row.bytes))
+    }
+
+    fn row(&self, bytes: i64, hasher: Sha256) -> Row {
+        Row {
+            url: self.url.as_str().to_owned(),
+            path: self.path.clone(),
+            bytes,
+            sha256: hex(&hasher.finalize()),
+            http_status: StatusCode::OK.as_u16().into(),
+            final_url: self.url.as_str().to_owned(),
+            etag: None,
+            last_modified: None,
+            fetched_at: now(),
         }
     }
 
-    async fn store(&self, url: &Url, path: &str, known: Option<&Row>, mut response: Response) -> Result<Row, Trouble> {
-        let file = self.home.file(path);
-        if !self.home.has_parents(&file) {
-            let (home, file) = (Arc::clone(&self.home), file.clone());
-            let made = tokio::task::spawn_blocking(move || home.make_parents(&file)).await;
-            made.map_err(io::Error::other).flatten().map_err(Trouble::of_directory)?;
+    /// The row of what a response has brought, if that is what the list asks for.
+    fn row_of(&self, response: &Response, bytes: i64, hasher: Sha256) -> Result<Row, Trouble> {
+        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
+        let row = Row {
+            // The rest of a body is answered with 206, and the file is the whole.
+            http_status: match response.status() {
+                StatusCode::PARTIAL_CONTENT => StatusCode::OK.as_u16().into(),
+                status => status.as_u16().into(),
+            },
+            final_url: without_secrets(response.url(), &self.url),
+            etag: text(header::ETAG),
+            last_modified: text(header::LAST_MODIFIED),
+            ..self.row(bytes, hasher)
+        };
+        if self.fits(&row) {
+            return Ok(row);
         }
-        // Without a row there is no file of ours that could be replaced.
-        let options = AtomicFileWriter::options().create_new(known.is_none());
-        let mut writer = options.open(&file).await.map_err(|error| Trouble::of_write(error, &file))?;
+        let cause = match self.size {
+            Some(size) if i64::try_from(size) != Ok(bytes) => format!("{bytes} bytes came, and the list says {size}"),
+            _ => format!("the SHA-256 is {}, and the list says {}", row.sha256, self.sha256.as_deref().unwrap_or("")),
+        };
+        Err(Trouble::new("digest", cause, Advice::Never))
+    }
+}
+
+impl Fetcher {
+    /// Fetches what `target` names into its file. With `known`, asks whether that is still current.
+    ///
+    /// Dropped at any point, it leaves the old file or the new one, and no other.
+    pub(crate) async fn fetch(&self, target: &Target, known: Option<&Row>) -> Result<Fetched, Trouble> {
+        let file = self.home.file(&target.path);
+        if known.is_none() && file.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
+            return Err(Trouble::in_the_way(&file));
+        }
+        let mut request = self.client.get(target.url.as_str());
+        let current = known.filter(|row| target.fits(row));
+        let part = Part::find(&self.home.parts(), &target.url);
+        if let Some(headers) = part.as_ref().and_then(Part::headers) {
+            request = headers.into_iter().fold(request, |request, (name, value)| request.header(name, value));
+        } else if let Some(etag) = current.and_then(|row| row.etag.as_ref()) {
+            request = request.header(header::IF_NONE_MATCH, etag);
+        } else if let Some(date) = current.and_then(|row| row.last_modified.as_ref()) {
+            request = request.header(header::IF_MODIFIED_SINCE, date);
+        }
+        let response = request.send().await.map_err(Trouble::of_request)?;
+        match (response.status(), current) {
+            (StatusCode::NOT_MODIFIED, Some(row)) => Ok(Fetched::Unchanged(Row { fetched_at: now(), ..row.clone() })),
+            // A proxy that has changed the body says 203; every other success is something else than the file.
+            (StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION, _) => {
+                // It starts again: there is another representation now, or the server knows no ranges.
+                part.into_iter().for_each(Part::remove);
+                // Where nothing can be kept, the whole is fetched all the same.
+                let part = Part::begin(&self.home.parts(), &target.url, &response).unwrap_or_default();
+                self.store(target, &file, known, response, part).await.map(Fetched::Stored)
+            }
+            (status, _) => match part {
+                Some(part) if part.is_continued_by(&response) => {
+                    self.store(target, &file, known, response, Some(part)).await.map(Fetched::Stored)
+                }
+                Some(part) if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE) => {
+                    part.remove();
+                    let cause = format!("the server answered {status}, which is not the rest of what was kept");
+                    Err(Trouble::new("status", cause, Advice::Again))
+                }
+                _ => Err(Trouble::of_status(&response)),
+            },
+        }
+    }
+
+    /// Takes over the file that stands where `target` belongs, if it is what `wanted` says or, failing that, what the
+    /// server has.
+    pub(crate) async fn adopt(&self, target: &Target, wanted: Option<&str>) -> Result<Row, Trouble> {
+        let file = self.home.file(&target.path);
+        let place = file.clone();
+        let found = tokio::task::spawn_blocking(move || {
+            Ok((place.metadata()?.len(), digest(&place, &CancellationToken::new())?))
+        });
+        let found = found.await.map_err(io::Error::other).flatten();
+        let (bytes, found) = found.map_err(|error: io::Error| Trouble::new("write", chain(&error), advice(&error)))?;
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let row = Row { sha256: found, ..target.row(bytes, Sha256::new()) };
+        if target.sha256.as_deref().or(wanted).is_some_and(|wanted| wanted == row.sha256) && target.fits(&row) {
+            return Ok(row);
+        }
+        if target.sha256.is_some() {
+            return Err(Trouble::in_the_way(&file));
+        }
+        let mut response = self.client.get(target.url.as_str()).send().await.map_err(Trouble::of_request)?;
+        if !matches!(response.status(), StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION) {
+            return Err(Trouble::of_status(&response));
+        }
         let (mut hasher, mut bytes) = (Sha256::new(), 0);
         while let Some(chunk) = response.chunk().await.map_err(|error| Trouble::of_request(error.into()))? {
             self.report.arrived(chunk.len());
             hasher.update(&chunk);
             bytes += chunk.len() as i64;
-            writer.write_all(&chunk).await.map_err(|error| Trouble::of_write(error, &file))?;
         }
-        let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
-        let row = Row {
-            url: url.as_str().to_owned(),
-            path: path.to_owned(),
-            bytes,
-            sha256: hex(&hasher.finalize()),
-            http_status: response.status().as_u16().into(),
-            final_url: without_secrets(response.url(), url),
-            etag: text(header::ETAG),
-            last_modified: text(header::LAST_MODIFIED),
-            fetched_at: now(),
+        let theirs = target.row_of(&response, bytes, hasher)?;
+        if theirs.sha256 == row.sha256 { Ok(theirs) } else { Err(Trouble::in_the_way(&file)) }
+    }
+
+    /// Writes what was kept, if anything, and what `response` brings, as one file. Of a body that is cut, what came is kept.
+    async fn store(
+        &self,
+        target: &Target,
+        file: &Path,
+        known: Option<&Row>,
+        mut response: Response,
+        part: Option<Part>,
+    ) -> Result<Row, Trouble> {
+        self.make_parents(file).await?;
+        // Without a row there is no file of ours that could be replaced.
+        let options = AtomicFileWriter::options().create_new(known.is_none());
+        let mut writer = options.open(file).await.map_err(|error| Trouble::of_write(error, file))?;
+        let (mut hasher, mut bytes) = (Sha256::new(), 0_u64);
+        let total = part.as_ref().map(Part::total);
+        let kept = part.as_ref().map_or(0, |part| part.have);
+        let mut part = part.map(Arc::new);
+        while let Some(kept_part) = part.as_ref().filter(|_| bytes < kept) {
+            let (kept_part, at) = (Arc::clone(kept_part), bytes);
+            let piece = tokio::task::spawn_blocking(move || kept_part.read(at)).await;
+            let piece = piece.map_err(io::Error::other).flatten();
+            let piece = piece.map_err(|error| Trouble::new("write", chain(&error), Advice::Again))?;
+            hasher.update(&piece);
+            bytes += piece.len() as u64;
+            writer.write_all(&piece).await.map_err(|error| Trouble::of_write(error, file))?;
+        }
+        let mut part = part.take().and_then(Arc::into_inner);
+        loop {
+            let chunk = match response.chunk().await {
+                Ok(Some(chunk)) => chunk,
+                Ok(None) => break,
+                Err(error) => {
+                    write_down(part).await;
+                    return Err(Trouble::of_request(error.into()));
+                }
+            };
+            self.report.arrived(chunk.len());
+            hasher.update(&chunk);
+            bytes += chunk.len() as u64;
+            if part.as_mut().is_some_and(|part| part.take(&chunk)) {
+                part = write_down(part).await;
+            }
+            writer.write_all(&chunk).await.map_err(|error| Trouble::of_write(error, file))?;
+        }
+        let row = match total {
+            Some(total) if total != bytes => {
+                let cause = format!("{bytes} bytes came of {total}");
+                Err(Trouble::new("body", cause, Advice::Again))
+            }
+            _ => target.row_of(&response, i64::try_from(bytes).unwrap_or(i64::MAX), hasher),
         };
+        let row = match row {
+            Ok(row) => self.install(row, file, writer.commit()).await,
+            Err(trouble) => Err(trouble),
+        };
+        // The file is there, or what came was not the file.
+        part.into_iter().for_each(Part::remove);
+        row
+    }
+
+    /// Lets `commit` put the file in place, between the row that is intended and whoever records it.
+    async fn install(
+        &self,
+        row: Row,
+        file: &Path,
+        commit: impl Future<Output = Result<(), atomic_fs::Error>>,
+    ) -> Result<Row, Trouble> {
         // Whatever ends the process between here and the new row, the digest tells the next start which file is there.
         self.catalogue.apply(Change::Intend(Box::new(row.clone()))).await.map_err(Trouble::of_catalogue)?;
-        if let Err(error) = writer.commit().await {
+        if let Err(error) = commit.await {
             if error.target() == TargetState::Unchanged {
                 let back = Change::Forget(row.url);
                 self.catalogue.apply(back).await.map_err(Trouble::of_catalogue)?;
             }
-            return Err(Trouble::of_write(error, &file));
+            return Err(Trouble::of_write(error, file));
         }
         Ok(row)
+    }
+
+    async fn make_parents(&self, file: &Path) -> Result<(), Trouble> {
+        if self.home.has_parents(file) {
+            return Ok(());
+        }
+        let (home, file) = (Arc::clone(&self.home), file.to_owned());
+        let made = tokio::task::spawn_blocking(move || home.make_parents(&file)).await;
+        made.map_err(io::Error::other).flatten().map_err(Trouble::of_directory)
     }
 }
 
@@ -215,6 +372,12 @@ impl Trouble {
         let exit = if error.is_disk_full() { Exit::Write } else { Exit::Database };
         Self::new("catalogue", chain(&error), Advice::Stop(exit))
     }
+}
+
+/// Writes down what was taken of a body. A part that cannot be written is not gone on with.
+async fn write_down(part: Option<Part>) -> Option<Part> {
+    let mut part = part?;
+    tokio::task::spawn_blocking(move || part.write().ok().map(|()| part)).await.ok().flatten()
 }
 
 /// What a refusal of the system means: for this file alone, for now, or for all.

@@ -6,7 +6,11 @@ use std::io::{self, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use sha2::{Digest, Sha256};
+use tokio_util::sync::CancellationToken;
+
 use super::catalogue::CatalogueError;
+use super::paths::Rules;
 
 /// The locked directory.
 #[derive(Debug)]
@@ -16,6 +20,8 @@ pub(crate) struct Home {
     pub(crate) mark: String,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
+    /// What its file system does to names.
+    pub(crate) rules: Rules,
     _lock: File,
 }
 
@@ -27,7 +33,8 @@ pub(crate) enum HomeError {
     #[error("{} cannot be written", .path.display())]
     Io { path: PathBuf, source: io::Error },
     #[error(
-        "the catalogue is new, but {} holds files: give the --database that knows them, or move them aside to start over",
+        "the catalogue is new, but {} holds files: give the --database that knows them, let --adopt take \
+         over those whose bytes match, or move them aside to start over",
         .0.display()
     )]
     Unknown(PathBuf),
@@ -55,7 +62,7 @@ impl Home {
         }
         let mark = mark(&mut lock).map_err(at(&path))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))?;
-        Ok(Self { dir: dir.to_owned(), mark, made: Mutex::default(), _lock: lock })
+        Ok(Self { dir: dir.to_owned(), mark, made: Mutex::default(), rules: probe(dir), _lock: lock })
     }
 
     /// The place of a path of the mapping.
@@ -66,6 +73,11 @@ impl Home {
     /// The directory below which all files are.
     pub(crate) fn files(&self) -> PathBuf {
         self.dir.join("files")
+    }
+
+    /// The directory of bodies that were cut.
+    pub(crate) fn parts(&self) -> PathBuf {
+        self.dir.join("mirror.parts")
     }
 
     /// Whether the directories above a file are known to be durable.
@@ -92,6 +104,18 @@ impl Home {
     }
 }
 
+/// Finds out what the file system does to names. The lock is held: its name is there, and nobody else probes.
+fn probe(dir: &Path) -> Rules {
+    let odd = dir.join("mirror.probe:");
+    let refusal =
+        |error: io::Error| matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename);
+    // A full disk is another matter.
+    let refuses = File::create(&odd).err().is_some_and(refusal);
+    // On some systems it has made a file of another name, or none that can be removed.
+    let _gone = std::fs::remove_file(&odd);
+    Rules { folds: dir.join("MIRROR.ID").exists(), refuses }
+}
+
 /// Reads the mark of the directory, or makes it.
 fn mark(lock: &mut File) -> io::Result<String> {
     let mut mark = String::new();
@@ -110,4 +134,18 @@ fn mark(lock: &mut File) -> io::Result<String> {
 /// Bytes in hexadecimal.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The SHA-256 of a file, in hexadecimal. Blocks.
+pub(crate) fn digest(path: &Path, stop: &CancellationToken) -> io::Result<String> {
+    let mut hasher = Sha256::new();
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0; 256 * 1024];
+    loop {
+        let count = file.read(&mut buffer)?;
+        if count == 0 || stop.is_cancelled() {
+            return Ok(hex(&hasher.finalize()));
+        }
+        hasher.update(&buffer[..count]);
+    }
 }

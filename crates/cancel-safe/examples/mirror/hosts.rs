@@ -17,6 +17,9 @@ pub(crate) const MAX_OUTAGE: Duration = Duration::from_secs(60);
 /// The most failing URLs of a host that are told apart; a host with so many in a row has opened its breaker long ago.
 const MAX_STORM: usize = 1024;
 
+/// The most URLs of one host that wait to be tried again, before no other of it is begun.
+const MAX_WAITING: usize = 256;
+
 /// The name of a host as everything shows it: with its port, if that is not the scheme's own.
 pub(crate) fn name_of(url: &Url) -> String {
     match (url.host_str(), url.port()) {
@@ -43,6 +46,10 @@ struct Host {
     storm: HashSet<String>,
     /// When its breaker lets the next request in.
     next_try: Option<Instant>,
+    /// Fetches that have begun.
+    begun: usize,
+    /// The URLs that wait to be tried again.
+    waiting: HashSet<String>,
 }
 
 impl Hosts {
@@ -61,13 +68,49 @@ impl Hosts {
             return look(host);
         }
         let gate = Arc::new(Semaphore::new(self.per_host));
-        let new = Host { gate, silent_since: None, storm: HashSet::new(), next_try: None };
+        let (storm, waiting) = (HashSet::new(), HashSet::new());
+        let new = Host { gate, silent_since: None, storm, next_try: None, begun: 0, waiting };
         look(table.entry(host.to_owned()).or_insert(new))
     }
 
     /// The permits for requests to a host.
     pub(crate) fn gate(&self, host: &str) -> Arc<Semaphore> {
         self.with(host, |host| Arc::clone(&host.gate))
+    }
+
+    /// Whether one more URL of a host is to be begun: it has permits left, its breaker is not known to be open, and not
+    /// too many of its URLs wait.
+    pub(crate) fn may_begin(&self, host: &str) -> bool {
+        let most = self.per_host;
+        self.with(host, |host| {
+            let is_open = host.next_try.is_some_and(|next_try| next_try > Instant::now());
+            // One that is given up has no need to wait.
+            let is_lost = host.silent_since.is_some_and(|since| since.elapsed() > MAX_OUTAGE);
+            is_lost || (host.begun < most && host.waiting.len() < MAX_WAITING && !is_open)
+        })
+    }
+
+    /// A URL's fetch begins.
+    pub(crate) fn begin(&self, host: &str, url: &str) {
+        self.with(host, |host| {
+            host.begun += 1;
+            host.waiting.remove(url);
+        });
+    }
+
+    /// A URL's fetch has ended for now, and may wait to be tried again.
+    pub(crate) fn pause(&self, host: &str, url: &str, waits: bool) {
+        self.with(host, |host| {
+            host.begun = host.begun.saturating_sub(1);
+            if waits {
+                host.waiting.insert(url.to_owned());
+            }
+        });
+    }
+
+    /// A URL has come to its end.
+    pub(crate) fn end(&self, host: &str, url: &str) {
+        self.with(host, |host| host.waiting.remove(url));
     }
 
     /// It gave an answer, whatever it was.
@@ -152,6 +195,30 @@ mod tests {
         hosts.answered("h");
         hosts.silent("h");
         assert!(!hosts.is_lost("h") && !hosts.is_lost("i"));
+    }
+
+    #[test]
+    fn a_host_begins_no_more_than_it_may() {
+        let hosts = Hosts::new(2);
+        for url in ["a", "b"] {
+            assert!(hosts.may_begin("h"));
+            hosts.begin("h", url);
+        }
+        assert!(!hosts.may_begin("h") && hosts.may_begin("i"));
+        hosts.pause("h", "a", true);
+        hosts.pause("h", "b", false);
+        for url in 1..MAX_WAITING {
+            assert!(hosts.may_begin("h"), "{url}");
+            hosts.begin("h", &url.to_string());
+            hosts.pause("h", &url.to_string(), true);
+        }
+        assert!(!hosts.may_begin("h"), "{MAX_WAITING} wait");
+        hosts.end("h", "a");
+        assert!(hosts.may_begin("h"));
+        hosts.blocked("h", Duration::from_secs(60));
+        assert!(!hosts.may_begin("h"));
+        hosts.answered("h");
+        assert!(hosts.may_begin("h"));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! The main job: settles the directory, then drives every URL through fetch, catalogue and checkpoint, in this order.
 
-use std::collections::BTreeMap;
+use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cancel_safe::guard::Guard;
@@ -11,18 +11,24 @@ use cancel_safe::http_timeout::{BreakerConfig, BuildError, TimeoutClient};
 use cancel_safe::resumable::{FileStore, ItemContext, ItemError, ResumableTask, Retry, TaskError};
 use cancel_safe::shutdown::WorkerContext;
 use futures_util::StreamExt;
+use reqwest::header::{HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
-use super::catalogue::{Catalogue, CatalogueError, Change, Opened, Row};
+use super::catalogue::{CatalogueError, Change, Row};
 use super::cli::{Args, Exit};
-use super::fetch::{Advice, Fetched, Fetcher, Trouble};
+use super::fetch::{Advice, Fetched, Fetcher, Target, Trouble};
 use super::home::{Home, HomeError};
 use super::hosts::{Hosts, MAX_OUTAGE};
+use super::list::{Line, List};
 use super::manifest::Manifest;
 use super::report::{Event, Reporter, chain, host_of};
-use super::settle::{self, Settled};
+use super::settle::{self, Settled, Wanted};
+use super::store::{self, Opened};
+use super::turns::{Turn, Turns};
 
+/// The most URLs that wait to be tried again.
+const MAX_AHEAD: usize = 1 << 16;
 /// How often an open breaker or a `Retry-After` may put one URL back in the queue before that counts as a failure.
 const MAX_DEFERS: u32 = 300;
 /// How long an open breaker lets nothing through, at first and at most.
@@ -83,22 +89,33 @@ pub(crate) async fn run(
     report: &Arc<Reporter>,
     cx: &WorkerContext,
 ) -> Result<Ending, Ending> {
+    let args = &args.within_limits();
     let home = Arc::new(Home::open(&args.out())?);
     let out = args.out();
-    let opening = Catalogue::open(args.database.as_deref(), &out, &home.mark);
-    let Opened { catalogue, writer, rows, is_new } = until_stopped(cx, opening).await?;
+    let opening = store::open(args.database.as_deref(), &out, &home.mark);
+    let Opened { catalogue, writer, is_new } = until_stopped(cx, opening).await?;
     let job = async {
         // The writer ends when the last handle of the catalogue does, and this block owns it.
         let catalogue = catalogue;
-        let settling = settle::settle(&home, &manifest.urls, rows, is_new, &catalogue, args.verify);
-        let settled = until_stopped(cx, settling).await?;
-        tell(&settled, &manifest, report);
+        let wanted = Wanted {
+            home: &home,
+            catalogue: &catalogue,
+            is_new,
+            verify: args.verify,
+            adopt: args.adopt,
+            refresh: args.refresh,
+            report,
+        };
+        let (list, settled) = until_stopped(cx, settle::settle(&wanted, manifest.list)).await?;
+        tell(&settled, manifest.duplicates, report);
         let known_hosts = Arc::new(Hosts::new(args.per_host.into()));
         let client = client(args, hosts, &known_hosts)?;
+        let catalogue = catalogue.clone();
         let shared = Arc::new(Shared {
             fetcher: Fetcher { client, home: Arc::clone(&home), catalogue, report: Arc::clone(report) },
-            settled,
-            refresh: args.refresh,
+            list: Arc::new(list),
+            adopt: args.adopt,
+            recorded: Mutex::default(),
             retries: args.retries,
             hosts: known_hosts,
             report: Arc::clone(report),
@@ -106,11 +123,11 @@ pub(crate) async fn run(
             fatal: OnceLock::new(),
             cut: Mutex::default(),
         });
-        let ending = drive(args, manifest, &shared).await;
+        let ending = drive(args, &settled, &shared).await;
         // A fetch that was cut between its file and its row. Where the catalogue is gone, the next start looks again.
         let _next_start = settle::resolve(&home, &shared.fetcher.catalogue).await;
         for (origin, trips) in shared.fetcher.client.trips() {
-            report.count(&origin, |host| host.trips += trips);
+            report.count(&host_of(&origin), |host| host.trips += trips);
         }
         Ok(ending)
     };
@@ -119,32 +136,44 @@ pub(crate) async fn run(
 }
 
 /// Says what settling found, where it is worth a word.
-fn tell(settled: &Settled, manifest: &Manifest, report: &Reporter) {
+fn tell(settled: &Settled, duplicates: usize, report: &Reporter) {
     let facts = [
-        (manifest.duplicates, "duplicate line(s) in the manifest, counted once"),
+        (duplicates, "duplicate line(s) in the manifest, counted once"),
         (settled.lost, "file(s) were not as the catalogue says; they are fetched again"),
         (settled.removed, "file(s) of an interrupted run removed"),
         (settled.strangers, "file(s) below files/ are not ours and were left alone"),
-        (settled.left.len(), "URL(s) in the catalogue have left the manifest; their files are kept"),
+        (settled.left, "URL(s) in the catalogue have left the manifest; their files are kept"),
     ];
     for (count, text) in facts {
         if count > 0 {
             report.notice(&format!("{count} {text}"));
         }
     }
-    for url in &settled.left {
-        report.event("left", &Event { url, ..Event::default() });
-    }
 }
 
 fn client(args: &Args, hosts: &[(String, SocketAddr)], known: &Arc<Hosts>) -> Result<TimeoutClient, Ending> {
     let known = Arc::clone(known);
+    let mut certificates = Vec::new();
+    for path in &args.ca {
+        let read = || reqwest::Certificate::from_pem_bundle(&std::fs::read(path)?).map_err(std::io::Error::other);
+        let unusable = |error| Ending::new(Exit::Usage, format!("--ca {}: {}", path.display(), chain(&error)));
+        certificates.extend(read().map_err(unusable)?);
+    }
+    let (mut headers, mut names) = (HeaderMap::new(), Vec::new());
+    for (name, value) in &args.headers {
+        headers.append(name, value.clone());
+        names.push(name.to_string());
+    }
+    let agent =
+        args.user_agent.clone().unwrap_or(HeaderValue::from_static(concat!("mirror/", env!("CARGO_PKG_VERSION"))));
     let built = TimeoutClient::builder()
         .configure(|mut inner| {
             // Bytes as sent, also where some other crate of a build switches decompression on.
             inner = inner.no_gzip().no_brotli().no_zstd().no_deflate();
-            inner = inner.user_agent(concat!("mirror/", env!("CARGO_PKG_VERSION")));
-            inner = inner.pool_max_idle_per_host(args.per_host.into());
+            inner = inner.user_agent(agent).pool_max_idle_per_host(args.per_host.into());
+            if !certificates.is_empty() {
+                inner = inner.tls_certs_merge(certificates);
+            }
             for (host, address) in hosts {
                 // The demonstration never leaves the machine, whatever proxy the environment names.
                 inner = inner.resolve(host, *address).no_proxy();
@@ -152,6 +181,8 @@ fn client(args: &Args, hosts: &[(String, SocketAddr)], known: &Arc<Hosts>) -> Re
             inner
         })
         .redirects(10)
+        .default_headers(headers)
+        .sensitive_headers(names)
         .connect_timeout(args.timeout)
         .timeout(args.max_time)
         .attempt_timeout(None)
@@ -171,8 +202,10 @@ fn unusable(error: BuildError) -> Ending {
 /// What every fetch in flight shares.
 struct Shared {
     fetcher: Fetcher,
-    settled: Settled,
-    refresh: bool,
+    list: Arc<List>,
+    adopt: bool,
+    /// The digests that the checkpoint has of files without a row, by URL, where they are to be adopted.
+    recorded: Mutex<HashMap<String, String>>,
     retries: u32,
     hosts: Arc<Hosts>,
     report: Arc<Reporter>,
@@ -184,29 +217,38 @@ struct Shared {
 }
 
 /// Puts every URL through a resumable task whose checkpoint is `DIR/mirror.ckpt`.
-async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending {
-    let report = &shared.report;
-    report.set_total(manifest.urls.len());
+async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
+    let (report, list) = (&shared.report, &shared.list);
+    let total = list.len() - settled.left;
+    let complete = if args.refresh { 0 } else { settled.complete };
+    report.set_total(total);
+    report.advance(complete);
     let checkpoint: PathBuf = args.out().join("mirror.ckpt");
-    let (revalidate, refresh) = (Arc::clone(shared), args.refresh);
-    let worker = Arc::clone(shared);
+    let (worker, earlier) = (Arc::clone(shared), Arc::clone(shared));
+    let turns = Turns::new(Arc::clone(list), Arc::clone(&shared.hosts), args.refresh, total - complete);
     let mut run = ResumableTask::builder("mirror")
-        .version("1")
+        .version("2")
         .store(FileStore::at(&checkpoint))
-        .key(|url: &String| url.clone())
+        .key(|(_, url): &Turn| url.clone())
         .concurrency(args.concurrency.into())
         // A run that is killed while a host is down must not use up the attempts of the next one.
         .retry(Retry::attempts(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
-        // As many as there are URLs may wait or fail: one dead host must not hold up the others.
-        .max_ahead(manifest.urls.len().max(1))
+        // Of each host only so many wait; of that many hosts each may be down without holding up the others.
+        .max_ahead(MAX_AHEAD)
         .quarantine(usize::MAX)
         .retry_quarantined(args.retry_failed || args.refresh)
-        .revalidate(move |url: &String, _: &u64| !refresh && revalidate.settled.complete.contains_key(url))
+        // What is complete is not asked for at all: here the file or its row is gone, whatever the checkpoint says.
+        .revalidate(move |(_, url): &Turn, digest: &String| {
+            if earlier.adopt {
+                earlier.recorded().insert(url.clone(), digest.clone());
+            }
+            false
+        })
         .cancel(shared.stop.clone())
         .grace(args.grace)
-        .stream(by_turns(manifest.urls), move |cx, url| one(Arc::clone(&worker), cx, url));
-    let mut failures = BTreeMap::new();
+        .stream_from(turns, move |cx, turn| one(Arc::clone(&worker), cx, turn));
+    let mut failures = 0;
     let mut ticks = tokio::time::interval(report.interval());
     ticks.reset();
     loop {
@@ -220,27 +262,28 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         };
         let Some(done) = done else { break };
         let url = done.key.as_deref().unwrap_or_default();
-        report.advance();
-        match done.result {
-            Ok(_) if done.restored => report.count(url, |host| host.restored += 1),
-            Ok(_) => {}
+        report.advance(1);
+        shared.hosts.end(&host_of(url), url);
+        if let Err(failure) = done.result {
             // The file of an earlier success is there, whatever the checkpoint says of a later attempt.
-            Err(_) if done.restored && shared.settled.complete.contains_key(url) => {
-                report.count(url, |host| host.restored += 1)
+            if done.restored && list.find(url).is_ok_and(|slot| slot.is_some_and(|slot| list.is_complete(slot))) {
+                report.count(&host_of(url), |host| host.restored += 1);
+                continue;
             }
-            Err(failure) => {
-                report.count(url, |host| host.failures += 1);
-                failures.insert(url.to_owned(), failure);
-            }
+            report.count(&host_of(url), |host| host.failures += 1);
+            failures += 1;
+            let (phase, cause) = failure.cause.split_once(": ").unwrap_or(("unknown", &failure.cause));
+            let event = Event {
+                url,
+                phase: Some(phase),
+                cause: Some(cause),
+                attempts: Some(failure.attempts),
+                ..Event::default()
+            };
+            report.event("failed", &event);
         }
     }
     let finished = run.finish().await;
-    for (url, failure) in &failures {
-        let (phase, cause) = failure.cause.split_once(": ").unwrap_or(("unknown", &failure.cause));
-        let event =
-            Event { url, phase: Some(phase), cause: Some(cause), attempts: Some(failure.attempts), ..Event::default() };
-        report.event("failed", &event);
-    }
     let cut = std::mem::take(&mut *shared.cut.lock().unwrap_or_else(PoisonError::into_inner));
     for url in &cut {
         report.event("cut", &Event { url, ..Event::default() });
@@ -249,8 +292,8 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         return Ending::new(*exit, cause.clone());
     }
     match finished {
-        Ok(_) if !failures.is_empty() => {
-            Ending::new(Exit::Failures, format!("{} URL(s) failed; --retry-failed tries them again", failures.len()))
+        Ok(_) if failures > 0 => {
+            Ending::new(Exit::Failures, format!("{failures} URL(s) failed; --retry-failed tries them again"))
         }
         Ok(_) if report.sum().files == 0 => Ending::new(Exit::Complete, "nothing to do: all files are there"),
         Ok(_) => Ending::new(Exit::Complete, "all files are there"),
@@ -264,21 +307,6 @@ async fn drive(args: &Args, manifest: Manifest, shared: &Arc<Shared>) -> Ending 
         }
         Err(error) => refused(&error, &checkpoint),
     }
-}
-
-/// One URL of each host in turn, so that no host's limit holds up the slots of the others.
-fn by_turns(urls: Vec<Url>) -> impl Iterator<Item = String> {
-    let mut turns: BTreeMap<String, usize> = BTreeMap::new();
-    let mut urls: Vec<(usize, Url)> = urls
-        .into_iter()
-        .map(|url| {
-            let turn = turns.entry(host_of(url.as_str())).or_default();
-            *turn += 1;
-            (*turn, url)
-        })
-        .collect();
-    urls.sort_by_key(|(turn, _)| *turn);
-    urls.into_iter().map(|(_, url)| url.into())
 }
 
 fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
@@ -299,28 +327,36 @@ fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
 }
 
 /// One URL: file durable, then row committed; the checkpoint records it after this has returned.
-async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, ItemError> {
-    let known = shared.settled.complete.get(&url);
-    if let (Some(row), false) = (known, shared.refresh) {
-        shared.report.count(&url, |host| host.restored += 1);
-        return Ok(row.bytes.unsigned_abs());
-    }
+async fn one(shared: Arc<Shared>, cx: ItemContext, (slot, url): Turn) -> Result<String, ItemError> {
     let host = host_of(&url);
-    let gate = shared.hosts.gate(&host);
+    shared.hosts.begin(&host, &url);
+    let outcome = at_its_host(&shared, &cx, slot, &url, &host).await;
+    shared.hosts.pause(&host, &url, outcome.is_err());
+    outcome
+}
+
+async fn at_its_host(
+    shared: &Arc<Shared>,
+    cx: &ItemContext,
+    slot: u32,
+    url: &str,
+    host: &str,
+) -> Result<String, ItemError> {
+    let gate = shared.hosts.gate(host);
     let _permit = tokio::select! {
         biased;
         () = shared.stop.cancelled() => return Err(ItemError::defer(Duration::ZERO, "not begun")),
         permit = gate.acquire_owned() => permit,
     };
     let started = Instant::now();
-    let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.clone()));
-    let outcome = attempt(&shared, &url, known).await;
+    let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.to_owned()));
+    let outcome = attempt(shared, slot).await;
     dropped.disarm();
     match outcome {
         Ok((name, row)) => {
-            shared.hosts.answered(&host);
-            shared.report.count(&url, |host| {
-                if name == "unchanged" {
+            shared.hosts.answered(host);
+            shared.report.count(host, |host| {
+                if name != "fetched" {
                     host.restored += 1;
                 } else {
                     host.files += 1;
@@ -328,7 +364,7 @@ async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, I
                 }
             });
             let event = Event {
-                url: &url,
+                url,
                 path: Some(&row.path),
                 bytes: Some(row.bytes),
                 sha256: Some(&row.sha256),
@@ -337,26 +373,41 @@ async fn one(shared: Arc<Shared>, cx: ItemContext, url: String) -> Result<u64, I
                 ..Event::default()
             };
             shared.report.event(name, &event);
-            Ok(row.bytes.unsigned_abs())
+            Ok(row.sha256)
         }
-        Err(trouble) => Err(shared.refuse(&cx, &url, trouble, started.elapsed())),
+        Err(trouble) => Err(shared.refuse(cx, url, host, trouble, started.elapsed())),
     }
 }
 
-async fn attempt(shared: &Shared, url: &str, known: Option<&Row>) -> Result<(&'static str, Row), Trouble> {
-    let never = |cause: String| Trouble { phase: "mapping", cause, advice: Advice::Never };
-    let parsed = Url::parse(url).map_err(|error| never(error.to_string()))?;
-    let path = shared.settled.paths.get(&parsed).ok_or_else(|| never("the URL has no path".to_owned()))?;
-    let (name, row) = match shared.fetcher.fetch(&parsed, path, known).await? {
-        Fetched::Stored(row) => ("fetched", row),
-        Fetched::Unchanged(row) => ("unchanged", row),
+async fn attempt(shared: &Shared, slot: u32) -> Result<(&'static str, Row), Trouble> {
+    let never = |error: std::io::Error| Trouble { phase: "list", cause: chain(&error), advice: Advice::Never };
+    let Line { url, sha256, size, .. } = shared.list.line(slot).map_err(never)?;
+    let url = Url::parse(&url).map_err(|error| never(std::io::Error::other(error)))?;
+    let target = Target { path: shared.list.path(slot).map_err(never)?, url, sha256, size };
+    let catalogue = &shared.fetcher.catalogue;
+    let known = match shared.list.has_row(slot) {
+        true => catalogue.row(target.url.as_str()).await.map_err(Trouble::of_catalogue)?,
+        false => None,
     };
-    let put = Change::Put(Box::new(row.clone()));
-    shared.fetcher.catalogue.apply(put).await.map_err(Trouble::of_catalogue)?;
+    let is_there = || shared.fetcher.home.file(&target.path).symlink_metadata().is_ok_and(|found| found.is_file());
+    let (name, row) = if shared.adopt && known.is_none() && is_there() {
+        let recorded = shared.recorded().remove(target.url.as_str());
+        ("adopted", shared.fetcher.adopt(&target, recorded.as_deref()).await?)
+    } else {
+        match shared.fetcher.fetch(&target, known.as_ref()).await? {
+            Fetched::Stored(row) => ("fetched", row),
+            Fetched::Unchanged(row) => ("unchanged", row),
+        }
+    };
+    catalogue.apply(Change::Put(Box::new(row.clone()))).await.map_err(Trouble::of_catalogue)?;
     Ok((name, row))
 }
 
 impl Shared {
+    fn recorded(&self) -> MutexGuard<'_, HashMap<String, String>> {
+        self.recorded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Notes what a failed fetch says of its host; returns whether that has been silent for too long to be waited for.
     fn is_lost(&self, host: &str, trouble: &Trouble) -> bool {
         match (trouble.phase, trouble.advice) {
@@ -369,7 +420,7 @@ impl Shared {
     }
 
     /// Tells of a failed attempt, and turns it into what the task shall do about it.
-    fn refuse(&self, cx: &ItemContext, url: &str, trouble: Trouble, elapsed: Duration) -> ItemError {
+    fn refuse(&self, cx: &ItemContext, url: &str, host: &str, trouble: Trouble, elapsed: Duration) -> ItemError {
         let event = Event {
             url,
             attempts: Some(cx.attempt()),
@@ -378,7 +429,7 @@ impl Shared {
             elapsed: Some(elapsed),
             ..Event::default()
         };
-        let is_lost = self.is_lost(&host_of(url), &trouble);
+        let is_lost = self.is_lost(host, &trouble);
         match trouble.advice {
             Advice::Later(_) | Advice::Again if is_lost => ItemError::permanent(Trouble {
                 cause: format!("no answer from the host for {} s: {}", MAX_OUTAGE.as_secs(), trouble.cause),
@@ -387,7 +438,7 @@ impl Shared {
             Advice::Later(after) => {
                 // Of an open breaker the summary tells; a line for each URL that waits for it would drown the rest.
                 if trouble.phase != "breaker" {
-                    self.report.count(url, |host| host.retries += 1);
+                    self.report.count(host, |host| host.retries += 1);
                     self.report.event("deferred", &event);
                 }
                 ItemError::defer(after, trouble)
@@ -395,7 +446,7 @@ impl Shared {
             Advice::Again => {
                 // The last failure is told as such when the task gives the URL up.
                 if cx.attempt() <= self.retries {
-                    self.report.count(url, |host| host.retries += 1);
+                    self.report.count(host, |host| host.retries += 1);
                     self.report.event("retry", &event);
                 }
                 ItemError::retry(trouble)

@@ -12,19 +12,23 @@ mod home;
 mod hosts;
 mod job;
 mod judge;
+mod list;
 mod manifest;
 mod origin;
+mod parts;
 mod paths;
 mod plain;
 mod report;
 mod screen;
 mod settle;
+mod store;
+mod turns;
 
 use std::io::{self, BufReader, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cancel_safe::shutdown::{Application, Report, StopReason, WorkerContext};
 
@@ -35,6 +39,9 @@ use report::{Reporter, chain};
 
 /// What the orderly end may take beyond the grace of the fetches, before the process is ended as it is.
 const MARGIN: Duration = Duration::from_secs(10);
+
+/// How often a long list is told to be still on its way.
+const READING_EVERY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let args = match Args::read() {
@@ -91,7 +98,7 @@ fn main() -> ExitCode {
 
 async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result<Ending, Ending> {
     let Some(path) = args.manifest.clone() else { return demo::run(args, cx).await };
-    let manifest = job::until_stopped(cx, read(path)).await?;
+    let manifest = job::until_stopped(cx, read(path, Arc::clone(report))).await?;
     job::run(args, manifest, &args.resolve, report, cx).await
 }
 
@@ -116,15 +123,23 @@ fn plain_loop(args: Args) -> ExitCode {
 }
 
 /// Reads a manifest on a thread of its own: standard input may never end, and a stop does not wait for it.
-async fn read(path: PathBuf) -> Result<Manifest, Ending> {
+async fn read(path: PathBuf, report: Arc<Reporter>) -> Result<Manifest, Ending> {
     let unusable = |why: String| Ending { exit: Exit::Usage, verdict: why };
     let shown = path.display().to_string();
     let (done, manifest) = tokio::sync::oneshot::channel();
     let reader = std::thread::Builder::new().name("manifest".to_owned()).spawn(move || {
+        let mut next = Instant::now() + READING_EVERY;
+        let told = |lines: usize| {
+            if lines.is_multiple_of(4096) && Instant::now() >= next {
+                next = Instant::now() + READING_EVERY;
+                report.notice(&format!("reading the list: {lines} lines so far"));
+            }
+        };
         let manifest = if path.as_os_str() == "-" {
-            Manifest::read(io::stdin().lock())
+            Manifest::read(io::stdin().lock(), told)
         } else {
-            std::fs::File::open(path).map_err(Into::into).and_then(|file| Manifest::read(BufReader::new(file)))
+            let file = std::fs::File::open(path).map_err(Into::into);
+            file.and_then(|file| Manifest::read(BufReader::with_capacity(1 << 16, file), told))
         };
         // Nobody waits any more once the program is told to stop.
         drop(done.send(manifest));

@@ -1,9 +1,11 @@
 //! Reads a list of URLs. Nothing starts until the whole list is understood, and every bad line is named by its number.
 
-use std::collections::BTreeSet;
 use std::io::BufRead;
 
 use url::Url;
+
+use super::list::{Line, List};
+use super::paths;
 
 /// The longest line that is read, in bytes. Browsers and servers give up on longer URLs too.
 pub(crate) const MAX_LINE: usize = 8 * 1024;
@@ -11,10 +13,9 @@ pub(crate) const MAX_LINE: usize = 8 * 1024;
 const MAX_NAMED: usize = 20;
 
 /// A list of distinct URLs, normalised.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Manifest {
-    /// In the order of the list, the first of several equal ones.
-    pub(crate) urls: Vec<Url>,
+    pub(crate) list: List,
     /// Lines that named a URL that stood there before.
     pub(crate) duplicates: usize,
 }
@@ -33,10 +34,10 @@ fn listed(lines: &[(usize, String)]) -> String {
 }
 
 impl Manifest {
-    /// One URL a line; blank lines and lines that begin with `#` are passed over; LF and CRLF both end a line.
-    pub(crate) fn read(mut source: impl BufRead) -> Result<Self, ManifestError> {
-        let mut manifest = Self::default();
-        let mut seen = BTreeSet::new();
+    /// One URL a line, with what it must be; blank lines and lines that begin with `#` are passed over; LF and CRLF both
+    /// end a line. `told` hears how many lines there were so far.
+    pub(crate) fn read(mut source: impl BufRead, mut told: impl FnMut(usize)) -> Result<Self, ManifestError> {
+        let mut list = List::new()?;
         let (mut bad, mut count) = (Vec::new(), 0);
         let mut line = Vec::new();
         for number in 1.. {
@@ -46,8 +47,7 @@ impl Manifest {
             }
             match parse_line(&line, number == 1) {
                 Ok(None) => {}
-                Ok(Some(url)) if seen.insert(url.clone()) => manifest.urls.push(url),
-                Ok(Some(_)) => manifest.duplicates += 1,
+                Ok(Some(line)) => list.push(&line)?,
                 Err(why) => {
                     count += 1;
                     if bad.len() < MAX_NAMED {
@@ -55,8 +55,13 @@ impl Manifest {
                     }
                 }
             }
+            told(number);
         }
-        if count > 0 { Err(ManifestError::Lines { count, lines: bad }) } else { Ok(manifest) }
+        if count > 0 {
+            return Err(ManifestError::Lines { count, lines: bad });
+        }
+        let duplicates = list.sort()?;
+        Ok(Self { list, duplicates })
     }
 }
 
@@ -80,7 +85,7 @@ fn read_line(source: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<u
     }
 }
 
-fn parse_line(line: &[u8], first: bool) -> Result<Option<Url>, String> {
+fn parse_line(line: &[u8], first: bool) -> Result<Option<Line>, String> {
     let line = if first { line.strip_prefix(b"\xef\xbb\xbf").unwrap_or(line) } else { line };
     let line = line.trim_ascii();
     if line.is_empty() || line.starts_with(b"#") {
@@ -90,7 +95,34 @@ fn parse_line(line: &[u8], first: bool) -> Result<Option<Url>, String> {
         return Err(format!("longer than {MAX_LINE} bytes"));
     }
     let text = std::str::from_utf8(line).map_err(|_| "not UTF-8".to_owned())?;
-    key(text).map(Some)
+    // As `sha256sum` writes it: the digest, a blank, a blank or a star, and the name.
+    if let Some((digest, rest)) = text.split_once(' ')
+        && is_digest(digest)
+    {
+        let url = key(rest.strip_prefix(['*', ' ']).unwrap_or(rest))?.into();
+        return Ok(Some(Line { url, sha256: Some(digest.to_ascii_lowercase()), ..Line::default() }));
+    }
+    let mut fields = text.split('\t');
+    let mut line = Line { url: key(fields.next().unwrap_or_default())?.into(), ..Line::default() };
+    for field in fields.map(str::trim).filter(|field| !field.is_empty()) {
+        match field.split_once('=') {
+            Some(("sha256", digest)) if is_digest(digest) => line.sha256 = Some(digest.to_ascii_lowercase()),
+            Some(("sha256", _)) => return Err("sha256= takes 64 hexadecimal digits".to_owned()),
+            Some(("size", size)) => {
+                line.size = Some(size.parse().map_err(|_| "size= takes a number of bytes".to_owned())?);
+            }
+            Some(("out", out)) if paths::is_output(out) => line.out = Some(out.to_owned()),
+            Some(("out", _)) => {
+                return Err("out= takes a path of two names or more below files/, none of them reserved".to_owned());
+            }
+            _ => return Err(format!("unknown field {field:?}: sha256=, size= and out= are known")),
+        }
+    }
+    Ok(Some(line))
+}
+
+fn is_digest(text: &str) -> bool {
+    text.len() == 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit())
 }
 
 /// The key of a URL: normalised as the WHATWG standard says, without its fragment.
@@ -112,20 +144,43 @@ mod tests {
     use super::*;
 
     fn read(text: &str) -> Result<Manifest, ManifestError> {
-        Manifest::read(text.as_bytes())
+        Manifest::read(text.as_bytes(), |_| {})
+    }
+
+    fn urls(manifest: &Manifest) -> Vec<String> {
+        let mut urls: Vec<_> =
+            (0..manifest.list.len() as u32).map(|slot| manifest.list.line(slot).unwrap().url).collect();
+        urls.sort();
+        urls
+    }
+
+    #[test]
+    fn a_line_says_what_its_file_must_be() {
+        let digest = "AB".repeat(32);
+        let text = format!("http://h/a\tsha256={digest}\tsize=5\tout=x/y\n{digest} *http://h/b\n{digest}  http://h/c");
+        let manifest = read(&text).unwrap();
+        for (url, size, out) in
+            [("http://h/a", Some(5), Some("x/y")), ("http://h/b", None, None), ("http://h/c", None, None)]
+        {
+            let line = manifest.list.line(manifest.list.find(url).unwrap().unwrap()).unwrap();
+            let wanted = (Some("ab".repeat(32)), size, out.map(str::to_owned));
+            assert_eq!((line.sha256, line.size, line.out), wanted, "{url}");
+        }
+        for field in ["sha256=12", "size=-1", "out=../x", "out=x", "colour=red"] {
+            assert!(read(&format!("http://h/a\t{field}")).is_err(), "{field}");
+        }
     }
 
     #[test]
     fn comments_blank_lines_crlf_and_a_byte_order_mark_are_understood() {
         let manifest = read("\u{feff}# list\r\n\r\nhttp://A.example/x y#frag\r\n  https://b.example  \n").unwrap();
-        let urls: Vec<_> = manifest.urls.iter().map(Url::as_str).collect();
-        assert_eq!(urls, ["http://a.example/x%20y", "https://b.example/"]);
+        assert_eq!(urls(&manifest), ["http://a.example/x%20y", "https://b.example/"]);
     }
 
     #[test]
     fn duplicates_collapse_after_normalisation() {
         let manifest = read("http://a.example:80/%7e\nHTTP://A.example/%7e#b\nhttp://a.example/./%7e").unwrap();
-        assert_eq!((manifest.urls.len(), manifest.duplicates), (1, 2));
+        assert_eq!((manifest.list.len(), manifest.duplicates), (1, 2));
     }
 
     #[test]
@@ -144,7 +199,7 @@ mod tests {
 
     #[test]
     fn bytes_that_are_not_text_are_named() {
-        let error = Manifest::read(&b"http://a/\n\xff\xfe\n"[..]).unwrap_err().to_string();
+        let error = Manifest::read(&b"http://a/\n\xff\xfe\n"[..], |_| {}).unwrap_err().to_string();
         assert!(error.contains("line 2: not UTF-8"), "{error}");
     }
 }

@@ -15,10 +15,13 @@
 //! `H` is the first 32 hexadecimal digits of the SHA-256 of the whole URL (of `host[:port]` in the last row). Reserved are
 //! `.`, `..`, `/`, `\`, control characters with NUL, the device names of Windows, and the prefix of temporary files.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
 
 use sha2::{Digest, Sha256};
 use url::Url;
+
+use super::hosts;
 
 /// The longest name that is taken over as it is, in bytes: 255, less a `~` and its hash.
 const MAX_NAME: usize = 255 - 33;
@@ -26,32 +29,78 @@ const MAX_NAME: usize = 255 - 33;
 const MAX_PATH: usize = 1024;
 /// What the names of temporary files begin with; one that does could be swept away.
 const TEMPORARY: &str = ".afs-";
+/// What some file systems take in no name.
+const REFUSED: &[char] = &['<', '>', ':', '"', '|', '?', '*'];
 
-/// The path of each URL, relative to `DIR/files`, with `/` between the names.
-pub(crate) fn assign<'a>(urls: impl IntoIterator<Item = &'a Url>) -> BTreeMap<&'a Url, String> {
-    let wishes: BTreeMap<&Url, Wish> = urls.into_iter().map(|url| (url, Wish::of(url))).collect();
-    // A name that some URL needs as a directory cannot be a file.
-    let mut directories = BTreeSet::new();
-    for wish in wishes.values() {
+/// What the file system does to names; found out at the start of each run.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Rules {
+    /// `README` and `readme` are one file.
+    pub(crate) folds: bool,
+    /// It takes no `:` and the like in a name.
+    pub(crate) refuses: bool,
+}
+
+impl Rules {
+    /// A path as the file system compares it with others, in 64 bits.
+    fn hash(self, path: &str) -> u64 {
+        if self.folds { short_hash(&path.to_lowercase()) } else { short_hash(path) }
+    }
+}
+
+/// 64 bits of a text, for tables in memory alone.
+pub(crate) fn short_hash(text: &str) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    text.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Finds out which URLs of a list cannot have the path that they ask for.
+///
+/// It compares hashes. Should those of two paths be equal by chance, one of the two gets a hashed name without need.
+#[derive(Debug, Default)]
+pub(crate) struct Names {
+    plain: Vec<(u64, u32)>,
+    directories: HashSet<u64>,
+}
+
+impl Names {
+    /// Takes the wish of one more URL, which is known by `slot`.
+    pub(crate) fn add(&mut self, slot: u32, wish: &Wish, rules: Rules) {
+        if let Some(plain) = wish.plain() {
+            self.plain.push((rules.hash(&plain), slot));
+        }
+        // A name that some URL needs as a directory cannot be a file.
         let mut end = wish.directory.as_str();
-        while directories.insert(end) {
+        while self.directories.insert(rules.hash(end)) {
             match end.rsplit_once('/') {
                 Some((parent, _)) => end = parent,
                 None => break,
             }
         }
     }
-    let mut taken = BTreeSet::new();
-    let mut paths = BTreeMap::new();
-    for (url, wish) in &wishes {
-        let plain = wish.plain().filter(|plain| !directories.contains(plain.as_str()) && taken.insert(plain.clone()));
-        paths.insert(*url, plain.unwrap_or_else(|| wish.hashed(url)));
+
+    /// Returns those that get a hashed name. Of several that ask for one path, the least by `order` has it.
+    pub(crate) fn contested<O: Ord, E>(mut self, order: impl Fn(u32) -> Result<O, E>) -> Result<Vec<u32>, E> {
+        self.plain.sort_unstable();
+        let mut contested = Vec::new();
+        for group in self.plain.chunk_by(|a, b| a.0 == b.0) {
+            let slots = group.iter().map(|(_, slot)| *slot);
+            if self.directories.contains(&group[0].0) {
+                contested.extend(slots);
+            } else if group.len() > 1 {
+                let mut ordered = slots.map(|slot| Ok((order(slot)?, slot))).collect::<Result<Vec<_>, E>>()?;
+                ordered.sort_unstable();
+                contested.extend(ordered.into_iter().skip(1).map(|(_, slot)| slot));
+            }
+        }
+        Ok(contested)
     }
-    paths
 }
 
 /// Where a URL would like to be, were it alone.
-struct Wish {
+#[derive(Debug)]
+pub(crate) struct Wish {
     directory: String,
     name: String,
     /// The name is the URL's own and says all of it.
@@ -59,13 +108,14 @@ struct Wish {
 }
 
 impl Wish {
-    fn of(url: &Url) -> Self {
-        let authority = match (url.host_str(), url.port()) {
-            (Some(host), Some(port)) => format!("{host}:{port}"),
-            (host, _) => host.unwrap_or_default().to_owned(),
-        };
-        let host = if is_plain(&authority) { authority } else { format!("~{}", hash(&authority)) };
-        let mut names: Vec<Option<String>> = url.path().split('/').skip(1).map(decode).collect();
+    /// What `url` asks for, or the list for it by `out`.
+    pub(crate) fn of(url: &Url, out: Option<&str>, rules: Rules) -> Self {
+        if let Some((directory, name)) = out.and_then(|out| out.rsplit_once('/')) {
+            return Self { directory: directory.to_owned(), name: name.to_owned(), whole: true };
+        }
+        let authority = hosts::name_of(url);
+        let host = if is_plain(&authority, rules) { authority } else { format!("~{}", hash(&authority)) };
+        let mut names: Vec<Option<String>> = url.path().split('/').skip(1).map(|name| decode(name, rules)).collect();
         let last = names.pop().flatten();
         let directories: Option<Vec<String>> = names.into_iter().collect();
         let root = Self { directory: host.clone(), name: String::new(), whole: false };
@@ -78,17 +128,24 @@ impl Wish {
         Self { whole: !name.is_empty() && url.query().is_none(), directory, name }
     }
 
-    fn plain(&self) -> Option<String> {
+    /// The path that says all of the URL, if there is one.
+    pub(crate) fn plain(&self) -> Option<String> {
         self.whole.then(|| format!("{}/{}", self.directory, self.name))
     }
 
-    fn hashed(&self, url: &Url) -> String {
+    /// The path that no other URL has.
+    pub(crate) fn hashed(&self, url: &Url) -> String {
         format!("{}/{}~{}", self.directory, self.name, hash(url.as_str()))
     }
 }
 
+/// A path below `files` that a list may ask for.
+pub(crate) fn is_output(path: &str) -> bool {
+    path.len() <= MAX_PATH && path.contains('/') && path.split('/').all(|name| is_plain(name, Rules::default()))
+}
+
 /// The name that a segment of a URL's path stands for, if a file may bear it.
-fn decode(segment: &str) -> Option<String> {
+fn decode(segment: &str, rules: Rules) -> Option<String> {
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes();
     while let [first, tail @ ..] = rest {
@@ -105,11 +162,11 @@ fn decode(segment: &str) -> Option<String> {
             }
         };
     }
-    String::from_utf8(bytes).ok().filter(|name| is_plain(name))
+    String::from_utf8(bytes).ok().filter(|name| is_plain(name, rules))
 }
 
 /// Whether a file or directory may be called so, and the name cannot be taken for a hashed one.
-fn is_plain(name: &str) -> bool {
+fn is_plain(name: &str, rules: Rules) -> bool {
     let device = name.split('.').next().unwrap_or_default().to_ascii_lowercase();
     let reserved = matches!(device.as_str(), "con" | "prn" | "aux" | "nul")
         || (device.len() == 4
@@ -122,6 +179,7 @@ fn is_plain(name: &str) -> bool {
         && !name.starts_with(TEMPORARY)
         && !name.contains(|c: char| c.is_control() || c == '/' || c == '\\')
         && !reserved
+        && !(rules.refuses && (name.contains(REFUSED) || name.ends_with(['.', ' '])))
         && !is_hashed(name)
 }
 
@@ -137,9 +195,59 @@ fn hash(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::{BTreeMap, BTreeSet};
+
     use proptest::prelude::*;
 
     use super::*;
+
+    fn assign_by<'a>(urls: impl IntoIterator<Item = &'a Url>, rules: Rules) -> BTreeMap<&'a Url, String> {
+        let urls: Vec<&Url> = urls.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
+        let wishes: Vec<Wish> = urls.iter().map(|url| Wish::of(url, None, rules)).collect();
+        let mut names = Names::default();
+        for (slot, wish) in (0..).zip(&wishes) {
+            names.add(slot, wish, rules);
+        }
+        let contested = names.contested(Ok::<_, ()>).unwrap();
+        let path = |(slot, (url, wish)): (u32, (&'a Url, &Wish))| {
+            let plain = wish.plain().filter(|_| !contested.contains(&slot));
+            (url, plain.unwrap_or_else(|| wish.hashed(url)))
+        };
+        (0..).zip(urls.into_iter().zip(&wishes)).map(path).collect()
+    }
+
+    fn assign<'a>(urls: impl IntoIterator<Item = &'a Url>) -> BTreeMap<&'a Url, String> {
+        assign_by(urls, Rules::default())
+    }
+
+    #[test]
+    fn where_case_is_folded_no_two_paths_differ_by_case_alone() {
+        let urls = ["http://h/README", "http://h/readme", "http://h/A/x", "http://h/a/y", "http://h/Readme/z"];
+        let urls: Vec<Url> = urls.iter().map(|url| Url::parse(url).unwrap()).collect();
+        let paths = assign_by(&urls, Rules { folds: true, refuses: false });
+        let folded: BTreeSet<String> = paths.values().map(|path| path.to_lowercase()).collect();
+        assert_eq!(folded.len(), 5, "{paths:?}");
+        assert_eq!((paths[&urls[2]].as_str(), paths[&urls[4]].as_str()), ("h/A/x", "h/Readme/z"));
+        assert!(paths[&urls[0]].starts_with("h/README~") && paths[&urls[1]].starts_with("h/readme~"), "{paths:?}");
+    }
+
+    #[test]
+    fn what_a_file_system_refuses_is_hashed() {
+        let urls = ["http://h:81/a", "http://h/a:b/c", "http://h/a%3Fb", "http://h/a", "http://h/dot./x"];
+        let urls: Vec<Url> = urls.iter().map(|url| Url::parse(url).unwrap()).collect();
+        let paths = assign_by(&urls, Rules { folds: false, refuses: true });
+        assert_eq!(paths[&urls[3]], "h/a");
+        assert!(paths.values().all(|path| !path.contains(REFUSED) && !path.contains("./")), "{paths:?}");
+        assert!(paths[&urls[0]].starts_with('~') && paths[&urls[0]].ends_with("/a"), "{paths:?}");
+    }
+
+    #[test]
+    fn an_output_name_stays_below_the_directory() {
+        assert!(is_output("a/b c.txt"));
+        for path in ["a", "/a/b", "a/../b", "a//b", "a/b/", "a/.afs-x", "a/nul", "a/b\\c"] {
+            assert!(!is_output(path), "{path}");
+        }
+    }
 
     fn paths(urls: &[&str]) -> Vec<String> {
         let urls: Vec<Url> = urls.iter().map(|url| Url::parse(url).unwrap()).collect();

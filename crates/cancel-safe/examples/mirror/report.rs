@@ -133,14 +133,18 @@ impl Reporter {
         }
     }
 
-    /// Changes the counts of a URL's host.
-    pub(crate) fn count(&self, url: &str, change: impl FnOnce(&mut Host)) {
-        change(self.state().hosts.entry(host_of(url)).or_default());
+    /// Changes the counts of a host.
+    pub(crate) fn count(&self, host: &str, change: impl FnOnce(&mut Host)) {
+        let mut state = self.state();
+        if let Some(host) = state.hosts.get_mut(host) {
+            return change(host);
+        }
+        change(state.hosts.entry(host.to_owned()).or_default());
     }
 
-    /// One more URL has come to its end.
-    pub(crate) fn advance(&self) {
-        self.state().done += 1;
+    /// More URLs have come to their end.
+    pub(crate) fn advance(&self, urls: usize) {
+        self.state().done += urls as u64;
     }
 
     /// The sum over all hosts.

@@ -5,29 +5,39 @@
 //! fit; a file without a row is somebody else's, left alone and reported. Dropped or killed at any point, it leaves
 //! something that the next call puts in order.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Component, Path, PathBuf};
+use std::io;
+use std::path::{Component, Path};
 use std::sync::Arc;
 
 use cancel_safe::atomic_fs;
 use futures_util::{StreamExt, TryStreamExt};
-use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
-use url::Url;
 
 use super::catalogue::{Catalogue, Change, MAX_BATCH, Row};
-use super::home::{Home, HomeError, at, hex};
-use super::paths;
+use super::home::{Home, HomeError, at, digest};
+use super::list::List;
+use super::parts;
+use super::paths::{self, short_hash};
+use super::report::{Event, Reporter, host_of};
+
+/// What an earlier run is to be put in order for.
+pub(crate) struct Wanted<'a> {
+    pub(crate) home: &'a Arc<Home>,
+    pub(crate) catalogue: &'a Catalogue,
+    /// The catalogue has no mark yet: files are then not ours.
+    pub(crate) is_new: bool,
+    pub(crate) verify: bool,
+    pub(crate) adopt: bool,
+    /// Files that are there are asked for as well.
+    pub(crate) refresh: bool,
+    pub(crate) report: &'a Reporter,
+}
 
 /// What [`settle`] found and did.
 #[derive(Debug, Default)]
 pub(crate) struct Settled {
-    /// The path of every URL, of the manifest and of the catalogue.
-    pub(crate) paths: BTreeMap<Url, String>,
-    /// The rows whose files are there.
-    pub(crate) complete: BTreeMap<String, Row>,
     /// Rows whose file was missing or had another size or, with `--verify`, another digest.
     pub(crate) lost: usize,
     /// Temporary files of dead writers.
@@ -35,76 +45,122 @@ pub(crate) struct Settled {
     /// Files below `files` that have no row, and directories that cannot be read.
     pub(crate) strangers: usize,
     /// Rows whose URL has left the manifest; their files are kept.
-    pub(crate) left: Vec<String>,
+    pub(crate) left: usize,
+    /// URLs whose file is there.
+    pub(crate) complete: usize,
 }
 
-/// Makes catalogue and disk equal. `is_new` says that the catalogue has no mark yet: files are then not ours to remove.
-pub(crate) async fn settle(
-    home: &Arc<Home>,
-    manifest: &[Url],
-    rows: Vec<Row>,
-    is_new: bool,
-    catalogue: &Catalogue,
-    verify: bool,
-) -> Result<Settled, HomeError> {
-    let rows = merge(rows, resolve(home, catalogue).await?);
-    let wanted: HashSet<&Url> = manifest.iter().collect();
-    let known: Vec<Url> = rows.iter().filter_map(|row| Url::parse(&row.url).ok()).collect();
-    let assigned = paths::assign(manifest.iter().chain(&known));
-    let mut settled = Settled {
-        paths: assigned.into_iter().map(|(url, path)| (url.clone(), path)).collect(),
-        left: known.iter().filter(|url| !wanted.contains(url)).map(|url| url.as_str().to_owned()).collect(),
-        ..Settled::default()
-    };
+/// Makes catalogue and disk equal, gives each slot of the list its name, and marks those whose file is there.
+pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Settled), HomeError> {
+    let Wanted { home, catalogue, report, .. } = *wanted;
+    let mut settled = Settled::default();
+    resolve(home, catalogue).await?;
+    let list = add_left(wanted, list, &mut settled).await?;
+    let rules = home.rules;
+    let mut list = blocking(move |stop| {
+        let mut list = list;
+        list.give_names(rules, || !stop.is_cancelled()).map_err(at(Path::new("the list")))?;
+        Ok(list)
+    })
+    .await?;
+    let (mut lost, mut moves, mut places) = (Vec::new(), Vec::new(), HashSet::new());
+    let mut last = None;
+    loop {
+        let rows = catalogue.after(last).await?;
+        let Some(end) = rows.last() else { break };
+        last = Some(end.url.clone());
+        let (place, verify) = (Arc::clone(home), wanted.verify);
+        let (kept, gone) = blocking(move |stop| inspect(&place, rows, verify, stop)).await?;
+        lost.extend(gone);
+        for row in kept {
+            let Some(slot) = list.find(&row.url).map_err(listed)? else { continue };
+            let (line, path) = (list.line(slot).map_err(listed)?, list.path(slot).map_err(listed)?);
+            places.insert(short_hash(&path));
+            let is_other_size = line.size.is_some_and(|size| i64::try_from(size) != Ok(row.bytes));
+            if is_other_size || line.sha256.is_some_and(|digest| digest != row.sha256) {
+                list.stale(slot);
+            } else {
+                list.complete(slot);
+            }
+            if list.is_complete(slot) && !list.is_left(slot) && !wanted.refresh {
+                settled.complete += 1;
+                report.count(&host_of(&row.url), |host| host.restored += 1);
+            }
+            if path != row.path {
+                moves.push(Row { path: path.clone(), ..row.clone() });
+                moves.push(row);
+            }
+        }
+    }
+    settled.lost = lost.len();
     let place = Arc::clone(home);
-    let (kept, lost) = blocking(move |stop| {
-        let (kept, lost) = inspect(&place, rows, verify, stop)?;
+    let lost = blocking(move |_| {
         // Before the rows are: a file that has lost its row would be somebody else's.
         lost.iter().filter(|row| is_inside(&row.path)).try_for_each(|row| remove(&place.file(&row.path)))?;
         // An empty directory may stand where a file belongs now.
         prune(&place.files());
-        Ok((kept, lost))
+        Ok(lost)
     })
     .await?;
-    settled.lost = lost.len();
     all(catalogue, lost.into_iter().map(|row| Change::Delete(row.url)).collect()).await?;
-    relocate(home, kept, &mut settled, catalogue).await?;
-    clear(home, &mut settled, is_new).await?;
-    if is_new {
+    relocate(home, moves, catalogue).await?;
+    clear(wanted, &list, &places, &mut settled).await?;
+    let is_wanted = |url: &str| {
+        let slot = list.find(url).ok().flatten();
+        slot.is_some_and(|slot| !list.is_left(slot) && (wanted.refresh || !list.is_complete(slot)))
+    };
+    parts::clear(&home.parts(), is_wanted).map_err(at(&home.parts()))?;
+    if wanted.is_new {
         // Only now: a refused catalogue must be as new the next time.
         catalogue.apply(Change::Mark(home.mark.clone())).await?;
     }
-    Ok(settled)
+    Ok((list, settled))
 }
 
-/// Looks for each pending row whether its file has become what was intended, and returns those of which that is so.
-pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<Vec<Row>, HomeError> {
-    let (place, pending) = (Arc::clone(home), catalogue.pending());
-    if pending.is_empty() {
-        return Ok(Vec::new());
-    }
-    let (done, changes) = blocking(move |stop| {
-        let (mut done, mut changes) = (Vec::new(), Vec::new());
-        for row in pending {
-            if is_there(&place, &row, true, stop)? {
-                changes.push(Change::Put(Box::new(row.clone())));
-                done.push(row);
-            } else {
-                changes.push(Change::Forget(row.url));
+fn listed(error: io::Error) -> HomeError {
+    at(Path::new("the list"))(error)
+}
+
+/// Adds the rows to the list that have left it: their files keep their names.
+async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) -> Result<List, HomeError> {
+    let (mut left, mut last) = (Vec::new(), None);
+    loop {
+        let rows = wanted.catalogue.after(last).await?;
+        let Some(end) = rows.last() else { break };
+        last = Some(end.url.clone());
+        for row in rows {
+            if list.find(&row.url).map_err(listed)?.is_none() {
+                wanted.report.event("left", &Event { url: &row.url, ..Event::default() });
+                left.push(row.url);
             }
         }
-        Ok((done, changes))
-    })
-    .await?;
-    all(catalogue, changes).await?;
-    Ok(done)
+    }
+    settled.left = left.len();
+    for url in left {
+        list.push_left(&url).map_err(listed)?;
+    }
+    if settled.left > 0 {
+        list.sort().map_err(listed)?;
+    }
+    Ok(list)
 }
 
-/// The rows, with those that have become true in place of what they were.
-fn merge(rows: Vec<Row>, done: Vec<Row>) -> Vec<Row> {
-    let mut rows: BTreeMap<String, Row> = rows.into_iter().map(|row| (row.url.clone(), row)).collect();
-    rows.extend(done.into_iter().map(|row| (row.url.clone(), row)));
-    rows.into_values().collect()
+/// Looks for each pending row whether its file has become what was intended: then it is its row, else it is forgotten.
+pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(), HomeError> {
+    let (place, pending) = (Arc::clone(home), catalogue.pending());
+    if pending.is_empty() {
+        return Ok(());
+    }
+    let changes = blocking(move |stop| {
+        let mut changes = Vec::new();
+        for row in pending {
+            let is_done = is_there(&place, &row, true, stop)?;
+            changes.push(if is_done { Change::Put(Box::new(row)) } else { Change::Forget(row.url) });
+        }
+        Ok(changes)
+    })
+    .await?;
+    all(catalogue, changes).await
 }
 
 /// Whether the file of a row is there, with its size and, where asked for, its digest.
@@ -141,34 +197,25 @@ fn inspect(
     Ok((kept, lost))
 }
 
-/// Moves files whose path depends on URLs that have come or gone.
-async fn relocate(
-    home: &Arc<Home>,
-    rows: Vec<Row>,
-    settled: &mut Settled,
-    catalogue: &Catalogue,
-) -> Result<(), HomeError> {
-    let (mut moved, mut moves) = (Vec::new(), Vec::new());
-    for mut row in rows {
-        let path = Url::parse(&row.url).ok().and_then(|url| settled.paths.get(&url));
-        if let Some(path) = path.filter(|path| **path != row.path) {
-            moves.push((row.path.clone(), path.clone()));
-            row.path.clone_from(path);
-            moved.push(row);
-        } else {
-            settled.complete.insert(row.url.clone(), row);
-        }
+/// Moves files whose path depends on URLs that have come or gone: of each its row as it will be, and as it is.
+async fn relocate(home: &Arc<Home>, rows: Vec<Row>, catalogue: &Catalogue) -> Result<(), HomeError> {
+    let mut moves: Vec<(Row, String)> = Vec::new();
+    let mut rows = rows.into_iter();
+    while let (Some(new), Some(old)) = (rows.next(), rows.next()) {
+        moves.push((new, old.path));
     }
     // Plain paths are made free before they are taken; a hashed path is never in anybody's way.
-    moves.sort_by_key(|(_, path)| !paths::is_hashed(path));
-    moved.sort_by_key(|row| !paths::is_hashed(&row.path));
+    moves.sort_by_key(|(row, _)| !paths::is_hashed(&row.path));
     let place = Arc::clone(home);
-    // A crash before the rows are written leaves rows without files and files without rows: fetched again, never wrong.
-    blocking(move |_| moves.iter().try_for_each(|(from, to)| rename(&place, from, to))).await?;
-    for row in moved {
+    let moves = blocking(move |_| {
+        moves.iter().try_for_each(|(row, from)| rename(&place, from, &row.path))?;
+        Ok(moves)
+    })
+    .await?;
+    // A crash before the rows are written leaves rows without files and files without rows: never a wrong file.
+    for (row, _) in moves {
         // One by one: a path must be free in the catalogue too before the next row takes it.
-        catalogue.apply(Change::Put(Box::new(row.clone()))).await?;
-        settled.complete.insert(row.url.clone(), row);
+        catalogue.apply(Change::Put(Box::new(row))).await?;
     }
     Ok(())
 }
@@ -184,11 +231,16 @@ fn rename(home: &Home, from: &str, to: &str) -> Result<(), HomeError> {
         .map_err(at(&to))
 }
 
-/// Removes the temporary files of dead writers, and counts what is not ours.
-async fn clear(home: &Arc<Home>, settled: &mut Settled, is_new: bool) -> Result<(), HomeError> {
-    let ours: HashSet<PathBuf> = settled.paths.values().map(|path| home.file(path)).collect();
-    let complete: HashSet<PathBuf> = settled.complete.values().map(|row| home.file(&row.path)).collect();
-    let mut directories = vec![home.files()];
+/// Removes the temporary files of dead writers, and counts what is not ours. `places` are the hashes of what has a row.
+async fn clear(
+    wanted: &Wanted<'_>,
+    list: &List,
+    places: &HashSet<u64>,
+    settled: &mut Settled,
+) -> Result<(), HomeError> {
+    let root = wanted.home.files();
+    let mut directories = vec![root.clone()];
+    let mut ours = None;
     while let Some(directory) = directories.pop() {
         let Ok(entries) = std::fs::read_dir(&directory) else {
             settled.strangers += 1;
@@ -201,22 +253,38 @@ async fn clear(home: &Arc<Home>, settled: &mut Settled, is_new: bool) -> Result<
             let path = entry.path();
             if kind.is_dir() {
                 directories.push(path);
-            } else if !complete.contains(&path) {
-                if is_new && ours.contains(&path) {
-                    return Err(HomeError::Unknown(home.files()));
-                }
-                // A temporary file that the sweep has removed is none.
-                settled.strangers += usize::from(path.symlink_metadata().is_ok());
+                continue;
             }
+            let place = path.strip_prefix(&root).ok().and_then(Path::to_str).map(short_hash);
+            if place.is_some_and(|place| places.contains(&place)) {
+                continue;
+            }
+            if wanted.is_new && !wanted.adopt {
+                let ours = match &mut ours {
+                    Some(ours) => ours,
+                    none => none.insert(names(list)?),
+                };
+                if place.is_some_and(|place| ours.contains(&place)) {
+                    return Err(HomeError::Unknown(root));
+                }
+            }
+            // A temporary file that the sweep has removed is none.
+            settled.strangers += usize::from(path.symlink_metadata().is_ok());
         }
     }
     Ok(())
 }
 
+/// The hashes of all paths that the list asks for.
+fn names(list: &List) -> Result<HashSet<u64>, HomeError> {
+    let hash = |slot| Ok(short_hash(&list.path(slot)?));
+    (0..u32::try_from(list.len()).unwrap_or(u32::MAX)).map(hash).collect::<io::Result<_>>().map_err(listed)
+}
+
 /// Applies many changes; the catalogue takes as many into one transaction as wait.
 async fn all(catalogue: &Catalogue, changes: Vec<Change>) -> Result<(), HomeError> {
     let applied = futures_util::stream::iter(changes).map(|change| catalogue.apply(change)).buffer_unordered(MAX_BATCH);
-    Ok(applied.try_collect().await?)
+    Ok(applied.try_collect::<()>().await?)
 }
 
 /// Runs what blocks on a thread for it; when the returned future is dropped, the work is told so.
@@ -253,19 +321,5 @@ fn prune(directory: &Path) {
             // One that is not empty refuses, which is the question.
             let _kept = std::fs::remove_dir(entry.path());
         }
-    }
-}
-
-/// The SHA-256 of a file, in hexadecimal. Blocks.
-fn digest(path: &Path, stop: &CancellationToken) -> io::Result<String> {
-    let mut hasher = Sha256::new();
-    let mut file = File::open(path)?;
-    let mut buffer = vec![0; 256 * 1024];
-    loop {
-        let count = file.read(&mut buffer)?;
-        if count == 0 || stop.is_cancelled() {
-            return Ok(hex(&hasher.finalize()));
-        }
-        hasher.update(&buffer[..count]);
     }
 }

@@ -7,8 +7,12 @@
 mod hosts;
 #[path = "../../examples/mirror/judge.rs"]
 mod judge;
+#[path = "../../examples/mirror/list.rs"]
+mod list;
 #[path = "../../examples/mirror/manifest.rs"]
 mod manifest;
+#[path = "../../examples/mirror/parts.rs"]
+mod parts;
 #[path = "../../examples/mirror/paths.rs"]
 mod paths;
 

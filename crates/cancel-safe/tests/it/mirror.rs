@@ -614,9 +614,12 @@ fn one_overloaded_page_slows_nobody_and_a_storm_of_them_does() {
     let scene = Scene::new(40);
     let one = scene.served()[7].clone();
     scene.server.state().refuse.insert(one.clone(), (StatusCode::SERVICE_UNAVAILABLE, 12));
-    let text = scene.run(&["--retries", "12", "--concurrency", "1", "--json"], 0);
+    // Now, that is, and not after a pause.
+    scene.server.state().retry_after = Some("0");
+    let text = scene.run(&["--retries", "0", "--concurrency", "1", "--json"], 0);
     assert_eq!((summary(&text, "files"), summary(&text, "trips")), (40, 0), "{text}");
-    for path in scene.served() {
+    scene.server.state().retry_after = None;
+    for path in scene.served().into_iter().take(20) {
         scene.server.state().refuse.insert(path, (StatusCode::BAD_GATEWAY, 1));
     }
     let text = scene.run(&["--refresh", "--json"], 0);
@@ -660,4 +663,185 @@ fn a_users_own_file_is_reported_and_left_alone() {
     scene.run(&["--retry-failed"], 0);
     assert_eq!(fs::read_to_string(&own).unwrap(), "theirs");
     scene.assert_consistent();
+}
+
+impl Scene {
+    /// Serves one more file, and puts it on the list.
+    fn serve(&self, name: &str, content: &[u8]) {
+        for directory in ["served", "source"] {
+            let path = self.path(directory).join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        let list = fs::read_to_string(self.path("urls.txt")).unwrap() + &format!("{}/{name}\n", self.server.base);
+        fs::write(self.path("urls.txt"), list).unwrap();
+    }
+}
+
+/// A megabyte that is the same in no two places.
+fn large() -> Vec<u8> {
+    let mut content = vec![0; 1 << 20];
+    fastrand::Rng::with_seed(1).fill(&mut content);
+    content
+}
+
+#[test]
+fn a_body_that_was_cut_is_gone_on_with_where_it_ended() {
+    let scene = Scene::new(2);
+    scene.serve("large", &large());
+    scene.server.state().cut.insert("/large".to_owned(), (700_000, 1));
+    scene.run(&[], 0);
+    scene.assert_complete();
+    {
+        let mut state = scene.server.state();
+        let ranges = std::mem::take(&mut state.ranges);
+        assert_eq!((ranges.len(), state.asked["/large"]), (1, 2), "{ranges:?}");
+        assert!(ranges.iter().all(|(_, range)| range != "bytes=0-"), "{ranges:?}");
+        state.whole_only = true;
+        state.cut.insert("/large".to_owned(), (700_000, 1));
+    }
+    // A server that knows no ranges, or has another file by now, starts again.
+    fs::remove_dir_all(scene.out()).unwrap();
+    scene.run(&[], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.state().ranges.len(), 1);
+    scene.server.state().whole_only = false;
+    fs::remove_dir_all(scene.out()).unwrap();
+    scene.server.state().cut.insert("/large".to_owned(), (700_000, usize::MAX));
+    scene.run(&["--retries", "0"], 2);
+    let other: Vec<u8> = large().iter().map(|byte| byte ^ 1).collect();
+    for directory in ["served", "source"] {
+        fs::write(scene.path(directory).join("large"), &other).unwrap();
+    }
+    scene.server.state().cut.clear();
+    scene.run(&["--retry-failed"], 0);
+    scene.assert_complete();
+    assert_eq!(fs::read_dir(scene.out().join("mirror.parts")).unwrap().count(), 0);
+}
+
+#[test]
+fn killed_within_a_body_it_asks_for_the_rest() {
+    let scene = Scene::new(1);
+    scene.serve("large", &large());
+    scene.server.state().hang.push("/large".to_owned());
+    scene.server.state().cut.insert("/large".to_owned(), (700_000, 1));
+    let part = scene.out().join("mirror.parts");
+    let mut child = scene.start(&[]);
+    // The body hangs before its end, and what came of it is on disk.
+    wait_for("a part", || {
+        let mut parts = fs::read_dir(&part).into_iter().flatten().flatten();
+        parts.any(|entry| entry.metadata().is_ok_and(|found| found.len() > 500_000))
+    });
+    child.kill().unwrap();
+    child.wait().unwrap();
+    scene.server.state().hang.clear();
+    scene.run(&[], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.state().ranges.len(), 1);
+}
+
+#[test]
+fn a_digest_or_size_of_the_list_must_be_so() {
+    let scene = Scene::new(3);
+    let url = |name: &str| format!("{}/{name}", scene.server.base);
+    for name in ["good", "sized", "bad", "short"] {
+        scene.serve(name, name.as_bytes());
+    }
+    let (right, wrong) = (hex(b"good"), hex(b"other"));
+    let list = format!(
+        "{right}  {}\n{}\tsize=5\tout=elsewhere/here\n{}\tsha256={wrong}\n{}\tsize=9\n",
+        url("good"),
+        url("sized"),
+        url("bad"),
+        url("short")
+    );
+    fs::write(scene.path("urls.txt"), list).unwrap();
+    let text = scene.run(&[], 2);
+    assert!(text.contains(&wrong) && text.contains("5 bytes came, and the list says 9"), "{text}");
+    let files = tree(&scene.out().join("files"));
+    assert_eq!(files.len(), 2, "{:?}", files.keys());
+    assert_eq!(files["elsewhere/here"], b"sized");
+    scene.assert_consistent();
+    // What the list says of a file that is there counts as well.
+    let now = hex(b"GOOD");
+    fs::write(scene.path("served/good"), "GOOD").unwrap();
+    fs::write(scene.path("urls.txt"), format!("{now} *{}\n", url("good"))).unwrap();
+    scene.run(&[], 0);
+    scene.assert_consistent();
+    assert!(tree(&scene.out().join("files")).values().any(|content| content == b"GOOD"));
+}
+
+#[test]
+fn adopt_takes_over_what_is_the_same_and_nothing_else() {
+    let scene = Scene::new(10);
+    scene.run(&[], 0);
+    for name in ["catalog.db", "catalog.db-wal", "catalog.db-shm"] {
+        let _absent = fs::remove_file(scene.out().join(name));
+    }
+    let asked = scene.server.requests();
+    scene.run(&[], 64);
+    scene.run(&["--adopt"], 0);
+    assert_eq!(scene.server.requests(), asked, "the checkpoint knows the digests");
+    scene.assert_complete();
+    // Without a checkpoint the server is asked.
+    for name in ["catalog.db", "catalog.db-wal", "catalog.db-shm", "mirror.ckpt"] {
+        let _absent = fs::remove_file(scene.out().join(name));
+    }
+    let files = scene.out().join("files").join(scene.server.base.strip_prefix("http://").unwrap());
+    fs::write(files.join("a/b/c/1"), "my own").unwrap();
+    let text = scene.run(&["--adopt"], 2);
+    assert!(text.contains("a/b/c/1 is not ours"), "{text}");
+    assert_eq!(fs::read(files.join("a/b/c/1")).unwrap(), b"my own");
+    assert_eq!(scene.server.requests(), asked + 10);
+}
+
+#[test]
+fn headers_and_a_name_of_ones_own_are_sent() {
+    let scene = Scene::new(2);
+    scene.run(&["--header", "X-Token: s3cret", "--user-agent", "me/1"], 0);
+    let sent = scene.server.state().sent.clone();
+    for wanted in [("x-token", "s3cret"), ("user-agent", "me/1")] {
+        assert!(sent.iter().any(|(name, value)| (name.as_str(), value.as_str()) == wanted), "{wanted:?}: {sent:?}");
+    }
+    for options in [["--header", "nonsense"], ["--header", "Range: bytes=1-"], ["--ca", "/nonexistent"]] {
+        scene.run(&options, 64);
+    }
+}
+
+#[test]
+fn a_long_list_is_not_held_in_memory_and_a_host_that_is_down_holds_up_no_other() {
+    let scene = Scene::new(20);
+    let dead = {
+        // Bound and closed again: nobody listens there.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.local_addr().unwrap()
+    };
+    let mut list: String = (0..50_000).map(|number| format!("http://{dead}/{number}\n")).collect();
+    list += &fs::read_to_string(scene.path("urls.txt")).unwrap();
+    fs::write(scene.path("urls.txt"), list).unwrap();
+    let mut child = scene.command(&["--retries", "0"]).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_for("the files of the host that answers", || {
+        scene.server.requests() >= 20 || child.try_wait().unwrap().is_some()
+    });
+    #[cfg(target_os = "linux")]
+    {
+        let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap();
+        let peak = status
+            .lines()
+            .find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        assert!(peak.unwrap() < 96 << 10, "{peak:?} KiB");
+    }
+    signal(&child, "INT");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    scene.assert_consistent();
+}
+
+#[test]
+fn a_process_that_may_open_few_files_has_fewer_fetches_in_flight() {
+    let scene = Scene::new(60);
+    let command = scene.command(&[]);
+    let mut limited = Command::new("sh");
+    limited.args(["-c", "ulimit -n 40; exec \"$@\"", "sh"]).arg(command.get_program()).args(command.get_args());
+    expect(limited.output().unwrap(), 0);
+    scene.assert_complete();
 }

@@ -27,6 +27,14 @@ pub(crate) struct State {
     pub(crate) retry_after: Option<&'static str>,
     /// Paths that have their file with this status instead of 200.
     pub(crate) with_status: BTreeMap<String, StatusCode>,
+    /// Paths whose body is cut after so many bytes, so often.
+    pub(crate) cut: BTreeMap<String, (usize, usize)>,
+    /// The ranges that were asked for, by path.
+    pub(crate) ranges: Vec<(String, String)>,
+    /// It knows no ranges.
+    pub(crate) whole_only: bool,
+    /// What was sent in these headers.
+    pub(crate) sent: Vec<(String, String)>,
     /// Paths whose body never ends.
     pub(crate) hang: Vec<String>,
     /// A pause before each answer.
@@ -103,9 +111,47 @@ async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -
     if request.headers().get(header::IF_NONE_MATCH).is_some_and(|known| known == etag.as_str()) {
         return Ok(empty(StatusCode::NOT_MODIFIED));
     }
+    let range = request.headers().get(header::RANGE).and_then(|range| range.to_str().ok()).map(str::to_owned);
+    let is_same = request.headers().get(header::IF_RANGE).is_some_and(|known| known == etag.as_str());
+    let (cut, from) = {
+        let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+        state.sent.extend(
+            request
+                .headers()
+                .iter()
+                .map(|(name, value)| (name.to_string(), value.to_str().unwrap_or_default().to_owned())),
+        );
+        let from = range.as_ref().filter(|_| is_same && !state.whole_only);
+        let from = from.and_then(|range| range.strip_prefix("bytes=")?.strip_suffix('-')?.parse::<usize>().ok());
+        state.ranges.extend(range.map(|range| (path.clone(), range)));
+        let cut = state.cut.get_mut(&path).filter(|(_, times)| *times > 0).map(|(bytes, times)| {
+            *times -= 1;
+            *bytes
+        });
+        (cut, from)
+    };
+    let length = content.len();
+    let content = content[from.unwrap_or(0)..].to_vec();
+    if let Some(bytes) = cut {
+        let begin = Bytes::copy_from_slice(&content[..bytes.min(content.len())]);
+        let mut response = Response::new(if hang { Endless(Some(begin)).boxed() } else { Broken::new(begin).boxed() });
+        response.headers_mut().insert(header::CONTENT_LENGTH, content.len().into());
+        response.headers_mut().insert(header::ETAG, etag.parse().unwrap());
+        if let Some(from) = from {
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            let range = format!("bytes {from}-{}/{length}", length - 1);
+            response.headers_mut().insert(header::CONTENT_RANGE, range.parse().unwrap());
+        }
+        return Ok(response);
+    }
     let body = if hang { Endless(Some(content.into())).boxed() } else { Full::new(content.into()).boxed() };
     let mut response = Response::new(body);
     *response.status_mut() = status;
+    if let Some(from) = from {
+        *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+        let range = format!("bytes {from}-{}/{length}", length - 1);
+        response.headers_mut().insert(header::CONTENT_RANGE, range.parse().unwrap());
+    }
     response.headers_mut().insert(header::ETAG, etag.parse().unwrap());
     Ok(response)
 }
@@ -122,5 +168,35 @@ impl Body for Endless {
         _: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         self.0.take().map_or(std::task::Poll::Pending, |bytes| std::task::Poll::Ready(Some(Ok(Frame::data(bytes)))))
+    }
+}
+
+/// A body that ends before its time: its connection goes away a moment after what it had.
+struct Broken {
+    left: Bytes,
+    pause: std::pin::Pin<Box<tokio::time::Sleep>>,
+}
+
+impl Broken {
+    fn new(left: Bytes) -> Self {
+        Self { left, pause: Box::pin(tokio::time::sleep(Duration::from_millis(300))) }
+    }
+}
+
+impl Body for Broken {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        mut self: std::pin::Pin<&mut Self>,
+        cx: &mut std::task::Context<'_>,
+    ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        if self.left.is_empty() {
+            // What is still in a buffer when a body ends too early is never sent.
+            std::task::ready!(self.pause.as_mut().poll(cx));
+            return std::task::Poll::Ready(None);
+        }
+        let piece = self.left.len().min(64 << 10);
+        std::task::Poll::Ready(Some(Ok(Frame::data(self.left.split_to(piece)))))
     }
 }

@@ -376,8 +376,8 @@ impl<T, R> PgDrive<T, R> {
         self.has_room = has_room;
         for told in told {
             match told {
-                Told::Opened { salt } => self.seed = xxh3_64_with_seed(self.plan.job.as_bytes(), salt),
-                Told::Granted { hold, first, items } => self.take_on(hold, first, items),
+                Told::Opened { salt, .. } => self.seed = xxh3_64_with_seed(self.plan.job.as_bytes(), salt),
+                Told::Granted { hold, first, items, .. } => self.take_on(hold, first, items),
                 Told::Appended { hold, records } => self.release(hold, records),
                 Told::Lost(hold) => self.lose(hold),
                 Told::Standing(standing) => {

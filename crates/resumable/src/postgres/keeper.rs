@@ -19,11 +19,11 @@ use crate::{
         PgStore, job,
         job::{Job, Offer},
         leases::{Append, Claimed, Leases, Standing},
-        ledger::{Ledger, sealed},
+        ledger::{Ledger, Place, sealed},
         place, schema,
         schema::Unusable,
         session::{Bounds, is_passing, timed_out},
-        shared::{Batch, Hold, Seen, Shared, Told},
+        shared::{Batch, Hold, LetGo, Seen, Shared, Told},
     },
 };
 
@@ -35,8 +35,8 @@ const FAST: Duration = Duration::from_millis(100);
 const SLOW: Duration = Duration::from_secs(1);
 const MOST_FRESH: usize = 8;
 /// The wait after a first failure of the database; it doubles up to the second.
-const FIRST_WAIT: Duration = Duration::from_millis(20);
-const LONGEST_WAIT: Duration = Duration::from_secs(1);
+pub(crate) const FIRST_WAIT: Duration = Duration::from_millis(20);
+pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(1);
 /// How often the standing of the whole job is asked for, at most.
 const STANDING_EVERY: Duration = Duration::from_secs(1);
 
@@ -102,9 +102,9 @@ impl Keeper {
     async fn open(store: PgStore, shared: &Arc<Shared>, offer: &Offer, every: Duration) -> Result<Self, TaskError> {
         let bounds = store.bounds();
         let job = store.patiently("open the job", || open(&store, &bounds, offer)).await?;
-        shared.tell(Told::Opened { salt: job.header.salt });
         let owner = format!("{} {:016x}", store.owner, fastrand::u64(..));
         let leases = Leases::new(store.pool.clone(), bounds, &store.schema, job.id, &owner, store.lease);
+        shared.tell(Told::Opened { salt: job.header.salt, leases: leases.clone() });
         let now = Instant::now();
         Ok(Self {
             every,
@@ -141,8 +141,11 @@ impl Keeper {
     }
 
     fn next(&mut self) -> Next {
-        let Seen { stop, dirty_since, hurry, fresh, pace, has_room } = self.shared.see();
+        let Seen { stop, dirty_since, hurry, fresh, pace, let_go, has_room } = self.shared.see();
         let now = Instant::now();
+        for (hold, why) in let_go {
+            self.let_go(hold, why);
+        }
         if stop {
             return Next::Stop;
         }
@@ -213,9 +216,9 @@ impl Keeper {
         let mut ledger = Ledger::new(self.job.header.salt, n, count);
         let identity: Identity = self.job.header.identity;
         ledger.read(first as u64, identity, &blocks, &path, |_| {})?;
-        let (hold, counts) = (Hold { n, epoch }, ledger.counts());
+        let (hold, (done, quarantined)) = (Hold { n, epoch }, ledger.counts());
         self.held.insert(n, Held { hold, chain: ledger.chain, seq });
-        self.shared.grant(hold, first, ledger.items, counts);
+        self.shared.grant(hold, first, ledger.items, Place { chain: ledger.chain, seq, done, quarantined });
         Ok(())
     }
 
@@ -268,6 +271,22 @@ impl Keeper {
             taken.extend(there);
         }
         Ok(taken)
+    }
+
+    fn let_go(&mut self, hold: Hold, why: LetGo) {
+        if self.held.get(&hold.n).is_none_or(|held| held.hold != hold) {
+            return;
+        }
+        match why {
+            LetGo::Lost => self.lose(hold),
+            LetGo::Finished => {
+                self.held.remove(&hold.n);
+                if self.held.is_empty() {
+                    // The job may be complete.
+                    self.claim_at = Instant::now();
+                }
+            }
+        }
     }
 
     fn lose(&mut self, hold: Hold) {

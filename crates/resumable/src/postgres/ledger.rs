@@ -33,6 +33,17 @@ pub(crate) struct Ledger {
     pub(crate) items: Vec<Known>,
 }
 
+/// Where the next append of a range belongs, and what is there before it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    pub(crate) chain: Chain,
+    /// The rows that are there.
+    pub(crate) seq: i32,
+    /// The items that are finished, and those of them in quarantine.
+    pub(crate) done: i32,
+    pub(crate) quarantined: i32,
+}
+
 /// One record of an item.
 #[derive(Debug)]
 pub(crate) struct Record<'a> {
@@ -68,6 +79,10 @@ impl Ledger {
                     let at = index.checked_sub(first).filter(|at| *at < count);
                     let at = at.ok_or("a record is of an item of another range")? as usize;
                     let (key, payload) = split(identity, payload).ok_or("a record has no key")?;
+                    let is_final = matches!(kind, Kind::Result | Kind::Quarantine);
+                    if is_final && matches!(items[at], Known::Result | Known::Quarantined) {
+                        return Err("an item is recorded twice");
+                    }
                     items[at] = known(kind, payload, &items[at]).ok_or("a record does not parse")?;
                     visit(&Record { kind, at, key, payload });
                     sealed = false;

@@ -15,7 +15,10 @@ use tokio::{sync::Notify, time::Instant};
 use crate::{
     error::TaskError,
     log::{Blocks, Kind},
-    postgres::{leases::Standing, ledger::Known},
+    postgres::{
+        leases::{Leases, Standing},
+        ledger::{Known, Place},
+    },
 };
 
 /// The keeper does not wait for the interval once so much is to be appended.
@@ -34,9 +37,9 @@ pub(crate) struct Hold {
 #[derive(Debug)]
 pub(crate) enum Told {
     /// The job is open; its salt seeds the idempotency keys.
-    Opened { salt: u64 },
-    /// A range to work on, with what is known of its items.
-    Granted { hold: Hold, first: usize, items: Vec<Known> },
+    Opened { salt: u64, leases: Leases },
+    /// A range to work on, with what is known of its items and where its next append belongs.
+    Granted { hold: Hold, first: usize, items: Vec<Known>, place: Place },
     /// So many records of a range are durable.
     Appended { hold: Hold, records: usize },
     /// Another worker has the range.
@@ -108,8 +111,17 @@ struct State {
     is_range_finished: bool,
     /// How long the loop took with the last range it has exhausted, if nobody has looked since.
     pace: Option<Duration>,
+    /// Ranges that the loop itself has finished, or found to be lost.
+    let_go: Vec<(Hold, LetGo)>,
     stop: bool,
     is_over: bool,
+}
+
+/// Why the loop lets go of a range.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LetGo {
+    Finished,
+    Lost,
 }
 
 /// What the keeper sees when it looks.
@@ -122,6 +134,7 @@ pub(crate) struct Seen {
     /// Ranges with items that were not started.
     pub(crate) fresh: usize,
     pub(crate) pace: Option<Duration>,
+    pub(crate) let_go: Vec<(Hold, LetGo)>,
     pub(crate) has_room: bool,
 }
 
@@ -176,6 +189,17 @@ impl Shared {
         self.changed.notify_one();
     }
 
+    /// A loop that appends by itself has finished a range, or found that another worker has it.
+    pub(crate) fn let_go(&self, hold: Hold, why: LetGo) {
+        let mut state = self.lock();
+        if why == LetGo::Finished {
+            state.open.remove(&hold.n);
+        }
+        state.let_go.push((hold, why));
+        drop(state);
+        self.changed.notify_one();
+    }
+
     /// What the keeper has told since the last call, and whether there is room for more records. The waker is called when
     /// there is more.
     pub(crate) fn hear(&self, waker: &Waker) -> (VecDeque<Told>, bool) {
@@ -215,7 +239,8 @@ impl Shared {
     }
 
     /// Hands a range to the loop. The counts are of what is known of its items.
-    pub(crate) fn grant(&self, hold: Hold, first: usize, items: Vec<Known>, (done, quarantined): (i32, i32)) {
+    pub(crate) fn grant(&self, hold: Hold, first: usize, items: Vec<Known>, place: Place) {
+        let Place { done, quarantined, .. } = place;
         let count = i32::try_from(items.len()).unwrap_or(i32::MAX);
         let mut state = self.lock();
         // A range of which all is done but the end, whose worker died in between, is finished by an append without records.
@@ -231,7 +256,7 @@ impl Shared {
             granted: Instant::now(),
         };
         state.open.insert(hold.n, range);
-        state.told.push_back(Told::Granted { hold, first, items });
+        state.told.push_back(Told::Granted { hold, first, items, place });
         wake(state);
     }
 
@@ -287,6 +312,7 @@ impl Shared {
         let mut state = self.lock();
         Seen {
             pace: state.pace.take(),
+            let_go: std::mem::take(&mut state.let_go),
             stop: state.stop,
             dirty_since: state.dirty_since,
             hurry: state.is_range_finished || state.bytes >= APPEND_AT_BYTES,

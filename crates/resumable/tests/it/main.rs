@@ -8,6 +8,8 @@ mod cli;
 mod compact;
 mod crash;
 mod faults;
+#[cfg(all(feature = "postgres", unix))]
+mod fleet;
 mod golden;
 mod happy;
 mod input;
@@ -15,6 +17,10 @@ mod items;
 mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
+#[cfg(feature = "postgres")]
+mod postgres_cancel;
+#[cfg(feature = "postgres")]
+mod postgres_tx;
 mod progress;
 mod spin;
 mod support;

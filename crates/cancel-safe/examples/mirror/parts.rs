@@ -1,0 +1,225 @@
+//! Bodies that were cut: what had come of them is kept, so that a later attempt asks for the rest.
+//!
+//! Invariant: a part is the beginning of one representation, whose strong validator stands beside it; it is used only with
+//! an answer that bears the same, and only until the system restarts, since a power cut may have left holes in it. The file
+//! itself is always written as a whole, from the part and the rest.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
+use reqwest::{Response, StatusCode};
+use sha2::{Digest, Sha256};
+use url::Url;
+
+/// The least length of a body, in bytes, of which the beginning is worth being kept.
+const LEAST: u64 = 256 * 1024;
+/// What is written, or read back, at once.
+pub(crate) const PIECE: usize = 256 * 1024;
+
+/// The beginning of a body.
+#[derive(Debug)]
+pub(crate) struct Part {
+    place: PathBuf,
+    /// An ETag or a date, as it stands in `If-Range`.
+    validator: String,
+    /// The length of the whole, in bytes.
+    total: u64,
+    /// How many bytes there are.
+    pub(crate) have: u64,
+    buffer: Vec<u8>,
+}
+
+fn place(dir: &Path, url: &Url) -> PathBuf {
+    let name: String = Sha256::digest(url.as_str())[..16].iter().map(|byte| format!("{byte:02x}")).collect();
+    dir.join(name)
+}
+
+/// Names the time since the system was started; without it no part is used by another process.
+fn boot() -> String {
+    let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
+    if id.is_empty() { format!("process {}", std::process::id()) } else { id.trim().to_owned() }
+}
+
+/// What a later request can ask for the rest with: a strong ETag, or a date that is older than the answer.
+fn validator(headers: &HeaderMap) -> Option<String> {
+    let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    if let Some(etag) = text(header::ETAG) {
+        return etag.starts_with('"').then(|| etag.to_owned());
+    }
+    let modified = text(header::LAST_MODIFIED)?;
+    let date = |text| httpdate::parse_http_date(text).ok();
+    let age = date(text(header::DATE)?)?.duration_since(date(modified)?).ok()?;
+    // Within one second a file may change twice and bear one date.
+    (age >= Duration::from_secs(1)).then(|| modified.to_owned())
+}
+
+impl Part {
+    /// The part of `url` below `dir`, if one was kept that can be used. Blocks.
+    pub(crate) fn find(dir: &Path, url: &Url) -> Option<Self> {
+        let place = place(dir, url);
+        let text = std::fs::read_to_string(place.with_extension("txt")).ok()?;
+        let fields: Vec<&str> = text.lines().collect();
+        let &[name, validator, total, started] = &fields[..] else { return None };
+        let total = total.parse().ok()?;
+        // Of a part that is whole the last byte is asked for again: there is no range without a byte.
+        let have = place.metadata().ok()?.len().min(u64::checked_sub(total, 1)?);
+        let is_usable = name == url.as_str() && started == boot() && have > 0;
+        is_usable.then(|| Self { place, validator: validator.to_owned(), total, have, buffer: Vec::new() })
+    }
+
+    /// Begins a part for what `response` brings, if that could be asked for in parts. Blocks.
+    pub(crate) fn begin(dir: &Path, url: &Url, response: &Response) -> io::Result<Option<Self>> {
+        let headers = response.headers();
+        let refuses = headers.get(header::ACCEPT_RANGES).is_some_and(|units| units == "none");
+        // From the head: a body that is watched over does not know its length.
+        let total = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+        let total = total.filter(|total: &u64| *total >= LEAST);
+        let (Some(validator), Some(total), false) = (validator(headers), total, refuses) else { return Ok(None) };
+        std::fs::create_dir_all(dir)?;
+        let place = place(dir, url);
+        // Never beside bytes of another representation.
+        File::create(&place)?;
+        std::fs::write(place.with_extension("txt"), format!("{url}\n{validator}\n{total}\n{}\n", boot()))?;
+        Ok(Some(Self { place, validator, total, have: 0, buffer: Vec::new() }))
+    }
+
+    /// The headers that ask for the rest.
+    pub(crate) fn headers(&self) -> Option<[(HeaderName, HeaderValue); 2]> {
+        let range = HeaderValue::from_str(&format!("bytes={}-", self.have)).ok()?;
+        Some([(header::RANGE, range), (header::IF_RANGE, HeaderValue::from_str(&self.validator).ok()?)])
+    }
+
+    /// Whether `response` is the rest of what there is.
+    pub(crate) fn is_continued_by(&self, response: &Response) -> bool {
+        let text = |name| response.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+        let range = format!("bytes {}-{}/{}", self.have, self.total - 1, self.total);
+        // A 206 need not repeat the date, but may not bear another; an ETag it has to repeat.
+        let is_same = match self.validator.starts_with('"') {
+            true => text(header::ETAG) == Some(&self.validator),
+            false => text(header::LAST_MODIFIED).is_none_or(|date| date == self.validator),
+        };
+        response.status() == StatusCode::PARTIAL_CONTENT && text(header::CONTENT_RANGE) == Some(&range) && is_same
+    }
+
+    /// The length of the whole, in bytes.
+    pub(crate) fn total(&self) -> u64 {
+        self.total
+    }
+
+    /// The bytes that there are from `at` on, at most [`PIECE`] of them. Blocks.
+    pub(crate) fn read(&self, at: u64) -> io::Result<Vec<u8>> {
+        let mut file = File::open(&self.place)?;
+        file.seek(SeekFrom::Start(at))?;
+        let mut piece = vec![0; usize::try_from(self.have - at).unwrap_or(PIECE).min(PIECE)];
+        file.read_exact(&mut piece)?;
+        Ok(piece)
+    }
+
+    /// Takes more of the body; returns whether it is time to [`write`](Self::write).
+    pub(crate) fn take(&mut self, chunk: &[u8]) -> bool {
+        self.buffer.extend_from_slice(chunk);
+        self.buffer.len() >= PIECE
+    }
+
+    /// Writes down what was taken. Blocks.
+    pub(crate) fn write(&mut self) -> io::Result<()> {
+        let mut file = OpenOptions::new().write(true).open(&self.place)?;
+        // What lies behind is of an earlier attempt; it is the same, and may be half written.
+        file.set_len(self.have)?;
+        file.seek(SeekFrom::Start(self.have))?;
+        file.write_all(&self.buffer)?;
+        self.have += self.buffer.len() as u64;
+        self.buffer.clear();
+        Ok(())
+    }
+
+    /// Removes it: it is of no more use. Blocks for a moment.
+    pub(crate) fn remove(self) {
+        // What cannot be removed is not used either, once the file is there.
+        let _left = (std::fs::remove_file(self.place.with_extension("txt")), std::fs::remove_file(&self.place));
+    }
+}
+
+/// Removes the parts below `dir` whose URL is not `wanted` any more. Blocks.
+pub(crate) fn clear(dir: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<()> {
+    for entry in std::fs::read_dir(dir).into_iter().flatten() {
+        let path = entry?.path();
+        let text = std::fs::read_to_string(path.with_extension("txt")).unwrap_or_default();
+        if !text.lines().next().is_some_and(&wanted) {
+            std::fs::remove_file(&path)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(status: u16, headers: &[(HeaderName, &str)], length: usize) -> Response {
+        let mut response = hyper::Response::builder().status(status).header(header::CONTENT_LENGTH, length);
+        for (name, value) in headers {
+            response = response.header(name, *value);
+        }
+        response.body(vec![0; length]).unwrap().into()
+    }
+
+    #[test]
+    fn only_the_rest_of_the_same_representation_continues_a_part() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Url::parse("http://h/a").unwrap();
+        let first = answer(200, &[(header::ETAG, "\"1\"")], 300_000);
+        let mut part = Part::begin(dir.path(), &url, &first).unwrap().unwrap();
+        assert!(Part::find(dir.path(), &url).is_none(), "nothing is there yet");
+        part.take(&[7; 1000]);
+        part.write().unwrap();
+        let part = Part::find(dir.path(), &url).unwrap();
+        assert_eq!((part.have, part.total(), part.read(990).unwrap()), (1000, 300_000, vec![7; 10]));
+        let [(_, asked), (_, same)] = part.headers().unwrap();
+        assert_eq!((asked.to_str().unwrap(), same.to_str().unwrap()), ("bytes=1000-", "\"1\""));
+        let (range, etag) = ((header::CONTENT_RANGE, "bytes 1000-299999/300000"), (header::ETAG, "\"1\""));
+        assert!(part.is_continued_by(&answer(206, &[range.clone(), etag.clone()], 9)));
+        for (status, headers) in [
+            (200, vec![range.clone(), etag.clone()]),
+            (206, vec![range.clone()]),
+            (206, vec![range.clone(), (header::ETAG, "\"2\"")]),
+            (206, vec![range, (header::ETAG, "W/\"1\"")]),
+            (206, vec![(header::CONTENT_RANGE, "bytes 999-299999/300000"), etag.clone()]),
+            (206, vec![(header::CONTENT_RANGE, "bytes 1000-300000/300001"), etag.clone()]),
+            (206, vec![(header::CONTENT_RANGE, "bytes 1000-2000/300000"), etag]),
+        ] {
+            assert!(!part.is_continued_by(&answer(status, &headers, 9)), "{status} {headers:?}");
+        }
+        clear(dir.path(), |name| name == url.as_str()).unwrap();
+        assert!(Part::find(dir.path(), &url).is_some());
+        Part::find(dir.path(), &url).unwrap().remove();
+        assert!(Part::find(dir.path(), &url).is_none());
+        let part = Part::begin(dir.path(), &url, &first).unwrap();
+        assert!(part.is_some());
+        clear(dir.path(), |_| false).unwrap();
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn a_weak_or_young_validator_keeps_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let url = Url::parse("http://h/a").unwrap();
+        let (old, now) = ("Sun, 06 Nov 1994 08:49:36 GMT", "Sun, 06 Nov 1994 08:49:37 GMT");
+        for (headers, is_kept) in [
+            (vec![], false),
+            (vec![(header::ETAG, "W/\"1\"")], false),
+            (vec![(header::ETAG, "\"1\""), (header::ACCEPT_RANGES, "none")], false),
+            (vec![(header::LAST_MODIFIED, old)], false),
+            (vec![(header::LAST_MODIFIED, now), (header::DATE, now)], false),
+            (vec![(header::LAST_MODIFIED, old), (header::DATE, now)], true),
+            (vec![(header::ETAG, "\"1\"")], true),
+        ] {
+            let part = Part::begin(dir.path(), &url, &answer(200, &headers, 300_000)).unwrap();
+            assert_eq!(part.is_some(), is_kept, "{headers:?}");
+        }
+        assert!(Part::begin(dir.path(), &url, &answer(200, &[(header::ETAG, "\"1\"")], 9)).unwrap().is_none());
+    }
+}

@@ -1,0 +1,101 @@
+//! Whose turn it is: hands out the URLs of the list, the hosts in turn, from the disk as they are needed.
+//!
+//! Invariant: a host that is down, or has all it may have, holds up no other; of its URLs only a bounded number waits in
+//! memory.
+
+use std::collections::VecDeque;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use futures_util::{FutureExt, Stream};
+use tokio::time::Sleep;
+
+use super::hosts::Hosts;
+use super::list::{Line, List};
+use super::report::host_of;
+
+/// How soon hosts that may have nothing now are asked again.
+const PAUSE: Duration = Duration::from_millis(50);
+
+/// A URL whose turn it is: its slot, and itself.
+pub(crate) type Turn = (u32, String);
+
+/// The stream of all URLs of a list that are to be fetched.
+pub(crate) struct Turns {
+    list: Arc<List>,
+    hosts: Arc<Hosts>,
+    /// Those whose file is there are asked for as well.
+    refresh: bool,
+    /// Of each host that has some left, the next.
+    queue: VecDeque<Next>,
+    left: usize,
+    pause: Option<Pin<Box<Sleep>>>,
+}
+
+struct Next {
+    slot: u32,
+    /// Its line, once it was looked up.
+    line: Option<(Line, String)>,
+}
+
+impl Turns {
+    /// All of `list`, of which `left` are to come.
+    pub(crate) fn new(list: Arc<List>, hosts: Arc<Hosts>, refresh: bool, left: usize) -> Self {
+        let queue = list.firsts().map(|slot| Next { slot, line: None }).collect();
+        Self { list, hosts, refresh, queue, left, pause: None }
+    }
+
+    /// The next URL of a host, if it may have one now; the host goes to the end of the queue.
+    fn take(&mut self, mut next: Next) -> Option<Turn> {
+        while self.list.is_complete(next.slot) && !self.refresh {
+            next = Next { slot: self.list.next(next.slot)?, line: None };
+        }
+        if next.line.is_none() {
+            // A line that cannot be read is told when it is fetched.
+            let line = self.list.line(next.slot).unwrap_or_default();
+            let host = host_of(&line.url);
+            next.line = Some((line, host));
+        }
+        if !next.line.as_ref().is_some_and(|(_, host)| self.hosts.may_begin(host)) {
+            self.queue.push_back(next);
+            return None;
+        }
+        let (line, _) = next.line?;
+        if let Some(slot) = self.list.next(next.slot) {
+            self.queue.push_back(Next { slot, line: None });
+        }
+        Some((next.slot, line.url))
+    }
+}
+
+impl Stream for Turns {
+    type Item = Turn;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Turn>> {
+        loop {
+            for _ in 0..self.queue.len() {
+                let Some(next) = self.queue.pop_front() else { break };
+                if let Some(turn) = self.take(next) {
+                    self.left = self.left.saturating_sub(1);
+                    self.pause = None;
+                    return Poll::Ready(Some(turn));
+                }
+            }
+            if self.queue.is_empty() {
+                self.left = 0;
+                return Poll::Ready(None);
+            }
+            let pause = self.pause.get_or_insert_with(|| Box::pin(tokio::time::sleep(PAUSE)));
+            if pause.poll_unpin(cx).is_pending() {
+                return Poll::Pending;
+            }
+            self.pause = None;
+        }
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.left, (self.left == 0).then_some(0))
+    }
+}

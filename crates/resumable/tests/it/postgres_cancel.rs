@@ -1,0 +1,72 @@
+//! Runs on PostgreSQL, dropped at every await point, and the job completed by another worker.
+
+use std::time::Duration;
+
+use cancel_safe_resumable::{PgStore, TaskError};
+use cancel_safe_testing::{Explore, Report};
+use futures_util::TryStreamExt;
+use sqlx::{AssertSqlSafe, PgConnection};
+
+use crate::postgres::world::{POSTGRES, World, assert_complete, numbers, pool, url, work};
+
+const ITEMS: u64 = 2;
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// A store over sessions of its own: those of an operation may have ended with its runtime, and its leases lapse then.
+fn store(world: &World) -> PgStore {
+    let store = PgStore::new(pool(&url(POSTGRES), 2)).schema(&world.schema).range_items(2);
+    store.lease(Duration::from_millis(500)).tolerate_lost(100)
+}
+
+/// Drops an operation at every point, lets another worker complete the job, and looks for what is missing or twice.
+fn explore(operation: impl AsyncFn(&World) -> Result<(), TaskError>) -> Report {
+    Explore::new().budgets([]).hang_after(PATIENCE).timeout(6 * PATIENCE).run(
+        async || {
+            let world = World::new().await;
+            world.run("CREATE SCHEMA {s}_beside; CREATE TABLE {s}_beside.effect (n bigint)").await;
+            world
+        },
+        &operation,
+        async |world, _| {
+            operation(world).await.map_err(|error| format!("started again: {error}"))?;
+            work(numbers(store(world)), ITEMS).await.map_err(|error| format!("by another: {error}"))?;
+            assert_complete(&store(world), ITEMS).await;
+            let doubled = "SELECT count(*) - count(DISTINCT n) FROM {s}_beside.effect";
+            let doubled = world.number(doubled).await;
+            world.run("DROP SCHEMA {s}_beside CASCADE; DROP SCHEMA {s} CASCADE").await;
+            if doubled == 0 { Ok(()) } else { Err(format!("{doubled} effects are there twice")) }
+        },
+    )
+}
+
+#[test]
+fn a_dropped_run_of_a_fleet_goes_on() {
+    let report = explore(async |world| work(numbers(store(world)).concurrency(2), ITEMS).await.map(drop));
+    report.publish("resumable", "Run::next on PostgreSQL").assert_clean();
+}
+
+#[test]
+fn a_dropped_process_tx_goes_on_and_doubles_no_effect() {
+    let report = explore(async |world| {
+        let schema = &world.schema;
+        let work = async |conn: &mut PgConnection, x: u64| {
+            let insert = format!("INSERT INTO {schema}_beside.effect VALUES ({x})");
+            sqlx::query(AssertSqlSafe(insert)).persistent(false).execute(conn).await?;
+            Ok(x * 2)
+        };
+        numbers(store(world)).concurrency(2).process_tx(0..ITEMS, work).await.map(drop)
+    });
+    report.publish("resumable", "Builder::process_tx").assert_clean();
+}
+
+#[test]
+fn a_dropped_reading_of_results_changes_nothing() {
+    let report = explore(async |world| {
+        match store(world).results::<u64>("numbers").try_for_each(async |_| Ok(())).await {
+            // Nobody has worked on it yet.
+            Err(TaskError::Config(_)) => Ok(()),
+            other => other,
+        }
+    });
+    report.publish("resumable", "PgResults::next").assert_clean();
+}
