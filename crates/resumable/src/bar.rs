@@ -199,7 +199,7 @@ mod tests {
             self.write_str(text)
         }
         fn write_str(&self, text: &str) -> io::Result<()> {
-            self.0.lock().unwrap().push(text.to_owned());
+            self.0.lock().map_err(|_| io::Error::other("poisoned"))?.push(text.to_owned());
             Ok(())
         }
         fn clear_line(&self) -> io::Result<()> {
