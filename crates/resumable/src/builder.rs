@@ -24,6 +24,7 @@ use crate::{
     plan::Plan,
     progress::Progress,
     run::{Run, caught},
+    spawned::spawn,
     store::FileStore,
     stores::{Kind, Store},
 };
@@ -59,6 +60,7 @@ impl<T, R> Builder<T, R> {
                 key: None,
                 revalidate: None,
                 concurrency: 1,
+                parallel: false,
                 max_ahead: 1024,
                 ordered: false,
                 at_most_once: false,
@@ -105,9 +107,20 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how many items run at once. Default: 1.
+    /// Sets how many items run at once, all in the task that polls the run: for items that wait. Default: 1.
     pub fn concurrency(mut self, items: usize) -> Self {
-        self.plan.concurrency = items;
+        (self.plan.concurrency, self.plan.parallel) = (items, false);
+        self
+    }
+
+    /// Runs so many items at once, each in a task of its own on tokio's runtime: for items that compute, on all cores.
+    ///
+    /// They go on while the run is not polled; their results are recorded when it is. When the run ends they have ended:
+    /// those that the token or an error cuts are aborted and awaited. If the run is dropped they are aborted, and the
+    /// checkpoint stays locked until the last of them has ended, so that nothing runs on beside a successor. A task ends
+    /// at its next await: let a long computation make one now and then (`tokio::task::yield_now`).
+    pub fn parallel(mut self, items: usize) -> Self {
+        (self.plan.concurrency, self.plan.parallel) = (items, true);
         self
     }
 
@@ -229,7 +242,13 @@ impl<T, R> Builder<T, R> {
             let opening = async move { PgDrive::open(self.shared(&store)?, *store, source, work, sender).await };
             return Run::new(opening, progress);
         }
-        let opening = async move { Drive::open(self.validated()?, Box::pin(source), caught(work), sender).await };
+        let opening = async move {
+            {
+                let plan = self.validated()?;
+                let spawn = plan.parallel.then_some(spawn as _);
+                Drive::open(plan, Box::pin(source), caught(work), spawn, sender).await
+            }
+        };
         Run::new(opening, progress)
     }
 
@@ -355,6 +374,7 @@ impl<T, R> Builder<T, R> {
                 plan.revalidate.is_some(),
                 "a result that others may have handed out is not run again: no `revalidate` here",
             ),
+            (plan.parallel, "tasks of their own for items are not offered on PostgreSQL: start more workers"),
             (plan.retry_quarantined, "items in quarantine are not tried again on PostgreSQL"),
         ];
         let made = mistakes.iter().find(|(is_made, _)| *is_made).map(|(_, mistake)| *mistake);

@@ -10,7 +10,7 @@ use std::{
 
 use futures_core::Stream;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{sync::watch, time::Instant};
+use tokio::{runtime::Handle, sync::watch, time::Instant};
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
@@ -26,6 +26,7 @@ use crate::{
     plan::Plan,
     progress::{Meter, Pause, Progress},
     record::Recorder,
+    spawned::Spawn,
     stop::Stop,
     store::{self, OpenRequest, Opened, Seal},
     timer::Timer,
@@ -57,7 +58,7 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     work: F,
     /// Seeds the idempotency keys.
     seed: u64,
-    in_flight: InFlight<I, Fut>,
+    in_flight: InFlight<I, R, Fut>,
     announced: Announced<I>,
     waiting: WaitingRoom<I>,
     gate: Gate,
@@ -70,6 +71,8 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
 
 enum Ending {
     Running,
+    /// What still runs is on its way out; then the store is closed.
+    Draining(Result<(), TaskError>),
     /// The store is being closed; then the run ends so, unless the store says worse.
     Closing(Result<(), TaskError>),
     Closed(Option<Result<Summary, TaskError>>),
@@ -105,10 +108,14 @@ where
         plan: Plan<I, R>,
         source: S,
         work: F,
+        spawn: Option<Spawn<R, Fut>>,
         progress: watch::Sender<Progress>,
     ) -> Result<Self, TaskError> {
         if plan.retry.max_attempts > 1 || !plan.grace.is_zero() {
             Timer::default().set(Instant::now())?;
+        }
+        if spawn.is_some() {
+            runtime()?;
         }
         let header = Header {
             salt: fastrand::u64(..),
@@ -130,6 +137,11 @@ where
         .await;
         let gone = |_| Err(std::io::Error::other("the checkpoint thread could not be started").into());
         let Opened { log, history, salt } = opened.unwrap_or_else(gone)?;
+        let recorder = Recorder::new(log, plan.store.path().to_owned(), plan.codec);
+        let in_flight = match spawn {
+            Some(spawn) => InFlight::parallel(runtime()?, spawn, recorder.keeper()),
+            None => InFlight::new(plan.concurrency),
+        };
         Ok(Self {
             stop: Stop::new(plan.token.clone(), plan.grace),
             source: Some(source),
@@ -137,11 +149,11 @@ where
             history,
             work,
             seed: xxh3_64_with_seed(plan.job.as_bytes(), salt),
-            in_flight: InFlight::new(plan.concurrency),
+            in_flight,
             announced: Announced::new(),
             waiting: WaitingRoom::new(),
             gate: Gate::new(plan.concurrency),
-            recorder: Recorder::new(log, plan.store.path().to_owned(), plan.codec),
+            recorder,
             emission: Emission::new(plan.ordered),
             meter: Meter::new(progress),
             ending: Ending::Running,
@@ -157,6 +169,18 @@ where
             }
             match self.ending {
                 Ending::Running => {}
+                Ending::Draining(_) => {
+                    match ready!(self.poll_drained(cx)) {
+                        Some(done) => {
+                            self.meter.item_done(&done);
+                            if let Some(done) = self.emission.offer(done) {
+                                return Poll::Ready(Some(done));
+                            }
+                        }
+                        None => self.close(),
+                    }
+                    continue;
+                }
                 Ending::Closing(_) => {
                     ready!(self.poll_close(cx));
                     continue;
@@ -177,8 +201,8 @@ where
                     }
                 }
                 Poll::Ready(Ok(Step::Again)) => coop.made_progress(),
-                Poll::Ready(Ok(Step::Complete)) => self.close(Ok(())),
-                Poll::Ready(Err(error)) => self.close(Err(error)),
+                Poll::Ready(Ok(Step::Complete)) => self.end(Ok(())),
+                Poll::Ready(Err(error)) => self.end(Err(error)),
                 Poll::Pending => {
                     self.publish();
                     return Poll::Pending;
@@ -191,7 +215,7 @@ where
     pub(crate) fn take_outcome(&mut self) -> Option<Result<Summary, TaskError>> {
         match &mut self.ending {
             Ending::Closed(outcome) => outcome.take(),
-            Ending::Running | Ending::Closing(_) => None,
+            Ending::Running | Ending::Draining(_) | Ending::Closing(_) => None,
         }
     }
 
@@ -200,6 +224,8 @@ where
         loop {
             // Before the token is looked at: a result that is there is never thrown away.
             if let Poll::Ready((ticket, outcome)) = self.in_flight.poll_done(cx) {
+                // A task that is cut by its runtime has not failed: the run ends with the runtime.
+                let Some(outcome) = outcome else { return Poll::Ready(Err(TaskError::Cancelled)) };
                 return Poll::Ready(self.settle(ticket, outcome));
             }
             if self.stop.is_asked_for() {
@@ -356,10 +382,7 @@ where
         let error = match outcome {
             Ok(result) => {
                 self.gate.attempt_ended(ticket.launch);
-                self.recorder.result(&ticket, &result)?;
-                let Ticket { index, key, attempts, .. } = ticket;
-                let done = Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) };
-                return Ok(Step::Finished(done));
+                return self.finish(ticket, result).map(Step::Finished);
             }
             Err(error) => error,
         };
@@ -386,6 +409,13 @@ where
         self.recorder.failure(&ticket, ticket.attempts, &cause)?;
         self.waiting.enter(later(self.plan.retry.delay_after(ticket.attempts)), ticket)?;
         Ok(Step::Again)
+    }
+
+    #[inline]
+    fn finish(&mut self, ticket: Ticket<I>, result: R) -> Result<Done<R>, TaskError> {
+        self.recorder.result(&ticket, &result)?;
+        let Ticket { index, key, attempts, .. } = ticket;
+        Ok(Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) })
     }
 
     /// No item starts before that time.
@@ -417,9 +447,26 @@ where
         Ok(Done { index, key, restored: false, attempts, result })
     }
 
-    fn close(&mut self, outcome: Result<(), TaskError>) {
+    fn end(&mut self, outcome: Result<(), TaskError>) {
         // What is still running is dropped before the file is let go: a successor never overlaps with it.
-        self.in_flight.clear();
+        self.in_flight.cut();
+        self.ending = Ending::Draining(outcome);
+    }
+
+    /// Waits until nothing runs any more. What is done when it is cut is done.
+    fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
+        while self.in_flight.len() > 0 {
+            if let (ticket, Some(Ok(result))) = ready!(self.in_flight.poll_done(cx))
+                && let Ok(done) = self.finish(ticket, result)
+            {
+                return Poll::Ready(Some(done));
+            }
+        }
+        Poll::Ready(None)
+    }
+
+    fn close(&mut self) {
+        let Ending::Draining(outcome) = std::mem::replace(&mut self.ending, Ending::Running) else { return };
         self.announced.withdraw_all(&mut self.recorder);
         self.publish();
         let (total, digest) = (self.intake.position as u64, self.intake.chain);
@@ -458,4 +505,8 @@ impl<I, R, S, F, Fut> Drop for Drive<I, R, S, F, Fut> {
     fn drop(&mut self) {
         self.announced.withdraw_all(&mut self.recorder);
     }
+}
+
+fn runtime() -> Result<Handle, TaskError> {
+    Handle::try_current().map_err(|_| TaskError::Config("items in tasks of their own need tokio's runtime"))
 }

@@ -12,11 +12,15 @@ use std::{
 use futures_core::Stream;
 use futures_util::stream::FuturesUnordered;
 use pin_project_lite::pin_project;
-use tokio::time::Instant;
+use tokio::{runtime::Handle, time::Instant};
 
-use crate::{error::TaskError, timer::Timer};
-
-pub(crate) use crate::item::LONGEST_WAIT;
+use crate::{
+    error::TaskError,
+    item::ItemError,
+    spawned::{Spawn, Spawned},
+    store::Keeper,
+    timer::Timer,
+};
 
 /// An item that is not finished.
 #[derive(Debug)]
@@ -51,52 +55,76 @@ impl<I, Fut: Future> Future for Attempt<I, Fut> {
 }
 
 /// The attempts that are running.
-pub(crate) enum InFlight<I, Fut> {
+pub(crate) enum InFlight<I, R, Fut> {
     /// One at a time needs no list: its place is allocated once for the whole run.
     One(Pin<Box<Option<Attempt<I, Fut>>>>),
     Many(FuturesUnordered<Attempt<I, Fut>>),
+    /// Each in a task of its own.
+    Parallel {
+        runtime: Handle,
+        spawn: Spawn<R, Fut>,
+        keeper: Keeper,
+        tasks: FuturesUnordered<Attempt<I, Spawned<R>>>,
+    },
 }
 
-impl<I, Fut: Future> InFlight<I, Fut> {
+impl<I, R, Fut> InFlight<I, R, Fut> {
     pub(crate) fn new(concurrency: usize) -> Self {
         if concurrency == 1 { Self::One(Box::pin(None)) } else { Self::Many(FuturesUnordered::new()) }
+    }
+
+    pub(crate) fn parallel(runtime: Handle, spawn: Spawn<R, Fut>, keeper: Keeper) -> Self {
+        Self::Parallel { runtime, spawn, keeper, tasks: FuturesUnordered::new() }
     }
 
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::One(slot) => usize::from(slot.is_some()),
             Self::Many(set) => set.len(),
+            Self::Parallel { tasks, .. } => tasks.len(),
         }
     }
 
-    pub(crate) fn start(&mut self, ticket: Ticket<I>, future: Fut) {
-        let attempt = Attempt { ticket: Some(ticket), future };
-        match self {
-            Self::One(slot) => slot.set(Some(attempt)),
-            Self::Many(set) => set.push(attempt),
-        }
-    }
-
-    /// Drops all that is running.
-    pub(crate) fn clear(&mut self) {
+    /// Drops what runs here, and asks what runs in tasks to end: that is out of the way when it has left `poll_done`.
+    pub(crate) fn cut(&mut self) {
         match self {
             Self::One(slot) => slot.set(None),
             Self::Many(set) => set.clear(),
+            Self::Parallel { tasks, .. } => {
+                Pin::new(tasks).iter_pin_mut().for_each(|task| task.project().future.abort())
+            }
+        }
+    }
+}
+
+impl<I, R, Fut: Future<Output = Result<R, ItemError>>> InFlight<I, R, Fut> {
+    pub(crate) fn start(&mut self, ticket: Ticket<I>, future: Fut) {
+        let ticket = Some(ticket);
+        match self {
+            Self::One(slot) => slot.set(Some(Attempt { ticket, future })),
+            Self::Many(set) => set.push(Attempt { ticket, future }),
+            Self::Parallel { runtime, spawn, keeper, tasks } => {
+                tasks.push(Attempt { ticket, future: spawn(runtime, future, keeper.clone()) });
+            }
         }
     }
 
-    /// Returns a finished attempt, or `Pending` if there is none.
+    /// Returns an attempt that has ended, and how, unless its task was cut; `Pending` if there is none.
     #[inline]
-    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Fut::Output)> {
+    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Option<Fut::Output>)> {
         match self {
             Self::One(slot) => {
                 let Some(attempt) = slot.as_mut().as_pin_mut() else { return Poll::Pending };
-                let done = ready!(attempt.poll(cx));
+                let (ticket, outcome) = ready!(attempt.poll(cx));
                 slot.set(None);
-                Poll::Ready(done)
+                Poll::Ready((ticket, Some(outcome)))
             }
             Self::Many(set) => match Pin::new(set).poll_next(cx) {
-                Poll::Ready(Some(done)) => Poll::Ready(done),
+                Poll::Ready(Some((ticket, outcome))) => Poll::Ready((ticket, Some(outcome))),
+                Poll::Ready(None) | Poll::Pending => Poll::Pending,
+            },
+            Self::Parallel { tasks, .. } => match Pin::new(tasks).poll_next(cx) {
+                Poll::Ready(Some(ended)) => Poll::Ready(ended),
                 Poll::Ready(None) | Poll::Pending => Poll::Pending,
             },
         }

@@ -139,7 +139,8 @@
 //!
 //! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
 //!   second run begin beside the first, until that one notices (within a second).
-//! - Items are driven by the future itself and not spawned: it must be polled for them to make progress.
+//! - Items are driven by the future itself and not spawned, unless they are [`parallel`](Builder::parallel): it must be
+//!   polled for them to make progress, and for their results to be recorded.
 //! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
 //!   the run. It holds a byte of each item in memory; where results are large or lie in no order, 16 more; of a run by key
 //!   all keys.
@@ -208,6 +209,7 @@ mod record;
 mod run;
 mod scan;
 mod shape;
+mod spawned;
 mod stop;
 mod store;
 mod stores;

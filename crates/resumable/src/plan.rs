@@ -20,6 +20,7 @@ pub(crate) struct Plan<I, R> {
     pub(crate) key: Option<KeyFn<I>>,
     pub(crate) revalidate: Option<RevalidateFn<I, R>>,
     pub(crate) concurrency: usize,
+    pub(crate) parallel: bool,
     pub(crate) max_ahead: usize,
     pub(crate) ordered: bool,
     pub(crate) at_most_once: bool,

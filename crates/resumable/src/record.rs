@@ -17,7 +17,7 @@ use crate::{
     history::{begin_payload, put_failure},
     log::{Kind, MAX_PAYLOAD_BYTES},
     proof::Prover,
-    store::{Failed, Log, Marks, Seal},
+    store::{Failed, Keeper, Log, Marks, Seal},
 };
 
 /// The way from the items to the log. Dropping it lets the checkpoint be written, synced and unlocked.
@@ -130,6 +130,11 @@ impl Recorder {
             Poll::Ready(Err(Failed)) => Err(self.store_failed()),
             Poll::Ready(Ok(())) | Poll::Pending => Ok(()),
         }
+    }
+
+    /// Keeps the file locked when all else of the run is gone.
+    pub(crate) fn keeper(&self) -> Keeper {
+        self.log.keeper()
     }
 
     /// Asks for all of it, the seal last, to be made durable and for the file to be unlocked.

@@ -21,8 +21,8 @@ use crate::{
     disk::{append, check_place},
     error::{TaskError, in_context},
     file::{OpenFile, compact_complete, compact_free, open_locked},
-    flight::LONGEST_WAIT,
     history::History,
+    item::LONGEST_WAIT,
     log::{Blocks, Chain, Header, Kind},
 };
 
@@ -153,6 +153,7 @@ pub(crate) struct Failed;
 #[derive(Debug)]
 pub(crate) struct Log {
     shared: Arc<Shared>,
+    keeper: Keeper,
     closed: oneshot::Receiver<io::Result<()>>,
     /// Why nothing can be added, if the checkpoint is only to be read.
     refusal: Option<TaskError>,
@@ -209,7 +210,8 @@ impl Log {
     fn refusing(refusal: TaskError) -> Self {
         let (done, closed) = oneshot::channel();
         drop(done.send(Ok(())));
-        Self { shared: Arc::default(), closed, refusal: Some(refusal) }
+        let shared = Arc::default();
+        Self { keeper: Keeper::of(&shared), shared, closed, refusal: Some(refusal) }
     }
 
     /// To be asked before the first item is started: a complete checkpoint may be open only to be read, and then there
@@ -283,6 +285,11 @@ impl Log {
         if state.blocks.len() < FULL_AT_BYTES { Poll::Ready(Ok(())) } else { Poll::Pending }
     }
 
+    /// Keeps the file locked when the log is gone.
+    pub(crate) fn keeper(&self) -> Keeper {
+        self.keeper.clone()
+    }
+
     /// Asks the thread to write what there is, the seal last, sync it and unlock the file.
     pub(crate) fn stop(&self, seal: Option<Seal>) {
         let mut state = self.shared.lock();
@@ -301,12 +308,29 @@ impl Log {
 
 impl Drop for Log {
     fn drop(&mut self) {
-        let mut state = self.shared.lock();
-        state.waiting = None;
-        let stopped = std::mem::replace(&mut state.stop, true);
-        drop(state);
-        if !stopped {
-            self.shared.changed.notify_one();
+        self.shared.lock().waiting = None;
+    }
+}
+
+/// The file is locked as long as there is one of these, or until [`Log::stop`].
+#[derive(Clone, Debug)]
+pub(crate) struct Keeper {
+    _last: Arc<StopOnDrop>,
+}
+
+impl Keeper {
+    fn of(shared: &Arc<Shared>) -> Self {
+        Self { _last: Arc::new(StopOnDrop(Arc::clone(shared))) }
+    }
+}
+
+#[derive(Debug)]
+struct StopOnDrop(Arc<Shared>);
+
+impl Drop for StopOnDrop {
+    fn drop(&mut self) {
+        if !std::mem::replace(&mut self.0.lock().stop, true) {
+            self.0.changed.notify_one();
         }
     }
 }
@@ -331,7 +355,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     shared.lock().every_items = request.every_items;
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
-    let log = Log { shared: Arc::clone(&shared), closed, refusal: None };
+    let log = Log { keeper: Keeper::of(&shared), shared: Arc::clone(&shared), closed, refusal: None };
     // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
     drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
     let mut writer = Writer { file, path: &path, chain, end, epoch, wrote: false };

@@ -237,7 +237,7 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
             }
         };
         let items = stream::iter(self.items.iter());
-        let mut drive = Drive::open(plan, items, on_copy, self.progress.clone()).await?;
+        let mut drive = Drive::open(plan, items, on_copy, None, self.progress.clone()).await?;
         let mut results = Vec::with_capacity(self.items.len());
         // One item at a time comes out in the order of the input.
         while let Some(done) = std::future::poll_fn(|cx| drive.poll_next(cx)).await {

@@ -141,6 +141,38 @@ fn a_dropped_finish_goes_on() {
 }
 
 #[test]
+fn a_dropped_run_of_tasks_goes_on() {
+    let tasks = async |path: &Path| {
+        let builder = ResumableTask::builder("run").store(FileStore::at(path)).parallel(2).ordered();
+        let mut run = builder.stream(0..ITEMS, |_, x| async move {
+            tokio::task::yield_now().await;
+            Ok(x * 2)
+        });
+        let mut results = Vec::new();
+        while let Some(done) = run.next().await {
+            results.extend(done.result.ok());
+        }
+        run.finish().await.map(|_| results)
+    };
+    let ways = [Way::Eager, Way::Settled, Way::Shutdown];
+    explore_run(&ways, tasks).publish("resumable", "Run::next(parallel)").assert_clean();
+}
+
+#[test]
+fn a_dropped_collect_goes_on() {
+    let collect = async |path: &Path| {
+        let builder = ResumableTask::builder("run").store(FileStore::at(path)).concurrency(2);
+        let work = |_, x| async move {
+            tokio::task::yield_now().await;
+            Ok(x * 2)
+        };
+        builder.collect(0..ITEMS, work).await
+    };
+    let ways = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic];
+    explore_run(&ways, collect).publish("resumable", "Builder::collect").assert_clean();
+}
+
+#[test]
 fn a_run_that_crashed_goes_on() {
     explore_run(&[Way::Crash], run).publish("resumable", "Run::next(crash)").assert_clean();
 }

@@ -14,6 +14,7 @@ mod golden;
 mod happy;
 mod input;
 mod items;
+mod parallel;
 mod pause;
 #[cfg(feature = "postgres")]
 mod postgres;
