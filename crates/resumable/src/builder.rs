@@ -243,11 +243,9 @@ impl<T, R> Builder<T, R> {
             return Run::new(opening, progress);
         }
         let opening = async move {
-            {
-                let plan = self.validated()?;
-                let spawn = plan.parallel.then_some(spawn as _);
-                Drive::open(plan, Box::pin(source), caught(work), spawn, sender).await
-            }
+            let plan = self.validated()?;
+            let spawn = plan.parallel.then_some(spawn as _);
+            Drive::open(plan, Box::pin(source), caught(work), spawn, sender).await
         };
         Run::new(opening, progress)
     }
