@@ -52,8 +52,6 @@ fn main() -> ExitCode {
             return ExitCode::from(exit as u8);
         }
     };
-    // Only the first call of a process has an effect, and this is it.
-    drop(tokio_rustls::rustls::crypto::ring::default_provider().install_default());
     if args.lifeline {
         end_with_input();
     }

@@ -27,7 +27,6 @@ use tokio_rustls::{
     TlsAcceptor,
     rustls::{
         ServerConfig,
-        crypto::ring,
         pki_types::{CertificateDer, PrivatePkcs8KeyDer},
     },
 };
@@ -37,7 +36,6 @@ const KEY: &[u8] = include_bytes!("tls/localhost.key.der");
 
 /// A server of HTTP/2 and HTTP/1 over TLS, which answers `/slow` never and everything else with the path.
 async fn serve() -> (SocketAddr, Arc<AtomicUsize>) {
-    install();
     let mut config = ServerConfig::builder()
         .with_no_client_auth()
         .with_single_cert(vec![CertificateDer::from(CERTIFICATE)], PrivatePkcs8KeyDer::from(KEY).into())
@@ -70,13 +68,7 @@ async fn serve() -> (SocketAddr, Arc<AtomicUsize>) {
     (address, connections)
 }
 
-/// Chooses the cryptography of the process, because reqwest is built without one; the first of the tests does it for all.
-fn install() {
-    drop(ring::default_provider().install_default());
-}
-
 fn client() -> TimeoutClient {
-    install();
     let certificate = reqwest::Certificate::from_der(CERTIFICATE).unwrap();
     let reqwest = reqwest::Client::builder().tls_certs_only([certificate]).build().unwrap();
     TimeoutClient::builder().reqwest(reqwest).breaker(BreakerConfig::default()).build().unwrap()
