@@ -6,7 +6,7 @@
 
 use std::path::Path;
 
-use cancel_safe_atomic_fs as atomic_fs;
+use cancel_safe_atomic_fs::{self as atomic_fs, Error};
 use cancel_safe_testing::{Explore, Report};
 use tokio::fs::File;
 use tokio::io::AsyncWriteExt;
@@ -20,7 +20,7 @@ async fn write_user_data(path: &Path, data: &[u8]) -> std::io::Result<()> {
 }
 
 // Mended:
-async fn write_user_data_safe(path: &Path, data: &[u8]) -> Result<(), atomic_fs::Error> {
+async fn write_user_data_safe(path: &Path, data: &[u8]) -> Result<(), Error> {
     atomic_fs::write(path, [b"HEADER:", data].concat()).await
 }
 
