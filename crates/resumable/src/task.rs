@@ -53,7 +53,7 @@ use crate::{
 /// let squares = map(&path, 0..1000u64, |n| async move { n * n }).await?;
 /// assert_eq!(squares[999], 998_001);
 /// // The checkpoint is the result: the second call runs nothing.
-/// let again = map(&path, 0..1000u64, |_| async move { unreachable!() }).await?;
+/// let again: Vec<u64> = map(&path, 0..1000, |_: u64| async { unreachable!() }).await?;
 /// assert_eq!(squares, again);
 /// # Ok(())
 /// # }
