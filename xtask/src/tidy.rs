@@ -133,7 +133,7 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
                 imports.read(&room, text);
             }
         }
-        findings.extend(imports.check(package.short_name()).into_iter().map(|fix| Finding {
+        findings.extend(imports.check().into_iter().map(|fix| Finding {
             path: shown(&library),
             line: 1,
             rule: "circle",

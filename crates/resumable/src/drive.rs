@@ -17,6 +17,7 @@ use crate::{
     announce::Announced,
     emit::Emission,
     error::TaskError,
+    file::OpenRequest,
     flight::{InFlight, Ticket, WaitingRoom},
     gate::Gate,
     history::{History, Past},
@@ -28,7 +29,7 @@ use crate::{
     record::Recorder,
     spawned::Spawn,
     stop::Stop,
-    store::{self, OpenRequest, Opened, Seal},
+    store::{self, Opened, Pace, Seal},
     timer::Timer,
 };
 
@@ -125,16 +126,10 @@ where
             version: plan.version.clone(),
             result_type: std::any::type_name::<R>().to_owned(),
         };
-        let (store, accepted) = (plan.store.clone(), plan.accepted.clone());
-        let opened = store::open(OpenRequest {
-            store,
-            header,
-            accepted,
-            every: plan.every,
-            every_items: plan.every_items,
-            token: plan.token.clone(),
-        })
-        .await;
+        let (path, wait) = (plan.store.path().to_owned(), plan.store.wait);
+        let request = OpenRequest { path, wait, header, accepted: plan.accepted.clone() };
+        let pace = Pace { every: plan.every, every_items: plan.every_items };
+        let opened = store::open(request, pace, plan.token.clone()).await;
         let gone = |_| Err(std::io::Error::other("the checkpoint thread could not be started").into());
         let Opened { log, history, salt } = opened.unwrap_or_else(gone)?;
         let recorder = Recorder::new(log, plan.store.path().to_owned(), plan.codec);

@@ -22,7 +22,6 @@ use crate::{
     history::History,
     log::Header,
     scan::read_header,
-    store::OpenRequest,
 };
 
 /// How often a successor looks whether the lock is free.
@@ -31,6 +30,18 @@ const LOCK_POLL: Duration = Duration::from_millis(2);
 const OPEN_TRIES: u32 = 100;
 /// As many symlinks as Linux follows.
 const MOST_LINKS: u32 = 40;
+
+/// What is to be opened.
+#[derive(Debug)]
+pub(crate) struct OpenRequest {
+    pub(crate) path: PathBuf,
+    /// How long to wait for a run that still holds the file.
+    pub(crate) wait: Duration,
+    /// The header of a new file, and what that of an existing one must say, but for the salt.
+    pub(crate) header: Header,
+    /// Versions whose results are accepted although version or result type differ.
+    pub(crate) accepted: Vec<String>,
+}
 
 /// An open checkpoint.
 #[derive(Debug)]
@@ -46,7 +57,7 @@ pub(crate) enum OpenFile {
 /// Gives up waiting for the lock once the run is cancelled or gone. A complete file needs neither the lock nor a way to
 /// write to it.
 pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<OpenFile, TaskError> {
-    let (path, wait) = (request.store.path(), request.store.wait);
+    let (path, wait) = (&*request.path, request.wait);
     let (mut torn_bytes, mut was_compacted) = (0, false);
     for _ in 0..OPEN_TRIES {
         match open_to_append(path) {
@@ -173,7 +184,7 @@ fn complete(file: &File, request: &OpenRequest, refusal: TaskError) -> Result<Op
 
 /// Reads a file and checks that it belongs to this computation.
 fn read(file: &Arc<File>, request: &OpenRequest) -> Result<History, TaskError> {
-    let path = request.store.path();
+    let path = &*request.path;
     let unread = |unread| TaskError::unreadable(path, unread);
     let (stored, from) = read_header(&**file).map_err(unread)?;
     check_header(request, &stored)?;
@@ -202,7 +213,7 @@ fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError>
     let given = &request.header;
     let mismatch = |field, stored: &str, given: &str| {
         let (stored, given) = (stored.to_owned(), given.to_owned());
-        Err(TaskError::VersionMismatch { path: request.store.path().to_owned(), field, stored, given })
+        Err(TaskError::VersionMismatch { path: request.path.clone(), field, stored, given })
     };
     if stored.job != given.job {
         return mismatch("job", &stored.job, &given.job);

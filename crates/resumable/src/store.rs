@@ -20,10 +20,10 @@ use crate::{
     compact::is_due,
     disk::{append, check_place},
     error::{TaskError, in_context},
-    file::{OpenFile, compact_complete, compact_free, open_locked},
+    file::{OpenFile, OpenRequest, compact_complete, compact_free, open_locked},
     history::History,
     item::LONGEST_WAIT,
-    log::{Blocks, Chain, Header, Kind},
+    log::{Blocks, Chain, Kind},
 };
 
 /// A full buffer of this size is written without waiting for the interval; it is synced when the interval is over.
@@ -89,19 +89,12 @@ pub struct Compacted {
     pub after_bytes: u64,
 }
 
-/// What the thread needs to know to open the file.
-#[derive(Debug)]
-pub(crate) struct OpenRequest {
-    pub(crate) store: FileStore,
-    /// The header of a new file, and what that of an existing one must say, but for the salt.
-    pub(crate) header: Header,
-    /// Versions whose results are accepted although version or result type differ.
-    pub(crate) accepted: Vec<String>,
+/// When the thread syncs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pace {
     pub(crate) every: Duration,
     /// As many unsynced records end the interval.
     pub(crate) every_items: u64,
-    /// Ends the wait for another run that holds the file.
-    pub(crate) token: CancellationToken,
 }
 
 /// An open checkpoint: what it holds, and the way to add to it.
@@ -112,11 +105,17 @@ pub(crate) struct Opened {
     pub(crate) salt: u64,
 }
 
-/// Starts the checkpoint thread, which opens the file and then writes to it until its [`Log`] is closed or dropped.
-pub(crate) fn open(request: OpenRequest) -> oneshot::Receiver<Result<Opened, TaskError>> {
+/// Starts the checkpoint thread, which opens the file and then writes to it until its [`Log`] is closed or dropped. The
+/// token ends the wait for another run that holds the file.
+pub(crate) fn open(
+    request: OpenRequest,
+    pace: Pace,
+    token: CancellationToken,
+) -> oneshot::Receiver<Result<Opened, TaskError>> {
     let (reply, opened) = oneshot::channel();
     // A failed spawn drops the sender with the closure, and the receiver reports the thread as gone.
-    let _detached = thread::Builder::new().name("checkpoint".to_owned()).spawn(move || run(request, reply));
+    let _detached =
+        thread::Builder::new().name("checkpoint".to_owned()).spawn(move || run(&request, pace, &token, reply));
     opened
 }
 
@@ -336,10 +335,15 @@ impl Drop for StopOnDrop {
 }
 
 /// The life of the checkpoint thread.
-fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) {
-    let path = request.store.path.clone();
+fn run(
+    request: &OpenRequest,
+    pace: Pace,
+    token: &CancellationToken,
+    reply: oneshot::Sender<Result<Opened, TaskError>>,
+) {
+    let path = &request.path;
     // Nobody to tell means, here and below, that the run was dropped while it opened.
-    let (file, history) = match open_locked(&request, || reply.is_closed() || request.token.is_cancelled()) {
+    let (file, history) = match open_locked(request, || reply.is_closed() || token.is_cancelled()) {
         Ok(OpenFile::Locked(file, history)) => (file, history),
         Ok(OpenFile::Complete(history, refusal)) => {
             let (log, salt) = (Log::refusing(refusal), history.chain.salt);
@@ -352,18 +356,18 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
         }
     };
     let shared = Arc::new(Shared::default());
-    shared.lock().every_items = request.every_items;
+    shared.lock().every_items = pace.every_items;
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
     let log = Log { keeper: Keeper::of(&shared), shared: Arc::clone(&shared), closed, refusal: None };
     // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
     drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
-    let mut writer = Writer { file, path: &path, chain, end, epoch, wrote: false };
-    let outcome = write_until_stopped(&shared, &mut writer, request.every);
+    let mut writer = Writer { file, path, chain, end, epoch, wrote: false };
+    let outcome = write_until_stopped(&shared, &mut writer, pace.every);
     let counted = shared.lock().counted_bytes();
     if outcome.is_ok() && counted.is_some_and(|counted| is_due(writer.end, counted)) {
         // The file is whole and durable with or without it.
-        drop(compact_complete(&writer.file, &path));
+        drop(compact_complete(&writer.file, path));
     }
     if outcome.is_err() {
         let mut state = shared.lock();
@@ -374,7 +378,7 @@ fn run(request: OpenRequest, reply: oneshot::Sender<Result<Opened, TaskError>>) 
     // hold a copy of the handle, and would keep the lock until its exec.
     let unlocked = writer.file.unlock();
     drop(writer);
-    let outcome = outcome.and(unlocked).map_err(|error| in_context("write checkpoint", &path, error));
+    let outcome = outcome.and(unlocked).map_err(|error| in_context("write checkpoint", path, error));
     // The other side is gone if the run was dropped; then the next one reads what is in the file.
     drop(done.send(outcome));
 }

@@ -1,13 +1,10 @@
 //! The rule that the imports of a crate's files point one way.
 //!
-//! Invariant: a circle that is allowed today is named here as a whole, and no longer than it is there.
+//! Invariant: no circle is allowed, over however many files it goes.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proc_macro2::{Group, TokenStream, TokenTree};
-
-/// The circles that are not mended yet: the crate's directory, and the files.
-const UNMENDED: [(&str, &[&str]); 1] = [("resumable", &["file", "store"])];
 
 /// Which of its own files each file of a crate imports. A folder and the file of its name are one room.
 #[derive(Debug, Default)]
@@ -21,10 +18,12 @@ impl Imports {
         imports(tokens, self.0.entry(room.to_owned()).or_default());
     }
 
-    /// What to do about the circles of the crate in the directory `krate`.
-    pub(super) fn check(&self, krate: &str) -> Vec<String> {
-        let allowed = UNMENDED.iter().filter(|(of, _)| *of == krate).map(|(_, files)| *files);
-        against(&self.circles(), &allowed.collect::<Vec<_>>())
+    /// What to do about the circles.
+    pub(super) fn check(&self) -> Vec<String> {
+        let told = |circle: &Vec<&str>| {
+            format!("{} import each other: move what they share to a file below", circle.join(", "))
+        };
+        self.circles().iter().map(told).collect()
     }
 
     /// Each set of files that import each other, directly or over others.
@@ -51,15 +50,6 @@ impl Imports {
         }
         reached
     }
-}
-
-fn against(circles: &BTreeSet<Vec<&str>>, allowed: &[&[&str]]) -> Vec<String> {
-    let new = circles.iter().filter(|circle| !allowed.contains(&circle.as_slice()));
-    let stale = allowed.iter().filter(|circle| !circles.contains(**circle));
-    let told =
-        new.map(|circle| format!("{} import each other: move what they share to a file below", circle.join(", ")));
-    let mended = stale.map(|circle| format!("{} are no circle any more: take it out of UNMENDED", circle.join(", ")));
-    told.chain(mended).collect()
 }
 
 /// Collects the first names of all paths that begin with `crate::`, but for those in the tests of a file.
@@ -118,7 +108,7 @@ mod tests {
             ),
             ("bottom", "fn go() {}\n#[cfg(test)] mod tests { use crate::top::X; }"),
         ]);
-        assert_eq!(read.check("testing"), Vec::<String>::new());
+        assert_eq!(read.check(), Vec::<String>::new());
     }
 
     #[test]
@@ -129,14 +119,6 @@ mod tests {
             ("c", "use crate::{d, a::{Y, Z}};"),
             ("d", "use crate::d::inner;"),
         ]);
-        assert_eq!(read.check("testing"), ["a, b, c import each other: move what they share to a file below"]);
-    }
-
-    #[test]
-    fn an_allowed_circle_that_is_gone_or_has_grown_is_found() {
-        let circles = |list: &[&[&'static str]]| list.iter().map(|circle| circle.to_vec()).collect();
-        assert_eq!(against(&circles(&[&["a", "b"]]), &[&["a", "b"]]), Vec::<String>::new());
-        assert_eq!(against(&circles(&[]), &[&["a", "b"]]).len(), 1);
-        assert_eq!(against(&circles(&[&["a", "b", "c"]]), &[&["a", "b"]]).len(), 2);
+        assert_eq!(read.check(), ["a, b, c import each other: move what they share to a file below"]);
     }
 }
