@@ -10,15 +10,9 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-#[cfg(feature = "postgres")]
-use crate::postgres::{
-    PgStore,
-    drive::{PgDrive, Running},
-    transactional,
-};
 use crate::{
     codec::Codec,
-    drive::{Drive, Summary},
+    drive::Drive,
     error::TaskError,
     item::{ItemContext, ItemError, Retry},
     plan::Plan,
@@ -27,6 +21,15 @@ use crate::{
     spawned::spawn,
     store::FileStore,
     stores::{Kind, Store},
+};
+#[cfg(feature = "postgres")]
+use crate::{
+    drive::Summary,
+    postgres::{
+        PgStore,
+        drive::{PgDrive, Running},
+        transactional,
+    },
 };
 
 /// The version of a computation that does not say another.
