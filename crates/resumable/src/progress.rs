@@ -38,7 +38,7 @@ pub struct Progress {
     pub failed: usize,
     /// All items, if [`is_total_known`](Self::is_total_known); else those that are known of so far.
     pub total: usize,
-    /// Items that this session alone finished per second, of late: over the last 30 seconds in which it worked, or, where
+    /// Items that this session alone finished per second, of late: over the last 20 seconds in which it worked, or, where
     /// items take longer, over the last four.
     pub session_rate: f64,
     /// The time the rest takes at this rate, and what is left of a pause. None as long as there is no rate or the total is

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 /// The time the rate is taken over, once there are enough items in it.
-const WINDOW: Duration = Duration::from_secs(30);
+const WINDOW: Duration = Duration::from_secs(20);
 /// With fewer items than this in the window, it reaches further back.
 const LEAST_ITEMS: u64 = 4;
 /// As many steps are remembered, no closer to each other than a part of the window: it is exact to this part.
@@ -117,6 +117,15 @@ mod tests {
                 assert!((seen / truth - 1.0).abs() < 0.1, "{before:?}, then {behind:?}: {seen} instead of {truth}");
             }
         }
+    }
+
+    #[test]
+    fn half_a_minute_after_a_slow_down_the_rate_is_no_longer_that_of_before() {
+        let (mut now, mut items) = (Instant::now(), 0);
+        let mut rate = Rate::begun(now);
+        after(&mut rate, &mut now, &mut items, Duration::from_millis(1), 1_000);
+        let seen = after(&mut rate, &mut now, &mut items, Duration::from_millis(100), 300);
+        assert!((seen / 10.0 - 1.0).abs() < 0.1, "{seen} instead of 10");
     }
 
     #[test]
