@@ -88,31 +88,48 @@ impl Ledger {
     /// Orders until the server closes the connection.
     async fn order_by_http1(self, addr: SocketAddr) -> Result<(), BoxError> {
         let (mut send, connection) = http1::handshake(TokioIo::new(TcpStream::connect(addr).await?)).await?;
-        let connection = tokio::spawn(connection);
-        loop {
-            send.ready().await?;
-            let (row, request) = self.request();
-            if let Err(error) = self.note(row, send.send_request(request).await?).await {
-                drop(connection.await);
-                return Err(error.into());
+        let orders = async move {
+            loop {
+                send.ready().await?;
+                let (row, request) = self.request();
+                self.note(row, send.send_request(request).await?).await?;
             }
-        }
+        };
+        until_closed(orders, connection).await
     }
 
     /// The same, with two requests at a time.
     async fn order_by_http2(self, addr: SocketAddr) -> Result<(), BoxError> {
         let stream = TokioIo::new(TcpStream::connect(addr).await?);
         let (mut send, connection) = http2::handshake(TokioExecutor::new(), stream).await?;
-        drop(tokio::spawn(connection));
-        loop {
-            send.ready().await?;
-            let ((one, first), (two, second)) = (self.request(), self.request());
-            let (first, second) = tokio::join!(send.send_request(first), send.clone().send_request(second));
-            let (first, second) = (first?, second?);
-            self.note(one, first).await?;
-            self.note(two, second).await?;
-        }
+        let orders = async move {
+            loop {
+                send.ready().await?;
+                let ((one, first), (two, second)) = (self.request(), self.request());
+                let (first, second) = tokio::join!(send.send_request(first), send.clone().send_request(second));
+                let (first, second) = (first?, second?);
+                self.note(one, first).await?;
+                self.note(two, second).await?;
+            }
+        };
+        until_closed(orders, connection).await
     }
+}
+
+/// Runs the orders of one client until they fail or the connection has ended. The orders alone may wait for ever: a request
+/// that hyper queues in the moment in which the connection's task drops the queue stays there for as long as there is a
+/// sender.
+async fn until_closed(
+    orders: impl Future<Output = Result<(), BoxError>>,
+    connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
+) -> Result<(), BoxError> {
+    let mut connection = tokio::spawn(connection);
+    tokio::select! {
+        biased;
+        ended = orders => ended?,
+        ended = &mut connection => return Ok(ended??),
+    }
+    Ok(connection.await??)
 }
 
 /// One server, from its start to the last word of its clients. Returns how many orders were answered, and what
