@@ -197,7 +197,7 @@
 //!
 //! # Limitations
 //!
-//! - Budgets and points:
+//! Budgets and points:
 //!
 //! - Only tokio's leaf futures can be starved, and only those of the operation itself.
 //! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
@@ -209,17 +209,15 @@
 //! - The cost grows with the square of the number of points. Explore operations, not programs.
 //!
 //! The world around the operation:
+//!
 //! - With paused time, a blocking job of the setup that never ends stops tokio's clock, as in any tokio runtime.
 //! - Sockets, and databases with their own threads, finish at any time: the number of points varies, and the report
 //!   [says so](Report::is_varied).
 //! - `select!` without `biased` is random by design; the report names it as the likely cause of variation.
 //! - In [`Way::Shutdown`] the check runs on a fresh runtime: a pool or a connection made in the setup is dead there. If
 //!   a task of the setup keeps it alive, this way is left out by default; otherwise use the other ways.
-//! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
-//!   one; points beyond that are a little less starved.
 //! - Torn sections are seen only on the thread that explores, and only those of the `cancel-safe-guard` version that
 //!   this crate depends on; another major version has its own sections.
-//! - The cost grows with the square of the number of points. Explore operations, not programs.
 //! - Code that blocks its thread without ever awaiting cannot be stopped from within; nor can a spawned task.
 //! - A panic in a `Drop` while [`Way::Panic`] unwinds aborts the process, as it would in production.
 //!
