@@ -50,6 +50,9 @@ impl Section {
 pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure> {
     let sections: Vec<Section> =
         Section::value_variants().iter().copied().filter(|section| only.is_empty() || only.contains(section)).collect();
+    if sections.iter().any(|section| matches!(section, Section::Tests | Section::Doctests)) {
+        Wanted::ALL.can_be_had()?;
+    }
     let mut run = Run { workspace, databases: None, tally: None, tarballs: Vec::new() };
     let mut times = Vec::new();
     for (index, &section) in sections.iter().enumerate() {
@@ -101,7 +104,7 @@ impl Run<'_> {
     fn suite(&mut self, scope: impl FnOnce(Databases) -> Scope) -> Result<(), Failure> {
         let databases = match self.databases.take() {
             Some(databases) => databases,
-            None => Databases::for_tests(Wanted { postgres: true, mysql: true, pgbouncer: true })?,
+            None => Databases::for_tests(Wanted::ALL)?,
         };
         let scope = scope(databases);
         let tally = suite::run(self.workspace, &scope)?;
