@@ -1,7 +1,7 @@
-//! The same for threads that may block, and for programs without a runtime.
+//! The same functions for threads that may block, and for programs without a runtime.
 //!
-//! Invariant: everything but cancellation is as in the async functions, because it is the same code. Only [`write()`] runs
-//! on the thread that calls it; the others let it wait for threads of this crate's own.
+//! Invariant: everything but cancellation works as in the async functions, because it is the same code. Only
+//! [`write()`] runs on the calling thread; the others make it wait for this crate's own threads.
 
 use std::future::Future;
 use std::io;
@@ -22,7 +22,7 @@ use crate::{Error, SweepReport, WriteOptions};
 #[cfg(unix)]
 use crate::{ReadLock, RecoveryReport};
 
-/// Replaces the file `path` by one that contains `bytes`, or creates it, and blocks the thread until it is durable.
+/// Replaces or creates the file `path` with `bytes` as its content, and blocks the thread until it is durable.
 ///
 /// # Errors
 ///
@@ -45,7 +45,7 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Erro
     write_with(path, bytes, WriteOptions::default())
 }
 
-/// As [`write()`], with these [options](WriteOptions).
+/// Works like [`write()`], with these [options](WriteOptions).
 ///
 /// # Errors
 ///
@@ -54,7 +54,7 @@ pub fn write_with(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, options: Writ
     write_whole(path.as_ref(), bytes.as_ref(), options, &Gate::new())
 }
 
-/// Replaces the file `path` by `value` as pretty-printed JSON, or creates it, as [`write()`] does.
+/// Replaces or creates the file `path` with `value` as pretty-printed JSON, as [`write()`] does.
 ///
 /// # Errors
 ///
@@ -65,7 +65,7 @@ pub fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &
     write(path, crate::file::to_json(path, value)?)
 }
 
-/// Removes from the directory `dir` the temporary files of writers that were killed.
+/// Removes the temporary files of killed writers from the directory `dir`.
 ///
 /// # Errors
 ///
@@ -84,7 +84,7 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     wait(crate::recover(dir))
 }
 
-/// Waits until no transaction is changing files in the directory `dir`, and keeps others from beginning to.
+/// Waits until no transaction is changing files in the directory `dir`, and keeps others from starting to.
 ///
 /// # Errors
 ///
@@ -94,7 +94,7 @@ pub fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     wait(crate::read_lock(dir))
 }
 
-/// Opens files so that of each transaction all of them are new or all are old.
+/// Opens files together: for each transaction, either all of its files are new or all are old.
 ///
 /// # Errors
 ///
@@ -105,7 +105,7 @@ pub fn open_together<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Resu
 }
 
 /// [`AtomicFileWriter`](crate::AtomicFileWriter) for threads that may block: an [`io::Write`] whose file appears as a
-/// whole. Dropped without a [`commit`](Self::commit), it leaves the target as it was.
+/// whole. If it is dropped without a [`commit`](Self::commit), the target stays as it was.
 ///
 /// It buffers 1 MiB, and needs no `BufWriter`.
 ///
@@ -149,7 +149,7 @@ impl AtomicFileWriter {
         wait(options.open(path)).map(Self)
     }
 
-    /// Makes what was written the target: syncs it, renames it, syncs its directory.
+    /// Makes the written content the target: syncs it, renames it, and syncs its directory.
     ///
     /// # Errors
     ///
@@ -158,7 +158,7 @@ impl AtomicFileWriter {
         wait(self.0.commit())
     }
 
-    /// Gives up what was written and waits until the temporary file is gone.
+    /// Discards what was written and waits until the temporary file is gone.
     ///
     /// # Errors
     ///
@@ -221,18 +221,17 @@ pub struct MultiFileTransaction(crate::MultiFileTransaction);
 
 #[cfg(unix)]
 impl MultiFileTransaction {
-    /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
+    /// Creates an empty transaction. Its journal will be in the directory of the first path that it is given.
     pub fn new() -> Self {
         Self(crate::MultiFileTransaction::new())
     }
 
-    /// An empty transaction, whose journal will be in the directory `journal_dir`.
+    /// Creates an empty transaction. Its journal will be in the directory `journal_dir`.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
         Self(crate::MultiFileTransaction::begin(journal_dir))
     }
 
-    /// Sets how the files are written that are added from now on; see
-    /// [`options`](crate::MultiFileTransaction::options).
+    /// Sets how files that are added from now on are written; see [`options`](crate::MultiFileTransaction::options).
     pub fn options(self, options: WriteOptions) -> Self {
         Self(self.0.options(options))
     }
@@ -299,7 +298,7 @@ impl MultiFileTransaction {
         wait(self.0.commit())
     }
 
-    /// Gives up all changes and waits until the staged files are gone.
+    /// Discards all changes and waits until the staged files are gone.
     ///
     /// # Errors
     ///
