@@ -287,7 +287,7 @@ impl Application {
         self
     }
 
-    /// Sets a callback that may override the exit code of a stop if every task ended in time.
+    /// Sets a callback that may override the exit code of a stop if every task ended in time. By default nothing does.
     ///
     /// It runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
     ///

@@ -271,7 +271,7 @@ impl BreakerConfigBuilder {
     }
 
     /// Counts a probe as failed if it is still running after this time. The breaker then reopens, and ignores the
-    /// probe's result.
+    /// probe's result. Default: the client's attempt timeout, or 30 s without a client.
     ///
     /// A probe whose answer has begun is not charged. After this time, counted from the head, it only makes room for
     /// another probe.

@@ -136,8 +136,7 @@ impl RequestBuilder {
         self.map(|request| request.version(version))
     }
 
-    /// Sets the timeout of this call, instead of the client's; `None` for no timeout. With zero, nothing is sent. By
-    /// default the client's timeout applies.
+    /// Sets the timeout of this call. Default: the client's; `None` for no timeout. With zero, nothing is sent.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self
