@@ -99,7 +99,7 @@
 //! | event | the target | left behind |
 //! |---|---|---|
 //! | `Ok` | new, and survives a power cut ([`Durability::Full`]) | nothing |
-//! | an error whose [`target`](Error::target) is [`Unchanged`](TargetState::Unchanged) | old, for ever | nothing |
+//! | an error whose [`target`](Error::target) is [`Unchanged`](TargetState::Unchanged) | old, and stays old | nothing |
 //! | an error whose [`target`](Error::target) is [`Visible`](TargetState::Visible) | new; a power cut may bring back the old one | nothing |
 //! | the future is dropped | old or new, decided before the drop returns | nothing, once the system call in progress returns |
 //! | a panic, an abort of the task, a shutdown of the runtime | as if dropped | as if dropped |
@@ -113,7 +113,7 @@
 //! | event | the targets | left behind |
 //! |---|---|---|
 //! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] of their directory |
-//! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
+//! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, and stay old | nothing |
 //! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all old or all new | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
 //! | the transaction is dropped | all old | nothing |

@@ -125,12 +125,12 @@
 //! | the same code is explored again (files, synchronisation, tasks, paused time) | the same report |
 //! | the code is right in one plain runtime | a clean report: setup, operation, drop and check run in one `block_on` |
 //! | the check returns `Err` or panics | a [`Failure`] with the line of the await, the point, the way and the budget |
-//! | the operation, its drop or the setup panics | a failure; the exploration goes on or ends, never crashes |
+//! | the operation, its drop or the setup panics | a failure; the exploration continues or ends, and never crashes |
 //! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled without end ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
 //! | an exploration needs more points or more time than allowed | a failure: nothing is left out silently |
 //! | something other than the exploration tears a critical section of `cancel-safe-guard` | a failure with the line that began it |
 //! | the setup leaves tasks running | by default no [`Way::Shutdown`], which would end them; a [note](Report::notes) says so |
-//! | the setup leaves a blocking job running | it gets a thread of its own, and a note says so |
+//! | the setup leaves a blocking job running | it gets its own thread, and a note says so |
 //! | a panic repeats in each run | it is printed once |
 //! | a spawned task lives on | the run continues after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
 //! | nothing is `Send` | nothing has to be |
