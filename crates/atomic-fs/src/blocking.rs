@@ -26,7 +26,7 @@ use crate::{ReadLock, RecoveryReport};
 ///
 /// # Errors
 ///
-/// As [`write`](crate::write()).
+/// Same as [`write`](crate::write()).
 ///
 /// # Examples
 ///
@@ -49,7 +49,7 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Erro
 ///
 /// # Errors
 ///
-/// As [`write`](crate::write()).
+/// Same as [`write`](crate::write()).
 pub fn write_with(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, options: WriteOptions) -> Result<(), Error> {
     write_whole(path.as_ref(), bytes.as_ref(), options, &Gate::new())
 }
@@ -58,7 +58,7 @@ pub fn write_with(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, options: Writ
 ///
 /// # Errors
 ///
-/// As [`write_json`](crate::write_json).
+/// Same as [`write_json`](crate::write_json).
 #[cfg(feature = "json")]
 pub fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<(), Error> {
     let path = path.as_ref();
@@ -69,7 +69,7 @@ pub fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &
 ///
 /// # Errors
 ///
-/// As [`sweep`](crate::sweep).
+/// Same as [`sweep`](crate::sweep).
 pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
     wait(crate::sweep(dir))
 }
@@ -78,7 +78,7 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
 ///
 /// # Errors
 ///
-/// As [`recover`](crate::recover).
+/// Same as [`recover`](crate::recover).
 #[cfg(unix)]
 pub fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     wait(crate::recover(dir))
@@ -88,7 +88,7 @@ pub fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
 ///
 /// # Errors
 ///
-/// As [`read_lock`](crate::read_lock).
+/// Same as [`read_lock`](crate::read_lock).
 #[cfg(unix)]
 pub fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     wait(crate::read_lock(dir))
@@ -98,7 +98,7 @@ pub fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
 ///
 /// # Errors
 ///
-/// As [`open_together`](crate::open_together).
+/// Same as [`open_together`](crate::open_together).
 #[cfg(unix)]
 pub fn open_together<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<File>, Error> {
     wait(crate::open_together(paths))
@@ -135,7 +135,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub fn new(path: impl AsRef<Path>) -> Result<Self, Error> {
         Self::open(path, WriteOptions::default())
     }
@@ -144,7 +144,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub fn open(path: impl AsRef<Path>, options: WriteOptions) -> Result<Self, Error> {
         wait(options.open(path)).map(Self)
     }
@@ -153,7 +153,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`commit`](crate::AtomicFileWriter::commit).
     pub fn commit(self) -> Result<(), Error> {
         wait(self.0.commit())
     }
@@ -162,7 +162,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`discard`](crate::AtomicFileWriter::discard).
+    /// Same as [`discard`](crate::AtomicFileWriter::discard).
     pub fn discard(self) -> Result<(), Error> {
         wait(self.0.discard())
     }
@@ -245,7 +245,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_file`](crate::MultiFileTransaction::add_file).
+    /// Same as [`add_file`](crate::MultiFileTransaction::add_file).
     pub fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
         wait(self.0.add_file(path, content))
     }
@@ -254,7 +254,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_files`](crate::MultiFileTransaction::add_files).
+    /// Same as [`add_files`](crate::MultiFileTransaction::add_files).
     pub fn add_files<P: AsRef<Path>, C: AsRef<[u8]>>(
         &mut self,
         files: impl IntoIterator<Item = (P, C)>,
@@ -266,7 +266,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`writer`](crate::MultiFileTransaction::writer).
+    /// Same as [`writer`](crate::MultiFileTransaction::writer).
     pub fn writer(&mut self, path: impl AsRef<Path>) -> Result<impl io::Write + '_, Error> {
         wait(self.0.writer(path)).map(Lent)
     }
@@ -275,7 +275,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`remove_file`](crate::MultiFileTransaction::remove_file).
+    /// Same as [`remove_file`](crate::MultiFileTransaction::remove_file).
     pub fn remove_file(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
         self.0.remove_file(path)
     }
@@ -284,7 +284,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`rename`](crate::MultiFileTransaction::rename).
+    /// Same as [`rename`](crate::MultiFileTransaction::rename).
     pub fn rename(&mut self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
         self.0.rename(from, to)
     }
@@ -293,7 +293,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`commit`](crate::MultiFileTransaction::commit).
+    /// Same as [`commit`](crate::MultiFileTransaction::commit).
     pub fn commit(self) -> Result<(), Error> {
         wait(self.0.commit())
     }
@@ -302,7 +302,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`rollback`](crate::MultiFileTransaction::rollback).
+    /// Same as [`rollback`](crate::MultiFileTransaction::rollback).
     pub fn rollback(self) -> Result<(), Error> {
         wait(self.0.rollback())
     }

@@ -42,7 +42,7 @@ const FIRST_BUFFER_BYTES: usize = 8 << 10;
 ///
 /// # Errors
 ///
-/// As [`WriteOptions::open`] and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+/// Same as [`WriteOptions::open`] and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
 ///
 /// # Examples
 ///
@@ -76,7 +76,7 @@ pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<()
 ///
 /// # Errors
 ///
-/// As [`write()`].
+/// Same as [`write()`].
 ///
 /// # Examples
 ///
@@ -109,7 +109,7 @@ impl WriteOptions {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
     pub async fn write(self, path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
         let bytes = bytes.as_ref();
         if bytes.len() <= CHUNK_BYTES {
@@ -132,7 +132,7 @@ impl WriteOptions {
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
     pub async fn write_bytes(self, path: impl AsRef<Path>, content: impl Into<Bytes>) -> Result<(), Error> {
         write_job(path.as_ref(), content.into(), self, Gate::new())?.await
     }
@@ -305,7 +305,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub async fn new(path: impl AsRef<Path>) -> Result<Self, Error> {
         WriteOptions::default().open(path).await
     }
@@ -348,7 +348,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`write_all`](Self::write_all).
+    /// Same as [`write_all`](Self::write_all).
     pub async fn write(&mut self, data: &[u8]) -> Result<(), Error> {
         self.write_all(data).await
     }

@@ -183,7 +183,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already [part of the
+    /// Same as [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already [part of the
     /// transaction](Error::is_repeated_target), or on [another file system](Error::is_other_file_system). The
     /// transaction is as it was, and remains usable, unless it is [`Broken`](Error::Broken) because an earlier staged
     /// file could not be written or synced.
@@ -202,8 +202,8 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_file`](Self::add_file), for the first file that could not be staged; then none of them is part of the
-    /// transaction.
+    /// Same as [`add_file`](Self::add_file), for the first file that could not be staged. Then none of them is part of
+    /// the transaction.
     ///
     /// # Examples
     ///
@@ -260,7 +260,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_file`](Self::add_file).
+    /// Same as [`add_file`](Self::add_file).
     ///
     /// # Examples
     ///

@@ -112,7 +112,7 @@ impl TimeoutClient {
     ///
     /// # Errors
     ///
-    /// As [`RequestBuilder::send`].
+    /// Same as [`RequestBuilder::send`].
     ///
     /// # Examples
     ///
@@ -143,7 +143,7 @@ impl TimeoutClient {
     ///
     /// # Errors
     ///
-    /// As [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
+    /// Same as [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
     ///
     /// # Examples
     ///

@@ -256,7 +256,7 @@ impl Explore {
     ///
     /// # Panics
     ///
-    /// As [`run`](Explore::run).
+    /// Same as [`run`](Explore::run).
     ///
     /// # Examples
     ///
@@ -325,7 +325,7 @@ impl Explore {
     ///
     /// # Panics
     ///
-    /// As [`run`](Explore::run).
+    /// Same as [`run`](Explore::run).
     ///
     /// # Examples
     ///

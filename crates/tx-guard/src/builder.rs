@@ -225,7 +225,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
         let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
         // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
@@ -259,7 +259,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect_with_fn<F, O>(mut self, options: F) -> Result<TxPool<DB>, TxError>
     where
         F: Fn() -> O + Send + Sync + 'static,
@@ -278,7 +278,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect_with(mut self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
         if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
             return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });

@@ -69,7 +69,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::begin`](crate::TxPool::begin).
+    /// Same as [`TxPool::begin`](crate::TxPool::begin).
     ///
     /// # Examples
     ///
@@ -263,7 +263,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// As [`savepoint`](Self::savepoint).
+    /// Same as [`savepoint`](Self::savepoint).
     pub async fn savepoint_boxed<'env, T, E, F>(&mut self, work: F) -> Result<T, E>
     where
         F: for<'tx> FnOnce(TxRef<'tx, 'env, DB>) -> BoxedWork<'tx, T, E>,

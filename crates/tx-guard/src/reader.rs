@@ -56,7 +56,7 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Errors
     ///
-    /// As [`begin`](Self::begin).
+    /// Same as [`begin`](Self::begin).
     ///
     /// # Examples
     ///

@@ -22,8 +22,8 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::begin`](crate::TxPool::begin), and [`TxError::Timeout`] if the time ran out before the transaction
-    /// had begun.
+    /// Same as [`TxPool::begin`](crate::TxPool::begin), or [`TxError::Timeout`] if the time ran out before the
+    /// transaction had begun.
     ///
     /// # Examples
     ///
@@ -120,7 +120,7 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// As [`run`](Self::run).
+    /// Same as [`run`](Self::run).
     ///
     /// # Examples
     ///
