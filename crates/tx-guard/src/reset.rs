@@ -10,12 +10,16 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Reset {
-    /// After each transaction the pool compares a short list with its state when the session was opened. On PostgreSQL
-    /// these are the role, the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify),
-    /// checked in the message that ends the transaction. On MySQL they are the database and the named variables,
-    /// checked in a separate message; only the next user of the session waits for it. The pool also releases session
-    /// locks (`pg_advisory_lock`, `GET_LOCK`). If something differs, it resets everything as with `Discard`, or closes
-    /// the session on MySQL. A `SET LOCAL` ends with its transaction and does not count.
+    /// After each transaction the pool compares a short list with its state when the session was opened: on PostgreSQL
+    /// the role, the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify); on MySQL the
+    /// database and the named variables. It also releases session locks (`pg_advisory_lock`, `GET_LOCK`). If something
+    /// differs, it resets everything as with `Discard`, or closes the session on MySQL. A `SET LOCAL` ends with its
+    /// transaction and does not count.
+    ///
+    /// On PostgreSQL the message that ends the transaction asks for all this if callers wait for a session, or if the
+    /// next caller would have to. Otherwise, and on MySQL, a separate message follows. Only the next user of the session
+    /// and [`close`](crate::TxPool::close) wait for it, so session locks may be held for a round trip after `commit` has
+    /// returned.
     ///
     /// On SQLite nothing is compared.
     #[default]
