@@ -96,16 +96,3 @@ pub use cancel_safe_shutdown as shutdown;
 pub use cancel_safe_testing as testing;
 #[cfg(feature = "tx-guard")]
 pub use cancel_safe_tx_guard as tx_guard;
-
-// The examples of the front page and of the book compile. The pages are not in the package, and need not be.
-#[cfg(doctest)]
-mod pages {
-    #[doc = include_str!("../../../README.md")]
-    struct Readme;
-    #[doc = include_str!("../../../docs/src/dropping.md")]
-    struct Dropping;
-    #[doc = include_str!("../../../docs/src/migrating.md")]
-    struct Migrating;
-    #[doc = include_str!("../../../docs/src/recipes.md")]
-    struct Recipes;
-}

@@ -191,8 +191,3 @@ pub use worker::BackgroundWorker;
 #[cfg(all(doctest, feature = "axum", feature = "test-util"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
-
-// So do those of its page of the book, which is not in the package, and need not be.
-#[cfg(all(doctest, feature = "axum"))]
-#[doc = include_str!("../../../docs/src/kubernetes.md")]
-struct Kubernetes;

@@ -121,7 +121,6 @@ fn umbrella_modules(library: &str, names: &[&str]) -> Vec<(usize, String)> {
     for item in &file.items {
         let alias = names.iter().find(|name| is_alias(item, name));
         match alias {
-            None if is_for_doctests(item) => {}
             Some(name) => missing.retain(|other| other != name),
             None => fixes.push((
                 item.span().start().line,
@@ -135,14 +134,6 @@ fn umbrella_modules(library: &str, names: &[&str]) -> Vec<(usize, String)> {
         (1, format!("add `#[cfg(feature = \"{name}\")] pub use cancel_safe_{module} as {module};`"))
     }));
     fixes
-}
-
-/// Whether the item holds the pages whose examples are compiled.
-fn is_for_doctests(item: &Item) -> bool {
-    let Item::Mod(pages) = item else { return false };
-    let [attribute] = &pages.attrs[..] else { return false };
-    let condition = attribute.meta.require_list().map(|list| list.tokens.to_string());
-    attribute.path().is_ident("cfg") && condition.is_ok_and(|text| text == "doctest")
 }
 
 /// Whether the item is `#[cfg(feature = "a-b")] pub use cancel_safe_a_b as a_b;`.
