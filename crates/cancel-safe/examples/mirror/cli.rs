@@ -78,6 +78,9 @@ pub(crate) struct Args {
     /// Without --manifest: a tenth of the files, small ones.
     #[arg(long, hide = true)]
     pub(crate) short: bool,
+    /// As `--short`, and some bodies come so slowly that nobody sees their end.
+    #[arg(long, hide = true)]
+    pub(crate) endless: bool,
     /// HOST=ADDRESS: how a child of the demo is told where the origin listens.
     #[arg(long, hide = true, value_parser = resolve)]
     pub(crate) resolve: Vec<(String, SocketAddr)>,

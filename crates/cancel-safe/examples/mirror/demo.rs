@@ -57,7 +57,12 @@ fn ending(exit: Exit, verdict: impl Into<String>) -> Ending {
 }
 
 async fn watch(args: &Args) -> Result<Ending, Ending> {
-    let (out, scale) = (args.out(), if args.short { Scale::SHORT } else { Scale::FULL });
+    let out = args.out();
+    let scale = match (args.endless, args.short) {
+        (true, _) => Scale::ENDLESS,
+        (false, true) => Scale::SHORT,
+        (false, false) => Scale::FULL,
+    };
     let prepared = tokio::task::spawn_blocking(move || {
         let content = Content::new(scale);
         prepare(&out, &content).map(|lock| (content, lock))

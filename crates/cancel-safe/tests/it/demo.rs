@@ -124,11 +124,10 @@ fn a_mirror_that_goes_wrong_is_told_and_the_demo_fails() {
     assert!(said.contains("mirror ended with exit status: 2") && said.contains("mirror.log"), "{said}");
 }
 
-/// Starts a demo and waits until both clients run. It is the long one: some of its hosts make it wait for seconds, so that
-/// it cannot be through before somebody ends it.
+/// Starts a demo that cannot be through before somebody ends it, and waits until both clients run.
 fn started() -> (TempDir, Child) {
     let dir = tempfile::tempdir().unwrap();
-    let demo = start(dir.path(), &[]);
+    let demo = start(dir.path(), &["--endless"]);
     wait_for("two clients", || clients(dir.path()).len() == 2);
     (dir, demo)
 }
