@@ -60,11 +60,25 @@
 //!
 //! # Features
 //!
-//! No feature is on by default; `full` enables all seven. A feature only adds. `tx-guard` comes with SQLite, as the
-//! crate itself does. The umbrella passes `postgres` and `mysql` on to `tx-guard`, `tower` to `http-timeout` and
-//! `shutdown`, `axum` to `shutdown`, and `tracing` to all, wherever these are chosen. A program that wants PostgreSQL
-//! without SQLite takes `cancel-safe-tx-guard` without its default features. You choose the async runtime and TLS: add
-//! `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own dependencies.
+//! No feature is on by default; `full` enables all seven, with the default features that the crates have by themselves.
+//! A feature only adds. The others are passed on to those crates that are chosen:
+//!
+//! | feature | adds | to |
+//! |---|---|---|
+//! | `postgres` | PostgreSQL | `tx-guard`; to `resumable` the store that a fleet shares |
+//! | `mysql` | MySQL and MariaDB | `tx-guard` |
+//! | `sqlite` | SQLite; on with `tx-guard` | `tx-guard` |
+//! | `tower` | layers | `http-timeout`, `shutdown` |
+//! | `axum` | a server whose connections end with their phase | `shutdown` |
+//! | `systemd` | notifications for the service manager | `shutdown` |
+//! | `test-util` | an application inside a test | `shutdown` |
+//! | `multipart` | forms | `http-timeout` |
+//! | `postcard` | a smaller encoding for fixed shapes | `resumable` |
+//! | `indicatif` | a progress bar | `resumable` |
+//! | `tracing` | events | all but `testing` |
+//!
+//! A program that wants PostgreSQL without SQLite takes `cancel-safe-tx-guard` without its default features. You choose
+//! the async runtime and TLS: add `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own dependencies.
 //!
 //! # Limitations
 //!

@@ -54,16 +54,17 @@ pub fn join_then_try<B: Branches>(branches: B) -> impl Future<Output = Result<B:
 
 /// A tuple of 2 to 8 futures whose results share one error type, for [`join_then_try`].
 pub trait Branches: sealed::Sealed {
-    /// The tuple of their values.
+    /// The tuple of the branches' values.
     type Values;
-    /// Their error.
+    /// The branches' error.
     type Error;
 
     /// [`join_then_try`] itself.
     ///
     /// # Cancel safety
     ///
-    /// This method is not cancel safe. If dropped before completion, every branch that has not ended is dropped where it stands.
+    /// This method is not cancel safe. If dropped before completion, every unfinished branch is dropped where it
+    /// stands.
     #[doc(hidden)]
     fn run(self) -> impl Future<Output = Result<Self::Values, Self::Error>>;
 }

@@ -40,12 +40,12 @@ pub trait Listener: Send + 'static {
     /// The address of a peer.
     type Addr: Debug + Send + 'static;
 
-    /// Accepts the next connection. An error is the listener's to handle: it tries again.
+    /// Accepts the next connection. The listener handles errors itself, and tries again.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, no connection is lost: an implementation keeps to that,
-    /// as the server drops it when it is told to stop, and only then.
+    /// This method is cancel safe. If dropped before completion, no connection is lost. Every implementation must
+    /// ensure this, because the server drops the future when it is told to stop, and only then.
     fn accept(&mut self) -> impl Future<Output = (Self::Io, Self::Addr)> + Send;
 }
 

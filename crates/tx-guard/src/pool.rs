@@ -245,7 +245,7 @@ pub trait PoolSource: sealed::Sealed + Sync {
     /// The database of the pool.
     type Database: Backend;
 
-    /// The pool itself, or one that wraps it.
+    /// Returns the pool itself, or one that wraps it.
     fn tx_pool(&self) -> TxPool<Self::Database>;
 }
 

@@ -125,7 +125,7 @@ async fn caught<R>(body: impl Future<Output = R>) -> Result<R, Box<dyn Any + Sen
     note = "return it in an `Ok`, or write `impl BodyOutput for {Self} {{}}`"
 )]
 pub trait BodyOutput {
-    /// Returns whether the body failed, so that its tasks are cancelled.
+    /// Returns whether the body failed, in which case its tasks are cancelled.
     fn is_failure(&self) -> bool {
         false
     }
