@@ -121,7 +121,6 @@ async fn of_a_zombie_and_its_successor_exactly_one_records_the_range() {
         assert_eq!(race.take_over(Zombie::Fenced).await, 1, "a range is recorded by neither, or by both");
     }
     assert_eq!(race.doubles().await, 0);
-    cancel_safe_campaign::publish_campaign("resumable", "take-overs", races(), 0);
     race.end().await;
 }
 
