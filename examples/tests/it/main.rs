@@ -1,4 +1,6 @@
 //! The tests of the programs, one binary.
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
+mod bank;
 mod grpc;
+mod wire;
