@@ -7,6 +7,7 @@
 mod circles;
 mod package;
 mod prose;
+mod settings;
 mod source;
 mod tutorial;
 
@@ -121,9 +122,12 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
         .filter(|(path, ..)| in_library(path))
         .flat_map(|(_, _, file)| source::future_types(file))
         .collect();
+    let page = read(&workspace::root().join(settings::PAGE))?;
     for (path, text, file) in &parsed {
         let mut breaches = source::everywhere(text);
         if in_library(path) {
+            let settings = settings::of(file);
+            findings.extend(settings.iter().flat_map(|it| it.check(&shown(path), &page, package.short_name())));
             breaches.extend(source::in_library(text, file, &futures));
             findings.extend(prose::comments(&shown(path), text));
         }

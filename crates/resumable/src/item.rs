@@ -248,7 +248,7 @@ impl Retry {
         Self { max_attempts: attempts.max(1), per_run: false, first, longest }
     }
 
-    /// Sets the longest wait before the second attempt, and before any attempt.
+    /// Sets the longest wait before the second attempt, and before any attempt. Default: 100 ms and 10 s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;

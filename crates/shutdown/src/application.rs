@@ -285,7 +285,7 @@ impl Application {
         self
     }
 
-    /// Sets what may override the exit code of a stop in which every task has ended in time.
+    /// Sets what may override the exit code of a stop in which every task has ended in time. By default nothing does.
     ///
     /// Runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
     ///

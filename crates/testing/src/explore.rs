@@ -169,7 +169,7 @@ impl Explore {
         self
     }
 
-    /// Explores this one run only, for a debugger. Every failure says how to call it. `None` is the natural budget.
+    /// Explores this one run only, for a debugger; by default, all. Every failure says how to call it. `None` is the natural budget.
     pub fn only(mut self, point: usize, way: Way, budget: impl Into<Option<u32>>) -> Self {
         self.only = Some(Plan::new(budget.into(), point, way));
         self

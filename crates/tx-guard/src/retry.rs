@@ -41,7 +41,7 @@ impl Retry {
         Self { attempts: attempts.max(1), first: Duration::from_millis(10), longest: Duration::from_secs(1) }
     }
 
-    /// The longest wait before the second attempt, and before any attempt.
+    /// The longest wait before the second attempt, and before any attempt. Default: 10 ms and 1 s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;

@@ -268,7 +268,8 @@ impl BreakerConfigBuilder {
         self
     }
 
-    /// A probe that is still running after this time has failed and opens the breaker again; its result is ignored.
+    /// A probe that is still running after this time has failed and opens the breaker again; its result is ignored. Default:
+    /// the attempt timeout of the client, or 30 s without a client.
     ///
     /// One whose answer has begun is not charged: it only makes room for another after this time, counted from the head.
     pub fn lease(mut self, lease: Duration) -> Self {

@@ -136,7 +136,7 @@ impl RequestBuilder {
         self.map(|request| request.version(version))
     }
 
-    /// The timeout of this call, instead of the client's; `None` for none. With zero, nothing is sent.
+    /// The timeout of this call. Default: the client's; `None` for none. With zero, nothing is sent.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self

@@ -49,7 +49,8 @@ pub struct RestartPolicy {
 
 impl RestartPolicy {
     /// Allows at most `restarts` within any period of `within`. The next end escalates and stops the application: with
-    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often.
+    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often. Default: 5
+    /// within 60 s.
     pub fn intensity(mut self, restarts: u32, within: Duration) -> Self {
         (self.restarts, self.within) = (restarts, within);
         self
@@ -57,6 +58,7 @@ impl RestartPolicy {
 
     /// Waits `first` before the first restart within the period, and twice as long before each next, up to `longest`.
     /// Jitter takes up to a half off, so that workers that failed together do not come back together.
+    /// Default: 100 ms and 10 s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.first, self.longest) = (first, longest);
         self
