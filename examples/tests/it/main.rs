@@ -3,4 +3,5 @@
 
 mod bank;
 mod grpc;
+mod page;
 mod wire;
