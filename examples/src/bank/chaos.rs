@@ -72,7 +72,9 @@ pub async fn chaos(plan: Plan, program: impl Fn(&[String]) -> Command) -> Result
     let mut random = fastrand::Rng::with_seed(!seed);
     while Instant::now() < until {
         sleep(Duration::from_millis(random.u64(200..900))).await;
-        if random.u8(..3) > 0 {
+        if let Some(status) = server.child.try_wait()? {
+            report.findings.push(format!("the server ended by itself, with {status}"));
+        } else if random.u8(..3) > 0 {
             server.child.kill().await?;
             report.kills += 1;
         } else {

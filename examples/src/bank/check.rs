@@ -123,7 +123,7 @@ impl fmt::Display for Report {
         writeln!(f, "{sent} requests; the server was killed {} times, and stopped {} times", self.kills, self.stops)?;
         writeln!(f, "keys: {completed} completed, {refused} refused, {not_committed} not committed")?;
         let Self { asked, asked_committed, .. } = self;
-        writeln!(f, "of these, {asked} were cut and asked for at the end: {asked_committed} committed")?;
+        writeln!(f, "of these, {asked} got no answer, and were asked for in the end: {asked_committed} committed")?;
         for finding in self.findings.iter().take(20) {
             writeln!(f, "WRONG: {finding}")?;
         }

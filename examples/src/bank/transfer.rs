@@ -93,6 +93,7 @@ async fn move_money<DB: Bank>(
     }
     let is_second_changed = is_first_changed && add::<DB>(conn, second).await?;
     if is_first_changed && !is_second_changed {
+        // The receiver came first, and the other one is overdrawn.
         add::<DB>(conn, (first.0, -first.1)).await?;
     }
     Ok(if is_second_changed { Outcome::Completed } else { Outcome::Refused })
