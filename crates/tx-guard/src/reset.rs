@@ -10,10 +10,14 @@
 #[non_exhaustive]
 pub enum Reset {
     /// After each transaction a short list is compared with what it was when the session was opened: on PostgreSQL the role,
-    /// the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify), in the message that ends the
-    /// transaction; on MySQL the database and the variables named, in a message for which nobody waits but who is given the
-    /// session next. Session locks (`pg_advisory_lock`, `GET_LOCK`) are released. When something differs, everything is reset as with `Discard`, and
-    /// on MySQL the session is closed. What was `SET LOCAL` ends with its transaction and does not count.
+    /// the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify); on MySQL the database and the
+    /// variables named. Session locks (`pg_advisory_lock`, `GET_LOCK`) are released. When something differs, everything is
+    /// reset as with `Discard`, and on MySQL the session is closed. What was `SET LOCAL` ends with its transaction and does
+    /// not count.
+    ///
+    /// On PostgreSQL the message that ends the transaction asks for all this where callers wait for a session, or the next
+    /// one would. Otherwise, and on MySQL, a message behind it does, for which only the next user of the session waits, and
+    /// [`close`](crate::TxPool::close): session locks may then be held for a round trip after `commit` has returned.
     ///
     /// On SQLite nothing is compared.
     #[default]
