@@ -18,4 +18,6 @@ mod pages {
     struct Migrating;
     #[doc = include_str!("../../docs/src/recipes.md")]
     struct Recipes;
+    #[doc = include_str!("../../docs/src/testing.md")]
+    struct Testing;
 }
