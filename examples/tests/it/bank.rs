@@ -11,7 +11,7 @@ use tokio::io::AsyncReadExt as _;
 use tokio::process::Command;
 use tokio::time::timeout;
 
-use crate::wire::{PATIENCE, Server};
+use crate::wire::Server;
 
 /// The variable that makes this test binary the server, with these arguments.
 const ARGUMENTS: &str = "BANK_TEST_ARGUMENTS";
@@ -37,8 +37,14 @@ pub(crate) fn program(arguments: &[String]) -> Command {
     program
 }
 
+async fn start_on(database: Option<&str>) -> Server {
+    let database = database.map(|url| ["--database", url]);
+    let arguments = ["--listen", "127.0.0.1:0"].into_iter().chain(database.into_iter().flatten());
+    Server::start(program(&arguments.map(str::to_owned).collect::<Vec<_>>())).await
+}
+
 pub(crate) async fn start() -> Server {
-    Server::start(program(&["--listen".to_owned(), "127.0.0.1:0".to_owned()])).await
+    start_on(None).await
 }
 
 fn order(key: &str, amount: i64) -> Value {
@@ -106,25 +112,40 @@ async fn a_transfer_that_is_cut_by_its_limit_or_its_client_is_not_committed_and_
     assert_eq!(bank.first_balance().await, 970);
 }
 
+async fn a_question_waits(bank: Server) {
+    assert_eq!(bank.ask("POST /slow", r#"{"ms":1500}"#).await.0, 204);
+    let mut events = bank.events().await;
+    let transfer = bank.send("POST /transfers", &order("rent-may", 30).to_string()).await;
+    events.until(|event| event["workers"][0]["state"].as_str().unwrap().contains("1 transactions in use")).await;
+    assert_eq!(bank.outcome("rent-may").await, (200, json!("completed")));
+    drop(transfer);
+    bank.tell_to_stop();
+    assert!(bank.ends().await.success());
+}
+
+#[tokio::test]
+async fn a_question_waits_for_a_transfer_that_is_on_its_way_on_sqlite() {
+    a_question_waits(start().await).await;
+}
+
+#[tokio::test]
+async fn a_question_waits_for_a_transfer_that_is_on_its_way_on_postgres() {
+    let schema = Schema::create().await;
+    a_question_waits(start_on(Some(&schema.url)).await).await;
+    schema.drop().await;
+}
+
 #[tokio::test]
 async fn an_event_stream_tells_how_the_bank_is_and_ends_with_it() {
     let bank = start().await;
     assert_eq!(bank.post(&order("rent-may", 30)).await.0, 200);
-    let mut events = bank.send("GET /events", "").await;
-    let (mut told, mut some) = (Vec::new(), [0; 4096]);
-    while !told.windows(2).any(|pair| pair == b"}\n") {
-        let length = timeout(PATIENCE, events.read(&mut some)).await.expect("no event").unwrap();
-        assert!(length > 0, "the stream ends early");
-        told.extend_from_slice(&some[..length]);
-    }
-    let text = String::from_utf8(told).unwrap();
-    let (_, data) = text.split_once("data: ").unwrap();
-    let event: Value = serde_json::from_str(data.lines().next().unwrap()).unwrap();
+    let mut events = bank.events().await;
+    // It listens before it is ready.
+    let event = events.until(|event| event["workers"][1] == json!({ "name": "http", "state": "ready" })).await;
     assert_eq!((&event["sum"], &event["ends"]["completed"]), (&json!(10_000), &json!(1)));
-    assert_eq!(event["workers"][1], json!({ "name": "http", "state": "ready" }));
+    assert_eq!(bank.ask("GET /healthz", "").await.0, 200);
     bank.tell_to_stop();
-    let rest = timeout(PATIENCE, events.read_to_end(&mut Vec::new())).await.expect("the stream goes on");
-    assert!(rest.is_ok(), "{rest:?}");
+    events.ends().await;
     assert!(bank.ends().await.success());
 }
 
@@ -149,16 +170,34 @@ async fn chaos_conserves_the_money_on_sqlite() {
     try_it("chaos-sqlite", None, false).await;
 }
 
+/// A schema of its own, as other tests have theirs.
+struct Schema {
+    conn: PgConnection,
+    name: String,
+    url: String,
+}
+
+impl Schema {
+    async fn create() -> Self {
+        let url = url("CANCEL_SAFE_TEST_POSTGRES_URL");
+        let name = format!("bank_{}_{:x}", std::process::id(), fastrand::u32(..));
+        let mut conn = PgConnection::connect(&url).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(format!("CREATE SCHEMA {name}"))).execute(&mut conn).await.unwrap();
+        let sign = if url.contains('?') { '&' } else { '?' };
+        Self { conn, url: format!("{url}{sign}options[search_path]={name}"), name }
+    }
+
+    async fn drop(mut self) {
+        let sql = format!("DROP SCHEMA {} CASCADE", self.name);
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut self.conn).await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn chaos_conserves_the_money_on_postgres() {
-    let url = url("CANCEL_SAFE_TEST_POSTGRES_URL");
-    // Other tests have their own schemas.
-    let schema = format!("bank_{}_{:x}", std::process::id(), fastrand::u32(..));
-    let mut conn = PgConnection::connect(&url).await.unwrap();
-    sqlx::raw_sql(AssertSqlSafe(format!("CREATE SCHEMA {schema}"))).execute(&mut conn).await.unwrap();
-    let sign = if url.contains('?') { '&' } else { '?' };
-    try_it("chaos-postgres", Some(format!("{url}{sign}options[search_path]={schema}")), false).await;
-    sqlx::raw_sql(AssertSqlSafe(format!("DROP SCHEMA {schema} CASCADE"))).execute(&mut conn).await.unwrap();
+    let schema = Schema::create().await;
+    try_it("chaos-postgres", Some(schema.url.clone()), false).await;
+    schema.drop().await;
 }
 
 #[tokio::test]

@@ -55,6 +55,11 @@ impl Server {
         stream
     }
 
+    /// The stream of events.
+    pub(crate) async fn events(&self) -> Events {
+        Events(BufReader::new(self.send("GET /events", "").await))
+    }
+
     /// The status, and the body if it is JSON.
     pub(crate) async fn ask(&self, line: &str, body: &str) -> (u16, Value) {
         let mut stream = self.send(line, body).await;
@@ -63,5 +68,34 @@ impl Server {
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         let status = head.split(' ').nth(1).unwrap().parse().unwrap();
         (status, serde_json::from_str(body).unwrap_or(Value::Null))
+    }
+}
+
+pub(crate) struct Events(BufReader<TcpStream>);
+
+impl Events {
+    /// Reads events until one is as it should be.
+    pub(crate) async fn until(&mut self, is_right: impl Fn(&Value) -> bool) -> Value {
+        let mut last = Value::Null;
+        let reading = async {
+            loop {
+                let mut line = String::new();
+                assert!(self.0.read_line(&mut line).await.unwrap() > 0, "the stream ends early");
+                if let Some(data) = line.strip_prefix("data: ") {
+                    last = serde_json::from_str(data).unwrap();
+                    if is_right(&last) {
+                        return;
+                    }
+                }
+            }
+        };
+        let waited = timeout(PATIENCE, reading).await;
+        assert!(waited.is_ok(), "it is not so: {last}");
+        last
+    }
+
+    pub(crate) async fn ends(mut self) {
+        let rest = timeout(PATIENCE, self.0.read_to_end(&mut Vec::new())).await.expect("the stream goes on");
+        assert!(rest.is_ok(), "the stream was cut: {rest:?}");
     }
 }
