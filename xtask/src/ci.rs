@@ -11,8 +11,9 @@ use clap::ValueEnum;
 use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::suite::{self, Scope, Tally};
+use crate::tarballs::Tarball;
 use crate::workspace::{BENCHES, Workspace};
-use crate::{doc, foreign, operations, tidy};
+use crate::{doc, foreign, operations, tarballs, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -29,6 +30,8 @@ pub(crate) enum Section {
     Tests,
     /// The examples in the documentation run
     Doctests,
+    /// The tarballs of the crates hold what they need
+    Tarballs,
     /// The documentation builds without a warning, and the book's reports are those of now
     Docs,
     /// Each crate compiles with each of its features alone, and with none
@@ -47,7 +50,10 @@ impl Section {
 pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure> {
     let sections: Vec<Section> =
         Section::value_variants().iter().copied().filter(|section| only.is_empty() || only.contains(section)).collect();
-    let mut run = Run { workspace, databases: None, tally: None };
+    if sections.iter().any(|section| matches!(section, Section::Tests | Section::Doctests)) {
+        Wanted::ALL.can_be_had()?;
+    }
+    let mut run = Run { workspace, databases: None, tally: None, tarballs: Vec::new() };
     let mut times = Vec::new();
     for (index, &section) in sections.iter().enumerate() {
         let name = section.name();
@@ -67,6 +73,7 @@ struct Run<'a> {
     /// Lent from section to section; dropping them stops the servers.
     databases: Option<Databases>,
     tally: Option<Tally>,
+    tarballs: Vec<Tarball>,
 }
 
 impl Run<'_> {
@@ -84,6 +91,10 @@ impl Run<'_> {
             }
             Section::Tests => self.suite(Scope::Tests),
             Section::Doctests => self.suite(Scope::Doctests),
+            Section::Tarballs => {
+                self.tarballs = tarballs::check(self.workspace)?;
+                Ok(())
+            }
             Section::Docs => doc::rustdoc().and_then(|()| operations::check_patterns()),
             Section::Features => features(self.workspace),
             Section::Foreign => foreign::run(self.workspace),
@@ -93,7 +104,7 @@ impl Run<'_> {
     fn suite(&mut self, scope: impl FnOnce(Databases) -> Scope) -> Result<(), Failure> {
         let databases = match self.databases.take() {
             Some(databases) => databases,
-            None => Databases::for_tests(Wanted { postgres: true, mysql: true, pgbouncer: true })?,
+            None => Databases::for_tests(Wanted::ALL)?,
         };
         let scope = scope(databases);
         let tally = suite::run(self.workspace, &scope)?;
@@ -112,6 +123,13 @@ impl Run<'_> {
         drop(self.databases);
         if let Some(tally) = &self.tally {
             print!("{}", suite::table(self.workspace, tally)?);
+        }
+        if !self.tarballs.is_empty() {
+            println!("{:<40}{:>8}", "tarball", "KiB");
+            for Tarball { name, size } in &self.tarballs {
+                println!("{name:<40}{:>8}", size.div_ceil(1024));
+            }
+            println!();
         }
         println!("{:<14}{:>8}", "section", "time");
         for (name, time) in times {

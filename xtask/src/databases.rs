@@ -4,6 +4,7 @@
 
 use crate::command::Cargo;
 use crate::mariadb::MariaDb;
+use crate::missing::may_be_installed;
 use crate::pgbouncer::PgBouncer;
 use crate::postgres::Database as Postgres;
 
@@ -24,8 +25,23 @@ pub(crate) struct Databases {
     mysql: Option<MariaDb>,
 }
 
+impl Wanted {
+    pub(crate) const ALL: Self = Self { postgres: true, mysql: true, pgbouncer: true };
+
+    /// Refuses at once what would be missing later, all of it, unless it will be installed then.
+    pub(crate) fn can_be_had(self) -> Result<(), String> {
+        let missing = [
+            self.postgres.then(Postgres::missing),
+            self.mysql.then(MariaDb::missing),
+            self.pgbouncer.then(PgBouncer::missing),
+        ];
+        may_be_installed(&missing.into_iter().flatten().flatten().collect::<Vec<_>>())
+    }
+}
+
 impl Databases {
     pub(crate) fn for_tests(wanted: Wanted) -> Result<Self, String> {
+        wanted.can_be_had()?;
         let postgres = wanted.postgres.then(Postgres::for_tests).transpose()?;
         let in_front = postgres.as_ref().filter(|_| wanted.pgbouncer).map(Postgres::url);
         Ok(Self {

@@ -21,8 +21,10 @@ mod operations;
 mod other_sqlx;
 mod pgbouncer;
 mod postgres;
+mod release;
 mod server;
 mod suite;
+mod tarballs;
 mod tidy;
 mod workspace;
 
@@ -120,6 +122,21 @@ enum Task {
     },
     /// Explore the patterns of the book, broken and mended, and write their page (docs/src/breaking.md)
     Patterns,
+    /// Check that a crate can be released, and tag it
+    ///
+    /// Nothing may be uncommitted, the changelog must tell of the version, the crate and what it needs are built from their
+    /// tarballs, and where cargo-semver-checks is installed the interface is compared with the last release.
+    Release {
+        /// A directory under crates/ or a package name
+        #[arg(required_unless_present = "check")]
+        name: Option<String>,
+        /// Make the tag. Pushing it publishes, and is yours to do
+        #[arg(long)]
+        execute: bool,
+        /// Build each crate from its tarball, and do nothing else
+        #[arg(long, conflicts_with_all = ["name", "execute"])]
+        check: bool,
+    },
     /// Run the benches with the crates they are compared to, and private servers where they need them
     Bench {
         /// Bench targets in benches/; all of them when none is named
@@ -195,6 +212,8 @@ fn run(task: Task) -> Result<(), Failure> {
         Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
         Task::Operations { part } => operations::run(part),
         Task::Patterns => operations::patterns(),
+        Task::Release { name: Some(name), execute, check: _ } => release::run(&workspace, &name, execute),
+        Task::Release { name: None, .. } => tarballs::build(&workspace),
         Task::Bench { names, arguments } => {
             if names.is_empty() || names.iter().any(|name| name == ON_FAULTS) {
                 missing::see_to_tools();

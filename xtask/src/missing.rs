@@ -5,63 +5,110 @@
 use std::env;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 
-/// What is not installed, and how its package is called.
-pub(crate) struct Missing<'a> {
-    pub(crate) name: &'a str,
-    pub(crate) debian: &'a str,
-    pub(crate) homebrew: &'a str,
+/// What is not installed, and how each system calls its package.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Missing {
+    pub(crate) name: &'static str,
+    pub(crate) debian: &'static str,
+    pub(crate) fedora: &'static str,
+    pub(crate) arch: &'static str,
+    pub(crate) alpine: &'static str,
+    pub(crate) homebrew: &'static str,
 }
 
-impl Missing<'_> {
-    /// We install as root on Debian. Everybody else is told the command.
-    pub(crate) fn may_be_installed(&self) -> Result<(), String> {
-        let Self { name, homebrew, .. } = self;
-        if !Path::new("/usr/bin/apt-get").exists() {
-            let command = if cfg!(target_os = "macos") {
-                format!("brew install {homebrew}")
-            } else {
-                "your package manager".into()
-            };
-            return Err(format!("the tests need {name}, which is missing; install it with: {command}"));
+/// Who installs packages here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum System {
+    Debian,
+    Fedora,
+    Arch,
+    Alpine,
+    MacOs,
+    Other,
+}
+
+impl System {
+    fn here() -> Self {
+        if cfg!(target_os = "macos") {
+            return Self::MacOs;
         }
-        if !is_root() {
-            let command = self.command();
-            return Err(format!("the tests need {name}, which is missing; install it with: sudo sh -c '{command}'"));
-        }
-        Ok(())
+        Self::of(&fs::read_to_string("/etc/os-release").unwrap_or_default())
     }
 
+    /// By the fields `ID` and `ID_LIKE` of os-release: a system is its own, or like one that we know.
+    fn of(os_release: &str) -> Self {
+        let field = |name: &str| {
+            let line = os_release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            line.unwrap_or_default().trim_matches('"').to_owned()
+        };
+        let names = format!("{} {}", field("ID"), field("ID_LIKE"));
+        let known = |name: &str| match name {
+            "debian" | "ubuntu" => Some(Self::Debian),
+            "fedora" | "rhel" | "centos" => Some(Self::Fedora),
+            "arch" => Some(Self::Arch),
+            "alpine" => Some(Self::Alpine),
+            _ => None,
+        };
+        names.split_whitespace().find_map(known).unwrap_or(Self::Other)
+    }
+
+    /// The command that installs all of these at once.
+    fn command(self, missing: &[Missing]) -> Option<String> {
+        let (command, package): (_, fn(&Missing) -> &'static str) = match self {
+            Self::Debian => ("apt-get update && apt-get install -y", |missing| missing.debian),
+            Self::Fedora => ("dnf install -y", |missing| missing.fedora),
+            Self::Arch => ("pacman -S --needed --noconfirm", |missing| missing.arch),
+            Self::Alpine => ("apk add", |missing| missing.alpine),
+            Self::MacOs => ("brew install", |missing| missing.homebrew),
+            Self::Other => return None,
+        };
+        let packages: Vec<_> = missing.iter().map(package).filter(|package| !package.is_empty()).collect();
+        Some(format!("{command} {}", packages.join(" ")))
+    }
+}
+
+/// What is said of everything that is missing, to somebody for whom we do not install it.
+fn told(system: System, missing: &[Missing]) -> String {
+    let names: Vec<_> = missing.iter().map(|missing| missing.name).collect();
+    let names = names.join(" and ");
+    match system.command(missing) {
+        None => format!("the tests need {names}: install it with your package manager"),
+        Some(command) if system == System::MacOs => format!("the tests need {names}: install it with: {command}"),
+        Some(command) => format!("the tests need {names}: install it with: sudo sh -c '{command}'"),
+    }
+}
+
+/// Nothing, where all of this will be installed by us: as root, on Debian.
+pub(crate) fn may_be_installed(missing: &[Missing]) -> Result<(), String> {
+    let system = System::here();
+    if missing.is_empty() || system == System::Debian && is_root() { Ok(()) } else { Err(told(system, missing)) }
+}
+
+impl Missing {
     pub(crate) fn install(&self) -> Result<(), String> {
-        self.may_be_installed()?;
-        let (name, command) = (self.name, self.command());
-        println!("{name} is missing: {command}");
+        may_be_installed(&[*self])?;
+        let command = System::Debian.command(&[*self]).unwrap_or_default();
+        println!("{} is missing: {command}", self.name);
         let status = Command::new("sh").args(["-c", &command]).env("DEBIAN_FRONTEND", "noninteractive").status();
         if status.is_ok_and(|status| status.success()) {
             return Ok(());
         }
-        Err(format!("{name} could not be installed; to see why: {command}"))
-    }
-
-    fn command(&self) -> String {
-        format!("apt-get update && apt-get install -y {}", self.debian)
+        Err(format!("{} could not be installed; to see why: {command}", self.name))
     }
 }
 
 /// Sees to what the campaigns of faults and power cuts run. They need Linux, and power cuts root: where a tool cannot be
 /// had, the tests go on without it, and the closing table names what was not run.
 pub(crate) fn see_to_tools() {
-    let tools = [
-        ("strace", "strace", "strace"),
-        ("mkfs.xfs", "xfsprogs", "xfsprogs"),
-        ("mkfs.btrfs", "btrfs-progs", "btrfs-progs"),
-    ];
-    for (program, name, debian) in tools {
+    let tools = [("strace", "strace"), ("mkfs.xfs", "xfsprogs"), ("mkfs.btrfs", "btrfs-progs")];
+    for (program, name) in tools {
         let is_of_use = cfg!(target_os = "linux") && (is_root() || program == "strace");
         if is_of_use && find(program).is_none() {
-            let missing = Missing { name, debian, homebrew: "" };
+            // Of one name everywhere, and nowhere outside of Linux.
+            let missing = Missing { name, debian: name, fedora: name, arch: name, alpine: name, homebrew: "" };
             if let Err(why) = missing.install() {
                 println!("{why}");
             }
@@ -78,4 +125,45 @@ pub(crate) fn find(name: &str) -> Option<PathBuf> {
 
 fn is_root() -> bool {
     fs::metadata("/proc/self").is_ok_and(|process| process.uid() == 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const ONE: Missing =
+        Missing { name: "One", debian: "one-d", fedora: "one-f", arch: "one-r", alpine: "one-a", homebrew: "one-h" };
+    const TWO: Missing =
+        Missing { name: "Two", debian: "two-d", fedora: "two-f", arch: "two-r", alpine: "two-a", homebrew: "two-h" };
+
+    #[test]
+    fn a_system_is_known_by_its_name_or_by_what_it_is_like() {
+        assert_eq!(System::of("NAME=\"Debian GNU/Linux\"\nID=debian\n"), System::Debian);
+        assert_eq!(System::of("ID=linuxmint\nID_LIKE=\"ubuntu debian\"\n"), System::Debian);
+        assert_eq!(System::of("ID=\"rocky\"\nID_LIKE=\"rhel centos fedora\"\n"), System::Fedora);
+        assert_eq!(System::of("ID=manjaro\nID_LIKE=arch\n"), System::Arch);
+        assert_eq!(System::of("ID=alpine\n"), System::Alpine);
+        assert_eq!(System::of("ID=plan9\n"), System::Other);
+        assert_eq!(System::of(""), System::Other);
+    }
+
+    #[test]
+    fn everything_that_is_missing_is_told_at_once_with_one_command() {
+        let told = |system| told(system, &[ONE, TWO]);
+        let debian = "the tests need One and Two: install it with: sudo sh -c 'apt-get update && apt-get install -y one-d two-d'";
+        assert_eq!(told(System::Debian), debian);
+        assert_eq!(
+            told(System::Fedora),
+            "the tests need One and Two: install it with: sudo sh -c 'dnf install -y one-f two-f'"
+        );
+        assert!(told(System::Arch).contains("pacman -S --needed --noconfirm one-r two-r"));
+        assert!(told(System::Alpine).contains("apk add one-a two-a"));
+        assert_eq!(told(System::MacOs), "the tests need One and Two: install it with: brew install one-h two-h");
+        assert_eq!(told(System::Other), "the tests need One and Two: install it with your package manager");
+    }
+
+    #[test]
+    fn nothing_missing_is_nothing_to_install() {
+        assert_eq!(may_be_installed(&[]), Ok(()));
+    }
 }

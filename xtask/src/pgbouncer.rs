@@ -12,10 +12,17 @@ use std::path::{Path, PathBuf};
 use url::Url;
 
 use crate::mariadb::decoded;
-use crate::missing::{Missing, find};
+use crate::missing::{Missing, find, may_be_installed};
 use crate::server::{Home, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
-const MISSING: Missing<'_> = Missing { name: "PgBouncer", debian: "pgbouncer", homebrew: "pgbouncer" };
+const MISSING: Missing = Missing {
+    name: "PgBouncer",
+    debian: "pgbouncer",
+    fedora: "pgbouncer",
+    arch: "pgbouncer",
+    alpine: "pgbouncer",
+    homebrew: "pgbouncer",
+};
 
 /// Debian asks this program whether a service may be started.
 const POLICY: &str = "/usr/sbin/policy-rc.d";
@@ -51,6 +58,11 @@ impl PgBouncer {
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// What has to be installed before there can be one.
+    pub(crate) fn missing() -> Option<Missing> {
+        find("pgbouncer").is_none().then_some(MISSING)
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -140,7 +152,7 @@ fn find_or_install() -> Result<PathBuf, String> {
     if let Some(found) = find("pgbouncer") {
         return Ok(found);
     }
-    MISSING.may_be_installed()?;
+    may_be_installed(&[MISSING])?;
     let policy = Path::new(POLICY);
     let is_ours = !policy.exists();
     if is_ours {

@@ -11,8 +11,21 @@ use std::process::Command;
 use url::Url;
 
 use crate::mariadb::decoded;
-use crate::missing::Missing;
+use crate::missing::{Missing, may_be_installed};
 use crate::server::{Home, Keeper, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
+
+const MISSING: Missing = Missing {
+    name: "PostgreSQL",
+    debian: "postgresql",
+    fedora: "postgresql-server",
+    arch: "postgresql",
+    alpine: "postgresql postgresql-contrib",
+    homebrew: "postgresql@17",
+};
+
+/// What a private cluster is made with, and what a schema in a server of the user's.
+const OF_A_CLUSTER: [&str; 2] = ["initdb", "postgres"];
+const OF_A_SCHEMA: [&str; 1] = ["psql"];
 
 /// What a run needs of PostgreSQL, and how to end it.
 pub(crate) struct Database {
@@ -34,8 +47,14 @@ impl Database {
     pub(crate) fn for_tests() -> Result<Self, String> {
         match env::var(Self::VARIABLE) {
             Ok(url) => Self::schema(&url),
-            Err(_) => Self::cluster(&programs_or_install(&["initdb", "postgres"])?),
+            Err(_) => Self::cluster(&programs_or_install(&OF_A_CLUSTER)?),
         }
+    }
+
+    /// What has to be installed before there can be one.
+    pub(crate) fn missing() -> Option<Missing> {
+        let needed: &[&str] = if env::var_os(Self::VARIABLE).is_some() { &OF_A_SCHEMA } else { &OF_A_CLUSTER };
+        programs(needed).is_none().then_some(MISSING)
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -59,7 +78,7 @@ impl Database {
     }
 
     fn schema(url: &str) -> Result<Self, String> {
-        let psql = programs_or_install(&["psql"])?.join("psql");
+        let psql = programs_or_install(&OF_A_SCHEMA)?.join("psql");
         let schema = format!("cancel_safe_test_{}", std::process::id());
         let create = format!("DROP SCHEMA IF EXISTS {schema} CASCADE; CREATE SCHEMA {schema}");
         let (open, password) = without_password(url)?;
@@ -141,28 +160,30 @@ fn programs(names: &[&str]) -> Option<PathBuf> {
     let configured = Command::new("pg_config").arg("--bindir").output().ok().filter(|output| output.status.success());
     let bindir = configured.map(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
     env::split_paths(&path)
-        .chain(debian_directories(Path::new("/usr/lib/postgresql")))
+        .chain(versions(Path::new("/usr/lib/postgresql"), ""))
+        // Homebrew links no version of it into PATH.
+        .chain(["/opt/homebrew/opt", "/usr/local/opt"].iter().flat_map(|kegs| versions(Path::new(kegs), "postgresql@")))
         .chain(bindir)
         .find(|directory| names.iter().all(|name| directory.join(name).is_file()))
 }
 
-/// Debian keeps the server's programs out of PATH, one directory for each major version; the newest comes first.
-fn debian_directories(base: &Path) -> Vec<PathBuf> {
+/// Debian and Homebrew keep the server's programs out of PATH, one directory for each major version; the newest comes first.
+fn versions(base: &Path, prefix: &str) -> Vec<PathBuf> {
     let entries = fs::read_dir(base).into_iter().flatten().flatten();
-    let mut versions: Vec<u32> = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    let version = |entry: fs::DirEntry| entry.file_name().to_str()?.strip_prefix(prefix)?.parse().ok();
+    let mut versions: Vec<u32> = entries.filter_map(version).collect();
     versions.sort_unstable_by(|a, b| b.cmp(a));
-    versions.into_iter().map(|version| base.join(version.to_string()).join("bin")).collect()
+    versions.into_iter().map(|version| base.join(format!("{prefix}{version}")).join("bin")).collect()
 }
 
 fn install() -> Result<(), String> {
     // Debian's package starts a cluster of the whole system; this setting, there only while we install, forbids it.
     let directory = Path::new("/etc/postgresql-common/createcluster.d");
     let setting = directory.join("cancel-safe.conf");
-    let missing = Missing { name: "PostgreSQL", debian: "postgresql", homebrew: "postgresql" };
-    missing.may_be_installed()?;
+    may_be_installed(&[MISSING])?;
     let written = fs::create_dir_all(directory).and_then(|()| fs::write(&setting, "create_main_cluster = false\n"));
     written.map_err(|error| format!("{}: {error}", setting.display()))?;
-    let installed = missing.install();
+    let installed = MISSING.install();
     let removed = fs::remove_file(&setting);
     installed?;
     removed.map_err(|error| format!("{}: {error}", setting.display()))
@@ -195,11 +216,17 @@ fn secret(password: &Option<String>) -> Option<(&str, &str)> {
 mod tests {
     use std::net::TcpStream;
 
+    use cancel_safe_campaign::publish_not_run;
+
     use super::*;
 
     #[test]
     fn a_cluster_answers_and_a_dropped_one_does_not() {
-        let programs = programs(&["initdb", "postgres"]).expect("PostgreSQL is installed: `cargo xtask ci` sees to it");
+        let Some(programs) = programs(&OF_A_CLUSTER) else {
+            let named = env::var_os(Database::VARIABLE).is_some();
+            assert!(named, "PostgreSQL is installed, or a server is named: `cargo xtask ci` sees to it");
+            return publish_not_run("xtask", "a private cluster", "a server is named, and initdb is missing");
+        };
         let database = Database::cluster(&programs).unwrap();
         let address = database.url().split(['@', '/']).nth(3).unwrap().to_owned();
         TcpStream::connect(&address).unwrap();
@@ -226,12 +253,13 @@ mod tests {
 
     #[test]
     fn of_several_versions_the_newest_is_taken() {
-        let base = env::temp_dir().join(format!("cancel-safe-versions-{}", std::process::id()));
-        for version in ["9", "15", "17", "common"] {
-            fs::create_dir_all(base.join(version)).unwrap();
+        let base = tempfile::tempdir().unwrap();
+        for version in ["9", "15", "17", "common", "postgresql@16", "postgresql@18", "mysql@8"] {
+            fs::create_dir_all(base.path().join(version)).unwrap();
         }
-        let found = debian_directories(&base);
-        fs::remove_dir_all(&base).unwrap();
-        assert_eq!(found, [base.join("17/bin"), base.join("15/bin"), base.join("9/bin")]);
+        let found = |prefix| versions(base.path(), prefix);
+        assert_eq!(found(""), ["17/bin", "15/bin", "9/bin"].map(|path| base.path().join(path)));
+        assert_eq!(found("postgresql@"), ["postgresql@18/bin", "postgresql@16/bin"].map(|path| base.path().join(path)));
+        assert!(versions(&base.path().join("none"), "").is_empty());
     }
 }

@@ -7,6 +7,7 @@
 mod circles;
 mod package;
 mod prose;
+mod settings;
 mod source;
 mod tutorial;
 
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 
 use crate::command::Failure;
 use crate::operations;
-use crate::workspace::{self, Package, UMBRELLA, Workspace};
+use crate::workspace::{self, EXAMPLES, Package, UMBRELLA, Workspace};
 
 /// One breach of a rule.
 #[derive(Debug)]
@@ -67,26 +68,29 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
 
 /// Checks the READMEs of the crates, the front page and the book: what they show, and that a doctest compiles it.
 fn pages(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
+    let library = |package: &Package| read(&package.directory().join("src/lib.rs"));
+    // Each page, the library whose doctests read it, and the path by which they do.
     let mut pages = Vec::new();
-    let mut libraries = read(&workspace.find(UMBRELLA)?.directory().join("src/lib.rs"))?;
     for package in workspace.libraries() {
-        let library = read(&package.directory().join("src/lib.rs"))?;
-        libraries.push_str(&library);
-        pages.push((package.directory().join("README.md"), library));
+        pages.push((package.directory().join("README.md"), library(package)?, "../README.md".to_owned()));
     }
-    pages.push((workspace::root().join("README.md"), libraries.clone()));
+    let examples = library(workspace.find(EXAMPLES)?)?;
+    let mut page =
+        |name: String| pages.push((workspace::root().join(&name), examples.clone(), format!("../../{name}")));
+    page("README.md".to_owned());
+    page(format!("crates/{UMBRELLA}/README.md"));
     let book = workspace::root().join("docs/src");
     let broken = |error: std::io::Error| format!("{}: {error}", book.display());
     for entry in fs::read_dir(&book).map_err(broken)? {
         let path = entry.map_err(broken)?.path();
-        if path.extension().is_some_and(|extension| extension == "md") {
-            pages.push((path, libraries.clone()));
+        if let Some(name) = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".md")) {
+            page(format!("docs/src/{name}"));
         }
     }
-    for (path, library) in pages {
+    for (path, library, include) in pages {
         let text = read(&path)?;
         findings.extend(prose::page(&shown(&path), &text));
-        findings.extend(prose::compiled(&shown(&path), &text, &library));
+        findings.extend(prose::compiled(&shown(&path), &text, &library, &include));
     }
     Ok(())
 }
@@ -118,9 +122,12 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
         .filter(|(path, ..)| in_library(path))
         .flat_map(|(_, _, file)| source::future_types(file))
         .collect();
+    let page = read(&workspace::root().join(settings::PAGE))?;
     for (path, text, file) in &parsed {
         let mut breaches = source::everywhere(text);
         if in_library(path) {
+            let settings = settings::of(file);
+            findings.extend(settings.iter().flat_map(|it| it.check(&shown(path), &page, package.short_name())));
             breaches.extend(source::in_library(text, file, &futures));
             findings.extend(prose::comments(&shown(path), text));
         }

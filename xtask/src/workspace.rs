@@ -32,6 +32,18 @@ pub(crate) struct Package {
     pub(crate) version: String,
     manifest_path: PathBuf,
     pub(crate) features: BTreeMap<String, Vec<String>>,
+    dependencies: Vec<Dependency>,
+}
+
+#[derive(Deserialize)]
+struct Dependency {
+    name: String,
+    /// `None` for an ordinary one.
+    kind: Option<String>,
+    /// `*` where no version is asked for.
+    req: String,
+    /// Where a package of this workspace is.
+    path: Option<PathBuf>,
 }
 
 impl Workspace {
@@ -80,6 +92,20 @@ impl Package {
     /// Whether it is a command of cargo, with no asynchronous operation of its own.
     pub(crate) fn is_command(&self) -> bool {
         self.name.starts_with("cargo-")
+    }
+
+    /// The packages of this workspace that its tests need and nobody else gets: named by their path alone.
+    pub(crate) fn unpublished_dependencies(&self) -> Vec<&str> {
+        let unpublished = |dependency: &&Dependency| dependency.path.is_some() && dependency.req == "*";
+        let others = self.dependencies.iter().filter(unpublished).map(|dependency| dependency.name.as_str());
+        others.filter(|name| *name != self.name).collect()
+    }
+
+    /// The packages of this workspace that must be published before it.
+    pub(crate) fn published_siblings(&self) -> impl Iterator<Item = &str> {
+        let published = |dependency: &&Dependency| dependency.path.is_some() && dependency.req != "*";
+        let ordinary = |dependency: &&Dependency| dependency.kind.as_deref() != Some("dev");
+        self.dependencies.iter().filter(published).filter(ordinary).map(|dependency| dependency.name.as_str())
     }
 
     /// Its features, without the collective `default`.

@@ -1,7 +1,7 @@
-//! The same for threads that may block, and for programs without a runtime.
+//! The same functions for threads that may block, and for programs without a runtime.
 //!
-//! Invariant: everything but cancellation is as in the async functions, because it is the same code. Only [`write()`] runs
-//! on the thread that calls it; the others let it wait for threads of this crate's own.
+//! Invariant: everything but cancellation works as in the async functions, because it is the same code. Only
+//! [`write()`] runs on the calling thread; the others make it wait for this crate's own threads.
 
 use std::future::Future;
 use std::io;
@@ -22,11 +22,11 @@ use crate::{Error, SweepReport, WriteOptions};
 #[cfg(unix)]
 use crate::{ReadLock, RecoveryReport};
 
-/// Replaces the file `path` by one that contains `bytes`, or creates it, and blocks the thread until it is durable.
+/// Replaces or creates the file `path` with `bytes` as its content, and blocks the thread until it is durable.
 ///
 /// # Errors
 ///
-/// As [`write`](crate::write()).
+/// Same as [`write`](crate::write()).
 ///
 /// # Examples
 ///
@@ -45,31 +45,31 @@ pub fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Erro
     write_with(path, bytes, WriteOptions::default())
 }
 
-/// As [`write()`], with these [options](WriteOptions).
+/// Works like [`write()`], with these [options](WriteOptions).
 ///
 /// # Errors
 ///
-/// As [`write`](crate::write()).
+/// Same as [`write`](crate::write()).
 pub fn write_with(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>, options: WriteOptions) -> Result<(), Error> {
     write_whole(path.as_ref(), bytes.as_ref(), options, &Gate::new())
 }
 
-/// Replaces the file `path` by `value` as pretty-printed JSON, or creates it, as [`write()`] does.
+/// Replaces or creates the file `path` with `value` as pretty-printed JSON, as [`write()`] does.
 ///
 /// # Errors
 ///
-/// As [`write_json`](crate::write_json).
+/// Same as [`write_json`](crate::write_json).
 #[cfg(feature = "json")]
 pub fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, value: &T) -> Result<(), Error> {
     let path = path.as_ref();
     write(path, crate::file::to_json(path, value)?)
 }
 
-/// Removes from the directory `dir` the temporary files of writers that were killed.
+/// Removes the temporary files of killed writers from the directory `dir`.
 ///
 /// # Errors
 ///
-/// As [`sweep`](crate::sweep).
+/// Same as [`sweep`](crate::sweep).
 pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
     wait(crate::sweep(dir))
 }
@@ -78,34 +78,34 @@ pub fn sweep(dir: impl AsRef<Path>) -> Result<SweepReport, Error> {
 ///
 /// # Errors
 ///
-/// As [`recover`](crate::recover).
+/// Same as [`recover`](crate::recover).
 #[cfg(unix)]
 pub fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
     wait(crate::recover(dir))
 }
 
-/// Waits until no transaction is changing files in the directory `dir`, and keeps others from beginning to.
+/// Waits until no transaction is changing files in the directory `dir`, and keeps others from starting to.
 ///
 /// # Errors
 ///
-/// As [`read_lock`](crate::read_lock).
+/// Same as [`read_lock`](crate::read_lock).
 #[cfg(unix)]
 pub fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     wait(crate::read_lock(dir))
 }
 
-/// Opens files so that of each transaction all of them are new or all are old.
+/// Opens files together: for each transaction, either all of its files are new or all are old.
 ///
 /// # Errors
 ///
-/// As [`open_together`](crate::open_together).
+/// Same as [`open_together`](crate::open_together).
 #[cfg(unix)]
 pub fn open_together<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Vec<File>, Error> {
     wait(crate::open_together(paths))
 }
 
 /// [`AtomicFileWriter`](crate::AtomicFileWriter) for threads that may block: an [`io::Write`] whose file appears as a
-/// whole. Dropped without a [`commit`](Self::commit), it leaves the target as it was.
+/// whole. If it is dropped without a [`commit`](Self::commit), the target stays as it was.
 ///
 /// It buffers 1 MiB, and needs no `BufWriter`.
 ///
@@ -135,7 +135,7 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub fn new(path: impl AsRef<Path>) -> Result<Self, Error> {
         Self::open(path, WriteOptions::default())
     }
@@ -144,25 +144,25 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub fn open(path: impl AsRef<Path>, options: WriteOptions) -> Result<Self, Error> {
         wait(options.open(path)).map(Self)
     }
 
-    /// Makes what was written the target: syncs it, renames it, syncs its directory.
+    /// Makes the written content the target: syncs it, renames it, and syncs its directory.
     ///
     /// # Errors
     ///
-    /// As [`commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`commit`](crate::AtomicFileWriter::commit).
     pub fn commit(self) -> Result<(), Error> {
         wait(self.0.commit())
     }
 
-    /// Gives up what was written and waits until the temporary file is gone.
+    /// Discards what was written and waits until the temporary file is gone.
     ///
     /// # Errors
     ///
-    /// As [`discard`](crate::AtomicFileWriter::discard).
+    /// Same as [`discard`](crate::AtomicFileWriter::discard).
     pub fn discard(self) -> Result<(), Error> {
         wait(self.0.discard())
     }
@@ -221,18 +221,17 @@ pub struct MultiFileTransaction(crate::MultiFileTransaction);
 
 #[cfg(unix)]
 impl MultiFileTransaction {
-    /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
+    /// Creates an empty transaction. Its journal will be in the directory of the first path that it is given.
     pub fn new() -> Self {
         Self(crate::MultiFileTransaction::new())
     }
 
-    /// An empty transaction, whose journal will be in the directory `journal_dir`.
+    /// Creates an empty transaction. Its journal will be in the directory `journal_dir`.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
         Self(crate::MultiFileTransaction::begin(journal_dir))
     }
 
-    /// Sets how the files are written that are added from now on; see
-    /// [`options`](crate::MultiFileTransaction::options).
+    /// Sets how files that are added from now on are written; see [`options`](crate::MultiFileTransaction::options).
     pub fn options(self, options: WriteOptions) -> Self {
         Self(self.0.options(options))
     }
@@ -246,7 +245,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_file`](crate::MultiFileTransaction::add_file).
+    /// Same as [`add_file`](crate::MultiFileTransaction::add_file).
     pub fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
         wait(self.0.add_file(path, content))
     }
@@ -255,7 +254,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`add_files`](crate::MultiFileTransaction::add_files).
+    /// Same as [`add_files`](crate::MultiFileTransaction::add_files).
     pub fn add_files<P: AsRef<Path>, C: AsRef<[u8]>>(
         &mut self,
         files: impl IntoIterator<Item = (P, C)>,
@@ -267,7 +266,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`writer`](crate::MultiFileTransaction::writer).
+    /// Same as [`writer`](crate::MultiFileTransaction::writer).
     pub fn writer(&mut self, path: impl AsRef<Path>) -> Result<impl io::Write + '_, Error> {
         wait(self.0.writer(path)).map(Lent)
     }
@@ -276,7 +275,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`remove_file`](crate::MultiFileTransaction::remove_file).
+    /// Same as [`remove_file`](crate::MultiFileTransaction::remove_file).
     pub fn remove_file(&mut self, path: impl AsRef<Path>) -> Result<(), Error> {
         self.0.remove_file(path)
     }
@@ -285,7 +284,7 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`rename`](crate::MultiFileTransaction::rename).
+    /// Same as [`rename`](crate::MultiFileTransaction::rename).
     pub fn rename(&mut self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
         self.0.rename(from, to)
     }
@@ -294,16 +293,16 @@ impl MultiFileTransaction {
     ///
     /// # Errors
     ///
-    /// As [`commit`](crate::MultiFileTransaction::commit).
+    /// Same as [`commit`](crate::MultiFileTransaction::commit).
     pub fn commit(self) -> Result<(), Error> {
         wait(self.0.commit())
     }
 
-    /// Gives up all changes and waits until the staged files are gone.
+    /// Discards all changes and waits until the staged files are gone.
     ///
     /// # Errors
     ///
-    /// As [`rollback`](crate::MultiFileTransaction::rollback).
+    /// Same as [`rollback`](crate::MultiFileTransaction::rollback).
     pub fn rollback(self) -> Result<(), Error> {
         wait(self.0.rollback())
     }

@@ -10,22 +10,22 @@ use std::time::Duration;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum TargetState {
-    /// The target is as it was, and the call that failed will never change it.
+    /// The target is as it was, and the failed call will never change it.
     Unchanged,
-    /// The target is the new file, whole; only whether it would survive a power cut is unknown.
+    /// The target is the new file, whole, but it may not survive a power cut.
     Visible,
-    /// Of a transaction: each of its files is old or new, whole, and [`recover`](crate::recover) makes them all the one or
-    /// all the other. Until then a reader may find a mix. Of a file that was [written in place](crate::InPlace): it may be
-    /// half written, and [`recover`](crate::recover) makes it the old one.
+    /// For a transaction: each of its files is old or new, whole, and [`recover`](crate::recover) makes them all old or
+    /// all new. Until then a reader may find a mix. For a file that was [written in place](crate::InPlace): it may be
+    /// half written, and [`recover`](crate::recover) restores the old content.
     Undecided,
 }
 
 /// Why a file could not be written, or a directory not be swept.
 ///
-/// The target's path is named as the caller gave it, by transactions as an absolute path. Ask
-/// [`target`](Error::target) what became of the target, and the `is_*` predicates for what a caller can do about it.
+/// It names the target's path as the caller gave it; transactions name an absolute path. [`target`](Error::target) says
+/// what became of the target, and the `is_*` predicates say what a caller can do about it.
 ///
-/// It converts into [`io::Error`], so that `?` works in a function that returns [`io::Result`].
+/// It converts into [`io::Error`], so `?` works in a function that returns [`io::Result`].
 ///
 /// # Examples
 ///
@@ -43,45 +43,45 @@ pub enum TargetState {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The path cannot be that of a file of ours. Choose another.
+    /// The path cannot be the target of a write. Choose another.
     #[error("{path:?} does not name a file: {reason}")]
     InvalidPath {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// The directory that should hold the target does not exist. It is not created by itself: create it first.
+    /// The directory that should hold the target does not exist. Create it first; this crate never does.
     #[error("the directory {directory:?} does not exist")]
     MissingDirectory {
         /// The directory that is missing.
         directory: PathBuf,
     },
-    /// The target is a directory, a FIFO, a socket or a device, which no file replaces.
+    /// The target is a directory, a FIFO, a socket or a device. No file replaces those.
     #[error("{} is a {kind}, not a regular file", named(.path, .resolved))]
     NotAFile {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
         /// What the path leads to, if it is a symlink that was followed.
         resolved: Option<PathBuf>,
         /// What it is.
         kind: &'static str,
     },
-    /// The target exists although [`create_new`](crate::WriteOptions::create_new) was asked for.
+    /// The target exists, but the caller asked for [`create_new`](crate::WriteOptions::create_new).
     #[error("{path:?} already exists")]
     AlreadyExists {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
     },
-    /// The target is a mount point (a file that is bind-mounted into a container, say), which no rename replaces. See
+    /// The target is a mount point, such as a file that is bind-mounted into a container. No rename replaces one. See
     /// [`InPlace`](crate::InPlace).
     #[error("{} cannot be replaced or removed, because it is a mount point", named(.path, .resolved))]
     NotReplaceable {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
         /// The mount point, if the path is a symlink that was followed there.
         resolved: Option<PathBuf>,
-        /// What the rename or the removal said.
+        /// The error of the rename or the removal.
         source: io::Error,
     },
     /// A system call failed before the target was touched.
@@ -89,11 +89,11 @@ pub enum Error {
     Io {
         /// What was attempted.
         action: &'static str,
-        /// The target as given, or the directory that was swept.
+        /// The target, as the caller gave it, or the directory that was swept.
         path: PathBuf,
         /// What the path leads to, if it is a symlink that was followed.
         resolved: Option<PathBuf>,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// The new file is in place, but syncing its directory failed: a power cut may still bring the old one back.
@@ -101,58 +101,59 @@ pub enum Error {
     /// Do not retry the sync. Write the file again, or tell the user.
     #[error("{path:?} is installed, but whether it is durable is unknown")]
     NotDurable {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
-        /// What the sync of the directory said.
+        /// The error of the directory sync.
         source: io::Error,
     },
-    /// The time was up before the rename began, so the target will never change because of this call.
+    /// The time ran out before the rename began, so this call will never change the target.
     #[error("{path:?} was not written within {timeout:?}")]
     TimedOut {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
-        /// The time it was given.
+        /// The time that the call was given.
         timeout: Duration,
     },
     /// The runtime was shut down before the rename began.
     #[error("the runtime was shut down before {path:?} was written")]
     Interrupted {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
     },
-    /// An earlier write to this writer, or the sync of a file of this transaction, failed; so nothing of it is published.
+    /// An earlier write to this writer, or the sync of a file of this transaction, failed, so nothing of it is
+    /// published.
     #[error("{path:?} cannot be written, because an earlier write failed")]
     Broken {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
     },
-    /// A transaction names the same target twice, if only by way of a symlink. Nothing was done.
+    /// A transaction names the same target twice, possibly by way of a symlink. Nothing was done.
     #[error("{path:?} is changed twice in one transaction")]
     RepeatedTarget {
-        /// The target as given the second time.
+        /// The target, as the caller gave it the second time.
         path: PathBuf,
     },
-    /// A target lies on another file system than the journal, or the two paths of a rename lie on two.
+    /// A target is on a different file system from the journal, or the two paths of a rename are on two file systems.
     #[error("{path:?} is not on the file system of its transaction")]
     OtherFileSystem {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
     },
-    /// Other transactions or readers held the lock of a directory all the time, or files that were to be opened together
-    /// kept changing. Try again, or look for who holds it.
+    /// Other transactions or readers held the lock of a directory all the time, or files that were to be opened
+    /// together kept changing. Try again, or find out what holds the lock.
     #[error("the directory {directory:?} was busy for {waited:?}")]
     Busy {
         /// The directory.
         directory: PathBuf,
-        /// How long was waited.
+        /// How long the call waited.
         waited: Duration,
     },
-    /// Others held the lock of a file that is to be [written in place](crate::InPlace) all the time. Try again.
+    /// Another holder kept the lock of a file that is to be [written in place](crate::InPlace). Try again.
     #[error("{path:?} was locked for {waited:?}")]
     FileBusy {
         /// The target.
         path: PathBuf,
-        /// How long was waited.
+        /// How long the call waited.
         waited: Duration,
     },
     /// A crash left a transaction, or a write in place of this target, unfinished in this directory. Call
@@ -162,34 +163,34 @@ pub enum Error {
         /// The directory with the journal or the backup.
         directory: PathBuf,
     },
-    /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides; if
-    /// this is its own error, call it again.
+    /// A transaction could be neither finished nor undone, because the disk failed. [`recover`](crate::recover) decides
+    /// it. If `recover` itself returned this error, call it again.
     #[error("the transaction in {directory:?} is undecided until it is recovered")]
     Undecided {
         /// The directory with the journal.
         directory: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// A write in place failed, and the old content could not be put back, because the disk failed twice.
-    /// [`recover`](crate::recover) puts it back; if this is its own error, call it again.
+    /// [`recover`](crate::recover) puts it back. If `recover` itself returned this error, call it again.
     ///
-    /// The way out by hand: copy the backup over the target, and remove the backup and what has the same name without
-    /// `-old`.
+    /// To repair it by hand: copy the backup over the target, and remove the backup and the entry of the same name
+    /// without `-old`.
     #[error("{path:?} may be half written: recover its directory, or copy {backup:?} over it by hand")]
     Torn {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
         /// Where its old content is.
         backup: PathBuf,
-        /// What the system said.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// A write in place was cut by a crash, and its backup is not put back, because it cannot be told that it belongs there.
-    /// The target was not touched.
+    /// A crash cut a write in place, and its backup is not put back, because nothing proves that it belongs there. The
+    /// target was not touched.
     ///
-    /// The way out by hand: mount what was mounted there and recover again; or copy the backup to where it belongs, and
-    /// remove both it and the record.
+    /// To repair it by hand: mount what was mounted there and recover again; or copy the backup to where it belongs,
+    /// and remove the backup and the record.
     #[error(
         "{record:?} is of a write in place that was cut, but {reason}; the target was not touched: set that right and \
          recover again, or copy {backup:?} to where it belongs and remove both by hand"
@@ -204,8 +205,8 @@ pub enum Error {
     },
     /// A journal cannot be read. Nothing was touched.
     ///
-    /// The way out by hand: restore the journal from a backup; or look at the targets, keep of each the file that you
-    /// want (the name that begins with `.afs-tx-` beside it holds the other one), and remove the journal.
+    /// To repair it by hand: restore the journal from a backup. Or look at the targets, keep the file that you want of
+    /// each (the name beside it that begins with `.afs-tx-` holds the other one), and remove the journal.
     #[error("the journal {journal:?} is not valid ({reason}); nothing was touched: restore it, or remove it by hand")]
     CorruptJournal {
         /// The journal.
@@ -215,8 +216,8 @@ pub enum Error {
     },
     /// A file is neither what it was before the transaction nor what it should become. Nothing was touched.
     ///
-    /// The way out by hand: move that file out of the way; or decide for yourself what each target should be, and remove
-    /// the journal.
+    /// To repair it by hand: move that file out of the way; or decide for yourself what each target should be, and
+    /// remove the journal.
     #[error(
         "{path:?} is neither the old nor the new file of the transaction {journal:?}; nothing was touched: \
          move it out of the way and recover again, or set the targets right and remove the journal by hand"
@@ -227,17 +228,18 @@ pub enum Error {
         /// The journal.
         journal: PathBuf,
     },
-    /// A transaction took place in two directories, and one of them is not where the other says. Nothing was touched.
+    /// A transaction spans two directories, and one of them is not where the other says. Nothing was touched.
     ///
-    /// The way out by hand: bring both back to where they were in relation to each other, or copy or move what contains
-    /// both; or decide for yourself what each target should be, and remove the journal or the pointer to it.
+    /// To repair it by hand: move both back to their old places relative to each other, or copy or move the directory
+    /// that contains both. Or decide for yourself what each target should be, and remove the journal or the pointer to
+    /// it.
     #[error(
         "{journal:?} is of a transaction that has to do with the directory {directory:?}, which {reason}; nothing was \
          touched: bring the directories back to where they were in relation to each other and recover again, or set \
          the targets right and remove {journal:?} by hand"
     )]
     Misplaced {
-        /// The journal; or the pointer to it, which lies in each other directory that takes part.
+        /// The journal, or the pointer to it in each other directory that takes part.
         journal: PathBuf,
         /// Where the other directory should be.
         directory: PathBuf,
@@ -247,22 +249,22 @@ pub enum Error {
     /// The call was made outside a tokio runtime.
     #[error("{path:?} cannot be written outside a tokio runtime")]
     NoRuntime {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
     },
     /// The value could not be turned into JSON.
     #[cfg(feature = "json")]
     #[error("the value for {path:?} could not be turned into JSON")]
     Serialize {
-        /// The target as given.
+        /// The target, as the caller gave it.
         path: PathBuf,
-        /// What the serializer said.
+        /// The error of the serializer.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
 }
 
 impl Error {
-    /// Tells what the failure means for the target.
+    /// Returns what the failure means for the target.
     pub fn target(&self) -> TargetState {
         match self {
             Self::NotDurable { .. } => TargetState::Visible,
@@ -271,55 +273,56 @@ impl Error {
         }
     }
 
-    /// Whether the time was up.
+    /// Returns whether the time ran out.
     pub fn is_timeout(&self) -> bool {
         matches!(self, Self::TimedOut { .. })
     }
 
-    /// Whether the directory that should hold the target is missing.
+    /// Returns whether the directory that should hold the target is missing.
     pub fn is_missing_directory(&self) -> bool {
         matches!(self, Self::MissingDirectory { .. })
     }
 
-    /// Whether the target is a directory, a FIFO, a socket or a device.
+    /// Returns whether the target is a directory, a FIFO, a socket or a device.
     pub fn is_not_a_file(&self) -> bool {
         matches!(self, Self::NotAFile { .. })
     }
 
-    /// Whether the target exists although it must not.
+    /// Returns whether the target exists although it must not.
     pub fn is_already_exists(&self) -> bool {
         matches!(self, Self::AlreadyExists { .. })
     }
 
-    /// Whether the target is a mount point.
+    /// Returns whether the target is a mount point.
     ///
-    /// Such a file can only be written in place, where readers may find it half written. Whoever prefers that to no new
-    /// content at all asks for it: [`InPlace::WithBackup`](crate::InPlace::WithBackup).
+    /// Such a file can only be written in place, and readers may find it half written. If you prefer that to no new
+    /// content at all, ask for it with [`InPlace::WithBackup`](crate::InPlace::WithBackup).
     pub fn is_not_replaceable(&self) -> bool {
         matches!(self, Self::NotReplaceable { .. })
     }
 
-    /// Whether a transaction names the same target twice.
+    /// Returns whether a transaction names the same target twice.
     pub fn is_repeated_target(&self) -> bool {
         matches!(self, Self::RepeatedTarget { .. })
     }
 
-    /// Whether a target lies on another file system than its transaction.
+    /// Returns whether a target is on a different file system from its transaction.
     pub fn is_other_file_system(&self) -> bool {
         matches!(self, Self::OtherFileSystem { .. })
     }
 
-    /// Whether a directory, or a file that is to be written in place, stayed locked by others.
+    /// Returns whether a directory, or a file that is to be written in place, stayed locked by others.
     pub fn is_busy(&self) -> bool {
         matches!(self, Self::Busy { .. } | Self::FileBusy { .. })
     }
 
-    /// Whether a transaction, or a write in place, that a crash or a failing disk left unfinished has to be recovered first.
+    /// Returns whether an unfinished transaction or write in place, left by a crash or a failing disk, must be
+    /// recovered first.
     pub fn is_unrecovered(&self) -> bool {
         matches!(self, Self::Unrecovered { .. } | Self::Undecided { .. } | Self::Torn { .. })
     }
 
-    /// Whether a recovery refused to touch anything, so that somebody has to look.
+    /// Returns whether a recovery refused to touch anything, so a person has to look.
     pub fn is_refused(&self) -> bool {
         matches!(
             self,
@@ -330,22 +333,22 @@ impl Error {
         )
     }
 
-    /// Whether the disk or the quota is full.
+    /// Returns whether the disk or the quota is full.
     pub fn is_storage_full(&self) -> bool {
         matches!(self.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
     }
 
-    /// Whether the permission to create, replace or dress the file is missing.
+    /// Returns whether permission to create or replace the file, or to set its metadata, is missing.
     pub fn is_permission_denied(&self) -> bool {
         self.kind() == io::ErrorKind::PermissionDenied
     }
 
-    /// Whether the file system is mounted read-only.
+    /// Returns whether the file system is mounted read-only.
     pub fn is_read_only(&self) -> bool {
         self.kind() == io::ErrorKind::ReadOnlyFilesystem
     }
 
-    /// The kind that the same failure has as an [`io::Error`].
+    /// Returns the kind that the same failure has as an [`io::Error`].
     pub fn kind(&self) -> io::ErrorKind {
         match self {
             Self::InvalidPath { .. } => io::ErrorKind::InvalidInput,

@@ -28,22 +28,21 @@ use crate::{Error, WriteOptions};
 /// The first allocation of a buffer. From here it doubles, so that many small files cost little.
 const FIRST_BUFFER_BYTES: usize = 8 << 10;
 
-/// Replaces the file `path` by one that contains `bytes`, or creates it.
+/// Replaces or creates the file `path` with `bytes` as its content.
 ///
-/// Every reader sees the old file or the new one, whole. `Ok` means that the new one survives a power cut. Of several
-/// concurrent calls each succeeds, and the last one to rename wins. For options see
-/// [`AtomicFileWriter::options`](crate::AtomicFileWriter::options). It copies `bytes`, at most 3 MiB of them at a time;
+/// Every reader sees the old file or the new one, whole. `Ok` means that the new file survives a power cut. Concurrent
+/// calls all succeed, and the last one to rename wins. For options see
+/// [`AtomicFileWriter::options`](crate::AtomicFileWriter::options). It copies `bytes`, at most 3 MiB at a time;
 /// [`write_bytes`] copies nothing.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
-/// this call; the temporary file is removed as soon as the system call in progress returns.
+/// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this call
+/// never changes it afterwards; the temporary file is removed as soon as the system call in progress returns.
 ///
 /// # Errors
 ///
-/// As [`WriteOptions::open`] and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+/// Same as [`WriteOptions::open`] and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
 ///
 /// # Examples
 ///
@@ -63,21 +62,21 @@ pub async fn write(path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<()
     WriteOptions::default().write(path, bytes).await
 }
 
-/// Replaces the file `path` by one that contains `content`, or creates it, without copying `content`.
+/// Replaces or creates the file `path` with `content`, which it does not copy.
 ///
-/// It is [`write()`] for content that is owned, or shared: a `Vec<u8>`, a `String`, a `&'static str`, or a [`Bytes`], of
-/// which a clone is cheap. Whatever its size, one call is one hop to the blocking pool, and the content is let go when the
+/// It is [`write()`] for owned or shared content: a `Vec<u8>`, a `String`, a `&'static str`, or a [`Bytes`], which is
+/// cheap to clone. Whatever its size, one call is one hop to the blocking pool, and the content is released when the
 /// write has ended.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
-/// this call; the temporary file is removed, and the content let go, as soon as the system call in progress returns.
+/// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this call
+/// never changes it afterwards; the temporary file is removed, and the content released, as soon as the system call in
+/// progress returns.
 ///
 /// # Errors
 ///
-/// As [`write()`].
+/// Same as [`write()`].
 ///
 /// # Examples
 ///
@@ -101,17 +100,16 @@ pub async fn write_bytes(path: impl AsRef<Path>, content: impl Into<Bytes>) -> R
 }
 
 impl WriteOptions {
-    /// Replaces the file `path` by one that contains `bytes`, or creates it, as [`write()`] does with the defaults.
+    /// Replaces or creates the file `path` with `bytes`, as [`write()`] does with the defaults.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the target is the old file or the new one, and from then on never changes because
-    /// of this call; the temporary file is removed as soon as the system call in progress returns.
+    /// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this
+    /// call never changes it afterwards; the temporary file is removed as soon as the system call in progress returns.
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
     pub async fn write(self, path: impl AsRef<Path>, bytes: impl AsRef<[u8]>) -> Result<(), Error> {
         let bytes = bytes.as_ref();
         if bytes.len() <= CHUNK_BYTES {
@@ -123,19 +121,18 @@ impl WriteOptions {
         writer.commit().await
     }
 
-    /// Replaces the file `path` by one that contains `content`, or creates it, without copying `content`, as
-    /// [`write_bytes()`] does with the defaults.
+    /// Replaces or creates the file `path` with `content`, which it does not copy, as [`write_bytes()`] does with the
+    /// defaults.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the target is the old file or the new one, and from then on never changes because
-    /// of this call; the temporary file is removed, and the content let go, as soon as the system call in progress
-    /// returns.
+    /// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this
+    /// call never changes it afterwards; the temporary file is removed, and the content released, as soon as the system
+    /// call in progress returns.
     ///
     /// # Errors
     ///
-    /// As [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
+    /// Same as [`open`](Self::open) and [`AtomicFileWriter::commit`](crate::AtomicFileWriter::commit).
     pub async fn write_bytes(self, path: impl AsRef<Path>, content: impl Into<Bytes>) -> Result<(), Error> {
         write_job(path.as_ref(), content.into(), self, Gate::new())?.await
     }
@@ -154,19 +151,18 @@ fn write_job(
     Ok(Job::spawn(&runtime, &gate, &path, move |gate| write_whole(&target, content.as_ref(), options, gate)))
 }
 
-/// Replaces the file `path` by `value` as pretty-printed JSON, or creates it.
+/// Replaces or creates the file `path` with `value` as pretty-printed JSON.
 ///
 /// The value is serialized before anything is touched.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
-/// this call.
+/// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this call
+/// never changes it afterwards.
 ///
 /// # Errors
 ///
-/// [`Error::Serialize`], and as [`write()`].
+/// [`Error::Serialize`], or as [`write()`].
 ///
 /// # Examples
 ///
@@ -188,23 +184,22 @@ pub async fn write_json<T: serde::Serialize + ?Sized>(path: impl AsRef<Path>, va
     write_job(path, to_json(path, value)?, WriteOptions::default(), Gate::new())?.await
 }
 
-/// Replaces the file `path` by `value` as pretty-printed JSON, unless the rename has not begun within `timeout`.
+/// Replaces or creates the file `path` with `value` as pretty-printed JSON, if the rename begins within `timeout`.
 ///
-/// [`TimedOut`](Error::TimedOut) means that the target is unchanged, for ever: no rename begins after `timeout`, even if
-/// the executor is too busy to notice. Once the rename has begun the timeout no longer applies, and the call waits until
-/// it is known whether the new file is durable.
+/// [`TimedOut`](Error::TimedOut) means that the target is unchanged, and that this call will never change it: no rename
+/// begins after `timeout`, even if the executor is too busy to notice. Once the rename has begun the timeout no longer
+/// applies, and the call waits until it knows whether the new file is durable.
 ///
-/// After the time is up the call waits up to 100 ms more for its temporary file to be removed.
+/// When the time is up, the call waits up to 100 ms longer for its temporary file to be removed.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, the target is the old file or the new one, and from then on never changes because of
-/// this call.
+/// This method is cancel safe. If dropped before completion, the target is the old file or the new one, and this call
+/// never changes it afterwards.
 ///
 /// # Errors
 ///
-/// [`Error::TimedOut`], and as [`write_json`].
+/// [`Error::TimedOut`], or as [`write_json`].
 ///
 /// # Panics
 ///
@@ -249,14 +244,14 @@ pub(crate) fn to_json<T: serde::Serialize + ?Sized>(path: &Path, value: &T) -> R
 
 /// Writes one file in pieces, and makes it the target as a whole on [`commit`](Self::commit).
 ///
-/// Dropped without a commit it leaves the target as it was and removes its temporary file at once, or, if a piece is
-/// just being written, as soon as that piece is.
+/// If it is dropped without a commit, the target stays as it was. The temporary file is removed at once, or, if a piece
+/// is being written just then, as soon as that is done.
 ///
-/// Memory: up to 1 MiB of content is held back; from there on up to three buffers of 1 MiB take turns. They are written
-/// by the blocking pool of the runtime on which the writer was opened, by one job as long as content keeps coming.
+/// Memory: a writer buffers up to 1 MiB of content; beyond that, up to three buffers of 1 MiB take turns. The blocking
+/// pool of the runtime where the writer was opened writes them, in one job as long as content keeps coming.
 ///
-/// It implements [`AsyncWrite`], so that it can be the end of a [`tokio::io::copy`]. There `flush` and `shutdown` do
-/// nothing: neither makes content visible, only a commit does.
+/// It implements [`AsyncWrite`], so it can be the destination of a [`tokio::io::copy`]. There `flush` and `shutdown` do
+/// nothing: only a commit makes content visible.
 ///
 /// # Examples
 ///
@@ -301,38 +296,37 @@ enum Stage {
 impl AtomicFileWriter {
     /// Opens a writer for `path` with the default [options](WriteOptions).
     ///
-    /// The target need not exist, its directory must.
+    /// The directory must exist; the target need not.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the target is as it was, and a temporary file that had already been created is
-    /// removed.
+    /// This method is cancel safe. If dropped before completion, the target is as it was, and a temporary file that was
+    /// already created is removed.
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`].
+    /// Same as [`WriteOptions::open`].
     pub async fn new(path: impl AsRef<Path>) -> Result<Self, Error> {
         WriteOptions::default().open(path).await
     }
 
-    /// The default options, to be changed and then opened or written with.
+    /// Returns the default options; change them, then open or write with them.
     pub fn options() -> WriteOptions {
         WriteOptions::default()
     }
 
     /// Takes in all of `data`.
     ///
-    /// Content up to 1 MiB is only copied; beyond that this waits for the disk.
+    /// It only copies content up to 1 MiB; beyond that it waits for the disk.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, none of `data` is part of the file: what had been taken in is taken back.
+    /// This method is cancel safe. If dropped before completion, none of `data` is part of the file: anything already
+    /// taken in is taken back.
     ///
     /// # Errors
     ///
-    /// Those of the disk ([`is_storage_full`](Error::is_storage_full) and others). After one the writer is
+    /// Disk errors ([`is_storage_full`](Error::is_storage_full) and others). After one the writer is
     /// [`Broken`](Error::Broken): it takes in nothing more and cannot be committed; the target stays as it was.
     pub async fn write_all(&mut self, data: &[u8]) -> Result<(), Error> {
         let mut attempt = Attempt { start: self.position(), writer: self, complete: false };
@@ -354,27 +348,26 @@ impl AtomicFileWriter {
     ///
     /// # Errors
     ///
-    /// As [`write_all`](Self::write_all).
+    /// Same as [`write_all`](Self::write_all).
     pub async fn write(&mut self, data: &[u8]) -> Result<(), Error> {
         self.write_all(data).await
     }
 
-    /// Makes what was written the target: syncs it, renames it, syncs its directory.
+    /// Makes the written content the target: syncs it, renames it, and syncs its directory.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the target is the old file or the new one, whole, and from then on never changes
-    /// because of this call: a drop that finds the rename entered waits for that one system call. What was written is
-    /// given up if the rename had not begun. To go on regardless, call [`commit_detached`](Self::commit_detached).
-    /// If the target is [written in place](crate::InPlace), a drop that finds that begun waits until all of it is written
-    /// and synced, or put back.
+    /// This method is cancel safe. If dropped before completion, the target is the old file or the new one, whole, and
+    /// this call never changes it afterwards. If the rename has been entered, the drop waits for that one system call;
+    /// if it has not begun, what was written is discarded. To continue regardless, call
+    /// [`commit_detached`](Self::commit_detached). If the target is being [written in place](crate::InPlace), the drop
+    /// waits until all of it is written and synced, or put back.
     ///
     /// # Errors
     ///
-    /// [`Error::target`] tells whether the target is [`Unchanged`](crate::TargetState::Unchanged), for ever, or
-    /// [`Visible`](crate::TargetState::Visible) without being known to be durable; or, only if it was
-    /// [written in place](crate::InPlace), [`Undecided`](crate::TargetState::Undecided).
+    /// [`Error::target`] says whether the target is [`Unchanged`](crate::TargetState::Unchanged) for good, or
+    /// [`Visible`](crate::TargetState::Visible) but not known to be durable. Only if it was [written in
+    /// place](crate::InPlace) can it be [`Undecided`](crate::TargetState::Undecided).
     pub async fn commit(mut self) -> Result<(), Error> {
         poll_fn(|cx| self.poll_idle(cx)).await?;
         let (runtime, gate, path) = (self.runtime.clone(), self.gate.clone(), self.path.clone());
@@ -388,27 +381,27 @@ impl AtomicFileWriter {
         job.await
     }
 
-    /// Starts a [`commit`](Self::commit) that no drop cancels, only a shutdown of the runtime.
+    /// Starts a [`commit`](Self::commit) that only a shutdown of the runtime can cancel, no drop.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped.
-    /// It need not even be polled: the commit is under way when this returns, and the handle only tells how it ended.
+    /// Once polled, it runs to completion even if dropped. It need not even be polled: the commit is in progress when
+    /// this returns, and the handle only reports how it ended.
     pub fn commit_detached(self) -> CommitHandle {
         let (gate, path, runtime) = (self.gate.clone(), self.path.clone(), self.runtime.clone());
         CommitHandle::new(gate, path, Ok(runtime.spawn(self.commit())))
     }
 
-    /// Gives up what was written and waits until the temporary file is gone.
+    /// Discards what was written and waits until the temporary file is gone.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped.
-    /// The target is as it was; the temporary file is removed in any case.
+    /// Once polled, it runs to completion even if dropped. The target stays as it was; the temporary file is removed in
+    /// any case.
     ///
     /// # Errors
     ///
-    /// That of the removal; the file is then left to [`sweep`](crate::sweep).
+    /// Returns the error of the removal; [`sweep`](crate::sweep) removes the file later.
     pub async fn discard(mut self) -> Result<(), Error> {
         // A write that has failed has already removed its file, so its error no longer matters.
         let _failed_before = poll_fn(|cx| self.poll_idle(cx)).await;
@@ -617,18 +610,17 @@ impl Lane {
 }
 
 impl WriteOptions {
-    /// Opens a writer for `path`: resolves it, looks at what is there, and creates a temporary file beside it.
+    /// Opens a writer for `path`: resolves it, inspects what is there, and creates a temporary file beside it.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the target is as it was, and a temporary file that had already been created is
-    /// removed.
+    /// This method is cancel safe. If dropped before completion, the target is as it was, and a temporary file that was
+    /// already created is removed.
     ///
     /// # Errors
     ///
-    /// The directory is [missing](Error::is_missing_directory), the target is [not a file](Error::is_not_a_file) or
-    /// [exists](Error::is_already_exists) although it must not, the path [names no file](Error::InvalidPath), a
+    /// The directory is [missing](Error::is_missing_directory); the target is [not a file](Error::is_not_a_file), or
+    /// [exists](Error::is_already_exists) although it must not; the path [names no file](Error::InvalidPath); or
     /// [permission](Error::is_permission_denied) or [space](Error::is_storage_full) is missing.
     pub async fn open(self, path: impl AsRef<Path>) -> Result<AtomicFileWriter, Error> {
         let path = Arc::<Path>::from(path.as_ref());
@@ -687,13 +679,12 @@ impl fmt::Debug for AtomicFileWriter {
     }
 }
 
-/// Tells how a detached commit ended, of [a writer](AtomicFileWriter::commit_detached) or of a transaction; dropping it
-/// does not cancel the commit.
+/// Reports how a detached commit ended, whether of [a writer](AtomicFileWriter::commit_detached) or of a transaction.
+/// Dropping it does not cancel the commit.
 ///
 /// # Cancel safety
 ///
-/// Once polled, it runs to completion even if dropped.
-/// The commit is under way whether or not this is polled.
+/// Once polled, it runs to completion even if dropped. The commit is in progress whether or not this is polled.
 #[derive(Debug)]
 #[must_use = "without it nobody learns whether the commit succeeded"]
 pub struct CommitHandle {

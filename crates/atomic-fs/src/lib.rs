@@ -21,11 +21,11 @@
 //! # }
 //! ```
 //!
-//! - Every step runs on a pool of blocking threads, where nothing stops it once it is queued. **The rename may land after
-//!   the timeout has been reported**, and then undo a later write that was acknowledged.
+//! - Every step runs on a pool of blocking threads, where nothing stops it once it is queued. **The rename may land
+//!   after the timeout has been reported**, and undo a later, acknowledged write.
 //! - The temporary file stays behind. A guard that removes it is not enough: the file may be created after the guard ran.
-//! - `write_all` does not report what the disk said; on a full disk, `write_all`, `sync_all` and `rename` can all succeed
-//!   and publish the beginning of the content.
+//! - `write_all` does not report disk errors. On a full disk, `write_all`, `sync_all` and `rename` can all succeed and
+//!   publish only the beginning of the content.
 //! - Two writers share `path.tmp`, and mix their contents.
 //! - The directory is never synced, so a power cut undoes what was reported as done.
 //!
@@ -56,11 +56,11 @@
 //! # }
 //! ```
 //!
-//! The whole sequence runs inside one blocking job, and between it and the future that waits for it stands a gate. Right
-//! before the rename the job asks the gate; dropping the future closes it. If the rename has already been entered, the
-//! drop waits for that one system call. So once the drop returns, the target never changes because of this call.
+//! The whole sequence runs inside one blocking job. A gate stands between the job and the future that waits for it. The
+//! job asks the gate right before the rename; dropping the future closes the gate. If the job has already entered the
+//! rename, the drop waits for that one system call. So once the drop returns, this call never changes the target.
 //!
-//! Several files change together in a transaction, and a reader who asks for the lock never sees half of it:
+//! A transaction changes several files together, and a reader that takes the lock never sees half of it:
 //!
 //! ```
 //! # #[cfg(unix)]
@@ -99,7 +99,7 @@
 //! | event | the target | left behind |
 //! |---|---|---|
 //! | `Ok` | new, and survives a power cut ([`Durability::Full`]) | nothing |
-//! | an error whose [`target`](Error::target) is [`Unchanged`](TargetState::Unchanged) | old, for ever | nothing |
+//! | an error whose [`target`](Error::target) is [`Unchanged`](TargetState::Unchanged) | old, and stays old | nothing |
 //! | an error whose [`target`](Error::target) is [`Visible`](TargetState::Visible) | new; a power cut may bring back the old one | nothing |
 //! | the future is dropped | old or new, decided before the drop returns | nothing, once the system call in progress returns |
 //! | a panic, an abort of the task, a shutdown of the runtime | as if dropped | as if dropped |
@@ -108,86 +108,88 @@
 //! | a kill or a power cut, while it is [written in place](InPlace) | may be half written, until [`recover`] puts the old one back | `.afs-place-…` and `.afs-place-…-old`, until then |
 //! | several writers at once | each gets `Ok`, the last rename wins | nothing |
 //!
-//! And of the files of a transaction:
+//! For the files of a transaction:
 //!
 //! | event | the targets | left behind |
 //! |---|---|---|
 //! | `Ok` | all new, and survive a power cut | nothing; if the clean-up failed, or a power cut follows, hidden files until [`recover`] of their directory |
-//! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, for ever | nothing |
-//! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all the one or the other | a journal and hidden files, until then |
+//! | an error whose target is [`Unchanged`](TargetState::Unchanged) | all old, and stay old | nothing |
+//! | an error whose target is [`Undecided`](TargetState::Undecided): the disk failed twice | each old or new, until [`recover`] makes them all old or all new | a journal and hidden files, until then |
 //! | the commit is dropped | all old or all new, decided before the drop returns | nothing, once the job has ended |
 //! | the transaction is dropped | all old | nothing |
-//! | the process is killed, or a power cut | each old or new; after [`recover`] all old or all new | `.afs-journal` and hidden files `.afs-tx-…`, until [`recover`]; an empty `.afs-lock` or `.afs-turn`, which stops nobody and goes with the next transaction |
+//! | the process is killed, or a power cut | each old or new; after [`recover`] all old or all new | `.afs-journal` and hidden files `.afs-tx-…`, until [`recover`]; an empty `.afs-lock` or `.afs-turn`, which blocks nobody and goes with the next transaction |
 //! | transactions that share a directory | one after the other, in turns with readers that lock it | nothing |
-//! | a reader | each file whole and never missing; with [`open_together`] or [`read_lock`] all old or all new | |
-//! | somebody who may only read the directory | holds up no commit | |
+//! | a reader | it finds each file whole and never missing; with [`open_together`] or [`read_lock`], all old or all new | |
+//! | a user who may only read the directory | cannot hold up a commit | |
 //!
-//! Content and metadata change together. A temporary file lies beside the resolved target, is locked while its writer
-//! lives, and at no time grants more than the final file will. A failed sync is never retried, since the kernel may have
-//! dropped the data and would report success. Names of 255 bytes work.
+//! Content and metadata change together. A temporary file is created beside the resolved target. It is locked while its
+//! writer lives, and never grants more access than the final file will. A failed sync is never retried, because the
+//! kernel may have dropped the data and would report success. Names of 255 bytes work.
 //!
-//! Names that begin with **`.afs-`** are reserved: as a target they are refused, and a program that lists a directory
-//! should pass over them.
+//! Names that begin with **`.afs-`** are reserved: they are refused as a target, and a program that lists a directory
+//! should skip them.
 //!
 //! # Limitations
 //!
 //! Every file:
 //!
-//! - A directory that does not exist is an error; it is never created.
-//! - A hard link is cut: the target is a new file, the other names keep the old one.
-//! - A drop that finds the rename entered blocks its thread for that one system call.
-//! - A mount point, such as a file that is bind-mounted into a container, cannot be replaced by a rename. That is
-//!   [an error](Error::is_not_replaceable), unless [`InPlace::WithBackup`] asks for a write in place, which readers may
-//!   find half done, and which a drop waits for.
-//! - By default the permission bits are kept, on Linux with the POSIX access control list; see [`Preserve`]. If the group
-//!   is not kept, the bits that would mean other people are dropped: 0640 becomes 0600.
+//! - A missing directory is an error; it is never created.
+//! - A hard link is cut: the target becomes a new file, the other names keep the old one.
+//! - If the rename has been entered, a drop blocks its thread for that one system call.
+//! - No rename can replace a mount point, such as a file that is bind-mounted into a container. That is [an
+//!   error](Error::is_not_replaceable), unless [`InPlace::WithBackup`] asks for a write in place. Readers may find such
+//!   a write half done, and a drop waits for it.
+//! - By default a write keeps the permission bits, on Linux with the POSIX access control list; see [`Preserve`]. If
+//!   the group is not kept, the bits that would apply to other people are dropped: 0640 becomes 0600.
 //! - Other kinds of access control lists (NFSv4, macOS, Windows) are not kept, or copied as attributes if at all.
-//! - A directory that may be written to but not read is an error, because it cannot be synced.
+//! - A directory that is writable but not readable is an error, because it cannot be synced.
 //! - In an append-only directory nothing can be renamed or removed: a write fails, and its temporary file stays.
-//! - [`sweep`] needs file locks; where there are none it removes nothing.
+//! - [`sweep`] needs file locks; without them it removes nothing.
 //!
 //! Transactions:
 //!
 //! - They need Unix, one file system for all targets and the journal, and file locks.
-//! - A reader without [`open_together`] or [`read_lock`] may find some files old and others new while they are exchanged,
+//! - A reader without [`open_together`] or [`read_lock`] may find some files old and others new: during the exchange,
 //!   which takes microseconds a file, or after a crash until [`recover`]. No file system offers better.
-//! - A file that is renamed over another has for a moment only a hidden name; every visible name has its old or its new
-//!   file. If three or more change places in a circle, the first of them shows the others in turn.
-//! - A file that somebody else creates or removes while a commit exchanges it makes the commit fail, all files unchanged.
-//! - A lock is waited for 30 s; see [`patience`](MultiFileTransaction::patience). One thread, `afs-locks`, tries for all
-//!   callers of a process; if a file system hangs when it is asked for a lock, all of them wait.
-//! - A drop that finds the files being exchanged waits until they are: microseconds a file, and a sync of the directory
-//!   for each rename that replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
-//! - Where files cannot be exchanged in one step, three steps by way of a hard link do it, equally safe.
-//! - On overlayfs the files of a lower layer are copied before they are replaced, renamed or removed. Where links to the
-//!   files of others are restricted, one that has several names makes the commit fail, all files unchanged.
-//! - Mount points are refused, whatever [`InPlace`] says.
+//! - A file that is renamed over another briefly has only a hidden name; every visible name has its old or its new
+//!   file. If three or more change places in a circle, the first name shows the others in turn.
+//! - If another process creates or removes a file while a commit exchanges it, the commit fails and all files stay
+//!   unchanged.
+//! - A caller waits at most 30 s for a lock; see [`patience`](MultiFileTransaction::patience). One thread, `afs-locks`,
+//!   tries for all callers of a process. If a file system hangs on a lock request, all of them wait.
+//! - A drop during the exchange waits for its end: microseconds a file, plus a sync of the directory for each rename
+//!   that replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
+//! - If the file system cannot exchange files in one step, three steps by way of a hard link do it just as safely.
+//! - On overlayfs, files of a lower layer are copied before they are replaced, renamed or removed. If links to other
+//!   users' files are restricted, such a file with several names makes the commit fail, and all files stay unchanged.
+//! - A transaction refuses mount points, whatever [`InPlace`] says.
 //!
 //! Recovery:
 //!
-//! - A journal and a backup are believed. So call [`recover`] only where nobody may write whom you would not trust with
-//!   your files; not in `/tmp` itself.
-//! - Recover before you write. A target that somebody has changed since the crash may be neither the old nor the new file;
-//!   then nothing is touched, and the error says what to do by hand.
-//! - A tree that was copied or restored recovers if the copy has the times of its files (`cp -a`, `tar`, `rsync -a`) and
-//!   all directories of the transaction. Otherwise it is refused.
+//! - [`recover`] believes the journal and the backup that it finds. Call it only in directories that nobody can write
+//!   to whom you would not trust with your files; not in `/tmp` itself.
+//! - Recover before you write. A target that has changed since the crash may be neither the old nor the new file. Then
+//!   nothing is touched, and the error says what to do by hand.
+//! - A copied or restored tree recovers if the copy has the times of its files (`cp -a`, `tar`, `rsync -a`) and all
+//!   directories of the transaction. Otherwise it is refused.
 //!
 //! Systems:
 //!
-//! - `Ok` is as good as what the disk promises. File systems that refuse to sync a directory are taken at their word.
-//! - On a network file system a rename may take effect although it reports an error, and locks may be seen by one machine
-//!   only; sweep and recover while no other machine writes.
+//! - `Ok` is only as good as the disk's promise. A file system that refuses to sync a directory is taken at its word.
+//! - On a network file system a rename may take effect and still report an error, and locks may be visible to one
+//!   machine only. Sweep and recover while no other machine writes.
 //! - Linux is where every guarantee is tested. On macOS syncs use `F_FULLFSYNC`.
-//! - On Windows there are no modes, owners and directory syncs. A target that somebody has open without sharing it cannot
-//!   be replaced; that is tried for half a second, which a drop may have to wait for. For a moment after the rename a
-//!   reader may find the new file locked.
+//! - On Windows there are no modes, owners and directory syncs. A target that another program has open without sharing
+//!   cannot be replaced. The crate tries for half a second, and a drop may have to wait for that. For a moment after
+//!   the rename a reader may find the new file locked.
 //!
 //! # Comparison
 //!
-//! [`tempfile`](https://docs.rs/tempfile) makes a good temporary file for blocking code; it syncs neither the file nor
-//! its directory, and inside `spawn_blocking` its `persist` lands although nobody waits any more. `std::fs::write` in
-//! place is right for what may be torn and made again. If nothing ever drops your future, no timeout, no `select!`, no
-//! shutdown, then [`blocking`] inside `spawn_blocking` is all you need; a program without a runtime uses it as it is.
+//! - [`tempfile`](https://docs.rs/tempfile) makes a good temporary file for blocking code. It syncs neither the file
+//!   nor its directory, and inside `spawn_blocking` its `persist` lands even if nobody waits any more.
+//! - `std::fs::write` in place is right for a file that may be torn and made again.
+//! - If nothing ever drops your future (no timeout, no `select!`, no shutdown), [`blocking`] inside `spawn_blocking` is
+//!   all you need. A program without a runtime uses it directly.
 //!
 //! # Features
 //!
@@ -198,7 +200,7 @@
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89, raised only in a minor release.
+//! 1.89. It is raised only in a minor release.
 
 #[cfg(unix)]
 mod apply;

@@ -357,27 +357,27 @@ fn attempt(guest: &Mutex<Guest>) {
     }
 }
 
-/// Keeps transactions from changing the files of a directory, until it is dropped; made by [`read_lock`].
+/// Keeps transactions from changing the files of a directory until it is dropped; made by [`read_lock`].
 ///
-/// Any number of readers hold it at once.
+/// Any number of readers can hold it at once.
 #[derive(Debug)]
 #[must_use = "a transaction may change the files as soon as this is dropped"]
 pub struct ReadLock {
     _locks: Locks,
 }
 
-/// Waits until no transaction is changing files in the directory `dir`, and keeps others from beginning to.
+/// Waits until no transaction is changing files in the directory `dir`, and keeps others from starting to.
 ///
-/// `dir` is the directory of the files to be read, or that of the journal: a commit locks its journal's directory and
-/// that of each target. A reader without it sees each file whole too, but may see the files of one transaction partly
-/// old and partly new. Writes of single files, outside transactions, do not ask for the lock.
+/// `dir` is the directory of the files to be read, or of the journal: a commit locks its journal's directory and the
+/// directory of each target. A reader without the lock also sees each file whole, but may see some files of a
+/// transaction old and others new. Writes of single files, outside transactions, do not take the lock.
 ///
-/// It takes the right to write to the directory: whoever holds it holds up every commit there, so it is not for
-/// everybody who may read. A reader without that right, or one that wants to hold up nobody, calls [`open_together`].
+/// It needs permission to write to the directory: a lock holder holds up every commit there, so not every reader may
+/// take it. A reader without that permission, or one that wants to hold up nobody, calls [`open_together`].
 ///
-/// A commit waits for readers, at most 30 s, so hold the lock briefly. Readers and writers get their turns: nobody who
-/// comes later passes one that waits. So do not ask for the lock of a directory that you hold already: if a commit waits
-/// in between, each waits for the other.
+/// A commit waits at most 30 s for readers, so hold the lock briefly. Readers and writers take turns: a later caller
+/// never passes a waiting one. So do not lock a directory that you have already locked: if a commit waits in between,
+/// the two deadlock.
 ///
 /// # Cancel safety
 ///
@@ -386,7 +386,7 @@ pub struct ReadLock {
 ///
 /// # Errors
 ///
-/// The directory is [missing](Error::is_missing_directory) or stayed locked for 30 s ([`Error::is_busy`]); the
+/// The directory is [missing](Error::is_missing_directory) or stayed locked for 30 s ([`Error::is_busy`]);
 /// [permission](Error::is_permission_denied) to write to it is missing; or a crash left a transaction unfinished there
 /// ([`Error::is_unrecovered`]): call [`recover`](crate::recover).
 ///
@@ -424,18 +424,18 @@ pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
     with_locks(&runtime, &Gate::new(), &path, prepare, finish).await
 }
 
-/// Opens files so that of each transaction all of them are new or all are old, and holds up nobody.
+/// Opens files together, and holds up nobody: for each transaction, either all of its files are new or all are old.
 ///
-/// It opens all files, and does so again as long as a transaction is exchanging files in one of their directories, or one
-/// of the files has been replaced meanwhile. What is returned was at one moment the state of all these names. The files
-/// are in the order of `paths`, open for reading, one descriptor each; no transaction and no [`write`](crate::write())
-/// changes what is in them, so they can be read at leisure.
+/// It opens all files. It does so again while a transaction is exchanging files in one of their directories, or if one
+/// of the files was replaced meanwhile. The result was the state of all these names at one moment. The files are in the
+/// order of `paths`, open for reading, one descriptor each. No transaction and no [`write`](crate::write()) changes
+/// their content, so you can take your time to read them.
 ///
-/// It takes the right to read the files and their directories, and no other: it makes no lock, works on a file system
-/// that is mounted read-only, and no commit waits for it. So a service reads what only root may write. Symlinks are
-/// followed. A caller with less patience than 30 s puts it in a timeout.
+/// It needs only permission to read the files and their directories. It makes no lock, works on a read-only file
+/// system, and no commit waits for it. So a service can read what only root may write. It follows symlinks. A caller
+/// that does not want to wait 30 s puts it in a timeout.
 ///
-/// What is [written in place](crate::InPlace) is not replaced, and may be found half written here too.
+/// A file that is [written in place](crate::InPlace) is not replaced, so it may be found half written here too.
 ///
 /// # Cancel safety
 ///
@@ -444,9 +444,10 @@ pub async fn read_lock(dir: impl AsRef<Path>) -> Result<ReadLock, Error> {
 ///
 /// # Errors
 ///
-/// A file is not there, is [no file](Error::is_not_a_file), or may not be [read](Error::is_permission_denied). For 30 s a
-/// transaction was unfinished, as after a crash ([`Error::is_unrecovered`]: call [`recover`](crate::recover) with the
-/// rights of whoever writes), or the files changed all the time ([`Error::is_busy`]).
+/// A file is missing, is [no file](Error::is_not_a_file), or may not be [read](Error::is_permission_denied). A
+/// transaction stayed unfinished for 30 s, as after a crash ([`Error::is_unrecovered`]: call
+/// [`recover`](crate::recover) with the writer's permissions). Or the files kept changing for 30 s
+/// ([`Error::is_busy`]).
 ///
 /// # Examples
 ///

@@ -20,58 +20,60 @@ use crate::platform::{Dir, Entry, Kind};
 use crate::staging::foreign_sites;
 use crate::{Error, apply};
 
-/// What a [`recover`] found and did.
+/// What a [`recover`] call found and did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct RecoveryReport {
-    /// Transactions that had been committed, and are now finished: all of their files are new.
+    /// Committed transactions that are now finished: all of their files are new.
     pub rolled_forward: usize,
     /// Transactions that were prepared but not committed, or were being undone: all of their files are old.
     pub rolled_back: usize,
-    /// Files that transactions had staged, or noted, which never were committed, and copies that writes in place no longer
-    /// need; they were removed.
+    /// Files that uncommitted transactions had staged or noted, and copies that writes in place no longer need; they
+    /// were removed.
     pub removed: usize,
-    /// Transactions that live and are not yet committed, and living writes in place; they were left alone.
+    /// Live transactions that are not yet committed, and live writes in place; they were left alone.
     pub live: usize,
-    /// Files that were being [written in place](crate::InPlace): their old content was put back.
+    /// Files that were being [written in place](crate::InPlace); their old content was put back.
     pub restored: usize,
 }
 
 /// How often a recovery that finds another journal than when it looked for its directories begins anew.
 const LOCK_ATTEMPTS: usize = 8;
 
-/// Finishes or undoes the transaction that a crash left in the directory `dir`, puts back the old content of files that
-/// were being [written in place](crate::InPlace) there, and removes what others had staged.
+/// Finishes or undoes the transaction that a crash left in the directory `dir`. It also puts back the old content of
+/// files that were being [written in place](crate::InPlace) there, and removes what other dead transactions had staged.
 ///
-/// `dir` is where the journal lives: the directory of a transaction's first target, or the one that it began with. Call
-/// it when a program starts, before it writes to these files. A transaction whose journal was committed is rolled
-/// forward, one that was being undone is rolled back; afterwards its files are all new or all old. Without anything to
-/// do it changes nothing, so it may be called at any time, again, and by several processes; a crash during a recovery
-/// is recovered by the next one. Living transactions are not disturbed: one that commits is waited for.
+/// `dir` is where the journal is: the directory of a transaction's first target, or the one that it began with. Call it
+/// when a program starts, before it writes to these files. A recovery rolls a transaction forward if its journal was
+/// committed, and back if it was being undone; afterwards its files are all new or all old. If there is nothing to do,
+/// it changes nothing. So you may call it at any time, again, and from several processes; the next recovery also
+/// handles a crash during a recovery. It does not disturb live transactions, and waits for one that is committing.
 ///
-/// `dir` may also be any other directory in which the transaction was to change files: it leads to the journal.
+/// `dir` may also be any other directory where the transaction was to change files: it leads to the journal.
 ///
-/// It knows files again by their inode and birth; in a tree that was copied or restored, by size and time, so that only
-/// the copy is touched. A file that is renamed may be written to meanwhile, as a log is. What somebody else has put in the
-/// place of a file that was already exchanged is the last write, and stays.
+/// It recognises files by their inode and birth time; in a copied or restored tree by size and time, and then it
+/// touches only the copy. A renamed file may be written to meanwhile, as a log is. If another program has replaced a
+/// file that was already exchanged, that is the last write, and it stays.
 ///
-/// A journal says which files are to be exchanged, in whatever directory: recover only where nobody can write whom you
-/// would not trust with the files that you can write to.
+/// A journal says which files to exchange, in any directory. So recover only directories that nobody can write to whom
+/// you would not trust with the files that you can write to.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, the recovery has been done or has not begun; a drop that finds it begun waits for it. That
-/// goes for the transaction, and for each file that was being written in place, by itself.
+/// This method is cancel safe. If dropped before completion, the recovery has been done or has not begun; if it has
+/// begun, the drop waits for it. This applies separately to the transaction and to each file that was being written in
+/// place.
 ///
 /// # Errors
 ///
-/// A journal that [cannot be read](Error::CorruptJournal), a target that is [neither old nor new](Error::UnknownFile), or
-/// a directory that [is not where it was](Error::Misplaced): then nothing of the transaction was touched
-/// ([`Error::is_refused`]), and the message names the way out by hand. A backup of a file that was being written in place
-/// [which may not belong there](Error::UnusableBackup), or which a disk that fails [keeps from being put
-/// back](Error::Torn); everything else has then been recovered. The directory is missing or [busy](Error::is_busy). After
-/// any other error call it again; if the disk failed when it had begun, that is [`Error::Undecided`].
+/// - A journal that [cannot be read](Error::CorruptJournal), a target that is [neither old nor
+///   new](Error::UnknownFile), or a directory that [is not where it was](Error::Misplaced). Then nothing of the
+///   transaction was touched ([`Error::is_refused`]), and the message says how to repair it by hand.
+/// - A backup of a file that was being written in place [that may not belong there](Error::UnusableBackup), or that a
+///   failing disk [keeps from being put back](Error::Torn). Everything else has then been recovered.
+/// - The directory is missing or [busy](Error::is_busy).
+/// - After any other error call it again. If the disk failed after the recovery had begun, that is
+///   [`Error::Undecided`].
 ///
 /// # Examples
 ///

@@ -155,34 +155,34 @@ fn lock_new(file: &File) -> io::Result<Option<Entry>> {
     Ok((entry.links > 0).then_some(entry))
 }
 
-/// What a [`sweep`] found.
+/// What a [`sweep`] call found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct SweepReport {
     /// Temporary files that were removed.
     pub removed: usize,
-    /// Temporary files whose writer lives; they were left alone.
+    /// Temporary files of live writers; they were left alone.
     pub live: usize,
-    /// Temporary files that could not be opened, locked or removed, for want of a permission or of file locks.
+    /// Temporary files that could not be opened, locked or removed, for lack of permission or of file locks.
     pub failed: usize,
 }
 
-/// Removes from the directory `dir` the temporary files of writers that were killed.
+/// Removes the temporary files of killed writers from the directory `dir`.
 ///
-/// Call it when a program starts. It looks at regular files named `.afs-file-` and 16 hexadecimal digits, and at
-/// nothing else: it does not descend into directories, and leaves what transactions have staged to their recovery.
-/// Living writers, in this process or another, are not disturbed: each locks its file, and the lock dies with its
-/// process. On a network file system whose locks are not seen by other machines, only sweep while none of them writes.
+/// Call it when a program starts. It looks only at regular files named `.afs-file-` plus 16 hexadecimal digits. It does
+/// not descend into directories, and leaves the staged files of transactions to their recovery. It does not disturb
+/// live writers, in this process or another: each locks its file, and the lock dies with its process. On a network file
+/// system whose locks other machines do not see, sweep only while none of them writes.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe.
-/// If dropped before completion, some files have been removed, and none is removed from then on. Call it again.
+/// This method is cancel safe. If dropped before completion, some files have been removed, and no more are removed
+/// afterwards. Call it again.
 ///
 /// # Errors
 ///
-/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be removed
-/// is counted in [`failed`](SweepReport::failed) instead.
+/// If `dir` is [missing](Error::is_missing_directory), or cannot be opened or listed. A single file that cannot be
+/// removed only counts in [`failed`](SweepReport::failed).
 ///
 /// # Examples
 ///

@@ -26,26 +26,27 @@ use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 /// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
 const BATCH_FILES: usize = 64;
 
-/// Changes several files, all of them or none; dropped without a commit, it changes nothing.
+/// Changes several files, all or none. If it is dropped without a commit, it changes nothing.
 ///
-/// New content is staged in hidden files beside the targets as soon as it is given; removals and renames are only noted.
+/// A transaction stages new content in hidden files beside the targets at once; it only notes removals and renames.
 /// [`commit`](Self::commit) then writes a journal and exchanges the files. However that ends, after a crash and a
-/// [`recover`](crate::recover) all files are old or all are new; and all are new if it returned `Ok`.
+/// [`recover`](crate::recover) all files are old or all are new. If `commit` returned `Ok`, all are new.
 ///
-/// Each name can be changed once; but what a [`rename`](Self::rename) has taken away can be replaced, so that a log is
-/// rotated by `rename("log.1", "log.2")`, `rename("log", "log.1")`, `add_file("log", "")`, and two files are swapped by
-/// renaming each to the other. All targets must be on one file system. New files are written as the
-/// [options](Self::options) say, which are the defaults of [`WriteOptions`]; a removal and a rename act on a symlink itself.
+/// Each name can be changed once, but a name that a [`rename`](Self::rename) has freed can be filled again. So
+/// `rename("log.1", "log.2")`, `rename("log", "log.1")`, `add_file("log", "")` rotate a log, and renaming two files to
+/// each other swaps them. All targets must be on one file system. New files are written as the [options](Self::options)
+/// say; these start as the defaults of [`WriteOptions`]. A removal or a rename acts on a symlink itself.
 ///
-/// What is put somewhere comes before what is removed, so that of an old file and its successor one is always there.
+/// A commit puts new files in place before it removes old ones, so either an old file or its successor is always there.
 ///
-/// A reader sees each file whole and never missing. It may see some files old and others new while they are exchanged,
-/// which takes microseconds, or after a crash until the recovery, unless it uses [`open_together`](crate::open_together) or
-/// holds a [`read_lock`](crate::read_lock).
+/// A reader sees each file whole and never missing. Unless it uses [`open_together`](crate::open_together) or holds a
+/// [`read_lock`](crate::read_lock), it may see some files old and others new: during the exchange, which takes
+/// microseconds, or after a crash until the recovery.
 ///
-/// A relative path is taken from the working directory at the time when it is given.
+/// A relative path is resolved against the working directory at the time when it is given.
 ///
-/// Transactions that share a directory, of a target or of the journal, wait for each other; see [`commit`](Self::commit).
+/// Transactions that share a directory (of a target or of the journal) wait for each other; see
+/// [`commit`](Self::commit).
 ///
 /// # Examples
 ///
@@ -106,7 +107,7 @@ struct Lent {
 }
 
 impl MultiFileTransaction {
-    /// An empty transaction, whose journal will be in the directory of the first path that is given to it.
+    /// Creates an empty transaction. Its journal will be in the directory of the first path that it is given.
     pub fn new() -> Self {
         Self {
             journal_dir: None,
@@ -121,24 +122,24 @@ impl MultiFileTransaction {
         }
     }
 
-    /// An empty transaction, whose journal will be in the directory `journal_dir`; that is where to recover it.
+    /// Creates an empty transaction. Its journal will be in the directory `journal_dir`; recover it there.
     ///
-    /// Nothing is touched until there is something to change.
+    /// It touches nothing until there is something to change.
     pub fn begin(journal_dir: impl AsRef<Path>) -> Self {
         Self { journal_dir: Some(absolute(directory(journal_dir.as_ref()))), ..Self::new() }
     }
 
-    /// Sets how the files are written that are added from now on: mode, owner, attributes, symlinks, and whether they
-    /// must be new. The default is that of [`WriteOptions`].
+    /// Sets how files that are added from now on are written: mode, owner, attributes, symlinks, and whether they must
+    /// be new. The default is that of [`WriteOptions`].
     ///
-    /// No file is [written in place](crate::InPlace), whatever is asked for: a mount point is
-    /// [an error](Error::is_not_replaceable).
+    /// A transaction never [writes in place](crate::InPlace), whatever the options say: a mount point is [an
+    /// error](Error::is_not_replaceable).
     ///
-    /// The [durability](WriteOptions::durability) of a file's content is that with which it was added. That of the names,
-    /// and with them of "all or none", is the one that is set when the transaction is committed:
-    /// [`Ordered`](crate::Durability::Ordered) is as [`Full`](crate::Durability::Full); with
-    /// [`None`](crate::Durability::None) all files are old or new as long as the machine runs, and whatever happens to the
-    /// process, but not after a power cut.
+    /// A file's content has the [durability](WriteOptions::durability) that was set when the file was added. The names,
+    /// and with them "all or none", have the durability that is set at the commit. There
+    /// [`Ordered`](crate::Durability::Ordered) works like [`Full`](crate::Durability::Full). With
+    /// [`None`](crate::Durability::None) all files are old or all are new while the machine runs, whatever happens to
+    /// the process, but not after a power cut.
     ///
     /// # Examples
     ///
@@ -171,38 +172,38 @@ impl MultiFileTransaction {
 
     /// Stages `content` to become the file `path`.
     ///
-    /// It copies the content. For what is large, write in pieces to a [`writer`](Self::writer); for many files at once
-    /// there is [`add_files`](Self::add_files). The new file keeps of the one that it replaces what the
-    /// [options](Self::options) say.
+    /// It copies the content. For large content, write in pieces to a [`writer`](Self::writer); for many files at once,
+    /// use [`add_files`](Self::add_files). The [options](Self::options) say what the new file keeps of the one that it
+    /// replaces.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the file is not part of the transaction, which can be gone on with.
+    /// This method is cancel safe. If dropped before completion, the file is not part of the transaction, which remains
+    /// usable.
     ///
     /// # Errors
     ///
-    /// As [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already
-    /// [part of the transaction](Error::is_repeated_target), or on
-    /// [another file system](Error::is_other_file_system). The transaction is as it was, and can be gone on with; unless
-    /// it is [`Broken`](Error::Broken), because a file that was staged before could not be written or synced.
+    /// Same as [`WriteOptions::open`] and [`AtomicFileWriter::write_all`]; or the target is already [part of the
+    /// transaction](Error::is_repeated_target), or on [another file system](Error::is_other_file_system). The
+    /// transaction is as it was, and remains usable, unless it is [`Broken`](Error::Broken) because an earlier staged
+    /// file could not be written or synced.
     pub async fn add_file(&mut self, path: impl AsRef<Path>, content: impl AsRef<[u8]>) -> Result<(), Error> {
         self.add_files([(path, content)]).await
     }
 
     /// Stages several files, each a path and its content, in one hop to the blocking pool.
     ///
-    /// It copies the contents, all of them before the first is staged; so add what is large in several calls.
+    /// It copies all contents before it stages the first, so add large ones in several calls.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, none of the files is part of the transaction, which can be gone on with.
+    /// This method is cancel safe. If dropped before completion, none of the files is part of the transaction, which
+    /// remains usable.
     ///
     /// # Errors
     ///
-    /// As [`add_file`](Self::add_file), for the first file that could not be staged; then none of them is part of the
-    /// transaction.
+    /// Same as [`add_file`](Self::add_file), for the first file that could not be staged. Then none of them is part of
+    /// the transaction.
     ///
     /// # Examples
     ///
@@ -248,18 +249,18 @@ impl MultiFileTransaction {
 
     /// Stages a file to become the file `path`, and lends a writer for its content.
     ///
-    /// What has been written to it when the transaction is turned to again, or committed, is the content; with that its
-    /// file is closed, so that any number of them can be written. The commit is the transaction's alone; a writer whose
-    /// write failed makes it fail.
+    /// The next call on the transaction, or its commit, takes what was written so far as the content and closes the
+    /// file; so you can write any number of files. Only the transaction can commit. If a write to the writer has
+    /// failed, the commit fails.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, the file is not part of the transaction, which can be gone on with.
+    /// This method is cancel safe. If dropped before completion, the file is not part of the transaction, which remains
+    /// usable.
     ///
     /// # Errors
     ///
-    /// As [`add_file`](Self::add_file).
+    /// Same as [`add_file`](Self::add_file).
     ///
     /// # Examples
     ///
@@ -298,7 +299,7 @@ impl MultiFileTransaction {
         }
     }
 
-    /// Notes that the file `path` is to be removed; whether it can be is found out by the commit.
+    /// Notes that the file `path` is to be removed; the commit finds out whether it can be.
     ///
     /// # Errors
     ///
@@ -313,9 +314,9 @@ impl MultiFileTransaction {
 
     /// Notes that the file `from` is to be renamed to `to`, replacing what is there.
     ///
-    /// As all names here, these mean the files before the transaction: `rename(a, b)` and `rename(b, a)` swap two files.
-    /// A file whose new place is free gets there in one step; one that replaces another has for a moment only a hidden
-    /// name.
+    /// Like all names here, these name the files as they are before the transaction: `rename(a, b)` and `rename(b, a)`
+    /// swap two files. If the new place is free, the file moves in one step; if it replaces another file, it briefly
+    /// has only a hidden name.
     ///
     /// # Errors
     ///
@@ -337,44 +338,49 @@ impl MultiFileTransaction {
     /// Makes all changes, durably, or none.
     ///
     /// The commit locks the directories of the journal and of all targets against other transactions and
-    /// [readers](crate::read_lock), for which it waits up to 30 s (one thread of this crate's tries for all that wait, so
-    /// that the blocking pool stays free); writes the journal, syncs it together with the staged files, several at once,
-    /// and exchanges each file. More than 16 MiB are synced before the directories are locked. A single file needs no
-    /// journal. The space of small replaced files is freed by the blocking pool after this has returned.
+    /// [readers](crate::read_lock), and waits up to 30 s for these locks. (One thread of this crate tries for all
+    /// callers that wait, so the blocking pool stays free.) Then it writes the journal, syncs it together with the
+    /// staged files, several at once, and exchanges each file. If there is more than 16 MiB to sync, it syncs that
+    /// before it locks the directories. A single file needs no journal. The blocking pool frees the space of small
+    /// replaced files after the commit has returned.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, all files are old or all are new, decided before the drop returns, and never change
-    /// later because of this call. A drop that finds the files being exchanged waits for that (a system call each, and a
-    /// sync of the directory where a rename replaces a file), or for all of it to be undone; before and after that it waits
-    /// for nothing. If the disk fails after such a drop, the files are to be [recovered](crate::recover).
+    /// This method is cancel safe. If dropped before completion, all files are old or all are new. That is decided
+    /// before the drop returns, and this call never changes them later. During the exchange, the drop waits for its end
+    /// (one system call for each file, and a sync of the directory where a rename replaces a file), or until all of it
+    /// is undone. Before and after the exchange the drop waits for nothing. If the disk fails after such a drop,
+    /// [recover](crate::recover) the files.
     ///
     /// # Errors
     ///
-    /// [`Error::target`] tells what became of the files: [`Unchanged`](crate::TargetState::Unchanged), all of them, for
-    /// ever; [`Visible`](crate::TargetState::Visible), of a transaction of one file; or
-    /// [`Undecided`](crate::TargetState::Undecided), if the disk failed while the files were exchanged and again while
-    /// that was undone: then call [`recover`](crate::recover). Other reasons: what is to be removed or renamed is not
-    /// there, or [no file](Error::is_not_a_file); two paths lead to the [same target](Error::is_repeated_target); a
-    /// directory stayed [locked](Error::is_busy), or holds a transaction that is to be
-    /// [recovered first](Error::is_unrecovered).
+    /// [`Error::target`] says what became of the files:
+    ///
+    /// - [`Unchanged`](crate::TargetState::Unchanged): all of them, for good.
+    /// - [`Visible`](crate::TargetState::Visible): only for a transaction of one file.
+    /// - [`Undecided`](crate::TargetState::Undecided): the disk failed during the exchange, and again while that was
+    ///   undone. Call [`recover`](crate::recover).
+    ///
+    /// Other reasons: a file to be removed or renamed is missing, or is [no file](Error::is_not_a_file); two paths lead
+    /// to the [same target](Error::is_repeated_target); a directory stayed [locked](Error::is_busy), or holds a
+    /// transaction that must be [recovered first](Error::is_unrecovered).
     pub async fn commit(self) -> Result<(), Error> {
         self.commit_by(Gate::new()).await
     }
 
-    /// Makes all changes as [`commit`](Self::commit) does, unless the first of them has not been made within `timeout`.
+    /// Makes all changes as [`commit`](Self::commit) does, if the first of them is made within `timeout`.
     ///
-    /// Once files are being exchanged the timeout no longer applies, and the call waits until it is known how that ends.
+    /// Once the exchange of the files has begun the timeout no longer applies, and the call waits until it knows how
+    /// that ends.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe.
-    /// If dropped before completion, all files are old or all are new, as if a [`commit`](Self::commit) were dropped.
+    /// This method is cancel safe. If dropped before completion, all files are old or all are new, as after the drop of
+    /// a [`commit`](Self::commit).
     ///
     /// # Errors
     ///
-    /// [`Error::TimedOut`]: all files are unchanged, for ever. And as [`commit`](Self::commit).
+    /// [`Error::TimedOut`]: this call has changed no file, and never will. Otherwise as [`commit`](Self::commit).
     ///
     /// # Panics
     ///
@@ -396,16 +402,16 @@ impl MultiFileTransaction {
         }
     }
 
-    /// Starts a [`commit`](Self::commit) that no drop cancels, only a shutdown of the runtime.
+    /// Starts a [`commit`](Self::commit) that only a shutdown of the runtime can cancel, no drop.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped.
-    /// It need not even be polled: the commit is under way when this returns, and the handle only tells how it ended.
+    /// Once polled, it runs to completion even if dropped. It need not even be polled: the commit is in progress when
+    /// this returns, and the handle only reports how it ended.
     ///
     /// # Errors
     ///
-    /// The handle gives those of the commit; or that this was called [outside a runtime](Error::NoRuntime).
+    /// The handle returns the errors of the commit, or says that this was called [outside a runtime](Error::NoRuntime).
     pub fn commit_detached(self) -> CommitHandle {
         let path = self.changes.first().map_or_else(|| Path::new("").into(), Change::path);
         let gate = Gate::new();
@@ -428,16 +434,16 @@ impl MultiFileTransaction {
         with_locks(&current_runtime(&first)?, &gate, &first, prepare, Prepared::commit).await
     }
 
-    /// Gives up all changes and waits until the staged files are gone.
+    /// Discards all changes and waits until the staged files are gone.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped.
-    /// The targets are as they were; the staged files are removed in any case.
+    /// Once polled, it runs to completion even if dropped. The targets stay as they were; the staged files are removed
+    /// in any case.
     ///
     /// # Errors
     ///
-    /// That of a removal; the file is then left to [`recover`](crate::recover).
+    /// Returns the error of a removal; [`recover`](crate::recover) removes the file later.
     pub async fn rollback(mut self) -> Result<(), Error> {
         let Some(first) = self.changes.first().map(Change::path) else { return Ok(()) };
         // A write that has failed has already removed its file.

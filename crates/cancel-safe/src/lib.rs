@@ -17,7 +17,7 @@
 //! # }
 //! ```
 //!
-//! The same, right at every point, and proven to be so by dropping it at every point:
+//! This version is right at every point, and the test proves it by dropping it at every point:
 //!
 #![cfg_attr(all(feature = "atomic-fs", feature = "testing"), doc = "```")]
 #![cfg_attr(not(all(feature = "atomic-fs", feature = "testing")), doc = "```ignore")]
@@ -52,35 +52,49 @@
 //! | `tx_guard`, feature `tx-guard` | `cancel-safe-tx-guard` | sqlx transactions: ended when dropped, with a known outcome |
 //! | `http_timeout`, feature `http-timeout` | `cancel-safe-http-timeout` | HTTP calls: one deadline, bounded load, a breaker that cannot stick |
 //! | `shutdown` | `cancel-safe-shutdown` | the end of a program: in order, by the deadline, with a report |
-//! | `resumable` | `cancel-safe-resumable` | long computations: stop anywhere, go on from there |
-//! | `testing` | `cancel-safe-testing` | the proof: a future dropped at every await point |
+//! | `resumable` | `cancel-safe-resumable` | long computations: stop anywhere, resume from there |
+//! | `testing` | `cancel-safe-testing` | the proof: it drops a future at every await point |
 //!
-//! This crate has no items of its own. Each of the seven is versioned by itself and never shows a type of another, so that
-//! a single one can be taken instead: `atomic-fs = { package = "cancel-safe-atomic-fs", version = "0.1" }`.
+//! This crate has no items of its own. Each of the seven has its own version and never exposes a type of another, so
+//! you can take a single one instead: `atomic-fs = { package = "cancel-safe-atomic-fs", version = "0.1" }`.
 //!
 //! # Features
 //!
-//! None is on by default; `full` is all seven. A feature only adds. `tx-guard` comes with SQLite, as its crate does by itself;
-//! `postgres` and `mysql` are passed on to it, `tower` to `http-timeout` and `shutdown`, `axum` to `shutdown`, `tracing` to
-//! all, wherever these are chosen. A program that wants PostgreSQL and no SQLite takes `cancel-safe-tx-guard` without its
-//! default features. The async runtime and TLS are not chosen here: add `sqlx` with `runtime-tokio` and `reqwest` with a TLS
-//! feature to your own dependencies.
+//! No feature is on by default; `full` enables all seven, with the default features that the crates have by themselves.
+//! A feature only adds. The others are passed on to those crates that are chosen:
+//!
+//! | feature | adds | to |
+//! |---|---|---|
+//! | `postgres` | PostgreSQL | `tx-guard`; to `resumable` the store that a fleet shares |
+//! | `mysql` | MySQL and MariaDB | `tx-guard` |
+//! | `sqlite` | SQLite; on with `tx-guard` | `tx-guard` |
+//! | `tower` | layers | `http-timeout`, `shutdown` |
+//! | `axum` | a server whose connections end with their phase | `shutdown` |
+//! | `systemd` | notifications for the service manager | `shutdown` |
+//! | `test-util` | an application inside a test | `shutdown` |
+//! | `multipart` | forms | `http-timeout` |
+//! | `postcard` | a smaller encoding for fixed shapes | `resumable` |
+//! | `indicatif` | a progress bar | `resumable` |
+//! | `tracing` | events | all but `testing` |
+//!
+//! A program that wants PostgreSQL without SQLite takes `cancel-safe-tx-guard` without its default features. You choose
+//! the async runtime and TLS: add `sqlx` with `runtime-tokio` and `reqwest` with a TLS feature to your own dependencies.
 //!
 //! # Limitations
 //!
-//! The crates speak tokio. Nothing can be promised for a future that is leaked (`mem::forget`) instead of dropped, for a
-//! process that is killed in the middle of somebody else's system call, or for effects outside what a crate guards: each
-//! front page says where its guarantees end.
+//! The crates need tokio. They promise nothing for a future that is leaked (`mem::forget`) instead of dropped, for a
+//! process that is killed in the middle of another library's system call, or for effects outside what a crate guards.
+//! Each front page says where its guarantees end.
 //!
 //! # Comparison
 //!
-//! `tokio-util` has the cancellation token and the task tracker that these crates build on, and leaves what they protect to
-//! you. Crates that offer one of the seven things alone are compared on that crate's front page. Where a plain `tokio` or
-//! `std` call does what you need, prefer it.
+//! `tokio-util` has the cancellation token and the task tracker that these crates build on, and leaves it to you what
+//! they protect. Each crate's front page compares it with the crates that offer the same thing alone. If a plain
+//! `tokio` or `std` call does what you need, prefer it.
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89; 1.94 with `tx-guard` and therefore `full`, because sqlx 0.9 asks for it.
+//! 1.89, or 1.94 with `tx-guard` and therefore with `full`, because sqlx 0.9 requires it.
 
 #[cfg(feature = "atomic-fs")]
 pub use cancel_safe_atomic_fs as atomic_fs;
@@ -96,16 +110,3 @@ pub use cancel_safe_shutdown as shutdown;
 pub use cancel_safe_testing as testing;
 #[cfg(feature = "tx-guard")]
 pub use cancel_safe_tx_guard as tx_guard;
-
-// The examples of the front page and of the book compile. The pages are not in the package, and need not be.
-#[cfg(doctest)]
-mod pages {
-    #[doc = include_str!("../../../README.md")]
-    struct Readme;
-    #[doc = include_str!("../../../docs/src/dropping.md")]
-    struct Dropping;
-    #[doc = include_str!("../../../docs/src/migrating.md")]
-    struct Migrating;
-    #[doc = include_str!("../../../docs/src/recipes.md")]
-    struct Recipes;
-}

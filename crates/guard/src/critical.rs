@@ -17,31 +17,33 @@ use crate::hold::{Grip, SectionBound};
 use crate::scope::{Elapsed, until};
 use crate::stack::{InCritical, holds_around};
 
-/// Runs `future` so that no scope around drops it: from its first poll to its end every [`timeout`](crate::timeout()),
-/// [`timeout_at`](crate::timeout_at) and [`with_token`](crate::with_token) around waits for it, and ends right after it.
+/// Runs `future` as a section that no enclosing scope drops. From its first poll to its end, every enclosing
+/// [`timeout`](crate::timeout()), [`timeout_at`](crate::timeout_at) and [`with_token`](crate::with_token) waits for it,
+/// and ends right after it.
 ///
-/// It is for the few steps that belong together and must await in between. It spawns nothing and `future` may borrow. A scope
-/// opened inside `future` still works: use [`critical_for`] when the section itself must end. Keep sections short, since
-/// all deadlines around wait for them.
+/// Use it for the few steps that belong together and must await in between. It spawns nothing, and `future` may borrow.
+/// A scope opened inside `future` still works. Use [`critical_for`] when the section itself must end. Keep sections
+/// short: all enclosing deadlines wait for them.
 ///
-/// A scope does not wait for ever. A section that is never polled again, say because a `select!` over `&mut section` went on
-/// with another branch, never ends by itself. So a scope waits until [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT), 60 s, after
-/// its own deadline or the fire of its token, whether the section is polled or not; then it drops what it runs, and the section
-/// is torn. [`critical_for`] sets another limit. In a scope that is not due a section may rest as long as it likes.
+/// A scope does not wait forever. A section that is never polled again never ends by itself, for example when a
+/// `select!` over `&mut section` continues with another branch. So a scope waits at most
+/// [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT), 60 s, after its own deadline passed or its token fired, whether the
+/// section is polled or not. Then it drops its future, and the section is torn. [`critical_for`] sets another limit. In
+/// a scope that is not due, a section may rest for any time.
 ///
-/// The section holds the scope that polls it. Moved to another scope it holds that one, and no longer the first. A section
-/// that is polled by several scopes in turn holds all of them.
+/// A section holds the scope that polls it. When it moves to another scope, it holds that one and releases the first. A
+/// section that several scopes poll in turn holds all of them.
 ///
-/// What is not one of our scopes cannot be asked to wait: `tokio::select!`, `tokio::time::timeout`, `JoinHandle::abort` and
-/// the shutdown of a runtime drop the section where it stands. It is then torn: counted by [`torn_sections`] and reported
-/// to [`on_torn`]. So is a section that panics. Where the steps must be finished nevertheless, use
+/// Only the scopes of this crate wait. `tokio::select!`, `tokio::time::timeout`, `JoinHandle::abort` and the shutdown
+/// of a runtime drop the section where it stands. It is then torn: [`torn_sections`] counts it and [`on_torn`] reports
+/// it. The same goes for a section that panics. If the steps must finish even so, use
 /// [`Reaper::shield`](crate::Reaper::shield).
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. The scopes of this crate do not drop it before its limit, but anything else may: if
-/// dropped after its first poll and before completion, what `future` has done so far remains, and the section is reported as
-/// torn. Dropped before its first poll, nothing has happened.
+/// This method is not cancel safe. The scopes of this crate do not drop it before its limit, but anything else may. If
+/// dropped after its first poll and before completion, what `future` has done so far remains, and the section is
+/// reported as torn. If dropped before its first poll, nothing has happened.
 ///
 /// # Examples
 ///
@@ -70,30 +72,31 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
     Critical { future, section: Section::new(SectionBound::Limit, Location::caller()) }
 }
 
-/// Runs `future` as a [`critical`] section that lasts `grace` at most, counted from this call.
+/// Runs `future` as a [`critical`] section that lasts at most `grace`, counted from this call.
 ///
-/// The scopes around wait for it, and because it is bounded so is their wait. When the grace is over `future` is dropped at its
-/// next pending point; the section ends with an error that its own code can handle, and is not torn. A grace may be longer
-/// than [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT); one too large for the clock never ends.
+/// The enclosing scopes wait for it, and its bound also bounds their wait. When the grace is over, `future` is dropped
+/// at its next pending point. The section then ends with an error that its own code can handle, and is not torn. A
+/// grace may be longer than [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT); a grace too large for the clock never ends.
 ///
-/// A section that nobody polls when its grace ends cannot see that. A scope around enforces it then: from its own deadline, or
-/// the fire of its token, it waits until the end of the grace at most, and not at all where that has passed. It drops what it
-/// runs, and the section is torn: it was begun, and its own code had no chance to handle the end. While no scope around is due,
-/// nothing is dropped, and the section returns its error when it is polled again.
+/// A section that nobody polls cannot see its grace end. Then an enclosing scope enforces it. Once that scope is due,
+/// because its deadline passed or its token fired, it waits at most until the end of the grace, and not at all if that
+/// has passed. Then it drops its future, and the section is torn: it had begun, and its own code had no chance to
+/// handle the end. While no enclosing scope is due, nothing is dropped, and the section returns its error when it is
+/// polled again.
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. The scopes of this crate do not drop it before its grace is over, but anything else may: if
-/// dropped after its first poll and before completion, what `future` has done so far remains, and the section is reported as
-/// torn. Dropped before its first poll, nothing has happened.
+/// This method is not cancel safe. The scopes of this crate do not drop it before its grace is over, but anything else
+/// may. If dropped after its first poll and before completion, what `future` has done so far remains, and the section
+/// is reported as torn. If dropped before its first poll, nothing has happened.
 ///
 /// # Errors
 ///
-/// [`Elapsed`] when the grace was over first. What `future` has done by then remains.
+/// [`Elapsed`] if the grace ends first. What `future` has done by then remains.
 ///
 /// # Panics
 ///
-/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+/// Panics if it has to wait outside a tokio runtime with its timer enabled.
 ///
 /// # Examples
 ///
@@ -111,7 +114,7 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 /// # }
 /// ```
 ///
-/// A section that nobody polls any more does not hold its scope past its grace:
+/// A section that nobody polls does not hold its scope past its grace:
 ///
 /// ```
 /// use std::pin::pin;
@@ -144,8 +147,8 @@ pub fn critical_for<T>(grace: Duration, future: impl Future<Output = T>) -> impl
 
 /// A critical section that was entered and not left.
 ///
-/// Something that is no scope of this crate dropped it, it panicked, or its scope dropped it at the end of its grace or at
-/// [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT).
+/// Either something other than a scope of this crate dropped it, or it panicked, or its scope dropped it at the end of
+/// its grace or at [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT).
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Torn {
@@ -165,13 +168,15 @@ static HOOK: RwLock<Option<Hook>> = RwLock::new(None);
 static OBSERVER: OnceLock<fn(&Torn)> = OnceLock::new();
 static TORN: AtomicU64 = AtomicU64::new(0);
 
-/// Calls `hook` for each critical section that is torn from now on, in the whole process, in place of the hook before.
+/// Calls `hook` for each critical section that is torn from now on, in the whole process. It replaces the previous
+/// hook.
 ///
-/// It runs inside a destructor, on the thread that drops the section: it should be short, and not block. It may panic to fail
-/// a test; if the thread is unwinding already, that second panic is caught, because it would abort the process.
+/// The hook runs inside a destructor, on the thread that drops the section. It should be short, and must not block. It
+/// may panic to fail a test. If the thread is already unwinding, that second panic is caught, because it would abort
+/// the process.
 ///
-/// With the feature `tracing` a torn section is an event of level `error` as well. In an exploration of `cancel-safe-testing` it
-/// is a failure, with or without a hook.
+/// With the feature `tracing` a torn section also emits an event of level `error`. In an exploration of
+/// `cancel-safe-testing` it is a failure, with or without a hook.
 ///
 /// # Examples
 ///
@@ -206,7 +211,7 @@ pub fn observe_torn(observer: fn(&Torn)) {
     OBSERVER.get_or_init(|| observer);
 }
 
-/// How many critical sections have been torn in this process.
+/// Returns how many critical sections have been torn in this process.
 pub fn torn_sections() -> u64 {
     TORN.load(Relaxed)
 }

@@ -5,17 +5,17 @@ use std::future::Future;
 
 /// Runs a closure exactly once when it is dropped, unless it is disarmed.
 ///
-/// Dropping is what happens on every way out: the end of the block, an early `?`, a panic, a lost `select!` branch, a
-/// timeout, an aborted task. Only `mem::forget` and the end of the process skip it.
+/// Every way out drops it: the end of the block, an early `?`, a panic, a lost `select!` branch, a timeout, an aborted
+/// task. Only `mem::forget` and the end of the process skip it.
 ///
-/// The closure runs inside `drop`, on the thread of an executor: keep it short and do not block in it. A cleanup that has to
-/// await is [`Reaper::defer`](crate::Reaper::defer)'s. A closure that panics while another panic unwinds aborts the process,
-/// as in any destructor.
+/// The closure runs inside `drop`, on the thread of an executor: keep it short and do not block in it. If a cleanup has
+/// to await, use [`Reaper::defer`](crate::Reaper::defer). A closure that panics while another panic unwinds aborts the
+/// process, as in any destructor.
 ///
 /// # Beware: an `async` block may leave its guard outside
 ///
-/// Since edition 2021 a closure or an `async` block captures only the fields that it names. A guard in a field beside them
-/// stays with the caller, and cleans up before the future has run. Bind the owner as a whole:
+/// Since edition 2021 a closure or an `async` block captures only the fields that it names. A guard in a neighbouring
+/// field stays with the caller, and cleans up before the future has run. Bind the owner as a whole:
 ///
 /// ```
 /// use std::cell::Cell;
@@ -81,7 +81,7 @@ impl<F: FnOnce()> Guard<F> {
         Self { cleanup: Some(cleanup) }
     }
 
-    /// Gives the cleanup up: it is dropped without being run.
+    /// Drops the cleanup without running it.
     ///
     /// # Examples
     ///
@@ -94,7 +94,7 @@ impl<F: FnOnce()> Guard<F> {
         self.cleanup = None;
     }
 
-    /// Runs the cleanup now. It is `drop` by a name that says what it is for.
+    /// Runs the cleanup now. It does what `drop` does, under a name that says what it is for.
     pub fn run(self) {
         drop(self);
     }
@@ -114,20 +114,20 @@ impl<F: FnOnce()> fmt::Debug for Guard<F> {
     }
 }
 
-/// Runs `operation`, and `on_cancel` unless it succeeds.
+/// Runs `operation`, and runs `on_cancel` unless the operation succeeds.
 ///
-/// `on_cancel` runs exactly when `operation` was started and did not return `Ok`: it was dropped at an await, it returned
-/// an error, or it panicked. By then `operation` itself, and all that it held, has been dropped. A future that was never
-/// polled has started nothing, and undoes nothing.
+/// `on_cancel` runs if `operation` was started and did not return `Ok`, and only then: it was dropped at an await, it
+/// returned an error, or it panicked. By then `operation` and everything it held have been dropped. A future that was
+/// never polled has started nothing, and undoes nothing.
 ///
 /// # Cancel safety
 ///
-/// This method is cancel safe. If dropped before completion, `operation` is dropped where it stands and then `on_cancel`
-/// has run; if dropped before the first poll, neither has run.
+/// This method is cancel safe. If dropped before completion, `operation` is dropped where it stands, and then
+/// `on_cancel` runs. If dropped before the first poll, neither has run.
 ///
 /// # Errors
 ///
-/// The error of `operation`, after `on_cancel` has run.
+/// Returns the error of `operation`, after `on_cancel` has run.
 ///
 /// # Examples
 ///

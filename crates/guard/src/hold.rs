@@ -10,11 +10,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The longest time for which a [`critical`](crate::critical()) section holds a scope after that scope was due: 60 s.
+/// The longest time that a [`critical`](crate::critical()) section holds a scope after that scope became due: 60 s.
 ///
-/// A scope is due from its deadline on, or from the moment when its token fired. After this limit it drops its future although
-/// the section has not ended; the section is then torn, and reported to [`on_torn`](crate::on_torn). A section that needs
-/// another limit says so: see [`critical_for`](crate::critical_for()).
+/// A scope becomes due at its deadline, or when its token fires. After this limit it drops its future even if the
+/// section has not ended; the section is then torn, and reported to [`on_torn`](crate::on_torn).
+/// [`critical_for`](crate::critical_for()) sets another limit.
 pub const CRITICAL_LIMIT: Duration = Duration::from_secs(60);
 
 /// A grace that the clock cannot express ends after thirty years.

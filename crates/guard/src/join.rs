@@ -8,25 +8,25 @@ use std::task::{Context, Poll};
 
 use pin_project_lite::pin_project;
 
-/// Runs all branches to their ends and returns their values, or else the error of the first branch that failed, in the
-/// order of the tuple.
+/// Runs all branches to their ends. Returns their values, or the error of the first failed branch in the order of the
+/// tuple.
 ///
-/// `tokio::try_join!` returns with the first error and drops the other branches where they stand: half a file, a transaction
-/// in doubt. Use that where every branch is cancel safe and the rest of the work is worth nothing, as with reads. Use this
-/// where a branch changes something. The other errors are dropped; `tokio::join!` returns them all.
+/// `tokio::try_join!` returns at the first error and drops the other branches where they stand: half a file, a
+/// transaction in doubt. Use it if every branch is cancel safe and the rest of the work is worthless, as with reads.
+/// Use this function if a branch changes something. It drops the other errors; `tokio::join!` returns them all.
 ///
-/// A tuple has 2 to 8 branches. They run in the caller's task: one that blocks its thread holds up the others, and one that
-/// never ends is waited for without a bound, so give it a [`timeout`](crate::timeout()).
+/// A tuple has 2 to 8 branches. They run in the caller's task, so a branch that blocks its thread holds up the others.
+/// The wait for a branch has no bound: give a branch that may never end a [`timeout`](crate::timeout()).
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. If dropped before completion, every branch that is not at its end is dropped where it
-/// stands. Mark the steps of a branch that belong together with [`critical`](crate::critical()), or run the whole in a
+/// This method is not cancel safe. If dropped before completion, every unfinished branch is dropped where it stands.
+/// Mark the steps of a branch that belong together with [`critical`](crate::critical()), or run the whole in a
 /// [`Reaper::shield`](crate::Reaper::shield).
 ///
 /// # Errors
 ///
-/// The error of the first branch in the tuple that failed, when all branches are at their ends.
+/// Returns the error of the first failed branch in the tuple, once all branches are at their ends.
 ///
 /// # Examples
 ///
@@ -52,18 +52,19 @@ pub fn join_then_try<B: Branches>(branches: B) -> impl Future<Output = Result<B:
     branches.run()
 }
 
-/// A tuple of 2 to 8 futures with results of one error type, for [`join_then_try`].
+/// A tuple of 2 to 8 futures whose results share one error type, for [`join_then_try`].
 pub trait Branches: sealed::Sealed {
-    /// The tuple of their values.
+    /// The tuple of the branches' values.
     type Values;
-    /// Their error.
+    /// The branches' error.
     type Error;
 
     /// [`join_then_try`] itself.
     ///
     /// # Cancel safety
     ///
-    /// This method is not cancel safe. If dropped before completion, every branch that has not ended is dropped where it stands.
+    /// This method is not cancel safe. If dropped before completion, every unfinished branch is dropped where it
+    /// stands.
     #[doc(hidden)]
     fn run(self) -> impl Future<Output = Result<Self::Values, Self::Error>>;
 }

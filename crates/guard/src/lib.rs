@@ -24,8 +24,8 @@
 //!
 //! # The same, made safe
 //!
-//! Mark the steps that belong together, and use a timeout that honours the mark. It still ends the transfer while that waits
-//! to begin, and it never ends it in the middle:
+//! Mark the steps that belong together, and use a timeout that honours the mark. It can still end a transfer that has
+//! not begun, and it never ends one in the middle:
 //!
 //! ```
 //! use std::time::Duration;
@@ -54,9 +54,9 @@
 //!
 //! # Three patterns
 //!
-//! **Atomic sections.** Between two awaits code runs to completion. Where all the changes fit there, no tool is needed: wait and
-//! check first, change last. Two locks are taken in one order by everybody, or two transfers in opposite directions wait for
-//! each other for ever:
+//! **Atomic sections.** Code between two awaits runs to completion. If all the changes fit there, you need no tool:
+//! wait and check first, change last. Every caller must take two locks in the same order; otherwise two transfers in
+//! opposite directions deadlock:
 //!
 //! ```
 //! use tokio::sync::Mutex;
@@ -94,8 +94,8 @@
 //! # }
 //! ```
 //!
-//! **Guards.** What has to be undone on every way out is a [`Guard`], armed before the await; what has to be undone by
-//! awaiting is [`Reaper::defer`]:
+//! **Guards.** If something must be undone on every way out, arm a [`Guard`] before the await. If the undo itself
+//! awaits, use [`Reaper::defer`]:
 //!
 //! ```
 //! use std::sync::atomic::{AtomicU32, Ordering};
@@ -117,7 +117,7 @@
 //! # }
 //! ```
 //!
-//! **Try, commit, cancel.** What was prepared is either committed or released, by [`try_commit_cancel`]:
+//! **Try, commit, cancel.** [`try_commit_cancel`] either commits or releases what was prepared:
 //!
 //! ```
 //! use std::sync::Mutex;
@@ -167,8 +167,8 @@
 //!
 //! # A mutex that survives cancellation
 //!
-//! A future that is dropped while it holds a `tokio::sync::Mutex` releases the lock, and leaves what it had changed half
-//! changed: there is no poison. Hold the lock inside [`critical`], and the scopes of this crate wait for the whole change:
+//! A future that is dropped while it holds a `tokio::sync::Mutex` releases the lock and leaves its change half done:
+//! the mutex has no poison. Hold the lock inside [`critical`], and the scopes of this crate wait for the whole change:
 //!
 //! ```
 //! use std::time::Duration;
@@ -202,36 +202,37 @@
 //! |---|---|
 //! | a future with an armed [`Guard`] is dropped, panics or is aborted | the cleanup has run exactly once |
 //! | [`timeout()`], [`timeout_at`] or [`with_token`] ends during [`critical`] | the section is finished first; the future is dropped at its first pending point after it |
-//! | a critical section has not ended by 60 s after that ([`CRITICAL_LIMIT`]), or by the end of its grace ([`critical_for`]), polled or not | the scope's own timer ends the wait: the future is dropped, the section is torn and reported |
+//! | a critical section is still running 60 s after that ([`CRITICAL_LIMIT`]), or at the end of its grace ([`critical_for`]), polled or not | the scope's own timer ends the wait: the future is dropped, the section is torn and reported |
 //! | the future is ready in the poll in which the deadline passes or the token fires | its result is returned: the future is polled first |
-//! | a branch of [`join_then_try`] fails | the others are polled to their ends, then its error is returned |
-//! | scopes are nested | the smallest deadline counts; inside a critical section the outer ones are postponed, its own still work |
+//! | a branch of [`join_then_try`] fails | the others are polled to their ends, then the error is returned |
+//! | scopes are nested | the earliest deadline counts; inside a critical section the outer scopes are postponed, its own still work |
 //! | `select!`, `tokio::time::timeout`, an abort, a shutdown or a panic drops a critical section | it is torn: counted by [`torn_sections`], reported to [`on_torn`] and to `tracing`; a failure in `cancel-safe-testing` |
 //! | a [`Shield`] is dropped | before its first poll: it has never run; after it: it finishes on its runtime |
-//! | the runtime goes before a shield or a cleanup has finished, or it panics | it is counted as [`lost`](Drain::lost) |
-//! | [`Reaper::drain`] returns | by its grace; if clean, nothing was running any more; `finished + timed_out + lost` is all that was started |
+//! | the runtime ends before a shield or a cleanup has finished, or the work panics | it is counted as [`lost`](Drain::lost) |
+//! | [`Reaper::drain`] returns | by the end of its grace; if clean, nothing is running any more; `finished + timed_out + lost` is all that was started |
 //! | a task is spawned inside a scope | it inherits nothing |
 //!
 //! # Limitations
 //!
 //! - `mem::forget`, the end of the process and a loss of power skip every destructor, and so every guarantee above.
-//! - Only the scopes of this crate know of critical sections. A drop by anything else can be seen, not stopped.
-//! - A scope acts when its future is pending. A future that blocks its thread is not ended by it;
-//!   [`cancellation_point`] helps a computation that never awaits.
-//! - A critical section postpones the deadlines around it, by 60 s at most: see [`critical_for`] for another bound. A scope of a
-//!   token that runs where there is no timer waits for the section however long it takes.
-//! - What a [`Shield`] or a cleanup goes on with as a task has no task-locals, and is in no span of `tracing`:
+//! - Only the scopes of this crate respect critical sections. A drop by anything else can be seen, not stopped.
+//! - A scope acts only when its future is pending. It cannot end a future that blocks its thread. A computation that
+//!   never awaits can call [`cancellation_point`].
+//! - A critical section postpones the deadlines around it by at most 60 s; [`critical_for`] sets another bound.
+//! - A token's scope that runs where there is no timer waits for the section however long it takes.
+//! - When a [`Shield`] or a cleanup continues as a task, it loses its task-locals and its `tracing` span;
 //!   [`Reaper::shield`] shows how to take them along.
-//! - The deadlines are tokio's timers, so they are exact to about a millisecond.
+//! - Deadlines use tokio's timers, so they are accurate to about a millisecond.
 //!
 //! # Comparison
 //!
-//! - `tokio::time::timeout` and `CancellationToken::run_until_cancelled` are right for futures that are cancel safe at each await. The
-//!   scopes here cost about the same and add the critical section.
-//! - `tokio::spawn(work).await` protects `work` from its caller at the price of a task, `'static`, and a loss in silence when the
-//!   runtime goes. [`critical`] may borrow and spawns nothing; [`Reaper::shield`] spawns only what was abandoned, and counts it.
-//! - `scopeguard` has guards with a value and with strategies. [`Guard`] has neither; if the program has `scopeguard` already, use
-//!   that.
+//! - `tokio::time::timeout` and `CancellationToken::run_until_cancelled` suit futures that are cancel safe at each
+//!   await. The scopes here cost about the same and add the critical section.
+//! - `tokio::spawn(work).await` protects `work` from its caller, but it costs a task, needs `'static`, and loses the
+//!   work silently when the runtime ends. [`critical`] may borrow and spawns nothing; [`Reaper::shield`] spawns only
+//!   abandoned work, and counts it.
+//! - `scopeguard` has guards with a value and with strategies. [`Guard`] has neither; if your program uses `scopeguard`
+//!   already, stay with it.
 //!
 //! # Features
 //!

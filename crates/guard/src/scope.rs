@@ -17,13 +17,13 @@ use crate::hold::{Bound, Grip};
 use crate::overtime::Overtime;
 use crate::stack::{self, InScope, Scope};
 
-/// Runs `future` for `duration` at most, counted from this call.
+/// Runs `future` for at most `duration`, counted from this call.
 ///
-/// It differs from `tokio::time::timeout` in what it cuts: a [`critical`](crate::critical) section that has been entered is
-/// finished first, and `future` is dropped at its next pending point after that. So this returns by the deadline plus the
-/// critical part. That is [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT) (60 s) at most, or up to the end of the longest grace of
-/// [`critical_for`](crate::critical_for) inside; a section that has not ended by then is dropped with the rest, and torn. A
-/// result that is ready is returned, however late.
+/// Unlike `tokio::time::timeout`, it first finishes a [`critical`](crate::critical) section that has been entered, and
+/// drops `future` at its next pending point after that. So it returns by the deadline plus the critical part. That part
+/// lasts at most [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT) (60 s), or until the longest grace of a
+/// [`critical_for`](crate::critical_for) inside ends. A section that has not ended by then is dropped with the rest,
+/// and torn. A ready result is returned, however late.
 ///
 /// A duration too large for the clock is no deadline at all.
 ///
@@ -34,11 +34,11 @@ use crate::stack::{self, InScope, Scope};
 ///
 /// # Errors
 ///
-/// [`Elapsed`] when the deadline passed first. `future` has been dropped by then.
+/// [`Elapsed`] if the deadline passes first. `future` has been dropped by then.
 ///
 /// # Panics
 ///
-/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+/// Panics if it has to wait outside a tokio runtime with its timer enabled.
 ///
 /// # Examples
 ///
@@ -62,7 +62,7 @@ pub fn timeout<T>(duration: Duration, future: impl Future<Output = T>) -> impl F
     until(Instant::now().checked_add(duration), future)
 }
 
-/// Runs `future` until `deadline` at most. In all else it is [`timeout`].
+/// Runs `future` until `deadline` at the latest. Otherwise it works like [`timeout`].
 ///
 /// # Cancel safety
 ///
@@ -71,11 +71,11 @@ pub fn timeout<T>(duration: Duration, future: impl Future<Output = T>) -> impl F
 ///
 /// # Errors
 ///
-/// [`Elapsed`] when the deadline passed first. `future` has been dropped by then.
+/// [`Elapsed`] if the deadline passes first. `future` has been dropped by then.
 ///
 /// # Panics
 ///
-/// It panics when it has to wait outside a tokio runtime with its timer enabled.
+/// Panics if it has to wait outside a tokio runtime with its timer enabled.
 ///
 /// # Examples
 ///
@@ -93,11 +93,11 @@ pub fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> impl
     until(Some(deadline), future)
 }
 
-/// Runs `future` until `token` is cancelled. In all else it is [`timeout`]: critical sections are finished, and a result that
-/// is ready in the very poll in which the token fires is returned.
+/// Runs `future` until `token` is cancelled. Otherwise it works like [`timeout`]: it finishes critical sections, and
+/// returns a result that is ready in the very poll in which the token fires.
 ///
-/// It needs a timer only when the token has fired and a critical section is not over yet. Where there is none, outside a tokio
-/// runtime or in one that was built without its timer, nothing bounds that wait but the section itself.
+/// It needs a timer only if the token has fired and a critical section is not over yet. Without a timer (outside a
+/// tokio runtime, or in one built without its timer) only the section itself bounds that wait.
 ///
 /// # Cancel safety
 ///
@@ -106,7 +106,7 @@ pub fn timeout_at<T>(deadline: Instant, future: impl Future<Output = T>) -> impl
 ///
 /// # Errors
 ///
-/// [`Cancelled`] when the token fired first. `future` has been dropped by then.
+/// [`Cancelled`] if the token fires first. `future` has been dropped by then.
 ///
 /// # Examples
 ///
@@ -132,10 +132,11 @@ pub fn with_token<T>(
     Scoped { future: Some(future), signal: token.cancelled(), scope, held: None, verdict: Cancelled }
 }
 
-/// The time to the nearest deadline of the scopes around, or `None` where there is none.
+/// Returns the time left until the nearest deadline of the enclosing scopes, or `None` if there is none.
 ///
-/// Deadlines are nested: the smallest of all scopes around counts. Inside a critical section it is still told, though
-/// postponed, so that the section can hurry. A deadline that has passed leaves zero. A spawned task inherits no scope.
+/// Deadlines nest: the earliest one of all enclosing scopes counts. Inside a critical section it is still reported,
+/// though postponed, and the section can hurry. A deadline that has passed leaves zero. A spawned task inherits no
+/// scope.
 ///
 /// # Examples
 ///
@@ -154,11 +155,11 @@ pub fn remaining() -> Option<Duration> {
     stack::nearest_deadline().map(|deadline| deadline.saturating_duration_since(Instant::now()))
 }
 
-/// A point at which the future may be cancelled although it has nothing to wait for.
+/// A point where the future may be cancelled although it has nothing to wait for.
 ///
-/// A long computation between awaits is never pending, so no scope can end it. Called in its loop, this lets every scope
-/// around that wants to end do so here. Inside a critical section it lets none, like any other await. Now and then it yields
-/// to the runtime, as all awaits of tokio's own do, so that foreign timeouts and aborts work too.
+/// A long computation between awaits is never pending, so no scope can end it. Call this in its loop: any enclosing
+/// scope that is due can then end here. Inside a critical section none can, as at any other await. Now and then it
+/// yields to the runtime, as tokio's own awaits do, so timeouts and aborts from elsewhere work too.
 ///
 /// # Cancel safety
 ///

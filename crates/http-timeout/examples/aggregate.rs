@@ -1,11 +1,11 @@
-//! A page from three services at once: a limit for each, one for all, and what came in time is used.
+//! A page from three services at once, with a limit for each and one for all. It uses the answers that arrive in time.
 //!
 //! ```text
 //! cargo run -p cancel-safe-http-timeout --example aggregate
 //! ```
 //!
-//! The services are local. One of them fails at first and is asked again, one is too slow. The page says which part is
-//! missing and why, and is there in time all the same: otherwise the exit code is 1.
+//! The services are local. One of them fails at first and is asked again, and one is too slow. The page says which part
+//! is missing and why, and is still ready in time; otherwise the exit code is 1.
 #![expect(clippy::print_stdout, reason = "an example speaks through its output")]
 
 use std::{

@@ -57,7 +57,7 @@ const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 /// How often a call may go on for free because another call, which was making the connection for both, was dropped.
 const MAX_FREE: u32 = 16;
 
-/// How many attempts a response took, the one that brought it included: an extension of every response.
+/// How many attempts a response took, including the one that brought it. Every response has it as an extension.
 ///
 /// ```no_run
 /// # async fn f(client: cancel_safe_http_timeout::TimeoutClient) -> Result<(), cancel_safe_http_timeout::RequestError> {

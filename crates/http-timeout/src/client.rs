@@ -24,9 +24,9 @@ pub use request::RequestBuilder;
 
 /// An HTTP client with one deadline for each call, a bound on everything, and breakers that cannot stick.
 ///
-/// Clones share one state. The response is reqwest's own; its body holds the call's permits, and they go back when it
-/// has ended or is dropped. **Read or drop a body before you wait for many more responses**: at most `concurrency` of
-/// them exist at a time.
+/// Clones share one state. The response is reqwest's own type. Its body holds the call's permits, and returns them when
+/// it has ended or is dropped. **Read or drop a body before you wait for many more responses**: at most `concurrency`
+/// of them exist at a time.
 ///
 /// # Examples
 ///
@@ -58,11 +58,11 @@ pub struct ClientMetrics {
     pub in_flight: usize,
     /// Calls that wait for a permit.
     pub waiting: usize,
-    /// Retries that were made, since the client was made.
+    /// Retries, since the client was made.
     pub retries: u64,
-    /// Copies that were sent of requests whose answer was late, since the client was made; none without a hedge.
+    /// Hedged copies that were sent because an answer was late, since the client was made; none without a hedge.
     pub hedges: u64,
-    /// Retries that the budget has left; none without a retry policy.
+    /// Retries left in the budget; `None` without a retry policy.
     pub retries_left: Option<f64>,
     /// Origins that the client knows.
     pub origins: usize,
@@ -112,7 +112,7 @@ impl TimeoutClient {
     ///
     /// # Errors
     ///
-    /// As [`RequestBuilder::send`].
+    /// Same as [`RequestBuilder::send`].
     ///
     /// # Examples
     ///
@@ -132,23 +132,23 @@ impl TimeoutClient {
         RequestBuilder::new(Arc::clone(&self.shared), method, url)
     }
 
-    /// Sends a GET request that must end within `timeout`, or within the client's own timeout if it is `None`.
+    /// Sends a GET request that must end within `timeout`, or within the client's own timeout if `timeout` is `None`.
     ///
     /// The timeout covers the body too. A response with the status 4xx or 5xx is an error.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, the connection is given up, and permits, probe slot
-    /// and unspent retry budget are back when the drop returns. Whether the server saw the request is unknown.
+    /// This method is cancel safe. If dropped before completion, the connection is abandoned, and permits, probe slot
+    /// and unspent retry budget are back when the drop returns. It is unknown whether the server saw the request.
     ///
     /// # Errors
     ///
-    /// As [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
+    /// Same as [`RequestBuilder::send`], and [`RequestError::Http`] for 4xx and 5xx.
     ///
     /// # Examples
     ///
-    /// Three services at once, a limit for each and one for all. What came in time is used, and the rest is named:
-    /// `try_join!` and a timeout around it would throw away what is there.
+    /// Three services at once, with a limit for each and one for all. The caller uses the answers that arrive in time,
+    /// and names the rest. A timeout around `try_join!` would throw away the answers that have arrived.
     ///
     /// ```
     /// # use tokio::{io::{AsyncReadExt as _, AsyncWriteExt as _}, net::TcpListener};
@@ -227,14 +227,14 @@ impl TimeoutClient {
         request.send_for_success().await
     }
 
-    /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each as it is answered.
+    /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each answer as it arrives.
     ///
-    /// Each URL has `per_request_timeout` for itself, from when its turn has come to the end of its body; `None` is the
-    /// client's own timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping
-    /// the stream drops what is in flight; URLs whose turn has not come are never asked for.
+    /// Each URL has its own `per_request_timeout`, from its turn to the end of its body; `None` is the client's own
+    /// timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping the stream
+    /// drops the calls in flight, and URLs whose turn has not come are never requested.
     ///
-    /// A response is yielded when its body is in memory, at most `max_body` of it, so it can be collected, and a body
-    /// that breaks off is the error of its URL. For bodies too large for that, use [`get`](Self::get).
+    /// The stream yields a response when its body is in memory (at most `max_body`), so you can collect the responses.
+    /// A body that breaks off is the error of its URL. For bodies too large for that, use [`get`](Self::get).
     ///
     /// # Examples
     ///
@@ -260,29 +260,31 @@ impl TimeoutClient {
         FetchMany::new(Arc::clone(&self.shared), urls.into_iter(), per_request_timeout.into())
     }
 
-    /// The origins whose breaker is not closed; with a [`breaker_key`](TimeoutClientBuilder::breaker_key), the keys.
+    /// Returns the origins whose breaker is not closed; with a [`breaker_key`](TimeoutClientBuilder::breaker_key), the
+    /// keys.
     pub fn open_origins(&self) -> Vec<String> {
         let not_closed = |breaker: &CircuitBreaker| (breaker.state() != State::Closed).then_some(());
         self.shared.origins.survey(not_closed).into_iter().map(|(origin, ())| origin).collect()
     }
 
-    /// How often each origin's breaker has opened, for those that ever did.
+    /// Returns how often each origin's breaker has opened, for the origins where it ever did.
     ///
-    /// An origin that was forgotten because too many others came after it is forgotten here too.
+    /// If an origin was forgotten because too many others came after it, it is missing here too.
     pub fn trips(&self) -> Vec<(String, u64)> {
         self.shared.origins.survey(|breaker| Some(breaker.metrics().trips).filter(|trips| *trips > 0))
     }
 
-    /// The breaker of the origin of `url`, for instance to isolate it; `None` without breakers or for an invalid URL.
+    /// Returns the breaker for the origin of `url`, for instance to isolate it; `None` without breakers or for an
+    /// invalid URL.
     ///
-    /// With a [`breaker_key`](TimeoutClientBuilder::breaker_key), the breaker of a GET request to `url`.
+    /// With a [`breaker_key`](TimeoutClientBuilder::breaker_key), returns the breaker of a GET request to `url`.
     pub fn breaker(&self, url: impl IntoUrl) -> Option<CircuitBreaker> {
         let request = Request::new(Method::GET, url.into_url().ok()?);
         let origin = self.shared.origins.of(request.url());
         self.shared.origins.breaker(&request, &origin)
     }
 
-    /// The figures at this instant.
+    /// Returns the figures at this instant.
     pub fn metrics(&self) -> ClientMetrics {
         ClientMetrics {
             in_flight: self.shared.gate.in_flight(),

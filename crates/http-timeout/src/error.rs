@@ -13,13 +13,13 @@ use report::Shown;
 pub use report::{CallReport, Limit, Phase};
 pub(crate) use report::{Subject, redacted, redacted_text};
 
-/// What reqwest said of a call that failed, and what that call was. It reads as the error of reqwest.
+/// reqwest's error for a failed call, and what that call was. It displays as reqwest's error.
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Failure {
-    /// What reqwest said; without a URL, because that may hold secrets.
+    /// reqwest's error, without a URL, because that may hold secrets.
     pub error: reqwest::Error,
-    /// What was asked.
+    /// What the call asked for.
     pub report: Box<CallReport>,
 }
 
@@ -43,9 +43,9 @@ impl StdError for Failure {
     }
 }
 
-/// Why a request gave no response, or a body no end.
+/// Why a request got no response, or a body did not end.
 ///
-/// The text says what was asked, what went wrong, after how many attempts and how long, and the cause, in one line:
+/// One line of text says what was asked, what went wrong, after how many attempts and how long, and the cause:
 ///
 /// ```text
 /// GET https://host/path: could not connect after 2 attempts in 1.2 s: connection refused
@@ -53,7 +53,7 @@ impl StdError for Failure {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
-    /// The time ran out: the whole call's, an attempt's, or that of a silent peer.
+    /// A time limit ran out: of the whole call, of an attempt, or for a silent peer.
     #[error("{report}: timed out while {phase}{}: `{limit}` has passed", report.effort())]
     #[non_exhaustive]
     Timeout {
@@ -63,20 +63,20 @@ pub enum RequestError {
         limit: Limit,
         /// The time since the call began.
         elapsed: Duration,
-        /// How many attempts had been made, the last of them included.
+        /// How many attempts had been made, including the last.
         attempts: u32,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
-    /// The origin's circuit breaker refused the call; nothing was sent by this attempt.
+    /// The origin's circuit breaker refused the call; this attempt sent nothing.
     #[error("{report}: the circuit of {origin} is open{}: ask again after {}", report.effort(), Shown(*retry_after))]
     #[non_exhaustive]
     CircuitOpen {
-        /// Scheme, host and port; the key of the breaker where the client has a function for it.
+        /// Scheme, host and port; or the key of the breaker, if the client has a function for it.
         origin: String,
-        /// After this time the breaker may let a probe in.
+        /// The time after which the breaker may admit a probe.
         retry_after: Duration,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
     /// The body is larger than the client's `max_body`.
@@ -85,16 +85,16 @@ pub enum RequestError {
     BodyTooLarge {
         /// The limit, in bytes, after decompression.
         limit: u64,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
-    /// Too many calls wait for a permit already; nothing was sent.
+    /// Too many calls are already waiting for a permit; nothing was sent.
     #[error("{report}: {limit} calls are waiting for a permit already{}", report.effort())]
     #[non_exhaustive]
     Overloaded {
-        /// The most calls that may wait.
+        /// How many calls may wait.
         limit: usize,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
     /// The request could not be built, for instance because the URL is invalid; nothing was sent.
@@ -110,14 +110,14 @@ pub enum RequestError {
     #[error("{report}: the redirect to {to} was not followed{}: {problem}", report.effort())]
     #[non_exhaustive]
     Redirect {
-        /// Where it led, without credentials, query and fragment.
+        /// The target, without credentials, query and fragment.
         to: String,
         /// Why it was not followed.
         problem: &'static str,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
-    /// The response has the status 4xx or 5xx; from `get_with_timeout`, `get_many` and `error_for_status` only.
+    /// The response has the status 4xx or 5xx. Only `get_with_timeout`, `get_many` and `error_for_status` return this.
     #[error("{report}: the server answered {status}{}", report.effort())]
     #[non_exhaustive]
     Http {
@@ -125,7 +125,7 @@ pub enum RequestError {
         status: StatusCode,
         /// How long the server asked to wait, if it did.
         retry_after: Option<Duration>,
-        /// What was asked.
+        /// What the call asked for.
         report: Box<CallReport>,
     },
 }
@@ -139,7 +139,7 @@ fn failing(phase: Phase) -> &'static str {
 }
 
 impl RequestError {
-    /// What was asked, and how far the call had come.
+    /// Returns what the call asked for, and how far it had come.
     pub fn report(&self) -> &CallReport {
         match self {
             Self::Timeout { report, .. }
@@ -159,7 +159,7 @@ impl RequestError {
         Self::Timeout { phase, limit, elapsed, attempts, report }
     }
 
-    /// Whether the time ran out, ours or that of a reqwest client that was brought along.
+    /// Returns whether a time limit ran out: ours, or one of a reqwest client that you brought along.
     pub fn is_timeout(&self) -> bool {
         match self {
             Self::Timeout { .. } => true,
@@ -168,32 +168,32 @@ impl RequestError {
         }
     }
 
-    /// Whether the origin's breaker refused the call.
+    /// Returns whether the origin's breaker refused the call.
     pub fn is_circuit_open(&self) -> bool {
         matches!(self, Self::CircuitOpen { .. })
     }
 
-    /// Whether a body was larger than the cap.
+    /// Returns whether a body was larger than the cap.
     pub fn is_body_too_large(&self) -> bool {
         matches!(self, Self::BodyTooLarge { .. })
     }
 
-    /// Whether the client itself had too much to do.
+    /// Returns whether the client itself was overloaded.
     pub fn is_overloaded(&self) -> bool {
         matches!(self, Self::Overloaded { .. })
     }
 
-    /// Whether the request itself was wrong, so that sending it again is of no use.
+    /// Returns whether the request itself was wrong, so it is useless to send it again.
     pub fn is_invalid_request(&self) -> bool {
         matches!(self, Self::InvalidRequest(..))
     }
 
-    /// Whether a redirect could not be followed.
+    /// Returns whether a redirect could not be followed.
     pub fn is_redirect(&self) -> bool {
         matches!(self, Self::Redirect { .. })
     }
 
-    /// Whether no connection could be made, so that nothing was sent.
+    /// Returns whether no connection could be made, so nothing was sent.
     pub fn is_connect(&self) -> bool {
         match self {
             Self::Timeout { phase, .. } => *phase == Phase::Connect,
@@ -202,7 +202,7 @@ impl RequestError {
         }
     }
 
-    /// The status of [`Http`](Self::Http).
+    /// Returns the status of [`Http`](Self::Http).
     pub fn status(&self) -> Option<StatusCode> {
         match self {
             Self::Http { status, .. } => Some(*status),
@@ -292,12 +292,12 @@ fn root<'a>(error: &'a (dyn StdError + 'static)) -> &'a (dyn StdError + 'static)
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
-    /// An option is out of its range or contradicts another.
+    /// An option is out of range or contradicts another.
     #[error("option `{option}` {problem}")]
     Option {
         /// The name of the option's setter.
         option: &'static str,
-        /// What is wrong with it; reads on from the name.
+        /// What is wrong with it; the text continues the name.
         problem: &'static str,
     },
     /// The HTTP client underneath could not be set up, for instance its TLS.
@@ -306,7 +306,7 @@ pub enum BuildError {
 }
 
 impl BuildError {
-    /// The name of the option that is wrong.
+    /// Returns the name of the option that is wrong.
     pub fn option(&self) -> Option<&'static str> {
         match self {
             Self::Option { option, .. } => Some(option),

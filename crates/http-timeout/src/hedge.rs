@@ -26,16 +26,23 @@ const EVERY: u32 = 16;
 /// Of the latest 16 answers, so many may have been late; with more, the server is slow, and not a few of its answers.
 const MOST_LATE: u32 = 4;
 
-/// When a client sends a second copy of a request whose answer is late, and takes the answer that comes first.
+/// When a client sends a second copy of a request because its answer is late. It takes the answer that comes first.
 ///
 /// Only requests with safe methods (GET, HEAD, OPTIONS, TRACE) are hedged. An answer is late when it takes longer than
-/// the percentile of the latest 128 answers of its origin, and than twice their median: where all answers take about
-/// the same time, none is late. No copy is sent while more than a quarter of the latest answers or an eighth of the
-/// calls in flight (but no less than three) are late, before 32 answers are known, to an origin whose circuit is not closed, or where a permit or an
-/// admission would have to be waited for. The budget is the client's: each call adds its share of a copy.
+/// the percentile of the latest 128 answers of its origin, and longer than twice their median. So if all answers take
+/// about the same time, none is late.
 ///
-/// The copy has a permit, an admission and a token of its own. Those of the one that loses are back before the answer
-/// of the other is returned.
+/// The client sends no copy
+///
+/// - while more than a quarter of the latest answers, or more than an eighth of the calls in flight (but no less than
+///   three), are late;
+/// - before 32 answers are known;
+/// - to an origin whose circuit is not closed;
+/// - if the copy would have to wait for a permit or an admission.
+///
+/// The budget belongs to the client: each call adds its share of a copy.
+///
+/// The copy has its own permit, admission and token. The loser's are back before the winner's answer is returned.
 ///
 /// ```
 /// use cancel_safe_http_timeout::{Hedge, TimeoutClient};
@@ -52,12 +59,14 @@ pub struct Hedge {
 }
 
 impl Hedge {
-    /// Takes an answer for late that takes longer than this part of the latest, between 0 and 1; the budget is 0.05.
+    /// Treats an answer as late if it takes longer than this fraction of the latest answers, between 0 and 1. The
+    /// budget is 0.05.
     pub fn at_percentile(percentile: f64) -> Self {
         Self { percentile, budget: 0.05 }
     }
 
-    /// How many copies each call adds to the budget of the client, 0 to 1; 0.05 by default. It holds ten at most.
+    /// Sets how many copies each call adds to the budget of the client, 0 to 1; 0.05 by default. The budget holds at
+    /// most ten.
     pub fn budget(mut self, share: f64) -> Self {
         self.budget = share;
         self

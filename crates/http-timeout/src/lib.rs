@@ -66,70 +66,74 @@
 //! | event | what is left behind |
 //! |---|---|
 //! | a call or its response is dropped, at any await | permits, probe slot and unspent retry budget are back when the drop returns; nothing was spawned |
-//! | a call is cut by its caller | what it says of the callee is told by how long it had waited: nothing, silence, or that it failed |
-//! | a probe is cut | its slot is free at once; half a second of cut probes opens the circuit again, with its back-off |
+//! | a caller cuts its call | how long the call had waited decides what it says about the callee: nothing, silence, or a failure |
+//! | a probe is cut | its slot is free at once; half a second of cut probes reopens the circuit, with its back-off |
 //! | a probe panics, or hangs for its lease | it has failed, and the circuit is open again, with its back-off |
 //! | a result comes after the circuit changed state | it changes nothing |
-//! | the deadline passes | the call ends one timer tick later at most, in whatever phase it is |
+//! | the deadline passes | the call ends at most one timer tick later, whatever phase it is in |
 //! | a request that is not idempotent fails | it was sent once, unless it is declared idempotent, has an `Idempotency-Key`, or provably was not sent |
 //! | a server is dead | attempts ≤ calls × 1.2 + 10, and one for each second in which no call wanted a retry |
 //! | a body is larger than the cap | reading it fails, at once if its length was announced |
-//! | an answer is late, and its copy overtakes it | the loser's permit, admission and unsent token are back before the answer is returned |
-//! | a redirect leads to another origin | that origin's breaker and limit decide, and it is told no secret of the first |
+//! | an answer is late, and a hedged copy overtakes it | the loser's permit, admission and unsent token are back before the answer is returned |
+//! | a redirect leads to another origin | that origin's breaker and limit decide, and it receives none of the first origin's secrets |
 //!
 //! # Who is to blame
 //!
-//! Decided in one place, for the breaker, the retry and the error. An origin is blamed for a timeout only if it had the
-//! whole of that time to itself, and for a lost connection only if the connection was made for the call.
+//! One place decides this, for the breaker, the retry and the error. An origin is to blame for a timeout only if it had
+//! the whole of that time to itself, and for a lost connection only if the connection was made for the call.
 //!
 //! | blame | for | breaker | tried again | error |
 //! |---|---|---|---|---|
-//! | origin | 5xx, 408, 429; a connection that is refused, reset or closed without an answer; a refused stream of HTTP/2; a timeout | failure | as [`Retry`] says, if repeatable or unsent | what happened |
+//! | origin | 5xx, 408, 429; a connection that is refused, reset or closed without an answer; a refused HTTP/2 stream; a timeout | failure | as [`Retry`] says, if repeatable or unsent | what happened |
 //! | our queue | the deadline passed after our queue, back-off, earlier attempts or the consumer of the body had used up a part of it | a cut call | no, its time is over | `Timeout` |
 //! | producer | the body of our upload failed, panicked or was slow, or the kernel hid how it went | nothing | no | `Network`, `Timeout` |
 //! | pool | a pooled connection was closed by the time it was used; the call that made the connection for several was dropped | nothing | free: at once, not counted, if repeatable or unsent | `Network`, if that was of no use |
-//! | machine | this one has no port, descriptor or memory left for a connection | nothing | as [`Retry`] says | `Network` |
+//! | machine | this machine has no port, descriptor or memory left for a connection | nothing | as [`Retry`] says | `Network` |
 //! | caller | the call or its body was dropped | a cut call | no | none |
-//! | request | it is invalid, or redirected for ever | nothing | no | `InvalidRequest`, `Redirect` |
+//! | request | it is invalid, or redirected endlessly | nothing | no | `InvalidRequest`, `Redirect` |
 //!
-//! Unsent is what no connection has taken, and what the server says it did not process: `REFUSED_STREAM`, and the streams
-//! that a `GOAWAY` leaves out.
+//! A request is unsent if no connection has taken it, or if the server says that it did not process it:
+//! `REFUSED_STREAM`, and the streams that a `GOAWAY` leaves out.
 //!
 //! # HTTP/2
 //!
-//! Many calls share one connection. The call that makes it may be dropped or time out: those that wait for it go on.
-//! While a call waits, the connection is asked for a sign of life every 10 s, and closed if there is none in 5 s;
-//! [`configure`](TimeoutClientBuilder::configure) can change that. A connection on which calls time out one after the
-//! other is taken out of the pool, though it answers such questions: after 3 timeouts, after 3 calls that were dropped
-//! after a second in all, and before a probe. The calls that are running on it go on. What opens the circuit of a server
-//! that answers them while its streams hang is what opens it for any hang: timeouts, and the silence of cut calls.
+//! Many calls share one connection. The call that makes it may be dropped or time out; the calls that wait for the
+//! connection continue.
 //!
-//! A refused stream is a failure of its origin, as a 503 is, and costs a retry of the budget; a `GOAWAY` is not.
+//! While a call waits, the client pings the connection every 10 s, and closes it if no answer comes within 5 s;
+//! [`configure`](TimeoutClientBuilder::configure) can change that. A connection may answer pings while calls on it time
+//! out one after the other. The client takes such a connection out of the pool after 3 timeouts, after 3 dropped calls
+//! that had waited a second in all, and before a probe. Calls that are running on it continue.
+//!
+//! If a server answers pings while its streams hang, its circuit opens as for any hang: through timeouts, and the
+//! silence of cut calls.
+//!
+//! A refused stream is a failure of its origin, like a 503, and costs a retry of the budget; a `GOAWAY` is not.
 //!
 //! # Limitations
 //!
-//! - Whether a server saw a request whose call was dropped or timed out cannot be known; no client can.
-//! - A response that is neither read nor dropped holds its permits, beyond the deadline too: nothing polls it.
-//! - A redirect that asks for a streamed body again is an error: the body is gone. One that is answered while the upload
-//!   is still under way can be lost with the connection, as in reqwest.
-//! - A [reqwest client of your own](TimeoutClientBuilder::reqwest) follows redirects past these guarantees, unless it is
-//!   told not to.
-//! - Informational answers (1xx) are no signs of life: reqwest tells nobody of them.
-//! - What the kernels have buffered of an upload counts as taken by the peer: on loopback 3 to 4 MiB (measured; Linux's
-//!   `tcp_wmem` and `tcp_rmem` set it), which they ask to refill in steps of a third. A peer so slow that such a step takes
-//!   longer than the idle timeout is cut although it reads; nobody is charged for that.
+//! - No client can know whether a server saw a request whose call was dropped or timed out.
+//! - A response that is neither read nor dropped holds its permits, even beyond the deadline, because nothing polls it.
+//! - A redirect that asks for a streamed body again is an error: the body is gone. A redirect that arrives during the
+//!   upload can be lost with the connection, as in reqwest.
+//! - A [reqwest client of your own](TimeoutClientBuilder::reqwest) follows redirects past these guarantees, unless you
+//!   tell it not to.
+//! - Informational answers (1xx) are no signs of life, because reqwest does not report them.
+//! - The part of an upload that the kernels have buffered counts as taken by the peer: on loopback 3 to 4 MiB
+//!   (measured; Linux's `tcp_wmem` and `tcp_rmem` set it). They ask to refill it in steps of a third. If a peer is so
+//!   slow that such a step takes longer than the idle timeout, it is cut although it reads; nobody is charged for that.
 //! - `concurrency` counts calls, not connections; the pool is reqwest's.
-//! - With the feature `rustls-no-provider` of reqwest, a missing provider panics inside reqwest; bring a
-//!   [client](TimeoutClientBuilder::reqwest) of your own.
+//! - With reqwest's feature `rustls-no-provider`, a missing provider panics inside reqwest; bring your own
+//!   [client](TimeoutClientBuilder::reqwest).
 //!
 //! # Comparison
 //!
-//! - **reqwest alone**: prefer it where a total timeout is all you need. Its `read_timeout` counts the time the consumer
-//!   is busy and cuts uploads that progress; it has no limit on calls in flight or on a body's size.
-//! - **reqwest-middleware with reqwest-retry**: sends POST again, takes no notice of `Retry-After`, has no budget and no
-//!   common deadline.
+//! - **reqwest alone**: prefer it if a total timeout is all you need. Its `read_timeout` counts the time while the
+//!   consumer is busy, and cuts uploads that make progress. It has no limit on calls in flight or on a body's size.
+//! - **reqwest-middleware with reqwest-retry**: resends POST, ignores `Retry-After`, and has no budget and no common
+//!   deadline.
 //! - **tower's `ConcurrencyLimit` and `Timeout`**: their permit and their time end at the head of the response.
-//! - **other breakers**: admit every waiting call as a probe, or lose a probe's slot when it is cancelled, or let
+//! - **other breakers**: they admit every waiting call as a probe, or lose the slot of a cancelled probe, or let
 //!   results of earlier generations decide, or never see a hang that their callers cut.
 //!
 //! # Features
@@ -138,11 +142,11 @@
 //! - `tower`: the breaker as a layer.
 //! - `tracing`: changes of state and retries as events.
 //!
-//! TLS, proxies and decompression are features of reqwest, which you select on your own dependency on it.
+//! TLS, proxies and decompression are reqwest features; select them on your own reqwest dependency.
 //!
 //! # MSRV
 //!
-//! Rust 1.89; raised in a minor release only.
+//! Rust 1.89. It is raised only in a minor release.
 
 mod breaker;
 mod call;

@@ -117,6 +117,7 @@ impl<T, R> Builder<T, R> {
     }
 
     /// Runs so many items at once, each in a task of its own on tokio's runtime: for items that compute, on all cores.
+    /// Default: they run in the task that polls, as many as [`concurrency`](Self::concurrency) says.
     ///
     /// They go on while the run is not polled; their results are recorded when it is. When the run ends they have ended:
     /// those that the token or an error cuts are aborted and awaited. If the run is dropped they are aborted, and the

@@ -188,7 +188,7 @@ pub struct Done<R> {
 /// Why an item is in quarantine: it is skipped until a run has
 /// [`retry_quarantined`](crate::Builder::retry_quarantined).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("in quarantine after {attempts} attempts: {cause}")]
+#[error("in quarantine after {attempts} attempt{}: {cause}", if *attempts == 1 { "" } else { "s" })]
 #[non_exhaustive]
 pub struct Quarantined {
     /// How often it was tried.
@@ -248,7 +248,7 @@ impl Retry {
         Self { max_attempts: attempts.max(1), per_run: false, first, longest }
     }
 
-    /// Sets the longest wait before the second attempt, and before any attempt.
+    /// Sets the longest wait before the second attempt, and before any attempt. Default: 100 ms and 10 s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;

@@ -42,14 +42,14 @@ const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
 
-/// Workers that start together, end together and stop the process with a report and an exit code.
+/// Workers that start together, end together, and end the process with a report and an exit code.
 ///
 /// A stop begins with SIGINT or SIGTERM, with the [shutdown handle](Self::shutdown_handle), with the first worker that
-/// fails or panics, or when every worker has completed. Workers are told, phase after phase in reverse order of their
-/// start; what has not ended when its time is over is cut and named in the [`Report`].
+/// fails or panics, or when every worker has completed. The application tells the workers to stop, phase by phase, in
+/// reverse order of their start. A task that has not ended when its time is over is cut and named in the [`Report`].
 ///
-/// Once created, an application keeps SIGINT and SIGTERM from killing the process, also after it has ended: a handler
-/// cannot be taken out again without a race.
+/// Once created, an application keeps SIGINT and SIGTERM from killing the process, even after it has ended, because a
+/// handler cannot be removed without a race.
 ///
 /// # Examples
 ///
@@ -89,8 +89,8 @@ pub struct Application {
 impl Application {
     /// Creates an application without workers.
     ///
-    /// With the feature `signal`, the handlers of SIGINT and SIGTERM are installed here: a signal that arrives after
-    /// this call and before [`run`](Self::run) is kept, and then stops the application before it starts anything.
+    /// With the feature `signal`, this installs the handlers of SIGINT and SIGTERM. A signal that arrives after this
+    /// call and before [`run`](Self::run) is kept, and then stops the application before it starts anything.
     pub fn new(name: impl Into<String>) -> Self {
         Self {
             name: name.into(),
@@ -107,10 +107,10 @@ impl Application {
         }
     }
 
-    /// Adds a worker to the phase `main`, which has its place where the first such worker is added.
+    /// Adds a worker to the phase `main`. The first such worker sets the position of that phase.
     ///
-    /// An error or a panic stops the application; a worker that returns is done, and the others go on. `work` is
-    /// `Clone` so that a [restart](Self::restart) can begin anew; see [`worker_once`](Self::worker_once).
+    /// An error or a panic stops the application. A worker that returns is done, and the others continue. `work` is
+    /// `Clone` because a [restart](Self::restart) calls it again; see [`worker_once`](Self::worker_once).
     #[track_caller]
     pub fn worker<W, F>(mut self, name: impl Into<String>, work: W) -> Self
     where
@@ -122,7 +122,7 @@ impl Application {
         self
     }
 
-    /// Adds a worker that cannot be started twice, such as one that owns a receiver: it is never restarted.
+    /// Adds a worker that cannot be started twice, such as one that owns a receiver. It is never restarted.
     #[track_caller]
     pub fn worker_once<W, F>(mut self, name: impl Into<String>, work: W) -> Self
     where
@@ -134,7 +134,7 @@ impl Application {
         self
     }
 
-    /// Sets the restart policy of the worker added last to the application itself; see [`Phase::restarted`].
+    /// Sets the restart policy of the last worker added to the application itself; see [`Phase::restarted`].
     pub fn restarted(mut self, policy: impl Into<RestartPolicy>) -> Self {
         if let Some(worker) = self.own_phase().workers.last_mut() {
             worker.restart = Some(policy.into());
@@ -142,7 +142,7 @@ impl Application {
         self
     }
 
-    /// Lets the application go on if the worker added last to it fails or panics; see [`Phase::tolerated`].
+    /// Lets the application continue if the last worker added to it fails or panics; see [`Phase::tolerated`].
     pub fn tolerated(mut self) -> Self {
         if let Some(worker) = self.own_phase().workers.last_mut() {
             worker.is_tolerated = true;
@@ -161,8 +161,8 @@ impl Application {
         self.own_phase().add(name.into(), once(|cx: WorkerContext| work(cx.token())));
     }
 
-    /// Adds a phase. Phases start in the order in which they are added and are stopped in reverse: each is told to
-    /// stop only when the one added after it has ended or was cut.
+    /// Adds a phase. Phases start in the order in which they are added, and stop in reverse: each is told to stop only
+    /// when the phase added after it has ended or was cut.
     ///
     /// # Examples
     ///
@@ -202,12 +202,12 @@ impl Application {
         self
     }
 
-    /// Sets how long workers go on after a signal or a request before the first of them is told to stop, so that load
-    /// balancers have time to look elsewhere. The default is zero.
+    /// Sets how long workers continue after a signal or a request before the first of them is told to stop. This gives
+    /// load balancers time to look elsewhere. The default is zero.
     ///
     /// The delay runs inside the budget and inside the timeout of the last phase; it is not added to either. A stop
-    /// because of a failure has no delay, nor has one by SIGINT: a person who presses Ctrl-C waits for no load balancer.
-    /// [`drain_on_interrupt`](Self::drain_on_interrupt) gives it one.
+    /// because of a failure has no delay. Neither has a stop by SIGINT, because a person who presses Ctrl-C waits for
+    /// no load balancer; [`drain_on_interrupt`](Self::drain_on_interrupt) adds the delay there.
     pub fn drain_delay(mut self, delay: Duration) -> Self {
         self.terms.drain_delay = delay;
         self
@@ -219,11 +219,11 @@ impl Application {
         self
     }
 
-    /// Sets how long after the first signal a second one ends the process at once. The default is one second; zero is at
-    /// once from the first moment.
+    /// Sets how long after the first signal a second one ends the process at once. The default is one second. With
+    /// zero, any second signal does.
     ///
-    /// Any number of signals within this time are one: GNU `timeout`, npm, pnpm, dumb-init and `tini -g` deliver a
-    /// Ctrl-C or SIGTERM that the process has received already. A stop that began otherwise has had no first signal yet.
+    /// All signals within this time count as one, because GNU `timeout`, npm, pnpm, dumb-init and `tini -g` deliver a
+    /// Ctrl-C or SIGTERM that the process has already received. A stop with another cause has had no first signal yet.
     ///
     /// # Examples
     ///
@@ -240,12 +240,13 @@ impl Application {
         self
     }
 
-    /// Adds what is done on a signal that does not stop the application: on SIGHUP, say, its configuration is read again.
+    /// Adds an action for a signal that does not stop the application: for example, to reread the configuration on
+    /// SIGHUP.
     ///
-    /// Runs on a thread for such actions alone, from the start of the application on; a panic ends the action and no
-    /// more. [`run`](Self::run) has an action for SIGQUIT unless one is added: it [lists](SignalContext::dump) on the
-    /// standard error what is alive. A SIGHUP that the process was started to ignore, as by `nohup`, stays ignored where
-    /// that can be told, which is on Linux. Without the feature `signal`, and elsewhere than on Unix, none arrives.
+    /// Actions run on their own thread, from the start of the application. A panic ends only the action. If you add no
+    /// action for SIGQUIT, [`run`](Self::run) has one that [lists](SignalContext::dump) on standard error what is
+    /// alive. If the process was started with SIGHUP ignored, as by `nohup`, SIGHUP stays ignored on Linux, the only
+    /// system that shows this. Without the feature `signal`, and outside Unix, no such signal arrives.
     ///
     /// # Examples
     ///
@@ -269,25 +270,26 @@ impl Application {
         self
     }
 
-    /// Sets the restart policy of every phase without one of its own. The default is [`Restart::Never`].
+    /// Sets the restart policy of every phase that has none. The default is [`Restart::Never`].
     pub fn restart(mut self, policy: impl Into<RestartPolicy>) -> Self {
         self.restart = policy.into();
         self
     }
 
-    /// Sets what is done with the report at the very end. Without it, [`run`](Self::run) writes to the standard error:
-    /// a line when a stop begins, and the report if anything failed or was cut.
+    /// Sets a callback for the report at the very end. Without it, [`run`](Self::run) writes to standard error: a line
+    /// when a stop begins, and the report if anything failed or was cut.
     ///
-    /// Runs on a thread of its own and is waited for until the deadline but no longer than a second; at the deadline or
-    /// at the second signal, for half a second. The process ends whether it has returned or not.
+    /// The callback runs on its own thread. The application waits for it until the deadline, but at most a second; at
+    /// the deadline or at the second signal, at most half a second. Then the process ends, whether the callback has
+    /// returned or not.
     pub fn on_report(mut self, on_report: impl FnOnce(&Report) + Send + 'static) -> Self {
         self.audience.on_report = Some(Box::new(on_report));
         self
     }
 
-    /// Sets what may override the exit code of a stop in which every task has ended in time.
+    /// Sets a callback that may override the exit code of a stop if every task ended in time. By default nothing does.
     ///
-    /// Runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
+    /// It runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
     ///
     /// # Examples
     ///
@@ -316,11 +318,12 @@ impl Application {
         self.stop.token().clone()
     }
 
-    /// Returns whether the application is to be given work, as it changes: what a readiness probe asks.
+    /// Returns a receiver for the application's readiness, which says whether it should get work. Use it for a
+    /// readiness probe.
     ///
-    /// Ready when every phase has started and those that [provide](Phase::provide) or have a
-    /// [limit](Phase::ready_within) are ready; no longer from the moment a stop begins, before any worker is told and
-    /// while the [drain delay](Self::drain_delay) runs.
+    /// The application is ready when every phase has started, and the phases that [provide](Phase::provide) or have a
+    /// [limit](Phase::ready_within) are ready. It stops being ready the moment a stop begins, before any worker is told
+    /// and while the [drain delay](Self::drain_delay) runs.
     ///
     /// # Examples
     ///
@@ -348,10 +351,10 @@ impl Application {
 
     /// Runs the application to its end and returns the exit code for `main` to return; see [`Report::exit_code`].
     ///
-    /// Builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline, and
-    /// at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, the process is
-    /// ended from outside, without destructors. Work that belongs to no worker may end until the deadline as well. An
-    /// application that could not be started has the code 71 and a report that says why.
+    /// It builds the runtime, and ends with it. Whatever the workers do, the process is gone 100 ms after the deadline,
+    /// and at once after a [second signal](Self::second_signal_after): if the runtime cannot return in time, a thread
+    /// outside it ends the process, without destructors. Work that belongs to no worker also has until the deadline. If
+    /// the application could not be started, the code is 71 and the report says why.
     pub fn run(mut self) -> ExitCode {
         self.audience.is_on_stderr = true;
         self.actions.add_dump();
@@ -373,20 +376,20 @@ impl Application {
 
     /// Runs the application to its end inside the runtime of the caller.
     ///
-    /// The same as [`run`](Self::run), except for what only the owner of the process can do: it cannot bound the
-    /// runtime's own drop, which waits for blocking closures; it cannot end at the deadline if a task wedges the
-    /// runtime; and a second signal ends the grace instead of the process. A failed worker is no error here but the
-    /// report's to tell.
+    /// It works like [`run`](Self::run), except for what only the owner of the process can do. It cannot bound the
+    /// runtime's own drop, which waits for blocking closures. It cannot end at the deadline if a task wedges the
+    /// runtime. And a second signal ends the grace instead of the process. A failed worker is no error here; the report
+    /// shows it.
     ///
     /// # Cancel safety
     ///
-    /// This method is not cancel safe. If dropped, every worker is dropped at its current await without a grace, no
-    /// report is made unless the callbacks have it already, and blocking closures that have begun run on. Cancel the
-    /// [shutdown handle](Self::shutdown_handle) instead.
+    /// This method is not cancel safe. If dropped, every worker is dropped at its current await without a grace, there
+    /// is no report unless the callbacks already have it, and blocking closures that have begun keep running. Cancel
+    /// the [shutdown handle](Self::shutdown_handle) instead.
     ///
     /// # Errors
     ///
-    /// An application that could not be started at all; no worker has run.
+    /// If the application could not be started at all; no worker has run.
     ///
     /// # Examples
     ///

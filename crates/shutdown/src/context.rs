@@ -16,7 +16,7 @@ use crate::stop::{OwnStop, Stop, StopReason};
 use crate::task::Slot;
 use crate::tree::Node;
 
-/// What a worker, or a task spawned with a context, knows of its stop. Cheap to clone.
+/// What a worker, or a task spawned with a context, knows about its stop. It is cheap to clone.
 #[derive(Clone)]
 pub struct WorkerContext {
     slot: Arc<Slot>,
@@ -41,7 +41,7 @@ impl WorkerContext {
         &self.slot.name
     }
 
-    /// Waits until the worker is told to stop, and returns at once if it has been.
+    /// Waits until the worker is told to stop. Returns at once if it already has been.
     ///
     /// # Cancel safety
     ///
@@ -79,8 +79,8 @@ impl WorkerContext {
         }
     }
 
-    /// The same as [`cancelled`](Self::cancelled), for code that keeps what it waits for: the graceful shutdown of a
-    /// server, say.
+    /// Works like [`cancelled`](Self::cancelled), for code that keeps the future it waits for, such as the graceful
+    /// shutdown of a server.
     ///
     /// # Cancel safety
     ///
@@ -90,7 +90,7 @@ impl WorkerContext {
         async move { cx.cancelled().await }
     }
 
-    /// Returns whether the worker has been told to stop. Two atomic loads.
+    /// Returns whether the worker has been told to stop. Costs two atomic loads.
     pub fn is_cancelled(&self) -> bool {
         self.stop.is_set() || self.slot.own_stop().is_some_and(OwnStop::is_set)
     }
@@ -113,7 +113,7 @@ impl WorkerContext {
 
     /// Returns a token that is cancelled when the worker is told to stop, for code that takes one.
     ///
-    /// Cancelling this token reaches whoever holds it and its children, and not the worker.
+    /// Cancelling this token reaches its holders and its children, but not the worker.
     pub fn token(&self) -> CancellationToken {
         match self.slot.own_stop() {
             Some(own) => own.token(&self.stop),
@@ -121,18 +121,20 @@ impl WorkerContext {
         }
     }
 
-    /// Says that the worker has started: what a phase with [`ready_within`](crate::Phase::ready_within) waits for.
+    /// Says that the worker has started. A phase with [`ready_within`](crate::Phase::ready_within) waits for this.
     ///
-    /// Without effect the second time, and in a task of a group.
+    /// It has no effect the second time, or in a task of a group.
     pub fn ready(&self) {
         if let Some(ready) = &self.ready {
             ready.cancel();
         }
     }
 
-    /// Returns what an earlier phase [provides](crate::Phase::provide) of this type: a pool of connections, say.
+    /// Returns the value of this type that an earlier phase [provides](crate::Phase::provide), such as a connection
+    /// pool.
     ///
-    /// `None` if none does, when its phase has stopped, and in a task of a group: what a task needs it is given.
+    /// `None` if no phase provides one, after its phase has stopped, and in a task of a group: give a task what it
+    /// needs.
     pub fn provided<T: Clone + Send + Sync + 'static>(&self) -> Option<T> {
         self.values.as_ref()?.get()
     }
@@ -146,7 +148,7 @@ impl WorkerContext {
         self.values.as_ref()
     }
 
-    /// Leaves a mark. The last one is in the report if the worker does not end in time.
+    /// Leaves a mark. The report shows the last mark if the worker does not end in time.
     pub fn mark(&self, mark: impl Into<Cow<'static, str>>) {
         self.slot.set_mark(mark.into());
     }

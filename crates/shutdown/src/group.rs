@@ -27,22 +27,22 @@ const LONGEST_PATH: usize = 256;
 
 /// A group of named tasks.
 ///
-/// Dropping it cancels its tasks and those of the groups below it without any grace: futures at their next await,
-/// blocking closures only if they have not begun. The outcome of each task is kept until it is asked for with
-/// [`join_next`](Self::join_next), [`wait`](Self::wait) or [`shutdown`](Self::shutdown); a server that runs for months
-/// asks for none and uses a [`discarding`](Self::discarding) group.
+/// Dropping it cancels its tasks, and the tasks of the groups below it, without any grace: futures at their next await,
+/// blocking closures only if they have not begun. The group keeps the outcome of each task until you ask for it with
+/// [`join_next`](Self::join_next), [`wait`](Self::wait) or [`shutdown`](Self::shutdown). A server that runs for months
+/// never asks, and uses a [`discarding`](Self::discarding) group.
 ///
 /// # Panics of tasks
 ///
 /// A task that panics does not disturb the others, unless the group [fails fast](Self::fail_fast). In an application it
-/// makes the exit code 101 unless its outcome was read: taken with `join_next` and its kin, or asked for with
-/// [`is_clean`](crate::TaskGroupResult::is_clean) or [`into_result`](crate::TaskGroupResult::into_result). A result that is only dropped has
-/// told nobody.
+/// makes the exit code 101 unless its outcome was read: taken with `join_next` or a related method, or asked for with
+/// [`is_clean`](crate::TaskGroupResult::is_clean) or [`into_result`](crate::TaskGroupResult::into_result). Dropping a
+/// result does not count as reading it.
 ///
 /// # Comparison to `JoinSet`
 ///
-/// A [`JoinSet`](tokio::task::JoinSet) aborts its tasks too, but does not know their names, gives no grace, and its
-/// `shutdown` waits without a bound for a task that never yields or for a blocking closure.
+/// A [`JoinSet`](tokio::task::JoinSet) aborts its tasks too. But it does not know their names and gives no grace, and
+/// its `shutdown` waits without a bound for a task that never yields or for a blocking closure.
 ///
 /// # Examples
 ///
@@ -75,9 +75,10 @@ impl TaskGroup {
         Self::with_results()
     }
 
-    /// Creates a group that forgets each task as it ends, for servers: its memory is that of the tasks that are alive.
+    /// Creates a group that forgets each task as it ends, for servers: it uses memory only for the tasks that are
+    /// alive.
     ///
-    /// It [counts](Self::counts) every task, and keeps only how the latest 1,024 of those ended that failed, panicked or
+    /// It [counts](Self::counts) every task. It keeps outcomes only for the latest 1,024 tasks that failed, panicked or
     /// outlived their grace; [`join_next`](Self::join_next) and [`wait`](Self::wait) see no others.
     ///
     /// # Examples
@@ -161,8 +162,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Makes the first task that fails or panics cancel the others, with their grace.
     ///
-    /// That failure is then [the result](crate::TaskGroupResult::into_result) of the group. The [reason](WorkerContext::reason)
-    /// the others see names the task. Groups below this one are cancelled too; a failure in one of them is its own.
+    /// That failure is then [the result](crate::TaskGroupResult::into_result) of the group. The
+    /// [reason](WorkerContext::reason) that the others see names the task. Groups below this one are cancelled too; a
+    /// failure in one of them does not cancel this one.
     ///
     /// # Examples
     ///
@@ -186,11 +188,11 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self
     }
 
-    /// Spawns a task that knows nothing of a token: a cancel drops it at its next await.
+    /// Spawns a task without a token: a cancel drops it at its next await.
     ///
     /// # Errors
     ///
-    /// A group that was cancelled is closed: the future is handed back, never polled.
+    /// If the group was cancelled, it is closed: the error returns the future, never polled.
     ///
     /// # Panics
     ///
@@ -210,12 +212,12 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         }
     }
 
-    /// Spawns a task on the runtime of `handle`, from inside or outside of any. Otherwise the same as
+    /// Spawns a task on the runtime of `handle`, from inside or outside any runtime. Otherwise it works like
     /// [`spawn`](Self::spawn).
     ///
     /// # Errors
     ///
-    /// A group that was cancelled is closed: the future is handed back, never polled.
+    /// If the group was cancelled, it is closed: the error returns the future, never polled.
     #[track_caller]
     pub fn spawn_on<F>(&self, name: impl Into<Cow<'static, str>>, future: F, handle: &Handle) -> Result<(), Rejected<F>>
     where
@@ -232,12 +234,12 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         }
     }
 
-    /// Spawns a task that is not `Send`, on the current [`LocalSet`](tokio::task::LocalSet). Otherwise the same as
+    /// Spawns a task that is not `Send`, on the current [`LocalSet`](tokio::task::LocalSet). Otherwise it works like
     /// [`spawn`](Self::spawn).
     ///
     /// # Errors
     ///
-    /// A group that was cancelled is closed: the future is handed back, never polled.
+    /// If the group was cancelled, it is closed: the error returns the future, never polled.
     ///
     /// # Panics
     ///
@@ -277,11 +279,11 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         }
     }
 
-    /// Spawns a task with a context of its own: a cancel tells it, and drops it only when the grace is over.
+    /// Spawns a task with its own context: a cancel tells it to stop, and drops it only when the grace is over.
     ///
     /// # Errors
     ///
-    /// A group that was cancelled is closed: `work` is handed back, never called.
+    /// If the group was cancelled, it is closed: the error returns `work`, never called.
     ///
     /// # Panics
     ///
@@ -320,12 +322,13 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Spawns a closure on the runtime's blocking threads.
     ///
-    /// A cancel drops it if it has not begun, and otherwise tells its context: nothing can stop a closure that does not
-    /// ask [`is_cancelled`](WorkerContext::is_cancelled). One that outlives the grace is reported as a straggler.
+    /// A cancel drops the closure if it has not begun; otherwise it tells its context. Nothing can stop a closure that
+    /// does not check [`is_cancelled`](WorkerContext::is_cancelled). A closure that outlives the grace is reported as a
+    /// straggler.
     ///
     /// # Errors
     ///
-    /// A group that was cancelled is closed: `work` is handed back, never called.
+    /// If the group was cancelled, it is closed: the error returns `work`, never called.
     ///
     /// # Panics
     ///
@@ -357,10 +360,10 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         Ok(())
     }
 
-    /// Creates a group below this one: cancelled with it, and awaited by its [`wait`](Self::wait). Its name is for the
-    /// report of an application.
+    /// Creates a group below this one. It is cancelled with this one, and this group's [`wait`](Self::wait) waits for
+    /// it. The name is for the report of an application.
     ///
-    /// The outcomes of the tasks in it are for those who hold it.
+    /// Its holder reads the outcomes of its tasks.
     pub fn child(&self, name: impl Into<String>) -> Self {
         let (name, above) = (name.into(), self.roster.path());
         // Only reports show a path. It stays short however deep the nesting.
@@ -384,7 +387,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.len() == 0
     }
 
-    /// Returns how many tasks have ended, and how, whether their outcomes have been asked for or not.
+    /// Returns how many tasks have ended, and how, whether or not their outcomes have been read.
     pub fn counts(&self) -> TaskCounts {
         self.roster.counts()
     }

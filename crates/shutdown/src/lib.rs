@@ -22,9 +22,9 @@
 //! # }
 //! ```
 //!
-//! And a timeout around the last line does not help against a task that never yields, nor against a blocking closure:
-//! the runtime waits for those when it is dropped. When the process is killed in the end, nobody has said which task
-//! was in the way.
+//! A timeout around the last line does not help against a task that never yields, or against a blocking closure: the
+//! runtime waits for those when it is dropped. When the process is finally killed, nothing has said which task was in
+//! the way.
 //!
 //! # The same, with an end
 //!
@@ -77,71 +77,78 @@
 //!
 //! | event | what happens |
 //! |---|---|
-//! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; never a kill by the system's default |
+//! | SIGINT or SIGTERM at any time after [`Application::new`] | a stop; the default action never kills the process |
 //! | SIGTERM or SIGINT inherited as blocked | it is unblocked; a SIGHUP inherited as ignored (`nohup`) stays ignored |
 //! | SIGHUP, SIGUSR1, SIGUSR2 | what [`on_signal`](Application::on_signal) says; on SIGQUIT, `run` lists what is alive |
 //! | every worker ends in time | exit code 0, or what [`exit_code`](Application::exit_code) says |
-//! | a worker returns an error, or panics, past its [`Restart`] policy | a stop of the others; exit code 1, or 101; not if it is [tolerated](Phase::tolerated) |
+//! | a worker returns an error, or panics, past its [`Restart`] policy | the others stop; exit code 1, or 101; not if it is [tolerated](Phase::tolerated) |
 //! | a destructor panics: of a payload, of what a worker has captured, of a task that is cancelled or never starts | the same as any other panic |
-//! | a task is alive when its time is over | it is cut; exit code 70; the report names it, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
+//! | a task is alive when its time is over | it is cut; exit code 70; the report says its name, where it was spawned, its last mark, and whether it was blocked inside a poll or parked at an await |
 //! | a task cannot be cut: it never yields, or it is a blocking closure | the same; with [`run`](Application::run), the process is gone 100 ms after the deadline |
-//! | a second signal within [a second](Application::second_signal_after) | it is a copy of the first, as `timeout`, npm and `tini -g` send them |
+//! | a second signal within [a second](Application::second_signal_after) | it counts as a copy of the first; `timeout`, npm and `tini -g` send such copies |
 //! | a second signal n later, with [`run`](Application::run) | a report, then exit code 128 + n at once, even if the runtime is wedged |
-//! | a stop of several phases | each is told when the one started after it has ended or was cut; a failed start rolls back the phases before it |
-//! | a phase wedges threads of the runtime, with [`run`](Application::run) | it is cut in its time and the next one is told in its, by a thread of the system's clock; what the runtime can still run, runs; a task that it never ran again is reported as [starved](StragglerState::Starved) |
-//! | work without a name (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures may end until the deadline; what [holds a thread](Report::unnamed_threads) then makes the exit code 70 |
-//! | nobody set [`on_report`](Application::on_report), with [`run`](Application::run) | the standard error gets a line when a stop begins, and the report if anything failed or was cut |
-//! | a phase [provides](Phase::provide) a value | the next phase starts when it is made; it is closed when that one has ended |
-//! | a stop begins | [`readiness`](Application::readiness) is no longer ready before any worker is told; a stop by Ctrl-C skips the drain delay |
+//! | a stop of several phases | each is told to stop when the phase that started after it has ended or was cut; a failed start rolls back the phases before it |
+//! | a phase wedges threads of the runtime, with [`run`](Application::run) | a thread on the system's clock cuts it on time and tells the next phase on time; what the runtime can still run, runs; a task that never ran again is reported as [starved](StragglerState::Starved) |
+//! | unnamed work (`tokio::spawn`, `spawn_blocking`) is alive at the end, with [`run`](Application::run) | it is [counted](Report::unnamed_tasks); closures have until the deadline to end; if unnamed work [holds a thread](Report::unnamed_threads) then, the exit code is 70 |
+//! | [`on_report`](Application::on_report) is not set, with [`run`](Application::run) | standard error gets a line when a stop begins, and the report if anything failed or was cut |
+//! | a phase [provides](Phase::provide) a value | the next phase starts when the value is made; the value is closed when that phase has ended |
+//! | a stop begins | [`readiness`](Application::readiness) stops being ready before any worker is told; a stop by Ctrl-C skips the drain delay |
 //! | several causes of a stop | the first is the reason; reason and flag change in one step |
-//! | a [`TaskGroup`], or a future of this crate's that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
+//! | a [`TaskGroup`], or a future of this crate that owns one, is dropped | its tasks are dropped at their current await; nothing detaches |
 //! | the body of a [`TaskGroup::scope`] returns an `Err` or panics | its tasks are cancelled, with their grace; the scope returns, or panics, when they have ended |
-//! | a task of a group of a worker's panics | exit code 101, unless its outcome [was read](TaskGroup#panics-of-tasks) |
-//! | a task is spawned on a closed group | it comes back in the error, never polled |
+//! | a task in a worker's group panics | exit code 101, unless its outcome [was read](TaskGroup#panics-of-tasks) |
+//! | a task is spawned on a closed group | the error returns it, never polled |
 //! | any of these | each task is in the report exactly once |
 //!
 //! # Limitations
 //!
-//! - Nothing can stop a blocking closure that has begun, or a future that does not yield. They are named, and end with
-//!   the process.
-//! - [`serve`](Application::serve), inside a runtime of yours, cannot bound the drop of that runtime.
-//! - The bounds at the deadline and after a second signal are those of tasks: a [callback](Application::on_report) that
+//! Tasks:
+//!
+//! - Nothing can stop a blocking closure that has begun, or a future that does not yield. The report names them, and
+//!   they end with the process.
+//! - Unnamed work that a worker starts outside a group is counted, not named; the worker that waits for it is named.
+//! - A closure that never returns, such as a read of `tokio::io::stdin`, holds a clean stop until its deadline.
+//! - A runtime of one thread, or one whose threads are all wedged, cannot run any clean-up. Workers are told all the
+//!   same, and the report says that they were starved.
+//! - A group keeps its outcomes until you ask for them. Read a long-lived group with
+//!   [`join_next`](TaskGroup::join_next), or make it [`discarding`](TaskGroup::discarding).
+//!
+//! The process:
+//!
+//! - [`serve`](Application::serve), inside your own runtime, cannot bound the drop of that runtime.
+//! - The bounds at the deadline and after a second signal apply to tasks: a [callback](Application::on_report) that
 //!   hangs holds the process half a second longer.
-//! - A handler of a signal stays for the life of the process: after the application has ended, SIGINT and SIGTERM do
+//! - A signal handler stays for the life of the process: after the application has ended, SIGINT and SIGTERM do
 //!   nothing.
-//! - On Windows, Ctrl-C stops as SIGINT does, and Ctrl-Break and the end of the console, the session or the system as SIGTERM
-//!   does; after the latter three Windows itself ends the process within seconds. Elsewhere than there and on Unix, and
-//!   without the feature `signal`, an application stops by its [handle](Application::shutdown_handle) and its workers. Where
-//!   it is not on Unix with that feature, the last resort at the deadline is [`std::process::exit`], which runs `atexit`
+//! - On Windows, Ctrl-C works like SIGINT; Ctrl-Break and the end of the console, the session or the system work like
+//!   SIGTERM. After the latter three, Windows itself ends the process within seconds.
+//! - On other systems, and without the feature `signal`, only its [handle](Application::shutdown_handle) and its
+//!   workers stop an application.
+//! - Except on Unix with that feature, the last resort at the deadline is [`std::process::exit`], which runs `atexit`
 //!   handlers.
-//! - Work that a worker starts without a group is counted, not named; the worker that waits for it is. A closure that
-//!   never returns, such as a read of `tokio::io::stdin`, holds a clean stop until its deadline.
-//! - A runtime of one thread, or one whose threads are all wedged, runs nobody's clean-up. Workers are told all the same,
-//!   and the report says that they were starved.
-//! - With `panic = "abort"` a panic is the end.
-//! - The place of a panic is known to the panic hook alone, so the first task sets one that calls the hook there was. A
-//!   hook that the program sets later and that does not call it leaves the place where the task was spawned.
-//! - The outcomes of a group are kept until they are asked for: a long-lived group is read with
-//!   [`join_next`](TaskGroup::join_next), or a [`discarding`](TaskGroup::discarding) one.
+//! - With `panic = "abort"` a panic ends the process.
+//! - Only the panic hook knows the place of a panic, so the first task sets a hook that calls the previous one. If the
+//!   program later sets a hook that does not call this one, a report shows the place where the task was spawned
+//!   instead.
 //!
 //! # Comparison
 //!
-//! - `TaskTracker` and a `CancellationToken`: the parts of the broken example. Right where every task is known to
-//!   listen, and nobody has to know which one did not.
-//! - [`JoinSet`](tokio::task::JoinSet): tasks without names; aborts, without a grace. Right for a batch of futures
-//!   inside one function.
-//! - `tokio::time::timeout` around a server, or `axum::serve` with a graceful shutdown in a worker: drops the accept loop
-//!   and leaves the connections it has spawned. The feature `axum` has a server that owns its connections.
+//! - `TaskTracker` and a `CancellationToken`: the parts of the broken example. They are right if every task is known to
+//!   listen, and nobody needs to know which one did not.
+//! - [`JoinSet`](tokio::task::JoinSet): its tasks have no names, and it aborts without a grace. It is right for a batch
+//!   of futures inside one function.
+//! - `tokio::time::timeout` around a server, or `axum::serve` with a graceful shutdown in a worker: it drops the accept
+//!   loop and leaves the connections it has spawned. The feature `axum` has a server that owns its connections.
 //!
 //! # Features
 //!
 //! | feature | |
 //! |---|---|
 //! | `signal` (default) | SIGINT and SIGTERM stop an [`Application`] |
-//! | `axum` | [`axum::serve`], whose connections end with their worker, the extractor [`axum::Cancelled`], and [`axum::readiness`] for a probe |
-//! | `systemd` | a service manager is told: ready, stopping, more time while it drains, and alive, which is said only after the runtime has run a task; without `NOTIFY_SOCKET`, nothing |
+//! | `axum` | [`axum::serve`], whose connections end with their worker; the extractor [`axum::Cancelled`]; and [`axum::readiness`] for a probe |
+//! | `systemd` | tells a service manager: ready, stopping, more time while it drains, and alive, but the last only after the runtime has run a task; without `NOTIFY_SOCKET` it sends nothing |
 //! | `test-util` | [`TestRun`]: an application inside a test, on a paused clock |
-//! | `tower` | [`tower::serve`] for any tower service, tonic's too, and a layer that gives each request a token |
+//! | `tower` | [`tower::serve`] for any tower service, tonic's too; and a layer that gives each request a token |
 //! | `tracing` | events for restarts and for the report |
 //!
 //! The MSRV is 1.89; it is raised only in a minor release.
@@ -191,8 +198,3 @@ pub use worker::BackgroundWorker;
 #[cfg(all(doctest, feature = "axum", feature = "test-util"))]
 #[doc = include_str!("../README.md")]
 struct Readme;
-
-// So do those of its page of the book, which is not in the package, and need not be.
-#[cfg(all(doctest, feature = "axum"))]
-#[doc = include_str!("../../../docs/src/kubernetes.md")]
-struct Kubernetes;

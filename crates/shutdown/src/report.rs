@@ -26,17 +26,17 @@ const EXIT_PANICKED: u8 = 101;
 pub struct TaskReport {
     /// The name it was given.
     pub name: String,
-    /// Where it belongs: the phase of a worker, or the worker (and the groups below it) of a task.
+    /// Where it belongs: for a worker its phase, for a task its worker (and the groups below that).
     pub group: String,
-    /// Whether it is a worker of the application, rather than a task of a worker's.
+    /// Whether it is a worker of the application, rather than a task of a worker.
     pub is_worker: bool,
-    /// Whether it is a worker whose failure is not the application's; see [`tolerated`](crate::Phase::tolerated).
+    /// Whether it is a worker whose failure does not fail the application; see [`tolerated`](crate::Phase::tolerated).
     pub is_tolerated: bool,
     /// How it ended; errors are rendered with their sources.
     pub outcome: TaskOutcome<(), String>,
     /// Where it was spawned; for a worker, where it was added.
     pub spawned_at: &'static Location<'static>,
-    /// The last [`mark`](crate::WorkerContext::mark) it passed.
+    /// The last [`mark`](crate::WorkerContext::mark) that it left.
     pub last_mark: Option<String>,
     /// What it was doing when its grace was over. `None` if it ended in time.
     pub straggling: Option<StragglerState>,
@@ -84,8 +84,9 @@ pub(crate) struct Unnamed {
 
 /// How an application ended.
 ///
-/// Its `Display` is the text to log: one line for the whole, then one for each task. Two are equal if all that they tell is,
-/// the [time](Self::elapsed) and the places of the tasks included: two runs of one program on a paused clock are.
+/// Its `Display` is the text to log: one line for the whole, then one for each task. Two reports are equal if
+/// everything in them is equal, including the [time](Self::elapsed) and the places of the tasks. So two runs of one
+/// program on a paused clock have equal reports.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[must_use = "it says which workers failed and what was cut"]
 pub struct Report {
@@ -122,20 +123,20 @@ impl Report {
         &self.reason
     }
 
-    /// Returns the time from the stop's request to this report.
+    /// Returns the time from the request to stop until this report.
     pub fn elapsed(&self) -> Duration {
         self.elapsed
     }
 
-    /// Returns every worker, in the order in which they ended, and the tasks of their groups; each exactly once.
+    /// Returns every worker, in the order in which they ended, and the tasks of their groups, each exactly once.
     ///
-    /// Of the groups' tasks, the latest 1,024 that completed or were cancelled are listed, and the latest 1,024 that
-    /// ended otherwise; [`unlisted`](Self::unlisted) counts the earlier ones.
+    /// It lists the latest 1,024 tasks of groups that completed or were cancelled, and the latest 1,024 that ended
+    /// otherwise; [`unlisted`](Self::unlisted) counts the earlier ones.
     pub fn tasks(&self) -> &[TaskReport] {
         &self.tasks
     }
 
-    /// Returns the first task of this name, if there is one: a worker before any task of a worker's.
+    /// Returns the first task of this name, if there is one: a worker before any task of a worker.
     pub fn task(&self, name: &str) -> Option<&TaskReport> {
         self.tasks.iter().find(|task| task.name == name)
     }
@@ -145,19 +146,19 @@ impl Report {
         self.unlisted
     }
 
-    /// Returns how many tasks of no group were alive when every worker had ended: what was given to `tokio::spawn` by
-    /// workers, or by libraries such as connection pools for themselves.
+    /// Returns how many tasks outside any group were alive when every worker had ended: tasks that workers, or
+    /// libraries such as connection pools, gave to `tokio::spawn`.
     ///
-    /// They are dropped with the runtime, and their number changes nothing. Zero with
-    /// [`serve`](crate::Application::serve), in whose runtime other tasks may have other reasons.
+    /// They are dropped with the runtime, and their number changes nothing. It is zero with
+    /// [`serve`](crate::Application::serve), because its runtime may have other tasks for other reasons.
     pub fn unnamed_tasks(&self) -> usize {
         self.unnamed.tasks
     }
 
-    /// Returns how many threads of the runtime were held at the deadline by work of no group: closures of
+    /// Returns how many threads of the runtime were held at the deadline by work outside any group: closures of
     /// `tokio::task::spawn_blocking`, and tasks inside a poll. The exit code is 70 if there were any.
     ///
-    /// In a [runtime](crate::Application::runtime) of the user's they are not counted: if there was any, this is one.
+    /// In a user's own [runtime](crate::Application::runtime) they are not counted: this is one if there were any.
     pub fn unnamed_threads(&self) -> usize {
         self.unnamed.threads
     }
@@ -179,15 +180,22 @@ impl Report {
         self.tasks.iter().filter(|task| task.straggling.is_some())
     }
 
-    /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker's has
+    /// Returns whether every task ended by itself in time, no worker failed or panicked, and no task of a worker
     /// panicked unnoticed.
     pub fn is_clean(&self) -> bool {
         self.verdict() == EXIT_CLEAN
     }
 
-    /// Returns the exit code: 0 after a clean stop, 1 after an error or a phase that was not ready, 101 after a panic
-    /// of a worker, or of a task of a worker's whose outcome [nobody has read](crate::TaskGroup#panics-of-tasks), 70 if the deadline passed with something still alive, 71 if the application could not start, 128 + n when a
-    /// second signal n cut it short; or what [`exit_code`](crate::Application::exit_code) made of it.
+    /// Returns the exit code:
+    ///
+    /// - 0 after a clean stop;
+    /// - 1 after an error, or if a phase was not ready;
+    /// - 101 after a panic of a worker, or of a worker's task whose outcome [nobody has
+    ///   read](crate::TaskGroup#panics-of-tasks);
+    /// - 70 if the deadline passed with something still alive;
+    /// - 71 if the application could not start;
+    /// - 128 + n if a second signal n cut it short;
+    /// - or what [`exit_code`](crate::Application::exit_code) made of it.
     pub fn exit_code(&self) -> u8 {
         self.exit_code
     }

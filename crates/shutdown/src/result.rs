@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::report::Ledger;
 use crate::task::{BoxError, StragglerState, TaskOutcome};
 
-/// How the tasks of a group ended; each task is in exactly one list.
+/// How the tasks of a group ended. Each task is in exactly one list.
 #[derive(Debug)]
 #[non_exhaustive]
 #[must_use = "it holds the errors and panics of the tasks"]
@@ -18,14 +18,14 @@ pub struct TaskGroupResult<E = BoxError> {
     pub completed: Vec<String>,
     /// The tasks whose future was dropped because they were told to stop, or because their runtime was shut down.
     pub cancelled: Vec<String>,
-    /// The tasks that returned an error, and the error.
+    /// The tasks that returned an error, each with its error.
     pub failed: Vec<(String, E)>,
-    /// The tasks that panicked, and what the panic said.
+    /// The tasks that panicked, each with its panic message.
     pub panicked: Vec<(String, String)>,
     /// The tasks that had not ended when their grace was over.
     pub stragglers: Vec<Straggler>,
-    /// How many tasks ended how, since the group was created: also those whose outcome was read before, and those a
-    /// [`discarding`](crate::TaskGroup::discarding) group has not kept.
+    /// How many tasks ended in each way since the group was created, including those whose outcome was read before and
+    /// those that a [`discarding`](crate::TaskGroup::discarding) group has not kept.
     pub counts: TaskCounts,
     /// Whether the first failure was a panic.
     panic_first: bool,
@@ -56,7 +56,7 @@ impl<E> TaskGroupResult<E> {
     ///
     /// # Errors
     ///
-    /// A task failed or panicked. Stragglers are no failures; [`is_clean`](Self::is_clean) asks for those too.
+    /// If a task failed or panicked. Stragglers are no failures; [`is_clean`](Self::is_clean) checks for those too.
     ///
     /// # Examples
     ///
@@ -183,7 +183,7 @@ impl<E> TaskFailure<E> {
         matches!(self.cause, Cause::Panicked(_))
     }
 
-    /// Returns the error of the task, or what its panic said.
+    /// Returns the error of the task, or its panic message.
     ///
     /// # Errors
     ///
@@ -215,7 +215,7 @@ pub struct Straggler {
     pub name: String,
     /// Where it was spawned.
     pub spawned_at: &'static Location<'static>,
-    /// The last [`mark`](crate::WorkerContext::mark) it passed.
+    /// The last [`mark`](crate::WorkerContext::mark) that it left.
     pub last_mark: Option<String>,
     /// What it was doing.
     pub state: StragglerState,
@@ -231,7 +231,7 @@ impl fmt::Display for Straggler {
     }
 }
 
-/// Work that a closed group, or a worker that is running already, did not take. Nothing of it has run.
+/// Work that a closed group, or a worker that is already running, did not take. None of it has run.
 #[must_use = "the work it holds has not been started"]
 pub struct Rejected<W> {
     name: Cow<'static, str>,
@@ -243,7 +243,7 @@ impl<W> Rejected<W> {
         Self { name: name.into(), work }
     }
 
-    /// Returns the name the work was to have.
+    /// Returns the name that the work would have had.
     pub fn name(&self) -> &str {
         &self.name
     }

@@ -33,19 +33,19 @@ use crate::task::BoxError;
 /// The pause after an `accept` that failed for want of something, such as a file descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-/// What a server accepts connections from: a TCP or Unix listener, or one of yours that adds TLS.
+/// What a server accepts connections from: a TCP or Unix listener, or your own listener that adds TLS.
 pub trait Listener: Send + 'static {
     /// The stream of a connection.
     type Io: AsyncRead + AsyncWrite + Unpin + Send + 'static;
     /// The address of a peer.
     type Addr: Debug + Send + 'static;
 
-    /// Accepts the next connection. An error is the listener's to handle: it tries again.
+    /// Accepts the next connection. The listener handles errors itself, and tries again.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, no connection is lost: an implementation keeps to that,
-    /// as the server drops it when it is told to stop, and only then.
+    /// This method is cancel safe. If dropped before completion, no connection is lost. Every implementation must
+    /// ensure this, because the server drops the future when it is told to stop, and only then.
     fn accept(&mut self) -> impl Future<Output = (Self::Io, Self::Addr)> + Send;
 }
 
@@ -86,17 +86,18 @@ async fn survive(error: io::Error) {
     }
 }
 
-/// Serves a tower service, over HTTP/1 and HTTP/2, until the worker of `cx` is told to stop; then drains.
+/// Serves a tower service over HTTP/1 and HTTP/2 until the worker of `cx` is told to stop, then drains.
 ///
-/// Axum's `Router` has [a door of its own](crate::axum); tonic's `Routes` and any other service of tower come in here.
+/// Axum's `Router` has [its own door](crate::axum); tonic's `Routes` and any other tower service come in here.
 ///
-/// On a stop, the listener and the idle connections are closed at once. Requests that have come are answered, until the
-/// worker's deadline; whatever is left then is closed: half-sent requests, event streams, upgraded connections. Each of
-/// those is in the report: `127.0.0.1:50000`, and as its last mark, or for a stream of HTTP/2 as its name, `GET /path`.
+/// On a stop, the server closes the listener and the idle connections at once. It answers requests that have arrived,
+/// until the worker's deadline. Then it closes whatever is left: half-sent requests, event streams, upgraded
+/// connections. The report names each of those by peer, such as `127.0.0.1:50000`, with `GET /path` as its last mark,
+/// or as its name for an HTTP/2 stream.
 ///
-/// Each request has a [token](CancellationLayer) in its extensions. A handler that panics ends its connection, and is a
-/// task that has panicked: it makes the exit code of the application 101. The worker is [ready](WorkerContext::ready) from
-/// the first poll of this on.
+/// Each request has a [token](CancellationLayer) in its extensions. A handler that panics ends its connection, and
+/// counts as a task that has panicked: the application's exit code is 101. The worker is [ready](WorkerContext::ready)
+/// from the first poll of this future.
 ///
 /// # Cancel safety
 ///
@@ -104,12 +105,13 @@ async fn survive(error: io::Error) {
 ///
 /// # Errors
 ///
-/// None: what goes wrong with a connection is between it and its client. It is a `Result` so that it can be a worker.
+/// None: an error on a connection concerns only that connection and its client. It returns a `Result` so it can be a
+/// worker.
 ///
 /// # Limitations
 ///
-/// What a handler spawns itself is not the server's, and neither is the task of an upgraded connection: it finds its
-/// stream closed. Both may ask the token of their request.
+/// The server does not own what a handler spawns itself, nor the task of an upgraded connection, which finds its stream
+/// closed. Both can check the token of their request.
 ///
 /// # Examples
 ///

@@ -25,9 +25,9 @@ pub(crate) const TERMINATE: i32 = 15;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Signal {
-    /// SIGHUP, by custom the request to read the configuration again. Without an action it ends the process.
+    /// SIGHUP, by convention the request to reread the configuration. Without an action it ends the process.
     Hangup,
-    /// SIGQUIT, or Ctrl-\ on a terminal. Without an action, [`run`](crate::Application::run) lists on the standard error
+    /// SIGQUIT, or Ctrl-\ on a terminal. Without an action, [`run`](crate::Application::run) lists on standard error
     /// what is alive.
     Quit,
     /// SIGUSR1. Without an action it ends the process.

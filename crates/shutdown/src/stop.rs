@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 pub enum StopReason {
     /// The process received this signal, by its number (2 is SIGINT, 15 is SIGTERM).
     Signal(i32),
-    /// The program asked for it: the shutdown handle was cancelled, a group was cancelled or dropped.
+    /// The program asked for it: the shutdown handle was cancelled, or a group was cancelled or dropped.
     Requested,
     /// The program asked for it and said why: [`cancel_all_because`](crate::TaskGroup::cancel_all_because).
     Because(String),
@@ -62,11 +62,11 @@ impl fmt::Display for StopReason {
     }
 }
 
-/// Whether an application is to be given work; see [`Application::readiness`](crate::Application::readiness).
+/// Whether an application should get work; see [`Application::readiness`](crate::Application::readiness).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Readiness {
-    /// A phase has yet to start or to be ready.
+    /// A phase has yet to start or to become ready.
     #[default]
     Starting,
     /// Every phase is ready, and nobody has asked for a stop.
@@ -76,7 +76,7 @@ pub enum Readiness {
 }
 
 impl Readiness {
-    /// Returns whether the application is to be given work.
+    /// Returns whether the application should get work.
     pub fn is_ready(self) -> bool {
         self == Self::Ready
     }

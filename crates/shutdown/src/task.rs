@@ -12,7 +12,7 @@ use crate::panics::{Panic, PanicLocation, catch, watch};
 
 use crate::stop::{OwnStop, Stopping};
 
-/// The error of a task whose type nobody asked to keep.
+/// The error of a task, if nobody asked to keep its type.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How a task ended.
@@ -28,14 +28,15 @@ pub enum TaskOutcome<T = (), E = BoxError> {
     /// It panicked.
     #[non_exhaustive]
     Panicked {
-        /// What the panic said, or the type of its payload if that is no text.
+        /// The panic message, or the type of the payload if that is not text.
         message: String,
-        /// Where it panicked; where the task was spawned if the program has set a panic hook since, which alone is told.
+        /// Where it panicked. If the program has set its own panic hook since, only that hook knows the place; then
+        /// this is where the task was spawned.
         location: PanicLocation,
     },
     /// Its grace was over, or its runtime was shut down, and its future was dropped.
     Aborted,
-    /// Its grace was over and it cannot be stopped: a running blocking closure, or a future that does not yield.
+    /// Its grace was over, and it cannot be stopped: it is a running blocking closure, or a future that does not yield.
     Abandoned,
 }
 
@@ -82,7 +83,7 @@ impl<T, E: fmt::Display> fmt::Display for TaskOutcome<T, E> {
     }
 }
 
-/// What a task of a [`TaskGroup<T, E>`](crate::TaskGroup) may return: `Result<T, E>`, or nothing where `T` is `()`.
+/// What a task of a [`TaskGroup<T, E>`](crate::TaskGroup) may return: `Result<T, E>`, or nothing if `T` is `()`.
 pub trait TaskOutput<T, E> {
     /// Says how a task that returned this ended.
     fn into_outcome(self) -> TaskOutcome<T, E>;
@@ -154,13 +155,13 @@ impl<T> Returning for fn() -> T {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum StragglerState {
-    /// The same poll was running at two looks some milliseconds apart: it blocks its thread or never yields.
+    /// The same poll was running at two observations some milliseconds apart: it blocks its thread or never yields.
     BlockedInPoll,
-    /// It was waiting at an await, or moving from one to the next.
+    /// It was waiting at an await, or moving from one await to the next.
     ParkedAtAwait,
-    /// It is a blocking closure, which only its own return can end.
+    /// It is a blocking closure; only its own return can end it.
     BlockingClosure,
-    /// It never heard of its stop: other work held every thread of the runtime from then on.
+    /// It never learnt of its stop: other work held every thread of the runtime from then on.
     Starved,
 }
 

@@ -11,9 +11,10 @@ use crate::result::Rejected;
 use crate::task::{TaskOutcome, WorkerOutput};
 
 impl WorkerContext {
-    /// Creates a group for the worker's own tasks: stopped when the worker is, cut when the worker is, and in the report.
+    /// Creates a group for the worker's own tasks. It is stopped with the worker, cut with the worker, and listed in
+    /// the report.
     ///
-    /// The group is the worker's to hold. Dropping it cancels its tasks, so the worker waits for it before it returns.
+    /// The worker holds the group. Dropping it cancels its tasks, so the worker must wait for it before it returns.
     pub fn group(&self) -> TaskGroup {
         TaskGroup::below(self.node(), self.name().to_owned())
     }
@@ -24,13 +25,13 @@ impl WorkerContext {
         TaskGroup::lingering_below(self.node(), self.name().to_owned())
     }
 
-    /// Creates the same kind of group, but a [discarding](TaskGroup::discarding) one: for a server's connections.
+    /// Creates a similar but [discarding](TaskGroup::discarding) group, for example for a server's connections.
     pub fn discarding_group(&self) -> TaskGroup {
         TaskGroup::discarding_below(self.node(), self.name().to_owned())
     }
 }
 
-/// One worker by hand, without an [`Application`](crate::Application): a name, a token and a task.
+/// One worker without an [`Application`](crate::Application): a name, a token and a task.
 ///
 /// Dropping it aborts the task at its next await.
 ///
@@ -74,7 +75,7 @@ impl BackgroundWorker {
     ///
     /// # Errors
     ///
-    /// A worker that has not ended is not started twice: `work` is handed back, never called.
+    /// If the worker has not ended, it is not started again: the error returns `work`, never called.
     ///
     /// # Panics
     ///
@@ -98,10 +99,10 @@ impl BackgroundWorker {
             .map_err(|_| unreachable!("the group was opened two lines above and nobody else knows it"))
     }
 
-    /// Waits for the worker to end. One that was never started counts as cancelled.
+    /// Waits for the worker to end. A worker that was never started counts as cancelled.
     ///
-    /// Waits for as long as the worker takes: its token is the caller's to cancel, and a timeout around this call
-    /// aborts it.
+    /// It waits as long as the worker takes. The caller can cancel the worker's token; a timeout around this call
+    /// aborts the worker.
     ///
     /// # Cancel safety
     ///

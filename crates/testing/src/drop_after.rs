@@ -6,10 +6,10 @@ use std::future::poll_fn;
 use std::pin::pin;
 use std::task::Poll;
 
-/// Polls `future` until it is ready, or drops it when it has been pending `pendings` times. `None` says that it was
-/// dropped; with 0 it is never polled.
+/// Polls `future` until it is ready, or drops it once it has been pending `pendings` times. Returns `None` if it was
+/// dropped. With 0 pendings it is never polled.
 ///
-/// For a test that needs one drop at one point; [`Explore`](crate::Explore) visits them all.
+/// Use it in a test that needs one drop at one point; [`Explore`](crate::Explore) visits them all.
 ///
 /// # Cancel safety
 ///

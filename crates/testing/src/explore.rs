@@ -34,102 +34,105 @@ impl Default for Explore {
 }
 
 impl Explore {
-    /// An exploration with every option at its default.
+    /// Creates an exploration with every option at its default.
     pub fn new() -> Self {
         Self { options: Options::default(), only: None }
     }
 
-    /// The starved budgets to explore besides the natural one, in units of tokio's cooperative budget. Default
+    /// Sets the starved budgets to explore besides the natural one, in units of tokio's cooperative budget. Default
     /// `[0, 1, 2, 3]`.
     ///
-    /// With a budget of one, every leaf of tokio's that would be ready at once yields first, but for the first leaf of
-    /// all: a point where production may drop it under load, and an undisturbed test never would. With a budget of 0 the
-    /// first leaf yields too, once; what follows is as with a budget of one, so only that point is visited, and in the
-    /// first of the ways only.
+    /// With a budget of one, every tokio leaf that would be ready at once yields first, except the very first leaf.
+    /// Production may drop it at such a point under load, and an undisturbed test never would. With a budget of 0 the
+    /// first leaf yields too, once. The rest is as with a budget of one, so only that point is visited, and only in the
+    /// first of the ways.
     pub fn budgets(mut self, budgets: impl IntoIterator<Item = u32>) -> Self {
         self.options.budgets = budgets.into_iter().collect();
         self
     }
 
-    /// The ways to drop the operation. Default: eager, settled and shutdown, the last unless the setup leaves tasks
-    /// running: these end with their runtime, and then the state is dead.
+    /// Sets the ways to drop the operation. Default: eager, settled and shutdown. The default leaves out shutdown if
+    /// the setup leaves tasks running, because these end with their runtime, and then the state is dead.
     ///
-    /// [`cancel_safe`](Explore::cancel_safe) and [`suspended`](Explore::suspended) know eager and settled only, and
+    /// [`cancel_safe`](Explore::cancel_safe) and [`suspended`](Explore::suspended) support only eager and settled, and
     /// leave out the others.
     pub fn ways(mut self, ways: impl IntoIterator<Item = Way>) -> Self {
         self.options.ways = Some(ways.into_iter().collect());
         self
     }
 
-    /// How many results make a run of [`cancel_safe`](Explore::cancel_safe). Default 1; 0 is taken for 1. With several, a
-    /// drop can also spoil a later call.
+    /// Sets how many results make a run of [`cancel_safe`](Explore::cancel_safe). Default 1; 0 counts as 1. With
+    /// several results, an exploration also finds a drop that spoils a later call.
     pub fn calls(mut self, calls: usize) -> Self {
         self.options.calls = calls.max(1);
         self
     }
 
-    /// Whether an operation that has tasks of its own is also dropped between any two polls of tasks, under the natural
-    /// budget: then its tasks stand at awaits of theirs. Default `true`.
+    /// Sets whether an operation with its own tasks is also dropped between any two polls of tasks, under the natural
+    /// budget. Its tasks then stand at their own awaits. Default `true`.
     ///
-    /// It costs a run for each of these points. One exploration visits at most 256 of them, evenly spread, and the
-    /// report says of how many ([`Report::task_points`], [`Report::notes`]).
+    /// Each of these points costs a run. One exploration visits at most 256 of them, evenly spread, and the report says
+    /// out of how many ([`Report::task_points`], [`Report::notes`]).
     pub fn tasks(mut self, explored: bool) -> Self {
         self.options.tasks = explored;
         self
     }
 
-    /// Whether a rival of [`suspended`](Explore::suspended) may wait for the operation. Default `false`: a rival that
-    /// waits for what the operation holds is a failure. With `true` the operation goes on whenever the rival waits, for
-    /// locks that are meant to be waited for; what both leave behind is checked all the same.
+    /// Sets whether a rival of [`suspended`](Explore::suspended) may wait for the operation. Default `false`: it is a
+    /// failure if a rival waits for something that the operation holds. Set `true` for locks that are meant to be
+    /// waited for: the operation then continues whenever the rival waits. What both leave behind is checked all the
+    /// same.
     pub fn allow_waiting(mut self, allowed: bool) -> Self {
         self.options.waiting = allowed;
         self
     }
 
-    /// Whether tokio's clock stands still and jumps to the next timer when nothing else is to be done. Default
-    /// `false`. With it, timers cost no time and runs repeat exactly; sockets, and databases with threads of their
-    /// own, are better explored without.
+    /// Sets whether tokio's clock stands still and jumps to the next timer when nothing else can run. Default `false`.
+    /// With it, timers cost no time and runs repeat exactly. Sockets, and databases with their own threads, are better
+    /// explored without it.
     pub fn paused_time(mut self, paused: bool) -> Self {
         self.options.paused_time = paused;
         self
     }
 
-    /// How many points under one budget are explored. Default 1 000. An operation that has more is a failure
-    /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)): a cost that grows with the square of the number
-    /// of points has to be asked for.
+    /// Sets how many points are explored under one budget. Default 1 000. An operation with more points is a failure
+    /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)), because the cost grows with the square of the
+    /// number of points and you should ask for it.
     pub fn max_points(mut self, points: usize) -> Self {
         self.options.max_points = points;
         self
     }
 
-    /// How many polls an operation that nobody drops may take. Default 10 000. One that takes more is a failure
-    /// ([`Failure::is_hang`](crate::Failure::is_hang)).
+    /// Sets how many polls an operation may take when nobody drops it. Default 10 000. An operation that takes more is
+    /// a failure ([`Failure::is_hang`](crate::Failure::is_hang)).
     pub fn max_polls(mut self, polls: usize) -> Self {
         self.options.max_polls = polls;
         self
     }
 
-    /// How long, in real time, the setup and the check may take, and the operation may wait to be woken. Default
-    /// 10 s. What takes longer is a failure ([`Failure::is_hang`](crate::Failure::is_hang)).
+    /// Sets how long, in real time, the setup and the check may take, and the operation may wait to be woken. Default
+    /// 10 s. Anything longer is a failure ([`Failure::is_hang`](crate::Failure::is_hang)).
     pub fn hang_after(mut self, limit: Duration) -> Self {
         self.options.hang_after = limit;
         self
     }
 
-    /// How long a run waits for spawned tasks to end before it checks, and, when settled, for them and for what wakes
-    /// the operation before it drops. Default 5 ms; with paused time, 5 ms of tokio's clock too. What needs no time is
-    /// done in any case. Before the check, tasks spawned by the setup are not waited for. A run goes on as soon as all
-    /// have ended; a run that goes on without is counted in [`Report::unsettled`](crate::Report::unsettled). Raise it
-    /// when a spawned cleanup talks to a server.
+    /// Sets how long a run waits for spawned tasks to end before it checks. In the settled way, a run also waits this
+    /// long before the drop, for spawned tasks and for whatever wakes the operation. Default 5 ms; with paused time, 5
+    /// ms of tokio's clock too.
+    ///
+    /// Work that needs no time is done in any case. The wait before the check leaves out tasks that the setup spawned.
+    /// A run continues as soon as all have ended; [`Report::unsettled`](crate::Report::unsettled) counts the runs that
+    /// continue without that. Raise it if a spawned cleanup talks to a server.
     pub fn settle_for(mut self, patience: Duration) -> Self {
         self.options.settle_for = patience;
         self
     }
 
-    /// How long, in real time, the drop of the operation may take in [`run`](Explore::run). By default nothing is asked. A
-    /// drop that takes longer, twice at the same point, is a failure
-    /// ([`Failure::is_blocking_drop`](crate::Failure::is_blocking_drop)): a destructor that waits, or works for long,
-    /// blocks the thread and every other task on it. A second is much for a drop, and little for a busy machine.
+    /// Sets how long, in real time, the drop of the operation may take in [`run`](Explore::run). By default there is no
+    /// limit. A drop that takes longer, twice at the same point, is a failure
+    /// ([`Failure::is_blocking_drop`](crate::Failure::is_blocking_drop)): a destructor that waits or works for long
+    /// blocks the thread and every other task on it. One second is long for a drop, and short for a busy machine.
     ///
     /// # Examples
     ///
@@ -162,30 +165,31 @@ impl Explore {
         self
     }
 
-    /// How long the whole exploration may take. Default 120 s. What is not visited by then is a failure
+    /// Sets how long the whole exploration may take. Default 120 s. If points are left by then, that is a failure
     /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)).
     pub fn timeout(mut self, limit: Duration) -> Self {
         self.options.timeout = limit;
         self
     }
 
-    /// Explores this one run only, for a debugger. Every failure says how to call it. `None` is the natural budget.
+    /// Explores only this one run, for a debugger; by default, all. Every failure says how to call it. `None` is the
+    /// natural budget.
     pub fn only(mut self, point: usize, way: Way, budget: impl Into<Option<u32>>) -> Self {
         self.only = Some(Plan::new(budget.into(), point, way));
         self
     }
 
-    /// Explores: for each point `setup` makes a fresh state, `operation` is polled to that point and dropped, and
-    /// `check` judges the state.
+    /// Explores the operation. For each point, `setup` makes a fresh state, `operation` is polled to that point and
+    /// dropped, and `check` judges the state.
     ///
-    /// Nothing has to be `Send`. Each run has a runtime of its own, on which setup, operation, drop and check all
-    /// run, so that a connection made in the setup can be used in the check; only [`Way::Shutdown`] ends that runtime
-    /// and checks on a fresh one. A panic in any of the three is a failure, and so is one that does not end. The
-    /// exploration itself always ends; it ends early at the first hang, because each hang costs its whole limit.
+    /// Nothing has to be `Send`. Each run has its own runtime, and setup, operation, drop and check all run on it. So
+    /// the check can use a connection that the setup made. Only [`Way::Shutdown`] ends that runtime and checks on a
+    /// fresh one. It is a failure if any of the three panics or does not end. The exploration itself always ends; it
+    /// ends early at the first hang, because each hang costs its whole limit.
     ///
     /// # Panics
     ///
-    /// If it is called inside a runtime (it belongs into a plain `#[test]`), if no runtime can be built, or if the
+    /// If it is called inside a runtime (it belongs in a plain `#[test]`), if no runtime can be built, or if the
     /// environment variable `CANCEL_SAFE_ONLY` is set to something other than `point:way:budget`.
     ///
     /// # Examples
@@ -235,23 +239,24 @@ impl Explore {
         }
     }
 
-    /// Asks whether `call` is cancel safe as tokio's documentation means it: dropped at any await and called again, it
-    /// is as good as if it had not been dropped. There is no check to write: undisturbed calls are the oracle.
+    /// Asks whether `call` is cancel safe in the sense of tokio's documentation: if it is dropped at any await and
+    /// called again, the result is as good as without the drop. There is no check to write: undisturbed calls are the
+    /// oracle.
     ///
-    /// A run makes a state, calls until [`calls`](Explore::calls) results are there, and observes the state. The call is
-    /// dropped once at each point, [eager and settled](Explore::ways), and called again until it completes. Then every
-    /// call is dropped at its first pending, each time after something has woken it, as `select!` in a loop may do; then
-    /// every call at its second pending, and at its third. What the results and the observation must be is what they
-    /// were when nobody disturbed: [`Report::verdict`] tells.
+    /// A run makes a state, calls until it has [`calls`](Explore::calls) results, and observes the state. First the
+    /// call is dropped once at each point, [eager and settled](Explore::ways), and called again until it completes.
+    /// Then every call is dropped at its first pending, each time after something has woken it, as `select!` in a loop
+    /// may do; then every call at its second pending, and at its third. The results and the observation must equal
+    /// those of the undisturbed calls; [`Report::verdict`] says whether they do.
     ///
-    /// Leave in the state whatever a call borrows or keeps between calls, such as the buffer of a reader: what is local
-    /// to `call` is lost with it, and that is the point. `observe` sees what the results do not show, such as what a peer
-    /// has received; `async |_| ()` is fine where there is nothing. Let a call return its error instead of unwrapping it:
-    /// an error is a result that can be compared, a panic is not judged.
+    /// Keep in the state whatever a call borrows or keeps between calls, such as a reader's buffer. Anything local to
+    /// `call` is lost with it, and that is the point. `observe` returns what the results do not show, such as what a
+    /// peer has received; use `async |_| ()` if there is nothing. Let a call return its error instead of unwrapping it:
+    /// an error is a result that can be compared, but a panic is not judged.
     ///
     /// # Panics
     ///
-    /// As [`run`](Explore::run).
+    /// Same as [`run`](Explore::run).
     ///
     /// # Examples
     ///
@@ -303,23 +308,24 @@ impl Explore {
         }
     }
 
-    /// Asks who waits for an operation that is alive and that nobody polls, as `select!` over `&mut future` leaves it, or
-    /// a busy consumer of `buffer_unordered`.
+    /// Asks what waits for an operation that is alive and that nobody polls. A `select!` over `&mut future` leaves one
+    /// in that state, and so does a busy consumer of `buffer_unordered`.
     ///
-    /// At each point, eager and settled, the operation is left alone while `rival` runs. A rival that can make no
-    /// progress, but goes on once the operation is dropped, waits for something that the operation holds: a *futurelock*
-    /// ([`Failure::is_futurelock`](crate::Failure::is_futurelock)), told with the lines of both. Otherwise the operation
-    /// is dropped in one run, and polled to its end in another, and `check` judges what both left: a state that the rival
-    /// saw half done is found as well.
+    /// At each point, eager and settled, the operation is left alone while `rival` runs. If the rival can make no
+    /// progress, but continues once the operation is dropped, it waits for something that the operation holds. That is
+    /// a *futurelock* ([`Failure::is_futurelock`](crate::Failure::is_futurelock)), reported with the lines of both.
+    /// Otherwise the operation is dropped in one run and polled to its end in another, and `check` judges what both
+    /// left. This also finds a state that the rival saw half done.
     ///
-    /// The operation has to come to its end without the rival: it is first run undisturbed, and the rival after it.
+    /// The operation must be able to end without the rival: it first runs undisturbed, and the rival runs after it.
     ///
-    /// That nothing can make progress is known within a second where no socket is watched, no timer is due and no
-    /// blocking job runs, and nothing woke anybody for half of it; elsewhere after [`hang_after`](Explore::hang_after).
+    /// The exploration knows within a second that nothing can make progress, if no socket is watched, no timer is due,
+    /// no blocking job runs, and nothing wakes any task for half of that second. Otherwise it knows after
+    /// [`hang_after`](Explore::hang_after).
     ///
     /// # Panics
     ///
-    /// As [`run`](Explore::run).
+    /// Same as [`run`](Explore::run).
     ///
     /// # Examples
     ///

@@ -76,96 +76,97 @@ impl Refusal {
 }
 
 impl Failure {
-    /// The pendings the operation had had when it was dropped: 0 if it was never polled.
+    /// Returns how many times the operation had been pending when it was dropped: 0 if it was never polled.
     #[must_use]
     pub fn point(&self) -> usize {
         self.point
     }
 
-    /// How many times tasks had been polled since that pending; 0 unless it was dropped between two polls of its tasks.
+    /// Returns how many times tasks had been polled since that pending: 0 unless it was dropped between two polls of
+    /// its tasks.
     #[must_use]
     pub fn step(&self) -> usize {
         self.plan.step
     }
 
-    /// The way it was dropped.
+    /// Returns the way it was dropped.
     #[must_use]
     pub fn way(&self) -> Way {
         self.plan.way
     }
 
-    /// The units of tokio's budget left for each poll; `None` is all of them, as in production.
+    /// Returns the units of tokio's budget left for each poll; `None` is all of them, as in production.
     #[must_use]
     pub fn budget(&self) -> Option<u32> {
         self.plan.budget
     }
 
-    /// The await at which it was dropped, or the call that began the critical section which was
-    /// [torn](Failure::is_torn). `None` at point 0, after it had completed, or if no frame of user code was
-    /// seen (a build without line tables).
+    /// Returns the await at which it was dropped, or the call that began the [torn](Failure::is_torn) critical section.
+    /// `None` at point 0, after the operation had completed, or if no frame of user code was seen (a build without line
+    /// tables).
     #[must_use]
     pub fn site(&self) -> Option<&Site> {
         self.place.as_ref().map(Await::site)
     }
 
-    /// The awaits around [`site`](Failure::site), innermost first: who called the function that waits, and from where.
-    /// Empty where the operation itself waits.
+    /// Returns the awaits around [`site`](Failure::site), innermost first: what called the function that waits, and
+    /// from where. Empty if the operation itself waits.
     #[must_use]
     pub fn callers(&self) -> &[Site] {
         self.place.as_ref().map_or(&[], Await::callers)
     }
 
-    /// Where the rival waits for what the suspended operation holds, if this is a [futurelock](Failure::is_futurelock).
+    /// Returns where the rival waits for the suspended operation, if this is a [futurelock](Failure::is_futurelock).
     #[must_use]
     pub fn rival_site(&self) -> Option<&Site> {
         self.rival.as_ref().map(Await::site)
     }
 
-    /// What the check said, or what was thrown.
+    /// Returns the message of the check, or of the panic.
     #[must_use]
     pub fn message(&self) -> &str {
         &self.refusal.message
     }
 
-    /// Whether the operation had completed: it is wrong even when nobody drops it.
+    /// Returns whether the operation had completed: it is wrong even when nobody drops it.
     #[must_use]
     pub fn is_completed(&self) -> bool {
         self.completed
     }
 
-    /// Whether something did not end within its bound.
+    /// Returns whether something did not end within its bound.
     #[must_use]
     pub fn is_hang(&self) -> bool {
         self.refusal.kind == FailureKind::Hang
     }
 
-    /// Whether something panicked.
+    /// Returns whether something panicked.
     #[must_use]
     pub fn is_panic(&self) -> bool {
         self.refusal.kind == FailureKind::Panic
     }
 
-    /// Whether a critical section of `cancel-safe-guard` was dropped before its end, and not by the exploration itself.
-    /// [Critical sections](crate#critical-sections) says what counts.
+    /// Returns whether something other than the exploration dropped a critical section of `cancel-safe-guard` before
+    /// its end. [Critical sections](crate#critical-sections) says what counts.
     #[must_use]
     pub fn is_torn(&self) -> bool {
         self.refusal.kind == FailureKind::Torn
     }
 
-    /// Whether somebody waits for what the operation holds, while the operation is alive and nobody polls it; see
-    /// [`Explore::suspended`](crate::Explore::suspended).
+    /// Returns whether something waits for what the operation holds, while the operation is alive and nobody polls it;
+    /// see [`Explore::suspended`](crate::Explore::suspended).
     #[must_use]
     pub fn is_futurelock(&self) -> bool {
         self.refusal.kind == FailureKind::Futurelock
     }
 
-    /// Whether the drop took longer than [`Explore::drop_within`](crate::Explore::drop_within) allows.
+    /// Returns whether the drop took longer than [`Explore::drop_within`](crate::Explore::drop_within) allows.
     #[must_use]
     pub fn is_blocking_drop(&self) -> bool {
         self.refusal.kind == FailureKind::BlockingDrop
     }
 
-    /// Whether the exploration reached one of its own bounds, so that points were left unvisited.
+    /// Returns whether the exploration reached one of its own bounds and left points unvisited.
     #[must_use]
     pub fn is_incomplete(&self) -> bool {
         self.refusal.kind == FailureKind::Incomplete

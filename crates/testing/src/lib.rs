@@ -68,7 +68,7 @@
 //! # */
 //! ```
 //!
-//! On the broken code it fails, and says where, who called from where, and how to see just that run again:
+//! On the broken code it fails. It says where, names the callers, and says how to repeat just that run:
 //!
 //! ```text
 //! 5 points at 1 await in 55 runs: 12 failures, the simplest:
@@ -83,40 +83,40 @@
 //! | question | asked by | answered by |
 //! |---|---|---|
 //! | What is left behind when it is dropped? | [`Explore::run`], with a check of yours | [`Report::assert_clean`] |
-//! | Is this call cancel safe, as tokio's pages mean it: dropped in a `select!` and called again, is anything lost or done twice? | [`Explore::cancel_safe`], with no check: undisturbed calls are the oracle | [`Report::verdict`], [`Report::assert_safe`] |
-//! | Who waits for it while it is alive and nobody polls it (a *futurelock*), and what does another task see half done? | [`Explore::suspended`], with a rival | [`Failure::is_futurelock`], with both lines |
-//! | Which awaits were never dropped by any test? | `CANCEL_SAFE_COVERAGE=file`, which every exploration appends to | `cargo cancel-safe test` |
+//! | Is this call cancel safe in tokio's sense? If a `select!` drops it and it is called again, is anything lost or done twice? | [`Explore::cancel_safe`], with no check: undisturbed calls are the oracle | [`Report::verdict`], [`Report::assert_safe`] |
+//! | What waits for it while it is alive and nobody polls it (a *futurelock*), and what does another task see half done? | [`Explore::suspended`], with a rival | [`Failure::is_futurelock`], with both lines |
+//! | Which awaits has no test ever dropped? | `CANCEL_SAFE_COVERAGE=file`, which every exploration appends to | `cargo cancel-safe test` |
 //!
-//! All have the same options, bounds, reports and names of lines. [`drop_after`] is for the test that needs one drop at
+//! All share the same options, bounds, reports and names of lines. [`drop_after`] is for a test that needs one drop at
 //! one point.
 //!
 //! A **point** is the number of times the operation has returned `Pending`; at point 0 it was never polled. (An async
-//! closure has not begun there. What a function does before it returns its future is seen at point 0 if the function
-//! itself is the operation: `.run(setup, send, check)` with `fn send(bank: &Bank) -> impl Future`.) Each point is
-//! visited in each [`Way`] to die and under each budget:
+//! closure has not begun there. If a plain function is the operation, point 0 also shows what it does before it returns
+//! its future: `.run(setup, send, check)` with `fn send(bank: &Bank) -> impl Future`.) The exploration visits each
+//! point in each [`Way`] to die and under each budget:
 //!
 //! | way | what happens at the point | what it finds |
 //! |---|---|---|
 //! | [`Way::Eager`] | dropped while its blocking jobs have not begun | effects that land after the drop |
-//! | [`Way::Settled`] | dropped when nothing around it can go on without time passing, and what it waits for is done but not seen | results thrown away |
+//! | [`Way::Settled`] | dropped when nothing around it can proceed until time passes, and what it waits for is done but not yet seen | results thrown away |
 //! | [`Way::Shutdown`] | dropped with its runtime | cleanups that were spawned |
 //! | [`Way::Scope`] (on request) | dropped by a cancel scope of `cancel-safe-guard` | effects outside a critical section that belong inside |
-//! | [`Way::Panic`] (on request) | unwound by a panic | poisoned locks, destructors that need a sane world |
-//! | [`Way::Crash`] (on request) | its process is killed | what only a destructor would put right |
+//! | [`Way::Panic`] (on request) | unwound by a panic | poisoned locks, destructors that rely on intact state |
+//! | [`Way::Crash`] (on request) | its process is killed | damage that only a destructor would repair |
 //!
-//! The *natural* budget is production on a good day. A *starved* one of 1, 2 or 3 units makes tokio's own leaf
-//! futures yield although they are ready, as they do under load: a `read_exact` of bytes that are all there has no
-//! natural point at all.
+//! The *natural* budget is production on a good day. A *starved* budget of 1, 2 or 3 units makes tokio's own leaf
+//! futures yield when they are ready, as they do under load. For example, a `read_exact` whose bytes have all arrived
+//! has no natural point at all.
 //!
 //! # Tasks of the operation
 //!
-//! A server does its work in tasks, and a parent that is dropped aborts them between two of *their* awaits. So an
-//! operation that has spawned tasks is also dropped after each poll of any task ([`Explore::tasks`]). These points are
-//! counted apart, and written as 2+3: the operation had been pending twice, and then tasks were polled three times. There
-//! are at most 256 in an exploration, evenly spread where there would be more; the report says so.
+//! A server does its work in tasks, and a dropped parent aborts them between two of *their* awaits. So an operation
+//! that has spawned tasks is also dropped after each poll of any task ([`Explore::tasks`]). These points are counted
+//! separately, and written as 2+3: the operation was pending twice, and then tasks were polled three times. An
+//! exploration has at most 256 of them; if there would be more, it spreads them evenly and the report says so.
 //!
-//! Such a failure names the await at which the operation itself waits. Where each task stands cannot be seen on stock
-//! tokio: its waker is tokio's own, which tells nobody when it is cloned.
+//! Such a failure names the await at which the operation itself waits. Stock tokio does not show where each task
+//! stands: the task's waker is tokio's own, and nothing can observe its clones.
 //!
 //! # Guarantees
 //!
@@ -125,35 +125,35 @@
 //! | the same code is explored again (files, synchronisation, tasks, paused time) | the same report |
 //! | the code is right in one plain runtime | a clean report: setup, operation, drop and check run in one `block_on` |
 //! | the check returns `Err` or panics | a [`Failure`] with the line of the await, the point, the way and the budget |
-//! | the operation, its drop or the setup panics | a failure; the exploration goes on or ends, never crashes |
-//! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled for ever ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
-//! | there are more points, or more time is needed, than allowed | a failure: nothing is left out in silence |
-//! | a critical section of `cancel-safe-guard` is torn, but not by the exploration | a failure with the line that began it |
+//! | the operation, its drop or the setup panics | a failure; the exploration continues or ends, and never crashes |
+//! | something is not woken for [`hang_after`](Explore::hang_after) (10 s), or polled without end ([`max_polls`](Explore::max_polls)) | a failure with its line, never a hung test |
+//! | an exploration needs more points or more time than allowed | a failure: nothing is left out silently |
+//! | something other than the exploration tears a critical section of `cancel-safe-guard` | a failure with the line that began it |
 //! | the setup leaves tasks running | by default no [`Way::Shutdown`], which would end them; a [note](Report::notes) says so |
-//! | the setup leaves a blocking job running | it gets a thread of its own, and a note says so |
+//! | the setup leaves a blocking job running | it gets its own thread, and a note says so |
 //! | a panic repeats in each run | it is printed once |
-//! | a spawned task lives on | the run goes on after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
+//! | a spawned task lives on | the run continues after [`settle_for`](Explore::settle_for) (5 ms) and is counted as [unsettled](Report::unsettled) |
 //! | nothing is `Send` | nothing has to be |
 //!
-//! How it works: each run has a fresh current-thread runtime with a single blocking thread. During each poll that
-//! thread is held, before the next one it is drained; so blocking jobs begin and end at the same places in every run.
-//! The runtime looks at its events after every task, and a driver that has woken itself is polled between any two tasks:
-//! that is how tasks are run one poll at a time. A leaf future that waits clones the waker it is polled with; ours takes a
-//! backtrace there, whose innermost frame in user code is the await, and the frames around it are its callers. Naming
-//! needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
+//! How it works: each run has a fresh current-thread runtime with a single blocking thread. The exploration holds that
+//! thread during each poll and drains it before the next, so blocking jobs begin and end at the same places in every
+//! run. The runtime looks at its events after every task, and a driver that has woken itself is polled between any two
+//! tasks; this runs the tasks one poll at a time. A leaf future that waits clones the waker it is polled with. Our
+//! waker takes a backtrace there: its innermost frame in user code is the await, and the frames around it are the
+//! callers. Naming needs line tables (`debug = "line-tables-only"` or more, as in the `dev` profile).
 //!
 //! # Critical sections
 //!
-//! `cancel_safe_guard::critical` marks steps that its own scopes do not part, and that a raw `select!`,
-//! `tokio::time::timeout` or `JoinHandle::abort` tears. A section that is torn in a run is a
-//! [failure](Failure::is_torn) with the line that began it, whatever the check says: in the setup, the operation or
-//! the check, in a task that is aborted because the operation was dropped, on the thread that explores. The hook of
-//! `cancel_safe_guard::on_torn` remains yours.
+//! `cancel_safe_guard::critical` marks steps that belong together. The scopes of that crate keep them together; a raw
+//! `select!`, `tokio::time::timeout` or `JoinHandle::abort` tears them. A section that is torn during a run is a
+//! [failure](Failure::is_torn) with the line that began it, whatever the check says. This covers the setup, the
+//! operation and the check, and a task that is aborted because the operation was dropped, on the thread that explores.
+//! The hook of `cancel_safe_guard::on_torn` remains yours.
 //!
-//! What the exploration drops itself is not held against your code: the operation at its point, the state, the
-//! runtime, and what [`Way::Panic`] unwinds. There the check judges, as it does for any other await, and its message
-//! says which section was torn. An operation that is only ever ended by the scopes of `cancel-safe-guard` is explored
-//! with `.ways([Way::Scope])`, which waits for the section as they do:
+//! The exploration does not blame your code for what it drops itself: the operation at its point, the state, the
+//! runtime, and what [`Way::Panic`] unwinds. There the check decides, as for any other await, and its message says
+//! which section was torn. If only the scopes of `cancel-safe-guard` ever end an operation, explore it with
+//! `.ways([Way::Scope])`, which waits for the section as they do:
 //!
 //! ```
 //! use std::cell::Cell;
@@ -187,32 +187,38 @@
 //!
 //! # Crashes
 //!
-//! For [`Way::Crash`] the run up to the point is done by a second process: this test binary again, with the name of
-//! the test and the environment variables `CANCEL_SAFE_CRASH` (which point of which call of [`Explore::run`]) and
-//! `CANCEL_SAFE_CRASH_DIR` (the directory of the run). At the point it is killed. Then the first process runs the
-//! *setup again*, as a restarted program would, and the check. So the setup has to open what it finds, in
-//! [`scratch_dir`], which is the same for both. In the second process all other explorations return an empty report
-//! at once; assert nothing about it, or give the exploration that crashes a test of its own. A run takes as long as
-//! starting your test binary.
+//! For [`Way::Crash`] a second process does the run up to the point. It is this test binary again, started with the
+//! name of the test and the environment variables `CANCEL_SAFE_CRASH` (which point of which call of [`Explore::run`])
+//! and `CANCEL_SAFE_CRASH_DIR` (the directory of the run). At the point it is killed. Then the first process runs the
+//! *setup again*, as a restarted program would, and the check. So the setup must open what it finds in [`scratch_dir`],
+//! which is the same for both. In the second process all other explorations return an empty report at once: assert
+//! nothing about it, or give the exploration that crashes its own test. A run takes as long as starting your test
+//! binary.
 //!
 //! # Limitations
 //!
+//! Budgets and points:
+//!
 //! - Only tokio's leaf futures can be starved, and only those of the operation itself.
-//! - Inside tasks, points are polls and not awaits, they are visited under the natural budget and eagerly only, and the
-//!   await of a task has no name.
-//! - Sets of futures (`FuturesUnordered`, `buffered`) poll with wakers of their own: a failure names the await of the set,
-//!   not the one inside it.
-//! - With paused time, a blocking job of the setup that never ends stops tokio's clock, as in any runtime of tokio's.
-//! - Sockets, and databases with threads of their own, finish when they like: the number of points varies, and the
-//!   report [says so](Report::is_varied). `select!` without `biased` is random by design, and named as the likely cause.
-//! - In [`Way::Shutdown`] the check runs on a fresh runtime: a pool or a connection made in the setup is dead there.
-//!   Where it is a task of the setup that keeps it alive, this way is left out by default; else use the other ways.
 //! - A starved operation gets one more unit after each 128 pendings, because some futures (`io::copy`) never end on
 //!   one; points beyond that are a little less starved.
-//! - Torn sections are seen on the thread that explores, and only those of the `cancel-safe-guard` that this crate
-//!   depends on; another major version of it has sections of its own.
+//! - Inside tasks, points are polls and not awaits. They are visited under the natural budget and eagerly only, and a
+//!   task's await has no name.
+//! - Sets of futures (`FuturesUnordered`, `buffered`) poll with their own wakers: a failure names the await of the set,
+//!   not the one inside it.
 //! - The cost grows with the square of the number of points. Explore operations, not programs.
-//! - Code that blocks its thread for ever without awaiting cannot be stopped from within; nor can a spawned task.
+//!
+//! The world around the operation:
+//!
+//! - With paused time, a blocking job of the setup that never ends stops tokio's clock, as in any tokio runtime.
+//! - Sockets, and databases with their own threads, finish at any time: the number of points varies, and the report
+//!   [says so](Report::is_varied).
+//! - `select!` without `biased` is random by design; the report names it as the likely cause of variation.
+//! - In [`Way::Shutdown`] the check runs on a fresh runtime: a pool or a connection made in the setup is dead there. If
+//!   a task of the setup keeps it alive, this way is left out by default; otherwise use the other ways.
+//! - Torn sections are seen only on the thread that explores, and only those of the `cancel-safe-guard` version that
+//!   this crate depends on; another major version has its own sections.
+//! - Code that blocks its thread without ever awaiting cannot be stopped from within; nor can a spawned task.
 //! - A panic in a `Drop` while [`Way::Panic`] unwinds aborts the process, as it would in production.
 //!
 //! # Comparison
@@ -221,8 +227,8 @@
 //!   it is.
 //! - `loom` and `shuttle` explore how threads interleave, in code written against their own types. This crate
 //!   explores where one future ends, in unchanged code on the real tokio.
-//! - `turmoil` and `madsim` simulate networks and machines from a seed. They find what a random drop hits; here each
-//!   point is hit.
+//! - `turmoil` and `madsim` simulate networks and machines from a seed. They find what a random drop hits; this crate
+//!   hits each point.
 //! - Fault injection by `timeout(random)` in a loop finds the same bugs, some day.
 //!
 //! # Features
@@ -231,7 +237,7 @@
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89. Raised only in a minor release.
+//! 1.89. It is raised only in a minor release.
 
 mod act;
 mod calls;

@@ -50,58 +50,59 @@ impl Report {
         failures: Vec::new(),
     };
 
-    /// The number of points at which the operation was dropped: the pendings it has under each budget, and once the
+    /// Returns the number of points at which the operation was dropped: its pendings under each budget, plus once the
     /// point 0, at which it was never polled. Each was visited in every way.
     #[must_use]
     pub fn points(&self) -> usize {
         self.points
     }
 
-    /// The number of points between two polls of tasks, at which the operation was dropped as well because it had tasks
-    /// of its own; see [`Explore::tasks`](crate::Explore::tasks).
+    /// Returns the number of points between two polls of tasks. The operation was dropped there as well, because it had
+    /// its own tasks; see [`Explore::tasks`](crate::Explore::tasks).
     #[must_use]
     pub fn task_points(&self) -> usize {
         self.task_points
     }
 
-    /// The awaits at which the operation was dropped, in the order of files and lines.
+    /// Returns the awaits at which the operation was dropped, ordered by file and line.
     #[must_use]
     pub fn sites(&self) -> &[Site] {
         &self.sites
     }
 
-    /// What went wrong, simplest first.
+    /// Returns what went wrong, simplest first.
     #[must_use]
     pub fn failures(&self) -> &[Failure] {
         &self.failures
     }
 
-    /// Whether nothing went wrong.
+    /// Returns whether nothing went wrong.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.failures.is_empty()
     }
 
-    /// How many times the operation was run: each point in each way, and the runs that completed.
+    /// Returns how many times the operation ran: each point in each way, and the runs that completed.
     #[must_use]
     pub fn runs(&self) -> usize {
         self.runs
     }
 
-    /// How many runs were checked although spawned tasks were still alive after the time allowed for settling.
+    /// Returns how many runs were checked while spawned tasks were still alive after the time allowed for settling.
     #[must_use]
     pub fn unsettled(&self) -> usize {
         self.unsettled
     }
 
-    /// Whether the number of points differed between runs, as it does with sockets. The report then says what it
-    /// saw, but another exploration may see other points.
+    /// Returns whether the number of points differed between runs, as it does with sockets. The report then says what
+    /// it saw, but another exploration may see other points.
     #[must_use]
     pub fn is_varied(&self) -> bool {
         self.varied
     }
 
-    /// What was not explored, or only in part, and why: a setup whose tasks end with their runtime, say.
+    /// Returns what was not explored, or only in part, and why: for example, a setup whose tasks end with their
+    /// runtime.
     #[must_use]
     pub fn notes(&self) -> &[String] {
         &self.notes
@@ -117,13 +118,13 @@ impl Report {
         assert!(self.is_clean(), "{self}");
     }
 
-    /// Prints the line `cancel-points <krate> <operation> <points>` to standard output and, if the environment
-    /// variable `CANCEL_SAFE_POINTS_FILE` is set, appends it to that file, so that a table of what was visited can be
-    /// made of many tests. Returns the report, for `assert_clean()` to follow.
+    /// Prints the line `cancel-points <krate> <operation> <points>` to standard output. If the environment variable
+    /// `CANCEL_SAFE_POINTS_FILE` is set, it also appends the line to that file; the lines of many tests make a table of
+    /// what was visited. Returns the report, so `assert_clean()` can follow.
     ///
     /// # Panics
     ///
-    /// If that file cannot be written: a table that lacks lines in silence would be worse.
+    /// If that file cannot be written: a table that silently lacks lines would be worse.
     #[track_caller]
     pub fn publish(&self, krate: &str, operation: &str) -> &Self {
         publish(&format!("cancel-points {krate} {operation} {}\n", self.points + self.task_points));

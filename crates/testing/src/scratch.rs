@@ -26,14 +26,14 @@ thread_local! {
     static CURRENT: RefCell<Option<PathBuf>> = const { RefCell::new(None) };
 }
 
-/// The directory of the current run, for files that the setup makes and the check reads. Fresh for each run, and
-/// removed after it; with [`Way::Crash`](crate::Way::Crash) the process that is killed and the one that checks have
-/// the same.
+/// Returns the directory of the current run, for files that the setup makes and the check reads. It is fresh for each
+/// run, and removed after it. With [`Way::Crash`](crate::Way::Crash) the killed process and the checking process share
+/// it.
 ///
 /// # Panics
 ///
-/// If the directory cannot be made, or outside a run: call it in the setup, the operation or the check, on the thread
-/// that explores.
+/// If the directory cannot be made, or if it is called outside a run. Call it in the setup, the operation or the check,
+/// on the thread that explores.
 ///
 /// # Examples
 ///

@@ -9,13 +9,14 @@ use crate::plan::Question;
 use crate::report::Report;
 use crate::site::Site;
 
-/// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out about a call.
+/// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found about a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// Dropped anywhere and called again, it gave what undisturbed calls give.
+    /// The call was dropped anywhere and called again, and gave what undisturbed calls give.
     Safe,
-    /// Dropped and called again, it gave something else, or never ended although somebody waited for it undisturbed.
+    /// The call was dropped and called again, and gave something else, or never ended even when it was awaited
+    /// undisturbed.
     #[non_exhaustive]
     NotSafe {
         /// The pendings before the drop.
@@ -27,8 +28,9 @@ pub enum Verdict {
         /// What was seen instead.
         seen: String,
     },
-    /// Dropped again and again, each time after it had been woken, it never ended. Nothing is lost, but nothing is kept
-    /// either: a `sleep` begins anew each time. In a loop of `select!`, keep such a future and poll it by reference.
+    /// The call was dropped again and again, each time after it had been woken, and never ended. Nothing is lost, but
+    /// nothing is kept either: a `sleep` starts afresh each time. In a `select!` loop, keep such a future and poll it
+    /// by reference.
     #[non_exhaustive]
     Starves {
         /// The pendings of each call before its drop.
@@ -36,16 +38,16 @@ pub enum Verdict {
         /// The await at which the calls were dropped.
         site: Option<Site>,
     },
-    /// Nothing can be said.
+    /// No verdict is possible.
     #[non_exhaustive]
     Unjudged {
-        /// Undisturbed calls that differ, a panic, or a bound that was exceeded.
+        /// The reason: undisturbed calls that differ, a panic, or a bound that was exceeded.
         reason: String,
     },
 }
 
 impl Report {
-    /// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found out; [`Verdict::Unjudged`] of other
+    /// Returns what [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found; [`Verdict::Unjudged`] for other
     /// explorations.
     #[must_use]
     pub fn verdict(&self) -> Verdict {

@@ -8,26 +8,26 @@ use std::fmt;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
 pub enum Way {
-    /// At once: the blocking jobs it has submitted have not begun, and land after the drop.
+    /// At once: the blocking jobs that it submitted have not begun, and land after the drop.
     Eager,
-    /// After everything around it has come to rest: what it waits for is done, but it has not seen that.
+    /// After everything around it has come to rest: what it waits for is done, but it has not seen that yet.
     Settled,
-    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end where they stand. Blocking jobs
-    /// already submitted are run, as tokio does.
+    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end where they stand. Blocking jobs that are
+    /// already submitted still run, as in tokio.
     ///
-    /// The check runs on a fresh runtime, so the state has to outlive the one in which it was set up: a pool or a
-    /// connection that was opened there is dead.
+    /// The check runs on a fresh runtime, so the state has to outlive the runtime of the setup: a pool or a connection
+    /// that was opened there is dead.
     Shutdown,
     /// By a cancel scope of `cancel-safe-guard` around it, which is cancelled at the point: a critical section is
     /// finished, and the operation is dropped at its next pending outside of one. It may complete instead.
     ///
-    /// For operations that are only ever ended by such scopes; the ways above drop them in the middle of a section.
+    /// Use it for operations that only such scopes ever end; the ways above drop them in the middle of a section.
     Scope,
     /// By a panic raised inside the leaf future that waits: its destructors run while the thread unwinds, and the
     /// locks it holds are poisoned.
     Panic,
-    /// With its whole process, killed: no destructor runs, and only what is outside the process survives. See
-    /// [Crashes](crate#crashes) for how to write the setup.
+    /// With its whole process, which is killed: no destructor runs, and only what is outside the process survives.
+    /// [Crashes](crate#crashes) says how to write the setup.
     Crash,
 }
 
@@ -65,19 +65,19 @@ pub enum Outcome<T> {
 }
 
 impl<T> Outcome<T> {
-    /// Whether the operation returned.
+    /// Returns whether the operation returned.
     #[must_use]
     pub fn is_completed(&self) -> bool {
         matches!(self, Self::Completed(_))
     }
 
-    /// Whether the operation was dropped.
+    /// Returns whether the operation was dropped.
     #[must_use]
     pub fn is_dropped(&self) -> bool {
         !self.is_completed()
     }
 
-    /// What the operation returned.
+    /// Returns what the operation returned.
     #[must_use]
     pub fn completed(self) -> Option<T> {
         match self {

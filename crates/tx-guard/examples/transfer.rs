@@ -5,9 +5,9 @@
 //! cargo run -p cancel-safe-tx-guard --example transfer -- --database postgres://postgres@localhost/postgres
 //! ```
 //!
-//! Each transfer that was dropped is told as committed or rolled back, by the handle that it has left. Afterwards the
-//! table is asked: the sum is what it was, and it holds exactly the transfers that were said to be committed. Otherwise
-//! the exit code is 1.
+//! The handle of each dropped transfer reports whether it was committed or rolled back. Afterwards the example checks
+//! the table: the sum must be unchanged, and it must hold exactly the transfers that were reported as committed.
+//! Otherwise the exit code is 1.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example speaks through its output")]
 
 use std::cell::RefCell;

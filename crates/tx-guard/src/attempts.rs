@@ -18,15 +18,15 @@ use crate::{CommitError, CommitOutcome, OutcomeHandle, TransactionGuard, TxError
 /// How long an attempt waits for the end of the one before, which the pool bounds more tightly unless a guard is kept.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
-/// The attempts at a transaction, for code that a closure does not fit. From [`Tx::attempts`].
+/// The attempts at a transaction, for code where a closure does not fit. From [`Tx::attempts`].
 ///
-/// Each turn of the loop takes a guard from [`next`](Self::next), works with it, and gives both to
-/// [`end`](Self::end), which commits or rolls back. It says `None` where the same work is to be done again.
+/// Each turn of the loop takes a guard from [`next`](Self::next), works with it, and gives the guard and the result to
+/// [`end`](Self::end), which commits or rolls back. `end` returns `None` if the same work must be done again.
 ///
 /// # Comparison with `Tx::run`
 ///
-/// The same attempts, pauses, deadline and hooks. There is no closure, so it compiles wherever the work itself does:
-/// behind `&self`, with borrowed arguments, inside an axum handler or [`tokio::spawn`].
+/// The attempts, pauses, deadline and hooks are the same. There is no closure, so the loop compiles wherever the work
+/// itself does: behind `&self`, with borrowed arguments, inside an axum handler or [`tokio::spawn`].
 ///
 /// ```
 /// # #[cfg(feature = "sqlite")] {
@@ -89,22 +89,22 @@ impl<DB: Backend> Attempts<DB> {
         Self { tx, deadline: None, made: 0, last: None, over: None }
     }
 
-    /// Begins the next attempt: at once the first time, later after a pause.
+    /// Begins the next attempt: the first at once, later ones after a pause.
     ///
-    /// It waits for the end of the attempt before, also of one whose guard was dropped.
+    /// It waits for the previous attempt to end, even if its guard was dropped.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, it is as after [`begin`](crate::TxPool::begin): what was
-    /// begun is rolled back. A later call makes the next attempt.
+    /// This method is cancel safe. If dropped before completion, the effect is that of a dropped
+    /// [`begin`](crate::TxPool::begin): what was begun is rolled back. A later call makes the next attempt.
     ///
     /// # Errors
     ///
-    /// - [`TxError::Timeout`]: the time was over.
-    /// - [`TxError::NoAttempt`]: [`end`](Self::end) has said how the work ended, or all attempts were made, or the one
-    ///   before may have been committed.
-    /// - Those of [`begin`](crate::TxPool::begin). A transient one counts as an attempt, and is told only when there is
-    ///   no other.
+    /// - [`TxError::Timeout`]: the time ran out.
+    /// - [`TxError::NoAttempt`]: [`end`](Self::end) has already returned how the work ended, or all attempts were made,
+    ///   or the previous attempt may have been committed.
+    /// - The errors of [`begin`](crate::TxPool::begin). A transient one counts as an attempt, and is returned only if
+    ///   there is no attempt left.
     pub async fn next(&mut self) -> Result<TransactionGuard<DB>, TxError> {
         Handle::try_current().map_err(|_| TxError::NoRuntime)?;
         if self.made == 0 {
@@ -127,9 +127,9 @@ impl<DB: Backend> Attempts<DB> {
         }
     }
 
-    /// Drives `work`, and gives it up at the deadline of the transaction.
+    /// Drives `work`, and abandons it at the deadline of the transaction.
     ///
-    /// Without a [`timeout`](Tx::timeout) this is `work.await`. Give what comes out to [`end`](Self::end).
+    /// Without a [`timeout`](Tx::timeout) this is `work.await`. Give the result to [`end`](Self::end).
     ///
     /// # Cancel safety
     ///
@@ -154,18 +154,19 @@ impl<DB: Backend> Attempts<DB> {
 
     /// Ends the attempt: commits if the work has succeeded, and rolls back otherwise.
     ///
-    /// `None` means that the attempt has failed in a way that passes, is rolled back, and the work is to be done again.
+    /// `None` means that the attempt failed in a transient way and is rolled back, and that the work must be done
+    /// again.
     ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before COMMIT is sent, the transaction is rolled back. If dropped after
-    /// that, the commit is driven to its end on the runtime.
+    /// that, the commit runs to completion on the runtime.
     ///
     /// # Errors
     ///
-    /// That of the work or of the [`commit`](TransactionGuard::commit), when it is not to be repeated;
-    /// [`TxError::Timeout`] in its place if the time was over when it came, and [`TxError::Pending`] if the time passed
-    /// while the commit was under way.
+    /// The error of the work or of the [`commit`](TransactionGuard::commit), if the work is not repeated. If the time
+    /// had run out by then, [`TxError::Timeout`] takes its place; if the time ran out during the commit,
+    /// [`TxError::Pending`].
     pub async fn end<T, E>(&mut self, tx: TransactionGuard<DB>, worked: Result<T, E>) -> Result<Option<T>, E>
     where
         E: From<TxError> + 'static,

@@ -16,14 +16,14 @@ use tokio::time::Instant;
 use crate::TxError;
 use crate::pooler::PoolerMode;
 
-/// The options a connection of `DB` is opened with, such as `PgConnectOptions`.
+/// The options that open a connection of `DB`, such as `PgConnectOptions`.
 pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
 /// A database whose transactions can be guarded: [`sqlx::Sqlite`], [`sqlx::Postgres`] and [`sqlx::MySql`], each behind
 /// the feature of its name. Sealed.
 pub trait Backend: Driver {}
 
-/// How strictly a transaction is kept apart from others that run at the same time.
+/// How strictly a transaction is isolated from others that run at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Isolation {
@@ -35,7 +35,7 @@ pub enum Isolation {
     Serializable,
 }
 
-/// What a transaction is begun with. The default is the database's own.
+/// The settings that a transaction begins with. The default is the database's own.
 #[derive(Debug, Clone, Copy, Default)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct Mode {
@@ -53,7 +53,7 @@ pub struct Mode {
     pub(crate) remaining: Option<Duration>,
 }
 
-/// What is done for a connection that is lost inside `COMMIT`.
+/// What happens when a connection is lost inside `COMMIT`.
 ///
 /// Set for a pool with [`TxPoolBuilder::commit_mode`](crate::TxPoolBuilder::commit_mode), for a closure with
 /// [`Tx::commit_mode`](crate::Tx::commit_mode), or for one transaction with
@@ -61,17 +61,17 @@ pub struct Mode {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum CommitMode {
-    /// Its outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit is one round trip.
+    /// The outcome is [`CommitOutcome::Unknown`](crate::CommitOutcome::Unknown). The commit takes one round trip.
     #[default]
     Verified,
-    /// On PostgreSQL, its outcome is found out on another connection, within ten seconds
-    /// ([`resolve_timeout`](crate::TxPoolBuilder::resolve_timeout)): the transaction is asked for
-    /// its id ahead of `COMMIT`, and the server for the fate of that id afterwards. The price is one more round trip for
-    /// each commit, and an id also for a transaction that has written nothing.
-    /// [`Unknown`](crate::CommitOutcome::Unknown) is left for a server that cannot be reached for that long, or that was
-    /// replaced by a standby, which may not have heard of the transaction.
+    /// On PostgreSQL, the outcome is looked up on another connection, within ten seconds
+    /// ([`resolve_timeout`](crate::TxPoolBuilder::resolve_timeout)). The guard asks for the transaction's id before
+    /// `COMMIT`, and asks the server for the fate of that id afterwards. This costs one more round trip for each
+    /// commit, and gives an id even to a transaction that has written nothing. The outcome stays
+    /// [`Unknown`](crate::CommitOutcome::Unknown) only if the server cannot be reached for that long, or was replaced
+    /// by a standby that may not know the transaction.
     ///
-    /// SQLite has no connection to lose, and MySQL nobody who could be asked: there it is the same as `Verified`.
+    /// SQLite has no connection to lose, and MySQL offers no way to ask: there it is the same as `Verified`.
     Resolvable,
 }
 

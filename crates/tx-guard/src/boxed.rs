@@ -13,10 +13,10 @@ use crate::backend::Backend;
 /// What [`Tx::run_boxed`](crate::Tx::run_boxed) runs: `Box::pin(async move { … })`.
 pub type BoxedWork<'tx, T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send + 'tx>>;
 
-/// A guard that is lent to boxed work. It dereferences to the guard, so `&mut **tx` runs statements.
+/// A guard lent to boxed work. It dereferences to the guard, so `&mut **tx` runs statements.
 ///
-/// It carries the lifetime of what the work borrows beside it, `'env`, which is how the compiler learns that those
-/// borrows outlive each attempt.
+/// It also carries `'env`, the lifetime of what the work borrows. That tells the compiler that those borrows outlive
+/// each attempt.
 pub struct TxRef<'tx, 'env, DB: Backend> {
     guard: &'tx mut TransactionGuard<DB>,
     env: PhantomData<&'tx &'env ()>,

@@ -23,27 +23,27 @@ use crate::{TxError, TxPool};
 /// | setting | default | what it limits |
 /// |---|---|---|
 /// | [`max_connections`](Self::max_connections) | 10 | sessions at once |
-/// | [`min_connections`](Self::min_connections) | 0 | sessions that are kept open |
+/// | [`min_connections`](Self::min_connections) | 0 | sessions kept open |
 /// | [`acquire_timeout`](Self::acquire_timeout) | 30 s | all of `begin` |
 /// | [`connect_timeout`](Self::connect_timeout) | 10 s | the opening of one session |
-/// | [`begin_timeout`](Self::begin_timeout) | 2 s | the answer to `BEGIN` on a session that was used before |
+/// | [`begin_timeout`](Self::begin_timeout) | 2 s | the answer to `BEGIN` on a used session |
 /// | [`settle_timeout`](Self::settle_timeout) | 2 s | cancel and rollback after a drop, before the session is terminated |
 /// | [`commit_timeout`](Self::commit_timeout) | 600 s | a `commit` whose caller has gone |
-/// | [`resolve_timeout`](Self::resolve_timeout) | 10 s | the question how a lost commit has ended |
-/// | [`answer_timeout`](Self::answer_timeout) | 2 s | on MySQL, a server that waits for us where `COMMIT` has no answer |
-/// | [`catch_up_timeout`](Self::catch_up_timeout) | 5 s | the same for what a dropped statement has left |
+/// | [`resolve_timeout`](Self::resolve_timeout) | 10 s | finding out how a lost commit ended |
+/// | [`answer_timeout`](Self::answer_timeout) | 2 s | on MySQL, a server that waits for us while `COMMIT` has no answer |
+/// | [`catch_up_timeout`](Self::catch_up_timeout) | 5 s | the same for what a dropped statement left to be read |
 /// | [`goodbye_timeout`](Self::goodbye_timeout) | 1 s | the farewell to one session |
 /// | [`max_lifetime`](Self::max_lifetime) | 30 min, SQLite: none | the age of a session |
 /// | [`idle_timeout`](Self::idle_timeout) | 10 min, SQLite: none | how long a session may be idle |
 ///
 /// [`reset`](Self::reset) is [`Reset::Verify`] by default.
 ///
-/// Not to be set: a dropped statement has 1 ms to end before it is cancelled; the connection for cancelling has 0.5 s, four
-/// round trips and 1 ms for each cancel to answer, and 2 s to be opened anew; [`Attempts`](crate::Attempts) waits 10 s for
-/// the outcome of an attempt that was given up.
+/// These are fixed: a dropped statement has 1 ms to end before it is cancelled. The connection that cancels has 0.5 s
+/// plus four round trips plus 1 ms for each cancel to answer, and 2 s to be reopened. [`Attempts`](crate::Attempts)
+/// waits 10 s for the outcome of an abandoned attempt.
 ///
-/// A [wrapped](Self::wrap) pool keeps its own sessions: the number and the opening of them, their age, their hooks and
-/// `reset` are sqlx's.
+/// A [wrapped](Self::wrap) pool keeps its own sessions: sqlx decides how many there are, how they are opened, how old
+/// they get, and their hooks and reset.
 #[must_use = "a builder opens nothing until it connects"]
 pub struct TxPoolBuilder<DB: Backend> {
     limits: Limits,
@@ -56,109 +56,110 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         Self { limits: Limits::default(), upkeep: Upkeep::default(), commit_mode: CommitMode::default() }
     }
 
-    /// How many connections there may be at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL one more is kept
-    /// for cancelling.
+    /// Sets how many connections may be open at once: from 1 to 65,535. Default 10. On PostgreSQL and MySQL the pool
+    /// keeps one more for cancelling.
     pub fn max_connections(mut self, connections: u32) -> Self {
         self.limits.max_connections = connections;
         self
     }
 
-    /// How long `begin` may take: the wait for a free connection, the opening of one, and `BEGIN` itself. Default 30
-    /// seconds.
+    /// Sets how long `begin` may take: the wait for a free connection, the opening of one, and `BEGIN` itself. Default
+    /// 30 seconds.
     pub fn acquire_timeout(mut self, timeout: Duration) -> Self {
         self.limits.acquire_timeout = timeout;
         self
     }
 
-    /// How long opening one connection may take. Default 10 seconds.
+    /// Sets how long opening one connection may take. Default 10 seconds.
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.limits.connect_timeout = timeout;
         self
     }
 
-    /// How long a session that was used before may take to begin a transaction, before it is closed and another one is
-    /// taken. Default 2 seconds. SQLite waits for its lock as long as its `busy_timeout` says.
+    /// Sets how long a used session may take to begin a transaction. After that it is closed and another one is taken.
+    /// Default 2 seconds. SQLite waits for its lock as long as its `busy_timeout` says.
     pub fn begin_timeout(mut self, timeout: Duration) -> Self {
         self.limits.begin_timeout = timeout;
         self
     }
 
-    /// How long a session may take to come to rest after its transaction was dropped, before it is terminated from outside,
-    /// for which it has the same time once more. It is also the longest that `after_release` may take, and that the `BEGIN` of
-    /// a caller who has gone is waited for. Default 2 seconds.
+    /// Sets how long a session may take to come to rest after its transaction was dropped. After that it is terminated
+    /// from outside, which may take the same time again. This is also the limit for `after_release`, and for the
+    /// `BEGIN` of a caller that has gone. Default 2 seconds.
     pub fn settle_timeout(mut self, timeout: Duration) -> Self {
         self.limits.settle_timeout = timeout;
         self
     }
 
-    /// How long a `commit` may go on whose caller has gone; then its connection is closed, and its outcome is unknown.
-    /// Default 10 minutes, because closing is what puts it in doubt.
+    /// Sets how long a `commit` may continue after its caller has gone. Then its connection is closed, and its outcome
+    /// is unknown. Default 10 minutes, because it is the closing that puts the outcome in doubt.
     pub fn commit_timeout(mut self, timeout: Duration) -> Self {
         self.limits.commit_timeout = timeout;
         self
     }
 
-    /// How long is asked how a commit has ended whose connection was lost, with [`CommitMode::Resolvable`]. A server that
-    /// has crashed needs a while to come back. Default 10 seconds.
+    /// Sets how long the pool tries to find out how a commit ended whose connection was lost, with
+    /// [`CommitMode::Resolvable`]. A crashed server needs a while to come back. Default 10 seconds.
     pub fn resolve_timeout(mut self, timeout: Duration) -> Self {
         self.limits.resolve_timeout = timeout;
         self
     }
 
-    /// On MySQL, how long the server must have been seen waiting for us while we wait for its answer to `COMMIT`, until none
-    /// is expected any more and the outcome is unknown. Default 2 seconds.
+    /// On MySQL, sets how long the server must be seen to wait for us while we wait for its answer to `COMMIT`. After
+    /// that no answer is expected, and the outcome is unknown. Default 2 seconds.
     pub fn answer_timeout(mut self, timeout: Duration) -> Self {
         self.limits.answer_timeout = timeout;
         self
     }
 
-    /// The same for what a dropped statement has left to be read, which may be much. The transaction is then lost. Default
-    /// 5 seconds.
+    /// Sets the same for what a dropped statement left to be read, which may be a lot. After that the transaction is
+    /// lost. Default 5 seconds.
     pub fn catch_up_timeout(mut self, timeout: Duration) -> Self {
         self.limits.catch_up_timeout = timeout;
         self
     }
 
-    /// How long the farewell to one session may take. Default 1 second.
+    /// Sets how long the farewell to one session may take. Default 1 second.
     pub fn goodbye_timeout(mut self, timeout: Duration) -> Self {
         self.limits.goodbye_timeout = timeout;
         self
     }
 
-    /// How many sessions are kept open at least, up to `max_connections`. Default 0, though the first one is opened with
-    /// the pool.
+    /// Sets how many sessions are kept open at least, up to `max_connections`. Default 0, though the first session is
+    /// opened with the pool.
     pub fn min_connections(mut self, connections: u32) -> Self {
         self.upkeep.min_connections = connections;
         self
     }
 
-    /// After how long a session is closed, when nobody has it. Up to a tenth less, so that those that were opened together
-    /// are not closed together. Default 30 minutes, on SQLite for ever; `None` is for ever.
+    /// Sets the age at which an unused session is closed. The actual age is up to a tenth less, so sessions that were
+    /// opened together are not closed together. Default 30 minutes, on SQLite no limit; `None` is no limit.
     pub fn max_lifetime(mut self, lifetime: impl Into<Option<Duration>>) -> Self {
         self.upkeep.max_lifetime = lifetime.into();
         self
     }
 
-    /// After how long a session is closed that nobody has used. Default 10 minutes, on SQLite never; `None` is never.
+    /// Sets how long a session may be idle before it is closed. Default 10 minutes, on SQLite no limit; `None` is no
+    /// limit.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.upkeep.idle_timeout = timeout.into();
         self
     }
 
-    /// How a session is made the same for each transaction. Default [`Reset::Verify`].
+    /// Sets how a session is restored for the next transaction. Default [`Reset::Verify`].
     pub fn reset(mut self, reset: Reset) -> Self {
         self.upkeep.reset = reset;
         self
     }
 
-    /// The names of settings that [`Reset::Verify`] compares besides its own: on PostgreSQL such as `app.tenant`, on MySQL
-    /// such as `time_zone` or `@tenant`.
+    /// Names settings that [`Reset::Verify`] compares besides its own: for example `app.tenant` on PostgreSQL, and
+    /// `time_zone` or `@tenant` on MySQL.
     pub fn verify<N: Into<String>>(mut self, names: impl IntoIterator<Item = N>) -> Self {
         self.upkeep.verify = names.into_iter().map(Into::into).collect();
         self
     }
 
-    /// Runs on each new session, before the pool's own settings. If it fails, the session is not opened.
+    /// Runs a hook on each new session, before the pool's own settings. If the hook fails, the session is not opened.
     pub fn after_connect<F>(mut self, hook: F) -> Self
     where
         F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
@@ -167,7 +168,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
-    /// Runs ahead of each `BEGIN`, within its limit. If it fails, the session is closed and another one is taken.
+    /// Runs a hook before each `BEGIN`, within its limit. If the hook fails, the session is closed and another one is
+    /// taken.
     pub fn before_begin<F>(mut self, hook: F) -> Self
     where
         F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, ()> + Send + Sync + 'static,
@@ -176,8 +178,8 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
-    /// Runs after each transaction, when its session is idle again, and says whether to keep the session. One on which the
-    /// hook fails, or takes longer than the [`settle_timeout`](Self::settle_timeout), is closed.
+    /// Runs a hook after each transaction, when its session is idle again. The hook says whether to keep the session.
+    /// If it fails, or takes longer than the [`settle_timeout`](Self::settle_timeout), the session is closed.
     pub fn after_release<F>(mut self, hook: F) -> Self
     where
         F: for<'c> Fn(&'c mut DB::Connection) -> HookFuture<'c, bool> + Send + Sync + 'static,
@@ -186,22 +188,22 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
-    /// What there is between the pool and the server. Default [`PoolerMode::None`].
+    /// Sets what there is between the pool and the server. Default [`PoolerMode::None`].
     pub fn pooler(mut self, mode: PoolerMode) -> Self {
         self.limits.pooler = mode;
         self
     }
 
-    /// What is done for a connection that is lost inside `COMMIT`, unless a transaction says otherwise. Default
+    /// Sets what happens when a connection is lost inside `COMMIT`, unless a transaction says otherwise. Default
     /// [`CommitMode::Verified`].
     pub fn commit_mode(mut self, mode: CommitMode) -> Self {
         self.commit_mode = mode;
         self
     }
 
-    /// Guards the transactions of an sqlx pool, as [`TxPool::wrap`], with these limits. The number of connections and the
-    /// acquire timeout are those of the pool; what it does with its sessions, by hooks or [`reset`](Self::reset) for example, is
-    /// set on it and not here.
+    /// Guards the transactions of an sqlx pool, like [`TxPool::wrap`], with these limits. The number of connections and
+    /// the acquire timeout come from the pool. What the pool does with its sessions, by hooks or [`reset`](Self::reset)
+    /// for example, is set on the pool and not here.
     #[must_use]
     pub fn wrap(self, pool: sqlx::Pool<DB>) -> TxPool<DB> {
         let options = pool.connect_options();
@@ -223,7 +225,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
         let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
         // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
@@ -246,10 +248,10 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self.connect_with(options).await
     }
 
-    /// Opens the pool, asking `options` for the driver's own options each time a session is opened, so that credentials
-    /// that change are always the latest. An error of `options` is one of connecting.
+    /// Opens the pool. It asks `options` for the driver's own options each time it opens a session, so credentials that
+    /// change are always the latest. An error of `options` counts as a connection error.
     ///
-    /// The connection for cancelling is opened with those with which a session was opened last.
+    /// The connection that cancels is opened with the options of the most recent session.
     ///
     /// # Cancel safety
     ///
@@ -257,7 +259,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect_with_fn<F, O>(mut self, options: F) -> Result<TxPool<DB>, TxError>
     where
         F: Fn() -> O + Send + Sync + 'static,
@@ -276,7 +278,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of its range.
+    /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect_with(mut self, options: Options<DB>) -> Result<TxPool<DB>, TxError> {
         if !(1..=MOST_CONNECTIONS).contains(&self.limits.max_connections) {
             return Err(TxError::InvalidOption { option: "max_connections", reason: "it must be from 1 to 65,535" });

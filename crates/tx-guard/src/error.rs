@@ -9,25 +9,26 @@ use std::time::Duration;
 use crate::OutcomeHandle;
 use crate::said::said;
 
-/// Why a pool could not be opened, or a transaction not begun, used or ended.
+/// Why a pool could not be opened, or why a transaction could not be begun, used or ended.
 ///
 /// `From<sqlx::Error>` lets `?` carry the error of a statement, and `From<TxError> for sqlx::Error` lets a
 /// function that returns `sqlx::Error` use a guard.
 ///
-/// What is printed says where it happened and what the database said, with its SQLSTATE or number. PostgreSQL's details
-/// and quoted values are left out, because they are row data; they are in the [source](std::error::Error::source).
+/// The message says where it happened and what the database reported, with its SQLSTATE or number. It leaves out
+/// PostgreSQL's details and quoted values, because they are row data; they are in the
+/// [source](std::error::Error::source).
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TxError {
     /// The database URL could not be understood, or names another kind of database.
     #[error("the {database} URL is not valid: {reason}")]
     InvalidUrl {
-        /// The kind of database that was asked for, such as `PostgreSQL`.
+        /// The kind of database that the caller asked for, such as `PostgreSQL`.
         database: &'static str,
         /// What is wrong with the URL, without its credentials.
         reason: String,
     },
-    /// An option of the builder is out of its range.
+    /// An option of the builder is out of range.
     #[error("the option {option} is not valid: {reason}")]
     InvalidOption {
         /// The name of the builder's method.
@@ -40,43 +41,44 @@ pub enum TxError {
     MissingDatabase {
         /// The database and its server, or the file.
         target: String,
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
-    /// The server did not answer: it is down, or the address is wrong, or something else listens there.
+    /// The server did not answer: it is down, the address is wrong, or something else listens there.
     #[error("{target} cannot be reached: {}", said(source))]
     Unreachable {
         /// The database and its server, or the file.
         target: String,
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
-    /// The server answered and refused the connection, and will refuse the next: wrong credentials, or no permission.
+    /// The server answered and refused the connection, and will refuse the next one: wrong credentials, or no
+    /// permission.
     #[error("{target} refused the connection: {}", said(source))]
     Refused {
         /// The database and its server, or the file.
         target: String,
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
-    /// The server has no session left, or none for this account (53300; 1040, 1203, 1226). One may be free later; a smaller
-    /// pool, or fewer of them, keeps it from happening.
+    /// The server has no session left, or none for this account (53300; 1040, 1203, 1226). One may be free later. To
+    /// prevent this, use a smaller pool, or fewer pools.
     #[error("{target} has no session left: {}", said(source))]
     TooManySessions {
         /// The database and its server, or the file.
         target: String,
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
-    /// The server is starting up or shutting down (57P03, 57P01, 57P02; 1053). It may take connections later.
+    /// The server is starting up or shutting down (57P03, 57P01, 57P02; 1053). It may accept connections later.
     #[error("{target} takes no connections now: {}", said(source))]
     NotReady {
         /// The database and its server, or the file.
         target: String,
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
-    /// Opening a connection took longer than the builder's `connect_timeout`, or than there was time for it: until the
+    /// Opening a connection took longer than the builder's `connect_timeout`, or than the time that was left: until the
     /// deadline of a closure, or the acquire timeout of a wrapped pool.
     #[error("no connection to {target} was established within {timeout:?}")]
     ConnectTimeout {
@@ -85,7 +87,7 @@ pub enum TxError {
         /// The timeout that passed.
         timeout: Duration,
     },
-    /// There is a pooler before the server that gives each transaction another session, and the pool was not told: see
+    /// A pooler in front of the server gives each transaction another session, and the pool was not told: see
     /// [`PoolerMode`](crate::PoolerMode). Nothing was changed on any session.
     #[error(
         "{target} is behind a pooler that gives each transaction another session: \
@@ -111,23 +113,23 @@ pub enum TxError {
     /// The operation was polled outside a tokio runtime.
     #[error("transactions need a tokio runtime, and there is none here")]
     NoRuntime,
-    /// An earlier statement had failed, so the database could only roll back. Nothing was committed.
+    /// An earlier statement failed, so the database could only roll back. Nothing was committed.
     #[error("the transaction was already aborted by an earlier error and is rolled back: {}", said(source))]
     Aborted {
-        /// What the database said to the commit.
+        /// The database's answer to the commit.
         source: sqlx::Error,
     },
-    /// The transaction ended behind the guard's back, or what a dropped statement had left to be read made a commit
+    /// The transaction ended behind the guard's back, or what a dropped statement left to be read made a commit
     /// impossible. The guard has committed nothing.
     #[error("the transaction was lost: {reason}")]
     Lost {
-        /// What ended it, as far as it can be told.
+        /// What ended it, as far as that is known.
         reason: &'static str,
     },
-    /// COMMIT was sent and its answer never came: the transaction may have been committed or not.
+    /// COMMIT was sent and no answer came: the transaction may or may not have been committed.
     #[error("whether the transaction was committed is unknown, its connection failed inside COMMIT: {}", said(source))]
     Unknown {
-        /// What the driver said.
+        /// The error of the driver.
         source: sqlx::Error,
     },
     /// The timeout of the whole transaction passed before its commit. It is rolled back.
@@ -136,26 +138,26 @@ pub enum TxError {
         /// The timeout that passed.
         timeout: Duration,
     },
-    /// The timeout of the whole transaction passed while COMMIT was under way. It goes on, and the handle tells how it
+    /// The timeout of the whole transaction passed during COMMIT. The commit continues, and the handle reports how it
     /// ends.
     #[error("the commit is still under way")]
     Pending(OutcomeHandle),
-    /// The server has not confirmed the rollback in time, and its connection was closed. Nothing is committed, but row locks
-    /// may be held until the server notices.
+    /// The server did not confirm the rollback in time, and its connection was closed. Nothing is committed, but row
+    /// locks may be held until the server notices.
     #[error("the server of {target} did not confirm the rollback within {waited:?}; nothing is committed")]
     Unconfirmed {
         /// The database and its server, or the file.
         target: String,
-        /// How long the answer was waited for.
+        /// How long the guard waited for the answer.
         waited: Duration,
     },
-    /// [`Attempts::next`](crate::Attempts::next) was asked for one attempt too many.
+    /// [`Attempts::next`](crate::Attempts::next) was called once too often.
     #[error("there is no further attempt at the transaction: {reason}")]
     NoAttempt {
-        /// Why there is none.
+        /// Why there is no further attempt.
         reason: &'static str,
     },
-    /// An error of the caller's own, from inside a transaction, which it rolls back. See [`TxError::application`].
+    /// The caller's own error, from inside a transaction; it rolls the transaction back. See [`TxError::application`].
     #[error(transparent)]
     Application(Box<dyn std::error::Error + Send + Sync>),
     /// A statement failed, or the database refused to begin or to commit (and rolled back).
@@ -164,7 +166,7 @@ pub enum TxError {
 }
 
 impl TxError {
-    /// The connection could not be opened: URL, server, database, credentials, sessions or time.
+    /// Returns whether a connection could not be opened: URL, server, database, credentials, sessions or time.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -191,8 +193,8 @@ impl TxError {
         )
     }
 
-    /// The database had no room for the transaction, or was not there: it was not begun, and may well be later. The answer
-    /// of a web service to it is 503.
+    /// Returns whether the database had no room for the transaction, or was unavailable. The transaction was not begun,
+    /// and a later try may well succeed. A web service answers this with 503.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -223,7 +225,7 @@ impl TxError {
         )
     }
 
-    /// Wraps an error of the caller's own, to roll back from inside a closure that runs in a transaction.
+    /// Wraps the caller's own error, to roll back from inside a closure that runs in a transaction.
     ///
     /// ```
     /// use cancel_safe_tx_guard::TxError;
@@ -235,7 +237,7 @@ impl TxError {
         Self::Application(error.into())
     }
 
-    /// A time limit passed before anything was committed. Trying again later may help.
+    /// Returns whether a time limit passed before anything was committed. A later try may help.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -262,8 +264,8 @@ impl TxError {
         )
     }
 
-    /// The transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
-    /// [`Pending`](Self::Pending). With any other error, the guard has committed nothing.
+    /// Returns whether the transaction may have been, or may yet be, committed: [`Unknown`](Self::Unknown) or
+    /// [`Pending`](Self::Pending). After any other error, the guard has committed nothing.
     ///
     /// ```
     /// use cancel_safe_tx_guard::TxError;
@@ -277,7 +279,7 @@ impl TxError {
         matches!(self, Self::Unknown { .. } | Self::Pending(_))
     }
 
-    /// The error of the driver underneath, if there is one.
+    /// Returns the underlying error of the driver, if there is one.
     #[must_use]
     pub fn as_sqlx(&self) -> Option<&sqlx::Error> {
         match self {
@@ -320,20 +322,20 @@ impl From<TxError> for sqlx::Error {
     }
 }
 
-/// Why [`commit_within`](crate::TransactionGuard::commit_within) did not say "committed".
+/// Why [`commit_within`](crate::TransactionGuard::commit_within) did not return "committed".
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CommitError {
-    /// The time passed while COMMIT was under way. It goes on, and the handle tells how it ends.
+    /// The time ran out during COMMIT. The commit continues, and the handle reports how it ends.
     #[error("the commit is still under way")]
     Pending(OutcomeHandle),
-    /// The commit ended within the time, without success.
+    /// The commit ended in time, without success.
     #[error(transparent)]
     Failed(#[from] TxError),
 }
 
 impl CommitError {
-    /// The commit is still under way.
+    /// Returns whether the commit is still in progress.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {

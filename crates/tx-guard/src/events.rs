@@ -21,13 +21,14 @@ const BACKLOG: usize = 256;
 pub enum TxEvent {
     /// A guard was dropped without a commit or a rollback; its transaction is being rolled back.
     ImplicitRollback,
-    /// A transaction that was dropped or rolled back did not end at once, so what still ran in it was cancelled.
+    /// A transaction that was dropped or rolled back did not end at once, so what was still running in it was
+    /// cancelled.
     CancelSent,
-    /// A session did not come to rest, or not in time, and was ended.
+    /// A session did not come to rest in time, and was ended.
     SessionTerminated,
-    /// A commit whose caller had gone ended so.
+    /// A commit whose caller had gone ended this way.
     LateOutcome(CommitOutcome),
-    /// The listener was too slow for so many events.
+    /// The listener was too slow and missed this many events.
     Missed(u64),
 }
 
@@ -35,13 +36,13 @@ pub enum TxEvent {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TxRecord {
-    /// What has happened.
+    /// What happened.
     pub event: TxEvent,
     /// The number of the transaction, or of the query outside one, in this process. Zero for [`TxEvent::Missed`].
     pub transaction: u64,
-    /// What its owner calls it: see [`Tx::named`](crate::Tx::named).
+    /// Its name, given by its owner: see [`Tx::named`](crate::Tx::named).
     pub name: Option<&'static str>,
-    /// How long after its `begin` that was.
+    /// How long after its `begin` it happened.
     pub after: Duration,
 }
 
@@ -50,7 +51,7 @@ pub struct TxRecord {
 pub struct TxEvents(broadcast::Receiver<TxRecord>);
 
 impl TxEvents {
-    /// The next event, or `None` when the pool and all its guards are gone.
+    /// Returns the next event, or `None` when the pool and all its guards are gone.
     ///
     /// # Cancel safety
     ///
@@ -59,7 +60,7 @@ impl TxEvents {
         self.record().await.map(|record| record.event)
     }
 
-    /// The same with the transaction that it is about.
+    /// Returns the same, with the transaction that it is about.
     ///
     /// # Cancel safety
     ///

@@ -13,22 +13,23 @@ use sqlx_core::describe::Describe;
 use crate::TxPool;
 use crate::backend::Backend;
 
-/// Each query takes a [`reader`](TxPool::reader), with its limitations, and gives it back at its end. Two queries may run
-/// on two sessions. Rows are read from the server as they are asked for, and the session stays taken as long as the stream.
+/// Each query takes a [`reader`](TxPool::reader), with its limitations, and returns it at its end. Two queries may run
+/// on two sessions. Rows are read from the server on demand, and a stream holds its session as long as it lives.
 ///
-/// The pool is no [`Acquire`](sqlx::Acquire), because the `begin` of that trait has no guard. Functions that take one can be
-/// given a guard's or a reader's connection, as `&mut *tx`.
+/// The pool is no [`Acquire`](sqlx::Acquire), because the `begin` of that trait has no guard. Pass a guard's or a
+/// reader's connection, `&mut *tx`, to functions that take one.
 ///
 /// # Cancel safety
 ///
-/// Futures and streams may be dropped at any point: what runs is cancelled on the server, and the session goes back to its
-/// pool when it is quiet, or is closed. A write that is dropped on a wrapped pool may have been committed.
+/// Futures and streams may be dropped at any point: the running statement is cancelled on the server, and the session
+/// returns to its pool when it is quiet, or is closed. A write that is dropped on a wrapped pool may have been
+/// committed.
 ///
 /// # Errors
 ///
-/// Those of [`reader`](TxPool::reader) come as sqlx errors: a closed pool is [`PoolClosed`](sqlx::Error::PoolClosed), one
-/// that is exhausted is [`PoolTimedOut`](sqlx::Error::PoolTimedOut), and any other [`TxError`](crate::TxError) is inside an
-/// [`Io`](sqlx::Error::Io).
+/// The errors of [`reader`](TxPool::reader) come as sqlx errors: a closed pool is
+/// [`PoolClosed`](sqlx::Error::PoolClosed), an exhausted pool is [`PoolTimedOut`](sqlx::Error::PoolTimedOut), and any
+/// other [`TxError`](crate::TxError) is inside an [`Io`](sqlx::Error::Io).
 ///
 /// # Examples
 ///

@@ -21,16 +21,16 @@ use crate::settle;
 use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 use crate::{CommitError, CommitMode, CommitOutcome, OutcomeHandle, TxError};
 
-/// A transaction that is rolled back when it is dropped, at once, even while a statement runs.
+/// A transaction that is rolled back at once when it is dropped, even while a statement runs.
 ///
-/// It dereferences to the connection, so `&mut *tx` runs sqlx statements. Dropping it cancels the statement that
-/// still runs on the server, rolls back, and gives the connection back to its pool, all without the caller.
+/// It dereferences to the connection, so `&mut *tx` runs sqlx statements. Dropping it cancels the statement that is
+/// still running on the server, rolls back, and returns the connection to its pool, all without the caller.
 ///
 /// # Comparison with `sqlx::Transaction`
 ///
 /// Dropping a `sqlx::Transaction` only queues a `ROLLBACK` behind whatever still runs; its row locks stay until then.
-/// It has no outcome to ask for, `commit` says `Ok` where PostgreSQL has rolled back, and it borrows its pool's type
-/// with a lifetime. A guard has no lifetime and can be sent to any task.
+/// It offers no outcome, its `commit` returns `Ok` even if PostgreSQL has rolled back, and its type has a lifetime. A
+/// guard has no lifetime and can be sent to any task.
 #[must_use = "a guard that is dropped at once rolls its transaction back at once"]
 pub struct TransactionGuard<DB: Backend> {
     /// Taken only by the methods that consume the guard, and by its drop.
@@ -58,18 +58,18 @@ impl<DB: Backend> TransactionGuard<DB> {
         Self { open: Some(open), doomed: None, savepoints: 0, deadline: None }
     }
 
-    /// Begins a transaction on `pool`: a [`TxPool`](crate::TxPool), for which this is the same as
-    /// [`begin`](crate::TxPool::begin), or an `sqlx::Pool`, which is wrapped for this one transaction.
+    /// Begins a transaction on `pool`. On a [`TxPool`](crate::TxPool) this is the same as
+    /// [`begin`](crate::TxPool::begin); an `sqlx::Pool` is wrapped for this one transaction.
     ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun. If dropped while the
-    /// transaction is being begun, it is rolled back and its connection goes back to the pool, or is closed if it has no
-    /// answer within the [`settle_timeout`](crate::TxPoolBuilder::settle_timeout).
+    /// transaction is being begun, it is rolled back and its connection returns to the pool, or is closed if no answer
+    /// comes within the [`settle_timeout`](crate::TxPoolBuilder::settle_timeout).
     ///
     /// # Errors
     ///
-    /// As [`TxPool::begin`](crate::TxPool::begin).
+    /// Same as [`TxPool::begin`](crate::TxPool::begin).
     ///
     /// # Examples
     ///
@@ -91,28 +91,28 @@ impl<DB: Backend> TransactionGuard<DB> {
         pool.tx_pool().begin().await
     }
 
-    /// Commits, and says `Ok` only when the database has confirmed it.
+    /// Commits, and returns `Ok` only when the database has confirmed it.
     ///
-    /// A statement whose future was dropped may still run: the commit waits for it, and what it does is committed.
-    /// [`rollback`](Self::rollback) and a drop cancel it.
+    /// A statement whose future was dropped may still be running. The commit waits for it, and commits what it does. A
+    /// [`rollback`](Self::rollback) or a drop cancels it.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT is driven to its end
-    /// on the runtime, and a handle taken before with [`outcome_handle`](Self::outcome_handle) tells how it ended. A
-    /// COMMIT that has no answer after another ten minutes ([`commit_timeout`](crate::TxPoolBuilder::commit_timeout)) is
-    /// given up, and its outcome is unknown.
-    /// If it is never polled, the transaction is rolled back.
+    /// Once polled, it runs to completion even if dropped. If dropped before completion, COMMIT runs to its end on the
+    /// runtime, and a handle taken earlier with [`outcome_handle`](Self::outcome_handle) reports how it ended. A COMMIT
+    /// that has no answer after another ten minutes ([`commit_timeout`](crate::TxPoolBuilder::commit_timeout)) is
+    /// abandoned, and its outcome is unknown. If it is never polled, the transaction is rolled back.
     ///
     /// # Errors
     ///
-    /// - [`TxError::Aborted`]: a statement had failed before, so PostgreSQL could only roll back.
-    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back; or, on MySQL, what a dropped statement had
-    ///   left to be read did not come within the [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), and it is
-    ///   rolled back.
+    /// - [`TxError::Aborted`]: an earlier statement failed, so PostgreSQL could only roll back.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back. Or, on MySQL, what a dropped statement
+    ///   left to be read did not arrive within the [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), and
+    ///   the transaction is rolled back.
     /// - [`TxError::Database`]: the database refused, by a deferred constraint for example, and rolled back.
-    /// - [`TxError::Unknown`]: the connection failed while COMMIT was under way. Do not simply repeat the work. With
-    ///   [`CommitMode::Resolvable`], PostgreSQL is asked how it ended, and only what it cannot answer is unknown.
+    /// - [`TxError::Unknown`]: the connection failed during COMMIT. Do not simply repeat the work. With
+    ///   [`CommitMode::Resolvable`], the guard asks PostgreSQL how it ended, and the outcome is unknown only if
+    ///   PostgreSQL cannot answer.
     /// - [`TxError::Timeout`]: the [`timeout`](crate::Tx::timeout) of the transaction had passed when this was polled, or
     ///   when the database refused. It is rolled back.
     pub async fn commit(mut self) -> Result<(), TxError> {
@@ -131,16 +131,16 @@ impl<DB: Backend> TransactionGuard<DB> {
         })
     }
 
-    /// Commits, but waits for it no longer than `within`.
+    /// Commits, but waits no longer than `within`.
     ///
     /// # Cancel safety
     ///
-    /// Once polled, it runs to completion even if dropped. If dropped before completion, the commit goes on as after
+    /// Once polled, it runs to completion even if dropped. If dropped before completion, the commit continues as after
     /// [`commit`](Self::commit).
     ///
     /// # Errors
     ///
-    /// [`CommitError::Pending`] with a handle when the time has passed and the commit goes on, and
+    /// [`CommitError::Pending`] with a handle if the time has run out and the commit continues, and
     /// [`CommitError::Failed`] with the error of [`commit`](Self::commit).
     ///
     /// # Examples
@@ -176,7 +176,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         }
     }
 
-    /// Rolls back, cancelling a statement that a dropped future has left running.
+    /// Rolls back, and cancels a statement that a dropped future has left running.
     ///
     /// # Cancel safety
     ///
@@ -185,36 +185,38 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// - [`TxError::Database`]: the connection failed. Nothing was committed then either: the server rolls back what a
-    ///   closed connection leaves behind.
-    /// - [`TxError::Unconfirmed`]: the server has not answered within the
-    ///   [`settle_timeout`](crate::TxPoolBuilder::settle_timeout), nor acknowledged the end of its session within the same
-    ///   time once more. Nothing is committed, but locks may be held until it notices that the connection is closed.
-    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and whether by a commit is not known. It
-    ///   is noticed on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a nested `begin` of sqlx that
-    ///   was cancelled.
+    /// - [`TxError::Database`]: the connection failed. Nothing was committed in that case either: the server rolls back
+    ///   what a closed connection leaves behind.
+    /// - [`TxError::Unconfirmed`]: the server did not answer within the
+    ///   [`settle_timeout`](crate::TxPoolBuilder::settle_timeout), nor acknowledge the end of its session within the
+    ///   same time again. Nothing is committed, but locks may be held until the server notices that the connection is
+    ///   closed.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and it is not known whether by a commit.
+    ///   The guard notices this on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a cancelled nested
+    ///   `begin` of sqlx.
     pub async fn rollback(mut self) -> Result<(), TxError> {
         let open = self.take();
         Driven::new(open.runtime.clone(), settle::settle(open)).await
     }
 
-    /// Runs `work` in a savepoint: what it has done stands if it returns `Ok`, and is undone if it returns an error.
+    /// Runs `work` in a savepoint. If it returns `Ok`, its changes stand; if it returns an error, they are undone.
     ///
-    /// The transaction goes on in both cases. Savepoints nest. The error is any that a [`TxError`] turns into, so name it
-    /// where nothing else does: `Ok::<_, TxError>(())`. Where the work borrows and its future must be [`Send`], see
-    /// [`savepoint_boxed`](Self::savepoint_boxed).
+    /// The transaction continues in both cases. Savepoints nest. The error can be any type that a [`TxError`] converts
+    /// into, so name it if nothing else does: `Ok::<_, TxError>(())`. If the work borrows and its future must be
+    /// [`Send`], see [`savepoint_boxed`](Self::savepoint_boxed).
     ///
     /// # Cancel safety
     ///
-    /// This method is not cancel safe. If dropped before completion, what `work` had done may be there by halves, so
-    /// the transaction is doomed: [`commit`](Self::commit) rolls it back and returns [`TxError::Lost`].
+    /// This method is not cancel safe. If dropped before completion, `work` may be half done, so the transaction is
+    /// doomed: [`commit`](Self::commit) rolls it back and returns [`TxError::Lost`].
     ///
     /// # Errors
     ///
-    /// The error of `work`; or [`TxError::Database`] if the database refused the savepoint or its end, in which case
-    /// what `work` has done is undone as well, or if what a dropped statement had left to be read on MySQL did not come
-    /// within the [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), which dooms the transaction; or [`TxError::Lost`] if a savepoint inside `work` was dropped
-    /// halfway.
+    /// - The error of `work`.
+    /// - [`TxError::Database`]: the database refused the savepoint or its end, and what `work` has done is undone as
+    ///   well. Or, on MySQL, what a dropped statement left to be read did not arrive within the
+    ///   [`catch_up_timeout`](crate::TxPoolBuilder::catch_up_timeout), which dooms the transaction.
+    /// - [`TxError::Lost`]: a savepoint inside `work` was dropped halfway.
     ///
     /// # Examples
     ///
@@ -251,8 +253,8 @@ impl<DB: Backend> TransactionGuard<DB> {
         self.end_savepoint(savepoint, result).await
     }
 
-    /// As [`savepoint`](Self::savepoint), for work that borrows and whose future must be [`Send`]: a closure that returns
-    /// a boxed future. See [`Tx::run_boxed`](crate::Tx::run_boxed).
+    /// Works like [`savepoint`](Self::savepoint), for work that borrows and whose future must be [`Send`]: it takes a
+    /// closure that returns a boxed future. See [`Tx::run_boxed`](crate::Tx::run_boxed).
     ///
     /// # Cancel safety
     ///
@@ -261,7 +263,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///
     /// # Errors
     ///
-    /// As [`savepoint`](Self::savepoint).
+    /// Same as [`savepoint`](Self::savepoint).
     pub async fn savepoint_boxed<'env, T, E, F>(&mut self, work: F) -> Result<T, E>
     where
         F: for<'tx> FnOnce(TxRef<'tx, 'env, DB>) -> BoxedWork<'tx, T, E>,
@@ -311,16 +313,16 @@ impl<DB: Backend> TransactionGuard<DB> {
         result
     }
 
-    /// Runs `hook` once after this transaction was committed, also when the commit was dropped by its caller.
+    /// Runs `hook` once after this transaction was committed, even if the caller dropped the commit.
     ///
-    /// Hooks run in the order in which they were given, on the task that drives the commit, after its handle has
-    /// been told. They do not run if the transaction is rolled back, or its outcome is unknown, or the savepoint in
-    /// which they were given is undone. A hook that panics keeps no other from running, and does not undo the commit.
+    /// Hooks run in the order in which they were added, on the task that drives the commit, after its handle knows the
+    /// outcome. They do not run if the transaction is rolled back, if its outcome is unknown, or if the savepoint in
+    /// which they were added is undone. A hook that panics does not stop the others, and does not undo the commit.
     pub fn after_commit(&mut self, hook: impl FnOnce() + Send + 'static) {
         self.held_mut().hooks.push(Box::new(hook));
     }
 
-    /// What is done if the connection is lost inside `COMMIT`, for this transaction alone.
+    /// Sets what happens if the connection is lost inside `COMMIT`, for this transaction alone.
     pub fn set_commit_mode(&mut self, mode: CommitMode) {
         self.held_mut().commit_mode = mode;
     }
@@ -330,7 +332,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         self.deadline = deadline;
     }
 
-    /// A handle that tells how this transaction will have ended, even after a dropped commit.
+    /// Returns a handle that reports how this transaction ends, even after a dropped commit.
     #[must_use]
     pub fn outcome_handle(&self) -> OutcomeHandle {
         self.held().outcome.handle()

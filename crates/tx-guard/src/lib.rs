@@ -21,11 +21,11 @@
 //! # }
 //! ```
 //!
-//! Dropping a `sqlx::Transaction` cancels nothing on the server. It queues a `ROLLBACK` behind whatever still runs, so the
-//! row locks of an abandoned statement last as long as the statement. A `begin` that is dropped at the wrong poll leaves a
-//! transaction open on a pooled connection, in which later statements of others disappear. A nested `begin` that is
-//! dropped rolls the *outer* transaction back, and what follows it is committed statement by statement. And `commit` says
-//! `Ok` where PostgreSQL, after an earlier error, has rolled back.
+//! Dropping a `sqlx::Transaction` cancels nothing on the server. It queues a `ROLLBACK` behind whatever still runs, so
+//! the row locks of an abandoned statement last as long as the statement. A `begin` that is dropped at the wrong poll
+//! leaves a transaction open on a pooled connection, and other callers' later statements disappear in it. A dropped
+//! nested `begin` rolls the *outer* transaction back, and what follows it is committed statement by statement. And
+//! `commit` returns `Ok` even if PostgreSQL has rolled back after an earlier error.
 //!
 //! # What to write instead
 //!
@@ -61,117 +61,128 @@
 //! # }
 //! ```
 //!
-//! Or as a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`]; where
-//! the future of a closure is not "general enough" to be sent, [`Tx::run_boxed`] or [`Tx::attempts`]. The same options
-//! hold for a guard in hand: [`Tx::begin`].
+//! Or use a closure, with a deadline for everything and retries where the database asks for them: see [`Tx::run`]. If
+//! the compiler says that the closure's future is not "general enough" to be sent, use [`Tx::run_boxed`] or
+//! [`Tx::attempts`]. A guard in hand takes the same options: [`Tx::begin`].
 //!
 //! # Guarantees
 //!
 //! | what is dropped, or fails | what is left behind |
 //! |---|---|
 //! | `begin`, while it waits for a connection | nothing |
-//! | `begin`, later | nothing: it is driven to its end and rolled back |
-//! | a guard, idle | rolled back; the connection goes back when it was seen clean |
+//! | `begin`, later | nothing: it runs to completion and is rolled back |
+//! | a guard, idle | rolled back; the connection returns to the pool once it is seen to be clean |
 //! | a guard, while a statement runs | the statement is cancelled on the server, then the same |
-//! | a guard, outside any runtime | the same, on the runtime on which it was begun |
+//! | a guard, outside any runtime | the same, on the runtime where it began |
 //! | a guard, after the end of that runtime | the connection is closed, which rolls back; no panic |
 //! | `commit`, never polled | rolled back |
-//! | `commit`, polled | driven to its end; the [`OutcomeHandle`] and the hooks learn how it ended |
+//! | `commit`, polled | it runs to completion; the [`OutcomeHandle`] and the hooks report how it ended |
 //! | `commit`, after the [`timeout`](Tx::timeout) of its transaction | rolled back, and [`TxError::Timeout`] |
 //! | `commit` of a transaction that an error had aborted | rolled back, and an error: `Ok` means committed |
 //! | a nested sqlx `begin` that is cancelled inside the guard | `commit` is [`TxError::Lost`]; no later statement stands |
-//! | a query or a stream on the pool | it is cancelled on the server, and the session goes back when nothing runs on it |
+//! | a query or a stream on the pool | it is cancelled on the server, and the session returns to the pool when nothing runs on it |
 //! | a savepoint, halfway | `commit` is [`TxError::Lost`] and rolls back |
 //! | the connection, inside `COMMIT` | [`TxError::Unknown`] and [`CommitOutcome::Unknown`], never "failed" |
-//! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the server is asked: committed, or rolled back |
+//! | the same on PostgreSQL, with [`CommitMode::Resolvable`] | the crate asks the server: committed, or rolled back |
 //!
-//! A cancel reaches no other transaction: it is acknowledged, and followed by a clean round trip, before its connection
-//! is used again. All that wait go out in one message. One that comes before its statement is no cancel, so it is
-//! repeated, after a round trip and 2 ms at first, and each time twice as long up to 100 ms; an idle connection is sent
-//! none. A connection that does not come to rest within the [`settle_timeout`](TxPoolBuilder::settle_timeout), two
-//! seconds, is terminated and closed.
+//! A cancel never reaches another transaction: it is acknowledged, and a clean round trip follows, before its
+//! connection is used again. All waiting cancels go out in one message. A cancel that arrives before its statement has
+//! no effect, so it is repeated: first after a round trip plus 2 ms, then each time after twice as long, up to 100 ms.
+//! An idle connection gets no cancel. A connection that does not come to rest within the
+//! [`settle_timeout`](TxPoolBuilder::settle_timeout), two seconds, is terminated and closed.
 //!
-//! On PostgreSQL and MySQL, all pools of a process send their cancels from one thread of the crate's own,
-//! `tx-guard-cancel`: as long as a server has rows to send, sqlx reads them without giving its runtime a turn.
+//! On PostgreSQL and MySQL, all pools of a process send their cancels from the crate's own thread, `tx-guard-cancel`,
+//! because sqlx does not give its runtime a turn while a server has rows to send.
 //!
 //! # Limitations
 //!
 //! Everywhere:
 //!
-//! - `&TxPool` is an sqlx `Executor` for reads. A write on it is refused on a pool of the crate's own, and on SQLite; a
-//!   wrapped pool of PostgreSQL or MySQL commits it by itself. [`Reader`] has the details. It is no `Acquire`.
-//! - The guard hands out the connection itself. Swap it for another, by `mem::swap` say, and the wrong one is cancelled.
+//! - `&TxPool` is an sqlx `Executor` for reads, and no `Acquire`. The crate's own pools and SQLite refuse a write on
+//!   it; a wrapped pool of PostgreSQL or MySQL commits the write by itself. [`Reader`] has the details.
+//! - The guard hands out the connection itself. If you swap it for another, for example with `mem::swap`, the wrong one
+//!   is cancelled.
 //! - `mem::forget` of a guard keeps its transaction and its connection.
-//! - A transaction that is dropped on a current-thread runtime is rolled back when that runtime runs again.
-//! - A connection needs the runtime on which it was opened, except SQLite's. A pool of the crate's own that outlives it opens
-//!   new ones; a wrapped pool is sqlx's, which does not look.
-//! - After a `fork` the child has no thread for cancels: its drops end by their time limits, and close the connection.
-//! - A `COMMIT` that has no answer is waited for as long as its caller waits, and for ten minutes after the caller has gone.
+//! - On a current-thread runtime a dropped transaction is rolled back when that runtime runs again.
+//! - A connection needs the runtime on which it was opened, except on SQLite. If the crate's own pool outlives that
+//!   runtime, it opens new connections. A wrapped pool is sqlx's, and sqlx does not check.
+//! - After a `fork` the child has no thread for cancels: its drops end at their time limits, and close the connection.
+//! - An unanswered `COMMIT` is waited for as long as its caller waits, and for ten minutes after the caller has gone.
 //!   Then its connection is closed, and its outcome is unknown.
-//! - A `commit` of a nested sqlx transaction that is dropped halfway may undo more than that one, because sqlx gives its
-//!   savepoints the same name again. Those of [`savepoint`](TransactionGuard::savepoint) are told apart.
-//! - A `begin` that is cancelled inside a *nested* sqlx transaction takes more than that with it, and the guard's `commit` is
-//!   [`TxError::Lost`]. On a wrapped PostgreSQL pool, and behind a pooler, what then still runs on the nested transaction is
-//!   committed by itself. On MySQL, and on PostgreSQL with a version of sqlx after 0.9.0, the nested `commit` commits what is
-//!   left of the whole; then the outcome is [`CommitOutcome::Unknown`].
-//!   Behind a pooler, what was prepared in it stays on the pooler's session until such a pool has another transaction there.
+//! - If the `commit` of a nested sqlx transaction is dropped halfway, it may undo more than that transaction, because
+//!   sqlx reuses the names of its savepoints. The savepoints of [`savepoint`](TransactionGuard::savepoint) have
+//!   distinct names.
+//! - If a `begin` is cancelled inside a *nested* sqlx transaction, more than that is lost, and the guard's `commit` is
+//!   [`TxError::Lost`]. Then:
+//!   - On a wrapped PostgreSQL pool, and behind a pooler, later statements on the nested transaction are committed by
+//!     themselves.
+//!   - On MySQL, and on PostgreSQL with a version of sqlx after 0.9.0, the nested `commit` commits what is left of the
+//!     whole; the outcome is then [`CommitOutcome::Unknown`].
+//!   - Behind a pooler, statements prepared in it stay on the pooler's session until such a pool has another
+//!     transaction there.
 //!
 //! PostgreSQL:
 //!
-//! - Version 13 and later. Behind a pooler that gives each transaction another session, such as PgBouncer in transaction
-//!   mode, a pool must be told so ([`PoolerMode`]); a wrapped pool must lead to the server itself.
+//! - Version 13 and later. If a pooler gives each transaction another session, as PgBouncer in transaction mode does,
+//!   tell the pool so ([`PoolerMode`]); a wrapped pool must lead to the server itself.
 //! - Server code that cannot be cancelled ends in its own time, or with its session.
-//! - sqlx does not give the key of a session away with which the protocol cancels. Where the server has no session left for
-//!   the connection for cancelling, the connection of the dropped transaction is closed instead, and the server, which looks
-//!   for its client every half second (version 14 and later, on Linux), ends the statement.
-//! - A raw `COMMIT` in the SQL is executed, and reported by the guard's own `commit` and `rollback`; the outcome is
-//!   [`CommitOutcome::Unknown`]. Behind a raw `COMMIT` or `ROLLBACK`, each further write is refused on a pool of the crate's
-//!   own, and commits by itself on a wrapped one.
-//! - On a wrapped pool, a transaction that somebody else has left open, and in which nothing was read or written but a
-//!   `LOCK`, `NOTIFY` or `SET LOCAL`, is joined by `begin`. Any other one is noticed, and its session closed.
-//! - The outcome of a connection that is lost inside `COMMIT` is looked up only with [`CommitMode::Resolvable`].
+//! - sqlx does not reveal the key with which the protocol cancels a session. If the server has no session left for the
+//!   connection that cancels, the connection of the dropped transaction is closed instead. The server, which checks for
+//!   its client every half second (version 14 and later, on Linux), then ends the statement.
+//! - A raw `COMMIT` in the SQL is executed, and the guard's own `commit` and `rollback` report it; the outcome is
+//!   [`CommitOutcome::Unknown`]. After a raw `COMMIT` or `ROLLBACK`, the crate's own pools refuse each further write;
+//!   on a wrapped pool it commits by itself.
+//! - On a wrapped pool, `begin` joins a transaction that other code has left open if that transaction has run nothing
+//!   but a `LOCK`, `NOTIFY` or `SET LOCAL`. Any other open transaction is noticed, and its session closed.
+//! - If a connection is lost inside `COMMIT`, the outcome is looked up only with [`CommitMode::Resolvable`].
 //!
 //! MySQL and MariaDB:
 //!
-//! - An address that leads to another of several servers each time cannot be used: a cancel would go to the wrong one.
-//! - A statement whose client has died goes on until it has something to say to it.
-//! - A hundred statements that wait in MariaDB's `SLEEP()` take seconds to cancel, because the server itself waits inside
-//!   `KILL` for each. Statements that wait for a lock do not.
+//! - An address that leads to a different server each time cannot be used: a cancel would go to the wrong one.
+//! - A statement whose client has died continues until it has something to send.
+//! - A hundred statements in MariaDB's `SLEEP()` take seconds to cancel, because the server itself waits inside `KILL`
+//!   for each. Statements that wait for a lock do not.
 //! - MySQL commits by itself before a DDL statement. Inside a guard the DDL is then refused, and `commit` is
-//!   [`TxError::Lost`], but what came before it is committed, and [`CommitOutcome::Unknown`] is told. `CREATE TEMPORARY
-//!   TABLE` does not do that. A raw `COMMIT` is noticed by `commit` alone.
-//! - Where MySQL has rolled back by itself and its error was passed over, as for the victim of a deadlock, `commit` is
-//!   [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two look the same.
-//! - sqlx loses its place in the answers when a statement is dropped while it is prepared, which is when its text is new to
-//!   the connection, or in the middle of a packet. The guard's own statements come behind a random number, and no answer is
-//!   believed before that was read: after a drop and a rollback the connection is in step or closed, and a `commit` is rolled
-//!   back, or unknown if `COMMIT` had been sent. Where sqlx and the server wait for each other, that is found out over the
-//!   connection for cancelling, when the server has waited for five seconds in a `commit` or a
-//!   [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been sent, and for half a second after a drop. A
-//!   further statement of the caller's on that guard may panic inside sqlx, fail, or wait for ever: give it up with the
-//!   future of such a statement. A wrapped pool may hand out a connection on which that has happened outside of any guard;
-//!   its commit is then unknown.
+//!   [`TxError::Lost`]. But what came before it is committed, so the outcome is [`CommitOutcome::Unknown`].
+//!   `CREATE TEMPORARY TABLE` does not do that.
+//! - Only `commit` notices a raw `COMMIT`.
+//! - If MySQL has rolled back by itself, as for the victim of a deadlock, and the program ignored its error, `commit`
+//!   is [`TxError::Lost`] as well, and the outcome [`CommitOutcome::Unknown`], because the two cases look the same.
+//! - sqlx loses its place in the answers if a statement is dropped while it is being prepared (its text is new to the
+//!   connection) or in the middle of a packet:
+//!   - The guard's own statements follow a random number, and the guard believes no answer before it has read that
+//!     number. After a drop and a rollback the connection is in step or closed, and a `commit` is rolled back, or
+//!     unknown if `COMMIT` had been sent.
+//!   - If sqlx and the server wait for each other, the connection that cancels detects it: when the server has waited
+//!     for five seconds in a `commit` or a [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been
+//!     sent, or for half a second after a drop.
+//!   - A further statement of the caller on that guard may panic inside sqlx, fail, or never return: drop the guard
+//!     together with the future of such a statement.
+//!   - A wrapped pool may hand out a connection on which this has happened outside any guard; its commit is then
+//!     unknown.
 //!
 //! SQLite:
 //!
-//! - A statement that waits for a lock ends by `busy_timeout`. A raw `COMMIT` of a transaction that has written is refused.
+//! - A statement that waits for a lock ends by `busy_timeout`.
+//! - A raw `COMMIT` of a transaction that has written is refused.
 //! - A database in memory lives as long as one of its connections does.
-//! - The progress handler, the commit hook and the rollback hook of each connection are taken.
+//! - The crate takes the progress handler, the commit hook and the rollback hook of each connection.
 //!
 //! # Comparison
 //!
-//! `sqlx::Transaction`, sea-orm's and deadpool-postgres's leave an abandoned statement running: with `pg_sleep(10)` the
-//! row lock is free after 9.8 s, here after milliseconds. sqlx alone is the right choice where futures are never dropped.
-//! [`TxPool::wrap`] puts guards on a pool that exists already; a [`TxPool`] of its own makes more of its sessions: they
+//! The transactions of sqlx, sea-orm and deadpool-postgres leave an abandoned statement running: with `pg_sleep(10)`
+//! the row lock is free after 9.8 s, here after milliseconds. sqlx alone is the right choice if futures are never
+//! dropped. [`TxPool::wrap`] puts guards on an existing pool. A [`TxPool`] of its own does more with its sessions: they
 //! write nothing outside a guard's transaction, and a dead client is noticed sooner.
 //!
 //! # Features
 //!
-//! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. sqlx's runtime and TLS features are
-//!   the application's to choose; tokio is needed. sqlx's `macros` is on, without which `Executor` is another trait.
-//! - `tracing`: logs what [`TxPool::events`] tells, and the error of a commit whose caller had gone.
+//! - `sqlite` (default), `postgres` and `mysql` (MySQL and MariaDB): the databases. The application chooses sqlx's
+//!   runtime and TLS features; tokio is needed. sqlx's `macros` is on, because without it `Executor` is a different
+//!   trait.
+//! - `tracing`: logs what [`TxPool::events`] reports, and the error of a commit whose caller had gone.
 //!
-//! The oldest supported Rust is 1.94, as for sqlx 0.9.
+//! The minimum supported Rust version is 1.94, as for sqlx 0.9.
 
 mod attempts;
 mod backend;

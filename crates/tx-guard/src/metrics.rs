@@ -7,28 +7,28 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A snapshot of a pool. From [`TxPool::metrics`](crate::TxPool::metrics).
 ///
-/// The first five are of this moment; the others count from the beginning of the pool and never go down, so that a rate can
-/// be made of them.
+/// The first five fields describe this moment. The others count from the beginning of the pool and never go down, so
+/// you can derive rates from them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub struct Metrics {
-    /// Sessions that are open, or being opened. Of a wrapped pool, those that its guards have.
+    /// Sessions that are open, or being opened. For a wrapped pool, the sessions that its guards hold.
     pub size: usize,
-    /// Sessions that nobody has.
+    /// Sessions that nobody uses.
     pub idle: usize,
-    /// Callers who wait for a session.
+    /// Callers that wait for a session.
     pub waiting: usize,
-    /// Transactions in the hands of their users.
+    /// Transactions that their users hold.
     pub in_use: usize,
     /// Transactions that are being committed or rolled back.
     pub settling: usize,
-    /// Sessions that were opened. Of a wrapped pool, connections that were taken from it.
+    /// Sessions that were opened. For a wrapped pool, connections that were taken from it.
     pub opened: u64,
     /// Sessions that were closed because of their age.
     pub closed_expired: u64,
-    /// Sessions that were closed because nobody had used them for long.
+    /// Sessions that were closed because they had been idle for too long.
     pub closed_idle: u64,
-    /// Sessions that were closed because they could not be made as they were, or a hook would not have them.
+    /// Sessions that were closed because they could not be restored, or because a hook rejected them.
     pub closed_unfit: u64,
     /// Sessions that were closed because they had failed, did not answer, or were in doubt.
     pub closed_failed: u64,
@@ -42,7 +42,7 @@ pub struct Metrics {
     pub committed: u64,
     /// Transactions that were rolled back.
     pub rolled_back: u64,
-    /// Transactions of which nobody knows how they ended.
+    /// Transactions whose outcome is unknown.
     pub unknown: u64,
 }
 

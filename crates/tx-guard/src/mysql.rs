@@ -237,7 +237,7 @@ impl Driver for MySql {
 
     /// Without autocommit a query begins a transaction.
     async fn end_read(conn: &mut MySqlConnection, _: &Arc<Thread>) -> Result<(), sqlx::Error> {
-        in_step::insist(conn, "ROLLBACK").await
+        in_step::repeat(conn, "ROLLBACK").await
     }
 
     async fn run_sql(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {

@@ -22,23 +22,23 @@ pub enum CommitOutcome {
     Unknown,
 }
 
-/// Tells how a transaction ended, even if its `commit()` was dropped.
+/// Reports how a transaction ended, even if its `commit()` was dropped.
 ///
-/// Taken with [`TransactionGuard::outcome_handle`](crate::TransactionGuard::outcome_handle) before the commit, or
-/// found in [`CommitError::Pending`](crate::CommitError::Pending). Clones tell the same.
+/// Take it with [`TransactionGuard::outcome_handle`](crate::TransactionGuard::outcome_handle) before the commit, or
+/// find it in [`CommitError::Pending`](crate::CommitError::Pending). Clones report the same.
 #[derive(Clone)]
 pub struct OutcomeHandle {
     receiver: watch::Receiver<Option<CommitOutcome>>,
 }
 
 impl OutcomeHandle {
-    /// Waits until the transaction has ended and says how.
+    /// Waits until the transaction has ended, and returns how.
     ///
-    /// The wait lasts as long as the transaction does; put a timeout around it to bound it.
+    /// The wait lasts as long as the transaction does. To bound it, put a timeout around it.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, nothing is lost: a later call gives the same answer.
+    /// This method is cancel safe. If dropped before completion, nothing is lost: a later call returns the same answer.
     pub async fn outcome(&self) -> CommitOutcome {
         let mut receiver = self.receiver.clone();
         match receiver.wait_for(Option::is_some).await {
@@ -48,7 +48,7 @@ impl OutcomeHandle {
         }
     }
 
-    /// The outcome, if the transaction has ended already.
+    /// Returns the outcome, if the transaction has already ended.
     #[must_use]
     pub fn try_outcome(&self) -> Option<CommitOutcome> {
         *self.receiver.borrow()

@@ -21,12 +21,14 @@ use crate::{TransactionGuard, TxError};
 ///
 /// # Comparison with `sqlx::Pool`
 ///
-/// Each connection is known by what is needed to cancel a statement on it, is checked for life by its `BEGIN` alone, and is
-/// given back only when it was seen outside any transaction. [`wrap`](Self::wrap) guards the transactions of an sqlx pool.
+/// For each connection the pool knows how to cancel a statement on it. Its `BEGIN` alone checks that the connection is
+/// alive, and it returns to the pool only when it was seen outside any transaction. [`wrap`](Self::wrap) guards the
+/// transactions of an sqlx pool.
 ///
-/// A query that needs no transaction runs on the pool itself: `&TxPool` is an sqlx [`Executor`](sqlx::Executor), for reads.
-/// [`reader`](Self::reader) has a session for several of them. It is no [`Acquire`](sqlx::Acquire), whose `begin` has no guard.
-/// A write on it is refused on a pool of the crate's own, and on SQLite; a wrapped pool of PostgreSQL or MySQL commits it.
+/// A query that needs no transaction runs on the pool itself: `&TxPool` is an sqlx [`Executor`](sqlx::Executor), for
+/// reads. [`reader`](Self::reader) returns a session for several of them. The pool is no [`Acquire`](sqlx::Acquire),
+/// whose `begin` has no guard. The crate's own pools and SQLite refuse a write on it; a wrapped pool of PostgreSQL or
+/// MySQL commits the write.
 pub struct TxPool<DB: Backend> {
     shared: Arc<Shared<DB>>,
 }
@@ -40,9 +42,9 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Errors
     ///
-    /// The predicate [`TxError::is_connect`] is true of all but [`TxError::NoRuntime`]: the variants tell a wrong URL, a
-    /// missing database, a server that does not answer, one that refuses, and one that takes too long apart. None
-    /// contains credentials.
+    /// [`TxError::is_connect`] is true for all but [`TxError::NoRuntime`]. The variants distinguish a wrong URL, a
+    /// missing database, a server that does not answer, one that refuses, and one that takes too long. None contains
+    /// credentials.
     ///
     /// # Examples
     ///
@@ -70,21 +72,21 @@ impl<DB: Backend> TxPool<DB> {
         Self { shared }
     }
 
-    /// A builder, for other limits than the default ones.
+    /// Returns a builder, to set limits other than the defaults.
     pub fn builder() -> TxPoolBuilder<DB> {
         TxPoolBuilder::new()
     }
 
-    /// Guards the transactions of an sqlx pool, which stays the user's own and is not closed with this one.
+    /// Guards the transactions of an sqlx pool. That pool stays yours, and is not closed with this one.
     ///
-    /// PostgreSQL and MySQL are asked for the id of each session once; later the session is recognised by a prepared
-    /// statement that it keeps. Wrap a pool once, because each wrapping has a memory of its own. A pool without a cache
-    /// for statements is asked each time.
+    /// The pool asks PostgreSQL and MySQL for the id of each session once, and later recognises the session by a
+    /// prepared statement that it keeps. Wrap a pool only once, because each wrapper has its own memory. If a pool has
+    /// no statement cache, the wrapper asks each time.
     ///
-    /// The connection for cancelling is opened when it is needed for the first time, and limits that a session has for
-    /// good, such as PostgreSQL's `client_connection_check_interval`, are the pool's to set. On SQLite the progress
-    /// handler, the commit hook and the rollback hook of the connection are replaced, and stay, without effect outside
-    /// guards.
+    /// The connection that cancels is opened when it is first needed. The wrapped pool must set limits that last for a
+    /// whole session, such as PostgreSQL's `client_connection_check_interval`. On SQLite the wrapper replaces the
+    /// progress handler, the commit hook and the rollback hook of the connection; the new ones stay, and have no effect
+    /// outside guards.
     #[must_use]
     pub fn wrap(pool: sqlx::Pool<DB>) -> Self {
         Self::builder().wrap(pool)
@@ -94,15 +96,15 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun, and one that was being
-    /// opened is kept for others. If dropped while the transaction is being begun, it is rolled back and its connection
-    /// goes back to the pool, or is closed if it has no answer within the
+    /// This method is cancel safe. If dropped while it waits for a connection, nothing was begun, and a connection that
+    /// was being opened is kept for others. If dropped while the transaction is being begun, it is rolled back and its
+    /// connection returns to the pool, or is closed if no answer comes within the
     /// [`settle_timeout`](TxPoolBuilder::settle_timeout).
     ///
     /// # Errors
     ///
     /// - [`TxError::PoolExhausted`]: no connection became free within the acquire timeout.
-    /// - One for which [`TxError::is_connect`] is true: a new connection was needed and could not be opened.
+    /// - An error for which [`TxError::is_connect`] is true: a new connection was needed and could not be opened.
     /// - [`TxError::Closed`]: the pool was closed.
     /// - [`TxError::Database`]: the database refused to begin.
     /// - [`TxError::NoRuntime`]: there is no tokio runtime here.
@@ -126,13 +128,14 @@ impl<DB: Backend> TxPool<DB> {
         self.shared.commit_mode
     }
 
-    /// A listener to what the pool does from now on after its callers have gone. The feature `tracing` logs the same.
+    /// Returns a listener for what the pool does from now on after its callers have gone. The feature `tracing` logs
+    /// the same.
     #[must_use]
     pub fn events(&self) -> TxEvents {
         self.shared.teller.listen()
     }
 
-    /// What the pool is doing now, and what it has done so far.
+    /// Returns what the pool is doing now, and what it has done so far.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -150,16 +153,15 @@ impl<DB: Backend> TxPool<DB> {
         self.shared.metrics()
     }
 
-    /// Closes the pool: nothing is begun any more, and within `grace` what is under way comes to its end.
+    /// Closes the pool: it begins nothing more, and work in progress has `grace` to end.
     ///
-    /// Waits for commits and rollbacks that were dropped by their callers, with their hooks and events, and for guards
-    /// that are still in use.
-    /// An sqlx pool that was wrapped stays open. Outside a tokio runtime nothing can be waited for, so `grace` is zero
+    /// It waits for commits and rollbacks that their callers dropped, with their hooks and events, and for guards that
+    /// are still in use. A wrapped sqlx pool stays open. Outside a tokio runtime it cannot wait, so `grace` is zero
     /// there.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, the pool is closed, and what was under way goes on.
+    /// This method is cancel safe. If dropped before completion, the pool is closed, and work in progress continues.
     /// Call it again to wait again.
     ///
     /// # Examples
@@ -214,18 +216,18 @@ impl<DB: Backend> fmt::Debug for TxPool<DB> {
     }
 }
 
-/// What [`TxPool::close`] has left behind.
+/// What [`TxPool::close`] left behind.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CloseReport {
-    /// Transactions that are still in the hands of their users.
+    /// Transactions that their users still hold.
     pub in_use: usize,
-    /// Commits and rollbacks that had not ended when the grace was over. They go on while the runtime lives.
+    /// Commits and rollbacks that had not ended when the grace was over. They continue while the runtime lives.
     pub settling: usize,
 }
 
 impl CloseReport {
-    /// Every transaction has ended.
+    /// Returns whether every transaction has ended.
     #[must_use]
     pub fn is_clean(&self) -> bool {
         self.in_use == 0 && self.settling == 0
@@ -243,7 +245,7 @@ pub trait PoolSource: sealed::Sealed + Sync {
     /// The database of the pool.
     type Database: Backend;
 
-    /// The pool itself, or one that wraps it.
+    /// Returns the pool itself, or one that wraps it.
     fn tx_pool(&self) -> TxPool<Self::Database>;
 }
 

@@ -6,24 +6,27 @@
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum PoolerMode {
-    /// Nothing: each connection has a session of its own, as also behind a pooler in session mode.
+    /// Nothing: each connection has its own session, as it also has behind a pooler in session mode.
     ///
-    /// On PostgreSQL it is looked at when the pool is opened: its first connection and the one for cancelling are asked for
-    /// their sessions in turn. A pooler in transaction mode is refused with
-    /// [`TxError::Pooler`](crate::TxError::Pooler), before anything was set.
+    /// On PostgreSQL the pool checks this when it is opened: it asks its first connection and the one that cancels for
+    /// their sessions in turn. It refuses a pooler in transaction mode with
+    /// [`TxError::Pooler`](crate::TxError::Pooler), before it sets anything.
     #[default]
     None,
-    /// A pooler that gives each transaction another session, such as PgBouncer with `pool_mode = transaction`. PostgreSQL
-    /// alone.
+    /// A pooler that gives each transaction another session, such as PgBouncer with `pool_mode = transaction`.
+    /// PostgreSQL only.
     ///
-    /// No session is changed for longer than a transaction: what sqlx has prepared there by name is forgotten at its end.
-    /// Each message of ours outside a transaction is one simple query. The session of a transaction is learnt behind its
-    /// `BEGIN`, which takes one more round trip and is its first query, so that `SET TRANSACTION` is refused after it. It is
-    /// cancelled over another connection of the pooler, and only as long as it is in that very transaction. So the pooler needs at least one session more (`default_pool_size`) than there are transactions at the
-    /// same time: a cancel that finds none free comes late, and its session is lost.
+    /// The pool changes no session for longer than a transaction, and forgets what sqlx has prepared there by name at
+    /// its end. Each of its messages outside a transaction is one simple query. It learns the session of a transaction
+    /// after `BEGIN`. That takes one more round trip and is the transaction's first query, so `SET TRANSACTION` is
+    /// refused after it.
     ///
-    /// What a direct session of our own can do is missing here, as in a wrapped pool: writes that follow in the level
-    /// between, after a `begin` of sqlx was cancelled two levels deep, do not pass the guard and may stand. A wrapped pool
+    /// It cancels a session over another connection of the pooler, and only while the session is in that very
+    /// transaction. So the pooler needs at least one session more (`default_pool_size`) than there are concurrent
+    /// transactions: a cancel that finds no free session comes late, and the session that it was meant for is lost.
+    ///
+    /// As in a wrapped pool, one protection of the crate's direct sessions is missing here: if a `begin` of sqlx was
+    /// cancelled two levels deep, later writes in the level between do not pass the guard and may stand. A wrapped pool
     /// must lead to the server itself.
     Transaction,
 }

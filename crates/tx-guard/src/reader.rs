@@ -24,16 +24,17 @@ const FRESH: Duration = Duration::from_secs(1);
 
 /// A session of a pool for reads without a transaction. From [`TxPool::reader`].
 ///
-/// It dereferences to the connection, so `&mut *reader` runs sqlx queries. Dropping it, even while a query runs, cancels the
-/// query on the server and gives the session back to its pool.
+/// It dereferences to the connection, so `&mut *reader` runs sqlx queries. Dropping it, even while a query runs,
+/// cancels the query on the server and returns the session to its pool.
 ///
 /// # Limitations
 ///
-/// On a pool of the crate's own a write is refused: by PostgreSQL and MySQL because the session may only read, by SQLite
-/// when it would be committed. SQL that begins a transaction of its own escapes that. On a wrapped pool of PostgreSQL or
-/// MySQL the session is the user's own, and a write is committed as with plain sqlx; SQLite refuses it there, too. Behind a
-/// [`PoolerMode::Transaction`](crate::PoolerMode) a write is not refused either, and a query that is dropped is not
-/// cancelled: its connection is closed.
+/// - The crate's own pools refuse a write: PostgreSQL and MySQL because the session is read-only, SQLite when the write
+///   would be committed. SQL that begins its own transaction escapes that.
+/// - On a wrapped pool of PostgreSQL or MySQL the session is the user's own, and a write is committed as with plain
+///   sqlx. SQLite refuses it there, too.
+/// - Behind a [`PoolerMode::Transaction`](crate::PoolerMode) a write is not refused either, and a dropped query is not
+///   cancelled: its connection is closed.
 #[must_use = "a reader that is dropped at once has read nothing"]
 pub struct Reader<DB: Backend> {
     /// Taken only by the drop.
@@ -55,7 +56,7 @@ impl<DB: Backend> TxPool<DB> {
     ///
     /// # Errors
     ///
-    /// As [`begin`](Self::begin).
+    /// Same as [`begin`](Self::begin).
     ///
     /// # Examples
     ///

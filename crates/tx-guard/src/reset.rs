@@ -3,24 +3,30 @@
 //! Invariant: what is compared is read in the words of the database itself, and what is not known to be as it was is reset,
 //! or its session closed.
 
-/// How a session is made the same for each transaction. From [`TxPoolBuilder::reset`](crate::TxPoolBuilder::reset).
+/// How a session is restored for the next transaction. Set with [`TxPoolBuilder::reset`](crate::TxPoolBuilder::reset).
 ///
-/// Sessions of a wrapped pool, and those behind a [`PoolerMode::Transaction`](crate::PoolerMode), go back as they are.
+/// Sessions of a wrapped pool, and sessions behind a [`PoolerMode::Transaction`](crate::PoolerMode), go back as they
+/// are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum Reset {
-    /// After each transaction a short list is compared with what it was when the session was opened: on PostgreSQL the role,
-    /// the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify), in the message that ends the
-    /// transaction; on MySQL the database and the variables named, in a message for which nobody waits but who is given the
-    /// session next. Session locks (`pg_advisory_lock`, `GET_LOCK`) are released. When something differs, everything is reset as with `Discard`, and
-    /// on MySQL the session is closed. What was `SET LOCAL` ends with its transaction and does not count.
+    /// After each transaction the pool compares a short list with its state when the session was opened: on PostgreSQL
+    /// the role, the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify); on MySQL the
+    /// database and the named variables. It also releases session locks (`pg_advisory_lock`, `GET_LOCK`). If something
+    /// differs, it resets everything as with `Discard`, or closes the session on MySQL. A `SET LOCAL` ends with its
+    /// transaction and does not count.
+    ///
+    /// On PostgreSQL the message that ends the transaction asks for all this if callers are waiting for a session, or
+    /// if the next caller would have to. Otherwise, and on MySQL, a separate message follows. Only the next user of the
+    /// session and [`close`](crate::TxPool::close) wait for it, so session locks may be held for a round trip after
+    /// `commit` has returned.
     ///
     /// On SQLite nothing is compared.
     #[default]
     Verify,
-    /// After each transaction everything is reset that PostgreSQL's `DISCARD ALL` resets, except prepared statements, and
-    /// the hook [`after_connect`](crate::TxPoolBuilder::after_connect) runs again. On MySQL, where sqlx has no means to do
-    /// that, each session is closed after its transaction. On SQLite nothing is reset.
+    /// After each transaction the pool resets everything that PostgreSQL's `DISCARD ALL` resets, except prepared
+    /// statements, and runs the hook [`after_connect`](crate::TxPoolBuilder::after_connect) again. On MySQL sqlx has no
+    /// means to do that, so each session is closed after its transaction. On SQLite nothing is reset.
     Discard,
     /// A session goes back as it is.
     None,

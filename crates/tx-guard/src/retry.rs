@@ -6,7 +6,7 @@ use std::time::Duration;
 
 /// How often a transaction is tried after a transient failure, and how soon.
 ///
-/// Before attempt n + 1 it rests for a random time between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter").
+/// Before attempt n + 1 it waits for a random time between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter").
 ///
 /// | option | default |
 /// |---|---|
@@ -31,17 +31,18 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// One attempt, no retry.
+    /// Makes one attempt, and no retry.
     pub fn none() -> Self {
         Self::attempts(1)
     }
 
-    /// As the default, with so many attempts in all. Zero counts as one.
+    /// Works like the default, with this many attempts in all. Zero counts as one.
     pub fn attempts(attempts: u32) -> Self {
         Self { attempts: attempts.max(1), first: Duration::from_millis(10), longest: Duration::from_secs(1) }
     }
 
-    /// The longest wait before the second attempt, and before any attempt.
+    /// Sets the longest wait before the second attempt, and the longest wait before any attempt. Default: 10 ms and 1
+    /// s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;

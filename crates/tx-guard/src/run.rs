@@ -9,11 +9,11 @@ use crate::tx::Tx;
 use crate::{TransactionGuard, TxError};
 
 impl<DB: Backend> Tx<DB> {
-    /// Begins, and leaves the rest to the caller.
+    /// Begins the transaction, and leaves the rest to the caller.
     ///
-    /// A [`timeout`](Self::timeout) goes with the guard: the begin is bounded by it, the server's own limits are set, and
-    /// a [`commit`](TransactionGuard::commit) after it rolls back. Statements are the caller's, and so is giving them up.
-    /// A [`retry`](Self::retry) holds for the begin alone.
+    /// A [`timeout`](Self::timeout) stays with the guard: it bounds the begin, sets the server's own limits, and makes
+    /// a later [`commit`](TransactionGuard::commit) roll back. The caller runs the statements, and decides when to
+    /// abandon them. A [`retry`](Self::retry) applies only to the begin.
     ///
     /// # Cancel safety
     ///
@@ -22,8 +22,8 @@ impl<DB: Backend> Tx<DB> {
     ///
     /// # Errors
     ///
-    /// As [`TxPool::begin`](crate::TxPool::begin), and [`TxError::Timeout`] if the time was over before the transaction
-    /// had begun.
+    /// Same as [`TxPool::begin`](crate::TxPool::begin), or [`TxError::Timeout`] if the time ran out before the
+    /// transaction had begun.
     ///
     /// # Examples
     ///
@@ -45,31 +45,31 @@ impl<DB: Backend> Tx<DB> {
         self.attempts().next().await
     }
 
-    /// The attempts at this transaction one by one, for code that a closure does not fit.
+    /// Returns the attempts at this transaction one by one, for code where a closure does not fit.
     pub fn attempts(self) -> Attempts<DB> {
         Attempts::new(self)
     }
 
-    /// Begins, runs `work`, and commits; if `work` returns an error, rolls back.
+    /// Begins, runs `work`, and commits. If `work` returns an error, it rolls back.
     ///
-    /// `work` is called anew for each attempt, and returns any error that a [`TxError`] turns into: name it where nothing
-    /// else does, as in `Ok::<_, AppError>(1)`. Inside [`tokio::spawn`], write it as `async move |tx|`.
+    /// It calls `work` again for each attempt. `work` may return any error type that a [`TxError`] converts into; name
+    /// it if nothing else does, as in `Ok::<_, AppError>(1)`. Inside [`tokio::spawn`], write it as `async move |tx|`.
     ///
-    /// Where a closure borrows and its future must be [`Send`], as in the handler of a web server, today's compilers
-    /// say that "`Send` is not general enough": use [`run_boxed`](Self::run_boxed) or [`attempts`](Self::attempts).
+    /// If a closure borrows and its future must be [`Send`], as in a web server's handler, today's compilers say that
+    /// "`Send` is not general enough". Then use [`run_boxed`](Self::run_boxed) or [`attempts`](Self::attempts).
     ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before COMMIT is sent, everything is rolled back. If dropped after that,
-    /// the commit is driven to its end on the runtime, and hooks given with
+    /// the commit runs to completion on the runtime, and hooks added with
     /// [`after_commit`](TransactionGuard::after_commit) run.
     ///
     /// # Errors
     ///
     /// The error of `work`, of [`begin`](crate::TxPool::begin) or of [`commit`](TransactionGuard::commit) in the last
-    /// attempt; [`TxError::Timeout`] in its place if the time had passed when it came, and [`TxError::Pending`] if the
-    /// time has passed while the commit was under way. If it has passed while a connection was waited for, the error is
-    /// that of `begin`, which says why: all are in use, or the server does not answer.
+    /// attempt. If the time had run out by then, [`TxError::Timeout`] takes its place. If the time ran out during the
+    /// commit, it is [`TxError::Pending`]. If it ran out during the wait for a connection, it is the error of `begin`,
+    /// which says why: all connections are in use, or the server does not answer.
     ///
     /// # Examples
     ///
@@ -111,16 +111,16 @@ impl<DB: Backend> Tx<DB> {
         }
     }
 
-    /// As [`run`](Self::run), for work that borrows and whose future must be [`Send`]: a closure that returns a boxed
-    /// future.
+    /// Works like [`run`](Self::run), for work that borrows and whose future must be [`Send`]: it takes a closure that
+    /// returns a boxed future.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped, it is as after [`run`](Self::run).
+    /// This method is cancel safe. If dropped, the effect is that of a dropped [`run`](Self::run).
     ///
     /// # Errors
     ///
-    /// As [`run`](Self::run).
+    /// Same as [`run`](Self::run).
     ///
     /// # Examples
     ///

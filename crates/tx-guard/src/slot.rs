@@ -22,7 +22,7 @@ use crate::queue::{Asked, Counts, Place, Queue};
 use crate::session::Session;
 use crate::settings::Limits;
 use crate::upkeep::{Upkeep, with_runtime};
-use crate::work::Work;
+use crate::work::{Ticket, Work};
 use crate::{CloseReport, TxError};
 
 /// How often, and after which pause, a session is tried to be opened again for which the connection for cancelling has
@@ -393,7 +393,10 @@ impl<DB: Backend> Slot<DB> {
         } else if closed {
             self.shared.close(session, Closed::WithPool).await;
         } else if session.is_expired() || session.is_looked_at(&self.shared.upkeep) {
-            drop(self.runtime.spawn(look_over(Arc::clone(&self.shared), session, place)));
+            // Closing the pool waits for it.
+            let ticket = Ticket::new(&self.shared.work, None);
+            ticket.settling();
+            drop(self.runtime.spawn(look_over(Arc::clone(&self.shared), session, place, ticket)));
         } else {
             self.shared.put_back(session, place);
         }
@@ -408,7 +411,12 @@ impl<DB: Backend> Slot<DB> {
 }
 
 /// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
-async fn look_over<DB: Backend>(shared: Arc<Shared<DB>>, mut session: Session<DB>, place: Place<Session<DB>>) {
+async fn look_over<DB: Backend>(
+    shared: Arc<Shared<DB>>,
+    mut session: Session<DB>,
+    place: Place<Session<DB>>,
+    ticket: Arc<Ticket>,
+) {
     let keep = !session.is_expired() && {
         let look = timeout(shared.limits.settle_timeout, session.look_over(&shared.upkeep));
         // One whose hook has panicked is closed, as one whose hook has failed.
@@ -422,6 +430,7 @@ async fn look_over<DB: Backend>(shared: Arc<Shared<DB>>, mut session: Session<DB
             drop(place);
         }
     }
+    drop(ticket);
 }
 
 impl<DB: Backend> Drop for Shared<DB> {

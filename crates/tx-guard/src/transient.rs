@@ -28,12 +28,13 @@ pub(crate) enum Verdict {
     Lasting,
 }
 
-/// Whether `error`, or one of its sources, is a failure that another attempt may well be spared: a serialization failure
-/// or a deadlock of PostgreSQL (40001, 40P01), a deadlock or a lock waited for too long on MySQL (1213, 1205), a busy or
-/// locked SQLite.
+/// Returns whether `error`, or one of its sources, is a failure that another attempt may well avoid: a serialization
+/// failure or a deadlock of PostgreSQL (40001, 40P01), a deadlock or a lock wait that took too long on MySQL (1213,
+/// 1205), a busy or locked SQLite.
 ///
-/// For an error type of the application's own that [`Tx::run`](crate::Tx::run) cannot look into, inside
-/// [`Tx::retry_if`](crate::Tx::retry_if). What may have been committed is never transient.
+/// Use it inside [`Tx::retry_if`](crate::Tx::retry_if), for an application's own error type that
+/// [`Tx::run`](crate::Tx::run) cannot look into. If the transaction may have been committed, the error is never
+/// transient.
 ///
 /// ```
 /// use cancel_safe_tx_guard::{TxError, is_transient};
@@ -47,8 +48,8 @@ pub fn is_transient(error: &(dyn Error + 'static)) -> bool {
 }
 
 impl TxError {
-    /// The database could not carry the transaction out beside others, so the same work, run again, may well succeed.
-    /// [`Tx::retry`](crate::Tx::retry) does that. The same as [`is_transient`] of the error.
+    /// Returns whether the database could not run the transaction alongside others, so the same work may well succeed
+    /// if it is run again. [`Tx::retry`](crate::Tx::retry) does that. It is the same as [`is_transient`] of the error.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {

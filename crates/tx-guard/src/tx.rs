@@ -27,7 +27,7 @@ pub struct Tx<DB: Backend> {
 pub(crate) type IsTransient = Arc<dyn Fn(&dyn Any) -> bool + Send + Sync>;
 
 impl<DB: Backend> TxPool<DB> {
-    /// A transaction with options: isolation, timeout, retry.
+    /// Returns a transaction with options: isolation, timeout, retry.
     pub fn tx(&self) -> Tx<DB> {
         Tx {
             pool: self.clone(),
@@ -42,7 +42,7 @@ impl<DB: Backend> TxPool<DB> {
 }
 
 impl<DB: Backend> Tx<DB> {
-    /// What the transaction is called in [records](crate::TxRecord) and `tracing` events. Default: nothing.
+    /// Names the transaction in [records](crate::TxRecord) and `tracing` events. Default: no name.
     ///
     /// ```
     /// # #[cfg(feature = "sqlite")] {
@@ -62,56 +62,58 @@ impl<DB: Backend> Tx<DB> {
         self
     }
 
-    /// The isolation. Default: the database's own. SQLite knows only one, the strictest.
+    /// Sets the isolation. Default: the database's own. SQLite knows only one, the strictest.
     pub fn isolation(mut self, isolation: Isolation) -> Self {
         self.mode.isolation = Some(isolation);
         self
     }
 
-    /// The strictest isolation. On SQLite, where it always holds, this takes the lock for writing at the beginning.
+    /// Sets the strictest isolation. On SQLite, where it always holds, this takes the write lock at the beginning.
     pub fn serializable(self) -> Self {
         self.isolation(Isolation::Serializable)
     }
 
-    /// SQLite's lock for writing is taken at the beginning, so a transaction that reads before it writes need not fail
-    /// because another has written meanwhile. Without effect on PostgreSQL and MySQL, and on what is
-    /// [`read_only`](Self::read_only).
+    /// Takes SQLite's write lock at the beginning, so a transaction that reads before it writes need not fail because
+    /// another has written meanwhile. It has no effect on PostgreSQL and MySQL, or on a [`read_only`](Self::read_only)
+    /// transaction.
     pub fn immediate(mut self) -> Self {
         self.mode.immediate = true;
         self
     }
 
-    /// Nothing is written: PostgreSQL and MySQL refuse each statement that would, SQLite the commit.
+    /// Forbids writes: PostgreSQL and MySQL refuse each statement that writes, SQLite refuses the commit.
     pub fn read_only(mut self) -> Self {
         self.mode.read_only = true;
         self
     }
 
-    /// How long everything may take: all attempts, their pauses, and the wait for a connection. Default: no limit.
+    /// Sets how long everything may take: all attempts, their pauses, and the wait for a connection. Default: no limit.
     ///
-    /// Whatever fails at or past that moment is told as [`TxError::Timeout`](crate::TxError::Timeout), unless it may have
-    /// been committed.
+    /// Any failure at or after that moment is reported as [`TxError::Timeout`](crate::TxError::Timeout), unless the
+    /// transaction may have been committed.
     ///
-    /// PostgreSQL and MariaDB are told as well, so a transaction whose client has vanished ends there a second or two later;
-    /// MySQL can only be told how long a `SELECT` and the wait for a lock may take. Their limits come later than ours.
+    /// PostgreSQL and MariaDB get the limit as well, so a transaction whose client has vanished ends there a second or
+    /// two later. MySQL can only limit a `SELECT` and the wait for a lock. The limits on the server come later than
+    /// this one.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self
     }
 
-    /// Does the work again after a transient failure: a serialization failure or deadlock of PostgreSQL (40001, 40P01), a
-    /// busy or locked SQLite, a deadlock or a lock waited for too long on MySQL (1213, 1205). Default: [`Retry::none`].
+    /// Repeats the work after a transient failure: a serialization failure or deadlock of PostgreSQL (40001, 40P01), a
+    /// busy or locked SQLite, a deadlock or a lock wait that took too long on MySQL (1213, 1205). Default:
+    /// [`Retry::none`].
     ///
-    /// Such a failure is found in what the work returns, and behind it in the chain of sources, if that is a
-    /// [`TxError`](crate::TxError), an [`sqlx::Error`] or a boxed [`std::error::Error`]. For another type, say it with
-    /// [`retry_if`](Self::retry_if). Failures of the begin and of the commit are always seen.
+    /// It finds such a failure in the error that the work returns, and in the chain of its sources, if that error is a
+    /// [`TxError`](crate::TxError), an [`sqlx::Error`] or a boxed [`std::error::Error`]. For another type, use
+    /// [`retry_if`](Self::retry_if). It always sees failures of the begin and of the commit.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.retry = retry;
         self
     }
 
-    /// Calls an error of the application's own transient where `is_transient` does, so [`retry`](Self::retry) holds for it
-    /// too. For work that returns another type of error it has no effect.
+    /// Treats the application's own errors as transient if `is_transient` says so, so [`retry`](Self::retry) applies to
+    /// them too. It has no effect on work that returns another type of error.
     ///
     /// # Examples
     ///
@@ -148,14 +150,14 @@ impl<DB: Backend> Tx<DB> {
         self
     }
 
-    /// Doing the work twice does no more than doing it once, so it may be repeated after a commit of which nobody knows
-    /// whether it happened.
+    /// Declares that doing the work twice does no more than doing it once. So it may be repeated after a commit with an
+    /// unknown outcome.
     pub fn idempotent(mut self) -> Self {
         self.idempotent = true;
         self
     }
 
-    /// What is done if the connection is lost inside `COMMIT`. Default: what the pool does.
+    /// Sets what happens if the connection is lost inside `COMMIT`. Default: what the pool does.
     pub fn commit_mode(mut self, mode: CommitMode) -> Self {
         self.commit_mode = mode;
         self

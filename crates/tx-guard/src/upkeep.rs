@@ -23,7 +23,7 @@ const JITTER: f64 = 0.1;
 /// What sqlx says when it was compiled without a runtime.
 const WITHOUT_RUNTIME: &str = "one of the `runtime` features of SQLx must be enabled";
 
-/// What a hook gives back: a boxed future that borrows the connection.
+/// What a hook returns: a boxed future that borrows the connection.
 pub type HookFuture<'c, T> = Pin<Box<dyn Future<Output = Result<T, sqlx::Error>> + Send + 'c>>;
 
 /// A hook that is shared by all sessions of a pool.

@@ -46,6 +46,8 @@ pub(super) fn check_umbrella(workspace: &Workspace, findings: &mut Vec<Finding>)
         rule: "umbrella",
         fix,
     }));
+    let passed_on = workspace.libraries().flat_map(|library| missing_features(&umbrella.features, library));
+    findings.extend(passed_on.map(|fix| Finding { path: manifest.clone(), line: 1, rule: "umbrella", fix }));
     let library = umbrella.directory().join("src/lib.rs");
     findings.extend(umbrella_modules(&read(&library)?, &names).into_iter().map(|(line, fix)| Finding {
         path: shown(&library),
@@ -111,6 +113,19 @@ fn umbrella_features(features: &BTreeMap<String, Vec<String>>, names: &[&str]) -
     fixes
 }
 
+/// The features of a library that nobody can have through the umbrella. Those of its default come with it, and a program
+/// is not re-exported.
+fn missing_features(umbrella: &BTreeMap<String, Vec<String>>, library: &Package) -> Vec<String> {
+    let by_default = library.features.get("default").cloned().unwrap_or_default();
+    let others =
+        library.single_features().filter(|feature| *feature != "cli" && !by_default.iter().any(|on| on == feature));
+    let lacks = |feature: &&str| {
+        let value = format!("{}?/{feature}", library.name);
+        !umbrella.get(*feature).is_some_and(|list| list.contains(&value))
+    };
+    others.filter(lacks).map(|feature| format!("pass it on: `{feature} = [\"{}?/{feature}\"]`", library.name)).collect()
+}
+
 fn umbrella_modules(library: &str, names: &[&str]) -> Vec<(usize, String)> {
     let file = match syn::parse_file(library) {
         Ok(file) => file,
@@ -121,7 +136,6 @@ fn umbrella_modules(library: &str, names: &[&str]) -> Vec<(usize, String)> {
     for item in &file.items {
         let alias = names.iter().find(|name| is_alias(item, name));
         match alias {
-            None if is_for_doctests(item) => {}
             Some(name) => missing.retain(|other| other != name),
             None => fixes.push((
                 item.span().start().line,
@@ -135,14 +149,6 @@ fn umbrella_modules(library: &str, names: &[&str]) -> Vec<(usize, String)> {
         (1, format!("add `#[cfg(feature = \"{name}\")] pub use cancel_safe_{module} as {module};`"))
     }));
     fixes
-}
-
-/// Whether the item holds the pages whose examples are compiled.
-fn is_for_doctests(item: &Item) -> bool {
-    let Item::Mod(pages) = item else { return false };
-    let [attribute] = &pages.attrs[..] else { return false };
-    let condition = attribute.meta.require_list().map(|list| list.tokens.to_string());
-    attribute.path().is_ident("cfg") && condition.is_ok_and(|text| text == "doctest")
 }
 
 /// Whether the item is `#[cfg(feature = "a-b")] pub use cancel_safe_a_b as a_b;`.
@@ -203,6 +209,17 @@ mod tests {
         assert_eq!(umbrella_features(&good, &["a-b", "c"]).len(), 2);
         let eager = features(&[("default", &["full"]), ("full", &["a-b"]), ("a-b", &["dep:cancel-safe-a-b"])]);
         assert_eq!(umbrella_features(&eager, &["a-b"]).len(), 1);
+    }
+
+    #[test]
+    fn a_feature_that_is_not_passed_on_is_found() {
+        let workspace = Workspace::load().unwrap();
+        let mut umbrella = workspace.find(UMBRELLA).unwrap().features.clone();
+        let shutdown = workspace.find("shutdown").unwrap();
+        assert_eq!(missing_features(&umbrella, shutdown), [""; 0]);
+        umbrella.remove("axum");
+        let fix = "pass it on: `axum = [\"cancel-safe-shutdown?/axum\"]`";
+        assert_eq!(missing_features(&umbrella, shutdown), [fix]);
     }
 
     #[test]

@@ -123,7 +123,7 @@ fn is_punct(token: &TokenTree, any_of: &str) -> bool {
     matches!(token, TokenTree::Punct(punct) if any_of.contains(punct.as_char()))
 }
 
-fn line(span: Span) -> usize {
+pub(super) fn line(span: Span) -> usize {
     span.start().line
 }
 
@@ -242,7 +242,7 @@ fn is_future_bound(bound: &TypeParamBound) -> bool {
         if of.path.segments.last().is_some_and(|last| last.ident == "Future" || last.ident == "IntoFuture"))
 }
 
-fn type_name(of: &Type) -> Option<String> {
+pub(super) fn type_name(of: &Type) -> Option<String> {
     match of {
         Type::Path(path) => path.path.segments.last().map(|last| last.ident.to_string()),
         _ => None,
@@ -263,7 +263,7 @@ fn only_in_tests(attributes: &[Attribute]) -> bool {
 }
 
 /// The text of the documentation comments.
-fn documentation(attributes: &[Attribute]) -> String {
+pub(super) fn documentation(attributes: &[Attribute]) -> String {
     let mut text = String::new();
     for attribute in attributes {
         if let Meta::NameValue(pair) = &attribute.meta

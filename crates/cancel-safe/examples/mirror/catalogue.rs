@@ -1,18 +1,21 @@
 //! The catalogue: what is on disk, in SQLite or PostgreSQL. One writer takes all changes that wait into one transaction.
 //!
 //! A row is there only when its file is durable. Before a file is replaced, its next row is written down as pending beside
-//! the one it has, so that whatever ends the process, the digest of the file says which of the two is true. Changes are acknowledged after their COMMIT; nobody waits for a batch to
-//! fill, because the writer begins as soon as the last transaction is done, with what has come in meanwhile.
+//! the one it has, so that whatever ends the process, the digest of the file says which of the two is true. Changes are
+//! acknowledged after their COMMIT; nobody waits for a batch to fill, because the writer begins as soon as the last
+//! transaction is done, with what has come in meanwhile.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cancel_safe::tx_guard::TxError;
+use futures_util::{StreamExt, TryStreamExt};
 use tokio::sync::{mpsc, oneshot};
 
 /// The most changes in one transaction: what a kill can make a run fetch again beyond the files in flight.
 pub(crate) const MAX_BATCH: usize = 64;
+
 /// One file that is on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Row {
@@ -137,5 +140,11 @@ impl Catalogue {
         let stopped = || CatalogueError::Stopped { cause: "its writer has ended".to_owned(), disk_full: false };
         self.jobs.send(Job { change, done }).await.map_err(|_| stopped())?;
         outcome.await.map_err(|_| stopped())?
+    }
+
+    /// Applies many changes; as many go into one transaction as wait. Dropped, any of them may still be applied.
+    pub(crate) async fn apply_all(&self, changes: Vec<Change>) -> Result<(), CatalogueError> {
+        let applied = futures_util::stream::iter(changes).map(|change| self.apply(change)).buffered(MAX_BATCH);
+        applied.try_collect().await
     }
 }

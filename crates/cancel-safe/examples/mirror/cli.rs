@@ -1,10 +1,14 @@
 //! The command line: what may be asked, and the codes that the program ends with.
 
+use std::convert::Infallible;
+use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::str::FromStr;
 use std::time::Duration;
 
-use clap::Parser;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{CommandFactory, Parser};
 use reqwest::header::{self, HeaderName, HeaderValue};
 
 /// Keeps a directory equal to a list of URLs, and survives everything.
@@ -42,8 +46,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub(crate) max_body: Option<u64>,
     /// Send this header with every request, to the origin that it is meant for and no other: 'Name: value'
-    #[arg(long = "header", value_name = "HEADER", value_parser = header)]
-    pub(crate) headers: Vec<(HeaderName, HeaderValue)>,
+    #[arg(long = "header", value_name = "HEADER")]
+    headers: Vec<Secret>,
     /// What the program calls itself [default: mirror/VERSION]
     #[arg(long, value_name = "TEXT", value_parser = user_agent)]
     pub(crate) user_agent: Option<HeaderValue>,
@@ -51,8 +55,8 @@ pub(crate) struct Args {
     #[arg(long, value_name = "FILE")]
     pub(crate) ca: Vec<PathBuf>,
     /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
-    #[arg(long, value_name = "URL", value_parser = database, requires = "manifest")]
-    pub(crate) database: Option<String>,
+    #[arg(long, value_name = "URL", requires = "manifest")]
+    database: Option<Secret>,
     /// Try again what failed for good in earlier runs
     #[arg(long)]
     pub(crate) retry_failed: bool,
@@ -74,6 +78,9 @@ pub(crate) struct Args {
     /// Without --manifest: a tenth of the files, small ones.
     #[arg(long, hide = true)]
     pub(crate) short: bool,
+    /// As `--short`, and some bodies come so slowly that nobody sees their end.
+    #[arg(long, hide = true)]
+    pub(crate) endless: bool,
     /// HOST=ADDRESS: how a child of the demo is told where the origin listens.
     #[arg(long, hide = true, value_parser = resolve)]
     pub(crate) resolve: Vec<(String, SocketAddr)>,
@@ -93,6 +100,24 @@ Exit codes:
   0  all there              2  finished, some URLs failed     64  bad usage or manifest
  65  corrupt checkpoint    69  database unreachable           70  grace exceeded, fetches were cut
  73  cannot write          75  another run holds DIR         130, 143  stopped by SIGINT, SIGTERM";
+
+/// A value that may hold a secret. No refusal shows it; it is understood only once the command line is.
+#[derive(Clone)]
+struct Secret(String);
+
+impl FromStr for Secret {
+    type Err = Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Infallible> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secret(..)")
+    }
+}
 
 /// Files that a run has open besides those of its fetches: databases, checkpoint, list, lock, streams, the runtime's own.
 const OWN_FILES: u16 = 28;
@@ -115,10 +140,37 @@ pub(crate) enum Exit {
 impl Args {
     /// Parses the command line; `Err` is what to print, and the code to end with.
     pub(crate) fn read() -> Result<Self, (clap::Error, Exit)> {
-        Self::try_parse().map_err(|error| {
-            let exit = if error.use_stderr() { Exit::Usage } else { Exit::Complete };
-            (error, exit)
-        })
+        let usage = |why: String| (Self::command().error(ErrorKind::ValueValidation, why), Exit::Usage);
+        let args = Self::try_parse().map_err(|error| match error.get(ContextKind::InvalidArg) {
+            // Perhaps a URL with credentials, or the end of a header that nobody has put in quotes.
+            Some(ContextValue::String(stray))
+                if error.kind() == ErrorKind::UnknownArgument && !stray.starts_with('-') =>
+            {
+                usage("an argument belongs to no option; URLs go into the list that --manifest names".to_owned())
+            }
+            _ if error.use_stderr() => (error, Exit::Usage),
+            _ => (error, Exit::Complete),
+        })?;
+        args.headers().and(args.database().map(drop)).map_err(usage)?;
+        Ok(args)
+    }
+
+    /// The headers that are sent with every request.
+    pub(crate) fn headers(&self) -> Result<Vec<(HeaderName, HeaderValue)>, String> {
+        let header = |text: &Secret| header(&text.0).map_err(|why| format!("--header: {why}"));
+        self.headers.iter().map(header).collect()
+    }
+
+    /// The URL of the catalogue's database.
+    pub(crate) fn database(&self) -> Result<Option<&str>, String> {
+        match self.database.as_ref().map(|url| url.0.as_str()) {
+            Some(url)
+                if !url.starts_with("sqlite:") && !url.starts_with("postgres:") && !url.starts_with("postgresql:") =>
+            {
+                Err("--database: expected sqlite:PATH or postgres://…".to_owned())
+            }
+            url => Ok(url),
+        }
     }
 
     /// The same, with no more in flight than the process may open files for.
@@ -177,9 +229,8 @@ fn resolve(text: &str) -> Result<(String, SocketAddr), String> {
 fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
     let (name, value) = text.split_once(':').ok_or_else(|| "expected 'Name: value'".to_owned())?;
     let name: HeaderName = name.trim().parse().map_err(|_| "that is no name of a header".to_owned())?;
-    // The range and the conditions of a request are the program's own.
     if [header::RANGE, header::IF_RANGE, header::IF_NONE_MATCH, header::IF_MODIFIED_SINCE].contains(&name) {
-        return Err(format!("{name} is set by the program itself"));
+        return Err("the range and the conditions of a request are set by the program itself".to_owned());
     }
     let mut value: HeaderValue = value.trim().parse().map_err(|_| "that is no value of a header".to_owned())?;
     // So that it is shown nowhere.
@@ -189,11 +240,4 @@ fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
 
 fn user_agent(text: &str) -> Result<HeaderValue, String> {
     text.parse().map_err(|_| "that is no value of a header".to_owned())
-}
-
-fn database(text: &str) -> Result<String, String> {
-    match text.split_once(':') {
-        Some(("sqlite" | "postgres" | "postgresql", _)) => Ok(text.to_owned()),
-        _ => Err("expected sqlite:PATH or postgres://…".to_owned()),
-    }
 }

@@ -40,6 +40,8 @@ const PATIENCE: Duration = Duration::from_millis(700);
 const NAMES: [&str; 2] = ["plain loop", "mirror"];
 /// The directories of both, and their logs.
 const PLACES: [&str; 2] = ["plain", "mirror"];
+/// What is served, a URL a line.
+const LIST: &str = "urls.txt";
 
 /// Runs the demo in the directory `--out`. A stop ends it, and its children, at once.
 pub(crate) async fn run(args: &Args, cx: &WorkerContext) -> Result<Ending, Ending> {
@@ -55,7 +57,12 @@ fn ending(exit: Exit, verdict: impl Into<String>) -> Ending {
 }
 
 async fn watch(args: &Args) -> Result<Ending, Ending> {
-    let (out, scale) = (args.out(), if args.short { Scale::SHORT } else { Scale::FULL });
+    let out = args.out();
+    let scale = match (args.endless, args.short) {
+        (true, _) => Scale::ENDLESS,
+        (false, true) => Scale::SHORT,
+        (false, false) => Scale::FULL,
+    };
     let prepared = tokio::task::spawn_blocking(move || {
         let content = Content::new(scale);
         prepare(&out, &content).map(|lock| (content, lock))
@@ -92,7 +99,8 @@ async fn watch(args: &Args) -> Result<Ending, Ending> {
     Ok(verdict(&sides[1], &faults[1], &ended[1]))
 }
 
-/// Makes the directories and the list of URLs. What an earlier demo left is removed, and nothing else is touched.
+/// Makes the directories and the list of URLs. What an earlier demo left is removed, and nothing else is touched: a
+/// directory without its mark that holds anything of those names is somebody's.
 fn prepare(out: &Path, content: &Content) -> Result<File, Ending> {
     let refuse = |path: PathBuf| {
         move |error: io::Error| ending(Exit::Write, format!("{} cannot be written: {}", path.display(), chain(&error)))
@@ -101,7 +109,9 @@ fn prepare(out: &Path, content: &Content) -> Result<File, Ending> {
     let lock_path = out.join("demo.lock");
     let is_ours = lock_path.exists();
     let places = PLACES.map(|place| out.join(place));
-    if let Some(other) = places.iter().find(|place| !is_ours && place.symlink_metadata().is_ok()) {
+    let list = out.join(LIST);
+    let made = PLACES.map(log).map(|name| out.join(name)).into_iter().chain(places.clone()).chain([list.clone()]);
+    if let Some(other) = made.into_iter().find(|place| !is_ours && place.symlink_metadata().is_ok()) {
         let verdict = format!("{} is not a demo's; move it aside, or give another --out", other.display());
         return Err(ending(Exit::Usage, verdict));
     }
@@ -120,9 +130,13 @@ fn prepare(out: &Path, content: &Content) -> Result<File, Ending> {
         }
     }
     let urls: String = content.files.iter().map(|file| format!("{}\n", file.url)).collect();
-    let list = out.join("urls.txt");
     fs::write(&list, urls).map_err(refuse(list))?;
     Ok(lock)
+}
+
+/// What the client at a place has to say.
+fn log(place: &str) -> String {
+    format!("{place}.log")
 }
 
 /// One of the two clients, with an origin of its own.
@@ -176,7 +190,7 @@ impl Side {
     }
 
     fn log(&self) -> PathBuf {
-        self.out.join(format!("{}.log", PLACES[self.index]))
+        self.out.join(log(PLACES[self.index]))
     }
 
     /// Runs it to its end, through all kills.
@@ -239,7 +253,7 @@ impl Side {
             // What was asked of the demo is asked of mirror; where an option comes twice, the last counts.
             command.args(std::env::args_os().skip(1));
         }
-        command.arg("--lifeline").arg("--manifest").arg(self.out.join("urls.txt")).arg("--out").arg(self.dir());
+        command.arg("--lifeline").arg("--manifest").arg(self.out.join(LIST)).arg("--out").arg(self.dir());
         for (host, address) in &self.origin.hosts {
             command.arg(format!("--resolve={host}={address}"));
         }

@@ -1,7 +1,8 @@
 //! Fetches one URL into one durable file, and says of each failure whether it is worth another attempt.
 
+use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -14,7 +15,7 @@ use url::Url;
 
 use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
-use super::home::{Home, digest, hex};
+use super::home::{Home, digest, hex, is_of_name};
 use super::parts::Part;
 use super::report::{Reporter, chain};
 
@@ -183,6 +184,7 @@ impl Fetcher {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         let row = Row { sha256: found, ..target.row(bytes, Sha256::new()) };
         if target.sha256.as_deref().or(wanted).is_some_and(|wanted| wanted == row.sha256) && target.fits(&row) {
+            self.make_durable(file).await?;
             return Ok(row);
         }
         if target.sha256.is_some() {
@@ -199,7 +201,26 @@ impl Fetcher {
             bytes += chunk.len() as i64;
         }
         let theirs = target.row_of(&response, bytes, hasher)?;
-        if theirs.sha256 == row.sha256 { Ok(theirs) } else { Err(Trouble::in_the_way(&file)) }
+        if theirs.sha256 != row.sha256 {
+            return Err(Trouble::in_the_way(&file));
+        }
+        self.make_durable(file).await?;
+        Ok(theirs)
+    }
+
+    /// Makes a file durable that somebody else has written, with the names that lead to it: a row says that of its file.
+    async fn make_durable(&self, file: PathBuf) -> Result<(), Trouble> {
+        let home = Arc::clone(&self.home);
+        let synced = tokio::task::spawn_blocking(move || {
+            home.make_parents(&file)?;
+            File::open(&file)?.sync_all()?;
+            file.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
+        });
+        synced
+            .await
+            .map_err(io::Error::other)
+            .flatten()
+            .map_err(|error| Trouble::new("write", chain(&error), advice(&error)))
     }
 
     /// Writes what was kept, if anything, and what `response` brings, as one file. Of a body that is cut, what came is kept.
@@ -382,19 +403,11 @@ async fn write_down(part: Option<Part>) -> Option<Part> {
 
 /// What a refusal of the system means: for this file alone, for now, or for all.
 fn advice(error: &io::Error) -> Advice {
-    match (error.raw_os_error(), error.kind()) {
-        // EILSEQ, on Linux and elsewhere: this file system does not take the name.
-        (Some(84 | 92), _) => Advice::Never,
+    match error.kind() {
         _ if is_out_of_files(error) => Advice::Later(FILES_PAUSE),
-        // A name that this file system does not take, or a directory that somebody has closed to us.
-        (
-            _,
-            ErrorKind::InvalidInput
-            | ErrorKind::InvalidFilename
-            | ErrorKind::PermissionDenied
-            | ErrorKind::IsADirectory
-            | ErrorKind::NotADirectory,
-        ) => Advice::Never,
+        _ if is_of_name(error) => Advice::Never,
+        // A directory that somebody has closed to us.
+        ErrorKind::PermissionDenied | ErrorKind::IsADirectory | ErrorKind::NotADirectory => Advice::Never,
         _ => Advice::Stop(Exit::Write),
     }
 }

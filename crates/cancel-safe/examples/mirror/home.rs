@@ -104,13 +104,18 @@ impl Home {
     }
 }
 
+/// Whether the file system does not take a name.
+pub(crate) fn is_of_name(error: &io::Error) -> bool {
+    // EILSEQ, on Linux and elsewhere.
+    matches!(error.raw_os_error(), Some(84 | 92))
+        || matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename)
+}
+
 /// Finds out what the file system does to names. The lock is held: its name is there, and nobody else probes.
 fn probe(dir: &Path) -> Rules {
     let odd = dir.join("mirror.probe:");
-    let refusal =
-        |error: io::Error| matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename);
     // A full disk is another matter.
-    let refuses = File::create(&odd).err().is_some_and(refusal);
+    let refuses = File::create(&odd).err().is_some_and(|error| is_of_name(&error));
     // On some systems it has made a file of another name, or none that can be removed.
     let _gone = std::fs::remove_file(&odd);
     Rules { folds: dir.join("MIRROR.ID").exists(), refuses }
@@ -129,6 +134,17 @@ fn mark(lock: &mut File) -> io::Result<String> {
         lock.sync_all()?;
     }
     Ok(mark)
+}
+
+/// Runs what blocks on a thread for it; when the returned future is dropped, the work is told so.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce(&CancellationToken) -> Result<T, HomeError> + Send + 'static,
+) -> Result<T, HomeError> {
+    let stop = CancellationToken::new();
+    let dropped = stop.clone().drop_guard();
+    let done = tokio::task::spawn_blocking(move || work(&stop)).await;
+    drop(dropped);
+    done.unwrap_or_else(|panicked| Err(at(Path::new("a worker thread"))(io::Error::other(panicked))))
 }
 
 /// Bytes in hexadecimal.

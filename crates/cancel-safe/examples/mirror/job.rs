@@ -92,7 +92,8 @@ pub(crate) async fn run(
     let args = &args.within_limits();
     let home = Arc::new(Home::open(&args.out())?);
     let out = args.out();
-    let opening = store::open(args.database.as_deref(), &out, &home.mark);
+    let usage = |why: String| Ending::new(Exit::Usage, why);
+    let opening = store::open(args.database().map_err(usage)?, &out, &home.mark);
     let Opened { catalogue, writer, is_new } = until_stopped(cx, opening).await?;
     let job = async {
         // The writer ends when the last handle of the catalogue does, and this block owns it.
@@ -160,9 +161,9 @@ fn client(args: &Args, hosts: &[(String, SocketAddr)], known: &Arc<Hosts>) -> Re
         certificates.extend(read().map_err(unusable)?);
     }
     let (mut headers, mut names) = (HeaderMap::new(), Vec::new());
-    for (name, value) in &args.headers {
-        headers.append(name, value.clone());
+    for (name, value) in args.headers().map_err(|why| Ending::new(Exit::Usage, why))? {
         names.push(name.to_string());
+        headers.append(name, value);
     }
     let agent =
         args.user_agent.clone().unwrap_or(HeaderValue::from_static(concat!("mirror/", env!("CARGO_PKG_VERSION"))));

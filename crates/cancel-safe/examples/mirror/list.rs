@@ -103,9 +103,9 @@ impl List {
         self.add(line, 0)
     }
 
-    /// Takes the URL of a file that is kept although the list has lost it.
-    pub(crate) fn push_left(&mut self, url: &str) -> io::Result<()> {
-        self.add(&Line { url: url.to_owned(), ..Line::default() }, LEFT)
+    /// Takes the URL of a file that is kept although the list has lost it, and the place that it asks for, if any.
+    pub(crate) fn push_left(&mut self, url: String, out: Option<String>) -> io::Result<()> {
+        self.add(&Line { url, out, ..Line::default() }, LEFT)
     }
 
     fn add(&mut self, line: &Line, flags: u64) -> io::Result<()> {
@@ -208,7 +208,9 @@ impl List {
             }
         }
         self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).get_mut().seek(SeekFrom::End(0))?;
-        let contested = names.contested(|slot| self.line(slot).map(|line| (line.out.is_none(), line.url)))?;
+        // A place that a line asks for is not held against it by a URL that has left the list.
+        let order = |slot: u32, line: Line| (line.out.is_none(), line.out.is_some() && self.is_left(slot), line.url);
+        let contested = names.contested(|slot| self.line(slot).map(|line| order(slot, line)))?;
         for slot in contested {
             self.slots[slot as usize].at |= HASHED;
         }
@@ -248,6 +250,11 @@ impl List {
     /// The file of a slot is there, and not what the list asks for.
     pub(crate) fn stale(&mut self, slot: u32) {
         self.slots[slot as usize].at |= STALE;
+    }
+
+    /// The file of a slot is not there after all.
+    pub(crate) fn forget(&mut self, slot: u32) {
+        self.slots[slot as usize].at &= !(COMPLETE | STALE);
     }
 
     /// Whether the catalogue had a row of a slot, when the run began.
@@ -318,7 +325,7 @@ mod tests {
     fn what_left_the_list_keeps_its_name_and_is_in_no_queue() {
         let mut list = list(&["http://h/z", "http://i/a", "http://h/b"]);
         list.sort().unwrap();
-        list.push_left("http://h/z/y").unwrap();
+        list.push_left("http://h/z/y".to_owned(), None).unwrap();
         list.sort().unwrap();
         list.give_names(Rules::default(), || true).unwrap();
         let mut queues: Vec<Vec<String>> = Vec::new();
@@ -335,5 +342,30 @@ mod tests {
         assert!(!list.has_row(other));
         list.stale(other);
         assert!(list.has_row(other) && !list.is_complete(other));
+        list.forget(other);
+        assert!(!list.has_row(other));
+    }
+
+    #[test]
+    fn what_left_the_list_keeps_the_place_it_was_given_until_a_line_asks_for_that() {
+        let names = |lines: &[Line]| {
+            let mut list = List::new().unwrap();
+            lines.iter().for_each(|line| list.push(line).unwrap());
+            list.push_left("http://h/left".to_owned(), Some("x/y".to_owned())).unwrap();
+            list.sort().unwrap();
+            list.give_names(Rules::default(), || true).unwrap();
+            ["http://h/left", "http://h/new"].map(|url| {
+                let slot = list.find(url).unwrap();
+                slot.map(|slot| list.path(slot).unwrap()).unwrap_or_default()
+            })
+        };
+        let new = |out: &str| Line { url: "http://h/new".into(), out: Some(out.into()), ..Line::default() };
+        assert_eq!(names(&[]), ["x/y", ""]);
+        assert_eq!(names(&[new("x/z")]), ["x/y", "x/z"]);
+        let [left, taken] = names(&[new("x/y")]);
+        assert!(left.starts_with("x/y~") && taken == "x/y", "{left}, {taken}");
+        // What asks for nothing makes room.
+        let plain = Line { url: "http://x/y".into(), ..Line::default() };
+        assert_eq!(names(&[plain]), ["x/y", ""]);
     }
 }

@@ -1,8 +1,8 @@
 //! Keeps a directory equal to a list of URLs, and survives everything: `cargo demo` shows it beside a plain loop.
 //!
 //! The crates of `cancel-safe` at work together: files are written through `atomic_fs`, rows through `tx_guard`, requests
-//! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. A partial body starts
-//! again from its beginning; there are no range requests.
+//! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. Of a large body that was
+//! cut, the beginning is kept and the rest asked for, where the server can prove that it is the same body.
 
 mod catalogue;
 mod cli;
@@ -14,6 +14,7 @@ mod job;
 mod judge;
 mod list;
 mod manifest;
+mod moves;
 mod origin;
 mod parts;
 mod paths;

@@ -72,6 +72,8 @@ impl Scale {
     /// What the tests of the demo run.
     pub(crate) const SHORT: Self =
         Self { files: 60, largest: 128 << 10, down: Duration::from_millis(300), drip: Duration::from_millis(10) };
+    /// The same for tests that end it themselves.
+    pub(crate) const ENDLESS: Self = Self { drip: Duration::from_secs(60), ..Self::SHORT };
 }
 
 /// All files. Several origins may serve the same.

@@ -42,7 +42,12 @@ pub(crate) struct Rules {
 }
 
 impl Rules {
-    /// A path as the file system compares it with others, in 64 bits.
+    /// A path as the file system compares it with others.
+    pub(crate) fn folded(self, path: &str) -> String {
+        if self.folds { path.to_lowercase() } else { path.to_owned() }
+    }
+
+    /// The same in 64 bits.
     fn hash(self, path: &str) -> u64 {
         if self.folds { short_hash(&path.to_lowercase()) } else { short_hash(path) }
     }
@@ -144,6 +149,23 @@ pub(crate) fn is_output(path: &str) -> bool {
     path.len() <= MAX_PATH && path.contains('/') && path.split('/').all(|name| is_plain(name, Rules::default()))
 }
 
+/// What to ask for so that the file of a URL that has left the list stays at `path`; nothing where its URL leads there by
+/// itself.
+pub(crate) fn kept_place(url: &Url, path: &str, rules: Rules) -> Option<String> {
+    let wish = Wish::of(url, None, rules);
+    if wish.plain().as_deref() == Some(path) || wish.hashed(url) == path {
+        return None;
+    }
+    // One that had to make room there asks for the same again.
+    let asked = path.strip_suffix(&format!("~{}", hash(url.as_str()))).unwrap_or(path);
+    is_output(asked).then(|| asked.to_owned())
+}
+
+/// Where the file of a URL waits until its place is free: the mapping puts no file at the top.
+pub(crate) fn aside(url: &str) -> String {
+    format!("~{}", hash(url))
+}
+
 /// The name that a segment of a URL's path stands for, if a file may bear it.
 fn decode(segment: &str, rules: Rules) -> Option<String> {
     let mut bytes = Vec::with_capacity(segment.len());
@@ -184,7 +206,7 @@ fn is_plain(name: &str, rules: Rules) -> bool {
 }
 
 /// Whether a path ends in a hash, which no plain one does.
-pub(crate) fn is_hashed(path: &str) -> bool {
+fn is_hashed(path: &str) -> bool {
     path.rsplit_once('~').is_some_and(|(_, tail)| tail.len() == 32 && tail.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
@@ -246,6 +268,22 @@ mod tests {
         assert!(is_output("a/b c.txt"));
         for path in ["a", "/a/b", "a/../b", "a//b", "a/b/", "a/.afs-x", "a/nul", "a/b\\c"] {
             assert!(!is_output(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_left_the_list_asks_for_its_place_where_its_url_leads_elsewhere() {
+        let rules = Rules::default();
+        let url = Url::parse("http://h/a").unwrap();
+        let hashed = paths(&["http://h/a", "http://h/a/b"])[0].clone();
+        assert!(is_hashed(&hashed) && is_hashed(&aside(url.as_str())));
+        for (path, asked) in [("h/a", None), (hashed.as_str(), None), ("x/y", Some("x/y"))] {
+            assert_eq!(kept_place(&url, path, rules).as_deref(), asked, "{path}");
+        }
+        let moved = Wish::of(&url, Some("x/y"), rules).hashed(&url);
+        assert_eq!(kept_place(&url, &moved, rules).as_deref(), Some("x/y"));
+        for path in [aside(url.as_str()), format!("x/y~{}", "0".repeat(32)), "../x/y".to_owned()] {
+            assert_eq!(kept_place(&url, &path, rules), None, "{path}");
         }
     }
 

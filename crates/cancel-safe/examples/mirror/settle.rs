@@ -6,20 +6,20 @@
 //! something that the next call puts in order.
 
 use std::collections::HashSet;
-use std::fs::File;
 use std::io;
 use std::path::{Component, Path};
 use std::sync::Arc;
 
 use cancel_safe::atomic_fs;
-use futures_util::{StreamExt, TryStreamExt};
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
-use super::catalogue::{Catalogue, Change, MAX_BATCH, Row};
-use super::home::{Home, HomeError, at, digest};
+use super::catalogue::{Catalogue, Change, Row};
+use super::home::{Home, HomeError, at, blocking, digest};
 use super::list::List;
+use super::moves::{Move, Refused, prune, relocate};
 use super::parts;
-use super::paths::{self, short_hash};
+use super::paths::{kept_place, short_hash};
 use super::report::{Event, Reporter, host_of};
 
 /// What an earlier run is to be put in order for.
@@ -75,7 +75,6 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         for row in kept {
             let Some(slot) = list.find(&row.url).map_err(listed)? else { continue };
             let (line, path) = (list.line(slot).map_err(listed)?, list.path(slot).map_err(listed)?);
-            places.insert(short_hash(&path));
             let is_other_size = line.size.is_some_and(|size| i64::try_from(size) != Ok(row.bytes));
             if is_other_size || line.sha256.is_some_and(|digest| digest != row.sha256) {
                 list.stale(slot);
@@ -86,9 +85,10 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
                 settled.complete += 1;
                 report.count(&host_of(&row.url), |host| host.restored += 1);
             }
+            places.insert(short_hash(&path));
             if path != row.path {
-                moves.push(Row { path: path.clone(), ..row.clone() });
-                moves.push(row);
+                let from = row.path.clone();
+                moves.push(Move { row: Row { path, ..row }, from });
             }
         }
     }
@@ -102,8 +102,10 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         Ok(lost)
     })
     .await?;
-    all(catalogue, lost.into_iter().map(|row| Change::Delete(row.url)).collect()).await?;
-    relocate(home, moves, catalogue).await?;
+    catalogue.apply_all(lost.into_iter().map(|row| Change::Delete(row.url)).collect()).await?;
+    for refused in relocate(home, catalogue, moves).await? {
+        forget(wanted, refused, &mut list, &mut places, &mut settled)?;
+    }
     clear(wanted, &list, &places, &mut settled).await?;
     let is_wanted = |url: &str| {
         let slot = list.find(url).ok().flatten();
@@ -117,11 +119,39 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
     Ok((list, settled))
 }
 
+/// A file could not be moved to where it belongs, and has lost its row: it is somebody else's from now on.
+fn forget(
+    wanted: &Wanted<'_>,
+    Refused { row, from, cause }: Refused,
+    list: &mut List,
+    places: &mut HashSet<u64>,
+    settled: &mut Settled,
+) -> Result<(), HomeError> {
+    places.remove(&short_hash(&row.path));
+    settled.lost += 1;
+    let (url, place) = (&row.url, wanted.home.file(&row.path));
+    let text = match cause {
+        Some(cause) => {
+            let from = wanted.home.file(&from);
+            format!("{url}: its file belongs at {} now; {cause}, so it stays at {}", place.display(), from.display())
+        }
+        None => format!("{url}: its file has gone while it was to be moved to {}", place.display()),
+    };
+    wanted.report.notice(&text);
+    let Some(slot) = list.find(url).map_err(listed)? else { return Ok(()) };
+    if list.is_complete(slot) && !list.is_left(slot) && !wanted.refresh {
+        settled.complete -= 1;
+        wanted.report.count(&host_of(url), |host| host.restored -= 1);
+    }
+    list.forget(slot);
+    Ok(())
+}
+
 fn listed(error: io::Error) -> HomeError {
     at(Path::new("the list"))(error)
 }
 
-/// Adds the rows to the list that have left it: their files keep their names.
+/// Adds the rows to the list that have left it: their files keep their places.
 async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) -> Result<List, HomeError> {
     let (mut left, mut last) = (Vec::new(), None);
     loop {
@@ -131,13 +161,14 @@ async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) ->
         for row in rows {
             if list.find(&row.url).map_err(listed)?.is_none() {
                 wanted.report.event("left", &Event { url: &row.url, ..Event::default() });
-                left.push(row.url);
+                let kept = Url::parse(&row.url).ok().and_then(|url| kept_place(&url, &row.path, wanted.home.rules));
+                left.push((row.url, kept));
             }
         }
     }
     settled.left = left.len();
-    for url in left {
-        list.push_left(&url).map_err(listed)?;
+    for (url, place) in left {
+        list.push_left(url, place).map_err(listed)?;
     }
     if settled.left > 0 {
         list.sort().map_err(listed)?;
@@ -147,20 +178,26 @@ async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) ->
 
 /// Looks for each pending row whether its file has become what was intended: then it is its row, else it is forgotten.
 pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(), HomeError> {
-    let (place, pending) = (Arc::clone(home), catalogue.pending());
+    let (place, mut pending) = (Arc::clone(home), Vec::new());
+    for row in catalogue.pending() {
+        // A file that was to be moved, and is still where it was: what stands at its new place is another one.
+        let stays = catalogue.row(&row.url).await?.filter(|old| old.path != row.path);
+        pending.push((row, stays));
+    }
     if pending.is_empty() {
         return Ok(());
     }
     let changes = blocking(move |stop| {
         let mut changes = Vec::new();
-        for row in pending {
-            let is_done = is_there(&place, &row, true, stop)?;
+        for (row, old) in pending {
+            let stays = old.is_some_and(|old| is_there(&place, &old, true, stop).is_ok_and(|is_there| is_there));
+            let is_done = !stays && is_there(&place, &row, true, stop)?;
             changes.push(if is_done { Change::Put(Box::new(row)) } else { Change::Forget(row.url) });
         }
         Ok(changes)
     })
     .await?;
-    all(catalogue, changes).await
+    Ok(catalogue.apply_all(changes).await?)
 }
 
 /// Whether the file of a row is there, with its size and, where asked for, its digest.
@@ -195,40 +232,6 @@ fn inspect(
         if whole { kept.push(row) } else { lost.push(row) }
     }
     Ok((kept, lost))
-}
-
-/// Moves files whose path depends on URLs that have come or gone: of each its row as it will be, and as it is.
-async fn relocate(home: &Arc<Home>, rows: Vec<Row>, catalogue: &Catalogue) -> Result<(), HomeError> {
-    let mut moves: Vec<(Row, String)> = Vec::new();
-    let mut rows = rows.into_iter();
-    while let (Some(new), Some(old)) = (rows.next(), rows.next()) {
-        moves.push((new, old.path));
-    }
-    // Plain paths are made free before they are taken; a hashed path is never in anybody's way.
-    moves.sort_by_key(|(row, _)| !paths::is_hashed(&row.path));
-    let place = Arc::clone(home);
-    let moves = blocking(move |_| {
-        moves.iter().try_for_each(|(row, from)| rename(&place, from, &row.path))?;
-        Ok(moves)
-    })
-    .await?;
-    // A crash before the rows are written leaves rows without files and files without rows: never a wrong file.
-    for (row, _) in moves {
-        // One by one: a path must be free in the catalogue too before the next row takes it.
-        catalogue.apply(Change::Put(Box::new(row))).await?;
-    }
-    Ok(())
-}
-
-/// Durable when it returns: else a power cut could leave a row that names another file's bytes.
-fn rename(home: &Home, from: &str, to: &str) -> Result<(), HomeError> {
-    let (from, to) = (home.file(from), home.file(to));
-    let sync = |path: &Path| path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all());
-    home.make_parents(&to)
-        .and_then(|()| std::fs::rename(&from, &to))
-        .and_then(|()| sync(&to))
-        .and_then(|()| sync(&from))
-        .map_err(at(&to))
 }
 
 /// Removes the temporary files of dead writers, and counts what is not ours. `places` are the hashes of what has a row.
@@ -281,23 +284,6 @@ fn names(list: &List) -> Result<HashSet<u64>, HomeError> {
     (0..u32::try_from(list.len()).unwrap_or(u32::MAX)).map(hash).collect::<io::Result<_>>().map_err(listed)
 }
 
-/// Applies many changes; the catalogue takes as many into one transaction as wait.
-async fn all(catalogue: &Catalogue, changes: Vec<Change>) -> Result<(), HomeError> {
-    let applied = futures_util::stream::iter(changes).map(|change| catalogue.apply(change)).buffer_unordered(MAX_BATCH);
-    Ok(applied.try_collect::<()>().await?)
-}
-
-/// Runs what blocks on a thread for it; when the returned future is dropped, the work is told so.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce(&CancellationToken) -> Result<T, HomeError> + Send + 'static,
-) -> Result<T, HomeError> {
-    let stop = CancellationToken::new();
-    let dropped = stop.clone().drop_guard();
-    let done = tokio::task::spawn_blocking(move || work(&stop)).await;
-    drop(dropped);
-    done.unwrap_or_else(|panicked| Err(at(Path::new("a worker thread"))(io::Error::other(panicked))))
-}
-
 /// Whether a path of the catalogue stays below `files`, whoever wrote it there.
 fn is_inside(path: &str) -> bool {
     Path::new(path).components().all(|component| matches!(component, Component::Normal(_)))
@@ -310,16 +296,5 @@ fn remove(path: &Path) -> Result<(), HomeError> {
             Err(at(path)(error))
         }
         _ => Ok(()),
-    }
-}
-
-/// Removes empty directories below `directory`, deepest first.
-fn prune(directory: &Path) {
-    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            prune(&entry.path());
-            // One that is not empty refuses, which is the question.
-            let _kept = std::fs::remove_dir(entry.path());
-        }
     }
 }

@@ -1,4 +1,4 @@
-//! The demo from outside, in its short form: what it prints, how it ends, and that nothing survives it.
+//! The demo from outside, mostly in its short form: what it prints, how it ends, and that nothing survives it.
 //!
 //! What its judge counts is tested beside it, with a broken directory as the twin.
 
@@ -14,14 +14,14 @@ use super::judge;
 fn start(dir: &Path, options: &[&str]) -> Child {
     let binary = std::env::current_exe().unwrap().parent().unwrap().parent().unwrap().join("examples/mirror");
     let mut command = Command::new(binary);
-    command.arg("--short").args(options).current_dir(dir);
+    command.args(options).current_dir(dir);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
     command.spawn().expect("the example `mirror` is built by `cargo test`")
 }
 
 #[track_caller]
 fn run(dir: &Path, options: &[&str], code: i32) -> (String, String) {
-    expect(start(dir, options).wait_with_output().unwrap(), code)
+    expect(start(dir, &[&["--short"], options].concat()).wait_with_output().unwrap(), code)
 }
 
 #[track_caller]
@@ -102,13 +102,18 @@ fn a_second_demo_starts_anew_and_without_a_terminal_no_escape_is_written() {
 
 #[test]
 fn a_directory_that_is_no_demos_is_refused_untouched() {
-    let dir = tempfile::tempdir().unwrap();
-    let own = dir.path().join("mirror-demo/plain");
-    std::fs::create_dir_all(&own).unwrap();
-    std::fs::write(own.join("thesis"), "years").unwrap();
-    let (said, _) = run(dir.path(), &[], 64);
-    assert!(said.contains("is not a demo's"), "{said}");
-    assert_eq!(std::fs::read_to_string(own.join("thesis")).unwrap(), "years");
+    for name in ["plain/thesis", "mirror/files/thesis", "urls.txt", "plain.log", "mirror.log"] {
+        let dir = tempfile::tempdir().unwrap();
+        let own = dir.path().join("mirror-demo").join(name);
+        std::fs::create_dir_all(own.parent().unwrap()).unwrap();
+        std::fs::write(&own, "years").unwrap();
+        for _ in 0..2 {
+            let (said, _) = run(dir.path(), &[], 64);
+            assert!(said.contains("is not a demo's"), "{name}: {said}");
+            assert_eq!(std::fs::read_to_string(&own).unwrap(), "years", "{name}");
+        }
+        assert!(!dir.path().join("mirror-demo/demo.lock").exists(), "{name}");
+    }
 }
 
 #[test]
@@ -119,10 +124,10 @@ fn a_mirror_that_goes_wrong_is_told_and_the_demo_fails() {
     assert!(said.contains("mirror ended with exit status: 2") && said.contains("mirror.log"), "{said}");
 }
 
-/// Starts a demo and waits until both clients run.
+/// Starts a demo that cannot be through before somebody ends it, and waits until both clients run.
 fn started() -> (TempDir, Child) {
     let dir = tempfile::tempdir().unwrap();
-    let demo = start(dir.path(), &[]);
+    let demo = start(dir.path(), &["--endless"]);
     wait_for("two clients", || clients(dir.path()).len() == 2);
     (dir, demo)
 }

@@ -384,13 +384,15 @@ fn a_second_signal_ends_it_at_once() {
     scene.server.state().hang.push(hung);
     let child = scene.start(&["--grace", "5m"]);
     wait_for("all requests", || scene.server.requests() >= 5);
-    let started = Instant::now();
-    // Two different ones, because the kernel merges two of a kind. Which of them is seen first does not matter.
     signal(&child, "INT");
+    // Those that come within a second are one stop: terminals and supervisors send several at once.
+    std::thread::park_timeout(Duration::from_millis(1200));
+    let second = Instant::now();
     signal(&child, "TERM");
     let output = child.wait_with_output().unwrap();
     assert!(matches!(output.status.code(), Some(130 | 143)), "{output:?}");
-    assert!(started.elapsed() < Duration::from_secs(60), "{:?}", started.elapsed());
+    // Its grace is five minutes.
+    assert!(second.elapsed() < Duration::from_secs(20), "{:?}", second.elapsed());
 }
 
 #[test]
@@ -565,6 +567,67 @@ fn bad_usage_is_64() {
         scene.run(options, 64);
     }
     assert!(!scene.out().exists());
+}
+
+#[test]
+fn a_refused_option_is_named_and_its_secret_is_not() {
+    let scene = Scene::new(1);
+    for (options, name) in [
+        (&["--header", "Authorization Bearer hunter2"][..], "--header"),
+        (&["--header", "Hunter2 s: value"], "--header"),
+        (&["--header", "X-Token: hunter2\u{1}"], "--header"),
+        (&["--header=If-Range: hunter2"], "--header"),
+        (&["--header", "X-Token:", "hunter2"], "--manifest"),
+        (&["--database", "oracle://me:hunter2@host/"], "--database"),
+        (&["--database", "//me:hunter2@host/"], "--database"),
+        (&["--database", "postgres://me:hunter2@host:99999/"], "database"),
+        (&["--database", "postgres://me:hunter2@[host/"], "database"),
+        (&["http://me:hunter2@host/"], "--manifest"),
+        (&["--headers=X-Token: hunter2"], "--headers"),
+        (&["-HX-Token: hunter2"], "-H"),
+    ] {
+        let text = scene.run(options, 64);
+        assert!(text.contains(name) && !text.to_lowercase().contains("hunter2"), "{options:?}: {text}");
+    }
+    // It is read before anything is done, except for what only the driver understands.
+    assert_eq!(scene.server.requests(), 0);
+}
+
+/// Runs with every sync of the process written down, if there is a program for that; a line each, with its file.
+fn synced(scene: &Scene, options: &[&str], code: i32) -> Option<Vec<String>> {
+    let log = scene.path("syncs");
+    let command = scene.command(options);
+    let mut traced = Command::new("strace");
+    traced.args(["-f", "-qq", "-y", "-e", "trace=fsync,fdatasync", "-o"]).arg(&log);
+    let output = traced.arg(command.get_program()).args(command.get_args()).output().ok()?;
+    expect(output, code);
+    Some(fs::read_to_string(log).ok()?.lines().map(str::to_owned).collect())
+}
+
+#[test]
+fn what_is_adopted_is_durable_before_its_row_is() {
+    let scene = Scene::new(3);
+    scene.run(&[], 0);
+    for from_server in [false, true] {
+        for name in ["catalog.db", "catalog.db-wal", "catalog.db-shm"] {
+            let _absent = fs::remove_file(scene.out().join(name));
+        }
+        if from_server {
+            fs::remove_file(scene.out().join("mirror.ckpt")).unwrap();
+        }
+        let Some(syncs) = synced(&scene, &["--adopt"], 0) else {
+            return publish_not_run("cancel-safe", "mirror/adopt-syncs", "strace cannot trace here");
+        };
+        let last = |end: &str| syncs.iter().rposition(|line| line.contains(end));
+        let row = last("/catalog.db-wal>").unwrap();
+        // Other names are escaped in the log.
+        for path in tree(&scene.out().join("files")).keys().filter(|path| path.is_ascii()) {
+            let (directory, _) = path.rsplit_once('/').unwrap();
+            for end in [format!("/{path}>"), format!("/{directory}>")] {
+                assert!(last(&end).is_some_and(|sync| sync < row), "{end}: {syncs:#?}");
+            }
+        }
+    }
 }
 
 #[test]
@@ -769,6 +832,109 @@ fn a_digest_or_size_of_the_list_must_be_so() {
     scene.run(&[], 0);
     scene.assert_consistent();
     assert!(tree(&scene.out().join("files")).values().any(|content| content == b"GOOD"));
+}
+
+/// Puts these names on the list, each with the place that its line asks for, if any.
+fn list_with_places(scene: &Scene, lines: &[(&str, &str)]) {
+    let line = |(name, out): &(&str, &str)| match *out {
+        "" => format!("{}/{name}\n", scene.server.base),
+        out => format!("{}/{name}\tout={out}\n", scene.server.base),
+    };
+    fs::write(scene.path("urls.txt"), lines.iter().map(line).collect::<String>()).unwrap();
+}
+
+/// A scene whose files `one` and `two` are at `x/1` and `x/2`.
+fn placed() -> Scene {
+    let scene = Scene::new(1);
+    for name in ["one", "two"] {
+        scene.serve(name, name.as_bytes());
+    }
+    list_with_places(&scene, &[("one", "x/1"), ("two", "x/2")]);
+    scene.run(&[], 0);
+    scene
+}
+
+/// Every file below `files`, as text.
+fn places(scene: &Scene) -> Vec<(String, String)> {
+    let text = |(path, content)| (path, String::from_utf8(content).unwrap());
+    tree(&scene.out().join("files")).into_iter().map(text).collect()
+}
+
+#[track_caller]
+fn assert_places(scene: &Scene, wanted: &[(&str, &str)]) {
+    let wanted: Vec<_> = wanted.iter().map(|(path, text)| ((*path).to_owned(), (*text).to_owned())).collect();
+    assert_eq!(places(scene), wanted);
+}
+
+#[test]
+fn two_files_change_places_and_neither_is_fetched_again() {
+    let scene = placed();
+    let asked = scene.server.requests();
+    list_with_places(&scene, &[("one", "x/2"), ("two", "x/1")]);
+    scene.run(&[], 0);
+    assert_places(&scene, &[("x/1", "two"), ("x/2", "one")]);
+    scene.assert_consistent();
+    // A circle with what its own place becomes a directory for.
+    list_with_places(&scene, &[("one", "x/1/a"), ("two", "x/2")]);
+    scene.run(&[], 0);
+    assert_places(&scene, &[("x/1/a", "one"), ("x/2", "two")]);
+    list_with_places(&scene, &[("one", "x/1/a"), ("two", "x/1/b/c")]);
+    scene.run(&[], 0);
+    list_with_places(&scene, &[("one", "x/2"), ("two", "x/1")]);
+    scene.run(&[], 0);
+    assert_places(&scene, &[("x/1", "two"), ("x/2", "one")]);
+    scene.assert_consistent();
+    assert_eq!(scene.server.requests(), asked);
+}
+
+#[test]
+fn a_file_is_not_moved_over_one_that_is_not_ours() {
+    let scene = placed();
+    let own = scene.out().join("files/x/3");
+    fs::write(&own, "my own notes").unwrap();
+    // Each wants the place of the next, and the last of them that of the stranger.
+    list_with_places(&scene, &[("one", "x/2"), ("two", "x/3")]);
+    let text = scene.run(&[], 2);
+    assert!(text.contains("so it stays at") && text.contains("x/3 is not ours and was left alone"), "{text}");
+    let all = [("x/1", "one"), ("x/2", "two"), ("x/3", "my own notes")];
+    assert_places(&scene, &all);
+    assert_eq!(catalogue(&scene.out()), BTreeMap::new(), "what had to stay is not ours any more");
+    // Nor is it the next time, or touched then.
+    let text = scene.run(&["--retry-failed"], 2);
+    assert!(text.contains("3 file(s) below files/ are not ours"), "{text}");
+    assert_places(&scene, &all);
+    // Out of the way, it is.
+    for path in ["files/x/2", "files/x/3"] {
+        fs::remove_file(scene.out().join(path)).unwrap();
+    }
+    scene.run(&["--retry-failed"], 0);
+    assert_places(&scene, &[("x/1", "one"), ("x/2", "one"), ("x/3", "two")]);
+    fs::remove_file(scene.out().join("files/x/1")).unwrap();
+    scene.assert_consistent();
+}
+
+#[test]
+fn a_file_whose_line_has_left_the_list_keeps_the_place_that_it_was_given() {
+    let scene = placed();
+    let asked = scene.server.requests();
+    list_with_places(&scene, &[("two", "x/2")]);
+    assert!(scene.run(&[], 0).contains("1 URL(s) in the catalogue have left the manifest"));
+    assert_places(&scene, &[("x/1", "one"), ("x/2", "two")]);
+    // It makes room for a line that asks for its place, and comes back when that asks no more.
+    list_with_places(&scene, &[("two", "x/1")]);
+    scene.run(&[], 0);
+    let found = places(&scene);
+    assert!(found[0] == ("x/1".to_owned(), "two".to_owned()) && found[1].0.starts_with("x/1~"), "{found:?}");
+    list_with_places(&scene, &[("two", "x/2")]);
+    scene.run(&[], 0);
+    assert_places(&scene, &[("x/1", "one"), ("x/2", "two")]);
+    scene.assert_consistent();
+    // On the list again, without a place, it goes where its URL leads.
+    list_with_places(&scene, &[("one", ""), ("two", "x/2")]);
+    scene.run(&[], 0);
+    assert!(places(&scene).iter().any(|(path, text)| path.ends_with("/one") && text == "one"), "{:?}", places(&scene));
+    scene.assert_consistent();
+    assert_eq!(scene.server.requests(), asked);
 }
 
 #[test]

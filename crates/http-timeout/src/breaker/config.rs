@@ -21,35 +21,35 @@ const MAX_PROBES: u32 = 65_535;
 /// The largest count window: each result in it takes a few bytes.
 const MAX_COUNT_WINDOW: u32 = 1_000_000;
 
-/// What a breaker looks at: the latest stretch of time, or the latest calls.
+/// What a breaker considers: the latest stretch of time, or the latest calls.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum BreakerWindow {
-    /// Results of this much time, in ten buckets, of which the oldest is forgotten at a time.
+    /// The results of this much time, in ten buckets. The window forgets one bucket at a time, the oldest.
     Time(Duration),
-    /// This many results.
+    /// This many of the latest results.
     Count(u32),
 }
 
 type TransitionHook = Arc<dyn Fn(Transition) + Send + Sync>;
 
-/// The options of a [`CircuitBreaker`](crate::CircuitBreaker), checked when they were built.
+/// The options of a [`CircuitBreaker`](crate::CircuitBreaker), checked when they are built.
 ///
 /// | option | default |
 /// |---|---|
 /// | window | 10 s, in ten buckets of 1 s |
 /// | failure rate | 50 % of at least 20 calls |
 /// | consecutive failures | 5 |
-/// | slow calls | not looked at |
-/// | silence | 1 s, of at least 5 cut calls |
-/// | open | 5 s, doubled at each re-opening, up to 60 s, ± 20 % |
+/// | slow calls | not counted |
+/// | silence | 1 s, from at least 5 cut calls |
+/// | open | 5 s, doubled each time it reopens, up to 60 s, ± 20 % |
 /// | probes | 1, which must succeed |
 /// | lease of a probe | a client's attempt timeout; 30 s without a client |
 /// | a cut call is late after | the slow-call threshold; without one, the same as the lease |
 ///
 /// # Cut calls
 ///
-/// A call that its caller drops is judged by how long it had lasted:
+/// The breaker judges a dropped call by how long it had lasted:
 ///
 /// | it had lasted | what it says |
 /// |---|---|
@@ -57,14 +57,15 @@ type TransitionHook = Arc<dyn Fn(Transition) + Send + Sync>;
 /// | longer | it was met with silence |
 /// | the slow-call threshold; without one, the attempt timeout ([`late_after`](BreakerConfigBuilder::late_after)) | it has failed |
 ///
-/// **Silence** is what cut calls had waited since the callee last finished an answer: the sum of their waits, or the time
-/// since the first of them began if that is less. When it reaches its limit, of one second, and at least five calls were
-/// cut in it, the breaker opens, whatever the window holds. So callers with a patience of 100 ms find out about a callee
-/// that hangs within a second, and a page that is left after 5 ms, or a search box that cancels each request before its
-/// usual answer, opens nothing. What answers usually take is a moving average of successes that had to be waited for.
+/// **Silence** is the time that cut calls had waited since the callee last finished an answer: the sum of their waits,
+/// or the time since the first of them began if that is less. When silence reaches its limit, one second, and at least
+/// five calls were cut in it, the breaker opens, whatever the window holds. So callers that give up after 100 ms detect
+/// a hung callee within a second. But a user who leaves a page after 5 ms opens nothing, and neither does a search box
+/// that cancels each request before its usual answer. The usual time of an answer is a moving average over successes
+/// that callers had to wait for.
 ///
-/// While half-open, half of that silence opens the breaker again, or a lease if that is shorter, with any number of calls
-/// in it. A probe that is still running at the end of its lease has failed, and opens it too.
+/// While half-open, half of that silence reopens the breaker (or one lease of silence, if that is shorter), with any
+/// number of calls in it. A probe that is still running at the end of its lease has failed, and reopens it too.
 #[derive(Clone)]
 pub struct BreakerConfig {
     window: BreakerWindow,
@@ -207,19 +208,19 @@ pub struct BreakerConfigBuilder {
 }
 
 impl BreakerConfigBuilder {
-    /// What the rates are taken over; 10 s by default.
+    /// Sets what the rates are computed over; 10 s by default.
     pub fn window(mut self, window: BreakerWindow) -> Self {
         self.config.window = window;
         self
     }
 
-    /// Rates are not looked at until the window holds this many calls; 20 by default.
+    /// Ignores the rates until the window holds this many calls; 20 by default.
     pub fn min_calls(mut self, calls: u32) -> Self {
         self.config.min_calls = calls;
         self
     }
 
-    /// Trips when at least this part of the calls in the window failed, over 0 and up to 1; 0.5 by default.
+    /// Trips when at least this fraction of the calls in the window failed, over 0 and up to 1; 0.5 by default.
     pub fn failure_rate(mut self, rate: impl Into<Option<f64>>) -> Self {
         self.config.failure_rate = rate.into();
         self
@@ -231,73 +232,76 @@ impl BreakerConfigBuilder {
         self
     }
 
-    /// Trips when at least the part `rate` of the calls in the window took `threshold` or longer; off by default.
+    /// Trips when at least the fraction `rate` of the calls in the window took `threshold` or longer; off by default.
     ///
-    /// With it, a probe or a cancelled call that lasted the threshold is a failure.
+    /// With it, a probe or a cancelled call that lasted at least the threshold is a failure.
     pub fn slow_call(mut self, threshold: Duration, rate: f64) -> Self {
         self.config.slow_call = Some((threshold, rate));
         self
     }
 
-    /// Trips when calls that were cut have met with this much silence; 1 s by default, `None` never.
+    /// Trips when cut calls have met with this much silence; 1 s by default. With `None` it never does.
     ///
-    /// See [`BreakerConfig`] for what that is.
+    /// [`BreakerConfig`] explains silence.
     pub fn silence(mut self, limit: impl Into<Option<Duration>>) -> Self {
         self.config.silence = limit.into();
         self
     }
 
-    /// A call that is cut after it had lasted this long has failed.
+    /// Counts a cut call as failed if it had lasted this long.
     ///
-    /// By default the slow-call threshold; without one the attempt timeout of the client, or 30 s without a client.
+    /// By default this is the slow-call threshold; without one it is the client's attempt timeout, or 30 s without a
+    /// client.
     pub fn late_after(mut self, time: Duration) -> Self {
         self.config.late_after = Some(time);
         self
     }
 
-    /// This many calls are let in while half-open; 1 by default. All must succeed to close, and one failure opens again,
-    /// unless [`probes_needed`](Self::probes_needed) asks for less.
+    /// Admits this many calls while half-open; 1 by default. All must succeed to close the breaker, and one failure
+    /// reopens it, unless [`probes_needed`](Self::probes_needed) asks for less.
     pub fn probes(mut self, probes: u32) -> Self {
         self.config.probes = probes;
         self
     }
 
-    /// This many of the probes must succeed to close; all by default. The breaker opens again when too few are left.
+    /// Sets how many of the probes must succeed to close; all by default. The breaker reopens when too few are left.
     pub fn probes_needed(mut self, successes: u32) -> Self {
         self.config.probes_needed = Some(successes);
         self
     }
 
-    /// A probe that is still running after this time has failed and opens the breaker again; its result is ignored.
+    /// Counts a probe as failed if it is still running after this time. The breaker then reopens, and ignores the
+    /// probe's result. Default: the client's attempt timeout, or 30 s without a client.
     ///
-    /// One whose answer has begun is not charged: it only makes room for another after this time, counted from the head.
+    /// A probe whose answer has begun is not charged. After this time, counted from the head, it only makes room for
+    /// another probe.
     pub fn lease(mut self, lease: Duration) -> Self {
         self.config.lease = Some(lease);
         self
     }
 
-    /// How long the breaker stays open the first time, and the longest it does, however often its probes fail; 5 s and
-    /// 60 s by default.
+    /// Sets how long the breaker stays open the first time, and the longest it ever stays open, however often its
+    /// probes fail; 5 s and 60 s by default.
     pub fn open_for(mut self, first: Duration, longest: Duration) -> Self {
         (self.config.open_for, self.config.open_max) = (first, longest);
         self
     }
 
-    /// By how much the wait grows when a probe fails, at least 1; 2 by default.
+    /// Sets the factor by which the wait grows when a probe fails, at least 1; 2 by default.
     pub fn backoff(mut self, factor: f64) -> Self {
         self.config.open_factor = factor;
         self
     }
 
-    /// By which part of itself the wait is spread, on both sides, 0 to 1; 0.2 by default.
+    /// Sets the fraction by which the wait is randomly shortened or extended, 0 to 1; 0.2 by default.
     pub fn jitter(mut self, part: f64) -> Self {
         self.config.jitter = part;
         self
     }
 
-    /// Called after every change of state, outside every lock, by the call that caused it.
+    /// Calls `hook` after every change of state, outside every lock, from the call that caused it.
     ///
-    /// It must be quick and must not panic: it may run inside a `drop`.
+    /// The hook must be quick and must not panic: it may run inside a `drop`.
     pub fn on_transition(mut self, hook: impl Fn(Transition) + Send + Sync + 'static) -> Self {
         self.config.on_transition = Some(Arc::new(hook));
         self
@@ -307,7 +311,7 @@ impl BreakerConfigBuilder {
     ///
     /// # Errors
     ///
-    /// [`BuildError`] names the first option that is out of its range.
+    /// [`BuildError`] names the first option that is out of range.
     pub fn build(self) -> Result<BreakerConfig, BuildError> {
         let config = &self.config;
         let wrong = |option, problem| Err(BuildError::Option { option, problem });

@@ -23,15 +23,15 @@ use super::{
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Class {
-    /// The callee is well.
+    /// The callee is healthy.
     Success,
-    /// The callee is not well.
+    /// The callee is unhealthy.
     Failure,
     /// The result says nothing about the callee.
     Ignore,
 }
 
-/// Why a call through a breaker gave no value.
+/// Why a call through a breaker returned no value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BreakerError<E> {
@@ -44,7 +44,7 @@ pub enum BreakerError<E> {
 }
 
 impl<E> BreakerError<E> {
-    /// Whether the breaker refused the call.
+    /// Returns whether the breaker refused the call.
     ///
     /// ```
     /// # tokio_test(async {
@@ -61,7 +61,7 @@ impl<E> BreakerError<E> {
         matches!(self, Self::Open(_))
     }
 
-    /// The error of the call itself, if it was made.
+    /// Returns the error of the call itself, if it was made.
     pub fn into_inner(self) -> Option<E> {
         match self {
             Self::Open(_) => None,
@@ -75,8 +75,8 @@ impl<E> BreakerError<E> {
 #[error("the circuit is open; ask again after {retry_after:?}")]
 #[non_exhaustive]
 pub struct CircuitOpen {
-    /// After this time the breaker may let a probe in. While probes are running it is what is left of their lease, at
-    /// most; they may end much sooner.
+    /// The time after which the breaker may admit a probe. While probes are running it is at most the rest of their
+    /// lease; they may end much sooner.
     pub retry_after: Duration,
 }
 
@@ -100,22 +100,23 @@ pub struct BreakerMetrics {
     pub trips: u64,
     /// Calls that were refused, since the breaker was made.
     pub rejected: u64,
-    /// Calls that were cut: dropped before they had a result, since the breaker was made.
+    /// Calls that were cut (dropped before they had a result), since the breaker was made.
     pub cancelled: u64,
 }
 
 impl BreakerMetrics {
-    /// The part of the calls in the window that failed, 0 to 1; `None` without a call.
+    /// Returns the fraction of the calls in the window that failed, 0 to 1; `None` without a call.
     pub fn failure_rate(&self) -> Option<f64> {
         (self.calls > 0).then(|| self.failures as f64 / self.calls as f64)
     }
 }
 
-/// A circuit breaker that cannot stick: it refuses calls to a callee that keeps failing, and probes it back to life.
+/// A circuit breaker that cannot stick. It refuses calls to a callee that keeps failing, and probes it until it
+/// recovers.
 ///
 /// Clones share one state. It needs no client and no runtime, guards any future, and never spawns: an admission that is
 /// dropped, unwound or hung ends by itself. A result counts only in the generation that admitted it, so calls made
-/// before a trip cannot close or re-open what came after it.
+/// before a trip cannot close or reopen the breaker afterwards.
 ///
 /// # Examples
 ///
@@ -203,15 +204,15 @@ impl CircuitBreaker {
         Self { shared: Arc::new(Shared { circuit, epoch: Instant::now(), config }) }
     }
 
-    /// Polls `call` if the breaker admits it, and takes `Ok` for a success and `Err` for a failure.
+    /// Polls `call` if the breaker admits it, and counts `Ok` as a success and `Err` as a failure.
     ///
     /// The breaker is asked when the returned future is first polled.
     ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, `call` is dropped, and its admission has ended when
-    /// the drop returns: a probe slot is free again. What the cut call says about the callee is told by how long it had
-    /// lasted, as [`BreakerConfig`] says. A panic in `call` is a failure.
+    /// the drop returns: a probe slot is free again. How long the cut call had lasted decides what it says about the
+    /// callee, as [`BreakerConfig`] explains. A panic in `call` is a failure.
     ///
     /// # Errors
     ///
@@ -221,7 +222,7 @@ impl CircuitBreaker {
         self.call_with(classify, call).await
     }
 
-    /// As [`call`](Self::call), with `classify` to say what a result says about the callee.
+    /// Works like [`call`](Self::call); `classify` decides what a result says about the callee.
     ///
     /// # Cancel safety
     ///
@@ -275,7 +276,7 @@ impl CircuitBreaker {
         result.map_err(BreakerError::Inner)
     }
 
-    /// Asks for the right to make one call, for code that is not a future or decides later how it went.
+    /// Asks for permission to make one call, for code that is not a future or that decides later how the call went.
     ///
     /// # Errors
     ///
@@ -314,13 +315,13 @@ impl CircuitBreaker {
         self.shared.circuit.refusal(|| self.shared.now())
     }
 
-    /// The state. An open breaker whose wait is over stays open until a call comes to probe.
+    /// Returns the state. An open breaker whose wait is over stays open until a call probes it.
     pub fn state(&self) -> State {
         self.shared.notice();
         self.shared.circuit.state()
     }
 
-    /// The figures at this instant.
+    /// Returns the figures at this instant.
     pub fn metrics(&self) -> BreakerMetrics {
         self.shared.notice();
         let now = self.shared.circuit.snapshot(self.shared.now());
@@ -342,7 +343,7 @@ impl CircuitBreaker {
         self.shared.report(self.shared.circuit.isolate());
     }
 
-    /// Closes the breaker with an empty window, whatever its state. Calls that are running count no more.
+    /// Closes the breaker with an empty window, whatever its state. Running calls no longer count.
     pub fn reset(&self) {
         self.shared.report(self.shared.circuit.reset());
     }
@@ -406,7 +407,8 @@ impl Drop for Lent<'_> {
     }
 }
 
-/// The right to make one call. Dropping it reports the call as cut by its caller, or as failed while the thread panics.
+/// Permission to make one call. Dropping it reports the call as cut by its caller, or as failed if the thread is
+/// panicking.
 #[derive(Debug)]
 #[must_use = "a dropped permit reports the call as cut"]
 pub struct BreakerPermit {
@@ -418,7 +420,7 @@ pub struct BreakerPermit {
 }
 
 impl BreakerPermit {
-    /// Reports that the callee is well.
+    /// Reports that the callee is healthy.
     pub fn success(mut self) {
         if self.head.is_none() && self.shared.circuit.is_quick(&self.admission) {
             self.end_at(Ending::Success, Times::at_once(&self.admission));
@@ -427,7 +429,7 @@ impl BreakerPermit {
         }
     }
 
-    /// Reports that the callee is not well.
+    /// Reports that the callee is unhealthy.
     pub fn failure(mut self) {
         self.end(Ending::Failure);
     }

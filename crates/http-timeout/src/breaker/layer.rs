@@ -14,7 +14,7 @@ use tower_service::Service;
 
 use super::handle::{BreakerError, BreakerPermit, CircuitBreaker, CircuitOpen, Class};
 
-/// Says what the result of a service says about it. Any `Fn(&Result<T, E>) -> Class` does.
+/// Decides what the result of a service says about it. Any `Fn(&Result<T, E>) -> Class` will do.
 pub trait Classify<T, E> {
     /// Looks at one result.
     fn classify(&self, result: &Result<T, E>) -> Class;
@@ -26,7 +26,7 @@ impl<T, E, F: Fn(&Result<T, E>) -> Class> Classify<T, E> for F {
     }
 }
 
-/// Takes `Ok` for a success and `Err` for a failure.
+/// Counts `Ok` as a success and `Err` as a failure.
 #[derive(Clone, Copy, Debug, Default)]
 #[non_exhaustive]
 pub struct ByResult;
@@ -79,12 +79,12 @@ pub struct BreakerLayer<C = ByResult> {
 }
 
 impl BreakerLayer {
-    /// Takes `Ok` for a success and `Err` for a failure.
+    /// Counts `Ok` as a success and `Err` as a failure.
     pub fn new(breaker: CircuitBreaker) -> Self {
         Self { breaker, classify: ByResult }
     }
 
-    /// Lets `classify` say what a result says about the service.
+    /// Lets `classify` decide what a result says about the service.
     pub fn classify<C>(self, classify: C) -> BreakerLayer<C> {
         BreakerLayer { breaker: self.breaker, classify }
     }

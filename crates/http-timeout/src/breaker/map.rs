@@ -38,11 +38,11 @@ impl Loss {
     }
 }
 
-/// A bounded map of breakers, one for each key, that forgets the least recently used.
+/// A bounded map of breakers, one for each key. It forgets the least recently used.
 ///
-/// A breaker that is in use (a clone or a permit of it exists) or isolated is forgotten only when all are, and one that is
-/// open or half-open only when no closed one is left. (One that has not been asked for its longest wait after it could
-/// have been probed counts as closed.) A forgotten key starts again with a closed breaker.
+/// It forgets a breaker that is in use (a clone or a permit of it exists) or isolated only when all are. It forgets an
+/// open or half-open breaker only when no closed one is left. (A breaker counts as closed if nobody has asked it for
+/// its longest wait after it could have been probed.) A forgotten key starts again with a closed breaker.
 ///
 /// # Examples
 ///
@@ -61,13 +61,13 @@ pub struct BreakerMap<K> {
 }
 
 impl<K: Eq + Hash + Clone> BreakerMap<K> {
-    /// Makes an empty map for at most `capacity` keys; at least one.
+    /// Makes an empty map for at most `capacity` keys, but at least one.
     pub fn new(config: BreakerConfig, capacity: usize) -> Self {
         let capacity = NonZeroUsize::new(capacity).unwrap_or(NonZeroUsize::MIN);
         Self { known: Mutex::new(Lru::new(capacity)), config }
     }
 
-    /// The breaker of `key`, made closed if the map does not know it.
+    /// Returns the breaker of `key`; makes a closed one if the map does not know the key.
     pub fn get<Q>(&self, key: &Q) -> CircuitBreaker
     where
         K: Borrow<Q>,
@@ -77,17 +77,17 @@ impl<K: Eq + Hash + Clone> BreakerMap<K> {
         lock(&self.known).get_or_insert(key, make, Loss::of).clone()
     }
 
-    /// How many keys it knows.
+    /// Returns how many keys it knows.
     pub fn len(&self) -> usize {
         lock(&self.known).len()
     }
 
-    /// Whether it knows none.
+    /// Returns whether it knows none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The keys whose breaker is not closed.
+    /// Returns the keys whose breaker is not closed.
     pub fn open(&self) -> Vec<K> {
         // Looking at a state may report a change of it, which must not happen under the lock.
         let not_closed = self.entries().into_iter().filter(|(_, breaker)| breaker.state() != State::Closed);

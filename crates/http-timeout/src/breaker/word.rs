@@ -35,7 +35,7 @@ pub enum State {
     Closed,
     /// Calls are refused until the wait is over; the first call after it is a probe.
     Open,
-    /// A few probes are let in; their results decide.
+    /// A few probes are admitted; their results decide.
     HalfOpen,
     /// Calls are refused until [`CircuitBreaker::reset`](crate::CircuitBreaker::reset).
     Isolated,
@@ -52,7 +52,7 @@ impl fmt::Display for State {
     }
 }
 
-/// A change of state, as given to the hook of [`BreakerConfigBuilder::on_transition`](crate::BreakerConfigBuilder).
+/// A change of state, as passed to the hook of [`BreakerConfigBuilder::on_transition`](crate::BreakerConfigBuilder).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Transition {

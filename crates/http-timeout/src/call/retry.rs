@@ -17,16 +17,16 @@ const TOKEN: u64 = 1_000;
 /// After so long without a wish for a retry, the budget fills up by itself, one retry in each such time.
 const PEACE: Duration = Duration::from_secs(1);
 
-/// When and how a client tries a call again.
+/// When and how a client retries a call.
 ///
-/// Only idempotent requests are tried again (GET, HEAD, PUT, DELETE, OPTIONS, TRACE, one with an `Idempotency-Key`
-/// header, or one declared by [`RequestBuilder::idempotent`](crate::RequestBuilder::idempotent)), and any request that
-/// provably was not sent because no connection came about. A body that is a stream cannot be sent twice. A call that
-/// was redirected begins anew with its first request, or with the latest that followed one which may not be sent twice.
+/// A client retries only idempotent requests (GET, HEAD, PUT, DELETE, OPTIONS, TRACE, one with an `Idempotency-Key`
+/// header, or one declared with [`RequestBuilder::idempotent`](crate::RequestBuilder::idempotent)), and any request
+/// that provably was not sent because no connection was made. A streamed body cannot be sent twice. A redirected call
+/// starts again with its first request, or with the latest one that followed a request that may not be sent twice.
 ///
-/// Tried again are connection errors, timeouts of an attempt, and the statuses 408, 429, 500, 502, 503 and 504. The
-/// wait before attempt n + 1 is random between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter"), or that on
-/// top of what `Retry-After` asks for.
+/// It retries after connection errors, timeouts of an attempt, and the statuses 408, 429, 500, 502, 503 and 504. The
+/// wait before attempt n + 1 is random between zero and `first × 2ⁿ⁻¹`, at most `longest` ("full jitter"). If the
+/// server sent `Retry-After`, that wait is added to what it asks for.
 ///
 /// | option | default |
 /// |---|---|
@@ -35,7 +35,7 @@ const PEACE: Duration = Duration::from_secs(1);
 /// | budget | 0.2 retries a call, and a reserve of 10 |
 /// | cap of `Retry-After` | 30 s |
 ///
-/// The budget is the client's. It also gains a retry for each second in which no call wanted one.
+/// The budget belongs to the client. It also gains a retry for each second in which no call wanted one.
 ///
 /// ```
 /// use std::time::Duration;
@@ -59,12 +59,12 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// One attempt, no retry.
+    /// Makes one attempt, and no retry.
     pub fn none() -> Self {
         Self::attempts(1)
     }
 
-    /// As the default, with so many attempts in all, the first included. Zero counts as one.
+    /// Works like the default, with this many attempts in all, including the first. Zero counts as one.
     pub fn attempts(attempts: u32) -> Self {
         Self {
             attempts: attempts.max(1),
@@ -76,33 +76,34 @@ impl Retry {
         }
     }
 
-    /// So many attempts after the first.
+    /// Makes this many attempts after the first.
     #[doc(hidden)]
     pub fn idempotent(retries: u32) -> Self {
         Self::attempts(retries.saturating_add(1))
     }
 
-    /// The longest wait before the second attempt, and before any attempt; 100 ms and 10 s by default.
+    /// Sets the longest wait before the second attempt, and the longest wait before any attempt; 100 ms and 10 s by
+    /// default.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.first = first;
         self.longest = longest;
         self
     }
 
-    /// How many retries each call adds to the budget of the client, 0 to 1; 0.2 by default.
+    /// Sets how many retries each call adds to the budget of the client, 0 to 1; 0.2 by default.
     pub fn budget(mut self, ratio: f64) -> Self {
         self.ratio = ratio;
         self
     }
 
-    /// How many retries the budget holds at most, and at the start; 10 by default.
+    /// Sets how many retries the budget holds at most, and at the start; 10 by default.
     pub fn reserve(mut self, retries: u32) -> Self {
         self.reserve = retries;
         self
     }
 
-    /// A response that asks for a longer wait than this, 30 s by default, is returned at once; with zero, every response
-    /// that asks for one.
+    /// Returns a response at once if it asks for a longer wait than this; 30 s by default. With zero, it returns every
+    /// response that asks for a wait.
     pub fn retry_after_cap(mut self, cap: Duration) -> Self {
         self.retry_after_cap = cap;
         self

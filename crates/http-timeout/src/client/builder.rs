@@ -22,7 +22,7 @@ use crate::{
 };
 
 impl TimeoutClient {
-    /// A client with this timeout for a whole call, and at most `max_concurrent` calls in flight (at least one).
+    /// Makes a client with this timeout for a whole call, and at most `max_concurrent` calls in flight (at least one).
     ///
     /// No other timeout applies; there are no retries and no breaker, and the cap on bodies is 64 MiB. A TLS set-up that
     /// fails shows as the error of the first request.
@@ -51,24 +51,24 @@ impl TimeoutClient {
 /// | `permit_timeout` | none | the wait for a permit |
 /// | `attempt_timeout` | 30 s | one request, to the head of its response |
 /// | `connect_timeout` | 10 s | name resolution, TCP and TLS |
-/// | `idle_timeout` | 30 s | the peer neither takes nor gives a byte that is waited for |
+/// | `idle_timeout` | 30 s | how long the peer may neither take nor send a byte that the call waits for |
 /// | `max_body` | 64 MiB | a response's body, after decompression |
 /// | `concurrency` | 100 | calls in flight |
-/// | `concurrency_per_host` | none | of them to one origin (scheme, host and port) |
-/// | `max_waiting` | 10,000 | calls that wait for the client's permits, and for those of each origin |
+/// | `concurrency_per_host` | none | calls in flight to one origin (scheme, host and port) |
+/// | `max_waiting` | 10,000 | calls that wait for the client's permits, and for each origin's |
 /// | `max_origins` | 1,024 | origins remembered |
 /// | `retry` | none | |
 /// | `hedge` | none | instead of `retry` |
 /// | `redirects` | 10 | followed in one attempt |
-/// | `sensitive_headers` | those below | left out when a redirect crosses to another origin |
+/// | `sensitive_headers` | the ones below | left out when a redirect crosses to another origin |
 /// | `breaker` | none | one for each origin |
 ///
-/// Redirects are followed as reqwest and browsers do: 301 and 302 turn POST into GET, 303 turns all but HEAD into GET,
-/// 307 and 308 change nothing. Each request on the way has its own permit of its origin, admission by its origin's
-/// breaker, attempt timeout and idle time. When the origin changes, these are left out for good: `authorization`,
-/// `cookie`, `cookie2`, `host`, `proxy-authorization`, `www-authenticate`, `x-api-key`, `private-token`, the headers that
-/// [`sensitive_headers`](Self::sensitive_headers) names, those marked by `HeaderValue::set_sensitive`, and the query in
-/// `Referer`.
+/// The client follows redirects as reqwest and browsers do: 301 and 302 turn POST into GET, 303 turns all but HEAD into
+/// GET, 307 and 308 change nothing. Each request on the way has its own permit of its origin, admission by its origin's
+/// breaker, attempt timeout and idle time. When the origin changes, the client leaves these out for good:
+/// `authorization`, `cookie`, `cookie2`, `host`, `proxy-authorization`, `www-authenticate`, `x-api-key`,
+/// `private-token`, the headers that [`sensitive_headers`](Self::sensitive_headers) names, headers marked by
+/// `HeaderValue::set_sensitive`, and the query in `Referer`.
 #[derive(Debug)]
 #[must_use = "the options take effect when `build` is called"]
 pub struct TimeoutClientBuilder {
@@ -121,94 +121,100 @@ impl Default for TimeoutClientBuilder {
 }
 
 impl TimeoutClientBuilder {
-    /// One deadline for the wait for a permit, every attempt, every back-off and the body; 30 s by default, `None` for none.
+    /// Sets one deadline for the wait for a permit, every attempt, every back-off and the body; 30 s by default, `None`
+    /// for no deadline.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.timeout = timeout.into();
         self
     }
 
-    /// How long a call may wait for a permit at a time; by default for as long as the call may take.
+    /// Sets how long a call may wait for a permit at a time; by default as long as the call may take.
     pub fn permit_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.permit_timeout = timeout.into();
         self
     }
 
-    /// How long one request may take to the head of its response; 30 s by default. A request that a redirect asks for is
-    /// one more.
+    /// Sets how long one request may take until the head of its response; 30 s by default. A request that follows a
+    /// redirect has this time anew.
     pub fn attempt_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.attempt_timeout = timeout.into();
         self
     }
 
-    /// How long a connection may take to come about; 10 s by default. Not with [`reqwest`](Self::reqwest), which brings its own.
+    /// Sets how long connecting may take; 10 s by default. It does not apply with [`reqwest`](Self::reqwest), which
+    /// brings its own.
     pub fn connect_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.connect_timeout = timeout.into();
         self.connect_timeout_set = true;
         self
     }
 
-    /// How long the peer may be silent while it is waited for, in both directions; 30 s by default.
+    /// Sets how long the peer may be silent while the call waits for it, in both directions; 30 s by default.
     ///
-    /// The time that the consumer of a body or the producer of a streamed request is busy does not count, nor does the
-    /// wait for a permit. A body in memory above 64 KiB is sent in pieces to see its progress.
+    /// The time while the consumer of a body or the producer of a streamed request is busy does not count, nor does the
+    /// wait for a permit. A body in memory above 64 KiB is sent in pieces, to see its progress.
     pub fn idle_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.idle_timeout = timeout.into();
         self
     }
 
-    /// The most bytes of a response's body, after decompression; reading more of it is an error. 64 MiB by default.
+    /// Sets the maximum size of a response's body in bytes, after decompression; reading more of it is an error. 64 MiB
+    /// by default.
     pub fn max_body(mut self, bytes: impl Into<Option<u64>>) -> Self {
         self.options.max_body = bytes.into();
         self
     }
 
-    /// The most calls in flight, 100 by default; a call is in flight until its body has ended or was dropped.
+    /// Sets the maximum number of calls in flight, 100 by default. A call is in flight until its body has ended or was
+    /// dropped.
     pub fn concurrency(mut self, calls: usize) -> Self {
         self.concurrency = calls;
         self
     }
 
-    /// The most calls in flight to one origin (scheme, host and port); no such limit by default.
+    /// Sets the maximum number of calls in flight to one origin (scheme, host and port); no such limit by default.
     pub fn concurrency_per_host(mut self, calls: impl Into<Option<usize>>) -> Self {
         self.concurrency_per_host = calls.into();
         self
     }
 
-    /// The most calls that wait for the client's permits, and the most that wait for those of one origin; 10,000 by
-    /// default. One more is [`RequestError::Overloaded`](crate::RequestError::Overloaded).
+    /// Sets how many calls may wait for the client's permits, and how many for those of one origin; 10,000 by default.
+    /// One call more is [`RequestError::Overloaded`](crate::RequestError::Overloaded).
     ///
-    /// The queues are apart: however many wait for a slow origin, they take no place from calls to others.
+    /// The queues are separate: however many calls wait for a slow origin, they take no place from calls to others.
     pub fn max_waiting(mut self, calls: usize) -> Self {
         self.max_waiting = calls;
         self
     }
 
-    /// The most origins whose breaker and limit are remembered; the least recently used goes first. 1,024 by default.
+    /// Sets how many origins the client remembers, with their breaker and limit; the least recently used goes first.
+    /// 1,024 by default.
     pub fn max_origins(mut self, origins: usize) -> Self {
         self.max_origins = origins;
         self
     }
 
-    /// Tries calls again; by default none is.
+    /// Retries calls; by default there are no retries.
     pub fn retry(mut self, retry: Retry) -> Self {
         self.options.retry = retry;
         self
     }
 
-    /// Sends a second copy of a request whose answer is late. By default none is sent. Not together with
+    /// Sends a second copy of a request if its answer is late; by default it sends none. Cannot be combined with
     /// [`retry`](Self::retry).
     pub fn hedge(mut self, hedge: impl Into<Option<Hedge>>) -> Self {
         self.hedge = hedge.into();
         self
     }
 
-    /// The most redirects of one attempt, 10 by default; with zero, a redirect is a response like any other.
+    /// Sets the maximum number of redirects of one attempt, 10 by default; with zero, a redirect is a response like any
+    /// other.
     pub fn redirects(mut self, most: u32) -> Self {
         self.options.redirects.most = most;
         self
     }
 
-    /// Further headers that are left out when a redirect crosses to another origin.
+    /// Names further headers that are left out when a redirect crosses to another origin.
     ///
     /// ```
     /// use cancel_safe_http_timeout::TimeoutClient;
@@ -222,26 +228,26 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Headers of every request that does not have them itself.
+    /// Sets headers for every request that does not set them itself.
     ///
-    /// They are left out across origins like the headers of a request, which those are not that
-    /// [`configure`](Self::configure) gives to reqwest: what is sensitive of these is sent empty.
+    /// Across origins they are left out like the headers of a request. Headers that [`configure`](Self::configure)
+    /// gives to reqwest are not: the sensitive ones are sent empty.
     pub fn default_headers(mut self, headers: HeaderMap) -> Self {
         self.options.default_headers = DefaultHeaders(headers);
         self
     }
 
-    /// Gives each origin a breaker; by default none has one.
+    /// Gives each origin a breaker; by default there are no breakers.
     pub fn breaker(mut self, config: impl Into<Option<BreakerConfig>>) -> Self {
         self.breaking.config = config.into();
         self
     }
 
-    /// Tells the breakers apart by `key` instead of by the origin: one for each value of it.
+    /// Makes one breaker for each value of `key`, instead of one for each origin.
     ///
-    /// Routes of one host that fail apart from each other are the usual reason. Let it have few values, without ids:
-    /// what is seldom called is never found out, and no more breakers are remembered than `max_origins`. Let it hold no
-    /// secret: errors and [`trips`](TimeoutClient::trips) name it.
+    /// The usual reason is one host whose routes fail independently. Use few values, without ids: a breaker that sees
+    /// few calls never trips, and the client remembers at most `max_origins` breakers. Put no secret into a key: errors
+    /// and [`trips`](TimeoutClient::trips) name it.
     ///
     /// ```
     /// use cancel_safe_http_timeout::{BreakerConfig, TimeoutClient};
@@ -262,9 +268,11 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Lets `classify` say what an answer says about the callee, by its head; it decides nothing but that.
+    /// Lets `classify` decide, by the head of an answer, what the answer says about the callee. It decides nothing
+    /// else.
     ///
-    /// Without it, 5xx, 408 and 429 are failures and all else is a success. Calls without an answer are not asked about.
+    /// Without it, 5xx, 408 and 429 are failures, and everything else is a success. It is not called if there is no
+    /// answer.
     ///
     /// ```
     /// use cancel_safe_http_timeout::{BreakerConfig, Class, TimeoutClient};
@@ -286,7 +294,7 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Tells the server how many milliseconds are left of the call, in this header of each attempt. Off by default.
+    /// Tells the server in this header of each attempt how many milliseconds of the call are left. Off by default.
     pub fn propagate_deadline(mut self, header: impl Into<String>) -> Self {
         self.propagate = Some(header.into());
         self
@@ -294,8 +302,8 @@ impl TimeoutClientBuilder {
 
     /// Changes the reqwest client underneath, for instance its TLS, proxies or name resolution.
     ///
-    /// Every guarantee of this crate is kept, so what they rest on is set after `change`: redirects and retries are
-    /// those of this builder, and so is `connect_timeout` unless it is `None` here.
+    /// Every guarantee of this crate still holds, because the settings that they rest on are set after `change`:
+    /// redirects and retries come from this builder, and so does `connect_timeout` unless it is `None` here.
     ///
     /// ```
     /// use cancel_safe_http_timeout::TimeoutClient;
@@ -311,13 +319,15 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Sends through this client, made elsewhere. Prefer [`configure`](Self::configure): with a client of your own
+    /// Sends through this client, which was made elsewhere. Prefer [`configure`](Self::configure). With your own
+    /// client:
     ///
-    /// - redirects are followed inside, as its own policy says, unless that is `Policy::none()`: without a permit of
-    ///   their origin, past its breaker, with its rules for headers, and at the account of the origin first asked;
-    /// - its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone;
-    /// - `connect_timeout` is its own;
-    /// - its HTTP/2 connections are asked for a sign of life, every 10 s while a call waits, only if it is told to.
+    /// - It follows redirects internally, as its own policy says, unless that is `Policy::none()`. It does so without a
+    ///   permit of their origin, past its breaker, with its own rules for headers, and at the expense of the first
+    ///   origin.
+    /// - Its `timeout`, `read_timeout` and `retry` know nothing of permits, deadline and budget: leave them alone.
+    /// - It has its own `connect_timeout`.
+    /// - It pings its HTTP/2 connections (here every 10 s while a call waits) only if you tell it to.
     pub fn reqwest(mut self, client: reqwest::Client) -> Self {
         self.reqwest = Some(client);
         self
@@ -327,8 +337,8 @@ impl TimeoutClientBuilder {
     ///
     /// # Errors
     ///
-    /// [`BuildError::Option`] names the first option that is out of its range; [`BuildError::Client`] says why the
-    /// client underneath could not be set up.
+    /// [`BuildError::Option`] names the first option that is out of range. [`BuildError::Client`] says why the client
+    /// underneath could not be set up.
     pub fn build(mut self) -> Result<TimeoutClient, BuildError> {
         let options = &mut self.options;
         let wrong = |option, problem| Err(BuildError::Option { option, problem });

@@ -26,11 +26,11 @@ use crate::{
     error::RequestError,
 };
 
-/// What became of one of many URLs.
+/// The result for one of many URLs.
 #[derive(Debug)]
 #[expect(clippy::exhaustive_structs, reason = "its three parts are all there is, and callers take it apart")]
 pub struct Fetched {
-    /// The place of the URL among those that were given, from 0.
+    /// The position of the URL in the input, from 0.
     pub index: usize,
     /// The URL, as it was given.
     pub url: String,
@@ -60,7 +60,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
         Self { client, urls: Some(urls.enumerate()), timeout, running: FuturesUnordered::new(), order: None }
     }
 
-    /// Yields in the order of the URLs. An answer that comes early waits for its turn in memory.
+    /// Yields in the order of the URLs. An early answer waits for its turn in memory.
     pub fn ordered(mut self) -> Self {
         self.order.get_or_insert_default();
         self

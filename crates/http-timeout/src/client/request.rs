@@ -19,7 +19,7 @@ use crate::{
     error::{CallReport, Failure, Phase, RequestError, Subject, redacted, redacted_text},
 };
 
-/// Builds a request, in the words of [`reqwest::RequestBuilder`].
+/// Builds a request, with the methods of [`reqwest::RequestBuilder`].
 ///
 /// A mistake, such as an invalid URL or header, shows as the error of [`send`](Self::send).
 #[must_use = "a request does nothing until it is sent"]
@@ -90,7 +90,7 @@ impl RequestBuilder {
         self.map(|request| request.header(key, value))
     }
 
-    /// Adds headers; those of the same name are replaced.
+    /// Adds headers, and replaces those of the same name.
     pub fn headers(self, headers: HeaderMap) -> Self {
         self.map(|request| request.headers(headers))
     }
@@ -125,7 +125,7 @@ impl RequestBuilder {
         self.map(|request| request.query(query))
     }
 
-    /// Sets the body to this form of several parts, which cannot be sent twice.
+    /// Sets the body to this multipart form, which cannot be sent twice.
     #[cfg(feature = "multipart")]
     pub fn multipart(self, form: reqwest::multipart::Form) -> Self {
         self.map(|request| request.multipart(form))
@@ -136,41 +136,41 @@ impl RequestBuilder {
         self.map(|request| request.version(version))
     }
 
-    /// The timeout of this call, instead of the client's; `None` for none. With zero, nothing is sent.
+    /// Sets the timeout of this call. Default: the client's; `None` for no timeout. With zero, nothing is sent.
     pub fn timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.timeout = timeout.into();
         self
     }
 
-    /// Declares that sending this request twice is the same as once, so that it may be tried again.
+    /// Declares that sending this request twice is the same as once, so the client may retry it.
     pub fn idempotent(mut self) -> Self {
         self.idempotent = true;
         self
     }
 
-    /// Declares that the answer may be quiet for as long as it likes, as that of a long poll is, or a feed.
+    /// Declares that the answer may be quiet for any length of time, like a long poll or a feed.
     ///
-    /// The breaker then takes it for well when its head is good, and asks no further; and a caller who gives up says
-    /// nothing about the origin, however long it had waited. A response of the type `text/event-stream` is taken for a
-    /// stream anyway. The timeouts are the same as of any other request.
+    /// The breaker then counts the call as healthy when its head is good, and looks no further. A caller that gives up
+    /// says nothing about the origin, however long it had waited. A response of the type `text/event-stream` counts as
+    /// a stream anyway. The timeouts are the same as for any other request.
     pub fn streaming(mut self) -> Self {
         self.streaming = true;
         self
     }
 
-    /// Sends the request, and again as the client's policy says. Any status is `Ok`, as in reqwest.
+    /// Sends the request, and retries it as the client's policy says. Any status is `Ok`, as in reqwest.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, the connection is given up, and permits, probe slot
-    /// and unspent retry budget are back when the drop returns. Whether the server saw the request is unknown; the
-    /// same holds of the response's body, which is dropped by dropping the response.
+    /// This method is cancel safe. If dropped before completion, the connection is abandoned, and permits, probe slot
+    /// and unspent retry budget are back when the drop returns. It is unknown whether the server saw the request. The
+    /// same holds for the response's body: dropping the response drops it.
     ///
     /// # Errors
     ///
-    /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how
-    /// the network failed. A timeout while the body is read is an error of reading it, for which
-    /// [`reqwest::Error::is_timeout`] holds.
+    /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how the
+    /// network failed. A timeout while the body is read is an error of the read, and [`reqwest::Error::is_timeout`] is
+    /// true for it.
     pub async fn send(self) -> Result<Response, RequestError> {
         // Taken apart first, so that the future does not carry what the request was built from.
         let Self { client, request, timeout, idempotent, streaming } = self;

@@ -32,17 +32,17 @@ impl fmt::Display for Phase {
     }
 }
 
-/// Which limit of time a call ran into. Its text is the name of the option that sets it.
+/// Which time limit a call ran into. Its text is the name of the option that sets it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Limit {
     /// The deadline of the whole call.
     Total,
-    /// How long one request may take to the head of its response.
+    /// How long one request may take until the head of its response.
     Attempt,
-    /// How long a connection may take to come about.
+    /// How long connecting may take.
     Connect,
-    /// How long the peer may be silent while it is waited for.
+    /// How long the peer may be silent while the call waits for it.
     Idle,
     /// How long a call may wait for a permit.
     Permit,
@@ -64,13 +64,13 @@ impl fmt::Display for Limit {
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CallReport {
-    /// The method; none if only a [`reqwest::Error`] was there to tell.
+    /// The method; `None` if only a [`reqwest::Error`] was available.
     pub method: Option<Method>,
-    /// The URL without credentials, query and fragment: after redirects, where they had led.
+    /// The URL without credentials, query and fragment; after redirects, the one that they led to.
     pub url: String,
     /// What the call was doing.
     pub phase: Phase,
-    /// How many attempts had been made, the last of them included. A redirect is part of its attempt.
+    /// How many attempts had been made, including the last. A redirect is part of its attempt.
     pub attempts: u32,
     /// The time since the call began.
     pub elapsed: Duration,

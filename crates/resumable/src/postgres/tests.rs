@@ -119,7 +119,6 @@ async fn of_a_zombie_and_its_successor_exactly_one_records_the_range() {
         assert!(race.take_over(Zombie::Fenced).await <= 1, "both recorded a range");
     }
     assert_eq!(race.doubles().await, 0);
-    cancel_safe_campaign::publish_campaign("resumable", "take-overs", races(), 0);
     race.end().await;
 }
 

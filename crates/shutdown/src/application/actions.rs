@@ -17,7 +17,7 @@ use crate::tree::{SAMPLE, list};
 
 pub(crate) type Action = Box<dyn FnMut(SignalContext) + Send>;
 
-/// What an [action](crate::Application::on_signal) knows of the signal and of its application.
+/// What an [action](crate::Application::on_signal) knows about the signal and its application.
 #[derive(Clone)]
 pub struct SignalContext {
     core: Arc<Core>,
@@ -35,8 +35,8 @@ impl SignalContext {
         self.core.stop.token().clone()
     }
 
-    /// Lists the workers and the tasks of their groups that are alive, one a line: where each was spawned, its last mark,
-    /// and whether it is inside a poll or parked at an await. Takes two looks, some milliseconds apart.
+    /// Lists the live workers and the live tasks of their groups, one on each line: where each was spawned, its last
+    /// mark, and whether it is inside a poll or parked at an await. It looks twice, some milliseconds apart.
     pub fn dump(&self) -> String {
         let nodes: Vec<_> = self.core.roots().iter().flat_map(|(root, _)| list(root)).collect();
         let live = nodes.iter().flat_map(|node| node.live().into_iter().map(move |slot| (node, slot.pulse(), slot)));

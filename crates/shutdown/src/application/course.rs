@@ -31,7 +31,7 @@ pub enum AppError {
     /// The handlers of SIGINT and SIGTERM could not be installed.
     #[error("the signal handlers could not be installed")]
     Signals(#[source] io::Error),
-    /// A thread of the application's own (for signals, for the deadline, for callbacks) could not be started.
+    /// One of the application's own threads (for signals, for the deadline, for callbacks) could not be started.
     #[error("the thread for {purpose} could not be started")]
     #[non_exhaustive]
     Thread {
@@ -43,7 +43,7 @@ pub enum AppError {
     /// The runtime could not be built.
     #[error("the runtime could not be built")]
     Runtime(#[source] io::Error),
-    /// `run` was called inside a runtime; there, `serve` is the one to call.
+    /// `run` was called inside a runtime. Call `serve` there.
     #[error("an application cannot own a runtime inside another runtime")]
     InsideRuntime,
 }
@@ -51,7 +51,7 @@ pub enum AppError {
 impl AppError {
     /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
     ///
-    /// Every other error is the system's refusal.
+    /// Every other error is a refusal by the system.
     pub fn is_inside_runtime(&self) -> bool {
         matches!(self, Self::InsideRuntime)
     }

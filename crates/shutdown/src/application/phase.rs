@@ -21,7 +21,7 @@ pub(crate) struct Worker {
     pub(crate) is_provider: bool,
 }
 
-/// Workers that are started, and stopped, together.
+/// Workers that start together and stop together.
 pub struct Phase {
     pub(crate) name: String,
     pub(crate) workers: Vec<Worker>,
@@ -61,12 +61,12 @@ impl Phase {
         self
     }
 
-    /// Makes a value for the phases that start after this one, which get copies of it by [`WorkerContext::provided`]: a
-    /// pool of connections, a client, a configuration.
+    /// Makes a value for the phases that start after this one: a connection pool, a client, a configuration. They get
+    /// copies of it with [`WorkerContext::provided`].
     ///
     /// The next phase starts when the value is made. An error or a panic stops the application; so does a value that is
-    /// not made within [`ready_within`](Self::ready_within), or within 30 seconds. When this phase stops, all those that
-    /// started after it have ended, and the value is dropped. It is one worker, by the name of the type.
+    /// not made within [`ready_within`](Self::ready_within), or within 30 seconds. When this phase stops, all later
+    /// phases have ended, and the value is dropped. The provider is one worker, named after the type.
     ///
     /// # Examples
     ///
@@ -100,7 +100,7 @@ impl Phase {
         self.provide_until(make, |value| async move { drop(value) })
     }
 
-    /// Makes a value as [`provide`](Self::provide) does, and closes it when this phase stops, within its time.
+    /// Makes a value as [`provide`](Self::provide) does, and closes it when this phase stops, within the phase's time.
     ///
     /// # Examples
     ///
@@ -149,8 +149,8 @@ impl Phase {
         self
     }
 
-    /// Sets how long the phase may take to stop. The default is an equal share, among the phases yet to be stopped, of
-    /// what remains of the total budget; a longer timeout than what remains is clipped to it.
+    /// Sets how long the phase may take to stop. The default is an equal share of the remaining total budget among the
+    /// phases that have yet to stop. A timeout longer than what remains is clipped to it.
     pub fn timeout(mut self, timeout: Duration) -> Self {
         self.timeout = Some(timeout);
         self
@@ -163,7 +163,7 @@ impl Phase {
         self
     }
 
-    /// Sets the restart policy of the worker added last, instead of that of the phase.
+    /// Sets the restart policy of the last worker added, instead of the phase's policy.
     ///
     /// # Examples
     ///
@@ -196,8 +196,8 @@ impl Phase {
         self
     }
 
-    /// Lets the application go on if the worker added last fails or panics, past its restarts, and lets the exit code
-    /// be 0 all the same. Its end is reported as that of any other.
+    /// Lets the application continue if the last worker added fails or panics past its restarts. The exit code can then
+    /// still be 0. The report shows the worker's end like any other.
     pub fn tolerated(mut self) -> Self {
         if let Some(worker) = self.workers.last_mut() {
             worker.is_tolerated = true;

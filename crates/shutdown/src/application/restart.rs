@@ -11,7 +11,7 @@ use crate::context::WorkerContext;
 use crate::panics::{Panic, catch};
 use crate::task::BoxError;
 
-/// When a worker that has ended is started again.
+/// When a worker is restarted after it has ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Restart {
@@ -37,7 +37,7 @@ impl Restart {
 }
 
 /// A [`Restart`] with its limits: 5 restarts within 60 seconds, after pauses of 100 ms, 200 ms, … up to 10 s, each
-/// shortened by up to a half at random.
+/// randomly shortened by up to half.
 #[derive(Debug, Clone, Copy)]
 pub struct RestartPolicy {
     restart: Restart,
@@ -49,14 +49,16 @@ pub struct RestartPolicy {
 
 impl RestartPolicy {
     /// Allows at most `restarts` within any period of `within`. The next end escalates and stops the application: with
-    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often.
+    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often. The
+    /// default is 5 restarts within 60 seconds.
     pub fn intensity(mut self, restarts: u32, within: Duration) -> Self {
         (self.restarts, self.within) = (restarts, within);
         self
     }
 
-    /// Waits `first` before the first restart within the period, and twice as long before each next, up to `longest`.
-    /// Jitter takes up to a half off, so that workers that failed together do not come back together.
+    /// Waits `first` before the first restart within the period, and twice as long before each further one, up to
+    /// `longest`. Jitter shortens each wait by up to half, so workers that failed together do not come back together.
+    /// The default is 100 ms, up to 10 s.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         (self.first, self.longest) = (first, longest);
         self

@@ -19,17 +19,18 @@ use crate::stop::{Readiness, StopReason};
 
 /// An application that runs in a test.
 ///
-/// What the test does to it is what the system would do to the process, on the clock of the test's runtime. With a paused
-/// clock a stop that takes 25 seconds takes none, [`Report::elapsed`] is exact, and two runs have equal reports. It tells
-/// its report to [`on_report`](Application::on_report) as usual, and the service manager nothing.
+/// The test does to it what the system would do to the process, on the clock of the test's runtime. With a paused clock
+/// a stop of 25 seconds takes no time, [`Report::elapsed`] is exact, and two runs have equal reports. It calls
+/// [`on_report`](Application::on_report) as usual, and tells the service manager nothing.
 ///
 /// Dropping it drops every worker at its current await.
 ///
 /// # Limitations
 ///
-/// It runs as [`serve`](Application::serve) does: what only the owner of a process can do has to be tried with a process,
-/// such as a worker that blocks the only thread of the test. A second signal ends the grace. The application itself has
-/// taken SIGINT and SIGTERM when it was created, so Ctrl-C does not end a test that hangs.
+/// - It runs as [`serve`](Application::serve) does. To test what only the owner of a process can do, use a process; for
+///   example, for a worker that blocks the only thread of the test.
+/// - A second signal ends the grace.
+/// - The application took over SIGINT and SIGTERM when it was created, so Ctrl-C does not end a test that hangs.
 ///
 /// # Examples
 ///
@@ -87,7 +88,7 @@ impl TestRun {
     ///
     /// # Errors
     ///
-    /// An application that could not be started; no worker has run.
+    /// If the application could not be started; no worker has run.
     ///
     /// # Panics
     ///
@@ -101,12 +102,12 @@ impl TestRun {
         Ok(Self { core, readiness, actions, quiet, first: None, serving })
     }
 
-    /// Returns whether the application is to be given work.
+    /// Returns whether the application should get work.
     pub fn readiness(&self) -> Readiness {
         *self.readiness.borrow()
     }
 
-    /// Waits until every phase is ready, and returns true; or until a stop begins, and returns false.
+    /// Waits until every phase is ready and returns true, or until a stop begins and returns false.
     ///
     /// # Cancel safety
     ///
@@ -116,14 +117,13 @@ impl TestRun {
         settled.is_ok_and(|readiness| readiness.is_ready())
     }
 
-    /// Does what SIGTERM does: the first one stops; another one, when the
-    /// [quiet time](Application::second_signal_after) is over, ends the grace.
+    /// Does what SIGTERM does: the first one stops; a second one after the [quiet
+    /// time](Application::second_signal_after) ends the grace.
     pub fn terminate(&mut self) {
         self.deliver(TERMINATE);
     }
 
-    /// Does what SIGINT does, which a person sends by Ctrl-C: the same, without the
-    /// [drain delay](Application::drain_delay).
+    /// Does what SIGINT (Ctrl-C) does: the same, without the [drain delay](Application::drain_delay).
     pub fn interrupt(&mut self) {
         self.deliver(INTERRUPT);
     }
@@ -133,12 +133,12 @@ impl TestRun {
         self.core.stop.token().cancel();
     }
 
-    /// Runs the actions that the application has for this signal, here and now.
+    /// Runs the application's actions for this signal at once, on this thread.
     pub fn raise(&mut self, signal: Signal) {
         self.actions.act(&self.core, signal);
     }
 
-    /// Waits for the end, for as long as nobody stops the application; then no longer than its
+    /// Waits for the end. The wait has no bound until a stop begins; from then on it takes no longer than the
     /// [budget](Application::shutdown_timeout).
     ///
     /// # Cancel safety
@@ -147,7 +147,7 @@ impl TestRun {
     ///
     /// # Errors
     ///
-    /// The runtime of the test was shut down, or its own code panicked in the place of the application.
+    /// If the runtime of the test was shut down, or its own code panicked in place of the application.
     pub async fn ended(self) -> Result<Report, tokio::task::JoinError> {
         self.serving.await
     }

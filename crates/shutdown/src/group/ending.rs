@@ -10,7 +10,7 @@ use crate::task::TaskOutcome;
 use crate::tree::{bounded, finished};
 
 impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
-    /// Returns the next task to have ended, by its name, or `None` when there is none left.
+    /// Returns the next task that has ended, with its name, or `None` when there is none left.
     ///
     /// # Cancel safety
     ///
@@ -25,20 +25,20 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         ended.map(|ended| self.roster.hand_out(ended))
     }
 
-    /// Returns the next task to have ended if there is one at hand, and `None` otherwise.
+    /// Returns the next task that has ended if there already is one, and `None` otherwise.
     pub fn try_join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
         self.roster.next().map(|ended| self.roster.hand_out(ended))
     }
 
-    /// Waits until every task has ended, here and in the groups below, and returns the outcomes not yet asked for, in the
+    /// Waits until every task has ended, here and in the groups below, and returns the outcomes not yet read, in the
     /// order in which the tasks ended.
     ///
-    /// The same as [`wait`](Self::wait) for a group whose values matter.
+    /// It works like [`wait`](Self::wait), for a group whose values matter.
     ///
     /// # Cancel safety
     ///
     /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
-    /// lost; a blocking closure that has begun runs on.
+    /// lost; a blocking closure that has begun keeps running.
     ///
     /// # Examples
     ///
@@ -63,20 +63,20 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Cancels every task and waits until none is alive.
     ///
-    /// Closes the group and those below it, drops plain tasks at their current await, and tells those with a context.
-    /// Those still alive when the grace is over are aborted, and reported by [`wait`](Self::wait) as stragglers. This
-    /// method therefore returns within the grace and 25 ms.
+    /// It closes this group and the groups below it, drops plain tasks at their current await, and tells tasks with a
+    /// context to stop. Tasks that are still alive when the grace is over are aborted, and [`wait`](Self::wait) reports
+    /// them as stragglers. So this method returns within the grace plus 25 ms.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, the end of
-    /// the grace is seen to by the next call of `cancel_all`, `join_next` or `wait`.
+    /// This method is cancel safe. Once polled, the cancel is made and stands. If dropped before completion, the next
+    /// call of `cancel_all`, `join_next` or `wait` enforces the end of the grace.
     pub async fn cancel_all(&self) {
         self.stop(StopReason::Requested, after(self.roster.grace()));
         self.idle().await;
     }
 
-    /// The same as [`cancel_all`](Self::cancel_all), with a reason of your own for the tasks to
+    /// Works like [`cancel_all`](Self::cancel_all), with your own reason for the tasks to
     /// [see](crate::WorkerContext::reason).
     ///
     /// # Cancel safety
@@ -105,16 +105,16 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.idle().await;
     }
 
-    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet asked for.
+    /// Waits until every task has ended, here and in the groups below, and sorts the outcomes not yet read.
     ///
-    /// When none is alive any more, the groups below are closed, whoever still holds them. Waits for as long as the tasks
-    /// take; after a cancel, no longer than the grace and 25 ms. The values of the tasks
-    /// are dropped: a group whose values matter is read with [`join_next`](Self::join_next) first.
+    /// When no task is alive any more, it closes the groups below, even if they still have holders. It waits as long as
+    /// the tasks take; after a cancel, no longer than the grace plus 25 ms. It drops the values of the tasks: if they
+    /// matter, read the group with [`join_next`](Self::join_next) first.
     ///
     /// # Cancel safety
     ///
     /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
-    /// lost; a blocking closure that has begun runs on.
+    /// lost; a blocking closure that has begun keeps running.
     pub async fn wait(self) -> TaskGroupResult<E> {
         self.finished().await;
         self.roster.take_result()
@@ -125,7 +125,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # Cancel safety
     ///
     /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
-    /// the outcomes are lost; a blocking closure that has begun runs on.
+    /// the outcomes are lost; a blocking closure that has begun keeps running.
     pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
         self.stop(StopReason::Requested, after(timeout));
         self.wait().await

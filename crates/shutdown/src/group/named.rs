@@ -16,7 +16,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         !self.roster.named(name).is_empty()
     }
 
-    /// Returns the tasks that are alive, in no order.
+    /// Returns the live tasks, in no particular order.
     ///
     /// # Examples
     ///
@@ -46,8 +46,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Drops the tasks of this name at their current await, without a grace, and returns how many there were.
     ///
-    /// Does not wait for their end. Their outcome is [`Aborted`](crate::TaskOutcome::Aborted). A blocking closure is
-    /// dropped if it has not begun, and otherwise goes on.
+    /// It does not wait for their end. Their outcome is [`Aborted`](crate::TaskOutcome::Aborted). A blocking closure is
+    /// dropped if it has not begun; otherwise it continues.
     ///
     /// # Examples
     ///
@@ -72,14 +72,14 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
 
     /// Cancels the tasks of this name, waits until they have ended, and returns how many there were.
     ///
-    /// Plain tasks are dropped at their current await; those with a context are told, and aborted when the group's
-    /// [grace](Self::grace) is over. The group stays open, and its other tasks go on. The groups below that such a task
-    /// holds end when it drops them.
+    /// Plain tasks are dropped at their current await. Tasks with a context are told to stop, and aborted when the
+    /// group's [grace](Self::grace) is over. The group stays open, and its other tasks continue. Groups below that such
+    /// a task holds end when it drops them.
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. Once polled, the cancel is made and stands; if dropped before completion, nobody
-    /// ends the grace of a task that does not listen, until its group is cancelled.
+    /// This method is cancel safe. Once polled, the cancel is made and stands. If dropped before completion, a task
+    /// that does not listen keeps running past its grace until its group is cancelled.
     ///
     /// # Examples
     ///
@@ -101,8 +101,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.cancel_named(name, StopReason::Requested).await
     }
 
-    /// The same as [`cancel`](Self::cancel), with a reason of your own for the tasks to
-    /// [see](crate::WorkerContext::reason).
+    /// Works like [`cancel`](Self::cancel), with your own reason for the tasks to [see](crate::WorkerContext::reason).
     ///
     /// # Cancel safety
     ///
@@ -134,7 +133,7 @@ pub struct LiveTask {
     pub name: String,
     /// Where it was spawned.
     pub spawned_at: &'static Location<'static>,
-    /// The last [`mark`](crate::WorkerContext::mark) it passed.
+    /// The last [`mark`](crate::WorkerContext::mark) that it left.
     pub last_mark: Option<String>,
     /// Whether it was running at this moment, rather than parked at an await.
     pub is_inside_poll: bool,

@@ -14,9 +14,9 @@ use crate::task::Never;
 impl TaskGroup {
     /// Runs `body` with a new group, then waits for the tasks it has spawned.
     ///
-    /// If the body returns an `Err`, or panics, its tasks are cancelled first, with the grace of
-    /// [`cancel_all`](Self::cancel_all): nobody is left who could give them work. A panic goes on when they have ended.
-    /// A task that fails does not disturb the body or the others; it is in the result.
+    /// If the body returns an `Err` or panics, its tasks are cancelled first, with the grace of
+    /// [`cancel_all`](Self::cancel_all), because nobody is left to give them work. A panic resumes when they have
+    /// ended. A task that fails does not disturb the body or the others; the result shows it.
     ///
     /// # Cancel safety
     ///
@@ -62,8 +62,8 @@ impl TaskGroup {
 
     /// Runs `body` with a new group, waits for the tasks it has spawned, and returns what the body returned.
     ///
-    /// The same as [`scope`](Self::scope) for a body that joins its tasks itself and reports by `?`. As in
-    /// [`std::thread::scope`], what a task returned that the body has not joined is dropped, also an error; a panic is
+    /// It works like [`scope`](Self::scope), for a body that joins its tasks itself and reports with `?`. As in
+    /// [`std::thread::scope`], the results of tasks that the body has not joined are dropped, even errors; a panic is
     /// not.
     ///
     /// # Cancel safety
@@ -117,15 +117,15 @@ async fn caught<R>(body: impl Future<Output = R>) -> Result<R, Box<dyn Any + Sen
     .await
 }
 
-/// What the body of a [`TaskGroup::scope`] may return: whatever it likes, of which a `Result` may be a failure.
+/// What the body of a [`TaskGroup::scope`] may return: any value. A `Result` may be a failure.
 ///
-/// A type of your own implements it in one empty line, or comes in an `Ok`.
+/// Your own type implements it with one empty line, or comes in an `Ok`.
 #[diagnostic::on_unimplemented(
     message = "a scope does not know whether `{Self}` is a failure",
     note = "return it in an `Ok`, or write `impl BodyOutput for {Self} {{}}`"
 )]
 pub trait BodyOutput {
-    /// Returns whether the body failed, so that its tasks are cancelled.
+    /// Returns whether the body failed, in which case its tasks are cancelled.
     fn is_failure(&self) -> bool {
         false
     }

@@ -22,16 +22,17 @@ use crate::context::WorkerContext;
 use crate::server::{Listener, serve_each};
 use crate::stop::Readiness;
 
-/// Serves an axum router, over HTTP/1 and HTTP/2, until the worker of `cx` is told to stop; then drains.
+/// Serves an axum router over HTTP/1 and HTTP/2 until the worker of `cx` is told to stop, then drains.
 ///
-/// Where axum's own `serve` leaves the connections it has spawned running beside a closed database, these are the worker's:
-/// on a stop, the listener and the idle connections are closed at once; requests that have come are answered, until the
-/// worker's deadline; whatever is left then is closed: half-sent requests, event streams, upgraded connections. Each of
-/// those is in the report: `127.0.0.1:50000`, and as its last mark, or for a stream of HTTP/2 as its name, `GET /path`.
+/// Axum's own `serve` leaves the connections it has spawned running beside a closed database; here they belong to the
+/// worker. On a stop, the server closes the listener and the idle connections at once. It answers requests that have
+/// arrived, until the worker's deadline. Then it closes whatever is left: half-sent requests, event streams, upgraded
+/// connections. The report names each of those by peer, such as `127.0.0.1:50000`, with `GET /path` as its last mark,
+/// or as its name for an HTTP/2 stream.
 ///
-/// Every request has its token ([`Cancelled`]) and its [`ConnectInfo`]. A handler that panics ends its connection, and is
-/// a task that has panicked: it makes the exit code of the application 101. The worker is
-/// [ready](WorkerContext::ready) from the first poll of this on.
+/// Every request has its token ([`Cancelled`]) and its [`ConnectInfo`]. A handler that panics ends its connection, and
+/// counts as a task that has panicked: the application's exit code is 101. The worker is [ready](WorkerContext::ready)
+/// from the first poll of this future.
 ///
 /// # Cancel safety
 ///
@@ -39,12 +40,13 @@ use crate::stop::Readiness;
 ///
 /// # Errors
 ///
-/// None: what goes wrong with a connection is between it and its client. It is a `Result` so that it can be a worker.
+/// None: an error on a connection concerns only that connection and its client. It returns a `Result` so it can be a
+/// worker.
 ///
 /// # Limitations
 ///
-/// What a handler spawns itself is not the server's, and neither is the task of an upgraded connection: it finds its
-/// stream closed. Both may ask the token of their request.
+/// The server does not own what a handler spawns itself, nor the task of an upgraded connection, which finds its stream
+/// closed. Both can check the token of their request.
 ///
 /// # Examples
 ///
@@ -111,9 +113,10 @@ impl<A: Clone + Send + Sync + 'static> Service<Request<Incoming>> for WithPeer<A
     }
 }
 
-/// The route of a readiness probe: 200 while the application is [ready](crate::Application::readiness), 503 before, and 503
-/// again from the first moment of a stop, while its [drain delay](crate::Application::drain_delay) runs and this server
-/// still answers. The body is one word: `ready`, `starting` or `stopping`.
+/// Returns the route of a readiness probe. It answers 200 while the application is
+/// [ready](crate::Application::readiness), and 503 before. It answers 503 again from the first moment of a stop, while
+/// the [drain delay](crate::Application::drain_delay) runs and this server still answers. The body is one word:
+/// `ready`, `starting` or `stopping`.
 ///
 /// # Examples
 ///
@@ -145,10 +148,10 @@ pub fn readiness<S: Clone + Send + Sync + 'static>(readiness: watch::Receiver<Re
     })
 }
 
-/// The token of a request, as an extractor: cancelled when the client goes away, at the request's deadline, and on
+/// Extracts the token of a request. The token is cancelled when the client goes away, at the request's deadline, and on
 /// shutdown.
 ///
-/// It is there under this crate's [`serve`], and under a [`CancellationLayer`](crate::tower::CancellationLayer).
+/// It works under this crate's [`serve`], and under a [`CancellationLayer`](crate::tower::CancellationLayer).
 ///
 /// # Examples
 ///
@@ -179,7 +182,8 @@ impl<S: Sync> FromRequestParts<S> for Cancelled {
     }
 }
 
-/// The request has no token: neither this crate's [`serve`] nor its layer is there. Answered with status 500.
+/// The request has no token, because neither this crate's [`serve`] nor its layer is there. The answer has the status
+/// 500.
 #[derive(Debug, thiserror::Error)]
 #[error("the request has no cancellation token: the layer is missing")]
 #[non_exhaustive]

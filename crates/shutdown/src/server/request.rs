@@ -18,15 +18,15 @@ use crate::context::WorkerContext;
 /// A layer that puts a [`CancellationToken`] into the extensions of each request, for axum, tonic and any other tower
 /// service.
 ///
-/// The token is cancelled
-/// - when the client goes away: the future of the response, or its body, is dropped before its end;
+/// The token is cancelled:
+/// - when the client goes away: the response's future, or its body, is dropped before its end;
 /// - at the request's deadline: the layer's [`timeout`](Self::timeout) or the request's own `grpc-timeout`, whichever is
 ///   earlier;
 /// - on shutdown: when the token that the layer was made from is cancelled.
 ///
-/// It only tells. The handler decides what to do, also for what it has spawned: that is what the token is for, as the
-/// handler itself is dropped with its request. The servers of this crate put this token into every request themselves; the
-/// layer is for the deadline, and for servers of others.
+/// The token only informs; the handler decides what to do. It is mainly for what the handler has spawned, because the
+/// handler itself is dropped with its request. This crate's servers put this token into every request themselves. Use
+/// the layer for the deadline, and for other servers.
 ///
 /// # Examples
 ///
@@ -65,7 +65,7 @@ impl<S> Layer<S> for CancellationLayer {
     }
 }
 
-/// The service that a [`CancellationLayer`] makes of another.
+/// The service that a [`CancellationLayer`] makes from another.
 #[derive(Debug, Clone)]
 pub struct CancellationService<S> {
     inner: S,
@@ -165,7 +165,7 @@ impl Drop for Guard {
 }
 
 pin_project! {
-    /// The response of a [`CancellationService`] on its way.
+    /// The future of a [`CancellationService`]'s response.
     #[derive(Debug)]
     pub struct WatchedResponse<F> {
         #[pin]

@@ -6,8 +6,8 @@
 //! curl -X POST 127.0.0.1:8080/orders -H 'content-type: application/json' -d '{"item":"book","count":2}'
 //! ```
 //!
-//! With `--check` it is driven by clients of which a third hang up at a random moment, and then the books are looked at:
-//! whatever is ordered is missing in the stock, and no money was made or lost. Otherwise the exit code is 1.
+//! With `--check` clients drive it, a third of which hang up at a random moment, and then the books are checked: every
+//! ordered item is missing from the stock, and no money was made or lost. Otherwise the exit code is 1.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example speaks through its output")]
 
 pub(crate) mod check;

@@ -4,13 +4,15 @@
 //! a row, or any bytes in it, may then pass for the answer to ROLLBACK or to COMMIT.
 //!
 //! Invariant: an answer is believed only behind a number that nobody is likely to have sent before. Who has read that has
-//! nothing older left to read.
+//! nothing older left to read. Behind a statement that was dropped, the number is asked for by preparing a statement, because
+//! sqlx makes room for as many columns as the answer to a query says there are: where that is a part of a row, it may be more
+//! than there is memory, which ends the process. The answer to a preparation cannot speak of more than 65,535.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 
 use futures_util::{FutureExt, StreamExt};
-use sqlx::{AssertSqlSafe, Connection, Either, MySqlConnection, Row};
+use sqlx::{AssertSqlSafe, Column, Connection, Either, Executor, MySqlConnection, Row, SqlSafeStr, Statement};
 
 /// How often the server is asked: each statement that was left behind may answer with one error.
 const ATTEMPTS: usize = 16;
@@ -66,20 +68,46 @@ pub(crate) async fn run(conn: &mut MySqlConnection, sql: &str) -> Result<(), sql
 ///
 /// There is, and nobody can say where it ends: the connection cannot be used any more.
 pub(crate) async fn insist(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
+    prove(conn).await?;
+    repeat(conn, sql).await
+}
+
+/// Runs statements without rows until no cancel that comes late has met them. Nothing may be left to be read.
+pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
         match exchange(conn, sql).await {
             Answers { proved: true, error: None, .. } => return Ok(()),
-            // The answer to what was left, after which nothing was sent; or to these, which were cancelled.
             Answers { error: Some(sqlx::Error::Database(_)), .. } => {}
             Answers { error, .. } => return Err(error.unwrap_or_else(out_of_step)),
         }
     }
-    Err(sqlx::Error::Protocol("the connection does not come to rest".into()))
+    Err(restless())
+}
+
+/// Reads what was left to be read, whatever it is, and makes sure that nothing of it is left.
+async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+    for _ in 0..ATTEMPTS {
+        // The name of the column is the proof. A statement of the same text would not be prepared again.
+        let number = fastrand::i64(1 << 62..).to_string();
+        let prepare = AssertUnwindSafe(async {
+            let statement = conn.prepare(AssertSqlSafe(format!("SELECT {number}")).into_sql_str()).await?;
+            let names: Vec<_> = statement.columns().iter().map(Column::name).collect();
+            if names == [number.as_str()] { Ok(()) } else { Err(out_of_step()) }
+        });
+        match prepare.catch_unwind().await {
+            Ok(Ok(())) => return Ok(()),
+            // The answer to what was left, after which nothing was sent; or to this, which was cancelled.
+            Ok(Err(sqlx::Error::Database(_))) => {}
+            Ok(Err(error)) => return Err(error),
+            Err(_) => return Err(out_of_step()),
+        }
+    }
+    Err(restless())
 }
 
 /// The same where there is something left.
 pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
-    if is_left(conn).await? { insist(conn, "DO 0").await } else { Ok(()) }
+    if is_left(conn).await? { prove(conn).await } else { Ok(()) }
 }
 
 /// Reads what was left to be read, and says whether more of it may be left. Where there is nothing, this costs nothing; where
@@ -95,4 +123,8 @@ pub(crate) async fn is_left(conn: &mut MySqlConnection) -> Result<bool, sqlx::Er
 
 pub(crate) fn out_of_step() -> sqlx::Error {
     sqlx::Error::Protocol("the answer is that to another statement".into())
+}
+
+fn restless() -> sqlx::Error {
+    sqlx::Error::Protocol("the connection does not come to rest".into())
 }

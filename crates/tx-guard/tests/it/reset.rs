@@ -274,3 +274,65 @@ async fn a_name_that_is_none_is_refused() {
     let error = builder.connect("sqlite::memory:").await.unwrap_err();
     assert!(matches!(error, TxError::InvalidOption { option: "verify", .. }), "{error:?}");
 }
+
+/// A session for which nobody waits is asked in a message of its own, behind the commit.
+#[tokio::test]
+async fn what_a_session_has_become_is_reset_on_a_pool_with_room_as_well() {
+    const SESSIONS: usize = 4;
+    let world = World::<Postgres>::new().await;
+    let builder = TxPool::<Postgres>::builder().max_connections(4).verify(["app.tenant"]);
+    let db = builder.connect_with(world.options.clone()).await.unwrap();
+    let mut beside = world.plain().await;
+    for (key, ending) in (0..).zip(ENDS) {
+        // Of this run alone, whoever else uses the server.
+        let key = i64::from(std::process::id()) << 8 | key;
+        let settings = format!("SELECT pg_advisory_lock({key}); SET app.tenant = 'a'");
+        let mut tx = within(db.begin()).await.unwrap();
+        for sql in ["COMMIT", &settings, "BEGIN"] {
+            Postgres::execute(&mut tx, sql.to_owned()).await.unwrap();
+        }
+        end(tx, ending).await;
+        let free =
+            format!("SELECT CASE WHEN pg_try_advisory_lock({key}) AND pg_advisory_unlock({key}) THEN 1 ELSE 0 END");
+        eventually("the lock of a session is free", async || {
+            let free: i32 = sqlx::query_scalar(AssertSqlSafe(free.clone())).fetch_one(&mut beside).await.unwrap();
+            free == 1
+        })
+        .await;
+        // All of them at once, and so the one.
+        let mut all = Vec::new();
+        for _ in 0..SESSIONS {
+            all.push(within(db.begin()).await.unwrap());
+        }
+        for mut tx in all {
+            let tenant = "SELECT coalesce(current_setting('app.tenant', true), '')";
+            let tenant: String = sqlx::query_scalar(tenant).fetch_one(&mut *tx).await.unwrap();
+            assert_eq!(tenant, "");
+            tx.commit().await.unwrap();
+        }
+    }
+    world.end(db).await;
+}
+
+#[tokio::test]
+async fn closing_a_pool_waits_for_the_sessions_that_are_looked_over() {
+    let world = World::<Postgres>::new().await;
+    let looked_over = Arc::new(AtomicUsize::new(0));
+    let builder = TxPool::<Postgres>::builder().max_connections(2).after_release({
+        let looked_over = Arc::clone(&looked_over);
+        move |_| {
+            let looked_over = Arc::clone(&looked_over);
+            Box::pin(async move {
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                looked_over.fetch_add(1, Ordering::SeqCst);
+                Ok(true)
+            })
+        }
+    });
+    let db = builder.connect_with(world.options.clone()).await.unwrap();
+    run(&db, "SELECT 1", End::Commit).await;
+    let report = within(db.close(Duration::from_secs(30))).await;
+    assert!(report.is_clean(), "{report}");
+    assert_eq!(looked_over.load(Ordering::SeqCst), 1);
+    world.end(db).await;
+}

@@ -283,6 +283,44 @@ async fn rows_that_look_like_the_answers_to_a_commit_are_not_believed() {
     world.end(db).await;
 }
 
+/// The rows are such that, read from the second half of the first on, they are an end, and then an answer that says it has
+/// 2^40 columns. sqlx makes room for them before it reads on, and where that fails the process ends.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn rows_that_look_like_the_head_of_an_enormous_answer_do_not_end_the_process() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let columns = (1_u64 << 40).to_le_bytes().map(|byte| format!("{byte:02x}")).concat();
+    let filler = "61".repeat(4000);
+    let rows = format!("SELECT x'000000fe00000000' UNION ALL SELECT x'0000fe{columns}' UNION ALL SELECT x'{filler}'");
+    for tear in [Tear::Transaction, Tear::Reader] {
+        door.pace.send_replace(Pace::AtOnce);
+        let (mut tx, mut reader) = match tear {
+            Tear::Transaction => (Some(db.begin().await.unwrap()), None),
+            Tear::Reader => (None, Some(db.reader().await.unwrap())),
+        };
+        let conn = match (&mut tx, &mut reader) {
+            (Some(tx), _) => &mut **tx,
+            (_, reader) => &mut **reader.as_mut().unwrap(),
+        };
+        door.pace.send_replace(Pace::ToTheFirstRow);
+        let read = timeout(Duration::from_millis(200), MySql::execute(conn, rows.clone())).await;
+        assert!(read.is_err(), "nothing was torn");
+        drop((tx, reader));
+        // The drop waits for what is left by now.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        door.pace.send_replace(Pace::AtOnce);
+        timeout(PATIENCE, db.begin()).await.unwrap().unwrap().rollback().await.unwrap();
+    }
+    world.end(db).await;
+}
+
+/// What holds the connection that is torn.
+enum Tear {
+    Transaction,
+    Reader,
+}
+
 /// The twin: sqlx alone gives connections back that are out of step, so the check can fail.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_believed_by_plain_sqlx() {
