@@ -22,6 +22,7 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// What is recorded of a page.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Page {
     /// The name of its file.
     pub file: String,
