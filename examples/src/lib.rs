@@ -2,6 +2,9 @@
 //!
 //! They need more than the crates do: their dependencies are in no build of a crate by itself, nor in the demo's.
 
+pub mod bank;
+pub mod crawler;
+pub mod scope;
 pub mod ticks;
 
 // The examples of the front page and of the book compile. Here, because no package could hold the pages.

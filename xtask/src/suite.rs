@@ -18,8 +18,8 @@ use crate::other_sqlx::OtherSqlx;
 use crate::workspace::{BENCHES, OPERATIONS, Package, UMBRELLA, Workspace};
 
 /// The crates whose tests talk to a server, by directory.
-const ON_POSTGRES: [&str; 3] = [UMBRELLA, "tx-guard", "resumable"];
-const ON_MYSQL: [&str; 1] = ["tx-guard"];
+const ON_POSTGRES: [&str; 4] = [UMBRELLA, "tx-guard", "resumable", "examples"];
+const ON_MYSQL: [&str; 2] = ["tx-guard", "examples"];
 const ON_PGBOUNCER: [&str; 2] = ["tx-guard", "resumable"];
 
 /// The crates whose tests tamper with system calls and cut the power of a disk.

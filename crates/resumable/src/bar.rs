@@ -59,11 +59,13 @@ impl Bar {
         let watched = Arc::clone(&is_over);
         let draw = move || {
             let mut drawn = Drawn::on(target);
+            // A copy is drawn: the run publishes under the same lock, and must not wait for a slow terminal.
+            let mut now = || *progress.borrow_and_update();
             while !watched.load(Ordering::Acquire) {
-                drawn.show(&progress.borrow_and_update());
+                drawn.show(&now());
                 thread::park_timeout(LOOK_EVERY);
             }
-            drawn.show(&progress.borrow_and_update());
+            drawn.show(&now());
             drawn.leave();
         };
         // Without a thread there is no bar, and the run goes on.
@@ -163,7 +165,10 @@ fn rate(per_second: f64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::{io, sync::Mutex};
+    use std::{
+        io,
+        sync::{Mutex, mpsc},
+    };
 
     use indicatif::TermLike;
 
@@ -240,6 +245,67 @@ mod tests {
         drop(bar);
         let text = screen.text();
         assert!(text.contains("100 %") && text.contains("10 of 10 items"), "{text}");
+    }
+
+    /// A terminal that takes nothing before it is let go.
+    #[derive(Debug)]
+    struct Stuck {
+        reached: mpsc::Sender<()>,
+        go: Arc<Mutex<mpsc::Receiver<()>>>,
+    }
+
+    impl TermLike for Stuck {
+        fn width(&self) -> u16 {
+            100
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, text: &str) -> io::Result<()> {
+            self.write_str(text)
+        }
+        fn write_str(&self, _: &str) -> io::Result<()> {
+            let gone = |_| io::Error::other("the test is over");
+            self.reached.send(()).map_err(gone)?;
+            // An error too lets it go: that of a side that was dropped.
+            let go = self.go.lock().map_err(|_| io::Error::other("poisoned"))?;
+            go.recv().map_err(io::Error::other)
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_terminal_that_is_stuck_does_not_hold_the_run_up() {
+        let (reached, at_terminal) = mpsc::channel();
+        let (let_go, go) = mpsc::channel();
+        let sender = watch::Sender::new(Progress::new(10));
+        let terminal = Stuck { reached, go: Arc::new(Mutex::new(go)) };
+        let bar = Bar::on(ProgressDrawTarget::term_like(Box::new(terminal)), sender.subscribe());
+        at_terminal.recv().unwrap();
+        let (published, news) = mpsc::channel();
+        let run = thread::spawn(move || {
+            sender.send_modify(|progress| progress.restore(10));
+            published.send(()).unwrap_or_default();
+        });
+        let news = news.recv_timeout(Duration::from_secs(30));
+        drop(let_go);
+        run.join().unwrap();
+        drop(bar);
+        assert!(news.is_ok(), "the run waits for the terminal");
     }
 
     #[test]

@@ -79,7 +79,7 @@ pub struct Counts {
 }
 
 impl<R> Checkpoint<R> {
-    /// Reads the checkpoint at `path`. The thread is blocked meanwhile: some 0.1 s for ten million small results.
+    /// Reads the checkpoint at `path`, all of it: the thread is blocked meanwhile.
     ///
     /// # Errors
     ///
@@ -244,7 +244,7 @@ fn read_once(path: &Path) -> Result<History, TaskError> {
 }
 
 /// Whether the file became shorter while it was read.
-fn is_cut_short(error: &TaskError) -> bool {
+pub(crate) fn is_cut_short(error: &TaskError) -> bool {
     matches!(error, TaskError::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof)
 }
 

@@ -13,7 +13,12 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-use crate::{checkpoint::Checkpoint, error::TaskError, log::FOREIGN};
+use crate::{
+    checkpoint::Checkpoint,
+    error::TaskError,
+    log::FOREIGN,
+    store::{Compacted, FileStore},
+};
 
 mod export;
 mod follow;
@@ -30,7 +35,7 @@ Exit codes:
   5  the results cannot be exported";
 
 #[derive(Debug, Parser)]
-#[command(name = "resumable", version, about = "Looks at the checkpoints of long computations.", after_help = EXIT_CODES)]
+#[command(name = "resumable", version, about = "Looks at the checkpoints of long computations, and compacts them.", after_help = EXIT_CODES)]
 struct Arguments {
     #[command(subcommand)]
     command: Command,
@@ -54,7 +59,13 @@ enum Command {
         /// The checkpoint
         file: PathBuf,
     },
-    /// Shows how far a checkpoint has come that another process writes, until it is complete
+    /// Writes a checkpoint anew with what counts alone: killed at any point, it leaves the old file or the new one
+    Compact {
+        /// The checkpoint, which no run may hold
+        file: PathBuf,
+    },
+    /// Shows how far a checkpoint has come that another process writes, until it is complete. A run that was stopped is
+    /// waited for
     Follow {
         /// The checkpoint
         file: PathBuf,
@@ -127,6 +138,7 @@ fn run(command: &Command, out: &mut dyn Write) -> Result<u8, Failure> {
         Command::Inspect { file } => inspect::inspect(file, out)?,
         Command::Verify { files } => return verify(files, out),
         Command::Export { file } => export::export(file, out)?,
+        Command::Compact { file } => compact(file, out)?,
         Command::Follow { file, total, every } => {
             follow::follow(file, *total, Duration::from_secs_f64(*every), out)?;
         }
@@ -149,6 +161,12 @@ fn verify(files: &[PathBuf], out: &mut dyn Write) -> Result<u8, Failure> {
         }
     }
     Ok(code)
+}
+
+fn compact(path: &Path, out: &mut dyn Write) -> Result<(), Failure> {
+    must_be_file(path)?;
+    let Compacted { before_bytes, after_bytes } = FileStore::at(path).compact()?;
+    Ok(writeln!(out, "{}: {before_bytes} bytes before, {after_bytes} bytes now", path.display())?)
 }
 
 #[expect(clippy::print_stderr, reason = "a command speaks through its output")]

@@ -8,7 +8,7 @@ use std::{fs::File, io, io::Write, path::Path};
 use cancel_safe_atomic_fs::blocking::{self, AtomicFileWriter};
 
 use crate::{
-    disk::{directory_of, is_still_at},
+    disk::{directory_of, is_still_at, link_target},
     history::History,
     log::{Blocks, Chain, Kind, check_offset},
 };
@@ -30,8 +30,8 @@ pub(crate) fn is_due(length: u64, live: u64) -> bool {
 ///
 /// If it fails, the path leads to either.
 pub(crate) fn rewrite(history: &mut History, file: &File, path: &Path) -> io::Result<Option<u64>> {
-    // What somebody left who was killed right here.
-    drop(blocking::sweep(directory_of(path)));
+    // What somebody left who was killed right here: it lies beside the file and not beside a link to it.
+    drop(blocking::sweep(directory_of(&link_target(path)?)));
     let writer = AtomicFileWriter::new(path)?;
     let chain = Chain::new(history.header.salt);
     let mut copy = Copy { writer, blocks: Blocks::default(), chain, length: 0 };

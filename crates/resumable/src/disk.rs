@@ -5,10 +5,13 @@
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use crate::scan::ReadAt;
+
+/// As many symlinks as Linux follows.
+const MOST_LINKS: u32 = 40;
 
 impl ReadAt for File {
     fn size(&self) -> io::Result<u64> {
@@ -105,6 +108,22 @@ pub(crate) fn check_place(file: &File, path: &Path, length: u64) -> io::Result<(
 /// The directory of a file.
 pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// Where a path leads to by its symlinks, be there a file or not: a link may have been put there before its target.
+pub(crate) fn link_target(path: &Path) -> io::Result<PathBuf> {
+    let mut path = path.to_owned();
+    for _ in 0..MOST_LINKS {
+        match fs::read_link(&path) {
+            Ok(target) => path = directory_of(&path).join(target),
+            // It is no link, or there is nothing.
+            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
+                return Ok(path);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(io::ErrorKind::InvalidInput, "it leads through too many symlinks"))
 }
 
 /// Makes the names in the directory of a file durable.

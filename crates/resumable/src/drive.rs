@@ -106,7 +106,7 @@ where
 {
     /// Opens the checkpoint.
     pub(crate) async fn open(
-        plan: Plan<I, R>,
+        mut plan: Plan<I, R>,
         source: S,
         work: F,
         spawn: Option<Spawn<R, Fut>>,
@@ -126,9 +126,11 @@ where
             version: plan.version.clone(),
             result_type: std::any::type_name::<R>().to_owned(),
         };
+        plan.store = plan.store.anchored()?;
         let (path, wait) = (plan.store.path().to_owned(), plan.store.wait);
         let request = OpenRequest { path, wait, header, accepted: plan.accepted.clone() };
-        let pace = Pace { every: plan.every, every_items: plan.every_items };
+        let (every, every_items, longest_full) = (plan.every, plan.every_items, plan.store.longest_full);
+        let pace = Pace { every, every_items, longest_full };
         let opened = store::open(request, pace, plan.token.clone()).await;
         let gone = |_| Err(std::io::Error::other("the checkpoint thread could not be started").into());
         let Opened { log, history, salt } = opened.unwrap_or_else(gone)?;
@@ -240,11 +242,25 @@ where
             if self.source.is_none() && self.is_idle() {
                 return Poll::Ready(Ok(Step::Complete));
             }
-            self.recorder.watch(cx)?;
+            self.watch_store(cx)?;
             if self.stop.poll_asked_for(cx).is_pending() {
                 return Poll::Pending;
             }
         }
+    }
+
+    /// Lets the store wake the task, and tells if it is what all items wait for.
+    fn watch_store(&mut self, cx: &mut Context<'_>) -> Result<(), TaskError> {
+        let full_until = self.recorder.watch(cx)?;
+        if self.gate.is_closed() {
+            return Ok(());
+        }
+        match full_until {
+            Some(until) => self.meter.pause(Some(Pause::new(until.into(), "the disk of the checkpoint is full"))),
+            None if self.meter.is_paused() => self.meter.pause(None),
+            None => {}
+        }
+        Ok(())
     }
 
     /// The token has fired: nothing is started any more; what runs has its time.
@@ -285,6 +301,9 @@ where
             return Poll::Pending;
         }
         ready!(self.recorder.poll_room(cx))?;
+        if self.meter.is_paused() {
+            self.meter.pause(None);
+        }
         if let Poll::Ready(ticket) = self.waiting.poll_due(cx)? {
             self.start(ticket)?;
             return Poll::Ready(Ok(Next::Started));
@@ -307,7 +326,7 @@ where
     fn admit(&mut self, item: I) -> Result<Next<R>, TaskError> {
         let path = self.plan.store.path();
         let (index, key) =
-            self.intake.admit(&item, self.plan.key.as_ref(), &self.history, path, &mut self.recorder.marks)?;
+            self.intake.admit(&item, self.plan.key.as_ref(), &mut self.history, path, &mut self.recorder.marks)?;
         let mut attempts = 0;
         let past = self.history.of(index, key.as_deref());
         match past.map_err(|error| TaskError::io("read checkpoint", self.plan.store.path(), error))? {

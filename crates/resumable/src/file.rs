@@ -4,7 +4,7 @@
 //! computation is not changed.
 
 use std::{
-    fs::{self, File, TryLockError},
+    fs::{File, TryLockError},
     io,
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,7 +17,7 @@ use cancel_safe_atomic_fs::{WriteOptions, blocking};
 use crate::{
     codec::Codec,
     compact::{is_due, rewrite},
-    disk::{directory_of, is_still_at, open_to_append, sync_directory},
+    disk::{directory_of, is_still_at, link_target, open_to_append, sync_directory},
     error::TaskError,
     history::History,
     log::Header,
@@ -28,8 +28,6 @@ use crate::{
 const LOCK_POLL: Duration = Duration::from_millis(2);
 /// A file that comes and goes this often while it is being opened is fought over by something else.
 const OPEN_TRIES: u32 = 100;
-/// As many symlinks as Linux follows.
-const MOST_LINKS: u32 = 40;
 
 /// What is to be opened.
 #[derive(Debug)]
@@ -83,7 +81,8 @@ pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool
                 history.torn_bytes = torn_bytes;
                 if history.epoch == 0 {
                     // Whoever created it never wrote to it, and may have been killed before its name was durable.
-                    sync_directory(path).map_err(|error| TaskError::io("sync the directory of", path, error))?;
+                    let synced = link_target(path).and_then(|target| sync_directory(&target));
+                    synced.map_err(|error| TaskError::io("sync the directory of", path, error))?;
                 }
                 return Ok(OpenFile::Locked(file, history));
             }
@@ -244,20 +243,4 @@ fn create(path: &Path, header: &Header) -> io::Result<()> {
         Err(error) if !error.is_already_exists() => Err(error.into()),
         Ok(()) | Err(_) => Ok(()),
     }
-}
-
-/// Where a path without a file leads to: a symlink may have been put there before its target.
-fn link_target(path: &Path) -> io::Result<PathBuf> {
-    let mut path = path.to_owned();
-    for _ in 0..MOST_LINKS {
-        match fs::read_link(&path) {
-            Ok(target) => path = directory_of(&path).join(target),
-            // It is no link, or there is nothing.
-            Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
-                return Ok(path);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-    Err(io::Error::new(io::ErrorKind::InvalidInput, "it leads through too many symlinks"))
 }

@@ -60,6 +60,8 @@ pub(crate) struct History {
     marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
+    /// Which of these comes next for whoever asks for one item after the other.
+    next_mark: usize,
     /// The bytes that a file takes with what counts alone.
     live_bytes: u64,
     /// How many sessions wrote to the file.
@@ -88,6 +90,7 @@ impl History {
             marked: 0,
             checks: Vec::new(),
             marks: Vec::new(),
+            next_mark: 0,
             live_bytes: from,
             epoch: 0,
             sealed: None,
@@ -281,16 +284,20 @@ impl History {
         self.marked
     }
 
-    /// Returns whether the fingerprint after an item may be `chain`; `None` if the file does not know the item.
+    /// Returns whether the fingerprint after an item may be `chain`; `None` if the file does not know the item. Items are
+    /// asked for in their order.
     #[inline]
-    pub(crate) fn confirms(&self, index: usize, chain: u64) -> Option<bool> {
+    pub(crate) fn confirms(&mut self, index: usize, chain: u64) -> Option<bool> {
         if index >= self.marked {
             return None;
         }
         let (at, width) = (check_offset(index as u64) as usize, check_width(index as u64));
         let same = self.checks.get(at..at + width) == Some(&chain.to_le_bytes()[..width]);
-        let mark = self.marks.binary_search_by_key(&(index + 1), |(end, _)| *end);
-        Some(same && mark.map_or(true, |mark| self.marks[mark].1 == chain))
+        while self.marks.get(self.next_mark).is_some_and(|(end, _)| *end <= index) {
+            self.next_mark += 1;
+        }
+        let mark = self.marks.get(self.next_mark).filter(|(end, _)| *end == index + 1);
+        Some(same && mark.is_none_or(|(_, mark)| *mark == chain))
     }
 }
 

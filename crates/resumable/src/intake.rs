@@ -35,7 +35,7 @@ impl Intake {
         &mut self,
         item: &I,
         key: Option<&KeyFn<I>>,
-        history: &History,
+        history: &mut History,
         path: &Path,
         marks: &mut Marks,
     ) -> Result<(usize, Option<Arc<str>>), TaskError> {
@@ -65,7 +65,7 @@ impl Intake {
         &mut self,
         index: usize,
         item: &I,
-        history: &History,
+        history: &mut History,
         path: &Path,
         marks: &mut Marks,
     ) -> Result<(), TaskError> {

@@ -188,7 +188,7 @@ pub struct Done<R> {
 /// Why an item is in quarantine: it is skipped until a run has
 /// [`retry_quarantined`](crate::Builder::retry_quarantined).
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("in quarantine after {attempts} attempts: {cause}")]
+#[error("in quarantine after {attempts} attempt{}: {cause}", if *attempts == 1 { "" } else { "s" })]
 #[non_exhaustive]
 pub struct Quarantined {
     /// How often it was tried.

@@ -96,7 +96,7 @@
 //! | the power is cut | everything synced, which is all but the last interval and one fsync |
 //! | a crash while the file is created | no checkpoint, or a whole one |
 //! | a second run of the same checkpoint | it gets [`TaskError::Busy`], and changes nothing; if the checkpoint is complete, its results |
-//! | the file is removed, renamed, replaced or changed under a run | [`TaskError::Io`] of every later item and of the end, at the next sync, or within a second |
+//! | the file is removed, renamed, replaced, truncated or appended to under a run | [`TaskError::Io`] of every later item and of the end, at the next sync, or within a second |
 //! | a torn tail | it is cut off and reported ([`Summary::torn_bytes`]) |
 //! | another version, job or codec | [`TaskError::VersionMismatch`]; the file is not changed |
 //! | a result that would not come back as it was | [`TaskError::RoundTrip`] or [`TaskError::Codec`] when the first one is recorded; see [Values](#values) |
@@ -104,7 +104,8 @@
 //! | damage anywhere else, a block that is lost, doubled or in another place | [`TaskError::Corrupt`], which says where and what to do; the file is not changed |
 //! | another input | [`TaskError::InputMismatch`] at the item that differs; what is recorded stays, and the items before it may have been added |
 //! | a complete checkpoint on a read-only mount | its results |
-//! | a write or an fsync fails | [`TaskError::Io`]; the file is not written to any more |
+//! | the disk is full, or a quota | the run pauses, up to [10 minutes](FileStore::wait_for_room), and says so in its [progress](Progress::paused); then [`TaskError::Io`] |
+//! | any other write fails, or an fsync | [`TaskError::Io`]; the file is not written to any more |
 //! | an item's function panics | [`process`](ResumableTask::process): it goes on to the caller; in a stream: a failed attempt |
 //!
 //! Each result is recorded once and handed out exactly once a run, restored ones included. Only a *missing* file means a
@@ -137,8 +138,10 @@
 //!
 //! # Limitations
 //!
-//! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file system. Whoever removes it lets a
-//!   second run begin beside the first, until that one notices (within a second).
+//! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file
+//!   system. Whoever removes it lets a second run begin beside the first, until that one notices (within a second).
+//! - A run notices another file at its path, and another length of its own. Bytes that somebody changes in place are
+//!   noticed by whoever reads the file next.
 //! - Items are driven by the future itself and not spawned, unless they are [`parallel`](Builder::parallel): it must be
 //!   polled for them to make progress, and for their results to be recorded.
 //! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
@@ -167,14 +170,16 @@
 //!
 //! - `postgres`: `PgStore`, a job that processes on many machines share, and `Builder::process_tx`, in which an item's effect
 //!   and its result are one transaction. It needs Rust 1.94, and sqlx with a runtime and TLS of your choice.
-//! - `cli`: the command `resumable`, which inspects, verifies, exports and follows checkpoints.
-//! - `indicatif`: a progress bar on the terminal in one line, `bar(run.subscribe())`.
+//! - `cli`: the command `resumable`: `inspect`, `verify`, `export`, `follow` (a live bar of what another process writes) and
+//!   `compact` (the file anew, with what counts alone; in a program that is [`FileStore::compact`]).
+//! - `indicatif`: a progress bar on the terminal in one line, `let _bar = bar(run.subscribe());`.
 //! - `postcard`: [`Codec::Postcard`](Codec), the smallest encoding for results of a fixed shape.
 //! - `tracing`: an event when a torn tail is cut off.
 //!
 //! # Minimum supported Rust version
 //!
-//! 1.89, for the file locks of the standard library; 1.94 with `postgres`, because sqlx asks for it. It is raised only in a minor release.
+//! 1.89, for the file locks of the standard library; 1.94 with `postgres`, because sqlx asks for it. It is raised only in a
+//! minor release.
 
 mod announce;
 #[cfg(feature = "indicatif")]

@@ -243,6 +243,12 @@ impl Meter {
         self.now.paused = paused;
     }
 
+    /// Whether all items wait, as far as was told.
+    #[inline]
+    pub(crate) fn is_paused(&self) -> bool {
+        self.now.paused.is_some()
+    }
+
     /// Tells how far the run has come, of a source that has still so many items: at least, and at most.
     pub(crate) fn publish(&mut self, read: usize, (least, most): (usize, Option<usize>)) {
         self.unpublished = 0;

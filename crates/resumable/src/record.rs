@@ -6,6 +6,7 @@ use std::{
     io,
     path::PathBuf,
     task::{Context, Poll, ready},
+    time::Instant,
 };
 
 use serde::{Serialize, de::DeserializeOwned};
@@ -124,11 +125,16 @@ impl Recorder {
         self.log.poll_synced(number, cx).map_err(|Failed| self.store_failed())
     }
 
-    /// Wakes the task if the store fails, or as soon as there is room again.
-    pub(crate) fn watch(&self, cx: &mut Context<'_>) -> Result<(), TaskError> {
+    /// Wakes the task if the store fails, if the disk is full, or as soon as there is room again. Returns when the disk is
+    /// tried again if it is full.
+    pub(crate) fn watch(&mut self, cx: &mut Context<'_>) -> Result<Option<Instant>, TaskError> {
         match self.log.poll_room(cx) {
             Poll::Ready(Err(Failed)) => Err(self.store_failed()),
-            Poll::Ready(Ok(())) | Poll::Pending => Ok(()),
+            Poll::Ready(Ok(())) => Ok(None),
+            Poll::Pending => {
+                self.is_full = true;
+                Ok(self.log.full_until())
+            }
         }
     }
 

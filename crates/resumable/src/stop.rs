@@ -4,10 +4,15 @@
 
 use std::{
     pin::Pin,
-    task::{Context, Poll},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
     time::Duration,
 };
 
+use futures_util::task::AtomicWaker;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use crate::{error::TaskError, item::later, timer::Timer};
@@ -15,27 +20,57 @@ use crate::{error::TaskError, item::later, timer::Timer};
 /// The token of a run and the grace after it has fired.
 #[derive(Debug)]
 pub(crate) struct Stop {
-    token: CancellationToken,
     fired: Pin<Box<WaitForCancellationFutureOwned>>,
+    news: Arc<News>,
+    is_asked_for: bool,
     grace: Duration,
     is_set: bool,
     timer: Timer,
 }
 
+/// Whether the token has something to say. It is asked before each item, and to ask the token itself takes a lock.
+#[derive(Debug)]
+struct News {
+    are_there: AtomicBool,
+    run: AtomicWaker,
+}
+
+impl Wake for News {
+    fn wake(self: Arc<Self>) {
+        // Before the run is woken, which then looks: else it would go to sleep again.
+        self.are_there.store(true, Ordering::Release);
+        self.run.wake();
+    }
+}
+
 impl Stop {
     pub(crate) fn new(token: CancellationToken, grace: Duration) -> Self {
-        let fired = Box::pin(token.clone().cancelled_owned());
-        Self { token, fired, grace, is_set: false, timer: Timer::default() }
+        let fired = Box::pin(token.cancelled_owned());
+        // It may have fired before.
+        let news = Arc::new(News { are_there: AtomicBool::new(true), run: AtomicWaker::new() });
+        Self { fired, news, is_asked_for: false, grace, is_set: false, timer: Timer::default() }
     }
 
     #[inline]
-    pub(crate) fn is_asked_for(&self) -> bool {
-        self.token.is_cancelled()
+    pub(crate) fn is_asked_for(&mut self) -> bool {
+        if self.news.are_there.load(Ordering::Acquire) {
+            self.look();
+        }
+        self.is_asked_for
+    }
+
+    /// Asks the token, and to be told when it fires. What it is told may be nothing, and is asked again then.
+    #[cold]
+    fn look(&mut self) {
+        self.news.are_there.store(false, Ordering::Relaxed);
+        let waker = Waker::from(Arc::clone(&self.news));
+        self.is_asked_for = self.is_asked_for || self.fired.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
     }
 
     /// Becomes ready when the token fires.
     pub(crate) fn poll_asked_for(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        self.fired.as_mut().poll(cx)
+        self.news.run.register(cx.waker());
+        if self.is_asked_for() { Poll::Ready(()) } else { Poll::Pending }
     }
 
     /// Becomes ready when what runs has had its time since the first call.

@@ -6,7 +6,7 @@
 use std::{
     fs::File,
     io,
-    path::{Path, PathBuf},
+    path::{self, Path, PathBuf},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll, Waker},
     thread,
@@ -32,6 +32,8 @@ const WRITE_AT_BYTES: usize = 256 << 10;
 const FULL_AT_BYTES: usize = 4 << 20;
 /// An idle thread looks so often whether the file is still where it was.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// A write that met a full disk is tried again so often.
+const TRY_EVERY: Duration = Duration::from_secs(1);
 
 /// A checkpoint in a local file.
 ///
@@ -41,12 +43,16 @@ const LOOK_EVERY: Duration = Duration::from_secs(1);
 pub struct FileStore {
     path: PathBuf,
     pub(crate) wait: Duration,
+    pub(crate) longest_full: Duration,
 }
 
 impl FileStore {
     /// The checkpoint at `path`. A missing file means a first run; its directory must exist.
+    ///
+    /// A relative path begins at the directory that is the working directory when the file is opened: a process that
+    /// changes it afterwards does not lose its checkpoint.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), wait: Duration::from_secs(1) }
+        Self { path: path.into(), wait: Duration::from_secs(1), longest_full: Duration::from_secs(600) }
     }
 
     /// Sets how long to wait for a run that still holds the file before [`TaskError::Busy`]. Default: 1 second, enough
@@ -57,8 +63,29 @@ impl FileStore {
         self
     }
 
+    /// Sets how long a run waits for room on a full disk, or in a full quota, before it ends with [`TaskError::Io`].
+    /// Default: 10 minutes. Zero ends it at once.
+    ///
+    /// The run pauses: no item starts, [`Progress::paused`](crate::Progress::paused) says why, and the write is tried again
+    /// every second. What had been written is synced first; what is completed later stays in memory until there is room,
+    /// and a kill loses it. A run that is cancelled, dropped or at its end does not wait, and says what it could not write.
+    /// A disk that is found full by a sync only, as on some network file systems, is a failed sync, which is final.
+    #[must_use]
+    pub fn wait_for_room(mut self, longest: Duration) -> Self {
+        self.longest_full = longest;
+        self
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The same store wherever the process goes: whether the path still leads to the file is asked again and again, and
+    /// the working directory is everybody's.
+    pub(crate) fn anchored(mut self) -> Result<Self, TaskError> {
+        let absolute = path::absolute(&self.path);
+        self.path = absolute.map_err(|error| TaskError::io("find the directory of checkpoint", &self.path, error))?;
+        Ok(self)
     }
 
     /// Writes the checkpoint anew with what counts alone, and returns its length before and after, in bytes. Results that
@@ -74,7 +101,8 @@ impl FileStore {
     /// [`TaskError::NewerFormat`] if it cannot be read; then it is not changed. [`TaskError::Io`] if it is not there or
     /// the file system fails.
     pub fn compact(&self) -> Result<Compacted, TaskError> {
-        let (before_bytes, after_bytes) = compact_free(&self.path, self.wait)?;
+        let store = self.clone().anchored()?;
+        let (before_bytes, after_bytes) = compact_free(&store.path, store.wait)?;
         Ok(Compacted { before_bytes, after_bytes })
     }
 }
@@ -89,12 +117,13 @@ pub struct Compacted {
     pub after_bytes: u64,
 }
 
-/// When the thread syncs.
+/// When the thread syncs, and how long it waits for room on a full disk.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Pace {
     pub(crate) every: Duration,
     /// As many unsynced records end the interval.
     pub(crate) every_items: u64,
+    pub(crate) longest_full: Duration,
 }
 
 /// An open checkpoint: what it holds, and the way to add to it.
@@ -179,6 +208,8 @@ struct State {
     hurry: bool,
     stop: bool,
     seal: Option<Seal>,
+    /// When the next write is tried, if the disk is full.
+    full_until: Option<Instant>,
     failed: bool,
     waiting: Option<Waker>,
 }
@@ -187,6 +218,11 @@ impl State {
     /// How many bytes of a file that is complete count for sure.
     fn counted_bytes(&self) -> Option<u64> {
         self.seal.map(|seal| seal.kept_bytes + self.ends_bytes)
+    }
+
+    /// Whether there is room for more records.
+    fn has_room(&self) -> bool {
+        self.blocks.len() < FULL_AT_BYTES && self.full_until.is_none()
     }
 
     /// Lets the run look again at whatever it waits for.
@@ -201,6 +237,31 @@ impl Shared {
     /// No code that can panic half-way runs under this lock, so a poisoned one holds nothing broken.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits a moment for room on the disk, unless it is too late for that or the run is ending.
+    fn wait_for_room(&self, deadline: Option<Instant>) -> bool {
+        let mut state = self.lock();
+        let next = Instant::now() + TRY_EVERY;
+        if state.stop || deadline.is_some_and(|deadline| deadline < next) {
+            return false;
+        }
+        state.full_until = Some(next);
+        state.wake();
+        loop {
+            let left = next.saturating_duration_since(Instant::now());
+            if state.stop || left.is_zero() {
+                return true;
+            }
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// There is room again.
+    fn has_found_room(&self) {
+        let mut state = self.lock();
+        state.full_until = None;
+        state.wake();
     }
 }
 
@@ -246,13 +307,14 @@ impl Log {
         }
         let number = state.pushed;
         let is_due = number - state.synced >= state.every_items && !std::mem::replace(&mut state.hurry, true);
+        let has_room = state.has_room();
         drop(state);
         // The first record starts the interval, a big buffer or enough records end it; between them the thread need not
         // hear of anything.
         if before == 0 || is_due || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
-        Ok(Pushed { number, has_room: after < FULL_AT_BYTES })
+        Ok(Pushed { number, has_room })
     }
 
     /// Becomes ready once the record of this number is durable, and says up to which number all are. While it is not, the
@@ -281,7 +343,12 @@ impl Log {
             return Poll::Ready(Err(Failed));
         }
         state.waiting = Some(cx.waker().clone());
-        if state.blocks.len() < FULL_AT_BYTES { Poll::Ready(Ok(())) } else { Poll::Pending }
+        if state.has_room() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    }
+
+    /// When the next write is tried, if the disk is full.
+    pub(crate) fn full_until(&self) -> Option<Instant> {
+        self.shared.lock().full_until
     }
 
     /// Keeps the file locked when the log is gone.
@@ -362,7 +429,8 @@ fn run(
     let log = Log { keeper: Keeper::of(&shared), shared: Arc::clone(&shared), closed, refusal: None };
     // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
     drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
-    let mut writer = Writer { file, path, chain, end, epoch, wrote: false };
+    let longest_full = pace.longest_full;
+    let mut writer = Writer { file, path, shared: &shared, chain, end, epoch, longest_full, wrote: false };
     let outcome = write_until_stopped(&shared, &mut writer, pace.every);
     let counted = shared.lock().counted_bytes();
     if outcome.is_ok() && counted.is_some_and(|counted| is_due(writer.end, counted)) {
@@ -386,10 +454,12 @@ fn run(
 struct Writer<'a> {
     file: Arc<File>,
     path: &'a Path,
+    shared: &'a Shared,
     /// The place of the next block: in the chain, and in the file.
     chain: Chain,
     end: u64,
     epoch: u64,
+    longest_full: Duration,
     wrote: bool,
 }
 
@@ -413,9 +483,34 @@ impl Writer<'_> {
 
     fn append(&mut self, blocks: &mut Blocks) -> io::Result<()> {
         let bytes = blocks.seal(&mut self.chain);
-        append(&self.file, self.end, bytes)?;
+        if let Err(error) = append(&self.file, self.end, bytes) {
+            self.append_when_there_is_room(bytes, error)?;
+        }
         self.end += bytes.len() as u64;
         Ok(())
+    }
+
+    /// Goes on trying as long as the disk is full, and for so long only.
+    fn append_when_there_is_room(&self, bytes: &[u8], mut error: io::Error) -> io::Result<()> {
+        let deadline = Instant::now().checked_add(self.longest_full);
+        while matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            // A part may have landed. The file ends with a whole block again, and durably: what was written before must
+            // not wait for its sync as long as this for its room.
+            self.file.set_len(self.end)?;
+            self.file.sync_data()?;
+            self.look()?;
+            if !self.shared.wait_for_room(deadline) {
+                break;
+            }
+            match append(&self.file, self.end, bytes) {
+                Ok(()) => {
+                    self.shared.has_found_room();
+                    return Ok(());
+                }
+                Err(again) => error = again,
+            }
+        }
+        Err(error)
     }
 
     /// What was written is the checkpoint only as long as the path leads to it and nobody else changes it.

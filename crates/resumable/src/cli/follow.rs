@@ -5,10 +5,10 @@
 use std::{
     collections::HashMap,
     fs::File,
-    io::{IsTerminal, Write},
+    io::{self, IsTerminal, Write},
     path::Path,
     thread,
-    time::Duration,
+    time::{Duration, SystemTime},
 };
 
 use indicatif::ProgressDrawTarget;
@@ -16,6 +16,7 @@ use xxhash_rust::xxh3::xxh3_64;
 
 use crate::{
     bar::{Drawn, sentence},
+    checkpoint::is_cut_short,
     cli::{Failure, must_be_file},
     disk::is_still_at,
     error::TaskError,
@@ -26,23 +27,61 @@ use crate::{
     scan::{Entry, Unread, read_header, scan},
 };
 
+/// So many looks in a row may meet a file that is just being changed: a torn tail that is cut off while it is read, or a
+/// file that is put in the place of another.
+const LOOK_TRIES: u32 = 5;
+/// How soon after such a look comes the next.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
+
 /// Shows the progress until the file is complete.
 #[expect(clippy::disallowed_methods, reason = "a command has no executor whose thread could be blocked")]
 pub(super) fn follow(path: &Path, total: Option<usize>, every: Duration, out: &mut dyn Write) -> Result<(), Failure> {
     let mut shown = Shown::new(total, out);
-    let mut watched = Watched::open(path)?;
+    let (mut watched, mut tries) = (None, 1);
     loop {
-        watched.read(path)?;
-        shown.show(&watched)?;
-        if watched.is_sealed {
-            return shown.end(&watched);
-        }
-        thread::sleep(every);
-        if !watched.is_current(path)? {
-            // Compacted, or started anew.
-            watched = Watched::open(path)?;
+        match look(path, watched.take()) {
+            Ok(now) if now.is_sealed => {
+                shown.show(&now)?;
+                return shown.end(&now);
+            }
+            Ok(now) => {
+                shown.show(&now)?;
+                (watched, tries) = (Some(now), 1);
+                thread::sleep(every);
+            }
+            Err(error) if tries < LOOK_TRIES && may_pass(&error, shown.has_begun) => {
+                tries += 1;
+                thread::sleep(LOOK_AGAIN);
+            }
+            Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Reads what was added, or all of a file that was compacted or started anew. What was read is given up if that fails: it
+/// may be a part of what was not yet there, or is there no more.
+fn look(path: &Path, watched: Option<Watched>) -> Result<Watched, TaskError> {
+    match watched {
+        // What a killed run left, read from the beginning.
+        Some(now) if now.is_torn() && now.is_current(path)? && now.stamp(path)? == now.stamp => return Ok(now),
+        Some(mut now) if !now.is_torn() && now.is_current(path)? => {
+            now.read(path)?;
+            if !now.is_torn() {
+                return Ok(now);
+            }
+            // It may be a part of a block, and the middle of one if the file was cut and written on.
+        }
+        Some(_) | None => {}
+    }
+    let mut now = Watched::open(path)?;
+    now.read(path)?;
+    Ok(now)
+}
+
+/// Whether the next look may find it mended. A file that was never there is not waited for.
+fn may_pass(error: &TaskError, was_there: bool) -> bool {
+    let is_missing = matches!(error, TaskError::Io(error) if error.kind() == io::ErrorKind::NotFound);
+    error.is_corrupt() || is_cut_short(error) || (is_missing && was_there)
 }
 
 /// The file, and what was read of it.
@@ -55,6 +94,8 @@ struct Watched {
     chain: Chain,
     items: Items,
     is_sealed: bool,
+    /// The length of the file when it was read, and when it had been changed.
+    stamp: (u64, Option<SystemTime>),
 }
 
 impl Watched {
@@ -63,11 +104,12 @@ impl Watched {
         let file = File::open(path).map_err(|error| TaskError::io("open checkpoint", path, error))?;
         let (header, at) = read_header(&file).map_err(|unread| TaskError::unreadable(path, unread))?;
         let items = Items { by_key: header.identity == Identity::Key, ..Items::default() };
-        Ok(Self { chain: Chain::new(header.salt), file, header, at, items, is_sealed: false })
+        Ok(Self { chain: Chain::new(header.salt), file, header, at, items, is_sealed: false, stamp: (0, None) })
     }
 
     /// Reads what was added.
     fn read(&mut self, path: &Path) -> Result<(), TaskError> {
+        self.stamp = self.stamp(path)?;
         let (items, is_sealed) = (&mut self.items, &mut self.is_sealed);
         let end = scan(&self.file, self.at, &mut self.chain, |entry| {
             *is_sealed = matches!(entry, Entry::Sealed { .. });
@@ -77,11 +119,21 @@ impl Watched {
         Ok(())
     }
 
-    /// Whether the file is still the one at the path and has not become shorter.
+    /// Whether something lies behind the last intact block.
+    fn is_torn(&self) -> bool {
+        self.at < self.stamp.0
+    }
+
+    /// Whether the file is still the one at the path, and goes on where it ended: not if it has become shorter.
     fn is_current(&self, path: &Path) -> Result<bool, TaskError> {
-        let failed = |error| TaskError::io("examine", path, error);
-        let length = self.file.metadata().map_err(failed)?.len();
-        Ok(is_still_at(&self.file, path).map_err(failed)? && length >= self.at)
+        let is_there = is_still_at(&self.file, path).map_err(|error| TaskError::io("examine", path, error))?;
+        Ok(is_there && self.stamp(path)?.0 >= self.at)
+    }
+
+    fn stamp(&self, path: &Path) -> Result<(u64, Option<SystemTime>), TaskError> {
+        let read = self.file.metadata().map_err(|error| TaskError::io("examine", path, error))?;
+        // A file system that keeps no times has the length alone.
+        Ok((read.len(), read.modified().ok()))
     }
 }
 
@@ -141,6 +193,7 @@ fn is_bad(slot: Slot) -> usize {
 
 /// What was shown: a bar on a terminal, else lines.
 struct Shown<'a> {
+    total: Option<usize>,
     progress: Progress,
     has_begun: bool,
     bar: Option<Drawn>,
@@ -150,13 +203,17 @@ struct Shown<'a> {
 
 impl<'a> Shown<'a> {
     fn new(total: Option<usize>, out: &'a mut dyn Write) -> Self {
-        let progress = total.map_or_else(Progress::default, Progress::new);
-        let bar = std::io::stderr().is_terminal().then(|| Drawn::on(ProgressDrawTarget::stderr()));
-        Self { progress, has_begun: false, bar, out, last: String::new() }
+        let progress = of_total(total);
+        let bar = io::stderr().is_terminal().then(|| Drawn::on(ProgressDrawTarget::stderr()));
+        Self { total, progress, has_begun: false, bar, out, last: String::new() }
     }
 
     fn show(&mut self, watched: &Watched) -> Result<(), Failure> {
         let items = &watched.items;
+        if items.finished < self.progress.done {
+            // The file was started anew.
+            (self.progress, self.has_begun) = (of_total(self.total), false);
+        }
         let added = items.finished.saturating_sub(self.progress.done);
         // What was there before the first look says nothing of how fast it goes.
         match self.has_begun {
@@ -187,4 +244,8 @@ impl<'a> Shown<'a> {
         }
         Ok(writeln!(self.out, "{}: complete", watched.header.job)?)
     }
+}
+
+fn of_total(total: Option<usize>) -> Progress {
+    total.map_or_else(Progress::default, Progress::new)
 }

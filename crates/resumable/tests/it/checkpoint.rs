@@ -68,19 +68,26 @@ async fn a_file_that_is_not_there_or_damaged_is_an_error() {
 
 #[tokio::test]
 async fn a_live_file_shows_a_prefix_that_grows_and_disturbs_nobody() {
+    const ITEMS: u64 = 20_000;
     let (_dir, path) = checkpoint();
-    let mut run = numbers(&path).checkpoint_every(Duration::from_millis(1)).stream(0..20_000, |_, x| async move {
-        if x % 50 == 0 {
-            tokio::task::yield_now().await;
+    // The run waits in its middle, and near its end, until that much of it was seen from outside.
+    let (go, gate) = tokio::sync::watch::channel(ITEMS / 2);
+    let mut run = numbers(&path).checkpoint_every(Duration::from_millis(1)).stream(0..ITEMS, move |_, x| {
+        let mut gate = gate.clone();
+        async move {
+            if x % 50 == 0 {
+                tokio::task::yield_now().await;
+            }
+            drop(gate.wait_for(|open| x < *open).await);
+            double(x).await
         }
-        double(x).await
     });
     run.next().await.unwrap();
     let runner = tokio::spawn(run.finish());
     let reader = tokio::task::spawn_blocking({
         let path = path.clone();
         move || {
-            let (mut before, mut reads) = (0, 0);
+            let (mut before, mut reads, mut live_reads) = (0, 0, 0);
             loop {
                 let live = Checkpoint::<u64>::read(&path).unwrap();
                 let all = records(&live);
@@ -89,15 +96,19 @@ async fn a_live_file_shows_a_prefix_that_grows_and_disturbs_nobody() {
                 // The same file again, however far the run has come meanwhile.
                 assert_eq!(live.counts().results, records(&live).len());
                 (before, reads) = (all.len(), reads + 1);
+                live_reads += usize::from(!live.is_sealed() && before > 0);
                 if live.is_sealed() {
-                    return (before, reads);
+                    return (before, reads, live_reads);
+                }
+                if before as u64 >= *go.borrow() {
+                    go.send_modify(|open| *open = if *open < ITEMS - 1 { ITEMS - 1 } else { ITEMS });
                 }
             }
         }
     });
-    assert_eq!(runner.await.unwrap().unwrap().completed, 20_000);
-    let (seen, reads) = reader.await.unwrap();
-    assert!(seen == 20_000 && reads > 0);
+    assert_eq!(runner.await.unwrap().unwrap().completed, ITEMS as usize);
+    let (seen, reads, live_reads) = reader.await.unwrap();
+    assert!(seen == ITEMS as usize && live_reads >= 2 && reads > live_reads, "{live_reads} of {reads}");
 }
 
 #[tokio::test]

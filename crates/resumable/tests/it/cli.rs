@@ -183,6 +183,43 @@ async fn a_live_file_can_be_looked_at_while_a_run_holds_it() {
 }
 
 #[tokio::test]
+async fn compact_says_what_it_saved_and_refuses_a_file_that_is_held_or_damaged() {
+    let (_dir, path) = checkpoint();
+    for generation in 1..3 {
+        let builder = numbers(&path).revalidate(move |_, result| *result >= generation * 1000);
+        builder.stream(0..1000, move |_, x| async move { Ok(generation * 1000 + x) }).finish().await.unwrap();
+    }
+    let before = fs::metadata(&path).unwrap().len();
+    let held = fs::File::open(&path).unwrap();
+    held.lock().unwrap();
+    let (code, out, err) = on("compact", &path);
+    assert_eq!((code, out.as_str(), err.lines().count()), (4, "", 1), "{err}");
+    assert!(err.contains("held by another run"), "{err}");
+    drop(held);
+    assert_eq!(fs::metadata(&path).unwrap().len(), before);
+    let (code, out, err) = on("compact", &path);
+    let after = fs::metadata(&path).unwrap().len();
+    assert_eq!((code, err.as_str()), (0, ""));
+    assert_eq!(out, format!("{}: {before} bytes before, {after} bytes now\n", path.display()));
+    assert!(after < before);
+    // There is nothing left to save.
+    let (code, out, _) = on("compact", &path);
+    assert!(code == 0 && out.contains(&format!("{after} bytes before, {after} bytes now")), "{out}");
+    assert_eq!(numbers(&path).stream(0..1000, |_, x| double(x)).finish().await.unwrap().restored, 1000);
+
+    let mut bytes = fs::read(&path).unwrap();
+    bytes[100] ^= 1;
+    fs::write(&path, &bytes).unwrap();
+    assert_eq!(on("compact", &path).0, 1);
+    assert_eq!(fs::read(&path).unwrap(), bytes);
+    fs::write(&path, "hello").unwrap();
+    assert_eq!(on("compact", &path).0, 3);
+    fs::remove_file(&path).unwrap();
+    assert_eq!(on("compact", &path).0, 3);
+    assert!(!path.exists());
+}
+
+#[tokio::test]
 async fn a_name_that_is_no_text_is_a_name_all_the_same() {
     let (dir, path) = checkpoint();
     complete(&path, 3).await.unwrap();
@@ -212,7 +249,7 @@ fn a_wrong_call_is_2_and_the_help_tells_the_exit_codes() {
     assert_eq!(resumable(&[OsStr::new("frobnicate"), OsStr::new("x")]).0, 2);
     let (code, out, _) = resumable(&[OsStr::new("--help")]);
     assert_eq!(code, 0);
-    for part in ["inspect", "verify", "export", "Exit codes:"] {
+    for part in ["inspect", "verify", "export", "follow", "compact", "Exit codes:"] {
         assert!(out.contains(part), "{out}");
     }
 }

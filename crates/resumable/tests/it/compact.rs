@@ -137,3 +137,24 @@ async fn a_compacted_file_keeps_its_mode_and_the_symlink_that_leads_to_it() {
     assert_eq!(fs::metadata(&real).unwrap().permissions().mode() & 0o777, 0o640);
     assert_eq!(refresh(&real, 2, 1000).await.unwrap(), 0);
 }
+
+#[cfg(unix)]
+#[tokio::test]
+async fn what_a_killed_compaction_left_is_swept_beside_the_file_and_not_beside_a_link_to_it() {
+    let (dir, path) = checkpoint();
+    let elsewhere = dir.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    std::os::unix::fs::symlink("elsewhere/real.ckpt", &path).unwrap();
+    refresh(&path, 1, 1000).await.unwrap();
+    let left = |dir: &Path| dir.join(".afs-file-0123456789abcdef");
+    let leave = || [dir.path(), &elsewhere].map(|dir| fs::write(left(dir), "half a file").unwrap());
+    leave();
+    FileStore::at(&path).compact().unwrap();
+    assert!(left(dir.path()).exists() && !left(&elsewhere).exists(), "on demand");
+    // Every other generation or so makes it worth it when the run is complete.
+    leave();
+    for generation in 2..6 {
+        refresh(&path, generation, 1000).await.unwrap();
+    }
+    assert!(left(dir.path()).exists() && !left(&elsewhere).exists(), "by a run");
+}

@@ -242,3 +242,121 @@ async fn a_run_that_is_killed_while_it_compacts_loses_nothing() {
     survive_compaction(2, rounds, fastrand::u64(..)).await;
     visited("kills-compacting", 2 * rounds);
 }
+
+const COMPACTOR: &str = "crash::child_that_compacts";
+const TRUNCATOR: &str = "crash::child_that_compacts_in_place";
+const LARGE: u64 = 20_000;
+
+/// A result of a few hundred bytes, so that a compaction takes its time.
+fn large(generation: u64, x: u64) -> String {
+    format!("{generation}:{x}:").repeat(40)
+}
+
+/// Compacts a file; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_compacts() {
+    let Some(path) = std::env::var_os(CHECKPOINT) else { return };
+    FileStore::at(path).compact().unwrap();
+}
+
+/// The broken twin: makes a compacted copy and writes that over the file; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_compacts_in_place() {
+    let Some(path) = std::env::var_os(CHECKPOINT) else { return };
+    // In a directory of its own, so that nothing is to be seen of it.
+    let aside = Path::new(&path).with_extension("aside");
+    std::fs::create_dir(&aside).unwrap();
+    let aside = aside.join("job.ckpt");
+    std::fs::copy(&path, &aside).unwrap();
+    FileStore::at(&aside).compact().unwrap();
+    let new = std::fs::read(&aside).unwrap();
+    std::fs::write(&path, &new[..new.len() / 2]).unwrap();
+    // A slow disk. The rest would follow.
+    std::future::pending::<()>().await;
+}
+
+/// Where a kill fell, and what it left.
+#[derive(Debug, PartialEq)]
+enum Left {
+    /// The old file, with a new one beside it that had been begun.
+    OldInside,
+    Old,
+    New,
+}
+
+/// Lets a child compact a file that holds every result twice, kills it as soon as there is something to be seen of it,
+/// and looks at what is left: the old file, byte by byte, or a new one with every result in its newer form.
+async fn kill_a_compaction(old: &Path, mut spawn: impl FnMut(&Path) -> Child) -> Result<Left, String> {
+    let (dir, path) = checkpoint();
+    let length = std::fs::copy(old, &path).unwrap();
+    let mut child = spawn(&path);
+    let begun = || {
+        let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
+        names.filter(|name| name.to_string_lossy().starts_with(".afs-file-")).count() > 0
+    };
+    let has_begun = std::time::Instant::now();
+    while !begun() && std::fs::metadata(&path).unwrap().len() == length && child.try_wait().unwrap().is_none() {
+        assert!(has_begun.elapsed() < Duration::from_secs(60), "nothing is to be seen of a compaction");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    if std::fs::read(&path).unwrap() == std::fs::read(old).unwrap() {
+        return Ok(if begun() { Left::OldInside } else { Left::Old });
+    }
+    let read = Checkpoint::<String>::read(&path).map_err(|error| error.to_string())?;
+    let results: Vec<_> = read.records().map(|done| done.unwrap()).collect();
+    let is_whole = results.len() as u64 == LARGE && read.is_sealed() && read.torn_bytes() == 0;
+    let are_new = results.iter().all(|done| done.result == Ok(large(2, done.index as u64)));
+    if is_whole && are_new { Ok(Left::New) } else { Err(format!("{} of {LARGE} results", results.len())) }
+}
+
+/// A file that holds every result twice.
+async fn twice(path: &Path) {
+    for generation in 1..3 {
+        let prefix = format!("{generation}:");
+        let builder = job(path, 8).revalidate(move |_, found| found.starts_with(&prefix));
+        let run = builder.stream(0..LARGE, move |_, x| async move { Ok(large(generation, x)) });
+        run.finish().await.unwrap();
+    }
+    let read = Checkpoint::<String>::read(path).unwrap();
+    assert!(read.len_bytes() > read.live_bytes() * 3 / 2, "there is something to compact");
+}
+
+/// Kills compactions until so many kills fell inside one, and after each the old file or the new one stood.
+async fn survive_kills_inside(wanted: usize, mut spawn: impl FnMut(&Path) -> Child) -> usize {
+    let (_dir, old) = checkpoint();
+    twice(&old).await;
+    let (mut inside, mut kills) = (0, 0);
+    while inside < wanted {
+        kills += 1;
+        assert!(kills < 20 + 20 * wanted, "only {inside} of {kills} kills fell inside a compaction");
+        let left = kill_a_compaction(&old, &mut spawn).await.unwrap_or_else(|wrong| panic!("kill {kills}: {wrong}"));
+        inside += usize::from(left == Left::OldInside);
+    }
+    inside
+}
+
+#[tokio::test]
+async fn a_compaction_that_is_killed_leaves_the_old_file_or_the_new_one() {
+    let wanted = if in_full() { 200 } else { 5 };
+    let inside = survive_kills_inside(wanted, |path| spawn(COMPACTOR, path, 1)).await;
+    visited("kills-inside-compactions", inside);
+}
+
+#[cfg(feature = "cli")]
+#[tokio::test]
+async fn the_command_that_is_killed_while_it_compacts_leaves_the_old_file_or_the_new_one() {
+    let command = |path: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_resumable"));
+        command.arg("compact").arg(path).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
+    };
+    survive_kills_inside(5, command).await;
+}
+
+#[tokio::test]
+async fn the_check_of_killed_compactions_catches_one_that_writes_in_place() {
+    let (_dir, old) = checkpoint();
+    twice(&old).await;
+    let left = kill_a_compaction(&old, |path| spawn(TRUNCATOR, path, 1)).await;
+    assert!(left.is_err(), "{left:?} passes for the old file or the new one");
+}

@@ -5,10 +5,14 @@ use std::{
     io::ErrorKind,
     path::{Path, PathBuf},
     process::Command,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use cancel_safe_resumable::{Codec, FileStore, ResumableTask, TaskError};
+use cancel_safe_resumable::{Checkpoint, Codec, FileStore, ResumableTask, Run, TaskError};
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
@@ -296,6 +300,49 @@ async fn a_file_that_is_moved_away_while_a_run_waits_for_it_is_a_first_run() {
     assert!(path.exists() && all.len() == 10);
 }
 
+const MOVING: &str = "RESUMABLE_MOVING";
+
+/// Changes its working directory again and again; does nothing in the test run itself.
+#[tokio::test]
+async fn child_that_changes_its_directory() {
+    let Some(dir) = std::env::var_os(MOVING).map(PathBuf::from) else { return };
+    let go_to = |name: &str| std::env::set_current_dir(dir.join(name)).unwrap();
+    let path = Path::new("job.ckpt");
+    for generation in 1..4 {
+        go_to("home");
+        let builder = numbers(path).concurrency(8).checkpoint_every(Duration::from_millis(1));
+        let builder = builder.revalidate(move |_, result| *result >= generation * 1000);
+        let mut run = builder.stream(0..1000, move |_, x| async move { Ok(generation * 1000 + x) });
+        run.next().await.unwrap();
+        // There is a file of this name there too, and it is not ours.
+        go_to("away");
+        // Longer than an idle run goes without a look, and with a sync before and after.
+        tokio::time::sleep(Duration::from_millis(1200)).await;
+        assert_eq!(run.finish().await.unwrap().completed, 1000);
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_changes_its_directory_keeps_its_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let [home, away] = ["home", "away"].map(|name| {
+        fs::create_dir(dir.path().join(name)).unwrap();
+        dir.path().join(name).join("job.ckpt")
+    });
+    fs::write(&away, "of somebody").unwrap();
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args(["faults::child_that_changes_its_directory", "--exact", "--nocapture"])
+        .env(MOVING, dir.path())
+        .output()
+        .unwrap();
+    assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+    assert_eq!(fs::read_to_string(&away).unwrap(), "of somebody");
+    // The third generation was compacted away from its two elders, in its own directory.
+    let read = Checkpoint::<u64>::read(&home).unwrap();
+    assert!(read.is_sealed() && read.counts().results == 1000 && read.len_bytes() <= 2 * read.live_bytes());
+    assert!(read.records().all(|done| done.is_ok_and(|done| done.result == Ok(3000 + done.index as u64))));
+}
+
 /// Which field the run of another computation is refused for.
 async fn mismatch<R>(path: &Path, change: impl FnOnce(Job<R>) -> Job<R>, result: R) -> &'static str
 where
@@ -418,7 +465,8 @@ async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
         return;
     };
     let path = tmpfs.0.join("job.ckpt");
-    let job = || ResumableTask::builder("big").store(FileStore::at(&path).wait(PATIENCE)).concurrency(4);
+    let store = || FileStore::at(&path).wait(PATIENCE).wait_for_room(Duration::ZERO);
+    let job = || ResumableTask::builder("big").store(store()).concurrency(4);
     let work = |_, x: u64| async move { Ok(format!("{x:01000}")) };
     // On a machine that is slow, all that fits may be written at once, and be torn as a whole: something is there before.
     assert_eq!(job().stream(0..10u64, work).finish().await.unwrap().completed, 10);
@@ -436,6 +484,83 @@ async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
     }
     let summary = run.finish().await.unwrap();
     assert!(seen == 3000 && summary.restored >= 10 && summary.completed > 0, "{summary:?}");
+}
+
+/// A run over 3,000 items that take a kilobyte each, and how many were started.
+fn large_run(path: &Path, longest_full: Duration, token: &CancellationToken) -> (Run<String>, Arc<AtomicUsize>) {
+    let started = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&started);
+    let store = FileStore::at(path).wait(PATIENCE).wait_for_room(longest_full);
+    let builder = ResumableTask::builder("big").store(store).concurrency(4).cancel(token.clone());
+    let run = builder.stream(0..3000u64, move |_, x| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        async move {
+            tokio::task::yield_now().await;
+            Ok(format!("{x:01000}"))
+        }
+    });
+    (run, started)
+}
+
+#[tokio::test]
+async fn a_run_on_a_full_disk_pauses_until_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tmpfs) = Tmpfs::mount(&dir.path().join("small")) else {
+        not_run("full-disk", "mounting a small file system takes root, on Linux");
+        return;
+    };
+    let path = tmpfs.0.join("job.ckpt");
+    let (run, started) = large_run(&path, Duration::from_secs(3600), &CancellationToken::new());
+    let progress = run.subscribe();
+    let run = tokio::spawn(run.finish());
+    let pause = || progress.borrow().paused;
+    eventually("the run pauses", || pause().is_some()).await;
+    assert_eq!(pause().unwrap().reason(), "the disk of the checkpoint is full");
+    let (before, until) = (started.load(Ordering::Relaxed), pause().unwrap().until);
+    // What fits is whole, and readable by all.
+    eventually("the part that did not fit is cut off", || {
+        Checkpoint::<String>::read(&path).is_ok_and(|read| read.torn_bytes() == 0)
+    })
+    .await;
+    eventually("it is tried again", || pause().is_some_and(|pause| pause.until > until)).await;
+    assert_eq!(started.load(Ordering::Relaxed), before, "an item was started in the pause");
+    assert!(!run.is_finished());
+    let remounted = Command::new("mount").args(["-o", "remount,size=16m"]).arg(&tmpfs.0).output().unwrap();
+    assert!(remounted.status.success());
+    assert_eq!(run.await.unwrap().unwrap().completed, 3000);
+    assert_eq!(pause(), None);
+    let read = Checkpoint::<String>::read(&path).unwrap();
+    assert!(read.is_sealed() && read.counts().results == 3000);
+    assert!(read.records().all(|done| done.is_ok_and(|done| done.result == Ok(format!("{:01000}", done.index)))));
+}
+
+#[tokio::test]
+async fn a_pause_on_a_full_disk_ends_with_its_limit_and_with_the_token() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(tmpfs) = Tmpfs::mount(&dir.path().join("small")) else {
+        not_run("full-disk", "mounting a small file system takes root, on Linux");
+        return;
+    };
+    let path = tmpfs.0.join("job.ckpt");
+    let token = CancellationToken::new();
+    let is_full = |ended: Result<_, TaskError>| match ended.unwrap_err() {
+        TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}"),
+        other => panic!("{other}"),
+    };
+    is_full(large_run(&path, Duration::from_millis(2500), &token).0.finish().await);
+    let (run, _) = large_run(&path, Duration::from_secs(3600), &token);
+    let progress = run.subscribe();
+    let run = tokio::spawn(run.finish());
+    eventually("the run pauses", || progress.borrow().paused.is_some()).await;
+    token.cancel();
+    is_full(tokio::time::timeout(PATIENCE, run).await.expect("it waits on").unwrap());
+    let (run, _) = large_run(&path, Duration::from_secs(3600), &CancellationToken::new());
+    let progress = run.subscribe();
+    let run = tokio::spawn(run.finish());
+    eventually("the run pauses", || progress.borrow().paused.is_some()).await;
+    run.abort();
+    eventually("the checkpoint is free", || File::open(&path).is_ok_and(|file| file.try_lock().is_ok())).await;
+    assert_eq!(Checkpoint::<String>::read(&path).unwrap().torn_bytes(), 0);
 }
 
 const FAULTY: &str = "RESUMABLE_FAULTY";

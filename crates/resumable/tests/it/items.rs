@@ -74,7 +74,7 @@ async fn a_permanent_failure_is_not_tried_again() {
         .quarantine(1)
         .stream([7], |_, _| async { Err(ItemError::permanent("no such page")) });
     let done = run.next().await.unwrap();
-    assert_eq!(done.result.unwrap_err().to_string(), "in quarantine after 1 attempts: no such page");
+    assert_eq!(done.result.unwrap_err().to_string(), "in quarantine after 1 attempt: no such page");
 }
 
 #[tokio::test(start_paused = true)]

@@ -10,6 +10,8 @@ mod crash;
 mod faults;
 #[cfg(all(feature = "postgres", unix))]
 mod fleet;
+#[cfg(feature = "cli")]
+mod follow;
 mod golden;
 mod happy;
 mod input;
