@@ -438,3 +438,27 @@ async fn options_that_contradict_themselves_open_nothing() {
     }
     assert!(!path.exists());
 }
+
+#[tokio::test]
+async fn an_item_that_waited_is_finished_however_many_are_always_ready() {
+    let (_dir, path) = checkpoint();
+    let notify = Arc::new(tokio::sync::Notify::new());
+    let mut run = numbers(&path).concurrency(4).stream(0..5000, move |_, x| {
+        let notify = Arc::clone(&notify);
+        async move {
+            match x {
+                0 => notify.notified().await,
+                10 => notify.notify_one(),
+                _ => {}
+            }
+            Ok(x)
+        }
+    });
+    let mut order = Vec::new();
+    while let Some(done) = run.next().await {
+        order.push(done.index);
+    }
+    run.finish().await.unwrap();
+    let at = order.iter().position(|index| *index == 0).unwrap();
+    assert!((10..100).contains(&at) && order.len() == 5000, "it came out as number {at}");
+}
