@@ -14,7 +14,7 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{checkpoint, complete, double, numbers, restored};
+use crate::support::{PATIENCE, checkpoint, complete, double, numbers, restored};
 
 async fn drain(run: &mut Run<u64>) -> Vec<Done<u64>> {
     run.collect().await
@@ -454,10 +454,8 @@ async fn an_item_that_waited_is_finished_however_many_are_always_ready() {
             Ok(x)
         }
     });
-    let mut order = Vec::new();
-    while let Some(done) = run.next().await {
-        order.push(done.index);
-    }
+    let order = tokio::time::timeout(PATIENCE, drain(&mut run)).await.expect("it waits on");
+    let order: Vec<_> = order.iter().map(|done| done.index).collect();
     run.finish().await.unwrap();
     let at = order.iter().position(|index| *index == 0).unwrap();
     assert!((10..100).contains(&at) && order.len() == 5000, "it came out as number {at}");
