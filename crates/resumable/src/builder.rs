@@ -122,7 +122,7 @@ impl<T, R> Builder<T, R> {
     /// They go on while the run is not polled; their results are recorded when it is. When the run ends they have ended:
     /// those that the token or an error cuts are aborted and awaited. If the run is dropped they are aborted, and the
     /// checkpoint stays locked until the last of them has ended, so that nothing runs on beside a successor. A task ends
-    /// at its next await: let a long computation make one now and then (`tokio::task::yield_now`).
+    /// at its next await: let a long computation make one now and then (`tokio::task::yield_now`). A `PgStore` refuses it.
     pub fn parallel(mut self, items: usize) -> Self {
         (self.plan.concurrency, self.plan.parallel) = (items, true);
         self
@@ -191,7 +191,8 @@ impl<T, R> Builder<T, R> {
 
     /// Sets how many results may be in memory before they are written and synced, even if the
     /// [interval](Self::checkpoint_every) is not over: what a kill may lose. Results that come during the sync wait for
-    /// the next one; nothing waits for either. Default: the interval alone decides.
+    /// the next one; nothing waits for either. A `PgStore` refuses it: what one transaction appends is its own to decide.
+    /// Default: the interval alone decides.
     pub fn checkpoint_every_items(mut self, items: usize) -> Self {
         self.plan.every_items = items as u64;
         self
@@ -259,8 +260,10 @@ impl<T, R> Builder<T, R> {
     ///
     /// `work` is given the connection of the transaction, and must not end it. Its statements are bounded by half of the
     /// [lease](crate::PgStore::lease), and so is the time between two. An error rolls the transaction back, and the item is
-    /// tried again as [`retry`](Self::retry) says. `concurrency(n)` takes n connections of the pool. The results are read
-    /// with [`PgStore::results`](crate::PgStore::results).
+    /// tried again as [`retry`](Self::retry) says; so does a deferred constraint that does not hold at the commit.
+    /// `concurrency(n)` takes n connections of the pool, and now and then one more for the leases: items that are longer
+    /// than a third of a lease need a pool of n + 1. An item whose commit is in doubt lets others of its range begin anew.
+    /// The results are read with [`PgStore::results`](crate::PgStore::results).
     ///
     /// # Cancel safety
     ///
@@ -270,7 +273,7 @@ impl<T, R> Builder<T, R> {
     /// # Errors
     ///
     /// Those of [`Run::finish`], [`TaskError::Fenced`] if other workers have taken over ranges of this one, and
-    /// [`TaskError::Database`] if the database failed or was away for too long.
+    /// [`TaskError::Database`] if the database failed, or was away or silent for too long.
     ///
     /// # Examples
     ///
@@ -377,6 +380,10 @@ impl<T, R> Builder<T, R> {
                 "a result that others may have handed out is not run again: no `revalidate` here",
             ),
             (plan.parallel, "tasks of their own for items are not offered on PostgreSQL: start more workers"),
+            (
+                plan.every_items != u64::MAX,
+                "a checkpoint by count is not offered on PostgreSQL: `checkpoint_every` bounds what is not yet durable",
+            ),
             (plan.retry_quarantined, "items in quarantine are not tried again on PostgreSQL"),
         ];
         let made = mistakes.iter().find(|(is_made, _)| *is_made).map(|(_, mistake)| *mistake);

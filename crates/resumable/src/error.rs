@@ -107,7 +107,7 @@ pub enum TaskError {
         total: usize,
     },
 
-    /// The database failed, or was away for longer than the store's `outage`. What had been recorded is safe.
+    /// The database failed, or was away, or silent, for longer than the store's `outage`. What had been recorded is safe.
     #[error("cannot {action} in the database; results recorded before are safe: mend the cause and run it again")]
     Database {
         /// What was to be done.

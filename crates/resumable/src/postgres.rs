@@ -74,6 +74,7 @@ const LONGEST_NAME_BYTES: usize = 63;
 /// | the process is killed, or its runtime shut down | all but the last [interval](crate::Builder::checkpoint_every); its ranges are taken over when the lease is over |
 /// | the process is frozen past its lease | others take over; when it comes back it records nothing, and ends as `Fenced` |
 /// | the server crashes, or the network breaks | the run waits, up to [`outage`](Self::outage); an append whose answer was lost is looked up by its block |
+/// | the server, or the way to it, goes silent | after [`answer_within`](Self::answer_within) the same |
 /// | another version, codec or input | an error of that worker; nothing is changed |
 /// | a block that is missing, damaged, doubled or moved | [`TaskError::Corrupt`](crate::TaskError::Corrupt) |
 ///
@@ -101,9 +102,11 @@ const LONGEST_NAME_BYTES: usize = 63;
 /// - The input is in memory as a whole, and is fixed: no worker may have more items, or others. By
 ///   [key](crate::Builder::key), too, it has to be the same keys in the same order.
 /// - [`ordered`](crate::Builder::ordered), [`at_most_once`](crate::Builder::at_most_once),
+///   [`parallel`](crate::Builder::parallel), [`checkpoint_every_items`](crate::Builder::checkpoint_every_items),
 ///   [`revalidate`](crate::Builder::revalidate) and [`retry_quarantined`](crate::Builder::retry_quarantined) are refused.
 /// - A mismatch of the input names the range, not the item. The limit of the quarantine is that of the whole job, and is
 ///   passed by a few if several workers reach it in the same second.
+/// - It needs tokio's runtime, with its drivers of time and of input and output.
 /// - A run that is not polled keeps its leases while its runtime lives: poll it, or drop it.
 /// - A cancel waits for what is completed to be recorded; if the database is away, as long as the outage.
 /// - One transaction appends a range's results: a single result has at most 256 MiB.
@@ -115,6 +118,7 @@ pub struct PgStore {
     pub(crate) range_items: usize,
     pub(crate) lease: Duration,
     pub(crate) outage: Duration,
+    pub(crate) answer_within: Duration,
     pub(crate) owner: Arc<str>,
     pub(crate) tolerated: u32,
 }
@@ -128,6 +132,7 @@ impl PgStore {
             range_items: 1000,
             lease: Duration::from_secs(30),
             outage: Duration::from_secs(60),
+            answer_within: Duration::from_secs(30),
             owner: format!("pid {}", std::process::id()).into(),
             tolerated: 0,
         }
@@ -164,6 +169,17 @@ impl PgStore {
         self
     }
 
+    /// Sets how long the server may take to answer to a statement of this crate, among them the `BEGIN` and the `COMMIT` of
+    /// an item's transaction. Default: 30 s.
+    ///
+    /// A server that is gone without a word, behind a cable that was pulled, ends nothing by itself. After this time the
+    /// connection is closed, and that counts as an [`outage`](Self::outage); a `COMMIT` that was sent is looked up over
+    /// another. Let it be longer than a commit with its deferred constraints takes.
+    pub fn answer_within(mut self, answer: Duration) -> Self {
+        self.answer_within = answer;
+        self
+    }
+
     /// Sets the name that the tables show for this worker. Each run adds a number of its own, so that two of one name are
     /// told apart. Default: the process id.
     pub fn owner(mut self, name: impl Into<String>) -> Self {
@@ -190,6 +206,7 @@ impl PgStore {
                 self.lease > Duration::from_secs(86_400),
                 "a lease of more than a day would hold a crashed worker's ranges for as long",
             ),
+            (self.answer_within.is_zero(), "no server answers within no time"),
             (self.schema.is_empty(), "a schema has a name"),
             (self.schema.len() > LONGEST_NAME_BYTES, "the name of a schema has at most 63 bytes"),
             (self.schema.contains('\0'), "the name of a schema has no NUL"),

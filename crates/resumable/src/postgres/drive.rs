@@ -155,7 +155,7 @@ where
         };
         let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
         let shared = Arc::new(Shared::default());
-        keeper::start(store, &shared, offer, plan.every);
+        keeper::start(store, &shared, offer, plan.every)?;
         Ok(Self {
             input,
             work,

@@ -10,10 +10,11 @@ use std::{
     time::Duration,
 };
 
-use tokio::time::{Instant, timeout};
+use tokio::{runtime::Handle, time::Instant};
 
 use crate::{
     error::TaskError,
+    item,
     log::{Chain, Identity},
     postgres::{
         PgStore, job,
@@ -22,9 +23,10 @@ use crate::{
         ledger::{Ledger, Place, sealed},
         place, schema,
         schema::Unusable,
-        session::{Bounds, is_passing, timed_out},
+        session::{Bounds, answered, is_passing},
         shared::{Batch, Hold, LetGo, Seen, Shared, Told},
     },
+    timer::Timer,
 };
 
 /// How much one transaction appends, about: far below what a message to the server may hold.
@@ -73,10 +75,17 @@ pub(crate) struct Keeper {
 }
 
 /// Starts the keeper on the runtime. It ends soon after [`Shared::stop`].
-pub(crate) fn start(store: PgStore, shared: &Arc<Shared>, offer: Offer, every: Duration) {
+pub(crate) fn start(store: PgStore, shared: &Arc<Shared>, offer: Offer, every: Duration) -> Result<(), TaskError> {
+    const NO_RUNTIME: TaskError = TaskError::Config(
+        "a job on PostgreSQL needs tokio's runtime with all its drivers: build the runtime with `enable_all`",
+    );
+    let runtime = Handle::try_current().map_err(|_| NO_RUNTIME)?;
+    Timer::default().set(Instant::now()).map_err(|_| NO_RUNTIME)?;
+    // An instant cannot hold the end of a longer one.
+    let every = every.min(item::LONGEST_WAIT);
     let ended = Ended(Arc::clone(shared));
     let shared = Arc::clone(shared);
-    tokio::spawn(async move {
+    runtime.spawn(async move {
         let _ended = ended;
         let outcome = match Keeper::open(store, &shared, &offer, every).await {
             Ok(mut keeper) => {
@@ -87,6 +96,7 @@ pub(crate) fn start(store: PgStore, shared: &Arc<Shared>, offer: Offer, every: D
         };
         shared.tell_end(|| outcome);
     });
+    Ok(())
 }
 
 /// Tells the loop that the keeper is gone, if it goes without a word: its runtime has been shut down.
@@ -352,12 +362,9 @@ impl PgStore {
         Fut: Future<Output = Result<T, E>>,
     {
         let (started, mut wait) = (Instant::now(), FIRST_WAIT);
-        // The server's own bounds come first, and say more.
-        let limit = self.bounds().limit * 2;
         loop {
-            let outcome =
-                timeout(limit, what()).await.map_or_else(|_| Err(timed_out().into()), |said| said.map_err(Into::into));
-            let error = match outcome {
+            let said = async { what().await.map_err(Into::into) };
+            let error = match answered(self.answer_within, said).await {
                 Ok(value) => return Ok(value),
                 Err(Unusable::Refused(error)) => return Err(error),
                 Err(Unusable::Database(error)) => error,

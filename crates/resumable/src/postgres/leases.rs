@@ -20,6 +20,7 @@ struct Texts {
     append: Arc<str>,
     heartbeat: Arc<str>,
     give_back: Arc<str>,
+    lock: Arc<str>,
     look: Arc<str>,
     status: Arc<str>,
 }
@@ -53,16 +54,19 @@ impl Texts {
                 RETURNING r.job, r.n, r.seq, r.epoch, g.body)
             INSERT INTO {s}.block (job, n, seq, epoch, body) SELECT job, n, seq, epoch, body FROM held RETURNING n"
         );
+        // A range that an item has just finished is not lost, although the keeper does not know of it yet.
         let heartbeat = format!(
-            "UPDATE {s}.range r SET lease_until = clock_timestamp() + make_interval(secs => $4)
+            "UPDATE {s}.range r SET lease_until = CASE WHEN NOT r.finished
+                THEN clock_timestamp() + make_interval(secs => $4) END
             FROM unnest($2::bigint[], $3::bigint[]) AS h(n, epoch)
-            WHERE r.job = $1 AND r.n = h.n AND r.epoch = h.epoch AND NOT r.finished RETURNING r.n"
+            WHERE r.job = $1 AND r.n = h.n AND r.epoch = h.epoch RETURNING r.n"
         );
         let give_back = format!(
             "UPDATE {s}.range r SET lease_until = NULL, owner = NULL
             FROM unnest($2::bigint[], $3::bigint[]) AS h(n, epoch)
             WHERE r.job = $1 AND r.n = h.n AND r.epoch = h.epoch AND NOT r.finished"
         );
+        let lock = format!("SELECT FROM {s}.range WHERE job = $1 AND n = ANY($2) ORDER BY n FOR UPDATE");
         let look = format!(
             "SELECT b.n FROM {s}.block b JOIN unnest($2::bigint[], $3::bigint[], $4::int[]) AS h(n, epoch, seq)
             ON b.n = h.n AND b.epoch = h.epoch AND b.seq = h.seq WHERE b.job = $1"
@@ -71,9 +75,9 @@ impl Texts {
             "SELECT count(*) FILTER (WHERE NOT finished), coalesce(sum(done), 0)::bigint,
                 coalesce(sum(quarantined), 0)::bigint FROM {s}.range WHERE job = $1"
         );
-        let [claim, blocks, append, heartbeat, give_back, look, status] =
-            [claim, blocks, append, heartbeat, give_back, look, status].map(Arc::from);
-        Self { claim, blocks, append, heartbeat, give_back, look, status }
+        let [claim, blocks, append, heartbeat, give_back, lock, look, status] =
+            [claim, blocks, append, heartbeat, give_back, lock, look, status].map(Arc::from);
+        Self { claim, blocks, append, heartbeat, give_back, lock, look, status }
     }
 }
 
@@ -188,11 +192,16 @@ impl Leases {
     }
 
     /// Looks which of these appends are there: what became of one whose answer was lost, or of one that took no row.
+    ///
+    /// The transaction of a lost answer may still be committing. It holds the rows of its ranges, so that whoever has them
+    /// comes after it; the block is looked for by another statement, because one sees what was committed when it began.
     pub(crate) async fn look(&self, appends: &[Append]) -> Result<Vec<i64>, sqlx::Error> {
         let mut tx = Tx::begin(&self.pool, &self.bounds).await?;
+        let numbers = || appends.iter().map(|append| append.n).collect::<Vec<_>>();
+        statement(&self.texts.lock).bind(self.job).bind(numbers()).execute(tx.connection()?).await?;
         let rows = statement(&self.texts.look)
             .bind(self.job)
-            .bind(appends.iter().map(|append| append.n).collect::<Vec<_>>())
+            .bind(numbers())
             .bind(appends.iter().map(|append| append.epoch).collect::<Vec<_>>())
             .bind(appends.iter().map(|append| append.seq + 1).collect::<Vec<_>>())
             .fetch_all(tx.connection()?)

@@ -13,7 +13,10 @@ use std::{
 };
 
 use futures_core::Stream;
-use futures_util::stream::{self, StreamExt};
+use futures_util::{
+    TryStreamExt,
+    stream::{self, StreamExt},
+};
 use serde::de::DeserializeOwned;
 use sqlx::Row;
 
@@ -31,8 +34,10 @@ use crate::{
     },
 };
 
-/// How many ranges are read at once.
+/// How many ranges are read at once, at most.
 const RANGES: i64 = 16;
+/// Ranges before which so many bytes are read come with the next ones.
+const PAGE_BYTES: i64 = 16 << 20;
 
 /// The recorded items of a job, in the order of the input: see [`PgStore::results`].
 #[must_use = "a stream does nothing unless polled"]
@@ -58,7 +63,8 @@ impl PgStore {
     /// Reads what is recorded of a job, in the order of the input, each block checked.
     ///
     /// It may be read while workers are at it. Items that are not finished are left out, and then the last thing that comes
-    /// is [`TaskError::Incomplete`]; any other error ends the stream too. About 16,000 items are in memory at a time.
+    /// is [`TaskError::Incomplete`]; any other error ends the stream too. Up to 16 ranges are in memory at
+    /// a time: 16,000 items by default, and of large ones 16 MiB and a range.
     ///
     /// # Examples
     ///
@@ -101,13 +107,16 @@ struct Reader<R> {
 }
 
 /// A range as it is in the database.
-struct Stored {
-    n: i64,
+#[derive(Debug)]
+pub(crate) struct Stored {
+    pub(crate) n: i64,
     first: i64,
     count: i32,
     seq: i32,
     finished: bool,
-    bodies: Vec<Vec<u8>>,
+    pub(crate) blocks: Vec<u8>,
+    /// How many rows the blocks came in.
+    pub(crate) rows: i32,
 }
 
 impl<R: DeserializeOwned> Reader<R> {
@@ -136,9 +145,10 @@ impl<R: DeserializeOwned> Reader<R> {
             }
         };
         let next = self.next;
-        let ranges = self.store.patiently("read results", || read(&self.store, job.id, next)).await?;
-        self.next += RANGES;
-        if ranges.is_empty() {
+        let ranges = self.store.patiently("read results", || read(&self.store, job.id, next, PAGE_BYTES)).await?;
+        if let Some(last) = ranges.last() {
+            self.next = last.n + 1;
+        } else {
             self.is_over = true;
             if self.done < job.total {
                 let path = place(&self.store.schema, &self.name);
@@ -153,13 +163,13 @@ impl<R: DeserializeOwned> Reader<R> {
 
     /// Checks a range and takes its items.
     fn enter(&mut self, header: &Header, range: Stored) -> Result<(), TaskError> {
-        let Stored { n, first, count, seq, finished, bodies } = range;
+        let Stored { n, first, count, seq, finished, blocks, rows } = range;
         let path = place(&self.store.schema, &format!("{}/{n}", self.name));
         let damaged = |detail| TaskError::Corrupt { path: path.clone(), offset: 0, detail };
         let (Ok(first), Ok(count)) = (usize::try_from(first), usize::try_from(count)) else {
             return Err(damaged("the range is not one that this crate has made"));
         };
-        if i32::try_from(bodies.len()) != Ok(seq) {
+        if rows != seq {
             return Err(damaged("blocks of the range are missing"));
         }
         let Some(codec) = Codec::of_number(header.codec) else {
@@ -167,7 +177,7 @@ impl<R: DeserializeOwned> Reader<R> {
         };
         let mut ledger = Ledger::new(header.salt, n, count);
         let mut items: Vec<Option<Result<Done<R>, TaskError>>> = (0..count).map(|_| None).collect();
-        let sealed = ledger.read(first as u64, header.identity, &bodies.concat(), &path, |record| {
+        let sealed = ledger.read(first as u64, header.identity, &blocks, &path, |record| {
             let index = first + record.at;
             let done =
                 |attempts, result| Done { index, key: record.key.map(Arc::from), restored: true, attempts, result };
@@ -208,21 +218,36 @@ async fn find(store: &PgStore, name: &str) -> Result<job::Job, Unusable> {
 }
 
 /// Reads some ranges with their blocks, in one statement, so that each is as it was at one moment.
-async fn read(store: &PgStore, job: i64, from: i64) -> Result<Vec<Stored>, sqlx::Error> {
+///
+/// A block is a row: the server cannot make a value of more than a gigabyte of them.
+pub(crate) async fn read(store: &PgStore, job: i64, from: i64, page_bytes: i64) -> Result<Vec<Stored>, sqlx::Error> {
     let s = quoted(&store.schema);
     let select = format!(
-        "SELECT r.n, r.first, r.count, r.seq, r.finished, coalesce((SELECT array_agg(b.body ORDER BY b.seq)
-            FROM {s}.block b WHERE b.job = r.job AND b.n = r.n), '{{}}')
-        FROM {s}.range r WHERE r.job = $1 AND r.n >= $2 AND r.n < $3 ORDER BY r.n"
+        "WITH next AS (SELECT n, first, count, seq, finished,
+                sum(bytes) OVER (ORDER BY n ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS bytes_before
+            FROM {s}.range r, LATERAL (SELECT coalesce(sum(octet_length(body)), 0) AS bytes
+                FROM {s}.block b WHERE b.job = r.job AND b.n = r.n) blocks
+            WHERE r.job = $1 AND r.n >= $2 AND r.n < $3)
+        SELECT next.n, first, count, next.seq, finished, body
+        FROM next LEFT JOIN {s}.block b ON b.job = $1 AND b.n = next.n
+        WHERE bytes_before IS NULL OR bytes_before < $4 ORDER BY next.n, b.seq"
     );
     let mut tx = Tx::begin(&store.pool, &store.bounds()).await?;
-    let select = statement(&select.into()).bind(job).bind(from).bind(from + RANGES);
-    let rows = select.fetch_all(tx.connection()?).await?;
+    let select = statement(&select.into()).bind(job).bind(from).bind(from + RANGES).bind(page_bytes);
+    let mut ranges: Vec<Stored> = Vec::new();
+    let mut rows = select.fetch(tx.connection()?);
+    while let Some(row) = rows.try_next().await? {
+        let n = row.try_get(0)?;
+        if ranges.last().is_none_or(|last| last.n != n) {
+            let (first, count, seq, finished) = (row.try_get(1)?, row.try_get(2)?, row.try_get(3)?, row.try_get(4)?);
+            ranges.push(Stored { n, first, count, seq, finished, blocks: Vec::new(), rows: 0 });
+        }
+        if let (Some(range), Some(body)) = (ranges.last_mut(), row.try_get::<Option<&[u8]>, _>(5)?) {
+            range.blocks.extend_from_slice(body);
+            range.rows += 1;
+        }
+    }
+    drop(rows);
     tx.commit().await?;
-    let stored = |row: &sqlx::postgres::PgRow| {
-        let (n, first, count) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        let (seq, finished, bodies) = (row.try_get(3)?, row.try_get(4)?, row.try_get(5)?);
-        Ok(Stored { n, first, count, seq, finished, bodies })
-    };
-    rows.iter().map(stored).collect()
+    Ok(ranges)
 }

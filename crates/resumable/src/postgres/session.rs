@@ -5,19 +5,23 @@
 
 use std::{sync::Arc, time::Duration};
 
-use sqlx::{AssertSqlSafe, PgConnection, PgPool, Postgres, pool::PoolConnection, postgres::PgArguments, query::Query};
+use sqlx::{
+    AssertSqlSafe, PgConnection, PgPool, Postgres,
+    pool::PoolConnection,
+    postgres::{PgArguments, PgDatabaseError, PgSeverity},
+    query::Query,
+};
+use tokio::time::timeout;
 
 /// How transactions begin, and how long one may take.
 #[derive(Clone, Debug)]
 pub(crate) struct Bounds {
     begin: Arc<str>,
-    /// The longest time of one statement, of a pause between two, and of the whole as we see it.
-    pub(crate) limit: Duration,
 }
 
 impl Bounds {
     /// A worker that is frozen before its COMMIT would hold its rows for as long as its session lives: the server ends a
-    /// transaction that is idle for longer than `limit`.
+    /// transaction that is idle for longer than `limit`, and a statement that takes longer.
     ///
     /// `READ COMMITTED` is named because the default of a database may be another, under which a statement does not see
     /// what its row was changed to while it waited for it.
@@ -27,7 +31,7 @@ impl Bounds {
             "BEGIN ISOLATION LEVEL READ COMMITTED READ WRITE; SET LOCAL statement_timeout = {ms}; \
              SET LOCAL idle_in_transaction_session_timeout = {ms}"
         );
-        Self { begin: begin.into(), limit }
+        Self { begin: begin.into() }
     }
 
     /// The statements with which a transaction begins.
@@ -36,31 +40,28 @@ impl Bounds {
     }
 }
 
-/// A transaction. Dropped before its commit it closes its connection, which rolls it back.
+/// A connection of the pool, which has it back when its transaction is known to have ended. Dropped before that, also
+/// while a transaction begins, it is closed.
 #[derive(Debug)]
-pub(crate) struct Tx {
+pub(crate) struct Session {
     connection: Option<PoolConnection<Postgres>>,
 }
 
-impl Tx {
-    pub(crate) async fn begin(pool: &PgPool, bounds: &Bounds) -> Result<Self, sqlx::Error> {
-        let mut tx = Self { connection: Some(pool.acquire().await?) };
-        sqlx::raw_sql(bounds.begin()).execute(tx.connection()?).await?;
-        Ok(tx)
+impl Session {
+    pub(crate) async fn acquire(pool: &PgPool) -> Result<Self, sqlx::Error> {
+        Ok(Self { connection: Some(pool.acquire().await?) })
     }
 
     pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
         self.connection.as_deref_mut().ok_or(sqlx::Error::PoolClosed)
     }
 
-    pub(crate) async fn commit(mut self) -> Result<(), sqlx::Error> {
-        sqlx::raw_sql("COMMIT").execute(self.connection()?).await?;
+    pub(crate) fn give_back(mut self) {
         drop(self.connection.take());
-        Ok(())
     }
 }
 
-impl Drop for Tx {
+impl Drop for Session {
     fn drop(&mut self) {
         if let Some(connection) = &mut self.connection {
             connection.close_on_drop();
@@ -68,10 +69,35 @@ impl Drop for Tx {
     }
 }
 
+/// A transaction. Dropped before its commit it closes its connection, which rolls it back.
+#[derive(Debug)]
+pub(crate) struct Tx(Session);
+
+impl Tx {
+    pub(crate) async fn begin(pool: &PgPool, bounds: &Bounds) -> Result<Self, sqlx::Error> {
+        let mut tx = Self(Session::acquire(pool).await?);
+        sqlx::raw_sql(bounds.begin()).execute(tx.connection()?).await?;
+        Ok(tx)
+    }
+
+    pub(crate) fn connection(&mut self) -> Result<&mut PgConnection, sqlx::Error> {
+        self.0.connection()
+    }
+
+    pub(crate) async fn commit(mut self) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql("COMMIT").execute(self.connection()?).await?;
+        self.0.give_back();
+        Ok(())
+    }
+}
+
 /// A statement without a name: one that a pooler may send to a server that has never seen another of ours.
 pub(crate) fn statement<'q>(sql: &Arc<str>) -> Query<'q, Postgres, PgArguments> {
     sqlx::query(AssertSqlSafe(Arc::clone(sql))).persistent(false)
 }
+
+/// What the server says of a statement that it has ended because of `statement_timeout`.
+const STATEMENT_TOOK_TOO_LONG: &str = "57014";
 
 /// Whether the cause of an error is likely to pass by itself: the server or the way to it is gone, full, or starting up, or
 /// another transaction was in the way.
@@ -93,7 +119,24 @@ pub(crate) fn is_passing(error: &sqlx::Error) -> bool {
     }
 }
 
+/// Whether the server has answered a COMMIT with a refusal, and so has rolled back: a deferred constraint did not hold, or
+/// took too long. After any other error the transaction may be there.
+pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
+    let said = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
+    said.is_some_and(|said| {
+        said.severity() == PgSeverity::Error && (!is_passing(error) || said.code() == STATEMENT_TOOK_TOO_LONG)
+    })
+}
+
+/// Waits for an answer of the server, for so long.
+pub(crate) async fn answered<T, E: From<sqlx::Error>>(
+    within: Duration,
+    answer: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    timeout(within, answer).await.unwrap_or_else(|_| Err(timed_out().into()))
+}
+
 /// The error of an operation that took longer than its bound.
-pub(crate) fn timed_out() -> sqlx::Error {
+fn timed_out() -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, "the database did not answer in time"))
 }

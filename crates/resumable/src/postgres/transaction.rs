@@ -1,16 +1,21 @@
 //! One item in its transaction: what it does, and the append of its result.
 //!
 //! Invariant: the append is made in the transaction in which the item took effect, and a commit whose answer was lost is
-//! looked up by its block before the item is tried again.
+//! looked up by its block before anything else is appended to its range.
 
 use std::{
     marker::PhantomData,
+    pin::pin,
     sync::{Arc, PoisonError},
 };
 
+use futures_util::future::{Either, select};
 use serde::{Serialize, de::DeserializeOwned};
-use sqlx::{Connection, PgConnection};
-use tokio::{sync::Mutex, time::Instant};
+use sqlx::{Connection, PgConnection, Postgres, Transaction};
+use tokio::{
+    sync::{Mutex, MutexGuard, watch},
+    time::Instant,
+};
 
 use crate::{
     codec::Codec,
@@ -22,18 +27,52 @@ use crate::{
         PgStore, keeper,
         leases::{Append, Leases},
         ledger::{Place, sealed},
-        session::is_passing,
+        session::{Session, answered, is_passing, is_refusal},
         shared::Hold,
         waiting::Ticket,
     },
     proof::Prover,
 };
 
+/// The place of the next append of a range. One item at a time has it, from its append until it is known what became of
+/// that: appends follow each other.
+#[derive(Debug)]
+pub(crate) struct Turn {
+    place: Mutex<Place>,
+    /// Whether whoever has it is looking for what became of its commit.
+    in_doubt: watch::Sender<bool>,
+}
+
+impl Turn {
+    pub(crate) fn new(place: Place) -> Self {
+        Self { place: Mutex::new(place), in_doubt: watch::Sender::new(false) }
+    }
+
+    /// Waits for the place; `None` if whoever has it needs a connection, of which all may be waiting here.
+    async fn take(&self) -> Option<MutexGuard<'_, Place>> {
+        let mut in_doubt = self.in_doubt.subscribe();
+        match select(pin!(self.place.lock()), pin!(in_doubt.wait_for(|in_doubt| *in_doubt))).await {
+            Either::Left((place, _)) => Some(place),
+            Either::Right(_) => None,
+        }
+    }
+
+    /// Waits until nobody has it.
+    async fn free(&self) {
+        drop(self.place.lock().await);
+    }
+
+    /// Whether all items of the range are finished.
+    pub(crate) fn is_finished(&self, count: usize) -> bool {
+        self.place.try_lock().is_ok_and(|place| is_finished(&place, count))
+    }
+}
+
 /// What is to be done for an item, in a range that is there.
 pub(crate) struct Job<T> {
     pub(crate) ticket: Ticket<T>,
     pub(crate) what: What,
-    pub(crate) place: Arc<Mutex<Place>>,
+    pub(crate) turn: Arc<Turn>,
     /// How many items the range has.
     pub(crate) count: usize,
     pub(crate) leases: Leases,
@@ -42,11 +81,14 @@ pub(crate) struct Job<T> {
 pub(crate) enum What {
     Attempt,
     /// To record a failure by itself: what the item did is rolled back.
-    Note {
-        attempts: u32,
-        cause: String,
-        after: After,
-    },
+    Note(Note),
+}
+
+#[derive(Clone)]
+pub(crate) struct Note {
+    pub(crate) attempts: u32,
+    pub(crate) cause: String,
+    pub(crate) after: After,
 }
 
 /// What a failure means for its item.
@@ -62,11 +104,7 @@ pub(crate) enum After {
 pub(crate) enum End {
     Recorded,
     Failed(ItemError),
-    Noted {
-        attempts: u32,
-        cause: String,
-        after: After,
-    },
+    Noted(Note),
     /// Another worker has the range; what the item did is rolled back.
     Lost,
     Broken(TaskError),
@@ -83,42 +121,48 @@ pub(crate) struct Worker<F, R> {
 
 /// How one try of a transaction ended.
 enum Tried {
-    End(End),
-    /// The database failed before the commit was sent: nothing of it is there.
+    Committed,
+    /// It is rolled back, and the item is to blame.
+    Failed(ItemError),
+    Lost,
+    /// The database failed, and nothing of it is there.
     Again(sqlx::Error),
+    /// It is rolled back, because another item of the range needs its connection.
+    GaveWay,
+    Broken(TaskError),
 }
 
 impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
+    /// Does it in transactions until one of them has ended by what the item did, and not by the database.
     pub(crate) async fn run<T>(&self, job: Job<T>) -> (Ticket<T>, End)
     where
         T: Clone,
         F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
     {
-        let end = match &job.what {
-            What::Attempt => self.attempt(&job).await,
-            What::Note { attempts, cause, after } => self.note(&job, *attempts, cause, *after).await,
-        };
-        (job.ticket, end)
-    }
-
-    /// Runs an item in transactions until one of them has ended by what the item did, and not by the database.
-    async fn attempt<T>(&self, job: &Job<T>) -> End
-    where
-        T: Clone,
-        F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
-    {
-        let (started, mut wait) = (Instant::now(), keeper::FIRST_WAIT);
-        loop {
-            let error = match self.try_once(job).await {
-                Tried::End(end) => return end,
+        let (mut fails_since, mut wait) = (None, keeper::FIRST_WAIT);
+        let end = loop {
+            let error = match self.try_once(&job).await {
+                Tried::Committed => match &job.what {
+                    What::Attempt => break End::Recorded,
+                    What::Note(note) => break End::Noted(note.clone()),
+                },
+                Tried::Failed(error) => break End::Failed(error),
+                Tried::Lost => break End::Lost,
+                Tried::Broken(error) => break End::Broken(error),
+                Tried::GaveWay => {
+                    job.turn.free().await;
+                    continue;
+                }
                 Tried::Again(error) => error,
             };
-            if !is_passing(&error) || started.elapsed() >= self.store.outage {
-                return End::Broken(TaskError::Database { action: "run a transaction", source: error.into() });
+            let fails_since = *fails_since.get_or_insert_with(Instant::now);
+            if !is_passing(&error) || fails_since.elapsed() >= self.store.outage {
+                break End::Broken(TaskError::Database { action: "run a transaction", source: error.into() });
             }
             tokio::time::sleep(wait.mul_f64(0.5 + fastrand::f64() / 2.0)).await;
             wait = (wait * 2).min(keeper::LONGEST_WAIT);
-        }
+        };
+        (job.ticket, end)
     }
 
     async fn try_once<T>(&self, job: &Job<T>) -> Tried
@@ -126,72 +170,48 @@ impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
         T: Clone,
         F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
     {
-        let mut connection = match self.store.pool.acquire().await {
+        let (bounds, within) = (self.store.bounds(), self.store.answer_within);
+        let mut session = match Session::acquire(&self.store.pool).await {
+            Ok(session) => session,
+            Err(error) => return Tried::Again(error),
+        };
+        let connection = match session.connection() {
             Ok(connection) => connection,
             Err(error) => return Tried::Again(error),
         };
-        let mut tx = match connection.begin_with(self.store.bounds().begin()).await {
+        let mut tx = match answered(within, connection.begin_with(bounds.begin())).await {
             Ok(tx) => tx,
             Err(error) => return Tried::Again(error),
         };
-        let result = match (self.work)(&mut tx, job.ticket.item.clone()).await {
-            Ok(result) => result,
-            Err(error) => {
-                let rolled_back = tx.rollback().await;
-                return match rolled_back {
-                    Ok(()) => Tried::End(End::Failed(error)),
-                    // The connection is gone, and no fault of the item's.
-                    Err(error) => {
-                        connection.close_on_drop();
-                        Tried::Again(error)
-                    }
-                };
-            }
-        };
-        let payload = match self.encode(job, &result) {
-            Ok(payload) => payload,
-            Err(error) => return Tried::End(End::Broken(error)),
-        };
-        let mut place = job.place.lock().await;
-        let (append, next) = next_append(&place, job, Kind::Result, &payload);
-        let appends = [append];
-        match job.leases.append_on(&mut tx, &appends).await {
-            Ok(taken) if !taken.is_empty() => {}
-            Ok(_) => {
-                drop(tx.rollback().await);
-                connection.close_on_drop();
-                // Another worker has the range, or it is a repeat of a commit whose answer was lost and that came late.
-                return Tried::End(self.resolve(job, &appends, &mut place, next, End::Lost).await);
-            }
-            Err(error) => {
-                drop(tx);
-                connection.close_on_drop();
-                return match error {
-                    // A statement of the item has failed, and the item has not said so.
-                    sqlx::Error::Database(error) if error.code().as_deref() == Some("25P02") => {
-                        Tried::End(End::Failed(ItemError::retry(sqlx::Error::Database(error))))
-                    }
-                    error => Tried::Again(error),
-                };
-            }
-        }
-        match tx.commit().await {
-            Ok(()) => {
-                *place = next;
-                Tried::End(End::Recorded)
-            }
-            Err(error) => {
-                connection.close_on_drop();
-                // It may have been committed. If it is not there it may come late: then the next append finds it.
-                match self.there(job, &appends).await {
-                    Ok(true) => {
-                        *place = next;
-                        Tried::End(End::Recorded)
-                    }
-                    Ok(false) => Tried::Again(error),
-                    Err(error) => Tried::End(End::Broken(error)),
+        let (kind, payload) = match &job.what {
+            What::Note(note) => note_of(job, note),
+            What::Attempt => match (self.work)(&mut tx, job.ticket.item.clone()).await {
+                Ok(result) => match self.encode(job, &result) {
+                    Ok(payload) => (Kind::Result, payload),
+                    Err(error) => return Tried::Broken(error),
+                },
+                Err(error) => {
+                    return match answered(within, tx.rollback()).await {
+                        Ok(()) => {
+                            session.give_back();
+                            Tried::Failed(error)
+                        }
+                        // The connection is gone, and no fault of the item's.
+                        Err(error) => Tried::Again(error),
+                    };
                 }
-            }
+            },
+        };
+        let appended = self.append(job, tx, kind, &payload).await;
+        match appended {
+            Appended::Committed => session.give_back(),
+            // Not in hand while it is looked for, which takes another: there may be no more.
+            Appended::InDoubt(_) | Appended::Not(_) => drop(session),
+        }
+        match appended {
+            Appended::Committed => Tried::Committed,
+            Appended::InDoubt(doubt) => self.resolve(job, doubt).await,
+            Appended::Not(tried) => tried,
         }
     }
 
@@ -205,46 +225,87 @@ impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
         }
         Ok(payload)
     }
+}
 
-    /// Records a failure in a transaction of its own.
-    async fn note<T>(&self, job: &Job<T>, attempts: u32, cause: &str, after: After) -> End {
-        let mut payload = Vec::new();
-        begin_payload(&mut payload, job.ticket.key.as_deref());
-        put_failure(&mut payload, attempts, cause);
-        let kind = if let After::Quarantine = after { Kind::Quarantine } else { Kind::Failure };
-        let mut place = job.place.lock().await;
-        let (append, next) = next_append(&place, job, kind, &payload);
+/// How a transaction ended that has a record in it.
+enum Appended<'a> {
+    Committed,
+    InDoubt(Doubt<'a>),
+    Not(Tried),
+}
+
+/// A COMMIT was sent, and no answer has come. Nobody else appends to the range before it is known what became of it.
+struct Doubt<'a> {
+    place: MutexGuard<'a, Place>,
+    append: Append,
+    next: Place,
+    error: sqlx::Error,
+}
+
+impl<R, F> Worker<F, R> {
+    /// Adds a record to its range, in the transaction of its item, and commits.
+    async fn append<'a, T>(
+        &self,
+        job: &'a Job<T>,
+        mut tx: Transaction<'_, Postgres>,
+        kind: Kind,
+        payload: &[u8],
+    ) -> Appended<'a> {
+        let within = self.store.answer_within;
+        let Some(mut place) = job.turn.take().await else { return Appended::Not(Tried::GaveWay) };
+        let (append, next) = next_append(&place, job, kind, payload);
         let appends = [append];
-        let noted = End::Noted { attempts, cause: cause.to_owned(), after };
-        match self.store.patiently("append", || job.leases.append(&appends)).await {
-            Ok(taken) if !taken.is_empty() => {
-                *place = next;
-                noted
+        match answered(within, job.leases.append_on(&mut tx, &appends)).await {
+            Ok(taken) if !taken.is_empty() => {}
+            // The place is that of the last append, so another worker has the range.
+            Ok(_) => return Appended::Not(Tried::Lost),
+            // A statement of the item has failed, and the item has not said so.
+            Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("25P02") => {
+                return Appended::Not(Tried::Failed(ItemError::retry(sqlx::Error::Database(error))));
             }
-            Ok(_) => match self.resolve(job, &appends, &mut place, next, End::Lost).await {
-                End::Recorded => noted,
-                end => end,
-            },
-            Err(error) => End::Broken(error),
+            Err(error) => return Appended::Not(Tried::Again(error)),
+        }
+        match answered(within, tx.commit()).await {
+            Ok(()) => {
+                *place = next;
+                Appended::Committed
+            }
+            Err(error) if is_refusal(&error) => Appended::Not(match job.what {
+                What::Attempt => Tried::Failed(ItemError::retry(error)),
+                What::Note(_) => Tried::Again(error),
+            }),
+            Err(error) => {
+                let [append] = appends;
+                Appended::InDoubt(Doubt { place, append, next, error })
+            }
         }
     }
 
-    /// What became of an append that took no row.
-    async fn resolve<T>(&self, job: &Job<T>, appends: &[Append], place: &mut Place, next: Place, else_: End) -> End {
-        match self.there(job, appends).await {
-            Ok(true) => {
+    /// Looks for what became of a commit whose answer was lost.
+    async fn resolve<T>(&self, job: &Job<T>, doubt: Doubt<'_>) -> Tried {
+        let Doubt { mut place, append, next, error } = doubt;
+        job.turn.in_doubt.send_replace(true);
+        let appends = [append];
+        let there = self.store.patiently("look for a block", || job.leases.look(&appends)).await;
+        job.turn.in_doubt.send_replace(false);
+        match there {
+            Ok(there) if there.is_empty() => Tried::Again(error),
+            Ok(_) => {
                 *place = next;
-                End::Recorded
+                Tried::Committed
             }
-            Ok(false) => else_,
-            Err(error) => End::Broken(error),
+            Err(error) => Tried::Broken(error),
         }
     }
+}
 
-    async fn there<T>(&self, job: &Job<T>, appends: &[Append]) -> Result<bool, TaskError> {
-        let there = self.store.patiently("look for a block", || job.leases.look(appends)).await?;
-        Ok(!there.is_empty())
-    }
+/// The record of a failure.
+fn note_of<T>(job: &Job<T>, note: &Note) -> (Kind, Vec<u8>) {
+    let mut payload = Vec::new();
+    begin_payload(&mut payload, job.ticket.key.as_deref());
+    put_failure(&mut payload, note.attempts, &note.cause);
+    let kind = if let After::Quarantine = note.after { Kind::Quarantine } else { Kind::Failure };
+    (kind, payload)
 }
 
 /// The append of one record to a range, and the place after it.
@@ -261,6 +322,6 @@ fn next_append<T>(place: &Place, job: &Job<T>, kind: Kind, payload: &[u8]) -> (A
     (Append { n, epoch, seq: place.seq, done: next.done, quarantined: next.quarantined, body }, next)
 }
 
-pub(crate) fn is_finished(place: &Place, count: usize) -> bool {
+fn is_finished(place: &Place, count: usize) -> bool {
     usize::try_from(place.done).is_ok_and(|done| done >= count)
 }

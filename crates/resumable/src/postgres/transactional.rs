@@ -16,10 +16,7 @@ use futures_core::Stream;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::PgConnection;
-use tokio::{
-    sync::{Mutex, watch},
-    time::Sleep,
-};
+use tokio::{sync::watch, time::Sleep};
 
 use crate::{
     drive::Summary,
@@ -33,22 +30,22 @@ use crate::{
         job::Offer,
         keeper,
         leases::{Leases, Standing},
-        ledger::{Known, Place},
+        ledger::Known,
         shared::{Hold, LetGo, Shared, Told},
-        transaction::{After, End, Job, What, Worker, is_finished},
+        transaction::{After, End, Job, Note, Turn, What, Worker},
         waiting::{Ticket, Waiting},
     },
     progress::{Meter, Progress},
     proof::Prover,
 };
 
-/// A range at work. The place is locked from an append to the end of its transaction: appends follow each other.
+/// A range at work.
 struct Range {
     hold: Hold,
     first: usize,
     known: Vec<Known>,
     next: usize,
-    place: Arc<Mutex<Place>>,
+    turn: Arc<Turn>,
 }
 
 /// Asks the keeper to end when the run does, however it does.
@@ -84,7 +81,7 @@ where
     };
     let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
     let shared = Arc::new(Shared::default());
-    keeper::start(store.clone(), &shared, offer, plan.every);
+    keeper::start(store.clone(), &shared, offer, plan.every)?;
     let prover = std::sync::Mutex::new(Prover::new(plan.codec));
     let worker = Worker { store, work, prover, codec: plan.codec, of: PhantomData };
     let mut run = Loop {
@@ -210,8 +207,8 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
     /// What is to be done in the range of a ticket; `None` if it is lost.
     fn job(&self, ticket: Ticket<T>, what: What) -> Option<Job<T>> {
         let range = self.ranges.get(&ticket.hold.n).filter(|range| range.hold == ticket.hold)?;
-        let (place, count) = (Arc::clone(&range.place), range.known.len());
-        Some(Job { ticket, what, place, count, leases: self.leases.clone()? })
+        let (turn, count) = (Arc::clone(&range.turn), range.known.len());
+        Some(Job { ticket, what, turn, count, leases: self.leases.clone()? })
     }
 
     /// The next item that may run.
@@ -260,8 +257,8 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             match told {
                 Told::Opened { leases, .. } => self.leases = Some(leases),
                 Told::Granted { hold, first, items, place } => {
-                    let place = Arc::new(Mutex::new(place));
-                    self.ranges.insert(hold.n, Range { hold, first, known: items, next: 0, place });
+                    let turn = Arc::new(Turn::new(place));
+                    self.ranges.insert(hold.n, Range { hold, first, known: items, next: 0, turn });
                     self.fresh.push_back(hold);
                 }
                 Told::Appended { hold, .. } | Told::Lost(hold) => {
@@ -286,7 +283,7 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
                 self.look_at(ticket.hold);
                 return Ok(None);
             }
-            End::Noted { attempts, cause, after } => {
+            End::Noted(Note { attempts, cause, after }) => {
                 match after {
                     After::Retry => self.waiting.enter(later(self.plan.retry.delay_after(attempts)), ticket),
                     After::Quarantine => {
@@ -330,14 +327,13 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             // Once the cause is mended, or the limit raised, the item has all its attempts again.
             true => (0, After::Full),
         };
-        Ok(self.job(ticket, What::Note { attempts, cause, after }))
+        Ok(self.job(ticket, What::Note(Note { attempts, cause, after })))
     }
 
     /// Lets go of a range whose last item has just been recorded.
     fn look_at(&mut self, hold: Hold) {
         let Some(range) = self.ranges.get(&hold.n).filter(|range| range.hold == hold) else { return };
-        let is_finished = range.place.try_lock().is_ok_and(|place| is_finished(&place, range.known.len()));
-        if is_finished {
+        if range.turn.is_finished(range.known.len()) {
             self.ranges.remove(&hold.n);
             self.shared.let_go(hold, LetGo::Finished);
         }

@@ -23,6 +23,8 @@ mod postgres;
 #[cfg(feature = "postgres")]
 mod postgres_cancel;
 #[cfg(feature = "postgres")]
+mod postgres_doubt;
+#[cfg(feature = "postgres")]
 mod postgres_tx;
 mod progress;
 mod spin;

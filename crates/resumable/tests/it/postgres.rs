@@ -1,5 +1,8 @@
 //! Workers that share a job on a real PostgreSQL.
 
+#[cfg(unix)]
+pub(crate) mod pooler;
+pub(crate) mod proxy;
 pub(crate) mod world;
 
 use std::sync::Arc;
@@ -7,8 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use cancel_safe_resumable::{ItemError, PgStore, ResumableTask, Retry, TaskError};
-use futures_util::StreamExt;
 use futures_util::future::join_all;
+use futures_util::{FutureExt, StreamExt};
 use tokio_util::sync::CancellationToken;
 
 use self::world::{FOR_EVER, PGBOUNCER, World, assert_complete, numbers, pool, recorded, url, work};
@@ -95,6 +98,9 @@ async fn what_cannot_be_done_by_many_is_refused_before_anything_is_opened() {
         numbers(world.store()).at_most_once(),
         numbers(world.store()).revalidate(|_, _| true),
         numbers(world.store()).retry_quarantined(true),
+        numbers(world.store()).parallel(4),
+        numbers(world.store()).checkpoint_every_items(100),
+        numbers(world.store().answer_within(Duration::ZERO)),
         numbers(world.store().range_items(0)),
         numbers(world.store().lease(Duration::ZERO)),
         numbers(world.store().schema("")),
@@ -105,6 +111,38 @@ async fn what_cannot_be_done_by_many_is_refused_before_anything_is_opened() {
     }
     let error = recorded(&world.store(), "numbers").await.unwrap_err();
     assert!(matches!(error, TaskError::Config(_)), "{error}");
+    world.end().await;
+}
+
+#[test]
+fn without_a_runtime_or_its_clock_a_job_is_refused_and_nothing_panics() {
+    let whole = tokio::runtime::Runtime::new().unwrap();
+    // The pool is made where it can be.
+    let world = whole.block_on(World::new());
+    let run = || work(numbers(world.store()), 5);
+    let process = || numbers(world.store()).process_tx(0..5, async |_, x: u64| Ok(x * 2));
+    let without_clock = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    let refused = [
+        run().now_or_never().unwrap().map(drop),
+        process().now_or_never().unwrap().map(drop),
+        without_clock.block_on(run()).map(drop),
+        without_clock.block_on(process()).map(drop),
+    ];
+    for refused in refused {
+        assert!(matches!(refused, Err(TaskError::Config(_))), "{refused:?}");
+    }
+    whole.block_on(async {
+        run().await.unwrap();
+        world.clone().end().await;
+    });
+}
+
+/// What is recorded of a range that is not finished waits for ever, and the rest does not.
+#[tokio::test]
+async fn the_longest_checkpoint_interval_is_one_for_ever() {
+    let world = World::new().await;
+    work(numbers(world.store()).checkpoint_every(Duration::MAX), 25).await.unwrap();
+    assert_complete(&world.store(), 25).await;
     world.end().await;
 }
 
@@ -291,7 +329,7 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let store = PgStore::new(pool(&url(world::POSTGRES), 2)).schema(schema).range_items(10);
-            let run = numbers(store.lease(Duration::from_millis(200))).stream(0..30, move |_, x| {
+            let run = numbers(store.lease(Duration::from_secs(3))).stream(0..30, move |_, x| {
                 if x == 5 {
                     is_frozen.store(1, Ordering::SeqCst);
                     while thawed.load(Ordering::SeqCst) == 0 {
@@ -304,7 +342,7 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
         })
     });
     eventually("the zombie stands still", || frozen.load(Ordering::SeqCst) == 1).await;
-    let others = work(numbers(world.store().lease(Duration::from_secs(30))), 30).await.unwrap();
+    let others = work(numbers(world.store().lease(FOR_EVER)), 30).await.unwrap();
     thaw.store(1, Ordering::SeqCst);
     let error = zombie.join().unwrap().unwrap_err();
     assert!(error.is_fenced(), "{error}");

@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// A store over sessions of its own: those of an operation may have ended with its runtime, and its leases lapse then.
 fn store(world: &World) -> PgStore {
     let store = PgStore::new(pool(&url(POSTGRES), 2)).schema(&world.schema).range_items(2);
-    store.lease(Duration::from_millis(500)).tolerate_lost(100)
+    store.lease(Duration::from_secs(2)).tolerate_lost(100)
 }
 
 /// Drops an operation at every point, lets another worker complete the job, and looks for what is missing or twice.

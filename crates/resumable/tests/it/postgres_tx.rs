@@ -1,19 +1,21 @@
 //! Effect and result in one transaction, on a real PostgreSQL.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cancel_safe_resumable::{Builder, ItemError, PgStore, Summary, TaskError};
 use futures_util::future::join_all;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgConnection, Row};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::postgres::world::{POSTGRES, World, assert_complete, numbers, pool, recorded, url};
 use crate::support::eventually;
 
 /// The effect of an item: a row, and nothing in the table forbids a second.
-async fn insert(conn: &mut PgConnection, schema: &str, x: u64) -> Result<u64, sqlx::Error> {
+pub(crate) async fn insert(conn: &mut PgConnection, schema: &str, x: u64) -> Result<u64, sqlx::Error> {
     let sql = format!("INSERT INTO {schema}_effect VALUES ({x})");
     sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(conn).await?;
     Ok(x * 2)
@@ -23,17 +25,17 @@ async fn run(builder: Builder<u64, u64>, schema: String, n: u64) -> Result<Summa
     builder.process_tx(0..n, async |conn: &mut PgConnection, x| Ok(insert(conn, &schema, x).await?)).await
 }
 
-async fn with_table(world: &World) {
+pub(crate) async fn with_table(world: &World) {
     world.run("CREATE TABLE {s}_effect (n bigint)").await;
 }
 
-async fn assert_each_once(world: &World, n: u64) {
+pub(crate) async fn assert_each_once(world: &World, n: u64) {
     assert_complete(&world.store(), n).await;
     let sql = "SELECT count(*) * 1000000 + count(DISTINCT n) FROM {s}_effect";
     assert_eq!(world.number(sql).await, (n * 1_000_000 + n) as i64, "an effect is missing, or there twice");
 }
 
-async fn end(world: World) {
+pub(crate) async fn end(world: World) {
     world.run("DROP TABLE {s}_effect").await;
     world.end().await;
 }
@@ -89,40 +91,54 @@ async fn what_fails_for_good_leaves_no_effect_and_is_in_quarantine() {
     end(world).await;
 }
 
-/// The server ends sessions at any moment, also between a COMMIT and its answer.
+/// The server ends sessions at any moment, every other time one that is in its COMMIT.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sessions_that_are_ended_at_any_moment_lose_and_double_nothing() {
     let world = World::new().await;
     with_table(&world).await;
+    // Each commit takes long enough to be met.
+    let slow = "CREATE FUNCTION {s}_slow() RETURNS trigger LANGUAGE plpgsql AS
+            $$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
+         CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON {s}_effect DEFERRABLE INITIALLY DEFERRED
+            FOR EACH ROW EXECUTE FUNCTION {s}_slow()";
+    world.run(slow).await;
     let stop = CancellationToken::new();
     let (killer, stopped) = (world.clone(), stop.clone());
     let killer = tokio::spawn(async move {
         let mut conn = killer.plain().await;
-        let kill = format!(
-            "SELECT count(pg_terminate_backend(pid)) FROM (SELECT pid FROM pg_stat_activity
-            WHERE pid <> pg_backend_pid() AND query LIKE '%{}%' ORDER BY random() LIMIT 1) one",
-            killer.schema
-        );
-        let mut killed = 0;
-        while !stopped.is_cancelled() {
-            let row = sqlx::query(AssertSqlSafe(kill.clone())).fetch_one(&mut conn).await.unwrap();
-            killed += row.get::<i64, _>(0);
-            tokio::time::sleep(Duration::from_millis(fastrand::u64(20..80))).await;
+        let mut killed = [0, 0];
+        for in_commit in [false, true].into_iter().cycle() {
+            // By the name of the application: what a session in its COMMIT says of itself is "COMMIT".
+            let kill = format!(
+                "SELECT count(pg_terminate_backend(pid)) FROM (SELECT pid FROM pg_stat_activity
+                WHERE application_name = '{}' AND NOT ({in_commit} AND (query, state) <> ('COMMIT', 'active'))
+                ORDER BY random() LIMIT 1) one",
+                killer.schema
+            );
+            let row = sqlx::query(AssertSqlSafe(kill)).persistent(false).fetch_one(&mut conn).await.unwrap();
+            killed[usize::from(in_commit)] += row.get::<i64, _>(0);
+            if stopped.is_cancelled() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(fastrand::u64(20..60))).await;
         }
         killed
     });
+    let options: PgConnectOptions = url(POSTGRES).parse().unwrap();
+    let pool = PgPoolOptions::new().max_connections(8).connect_lazy_with(options.application_name(&world.schema));
     let workers = (0..2).map(|_| {
+        let store = PgStore::new(pool.clone()).schema(&world.schema).range_items(10).lease(Duration::from_secs(10));
         // A fenced worker goes on: a session that ended while it gave back may have cost it its answer.
-        let builder = numbers(world.store().lease(Duration::from_secs(5)).tolerate_lost(100)).concurrency(3);
-        run(builder, world.schema.clone(), 120)
+        run(numbers(store.tolerate_lost(100)).concurrency(3), world.schema.clone(), 160)
     });
     for summary in join_all(workers).await {
-        assert_eq!(summary.unwrap().total, 120);
+        assert_eq!(summary.unwrap().total, 160);
     }
     stop.cancel();
     let killed = killer.await.unwrap();
-    assert!(killed > 0, "nothing was ended");
-    assert_each_once(&world, 120).await;
+    assert!(killed.iter().all(|killed| *killed > 0), "{killed:?}");
+    assert_each_once(&world, 160).await;
+    world.run("DROP TRIGGER slow ON {s}_effect; DROP FUNCTION {s}_slow").await;
     end(world).await;
 }
 
@@ -195,7 +211,7 @@ async fn a_worker_that_stands_still_in_its_transaction_is_taken_over_and_leaves_
                 }
                 Ok::<_, ItemError>(result)
             };
-            numbers(store.lease(Duration::from_millis(400))).process_tx(0..30, work).await
+            numbers(store.lease(Duration::from_secs(4))).process_tx(0..30, work).await
         })
     });
     eventually("the zombie stands still", || frozen.load(Ordering::SeqCst) == 1).await;
@@ -205,5 +221,87 @@ async fn a_worker_that_stands_still_in_its_transaction_is_taken_over_and_leaves_
     let error = zombie.join().unwrap().unwrap_err();
     assert!(error.is_fenced(), "{error}");
     assert_each_once(&world, 30).await;
+    end(world).await;
+}
+
+/// No attempt is counted: there would be no room for a failed item.
+#[tokio::test]
+async fn an_item_that_pauses_the_run_is_rolled_back_and_nothing_starts_until_then() {
+    let world = World::new().await;
+    with_table(&world).await;
+    let until = Mutex::new(None);
+    let meanwhile = AtomicUsize::new(0);
+    let work = async |conn: &mut PgConnection, x: u64| {
+        if until.lock().unwrap().is_some_and(|until| Instant::now() < until) {
+            meanwhile.fetch_add(1, Ordering::SeqCst);
+        }
+        let result = insert(conn, &world.schema, x).await?;
+        let mut until = until.lock().unwrap();
+        if x == 5 && until.is_none() {
+            *until = Some(Instant::now() + Duration::from_secs(3));
+            return Err(ItemError::pause(Duration::from_secs(3)).because("429"));
+        }
+        Ok(result)
+    };
+    let summary = numbers(world.store()).concurrency(3).process_tx(0..200, work).await.unwrap();
+    assert_eq!((summary.completed, summary.quarantined), (200, 0));
+    // Those that were about to start while the transaction of the item was rolled back.
+    assert!(meanwhile.load(Ordering::SeqCst) <= 20, "{meanwhile:?} started in the pause");
+    assert_each_once(&world, 200).await;
+    end(world).await;
+}
+
+#[tokio::test]
+async fn a_cancel_ends_a_run_of_transactions_that_is_paused() {
+    let world = World::new().await;
+    let token = CancellationToken::new();
+    let cancel = token.clone();
+    let work = async |_: &mut PgConnection, x: u64| {
+        if x < 5 {
+            return Ok(x * 2);
+        }
+        let cancel = cancel.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            cancel.cancel();
+        });
+        Err(ItemError::pause(Duration::MAX))
+    };
+    let error = numbers(world.store()).cancel(token).process_tx(0..30, work).await.unwrap_err();
+    assert!(error.is_cancelled(), "{error}");
+    assert_eq!(world.number("SELECT count(*) FROM {s}.range WHERE lease_until IS NOT NULL").await, 0);
+    assert_eq!(world.number("SELECT sum(done)::bigint FROM {s}.range").await, 5);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn an_item_that_defers_itself_is_rolled_back_and_tried_later_so_often_and_no_more() {
+    let world = World::new().await;
+    with_table(&world).await;
+    let tried = Mutex::new(Vec::new());
+    let work = async |conn: &mut PgConnection, x: u64| {
+        let result = insert(conn, &world.schema, x).await?;
+        let times = {
+            let mut tried = tried.lock().unwrap();
+            tried.push(x);
+            tried.iter().filter(|tried| **tried == x).count()
+        };
+        match x {
+            7 => Err(ItemError::defer(Duration::from_millis(5), "never")),
+            _ if x % 10 == 4 && times < 3 => Err(ItemError::defer(Duration::from_millis(5), "later")),
+            _ => Ok(result),
+        }
+    };
+    let builder = numbers(world.store()).max_defers(2).quarantine(1).concurrency(2);
+    let summary = builder.process_tx(0..30, work).await.unwrap();
+    assert_eq!((summary.completed, summary.quarantined), (29, 1));
+    let tried = tried.into_inner().unwrap();
+    let times = |x| tried.iter().filter(|tried| **tried == x).count();
+    assert_eq!([0, 4, 14, 24, 7].map(times), [1, 3, 3, 3, 3]);
+    let all = recorded(&world.store(), "numbers").await.unwrap();
+    let failed: Vec<_> =
+        all.iter().filter(|done| done.result.is_err()).map(|done| (done.index, done.attempts)).collect();
+    assert_eq!(failed, [(7, 1)]);
+    assert_eq!(world.number("SELECT count(*) * 100 + count(DISTINCT n) FROM {s}_effect WHERE n <> 7").await, 2929);
     end(world).await;
 }
