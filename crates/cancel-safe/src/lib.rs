@@ -60,12 +60,12 @@
 //!
 //! # Features
 //!
-//! No feature is on by default; `full` enables all seven, with the default features that the crates have by themselves.
-//! A feature only adds. The others are passed on to those crates that are chosen:
+//! No feature is on by default; `full` enables all seven, with the default features of each crate. A feature only adds.
+//! The umbrella passes the other features on to the chosen crates:
 //!
 //! | feature | adds | to |
 //! |---|---|---|
-//! | `postgres` | PostgreSQL | `tx-guard`; to `resumable` the store that a fleet shares |
+//! | `postgres` | PostgreSQL | `tx-guard`; for `resumable`, the store that a fleet shares |
 //! | `mysql` | MySQL and MariaDB | `tx-guard` |
 //! | `sqlite` | SQLite; on with `tx-guard` | `tx-guard` |
 //! | `tower` | layers | `http-timeout`, `shutdown` |
