@@ -79,6 +79,9 @@ enum Ending {
     Closed(Option<Result<Summary, TaskError>>),
 }
 
+/// What is handed up with each item should be small: an error is large, and seldom there.
+type Failure = Box<TaskError>;
+
 /// What a step of the loop came to.
 enum Step<R> {
     Finished(Done<R>),
@@ -199,7 +202,7 @@ where
                 }
                 Poll::Ready(Ok(Step::Again)) => coop.made_progress(),
                 Poll::Ready(Ok(Step::Complete)) => self.end(Ok(())),
-                Poll::Ready(Err(error)) => self.end(Err(error)),
+                Poll::Ready(Err(error)) => self.end(Err(*error)),
                 Poll::Pending => {
                     self.publish();
                     return Poll::Pending;
@@ -217,12 +220,12 @@ where
     }
 
     /// Goes on until an attempt or the run has ended. Each time round starts an item, of which there are only so many.
-    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, TaskError>> {
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, Failure>> {
         loop {
             // Before the token is looked at: a result that is there is never thrown away.
             if let Poll::Ready((ticket, outcome)) = self.in_flight.poll_done(cx) {
                 // A task that is cut by its runtime has not failed: the run ends with the runtime.
-                let Some(outcome) = outcome else { return Poll::Ready(Err(TaskError::Cancelled)) };
+                let Some(outcome) = outcome else { return Poll::Ready(Err(TaskError::Cancelled.into())) };
                 return Poll::Ready(self.settle(ticket, outcome));
             }
             if self.stop.is_asked_for() {
@@ -264,7 +267,7 @@ where
     }
 
     /// The token has fired: nothing is started any more; what runs has its time.
-    fn poll_cancelled(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, TaskError>> {
+    fn poll_cancelled(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, Failure>> {
         if self.is_idle() && self.has_ended(cx)? {
             return Poll::Ready(Ok(Step::Complete));
         }
@@ -272,7 +275,7 @@ where
         if self.in_flight.len() > 0 {
             ready!(self.stop.poll_grace(cx))?;
         }
-        Poll::Ready(Err(TaskError::Cancelled))
+        Poll::Ready(Err(TaskError::Cancelled.into()))
     }
 
     /// Returns whether there is no item left to read. A source that says so is asked; if it then waits, it has not ended.
@@ -293,7 +296,7 @@ where
 
     /// Starts one more item, or restores it, as soon as there is a slot, room in the buffer, and an item.
     #[inline]
-    fn poll_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next<R>, TaskError>> {
+    fn poll_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next<R>, Failure>> {
         if ready!(self.gate.poll_open(cx))? {
             self.meter.pause(None);
         }
@@ -323,7 +326,7 @@ where
 
     /// Restores an item from the checkpoint, or starts it.
     #[inline]
-    fn admit(&mut self, item: I) -> Result<Next<R>, TaskError> {
+    fn admit(&mut self, item: I) -> Result<Next<R>, Failure> {
         let path = self.plan.store.path();
         let (index, key) =
             self.intake.admit(&item, self.plan.key.as_ref(), &mut self.history, path, &mut self.recorder.marks)?;
@@ -392,7 +395,7 @@ where
 
     /// Records how an attempt ended.
     #[inline]
-    fn settle(&mut self, mut ticket: Ticket<I>, outcome: Result<R, ItemError>) -> Result<Step<R>, TaskError> {
+    fn settle(&mut self, mut ticket: Ticket<I>, outcome: Result<R, ItemError>) -> Result<Step<R>, Failure> {
         let error = match outcome {
             Ok(result) => {
                 self.gate.attempt_ended(ticket.launch);
@@ -426,7 +429,7 @@ where
     }
 
     #[inline]
-    fn finish(&mut self, ticket: Ticket<I>, result: R) -> Result<Done<R>, TaskError> {
+    fn finish(&mut self, ticket: Ticket<I>, result: R) -> Result<Done<R>, Failure> {
         self.recorder.result(&ticket, &result)?;
         let Ticket { index, key, attempts, .. } = ticket;
         Ok(Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) })
@@ -439,7 +442,7 @@ where
     }
 
     /// Puts an item into the queue whose attempt does not count.
-    fn put_back(&mut self, ticket: Ticket<I>, until: Instant) -> Result<Step<R>, TaskError> {
+    fn put_back(&mut self, ticket: Ticket<I>, until: Instant) -> Result<Step<R>, Failure> {
         if self.plan.at_most_once {
             self.recorder.withdraw(&ticket)?;
         }
@@ -447,13 +450,13 @@ where
         Ok(Step::Again)
     }
 
-    fn quarantine(&mut self, ticket: Ticket<I>, cause: String) -> Result<Done<R>, TaskError> {
+    fn quarantine(&mut self, ticket: Ticket<I>, cause: String) -> Result<Done<R>, Failure> {
         let limit = self.plan.quarantine;
         if self.meter.failed() >= limit {
             let (index, attempts) = (ticket.index, ticket.attempts);
             // Once the cause is mended, or the limit raised, the item has all its attempts again.
             self.recorder.failure(&ticket, 0, &cause)?;
-            return Err(TaskError::QuarantineFull { limit, index, attempts, cause });
+            return Err(TaskError::QuarantineFull { limit, index, attempts, cause }.into());
         }
         self.recorder.quarantine(&ticket, &cause)?;
         let Ticket { index, key, attempts, .. } = ticket;

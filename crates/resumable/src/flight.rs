@@ -54,23 +54,51 @@ impl<I, Fut: Future> Future for Attempt<I, Fut> {
     }
 }
 
+/// A place for an attempt, which stays where it is.
+pub(crate) struct Place<I, Fut>(Pin<Box<Option<Attempt<I, Fut>>>>);
+
+impl<I, Fut> Place<I, Fut> {
+    fn free() -> Self {
+        Self(Box::pin(None))
+    }
+
+    #[inline]
+    fn is_taken(&self) -> bool {
+        self.0.is_some()
+    }
+
+    #[inline]
+    fn set(&mut self, attempt: Option<Attempt<I, Fut>>) {
+        self.0.set(attempt);
+    }
+}
+
+impl<I, Fut: Future> Future for Place<I, Fut> {
+    type Output = (Ticket<I>, Fut::Output);
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let Some(attempt) = self.0.as_mut().as_pin_mut() else { return Poll::Pending };
+        attempt.poll(cx)
+    }
+}
+
 /// The attempts that are running.
 pub(crate) enum InFlight<I, R, Fut> {
     /// One at a time needs no list: its place is allocated once for the whole run.
-    One(Pin<Box<Option<Attempt<I, Fut>>>>),
-    Many(FuturesUnordered<Attempt<I, Fut>>),
+    One(Place<I, Fut>),
+    /// An item that does not wait needs none either: it joins the others if it is not done when it is polled first.
+    Many { first: Place<I, Fut>, others: FuturesUnordered<Place<I, Fut>> },
     /// Each in a task of its own.
-    Parallel {
-        runtime: Handle,
-        spawn: Spawn<R, Fut>,
-        keeper: Keeper,
-        tasks: FuturesUnordered<Attempt<I, Spawned<R>>>,
-    },
+    Parallel { runtime: Handle, spawn: Spawn<R, Fut>, keeper: Keeper, tasks: FuturesUnordered<Attempt<I, Spawned<R>>> },
 }
 
 impl<I, R, Fut> InFlight<I, R, Fut> {
     pub(crate) fn new(concurrency: usize) -> Self {
-        if concurrency == 1 { Self::One(Box::pin(None)) } else { Self::Many(FuturesUnordered::new()) }
+        match concurrency {
+            1 => Self::One(Place::free()),
+            _ => Self::Many { first: Place::free(), others: FuturesUnordered::new() },
+        }
     }
 
     pub(crate) fn parallel(runtime: Handle, spawn: Spawn<R, Fut>, keeper: Keeper) -> Self {
@@ -79,8 +107,8 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
 
     pub(crate) fn len(&self) -> usize {
         match self {
-            Self::One(slot) => usize::from(slot.is_some()),
-            Self::Many(set) => set.len(),
+            Self::One(place) => usize::from(place.is_taken()),
+            Self::Many { first, others } => usize::from(first.is_taken()) + others.len(),
             Self::Parallel { tasks, .. } => tasks.len(),
         }
     }
@@ -88,8 +116,11 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
     /// Drops what runs here, and asks what runs in tasks to end: that is out of the way when it has left `poll_done`.
     pub(crate) fn cut(&mut self) {
         match self {
-            Self::One(slot) => slot.set(None),
-            Self::Many(set) => set.clear(),
+            Self::One(place) => place.set(None),
+            Self::Many { first, others } => {
+                first.set(None);
+                others.clear();
+            }
             Self::Parallel { tasks, .. } => {
                 Pin::new(tasks).iter_pin_mut().for_each(|task| task.project().future.abort())
             }
@@ -101,8 +132,13 @@ impl<I, R, Fut: Future<Output = Result<R, ItemError>>> InFlight<I, R, Fut> {
     pub(crate) fn start(&mut self, ticket: Ticket<I>, future: Fut) {
         let ticket = Some(ticket);
         match self {
-            Self::One(slot) => slot.set(Some(Attempt { ticket, future })),
-            Self::Many(set) => set.push(Attempt { ticket, future }),
+            Self::One(place) => place.set(Some(Attempt { ticket, future })),
+            Self::Many { first, others } => {
+                if first.is_taken() {
+                    others.push(std::mem::replace(first, Place::free()));
+                }
+                first.set(Some(Attempt { ticket, future }));
+            }
             Self::Parallel { runtime, spawn, keeper, tasks } => {
                 tasks.push(Attempt { ticket, future: spawn(runtime, future, keeper.clone()) });
             }
@@ -113,16 +149,32 @@ impl<I, R, Fut: Future<Output = Result<R, ItemError>>> InFlight<I, R, Fut> {
     #[inline]
     pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Option<Fut::Output>)> {
         match self {
-            Self::One(slot) => {
-                let Some(attempt) = slot.as_mut().as_pin_mut() else { return Poll::Pending };
-                let (ticket, outcome) = ready!(attempt.poll(cx));
-                slot.set(None);
+            Self::One(place) => {
+                let (ticket, outcome) = ready!(Pin::new(&mut *place).poll(cx));
+                place.set(None);
                 Poll::Ready((ticket, Some(outcome)))
             }
-            Self::Many(set) => match Pin::new(set).poll_next(cx) {
-                Poll::Ready(Some((ticket, outcome))) => Poll::Ready((ticket, Some(outcome))),
-                Poll::Ready(None) | Poll::Pending => Poll::Pending,
-            },
+            Self::Many { first, others } => {
+                // Those that waited come first: items that are always ready must not keep them from being polled.
+                if !others.is_empty()
+                    && let Poll::Ready(Some((ticket, outcome))) = Pin::new(&mut *others).poll_next(cx)
+                {
+                    return Poll::Ready((ticket, Some(outcome)));
+                }
+                if !first.is_taken() {
+                    return Poll::Pending;
+                }
+                if let Poll::Ready((ticket, outcome)) = Pin::new(&mut *first).poll(cx) {
+                    first.set(None);
+                    return Poll::Ready((ticket, Some(outcome)));
+                }
+                others.push(std::mem::replace(first, Place::free()));
+                // It is polled again, with a waker of its own.
+                match Pin::new(others).poll_next(cx) {
+                    Poll::Ready(Some((ticket, outcome))) => Poll::Ready((ticket, Some(outcome))),
+                    Poll::Ready(None) | Poll::Pending => Poll::Pending,
+                }
+            }
             Self::Parallel { tasks, .. } => match Pin::new(tasks).poll_next(cx) {
                 Poll::Ready(Some(ended)) => Poll::Ready(ended),
                 Poll::Ready(None) | Poll::Pending => Poll::Pending,

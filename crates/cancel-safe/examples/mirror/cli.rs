@@ -8,7 +8,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{CommandFactory, Parser};
+use clap::{CommandFactory, Parser, ValueEnum};
 use reqwest::header::{self, HeaderName, HeaderValue};
 
 /// Keeps a directory equal to a list of URLs, and survives everything.
@@ -57,6 +57,9 @@ pub(crate) struct Args {
     /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
     #[arg(long, value_name = "URL", requires = "manifest")]
     database: Option<Secret>,
+    /// When a file that was not there before is made durable
+    #[arg(long, default_value = "each", value_name = "WHEN")]
+    pub(crate) durability: Durability,
     /// Try again what failed for good in earlier runs
     #[arg(long)]
     pub(crate) retry_failed: bool,
@@ -117,6 +120,16 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
+}
+
+/// When new files become durable. Those that replace another are so at once, that a power cut finds old or new.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Durability {
+    /// Each at once: what has a row survives a power cut
+    Each,
+    /// All together at the end, and after every 8,192: quicker; what a kill or a power cut finds before, the next start
+    /// reads again, or fetches
+    End,
 }
 
 /// Files that a run has open besides those of its fetches: databases, checkpoint, list, lock, streams, the runtime's own.

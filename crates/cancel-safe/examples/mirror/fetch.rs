@@ -1,12 +1,11 @@
 //! Fetches one URL into one durable file, and says of each failure whether it is worth another attempt.
 
-use std::fs::File;
 use std::io::{self, ErrorKind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use cancel_safe::atomic_fs::{self, AtomicFileWriter, TargetState};
+use cancel_safe::atomic_fs::{self, AtomicFileWriter, Durability, TargetState, WriteOptions};
 use cancel_safe::http_timeout::{Phase, RequestError, TimeoutClient};
 use reqwest::{Response, StatusCode, header};
 use sha2::{Digest, Sha256};
@@ -15,7 +14,8 @@ use url::Url;
 
 use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
-use super::home::{Home, digest, hex, is_of_name};
+use super::home::{Home, HomeError, blocking, digest, hex, is_of_name};
+use super::hosts::Seat;
 use super::parts::Part;
 use super::report::{Reporter, chain};
 
@@ -29,11 +29,16 @@ const BREAKER_MAX: Duration = Duration::from_secs(2);
 /// How long a fetch waits when the process may open no more files.
 const FILES_PAUSE: Duration = Duration::from_millis(250);
 
+/// The longest body, in bytes, that is held until it is whole.
+const MAX_HELD: usize = 64 * 1024;
+
 /// What came of a fetch.
 #[derive(Debug)]
 pub(crate) enum Fetched {
     /// The file is durable; its row is not yet committed.
     Stored(Row),
+    /// The file is in its place, pending, and not yet durable.
+    Late(Row),
     /// The server says that the file is as it was.
     Unchanged(Row),
 }
@@ -67,6 +72,8 @@ pub(crate) struct Fetcher {
     pub(crate) home: Arc<Home>,
     pub(crate) catalogue: Catalogue,
     pub(crate) report: Arc<Reporter>,
+    /// Whether somebody else makes new files durable.
+    pub(crate) is_late: bool,
 }
 
 /// What is to be fetched, and where to.
@@ -131,12 +138,12 @@ impl Fetcher {
     /// Fetches what `target` names into its file. With `known`, asks whether that is still current.
     ///
     /// Dropped at any point, it leaves the old file or the new one, and no other.
-    pub(crate) async fn fetch(&self, target: &Target, known: Option<&Row>) -> Result<Fetched, Trouble> {
+    pub(crate) async fn fetch(&self, target: &Target, known: Option<&Row>, seat: Seat) -> Result<Fetched, Trouble> {
         let file = self.home.file(&target.path);
         if known.is_none() && file.symlink_metadata().is_ok_and(|found| !found.is_dir()) {
             return Err(Trouble::in_the_way(&file));
         }
-        let mut request = self.client.get(target.url.as_str());
+        let mut request = self.client.get(target.url.clone());
         let current = known.filter(|row| target.fits(row));
         let part = Part::find(&self.home.parts(), &target.url);
         if let Some(headers) = part.as_ref().and_then(Part::headers) {
@@ -155,11 +162,12 @@ impl Fetcher {
                 part.into_iter().for_each(Part::remove);
                 // Where nothing can be kept, the whole is fetched all the same.
                 let part = Part::begin(&self.home.parts(), &target.url, &response).unwrap_or_default();
-                self.store(target, &file, known, response, part).await.map(Fetched::Stored)
+                self.store(target, &file, known, response, part, seat).await.map(|row| self.stored(row, known))
             }
             (status, _) => match part {
                 Some(part) if part.is_continued_by(&response) => {
-                    self.store(target, &file, known, response, Some(part)).await.map(Fetched::Stored)
+                    let stored = self.store(target, &file, known, response, Some(part), seat).await;
+                    stored.map(|row| self.stored(row, known))
                 }
                 Some(part) if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE) => {
                     part.remove();
@@ -169,6 +177,10 @@ impl Fetcher {
                 _ => Err(Trouble::of_status(&response)),
             },
         }
+    }
+
+    fn stored(&self, row: Row, known: Option<&Row>) -> Fetched {
+        if self.is_late && known.is_none() { Fetched::Late(row) } else { Fetched::Stored(row) }
     }
 
     /// Takes over the file that stands where `target` belongs, if it is what `wanted` says or, failing that, what the
@@ -184,13 +196,13 @@ impl Fetcher {
         let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
         let row = Row { sha256: found, ..target.row(bytes, Sha256::new()) };
         if target.sha256.as_deref().or(wanted).is_some_and(|wanted| wanted == row.sha256) && target.fits(&row) {
-            self.make_durable(file).await?;
+            self.make_durable(target).await?;
             return Ok(row);
         }
         if target.sha256.is_some() {
             return Err(Trouble::in_the_way(&file));
         }
-        let mut response = self.client.get(target.url.as_str()).send().await.map_err(Trouble::of_request)?;
+        let mut response = self.client.get(target.url.clone()).send().await.map_err(Trouble::of_request)?;
         if !matches!(response.status(), StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION) {
             return Err(Trouble::of_status(&response));
         }
@@ -204,23 +216,15 @@ impl Fetcher {
         if theirs.sha256 != row.sha256 {
             return Err(Trouble::in_the_way(&file));
         }
-        self.make_durable(file).await?;
+        self.make_durable(target).await?;
         Ok(theirs)
     }
 
-    /// Makes a file durable that somebody else has written, with the names that lead to it: a row says that of its file.
-    async fn make_durable(&self, file: PathBuf) -> Result<(), Trouble> {
-        let home = Arc::clone(&self.home);
-        let synced = tokio::task::spawn_blocking(move || {
-            home.make_parents(&file)?;
-            File::open(&file)?.sync_all()?;
-            file.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all())
-        });
-        synced
-            .await
-            .map_err(io::Error::other)
-            .flatten()
-            .map_err(|error| Trouble::new("write", chain(&error), advice(&error)))
+    /// Makes a file durable that somebody else has written: a row says that of its file.
+    async fn make_durable(&self, target: &Target) -> Result<(), Trouble> {
+        let (home, path) = (Arc::clone(&self.home), target.path.clone());
+        let synced = blocking(move |_| home.make_durable([path.as_str()].into_iter())).await;
+        synced.map_err(|error| Trouble::new("write", chain(&error), of_system(&error).map_or(Advice::Never, advice)))
     }
 
     /// Writes what was kept, if anything, and what `response` brings, as one file. Of a body that is cut, what came is kept.
@@ -231,11 +235,13 @@ impl Fetcher {
         known: Option<&Row>,
         mut response: Response,
         part: Option<Part>,
+        seat: Seat,
     ) -> Result<Row, Trouble> {
         self.make_parents(file).await?;
+        let durability = if self.is_late && known.is_none() { Durability::None } else { Durability::Full };
         // Without a row there is no file of ours that could be replaced.
-        let options = AtomicFileWriter::options().create_new(known.is_none());
-        let mut writer = options.open(file).await.map_err(|error| Trouble::of_write(error, file))?;
+        let options = AtomicFileWriter::options().create_new(known.is_none()).durability(durability);
+        let mut body = Body::Held(Vec::new());
         let (mut hasher, mut bytes) = (Sha256::new(), 0_u64);
         let total = part.as_ref().map(Part::total);
         let kept = part.as_ref().map_or(0, |part| part.have);
@@ -247,7 +253,7 @@ impl Fetcher {
             let piece = piece.map_err(|error| Trouble::new("write", chain(&error), Advice::Again))?;
             hasher.update(&piece);
             bytes += piece.len() as u64;
-            writer.write_all(&piece).await.map_err(|error| Trouble::of_write(error, file))?;
+            body = body.take(&piece, options, file).await.map_err(|error| Trouble::of_write(error, file))?;
         }
         let mut part = part.take().and_then(Arc::into_inner);
         loop {
@@ -265,8 +271,10 @@ impl Fetcher {
             if part.as_mut().is_some_and(|part| part.take(&chunk)) {
                 part = write_down(part).await;
             }
-            writer.write_all(&chunk).await.map_err(|error| Trouble::of_write(error, file))?;
+            body = body.take(&chunk, options, file).await.map_err(|error| Trouble::of_write(error, file))?;
         }
+        // What is left to do is the disk's.
+        drop(seat);
         let row = match total {
             Some(total) if total != bytes => {
                 let cause = format!("{bytes} bytes came of {total}");
@@ -275,7 +283,7 @@ impl Fetcher {
             _ => target.row_of(&response, i64::try_from(bytes).unwrap_or(i64::MAX), hasher),
         };
         let row = match row {
-            Ok(row) => self.install(row, file, writer.commit()).await,
+            Ok(row) => self.install(row, file, body.commit(options, file)).await,
             Err(trouble) => Err(trouble),
         };
         // The file is there, or what came was not the file.
@@ -309,6 +317,40 @@ impl Fetcher {
         let (home, file) = (Arc::clone(&self.home), file.to_owned());
         let made = tokio::task::spawn_blocking(move || home.make_parents(&file)).await;
         made.map_err(io::Error::other).flatten().map_err(Trouble::of_directory)
+    }
+}
+
+/// A body on its way to the disk. A small one is held until it is whole, and written by a single job.
+enum Body {
+    Held(Vec<u8>),
+    Writer(AtomicFileWriter),
+}
+
+impl Body {
+    /// Takes the next piece. Dropped or failed, it leaves nothing.
+    async fn take(self, piece: &[u8], options: WriteOptions, file: &Path) -> Result<Self, atomic_fs::Error> {
+        let mut writer = match self {
+            Self::Held(mut held) if held.len() + piece.len() <= MAX_HELD => {
+                held.extend_from_slice(piece);
+                return Ok(Self::Held(held));
+            }
+            Self::Held(held) => {
+                let mut writer = options.open(file).await?;
+                writer.write_all(&held).await?;
+                writer
+            }
+            Self::Writer(writer) => writer,
+        };
+        writer.write_all(piece).await?;
+        Ok(Self::Writer(writer))
+    }
+
+    /// Puts the file in its place.
+    async fn commit(self, options: WriteOptions, file: &Path) -> Result<(), atomic_fs::Error> {
+        match self {
+            Self::Held(held) => options.write_bytes(file, held).await,
+            Self::Writer(writer) => writer.commit().await,
+        }
     }
 }
 
@@ -386,6 +428,14 @@ impl Trouble {
             path.display()
         );
         Self::new("write", cause, Advice::Never)
+    }
+
+    /// Files could not be made durable together, or their rows not be written.
+    pub(crate) fn of_home(error: HomeError) -> Self {
+        match error {
+            HomeError::Catalogue(error) => Self::of_catalogue(error),
+            error => Self::new("write", chain(&error), Advice::Stop(Exit::Write)),
+        }
     }
 
     /// The catalogue cannot be written.

@@ -12,6 +12,9 @@ use tokio_util::sync::CancellationToken;
 use super::catalogue::CatalogueError;
 use super::paths::Rules;
 
+/// So many files are made durable one by one.
+const MANY: usize = 64;
+
 /// The locked directory.
 #[derive(Debug)]
 pub(crate) struct Home {
@@ -101,6 +104,34 @@ impl Home {
         }
         self.made.lock().unwrap_or_else(PoisonError::into_inner).insert(parent.to_owned());
         Ok(())
+    }
+
+    /// Makes files durable that are in their places, whoever wrote them, with the names that lead to them. Blocks.
+    pub(crate) fn make_durable<'a>(&self, paths: impl ExactSizeIterator<Item = &'a str>) -> Result<(), HomeError> {
+        // One call costs more than a few files, and far less than thousands.
+        if paths.len() > MANY
+            && let Some(synced) = sync_file_system(&self.files())
+        {
+            return synced.map_err(at(&self.files()));
+        }
+        let mut directories = HashSet::new();
+        for path in paths {
+            let path = self.file(path);
+            self.make_parents(&path).and_then(|()| File::open(&path)?.sync_all()).map_err(at(&path))?;
+            directories.extend(path.parent().map(Path::to_owned));
+        }
+        directories.iter().try_for_each(|path| File::open(path).and_then(|path| path.sync_all()).map_err(at(path)))
+    }
+}
+
+/// Makes all of a file system durable, where the system can.
+fn sync_file_system(files: &Path) -> Option<io::Result<()>> {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    return Some(File::open(files).and_then(|files| Ok(rustix::fs::syncfs(files)?)));
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    {
+        let _unused = files;
+        None
     }
 }
 

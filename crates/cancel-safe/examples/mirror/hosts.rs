@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use cancel_safe::http_timeout::Class;
 use reqwest::{Response, StatusCode};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use url::Url;
 
 /// How long a host may give no answer at all before its URLs fail.
@@ -25,6 +25,31 @@ pub(crate) fn name_of(url: &Url) -> String {
     match (url.host_str(), url.port()) {
         (Some(host), Some(port)) => format!("{host}:{port}"),
         (host, _) => host.unwrap_or_default().to_owned(),
+    }
+}
+
+/// What a URL holds of its host, until its body is there: what becomes of the file is no affair of the host. Dropped, the
+/// next URL may have it.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    hosts: Arc<Hosts>,
+    host: String,
+    /// None before there is one.
+    permit: Option<OwnedSemaphorePermit>,
+}
+
+impl Seat {
+    /// Waits until the host takes one request more.
+    pub(crate) async fn sit_down(&mut self) {
+        let gate = self.hosts.gate(&self.host);
+        // The gate of a host is never closed.
+        self.permit = gate.acquire_owned().await.ok();
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.hosts.with(&self.host, |host| host.begun = host.begun.saturating_sub(1));
     }
 }
 
@@ -74,7 +99,7 @@ impl Hosts {
     }
 
     /// The permits for requests to a host.
-    pub(crate) fn gate(&self, host: &str) -> Arc<Semaphore> {
+    fn gate(&self, host: &str) -> Arc<Semaphore> {
         self.with(host, |host| Arc::clone(&host.gate))
     }
 
@@ -91,21 +116,17 @@ impl Hosts {
     }
 
     /// A URL's fetch begins.
-    pub(crate) fn begin(&self, host: &str, url: &str) {
+    pub(crate) fn begin(self: &Arc<Self>, host: &str, url: &str) -> Seat {
         self.with(host, |host| {
             host.begun += 1;
             host.waiting.remove(url);
         });
+        Seat { hosts: Arc::clone(self), host: host.to_owned(), permit: None }
     }
 
-    /// A URL's fetch has ended for now, and may wait to be tried again.
-    pub(crate) fn pause(&self, host: &str, url: &str, waits: bool) {
-        self.with(host, |host| {
-            host.begun = host.begun.saturating_sub(1);
-            if waits {
-                host.waiting.insert(url.to_owned());
-            }
-        });
+    /// A URL waits to be tried again.
+    pub(crate) fn pause(&self, host: &str, url: &str) {
+        self.with(host, |host| host.waiting.insert(url.to_owned()));
     }
 
     /// A URL has come to its end.
@@ -199,18 +220,18 @@ mod tests {
 
     #[test]
     fn a_host_begins_no_more_than_it_may() {
-        let hosts = Hosts::new(2);
-        for url in ["a", "b"] {
+        let hosts = Arc::new(Hosts::new(2));
+        let seats = ["a", "b"].map(|url| {
             assert!(hosts.may_begin("h"));
-            hosts.begin("h", url);
-        }
+            hosts.begin("h", url)
+        });
         assert!(!hosts.may_begin("h") && hosts.may_begin("i"));
-        hosts.pause("h", "a", true);
-        hosts.pause("h", "b", false);
+        drop(seats);
+        hosts.pause("h", "a");
         for url in 1..MAX_WAITING {
             assert!(hosts.may_begin("h"), "{url}");
-            hosts.begin("h", &url.to_string());
-            hosts.pause("h", &url.to_string(), true);
+            drop(hosts.begin("h", &url.to_string()));
+            hosts.pause("h", &url.to_string());
         }
         assert!(!hosts.may_begin("h"), "{MAX_WAITING} wait");
         hosts.end("h", "a");

@@ -13,13 +13,13 @@ use cancel_safe::shutdown::WorkerContext;
 use futures_util::StreamExt;
 use reqwest::header::{HeaderMap, HeaderValue};
 use tokio_util::sync::CancellationToken;
-use url::Url;
 
 use super::catalogue::{CatalogueError, Change, Row};
-use super::cli::{Args, Exit};
+use super::cli::{Args, Durability, Exit};
 use super::fetch::{Advice, Fetched, Fetcher, Target, Trouble};
 use super::home::{Home, HomeError};
-use super::hosts::{Hosts, MAX_OUTAGE};
+use super::hosts::{Hosts, MAX_OUTAGE, Seat};
+use super::late::Late;
 use super::list::{Line, List};
 use super::manifest::Manifest;
 use super::report::{Event, Reporter, chain, host_of};
@@ -113,7 +113,14 @@ pub(crate) async fn run(
         let client = client(args, hosts, &known_hosts)?;
         let catalogue = catalogue.clone();
         let shared = Arc::new(Shared {
-            fetcher: Fetcher { client, home: Arc::clone(&home), catalogue, report: Arc::clone(report) },
+            fetcher: Fetcher {
+                client,
+                home: Arc::clone(&home),
+                catalogue,
+                report: Arc::clone(report),
+                is_late: args.durability == Durability::End,
+            },
+            late: Late::default(),
             list: Arc::new(list),
             adopt: args.adopt,
             recorded: Mutex::default(),
@@ -203,6 +210,8 @@ fn unusable(error: BuildError) -> Ending {
 /// What every fetch in flight shares.
 struct Shared {
     fetcher: Fetcher,
+    /// New files that are not yet durable.
+    late: Late,
     list: Arc<List>,
     adopt: bool,
     /// The digests that the checkpoint has of files without a row, by URL, where they are to be adopted.
@@ -263,15 +272,16 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
         };
         let Some(done) = done else { break };
         let url = done.key.as_deref().unwrap_or_default();
+        let host = host_of(url);
         report.advance(1);
-        shared.hosts.end(&host_of(url), url);
+        shared.hosts.end(&host, url);
         if let Err(failure) = done.result {
             // The file of an earlier success is there, whatever the checkpoint says of a later attempt.
             if done.restored && list.find(url).is_ok_and(|slot| slot.is_some_and(|slot| list.is_complete(slot))) {
-                report.count(&host_of(url), |host| host.restored += 1);
+                report.count(&host, |host| host.restored += 1);
                 continue;
             }
-            report.count(&host_of(url), |host| host.failures += 1);
+            report.count(&host, |host| host.failures += 1);
             failures += 1;
             let (phase, cause) = failure.cause.split_once(": ").unwrap_or(("unknown", &failure.cause));
             let event = Event {
@@ -289,8 +299,12 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
     for url in &cut {
         report.event("cut", &Event { url, ..Event::default() });
     }
+    let flushed = shared.late.flush(&shared.fetcher.home, &shared.fetcher.catalogue).await;
     if let Some((exit, cause)) = shared.fatal.get() {
         return Ending::new(*exit, cause.clone());
+    }
+    if let Err(error) = flushed {
+        return error.into();
     }
     match finished {
         Ok(_) if failures > 0 => {
@@ -330,9 +344,11 @@ fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
 /// One URL: file durable, then row committed; the checkpoint records it after this has returned.
 async fn one(shared: Arc<Shared>, cx: ItemContext, (slot, url): Turn) -> Result<String, ItemError> {
     let host = host_of(&url);
-    shared.hosts.begin(&host, &url);
-    let outcome = at_its_host(&shared, &cx, slot, &url, &host).await;
-    shared.hosts.pause(&host, &url, outcome.is_err());
+    let seat = shared.hosts.begin(&host, &url);
+    let outcome = at_its_host(&shared, &cx, slot, &url, &host, seat).await;
+    if outcome.is_err() {
+        shared.hosts.pause(&host, &url);
+    }
     outcome
 }
 
@@ -342,16 +358,16 @@ async fn at_its_host(
     slot: u32,
     url: &str,
     host: &str,
+    mut seat: Seat,
 ) -> Result<String, ItemError> {
-    let gate = shared.hosts.gate(host);
-    let _permit = tokio::select! {
+    tokio::select! {
         biased;
         () = shared.stop.cancelled() => return Err(ItemError::defer(Duration::ZERO, "not begun")),
-        permit = gate.acquire_owned() => permit,
-    };
+        () = seat.sit_down() => {}
+    }
     let started = Instant::now();
     let dropped = Guard::new(|| shared.cut.lock().unwrap_or_else(PoisonError::into_inner).push(url.to_owned()));
-    let outcome = attempt(shared, slot).await;
+    let outcome = attempt(shared, slot, seat).await;
     dropped.disarm();
     match outcome {
         Ok((name, row)) => {
@@ -380,11 +396,10 @@ async fn at_its_host(
     }
 }
 
-async fn attempt(shared: &Shared, slot: u32) -> Result<(&'static str, Row), Trouble> {
+async fn attempt(shared: &Shared, slot: u32, seat: Seat) -> Result<(&'static str, Row), Trouble> {
     let never = |error: std::io::Error| Trouble { phase: "list", cause: chain(&error), advice: Advice::Never };
-    let Line { url, sha256, size, .. } = shared.list.line(slot).map_err(never)?;
-    let url = Url::parse(&url).map_err(|error| never(std::io::Error::other(error)))?;
-    let target = Target { path: shared.list.path(slot).map_err(never)?, url, sha256, size };
+    let (Line { sha256, size, .. }, url, path) = shared.list.entry(slot).map_err(never)?;
+    let target = Target { path, url, sha256, size };
     let catalogue = &shared.fetcher.catalogue;
     let known = match shared.list.has_row(slot) {
         true => catalogue.row(target.url.as_str()).await.map_err(Trouble::of_catalogue)?,
@@ -395,7 +410,11 @@ async fn attempt(shared: &Shared, slot: u32) -> Result<(&'static str, Row), Trou
         let recorded = shared.recorded().remove(target.url.as_str());
         ("adopted", shared.fetcher.adopt(&target, recorded.as_deref()).await?)
     } else {
-        match shared.fetcher.fetch(&target, known.as_ref()).await? {
+        match shared.fetcher.fetch(&target, known.as_ref(), seat).await? {
+            Fetched::Late(row) => {
+                let added = shared.late.add(row.clone(), &shared.fetcher.home, catalogue).await;
+                return added.map(|()| ("fetched", row)).map_err(Trouble::of_home);
+            }
             Fetched::Stored(row) => ("fetched", row),
             Fetched::Unchanged(row) => ("unchanged", row),
         }

@@ -235,11 +235,17 @@ impl List {
 
     /// The path of a slot below `files`, once names are given.
     pub(crate) fn path(&self, slot: u32) -> io::Result<String> {
+        Ok(self.entry(slot)?.2)
+    }
+
+    /// The line of a slot, its URL, and its path below `files`, once names are given.
+    pub(crate) fn entry(&self, slot: u32) -> io::Result<(Line, Url, String)> {
         let line = self.line(slot)?;
         let url = Url::parse(&line.url).map_err(io::Error::other)?;
         let wish = Wish::of(&url, line.out.as_deref(), self.rules);
         let is_hashed = self.slots[slot as usize].at & HASHED != 0;
-        Ok(wish.plain().filter(|_| !is_hashed).unwrap_or_else(|| wish.hashed(&url)))
+        let path = wish.plain().filter(|_| !is_hashed).unwrap_or_else(|| wish.hashed(&url));
+        Ok((line, url, path))
     }
 
     /// The file of a slot is there.

@@ -12,6 +12,7 @@ mod home;
 mod hosts;
 mod job;
 mod judge;
+mod late;
 mod list;
 mod manifest;
 mod moves;

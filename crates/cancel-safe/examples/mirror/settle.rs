@@ -74,7 +74,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         lost.extend(gone);
         for row in kept {
             let Some(slot) = list.find(&row.url).map_err(listed)? else { continue };
-            let (line, path) = (list.line(slot).map_err(listed)?, list.path(slot).map_err(listed)?);
+            let (line, _, path) = list.entry(slot).map_err(listed)?;
             let is_other_size = line.size.is_some_and(|size| i64::try_from(size) != Ok(row.bytes));
             if is_other_size || line.sha256.is_some_and(|digest| digest != row.sha256) {
                 list.stale(slot);
@@ -180,24 +180,40 @@ async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) ->
 pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(), HomeError> {
     let (place, mut pending) = (Arc::clone(home), Vec::new());
     for row in catalogue.pending() {
-        // A file that was to be moved, and is still where it was: what stands at its new place is another one.
-        let stays = catalogue.row(&row.url).await?.filter(|old| old.path != row.path);
-        pending.push((row, stays));
+        let old = catalogue.row(&row.url).await?;
+        pending.push((row, old));
     }
     if pending.is_empty() {
         return Ok(());
     }
     let changes = blocking(move |stop| {
-        let mut changes = Vec::new();
+        let (mut done, mut changes) = (Vec::new(), Vec::new());
         for (row, old) in pending {
-            let stays = old.is_some_and(|old| is_there(&place, &old, true, stop).is_ok_and(|is_there| is_there));
+            // A file that was to be moved, and is still where it was: what stands at its new place is another one.
+            let is_moved = old.as_ref().filter(|old| old.path != row.path);
+            let stays = is_moved.is_some_and(|old| is_there(&place, old, true, stop).is_ok_and(|is_there| is_there));
             let is_done = !stays && is_there(&place, &row, true, stop)?;
-            changes.push(if is_done { Change::Put(Box::new(row)) } else { Change::Forget(row.url) });
+            if !is_done && old.is_none() && row.bytes > 0 {
+                remove_empty(&place, &row);
+            }
+            if is_done { done.push(row) } else { changes.push(Change::Forget(row.url)) }
         }
+        // Whoever wrote them may have been killed before they were durable.
+        place.make_durable(done.iter().map(|row| row.path.as_str()))?;
+        changes.extend(done.into_iter().map(|row| Change::Put(Box::new(row))));
         Ok(changes)
     })
     .await?;
     Ok(catalogue.apply_all(changes).await?)
+}
+
+/// Removes a new file of which a power cut has left the name alone. Nobody else's bytes can be in one that has none.
+fn remove_empty(home: &Home, row: &Row) {
+    let path = home.file(&row.path);
+    if is_inside(&row.path) && path.symlink_metadata().is_ok_and(|found| found.is_file() && found.len() == 0) {
+        // One that stays is told as not ours.
+        let _stays = std::fs::remove_file(&path);
+    }
 }
 
 /// Whether the file of a row is there, with its size and, where asked for, its digest.

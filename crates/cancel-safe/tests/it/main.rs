@@ -8,6 +8,7 @@ mod catalogue;
 #[path = "../../examples/mirror/home.rs"]
 mod home;
 #[path = "../../examples/mirror/hosts.rs"]
+#[expect(dead_code, reason = "the tests use a part of it")]
 mod hosts;
 #[path = "../../examples/mirror/judge.rs"]
 mod judge;

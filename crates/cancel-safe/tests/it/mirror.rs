@@ -119,16 +119,17 @@ fn expect(output: Output, code: i32) -> String {
 
 /// Every file below a directory by its relative path.
 fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
-    let (mut found, mut directories) = (BTreeMap::new(), vec![root.to_owned()]);
+    let name = |path: &Path| path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
+    files_below(root).into_iter().map(|path| (name(&path), fs::read(path).unwrap())).collect()
+}
+
+/// Every file below a directory. Of those that come and go meanwhile, some.
+fn files_below(root: &Path) -> Vec<PathBuf> {
+    let (mut found, mut directories) = (Vec::new(), vec![root.to_owned()]);
     while let Some(directory) = directories.pop() {
         for entry in fs::read_dir(&directory).into_iter().flatten() {
             let path = entry.unwrap().path();
-            if path.is_dir() {
-                directories.push(path);
-            } else {
-                let name = path.strip_prefix(root).unwrap().to_str().unwrap().to_owned();
-                found.insert(name, fs::read(path).unwrap());
-            }
+            if path.is_dir() { directories.push(path) } else { found.push(path) }
         }
     }
     found
@@ -176,12 +177,14 @@ fn an_ordinary_directory_is_mirrored_byte_for_byte_and_a_second_run_has_nothing_
     assert_eq!(scene.server.requests(), asked);
 }
 
-#[test]
-fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight() {
+/// Kills it at random moments, and lets it go on each time.
+#[expect(clippy::print_stdout, reason = "the seed of a run that fails")]
+fn killed_at_random_moments(options: &[&str], campaign: &str) {
     // `cargo xtask crash cancel-safe` asks for the whole campaign.
     let kills =
         if std::env::var_os("CANCEL_SAFE_CAMPAIGN").is_some_and(|campaign| campaign == "full") { 30 } else { 5 };
     const CONCURRENCY: usize = 8;
+    let options = [&["--concurrency", "8"], options].concat();
     let scene = Scene::new(300);
     scene.server.state().pause = Duration::from_millis(4);
     let seed = fastrand::u64(..);
@@ -189,7 +192,7 @@ fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight(
     let mut random = fastrand::Rng::with_seed(seed);
     for _ in 0..kills {
         let before = scene.server.requests();
-        let mut child = scene.start(&["--concurrency", "8"]);
+        let mut child = scene.start(&options);
         let more = random.usize(1..60);
         wait_for("some requests", || scene.server.requests() >= before + more || child.try_wait().unwrap().is_some());
         let fine = Duration::from_micros(random.u64(..4000));
@@ -197,12 +200,47 @@ fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight(
         child.kill().unwrap();
         child.wait().unwrap();
     }
-    scene.run(&["--concurrency", "8"], 0);
+    scene.run(&options, 0);
     scene.assert_complete();
     // What was in flight, and one batch of the catalogue, which holds no more than was in flight.
     let most = 300 + kills * 2 * CONCURRENCY;
     assert!(scene.server.requests() <= most, "{} requests for 300 files", scene.server.requests());
-    publish_campaign("cancel-safe", "mirror/kills", kills, 0);
+    publish_campaign("cancel-safe", campaign, kills, 0);
+}
+
+#[test]
+fn killed_at_random_moments_it_goes_on_and_refetches_no_more_than_was_in_flight() {
+    killed_at_random_moments(&[], "mirror/kills");
+}
+
+#[test]
+fn killed_before_its_files_are_durable_it_reads_them_again_and_refetches_no_more_than_was_in_flight() {
+    killed_at_random_moments(&["--durability", "end"], "mirror/late-kills");
+}
+
+#[test]
+fn files_that_become_durable_at_the_end_have_no_row_before() {
+    let scene = Scene::new(30);
+    scene.server.state().hang.push(scene.served()[4].clone());
+    let mut child = scene.start(&["--durability", "end"]);
+    let files = scene.out().join("files");
+    let is_there = |path: &PathBuf| !path.file_name().unwrap().to_str().unwrap().starts_with(".afs-");
+    wait_for("all files but one", || files_below(&files).iter().filter(|path| is_there(path)).count() == 29);
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(catalogue(&scene.out()), BTreeMap::new());
+    scene.server.state().hang.clear();
+    // What a power cut leaves of a file that was not durable: its name.
+    let torn = tree(&files).into_iter().find(|(_, content)| !content.is_empty()).unwrap().0;
+    fs::write(files.join(torn), "").unwrap();
+    scene.run(&["--durability", "end"], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.requests(), 30 + 2, "the one that hung, and the one that was torn");
+    // What is replaced is durable at once.
+    fs::write(scene.path("served/a/b/c/1"), "new").unwrap();
+    fs::write(scene.path("source/a/b/c/1"), "new").unwrap();
+    scene.run(&["--durability", "end", "--refresh"], 0);
+    scene.assert_complete();
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::{
 use futures_util::StreamExt;
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{PATIENCE, checkpoint, complete, eventually, numbers};
+use crate::support::{PATIENCE, checkpoint, complete, eventually, not_run, numbers};
 
 const ITEMS: u64 = 40;
 
@@ -174,4 +174,36 @@ async fn damage_that_is_gone_at_the_next_look_is_none_and_damage_that_stays_is_t
     fs::rename(&aside, &path).unwrap();
     let (code, _, error) = follower.end();
     assert!(code == 1 && error.contains("damaged at byte"), "{code} {error}");
+}
+
+/// A read that finds less than there was: the file was cut while it was read.
+#[tokio::test]
+async fn a_look_at_a_file_that_is_cut_while_it_is_read_is_made_again() {
+    let (_dir, path) = checkpoint();
+    complete(&path, ITEMS).await.unwrap();
+    let path = path.canonicalize().unwrap();
+    for read in 1..=3 {
+        let short = format!("inject=pread64:retval=0:when={read}");
+        let output = Command::new("strace")
+            .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pread64", "-e", &short, "-P"])
+            .arg(&path)
+            .args([env!("CARGO_BIN_EXE_resumable"), "follow"])
+            .arg(&path)
+            .output();
+        let Ok(output) = output else {
+            not_run("cut-while-read", "a short read is injected by strace, which cannot be run");
+            return;
+        };
+        let said = String::from_utf8(output.stdout).unwrap();
+        assert!(output.status.success() && said.ends_with("complete\n"), "read {read}: {said} {:?}", output.stderr);
+    }
+    // Each of those reads is one: a command that looks once fails of it.
+    let output = Command::new("strace")
+        .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pread64", "-e", "inject=pread64:retval=0", "-P"])
+        .arg(&path)
+        .args([env!("CARGO_BIN_EXE_resumable"), "follow"])
+        .arg(&path)
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(3), "a file that stays cut is told");
 }

@@ -14,7 +14,7 @@ use futures_util::{FutureExt, StreamExt};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
-use crate::support::{checkpoint, complete, double, numbers, restored};
+use crate::support::{PATIENCE, checkpoint, complete, double, numbers, restored};
 
 async fn drain(run: &mut Run<u64>) -> Vec<Done<u64>> {
     run.collect().await
@@ -437,4 +437,26 @@ async fn options_that_contradict_themselves_open_nothing() {
         assert!(matches!(error, TaskError::Config(_)), "{error}");
     }
     assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn an_item_that_waited_is_finished_however_many_are_always_ready() {
+    let (_dir, path) = checkpoint();
+    let notify = Arc::new(tokio::sync::Notify::new());
+    let mut run = numbers(&path).concurrency(4).stream(0..5000, move |_, x| {
+        let notify = Arc::clone(&notify);
+        async move {
+            match x {
+                0 => notify.notified().await,
+                10 => notify.notify_one(),
+                _ => {}
+            }
+            Ok(x)
+        }
+    });
+    let order = tokio::time::timeout(PATIENCE, drain(&mut run)).await.expect("it waits on");
+    let order: Vec<_> = order.iter().map(|done| done.index).collect();
+    run.finish().await.unwrap();
+    let at = order.iter().position(|index| *index == 0).unwrap();
+    assert!((10..100).contains(&at) && order.len() == 5000, "it came out as number {at}");
 }
