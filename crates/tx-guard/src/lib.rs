@@ -156,8 +156,10 @@
 //!   - If sqlx and the server wait for each other, the connection that cancels detects it: when the server has waited
 //!     for five seconds in a `commit` or a [`savepoint`](TransactionGuard::savepoint), for two once `COMMIT` has been
 //!     sent, or for half a second after a drop.
-//!   - A further statement of the caller on that guard may panic inside sqlx, fail, or never return: drop the guard
-//!     together with the future of such a statement.
+//!   - A further statement of the caller on that guard may panic inside sqlx, fail, or never return, and may make sqlx
+//!     ask for more memory than there is, which ends the process. So may its `commit`, and the drop of a [`Reader`],
+//!     if all rows of the dropped statement had arrived. Drop the guard together with the future of such a
+//!     statement: behind the drop of a guard, the crate reads only what cannot ask for memory.
 //!   - A wrapped pool may hand out a connection on which this has happened outside any guard; its commit is then
 //!     unknown.
 //!

@@ -88,6 +88,7 @@ pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), 
 async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
         // The name of the column is the proof. A statement of the same text would not be prepared again.
+        // It stays in sqlx's cache until others take its place there, as sqlx has no way to prepare without the cache.
         let number = fastrand::i64(1 << 62..).to_string();
         let prepare = AssertUnwindSafe(async {
             let statement = conn.prepare(AssertSqlSafe(format!("SELECT {number}")).into_sql_str()).await?;
