@@ -253,7 +253,7 @@ const IN_THE_ROWS: Range<u32> = 60..200;
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_not_believed() {
     const LANES: usize = 4;
-    let lane = async |lane| {
+    let lane = |lane| async move {
         let mut torn = Torn::<MySql>::new().await;
         for (end, step) in [(End::Drop, 1), (End::Commit, 61), (End::LateCommit, 47)] {
             for after in IN_THE_ROWS.step_by(step).skip(lane).step_by(LANES) {

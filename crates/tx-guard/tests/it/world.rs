@@ -13,8 +13,8 @@ use sqlx::pool::PoolOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Pool, Postgres, Row, Sqlite,
-    SqliteConnection,
+    AssertSqlSafe, ConnectOptions, Connection, Database, MySql, MySqlConnection, PgConnection, Pool, Postgres, Row,
+    Sqlite, SqliteConnection,
 };
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
@@ -218,6 +218,10 @@ impl Server for MySql {
     }
 }
 
+/// What is done with SQL on a connection.
+type Work<D> = for<'c> fn(&'c mut <D as Database>::Connection, String) -> Answer<'c>;
+type Answer<'c> = BoxFuture<'c, Result<Vec<i64>, sqlx::Error>>;
+
 /// A database, a table in it, and how to get there.
 pub(crate) struct World<D: TestDb> {
     pub(crate) options: Options<D>,
@@ -260,11 +264,7 @@ impl<D: TestDb> World<D> {
         self.beside(sql, |conn, sql| Box::pin(D::numbers_once(conn, sql))).await
     }
 
-    async fn beside(
-        &self,
-        sql: String,
-        work: for<'c> fn(&'c mut D::Connection, String) -> BoxFuture<'c, Result<Vec<i64>, sqlx::Error>>,
-    ) -> Vec<i64> {
+    async fn beside(&self, sql: String, work: Work<D>) -> Vec<i64> {
         let Some(beside) = D::beside() else {
             let mut conn = self.plain().await;
             let done = work(&mut conn, sql).await.unwrap();
