@@ -144,7 +144,8 @@ impl Audience {
         log(&report);
         match self.on_report {
             Some(on_report) => {
-                if catch(|| on_report(&report)).is_err() && negotiable {
+                let panicked = catch(|| on_report(&report)).is_err();
+                if panicked && negotiable {
                     let _ = answer.send(EXIT_PANICKED);
                 }
             }
