@@ -26,7 +26,7 @@ use crate::{
     call::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold, guard},
-        deadline::{Deadline, Patience, watched, within},
+        deadline::{Deadline, Patience, has_timers, watched, within},
         hop::Hop,
         redirect::Refused,
         retry::Token,
@@ -148,6 +148,9 @@ impl<'a> Call<'a> {
 
     /// Sends the request, and again as the policy says, wherever redirects lead. [`finish`](Self::finish) the response.
     pub(crate) async fn run(&mut self) -> Result<(Response, Hold), RequestError> {
+        if !has_timers() {
+            return Err(RequestError::NoRuntime { report: self.report(Phase::Permit) });
+        }
         let mut kept = None;
         let mut token = None;
         let mut is_attempt = true;
