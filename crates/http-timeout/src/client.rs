@@ -123,8 +123,8 @@ impl TimeoutClient {
     /// let response = client.execute(request).await?;
     /// # Ok(()) }
     /// ```
-    pub async fn execute(&self, request: Request) -> Result<Response, RequestError> {
-        RequestBuilder::from_request(Arc::clone(&self.shared), request).send().await
+    pub fn execute(&self, request: Request) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+        RequestBuilder::from_request(Arc::clone(&self.shared), request).send()
     }
 
     /// Starts a request. An invalid URL shows as the error of [`RequestBuilder::send`].
@@ -215,16 +215,16 @@ impl TimeoutClient {
     /// assert!(user.posts.is_err_and(|error| error.is_timeout()));
     /// # Ok(()) }
     /// ```
-    pub async fn get_with_timeout(
+    pub fn get_with_timeout<U: IntoUrl>(
         &self,
-        url: impl IntoUrl,
+        url: U,
         timeout: Option<Duration>,
-    ) -> Result<Response, RequestError> {
+    ) -> impl Future<Output = Result<Response, RequestError>> + Send + use<U> {
         let mut request = self.get(url);
         if timeout.is_some() {
             request = request.timeout(timeout);
         }
-        request.send_for_success().await
+        request.send_for_success()
     }
 
     /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each answer as it arrives.

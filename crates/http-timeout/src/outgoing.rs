@@ -75,11 +75,12 @@ impl Outgoing {
             piece: PIECE_BYTES,
         };
         let outgoing = Self(Arc::new(Mutex::new(flow)));
-        let inner = request.body_mut().take();
         let patience = idle.map(|idle| idle / 8);
-        let watched =
-            WatchedBody { inner, held: Bytes::new(), stretch: 0, pause: None, flow: outgoing.clone(), patience };
-        *request.body_mut() = Some(Body::wrap(watched));
+        let upload = request.body_mut().take().map(|inner| {
+            // Apart, because most requests have no body, and then it would be memory for nothing.
+            Box::new(Upload { inner, held: Bytes::new(), stretch: 0, pause: None, patience })
+        });
+        *request.body_mut() = Some(Body::wrap(WatchedBody { upload, flow: outgoing.clone() }));
         outgoing
     }
 
@@ -130,12 +131,9 @@ impl Flow {
     fn asked(&mut self, patience: Option<Duration>) {
         let now = Instant::now();
         self.taken.get_or_insert(now);
-        let waited_for_us = self.starving.take();
-        if let Some(since) = waited_for_us {
-            self.starved += now.saturating_duration_since(since);
-        }
+        let waited_for_us = self.end_hunger(now);
         let pause = now.saturating_duration_since(self.progress);
-        if waited_for_us.is_none() && self.bytes > 0 {
+        if !waited_for_us && self.bytes > 0 {
             self.longest_pause = self.longest_pause.max(pause);
             if patience.is_some_and(|patience| pause > patience) {
                 self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
@@ -143,18 +141,30 @@ impl Flow {
         }
         self.progress = now;
     }
+
+    /// The connection does not wait for our producer any more. Whether it did.
+    fn end_hunger(&mut self, now: Instant) -> bool {
+        let Some(since) = self.starving.take() else { return false };
+        self.starved += now.saturating_duration_since(since);
+        true
+    }
 }
 
 /// The body of a request as the connection sees it. It asks for more when the peer has taken what it had.
 struct WatchedBody {
     /// None if the request has no body.
-    inner: Option<Body>,
+    upload: Option<Box<Upload>>,
+    flow: Outgoing,
+}
+
+/// A body on its way.
+struct Upload {
+    inner: Body,
     held: Bytes,
     /// What was handed over since the connection looked for an answer.
     stretch: usize,
     /// Ends when the runtime has looked at its sockets, or later.
     pause: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
-    flow: Outgoing,
     /// A longer wait for the next piece makes the pieces smaller.
     patience: Option<Duration>,
 }
@@ -178,9 +188,9 @@ impl http_body::Body for WatchedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, reqwest::Error>>> {
-        let this = &mut *self;
+        let WatchedBody { upload: Some(this), flow: outgoing } = &mut *self else { return Poll::Ready(None) };
         if this.stretch >= STRETCH_BYTES {
-            let is_first = this.flow.lock().bytes == this.stretch as u64;
+            let is_first = outgoing.lock().bytes == this.stretch as u64;
             let pause = this.pause.get_or_insert_with(|| match is_first {
                 true => Box::pin(tokio::time::sleep(FIRST_LOOK)),
                 false => Box::pin(tokio::task::yield_now()),
@@ -188,16 +198,15 @@ impl http_body::Body for WatchedBody {
             std::task::ready!(pause.as_mut().poll(cx));
             (this.stretch, this.pause) = (0, None);
         }
-        let mut flow = this.flow.lock();
+        let mut flow = outgoing.lock();
         flow.asked(this.patience);
         if this.held.is_empty() {
-            let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
             // The producer may be slow to answer, and may look at the same watch.
             drop(flow);
-            let unwinding = Unwinding(&this.flow);
-            let polled = Pin::new(inner).poll_frame(cx);
+            let unwinding = Unwinding(outgoing);
+            let polled = Pin::new(&mut this.inner).poll_frame(cx);
             drop(unwinding);
-            flow = this.flow.lock();
+            flow = outgoing.lock();
             match polled {
                 Poll::Pending => {
                     this.stretch = 0;
@@ -224,17 +233,58 @@ impl http_body::Body for WatchedBody {
     fn is_end_stream(&self) -> bool {
         // The connection asks this before it writes the head, and nobody asks earlier.
         self.flow.lock().take();
-        self.held.is_empty() && self.inner.as_ref().is_none_or(http_body::Body::is_end_stream)
+        self.upload.as_ref().is_none_or(|upload| upload.held.is_empty() && upload.inner.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        let inner = self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint);
-        let held = self.held.len() as u64;
+        let Some(upload) = &self.upload else { return SizeHint::with_exact(0) };
+        let (inner, held) = (upload.inner.size_hint(), upload.held.len() as u64);
         let mut hint = SizeHint::new();
         if let Some(upper) = inner.upper() {
             hint.set_upper(upper + held);
         }
         hint.set_lower(inner.lower() + held);
         hint
+    }
+}
+
+impl Drop for WatchedBody {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut flow = self.flow.lock();
+        // Nobody waits for our producer from here on: what follows is the peer's silence, and begins now.
+        if flow.end_hunger(now) {
+            flow.progress = now;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use http::Method;
+    use http_body::Body as _;
+    use tokio::time::advance;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn when_a_connection_has_dropped_the_body_nobody_waits_for_its_producer_any_more() {
+        let mut request = Request::new(Method::PUT, "http://localhost/".parse().expect("a URL"));
+        let never = futures_util::stream::pending::<Result<Bytes, std::io::Error>>();
+        *request.body_mut() = Some(Body::wrap_stream(never));
+        let outgoing = Outgoing::watch(&mut request, Some(SECOND));
+        let mut body = request.body_mut().take().expect("it was put there");
+        assert!(Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop())).is_pending());
+        advance(SECOND * 3).await;
+        assert_eq!(outgoing.idle_end(SECOND), Some(Instant::now() + SECOND), "it waits for us");
+        drop(body);
+        let dropped = Instant::now();
+        advance(SECOND * 3).await;
+        assert_eq!(outgoing.idle_end(SECOND), Some(dropped + SECOND));
+        assert_eq!(outgoing.starved(), SECOND * 3);
     }
 }

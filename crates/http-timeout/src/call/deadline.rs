@@ -5,7 +5,7 @@
 use std::{
     future::{Future, poll_fn},
     io,
-    pin::pin,
+    pin::{Pin, pin},
     task::Poll,
     time::Duration,
 };
@@ -92,16 +92,15 @@ impl Patience {
 /// Awaits `response` until a limit is reached, and tells which.
 ///
 /// The timer is not moved at each sign of life of the peer: when it fires, it looks for the latest and sleeps again.
-pub(crate) async fn watched<F: Future>(
-    response: F,
+pub(crate) async fn watched<F: Future + Unpin>(
+    mut response: F,
     patience: Patience,
     outgoing: &Outgoing,
 ) -> Result<F::Output, Limit> {
     let Some((first_look, _)) = patience.next_look(outgoing) else { return Ok(response.await) };
-    let mut response = pin!(response);
     let mut timer = pin!(sleep_until(first_look));
     poll_fn(|cx| {
-        if let Poll::Ready(response) = response.as_mut().poll(cx) {
+        if let Poll::Ready(response) = Pin::new(&mut response).poll(cx) {
             return Poll::Ready(Ok(response));
         }
         while timer.as_mut().poll(cx).is_ready() {
