@@ -74,7 +74,6 @@ pub struct Attempts(pub u32);
 /// What the caller asked for beside the request itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
-    pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
     pub(crate) streaming: bool,
     /// Whether 4xx and 5xx are errors.
@@ -147,6 +146,7 @@ pub(crate) fn send(
     client: Arc<Shared>,
     reqwest: reqwest::Client,
     request: Request,
+    timeout: Option<Duration>,
     order: Order,
 ) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
     let mut hop = Hop::new(&client, request, order.idempotent, 0);
@@ -155,7 +155,7 @@ pub(crate) fn send(
             client: &client,
             reqwest: &reqwest,
             order,
-            deadline: Deadline::new(order.timeout),
+            deadline: Deadline::new(timeout),
             attempts: 0,
             free: 0,
             hop: &mut hop,
@@ -188,25 +188,31 @@ impl<'a> Call<'a> {
                 Settled::Ended(result) => return result,
                 Settled::Goes { unread, next } => (unread, next),
             };
-            if let Some(response) = unread {
-                Box::pin(self.drain(response)).await;
-            }
-            match next {
-                Next::Redirected(request) => self.follow(*request)?,
-                Next::Same => self.free += 1,
-                Next::Again { at, token } => {
-                    #[cfg(feature = "tracing")]
-                    tracing::debug!(origin = %self.hop.origin.name, attempt = self.attempts, "trying again");
-                    self.leg.permits = None;
-                    self.token = Some(token);
-                    // The wait ends before the deadline, or `again` would not have asked for it.
-                    sleep_until(at).await;
-                    if let Some(start) = self.start.take() {
-                        *self.hop = *start;
-                    }
+            Box::pin(self.go_on(unread, next)).await?;
+        }
+    }
+
+    /// Gets everything ready for the request that follows.
+    async fn go_on(&mut self, unread: Option<Box<Response>>, next: Next<'a>) -> Result<(), RequestError> {
+        if let Some(response) = unread {
+            self.drain(response).await;
+        }
+        match next {
+            Next::Redirected(request) => return self.follow(*request),
+            Next::Same => self.free += 1,
+            Next::Again { at, token } => {
+                #[cfg(feature = "tracing")]
+                tracing::debug!(origin = %self.hop.origin.name, attempt = self.attempts, "trying again");
+                self.leg.permits = None;
+                self.token = Some(token);
+                // The wait ends before the deadline, or `again` would not have asked for it.
+                sleep_until(at).await;
+                if let Some(start) = self.start.take() {
+                    *self.hop = *start;
                 }
             }
         }
+        Ok(())
     }
 
     /// Takes the permits if they are there without a wait.
@@ -293,36 +299,51 @@ impl<'a> Call<'a> {
     }
 
     /// Awaits the response to a request within the limits of an attempt.
-    async fn exchange(
-        &self,
-        response: impl Future<Output = reqwest::Result<Response>> + Unpin,
-        outgoing: &Outgoing,
-    ) -> Result<Response, Failed> {
-        let options = &self.client.options;
+    fn exchange<'s, R: Future<Output = reqwest::Result<Response>> + Unpin>(
+        &'s self,
+        response: R,
+        outgoing: &'s Outgoing,
+    ) -> impl Future<Output = Result<Response, Failed>> + use<'s, 'a, R> {
+        // A block, because an `async fn` keeps each of its arguments twice.
+        async move {
+            let started = Instant::now();
+            let attempt = self.client.options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
+            let patience = Patience { total: self.deadline.end(), attempt, idle: self.client.options.idle_timeout };
+            let waiting = self.hop.origin.connections.wait(outgoing);
+            match watched(response, patience, outgoing).await {
+                Ok(result) => {
+                    waiting.end();
+                    self.received(result, outgoing)
+                }
+                Err(limit) => {
+                    let failed = self.too_late(limit, started, outgoing);
+                    waiting.timed_out();
+                    Err(failed)
+                }
+            }
+        }
+    }
+
+    fn received(&self, result: reqwest::Result<Response>, outgoing: &Outgoing) -> Result<Response, Failed> {
         let connections = &self.hop.origin.connections;
-        let started = Instant::now();
-        let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
-        let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
-        let waiting = connections.wait(outgoing);
-        match watched(response, patience, outgoing).await {
-            Ok(Ok(response)) => {
-                waiting.end();
+        match result {
+            Ok(response) => {
                 connections.answered(&response);
                 Ok(response)
             }
-            Ok(Err(error)) => {
-                waiting.end();
+            Err(error) => {
                 let verdict = blame::of_error(&error, outgoing, connections);
                 Err(Failed { error: self.told(error), verdict })
             }
-            Err(limit) => {
-                let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
-                let verdict = blame::of_timeout(limit, whole, started, outgoing);
-                waiting.timed_out();
-                let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
-                Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
-            }
         }
+    }
+
+    fn too_late(&self, limit: Limit, started: Instant, outgoing: &Outgoing) -> Failed {
+        let attempt = self.client.options.attempt_timeout;
+        let whole = if limit == Limit::Total { self.deadline.whole() } else { attempt };
+        let verdict = blame::of_timeout(limit, whole, started, outgoing);
+        let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
+        Failed { error: RequestError::timeout(limit, self.report(phase)), verdict }
     }
 
     fn told(&self, error: reqwest::Error) -> RequestError {

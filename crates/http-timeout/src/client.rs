@@ -230,7 +230,9 @@ impl TimeoutClient {
     /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each answer as it arrives.
     ///
     /// Each URL has its own `per_request_timeout`, from its turn to the end of its body; `None` is the client's own
-    /// timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping the stream
+    /// timeout. Its turn comes when it is one of those `concurrency`, so with a
+    /// [`concurrency_per_host`](TimeoutClientBuilder::concurrency_per_host) that is lower, the wait for a permit of the
+    /// host is part of that time. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping the stream
     /// drops the calls in flight, and URLs whose turn has not come are never requested.
     ///
     /// The stream yields a response when its body is in memory (at most `max_body`), so you can collect the responses.

@@ -161,6 +161,8 @@ impl RequestBuilder {
 
     /// Sends the request, and retries it as the client's policy says. Any status is `Ok`, as in reqwest.
     ///
+    /// The call begins, and its time with it, when the returned future is first polled.
+    ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, the connection is abandoned, and permits, probe slot
@@ -183,9 +185,9 @@ impl RequestBuilder {
 
     fn sent(self, for_success: bool) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
         let Self { client, request, timeout, idempotent, streaming } = self;
-        let order = Order { timeout, idempotent, streaming, for_success };
+        let order = Order { idempotent, streaming, for_success };
         match built(request, &client.options.default_headers) {
-            Ok((reqwest, request)) => Either::Left(send(client, reqwest, request, order)),
+            Ok((reqwest, request)) => Either::Left(send(client, reqwest, request, timeout, order)),
             Err(error) => Either::Right(ready(Err(error))),
         }
     }

@@ -12,9 +12,11 @@ use url::Url;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Waiting for a permit of the client's limits; nothing had been sent.
+    /// Waiting for a permit of the client's limits. The request that waits was not sent; one before it may have been,
+    /// unless `attempts` is 0.
     Permit,
-    /// Connecting; nothing had been sent.
+    /// Connecting. The request was not sent; one before it, an earlier attempt or the one that was redirected, may have
+    /// been.
     Connect,
     /// Sending the request or waiting for the head of the response.
     Response,
