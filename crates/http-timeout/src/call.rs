@@ -299,12 +299,12 @@ impl<'a> Call<'a> {
     }
 
     /// Awaits the response to a request within the limits of an attempt.
+    #[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
     fn exchange<'s, R: Future<Output = reqwest::Result<Response>> + Unpin>(
         &'s self,
         response: R,
         outgoing: &'s Outgoing,
     ) -> impl Future<Output = Result<Response, Failed>> + use<'s, 'a, R> {
-        // A block, because an `async fn` keeps each of its arguments twice.
         async move {
             let started = Instant::now();
             let attempt = self.client.options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));

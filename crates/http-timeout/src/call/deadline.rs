@@ -92,12 +92,12 @@ impl Patience {
 /// Awaits `response` until a limit is reached, and tells which.
 ///
 /// The timer is not moved at each sign of life of the peer: when it fires, it looks for the latest and sleeps again.
+#[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
 pub(crate) fn watched<'a, F: Future + Unpin>(
     mut response: F,
     patience: Patience,
     outgoing: &'a Outgoing,
 ) -> impl Future<Output = Result<F::Output, Limit>> + use<'a, F> {
-    // A block, because an `async fn` keeps each of its arguments twice.
     async move {
         // Without a limit, the timer is one that nobody asks.
         let (first_look, is_limited) =
