@@ -26,7 +26,7 @@ use crate::{
     call::{
         blame::{Blame, Verdict, is_retryable},
         body::{BodyLimits, Hold},
-        deadline::{Deadline, Patience, watched, within},
+        deadline::{Deadline, Patience, has_timers, watched, within},
         hop::Hop,
         redirect::Refused,
         retry::Token,
@@ -173,6 +173,9 @@ pub(crate) fn send(
 impl<'a> Call<'a> {
     /// Sends the request, and again as the policy says, wherever redirects lead.
     async fn run(&mut self) -> Result<Response, RequestError> {
+        if !has_timers() {
+            return Err(RequestError::NoRuntime { report: self.report(Phase::Permit) });
+        }
         loop {
             // A request is polled before its deadline is looked at, so one that came too late would be sent.
             if self.deadline.is_past(Instant::now()) {

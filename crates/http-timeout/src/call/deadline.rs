@@ -5,12 +5,16 @@
 use std::{
     future::{Future, poll_fn},
     io,
+    panic::catch_unwind,
     pin::{Pin, pin},
     task::Poll,
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep_until, timeout_at},
+};
 
 use crate::{
     error::{Limit, RequestError},
@@ -61,6 +65,12 @@ impl Deadline {
 
 pub(crate) fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant> {
     a.into_iter().chain(b).min()
+}
+
+/// Whether there is a runtime, and one in which time passes.
+pub(crate) fn has_timers() -> bool {
+    // tokio panics where there is no time driver, and has no other way to tell.
+    Handle::try_current().is_ok() && catch_unwind(|| sleep_until(Instant::now())).is_ok()
 }
 
 /// Awaits `future` until `end`; `None` if it was not ready by then.
