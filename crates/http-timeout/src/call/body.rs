@@ -119,8 +119,7 @@ pub(crate) struct BodyLimits {
 impl BodyLimits {
     /// Puts the guard around the body of `response`, the answer to `request`; everything else about it stays.
     pub(crate) fn guard(self, mut request: Request, response: Response, mut hold: Hold) -> Response {
-        let (mut parts, inner) = apart(response);
-        parts.extensions.insert(Attempts(self.attempts));
+        let (attempts, (parts, inner)) = (Attempts(self.attempts), apart(response));
         // An empty body has ended already: its call must not hold a permit until the response is dropped.
         let hold = if inner.is_end_stream() {
             hold.finish(Duration::ZERO);
@@ -134,7 +133,10 @@ impl BodyLimits {
         *request.body_mut() = None;
         let (received, waiting_since, waited, timer) = (0, None, Duration::ZERO, None);
         let body = GuardedBody { inner, hold, limits: self, request, received, waiting_since, waited, timer };
-        http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
+        let mut response = Response::from(http::Response::from_parts(parts, reqwest::Body::wrap(body)));
+        // Here, where the URL has left the map: it would have to grow for both.
+        response.extensions_mut().insert(attempts);
+        response
     }
 }
 
