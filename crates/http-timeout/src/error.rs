@@ -203,7 +203,9 @@ impl RequestError {
         matches!(self, Self::Redirect { .. })
     }
 
-    /// Returns whether no connection could be made, so nothing was sent.
+    /// Returns whether no connection could be made, so the latest request was not sent.
+    ///
+    /// An earlier attempt, or the request that was redirected, may have been.
     pub fn is_connect(&self) -> bool {
         match self {
             Self::Timeout { phase, .. } => *phase == Phase::Connect,
