@@ -206,6 +206,14 @@ impl Meter {
         self.unpublished += 1;
     }
 
+    /// The result of an earlier session was handed out.
+    #[inline]
+    pub(crate) fn item_restored(&mut self) {
+        self.now.done += 1;
+        self.now.restored += 1;
+        self.unpublished += 1;
+    }
+
     /// Sets the counts of a run that is not the only one at work.
     #[cfg(feature = "postgres")]
     pub(crate) fn stand_at(&mut self, done: usize, restored: usize, failed: usize) {

@@ -127,8 +127,10 @@ impl<R> Stream for Run<R> {
                     };
                 }
                 State::Running(engine) => {
-                    if let Some(done) = ready!(engine.poll_next(cx)) {
-                        return Poll::Ready(Some(done));
+                    match engine.poll_next(cx) {
+                        Poll::Ready(None) => {}
+                        // As it is: to move an item costs as much as to restore it.
+                        polled => return polled,
                     }
                     let outcome = engine.take_outcome().unwrap_or(Err(TaskError::Cancelled));
                     self.state = State::Ended(outcome);
