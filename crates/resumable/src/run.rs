@@ -149,7 +149,7 @@ impl<R> fmt::Debug for Run<R> {
 
 /// Makes a panic of `work`, be it when called or when polled, a failed attempt.
 ///
-/// What `work` shares between items may be left half changed by a panic; that is its own affair, as in a spawned task.
+/// What `work` shares between items may be left half changed by a panic; as in a spawned task, `work` must handle that.
 pub(crate) fn caught<T, R, F, Fut>(work: F) -> impl Fn(ItemContext, T) -> Caught<Fut>
 where
     F: Fn(ItemContext, T) -> Fut,
