@@ -85,7 +85,14 @@ fn spawn(child: &str, path: &Path, items: Items) -> Child {
 /// How often each result is in the file.
 fn occurrences(path: &Path) -> Vec<usize> {
     let text = String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
-    (0..ITEMS).map(|x| text.matches(&result_of(x)).count()).collect()
+    let mut times = vec![0; ITEMS as usize];
+    for (at, _) in text.match_indices("<result ") {
+        let number = text.get(at + 8..at + 12).and_then(|number| number.parse::<u64>().ok());
+        if let Some(x) = number.filter(|x| *x < ITEMS && text[at..].starts_with(&result_of(*x))) {
+            times[x as usize] += 1;
+        }
+    }
+    times
 }
 
 /// Opens the checkpoint, which must not be damaged, and leaves it again.
@@ -97,13 +104,13 @@ async fn cut_torn_tail(path: &Path) {
     assert!(error.is_cancelled(), "{error}");
 }
 
-/// How many checkpoints a test completes.
-fn repetitions() -> usize {
-    if in_full() { 100 } else { 2 }
+/// How many processes a test kills, at least.
+fn wanted_kills() -> usize {
+    if in_full() { 3500 } else { 12 }
 }
 
 /// Kills runs of one checkpoint until it is complete, and checks after each that nothing was lost or written twice.
-/// Returns how many rounds that took.
+/// Returns how many processes were killed.
 #[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
 async fn survive(starters: usize, items: Items, seed: u64) -> usize {
     println!("seed {seed}");
@@ -113,7 +120,7 @@ async fn survive(starters: usize, items: Items, seed: u64) -> usize {
     for round in 0..400 {
         rounds += 1;
         let mut children: Vec<Child> = (0..starters).map(|_| spawn(WORKER, &path, items)).collect();
-        let patience = Duration::from_micros(random.u64(500..120_000));
+        let patience = Duration::from_micros(random.u64(500..60_000));
         tokio::time::sleep(patience).await;
         for child in &mut children {
             // One that has ended by itself must not have failed.
@@ -147,13 +154,13 @@ async fn survive(starters: usize, items: Items, seed: u64) -> usize {
     run.finish().await.unwrap();
     assert!(seen.iter().all(|count| *count == 1));
     assert!(occurrences(&path).iter().all(|count| *count == 1), "something was recorded twice");
-    rounds
+    rounds * starters
 }
 
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
     let mut kills = 0;
-    for _ in 0..repetitions().div_ceil(2) {
+    while kills < wanted_kills() {
         for items in [Items::Concurrent(1), Items::Concurrent(64), Items::Parallel(8)] {
             kills += survive(1, items, fastrand::u64(..)).await;
         }
@@ -164,7 +171,7 @@ async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
 #[tokio::test]
 async fn two_starters_that_are_killed_never_share_a_checkpoint() {
     let mut kills = 0;
-    for _ in 0..repetitions() {
+    while kills < wanted_kills() {
         kills += survive(2, Items::Concurrent(8), fastrand::u64(..)).await;
     }
     visited("kills-of-two", kills);
