@@ -12,8 +12,8 @@ use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
 use crate::suite::{self, Scope, Tally};
 use crate::tarballs::Tarball;
-use crate::workspace::{BENCHES, Workspace};
-use crate::{doc, foreign, operations, tarballs, tidy};
+use crate::workspace::{BENCHES, OPERATIONS, Workspace};
+use crate::{doc, foreign, operations, outside, tarballs, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -36,6 +36,8 @@ pub(crate) enum Section {
     Docs,
     /// Each crate compiles with each of its features alone, and with none
     Features,
+    /// The projects of the READMEs compile outside the workspace, and what is missing in one is named
+    Outside,
     /// The crates that can be checked from here compile for Windows and macOS
     Foreign,
 }
@@ -86,17 +88,20 @@ impl Run<'_> {
             Section::Tidy => tidy::run(self.workspace),
             // The list of features would be half a page: the section is repeated by its name.
             Section::Clippy => clippy(self.workspace).run().map_err(|_| "clippy complains".to_owned().into()),
-            Section::Examples => {
-                cargo(["build", "--workspace", "--exclude", BENCHES, "--all-features", "--examples"]).run()
-            }
+            Section::Examples => programs().run(),
             Section::Tests => self.suite(Scope::Tests),
             Section::Doctests => self.suite(Scope::Doctests),
             Section::Tarballs => {
                 self.tarballs = tarballs::check(self.workspace)?;
                 Ok(())
             }
-            Section::Docs => doc::rustdoc().and_then(|()| operations::check_patterns()),
+            Section::Docs => {
+                doc::rustdoc()?;
+                programs().run()?;
+                operations::check_patterns(self.workspace)
+            }
             Section::Features => features(self.workspace),
+            Section::Outside => outside::check(self.workspace),
             Section::Foreign => foreign::run(self.workspace),
         }
     }
@@ -141,6 +146,11 @@ impl Run<'_> {
         }
         Ok(())
     }
+}
+
+/// The examples, and the program that explores, on the dependencies of the tests.
+fn programs() -> Cargo {
+    cargo(["build", "--workspace", "--exclude", BENCHES, "--all-features", "--examples", "--bin", OPERATIONS])
 }
 
 /// Clippy over every target of every package. The features are named one by one, because `--all-features` would switch

@@ -19,6 +19,7 @@ mod mariadb;
 mod missing;
 mod operations;
 mod other_sqlx;
+mod outside;
 mod pgbouncer;
 mod postgres;
 mod release;

@@ -6,9 +6,10 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use crate::command::{Failure, cargo};
-use crate::workspace::{self, OPERATIONS};
+use crate::workspace::{self, OPERATIONS, Workspace};
 
 /// Where the page is, from the root.
 pub(crate) const PAGE: &str = "docs/src/operations.md";
@@ -26,9 +27,15 @@ pub(crate) fn patterns() -> Result<(), Failure> {
     cargo(["run", "--package", OPERATIONS, "--", "--patterns"]).run()
 }
 
-/// Compares the page of patterns with what is reported now.
-pub(crate) fn check_patterns() -> Result<(), Failure> {
-    cargo(["run", "--package", OPERATIONS, "--", "--check-patterns"]).run()
+/// Compares the page of patterns with what is reported now, by the program that is built with the workspace.
+pub(crate) fn check_patterns(workspace: &Workspace) -> Result<(), Failure> {
+    let program = workspace.target_directory.join("debug").join(OPERATIONS);
+    let status = Command::new(&program).arg("--check-patterns").status();
+    let status = status.map_err(|error| format!("{}: {error}", program.display()))?;
+    if status.success() {
+        return Ok(());
+    }
+    Err(Failure::from(format!("{OPERATIONS} --check-patterns ({status})")))
 }
 
 /// What is wrong with the page.

@@ -25,14 +25,14 @@ use crate::{
     breaker::{BreakerPermit, CircuitBreaker, Class, State},
     call::{
         blame::{Blame, Verdict, is_retryable},
-        body::{BodyLimits, Hold, guard},
-        deadline::{Deadline, Patience, watched, within},
+        body::{BodyLimits, Hold},
+        deadline::{Deadline, Patience, has_timers, watched, within},
         hop::Hop,
         redirect::Refused,
         retry::Token,
     },
     connections::give_up,
-    error::{CallReport, Limit, Phase, RequestError, Subject, redacted},
+    error::{CallReport, Limit, Phase, RequestError, redacted},
     limit::Permits,
     outgoing::Outgoing,
 };
@@ -74,34 +74,37 @@ pub struct Attempts(pub u32);
 /// What the caller asked for beside the request itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
-    pub(crate) timeout: Option<Duration>,
     pub(crate) idempotent: bool,
     pub(crate) streaming: bool,
+    /// Whether 4xx and 5xx are errors.
+    pub(crate) for_success: bool,
 }
 
 /// A call in progress.
 #[derive(Debug)]
-pub(crate) struct Call<'a> {
+struct Call<'a> {
     client: &'a Shared,
-    reqwest: reqwest::Client,
-    idempotent: bool,
-    streaming: bool,
+    reqwest: &'a reqwest::Client,
+    order: Order,
     deadline: Deadline,
     attempts: u32,
     /// Requests that do not count, because they came to nothing through no fault of the origin.
     free: u32,
-    hop: Hop,
+    hop: &'a mut Hop,
     /// Where another attempt begins, if not with the hop.
     start: Option<Box<Hop>>,
     /// The way out of the latest request, if its body is a stream: that may go on behind an early answer.
     upload: Option<Outgoing>,
+    leg: Leg,
+    /// Pays for the next attempt.
+    token: Option<Token<'a>>,
 }
 
 /// What one request on its way holds.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Leg {
     admission: Option<BreakerPermit>,
-    permits: Permits,
+    permits: Option<Permits>,
 }
 
 /// An exchange that brought no response.
@@ -111,10 +114,20 @@ struct Failed {
     verdict: Verdict,
 }
 
+/// What an exchange has come to.
+#[derive(Debug)]
+enum Settled<'a> {
+    Ended(Result<Response, RequestError>),
+    /// It goes on, when what is left of the answer is out of the way.
+    Goes {
+        unread: Option<Box<Response>>,
+        next: Next<'a>,
+    },
+}
+
 /// What follows an exchange.
 #[derive(Debug)]
 enum Next<'a> {
-    End,
     Redirected(Box<Result<Request, Refused>>),
     /// The same request at once, for free.
     Same,
@@ -124,94 +137,100 @@ enum Next<'a> {
     },
 }
 
-impl<'a> Call<'a> {
-    pub(crate) fn new(
-        client: &'a Shared,
-        reqwest: reqwest::Client,
-        request: Request,
-        subject: Subject,
-        order: Order,
-    ) -> Self {
-        Self {
-            client,
-            reqwest,
-            idempotent: order.idempotent,
-            streaming: order.streaming,
-            deadline: Deadline::new(order.timeout),
+/// Sends the request, and again as the policy says, wherever redirects lead, and puts the limits of the call around the
+/// body of the response.
+///
+/// A future keeps the room of what is moved out of it, and every call in flight has one. So what is large is made before
+/// the future, and is lent within it; and what few calls need is in a box.
+pub(crate) fn send(
+    client: Arc<Shared>,
+    reqwest: reqwest::Client,
+    request: Request,
+    timeout: Option<Duration>,
+    order: Order,
+) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+    let mut hop = Hop::new(&client, request, order.idempotent, 0);
+    async move {
+        let mut call = Call {
+            client: &client,
+            reqwest: &reqwest,
+            order,
+            deadline: Deadline::new(timeout),
             attempts: 0,
             free: 0,
-            hop: Hop::new(client, request, subject, order.idempotent, 0),
+            hop: &mut hop,
             start: None,
             upload: None,
-        }
+            leg: Leg::default(),
+            token: None,
+        };
+        let response = call.run().await?;
+        let (response, limits, hold) = call.finish(response)?;
+        Ok(limits.guard(hop.request, response, hold))
     }
+}
 
-    /// Sends the request, and again as the policy says, wherever redirects lead. [`finish`](Self::finish) the response.
-    pub(crate) async fn run(&mut self) -> Result<(Response, Hold), RequestError> {
-        let mut kept = None;
-        let mut token = None;
-        let mut is_attempt = true;
+impl<'a> Call<'a> {
+    /// Sends the request, and again as the policy says, wherever redirects lead.
+    async fn run(&mut self) -> Result<Response, RequestError> {
+        if !has_timers() {
+            return Err(RequestError::NoRuntime { report: self.report(Phase::Permit) });
+        }
         loop {
             // A request is polled before its deadline is looked at, so one that came too late would be sent.
             if self.deadline.is_past(Instant::now()) {
                 return Err(RequestError::timeout(Limit::Total, self.report(Phase::Permit)));
             }
-            let permits = match kept.take() {
-                Some(permits) => permits,
-                None => self.acquire().await?,
+            if !self.has_permits()? {
+                self.leg.permits = Some(Box::pin(self.acquire()).await?);
+            }
+            self.leg.admission = self.admit()?;
+            self.count_attempt();
+            let result = self.send().await;
+            let (unread, next) = match self.settle(result) {
+                Settled::Ended(result) => return result,
+                Settled::Goes { unread, next } => (unread, next),
             };
-            let admission = self.admit()?;
-            if is_attempt {
-                self.count_attempt(token.take());
-            }
-            let (result, Leg { admission, permits }) = self.send(Leg { admission, permits }).await;
-            let (result, admission) = self.judge(result, admission);
-            // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
-            let next = self.next(&result);
-            if let Next::End = next {
-                let response = result.map_err(|failed| failed.error)?;
-                return Ok((response, Hold::new(admission, permits)));
-            }
-            // A redirect is a good answer of its origin, and all there is to it.
-            if let Some(admission) = admission {
-                admission.success();
-            }
-            if let Ok(response) = result {
-                self.drain(response).await;
-            }
-            match next {
-                Next::End => unreachable!("it ended above"),
-                Next::Redirected(request) => {
-                    let stays = self.follow(*request)?;
-                    kept = stays.then_some(permits);
-                    is_attempt = false;
-                }
-                Next::Same => {
-                    self.free += 1;
-                    kept = Some(permits);
-                    is_attempt = false;
-                }
-                Next::Again { at, token: paid } => {
-                    #[cfg(feature = "tracing")]
-                    tracing::debug!(origin = %self.hop.origin.name, attempt = self.attempts, "trying again");
-                    drop(permits);
-                    // The wait ends before the deadline, or `next` would not have asked for it.
-                    sleep_until(at).await;
-                    if let Some(start) = self.start.take() {
-                        self.hop = *start;
-                    }
-                    token = Some(paid);
-                    is_attempt = true;
-                }
-            }
+            Box::pin(self.go_on(unread, next)).await?;
         }
     }
 
-    async fn acquire(&self) -> Result<Permits, RequestError> {
-        // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
-        if let Some(retry_after) = self.hop.breaker.as_ref().and_then(CircuitBreaker::refusal) {
-            return Err(self.circuit_open(retry_after));
+    /// Gets everything ready for the request that follows.
+    async fn go_on(&mut self, unread: Option<Box<Response>>, next: Next<'a>) -> Result<(), RequestError> {
+        if let Some(response) = unread {
+            self.drain(response).await;
         }
+        match next {
+            Next::Redirected(request) => return self.follow(*request),
+            Next::Same => self.free += 1,
+            Next::Again { at, token } => {
+                #[cfg(feature = "tracing")]
+                tracing::debug!(origin = %self.hop.origin.name, attempt = self.attempts, "trying again");
+                self.leg.permits = None;
+                self.token = Some(token);
+                // The wait ends before the deadline, or `again` would not have asked for it.
+                sleep_until(at).await;
+                if let Some(start) = self.start.take() {
+                    *self.hop = *start;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes the permits if they are there without a wait.
+    fn has_permits(&mut self) -> Result<bool, RequestError> {
+        if self.leg.permits.is_none() {
+            // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
+            if let Some(retry_after) = self.hop.breaker.as_ref().and_then(CircuitBreaker::refusal) {
+                return Err(self.circuit_open(retry_after));
+            }
+            self.leg.permits = Permits::try_acquire(&self.client.gate, self.hop.origin.gate.as_ref());
+        }
+        Ok(self.leg.permits.is_some())
+    }
+
+    async fn acquire(&self) -> Result<Permits, RequestError> {
         let end = self.deadline.part(self.client.options.permit_timeout);
         match within(end, Permits::acquire(&self.client.gate, self.hop.origin.gate.as_ref())).await {
             Some(Ok(permits)) => Ok(permits),
@@ -226,56 +245,108 @@ impl<'a> Call<'a> {
     fn admit(&self) -> Result<Option<BreakerPermit>, RequestError> {
         let Some(breaker) = &self.hop.breaker else { return Ok(None) };
         let mut permit = breaker.try_acquire().map_err(|open| self.circuit_open(open.retry_after))?;
-        if self.streaming {
+        if self.order.streaming {
             permit.expect_stream();
         }
         Ok(Some(permit))
     }
 
-    fn count_attempt(&mut self, token: Option<Token<'_>>) {
-        self.attempts += 1;
-        match token {
+    /// A request that follows a redirect, or is sent again for free, is part of the attempt that led to it.
+    fn count_attempt(&mut self) {
+        match self.token.take() {
             Some(token) => token.spend(),
-            None => self.client.budget.iter().for_each(Budget::deposit),
+            None if self.attempts == 0 => self.client.budget.iter().for_each(Budget::deposit),
+            None => return,
         }
+        self.attempts += 1;
     }
 
-    /// Sends the request of this hop once.
-    async fn exchange(&self, mut request: Request, outgoing: &Outgoing) -> Result<Response, Failed> {
+    /// Sends the request of this hop once, or its copy as well if the client hedges.
+    async fn send(&mut self) -> Result<Response, Failed> {
+        if self.has_gone_silent() {
+            // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
+            let given_up = Box::pin(give_up(self.reqwest, self.hop.request.url()));
+            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), given_up).await;
+        }
+        if let Some(hedging) = self.hedging() {
+            return Box::pin(self.hedge(hedging)).await;
+        }
+        let (response, outgoing) = self.launch();
+        self.exchange(response, &outgoing).await
+    }
+
+    /// Whether the pool's connection must not be given to this request.
+    fn has_gone_silent(&self) -> bool {
+        let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
+        self.hop.origin.connections.take_silent(is_probe)
+    }
+
+    /// The request of this hop on its way, from the first poll on.
+    fn launch(&mut self) -> (impl Future<Output = reqwest::Result<Response>> + Unpin + use<>, Outgoing) {
+        let request = self.hop.request();
+        let (response, outgoing) = self.execute(request);
+        self.upload = self.hop.body_is_gone.then(|| outgoing.clone());
+        (response, outgoing)
+    }
+
+    fn execute(
+        &self,
+        mut request: Request,
+    ) -> (impl Future<Output = reqwest::Result<Response>> + Unpin + use<>, Outgoing) {
         let options = &self.client.options;
         if let (Some(name), Some(left)) = (&options.propagate, self.deadline.left()) {
             request.headers_mut().insert(name, HeaderValue::from(left.as_millis().min(u128::from(u64::MAX)) as u64));
         }
-        let origin = &self.hop.origin;
-        let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
-        if origin.connections.take_silent(is_probe) {
-            // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
-            let given_up = Box::pin(give_up(&self.reqwest, request.url()));
-            within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), given_up).await;
+        let outgoing = Outgoing::watch(&mut request, options.idle_timeout);
+        (self.reqwest.execute(request), outgoing)
+    }
+
+    /// Awaits the response to a request within the limits of an attempt.
+    #[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
+    fn exchange<'s, R: Future<Output = reqwest::Result<Response>> + Unpin>(
+        &'s self,
+        response: R,
+        outgoing: &'s Outgoing,
+    ) -> impl Future<Output = Result<Response, Failed>> + use<'s, 'a, R> {
+        async move {
+            let started = Instant::now();
+            let attempt = self.client.options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
+            let patience = Patience { total: self.deadline.end(), attempt, idle: self.client.options.idle_timeout };
+            let waiting = self.hop.origin.connections.wait(outgoing);
+            match watched(response, patience, outgoing).await {
+                Ok(result) => {
+                    waiting.end();
+                    self.received(result, outgoing)
+                }
+                Err(limit) => {
+                    let failed = self.too_late(limit, started, outgoing);
+                    waiting.timed_out();
+                    Err(failed)
+                }
+            }
         }
-        let started = Instant::now();
-        let attempt = options.attempt_timeout.and_then(|timeout| started.checked_add(timeout));
-        let patience = Patience { total: self.deadline.end(), attempt, idle: options.idle_timeout };
-        let waiting = origin.connections.wait(outgoing);
-        match watched(self.reqwest.execute(request), patience, outgoing).await {
-            Ok(Ok(response)) => {
-                waiting.end();
-                origin.connections.answered(&response);
+    }
+
+    fn received(&self, result: reqwest::Result<Response>, outgoing: &Outgoing) -> Result<Response, Failed> {
+        let connections = &self.hop.origin.connections;
+        match result {
+            Ok(response) => {
+                connections.answered(&response);
                 Ok(response)
             }
-            Ok(Err(error)) => {
-                waiting.end();
-                let verdict = blame::of_error(&error, outgoing, &origin.connections);
+            Err(error) => {
+                let verdict = blame::of_error(&error, outgoing, connections);
                 Err(Failed { error: self.told(error), verdict })
             }
-            Err(limit) => {
-                let whole = if limit == Limit::Total { self.deadline.whole() } else { options.attempt_timeout };
-                let verdict = blame::of_timeout(limit, whole, started, outgoing);
-                waiting.timed_out();
-                let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
-                Err(Failed { error: RequestError::timeout(limit, self.report(phase)), verdict })
-            }
         }
+    }
+
+    fn too_late(&self, limit: Limit, started: Instant, outgoing: &Outgoing) -> Failed {
+        let attempt = self.client.options.attempt_timeout;
+        let whole = if limit == Limit::Total { self.deadline.whole() } else { attempt };
+        let verdict = blame::of_timeout(limit, whole, started, outgoing);
+        let phase = if verdict.unsent { Phase::Connect } else { Phase::Response };
+        Failed { error: RequestError::timeout(limit, self.report(phase)), verdict }
     }
 
     fn told(&self, error: reqwest::Error) -> RequestError {
@@ -287,16 +358,34 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// What follows this result.
-    fn next(&self, result: &Result<Response, Failed>) -> Next<'a> {
-        let Hop { request, body_is_gone, followed, .. } = &self.hop;
+    /// Tells the breaker of the result, and says what follows it.
+    fn settle(&mut self, result: Result<Response, Failed>) -> Settled<'a> {
+        let admission = self.leg.admission.take();
+        let (result, admission) = self.judge(result, admission);
+        // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
+        match self.next(&result) {
+            Some(next) => {
+                // A redirect is a good answer of its origin, and all there is to it.
+                admission.into_iter().for_each(BreakerPermit::success);
+                Settled::Goes { unread: result.ok().map(Box::new), next }
+            }
+            None => {
+                self.leg.admission = admission;
+                Settled::Ended(result.map_err(|failed| failed.error))
+            }
+        }
+    }
+
+    /// What follows this result, if it is not the end.
+    fn next(&self, result: &Result<Response, Failed>) -> Option<Next<'a>> {
+        let Hop { request, body_is_gone, followed, .. } = &*self.hop;
         let redirect = result.as_ref().ok().and_then(|response| {
             let answer = (response.status(), response.headers());
             self.client.options.redirects.next(request, *body_is_gone, answer, *followed)
         });
         match redirect {
-            Some(request) => Next::Redirected(Box::new(request)),
-            None => self.again(result).unwrap_or(Next::End),
+            Some(request) => Some(Next::Redirected(Box::new(request))),
+            None => self.again(result),
         }
     }
 
@@ -315,7 +404,7 @@ impl<'a> Call<'a> {
         if blame == Blame::Pool && self.free < free && self.hop.may_repeat(unsent) {
             return Some(Next::Same);
         }
-        let hop = self.start.as_deref().unwrap_or(&self.hop);
+        let hop = self.start.as_deref().unwrap_or(self.hop);
         let possible = matches!(blame, Blame::Origin | Blame::Pool | Blame::Machine) && self.attempts < retry.attempts;
         if !possible || !hop.may_repeat(unsent) {
             return None;
@@ -327,28 +416,29 @@ impl<'a> Call<'a> {
         Some(Next::Again { at, token: self.client.budget.as_ref()?.take()? })
     }
 
-    /// Goes on with the request that a redirect asked for, and says whether it stays with the same origin.
-    fn follow(&mut self, request: Result<Request, Refused>) -> Result<bool, RequestError> {
+    /// Goes on with the request that a redirect asked for; with the permits, if it stays with the same origin.
+    fn follow(&mut self, request: Result<Request, Refused>) -> Result<(), RequestError> {
         let request = request.map_err(|Refused { to, problem }| RequestError::Redirect {
             to: redacted(&to),
             problem,
             report: self.report(Phase::Response),
         })?;
-        let subject = Subject { method: request.method().clone(), url: request.url().clone() };
-        let hop = Hop::new(self.client, request, subject, self.idempotent, self.hop.followed + 1);
-        let left = std::mem::replace(&mut self.hop, hop);
-        let stays = Arc::ptr_eq(&left.origin, &self.hop.origin);
+        let hop = Hop::new(self.client, request, self.order.idempotent, self.hop.followed + 1);
+        let left = std::mem::replace(self.hop, hop);
+        if !Arc::ptr_eq(&left.origin, &self.hop.origin) {
+            self.leg.permits = None;
+        }
         // An answer to what may not be sent twice is where another attempt goes on, not before it.
         self.start = match self.start.take() {
             _ if !left.repeatable || left.body_is_gone => None,
             None => Some(Box::new(left)),
             start => start,
         };
-        Ok(stays)
+        Ok(())
     }
 
     /// Reads the rest of an unwanted body, within limits, so that the next request finds its connection free.
-    async fn drain(&self, mut response: Response) {
+    async fn drain(&self, mut response: Box<Response>) {
         let read = async {
             let mut left = DRAIN_BYTES;
             while let Ok(Some(chunk)) = response.chunk().await {
@@ -362,24 +452,30 @@ impl<'a> Call<'a> {
         within(self.deadline.part(Some(DRAIN_TIMEOUT)), read).await;
     }
 
-    /// Puts the limits of the call around the body of its response.
-    pub(crate) fn finish(self, response: Response, hold: Hold) -> Response {
+    /// The response, and what goes with its body; or the error that a caller makes of it who takes nothing but success.
+    fn finish(mut self, response: Response) -> Result<(Response, BodyLimits, Hold), RequestError> {
+        let Leg { admission, permits } = std::mem::take(&mut self.leg);
+        let hold = Hold::new(admission, permits);
+        let status = response.status();
+        if self.order.for_success && (status.is_client_error() || status.is_server_error()) {
+            let retry_after = retry_after(response.headers(), SystemTime::now());
+            // Its body goes before the permits.
+            drop(response);
+            return Err(RequestError::Http { status, retry_after, report: self.report(Phase::Response) });
+        }
         let options = &self.client.options;
         let limits = BodyLimits {
             deadline: self.deadline,
             idle: options.idle_timeout,
             max_bytes: options.max_body,
             attempts: self.attempts,
-            subject: self.hop.subject,
             upload: self.upload,
         };
-        let mut response = guard(response, hold, limits);
-        response.extensions_mut().insert(Attempts(self.attempts));
-        response
+        Ok((response, limits, hold))
     }
 
     fn report(&self, phase: Phase) -> Box<CallReport> {
-        self.hop.subject.report(phase, self.attempts, self.deadline.elapsed())
+        CallReport::of(&self.hop.request, phase, self.attempts, self.deadline.elapsed())
     }
 
     fn circuit_open(&self, retry_after: Duration) -> RequestError {

@@ -123,8 +123,8 @@ impl TimeoutClient {
     /// let response = client.execute(request).await?;
     /// # Ok(()) }
     /// ```
-    pub async fn execute(&self, request: Request) -> Result<Response, RequestError> {
-        RequestBuilder::from_request(Arc::clone(&self.shared), request).send().await
+    pub fn execute(&self, request: Request) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+        RequestBuilder::from_request(Arc::clone(&self.shared), request).send()
     }
 
     /// Starts a request. An invalid URL shows as the error of [`RequestBuilder::send`].
@@ -215,22 +215,24 @@ impl TimeoutClient {
     /// assert!(user.posts.is_err_and(|error| error.is_timeout()));
     /// # Ok(()) }
     /// ```
-    pub async fn get_with_timeout(
+    pub fn get_with_timeout<U: IntoUrl>(
         &self,
-        url: impl IntoUrl,
+        url: U,
         timeout: Option<Duration>,
-    ) -> Result<Response, RequestError> {
+    ) -> impl Future<Output = Result<Response, RequestError>> + Send + use<U> {
         let mut request = self.get(url);
         if timeout.is_some() {
             request = request.timeout(timeout);
         }
-        request.send_for_success().await
+        request.send_for_success()
     }
 
     /// Fetches many URLs, as many at a time as the client's `concurrency` allows, and yields each answer as it arrives.
     ///
     /// Each URL has its own `per_request_timeout`, from its turn to the end of its body; `None` is the client's own
-    /// timeout. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping the stream
+    /// timeout. Its turn comes when it is one of those `concurrency`, so with a
+    /// [`concurrency_per_host`](TimeoutClientBuilder::concurrency_per_host) that is lower, the wait for a permit of the
+    /// host is part of that time. A duplicate is fetched again. A response with the status 4xx or 5xx is an error. Dropping the stream
     /// drops the calls in flight, and URLs whose turn has not come are never requested.
     ///
     /// The stream yields a response when its body is in memory (at most `max_body`), so you can collect the responses.

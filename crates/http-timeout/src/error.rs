@@ -97,6 +97,15 @@ pub enum RequestError {
         /// What the call asked for.
         report: Box<CallReport>,
     },
+    /// There is no tokio runtime here, or one without a time driver; nothing was sent.
+    #[error(
+        "{report}: a call needs a tokio runtime with time and IO: use #[tokio::main], or a builder with enable_all"
+    )]
+    #[non_exhaustive]
+    NoRuntime {
+        /// What the call asked for.
+        report: Box<CallReport>,
+    },
     /// The request could not be built, for instance because the URL is invalid; nothing was sent.
     #[error("{report}: the request is invalid{}: {}", _0.report.effort(), cause(_0), report = _0.report)]
     InvalidRequest(#[source] Failure),
@@ -146,6 +155,7 @@ impl RequestError {
             | Self::CircuitOpen { report, .. }
             | Self::BodyTooLarge { report, .. }
             | Self::Overloaded { report, .. }
+            | Self::NoRuntime { report, .. }
             | Self::Redirect { report, .. }
             | Self::Http { report, .. }
             | Self::InvalidRequest(Failure { report, .. })
@@ -193,7 +203,9 @@ impl RequestError {
         matches!(self, Self::Redirect { .. })
     }
 
-    /// Returns whether no connection could be made, so nothing was sent.
+    /// Returns whether no connection could be made, so the latest request was not sent.
+    ///
+    /// An earlier attempt, or the request that was redirected, may have been.
     pub fn is_connect(&self) -> bool {
         match self {
             Self::Timeout { phase, .. } => *phase == Phase::Connect,

@@ -123,6 +123,8 @@
 //!   (measured; Linux's `tcp_wmem` and `tcp_rmem` set it). They ask to refill it in steps of a third. If a peer is so
 //!   slow that such a step takes longer than the idle timeout, it is cut although it reads; nobody is charged for that.
 //! - `concurrency` counts calls, not connections; the pool is reqwest's.
+//! - A call that waits for a stream of an HTTP/2 connection waits for the origin, even if all its streams carry
+//!   responses that this client does not read. Keep `concurrency_per_host` below the server's limit, often 100.
 //! - With reqwest's feature `rustls-no-provider`, a missing provider panics inside reqwest; bring your own
 //!   [client](TimeoutClientBuilder::reqwest).
 //!

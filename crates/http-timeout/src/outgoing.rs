@@ -47,6 +47,13 @@ struct Flow {
     taken: Option<Instant>,
     /// When the peer last took something.
     progress: Instant,
+    /// None if the request has no body, as most have none.
+    feed: Option<Box<Feed>>,
+}
+
+/// How a body is handed over.
+#[derive(Debug)]
+struct Feed {
     /// Since when the connection has been waiting for our producer.
     starving: Option<Instant>,
     /// How long it waited for it before that.
@@ -54,6 +61,8 @@ struct Flow {
     producer_failed: bool,
     /// The longest time in which the peer showed no progress, although it made some.
     longest_pause: Duration,
+    /// A longer wait for the next piece makes the pieces smaller.
+    patience: Option<Duration>,
     bytes: u64,
     piece: usize,
 }
@@ -64,22 +73,11 @@ impl Outgoing {
     /// Such a body cannot be copied by what is below, so neither the redirects nor the retries of reqwest send it
     /// again behind our back.
     pub(crate) fn watch(request: &mut Request, idle: Option<Duration>) -> Self {
-        let flow = Flow {
-            taken: None,
-            progress: Instant::now(),
-            starving: None,
-            starved: Duration::ZERO,
-            producer_failed: false,
-            longest_pause: Duration::ZERO,
-            bytes: 0,
-            piece: PIECE_BYTES,
-        };
-        let outgoing = Self(Arc::new(Mutex::new(flow)));
-        let inner = request.body_mut().take();
-        let patience = idle.map(|idle| idle / 8);
-        let watched =
-            WatchedBody { inner, held: Bytes::new(), stretch: 0, pause: None, flow: outgoing.clone(), patience };
-        *request.body_mut() = Some(Body::wrap(watched));
+        let body = request.body_mut().take();
+        let feed = body.is_some().then(|| Box::new(Feed::new(idle.map(|idle| idle / 8))));
+        let outgoing = Self(Arc::new(Mutex::new(Flow { taken: None, progress: Instant::now(), feed })));
+        let upload = body.map(|inner| Box::new(Upload::new(inner)));
+        *request.body_mut() = Some(Body::wrap(WatchedBody { upload, flow: outgoing.clone() }));
         outgoing
     }
 
@@ -92,24 +90,30 @@ impl Outgoing {
     /// it has shown. While it waits for us, its silence is our doing.
     pub(crate) fn idle_end(&self, idle: Duration) -> Option<Instant> {
         let flow = self.lock();
-        let since = if flow.starving.is_none() { flow.progress } else { Instant::now() };
-        since.checked_add(idle.max(flow.longest_pause.saturating_mul(HIDDEN_STEPS)))
+        let Some(feed) = &flow.feed else { return flow.progress.checked_add(idle) };
+        let since = if feed.starving.is_none() { flow.progress } else { Instant::now() };
+        since.checked_add(idle.max(feed.longest_pause.saturating_mul(HIDDEN_STEPS)))
     }
 
     /// How long the peer had to wait for our producer.
     pub(crate) fn starved(&self) -> Duration {
-        let flow = self.lock();
-        flow.starved + flow.starving.map_or(Duration::ZERO, |since| since.elapsed())
+        let starved = |feed: &mut Feed| feed.starved + feed.starving.map_or(Duration::ZERO, |since| since.elapsed());
+        self.note(starved).unwrap_or_default()
     }
 
     /// Whether the producer of the body failed by itself.
     pub(crate) fn producer_failed(&self) -> bool {
-        self.lock().producer_failed
+        self.note(|feed| feed.producer_failed).unwrap_or_default()
     }
 
     /// Whether the peer may be taking more of the body than can be seen from here.
     pub(crate) fn is_hidden(&self) -> bool {
-        self.lock().bytes > UNSEEN_BYTES
+        self.note(|feed| feed.bytes > UNSEEN_BYTES).unwrap_or_default()
+    }
+
+    /// Looks at the feed, or changes it; `None` if the request has no body.
+    fn note<T>(&self, note: impl FnOnce(&mut Feed) -> T) -> Option<T> {
+        self.lock().feed.as_deref_mut().map(note)
     }
 
     fn lock(&self) -> MutexGuard<'_, Flow> {
@@ -127,36 +131,74 @@ impl Flow {
     }
 
     /// The connection asks for more: the peer has taken what it had.
-    fn asked(&mut self, patience: Option<Duration>) {
+    fn asked(&mut self) {
         let now = Instant::now();
         self.taken.get_or_insert(now);
-        let waited_for_us = self.starving.take();
-        if let Some(since) = waited_for_us {
-            self.starved += now.saturating_duration_since(since);
-        }
         let pause = now.saturating_duration_since(self.progress);
-        if waited_for_us.is_none() && self.bytes > 0 {
-            self.longest_pause = self.longest_pause.max(pause);
-            if patience.is_some_and(|patience| pause > patience) {
-                self.piece = (self.piece / 2).max(SMALL_PIECE_BYTES);
+        self.progress = now;
+        if let Some(feed) = &mut self.feed
+            && !feed.end_hunger(now)
+            && feed.bytes > 0
+        {
+            feed.longest_pause = feed.longest_pause.max(pause);
+            if feed.patience.is_some_and(|patience| pause > patience) {
+                feed.piece = (feed.piece / 2).max(SMALL_PIECE_BYTES);
             }
         }
-        self.progress = now;
+    }
+}
+
+impl Feed {
+    fn new(patience: Option<Duration>) -> Self {
+        Self {
+            starving: None,
+            starved: Duration::ZERO,
+            producer_failed: false,
+            longest_pause: Duration::ZERO,
+            patience,
+            bytes: 0,
+            piece: PIECE_BYTES,
+        }
+    }
+
+    /// The connection does not wait for our producer any more. Whether it did.
+    fn end_hunger(&mut self, now: Instant) -> bool {
+        let Some(since) = self.starving.take() else { return false };
+        self.starved += now.saturating_duration_since(since);
+        true
+    }
+
+    /// Hands a piece of `held` over.
+    fn serve(&mut self, held: &mut Bytes) -> Bytes {
+        let piece = held.split_to(held.len().min(self.piece));
+        self.bytes += piece.len() as u64;
+        piece
     }
 }
 
 /// The body of a request as the connection sees it. It asks for more when the peer has taken what it had.
 struct WatchedBody {
     /// None if the request has no body.
-    inner: Option<Body>,
+    upload: Option<Box<Upload>>,
+    flow: Outgoing,
+}
+
+/// A body on its way.
+struct Upload {
+    inner: Body,
     held: Bytes,
     /// What was handed over since the connection looked for an answer.
     stretch: usize,
+    /// Whether it has ever looked.
+    has_looked: bool,
     /// Ends when the runtime has looked at its sockets, or later.
     pause: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
-    flow: Outgoing,
-    /// A longer wait for the next piece makes the pieces smaller.
-    patience: Option<Duration>,
+}
+
+impl Upload {
+    fn new(inner: Body) -> Self {
+        Self { inner, held: Bytes::new(), stretch: 0, has_looked: false, pause: None }
+    }
 }
 
 /// Notes that the producer failed if it panics, which takes the connection along.
@@ -165,7 +207,7 @@ struct Unwinding<'a>(&'a Outgoing);
 impl Drop for Unwinding<'_> {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            self.0.lock().producer_failed = true;
+            self.0.note(|feed| feed.producer_failed = true);
         }
     }
 }
@@ -178,30 +220,26 @@ impl http_body::Body for WatchedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, reqwest::Error>>> {
-        let this = &mut *self;
+        let WatchedBody { upload: Some(this), flow: outgoing } = &mut *self else { return Poll::Ready(None) };
         if this.stretch >= STRETCH_BYTES {
-            let is_first = this.flow.lock().bytes == this.stretch as u64;
-            let pause = this.pause.get_or_insert_with(|| match is_first {
-                true => Box::pin(tokio::time::sleep(FIRST_LOOK)),
-                false => Box::pin(tokio::task::yield_now()),
+            let has_looked = this.has_looked;
+            let pause = this.pause.get_or_insert_with(|| match has_looked {
+                false => Box::pin(tokio::time::sleep(FIRST_LOOK)),
+                true => Box::pin(tokio::task::yield_now()),
             });
             std::task::ready!(pause.as_mut().poll(cx));
-            (this.stretch, this.pause) = (0, None);
+            (this.stretch, this.pause, this.has_looked) = (0, None, true);
         }
-        let mut flow = this.flow.lock();
-        flow.asked(this.patience);
+        outgoing.lock().asked();
         if this.held.is_empty() {
-            let Some(inner) = &mut this.inner else { return Poll::Ready(None) };
-            // The producer may be slow to answer, and may look at the same watch.
-            drop(flow);
-            let unwinding = Unwinding(&this.flow);
-            let polled = Pin::new(inner).poll_frame(cx);
+            // Not under the lock: the producer may be slow to answer, and may look at the same watch.
+            let unwinding = Unwinding(outgoing);
+            let polled = Pin::new(&mut this.inner).poll_frame(cx);
             drop(unwinding);
-            flow = this.flow.lock();
             match polled {
                 Poll::Pending => {
-                    this.stretch = 0;
-                    flow.starving = Some(Instant::now());
+                    (this.stretch, this.has_looked) = (0, true);
+                    outgoing.note(|feed| feed.starving = Some(Instant::now()));
                     return Poll::Pending;
                 }
                 Poll::Ready(Some(Ok(frame))) => match frame.into_data() {
@@ -209,14 +247,13 @@ impl http_body::Body for WatchedBody {
                     Err(trailers) => return Poll::Ready(Some(Ok(trailers))),
                 },
                 Poll::Ready(Some(Err(error))) => {
-                    flow.producer_failed = true;
+                    outgoing.note(|feed| feed.producer_failed = true);
                     return Poll::Ready(Some(Err(error)));
                 }
                 Poll::Ready(None) => return Poll::Ready(None),
             }
         }
-        let piece = this.held.split_to(this.held.len().min(flow.piece));
-        flow.bytes += piece.len() as u64;
+        let piece = outgoing.note(|feed| feed.serve(&mut this.held)).unwrap_or_default();
         this.stretch += piece.len();
         Poll::Ready(Some(Ok(Frame::data(piece))))
     }
@@ -224,17 +261,58 @@ impl http_body::Body for WatchedBody {
     fn is_end_stream(&self) -> bool {
         // The connection asks this before it writes the head, and nobody asks earlier.
         self.flow.lock().take();
-        self.held.is_empty() && self.inner.as_ref().is_none_or(http_body::Body::is_end_stream)
+        self.upload.as_ref().is_none_or(|upload| upload.held.is_empty() && upload.inner.is_end_stream())
     }
 
     fn size_hint(&self) -> SizeHint {
-        let inner = self.inner.as_ref().map_or_else(|| SizeHint::with_exact(0), http_body::Body::size_hint);
-        let held = self.held.len() as u64;
+        let Some(upload) = &self.upload else { return SizeHint::with_exact(0) };
+        let (inner, held) = (upload.inner.size_hint(), upload.held.len() as u64);
         let mut hint = SizeHint::new();
         if let Some(upper) = inner.upper() {
             hint.set_upper(upper + held);
         }
         hint.set_lower(inner.lower() + held);
         hint
+    }
+}
+
+impl Drop for WatchedBody {
+    fn drop(&mut self) {
+        let now = Instant::now();
+        let mut flow = self.flow.lock();
+        // Nobody waits for our producer from here on: what follows is the peer's silence, and begins now.
+        if flow.feed.as_mut().is_some_and(|feed| feed.end_hunger(now)) {
+            flow.progress = now;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::task::Waker;
+
+    use http::Method;
+    use http_body::Body as _;
+    use tokio::time::advance;
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn when_a_connection_has_dropped_the_body_nobody_waits_for_its_producer_any_more() {
+        let mut request = Request::new(Method::PUT, "http://localhost/".parse().expect("a URL"));
+        let never = futures_util::stream::pending::<Result<Bytes, std::io::Error>>();
+        *request.body_mut() = Some(Body::wrap_stream(never));
+        let outgoing = Outgoing::watch(&mut request, Some(SECOND));
+        let mut body = request.body_mut().take().expect("it was put there");
+        assert!(Pin::new(&mut body).poll_frame(&mut Context::from_waker(Waker::noop())).is_pending());
+        advance(SECOND * 3).await;
+        assert_eq!(outgoing.idle_end(SECOND), Some(Instant::now() + SECOND), "it waits for us");
+        drop(body);
+        let dropped = Instant::now();
+        advance(SECOND * 3).await;
+        assert_eq!(outgoing.idle_end(SECOND), Some(dropped + SECOND));
+        assert_eq!(outgoing.starved(), SECOND * 3);
     }
 }

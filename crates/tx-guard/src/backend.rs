@@ -21,6 +21,10 @@ pub type Options<DB> = <<DB as Database>::Connection as Connection>::Options;
 
 /// A database whose transactions can be guarded: [`sqlx::Sqlite`], [`sqlx::Postgres`] and [`sqlx::MySql`], each behind
 /// the feature of its name. Sealed.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no database of this build of cancel-safe-tx-guard",
+    note = "choose a database by the crate's feature `postgres`, `sqlite` or `mysql`"
+)]
 pub trait Backend: Driver {}
 
 /// How strictly a transaction is isolated from others that run at the same time.

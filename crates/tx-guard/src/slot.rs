@@ -152,7 +152,8 @@ impl<DB: Backend> Shared<DB> {
             Ok(Err(Failure::Late(timeout))) => Err(TxError::ConnectTimeout { target: target(), timeout }),
             Ok(Err(Failure::Closed)) => Err(TxError::Closed),
             Ok(Err(Failure::NoFeature)) => {
-                let reason = "sqlx was built without it, and can open no connection";
+                let reason =
+                    "sqlx can open no connection without it: add its feature `runtime-tokio` to your Cargo.toml";
                 Err(TxError::InvalidOption { option: "sqlx/runtime-tokio", reason })
             }
             Ok(Err(Failure::Failed(error))) => Err(DB::connect_error(target(), error)),

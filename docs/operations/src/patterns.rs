@@ -25,7 +25,7 @@ const HEAD: &str = "\
 
 # What breaks, and what does not
 
-Which mistakes make code wrong when its future is dropped, what does a test say of them, and how are they mended?
+Which mistakes break code whose future is dropped, what does a test report, and how are they fixed?
 
 Each section shows broken code, the report that [`testing`](proof.md) prints for it, and the mended code, for which it
 reports nothing. The code is compiled and explored, and the reports are printed, by `cargo xtask patterns`; `cargo xtask

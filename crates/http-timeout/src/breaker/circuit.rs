@@ -304,7 +304,7 @@ impl Circuit {
             Ending::Success | Ending::Unread | Ending::Stream => cold.probes.succeed(number, rules),
         };
         if ending == Ending::Success {
-            self.window.answer(now);
+            self.window.here().answer(now);
             self.learn(waited);
         }
         match verdict {
@@ -319,7 +319,7 @@ impl Circuit {
     /// they begin to take longer. The lowest bits of the clock are as good as dice.
     #[inline]
     pub(crate) fn is_quick(&self, admission: &Admission) -> bool {
-        let is_busy = admission.since.saturating_sub(self.window.answered_here()) < QUICK;
+        let is_busy = admission.since.saturating_sub(self.window.here().answered()) < QUICK;
         let is_usual = self.usual.load(Relaxed) < QUICK;
         self.rules.slow.is_none() && is_busy && is_usual && !admission.since.is_multiple_of(16)
     }

@@ -16,15 +16,16 @@ impl Circuit {
     /// The callee is well. If its answer is finished, so is a silence.
     #[inline]
     pub(super) fn succeed(&self, expected: u64, is_finished: bool, times: Times) -> Option<Transition> {
+        let stripe = self.window.here();
         if is_finished {
             self.learn(times.waited);
-            self.window.answer(times.now);
+            stripe.answer(times.now);
         }
         let forgets = if is_finished { COUNTER | SILENT } else { COUNTER };
         if self.is_slow(times.took) {
             return self.record(expected, Tally { failure: false, slow: true }, forgets, times.now);
         }
-        let slid = self.window.succeed(generation(expected), times.now);
+        let slid = self.window.succeed(stripe, generation(expected), times.now);
         // After the success was counted: whoever marks the window as short counts after that, so one sees the other.
         let word = self.word.load(SeqCst);
         if word == expected && !slid { None } else { self.look(expected, forgets, slid, times.now) }

@@ -92,7 +92,7 @@ pub(crate) struct Window {
 /// Two cache lines wide, so that threads on different stripes do not invalidate each other's lines.
 #[derive(Debug)]
 #[repr(align(128))]
-struct Stripe {
+pub(crate) struct Stripe {
     successes: AtomicU64,
     /// When the latest answer was finished.
     answered: AtomicU64,
@@ -138,9 +138,9 @@ impl Window {
         }
     }
 
-    /// Counts a success of `generation` that is not slow. True if the window slid: a rate may be higher than it was.
+    /// Counts a success of `generation` that is not slow, on a stripe. True if the window slid: a rate may be higher than it was.
     #[inline]
-    pub(crate) fn succeed(&self, generation: u64, now: Nanos) -> bool {
+    pub(crate) fn succeed(&self, stripe: &Stripe, generation: u64, now: Nanos) -> bool {
         if self.is_counting {
             self.record(generation, now, Tally::WELL);
             return false;
@@ -150,7 +150,7 @@ impl Window {
         if turns {
             self.turn(now);
         }
-        let successes = &self.here().successes;
+        let successes = &stripe.successes;
         let mut word = successes.load(Relaxed);
         // A stripe of a later generation ignores it, and one that is full beyond belief stays as it is.
         while word & !COUNT == tag(generation) && word & COUNT != COUNT {
@@ -210,25 +210,14 @@ impl Window {
         }
     }
 
-    /// Notes that an answer was finished.
-    #[inline]
-    pub(crate) fn answer(&self, now: Nanos) {
-        self.here().answered.store(now, Relaxed);
-    }
-
-    /// When the latest answer on this stripe was finished.
-    #[inline]
-    pub(crate) fn answered_here(&self) -> Nanos {
-        self.here().answered.load(Relaxed)
-    }
-
     /// When the latest answer was finished.
     pub(crate) fn answered(&self) -> Nanos {
         self.stripes.iter().map(|stripe| stripe.answered.load(Relaxed)).max().unwrap_or(0)
     }
 
+    /// The stripe of this thread.
     #[inline]
-    fn here(&self) -> &Stripe {
+    pub(crate) fn here(&self) -> &Stripe {
         // The number of stripes is a power of two, and a mask is cheaper than a remainder.
         &self.stripes[thread_index() & (STRIPES - 1)]
     }
@@ -265,6 +254,20 @@ impl Window {
     fn lock(&self) -> MutexGuard<'_, Ledger> {
         // Nothing in a critical section can panic half way; a poisoned window is still a window.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stripe {
+    /// Notes that an answer was finished.
+    #[inline]
+    pub(crate) fn answer(&self, now: Nanos) {
+        self.answered.store(now, Relaxed);
+    }
+
+    /// When the latest answer on this stripe was finished.
+    #[inline]
+    pub(crate) fn answered(&self) -> Nanos {
+        self.answered.load(Relaxed)
     }
 }
 

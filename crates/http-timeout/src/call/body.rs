@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use http::{HeaderMap, header::CONTENT_TYPE};
 use http_body::{Body as _, Frame, SizeHint};
-use reqwest::{Response, ResponseBuilderExt};
+use reqwest::{Request, Response, ResponseBuilderExt};
 use tokio::{
     runtime::Handle,
     time::{Instant, Sleep, sleep_until},
@@ -22,10 +22,11 @@ use tokio::{
 use crate::{
     breaker::BreakerPermit,
     call::{
+        Attempts,
         blame::had_it_all,
         deadline::{Deadline, earlier, into_io},
     },
-    error::{CallReport, Limit, Phase, RequestError, Subject},
+    error::{CallReport, Limit, Phase, RequestError},
     limit::Permits,
     outgoing::Outgoing,
 };
@@ -38,11 +39,11 @@ pub(crate) struct Hold {
     /// None if the head of the response was a failure already.
     admission: Option<BreakerPermit>,
     /// Declared after the admission, because the next call that gets the permits must see its result.
-    _permits: Permits,
+    _permits: Option<Permits>,
 }
 
 impl Hold {
-    pub(crate) fn new(admission: Option<BreakerPermit>, permits: Permits) -> Self {
+    pub(crate) fn new(admission: Option<BreakerPermit>, permits: Option<Permits>) -> Self {
         Self { admission, _permits: permits }
     }
 
@@ -111,26 +112,32 @@ pub(crate) struct BodyLimits {
     pub(crate) idle: Option<Duration>,
     pub(crate) max_bytes: Option<u64>,
     pub(crate) attempts: u32,
-    /// What the call asked for, for its errors.
-    pub(crate) subject: Subject,
     /// The body of the request, if that is a stream and may still be on its way.
     pub(crate) upload: Option<Outgoing>,
 }
 
-/// Puts the guard around the body of `response`; everything else about it stays.
-pub(crate) fn guard(response: Response, mut hold: Hold, limits: BodyLimits) -> Response {
-    let (parts, inner) = apart(response);
-    // An empty body has ended already: its call must not hold a permit until the response is dropped.
-    let hold = if inner.is_end_stream() {
-        hold.finish(Duration::ZERO);
-        None
-    } else {
-        hold.end_if_stream(&parts.headers);
-        Some(hold)
-    };
-    let body =
-        GuardedBody { inner, hold, limits, received: 0, waiting_since: None, waited: Duration::ZERO, timer: None };
-    http::Response::from_parts(parts, reqwest::Body::wrap(body)).into()
+impl BodyLimits {
+    /// Puts the guard around the body of `response`, the answer to `request`; everything else about it stays.
+    pub(crate) fn guard(self, mut request: Request, response: Response, mut hold: Hold) -> Response {
+        let (attempts, (parts, inner)) = (Attempts(self.attempts), apart(response));
+        // An empty body has ended already: its call must not hold a permit until the response is dropped.
+        let hold = if inner.is_end_stream() {
+            hold.finish(Duration::ZERO);
+            None
+        } else {
+            hold.end_if_stream(&parts.headers);
+            Some(hold)
+        };
+        // What its errors tell of it is left.
+        request.headers_mut().clear();
+        *request.body_mut() = None;
+        let (received, waiting_since, waited, timer) = (0, None, Duration::ZERO, None);
+        let body = GuardedBody { inner, hold, limits: self, request, received, waiting_since, waited, timer };
+        let mut response = Response::from(http::Response::from_parts(parts, reqwest::Body::wrap(body)));
+        // Here, where the URL has left the map: it would have to grow for both.
+        response.extensions_mut().insert(attempts);
+        response
+    }
 }
 
 /// Reads the body of `response` into memory, and gives the response back with it.
@@ -169,6 +176,8 @@ struct GuardedBody {
     /// None once the body has ended.
     hold: Option<Hold>,
     limits: BodyLimits,
+    /// What the call asked for, for its errors.
+    request: Request,
     received: u64,
     /// Since when the consumer has been waiting for the peer; none while it is busy itself.
     waiting_since: Option<Instant>,
@@ -188,16 +197,23 @@ impl GuardedBody {
         if self.limits.deadline.is_past(Instant::now()) { Err(self.timed_out(Duration::ZERO)) } else { Ok(frame) }
     }
 
+    /// Nothing more will be read. The body goes first: whoever gets the permits must not find one more in flight than
+    /// there are permits, however long the response is kept.
+    fn end(&mut self) -> Option<Hold> {
+        drop(std::mem::take(&mut self.inner));
+        self.hold.take()
+    }
+
     fn too_large(&mut self, limit: u64) -> BoxError {
         // The origin did nothing wrong.
-        self.hold = None;
+        drop(self.end());
         RequestError::BodyTooLarge { limit, report: self.report() }.into()
     }
 
     /// A limit of time was reached, and the latest wait for a piece was this long.
     fn timed_out(&mut self, quiet: Duration) -> BoxError {
         let limit = if self.limits.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Idle };
-        match self.hold.take() {
+        match self.end() {
             Some(hold) if limit == Limit::Total => hold.run_out(self.limits.deadline.whole(), self.waited, quiet),
             hold => hold.into_iter().for_each(Hold::fail),
         }
@@ -205,8 +221,8 @@ impl GuardedBody {
     }
 
     fn report(&self) -> Box<CallReport> {
-        let BodyLimits { subject, deadline, attempts, .. } = &self.limits;
-        subject.report(Phase::Body, *attempts, deadline.elapsed())
+        let BodyLimits { deadline, attempts, .. } = &self.limits;
+        CallReport::of(&self.request, Phase::Body, *attempts, deadline.elapsed())
     }
 
     /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
@@ -219,7 +235,7 @@ impl GuardedBody {
     /// The connection broke, which our upload may have brought about.
     fn fail(&mut self) {
         let producer_failed = self.limits.upload.as_ref().is_some_and(Outgoing::producer_failed);
-        self.hold.take().into_iter().for_each(if producer_failed { Hold::ignore } else { Hold::fail });
+        self.end().into_iter().for_each(if producer_failed { Hold::ignore } else { Hold::fail });
     }
 
     /// Whether the peer has sent something that nobody has looked at. A consumer that was busy elsewhere, behind a read
@@ -303,9 +319,7 @@ impl Drop for GuardedBody {
         if !quiet.is_zero() && self.has_more() {
             quiet = Duration::ZERO;
         }
-        // The body first: whoever gets the permits must not find one more in flight than there are permits.
-        drop(std::mem::take(&mut self.inner));
-        if let Some(hold) = self.hold.take() {
+        if let Some(hold) = self.end() {
             hold.abandon(quiet);
         }
     }

@@ -5,12 +5,16 @@
 use std::{
     future::{Future, poll_fn},
     io,
-    pin::pin,
+    panic::catch_unwind,
+    pin::{Pin, pin},
     task::Poll,
     time::Duration,
 };
 
-use tokio::time::{Instant, sleep_until, timeout_at};
+use tokio::{
+    runtime::Handle,
+    time::{Instant, sleep_until, timeout_at},
+};
 
 use crate::{
     error::{Limit, RequestError},
@@ -63,6 +67,12 @@ pub(crate) fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant>
     a.into_iter().chain(b).min()
 }
 
+/// Whether there is a runtime, and one in which time passes.
+pub(crate) fn has_timers() -> bool {
+    // tokio panics where there is no time driver, and has no other way to tell.
+    Handle::try_current().is_ok() && catch_unwind(|| sleep_until(Instant::now())).is_ok()
+}
+
 /// Awaits `future` until `end`; `None` if it was not ready by then.
 pub(crate) async fn within<F: Future>(end: Option<Instant>, future: F) -> Option<F::Output> {
     match end {
@@ -92,28 +102,32 @@ impl Patience {
 /// Awaits `response` until a limit is reached, and tells which.
 ///
 /// The timer is not moved at each sign of life of the peer: when it fires, it looks for the latest and sleeps again.
-pub(crate) async fn watched<F: Future>(
-    response: F,
+#[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
+pub(crate) fn watched<'a, F: Future + Unpin>(
+    mut response: F,
     patience: Patience,
-    outgoing: &Outgoing,
-) -> Result<F::Output, Limit> {
-    let Some((first_look, _)) = patience.next_look(outgoing) else { return Ok(response.await) };
-    let mut response = pin!(response);
-    let mut timer = pin!(sleep_until(first_look));
-    poll_fn(|cx| {
-        if let Poll::Ready(response) = response.as_mut().poll(cx) {
-            return Poll::Ready(Ok(response));
-        }
-        while timer.as_mut().poll(cx).is_ready() {
-            match patience.next_look(outgoing) {
-                Some((look, limit)) if look <= Instant::now() => return Poll::Ready(Err(limit)),
-                Some((look, _)) => timer.as_mut().reset(look),
-                None => return Poll::Pending,
+    outgoing: &'a Outgoing,
+) -> impl Future<Output = Result<F::Output, Limit>> + use<'a, F> {
+    async move {
+        // Without a limit, the timer is one that nobody asks.
+        let (first_look, is_limited) =
+            patience.next_look(outgoing).map_or_else(|| (Instant::now(), false), |(look, _)| (look, true));
+        let mut timer = pin!(sleep_until(first_look));
+        poll_fn(|cx| {
+            if let Poll::Ready(response) = Pin::new(&mut response).poll(cx) {
+                return Poll::Ready(Ok(response));
             }
-        }
-        Poll::Pending
-    })
-    .await
+            while is_limited && timer.as_mut().poll(cx).is_ready() {
+                match patience.next_look(outgoing) {
+                    Some((look, limit)) if look <= Instant::now() => return Poll::Ready(Err(limit)),
+                    Some((look, _)) => timer.as_mut().reset(look),
+                    None => return Poll::Pending,
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
 }
 
 /// A timeout in the shape in which `reqwest::Error::is_timeout` recognises it.

@@ -6,12 +6,11 @@ use std::sync::Arc;
 
 use reqwest::Request;
 
-use crate::{breaker::CircuitBreaker, call::shared::Shared, error::Subject, origins::Origin};
+use crate::{breaker::CircuitBreaker, call::shared::Shared, origins::Origin};
 
 /// A request as it goes to one origin: the caller's own, or one that a redirect asked for.
 #[derive(Debug)]
 pub(super) struct Hop {
-    pub(super) subject: Subject,
     /// Without its body if that could be sent only once, and was.
     pub(super) request: Request,
     pub(super) body_is_gone: bool,
@@ -24,12 +23,12 @@ pub(super) struct Hop {
 }
 
 impl Hop {
-    pub(super) fn new(client: &Shared, request: Request, subject: Subject, idempotent: bool, followed: u32) -> Self {
+    pub(super) fn new(client: &Shared, request: Request, idempotent: bool, followed: u32) -> Self {
         let repeatable =
             idempotent || request.method().is_idempotent() || request.headers().contains_key("idempotency-key");
         let origin = client.origins.of(request.url());
         let breaker = client.origins.breaker(&request, &origin);
-        Self { subject, request, body_is_gone: false, repeatable, origin, breaker, followed }
+        Self { request, body_is_gone: false, repeatable, origin, breaker, followed }
     }
 
     /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.

@@ -18,38 +18,34 @@ use crate::{
 /// What an exchange came to, with what it holds.
 type Outcome = (Result<Response, Failed>, Leg);
 
-impl Call<'_> {
-    /// Sends the request of this hop, and a copy of it if the client hedges and the answer is late.
-    pub(super) async fn send(&mut self, leg: Leg) -> Outcome {
-        let mut request = self.hop.request();
-        let outgoing = Outgoing::watch(&mut request, self.client.options.idle_timeout);
-        self.upload = self.hop.body_is_gone.then(|| outgoing.clone());
-        let hedging = self.client.hedging.as_ref().filter(|_| request.method().is_safe());
-        let copy = hedging.filter(|_| !self.hop.body_is_gone);
-        let copy = copy.and_then(|hedging| Some((hedging, self.hop.request.try_clone()?)));
-        match copy {
-            None => (self.exchange(request, &outgoing).await, leg),
-            Some((hedging, copy)) => {
-                let first = (request, outgoing, leg);
-                // Apart, so that calls which are not hedged do not carry a future of twice the size.
-                let (outcome, copies) = Box::pin(self.hedged(hedging, first, copy)).await;
-                self.attempts += copies;
-                outcome
-            }
-        }
+impl<'a> Call<'a> {
+    /// The hedging of the client, if it is for this request.
+    pub(super) fn hedging(&self) -> Option<&'a Hedging> {
+        let request = &self.hop.request;
+        let can_be_copied = request.body().is_none_or(|body| body.as_bytes().is_some());
+        self.client.hedging.as_ref().filter(|_| request.method().is_safe() && can_be_copied)
+    }
+
+    /// Sends the request of this hop, and a copy of it if the answer is late.
+    pub(super) async fn hedge(&mut self, hedging: &Hedging) -> Result<Response, Failed> {
+        let (response, outgoing) = self.launch();
+        let leg = std::mem::take(&mut self.leg);
+        let ((result, leg), copies) = self.hedged(hedging, (response, outgoing, leg)).await;
+        self.leg = leg;
+        self.attempts += copies;
+        result
     }
 
     async fn hedged(
         &self,
         hedging: &Hedging,
-        (request, outgoing, leg): (Request, Outgoing, Leg),
-        copy: Request,
+        (response, outgoing, leg): (impl Future<Output = reqwest::Result<Response>> + Unpin, Outgoing, Leg),
     ) -> (Outcome, u32) {
         hedging.deposit();
         let pace = self.hop.origin.pace.get_or_init(Box::default);
         let mut runner = pace.run();
         let started = Instant::now();
-        let mut first = Box::pin(async { (self.exchange(request, &outgoing).await, leg) });
+        let mut first = Box::pin(async { (self.exchange(response, &outgoing).await, leg) });
         let early = match pace.late_after().and_then(|late| started.checked_add(late)) {
             Some(late) => timeout_at(late, &mut first).await.ok(),
             None => Some((&mut first).await),
@@ -57,7 +53,7 @@ impl Call<'_> {
         let (outcome, copies) = match early {
             Some(outcome) => (outcome, 0),
             None => match runner.is_late().then(|| self.second(hedging)).flatten() {
-                Some((wager, leg)) => (self.decide(first, copy, wager, leg).await, 1),
+                Some((copy, wager, leg)) => (self.decide(first, copy, wager, leg).await, 1),
                 None => (first.await, 0),
             },
         };
@@ -68,7 +64,7 @@ impl Call<'_> {
     }
 
     /// What a copy needs, if it is there without a wait.
-    fn second<'h>(&self, hedging: &'h Hedging) -> Option<(Wager<'h>, Leg)> {
+    fn second<'h>(&self, hedging: &'h Hedging) -> Option<(Request, Wager<'h>, Leg)> {
         let origin = &self.hop.origin;
         // Half-open, the admissions are for probes.
         if self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() != State::Closed) {
@@ -76,20 +72,21 @@ impl Call<'_> {
         }
         let wager = hedging.take()?;
         let permits = Permits::try_acquire(&self.client.gate, origin.gate.as_ref())?;
-        Some((wager, Leg { admission: self.admit().ok()?, permits }))
+        let copy = self.hop.request.try_clone()?;
+        Some((copy, wager, Leg { admission: self.admit().ok()?, permits: Some(permits) }))
     }
 
     /// Sends the copy, and waits for the better of both. The futures are gone when this returns.
     async fn decide(
         &self,
         first: impl Future<Output = Outcome> + Unpin,
-        mut copy: Request,
+        copy: Request,
         wager: Wager<'_>,
         leg: Leg,
     ) -> Outcome {
-        let outgoing = Outgoing::watch(&mut copy, self.client.options.idle_timeout);
+        let (response, outgoing) = self.execute(copy);
         let _stake = Stake { wager, outgoing: outgoing.clone() };
-        let second = Box::pin(async { (self.exchange(copy, &outgoing).await, leg) });
+        let second = Box::pin(async { (self.exchange(response, &outgoing).await, leg) });
         match select(first, second).await {
             Either::Left((outcome, _)) if self.is_good(&outcome) => outcome,
             Either::Right((outcome, _)) if self.is_good(&outcome) => outcome,

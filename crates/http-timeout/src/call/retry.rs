@@ -194,7 +194,7 @@ impl Budget {
         self.quiet_since.fetch_max(now, Ordering::Relaxed);
         let less = |left: u64| left.checked_sub(TOKEN);
         self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less).ok()?;
-        Some(Token { budget: self, spent: false })
+        Some(Token { budget: self })
     }
 
     /// Pays for the peace since the last wish, and tells the time.
@@ -235,21 +235,19 @@ impl Budget {
 #[must_use = "a dropped token goes back to the budget"]
 pub(super) struct Token<'a> {
     budget: &'a Budget,
-    spent: bool,
 }
 
 impl Token<'_> {
-    pub(super) fn spend(mut self) {
-        self.spent = true;
+    pub(super) fn spend(self) {
         self.budget.made.fetch_add(1, Ordering::Relaxed);
+        // It owns nothing, and its drop would give it back.
+        std::mem::forget(self);
     }
 }
 
 impl Drop for Token<'_> {
     fn drop(&mut self) {
-        if !self.spent {
-            self.budget.add(TOKEN);
-        }
+        self.budget.add(TOKEN);
     }
 }
 

@@ -84,10 +84,10 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
         if self.timeout.is_some() {
             request = request.timeout(self.timeout);
         }
-        let url = url.to_owned();
+        let (call, url) = (request.send_for_success(), url.to_owned());
         self.running.push(Box::pin(async move {
             // Whole, because a caller who collects the answers reads none before the last has come.
-            let result = match request.send_for_success().await {
+            let result = match call.await {
                 Ok(response) => read_whole(response).await,
                 Err(error) => Err(error),
             };

@@ -4,18 +4,19 @@
 
 use std::{
     fmt,
+    future::{Future, ready},
     sync::Arc,
-    time::{Duration, SystemTime},
+    time::Duration,
 };
 
+use futures_util::future::Either;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Version, header::Entry};
 use reqwest::{Body, IntoUrl, Request, Response};
 use serde::Serialize;
-use tokio::time::Instant;
 use url::Url;
 
 use crate::{
-    call::{Attempts, Call, Order, Shared, retry_after},
+    call::{DefaultHeaders, Order, Shared, send},
     error::{CallReport, Failure, Phase, RequestError, Subject, redacted, redacted_text},
 };
 
@@ -160,6 +161,8 @@ impl RequestBuilder {
 
     /// Sends the request, and retries it as the client's policy says. Any status is `Ok`, as in reqwest.
     ///
+    /// The call begins, and its time with it, when the returned future is first polled.
+    ///
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, the connection is abandoned, and permits, probe slot
@@ -171,30 +174,22 @@ impl RequestBuilder {
     /// [`RequestError`] says which limit was reached, that the circuit is open, that the request is invalid, or how the
     /// network failed. A timeout while the body is read is an error of the read, and [`reqwest::Error::is_timeout`] is
     /// true for it.
-    pub async fn send(self) -> Result<Response, RequestError> {
-        // Taken apart first, so that the future does not carry what the request was built from.
-        let Self { client, request, timeout, idempotent, streaming } = self;
-        let mut call = prepared(&client, request, Order { timeout, idempotent, streaming })?;
-        let (response, hold) = call.run().await?;
-        Ok(call.finish(response, hold))
+    pub fn send(self) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+        self.sent(false)
     }
 
     /// Sends a GET request and turns 4xx and 5xx into errors.
-    pub(crate) async fn send_for_success(self) -> Result<Response, RequestError> {
-        let begun = Instant::now();
-        let response = self.send().await?;
-        let status = response.status();
-        if !status.is_client_error() && !status.is_server_error() {
-            return Ok(response);
+    pub(crate) fn send_for_success(self) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+        self.sent(true)
+    }
+
+    fn sent(self, for_success: bool) -> impl Future<Output = Result<Response, RequestError>> + Send + use<> {
+        let Self { client, request, timeout, idempotent, streaming } = self;
+        let order = Order { idempotent, streaming, for_success };
+        match built(request, &client.options.default_headers) {
+            Ok((reqwest, request)) => Either::Left(send(client, reqwest, request, timeout, order)),
+            Err(error) => Either::Right(ready(Err(error))),
         }
-        let attempts = response.extensions().get::<Attempts>().map_or(1, |attempts| attempts.0);
-        let (url, elapsed) = (redacted(response.url()), begun.elapsed());
-        let method = Some(Method::GET);
-        Err(RequestError::Http {
-            status,
-            retry_after: retry_after(response.headers(), SystemTime::now()),
-            report: Box::new(CallReport { method, url, phase: Phase::Response, attempts, elapsed }),
-        })
     }
 }
 
@@ -209,20 +204,19 @@ impl fmt::Debug for RequestBuilder {
     }
 }
 
-/// The call that sends the request, if that is valid.
-fn prepared(
-    client: &Shared,
+/// The request, if it is valid, and who sends it.
+fn built(
     request: Result<(reqwest::RequestBuilder, Subject), RequestError>,
-    order: Order,
-) -> Result<Call<'_>, RequestError> {
+    default_headers: &DefaultHeaders,
+) -> Result<(reqwest::Client, Request), RequestError> {
     let (request, subject) = request?;
     let (reqwest, request) = request.build_split();
     let mut request =
         request.map_err(|error| RequestError::reported(error, subject.report(Phase::Permit, 0, Duration::ZERO)))?;
-    for (name, value) in &client.options.default_headers.0 {
+    for (name, value) in &default_headers.0 {
         if let Entry::Vacant(vacant) = request.headers_mut().entry(name) {
             vacant.insert(value.clone());
         }
     }
-    Ok(Call::new(client, reqwest, request, subject, order))
+    Ok((reqwest, request))
 }

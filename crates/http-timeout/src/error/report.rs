@@ -5,15 +5,18 @@
 use std::{fmt, time::Duration};
 
 use http::Method;
+use reqwest::Request;
 use url::Url;
 
 /// What a call was doing when it ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Waiting for a permit of the client's limits; nothing had been sent.
+    /// Waiting for a permit of the client's limits. The request that waits was not sent; one before it may have been,
+    /// unless `attempts` is 0.
     Permit,
-    /// Connecting; nothing had been sent.
+    /// Connecting. The request was not sent; one before it, an earlier attempt or the one that was redirected, may have
+    /// been.
     Connect,
     /// Sending the request or waiting for the head of the response.
     Response,
@@ -77,6 +80,12 @@ pub struct CallReport {
 }
 
 impl CallReport {
+    /// Of the call that sends `request`.
+    pub(crate) fn of(request: &Request, phase: Phase, attempts: u32, elapsed: Duration) -> Box<Self> {
+        let (method, url) = (Some(request.method().clone()), redacted(request.url()));
+        Box::new(Self { method, url, phase, attempts, elapsed })
+    }
+
     /// "after 2 attempts in 1.2 s", if that is known.
     pub(super) fn effort(&self) -> String {
         if self.method.is_none() {
@@ -124,8 +133,8 @@ impl fmt::Debug for Subject {
 
 impl Subject {
     pub(crate) fn report(&self, phase: Phase, attempts: u32, elapsed: Duration) -> Box<CallReport> {
-        let url = redacted(&self.url);
-        Box::new(CallReport { method: Some(self.method.clone()), url, phase, attempts, elapsed })
+        let (method, url) = (Some(self.method.clone()), redacted(&self.url));
+        Box::new(CallReport { method, url, phase, attempts, elapsed })
     }
 }
 

@@ -6,7 +6,10 @@ use std::{
     time::Duration,
 };
 
-use cancel_safe_http_timeout::{BreakerConfig, Limit, Phase, RequestError, Retry, TimeoutClient, TimeoutClientBuilder};
+use cancel_safe_http_timeout::{
+    BreakerConfig, Hedge, Limit, Phase, RequestError, Retry, TimeoutClient, TimeoutClientBuilder,
+};
+use futures_util::{FutureExt as _, StreamExt as _};
 use http::{HeaderMap, Method};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -259,4 +262,30 @@ async fn without_tls_an_https_url_names_the_feature_to_add_and_blames_nobody() {
     }
     assert!(client.open_origins().is_empty());
     assert_eq!(client.metrics().retries, 0);
+}
+
+#[test]
+fn without_a_runtime_or_its_timers_a_call_is_an_error_and_no_panic() {
+    let build = |builder: TimeoutClientBuilder| builder.build().unwrap();
+    let clients = [
+        build(TimeoutClient::builder()),
+        build(TimeoutClient::builder().hedge(Hedge::at_percentile(0.5))),
+        // Nothing of its own needs a timer then.
+        build(TimeoutClient::builder().timeout(None).attempt_timeout(None).connect_timeout(None).idle_timeout(None)),
+    ];
+    let timeless = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+    for client in &clients {
+        let calls = || {
+            let call = client.get("http://127.0.0.1:9/").send();
+            let mut many = client.get_many(["http://127.0.0.1:9/"], None);
+            async move { [call.await.unwrap_err(), many.next().await.unwrap().result.unwrap_err()] }
+        };
+        let outside = calls().now_or_never().expect("it waits for nothing");
+        let inside = timeless.block_on(calls());
+        for error in outside.into_iter().chain(inside) {
+            assert!(matches!(error, RequestError::NoRuntime { .. }), "{error}");
+            let text = error.to_string();
+            assert!(text.starts_with("GET http://127.0.0.1:9/: a call needs a tokio runtime"), "{text}");
+        }
+    }
 }

@@ -150,3 +150,16 @@ fn a_key_or_a_class_without_a_breaker_is_an_error() {
     let classified = TimeoutClient::builder().classify(|_| Class::Success).build();
     assert_eq!(classified.unwrap_err().option(), Some("classify"));
 }
+
+#[tokio::test]
+async fn an_answer_that_get_with_timeout_turns_into_an_error_is_an_answer() {
+    let server = Server::start(|_, _| async { reply(404, vec![b'x'; 1_000_000]) });
+    let client = client(|builder| builder);
+    for _ in 0..10 {
+        let error = client.get_with_timeout(server.url("/"), None).await.unwrap_err();
+        assert_eq!(error.status().map(|status| status.as_u16()), Some(404));
+    }
+    let metrics = breaker(&client, &server).metrics();
+    assert_eq!((metrics.calls, metrics.failures, metrics.cancelled), (10, 0, 0), "{metrics:?}");
+    assert_eq!(client.metrics().in_flight, 0);
+}

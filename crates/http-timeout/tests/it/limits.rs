@@ -143,6 +143,26 @@ async fn a_body_over_the_cap_is_an_error_whether_announced_or_not() {
 }
 
 #[tokio::test]
+async fn a_response_whose_body_has_failed_keeps_no_connection() {
+    let server = Server::start(|request, _| async move {
+        match request.uri().path() {
+            "/large" => drip(100_000, 1_000, Duration::from_millis(1)),
+            _ => drip(2, 1_000, Duration::from_secs(600)),
+        }
+    });
+    let client = TimeoutClient::builder().max_body(10_000).idle_timeout(Duration::from_millis(50)).build().unwrap();
+    let mut failed = Vec::new();
+    for path in ["/large", "/silent"] {
+        let mut response = client.get(server.url(path)).send().await.unwrap();
+        while response.chunk().await.is_ok_and(|chunk| chunk.is_some()) {}
+        failed.push(response);
+    }
+    // The permits are free, so what they stood for must be over, although the responses are still here.
+    eventually(|| (client.metrics().in_flight, server.bodies()) == (0, 0)).await;
+    drop(failed);
+}
+
+#[tokio::test]
 async fn get_many_can_be_collected_beyond_the_limit_whatever_the_size_of_the_bodies() {
     let server = Server::start(|request, _| async move {
         if request.uri().path() == "/0" { reply(200, vec![b'x'; 3_000_000]) } else { drip(3, 100_000, Duration::ZERO) }

@@ -82,6 +82,11 @@ impl Server {
         self.seen.connections.load(Ordering::SeqCst)
     }
 
+    /// Responses that are on their way.
+    pub(crate) fn bodies(&self) -> usize {
+        self.seen.bodies.load(Ordering::SeqCst)
+    }
+
     /// The most responses that were on their way at a time.
     pub(crate) fn most_bodies(&self) -> usize {
         self.seen.most_bodies.load(Ordering::SeqCst)

@@ -45,7 +45,7 @@ fn read(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize) -> Result<His
         blocks.open(1, 1);
     }
     bytes.extend_from_slice(blocks.seal(&mut chain));
-    let (header, from) = read_header(&bytes[..]).unwrap();
+    let (header, from) = read_header(&bytes[..])?;
     History::read(std::sync::Arc::new(bytes), from, header)
 }
 

@@ -1,7 +1,7 @@
 //! A count that never comes down
 //!
-//! A counter, a permit that was forgotten on purpose, the probe of a circuit breaker. Nothing is visibly wrong until the
-//! limit is reached, weeks later, by requests that do not exist. What goes up before an await comes down in a destructor.
+//! A counter, a permit that was forgotten on purpose, the probe of a circuit breaker: nothing is visibly wrong until the
+//! limit is reached, weeks later, by requests that do not exist. What goes up before an await must come down in a destructor.
 
 use std::cell::Cell;
 use std::time::Duration;

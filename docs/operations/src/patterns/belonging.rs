@@ -1,7 +1,7 @@
 //! Two files that belong together
 //!
-//! Each await between them is a place where one is new and the other is old, or half of one is there. A crash does the
-//! same; but a crash is rare, and timeouts are not. Write them as one: a transaction of files is all or nothing.
+//! Each await between the two is a point where one file is new and the other is old, or half written. A crash does the
+//! same, but crashes are rare and timeouts are not. Write the files as one: a transaction of files is all or nothing.
 
 use std::path::Path;
 

@@ -1,8 +1,8 @@
 //! A destructor that blocks
 //!
-//! A drop runs on the thread of whoever drops: a timeout, a `select!`, a server that cancels a thousand requests. What it
-//! waits for, everybody else on that thread waits for. Do what is quick, and give what is slow to a thread for it, or to
-//! an explicit `close`.
+//! A drop runs on the thread of whoever drops: a timeout, a `select!`, a server that cancels a thousand requests. While it
+//! waits, everything else on that thread waits too. Do only what is quick in a destructor, and leave what is slow to a thread
+//! of its own or to an explicit `close`.
 
 use std::time::Duration;
 

@@ -1,7 +1,7 @@
 //! A file that is written in place
 //!
-//! The old content is gone with the first await, and the new one is there with the last. A temporary file and a rename by
-//! hand are better and not enough: `tokio::fs` runs on other threads, where the rename of a dropped future still lands.
+//! The old content is gone after the first await, and the new content is there only after the last. A temporary file and a
+//! rename by hand are not enough: `tokio::fs` runs on other threads, where the rename of a dropped future may still happen.
 //! `atomic_fs::write` leaves the old file or the new one, nothing beside it, and nothing that changes later.
 
 use std::path::Path;

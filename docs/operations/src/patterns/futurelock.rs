@@ -1,9 +1,9 @@
 //! The futurelock: a lock held while a future is set aside
 //!
 //! A future that is neither polled nor dropped keeps what it holds. `select!` over `&mut future` sets it aside, and so does
-//! a busy consumer of `buffer_unordered`: whoever then waits for the same lock waits for ever. `suspended` leaves the
-//! operation alive at each await while a rival runs. To take the lock only after the wait is not enough: who waits in the
-//! queue of an async lock is handed the lock while it is set aside. Take a lock of `std` between two awaits, or give the
+//! a busy consumer of `buffer_unordered`. A task that then waits for the same lock waits for ever. `suspended` keeps the
+//! operation alive at each await while a rival runs. Taking the lock only after the wait is not enough: a future in the queue
+//! of an async lock is handed the lock even while it is set aside. Take a `std` lock between two awaits, or give the
 //! holder a task of its own, which goes on when nobody polls it.
 
 use std::sync::{Mutex as StdMutex, PoisonError};

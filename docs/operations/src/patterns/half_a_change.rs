@@ -1,7 +1,7 @@
 //! Half of a change
 //!
-//! Two changes belong together, and there is an await between them. Between two awaits code runs to completion: wait and
-//! check first, change last. What cannot fit between two awaits belongs into a [critical section](safety.md), a
+//! Two changes belong together, and there is an await between them. Code between two awaits always runs to completion: wait
+//! and check first, change last. Changes that do not fit between two awaits belong in a [critical section](safety.md), a
 //! transaction, or a file that is written as a whole.
 
 use std::time::Duration;

@@ -1,8 +1,8 @@
 //! `try_join!` and the sibling
 //!
-//! `tokio::try_join!` returns with the first error, and drops the other branches where they stand.
-//! `guard::join_then_try` runs all of them to their ends, and then tells the first error. Nothing has to be cancelled for
-//! this to go wrong: the failure comes without any drop of the whole.
+//! `tokio::try_join!` returns at the first error and drops the other branches where they stand.
+//! `guard::join_then_try` runs all of them to their ends and then returns the first error. No cancellation is needed for
+//! this to go wrong: a branch fails, and nothing drops the whole.
 
 use std::cell::Cell;
 use std::time::Duration;

@@ -1,7 +1,7 @@
 //! What is no mistake: a lock guard, a permit
 //!
 //! It is often said that a dropped future may leave a mutex locked or a permit taken. It does not: both are given back by
-//! the destructor of their guard, which runs when the future is dropped, at any await. What the lock protected may be half
+//! the destructor of their guard, which runs when the future is dropped, at any await. What the lock protects may be half
 //! changed; that is [half of a change](#half-of-a-change). Calling `forget` on a permit is [accounting](#a-count-that-never-comes-down).
 
 use std::time::Duration;

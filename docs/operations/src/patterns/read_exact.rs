@@ -1,7 +1,7 @@
 //! Progress that only the future knew
 //!
-//! `read_exact` has taken some bytes when it is dropped, and nobody has them any more; `write_all` has sent an unknown
-//! part. In a loop with `select!` every lost race does that. Keep what was read outside of the future: a buffer that
+//! When `read_exact` is dropped, the bytes it has read are lost. When `write_all` is dropped, an unknown part has been
+//! sent. In a loop with `select!`, every lost race does that. Keep what was read outside the future: use a buffer that
 //! outlives the call, and an operation that takes what is there or nothing. [The table](operations.md) says which ones do.
 
 use std::time::Duration;

@@ -1,9 +1,9 @@
 //! A cleanup that is spawned by a destructor
 //!
-//! `Drop` is not async, so it spawns what has to wait. Nobody waits for that task: where the runtime ends first, the
-//! cleanup was a wish. `Reaper::defer` runs it as well, and counts what was lost, so that the end of the program can wait
-//! for it with `drain`. Better still, an explicit `close` does it while somebody is there to see it fail, and the
-//! destructor is for those who forget.
+//! `Drop` is not async, so it spawns whatever has to wait. Nobody waits for that task: if the runtime ends first, the
+//! cleanup never happens. `Reaper::defer` spawns it too, and counts what was lost; the end of the program can wait for it
+//! with `drain`. Better still, call an explicit `close`, while somebody is there to see it fail, and keep the destructor
+//! for callers who forget.
 
 use std::cell::RefCell;
 use std::time::Duration;

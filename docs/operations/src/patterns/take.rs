@@ -1,7 +1,7 @@
 //! State that is taken and not put back
 //!
-//! What was taken out of its place lives in the future, and goes with it. Put it back in a destructor: that of a guard
-//! which is made before the await.
+//! A value that was taken out of its place lives in the future and goes with it. Put it back in a destructor: the one of a
+//! guard that is made before the await.
 
 use std::cell::RefCell;
 use std::time::Duration;

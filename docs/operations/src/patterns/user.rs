@@ -1,7 +1,7 @@
 //! A change before the await that makes it true
 //!
-//! The copy in memory is changed, and the database is not yet. Whoever looks meanwhile, or after a drop, sees what never
-//! was. Change a copy, store it, and hand it on when it is stored.
+//! The copy in memory has changed, and the database has not. Whoever looks in between, or after a drop, sees something that
+//! was never true. Change a copy, store it, and publish it once it is stored.
 
 use std::cell::{Cell, RefCell};
 use std::time::Duration;

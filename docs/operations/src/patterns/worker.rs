@@ -1,7 +1,7 @@
 //! A worker that ignores its token
 //!
-//! A task that was spawned lives on when its parent is gone, and a token that it does not look at stops nothing. In a
-//! `TaskGroup` nothing is left behind: a drop aborts its tasks, a stop tells them first.
+//! A spawned task lives on when its parent is gone, and a token that it never checks does not stop it. A
+//! `TaskGroup` leaves nothing behind: a drop aborts its tasks, and a stop tells them first.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
