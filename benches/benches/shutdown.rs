@@ -1,15 +1,23 @@
-//! Named tasks against `JoinSet`, a cancel against a shared token, and what a task pays for being watched.
+//! Named tasks against `JoinSet` and other peers, a cancel against a shared token, what a task pays for being watched, and,
+//! with real signals, how a process ends (`scenarios`).
+
+#[cfg(all(unix, feature = "peers"))]
+#[path = "shutdown/scenarios.rs"]
+mod scenarios;
 
 use std::future::pending;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use cancel_safe_benches::Contest;
 use cancel_safe_shutdown::{TaskGroup, WorkerContext};
-use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, Criterion, criterion_group};
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::{JoinMap, TaskTracker};
 
 const TASKS: usize = 10_000;
 const GRACE: Duration = Duration::from_secs(60);
@@ -20,49 +28,101 @@ fn runtimes() -> [(&'static str, Runtime); 2] {
     [("current thread", one.expect("a runtime")), ("two threads", two.expect("a runtime"))]
 }
 
-/// Spawning 10,000 tasks and joining them all. The names are allocated for both: a `JoinSet` task has to carry its own.
-fn spawn_and_join(c: &mut Criterion) {
+/// Spawning 10,000 tasks and joining them all, by turns. Owned names are allocated for all of them: a `JoinSet` task has to
+/// carry its own.
+fn spawn_and_join() {
     for (threads, runtime) in runtimes() {
-        let mut group = c.benchmark_group(format!("spawn and join 10,000 ({threads})"));
-        group.sample_size(20);
-        group.bench_function("TaskGroup, static names", |b| {
-            b.to_async(&runtime).iter(async || {
-                let mut group = TaskGroup::new();
-                for _ in 0..TASKS {
-                    group.spawn("task", async {}).expect("an open group");
-                }
-                while group.join_next().await.is_some() {}
-            });
+        let contest = Contest::new(format!("spawn and join 10,000 ({threads})"), 100)
+            .add("JoinSet, no names", || runtime.block_on(join_set()))
+            .add("TaskGroup, static names", || runtime.block_on(static_names()))
+            .add("JoinSet, owned names", || runtime.block_on(named_join_set()))
+            .add("TaskGroup, owned names", || runtime.block_on(owned_names()))
+            .add("JoinMap, owned names", || runtime.block_on(join_map()))
+            .add("TaskTracker, no names, no results", || runtime.block_on(tracker()));
+        #[cfg(feature = "peers")]
+        let contest = contest
+            .add("async-shutdown, no names, no results", || runtime.block_on(peers::async_shutdown()))
+            .add("tokio-graceful-shutdown", || runtime.block_on(peers::graceful_shutdown()));
+        contest.run();
+    }
+}
+
+async fn static_names() {
+    let mut group = TaskGroup::new();
+    for _ in 0..TASKS {
+        group.spawn("task", async {}).expect("an open group");
+    }
+    while group.join_next().await.is_some() {}
+}
+
+async fn owned_names() {
+    let mut group = TaskGroup::new();
+    for number in 0..TASKS {
+        group.spawn(number.to_string(), async {}).expect("an open group");
+    }
+    while group.join_next().await.is_some() {}
+}
+
+async fn join_set() {
+    let mut set = JoinSet::new();
+    for _ in 0..TASKS {
+        set.spawn(async {});
+    }
+    while set.join_next().await.is_some() {}
+}
+
+async fn named_join_set() {
+    let mut set = JoinSet::new();
+    for number in 0..TASKS {
+        let name = number.to_string();
+        set.spawn(async move { name });
+    }
+    while set.join_next().await.is_some() {}
+}
+
+async fn join_map() {
+    let mut map = JoinMap::new();
+    for number in 0..TASKS {
+        map.spawn(number.to_string(), async {});
+    }
+    while map.join_next().await.is_some() {}
+}
+
+async fn tracker() {
+    let tracker = TaskTracker::new();
+    for _ in 0..TASKS {
+        tracker.spawn(async {});
+    }
+    tracker.close();
+    tracker.wait().await;
+}
+
+#[cfg(feature = "peers")]
+mod peers {
+    use std::convert::Infallible;
+
+    use tokio_graceful_shutdown::{SubsystemBuilder, SubsystemHandle, Toplevel};
+
+    use crate::{GRACE, TASKS};
+
+    pub(crate) async fn async_shutdown() {
+        let shutdown = async_shutdown::ShutdownManager::<()>::new();
+        for _ in 0..TASKS {
+            let task = shutdown.wrap_delay_shutdown(async {}).expect("nobody has stopped it");
+            tokio::spawn(task);
+        }
+        shutdown.trigger_shutdown(()).expect("the first to stop it");
+        shutdown.wait_shutdown_complete().await;
+    }
+
+    pub(crate) async fn graceful_shutdown() {
+        let top = Toplevel::<Box<dyn std::error::Error + Send + Sync>>::new(async |top: &mut SubsystemHandle| {
+            for number in 0..TASKS {
+                let task = async |_: &mut SubsystemHandle| Ok::<_, Infallible>(());
+                top.start(SubsystemBuilder::new(number.to_string(), task));
+            }
         });
-        group.bench_function("TaskGroup, owned names", |b| {
-            b.to_async(&runtime).iter(async || {
-                let mut group = TaskGroup::new();
-                for number in 0..TASKS {
-                    group.spawn(number.to_string(), async {}).expect("an open group");
-                }
-                while group.join_next().await.is_some() {}
-            });
-        });
-        group.bench_function("JoinSet, no names", |b| {
-            b.to_async(&runtime).iter(async || {
-                let mut set = JoinSet::new();
-                for _ in 0..TASKS {
-                    set.spawn(async {});
-                }
-                while set.join_next().await.is_some() {}
-            });
-        });
-        group.bench_function("JoinSet, owned names", |b| {
-            b.to_async(&runtime).iter(async || {
-                let mut set = JoinSet::new();
-                for number in 0..TASKS {
-                    let name = number.to_string();
-                    set.spawn(async move { name });
-                }
-                while set.join_next().await.is_some() {}
-            });
-        });
-        group.finish();
+        top.handle_shutdown_requests(GRACE).await.expect("no task fails");
     }
 }
 
@@ -187,5 +247,23 @@ fn wrapper(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, spawn_and_join, cancel, is_cancelled, wrapper);
-criterion_main!(benches);
+criterion_group!(benches, cancel, is_cancelled, wrapper);
+
+fn main() -> ExitCode {
+    #[cfg(all(unix, feature = "peers"))]
+    if let Some(code) = scenarios::child() {
+        return code;
+    }
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| !word.starts_with('-')).collect();
+    let is_wanted = |title: &str| words.is_empty() || words.iter().any(|word| title.contains(word.as_str()));
+    if is_wanted("spawn and join") {
+        spawn_and_join();
+    }
+    #[cfg(all(unix, feature = "peers"))]
+    if is_wanted("scenarios") {
+        scenarios::run_all();
+    }
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+    ExitCode::SUCCESS
+}

@@ -158,9 +158,8 @@ fn main() -> ExitCode {
     }
 }
 
-/// The benches that need the servers: one both, and one PostgreSQL alone.
+/// The bench that needs the servers.
 const ON_DATABASES: &str = "tx_guard";
-const ON_POSTGRES: &str = "resumable";
 
 /// The bench that needs strace and a file system of its own.
 const ON_FAULTS: &str = "atomic_fs";
@@ -227,9 +226,8 @@ fn run(task: Task) -> Result<(), Failure> {
             if names.is_empty() {
                 bench = bench.args(["--benches"]);
             }
-            let is_run = |bench: &str| names.is_empty() || names.iter().any(|name| name == bench);
-            let (postgres, mysql) = (is_run(ON_DATABASES) || is_run(ON_POSTGRES), is_run(ON_DATABASES));
-            let databases = Databases::for_tests(Wanted { postgres, mysql, pgbouncer: false })?;
+            let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
+            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted, pgbouncer: false })?;
             databases.tell(bench).arg("--").args(&arguments).run()
         }
     }
