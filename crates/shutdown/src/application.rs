@@ -281,7 +281,7 @@ impl Application {
     ///
     /// The callback runs on its own thread. The application waits for it until the deadline, but at most a second; at
     /// the deadline or at the second signal, at most half a second. Then the process ends, whether the callback has
-    /// returned or not.
+    /// returned or not. A callback that panics makes the exit code 101 if every task ended in time.
     pub fn on_report(mut self, on_report: impl FnOnce(&Report) + Send + 'static) -> Self {
         self.audience.on_report = Some(Box::new(on_report));
         self
@@ -289,7 +289,8 @@ impl Application {
 
     /// Sets a callback that may override the exit code of a stop if every task ended in time. By default nothing does.
     ///
-    /// It runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is.
+    /// It runs before [`on_report`](Self::on_report), within the same time. `None` leaves the code as it is; a panic makes
+    /// it 101.
     ///
     /// # Examples
     ///

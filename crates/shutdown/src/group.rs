@@ -7,7 +7,7 @@ pub(crate) mod scope;
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use crate::context::WorkerContext;
 use crate::report::{Ledger, say};
 use crate::result::{Rejected, TaskCounts};
-use crate::roster::{Recorder, Roster, Rules};
+use crate::roster::{Outcomes, Recorder, Roster, Rules};
 use crate::stop::{StopReason, Stopping};
 use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
 use crate::ticket::{Ticket, Tracked};
@@ -67,6 +67,9 @@ const LONGEST_PATH: usize = 256;
 #[must_use = "a group that is dropped cancels its tasks"]
 pub struct TaskGroup<T: Send + 'static = (), E: Send + 'static = BoxError> {
     pub(crate) roster: Arc<Roster<T, E>>,
+    /// The outcomes that `join_next` has taken from the roster. The lock, which nobody ever waits for, is what makes a
+    /// group of values that are not `Sync` one that is.
+    taken: Mutex<Outcomes<T, E>>,
 }
 
 impl TaskGroup {
@@ -106,14 +109,14 @@ impl TaskGroup {
     /// The workers of one phase, written down in `ledger` as they end.
     pub(crate) fn of_workers(ledger: Arc<Ledger>, phase: String) -> Self {
         let recorder = Recorder { ledger, say, workers: true };
-        Self { roster: Roster::root(phase, Some(recorder)) }
+        Self::on(Roster::root(phase, Some(recorder)))
     }
 
     /// A group for the tasks of one of `above`'s tasks, written down where those are.
     pub(crate) fn below(above: &Arc<dyn Node>, path: String) -> Self {
         let ledger = above.ledger().cloned();
         let recorder = ledger.map(|ledger| Recorder { ledger, say, workers: false });
-        Self { roster: Roster::below(above, path, recorder, Rules::default()) }
+        Self::on(Roster::below(above, path, recorder, Rules::default()))
     }
 
     /// The same, discarding, and open until it is dropped, so that what a draining task has still to do finds its place.
@@ -121,7 +124,7 @@ impl TaskGroup {
     pub(crate) fn lingering_below(above: &Arc<dyn Node>, path: String) -> Self {
         let recorder = above.ledger().cloned().map(|ledger| Recorder { ledger, say, workers: false });
         let rules = Rules { discards: true, lingers: true, ..Rules::default() };
-        Self { roster: Roster::below(above, path, recorder, rules) }
+        Self::on(Roster::below(above, path, recorder, rules))
     }
 
     /// The same, of the kind that [`discarding`](Self::discarding) creates.
@@ -151,7 +154,16 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # }
     /// ```
     pub fn with_results() -> Self {
-        Self { roster: Roster::root(String::new(), None) }
+        Self::on(Roster::root(String::new(), None))
+    }
+
+    fn on(roster: Arc<Roster<T, E>>) -> Self {
+        Self { roster, taken: Mutex::default() }
+    }
+
+    /// The roster, and the outcomes that have been taken from it.
+    fn reader(&mut self) -> (&Roster<T, E>, &mut Outcomes<T, E>) {
+        (&self.roster, self.taken.get_mut().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Sets how long tasks with a context may take after [`cancel_all`](Self::cancel_all). The default is 10 seconds.
@@ -227,7 +239,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         match self.enter(name.into(), Location::caller(), Kind::Plain) {
             Ok(ticket) => {
                 let slot = Arc::clone(&ticket.slot);
-                slot.attach(handle.spawn(Tracked::new(future, ticket)).abort_handle());
+                slot.attach(handle.spawn(Tracked::new(future, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -272,7 +284,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         match self.enter(name.into(), Location::caller(), Kind::Plain) {
             Ok(ticket) => {
                 let slot = Arc::clone(&ticket.slot);
-                slot.attach(tokio::task::spawn_local(Tracked::new(future, ticket)).abort_handle());
+                slot.attach(tokio::task::spawn_local(Tracked::new(future, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -356,7 +368,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
             let returned = guarded(&ticket.slot, || work(cx));
             ticket.finish(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
         });
-        slot.attach(handle.abort_handle());
+        slot.attach(handle);
         Ok(())
     }
 
@@ -374,7 +386,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         };
         let recorder = self.roster.recorder().cloned();
         let rules = Rules { grace: self.roster.grace(), ..Rules::default() };
-        Self { roster: Roster::below(&self.node(), path, recorder, rules) }
+        Self::on(Roster::below(&self.node(), path, recorder, rules))
     }
 
     /// Returns the number of tasks that have not ended.
@@ -421,8 +433,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         spawned_at: &'static Location<'static>,
         kind: Kind,
     ) -> Result<Ticket<T, E>, Cow<'static, str>> {
-        let (slot, index) = self.roster.enter(Slot::new(name, spawned_at, kind))?;
-        Ok(Ticket::new(slot, Arc::clone(&self.roster), index))
+        let slot = self.roster.enter(Slot::new(name, spawned_at, kind))?;
+        Ok(Ticket::new(slot, Arc::clone(&self.roster)))
     }
 
     fn launch<F>(&self, ticket: Ticket<T, E>, future: F)
@@ -431,8 +443,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         F::Output: TaskOutput<T, E>,
     {
         let slot = Arc::clone(&ticket.slot);
-        let handle = tokio::spawn(Tracked::new(future, ticket));
-        slot.attach(handle.abort_handle());
+        slot.attach(tokio::spawn(Tracked::new(future, ticket)));
     }
 
     fn context(&self, ticket: &Ticket<T, E>) -> WorkerContext {
@@ -483,12 +494,13 @@ mod tests {
 
     #[tokio::test]
     async fn an_outcome_that_nobody_has_asked_for_does_not_keep_the_memory_of_its_task() {
-        let group = TaskGroup::new();
+        let mut group = TaskGroup::new();
         group.spawn("done", async {}).expect("an open group");
         group.spawn_blocking("hashed", |_| {}).expect("an open group");
         group.idle().await;
-        while let Some(ended) = group.roster.next() {
-            assert!(!ended.slot.holds_task());
-        }
+        let (roster, taken) = group.reader();
+        roster.take(taken);
+        assert_eq!(taken.len(), 2);
+        assert!(taken.iter().all(|ended| !ended.slot.holds_task()));
     }
 }

@@ -9,7 +9,13 @@ use std::sync::Once;
 
 /// A place in the source: of a panic, or of the task that panicked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct PanicLocation {
+pub struct PanicLocation(
+    // Boxed, as there is room for it in every outcome, and few are panics.
+    Box<Place>,
+);
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Place {
     file: Box<str>,
     line: u32,
     column: u32,
@@ -18,29 +24,30 @@ pub struct PanicLocation {
 impl PanicLocation {
     /// Returns the name of the source file.
     pub fn file(&self) -> &str {
-        &self.file
+        &self.0.file
     }
 
     /// Returns the line, counted from one.
     pub fn line(&self) -> u32 {
-        self.line
+        self.0.line
     }
 
     /// Returns the column, counted from one.
     pub fn column(&self) -> u32 {
-        self.column
+        self.0.column
     }
 }
 
 impl From<&Location<'_>> for PanicLocation {
     fn from(location: &Location<'_>) -> Self {
-        Self { file: location.file().into(), line: location.line(), column: location.column() }
+        let (file, line, column) = (location.file().into(), location.line(), location.column());
+        Self(Box::new(Place { file, line, column }))
     }
 }
 
 impl fmt::Display for PanicLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}:{}", self.file, self.line, self.column)
+        write!(f, "{}:{}:{}", self.file(), self.line(), self.column())
     }
 }
 

@@ -18,7 +18,7 @@ const EXIT_CLEAN: u8 = 0;
 const EXIT_FAILED: u8 = 1;
 pub(crate) const EXIT_STRAGGLERS: u8 = 70;
 pub(crate) const EXIT_NOT_STARTED: u8 = 71;
-const EXIT_PANICKED: u8 = 101;
+pub(crate) const EXIT_PANICKED: u8 = 101;
 
 /// How one task of an application ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -190,8 +190,8 @@ impl Report {
     ///
     /// - 0 after a clean stop;
     /// - 1 after an error, or if a phase was not ready;
-    /// - 101 after a panic of a worker, or of a worker's task whose outcome [nobody has
-    ///   read](crate::TaskGroup#panics-of-tasks);
+    /// - 101 after a panic of a worker, of a worker's task whose outcome [nobody has
+    ///   read](crate::TaskGroup#panics-of-tasks), or of a callback;
     /// - 70 if the deadline passed with something still alive;
     /// - 71 if the application could not start;
     /// - 128 + n if a second signal n cut it short;

@@ -27,6 +27,9 @@ impl<T, E> Ended<T, E> {
     }
 }
 
+/// Outcomes in the order in which the tasks ended.
+pub(crate) type Outcomes<T, E> = VecDeque<Ended<T, E>>;
+
 /// A list of tasks as an application's report wants it: where to write, and how to say an outcome without its types.
 pub(crate) struct Recorder<T, E> {
     pub(crate) ledger: Arc<Ledger>,
@@ -71,12 +74,14 @@ impl Default for Rules {
 struct State<T, E> {
     rules: Rules,
     counts: TaskCounts,
-    /// A slab: a task's index is its place until it ends, then the place is vacant.
-    live: Vec<Option<Arc<Slot>>>,
-    vacant: Vec<usize>,
+    /// A slab: a task has its place until it ends, and then the place is vacant.
+    places: Vec<Place>,
+    /// The first vacant place. Where there is none, the end of the slab.
+    vacant: u32,
+    len: usize,
     /// How many tasks there ever were.
     entered: u64,
-    ended: VecDeque<Ended<T, E>>,
+    ended: Outcomes<T, E>,
     /// Whether a task of a group that fails fast has failed.
     failed: bool,
     closed: bool,
@@ -91,9 +96,48 @@ struct State<T, E> {
     idle_waiters: Vec<Waker>,
 }
 
+enum Place {
+    Taken(Arc<Slot>),
+    /// With the next one that is vacant.
+    Vacant(u32),
+}
+
+impl Place {
+    fn slot(&self) -> Option<&Arc<Slot>> {
+        match self {
+            Self::Taken(slot) => Some(slot),
+            Self::Vacant(_) => None,
+        }
+    }
+}
+
 impl<T, E> State<T, E> {
     fn is_empty(&self) -> bool {
-        self.live.len() == self.vacant.len()
+        self.len == 0
+    }
+
+    fn live(&self) -> impl Iterator<Item = &Arc<Slot>> {
+        self.places.iter().filter_map(Place::slot)
+    }
+
+    /// Gives a task the first vacant place. False if there are no more places, as there is no memory for so many tasks.
+    fn settle(&mut self, slot: &Arc<Slot>) -> bool {
+        let (number, taken) = (self.vacant, Place::Taken(Arc::clone(slot)));
+        slot.set_place(number);
+        match self.places.get_mut(number as usize) {
+            Some(place) => {
+                if let Place::Vacant(next) = std::mem::replace(place, taken) {
+                    self.vacant = next;
+                }
+            }
+            None => {
+                let Some(next) = number.checked_add(1) else { return false };
+                self.places.push(taken);
+                self.vacant = next;
+            }
+        }
+        self.len += 1;
+        true
     }
 
     fn is_idle(&self) -> bool {
@@ -101,9 +145,11 @@ impl<T, E> State<T, E> {
     }
 
     /// Moves a task from the living to the ended; returns what is not kept, to be dropped without the lock.
-    fn leave(&mut self, index: usize, outcome: TaskOutcome<T, E>) -> Option<Ended<T, E>> {
-        let slot = self.live.get_mut(index).and_then(Option::take)?;
-        self.vacant.push(index);
+    fn leave(&mut self, slot: &Slot, outcome: TaskOutcome<T, E>) -> Option<Ended<T, E>> {
+        let place = self.places.get_mut(slot.place() as usize)?;
+        let Place::Taken(slot) = std::mem::replace(place, Place::Vacant(self.vacant)) else { return None };
+        self.vacant = slot.place();
+        self.len -= 1;
         let cut = slot.straggling().is_some();
         self.counts.add(&outcome, cut);
         let ended = Ended { slot, outcome };
@@ -119,10 +165,24 @@ impl<T, E> State<T, E> {
         if self.ended.len() > KEPT_TASKS { self.ended.pop_front() } else { None }
     }
 
+    /// Moves the outcomes at hand to `taken` if that is empty. All at once, so that a reader of many takes the lock seldom;
+    /// but from a group that is to keep only the latest, one.
+    fn take(&mut self, taken: &mut Outcomes<T, E>) {
+        if self.rules.discards {
+            taken.extend(self.ended.pop_front());
+        } else if taken.is_empty() {
+            // Neither of them has to grow again.
+            std::mem::swap(taken, &mut self.ended);
+        }
+    }
+
     /// The waiters whose condition may have come true. To be woken without the lock.
-    fn waiters(&mut self) -> (Vec<Waker>, Vec<Waker>) {
+    fn waiters(&mut self) -> Option<Waiters> {
+        if self.next_waiters.is_empty() && self.idle_waiters.is_empty() {
+            return None;
+        }
         let idle = if self.is_empty() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
-        (std::mem::take(&mut self.next_waiters), idle)
+        Some((std::mem::take(&mut self.next_waiters), idle))
     }
 }
 
@@ -135,9 +195,13 @@ fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> 
     }
 }
 
-fn wake((next, idle): (Vec<Waker>, Vec<Waker>)) {
-    next.into_iter().for_each(Waker::wake);
-    idle.into_iter().for_each(Waker::wake);
+/// Those who wait for the next end, and those who wait for the last.
+type Waiters = (Vec<Waker>, Vec<Waker>);
+
+fn wake(waiters: Option<Waiters>) {
+    if let Some((next, idle)) = waiters {
+        next.into_iter().chain(idle).for_each(Waker::wake);
+    }
 }
 
 fn register(waiters: &mut Vec<Waker>, cx: &Context<'_>) {
@@ -184,10 +248,11 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         let state = State {
             rules,
             counts: TaskCounts::default(),
-            live: Vec::new(),
-            vacant: Vec::new(),
+            places: Vec::new(),
+            vacant: 0,
+            len: 0,
             entered: 0,
-            ended: VecDeque::new(),
+            ended: Outcomes::default(),
             failed: false,
             closed: false,
             gone: false,
@@ -225,43 +290,30 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
     }
 
     /// Enters a task, which has its place until it ends. A closed group hands its name back.
-    pub(crate) fn enter(&self, slot: Slot) -> Result<(Arc<Slot>, usize), Cow<'static, str>> {
+    pub(crate) fn enter(&self, slot: Slot) -> Result<Arc<Slot>, Cow<'static, str>> {
         // Allocated without the lock, for which every task that ends contends.
         let slot = Arc::new(slot);
-        let place = Arc::clone(&slot);
         let mut state = self.state();
-        if state.closed {
+        if state.closed || !state.settle(&slot) {
             drop(state);
-            drop(place);
             return Err(Arc::try_unwrap(slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name));
         }
         state.entered += 1;
-        let index = match state.vacant.pop() {
-            Some(index) => {
-                state.live[index] = Some(place);
-                index
-            }
-            None => {
-                state.live.push(Some(place));
-                state.live.len() - 1
-            }
-        };
-        Ok((slot, index))
+        Ok(slot)
     }
 
-    /// The next outcome, if one is at hand.
-    pub(crate) fn next(&self) -> Option<Ended<T, E>> {
-        self.state().ended.pop_front()
+    /// Takes the outcomes at hand, for one reader; returns whether there are any.
+    pub(crate) fn take(&self, taken: &mut Outcomes<T, E>) -> bool {
+        self.state().take(taken);
+        !taken.is_empty()
     }
 
-    /// The next outcome; `None` when there is neither one nor a task that could still yield one.
-    pub(crate) fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Option<Ended<T, E>>> {
+    /// The same, or waits; ready with false when there is neither an outcome nor a task that could still yield one.
+    pub(crate) fn poll_take(&self, taken: &mut Outcomes<T, E>, cx: &mut Context<'_>) -> Poll<bool> {
         let mut state = self.state();
-        if let Some(ended) = state.ended.pop_front() {
-            return Poll::Ready(Some(ended));
-        }
-        if state.is_empty() {
-            return Poll::Ready(None);
+        state.take(taken);
+        if !taken.is_empty() || state.is_empty() {
+            return Poll::Ready(!taken.is_empty());
         }
         register(&mut state.next_waiters, cx);
         Poll::Pending
@@ -275,11 +327,12 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         ended.into_named()
     }
 
-    /// The outcomes that nobody has asked for, sorted.
-    pub(crate) fn take_result(&self) -> TaskGroupResult<E> {
-        let (ended, counts) = {
+    /// The outcomes that nobody has asked for, sorted; first those that a reader had taken.
+    pub(crate) fn take_result(&self, mut ended: Outcomes<T, E>) -> TaskGroupResult<E> {
+        let counts = {
             let mut state = self.state();
-            (std::mem::take(&mut state.ended), state.counts)
+            ended.append(&mut state.ended);
+            state.counts
         };
         let mut result = TaskGroupResult::new(counts, self.ledger().cloned());
         for ended in ended {
@@ -292,18 +345,21 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
 
     /// The tasks that are alive.
     pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
-        self.state().live.iter().flatten().cloned().collect()
+        self.state().live().cloned().collect()
     }
 
-    /// The tasks of this name that are alive, with their places.
-    pub(crate) fn named(&self, name: &str) -> Vec<(usize, Arc<Slot>)> {
-        self.placed(|slot| slot.name == name)
+    /// The tasks of this name that are alive.
+    pub(crate) fn named(&self, name: &str) -> Vec<Arc<Slot>> {
+        self.state().live().filter(|slot| slot.name == name).cloned().collect()
     }
 
     /// Ready when these tasks have ended and their outcomes are at hand.
-    pub(crate) fn poll_ended(&self, tasks: &[(usize, Arc<Slot>)], cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll_ended(&self, tasks: &[Arc<Slot>], cx: &mut Context<'_>) -> Poll<()> {
         let mut state = self.state();
-        let lives = |(index, slot): &(usize, Arc<Slot>)| matches!(state.live.get(*index), Some(Some(live)) if Arc::ptr_eq(live, slot));
+        let lives = |slot: &Arc<Slot>| {
+            let there = state.places.get(slot.place() as usize).and_then(Place::slot);
+            there.is_some_and(|there| Arc::ptr_eq(there, slot))
+        };
         if !tasks.iter().any(lives) {
             return Poll::Ready(());
         }
@@ -312,22 +368,15 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
     }
 
     /// Tells these tasks as abandoned, but a blocking closure that has not begun as cancelled: it never will.
-    pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = (usize, Arc<Slot>)>) {
-        for (index, slot) in tasks {
+    pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = Arc<Slot>>) {
+        for slot in tasks {
             let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
-            self.tell(index, &slot, outcome, |_, _| {});
+            self.tell(&slot, outcome, |_, _| {});
         }
     }
 
-    fn placed(&self, chosen: impl Fn(&Slot) -> bool) -> Vec<(usize, Arc<Slot>)> {
-        let state = self.state();
-        let live = state.live.iter().enumerate();
-        live.filter_map(|(index, slot)| Some((index, slot.clone().filter(|slot| chosen(slot))?))).collect()
-    }
-
     pub(crate) fn len(&self) -> usize {
-        let state = self.state();
-        state.live.len() - state.vacant.len()
+        self.state().len
     }
 }
 
@@ -339,13 +388,7 @@ impl<T, E> Roster<T, E> {
 
     /// Moves a task from the living to the ended, unless that has been done. Where the first failure ends a group, that
     /// failure closes it and `stop` does the rest.
-    pub(crate) fn tell(
-        &self,
-        index: usize,
-        slot: &Slot,
-        outcome: TaskOutcome<T, E>,
-        stop: impl FnOnce(StopReason, Duration),
-    ) {
+    pub(crate) fn tell(&self, slot: &Slot, outcome: TaskOutcome<T, E>, stop: impl FnOnce(StopReason, Duration)) {
         let claimed = match &self.recorder {
             Some(recorder) => {
                 let report = TaskReport::new(slot, &self.path, recorder.workers, (recorder.say)(&outcome));
@@ -359,7 +402,7 @@ impl<T, E> Roster<T, E> {
         slot.detach();
         let failure = failure(&outcome, &slot.name);
         let mut state = self.state();
-        let vacated = state.leave(index, outcome);
+        let vacated = state.leave(slot, outcome);
         // In the step that makes the failure known, so that whoever learns of it finds the group closed.
         let first = failure.filter(|_| state.rules.fail_fast && !std::mem::replace(&mut state.failed, true));
         state.closed |= first.is_some();
@@ -423,7 +466,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn live_futures(&self) -> usize {
-        self.state().live.iter().flatten().filter(|slot| slot.kind != Kind::Blocking).count()
+        self.state().live().filter(|slot| slot.kind != Kind::Blocking).count()
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
@@ -451,7 +494,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn abandon(&self) {
-        self.abandon_tasks(self.placed(|_| true));
+        self.abandon_tasks(self.slots());
     }
 
     fn entered_if_empty(&self) -> Option<u64> {

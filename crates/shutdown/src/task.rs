@@ -3,10 +3,10 @@
 use std::borrow::Cow;
 use std::fmt;
 use std::panic::Location;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 
 use crate::panics::{Panic, PanicLocation, catch, watch};
 
@@ -165,6 +165,23 @@ pub enum StragglerState {
     Starved,
 }
 
+impl StragglerState {
+    /// As it is kept in a slot. Zero stands for none.
+    fn number(self) -> u8 {
+        match self {
+            Self::BlockedInPoll => 1,
+            Self::ParkedAtAwait => 2,
+            Self::BlockingClosure => 3,
+            Self::Starved => 4,
+        }
+    }
+
+    fn of(number: u8) -> Option<Self> {
+        let states = [Self::BlockedInPoll, Self::ParkedAtAwait, Self::BlockingClosure, Self::Starved];
+        states.into_iter().find(|state| state.number() == number)
+    }
+}
+
 impl fmt::Display for StragglerState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -187,39 +204,41 @@ pub(crate) enum Kind {
     Blocking,
 }
 
-/// The way to abort a task.
-#[derive(Debug)]
-enum Abort {
-    /// It is on the list of its group and about to be spawned. A stop may come between the two.
-    NotSpawned {
-        wanted: bool,
-    },
-    Spawned(AbortHandle),
-    /// Its outcome is told. A handle would keep the memory of its future for as long as the outcome is kept.
-    Ended,
-}
-
 /// The pulse of a blocking closure that must not begin any more.
 const CALLED_OFF: u32 = u32::MAX;
 
 /// What others may know of a task while it runs. Shared by the task, its group and the reports.
+///
+/// A server has one for each connection, so whatever a plain task has no use for is not in here but behind `own`.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) name: Cow<'static, str>,
     pub(crate) spawned_at: &'static Location<'static>,
-    pub(crate) kind: Kind,
+    /// What a task without a context does without.
+    own: Option<Box<Own>>,
+    /// The way to abort the task: from when it is spawned until its end is told. It keeps the memory of the future.
+    handle: Mutex<Option<JoinHandle<()>>>,
+    /// Its place in the list of its group, from when it is entered until its end is told.
+    place: AtomicU32,
     /// The number of polls begun and ended: odd inside a poll. Once it has begun, only the task writes it, so plain
     /// stores will do.
     pulse: AtomicU32,
+    pub(crate) kind: Kind,
     /// Whether its outcome has been told. Whoever sets it tells.
     told: AtomicBool,
-    /// What it was doing when it was cut.
-    cut: OnceLock<StragglerState>,
+    /// Whether it is to be aborted, which may be known before it is spawned.
+    unwanted: AtomicBool,
     /// Whether it was told to stop by itself, beside its group.
     called: AtomicBool,
-    /// The stop of this task alone, if it has a context.
-    own: Option<Box<OwnStop>>,
-    abort: Mutex<Abort>,
+    /// What it was doing when it was cut, as a number; zero if it was not.
+    cut: AtomicU8,
+}
+
+/// What a task with a context has of its own.
+#[derive(Debug, Default)]
+struct Own {
+    /// The stop of this task alone.
+    stop: OwnStop,
     mark: Mutex<Option<Cow<'static, str>>>,
 }
 
@@ -229,15 +248,25 @@ impl Slot {
         Self {
             name,
             spawned_at,
-            kind,
-            pulse: AtomicU32::new(0),
-            told: AtomicBool::new(false),
-            cut: OnceLock::new(),
-            called: AtomicBool::new(false),
             own: (kind != Kind::Plain).then(Box::default),
-            abort: Mutex::new(Abort::NotSpawned { wanted: false }),
-            mark: Mutex::new(None),
+            handle: Mutex::new(None),
+            place: AtomicU32::new(0),
+            pulse: AtomicU32::new(0),
+            kind,
+            told: AtomicBool::new(false),
+            unwanted: AtomicBool::new(false),
+            called: AtomicBool::new(false),
+            cut: AtomicU8::new(0),
         }
+    }
+
+    /// Under the lock of the group, as is every look at it.
+    pub(crate) fn set_place(&self, place: u32) {
+        self.place.store(place, Ordering::Relaxed);
+    }
+
+    pub(crate) fn place(&self) -> u32 {
+        self.place.load(Ordering::Relaxed)
     }
 
     /// How a task ends that panicked.
@@ -285,7 +314,7 @@ impl Slot {
     pub(crate) fn tell_to_stop(&self, stopping: Stopping) {
         // The reason first, so that whoever finds the flag finds it.
         if let Some(own) = &self.own {
-            own.request(stopping);
+            own.stop.request(stopping);
         }
         self.called.store(true, Ordering::Release);
         if self.kind != Kind::Contextual {
@@ -300,16 +329,17 @@ impl Slot {
 
     /// The stop of this task alone. A plain one has none.
     pub(crate) fn own_stop(&self) -> Option<&OwnStop> {
-        self.own.as_deref()
+        self.own.as_ref().map(|own| &own.stop)
     }
 
     /// Records that the task outlived its grace. The first judgement stands.
     pub(crate) fn cut(&self, state: StragglerState) {
-        self.cut.get_or_init(|| state);
+        // Relaxed will do: what reads it is the end of the task, which the abort that follows brings about.
+        let _first = self.cut.compare_exchange(0, state.number(), Ordering::Relaxed, Ordering::Relaxed);
     }
 
     pub(crate) fn straggling(&self) -> Option<StragglerState> {
-        self.cut.get().copied()
+        StragglerState::of(self.cut.load(Ordering::Relaxed))
     }
 
     /// Returns true for exactly one caller: the one who may tell the outcome.
@@ -321,54 +351,55 @@ impl Slot {
         self.told.load(Ordering::Acquire)
     }
 
-    /// Makes the task abortable, now that it is spawned.
-    pub(crate) fn attach(&self, handle: AbortHandle) {
-        let mut abort = self.lock_abort();
-        match *abort {
-            Abort::NotSpawned { wanted: false } => *abort = Abort::Spawned(handle),
-            Abort::NotSpawned { wanted: true } => {
-                *abort = Abort::Spawned(handle.clone());
-                drop(abort);
-                handle.abort();
-            }
-            Abort::Spawned(_) | Abort::Ended => {}
+    /// Makes the task abortable, now that it is spawned. A stop may have come before, and its end too.
+    pub(crate) fn attach(&self, handle: JoinHandle<()>) {
+        let mut held = self.lock_handle();
+        if self.is_told() {
+            return;
+        }
+        let handle = held.insert(handle);
+        // Whoever aborts says so before it takes the lock: either it finds the handle, or it is seen here.
+        if self.unwanted.load(Ordering::Relaxed) {
+            let handle = handle.abort_handle();
+            drop(held);
+            handle.abort();
         }
     }
 
     /// Lets go of the task, whose outcome has been told.
     pub(crate) fn detach(&self) {
-        let before = std::mem::replace(&mut *self.lock_abort(), Abort::Ended);
-        drop(before);
+        let handle = self.lock_handle().take();
+        drop(handle);
     }
 
     /// Aborts the task, or else sees to it that it is aborted as soon as it can be.
     pub(crate) fn abort(&self) {
-        let handle = match &mut *self.lock_abort() {
-            Abort::NotSpawned { wanted } => {
-                *wanted = true;
-                return;
-            }
-            Abort::Spawned(handle) => handle.clone(),
-            Abort::Ended => return,
-        };
-        handle.abort();
+        self.unwanted.store(true, Ordering::Relaxed);
+        let handle = self.lock_handle().as_ref().map(JoinHandle::abort_handle);
+        if let Some(handle) = handle {
+            handle.abort();
+        }
     }
 
     #[cfg(test)]
     pub(crate) fn holds_task(&self) -> bool {
-        matches!(*self.lock_abort(), Abort::Spawned(_))
+        self.lock_handle().is_some()
     }
 
-    fn lock_abort(&self) -> MutexGuard<'_, Abort> {
-        self.abort.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock_handle(&self) -> MutexGuard<'_, Option<JoinHandle<()>>> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Leaves a mark. Only a context does, and whatever has one has room for it.
     pub(crate) fn set_mark(&self, mark: Cow<'static, str>) {
-        *self.mark.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
+        if let Some(own) = &self.own {
+            *own.mark.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);
+        }
     }
 
     pub(crate) fn last_mark(&self) -> Option<String> {
-        self.mark.lock().unwrap_or_else(PoisonError::into_inner).as_deref().map(str::to_owned)
+        let own = self.own.as_ref()?;
+        own.mark.lock().unwrap_or_else(PoisonError::into_inner).as_deref().map(str::to_owned)
     }
 }
 

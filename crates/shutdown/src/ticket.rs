@@ -3,7 +3,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 
 use pin_project_lite::pin_project;
 
@@ -16,19 +16,18 @@ use crate::tree::{Node, stop_tree};
 pub(crate) struct Ticket<T, E> {
     pub(crate) slot: Arc<Slot>,
     roster: Arc<Roster<T, E>>,
-    index: usize,
 }
 
 impl<T, E> Ticket<T, E> {
-    pub(crate) fn new(slot: Arc<Slot>, roster: Arc<Roster<T, E>>, index: usize) -> Self {
-        Self { slot, roster, index }
+    pub(crate) fn new(slot: Arc<Slot>, roster: Arc<Roster<T, E>>) -> Self {
+        Self { slot, roster }
     }
 }
 
 impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
     /// Says how the task ended. Whatever it owned must be gone by then.
     pub(crate) fn finish(&self, outcome: TaskOutcome<T, E>) {
-        self.roster.tell(self.index, &self.slot, outcome, |reason, grace| {
+        self.roster.tell(&self.slot, outcome, |reason, grace| {
             let node: Arc<dyn Node> = self.roster.clone();
             stop_tree(&node, &Stopping { reason, deadline: after(grace) });
         });
@@ -44,7 +43,7 @@ impl<T, E> Drop for Ticket<T, E> {
         let told = self.roster.is_stopped() || self.slot.is_called();
         let cancelled = told && self.slot.straggling().is_none();
         let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
-        self.roster.tell(self.index, &self.slot, outcome, |_, _| {});
+        self.roster.tell(&self.slot, outcome, |_, _| {});
     }
 }
 
@@ -64,7 +63,7 @@ pin_project! {
                 let slot = Arc::clone(&this.ticket.slot);
                 // A destructor that panics is how the task ended, also of one that is cancelled or cut.
                 if let Err(panicked) = guarded(&slot, || this.future.set(None)) {
-                    this.ticket.roster.tell(this.ticket.index, &slot, panicked, |_, _| {});
+                    this.ticket.roster.tell(&slot, panicked, |_, _| {});
                 }
             }
         }
@@ -89,14 +88,28 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let slot = &this.ticket.slot;
-        // Once it was ready, it is gone, and nobody polls it again.
-        let Some(future) = this.future.as_mut().as_pin_mut() else { return Poll::Ready(()) };
-        let ended = match guarded(slot, || future.poll(cx)) {
-            Ok(output) => ready!(output).into_outcome(),
-            Err(panicked) => panicked,
+        // Kept out here, so that one whose destructor panics is not dropped while another panic unwinds.
+        let mut output = None;
+        let polled = guarded(slot, || {
+            // Once it was ready, it is gone, and nobody polls it again.
+            let Some(future) = this.future.as_mut().as_pin_mut() else { return };
+            if let Poll::Ready(returned) = future.poll(cx) {
+                output = Some(returned);
+                // What it owns goes before its end is told. A destructor that panics is how the task ended.
+                this.future.set(None);
+            }
+        });
+        let outcome = match (polled, output) {
+            (Ok(()), None) => return Poll::Pending,
+            (Ok(()), Some(output)) => output.into_outcome(),
+            (Err(panicked), output) => {
+                let emptied = guarded(slot, || {
+                    this.future.set(None);
+                    drop(output);
+                });
+                emptied.map_or_else(|again| again, |()| panicked)
+            }
         };
-        // What it owns goes before its end is told. A destructor may panic too.
-        let outcome = guarded(slot, || this.future.set(None)).map_or_else(|panicked| panicked, |()| ended);
         this.ticket.finish(outcome);
         Poll::Ready(())
     }

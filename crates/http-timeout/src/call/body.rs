@@ -11,7 +11,10 @@ use std::{
 };
 
 use bytes::Bytes;
-use http::{HeaderMap, header::CONTENT_TYPE};
+use http::{
+    HeaderMap, Method, StatusCode,
+    header::{CONTENT_LENGTH, CONTENT_TYPE},
+};
 use http_body::{Body as _, Frame, SizeHint};
 use reqwest::{Request, Response, ResponseBuilderExt};
 use tokio::{
@@ -121,7 +124,7 @@ impl BodyLimits {
     pub(crate) fn guard(self, mut request: Request, response: Response, mut hold: Hold) -> Response {
         let (attempts, (parts, inner)) = (Attempts(self.attempts), apart(response));
         // An empty body has ended already: its call must not hold a permit until the response is dropped.
-        let hold = if inner.is_end_stream() {
+        let hold = if inner.is_end_stream() || has_no_body(request.method(), &parts) {
             hold.finish(Duration::ZERO);
             None
         } else {
@@ -162,6 +165,13 @@ fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
         parts.extensions = std::mem::take(extensions);
     }
     (parts, body)
+}
+
+/// Whether there is no body to such an answer. The body itself does not tell where reqwest decompresses it.
+fn has_no_body(method: &Method, answer: &http::response::Parts) -> bool {
+    *method == Method::HEAD
+        || matches!(answer.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
+        || answer.headers.get(CONTENT_LENGTH).is_some_and(|length| length == "0")
 }
 
 /// Whether the body is one that may be quiet for as long as it likes.

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use cancel_safe_http_timeout::{BreakerConfig, BreakerMap, Phase, RequestError, TimeoutClient};
+use cancel_safe_http_timeout::{Attempts, BreakerConfig, BreakerMap, Phase, RequestError, Retry, TimeoutClient};
 use futures_util::{StreamExt as _, future::join_all};
 
-use crate::server::{Server, drip, eventually, reply};
+use crate::server::{Server, drip, eventually, reply, with_header};
 
 #[tokio::test]
 async fn permits_are_held_until_the_bodies_end() {
@@ -36,11 +36,24 @@ async fn dropping_an_unread_response_gives_its_permit_back() {
 
 #[tokio::test]
 async fn a_response_without_a_body_holds_no_permit() {
-    let server = Server::start(|_, _| async { reply(204, "") });
-    let client = TimeoutClient::builder().concurrency(1).build().unwrap();
-    let first = client.get(server.url("/")).send().await.unwrap();
-    let second = client.head(server.url("/")).send().await.unwrap();
-    assert_eq!((first.status().as_u16(), second.status().as_u16()), (204, 204));
+    let server = Server::start(|request, _| async move {
+        match request.uri().path() {
+            "/length" => reply(200, vec![b'x'; 100_000]),
+            "/nothing" => reply(200, ""),
+            status => reply(status[1..].parse().unwrap(), ""),
+        }
+    });
+    let client = TimeoutClient::builder().concurrency(1).timeout(Duration::from_secs(10)).build().unwrap();
+    let mut kept = Vec::new();
+    for (method, path) in [("GET", "/204"), ("GET", "/304"), ("GET", "/nothing"), ("HEAD", "/204"), ("HEAD", "/length")]
+    {
+        let request = client.request(method.parse().unwrap(), server.url(path));
+        kept.push(request.send().await.unwrap_or_else(|error| panic!("behind {} answers: {error}", kept.len())));
+        assert_eq!(client.metrics().in_flight, 0, "{method} {path}");
+    }
+    for response in kept {
+        assert!(response.bytes().await.unwrap().is_empty());
+    }
 }
 
 #[tokio::test]
@@ -140,6 +153,42 @@ async fn a_body_over_the_cap_is_an_error_whether_announced_or_not() {
     }
     let whole = client.get(server.url("/exact")).send().await.unwrap().bytes().await.unwrap();
     assert_eq!(whole.len(), 1_000_000);
+}
+
+/// 16 MiB of zeros, in 16 KiB.
+const ZEROS: &[u8] = include_bytes!("zeros.gz");
+
+#[tokio::test]
+async fn a_body_that_is_small_on_the_wire_ends_at_the_cap_all_the_same() {
+    let server = Server::start(|request, _| async move {
+        let status = if request.uri().path() == "/fails" { 503 } else { 200 };
+        with_header(reply(status, ZEROS), "content-encoding", "gzip")
+    });
+    let url = server.url("/");
+    let capped = |bytes: u64| {
+        let retry = Retry::attempts(2).backoff(Duration::from_millis(1), Duration::from_millis(1));
+        TimeoutClient::builder().max_body(bytes).retry(retry).build().unwrap()
+    };
+    let whole = capped(16 << 20).get(&url).send().await.unwrap().bytes().await.unwrap();
+    assert_eq!(whole.len(), 16 << 20);
+    let client = capped(1 << 20);
+    let mut response = client.get(&url).send().await.unwrap();
+    let (mut read, mut failure) = (0, None);
+    while failure.is_none() {
+        match response.chunk().await {
+            Ok(chunk) => read += chunk.expect("the cap comes before the end").len(),
+            Err(error) => failure = Some(RequestError::from(error)),
+        }
+    }
+    assert!(matches!(failure, Some(RequestError::BodyTooLarge { .. })), "{failure:?}");
+    assert!(read <= 1 << 20, "{read} bytes");
+    let fetched = client.get_many([&url], None).next().await.unwrap().result;
+    assert!(fetched.as_ref().is_err_and(RequestError::is_body_too_large), "{fetched:?}");
+    // One that nobody wants is not read to its end either.
+    let failed = client.get(server.url("/fails")).send().await.unwrap();
+    assert_eq!((failed.status().as_u16(), failed.extensions().get()), (503, Some(&Attempts(2))));
+    drop(failed);
+    assert_eq!(client.metrics().in_flight, 0);
 }
 
 #[tokio::test]

@@ -18,16 +18,22 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
         // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
         tokio::task::coop::consume_budget().await;
-        if let Some(ended) = self.roster.next() {
-            return Some(self.roster.hand_out(ended));
+        if let Some(ended) = self.try_join_next() {
+            return Some(ended);
         }
-        let ended = bounded(&self.node(), |cx| self.roster.poll_next(cx)).await;
-        ended.map(|ended| self.roster.hand_out(ended))
+        let node = self.node();
+        let (roster, taken) = self.reader();
+        bounded(&node, |cx| roster.poll_take(taken, cx)).await;
+        taken.pop_front().map(|ended| roster.hand_out(ended))
     }
 
     /// Returns the next task that has ended if there already is one, and `None` otherwise.
     pub fn try_join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
-        self.roster.next().map(|ended| self.roster.hand_out(ended))
+        let (roster, taken) = self.reader();
+        if taken.is_empty() && !roster.take(taken) {
+            return None;
+        }
+        taken.pop_front().map(|ended| roster.hand_out(ended))
     }
 
     /// Waits until every task has ended, here and in the groups below, and returns the outcomes not yet read, in the
@@ -56,9 +62,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # Ok(())
     /// # }
     /// ```
-    pub async fn join_all(self) -> Vec<(String, TaskOutcome<T, E>)> {
+    pub async fn join_all(mut self) -> Vec<(String, TaskOutcome<T, E>)> {
         self.finished().await;
-        std::iter::from_fn(|| self.roster.next()).map(|ended| self.roster.hand_out(ended)).collect()
+        std::iter::from_fn(|| self.try_join_next()).collect()
     }
 
     /// Cancels every task and waits until none is alive.
@@ -115,9 +121,10 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     ///
     /// This method is not cancel safe. If dropped, every task is dropped at its current await and the outcomes are
     /// lost; a blocking closure that has begun keeps running.
-    pub async fn wait(self) -> TaskGroupResult<E> {
+    pub async fn wait(mut self) -> TaskGroupResult<E> {
         self.finished().await;
-        self.roster.take_result()
+        let (roster, taken) = self.reader();
+        roster.take_result(std::mem::take(taken))
     }
 
     /// Cancels every task with a grace of `timeout`, then waits as [`wait`](Self::wait) does.

@@ -66,7 +66,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// ```
     pub fn abort(&self, name: &str) -> usize {
         let tasks = self.roster.named(name);
-        tasks.iter().for_each(|(_, slot)| slot.abort());
+        tasks.iter().for_each(|slot| slot.abort());
         tasks.len()
     }
 
@@ -113,12 +113,12 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     async fn cancel_named(&self, name: &str, reason: StopReason) -> usize {
         let deadline = after(self.roster.grace());
         let tasks = self.roster.named(name);
-        for (_, slot) in &tasks {
+        for slot in &tasks {
             slot.tell_to_stop(Stopping { reason: reason.clone(), deadline });
         }
         let mut ended = poll_fn(|cx| self.roster.poll_ended(&tasks, cx));
         if timeout_at(deadline, &mut ended).await.is_err() {
-            cut_tasks(tasks.iter().map(|(_, slot)| slot), ended).await;
+            cut_tasks(tasks.iter(), ended).await;
             self.roster.abandon_tasks(tasks.iter().cloned());
         }
         tasks.len()

@@ -7,7 +7,8 @@ use std::sync::Weak;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use crate::report::Report;
+use crate::panics::catch;
+use crate::report::{EXIT_PANICKED, Report};
 use crate::state::stages::Ending;
 use crate::stop::StopReason;
 
@@ -130,15 +131,24 @@ impl Audience {
     }
 
     fn hear_of_end(self, mut report: Report, negotiable: bool, answer: &Sender<u8>) {
-        if negotiable && let Some(code) = self.on_exit_code.and_then(|exit_code| exit_code(&report)) {
-            report.set_exit_code(code);
+        if negotiable && let Some(exit_code) = self.on_exit_code {
+            match catch(|| exit_code(&report)) {
+                Ok(code) => report.set_exit_code(code.unwrap_or(report.exit_code())),
+                // The panic hook has told it, and so does the code; the report is heard all the same.
+                Err(_) => report.set_exit_code(EXIT_PANICKED),
+            }
         }
         // Nobody listens any more if the time was up.
         let _ = answer.send(report.exit_code());
         #[cfg(feature = "tracing")]
         log(&report);
         match self.on_report {
-            Some(on_report) => on_report(&report),
+            Some(on_report) => {
+                let panicked = catch(|| on_report(&report)).is_err();
+                if panicked && negotiable {
+                    let _ = answer.send(EXIT_PANICKED);
+                }
+            }
             None if self.is_on_stderr && !report.is_uneventful() => print(format_args!("{report}")),
             None => {}
         }
@@ -151,9 +161,8 @@ impl Telling {
         let until = Instant::now() + limit;
         let Some(answers) = self.answers else { return self.code };
         let code = answers.recv_timeout(limit).unwrap_or(self.code);
-        // Ends with the thread or with the time, whichever is first; there is no second answer.
-        let _ = answers.recv_timeout(until.saturating_duration_since(Instant::now()));
-        code
+        // Ends with the thread or with the time, whichever is first. A second answer is a callback that has panicked.
+        answers.recv_timeout(until.saturating_duration_since(Instant::now())).unwrap_or(code)
     }
 }
 

@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
-use cancel_safe_shutdown::{Application, Report, Restart, StopReason, StragglerState, TaskOutcome, WorkerContext};
+use cancel_safe_shutdown::{
+    Application, Report, Restart, StopReason, StragglerState, TaskGroup, TaskOutcome, WorkerContext,
+};
 use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
@@ -320,9 +322,52 @@ async fn the_callbacks_get_the_report_and_the_last_word_on_the_code() {
 }
 
 #[test]
-fn a_callback_that_panics_changes_nothing() {
-    let app = Application::new("app").worker("one", |_: WorkerContext| async {}).on_report(|_| panic!("in a callback"));
-    assert_eq!(app.run(), std::process::ExitCode::SUCCESS);
+fn a_callback_that_panics_is_a_panic_and_keeps_no_report_from_being_told() {
+    // Past the panic hook: the text of a backtrace may take longer than a callback is waited for.
+    fn panics() -> ! {
+        std::panic::resume_unwind(Box::new("in a callback"))
+    }
+    let app = || Application::new("app").worker("one", |_: WorkerContext| async {});
+    assert_eq!(app().on_report(move |_| panics()).run(), std::process::ExitCode::from(101));
+
+    let (send, told) = mpsc::channel();
+    let app = app().exit_code(move |_| panics()).on_report(move |report| send.send(report.exit_code()).unwrap());
+    assert_eq!(app.run(), std::process::ExitCode::from(101));
+    assert_eq!(told.recv(), Ok(101));
+}
+
+#[tokio::test]
+async fn a_callback_that_panics_after_a_cut_leaves_the_code_of_the_cut() {
+    let app = Application::new("app").shutdown_timeout(Duration::from_millis(1)).on_report(|_| panic!("in a callback"));
+    let app = app.exit_code(|_| panic!("nobody asks for a code")).worker("deaf", |_: WorkerContext| pending::<()>());
+    assert_eq!(serve(app, Duration::from_millis(1)).await.exit_code(), 70);
+}
+
+/// Nothing overflows, and nothing waits for what has no time.
+#[tokio::test(start_paused = true)]
+async fn times_of_zero_and_times_without_an_end_are_times() {
+    for time in [Duration::ZERO, Duration::MAX] {
+        let policy = Restart::OnFailure.intensity(3, time).backoff(time, time);
+        let cooperative = |cx: WorkerContext| async move { cx.cancelled().await };
+        let app = Application::new("app").shutdown_timeout(time).second_signal_after(time).restart(policy);
+        let app = app.phase("first", |phase| phase.worker("one", cooperative).timeout(time));
+        let app = app.phase("last", |phase| phase.worker("two", cooperative).timeout(time));
+        let report = serve(app, SECOND).await;
+        assert_eq!((report.reason(), report.exit_code()), (&StopReason::Requested, 0), "{time:?}: {report}");
+        assert!(report.tasks().iter().all(|task| task.outcome.is_completed()), "{time:?}: {report}");
+        assert!(report.elapsed() < SECOND, "{time:?}: {report}");
+
+        let app = Application::new("app").phase("late", |phase| phase.worker("one", cooperative).ready_within(time));
+        let report = serve(app, SECOND).await;
+        let late = StopReason::NotReady { phase: "late".to_owned() };
+        assert_eq!(report.reason(), if time.is_zero() { &late } else { &StopReason::Requested }, "{report}");
+
+        let group = TaskGroup::new().grace(time);
+        group.spawn_with("one", cooperative).unwrap();
+        tokio::task::yield_now().await;
+        group.cancel_all().await;
+        assert_eq!(group.wait().await.completed, ["one"], "{time:?}");
+    }
 }
 
 /// The report is told and returned although no thread is left to wait for the callbacks.

@@ -107,6 +107,76 @@ async fn a_closed_group_hands_the_future_back_unpolled() {
     assert!(group.child("late").spawn("later", async {}).is_err());
 }
 
+/// Counts the futures that were dropped by whoever ran them, and those that came back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn of_spawns_that_race_with_a_cancel_each_is_taken_and_told_or_handed_back() {
+    const SPAWNERS: usize = 4;
+    const SPAWNS: usize = 50;
+    for round in 0..100 {
+        let (group, alive) = (Arc::new(TaskGroup::new()), Alive::default());
+        let spawners = (0..SPAWNERS).map(|number| {
+            let (group, alive) = (Arc::clone(&group), alive.clone());
+            tokio::spawn(async move {
+                let mut rejected = Vec::new();
+                for spawn in 0..SPAWNS {
+                    let guest = alive.guest();
+                    let task = async move { (yield_now().await, drop(guest)).1 };
+                    rejected.extend(group.spawn("task", task).map_err(|rejected| rejected.into_inner()).err());
+                    if (spawn + number) % 10 == round % 10 {
+                        yield_now().await;
+                    }
+                }
+                rejected
+            })
+        });
+        let spawners: Vec<_> = spawners.collect();
+        until(|| group.counts().completed >= round as u64 % 100).await;
+        group.cancel_all().await;
+        let mut rejected = Vec::new();
+        for spawner in spawners {
+            rejected.extend(spawner.await.unwrap());
+        }
+        let result = Arc::into_inner(group).unwrap().wait().await;
+        assert_eq!(alive.count(), rejected.len(), "a future is neither gone nor handed back");
+        assert_eq!(result.completed.len() + result.cancelled.len() + rejected.len(), SPAWNERS * SPAWNS);
+        assert!(result.is_clean());
+    }
+}
+
+#[tokio::test]
+async fn outcomes_are_read_in_the_order_of_the_ends_in_whichever_way() {
+    let mut group = TaskGroup::<u32, String>::with_results();
+    let mut read = Vec::new();
+    for number in 0..1000 {
+        group.spawn("task", async move { Ok(number) }).unwrap();
+        if number % 7 == 3 {
+            read.extend(group.join_next().await);
+        }
+        if number % 11 == 5 {
+            read.extend(group.try_join_next());
+        }
+    }
+    read.extend(group.join_all().await);
+    let read: Vec<_> = read.into_iter().filter_map(|(_, outcome)| outcome.completed()).collect();
+    assert_eq!(read, Vec::from_iter(0..1000));
+}
+
+#[tokio::test]
+async fn a_result_lists_what_no_reader_was_handed() {
+    let mut group = TaskGroup::new();
+    for number in 0..5 {
+        group.spawn(number.to_string(), async {}).unwrap();
+    }
+    yield_now().await;
+    assert_eq!(group.join_next().await.map(|(name, _)| name), Some("0".to_owned()));
+    group.spawn("last", async {}).unwrap();
+    let result = group.wait().await;
+    assert_eq!(
+        (result.completed, result.counts.completed),
+        (["1", "2", "3", "4", "last"].map(str::to_owned).to_vec(), 6)
+    );
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_task_with_a_context_has_its_grace_and_a_plain_one_has_none() {
     let group = TaskGroup::new().grace(Duration::from_secs(5));

@@ -92,6 +92,50 @@ async fn a_worker_cut_with_a_value_that_panics_is_a_panic() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_provided_value_that_panics_when_it_is_dropped_is_its_providers_panic() {
+    let app = Application::new("app").phase("storage", |phase| phase.provide(|_| async { Ok(Bomb::armed()) }));
+    let stop = app.shutdown_handle();
+    let user = move |cx: WorkerContext| async move {
+        (cx.provided::<Bomb>().is_some(), stop.cancel()).0.then_some(()).ok_or("no bomb")
+    };
+    let report = serve(app.phase("ingress", |phase| phase.worker_once("user", user))).await;
+    assert!(worker(&report, "user").is_completed(), "{report}");
+    assert!(report.tasks().iter().any(|task| task.group == "storage" && task.outcome.is_panicked()), "{report}");
+    assert_eq!((report.reason(), report.exit_code()), (&StopReason::Requested, 101), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_destructor_that_spawns_at_the_stop_gets_its_future_back_and_leaves_no_task() {
+    struct Spawns(std::sync::Arc<TaskGroup>, std::sync::mpsc::Sender<bool>);
+    impl Drop for Spawns {
+        fn drop(&mut self) {
+            self.1.send(self.0.spawn("late", pending::<()>()).is_err()).unwrap();
+        }
+    }
+    let (send, rejected) = std::sync::mpsc::channel();
+    let app = Application::new("app").shutdown_timeout(Duration::from_secs(1));
+    let stop = app.shutdown_handle();
+    let keeper = move |cx: WorkerContext| async move {
+        let _spawns = Spawns(cx.group().into(), send);
+        stop.cancel();
+        pending::<()>().await;
+    };
+    let report = serve(app.worker_once("keeper", keeper)).await;
+    assert_eq!((rejected.try_recv(), report.exit_code(), report.tasks().len()), (Ok(true), 70, 1), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_application_inside_a_worker_of_another_ends_by_itself() {
+    let inner = |_: WorkerContext| async {
+        let inner = Application::new("inner").worker("broken", |_: WorkerContext| async { Err::<(), _>("no more") });
+        let report = inner.serve().await.map_err(|error| error.to_string())?;
+        if report.exit_code() == 1 { Ok(()) } else { Err(report.to_string()) }
+    };
+    let report = serve(Application::new("outer").worker("outer", inner)).await;
+    assert_eq!((report.reason(), report.exit_code()), (&StopReason::Completed, 0), "{report}");
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_worker_that_never_starts_may_panic_all_the_same() {
     let bomb = Bomb::armed();
     let app = Application::new("app").worker_once("late", move |_: WorkerContext| async move { drop(bomb) });
