@@ -156,7 +156,7 @@ pub(crate) fn decoded(part: &str) -> String {
 }
 
 fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
-    let home = Home::create("mariadb")?;
+    let home = Home::create_in_memory("mariadb")?;
     let inside = |name: &str| home.path.join(name).display().to_string();
     let (set_up, server) = (programs.set_up.to_string_lossy(), programs.server.to_string_lossy());
     // A relative path would be taken for one below the directory of the programs.

@@ -17,6 +17,12 @@ use crate::command::{quoted, wait_until};
 /// How long a server may take to be set up and to answer: seconds, on a machine with nothing else to do.
 const START_BOUND: Duration = Duration::from_secs(300);
 
+/// A file system in memory, on Linux.
+const MEMORY: &str = "/dev/shm";
+
+/// How much room a server in memory has to find there. It takes a quarter of that.
+const ROOM_KIB: u64 = 1 << 20;
+
 /// How often another port is tried when a process takes the free one before the server does.
 pub(crate) const PORT_ATTEMPTS: usize = 3;
 
@@ -115,10 +121,24 @@ pub(crate) struct Home {
 impl Home {
     /// Creates a directory that nobody else can look into, owned by an unprivileged user.
     pub(crate) fn create(name: &str) -> Result<Self, String> {
+        Self::create_in(&std::env::temp_dir(), name)
+    }
+
+    /// The same in memory where there is room for it: a server that has made and removed a table waits for the disk each
+    /// time, whatever it is told.
+    pub(crate) fn create_in_memory(name: &str) -> Result<Self, String> {
+        let memory = Path::new(MEMORY);
+        match free_kib(memory) {
+            Some(ROOM_KIB..) => Self::create_in(memory, name).or_else(|_| Self::create(name)),
+            _ => Self::create(name),
+        }
+    }
+
+    fn create_in(place: &Path, name: &str) -> Result<Self, String> {
         let nanos = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.subsec_nanos());
         let unique = format!("cancel-safe-{name}-{}-{nanos}", std::process::id());
         let broken = |error: std::io::Error| format!("no directory for {name} could be made: {error}");
-        let mut path = std::env::temp_dir().join(&unique);
+        let mut path = place.join(&unique);
         DirBuilder::new().mode(0o700).create(&path).map_err(broken)?;
         if fs::metadata(&path).map_err(broken)?.uid() != 0 {
             return Ok(Self { path, account: None });
@@ -133,6 +153,13 @@ impl Home {
         chown(&path, Some(account.uid), Some(account.gid)).map_err(broken)?;
         Ok(Self { path, account: Some(account) })
     }
+}
+
+/// How much room there is at a place, if there is such a place.
+fn free_kib(place: &Path) -> Option<u64> {
+    let output = Command::new("df").arg("-Pk").arg(place).env("LC_ALL", "C").output().ok()?;
+    let said = String::from_utf8(output.stdout).ok()?;
+    said.lines().nth(1)?.split_whitespace().nth(3)?.parse().ok()
 }
 
 fn reachable_by_all(path: &Path) -> bool {
@@ -212,6 +239,12 @@ mod tests {
         let (path, server) = start(&["/bin/sh", "-c", "echo the disk is on fire; exit 3"]);
         assert!(server.err().unwrap().contains("the disk is on fire"));
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn room_is_known_where_there_is_a_place() {
+        assert!(free_kib(&std::env::temp_dir()).is_some());
+        assert_eq!(free_kib(Path::new("/no/such/place")), None);
     }
 
     #[test]

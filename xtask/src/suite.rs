@@ -5,9 +5,11 @@
 //! are the campaigns, and what could not be run.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::env;
 use std::fmt;
 use std::fmt::Write as _;
 use std::fs;
+use std::thread::available_parallelism;
 
 use crate::awaits::{self, Written};
 use crate::command::{Cargo, Failure, cargo};
@@ -122,8 +124,18 @@ fn whole(databases: &Databases, written: &Written, what: &str, tally: &mut Tally
         tests().arg("--no-run").run()?;
         missing::see_to_tools();
     }
-    let run = tests();
+    let run = side_by_side(tests());
     written.tell(databases.tell(run)).run_lines(|line| tally.read(line))
+}
+
+/// Runs twice as many tests at the same time as there are processors, unless the user has said how many: most of them wait
+/// for a server or a timer most of the time.
+fn side_by_side(tests: Cargo) -> Cargo {
+    const THREADS: &str = "RUST_TEST_THREADS";
+    match (env::var_os(THREADS), available_parallelism()) {
+        (None, Ok(processors)) => tests.env(THREADS, (processors.get() * 2).to_string()),
+        _ => tests,
+    }
 }
 
 /// Some crates, and how their tests are run.
@@ -140,7 +152,7 @@ impl Chosen<'_> {
         if let Some(sqlx) = self.sqlx {
             sqlx.was_used()?;
         }
-        let mut run = written.tell(self.tests());
+        let mut run = written.tell(side_by_side(self.tests()));
         if let Campaign::Full = self.campaign {
             run = run.env("CANCEL_SAFE_CAMPAIGN", "full");
         }

@@ -82,6 +82,8 @@ pub struct Thread {
     in_step: AtomicBool,
     /// A session of the user's has its settings back already.
     is_back: AtomicBool,
+    /// sqlx's levels were taken away, and a rollback was sent, before the end of the transaction.
+    is_undone: AtomicBool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -315,13 +317,9 @@ impl Driver for MySql {
     }
 
     async fn rollback(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<Rollback, sqlx::Error> {
-        let found = if Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
-        // These take sqlx's levels away whatever the answers will be: when MySQL has rolled back by itself, with the
-        // savepoints, sqlx's own rollback fails for ever. They go out with what is sent next, and free the locks there.
-        let is_sent = depth::<Self>(conn) > 0;
-        while depth::<Self>(conn) > 0 {
-            Manager::start_rollback(conn);
-        }
+        let was_undone = thread.is_undone.swap(false, Ordering::Relaxed);
+        let found = if !was_undone && Self::may_have_committed(conn) { Rollback::TooLate } else { Rollback::Done };
+        let is_sent = undo(conn);
         let is_back = thread.is_back.swap(false, Ordering::Relaxed);
         let settings_back = thread.settings_back().filter(|_| !is_back);
         let in_step = thread.in_step.swap(false, Ordering::Relaxed);
@@ -329,21 +327,38 @@ impl Driver for MySql {
         if is_sent && in_step && settings_back.is_none() && is_done(conn.flush().await)? {
             return Ok(found);
         }
-        match settings_back {
-            Some(settings_back) => in_step::insist(conn, &format!("ROLLBACK; {settings_back}")).await?,
-            None => in_step::insist(conn, "ROLLBACK").await?,
+        let rollback = match settings_back {
+            Some(settings_back) => format!("ROLLBACK; {settings_back}"),
+            None => "ROLLBACK".to_owned(),
+        };
+        match in_step {
+            true => in_step::repeat(conn, &rollback).await?,
+            false => in_step::insist(conn, &rollback).await?,
         }
         Ok(found)
     }
 
-    /// The proof that nothing is left rolls back as well, so that the locks are free a round trip sooner.
+    /// The rollback goes out ahead of the proof that nothing is left to be read, so that the locks are free a round trip
+    /// sooner. A cancel may still meet it: another one is due.
     async fn quiet(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<(), sqlx::Error> {
         if in_step::is_left(conn).await? {
-            in_step::insist(conn, "ROLLBACK").await?;
+            thread.is_undone.fetch_or(undo(conn), Ordering::Relaxed);
+            in_step::prove(conn).await?;
             thread.in_step.store(true, Ordering::Relaxed);
         }
         Ok(())
     }
+}
+
+/// Takes sqlx's levels away, whatever the answers will be: when MySQL has rolled back by itself, with the savepoints,
+/// sqlx's own rollback fails for ever. The rollbacks go out with what is sent next, and free the locks there. False where
+/// there is none.
+fn undo(conn: &mut MySqlConnection) -> bool {
+    let was_open = depth::<MySql>(conn) > 0;
+    while depth::<MySql>(conn) > 0 {
+        Manager::start_rollback(conn);
+    }
+    was_open
 }
 
 impl Thread {
@@ -354,6 +369,7 @@ impl Thread {
             limited: AtomicBool::new(false),
             in_step: AtomicBool::new(false),
             is_back: AtomicBool::new(false),
+            is_undone: AtomicBool::new(false),
         }
     }
 

@@ -84,8 +84,9 @@ pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), 
     Err(restless())
 }
 
-/// Reads what was left to be read, whatever it is, and makes sure that nothing of it is left.
-async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
+/// Reads what was left to be read, whatever it is, and the answers to the rollbacks that sqlx has still to send, and makes
+/// sure that nothing of it is left.
+pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
         // The name of the column is the proof. A statement of the same text would not be prepared again.
         // It stays in sqlx's cache until others take its place there, as sqlx has no way to prepare without the cache.

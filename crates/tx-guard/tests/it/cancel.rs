@@ -25,6 +25,11 @@ pub(crate) fn explore_unstarved() -> Explore {
     explore().budgets([])
 }
 
+/// Explorations that wait for their servers most of the time.
+pub(crate) fn side_by_side<const N: usize>(explorations: [fn(); N]) {
+    std::thread::scope(|scope| explorations.map(|explore| drop(scope.spawn(explore))));
+}
+
 /// A pool of one connection, so that whatever is left on it is met by whoever comes next.
 pub(crate) struct Stage<D: TestDb> {
     pub(crate) world: World<D>,
@@ -136,9 +141,11 @@ fn commit_within<D: TestDb>() -> Report {
 
 #[test]
 fn a_commit_with_a_limit_dropped_anywhere_is_whole_or_nothing() {
-    commit_within::<Sqlite>().publish("tx-guard", "commit_within (SQLite)").assert_clean();
-    commit_within::<Postgres>().publish("tx-guard", "commit_within (PostgreSQL)").assert_clean();
-    commit_within::<MySql>().publish("tx-guard", "commit_within (MySQL)").assert_clean();
+    side_by_side([
+        || commit_within::<Sqlite>().publish("tx-guard", "commit_within (SQLite)").assert_clean(),
+        || commit_within::<Postgres>().publish("tx-guard", "commit_within (PostgreSQL)").assert_clean(),
+        || commit_within::<MySql>().publish("tx-guard", "commit_within (MySQL)").assert_clean(),
+    ]);
 }
 
 /// A transaction that somebody else drops a little later.

@@ -8,7 +8,7 @@ use cancel_safe_testing::Report;
 use cancel_safe_tx_guard::{OutcomeHandle, Retry, TxError};
 use sqlx::{MySql, Postgres, Sqlite};
 
-use crate::cancel::{Stage, explore, explore_unstarved};
+use crate::cancel::{Stage, explore, explore_unstarved, side_by_side};
 use crate::stuck::Transient;
 use crate::world::{PATIENCE, TestDb};
 
@@ -70,9 +70,11 @@ fn failing<D: TestDb>() -> Report {
 
 #[test]
 fn the_end_of_what_has_failed_dropped_anywhere_leaves_nothing() {
-    failing::<Sqlite>().publish("tx-guard", "attempts, failing (SQLite)").assert_clean();
-    failing::<Postgres>().publish("tx-guard", "attempts, failing (PostgreSQL)").assert_clean();
-    failing::<MySql>().publish("tx-guard", "attempts, failing (MySQL)").assert_clean();
+    side_by_side([
+        || failing::<Sqlite>().publish("tx-guard", "attempts, failing (SQLite)").assert_clean(),
+        || failing::<Postgres>().publish("tx-guard", "attempts, failing (PostgreSQL)").assert_clean(),
+        || failing::<MySql>().publish("tx-guard", "attempts, failing (MySQL)").assert_clean(),
+    ]);
 }
 
 fn boxed<D: TestDb>() -> Report {
@@ -101,9 +103,11 @@ fn boxed<D: TestDb>() -> Report {
 
 #[test]
 fn boxed_work_with_a_savepoint_dropped_anywhere_is_whole_or_nothing() {
-    boxed::<Sqlite>().publish("tx-guard", "run_boxed (SQLite)").assert_clean();
-    boxed::<Postgres>().publish("tx-guard", "run_boxed (PostgreSQL)").assert_clean();
-    boxed::<MySql>().publish("tx-guard", "run_boxed (MySQL)").assert_clean();
+    side_by_side([
+        || boxed::<Sqlite>().publish("tx-guard", "run_boxed (SQLite)").assert_clean(),
+        || boxed::<Postgres>().publish("tx-guard", "run_boxed (PostgreSQL)").assert_clean(),
+        || boxed::<MySql>().publish("tx-guard", "run_boxed (MySQL)").assert_clean(),
+    ]);
 }
 
 /// The time is over when it is committed, so what is driven to its end there is a rollback.
@@ -125,7 +129,9 @@ fn too_late<D: TestDb>() -> Report {
 
 #[test]
 fn a_guard_in_hand_that_is_too_late_dropped_anywhere_leaves_nothing() {
-    too_late::<Sqlite>().publish("tx-guard", "begin, too late (SQLite)").assert_clean();
-    too_late::<Postgres>().publish("tx-guard", "begin, too late (PostgreSQL)").assert_clean();
-    too_late::<MySql>().publish("tx-guard", "begin, too late (MySQL)").assert_clean();
+    side_by_side([
+        || too_late::<Sqlite>().publish("tx-guard", "begin, too late (SQLite)").assert_clean(),
+        || too_late::<Postgres>().publish("tx-guard", "begin, too late (PostgreSQL)").assert_clean(),
+        || too_late::<MySql>().publish("tx-guard", "begin, too late (MySQL)").assert_clean(),
+    ]);
 }

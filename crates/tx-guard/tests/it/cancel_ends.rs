@@ -12,7 +12,7 @@ use sqlx::pool::PoolOptions;
 use sqlx::{AssertSqlSafe, Connection, MySql, Postgres, Sqlite};
 use tokio::time::timeout;
 
-use crate::cancel::{Doubt, Stage, explore, explore_unstarved, within};
+use crate::cancel::{Doubt, Stage, explore, explore_unstarved, side_by_side, within};
 use crate::proxy::{Fault, Proxy, ServerDb};
 use crate::relied::takes_dropped_begins_back;
 use crate::torn::{self, Pace};
@@ -79,9 +79,11 @@ fn a_commit_of_a_doomed_transaction_dropped_anywhere_leaves_nothing() {
         };
         ended::<D>(explore, lose, is_lost, &[], Doubt::OfTheRuntime)
     }
-    doomed::<Sqlite>(&explore()).publish("tx-guard", "commit, doomed (SQLite)").assert_clean();
-    doomed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, doomed (PostgreSQL)").assert_clean();
-    doomed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, doomed (MySQL)").assert_clean();
+    side_by_side([
+        || doomed::<Sqlite>(&explore()).publish("tx-guard", "commit, doomed (SQLite)").assert_clean(),
+        || doomed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, doomed (PostgreSQL)").assert_clean(),
+        || doomed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, doomed (MySQL)").assert_clean(),
+    ]);
 }
 
 #[test]
@@ -110,12 +112,14 @@ fn the_end_of_a_transaction_that_its_sql_has_ended_dropped_anywhere_commits_noth
         let end = async |tx: TransactionGuard<D>| drop(tx.rollback().await);
         ended::<D>(explore, roll_back, end, &[], Doubt::OfTheTransaction)
     }
-    committed::<Sqlite>(&explore()).publish("tx-guard", "commit, ended (SQLite)").assert_clean();
-    committed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, ended (PostgreSQL)").assert_clean();
-    committed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, ended (MySQL)").assert_clean();
-    rolled_back::<Sqlite>(&explore()).publish("tx-guard", "rollback, ended (SQLite)").assert_clean();
-    rolled_back::<Postgres>(&explore()).publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean();
-    rolled_back::<MySql>(&explore_unstarved()).publish("tx-guard", "rollback, ended (MySQL)").assert_clean();
+    side_by_side([
+        || committed::<Sqlite>(&explore()).publish("tx-guard", "commit, ended (SQLite)").assert_clean(),
+        || committed::<Postgres>(&explore_unstarved()).publish("tx-guard", "commit, ended (PostgreSQL)").assert_clean(),
+        || committed::<MySql>(&explore_unstarved()).publish("tx-guard", "commit, ended (MySQL)").assert_clean(),
+        || rolled_back::<Sqlite>(&explore()).publish("tx-guard", "rollback, ended (SQLite)").assert_clean(),
+        || rolled_back::<Postgres>(&explore()).publish("tx-guard", "rollback, ended (PostgreSQL)").assert_clean(),
+        || rolled_back::<MySql>(&explore_unstarved()).publish("tx-guard", "rollback, ended (MySQL)").assert_clean(),
+    ]);
 }
 
 #[test]
@@ -129,8 +133,10 @@ fn a_commit_over_a_forgotten_nested_transaction_dropped_anywhere_is_whole_or_not
         let commit = async |tx: TransactionGuard<D>| tx.commit().await.unwrap();
         ended::<D>(&explore(), forget, commit, &[1, 2], Doubt::OfTheRuntime)
     }
-    forgotten::<Sqlite>().publish("tx-guard", "commit, nested (SQLite)").assert_clean();
-    forgotten::<Postgres>().publish("tx-guard", "commit, nested (PostgreSQL)").assert_clean();
+    side_by_side([
+        || forgotten::<Sqlite>().publish("tx-guard", "commit, nested (SQLite)").assert_clean(),
+        || forgotten::<Postgres>().publish("tx-guard", "commit, nested (PostgreSQL)").assert_clean(),
+    ]);
 }
 
 /// sqlx has rolled back behind the guard's back, and its session is told no more by what sqlx knows of it.
@@ -146,8 +152,10 @@ fn a_rollback_behind_a_cancelled_nested_begin_dropped_anywhere_leaves_nothing() 
         let end = async |tx: TransactionGuard<D>| drop(tx.rollback().await.unwrap_err());
         ended::<D>(&explore(), cancel_a_nested_begin, end, &[], Doubt::OfTheTransaction)
     }
-    lost::<Postgres>().publish("tx-guard", "rollback, lost (PostgreSQL)").assert_clean();
-    lost::<MySql>().publish("tx-guard", "rollback, lost (MySQL)").assert_clean();
+    side_by_side([
+        || lost::<Postgres>().publish("tx-guard", "rollback, lost (PostgreSQL)").assert_clean(),
+        || lost::<MySql>().publish("tx-guard", "rollback, lost (MySQL)").assert_clean(),
+    ]);
 }
 
 /// The connection for cancelling, over which the session is terminated, is opened only now.
@@ -248,11 +256,19 @@ fn savepoint_of<D: TestDb>(explore: Explore, left: Option<&str>) -> Report {
 
 #[test]
 fn a_savepoint_that_is_undone_dropped_anywhere_is_never_committed_by_halves() {
-    savepoint_of::<Sqlite>(explore(), None).publish("tx-guard", "savepoint, undone (SQLite)").assert_clean();
-    savepoint_of::<Postgres>(explore_unstarved(), None)
-        .publish("tx-guard", "savepoint, undone (PostgreSQL)")
-        .assert_clean();
-    savepoint_of::<MySql>(explore_unstarved(), None).publish("tx-guard", "savepoint, undone (MySQL)").assert_clean();
+    side_by_side([
+        || savepoint_of::<Sqlite>(explore(), None).publish("tx-guard", "savepoint, undone (SQLite)").assert_clean(),
+        || {
+            savepoint_of::<Postgres>(explore_unstarved(), None)
+                .publish("tx-guard", "savepoint, undone (PostgreSQL)")
+                .assert_clean()
+        },
+        || {
+            savepoint_of::<MySql>(explore_unstarved(), None)
+                .publish("tx-guard", "savepoint, undone (MySQL)")
+                .assert_clean()
+        },
+    ]);
 }
 
 #[test]

@@ -7,7 +7,7 @@ use cancel_safe_testing::Report;
 use cancel_safe_tx_guard::{HookFuture, Reset, Retry, TxError, TxPool};
 use sqlx::{AssertSqlSafe, Executor, MySql, Postgres, SqlSafeStr, Sqlite};
 
-use crate::cancel::{Stage, explore, explore_unstarved};
+use crate::cancel::{Stage, explore, explore_unstarved, side_by_side};
 use crate::world::TestDb;
 
 fn ask<D: TestDb>(conn: &mut D::Connection) -> HookFuture<'_, ()> {
@@ -55,9 +55,11 @@ fn hooks<D: TestDb>() -> Report {
 
 #[test]
 fn a_pool_with_hooks_dropped_anywhere_is_whole_or_nothing() {
-    hooks::<Sqlite>().publish("tx-guard", "hooks (SQLite)").assert_clean();
-    hooks::<Postgres>().publish("tx-guard", "hooks (PostgreSQL)").assert_clean();
-    hooks::<MySql>().publish("tx-guard", "hooks (MySQL)").assert_clean();
+    side_by_side([
+        || hooks::<Sqlite>().publish("tx-guard", "hooks (SQLite)").assert_clean(),
+        || hooks::<Postgres>().publish("tx-guard", "hooks (PostgreSQL)").assert_clean(),
+        || hooks::<MySql>().publish("tx-guard", "hooks (MySQL)").assert_clean(),
+    ]);
 }
 
 /// The first guard is dropped while its statement runs, so the second attempt waits for the end of it.
@@ -82,9 +84,11 @@ fn given_up<D: TestDb>() -> Report {
 
 #[test]
 fn an_attempt_behind_one_that_was_given_up_dropped_anywhere_is_whole_or_nothing() {
-    given_up::<Sqlite>().publish("tx-guard", "attempts, given up (SQLite)").assert_clean();
-    given_up::<Postgres>().publish("tx-guard", "attempts, given up (PostgreSQL)").assert_clean();
-    given_up::<MySql>().publish("tx-guard", "attempts, given up (MySQL)").assert_clean();
+    side_by_side([
+        || given_up::<Sqlite>().publish("tx-guard", "attempts, given up (SQLite)").assert_clean(),
+        || given_up::<Postgres>().publish("tx-guard", "attempts, given up (PostgreSQL)").assert_clean(),
+        || given_up::<MySql>().publish("tx-guard", "attempts, given up (MySQL)").assert_clean(),
+    ]);
 }
 
 fn prepared<D: TestDb>() -> Report
@@ -104,6 +108,8 @@ where
 
 #[test]
 fn a_statement_that_is_prepared_on_a_pool_dropped_anywhere_leaves_nothing() {
-    prepared::<Postgres>().publish("tx-guard", "prepare (PostgreSQL)").assert_clean();
-    prepared::<MySql>().publish("tx-guard", "prepare (MySQL)").assert_clean();
+    side_by_side([
+        || prepared::<Postgres>().publish("tx-guard", "prepare (PostgreSQL)").assert_clean(),
+        || prepared::<MySql>().publish("tx-guard", "prepare (MySQL)").assert_clean(),
+    ]);
 }

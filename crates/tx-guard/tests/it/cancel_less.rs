@@ -8,7 +8,7 @@ use cancel_safe_testing::{Report, Way};
 use cancel_safe_tx_guard::{CommitMode, Retry, TxError, TxPool};
 use sqlx::{MySql, Postgres, Sqlite};
 
-use crate::cancel::{Stage, explore, within};
+use crate::cancel::{Stage, explore, side_by_side, within};
 use crate::world::{PATIENCE, TestDb, World};
 
 #[test]
@@ -54,9 +54,11 @@ fn failing_closure<D: TestDb>() -> Report {
 
 #[test]
 fn a_closure_that_fails_dropped_anywhere_leaves_nothing() {
-    failing_closure::<Sqlite>().publish("tx-guard", "run, failing (SQLite)").assert_clean();
-    failing_closure::<Postgres>().publish("tx-guard", "run, failing (PostgreSQL)").assert_clean();
-    failing_closure::<MySql>().publish("tx-guard", "run, failing (MySQL)").assert_clean();
+    side_by_side([
+        || failing_closure::<Sqlite>().publish("tx-guard", "run, failing (SQLite)").assert_clean(),
+        || failing_closure::<Postgres>().publish("tx-guard", "run, failing (PostgreSQL)").assert_clean(),
+        || failing_closure::<MySql>().publish("tx-guard", "run, failing (MySQL)").assert_clean(),
+    ]);
 }
 
 /// A statement that would run for hours is dropped, and the rollback behind it has to cancel it.
@@ -85,9 +87,15 @@ fn rollback_behind_a_statement<D: TestDb>() -> Report {
 
 #[test]
 fn a_rollback_behind_a_statement_dropped_anywhere_ends_both() {
-    rollback_behind_a_statement::<Sqlite>().publish("tx-guard", "rollback, behind (SQLite)").assert_clean();
-    rollback_behind_a_statement::<Postgres>().publish("tx-guard", "rollback, behind (PostgreSQL)").assert_clean();
-    rollback_behind_a_statement::<MySql>().publish("tx-guard", "rollback, behind (MySQL)").assert_clean();
+    side_by_side([
+        || rollback_behind_a_statement::<Sqlite>().publish("tx-guard", "rollback, behind (SQLite)").assert_clean(),
+        || {
+            rollback_behind_a_statement::<Postgres>()
+                .publish("tx-guard", "rollback, behind (PostgreSQL)")
+                .assert_clean()
+        },
+        || rollback_behind_a_statement::<MySql>().publish("tx-guard", "rollback, behind (MySQL)").assert_clean(),
+    ]);
 }
 
 /// A pool whose connections are idle is closed.
@@ -115,7 +123,9 @@ fn closing<D: TestDb>() -> Report {
 
 #[test]
 fn closing_a_pool_of_idle_connections_dropped_anywhere_can_be_repeated() {
-    closing::<Sqlite>().publish("tx-guard", "close, idle (SQLite)").assert_clean();
-    closing::<Postgres>().publish("tx-guard", "close, idle (PostgreSQL)").assert_clean();
-    closing::<MySql>().publish("tx-guard", "close, idle (MySQL)").assert_clean();
+    side_by_side([
+        || closing::<Sqlite>().publish("tx-guard", "close, idle (SQLite)").assert_clean(),
+        || closing::<Postgres>().publish("tx-guard", "close, idle (PostgreSQL)").assert_clean(),
+        || closing::<MySql>().publish("tx-guard", "close, idle (MySQL)").assert_clean(),
+    ]);
 }

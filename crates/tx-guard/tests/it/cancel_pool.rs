@@ -12,7 +12,7 @@ use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions, Connection, MySql, Postgres};
 use tokio::time::{advance, pause, resume, sleep, timeout};
 
-use crate::cancel::{Doubt, Stage, explore, explore_unstarved, within};
+use crate::cancel::{Doubt, Stage, explore, explore_unstarved, side_by_side, within};
 use crate::world::{PATIENCE, Server, TestDb, World, eventually};
 
 /// A database whose sessions can be told apart from those of the other tests.
@@ -213,8 +213,10 @@ fn begin_on_a_new_session<D: Counted>() -> Report {
 
 #[test]
 fn a_begin_on_a_new_session_dropped_anywhere_is_whole_or_nothing() {
-    begin_on_a_new_session::<Postgres>().publish("tx-guard", "begin, new (PostgreSQL)").assert_clean();
-    begin_on_a_new_session::<MySql>().publish("tx-guard", "begin, new (MySQL)").assert_clean();
+    side_by_side([
+        || begin_on_a_new_session::<Postgres>().publish("tx-guard", "begin, new (PostgreSQL)").assert_clean(),
+        || begin_on_a_new_session::<MySql>().publish("tx-guard", "begin, new (MySQL)").assert_clean(),
+    ]);
 }
 
 /// Its connections keep no statements, by which they could be recognised.

@@ -10,7 +10,7 @@ use sqlx::pool::PoolOptions;
 use sqlx::{Acquire, AssertSqlSafe, Executor, MySql, Pool, Postgres, SqlSafeStr, Sqlite, Statement};
 use tokio::time::timeout;
 
-use crate::cancel::{Stage, explore};
+use crate::cancel::{Stage, explore, side_by_side};
 use crate::on_all;
 use crate::silence::within;
 use crate::world::{PATIENCE, SOON, TestDb, World, eventually};
@@ -361,7 +361,9 @@ fn on_a_wrapped_pool<D: OnPool>() -> Report {
 
 #[test]
 fn queries_on_a_wrapped_pool_dropped_anywhere_leave_a_session_that_works() {
-    on_a_wrapped_pool::<Sqlite>().publish("tx-guard", "queries, wrapped (SQLite)").assert_clean();
-    on_a_wrapped_pool::<Postgres>().publish("tx-guard", "queries, wrapped (PostgreSQL)").assert_clean();
-    on_a_wrapped_pool::<MySql>().publish("tx-guard", "queries, wrapped (MySQL)").assert_clean();
+    side_by_side([
+        || on_a_wrapped_pool::<Sqlite>().publish("tx-guard", "queries, wrapped (SQLite)").assert_clean(),
+        || on_a_wrapped_pool::<Postgres>().publish("tx-guard", "queries, wrapped (PostgreSQL)").assert_clean(),
+        || on_a_wrapped_pool::<MySql>().publish("tx-guard", "queries, wrapped (MySQL)").assert_clean(),
+    ]);
 }

@@ -138,7 +138,8 @@ async fn what_is_wrong_with_a_server_is_told_apart<D: Server>() {
     let start = Instant::now();
     let error = TxPool::<D>::builder().connect_timeout(SHORT).connect_with(mute.clone()).await.unwrap_err();
     assert!(matches!(seen(error), TxError::ConnectTimeout { timeout, .. } if timeout == SHORT));
-    let pool = PoolOptions::<D>::new().connect_lazy_with(mute);
+    // Long enough to be told from the time of the closure. sqlx does not close before it is over.
+    let pool = PoolOptions::<D>::new().acquire_timeout(SHORT * 20).connect_lazy_with(mute);
     let run = TxPool::wrap(pool.clone()).tx().timeout(SHORT).run(async |tx| Ok(world.insert(tx, 1).await?)).await;
     let error = seen(run.unwrap_err());
     assert!(matches!(error, TxError::ConnectTimeout { .. }), "{error:?}");

@@ -1,8 +1,8 @@
 //! Statements that reach the server later than their cancel: it finds nothing to cancel, and has to come again.
 
 use std::pin::pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{CommitOutcome, Options, TxError, TxEvent, TxPool};
@@ -12,6 +12,7 @@ use sqlx::{AssertSqlSafe, MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
 use crate::commit::works_as_before;
 use crate::world::{PATIENCE, Server, TestDb, World, eventually, mostly_within};
@@ -19,32 +20,44 @@ use crate::world::{PATIENCE, Server, TestDb, World, eventually, mostly_within};
 /// The first connection of a pool is a session, the second its connection for cancelling.
 const CANCELLER: usize = 1;
 
-/// Stands before the server, can keep what the sessions send, and counts what the canceller was answered.
-struct Door<D: TestDb> {
-    through: Options<D>,
+/// Stands before the server, can keep what the sessions send and what they are answered, notes what they send, and counts
+/// what the canceller was answered.
+pub(crate) struct Door<D: TestDb> {
+    pub(crate) through: Options<D>,
     held: watch::Sender<bool>,
+    pub(crate) answers_held: watch::Sender<bool>,
+    pub(crate) sent: Arc<Mutex<Vec<u8>>>,
     acknowledged: Arc<AtomicUsize>,
 }
 
 impl<D: Server> Door<D> {
-    async fn open(options: &Options<D>) -> Self {
+    pub(crate) async fn open(options: &Options<D>) -> Self {
         let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (server, through) = D::way(options, door.local_addr().unwrap().port());
-        let (held, acknowledged) = (watch::Sender::new(false), Arc::new(AtomicUsize::new(0)));
-        let (holds, count) = (held.subscribe(), Arc::clone(&acknowledged));
+        let (held, answers_held) = (watch::Sender::new(false), watch::Sender::new(false));
+        let (sent, acknowledged) = (Arc::<Mutex<Vec<u8>>>::default(), Arc::new(AtomicUsize::new(0)));
+        let (holds, holds_answers) = (held.subscribe(), answers_held.subscribe());
+        let (notes, count) = (Arc::clone(&sent), Arc::clone(&acknowledged));
         tokio::spawn(async move {
             let mut number = 0;
             while let Ok((client, _)) = door.accept().await {
                 let server = TcpStream::connect(server.clone()).await.unwrap();
                 let ((from_client, to_client), (from_server, to_server)) = (client.into_split(), server.into_split());
-                let holds = if number == CANCELLER { watch::Sender::new(false).subscribe() } else { holds.clone() };
-                let answers = if number == CANCELLER { Arc::clone(&count) } else { Arc::default() };
-                tokio::spawn(carry(from_client, to_server, holds, Arc::default()));
-                tokio::spawn(carry(from_server, to_client, watch::Sender::new(false).subscribe(), answers));
+                let free = watch::Sender::new(false).subscribe();
+                let (holds, holds_answers, notes, count) = match number {
+                    CANCELLER => (free.clone(), free, Arc::default(), Arc::clone(&count)),
+                    _ => (holds.clone(), holds_answers.clone(), Arc::clone(&notes), Arc::default()),
+                };
+                let note = move |bytes: &[u8]| notes.lock().unwrap().extend_from_slice(bytes);
+                tokio::spawn(carry(from_client, to_server, holds, note));
+                let count = move |_: &[u8]| {
+                    count.fetch_add(1, Ordering::Relaxed);
+                };
+                tokio::spawn(carry(from_server, to_client, holds_answers, count));
                 number += 1;
             }
         });
-        Self { through, held, acknowledged }
+        Self { through, held, answers_held, sent, acknowledged }
     }
 }
 
@@ -53,7 +66,7 @@ async fn carry(
     mut from: impl AsyncReadExt + Unpin,
     mut to: impl AsyncWriteExt + Unpin,
     mut held: watch::Receiver<bool>,
-    carried: Arc<AtomicUsize>,
+    carried: impl Fn(&[u8]),
 ) {
     let mut buffer = [0; 8192];
     while let Ok(size @ 1..) = from.read(&mut buffer).await {
@@ -62,7 +75,7 @@ async fn carry(
         if to.write_all(&buffer[..size]).await.is_err() {
             return;
         }
-        carried.fetch_add(1, Ordering::Relaxed);
+        carried(&buffer[..size]);
     }
     drop(to.shutdown().await);
 }
@@ -127,7 +140,7 @@ async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is
         let mut savepoint = pin!(tx.savepoint(async |sp| world.insert(sp, 2).await.map_err(TxError::from)));
         assert!(poll_immediate(savepoint.as_mut()).await.is_none());
         door.held.send_replace(false);
-        let error = tokio::time::timeout(PATIENCE, savepoint).await.unwrap().unwrap_err();
+        let error = timeout(PATIENCE, savepoint).await.unwrap().unwrap_err();
         assert!(matches!(error, TxError::Database(sqlx::Error::Protocol(_))), "{error:?}");
     }
     let error = tx.commit().await.unwrap_err();
@@ -135,5 +148,35 @@ async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is
     assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
     assert!(world.committed().await.is_empty());
     works_as_before(&world, &db).await;
+    world.end(db).await;
+}
+
+/// Where the first of these bytes are in what was sent.
+fn position(sent: &[u8], wanted: &[u8]) -> usize {
+    let found = sent.windows(wanted.len()).position(|bytes| bytes == wanted);
+    found.unwrap_or_else(|| panic!("not sent: {}", wanted.escape_ascii()))
+}
+
+/// The locks are free a round trip sooner. The statement is one that ends well when it is cancelled, as some do.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rollback_goes_out_ahead_of_the_proof_that_nothing_is_left_to_be_read_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let door = Door::<MySql>::open(&world.options).await;
+    let db = TxPool::<MySql>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+    let mut other = world.plain().await;
+    MySql::execute(&mut other, format!("SELECT GET_LOCK('{}', 0)", world.table)).await.unwrap();
+    let mut tx = db.begin().await.unwrap();
+    let handle = tx.outcome_handle();
+    world.insert(&mut tx, 1).await.unwrap();
+    let slow = MySql::execute(&mut tx, format!("SELECT GET_LOCK('{}', 10000)", world.table));
+    assert!(timeout(Duration::from_millis(100), slow).await.is_err(), "it was not slow");
+    door.sent.lock().unwrap().clear();
+    drop(tx);
+    assert_eq!(timeout(PATIENCE, handle.outcome()).await.unwrap(), CommitOutcome::RolledBack);
+    works_as_before(&world, &db).await;
+    let sent = door.sent.lock().unwrap().clone();
+    // The first byte of a preparation is 0x16.
+    assert!(position(&sent, b"ROLLBACK") < position(&sent, b"\x16SELECT "), "{}", sent.escape_ascii());
+    drop(other);
     world.end(db).await;
 }

@@ -252,6 +252,22 @@ async fn a_flush_says_in_one_poll_whether_an_answer_is_due_on_mysql() {
     a_flush_says_in_one_poll_whether_an_answer_is_due::<MySql>("DO SLEEP(2)").await;
 }
 
+/// `in_step`: a preparation sends what is queued first, and reads the answer to it.
+#[tokio::test]
+async fn a_preparation_is_behind_the_rollback_that_was_queued_on_mysql() {
+    let world = World::<MySql>::new().await;
+    let mut conn = world.plain().await;
+    begin::<MySql>(&mut conn, "BEGIN").await.unwrap();
+    world.insert(&mut conn, 1).await.unwrap();
+    start_rollback::<MySql>(&mut conn);
+    let prepared = (&mut conn).prepare("SELECT 7 AS seven".into_sql_str()).await.unwrap();
+    assert_eq!(prepared.columns()[0].name(), "seven", "sqlx has changed: a preparation reads the answer to a rollback");
+    let mut other = world.plain().await;
+    let freed = tokio::time::timeout(PATIENCE, world.insert(&mut other, 1)).await;
+    assert!(freed.is_ok(), "sqlx has changed: a preparation does not send what is queued any more");
+    world.run(format!("DROP TABLE {}", world.table)).await;
+}
+
 /// The rollbacks: what a dropped statement has left answers first, at most once, and errors are told to who comes next.
 #[tokio::test]
 async fn the_error_of_a_dropped_statement_is_told_to_the_next_one_on_postgres() {

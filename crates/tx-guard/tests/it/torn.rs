@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitOutcome, Options, TxPool};
 use futures_util::FutureExt;
+use futures_util::future::join_all;
 use sqlx::pool::PoolOptions;
 use sqlx::{MySql, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -110,6 +111,9 @@ enum End {
     LateCommit,
 }
 
+/// How long a commit waits for an answer that will not come.
+const SHORT: Duration = Duration::from_millis(500);
+
 struct Torn<D: Server> {
     world: World<D>,
     door: Door<D>,
@@ -125,7 +129,8 @@ impl<D: Server> Torn<D> {
         let world = World::<D>::new().await;
         world.run(format!("INSERT INTO {} (n) VALUES (1), (2), (3)", world.table)).await;
         let door = Door::<D>::open(&world.options).await;
-        let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
+        let db = TxPool::<D>::builder().max_connections(1).catch_up_timeout(SHORT).answer_timeout(SHORT);
+        let db = db.connect_with(door.through.clone()).await.unwrap();
         Self { world, door, db, next: 10, expected: [1, 2, 3].into(), refused: 0 }
     }
 
@@ -247,13 +252,19 @@ const IN_THE_ROWS: Range<u32> = 60..200;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_not_believed() {
-    let mut torn = Torn::<MySql>::new().await;
-    for (end, step) in [(End::Drop, 1), (End::Commit, 61), (End::LateCommit, 47)] {
-        for after in IN_THE_ROWS.step_by(step) {
-            torn.once(write::<MySql>, ROWS, after, end).await;
+    const LANES: usize = 4;
+    let lane = |lane| async move {
+        let mut torn = Torn::<MySql>::new().await;
+        for (end, step) in [(End::Drop, 1), (End::Commit, 61), (End::LateCommit, 47)] {
+            for after in IN_THE_ROWS.step_by(step).skip(lane).step_by(LANES) {
+                torn.once(write::<MySql>, ROWS, after, end).await;
+            }
         }
-    }
-    assert_ne!(torn.end().await, 0, "no commit met anything torn");
+        torn.end().await
+    };
+    // At the same time, because what has lost its place is waited for.
+    let refused: usize = join_all((0..LANES).map(lane)).await.into_iter().sum();
+    assert_ne!(refused, 0, "no commit met anything torn");
 }
 
 /// The rows are such that, read from the second half of the first on, they are an end, two answers `OK` of which the first
@@ -342,13 +353,13 @@ async fn rows_that_look_like_answers_are_believed_by_plain_sqlx() {
             tx.commit().await?;
             Ok::<_, sqlx::Error>(answer == [number])
         });
-        let probed = timeout(Duration::from_secs(10), probe.catch_unwind()).await;
+        let probed = timeout(Duration::from_secs(2), probe.catch_unwind()).await;
         if !matches!(probed, Ok(Ok(Ok(true)))) || !world.committed().await.contains(&number) {
             is_caught = true;
             break;
         }
     }
     assert!(is_caught, "plain sqlx passes, so the check shows nothing");
-    drop(timeout(Duration::from_secs(5), pool.close()).await);
+    drop(timeout(Duration::from_secs(1), pool.close()).await);
     world.run(format!("DROP TABLE {}", world.table)).await;
 }

@@ -7,11 +7,14 @@ use std::time::{Duration, Instant};
 
 use cancel_safe_tx_guard::{Backend, Options, TxPool};
 use futures_util::StreamExt;
+use futures_util::future::BoxFuture;
 use sqlx::mysql::{MySqlConnectOptions, MySqlSslMode};
+use sqlx::pool::PoolOptions;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode};
 use sqlx::{
-    AssertSqlSafe, ConnectOptions, Connection, MySql, MySqlConnection, PgConnection, Postgres, Sqlite, SqliteConnection,
+    AssertSqlSafe, ConnectOptions, Connection, Database, MySql, MySqlConnection, PgConnection, Pool, Postgres, Row,
+    Sqlite, SqliteConnection,
 };
 use tempfile::TempDir;
 use tokio::runtime::{Builder, Runtime};
@@ -46,8 +49,22 @@ pub(crate) trait TestDb: Backend {
     const ENDLESS: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n";
 
     fn place() -> (Self::Place, Options<Self>);
+
+    /// The connections of the tests themselves, where all places are in one server. Opening them takes longer than most of
+    /// what is tested, and a transaction that is dropped at each await would open four of them each time.
+    fn beside() -> Option<fn() -> &'static Pool<Self>> {
+        None
+    }
+
     fn execute(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     fn numbers(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<Vec<i64>, sqlx::Error>> + Send;
+    /// The same, where it is read once only.
+    fn numbers_once(
+        conn: &mut Self::Connection,
+        sql: String,
+    ) -> impl Future<Output = Result<Vec<i64>, sqlx::Error>> + Send {
+        Self::numbers(conn, sql)
+    }
     /// Reads one row of many, and leaves the rest.
     async fn first_row(conn: &mut Self::Connection, sql: &'static str);
 }
@@ -92,6 +109,11 @@ impl TestDb for Postgres {
         ((), url(POSTGRES).parse().unwrap())
     }
 
+    fn beside() -> Option<fn() -> &'static Pool<Self>> {
+        static BESIDE: LazyLock<Pool<Postgres>> = LazyLock::new(|| lazily(Postgres::place().1));
+        Some(|| &BESIDE)
+    }
+
     async fn execute(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
@@ -122,6 +144,11 @@ impl TestDb for MySql {
         ((), url(MYSQL).parse().unwrap())
     }
 
+    fn beside() -> Option<fn() -> &'static Pool<Self>> {
+        static BESIDE: LazyLock<Pool<MySql>> = LazyLock::new(|| lazily(MySql::place().1));
+        Some(|| &BESIDE)
+    }
+
     async fn execute(conn: &mut MySqlConnection, sql: String) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
@@ -130,9 +157,20 @@ impl TestDb for MySql {
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(conn).await
     }
 
+    /// As text, because each statement that is prepared is closed by a message without an answer, behind which the next one
+    /// is held back by the server's own TCP.
+    async fn numbers_once(conn: &mut MySqlConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?.iter().map(|row| row.try_get(0)).collect()
+    }
+
     async fn first_row(conn: &mut MySqlConnection, sql: &'static str) {
         sqlx::query(sql).fetch(conn).next().await.unwrap().unwrap();
     }
+}
+
+/// Has to be called where its connections live.
+fn lazily<D: TestDb>(options: Options<D>) -> Pool<D> {
+    PoolOptions::new().max_connections(16).acquire_timeout(PATIENCE).connect_lazy_with(options)
 }
 
 /// A database with a server, and so with a way to it.
@@ -180,6 +218,10 @@ impl Server for MySql {
     }
 }
 
+/// What is done with SQL on a connection.
+type Work<D> = for<'c> fn(&'c mut <D as Database>::Connection, String) -> Answer<'c>;
+type Answer<'c> = BoxFuture<'c, Result<Vec<i64>, sqlx::Error>>;
+
 /// A database, a table in it, and how to get there.
 pub(crate) struct World<D: TestDb> {
     pub(crate) options: Options<D>,
@@ -206,11 +248,9 @@ impl<D: TestDb> World<D> {
         self.options.connect().await.unwrap()
     }
 
-    /// Runs SQL on a connection of its own.
+    /// Runs SQL on a connection that is not one of the pool under test.
     pub(crate) async fn run(&self, sql: String) {
-        let mut conn = self.plain().await;
-        D::execute(&mut conn, sql).await.unwrap();
-        conn.close().await.unwrap();
+        self.beside(sql, |conn, sql| Box::pin(async { D::execute(conn, sql).await.map(|()| Vec::new()) })).await;
     }
 
     /// Inserts `n` on `conn`, which usually is a guard's.
@@ -220,10 +260,18 @@ impl<D: TestDb> World<D> {
 
     /// The numbers that are committed, as another session sees them.
     pub(crate) async fn committed(&self) -> Vec<i64> {
-        let mut conn = self.plain().await;
-        let numbers = D::numbers(&mut conn, format!("SELECT n FROM {} ORDER BY n", self.table)).await.unwrap();
-        conn.close().await.unwrap();
-        numbers
+        let sql = format!("SELECT n FROM {} ORDER BY n", self.table);
+        self.beside(sql, |conn, sql| Box::pin(D::numbers_once(conn, sql))).await
+    }
+
+    async fn beside(&self, sql: String, work: Work<D>) -> Vec<i64> {
+        let Some(beside) = D::beside() else {
+            let mut conn = self.plain().await;
+            let done = work(&mut conn, sql).await.unwrap();
+            conn.close().await.unwrap();
+            return done;
+        };
+        elsewhere(async move { work(&mut *beside().acquire().await.unwrap(), sql).await.unwrap() }).await
     }
 
     /// Sees that the pool is in order, and takes the table away.

@@ -297,7 +297,7 @@ impl<D: FuzzDb> Source<D> {
     pub(crate) fn rest(&self) -> Duration {
         match self {
             Self::Ours(_) => PATIENCE,
-            Self::Plain(_) => Duration::from_secs(5),
+            Self::Plain(_) => Duration::from_secs(2),
         }
     }
 }
