@@ -96,8 +96,8 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Accepts a checkpoint of another version, whose results are still right and can still be read. The file keeps its
-    /// version, so say so as long as the file lives. Default: none is accepted.
+    /// Accepts a checkpoint of another version whose results are still right and still readable. The file keeps its
+    /// version, so accept it as long as the file lives. Default: none is accepted.
     pub fn accept_version(mut self, version: impl Into<String>) -> Self {
         self.plan.accepted.push(version.into());
         self
@@ -116,26 +116,26 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Runs so many items at once, each in a task of its own on tokio's runtime: for items that compute, on all cores.
-    /// Default: they run in the task that polls, as many as [`concurrency`](Self::concurrency) says.
+    /// Runs up to `items` items at once, each in its own task on tokio's runtime: for items that compute, on all cores.
+    /// Default: items run in the task that polls, as many as [`concurrency`](Self::concurrency) says.
     ///
-    /// They go on while the run is not polled; their results are recorded when it is. When the run ends they have ended:
-    /// those that the token or an error cuts are aborted and awaited. If the run is dropped they are aborted, and the
-    /// checkpoint stays locked until the last of them has ended, so that nothing runs on beside a successor. A task ends
-    /// at its next await: let a long computation make one now and then (`tokio::task::yield_now`). A `PgStore` refuses it.
+    /// The tasks go on while the run is not polled; their results are recorded when it is. When the run ends, every task has
+    /// ended: a task that the token or an error cuts is aborted and awaited. A dropped run aborts its tasks, and the
+    /// checkpoint stays locked until the last one has ended, so that nothing runs beside a successor. A task ends at its
+    /// next await: a long computation should make one now and then (`tokio::task::yield_now`). A `PgStore` refuses this.
     pub fn parallel(mut self, items: usize) -> Self {
         (self.plan.concurrency, self.plan.parallel) = (items, true);
         self
     }
 
-    /// Sets how many items, besides those that run, may be held in memory: waiting for a retry, deferred, or finished and
-    /// waiting for one before them. When so many are, no new item is read. Default: 1024.
+    /// Sets how many items may be held in memory besides the running ones: waiting for a retry, deferred, or finished and
+    /// waiting for an earlier item. At this limit no new item is read. Default: 1024.
     pub fn max_ahead(mut self, items: usize) -> Self {
         self.plan.max_ahead = items;
         self
     }
 
-    /// Hands the items out in the order of the input. Default: as they finish.
+    /// Hands out the items in the order of the input. Default: as they finish.
     pub fn ordered(mut self) -> Self {
         self.plan.ordered = true;
         self
@@ -153,12 +153,12 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Starts no item before the intent to do so is durable, so that none is ever started twice in silence. Default: at
+    /// Starts an item only once the intent to do so is durable, so that no item is silently started twice. Default: at
     /// least once, with an [idempotency key](crate::ItemContext::idempotency_key).
     ///
-    /// An item whose end is not known (the process died, or the run was dropped while it ran) is in quarantine from
-    /// then on, marked [`uncertain`](field@crate::Quarantined::uncertain). An attempt that failed is known to have failed, and
-    /// is made again if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free slots.
+    /// If the end of an item is not known (the process died, or the run was dropped while it ran), the item is in quarantine
+    /// from then on, marked [`uncertain`](field@crate::Quarantined::uncertain). A failed attempt is known to have failed, and
+    /// is repeated if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free slots.
     pub fn at_most_once(mut self) -> Self {
         self.plan.at_most_once = true;
         self
@@ -176,13 +176,13 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Runs a restored item again if this returns false for its result; the last result counts. Default: all are kept.
+    /// Runs a restored item again if this returns false for its result; the last result counts. Default: every result is kept.
     pub fn revalidate(mut self, is_valid: impl Fn(&T, &R) -> bool + Send + 'static) -> Self {
         self.plan.revalidate = Some(Box::new(is_valid));
         self
     }
 
-    /// Sets the longest time a result stays in memory before it is written and synced: what a power cut may lose.
+    /// Sets the longest time a result stays in memory before it is written and synced. A power cut may lose that much.
     /// Default: 100 ms.
     pub fn checkpoint_every(mut self, interval: Duration) -> Self {
         self.plan.every = interval;
@@ -190,8 +190,8 @@ impl<T, R> Builder<T, R> {
     }
 
     /// Sets how many results may be in memory before they are written and synced, even if the
-    /// [interval](Self::checkpoint_every) is not over: what a kill may lose. Results that come during the sync wait for
-    /// the next one; nothing waits for either. A `PgStore` refuses it: what one transaction appends is its own to decide.
+    /// [interval](Self::checkpoint_every) is not over. A kill may lose that many. Results that arrive during a sync are
+    /// part of the next one; items never wait for either. A `PgStore` refuses this: it decides what one transaction appends.
     /// Default: the interval alone decides.
     pub fn checkpoint_every_items(mut self, items: usize) -> Self {
         self.plan.every_items = items as u64;
@@ -210,7 +210,8 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how long the items that run when the token fires may go on; then they are dropped. Default: not at all.
+    /// Sets how long running items may go on after the token fires; then they are dropped. Default: zero, they are dropped at
+    /// once.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.plan.grace = grace;
         self
@@ -258,8 +259,8 @@ impl<T, R> Builder<T, R> {
     /// Runs `work` on every item, each in a transaction of its own in which its result is recorded: both are there or
     /// neither. It returns when the whole job is complete, whichever workers ran its items.
     ///
-    /// `work` is given the connection of the transaction, and must not end it. Its statements are bounded by half of the
-    /// [lease](crate::PgStore::lease), and so is the time between two. An error rolls the transaction back, and the item is
+    /// `work` gets the connection of the transaction, and must not end the transaction. Half of the
+    /// [lease](crate::PgStore::lease) bounds each of its statements, and the time between two. An error rolls the transaction back, and the item is
     /// tried again as [`retry`](Self::retry) says; so does a deferred constraint that does not hold at the commit.
     /// `concurrency(n)` takes n connections of the pool, and now and then one more for the leases: items that are longer
     /// than a third of a lease need a pool of n + 1. An item whose commit is in doubt lets others of its range begin anew.
@@ -310,8 +311,8 @@ impl<T, R> Builder<T, R> {
     /// Runs `work` on every item of `source` that has no result in the checkpoint and returns all results, restored ones
     /// included, in the order of the input.
     ///
-    /// All of them are held in memory. A vector has no place for an item without a result: if any is in quarantine, that
-    /// is an error, after everything else has been run and recorded.
+    /// All results are held in memory. A vector has no place for an item without a result: if an item is in quarantine, the
+    /// call fails, but only after every other item has been run and recorded.
     ///
     /// # Cancel safety
     ///

@@ -61,7 +61,7 @@ pub struct Checkpoint<R = ()> {
     result: PhantomData<fn() -> R>,
 }
 
-/// How many items a checkpoint says what of.
+/// How many items a checkpoint knows, by what it knows of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counts {
@@ -70,7 +70,7 @@ pub struct Counts {
     /// Items in quarantine, without the uncertain ones.
     pub quarantined: usize,
     /// Items that were started [at most once](crate::Builder::at_most_once) and have no result: they are running now, or
-    /// nobody knows how they ended.
+    /// it is not known how they ended.
     pub uncertain: usize,
     /// Items that failed and are to be tried again.
     pub failed: usize,
@@ -142,7 +142,7 @@ impl<R> Checkpoint<R> {
         self.of(|history| history.epoch)
     }
 
-    /// Returns how many items there are of which kind.
+    /// Returns how many items of each kind there are.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.of(|history| {
@@ -171,7 +171,7 @@ impl<R> Checkpoint<R> {
     }
 
     /// Returns the finished items with their results still encoded, as [`codec`](Self::codec) says: for tools that do not
-    /// know the type. They come in the order of the input; with keys in that of the file, and their index only counts them.
+    /// know the type. They come in the order of the input; with keys they come in the order of the file, and their index only counts them.
     /// An item that runs at most once just now is among them, as uncertain.
     pub fn raw(&self) -> impl Iterator<Item = Result<Done<Vec<u8>>, TaskError>> + use<'_, R> {
         let keys = self.of(|history| history.keys());

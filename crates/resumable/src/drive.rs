@@ -20,7 +20,7 @@ use crate::{
     file::OpenRequest,
     flight::{InFlight, Ticket, WaitingRoom},
     gate::Gate,
-    history::{History, Past},
+    history::History,
     intake::Intake,
     item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
     log::{Header, Identity},
@@ -32,6 +32,8 @@ use crate::{
     store::{self, Opened, Pace, Seal},
     timer::Timer,
 };
+
+mod restore;
 
 /// What a run that reached the end of its input did.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,6 +70,8 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     emission: Emission<R>,
     meter: Meter,
     ending: Ending,
+    /// What was restored since the runtime was last asked whether others should run.
+    restored_bytes: u64,
 }
 
 enum Ending {
@@ -92,13 +96,16 @@ enum Step<R> {
 
 /// What became of the wish to start one more item.
 enum Next<R> {
+    /// It runs now, or will once that is announced.
     Started,
-    Restored(Done<R>),
+    /// It was restored, or did not wait for anything.
+    Ended(Step<R>),
 }
 
 /// Nothing in the loop is pinned in place: the source must be `Unpin`, and the futures live in boxes.
 impl<I, R, S, F, Fut> Unpin for Drive<I, R, S, F, Fut> {}
 
+/// What each item passes through is always inlined: to hand an item on in memory costs as much as all else of a trivial one.
 impl<I, R, S, F, Fut> Drive<I, R, S, F, Fut>
 where
     I: Serialize + Clone,
@@ -157,12 +164,26 @@ where
             emission: Emission::new(plan.ordered),
             meter: Meter::new(progress),
             ending: Ending::Running,
+            restored_bytes: 0,
             plan,
         })
     }
 
     /// The next finished item; `None` once everything is durable and the file unlocked.
+    #[inline]
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
+        let index = self.intake.position;
+        match self.restore(index, cx) {
+            // Put together where it goes: to move an item once more costs as much as to restore it.
+            Some(result) => {
+                Poll::Ready(Some(Done { index, key: None, restored: true, attempts: 0, result: Ok(result) }))
+            }
+            None => self.poll_finished(cx),
+        }
+    }
+
+    #[inline(never)]
+    fn poll_finished(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
         loop {
             if let Some(done) = self.emission.next() {
                 return Poll::Ready(Some(done));
@@ -173,9 +194,10 @@ where
                     match ready!(self.poll_drained(cx)) {
                         Some(done) => {
                             self.meter.item_done(&done);
-                            if let Some(done) = self.emission.offer(done) {
+                            if self.emission.pass(done.index) {
                                 return Poll::Ready(Some(done));
                             }
+                            self.emission.hold(done);
                         }
                         None => self.close(),
                     }
@@ -189,6 +211,7 @@ where
             }
             // Items that are always ready must not keep the rest of the runtime from running.
             let coop = ready!(tokio::task::coop::poll_proceed(cx));
+            self.restored_bytes = 0;
             match self.poll_step(cx) {
                 Poll::Ready(Ok(Step::Finished(done))) => {
                     coop.made_progress();
@@ -196,9 +219,10 @@ where
                     if self.meter.is_due() {
                         self.publish();
                     }
-                    if let Some(done) = self.emission.offer(done) {
+                    if self.emission.pass(done.index) {
                         return Poll::Ready(Some(done));
                     }
+                    self.emission.hold(done);
                 }
                 Poll::Ready(Ok(Step::Again)) => coop.made_progress(),
                 Poll::Ready(Ok(Step::Complete)) => self.end(Ok(())),
@@ -220,12 +244,11 @@ where
     }
 
     /// Goes on until an attempt or the run has ended. Each time round starts an item, of which there are only so many.
+    #[inline(always)]
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, Failure>> {
         loop {
             // Before the token is looked at: a result that is there is never thrown away.
             if let Poll::Ready((ticket, outcome)) = self.in_flight.poll_done(cx) {
-                // A task that is cut by its runtime has not failed: the run ends with the runtime.
-                let Some(outcome) = outcome else { return Poll::Ready(Err(TaskError::Cancelled.into())) };
                 return Poll::Ready(self.settle(ticket, outcome));
             }
             if self.stop.is_asked_for() {
@@ -233,14 +256,16 @@ where
             }
             match self.poll_start(cx)? {
                 Poll::Ready(Next::Started) => continue,
-                Poll::Ready(Next::Restored(done)) => return Poll::Ready(Ok(Step::Finished(done))),
+                Poll::Ready(Next::Ended(step)) => return Poll::Ready(Ok(step)),
                 Poll::Pending => {}
             }
             if !self.gate.is_closed()
                 && let Poll::Ready(ticket) = self.announced.poll_durable(&self.recorder, cx)?
             {
-                self.launch(ticket);
-                continue;
+                match self.launch(ticket, cx)? {
+                    Next::Started => continue,
+                    Next::Ended(step) => return Poll::Ready(Ok(step)),
+                }
             }
             if self.source.is_none() && self.is_idle() {
                 return Poll::Ready(Ok(Step::Complete));
@@ -295,7 +320,7 @@ where
     }
 
     /// Starts one more item, or restores it, as soon as there is a slot, room in the buffer, and an item.
-    #[inline]
+    #[inline(always)]
     fn poll_start(&mut self, cx: &mut Context<'_>) -> Poll<Result<Next<R>, Failure>> {
         if ready!(self.gate.poll_open(cx))? {
             self.meter.pause(None);
@@ -308,15 +333,14 @@ where
             self.meter.pause(None);
         }
         if let Poll::Ready(ticket) = self.waiting.poll_due(cx)? {
-            self.start(ticket)?;
-            return Poll::Ready(Ok(Next::Started));
+            return Poll::Ready(self.start(ticket, cx));
         }
         if self.waiting.len() + self.emission.held() >= self.plan.max_ahead {
             return Poll::Pending;
         }
         let Some(source) = &mut self.source else { return Poll::Pending };
         match ready!(Pin::new(source).poll_next(cx)) {
-            Some(item) => Poll::Ready(self.admit(item)),
+            Some(item) => Poll::Ready(self.admit(item, cx)),
             None => {
                 self.end_input()?;
                 Poll::Pending
@@ -325,61 +349,40 @@ where
     }
 
     /// Restores an item from the checkpoint, or starts it.
-    #[inline]
-    fn admit(&mut self, item: I) -> Result<Next<R>, Failure> {
+    #[inline(always)]
+    fn admit(&mut self, item: I, cx: &mut Context<'_>) -> Result<Next<R>, Failure> {
         let path = self.plan.store.path();
         let (index, key) =
             self.intake.admit(&item, self.plan.key.as_ref(), &mut self.history, path, &mut self.recorder.marks)?;
-        let mut attempts = 0;
-        let past = self.history.of(index, key.as_deref());
-        match past.map_err(|error| TaskError::io("read checkpoint", self.plan.store.path(), error))? {
-            Past::Nothing => {}
-            Past::Failed { .. } if self.plan.retry.per_run => {}
-            Past::Failed { attempts: before } => attempts = before,
-            Past::Result(payload) => {
-                let codec = self.plan.codec;
-                let (read, length) = (codec.decode(payload), payload.len() as u64);
-                let read = read.map_err(|cause| TaskError::unread::<R>(codec, index, payload, cause));
-                let result: R = read.map_err(|error| self.history.unread(error))?;
-                if self.plan.revalidate.as_ref().is_none_or(|is_valid| is_valid(&item, &result)) {
-                    self.recorder.kept_bytes += length;
-                    let result = Ok(result);
-                    return Ok(Next::Restored(Done { index, key, restored: true, attempts: 0, result }));
-                }
-            }
-            Past::Quarantined { attempts, cause } if !self.plan.retry_quarantined => {
-                let result = Err(Quarantined { attempts, cause, uncertain: false });
-                return Ok(Next::Restored(Done { index, key, restored: true, attempts, result }));
-            }
-            Past::Uncertain if !self.plan.retry_quarantined => {
-                let result = Err(Quarantined::uncertain());
-                return Ok(Next::Restored(Done { index, key, restored: true, attempts: 1, result }));
-            }
-            Past::Quarantined { .. } | Past::Uncertain => {}
-        }
+        let attempts = match self.recall(index, &key, &item)? {
+            Ok(attempts) => attempts,
+            Err(done) => return Ok(Next::Ended(Step::Finished(done))),
+        };
         self.recorder.must_take_more()?;
         self.meter.item_started();
-        self.start(Ticket { index, key, item, attempts, defers: 0, launch: 0 })?;
-        Ok(Next::Started)
+        self.start(Ticket { index, key, item, attempts, defers: 0, launch: 0 }, cx)
     }
 
-    #[inline]
-    fn start(&mut self, ticket: Ticket<I>) -> Result<(), TaskError> {
+    #[inline(always)]
+    fn start(&mut self, ticket: Ticket<I>, cx: &mut Context<'_>) -> Result<Next<R>, Failure> {
         self.gate.item_starts();
         if self.plan.at_most_once {
-            return self.announced.announce(ticket, &mut self.recorder);
+            self.announced.announce(ticket, &mut self.recorder)?;
+            return Ok(Next::Started);
         }
-        self.launch(ticket);
-        Ok(())
+        self.launch(ticket, cx)
     }
 
-    #[inline]
-    fn launch(&mut self, mut ticket: Ticket<I>) {
+    #[inline(always)]
+    fn launch(&mut self, mut ticket: Ticket<I>, cx: &mut Context<'_>) -> Result<Next<R>, Failure> {
         ticket.launch = self.gate.launch();
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
-        self.in_flight.start(ticket, future);
+        match self.in_flight.start(ticket, future, cx) {
+            Poll::Pending => Ok(Next::Started),
+            Poll::Ready((ticket, outcome)) => self.settle(ticket, outcome).map(Next::Ended),
+        }
     }
 
     /// How many slots of the concurrency are taken.
@@ -394,9 +397,10 @@ where
     }
 
     /// Records how an attempt ended.
-    #[inline]
-    fn settle(&mut self, mut ticket: Ticket<I>, outcome: Result<R, ItemError>) -> Result<Step<R>, Failure> {
-        let error = match outcome {
+    #[inline(always)]
+    fn settle(&mut self, mut ticket: Ticket<I>, outcome: Option<Result<R, ItemError>>) -> Result<Step<R>, Failure> {
+        // A task that is cut by its runtime has not failed: the run ends with the runtime.
+        let error = match outcome.ok_or(TaskError::Cancelled)? {
             Ok(result) => {
                 self.gate.attempt_ended(ticket.launch);
                 return self.finish(ticket, result).map(Step::Finished);
@@ -428,7 +432,7 @@ where
         Ok(Step::Again)
     }
 
-    #[inline]
+    #[inline(always)]
     fn finish(&mut self, ticket: Ticket<I>, result: R) -> Result<Done<R>, Failure> {
         self.recorder.result(&ticket, &result)?;
         let Ticket { index, key, attempts, .. } = ticket;

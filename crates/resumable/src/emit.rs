@@ -20,23 +20,25 @@ impl<R> Emission<R> {
         Self { is_ordered, held: BTreeMap::new(), turn: 0 }
     }
 
-    /// Takes a finished item, and gives it back if it may leave at once.
+    /// Returns whether a finished item leaves at once; else it is to be held.
     #[inline]
-    pub(crate) fn offer(&mut self, done: Done<R>) -> Option<Done<R>> {
-        if !self.is_ordered {
-            return Some(done);
-        }
-        if done.index == self.turn {
-            self.turn += 1;
-            return Some(done);
-        }
+    pub(crate) fn pass(&mut self, index: usize) -> bool {
+        let passes = !self.is_ordered || index == self.turn;
+        self.turn += usize::from(passes);
+        passes
+    }
+
+    /// Keeps a finished item until its turn has come.
+    pub(crate) fn hold(&mut self, done: Done<R>) {
         self.held.insert(done.index, done);
-        None
     }
 
     /// Returns a held item whose turn has come.
     #[inline]
     pub(crate) fn next(&mut self) -> Option<Done<R>> {
+        if self.held.is_empty() {
+            return None;
+        }
         let first = self.held.first_entry().filter(|first| *first.key() == self.turn)?;
         self.turn += 1;
         Some(first.remove())

@@ -43,7 +43,7 @@ pub enum TaskError {
 
     /// The input is not the one the checkpoint was written for.
     #[error(
-        "input mismatch at item {index} of checkpoint {}: {detail}; all recorded results are kept: run with the input of before, \
+        "input mismatch at item {index} of checkpoint {}: {detail}; all recorded results are kept: run it with the earlier input, \
          or with `.key(…)` in a new checkpoint if items may come and go, or move the file away to start over",
         path.display()
     )]
@@ -85,9 +85,9 @@ pub enum TaskError {
     /// Other workers have taken over ranges of this one: it was frozen or cut off from the database for longer than its
     /// lease, and nothing of it is recorded twice.
     #[error(
-        "{ranges} ranges of {} were taken over by other workers while this one was frozen or cut off past its lease; what it \
-         had recorded is safe, and nothing is recorded twice: start it again to go on",
-        path.display()
+        "other workers took over {ranges} range{} of {} while this one was frozen or cut off past its lease; what it had \
+         recorded is safe, and nothing is recorded twice: start it again to go on",
+        plural(*ranges as usize), path.display()
     )]
     Fenced {
         /// The job.
@@ -107,7 +107,7 @@ pub enum TaskError {
         total: usize,
     },
 
-    /// The database failed, or was away, or silent, for longer than the store's `outage`. What had been recorded is safe.
+    /// The database failed, or was away or silent for longer than the store's `outage`. What had been recorded is safe.
     #[error("cannot {action} in the database; results recorded before are safe: mend the cause and run it again")]
     Database {
         /// What was to be done.
@@ -130,8 +130,9 @@ pub enum TaskError {
 
     /// An item failed for good and the quarantine has no room for it.
     #[error(
-        "item {index} failed {attempts} times and the quarantine is full ({limit}): {cause}; results before are safe: \
-         mend the cause or allow more with `.quarantine(…)`, then run it again"
+        "item {index} failed after {attempts} attempt{} and the quarantine is full ({limit}): {cause}; results before are safe: \
+         mend the cause or allow more with `.quarantine(…)`, then run it again",
+        plural(*attempts as usize)
     )]
     QuarantineFull {
         /// The most items that may be in quarantine.
@@ -146,8 +147,9 @@ pub enum TaskError {
 
     /// All results were asked for, and some items have none. Everything else is recorded.
     #[error(
-        "{items} items are in quarantine, the first is item {index}: {cause}; all other results are safe: mend the cause and \
-         run it again with `.retry_quarantined(true)`, or take what there is with `.stream(…)`"
+        "{items} item{} in quarantine, the first is item {index}: {cause}; all other results are safe: mend the cause and \
+         run it again with `.retry_quarantined(true)`, or take what there is with `.stream(…)`",
+        if *items == 1 { " is" } else { "s are" }
     )]
     Quarantined {
         /// How many items are in quarantine.
@@ -158,8 +160,8 @@ pub enum TaskError {
         cause: String,
     },
 
-    /// An item or a result cannot be written, or not read back. Nothing is recorded of one that is new, and nothing is
-    /// changed of one that is in the checkpoint.
+    /// An item or a result cannot be written, or cannot be read back. A new one is not recorded, and one in the checkpoint
+    /// is not changed.
     #[error(
         "item {index}: a `{type_name}` cannot be {action} as {codec:?}{}; results before are safe: {}",
         at(path), codec_advice(recorded_as.as_deref(), version.as_deref())
@@ -209,7 +211,7 @@ pub enum TaskError {
     #[error("invalid options: {0}")]
     Config(&'static str),
 
-    /// The file system failed. What had been synced is safe; the checkpoint is not written to any more.
+    /// The file system failed. What had been synced is safe; nothing more is written to the checkpoint.
     #[error("{0}; results synced before are safe: mend the cause and run it again")]
     Io(#[from] io::Error),
 }
@@ -318,6 +320,11 @@ pub(crate) fn in_context(action: &str, path: &Path, source: io::Error) -> io::Er
 struct InContext {
     what: String,
     source: io::Error,
+}
+
+/// The ending of a noun that counts so many.
+fn plural(count: usize) -> &'static str {
+    if count == 1 { "" } else { "s" }
 }
 
 /// Where in a value something is wrong, as part of a sentence.

@@ -54,32 +54,65 @@ impl<I, Fut: Future> Future for Attempt<I, Fut> {
     }
 }
 
-/// A place for an attempt, which stays where it is.
-pub(crate) struct Place<I, Fut>(Pin<Box<Option<Attempt<I, Fut>>>>);
+/// A place for a future, which stays where it is, and the item that it is of.
+pub(crate) struct Place<I, Fut> {
+    /// None until it has waited: an item that does not wait is not moved about.
+    ticket: Option<Ticket<I>>,
+    future: Pin<Box<Option<Fut>>>,
+}
 
 impl<I, Fut> Place<I, Fut> {
     fn free() -> Self {
-        Self(Box::pin(None))
+        Self { ticket: None, future: Box::pin(None) }
     }
 
-    #[inline]
+    #[inline(always)]
     fn is_taken(&self) -> bool {
-        self.0.is_some()
+        self.ticket.is_some()
     }
 
-    #[inline]
-    fn set(&mut self, attempt: Option<Attempt<I, Fut>>) {
-        self.0.set(attempt);
+    fn clear(&mut self) {
+        self.ticket = None;
+        self.future.set(None);
+    }
+}
+
+/// Nothing but the future is pinned, and that is in its box.
+impl<I, Fut> Unpin for Place<I, Fut> {}
+
+impl<I, Fut: Future> Place<I, Fut> {
+    /// Polls a future for the first time, and keeps it if it waits.
+    #[inline(always)]
+    fn begin(&mut self, ticket: Ticket<I>, future: Fut, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Fut::Output)> {
+        self.future.set(Some(future));
+        match self.poll_future(cx) {
+            Poll::Ready(output) => Poll::Ready((ticket, output)),
+            Poll::Pending => {
+                self.ticket = Some(ticket);
+                Poll::Pending
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn poll_future(&mut self, cx: &mut Context<'_>) -> Poll<Fut::Output> {
+        let Some(future) = self.future.as_mut().as_pin_mut() else { return Poll::Pending };
+        let output = ready!(future.poll(cx));
+        self.future.set(None);
+        Poll::Ready(output)
     }
 }
 
 impl<I, Fut: Future> Future for Place<I, Fut> {
     type Output = (Ticket<I>, Fut::Output);
 
-    #[inline]
+    #[inline(always)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
-        let Some(attempt) = self.0.as_mut().as_pin_mut() else { return Poll::Pending };
-        attempt.poll(cx)
+        if !self.is_taken() {
+            return Poll::Pending;
+        }
+        let output = ready!(self.poll_future(cx));
+        Poll::Ready((self.ticket.take().expect("a place is taken as long as there is a ticket"), output))
     }
 }
 
@@ -88,7 +121,7 @@ pub(crate) enum InFlight<I, R, Fut> {
     /// One at a time needs no list: its place is allocated once for the whole run.
     One(Place<I, Fut>),
     /// An item that does not wait needs none either: it joins the others if it is not done when it is polled first.
-    Many { first: Place<I, Fut>, others: FuturesUnordered<Place<I, Fut>> },
+    Many { free: Place<I, Fut>, others: FuturesUnordered<Place<I, Fut>> },
     /// Each in a task of its own.
     Parallel { runtime: Handle, spawn: Spawn<R, Fut>, keeper: Keeper, tasks: FuturesUnordered<Attempt<I, Spawned<R>>> },
 }
@@ -97,7 +130,7 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
     pub(crate) fn new(concurrency: usize) -> Self {
         match concurrency {
             1 => Self::One(Place::free()),
-            _ => Self::Many { first: Place::free(), others: FuturesUnordered::new() },
+            _ => Self::Many { free: Place::free(), others: FuturesUnordered::new() },
         }
     }
 
@@ -108,7 +141,7 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
     pub(crate) fn len(&self) -> usize {
         match self {
             Self::One(place) => usize::from(place.is_taken()),
-            Self::Many { first, others } => usize::from(first.is_taken()) + others.len(),
+            Self::Many { others, .. } => others.len(),
             Self::Parallel { tasks, .. } => tasks.len(),
         }
     }
@@ -116,11 +149,8 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
     /// Drops what runs here, and asks what runs in tasks to end: that is out of the way when it has left `poll_done`.
     pub(crate) fn cut(&mut self) {
         match self {
-            Self::One(place) => place.set(None),
-            Self::Many { first, others } => {
-                first.set(None);
-                others.clear();
-            }
+            Self::One(place) => place.clear(),
+            Self::Many { others, .. } => others.clear(),
             Self::Parallel { tasks, .. } => {
                 Pin::new(tasks).iter_pin_mut().for_each(|task| task.project().future.abort())
             }
@@ -129,58 +159,54 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
 }
 
 impl<I, R, Fut: Future<Output = Result<R, ItemError>>> InFlight<I, R, Fut> {
-    pub(crate) fn start(&mut self, ticket: Ticket<I>, future: Fut) {
-        let ticket = Some(ticket);
+    /// Starts an attempt, and returns it if it has ended at once.
+    #[inline(always)]
+    pub(crate) fn start(
+        &mut self,
+        ticket: Ticket<I>,
+        future: Fut,
+        cx: &mut Context<'_>,
+    ) -> Poll<(Ticket<I>, Option<Fut::Output>)> {
         match self {
-            Self::One(place) => place.set(Some(Attempt { ticket, future })),
-            Self::Many { first, others } => {
-                if first.is_taken() {
-                    others.push(std::mem::replace(first, Place::free()));
+            Self::One(place) => place.begin(ticket, future, cx).map(whole),
+            Self::Many { free, others } => {
+                if let Poll::Ready(ended) = free.begin(ticket, future, cx) {
+                    return Poll::Ready(whole(ended));
                 }
-                first.set(Some(Attempt { ticket, future }));
+                others.push(std::mem::replace(free, Place::free()));
+                // It is polled again, with a waker of its own.
+                Self::poll_list(others, cx).map(whole)
             }
             Self::Parallel { runtime, spawn, keeper, tasks } => {
-                tasks.push(Attempt { ticket, future: spawn(runtime, future, keeper.clone()) });
+                tasks.push(Attempt { ticket: Some(ticket), future: spawn(runtime, future, keeper.clone()) });
+                Self::poll_list(tasks, cx)
             }
         }
     }
 
-    /// Returns an attempt that has ended, and how, unless its task was cut; `Pending` if there is none.
-    #[inline]
-    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Option<Fut::Output>)> {
-        match self {
-            Self::One(place) => {
-                let (ticket, outcome) = ready!(Pin::new(&mut *place).poll(cx));
-                place.set(None);
-                Poll::Ready((ticket, Some(outcome)))
-            }
-            Self::Many { first, others } => {
-                // Those that waited come first: items that are always ready must not keep them from being polled.
-                if !others.is_empty()
-                    && let Poll::Ready(Some((ticket, outcome))) = Pin::new(&mut *others).poll_next(cx)
-                {
-                    return Poll::Ready((ticket, Some(outcome)));
-                }
-                if !first.is_taken() {
-                    return Poll::Pending;
-                }
-                if let Poll::Ready((ticket, outcome)) = Pin::new(&mut *first).poll(cx) {
-                    first.set(None);
-                    return Poll::Ready((ticket, Some(outcome)));
-                }
-                others.push(std::mem::replace(first, Place::free()));
-                // It is polled again, with a waker of its own.
-                match Pin::new(others).poll_next(cx) {
-                    Poll::Ready(Some((ticket, outcome))) => Poll::Ready((ticket, Some(outcome))),
-                    Poll::Ready(None) | Poll::Pending => Poll::Pending,
-                }
-            }
-            Self::Parallel { tasks, .. } => match Pin::new(tasks).poll_next(cx) {
-                Poll::Ready(Some(ended)) => Poll::Ready(ended),
-                Poll::Ready(None) | Poll::Pending => Poll::Pending,
-            },
+    fn poll_list<F: Future>(list: &mut FuturesUnordered<F>, cx: &mut Context<'_>) -> Poll<F::Output> {
+        match Pin::new(list).poll_next(cx) {
+            Poll::Ready(Some(ended)) => Poll::Ready(ended),
+            Poll::Ready(None) | Poll::Pending => Poll::Pending,
         }
     }
+
+    /// Returns an attempt that has ended, and how, unless its task was cut; `Pending` if there is none.
+    #[inline(always)]
+    pub(crate) fn poll_done(&mut self, cx: &mut Context<'_>) -> Poll<(Ticket<I>, Option<Fut::Output>)> {
+        match self {
+            Self::One(place) => Pin::new(place).poll(cx).map(whole),
+            Self::Many { others, .. } if others.is_empty() => Poll::Pending,
+            Self::Many { others, .. } => Self::poll_list(others, cx).map(whole),
+            Self::Parallel { tasks, .. } => Self::poll_list(tasks, cx),
+        }
+    }
+}
+
+/// An attempt that was not cut.
+#[inline(always)]
+fn whole<I, T>((ticket, output): (Ticket<I>, T)) -> (Ticket<I>, Option<T>) {
+    (ticket, Some(output))
 }
 
 /// Items that failed or were deferred, by the time at which they may run again; of equal times the first to come is first.
@@ -207,7 +233,7 @@ impl<I> WaitingRoom<I> {
     }
 
     /// Returns the item that has been due for longest as soon as there is one; never if none waits.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Result<Ticket<I>, TaskError>> {
         let Some(first) = self.tickets.first_entry() else { return Poll::Pending };
         let until = first.key().0;

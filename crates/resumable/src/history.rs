@@ -9,7 +9,7 @@ use crate::{
     error::TaskError,
     index::{Index, Slot},
     log::{Chain, Damage, Header, Identity, Kind, check_offset, check_width},
-    scan::{Entry, ReadAt, Scanner, Unread},
+    scan::{Block, Entry, ReadAt, SHORT, SHORT_PAYLOAD_BYTES, Scanner, Unread, next_record, take_neighbours},
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
 
@@ -17,6 +17,8 @@ use crate::{
 const READ_AHEAD_BYTES: u64 = 64 << 10;
 /// What a record takes beside its payload: the difference of its index and its length, mostly.
 const RECORD_BYTES: u64 = 3;
+/// What a record of a neighbour with a short payload takes beside it.
+const SHORT_HEAD_BYTES: u64 = 2;
 
 /// The file that results are read from.
 pub(crate) type Source = Arc<dyn ReadAt + Send + Sync>;
@@ -99,26 +101,58 @@ impl History {
             torn_bytes: 0,
         };
         while let Some(block) = scanner.next_block()? {
-            let (offset, end) = (block.offset, block.end());
-            let mut failed = None;
-            let visited = block.entries(&mut |entry| {
-                history.enter(entry, end).map_err(|unfit| match unfit {
-                    Unfit::Detail(detail) => detail,
-                    Unfit::Io(error) => {
-                        failed = Some(error);
-                        ""
-                    }
-                })
-            });
-            match failed {
-                Some(error) => return Err(error.into()),
-                None => visited.map_err(|detail| Damage::Bad { offset, detail })?,
+            let offset = block.offset;
+            match history.enter_block(&block) {
+                Ok(()) => {}
+                Err(Unfit::Detail(detail)) => return Err(Damage::Bad { offset, detail }.into()),
+                Err(Unfit::Io(error)) => return Err(error.into()),
             }
         }
         history.by_position.pack();
         (history.end, history.chain) = scanner.place();
         history.torn_bytes = scanner.size() - history.end;
         Ok(history)
+    }
+
+    fn enter_block(&mut self, block: &Block<'_>) -> Result<(), Unfit> {
+        if self.header.identity == Identity::Position
+            && let Some(records) = block.results()
+        {
+            return self.enter_results(records, block.end());
+        }
+        let mut failed = None;
+        let visited = block.entries(&mut |entry| {
+            self.enter(entry, block.end()).map_err(|unfit| match unfit {
+                Unfit::Detail(detail) => detail,
+                Unfit::Io(error) => {
+                    failed = Some(error);
+                    ""
+                }
+            })
+        });
+        failed.map_or(visited.map_err(Unfit::Detail), |error| Err(Unfit::Io(error)))
+    }
+
+    /// Enters a block of results, those of neighbours together.
+    fn enter_results(&mut self, mut records: &[u8], block_end: u64) -> Result<(), Unfit> {
+        self.sealed = None;
+        let mut previous = u64::MAX;
+        while !records.is_empty() {
+            let (index, payload) = next_record(&mut records, &mut previous).ok_or(SHORT)?;
+            let at = block_end - (records.len() + payload.len()) as u64;
+            self.enter_record(Kind::Result, index, at, payload, block_end)?;
+            // It is in the fingerprint, so that its number is one.
+            let index = index as usize;
+            let room = self.by_position.room_behind(index, RECORD_BYTES + SHORT_PAYLOAD_BYTES);
+            let before = records.len();
+            let items = take_neighbours(&mut records, room.min(self.marked - index - 1));
+            let bytes = (before - records.len()) as u64;
+            self.by_position.enter_neighbours(index, items, bytes);
+            previous += items as u64;
+            self.live_bytes += bytes + items as u64 * (RECORD_BYTES - SHORT_HEAD_BYTES);
+            self.by_kind[usize::from(RESULT)] += items as u64;
+        }
+        Ok(())
     }
 
     fn enter(&mut self, entry: Entry<'_>, block_end: u64) -> Result<(), Unfit> {
@@ -234,6 +268,12 @@ impl History {
         Ok(if kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
     }
 
+    /// Returns the result of an item if its last record is one and it need not be read from the file; never with keys.
+    #[inline]
+    pub(crate) fn result_at_hand(&self, index: usize) -> Option<&[u8]> {
+        self.by_position.at_hand(index, RESULT)
+    }
+
     /// Fills in the payload of the last record of an item, with its key, and returns its kind.
     pub(crate) fn record(
         &mut self,
@@ -292,7 +332,11 @@ impl History {
             return None;
         }
         let (at, width) = (check_offset(index as u64) as usize, check_width(index as u64));
-        let same = self.checks.get(at..at + width) == Some(&chain.to_le_bytes()[..width]);
+        let same = match width {
+            // Of nearly all, and a comparison of slices is a call.
+            1 => self.checks.get(at) == Some(&(chain as u8)),
+            _ => self.checks.get(at..at + width) == Some(&chain.to_le_bytes()[..width]),
+        };
         while self.marks.get(self.next_mark).is_some_and(|(end, _)| *end <= index) {
             self.next_mark += 1;
         }

@@ -42,6 +42,12 @@ impl Slot {
     }
 }
 
+/// About what a record takes.
+fn record_bytes(slot: Slot) -> u64 {
+    u64::from(slot.length) + 3
+}
+
+const RESULT: u8 = Kind::Result as u8;
 const FAILURE: u8 = Kind::Failure as u8;
 const INTENT: u8 = Kind::Intent as u8;
 
@@ -57,6 +63,14 @@ struct Start {
 enum Chunk {
     #[default]
     Empty,
+    /// Results of neighbours in their order, which nothing has to be kept of but where they begin and end.
+    Run {
+        region: Region,
+        /// The place of the item after the last one.
+        next: usize,
+        /// What their records take.
+        own: u64,
+    },
     Open {
         slots: Box<[Slot]>,
         /// The first record that was entered, and the first since the chunk was opened again.
@@ -106,20 +120,60 @@ impl Index {
         slot: Slot,
         block_end: u64,
     ) -> io::Result<(Slot, Slot)> {
-        let number = index / CHUNK_ITEMS;
+        let (number, place) = (index / CHUNK_ITEMS, index % CHUNK_ITEMS);
         let start = Start { slot, index: index as u64, block_end };
+        match self.chunks.get_mut(number) {
+            Some(Chunk::Run { region, next, own }) => {
+                *own += record_bytes(slot);
+                let longer = Region { end: slot.end(), ..*region };
+                if place == *next && slot.kind == RESULT && longer.is_small() && longer.holds_little_else(*own) {
+                    (*region, *next) = (longer, place + 1);
+                    return Ok((Slot::default(), slot));
+                }
+            }
+            None | Some(Chunk::Empty) if slot.kind == RESULT => {
+                if self.chunks.len() <= number {
+                    self.chunks.resize_with(number + 1, Chunk::default);
+                }
+                let region = Region { start, end: slot.end() };
+                self.chunks[number] = Chunk::Run { region, next: place + 1, own: record_bytes(slot) };
+                return Ok((Slot::default(), slot));
+            }
+            _ => {}
+        }
         if !matches!(self.chunks.get(number), Some(Chunk::Open { .. })) {
             self.open(source, number, start)?;
         }
         let Some(Chunk::Open { slots, .. }) = self.chunks.get_mut(number) else {
             return Err(io::Error::other("a chunk that was opened is open"));
         };
-        let known = &mut slots[index % CHUNK_ITEMS];
+        let known = &mut slots[place];
         let before = *known;
         if before.gives_way_to(slot.kind) {
             *known = slot;
         }
         Ok((before, *known))
+    }
+
+    /// How many more results may follow one that was entered last, if they are those of the next items and each takes at
+    /// most so many bytes.
+    pub(crate) fn room_behind(&self, index: usize, most_bytes: u64) -> usize {
+        match self.chunks.get(index / CHUNK_ITEMS) {
+            Some(Chunk::Run { region, next, .. }) if *next == index % CHUNK_ITEMS + 1 => {
+                let bytes = (region.start.slot.at + REGION_BYTES).saturating_sub(region.end);
+                (CHUNK_ITEMS - next).min(usize::try_from(bytes / most_bytes).unwrap_or_default())
+            }
+            _ => 0,
+        }
+    }
+
+    /// Enters so many results that lie right behind the one of this item, which was entered last; there is room for them.
+    pub(crate) fn enter_neighbours(&mut self, index: usize, items: usize, bytes: u64) {
+        if let Some(Chunk::Run { region, next, own }) = self.chunks.get_mut(index / CHUNK_ITEMS) {
+            *next += items;
+            *own += bytes;
+            region.end += bytes;
+        }
     }
 
     fn open<S: ReadAt + ?Sized>(&mut self, source: &S, number: usize, start: Start) -> io::Result<()> {
@@ -133,9 +187,19 @@ impl Index {
         }
         let chunk = &mut self.chunks[number];
         let (mut slots, mut bytes) = (Vec::new(), Vec::new());
-        chunk.unpack(source, number, &mut slots, &mut bytes)?;
+        match chunk {
+            // Records that come in no order at all are not read again one by one.
+            Chunk::Run { region: Region { start, end }, .. } if *end == start.slot.end() => {
+                slots.resize(CHUNK_ITEMS, Slot::default());
+                slots[start.index as usize % CHUNK_ITEMS] = start.slot;
+            }
+            _ => {
+                chunk.unpack(source, number, &mut slots, &mut bytes)?;
+            }
+        }
         let (first, reopened) = match chunk {
             Chunk::Packed { first, reopened, .. } => (*first, *reopened + 1),
+            Chunk::Run { region, .. } => (region.start, 0),
             Chunk::Empty | Chunk::Open { .. } => (start, 0),
         };
         *chunk = Chunk::Open { slots: slots.into(), starts: [first, start], reopened };
@@ -165,6 +229,14 @@ impl Index {
         }
         let slot = self.cached.slots[index % CHUNK_ITEMS];
         Ok((slot, self.cached.payload(slot)))
+    }
+
+    /// Returns the payload of the last record of an item, if that is of this kind and near to the one asked for last.
+    #[inline]
+    pub(crate) fn at_hand(&self, index: usize, kind: u8) -> Option<&[u8]> {
+        let slot = self.cached.slots.get(index % CHUNK_ITEMS)?;
+        let is_this = self.cached.chunk == Some(index / CHUNK_ITEMS) && slot.kind == kind;
+        if is_this { self.cached.payload(*slot) } else { None }
     }
 }
 
@@ -207,19 +279,19 @@ impl Chunk {
         match self {
             Self::Empty => slots.resize(CHUNK_ITEMS, Slot::default()),
             Self::Open { slots: all, .. } => slots.extend_from_slice(all),
+            Self::Run { region, .. } => return region.unpack(source, number, slots, bytes),
             Self::Packed { region, exceptions, .. } => {
-                slots.resize(CHUNK_ITEMS, Slot::default());
-                if let Some(Region { start, end }) = region {
-                    bytes.resize(usize::try_from(end - start.slot.at).map_err(io::Error::other)?, 0);
-                    source.read_exact_at(start.slot.at, bytes)?;
-                    let items = number * CHUNK_ITEMS..(number + 1) * CHUNK_ITEMS;
-                    let changed = || io::Error::new(io::ErrorKind::InvalidData, "it is not what it was a moment ago");
-                    start.replay(bytes, &items, slots).ok_or_else(changed)?;
-                }
+                let at = match region {
+                    Some(region) => region.unpack(source, number, slots, bytes)?,
+                    None => {
+                        slots.resize(CHUNK_ITEMS, Slot::default());
+                        0
+                    }
+                };
                 for (at, slot) in exceptions {
                     slots[usize::from(*at)] = *slot;
                 }
-                return Ok(region.map_or(0, |region| region.start.slot.at));
+                return Ok(at);
             }
         }
         Ok(0)
@@ -227,6 +299,33 @@ impl Chunk {
 }
 
 impl Region {
+    /// Fills in the slots of a chunk from the records here, and their bytes, whose offset is returned.
+    fn unpack<S: ReadAt + ?Sized>(
+        self,
+        source: &S,
+        number: usize,
+        slots: &mut Vec<Slot>,
+        bytes: &mut Vec<u8>,
+    ) -> io::Result<u64> {
+        let Self { start, end } = self;
+        slots.resize(CHUNK_ITEMS, Slot::default());
+        bytes.resize(usize::try_from(end - start.slot.at).map_err(io::Error::other)?, 0);
+        source.read_exact_at(start.slot.at, bytes)?;
+        let items = number * CHUNK_ITEMS..(number + 1) * CHUNK_ITEMS;
+        let changed = || io::Error::new(io::ErrorKind::InvalidData, "it is not what it was a moment ago");
+        start.replay(bytes, &items, slots).ok_or_else(changed)?;
+        Ok(start.slot.at)
+    }
+
+    fn is_small(self) -> bool {
+        self.end - self.start.slot.at <= REGION_BYTES
+    }
+
+    /// Whether it has little else in it than records of so many bytes.
+    fn holds_little_else(self, own: u64) -> bool {
+        self.end - self.start.slot.at <= own.saturating_mul(MOST_SPREAD)
+    }
+
     /// Whether what counts of an item lies in it.
     fn holds(&self, slot: &Slot) -> bool {
         slot.kind != 0 && slot.at >= self.start.slot.at && slot.end() <= self.end
@@ -234,8 +333,7 @@ impl Region {
 
     /// Whether it has little else in it than what counts of these items.
     fn is_dense(&self, slots: &[Slot]) -> bool {
-        let own: u64 = slots.iter().filter(|slot| self.holds(slot)).map(|slot| u64::from(slot.length) + 3).sum();
-        self.end - self.start.slot.at <= own.saturating_mul(MOST_SPREAD)
+        self.holds_little_else(slots.iter().filter(|slot| self.holds(slot)).map(|slot| record_bytes(*slot)).sum())
     }
 }
 

@@ -38,20 +38,21 @@ impl Intake {
         history: &mut History,
         path: &Path,
         marks: &mut Marks,
-    ) -> Result<(usize, Option<Arc<str>>), TaskError> {
+    ) -> Result<(usize, Option<Arc<str>>), Box<TaskError>> {
         let index = self.position;
         let key = match key {
-            Some(key) => Some(self.admit_key(index, key(item))?),
+            Some(key) => Some(self.admit_key(key(item))?),
             None => {
-                self.admit_position(index, item, history, path, marks)?;
+                self.admit_position(item, history, path, marks)?;
                 None
             }
         };
-        self.position += 1;
         Ok((index, key))
     }
 
-    fn admit_key(&mut self, index: usize, key: String) -> Result<Arc<str>, TaskError> {
+    fn admit_key(&mut self, key: String) -> Result<Arc<str>, TaskError> {
+        let index = self.position;
+        self.position += 1;
         self.chain = xxh3_64_with_seed(key.as_bytes(), self.chain);
         let key: Arc<str> = key.into();
         match self.seen.insert(Arc::clone(&key), index) {
@@ -60,35 +61,38 @@ impl Intake {
         }
     }
 
-    #[inline]
-    fn admit_position<I: Serialize>(
+    /// Does the same for an item that has no key.
+    #[inline(always)]
+    pub(crate) fn admit_position<I: Serialize>(
         &mut self,
-        index: usize,
         item: &I,
         history: &mut History,
         path: &Path,
         marks: &mut Marks,
-    ) -> Result<(), TaskError> {
+    ) -> Result<(), Box<TaskError>> {
+        let index = self.position;
+        self.position += 1;
         self.scratch.clear();
         let encoded = self.codec.encode(item, &mut self.scratch);
         encoded.map_err(|cause| TaskError::unwritten::<I>(self.codec, index, cause))?;
         self.chain = xxh3_64_with_seed(&self.scratch, self.chain);
         match history.confirms(index, self.chain) {
-            None => {
-                if marks.count == 0 {
-                    marks.first = index as u64;
-                }
-                marks.count += 1;
-                marks.chain = self.chain;
-                marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
-                Ok(())
-            }
-            Some(true) => Ok(()),
-            Some(false) => {
-                let detail = "it is not the item that was there when the checkpoint was written";
-                Err(TaskError::InputMismatch { path: path.to_owned(), index, detail })
-            }
+            None => self.mark(index, marks),
+            Some(true) => {}
+            Some(false) => return Err(mismatch(path, index)),
         }
+        Ok(())
+    }
+
+    /// Notes an item that the checkpoint does not know yet.
+    #[inline]
+    fn mark(&self, index: usize, marks: &mut Marks) {
+        if marks.count == 0 {
+            marks.first = index as u64;
+        }
+        marks.count += 1;
+        marks.chain = self.chain;
+        marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
     }
 
     /// The source has ended: an input that is shorter than before is not the same input.
@@ -99,4 +103,10 @@ impl Intake {
         let detail = "the input ends here and had more items when the checkpoint was written";
         Err(TaskError::InputMismatch { path: path.to_owned(), index: self.position, detail })
     }
+}
+
+#[cold]
+fn mismatch(path: &Path, index: usize) -> Box<TaskError> {
+    let detail = "it is not the item that was there when the checkpoint was written";
+    TaskError::InputMismatch { path: path.to_owned(), index, detail }.into()
 }

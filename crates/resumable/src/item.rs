@@ -84,22 +84,22 @@ impl ItemError {
         Self { verdict: Verdict::Permanent, cause: cause.into() }
     }
 
-    /// Not now: this item goes back into the queue, for so long or until then, and no attempt is counted.
+    /// Not now: the item goes back into the queue, for a time or until a point in time. No attempt is counted.
     ///
-    /// An item may do so [`max_defers`](crate::Builder::max_defers) times in a run; after that it counts as a retry. If
-    /// one item after the other does so, twice as many as run at once and at least 16, and none ends in another way, the
-    /// run waits as a whole, as in a [pause](Self::pause): 100 ms, then twice as long each time, up to the shortest time
-    /// that one of them asked for. After each wait one item goes first.
+    /// An item may do this [`max_defers`](crate::Builder::max_defers) times in a run; after that it counts as a failed
+    /// attempt. If one item after another does it (twice as many as run at once, and at least 16) and none ends in another
+    /// way, the run waits as a whole, as in a [pause](Self::pause): 100 ms, then twice as long each time, up to the shortest time
+    /// that any of them asked for. After each wait one item goes first.
     pub fn defer(until: impl Into<Until>, cause: impl Into<BoxError>) -> Self {
         Self { verdict: Verdict::Defer(until.into().0), cause: cause.into() }
     }
 
-    /// No item now: the whole run waits, for so long or until then: a quota is used up, the disk is full. `because` says
-    /// why in the [progress](crate::Progress::paused).
+    /// No item now: the whole run waits, for a time or until a point in time, because a quota is used up or a disk is full.
+    /// `because` gives the reason, which the [progress](crate::Progress::paused) shows.
     ///
-    /// Until then no item starts; those that are running go on. This one waits too, and neither an attempt nor a deferral
-    /// is counted. Then one item goes first, and the others follow when it has ended, or after a second. Another pause
-    /// lengthens this one and never shortens it. The number of pauses has no limit: the token ends a run that waits.
+    /// Until then no item starts; running items go on. This item waits too, and neither an attempt nor a deferral is counted.
+    /// Then one item goes first, and the others follow when it has ended, or after a second. Another pause can lengthen
+    /// this one but never shortens it. The number of pauses has no limit: the token ends a run that waits.
     ///
     /// ```
     /// # use cancel_safe_resumable::ItemError;
@@ -179,7 +179,7 @@ pub struct Done<R> {
     pub key: Option<Arc<str>>,
     /// Whether an earlier run finished it.
     pub restored: bool,
-    /// How often it was tried by this run and, if it failed then, by earlier ones; 0 for a restored result.
+    /// How often this run tried it, and earlier runs in which it failed; 0 for a restored result.
     pub attempts: u32,
     /// Its result, or why it is in quarantine.
     pub result: Result<R, Quarantined>,
@@ -241,7 +241,7 @@ impl Retry {
         Self::attempts(1)
     }
 
-    /// So many attempts in all, the first included. Zero counts as one. More than one need tokio's time driver: without
+    /// The number of attempts in all, the first included. Zero counts as one. More than one needs tokio's time driver: without
     /// it the run ends with [`TaskError::Config`](crate::TaskError::Config) before it begins.
     pub fn attempts(attempts: u32) -> Self {
         let (first, longest) = (Duration::from_millis(100), Duration::from_secs(10));
@@ -257,7 +257,7 @@ impl Retry {
 
     /// Gives every item all its attempts again in each run. By default the failed attempts of earlier runs count too.
     ///
-    /// For work that is killed and started again while what it depends on is down: without this a few short runs use up
+    /// For work that is killed and restarted while a service it depends on is down: without this, a few short runs use up
     /// the attempts of items that were never at fault.
     pub fn per_run(mut self) -> Self {
         self.per_run = true;

@@ -118,8 +118,8 @@
 //! # Values
 //!
 //! What is recorded can be read back, as the same value, or recording it fails: of the first 16 results of each session,
-//! and then of samples, it is proven. The value is encoded, decoded, and both are shown to serde; whatever serde is told of
-//! the one and not of the other is an error that names the type and the first field, before anything is recorded. The
+//! and then of samples, that is proven. The value is encoded and decoded, and both values are shown to serde; whatever serde sees in
+//! one and not in the other is an error that names the type and the first field, before anything is recorded. The
 //! samples take about 1 % of the run's time at most (each result is proven if an item costs a hundred times its proof,
 //! which is about a microsecond for a small result), and never fewer than one result in 1,024. Items that
 //! [`process`](ResumableTask::process) and [`map`] hand to their function as copies are proven in the same way.
@@ -139,14 +139,14 @@
 //! # Limitations
 //!
 //! - A file serves one machine (for more, `PgStore`): the lock is advisory (`flock`), and the file must be on a local file
-//!   system. Whoever removes it lets a second run begin beside the first, until that one notices (within a second).
-//! - A run notices another file at its path, and another length of its own. Bytes that somebody changes in place are
-//!   noticed by whoever reads the file next.
+//!   system. If somebody removes the file, a second run can begin beside the first, until the first notices (within a second).
+//! - A run notices another file at its path, and a changed length of its own file. Bytes that somebody changes in place are
+//!   noticed by the next reader.
 //! - Items are driven by the future itself and not spawned, unless they are [`parallel`](Builder::parallel): it must be
 //!   polled for them to make progress, and for their results to be recorded.
 //! - Resuming reads results back from the file as they are handed out, in pieces of up to 256 KiB, on the thread that polls
-//!   the run. It holds a byte of each item in memory; where results are large or lie in no order, 16 more; of a run by key
-//!   all keys.
+//!   the run. In memory it holds one byte for each item; 16 more where results are large or in no order; and all keys of a run by
+//!   key.
 //! - Without keys an item is known by its position and its serialised form, which must be the same each time (a
 //!   `HashMap` in an item is not); items may only be added at the end.
 //! - From the 1,025th item on without keys, an edit is noticed at the edited item in 255 of 256 cases and else within the
@@ -160,8 +160,8 @@
 //! # Comparison
 //!
 //! **A loop and a JSON file**: see above. **A job queue on a database** (apalis, River, Graphile): many machines, and a
-//! row or more an item, tens of thousands a second at best; this crate is for a known input of many items, each of which may
-//! cost a microsecond, in one process or, with `PgStore`, in a fleet that claims them in ranges.
+//! row or more an item, tens of thousands a second at best; this crate is for a known input of many items that may cost
+//! a microsecond each, in one process or, with `PgStore`, in a fleet that claims them in ranges.
 //! **Durable execution** (Temporal, DBOS): workflows of many different steps; here there is one function and many items.
 //! **GNU parallel `--resume`**: skips by sequence number whatever the command and the input are now. If a whole run
 //! takes less time than you would mind losing, prefer a plain loop.

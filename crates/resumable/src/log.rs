@@ -155,11 +155,13 @@ impl Kind {
 ///
 /// An edit is found at the very item with four bytes, and in 255 of 256 cases with one (else at the next, or at the end
 /// of the mark); a long input is not to cost four bytes an item.
+#[inline]
 pub(crate) fn check_offset(index: u64) -> u64 {
     index.saturating_add(index.min(EXACT_CHECKS) * 3)
 }
 
 /// How many bytes of the chain are kept for an item.
+#[inline]
 pub(crate) fn check_width(index: u64) -> usize {
     if index < EXACT_CHECKS { 4 } else { 1 }
 }

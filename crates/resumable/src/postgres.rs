@@ -17,6 +17,7 @@ mod job;
 mod keeper;
 mod leases;
 mod ledger;
+mod queue;
 mod range;
 mod results;
 mod schema;
@@ -26,6 +27,8 @@ mod transaction;
 pub(crate) mod transactional;
 mod waiting;
 
+#[cfg(test)]
+mod dropped;
 #[cfg(test)]
 mod tests;
 
@@ -84,7 +87,7 @@ const LONGEST_NAME_BYTES: usize = 63;
 /// # For operators
 ///
 /// `SELECT * FROM resumable.progress` has a line a job: items, those that are done and in quarantine, ranges, those that
-/// are finished, leased, lapsed (held by nobody that lives), and how often one was taken over. Who works on what:
+/// are finished, leased, lapsed (held by nobody that lives), and how often one was taken over. This shows who works on what:
 ///
 /// ```sql
 /// SELECT r.n, r.owner, r.epoch, r.done, r.count, r.lease_until - clock_timestamp() AS left
@@ -104,8 +107,8 @@ const LONGEST_NAME_BYTES: usize = 63;
 /// - [`ordered`](crate::Builder::ordered), [`at_most_once`](crate::Builder::at_most_once),
 ///   [`parallel`](crate::Builder::parallel), [`checkpoint_every_items`](crate::Builder::checkpoint_every_items),
 ///   [`revalidate`](crate::Builder::revalidate) and [`retry_quarantined`](crate::Builder::retry_quarantined) are refused.
-/// - A mismatch of the input names the range, not the item. The limit of the quarantine is that of the whole job, and is
-///   passed by a few if several workers reach it in the same second.
+/// - A mismatch of the input names the range, not the item. The limit of the quarantine counts for the whole job. If
+///   several workers reach it in the same second, it is exceeded by a few items.
 /// - It needs tokio's runtime, with its drivers of time and of input and output.
 /// - A run that is not polled keeps its leases while its runtime lives: poll it, or drop it.
 /// - A cancel waits for what is completed to be recorded; if the database is away, as long as the outage.
@@ -124,7 +127,7 @@ pub struct PgStore {
 }
 
 impl PgStore {
-    /// A store on the sessions of a pool, of which a run takes one at a time.
+    /// A store on the connections of a pool. A run takes one at a time.
     pub fn new(pool: PgPool) -> Self {
         Self {
             pool,
@@ -147,7 +150,8 @@ impl PgStore {
 
     /// Sets how many items are claimed together. Default: 1,000.
     ///
-    /// Fewer share slow items more evenly, more cost fewer transactions: one takes as long as a few hundred trivial items.
+    /// Fewer items share slow work more evenly; more items cost fewer transactions. One transaction takes as long as a few
+    /// hundred trivial items.
     /// The first worker of a job decides.
     pub fn range_items(mut self, items: usize) -> Self {
         self.range_items = items;
@@ -172,9 +176,9 @@ impl PgStore {
     /// Sets how long the server may take to answer to a statement of this crate, among them the `BEGIN` and the `COMMIT` of
     /// an item's transaction. Default: 30 s.
     ///
-    /// A server that is gone without a word, behind a cable that was pulled, ends nothing by itself. After this time the
-    /// connection is closed, and that counts as an [`outage`](Self::outage); a `COMMIT` that was sent is looked up over
-    /// another. Let it be longer than a commit with its deferred constraints takes.
+    /// A server that vanishes without a word, behind a pulled cable, ends no connection. After this time the connection is
+    /// closed, which counts as an [`outage`](Self::outage); a `COMMIT` that was sent is looked up over
+    /// another. Choose it longer than a commit with its deferred constraints takes.
     pub fn answer_within(mut self, answer: Duration) -> Self {
         self.answer_within = answer;
         self
@@ -189,8 +193,8 @@ impl PgStore {
 
     /// Sets how many ranges a run may lose to other workers before it ends with [`TaskError::Fenced`](crate::TaskError::Fenced). Default: 0.
     ///
-    /// Whatever is lost is recorded by the others, once. A worker that goes on after it was frozen, instead of being
-    /// started again, is of use where nobody starts it again.
+    /// The other workers record what this one loses, once. Raise it where nobody restarts a worker that was frozen, so that
+    /// the worker goes on by itself.
     pub fn tolerate_lost(mut self, ranges: u32) -> Self {
         self.tolerated = ranges;
         self

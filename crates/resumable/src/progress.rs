@@ -38,11 +38,11 @@ pub struct Progress {
     pub failed: usize,
     /// All items, if [`is_total_known`](Self::is_total_known); else those that are known of so far.
     pub total: usize,
-    /// Items that this session alone finished per second, of late: over the last 20 seconds in which it worked, or, where
-    /// items take longer, over the last four.
+    /// Items per second that this session finished recently: over the last 20 seconds of work, or over the last four items
+    /// if these took longer.
     pub session_rate: f64,
-    /// The time the rest takes at this rate, and what is left of a pause. None as long as there is no rate or the total is
-    /// not known.
+    /// The time that the rest takes at this rate, plus what is left of a pause. `None` while there is no rate, or while the
+    /// total is not known.
     pub eta: Option<Duration>,
     /// Whether all items wait, until when, and why.
     pub paused: Option<Pause>,
@@ -51,7 +51,7 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Nothing done yet of so many items. [`Progress::default`] is the same without a known total.
+    /// A progress of `total` items, none of them done. [`Progress::default`] is the same without a known total.
     #[must_use]
     pub fn new(total: usize) -> Self {
         Self { total, is_total_known: true, rate: Rate::begun(Instant::now()), ..Self::default() }
@@ -62,13 +62,13 @@ impl Progress {
         Self { total: least, is_total_known: most == Some(least), ..Self::default() }
     }
 
-    /// Counts so many more items as finished just now.
+    /// Counts `items` more items as finished just now.
     pub fn advance(&mut self, items: usize) {
         self.done = self.done.saturating_add(items);
         self.count(Instant::now());
     }
 
-    /// Counts so many more items as finished by an earlier session: they do not make this one look faster.
+    /// Counts `items` more items as finished by an earlier session. They do not make this session look faster.
     pub fn restore(&mut self, items: usize) {
         self.restored = self.restored.saturating_add(items);
         self.done = self.done.saturating_add(items);
@@ -203,6 +203,14 @@ impl Meter {
         self.now.restored += usize::from(done.restored);
         self.now.failed += usize::from(done.result.is_err());
         self.completed += usize::from(!done.restored && done.result.is_ok());
+        self.unpublished += 1;
+    }
+
+    /// The result of an earlier session was handed out.
+    #[inline]
+    pub(crate) fn item_restored(&mut self) {
+        self.now.done += 1;
+        self.now.restored += 1;
         self.unpublished += 1;
     }
 

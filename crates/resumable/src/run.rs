@@ -127,8 +127,10 @@ impl<R> Stream for Run<R> {
                     };
                 }
                 State::Running(engine) => {
-                    if let Some(done) = ready!(engine.poll_next(cx)) {
-                        return Poll::Ready(Some(done));
+                    match engine.poll_next(cx) {
+                        Poll::Ready(None) => {}
+                        // As it is: to move an item costs as much as to restore it.
+                        polled => return polled,
                     }
                     let outcome = engine.take_outcome().unwrap_or(Err(TaskError::Cancelled));
                     self.state = State::Ended(outcome);
@@ -147,7 +149,7 @@ impl<R> fmt::Debug for Run<R> {
 
 /// Makes a panic of `work`, be it when called or when polled, a failed attempt.
 ///
-/// What `work` shares between items may be left half changed by a panic; that is its own affair, as in a spawned task.
+/// What `work` shares between items may be left half changed by a panic; as in a spawned task, `work` must handle that.
 pub(crate) fn caught<T, R, F, Fut>(work: F) -> impl Fn(ItemContext, T) -> Caught<Fut>
 where
     F: Fn(ItemContext, T) -> Fut,

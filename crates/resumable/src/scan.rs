@@ -196,6 +196,9 @@ impl<S: ReadAt> Scanner<S> {
     }
 }
 
+/// What is wrong with a block that is not what its writer meant.
+pub(crate) const SHORT: &str = "an intact block does not parse";
+
 /// A block that is intact and where it belongs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Block<'a> {
@@ -209,12 +212,16 @@ impl<'a> Block<'a> {
         self.offset + (BLOCK_LINKED_HEAD + self.content.len()) as u64
     }
 
+    /// The records of a block of results.
+    pub(crate) fn results(&self) -> Option<&'a [u8]> {
+        (self.kind == Kind::Result as u8).then_some(self.content)
+    }
+
     /// Visits what the block says.
     pub(crate) fn entries(
         &self,
         visit: &mut impl FnMut(Entry<'a>) -> Result<(), &'static str>,
     ) -> Result<(), &'static str> {
-        const SHORT: &str = "an intact block does not parse";
         let mut rest = self.content;
         let body = &mut rest;
         let kind = Kind::from_byte(self.kind).ok_or("an intact block is of an unknown type")?;
@@ -259,6 +266,25 @@ pub(crate) fn next_record<'a>(body: &mut &'a [u8], previous: &mut u64) -> Option
     *previous = previous.wrapping_add(1).wrapping_add(delta);
     let length = usize::try_from(take_varint(body)?).ok()?;
     Some((*previous, take(body, length)?))
+}
+
+/// The longest payload of which [`take_neighbours`] takes the record.
+pub(crate) const SHORT_PAYLOAD_BYTES: u64 = 0x7f;
+
+/// Takes records off the content of a block as long as each is that of the next item and its payload is short, at most so
+/// many. Returns how many these were.
+///
+/// The records of items that were run one after the other all are: ten million of them are not worth a look each.
+pub(crate) fn take_neighbours(body: &mut &[u8], most: usize) -> usize {
+    let mut taken = 0;
+    while taken < most
+        && let [0, length @ 0..0x80, rest @ ..] = *body
+        && let Some(rest) = rest.get(usize::from(*length)..)
+    {
+        *body = rest;
+        taken += 1;
+    }
+    taken
 }
 
 /// The bytes of a log around where it is read.

@@ -177,7 +177,7 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     /// Runs `work` on every item that has no result in the checkpoint, one after the other, and returns all results in
     /// the order of the items.
     ///
-    /// An item is known by its serialised form, of which `work` is handed a copy, so that the task keeps its items and
+    /// An item is known by its serialised form. `work` gets a copy made from that form, so that the task keeps its items and
     /// can be processed again after a cancel. A panic of `work` goes on to the caller; what was completed before is
     /// recorded.
     ///

@@ -124,3 +124,22 @@ impl Running {
         self.lease_began.saturating_add(rules.lease)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_probes_that_hang_the_first_tells_since_when() {
+        let rules = ProbeRules { most: 3, needed: 3, lease: 100, silence: 50 };
+        let mut probes = Probes::new();
+        let first = probes.start(10);
+        probes.start(20);
+        probes.start(30);
+        assert_eq!(probes.hung_since(109, &rules), None);
+        assert_eq!(probes.hung_since(500, &rules), Some(110));
+        // One whose answer has begun has not hung.
+        probes.head(first, 40);
+        assert_eq!(probes.hung_since(500, &rules), Some(120));
+    }
+}

@@ -131,3 +131,17 @@ fn is_orphaned(error: &reqwest::Error) -> bool {
     let Some(pool) = find::<PoolError>(error).filter(|error| error.is_connect()) else { return false };
     pool.source().is_some_and(|cause| cause.source().is_none() && cause.to_string() == "request was canceled")
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_had_all_the_time_if_a_tick_of_the_timer_is_missing_and_no_more() {
+        let whole = Some(Duration::from_millis(100));
+        for (share, had_all) in [(94, false), (95, true), (100, true), (50, false), (0, false)] {
+            assert_eq!(had_it_all(Duration::from_millis(share), whole), had_all, "{share} of 100 ms");
+        }
+        assert!(had_it_all(Duration::ZERO, None), "there was no limit to use up");
+    }
+}

@@ -305,6 +305,15 @@ mod tests {
     }
 
     #[test]
+    fn a_retry_after_is_waited_for_up_to_its_cap_and_the_back_off_goes_on_top() {
+        let cap = Duration::from_secs(7);
+        let retry = Retry::attempts(3).backoff(Duration::ZERO, Duration::ZERO).retry_after_cap(cap);
+        assert_eq!(retry.wait(1, Some(cap)), Some(cap));
+        assert_eq!(retry.wait(1, Some(cap + Duration::from_nanos(1))), None);
+        assert_eq!(retry.retry_after_cap(Duration::ZERO).wait(1, Some(Duration::ZERO)), None);
+    }
+
+    #[test]
     fn none_is_one_attempt_and_zero_counts_as_one() {
         for retry in [Retry::none(), Retry::attempts(0)] {
             assert_eq!(retry.attempts, 1);

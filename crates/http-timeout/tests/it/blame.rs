@@ -78,6 +78,11 @@ async fn a_producer_that_fails_or_is_slow_is_not_the_origin_s_fault() {
 /// A server that closes each connection some time after the answer, without telling, so that the client finds out when it
 /// uses the connection again. It answers `answers` requests on each connection, and reads one more.
 fn closes_behind(answers: usize) -> (String, Arc<AtomicUsize>) {
+    closes_after(answers, Duration::ZERO)
+}
+
+/// The same, but it closes this long after it has read that one more.
+fn closes_after(answers: usize, pause: Duration) -> (String, Arc<AtomicUsize>) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
@@ -96,6 +101,7 @@ fn closes_behind(answers: usize) -> (String, Arc<AtomicUsize>) {
                     assert_eq!(socket.write(answer).await.unwrap(), answer.len());
                 }
                 takes_request(&mut socket, &seen).await;
+                tokio::time::sleep(pause).await;
             });
         }
     });
@@ -131,6 +137,17 @@ async fn a_post_on_a_stale_connection_is_not_sent_twice_and_charged_to_nobody() 
     assert!(matches!(error, RequestError::Network { .. }), "{error:?}");
     assert_eq!(requests.load(Ordering::SeqCst), 2);
     assert_eq!(state(&client, &url), State::Closed);
+}
+
+#[tokio::test]
+async fn a_pooled_connection_that_is_closed_long_after_the_request_is_the_origin_s_fault() {
+    // A connection that was stale shows it within a round trip.
+    let (url, requests) = closes_after(1, Duration::from_secs(3));
+    let client = TimeoutClient::builder().breaker(trips_at_once()).build().unwrap();
+    assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "ok");
+    let error = client.get(&url).send().await.unwrap_err();
+    assert!(matches!(error, RequestError::Network { .. }), "{error:?}");
+    assert_eq!((requests.load(Ordering::SeqCst), state(&client, &url)), (2, State::Open));
 }
 
 #[tokio::test]

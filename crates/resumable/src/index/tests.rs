@@ -7,20 +7,36 @@ use proptest::prelude::*;
 use crate::{
     history::{History, Past},
     log::{Blocks, Chain, Header, Identity, Kind},
-    scan::read_header,
+    scan::{Unread, read_header},
 };
 
 /// A log of these results, in blocks of so many, and what it says of each item.
 fn compare(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize, ask: impl Iterator<Item = u64>) {
-    let header = Header {
+    let mut history = read(items, records, in_a_block).unwrap();
+    let last: HashMap<u64, &[u8]> = records.iter().map(|(index, payload)| (*index, &payload[..])).collect();
+    // Every item counts once, with about what its last record takes.
+    assert_eq!(history.counts().results, last.len());
+    let counted: u64 = last.values().map(|payload| payload.len() as u64 + 3).sum();
+    assert_eq!(history.live_bytes(), header().encode().len() as u64 + crate::log::check_offset(items) + counted);
+    for index in ask {
+        let expected = last.get(&index).map_or(Past::Nothing, |payload| Past::Result(payload));
+        assert_eq!(history.of(index as usize, None).unwrap(), expected, "item {index}");
+    }
+}
+
+fn header() -> Header {
+    Header {
         salt: 7,
         codec: 1,
         identity: Identity::Position,
         job: "index".to_owned(),
         version: "1".to_owned(),
         result_type: "u64".to_owned(),
-    };
-    let (mut bytes, mut chain, mut blocks) = (header.encode(), Chain::new(7), Blocks::default());
+    }
+}
+
+fn read(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize) -> Result<History, Unread> {
+    let (mut bytes, mut chain, mut blocks) = (header().encode(), Chain::new(7), Blocks::default());
     let checks = vec![0; crate::log::check_offset(items) as usize];
     blocks.input_mark(0, items, 1, &checks);
     for some in records.chunks(in_a_block) {
@@ -29,13 +45,8 @@ fn compare(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize, ask: impl 
         blocks.open(1, 1);
     }
     bytes.extend_from_slice(blocks.seal(&mut chain));
-    let (header, from) = read_header(&bytes[..]).unwrap();
-    let mut history = History::read(std::sync::Arc::new(bytes), from, header).unwrap();
-    let last: HashMap<u64, &[u8]> = records.iter().map(|(index, payload)| (*index, &payload[..])).collect();
-    for index in ask {
-        let expected = last.get(&index).map_or(Past::Nothing, |payload| Past::Result(payload));
-        assert_eq!(history.of(index as usize, None).unwrap(), expected, "item {index}");
-    }
+    let (header, from) = read_header(&bytes[..])?;
+    History::read(std::sync::Arc::new(bytes), from, header)
 }
 
 const MANY: u64 = 80 * 1024 + 100;
@@ -75,6 +86,28 @@ fn results_in_any_order_are_found() {
     let mut records: Vec<_> = (0..MANY).map(result).collect();
     fastrand::Rng::with_seed(5).shuffle(&mut records);
     compare(MANY, &records, 5000, (0..MANY).step_by(7));
+}
+
+/// Those of a chunk are told apart from those that are too long, or too far from each other, to be kept together.
+#[test]
+fn results_of_any_length_in_order_are_found() {
+    for lengths in [[0, 0, 0], [1, 127, 128], [129, 300, 2], [126, 0, 5000]] {
+        let records: Vec<_> = (0..5000).map(|index| (index, vec![index as u8; lengths[index as usize % 3]])).collect();
+        compare(5000, &records, 700, 0..5000);
+        // From the middle of a chunk on, and in pieces.
+        compare(5000, &records[500..], 33, (0..5000).rev());
+        let pieces = [&records[1500..1600], &records[..900], &records[1700..]].concat();
+        compare(5000, &pieces, 50, 0..5000);
+    }
+}
+
+#[test]
+fn a_result_beyond_the_fingerprint_is_damage_also_behind_its_neighbours() {
+    let records: Vec<_> = (0..10).map(result).collect();
+    assert!(read(10, &records, 10).is_ok());
+    for known in 0..10 {
+        assert!(matches!(read(known, &records, 10), Err(Unread::Damage(_))), "{known} items are known");
+    }
 }
 
 #[test]

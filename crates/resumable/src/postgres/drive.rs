@@ -4,7 +4,7 @@
 //! range that another has taken over is dropped where it is.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::VecDeque,
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
@@ -13,33 +13,26 @@ use std::{
 use futures_core::Stream;
 use futures_util::stream::FuturesUnordered;
 use serde::{Serialize, de::DeserializeOwned};
-use tokio::{
-    sync::watch,
-    time::{Instant, Sleep},
-};
+use tokio::{sync::watch, time::Sleep};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use crate::{
     drive::Summary,
     error::TaskError,
-    gate::Gate,
     history::{begin_payload, put_failure},
-    item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
-    log::{Header, Identity, Kind, MAX_PAYLOAD_BYTES},
+    item::{Done, ItemContext, ItemError, Quarantined},
+    log::{Kind, MAX_PAYLOAD_BYTES},
     plan::Plan,
     postgres::{
         PgStore,
-        input::Input,
-        job::Offer,
-        keeper,
         leases::Standing,
         ledger::Known,
-        range::Range,
+        queue::{Failed, Queue},
         shared::{Hold, Means, Shared, Told},
-        waiting::{Ticket, Waiting},
+        waiting::Ticket,
     },
-    progress::{Meter, Pause, Progress},
+    progress::Progress,
     proof::Prover,
     run::Engine,
 };
@@ -66,6 +59,14 @@ impl<T, R> Future for Attempt<T, R> {
         let output = ready!(self.future.as_mut().poll(cx));
         Poll::Ready((self.ticket.take().expect("a future that is ready is not polled again"), output))
     }
+}
+
+/// What is kept with a range.
+struct Kept<R> {
+    /// How many items are not finished.
+    left: usize,
+    /// What is recorded and not yet known to be durable: the number of the record, and the item.
+    held: VecDeque<(usize, Done<R>)>,
 }
 
 enum Ending {
@@ -107,16 +108,10 @@ impl Counts {
 /// A run on PostgreSQL.
 pub(crate) struct PgDrive<T, R> {
     plan: Plan<T, R>,
-    input: Input<T>,
+    queue: Queue<T, Kept<R>>,
     work: Work<T, R>,
-    meter: Meter,
     in_flight: FuturesUnordered<Attempt<T, R>>,
-    waiting: Waiting<T>,
-    gate: Gate,
     shared: Arc<Shared>,
-    ranges: HashMap<i64, Range<R>>,
-    /// Ranges with items that were not started, the first to be worked on first.
-    fresh: VecDeque<Hold>,
     has_room: bool,
     ready: VecDeque<Done<R>>,
     seed: u64,
@@ -144,28 +139,12 @@ where
         work: Work<T, R>,
         progress: watch::Sender<Progress>,
     ) -> Result<Self, TaskError> {
-        let (input, chain) = Input::read(source, plan.key.as_mut(), plan.codec, &plan.token).await?;
-        let header = Header {
-            salt: fastrand::u64(..),
-            codec: plan.codec.number(),
-            identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
-            job: plan.job.clone(),
-            version: plan.version.clone(),
-            result_type: std::any::type_name::<R>().to_owned(),
-        };
-        let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
-        let shared = Arc::new(Shared::default());
-        keeper::start(store, &shared, offer, plan.every)?;
+        let (queue, shared) = Queue::open(&mut plan, store, source, progress).await?;
         Ok(Self {
-            input,
+            queue,
             work,
-            meter: Meter::new(progress),
             in_flight: FuturesUnordered::new(),
-            waiting: Waiting::new(),
-            gate: Gate::new(plan.concurrency),
             shared,
-            ranges: HashMap::new(),
-            fresh: VecDeque::new(),
             has_room: true,
             ready: VecDeque::new(),
             seed: 0,
@@ -193,17 +172,14 @@ where
                 }
                 return Ok(step > 0);
             }
-            let open = self.gate.poll_open(cx)?;
-            if let Poll::Ready(true) = open {
-                self.meter.pause(None);
-            }
-            if open.is_ready() && self.start_next() {
+            if self.has_room
+                && let Poll::Ready(ticket) = self.queue.poll_next(self.in_flight.len(), cx)?
+            {
+                self.launch(ticket);
                 continue;
             }
-            // Registers for what else may wake the loop.
-            let due = self.waiting.poll_due(cx).is_ready();
-            let cancelled = self.cancelled.as_mut().poll(cx).is_ready();
-            return Ok(step > 0 || due && open.is_ready() && self.can_start() || cancelled);
+            // Registers for the token, which may wake the loop too.
+            return Ok(step > 0 || self.cancelled.as_mut().poll(cx).is_ready());
         }
         Ok(true)
     }
@@ -217,46 +193,7 @@ where
         self.grace.get_or_insert_with(|| Box::pin(tokio::time::sleep(grace))).as_mut().poll(cx)
     }
 
-    fn can_start(&self) -> bool {
-        self.in_flight.len() < self.plan.concurrency && self.has_room
-    }
-
-    fn is_held(&self, hold: Hold) -> bool {
-        self.ranges.get(&hold.n).is_some_and(|range| range.hold == hold)
-    }
-
-    /// Starts one more item if there is a slot, room in the buffer, and an item.
-    fn start_next(&mut self) -> bool {
-        if !self.can_start() {
-            return false;
-        }
-        while let Some(ticket) = self.waiting.take_due() {
-            if self.is_held(ticket.hold) {
-                self.launch(ticket);
-                return true;
-            }
-        }
-        if self.waiting.len() >= self.plan.max_ahead {
-            return false;
-        }
-        while let Some(&hold) = self.fresh.front() {
-            let range = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold);
-            if let Some((index, attempts)) = range.and_then(Range::next) {
-                let Some(item) = self.input.items.get(index).cloned() else { return false };
-                let attempts = if self.plan.retry.per_run { 0 } else { attempts };
-                self.meter.item_started();
-                self.launch(Ticket { hold, index, key: self.input.key(index), item, attempts, defers: 0, launch: 0 });
-                return true;
-            }
-            self.fresh.pop_front();
-            self.shared.exhausted(hold);
-        }
-        false
-    }
-
-    fn launch(&mut self, mut ticket: Ticket<T>) {
-        self.gate.item_starts();
-        ticket.launch = self.gate.launch();
+    fn launch(&mut self, ticket: Ticket<T>) {
         let (index, key, attempt) = (ticket.index, ticket.key.clone(), ticket.attempts + 1);
         let context = ItemContext { index, key, attempt, seed: self.seed };
         let future = (self.work)(context, ticket.item.clone());
@@ -264,44 +201,23 @@ where
     }
 
     /// Records how an attempt ended.
-    fn settle(&mut self, mut ticket: Ticket<T>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
+    fn settle(&mut self, ticket: Ticket<T>, outcome: Result<R, ItemError>) -> Result<(), TaskError> {
         let error = match outcome {
             Ok(result) => {
-                self.gate.attempt_ended(ticket.launch);
+                self.queue.ended(&ticket);
                 return self.finish(ticket, result);
             }
             Err(error) => error,
         };
-        let cause = describe(error.cause.as_ref());
-        match error.verdict {
-            Verdict::Pause(until) => {
-                self.pause(until, &cause);
-                self.waiting.enter(until, ticket);
-                return Ok(());
-            }
-            Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
-                ticket.defers += 1;
-                let wait = until.saturating_duration_since(Instant::now());
-                if let Some(wait) = self.gate.attempt_deferred(ticket.launch, wait, self.in_flight.len()) {
-                    self.pause(later(wait), &cause);
-                }
-                self.waiting.enter(until, ticket);
-                return Ok(());
-            }
-            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => self.gate.attempt_ended(ticket.launch),
-        }
-        ticket.attempts += 1;
-        if error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts {
+        let Some(Failed { ticket, cause, is_last }) = self.queue.failed(ticket, error, self.in_flight.len()) else {
+            return Ok(());
+        };
+        if is_last {
             return self.quarantine(ticket, cause);
         }
         self.record_failure(Kind::Failure, &ticket, ticket.attempts, &cause, Means::Open)?;
-        self.waiting.enter(later(self.plan.retry.delay_after(ticket.attempts)), ticket);
+        self.queue.retry(ticket);
         Ok(())
-    }
-
-    /// No item of this worker starts before that time.
-    fn pause(&mut self, until: Instant, cause: &str) {
-        self.meter.pause(Some(Pause::new(self.gate.close(until), cause)));
     }
 
     fn finish(&mut self, ticket: Ticket<T>, result: R) -> Result<(), TaskError> {
@@ -360,10 +276,10 @@ where
     /// Keeps a finished item until its record is durable.
     fn hold_back(&mut self, hold: Hold, number: Option<usize>, done: Done<R>) {
         if let Some(number) = number
-            && let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold)
+            && let Some(range) = self.queue.range(hold)
         {
-            range.left = range.left.saturating_sub(1);
-            range.held.push_back((number, done));
+            range.own.left = range.own.left.saturating_sub(1);
+            range.own.held.push_back((number, done));
         }
     }
 }
@@ -393,13 +309,12 @@ impl<T, R> PgDrive<T, R> {
 
     fn take_on(&mut self, hold: Hold, first: usize, known: Vec<Known>) {
         let left = known.iter().filter(|known| matches!(known, Known::Nothing | Known::Failed(_))).count();
-        self.ranges.insert(hold.n, Range { hold, first, known, next: 0, left, held: VecDeque::new() });
-        self.fresh.push_back(hold);
+        self.queue.take_on(hold, first, known, Kept { left, held: VecDeque::new() });
     }
 
     /// Hands out what is durable now.
     fn release(&mut self, hold: Hold, records: usize) {
-        let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold) else { return };
+        let Some(range) = self.queue.range(hold).map(|range| &mut range.own) else { return };
         while range.held.front().is_some_and(|(number, _)| *number <= records)
             && let Some((_, done)) = range.held.pop_front()
         {
@@ -414,18 +329,14 @@ impl<T, R> PgDrive<T, R> {
             self.ready.push_back(done);
         }
         if range.left == 0 && range.held.is_empty() {
-            self.ranges.remove(&hold.n);
+            self.queue.let_go(hold);
         }
     }
 
     /// Drops all that belongs to a range that another worker has.
     fn lose(&mut self, hold: Hold) {
-        let Some(range) = self.ranges.remove(&hold.n) else { return };
-        if range.hold != hold {
-            self.ranges.insert(hold.n, range);
-            return;
-        }
-        self.counts.quarantined_held -= range.held.iter().filter(|(_, done)| done.result.is_err()).count();
+        let Some(range) = self.queue.let_go(hold) else { return };
+        self.counts.quarantined_held -= range.own.held.iter().filter(|(_, done)| done.result.is_err()).count();
         let of_others = |attempt: &Attempt<T, R>| attempt.ticket.as_ref().is_some_and(|ticket| ticket.hold != hold);
         self.in_flight = std::mem::take(&mut self.in_flight).into_iter().filter(of_others).collect();
     }
@@ -452,7 +363,7 @@ impl<T, R> PgDrive<T, R> {
 
     fn summary(&self, standing: Standing) -> Summary {
         Summary {
-            total: self.input.items.len(),
+            total: self.queue.total(),
             completed: self.counts.completed,
             restored: as_usize(standing.done).saturating_sub(self.counts.own()),
             quarantined: as_usize(standing.quarantined),
@@ -461,9 +372,7 @@ impl<T, R> PgDrive<T, R> {
     }
 
     fn publish(&mut self) -> bool {
-        let (done, failed) = (self.counts.done(), self.counts.failed());
-        self.meter.stand_at(done, done.saturating_sub(self.counts.own()), failed);
-        self.meter.publish(self.input.items.len(), (0, Some(0)));
+        self.queue.publish(self.counts.done(), self.counts.own(), self.counts.failed());
         false
     }
 }

@@ -59,7 +59,9 @@ impl<T: Serialize> Input<T> {
             input.items.push(item);
         }
     }
+}
 
+impl<T> Input<T> {
     pub(crate) fn key(&self, index: usize) -> Option<Arc<str>> {
         self.keys.as_ref().and_then(|keys| keys.get(index).cloned())
     }

@@ -109,7 +109,12 @@ impl Drop for Ended {
 }
 
 impl Keeper {
-    async fn open(store: PgStore, shared: &Arc<Shared>, offer: &Offer, every: Duration) -> Result<Self, TaskError> {
+    pub(crate) async fn open(
+        store: PgStore,
+        shared: &Arc<Shared>,
+        offer: &Offer,
+        every: Duration,
+    ) -> Result<Self, TaskError> {
         let bounds = store.bounds();
         let job = store.patiently("open the job", || open(&store, &bounds, offer)).await?;
         let owner = format!("{} {:016x}", store.owner, fastrand::u64(..));
@@ -131,7 +136,7 @@ impl Keeper {
         })
     }
 
-    async fn keep(&mut self) -> Result<Standing, TaskError> {
+    pub(crate) async fn keep(&mut self) -> Result<Standing, TaskError> {
         loop {
             match self.next() {
                 Next::Stop => {

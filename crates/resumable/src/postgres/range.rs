@@ -2,27 +2,19 @@
 //!
 //! Invariant: each item of it that is not finished is given out once.
 
-use std::collections::VecDeque;
+use crate::postgres::{ledger::Known, shared::Hold};
 
-use crate::{
-    item::Done,
-    postgres::{ledger::Known, shared::Hold},
-};
-
-/// A range at work.
-pub(crate) struct Range<R> {
+/// A range at work, and what the loop that works on it keeps with it.
+pub(crate) struct Range<X> {
     pub(crate) hold: Hold,
     pub(crate) first: usize,
     pub(crate) known: Vec<Known>,
     /// The place of the next item to look at.
     pub(crate) next: usize,
-    /// How many items are not finished.
-    pub(crate) left: usize,
-    /// What is recorded and not yet known to be durable: the number of the record, and the item.
-    pub(crate) held: VecDeque<(usize, Done<R>)>,
+    pub(crate) own: X,
 }
 
-impl<R> Range<R> {
+impl<X> Range<X> {
     /// The index and the failed attempts of the next item that is not finished.
     pub(crate) fn next(&mut self) -> Option<(usize, u32)> {
         while let Some(known) = self.known.get(self.next) {

@@ -4,49 +4,35 @@
 //! both are there or neither. A commit whose answer was lost is looked up by its block before the item is tried again.
 
 use std::{
-    collections::{HashMap, VecDeque},
     future::poll_fn,
     marker::PhantomData,
-    pin::{Pin, pin},
+    pin::pin,
     sync::Arc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use futures_core::Stream;
 use futures_util::{StreamExt, stream::FuturesUnordered};
 use serde::{Serialize, de::DeserializeOwned};
 use sqlx::PgConnection;
-use tokio::{sync::watch, time::Sleep};
+use tokio::sync::watch;
 
 use crate::{
     drive::Summary,
     error::TaskError,
-    item::{ItemError, Verdict, describe, later},
-    log::{Header, Identity},
+    item::ItemError,
     plan::Plan,
     postgres::{
         PgStore,
-        input::Input,
-        job::Offer,
-        keeper,
         leases::{Leases, Standing},
-        ledger::Known,
+        queue::{Failed, Queue},
         shared::{Hold, LetGo, Shared, Told},
         transaction::{After, End, Job, Note, Turn, What, Worker},
-        waiting::{Ticket, Waiting},
+        waiting::Ticket,
     },
-    progress::{Meter, Progress},
+    progress::Progress,
     proof::Prover,
 };
-
-/// A range at work.
-struct Range {
-    hold: Hold,
-    first: usize,
-    known: Vec<Known>,
-    next: usize,
-    turn: Arc<Turn>,
-}
 
 /// Asks the keeper to end when the run does, however it does.
 struct Stop(Arc<Shared>);
@@ -70,33 +56,17 @@ where
     R: Serialize + DeserializeOwned,
     F: AsyncFn(&mut PgConnection, T) -> Result<R, ItemError>,
 {
-    let (input, chain) = Input::read(source, plan.key.as_mut(), plan.codec, &plan.token).await?;
-    let header = Header {
-        salt: fastrand::u64(..),
-        codec: plan.codec.number(),
-        identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
-        job: plan.job.clone(),
-        version: plan.version.clone(),
-        result_type: std::any::type_name::<R>().to_owned(),
-    };
-    let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
-    let shared = Arc::new(Shared::default());
-    keeper::start(store.clone(), &shared, offer, plan.every)?;
+    let (queue, shared) = Queue::open(&mut plan, store.clone(), source, progress).await?;
     let prover = std::sync::Mutex::new(Prover::new(plan.codec));
     let worker = Worker { store, work, prover, codec: plan.codec, of: PhantomData };
     let mut run = Loop {
-        input,
+        queue,
         shared: Arc::clone(&shared),
         leases: None,
-        ranges: HashMap::new(),
-        fresh: VecDeque::new(),
-        waiting: Waiting::new(),
-        meter: Meter::new(progress),
         standing: Standing::default(),
         completed: 0,
         quarantined: 0,
         fenced: None,
-        paused: None,
         is_over: false,
         plan,
     };
@@ -117,25 +87,21 @@ where
 
 enum Event<T> {
     Heard,
+    Start(Ticket<T>),
     Ended((Ticket<T>, End)),
     Over(Result<Standing, TaskError>),
 }
 
 struct Loop<T, R> {
     plan: Plan<T, R>,
-    input: Input<T>,
+    /// With the place of the next append to each range.
+    queue: Queue<T, Arc<Turn>>,
     shared: Arc<Shared>,
     leases: Option<Leases>,
-    ranges: HashMap<i64, Range>,
-    fresh: VecDeque<Hold>,
-    waiting: Waiting<T>,
-    meter: Meter,
     standing: Standing,
     completed: usize,
     quarantined: usize,
     fenced: Option<TaskError>,
-    /// No item starts before this is over.
-    paused: Option<Pin<Box<Sleep>>>,
     /// The keeper has ended.
     is_over: bool,
 }
@@ -152,14 +118,6 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             tokio::time::sleep(grace).await;
         });
         loop {
-            while running.len() < self.plan.concurrency
-                && !token.is_cancelled()
-                && self.paused.is_none()
-                && let Some(ticket) = self.next()
-            {
-                let Some(job) = self.job(ticket, What::Attempt) else { continue };
-                running.push(worker.run(job));
-            }
             let event = poll_fn(|cx| {
                 if let Poll::Ready(Some(ended)) = running.poll_next_unpin(cx) {
                     return Poll::Ready(Event::Ended(ended));
@@ -177,25 +135,24 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
                 if stopped.as_mut().poll(cx).is_ready() || token.is_cancelled() && running.is_empty() {
                     return Poll::Ready(Event::Over(Err(TaskError::Cancelled)));
                 }
-                if let Some(paused) = &mut self.paused {
-                    if paused.as_mut().poll(cx).is_pending() {
-                        return Poll::Pending;
-                    }
-                    self.paused = None;
-                    return Poll::Ready(Event::Heard);
+                if token.is_cancelled() {
+                    return Poll::Pending;
                 }
-                let can_start = running.len() < self.plan.concurrency && !token.is_cancelled();
-                if can_start && self.waiting.poll_due(cx).is_ready() {
-                    Poll::Ready(Event::Heard)
-                } else {
-                    Poll::Pending
+                match ready!(self.queue.poll_next(running.len(), cx)) {
+                    Ok(ticket) => Poll::Ready(Event::Start(ticket)),
+                    Err(error) => Poll::Ready(Event::Over(Err(error))),
                 }
             })
             .await;
             match event {
                 Event::Heard => {}
                 Event::Ended((ticket, end)) => {
-                    if let Some(job) = self.settle(ticket, end)? {
+                    if let Some(job) = self.settle(ticket, end, running.len())? {
+                        running.push(worker.run(job));
+                    }
+                }
+                Event::Start(ticket) => {
+                    if let Some(job) = self.job(ticket, What::Attempt) {
                         running.push(worker.run(job));
                     }
                 }
@@ -205,48 +162,10 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
     }
 
     /// What is to be done in the range of a ticket; `None` if it is lost.
-    fn job(&self, ticket: Ticket<T>, what: What) -> Option<Job<T>> {
-        let range = self.ranges.get(&ticket.hold.n).filter(|range| range.hold == ticket.hold)?;
-        let (turn, count) = (Arc::clone(&range.turn), range.known.len());
+    fn job(&mut self, ticket: Ticket<T>, what: What) -> Option<Job<T>> {
+        let range = self.queue.range(ticket.hold)?;
+        let (turn, count) = (Arc::clone(&range.own), range.known.len());
         Some(Job { ticket, what, turn, count, leases: self.leases.clone()? })
-    }
-
-    /// The next item that may run.
-    fn next(&mut self) -> Option<Ticket<T>> {
-        if let Some(ticket) = self.waiting.take_due() {
-            return Some(ticket);
-        }
-        if self.waiting.len() >= self.plan.max_ahead {
-            return None;
-        }
-        while let Some(&hold) = self.fresh.front() {
-            if let Some(range) = self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold) {
-                while let Some(known) = range.known.get(range.next) {
-                    let index = range.first + range.next;
-                    range.next += 1;
-                    let attempts = match known {
-                        Known::Nothing => 0,
-                        Known::Failed(_) if self.plan.retry.per_run => 0,
-                        Known::Failed(attempts) => *attempts,
-                        Known::Result | Known::Quarantined => continue,
-                    };
-                    let item = self.input.items.get(index).cloned()?;
-                    self.meter.item_started();
-                    return Some(Ticket {
-                        hold,
-                        index,
-                        key: self.input.key(index),
-                        item,
-                        attempts,
-                        defers: 0,
-                        launch: 0,
-                    });
-                }
-            }
-            self.fresh.pop_front();
-            self.shared.exhausted(hold);
-        }
-        None
     }
 
     /// Takes in what the keeper has told and returns whether there was anything.
@@ -257,15 +176,9 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
             match told {
                 Told::Opened { leases, .. } => self.leases = Some(leases),
                 Told::Granted { hold, first, items, place } => {
-                    let turn = Arc::new(Turn::new(place));
-                    self.ranges.insert(hold.n, Range { hold, first, known: items, next: 0, turn });
-                    self.fresh.push_back(hold);
+                    self.queue.take_on(hold, first, items, Arc::new(Turn::new(place)));
                 }
-                Told::Appended { hold, .. } | Told::Lost(hold) => {
-                    if self.ranges.get(&hold.n).is_some_and(|range| range.hold == hold) {
-                        self.ranges.remove(&hold.n);
-                    }
-                }
+                Told::Appended { hold, .. } | Told::Lost(hold) => drop(self.queue.let_go(hold)),
                 Told::Standing(standing) => self.standing = standing,
                 Told::Fenced(error) => self.fenced = Some(error),
             }
@@ -275,17 +188,18 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
     }
 
     /// Takes in how something ended, and returns what is to be done next for its item.
-    fn settle(&mut self, mut ticket: Ticket<T>, end: End) -> Result<Option<Job<T>>, TaskError> {
+    fn settle(&mut self, ticket: Ticket<T>, end: End, running: usize) -> Result<Option<Job<T>>, TaskError> {
         let error = match end {
             End::Failed(error) => error,
             End::Recorded => {
                 self.completed += 1;
+                self.queue.ended(&ticket);
                 self.look_at(ticket.hold);
                 return Ok(None);
             }
-            End::Noted(Note { attempts, cause, after }) => {
+            End::Noted(Note { cause, after, .. }) => {
                 match after {
-                    After::Retry => self.waiting.enter(later(self.plan.retry.delay_after(attempts)), ticket),
+                    After::Retry => self.queue.retry(ticket),
                     After::Quarantine => {
                         self.quarantined += 1;
                         self.look_at(ticket.hold);
@@ -298,32 +212,18 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
                 return Ok(None);
             }
             End::Lost => {
+                self.queue.ended(&ticket);
                 self.shared.let_go(ticket.hold, LetGo::Lost);
                 return Ok(None);
             }
             End::Broken(error) => return Err(error),
         };
-        match error.verdict {
-            Verdict::Pause(until) => {
-                let until = self.paused.as_ref().map_or(until, |paused| paused.deadline().max(until));
-                self.paused = Some(Box::pin(tokio::time::sleep_until(until)));
-                self.waiting.enter(until, ticket);
-                return Ok(None);
-            }
-            Verdict::Defer(until) if ticket.defers < self.plan.max_defers => {
-                ticket.defers += 1;
-                self.waiting.enter(until, ticket);
-                return Ok(None);
-            }
-            Verdict::Defer(_) | Verdict::Retry | Verdict::Permanent => {}
-        }
-        ticket.attempts += 1;
-        let cause = describe(error.cause.as_ref());
-        let is_last = error.verdict == Verdict::Permanent || ticket.attempts >= self.plan.retry.max_attempts;
-        let failed = usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined);
+        let Some(Failed { ticket, cause, is_last }) = self.queue.failed(ticket, error, running) else {
+            return Ok(None);
+        };
         let (attempts, after) = match is_last {
             false => (ticket.attempts, After::Retry),
-            true if failed < self.plan.quarantine => (ticket.attempts, After::Quarantine),
+            true if self.failed() < self.plan.quarantine => (ticket.attempts, After::Quarantine),
             // Once the cause is mended, or the limit raised, the item has all its attempts again.
             true => (0, After::Full),
         };
@@ -332,24 +232,28 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
 
     /// Lets go of a range whose last item has just been recorded.
     fn look_at(&mut self, hold: Hold) {
-        let Some(range) = self.ranges.get(&hold.n).filter(|range| range.hold == hold) else { return };
-        if range.turn.is_finished(range.known.len()) {
-            self.ranges.remove(&hold.n);
+        let Some(range) = self.queue.range(hold) else { return };
+        if range.own.is_finished(range.known.len()) {
+            self.queue.let_go(hold);
             self.shared.let_go(hold, LetGo::Finished);
         }
     }
 
+    /// How many items of the job are in quarantine, as far as is known.
+    fn failed(&self) -> usize {
+        usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined)
+    }
+
     fn publish(&mut self) {
-        let done = usize::try_from(self.standing.done).unwrap_or_default().max(self.completed + self.quarantined);
-        let failed = usize::try_from(self.standing.quarantined).unwrap_or_default().max(self.quarantined);
-        self.meter.stand_at(done, done - self.completed - self.quarantined, failed);
-        self.meter.publish(self.input.items.len(), (0, Some(0)));
+        let own = self.completed + self.quarantined;
+        let done = usize::try_from(self.standing.done).unwrap_or_default().max(own);
+        self.queue.publish(done, own, self.failed());
     }
 
     fn summary(&self, standing: Standing) -> Summary {
         let done = usize::try_from(standing.done).unwrap_or_default();
         Summary {
-            total: self.input.items.len(),
+            total: self.queue.total(),
             completed: self.completed,
             restored: done.saturating_sub(self.completed + self.quarantined),
             quarantined: usize::try_from(standing.quarantined).unwrap_or_default(),

@@ -32,7 +32,9 @@ fn job(path: &Path, concurrency: usize) -> cancel_safe_resumable::Builder<u64, S
 #[tokio::test]
 async fn child_that_is_killed() {
     let Some(path) = std::env::var_os(CHECKPOINT) else { return };
-    let run = job(Path::new(&path), concurrency_of_child()).stream(0..ITEMS, |_, x| async move {
+    let job = job(Path::new(&path), concurrency_of_child());
+    let job = if std::env::var_os(PARALLEL).is_some() { job.parallel(concurrency_of_child()) } else { job };
+    let run = job.stream(0..ITEMS, |_, x| async move {
         if x % 16 == 0 {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
@@ -45,13 +47,31 @@ async fn child_that_is_killed() {
 }
 
 const CONCURRENCY: &str = "RESUMABLE_CRASH_CONCURRENCY";
+const PARALLEL: &str = "RESUMABLE_CRASH_PARALLEL";
+
+/// How the items of a child run.
+#[derive(Clone, Copy)]
+enum Items {
+    /// In its task, so many at once.
+    Concurrent(usize),
+    /// In tasks of their own.
+    Parallel(usize),
+}
 
 fn concurrency_of_child() -> usize {
     std::env::var(CONCURRENCY).unwrap().parse().unwrap()
 }
 
-fn spawn(child: &str, path: &Path, concurrency: usize) -> Child {
-    Command::new(std::env::current_exe().unwrap())
+fn spawn(child: &str, path: &Path, items: Items) -> Child {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    let concurrency = match items {
+        Items::Concurrent(items) => items,
+        Items::Parallel(items) => {
+            command.env(PARALLEL, "");
+            items
+        }
+    };
+    command
         .args([child, "--exact"])
         .env(CHECKPOINT, path)
         .env(CONCURRENCY, concurrency.to_string())
@@ -65,7 +85,14 @@ fn spawn(child: &str, path: &Path, concurrency: usize) -> Child {
 /// How often each result is in the file.
 fn occurrences(path: &Path) -> Vec<usize> {
     let text = String::from_utf8_lossy(&std::fs::read(path).unwrap()).into_owned();
-    (0..ITEMS).map(|x| text.matches(&result_of(x)).count()).collect()
+    let mut times = vec![0; ITEMS as usize];
+    for (at, _) in text.match_indices("<result ") {
+        let number = text.get(at + 8..at + 12).and_then(|number| number.parse::<u64>().ok());
+        if let Some(x) = number.filter(|x| *x < ITEMS && text[at..].starts_with(&result_of(*x))) {
+            times[x as usize] += 1;
+        }
+    }
+    times
 }
 
 /// Opens the checkpoint, which must not be damaged, and leaves it again.
@@ -77,23 +104,23 @@ async fn cut_torn_tail(path: &Path) {
     assert!(error.is_cancelled(), "{error}");
 }
 
-/// How many checkpoints a test completes.
-fn repetitions() -> usize {
-    if in_full() { 100 } else { 2 }
+/// How many processes a test kills, at least.
+fn wanted_kills() -> usize {
+    if in_full() { 3500 } else { 12 }
 }
 
 /// Kills runs of one checkpoint until it is complete, and checks after each that nothing was lost or written twice.
-/// Returns how many rounds that took.
+/// Returns how many processes were killed.
 #[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
-async fn survive(starters: usize, concurrency: usize, seed: u64) -> usize {
+async fn survive(starters: usize, items: Items, seed: u64) -> usize {
     println!("seed {seed}");
     let mut random = fastrand::Rng::with_seed(seed);
     let (_dir, path) = checkpoint();
     let (mut before, mut rounds) = (vec![0; ITEMS as usize], 0);
     for round in 0..400 {
         rounds += 1;
-        let mut children: Vec<Child> = (0..starters).map(|_| spawn(WORKER, &path, concurrency)).collect();
-        let patience = Duration::from_micros(random.u64(500..120_000));
+        let mut children: Vec<Child> = (0..starters).map(|_| spawn(WORKER, &path, items)).collect();
+        let patience = Duration::from_micros(random.u64(500..60_000));
         tokio::time::sleep(patience).await;
         for child in &mut children {
             // One that has ended by itself must not have failed.
@@ -127,15 +154,15 @@ async fn survive(starters: usize, concurrency: usize, seed: u64) -> usize {
     run.finish().await.unwrap();
     assert!(seen.iter().all(|count| *count == 1));
     assert!(occurrences(&path).iter().all(|count| *count == 1), "something was recorded twice");
-    rounds
+    rounds * starters
 }
 
 #[tokio::test]
 async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
     let mut kills = 0;
-    for _ in 0..repetitions().div_ceil(2) {
-        for concurrency in [1, 64] {
-            kills += survive(1, concurrency, fastrand::u64(..)).await;
+    while kills < wanted_kills() {
+        for items in [Items::Concurrent(1), Items::Concurrent(64), Items::Parallel(8)] {
+            kills += survive(1, items, fastrand::u64(..)).await;
         }
     }
     visited("kills", kills);
@@ -144,8 +171,8 @@ async fn a_killed_run_loses_nothing_it_wrote_and_records_nothing_twice() {
 #[tokio::test]
 async fn two_starters_that_are_killed_never_share_a_checkpoint() {
     let mut kills = 0;
-    for _ in 0..repetitions() {
-        kills += survive(2, 8, fastrand::u64(..)).await;
+    while kills < wanted_kills() {
+        kills += survive(2, Items::Concurrent(8), fastrand::u64(..)).await;
     }
     visited("kills-of-two", kills);
 }
@@ -154,7 +181,7 @@ async fn two_starters_that_are_killed_never_share_a_checkpoint() {
 async fn of_many_first_starters_one_creates_the_checkpoint() {
     for _ in 0..10 {
         let (dir, path) = checkpoint();
-        let mut children: Vec<Child> = (0..4).map(|_| spawn(WORKER, &path, 8)).collect();
+        let mut children: Vec<Child> = (0..4).map(|_| spawn(WORKER, &path, Items::Concurrent(8))).collect();
         tokio::time::sleep(Duration::from_millis(fastrand::u64(0..10))).await;
         children[0].kill().unwrap();
         for mut child in children.drain(1..) {
@@ -206,7 +233,7 @@ async fn survive_compaction(starters: usize, rounds: usize, seed: u64) -> usize 
     job(&path, 8).stream(0..items, |_, x| async move { Ok(refreshed(1, x)) }).finish().await.unwrap();
     let (mut before, mut in_the_middle) = (vec![1; items as usize], 0);
     for round in 0..rounds {
-        let mut children: Vec<Child> = (0..starters).map(|_| spawn(REFRESHER, &path, 8)).collect();
+        let mut children: Vec<Child> = (0..starters).map(|_| spawn(REFRESHER, &path, Items::Concurrent(8))).collect();
         tokio::time::sleep(Duration::from_micros(random.u64(500..80_000))).await;
         for child in &mut children {
             if let Some(status) = child.try_wait().unwrap() {
@@ -339,7 +366,7 @@ async fn survive_kills_inside(wanted: usize, mut spawn: impl FnMut(&Path) -> Chi
 #[tokio::test]
 async fn a_compaction_that_is_killed_leaves_the_old_file_or_the_new_one() {
     let wanted = if in_full() { 200 } else { 5 };
-    let inside = survive_kills_inside(wanted, |path| spawn(COMPACTOR, path, 1)).await;
+    let inside = survive_kills_inside(wanted, |path| spawn(COMPACTOR, path, Items::Concurrent(1))).await;
     visited("kills-inside-compactions", inside);
 }
 
@@ -357,6 +384,6 @@ async fn the_command_that_is_killed_while_it_compacts_leaves_the_old_file_or_the
 async fn the_check_of_killed_compactions_catches_one_that_writes_in_place() {
     let (_dir, old) = checkpoint();
     twice(&old).await;
-    let left = kill_a_compaction(&old, |path| spawn(TRUNCATOR, path, 1)).await;
+    let left = kill_a_compaction(&old, |path| spawn(TRUNCATOR, path, Items::Concurrent(1))).await;
     assert!(left.is_err(), "{left:?} passes for the old file or the new one");
 }

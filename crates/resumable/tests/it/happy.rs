@@ -1,6 +1,13 @@
 //! What works when nothing goes wrong: the simple forms, results of every shape, progress.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
 
 use cancel_safe_resumable::{Builder, Codec, FileStore, ItemContext, ItemError, ResumableTask, Retry, TaskError, map};
 use futures_util::{StreamExt, stream};
@@ -284,4 +291,31 @@ async fn the_rate_and_the_eta_are_those_of_this_session() {
     let eta = seen.eta.unwrap().as_secs_f64();
     assert!((eta - 5.0).abs() < 0.5, "{seen:?}");
     assert!((seen.percent() - 95.0).abs() < 1e-9);
+}
+
+/// They take no turn of the runtime each, and still not all of its time.
+#[tokio::test]
+async fn while_a_run_restores_others_run_and_a_token_ends_it() {
+    const MANY: u64 = 50_000;
+    let (_dir, path) = checkpoint();
+    numbers(&path).stream(0..MANY, |_, x| double(x)).finish().await.unwrap();
+    let turns = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&turns);
+    let other = tokio::spawn(async move {
+        loop {
+            counter.fetch_add(1, Ordering::Relaxed);
+            tokio::task::yield_now().await;
+        }
+    });
+    let token = CancellationToken::new();
+    let mut run = numbers(&path).cancel(token.clone()).stream(0..MANY, |_, x| double(x));
+    for index in 0..MANY as usize / 2 {
+        let done = run.next().await.unwrap();
+        assert_eq!((done.index, done.restored, done.result), (index, true, Ok(index as u64 * 2)));
+    }
+    assert!(turns.load(Ordering::Relaxed) > 5, "{turns:?} turns of another task");
+    other.abort();
+    token.cancel();
+    assert!(run.next().await.is_none(), "a result was handed out after the token had fired");
+    assert!(run.finish().await.unwrap_err().is_cancelled());
 }

@@ -251,6 +251,30 @@ async fn an_item_that_pauses_the_run_is_rolled_back_and_nothing_starts_until_the
     end(world).await;
 }
 
+/// A quota that is not there yet when a pause is over is asked for by one item, and not by as many as may run.
+#[tokio::test]
+async fn after_a_pause_one_transaction_goes_first() {
+    const REFUSALS: usize = 8;
+    let world = World::new().await;
+    let (calls, refused) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let work = async |_: &mut PgConnection, x: u64| {
+        let mut refused = refused.lock().unwrap();
+        if calls.fetch_add(1, Ordering::SeqCst) >= 20 && refused.len() < REFUSALS {
+            refused.push(Instant::now());
+            return Err(ItemError::pause(Duration::from_millis(300)).because("429"));
+        }
+        Ok(x * 2)
+    };
+    let summary = numbers(world.store()).concurrency(4).process_tx(0..40, work).await.unwrap();
+    assert_eq!((summary.completed, summary.quarantined), (40, 0));
+    let refused = refused.into_inner().unwrap();
+    let later = |pair: &&[Instant]| pair[1] - pair[0] >= Duration::from_millis(150);
+    // Four at most before the first pause, and then one after each: were all let in, there would be two or three.
+    let pauses = 1 + refused.windows(2).filter(later).count();
+    assert!(pauses > REFUSALS / 2 - 1, "{REFUSALS} refusals in {pauses} pauses");
+    world.end().await;
+}
+
 #[tokio::test]
 async fn a_cancel_ends_a_run_of_transactions_that_is_paused() {
     let world = World::new().await;

@@ -33,9 +33,18 @@ impl World {
     }
 
     pub(crate) async fn behind(url: &str) -> Self {
+        Self { pool: pool(url, 8), schema: Self::name() }
+    }
+
+    /// The same schema for several runtimes, each of which has sessions of its own.
+    pub(crate) fn named(schema: &str) -> Self {
+        Self { pool: pool(&url(POSTGRES), 8), schema: schema.to_owned() }
+    }
+
+    /// A name that nobody else has.
+    pub(crate) fn name() -> String {
         static WORLDS: AtomicU32 = AtomicU32::new(0);
-        let schema = format!("resumable_{}_{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed));
-        Self { pool: pool(url, 8), schema }
+        format!("resumable_{}_{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed))
     }
 
     /// A store in this schema, of small ranges.
