@@ -1,10 +1,12 @@
-//! What a checkpoint costs when an item costs nothing, beside the tutorials' scheme: all results rewritten as JSON after
-//! every hundredth item.
+//! What a checkpoint costs when an item costs nothing, beside the tutorials' scheme (all results rewritten as JSON after
+//! every hundredth item), beside other stores, and in a fleet beside a queue of rows.
+//!
+//! `cargo xtask bench resumable` starts the server; the names `items`, `stores` and `fleet` choose a part.
 //!
 //! A figure of a whole run has everything in it: creating and locking the file, the last fsync, unlocking it. The JSON
 //! scheme never syncs.
 
-#![expect(clippy::print_stdout, reason = "the size of a log is a figure too")]
+#![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
 
 use std::{
     fs,
@@ -13,9 +15,14 @@ use std::{
 };
 
 use cancel_safe_resumable::{Codec, FileStore, ResumableTask};
-use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, SamplingMode, Throughput, criterion_group};
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
+
+#[path = "resumable/fleet.rs"]
+mod fleet;
+#[path = "resumable/stores.rs"]
+mod stores;
 
 /// At this size what is paid once for a run is small beside the items.
 const ITEMS: u64 = 1_000_000;
@@ -118,4 +125,34 @@ fn report_size(path: &Path, codec: &str, items: u64) {
 }
 
 criterion_group!(benches, bench);
-criterion_main!(benches);
+/// Set by `cargo xtask bench`.
+const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
+
+fn main() {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    let parts: Vec<&str> =
+        words.iter().map(String::as_str).filter(|word| ["items", "stores", "fleet"].contains(word)).collect();
+    let wants = |part: &str| parts.is_empty() || parts.contains(&part);
+    if wants("items") {
+        if parts.is_empty() {
+            benches();
+        } else {
+            // Not with the arguments, in which a part would be a filter.
+            bench(&mut Criterion::default());
+        }
+        Criterion::default().final_summary();
+    }
+    // `cargo test` runs benches too, and asks for no figures.
+    if !words.iter().any(|word| word == "--bench") {
+        return;
+    }
+    if wants("stores") {
+        stores::run(&runtime());
+    }
+    if wants("fleet") {
+        let url = std::env::var(POSTGRES);
+        let url = url.unwrap_or_else(|_| panic!("set {POSTGRES}, or run `cargo xtask bench resumable`"));
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
+        runtime.expect("a runtime is built from nothing").block_on(fleet::run(&url));
+    }
+}

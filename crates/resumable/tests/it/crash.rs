@@ -1,6 +1,7 @@
 //! Real processes, really killed. `CANCEL_SAFE_CAMPAIGN=full` kills many more of them.
 
 use std::{
+    io::Read as _,
     path::Path,
     process::{Child, Command, Stdio},
     time::Duration,
@@ -72,14 +73,28 @@ fn spawn(child: &str, path: &Path, items: Items) -> Child {
         }
     };
     command
-        .args([child, "--exact"])
+        // What a panic says is not held back.
+        .args([child, "--exact", "--nocapture"])
         .env(CHECKPOINT, path)
         .env(CONCURRENCY, concurrency.to_string())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(Stdio::null())
+        .stderr(Stdio::piped())
         .spawn()
         .unwrap()
+}
+
+/// Kills a child, which must not have failed before.
+fn kill(child: &mut Child, round: usize) {
+    if let Some(status) = child.try_wait().unwrap()
+        && !status.success()
+    {
+        let mut said = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        panic!("round {round}: {status}\n{said}");
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
 }
 
 /// How often each result is in the file.
@@ -122,14 +137,7 @@ async fn survive(starters: usize, items: Items, seed: u64) -> usize {
         let mut children: Vec<Child> = (0..starters).map(|_| spawn(WORKER, &path, items)).collect();
         let patience = Duration::from_micros(random.u64(500..60_000));
         tokio::time::sleep(patience).await;
-        for child in &mut children {
-            // One that has ended by itself must not have failed.
-            if let Some(status) = child.try_wait().unwrap() {
-                assert!(status.success(), "round {round}: {status}");
-            }
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
+        children.iter_mut().for_each(|child| kill(child, round));
         if !path.exists() {
             assert!(before.iter().all(|count| *count == 0), "the checkpoint vanished");
             continue;
@@ -235,13 +243,7 @@ async fn survive_compaction(starters: usize, rounds: usize, seed: u64) -> usize 
     for round in 0..rounds {
         let mut children: Vec<Child> = (0..starters).map(|_| spawn(REFRESHER, &path, Items::Concurrent(8))).collect();
         tokio::time::sleep(Duration::from_micros(random.u64(500..80_000))).await;
-        for child in &mut children {
-            if let Some(status) = child.try_wait().unwrap() {
-                assert!(status.success(), "round {round}: {status}");
-            }
-            child.kill().unwrap();
-            child.wait().unwrap();
-        }
+        children.iter_mut().for_each(|child| kill(child, round));
         let names = std::fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name());
         in_the_middle += names.filter(|name| name.to_string_lossy().starts_with(".afs-file-")).count();
         let read = Checkpoint::<String>::read(&path).unwrap();
