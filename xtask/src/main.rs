@@ -158,8 +158,9 @@ fn main() -> ExitCode {
     }
 }
 
-/// The bench that needs the servers.
+/// The benches that need the servers: one both, and one PostgreSQL alone.
 const ON_DATABASES: &str = "tx_guard";
+const ON_POSTGRES: &str = "resumable";
 
 /// The bench that needs strace and a file system of its own.
 const ON_FAULTS: &str = "atomic_fs";
@@ -226,8 +227,9 @@ fn run(task: Task) -> Result<(), Failure> {
             if names.is_empty() {
                 bench = bench.args(["--benches"]);
             }
-            let wanted = names.is_empty() || names.iter().any(|name| name == ON_DATABASES);
-            let databases = Databases::for_tests(Wanted { postgres: wanted, mysql: wanted, pgbouncer: false })?;
+            let is_run = |bench: &str| names.is_empty() || names.iter().any(|name| name == bench);
+            let (postgres, mysql) = (is_run(ON_DATABASES) || is_run(ON_POSTGRES), is_run(ON_DATABASES));
+            let databases = Databases::for_tests(Wanted { postgres, mysql, pgbouncer: false })?;
             databases.tell(bench).arg("--").args(&arguments).run()
         }
     }
