@@ -21,11 +21,13 @@ type Recorded = fn(&Runtime, &Path, u64);
 
 /// Which peers there are, how many results each is given, and how it records and reads them.
 fn contestants() -> Vec<(&'static str, u64, Recorded, Recorded)> {
-    let mut all: Vec<(&'static str, u64, Recorded, Recorded)> =
-        vec![("this crate", ITEMS, ours, ours), ("SQLite through sqlx", ITEMS, sqlite::record, sqlite::read)];
+    let all = [
+        ("this crate", ITEMS, ours as Recorded, ours as Recorded),
+        ("SQLite through sqlx", ITEMS, sqlite::record, sqlite::read),
+    ];
     #[cfg(feature = "peers")]
-    all.extend(peers::contestants());
-    all
+    let all = all.into_iter().chain(peers::contestants());
+    all.into_iter().collect()
 }
 
 /// A second time it reads what the first has recorded.
