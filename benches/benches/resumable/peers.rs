@@ -16,8 +16,7 @@ pub(super) fn contestants() -> Vec<(&'static str, u64, Recorded, Recorded)> {
     vec![
         ("redb", ITEMS, redb_record, redb_read),
         ("fjall", ITEMS, fjall_record, fjall_read),
-        ("scanstate, append", SYNCED_ITEMS, scanstate_record, scanstate_read),
-        ("scanstate, append_batch", ITEMS / 10, scanstate_batches, scanstate_read),
+        ("scanstate", SYNCED_ITEMS, scanstate_record, scanstate_read),
     ]
 }
 
@@ -80,18 +79,6 @@ fn entry(item: u64) -> Entry {
 fn scanstate_record(_: &Runtime, dir: &Path, items: u64) {
     let journal = WriteAheadJournal::new(dir.join("scanstate"));
     (0..items).for_each(|item| journal.append(&entry(item)).expect("the directory is writable"));
-}
-
-fn scanstate_batches(_: &Runtime, dir: &Path, items: u64) {
-    let journal = WriteAheadJournal::new(dir.join("scanstate"));
-    let (mut batch, mut interval) = (Vec::new(), Interval::begin());
-    for item in 0..items {
-        batch.push(entry(item));
-        if interval.is_over() || item + 1 == items {
-            journal.append_batch(&batch).expect("the directory is writable");
-            batch.clear();
-        }
-    }
 }
 
 fn scanstate_read(_: &Runtime, dir: &Path, items: u64) {
