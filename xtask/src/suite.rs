@@ -230,6 +230,8 @@ impl Tally {
         }
         if let Some(library) = line.strip_prefix("Doc-tests ") {
             self.current = library.to_owned();
+        } else if line.starts_with("Running unittests src/bin/") {
+            // A program of the library whose tests are running.
         } else if let Some(path) = line.strip_prefix("Running unittests ") {
             // Each package's unit tests run before its integration binaries, which do not name the package.
             let binary = path.rsplit(['/', '\\']).next().unwrap_or(path);
@@ -410,6 +412,8 @@ mod tests {
         let tally = read(&[
             "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
+            "     Running unittests src/bin/guard.rs (target/debug/deps/guard-0123abcd)",
+            "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s",
             "     Running tests/it/main.rs (target/debug/deps/it-0123abcd)",
             "test result: FAILED. 40 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
             "error: test failed, to rerun pass `-p cancel-safe-guard --test it`",
