@@ -23,7 +23,6 @@ use crate::{
     history::History,
     intake::Intake,
     item::{Done, ItemContext, ItemError, Quarantined, Verdict, describe, later},
-    log::{Header, Identity},
     plan::Plan,
     progress::{Meter, Pause, Progress},
     record::Recorder,
@@ -128,14 +127,7 @@ where
         if spawn.is_some() {
             runtime()?;
         }
-        let header = Header {
-            salt: fastrand::u64(..),
-            codec: plan.codec.number(),
-            identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
-            job: plan.job.clone(),
-            version: plan.version.clone(),
-            result_type: std::any::type_name::<R>().to_owned(),
-        };
+        let header = plan.header();
         plan.store = plan.store.anchored()?;
         let (path, wait) = (plan.store.path().to_owned(), plan.store.wait);
         let request = OpenRequest { path, wait, header, accepted: plan.accepted.clone() };

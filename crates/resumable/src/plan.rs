@@ -6,7 +6,13 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::{codec::Codec, intake::KeyFn, item::Retry, store::FileStore};
+use crate::{
+    codec::Codec,
+    intake::KeyFn,
+    item::Retry,
+    log::{Header, Identity},
+    store::FileStore,
+};
 
 /// The options of a run, validated.
 pub(crate) struct Plan<I, R> {
@@ -30,6 +36,20 @@ pub(crate) struct Plan<I, R> {
     pub(crate) retry_quarantined: bool,
     pub(crate) token: CancellationToken,
     pub(crate) grace: Duration,
+}
+
+impl<I, R> Plan<I, R> {
+    /// What a checkpoint that begins now says of itself.
+    pub(crate) fn header(&self) -> Header {
+        Header {
+            salt: fastrand::u64(..),
+            codec: self.codec.number(),
+            identity: if self.key.is_some() { Identity::Key } else { Identity::Position },
+            job: self.job.clone(),
+            version: self.version.clone(),
+            result_type: std::any::type_name::<R>().to_owned(),
+        }
+    }
 }
 
 pub(crate) type RevalidateFn<I, R> = Box<dyn Fn(&I, &R) -> bool + Send>;

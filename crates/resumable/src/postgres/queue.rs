@@ -17,7 +17,6 @@ use crate::{
     error::TaskError,
     gate::Gate,
     item::{ItemError, Retry, Verdict, describe, later},
-    log::{Header, Identity},
     plan::Plan,
     postgres::{
         PgStore,
@@ -66,15 +65,8 @@ impl<T: Serialize, X> Queue<T, X> {
         progress: watch::Sender<Progress>,
     ) -> Result<(Self, Arc<Shared>), TaskError> {
         let (input, chain) = Input::read(source, plan.key.as_mut(), plan.codec, &plan.token).await?;
-        let header = Header {
-            salt: fastrand::u64(..),
-            codec: plan.codec.number(),
-            identity: if plan.key.is_some() { Identity::Key } else { Identity::Position },
-            job: plan.job.clone(),
-            version: plan.version.clone(),
-            result_type: std::any::type_name::<R>().to_owned(),
-        };
-        let offer = Offer { header, accepted: plan.accepted.clone(), chain, range_items: store.range_items };
+        let offer =
+            Offer { header: plan.header(), accepted: plan.accepted.clone(), chain, range_items: store.range_items };
         let shared = Arc::new(Shared::default());
         keeper::start(store, &shared, offer, plan.every)?;
         let queue = Self {

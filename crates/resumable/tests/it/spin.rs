@@ -1,7 +1,11 @@
 //! No poll of a run goes round and round: each ends as soon as there is nothing to do.
 
 use std::{
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -80,6 +84,33 @@ fn a_full_buffer_and_no_free_slot_do_not_go_round() {
         run.finish().await
     });
     assert_eq!(ended.unwrap().completed, 2);
+}
+
+#[test]
+fn results_that_are_restored_let_others_run() {
+    const ITEMS: u64 = 100_000;
+    let turns = bounded(async || {
+        let (_dir, path) = checkpoint();
+        numbers(&path).stream(0..ITEMS, |_, x| double(x)).finish().await.unwrap();
+        let turns = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&turns);
+        tokio::spawn(async move {
+            loop {
+                counted.fetch_add(1, Ordering::Relaxed);
+                tokio::task::yield_now().await;
+            }
+        });
+        let mut run = numbers(&path).stream(0..ITEMS, |_, x| double(x));
+        // The run is open, and its thread has nothing to do any more.
+        assert!(run.next().await.unwrap().restored);
+        let before = turns.load(Ordering::Relaxed);
+        for _ in 1..ITEMS {
+            assert!(run.next().await.unwrap().restored);
+        }
+        turns.load(Ordering::Relaxed) - before
+    });
+    // tokio lets a task go on 128 times; here each time stands for a few items.
+    assert!(turns > ITEMS / 10_000, "another task had {turns} turns");
 }
 
 #[test]
