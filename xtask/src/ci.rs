@@ -10,10 +10,11 @@ use clap::ValueEnum;
 
 use crate::command::{Cargo, Failure, cargo};
 use crate::databases::{Databases, Wanted};
+use crate::doc::{self, NO_MDBOOK};
 use crate::suite::{self, Scope, Tally};
 use crate::tarballs::Tarball;
 use crate::workspace::{BENCHES, OPERATIONS, Workspace};
-use crate::{doc, foreign, operations, outside, tarballs, tidy};
+use crate::{foreign, operations, outside, tarballs, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -55,7 +56,7 @@ pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure
     if sections.iter().any(|section| matches!(section, Section::Tests | Section::Doctests)) {
         Wanted::ALL.can_be_had()?;
     }
-    let mut run = Run { workspace, databases: None, tally: None, tarballs: Vec::new() };
+    let mut run = Run { workspace, databases: None, tally: None, tarballs: Vec::new(), has_book: true };
     let mut times = Vec::new();
     for (index, &section) in sections.iter().enumerate() {
         let name = section.name();
@@ -76,6 +77,8 @@ struct Run<'a> {
     databases: Option<Databases>,
     tally: Option<Tally>,
     tarballs: Vec<Tarball>,
+    /// The book was built, or nobody has asked for it.
+    has_book: bool,
 }
 
 impl Run<'_> {
@@ -98,7 +101,9 @@ impl Run<'_> {
             Section::Docs => {
                 doc::rustdoc()?;
                 programs().run()?;
-                operations::check_patterns(self.workspace)
+                operations::check_patterns(self.workspace)?;
+                self.has_book = doc::book()?;
+                Ok(())
             }
             Section::Features => features(self.workspace),
             Section::Outside => outside::check(self.workspace),
@@ -124,8 +129,13 @@ impl Run<'_> {
     }
 
     /// Prints the tables; the total comes last, for those who read one line.
-    fn finish(self, times: &[(String, Duration)]) -> Result<(), Failure> {
+    fn finish(mut self, times: &[(String, Duration)]) -> Result<(), Failure> {
         drop(self.databases);
+        match &mut self.tally {
+            _ if self.has_book => {}
+            Some(tally) => tally.could_not(NO_MDBOOK),
+            None => println!("not run: {NO_MDBOOK}"),
+        }
         if let Some(tally) = &self.tally {
             print!("{}", suite::table(self.workspace, tally)?);
         }

@@ -56,7 +56,8 @@ enum Task {
     /// Check everything, in order, and stop at the first failure with the command that repeats it
     ///
     /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, MariaDB and PgBouncer, which are installed when
-    /// this is Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`.
+    /// this is Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`, followed by the
+    /// number of things that could not be run here, if there are any.
     Ci {
         /// Only these sections; all of them when none is named
         #[arg(value_enum)]
@@ -101,7 +102,11 @@ enum Task {
     /// Check the house rules that a compiler does not know
     Tidy,
     /// Build the documentation of all crates without a warning, and the book when mdbook is installed
-    Doc,
+    Doc {
+        /// Install mdbook from the registry if it is missing
+        #[arg(long)]
+        install: bool,
+    },
     /// Explore old versions of published crates, which must be caught, and new ones, which must be clean
     ///
     /// Each is a package of its own in benches/history, with its own lock file, outside of this workspace. When all are
@@ -210,7 +215,7 @@ fn run(task: Task) -> Result<(), Failure> {
         }
         Task::Awaits { crates } => awaits::tell(&workspace, &crates),
         Task::Tidy => tidy::run(&workspace),
-        Task::Doc => doc::run(),
+        Task::Doc { install } => doc::run(install),
         Task::History { names, relock } => history::run(&names, if relock { Locks::Renewed } else { Locks::Kept }),
         Task::Operations { part } => operations::run(part),
         Task::Patterns => operations::patterns(),

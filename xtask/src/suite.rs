@@ -212,6 +212,11 @@ impl Tally {
         self.not_run.extend(other.not_run);
     }
 
+    /// Adds something besides a test that could not be done, and why.
+    pub(crate) fn could_not(&mut self, what: &str) {
+        self.not_run.insert(what.to_owned());
+    }
+
     /// Closes the account of the binary that was running, when cargo announces the next or there is none.
     fn settle(&mut self, next: &str) {
         let ended = std::mem::replace(&mut self.announced, next.to_owned());
@@ -330,7 +335,11 @@ impl Tally {
 
 impl fmt::Display for Tally {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} passed, {} failed", self.passed, self.failed)
+        write!(f, "{} passed, {} failed", self.passed, self.failed)?;
+        match self.not_run.len() {
+            0 => Ok(()),
+            count => write!(f, ", {count} not run"),
+        }
     }
 }
 
@@ -409,7 +418,7 @@ mod tests {
 
     #[test]
     fn counts_are_summed_over_binaries_and_given_to_their_crate() {
-        let tally = read(&[
+        let mut tally = read(&[
             "     Running unittests src/lib.rs (target/debug/deps/cancel_safe_guard-0123abcd)",
             "test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
             "     Running unittests src/bin/guard.rs (target/debug/deps/guard-0123abcd)",
@@ -421,6 +430,8 @@ mod tests {
             "test result: ok. 5 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s",
         ]);
         assert_eq!(tally.to_string(), "48 passed, 2 failed");
+        tally.could_not("the book: mdbook is missing");
+        assert_eq!(tally.to_string(), "48 passed, 2 failed, 1 not run");
         assert_eq!(tally.by_crate["cancel_safe_guard"], 43);
         assert_eq!(tally.by_crate["cancel_safe_testing"], 5);
         let failure = tally.failure(&Workspace::load().unwrap());

@@ -90,6 +90,8 @@ fn pages(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), Strin
     for (path, library, include) in pages {
         let text = read(&path)?;
         findings.extend(prose::page(&shown(&path), &text));
+        let beside = |file: &str| fs::read_to_string(path.with_file_name(file)).ok();
+        findings.extend(prose::included(&shown(&path), &text, beside));
         findings.extend(prose::compiled(&shown(&path), &text, &library, &include));
     }
     Ok(())

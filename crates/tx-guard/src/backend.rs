@@ -208,6 +208,9 @@ pub trait Driver: Database {
         mode: &Mode,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
+    /// Lets sqlx count no transaction, for somebody who has the connection without a guard.
+    fn uncount(_: &mut Self::Connection, _: &Self::Probe) {}
+
     /// Keeps queries outside transactions from writing, where the session does not, and forgets what was seen of it.
     fn begin_read(_: &Self::Probe) {}
 
@@ -243,14 +246,17 @@ pub trait Driver: Database {
         async { Ok(()) }
     }
 
-    /// Commits, and leaves sqlx's depth as it is on the server: 1 where a rollback is still due, else 0. Where the session is
-    /// scarce, what it is asked for behind the transaction may go in the same message, and else is nobody's to wait for.
+    /// Commits. What the session is asked for behind the transaction goes in the same message.
     fn commit(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
         mode: CommitMode,
-        is_scarce: bool,
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
+
+    /// Whether nothing but a flush is due behind a commit that has succeeded; else a rollback is.
+    fn has_ended(conn: &Self::Connection, _: &Self::Probe) -> bool {
+        depth::<Self>(conn) == 0
+    }
 
     /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
     /// where that cannot be said within the limit.

@@ -7,7 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 
 use crate::TxError;
-use crate::backend::{Backend, CommitFailure, Receipt, depth};
+use crate::backend::{Backend, CommitFailure, Receipt};
 use crate::open::{Hook, Open};
 use crate::outcome::CommitOutcome;
 use crate::settle::{self, ENDED_BEFORE};
@@ -15,7 +15,6 @@ use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 
 /// Commits, and comes back when the outcome is known. Runs shielded.
 pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'static str>) -> Result<(), TxError> {
-    let is_scarce = open.slot.is_scarce();
     let (conn, probe) = open.slot.parts();
     let lost = doomed.or_else(|| DB::is_lost(conn, probe).then_some("a nested begin was cancelled inside the guard"));
     if let Some(reason) = lost {
@@ -42,14 +41,15 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     }
     // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
-    let commit = DB::commit(conn, probe, open.commit_mode, is_scarce);
+    let commit = DB::commit(conn, probe, open.commit_mode);
     let answer = unless_stuck(&shared, probe, Patience::caller(shared.limits.answer_timeout), commit).await;
     let stuck = || Err(CommitFailure::Unknown(sqlx::Error::Protocol(OUT_OF_STEP.into())));
     let failure = match answer.unwrap_or_else(stuck) {
         Ok(()) => {
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);
-            if depth::<DB>(open.slot.parts().0) == 0 {
+            let (conn, probe) = open.slot.parts();
+            if DB::has_ended(conn, probe) {
                 open.release_answered().await;
             } else {
                 // The empty transaction behind the commit is nobody's to wait for.

@@ -265,12 +265,7 @@ impl Driver for MySql {
         in_step::catch_up(conn).await
     }
 
-    async fn commit(
-        conn: &mut MySqlConnection,
-        thread: &Arc<Thread>,
-        _: CommitMode,
-        _: bool,
-    ) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut MySqlConnection, thread: &Arc<Thread>, _: CommitMode) -> Result<(), CommitFailure> {
         // All in one message, so that none costs a round trip of its own.
         let sql = match thread.settings_back() {
             Some(settings_back) => format!("{VERIFIED_COMMIT}; {settings_back}"),

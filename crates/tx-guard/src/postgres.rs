@@ -27,6 +27,7 @@ use crate::known::Known;
 use crate::pooler::PoolerMode;
 
 use self::pooled::Place;
+use self::proof::STATE;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
@@ -73,6 +74,10 @@ const TOO_MANY_SESSIONS: &str = "53300";
 /// What DISCARD ALL does, but for the prepared statements, which are sqlx's.
 const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *;
     SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
+
+/// A prepared statement is not there, or is there already.
+const NO_STATEMENT: &str = "26000";
+const STATEMENT_IS_THERE: &str = "42P05";
 
 /// No transaction is open.
 const NO_TRANSACTION: &str = "25P01";
@@ -172,19 +177,32 @@ impl Driver for Postgres {
     async fn recognise(conn: &mut PgConnection, known: &Self::Known) -> Result<Place, sqlx::Error> {
         habit::learn(conn).await?;
         let Some(statement) = known.statement(conn, IDENTIFY).await? else {
-            return identify(conn, false, false).await.map(Place::own);
+            return identify(conn, false, false).await.map(Place::lent);
         };
         if let Some(backend) = known.find(&statement) {
-            return Ok(Place::own(backend));
+            return Ok(Place::lent(backend));
         }
         let backend = identify(conn, false, true).await?;
         known.remember(statement, backend);
-        Ok(Place::own(backend))
+        Ok(Place::lent(backend))
     }
 
     async fn state(conn: &mut PgConnection, place: &Place, names: &[String]) -> Result<Option<String>, sqlx::Error> {
-        let question = place.ask(|| state_sql(names)).to_owned();
-        sqlx::raw_sql(AssertSqlSafe(question)).fetch_one(conn).await?.try_get(0).map(Some)
+        if place.is_compared() {
+            match sqlx::raw_sql(proof::ASK_STATE).fetch_one(&mut *conn).await {
+                // Somebody has taken all prepared statements away.
+                Err(error) if code(&error).as_deref() == Some(NO_STATEMENT) => {}
+                row => return row?.try_get(0).map(Some),
+            }
+        }
+        match sqlx::raw_sql(AssertSqlSafe(prepare_state(names))).execute(&mut *conn).await {
+            Ok(_) => {}
+            // It was prepared before the session was reset, which leaves it.
+            Err(error) if code(&error).as_deref() == Some(STATEMENT_IS_THERE) => {}
+            Err(error) => return Err(error),
+        }
+        place.compare();
+        sqlx::raw_sql(proof::ASK_STATE).fetch_one(conn).await?.try_get(0).map(Some)
     }
 
     fn was_seen(place: &Place, state: &str) -> bool {
@@ -195,6 +213,15 @@ impl Driver for Postgres {
         *place.state() = None;
     }
 
+    fn uncount(conn: &mut PgConnection, place: &Place) {
+        if place.stays_counted() && depth::<Self>(conn) > 0 {
+            // One poll writes the message, whose answer is read with those to what follows. The rollback has a transaction to
+            // end by it: without one, the server would warn of it in its log.
+            drop(sqlx::raw_sql("BEGIN").execute(&mut *conn).now_or_never());
+            proof::leave(conn);
+        }
+    }
+
     async fn discard(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
         Self::run_sql(conn, DISCARD.to_owned()).await.map(|()| true)
     }
@@ -202,7 +229,10 @@ impl Driver for Postgres {
     async fn begin(conn: &mut PgConnection, place: &Place, mode: &Mode) -> Result<(), sqlx::Error> {
         *place.state() = None;
         let sql = begin_sql(mode, &place.backend(), conn.server_version_num());
-        Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?;
+        match place.stays_counted() && depth::<Self>(conn) == 1 {
+            true => Self::run_sql(conn, sql).await?,
+            false => Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?,
+        }
         if place.is_pooled() { place.learn(conn).await } else { Ok(()) }
     }
 
@@ -253,22 +283,19 @@ impl Driver for Postgres {
         Manager::begin(conn, Some(SPOIL.into_sql_str())).now_or_never();
     }
 
-    async fn commit(
-        conn: &mut PgConnection,
-        place: &Place,
-        mode: CommitMode,
-        is_scarce: bool,
-    ) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut PgConnection, place: &Place, mode: CommitMode) -> Result<(), CommitFailure> {
         release_forgotten(conn).await?;
         let receipt = match mode {
             CommitMode::Verified => None,
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
-        let answer = proof::exchange_commit(conn, place.farewell(is_scarce)).await;
+        let answer = proof::exchange_commit(conn, place.farewell()).await;
         // Whatever comes behind the answer to COMMIT takes nothing back.
         if answer.row && answer.done_after_row >= 2 {
             *place.state() = answer.state;
-            proof::leave(conn);
+            if !place.stays_counted() {
+                proof::leave(conn);
+            }
             return Ok(());
         }
         let Some(error) = answer.failure else {
@@ -294,6 +321,10 @@ impl Driver for Postgres {
         }
     }
 
+    fn has_ended(conn: &PgConnection, place: &Place) -> bool {
+        place.stays_counted() || depth::<Self>(conn) == 0
+    }
+
     async fn resolve(
         canceller: &Self::Canceller,
         options: &Arc<PgConnectOptions>,
@@ -316,11 +347,13 @@ impl Driver for Postgres {
                 // A nested transaction that was forgotten.
                 Manager::start_rollback(conn);
             }
-            let answer = proof::exchange_rollback(conn, place.farewell(true)).await;
+            let answer = proof::exchange_rollback(conn, place.farewell()).await;
             match answer.failure {
                 None | Some(sqlx::Error::Database(_)) if answer.row => {
                     *place.state() = answer.state;
-                    proof::leave(conn);
+                    if !place.stays_counted() {
+                        proof::leave(conn);
+                    }
                     return Ok(found);
                 }
                 None => return Err(proof::out_of_step()),
@@ -379,14 +412,14 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
 }
 
 /// The role, the search path and the settings of these names in one text. One that was never set is as good as empty, which
-/// it is after a SET LOCAL. The locks are released, because to look for them costs more.
-fn state_sql(names: &[String]) -> String {
+/// it is after a SET LOCAL. The locks are released, because to look for them costs more. It is a prepared statement, because
+/// to plan it takes several times as long as to run it.
+fn prepare_state(names: &[String]) -> String {
     let settings = names.iter().map(|name| format!("coalesce(current_setting('{name}', true), ''), "));
     let settings: String = settings.collect();
     format!(
-        "SELECT concat_ws(chr(1), current_setting('role'), session_user, current_setting('search_path'), {settings}
-            pg_advisory_unlock_all()::text) AS {}",
-        proof::STATE
+        "PREPARE {STATE} AS SELECT concat_ws(chr(1), current_setting('role'), session_user,
+            current_setting('search_path'), {settings} pg_advisory_unlock_all()::text) AS {STATE}"
     )
 }
 

@@ -178,13 +178,6 @@ impl<T: Idle> Place<T> {
         self.queue.as_ref().is_some_and(|queue| queue.lock().is_waited_for())
     }
 
-    /// Whether somebody waits for it, or the next one to ask would have to.
-    pub(crate) fn is_scarce(&self) -> bool {
-        let Some(queue) = &self.queue else { return false };
-        let state = queue.lock();
-        state.idle.is_empty() && state.taken >= queue.max || state.is_waited_for()
-    }
-
     /// Gives the place on with `item`, or lets `item` rest there. It comes back where the queue is closed.
     pub(crate) fn put_back(mut self, item: T) -> Option<T> {
         self.queue.take()?.give(Some(item))

@@ -99,7 +99,9 @@ impl<DB: Backend> TxPool<DB> {
                 Ok(Err(_)) | Err(_) => false,
             };
             if lives {
-                DB::begin_read(reader.slot().probe());
+                let (conn, probe) = reader.slot.as_mut().expect(HELD).parts();
+                DB::uncount(conn, probe);
+                DB::begin_read(probe);
                 return Ok(reader);
             }
             // It closes as it is dropped.

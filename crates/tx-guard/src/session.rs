@@ -115,6 +115,13 @@ impl<DB: Backend> Session<DB> {
         (self.link.as_mut().expect(LINKED).connection_mut(), self.probe.as_ref().expect(PROBED))
     }
 
+    /// The connection for a hook of the user's.
+    fn lend(&mut self) -> &mut DB::Connection {
+        let (conn, probe) = self.parts();
+        DB::uncount(conn, probe);
+        conn
+    }
+
     pub(crate) fn probe(&self) -> &DB::Probe {
         self.probe.as_ref().expect(PROBED)
     }
@@ -149,7 +156,7 @@ impl<DB: Backend> Session<DB> {
     /// Has the user's hook look at it, and sees to it that it is as it was. False if it is to be closed.
     pub(crate) async fn look_over(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
         if let Some(after_release) = &upkeep.after_release
-            && !after_release(self.connection_mut()).await?
+            && !after_release(self.lend()).await?
         {
             return Ok(false);
         }
@@ -166,7 +173,7 @@ impl<DB: Backend> Session<DB> {
 
     /// Resets it and makes it ready again, as if it were new. False if that cannot be done.
     async fn mend(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
-        let conn = self.connection_mut();
+        let conn = self.lend();
         if !DB::discard(conn).await? {
             return Ok(false);
         }

@@ -364,20 +364,11 @@ impl<DB: Backend> Slot<DB> {
         self.session.as_ref().is_some_and(|session| session.is_used() && session.is_idle_for(limit))
     }
 
-    pub(crate) fn probe(&self) -> &DB::Probe {
-        self.session.as_ref().expect(HELD).probe()
-    }
-
     /// Whether the connection may be released while there is still something to be sent: the next one who uses it sends
     /// that along with what is its own, or the user's own pool waits for the answer.
     pub(crate) fn takes_unsent(&self) -> bool {
         self.session.as_ref().is_some_and(|session| session.is_lent() || session.is_looked_at(&self.shared.upkeep))
             || self.place.as_ref().is_some_and(Place::is_waited_for)
-    }
-
-    /// Whether the next transaction has to wait until this one's connection is free.
-    pub(crate) fn is_scarce(&self) -> bool {
-        self.place.as_ref().is_some_and(Place::is_scarce)
     }
 
     /// Gives the connection to the next one who waits for it, or back to its pool; or closes it if the pool was closed

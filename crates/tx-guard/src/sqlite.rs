@@ -175,12 +175,7 @@ impl Driver for Sqlite {
         hooks.is_rolled_back() || depth::<Self>(conn) == 0
     }
 
-    async fn commit(
-        conn: &mut SqliteConnection,
-        hooks: &Arc<Hooks>,
-        _: CommitMode,
-        _: bool,
-    ) -> Result<(), CommitFailure> {
+    async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, _: CommitMode) -> Result<(), CommitFailure> {
         // What dropped futures have left in the queue runs first, a COMMIT of somebody else's among it, and must meet the
         // hook while that still refuses it. COMMIT has not been sent, so an error here is a rollback.
         conn.ping().await.map_err(CommitFailure::Refused)?;

@@ -2,11 +2,12 @@
 //!
 //! Invariant: a transaction is counted from before anything is sent for it until the last who has to do with it is done.
 
-use std::sync::Arc;
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tokio::sync::watch;
+use tokio::sync::Notify;
 
 /// How many transactions of a pool are under way.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,27 +19,48 @@ pub(crate) struct Load {
     closed: bool,
 }
 
+impl Load {
+    fn is_idle(&self) -> bool {
+        self.open + self.settling == 0
+    }
+}
+
 /// Counts the transactions of a pool, so that closing it can wait for them.
 #[derive(Debug, Default)]
-pub(crate) struct Work(watch::Sender<Load>);
+pub(crate) struct Work {
+    load: Mutex<Load>,
+    /// No transaction is under way any more.
+    idle: Notify,
+}
 
 impl Work {
     pub(crate) fn is_closed(&self) -> bool {
-        self.0.borrow().closed
+        self.lock().closed
     }
 
     pub(crate) fn close(&self) {
-        self.0.send_modify(|load| load.closed = true);
+        self.lock().closed = true;
     }
 
     pub(crate) fn load(&self) -> Load {
-        *self.0.borrow()
+        *self.lock()
     }
 
     /// Waits until no transaction is under way.
     pub(crate) async fn idle(&self) {
-        // The sender is borrowed here, so it is not gone and the wait cannot fail.
-        drop(self.0.subscribe().wait_for(|load| load.open + load.settling == 0).await);
+        loop {
+            let mut idle = pin!(self.idle.notified());
+            // Before the count is looked at, so that the last one to end between the two is heard.
+            idle.as_mut().enable();
+            if self.lock().is_idle() {
+                return;
+            }
+            idle.await;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Load> {
+        self.load.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -67,17 +89,16 @@ pub(crate) struct Ticket {
 
 impl Ticket {
     pub(crate) fn new(work: &Arc<Work>, name: Option<&'static str>) -> Arc<Self> {
-        work.0.send_modify(|load| load.open += 1);
+        work.lock().open += 1;
         Arc::new(Self { tag: Tag::new(name), work: Arc::clone(work), settling: AtomicBool::new(false) })
     }
 
     /// Moves the transaction from its user's hands to ours.
     pub(crate) fn settling(&self) {
         if !self.settling.swap(true, Ordering::Relaxed) {
-            self.work.0.send_modify(|load| {
-                load.open -= 1;
-                load.settling += 1;
-            });
+            let mut load = self.work.lock();
+            load.open -= 1;
+            load.settling += 1;
         }
     }
 }
@@ -85,9 +106,13 @@ impl Ticket {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let settling = *self.settling.get_mut();
-        self.work.0.send_modify(|load| match settling {
+        let mut load = self.work.lock();
+        match settling {
             true => load.settling -= 1,
             false => load.open -= 1,
-        });
+        }
+        if load.is_idle() {
+            self.work.idle.notify_waiters();
+        }
     }
 }

@@ -3,7 +3,8 @@
 //! Invariant: behind a pooler a session is told by the transaction that runs on it, because it is somebody else's before and after that;
 //! and each message is a simple query, because two messages may reach two sessions.
 
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sqlx::postgres::PgRow;
@@ -45,49 +46,75 @@ pub struct Place(Arc<Session>);
 #[derive(Debug)]
 struct Session {
     backend: Mutex<BackendId>,
-    is_pooled: bool,
-    /// What a session of ours is asked for behind each transaction, if it is compared.
-    question: OnceLock<String>,
+    owner: Owner,
+    /// It has a statement that tells its state, which is asked for behind each transaction.
+    is_compared: AtomicBool,
     /// The last answer to that.
     state: Mutex<Option<String>>,
 }
 
+/// Whose the session of a connection is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Owner {
+    /// Ours alone.
+    Us,
+    /// The user's sqlx pool, which has lent it.
+    Lender,
+    /// A pooler, which gives each transaction another one.
+    Pooler,
+}
+
 impl Place {
     pub(crate) fn own(backend: BackendId) -> Self {
-        Self::new(backend, false)
+        Self::new(backend, Owner::Us)
+    }
+
+    pub(crate) fn lent(backend: BackendId) -> Self {
+        Self::new(backend, Owner::Lender)
     }
 
     /// In no transaction yet, and so nowhere.
     pub(crate) fn pooled() -> Self {
         let nowhere = BackendId { pid: 0, started: 0, transaction: 0, fenced: false, unwatched: false };
-        Self::new(nowhere, true)
+        Self::new(nowhere, Owner::Pooler)
     }
 
-    fn new(backend: BackendId, is_pooled: bool) -> Self {
-        let (question, state) = (OnceLock::new(), Mutex::new(None));
-        Self(Arc::new(Session { backend: Mutex::new(backend), is_pooled, question, state }))
+    fn new(backend: BackendId, owner: Owner) -> Self {
+        let (is_compared, state) = (AtomicBool::new(false), Mutex::new(None));
+        Self(Arc::new(Session { backend: Mutex::new(backend), owner, is_compared, state }))
     }
 
     pub(crate) fn is_pooled(&self) -> bool {
-        self.0.is_pooled
+        self.0.owner == Owner::Pooler
+    }
+
+    /// Whether the session waits for its next transaction with sqlx counting the last one still. sqlx forgets one only with
+    /// a `ROLLBACK` in a message of its own, which would be one more for each transaction.
+    pub(crate) fn stays_counted(&self) -> bool {
+        self.0.owner == Owner::Us
     }
 
     pub(crate) fn backend(&self) -> BackendId {
         *self.0.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is to be run behind the transaction, before its session is somebody else's. A session of ours that is not
-    /// scarce is asked later.
-    pub(crate) fn farewell(&self, is_scarce: bool) -> Option<&str> {
-        match self.0.is_pooled {
-            true => Some(FORGET_STATEMENTS),
-            false => self.0.question.get().filter(|_| is_scarce).map(String::as_str),
+    /// What is run behind the end of the transaction, in the same message.
+    pub(crate) fn farewell(&self) -> Option<&'static str> {
+        match self.0.owner {
+            Owner::Us if self.is_compared() => Some("ROLLBACK; EXECUTE txg_state"),
+            Owner::Us => Some("ROLLBACK"),
+            Owner::Lender => None,
+            Owner::Pooler => Some(FORGET_STATEMENTS),
         }
     }
 
-    /// Has the session asked this behind each transaction from now on.
-    pub(crate) fn ask(&self, question: impl FnOnce() -> String) -> &str {
-        self.0.question.get_or_init(question)
+    pub(crate) fn is_compared(&self) -> bool {
+        self.0.is_compared.load(Ordering::Relaxed)
+    }
+
+    /// Has the session asked for its state behind each transaction from now on.
+    pub(crate) fn compare(&self) {
+        self.0.is_compared.store(true, Ordering::Relaxed);
     }
 
     /// What was seen of the session behind its last transaction. None while there is another one.

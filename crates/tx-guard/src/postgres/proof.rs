@@ -18,14 +18,17 @@ use crate::backend::{CommitFailure, Receipt, depth};
 type Manager = <Postgres as Database>::TransactionManager;
 
 /// The cheapest statement with a row fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside
-/// a transaction an error instead of a warning; the empty transaction that follows it is rolled back off the caller's path.
+/// a transaction an error instead of a warning; the empty transaction that follows it is rolled back behind it.
 const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
 
 /// The name of its row's column, which tells it from the rows of other statements.
 const VERIFIED_BY: &str = "lock_timeout";
 
-/// The name of the column with what a session is compared by.
+/// The name of the statement that tells by what a session is compared, and of its column.
 pub(crate) const STATE: &str = "txg_state";
+
+/// Asks it.
+pub(crate) const ASK_STATE: &str = "EXECUTE txg_state";
 
 /// A commit is asked for its transaction by this first, if it is to be found out how it ended. One that has written
 /// nothing is given an id by it, since what it has to NOTIFY goes out at its commit all the same. On a standby nothing
