@@ -209,7 +209,7 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
     /// Lets sqlx count no transaction, for somebody who has the connection without a guard.
-    fn uncount(_: &mut Self::Connection, _: &Self::Probe) {}
+    fn count_none(_: &mut Self::Connection, _: &Self::Probe) {}
 
     /// Keeps queries outside transactions from writing, where the session does not, and forgets what was seen of it.
     fn begin_read(_: &Self::Probe) {}
@@ -254,7 +254,7 @@ pub trait Driver: Database {
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
 
     /// Whether nothing but a flush is due behind a commit that has succeeded; else a rollback is.
-    fn has_ended(conn: &Self::Connection, _: &Self::Probe) -> bool {
+    fn is_nothing_due(conn: &Self::Connection, _: &Self::Probe) -> bool {
         depth::<Self>(conn) == 0
     }
 

@@ -103,7 +103,7 @@ async fn begin_on<DB: Backend>(
                 slot.recognise(&shared.known).await?;
                 let (conn, probe) = slot.parts();
                 if let Some(before_begin) = &shared.upkeep.before_begin {
-                    DB::uncount(conn, probe);
+                    DB::count_none(conn, probe);
                     rejected = true;
                     before_begin(conn).await?;
                     rejected = false;

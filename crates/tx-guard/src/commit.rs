@@ -49,7 +49,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
             open.outcome.announce(CommitOutcome::Committed);
             let hooks = std::mem::take(&mut open.hooks);
             let (conn, probe) = open.slot.parts();
-            if DB::has_ended(conn, probe) {
+            if DB::is_nothing_due(conn, probe) {
                 open.release_answered().await;
             } else {
                 // The empty transaction behind the commit is nobody's to wait for.

@@ -213,7 +213,7 @@ impl Driver for Postgres {
         *place.state() = None;
     }
 
-    fn uncount(conn: &mut PgConnection, place: &Place) {
+    fn count_none(conn: &mut PgConnection, place: &Place) {
         if place.stays_counted() && depth::<Self>(conn) > 0 {
             // One poll writes the message, whose answer is read with those to what follows. The rollback has a transaction to
             // end by it: without one, the server would warn of it in its log.
@@ -321,7 +321,7 @@ impl Driver for Postgres {
         }
     }
 
-    fn has_ended(conn: &PgConnection, place: &Place) -> bool {
+    fn is_nothing_due(conn: &PgConnection, place: &Place) -> bool {
         place.stays_counted() || depth::<Self>(conn) == 0
     }
 

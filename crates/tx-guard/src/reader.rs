@@ -100,7 +100,7 @@ impl<DB: Backend> TxPool<DB> {
             };
             if lives {
                 let (conn, probe) = reader.slot.as_mut().expect(HELD).parts();
-                DB::uncount(conn, probe);
+                DB::count_none(conn, probe);
                 DB::begin_read(probe);
                 return Ok(reader);
             }

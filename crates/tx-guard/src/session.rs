@@ -118,7 +118,7 @@ impl<DB: Backend> Session<DB> {
     /// The connection for a hook of the user's.
     fn lend(&mut self) -> &mut DB::Connection {
         let (conn, probe) = self.parts();
-        DB::uncount(conn, probe);
+        DB::count_none(conn, probe);
         conn
     }
 

@@ -5,13 +5,14 @@ use std::time::Duration;
 
 use cancel_safe_tx_guard::TxPool;
 use futures_util::FutureExt;
+use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
-use sqlx::{ConnectOptions, Connection, Postgres};
+use sqlx::{ConnectOptions, Connection, PgConnection, Postgres};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::relied::takes_dropped_begins_back;
-use crate::world::{TestDb, World};
+use crate::world::{PATIENCE, TestDb, World};
 
 /// All that the server has said to its clients, which includes what it writes into its log as warnings.
 type Said = Arc<Mutex<Vec<u8>>>;
@@ -68,6 +69,15 @@ async fn no_transaction_ends_twice() {
     drop(db.begin().now_or_never());
     drop(db.begin().await.unwrap().commit().now_or_never());
 
+    // A reader behind a transaction, which may begin one of its own.
+    for _ in 0..2 {
+        db.begin().await.unwrap().commit().await.unwrap();
+        let mut reader = db.reader().await.unwrap();
+        assert!(!reader.is_in_transaction());
+        let tx = Connection::begin(&mut *reader).await.unwrap();
+        tx.commit().await.unwrap();
+    }
+
     // Aborted by an error: committed, rolled back, dropped.
     for way in 0..3 {
         let mut tx = db.begin().await.unwrap();
@@ -96,6 +106,38 @@ async fn no_transaction_ends_twice() {
         drop(tx);
     }
     world.end(db).await;
+    assert!(!complained(&said), "{}", String::from_utf8_lossy(&said.lock().unwrap()));
+}
+
+/// For sqlx, too, a hook is outside any transaction, and may have one of its own.
+#[tokio::test]
+async fn a_hook_may_begin_and_end_a_transaction() {
+    fn uses(conn: &mut PgConnection) -> BoxFuture<'_, Result<bool, sqlx::Error>> {
+        Box::pin(async move {
+            assert!(!conn.is_in_transaction());
+            Connection::begin(conn).await?.commit().await?;
+            Ok(true)
+        })
+    }
+    let world = World::<Postgres>::new().await;
+    let (options, said) = listening_door(&world.options).await;
+    for (before, after) in [(true, false), (false, true), (true, true)] {
+        let mut builder = TxPool::<Postgres>::builder().max_connections(1);
+        if before {
+            builder = builder.before_begin(|conn| Box::pin(async move { uses(conn).await.map(drop) }));
+        }
+        if after {
+            builder = builder.after_release(|conn| uses(conn));
+        }
+        let db = builder.connect_with(options.clone()).await.unwrap();
+        for n in 0..3 {
+            let tx = db.begin().await.unwrap();
+            if n == 1 { tx.rollback().await.unwrap() } else { tx.commit().await.unwrap() }
+        }
+        assert_eq!(db.metrics().opened, 1);
+        assert!(db.close(PATIENCE).await.is_clean());
+    }
+    world.run(format!("DROP TABLE {}", world.table)).await;
     assert!(!complained(&said), "{}", String::from_utf8_lossy(&said.lock().unwrap()));
 }
 

@@ -157,8 +157,8 @@ async fn a_begin_that_is_taken_back_leaves_one_level_more_on_postgres() {
     panic!("no begin was cut, so this test shows nothing");
 }
 
-/// `postgres`, the fence: one poll of `begin` queues its message ahead of what follows, whatever becomes of the `begin`; one
-/// that is forgotten is not taken back.
+/// `postgres`, the fence, readers and hooks: one poll of `begin`, or of a query, queues its message ahead of what follows,
+/// whatever becomes of it; a `begin` that is forgotten is not taken back.
 #[tokio::test]
 async fn one_poll_of_a_begin_queues_its_message_on_postgres() {
     const HABIT: &str =
@@ -169,6 +169,12 @@ async fn one_poll_of_a_begin_queues_its_message_on_postgres() {
     drop(begin::<Postgres>(&mut conn, fence).now_or_never());
     let fenced = "SELECT (current_setting('default_transaction_read_only') = 'on')::int::bigint".to_owned();
     assert_eq!(Postgres::numbers(&mut conn, fenced).await.unwrap(), [1], "{HABIT}");
+
+    let mut conn = plain::<Postgres>().await;
+    let query = "SET lock_timeout = 4711".to_owned();
+    drop(Postgres::execute(&mut conn, query).now_or_never());
+    let queued = "SELECT (current_setting('lock_timeout') = '4711ms')::int::bigint".to_owned();
+    assert_eq!(Postgres::numbers(&mut conn, queued).await.unwrap(), [1], "{HABIT}, nor does one of a query");
 
     let mut conn = plain::<Postgres>().await;
     let mut hold = Box::pin(begin::<Postgres>(&mut conn, "BEGIN READ ONLY"));

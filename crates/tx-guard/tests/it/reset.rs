@@ -205,6 +205,29 @@ async fn a_session_can_be_reset_each_time() {
     world.end(db).await;
 }
 
+/// As behind `DISCARD ALL`, which some hooks run.
+#[tokio::test]
+async fn a_session_whose_prepared_statements_are_gone_is_kept_and_still_compared() {
+    let world = World::<Postgres>::new().await;
+    let db = one::<Postgres>().connect_with(world.options.clone()).await.unwrap();
+    for ending in ENDS {
+        run(&db, "DEALLOCATE ALL", ending).await;
+        eventually("the session is idle", async || db.metrics().idle == 1).await;
+        let mut tx = within(db.begin()).await.unwrap();
+        // sqlx does not know that its own are gone, so this one is none of them.
+        Postgres::execute(&mut tx, "SET search_path = tenant; SELECT pg_advisory_lock(42)".to_owned()).await.unwrap();
+        tx.commit().await.unwrap();
+        eventually("the session is idle", async || db.metrics().idle == 1).await;
+        let mut tx = within(db.begin()).await.unwrap();
+        let look = format!("SELECT 1 WHERE current_setting('search_path') <> 'tenant' AND ({LOCKS}) = 0");
+        let rows = sqlx::raw_sql(AssertSqlSafe(look)).fetch_all(&mut *tx).await.unwrap();
+        assert_eq!(rows.len(), 1, "{ending:?}");
+        tx.commit().await.unwrap();
+    }
+    assert_eq!(db.metrics().opened, 1);
+    world.end(db).await;
+}
+
 #[tokio::test]
 async fn a_session_can_be_left_as_it_is() {
     let world = World::<Postgres>::new().await;
