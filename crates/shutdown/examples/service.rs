@@ -25,7 +25,7 @@ async fn database_worker(cancel: CancellationToken) {
     sleep(Duration::from_millis(500)).await;
 }
 
-/// Answers two requests a second, and those that it has begun at the end.
+/// Answers two requests a second; at the end, finishes the requests that it has begun.
 async fn http_server_worker(cancel: CancellationToken) {
     while cancel.run_until_cancelled(sleep(Duration::from_millis(500))).await.is_some() {
         println!("[HTTP] Handling request...");
@@ -34,7 +34,7 @@ async fn http_server_worker(cancel: CancellationToken) {
     sleep(Duration::from_secs(1)).await;
 }
 
-/// Reports now and then, and what is left at the end.
+/// Reports now and then; at the end, reports the rest.
 async fn metrics_worker(cancel: CancellationToken) {
     while cancel.run_until_cancelled(sleep(Duration::from_secs(10))).await.is_some() {
         println!("[Metrics] Reporting metrics...");

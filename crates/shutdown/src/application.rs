@@ -36,8 +36,8 @@ use crate::task::WorkerOutput;
 
 /// The total budget of a stop: 25 seconds, so that Kubernetes' default grace of 30 is never used up.
 const DEFAULT_BUDGET: Duration = Duration::from_secs(25);
-/// How long after a first signal another one is taken for a copy of it. Those who forward a signal that their child has
-/// got already do so within milliseconds; a person who presses Ctrl-C again has waited longer than this.
+/// How long after a first signal another one is taken for a copy of it. A program that forwards a signal which its
+/// child already has does so within milliseconds; a person who presses Ctrl-C again has waited longer than this.
 const SECOND_SIGNAL_AFTER: Duration = Duration::from_secs(1);
 /// The phase of the workers that were added to the application itself.
 const OWN_PHASE: &str = "main";
@@ -220,10 +220,11 @@ impl Application {
     }
 
     /// Sets how long after the first signal a second one ends the process at once. The default is one second. With
-    /// zero, any second signal does.
+    /// zero, any second signal ends it at once.
     ///
     /// All signals within this time count as one, because GNU `timeout`, npm, pnpm, dumb-init and `tini -g` deliver a
-    /// Ctrl-C or SIGTERM that the process has already received. A stop with another cause has had no first signal yet.
+    /// Ctrl-C or SIGTERM that the process has already received. If the stop has another cause, the next signal is the
+    /// first one.
     ///
     /// # Examples
     ///
@@ -362,7 +363,7 @@ impl Application {
         let (core, course) = match self.prepare() {
             Ok(prepared) => prepared,
             Err(error) => {
-                // Without the thread for the callbacks there is nobody else to tell.
+                // Without the thread for the callbacks, standard error is the only place to say it.
                 print(format_args!("not started: {}", chain(&error)));
                 return ExitCode::from(EXIT_NOT_STARTED);
             }
@@ -375,7 +376,7 @@ impl Application {
         }))
     }
 
-    /// Runs the application to its end inside the runtime of the caller.
+    /// Runs the application to its end inside the caller's runtime.
     ///
     /// It works like [`run`](Self::run), except for what only the owner of the process can do. It cannot bound the
     /// runtime's own drop, which waits for blocking closures. It cannot end at the deadline if a task wedges the

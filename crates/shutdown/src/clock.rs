@@ -1,9 +1,9 @@
-//! Two clocks: tokio's, which tests may pause, and the system's, on a thread that no task can hold up; and whether the
-//! runtime still runs anything, asked from outside of it by tasks that do nothing.
+//! Two clocks: tokio's, which tests may pause, and the system's, on a thread that no task can hold up. And a probe from
+//! outside: an empty task that shows whether the runtime still runs anything.
 //!
-//! Each of those tasks wakes a thread of the runtime as well. One that holds the timers while it polls a task for ever would
-//! otherwise keep the others asleep (tokio#4730). Invariant: a deadline of the system's clock needs no runtime, and at most
-//! one question is on its way for each thread that asks.
+//! Each of those tasks also wakes a thread of the runtime. Otherwise a thread that holds the timers while it polls a
+//! task for ever would keep the others asleep (tokio#4730). Invariant: a deadline on the system's clock needs no
+//! runtime, and each asking thread has at most one probe in flight.
 
 use std::future::poll_fn;
 use std::pin::pin;
@@ -16,16 +16,16 @@ use std::time::Duration;
 use tokio::runtime::Handle;
 use tokio::time::Instant;
 
-/// What keeps a deadline.
+/// The clock that enforces a deadline.
 #[derive(Debug, Clone)]
 pub(crate) enum Clock {
-    /// The timers of the runtime that polls.
+    /// The timers of the runtime that polls the future.
     Tokio,
     /// The thread that is inside [`drive`] with this alarm.
     System(Arc<Alarm>),
 }
 
-/// When the thread that drives a future has to look at it again.
+/// When the thread that drives a future has to poll it again.
 #[derive(Debug, Default)]
 pub(crate) struct Alarm(Mutex<Option<Instant>>);
 
@@ -41,7 +41,7 @@ impl Alarm {
 }
 
 impl Clock {
-    /// Polls `future` to its end, or until `deadline`: then it is dropped.
+    /// Polls `future` to its end, or drops it at `deadline`.
     pub(crate) async fn timeout_at<F: Future>(&self, deadline: Instant, future: F) -> Option<F::Output> {
         let alarm = match self {
             Self::Tokio => return tokio::time::timeout_at(deadline, future).await.ok(),
@@ -64,8 +64,8 @@ impl Clock {
     }
 }
 
-/// Drives a future on this thread to its end. Its alarms are those set with `alarm`, which it sets anew at each poll.
-/// Before each sleep, `between` is called and says how long it may take at most.
+/// Drives a future to its end on this thread. The future wakes it through `alarm`, which it sets anew at each poll.
+/// Before each sleep, `between` is called and returns the longest time to sleep.
 pub(crate) fn drive<F: Future>(alarm: &Alarm, future: F, mut between: impl FnMut() -> Option<Duration>) -> F::Output {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -87,10 +87,10 @@ pub(crate) fn drive<F: Future>(alarm: &Alarm, future: F, mut between: impl FnMut
     }
 }
 
-/// How often the runtime is asked while an application stops.
+/// How often to probe the runtime while an application stops.
 pub(crate) const TICK: Duration = Duration::from_millis(20);
 
-/// Counts the questions and the answers.
+/// Counts the probes and their answers.
 #[derive(Debug, Default)]
 pub(crate) struct Probe {
     asked: AtomicU64,
@@ -98,14 +98,14 @@ pub(crate) struct Probe {
 }
 
 impl Probe {
-    /// Asks, unless the answer to the last question is still to come. For one thread.
+    /// Sends a probe, unless the last one is still unanswered. For one thread.
     pub(crate) fn ask(&self, runtime: &Handle) {
         if self.open() == 0 {
             self.ask_for(runtime, || {});
         }
     }
 
-    /// Asks, and has the answer told by `tell`, which is dropped unused with a runtime that ends.
+    /// Sends a probe that calls `tell` when it runs. If the runtime ends first, `tell` is dropped without a call.
     pub(crate) fn ask_for(&self, runtime: &Handle, tell: impl FnOnce() + Send + 'static) {
         self.asked.fetch_add(1, Ordering::Relaxed);
         let answered = Arc::clone(&self.answered);
@@ -115,12 +115,12 @@ impl Probe {
         }));
     }
 
-    /// How many questions have been answered.
+    /// How many probes have been answered.
     pub(crate) fn answered(&self) -> u64 {
         self.answered.load(Ordering::Relaxed)
     }
 
-    /// How many are on their way.
+    /// How many probes are in flight.
     pub(crate) fn open(&self) -> u64 {
         self.asked.load(Ordering::Relaxed).saturating_sub(self.answered())
     }

@@ -1,7 +1,7 @@
-//! What a worker holds while it runs, and the values that the workers of one phase make for those of the next.
+//! The context that a worker holds while it runs, and the values that one phase makes for the next.
 //!
-//! Invariant: a context only tells and marks, and keeps no task alive. A value is there from when it is made until its phase
-//! stops; no code of the user's runs under the lock.
+//! Invariant: a context only informs and records marks, and keeps no task alive. A value exists from when it is made
+//! until its phase stops; none of the user's code runs under the lock.
 
 use std::any::{Any, TypeId};
 use std::borrow::Cow;
@@ -31,7 +31,7 @@ impl WorkerContext {
         Self { slot, stop: Arc::clone(node.stop()), node, ready: None, values: None }
     }
 
-    /// The context of a worker of an application's.
+    /// The context of an application's worker.
     pub(crate) fn of_worker(self, ready: CancellationToken, values: Arc<Values>) -> Self {
         Self { ready: Some(ready), values: Some(values), ..self }
     }
@@ -170,7 +170,7 @@ pub(crate) struct Values(Mutex<HashMap<TypeId, Arc<dyn Any + Send + Sync>>>);
 impl Values {
     pub(crate) fn put<T: Send + Sync + 'static>(&self, value: T) {
         let before = self.lock().insert(TypeId::of::<T>(), Arc::new(value));
-        // Without the lock.
+        // Outside the lock.
         drop(before);
     }
 

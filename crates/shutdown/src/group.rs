@@ -1,4 +1,5 @@
-//! Task groups: named tasks that end together. Nothing detaches: a group is awaited, or dropped and its tasks with it.
+//! Task groups: named tasks that end together. Nothing detaches: a group is awaited, or it is dropped together with its
+//! tasks.
 
 mod ending;
 pub(crate) mod named;
@@ -22,7 +23,7 @@ use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
 use crate::ticket::{Ticket, Tracked};
 use crate::tree::{Node, abort_tree, bounded, stop_tree};
 
-/// The length in bytes of a group's path from which on only its own name is shown.
+/// The longest path of a group, in bytes. Beyond it, only the group's own name is shown.
 const LONGEST_PATH: usize = 256;
 
 /// A group of named tasks.
@@ -67,8 +68,8 @@ const LONGEST_PATH: usize = 256;
 #[must_use = "a group that is dropped cancels its tasks"]
 pub struct TaskGroup<T: Send + 'static = (), E: Send + 'static = BoxError> {
     pub(crate) roster: Arc<Roster<T, E>>,
-    /// The outcomes that `join_next` has taken from the roster. The lock, which nobody ever waits for, is what makes a
-    /// group of values that are not `Sync` one that is.
+    /// The outcomes that `join_next` has taken from the roster. The lock is never contended; it makes the group `Sync`
+    /// even if its values are not.
     taken: Mutex<Outcomes<T, E>>,
 }
 
@@ -106,20 +107,20 @@ impl TaskGroup {
         group
     }
 
-    /// The workers of one phase, written down in `ledger` as they end.
+    /// The workers of one phase, recorded in `ledger` as they end.
     pub(crate) fn of_workers(ledger: Arc<Ledger>, phase: String) -> Self {
         let recorder = Recorder { ledger, say, workers: true };
         Self::on(Roster::root(phase, Some(recorder)))
     }
 
-    /// A group for the tasks of one of `above`'s tasks, written down where those are.
+    /// A group for the tasks that a task of `above` spawns, recorded in the same ledger.
     pub(crate) fn below(above: &Arc<dyn Node>, path: String) -> Self {
         let ledger = above.ledger().cloned();
         let recorder = ledger.map(|ledger| Recorder { ledger, say, workers: false });
         Self::on(Roster::below(above, path, recorder, Rules::default()))
     }
 
-    /// The same, discarding, and open until it is dropped, so that what a draining task has still to do finds its place.
+    /// The same, discarding, and open until it is dropped, so that a draining task can still spawn what it needs.
     #[cfg(feature = "tower")]
     pub(crate) fn lingering_below(above: &Arc<dyn Node>, path: String) -> Self {
         let recorder = above.ledger().cloned().map(|ledger| Recorder { ledger, say, workers: false });
@@ -127,7 +128,7 @@ impl TaskGroup {
         Self::on(Roster::below(above, path, recorder, rules))
     }
 
-    /// The same, of the kind that [`discarding`](Self::discarding) creates.
+    /// The same, [`discarding`](Self::discarding).
     pub(crate) fn discarding_below(above: &Arc<dyn Node>, path: String) -> Self {
         let group = Self::below(above, path);
         group.roster.discard();
@@ -324,7 +325,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         match self.enter(name, spawned_at, Kind::Contextual) {
             Ok(ticket) => {
                 let cx = self.context(&ticket);
-                // Called inside the task, so that a panic of `work` itself is the task's and not the caller's.
+                // Called inside the task, so that a panic of `work` itself hits the task and not the caller.
                 self.launch(ticket, async move { work(cx).await });
                 Ok(())
             }
@@ -359,7 +360,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         let slot = Arc::clone(&ticket.slot);
         let handle = tokio::task::spawn_blocking(move || {
             if !ticket.slot.begin() {
-                // It was called off. What it has captured may panic when it is dropped.
+                // It was called off. Its captures may panic when they are dropped.
                 if let Err(panicked) = guarded(&ticket.slot, || drop(work)) {
                     ticket.finish(panicked);
                 }
@@ -418,7 +419,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         abort_tree(&root);
     }
 
-    /// Waits until no task is alive, cutting what is left at the end of a stop's grace.
+    /// Waits until no task is alive. At the end of a stop's grace, cuts what is left.
     pub(crate) async fn idle(&self) {
         bounded(&self.node(), |cx| self.roster.poll_idle(cx)).await;
     }

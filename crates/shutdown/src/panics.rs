@@ -1,4 +1,4 @@
-//! Panics: what was said, and where. A panic caught here is never lost, whatever its payload does when it is dropped.
+//! Panics: the message and the place. A panic caught here is never lost, whatever its payload does when it is dropped.
 
 use std::any::Any;
 use std::borrow::Cow;
@@ -10,7 +10,7 @@ use std::sync::Once;
 /// A place in the source: of a panic, or of the task that panicked.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct PanicLocation(
-    // Boxed, as there is room for it in every outcome, and few are panics.
+    // Boxed, because every outcome has room for it, and few are panics.
     Box<Place>,
 );
 
@@ -51,7 +51,7 @@ impl fmt::Display for PanicLocation {
     }
 }
 
-/// A panic that was caught. As the payload of another one it stays what it is.
+/// A panic that was caught. If it is resumed and caught again, it is unchanged.
 #[derive(Debug)]
 pub(crate) struct Panic {
     pub(crate) message: String,
@@ -60,16 +60,16 @@ pub(crate) struct Panic {
 }
 
 thread_local! {
-    /// The number of panics that began on this thread. Without a destructor, so that reading it is a plain load.
+    /// The number of panics that began on this thread. It has no destructor, so reading it is a plain load.
     static COUNT: Cell<u64> = const { Cell::new(0) };
     static LAST: RefCell<Option<PanicLocation>> = const { RefCell::new(None) };
 }
 
-/// Sees to it that the places of panics are known from now on: only the hook is told them. The hook of the program is
-/// called as before.
+/// Records the places of panics from now on, with a hook, because only a hook learns them. It calls the program's hook
+/// as before.
 pub(crate) fn watch() {
     static WATCHED: Once = Once::new();
-    // A hook cannot be set while its thread panics. The next task is early enough.
+    // A hook cannot be set on a thread that is panicking. The next task is early enough.
     if WATCHED.is_completed() || std::thread::panicking() {
         return;
     }
@@ -85,14 +85,14 @@ pub(crate) fn watch() {
 fn note(info: &PanicHookInfo<'_>) {
     COUNT.set(COUNT.get().wrapping_add(1));
     let location = info.location().map(PanicLocation::from);
-    // A thread that is being torn down, or that panics while it is here, has no place to keep it.
+    // A thread that is being torn down, or that panics inside this hook, cannot store the place.
     let _kept = LAST.try_with(|last| last.try_borrow_mut().map(|mut last| *last = location));
 }
 
 /// Runs `call` and catches its panic.
 pub(crate) fn catch<R>(call: impl FnOnce() -> R) -> Result<R, Panic> {
     let before = COUNT.get();
-    // The state a panic may have broken is for the callers to drop unseen, so unwinding past it is safe.
+    // The callers drop, unread, whatever state the panic may have broken, so unwinding past it is safe.
     catch_unwind(AssertUnwindSafe(call)).map_err(|payload| {
         // A payload that was merely resumed here panicked elsewhere.
         let is_ours = COUNT.get() != before;
@@ -109,7 +109,7 @@ impl Panic {
         };
         let panic = Self { message: message(&*payload), location };
         if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
-            // Its destructor panicked. What that one's does nobody wants to know.
+            // The payload's destructor panicked. The new payload is forgotten, because its destructor might panic too.
             std::mem::forget(again);
         }
         panic

@@ -1,4 +1,4 @@
-//! What is handed back at the end: the reason, and every task exactly once with how it ended.
+//! The report at the end: the reason, and every task exactly once with its outcome.
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write};
@@ -10,8 +10,8 @@ use crate::panics::{Panic, catch};
 use crate::stop::StopReason;
 use crate::task::{BoxError, Slot, StragglerState, TaskOutcome};
 
-/// How many ended tasks of the workers' groups are kept for the report: the latest of those that completed or were
-/// cancelled, and as many of those that ended otherwise. The workers themselves are always kept.
+/// How many ended tasks of the workers' groups the report keeps: the latest tasks that completed or were cancelled, and
+/// as many that ended otherwise. The workers themselves are always kept.
 pub(crate) const KEPT_TASKS: usize = 1024;
 
 const EXIT_CLEAN: u8 = 0;
@@ -26,7 +26,7 @@ pub(crate) const EXIT_PANICKED: u8 = 101;
 pub struct TaskReport {
     /// The name it was given.
     pub name: String,
-    /// Where it belongs: for a worker its phase, for a task its worker (and the groups below that).
+    /// Where it belongs: a worker to its phase, a task to its worker (and the groups below that).
     pub group: String,
     /// Whether it is a worker of the application, rather than a task of a worker.
     pub is_worker: bool,
@@ -73,12 +73,12 @@ impl fmt::Display for TaskReport {
     }
 }
 
-/// Work that the application knows nothing of.
+/// Work that the application does not know.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Unnamed {
     /// Futures that were alive when every worker had ended.
     pub(crate) tasks: usize,
-    /// Threads of the runtime's that such work still held at the deadline.
+    /// Threads of the runtime that such work still held at the deadline.
     pub(crate) threads: usize,
 }
 
@@ -158,7 +158,7 @@ impl Report {
     /// Returns how many threads of the runtime were held at the deadline by work outside any group: closures of
     /// `tokio::task::spawn_blocking`, and tasks inside a poll. The exit code is 70 if there were any.
     ///
-    /// In a user's own [runtime](crate::Application::runtime) they are not counted: this is one if there were any.
+    /// In your own [runtime](crate::Application::runtime) they are not counted: the result is 1 if there were any.
     pub fn unnamed_threads(&self) -> usize {
         self.unnamed.threads
     }
@@ -168,9 +168,9 @@ impl Report {
         self.unnamed.threads > 0 || self.stragglers().next().is_some()
     }
 
-    /// Whether nothing has happened that anybody must know of.
+    /// Whether nothing happened that is worth a report.
     pub(crate) fn is_uneventful(&self) -> bool {
-        // A tolerated failure is one to be told all the same.
+        // A tolerated failure is worth a report all the same.
         let eventful = |task: &TaskReport| task.outcome.is_failed() || task.outcome.is_panicked();
         self.is_clean() && self.exit_code == EXIT_CLEAN && !self.tasks.iter().any(eventful)
     }
@@ -195,12 +195,12 @@ impl Report {
     /// - 70 if the deadline passed with something still alive;
     /// - 71 if the application could not start;
     /// - 128 + n if a second signal n cut it short;
-    /// - or what [`exit_code`](crate::Application::exit_code) made of it.
+    /// - or the code that [`exit_code`](crate::Application::exit_code) chose instead.
     pub fn exit_code(&self) -> u8 {
         self.exit_code
     }
 
-    /// The worst that happened decides.
+    /// The worst outcome decides.
     fn verdict(&self) -> u8 {
         let worker = |ended: fn(&TaskOutcome<(), String>) -> bool| {
             self.tasks.iter().any(|task| task.is_worker && !task.is_tolerated && ended(&task.outcome))
@@ -222,7 +222,8 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { name, reason, elapsed, exit_code, .. } = self;
-        // In one piece: the standard error is not buffered, and ten thousand lines in ten pieces each take their time.
+        // In one piece: standard error is not buffered, and ten thousand lines in ten pieces each would take a long
+        // time.
         let mut text = format!("`{name}` stopped by {reason}; ended after {elapsed:.1?} with exit code {exit_code}");
         for task in &self.tasks {
             write!(text, "\n  {task}")?;
@@ -249,17 +250,18 @@ pub(crate) struct Ledger {
 #[derive(Debug, Default)]
 struct Pages {
     workers: Vec<TaskReport>,
-    /// The names of the workers whose failures are not the application's, and where those were added.
+    /// The names of the tolerated workers, and where they were added.
     tolerated: Vec<(String, &'static Location<'static>)>,
     orderly: VecDeque<TaskReport>,
     notable: VecDeque<TaskReport>,
     unlisted: u64,
-    /// How many tasks, other than workers, have panicked without anybody having been told.
+    /// How many tasks, other than workers, have panicked without anyone having read their outcome.
     unnoticed_panics: u64,
 }
 
 impl Ledger {
-    /// Writes a task down if `claim` says so. One step, so that a task whose slot is claimed is on the list already.
+    /// Records a task if `claim` returns true. Both happen in one step, so that a task whose slot is claimed is already
+    /// on the list.
     pub(crate) fn record(&self, mut task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
         let mut pages = self.pages();
         if !claim() {
@@ -281,12 +283,12 @@ impl Ledger {
         true
     }
 
-    /// From now on, the failure of this worker is not the application's.
+    /// From now on, a failure of this worker does not fail the application.
     pub(crate) fn tolerate(&self, worker: &str, added_at: &'static Location<'static>) {
         self.pages().tolerated.push((worker.to_owned(), added_at));
     }
 
-    /// Whether a task that cannot be stopped holds a thread of the runtime's.
+    /// Whether a task that cannot be stopped holds a thread of the runtime.
     pub(crate) fn holds_threads(&self) -> bool {
         self.any(|task| {
             let starved = task.straggling == Some(StragglerState::Starved);
@@ -299,7 +301,7 @@ impl Ledger {
         self.any(|task| task.straggling.is_some())
     }
 
-    /// How many futures were told as abandoned, which live on in the runtime.
+    /// How many futures were recorded as abandoned; they live on in the runtime.
     pub(crate) fn abandoned_futures(&self) -> usize {
         let pages = self.pages();
         let tasks = pages.workers.iter().chain(&pages.notable);
@@ -315,7 +317,7 @@ impl Ledger {
         pages.workers.iter().chain(&pages.notable).any(condition)
     }
 
-    /// The outcomes of this many tasks that panicked have been read.
+    /// Notes that the outcomes of this many panicked tasks have been read.
     pub(crate) fn notice_panics(&self, count: u64) {
         let mut pages = self.pages();
         pages.unnoticed_panics = pages.unnoticed_panics.saturating_sub(count);
@@ -332,14 +334,14 @@ impl Ledger {
     }
 }
 
-/// An outcome as a report holds it.
+/// Converts an outcome to the form that a report holds.
 pub(crate) fn say(outcome: &TaskOutcome<(), BoxError>) -> TaskOutcome<(), String> {
     match outcome {
         TaskOutcome::Completed(()) => TaskOutcome::Completed(()),
         TaskOutcome::Cancelled => TaskOutcome::Cancelled,
         TaskOutcome::Failed(error) => match catch(|| chain(error.as_ref())) {
             Ok(text) => TaskOutcome::Failed(text),
-            // Its error is lost, but not the panic of whoever tried to read it.
+            // Rendering the error panicked: the error is lost, the panic is not.
             Err(Panic { message, location }) => TaskOutcome::Panicked {
                 message: format!("in the text of an error: {message}"),
                 location: location.unwrap_or_else(|| Location::caller().into()),

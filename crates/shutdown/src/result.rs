@@ -1,4 +1,4 @@
-//! How the tasks of a group ended, as its holder reads it. Each task is in exactly one list and counted exactly once.
+//! How the tasks of a group ended, for its holder to read. Each task is in exactly one list and counted exactly once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -24,8 +24,8 @@ pub struct TaskGroupResult<E = BoxError> {
     pub panicked: Vec<(String, String)>,
     /// The tasks that had not ended when their grace was over.
     pub stragglers: Vec<Straggler>,
-    /// How many tasks ended in each way since the group was created, including those whose outcome was read before and
-    /// those that a [`discarding`](crate::TaskGroup::discarding) group has not kept.
+    /// How many tasks ended in each way since the group was created. It includes tasks whose outcome was read before,
+    /// and tasks that a [`discarding`](crate::TaskGroup::discarding) group has not kept.
     pub counts: TaskCounts,
     /// Whether the first failure was a panic.
     panic_first: bool,
@@ -123,7 +123,7 @@ impl<E> Default for TaskGroupResult<E> {
 /// What a straggler was doing, where it was spawned, and its last mark.
 pub(crate) type Cut = (StragglerState, &'static Location<'static>, Option<String>);
 
-/// Whom to tell that the panics of a group were noticed.
+/// Where to report that a group's panics were noticed.
 #[derive(Debug)]
 struct Panics {
     ledger: Option<Arc<Ledger>>,

@@ -1,4 +1,4 @@
-//! Who is alive in a group and how the others ended. A task is in exactly one of the two lists.
+//! Which tasks of a group are alive, and how the others ended. A task is in exactly one of the two lists.
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -20,7 +20,7 @@ pub(crate) struct Ended<T, E> {
 }
 
 impl<T, E> Ended<T, E> {
-    /// The name, moved out where nobody else holds the slot any more.
+    /// The name, moved out if nothing else holds the slot any more.
     pub(crate) fn into_named(self) -> (String, TaskOutcome<T, E>) {
         let name = Arc::try_unwrap(self.slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name);
         (name.into_owned(), self.outcome)
@@ -30,11 +30,11 @@ impl<T, E> Ended<T, E> {
 /// Outcomes in the order in which the tasks ended.
 pub(crate) type Outcomes<T, E> = VecDeque<Ended<T, E>>;
 
-/// A list of tasks as an application's report wants it: where to write, and how to say an outcome without its types.
+/// How a roster feeds an application's report: where to write, and how to render an outcome without its types.
 pub(crate) struct Recorder<T, E> {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) say: fn(&TaskOutcome<T, E>) -> TaskOutcome<(), String>,
-    /// Whether the tasks are the application's workers, rather than tasks of theirs.
+    /// Whether the tasks are the application's workers, rather than the workers' tasks.
     pub(crate) workers: bool,
 }
 
@@ -52,14 +52,14 @@ pub(crate) struct Roster<T, E> {
     state: Mutex<State<T, E>>,
 }
 
-/// What a group does of itself.
+/// What a group does by itself.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rules {
     /// How long tasks with a context may take after a cancel.
     pub(crate) grace: Duration,
     /// Whether the first failure stops the group.
     pub(crate) fail_fast: bool,
-    /// Whether only failures are kept, and a bounded number of them.
+    /// Whether the group keeps only failures, and only a bounded number of them.
     pub(crate) discards: bool,
     /// Whether a stop leaves the group open: until it is cut, or dropped.
     pub(crate) lingers: bool,
@@ -76,7 +76,7 @@ struct State<T, E> {
     counts: TaskCounts,
     /// A slab: a task has its place until it ends, and then the place is vacant.
     places: Vec<Place>,
-    /// The first vacant place. Where there is none, the end of the slab.
+    /// The first vacant place. If there is none, the end of the slab.
     vacant: u32,
     len: usize,
     /// How many tasks there ever were.
@@ -85,20 +85,20 @@ struct State<T, E> {
     /// Whether a task of a group that fails fast has failed.
     failed: bool,
     closed: bool,
-    /// Whether the group is closed and idle, which it then stays, and the parent has been told.
+    /// Whether the group is closed and idle (for good), and has told its parent.
     gone: bool,
-    /// The group above, until this one is gone: it is told even if its own handle was dropped long before.
+    /// The group above, until this one is gone. It is told of the end even if its own handle was dropped long before.
     parent: Option<Arc<dyn Node>>,
     children: Vec<Weak<dyn Node>>,
     open_children: usize,
-    /// Woken when a task ends; and when none is left here, or a group below has ended too.
+    /// The first are woken when a task ends; the others when no task is left here, or a group below has ended too.
     next_waiters: Vec<Waker>,
     idle_waiters: Vec<Waker>,
 }
 
 enum Place {
     Taken(Arc<Slot>),
-    /// With the next one that is vacant.
+    /// The next vacant place.
     Vacant(u32),
 }
 
@@ -120,7 +120,8 @@ impl<T, E> State<T, E> {
         self.places.iter().filter_map(Place::slot)
     }
 
-    /// Gives a task the first vacant place. False if there are no more places, as there is no memory for so many tasks.
+    /// Gives a task the first vacant place. Returns false if the numbers of places run out; memory runs out long
+    /// before.
     fn settle(&mut self, slot: &Arc<Slot>) -> bool {
         let (number, taken) = (self.vacant, Place::Taken(Arc::clone(slot)));
         slot.set_place(number);
@@ -144,7 +145,7 @@ impl<T, E> State<T, E> {
         self.is_empty() && self.open_children == 0
     }
 
-    /// Moves a task from the living to the ended; returns what is not kept, to be dropped without the lock.
+    /// Moves a task from the living to the ended. Returns what is not kept, to be dropped outside the lock.
     fn leave(&mut self, slot: &Slot, outcome: TaskOutcome<T, E>) -> Option<Ended<T, E>> {
         let place = self.places.get_mut(slot.place() as usize)?;
         let Place::Taken(slot) = std::mem::replace(place, Place::Vacant(self.vacant)) else { return None };
@@ -165,18 +166,18 @@ impl<T, E> State<T, E> {
         if self.ended.len() > KEPT_TASKS { self.ended.pop_front() } else { None }
     }
 
-    /// Moves the outcomes at hand to `taken` if that is empty. All at once, so that a reader of many takes the lock seldom;
-    /// but from a group that is to keep only the latest, one.
+    /// Moves the outcomes at hand to `taken` if that is empty. It moves all of them, so that a reader of many seldom
+    /// takes the lock; but only one from a group that keeps only the latest.
     fn take(&mut self, taken: &mut Outcomes<T, E>) {
         if self.rules.discards {
             taken.extend(self.ended.pop_front());
         } else if taken.is_empty() {
-            // Neither of them has to grow again.
+            // A swap, so that neither list has to grow again.
             std::mem::swap(taken, &mut self.ended);
         }
     }
 
-    /// The waiters whose condition may have come true. To be woken without the lock.
+    /// The waiters whose condition may have come true. Wake them outside the lock.
     fn waiters(&mut self) -> Option<Waiters> {
         if self.next_waiters.is_empty() && self.idle_waiters.is_empty() {
             return None;
@@ -186,7 +187,7 @@ impl<T, E> State<T, E> {
     }
 }
 
-/// What a group that fails fast is stopped for, if this outcome is a failure.
+/// The reason to stop a group that fails fast, if this outcome is a failure.
 fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> {
     match outcome {
         TaskOutcome::Failed(_) => Some(StopReason::Failed { worker: task.to_owned() }),
@@ -195,7 +196,7 @@ fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> 
     }
 }
 
-/// Those who wait for the next end, and those who wait for the last.
+/// The waiters for the next end, and the waiters for the last.
 type Waiters = (Vec<Waker>, Vec<Waker>);
 
 fn wake(waiters: Option<Waiters>) {
@@ -215,7 +216,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         Arc::new(Self::with_parent(path, recorder, None, Rules::default()))
     }
 
-    /// A group below `parent`, stopped with it and awaited by it. Closed from the start if `parent` is.
+    /// A group below `parent`, which stops it and waits for it. It is closed from the start if `parent` is closed.
     pub(crate) fn below(
         parent: &Arc<dyn Node>,
         path: String,
@@ -289,9 +290,9 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         self.state().counts
     }
 
-    /// Enters a task, which has its place until it ends. A closed group hands its name back.
+    /// Enters a task, which keeps its place until it ends. A closed group hands the name back.
     pub(crate) fn enter(&self, slot: Slot) -> Result<Arc<Slot>, Cow<'static, str>> {
-        // Allocated without the lock, for which every task that ends contends.
+        // Allocated outside the lock, because every task that ends contends for it.
         let slot = Arc::new(slot);
         let mut state = self.state();
         if state.closed || !state.settle(&slot) {
@@ -308,7 +309,8 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         !taken.is_empty()
     }
 
-    /// The same, or waits; ready with false when there is neither an outcome nor a task that could still yield one.
+    /// Takes outcomes as `take` does, or waits for some. Ready with false when there is neither an outcome nor a task
+    /// that could still yield one.
     pub(crate) fn poll_take(&self, taken: &mut Outcomes<T, E>, cx: &mut Context<'_>) -> Poll<bool> {
         let mut state = self.state();
         state.take(taken);
@@ -319,7 +321,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         Poll::Pending
     }
 
-    /// An outcome on its way to whoever asked for it: a panic among them has been noticed.
+    /// Hands an outcome to the caller that asked for it. If it is a panic, it counts as noticed.
     pub(crate) fn hand_out(&self, ended: Ended<T, E>) -> (String, TaskOutcome<T, E>) {
         if let (TaskOutcome::Panicked { .. }, Some(recorder)) = (&ended.outcome, &self.recorder) {
             recorder.ledger.notice_panics(1);
@@ -327,7 +329,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         ended.into_named()
     }
 
-    /// The outcomes that nobody has asked for, sorted; first those that a reader had taken.
+    /// The outcomes not yet read, sorted; first those that a reader had already taken.
     pub(crate) fn take_result(&self, mut ended: Outcomes<T, E>) -> TaskGroupResult<E> {
         let counts = {
             let mut state = self.state();
@@ -367,7 +369,8 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         Poll::Pending
     }
 
-    /// Tells these tasks as abandoned, but a blocking closure that has not begun as cancelled: it never will.
+    /// Records these tasks as abandoned, but a blocking closure that has not begun as cancelled, because it never will
+    /// begin.
     pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = Arc<Slot>>) {
         for slot in tasks {
             let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
@@ -382,12 +385,12 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
 
 impl<T, E> Roster<T, E> {
     fn state(&self) -> MutexGuard<'_, State<T, E>> {
-        // No code of the user's runs under this lock, so a poisoned one holds a sound state.
+        // None of the user's code runs under this lock, so a poisoned lock holds a sound state.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves a task from the living to the ended, unless that has been done. Where the first failure ends a group, that
-    /// failure closes it and `stop` does the rest.
+    /// Moves a task from the living to the ended, unless it is there already. If the group fails fast, the first
+    /// failure closes it, and `stop` does the rest.
     pub(crate) fn tell(&self, slot: &Slot, outcome: TaskOutcome<T, E>, stop: impl FnOnce(StopReason, Duration)) {
         let claimed = match &self.recorder {
             Some(recorder) => {
@@ -403,7 +406,7 @@ impl<T, E> Roster<T, E> {
         let failure = failure(&outcome, &slot.name);
         let mut state = self.state();
         let vacated = state.leave(slot, outcome);
-        // In the step that makes the failure known, so that whoever learns of it finds the group closed.
+        // In the same step that publishes the failure, so that a task that sees the failure finds the group closed.
         let first = failure.filter(|_| state.rules.fail_fast && !std::mem::replace(&mut state.failed, true));
         state.closed |= first.is_some();
         let grace = state.rules.grace;
@@ -422,12 +425,12 @@ impl<T, E> Roster<T, E> {
         self.stop.is_set()
     }
 
-    /// Whether this group has just ended for good; if so, the one above that has to be told.
+    /// Returns the group above, to be told, if this group has just ended for good.
     fn above_if_gone(&self, state: &mut State<T, E>) -> Option<Arc<dyn Node>> {
         if !state.closed || !state.is_idle() || std::mem::replace(&mut state.gone, true) {
             return None;
         }
-        // Given away, so that a long chain of groups is let go of one by one.
+        // Moved out, so that a long chain of groups is released one by one.
         state.parent.take()
     }
 }
@@ -471,7 +474,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
         let children: Vec<_> = self.state().children.iter().filter_map(Weak::upgrade).collect();
-        // Without this lock, so that no two groups are ever locked at once.
+        // Outside this lock, so that no two groups are ever locked at once.
         children.into_iter().filter(|child| !child.is_gone()).collect()
     }
 
@@ -484,7 +487,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         if state.closed {
             return false;
         }
-        // Swept only when full, so that a server with a group for each connection pays a constant for each.
+        // Swept only when full, so that a server with a group for each connection pays a constant cost for each.
         if state.children.len() == state.children.capacity() {
             state.children.retain(|child| child.strong_count() > 0);
         }

@@ -1,5 +1,5 @@
-//! A server whose connections, and the streams in them, are tasks of its worker. None outlives the worker's phase, and each
-//! that was in the way is named by peer and path.
+//! A server whose connections and their streams are tasks of its worker. None outlives the worker's phase, and the
+//! report names each straggler by peer and path.
 
 #[cfg(feature = "axum")]
 pub mod axum;
@@ -30,7 +30,7 @@ use crate::server::line::{Hold, Line, line};
 use crate::server::request::{CancellationLayer, CancellationService, Serving};
 use crate::task::BoxError;
 
-/// The pause after an `accept` that failed for want of something, such as a file descriptor.
+/// The pause after an `accept` that failed for lack of a resource, such as a file descriptor.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// What a server accepts connections from: a TCP or Unix listener, or your own listener that adds TLS.
@@ -78,7 +78,8 @@ impl Listener for tokio::net::UnixListener {
     }
 }
 
-/// What went wrong with one connection is no reason to pause, and nothing is a reason to stop a server.
+/// Handles an error of `accept`. A fault of one connection is no reason to pause, and no error is a reason to stop a
+/// server.
 async fn survive(error: io::Error) {
     use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset};
     if !matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset) {
@@ -88,7 +89,8 @@ async fn survive(error: io::Error) {
 
 /// Serves a tower service over HTTP/1 and HTTP/2 until the worker of `cx` is told to stop, then drains.
 ///
-/// Axum's `Router` has [its own door](crate::axum); tonic's `Routes` and any other tower service come in here.
+/// For axum's `Router` use [`axum::serve`](crate::axum); this function is for tonic's `Routes` and any other tower
+/// service.
 ///
 /// On a stop, the server closes the listener and the idle connections at once. It answers requests that have arrived,
 /// until the worker's deadline. Then it closes whatever is left: half-sent requests, event streams, upgraded
@@ -144,7 +146,7 @@ where
     Ok(())
 }
 
-/// The same with a service for each connection.
+/// Works like [`serve`], with a service for each connection.
 pub(crate) async fn serve_each<L, S, B>(mut listener: L, mut service_for: impl FnMut(&L::Addr) -> S, cx: WorkerContext)
 where
     L: Listener,
@@ -169,14 +171,14 @@ where
             break;
         }
     }
-    // At once, so that a client that comes now is refused, and finds a server that lives.
+    // At once, so that a new client is refused now and tries another server.
     drop(listener);
     cx.mark("draining");
-    // The panics among them are the report's to tell.
+    // The report tells the panics among them.
     drop(connections.wait().await);
 }
 
-/// Serves one connection to its end: also if it is upgraded, and its stream is another's then.
+/// Serves one connection to its end, even if an upgrade hands its stream to another task.
 async fn connection<I, S, B>(stream: I, service: S, cx: WorkerContext)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -190,14 +192,14 @@ where
     cx.mark("before its first request");
     let (line, hold) = line(stream);
     let streams = Streams::new(cx.clone());
-    // Dropped with this future, whatever drops it: then no stream of the connection lives on.
+    // Dropped with this future in every case, so that no stream of the connection lives on.
     let _end = EndStreams(Arc::clone(&streams.0));
     let service = PerRequest::new(service, Arc::clone(&streams.0));
     converse(line, service, streams.clone(), &cx).await;
     upgraded(&hold, &streams, &cx).await;
 }
 
-/// Speaks HTTP until the connection is closed or handed on.
+/// Speaks HTTP until the connection is closed or upgraded.
 async fn converse<I, S, B>(line: Line<I>, service: PerRequest<S>, streams: Streams, cx: &WorkerContext)
 where
     I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -214,7 +216,7 @@ where
     builder.http2().timer(TokioTimer::new()).enable_connect_protocol();
     let mut conversation = pin!(builder.serve_connection_with_upgrades(TokioIo::new(line), service));
     tokio::select! {
-        // Whatever went wrong is between the connection and its client.
+        // An error concerns only the connection and its client.
         _ended = conversation.as_mut() => return,
         () = cx.cancelled() => {}
     }
@@ -222,7 +224,7 @@ where
     let _ended = conversation.await;
 }
 
-/// Waits for whoever has the stream of an upgraded connection.
+/// Waits until the holder of an upgraded connection's stream is done.
 async fn upgraded<I>(hold: &Hold<I>, streams: &Streams, cx: &WorkerContext) {
     if !hold.is_released() {
         cx.mark(format!("upgraded by {}", streams.0.latest()));
@@ -234,7 +236,7 @@ async fn upgraded<I>(hold: &Hold<I>, streams: &Streams, cx: &WorkerContext) {
 #[derive(Debug)]
 struct Connection {
     cx: WorkerContext,
-    /// The streams of HTTP/2. Made for the first of them.
+    /// The HTTP/2 streams. Created with the first stream.
     group: OnceLock<TaskGroup>,
     /// The method and path of the latest request.
     latest: Mutex<String>,
@@ -246,7 +248,8 @@ impl Connection {
     }
 }
 
-/// Where hyper spawns the streams of HTTP/2: tasks below the connection's, which may drain as it may.
+/// The executor on which hyper spawns the HTTP/2 streams: tasks below the connection's task, with the same time to
+/// drain.
 #[derive(Debug, Clone)]
 struct Streams(Arc<Connection>);
 
@@ -264,12 +267,13 @@ where
         let group = self.0.group.get_or_init(|| self.0.cx.streams_group());
         // Hyper calls the service for a request right before it spawns its stream.
         let name = self.0.latest().clone();
-        // Rejected only when the connection has ended, and then the stream has too.
+        // A spawn is rejected only after the connection has ended, and then the stream has ended too.
         drop(group.spawn_with(name, |_| stream));
     }
 }
 
-/// Ends the streams of a connection. Each of them holds an executor, and so the group they live in: it has to be told.
+/// Ends the streams of a connection. Each stream holds an executor, and so keeps its own group alive: dropping the
+/// group is not enough, it has to be cancelled.
 struct EndStreams(Arc<Connection>);
 
 impl Drop for EndStreams {
@@ -303,7 +307,7 @@ where
     type Future = <TowerToHyperService<CancellationService<S>> as hyper::service::Service<Request<Incoming>>>::Future;
 
     fn call(&self, mut request: Request<Incoming>) -> Self::Future {
-        // Without the query, in which there may be secrets.
+        // Without the query, which may contain secrets.
         let name = format!("{} {}", request.method(), request.uri().path());
         self.connection.cx.mark(name.clone());
         *self.connection.latest() = name;

@@ -1,5 +1,5 @@
-//! Signals, on an OS thread of their own: a wedged runtime cannot keep one from being seen. SIGINT and SIGTERM stop, as do
-//! the console's events on Windows; copies of one signal, delivered twice within a quiet time, are one signal.
+//! Signals, on their own OS thread, so that a wedged runtime cannot hide one. SIGINT and SIGTERM stop the application,
+//! as do the console's events on Windows; copies of a signal within the quiet time count as one signal.
 
 #[cfg(not(all(any(unix, windows), feature = "signal")))]
 #[path = "signal/none.rs"]
@@ -36,10 +36,10 @@ pub enum Signal {
     User2,
 }
 
-/// What is done with the signals.
+/// What to do with the signals.
 pub(crate) struct Forward<F, S, O> {
     quiet: Duration,
-    /// Until there is a first signal that stops.
+    /// `None` after the first signal that stops.
     first: Option<F>,
     second: S,
     other: O,
@@ -53,9 +53,9 @@ where
     S: FnMut(i32) + Send + 'static,
     O: FnMut(Signal) + Send + 'static,
 {
-    /// Calls `first` with the first signal that stops, and `second` with each that arrives `quiet` after it or later:
-    /// `timeout`, npm and others send a process the signal that its group gets as well, and nobody has lost patience then.
-    /// Calls `other` with those that do not stop.
+    /// Calls `first` with the first signal that stops, and `second` with each one that arrives `quiet` after it or
+    /// later. Earlier ones are copies and show no impatience: `timeout`, npm and others send a process a signal that
+    /// its group gets as well. Calls `other` with the signals that do not stop.
     pub(crate) fn new(quiet: Duration, first: F, second: S, other: O) -> Self {
         Self { quiet, first: Some(first), second, other, since: Instant::now() }
     }
@@ -63,12 +63,13 @@ where
 
 #[cfg(all(any(unix, windows), feature = "signal"))]
 impl<F: FnOnce(i32), S: FnMut(i32), O: FnMut(Signal)> Forward<F, S, O> {
-    /// A signal that stops was there before anybody listened. Of two, neither is an impatient second.
+    /// Handles a stop signal that arrived before anything listened. Two of them are never a first and an impatient
+    /// second.
     fn kept(&mut self, number: i32) {
         self.first.take().into_iter().for_each(|first| first(number));
     }
 
-    /// A signal that stops has come.
+    /// Handles a stop signal that has just arrived.
     fn stops(&mut self, number: i32) {
         if let Some(first) = self.first.take() {
             self.since = Instant::now();

@@ -1,5 +1,5 @@
-//! What the supervisor, the workers, the signals and the watchdog share: the stop, the end, and who has started.
-//! Any of them may read the report at any time, and none waits for another under a lock.
+//! The state that the supervisor, the workers, the signals and the watchdog share: the stop, the end, and the started
+//! phases. Any of them may read the report at any time, and none waits for another under a lock.
 
 pub(crate) mod stages;
 mod sync;
@@ -22,16 +22,16 @@ use crate::state::voice::{Announcer, Audience, Voice};
 use crate::stop::{Readiness, Stop, StopReason, Stopping, after};
 use crate::tree::{Node, stop_tree, tree};
 
-/// How long a runtime must have run nothing at all before those who waited for it count as starved.
+/// How long a runtime must have run nothing at all before the waiting tasks count as starved.
 const STARVED: Duration = Duration::from_millis(50);
 
-/// What a stop is granted.
+/// The limits of a stop.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Terms {
     /// The total budget.
     pub(crate) budget: Duration,
     pub(crate) drain_delay: Duration,
-    /// Whether a stop by SIGINT has the delay too.
+    /// Whether the drain delay applies to a stop by SIGINT too.
     pub(crate) drains_on_interrupt: bool,
 }
 
@@ -54,13 +54,13 @@ pub(crate) struct Core {
     pub(crate) probe: Probe,
     /// The runtime that `run` has built.
     pub(crate) runtime: OnceLock<Handle>,
-    /// How many threads that runtime has, if it tells.
+    /// How many threads that runtime has, if they are counted.
     pub(crate) threads: Arc<AtomicUsize>,
     pub(crate) counts_threads: AtomicBool,
 }
 
 impl Core {
-    /// Starts the thread that speaks for it.
+    /// Starts the thread that reports for the application.
     pub(crate) fn start(
         name: String,
         stop: Arc<Stop>,
@@ -93,23 +93,23 @@ impl Core {
     pub(crate) fn request(&self, reason: StopReason) {
         // A token that is cancelled without a reason was cancelled through the handle, and that came first.
         let reason = if self.stop.token().is_cancelled() { StopReason::Requested } else { reason };
-        // Whoever is told to stop finds that no more work is to come.
+        // Before the stop, so that a worker that is told to stop sees that the application is no longer ready.
         self.readiness
             .send_if_modified(|readiness| std::mem::replace(readiness, Readiness::Stopping) != Readiness::Stopping);
-        // Before anybody hears of the stop: once somebody has, its deadline is kept.
+        // Before anything learns of the stop, so that the deadline is then already enforced.
         self.ending.begin(after(self.terms.budget).into_std());
         if self.stop.request(Stopping { reason: reason.clone(), deadline: after(self.terms.budget) }) {
             self.announcer.stopping(&reason);
         }
     }
 
-    /// Whether the application is to be given work, as it changes.
+    /// A receiver for the changes of the readiness.
     #[cfg(all(unix, feature = "systemd"))]
     pub(crate) fn watch_readiness(&self) -> watch::Receiver<Readiness> {
         self.readiness.subscribe()
     }
 
-    /// Every phase has started and is ready.
+    /// Notes that every phase has started and is ready.
     pub(crate) fn started_all(&self) {
         self.readiness.send_if_modified(|readiness| {
             let first = *readiness == Readiness::Starting && !self.stop.token().is_cancelled();
@@ -136,14 +136,15 @@ impl Core {
         Report::new(&self.name, reason, elapsed, &self.ledger, unnamed)
     }
 
-    /// The groups of all phases that were started and those below them, closed, and whether they were starved.
+    /// Closes the groups of all started phases and the groups below them, and lists them, each with whether it was
+    /// starved.
     pub(crate) fn nodes(&self) -> Vec<(Arc<dyn Node>, bool)> {
         let started = self.started();
         let nodes = started.iter().map(|phase| (tree(&phase.node), self.is_starved(phase)));
         nodes.flat_map(|(nodes, starved)| nodes.into_iter().map(move |node| (node, starved))).collect()
     }
 
-    /// How long after a stop for this reason the first phase is told.
+    /// How long after a stop for this reason the first phase is told to stop.
     pub(crate) fn delay(&self, reason: &StopReason) -> Duration {
         match reason {
             // A person at a terminal waits for no load balancer.
@@ -183,14 +184,14 @@ impl Core {
         }
     }
 
-    /// Whether the runtime has run nothing at all since a phase was told.
+    /// Whether the runtime has run nothing at all since this phase was told to stop.
     fn is_starved(&self, phase: &Started) -> bool {
         phase.told.is_some_and(|(at, answered)| {
             self.probe.open() > 0 && answered == self.probe.answered() && at.elapsed() >= STARVED
         })
     }
 
-    /// How many futures of the application's are alive in the runtime.
+    /// How many of the application's futures are alive in the runtime.
     pub(crate) fn named_futures(&self) -> usize {
         self.nodes().iter().map(|(node, _)| node.live_futures()).sum()
     }
@@ -203,7 +204,7 @@ impl Core {
         self.working.load(Ordering::Acquire)
     }
 
-    /// One worker has ended, or will never start.
+    /// Notes that a worker has ended, or will never start.
     pub(crate) fn worker_ended(&self) {
         if self.working.fetch_sub(1, Ordering::AcqRel) == 1 {
             self.request(StopReason::Completed);
@@ -216,6 +217,6 @@ impl Core {
 struct Started {
     node: Arc<dyn Node>,
     timeout: Option<Duration>,
-    /// When it was told to stop, and how many answers of the runtime there had been.
+    /// When it was told to stop, and how many probes the runtime had answered by then.
     told: Option<(std::time::Instant, u64)>,
 }

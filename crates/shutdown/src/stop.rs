@@ -1,4 +1,4 @@
-//! The word that says "stop": reason, deadline and flag are one cell, so no reader ever sees one without the others.
+//! A request to stop: reason, deadline and flag are one cell, so no reader ever sees one without the others.
 
 use std::fmt;
 use std::pin::pin;
@@ -100,7 +100,7 @@ pub(crate) struct Stopping {
     pub(crate) deadline: Instant,
 }
 
-/// Set at most once. Reading it is one atomic load; the token is for those who wait.
+/// Set at most once. Reading it is one atomic load; the token is for tasks that wait.
 #[derive(Debug, Default)]
 pub(crate) struct Stop {
     cell: OnceLock<Stopping>,
@@ -108,7 +108,7 @@ pub(crate) struct Stop {
 }
 
 impl Stop {
-    /// Sets the reason unless there is one already, then wakes everyone who waits.
+    /// Sets the reason unless there is one already, then wakes every waiting task.
     ///
     /// Returns whether this was the first request.
     pub(crate) fn request(&self, stopping: Stopping) -> bool {
@@ -133,20 +133,21 @@ impl Stop {
     }
 }
 
-/// The moment `timeout` from now. One beyond what an instant can hold is as good as 30 years away.
+/// The moment `timeout` from now. If that is more than an instant can hold, it is 30 years away instead.
 pub(crate) fn after(timeout: Duration) -> Instant {
     const FAR: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
     Instant::now() + timeout.min(FAR)
 }
 
-/// The stop of one task alone, beside that of its group.
+/// The stop of one task alone, in addition to the stop of its group.
 #[derive(Debug, Default)]
 pub(crate) struct OwnStop {
     cell: OnceLock<Stopping>,
     told: Notify,
-    /// Given to code that takes a token. Made on demand, so that a cancel of 10,000 tasks has no 10,000 tokens to visit.
+    /// Given to code that takes a token. Created on demand, so that a cancel of 10,000 tasks does not visit 10,000
+    /// tokens.
     token: OnceLock<CancellationToken>,
-    /// Whether this stop came before the group's, as the first who asked for the reason has seen it.
+    /// Whether this stop came before the group's, as seen by the first caller that asked for the reason.
     is_first: OnceLock<bool>,
 }
 
@@ -165,7 +166,7 @@ impl OwnStop {
         self.cell.get().is_some()
     }
 
-    /// The first reason of this stop and the group's. Whichever was seen first stays the reason.
+    /// The reason of this stop or the group's. The one that was seen first stays the reason.
     pub(crate) fn reason(&self, group: &Stop) -> Option<StopReason> {
         let (own, group) = (self.cell.get(), group.get());
         let is_first = || *self.is_first.get_or_init(|| own.is_some());
@@ -173,7 +174,7 @@ impl OwnStop {
         first.map(|stopping| stopping.reason.clone())
     }
 
-    /// The earlier deadline of this stop and the group's.
+    /// The earlier of this stop's deadline and the group's.
     pub(crate) fn deadline(&self, group: &Stop) -> Option<Instant> {
         let deadlines = [self.cell.get(), group.get()];
         deadlines.into_iter().flatten().map(|stopping| stopping.deadline).min()
@@ -182,7 +183,7 @@ impl OwnStop {
     /// Waits for this stop or the group's.
     pub(crate) async fn cancelled(&self, group: &Stop) {
         let mut told = pin!(self.told.notified());
-        // Before the look, so that a stop between the two is not missed.
+        // Before the check, so that a stop between the two is not missed.
         told.as_mut().enable();
         if !self.is_set() {
             group.token().run_until_cancelled(told).await;

@@ -1,4 +1,4 @@
-//! One task and its traces: name, origin, pulse, last mark. Whatever becomes of a task, is told exactly once.
+//! One task and its traces: name, origin, pulse, last mark. However a task ends, its outcome is recorded exactly once.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -12,7 +12,7 @@ use crate::panics::{Panic, PanicLocation, catch, watch};
 
 use crate::stop::{OwnStop, Stopping};
 
-/// The error of a task, if nobody asked to keep its type.
+/// The error of a task whose type was not kept.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
 /// How a task ended.
@@ -140,7 +140,8 @@ impl WorkerOutput for Never {
     }
 }
 
-/// The type of a `loop` without an end, and of a panic. Stable Rust has it, but names it only as what this returns.
+/// The type of a `loop` without an end, and of a panic. Stable Rust can name it only as the return type of this
+/// function pointer.
 pub(crate) type Never = <fn() -> ! as Returning>::Value;
 
 pub(crate) trait Returning {
@@ -166,7 +167,7 @@ pub enum StragglerState {
 }
 
 impl StragglerState {
-    /// As it is kept in a slot. Zero stands for none.
+    /// The number by which a slot stores it. Zero stands for none.
     fn number(self) -> u8 {
         match self {
             Self::BlockedInPoll => 1,
@@ -196,7 +197,7 @@ impl fmt::Display for StragglerState {
 /// What a cancel does to a task before its grace is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// It knows nothing of a token: dropped at its next await.
+    /// It has no token: dropped at its next await.
     Plain,
     /// It has a context: told, and left alone until its grace is over.
     Contextual,
@@ -209,28 +210,29 @@ const CALLED_OFF: u32 = u32::MAX;
 
 /// What others may know of a task while it runs. Shared by the task, its group and the reports.
 ///
-/// A server has one for each connection, so whatever a plain task has no use for is not in here but behind `own`.
+/// A server has one for each connection, so what a plain task does not need is not in here but behind `own`.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) name: Cow<'static, str>,
     pub(crate) spawned_at: &'static Location<'static>,
-    /// What a task without a context does without.
+    /// What only a task with a context needs.
     own: Option<Box<Own>>,
-    /// The way to abort the task: from when it is spawned until its end is told. It keeps the memory of the future.
+    /// The handle to abort the task, from its spawn until its outcome is recorded. It keeps the future's memory
+    /// allocated.
     handle: Mutex<Option<JoinHandle<()>>>,
-    /// Its place in the list of its group, from when it is entered until its end is told.
+    /// Its place in the list of its group, from its entry until its outcome is recorded.
     place: AtomicU32,
-    /// The number of polls begun and ended: odd inside a poll. Once it has begun, only the task writes it, so plain
-    /// stores will do.
+    /// The number of polls begun and ended: odd inside a poll. Once the task has begun, only the task writes it, so
+    /// plain stores will do.
     pulse: AtomicU32,
     pub(crate) kind: Kind,
-    /// Whether its outcome has been told. Whoever sets it tells.
+    /// Whether its outcome has been recorded. The caller that sets the flag records it.
     told: AtomicBool,
-    /// Whether it is to be aborted, which may be known before it is spawned.
+    /// Whether to abort it. This may be decided before it is spawned.
     unwanted: AtomicBool,
-    /// Whether it was told to stop by itself, beside its group.
+    /// Whether this task alone was told to stop.
     called: AtomicBool,
-    /// What it was doing when it was cut, as a number; zero if it was not.
+    /// What it was doing when it was cut, as a number; zero if it was not cut.
     cut: AtomicU8,
 }
 
@@ -260,7 +262,7 @@ impl Slot {
         }
     }
 
-    /// Under the lock of the group, as is every look at it.
+    /// Call this under the group's lock, like every read of the place.
     pub(crate) fn set_place(&self, place: u32) {
         self.place.store(place, Ordering::Relaxed);
     }
@@ -269,7 +271,7 @@ impl Slot {
         self.place.load(Ordering::Relaxed)
     }
 
-    /// How a task ends that panicked.
+    /// The outcome of a task that panicked.
     pub(crate) fn panicked<T, E>(&self, panic: Panic) -> TaskOutcome<T, E> {
         let Panic { message, location } = panic;
         TaskOutcome::Panicked { message, location: location.unwrap_or_else(|| self.spawned_at.into()) }
@@ -294,7 +296,7 @@ impl Slot {
         self.pulse.load(Ordering::Relaxed)
     }
 
-    /// What the task is doing, given its pulse some milliseconds ago and whether its runtime runs nothing.
+    /// What the task is doing, judged by its pulse some milliseconds ago and by whether its runtime runs nothing.
     pub(crate) fn judge(&self, earlier: u32, starved: bool) -> StragglerState {
         let now = self.pulse();
         match self.kind {
@@ -312,7 +314,7 @@ impl Slot {
 
     /// Tells this task alone to stop: a plain one is dropped at its next await, as is a closure that has not begun.
     pub(crate) fn tell_to_stop(&self, stopping: Stopping) {
-        // The reason first, so that whoever finds the flag finds it.
+        // The reason first, so that a reader that sees the flag also sees the reason.
         if let Some(own) = &self.own {
             own.stop.request(stopping);
         }
@@ -327,14 +329,14 @@ impl Slot {
         self.called.load(Ordering::Acquire)
     }
 
-    /// The stop of this task alone. A plain one has none.
+    /// The stop of this task alone. A plain task has none.
     pub(crate) fn own_stop(&self) -> Option<&OwnStop> {
         self.own.as_ref().map(|own| &own.stop)
     }
 
     /// Records that the task outlived its grace. The first judgement stands.
     pub(crate) fn cut(&self, state: StragglerState) {
-        // Relaxed will do: what reads it is the end of the task, which the abort that follows brings about.
+        // Relaxed will do: only the end of the task reads it, and the abort that follows brings that end about.
         let _first = self.cut.compare_exchange(0, state.number(), Ordering::Relaxed, Ordering::Relaxed);
     }
 
@@ -342,7 +344,7 @@ impl Slot {
         StragglerState::of(self.cut.load(Ordering::Relaxed))
     }
 
-    /// Returns true for exactly one caller: the one who may tell the outcome.
+    /// Returns true for exactly one caller, which may then record the outcome.
     pub(crate) fn claim(&self) -> bool {
         !self.told.swap(true, Ordering::AcqRel)
     }
@@ -351,14 +353,15 @@ impl Slot {
         self.told.load(Ordering::Acquire)
     }
 
-    /// Makes the task abortable, now that it is spawned. A stop may have come before, and its end too.
+    /// Makes the task abortable, now that it is spawned. A stop may already have come, and the task may already have
+    /// ended.
     pub(crate) fn attach(&self, handle: JoinHandle<()>) {
         let mut held = self.lock_handle();
         if self.is_told() {
             return;
         }
         let handle = held.insert(handle);
-        // Whoever aborts says so before it takes the lock: either it finds the handle, or it is seen here.
+        // An abort sets this flag before it takes the lock: either it finds the handle, or the flag is seen here.
         if self.unwanted.load(Ordering::Relaxed) {
             let handle = handle.abort_handle();
             drop(held);
@@ -366,13 +369,13 @@ impl Slot {
         }
     }
 
-    /// Lets go of the task, whose outcome has been told.
+    /// Releases the task, whose outcome has been recorded.
     pub(crate) fn detach(&self) {
         let handle = self.lock_handle().take();
         drop(handle);
     }
 
-    /// Aborts the task, or else sees to it that it is aborted as soon as it can be.
+    /// Aborts the task, or has it aborted as soon as it is spawned.
     pub(crate) fn abort(&self) {
         self.unwanted.store(true, Ordering::Relaxed);
         let handle = self.lock_handle().as_ref().map(JoinHandle::abort_handle);
@@ -390,7 +393,7 @@ impl Slot {
         self.handle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Leaves a mark. Only a context does, and whatever has one has room for it.
+    /// Leaves a mark. Only a context calls this, and every task with a context has room for the mark.
     pub(crate) fn set_mark(&self, mark: Cow<'static, str>) {
         if let Some(own) = &self.own {
             *own.mark.lock().unwrap_or_else(PoisonError::into_inner) = Some(mark);

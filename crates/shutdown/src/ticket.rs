@@ -1,5 +1,5 @@
-//! A task as its runtime holds it. It tells its end exactly once, whatever becomes of it, and only when what it owned is
-//! gone.
+//! A task as its runtime holds it. It reports its end exactly once, however it ends, and only after everything it owned
+//! is gone.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use crate::stop::{Stopping, after};
 use crate::task::{Slot, TaskOutcome, TaskOutput, guarded};
 use crate::tree::{Node, stop_tree};
 
-/// A task's obligation to say how it ended: by itself, or else when it is dropped.
+/// A task's obligation to report how it ended: explicitly, or else when it is dropped.
 pub(crate) struct Ticket<T, E> {
     pub(crate) slot: Arc<Slot>,
     roster: Arc<Roster<T, E>>,
@@ -25,7 +25,7 @@ impl<T, E> Ticket<T, E> {
 }
 
 impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
-    /// Says how the task ended. Whatever it owned must be gone by then.
+    /// Reports how the task ended. Everything it owned must be gone by then.
     pub(crate) fn finish(&self, outcome: TaskOutcome<T, E>) {
         self.roster.tell(&self.slot, outcome, |reason, grace| {
             let node: Arc<dyn Node> = self.roster.clone();
@@ -39,7 +39,7 @@ impl<T, E> Drop for Ticket<T, E> {
         if self.slot.is_told() {
             return;
         }
-        // Dropped before its end: by its group, or else by a cut or by the end of the runtime.
+        // Dropped before its end, by its group, by a cut, or by the end of the runtime.
         let told = self.roster.is_stopped() || self.slot.is_called();
         let cancelled = told && self.slot.straggling().is_none();
         let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
@@ -48,8 +48,8 @@ impl<T, E> Drop for Ticket<T, E> {
 }
 
 pin_project! {
-    // The future is declared before the ticket and so is dropped before it: also when a task is aborted, its destructors
-    // have run when its end is told.
+    // The future is declared before the ticket and so is dropped before it: even when a task is aborted, its
+    // destructors have run when its end is reported.
     pub(crate) struct Tracked<F, T, E> {
         #[pin]
         future: Option<F>,
@@ -61,7 +61,7 @@ pin_project! {
             let mut this = this.project();
             if this.future.is_some() {
                 let slot = Arc::clone(&this.ticket.slot);
-                // A destructor that panics is how the task ended, also of one that is cancelled or cut.
+                // If a destructor panics, the panic is the task's outcome, even if the task is cancelled or cut.
                 if let Err(panicked) = guarded(&slot, || this.future.set(None)) {
                     this.ticket.roster.tell(&slot, panicked, |_, _| {});
                 }
@@ -88,14 +88,14 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
         let slot = &this.ticket.slot;
-        // Kept out here, so that one whose destructor panics is not dropped while another panic unwinds.
+        // Kept out here, so that an output whose destructor panics is not dropped while another panic unwinds.
         let mut output = None;
         let polled = guarded(slot, || {
-            // Once it was ready, it is gone, and nobody polls it again.
+            // Once the future was ready, it is gone, and is not polled again.
             let Some(future) = this.future.as_mut().as_pin_mut() else { return };
             if let Poll::Ready(returned) = future.poll(cx) {
                 output = Some(returned);
-                // What it owns goes before its end is told. A destructor that panics is how the task ended.
+                // What it owns is dropped before its end is reported. If a destructor panics, the panic is the outcome.
                 this.future.set(None);
             }
         });

@@ -1,5 +1,5 @@
-//! Groups without their types, and what is done to a whole tree of them. A stop reaches every task of a group and of the
-//! groups below it; no two groups are ever locked at once.
+//! Groups without their types, and operations on a whole tree of groups. A stop reaches every task of a group and of
+//! the groups below it; no two groups are ever locked at once.
 
 use std::fmt;
 use std::future::poll_fn;
@@ -15,9 +15,9 @@ use crate::report::Ledger;
 use crate::stop::{Stop, Stopping};
 use crate::task::{Kind, Slot};
 
-/// The time between the two looks that tell a blocked task from a parked one.
+/// The time between the two observations that tell a blocked task from a parked one.
 pub(crate) const SAMPLE: Duration = Duration::from_millis(5);
-/// How long an aborted task may take to be dropped before it counts as one that cannot be stopped.
+/// How long an aborted task may take to be dropped before it counts as unstoppable.
 const SETTLE: Duration = Duration::from_millis(20);
 
 /// The tasks of one group, without their types.
@@ -25,36 +25,36 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn path(&self) -> &str;
     fn stop(&self) -> &Arc<Stop>;
     fn ledger(&self) -> Option<&Arc<Ledger>>;
-    /// Lets no more tasks and groups in.
+    /// Admits no more tasks and groups.
     fn close(&self);
-    /// The same, unless the group takes tasks until it is cut or dropped.
+    /// Closes the group, unless it takes tasks until it is cut or dropped.
     fn close_on_stop(&self);
-    /// The same if no task is alive here; returns whether that is so.
+    /// Closes the group if no task is alive here; returns whether that is so.
     fn close_if_empty(&self) -> bool;
     fn live(&self) -> Vec<Arc<Slot>>;
-    /// How many futures are alive, rather than blocking closures.
+    /// How many futures are alive; blocking closures do not count.
     fn live_futures(&self) -> usize;
     /// The groups below that have not ended for good.
     fn children(&self) -> Vec<Arc<dyn Node>>;
-    /// Whether the group has ended for good, with all below it.
+    /// Whether the group and all groups below it have ended for good.
     fn is_gone(&self) -> bool;
-    /// Takes a group in, to be stopped and awaited with this one. Returns false if this one is closed.
+    /// Adopts a group, which is then stopped and awaited with this one. Returns false if this one is closed.
     fn adopt(&self, child: Weak<dyn Node>) -> bool;
-    /// Tells every task that is still alive as abandoned, but a blocking closure that has not begun as cancelled: it
-    /// never will.
+    /// Records every live task as abandoned, but a blocking closure that has not begun as cancelled, because it never
+    /// will begin.
     fn abandon(&self);
-    /// How many tasks there ever were here, if none is alive.
+    /// How many tasks this group ever had, if none is alive.
     fn entered_if_empty(&self) -> Option<u64>;
     /// Ready when no task is alive here.
     fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()>;
-    /// Ready when no task is alive here or below, nor a group below that could still take one.
+    /// Ready when no task is alive here or below, and no group below could still take one.
     fn poll_idle(&self, cx: &mut Context<'_>) -> Poll<()>;
-    /// Whether this group has just ended for good; if so, the one above that has to be told.
+    /// Returns the group above, to be told, if this group has just ended for good.
     fn end(&self) -> Option<Arc<dyn Node>>;
     fn child_ended(&self);
 }
 
-/// Stops a group and all groups below it: gives the reason, closes them, drops the tasks that wait for no token.
+/// Stops a group and all groups below it: sets the reason, closes them, and drops the tasks that have no token.
 pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
     // The reason comes before the close, so that a task that finds its group closed, and is aborted, finds it too.
     let tell = |node: &dyn Node| {
@@ -76,17 +76,17 @@ pub(crate) fn tree(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
     walk(root, |node| node.close())
 }
 
-/// Lists a group and all groups below it, and leaves them as they are.
+/// Lists a group and all groups below it without changing them.
 pub(crate) fn list(root: &Arc<dyn Node>) -> Vec<Arc<dyn Node>> {
     walk(root, |_| {})
 }
 
-/// Visits and lists a group and all groups below it. A loop, so that no nesting is deep enough to overflow.
+/// Visits and lists a group and all groups below it. A loop, so that no nesting can overflow the stack.
 fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn Node>> {
     let mut nodes = vec![Arc::clone(root)];
     let mut next = 0;
     while let Some(node) = nodes.get(next).cloned() {
-        // Before the children are listed, so that a visit which closes the group has none added behind its back.
+        // Before the children are listed: a visit that closes the group thus leaves no child unlisted.
         visit(&*node);
         nodes.extend(node.children());
         next += 1;
@@ -94,10 +94,10 @@ fn walk(root: &Arc<dyn Node>, mut visit: impl FnMut(&dyn Node)) -> Vec<Arc<dyn N
     nodes
 }
 
-/// Waits until no task is alive here and below, whoever still holds a group below: those are closed then.
+/// Waits until no task is alive here and below, then closes the groups below, even if they still have holders.
 pub(crate) async fn finished(root: &Arc<dyn Node>) {
     loop {
-        // One after the other, so that it does not take a look at every group to see that one of them has ended.
+        // One after the other, so that the end of one group does not cost a look at all of them.
         for node in walk(root, |_| {}) {
             poll_fn(|cx| node.poll_empty(cx)).await;
         }
@@ -109,8 +109,8 @@ pub(crate) async fn finished(root: &Arc<dyn Node>) {
 
 /// Closes a group and all groups below it if no task is alive in any of them; returns whether that is so.
 fn close_if_finished(root: &Arc<dyn Node>) -> bool {
-    // A task may end right after it has spawned another into a group that was looked at before. But if there was none
-    // in two looks, and none has come in between, there was none anywhere at the end of the first.
+    // A task may end right after it has spawned another into a group that was already checked. But if two passes saw no
+    // task, and none was entered between them, then no task was alive anywhere at the end of the first.
     let (Some(first), Some(second)) = (census(root), census(root)) else { return false };
     let same = |(one, two): (&Census, &Census)| Arc::ptr_eq(&one.0, &two.0) && one.1 == two.1;
     let mut finished = first.len() == second.len() && first.iter().zip(&second).all(same);
@@ -122,16 +122,16 @@ fn close_if_finished(root: &Arc<dyn Node>) -> bool {
     finished
 }
 
-/// A group without tasks, and how many it ever had.
+/// A group that has no tasks now, and how many it ever had.
 type Census = (Arc<dyn Node>, u64);
 
-/// A look at each group; `None` if one has tasks.
+/// Looks at each group; `None` if one has tasks.
 fn census(root: &Arc<dyn Node>) -> Option<Vec<Census>> {
     let nodes = walk(root, |_| {}).into_iter();
     nodes.map(|node| node.entered_if_empty().map(|entered| (node, entered))).collect()
 }
 
-/// Aborts every task of a group that has been stopped and of those below it, whatever grace is left.
+/// Aborts every task of a stopped group and of the groups below it, however much grace is left.
 pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
     for node in tree(root) {
         node.live().iter().for_each(|slot| slot.abort());
@@ -139,10 +139,11 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
     }
 }
 
-/// Aborts whatever is alive below `roots`, having noted what it was doing. Afterwards nothing is: what cannot be
-/// aborted is told as abandoned. Bounded by `SAMPLE` and `SETTLE`; dropped early, it is simply done again.
+/// Notes what each live task below `roots` is doing, and aborts it. Afterwards none is alive: what cannot be aborted is
+/// recorded as abandoned. It takes at most `SAMPLE` and `SETTLE`. If dropped early, call it again.
 ///
-/// With each root goes whether it is starved: whether the runtime has run nothing since it was told to stop.
+/// The flag of each root says whether it is starved: whether the runtime has run nothing since the root was told to
+/// stop.
 pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
     let nodes: Vec<_> = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().zip(repeat(*starved))).collect();
     let slots = nodes.iter().flat_map(|(node, starved)| node.live().into_iter().zip(repeat(*starved)));
@@ -158,7 +159,7 @@ pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
     }
 }
 
-/// Aborts these tasks, having noted what each was doing, and gives them the time to be dropped until `ended` is ready.
+/// Notes what each of these tasks is doing, aborts them, and waits a short time for `ended`, while they are dropped.
 pub(crate) async fn cut_tasks(slots: impl Iterator<Item = &Arc<Slot>>, ended: impl Future<Output = ()>) {
     abort_judged(slots.filter(|slot| !slot.is_told()).map(|slot| (Arc::clone(slot), false)), &Clock::Tokio).await;
     // Elapsed or not, the caller's next step is the same.
@@ -176,7 +177,8 @@ async fn abort_judged(slots: impl Iterator<Item = (Arc<Slot>, bool)>, clock: &Cl
     }
 }
 
-/// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
+/// Polls `look` to its end. When the group is stopped and its grace is over, cuts what is left, and then `look` is
+/// ready.
 pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
     loop {
         let looking = poll_fn(&mut look);
@@ -194,7 +196,7 @@ pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut C
     }
 }
 
-/// Tells the group above that one below it has ended, and so on upwards. A loop for the same reason as in `walk`.
+/// Tells the group above that one below it has ended, and so on upwards. It is a loop for the same reason as `walk`.
 pub(crate) fn ended(mut above: Option<Arc<dyn Node>>) {
     while let Some(node) = above {
         node.child_ended();

@@ -1,5 +1,5 @@
-//! The groups that a worker has below it, and one worker by hand. Invariant: what a worker starts in a group of its own is
-//! told, cut and reported with it, and a worker by hand is aborted with its handle.
+//! A worker's own groups, and a single worker without an application. Invariant: the tasks in a worker's groups are
+//! told to stop, cut and reported with the worker, and a single worker is aborted with its handle.
 
 use std::panic::Location;
 
@@ -19,7 +19,7 @@ impl WorkerContext {
         TaskGroup::below(self.node(), self.name().to_owned())
     }
 
-    /// A group that takes tasks until it is dropped, also when the worker has been told to stop.
+    /// A group that takes tasks until it is dropped, even after the worker has been told to stop.
     #[cfg(feature = "tower")]
     pub(crate) fn streams_group(&self) -> TaskGroup {
         TaskGroup::lingering_below(self.node(), self.name().to_owned())
@@ -91,7 +91,7 @@ impl BackgroundWorker {
             return Err(Rejected::new(self.name.clone(), work));
         }
         let (token, spawned_at) = (self.token.clone(), Location::caller());
-        // A new group each time, so that what an earlier run has left behind is never taken for the outcome of this one.
+        // A new group each time, so that an outcome left behind by an earlier run is never taken for this run's.
         self.group = TaskGroup::new();
         let run = move |_| async move { work(token).await.into_result() };
         self.group

@@ -1,5 +1,5 @@
-//! What an application does on signals that do not stop it: actions of the user's, and the list of what is alive. They run
-//! on a thread of their own, so that one which hangs keeps no signal from stopping the application.
+//! What an application does on signals that do not stop it: it runs the user's actions, or lists what is alive. Actions
+//! run on their own thread, so a hanging action keeps no signal from stopping the application.
 
 use std::fmt;
 use std::io;
@@ -63,7 +63,7 @@ impl fmt::Debug for SignalContext {
     }
 }
 
-/// The actions of an application. Of several for one signal, each runs.
+/// The actions of an application. If a signal has several, they all run.
 #[derive(Default)]
 pub(crate) struct Actions(Vec<(Signal, Action)>);
 
@@ -72,7 +72,7 @@ impl Actions {
         self.0.push((signal, action));
     }
 
-    /// Has SIGQUIT list what is alive on the standard error, unless it has an action.
+    /// Makes SIGQUIT list on standard error what is alive, unless the user gave it an action.
     pub(crate) fn add_dump(&mut self) {
         if !self.signals().any(|signal| signal == Signal::Quit) {
             self.add(Signal::Quit, Box::new(|cx| print(format_args!("{}", cx.dump()))));
@@ -83,7 +83,7 @@ impl Actions {
         self.0.iter().map(|(signal, _)| *signal)
     }
 
-    /// Starts the thread that runs the actions for each signal it is sent, until nobody can send any more.
+    /// Starts the thread that runs the actions for each signal sent to it, until the last sender is gone.
     pub(crate) fn start(mut self, core: Arc<Core>) -> io::Result<Sender<Signal>> {
         let (send, signals) = channel();
         let act = move || {
@@ -95,10 +95,10 @@ impl Actions {
         Ok(send)
     }
 
-    /// Does what is to be done on a signal, here and now.
+    /// Runs the actions for a signal, on this thread.
     pub(crate) fn act(&mut self, core: &Arc<Core>, signal: Signal) {
         for (_, action) in self.0.iter_mut().filter(|(of, _)| *of == signal) {
-            // The panic hook has told it. The next signal is not to be lost for that.
+            // The panic hook has reported it, and a panic must not cost the next signal.
             drop(catch(|| action(SignalContext { core: Arc::clone(core), signal })));
         }
     }

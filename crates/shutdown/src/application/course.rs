@@ -1,5 +1,5 @@
-//! One run of an application whose course is set: the threads beside the runtime, the runtime, and the end of both.
-//! Nothing that was started is left if anything else cannot be.
+//! One run of an application: the threads beside the runtime, the runtime, and the end of both. If one part cannot be
+//! started, none of the others is left running.
 
 use std::io;
 use std::sync::Arc;
@@ -21,7 +21,7 @@ use crate::signal::{Forward, Forwarding, Signals};
 use crate::state::Core;
 use crate::stop::StopReason;
 
-/// How long `serve` may wait for a blocking thread beyond the time of the callbacks.
+/// How much longer than the callbacks' time `serve` may wait for a blocking thread.
 const ANSWER_SLACK: Duration = Duration::from_millis(100);
 
 /// Why an application could not be started.
@@ -49,9 +49,9 @@ pub enum AppError {
 }
 
 impl AppError {
-    /// Returns whether the mistake is the program's own: `run` was called inside a runtime.
+    /// Returns whether the program made a mistake: it called `run` inside a runtime.
     ///
-    /// Every other error is a refusal by the system.
+    /// In every other case the system refused something.
     pub fn is_inside_runtime(&self) -> bool {
         matches!(self, Self::InsideRuntime)
     }
@@ -61,7 +61,7 @@ impl AppError {
     }
 }
 
-/// What is to be run.
+/// What to run.
 pub(crate) struct Course {
     pub(crate) phases: Vec<Phase>,
     pub(crate) restart: RestartPolicy,
@@ -69,7 +69,7 @@ pub(crate) struct Course {
     pub(crate) signals: io::Result<Listening>,
 }
 
-/// What is to be listened to.
+/// What to listen to.
 pub(crate) struct Listening {
     pub(crate) signals: Signals,
     pub(crate) quiet: Duration,
@@ -77,7 +77,7 @@ pub(crate) struct Listening {
 }
 
 impl Listening {
-    /// Forwards the signals that stop, and has the others acted upon.
+    /// Forwards the signals that stop the application, and passes the others to the actions.
     pub(crate) fn start(
         self,
         core: &Arc<Core>,
@@ -87,7 +87,7 @@ impl Listening {
         let Self { signals, quiet, actions } = self;
         signals.add(actions.signals()).map_err(AppError::Signals)?;
         let actions = actions.start(Arc::clone(core)).map_err(AppError::thread("the actions on signals"))?;
-        // An error is a thread of the actions that is gone, which its end brings about and nothing else.
+        // This fails only when the actions' thread is gone, and only the end of the application ends that thread.
         let other = move |signal| {
             actions.send(signal).unwrap_or_default();
         };
@@ -116,7 +116,7 @@ impl Course {
         let unnamed = end_runtime(core, runtime);
 
         let Some(voice) = core.ending.claim() else {
-            // The watchdog or a second signal was faster. The process is theirs to end, within milliseconds.
+            // The watchdog or a second signal was faster, and ends the process within milliseconds.
             loop {
                 std::thread::park();
             }
@@ -125,7 +125,7 @@ impl Course {
         drop(watchdog);
         Ok(code)
     }
-    /// Inside the runtime of the caller.
+    /// Runs inside the caller's runtime.
     pub(crate) async fn serve(self, core: &Arc<Core>) -> Result<Report, AppError> {
         let Self { phases, restart, signals, .. } = self;
         let (first, second) = (Arc::clone(core), Arc::clone(&core.ending));
@@ -141,14 +141,14 @@ impl Course {
     }
 }
 
-/// Runs the phases and has the report told.
+/// Runs the phases and has the report delivered.
 pub(crate) async fn serve(core: &Arc<Core>, phases: Vec<Phase>, restart: RestartPolicy) -> Report {
     supervise(core, phases, restart, &Clock::Tokio).await;
     let mut report = core.report(Unnamed::default());
     if let Some(voice) = core.ending.claim() {
         let limit = Watchdog::patience(core.remaining());
         let telling = voice.tell(report.clone(), None);
-        // Bounded here as well: stragglers may hold every blocking thread there is.
+        // Bounded here as well: stragglers may hold every blocking thread.
         let answer = timeout(limit + ANSWER_SLACK, tokio::task::spawn_blocking(move || telling.wait(limit)));
         if let Ok(Ok(code)) = answer.await {
             report.set_exit_code(code);

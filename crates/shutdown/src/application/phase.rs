@@ -1,4 +1,4 @@
-//! Phases: workers that start together and stop together, as they are declared. Nothing runs here.
+//! The declaration of phases: workers that start together and stop together. Nothing runs here.
 
 use std::fmt;
 use std::panic::Location;
@@ -15,9 +15,9 @@ pub(crate) struct Worker {
     pub(crate) work: Work,
     /// Its own policy, instead of the phase's.
     pub(crate) restart: Option<RestartPolicy>,
-    /// Whether its failure is not the application's.
+    /// Whether the application continues when it fails.
     pub(crate) is_tolerated: bool,
-    /// Whether the next phase needs what it makes.
+    /// Whether it makes a value for the phases that follow.
     pub(crate) is_provider: bool,
 }
 
@@ -28,7 +28,7 @@ pub struct Phase {
     pub(crate) timeout: Option<Duration>,
     pub(crate) ready_within: Option<Duration>,
     pub(crate) restart: Option<RestartPolicy>,
-    /// Whether it is the one of the workers that were added to the application itself.
+    /// Whether it holds the workers that were added to the application itself.
     pub(crate) is_own: bool,
 }
 
@@ -128,7 +128,7 @@ impl Phase {
         G: Future<Output = ()> + Send + 'static,
     {
         let provide = move |cx: WorkerContext| async move {
-            // Told to stop before there was a value, it has nothing to close.
+            // A worker told to stop before it made a value has nothing to close.
             let Some(made) = cx.token().run_until_cancelled_owned(make(cx.clone())).await else { return Ok(()) };
             let value = made?;
             if let Some(values) = cx.values() {
@@ -233,7 +233,7 @@ where
 {
     Work::Again(Box::new(move |cx| {
         let work = work.clone();
-        // Called inside the attempt, so that a panic of `work` itself is the attempt's.
+        // Called inside the attempt, so that a panic of `work` itself counts as a panic of the attempt.
         Box::pin(async move { work(cx).await.into_result() })
     }))
 }

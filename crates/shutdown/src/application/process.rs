@@ -1,8 +1,9 @@
-//! The end of the process: the last resort, on an OS thread, and the end of the runtime, whose unnamed work (what a worker
-//! gave to `tokio::spawn` and `spawn_blocking` without a group) is counted, and blamed only if it holds the runtime up.
+//! The end of the process, as a last resort on an OS thread, and the end of the runtime. Unnamed work in the runtime
+//! (given to `tokio::spawn` and `spawn_blocking` without a group) is counted, and blamed only if it holds the runtime
+//! up.
 //!
-//! Invariant: whatever the runtime does, the process is gone soon after the deadline. The watchdog waits by the clock of the
-//! system alone, so a paused clock of tokio's does not hold it up, and it runs no code of the user's.
+//! Invariant: whatever the runtime does, the process is gone soon after the deadline. The watchdog uses only the
+//! system's clock, so a paused tokio clock does not hold it up, and it runs none of the user's code.
 
 use std::io;
 use std::sync::Arc;
@@ -21,14 +22,14 @@ use crate::tree::{Node, SAMPLE};
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);
-/// How long `run` may take to return when the callbacks have.
+/// How long `run` may take to return after the callbacks have returned.
 const RETURN: Duration = Duration::from_millis(30);
-/// How long a task whose end has been told may take to leave the runtime.
+/// How long a task may take to leave the runtime after its end was recorded.
 const LEAVING: Duration = Duration::from_millis(3);
-/// How long the runtime may take to end when its threads are held by work that is in the report already.
+/// How long the runtime may take to end when work that is already in the report holds its threads.
 const RUNTIME_TIMEOUT: Duration = Duration::from_millis(500);
 
-/// Ends the process at the deadline, unless it is dropped before.
+/// Ends the process at the deadline, unless it is dropped earlier.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     core: Arc<Core>,
@@ -47,7 +48,8 @@ impl Watchdog {
         Ok(Self { core })
     }
 
-    /// How long the callbacks may take when the runtime reports by itself, this long before the deadline or after it.
+    /// How long the callbacks may take when the runtime reports by itself. `remaining` is the time left until the
+    /// deadline.
     pub(crate) fn patience(remaining: Duration) -> Duration {
         remaining.clamp(LAST_WORDS, Duration::from_secs(1))
     }
@@ -63,7 +65,7 @@ impl Drop for Watchdog {
 pub(crate) fn end_process(core: &Core, code: u8) {
     let ending = &core.ending;
     let Some(voice) = ending.claim() else {
-        // Somebody else has begun to report just in time, and gets as long as it would have taken here.
+        // Another thread began to report just in time. It gets as long as the report would have taken here.
         ending.reached(Stage::Told, Instant::now() + LAST_WORDS);
         if !ending.reached(Stage::Over, Instant::now() + RETURN) {
             signal::exit(code);
@@ -77,7 +79,7 @@ pub(crate) fn end_process(core: &Core, code: u8) {
     };
     let slots: Vec<_> = nodes.iter().flat_map(live).collect();
     if !slots.is_empty() {
-        // A sleep: nobody else ends what this thread has claimed.
+        // This is a sleep: no other thread can end what this one has claimed.
         ending.reached(Stage::Over, Instant::now() + SAMPLE);
     }
     for (earlier, slot, starved) in slots {
@@ -87,14 +89,14 @@ pub(crate) fn end_process(core: &Core, code: u8) {
     for (node, _) in nodes {
         node.abandon();
     }
-    // By its own deadline the runtime would have ended if nothing held it up.
+    // The runtime would have ended by its own deadline if nothing held it up.
     let held = code == EXIT_STRAGGLERS && !core.ledger.holds_threads();
     voice.deliver(core.report(count(core, unnamed, held)), Some(code), LAST_WORDS);
     signal::exit(code);
 }
 
-/// The runtime of an application that brings none. It counts its threads; in a runtime of the user's, the hooks for that
-/// are the user's too.
+/// The runtime of an application that brings none. It counts its threads. In a runtime that the user builds, the hooks
+/// for counting belong to the user.
 pub(crate) fn counting_builder(core: &Core) -> Builder {
     let (started, stopped) = (Arc::clone(&core.threads), Arc::clone(&core.threads));
     core.counts_threads.store(true, Ordering::Relaxed);
@@ -109,13 +111,13 @@ pub(crate) fn counting_builder(core: &Core) -> Builder {
     builder
 }
 
-/// How many tasks are alive that the application knows nothing of.
+/// How many tasks are alive that the application does not know.
 fn unnamed_tasks(core: &Core) -> usize {
     let Some(runtime) = core.runtime.get() else { return 0 };
     let ours = || core.named_futures() + core.ledger.abandoned_futures();
     let begun = Instant::now();
     loop {
-        // Those that have told their end are alive for a moment longer.
+        // A task that has reported its end is alive for a moment longer.
         let open = usize::try_from(core.probe.open()).unwrap_or_default();
         let unnamed = runtime.metrics().num_alive_tasks().saturating_sub(ours() + open);
         if unnamed == 0 || begun.elapsed() > LEAVING {
@@ -127,8 +129,8 @@ fn unnamed_tasks(core: &Core) -> usize {
 
 /// Ends a runtime whose workers have all ended, and counts what else it ran.
 ///
-/// Not by a plain drop, which waits for blocking closures for as long as they take. They have until the deadline, unless
-/// it is named work that holds the runtime's threads.
+/// A plain drop would wait for blocking closures for as long as they take. Here they have until the deadline, unless
+/// named work holds the runtime's threads.
 pub(crate) fn end_runtime(core: &Core, runtime: Runtime) -> Unnamed {
     let tasks = unnamed_tasks(core);
     let is_cut = core.ledger.is_cut();
@@ -138,7 +140,7 @@ pub(crate) fn end_runtime(core: &Core, runtime: Runtime) -> Unnamed {
     count(core, tasks, !is_cut && begun.elapsed() >= limit)
 }
 
-/// What there is to report of `tasks`, and of threads of the runtime's that did not end if they were `held`.
+/// What to report of `tasks`, and of the runtime's threads if they were `held` and did not end.
 fn count(core: &Core, tasks: usize, held: bool) -> Unnamed {
     // Where the threads are not counted, it was at least one.
     let counted = core.counts_threads.load(Ordering::Relaxed).then(|| core.threads.load(Ordering::Acquire));

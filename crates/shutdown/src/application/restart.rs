@@ -1,5 +1,5 @@
-//! Restart policies. A worker that keeps failing is given up after a bounded number of attempts, and none begins while
-//! its phase is stopping.
+//! Restart policies. A worker that keeps failing is given up after a bounded number of attempts, and no attempt begins
+//! while its phase is stopping.
 
 use std::collections::VecDeque;
 use std::task::Poll;
@@ -20,7 +20,7 @@ pub enum Restart {
     Never,
     /// After an error or a panic.
     OnFailure,
-    /// Whenever it ends.
+    /// After every end.
     Always,
 }
 
@@ -48,9 +48,9 @@ pub struct RestartPolicy {
 }
 
 impl RestartPolicy {
-    /// Allows at most `restarts` within any period of `within`. The next end escalates and stops the application: with
-    /// its error or panic, or, under [`Restart::Always`], as a worker that failed because it ended too often. The
-    /// default is 5 restarts within 60 seconds.
+    /// Allows at most `restarts` within any period of `within`. The next end stops the application: with the worker's
+    /// error or panic, or, under [`Restart::Always`], as a failure because the worker ended too often. The default is 5
+    /// restarts within 60 seconds.
     pub fn intensity(mut self, restarts: u32, within: Duration) -> Self {
         (self.restarts, self.within) = (restarts, within);
         self
@@ -64,11 +64,11 @@ impl RestartPolicy {
         self
     }
 
-    /// The last end of a worker that came too soon after the others.
+    /// How a worker ends for good after ending too often.
     fn escalated(&self, end: End) -> End {
         let Self { restarts, within, .. } = self;
         match end {
-            // A worker that is to run always, and does not, is a failure however quietly it ends.
+            // A worker that should always run and does not has failed, however quietly it ends.
             Ok(Ok(())) => Ok(Err(format!("ended again after {restarts} restarts within {within:?}").into())),
             end => end,
         }
@@ -106,7 +106,8 @@ impl Window {
         Self { policy, restarted: VecDeque::new() }
     }
 
-    /// Grants a restart at `now` and says how long to pause before it, jitter apart. `None` is past the intensity.
+    /// Grants a restart at `now` and returns the pause before it, without jitter. `None` means that the intensity is
+    /// exceeded.
     fn grant(&mut self, now: Instant) -> Option<Duration> {
         while self.restarted.front().is_some_and(|then| now.duration_since(*then) >= self.policy.within) {
             self.restarted.pop_front();
@@ -133,7 +134,7 @@ pub(crate) type End = Result<Result<(), BoxError>, Panic>;
 
 /// Runs a worker to its last end.
 ///
-/// A stop that arrives while it pauses before a restart leaves it ended as it was.
+/// If a stop arrives during the pause before a restart, the previous end stands.
 pub(crate) async fn run(work: Work, policy: RestartPolicy, cx: WorkerContext) -> End {
     let mut start = match work {
         Work::Once(start) => return attempt(start(cx)).await,
@@ -157,7 +158,7 @@ pub(crate) async fn run(work: Work, policy: RestartPolicy, cx: WorkerContext) ->
 
 async fn attempt(mut attempt: Attempt) -> End {
     std::future::poll_fn(|cx| {
-        // What a panic may have broken is dropped with the attempt; the next one starts from scratch.
+        // Whatever a panic may have broken is dropped with the attempt; the next attempt starts from scratch.
         match catch(|| attempt.as_mut().poll(cx)) {
             Ok(Poll::Pending) => Poll::Pending,
             Ok(Poll::Ready(result)) => Poll::Ready(Ok(result)),
@@ -174,7 +175,7 @@ mod tests {
     use super::*;
 
     proptest! {
-        /// In no period are there more restarts than allowed; a restart is refused only when there have been as many;
+        /// No period has more restarts than allowed; a restart is refused only when the period already has that many;
         /// and the pauses double from the first to the longest.
         #[test]
         fn restarts_keep_to_their_intensity(

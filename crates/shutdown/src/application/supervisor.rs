@@ -1,6 +1,6 @@
 //! The course of an application: phases start in order and are stopped in reverse, each within what remains of the
-//! budget. With `run` it is a thread of its own that keeps the deadlines of the phases, so that a phase which wedges the
-//! runtime is cut in its time and the next one is told. What it does not outlive itself, the watchdog finishes.
+//! budget. With `run`, a dedicated thread enforces the phases' deadlines: a phase that wedges the runtime is cut on
+//! time, and the next one is told. If even this thread is stuck, the watchdog ends the process.
 
 use std::future::poll_fn;
 use std::io;
@@ -28,7 +28,7 @@ use crate::stop::{StopReason, Stopping, after};
 use crate::task::{BoxError, TaskOutcome};
 use crate::tree::cut;
 
-/// How long a phase may take to provide what the next one needs, unless it says otherwise.
+/// How long a phase may take to provide its values, unless it has a limit of its own.
 const PROVIDED_WITHIN: Duration = Duration::from_secs(30);
 
 /// The thread that takes an application through its phases, whatever the runtime does.
@@ -45,7 +45,7 @@ impl Supervisor {
         runtime: &Handle,
     ) -> io::Result<Self> {
         let ended = CancellationToken::new();
-        // Dropped in a panic too, so that `run` never waits for a thread that is gone.
+        // The guard is dropped in a panic too, so that `run` never waits for a thread that is gone.
         let (core, guard) = (Arc::clone(core), ended.clone().drop_guard());
         core.runtime.get_or_init(|| runtime.clone());
         let supervise = move || {
@@ -65,14 +65,15 @@ impl Supervisor {
     }
 }
 
-/// Asks the runtime now and then while the application stops, which also keeps its timers going. Says when to ask again.
+/// Probes the runtime now and then while the application stops, which also keeps its timers going. Returns when to ask
+/// again.
 fn tick(core: &Core) -> Option<Duration> {
     let runtime = core.runtime.get().filter(|_| core.stop.is_set())?;
     core.probe.ask(runtime);
     Some(TICK)
 }
 
-/// The thread that asks the runtime of the user's, for as long as this lives.
+/// The thread that probes the user's runtime for as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct Ticker {
     _over: DropGuard,
@@ -85,7 +86,7 @@ impl Ticker {
         core.runtime.get_or_init(|| runtime);
         let ask = move || {
             let course = async {
-                // Woken by a stop as well, to ask from then on.
+                // A stop wakes the thread as well: it asks from then on.
                 let stopped = pin!(core.stop.token().cancelled());
                 let _stopped = over.run_until_cancelled(stopped).await;
                 over.cancelled().await;
@@ -106,7 +107,8 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
     let mut running = Vec::new();
     for phase in phases {
         if core.stop.token().is_cancelled() {
-            // Before anything of the user's is dropped, which may take its time: the deadline stands.
+            // Before any of the user's values are dropped, because that may take a while: the deadline is then already
+            // set.
             core.request(StopReason::Requested);
             for Worker { name, added_at, work, .. } in phase.workers {
                 never_started(core, &phase.name, name, added_at, work);
@@ -117,7 +119,7 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
     }
     core.started_all();
     core.stop.token().cancelled().await;
-    // Whoever cancelled the shutdown handle left no reason.
+    // A cancelled shutdown handle leaves no reason.
     core.request(StopReason::Requested);
     let mut stopping = pin!(stop(core, &running, clock));
     let stopped = poll_fn(|cx| match stopping.as_mut().poll(cx) {
@@ -129,14 +131,14 @@ pub(crate) async fn supervise(core: &Arc<Core>, phases: Vec<Phase>, restart: Res
     }
 }
 
-/// Starts a phase and waits for it to be ready if it is to. A stop ends the waiting.
+/// Starts a phase and, if required, waits until it is ready. A stop ends the wait.
 async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy, clock: &Clock) -> TaskGroup {
     let group = TaskGroup::of_workers(Arc::clone(&core.ledger), phase.name.clone());
     core.enter(group.node(), phase.timeout);
     let policy = phase.restart.unwrap_or(restart);
     let mut readiness = Vec::new();
     for worker in phase.workers {
-        // Without a limit of its own, a phase is ready when it has made what the next one needs.
+        // Without a limit of its own, a phase is ready when it has made its values.
         let counts = phase.ready_within.is_some() || worker.is_provider;
         let ready = launch(core, &group, &phase.name, worker, policy);
         readiness.extend(counts.then_some(ready));
@@ -155,8 +157,8 @@ async fn start(core: &Arc<Core>, phase: Phase, restart: RestartPolicy, clock: &C
     group
 }
 
-/// Starts a worker and returns what its readiness cancels. The watchdog and a second signal close groups from threads of
-/// their own, also in the middle of a start: then the worker is never started.
+/// Starts a worker and returns the token that its readiness cancels. The watchdog and a second signal close groups from
+/// other threads, even in the middle of a start: then the worker is never started.
 fn launch(
     core: &Arc<Core>,
     group: &TaskGroup,
@@ -171,7 +173,7 @@ fn launch(
     }
     let ready = CancellationToken::new();
     let (shared, told, values) = (Arc::clone(core), ready.clone(), Arc::clone(&core.values));
-    // The thread of the phases is none of the runtime's.
+    // The supervisor's thread is outside the runtime.
     let _entered = core.runtime.get().map(Handle::enter);
     let run = move |cx: WorkerContext| run_worker(shared, work, policy, is_tolerated, cx.of_worker(told, values));
     if let Err(rejected) = group.spawn_contextual(name.clone().into(), added_at, run) {
@@ -190,7 +192,7 @@ async fn run_worker(
 ) -> Result<(), BoxError> {
     let working = Working { core, cx: cx.clone(), is_tolerated };
     let end = restart::run(work, policy, cx).await;
-    // Before the count, so that the last worker's failure is the reason and not that all have ended.
+    // Before the count, so that the reason is the last worker's failure and not "all workers have completed".
     match &end {
         Ok(Ok(())) => {}
         Ok(Err(_)) => working.failed(|worker| StopReason::Failed { worker }),
@@ -217,17 +219,17 @@ impl Working {
 
 impl Drop for Working {
     fn drop(&mut self) {
-        // What the worker has captured is dropped last, and may panic when all else went well.
+        // The worker's captures are dropped last, and may panic when all else went well.
         if thread::panicking() {
             self.failed(|worker| StopReason::Panicked { worker });
         }
-        // One that has ended cannot become ready any more, and nobody need wait for it.
+        // A worker that has ended cannot become ready any more, so nothing should wait for it.
         self.cx.ready();
         self.core.worker_ended();
     }
 }
 
-/// Writes down a worker that will never run. Dropping its work may panic, which is then how it ended.
+/// Records a worker that will never run. If dropping its work panics, the panic is its outcome.
 fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static Location<'static>, work: W) {
     let outcome = match catch(|| drop(work)) {
         Ok(()) => TaskOutcome::Cancelled,
@@ -249,7 +251,7 @@ fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static L
     core.worker_ended();
 }
 
-/// Stops the phases, the last one first, each when the one after it has ended or was cut.
+/// Stops the phases in reverse order, each when the one after it has ended or was cut.
 async fn stop(core: &Core, groups: &[TaskGroup], clock: &Clock) {
     let Some(Stopping { reason, deadline }) = core.stop.get() else { return };
     let mut delay = core.delay(reason);
@@ -260,7 +262,7 @@ async fn stop(core: &Core, groups: &[TaskGroup], clock: &Clock) {
         let node = group.node();
         let phase_deadline = core.phase_deadline(index, *deadline);
         if !delay.is_zero() {
-            // The delay runs inside the phase's time. Workers that end during it end it.
+            // The delay runs inside the phase's time. It ends early if the workers end.
             let delayed = after(delay).min(phase_deadline);
             let _elapsed = clock.timeout_at(delayed, poll_fn(|cx| node.poll_idle(cx))).await;
             delay = Duration::ZERO;

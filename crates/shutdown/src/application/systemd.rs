@@ -1,5 +1,5 @@
-//! What the service manager is told: ready, stopping, more time, alive. By threads of the application's own, so that a
-//! wedged runtime keeps nothing from being said but that it lives. The protocol is `sd-notify`'s.
+//! The messages to the service manager: ready, stopping, more time, alive. The application's own threads send them, so
+//! a wedged runtime holds up none of them but "alive". The protocol is that of `sd-notify`.
 //!
 //! Invariant: without a NOTIFY_SOCKET nothing is sent and no thread started; WATCHDOG=1 follows an answer of the runtime.
 
@@ -18,13 +18,13 @@ use crate::clock::{Alarm, Clock, drive};
 use crate::state::Core;
 use crate::stop::Readiness;
 
-/// How often more time is asked for while the application stops.
+/// How often to ask for more time while the application stops.
 const EXTEND_EVERY: Duration = Duration::from_secs(1);
-/// How much more than what is left of the budget: the process is gone 100 ms after its deadline, on a machine with time for
-/// it.
+/// How much to ask for beyond the rest of the budget. On an idle machine, the process is gone 100 ms after its
+/// deadline.
 const EXTEND_SLACK: Duration = Duration::from_secs(2);
 
-/// Tells the service manager of an application for as long as it lives.
+/// Keeps the service manager informed for as long as this value lives.
 #[derive(Debug)]
 pub(crate) struct Notifier {
     _telling: DropGuard,
@@ -32,7 +32,7 @@ pub(crate) struct Notifier {
 }
 
 impl Notifier {
-    /// `None` if there is no service manager that listens.
+    /// Returns `None` if no service manager listens.
     pub(crate) fn start(core: &Arc<Core>, runtime: &Handle) -> io::Result<Option<Self>> {
         if std::env::var_os("NOTIFY_SOCKET").is_none() {
             return Ok(None);
@@ -68,23 +68,24 @@ async fn tell(core: &Core, mut readiness: watch::Receiver<Readiness>, clock: &Cl
     }
     notify(&[NotifyState::Stopping]);
     loop {
-        // The deadline is set a moment after the readiness is gone. One that is missed here is told a second later.
+        // The deadline is set a moment after the readiness is gone. If it is missed here, the next message, a second
+        // later, has it.
         let wanted = (core.remaining() + EXTEND_SLACK).as_micros();
         notify(&[NotifyState::ExtendTimeoutUsec(u32::try_from(wanted).unwrap_or(u32::MAX))]);
         clock.sleep(EXTEND_EVERY).await;
     }
 }
 
-/// Says every `period` that the runtime lives, once it has run a task to prove it. Ends when what is returned is dropped,
-/// or with the runtime.
+/// Says every `period` that the runtime is alive, after it has run a task to prove it. Ends when the returned sender is
+/// dropped, or with the runtime.
 fn start_pulse(period: Duration, core: Arc<Core>, runtime: Handle) -> io::Result<Sender<()>> {
     let (alive, over) = channel();
     let beat = move || {
         loop {
             let (answer, answers) = sync_channel(1);
-            // There is room for the one answer, and somebody who waits for it.
+            // The channel has room for the one answer, and a receiver waits for it.
             core.probe.ask_for(&runtime, move || answer.send(()).unwrap_or_default());
-            // For as long as it takes: a runtime that is wedged is to miss its beat.
+            // Waits without a bound: a wedged runtime must miss its beat.
             if answers.recv().is_err() {
                 return;
             }
@@ -98,7 +99,7 @@ fn start_pulse(period: Duration, core: Arc<Core>, runtime: Handle) -> io::Result
     Ok(alive)
 }
 
-/// Nobody can be told that the service manager cannot be told; it will find out by itself.
+/// A failure to send is only traced: the service manager will notice the missing message.
 fn notify(states: &[NotifyState<'_>]) {
     let sent = sd_notify::notify(states);
     #[cfg(feature = "tracing")]

@@ -1,5 +1,6 @@
-//! An application inside a test: started in the test's runtime, stopped by what a signal would do, timed by the clock of
-//! the test. Invariant: it hears no signal of the process, starts no thread that looks at the time, and outlives no test.
+//! An application inside a test: it runs in the test's runtime and on the test's clock, and stops as it would on a
+//! signal. Invariant: it receives no signal of the process, starts no thread that reads the time, and never outlives
+//! its test.
 
 use std::fmt;
 use std::sync::Arc;
@@ -75,7 +76,7 @@ pub struct TestRun {
     core: Arc<Core>,
     readiness: watch::Receiver<Readiness>,
     actions: Actions,
-    /// How long after the first signal another is a copy of it, and when the first one was.
+    /// How long after the first signal another one counts as a copy.
     quiet: Duration,
     first: Option<Instant>,
     serving: AbortOnDropHandle<Report>,

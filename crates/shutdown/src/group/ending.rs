@@ -1,4 +1,4 @@
-//! How a group ends: joined, cancelled, waited for. Every wait is bounded by the grace once the group is told to stop.
+//! How a group ends: joined, cancelled or awaited. Once the group is told to stop, the grace bounds every wait.
 
 use std::pin::pin;
 use std::time::Duration;
@@ -16,7 +16,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     ///
     /// This method is cancel safe. If dropped before completion, no outcome is lost: the next call returns it.
     pub async fn join_next(&mut self) -> Option<(String, TaskOutcome<T, E>)> {
-        // Before anything is taken, so that a task with many outcomes at hand still yields, and yielding loses none.
+        // Before anything is taken, so that a caller with many outcomes at hand still yields, and yielding loses none.
         tokio::task::coop::consume_budget().await;
         if let Some(ended) = self.try_join_next() {
             return Some(ended);

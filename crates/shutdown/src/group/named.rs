@@ -1,5 +1,5 @@
-//! The tasks of a group by their names: who is alive, and the end of one of them. A name is not unique, and each of these
-//! looks through all the tasks that are alive.
+//! The tasks of a group by name: listing the live ones, and ending some of them. Names are not unique, and each of
+//! these methods looks through all live tasks.
 
 use std::future::poll_fn;
 use std::panic::Location;
@@ -73,8 +73,8 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// Cancels the tasks of this name, waits until they have ended, and returns how many there were.
     ///
     /// Plain tasks are dropped at their current await. Tasks with a context are told to stop, and aborted when the
-    /// group's [grace](Self::grace) is over. The group stays open, and its other tasks continue. Groups below that such
-    /// a task holds end when it drops them.
+    /// group's [grace](Self::grace) is over. The group stays open, and its other tasks continue. If such a task holds a
+    /// group below this one, the group ends when the task drops it.
     ///
     /// # Cancel safety
     ///

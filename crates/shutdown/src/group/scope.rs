@@ -1,5 +1,5 @@
-//! Groups that live as long as a block of code. Whatever ends the block, no task of it is alive afterwards; a block that
-//! fails cancels its tasks instead of waiting for them.
+//! Groups that live as long as a block of code. However the block ends, none of its tasks is alive afterwards; a block
+//! that fails cancels its tasks instead of waiting for them.
 
 use std::any::Any;
 use std::future::poll_fn;
@@ -109,7 +109,7 @@ impl TaskGroup {
 /// Polls `body` to its end, which may be a panic.
 async fn caught<R>(body: impl Future<Output = R>) -> Result<R, Box<dyn Any + Send>> {
     let mut body = pin!(body);
-    // What a panic may have broken is dropped with the body, and the panic goes on: unwinding past it is safe.
+    // Whatever a panic may have broken is dropped with the body, and the panic goes on: unwinding past it is safe.
     poll_fn(|cx| match catch_unwind(AssertUnwindSafe(|| body.as_mut().poll(cx))) {
         Ok(polled) => polled.map(Ok),
         Err(payload) => Poll::Ready(Err(payload)),
@@ -119,7 +119,7 @@ async fn caught<R>(body: impl Future<Output = R>) -> Result<R, Box<dyn Any + Sen
 
 /// What the body of a [`TaskGroup::scope`] may return: any value. A `Result` may be a failure.
 ///
-/// Your own type implements it with one empty line, or comes in an `Ok`.
+/// For your own type, write an empty `impl`, or wrap the value in `Ok`.
 #[diagnostic::on_unimplemented(
     message = "a scope does not know whether `{Self}` is a failure",
     note = "return it in an `Ok`, or write `impl BodyOutput for {Self} {{}}`"
@@ -151,7 +151,7 @@ impl<K, V> BodyOutput for std::collections::BTreeMap<K, V> {}
 impl BodyOutput for String {}
 impl BodyOutput for TaskGroupResult {}
 
-/// Says for each type that it is a value like any other.
+/// Implements the trait for types that are never a failure.
 macro_rules! values {
     ($($value:ty)*) => { $(impl BodyOutput for $value {})* };
 }

@@ -1,5 +1,5 @@
-//! Axum's door to the server, to the token of a request and to the readiness of the application. Nothing of its own: what
-//! it promises, [`tower`](crate::tower) and the application keep.
+//! The server, the request token and the readiness probe for axum. This file adds no guarantees:
+//! [`tower`](crate::tower) and the application keep all its promises.
 
 use std::convert::Infallible;
 use std::fmt::Debug;
@@ -75,7 +75,7 @@ where
     Ok(())
 }
 
-/// An axum listener as one of ours.
+/// Adapts an axum listener to this crate's trait.
 struct AxumListener<L>(L);
 
 impl<L> Listener for AxumListener<L>
@@ -143,7 +143,7 @@ pub fn readiness<S: Clone + Send + Sync + 'static>(readiness: watch::Receiver<Re
     get(async move || {
         let now = *readiness.borrow();
         let status = if now.is_ready() { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        // What a cache remembers is not how the application is.
+        // A cached answer would not show the present state.
         (status, [(CACHE_CONTROL, "no-store")], now.to_string())
     })
 }

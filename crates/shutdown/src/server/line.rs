@@ -1,5 +1,5 @@
-//! A connection's stream, which whoever serves the connection can close even after it was handed on, as an upgrade does.
-//! Once it is severed, the socket is closed, and every read and write fails.
+//! A connection's stream that the server can close even after an upgrade has handed it on. Once it is severed, the
+//! socket is closed, and every read and write fails.
 
 use std::io;
 use std::pin::Pin;
@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::Notify;
 
-/// The end of a line that may be handed on.
+/// The end that may be handed on.
 #[derive(Debug)]
 pub(crate) struct Line<I>(Arc<Shared<I>>);
 
@@ -27,7 +27,7 @@ struct Shared<I> {
 struct State<I> {
     /// `None` when the line is severed or released.
     stream: Option<I>,
-    /// Who waits for the stream. Dropping a socket wakes nobody.
+    /// The task that waits for the stream. Dropping a socket wakes no task.
     reader: Option<Waker>,
     writer: Option<Waker>,
     released: bool,
@@ -47,14 +47,14 @@ pub(crate) fn line<I>(stream: I) -> (Line<I>, Hold<I>) {
 }
 
 impl<I> Hold<I> {
-    /// Returns whether nobody has the line any more.
+    /// Returns whether the line has been dropped.
     pub(crate) fn is_released(&self) -> bool {
         self.0.state().released
     }
 
-    /// Waits until nobody has the line any more.
+    /// Waits until the line has been dropped.
     pub(crate) async fn released(&self) {
-        // One permit is kept, so a release before this call is not missed; and there is one waiter.
+        // `Notify` stores one permit, so a release before this call is not missed; and there is only one waiter.
         while !self.is_released() {
             self.0.released.notified().await;
         }
@@ -79,7 +79,7 @@ impl<I> Drop for Line<I> {
             state.released = true;
             state.stream.take()
         };
-        // Before the release is told, so that the socket is closed by then.
+        // Before the release is announced, so that the socket is closed by then.
         drop(stream);
         self.0.released.notify_one();
     }
@@ -89,7 +89,7 @@ fn severed() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "the connection's time was over")
 }
 
-/// Remembers whom to wake.
+/// Remembers the task to wake.
 fn park(place: &mut Option<Waker>, cx: &Context<'_>) {
     if !place.as_ref().is_some_and(|waker| waker.will_wake(cx.waker())) {
         *place = Some(cx.waker().clone());

@@ -1,5 +1,5 @@
-//! A token for each request. It is cancelled when nobody waits for the response any more, at the request's deadline, and on
-//! shutdown; a response that was read to its end leaves it alone.
+//! A token for each request. It is cancelled when the client no longer waits for the response, at the request's
+//! deadline, and on shutdown. A response that was read to its end does not cancel it.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -86,7 +86,7 @@ where
     }
 
     fn call(&mut self, mut request: Request<A>) -> Self::Future {
-        // Below a token that is there already, so that two layers, or a layer inside a server of ours, add up.
+        // A child of a token that is already there, so that two layers, or a layer inside one of our servers, add up.
         let above = request.extensions().get::<CancellationToken>().unwrap_or(&self.layer.shutdown);
         let token = above.child_token();
         let limit = [self.layer.timeout, grpc_timeout(request.headers())].into_iter().flatten().min();
@@ -98,7 +98,8 @@ where
     }
 }
 
-/// Cancels `token` in `limit`. A task of its own, as a response whose client reads slowly is not polled at its deadline.
+/// Cancels `token` after `limit`. It is a separate task, because a response to a slow reader may not be polled at its
+/// deadline.
 fn cancel_after(limit: Duration, token: CancellationToken) -> AbortOnDropHandle<()> {
     AbortOnDropHandle::new(tokio::spawn(async move {
         tokio::time::sleep(limit).await;
@@ -145,7 +146,7 @@ impl Guard {
         if let Some(Serving(cx)) = self.connection.take() {
             cx.mark("between requests");
         }
-        // What the handler has left behind, an audit entry say, may go on until the shutdown.
+        // Work that the handler left behind, such as an audit entry, may go on until the shutdown.
         self.token = None;
     }
 }
@@ -188,7 +189,7 @@ where
         Poll::Ready(returned.map(|response| {
             response.map(|body| {
                 let mut body = WatchedBody { body, guard };
-                // Nobody polls a body that has its end already.
+                // A body that is already at its end is never polled.
                 body.finish_at_end();
                 body
             })
@@ -223,7 +224,7 @@ impl<B: Body> Body for WatchedBody<B> {
         let frame = ready!(this.body.as_mut().poll_frame(cx));
         let is_last = match &frame {
             None => true,
-            // A failed body is dropped with its token cancelled: the client has not got its response.
+            // A failed body cancels its token when it is dropped, because the client did not get its response.
             Some(Err(_)) => false,
             Some(Ok(frame)) => frame.is_trailers() || this.body.is_end_stream(),
         };

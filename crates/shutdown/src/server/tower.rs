@@ -1,5 +1,5 @@
-//! One door for every tower service, tonic's among them: a server whose connections end with their worker, and a token for
-//! each request.
+//! The module for every tower service, including tonic's: a server whose connections end with their worker, and a token
+//! for each request.
 
 pub use crate::server::request::{CancellationLayer, CancellationService, WatchedBody, WatchedResponse};
 pub use crate::server::{Listener, serve};

@@ -1,4 +1,5 @@
-//! No signals: without the feature, or on a system that has none. Invariant: nothing is installed and nobody is called.
+//! No signals: without the feature, or on a system that has none. Invariant: nothing is installed and nothing is
+//! called.
 
 use std::io;
 

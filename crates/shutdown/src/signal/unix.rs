@@ -1,4 +1,5 @@
-//! The signals of Unix. Invariant: from the moment the handlers are installed, none that stops is lost or ends the process.
+//! The signals of Unix. Invariant: once the handlers are installed, no stop signal is lost, and none ends the process
+//! by its default action.
 
 use std::io;
 
@@ -30,14 +31,14 @@ pub(crate) struct Signals(signal_hook::iterator::Signals);
 pub(crate) struct Forwarding(signal_hook::iterator::Handle);
 
 impl Signals {
-    /// From here on neither SIGINT nor SIGTERM ends the process by its default.
+    /// From here on neither SIGINT nor SIGTERM ends the process by its default action.
     pub(crate) fn install() -> io::Result<Self> {
         let source = signal_hook::iterator::Signals::new([SIGINT, SIGTERM])?;
         unblock(&[SIGINT, SIGTERM])?;
         Ok(Self(source))
     }
 
-    /// Sees to these signals as well, but not to a SIGHUP that `nohup` has had ignored.
+    /// Handles these signals as well, but not a SIGHUP that was already ignored, as `nohup` makes it.
     pub(crate) fn add(&self, signals: impl Iterator<Item = Signal>) -> io::Result<()> {
         for signal in signals.filter(|signal| *signal != Signal::Hangup || !is_ignored(SIGHUP)) {
             self.0.handle().add_signal(signal.number())?;
@@ -46,7 +47,7 @@ impl Signals {
         Ok(())
     }
 
-    /// A signal that has arrived already is the first, and has been told when this returns.
+    /// A signal that has already arrived is the first, and is forwarded before this returns.
     pub(crate) fn forward<F, S, O>(self, mut forward: Forward<F, S, O>) -> io::Result<Forwarding>
     where
         F: FnOnce(i32) + Send + 'static,
@@ -89,7 +90,7 @@ fn unblock(numbers: &[i32]) -> io::Result<()> {
     Ok(set.thread_unblock()?)
 }
 
-/// Whether the process was started with this signal ignored. Only Linux tells without unsafe code.
+/// Whether the process was started with this signal ignored. Only Linux shows this without unsafe code.
 fn is_ignored(number: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

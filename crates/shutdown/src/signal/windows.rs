@@ -1,6 +1,6 @@
 //! The events of a Windows console. Ctrl-C is SIGINT; Ctrl-Break and the ends of the console, of the session and of the
-//! system are SIGTERM. Invariant: once installed, none ends the process by its default while an application runs; the
-//! system itself ends it some seconds after one of the latter three.
+//! system are SIGTERM. Invariant: once the handlers are installed, no event ends the process by its default action
+//! while an application runs; after one of the latter three, the system itself ends it within seconds.
 
 use std::convert::Infallible;
 use std::io;
@@ -45,14 +45,14 @@ impl Signals {
         Ok(())
     }
 
-    /// An event that has arrived already is the first, and has been told when this returns.
+    /// An event that has already arrived is the first, and is forwarded before this returns.
     pub(crate) fn forward<F, S, O>(mut self, mut forward: Forward<F, S, O>) -> io::Result<Forwarding>
     where
         F: FnOnce(i32) + Send + 'static,
         S: FnMut(i32) + Send + 'static,
         O: FnMut(Signal) + Send + 'static,
     {
-        // No event is one that does not stop.
+        // Every event stops the application.
         let _never = &forward.other;
         let over = CancellationToken::new();
         let guard = over.clone().drop_guard();
@@ -72,7 +72,7 @@ impl Signals {
     }
 
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<i32> {
-        // Each of them is polled, so that each wakes. Those that are never over yield no `None`.
+        // All of them are polled, so that each can wake this task. They never end, so they never yield `None`.
         let terminated = [
             self.r#break.poll_recv(cx).is_ready(),
             self.close.poll_recv(cx).is_ready(),

@@ -1,7 +1,7 @@
-//! The end of an application, as one machine: `run`, the watchdog, the signals and the callbacks are threads of their own,
-//! and each of them may be the one that ends the process.
+//! The end of an application, as one state machine: `run`, the watchdog, the signals and the callbacks each have a
+//! thread, and any of these threads may end the process.
 //!
-//! The tests compile this file a second time, beside a `sync` that is made of loom's types, and walk through the
+//! The tests compile this file a second time, beside a `sync` that is built from loom's types, and explore the
 //! interleavings of those threads. So it uses nothing of this crate but its sibling `sync`.
 //!
 //! Invariant: the stage only advances, one thread gets the voice, and no thread that waits for a stage misses it.
@@ -11,14 +11,14 @@ use std::time::Instant;
 
 use super::sync::Monitor;
 
-/// How far the end has got.
+/// How far the end has progressed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Stage {
-    /// Nobody has asked for a stop.
+    /// No stop was requested.
     Running,
     /// The deadline is set.
     Stopping,
-    /// Somebody has the voice and reports. Nobody else does.
+    /// One thread has the voice and reports; no other does.
     Telling,
     /// The callbacks have returned.
     Told,
@@ -26,7 +26,7 @@ pub(crate) enum Stage {
     Over,
 }
 
-/// The stage, and what goes with it. `V` is the voice.
+/// The stage and its data. `V` is the voice.
 #[derive(Debug)]
 pub(crate) struct Ending<V> {
     state: Monitor<State<V>>,
@@ -36,9 +36,9 @@ pub(crate) struct Ending<V> {
 struct State<V> {
     stage: Stage,
     deadline: Option<Instant>,
-    /// Whoever takes it ends the application.
+    /// The thread that takes it ends the application.
     voice: Option<V>,
-    /// Whether the stop is to end at once, where the process cannot simply be ended.
+    /// Whether the stop must end at once; used where the process cannot simply be ended.
     hurried: bool,
     /// Waits to be hurried.
     supervisor: Option<Waker>,
@@ -60,7 +60,7 @@ impl<V> Ending<V> {
         self.state.lock().voice = Some(voice);
     }
 
-    /// Begins a stop that is over at `deadline`, unless one has begun.
+    /// Begins a stop that ends at `deadline`, unless one has begun.
     pub(crate) fn begin(&self, deadline: Instant) {
         self.change(|state| {
             state.deadline.get_or_insert(deadline);
@@ -68,7 +68,7 @@ impl<V> Ending<V> {
         });
     }
 
-    /// Takes the voice, and with it the duty to report and to end the application. `None` if another has it.
+    /// Takes the voice, and with it the duty to report and to end the application. `None` if another thread has it.
     pub(crate) fn claim(&self) -> Option<V> {
         self.change(|state| {
             state.advance(Stage::Telling);
@@ -112,7 +112,7 @@ impl<V> Ending<V> {
         waker.into_iter().for_each(Waker::wake);
     }
 
-    /// Ready once the stop is to end at once. For one task.
+    /// Ready once the stop must end at once. For one task.
     pub(crate) fn poll_hurried(&self, cx: &Context<'_>) -> Poll<()> {
         let mut state = self.state.lock();
         if state.hurried {
@@ -120,7 +120,7 @@ impl<V> Ending<V> {
         }
         let before = state.supervisor.replace(cx.waker().clone());
         drop(state);
-        // Without the lock: it is somebody else's code.
+        // Outside the lock, because dropping a waker runs foreign code.
         drop(before);
         Poll::Pending
     }

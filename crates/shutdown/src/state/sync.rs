@@ -1,9 +1,9 @@
-//! The monitor that the end of an application is made of, under a name of its own.
+//! The monitor under the end of an application, in a file of its own.
 //!
-//! The test of the interleavings compiles `stages` a second time, beside a `sync` that is made of loom's types. So
+//! The test of the interleavings compiles `stages` a second time, beside a `sync` that is built from loom's types. So
 //! `stages` uses nothing of this crate but this file.
 //!
-//! Invariant: every change made under the lock and then announced is seen by every thread that waits.
+//! Invariant: every waiting thread sees every change that was made under the lock and then announced.
 
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -21,16 +21,16 @@ impl<T> Monitor<T> {
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, T> {
-        // No code of the user's runs under this lock, so a poisoned one holds a sound value.
+        // None of the user's code runs under this lock, so a poisoned lock holds a sound value.
         self.value.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Wakes every thread that waits. To be called after a change.
+    /// Wakes every waiting thread. Call it after a change.
     pub(crate) fn announce(&self) {
         self.changed.notify_all();
     }
 
-    /// Waits for an announcement; returns true instead once `deadline` has passed. May return for no reason.
+    /// Waits for an announcement; returns true instead once `deadline` has passed. It may wake spuriously.
     pub(crate) fn wait<'a>(&'a self, value: MutexGuard<'a, T>, deadline: Option<Instant>) -> (MutexGuard<'a, T>, bool) {
         let Some(deadline) = deadline else {
             return (self.changed.wait(value).unwrap_or_else(PoisonError::into_inner), false);

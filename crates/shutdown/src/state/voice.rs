@@ -1,6 +1,5 @@
-//! What is said about the end, on a thread that is ready before anything runs: the user's callbacks, the lines on the
-//! standard error, the events. They are waited for, but not for long: no callback and no full pipe can keep a process
-//! alive.
+//! Reporting the end, on a thread that is ready before anything runs: the user's callbacks, the lines on standard
+//! error, the tracing events. The wait for them is short: no callback and no full pipe can keep a process alive.
 
 use std::io::{self, Write};
 use std::sync::Weak;
@@ -15,16 +14,16 @@ use crate::stop::StopReason;
 pub(crate) type OnReport = Box<dyn FnOnce(&Report) + Send>;
 pub(crate) type OnExitCode = Box<dyn FnOnce(&Report) -> Option<u8> + Send>;
 
-/// How long the callbacks may take at the deadline and after. Those that do not hang take microseconds; the rest of it is
-/// for a machine that has no time for their thread, on which the report would be lost.
+/// How long the callbacks may take at the deadline and after. Callbacks that do not hang take microseconds. The rest of
+/// the time is for a busy machine that is slow to schedule their thread; without it the report would be lost there.
 pub(crate) const LAST_WORDS: Duration = Duration::from_millis(500);
 
-/// What is done with what there is to say.
+/// The receivers of the report.
 #[derive(Default)]
 pub(crate) struct Audience {
     pub(crate) on_report: Option<OnReport>,
     pub(crate) on_exit_code: Option<OnExitCode>,
-    /// Whether the standard error gets what no callback does.
+    /// Whether standard error gets the report when there is no callback.
     pub(crate) is_on_stderr: bool,
 }
 
@@ -41,12 +40,12 @@ pub(crate) struct Announcer(Sender<Message>);
 
 impl Announcer {
     pub(crate) fn stopping(&self, reason: &StopReason) {
-        // There is nobody to tell once the report is out.
+        // Once the report is out, nothing receives this any more.
         drop(self.0.send(Message::Stopping(reason.clone())));
     }
 }
 
-/// A report that is being told.
+/// A report that is being delivered.
 #[derive(Debug)]
 pub(crate) struct Telling {
     code: u8,
@@ -70,13 +69,13 @@ enum Message {
     Stopping(StopReason),
     Ended {
         report: Report,
-        /// Whether the callback for the exit code is to be asked.
+        /// Whether to ask the callback for the exit code.
         negotiable: bool,
     },
 }
 
 impl Voice {
-    /// Prepares the thread, which tells `ending` when the callbacks have returned.
+    /// Starts the thread, which tells `ending` when the callbacks have returned.
     pub(crate) fn start(audience: Audience, ending: Weak<Ending<Self>>) -> io::Result<(Self, Announcer)> {
         let (thread, messages) = channel();
         let (answer, answers) = channel();
@@ -89,11 +88,11 @@ impl Voice {
                         audience.hear_of_end(report, negotiable, &answer);
                         break;
                     }
-                    // A voice dropped unused.
+                    // The voice was dropped unused.
                     Err(_) => break,
                 }
             }
-            // Before the channel, by whose end the others know that there is no more to wait for.
+            // Before the channel, because its end tells the others that there is nothing more to wait for.
             drop(told);
             drop(answer);
         };
@@ -101,12 +100,12 @@ impl Voice {
         Ok((Self { thread: thread.clone(), answers }, Announcer(thread)))
     }
 
-    /// Runs the callbacks for at most `limit` and returns the exit code. A forced code is not up to the callback.
+    /// Runs the callbacks for at most `limit` and returns the exit code. The callback cannot change a forced code.
     pub(crate) fn deliver(self, report: Report, forced: Option<u8>, limit: Duration) -> u8 {
         self.tell(report, forced).wait(limit)
     }
 
-    /// Has the callbacks run, and waits for none of them.
+    /// Makes the callbacks run, and does not wait for them.
     pub(crate) fn tell(self, mut report: Report, forced: Option<u8>) -> Telling {
         if let Some(code) = forced {
             report.set_exit_code(code);
@@ -122,7 +121,7 @@ impl Audience {
     fn hear_of_stop(&self, reason: &StopReason) {
         #[cfg(feature = "tracing")]
         tracing::info!(%reason, "stopping");
-        // Of a program that has done its work there is nothing to stop.
+        // A program that has done its work has nothing left to stop.
         let silent = matches!(reason, StopReason::Completed | StopReason::NotStarted { .. });
         if self.is_on_stderr && self.on_report.is_none() && !silent {
             let again = if matches!(reason, StopReason::Signal(_)) { "; again to end at once" } else { "" };
@@ -134,11 +133,11 @@ impl Audience {
         if negotiable && let Some(exit_code) = self.on_exit_code {
             match catch(|| exit_code(&report)) {
                 Ok(code) => report.set_exit_code(code.unwrap_or(report.exit_code())),
-                // The panic hook has told it, and so does the code; the report is heard all the same.
+                // The panic hook has printed it, and the exit code shows it; the report is delivered all the same.
                 Err(_) => report.set_exit_code(EXIT_PANICKED),
             }
         }
-        // Nobody listens any more if the time was up.
+        // Nothing receives this any more if the time was up.
         let _ = answer.send(report.exit_code());
         #[cfg(feature = "tracing")]
         log(&report);
@@ -161,14 +160,15 @@ impl Telling {
         let until = Instant::now() + limit;
         let Some(answers) = self.answers else { return self.code };
         let code = answers.recv_timeout(limit).unwrap_or(self.code);
-        // Ends with the thread or with the time, whichever is first. A second answer is a callback that has panicked.
+        // Ends with the thread or when the time is up, whichever is first. A second answer means that a callback has
+        // panicked.
         answers.recv_timeout(until.saturating_duration_since(Instant::now())).unwrap_or(code)
     }
 }
 
-/// Writes a line to the standard error. One that is closed is no reason to panic.
+/// Writes a line to standard error. A closed standard error is no reason to panic.
 pub(crate) fn print(text: std::fmt::Arguments<'_>) {
-    // In one piece, so that lines of other threads do not come in between.
+    // In one piece, so that other threads' lines do not come in between.
     drop(io::stderr().write_all(format!("{text}\n").as_bytes()));
 }
 
