@@ -1,4 +1,4 @@
-//! Many pages at once, with retries, a quarantine for what stays broken, and results as they come.
+//! Many pages at once, with retries, a quarantine for pages that stay broken, and results as they come.
 //!
 //! ```text
 //! cargo run -p cancel-safe-resumable --example crawl
@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::time::sleep;
 use tokio_util::sync::CancellationToken;
 
-/// What is recorded of a page.
+/// The record of a page.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Page {
     status: u16,

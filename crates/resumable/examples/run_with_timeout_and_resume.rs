@@ -1,4 +1,4 @@
-//! A computation of ten seconds that is given two, and goes on where it was each time it is run again.
+//! A computation of ten seconds that gets two at a time, and goes on where it was each time it is run again.
 //!
 //! ```text
 //! cargo run -p cancel-safe-resumable --example run_with_timeout_and_resume
@@ -19,7 +19,7 @@ async fn expensive_operation(item: u64) -> u64 {
     item * 2
 }
 
-/// Returns all results, or nothing if the time was too short: what was done until then is in the checkpoint.
+/// Returns all results, or nothing if the time was too short: the results so far are in the checkpoint.
 pub(crate) async fn run_with_timeout_and_resume(
     checkpoint: PathBuf,
     items: Vec<u64>,
@@ -41,7 +41,7 @@ pub(crate) async fn run_with_timeout_and_resume(
         cancel_token.cancel();
     });
 
-    // The run itself says when everything is safe: there is no need to wait and hope.
+    // The run itself returns when everything is safe: there is no need to wait and hope.
     let ended = computation.process(expensive_operation).await;
     timeout.abort();
     reporter.abort();

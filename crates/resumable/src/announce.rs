@@ -1,6 +1,6 @@
-//! Items that must not start before the record that they are about to is durable.
+//! Items that must not start before a durable record says that they are about to.
 //!
-//! Invariant: an item that leaves here was announced durably, or its announcement was withdrawn.
+//! Invariant: an item leaves here only after its announcement is durable or withdrawn.
 
 use std::{
     collections::VecDeque,
@@ -9,7 +9,7 @@ use std::{
 
 use crate::{error::TaskError, flight::Ticket, record::Recorder};
 
-/// The announced items, in the order of their records; none unless a run is at most once.
+/// The announced items, in the order of their records. There are none unless the run is at most once.
 #[derive(Debug)]
 pub(crate) struct Announced<I> {
     queue: VecDeque<(u64, Ticket<I>)>,
@@ -48,10 +48,10 @@ impl<I> Announced<I> {
         }
     }
 
-    /// Records of all items that wait here that they were not started.
+    /// Records that none of the waiting items was started.
     pub(crate) fn withdraw_all(&mut self, recorder: &mut Recorder) {
         for (_, ticket) in self.queue.drain(..) {
-            // If the store has failed, its intent stays: the item is then held to be uncertain, which is safe.
+            // If the store has failed, the intent stays: the item then counts as uncertain, which is safe.
             drop(recorder.withdraw(&ticket));
         }
     }

@@ -1,6 +1,6 @@
 //! A progress bar on the terminal.
 //!
-//! Invariant: what is not known is not drawn: without a known total there is no bar, no percentage and no time left.
+//! Invariant: it draws only what is known: without a known total there is no bar, no percentage and no time left.
 
 use std::{
     fmt,
@@ -20,11 +20,11 @@ use crate::progress::Progress;
 /// How often the bar looks at the progress.
 const LOOK_EVERY: Duration = Duration::from_millis(100);
 
-/// Shows a progress on the terminal (stderr) as long as the returned bar lives, and then leaves its last state there.
+/// Shows a progress on the terminal (stderr) as long as the returned bar lives, then leaves its last state there.
 ///
-/// Where stderr is no terminal nothing is drawn. As long as the total is not known there is a spinner instead of a bar, and
-/// neither a percentage nor the time left. A thread of its own looks ten times a second, so that the bar moves on while
-/// items keep the runtime busy; it ends when the bar is dropped.
+/// If stderr is not a terminal, it draws nothing. While the total is unknown, it draws a spinner instead of a bar,
+/// without a percentage or the time left. A separate thread updates the bar ten times a second, so it moves even while
+/// items keep the runtime busy; the thread ends when the bar is dropped.
 ///
 /// # Examples
 ///
@@ -59,7 +59,7 @@ impl Bar {
         let watched = Arc::clone(&is_over);
         let draw = move || {
             let mut drawn = Drawn::on(target);
-            // A copy is drawn: the run publishes under the same lock, and must not wait for a slow terminal.
+            // Draws a copy, because the run publishes under the same lock and must not wait for a slow terminal.
             let mut now = || *progress.borrow_and_update();
             while !watched.load(Ordering::Acquire) {
                 drawn.show(&now());
@@ -79,7 +79,7 @@ impl Drop for Bar {
         self.is_over.store(true, Ordering::Release);
         if let Some(thread) = self.thread.take() {
             thread.thread().unpark();
-            // It draws once more and ends; a panic of it is no reason for another.
+            // The thread draws once more and ends. If it panicked, that is no reason to panic here.
             drop(thread.join());
         }
     }
@@ -91,7 +91,7 @@ impl fmt::Debug for Bar {
     }
 }
 
-/// What is on the terminal.
+/// The bar on the terminal.
 #[derive(Debug)]
 pub(crate) struct Drawn {
     bar: ProgressBar,
@@ -129,7 +129,7 @@ fn style(template: &str) -> ProgressStyle {
     ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// How far it has come, in words.
+/// The progress in words.
 pub(crate) fn sentence(progress: &Progress) -> String {
     let mut text = HumanCount(progress.done as u64).to_string();
     if progress.is_total_known() {
@@ -153,7 +153,7 @@ pub(crate) fn sentence(progress: &Progress) -> String {
     text
 }
 
-/// A rate with as many digits as it takes: a slow one in minutes or hours.
+/// A rate with as many digits as it needs; a slow one per minute or per hour.
 fn rate(per_second: f64) -> String {
     match per_second {
         fast if fast >= 10.0 => format!(", {}/s", HumanCount(fast.round() as u64)),
@@ -247,7 +247,7 @@ mod tests {
         assert!(text.contains("100 %") && text.contains("10 of 10 items"), "{text}");
     }
 
-    /// A terminal that takes nothing before it is let go.
+    /// A terminal that blocks every write until it is released.
     #[derive(Debug)]
     struct Stuck {
         reached: mpsc::Sender<()>,
@@ -276,7 +276,7 @@ mod tests {
         fn write_str(&self, _: &str) -> io::Result<()> {
             let gone = |_| io::Error::other("the test is over");
             self.reached.send(()).map_err(gone)?;
-            // An error too lets it go: that of a side that was dropped.
+            // An error also releases it: the other side was dropped.
             let go = self.go.lock().map_err(|_| io::Error::other("poisoned"))?;
             go.recv().map_err(io::Error::other)
         }

@@ -1,6 +1,6 @@
 //! The options of a run, each with its default and its limit.
 //!
-//! Invariant: what contradicts itself is refused before anything is opened.
+//! Invariant: contradictory options are refused before anything is opened.
 
 use std::{fmt, path::PathBuf, time::Duration};
 
@@ -32,10 +32,10 @@ use crate::{
     },
 };
 
-/// The version of a computation that does not say another.
+/// The default version of a computation.
 pub(crate) const FIRST_VERSION: &str = "1";
 
-/// The options of a run over a stream of items. Every one but [`store`](Self::store) has a default.
+/// The options of a run over a stream of items. Every option except [`store`](Self::store) has a default.
 #[must_use = "nothing is opened and nothing runs before `stream`"]
 pub struct Builder<T, R> {
     plan: Plan<T, R>,
@@ -110,19 +110,20 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how many items run at once, all in the task that polls the run: for items that wait. Default: 1.
+    /// Sets how many items run at once, all in the task that polls the run. Use it for items that wait. Default: 1.
     pub fn concurrency(mut self, items: usize) -> Self {
         (self.plan.concurrency, self.plan.parallel) = (items, false);
         self
     }
 
-    /// Runs up to `items` items at once, each in its own task on tokio's runtime: for items that compute, on all cores.
-    /// Default: items run in the task that polls, as many as [`concurrency`](Self::concurrency) says.
+    /// Runs up to `items` items at once, each in its own task on tokio's runtime. Use it for items that compute, to use
+    /// all cores. Default: items run in the task that polls, and [`concurrency`](Self::concurrency) limits them.
     ///
-    /// The tasks go on while the run is not polled; their results are recorded when it is. When the run ends, every task has
-    /// ended: a task that the token or an error cuts is aborted and awaited. A dropped run aborts its tasks, and the
-    /// checkpoint stays locked until the last one has ended, so that nothing runs beside a successor. A task ends at its
-    /// next await: a long computation should make one now and then (`tokio::task::yield_now`). A `PgStore` refuses this.
+    /// The tasks go on while the run is not polled; their results are recorded when it is. When the run ends, every
+    /// task has ended: if the token or an error cuts a task, the run aborts it and waits for it. A dropped run aborts
+    /// its tasks, and the checkpoint stays locked until the last one has ended, so that nothing runs beside a
+    /// successor. A task ends at its next await: a long computation should make one now and then
+    /// (`tokio::task::yield_now`). A `PgStore` refuses this.
     pub fn parallel(mut self, items: usize) -> Self {
         (self.plan.concurrency, self.plan.parallel) = (items, true);
         self
@@ -153,12 +154,13 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Starts an item only once the intent to do so is durable, so that no item is silently started twice. Default: at
-    /// least once, with an [idempotency key](crate::ItemContext::idempotency_key).
+    /// Starts an item only once a durable record says that it will, so that no item is silently started twice. Default:
+    /// at least once, with an [idempotency key](crate::ItemContext::idempotency_key).
     ///
-    /// If the end of an item is not known (the process died, or the run was dropped while it ran), the item is in quarantine
-    /// from then on, marked [`uncertain`](field@crate::Quarantined::uncertain). A failed attempt is known to have failed, and
-    /// is repeated if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free slots.
+    /// If it is unknown how an item ended (the process died, or the run was dropped while it ran), the item goes to
+    /// quarantine, marked [`uncertain`](field@crate::Quarantined::uncertain). A failed attempt is known to have failed,
+    /// and is repeated if [`retry`](Self::retry) says so. Intents are synced in groups, as many as there are free
+    /// slots.
     pub fn at_most_once(mut self) -> Self {
         self.plan.at_most_once = true;
         self
@@ -210,8 +212,8 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how long running items may go on after the token fires; then they are dropped. Default: zero, they are dropped at
-    /// once.
+    /// Sets how long running items may go on after the token fires before they are dropped. Default: zero, they are
+    /// dropped at once.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.plan.grace = grace;
         self
@@ -256,25 +258,26 @@ impl<T, R> Builder<T, R> {
         Run::new(opening, progress)
     }
 
-    /// Runs `work` on every item, each in a transaction of its own in which its result is recorded: both are there or
+    /// Runs `work` on every item, each in its own transaction, which also records the result: the database has both or
     /// neither. It returns when the whole job is complete, whichever workers ran its items.
     ///
     /// `work` gets the connection of the transaction, and must not end the transaction. Half of the
-    /// [lease](crate::PgStore::lease) bounds each of its statements, and the time between two. An error rolls the transaction back, and the item is
-    /// tried again as [`retry`](Self::retry) says; so does a deferred constraint that does not hold at the commit.
-    /// `concurrency(n)` takes n connections of the pool, and now and then one more for the leases: items that are longer
-    /// than a third of a lease need a pool of n + 1. An item whose commit is in doubt lets others of its range begin anew.
-    /// The results are read with [`PgStore::results`](crate::PgStore::results).
+    /// [lease](crate::PgStore::lease) bounds each of its statements, and the time between two statements. If `work`
+    /// returns an error, or a deferred constraint does not hold at the commit, the transaction is rolled back, and the
+    /// item is tried again as [`retry`](Self::retry) says. `concurrency(n)` takes n connections of the pool, and now
+    /// and then one more for the leases: items that run longer than a third of a lease need a pool of n + 1. An item
+    /// whose commit is in doubt may make other items of its range start over. Read the results with
+    /// [`PgStore::results`](crate::PgStore::results).
     ///
     /// # Cancel safety
     ///
-    /// This method is cancel safe. If dropped before completion, the items that were running are rolled back, unless their
-    /// commit had been sent; the ranges are given back in a moment. Call it again to go on.
+    /// This method is cancel safe. If dropped before completion, the running items are rolled back, unless their commit
+    /// had been sent; the ranges are given back in a moment. Call it again to go on.
     ///
     /// # Errors
     ///
-    /// Those of [`Run::finish`], [`TaskError::Fenced`] if other workers have taken over ranges of this one, and
-    /// [`TaskError::Database`] if the database failed, or was away or silent for too long.
+    /// The errors of [`Run::finish`], [`TaskError::Fenced`] if other workers have taken over ranges of this one, and
+    /// [`TaskError::Database`] if the database failed, or was unreachable or silent for too long.
     ///
     /// # Examples
     ///
@@ -311,8 +314,8 @@ impl<T, R> Builder<T, R> {
     /// Runs `work` on every item of `source` that has no result in the checkpoint and returns all results, restored ones
     /// included, in the order of the input.
     ///
-    /// All results are held in memory. A vector has no place for an item without a result: if an item is in quarantine, the
-    /// call fails, but only after every other item has been run and recorded.
+    /// It holds all results in memory. A vector has no place for an item without a result: if an item is in quarantine,
+    /// the call fails, but only after every other item has been run and recorded.
     ///
     /// # Cancel safety
     ///
@@ -321,7 +324,7 @@ impl<T, R> Builder<T, R> {
     ///
     /// # Errors
     ///
-    /// Those of [`Run::finish`], and [`TaskError::Quarantined`] if an item has no result.
+    /// The errors of [`Run::finish`], and [`TaskError::Quarantined`] if an item has no result.
     ///
     /// # Examples
     ///
@@ -364,10 +367,10 @@ impl<T, R> Builder<T, R> {
         }
     }
 
-    /// What a run on PostgreSQL is to do, if it can be done there.
+    /// The plan for a run on PostgreSQL, if PostgreSQL supports its options.
     #[cfg(feature = "postgres")]
     fn shared(mut self, store: &PgStore) -> Result<Plan<T, R>, TaskError> {
-        // There is no file, and none is asked for.
+        // There is no file, and none is opened.
         self.plan.store = FileStore::at("postgres:");
         let plan = self.validated()?;
         let mistakes = [

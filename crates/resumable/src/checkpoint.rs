@@ -1,6 +1,6 @@
-//! A checkpoint as others see it: read without its lock, also while a run writes to it.
+//! A checkpoint for readers: read without its lock, even while a run writes to it.
 //!
-//! Invariant: what is shown is a prefix of what was recorded, the same however often it is asked for.
+//! Invariant: it shows a prefix of what was recorded, and the same prefix on every call.
 
 use std::{
     fmt,
@@ -22,17 +22,17 @@ use crate::{
     scan::read_header,
 };
 
-/// A live file is read again so often if something is wrong with it: a run may just have cut off a torn tail.
+/// How often to read a live file again if something is wrong with it: a run may just have cut off a torn tail.
 const READ_TRIES: u32 = 3;
 
 /// What a checkpoint file holds, with results of type `R`.
 ///
-/// It is read without the lock and changes nothing, so that the results of a run can be looked at while it works, on a
-/// read-only mount, and by a user who may only read. What it shows is what had been written when it was read: a
-/// consistent prefix. [`read`](Self::read) it again for more.
+/// Reading takes no lock and changes nothing, so it works while a run writes, on a read-only mount, and for a user with
+/// read permission only. It shows what had been written when it was read: a consistent prefix. [`read`](Self::read) it
+/// again for more.
 ///
-/// Results stay in the file until they are asked for. A run that compacts or replaces its file does not disturb one that
-/// is being read. On Windows a file that is held by a run cannot be read by others.
+/// Results stay in the file until you ask for them. A run that compacts or replaces its file does not disturb a reader.
+/// On Windows, nobody else can read a file that a run holds.
 ///
 /// # Examples
 ///
@@ -61,7 +61,7 @@ pub struct Checkpoint<R = ()> {
     result: PhantomData<fn() -> R>,
 }
 
-/// How many items a checkpoint knows, by what it knows of them.
+/// How many items a checkpoint knows, by their state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Counts {
@@ -69,22 +69,22 @@ pub struct Counts {
     pub results: usize,
     /// Items in quarantine, without the uncertain ones.
     pub quarantined: usize,
-    /// Items that were started [at most once](crate::Builder::at_most_once) and have no result: they are running now, or
-    /// it is not known how they ended.
+    /// Items that were started [at most once](crate::Builder::at_most_once) and have no result: they are running now,
+    /// or it is unknown how they ended.
     pub uncertain: usize,
-    /// Items that failed and are to be tried again.
+    /// Items that failed and will be tried again.
     pub failed: usize,
-    /// Items of the input that were read; without keys only. Of a sealed checkpoint these are all.
+    /// How many items of the input were read; only without keys. In a sealed checkpoint this is the whole input.
     pub read: Option<usize>,
 }
 
 impl<R> Checkpoint<R> {
-    /// Reads the checkpoint at `path`, all of it: the thread is blocked meanwhile.
+    /// Reads the whole checkpoint at `path`, and blocks the thread meanwhile.
     ///
     /// # Errors
     ///
-    /// [`TaskError::Corrupt`] if it is damaged, [`TaskError::NewerFormat`] if it takes a newer reader, and
-    /// [`TaskError::Io`] if it is not there or cannot be read. Version and type of the results are not compared.
+    /// [`TaskError::Corrupt`] if it is damaged, [`TaskError::NewerFormat`] if it needs a newer reader, and
+    /// [`TaskError::Io`] if it does not exist or cannot be read. Version and type of the results are not compared.
     pub fn read(path: impl AsRef<Path>) -> Result<Self, TaskError> {
         let path = path.as_ref();
         let mut tries = 1;
@@ -124,13 +124,13 @@ impl<R> Checkpoint<R> {
         self.of(|history| Codec::of_number(history.header.codec))
     }
 
-    /// Returns whether items are known by a key, and not by their position.
+    /// Returns whether items are identified by a key, and not by their position.
     #[must_use]
     pub fn is_keyed(&self) -> bool {
         self.of(|history| history.header.identity == Identity::Key)
     }
 
-    /// Returns whether the computation is complete, and nothing was added since.
+    /// Returns whether the computation is complete, with nothing added since.
     #[must_use]
     pub fn is_sealed(&self) -> bool {
         self.of(|history| history.sealed.is_some())
@@ -142,7 +142,7 @@ impl<R> Checkpoint<R> {
         self.of(|history| history.epoch)
     }
 
-    /// Returns how many items of each kind there are.
+    /// Returns how many items are in each state.
     #[must_use]
     pub fn counts(&self) -> Counts {
         self.of(|history| {
@@ -152,19 +152,19 @@ impl<R> Checkpoint<R> {
         })
     }
 
-    /// Returns the length of what is intact, in bytes.
+    /// Returns the length of the intact part, in bytes.
     #[must_use]
     pub fn len_bytes(&self) -> u64 {
         self.of(|history| history.end)
     }
 
-    /// Returns about how many bytes it would take if it were compacted.
+    /// Returns about how many bytes it would have after compaction.
     #[must_use]
     pub fn live_bytes(&self) -> u64 {
         self.of(|history| history.live_bytes())
     }
 
-    /// Returns how many bytes lie behind the last intact block: a run is writing them, or has died while it did.
+    /// Returns how many bytes follow the last intact block: a run is writing them, or died while it wrote them.
     #[must_use]
     pub fn torn_bytes(&self) -> u64 {
         self.of(|history| history.torn_bytes)
@@ -172,7 +172,7 @@ impl<R> Checkpoint<R> {
 
     /// Returns the finished items with their results still encoded, as [`codec`](Self::codec) says: for tools that do not
     /// know the type. They come in the order of the input; with keys they come in the order of the file, and their index only counts them.
-    /// An item that runs at most once just now is among them, as uncertain.
+    /// An item that is running now under at-most-once is among them, as uncertain.
     pub fn raw(&self) -> impl Iterator<Item = Result<Done<Vec<u8>>, TaskError>> + use<'_, R> {
         let keys = self.of(|history| history.keys());
         let count = keys.as_ref().map_or_else(|| self.of(|history| history.marked()), Vec::len);
@@ -184,7 +184,7 @@ impl<R> Checkpoint<R> {
 
     /// Returns the finished items, as [`raw`](Self::raw) does, with their results.
     ///
-    /// A result that is not an `R`, or whose codec this program lacks, is a [`TaskError::Codec`].
+    /// If a result is not an `R`, or this program lacks its codec, the item is a [`TaskError::Codec`].
     pub fn records(&self) -> impl Iterator<Item = Result<Done<R>, TaskError>> + use<'_, R>
     where
         R: DeserializeOwned,
@@ -230,7 +230,7 @@ impl<R> Checkpoint<R> {
         })
     }
 
-    /// Reading moves a window over the file, and nothing that a panic could leave half done.
+    /// Reading moves a window over the file; there is nothing that a panic could leave half done.
     fn of<T>(&self, look: impl FnOnce(&mut History) -> T) -> T {
         look(&mut self.history.lock().unwrap_or_else(PoisonError::into_inner))
     }

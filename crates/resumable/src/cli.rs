@@ -1,7 +1,7 @@
 //! The command `resumable`: looks at checkpoint files, and compacts them.
 //!
-//! Invariant: only `compact` writes, and what is wrong is said in one line that says what to do, with the exit code that
-//! the help promises.
+//! Invariant: only `compact` writes, and every failure is one line that says what to do, with the exit code that the
+//! help promises.
 
 use std::{
     fs::{self, File, TryLockError},
@@ -78,7 +78,7 @@ enum Command {
     },
 }
 
-/// Between a hundred looks a second and one a day.
+/// Parses an interval: from a hundred looks a second to one a day.
 fn seconds(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(seconds) if (0.01..=86_400.0).contains(&seconds) => Ok(seconds),
@@ -86,7 +86,7 @@ fn seconds(text: &str) -> Result<f64, String> {
     }
 }
 
-/// Why a command failed, and so its exit code.
+/// Why a command failed. It determines the exit code.
 #[derive(Debug, thiserror::Error)]
 enum Failure {
     #[error(transparent)]
@@ -115,7 +115,7 @@ pub fn main() -> ExitCode {
     let arguments = match Arguments::try_parse() {
         Ok(arguments) => arguments,
         Err(usage) => {
-            // Nowhere is left to say that this could not be said.
+            // If this cannot be printed, there is nowhere left to say so.
             drop(usage.print());
             return if usage.use_stderr() { ExitCode::from(2) } else { ExitCode::SUCCESS };
         }
@@ -124,7 +124,7 @@ pub fn main() -> ExitCode {
     let ended = run(&arguments.command, &mut out).and_then(|code| Ok(out.flush().map(|()| code)?));
     match ended {
         Ok(code) => ExitCode::from(code),
-        // Whoever reads has seen enough, as `head` has.
+        // The reader has seen enough, as `head` does.
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(failure) => {
             tell(&failure);
@@ -146,7 +146,7 @@ fn run(command: &Command, out: &mut dyn Write) -> Result<u8, Failure> {
     Ok(0)
 }
 
-/// Goes through all files, whatever is wrong with one of them, and returns the first exit code that is not 0.
+/// Checks all files, even after one has failed, and returns the first exit code that is not 0.
 fn verify(files: &[PathBuf], out: &mut dyn Write) -> Result<u8, Failure> {
     let mut code = 0;
     for file in files {
@@ -180,7 +180,7 @@ fn open(path: &Path) -> Result<Checkpoint<()>, TaskError> {
     Checkpoint::read(path)
 }
 
-/// A pipe would keep whoever opens it waiting.
+/// Opening a pipe would block.
 fn must_be_file(path: &Path) -> Result<(), TaskError> {
     if fs::metadata(path).map_err(|error| TaskError::io("open checkpoint", path, error))?.is_file() {
         return Ok(());
@@ -189,7 +189,7 @@ fn must_be_file(path: &Path) -> Result<(), TaskError> {
     Err(TaskError::io("read checkpoint", path, error))
 }
 
-/// Whether a run holds the file. The lock is asked for, shared, and given back at once.
+/// Whether a run holds the file. Tries to take the lock, shared, and releases it at once.
 fn is_held(path: &Path) -> bool {
     match File::open(path) {
         Ok(file) => matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)),

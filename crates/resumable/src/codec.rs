@@ -1,7 +1,7 @@
 //! How results become payload bytes.
 //!
-//! Invariant: the codec's number in a file never changes its meaning, and both sides of a codec tell a type alike whether
-//! it is human readable.
+//! Invariant: a codec's number in a file never changes its meaning, and encoder and decoder tell a type the same about
+//! whether the format is human readable.
 
 use rmp_serde::config::{DefaultConfig, HumanReadableConfig};
 use serde::{Deserialize, Deserializer, Serialize, de::DeserializeOwned};
@@ -14,10 +14,10 @@ use crate::item::BoxError;
 pub enum Codec {
     /// MessagePack with named fields, human readable (the default). It describes itself, so that `untagged`, `flatten`,
     /// `skip_serializing_if` and `serde_json::Value` come back as they were, and a field with a default can be added.
-    /// Types that have a form for people, such as an `IpAddr` or a date, are written in that.
+    /// Types with a human-readable form, such as an `IpAddr` or a date, are written in that form.
     ///
-    /// Like JSON it does not tell `Some(None)` or `Some(())` from `None`, and serde itself cannot bring a `u128` back
-    /// from behind `untagged`, `flatten` or `tag`: such a result is refused with [`TaskError::RoundTrip`].
+    /// Like JSON, it cannot tell `Some(None)` or `Some(())` from `None`, and serde itself cannot restore a `u128`
+    /// behind `untagged`, `flatten` or `tag`: such a result is refused with [`TaskError::RoundTrip`].
     ///
     /// [`TaskError::RoundTrip`]: crate::TaskError::RoundTrip
     #[default]
@@ -74,7 +74,7 @@ impl Codec {
             #[cfg(feature = "postcard")]
             Self::Postcard => match postcard::take_from_bytes(bytes)? {
                 (value, []) => Ok(value),
-                // Whatever wrote them was another type: a value that happens to fit its beginning is not its value.
+                // Another type wrote these bytes: a value that happens to fit their beginning is not the right one.
                 (_, rest) => Err(format!("{} bytes are left over", rest.len()).into()),
             },
         }
@@ -91,7 +91,7 @@ impl Codec {
         path.unwrap_or_default()
     }
 
-    /// Whether types that have a form for people are written in that.
+    /// Whether types with a human-readable form are written in that form.
     pub(crate) fn is_human_readable(self) -> bool {
         match self {
             Self::MessagePack => true,
@@ -104,8 +104,8 @@ impl Codec {
 type MessagePack<'a> =
     rmp_serde::Deserializer<rmp_serde::decode::ReadRefReader<'a, [u8]>, HumanReadableConfig<DefaultConfig>>;
 
-/// What is buffered (for `untagged`, `flatten` and `tag`) is read back as human readable whatever the codec is, so that it
-/// has to be written so.
+/// Serde reads buffered values (for `untagged`, `flatten` and `tag`) back as human readable whatever the codec is, so
+/// they must be written as human readable.
 fn message_pack(bytes: &[u8]) -> MessagePack<'_> {
     rmp_serde::Deserializer::from_read_ref(bytes).with_human_readable()
 }

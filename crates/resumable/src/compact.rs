@@ -1,7 +1,7 @@
-//! Compaction: a file that holds mostly what does not count any more is written anew.
+//! Compaction: rewrites a file that holds mostly outdated records.
 //!
-//! Invariant: the path leads to the old file, whole, or to the new one, whole and durable, at every moment. Whoever
-//! compacts holds the lock of the old one.
+//! Invariant: at every moment the path leads to the whole old file, or to the whole and durable new one. The compacting
+//! thread holds the lock of the old file.
 
 use std::{fs::File, io, io::Write, path::Path};
 
@@ -13,11 +13,11 @@ use crate::{
     log::{Blocks, Chain, Kind, check_offset},
 };
 
-/// A file of this size takes one block of the disk however little is in it.
+/// A file of up to this size takes one disk block, however little it holds.
 const SMALL_BYTES: u64 = 4096;
-/// So much is gathered before it is written.
+/// How much to gather before a write.
 const PIECE_BYTES: usize = 256 << 10;
-/// Fingerprints of fewer items than this are joined.
+/// Fingerprints that cover fewer items than this are joined.
 const MARK_ITEMS: usize = 4096;
 
 /// Whether a file of this length holds more than twice the bytes that count.
@@ -25,12 +25,12 @@ pub(crate) fn is_due(length: u64, live: u64) -> bool {
     length > SMALL_BYTES && length > live.saturating_mul(2)
 }
 
-/// Puts a file with what counts alone in the place of the one that the history was read from, and returns its length;
-/// `None` if it would not be smaller.
+/// Replaces the file that the history was read from with one that holds only the current records, and returns its
+/// length; `None` if it would not be smaller.
 ///
-/// If it fails, the path leads to either.
+/// If it fails, the path leads to one of the two.
 pub(crate) fn rewrite(history: &mut History, file: &File, path: &Path) -> io::Result<Option<u64>> {
-    // What somebody left who was killed right here: it lies beside the file and not beside a link to it.
+    // Removes what a process killed at this point left: it lies beside the file, not beside a link to it.
     drop(blocking::sweep(directory_of(&link_target(path)?)));
     let writer = AtomicFileWriter::new(path)?;
     let chain = Chain::new(history.header.salt);
@@ -45,7 +45,7 @@ pub(crate) fn rewrite(history: &mut History, file: &File, path: &Path) -> io::Re
         copy.blocks.sealed(total, digest);
     }
     copy.flush(0)?;
-    // Whoever removed or replaced the file meanwhile must not get it back.
+    // If the file was removed or replaced meanwhile, it must not come back.
     if copy.length >= history.end || !is_still_at(file, path)? {
         copy.writer.discard()?;
         return Ok(None);
@@ -105,7 +105,7 @@ impl Copy {
         Ok(())
     }
 
-    /// Writes what was gathered if it is more than so much.
+    /// Writes what was gathered if it is more than `more_than` bytes.
     fn flush(&mut self, more_than: usize) -> io::Result<()> {
         if self.blocks.len() <= more_than {
             return Ok(());

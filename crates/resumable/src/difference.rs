@@ -1,6 +1,6 @@
-//! Where two values differ, as a path a person can follow.
+//! The place where two values differ, as a path that a person can follow.
 //!
-//! Invariant: it names fields, variants and kinds, and never shows what is in them: an error is no place for data.
+//! Invariant: it names fields, variants and kinds, and never shows their contents: an error is no place for data.
 
 use std::collections::HashMap;
 
@@ -11,9 +11,9 @@ use crate::shape::{Digest, Kind, Label, Node};
 pub(crate) struct Tree {
     digest: Digest,
     kind: Kind,
-    /// Of a variant.
+    /// The name of a variant.
     name: &'static str,
-    /// Of a string, which may be the name of a flattened field.
+    /// The text of a string, which may be the name of a flattened field.
     text: String,
     children: Vec<(Label<Tree>, Tree)>,
 }
@@ -100,7 +100,7 @@ fn descend(before: &Tree, after: &Tree, path: &mut String) -> Option<String> {
     }
 }
 
-/// Finds the first member of a sequence that came back nowhere in it.
+/// Finds the first member of a sequence that is nowhere in the restored one.
 fn in_sequence<'a>(before: &'a Tree, after: &'a Tree, path: &mut String) -> Option<String> {
     let at = |tree: &'a Tree, position: usize| tree.children.get(position).map(|(_, node)| node);
     let stayed =
@@ -118,7 +118,7 @@ fn in_sequence<'a>(before: &'a Tree, after: &'a Tree, path: &mut String) -> Opti
     Some(format!("{} comes back with more in it", before.describe()))
 }
 
-/// Finds the first entry of a map that came back nowhere in it.
+/// Finds the first entry of a map that is nowhere in the restored one.
 fn in_map(before: &Tree, after: &Tree, path: &mut String) -> Option<String> {
     let key_of = |label: &Label<Tree>| match label {
         Label::Entry { key, .. } => key.digest.0,
@@ -134,7 +134,7 @@ fn in_map(before: &Tree, after: &Tree, path: &mut String) -> Option<String> {
     Some(format!("{} comes back with more in it", before.describe()))
 }
 
-/// Goes on into what is at the same place.
+/// Descends into the values at the same place.
 fn inside(label: &Label<Tree>, before: &Tree, after: Option<&Tree>, path: &mut String) -> Option<String> {
     step(path, label);
     match after {
@@ -143,7 +143,7 @@ fn inside(label: &Label<Tree>, before: &Tree, after: Option<&Tree>, path: &mut S
     }
 }
 
-/// Adds a step to a path. The keys of a map are data, but for those that are the names of flattened fields.
+/// Adds a step to a path. The keys of a map are data, except those that name flattened fields.
 fn step(path: &mut String, label: &Label<Tree>) {
     match label {
         Label::Position(position) => path.push_str(&format!("[{position}]")),

@@ -1,6 +1,7 @@
-//! The file of a checkpoint: read at offsets, appended to, and known by its place on the disk.
+//! The checkpoint's file: read at offsets, appended to, and identified by its place on the disk.
 //!
-//! Invariant: reading moves nothing that writing depends on, so that a file may be read while a thread appends to it.
+//! Invariant: reading does not move anything that writing depends on, so a file may be read while a thread appends to
+//! it.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -44,7 +45,8 @@ impl ReadAt for File {
 pub(crate) fn open_to_append(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true);
-    // What is appended to a file that somebody has truncated must not lie behind a hole, where its length would be right.
+    // If the file is truncated from outside, an append must not land behind a hole, because the length would then look
+    // right.
     #[cfg(unix)]
     options.append(true);
     options.open(path)
@@ -85,13 +87,13 @@ pub(crate) fn is_still_at(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Elsewhere an open file cannot be moved away, so that it is enough that something is there.
+/// On other systems an open file cannot be moved away, so it is enough that something is at the path.
 #[cfg(not(unix))]
 pub(crate) fn is_still_at(_: &File, path: &Path) -> io::Result<bool> {
     fs::exists(path)
 }
 
-/// Checks that the path still leads to the open file and that this is as long as what was written to it.
+/// Checks that the path still leads to the open file, and that the file is as long as what was written to it.
 pub(crate) fn check_place(file: &File, path: &Path, length: u64) -> io::Result<()> {
     if !is_still_at(file, path)? {
         let gone = "it was removed, renamed or replaced while this run used it; what was recorded since may be lost";
@@ -110,13 +112,13 @@ pub(crate) fn directory_of(path: &Path) -> &Path {
     path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
-/// Where a path leads to by its symlinks, be there a file or not: a link may have been put there before its target.
+/// Where a path leads through its symlinks, whether or not a file is there: a link may exist before its target.
 pub(crate) fn link_target(path: &Path) -> io::Result<PathBuf> {
     let mut path = path.to_owned();
     for _ in 0..MOST_LINKS {
         match fs::read_link(&path) {
             Ok(target) => path = directory_of(&path).join(target),
-            // It is no link, or there is nothing.
+            // It is not a link, or does not exist.
             Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::NotFound) => {
                 return Ok(path);
             }
@@ -132,7 +134,7 @@ pub(crate) fn sync_directory(path: &Path) -> io::Result<()> {
     File::open(directory_of(path))?.sync_all()
 }
 
-/// Elsewhere a directory cannot be opened to be synced.
+/// On other systems a directory cannot be opened for a sync.
 #[cfg(not(unix))]
 pub(crate) fn sync_directory(_: &Path) -> io::Result<()> {
     Ok(())

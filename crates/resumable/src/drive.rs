@@ -1,7 +1,7 @@
-//! The drive loop: reads the input, runs the items, records what comes out.
+//! The drive loop: reads the input, runs the items, records the results.
 //!
-//! Invariant: it never waits for the store while an item could make progress, and whatever it hands out has been given
-//! to the checkpoint before. No poll goes round without having started, finished or handed out something.
+//! Invariant: it never waits for the store while an item could make progress, and it gives everything to the checkpoint
+//! before it hands it out. No turn of the loop passes without something started, finished or handed out.
 
 use std::{
     pin::Pin,
@@ -42,18 +42,18 @@ pub struct Summary {
     pub total: usize,
     /// Items this run completed.
     pub completed: usize,
-    /// Items an earlier run had finished, those in quarantine included.
+    /// Items that earlier runs had finished, including those in quarantine.
     pub restored: usize,
     /// Items in quarantine, from this run and from earlier ones.
     pub quarantined: usize,
-    /// Bytes that a crash had left half-written behind the last intact block, and that were cut off.
+    /// Bytes cut off because a crash had left them half-written after the last intact block.
     pub torn_bytes: u64,
 }
 
 pub(crate) struct Drive<I, R, S, F, Fut> {
     plan: Plan<I, R>,
     stop: Stop,
-    /// Gone once it has ended.
+    /// `None` once it has ended.
     source: Option<S>,
     intake: Intake,
     history: History,
@@ -69,42 +69,43 @@ pub(crate) struct Drive<I, R, S, F, Fut> {
     emission: Emission<R>,
     meter: Meter,
     ending: Ending,
-    /// What was restored since the runtime was last asked whether others should run.
+    /// How much was restored since the loop last asked the runtime whether other tasks should run.
     restored_bytes: u64,
 }
 
 enum Ending {
     Running,
-    /// What still runs is on its way out; then the store is closed.
+    /// The running items are finishing; then the store is closed.
     Draining(Result<(), TaskError>),
-    /// The store is being closed; then the run ends so, unless the store says worse.
+    /// The store is closing; then the run ends with this, unless the store reports something worse.
     Closing(Result<(), TaskError>),
     Closed(Option<Result<Summary, TaskError>>),
 }
 
-/// What is handed up with each item should be small: an error is large, and seldom there.
+/// Boxed, because this is returned for each item and should be small; an error is large and rare.
 type Failure = Box<TaskError>;
 
-/// What a step of the loop came to.
+/// The outcome of a step of the loop.
 enum Step<R> {
     Finished(Done<R>),
-    /// An attempt has ended, and its item has not.
+    /// An attempt has ended, but its item has not.
     Again,
     Complete,
 }
 
-/// What became of the wish to start one more item.
+/// The outcome of trying to start one more item.
 enum Next<R> {
-    /// It runs now, or will once that is announced.
+    /// It runs now, or will once its announcement is durable.
     Started,
-    /// It was restored, or did not wait for anything.
+    /// It was restored, or finished without waiting.
     Ended(Step<R>),
 }
 
 /// Nothing in the loop is pinned in place: the source must be `Unpin`, and the futures live in boxes.
 impl<I, R, S, F, Fut> Unpin for Drive<I, R, S, F, Fut> {}
 
-/// What each item passes through is always inlined: to hand an item on in memory costs as much as all else of a trivial one.
+/// Everything on an item's path is always inlined: passing an item on in memory costs as much as all other work for a
+/// trivial item.
 impl<I, R, S, F, Fut> Drive<I, R, S, F, Fut>
 where
     I: Serialize + Clone,
@@ -166,7 +167,7 @@ where
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
         let index = self.intake.position;
         match self.restore(index, cx) {
-            // Put together where it goes: to move an item once more costs as much as to restore it.
+            // Built in place: moving an item once more costs as much as restoring it.
             Some(result) => {
                 Poll::Ready(Some(Done { index, key: None, restored: true, attempts: 0, result: Ok(result) }))
             }
@@ -227,7 +228,7 @@ where
         }
     }
 
-    /// How the run ended; `None` before it has, and after it was told once.
+    /// How the run ended; `None` before its end, and after this was taken once.
     pub(crate) fn take_outcome(&mut self) -> Option<Result<Summary, TaskError>> {
         match &mut self.ending {
             Ending::Closed(outcome) => outcome.take(),
@@ -235,11 +236,11 @@ where
         }
     }
 
-    /// Goes on until an attempt or the run has ended. Each time round starts an item, of which there are only so many.
+    /// Goes on until an attempt or the run has ended. Each turn starts an item, and the number of items is limited.
     #[inline(always)]
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, Failure>> {
         loop {
-            // Before the token is looked at: a result that is there is never thrown away.
+            // Before the token is checked, because an available result is never thrown away.
             if let Poll::Ready((ticket, outcome)) = self.in_flight.poll_done(cx) {
                 return Poll::Ready(self.settle(ticket, outcome));
             }
@@ -269,7 +270,7 @@ where
         }
     }
 
-    /// Lets the store wake the task, and tells if it is what all items wait for.
+    /// Lets the store wake the task, and reports a pause if all items wait for the store.
     fn watch_store(&mut self, cx: &mut Context<'_>) -> Result<(), TaskError> {
         let full_until = self.recorder.watch(cx)?;
         if self.gate.is_closed() {
@@ -283,19 +284,20 @@ where
         Ok(())
     }
 
-    /// The token has fired: nothing is started any more; what runs has its time.
+    /// The token has fired: starts nothing more, and gives running items their grace.
     fn poll_cancelled(&mut self, cx: &mut Context<'_>) -> Poll<Result<Step<R>, Failure>> {
         if self.is_idle() && self.has_ended(cx)? {
             return Poll::Ready(Ok(Step::Complete));
         }
-        // Items that wait stay where they are: were the room emptied, the run would look complete once the rest has ended.
+        // Waiting items stay where they are: without them, the run would look complete once the rest has ended.
         if self.in_flight.len() > 0 {
             ready!(self.stop.poll_grace(cx))?;
         }
         Poll::Ready(Err(TaskError::Cancelled.into()))
     }
 
-    /// Returns whether there is no item left to read. A source that says so is asked; if it then waits, it has not ended.
+    /// Returns whether there is no item left to read. A source that claims so is polled; if it then waits, it has not
+    /// ended.
     fn has_ended(&mut self, cx: &mut Context<'_>) -> Result<bool, TaskError> {
         if let Some(source) = &mut self.source
             && source.size_hint().1 == Some(0)
@@ -383,7 +385,7 @@ where
         self.in_flight.len() + self.announced.len()
     }
 
-    /// Whether no item that was read is unfinished.
+    /// Whether every item that was read is finished.
     fn is_idle(&self) -> bool {
         self.started() == 0 && self.waiting.len() == 0
     }
@@ -391,7 +393,7 @@ where
     /// Records how an attempt ended.
     #[inline(always)]
     fn settle(&mut self, mut ticket: Ticket<I>, outcome: Option<Result<R, ItemError>>) -> Result<Step<R>, Failure> {
-        // A task that is cut by its runtime has not failed: the run ends with the runtime.
+        // A task that its runtime cuts has not failed: the run ends with the runtime.
         let error = match outcome.ok_or(TaskError::Cancelled)? {
             Ok(result) => {
                 self.gate.attempt_ended(ticket.launch);
@@ -431,13 +433,13 @@ where
         Ok(Done { index, key, restored: false, attempts: attempts + 1, result: Ok(result) })
     }
 
-    /// No item starts before that time.
+    /// Starts no item before `until`.
     fn pause(&mut self, until: Instant, cause: &str) {
         let until = self.gate.close(until);
         self.meter.pause(Some(Pause::new(until, cause)));
     }
 
-    /// Puts an item into the queue whose attempt does not count.
+    /// Puts an item back into the queue without counting its attempt.
     fn put_back(&mut self, ticket: Ticket<I>, until: Instant) -> Result<Step<R>, Failure> {
         if self.plan.at_most_once {
             self.recorder.withdraw(&ticket)?;
@@ -450,7 +452,7 @@ where
         let limit = self.plan.quarantine;
         if self.meter.failed() >= limit {
             let (index, attempts) = (ticket.index, ticket.attempts);
-            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            // Once the cause is fixed, or the limit raised, the item has all its attempts again.
             self.recorder.failure(&ticket, 0, &cause)?;
             return Err(TaskError::QuarantineFull { limit, index, attempts, cause }.into());
         }
@@ -461,12 +463,12 @@ where
     }
 
     fn end(&mut self, outcome: Result<(), TaskError>) {
-        // What is still running is dropped before the file is let go: a successor never overlaps with it.
+        // Running items are dropped before the file is released, so a successor never overlaps with them.
         self.in_flight.cut();
         self.ending = Ending::Draining(outcome);
     }
 
-    /// Waits until nothing runs any more. What is done when it is cut is done.
+    /// Waits until nothing runs any more. A task that finishes before the cut reaches it counts as finished.
     fn poll_drained(&mut self, cx: &mut Context<'_>) -> Poll<Option<Done<R>>> {
         while self.in_flight.len() > 0 {
             if let (ticket, Some(Ok(result))) = ready!(self.in_flight.poll_done(cx))
@@ -501,7 +503,7 @@ where
         let Ending::Closing(outcome) = std::mem::replace(&mut self.ending, Ending::Closed(None)) else {
             return Poll::Ready(());
         };
-        // A store that failed outranks all else: results handed out before may not be durable.
+        // A failed store outranks everything else: results already handed out may not be durable.
         let outcome = closed.map_err(TaskError::Io).and(outcome).map(|()| summary);
         self.ending = Ending::Closed(Some(outcome));
         Poll::Ready(())
@@ -513,7 +515,7 @@ where
     }
 }
 
-/// What was announced and not started is told so, which needs none of the types of the input.
+/// Withdraws the announcements of items that were not started. This needs none of the input's types.
 impl<I, R, S, F, Fut> Drop for Drive<I, R, S, F, Fut> {
     fn drop(&mut self) {
         self.announced.withdraw_all(&mut self.recorder);

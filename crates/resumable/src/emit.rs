@@ -1,12 +1,12 @@
-//! Finished items on their way out, in the order that was asked for.
+//! Finished items on their way out, in the requested order.
 //!
-//! Invariant: each leaves once, and in an ordered run none leaves before the one before it.
+//! Invariant: each item leaves once, and in an ordered run none leaves before its predecessor.
 
 use std::collections::BTreeMap;
 
 use crate::item::Done;
 
-/// What is finished and waits for its turn.
+/// The finished items that wait for their turn.
 #[derive(Debug)]
 pub(crate) struct Emission<R> {
     is_ordered: bool,
@@ -20,7 +20,7 @@ impl<R> Emission<R> {
         Self { is_ordered, held: BTreeMap::new(), turn: 0 }
     }
 
-    /// Returns whether a finished item leaves at once; else it is to be held.
+    /// Returns whether a finished item leaves at once; otherwise hold it.
     #[inline]
     pub(crate) fn pass(&mut self, index: usize) -> bool {
         let passes = !self.is_ordered || index == self.turn;

@@ -12,7 +12,7 @@ use serde::de::DeserializeOwned;
 
 use crate::{codec::Codec, item::BoxError, log::Damage, scan::Unread};
 
-/// Why a run ended without all its results. Whatever it was, the results recorded before it are kept.
+/// Why a run ended without all its results. In every case, the results recorded before are kept.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TaskError {
@@ -35,7 +35,7 @@ pub enum TaskError {
     Corrupt {
         /// The checkpoint.
         path: PathBuf,
-        /// Where the damage begins. All before it is intact.
+        /// Where the damage begins. Everything before it is intact.
         offset: u64,
         /// What is wrong there.
         detail: &'static str,
@@ -83,7 +83,7 @@ pub enum TaskError {
     },
 
     /// Other workers have taken over ranges of this one: it was frozen or cut off from the database for longer than its
-    /// lease, and nothing of it is recorded twice.
+    /// lease. Nothing is recorded twice.
     #[error(
         "other workers took over {ranges} range{} of {} while this one was frozen or cut off past its lease; what it had \
          recorded is safe, and nothing is recorded twice: start it again to go on",
@@ -96,7 +96,7 @@ pub enum TaskError {
         ranges: u32,
     },
 
-    /// Not all items of the job have been finished yet: what there is was handed out before.
+    /// Not all items of the job are finished yet. The results that exist were handed out before this error.
     #[error("{} is not complete: {done} of {total} items are finished; read it again when its workers are done", path.display())]
     Incomplete {
         /// The job.
@@ -107,31 +107,32 @@ pub enum TaskError {
         total: usize,
     },
 
-    /// The database failed, or was away or silent for longer than the store's `outage`. What had been recorded is safe.
-    #[error("cannot {action} in the database; results recorded before are safe: mend the cause and run it again")]
+    /// The database failed, or was unreachable or silent for longer than the store's `outage`. What had been recorded
+    /// is safe.
+    #[error("cannot {action} in the database; results recorded before are safe: fix the cause and run it again")]
     Database {
-        /// What was to be done.
+        /// What the run tried to do.
         action: &'static str,
         /// What the driver said.
         #[source]
         source: BoxError,
     },
 
-    /// Two items have the same key, so that one result could not be told from the other.
+    /// Two items have the same key, so their results could not be told apart.
     #[error(
         "items {first} and {index} have the same key; results before are safe: remove one or make the keys distinct"
     )]
     DuplicateKey {
         /// The item that had the key first.
         first: usize,
-        /// The item that has it too.
+        /// The later item with the same key.
         index: usize,
     },
 
     /// An item failed for good and the quarantine has no room for it.
     #[error(
         "item {index} failed after {attempts} attempt{} and the quarantine is full ({limit}): {cause}; results before are safe: \
-         mend the cause or allow more with `.quarantine(…)`, then run it again",
+         fix the cause or allow more with `.quarantine(…)`, then run it again",
         plural(*attempts as usize)
     )]
     QuarantineFull {
@@ -145,9 +146,9 @@ pub enum TaskError {
         cause: String,
     },
 
-    /// All results were asked for, and some items have none. Everything else is recorded.
+    /// The caller asked for all results, and some items have none. Everything else is recorded.
     #[error(
-        "{items} item{} in quarantine, the first is item {index}: {cause}; all other results are safe: mend the cause and \
+        "{items} item{} in quarantine, the first is item {index}: {cause}; all other results are safe: fix the cause and \
          run it again with `.retry_quarantined(true)`, or take what there is with `.stream(…)`",
         if *items == 1 { " is" } else { "s are" }
     )]
@@ -160,7 +161,7 @@ pub enum TaskError {
         cause: String,
     },
 
-    /// An item or a result cannot be written, or cannot be read back. A new one is not recorded, and one in the checkpoint
+    /// An item or a result cannot be written, or cannot be read back. A new result is not recorded, and an existing one
     /// is not changed.
     #[error(
         "item {index}: a `{type_name}` cannot be {action} as {codec:?}{}; results before are safe: {}",
@@ -186,11 +187,11 @@ pub enum TaskError {
         cause: BoxError,
     },
 
-    /// A result, or an item that is handed to its function as a copy, would come back from the checkpoint as another
-    /// value. Nothing of it is recorded.
+    /// A result, or an item that its function gets as a copy, would come back from the checkpoint as another value.
+    /// Nothing of it is recorded.
     #[error(
         "item {index}: a `{type_name}` does not come back from {codec:?} as it was{}: {detail}; nothing of it was recorded, \
-         results before are safe: mend its serde implementation, or use another type",
+         results before are safe: fix its serde implementation, or use another type",
         at(path)
     )]
     RoundTrip {
@@ -206,13 +207,13 @@ pub enum TaskError {
         detail: String,
     },
 
-    /// The options contradict each other, or ask for what the runtime does not have. Nothing was opened, unless an item
-    /// was to wait, and there is no time driver.
+    /// The options contradict each other, or need something that the runtime lacks. Nothing was opened, except if an
+    /// item had to wait and the runtime has no time driver.
     #[error("invalid options: {0}")]
     Config(&'static str),
 
     /// The file system failed. What had been synced is safe; nothing more is written to the checkpoint.
-    #[error("{0}; results synced before are safe: mend the cause and run it again")]
+    #[error("{0}; results synced before are safe: fix the cause and run it again")]
     Io(#[from] io::Error),
 }
 
@@ -247,19 +248,20 @@ impl TaskError {
         matches!(self, Self::QuarantineFull { .. })
     }
 
-    /// Returns whether other workers have taken over ranges of this run: start it again.
+    /// Returns whether other workers have taken over ranges of this run: start the run again.
     #[must_use]
     pub fn is_fenced(&self) -> bool {
         matches!(self, Self::Fenced { .. })
     }
 
-    /// Returns whether the database failed or was away for too long: start it again when it is back.
+    /// Returns whether the database failed or was unreachable for too long: start the run again when the database is
+    /// back.
     #[must_use]
     pub fn is_database(&self) -> bool {
         matches!(self, Self::Database { .. })
     }
 
-    /// Returns whether a value does not survive serde: its type, or the type it is read as, must be mended.
+    /// Returns whether a value does not survive serde: fix its type, or the type it is read as.
     #[must_use]
     pub fn is_codec(&self) -> bool {
         matches!(self, Self::Codec { .. } | Self::RoundTrip { .. })
@@ -296,7 +298,7 @@ impl TaskError {
         Self::Codec { index, action, codec, type_name, path, recorded_as: None, version: None, cause }
     }
 
-    /// Says what the checkpoint was created for that a result cannot be read from.
+    /// Adds the type and version for which the checkpoint was created, if a result cannot be read from it.
     pub(crate) fn of_checkpoint(mut self, of_type: &str, of_version: &str) -> Self {
         if let Self::Codec { recorded_as, version, .. } = &mut self {
             *recorded_as = Some(of_type.into());
@@ -305,7 +307,7 @@ impl TaskError {
         self
     }
 
-    /// An error of the file system, with what was being done and to which file.
+    /// A file system error, with the operation and the file.
     pub(crate) fn io(action: &str, path: &Path, source: io::Error) -> Self {
         Self::Io(in_context(action, path, source))
     }
@@ -322,19 +324,19 @@ struct InContext {
     source: io::Error,
 }
 
-/// The ending of a noun that counts so many.
+/// The plural ending for a count.
 fn plural(count: usize) -> &'static str {
     if count == 1 { "" } else { "s" }
 }
 
-/// Where in a value something is wrong, as part of a sentence.
+/// The place of an error inside a value, as part of a sentence.
 fn at(path: &str) -> String {
     if path.is_empty() { String::new() } else { format!(" at `{path}`") }
 }
 
 fn codec_advice(recorded_as: Option<&str>, version: Option<&str>) -> String {
     let (Some(recorded_as), Some(version)) = (recorded_as, version) else {
-        return "mend its serde implementation, or use another type".to_owned();
+        return "fix its serde implementation, or use another type".to_owned();
     };
     format!(
         "the checkpoint was created for `{recorded_as}`, version `{version}`, and was not changed: run with a type that \
@@ -357,7 +359,7 @@ fn advice(path: &Path, offset: u64) -> String {
     )
 }
 
-/// The path as one word of a shell, whatever is in it.
+/// The path as one shell word, whatever it contains.
 fn quoted(path: &Path) -> String {
     format!("'{}'", path.display().to_string().replace('\'', r"'\''"))
 }

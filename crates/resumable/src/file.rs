@@ -1,7 +1,7 @@
 //! Opening the checkpoint file: created whole, locked before it is read, read before it is written.
 //!
 //! Invariant: a crash at any point leaves no checkpoint or a whole one, and a file that does not belong to this
-//! computation is not changed.
+//! computation is never changed.
 
 use std::{
     fs::{File, TryLockError},
@@ -26,34 +26,34 @@ use crate::{
 
 /// How often a successor looks whether the lock is free.
 const LOCK_POLL: Duration = Duration::from_millis(2);
-/// A file that comes and goes this often while it is being opened is fought over by something else.
+/// If a file comes and goes this often while it is being opened, something else is fighting over it.
 const OPEN_TRIES: u32 = 100;
 
-/// What is to be opened.
+/// What to open.
 #[derive(Debug)]
 pub(crate) struct OpenRequest {
     pub(crate) path: PathBuf,
     /// How long to wait for a run that still holds the file.
     pub(crate) wait: Duration,
-    /// The header of a new file, and what that of an existing one must say, but for the salt.
+    /// The header of a new file. An existing file's header must match it, except for the salt.
     pub(crate) header: Header,
-    /// Versions whose results are accepted although version or result type differ.
+    /// Versions whose results are accepted although the version or the result type differs.
     pub(crate) accepted: Vec<String>,
 }
 
 /// An open checkpoint.
 #[derive(Debug)]
 pub(crate) enum OpenFile {
-    /// Locked, and to be written to.
+    /// Locked, for writing.
     Locked(Arc<File>, History),
-    /// Complete, and only to be read; why it cannot be written to.
+    /// Complete, for reading only, with the reason why it cannot be written.
     Complete(History, TaskError),
 }
 
 /// Opens or creates the file, locks it, and reads what it holds.
 ///
-/// Gives up waiting for the lock once the run is cancelled or gone. A complete file needs neither the lock nor a way to
-/// write to it.
+/// Gives up waiting for the lock once the run is cancelled or gone. A complete file needs neither the lock nor write
+/// access.
 pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool) -> Result<OpenFile, TaskError> {
     let (path, wait) = (&*request.path, request.wait);
     let (mut torn_bytes, mut was_compacted) = (0, false);
@@ -80,7 +80,7 @@ pub(crate) fn open_locked(request: &OpenRequest, is_cancelled: impl Fn() -> bool
                 }
                 history.torn_bytes = torn_bytes;
                 if history.epoch == 0 {
-                    // Whoever created it never wrote to it, and may have been killed before its name was durable.
+                    // The run that created it never wrote to it, and may have been killed before the name was durable.
                     let synced = link_target(path).and_then(|target| sync_directory(&target));
                     synced.map_err(|error| TaskError::io("sync the directory of", path, error))?;
                 }
@@ -111,10 +111,10 @@ fn must_be_file(file: &File, path: &Path) -> Result<(), TaskError> {
     Err(TaskError::io("use as a checkpoint", path, error))
 }
 
-/// Compacts a locked file and returns whether the path leads to another one now, which is not locked yet.
+/// Compacts a locked file and returns whether the path now leads to a new file, which is not locked yet.
 fn compact(history: &mut History, file: &File, path: &Path) -> Result<bool, TaskError> {
-    // Without it the file is only larger than it need be: a full disk or a directory that cannot be written to is no
-    // reason not to go on.
+    // Without compaction the file is only larger than necessary: a full disk or a read-only directory is no reason to
+    // stop.
     let _compacted = rewrite(history, file, path);
     #[cfg(feature = "tracing")]
     match &_compacted {
@@ -170,13 +170,13 @@ fn lock(file: &File, path: &Path, wait: Duration, is_cancelled: impl Fn() -> boo
     }
 }
 
-/// Reads a file that cannot be locked or written to: if it is complete, that is all it takes.
+/// Reads a file that cannot be locked or written to. That is enough if the file is complete.
 fn complete(file: &File, request: &OpenRequest, refusal: TaskError) -> Result<OpenFile, TaskError> {
     let Ok(file) = file.try_clone() else { return Err(refusal) };
     match read(&Arc::new(file), request) {
         Ok(history) if history.sealed.is_some() && history.torn_bytes == 0 => Ok(OpenFile::Complete(history, refusal)),
         Err(error) if error.is_mismatch() => Err(error),
-        // Whatever else is wrong with it is for the run that can lock it.
+        // Any other fault of the file is left to the run that can lock it.
         Ok(_) | Err(_) => Err(refusal),
     }
 }
@@ -190,7 +190,7 @@ fn read(file: &Arc<File>, request: &OpenRequest) -> Result<History, TaskError> {
     History::read(Arc::clone(file) as _, from, stored).map_err(unread)
 }
 
-/// Reads a file whatever computation it belongs to.
+/// Reads a file, whichever computation it belongs to.
 fn read_any(file: &Arc<File>, path: &Path) -> Result<History, TaskError> {
     let unreadable = |unread| TaskError::unreadable(path, unread);
     let (header, from) = read_header(&**file).map_err(unreadable)?;
@@ -203,7 +203,7 @@ fn cut_torn_tail(file: &File, history: &History, path: &Path) -> Result<(), Task
     }
     #[cfg(feature = "tracing")]
     tracing::warn!(path = %path.display(), bytes = history.torn_bytes, "cut a torn tail off the checkpoint");
-    // Synced before anything is appended: else a power cut could leave old bytes behind new ones.
+    // Synced before anything is appended; otherwise a power cut could leave old bytes after new ones.
     let cut = file.set_len(history.end).and_then(|()| file.sync_all());
     cut.map_err(|error| TaskError::io("cut the torn tail off checkpoint", path, error))
 }
@@ -229,15 +229,15 @@ fn check_header(request: &OpenRequest, stored: &Header) -> Result<(), TaskError>
     if stored.version != given.version {
         return mismatch("version", &stored.version, &given.version);
     }
-    // The name of the result type is for messages: a type that was moved is the type of before.
+    // The name of the result type is only for messages: a type that was moved is still the same type.
     Ok(())
 }
 
-/// Creates the file so that it appears at once with its header, and its name is durable. Another starter may be first: then
-/// the file is that one's.
+/// Creates the file so that it appears at once with its header, and its name is durable. Another run may be first: then
+/// its file stays.
 fn create(path: &Path, header: &Header) -> io::Result<()> {
     let target = link_target(path)?;
-    // What a starter left that was killed right here; it does no harm if it stays.
+    // Removes what a process killed at this point left. It does no harm if it stays.
     drop(blocking::sweep(directory_of(&target)));
     match blocking::write_with(&target, header.encode(), WriteOptions::default().create_new(true)) {
         Err(error) if !error.is_already_exists() => Err(error.into()),

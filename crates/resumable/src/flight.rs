@@ -1,6 +1,6 @@
-//! Items on their way: being run, or waiting to be run again.
+//! Items in flight: running, or waiting to run again.
 //!
-//! Invariant: an item is in exactly one place, and one that waits takes no slot of the concurrency.
+//! Invariant: an item is in exactly one place, and a waiting item takes no slot of the concurrency.
 
 use std::{
     collections::BTreeMap,
@@ -31,12 +31,12 @@ pub(crate) struct Ticket<I> {
     /// Failed attempts so far.
     pub(crate) attempts: u32,
     pub(crate) defers: u32,
-    /// The number of its attempt among those of all items.
+    /// The number of its attempt, counted over all items.
     pub(crate) launch: u64,
 }
 
 pin_project! {
-    /// One attempt: the item's future, and the item it comes from.
+    /// One attempt: the item's future, and the item itself.
     pub(crate) struct Attempt<I, Fut> {
         ticket: Option<Ticket<I>>,
         #[pin]
@@ -54,9 +54,9 @@ impl<I, Fut: Future> Future for Attempt<I, Fut> {
     }
 }
 
-/// A place for a future, which stays where it is, and the item that it is of.
+/// A place for a future that stays put, and the item of that future.
 pub(crate) struct Place<I, Fut> {
-    /// None until it has waited: an item that does not wait is not moved about.
+    /// `None` until the future has waited: an item that never waits is not moved around.
     ticket: Option<Ticket<I>>,
     future: Pin<Box<Option<Fut>>>,
 }
@@ -77,7 +77,7 @@ impl<I, Fut> Place<I, Fut> {
     }
 }
 
-/// Nothing but the future is pinned, and that is in its box.
+/// Only the future is pinned, and it is in a box.
 impl<I, Fut> Unpin for Place<I, Fut> {}
 
 impl<I, Fut: Future> Place<I, Fut> {
@@ -120,9 +120,9 @@ impl<I, Fut: Future> Future for Place<I, Fut> {
 pub(crate) enum InFlight<I, R, Fut> {
     /// One at a time needs no list: its place is allocated once for the whole run.
     One(Place<I, Fut>),
-    /// An item that does not wait needs none either: it joins the others if it is not done when it is polled first.
+    /// An item that does not wait needs no list either: it joins the others only if its first poll leaves it pending.
     Many { free: Place<I, Fut>, others: FuturesUnordered<Place<I, Fut>> },
-    /// Each in a task of its own.
+    /// Each in its own task.
     Parallel { runtime: Handle, spawn: Spawn<R, Fut>, keeper: Keeper, tasks: FuturesUnordered<Attempt<I, Spawned<R>>> },
 }
 
@@ -146,7 +146,7 @@ impl<I, R, Fut> InFlight<I, R, Fut> {
         }
     }
 
-    /// Drops what runs here, and asks what runs in tasks to end: that is out of the way when it has left `poll_done`.
+    /// Drops the futures that run here, and asks the tasks to end: a task is gone once `poll_done` has returned it.
     pub(crate) fn cut(&mut self) {
         match self {
             Self::One(place) => place.clear(),
@@ -174,7 +174,7 @@ impl<I, R, Fut: Future<Output = Result<R, ItemError>>> InFlight<I, R, Fut> {
                     return Poll::Ready(whole(ended));
                 }
                 others.push(std::mem::replace(free, Place::free()));
-                // It is polled again, with a waker of its own.
+                // The list polls it again, with a waker of its own.
                 Self::poll_list(others, cx).map(whole)
             }
             Self::Parallel { runtime, spawn, keeper, tasks } => {
@@ -209,7 +209,7 @@ fn whole<I, T>((ticket, output): (Ticket<I>, T)) -> (Ticket<I>, Option<T>) {
     (ticket, Some(output))
 }
 
-/// Items that failed or were deferred, by the time at which they may run again; of equal times the first to come is first.
+/// Items that failed or were deferred, ordered by the time at which they may run again; ties go to the first to arrive.
 pub(crate) struct WaitingRoom<I> {
     tickets: BTreeMap<(Instant, u64), Ticket<I>>,
     arrivals: u64,
@@ -232,7 +232,7 @@ impl<I> WaitingRoom<I> {
         Ok(())
     }
 
-    /// Returns the item that has been due for longest as soon as there is one; never if none waits.
+    /// Returns the item that has been due longest, as soon as one is due; stays pending if none waits.
     #[inline(always)]
     pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<Result<Ticket<I>, TaskError>> {
         let Some(first) = self.tickets.first_entry() else { return Poll::Pending };

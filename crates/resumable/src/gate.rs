@@ -1,7 +1,7 @@
-//! When no item starts, although there are slots and items.
+//! The gate that keeps items from starting although there are free slots.
 //!
-//! Invariant: a run that waits as a whole goes on by itself, with one item first, so that a limit that is still there is
-//! met once and not by all.
+//! Invariant: a run that waits as a whole resumes by itself, with one item first, so that a limit that still holds is
+//! hit once and not by all items.
 
 use std::{
     task::{Context, Poll, ready},
@@ -12,11 +12,11 @@ use tokio::time::Instant;
 
 use crate::{error::TaskError, timer::Timer};
 
-/// So many deferrals in a row, if no more than half as many items run at once, and the run waits as a whole.
+/// After this many deferrals in a row, or twice as many as run at once if that is more, the run waits as a whole.
 const LEAST_DEFERRALS: u32 = 16;
-/// The first wait after them. It doubles up to the shortest time that was asked for.
+/// The first wait after them. It doubles up to the shortest requested time.
 const FIRST_WAIT: Duration = Duration::from_millis(100);
-/// The others follow the first item after a pause when it has ended, at the latest after this time.
+/// After a pause, the other items follow when the first one has ended, or after this time at the latest.
 const OTHERS_FOLLOW_AFTER: Duration = Duration::from_secs(1);
 
 /// Whether items may start.
@@ -24,7 +24,7 @@ const OTHERS_FOLLOW_AFTER: Duration = Duration::from_secs(1);
 pub(crate) struct Gate {
     state: State,
     timer: Timer,
-    /// How many attempts were started so far: their numbers.
+    /// How many attempts have started so far. It numbers them.
     launched: u64,
     enough: u32,
     streak: Option<Streak>,
@@ -48,7 +48,7 @@ enum State {
 #[derive(Debug)]
 struct Streak {
     deferrals: u32,
-    /// The number of the next attempt when it began, and how many before it are still running.
+    /// The number of the next attempt when the streak began, and how many earlier attempts are still running.
     from: u64,
     elders: usize,
     shortest: Duration,
@@ -65,7 +65,7 @@ impl Gate {
         matches!(self.state, State::Closed { .. })
     }
 
-    /// Becomes ready when an item may start, and says whether a pause has just ended.
+    /// Becomes ready when an item may start, and returns whether a pause has just ended.
     #[inline]
     pub(crate) fn poll_open(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, TaskError>> {
         if let State::Open = self.state { Poll::Ready(Ok(false)) } else { self.poll_held(cx) }
@@ -93,7 +93,7 @@ impl Gate {
         self.timer.poll(cx).map(Ok)
     }
 
-    /// An item takes its slot.
+    /// Notes that an item takes its slot.
     #[inline]
     pub(crate) fn item_starts(&mut self) {
         if let State::OneFirst { has_gone, .. } = &mut self.state {
@@ -109,7 +109,7 @@ impl Gate {
         number
     }
 
-    /// No item starts before this time, or a later one that was said before.
+    /// Starts no item before this time, or before a later time given earlier. Returns the later one.
     pub(crate) fn close(&mut self, until: Instant) -> Instant {
         let until = match self.state {
             State::Closed { until: before } => before.max(until),
@@ -119,7 +119,7 @@ impl Gate {
         until
     }
 
-    /// An attempt has ended, and not by deferring its item.
+    /// Notes that an attempt has ended without deferring its item.
     #[inline]
     pub(crate) fn attempt_ended(&mut self, number: u64) {
         self.streak = None;
@@ -134,8 +134,8 @@ impl Gate {
         }
     }
 
-    /// An attempt has deferred its item, while so many run. Returns for how long the run as a whole should wait: items
-    /// that are all told the same need not all ask again.
+    /// Notes that an attempt has deferred its item while `running` items run. Returns how long the run as a whole
+    /// should wait: if all items get the same answer, they need not all ask again.
     pub(crate) fn attempt_deferred(&mut self, number: u64, wait: Duration, running: usize) -> Option<Duration> {
         self.let_others_follow(number);
         let from = self.launched;
@@ -143,7 +143,7 @@ impl Gate {
         let streak = self.streak.get_or_insert_with(begun);
         streak.deferrals = streak.deferrals.saturating_add(1);
         streak.shortest = streak.shortest.min(wait);
-        // Not before what ran when the streak began has ended: it may be about to succeed.
+        // Not before the attempts that ran when the streak began have ended: one may be about to succeed.
         streak.elders -= usize::from(number < streak.from && streak.elders > 0);
         if streak.deferrals < self.enough || streak.elders > 0 || streak.shortest.is_zero() {
             return None;

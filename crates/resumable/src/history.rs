@@ -1,7 +1,7 @@
-//! What a checkpoint says of each item, looked up in the file while a run resumes.
+//! The record of each item, looked up in the file while a run resumes.
 //!
-//! Invariant: of the records of one item the last one counts, except that a failed attempt never hides a result. Results
-//! stay in the file, which is read in pieces of at most 256 KiB, or of one result if that is larger.
+//! Invariant: an item's last record counts, except that a failed attempt never hides a result. Results stay in the
+//! file, which is read in pieces of at most 256 KiB, or of one result if that is larger.
 
 use std::{collections::HashMap, io, sync::Arc};
 
@@ -13,17 +13,17 @@ use crate::{
     varint::{put_str, put_varint, take, take_str, take_varint},
 };
 
-/// Behind a payload that was read so much more is read if it comes soon after the one before it.
+/// How much to read ahead if a payload soon follows the one before it.
 const READ_AHEAD_BYTES: u64 = 64 << 10;
-/// What a record takes beside its payload: the difference of its index and its length, mostly.
+/// The typical size of a record without its payload: the difference of its index and its length.
 const RECORD_BYTES: u64 = 3;
-/// What a record of a neighbour with a short payload takes beside it.
+/// The same for a neighbour's record with a short payload.
 const SHORT_HEAD_BYTES: u64 = 2;
 
 /// The file that results are read from.
 pub(crate) type Source = Arc<dyn ReadAt + Send + Sync>;
 
-/// How many items a checkpoint says what of.
+/// How many items are in each state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Counts {
     pub(crate) results: usize,
@@ -32,7 +32,7 @@ pub(crate) struct Counts {
     pub(crate) failed: usize,
 }
 
-/// What an earlier run left of one item.
+/// What earlier runs recorded of one item.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Past<'a> {
     Nothing,
@@ -44,7 +44,7 @@ pub(crate) enum Past<'a> {
         attempts: u32,
         cause: String,
     },
-    /// It was started at most once, and how that ended is not known.
+    /// It was started at most once, and it is unknown how that ended.
     Uncertain,
 }
 
@@ -56,24 +56,24 @@ pub(crate) struct History {
     pub(crate) header: Header,
     by_position: Index,
     by_key: HashMap<Arc<str>, Slot>,
-    /// How many items have a last record of each kind, by its number.
+    /// How many items have a last record of each kind, by the kind's number.
     by_kind: [u64; 5],
     /// How many items of the input were read, the check bytes of each, and the whole fingerprint after some of them.
     marked: usize,
     checks: Vec<u8>,
     marks: Vec<(usize, u64)>,
-    /// Which of these comes next for whoever asks for one item after the other.
+    /// The next one for a caller that asks for one item after the other.
     next_mark: usize,
-    /// The bytes that a file takes with what counts alone.
+    /// The bytes of a file with only the current records.
     live_bytes: u64,
     /// How many sessions wrote to the file.
     pub(crate) epoch: u64,
-    /// What the last seal says, if nothing was written after it.
+    /// The content of the last seal, if nothing was written after it.
     pub(crate) sealed: Option<(u64, u64)>,
-    /// Where the last intact block ends, and the place in the chain of the next.
+    /// Where the last intact block ends, and the next block's place in the chain.
     pub(crate) end: u64,
     pub(crate) chain: Chain,
-    /// Bytes behind the last intact block.
+    /// Bytes after the last intact block.
     pub(crate) torn_bytes: u64,
 }
 
@@ -133,7 +133,7 @@ impl History {
         failed.map_or(visited.map_err(Unfit::Detail), |error| Err(Unfit::Io(error)))
     }
 
-    /// Enters a block of results, those of neighbours together.
+    /// Enters a block of results; neighbours are entered together.
     fn enter_results(&mut self, mut records: &[u8], block_end: u64) -> Result<(), Unfit> {
         self.sealed = None;
         let mut previous = u64::MAX;
@@ -141,7 +141,7 @@ impl History {
             let (index, payload) = next_record(&mut records, &mut previous).ok_or(SHORT)?;
             let at = block_end - (records.len() + payload.len()) as u64;
             self.enter_record(Kind::Result, index, at, payload, block_end)?;
-            // It is in the fingerprint, so that its number is one.
+            // The fingerprint covers the item, so its number fits a `usize`.
             let index = index as usize;
             let room = self.by_position.room_behind(index, RECORD_BYTES + SHORT_PAYLOAD_BYTES);
             let before = records.len();
@@ -177,15 +177,15 @@ impl History {
         Ok(())
     }
 
-    /// A seal says that every item of an input is finished, and so they must be here.
+    /// Checks a seal: it claims that every item is finished, so every item must have a record.
     fn check_seal(&self, total: u64, digest: u64) -> Result<(), &'static str> {
         let is_whole = match self.header.identity {
-            // Without any item the fingerprint is the salt it begins with.
+            // The fingerprint of an empty input is the salt it begins with.
             Identity::Position => {
                 let chain = self.marks.last().map_or(self.chain.salt, |(_, chain)| *chain);
                 (total, digest) == (self.marked as u64, chain) && self.finished() == total
             }
-            // An input with keys may have had fewer items than those before it.
+            // An input with keys may have fewer items than an earlier one.
             Identity::Key => self.finished() >= total,
         };
         if is_whole { Ok(()) } else { Err("the seal does not agree with what is recorded before it") }
@@ -211,7 +211,7 @@ impl History {
                 (before, *known)
             }
             None => {
-                // The fingerprint is written before the results it covers, so a result can not be ahead of it.
+                // The fingerprint is written before the results it covers, so a result cannot be ahead of it.
                 let index = usize::try_from(index).ok().filter(|index| *index < self.marked);
                 let index = index.ok_or("a result lies beyond the fingerprint of the input")?;
                 self.by_position.enter(&*self.source, index, slot, block_end).map_err(Unfit::Io)?
@@ -227,23 +227,23 @@ impl History {
         Ok(())
     }
 
-    /// How many items need no more work, be it that nobody knows how they ended.
+    /// How many items need no more work, including those whose end is unknown.
     fn finished(&self) -> u64 {
         [RESULT, QUARANTINE, INTENT].iter().map(|kind| self.by_kind[usize::from(*kind)]).sum()
     }
 
-    /// Returns how many items there are of which kind.
+    /// Returns how many items are in each state.
     pub(crate) fn counts(&self) -> Counts {
         let of = |kind: u8| usize::try_from(self.by_kind[usize::from(kind)]).unwrap_or(usize::MAX);
         Counts { results: of(RESULT), quarantined: of(QUARANTINE), uncertain: of(INTENT), failed: of(FAILURE) }
     }
 
-    /// Returns about how many bytes the file would take with what counts alone.
+    /// Returns about how many bytes the file would have with only the current records.
     pub(crate) fn live_bytes(&self) -> u64 {
         self.live_bytes
     }
 
-    /// Returns all keys, in the order in which their last records lie; `None` if the file goes by position.
+    /// Returns all keys, in the order of their last records; `None` if the file goes by position.
     pub(crate) fn keys(&self) -> Option<Vec<Arc<str>>> {
         if self.header.identity == Identity::Position {
             return None;
@@ -253,7 +253,7 @@ impl History {
         Some(keys.into_iter().map(|(_, key)| Arc::clone(key)).collect())
     }
 
-    /// Returns what is known of an item. The key counts if the file goes by keys, else the index.
+    /// Returns what is known of an item, by key if the file goes by keys, otherwise by index.
     #[inline]
     pub(crate) fn of(&mut self, index: usize, key: Option<&str>) -> io::Result<Past<'_>> {
         let (kind, payload) = self.last(index, key)?;
@@ -268,13 +268,13 @@ impl History {
         Ok(if kind == FAILURE { Past::Failed { attempts } } else { Past::Quarantined { attempts, cause } })
     }
 
-    /// Returns the result of an item if its last record is one and it need not be read from the file; never with keys.
+    /// Returns the result of an item if its last record is a result and is already in memory; never with keys.
     #[inline]
     pub(crate) fn result_at_hand(&self, index: usize) -> Option<&[u8]> {
         self.by_position.at_hand(index, RESULT)
     }
 
-    /// Fills in the payload of the last record of an item, with its key, and returns its kind.
+    /// Fills in the payload of an item's last record, with its key, and returns the record's kind.
     pub(crate) fn record(
         &mut self,
         index: usize,
@@ -303,17 +303,17 @@ impl History {
         Ok((slot.kind, payload))
     }
 
-    /// The whole fingerprint after some items, by how many these are.
+    /// The whole fingerprint after some items, by their number.
     pub(crate) fn marks(&self) -> &[(usize, u64)] {
         &self.marks
     }
 
-    /// Some of the check bytes of all items.
+    /// The check bytes in this range.
     pub(crate) fn checks_of(&self, from: u64, to: u64) -> &[u8] {
         self.checks.get(from as usize..to as usize).unwrap_or_default()
     }
 
-    /// Adds to the error of a result that cannot be read what the file was created for.
+    /// Adds to the error of an unreadable result the type and version for which the file was created.
     #[cold]
     pub(crate) fn unread(&self, error: TaskError) -> TaskError {
         error.of_checkpoint(&self.header.result_type, &self.header.version)
@@ -324,8 +324,8 @@ impl History {
         self.marked
     }
 
-    /// Returns whether the fingerprint after an item may be `chain`; `None` if the file does not know the item. Items are
-    /// asked for in their order.
+    /// Returns whether the fingerprint after an item may be `chain`; `None` if the file does not know the item. Call it
+    /// in the order of the items.
     #[inline]
     pub(crate) fn confirms(&mut self, index: usize, chain: u64) -> Option<bool> {
         if index >= self.marked {
@@ -333,7 +333,7 @@ impl History {
         }
         let (at, width) = (check_offset(index as u64) as usize, check_width(index as u64));
         let same = match width {
-            // Of nearly all, and a comparison of slices is a call.
+            // Nearly every item has one byte, and comparing slices would be a function call.
             1 => self.checks.get(at) == Some(&(chain as u8)),
             _ => self.checks.get(at..at + width) == Some(&chain.to_le_bytes()[..width]),
         };
@@ -345,7 +345,7 @@ impl History {
     }
 }
 
-/// Reads payloads that lie anywhere.
+/// Reads payloads anywhere in the file.
 #[derive(Debug, Default)]
 struct Reader {
     at: u64,
@@ -358,7 +358,7 @@ impl Reader {
         let to = from + length;
         let known_to = self.at + self.bytes.len() as u64;
         if from < self.at || to > known_to {
-            // Records are mostly asked for in the order in which they lie.
+            // Records are mostly read in file order.
             let comes_next = from >= self.at && from <= known_to + READ_AHEAD_BYTES;
             let wanted = if comes_next { length.max(READ_AHEAD_BYTES) } else { length };
             let wanted = usize::try_from(wanted.min(end.saturating_sub(from))).map_err(io::Error::other)?;
@@ -393,7 +393,7 @@ const INTENT: u8 = Kind::Intent as u8;
 const FAILURE: u8 = Kind::Failure as u8;
 const QUARANTINE: u8 = Kind::Quarantine as u8;
 
-/// Begins the payload of a record: with its key, if the file goes by keys.
+/// Begins the payload of a record, with the item's key if the file goes by keys.
 pub(crate) fn begin_payload(payload: &mut Vec<u8>, key: Option<&str>) {
     payload.clear();
     if let Some(key) = key {

@@ -1,7 +1,7 @@
-//! Where the last record of each item lies, for items known by their position.
+//! The place of each item's last record, for items identified by position.
 //!
-//! Invariant: what is found is what was entered last. Where the records of neighbours lie together, only where they begin
-//! is kept, and they are read again when they are asked for, so that ten million small results take a few megabytes.
+//! Invariant: a lookup finds what was entered last. If the records of neighbours lie together, the index keeps only
+//! where they begin, and reads them again on a lookup, so that ten million small results take a few megabytes.
 
 use std::{collections::VecDeque, io, ops::Range};
 
@@ -10,20 +10,20 @@ use crate::{
     scan::{ReadAt, next_record},
 };
 
-/// So many neighbours are kept together.
+/// How many neighbours are kept together.
 const CHUNK_ITEMS: usize = 1024;
 /// Their records lie together if they are no further apart than this.
 const REGION_BYTES: u64 = 256 << 10;
-/// So many may lie elsewhere: beyond, a list of all is not much larger.
+/// How many may lie elsewhere. With more of them, a list of all is not much larger.
 const MOST_EXCEPTIONS: usize = 128;
-/// And so much else may lie between them: else reading them again would take more than its share.
+/// How many times their own size the region may be. In a larger one, reading them again would take too long.
 const MOST_SPREAD: u64 = 8;
-/// A chunk that had to be read again so often while the file is read stays as it is.
+/// A chunk that had to be read again this often while the file is read stays open as it is.
 const MOST_REOPENED: u8 = 4;
-/// So many chunks are open while a file is read: records come nearly in the order of the items.
+/// How many chunks are open while a file is read. Records come nearly in the order of the items.
 const MOST_OPEN: usize = 64;
 
-/// Where a record's payload lies, and its kind; 0 for none.
+/// The place of a record's payload, and its kind; 0 for none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Slot {
     pub(crate) at: u64,
@@ -36,13 +36,13 @@ impl Slot {
         self.at + u64::from(self.length)
     }
 
-    /// Whether a later record of this kind counts instead: a failed attempt never hides a result.
+    /// Whether a later record of this kind replaces this one: a failed attempt never hides a result.
     pub(crate) fn gives_way_to(self, kind: u8) -> bool {
         kind != FAILURE || matches!(self.kind, 0 | FAILURE | INTENT)
     }
 }
 
-/// About what a record takes.
+/// About how many bytes a record takes.
 fn record_bytes(slot: Slot) -> u64 {
     u64::from(slot.length) + 3
 }
@@ -51,7 +51,7 @@ const RESULT: u8 = Kind::Result as u8;
 const FAILURE: u8 = Kind::Failure as u8;
 const INTENT: u8 = Kind::Intent as u8;
 
-/// A record from which the ones behind it can be read: itself, its item, and the end of its block.
+/// A record from which the following ones can be read: the record, its item, and the end of its block.
 #[derive(Clone, Copy, Debug, Default)]
 struct Start {
     slot: Slot,
@@ -63,12 +63,12 @@ struct Start {
 enum Chunk {
     #[default]
     Empty,
-    /// Results of neighbours in their order, which nothing has to be kept of but where they begin and end.
+    /// Results of neighbours in order, of which only the beginning and the end are kept.
     Run {
         region: Region,
         /// The place of the item after the last one.
         next: usize,
-        /// What their records take.
+        /// How many bytes their records take.
         own: u64,
     },
     Open {
@@ -86,7 +86,7 @@ enum Chunk {
     },
 }
 
-/// Where most records of a chunk lie: from one to the end of the last.
+/// Where most records of a chunk lie: from the first to the end of the last.
 #[derive(Clone, Copy, Debug)]
 struct Region {
     start: Start,
@@ -96,12 +96,12 @@ struct Region {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     chunks: Vec<Chunk>,
-    /// Those that are to be packed once they are left.
+    /// The chunks to pack once reading has moved on.
     open: VecDeque<usize>,
     cached: Cached,
 }
 
-/// The chunk that was asked for last, and the bytes of its region.
+/// The chunk of the last lookup, and the bytes of its region.
 #[derive(Debug, Default)]
 struct Cached {
     chunk: Option<usize>,
@@ -111,7 +111,7 @@ struct Cached {
 }
 
 impl Index {
-    /// Enters the record of an item, which may be ignored, and returns what was there before and what is there now.
+    /// Enters the record of an item, or ignores it, and returns the slot before and the slot now.
     #[inline]
     pub(crate) fn enter<S: ReadAt + ?Sized>(
         &mut self,
@@ -155,8 +155,8 @@ impl Index {
         Ok((before, *known))
     }
 
-    /// How many more results may follow one that was entered last, if they are those of the next items and each takes at
-    /// most so many bytes.
+    /// How many more results can be entered right behind this item, which was entered last, if they belong to the next
+    /// items and each takes at most `most_bytes`.
     pub(crate) fn room_behind(&self, index: usize, most_bytes: u64) -> usize {
         match self.chunks.get(index / CHUNK_ITEMS) {
             Some(Chunk::Run { region, next, .. }) if *next == index % CHUNK_ITEMS + 1 => {
@@ -167,7 +167,8 @@ impl Index {
         }
     }
 
-    /// Enters so many results that lie right behind the one of this item, which was entered last; there is room for them.
+    /// Enters the results of the next `items` items, which lie right behind this one, the last entered. There must be
+    /// room for them.
     pub(crate) fn enter_neighbours(&mut self, index: usize, items: usize, bytes: u64) {
         if let Some(Chunk::Run { region, next, own }) = self.chunks.get_mut(index / CHUNK_ITEMS) {
             *next += items;
@@ -188,7 +189,7 @@ impl Index {
         let chunk = &mut self.chunks[number];
         let (mut slots, mut bytes) = (Vec::new(), Vec::new());
         match chunk {
-            // Records that come in no order at all are not read again one by one.
+            // Records in random order are not read again one by one.
             Chunk::Run { region: Region { start, end }, .. } if *end == start.slot.end() => {
                 slots.resize(CHUNK_ITEMS, Slot::default());
                 slots[start.index as usize % CHUNK_ITEMS] = start.slot;
@@ -209,14 +210,14 @@ impl Index {
         Ok(())
     }
 
-    /// To be called when all is entered.
+    /// Call it when everything is entered.
     pub(crate) fn pack(&mut self) {
         while let Some(left) = self.open.pop_front() {
             self.chunks[left].pack();
         }
     }
 
-    /// Returns where the last record of an item lies, and its payload if that is at hand.
+    /// Returns the place of an item's last record, and its payload if that is at hand.
     #[inline]
     pub(crate) fn of<S: ReadAt + ?Sized>(&mut self, source: &S, index: usize) -> io::Result<(Slot, Option<&[u8]>)> {
         let number = index / CHUNK_ITEMS;
@@ -231,7 +232,7 @@ impl Index {
         Ok((slot, self.cached.payload(slot)))
     }
 
-    /// Returns the payload of the last record of an item, if that is of this kind and near to the one asked for last.
+    /// Returns the payload of an item's last record, if it is of this kind and near the last lookup.
     #[inline]
     pub(crate) fn at_hand(&self, index: usize, kind: u8) -> Option<&[u8]> {
         let slot = self.cached.slots.get(index % CHUNK_ITEMS)?;
@@ -249,7 +250,7 @@ impl Cached {
 }
 
 impl Chunk {
-    /// Keeps only where the records begin, if nearly all lie together, or a list of them if they are few.
+    /// Keeps only where the records begin if nearly all lie together, or a list of them if they are few.
     fn pack(&mut self) {
         let Self::Open { slots, starts, reopened } = self else { return };
         let regions = starts.map(|start| start.region(slots));
@@ -261,12 +262,12 @@ impl Chunk {
         let Some(region) = region else { return };
         let all = slots.iter().enumerate().filter(|(_, slot)| slot.kind != 0);
         let outside = all.filter(|(_, slot)| !region.is_some_and(|region| region.holds(slot)));
-        // A chunk has 1024 items, whose numbers fit.
+        // A chunk has 1024 items, so their numbers fit.
         let exceptions = outside.map(|(at, slot)| (at as u16, *slot)).collect();
         *self = Self::Packed { region, exceptions, first: starts[0], reopened: *reopened };
     }
 
-    /// Fills in the slots of all items, and the bytes of the region, whose offset is returned.
+    /// Fills in the slots of all items and the bytes of the region, and returns the region's offset.
     fn unpack<S: ReadAt + ?Sized>(
         &self,
         source: &S,
@@ -299,7 +300,7 @@ impl Chunk {
 }
 
 impl Region {
-    /// Fills in the slots of a chunk from the records here, and their bytes, whose offset is returned.
+    /// Fills in the slots of a chunk from the records here and their bytes, and returns the bytes' offset.
     fn unpack<S: ReadAt + ?Sized>(
         self,
         source: &S,
@@ -321,31 +322,31 @@ impl Region {
         self.end - self.start.slot.at <= REGION_BYTES
     }
 
-    /// Whether it has little else in it than records of so many bytes.
+    /// Whether records of `own` bytes fill most of it.
     fn holds_little_else(self, own: u64) -> bool {
         self.end - self.start.slot.at <= own.saturating_mul(MOST_SPREAD)
     }
 
-    /// Whether what counts of an item lies in it.
+    /// Whether the current record of an item lies in it.
     fn holds(&self, slot: &Slot) -> bool {
         slot.kind != 0 && slot.at >= self.start.slot.at && slot.end() <= self.end
     }
 
-    /// Whether it has little else in it than what counts of these items.
+    /// Whether the current records of these items fill most of it.
     fn is_dense(&self, slots: &[Slot]) -> bool {
         self.holds_little_else(slots.iter().filter(|slot| self.holds(slot)).map(|slot| record_bytes(*slot)).sum())
     }
 }
 
 impl Start {
-    /// The region that begins here and ends with the last of these records that is near enough.
+    /// The region from here to the end of the last of these records that is near enough.
     fn region(self, slots: &[Slot]) -> Region {
         let (from, to) = (self.slot.at, self.slot.at.saturating_add(REGION_BYTES));
         let near = slots.iter().filter(|slot| slot.kind != 0 && slot.at >= from && slot.end() <= to);
         Region { start: self, end: near.map(|slot| slot.end()).max().unwrap_or(self.slot.end()) }
     }
 
-    /// Enters the records of these items that lie in the bytes from this record on.
+    /// Enters those records of `items` that lie in `bytes`, from this record on.
     fn replay(&self, bytes: &[u8], items: &Range<usize>, slots: &mut [Slot]) -> Option<()> {
         let base = self.slot.at;
         let mut enter = |index: u64, slot: Slot| {

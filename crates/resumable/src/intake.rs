@@ -1,7 +1,7 @@
-//! The input, recognised item by item.
+//! The input, checked item by item.
 //!
-//! Invariant: no result is ever given to an item it was not computed for. Without keys a chained fingerprint proves that
-//! the items are those of before; with keys each result carries its key.
+//! Invariant: no item ever gets a result that was computed for another. Without keys a chained fingerprint proves that
+//! the items are the same as before; with keys each result carries its key.
 
 use std::{collections::HashMap, path::Path, sync::Arc};
 
@@ -17,7 +17,7 @@ pub(crate) struct Intake {
     codec: Codec,
     /// How many items were read.
     pub(crate) position: usize,
-    /// The fingerprint of all of them: each item's hash is seeded with that of the items before.
+    /// The fingerprint of all of them: the hash of each item is seeded with the hash of the items before it.
     pub(crate) chain: u64,
     seen: HashMap<Arc<str>, usize>,
     scratch: Vec<u8>,
@@ -28,8 +28,8 @@ impl Intake {
         Self { codec, position: 0, chain: salt, seen: HashMap::new(), scratch: Vec::new() }
     }
 
-    /// Gives the next item its index and its key, if it has one. What the checkpoint does not know yet of the items goes
-    /// into `marks`.
+    /// Gives the next item its index, and its key if it has one. Fingerprints that the checkpoint lacks go into
+    /// `marks`.
     #[inline]
     pub(crate) fn admit<I: Serialize>(
         &mut self,
@@ -95,7 +95,7 @@ impl Intake {
         marks.checks.extend_from_slice(&self.chain.to_le_bytes()[..check_width(index as u64)]);
     }
 
-    /// The source has ended: an input that is shorter than before is not the same input.
+    /// Checks the length at the end of the source: an input shorter than before is not the same input.
     pub(crate) fn finish(&self, history: &History, path: &Path) -> Result<(), TaskError> {
         if self.position >= history.marked() {
             return Ok(());

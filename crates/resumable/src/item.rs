@@ -1,4 +1,4 @@
-//! One item: what its function is told, how it may fail, and what comes out.
+//! One item: what its function gets, how it may fail, and what comes out.
 //!
 //! Invariant: an item's idempotency key is the same in every attempt and after every restart of one checkpoint.
 
@@ -14,7 +14,7 @@ use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 pub(crate) type BoxError = Box<dyn Error + Send + Sync>;
 
-/// What an item's function is told about this attempt.
+/// What an item's function knows about this attempt.
 #[derive(Clone, Debug)]
 pub struct ItemContext {
     pub(crate) index: usize,
@@ -56,7 +56,7 @@ impl ItemContext {
     }
 }
 
-/// How an attempt failed, and so what happens to its item.
+/// How an attempt failed. It decides what happens to the item.
 ///
 /// Any error becomes one that is retried, so that `?` works in an item's function.
 #[derive(Debug)]
@@ -86,10 +86,10 @@ impl ItemError {
 
     /// Not now: the item goes back into the queue, for a time or until a point in time. No attempt is counted.
     ///
-    /// An item may do this [`max_defers`](crate::Builder::max_defers) times in a run; after that it counts as a failed
-    /// attempt. If one item after another does it (twice as many as run at once, and at least 16) and none ends in another
-    /// way, the run waits as a whole, as in a [pause](Self::pause): 100 ms, then twice as long each time, up to the shortest time
-    /// that any of them asked for. After each wait one item goes first.
+    /// An item may do this [`max_defers`](crate::Builder::max_defers) times in a run; after that, a deferral counts as
+    /// a failed attempt. If one item after another is deferred (twice as many as run at once, and at least 16) and none
+    /// ends in another way, the run waits as a whole, as in a [pause](Self::pause): 100 ms, then twice as long each
+    /// time, up to the shortest time that any of them asked for. After each wait one item goes first.
     pub fn defer(until: impl Into<Until>, cause: impl Into<BoxError>) -> Self {
         Self { verdict: Verdict::Defer(until.into().0), cause: cause.into() }
     }
@@ -120,7 +120,7 @@ impl ItemError {
     }
 }
 
-/// A wait for longer than this, 30 years, is one for ever: an instant may not be able to hold its end.
+/// The longest wait: 30 years stand for ever, because an instant may not be able to hold a later end.
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(60 * 60 * 24 * 365 * 30);
 
 /// The end of a wait that begins now.
@@ -128,7 +128,7 @@ pub(crate) fn later(wait: Duration) -> Instant {
     Instant::now() + wait.min(LONGEST_WAIT)
 }
 
-/// When a wait ends: after a time from now, or at one.
+/// When a wait ends: after a duration from now, or at a point in time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Until(Instant);
 
@@ -150,7 +150,7 @@ impl From<std::time::Instant> for Until {
     }
 }
 
-/// A date that a server says, as the clock is now; one in the past is now.
+/// Converts a date that a server gave, by the present clock; a date in the past is now.
 impl From<SystemTime> for Until {
     fn from(date: SystemTime) -> Self {
         date.duration_since(SystemTime::now()).unwrap_or_default().into()
@@ -179,9 +179,9 @@ pub struct Done<R> {
     pub key: Option<Arc<str>>,
     /// Whether an earlier run finished it.
     pub restored: bool,
-    /// How often this run tried it, and earlier runs in which it failed; 0 for a restored result.
+    /// How often this run tried it, plus its failed attempts in earlier runs; 0 for a restored result.
     pub attempts: u32,
-    /// Its result, or why it is in quarantine.
+    /// Its result, or the reason for its quarantine.
     pub result: Result<R, Quarantined>,
 }
 
@@ -201,7 +201,7 @@ pub struct Quarantined {
 }
 
 impl Quarantined {
-    /// An item that was started, and whose end is not known: to run it again could do twice what must be done once.
+    /// An item that was started and whose end is unknown. Running it again could do twice what must be done once.
     pub(crate) fn uncertain() -> Self {
         let cause = "it was started, and the run ended before its result was recorded".to_owned();
         Self { attempts: 1, cause, uncertain: true }
@@ -236,13 +236,13 @@ pub struct Retry {
 }
 
 impl Retry {
-    /// One attempt, no retry.
+    /// Allows one attempt and no retry.
     pub fn none() -> Self {
         Self::attempts(1)
     }
 
-    /// The number of attempts in all, the first included. Zero counts as one. More than one needs tokio's time driver: without
-    /// it the run ends with [`TaskError::Config`](crate::TaskError::Config) before it begins.
+    /// Allows this many attempts in all, including the first. Zero counts as one. More than one needs tokio's time
+    /// driver: without it the run ends with [`TaskError::Config`](crate::TaskError::Config) before it begins.
     pub fn attempts(attempts: u32) -> Self {
         let (first, longest) = (Duration::from_millis(100), Duration::from_secs(10));
         Self { max_attempts: attempts.max(1), per_run: false, first, longest }
@@ -264,7 +264,7 @@ impl Retry {
         self
     }
 
-    /// What contradicts itself, if anything.
+    /// Whether the options contradict each other.
     pub(crate) fn is_contradictory(&self) -> bool {
         self.first > self.longest
     }

@@ -1,6 +1,6 @@
-//! The block log, format 1: a pure codec between records and bytes, without a file in sight.
+//! The block log, format 1: a pure codec between records and bytes, which knows nothing of files.
 //!
-//! Invariant: a block says where it belongs. One that is lost, doubled, moved or of another log never passes for the next.
+//! Invariant: a block says where it belongs. A lost, doubled, moved or foreign block never passes for the next one.
 //!
 //! ```text
 //! log    = header block*
@@ -15,16 +15,16 @@
 //!                    4 for each of the first 1024 items of the input, 1 for each later one)
 //!          Open: epoch:varint pid:varint          Sealed: total:varint digest:u64
 //! ```
-//! All integers are little-endian. The first index of a block is relative to -1, so that each block reads by itself. With
-//! its salted check a head is known for one of this log before its length is trusted or its body read.
+//! All integers are little-endian. The first index of a block is relative to -1, so that each block can be read on its
+//! own. The salted check shows that a head belongs to this log, before its length is trusted or its body is read.
 //!
-//! To write blocks anywhere, fill [`Blocks`] and [`seal`](Blocks::seal) them with the [`Chain`] of the log, which is then
-//! that of the next block; to read them, give the same to [`scan`](crate::scan::scan). A chain is three numbers (salt,
-//! sequence, previous checksum), so that any store can keep it beside its blocks.
+//! To write blocks anywhere, fill [`Blocks`] and [`seal`](Blocks::seal) them with the [`Chain`] of the log, which then
+//! moves on to the next block. To read them, give the same chain to [`scan`](crate::scan::scan). A chain is three
+//! numbers (salt, sequence, previous checksum), so that any store can keep it beside its blocks.
 
 use crate::varint::{put_str, put_varint, take, take_str, take_u64, zigzag};
 
-/// The format this code writes, and the newest it can read.
+/// The format that this code writes, and the newest that it can read.
 pub(crate) const FORMAT: u16 = 1;
 
 /// The longest payload of one record. A length field must never overflow, however many records share a block.
@@ -33,10 +33,10 @@ pub(crate) const MAX_PAYLOAD_BYTES: usize = 256 << 20;
 /// A block of this size takes no more records, so that one never outgrows its length field.
 const LARGE_BLOCK_BYTES: usize = 1 << 20;
 
-/// Like PNG's: a byte no text begins with, and line ends that a text-mode copy would break.
+/// Like PNG's: a byte that no text begins with, and line ends that a text-mode copy would break.
 const FILE_MAGIC: [u8; 8] = *b"\x89RSUME\r\n";
 pub(crate) const BLOCK_MAGIC: [u8; 4] = *b"\xb7BLK";
-/// What is wrong with a file that is of something else.
+/// The fault of a file that is not a checkpoint.
 pub(crate) const FOREIGN: &str = "this is not a checkpoint file";
 /// This many items of the input have four check bytes.
 const EXACT_CHECKS: u64 = 1024;
@@ -56,7 +56,8 @@ pub(crate) enum Identity {
 /// What a checkpoint file says about the computation it belongs to.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Header {
-    /// Mixed into each block's checksum: neither a payload nor recycled disk space can pose as a block of this file.
+    /// Mixed into each block's checksum, so that neither a payload nor recycled disk space can pass for a block of this
+    /// file.
     pub(crate) salt: u64,
     pub(crate) codec: u8,
     pub(crate) identity: Identity,
@@ -65,7 +66,7 @@ pub(crate) struct Header {
     pub(crate) result_type: String,
 }
 
-/// Why bytes are not a log: where, and what is wrong there.
+/// Why bytes are not a log: the place, and the fault there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Damage {
     Bad { offset: u64, detail: &'static str },
@@ -89,7 +90,7 @@ impl Header {
         bytes
     }
 
-    /// How many bytes the header takes that begins with these, if they are the beginning of one.
+    /// How many bytes the header takes that begins with `head`, if `head` is the beginning of one.
     pub(crate) fn length(head: &[u8; FILE_HEAD]) -> Option<u64> {
         (head[..8] == FILE_MAGIC).then(|| FILE_HEAD as u64 + u64::from(u32_at(head, 12)))
     }
@@ -151,10 +152,10 @@ impl Kind {
     }
 }
 
-/// Where the check bytes of an item begin if those of all items are put in a row.
+/// Where an item's check bytes begin in the row of all check bytes.
 ///
-/// An edit is found at the very item with four bytes, and in 255 of 256 cases with one (else at the next, or at the end
-/// of the mark); a long input is not to cost four bytes an item.
+/// With four bytes, an edit is found at the edited item. With one byte, it is found there in 255 of 256 cases
+/// (otherwise at the next item, or at the end of the mark), and a long input does not cost four bytes per item.
 #[inline]
 pub(crate) fn check_offset(index: u64) -> u64 {
     index.saturating_add(index.min(EXACT_CHECKS) * 3)
@@ -166,7 +167,7 @@ pub(crate) fn check_width(index: u64) -> usize {
     if index < EXACT_CHECKS { 4 } else { 1 }
 }
 
-/// The type and the length of the block whose head begins here, of a log that has been verified.
+/// The type and the length of the block whose head begins here, in a log that has been verified.
 pub(crate) fn peek(head: &[u8]) -> Option<(Kind, usize)> {
     let head = head.get(..BLOCK_LINKED_HEAD)?;
     Some((Kind::from_byte(head[12])?, BLOCK_HEAD.checked_add(u32_at(head, 4) as usize)?))
@@ -253,7 +254,7 @@ pub(crate) struct Chain {
     pub(crate) salt: u64,
     /// The number of the next block, counted from 0.
     pub(crate) sequence: u64,
-    /// The checksum of the block before it; 0 if there is none.
+    /// The checksum of the block before it; 0 for the first block.
     pub(crate) previous: u32,
 }
 
@@ -282,7 +283,7 @@ impl Chain {
     }
 }
 
-/// The head of a block of a log, known to be one by its salted check.
+/// The head of a log's block, which the salted check has proven to be one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Head {
     /// The bytes of the whole block.

@@ -1,6 +1,6 @@
-//! What a run is to do.
+//! The validated options of a run.
 //!
-//! Invariant: it has been validated before a run holds it.
+//! Invariant: a plan has been validated before a run holds it.
 
 use std::time::Duration;
 
@@ -39,7 +39,7 @@ pub(crate) struct Plan<I, R> {
 }
 
 impl<I, R> Plan<I, R> {
-    /// What a checkpoint that begins now says of itself.
+    /// The header of a checkpoint that begins now.
     pub(crate) fn header(&self) -> Header {
         Header {
             salt: fastrand::u64(..),

@@ -1,7 +1,7 @@
-//! How far a run has come, and how long it will still take.
+//! The progress of a run, and how much longer it will take.
 //!
-//! Invariant: the rate is this session's own and of late; restored items never make it look faster than it is, and what
-//! is not known is not guessed.
+//! Invariant: the rate is this session's recent rate; restored items never make it look faster than it is, and unknown
+//! values are not guessed.
 
 use std::{fmt, time::Duration};
 
@@ -9,14 +9,15 @@ use tokio::{sync::watch, time::Instant};
 
 use crate::{item::Done, rate::Rate};
 
-/// A busy loop publishes after this many items: a reader sees 1/1000 of a long run, a trivial item costs nothing more.
+/// A busy loop publishes after this many items: a reader sees steps of 1/1000 of a long run, and the cost per trivial
+/// item stays negligible.
 const PUBLISH_EVERY_ITEMS: u32 = 1024;
 /// The longest reason of a pause that is kept, so that a [`Progress`] can be copied.
 const REASON_BYTES: usize = 120;
 
 /// How far a computation has come.
 ///
-/// A run publishes it ([`subscribe`](crate::Run::subscribe)). It stands by itself too, for what has no checkpoint:
+/// A run publishes it ([`subscribe`](crate::Run::subscribe)). You can also use it alone, for work without a checkpoint:
 ///
 /// ```
 /// use cancel_safe_resumable::Progress;
@@ -32,17 +33,17 @@ const REASON_BYTES: usize = 120;
 pub struct Progress {
     /// Items that need no more work: completed now, restored, or quarantined.
     pub done: usize,
-    /// Those of `done` that an earlier run had finished.
+    /// Items in `done` that an earlier run had finished.
     pub restored: usize,
-    /// Those of `done` that are in quarantine.
+    /// Items in `done` that are in quarantine.
     pub failed: usize,
-    /// All items, if [`is_total_known`](Self::is_total_known); else those that are known of so far.
+    /// All items, if [`is_total_known`](Self::is_total_known); otherwise the items known so far.
     pub total: usize,
-    /// Items per second that this session finished recently: over the last 20 seconds of work, or over the last four items
-    /// if these took longer.
+    /// Items per second that this session finished recently: over the last 20 seconds of work, or over the last four
+    /// items if they took longer.
     pub session_rate: f64,
-    /// The time that the rest takes at this rate, plus what is left of a pause. `None` while there is no rate, or while the
-    /// total is not known.
+    /// The time for the rest at this rate, plus what is left of a pause. `None` while there is no rate, or while the
+    /// total is unknown.
     pub eta: Option<Duration>,
     /// Whether all items wait, until when, and why.
     pub paused: Option<Pause>,
@@ -51,13 +52,13 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// A progress of `total` items, none of them done. [`Progress::default`] is the same without a known total.
+    /// Creates a progress of `total` items, none of them done. [`Progress::default`] is the same without a known total.
     #[must_use]
     pub fn new(total: usize) -> Self {
         Self { total, is_total_known: true, rate: Rate::begun(Instant::now()), ..Self::default() }
     }
 
-    /// What is known of a source before it is read: it has so many items, at least and at most.
+    /// The progress of a source before it is read, from the least and the most items that it may have.
     pub(crate) fn of_source((least, most): (usize, Option<usize>)) -> Self {
         Self { total: least, is_total_known: most == Some(least), ..Self::default() }
     }
@@ -75,21 +76,21 @@ impl Progress {
         self.count(Instant::now());
     }
 
-    /// Says how many items there are in all, once that is known.
+    /// Sets how many items there are in all, once that is known.
     pub fn set_total(&mut self, total: usize) {
         (self.total, self.is_total_known) = (total, true);
         self.count(Instant::now());
     }
 
-    /// Returns whether `total` is the number of all items. It is not for a source that does not know its length, such as
-    /// a filter or a channel, before it has ended.
+    /// Returns whether `total` is the number of all items. It is not before the end of a source that does not know its
+    /// length, such as a filter or a channel.
     #[must_use]
     pub fn is_total_known(&self) -> bool {
         self.is_total_known
     }
 
-    /// Returns the finished part, from 0.0 to 1.0, restored items included; 1.0 if there are no items, and 0.0 as long as
-    /// the total is not known.
+    /// Returns the finished part, from 0.0 to 1.0, restored items included; 1.0 if there are no items, and 0.0 while
+    /// the total is unknown.
     #[must_use]
     pub fn fraction(&self) -> f64 {
         match (self.is_total_known, self.total) {
@@ -121,7 +122,7 @@ impl Progress {
     }
 }
 
-/// What everybody can see is what counts.
+/// Only the public fields count.
 impl PartialEq for Progress {
     fn eq(&self, other: &Self) -> bool {
         let seen = |it: &Self| (it.done, it.restored, it.failed, it.total, it.is_total_known, it.eta, it.paused);
@@ -176,7 +177,7 @@ impl fmt::Debug for Pause {
     }
 }
 
-/// Counts on the hot path, publishes off it.
+/// Counts on the hot path, and publishes off it.
 #[derive(Debug)]
 pub(crate) struct Meter {
     sender: watch::Sender<Progress>,
@@ -190,7 +191,7 @@ impl Meter {
         Self { sender, now: Progress::default(), completed: 0, unpublished: 0 }
     }
 
-    /// The first item of this session starts: from here on the rate is counted.
+    /// Notes that an item starts. The first one of this session starts the rate's clock.
     pub(crate) fn item_started(&mut self) {
         if !self.now.rate.has_begun() {
             self.now.rate = Rate::begun(Instant::now());
@@ -206,7 +207,7 @@ impl Meter {
         self.unpublished += 1;
     }
 
-    /// The result of an earlier session was handed out.
+    /// Notes that the result of an earlier session was handed out.
     #[inline]
     pub(crate) fn item_restored(&mut self) {
         self.now.done += 1;
@@ -214,7 +215,7 @@ impl Meter {
         self.unpublished += 1;
     }
 
-    /// Sets the counts of a run that is not the only one at work.
+    /// Sets the counts of a run that shares its job with others.
     #[cfg(feature = "postgres")]
     pub(crate) fn stand_at(&mut self, done: usize, restored: usize, failed: usize) {
         (self.now.done, self.now.restored, self.now.failed) = (done, restored, failed);
@@ -240,7 +241,7 @@ impl Meter {
         self.unpublished >= PUBLISH_EVERY_ITEMS
     }
 
-    /// All items wait, or none does any more. The time of a pause is not one in which the session was slow.
+    /// Notes that all items wait, or that the wait is over. Time in a pause does not lower the rate.
     pub(crate) fn pause(&mut self, paused: Option<Pause>) {
         let now = Instant::now();
         match (self.now.paused.is_some(), paused.is_some()) {
@@ -251,13 +252,13 @@ impl Meter {
         self.now.paused = paused;
     }
 
-    /// Whether all items wait, as far as was told.
+    /// Whether all items wait, as far as is known.
     #[inline]
     pub(crate) fn is_paused(&self) -> bool {
         self.now.paused.is_some()
     }
 
-    /// Tells how far the run has come, of a source that has still so many items: at least, and at most.
+    /// Publishes the progress of the run, given the least and the most items that the source still has.
     pub(crate) fn publish(&mut self, read: usize, (least, most): (usize, Option<usize>)) {
         self.unpublished = 0;
         self.now.total = read + least;

@@ -1,7 +1,7 @@
-//! The proof that what is recorded can be read back as the same value, and when it is made.
+//! The proof that a recorded value can be read back unchanged, and when to make it.
 //!
-//! Invariant: no result is recorded of which the proof failed, and the proofs after the first ones take about a hundredth
-//! of the time at most, however large the results are.
+//! Invariant: a result whose proof failed is not recorded, and after the first ones the proofs take at most about a
+//! hundredth of the time, however large the results are.
 
 use std::{
     any::type_name,
@@ -17,21 +17,21 @@ use crate::{
     shape::{Digest, Refused, look},
 };
 
-/// So many results of each session are proven whatever it costs.
+/// How many results at the start of each session are proven, whatever it costs.
 const FIRST: u32 = 16;
-/// No more results than this go between two proofs.
+/// The most results between two proofs.
 const LONGEST_GAP: u32 = 1024;
-/// The proofs may take one part in so many of the time.
+/// The proofs may take one part in this many of the time.
 const SHARE: u64 = 100;
 
 /// Encodes values and proves now and then that they come back.
 #[derive(Debug)]
 pub(crate) struct Prover {
     codec: Codec,
-    /// How many values are not proven before the next one is.
+    /// How many values to skip before the next proof.
     skip: u32,
     proven: u32,
-    /// How many values the last proof was for, itself included, and when it ended.
+    /// How many values the last proof stands for, itself included, and when it ended.
     gap: u32,
     ended: Option<Instant>,
 }
@@ -76,7 +76,7 @@ impl Prover {
         self.gap = match since {
             Some(since) if self.proven >= FIRST => {
                 let longest = longest_gap(ended - begun, since, self.gap);
-                // At random, so that no period in the input keeps clear of the proofs.
+                // At random, so that no pattern in the input can evade the proofs.
                 fastrand::u32(1..=longest)
             }
             _ => 1,
@@ -86,20 +86,20 @@ impl Prover {
     }
 }
 
-/// How far apart two proofs may be if one took `proof`, and `values` of them took `since`.
+/// How far apart two proofs may be if a proof took `proof`, and `values` values took `since`.
 fn longest_gap(proof: Duration, since: Duration, values: u32) -> u32 {
     let each = (since.as_nanos() as u64 / u64::from(values)).max(1);
     let mean = (proof.as_nanos() as u64).saturating_mul(SHARE) / each;
-    // Drawn evenly from one to the longest, the gaps are half of it in the mean.
+    // Drawn evenly from one to the longest, the gaps are on average half of the longest.
     mean.saturating_mul(2).clamp(1, u64::from(LONGEST_GAP)) as u32
 }
 
-/// How a value differs from the one it came from.
+/// How a value differs from the original.
 fn compare<T: Serialize>(before: &T, after: &T, human_readable: bool) -> Result<Option<Difference>, Refused> {
     if look::<Digest, T>(before, human_readable)? == look(after, human_readable)? {
         return Ok(None);
     }
-    // Only now, because it takes many times the memory.
+    // Only now, because a tree takes many times the memory.
     let (before, after): (Tree, Tree) = (look(before, human_readable)?, look(after, human_readable)?);
     Ok(difference(&before, &after))
 }

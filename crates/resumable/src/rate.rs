@@ -1,31 +1,31 @@
-//! How fast items are finished, of late.
+//! How fast items have finished recently.
 //!
-//! Invariant: only an item that is finished changes the rate, so that it stands still while one slow item runs; it
-//! follows a change of speed as soon as the window is full of the new one.
+//! Invariant: only a finished item changes the rate, so it stands still while one slow item runs. It follows a change
+//! of speed as soon as the window holds only the new speed.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The time the rate is taken over, once there are enough items in it.
+/// The window for the rate, once it holds enough items.
 const WINDOW: Duration = Duration::from_secs(20);
 /// With fewer items than this in the window, it reaches further back.
 const LEAST_ITEMS: u64 = 4;
-/// As many steps are remembered, no closer to each other than a part of the window: it is exact to this part.
+/// How many steps are remembered. Two steps are at least this part of the window apart, which is also the precision.
 const STEPS: usize = 16;
 const STEP: Duration = Duration::from_millis(2_000);
 
-/// What had been finished after so much time of work.
+/// How many items had finished after this much working time.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 struct Step {
     worked: Duration,
     items: u64,
 }
 
-/// A window over the last items. Small and flat, because a copy of it is published with each progress.
+/// A window over the last items. Small and flat, because each published progress has a copy.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Rate {
-    /// When the time of work began, or would have begun had there been no pause.
+    /// When the working time began, or would have begun without the pauses.
     begun: Option<Instant>,
     halted: Option<Instant>,
     steps: [Step; STEPS],
@@ -43,7 +43,7 @@ impl Rate {
         self.begun.is_some()
     }
 
-    /// The time of work stands still.
+    /// Stops the working time.
     pub(crate) fn halt(&mut self, now: Instant) {
         self.halted = self.halted.or(Some(now));
     }
@@ -54,7 +54,7 @@ impl Rate {
         }
     }
 
-    /// So many items in all are finished by now.
+    /// Notes how many items in all have finished by now.
     pub(crate) fn count(&mut self, now: Instant, items: u64) {
         let Some(begun) = self.begun else { return };
         if items <= self.last.items {

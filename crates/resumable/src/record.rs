@@ -1,6 +1,6 @@
-//! What a run adds to its checkpoint.
+//! The records that a run adds to its checkpoint.
 //!
-//! Invariant: a record is whole before the checkpoint is given it, and no record is given to a store that has failed.
+//! Invariant: a record is whole before the checkpoint gets it, and a store that has failed gets no more records.
 
 use std::{
     io,
@@ -28,14 +28,14 @@ pub(crate) struct Recorder {
     path: PathBuf,
     codec: Codec,
     prover: Prover,
-    /// What the checkpoint does not know yet of the items read: it goes there with the next record.
+    /// Fingerprints of read items that the checkpoint lacks. They go there with the next record.
     pub(crate) marks: Marks,
-    /// A buffer of its own: a serde implementation that fails or panics half-way must leave no half record.
+    /// A separate buffer: a serde implementation that fails or panics half-way must not leave half a record.
     payload: Vec<u8>,
     is_full: bool,
     /// Whether this run has added anything.
     pub(crate) wrote: bool,
-    /// What the results take in the checkpoint that this run found there and kept.
+    /// The bytes of the results that this run found in the checkpoint and kept.
     pub(crate) kept_bytes: u64,
 }
 
@@ -45,7 +45,7 @@ impl Recorder {
         Self { log, path, codec, prover, marks, payload: Vec::new(), is_full: false, wrote: false, kept_bytes: 0 }
     }
 
-    /// To be asked before an item is started: a complete checkpoint may be open only to be read.
+    /// Call it before an item starts: a complete checkpoint may be open for reading only.
     #[inline]
     pub(crate) fn must_take_more(&mut self) -> Result<(), TaskError> {
         self.log.must_take_more()
@@ -70,12 +70,12 @@ impl Recorder {
         self.push(Kind::Intent, ticket.index)
     }
 
-    /// Records that an announced attempt did not take place, or has come to nothing that counts.
+    /// Records that an announced attempt did not take place, or does not count.
     pub(crate) fn withdraw<I>(&mut self, ticket: &Ticket<I>) -> Result<(), TaskError> {
         self.failure(ticket, ticket.attempts, "not started")
     }
 
-    /// Records that an item has failed so many times.
+    /// Records that an item has failed `attempts` times.
     pub(crate) fn failure<I>(&mut self, ticket: &Ticket<I>, attempts: u32, cause: &str) -> Result<(), TaskError> {
         self.failed(Kind::Failure, ticket, attempts, cause)
     }
@@ -120,13 +120,13 @@ impl Recorder {
         Poll::Ready(Ok(()))
     }
 
-    /// Becomes ready once the record of this number is durable, and says up to which number all are.
+    /// Becomes ready once the record with this number is durable, and returns up to which number all are.
     pub(crate) fn poll_synced(&self, number: u64, cx: &mut Context<'_>) -> Poll<Result<u64, TaskError>> {
         self.log.poll_synced(number, cx).map_err(|Failed| self.store_failed())
     }
 
-    /// Wakes the task if the store fails, if the disk is full, or as soon as there is room again. Returns when the disk is
-    /// tried again if it is full.
+    /// Wakes the task if the store fails, if the disk is full, or as soon as there is room again. If the disk is full,
+    /// returns when the next write is tried.
     pub(crate) fn watch(&mut self, cx: &mut Context<'_>) -> Result<Option<Instant>, TaskError> {
         match self.log.poll_room(cx) {
             Poll::Ready(Err(Failed)) => Err(self.store_failed()),
@@ -138,12 +138,12 @@ impl Recorder {
         }
     }
 
-    /// Keeps the file locked when all else of the run is gone.
+    /// Keeps the file locked after the rest of the run is gone.
     pub(crate) fn keeper(&self) -> Keeper {
         self.log.keeper()
     }
 
-    /// Asks for all of it, the seal last, to be made durable and for the file to be unlocked.
+    /// Asks the store to make everything durable, the seal last, and to unlock the file.
     pub(crate) fn stop(&self, seal: Option<Seal>) {
         self.log.stop(seal);
     }
@@ -153,7 +153,7 @@ impl Recorder {
         self.log.poll_closed(cx)
     }
 
-    /// Stands in until the store is closed, which tells what really happened.
+    /// A placeholder until the store is closed and reports the real cause.
     fn store_failed(&self) -> TaskError {
         TaskError::io("write checkpoint", &self.path, io::Error::other("the store has failed"))
     }

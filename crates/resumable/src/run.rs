@@ -1,6 +1,7 @@
 //! A run: the stream of its finished items, and how it ended.
 //!
-//! Invariant: the stream ends only when everything it completed is durable, and dropping it at any time loses none of it.
+//! Invariant: the stream ends only when everything it completed is durable, and dropping it at any time loses none of
+//! that.
 
 use std::{
     any::Any,
@@ -26,9 +27,9 @@ use crate::{
 /// A run: the stream of its finished items, restored ones included, each exactly once.
 ///
 /// Items make progress only while the run is polled: keep the work between two items short, or do it in the item's
-/// function. Dropping the run drops the items that are running; what it had completed is written and synced by a thread
-/// in a moment. The stream ends when the input is done or the run failed or was cancelled, and everything it had
-/// completed is durable; [`finish`](Self::finish) says which it was.
+/// function. Dropping the run drops the running items; a thread writes and syncs the completed results in a moment. The
+/// stream ends when the input is done or the run failed or was cancelled, and everything it had completed is durable;
+/// [`finish`](Self::finish) says which of these happened.
 #[must_use = "a run does nothing unless polled, and only `finish` says whether it came to its end"]
 pub struct Run<R> {
     state: State<R>,
@@ -78,8 +79,8 @@ impl<R> Run<R> {
         Self { state: State::Opening(Box::pin(opening)), progress }
     }
 
-    /// Returns the finished part, from 0.0 to 1.0, restored items included. For a source that does not know its length it
-    /// is 0.0 until all of it was read.
+    /// Returns the finished part, from 0.0 to 1.0, restored items included. For a source that does not know its length
+    /// it is 0.0 until the whole source was read.
     #[must_use]
     pub fn progress(&self) -> f64 {
         self.progress.borrow().fraction()
@@ -93,7 +94,7 @@ impl<R> Run<R> {
 
     /// Runs what is left to its end, makes it durable, unlocks the file, and says how the run ended.
     ///
-    /// Items that were not taken from the stream are run and recorded, but not seen.
+    /// Items that you did not take from the stream are run and recorded, but not returned.
     ///
     /// # Cancel safety
     ///
@@ -102,9 +103,9 @@ impl<R> Run<R> {
     ///
     /// # Errors
     ///
-    /// Those of [`ResumableTask::process`](crate::ResumableTask::process), [`TaskError::DuplicateKey`] if two items have one key,
-    /// [`TaskError::QuarantineFull`] if an item failed for good and there is no room for it, and [`TaskError::Config`] if
-    /// an option is missing or 0.
+    /// The errors of [`ResumableTask::process`](crate::ResumableTask::process), [`TaskError::DuplicateKey`] if two
+    /// items have one key, [`TaskError::QuarantineFull`] if an item failed for good and there is no room for it, and
+    /// [`TaskError::Config`] if an option is missing or 0.
     pub async fn finish(mut self) -> Result<Summary, TaskError> {
         while self.next().await.is_some() {}
         match self.state {
@@ -129,7 +130,7 @@ impl<R> Stream for Run<R> {
                 State::Running(engine) => {
                     match engine.poll_next(cx) {
                         Poll::Ready(None) => {}
-                        // As it is: to move an item costs as much as to restore it.
+                        // Passed on unchanged, because moving an item costs as much as restoring it.
                         polled => return polled,
                     }
                     let outcome = engine.take_outcome().unwrap_or(Err(TaskError::Cancelled));
@@ -147,7 +148,7 @@ impl<R> fmt::Debug for Run<R> {
     }
 }
 
-/// Makes a panic of `work`, be it when called or when polled, a failed attempt.
+/// Makes a panic of `work`, in the call or in a poll, a failed attempt.
 ///
 /// What `work` shares between items may be left half changed by a panic; as in a spawned task, `work` must handle that.
 pub(crate) fn caught<T, R, F, Fut>(work: F) -> impl Fn(ItemContext, T) -> Caught<Fut>

@@ -1,7 +1,7 @@
 //! Reading a log: its header, its blocks in order, and where they end.
 //!
-//! Invariant: whatever bytes it is given, a scan visits a prefix of what was written or returns an error, reads each byte
-//! at most twice, and holds no more than a block of them.
+//! Invariant: for any bytes, a scan visits a prefix of what was written or returns an error, reads each byte at most
+//! twice, and holds no more than one block.
 
 use std::{fmt, io, sync::Arc};
 
@@ -13,7 +13,7 @@ use crate::{
 /// How much is read at once.
 const WINDOW_BYTES: u64 = 256 << 10;
 
-/// Bytes that lie still while they are read.
+/// Bytes that do not change while they are read.
 pub(crate) trait ReadAt: fmt::Debug {
     fn size(&self) -> io::Result<u64>;
     fn read_exact_at(&self, offset: u64, into: &mut [u8]) -> io::Result<()>;
@@ -81,7 +81,7 @@ impl From<Damage> for Unread {
     }
 }
 
-/// One thing a log says, in the order in which it was written.
+/// One entry of a log, in the order of writing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Entry<'a> {
     /// `at` is the offset of the payload in the log.
@@ -124,8 +124,8 @@ pub(crate) fn read_header(source: impl ReadAt) -> Result<(Header, u64), Unread> 
 /// Visits every entry of the blocks that begin at `from` and at this place of the chain, in order. Returns where the last
 /// good block ends, and leaves the chain there.
 ///
-/// If that is before the end of the bytes, the rest is a torn tail: it may begin with a part of the next block, and no
-/// other of this log is in it. Else it is damage: what follows had been written later.
+/// If that is before the end of the bytes, the rest is a torn tail: it may begin with a part of the next block, and
+/// holds no other block of this log. If it does hold one, the log is damaged, because that block was written later.
 #[cfg(any(test, feature = "cli", feature = "postgres"))]
 pub(crate) fn scan<S: ReadAt>(
     source: S,
@@ -156,7 +156,7 @@ impl<S: ReadAt> Scanner<S> {
         Ok(Self { window: Window::new(source)?, offset: from, chain })
     }
 
-    /// The next block; `None` where the log ends, be it with a torn tail.
+    /// The next block; `None` at the end of the log, with or without a torn tail.
     pub(crate) fn next_block(&mut self) -> Result<Option<Block<'_>>, Unread> {
         const MISSING: &str = "a block is missing before this one, or it is not where it was written";
         const FOLLOWED: &str = "a block fails its checksum, and what follows was written later";
@@ -172,7 +172,7 @@ impl<S: ReadAt> Scanner<S> {
             && offset.checked_add(head.length).is_some_and(|end| end <= self.window.size)
         {
             let block = self.window.bytes(offset, head.length)?;
-            // Looked at twice, because a block that is lent out on one path only is lent out on all.
+            // Looked up twice, because the borrow checker extends a borrow that is returned on one path to all paths.
             if head.verify(block, &mut self.chain).is_some() {
                 self.offset += head.length;
                 let content = self.window.bytes(offset, head.length)?.get(BLOCK_LINKED_HEAD..).unwrap_or_default();
@@ -196,10 +196,10 @@ impl<S: ReadAt> Scanner<S> {
     }
 }
 
-/// What is wrong with a block that is not what its writer meant.
+/// The fault of an intact block that does not parse.
 pub(crate) const SHORT: &str = "an intact block does not parse";
 
-/// A block that is intact and where it belongs.
+/// An intact block in its proper place.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Block<'a> {
     pub(crate) offset: u64,
@@ -268,13 +268,13 @@ pub(crate) fn next_record<'a>(body: &mut &'a [u8], previous: &mut u64) -> Option
     Some((*previous, take(body, length)?))
 }
 
-/// The longest payload of which [`take_neighbours`] takes the record.
+/// The longest payload of a record that [`take_neighbours`] takes.
 pub(crate) const SHORT_PAYLOAD_BYTES: u64 = 0x7f;
 
-/// Takes records off the content of a block as long as each is that of the next item and its payload is short, at most so
-/// many. Returns how many these were.
+/// Takes up to `most` records off the content of a block, as long as each belongs to the next item and its payload is
+/// short. Returns how many it took.
 ///
-/// The records of items that were run one after the other all are: ten million of them are not worth a look each.
+/// Records of items that ran one after the other all qualify, and ten million of them should not cost a look each.
 pub(crate) fn take_neighbours(body: &mut &[u8], most: usize) -> usize {
     let mut taken = 0;
     while taken < most
@@ -291,7 +291,7 @@ pub(crate) fn take_neighbours(body: &mut &[u8], most: usize) -> usize {
 #[derive(Debug)]
 struct Window<S> {
     source: S,
-    /// What was there when the scan began: a log that grows meanwhile is read up to here.
+    /// The length when the scan began: a log that grows meanwhile is read up to here.
     size: u64,
     at: u64,
     bytes: Vec<u8>,
@@ -322,7 +322,7 @@ impl<S: ReadAt> Window<S> {
         self.bytes.get(start..start + length).ok_or_else(|| io::ErrorKind::UnexpectedEof.into())
     }
 
-    /// Moves the window to `offset`; what it has already is not read again.
+    /// Moves the window to `offset`, without reading again what it already has.
     fn load(&mut self, offset: u64, length: u64) -> io::Result<()> {
         let length = usize::try_from(length.min(self.size.saturating_sub(offset))).map_err(io::Error::other)?;
         let known = match offset.checked_sub(self.at).and_then(|skipped| usize::try_from(skipped).ok()) {
@@ -341,8 +341,8 @@ impl<S: ReadAt> Window<S> {
         filled
     }
 
-    /// Whether the head of a block of this log begins anywhere from `from` on. Only heads are looked at: their check tells
-    /// them from any other bytes, and so the work does not depend on the lengths they claim.
+    /// Whether the head of a block of this log begins anywhere from `from` on. It looks only at heads: their check
+    /// tells them from any other bytes, so the work does not depend on the lengths they claim.
     fn holds_head(&mut self, mut from: u64, salt: u64) -> io::Result<bool> {
         let overlap = BLOCK_LINKED_HEAD as u64 - 1;
         while self.size.saturating_sub(from) > overlap {

@@ -1,8 +1,8 @@
-//! What serde is told of a value, as a digest or as a tree: it tells `Some(None)` from `None` and a `u8` from a `u64`,
-//! where the bytes of a codec may not.
+//! What a value looks like to serde, as a digest or as a tree. This tells `Some(None)` from `None` and a `u8` from a
+//! `u64`, which a codec's bytes may not.
 //!
-//! Invariant: two values have one digest if serde is told the same of both. The entries of a map and the members of a
-//! sequence count in any order (a set is a sequence to serde), and a NaN is like any other.
+//! Invariant: two values have the same digest if they look the same to serde. The order of a map's entries and of a
+//! sequence's members does not count (to serde a set is a sequence), and all NaNs are equal.
 
 use std::fmt::Display;
 
@@ -64,12 +64,12 @@ pub(crate) enum Label<N> {
     Inside,
 }
 
-/// What is made of a value.
+/// The form that is built from a value.
 pub(crate) trait Node: Sized {
     type Parts;
 
     fn leaf(kind: Kind, bytes: &[u8]) -> Self;
-    /// `name` is that of a variant.
+    /// `name` is the name of a variant.
     fn begin(kind: Kind, name: &'static str) -> Self::Parts;
     fn push(parts: &mut Self::Parts, label: Label<Self>, node: Self);
     fn end(parts: Self::Parts) -> Self;
@@ -122,7 +122,7 @@ impl Kind {
         matches!(self, Self::Seq | Self::Map)
     }
 
-    /// What an error calls it.
+    /// Its name in an error.
     pub(crate) fn noun(self) -> &'static str {
         match self {
             Self::Bool => "a bool",
@@ -156,7 +156,7 @@ impl Kind {
     }
 }
 
-/// A value refuses to be looked at.
+/// A value refused to be serialised.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Refused(String);
@@ -167,7 +167,7 @@ impl serde::ser::Error for Refused {
     }
 }
 
-/// Makes a node of a value that is serialised as `human_readable` says.
+/// Builds a node from a value, serialised as human readable or not.
 pub(crate) fn look<N: Node, T: Serialize + ?Sized>(value: &T, human_readable: bool) -> Result<N, Refused> {
     value.serialize(Look { human_readable, node: std::marker::PhantomData })
 }
@@ -311,7 +311,7 @@ impl<N: Node> Serializer for Look<N> {
         self.begin(Kind::TupleVariant, variant, false)
     }
 
-    /// A struct with flattened fields is a map of unknown length: only such keys are names and not data.
+    /// A struct with flattened fields is a map of unknown length; only in such a map are keys names and not data.
     fn serialize_map(self, length: Option<usize>) -> Result<Compound<N>, Refused> {
         self.begin(Kind::Map, "", length.is_none())
     }

@@ -1,6 +1,6 @@
-//! Items that run in tasks of their own.
+//! Items that run in their own tasks.
 //!
-//! Invariant: the checkpoint stays locked until the last of them has ended, however the run ends.
+//! Invariant: the checkpoint stays locked until the last task has ended, however the run ends.
 
 use std::{
     pin::Pin,
@@ -12,7 +12,7 @@ use tokio::{runtime::Handle, task::JoinHandle};
 
 use crate::{item::ItemError, store::Keeper};
 
-/// Starts the task of an item. Made where it is known that the item may be sent to another thread.
+/// Starts an item's task. Created where the item is known to be `Send`.
 pub(crate) type Spawn<R, Fut> = fn(&Handle, Fut, Keeper) -> Spawned<R>;
 
 /// The task of an item, aborted when this is dropped.
@@ -20,7 +20,7 @@ pub(crate) type Spawn<R, Fut> = fn(&Handle, Fut, Keeper) -> Spawned<R>;
 pub(crate) struct Spawned<R>(JoinHandle<Result<R, ItemError>>);
 
 pin_project! {
-    /// An item's future, which is dropped before what keeps the checkpoint locked.
+    /// An item's future. It is dropped before the keeper that holds the checkpoint's lock.
     struct Kept<Fut> {
         #[pin]
         future: Fut,
@@ -51,7 +51,7 @@ impl<R> Spawned<R> {
     }
 }
 
-/// Ends when the task has; `None` if it was cut: aborted, or its runtime shut down.
+/// Ends when the task has ended; `None` if it was cut: aborted, or its runtime shut down.
 impl<R> Future for Spawned<R> {
     type Output = Option<Result<R, ItemError>>;
 

@@ -1,4 +1,4 @@
-//! How a run learns that it is to stop, and how long what it runs may still go on.
+//! How a run learns that it must stop, and how long its items may still go on.
 //!
 //! Invariant: a token that has fired is never waited for again.
 
@@ -28,7 +28,7 @@ pub(crate) struct Stop {
     timer: Timer,
 }
 
-/// Whether the token has something to say. It is asked before each item, and to ask the token itself takes a lock.
+/// Whether the token has news. This is checked before each item, because checking the token itself takes a lock.
 #[derive(Debug)]
 struct News {
     are_there: AtomicBool,
@@ -37,7 +37,7 @@ struct News {
 
 impl Wake for News {
     fn wake(self: Arc<Self>) {
-        // Before the run is woken, which then looks: else it would go to sleep again.
+        // Before the run is woken and looks; otherwise it would go back to sleep.
         self.are_there.store(true, Ordering::Release);
         self.run.wake();
     }
@@ -59,7 +59,7 @@ impl Stop {
         self.is_asked_for
     }
 
-    /// Asks the token, and to be told when it fires. What it is told may be nothing, and is asked again then.
+    /// Polls the token and registers for its firing. A wake-up may be spurious; then the token is polled again.
     #[cold]
     fn look(&mut self) {
         self.news.are_there.store(false, Ordering::Relaxed);
@@ -73,7 +73,7 @@ impl Stop {
         if self.is_asked_for() { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    /// Becomes ready when what runs has had its time since the first call.
+    /// Becomes ready when the running items have had their grace since the first call.
     pub(crate) fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), TaskError>> {
         if self.grace.is_zero() {
             return Poll::Ready(Ok(()));

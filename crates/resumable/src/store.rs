@@ -1,7 +1,7 @@
 //! The file and the thread that owns it.
 //!
-//! Invariant: the thread holds the lock from before its first read until after its last sync, and nobody but the holder
-//! of the lock writes. Whoever feeds it never waits for the disk.
+//! Invariant: the thread holds the lock from before its first read until after its last sync, and only the holder of
+//! the lock writes. The run that feeds it never waits for the disk.
 
 use std::{
     fs::File,
@@ -30,15 +30,15 @@ use crate::{
 const WRITE_AT_BYTES: usize = 256 << 10;
 /// A buffer of this size is full: no new item is started until the thread has taken it.
 const FULL_AT_BYTES: usize = 4 << 20;
-/// An idle thread looks so often whether the file is still where it was.
+/// How often an idle thread checks whether the file is still where it was.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// A write that met a full disk is tried again so often.
+/// How often a write that met a full disk is tried again.
 const TRY_EVERY: Duration = Duration::from_secs(1);
 
 /// A checkpoint in a local file.
 ///
-/// One run at a time holds it: it is locked (advisory, `flock` on Unix) as long as that run lives. It is kept when the
-/// run completes, because it *is* the result: the same call again returns it without running anything.
+/// One run at a time holds it: the file is locked (advisory, `flock` on Unix) as long as that run lives. The file stays
+/// when the run completes, because it *is* the result: the same call again returns it without running anything.
 #[derive(Clone, Debug)]
 pub struct FileStore {
     path: PathBuf,
@@ -47,16 +47,16 @@ pub struct FileStore {
 }
 
 impl FileStore {
-    /// The checkpoint at `path`. A missing file means a first run; its directory must exist.
+    /// Names the checkpoint at `path`. A missing file means a first run; its directory must exist.
     ///
-    /// A relative path begins at the directory that is the working directory when the file is opened: a process that
-    /// changes it afterwards does not lose its checkpoint.
+    /// A relative path starts at the working directory at the moment the file is opened: a process that changes
+    /// directory afterwards does not lose its checkpoint.
     pub fn at(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), wait: Duration::from_secs(1), longest_full: Duration::from_secs(600) }
     }
 
     /// Sets how long to wait for a run that still holds the file before [`TaskError::Busy`]. Default: 1 second, enough
-    /// for one that was dropped a moment ago to sync and let go.
+    /// for a run that was just dropped to sync and release the file.
     #[must_use]
     pub fn wait(mut self, wait: Duration) -> Self {
         self.wait = wait;
@@ -69,7 +69,7 @@ impl FileStore {
     /// The run pauses: no item starts, [`Progress::paused`](crate::Progress::paused) says why, and the write is tried again
     /// every second. What had been written is synced first; what is completed later stays in memory until there is room,
     /// and a kill loses it. A run that is cancelled, dropped or at its end does not wait, and says what it could not write.
-    /// A disk that is found full by a sync only, as on some network file systems, is a failed sync, which is final.
+    /// If only a sync finds the disk full, as on some network file systems, that is a failed sync, which is final.
     #[must_use]
     pub fn wait_for_room(mut self, longest: Duration) -> Self {
         self.longest_full = longest;
@@ -80,26 +80,26 @@ impl FileStore {
         &self.path
     }
 
-    /// The same store wherever the process goes: whether the path still leads to the file is asked again and again, and
-    /// the working directory is everybody's.
+    /// Makes the path absolute. The store checks again and again whether the path still leads to the file, and anything
+    /// in the process may change the working directory.
     pub(crate) fn anchored(mut self) -> Result<Self, TaskError> {
         let absolute = path::absolute(&self.path);
         self.path = absolute.map_err(|error| TaskError::io("find the directory of checkpoint", &self.path, error))?;
         Ok(self)
     }
 
-    /// Writes the checkpoint anew with what counts alone, and returns its length before and after, in bytes. Results that
-    /// were replaced, failures that were overcome and a torn tail are gone then; nothing else changes.
+    /// Rewrites the checkpoint with only its current records, and returns its length before and after, in bytes. This
+    /// drops replaced results, overcome failures and a torn tail; nothing else changes.
     ///
-    /// A run does so by itself, when it opens a file that holds more than twice what counts, and when it completes one.
-    /// Files of up to 4 KiB it leaves as they are. However it ends, the path leads to the old file or to the new one,
-    /// whole. The thread is blocked meanwhile.
+    /// A run does this by itself when it opens or completes a file that is more than twice as large as its current
+    /// records. It leaves files of up to 4 KiB as they are. However this ends, the path leads to the whole old file or
+    /// to the whole new one. It blocks the thread meanwhile.
     ///
     /// # Errors
     ///
     /// [`TaskError::Busy`] if a run holds the file for longer than [`wait`](Self::wait), [`TaskError::Corrupt`] and
-    /// [`TaskError::NewerFormat`] if it cannot be read; then it is not changed. [`TaskError::Io`] if it is not there or
-    /// the file system fails.
+    /// [`TaskError::NewerFormat`] if it cannot be read; then it is not changed. [`TaskError::Io`] if it does not exist
+    /// or the file system fails.
     pub fn compact(&self) -> Result<Compacted, TaskError> {
         let store = self.clone().anchored()?;
         let (before_bytes, after_bytes) = compact_free(&store.path, store.wait)?;
@@ -135,7 +135,7 @@ pub(crate) struct Opened {
 }
 
 /// Starts the checkpoint thread, which opens the file and then writes to it until its [`Log`] is closed or dropped. The
-/// token ends the wait for another run that holds the file.
+/// token ends a wait for another run that holds the file.
 pub(crate) fn open(
     request: OpenRequest,
     pace: Pace,
@@ -162,7 +162,7 @@ pub(crate) struct Marks {
 pub(crate) struct Seal {
     pub(crate) total: u64,
     pub(crate) digest: u64,
-    /// What the results take that this run found and kept, at least.
+    /// The least number of bytes of the results that this run found and kept.
     pub(crate) kept_bytes: u64,
 }
 
@@ -173,7 +173,7 @@ pub(crate) struct Pushed {
     pub(crate) has_room: bool,
 }
 
-/// The store failed; why is what closing it returns.
+/// The store failed. Closing it returns the cause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Failed;
 
@@ -183,7 +183,7 @@ pub(crate) struct Log {
     shared: Arc<Shared>,
     keeper: Keeper,
     closed: oneshot::Receiver<io::Result<()>>,
-    /// Why nothing can be added, if the checkpoint is only to be read.
+    /// Why nothing can be added, if the checkpoint is open for reading only.
     refusal: Option<TaskError>,
 }
 
@@ -200,11 +200,11 @@ struct State {
     /// How many records were ever pushed, and how many of them are durable.
     pushed: u64,
     synced: u64,
-    /// The bytes of those of them that end an item: in a complete file they count.
+    /// The bytes of the records that end an item. In a complete file they are current.
     ends_bytes: u64,
     /// As many unsynced records end the interval.
     every_items: u64,
-    /// Somebody waits for a sync: the interval is over.
+    /// Whether something waits for a sync, which ends the interval.
     hurry: bool,
     stop: bool,
     seal: Option<Seal>,
@@ -215,7 +215,7 @@ struct State {
 }
 
 impl State {
-    /// How many bytes of a file that is complete count for sure.
+    /// How many bytes of a complete file are certainly current.
     fn counted_bytes(&self) -> Option<u64> {
         self.seal.map(|seal| seal.kept_bytes + self.ends_bytes)
     }
@@ -225,7 +225,7 @@ impl State {
         self.blocks.len() < FULL_AT_BYTES && self.full_until.is_none()
     }
 
-    /// Lets the run look again at whatever it waits for.
+    /// Wakes the run to check again what it waits for.
     fn wake(&mut self) {
         if let Some(waker) = self.waiting.take() {
             waker.wake();
@@ -234,7 +234,7 @@ impl State {
 }
 
 impl Shared {
-    /// No code that can panic half-way runs under this lock, so a poisoned one holds nothing broken.
+    /// No code that can panic half-way runs under this lock, so a poisoned lock holds a sound state.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -257,7 +257,7 @@ impl Shared {
         }
     }
 
-    /// There is room again.
+    /// Notes that there is room again.
     fn has_found_room(&self) {
         let mut state = self.lock();
         state.full_until = None;
@@ -266,7 +266,7 @@ impl Shared {
 }
 
 impl Log {
-    /// A log that takes nothing.
+    /// A log that refuses every record.
     fn refusing(refusal: TaskError) -> Self {
         let (done, closed) = oneshot::channel();
         drop(done.send(Ok(())));
@@ -274,8 +274,8 @@ impl Log {
         Self { keeper: Keeper::of(&shared), shared, closed, refusal: Some(refusal) }
     }
 
-    /// To be asked before the first item is started: a complete checkpoint may be open only to be read, and then there
-    /// must be no work left.
+    /// Call it before the first item starts: a complete checkpoint may be open for reading only, and then no work may
+    /// be left.
     #[inline]
     pub(crate) fn must_take_more(&mut self) -> Result<(), TaskError> {
         self.refusal.take().map_or(Ok(()), Err)
@@ -309,16 +309,16 @@ impl Log {
         let is_due = number - state.synced >= state.every_items && !std::mem::replace(&mut state.hurry, true);
         let has_room = state.has_room();
         drop(state);
-        // The first record starts the interval, a big buffer or enough records end it; between them the thread need not
-        // hear of anything.
+        // The first record starts the interval, and a big buffer or enough records end it. In between, the thread need
+        // not be woken.
         if before == 0 || is_due || (before < WRITE_AT_BYTES && after >= WRITE_AT_BYTES) {
             self.shared.changed.notify_one();
         }
         Ok(Pushed { number, has_room })
     }
 
-    /// Becomes ready once the record of this number is durable, and says up to which number all are. While it is not, the
-    /// thread does not wait for the interval to be over.
+    /// Becomes ready once the record with this number is durable, and returns up to which number all are. Until then,
+    /// the thread does not wait for the end of the interval.
     pub(crate) fn poll_synced(&self, number: u64, cx: &mut Context<'_>) -> Poll<Result<u64, Failed>> {
         let mut state = self.shared.lock();
         if state.failed {
@@ -351,12 +351,12 @@ impl Log {
         self.shared.lock().full_until
     }
 
-    /// Keeps the file locked when the log is gone.
+    /// Keeps the file locked after the log is gone.
     pub(crate) fn keeper(&self) -> Keeper {
         self.keeper.clone()
     }
 
-    /// Asks the thread to write what there is, the seal last, sync it and unlock the file.
+    /// Asks the thread to write everything, the seal last, sync it and unlock the file.
     pub(crate) fn stop(&self, seal: Option<Seal>) {
         let mut state = self.shared.lock();
         state.stop = true;
@@ -409,7 +409,7 @@ fn run(
     reply: oneshot::Sender<Result<Opened, TaskError>>,
 ) {
     let path = &request.path;
-    // Nobody to tell means, here and below, that the run was dropped while it opened.
+    // If there is no receiver, here and below, the run was dropped while it opened.
     let (file, history) = match open_locked(request, || reply.is_closed() || token.is_cancelled()) {
         Ok(OpenFile::Locked(file, history)) => (file, history),
         Ok(OpenFile::Complete(history, refusal)) => {
@@ -427,7 +427,8 @@ fn run(
     let (done, closed) = oneshot::channel();
     let (epoch, chain, end) = (history.epoch + 1, history.chain, history.end);
     let log = Log { keeper: Keeper::of(&shared), shared: Arc::clone(&shared), closed, refusal: None };
-    // If the run is gone, what comes back is dropped here and now, which stops the loop below before it writes anything.
+    // If the run is gone, the failed send returns the value, and it is dropped here. That stops the loop below before
+    // it writes anything.
     drop(reply.send(Ok(Opened { log, history, salt: chain.salt })));
     let longest_full = pace.longest_full;
     let mut writer = Writer { file, path, shared: &shared, chain, end, epoch, longest_full, wrote: false };
@@ -442,12 +443,12 @@ fn run(
         state.failed = true;
         state.wake();
     }
-    // Unlocked by name and not by closing: the run may still read from it, and a child process being forked just now may
-    // hold a copy of the handle, and would keep the lock until its exec.
+    // Unlocked explicitly and not by closing: the run may still read from the file, and a child process that is just
+    // being forked may hold a copy of the handle and keep the lock until its exec.
     let unlocked = writer.file.unlock();
     drop(writer);
     let outcome = outcome.and(unlocked).map_err(|error| in_context("write checkpoint", path, error));
-    // The other side is gone if the run was dropped; then the next one reads what is in the file.
+    // The receiver is gone if the run was dropped; then the next run reads what is in the file.
     drop(done.send(outcome));
 }
 
@@ -490,12 +491,12 @@ impl Writer<'_> {
         Ok(())
     }
 
-    /// Goes on trying as long as the disk is full, and for so long only.
+    /// Keeps trying as long as the disk is full, up to the limit.
     fn append_when_there_is_room(&self, bytes: &[u8], mut error: io::Error) -> io::Result<()> {
         let deadline = Instant::now().checked_add(self.longest_full);
         while matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
-            // A part may have landed. The file ends with a whole block again, and durably: what was written before must
-            // not wait for its sync as long as this for its room.
+            // A part may have been written. Cut the file back to a whole block and sync it: what was written before
+            // must not wait for its sync as long as this waits for room.
             self.file.set_len(self.end)?;
             self.file.sync_data()?;
             self.look()?;
@@ -513,7 +514,7 @@ impl Writer<'_> {
         Err(error)
     }
 
-    /// What was written is the checkpoint only as long as the path leads to it and nobody else changes it.
+    /// Checks the file: it is the checkpoint only as long as the path leads to it and nothing else changes it.
     fn look(&self) -> io::Result<()> {
         check_place(&self.file, self.path, self.end)
     }
@@ -522,8 +523,8 @@ impl Writer<'_> {
 /// Takes the shared buffer when it is big or the interval is over, writes it, and syncs once an interval.
 fn write_until_stopped(shared: &Shared, writer: &mut Writer<'_>, every: Duration) -> io::Result<()> {
     let (mut blocks, mut marks, every) = (Blocks::default(), Marks::default(), every.min(LONGEST_WAIT));
-    // When the oldest byte that is not yet durable has to be. What an earlier run wrote may have missed its sync: it was
-    // killed before that, and this run hands its results out as durable ones.
+    // When the oldest unsynced byte must be durable. An earlier run may have been killed before it synced what it
+    // wrote, and this run hands those results out as durable.
     let mut due = (writer.epoch > 1).then(Instant::now);
     loop {
         let mut state = shared.lock();

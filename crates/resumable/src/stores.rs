@@ -1,6 +1,6 @@
 //! Where a run keeps its results.
 //!
-//! Invariant: which stores there are is known here, and nowhere in a signature.
+//! Invariant: only this file knows which stores exist; no signature shows it.
 
 #[cfg(feature = "postgres")]
 use crate::postgres::PgStore;

@@ -30,7 +30,7 @@ use crate::{
 
 /// Runs `work` on every item, recording each result in the checkpoint at `path`, and returns the results in order.
 ///
-/// If the checkpoint has results already, they are not computed again. [`ResumableTask`] is the same with a token to
+/// Results that the checkpoint already has are not computed again. [`ResumableTask`] does the same with a token to
 /// cancel it and a view of its progress.
 ///
 /// # Cancel safety
@@ -40,7 +40,7 @@ use crate::{
 ///
 /// # Errors
 ///
-/// As [`ResumableTask::process`].
+/// The same as [`ResumableTask::process`].
 ///
 /// # Examples
 ///
@@ -83,7 +83,7 @@ pin_project! {
     /// The future of [`map`].
     #[must_use = "nothing is opened and nothing runs unless it is awaited"]
     pub struct Map<Fut> {
-        // Read when the future is polled first: all there is to say is said before that.
+        // Read at the first poll of the future; all options are set before that.
         version: Arc<Mutex<String>>,
         #[pin]
         running: Fut,
@@ -119,8 +119,9 @@ impl<Fut> fmt::Debug for Map<Fut> {
 
 /// A computation over a list of items that can stop anywhere and go on from there.
 ///
-/// The checkpoint is a log of results. It is kept when the computation is complete, sealed: the same call again returns
-/// the results without running anything. Remove the file to start over. Two tasks never share it at the same time.
+/// The checkpoint is a log of results. When the computation is complete, the log is sealed and stays: the same call
+/// again returns the results without running anything. Remove the file to start over. Two tasks never share it at the
+/// same time.
 #[derive(Debug)]
 pub struct ResumableTask<T> {
     items: Vec<T>,
@@ -132,8 +133,8 @@ pub struct ResumableTask<T> {
 }
 
 impl<T> ResumableTask<T> {
-    /// A task that records its results in the file `checkpoint_path` and stops when `cancel_token` fires. Nothing is
-    /// opened yet.
+    /// Creates a task that records its results in the file `checkpoint_path` and stops when `cancel_token` fires.
+    /// Nothing is opened yet.
     pub fn new(items: Vec<T>, checkpoint_path: PathBuf, cancel_token: CancellationToken) -> Self {
         let progress = watch::Sender::new(Progress::new(items.len()));
         let (store, version) = (FileStore::at(checkpoint_path), FIRST_VERSION.to_owned());
@@ -147,7 +148,7 @@ impl<T> ResumableTask<T> {
         self
     }
 
-    /// The options of a run over a stream of items: many at once, with retries and a quarantine.
+    /// Starts a builder for a run over a stream of items: many at once, with retries and a quarantine.
     ///
     /// `job` names the computation; a checkpoint of another job is refused.
     pub fn builder<R>(job: impl Into<String>) -> Builder<T, R> {
@@ -177,9 +178,9 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     /// Runs `work` on every item that has no result in the checkpoint, one after the other, and returns all results in
     /// the order of the items.
     ///
-    /// An item is known by its serialised form. `work` gets a copy made from that form, so that the task keeps its items and
-    /// can be processed again after a cancel. A panic of `work` goes on to the caller; what was completed before is
-    /// recorded.
+    /// An item is identified by its serialised form. `work` gets a copy made from that form, so the task keeps its
+    /// items and can be processed again after a cancel. A panic of `work` reaches the caller; results completed before
+    /// are recorded.
     ///
     /// # Cancel safety
     ///
@@ -245,13 +246,13 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
         }
         let ended = drive.take_outcome().unwrap_or(Err(TaskError::Cancelled));
         drop(drive);
-        // In the simple forms an item can only fail by not coming back from its serialised form.
+        // In the simple forms an item can only fail if its serialised form cannot be read back.
         self.summary = Some(refused.into_inner().map_or(ended, Err)?);
         Ok(results)
     }
 }
 
-/// Makes the copy of an item that its function is handed, by way of its serialised form.
+/// Copies an item for its function, through the item's serialised form.
 struct Copier {
     prover: Prover,
     codec: Codec,

@@ -1,6 +1,6 @@
 //! Variable-length integers and strings, as the block log writes them.
 //!
-//! Invariant: what `put` wrote, `take` gives back; a `take` that finds too little or too much returns `None`.
+//! Invariant: `take` returns what `put` wrote; a `take` that finds too little or too much returns `None`.
 
 pub(crate) fn put_varint(bytes: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
@@ -25,7 +25,7 @@ pub(crate) fn take_varint(bytes: &mut &[u8]) -> Option<u64> {
     let mut value = 0;
     for shift in (0..64).step_by(7) {
         let byte = take(bytes, 1)?[0];
-        // The tenth byte has room for one bit: more would be lost without a trace.
+        // The tenth byte has room for one bit: more would be lost silently.
         if shift == 63 && byte > 1 {
             return None;
         }

@@ -1,7 +1,7 @@
-//! A private PostgreSQL: made in a temporary directory, gone with the program.
+//! A private PostgreSQL: created in a temporary directory, and removed when the program ends.
 //!
-//! Invariant: nothing of anybody else's is touched. The server listens on a port of 127.0.0.1 that was free, and ends when
-//! our end of its pipe closes, also when we are killed.
+//! Invariant: it touches nothing that it did not create. The server listens on a free port of 127.0.0.1, and ends when
+//! our end of its pipe closes, even when we are killed.
 
 use std::fs;
 use std::net::TcpListener;
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// How long a server may take to start or to stop, on a machine with much else to do.
+/// How long a server may take to start or to stop, on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Serves until the pipe on its input closes, or the server ends by itself.
@@ -34,7 +34,7 @@ pub(crate) struct Cluster {
 }
 
 impl Cluster {
-    /// Makes one and starts it.
+    /// Creates a cluster and starts it.
     pub(crate) fn start() -> Result<Self, String> {
         let programs = programs().ok_or(
             "there is no PostgreSQL on this machine (`initdb` and `postgres`); install it with \
@@ -67,7 +67,7 @@ impl Cluster {
         format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)
     }
 
-    /// Starts the server on what is there.
+    /// Starts the server on the existing data.
     pub(crate) fn serve(&mut self) -> Result<(), String> {
         let postgres = self.programs.join("postgres").display().to_string();
         let (port, sockets) =
@@ -84,7 +84,7 @@ impl Cluster {
         })
     }
 
-    /// Ends the server as a crash does: no client is waited for, nothing is written.
+    /// Ends the server as a crash does: it waits for no client and writes nothing.
     pub(crate) fn crash(&mut self) -> Result<(), String> {
         let pid =
             fs::read_to_string(self.home.path().join("data/postmaster.pid")).map_err(|error| error.to_string())?;
@@ -101,7 +101,7 @@ impl Cluster {
         ended
     }
 
-    /// A command in its directory, as a user that a server may run as.
+    /// A command in the server's directory, run as a user that may run a server.
     fn command(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.current_dir(self.home.path()).env("LC_ALL", "C").process_group(0);
@@ -118,12 +118,12 @@ impl Drop for Cluster {
         if let Some(shell) = &mut self.shell {
             drop(shell.stdin.take());
         }
-        // The directory is removed after this, whatever became of the server.
+        // The directory is removed afterwards, however the server ended.
         drop(self.ended());
     }
 }
 
-/// The first directory that has both programs: PATH, or where Debian keeps them, the newest first.
+/// The first directory that has both programs, from PATH or from where Debian keeps them, newest version first.
 fn programs() -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let mut debian: Vec<PathBuf> = fs::read_dir("/usr/lib/postgresql")
@@ -138,14 +138,15 @@ fn programs() -> Option<PathBuf> {
         .find(|directory| ["initdb", "postgres"].iter().all(|name| directory.join(name).is_file()))
 }
 
-/// The temporary directory, or `/tmp` where other users cannot enter that of root.
+/// The temporary directory, or `/tmp` if other users cannot enter root's own.
 fn reachable() -> PathBuf {
     let open = |up: &Path| fs::metadata(up).is_ok_and(|metadata| metadata.permissions().mode() & 0o001 != 0);
     let chosen = std::env::temp_dir();
     if chosen.ancestors().all(open) { chosen } else { PathBuf::from("/tmp") }
 }
 
-/// Database servers refuse root: as root we give the directory to another user, and start the server as that.
+/// A database server refuses to run as root: as root, we give the directory to another user and start the server as
+/// that user.
 fn account(home: &Path) -> Result<Option<(u32, u32)>, String> {
     if fs::metadata(home).map_err(|error| error.to_string())?.uid() != 0 {
         return Ok(None);

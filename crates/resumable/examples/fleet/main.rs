@@ -5,9 +5,9 @@
 //! cargo run -p cancel-safe-resumable --features postgres --example fleet -- --database postgres://me@db/jobs
 //! ```
 //!
-//! Without `--database` it starts a private server, crashes it once on the way, and removes it afterwards. At the end the
-//! results are read back, each block checked: every item is recorded once, with the right result. Otherwise the exit code
-//! is 1.
+//! Without `--database` it starts a private server, crashes it once on the way, and removes it afterwards. At the end
+//! it reads the results back and checks each block: every item must be recorded once, with the right result. Otherwise
+//! the exit code is 1.
 
 pub(crate) mod cluster;
 
@@ -51,7 +51,7 @@ pub(crate) struct Settings {
 pub(crate) const WORKER: &str = "RESUMABLE_FLEET";
 const JOB: &str = "squares";
 const LEASE: Duration = Duration::from_secs(1);
-/// A worker that has lost ranges to others ends so.
+/// The exit code of a worker that has lost ranges to others.
 const FENCED: i32 = 3;
 
 #[tokio::main]
@@ -101,7 +101,7 @@ pub(crate) async fn work_as_told(told: &str) -> u8 {
     }
 }
 
-/// What became of the fleet.
+/// How the fleet ended.
 #[derive(Debug, Default)]
 pub(crate) struct Report {
     pub(crate) items: u64,
@@ -113,7 +113,7 @@ pub(crate) struct Report {
     pub(crate) frozen: usize,
     pub(crate) fenced: usize,
     pub(crate) failed: usize,
-    /// How often the server was.
+    /// How often the server was crashed.
     pub(crate) crashed: usize,
     pub(crate) taken_over: i64,
     pub(crate) elapsed: Duration,
@@ -175,7 +175,7 @@ pub(crate) async fn start(settings: Settings) -> Result<Report, String> {
 
 struct Worker {
     process: Child,
-    /// When it is to be thawed, if it is frozen.
+    /// When to thaw it, if it is frozen.
     frozen: Option<Instant>,
 }
 
@@ -212,7 +212,7 @@ impl Fleet {
                 complete = true;
                 self.report.elapsed = begun.elapsed();
             }
-            // Each at a share of the work, so that a fast machine is struck as often as a slow one.
+            // Each blow is due at a share of the work, so that a fast machine is struck as often as a slow one.
             let due = done.saturating_mul(self.settings.blows as u64 + 1) / self.settings.items.max(1);
             if !complete && blows < self.settings.blows && due > blows as u64 {
                 blows += 1;
@@ -243,7 +243,7 @@ impl Fleet {
         Ok(())
     }
 
-    /// Kills one, or freezes one for longer than its lease.
+    /// Kills a worker, or freezes it for longer than its lease.
     fn strike(&mut self) -> Result<(), String> {
         let struck = self.random.usize(..self.workers.len());
         let is_kill = self.random.bool();
@@ -272,14 +272,14 @@ impl Fleet {
         Ok(())
     }
 
-    /// Takes those that have ended from the list.
+    /// Removes the workers that have ended from the list.
     fn reap(&mut self) -> Result<(), String> {
         let mut left = Vec::new();
         for mut worker in std::mem::take(&mut self.workers) {
             match worker.process.try_wait().map_err(|error| error.to_string())? {
                 None => left.push(worker),
                 Some(status) => match status.code() {
-                    // None: a signal, which was ours.
+                    // `None` is a signal, which we sent.
                     Some(0) | None => {}
                     Some(FENCED) => self.report.fenced += 1,
                     Some(_) => self.report.failed += 1,
@@ -316,7 +316,7 @@ fn signal(process: &Child, signal: &str) -> Result<(), String> {
     sent.map(drop).map_err(|error| format!("kill: {error}"))
 }
 
-/// How many items are recorded; not known before the first worker has made the tables, and while the server is away.
+/// How many items are recorded. Unknown before the first worker has created the tables, and while the server is down.
 async fn recorded(pool: &PgPool, schema: &str) -> Option<u64> {
     let sql = format!("SELECT done::bigint FROM {schema}.progress WHERE job = '{JOB}'");
     let row = sqlx::query(AssertSqlSafe(sql)).persistent(false).fetch_one(pool).await;

@@ -1,6 +1,7 @@
 //! The command `resumable`.
 //!
-//! Invariant: all it does is in the library's room `cli`; here are only the arguments, the streams and the exit code.
+//! Invariant: all its work is done in the library's room `cli`; this file has only the arguments, the streams and the
+//! exit code.
 
 use std::process::ExitCode;
 

@@ -1,6 +1,6 @@
 //! The finished items of a checkpoint as JSON lines.
 //!
-//! Invariant: each line is a whole JSON object, and an item has one at most.
+//! Invariant: each line is a whole JSON object, and an item has at most one line.
 
 use std::{io::Write, path::Path};
 
@@ -12,7 +12,7 @@ use crate::{
     item::Quarantined,
 };
 
-/// One finished item: its position or its key, and its result or why it is in quarantine.
+/// One finished item: its position or key, and its result or the reason for its quarantine.
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]

@@ -1,6 +1,6 @@
-//! How far a checkpoint has come that another process writes.
+//! The progress of a checkpoint that another process writes.
 //!
-//! Invariant: only what was added since the last look is read, and only a file that is complete ends it well.
+//! Invariant: each look reads only what was added since the last one, and only a complete file is a success.
 
 use std::{
     collections::HashMap,
@@ -27,10 +27,10 @@ use crate::{
     scan::{Entry, Unread, read_header, scan},
 };
 
-/// So many looks in a row may meet a file that is just being changed: a torn tail that is cut off while it is read, or a
-/// file that is put in the place of another.
+/// How many looks in a row may meet a file that is just changing: a torn tail is cut off during the read, or another
+/// file replaces this one.
 const LOOK_TRIES: u32 = 5;
-/// How soon after such a look comes the next.
+/// How soon after such a look the next one comes.
 const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Shows the progress until the file is complete.
@@ -58,18 +58,18 @@ pub(super) fn follow(path: &Path, total: Option<usize>, every: Duration, out: &m
     }
 }
 
-/// Reads what was added, or all of a file that was compacted or started anew. What was read is given up if that fails: it
-/// may be a part of what was not yet there, or is there no more.
+/// Reads what was added, or all of a file that was compacted or started anew. If that fails, it discards everything
+/// read before, because some of it may have been unfinished or may be gone.
 fn look(path: &Path, watched: Option<Watched>) -> Result<Watched, TaskError> {
     match watched {
-        // What a killed run left, read from the beginning.
+        // A killed run's torn tail, read from the beginning.
         Some(now) if now.is_torn() && now.is_current(path)? && now.stamp(path)? == now.stamp => return Ok(now),
         Some(mut now) if !now.is_torn() && now.is_current(path)? => {
             now.read(path)?;
             if !now.is_torn() {
                 return Ok(now);
             }
-            // It may be a part of a block, and the middle of one if the file was cut and written on.
+            // The new bytes may be a part of a block, or the middle of one if the file was cut and written again.
         }
         Some(_) | None => {}
     }
@@ -78,13 +78,13 @@ fn look(path: &Path, watched: Option<Watched>) -> Result<Watched, TaskError> {
     Ok(now)
 }
 
-/// Whether the next look may find it mended. A file that was never there is not waited for.
+/// Whether the next look may find the fault gone. A file that never existed is not waited for.
 fn may_pass(error: &TaskError, was_there: bool) -> bool {
     let is_missing = matches!(error, TaskError::Io(error) if error.kind() == io::ErrorKind::NotFound);
     error.is_corrupt() || is_cut_short(error) || (is_missing && was_there)
 }
 
-/// The file, and what was read of it.
+/// The file, and what was read from it.
 #[derive(Debug)]
 struct Watched {
     file: File,
@@ -94,7 +94,7 @@ struct Watched {
     chain: Chain,
     items: Items,
     is_sealed: bool,
-    /// The length of the file when it was read, and when it had been changed.
+    /// The file's length and modification time when it was read.
     stamp: (u64, Option<SystemTime>),
 }
 
@@ -119,12 +119,12 @@ impl Watched {
         Ok(())
     }
 
-    /// Whether something lies behind the last intact block.
+    /// Whether bytes follow the last intact block.
     fn is_torn(&self) -> bool {
         self.at < self.stamp.0
     }
 
-    /// Whether the file is still the one at the path, and goes on where it ended: not if it has become shorter.
+    /// Whether the path still leads to this file, and the file has not become shorter.
     fn is_current(&self, path: &Path) -> Result<bool, TaskError> {
         let is_there = is_still_at(&self.file, path).map_err(|error| TaskError::io("examine", path, error))?;
         Ok(is_there && self.stamp(path)?.0 >= self.at)
@@ -132,12 +132,12 @@ impl Watched {
 
     fn stamp(&self, path: &Path) -> Result<(u64, Option<SystemTime>), TaskError> {
         let read = self.file.metadata().map_err(|error| TaskError::io("examine", path, error))?;
-        // A file system that keeps no times has the length alone.
+        // If the file system keeps no times, only the length counts.
         Ok((read.len(), read.modified().ok()))
     }
 }
 
-/// The state of each item, and how many have which.
+/// The state of each item, and how many items have each state.
 #[derive(Debug, Default)]
 struct Items {
     by_key: bool,
@@ -181,8 +181,8 @@ impl Items {
     }
 }
 
-/// Whether an item is finished. One that was started at most once is so only if it was left behind, which only the next
-/// run can tell.
+/// Whether an item is finished. An item started at most once counts only if its run has died, and only the next run can
+/// tell.
 fn counts(slot: Slot) -> usize {
     usize::from([Kind::Result as u8, Kind::Quarantine as u8].contains(&slot.kind))
 }
@@ -191,7 +191,7 @@ fn is_bad(slot: Slot) -> usize {
     usize::from(slot.kind == Kind::Quarantine as u8)
 }
 
-/// What was shown: a bar on a terminal, else lines.
+/// The output: a bar on a terminal, otherwise lines.
 struct Shown<'a> {
     total: Option<usize>,
     progress: Progress,
@@ -215,7 +215,7 @@ impl<'a> Shown<'a> {
             (self.progress, self.has_begun) = (of_total(self.total), false);
         }
         let added = items.finished.saturating_sub(self.progress.done);
-        // What was there before the first look says nothing of how fast it goes.
+        // Items finished before the first look say nothing about the speed.
         match self.has_begun {
             true => self.progress.advance(added),
             false => self.progress.restore(added),

@@ -1,6 +1,6 @@
-//! What a checkpoint says of itself, and whether it is whole.
+//! A checkpoint's description of itself, and whether it is intact.
 //!
-//! Invariant: a number that is shown was read from the file just now.
+//! Invariant: every number shown was just read from the file.
 
 use std::{io::Write, path::Path};
 

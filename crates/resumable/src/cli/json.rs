@@ -1,6 +1,6 @@
 //! A MessagePack value as JSON.
 //!
-//! Invariant: nothing is lost in silence: a NaN is text, and a map whose keys are no text is a list of pairs.
+//! Invariant: nothing is lost silently: a NaN becomes text, and a map whose keys are not text becomes a list of pairs.
 
 use std::fmt;
 
@@ -10,7 +10,7 @@ use serde::{
     ser::SerializeMap,
 };
 
-/// A value of any kind that MessagePack knows.
+/// Any MessagePack value.
 #[derive(Clone, Debug, PartialEq)]
 pub(super) enum Value {
     Null,
@@ -135,7 +135,7 @@ impl Serialize for Value {
 }
 
 impl Value {
-    /// Whether JSON takes it as a key: text as it is, and a whole number as text.
+    /// Whether it can be a JSON key: text as it is, and a whole number as text.
     fn is_name(&self) -> bool {
         matches!(self, Self::Text(_) | Self::Unsigned(_) | Self::Signed(_))
     }

@@ -1,7 +1,7 @@
-//! Results that an earlier run has recorded, on their short way out.
+//! Results that an earlier run has recorded, handed out on a short path.
 //!
-//! Invariant: an item that is restored here is recognised as any other is, and the runtime is asked as often as it needs to
-//! run something else.
+//! Invariant: an item restored here is checked like any other, and the loop yields to the runtime often enough for
+//! other tasks to run.
 
 use std::{
     pin::Pin,
@@ -19,7 +19,7 @@ use crate::{
     item::{Done, ItemContext, ItemError, Quarantined},
 };
 
-/// So much is restored before the runtime is asked again, and so much an item counts besides its result.
+/// How much to restore before asking the runtime again, and how much an item counts in addition to its result.
 const RESTORED_AT_ONCE_BYTES: u64 = 4096;
 const RESTORED_ITEM_BYTES: u64 = 256;
 
@@ -31,8 +31,8 @@ where
     F: Fn(ItemContext, I) -> Fut,
     Fut: Future<Output = Result<R, ItemError>>,
 {
-    /// Takes the result of the next item from the checkpoint, if it is at hand and nothing else is to be done. It takes no
-    /// slot, no future and no room in the log, and ten million of them should take a moment.
+    /// Takes the result of the next item from the checkpoint, if it is at hand and nothing else needs doing. This uses
+    /// no slot, no future and no room in the log, because ten million of them should take only a moment.
     #[inline]
     pub(super) fn restore(&mut self, index: usize, cx: &mut Context<'_>) -> Option<R> {
         let is_all = self.history.result_at_hand(index).is_some()
@@ -60,7 +60,7 @@ where
         Some(result)
     }
 
-    /// Recognises an item whose result is at hand.
+    /// Checks the identity of an item whose result is at hand, and returns the result.
     #[inline]
     fn restored(&mut self, index: usize, item: &I) -> Result<R, Failure> {
         let (path, marks) = (self.plan.store.path(), &mut self.recorder.marks);
@@ -84,7 +84,7 @@ where
         None
     }
 
-    /// Looks up what earlier runs have made of an item: how often it has failed, or what it has come to for good.
+    /// Looks up what earlier runs recorded of an item: how often it failed, or its final outcome.
     #[inline(always)]
     pub(super) fn recall(
         &mut self,

@@ -1,4 +1,4 @@
-//! Whatever order the records come in, each item is found with its last one.
+//! Whatever the order of the records, each item is found with its last one.
 
 use std::collections::HashMap;
 
@@ -10,7 +10,7 @@ use crate::{
     scan::{Unread, read_header},
 };
 
-/// A log of these results, in blocks of so many, and what it says of each item.
+/// Writes a log of these results, in blocks of `in_a_block`, and compares what it says about each item.
 fn compare(items: u64, records: &[(u64, Vec<u8>)], in_a_block: usize, ask: impl Iterator<Item = u64>) {
     let mut history = read(items, records, in_a_block).unwrap();
     let last: HashMap<u64, &[u8]> = records.iter().map(|(index, payload)| (*index, &payload[..])).collect();
@@ -88,7 +88,7 @@ fn results_in_any_order_are_found() {
     compare(MANY, &records, 5000, (0..MANY).step_by(7));
 }
 
-/// Those of a chunk are told apart from those that are too long, or too far from each other, to be kept together.
+/// Results of one chunk are kept together unless they are too long, or too far from each other.
 #[test]
 fn results_of_any_length_in_order_are_found() {
     for lengths in [[0, 0, 0], [1, 127, 128], [129, 300, 2], [126, 0, 5000]] {

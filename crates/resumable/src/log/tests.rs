@@ -218,7 +218,7 @@ fn every_truncation_yields_a_prefix_or_an_error() {
     }
 }
 
-/// What a file is damaged by whose blocks were rearranged, and where.
+/// Where a file with rearranged blocks counts as damaged.
 fn damage_of(pieces: &[&[u8]]) -> Option<u64> {
     match entries(&pieces.concat()) {
         Ok(_) => None,
@@ -267,7 +267,7 @@ fn an_old_block_behind_a_torn_tail_is_damage() {
     for block in bounds.windows(2) {
         let last = bounds[bounds.len() - 2];
         assert_eq!(damage_of(&[torn, &SEALED[block[0]..block[1]]]), Some(last as u64));
-        // Of a block that does not belong there even a piece is damage.
+        // Even a piece of a block that does not belong there is damage.
         assert_eq!(damage_of(&[SEALED, &SEALED[block[0]..block[1] - 1]]), Some(SEALED.len() as u64));
     }
 }
@@ -316,7 +316,7 @@ impl ReadAt for Counted<'_> {
 #[test]
 fn opening_takes_work_in_proportion_to_the_length_whatever_the_bytes_are() {
     let (length, mut tails) = (4 << 20, Vec::new());
-    // Heads that claim to reach to the end, as near to each other as they can be.
+    // Heads that claim to reach to the end, as close together as possible.
     for spacing in [4, 17, BLOCK_LINKED_HEAD] {
         let mut tail = vec![0; length];
         for at in (0..length - spacing).step_by(spacing) {

@@ -1,7 +1,7 @@
-//! The loop of a run that shares its job with other workers: runs the items of the ranges it holds.
+//! The loop of a run that shares its job with other workers. It runs the items of the ranges it holds.
 //!
-//! Invariant: an item is handed out after the append of its result is committed, and so by one worker only. An item of a
-//! range that another has taken over is dropped where it is.
+//! Invariant: an item is handed out after the append of its result is committed, so only one worker does it. An item of
+//! a range that another worker has taken over is dropped where it is.
 
 use std::{
     collections::VecDeque,
@@ -40,16 +40,16 @@ use crate::{
 type Work<T, R> = Box<dyn Fn(ItemContext, T) -> Running<R> + Send>;
 pub(crate) type Running<R> = Pin<Box<dyn Future<Output = Result<R, ItemError>> + Send>>;
 
-/// So many items are looked at before the keeper is heard again.
+/// How many items to process before reading the keeper's messages again.
 const BURST: usize = 64;
 
-/// One attempt: the item's future, and the item it comes from.
+/// One attempt: the item's future, and the item itself.
 struct Attempt<T, R> {
     ticket: Option<Ticket<T>>,
     future: Running<R>,
 }
 
-/// The future is pinned in its box, and nothing else is.
+/// Only the future is pinned, and it is in a box.
 impl<T, R> Unpin for Attempt<T, R> {}
 
 impl<T, R> Future for Attempt<T, R> {
@@ -61,33 +61,33 @@ impl<T, R> Future for Attempt<T, R> {
     }
 }
 
-/// What is kept with a range.
+/// What the loop keeps with a range.
 struct Kept<R> {
-    /// How many items are not finished.
+    /// How many items are unfinished.
     left: usize,
-    /// What is recorded and not yet known to be durable: the number of the record, and the item.
+    /// The items that are recorded but not yet known to be durable, each with the number of its record.
     held: VecDeque<(usize, Done<R>)>,
 }
 
 enum Ending {
     Running,
-    /// The keeper is asked to end; then the run ends so, unless the keeper says worse.
+    /// The keeper was asked to end; then the run ends with this, unless the keeper reports something worse.
     Stopping(TaskError),
     Ended(Option<Result<Summary, TaskError>>),
 }
 
-/// How far the job and this run have come.
+/// The progress of the job and of this run.
 #[derive(Debug, Default)]
 struct Counts {
-    /// What the keeper has last said of the whole job.
+    /// The keeper's last word on the whole job.
     standing: Standing,
-    /// Results and items in quarantine of this run that are durable.
+    /// This run's durable results and items in quarantine.
     completed: usize,
     quarantined: usize,
-    /// Those of them that the standing does not have yet.
+    /// How many of them the standing does not include yet.
     done_since: usize,
     quarantined_since: usize,
-    /// Items in quarantine that are recorded and not durable.
+    /// Items in quarantine that are recorded but not yet durable.
     quarantined_held: usize,
 }
 
@@ -161,7 +161,7 @@ where
     /// Starts and settles some items, and returns whether there were any.
     fn step(&mut self, cx: &mut Context<'_>) -> Result<bool, TaskError> {
         for step in 0..BURST {
-            // Before the token is looked at: a result that is there is never thrown away.
+            // Before the token is checked, because an available result is never thrown away.
             if let Poll::Ready(Some((ticket, outcome))) = Pin::new(&mut self.in_flight).poll_next(cx) {
                 self.settle(ticket, outcome)?;
                 continue;
@@ -184,7 +184,7 @@ where
         Ok(true)
     }
 
-    /// The token has fired: nothing is started any more; becomes ready when what runs has had its time.
+    /// The token has fired: nothing more is started. Becomes ready when the running items have had their grace.
     fn poll_grace(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         if self.in_flight.is_empty() || self.plan.grace.is_zero() {
             return Poll::Ready(());
@@ -234,7 +234,7 @@ where
         let limit = self.plan.quarantine;
         let (index, attempts) = (ticket.index, ticket.attempts);
         if self.counts.failed() >= limit {
-            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            // Once the cause is fixed, or the limit raised, the item has all its attempts again.
             self.record_failure(Kind::Failure, &ticket, 0, &cause, Means::Open)?;
             return Err(TaskError::QuarantineFull { limit, index, attempts, cause });
         }
@@ -285,7 +285,7 @@ where
 }
 
 impl<T, R> PgDrive<T, R> {
-    /// Takes in what the keeper has told and returns whether there was anything.
+    /// Processes the keeper's messages and returns whether there were any.
     fn hear(&mut self, cx: &Context<'_>) -> bool {
         let (told, has_room) = self.shared.hear(cx.waker());
         let mut changed = !told.is_empty() || has_room && !self.has_room;
@@ -333,7 +333,7 @@ impl<T, R> PgDrive<T, R> {
         }
     }
 
-    /// Drops all that belongs to a range that another worker has.
+    /// Drops everything that belongs to a range that another worker has taken over.
     fn lose(&mut self, hold: Hold) {
         let Some(range) = self.queue.let_go(hold) else { return };
         self.counts.quarantined_held -= range.own.held.iter().filter(|(_, done)| done.result.is_err()).count();
@@ -341,7 +341,8 @@ impl<T, R> PgDrive<T, R> {
         self.in_flight = std::mem::take(&mut self.in_flight).into_iter().filter(of_others).collect();
     }
 
-    /// Ends the run once what is recorded is durable. What is running is dropped first: a successor never overlaps with it.
+    /// Ends the run once the recorded results are durable. Drops the running items first, so that a successor never
+    /// overlaps with them.
     fn stop(&mut self, error: TaskError) {
         if let Ending::Running = self.ending {
             self.in_flight.clear();
@@ -423,7 +424,7 @@ where
 
 impl<T, R> Drop for PgDrive<T, R> {
     fn drop(&mut self) {
-        // Before the keeper gives the ranges back: a successor never runs beside these.
+        // Before the keeper gives the ranges back, so that a successor never runs beside these items.
         self.in_flight.clear();
         self.shared.stop();
     }

@@ -1,5 +1,6 @@
-//! The keeper and the transactions of items, polled by the task that is dropped: in a run the one is a task of its own,
-//! and the others are in a list that has wakers of its own, so that a drop of the run meets their awaits unseen.
+//! The keeper and the items' transactions, polled directly by the task that is dropped. In a run the keeper is a
+//! separate task, and the transactions are in a list with its own wakers, so an exploration of a run does not see their
+//! awaits.
 
 use std::{
     future::poll_fn,
@@ -48,7 +49,7 @@ fn schema() -> String {
     format!("dropped_{}_{}", std::process::id(), SCHEMAS.fetch_add(1, Ordering::Relaxed))
 }
 
-/// A store over sessions of its own: those of an operation may have ended with its runtime.
+/// A store with its own sessions: an operation's sessions may have ended with its runtime.
 fn store(schema: &str) -> PgStore {
     PgStore::new(pool()).schema(schema).range_items(2).lease(PATIENCE).tolerate_lost(100)
 }
@@ -70,8 +71,8 @@ async fn keeper(store: PgStore, shared: &Arc<Shared>) -> Result<Keeper, TaskErro
     Keeper::open(store, shared, &offer, Duration::ZERO).await
 }
 
-/// What the loop of a run does, without its items: it records the first result of a range, and only then the second. If it
-/// is to stop, it does so after the first of all.
+/// Does what the loop of a run does, without its items: it records the first result of a range, and only then the
+/// second. With `stops`, it stops after the very first.
 async fn kept(store: PgStore, stops: bool) -> Result<(), TaskError> {
     let shared = Arc::new(Shared::default());
     let mut keeper = keeper(store, &shared).await?;
@@ -176,14 +177,14 @@ where
     }
 }
 
-/// Whether each point makes its tables anew, which takes most of the time, or its job alone.
+/// Whether each point creates new tables, which takes most of the time, or only a new job.
 #[derive(Clone, Copy, PartialEq)]
 enum Tables {
     Fresh,
     Kept,
 }
 
-/// Drops an operation at every point, lets another keeper complete the job, and looks for what is missing or twice.
+/// Drops an operation at every point, lets another keeper complete the job, and looks for missing or doubled results.
 fn explore(tables: Tables, operation: impl AsyncFn(PgStore) -> Result<(), TaskError>) -> Report {
     let schema = schema();
     let drop_all = format!("DROP SCHEMA IF EXISTS {schema}_beside CASCADE; DROP SCHEMA IF EXISTS {schema} CASCADE");
@@ -201,7 +202,7 @@ fn explore(tables: Tables, operation: impl AsyncFn(PgStore) -> Result<(), TaskEr
         },
         async |()| operation(store(&schema)).await,
         async |(), _| {
-            // Nobody is left to give back what it held: as if its lease had passed.
+            // Nothing is left to give back what it held, so let its lease lapse.
             let lapse = format!(
                 "DO $$ BEGIN IF to_regclass('{schema}.range') IS NOT NULL THEN
                  UPDATE {schema}.range SET lease_until = 'epoch' WHERE lease_until IS NOT NULL; END IF; END $$"

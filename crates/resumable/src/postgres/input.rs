@@ -1,4 +1,4 @@
-//! The input of a worker, in memory as a whole: a range may be claimed in any order, and again.
+//! A worker's whole input in memory, because ranges may be claimed in any order, and more than once.
 //!
 //! Invariant: two inputs have one fingerprint only if they have the same items, or the same keys, in the same order.
 

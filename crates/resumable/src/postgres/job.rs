@@ -1,6 +1,6 @@
-//! A job in the database: made by the first worker, and the same for all.
+//! A job in the database: created by the first worker, and the same for all.
 //!
-//! Invariant: no worker claims anything before name, version, codec and the whole input are those of the job.
+//! Invariant: no worker claims anything before its name, version, codec and whole input match the job.
 
 use std::{path::Path, sync::Arc};
 
@@ -21,9 +21,9 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct Offer {
     pub(crate) header: Header,
-    /// Versions whose results are accepted although theirs differs.
+    /// Versions whose results are accepted although they differ from this worker's version.
     pub(crate) accepted: Vec<String>,
-    /// The fingerprint of the input after each item: each is seeded with the one before.
+    /// The fingerprint of the input after each item, seeded with the fingerprint before it.
     pub(crate) chain: Vec<u64>,
     /// How many items a range has, if this worker is the first.
     pub(crate) range_items: usize,
@@ -37,7 +37,7 @@ pub(crate) struct Job {
     pub(crate) total: usize,
 }
 
-/// Finds the job or makes it, and checks that it is the one this worker has.
+/// Finds or creates the job, and checks that it matches this worker's.
 pub(crate) async fn open(pool: &PgPool, bounds: &Bounds, schema: &str, offer: &Offer) -> Result<Job, Unusable> {
     let mut tx = Tx::begin(pool, bounds).await?;
     let job = match create(&mut tx, schema, offer).await? {
@@ -48,7 +48,7 @@ pub(crate) async fn open(pool: &PgPool, bounds: &Bounds, schema: &str, offer: &O
     Ok(job)
 }
 
-/// Makes the job with its ranges; `None` if it is there. Whoever comes while it is being made waits for that.
+/// Creates the job with its ranges; `None` if it exists. A worker that comes meanwhile waits for the creation.
 async fn create(tx: &mut Tx, schema: &str, offer: &Offer) -> Result<Option<Job>, Unusable> {
     let s = quoted(schema);
     let (total, range_items) = (offer.chain.len(), offer.range_items.max(1));
@@ -81,11 +81,11 @@ async fn create(tx: &mut Tx, schema: &str, offer: &Offer) -> Result<Option<Job>,
     Ok(Some(Job { id, header: offer.header.clone(), total }))
 }
 
-/// Reads the job that is there and compares.
+/// Reads the existing job and compares it.
 async fn join(tx: &mut Tx, schema: &str, offer: &Offer) -> Result<Job, Unusable> {
     let s = quoted(schema);
     let Some(found) = read(tx, schema, &offer.header.job).await? else {
-        // Somebody has deleted it since we did not insert it.
+        // The job was deleted after our insert had found it.
         return Err(Unusable::Database(sqlx::Error::RowNotFound));
     };
     let path = place(schema, &offer.header.job);
@@ -97,7 +97,7 @@ async fn join(tx: &mut Tx, schema: &str, offer: &Offer) -> Result<Job, Unusable>
     let rows = statement(&select.into()).bind(found.job.id).fetch_all(tx.connection()?).await?;
     let stored = rows.iter().map(|row| row.try_get(0)).collect::<Result<Vec<i64>, _>>()?;
     let given = ends(&offer.chain, found.range_items);
-    // A last range that is not whole has another end as soon as the input is longer: it is no range that differs.
+    // A partial last range ends elsewhere once the input is longer, so it does not count as a range that differs.
     let whole_ranges = found.job.total.min(offer.chain.len()) / found.range_items;
     let same = stored.iter().zip(&given).take(whole_ranges).take_while(|(stored, given)| stored == given).count();
     let index = same * found.range_items;
@@ -119,7 +119,7 @@ pub(crate) struct Found {
     chain: i64,
 }
 
-/// Reads the job of a name.
+/// Reads the job with this name.
 pub(crate) async fn read(tx: &mut Tx, schema: &str, name: &str) -> Result<Option<Found>, Unusable> {
     let s = quoted(schema);
     let select: Arc<str> = format!("SELECT id, header, total, range_items, chain FROM {s}.job WHERE name = $1").into();

@@ -1,8 +1,9 @@
-//! The task that keeps the ranges of a worker: claims them, appends what is recorded, renews the leases, gives back.
+//! The task that keeps a worker's ranges: it claims them, appends what is recorded, renews the leases, and gives the
+//! ranges back.
 //!
-//! Invariant: all that a run sends to the database is sent by this task, one transaction after the other, and a dropped
-//! run does not cut it: the task appends what was recorded, gives the ranges back and ends. It waits for a database that
-//! is gone for as long as the store's `outage` and no longer.
+//! Invariant: only this task sends anything of a run to the database, one transaction after the other, and dropping the
+//! run does not cut it: the task appends what was recorded, gives the ranges back and ends. It waits for an unreachable
+//! database as long as the store's `outage` and no longer.
 
 use std::{
     collections::{BTreeMap, HashSet},
@@ -29,17 +30,17 @@ use crate::{
     timer::Timer,
 };
 
-/// How much one transaction appends, about: far below what a message to the server may hold.
+/// About how much one transaction appends: far below the limit of a message to the server.
 const BATCH_BYTES: usize = 16 << 20;
-/// A range that was exhausted within this time is followed by twice as many, up to [`MOST_FRESH`].
+/// If a range was exhausted within this time, the next claim takes twice as many, up to [`MOST_FRESH`].
 const FAST: Duration = Duration::from_millis(100);
-/// A range that took longer is followed by one, so that slow items are shared evenly.
+/// If a range took longer, the next claim takes one, so that slow items are shared evenly.
 const SLOW: Duration = Duration::from_secs(1);
 const MOST_FRESH: usize = 8;
-/// The wait after a first failure of the database; it doubles up to the second.
+/// The wait after the database's first failure. It doubles up to [`LONGEST_WAIT`].
 pub(crate) const FIRST_WAIT: Duration = Duration::from_millis(20);
 pub(crate) const LONGEST_WAIT: Duration = Duration::from_secs(1);
-/// How often the standing of the whole job is asked for, at most.
+/// The shortest time between two queries for the standing of the whole job.
 const STANDING_EVERY: Duration = Duration::from_secs(1);
 
 /// A range that is held, and where its next append belongs.
@@ -99,7 +100,7 @@ pub(crate) fn start(store: PgStore, shared: &Arc<Shared>, offer: Offer, every: D
     Ok(())
 }
 
-/// Tells the loop that the keeper is gone, if it goes without a word: its runtime has been shut down.
+/// Tells the loop that the keeper is gone, if it ends without reporting because its runtime was shut down.
 struct Ended(Arc<Shared>);
 
 impl Drop for Ended {
@@ -186,14 +187,14 @@ impl Keeper {
         Next::Wait(claim_at.min(heartbeat_at).min(due.unwrap_or(far)))
     }
 
-    /// Claims ranges and hands them to the loop. Returns where the job stands if it is complete.
+    /// Claims ranges and hands them to the loop. Returns the standing of the job if it is complete.
     async fn claim(&mut self, limit: usize) -> Result<Option<Standing>, TaskError> {
         let known: Vec<i64> = self.held.keys().copied().collect();
         let leases = &self.leases;
         let claimed = self.store.patiently("claim", || leases.claim(limit, &known)).await?;
         let now = Instant::now();
         if claimed.is_empty() {
-            // Others hold what is left: one of their leases may run out.
+            // Other workers hold the rest. One of their leases may run out.
             self.claim_at = now + self.store.look_again();
         }
         if self.held.is_empty() {
@@ -237,7 +238,7 @@ impl Keeper {
         Ok(())
     }
 
-    /// Appends all that is recorded.
+    /// Appends everything recorded so far.
     async fn append(&mut self) -> Result<(), TaskError> {
         loop {
             let batches = self.shared.take(BATCH_BYTES);
@@ -275,13 +276,14 @@ impl Keeper {
         }
     }
 
-    /// Appends and returns the ranges that took it, whatever the connection does meanwhile.
+    /// Appends, and returns the ranges that took the append, even if the connection breaks meanwhile.
     async fn appended(&self, appends: &[Append]) -> Result<HashSet<i64>, TaskError> {
         let leases = &self.leases;
         let taken = self.store.patiently("append", || leases.append(appends)).await?;
         let mut taken: HashSet<i64> = taken.into_iter().collect();
         if taken.len() < appends.len() {
-            // One that took no row may be a repeat of one whose answer was lost: then the block is there, with our epoch.
+            // An append that changed no row may repeat one whose answer was lost: then the block is there, with our
+            // epoch.
             let there = self.store.patiently("look for a block", || leases.look(appends)).await?;
             taken.extend(there);
         }
@@ -309,7 +311,7 @@ impl Keeper {
         self.fenced += 1;
         self.shared.lose(hold);
         if self.is_fenced() {
-            // The loop stops what is running before anything is given back.
+            // The loop stops the running items before anything is given back.
             let path = place(&self.store.schema, &self.job.header.job);
             self.shared.tell(Told::Fenced(TaskError::Fenced { path, ranges: self.fenced }));
         }
@@ -332,7 +334,7 @@ impl Keeper {
         Ok(())
     }
 
-    /// Appends what there is, and lets others have what is not finished.
+    /// Appends what is recorded, and gives back the unfinished ranges.
     async fn leave(&mut self) -> Result<(), TaskError> {
         self.append().await?;
         let held: Vec<_> = self.held.values().map(|held| (held.hold.n, held.hold.epoch)).collect();
@@ -356,7 +358,7 @@ async fn open(store: &PgStore, bounds: &Bounds, offer: &Offer) -> Result<Job, Un
 }
 
 impl PgStore {
-    /// Does something in the database, again and again while it fails for a cause that passes, for at most the outage.
+    /// Runs a database operation, and retries it on transient failures, for at most the outage.
     pub(crate) async fn patiently<T, E, Fut>(
         &self,
         action: &'static str,

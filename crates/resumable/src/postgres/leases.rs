@@ -1,7 +1,7 @@
 //! The statements by which workers share a job: claim, append, heartbeat, give back, look.
 //!
-//! Invariant: each is one statement that tests and changes under the lock of its rows, so that there is no moment between
-//! a check and what it allows. Time is the server's.
+//! Invariant: each is one statement that tests and changes under the lock of its rows, so no moment passes between a
+//! check and the change it allows. All times are the server's.
 
 use std::{sync::Arc, time::Duration};
 
@@ -12,7 +12,7 @@ use crate::postgres::{
     session::{Bounds, Tx, statement},
 };
 
-/// The statements, with the schema's name in them.
+/// The statements, with the schema's name filled in.
 #[derive(Debug)]
 struct Texts {
     claim: Arc<str>,
@@ -28,8 +28,8 @@ struct Texts {
 impl Texts {
     fn of(schema: &str) -> Self {
         let s = quoted(schema);
-        // Materialised, so that a rescan by the join can not claim more than the limit. What this worker owns and does not
-        // know of is a claim whose answer was lost.
+        // Materialised, so that a rescan by the join cannot claim more than the limit. A range that this worker owns
+        // without knowing it is a claim whose answer was lost.
         let claim = format!(
             "WITH free AS MATERIALIZED (SELECT job, n, lease_until < clock_timestamp() AS lapsed FROM {s}.range
                 WHERE job = $1 AND NOT finished AND n <> ALL($5)
@@ -42,8 +42,8 @@ impl Texts {
             RETURNING r.n, r.first, r.count, r.epoch, r.seq"
         );
         let blocks = format!("SELECT n, body FROM {s}.block WHERE job = $1 AND n = ANY($2) ORDER BY n, seq");
-        // The UPDATE locks the row and tests who holds it; the INSERT sees only what it let through. The sequence makes a
-        // repeat of one that had arrived harmless.
+        // The UPDATE locks the row and tests its holder; the INSERT sees only what the UPDATE let through. The sequence
+        // makes a repeated append harmless.
         let append = format!(
             "WITH given AS MATERIALIZED (SELECT * FROM unnest($2::bigint[], $3::bigint[], $4::int[], $5::int[], $6::int[],
                 $7::bytea[]) AS g(n, epoch, seq, done, quarantined, body)),
@@ -54,7 +54,7 @@ impl Texts {
                 RETURNING r.job, r.n, r.seq, r.epoch, g.body)
             INSERT INTO {s}.block (job, n, seq, epoch, body) SELECT job, n, seq, epoch, body FROM held RETURNING n"
         );
-        // A range that an item has just finished is not lost, although the keeper does not know of it yet.
+        // A range whose last item has just finished is not lost, although the keeper does not know of the end yet.
         let heartbeat = format!(
             "UPDATE {s}.range r SET lease_until = CASE WHEN NOT r.finished
                 THEN clock_timestamp() + make_interval(secs => $4) END
@@ -88,12 +88,12 @@ pub(crate) struct Leases {
     pub(crate) bounds: Bounds,
     texts: Arc<Texts>,
     job: i64,
-    /// Names this run and no other, be it of the same worker.
+    /// Names this run and no other, not even another run of the same worker.
     owner: Arc<str>,
     lease_s: f64,
 }
 
-/// A range that was claimed, and the blocks that are there of it.
+/// A claimed range, and its existing blocks.
 #[derive(Debug)]
 pub(crate) struct Claimed {
     pub(crate) n: i64,
@@ -106,8 +106,7 @@ pub(crate) struct Claimed {
     pub(crate) rows: i32,
 }
 
-/// What is to be added to a range: the blocks and, after them, the number of its items that are finished and of those in
-/// quarantine.
+/// An append to a range: the blocks, and how many items are then finished and in quarantine.
 #[derive(Clone, Debug)]
 pub(crate) struct Append {
     pub(crate) n: i64,
@@ -119,7 +118,7 @@ pub(crate) struct Append {
     pub(crate) body: Vec<u8>,
 }
 
-/// Where a job as a whole stands.
+/// The standing of a whole job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Standing {
     /// Ranges that are not finished.
@@ -134,7 +133,7 @@ impl Leases {
         Self { pool, bounds, texts, job, owner: owner.into(), lease_s: lease.as_secs_f64() }
     }
 
-    /// Takes at most `limit` of the lowest ranges that nobody holds, but for those `known`, and reads what is there of them.
+    /// Takes at most `limit` of the lowest ranges that nobody holds, except those in `known`, and reads their blocks.
     pub(crate) async fn claim(&self, limit: usize, known: &[i64]) -> Result<Vec<Claimed>, sqlx::Error> {
         let mut tx = Tx::begin(&self.pool, &self.bounds).await?;
         let rows = statement(&self.texts.claim)
@@ -149,7 +148,7 @@ impl Leases {
         claimed.sort_unstable_by_key(|range| range.n);
         let begun: Vec<i64> = claimed.iter().filter(|range| range.seq > 0).map(|range| range.n).collect();
         if !begun.is_empty() {
-            // In the same transaction: until it ends nobody else can add to these ranges.
+            // In the same transaction: until it ends, no other worker can add to these ranges.
             let blocks = statement(&self.texts.blocks).bind(self.job).bind(begun);
             for row in blocks.fetch_all(tx.connection()?).await? {
                 let (n, body): (i64, &[u8]) = (row.try_get(0)?, row.try_get(1)?);
@@ -163,7 +162,8 @@ impl Leases {
         Ok(claimed)
     }
 
-    /// Adds to ranges and returns those that took it: another has claimed the rest, or has the answer to a repeat.
+    /// Adds to ranges and returns those that took the append. The rest were claimed by another worker, or the append is
+    /// a repeat.
     pub(crate) async fn append(&self, appends: &[Append]) -> Result<Vec<i64>, sqlx::Error> {
         let mut tx = Tx::begin(&self.pool, &self.bounds).await?;
         let taken = self.append_on(tx.connection()?, appends).await?;
@@ -171,7 +171,7 @@ impl Leases {
         Ok(taken)
     }
 
-    /// The same within a transaction that the caller ends.
+    /// Works like `append`, within a transaction that the caller ends.
     pub(crate) async fn append_on(
         &self,
         connection: &mut PgConnection,
@@ -191,10 +191,11 @@ impl Leases {
         rows.iter().map(|row| row.try_get(0)).collect()
     }
 
-    /// Looks which of these appends are there: what became of one whose answer was lost, or of one that took no row.
+    /// Looks up which of these appends are in the database: an append may have lost its answer, or changed no row.
     ///
-    /// The transaction of a lost answer may still be committing. It holds the rows of its ranges, so that whoever has them
-    /// comes after it; the block is looked for by another statement, because one sees what was committed when it began.
+    /// The transaction whose answer was lost may still be committing. It holds the rows of its ranges, so the first
+    /// statement here waits for it by locking them. A second statement looks for the block, because a statement sees
+    /// only what was committed when it began.
     pub(crate) async fn look(&self, appends: &[Append]) -> Result<Vec<i64>, sqlx::Error> {
         let mut tx = Tx::begin(&self.pool, &self.bounds).await?;
         let numbers = || appends.iter().map(|append| append.n).collect::<Vec<_>>();
@@ -225,7 +226,7 @@ impl Leases {
         rows.iter().map(|row| row.try_get(0)).collect()
     }
 
-    /// Lets others have ranges at once.
+    /// Frees ranges for other workers at once.
     pub(crate) async fn give_back(&self, held: &[(i64, i64)]) -> Result<(), sqlx::Error> {
         let mut tx = Tx::begin(&self.pool, &self.bounds).await?;
         let (numbers, epochs): (Vec<i64>, Vec<i64>) = held.iter().copied().unzip();

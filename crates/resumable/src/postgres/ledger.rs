@@ -1,7 +1,7 @@
-//! The blocks of one range: those of a checkpoint file, as a chain of its own.
+//! The blocks of one range: the same blocks as in a checkpoint file, as a chain of its own.
 //!
-//! Invariant: a range that is read back is whole. A block that is missing, damaged, doubled or of another range is an
-//! error, and a finished range ends with a seal that says so.
+//! Invariant: a range that is read back is whole. A missing, damaged, doubled or foreign block is an error, and a
+//! finished range ends with a seal that says so.
 
 use std::path::Path;
 
@@ -29,17 +29,17 @@ pub(crate) enum Known {
 pub(crate) struct Ledger {
     /// Where the next block belongs.
     pub(crate) chain: Chain,
-    /// What is known of each item, from the first of the range on.
+    /// What is known of each item, starting with the first of the range.
     pub(crate) items: Vec<Known>,
 }
 
-/// Where the next append of a range belongs, and what is there before it.
+/// Where the next append to a range belongs, and what comes before it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
     pub(crate) chain: Chain,
-    /// The rows that are there.
+    /// The number of existing rows.
     pub(crate) seq: i32,
-    /// The items that are finished, and those of them in quarantine.
+    /// How many items are finished, and how many of those are in quarantine.
     pub(crate) done: i32,
     pub(crate) quarantined: i32,
 }
@@ -57,7 +57,7 @@ pub(crate) struct Record<'a> {
 
 impl Ledger {
     pub(crate) fn new(salt: u64, n: i64, count: usize) -> Self {
-        // A salt for each range: the block of one is none in another.
+        // A salt for each range, so that a block of one range is invalid in another.
         let salt = xxh3_64_with_seed(&n.to_le_bytes(), salt);
         Self { chain: Chain::new(salt), items: vec![Known::Nothing; count] }
     }
@@ -112,7 +112,7 @@ impl Ledger {
     }
 }
 
-/// The bytes of the blocks, which are ended by a seal if the range is finished.
+/// The bytes of the blocks, with a seal at the end if the range is finished.
 pub(crate) fn sealed(blocks: &mut Blocks, chain: &mut Chain, finished: Option<usize>) -> Vec<u8> {
     if let Some(count) = finished {
         blocks.sealed(count as u64, 0);
@@ -129,7 +129,7 @@ fn split(identity: Identity, mut payload: &[u8]) -> Option<(Option<&str>, &[u8])
     Some((Some(key), payload))
 }
 
-/// What a record makes of what was known: a failed attempt hides nothing that is final.
+/// What is known after this record: a failed attempt does not hide a final outcome.
 fn known(kind: Kind, payload: &[u8], before: &Known) -> Option<Known> {
     Some(match kind {
         Kind::Result => Known::Result,

@@ -1,7 +1,7 @@
-//! The items of the ranges that a worker holds: on their way to be started, and back to be started again.
+//! The items of the ranges that a worker holds: waiting to start, or to start again.
 //!
-//! Invariant: an item is given out only while its range is held, no more of them than may run at once, and none while the
-//! run waits as a whole.
+//! Invariant: the queue gives out an item only while its range is held, no more items than may run at once, and none
+//! while the run waits as a whole.
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -36,7 +36,7 @@ pub(crate) struct Queue<T, X> {
     input: Input<T>,
     shared: Arc<Shared>,
     ranges: HashMap<i64, Range<X>>,
-    /// Ranges with items that were not started, the first to be worked on first.
+    /// Ranges with unstarted items, in the order in which to work on them.
     fresh: VecDeque<Hold>,
     waiting: Waiting<T>,
     gate: Gate,
@@ -47,12 +47,12 @@ pub(crate) struct Queue<T, X> {
     retry: Retry,
 }
 
-/// An attempt that has failed and counts.
+/// A failed attempt that counts.
 pub(crate) struct Failed<T> {
     /// Its attempts include this one.
     pub(crate) ticket: Ticket<T>,
     pub(crate) cause: String,
-    /// There is no other attempt.
+    /// Whether no attempts are left.
     pub(crate) is_last: bool,
 }
 
@@ -87,7 +87,7 @@ impl<T: Serialize, X> Queue<T, X> {
 }
 
 impl<T: Clone, X> Queue<T, X> {
-    /// Becomes ready with the next item that may start, while so many run.
+    /// Becomes ready with the next item that may start, while `running` items run.
     pub(crate) fn poll_next(&mut self, running: usize, cx: &mut Context<'_>) -> Poll<Result<Ticket<T>, TaskError>> {
         if ready!(self.gate.poll_open(cx))? {
             self.meter.pause(None);
@@ -146,18 +146,19 @@ impl<T, X> Queue<T, X> {
         self.ranges.get_mut(&hold.n).filter(|range| range.hold == hold)
     }
 
-    /// Lets go of a range, and returns it if it was still held.
+    /// Releases a range, and returns it if it was still held.
     pub(crate) fn let_go(&mut self, hold: Hold) -> Option<Range<X>> {
         self.range(hold)?;
         self.ranges.remove(&hold.n)
     }
 
-    /// An attempt has ended, and not by an error of its item.
+    /// Notes that an attempt has ended without an error of its item.
     pub(crate) fn ended(&mut self, ticket: &Ticket<T>) {
         self.gate.attempt_ended(ticket.launch);
     }
 
-    /// An attempt has failed, while so many others run. `None` if it does not count: its item waits to be tried again.
+    /// Notes that an attempt has failed while `running` others run. `None` if it does not count and its item waits for
+    /// another try.
     pub(crate) fn failed(&mut self, mut ticket: Ticket<T>, error: ItemError, running: usize) -> Option<Failed<T>> {
         let cause = describe(error.cause.as_ref());
         match error.verdict {
@@ -182,17 +183,17 @@ impl<T, X> Queue<T, X> {
         Some(Failed { ticket, cause, is_last })
     }
 
-    /// Puts an item into the queue whose attempt has failed.
+    /// Puts an item whose attempt has failed back into the queue.
     pub(crate) fn retry(&mut self, ticket: Ticket<T>) {
         self.waiting.enter(later(self.retry.delay_after(ticket.attempts)), ticket);
     }
 
-    /// No item of this worker starts before that time.
+    /// Starts no item of this worker before `until`.
     fn pause(&mut self, until: Instant, cause: &str) {
         self.meter.pause(Some(Pause::new(self.gate.close(until), cause)));
     }
 
-    /// Tells how far the job has come: so many are done, of which this run has finished some.
+    /// Publishes the progress of the job: how many items are done, and how many of them this run has finished.
     pub(crate) fn publish(&mut self, done: usize, own: usize, failed: usize) {
         self.meter.stand_at(done, done.saturating_sub(own), failed);
         self.meter.publish(self.total(), (0, Some(0)));

@@ -1,10 +1,10 @@
 //! A range that this worker holds.
 //!
-//! Invariant: each item of it that is not finished is given out once.
+//! Invariant: each of its unfinished items is given out once.
 
 use crate::postgres::{ledger::Known, shared::Hold};
 
-/// A range at work, and what the loop that works on it keeps with it.
+/// A range in work, and what the loop keeps with it.
 pub(crate) struct Range<X> {
     pub(crate) hold: Hold,
     pub(crate) first: usize,

@@ -1,7 +1,7 @@
 //! The results of a job, read back in the order of the input.
 //!
-//! Invariant: a range is read as it was at one moment, and each of its blocks is checked; a job that is not complete is
-//! told as an error, after what there is.
+//! Invariant: a range is read as it was at one moment, and each of its blocks is checked; an incomplete job is an
+//! error, after all its results.
 
 use std::{
     collections::VecDeque,
@@ -34,9 +34,9 @@ use crate::{
     },
 };
 
-/// How many ranges are read at once, at most.
+/// The most ranges to read at once.
 const RANGES: i64 = 16;
-/// Ranges before which so many bytes are read come with the next ones.
+/// After this many bytes, the remaining ranges wait for the next read.
 const PAGE_BYTES: i64 = 16 << 20;
 
 /// The recorded items of a job, in the order of the input: see [`PgStore::results`].
@@ -60,11 +60,11 @@ impl<R> Stream for PgResults<R> {
 }
 
 impl PgStore {
-    /// Reads what is recorded of a job, in the order of the input, each block checked.
+    /// Reads a job's recorded items, in the order of the input, and checks each block.
     ///
-    /// It may be read while workers are at it. Items that are not finished are left out, and then the last thing that comes
-    /// is [`TaskError::Incomplete`]; any other error ends the stream too. Up to 16 ranges are in memory at
-    /// a time: 16,000 items by default, and of large ones 16 MiB and a range.
+    /// You can read while workers are running. Unfinished items are left out, and then the stream ends with
+    /// [`TaskError::Incomplete`]; any other error ends it too. Up to 16 ranges are in memory at a time: 16,000 items by
+    /// default, and if they are large, 16 MiB plus one range.
     ///
     /// # Examples
     ///
@@ -106,7 +106,7 @@ struct Reader<R> {
     of: PhantomData<fn() -> R>,
 }
 
-/// A range as it is in the database.
+/// A range as stored in the database.
 #[derive(Debug)]
 pub(crate) struct Stored {
     pub(crate) n: i64,
@@ -217,9 +217,9 @@ async fn find(store: &PgStore, name: &str) -> Result<job::Job, Unusable> {
     found.map(|found| found.job).ok_or(Unusable::Refused(NO_JOB))
 }
 
-/// Reads some ranges with their blocks, in one statement, so that each is as it was at one moment.
+/// Reads some ranges with their blocks in one statement, so that each range is as it was at one moment.
 ///
-/// A block is a row: the server cannot make a value of more than a gigabyte of them.
+/// Each block comes as a row of its own: a value made of all blocks could exceed the server's limit of a gigabyte.
 pub(crate) async fn read(store: &PgStore, job: i64, from: i64, page_bytes: i64) -> Result<Vec<Stored>, sqlx::Error> {
     let s = quoted(&store.schema);
     let select = format!(

@@ -1,7 +1,7 @@
-//! The tables: made once, in a schema of their own, and known by their version.
+//! The tables: created once, in a schema of their own, and identified by a version.
 //!
-//! Invariant: nothing is made in a schema that holds anything not ours, nothing is made twice however many start at the
-//! same time, and tables of a newer version are not touched.
+//! Invariant: nothing is created in a schema that holds anything foreign, nothing is created twice however many workers
+//! start at once, and tables of a newer version are not touched.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::{
     postgres::session::{Bounds, Tx, statement},
 };
 
-/// The version of the tables that this code makes and understands.
+/// The version of the tables that this code creates and understands.
 pub(crate) const VERSION: i32 = 1;
 
 /// What was found.
@@ -21,7 +21,7 @@ pub(crate) const VERSION: i32 = 1;
 enum Found {
     Nothing,
     Version(i32),
-    /// The schema is there, with something in it, and without our version.
+    /// The schema exists, is not empty, and does not have our version.
     Foreign,
 }
 
@@ -43,9 +43,9 @@ pub(crate) fn quoted(schema: &str) -> String {
     format!("\"{}\"", schema.replace('"', "\"\""))
 }
 
-/// Sees to it that the tables are there, in this version.
+/// Ensures that the tables exist, in this version.
 ///
-/// They are only made where they are missing, so that a worker needs no right to make any.
+/// It creates them only if they are missing, so that an ordinary worker needs no right to create tables.
 pub(crate) async fn ensure(pool: &PgPool, bounds: &Bounds, schema: &str) -> Result<(), Unusable> {
     let mut tx = Tx::begin(pool, bounds).await?;
     let found = look(&mut tx, schema).await?;
@@ -54,7 +54,7 @@ pub(crate) async fn ensure(pool: &PgPool, bounds: &Bounds, schema: &str) -> Resu
         return judge(found, schema);
     }
     let mut tx = Tx::begin(pool, bounds).await?;
-    // Of several that start at the same time one makes the tables, and the others wait and find them.
+    // If several workers start at once, one creates the tables, and the others wait and find them.
     let lock = statement(&Arc::from("SELECT pg_advisory_xact_lock($1)"));
     lock.bind(xxh3_64(format!("cancel-safe-resumable {schema}").as_bytes()).cast_signed())
         .execute(tx.connection()?)
@@ -67,7 +67,7 @@ pub(crate) async fn ensure(pool: &PgPool, bounds: &Bounds, schema: &str) -> Resu
     if found == Found::Nothing { Ok(()) } else { judge(found, schema) }
 }
 
-/// Whether the tables are there. None are made.
+/// Whether the tables exist. Creates none.
 pub(crate) async fn exists(pool: &PgPool, bounds: &Bounds, schema: &str) -> Result<bool, Unusable> {
     let mut tx = Tx::begin(pool, bounds).await?;
     let found = look(&mut tx, schema).await?;
@@ -108,10 +108,11 @@ async fn look(tx: &mut Tx, schema: &str) -> Result<Found, sqlx::Error> {
     Ok(version.map_or(Found::Foreign, Found::Version))
 }
 
-/// What makes the tables of [`VERSION`].
+/// The SQL that creates the tables of [`VERSION`].
 ///
-/// A row of `range` is changed at each append: a page that is not full takes the new row beside the old one. The blocks
-/// name their range, not their job: a lock on the row of the job by every append of every worker would be contended.
+/// Each append changes a row of `range`: a page that is not full has room for the new row beside the old one. The
+/// blocks refer to their range, not to their job, because otherwise every append of every worker would contend for a
+/// lock on the job's row.
 fn definition(schema: &str) -> String {
     let s = quoted(schema);
     format!(

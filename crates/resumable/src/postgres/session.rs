@@ -1,7 +1,7 @@
-//! One transaction on one connection of the pool, within bounds the server keeps too.
+//! One transaction on one pooled connection, within bounds that the server enforces too.
 //!
-//! Invariant: a connection goes back to the pool only after its transaction has ended; whatever else happens to it, it is
-//! closed, and the server rolls back. Nothing needs a session beyond the transaction, so that a pooler may stand between.
+//! Invariant: a connection returns to the pool only after its transaction has ended; in every other case it is closed,
+//! and the server rolls back. Nothing needs a session beyond the transaction, so a pooler may stand between.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,11 +20,11 @@ pub(crate) struct Bounds {
 }
 
 impl Bounds {
-    /// A worker that is frozen before its COMMIT would hold its rows for as long as its session lives: the server ends a
+    /// A worker that is frozen before its COMMIT would hold its rows as long as its session lives. So the server ends a
     /// transaction that is idle for longer than `limit`, and a statement that takes longer.
     ///
-    /// `READ COMMITTED` is named because the default of a database may be another, under which a statement does not see
-    /// what its row was changed to while it waited for it.
+    /// `READ COMMITTED` is explicit because a database may have another default. Under that, a statement that waited
+    /// for a row would not see the row's new content.
     pub(crate) fn new(limit: Duration) -> Self {
         let ms = limit.as_millis().clamp(1, i32::MAX as u128);
         let begin = format!(
@@ -40,7 +40,7 @@ impl Bounds {
     }
 }
 
-/// A connection of the pool, which has it back when its transaction is known to have ended. Dropped before that, also
+/// A pooled connection. The pool gets it back when its transaction is known to have ended. If dropped earlier, even
 /// while a transaction begins, it is closed.
 #[derive(Debug)]
 pub(crate) struct Session {
@@ -69,7 +69,7 @@ impl Drop for Session {
     }
 }
 
-/// A transaction. Dropped before its commit it closes its connection, which rolls it back.
+/// A transaction. If dropped before its commit, it closes its connection, and so is rolled back.
 #[derive(Debug)]
 pub(crate) struct Tx(Session);
 
@@ -91,16 +91,16 @@ impl Tx {
     }
 }
 
-/// A statement without a name: one that a pooler may send to a server that has never seen another of ours.
+/// An unnamed statement, which a pooler may send to a server that has seen none of ours before.
 pub(crate) fn statement<'q>(sql: &Arc<str>) -> Query<'q, Postgres, PgArguments> {
     sqlx::query(AssertSqlSafe(Arc::clone(sql))).persistent(false)
 }
 
-/// What the server says of a statement that it has ended because of `statement_timeout`.
+/// The server's error code for a statement that hit `statement_timeout`.
 const STATEMENT_TOOK_TOO_LONG: &str = "57014";
 
-/// Whether the cause of an error is likely to pass by itself: the server or the way to it is gone, full, or starting up, or
-/// another transaction was in the way.
+/// Whether the cause of an error is likely to pass by itself: the server or the network is down, full, or starting up,
+/// or another transaction was in the way.
 pub(crate) fn is_passing(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Database(error) => {
@@ -119,8 +119,8 @@ pub(crate) fn is_passing(error: &sqlx::Error) -> bool {
     }
 }
 
-/// Whether the server has answered a COMMIT with a refusal, and so has rolled back: a deferred constraint did not hold, or
-/// took too long. After any other error the transaction may be there.
+/// Whether the server refused a COMMIT, and so has rolled back: a deferred constraint did not hold, or took too long.
+/// After any other error the transaction may have been committed.
 pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
     let said = error.as_database_error().and_then(|error| error.try_downcast_ref::<PgDatabaseError>());
     said.is_some_and(|said| {
@@ -128,7 +128,7 @@ pub(crate) fn is_refusal(error: &sqlx::Error) -> bool {
     })
 }
 
-/// Waits for an answer of the server, for so long.
+/// Waits for the server's answer, for a limited time.
 pub(crate) async fn answered<T, E: From<sqlx::Error>>(
     within: Duration,
     answer: impl Future<Output = Result<T, E>>,

@@ -1,7 +1,7 @@
-//! What the loop that drives the items and the task that keeps the ranges tell each other.
+//! The messages between the loop that drives the items and the task that keeps the ranges.
 //!
-//! Invariant: neither waits for the other while it holds the lock, and what the loop recorded is taken by the keeper as a
-//! whole: the records of a range, and the number of its finished items after them.
+//! Invariant: neither waits for the other while it holds the lock, and the keeper takes what the loop recorded as a
+//! whole: the records of a range, and the number of finished items after them.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -21,12 +21,12 @@ use crate::{
     },
 };
 
-/// The keeper does not wait for the interval once so much is to be appended.
+/// Once this much waits for an append, the keeper does not wait for the interval.
 const APPEND_AT_BYTES: usize = 1 << 20;
-/// No new item is started while so much waits to be appended.
+/// While this much waits for an append, no new item is started.
 const FULL_AT_BYTES: usize = 8 << 20;
 
-/// A range that this worker holds: its number, and the epoch that nobody else has.
+/// A range that this worker holds: its number, and an epoch that no other worker has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct Hold {
     pub(crate) n: i64,
@@ -38,15 +38,15 @@ pub(crate) struct Hold {
 pub(crate) enum Told {
     /// The job is open; its salt seeds the idempotency keys.
     Opened { salt: u64, leases: Leases },
-    /// A range to work on, with what is known of its items and where its next append belongs.
+    /// A range to work on, with what is known of its items, and the place of its next append.
     Granted { hold: Hold, first: usize, items: Vec<Known>, place: Place },
-    /// So many records of a range are durable.
+    /// This many records of a range are durable.
     Appended { hold: Hold, records: usize },
     /// Another worker has the range.
     Lost(Hold),
-    /// Where the job as a whole stands.
+    /// The standing of the whole job.
     Standing(Standing),
-    /// More ranges are lost than the run may lose: it is to end so.
+    /// More ranges are lost than the run may lose: it must end with this error.
     Fenced(TaskError),
 }
 
@@ -76,12 +76,12 @@ pub(crate) struct Open {
     records: usize,
     done: i32,
     quarantined: i32,
-    /// All its items have been started.
+    /// Whether all its items have been started.
     is_exhausted: bool,
     granted: Instant,
 }
 
-/// The records of a range that are to be appended.
+/// The records of a range to append.
 #[derive(Debug)]
 pub(crate) struct Batch {
     pub(crate) hold: Hold,
@@ -105,11 +105,11 @@ struct State {
     told: VecDeque<Told>,
     ended: Option<Result<Standing, TaskError>>,
     waker: Option<Waker>,
-    /// The bytes of all records that are not appended, and since when there are any.
+    /// The bytes of all records that are not yet appended, and since when there are any.
     bytes: usize,
     dirty_since: Option<Instant>,
     is_range_finished: bool,
-    /// How long the loop took with the last range it has exhausted, if nobody has looked since.
+    /// How long the loop took for the last range it exhausted, until the keeper reads it.
     pace: Option<Duration>,
     /// Ranges that the loop itself has finished, or found to be lost.
     let_go: Vec<(Hold, LetGo)>,
@@ -117,21 +117,21 @@ struct State {
     is_over: bool,
 }
 
-/// Why the loop lets go of a range.
+/// Why the loop released a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LetGo {
     Finished,
     Lost,
 }
 
-/// What the keeper sees when it looks.
+/// What the keeper sees on a look.
 #[derive(Debug)]
 pub(crate) struct Seen {
     pub(crate) stop: bool,
     pub(crate) dirty_since: Option<Instant>,
-    /// The records are to be appended now.
+    /// Whether to append the records now.
     pub(crate) hurry: bool,
-    /// Ranges with items that were not started.
+    /// How many ranges have unstarted items.
     pub(crate) fresh: usize,
     pub(crate) pace: Option<Duration>,
     pub(crate) let_go: Vec<(Hold, LetGo)>,
@@ -139,7 +139,7 @@ pub(crate) struct Seen {
 }
 
 impl Shared {
-    /// No code that can panic half-way runs under this lock, so a poisoned one holds nothing broken.
+    /// No code that can panic half-way runs under this lock, so a poisoned lock holds a sound state.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -178,7 +178,7 @@ impl Shared {
         Some(Recorded { number, has_room })
     }
 
-    /// All items of a range have been started.
+    /// Notes that all items of a range have been started.
     pub(crate) fn exhausted(&self, hold: Hold) {
         let mut state = self.lock();
         let Some(range) = state.open.get_mut(&hold.n).filter(|range| range.epoch == hold.epoch) else { return };
@@ -189,7 +189,7 @@ impl Shared {
         self.changed.notify_one();
     }
 
-    /// A loop that appends by itself has finished a range, or found that another worker has it.
+    /// Notes that a loop which appends by itself has finished a range, or found that another worker has it.
     pub(crate) fn let_go(&self, hold: Hold, why: LetGo) {
         let mut state = self.lock();
         if why == LetGo::Finished {
@@ -200,7 +200,7 @@ impl Shared {
         self.changed.notify_one();
     }
 
-    /// What the keeper has told since the last call, and whether there is room for more records. The waker is called when
+    /// The keeper's messages since the last call, and whether there is room for more records. The waker is woken when
     /// there is more.
     pub(crate) fn hear(&self, waker: &Waker) -> (VecDeque<Told>, bool) {
         let mut state = self.lock();
@@ -210,7 +210,7 @@ impl Shared {
         (std::mem::take(&mut state.told), state.bytes < FULL_AT_BYTES)
     }
 
-    /// How the keeper ended, once it has and everything it told was heard.
+    /// How the keeper ended, once it has ended and all its messages were read.
     pub(crate) fn ended(&self) -> Option<Result<Standing, TaskError>> {
         let mut state = self.lock();
         if state.told.is_empty() { state.ended.take() } else { None }
@@ -228,7 +228,7 @@ impl Shared {
         wake(state);
     }
 
-    /// The keeper has ended; only the first word on how counts.
+    /// Notes how the keeper has ended. Only the first call counts.
     pub(crate) fn tell_end(&self, ended: impl FnOnce() -> Result<Standing, TaskError>) {
         let mut state = self.lock();
         if std::mem::replace(&mut state.is_over, true) {
@@ -238,12 +238,13 @@ impl Shared {
         wake(state);
     }
 
-    /// Hands a range to the loop. The counts are of what is known of its items.
+    /// Hands a range to the loop.
     pub(crate) fn grant(&self, hold: Hold, first: usize, items: Vec<Known>, place: Place) {
         let Place { done, quarantined, .. } = place;
         let count = i32::try_from(items.len()).unwrap_or(i32::MAX);
         let mut state = self.lock();
-        // A range of which all is done but the end, whose worker died in between, is finished by an append without records.
+        // If a worker died after the last item but before the end of its range, an append without records finishes the
+        // range.
         state.is_range_finished |= done >= count;
         let range = Open {
             epoch: hold.epoch,
@@ -260,7 +261,7 @@ impl Shared {
         wake(state);
     }
 
-    /// Takes the records of ranges, at most about so many bytes of them, and those ranges that are finished.
+    /// Takes records of ranges, about `limit_bytes` at most, and the finished ranges.
     pub(crate) fn take(&self, limit_bytes: usize) -> Vec<Batch> {
         let mut state = self.lock();
         let (mut batches, mut bytes, mut is_all): (Vec<Batch>, _, _) = (Vec::new(), 0, true);
@@ -296,7 +297,7 @@ impl Shared {
         batches
     }
 
-    /// Takes back a range that another has.
+    /// Takes back a range that another worker has.
     pub(crate) fn lose(&self, hold: Hold) {
         let mut state = self.lock();
         if state.open.get(&hold.n).is_some_and(|range| range.epoch == hold.epoch)
@@ -321,7 +322,7 @@ impl Shared {
         }
     }
 
-    /// Waits until the loop says something, or until then.
+    /// Waits until the loop has something new, or until `until`.
     pub(crate) async fn changed(&self, until: Instant) {
         drop(tokio::time::timeout_at(until, self.changed.notified()).await);
     }

@@ -22,7 +22,7 @@ struct Race {
     job: i64,
 }
 
-/// Who appends to a range that is being taken over.
+/// How a zombie appends to a range that is being taken over.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Zombie {
     Fenced,
@@ -55,7 +55,7 @@ impl Race {
         sqlx::query(AssertSqlSafe(sql)).persistent(false).execute(&self.pool).await.unwrap().rows_affected()
     }
 
-    /// A zombie appends to the range that is lowest while a successor takes it over: how many of them recorded it.
+    /// A zombie appends to the lowest range while a successor takes it over. Returns how many of the two recorded it.
     async fn take_over(&self, zombie: Zombie) -> usize {
         let [held] = <[Claimed; 1]>::try_from(self.leases.claim(1, &[]).await.unwrap()).unwrap();
         // Its lease is over now, and it does not know.
@@ -71,7 +71,7 @@ impl Race {
             tokio::time::sleep(Duration::from_micros(fastrand::u64(..300))).await;
             match self.leases.claim(1, &[]).await.unwrap().first() {
                 Some(range) if range.n == held.n => self.leases.append(&[append(range)]).await.unwrap().len(),
-                // The zombie was first, and the next range is none of this race's.
+                // The zombie was first, and the next range is not part of this race.
                 _ => 0,
             }
         };
@@ -140,7 +140,7 @@ async fn the_same_race_catches_a_check_before_the_write() {
     race.end().await;
 }
 
-/// Whoever is frozen between its append and its COMMIT holds the row, but for a bound that the server keeps.
+/// A worker frozen between its append and its COMMIT holds the row, but only up to a bound that the server enforces.
 #[tokio::test]
 async fn a_worker_frozen_before_its_commit_holds_its_range_no_longer_than_its_bound() {
     let race = Race::new(1, "frozen").await;
@@ -148,7 +148,7 @@ async fn a_worker_frozen_before_its_commit_holds_its_range_no_longer_than_its_bo
         let [held] = <[Claimed; 1]>::try_from(race.leases.claim(1, &[]).await.unwrap()).unwrap();
         let mut frozen = super::session::Tx::begin(&race.pool, &Bounds::new(bound)).await.unwrap();
         race.leases.append_on(frozen.connection().unwrap(), &[append(&held)]).await.unwrap();
-        // Not the row it holds, whose change would wait: what its lease says has not been committed.
+        // Not the row it holds, because changing that would wait: its lease is not committed yet.
         let mut claimed = 0;
         for _ in 0..if is_taken_over { 60_000 } else { 20 } {
             claimed = race.leases.claim(1, &[]).await.unwrap().len();
@@ -182,7 +182,7 @@ async fn a_range_that_was_finished_a_moment_ago_is_renewed_and_not_lost() {
     race.end().await;
 }
 
-/// A commit that is on its way holds the row: until it has come or has failed nobody knows whether the block is there.
+/// A commit in flight holds the row: until it arrives or fails, nobody knows whether the block is there.
 #[tokio::test]
 async fn who_looks_for_a_block_waits_for_the_commit_that_may_bring_it() {
     let race = Race::new(2, "look").await;

@@ -1,7 +1,7 @@
-//! One item in its transaction: what it does, and the append of its result.
+//! One item in its transaction: its work, and the append of its result.
 //!
-//! Invariant: the append is made in the transaction in which the item took effect, and a commit whose answer was lost is
-//! looked up by its block before anything else is appended to its range.
+//! Invariant: the transaction in which the item took effect also makes the append, and a commit whose answer was lost
+//! is looked up by its block before anything else is appended to its range.
 
 use std::{
     marker::PhantomData,
@@ -34,12 +34,12 @@ use crate::{
     proof::Prover,
 };
 
-/// The place of the next append of a range. One item at a time has it, from its append until it is known what became of
-/// that: appends follow each other.
+/// The place of the next append to a range. One item at a time holds it, from its append until the outcome is known,
+/// because appends follow each other.
 #[derive(Debug)]
 pub(crate) struct Turn {
     place: Mutex<Place>,
-    /// Whether whoever has it is looking for what became of its commit.
+    /// Whether the holder is looking up the outcome of its commit.
     in_doubt: watch::Sender<bool>,
 }
 
@@ -48,7 +48,8 @@ impl Turn {
         Self { place: Mutex::new(place), in_doubt: watch::Sender::new(false) }
     }
 
-    /// Waits for the place; `None` if whoever has it needs a connection, of which all may be waiting here.
+    /// Waits for the place. Returns `None` if the holder needs a connection, because all connections may be waiting
+    /// here.
     async fn take(&self) -> Option<MutexGuard<'_, Place>> {
         let mut in_doubt = self.in_doubt.subscribe();
         match select(pin!(self.place.lock()), pin!(in_doubt.wait_for(|in_doubt| *in_doubt))).await {
@@ -57,7 +58,7 @@ impl Turn {
         }
     }
 
-    /// Waits until nobody has it.
+    /// Waits until nothing holds the place.
     async fn free(&self) {
         drop(self.place.lock().await);
     }
@@ -68,7 +69,7 @@ impl Turn {
     }
 }
 
-/// What is to be done for an item, in a range that is there.
+/// What to do for an item, in a range that is held.
 pub(crate) struct Job<T> {
     pub(crate) ticket: Ticket<T>,
     pub(crate) what: What,
@@ -80,7 +81,7 @@ pub(crate) struct Job<T> {
 
 pub(crate) enum What {
     Attempt,
-    /// To record a failure by itself: what the item did is rolled back.
+    /// Record a failure alone: what the item did is rolled back.
     Note(Note),
 }
 
@@ -125,7 +126,7 @@ enum Tried {
     /// It is rolled back, and the item is to blame.
     Failed(ItemError),
     Lost,
-    /// The database failed, and nothing of it is there.
+    /// The database failed, and nothing of the transaction remains.
     Again(sqlx::Error),
     /// It is rolled back, because another item of the range needs its connection.
     GaveWay,
@@ -133,7 +134,7 @@ enum Tried {
 }
 
 impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
-    /// Does it in transactions until one of them has ended by what the item did, and not by the database.
+    /// Runs the job in transactions until one ends because of the item, and not because of the database.
     pub(crate) async fn run<T>(&self, job: Job<T>) -> (Ticket<T>, End)
     where
         T: Clone,
@@ -196,7 +197,7 @@ impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
                             session.give_back();
                             Tried::Failed(error)
                         }
-                        // The connection is gone, and no fault of the item's.
+                        // The connection is gone, through no fault of the item.
                         Err(error) => Tried::Again(error),
                     };
                 }
@@ -205,7 +206,7 @@ impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
         let appended = self.append(job, tx, kind, &payload).await;
         match appended {
             Appended::Committed => session.give_back(),
-            // Not in hand while it is looked for, which takes another: there may be no more.
+            // The session is released before the lookup, which needs a connection too: there may be no other.
             Appended::InDoubt(_) | Appended::Not(_) => drop(session),
         }
         match appended {
@@ -227,14 +228,14 @@ impl<R: Serialize + DeserializeOwned, F> Worker<F, R> {
     }
 }
 
-/// How a transaction ended that has a record in it.
+/// How a transaction with a record in it ended.
 enum Appended<'a> {
     Committed,
     InDoubt(Doubt<'a>),
     Not(Tried),
 }
 
-/// A COMMIT was sent, and no answer has come. Nobody else appends to the range before it is known what became of it.
+/// A COMMIT was sent and never answered. Nothing else is appended to the range before its outcome is known.
 struct Doubt<'a> {
     place: MutexGuard<'a, Place>,
     append: Append,
@@ -257,9 +258,9 @@ impl<R, F> Worker<F, R> {
         let appends = [append];
         match answered(within, job.leases.append_on(&mut tx, &appends)).await {
             Ok(taken) if !taken.is_empty() => {}
-            // The place is that of the last append, so another worker has the range.
+            // The place follows our last append, so another worker has the range.
             Ok(_) => return Appended::Not(Tried::Lost),
-            // A statement of the item has failed, and the item has not said so.
+            // A statement of the item has failed, and the item did not return the error.
             Err(sqlx::Error::Database(error)) if error.code().as_deref() == Some("25P02") => {
                 return Appended::Not(Tried::Failed(ItemError::retry(sqlx::Error::Database(error))));
             }
@@ -281,7 +282,7 @@ impl<R, F> Worker<F, R> {
         }
     }
 
-    /// Looks for what became of a commit whose answer was lost.
+    /// Looks up the outcome of a commit whose answer was lost.
     async fn resolve<T>(&self, job: &Job<T>, doubt: Doubt<'_>) -> Tried {
         let Doubt { mut place, append, next, error } = doubt;
         job.turn.in_doubt.send_replace(true);

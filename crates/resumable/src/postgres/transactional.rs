@@ -1,7 +1,8 @@
 //! Items whose effect and result are one transaction.
 //!
-//! Invariant: the result is appended, under the epoch of its range, in the transaction in which the item took effect:
-//! both are there or neither. A commit whose answer was lost is looked up by its block before the item is tried again.
+//! Invariant: the transaction in which the item took effect also appends the result, under the epoch of its range: the
+//! database has both or neither. A commit whose answer was lost is looked up by its block before the item is tried
+//! again.
 
 use std::{
     future::poll_fn,
@@ -34,7 +35,7 @@ use crate::{
     proof::Prover,
 };
 
-/// Asks the keeper to end when the run does, however it does.
+/// Asks the keeper to end when the run ends, however it ends.
 struct Stop(Arc<Shared>);
 
 impl Drop for Stop {
@@ -70,7 +71,7 @@ where
         is_over: false,
         plan,
     };
-    // Dropped after the items: a successor never runs beside them.
+    // Dropped after the items, so that a successor never runs beside them.
     let _stop = Stop(Arc::clone(&shared));
     let ended = run.drive(&worker).await;
     let failed = match ended {
@@ -78,7 +79,7 @@ where
         Err(error) => error,
     };
     if !run.is_over {
-        // The ranges are given back before the caller hears of it.
+        // The ranges are given back before this returns.
         shared.stop();
         poll_fn(|cx| run.poll_ended(cx)).await?;
     }
@@ -94,7 +95,7 @@ enum Event<T> {
 
 struct Loop<T, R> {
     plan: Plan<T, R>,
-    /// With the place of the next append to each range.
+    /// Keeps with each range the place of its next append.
     queue: Queue<T, Arc<Turn>>,
     shared: Arc<Shared>,
     leases: Option<Leases>,
@@ -102,7 +103,7 @@ struct Loop<T, R> {
     completed: usize,
     quarantined: usize,
     fenced: Option<TaskError>,
-    /// The keeper has ended.
+    /// Whether the keeper has ended.
     is_over: bool,
 }
 
@@ -161,14 +162,14 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
         }
     }
 
-    /// What is to be done in the range of a ticket; `None` if it is lost.
+    /// The job for a ticket in its range; `None` if the range is lost.
     fn job(&mut self, ticket: Ticket<T>, what: What) -> Option<Job<T>> {
         let range = self.queue.range(ticket.hold)?;
         let (turn, count) = (Arc::clone(&range.own), range.known.len());
         Some(Job { ticket, what, turn, count, leases: self.leases.clone()? })
     }
 
-    /// Takes in what the keeper has told and returns whether there was anything.
+    /// Processes the keeper's messages and returns whether there were any.
     fn hear(&mut self, cx: &Context<'_>) -> bool {
         let (told, _) = self.shared.hear(cx.waker());
         let heard = !told.is_empty();
@@ -187,7 +188,7 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
         heard
     }
 
-    /// Takes in how something ended, and returns what is to be done next for its item.
+    /// Processes the end of a job, and returns the next job for its item.
     fn settle(&mut self, ticket: Ticket<T>, end: End, running: usize) -> Result<Option<Job<T>>, TaskError> {
         let error = match end {
             End::Failed(error) => error,
@@ -224,13 +225,13 @@ impl<T: Serialize + Clone, R: Serialize + DeserializeOwned> Loop<T, R> {
         let (attempts, after) = match is_last {
             false => (ticket.attempts, After::Retry),
             true if self.failed() < self.plan.quarantine => (ticket.attempts, After::Quarantine),
-            // Once the cause is mended, or the limit raised, the item has all its attempts again.
+            // Once the cause is fixed, or the limit raised, the item has all its attempts again.
             true => (0, After::Full),
         };
         Ok(self.job(ticket, What::Note(Note { attempts, cause, after })))
     }
 
-    /// Lets go of a range whose last item has just been recorded.
+    /// Releases a range whose last item has just been recorded.
     fn look_at(&mut self, hold: Hold) {
         let Some(range) = self.queue.range(hold) else { return };
         if range.own.is_finished(range.known.len()) {

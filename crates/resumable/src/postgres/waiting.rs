@@ -1,6 +1,6 @@
 //! Items that failed or were deferred, until they may run again.
 //!
-//! Invariant: an item is in exactly one place, and one that waits takes no slot of the concurrency.
+//! Invariant: an item is in exactly one place, and a waiting item takes no slot of the concurrency.
 
 use std::{
     collections::BTreeMap,
@@ -13,7 +13,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::postgres::shared::Hold;
 
-/// An item that is not finished, of a range that this worker holds.
+/// An unfinished item of a range that this worker holds.
 #[derive(Debug)]
 pub(crate) struct Ticket<T> {
     pub(crate) hold: Hold,
@@ -23,11 +23,11 @@ pub(crate) struct Ticket<T> {
     /// Failed attempts so far.
     pub(crate) attempts: u32,
     pub(crate) defers: u32,
-    /// The number of its attempt among those of all items.
+    /// The number of its attempt, counted over all items.
     pub(crate) launch: u64,
 }
 
-/// By the time at which they may run; of equal times the first to come is first.
+/// Ordered by the time at which they may run; ties go to the first to arrive.
 #[derive(Debug)]
 pub(crate) struct Waiting<T> {
     tickets: BTreeMap<(Instant, u64), Ticket<T>>,
@@ -49,13 +49,13 @@ impl<T> Waiting<T> {
         self.tickets.insert((until, self.arrivals), ticket);
     }
 
-    /// Returns the item that has been due for longest.
+    /// Returns the item that has been due longest.
     pub(crate) fn take_due(&mut self) -> Option<Ticket<T>> {
         let first = self.tickets.first_entry()?;
         (first.key().0 <= Instant::now()).then(|| first.remove())
     }
 
-    /// Becomes ready when an item is due; never if none waits.
+    /// Becomes ready when an item is due; stays pending if none waits.
     pub(crate) fn poll_due(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let Some(((until, _), _)) = self.tickets.first_key_value() else { return Poll::Pending };
         let timer = self.timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(*until)));
