@@ -10,11 +10,11 @@
 //! ```
 //!
 //! A transfer has five seconds, and a key that its client has chosen. Sent twice, it happens once, and the second answer is
-//! the first. When the limit, a lost connection or a killed server cuts it, `GET /transfers/KEY` tells whether it was
-//! committed: the row of the key is written by the transaction that moves the money.
+//! the first. If the limit, a lost connection or a killed server cuts it, `GET /transfers/KEY` tells whether it was
+//! committed, because the transaction that moves the money also writes the row of the key.
 //!
 //! `chaos` starts the server as a process of its own, sends transfers, drops connections half-way, kills the server and
-//! starts it again. In the end the money is counted, and each key has to have one outcome, and none may be unknown.
+//! starts it again. At the end it counts the money, and checks that each key has one outcome and none is unknown.
 //! Otherwise the exit code is 1, as it is with `--broken`.
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "an example speaks through its output")]
 

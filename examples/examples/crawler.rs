@@ -1,11 +1,11 @@
-//! A crawler on three of the crates. The room `crawler` of this package is all of it.
+//! A crawler built on three of the crates. All its code is in this package's room `crawler`.
 //!
 //! ```text
 //! cargo run -p cancel-safe-examples --example crawler                # a site of its own, on loopback
 //! cargo run -p cancel-safe-examples --example crawler -- DIRECTORY URL...
 //! ```
 //!
-//! Stop it with Ctrl-C, or kill it, and run it again: pages that are there are not asked for again.
+//! Stop it with Ctrl-C, or kill it, and run it again: it does not request the pages that it already has.
 #![expect(clippy::print_stdout, reason = "an example speaks through its output")]
 
 use std::error::Error;

@@ -1,10 +1,10 @@
-//! A gRPC server of tonic's as a worker: its streams end with it, and with their callers.
+//! A tonic gRPC server as a worker: its streams end with it, and with their callers.
 //!
 //! ```text
 //! cargo run -p cancel-safe-examples --example grpc
 //! ```
 //!
-//! Stop it with Ctrl-C: the streams that ask their token end in order, and the others at the deadline.
+//! Stop it with Ctrl-C: streams that check their token end in order, and the others at the deadline.
 
 use std::process::ExitCode;
 use std::time::Duration;

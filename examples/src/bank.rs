@@ -1,6 +1,6 @@
 //! A bank: transfers with an idempotency key and a limit, served until the process is told to stop, and the chaos that
-//! tries it. Here are its phases and its orders.
-//! Invariant: the row of a key is written by the transaction that moves the money, so whoever reads the row knows.
+//! tries it. This file has its phases and its orders. Invariant: the transaction that moves the money also writes the
+//! row of the key, so the row tells the outcome.
 
 mod chaos;
 mod check;
@@ -28,7 +28,7 @@ use store::Bank;
 
 /// The accounts are called 1 to 10.
 const ACCOUNTS: i64 = 10;
-/// What each has at first.
+/// The opening balance of each account.
 const START: i64 = 1_000;
 /// How long a transfer may take: waiting for a connection, retries and commit included.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -48,7 +48,7 @@ pub struct Settings {
     pub broken: bool,
 }
 
-/// Serves until a signal comes, and says on the standard output where.
+/// Serves until a signal comes, and prints the address on standard output.
 pub fn serve(settings: Settings) -> ExitCode {
     let place = store::Place::of(settings.database.clone());
     let place = match place {
@@ -70,7 +70,7 @@ fn run<DB: Bank>(url: &str, settings: Settings) -> ExitCode {
     let live = Arc::new(Live::new(app.readiness()));
     let url = url.to_owned();
     app.phase("database", |phase| {
-        // Closed when every request has ended, so that no commit is cut by it.
+        // Closed after every request has ended, so that it cuts no commit.
         phase.provide_until(|_| async move { Ok(store::open::<DB>(&url).await?) }, close::<DB>)
     })
     .phase("http", |phase| phase.worker_once("http", |cx| server::http::<DB>(cx, settings, live)))
@@ -89,10 +89,10 @@ fn complain(what: std::fmt::Arguments<'_>) {
     eprintln!("bank: {what}");
 }
 
-/// A transfer as a client asks for it.
+/// A transfer as a client requests it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 struct Order {
-    /// Chosen by the client, another one for each transfer: what is sent twice happens once.
+    /// Chosen by the client, a new one for each transfer: a transfer sent twice happens once.
     key: String,
     from: i64,
     to: i64,
@@ -107,7 +107,7 @@ impl Order {
         self.limit_ms.map_or(LIMIT, |limit| LIMIT.min(Duration::from_millis(limit)))
     }
 
-    /// What is wrong with it.
+    /// What is wrong with it, if anything.
     fn fault(&self) -> Option<&'static str> {
         let is_account = |id| (1..=ACCOUNTS).contains(id);
         if !is_key(&self.key) {
@@ -122,27 +122,27 @@ impl Order {
     }
 }
 
-/// One case only: MySQL compares text without regard to it.
+/// Lower case only, because MySQL ignores case when it compares text.
 fn is_key(key: &str) -> bool {
     let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     (1..=64).contains(&key.len()) && key.bytes().all(fits)
 }
 
-/// What is said of a transfer.
+/// The outcome of a transfer, as told to the client.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 enum Outcome {
     /// The money has moved.
     Completed,
-    /// It never will: the account was overdrawn.
+    /// The money never moves: the account would be overdrawn.
     Refused,
-    /// By this request nothing was committed. The key may be sent again.
+    /// This request committed nothing. The key may be sent again.
     NotCommitted,
-    /// To be asked for.
+    /// The client has to ask for it.
     Unknown,
 }
 
-/// A transfer as it stands in the books.
+/// A transfer as recorded in the books.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 struct Row {
     key: String,

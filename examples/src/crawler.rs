@@ -17,10 +17,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use tokio_util::sync::CancellationToken;
 
-/// The longest wait that a server is granted.
+/// The longest wait that a server may ask for.
 const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
-/// What is recorded of a page.
+/// The record of a page.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Page {
@@ -30,27 +30,28 @@ pub struct Page {
     pub size: usize,
 }
 
-/// Keeps each of the pages as a file in `directory`. The checkpoint is there too, as `.crawl`: the same call goes on after a
-/// kill, a cancel or an error, and asks for nothing again that is there. `told` hears of each page that stays broken.
+/// Keeps each of the pages as a file in `directory`. The checkpoint is there too, as `.crawl`: after a kill, a cancel
+/// or an error, the same call goes on, and does not request pages again that are there. `told` is called for each page
+/// that stays broken.
 ///
 /// # Cancel safety
 ///
-/// This method is not cancel safe. If dropped, the pages that have been recorded stay, and what was under way is asked for
-/// again by the next call. No file is ever half of a page.
+/// This method is not cancel safe. If dropped, the recorded pages stay, and the next call requests the pages in flight
+/// again. No file is ever half of a page.
 ///
 /// # Errors
 ///
-/// A directory that cannot be used, a checkpoint that is held by another run, more than a hundred broken pages, or the
-/// token.
+/// If the directory cannot be used, another run holds the checkpoint, more than a hundred pages are broken, or the
+/// token fires.
 pub async fn crawl(
     urls: Vec<String>,
     directory: &Path,
     cancel: CancellationToken,
     mut told: impl FnMut(&str, &str),
 ) -> Result<Summary, Box<dyn Error + Send + Sync>> {
-    // What a killed run may have left under hidden names.
+    // Removes hidden files that a killed run may have left.
     atomic_fs::sweep(directory).await?;
-    // One deadline for all of a call. The run below asks again, and remembers how often it did.
+    // One deadline for the whole call. The run below retries, and remembers how often it did.
     let client = TimeoutClient::builder()
         .timeout(Duration::from_secs(20))
         .concurrency_per_host(8)
@@ -83,7 +84,7 @@ async fn fetch(client: &TimeoutClient, url: &str, directory: &Path) -> Result<Pa
     match response.status() {
         StatusCode::OK => {}
         StatusCode::NOT_FOUND | StatusCode::GONE => return Err(ItemError::permanent("there is no such page")),
-        // Everybody waits, and nobody is blamed.
+        // The whole run waits, and no page is blamed.
         StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => {
             let asked = response.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok()?.parse().ok());
             let pause = Duration::from_secs(asked.unwrap_or(1)).min(LONGEST_PAUSE);

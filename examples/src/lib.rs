@@ -1,13 +1,14 @@
 //! What the programs of this package share.
 //!
-//! They need more than the crates do: their dependencies are in no build of a crate by itself, nor in the demo's.
+//! They need more dependencies than the crates do, and no build of a single crate or of the demo includes those.
 
 pub mod bank;
 pub mod crawler;
 pub mod scope;
 pub mod ticks;
 
-// The examples of the front page and of the book compile. Here, because no package could hold the pages.
+// The examples of the front page and of the book compile. They are tested here because no published package contains
+// those pages.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../../README.md")]

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use async_scoped::TokioScope;
 use cancel_safe_shutdown::{BoxError, TaskGroup};
 
-/// How often each word is in one text, which a real program would have to wait for.
+/// Counts each word of one text, which a real program would have to wait for.
 async fn count(text: &str) -> BTreeMap<String, usize> {
     let mut words = BTreeMap::new();
     for line in text.lines() {
@@ -26,8 +26,8 @@ fn add(to: &mut BTreeMap<String, usize>, words: BTreeMap<String, usize>) {
     }
 }
 
-/// Borrows the texts. That is sound only because `scope_and_block` blocks its thread until the last task has ended: nobody
-/// can drop it, so no timeout reaches it, and it needs a runtime with several threads.
+/// Borrows the texts. That is sound only because `scope_and_block` blocks its thread until the last task has ended: it
+/// cannot be dropped, so no timeout reaches it, and it needs a runtime with several threads.
 pub fn borrowing(texts: &[String]) -> BTreeMap<String, usize> {
     let ((), counted) = TokioScope::scope_and_block(|scope| {
         for text in texts {
@@ -41,8 +41,8 @@ pub fn borrowing(texts: &[String]) -> BTreeMap<String, usize> {
     words
 }
 
-/// Owns the texts, by an `Arc`, and waits without blocking. It can be dropped at any moment, and its tasks go with it; and
-/// the first that fails ends the others.
+/// Owns the texts, by an `Arc`, and waits without blocking. It can be dropped at any moment, and its tasks go with it.
+/// The first task that fails ends the others.
 ///
 /// # Cancel safety
 ///
@@ -50,7 +50,7 @@ pub fn borrowing(texts: &[String]) -> BTreeMap<String, usize> {
 ///
 /// # Errors
 ///
-/// That of a task, or of one that panicked.
+/// The error of a task, or its panic.
 pub async fn owning(texts: Vec<String>) -> Result<BTreeMap<String, usize>, BoxError> {
     let words = Arc::new(Mutex::new(BTreeMap::new()));
     let counted = Arc::clone(&words);

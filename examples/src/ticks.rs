@@ -1,5 +1,5 @@
 //! A gRPC service of one streaming call, written by hand as `tonic-prost-build` would generate it, which asks for `protoc`.
-//! Invariant: nothing here knows of cancellation; what the handlers of it are told comes with their requests.
+//! Invariant: nothing here knows about cancellation; handlers learn of it only through their requests.
 //!
 //! ```proto
 //! service Ticks {
@@ -24,16 +24,16 @@ use tower_service::Service;
 
 const WATCH: &str = "/ticks.Ticks/Watch";
 
-/// How often there is to be a tick.
+/// The request: how often to tick.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 #[expect(clippy::exhaustive_structs, reason = "messages are written as literals")]
 pub struct WatchRequest {
-    /// The time between two of them, in milliseconds.
+    /// The time between two ticks, in milliseconds.
     #[prost(uint64, tag = "1")]
     pub period_ms: u64,
 }
 
-/// One of them.
+/// One tick.
 #[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
 #[expect(clippy::exhaustive_structs, reason = "messages are written as literals")]
 pub struct Tick {
@@ -42,10 +42,10 @@ pub struct Tick {
     pub number: u64,
 }
 
-/// What a server sends.
+/// The stream that a server sends.
 pub type TickStream = Pin<Box<dyn Stream<Item = Result<Tick, Status>> + Send>>;
 
-/// What is boxed because it has no name.
+/// A boxed future, because its own type has no name.
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// The service as a server implements it.
@@ -120,7 +120,7 @@ impl<T: Ticks> ServerStreamingService<WatchRequest> for Watch<T> {
 ///
 /// # Errors
 ///
-/// The status of the server, or that it cannot be reached.
+/// The server's status, or a status that says that it cannot be reached.
 pub async fn watch(channel: Channel, request: Request<WatchRequest>) -> Result<Streaming<Tick>, Status> {
     let mut client = Client::new(channel);
     client.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;

@@ -1,5 +1,5 @@
-//! Clients that cut what they send, and somebody who kills the server meanwhile; then the final check.
-//! Invariant: what was cut is asked for when nothing is sent any more, from a server that was started for it.
+//! Clients that cut their requests while the server is killed again and again; then the final check. Invariant: the
+//! outcome of a cut request is asked for only after the last request, from a server that was started for that.
 
 use std::net::SocketAddr;
 use std::process::Stdio;
@@ -44,12 +44,12 @@ pub struct Plan {
     pub broken: bool,
 }
 
-/// Sends transfers, cuts them, kills the server and starts it again; then looks at the books. `program` is the command by
-/// which the server is started, to which the arguments are added that it needs.
+/// Sends transfers, cuts them, kills the server and starts it again; then checks the books. `program` returns the
+/// command that starts the server with the given arguments.
 ///
 /// # Errors
 ///
-/// That the server does not start, or the database cannot be read. What is wrong with the bank is in the report.
+/// If the server does not start, or the database cannot be read. Faults of the bank are in the report.
 pub async fn chaos(plan: Plan, program: impl Fn(&[String]) -> Command) -> Result<Report, Failure> {
     let seed = plan.seed.unwrap_or_else(|| fastrand::u64(..));
     let place = Place::of(plan.database)?;
@@ -113,7 +113,7 @@ pub async fn chaos(plan: Plan, program: impl Fn(&[String]) -> Command) -> Result
     Ok(report)
 }
 
-/// Asks for each key of which nobody knows; returns how many were committed.
+/// Asks for the outcome of each key that no client knows; returns how many were committed.
 async fn ask(addr: SocketAddr, history: &mut History, asked: &mut usize) -> usize {
     let unknown: Vec<&mut Heard> = history.values_mut().filter(|heard| heard.outcome == Outcome::Unknown).collect();
     *asked = unknown.len();
@@ -164,7 +164,7 @@ impl Client {
                 Ok(Some((_, body))) => outcome_of(&body).unwrap_or(Outcome::Unknown),
                 Ok(None) => Outcome::Unknown,
                 Err(_) => {
-                    // It may be down. What it has taken in before nobody knows.
+                    // The server may be down. Nobody knows which requests it accepted before.
                     drop(timeout(Duration::from_millis(20), self.addr.changed()).await);
                     Outcome::Unknown
                 }
@@ -182,7 +182,7 @@ impl Client {
         sent
     }
 
-    /// A new order, or once in ten an old one again.
+    /// A new order, or one time in ten an old one again.
     fn choose(&mut self, orders: &[Order], sent: usize) -> Order {
         let random = &mut self.random;
         if !orders.is_empty() && random.u8(..10) == 0 {
@@ -235,7 +235,7 @@ fn terminate(child: &mut Child) -> Result<(), Failure> {
     Ok(kill(Pid::from_raw(i32::try_from(id)?), Signal::SIGTERM)?)
 }
 
-/// There is no signal here that asks.
+/// This system has no signal that asks a process to stop.
 #[cfg(not(unix))]
 fn terminate(child: &mut Child) -> Result<(), Failure> {
     Ok(child.start_kill()?)

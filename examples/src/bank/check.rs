@@ -1,17 +1,17 @@
-//! What is true at the end, whatever was cut: the final check of chaos.
-//! Invariant: it looks at what clients were told and at what stands in the books, never at the server that said so.
+//! The final check of chaos: what must be true at the end, whatever was cut. Invariant: it compares what clients were
+//! told with what is in the books, and never asks the server.
 
 use std::collections::BTreeMap;
 use std::fmt;
 
 use super::{ACCOUNTS, Order, Outcome, Row, START};
 
-/// What the clients have heard of one key.
+/// What the clients were told about one key.
 #[derive(Debug)]
 pub(super) struct Heard {
     pub(super) order: Order,
     pub(super) outcome: Outcome,
-    /// Another one that was told of the same key.
+    /// A different outcome that was told for the same key.
     contradiction: Option<Outcome>,
 }
 
@@ -20,11 +20,11 @@ impl Heard {
         Self { order, outcome, contradiction: None }
     }
 
-    /// Takes in the answer to one more request with the same key.
+    /// Adds the answer to one more request with the same key.
     pub(super) fn hear(&mut self, outcome: Outcome) {
         use Outcome::{Completed, NotCommitted, Refused, Unknown};
         match (self.outcome, outcome) {
-            // A request that has committed nothing says nothing of the others.
+            // A request that committed nothing says nothing about the others.
             (_, NotCommitted) | (Completed | Refused, Unknown) => {}
             (NotCommitted | Unknown, _) => self.outcome = outcome,
             (before, now) if before != now => self.contradiction = Some(now),
@@ -32,7 +32,7 @@ impl Heard {
         }
     }
 
-    /// Takes in the answer to the question what became of the key, when nothing is sent any more.
+    /// Adds the answer to the final question about the key, after the last request.
     pub(super) fn settle(&mut self, outcome: Outcome) {
         if self.outcome == Outcome::Unknown {
             self.outcome = outcome;
@@ -42,7 +42,7 @@ impl Heard {
 
 pub(super) type History = BTreeMap<String, Heard>;
 
-/// All that is wrong, a sentence each.
+/// Every fault, one sentence each.
 pub(super) fn judge(history: &History, rows: &[Row], balances: &[(i64, i64)]) -> Vec<String> {
     let mut findings = Vec::new();
     let sum: i64 = balances.iter().map(|(_, balance)| balance).sum();
@@ -89,13 +89,13 @@ pub struct Report {
     pub seed: u64,
     /// How many requests were sent.
     pub sent: usize,
-    /// Keys, by what their clients knew of them in the end.
+    /// Keys whose clients knew at the end that the transfer was completed.
     pub completed: usize,
-    /// The account was overdrawn.
+    /// Keys whose clients knew that the transfer was refused.
     pub refused: usize,
-    /// Nothing was committed.
+    /// Keys whose clients knew that nothing was committed.
     pub not_committed: usize,
-    /// Keys of which nobody knew before the server was asked.
+    /// Keys whose outcome no client knew before the server was asked.
     pub asked: usize,
     /// Of those, how many were committed.
     pub asked_committed: usize,
@@ -103,7 +103,7 @@ pub struct Report {
     pub kills: usize,
     /// How often it was told to stop.
     pub stops: usize,
-    /// What is in all accounts.
+    /// The sum of all accounts.
     pub sum: i64,
     /// What is wrong.
     pub findings: Vec<String>,
@@ -186,7 +186,7 @@ mod tests {
         let mut lost = balances(30);
         lost[1].1 -= 30;
         found(&told(&[Completed]), &[row("a", Completed)], &lost, "the accounts hold 9970");
-        // The twin: the money has moved, and nothing is remembered of it.
+        // The broken twin: the money has moved, and nothing records it.
         found(&told(&[NotCommitted]), &[], &balances(30), "account 1 holds 970, and by its transfers 1000");
         found(&told(&[Completed]), &[], &balances(0), "told as Completed and stands as NotCommitted");
         found(&told(&[NotCommitted]), &[row("a", Completed)], &balances(30), "told as NotCommitted");

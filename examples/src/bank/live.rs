@@ -1,5 +1,5 @@
-//! What the server counts, and the events in which it tells.
-//! Invariant: a transfer is counted once, also when its handler is dropped in the middle.
+//! The server's counts, and the events that show them. Invariant: a transfer is counted once, even when its handler is
+//! dropped in the middle.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -33,7 +33,7 @@ pub(super) enum End {
 
 const NAMES: [&str; 7] = ["completed", "refused", "repeated", "timed out", "failed", "unknown", "cut"];
 
-/// What the server knows of itself.
+/// The live state of the server.
 #[derive(Debug)]
 pub(super) struct Live {
     started: Instant,
@@ -52,7 +52,7 @@ impl Live {
         self.readiness.clone()
     }
 
-    /// How long each transfer dawdles.
+    /// How long each transfer pauses half-way.
     pub(super) fn pause(&self) -> Duration {
         Duration::from_millis(self.slow_ms.load(Ordering::Relaxed))
     }
@@ -61,7 +61,7 @@ impl Live {
         self.slow_ms.store(pause_ms, Ordering::Relaxed);
     }
 
-    /// Begins to count a transfer: as cut, unless it is told otherwise.
+    /// Begins to count a transfer. It counts as cut unless its handler sets another end.
     pub(super) fn count(self: &Arc<Self>) -> Counted {
         Counted { live: Arc::clone(self), end: End::Cut }
     }
@@ -114,7 +114,7 @@ impl Drop for Counted {
     }
 }
 
-/// How the bank is, twice a second, until `token` fires: when the browser has gone, and on shutdown.
+/// The state of the bank, twice a second, until `token` fires: when the browser is gone, and on shutdown.
 pub(super) fn events<DB: Bank>(
     live: Arc<Live>,
     db: TxPool<DB>,

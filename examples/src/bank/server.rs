@@ -1,5 +1,5 @@
-//! The routes.
-//! Invariant: nothing here waits for longer than a transfer may take, but for an event stream, which ends with the server.
+//! The routes. Invariant: no handler waits longer than a transfer may take, except for an event stream, which ends with
+//! the server.
 
 use std::sync::Arc;
 
@@ -55,7 +55,7 @@ fn announce(listener: &TcpListener) -> std::io::Result<()> {
     Ok(())
 }
 
-/// Dropped with its connection, it commits nothing more; what it is about to commit is driven to its end.
+/// If it is dropped with its connection, it begins no commit; a commit that has begun runs to its end.
 async fn transfer<DB: Bank>(State(site): Shared<DB>, Json(order): Json<Order>) -> Response {
     if let Some(fault) = order.fault() {
         return (StatusCode::BAD_REQUEST, fault).into_response();
@@ -66,7 +66,7 @@ async fn transfer<DB: Bank>(State(site): Shared<DB>, Json(order): Json<Order>) -
     (status, Json(json!({ "key": order.key, "outcome": outcome }))).into_response()
 }
 
-/// Transfers money within five seconds, and says what it knows.
+/// Transfers money within five seconds, and returns what it knows.
 async fn handle_transfer_request<DB: Bank>(site: &Site<DB>, order: &Order) -> (StatusCode, Outcome, End) {
     let pause = site.live.pause();
     let result = if site.broken {
@@ -94,7 +94,7 @@ async fn handle_transfer_request<DB: Bank>(site: &Site<DB>, order: &Order) -> (S
     }
 }
 
-/// Whether a transfer was committed of which the client has not heard.
+/// Tells a client whether a transfer was committed, if the client never got the answer.
 async fn outcome<DB: Bank>(State(site): Shared<DB>, Path(key): Path<String>) -> Result<Response, Failed> {
     if !is_key(&key) {
         return Ok(StatusCode::BAD_REQUEST.into_response());
@@ -126,7 +126,7 @@ async fn slow<DB: Bank>(State(site): Shared<DB>, Json(Slow { ms }): Json<Slow>) 
     StatusCode::NO_CONTENT
 }
 
-/// A question that the database did not answer.
+/// A query that the database did not answer.
 struct Failed(TxError);
 
 impl From<TxError> for Failed {

@@ -1,5 +1,4 @@
-//! The tables, in the SQL of each database.
-//! Invariant: what comes from a client is bound, never part of the text.
+//! The tables, in the SQL of each database. Invariant: values from a client are bound, never part of the SQL text.
 
 use std::io;
 
@@ -16,7 +15,7 @@ pub(super) enum Kind {
     MySql,
 }
 
-/// Where the data are.
+/// Where the data is.
 pub(super) struct Place {
     url: String,
     /// Removed at the end.
@@ -24,7 +23,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// The database of that URL, or an SQLite file in a directory of its own.
+    /// The database at this URL, or an SQLite file in its own directory.
     pub(super) fn of(url: Option<String>) -> io::Result<Self> {
         if let Some(url) = url {
             return Ok(Self { url, _directory: None });
@@ -49,13 +48,13 @@ impl Place {
 
 /// A database that can hold the bank.
 pub(super) trait Bank: Backend {
-    /// What is set once.
+    /// Settings that are made once.
     const SETTINGS: &'static str;
-    /// Writes the row of a key, unless there is one. It waits for whoever is about to write the same.
+    /// Writes the row of a key, unless it exists. It waits for a transaction that is about to write the same row.
     const CLAIM: &'static str;
 
-    /// Runs a statement with these texts, and behind them these numbers, for its question marks; returns how many rows it
-    /// has changed.
+    /// Runs a statement with these texts, and then these numbers, for its question marks; returns how many rows it has
+    /// changed.
     fn change(
         conn: &mut Self::Connection,
         sql: &'static str,
@@ -87,12 +86,12 @@ fn row((key, from, to, amount, outcome): Columns) -> Result<Row, sqlx::Error> {
     Ok(Row { key, from, to, amount, outcome })
 }
 
-/// As SQLite and MySQL have it.
+/// The form of SQLite and MySQL.
 fn plain(sql: &str) -> String {
     sql.to_owned()
 }
 
-/// As PostgreSQL has it: `$1` for the first question mark.
+/// The form of PostgreSQL: `$1` for the first question mark.
 fn numbered(sql: &str) -> String {
     let mut parts = sql.split('?');
     let first = parts.next().unwrap_or_default().to_owned();
@@ -154,9 +153,10 @@ bank!(
     "INSERT IGNORE INTO transfers (id, outcome, source, target, amount) VALUES (?, ?, ?, ?, ?)"
 );
 
-/// Makes the tables where there are none, and opens the pool.
+/// Creates missing tables, and opens the pool.
 pub(super) async fn open<DB: Bank>(url: &str) -> Result<TxPool<DB>, TxError> {
-    // Over a connection of its own: MySQL commits by itself where a table is made, which a guard would call lost.
+    // Over a separate connection: MySQL commits implicitly when it creates a table, and a guard would report that as
+    // lost.
     let mut conn = <DB as Database>::Connection::connect(url).await?;
     for sql in [
         DB::SETTINGS,
@@ -172,11 +172,11 @@ pub(super) async fn open<DB: Bank>(url: &str) -> Result<TxPool<DB>, TxError> {
         DB::change(&mut conn, sql, &[], &[id, START, id]).await?;
     }
     conn.close().await?;
-    // PostgreSQL then tells the end of a commit even if its connection is lost.
+    // PostgreSQL can then tell the outcome of a commit even if its connection is lost.
     TxPool::builder().commit_mode(CommitMode::Resolvable).connect(url).await
 }
 
-/// Reads every row over a connection that knows nothing of guards.
+/// Reads every row over a connection without a guard.
 pub(super) async fn read_rows<DB: Bank>(url: &str) -> Result<Vec<Row>, sqlx::Error> {
     let mut conn = <DB as Database>::Connection::connect(url).await?;
     let rows = DB::rows(&mut conn).await?;

@@ -1,5 +1,5 @@
-//! A transfer, its limit, and how it is found out what became of one.
-//! Invariant: "not committed" is said only of what is rolled back, and "unknown" where that is the truth.
+//! A transfer, its limit, and the query for its outcome. Invariant: it says "not committed" only after a rollback, and
+//! "unknown" only when that is the truth.
 
 use std::time::Duration;
 
@@ -9,9 +9,9 @@ use tokio::time::sleep;
 use super::store::Bank;
 use super::{Order, Outcome, Row};
 
-/// Transfers money once for each key. Returns the row of the key, and whether it is new, and not of an earlier call.
+/// Transfers money once for each key. Returns the row of the key, and whether this call wrote it.
 ///
-/// Dropped, it has committed nothing, unless its COMMIT was on the way: [`settled`] tells. `pause` is how long it dawdles
+/// If dropped, it has committed nothing, unless its COMMIT was on the way: [`settled`] tells. It pauses for `pause`
 /// half-way.
 pub(super) async fn transfer_money<DB: Bank>(
     db: &TxPool<DB>,
@@ -37,7 +37,7 @@ pub(super) async fn transfer_money<DB: Bank>(
     .await
 }
 
-/// The same with the mistake that many make: what is done, and what is remembered of it, are two transactions.
+/// The same with a common mistake: the effect and its record are two transactions.
 pub(super) async fn transfer_money_in_two<DB: Bank>(
     db: &TxPool<DB>,
     order: &Order,
@@ -49,7 +49,7 @@ pub(super) async fn transfer_money_in_two<DB: Bank>(
     let mut tx = db.tx().immediate().timeout(order.limit()).begin().await?;
     let outcome = move_money::<DB>(&mut tx, order, Duration::ZERO).await?;
     tx.commit().await?;
-    // A client that hangs up here has its money moved, and is told that it was not.
+    // If the client hangs up here, the money has moved, and the client is told that it has not.
     sleep(pause).await;
     let mut tx = db.tx().immediate().timeout(order.limit()).begin().await?;
     claim::<DB>(&mut tx, order, outcome).await?;
@@ -57,10 +57,10 @@ pub(super) async fn transfer_money_in_two<DB: Bank>(
     Ok((row(order, outcome), true))
 }
 
-/// What became of a key: its row, or none where nothing was committed, and nothing is on its way any more.
+/// The outcome of a key: its row, or `None` if nothing was committed and nothing is in flight any more.
 ///
-/// A row that is not there yet may be that of a transfer which is about to be committed. So the key is claimed, which waits
-/// for that one, and given back.
+/// If there is no row yet, a transfer may be about to commit it. So this claims the key, which waits for that transfer,
+/// and gives it back.
 pub(super) async fn settled<DB: Bank>(db: &TxPool<DB>, key: &str) -> Result<Option<Row>, TxError> {
     let nothing = Order { key: key.to_owned(), from: 0, to: 0, amount: 0, limit_ms: None };
     let mut tx = db.tx().immediate().timeout(nothing.limit()).begin().await?;
@@ -70,7 +70,7 @@ pub(super) async fn settled<DB: Bank>(db: &TxPool<DB>, key: &str) -> Result<Opti
     Ok(row)
 }
 
-/// Writes the row, and says whether there was none.
+/// Writes the row, and returns whether there was none before.
 async fn claim<DB: Bank>(conn: &mut DB::Connection, order: &Order, outcome: Outcome) -> Result<bool, sqlx::Error> {
     let word = if outcome == Outcome::Refused { "refused" } else { "completed" };
     let Order { key, from, to, amount, .. } = order;
@@ -83,7 +83,7 @@ async fn move_money<DB: Bank>(
     pause: Duration,
 ) -> Result<Outcome, sqlx::Error> {
     let Order { from, to, amount, .. } = *order;
-    // Always the lower account first: two transfers that go opposite ways would wait for each other.
+    // Always the lower account first; otherwise two opposite transfers would wait for each other.
     let mut changes = [(from, -amount), (to, amount)];
     changes.sort_unstable();
     let [first, second] = changes;
@@ -93,7 +93,7 @@ async fn move_money<DB: Bank>(
     }
     let is_second_changed = is_first_changed && add::<DB>(conn, second).await?;
     if is_first_changed && !is_second_changed {
-        // The receiver came first, and the other one is overdrawn.
+        // The receiver came first, and the sender would be overdrawn.
         add::<DB>(conn, (first.0, -first.1)).await?;
     }
     Ok(if is_second_changed { Outcome::Completed } else { Outcome::Refused })

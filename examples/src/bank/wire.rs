@@ -1,5 +1,5 @@
-//! A client that can be cut where no library would let it: half of a request, or before the answer.
-//! Invariant: what is returned was answered in full.
+//! A client that can be cut where no library would allow it: half-way through a request, or before the answer.
+//! Invariant: it returns only complete answers.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,13 +17,13 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Cut {
     Never,
-    /// When so many of a hundred of its bytes are sent.
+    /// After this percentage of its bytes was sent.
     At(usize),
-    /// So long after it was sent.
+    /// This long after it was sent.
     After(Duration),
 }
 
-/// Sends a request, on a connection of its own, and returns the status and the body; none if it was cut.
+/// Sends a request on its own connection, and returns the status and the body; `None` if it was cut.
 pub(super) async fn call(addr: SocketAddr, line: &str, body: &str, cut: Cut) -> io::Result<Option<(u16, Value)>> {
     let head = "host: bank\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length";
     let request = format!("{line} HTTP/1.1\r\n{head}: {}\r\n\r\n{body}", body.len());
@@ -46,7 +46,7 @@ pub(super) async fn call(addr: SocketAddr, line: &str, body: &str, cut: Cut) -> 
 fn parse(answer: &[u8]) -> Option<(u16, Value)> {
     let (head, body) = std::str::from_utf8(answer).ok()?.split_once("\r\n\r\n")?;
     let status = head.split(' ').nth(1)?.parse().ok()?;
-    // Half of a document is none.
+    // Half a document does not count.
     Some((status, serde_json::from_str(body).ok()?))
 }
 
