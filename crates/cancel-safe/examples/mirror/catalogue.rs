@@ -1,9 +1,10 @@
-//! The catalogue: what is on disk, in SQLite or PostgreSQL. One writer takes all changes that wait into one transaction.
+//! The catalogue: a record of the files on disk, in SQLite or PostgreSQL. One writer puts all waiting changes into one
+//! transaction.
 //!
-//! A row is there only when its file is durable. Before a file is replaced, its next row is written down as pending beside
-//! the one it has, so that whatever ends the process, the digest of the file says which of the two is true. Changes are
-//! acknowledged after their COMMIT; nobody waits for a batch to fill, because the writer begins as soon as the last
-//! transaction is done, with what has come in meanwhile.
+//! A row exists only when its file is durable. Before a file is replaced, its next row is recorded as pending beside
+//! the present one, so that however the process ends, the digest of the file says which of the two is true. Changes are
+//! acknowledged after their COMMIT. No change waits for a batch to fill, because the writer starts as soon as the last
+//! transaction is done, with the changes that have come in meanwhile.
 
 use std::collections::BTreeMap;
 use std::pin::Pin;
@@ -13,7 +14,7 @@ use cancel_safe::tx_guard::TxError;
 use futures_util::{StreamExt, TryStreamExt};
 use tokio::sync::{mpsc, oneshot};
 
-/// The most changes in one transaction: what a kill can make a run fetch again beyond the files in flight.
+/// The most changes in one transaction. A kill can make a run fetch this many files again, beyond the files in flight.
 pub(crate) const MAX_BATCH: usize = 64;
 
 /// One file that is on disk.
@@ -37,7 +38,7 @@ pub(crate) struct Row {
 /// One step of the catalogue.
 #[derive(Debug)]
 pub(crate) enum Change {
-    /// The file is about to become this one: its row so far stays until [`Change::Put`].
+    /// The file is about to become this one. Its present row stays until [`Change::Put`].
     Intend(Box<Row>),
     /// The file did not become what was intended.
     Forget(String),
@@ -83,14 +84,14 @@ impl CatalogueError {
     }
 }
 
-/// A change, and who waits for it.
+/// A change, and the sender that answers its caller.
 #[derive(Debug)]
 pub(crate) struct Job {
     pub(crate) change: Change,
     pub(crate) done: oneshot::Sender<Result<(), CatalogueError>>,
 }
 
-/// The end of the catalogue that fetches hold.
+/// The handle to the catalogue that fetches hold.
 #[derive(Clone)]
 pub(crate) struct Catalogue {
     jobs: mpsc::Sender<Job>,
@@ -98,7 +99,7 @@ pub(crate) struct Catalogue {
     pending: Pending,
 }
 
-/// What is intended and not yet known to be done, by URL.
+/// Intended changes that are not yet known to be done, by URL.
 pub(crate) type Pending = Arc<Mutex<BTreeMap<String, Row>>>;
 
 /// Reads the rows of a catalogue.
@@ -110,7 +111,7 @@ pub(crate) trait Rows: Send + Sync {
     fn of(&self, url: String) -> Read<'_, Option<Row>>;
 }
 
-/// What is being read.
+/// A read in progress.
 pub(crate) type Read<'a, T> = Pin<Box<dyn Future<Output = Result<T, CatalogueError>> + Send + 'a>>;
 
 impl Catalogue {
@@ -129,7 +130,7 @@ impl Catalogue {
         self.rows.of(url.to_owned()).await
     }
 
-    /// What is intended and not yet known to be done, by this run and by those before.
+    /// Intended changes that are not yet known to be done, from this run and earlier ones.
     pub(crate) fn pending(&self) -> Vec<Row> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
     }
@@ -142,7 +143,7 @@ impl Catalogue {
         outcome.await.map_err(|_| stopped())?
     }
 
-    /// Applies many changes; as many go into one transaction as wait. Dropped, any of them may still be applied.
+    /// Applies many changes; all that are waiting go into one transaction. Dropped, any of them may still be applied.
     pub(crate) async fn apply_all(&self, changes: Vec<Change>) -> Result<(), CatalogueError> {
         let applied = futures_util::stream::iter(changes).map(|change| self.apply(change)).buffered(MAX_BATCH);
         applied.try_collect().await

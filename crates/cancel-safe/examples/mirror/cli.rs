@@ -1,4 +1,4 @@
-//! The command line: what may be asked, and the codes that the program ends with.
+//! The command line: the options, and the exit codes.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -104,7 +104,7 @@ Exit codes:
  65  corrupt checkpoint    69  database unreachable           70  grace exceeded, fetches were cut
  73  cannot write          75  another run holds DIR         130, 143  stopped by SIGINT, SIGTERM";
 
-/// A value that may hold a secret. No refusal shows it; it is understood only once the command line is.
+/// A value that may hold a secret. No error message shows it; it is parsed only after the whole command line.
 #[derive(Clone)]
 struct Secret(String);
 
@@ -122,7 +122,8 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// When new files become durable. Those that replace another are so at once, that a power cut finds old or new.
+/// When new files become durable. A file that replaces another is durable at once, so that a power cut leaves the old
+/// or the new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Durability {
     /// Each at once: what has a row survives a power cut
@@ -132,7 +133,7 @@ pub(crate) enum Durability {
     End,
 }
 
-/// Files that a run has open besides those of its fetches: databases, checkpoint, list, lock, streams, the runtime's own.
+/// Files that a run has open besides those of its fetches: databases, checkpoint, list, lock, streams, the runtime.
 const OWN_FILES: u16 = 28;
 
 /// How the program ends.
@@ -155,7 +156,7 @@ impl Args {
     pub(crate) fn read() -> Result<Self, (clap::Error, Exit)> {
         let usage = |why: String| (Self::command().error(ErrorKind::ValueValidation, why), Exit::Usage);
         let args = Self::try_parse().map_err(|error| match error.get(ContextKind::InvalidArg) {
-            // Perhaps a URL with credentials, or the end of a header that nobody has put in quotes.
+            // Perhaps a URL with credentials, or the end of a header without quotes.
             Some(ContextValue::String(stray))
                 if error.kind() == ErrorKind::UnknownArgument && !stray.starts_with('-') =>
             {
@@ -186,7 +187,7 @@ impl Args {
         }
     }
 
-    /// The same, with no more in flight than the process may open files for.
+    /// Returns the same options, with no more fetches in flight than the process may open files for.
     pub(crate) fn within_limits(&self) -> Self {
         let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
         let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
@@ -246,7 +247,7 @@ fn header(text: &str) -> Result<(HeaderName, HeaderValue), String> {
         return Err("the range and the conditions of a request are set by the program itself".to_owned());
     }
     let mut value: HeaderValue = value.trim().parse().map_err(|_| "that is no value of a header".to_owned())?;
-    // So that it is shown nowhere.
+    // So that it is never printed.
     value.set_sensitive(true);
     Ok((name, value))
 }

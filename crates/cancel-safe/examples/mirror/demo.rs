@@ -30,17 +30,17 @@ and judge.rs in crates/cancel-safe/examples/mirror. For code of your own: README
 
 /// How often each side is killed.
 const KILLS: usize = 5;
-/// A kill comes up to so long after its side has come as far as was drawn.
+/// How long a kill waits, at most, after its side has reached the drawn number of files.
 const MAX_DELAY: Duration = Duration::from_millis(150);
 /// A side that takes longer than this has failed.
 const MAX_TIME: Duration = Duration::from_secs(180);
-/// A side that gets nothing for so long is said to wait.
+/// A side that receives nothing for this long is shown as waiting.
 const PATIENCE: Duration = Duration::from_millis(700);
 
 const NAMES: [&str; 2] = ["plain loop", "mirror"];
 /// The directories of both, and their logs.
 const PLACES: [&str; 2] = ["plain", "mirror"];
-/// What is served, a URL a line.
+/// The list of served URLs, one per line.
 const LIST: &str = "urls.txt";
 
 /// Runs the demo in the directory `--out`. A stop ends it, and its children, at once.
@@ -99,8 +99,8 @@ async fn watch(args: &Args) -> Result<Ending, Ending> {
     Ok(verdict(&sides[1], &faults[1], &ended[1]))
 }
 
-/// Makes the directories and the list of URLs. What an earlier demo left is removed, and nothing else is touched: a
-/// directory without its mark that holds anything of those names is somebody's.
+/// Creates the directories and the list of URLs. It removes what an earlier demo left, and touches nothing else: a
+/// directory without the demo's mark that holds anything of those names belongs to somebody else.
 fn prepare(out: &Path, content: &Content) -> Result<File, Ending> {
     let refuse = |path: PathBuf| {
         move |error: io::Error| ending(Exit::Write, format!("{} cannot be written: {}", path.display(), chain(&error)))
@@ -134,7 +134,7 @@ fn prepare(out: &Path, content: &Content) -> Result<File, Ending> {
     Ok(lock)
 }
 
-/// What the client at a place has to say.
+/// The log file of the client at a place.
 fn log(place: &str) -> String {
     format!("{place}.log")
 }
@@ -155,7 +155,7 @@ struct State {
     /// Files that were truncated when a writer had just been killed.
     torn: BTreeSet<Url>,
     took: Option<Duration>,
-    /// When it last got something, and how far it had come then.
+    /// When it last received something, and its progress at that time.
     last: Option<(Instant, Progress)>,
 }
 
@@ -217,7 +217,7 @@ impl Side {
             let delay = MAX_DELAY.mul_f64(random.f64());
             let (mut child, _lifeline) = self.start(&log)?;
             let come = async {
-                // The origin is there as long as this side is.
+                // The origin lives as long as this side.
                 drop(progress.wait_for(|progress| progress.files >= moment).await);
                 tokio::time::sleep(delay).await;
             };
@@ -228,7 +228,7 @@ impl Side {
             child.start_kill()?;
             let status = child.wait().await?;
             if status.success() {
-                // It was through at the very moment.
+                // It finished at that very moment.
                 return Ok(status);
             }
             let torn = judge::truncated(&self.content.files, &self.dir().join("files"));
@@ -250,7 +250,7 @@ impl Side {
         if self.index == 0 {
             command.arg("--plain");
         } else {
-            // What was asked of the demo is asked of mirror; where an option comes twice, the last counts.
+            // The demo's options are passed to mirror; if an option comes twice, the last one counts.
             command.args(std::env::args_os().skip(1));
         }
         command.arg("--lifeline").arg("--manifest").arg(self.out.join(LIST)).arg("--out").arg(self.dir());
@@ -283,7 +283,7 @@ impl Side {
         let records = if self.index == 0 {
             judge::progress_file(&dir.join("progress.json"))
         } else {
-            // A mirror that has not come as far as a catalogue has no records, which is counted.
+            // A mirror that was killed before it created a catalogue has no records, and that is counted.
             judge::catalogue(&dir.join("catalog.db")).await.unwrap_or_default()
         };
         let content = Arc::clone(&self.content);

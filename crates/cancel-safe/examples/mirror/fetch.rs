@@ -19,7 +19,7 @@ use super::hosts::Seat;
 use super::parts::Part;
 use super::report::{Reporter, chain};
 
-/// The longest wait that a server may ask for; a longer one is taken as this.
+/// The longest wait that a server may ask for; longer ones are shortened to this.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(120);
 
 /// How soon and how late an open breaker is asked again.
@@ -29,10 +29,10 @@ const BREAKER_MAX: Duration = Duration::from_secs(2);
 /// How long a fetch waits when the process may open no more files.
 const FILES_PAUSE: Duration = Duration::from_millis(250);
 
-/// The longest body, in bytes, that is held until it is whole.
+/// The longest body, in bytes, that is held in memory until it is complete.
 const MAX_HELD: usize = 64 * 1024;
 
-/// What came of a fetch.
+/// The outcome of a fetch.
 #[derive(Debug)]
 pub(crate) enum Fetched {
     /// The file is durable; its row is not yet committed.
@@ -55,13 +55,13 @@ pub(crate) struct Trouble {
 /// What to do about it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Advice {
-    /// Not the URL's fault: put it back in the queue for so long.
+    /// Not the URL's fault: put it back in the queue for this long.
     Later(Duration),
     /// Try again, up to the limit.
     Again,
     /// It would fail in the same way.
     Never,
-    /// Nothing can be written any more: the run ends so.
+    /// Nothing can be written any more: the run ends with this code.
     Stop(Exit),
 }
 
@@ -72,7 +72,7 @@ pub(crate) struct Fetcher {
     pub(crate) home: Arc<Home>,
     pub(crate) catalogue: Catalogue,
     pub(crate) report: Arc<Reporter>,
-    /// Whether somebody else makes new files durable.
+    /// Whether another part of the program makes new files durable.
     pub(crate) is_late: bool,
 }
 
@@ -89,7 +89,7 @@ pub(crate) struct Target {
 }
 
 impl Target {
-    /// Whether a row is of what the list asks for.
+    /// Whether a row matches what the list asks for.
     fn fits(&self, row: &Row) -> bool {
         self.sha256.as_ref().is_none_or(|wanted| *wanted == row.sha256)
             && self.size.is_none_or(|wanted| i64::try_from(wanted) == Ok(row.bytes))
@@ -109,7 +109,7 @@ impl Target {
         }
     }
 
-    /// The row of what a response has brought, if that is what the list asks for.
+    /// The row for a response's body, if it matches what the list asks for.
     fn row_of(&self, response: &Response, bytes: i64, hasher: Sha256) -> Result<Row, Trouble> {
         let text = |name| response.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         let row = Row {
@@ -156,11 +156,11 @@ impl Fetcher {
         let response = request.send().await.map_err(Trouble::of_request)?;
         match (response.status(), current) {
             (StatusCode::NOT_MODIFIED, Some(row)) => Ok(Fetched::Unchanged(Row { fetched_at: now(), ..row.clone() })),
-            // A proxy that has changed the body says 203; every other success is something else than the file.
+            // A proxy that has changed the body answers 203; any other success is not the file.
             (StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION, _) => {
                 // It starts again: there is another representation now, or the server knows no ranges.
                 part.into_iter().for_each(Part::remove);
-                // Where nothing can be kept, the whole is fetched all the same.
+                // If no part can be kept, the whole file is fetched all the same.
                 let part = Part::begin(&self.home.parts(), &target.url, &response).unwrap_or_default();
                 self.store(target, &file, known, response, part, seat).await.map(|row| self.stored(row, known))
             }
@@ -220,14 +220,15 @@ impl Fetcher {
         Ok(theirs)
     }
 
-    /// Makes a file durable that somebody else has written: a row says that of its file.
+    /// Makes a file durable that another program has written, because a row claims that its file is durable.
     async fn make_durable(&self, target: &Target) -> Result<(), Trouble> {
         let (home, path) = (Arc::clone(&self.home), target.path.clone());
         let synced = blocking(move |_| home.make_durable([path.as_str()].into_iter())).await;
         synced.map_err(|error| Trouble::new("write", chain(&error), of_system(&error).map_or(Advice::Never, advice)))
     }
 
-    /// Writes what was kept, if anything, and what `response` brings, as one file. Of a body that is cut, what came is kept.
+    /// Writes the kept part, if any, and the body of `response` as one file. If the body is cut, the part that arrived
+    /// is kept.
     async fn store(
         &self,
         target: &Target,
@@ -273,7 +274,7 @@ impl Fetcher {
             }
             body = body.take(&chunk, options, file).await.map_err(|error| Trouble::of_write(error, file))?;
         }
-        // What is left to do is the disk's.
+        // Only the disk has work left.
         drop(seat);
         let row = match total {
             Some(total) if total != bytes => {
@@ -286,12 +287,12 @@ impl Fetcher {
             Ok(row) => self.install(row, file, body.commit(options, file)).await,
             Err(trouble) => Err(trouble),
         };
-        // The file is there, or what came was not the file.
+        // The file is in place, or the body was not the file.
         part.into_iter().for_each(Part::remove);
         row
     }
 
-    /// Lets `commit` put the file in place, between the row that is intended and whoever records it.
+    /// Records the intended row, then lets `commit` put the file in place. The caller records the final row.
     async fn install(
         &self,
         row: Row,
@@ -376,7 +377,7 @@ impl Trouble {
             error if error.is_connect() => ("connect", Advice::Again),
             _ => ("response", Advice::Again),
         };
-        // It says all that its sources say, without what is secret; the URL stands beside it.
+        // It includes its sources' messages without secrets; the URL is shown beside it.
         let text = error.to_string();
         let cause = text.strip_prefix(&format!("{}: ", error.report())).unwrap_or(&text).to_owned();
         Self::new(phase, cause, advice)
@@ -445,13 +446,13 @@ impl Trouble {
     }
 }
 
-/// Writes down what was taken of a body. A part that cannot be written is not gone on with.
+/// Writes the received part of a body to disk. A part that cannot be written is given up.
 async fn write_down(part: Option<Part>) -> Option<Part> {
     let mut part = part?;
     tokio::task::spawn_blocking(move || part.write().ok().map(|()| part)).await.ok().flatten()
 }
 
-/// What a refusal of the system means: for this file alone, for now, or for all.
+/// What a system error means: for this file alone, for now, or for all.
 fn advice(error: &io::Error) -> Advice {
     match error.kind() {
         _ if is_out_of_files(error) => Advice::Later(FILES_PAUSE),
@@ -477,7 +478,7 @@ fn of_system<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> Option<&'a
     }
 }
 
-/// Where the redirects led: without what may be a credential, unless that stood in the list too.
+/// Where the redirects led, without anything that may be a credential, unless the list has it too.
 fn without_secrets(found: &Url, asked: &Url) -> String {
     let mut found = found.clone();
     if found != *asked {

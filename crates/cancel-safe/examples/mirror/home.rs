@@ -1,4 +1,4 @@
-//! The directory that is kept. One run at a time holds it, and a mark ties it to its catalogue.
+//! The mirrored directory. One run at a time holds it, and a mark ties it to its catalogue.
 
 use std::collections::HashSet;
 use std::fs::{File, OpenOptions, TryLockError};
@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::catalogue::CatalogueError;
 use super::paths::Rules;
 
-/// So many files are made durable one by one.
+/// Up to this many files are made durable one by one.
 const MANY: usize = 64;
 
 /// The locked directory.
@@ -23,7 +23,7 @@ pub(crate) struct Home {
     pub(crate) mark: String,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
-    /// What its file system does to names.
+    /// How its file system treats names.
     pub(crate) rules: Rules,
     _lock: File,
 }
@@ -106,9 +106,10 @@ impl Home {
         Ok(())
     }
 
-    /// Makes files durable that are in their places, whoever wrote them, with the names that lead to them. Blocks.
+    /// Makes files in their final places durable, whichever program wrote them, with the names that lead to them.
+    /// Blocks.
     pub(crate) fn make_durable<'a>(&self, paths: impl ExactSizeIterator<Item = &'a str>) -> Result<(), HomeError> {
-        // One call costs more than a few files, and far less than thousands.
+        // One `syncfs` costs more than syncing a few files, and far less than syncing thousands.
         if paths.len() > MANY
             && let Some(synced) = sync_file_system(&self.files())
         {
@@ -135,19 +136,19 @@ fn sync_file_system(files: &Path) -> Option<io::Result<()>> {
     }
 }
 
-/// Whether the file system does not take a name.
+/// Whether the error says that the file system refuses the name.
 pub(crate) fn is_of_name(error: &io::Error) -> bool {
     // EILSEQ, on Linux and elsewhere.
     matches!(error.raw_os_error(), Some(84 | 92))
         || matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidFilename)
 }
 
-/// Finds out what the file system does to names. The lock is held: its name is there, and nobody else probes.
+/// Finds out how the file system treats names. The lock is held, so its name exists and no other run probes.
 fn probe(dir: &Path) -> Rules {
     let odd = dir.join("mirror.probe:");
     // A full disk is another matter.
     let refuses = File::create(&odd).err().is_some_and(|error| is_of_name(&error));
-    // On some systems it has made a file of another name, or none that can be removed.
+    // Some systems have created a file of another name, or one that cannot be removed.
     let _gone = std::fs::remove_file(&odd);
     Rules { folds: dir.join("MIRROR.ID").exists(), refuses }
 }
@@ -157,7 +158,7 @@ fn mark(lock: &mut File) -> io::Result<String> {
     let mut mark = String::new();
     lock.take(64).read_to_string(&mut mark)?;
     if mark.len() != 32 {
-        // A crash cut the first run off before any catalogue could know the mark.
+        // A crash ended the first run before any catalogue could know the mark.
         mark = format!("{:032x}", fastrand::u128(..));
         lock.set_len(0)?;
         lock.rewind()?;
@@ -167,7 +168,7 @@ fn mark(lock: &mut File) -> io::Result<String> {
     Ok(mark)
 }
 
-/// Runs what blocks on a thread for it; when the returned future is dropped, the work is told so.
+/// Runs blocking work on a thread for it. If the returned future is dropped, the work is told to stop.
 pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce(&CancellationToken) -> Result<T, HomeError> + Send + 'static,
 ) -> Result<T, HomeError> {

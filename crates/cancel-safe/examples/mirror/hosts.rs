@@ -1,7 +1,7 @@
-//! What is known of each host while a run lasts: how many fetches it may have at once, and whether it answers.
+//! The state of each host during a run: how many fetches it may have at once, and whether it answers.
 //!
-//! Invariant: an answer is an answer. Only connections that fail, time-outs, and 502, 503 and 504 of different URLs count
-//! against a host; a host that has answered since is never given up.
+//! Invariant: every other answer counts as a success. Only failed connections, time-outs, and 502, 503 and 504 from
+//! different URLs count against a host; a host that has answered since is never given up.
 
 use std::collections::{BTreeMap, HashSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,10 +14,11 @@ use url::Url;
 
 /// How long a host may give no answer at all before its URLs fail.
 pub(crate) const MAX_OUTAGE: Duration = Duration::from_secs(60);
-/// The most failing URLs of a host that are told apart; a host with so many in a row has opened its breaker long ago.
+/// The most failing URLs of a host that are counted separately; a host with this many in a row has opened its breaker
+/// long ago.
 const MAX_STORM: usize = 1024;
 
-/// The most URLs of one host that wait to be tried again, before no other of it is begun.
+/// How many URLs of one host may wait for another try before no new URL of that host is begun.
 const MAX_WAITING: usize = 256;
 
 /// The name of a host as everything shows it: with its port, if that is not the scheme's own.
@@ -28,8 +29,8 @@ pub(crate) fn name_of(url: &Url) -> String {
     }
 }
 
-/// What a URL holds of its host, until its body is there: what becomes of the file is no affair of the host. Dropped, the
-/// next URL may have it.
+/// A URL's place at its host, held until its body has arrived; what happens to the file afterwards does not concern the
+/// host. When it is dropped, the next URL may have it.
 #[derive(Debug)]
 pub(crate) struct Seat {
     hosts: Arc<Hosts>,
@@ -62,10 +63,10 @@ pub(crate) struct Hosts {
 
 #[derive(Debug)]
 struct Host {
-    /// Requests in flight. Taken before the client is asked, so that a fetch that waits for it has not begun: a stop sends
-    /// it back to the queue, and neither `--max-time` nor `cut` knows of it.
+    /// Requests in flight. A permit is taken before the client is called, so that a fetch that waits for one has not
+    /// begun: a stop sends it back to the queue, and neither `--max-time` nor `cut` counts it.
     gate: Arc<Semaphore>,
-    /// Since when it has given no answer.
+    /// When it stopped answering.
     silent_since: Option<Instant>,
     /// The URLs that it refused as a gateway or as overloaded since it last gave another answer.
     storm: HashSet<String>,
@@ -109,7 +110,7 @@ impl Hosts {
         let most = self.per_host;
         self.with(host, |host| {
             let is_open = host.next_try.is_some_and(|next_try| next_try > Instant::now());
-            // One that is given up has no need to wait.
+            // A host that is given up need not wait.
             let is_lost = host.silent_since.is_some_and(|since| since.elapsed() > MAX_OUTAGE);
             is_lost || (host.begun < most && host.waiting.len() < MAX_WAITING && !is_open)
         })
@@ -146,7 +147,7 @@ impl Hosts {
         });
     }
 
-    /// Its breaker is open for so long.
+    /// Its breaker is open for this long.
     pub(crate) fn blocked(&self, host: &str, retry_after: Duration) {
         self.with(host, |host| host.next_try = Instant::now().checked_add(retry_after));
     }
@@ -173,7 +174,7 @@ impl Hosts {
         })
     }
 
-    /// What is waited for, a line each: hosts whose breaker is open, and when it is asked again.
+    /// What the run waits for, one line each: hosts whose breaker is open, and when the next request is let in.
     pub(crate) fn waits(&self) -> Vec<String> {
         let now = Instant::now();
         let open = |(name, host): (&String, &Host)| {

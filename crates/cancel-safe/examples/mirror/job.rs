@@ -35,7 +35,7 @@ const MAX_DEFERS: u32 = 300;
 const BREAKER_FIRST: Duration = Duration::from_secs(1);
 const BREAKER_LONGEST: Duration = Duration::from_secs(30);
 
-/// How the job ended, and in which words.
+/// How the job ended, with the message.
 #[derive(Debug)]
 pub(crate) struct Ending {
     pub(crate) exit: Exit,
@@ -69,7 +69,7 @@ impl From<CatalogueError> for Ending {
     }
 }
 
-/// Waits for what comes before the first fetch; a stop ends it at once, because all of it may be begun anew.
+/// Waits for a step before the first fetch. A stop ends it at once, because every such step can be started over.
 pub(crate) async fn until_stopped<T, E: Into<Ending>>(
     cx: &WorkerContext,
     work: impl Future<Output = Result<T, E>>,
@@ -132,7 +132,7 @@ pub(crate) async fn run(
             cut: Mutex::default(),
         });
         let ending = drive(args, &settled, &shared).await;
-        // A fetch that was cut between its file and its row. Where the catalogue is gone, the next start looks again.
+        // Settles fetches that were cut between file and row. If the catalogue is gone, the next start settles them.
         let _next_start = settle::resolve(&home, &shared.fetcher.catalogue).await;
         for (origin, trips) in shared.fetcher.client.trips() {
             report.count(&host_of(&origin), |host| host.trips += trips);
@@ -143,7 +143,7 @@ pub(crate) async fn run(
     ending
 }
 
-/// Says what settling found, where it is worth a word.
+/// Reports what settling found, if it is worth mentioning.
 fn tell(settled: &Settled, duplicates: usize, report: &Reporter) {
     let facts = [
         (duplicates, "duplicate line(s) in the manifest, counted once"),
@@ -176,7 +176,7 @@ fn client(args: &Args, hosts: &[(String, SocketAddr)], known: &Arc<Hosts>) -> Re
         args.user_agent.clone().unwrap_or(HeaderValue::from_static(concat!("mirror/", env!("CARGO_PKG_VERSION"))));
     let built = TimeoutClient::builder()
         .configure(|mut inner| {
-            // Bytes as sent, also where some other crate of a build switches decompression on.
+            // Bytes as sent, even if another crate in the build switches decompression on.
             inner = inner.no_gzip().no_brotli().no_zstd().no_deflate();
             inner = inner.user_agent(agent).pool_max_idle_per_host(args.per_host.into());
             if !certificates.is_empty() {
@@ -219,7 +219,7 @@ struct Shared {
     retries: u32,
     hosts: Arc<Hosts>,
     report: Arc<Reporter>,
-    /// No new fetches: the application is told to stop, or nothing can be written any more.
+    /// No new fetches: the application was told to stop, or nothing can be written any more.
     stop: CancellationToken,
     fatal: OnceLock<(Exit, String)>,
     /// URLs whose fetch was dropped.
@@ -244,11 +244,11 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
         // A run that is killed while a host is down must not use up the attempts of the next one.
         .retry(Retry::attempts(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
-        // Of each host only so many wait; of that many hosts each may be down without holding up the others.
+        // Each host has a bounded number of waiting URLs, so this many hosts can be down without holding up the others.
         .max_ahead(MAX_AHEAD)
         .quarantine(usize::MAX)
         .retry_quarantined(args.retry_failed || args.refresh)
-        // What is complete is not asked for at all: here the file or its row is gone, whatever the checkpoint says.
+        // Complete URLs are never in the stream: here the file or its row is gone, whatever the checkpoint says.
         .revalidate(move |(_, url): &Turn, digest: &String| {
             if earlier.adopt {
                 earlier.recorded().insert(url.clone(), digest.clone());
@@ -439,7 +439,7 @@ impl Shared {
         self.hosts.is_lost(host)
     }
 
-    /// Tells of a failed attempt, and turns it into what the task shall do about it.
+    /// Reports a failed attempt, and tells the task what to do about it.
     fn refuse(&self, cx: &ItemContext, url: &str, host: &str, trouble: Trouble, elapsed: Duration) -> ItemError {
         let event = Event {
             url,
@@ -456,7 +456,7 @@ impl Shared {
                 ..trouble
             }),
             Advice::Later(after) => {
-                // Of an open breaker the summary tells; a line for each URL that waits for it would drown the rest.
+                // The summary mentions open breakers; a line for each URL that waits for one would drown the rest.
                 if trouble.phase != "breaker" {
                     self.report.count(host, |host| host.retries += 1);
                     self.report.event("deferred", &event);
@@ -464,7 +464,7 @@ impl Shared {
                 ItemError::defer(after, trouble)
             }
             Advice::Again => {
-                // The last failure is told as such when the task gives the URL up.
+                // The last failure is reported when the task gives the URL up.
                 if cx.attempt() <= self.retries {
                     self.report.count(host, |host| host.retries += 1);
                     self.report.event("retry", &event);
@@ -473,7 +473,7 @@ impl Shared {
             }
             Advice::Never => ItemError::permanent(trouble),
             Advice::Stop(exit) => {
-                // The first cause is the one to tell; those that follow are of the same kind.
+                // Only the first cause is reported; the following ones are of the same kind.
                 let _first_wins = self.fatal.set((exit, format!("{url}: {trouble}")));
                 self.stop.cancel();
                 // Not the URL's fault: it keeps its attempts for the next run.

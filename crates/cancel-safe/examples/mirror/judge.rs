@@ -50,9 +50,9 @@ pub(crate) type Records = BTreeMap<String, Record>;
 /// What is wrong in one directory. A file is counted once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Faults {
-    /// Files that bear their final name and end too early.
+    /// Files that have their final name but end too early.
     pub(crate) truncated: usize,
-    /// Files that are long enough, and have other bytes.
+    /// Files that are long enough but have other bytes.
     pub(crate) wrong: usize,
     /// Files that are not there.
     pub(crate) missing: usize,
@@ -68,7 +68,7 @@ impl Faults {
     }
 }
 
-/// Judges the files below `files` and what is said of them. Reads every file: blocks.
+/// Judges the files below `files` and their records. Reads every file, and blocks.
 pub(crate) fn judge(all: &[Served], files: &Path, records: &Records) -> io::Result<Faults> {
     let mut faults = Faults::default();
     for served in all {
@@ -94,7 +94,7 @@ fn is_right(record: &Record, served: &Served) -> bool {
     record.bytes == served.content.len() as u64 && record.digest.as_ref().is_none_or(|known| *known == served.digest)
 }
 
-/// The files below `files` that end too early at this moment. Looks at sizes alone, because the client waits meanwhile.
+/// The files below `files` that end too early at this moment. Looks only at sizes, because the client waits meanwhile.
 pub(crate) fn truncated<'a>(all: &'a [Served], files: &Path) -> Vec<&'a Url> {
     let is_short = |served: &&Served| {
         std::fs::metadata(served.path(files)).is_ok_and(|file| file.len() < served.content.len() as u64)
@@ -110,7 +110,7 @@ fn read(path: &PathBuf) -> io::Result<Option<Vec<u8>>> {
     }
 }
 
-/// The records of the plain loop: its progress file. One that cannot be read has none.
+/// The records of the plain loop: its progress file. An unreadable file has none.
 pub(crate) fn progress_file(path: &Path) -> Records {
     let done: BTreeMap<String, u64> =
         std::fs::read(path).ok().and_then(|json| serde_json::from_slice(&json).ok()).unwrap_or_default();

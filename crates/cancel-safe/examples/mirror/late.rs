@@ -1,14 +1,14 @@
 //! New files that become durable together, with `--durability end`: until then each is pending in the catalogue and has no
 //! row, so that the next start looks at its bytes again.
 //!
-//! Invariant: a row is there only when its file is durable, here as well; and only so many files wait.
+//! Invariant: here too, a row exists only when its file is durable; and the number of waiting files is bounded.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::catalogue::{Catalogue, Change, Row};
 use super::home::{Home, HomeError, blocking};
 
-/// The most files that wait to be made durable: of each the row is held in memory.
+/// The most files that wait to be made durable. The row of each is held in memory.
 const MAX_LATE: usize = 8192;
 
 /// The files that wait.
@@ -18,7 +18,7 @@ pub(crate) struct Late {
 }
 
 impl Late {
-    /// Takes a file that is in its place; if as many wait as may, makes all of them durable.
+    /// Takes a file that is in its place. If the most files are waiting, makes all of them durable.
     pub(crate) async fn add(&self, row: Row, home: &Arc<Home>, catalogue: &Catalogue) -> Result<(), HomeError> {
         let is_full = {
             let mut rows = self.rows.lock().unwrap_or_else(PoisonError::into_inner);

@@ -1,4 +1,4 @@
-//! The list of URLs: on disk, with three words a URL in memory, so that a million lines are nothing special.
+//! The list of URLs: on disk, with three words per URL in memory, so that a million lines are no problem.
 //!
 //! Invariant: each URL is there once, whatever its hash; a slot leads to its line and, once names are given, to a path that
 //! no other slot has.
@@ -55,7 +55,7 @@ struct Slot {
 const HASHED: u64 = 1 << 63;
 /// Its file is there.
 const COMPLETE: u64 = 1 << 62;
-/// It stands in the catalogue and not in the list.
+/// It is in the catalogue and not in the list.
 const LEFT: u64 = 1 << 61;
 /// Its file is there, and not what the list asks for.
 const STALE: u64 = 1 << 60;
@@ -67,13 +67,13 @@ const NONE: u32 = u32::MAX;
 /// A list that is being read, or is in use.
 #[derive(Debug)]
 pub(crate) struct List {
-    /// The lines; it has no name, so that nothing is left of it.
+    /// The lines, in a file without a name, so that nothing of it is left behind.
     lines: Mutex<BufWriter<File>>,
     end: u64,
     /// By hash.
     slots: Vec<Slot>,
     rules: Rules,
-    /// What comes after a slot among the URLs of its host.
+    /// The next slot of the same host, for each slot.
     after: Vec<u32>,
     hosts: Vec<Queue>,
 }
@@ -118,7 +118,7 @@ impl List {
         Ok(())
     }
 
-    /// Puts the slots in order, and drops those whose URL stood before; returns how many that were.
+    /// Sorts the slots, and drops those whose URL came before; returns how many it dropped.
     pub(crate) fn sort(&mut self) -> io::Result<usize> {
         self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).flush()?;
         self.slots.sort_unstable_by_key(|slot| (slot.hash, slot.at & OFFSET));
@@ -208,7 +208,7 @@ impl List {
             }
         }
         self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).get_mut().seek(SeekFrom::End(0))?;
-        // A place that a line asks for is not held against it by a URL that has left the list.
+        // A URL that has left the list does not keep a place that a line asks for.
         let order = |slot: u32, line: Line| (line.out.is_none(), line.out.is_some() && self.is_left(slot), line.url);
         let contested = names.contested(|slot| self.line(slot).map(|line| order(slot, line)))?;
         for slot in contested {

@@ -1,8 +1,8 @@
 //! Keeps a directory equal to a list of URLs, and survives everything: `cargo demo` shows it beside a plain loop.
 //!
 //! The crates of `cancel-safe` at work together: files are written through `atomic_fs`, rows through `tx_guard`, requests
-//! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. Of a large body that was
-//! cut, the beginning is kept and the rest asked for, where the server can prove that it is the same body.
+//! go through `http_timeout`, progress through `resumable`, and the whole ends through `shutdown`. If a large body was
+//! cut, its beginning is kept, and a later request asks for the rest if the server can prove that it is the same body.
 
 mod catalogue;
 mod cli;
@@ -39,17 +39,17 @@ use job::Ending;
 use manifest::Manifest;
 use report::{Reporter, chain};
 
-/// What the orderly end may take beyond the grace of the fetches, before the process is ended as it is.
+/// How long the orderly end may take beyond the grace of the fetches, before the process is ended without it.
 const MARGIN: Duration = Duration::from_secs(10);
 
-/// How often a long list is told to be still on its way.
+/// How often to report that a long list is still being read.
 const READING_EVERY: Duration = Duration::from_secs(1);
 
 fn main() -> ExitCode {
     let args = match Args::read() {
         Ok(args) => args,
         Err((error, exit)) => {
-            // Nothing is left to be told to, if even this cannot be written.
+            // If even this cannot be written, there is nowhere left to report it.
             let _closed = error.print();
             return ExitCode::from(exit as u8);
         }
@@ -102,7 +102,7 @@ async fn work(args: &Args, report: &Arc<Reporter>, cx: &WorkerContext) -> Result
     job::run(args, manifest, &args.resolve, report, cx).await
 }
 
-/// Ends the process, as hard as a kill would, when standard input ends: that of a child of the demo ends with the demo.
+/// Ends the process, as hard as a kill would, when standard input ends. A demo child's input ends when the demo does.
 fn end_with_input() {
     std::thread::spawn(|| {
         drop(io::copy(&mut io::stdin().lock(), &mut io::sink()));

@@ -16,7 +16,7 @@ const MAX_NAMED: usize = 20;
 #[derive(Debug)]
 pub(crate) struct Manifest {
     pub(crate) list: List,
-    /// Lines that named a URL that stood there before.
+    /// How many lines repeated an earlier URL.
     pub(crate) duplicates: usize,
 }
 
@@ -34,8 +34,8 @@ fn listed(lines: &[(usize, String)]) -> String {
 }
 
 impl Manifest {
-    /// One URL a line, with what it must be; blank lines and lines that begin with `#` are passed over; LF and CRLF both
-    /// end a line. `told` hears how many lines there were so far.
+    /// Reads one URL per line, with its requirements. Blank lines and lines that begin with `#` are skipped; LF and
+    /// CRLF both end a line. `told` is called with the number of lines so far.
     pub(crate) fn read(mut source: impl BufRead, mut told: impl FnMut(usize)) -> Result<Self, ManifestError> {
         let mut list = List::new()?;
         let (mut bad, mut count) = (Vec::new(), 0);
@@ -65,7 +65,7 @@ impl Manifest {
     }
 }
 
-/// Reads up to and with the next LF, keeps at most `MAX_LINE + 1` bytes of it, and returns how many there were.
+/// Reads up to and including the next LF, keeps at most `MAX_LINE + 1` bytes, and returns how many there were.
 fn read_line(source: &mut impl BufRead, line: &mut Vec<u8>) -> std::io::Result<usize> {
     let mut total = 0;
     loop {

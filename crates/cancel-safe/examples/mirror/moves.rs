@@ -1,9 +1,9 @@
-//! Files whose place has changed: the list gives them another one, or URLs that came or went have moved them.
+//! Files whose place has changed, because the list gives them another one, or because other URLs came or went.
 //!
-//! Invariant: no file is overwritten, whoever it belongs to. Files move in rounds, and of one round each place that is taken
-//! is free, on the disk and in the catalogue, before its first intent is recorded. So whatever ends the process, of each file
-//! that is intended to be elsewhere one look tells where it is. Files that wait for each other in a circle are freed by one
-//! of them, which steps aside: to a place at the top that the mapping gives to no URL.
+//! Invariant: no file is overwritten, whoever owns it. Files move in rounds: every place that a round fills is free, on
+//! the disk and in the catalogue, before the round's first intent is recorded. So however the process ends, one look
+//! tells where each file with a recorded intent is. If files wait for each other in a circle, one of them steps aside
+//! to a place at the top that the mapping gives to no URL.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +18,7 @@ use super::paths::{self, Rules};
 /// A file whose place has changed.
 #[derive(Debug)]
 pub(crate) struct Move {
-    /// As it is to be.
+    /// The row after the move.
     pub(crate) row: Row,
     /// Where the file is.
     pub(crate) from: String,
@@ -34,18 +34,18 @@ struct Step {
 /// A file that could not be moved.
 #[derive(Debug)]
 pub(crate) struct Refused {
-    /// As it was to be.
+    /// The row after the intended move.
     pub(crate) row: Row,
     /// Where the file is.
     pub(crate) from: String,
-    /// Why it stays there; none if it is not there any more.
+    /// Why it stays there; `None` if it is gone.
     pub(crate) cause: Option<String>,
 }
 
-/// What became of a step.
+/// The outcome of a step.
 enum Stepped {
     Done,
-    /// Something that no row knows stands in the way, or the file system does not take the name.
+    /// Something unknown to the catalogue is in the way, or the file system refuses the name.
     Stays(String),
     /// The file is not where its row says.
     Gone,
@@ -53,7 +53,7 @@ enum Stepped {
 
 /// Moves all files, and returns those that it could not move: they stay where they are, and their rows are forgotten.
 ///
-/// Dropped or killed at any point, it leaves rows of which each has its file, at its place or at the one that is pending.
+/// Dropped or killed at any point, it leaves every row with its file, at its place or at the pending one.
 pub(crate) async fn relocate(
     home: &Arc<Home>,
     catalogue: &Catalogue,
@@ -74,7 +74,7 @@ pub(crate) async fn relocate(
                     changes.push(Change::Put(row(step)));
                     continue;
                 }
-                // Those that wait for its place find it taken, and stay as well.
+                // Files that wait for its place find it taken, and stay as well.
                 Stepped::Stays(cause) => refused.insert(step.file, Some(cause)),
                 Stepped::Gone => refused.insert(step.file, None),
             };
@@ -94,7 +94,7 @@ pub(crate) async fn relocate(
     Ok(told.collect())
 }
 
-/// In which order the files move: those of one round stand in nobody's way.
+/// The order in which the files move: the files of one round are in no other file's way.
 fn rounds(moves: &[Move], rules: Rules) -> Vec<Vec<Step>> {
     let obstacles = obstacles(moves, rules);
     let mut waiting: Vec<Vec<usize>> = vec![Vec::new(); moves.len()];
@@ -129,7 +129,7 @@ fn rounds(moves: &[Move], rules: Rules) -> Vec<Vec<Step>> {
     }
 }
 
-/// Of each file those that stand where it belongs: at its path, at one that must be a directory for it, or below it.
+/// For each file, the files that are in its way: at its path, at a path that must be a directory for it, or below it.
 fn obstacles(moves: &[Move], rules: Rules) -> Vec<Vec<usize>> {
     let places: BTreeMap<String, usize> =
         moves.iter().enumerate().map(|(file, one)| (rules.folded(&one.from), file)).collect();
@@ -151,7 +151,7 @@ fn in_circles(obstacles: &[Vec<usize>], is_away: &[bool], left: &[usize]) -> Vec
         let mut file = start;
         while seen[file].is_none() {
             seen[file] = Some(start);
-            // Whoever waits has an obstacle that is still there, and that waits too.
+            // A waiting file has an obstacle that is still there, and that is waiting too.
             let Some(next) = obstacles[file].iter().find(|next| !is_away[**next]) else { break };
             file = *next;
             if seen[file] == Some(start) {
@@ -162,13 +162,13 @@ fn in_circles(obstacles: &[Vec<usize>], is_away: &[bool], left: &[usize]) -> Vec
     found
 }
 
-/// Moves a file to a place that is free. Durable when it returns: else a power cut could leave a row that names another
-/// file's bytes. Blocks.
+/// Moves a file to a free place. The move is durable when this returns; otherwise a power cut could leave a row that
+/// names another file's bytes. Blocks.
 fn rename(home: &Home, from: &str, to: &str) -> Result<Stepped, HomeError> {
     let (from, to) = (home.file(from), home.file(to));
     let sync = |path: &Path| path.parent().map_or(Ok(()), |parent| File::open(parent)?.sync_all());
     if to.symlink_metadata().is_ok_and(|found| found.is_dir()) {
-        // Empty directories are nobody's; what is not empty refuses to go, and is found to be in the way.
+        // Empty directories may be removed; one that is not empty refuses, and is then found to be in the way.
         prune(&to);
         let _kept = std::fs::remove_dir(&to);
     }

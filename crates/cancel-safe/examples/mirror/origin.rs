@@ -1,4 +1,4 @@
-//! The embedded origin of the demo: 500 files on loopback behind five hosts, each with a way of its own to be difficult.
+//! The embedded origin of the demo: 500 files on loopback behind five hosts, each difficult in its own way.
 //!
 //! Invariant: it lives in the process that kills, so its counts survive every kill; and what it serves is the same on every
 //! machine and in every run.
@@ -72,7 +72,7 @@ impl Scale {
     /// What the tests of the demo run.
     pub(crate) const SHORT: Self =
         Self { files: 60, largest: 128 << 10, down: Duration::from_millis(300), drip: Duration::from_millis(10) };
-    /// The same for tests that end it themselves.
+    /// The same, for tests that end the demo themselves.
     pub(crate) const ENDLESS: Self = Self { drip: Duration::from_secs(60), ..Self::SHORT };
 }
 
@@ -103,14 +103,14 @@ impl Content {
     }
 }
 
-/// How far a client has come; what it has fetched twice counts once.
+/// The progress of a client; a file fetched twice counts once.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Progress {
     pub(crate) files: usize,
     pub(crate) bytes: u64,
 }
 
-/// What has been asked for one file.
+/// The requests for one file so far.
 #[derive(Debug, Clone, Copy, Default)]
 struct Asked {
     /// Answers that began a body.
@@ -133,7 +133,7 @@ struct Desk {
 /// A running origin. Dropping it stops it.
 #[derive(Debug)]
 pub(crate) struct Origin {
-    /// What the client must resolve by itself.
+    /// The host names that the client must resolve by itself.
     pub(crate) hosts: Vec<(String, SocketAddr)>,
     desk: Arc<Desk>,
     late_until: Instant,
@@ -141,7 +141,7 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
-    /// Starts a listener a host on ports that the system chooses.
+    /// Starts a listener for each host, on ports that the system chooses.
     pub(crate) fn start(content: &Arc<Content>) -> io::Result<Self> {
         let asked = Mutex::new(vec![Asked::default(); content.files.len()]);
         let desk = Arc::new(Desk { content: Arc::clone(content), asked, progress: watch::Sender::default() });
@@ -175,7 +175,7 @@ impl Origin {
         self.desk.asked().iter().map(|asked| asked.bodies.saturating_sub(1)).sum()
     }
 
-    /// What the client waits for, if it stands still: the hosts that still have files for it, and what they are up to.
+    /// What a stalled client waits for: the hosts that still have files for it, and how they behave.
     pub(crate) fn waits(&self) -> String {
         let mut left = [0; HOSTS.len()];
         for (number, _) in self.desk.asked().iter().enumerate().filter(|(_, asked)| !asked.whole) {
@@ -231,7 +231,7 @@ async fn serve(listener: TcpListener, host: &'static str, desk: Arc<Desk>) {
                         let response = respond(&request, host, &desk);
                         async move { Ok::<_, Infallible>(response) }
                     });
-                    // A client that hangs up, or is killed, is its own affair.
+                    // A client that hangs up, or is killed, is no error here.
                     let _hung_up = hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), answer).await;
                 });
             }

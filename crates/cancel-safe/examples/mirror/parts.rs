@@ -1,8 +1,8 @@
-//! Bodies that were cut: what had come of them is kept, so that a later attempt asks for the rest.
+//! Bodies that were cut: the part that arrived is kept, so that a later attempt asks only for the rest.
 //!
-//! Invariant: a part is the beginning of one representation, whose strong validator stands beside it; it is used only with
-//! an answer that bears the same, and only until the system restarts, since a power cut may have left holes in it. The file
-//! itself is always written as a whole, from the part and the rest.
+//! Invariant: a part is the beginning of one representation, and is stored with its strong validator. It is used only
+//! with an answer that has the same validator, and only until the system restarts, because a power cut may have left
+//! holes in it. The file itself is always written as a whole, from the part and the rest.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -14,9 +14,9 @@ use reqwest::{Response, StatusCode};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-/// The least length of a body, in bytes, of which the beginning is worth being kept.
+/// The shortest body, in bytes, whose beginning is worth keeping.
 const LEAST: u64 = 256 * 1024;
-/// What is written, or read back, at once.
+/// How much is written, or read back, at once.
 pub(crate) const PIECE: usize = 256 * 1024;
 
 /// The beginning of a body.
@@ -37,13 +37,14 @@ fn place(dir: &Path, url: &Url) -> PathBuf {
     dir.join(name)
 }
 
-/// Names the time since the system was started; without it no part is used by another process.
+/// Identifies the present boot of the system. Without it, no other process uses a part.
 fn boot() -> String {
     let id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default();
     if id.is_empty() { format!("process {}", std::process::id()) } else { id.trim().to_owned() }
 }
 
-/// What a later request can ask for the rest with: a strong ETag, or a date that is older than the answer.
+/// The validator with which a later request can ask for the rest: a strong ETag, or a date that is older than the
+/// answer.
 fn validator(headers: &HeaderMap) -> Option<String> {
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     if let Some(etag) = text(header::ETAG) {
@@ -52,29 +53,29 @@ fn validator(headers: &HeaderMap) -> Option<String> {
     let modified = text(header::LAST_MODIFIED)?;
     let date = |text| httpdate::parse_http_date(text).ok();
     let age = date(text(header::DATE)?)?.duration_since(date(modified)?).ok()?;
-    // Within one second a file may change twice and bear one date.
+    // Within one second a file may change twice and keep one date.
     (age >= Duration::from_secs(1)).then(|| modified.to_owned())
 }
 
 impl Part {
-    /// The part of `url` below `dir`, if one was kept that can be used. Blocks.
+    /// The part of `url` below `dir`, if a usable one was kept. Blocks.
     pub(crate) fn find(dir: &Path, url: &Url) -> Option<Self> {
         let place = place(dir, url);
         let text = std::fs::read_to_string(place.with_extension("txt")).ok()?;
         let fields: Vec<&str> = text.lines().collect();
         let &[name, validator, total, started] = &fields[..] else { return None };
         let total = total.parse().ok()?;
-        // Of a part that is whole the last byte is asked for again: there is no range without a byte.
+        // If the part is the whole body, the last byte is requested again, because a range cannot be empty.
         let have = place.metadata().ok()?.len().min(u64::checked_sub(total, 1)?);
         let is_usable = name == url.as_str() && started == boot() && have > 0;
         is_usable.then(|| Self { place, validator: validator.to_owned(), total, have, buffer: Vec::new() })
     }
 
-    /// Begins a part for what `response` brings, if that could be asked for in parts. Blocks.
+    /// Begins a part for the body of `response`, if the rest could be requested later. Blocks.
     pub(crate) fn begin(dir: &Path, url: &Url, response: &Response) -> io::Result<Option<Self>> {
         let headers = response.headers();
         let refuses = headers.get(header::ACCEPT_RANGES).is_some_and(|units| units == "none");
-        // From the head: a body that is watched over does not know its length.
+        // From the head, because a wrapped body does not know its length.
         let total = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
         let total = total.filter(|total: &u64| *total >= LEAST);
         let (Some(validator), Some(total), false) = (validator(headers), total, refuses) else { return Ok(None) };
@@ -96,7 +97,7 @@ impl Part {
     pub(crate) fn is_continued_by(&self, response: &Response) -> bool {
         let text = |name| response.headers().get(name).and_then(|value: &HeaderValue| value.to_str().ok());
         let range = format!("bytes {}-{}/{}", self.have, self.total - 1, self.total);
-        // A 206 need not repeat the date, but may not bear another; an ETag it has to repeat.
+        // A 206 need not repeat the date, but must not have another one; it has to repeat an ETag.
         let is_same = match self.validator.starts_with('"') {
             true => text(header::ETAG) == Some(&self.validator),
             false => text(header::LAST_MODIFIED).is_none_or(|date| date == self.validator),
@@ -109,7 +110,7 @@ impl Part {
         self.total
     }
 
-    /// The bytes that there are from `at` on, at most [`PIECE`] of them. Blocks.
+    /// The bytes from `at` on, at most [`PIECE`] of them. Blocks.
     pub(crate) fn read(&self, at: u64) -> io::Result<Vec<u8>> {
         let mut file = File::open(&self.place)?;
         file.seek(SeekFrom::Start(at))?;
@@ -127,7 +128,7 @@ impl Part {
     /// Writes down what was taken. Blocks.
     pub(crate) fn write(&mut self) -> io::Result<()> {
         let mut file = OpenOptions::new().write(true).open(&self.place)?;
-        // What lies behind is of an earlier attempt; it is the same, and may be half written.
+        // Bytes after this are from an earlier attempt; they have the same content, but may be half written.
         file.set_len(self.have)?;
         file.seek(SeekFrom::Start(self.have))?;
         file.write_all(&self.buffer)?;
@@ -138,7 +139,7 @@ impl Part {
 
     /// Removes it: it is of no more use. Blocks for a moment.
     pub(crate) fn remove(self) {
-        // What cannot be removed is not used either, once the file is there.
+        // A part that cannot be removed is not used either, once the file is there.
         let _left = (std::fs::remove_file(self.place.with_extension("txt")), std::fs::remove_file(&self.place));
     }
 }

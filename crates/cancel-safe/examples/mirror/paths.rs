@@ -1,4 +1,4 @@
-//! Maps URLs to paths below `DIR/files`: injective, the same whatever the order of the list, and never outside.
+//! Maps URLs to paths below `DIR/files`: one path per URL, independent of the order of the list, and never outside.
 //!
 //! | URL | path |
 //! |---|---|
@@ -27,17 +27,17 @@ use super::hosts;
 const MAX_NAME: usize = 255 - 33;
 /// The longest plain path below `files`, in bytes.
 const MAX_PATH: usize = 1024;
-/// What the names of temporary files begin with; one that does could be swept away.
+/// The prefix of temporary files. A file with this prefix could be swept away.
 const TEMPORARY: &str = ".afs-";
-/// What some file systems take in no name.
+/// Characters that some file systems accept in no name.
 const REFUSED: &[char] = &['<', '>', ':', '"', '|', '?', '*'];
 
-/// What the file system does to names; found out at the start of each run.
+/// How the file system treats names; found out at the start of each run.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(crate) struct Rules {
     /// `README` and `readme` are one file.
     pub(crate) folds: bool,
-    /// It takes no `:` and the like in a name.
+    /// It refuses `:` and similar characters in a name.
     pub(crate) refuses: bool,
 }
 
@@ -53,7 +53,7 @@ impl Rules {
     }
 }
 
-/// 64 bits of a text, for tables in memory alone.
+/// A 64-bit hash of a text, only for tables in memory.
 pub(crate) fn short_hash(text: &str) -> u64 {
     let mut hasher = DefaultHasher::new();
     text.hash(&mut hasher);
@@ -62,7 +62,7 @@ pub(crate) fn short_hash(text: &str) -> u64 {
 
 /// Finds out which URLs of a list cannot have the path that they ask for.
 ///
-/// It compares hashes. Should those of two paths be equal by chance, one of the two gets a hashed name without need.
+/// It compares hashes. If two paths happen to have the same hash, one of them gets a hashed name without need.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     plain: Vec<(u64, u32)>,
@@ -85,7 +85,7 @@ impl Names {
         }
     }
 
-    /// Returns those that get a hashed name. Of several that ask for one path, the least by `order` has it.
+    /// Returns the slots that get a hashed name. If several ask for one path, the least by `order` gets it.
     pub(crate) fn contested<O: Ord, E>(mut self, order: impl Fn(u32) -> Result<O, E>) -> Result<Vec<u32>, E> {
         self.plain.sort_unstable();
         let mut contested = Vec::new();
@@ -103,17 +103,17 @@ impl Names {
     }
 }
 
-/// Where a URL would like to be, were it alone.
+/// Where a URL's file would be if it were the only one.
 #[derive(Debug)]
 pub(crate) struct Wish {
     directory: String,
     name: String,
-    /// The name is the URL's own and says all of it.
+    /// Whether the path expresses the whole URL.
     whole: bool,
 }
 
 impl Wish {
-    /// What `url` asks for, or the list for it by `out`.
+    /// The wish of `url`, or of the list's `out` for it.
     pub(crate) fn of(url: &Url, out: Option<&str>, rules: Rules) -> Self {
         if let Some((directory, name)) = out.and_then(|out| out.rsplit_once('/')) {
             return Self { directory: directory.to_owned(), name: name.to_owned(), whole: true };
@@ -133,7 +133,7 @@ impl Wish {
         Self { whole: !name.is_empty() && url.query().is_none(), directory, name }
     }
 
-    /// The path that says all of the URL, if there is one.
+    /// The path that expresses the whole URL, if there is one.
     pub(crate) fn plain(&self) -> Option<String> {
         self.whole.then(|| format!("{}/{}", self.directory, self.name))
     }
@@ -149,14 +149,14 @@ pub(crate) fn is_output(path: &str) -> bool {
     path.len() <= MAX_PATH && path.contains('/') && path.split('/').all(|name| is_plain(name, Rules::default()))
 }
 
-/// What to ask for so that the file of a URL that has left the list stays at `path`; nothing where its URL leads there by
-/// itself.
+/// The place to request so that the file of a URL that has left the list stays at `path`; `None` if its URL leads there
+/// by itself.
 pub(crate) fn kept_place(url: &Url, path: &str, rules: Rules) -> Option<String> {
     let wish = Wish::of(url, None, rules);
     if wish.plain().as_deref() == Some(path) || wish.hashed(url) == path {
         return None;
     }
-    // One that had to make room there asks for the same again.
+    // A file that had to make room there asks for the same place again.
     let asked = path.strip_suffix(&format!("~{}", hash(url.as_str()))).unwrap_or(path);
     is_output(asked).then(|| asked.to_owned())
 }

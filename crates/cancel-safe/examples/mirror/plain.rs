@@ -1,5 +1,5 @@
-//! The plain loop, which the demo sets beside mirror: the downloader that one writes in an hour, and that passes every test
-//! in which nobody kills it.
+//! The plain loop, which the demo compares with mirror: a downloader that one writes in an hour, and that passes every
+//! test unless it is killed.
 //!
 //! Invariant: it is honest. It checks statuses, tries again, limits what is in flight and what is in memory, remembers what
 //! it has, and goes on from there, as `wget -nc` does; it uses nothing of these crates.
@@ -66,7 +66,7 @@ async fn one(
     progress: &Path,
 ) -> Result<(), Box<dyn Error>> {
     let bytes = match fs::metadata(path).await {
-        // An earlier run got it after it had saved its progress for the last time.
+        // An earlier run fetched it after it had saved its progress for the last time.
         Ok(file) => file.len(),
         Err(_) => fetch(client, url, path).await?,
     };

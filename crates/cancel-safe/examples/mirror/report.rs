@@ -17,9 +17,9 @@ use super::hosts;
 /// How often a line of progress is written where there is no terminal.
 pub(crate) const LINE_EVERY: Duration = Duration::from_secs(5);
 
-/// What the rates are taken over.
+/// The window for the rates.
 const RECENT: Duration = Duration::from_secs(15);
-/// The most hosts of which one line tells that they are waited for.
+/// The most waiting hosts that one line names.
 const MAX_WAITS: usize = 3;
 
 /// What one host has done in this run.
@@ -34,7 +34,7 @@ pub(crate) struct Host {
     pub(crate) restored: u64,
 }
 
-/// What became of one URL, as an event tells it.
+/// The outcome of one URL, as an event reports it.
 #[derive(Debug, Default)]
 pub(crate) struct Event<'a> {
     pub(crate) url: &'a str,
@@ -66,14 +66,14 @@ struct State {
     recent: Recent,
 }
 
-/// Where things stood a short while ago, from which the rates follow.
+/// Recent totals, from which the rates are computed.
 #[derive(Debug, Default)]
 struct Recent(VecDeque<(Duration, u64, u64)>);
 
 struct Rates {
-    /// A second.
+    /// Per second.
     bytes: f64,
-    /// A second; what was there already is not among them.
+    /// Per second, without the files that were there already.
     files: f64,
 }
 
@@ -159,7 +159,7 @@ impl Reporter {
         })
     }
 
-    /// Shows where things stand; called every few seconds and, for a bar, ten times a second.
+    /// Shows the progress; called every few seconds and, for a bar, ten times a second.
     pub(crate) fn tick(&self, open_breakers: usize, waits: &[String]) {
         let sum = self.sum();
         let arrived = self.arrived.load(Ordering::Relaxed);
@@ -194,7 +194,7 @@ impl Reporter {
         }
     }
 
-    /// So many bytes of bodies have come in.
+    /// Notes that this many bytes of bodies have arrived.
     pub(crate) fn arrived(&self, bytes: usize) {
         self.arrived.fetch_add(bytes as u64, Ordering::Relaxed);
     }
@@ -204,7 +204,7 @@ impl Reporter {
         if self.bar.is_some() { Duration::from_millis(100) } else { LINE_EVERY }
     }
 
-    /// Tells what became of a URL. In text only failures and cuts are worth a line.
+    /// Reports the outcome of a URL. In text mode only failures and cuts get a line.
     pub(crate) fn event(&self, name: &str, event: &Event<'_>) {
         if self.json {
             let mut object = Map::new();

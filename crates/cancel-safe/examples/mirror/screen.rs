@@ -14,14 +14,14 @@ use super::origin::Progress;
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
-/// Where one side stands.
+/// The progress of one side.
 #[derive(Debug, Default)]
 pub(crate) struct Standing {
     pub(crate) progress: Progress,
     pub(crate) kills: usize,
-    /// How long it took, once it is through.
+    /// How long it took, once it has finished.
     pub(crate) took: Option<Duration>,
-    /// What it waits for, if it stands still.
+    /// What it waits for, if it has stalled.
     pub(crate) waits: Option<String>,
 }
 
@@ -39,7 +39,7 @@ impl Row {
     }
 }
 
-/// The voice of the demo, which speaks of two sides by their names.
+/// The output of the demo, which names its two sides.
 #[derive(Debug)]
 pub(crate) struct Screen {
     names: [&'static str; 2],
@@ -109,7 +109,7 @@ impl Screen {
         }
     }
 
-    /// What came of it.
+    /// Shows the result.
     pub(crate) fn table(&self, seed: u64, rows: &[Row]) {
         if let Voice::Json = self.voice {
             let side = |index: usize| -> Map<String, Value> {
@@ -120,7 +120,7 @@ impl Screen {
         }
         if let Voice::Bars(bars, both) = &self.voice {
             both.iter().for_each(ProgressBar::finish_and_clear);
-            // The table stands on its own: bars that cannot be taken away do no harm.
+            // The table is complete by itself: bars that cannot be removed do no harm.
             drop(bars.clear());
         }
         let width = rows.iter().map(|row| row.what.len()).max().unwrap_or(0);

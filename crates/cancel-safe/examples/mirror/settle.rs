@@ -1,9 +1,9 @@
 //! Puts in order what an earlier run left, before a new one starts.
 //!
-//! After [`settle`] the catalogue equals the disk: each row has its file, with its size, at the path that the mapping gives
-//! today, and nothing is pending. No file is removed but temporary ones of dead writers, and those whose row it does not
-//! fit; a file without a row is somebody else's, left alone and reported. Dropped or killed at any point, it leaves
-//! something that the next call puts in order.
+//! After [`settle`] the catalogue equals the disk: each row has its file, with its size, at the path of the present
+//! mapping, and nothing is pending. It removes only temporary files of dead writers, and files that do not fit their
+//! row; a file without a row belongs to somebody else, so it is left alone and reported. Dropped or killed at any
+//! point, it leaves a state that the next call puts in order.
 
 use std::collections::HashSet;
 use std::io;
@@ -22,15 +22,15 @@ use super::parts;
 use super::paths::{kept_place, short_hash};
 use super::report::{Event, Reporter, host_of};
 
-/// What an earlier run is to be put in order for.
+/// What the new run wants from the directory.
 pub(crate) struct Wanted<'a> {
     pub(crate) home: &'a Arc<Home>,
     pub(crate) catalogue: &'a Catalogue,
-    /// The catalogue has no mark yet: files are then not ours.
+    /// The catalogue has no mark yet, so existing files are not ours.
     pub(crate) is_new: bool,
     pub(crate) verify: bool,
     pub(crate) adopt: bool,
-    /// Files that are there are asked for as well.
+    /// Whether to ask for files that are there as well.
     pub(crate) refresh: bool,
     pub(crate) report: &'a Reporter,
 }
@@ -95,7 +95,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
     settled.lost = lost.len();
     let place = Arc::clone(home);
     let lost = blocking(move |_| {
-        // Before the rows are: a file that has lost its row would be somebody else's.
+        // Before the rows: a file without a row would count as somebody else's.
         lost.iter().filter(|row| is_inside(&row.path)).try_for_each(|row| remove(&place.file(&row.path)))?;
         // An empty directory may stand where a file belongs now.
         prune(&place.files());
@@ -113,13 +113,13 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
     };
     parts::clear(&home.parts(), is_wanted).map_err(at(&home.parts()))?;
     if wanted.is_new {
-        // Only now: a refused catalogue must be as new the next time.
+        // Only now, because a refused catalogue must still count as new the next time.
         catalogue.apply(Change::Mark(home.mark.clone())).await?;
     }
     Ok((list, settled))
 }
 
-/// A file could not be moved to where it belongs, and has lost its row: it is somebody else's from now on.
+/// Handles a file that could not be moved to its place and has lost its row: from now on it counts as somebody else's.
 fn forget(
     wanted: &Wanted<'_>,
     Refused { row, from, cause }: Refused,
@@ -151,7 +151,7 @@ fn listed(error: io::Error) -> HomeError {
     at(Path::new("the list"))(error)
 }
 
-/// Adds the rows to the list that have left it: their files keep their places.
+/// Adds the rows whose URL has left the list: their files keep their places.
 async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) -> Result<List, HomeError> {
     let (mut left, mut last) = (Vec::new(), None);
     loop {
@@ -176,7 +176,8 @@ async fn add_left(wanted: &Wanted<'_>, mut list: List, settled: &mut Settled) ->
     Ok(list)
 }
 
-/// Looks for each pending row whether its file has become what was intended: then it is its row, else it is forgotten.
+/// Checks for each pending row whether its file has become what was intended. If so, the row is made final; otherwise
+/// it is forgotten.
 pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(), HomeError> {
     let (place, mut pending) = (Arc::clone(home), Vec::new());
     for row in catalogue.pending() {
@@ -189,7 +190,7 @@ pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(
     let changes = blocking(move |stop| {
         let (mut done, mut changes) = (Vec::new(), Vec::new());
         for (row, old) in pending {
-            // A file that was to be moved, and is still where it was: what stands at its new place is another one.
+            // A file that was to be moved may still be where it was; then the file at the new place is another one.
             let is_moved = old.as_ref().filter(|old| old.path != row.path);
             let stays = is_moved.is_some_and(|old| is_there(&place, old, true, stop).is_ok_and(|is_there| is_there));
             let is_done = !stays && is_there(&place, &row, true, stop)?;
@@ -198,7 +199,7 @@ pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(
             }
             if is_done { done.push(row) } else { changes.push(Change::Forget(row.url)) }
         }
-        // Whoever wrote them may have been killed before they were durable.
+        // The run that wrote them may have been killed before they were durable.
         place.make_durable(done.iter().map(|row| row.path.as_str()))?;
         changes.extend(done.into_iter().map(|row| Change::Put(Box::new(row))));
         Ok(changes)
@@ -207,11 +208,11 @@ pub(crate) async fn resolve(home: &Arc<Home>, catalogue: &Catalogue) -> Result<(
     Ok(catalogue.apply_all(changes).await?)
 }
 
-/// Removes a new file of which a power cut has left the name alone. Nobody else's bytes can be in one that has none.
+/// Removes a new file of which a power cut has left only the name. An empty file cannot hold anybody else's bytes.
 fn remove_empty(home: &Home, row: &Row) {
     let path = home.file(&row.path);
     if is_inside(&row.path) && path.symlink_metadata().is_ok_and(|found| found.is_file() && found.len() == 0) {
-        // One that stays is told as not ours.
+        // A file that stays is reported as not ours.
         let _stays = std::fs::remove_file(&path);
     }
 }
@@ -232,7 +233,7 @@ fn is_there(home: &Home, row: &Row, by_digest: bool, stop: &CancellationToken) -
     }
 }
 
-/// Tells the rows whose files are there from those whose are not.
+/// Separates the rows whose files are there from the others.
 fn inspect(
     home: &Home,
     rows: Vec<Row>,
@@ -250,7 +251,8 @@ fn inspect(
     Ok((kept, lost))
 }
 
-/// Removes the temporary files of dead writers, and counts what is not ours. `places` are the hashes of what has a row.
+/// Removes the temporary files of dead writers, and counts foreign files. `places` are the hashes of the paths with a
+/// row.
 async fn clear(
     wanted: &Wanted<'_>,
     list: &List,
@@ -287,7 +289,7 @@ async fn clear(
                     return Err(HomeError::Unknown(root));
                 }
             }
-            // A temporary file that the sweep has removed is none.
+            // A temporary file that the sweep has removed does not count.
             settled.strangers += usize::from(path.symlink_metadata().is_ok());
         }
     }

@@ -1,6 +1,6 @@
 //! The SQL of the catalogue, the same for SQLite and PostgreSQL: its tables, its pages of rows, its one writer.
 //!
-//! Invariant: whatever is told to be committed is; a batch may be applied twice, with the same outcome.
+//! Invariant: a change that is reported as committed is committed; a batch may be applied twice, with the same outcome.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -39,14 +39,14 @@ impl From<Columns> for Row {
 
 const COLUMNS: &str = "url, path, bytes, sha256, http_status, final_url, etag, last_modified, fetched_at";
 
-/// The end that writes: ends when every [`Catalogue`] is dropped.
+/// The writer. It ends when every [`Catalogue`] is dropped.
 pub(crate) type Writer = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A catalogue that has been opened.
 pub(crate) struct Opened {
     pub(crate) catalogue: Catalogue,
     pub(crate) writer: Writer,
-    /// It bears no mark yet: settling gives it one.
+    /// It has no mark yet; settling gives it one.
     pub(crate) is_new: bool,
 }
 
@@ -168,7 +168,7 @@ where
                     Ok(()) => Ok(()),
                     Err(error) => Err(CatalogueError::Stopped { cause: chain(error), disk_full: error.is_disk_full() }),
                 };
-                // Here and not where the change was asked for: that future may have been dropped meanwhile.
+                // Here and not in the caller, because its future may have been dropped meanwhile.
                 if told.is_ok() {
                     let mut pending = pending.lock().unwrap_or_else(PoisonError::into_inner);
                     match change {
@@ -178,11 +178,11 @@ where
                         Change::Delete(_) | Change::Mark(_) => {}
                     }
                 }
-                // A fetch that was dropped meanwhile does not ask any more.
+                // A fetch that was dropped meanwhile no longer waits.
                 let _dropped = done.send(told);
             }
             if outcome.is_err() {
-                // Whoever comes now is refused at once instead of waiting for a database that is gone.
+                // From now on, changes are refused at once instead of waiting for a database that is gone.
                 break;
             }
         }
@@ -202,7 +202,7 @@ where
             // Every change may be applied twice, so that a commit whose outcome is unknown is simply made again.
             let outcome =
                 tokio::time::timeout(COMMIT_TIMEOUT, self.commit(batch)).await.unwrap_or_else(|_| Err(late()));
-            // SQLite gives a transaction up by itself where its disk has no room, and says so of COMMIT in no other way.
+            // If its disk is full, SQLite gives a transaction up by itself, and COMMIT shows it in no other way.
             let outcome = outcome.map_err(|error| match error {
                 CatalogueError::Database(TxError::Lost { .. }) if DB::NAME == Sqlite::NAME => {
                     CatalogueError::Stopped { cause: chain(&error), disk_full: true }

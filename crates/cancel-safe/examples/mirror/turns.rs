@@ -1,6 +1,6 @@
-//! Whose turn it is: hands out the URLs of the list, the hosts in turn, from the disk as they are needed.
+//! Scheduling: hands out the URLs of the list, host by host in turn, and reads them from the disk as they are needed.
 //!
-//! Invariant: a host that is down, or has all it may have, holds up no other; of its URLs only a bounded number waits in
+//! Invariant: a host that is down, or at its limit, holds up no other; only a bounded number of its URLs waits in
 //! memory.
 
 use std::collections::VecDeque;
@@ -16,19 +16,19 @@ use super::hosts::Hosts;
 use super::list::{Line, List};
 use super::report::host_of;
 
-/// How soon hosts that may have nothing now are asked again.
+/// How soon to check again whether any host may have more.
 const PAUSE: Duration = Duration::from_millis(50);
 
 /// A URL whose turn it is: its slot, and itself.
 pub(crate) type Turn = (u32, String);
 
-/// The stream of all URLs of a list that are to be fetched.
+/// The stream of all URLs of a list that need fetching.
 pub(crate) struct Turns {
     list: Arc<List>,
     hosts: Arc<Hosts>,
-    /// Those whose file is there are asked for as well.
+    /// Whether URLs whose file is there are included.
     refresh: bool,
-    /// Of each host that has some left, the next.
+    /// The next URL of each host that has any left.
     queue: VecDeque<Next>,
     left: usize,
     pause: Option<Pin<Box<Sleep>>>,
@@ -41,7 +41,7 @@ struct Next {
 }
 
 impl Turns {
-    /// All of `list`, of which `left` are to come.
+    /// Creates the stream over `list`, with `left` URLs to come.
     pub(crate) fn new(list: Arc<List>, hosts: Arc<Hosts>, refresh: bool, left: usize) -> Self {
         let queue = list.firsts().map(|slot| Next { slot, line: None }).collect();
         Self { list, hosts, refresh, queue, left, pause: None }
@@ -53,7 +53,7 @@ impl Turns {
             next = Next { slot: self.list.next(next.slot)?, line: None };
         }
         if next.line.is_none() {
-            // A line that cannot be read is told when it is fetched.
+            // A line that cannot be read is reported when it is fetched.
             let line = self.list.line(next.slot).unwrap_or_default();
             let host = host_of(&line.url);
             next.line = Some((line, host));
