@@ -1,7 +1,7 @@
 //! Which awaits were dropped.
 //!
-//! Invariant: every recorded place in a scanned file is an await's, a test's, or listed with the reason why it is
-//! nobody's. Places in other files are not ours to judge.
+//! Invariant: every recorded place in a scanned file belongs to an await or a test, or is listed with the reason why it
+//! does not. Places in other files are ignored.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -30,11 +30,11 @@ pub struct Package {
 #[derive(Debug)]
 pub struct Counted {
     file: File,
-    /// One for each await.
+    /// One count for each await.
     drops: Vec<u64>,
 }
 
-/// A recorded place that is no known await.
+/// A recorded place that belongs to no known await.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Unattributed {
@@ -44,7 +44,7 @@ pub struct Unattributed {
     pub position: Position,
     /// How often it was recorded.
     pub drops: u64,
-    /// Why it is not known.
+    /// Why it is unattributed.
     pub reason: Reason,
 }
 
@@ -54,12 +54,12 @@ pub struct Unattributed {
 pub struct Figures {
     /// All awaits.
     pub awaits: usize,
-    /// Those that were dropped at least once.
+    /// The awaits that were dropped at least once.
     pub dropped: usize,
 }
 
 impl Figures {
-    /// The share of the awaits that were dropped: all, when there are none.
+    /// The share of the awaits that were dropped: 100 when there are none.
     #[must_use]
     #[expect(clippy::cast_precision_loss, reason = "no source has 2^52 awaits")]
     pub fn percent(self) -> f64 {
@@ -80,7 +80,7 @@ impl Coverage {
         let mut in_files = 0;
         let mut resolved: BTreeMap<&str, Option<PathBuf>> = BTreeMap::new();
         for (spelt, position, drops) in record.places() {
-            // A file that is not there any more is none that was scanned.
+            // A file that no longer exists was not scanned.
             let path = resolved.entry(spelt).or_insert_with(|| fs::canonicalize(root.join(spelt)).ok());
             let Some(path) = path else { continue };
             let mut reason = None;
@@ -107,7 +107,7 @@ impl Coverage {
         &self.packages
     }
 
-    /// What was recorded in the scanned files and is no known await.
+    /// The places recorded in the scanned files that belong to no known await.
     #[must_use]
     pub fn unattributed(&self) -> &[Unattributed] {
         &self.unattributed

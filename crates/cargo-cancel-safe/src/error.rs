@@ -9,7 +9,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// `cargo metadata` failed: `stderr` is what it said.
+    /// `cargo metadata` failed.
     #[error("cargo metadata failed: {stderr}")]
     Metadata {
         /// What it printed.

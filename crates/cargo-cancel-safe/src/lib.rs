@@ -1,11 +1,11 @@
 //! The awaits of a crate, and which of them were ever dropped: the parts of the command `cargo cancel-safe`.
 //!
-//! **This library has no stable API.** It exists so that the command and the tasks of its own workspace share their
-//! code; any version may change all of it. Use the command, whose output `--json` is for programs.
+//! **This library has no stable API.** It exists so that the command and the tasks of its own workspace can share code;
+//! any version may change all of it. Use the command; its `--json` output is for programs.
 //!
-//! A future can be dropped at each of its awaits. `cancel-safe-testing` drops it there and appends to the file named by
-//! `CANCEL_SAFE_COVERAGE` which awaits it has dropped; this library finds all awaits in the source, and tells which are
-//! missing.
+//! A future can be dropped at each of its awaits. `cancel-safe-testing` drops it there and records the dropped awaits
+//! in the file named by `CANCEL_SAFE_COVERAGE`. This library finds all awaits in the source, and reports which were
+//! never dropped.
 //!
 //! ```no_run
 //! use cargo_cancel_safe::{Coverage, Record, Selection, Workspace, report};
@@ -24,7 +24,7 @@
 //! # }
 //! ```
 //!
-//! The limitations are those of the command; its README and `cargo cancel-safe --help` have them.
+//! It has the limitations of the command; see the README and `cargo cancel-safe --help`.
 
 mod coverage;
 mod error;

@@ -1,20 +1,20 @@
 //! The tokens of a macro, read as the syntax that they most likely are.
 //!
-//! Invariant: what is not read as a whole is not read at all: the caller then looks at the tokens one by one, and loses
-//! no await.
+//! Invariant: tokens are parsed as a whole or not at all. In the latter case the caller looks at the tokens one by one,
+//! and loses no await.
 
 use proc_macro2::TokenStream;
 use syn::parse::{Parse, ParseStream, Parser};
 use syn::punctuated::Punctuated;
 use syn::{Attribute, Block, Expr, Ident, Pat, Stmt, Token, token};
 
-/// The macros that await all their arms themselves: those of tokio and of futures.
+/// The macros of tokio and futures that await all their arms themselves.
 const WAITING: [&str; 4] = ["join", "select", "select_biased", "try_join"];
 
-/// The macros whose tokens are data, or the code of somebody else.
+/// The macros whose tokens are data, or code for another place.
 const QUOTING: [&str; 5] = ["parse_quote", "parse_quote_spanned", "quote", "quote_spanned", "stringify"];
 
-/// The macros of async-stream, which make an async block of their tokens.
+/// The macros of async-stream, which turn their tokens into an async block.
 const ASYNC: [&str; 2] = ["stream", "try_stream"];
 
 pub(crate) fn is_waiting(name: &str) -> bool {
@@ -34,7 +34,7 @@ pub(crate) enum Contents {
     Expressions(Vec<Expr>),
     Statements(Vec<Stmt>),
     Arms(Vec<Arm>),
-    /// Nothing that is known.
+    /// Nothing known.
     Tokens(TokenStream),
 }
 

@@ -1,4 +1,4 @@
-//! The command `cargo cancel-safe`: this room is the command line, and tells what went wrong.
+//! The command `cargo cancel-safe`: this room has the command line and the error output.
 //!
 //! Invariant: standard output has the result and nothing else; progress, warnings and errors are on standard error.
 
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use cargo_cancel_safe::{Coverage, Error, File, Record, Selection, Workspace, report};
 use clap::{Args, Parser, Subcommand};
 
-/// What cargo exits with when it fails itself.
+/// Cargo's own exit code for a failure.
 const FAILED: u8 = 101;
 
 /// Tell which awaits of a crate its tests have ever dropped, and which never.
@@ -109,8 +109,8 @@ fn main() -> ExitCode {
     })
 }
 
-/// The arguments as clap reads them: without the name of the subcommand, which cargo passes on; and in `test` our
-/// options first, then those of `cargo test` behind `--`, because we do not know them.
+/// The arguments as clap reads them: without the name of the subcommand, which cargo passes on, and for `test` with our
+/// options first and those of `cargo test` after `--`, because we do not know them.
 fn arranged(mut arguments: Vec<OsString>) -> Vec<OsString> {
     if arguments.get(1).is_some_and(|first| first == "cancel-safe") {
         arguments.remove(1);

@@ -1,6 +1,7 @@
 //! The source files of a package: from the roots of its library and binaries along the `mod` declarations.
 //!
-//! Invariant: a file that the compiler would read is read or is an error; a file that belongs to tests is not read.
+//! Invariant: every file that the compiler would read is read or causes an error; a file that belongs to tests is not
+//! read.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -84,7 +85,7 @@ pub(crate) fn scan(roots: &[PathBuf]) -> Result<Vec<File>, Error> {
 fn follow(from: &Room, declaration: &Declaration) -> Result<Vec<Room>, Error> {
     let inside = |base: &Path| declaration.inside.iter().fold(base.to_owned(), |path, part| path.join(part));
     let by_name = inside(&from.children);
-    // `#[path]` starts at the directory of the file, or at that of the inline module around it.
+    // `#[path]` starts at the directory of the file, or of the inline module around it.
     let by_path = if declaration.inside.is_empty() { parent(&from.path).to_owned() } else { by_name.clone() };
     if let Some(path) = &declaration.path {
         let path = by_path.join(path);

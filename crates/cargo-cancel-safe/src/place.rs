@@ -1,7 +1,7 @@
 //! Places in a source file, and the await that a recorded place belongs to.
 //!
-//! Invariant: positions are spelt as rustc spells them in line tables: lines and columns from 1, columns in bytes. What
-//! cannot be attributed for certain is not attributed, and the reason is given.
+//! Invariant: positions are spelt as rustc spells them in line tables: lines and columns from 1, columns in bytes. A
+//! place that cannot be attributed with certainty is not attributed, and the reason is given.
 
 use std::fmt;
 
@@ -11,7 +11,7 @@ use std::fmt;
 pub struct Position {
     /// From 1.
     pub line: u32,
-    /// From 1, in bytes; 0 where the column is not known, because the line tables of some systems have none.
+    /// From 1, in bytes; 0 if the column is unknown, because the line tables of some systems have none.
     pub column: u32,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct Extent {
 }
 
 impl Extent {
-    /// Whether it has the position; of one without a column, whether it has a part of the line.
+    /// Whether it contains the position; for a position without a column, whether it contains a part of the line.
     fn contains(&self, at: Position) -> bool {
         if at.column == 0 {
             return (self.start.line..=self.end.line).contains(&at.line);
@@ -48,7 +48,7 @@ impl Extent {
         (self.start..=self.end).contains(&at)
     }
 
-    /// Of two that contain the same position, the one that starts later is inside the other.
+    /// The order of nesting: if two extents contain the same position, the one that starts later is inside the other.
     fn depth(&self) -> (Position, std::cmp::Reverse<Position>) {
         (self.start, std::cmp::Reverse(self.end))
     }
@@ -85,7 +85,7 @@ pub struct Await {
     pub function: String,
     /// Whether that function is `pub` without a restriction, or implements a trait.
     pub public: bool,
-    /// From the beginning of what is awaited to the await.
+    /// From the beginning of the awaited expression to the await.
     pub(crate) extent: Extent,
 }
 
@@ -97,7 +97,7 @@ pub(crate) struct Body {
     pub(crate) is_async: bool,
 }
 
-/// What one source file has.
+/// The contents of one source file.
 #[derive(Debug, Default)]
 pub(crate) struct Source {
     /// In the order of their positions, none twice.
@@ -145,20 +145,20 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Whose a recorded place is.
+/// The owner of a recorded place.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Owner {
     /// The await of this index.
     Await(usize),
     /// Code that is compiled for tests only.
     Test,
-    /// Nobody's that is known.
+    /// No known owner.
     Unknown(Reason),
 }
 
 impl Source {
-    /// Whose the place is. The column decides where several awaits share a line. A place that is no await itself is
-    /// part of the awaited expression around it, as a closure that is polled is.
+    /// Finds the owner of a place. If several awaits share a line, the column decides. A place that is not an await
+    /// itself, such as a polled closure, belongs to the awaited expression around it.
     pub(crate) fn owner(&self, at: Position) -> Owner {
         if self.tests.iter().any(|tests| tests.contains(at)) {
             return Owner::Test;
@@ -169,7 +169,7 @@ impl Source {
         }
         let is_async = self.innermost(at, |_| true).is_none_or(|body| self.bodies[body].is_async);
         match on_line[..] {
-            // A closure on the same line is another place, unless it is part of what is awaited.
+            // A closure on the same line is another place, unless it is part of the awaited expression.
             [only] if at.column == 0 || is_async => return Owner::Await(only),
             [_, _, ..] if at.column == 0 => return Owner::Unknown(Reason::SharedLine),
             _ => {}

@@ -1,4 +1,4 @@
-//! The file in which explorations write what they have dropped.
+//! The file in which explorations record the awaits that they have dropped.
 //!
 //! Invariant: a line that is not understood is counted, never taken for something else.
 
@@ -45,7 +45,7 @@ impl Record {
         Ok(record)
     }
 
-    /// Adds what another run has recorded.
+    /// Adds the record of another run.
     pub fn add(&mut self, other: Self) {
         for (place, count) in other.places {
             *self.places.entry(place).or_default() += count;

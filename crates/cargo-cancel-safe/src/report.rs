@@ -1,6 +1,6 @@
 //! The coverage, and the list of awaits, as text for people, as JSON and as LCOV.
 //!
-//! Invariant: every form is made of the same figures; what could not be attributed is in those for people and machines.
+//! Invariant: every form shows the same figures; the text and JSON forms also list what could not be attributed.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ pub fn shown(path: &Path, root: &Path) -> String {
     path.strip_prefix(root).unwrap_or(path).display().to_string().replace('\\', "/")
 }
 
-/// The whole path, without the prefix by which Windows marks paths whose links are resolved, and which few tools know.
+/// The whole path, without the prefix that Windows puts before resolved paths, which few tools understand.
 fn whole(path: &Path) -> String {
     let path = path.display().to_string();
     path.strip_prefix(r"\\?\").map(str::to_owned).unwrap_or(path)
@@ -79,7 +79,7 @@ pub fn list(coverage: &Coverage, root: &Path) -> String {
     columns(&lines, "")
 }
 
-/// `Type::name`, and the macro where it is one that waits.
+/// `Type::name`, and the macro's name if the await is a macro.
 fn place(found: &Await) -> String {
     let function = if found.function.is_empty() { "(no function)" } else { &found.function };
     match &found.kind {
@@ -97,7 +97,7 @@ fn columns(lines: &[(String, String)], indent: &str) -> String {
     lines.iter().map(|(left, right)| format!("{indent}{left:<width$}  {right}\n")).collect()
 }
 
-/// Rounded down to a tenth, so that only all is 100.0.
+/// Rounded down to a tenth, so that only a full share is 100.0.
 #[must_use]
 pub fn share(percent: f64) -> String {
     format!("{:.1}", (percent * 10.0).floor() / 10.0)
@@ -163,7 +163,7 @@ fn packages(coverage: &Coverage, with_drops: bool) -> Vec<Value> {
 }
 
 /// The coverage in the format of lcov. A line that has several awaits is covered when all of them were dropped: its
-/// count is that of the one that was dropped least.
+/// count is the lowest of theirs.
 #[must_use]
 pub fn lcov(coverage: &Coverage) -> String {
     let mut text = String::new();

@@ -1,7 +1,7 @@
 //! From the text of a source file to its awaits, its bodies and the modules it declares.
 //!
-//! Invariant: every `.await` of the text is found, inside macros too, except in what is compiled for tests only and in
-//! the macros that take code as data.
+//! Invariant: it finds every `.await` in the text, inside macros too, except in code that is compiled only for tests
+//! and in macros that take code as data.
 
 use proc_macro2::{Delimiter, Group, LineColumn, Span, TokenStream, TokenTree};
 use quote::ToTokens;
@@ -20,13 +20,13 @@ pub(crate) struct Declaration {
     pub(crate) inside: Vec<String>,
     /// The value of `#[path]`, where there is one.
     pub(crate) path: Option<String>,
-    /// The paths that it has under some condition.
+    /// The paths that it has under a condition.
     pub(crate) perhaps: Vec<String>,
     /// Whether it may be switched off.
     pub(crate) is_conditional: bool,
 }
 
-/// What a file has, and the other files that it names.
+/// The contents of a file, and the other files that it names.
 pub(crate) type Scanned = (Source, Vec<Declaration>);
 
 /// Reads a file. Its awaits are empty when the whole file is compiled for tests only.
@@ -55,7 +55,7 @@ pub(crate) fn scan(text: &str) -> syn::Result<Scanned> {
 #[derive(Clone, Default)]
 struct Owner {
     name: String,
-    /// Its functions are public whatever stands before them.
+    /// Its functions are public, with or without `pub`.
     makes_public: bool,
 }
 
@@ -198,8 +198,8 @@ impl Scanner<'_> {
         }
     }
 
-    /// The bodies of a `macro_rules!`, which are on the right of its arrows. Where they wait is decided where they are
-    /// used, so a `select!` in them counts.
+    /// The bodies of a `macro_rules!`, which are on the right of its arrows. Whether they wait is decided where they
+    /// are used, so a `select!` in them counts.
     fn rules(&mut self, name: &str, tokens: TokenStream) {
         let around = std::mem::replace(&mut self.function, Function { name: format!("{name}!"), public: false });
         let was_async = std::mem::replace(&mut self.is_async, true);
@@ -271,7 +271,7 @@ impl<'ast> Visit<'ast> for Scanner<'_> {
         }
     }
 
-    /// What stands in attributes is no code of this file.
+    /// Attributes contain no code of this file.
     fn visit_attribute(&mut self, _: &'ast Attribute) {}
 
     /// Syntax that syn does not know.
@@ -352,7 +352,7 @@ impl<'ast> Visit<'ast> for Scanner<'_> {
 
 type MetaList = syn::punctuated::Punctuated<Meta, Token![,]>;
 
-/// The span of the first token, because the span of the whole is only this where it cannot be joined.
+/// The span of the first token, because the whole span is just this if the spans cannot be joined.
 fn first_span(node: &impl ToTokens) -> Span {
     node.to_token_stream().into_iter().next().map_or_else(Span::call_site, |token| token.span())
 }
@@ -398,7 +398,8 @@ fn path_of(meta: &Meta) -> Option<String> {
     }
 }
 
-/// Whether what bears this attribute is compiled for tests only: `#[cfg(test)]`, or a test function of some framework.
+/// Whether this attribute marks code that is compiled only for tests: `#[cfg(test)]`, or a test function of some
+/// framework.
 fn is_for_tests(attribute: &Attribute) -> bool {
     let is_test = attribute.path().segments.last().is_some_and(|last| last.ident == "test");
     let is_cfg = attribute.path().is_ident("cfg");

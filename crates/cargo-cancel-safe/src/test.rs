@@ -1,4 +1,4 @@
-//! `cargo cancel-safe test`: runs the tests with coverage on and tells what it found.
+//! `cargo cancel-safe test`: runs the tests with coverage on and reports the result.
 //!
 //! Invariant: tests that fail make the command fail with their exit code, whatever the coverage is.
 
@@ -25,7 +25,7 @@ pub(crate) fn run(options: &TestOptions) -> Result<ExitCode, Error> {
     let has_run = tests.success() && !options.arguments.iter().any(|argument| argument == "--no-run");
     warn(&coverage, &record, has_run, &file);
     if record.malformed() == 0 {
-        // It is worth keeping only for a person who looks for what is wrong with it.
+        // The file is worth keeping only for debugging.
         remove(&file)?;
     }
     if options.json {
@@ -60,7 +60,7 @@ fn judge(fail_under: Option<f64>, coverage: &Coverage) -> ExitCode {
     }
 }
 
-/// A file that is empty, and not that of another run at the same time.
+/// A new, empty file that no other run uses at the same time.
 fn fresh(target: &Path) -> Result<PathBuf, Error> {
     let directory = target.join("cancel-safe");
     let broken = |source| Error::File { path: directory.clone(), source };

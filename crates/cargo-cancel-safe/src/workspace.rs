@@ -17,7 +17,7 @@ pub struct Workspace {
     packages: Vec<Package>,
     workspace_root: PathBuf,
     target_directory: PathBuf,
-    /// Those that cargo takes when none is named: it depends on the current directory.
+    /// The packages that cargo takes when none is named. They depend on the current directory.
     workspace_default_members: Vec<String>,
 }
 
@@ -61,7 +61,7 @@ impl Selection {
         let mut selection = Self::default();
         let mut rest = arguments.iter().take_while(|argument| *argument != "--");
         while let Some(argument) = rest.next() {
-            // Names of packages and options are text; what is not is some other option's value.
+            // Names of packages and options are text; anything else is the value of some other option.
             let Some(text) = argument.to_str() else { continue };
             let (option, joined) = split(text);
             let mut value = || joined.map(OsString::from).or_else(|| rest.next().cloned());
@@ -135,7 +135,7 @@ impl Workspace {
     /// The chosen packages, as cargo chooses them.
     ///
     /// # Errors
-    /// When a package is asked for by a name that none has.
+    /// When no package has a requested name.
     pub fn choose(&self, selection: &Selection) -> Result<Vec<&Package>, Error> {
         if let Some(spec) = selection.packages.iter().find(|spec| !self.packages.iter().any(|it| it.is(spec))) {
             let known: Vec<&str> = self.packages.iter().map(Package::name).collect();
