@@ -1,7 +1,7 @@
-//! What is done with a committed journal: apply it, undo it, judge what a crash left of it, and forget it.
+//! Operations on a committed journal: apply it, undo it, judge what a crash left, and forget it.
 //!
-//! Invariant: nothing is touched before every chain has been judged; no step of a chain is made before the one before it
-//! is durable; the journal goes, durably, before any file that it speaks of.
+//! Invariant: nothing is touched before every chain has been judged; no step of a chain is made before the previous one
+//! is durable; the journal is removed, durably, before any file that it names.
 
 use std::fs::File;
 use std::io;
@@ -16,10 +16,10 @@ use crate::error::{io_error, remove_error, rename_error};
 use crate::journal::{self, Pointer, Record};
 use crate::names::{COMMITTED, PREPARED};
 
-/// Makes every step. None is durable yet, and if a power cut keeps some of them, the journal undoes or finishes them.
+/// Makes every step. None is durable yet; if a power cut preserves some of them, the journal undoes or finishes them.
 pub(crate) fn apply(chains: &[Chain]) -> Result<(), Error> {
     for number in 1..=longest(chains) {
-        // Puts before removals: of a file that is renamed, the new name comes before the old one goes.
+        // Puts before removals: a renamed file gets its new name before it loses the old one.
         for chain in chains.iter().filter(|chain| number <= chain.steps()) {
             let failed = if chain.files[number - 1].is_none() { remove_error } else { rename_error };
             chain.step(number).map_err(|source| failed(chain.names[number - 1].path(), source))?;
@@ -53,7 +53,7 @@ fn sync_sites<'a>(chains: impl Iterator<Item = &'a Chain>) -> Result<(), Error> 
 
 /// Undoes what was applied; an error means that only a recovery can tell.
 pub(crate) fn abort(home: &Site, chains: &[Chain], trust: Trust) -> io::Result<()> {
-    // Unsynced: as long as nobody has been told how it ends, a recovery may as well finish it.
+    // Without a sync: as long as the outcome was reported to nobody, a recovery may as well finish it.
     home.dir.rename(COMMITTED.as_ref(), PREPARED.as_ref())?;
     let undone = (|| {
         let ways = judge(home, PREPARED, chains, trust)?;
@@ -62,7 +62,7 @@ pub(crate) fn abort(home: &Site, chains: &[Chain], trust: Trust) -> io::Result<(
     undone.map_err(io::Error::from)
 }
 
-/// Finds out how far each chain has come, and refuses if one cannot be told, or should not be touched.
+/// Finds out how far each chain has come, and refuses if that cannot be told, or if a chain should not be touched.
 pub(crate) fn judge(home: &Site, name: &'static str, chains: &[Chain], trust: Trust) -> Result<Vec<Way>, Error> {
     let aim = if name == PREPARED { Aim::Back } else { Aim::Forward };
     let judge_one = |chain: &Chain| {
@@ -83,7 +83,7 @@ pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Wa
         for (chain, _) in chains.iter().zip(&due).filter(|(_, is_due)| **is_due) {
             chain.shift(number).map_err(io_error(action, &chain.path()))?;
         }
-        // Only where there is another step: the last ones are synced together.
+        // Only before another step: the last steps are synced together.
         let goes_on = |way: &Way| is_due(way, number) && way.from.abs_diff(way.to) > 1;
         sync_sites(chains.iter().zip(ways).filter(|(_, way)| goes_on(way)).map(|(chain, _)| chain))
     };
@@ -99,10 +99,11 @@ pub(crate) fn roll(home: &Site, name: &'static str, chains: &[Chain], ways: &[Wa
 
 /// Forgets the journal of a transaction whose files are all in place, and removes what it no longer needs.
 ///
-/// Here the journal need not be gone durably before the rest is: if a power cut brings it back, its recovery finds each
-/// target new and is done, whether or not the old file is still there. Only a later, durable change of a target must not
-/// survive where the journal came back. In the journal's directory it cannot, because the sync that makes the change
-/// durable does so for the removal of the journal as well; for any other directory the removal is synced here.
+/// Here the removal of the journal need not be durable before the rest is removed: if a power cut brings the journal
+/// back, its recovery finds each target new and is done, whether or not the old file still exists. But a later, durable
+/// change of a target must not survive together with a journal that came back. In the journal's directory that cannot
+/// happen, because the sync that makes the change durable also makes the journal's removal durable; for any other
+/// directory the removal is synced here.
 pub(crate) fn forget(home: &Site, chains: &[Chain]) -> io::Result<()> {
     if journal::sites(home, chains).len() > 1 {
         return finish(home, COMMITTED, chains);
@@ -121,13 +122,14 @@ pub(crate) fn forget(home: &Site, chains: &[Chain]) -> io::Result<()> {
     Ok(())
 }
 
-/// Files that lose their names: as long as they are open, the system only notes that, and frees their space when they
-/// are closed. That takes longer than all the rest of the clean-up, so the blocking pool does it meanwhile and afterwards.
+/// Files that lose their names. As long as they are open, the system only notes the removal, and frees their space when
+/// they are closed. That takes longer than the rest of the clean-up, so the blocking pool does it, meanwhile and
+/// afterwards.
 #[derive(Default)]
 struct Held {
     files: Vec<File>,
     bytes: u64,
-    /// What of this transaction is not freed yet.
+    /// The files of this transaction that are not freed yet.
     pending: Arc<Pending>,
 }
 
@@ -138,11 +140,11 @@ struct Pending {
 }
 
 impl Held {
-    /// So many are handed over together.
+    /// How many files are handed over together.
     const BATCH: usize = 64;
-    /// So many are open at most; the others are freed by their removal, for handles are few.
+    /// The most files that are held open. Handles are few, so the removal itself frees the others.
     const FILES: usize = 256;
-    /// So much of them is open at most, that hardly any space is still taken when the commit has returned.
+    /// The most bytes that are held open, so that hardly any space is still taken when the commit has returned.
     const BYTES: u64 = 4 << 20;
 
     fn open(&mut self, site: &Site, name: &std::ffi::OsStr, bytes: u64) {
@@ -150,7 +152,7 @@ impl Held {
         if open.load(Ordering::Relaxed) >= Self::FILES || taken.load(Ordering::Relaxed) + bytes > Self::BYTES {
             return;
         }
-        // A file that cannot be opened is freed by its removal, too.
+        // If a file cannot be opened, its removal frees it.
         let Ok(file) = site.dir.read(name) else { return };
         open.fetch_add(1, Ordering::Relaxed);
         taken.fetch_add(bytes, Ordering::Relaxed);
@@ -164,7 +166,7 @@ impl Held {
     fn hand_over(&mut self) {
         let (files, bytes, pending) =
             (std::mem::take(&mut self.files), std::mem::take(&mut self.bytes), self.pending.clone());
-        // Outside a runtime, or in one that is shut down, they are closed here.
+        // Outside a runtime, or if it is shut down, the files are closed here.
         if let Ok(runtime) = Handle::try_current() {
             drop(runtime.spawn_blocking(move || {
                 let count = files.len();
@@ -185,14 +187,15 @@ impl Drop for Held {
 /// Forgets the journal, and then removes what it no longer needs.
 fn finish(home: &Site, journal: &str, chains: &[Chain]) -> io::Result<()> {
     home.dir.remove(journal.as_ref())?;
-    // Durably, or after a power cut a journal would ask for files that have been removed.
+    // With a sync; otherwise a journal that survives a power cut would ask for files that have been removed.
     home.dir.sync()?;
     chains.iter().try_for_each(Chain::clear)?;
-    // And only then what tells others of it; one that stays leads nowhere, and the next who finds it removes it.
+    // Only then the pointers to it. A pointer that stays leads nowhere, and the next transaction or recovery removes
+    // it.
     journal::sites(home, chains).into_iter().skip(1).try_for_each(journal::remove_pointer)
 }
 
-/// The chains that a journal names, with their directories open; refuses a directory that is not the one that took part.
+/// The chains that a journal names, with their directories open. Refuses a directory that did not take part.
 pub(crate) fn reopen(home: &Arc<Site>, name: &str, record: Record) -> Result<Vec<Chain>, Error> {
     let tag = record.tag;
     let open = |way: &std::path::PathBuf| {
@@ -219,7 +222,7 @@ pub(crate) fn reopen(home: &Arc<Site>, name: &str, record: Record) -> Result<Vec
     Ok(record.chains.into_iter().map(chain).collect())
 }
 
-/// Whether the pointer of `site` leads to the very directory `home`.
+/// Whether the pointer in `site` leads to exactly the directory `home`.
 fn leads_to(site: &Site, pointer: &Pointer, home: &Site) -> bool {
     site.dir.open_dir(&pointer.home).and_then(|dir| dir.id()).is_ok_and(|id| id == home.id)
 }

@@ -168,7 +168,7 @@ impl AtomicFileWriter {
     }
 }
 
-/// Everything or nothing of `data` is taken in.
+/// A write takes in all of `data`, or none of it.
 impl io::Write for AtomicFileWriter {
     fn write(&mut self, data: &[u8]) -> io::Result<usize> {
         Lent(&mut self.0).write(data)
@@ -322,11 +322,11 @@ impl fmt::Debug for MultiFileTransaction {
     }
 }
 
-/// Only its threads are used, which end when they have been idle for 10 s; nobody drives it, and it has no drivers.
+/// Only its threads are used, and they end after 10 s of idling. Nothing drives the runtime, and it has no drivers.
 static THREADS: LazyLock<io::Result<Runtime>> =
     LazyLock::new(|| Builder::new_current_thread().thread_name("afs-blocking").build());
 
-/// Blocks the thread until `future` is ready, wherever that is: also in a task of somebody's runtime, if it must be.
+/// Blocks the thread until `future` is ready, even inside a task of another runtime.
 fn wait<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(Thread);
     impl Wake for Unpark {
@@ -334,11 +334,11 @@ fn wait<T>(future: impl Future<Output = T>) -> T {
             self.0.unpark();
         }
     }
-    // Without it the future says for itself that there is no runtime.
+    // Without a runtime, the future itself returns the error.
     let _entered = THREADS.as_ref().ok().map(Runtime::enter);
     let waker = Arc::new(Unpark(std::thread::current())).into();
     let mut cx = Context::from_waker(&waker);
-    // In a task, whose budget this thread could not renew, it would yield for ever.
+    // Inside a task, this thread could not renew the task's budget, and the future would yield for ever.
     let mut future = pin!(unconstrained(future));
     loop {
         match future.as_mut().poll(&mut cx) {

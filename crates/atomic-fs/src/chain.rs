@@ -1,8 +1,9 @@
-//! The directories of transactions; and the change of one name there, or of several between which files are moved: how it
-//! is done, undone, and known again.
+//! The directories of transactions, and the chains: changes of one name, or of several names between which files move.
+//! It does them, undoes them, and recognises them after a crash.
 //!
-//! Invariant: whoever has a directory has the one that was opened, whatever becomes of its path; a chain is changed by steps of one system call each, and what lies by its names tells how many were made;
-//! every step looks, if it must, and may be repeated.
+//! Invariant: a `Site` stays the directory that was opened, whatever happens to its path. A chain changes by steps of
+//! one system call each, and the files at its names tell how many steps were made. Every step checks what it finds, if
+//! necessary, and may be repeated.
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -13,17 +14,17 @@ use crate::Error;
 use crate::error::open_error;
 use crate::platform::{Dir, Identity, Moment, Moved};
 
-/// What a backup adds to a hidden name, where files cannot be exchanged.
+/// The suffix of a backup's hidden name, used where files cannot be exchanged.
 const BACKUP_SUFFIX: &str = "b";
 
 /// A directory that a transaction changes files in.
 #[derive(Debug)]
 pub(crate) struct Site {
     pub(crate) dir: Arc<Dir>,
-    /// Without symlinks, so that it still leads here when the process has gone elsewhere.
+    /// Absolute and without symlinks, so that it still leads here when the process has changed its working directory.
     pub(crate) path: PathBuf,
     pub(crate) id: (u64, u64),
-    /// Whether it is on an overlay, where what lies in a lower layer is copied as soon as it is changed.
+    /// Whether it is on an overlay, where a file in a lower layer is copied as soon as it is changed.
     pub(crate) is_layered: bool,
 }
 
@@ -38,14 +39,15 @@ impl Site {
         let failed = |source| open_error(path, source);
         let (id, is_layered) = (dir.id().map_err(failed)?, dir.is_layered().map_err(failed)?);
         let canonical = std::fs::canonicalize(path).map_err(failed)?;
-        // It was opened before the path was asked for; a directory renamed in between must not be mistaken.
+        // The directory was opened before its path was resolved; it may have been renamed in between.
         if Dir::open(&canonical).and_then(|dir| dir.id()).map_err(failed)? != id {
             return Err(failed(io::Error::other("it was moved while it was opened")));
         }
         Ok(Self { dir, path: canonical, id, is_layered })
     }
 
-    /// By what the directory itself is known again: on an overlay not by its birth, since its copy is born later.
+    /// The mark by which the directory is recognised. On an overlay it leaves out the birth time, because a copy is
+    /// born later.
     pub(crate) fn mark(&self) -> io::Result<String> {
         let identity = self.dir.identity()?;
         Ok(Identity { born: identity.born.filter(|_| !self.is_layered), ..identity }.mark())
@@ -76,7 +78,7 @@ impl Spot {
         self.dir().remove(&self.name)
     }
 
-    /// Has the file lie in the upper layer of an overlay, by giving it the name `spare` for a moment; and identifies it.
+    /// Moves the file to the upper layer of an overlay, by giving it the name `spare` for a moment, and identifies it.
     pub(crate) fn lift(&self, spare: &OsStr) -> io::Result<Option<Identity>> {
         let dir = self.dir();
         match dir.link(dir, &self.name, spare) {
@@ -84,7 +86,8 @@ impl Spot {
                 dir.remove(spare)?;
                 self.identify()
             }
-            // Not everybody may link the files of others. Its copy will keep the number, unless it has several names.
+            // The system may forbid links to other users' files. The file's copy will keep the number, unless the file
+            // has several names.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
                 match dir.look(&self.name)? {
                     Some(entry) if entry.links > 1 => return Err(error),
@@ -110,36 +113,37 @@ impl Spot {
 #[derive(Debug)]
 pub(crate) struct Chain {
     pub(crate) carrier: Spot,
-    /// A name of the transaction's own beside the first name; that of the carrier, unless that one is a target itself.
+    /// The transaction's own name beside the first name. It is the carrier's name, unless the carrier is itself a
+    /// target.
     pub(crate) hidden: OsString,
     pub(crate) names: Vec<Spot>,
-    /// What the carrier has before the first step, and then what each name has; one more than there are names.
+    /// The file of the carrier before the first step, then the file of each name; one more than there are names.
     pub(crate) files: Vec<Option<Identity>>,
 }
 
-/// From how many steps a chain is to come to how many.
+/// How many steps of a chain are made, and how many there should be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Way {
     pub(crate) from: usize,
     pub(crate) to: usize,
 }
 
-/// Where a transaction is to be brought.
+/// The state to which to bring a transaction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Aim {
     Forward,
     Back,
 }
 
-/// By what the files of a journal are known.
+/// How to recognise the files of a journal.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Trust {
-    /// The journal lies where it was written, and so do the files: their numbers are those that were written down.
+    /// The journal is where it was written, and so are the files: they have the recorded inode numbers.
     Numbers {
-        /// What was modified later is not what the journal speaks of.
+        /// A file modified later is not the one that the journal names.
         written: Moment,
     },
-    /// It was copied, together with its files: they have the sizes and times that were written down.
+    /// The journal was copied, together with its files: they have the recorded sizes and times.
     Times,
 }
 
@@ -148,7 +152,7 @@ impl Chain {
         self.names.len()
     }
 
-    /// Whether the carrier's name is none of the targets, so that what it has at the end is removed.
+    /// Whether the carrier's name is not a target, so that its file is removed at the end.
     pub(crate) fn is_hidden(&self) -> bool {
         self.carrier.name == self.hidden
     }
@@ -157,12 +161,12 @@ impl Chain {
         std::iter::once(&self.carrier).chain(&self.names)
     }
 
-    /// The name that a message about the whole chain speaks of.
+    /// The path that stands for the whole chain in a message.
     pub(crate) fn path(&self) -> PathBuf {
         self.names.first().map_or_else(|| self.carrier.path(), Spot::path)
     }
 
-    /// Makes step `number`, from 1 on, in the belief that everything is as it was planned.
+    /// Makes step `number`, counted from 1, on the assumption that everything is as planned.
     pub(crate) fn step(&self, number: usize) -> io::Result<()> {
         let name = &self.names[number - 1];
         match (&self.files[number - 1], &self.files[number]) {
@@ -173,7 +177,7 @@ impl Chain {
         }
     }
 
-    /// Makes or undoes step `number`, whatever is there: the one is as the other.
+    /// Makes or undoes step `number`, whatever it finds: an exchange is its own inverse.
     pub(crate) fn shift(&self, number: usize) -> io::Result<()> {
         let name = &self.names[number - 1];
         match (self.carrier.identify()?.is_some(), name.identify()?.is_some()) {
@@ -189,7 +193,7 @@ impl Chain {
         if carrier.dir().exchange(&carrier.name, name.dir(), &name.name)? {
             return Ok(());
         }
-        // Several steps instead of one, and at each of them a name that is a target has a file: the old, or the new.
+        // Several calls instead of one. At every moment between them, each target has its old or its new file.
         backup.dir().link(name.dir(), &name.name, &backup.name)?;
         if self.is_hidden() {
             carrier.dir().move_over(&carrier.name, name.dir(), &name.name)?;
@@ -201,7 +205,7 @@ impl Chain {
         second.dir().move_over(&second.name, name.dir(), &name.name)
     }
 
-    /// Another name of the carrier's file, if that is a target itself, while files are exchanged by links.
+    /// A second name of the carrier's file, if the carrier is itself a target, while files are exchanged by links.
     fn second(&self) -> Spot {
         Spot { site: self.carrier.site.clone(), name: self.hidden.clone() }
     }
@@ -212,8 +216,8 @@ impl Chain {
         Spot { site: self.carrier.site.clone(), name }
     }
 
-    /// Finds out from where to where this chain is to be brought, and touches nothing; an error names what cannot be
-    /// told, or should not be touched.
+    /// Finds out how far this chain is and where to bring it, and touches nothing. The inner error names a file that
+    /// cannot be identified, or should not be touched.
     pub(crate) fn judge(&self, trust: Trust, aim: Aim) -> io::Result<Result<Way, PathBuf>> {
         let seen = self.look()?;
         let from = match trust {
@@ -224,13 +228,13 @@ impl Chain {
         let obstacle = match (aim, trust) {
             (Aim::Forward, Trust::Numbers { written }) => self.before_going_forward(&seen, from, written),
             (Aim::Back, Trust::Numbers { written }) => self.before_going_back(&seen, from, written),
-            // Everything is exactly as it was written down, or the number of steps could not be told.
+            // Everything is exactly as recorded; otherwise the number of steps could not have been told.
             (_, Trust::Times) => Ok(match aim {
                 Aim::Forward => self.steps(),
                 Aim::Back => 0,
             }),
         };
-        // A name that is a target itself, and has a file of somebody else's, is none to carry ours.
+        // A carrier that is itself a target, and has a foreign file, cannot carry ours.
         let is_ours = self.is_hidden()
             || matches!((seen.carried, self.files[from]), (Some(found), Some(file)) if found.is(&file));
         let is_free = seen.carried.is_none() && self.files[from].is_none();
@@ -242,37 +246,37 @@ impl Chain {
         })
     }
 
-    /// What there is, as if no step had been cut short.
+    /// The files at the names, as if no step had been cut short.
     fn look(&self) -> io::Result<Seen> {
         let mut carried = self.carrier.identify()?;
         let mut held = self.names.iter().map(Spot::identify).collect::<io::Result<Vec<_>>>()?;
         if !self.is_hidden() {
-            // Of a swap without an exchange, all but the last step count for nothing.
+            // In a swap without an exchange call, only the last call counts.
             carried = self.second().identify()?.or(carried);
         } else if carried.is_none() {
             // Between its second and its third step.
             carried = self.backup().identify()?;
         }
-        // A file that has two names was being moved by a link.
+        // A file with two names was being moved by a link.
         if let Some(found) = carried
             && let Some(double) = held.iter().position(|held| held.is_some_and(|held| held.is(&found)))
         {
             match self.half_moved(double) {
                 Some(Half::ToCarrier) => carried = None,
                 Some(Half::ToName) => held[double] = None,
-                // Two names of one file change places.
+                // Two names of one file are to change places.
                 None => {}
             }
         }
         Ok(Seen { carried, held })
     }
 
-    /// Nothing may be overwritten that is not what was to be replaced.
+    /// Checks that the next steps overwrite only files that were to be replaced.
     fn before_going_forward(&self, seen: &Seen, from: usize, written: Moment) -> Result<usize, PathBuf> {
         let last = self.steps();
         for number in from + 1..=last {
             let name = &self.names[number - 1];
-            // What somebody has moved out of the way is not overwritten.
+            // A file that has been moved away is not overwritten.
             let Some(found) = seen.held[number - 1] else { continue };
             let is_lost = number == last && self.is_hidden();
             if !self.files[number].is_some_and(|file| found.is(&file) && !(is_lost && file.is_older(&found, written))) {
@@ -282,7 +286,7 @@ impl Chain {
         Ok(last)
     }
 
-    /// Nothing may be removed that is not what had been staged.
+    /// Checks that going back removes only files that had been staged.
     fn before_going_back(&self, seen: &Seen, from: usize, written: Moment) -> Result<usize, PathBuf> {
         for number in (1..=from).rev() {
             let name = &self.names[number - 1];
@@ -290,23 +294,23 @@ impl Chain {
             let is_lost = number == 1 && self.is_hidden();
             match self.files[number - 1] {
                 Some(file) if found.is(&file) && !(is_lost && file.is_older(&found, written)) => {}
-                // What somebody else has put in the place of an applied file is the last write, and stays.
+                // If another program has replaced an applied file, that is the last write, and it stays.
                 known if self.steps() == 1 && !known.is_some_and(|file| found.is(&file)) => return Ok(from),
                 _ => return Err(name.path()),
             }
         }
-        // What the last name had is gone, so that it cannot be put back.
+        // The old file of the last name is gone, so it cannot be put back.
         let is_gone = from > 0 && seen.carried.is_none() && self.files[from].is_some();
         if is_gone { Err(self.path()) } else { Ok(0) }
     }
 
-    /// Removes what a step that was cut short has left over, so that every step can be taken again.
+    /// Removes what an interrupted step has left over, so that every step can be made again.
     pub(crate) fn settle(&self) -> io::Result<()> {
         let (carrier, backup) = (&self.carrier, self.backup());
         if !self.is_hidden() && self.second().identify()?.is_some() {
             let second = self.second();
             second.dir().move_over(&second.name, carrier.dir(), &carrier.name)?;
-            // To rename a file over another name of the same does nothing.
+            // Renaming a file over another name of the same file does nothing.
             ignore_missing(second.remove())?;
         }
         if backup.identify()?.is_some() {
@@ -318,7 +322,7 @@ impl Chain {
         let Some(found) = carrier.identify()? else { return Ok(()) };
         for (position, name) in self.names.iter().enumerate() {
             if name.identify()?.is_some_and(|held| held.is(&found)) {
-                // Moved by a link half-way: it keeps the name that it had before.
+                // Half moved by a link: it keeps the name that it had before.
                 return match self.half_moved(position) {
                     Some(Half::ToCarrier) => carrier.remove(),
                     Some(Half::ToName) => name.remove(),
@@ -329,7 +333,7 @@ impl Chain {
         Ok(())
     }
 
-    /// Where a file was on its way that the carrier and this name both have.
+    /// In which direction a file was moving that both the carrier and this name have.
     fn half_moved(&self, position: usize) -> Option<Half> {
         if position == 0 && self.files[0].is_none() {
             return Some(Half::ToCarrier);
@@ -337,7 +341,7 @@ impl Chain {
         self.files[position + 1].is_none().then_some(Half::ToName)
     }
 
-    /// Removes what the hidden name holds at the end.
+    /// Removes the file of the hidden name at the end.
     pub(crate) fn clear(&self) -> io::Result<()> {
         if !self.is_hidden() {
             return Ok(());
@@ -360,21 +364,21 @@ fn move_new(from: &Spot, to: &Spot) -> io::Result<()> {
     }
 }
 
-/// A move that is made by a link, and has not ended.
+/// An unfinished move by a link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Half {
     ToCarrier,
     ToName,
 }
 
-/// What lies by the names of a chain.
+/// The files at the names of a chain.
 struct Seen {
     carried: Option<Identity>,
     held: Vec<Option<Identity>>,
 }
 
 impl Seen {
-    /// How many steps were made, if that can be told from the numbers of the files.
+    /// How many steps were made, if the inode numbers of the files tell that.
     fn made(&self, files: &[Option<Identity>], aim: Aim) -> Option<usize> {
         let steps = self.held.len();
         let is = |found: &Option<Identity>, file: &Option<Identity>| {
@@ -388,24 +392,24 @@ impl Seen {
         let reached = (1..=steps).rev().find(|&number| is(&self.held[number - 1], &files[number - 1]));
         let is_untouched = |number: usize| is(&self.held[number - 1], &files[number]);
         if self.carried.is_some() {
-            // A file of somebody else's, which was at a target's place when its step was made.
+            // A foreign file was at the target's place when the step was made.
             return reached.or((steps == 1 && files[0].is_some() && !is_untouched(1)).then_some(1));
         }
         if files[0].is_none() && is_untouched(1) {
             return Some(0);
         }
-        // What had been staged was removed before it came to its place, or the new file is nowhere.
+        // The staged file was removed before it came to its place, or the new file is nowhere.
         let is_old =
             (1..=steps).all(|number| is_untouched(number) || (self.held[number - 1], files[number]) == (None, None));
         let is_nowhere = files[0].is_some() && reached.is_none() && self.held[0].is_none();
         if is_old || is_nowhere {
             return (aim == Aim::Back && is_old).then_some(0);
         }
-        // All is done and cleared, unless something is still where it was.
+        // Everything is done and cleared, unless a file is still where it was.
         (!(1..=steps).any(is_untouched)).then_some(steps)
     }
 
-    /// How many steps were made, if everything is exactly as it was written down but for the numbers.
+    /// How many steps were made, if everything except the inode numbers is exactly as recorded.
     fn made_of_copies(&self, files: &[Option<Identity>]) -> Option<usize> {
         let steps = self.held.len();
         let is = |found: &Option<Identity>, file: &Option<Identity>| match (found, file) {
@@ -424,13 +428,13 @@ impl Seen {
             are_held(made) && (is_cleared || is(&self.carried, &files[made]))
         });
         let made = matching.next()?;
-        // Files that cannot be told apart are no ground to stand on.
+        // Files that cannot be told apart prove nothing.
         matching.next().is_none().then_some(made)
     }
 }
 
 impl Identity {
-    /// Whether it is the same file, whoever has written to it meanwhile.
+    /// Whether it is the same file, even if it was written to meanwhile.
     fn is(&self, other: &Self) -> bool {
         let is_born_together = self.born.zip(other.born).is_none_or(|(one, other)| one == other);
         self.inode == other.inode && is_born_together
@@ -441,10 +445,10 @@ impl Identity {
         found.modified > self.modified.max(written)
     }
 
-    /// Whether it is like `file`, which lies elsewhere or lay here before.
+    /// Whether it looks like a copy of `file`, which is elsewhere or was here before.
     fn is_copy_of(&self, file: &Self) -> bool {
         let (seconds, fraction) = self.modified;
-        // Some archives, and some file systems, keep seconds only, and some only every other.
+        // Some archives and file systems keep only seconds, and some only every other second.
         let is_near = fraction == 0 && (0..2).contains(&(file.modified.0 - seconds));
         self.size == file.size && (self.modified == file.modified || is_near)
     }

@@ -1,7 +1,7 @@
 //! The commit gate, and the blocking job that must pass it.
 //!
 //! Invariant: once the future that waits for a job has been dropped, the job changes nothing that a user can see.
-//! `spawn_blocking` alone does not give that: its closure runs on after its future is gone.
+//! `spawn_blocking` alone does not guarantee that: its closure keeps running after its future is gone.
 
 use std::fmt;
 use std::future::Future;
@@ -20,17 +20,18 @@ use tokio::time::Instant;
 
 use crate::Error;
 
-/// How much is written between two looks at the gate, and how much a writer buffers.
+/// How much is written between two checks of the gate, and how much a writer buffers.
 pub(crate) const CHUNK_BYTES: usize = 1 << 20;
 
-/// Where an operation stands with respect to the one call that users can see.
+/// The state of an operation with respect to the one call that users can see.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     /// Nothing is visible yet; either side may move on from here.
     Pending,
-    /// The job is within the visible call.
+    /// The job is inside the visible call.
     Renaming,
-    /// The visible call has been made; the job undoes it if what follows fails, unless somebody has relied on it.
+    /// The visible call has been made. If what follows fails, the job undoes it, unless a caller was told that it
+    /// stays.
     #[cfg_attr(not(unix), expect(dead_code, reason = "only transactions have more to do"))]
     Settled,
     /// The visible call has been made. Final.
@@ -44,10 +45,11 @@ enum State {
 pub(crate) struct Gate {
     state: Mutex<State>,
     left: Condvar,
-    /// Whether somebody has waited for `left`; changed and read only while `state` is locked. To tell nobody is a system
-    /// call as well.
+    /// Whether a caller has waited for `left`; changed and read only while `state` is locked. A notification is a
+    /// system call even if nothing waits.
     is_awaited: AtomicBool,
-    /// From here on nobody enters. The job asks for itself, because a timer is coarse and an executor may be late.
+    /// After this time the gate is closed. The job checks it itself, because a timer is coarse and an executor may be
+    /// late.
     deadline: Option<Instant>,
 }
 
@@ -93,7 +95,7 @@ impl Gate {
             self.left.wait_while(state, |state| *state == State::Renaming).unwrap_or_else(PoisonError::into_inner);
         *state = match *state {
             State::Pending | State::Cancelled => State::Cancelled,
-            // From here on somebody may have seen it, and been told that it stays.
+            // From here on a caller may have seen the change and been told that it stays.
             _ => State::Done,
         };
         *state == State::Cancelled
@@ -109,7 +111,7 @@ impl Gate {
         self.deadline.is_some_and(|deadline| Instant::now() >= deadline)
     }
 
-    /// Goes on to `next`, and tells whoever waits for that.
+    /// Moves to the state `next`, and wakes the callers that wait for it.
     fn leave(&self, next: State) {
         let mut state = self.state();
         *state = next;
@@ -120,7 +122,7 @@ impl Gate {
         }
     }
 
-    /// The state is one word that is always valid, so a panic elsewhere while it was locked has spoiled nothing.
+    /// The state is one word that is always valid, so a panic while it was locked has broken nothing.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -142,14 +144,16 @@ impl Passage<'_> {
         self.next = State::Done;
     }
 
-    /// Says that it has been made, and lets go whoever waits, though there is more to be done; see [`undo`](Self::undo).
+    /// Says that the visible call has been made, and releases waiting callers, although the job has more to do; see
+    /// [`undo`](Self::undo).
     #[cfg(unix)]
     pub(crate) fn settle(&mut self) {
         self.next = State::Done;
         self.gate.leave(State::Settled);
     }
 
-    /// Asks to undo what was visible; `false` if somebody has cancelled since it was settled, who was told that it stays.
+    /// Asks for permission to undo the visible call. Returns `false` if a caller cancelled after it was settled,
+    /// because that caller was told that the change stays.
     #[cfg(unix)]
     pub(crate) fn undo(&mut self) -> bool {
         let mut state = self.gate.state();
@@ -170,7 +174,7 @@ impl Drop for Passage<'_> {
     }
 }
 
-/// What a job does, until it begins; with it go the files that it would have finished.
+/// The work of a job that has not begun. Dropping it drops the files that it would have finished.
 type Work<T> = Box<dyn FnOnce(&Gate) -> Result<T, Error> + Send>;
 
 /// A closure on the blocking pool that is cancelled, through its gate, when this future is dropped.
@@ -179,7 +183,7 @@ pub(crate) struct Job<T> {
     gate: Arc<Gate>,
     path: Arc<Path>,
     handle: JoinHandle<Result<T, Error>>,
-    /// Shared with the queue, so that whoever drops a job that waits there need not wait for a thread to clean up.
+    /// Shared with the queue, so that dropping a queued job need not wait for a thread to clean up.
     queued: Arc<Mutex<Option<Work<T>>>>,
     finished: bool,
 }
@@ -225,18 +229,18 @@ impl<T> fmt::Debug for Job<T> {
 impl<T> Job<T> {
     /// Waits for the job, but cancels it if it has not entered its visible call by the deadline of its gate.
     ///
-    /// The call that has been entered is waited for, because its result is no longer in the caller's hand.
+    /// If the visible call has been entered, this waits for it, because the caller can no longer decide its outcome.
     pub(crate) async fn within(mut self, timeout: Duration) -> Result<T, Error> {
         let Some(deadline) = self.gate.deadline else { return self.await };
         let late = Error::TimedOut { path: self.path.to_path_buf(), timeout };
         let gate = self.gate.clone();
         match tokio::time::timeout_at(deadline, &mut self).await {
-            // The job has seen for itself that it was late, before the timer did.
+            // The job noticed before the timer that it was late.
             Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late),
             Ok(result) => result,
             Err(_) if gate.try_cancel() => {
                 if take(&self.queued).is_none() {
-                    // Only for the temporary file; on a disk that hangs, the caller's time matters more.
+                    // Only for the removal of the temporary file; if the disk hangs, the caller's time matters more.
                     let _late_result = tokio::time::timeout(CLEAN_UP_GRACE, self).await;
                 }
                 Err(late)
@@ -271,14 +275,14 @@ impl<T> Drop for Job<T> {
     fn drop(&mut self) {
         if !self.finished {
             self.gate.cancel();
-            // A job that is still queued ends here, and its files with it: a thread may not come free for long.
+            // A queued job ends here, and its files with it, because it may take long until a thread is free.
             drop(take(&self.queued));
             self.handle.abort();
         }
     }
 }
 
-/// The error of an operation whose runtime went away: what became of the target is for the gate to say.
+/// The error of an operation whose runtime went away. The gate tells the state of the target.
 pub(crate) fn cut_short(gate: &Gate, path: &Path) -> Error {
     let path = path.to_path_buf();
     if gate.cancel() {
@@ -376,7 +380,7 @@ mod tests {
         assert!(!gate.try_cancel());
     }
 
-    /// A job that has begun when its time is up, on a runtime that goes its own way.
+    /// A job that has begun when its time is up, on another runtime.
     #[cfg(feature = "json")]
     struct Late {
         gate: Arc<Gate>,

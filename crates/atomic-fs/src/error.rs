@@ -1,6 +1,6 @@
-//! What can go wrong, and what it means for the target.
+//! What can go wrong, and what that means for the target.
 //!
-//! Invariant: whether the target was changed is told by [`Error::target`] alone, and `Unchanged` is final.
+//! Invariant: [`Error::target`] alone tells whether the target was changed, and `Unchanged` is final.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -368,7 +368,7 @@ impl Error {
             | Self::UnknownFile { .. }
             | Self::Misplaced { .. }
             | Self::UnusableBackup { .. } => io::ErrorKind::InvalidData,
-            // Not `ErrorKind::Interrupted`, which std's loops take as an invitation to try again.
+            // Not `ErrorKind::Interrupted`, because std's loops retry on that.
             Self::Interrupted { .. } | Self::Broken { .. } | Self::NoRuntime { .. } | Self::Unrecovered { .. } => {
                 io::ErrorKind::Other
             }
@@ -387,7 +387,7 @@ fn named(path: &Path, resolved: &Option<PathBuf>) -> String {
 }
 
 impl From<Error> for io::Error {
-    /// Keeps the kind, and the whole error as the inner one.
+    /// Keeps the kind, with the whole error inside.
     fn from(error: Error) -> Self {
         Self::new(error.kind(), error)
     }

@@ -1,8 +1,9 @@
-//! Single files: whole in one call, or by a writer, whose content arrives in pieces and becomes the target as a whole.
+//! Single files: written whole in one call, or through a writer, whose content arrives in pieces and becomes the target
+//! as a whole.
 //!
-//! Invariant: up to 1 MiB, and for JSON and [`Bytes`] of any size, one call is one hop to the blocking pool. A writer has at
-//! most three buffers of 1 MiB, whatever the size; one fills while others are on their way to the disk. What a dropped
-//! `write_all` had taken in is taken back, so that content never has a piece of a piece.
+//! Invariant: up to 1 MiB, and for JSON and [`Bytes`] of any size, one call is one hop to the blocking pool. A writer
+//! has at most three buffers of 1 MiB, whatever the size; one fills while others are on their way to the disk. A
+//! dropped `write_all` takes back what it had taken in, so that the content never has part of a piece.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -115,7 +116,7 @@ impl WriteOptions {
         if bytes.len() <= CHUNK_BYTES {
             return write_job(path.as_ref(), bytes.to_vec(), self, Gate::new())?.await;
         }
-        // A copy of it all would double the memory; this way it is copied in pieces while others are written.
+        // Copying everything at once would double the memory; this way it is copied in pieces while others are written.
         let mut writer = self.open(path).await?;
         writer.write_all(bytes).await?;
         writer.commit().await
@@ -231,7 +232,7 @@ pub async fn write_json_with_timeout<T: serde::Serialize + ?Sized>(
     timeout: Duration,
 ) -> Result<(), Error> {
     let path = path.as_ref();
-    // A timeout beyond the end of time is none.
+    // A timeout beyond the range of `Instant` means no timeout.
     let gate = Gate::with_deadline(Instant::now().checked_add(timeout));
     write_job(path, to_json(path, value)?, WriteOptions::default(), gate)?.within(timeout).await
 }
@@ -284,12 +285,12 @@ pub struct AtomicFileWriter {
     base: u64,
 }
 
-/// Who has the new file.
+/// Where the new file is.
 enum Stage {
     Idle(Box<Staged>),
-    /// A job that writes buffers, and hands it back when there are no more.
+    /// In a job that writes buffers, and hands it back when there are no more.
     Busy(Job<Box<Staged>>),
-    /// Nobody: it was committed or discarded, or a write failed.
+    /// Nowhere: it was committed or discarded, or a write failed.
     Gone,
 }
 
@@ -371,7 +372,8 @@ impl AtomicFileWriter {
     pub async fn commit(mut self) -> Result<(), Error> {
         poll_fn(|cx| self.poll_idle(cx)).await?;
         let (runtime, gate, path) = (self.runtime.clone(), self.gate.clone(), self.path.clone());
-        // The writer itself goes there: if this is dropped while the job waits for a thread, it removes its file as always.
+        // The writer itself moves into the job: if this is dropped while the job waits for a thread, the writer removes
+        // its file as always.
         let job = Job::spawn(&runtime, &gate, &path, move |gate| {
             let (mut staged, base, tail) = self.into_staged()?;
             staged.write_at(base, &tail, gate)?;
@@ -381,7 +383,7 @@ impl AtomicFileWriter {
         job.await
     }
 
-    /// Starts a [`commit`](Self::commit) that only a shutdown of the runtime can cancel, no drop.
+    /// Starts a [`commit`](Self::commit) that no drop can cancel, only a shutdown of the runtime.
     ///
     /// # Cancel safety
     ///
@@ -428,7 +430,7 @@ impl AtomicFileWriter {
         poll_fn(|cx| self.poll_idle(cx)).await
     }
 
-    /// Hands over the file, where its last piece belongs, and that piece; for a writer that has settled.
+    /// Hands over the file, the last piece, and the piece's offset. The writer must have settled.
     pub(crate) fn into_staged(mut self) -> Result<(Box<Staged>, u64, Vec<u8>), Error> {
         match std::mem::replace(&mut self.stage, Stage::Gone) {
             Stage::Idle(staged) => Ok((staged, self.base, std::mem::take(&mut self.buffer))),
@@ -510,14 +512,14 @@ impl AtomicFileWriter {
         self.sent(end)
     }
 
-    /// Goes on with an empty buffer at `end`.
+    /// Continues with an empty buffer at `end`.
     fn sent(&mut self, end: u64) -> Poll<Result<(), Error>> {
         self.buffer = self.lane.buffer();
         self.base = end;
         Poll::Ready(Ok(()))
     }
 
-    /// Takes back everything after `position`; what of it is already in the file is overwritten, or cut off at the end.
+    /// Takes back everything after `position`. What is already in the file is overwritten, or cut off at the end.
     fn rewind(&mut self, position: u64) {
         let kept = position.saturating_sub(self.base);
         self.buffer.truncate(usize::try_from(kept).unwrap_or(usize::MAX));
@@ -538,7 +540,7 @@ struct Piece {
 
 /// The lane between a writer, which fills buffers, and the blocking job that writes them: at most one buffer waits in it.
 ///
-/// A job lives as long as the writer keeps ahead of it, so that a fast stream is one job.
+/// A job lives as long as the writer stays ahead of it, so a fast stream is one job.
 #[derive(Debug, Default)]
 struct Lane(Mutex<LaneState>);
 
@@ -549,7 +551,7 @@ struct LaneState {
     closed: bool,
     /// A buffer that has been written, to be filled anew.
     written: Option<Vec<u8>>,
-    /// Whom to tell when there is room.
+    /// The task to wake when there is room.
     writer: Option<Waker>,
 }
 
@@ -558,14 +560,15 @@ impl Lane {
         Arc::default()
     }
 
-    /// Makes ready for a new job.
+    /// Prepares the lane for a new job.
     fn open(&self) {
         self.state().closed = false;
     }
 
     /// Leaves a piece for the running job; hands it back if one is already waiting, or if the job is about to end.
     ///
-    /// If it is handed back, the caller is woken when there is room. The end of the job is for the caller to await.
+    /// If it is handed back, the caller is woken when there is room. The caller itself has to wait for the end of the
+    /// job.
     fn offer(&self, cx: &mut Context<'_>, piece: Piece) -> Result<(), Piece> {
         let mut state = self.state();
         if state.closed || state.waiting.is_some() {
@@ -576,12 +579,12 @@ impl Lane {
         Ok(())
     }
 
-    /// An empty buffer, used before if there is one.
+    /// An empty buffer, a used one if there is one.
     fn buffer(&self) -> Vec<u8> {
         self.state().written.take().unwrap_or_default()
     }
 
-    /// Writes `piece` and all that are left here meanwhile.
+    /// Writes `piece` and all pieces that arrive here meanwhile.
     fn drain(&self, mut staged: Box<Staged>, mut piece: Piece, gate: &Gate) -> Result<Box<Staged>, Error> {
         loop {
             staged.write_at(piece.offset, &piece.bytes, gate)?;
@@ -603,7 +606,7 @@ impl Lane {
         }
     }
 
-    /// Nothing panics while it is locked, so a poisoned lock has spoiled nothing.
+    /// Nothing panics while it is locked, so a poisoned lock holds a sound state.
     fn state(&self) -> MutexGuard<'_, LaneState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -665,8 +668,8 @@ impl AsyncWrite for AtomicFileWriter {
 impl Drop for AtomicFileWriter {
     fn drop(&mut self) {
         if let Stage::Idle(staged) = std::mem::replace(&mut self.stage, Stage::Gone) {
-            // The name goes here and now. To close a large file frees its space, which may take long, so that is left
-            // to the pool; a runtime that is being shut down drops the closure, and with it closes the file, at once.
+            // The name is removed here and now. Closing a large file frees its space, which may take long, so the pool
+            // does it. A runtime that is shutting down drops the closure, which closes the file at once.
             let file = staged.unlink();
             drop(self.runtime.spawn_blocking(move || drop(file)));
         }
@@ -690,7 +693,7 @@ impl fmt::Debug for AtomicFileWriter {
 pub struct CommitHandle {
     gate: Arc<Gate>,
     path: Arc<Path>,
-    /// The commit; or why it could not begin, until that was told.
+    /// The commit; or the reason why it could not begin, until that was returned.
     begun: Result<JoinHandle<Result<(), Error>>, Option<Error>>,
 }
 

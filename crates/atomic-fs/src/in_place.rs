@@ -1,12 +1,13 @@
-//! A file that no rename can replace, written in place, with a copy of its old content beside it.
+//! Writing a file in place, if no rename can replace it, with a copy of its old content beside it.
 //!
-//! Invariant: from before the first byte of the target changes until all of the new content is durable, a durable record
-//! leads to a durable copy of the old content. Nobody but a reader without the lock may find the target half written, and
-//! a recovery. The record goes, durably, before the copy goes, and neither while its writer lives.
+//! Invariant: from before the first byte of the target changes until all of the new content is durable, a durable
+//! record leads to a durable copy of the old content. Only a reader without the lock, or a recovery, may find the
+//! target half written. The record is removed, durably, before the copy, and neither is removed by others while the
+//! writer lives.
 //!
-//! The record is a symlink that leads nowhere, since it can be made and removed in one step. Its text says which file the
-//! copy is of, and by what both are known: a mount that is absent when it comes to a recovery must not have the old content
-//! written into the empty file below it, and the only copy removed.
+//! The record is a symlink that leads nowhere, because a symlink can be created and removed in one step. Its text names
+//! the copied file, and has marks to recognise both files: if a mount is absent during a recovery, the recovery must
+//! not write the old content into the empty file below it and remove the only copy.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -22,23 +23,23 @@ use crate::names::{self, is_name, is_reserved};
 use crate::platform::{self, Dir, Entry, Identity, Kind};
 use crate::{Error, InPlace, WriteOptions};
 
-/// How many names are tried. A second one is needed only if a recovery took the copy before it could be locked.
+/// How many names to try. A second one is needed only if a recovery took the copy before it could be locked.
 const NAME_ATTEMPTS: usize = 32;
-/// How long the lock of a target is waited for, which another writer in place, a recovery or a reader may hold.
+/// How long to wait for the lock of a target. Another writer in place, a recovery or a reader may hold it.
 const TARGET_PATIENCE: Duration = Duration::from_secs(5);
-/// How often it is tried for meanwhile, and the gate looked at.
+/// How often to try for the lock, and check the gate, meanwhile.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// Whether a rename that has failed in this way is to be made up for by a write in place.
+/// Whether to write in place after a rename has failed in this way.
 pub(crate) fn is_wanted(options: WriteOptions, failure: &io::Error) -> bool {
     let is_fixed = matches!(failure.kind(), io::ErrorKind::ResourceBusy | io::ErrorKind::CrossesDevices);
     is_fixed && options.in_place == InPlace::WithBackup && !options.create_new
 }
 
-/// A target that stays the file that it is.
+/// A target that stays the same file.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Fixed<'a> {
-    /// As given, for errors.
+    /// The path as given, for errors.
     pub(crate) path: &'a Path,
     pub(crate) resolved: &'a Option<PathBuf>,
     pub(crate) dir: &'a Dir,
@@ -50,9 +51,9 @@ pub(crate) struct Fixed<'a> {
 impl Fixed<'_> {
     /// Writes the first `length` bytes of `new` over the target, and sets its mode if one is given.
     ///
-    /// Everything is synced, whatever durability is asked for: without that the copy would be good for nothing.
+    /// Everything is synced, whatever durability was requested: without that the copy would be useless.
     pub(crate) fn write(&self, new: &File, length: u64, mode: Option<u32>, gate: &Gate) -> Result<(), Error> {
-        // Dropped last, so that the next writer finds neither record nor copy.
+        // This is dropped last, so that the next writer finds neither record nor copy.
         let file = self.lock(gate)?;
         self.refuse_unrecovered(&file.0)?;
         let old = Entry::of(&file.0).map_err(self.failed("look at"))?;
@@ -60,31 +61,31 @@ impl Fixed<'_> {
         let mut backup = Backup::take(self, old.size, mode.map(|_| old.mode))?;
         backup.fill(self, &file.0, gate)?;
         if mode.is_some() {
-            // It changes nothing, but fails for whoever may not set the mode: better now than half way.
+            // This changes nothing, but fails if the process may not set the mode: better now than half-way.
             platform::set_mode(&file.0, old.mode).map_err(self.failed("set the mode of"))?;
         }
         let mut reserved = Reserved::new(&file.0, old.size, length).map_err(self.failed("reserve space for"))?;
         backup.record(self, &file.0)?;
         let Some(passage) = gate.enter() else { return Err(self.interrupted()) };
-        // From here on a panic too leaves the target to a recovery.
+        // From here on, a panic too leaves the target to a recovery.
         backup.is_needed = true;
         reserved.is_used = true;
         let written = fill(&file.0, new, length, mode);
-        // Once there is no record, nothing undoes it any more: whoever drops the future waits until here.
+        // Once the record is gone, nothing undoes the write any more. A drop of the future waits until here.
         match written.and_then(|()| remove(self.dir, &backup.record)) {
             Ok(()) => {
                 passage.done();
-                // Until that is durable, a power cut brings the record back, and with it the old content.
+                // Until the removal is durable, a power cut may bring the record back, and with it the old content.
                 let synced = self.dir.sync();
                 synced.map_err(|source| Error::NotDurable { path: self.path.to_path_buf(), source })?;
                 (backup.is_recorded, backup.is_needed) = (false, false);
                 Ok(())
             }
-            // A sync that failed is not tried again: all of the old content is written once more before the next one.
+            // A failed sync is not retried: all of the old content is written again before the next sync.
             Err(error) => match backup.put_back(&file.0) {
                 Ok(()) => {
                     backup.is_needed = false;
-                    // Before the passage goes, so that whoever waits for that finds everything as it was.
+                    // Before the passage is dropped, so that a caller that waits for it finds everything as it was.
                     drop(backup);
                     Err(self.failed("write in place")(error))
                 }
@@ -98,7 +99,7 @@ impl Fixed<'_> {
         }
     }
 
-    /// Opens the target and locks it against other writers in place, also those that know it by another name.
+    /// Opens the target and locks it against other writers in place, including those that use another name for it.
     fn lock(&self, gate: &Gate) -> Result<Locked, Error> {
         let failed = || self.failed("open for a write in place");
         if !matches!(self.dir.look(self.name).map_err(self.failed("look at"))?, Some(Entry { kind: Kind::File, .. })) {
@@ -112,11 +113,12 @@ impl Fixed<'_> {
         Ok(file)
     }
 
-    /// What a crash left half written must not be taken for the old content. Under the lock no living writer has a record.
+    /// Refuses a target that a crash left half written, because that is not the old content. Under the lock, no live
+    /// writer has a record.
     fn refuse_unrecovered(&self, file: &File) -> Result<(), Error> {
         let mark = Identity::of(file).map_err(self.failed("look at"))?.mark();
         for name in self.dir.list().map_err(self.failed("look for unfinished writes beside"))? {
-            // By this name; or by another one, if the same file is mounted twice.
+            // The target has this name, or another one if the same file is mounted twice.
             let is_ours = |record: Record| record.name == self.name || record.marks[1] == mark;
             if names::Backup::of_record(&name).is_some()
                 && Record::read(self.dir, &name).is_ok_and(|r| r.is_some_and(is_ours))
@@ -131,13 +133,13 @@ impl Fixed<'_> {
         Error::Interrupted { path: self.path.to_path_buf() }
     }
 
-    /// The error of a call that was to do `action`.
+    /// Makes the error of a call that tried to `action` the target.
     fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error {
         resolved_error(action, self.path, self.resolved)
     }
 }
 
-/// Space for content that is longer than the file; what was not used is given back.
+/// Reserved space for content that is longer than the file. What is not used is given back.
 struct Reserved<'a> {
     file: &'a File,
     old_length: u64,
@@ -145,7 +147,8 @@ struct Reserved<'a> {
 }
 
 impl<'a> Reserved<'a> {
-    /// A full disk is to be met before anything is overwritten. Where space cannot be reserved, the copy has to do.
+    /// Reserves the space, so that a full disk is noticed before anything is overwritten. If the file system cannot
+    /// reserve space, the copy alone protects the old content.
     fn new(file: &'a File, old_length: u64, length: u64) -> io::Result<Self> {
         let reserved = Self { file, old_length, is_used: length <= old_length };
         platform::reserve(file, length)?;
@@ -156,7 +159,7 @@ impl<'a> Reserved<'a> {
 impl Drop for Reserved<'_> {
     fn drop(&mut self) {
         if !self.is_used {
-            // To be cut where it ends frees what lies beyond.
+            // Cutting the file where it ends frees the space beyond.
             let _kept = self.file.set_len(self.old_length);
         }
     }
@@ -170,15 +173,16 @@ struct Backup<'a> {
     copy_name: OsString,
     copy: File,
     length: u64,
-    /// That of the old content, if another one is to be set.
+    /// The mode of the old content, if the write sets another one.
     mode: Option<u32>,
     is_recorded: bool,
-    /// Whether the old content is nowhere else, or may be after a power cut. If not, both go when this is dropped.
+    /// Whether the old content exists only here, or may do so after a power cut. If not, copy and record are removed
+    /// when this is dropped.
     is_needed: bool,
 }
 
 impl<'a> Backup<'a> {
-    /// Creates and locks an empty copy, which nobody may read but who writes it.
+    /// Creates and locks an empty copy that only its writer may read.
     fn take(target: &Fixed<'a>, length: u64, mode: Option<u32>) -> Result<Self, Error> {
         let failed = || target.failed("create a backup beside");
         for _ in 0..NAME_ATTEMPTS {
@@ -192,7 +196,7 @@ impl<'a> Backup<'a> {
                 Self { dir: target.dir, record, copy_name, copy, length, mode, is_recorded: false, is_needed: false };
             match backup.copy.try_lock() {
                 Ok(()) if Entry::of(&backup.copy).map_err(failed())?.links > 0 => return Ok(backup),
-                // A recovery came between creation and lock, and took it for litter.
+                // A recovery came between creation and lock, and took the copy for litter.
                 Ok(()) | Err(TryLockError::WouldBlock) => {}
                 Err(TryLockError::Error(source)) => return Err(target.failed("lock the backup of")(source)),
             }
@@ -207,7 +211,7 @@ impl<'a> Backup<'a> {
             return Err(target.interrupted());
         }
         self.copy.sync_all().map_err(failed())?;
-        // Before there is a record: one that leads to no copy is then never the work of a power cut.
+        // Before the record exists, so that a power cut never leaves a record without a copy.
         self.dir.sync().map_err(failed())
     }
 
@@ -221,7 +225,7 @@ impl<'a> Backup<'a> {
             mode: self.mode,
             name: target.name.into(),
         };
-        // Also if it failed: it may have taken effect.
+        // Even if the call failed, because it may have taken effect.
         self.is_recorded = true;
         self.dir.symlink(&record.encode(), &self.record).map_err(failed())?;
         self.dir.sync().map_err(failed())
@@ -244,16 +248,16 @@ impl Drop for Backup<'_> {
             #[cfg(feature = "tracing")]
             tracing::warn!(backup = ?self.copy_name, error = %_error, "a backup stays until the next recovery");
         }
-        // As that of the target.
+        // Explicitly, as for the target.
         let _closed_anyway = self.copy.unlock();
     }
 }
 
-/// What a record says: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`. The mode is `-` if that is
-/// not to be put back.
+/// The content of a record: `<mark of the copy>,<mark of the target>,<mode>/<name of the target>`. The mode is `-` if
+/// it is not to be restored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
-    /// By what the copy and the target are known, in this order.
+    /// The marks by which the copy and the target are recognised, in this order.
     pub(crate) marks: [String; 2],
     pub(crate) mode: Option<u32>,
     pub(crate) name: OsString,
@@ -267,7 +271,7 @@ impl Record {
         OsString::from_vec([head.as_bytes(), self.name.as_bytes()].concat()).into()
     }
 
-    /// `None` if it says anything else; above all, if it leads out of its directory.
+    /// `None` if it says anything else; in particular, if it leads out of its directory.
     fn decode(link: &Path) -> Option<Self> {
         let bytes = link.as_os_str().as_bytes();
         let (head, name) = bytes.split_at_checked(bytes.iter().position(|&byte| byte == b'/')?)?;
@@ -290,8 +294,8 @@ impl Record {
         Ok(Self::decode(&dir.read_link(name)?))
     }
 
-    /// Whether these are the files that it speaks of: both are what they were, or both were copied. If only the target is
-    /// another one, it was replaced since, or is the one below a mount that is absent.
+    /// Whether these are the files that the record names: both are the same as before, or both were copied. If only the
+    /// target differs, it was replaced since, or is the file below an absent mount.
     pub(crate) fn is_of(&self, copy: &File, target: &File) -> io::Result<bool> {
         let marks = [Identity::of(copy)?.mark(), Identity::of(target)?.mark()];
         let [is_copy, is_target] = [0, 1].map(|end| marks[end] == self.marks[end]);
@@ -303,13 +307,14 @@ pub(crate) fn torn(path: &Path, backup: PathBuf, source: io::Error) -> Error {
     Error::Torn { path: path.to_path_buf(), backup, source }
 }
 
-/// A target whose lock is held. It is given back by hand, because a process that is just being started by another thread
-/// has a copy of the descriptor, and would keep the lock for a moment.
+/// A target whose lock is held. It is unlocked explicitly, because a process that another thread is just starting may
+/// have a copy of the descriptor, and would keep the lock for a moment.
 #[derive(Debug)]
 pub(crate) struct Locked(pub(crate) File);
 
 impl Locked {
-    /// Waits on this thread of the blocking pool: whoever holds the lock already has the thread that it needs.
+    /// Waits on this thread of the blocking pool. That cannot deadlock: the holder of the lock already has the thread
+    /// that it needs.
     pub(crate) fn wait(file: File, path: &Path, gate: &Gate) -> Result<Self, Error> {
         let begun = Instant::now();
         loop {
@@ -322,7 +327,8 @@ impl Locked {
                     return Err(Error::FileBusy { path: path.to_path_buf(), waited: TARGET_PATIENCE });
                 }
                 Err(TryLockError::WouldBlock) => std::thread::park_timeout(PAUSE),
-                // Without locks two writers would mix, and each take the other's half for the old content.
+                // Without locks, two writers would mix their content, and each would take the other's half for the old
+                // content.
                 Err(TryLockError::Error(source)) => {
                     let (path, action) = (path.to_path_buf(), "lock");
                     return Err(Error::Io { action, path, resolved: None, source });
@@ -338,8 +344,8 @@ impl Drop for Locked {
     }
 }
 
-/// Removes the record, if there is one, and then the copy: only once the record is gone for ever, because one without a
-/// copy could not be recovered.
+/// Removes the record, if there is one, and then the copy, but only after the record's removal is durable, because a
+/// record without a copy could not be recovered.
 pub(crate) fn remove_both(dir: &Dir, record: Option<&OsString>, copy: &OsStr) -> io::Result<()> {
     if let Some(record) = record {
         remove(dir, record)?;
@@ -356,26 +362,27 @@ pub(crate) fn remove(dir: &Dir, name: &OsStr) -> io::Result<()> {
     }
 }
 
-/// Whether `name` is still that of the open file.
+/// Whether `name` still names the open file.
 pub(crate) fn is_at(dir: &Dir, name: &OsStr, file: &File) -> io::Result<bool> {
     let opened = Entry::of(file)?;
     Ok(dir.look(name)?.is_some_and(|now| now.kind == Kind::File && now.id == opened.id))
 }
 
-/// Makes `from` all of what is in `file`, durably, with this mode if there is one. Meanwhile the file grants no more than
-/// before, nor than after.
+/// Makes the content of `from` the whole content of `file`, durably, with this mode if one is given. Meanwhile the file
+/// grants no more access than before, and no more than after.
 pub(crate) fn fill(file: &File, from: &File, length: u64, mode: Option<u32>) -> io::Result<()> {
     if let Some(mode) = mode {
         let now = Entry::of(file)?.mode;
         if now & mode != now {
             platform::set_mode(file, now & mode)?;
-            // A power cut must not leave content with a mode that was never its own, so neither overtakes the other.
+            // A power cut must not leave content with a mode that never belonged to it, so neither may overtake the
+            // other.
             file.sync_all()?;
         }
     }
     copy(from, file, length, || false)?;
     file.set_len(length)?;
-    // Without one it is left alone: somebody may have made the file private meanwhile.
+    // Without a given mode, the mode stays: the file may have been made private meanwhile.
     if let Some(mode) = mode {
         file.sync_all()?;
         platform::set_mode(file, mode)?;

@@ -1,8 +1,8 @@
-//! The journal, which says what a transaction changes; and the pointer to it, in each other directory that takes part: how
-//! they are written, found and read.
+//! Writing, finding and reading the journal, which says what a transaction changes, and the pointers to it in the other
+//! directories that take part.
 //!
-//! Invariant: directories are named relative to the one in which the record lies, so that a tree may be moved or copied;
-//! no bytes whatever make the reader stumble, and what is not understood is refused.
+//! Invariant: directories are named relative to the record's own, so that a tree may be moved or copied; no input makes
+//! the reader panic, and what it does not understand it refuses.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::OsString;
@@ -19,24 +19,24 @@ use crate::platform::{Dir, Entry, Identity, Kind, Moment, Moved};
 use crate::{Durability, Error};
 
 const MAGIC: &[u8; 8] = b"afs-tx2\n";
-/// What the version before began with; its journals name directories by absolute paths.
+/// The magic of the previous version, whose journals name directories by absolute paths.
 const FORMER_MAGIC: &[u8; 8] = b"afs-tx1\n";
-/// No journal is larger than this; it takes more than 100,000 files of long names to get there.
+/// No journal is larger than this. It would take more than 100,000 files with long names.
 pub(crate) const LIMIT_BYTES: u64 = 64 << 20;
 
-/// What a journal says.
+/// The content of a journal.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Record {
     pub(crate) tag: Tag,
-    /// By what the journal itself is known to lie where it was written.
+    /// The mark that shows whether the journal is still where it was written.
     own: (u64, Option<Moment>),
     written: Moment,
-    /// The directories, relative to the journal's; that one is empty.
+    /// The directories, relative to the journal's, which is the empty path.
     pub(crate) sites: Vec<PathBuf>,
     pub(crate) chains: Vec<Line>,
 }
 
-/// A chain as it was written down.
+/// A chain as recorded.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Line {
     pub(crate) carrier: Name,
@@ -60,7 +60,7 @@ pub(crate) struct Found {
     pub(crate) trust: Trust,
 }
 
-/// Writes down what `chains` are to do, for the journal that is the file `own`.
+/// Encodes what `chains` are to do, for the journal file `own`.
 pub(crate) fn encode(tag: Tag, own: &Identity, home: &Site, chains: &[Chain]) -> Vec<u8> {
     let sites = sites(home, chains);
     let numbers: HashMap<_, _> = sites.iter().enumerate().map(|(number, site)| (site.id, number as u64)).collect();
@@ -95,14 +95,14 @@ pub(crate) fn sites<'a>(home: &'a Site, chains: &'a [Chain]) -> Vec<&'a Site> {
     std::iter::once(home).chain(others).collect()
 }
 
-/// How to get from the directory `from` to the directory `to`; empty if they are one.
+/// The relative path from the directory `from` to the directory `to`; empty if they are the same.
 pub(crate) fn way(from: &Path, to: &Path) -> PathBuf {
     let common = from.components().zip(to.components()).take_while(|(one, other)| one == other).count();
     let up = from.components().skip(common).map(|_| Component::ParentDir);
     up.chain(to.components().skip(common)).collect()
 }
 
-/// What a pointer says: of which transaction its directory is a part, and the way to the journal's directory.
+/// The content of a pointer: the transaction, and the path to the journal's directory.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Pointer {
     pub(crate) tag: Tag,
@@ -110,7 +110,7 @@ pub(crate) struct Pointer {
 }
 
 impl Pointer {
-    /// Leaves it in `site`. It is a symlink, so that it is there whole or not at all, and says at a glance what it is.
+    /// Creates it in `site`. It is a symlink, so that it exists whole or not at all, and shows at a glance what it is.
     pub(crate) fn leave(&self, site: &Site) -> io::Result<()> {
         site.dir.symlink(&self.home.join(self.tag.note()), POINTER.as_ref())
     }
@@ -150,7 +150,7 @@ impl Pointer {
     }
 }
 
-/// Removes what leads to a journal elsewhere, if there is anything.
+/// Removes the pointer to a journal elsewhere, if there is one.
 pub(crate) fn remove_pointer(site: &Site) -> io::Result<()> {
     match site.dir.remove(POINTER.as_ref()) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -203,7 +203,7 @@ fn read(site: &Site, name: &'static str) -> Result<Option<(Identity, Vec<u8>)>, 
     read(file).map(Some).map_err(io_error("read the journal", &path))
 }
 
-/// An unfinished transaction may have files of these very targets in its hands.
+/// Refuses a directory with an unfinished transaction, because that may hold files of these very targets.
 pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
     let failed = |source| io_error("look for a journal in", &site.path)(source);
     if is_present(&site.dir).map_err(failed)? {
@@ -215,7 +215,7 @@ pub(crate) fn refuse_unfinished(site: &Site) -> Result<(), Error> {
     }
 }
 
-/// The directory with the journal of a transaction in which `site` takes part, if it has not been finished.
+/// The directory with the journal of an unfinished transaction in which `site` takes part, if there is one.
 pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
     let Some(pointer) = Pointer::find(site)? else { return Ok(None) };
     let directory = site.path.join(&pointer.home);
@@ -230,7 +230,8 @@ pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
                 Err(misplaced(home.path, "has a journal that speaks of another directory than this one"))
             }
         }
-        // If it speaks of another transaction, or of none, then the one that led there has been finished.
+        // If the journal there belongs to another transaction, or does not exist, the transaction of the pointer has
+        // finished.
         _ => Ok(None),
     }
 }
@@ -238,14 +239,14 @@ pub(crate) fn elsewhere(site: &Site) -> Result<Option<Site>, Error> {
 /// A journal that is not yet committed, and the pointers to it; dropped, they are removed.
 pub(crate) struct Draft<'a> {
     home: &'a Site,
-    /// By which name it is there; none once it is committed.
+    /// Its present name; `None` once it is committed.
     name: Option<OsString>,
     pointed: Vec<Arc<Site>>,
     written: Moment,
 }
 
 impl<'a> Draft<'a> {
-    /// Writes it, and what leads to it, and leaves all to be synced.
+    /// Writes the journal and its pointers, and leaves the syncs to the caller.
     pub(crate) fn begin(tag: Tag, home: &'a Site, chains: &[Chain]) -> Result<(Self, File), Error> {
         let failed = || io_error("write a journal in", &home.path);
         let name = tag.draft();
@@ -266,17 +267,17 @@ impl<'a> Draft<'a> {
         Ok((draft, file))
     }
 
-    /// Leaves in another directory what leads to the journal, so that nobody overlooks it there.
+    /// Creates a pointer to the journal in another directory, so that it is not overlooked there.
     fn point(&mut self, tag: Tag, site: &Arc<Site>) -> Result<(), Error> {
         let pointer = Pointer { tag, home: way(&site.path, &self.home.path) };
-        // One that is there leads nowhere, or this transaction would have been refused.
+        // An existing pointer leads nowhere; otherwise this transaction would have been refused.
         let left = remove_pointer(site).and_then(|()| pointer.leave(site));
         left.map_err(io_error("leave what leads to the journal in", &site.path))?;
         self.pointed.push(site.clone());
         Ok(())
     }
 
-    /// Gives it the name by which a recovery finds it, once it is whole and what leads to it is durable.
+    /// Gives the journal the name by which a recovery finds it, once it is whole and its pointers are durable.
     pub(crate) fn prepare(&mut self, durability: Durability) -> Result<(), Error> {
         let failed = || io_error("prepare the journal in", &self.home.path);
         let Some(name) = &self.name else { return Ok(()) };
@@ -285,11 +286,12 @@ impl<'a> Draft<'a> {
         if let (Moved::Linked, Some(draft)) = (moved, draft) {
             self.home.dir.remove(&draft).map_err(failed())?;
         }
-        // From here on the files may change places: a recovery will put them back.
+        // From here on the files may be exchanged: a recovery would put them back.
         if durability == Durability::None { Ok(()) } else { self.home.dir.sync().map_err(failed()) }
     }
 
-    /// Commits it, and says by what its files are known. No sync: if that is lost, so is what follows, or it is undone.
+    /// Commits the journal, and returns how to recognise its files. There is no sync: if the commit is lost, what
+    /// follows is lost too, or undone.
     pub(crate) fn commit(mut self) -> Result<Trust, Error> {
         let renamed = self.home.dir.rename(PREPARED.as_ref(), COMMITTED.as_ref());
         renamed.map_err(io_error("commit the journal in", &self.home.path))?;
@@ -302,10 +304,11 @@ impl<'a> Draft<'a> {
 impl Drop for Draft<'_> {
     fn drop(&mut self) {
         let Some(name) = &self.name else { return };
-        // What cannot be removed now is left to a recovery.
+        // A journal that cannot be removed now is left to a recovery.
         let _left = self.home.dir.remove(name);
         if name == PREPARED {
-            // A rename may have taken effect although it failed. Then durably, before what leads here goes.
+            // A rename may have taken effect although it failed. So the removal is synced before the pointers are
+            // removed.
             let _left = self.home.dir.remove(COMMITTED.as_ref());
             let _left = self.home.dir.sync();
         }
@@ -328,7 +331,7 @@ fn decode(bytes: &[u8]) -> Result<Record, &'static str> {
 }
 
 impl Line {
-    /// Whether this can be a chain of that transaction, which touches nothing but targets and names of its own.
+    /// Whether this can be a chain of that transaction, which touches only targets and its own names.
     fn is_sound(&self, record: &Record) -> bool {
         let is_target = |name: &Name| is_name(&name.name) && name.site < record.sites.len() && !is_reserved(&name.name);
         let is_hidden = self.carrier.name == self.hidden && self.carrier.site < record.sites.len();
@@ -348,7 +351,7 @@ fn seal(mut out: Vec<u8>) -> Vec<u8> {
     out
 }
 
-/// What a record contains behind its first bytes, if its checksum is right.
+/// The content of a record after the magic, if its checksum is right.
 fn open(bytes: &[u8]) -> Result<&[u8], &'static str> {
     if bytes.len() as u64 > LIMIT_BYTES {
         return Err("it is too long");
@@ -424,8 +427,8 @@ fn take_identity(rest: &mut &[u8]) -> Option<Option<Identity>> {
     Some(Some(Identity { inode, born, size: take_number(rest)?, modified: take_moment(rest)?? }))
 }
 
-/// Takes as many as it says that there are. Nothing is allocated in advance, since the number may be anything; and each
-/// takes some bytes, so that the end comes.
+/// Takes as many items as the count says. Nothing is allocated in advance, because the count may be anything; and each
+/// item takes some bytes, so the loop ends.
 fn take_many<T>(rest: &mut &[u8], one: impl Fn(&mut &[u8]) -> Option<T>) -> Option<Vec<T>> {
     let count = take_number(rest)?;
     (0..count).map(|_| one(rest)).collect()
@@ -446,7 +449,7 @@ fn take_place(rest: &mut &[u8]) -> Option<Name> {
 fn take_line(rest: &mut &[u8]) -> Option<Line> {
     let (carrier, hidden) = (take_place(rest)?, take_name(rest)?);
     let names = take_many(rest, take_place)?;
-    // A chain of no names changes nothing, and has no place here.
+    // A chain without names changes nothing, and is invalid here.
     let files = (0..=names.len()).map(|_| take_identity(rest)).collect::<Option<Vec<_>>>()?;
     (!names.is_empty()).then_some(Line { carrier, hidden, names, files })
 }

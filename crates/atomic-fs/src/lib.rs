@@ -150,14 +150,14 @@
 //!
 //! - They need Unix, one file system for all targets and the journal, and file locks.
 //! - A reader without [`open_together`] or [`read_lock`] may find some files old and others new: during the exchange,
-//!   which takes microseconds a file, or after a crash until [`recover`]. No file system offers better.
+//!   which takes microseconds per file, or after a crash until [`recover`]. No file system offers better.
 //! - A file that is renamed over another briefly has only a hidden name; every visible name has its old or its new
 //!   file. If three or more change places in a circle, the first name shows the others in turn.
 //! - If another process creates or removes a file while a commit exchanges it, the commit fails and all files stay
 //!   unchanged.
 //! - A caller waits at most 30 s for a lock; see [`patience`](MultiFileTransaction::patience). One thread, `afs-locks`,
 //!   tries for all callers of a process. If a file system hangs on a lock request, all of them wait.
-//! - A drop during the exchange waits for its end: microseconds a file, plus a sync of the directory for each rename
+//! - A drop during the exchange waits for its end: microseconds per file, plus a sync of the directory for each rename
 //!   that replaces a file. [`MultiFileTransaction::commit_detached`] blocks nobody.
 //! - If the file system cannot exchange files in one step, three steps by way of a hard link do it just as safely.
 //! - On overlayfs, files of a lower layer are copied before they are replaced, renamed or removed. If links to other
@@ -166,8 +166,8 @@
 //!
 //! Recovery:
 //!
-//! - [`recover`] believes the journal and the backup that it finds. Call it only in directories that nobody can write
-//!   to whom you would not trust with your files; not in `/tmp` itself.
+//! - [`recover`] believes the journal and the backup that it finds. Call it only in directories where everybody with
+//!   write permission may be trusted with your files; not in `/tmp` itself.
 //! - Recover before you write. A target that has changed since the crash may be neither the old nor the new file. Then
 //!   nothing is touched, and the error says what to do by hand.
 //! - A copied or restored tree recovers if the copy has the times of its files (`cp -a`, `tar`, `rsync -a`) and all

@@ -1,16 +1,16 @@
-//! Who may change the files of a directory, whose turn it is, and where the others wait; and how readers get all files of a
-//! transaction, or none, with a lock or without.
+//! The locks of directories, the turns, and the waiting; and how readers get all files of a transaction, or none, with
+//! or without a lock.
 //!
-//! Invariant: a lock is a file that only those can open who may write to the directory, so that nobody else holds them up.
-//! Its last holder removes it; what a killed one leaves is taken over by the next. Whoever has to wait keeps others from
-//! passing, so that neither readers that overlap keep out a writer, nor the other way round.
+//! Invariant: a lock is a file that only users with write permission to the directory can open, so that nobody else can
+//! hold them up. Its last holder removes it; the next one takes over what a killed holder left. A waiting caller keeps
+//! later ones from passing, so overlapping readers never keep a writer out, nor the other way round.
 //!
-//! A wait takes no thread of the blocking pool, which those who hold the lock may need to get on, and no timer, which a
-//! runtime may not have; it has a bound; and who drops it has, from then on, locked nothing. One thread tries for all, and
-//! ends with the last of them. It also begins the job of whoever gets the lock, so that no lock is held for a future that
-//! nobody polls.
+//! A wait takes no thread of the blocking pool, because the lock's holder may need that thread, and no timer, because a
+//! runtime may have none. It has a bound, and after a drop nothing is locked. One thread tries for all waiting callers,
+//! and ends with the last of them. When a caller gets its lock, that thread also begins its job, so that no lock is
+//! held for a future that is not polled.
 //!
-//! Files that are opened together were at one moment all there, while no transaction was exchanging any of them.
+//! Files that are opened together all existed at one moment, while no transaction was exchanging any of them.
 
 use std::fs::{File, TryLockError};
 use std::future::Future;
@@ -34,55 +34,55 @@ use crate::platform::{self, Dir, Entry, Guests, Identity};
 use crate::staged::Target;
 use crate::{Error, WriteOptions};
 
-/// How long a lock is waited for by default.
+/// How long to wait for a lock by default.
 pub(crate) const LOCK_PATIENCE: Duration = Duration::from_secs(30);
-/// How often one is opened anew because its last holder removed it meanwhile, or another one made it.
+/// How often to open a lock file again because its last holder removed it meanwhile, or another caller created it.
 const ATTEMPTS: usize = 32;
 /// The shortest and the longest pause between two attempts, to lock directories or to open files that keep changing.
 const PAUSES: [Duration; 2] = [Duration::from_micros(100), Duration::from_millis(5)];
-/// How long a lock that may not be opened is taken for one that is just being made.
+/// How long a lock file without permission to open it counts as one that is just being created.
 const MAKING: Duration = Duration::from_millis(200);
 
-/// With whom a lock is shared.
+/// Who shares a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Share {
     Readers,
     Nobody,
 }
 
-/// Takes a lock that nobody holds now, shared with nobody, whatever others wait for.
+/// Takes the exclusive lock if nobody holds it now, even if others are waiting.
 pub(crate) fn try_alone(site: &Arc<Site>) -> io::Result<Option<Hold>> {
     Hold::take(site, ROOM, Share::Nobody)
 }
 
-/// Removes what killed processes left of their locks here, as far as that is possible.
+/// Removes lock files that killed processes left here, as far as possible.
 pub(crate) fn remove_dead(site: &Arc<Site>) {
     for name in [TURN, ROOM] {
         if matches!(site.dir.look(name.as_ref()), Ok(Some(_))) {
-            // Where it is held, or may not be opened, it is not ours to remove; and it harms nobody.
+            // If it is held, or may not be opened, it is not ours to remove, and it does no harm.
             drop(Hold::take(site, name, Share::Nobody));
         }
     }
 }
 
-/// Keeps directories locked; the locks go when this is dropped, or its process dies.
+/// Keeps directories locked; the locks are released when this is dropped, or its process dies.
 #[derive(Debug)]
 pub(crate) struct Locks {
     _held: Vec<Hold>,
 }
 
-/// Directories on the way to being locked.
+/// Directories that are being locked.
 #[derive(Debug)]
 pub(crate) struct Locking {
-    /// The next one last.
+    /// The next one to lock is last.
     wanted: Vec<Arc<Site>>,
     held: Vec<Hold>,
-    /// The right to be the next in the directory that is waited for.
+    /// The right to be next in the directory that it is waiting for.
     turn: Option<Hold>,
     share: Share,
     begun: Instant,
     patience: Duration,
-    /// Since when the lock may not be opened.
+    /// Since when the lock file could not be opened for lack of permission.
     shut: Option<Instant>,
 }
 
@@ -100,7 +100,7 @@ impl Locking {
         self.wanted.last().map_or(Path::new(""), |site| &site.path)
     }
 
-    /// Locks what it can without waiting, which then stays so; `None` if something is left to be locked.
+    /// Locks what it can without waiting, and keeps that; `None` if something is left to lock.
     pub(crate) fn attempt(&mut self) -> Result<Option<Locks>, Error> {
         while let Some(site) = self.wanted.last().cloned() {
             let taken = self.take(&site);
@@ -141,15 +141,15 @@ impl Locking {
         Ok(hold)
     }
 
-    /// Another user who makes a lock file may open it for a moment before others may.
+    /// Whether another user may just be creating the lock file, which for a moment only that user may open.
     fn is_being_made(&mut self) -> bool {
         self.shut.get_or_insert_with(Instant::now).elapsed() < MAKING.min(self.patience)
     }
 }
 
-/// Whether it is somebody's turn already.
+/// Whether another caller is already next.
 fn is_waited_for(site: &Arc<Site>) -> io::Result<bool> {
-    // What a killed process left can be taken, and goes when it is dropped.
+    // A file left by a killed process can be taken, and is removed when the hold is dropped.
     Ok(site.dir.look(TURN.as_ref())?.is_some() && Hold::take(site, TURN, Share::Nobody)?.is_none())
 }
 
@@ -183,7 +183,8 @@ impl Hold {
                 Err(TryLockError::WouldBlock) => return Ok(None),
                 Err(TryLockError::Error(error)) => return Err(error),
             }
-            // Its last holder may have removed it between the opening and the lock, and others have made another.
+            // Its last holder may have removed it between opening and locking, and another caller may have created a
+            // new one.
             let id = Entry::of(&file)?.id;
             if site.dir.look(name.as_ref())?.is_some_and(|named| named.id == id) {
                 return Ok(Some(Self { site: site.clone(), name, file, share }));
@@ -195,21 +196,22 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        // With others who read, it is for the last of them to remove it: each tries to be that, and one of them is.
+        // A shared lock file is removed by its last reader: each reader tries to lock it alone, and one of them
+        // succeeds.
         if self.share == Share::Nobody || self.file.try_lock().is_ok() {
-            // What cannot be removed, as a file of another user in a sticky directory, stays for the next one.
+            // A file that cannot be removed, such as another user's in a sticky directory, stays for the next holder.
             let _left = self.site.dir.remove(self.name.as_ref());
         }
     }
 }
 
-/// Makes a lock file that those may open who may write to the directory, and nobody else.
+/// Creates a lock file that exactly the users with write permission to the directory may open.
 fn make(dir: &Dir, name: &str) -> io::Result<File> {
     let file = dir.create(name.as_ref(), 0o600)?;
     let (of, fresh) = (dir.entry()?, Entry::of(&file)?);
     let mut group = of.mode & 0o020;
     if (of.uid, of.gid) != (fresh.uid, fresh.gid) {
-        // To give it to the directory's owner takes a privilege, to give it to its group, to be a member.
+        // Giving it to the directory's owner takes a privilege; giving it to the directory's group takes membership.
         let ours = Entry { uid: fresh.uid, ..of };
         if platform::set_owner(&file, &of).or_else(|_| platform::set_owner(&file, &ours)).is_err() {
             group = 0;
@@ -228,7 +230,7 @@ fn make(dir: &Dir, name: &str) -> io::Result<File> {
 
 static WAITING: Mutex<Room> = Mutex::new(Room { guests: Vec::new(), is_attended: false });
 
-/// In the order in which they came.
+/// The waiting callers, in the order of their arrival.
 struct Room {
     guests: Vec<Arc<Mutex<Guest>>>,
     is_attended: bool,
@@ -239,7 +241,7 @@ enum Guest {
     Gone,
 }
 
-/// What is done with the locks, or with the reason why there are none.
+/// What to do with the locks, or with the reason why there are none.
 type Begin = Box<dyn FnOnce(Result<Locks, Error>) + Send>;
 
 /// Waits until everything is locked, at most as long as [`Locking`] is patient, and for the job that then begins.
@@ -250,8 +252,8 @@ struct Wait<T> {
     job: oneshot::Receiver<Result<Job<T>, Error>>,
 }
 
-/// Prepares on the blocking pool, locks, and finishes there: in the same job, unless others hold one of the locks. From its
-/// first poll on it gets there without being polled.
+/// Prepares on the blocking pool, locks, and finishes there: in the same job, unless others hold one of the locks.
+/// After its first poll it needs no further polls to get there.
 pub(crate) async fn with_locks<S: Send + 'static, T: Send + 'static>(
     runtime: &Handle,
     gate: &Arc<Gate>,
@@ -259,7 +261,7 @@ pub(crate) async fn with_locks<S: Send + 'static, T: Send + 'static>(
     prepare: impl FnOnce(&Gate) -> Result<(S, Locking), Error> + Send + 'static,
     finish: impl FnOnce(S, Locks, &Gate) -> Result<T, Error> + Send + 'static,
 ) -> Result<T, Error> {
-    // One gate for both jobs: who drops this closes it to the second one, wherever that stands.
+    // One gate for both jobs: a drop closes it to the second job, however far that is.
     let (handle, shared, for_job) = (runtime.clone(), gate.clone(), path.clone());
     let first = Job::spawn(runtime, gate, path, move |gate| {
         let (state, mut locking) = prepare(gate)?;
@@ -276,7 +278,7 @@ pub(crate) async fn with_locks<S: Send + 'static, T: Send + 'static>(
     }
 }
 
-/// Nothing panics while one of these is locked, so a poisoned lock has spoiled nothing.
+/// Nothing panics while one of these is locked, so a poisoned lock holds a sound state.
 fn open<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -289,7 +291,8 @@ impl<T: Send + 'static> Wait<T> {
     ) -> Result<Self, Error> {
         let (tell, job) = oneshot::channel();
         let directory = locking.path().to_path_buf();
-        // If there are no locks, the files that wait for them go before anybody hears of it. Who has gone hears nothing.
+        // If there are no locks, the files that wait for them are removed before the caller is told. A caller that has
+        // gone is told nothing.
         let begin: Begin = Box::new(move |locks| drop(tell.send(locks.map(begin))));
         let wait = Self { guest: Arc::new(Mutex::new(Guest::Waiting(locking, begin))), path: path.clone(), job };
         let mut room = open(&WAITING);
@@ -313,15 +316,16 @@ impl<T> Future for Wait<T> {
 }
 
 impl<T> Drop for Wait<T> {
-    /// First this, and then the job, if it has begun: one that begins in between would be nobody's.
+    /// Removes the wait first, and then the job, if it has begun: otherwise a job could begin in between, without an
+    /// owner.
     fn drop(&mut self) {
         let left = std::mem::replace(&mut *open(&self.guest), Guest::Gone);
-        // Outside the lock, because files may have to be removed.
+        // Outside the lock, because the drop may remove files.
         drop(left);
     }
 }
 
-/// Tries for all guests in turn, until there are none.
+/// Tries to lock for all guests in turn, until there are none.
 fn attend() {
     let [mut pause, longest] = PAUSES;
     let mut count = 0;
@@ -334,11 +338,11 @@ fn attend() {
         }
         let guests = room.guests.clone();
         drop(room);
-        // If somebody came or went, the next one may soon have its turn.
+        // If a guest came or went, the next one may soon have its turn.
         pause = if guests.len() == count { (pause * 2).min(longest) } else { PAUSES[0] };
         count = guests.len();
         for guest in &guests {
-            // A waker of the caller's may panic, or a runtime without threads; the others wait for theirs all the same.
+            // A caller's waker may panic, or a runtime that has no threads; the other guests must still get their turn.
             drop(catch_unwind(AssertUnwindSafe(|| attempt(guest))));
         }
         std::thread::park_timeout(pause);
@@ -349,9 +353,9 @@ fn attempt(guest: &Mutex<Guest>) {
     let mut guest = open(guest);
     let Guest::Waiting(locking, _) = &mut *guest else { return };
     let Some(locks) = locking.attempt().transpose() else { return };
-    // Under the guest's lock: whoever drops the wait finds it waiting, or finds the job.
+    // Under the guest's lock, so that a drop of the wait finds either the waiting guest or the job.
     if let Guest::Waiting(locking, begin) = std::mem::replace(&mut *guest, Guest::Gone) {
-        // Nothing is held of what was not locked as a whole, before anybody hears of it.
+        // Partial locks are released before the caller is told.
         drop(locking);
         begin(locks);
     }
@@ -481,7 +485,7 @@ async fn open_within(paths: Arc<[PathBuf]>, patience: Duration) -> Result<Vec<Fi
     let [mut pause, longest] = PAUSES;
     loop {
         let paths = paths.clone();
-        // A hop for each attempt, and the pause in it: so no thread is kept that whoever commits may need.
+        // One hop for each attempt and its pause: between attempts the thread is free for a commit that may need it.
         let attempt = Job::spawn(&runtime, &Gate::new(), &first, move |_| {
             let opened = open_at_once(&paths)?;
             if opened.is_err() {
@@ -497,7 +501,7 @@ async fn open_within(paths: Arc<[PathBuf]>, patience: Duration) -> Result<Vec<Fi
     }
 }
 
-/// Opens the files as they are at one moment; or tells, inside, what was in the way this time.
+/// Opens the files as they are at one moment; the inner error says what was in the way this time.
 fn open_at_once(paths: &[PathBuf]) -> Result<Result<Vec<File>, Error>, Error> {
     let resolve = |path: &PathBuf| Target::resolve(path, WriteOptions::default());
     let targets = paths.iter().map(resolve).collect::<Result<Vec<_>, _>>()?;
@@ -505,9 +509,9 @@ fn open_at_once(paths: &[PathBuf]) -> Result<Result<Vec<File>, Error>, Error> {
     for (path, target) in paths.iter().zip(&targets) {
         files.push(target.dir.read(&target.name).map_err(io_error("open", path))?);
     }
-    // From here until the names are looked at again they all stay the same, or it is seen that they did not. If within
-    // that time there was once no journal in a directory, none of its transactions had begun to exchange these files
-    // without having finished.
+    // From here until the second look at the names, they all stay the same, or the second look shows that they did not.
+    // If a directory had no journal at some moment in between, none of its transactions was in the middle of exchanging
+    // these files.
     for (path, target) in paths.iter().zip(&targets) {
         if is_exchanging(target).map_err(io_error("look for a journal beside", path))? {
             return Ok(Err(Error::Unrecovered { directory: target.parent.clone() }));
@@ -531,7 +535,8 @@ fn is_exchanging(target: &Target) -> io::Result<bool> {
         return Ok(true);
     }
     let Some(home) = Pointer::home(&target.dir)? else { return Ok(false) };
-    // Where that leads to no journal, its transaction has ended. What cannot be looked at may go on.
+    // If the pointer leads to no journal, its transaction has ended. If that cannot be checked, it may still be going
+    // on.
     target.dir.open_dir(&home).map_or(Ok(true), |home| is_present(&home))
 }
 

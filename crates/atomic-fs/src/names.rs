@@ -1,17 +1,17 @@
-//! The names that callers give to their files, and those that this crate gives to files of its own.
+//! The names that callers give to their files, and the names that this crate gives to its own files.
 //!
-//! Invariant: the latter begin with a prefix that no target's name has; and if its maker is killed, a file tells by its
-//! name who removes it.
+//! Invariant: the crate's own names begin with a prefix that no target's name has; and if the creator of a file is
+//! killed, the file's name tells what removes it.
 //!
 //! | name | what it is | removed by |
 //! |---|---|---|
-//! | `.afs-file-<id>` | a single file on its way | a sweep |
+//! | `.afs-file-<id>` | a single file that is being written | a sweep |
 //! | `.afs-tx-<id>` | the note of a transaction, or the link that leads to it | a recovery |
 //! | `.afs-tx-<id>-<more>` | what that transaction has staged | a recovery |
-//! | `.afs-journal` and others | a journal, and what leads to it | a recovery, when it has finished or undone it |
+//! | `.afs-journal` and others | a journal, and the pointers to it | a recovery, when it has finished or undone it |
 //! | `.afs-place-<id>` | a write in place: the record | a recovery, when it has put the old content back |
 //! | `.afs-place-<id>-old` | the copy of the old content | the same |
-//! | `.afs-lock`, `.afs-turn` | locks of a directory | whoever locks it next |
+//! | `.afs-lock`, `.afs-turn` | locks of a directory | the next caller that locks it |
 #![cfg_attr(not(unix), expect(dead_code, reason = "only transactions and writes in place give most of these names"))]
 
 use std::ffi::{OsStr, OsString};
@@ -21,37 +21,38 @@ use std::path::PathBuf;
 
 use crate::Error;
 
-/// What every name that this crate gives begins with. No target may bear it, or it could be taken for litter.
+/// The prefix of every name that this crate gives. No target may have it, because it could be taken for litter.
 const RESERVED_PREFIX: &str = ".afs-";
 const TEMP_PREFIX: &str = ".afs-file-";
 const TRANSACTION_PREFIX: &str = ".afs-tx-";
 const RECORD_PREFIX: &str = ".afs-place-";
-/// What the name of the copy has beyond that of its record.
+/// The suffix that distinguishes the name of the copy from its record's.
 const COPY_SUFFIX: &str = "-old";
-/// The journal once its transaction is committed. One a directory, since commits there wait for each other.
+/// The journal once its transaction is committed. A directory has at most one, because commits there wait for each
+/// other.
 pub(crate) const COMMITTED: &str = ".afs-journal";
-/// The same journal before that, and again when its transaction is being undone: what was done is to be undone.
+/// The same journal before the commit, and again while its transaction is being undone: its changes must be undone.
 pub(crate) const PREPARED: &str = ".afs-journal-prepared";
-/// What leads from another directory of a transaction to its journal.
+/// The pointer from another directory of a transaction to its journal.
 pub(crate) const POINTER: &str = ".afs-journal-elsewhere";
-/// Locked by whoever reads or changes the files of the directory.
+/// Locked by callers that read or change the files of the directory.
 pub(crate) const ROOM: &str = ".afs-lock";
-/// Locked by whoever enters next.
+/// Locked by the caller that enters next.
 pub(crate) const TURN: &str = ".afs-turn";
 /// How many hexadecimal digits an identity has.
 const ID_DIGITS: usize = 16;
 
-/// Whether `name` is one that only this crate may give.
+/// Whether `name` is reserved for this crate.
 pub(crate) fn is_reserved(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(RESERVED_PREFIX.as_bytes())
 }
 
-/// Whether `name` is that of a file within a directory.
+/// Whether `name` is a plain file name within a directory.
 pub(crate) fn is_name(name: &OsStr) -> bool {
     Path::new(name).file_name() == Some(name)
 }
 
-/// Whether `name` is that of a lock.
+/// Whether `name` is the name of a lock.
 pub(crate) fn is_lock(name: &OsStr) -> bool {
     name == ROOM || name == TURN
 }
@@ -70,19 +71,19 @@ pub(crate) fn split<'a>(path: &'a Path, given: &Path) -> Result<(&'a Path, &'a O
     Ok((directory(path.parent().unwrap_or(Path::new(""))), name))
 }
 
-/// The directory that is meant by what [`Path::parent`] says of a bare name, which is nothing.
+/// The directory of `path`. For a bare name [`Path::parent`] returns the empty path, which means the working directory.
 pub(crate) fn directory(path: &Path) -> &Path {
     if path.as_os_str().is_empty() { Path::new(".") } else { path }
 }
 
-/// The path as seen from the working directory of now.
+/// The path as seen from the present working directory.
 #[cfg(unix)]
 pub(crate) fn absolute(path: &Path) -> PathBuf {
-    // A working directory that is gone is for the first system call to complain of.
+    // If the working directory is gone, the first system call reports it.
     std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
 }
 
-/// A name for a single file on its way, by chance.
+/// A random name for a single file that is being written.
 pub(crate) fn temp() -> OsString {
     format!("{TEMP_PREFIX}{:0ID_DIGITS$x}", fastrand::u64(..)).into()
 }
@@ -92,13 +93,13 @@ pub(crate) fn is_temp(name: &OsStr) -> bool {
     name.to_str().and_then(|name| name.strip_prefix(TEMP_PREFIX)).and_then(id).is_some()
 }
 
-/// The number that is written down as `digits`, if it is written down as here.
+/// The number that `digits` encode, if they have this crate's format.
 fn id(digits: &str) -> Option<u64> {
     let is_ours = digits.len() == ID_DIGITS && digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
     u64::from_str_radix(digits, 16).ok().filter(|_| is_ours)
 }
 
-/// The random number of a transaction, by which what is its own is known.
+/// The random number of a transaction, which marks its files.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tag(pub(crate) u64);
 
@@ -107,7 +108,7 @@ impl Tag {
         Self(fastrand::u64(..))
     }
 
-    /// The name of the note, with which every other name of this transaction begins.
+    /// The name of the note. Every other name of this transaction begins with it.
     pub(crate) fn note(self) -> String {
         format!("{TRANSACTION_PREFIX}{:0ID_DIGITS$x}", self.0)
     }
@@ -117,12 +118,12 @@ impl Tag {
         format!("{}-journal", self.note()).into()
     }
 
-    /// Whose note this is.
+    /// The transaction to which this note belongs.
     pub(crate) fn of_note(name: &OsStr) -> Option<Self> {
         Self::parse(name).filter(|(_, rest)| rest.is_empty()).map(|(tag, _)| tag)
     }
 
-    /// Splits a transaction's name into its number and what follows the hyphen, which a note has not.
+    /// Splits a transaction's name into its number and the part after the hyphen, which a note does not have.
     pub(crate) fn parse(name: &OsStr) -> Option<(Self, &str)> {
         let (digits, rest) = name.to_str()?.strip_prefix(TRANSACTION_PREFIX)?.split_at_checked(ID_DIGITS)?;
         let rest = if rest.is_empty() { rest } else { rest.strip_prefix('-').filter(|rest| !rest.is_empty())? };

@@ -1,4 +1,4 @@
-//! How a file is written: permissions, durability, symlinks and what is kept of the file that it replaces.
+//! How to write a file: permissions, durability, symlinks, and what to keep of the file that it replaces.
 //!
 //! Invariant: no option but [`InPlace::WithBackup`] weakens "old or new, never torn" while the machine keeps running.
 
@@ -131,7 +131,7 @@ impl BitOr for Preserve {
 ///
 /// | option | default |
 /// |---|---|
-/// | [`mode`](Self::mode) | that of the file being replaced, or what the umask, or the directory's default list, leaves of 0666 |
+/// | [`mode`](Self::mode) | the mode of the file being replaced, or what the umask, or the directory's default list, leaves of 0666 |
 /// | [`durability`](Self::durability) | [`Durability::Full`] |
 /// | [`symlinks`](Self::symlinks) | [`Symlinks::Follow`] |
 /// | [`preserve`](Self::preserve) | [`Preserve::MODE`] |

@@ -1,7 +1,7 @@
-//! What the changes of a transaction come to: which file goes where, as chains of names.
+//! The plan of a transaction: which file goes where, as chains of names.
 //!
-//! Invariant: all names mean the files that are there before the transaction, and each file goes to one name at most;
-//! what would be understood differently by who thinks of one change after the other is refused.
+//! Invariant: all names mean the files that exist before the transaction, and each file goes to at most one name; a
+//! transaction that would mean something else if its changes were made one after the other is refused.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -15,11 +15,11 @@ use crate::error::io_error;
 use crate::platform::Identity;
 use crate::staging::Workspace;
 
-/// What becomes of the file at each name, and what comes there.
+/// For each name, where its file goes and what comes there.
 #[derive(Debug, Default)]
 pub(crate) struct Plan {
     nodes: Vec<Node>,
-    /// Where among the nodes a name of a directory is.
+    /// The index of the node of each name in a directory.
     positions: HashMap<((u64, u64), OsString), usize>,
 }
 
@@ -27,7 +27,7 @@ pub(crate) struct Plan {
 struct Node {
     path: Arc<Path>,
     spot: Spot,
-    /// What is there now.
+    /// The file that is there now.
     old: Option<Identity>,
     leaves: Leaves,
     arrives: Option<Arrives>,
@@ -36,7 +36,7 @@ struct Node {
 /// Where the file of a name goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Leaves {
-    /// It is replaced, if it is there.
+    /// It is replaced, if it exists.
     Replaced,
     Removed,
     /// To the name of that node.
@@ -46,13 +46,13 @@ enum Leaves {
 /// What comes to a name.
 #[derive(Clone, Debug)]
 enum Arrives {
-    /// The file that is staged by this name.
+    /// The file that is staged under this name.
     New(OsString, Identity),
     Moved,
 }
 
 impl Plan {
-    /// Plans that the file staged as `temp` becomes that of the name `spot`, which may have to be free.
+    /// Plans that the file staged as `temp` becomes the file at `spot`, which may have to be free.
     pub(crate) fn put(
         &mut self,
         path: &Arc<Path>,
@@ -93,7 +93,8 @@ impl Plan {
     fn leave(&mut self, node: usize, leaves: Leaves) -> Result<(), Error> {
         let closes = matches!(leaves, Leaves::To(to) if self.leads(to, node));
         let node = &mut self.nodes[node];
-        // What arrived first and leaves then would seem to be another file than the one that is there; not in a circle.
+        // If a file arrives at a name and the name's file then leaves, the caller would expect the new file to leave. A
+        // closed circle is unambiguous.
         if node.leaves != Leaves::Replaced || (node.arrives.is_some() && !closes) {
             return Err(Error::RepeatedTarget { path: node.path.to_path_buf() });
         }
@@ -113,7 +114,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Whether the file of the name `from` goes to the name `to`, from one to the next.
+    /// Whether following the moves from the name `from` leads to the name `to`.
     fn leads(&self, from: usize, to: usize) -> bool {
         let mut node = from;
         while let Leaves::To(next) = self.nodes[node].leaves {
@@ -121,7 +122,7 @@ impl Plan {
                 return true;
             }
             if next == from {
-                // Another circle, which is closed already.
+                // Another circle, which is already closed.
                 return false;
             }
             node = next;
@@ -129,10 +130,10 @@ impl Plan {
         false
     }
 
-    /// Has each file that is there lie in the upper layer, where a directory is on an overlay.
+    /// Moves each existing file to the upper layer if its directory is on an overlay.
     ///
-    /// What lies in a lower layer is copied when it is first changed, and be it by a rename. The copy is born later, and
-    /// may have another number; so that happens before it is written down by what the file is known again.
+    /// The first change of a file in a lower layer, even a rename, copies it. The copy is born later, and may have
+    /// another inode number. So this happens before the file's identity is recorded.
     pub(crate) fn lift(&mut self, workspace: &Workspace) -> Result<(), Error> {
         for node in self.nodes.iter_mut().filter(|node| node.old.is_some() && node.spot.site.is_layered) {
             node.old = node.spot.lift(&workspace.name()).map_err(io_error("look at", &node.path))?;
@@ -140,7 +141,7 @@ impl Plan {
         Ok(())
     }
 
-    /// Makes chains of the names between which files are moved; first those that put something somewhere.
+    /// Builds chains of the names between which files move. Chains that put a file somewhere come first.
     pub(crate) fn chains(&self, workspace: &Workspace) -> Vec<Chain> {
         let mut is_told = vec![false; self.nodes.len()];
         let mut chains = Vec::new();
@@ -149,7 +150,7 @@ impl Plan {
             let nodes = self.follow(first, &mut is_told);
             chains.push(self.chain(workspace, &nodes));
         }
-        // What is left over runs in circles.
+        // The remaining nodes form circles.
         for first in 0..self.nodes.len() {
             if !is_told[first] {
                 let nodes = self.follow(first, &mut is_told);
@@ -183,7 +184,7 @@ impl Plan {
         if let (None, [from, to]) = (new, nodes)
             && self.nodes[*to].old.is_none()
         {
-            // To a free name it is a single rename, as that of the system is.
+            // A move to a free name is a single rename, like the system's own.
             let carrier = self.nodes[*from].spot.clone();
             return Chain { carrier, hidden, names: self.spots(&[*to]), files: self.files(None, nodes) };
         }
@@ -191,7 +192,7 @@ impl Plan {
         Chain { carrier, hidden, names: self.spots(nodes), files: self.files(Some(new), nodes) }
     }
 
-    /// The files of a circle change places by exchanges with the first name.
+    /// A circle's files change places through exchanges with the first name.
     fn circle(&self, workspace: &Workspace, nodes: &[usize]) -> Chain {
         let carrier = self.nodes[nodes[0]].spot.clone();
         let hidden = workspace.name();

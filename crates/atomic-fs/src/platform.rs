@@ -1,7 +1,7 @@
 //! The system calls that differ between systems, below one directory handle.
 //!
-//! Invariant: every name is resolved below a directory that was opened once, so that neither `chdir` nor a renamed
-//! parent can send half of an operation elsewhere. No other room asks which system it runs on.
+//! Invariant: every name is resolved below a directory that was opened once, so neither `chdir` nor a renamed parent
+//! can send half of an operation elsewhere. Only this room depends on the system.
 
 use std::fs::File;
 use std::io;
@@ -37,7 +37,7 @@ pub(crate) enum Kind {
     Other(&'static str),
 }
 
-/// What a look at a directory entry, or at an open file, told.
+/// The metadata of a directory entry, or of an open file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
     pub(crate) kind: Kind,
@@ -45,7 +45,7 @@ pub(crate) struct Entry {
     pub(crate) mode: u32,
     pub(crate) uid: u32,
     pub(crate) gid: u32,
-    /// Device and inode: whether two looks saw the same file.
+    /// Device and inode: they tell whether two looks saw the same file.
     pub(crate) id: (u64, u64),
     /// How many names the file has; none once it has been unlinked.
     pub(crate) links: u64,
@@ -57,18 +57,18 @@ pub(crate) struct Entry {
 #[cfg(unix)]
 pub(crate) type Moment = (i64, u32);
 
-/// By what a file is known again, without reading it.
+/// The identity by which a file is recognised, without reading it.
 #[cfg(unix)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Identity {
     pub(crate) inode: u64,
-    /// When it was created, where the file system tells: then a number that was given anew is no confusion.
+    /// When it was created, if the file system records that. It distinguishes a reused inode number.
     pub(crate) born: Option<Moment>,
     pub(crate) size: u64,
     pub(crate) modified: Moment,
 }
 
-/// Who may use a file beside those whom its mode speaks of.
+/// The users and groups that may use a file in addition to those covered by its mode.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Guests {
     /// Here no file has an access control list.
@@ -77,13 +77,13 @@ pub(crate) enum Guests {
     None,
     #[cfg(any(target_os = "linux", target_os = "android"))]
     Listed(acl::List),
-    /// The file went before it could be asked, so that nobody knows whether its group bits were a list's mask.
+    /// The file was removed before its list could be read, so it is unknown whether its group bits were a list's mask.
     #[cfg(any(target_os = "linux", target_os = "android"))]
     Unknown,
 }
 
 impl Guests {
-    /// Of a directory: those who may write to it, as they may then write to a file in it.
+    /// For a directory: its writers, as they should be allowed to write to a file in it.
     #[cfg(unix)]
     pub(crate) fn for_writers(self) -> Self {
         #[cfg(any(target_os = "linux", target_os = "android"))]
@@ -93,7 +93,7 @@ impl Guests {
         self
     }
 
-    /// Those who are left when the file has another group.
+    /// Those who keep access when the file has another group.
     pub(crate) fn for_another_group(self) -> Self {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         if let Self::Listed(list) = self {
@@ -111,7 +111,7 @@ mod no_lists {
 
     use super::Guests;
 
-    /// Gives `file` exactly these permission bits; `now` are those that it has.
+    /// Gives `file` exactly these permission bits; `now` are its present ones.
     pub(crate) fn set_access(file: &File, now: u32, mode: u32, _guests: &Guests) -> io::Result<()> {
         super::change_mode(file, now, mode)
     }
@@ -119,8 +119,8 @@ mod no_lists {
 
 /// Gives `file`, which has no access control list, the permission bits `mode` instead of `now`.
 ///
-/// Bits that it already has are not set again: where a file system gives the same to all its files, as FAT does, they
-/// belong to somebody else, who alone may set them.
+/// Bits that it already has are not set again: on a file system that gives all its files the same bits, such as FAT,
+/// the files belong to another user, and only that user may set bits.
 fn change_mode(file: &File, now: u32, mode: u32) -> io::Result<()> {
     if now == mode { Ok(()) } else { set_mode(file, mode) }
 }
@@ -130,7 +130,7 @@ fn change_mode(file: &File, now: u32, mode: u32) -> io::Result<()> {
 pub(crate) enum Moved {
     /// The old name is gone.
     Renamed,
-    /// The old name is still there and is the caller's to remove.
+    /// The old name is still there, and the caller has to remove it.
     Linked,
 }
 

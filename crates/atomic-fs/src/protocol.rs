@@ -1,7 +1,7 @@
 //! The commit of a transaction: sync, lock, plan, write the journal, and pass the commit point.
 //!
 //! Invariant: before the commit point the targets are untouched and every failure removes what was staged; after it the
-//! journal outlives every step, so that a crash at any moment leaves enough to finish or to undo the whole.
+//! journal outlives every step, so that a crash at any moment leaves enough to finish or undo the whole transaction.
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -26,11 +26,12 @@ use crate::staged::{Staged, Target};
 use crate::staging::{Staging, Workspace};
 use crate::{Durability, Error, Symlinks, WriteOptions};
 
-/// Files of more bytes than this altogether are synced before the directories are locked, so that nobody waits for them.
+/// If the files have more bytes than this in total, they are synced before the directories are locked, so that nobody
+/// waits for them.
 const QUICK_BYTES: u64 = 16 << 20;
-/// How many threads sync at once at most.
+/// The most threads that sync at once.
 const THREADS: usize = 16;
-/// How many files there are for each thread: to wake one takes about as long as to sync a file or two.
+/// How many files there must be for each thread: waking a thread takes about as long as syncing a file or two.
 const FILES_PER_THREAD: usize = 4;
 
 /// A new file with its final content and metadata.
@@ -39,13 +40,13 @@ pub(crate) struct Sealed {
     pub(crate) path: Arc<Path>,
     pub(crate) staging: Staging,
     pub(crate) site: Arc<Site>,
-    /// That of the target in its directory.
+    /// The name of the target in its directory.
     pub(crate) name: OsString,
     /// Open until it is synced.
     pub(crate) file: Option<Arc<File>>,
     /// Whether the target must not exist.
     is_new: bool,
-    /// That of its content.
+    /// The durability of its content.
     durability: Durability,
     identity: Identity,
 }
@@ -58,14 +59,14 @@ impl Sealed {
         Ok(Self { path: path.clone(), staging, site, name, file: Some(file), is_new, durability, identity })
     }
 
-    /// Its file, to be synced and closed; one that is not to be synced is closed here.
+    /// Takes its file, to be synced and closed. If it need not be synced, closes it here.
     pub(crate) fn take_unsynced(&mut self) -> Option<Unsynced> {
         let file = self.file.take()?;
         (self.durability != Durability::None).then(|| Unsynced::New(self.path.clone(), file))
     }
 }
 
-/// What a transaction is to do, ready to be done.
+/// A prepared change of a transaction.
 #[derive(Debug)]
 pub(crate) enum Step {
     Put(Box<Sealed>),
@@ -98,7 +99,7 @@ impl Prepared {
             sync_files(std::mem::take(&mut unsynced), gate)?;
         }
         let home = workspace.home();
-        // Once these are locked, nobody else who asks for them, reader or writer, is in between.
+        // Once these are locked, no other reader or writer that uses the locks can come in between.
         let locking = Locking::new(moves.iter().flat_map(Move::sites).chain([&home]), Share::Nobody, patience);
         Ok((Self { moves, unsynced, durability, workspace }, locking))
     }
@@ -125,7 +126,7 @@ impl Prepared {
     }
 }
 
-/// A path whose directory is open and one of the transaction's.
+/// A path whose directory is open and belongs to the transaction.
 #[derive(Debug)]
 struct Named {
     path: Arc<Path>,
@@ -138,7 +139,7 @@ impl Named {
         Spot { site: self.site.clone(), name: self.target.name.clone() }
     }
 
-    /// A removal and a rename act on a symlink itself, as those of the system do.
+    /// A removal and a rename act on a symlink itself, like the system's own.
     fn new(workspace: &Workspace, path: Arc<Path>) -> Result<Self, Error> {
         let options = WriteOptions { symlinks: Symlinks::Replace, ..WriteOptions::default() };
         let target = Target::resolve(&path, options)?;
@@ -166,7 +167,7 @@ impl Move {
         })
     }
 
-    /// How much there is to sync, as far as is known.
+    /// How many bytes there are to sync, as far as is known.
     fn bytes(&self) -> u64 {
         match self {
             Self::Put(sealed) => sealed.identity.size,
@@ -175,7 +176,7 @@ impl Move {
         }
     }
 
-    /// What is to be synced: the new file, and one that gets another name, whoever has written it.
+    /// The file to sync: the new file, or the renamed one, whichever program has written it.
     fn unsynced(&mut self, durability: Durability) -> Option<Unsynced> {
         match self {
             Self::Put(sealed) => sealed.take_unsynced(),
@@ -196,7 +197,7 @@ impl Move {
         [one].into_iter().chain(other)
     }
 
-    /// Does this step as the only one: a single system call is atomic without a journal.
+    /// Makes this step if it is the only one: a single system call is atomic without a journal.
     fn alone(&mut self, durability: Durability, gate: &Gate) -> Option<Result<(), Error>> {
         let (path, site) = match self {
             Self::Put(sealed) => (sealed.path.clone(), sealed.site.clone()),
@@ -223,11 +224,11 @@ impl Move {
     }
 }
 
-/// What is to become visible, under the locks of all its directories.
+/// The changes that are to become visible, under the locks of all their directories.
 #[derive(Debug, Default)]
 struct Committing {
     plan: Plan,
-    /// The new files, which go unless the commit comes.
+    /// The new files, which are removed unless the commit succeeds.
     staged: Vec<Staging>,
 }
 
@@ -259,28 +260,28 @@ impl Committing {
         let chains = self.plan.chains(workspace);
         let home = workspace.home();
         let (mut draft, journal) = Draft::begin(workspace.tag, &home, &chains)?;
-        // The names beside the journal are synced together with its own.
+        // The names in the journal's directory are synced together with the journal's own.
         let others = chains.iter().flat_map(Chain::spots).map(|spot| &spot.site).filter(|site| site.id != home.id);
         let others: HashMap<_, _> = others.map(|site| (site.id, site.clone())).collect();
         if durability != Durability::None {
             unsynced.extend(others.into_values().map(Unsynced::Names));
             unsynced.push(Unsynced::Draft(home.clone(), journal));
         }
-        // With that the new files are closed, and unlocked, before they become the targets.
+        // This also closes and unlocks the new files before they become the targets.
         sync_files(unsynced, gate)?;
         draft.prepare(durability)?;
         let Some(mut passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
         let trust = draft.commit()?;
-        // The commit point is passed, or will be: what was staged is now the journal's.
+        // The commit point is passed, or will be: from now on the staged files belong to the journal.
         self.staged.iter_mut().for_each(Staging::give_away);
         let applied = apply(&chains).and_then(|()| {
-            // Who drops the commit from here on finds all files new, and need not wait for the disk.
+            // From here on, a drop of the commit leaves all files new, and need not wait for the disk.
             passage.settle();
             if durability == Durability::None { Ok(()) } else { sync(&home, &chains) }
         });
         let Err(error) = applied else {
             passage.done();
-            // Nobody who drops the commit can change anything any more, and everything is durable.
+            // A drop of the commit can change nothing any more, and everything is durable.
             if let Err(_error) = forget(&home, &chains) {
                 workspace.stay();
                 #[cfg(feature = "tracing")]
@@ -288,13 +289,14 @@ impl Committing {
             }
             return Ok(());
         };
-        // Otherwise somebody has seen the files new, and been told that they stay.
+        // Otherwise a dropped commit has already left the files new, and they have to stay.
         let undone = if passage.undo() { abort(&home, &chains, trust).map(|()| error) } else { Err(error.into()) };
         match undone {
             Ok(error) => Err(error),
             Err(source) => {
                 workspace.stay();
-                // Who has dropped the commit does not hear of it, and the next one finds the directory unrecovered.
+                // If the commit was dropped, nobody gets the error, and the next commit finds the directory
+                // unrecovered.
                 #[cfg(feature = "tracing")]
                 tracing::error!(directory = ?home.path, error = %source, "a transaction is undecided until a recovery");
                 // The passage stays open until here, so that a drop waits for this too.
@@ -305,12 +307,12 @@ impl Committing {
     }
 }
 
-/// What must be durable before a committed journal speaks of it.
+/// What must be durable before a committed journal refers to it.
 #[derive(Debug)]
 pub(crate) enum Unsynced {
     New(Arc<Path>, Arc<File>),
-    /// One that is to be renamed: by its new name it must survive a power cut as a new file does, although whoever wrote
-    /// it may not have synced it.
+    /// A file to be renamed. Under its new name it must survive a power cut as a new file does, although its writer may
+    /// not have synced it.
     Old(Arc<Path>, Arc<Site>, OsString),
     /// The journal in this directory, before it is committed.
     Draft(Arc<Site>, File),
@@ -323,7 +325,7 @@ impl Unsynced {
         match self {
             Self::New(path, file) => file.sync_all().map_err(io_error("sync the new file for", path)),
             Self::Old(path, site, name) => match sync_old(&site.dir, name) {
-                // There is none, or we may only rename it: then that is for whoever wrote it.
+                // It does not exist, or we may only rename it: then its writer is responsible for the sync.
                 Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied) => {
                     Ok(())
                 }
@@ -342,12 +344,12 @@ fn sync_old(dir: &Dir, name: &OsStr) -> io::Result<()> {
     }
 }
 
-/// Syncs and closes the files, several at once; after the first failure, which is returned, no other sync begins, nor once
-/// the gate is closed.
+/// Syncs and closes the files, several at once, and returns the first failure. After a failure, or once the gate is
+/// closed, no other sync begins.
 ///
-/// Several, so that the file system can join their commits. When it returns, nothing of what it was given is open any more
-/// or being synced. It lends threads from the blocking pool and waits for none of them to begin: with no thread to spare the
-/// caller's does it all.
+/// Several at once let the file system join their commits. When it returns, none of the files is open or being synced
+/// any more. It borrows threads from the blocking pool and does not wait for them to begin: if none is free, the
+/// caller's thread does all the work.
 pub(crate) fn sync_files(files: Vec<Unsynced>, gate: &Gate) -> Result<(), Error> {
     let threads = files.len().div_ceil(FILES_PER_THREAD).min(THREADS);
     let batch = Arc::new(Batch::new(files));
@@ -361,7 +363,7 @@ pub(crate) fn sync_files(files: Vec<Unsynced>, gate: &Gate) -> Result<(), Error>
     batch.finish(gate.is_cancelled())
 }
 
-/// Files that several threads take from.
+/// A list of files that several threads share.
 #[derive(Debug)]
 struct Batch {
     state: Mutex<State>,
@@ -370,7 +372,7 @@ struct Batch {
 
 #[derive(Debug)]
 struct State {
-    /// Taken out before they are synced, so that a thread that comes late keeps nothing open.
+    /// A file is taken out before its sync, so that a late thread keeps nothing open.
     files: vec::IntoIter<Unsynced>,
     running: usize,
     failure: Option<Error>,
@@ -399,7 +401,7 @@ impl Batch {
         Some(Running { batch: self, file: Some(file) })
     }
 
-    /// Waits for the syncs that have begun; a disk that hangs holds this thread as it would hold any that syncs.
+    /// Waits for the syncs that have begun. A hanging disk holds this thread as it would hold any other that syncs.
     fn finish(&self, is_cancelled: bool) -> Result<(), Error> {
         if is_cancelled {
             let rest = std::mem::take(&mut self.state().files);
@@ -410,7 +412,7 @@ impl Batch {
         state.failure.take().map_or(Ok(()), Err)
     }
 
-    /// Nothing panics while it is locked, so a poisoned lock has spoiled nothing.
+    /// Nothing panics while it is locked, so a poisoned lock holds a sound state.
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -427,7 +429,7 @@ impl Running<'_> {
         let Some(file) = self.file.take() else { return };
         if let Err(error) = file.sync() {
             let mut state = self.batch.state();
-            // Whoever reports a failure will have the rest closed unsynced; the files of one batch fall together.
+            // After a failure the rest is closed without a sync: the files of one batch fail together.
             let rest = std::mem::take(&mut state.files);
             state.failure.get_or_insert(error);
             drop(state);
@@ -464,7 +466,7 @@ mod tests {
         assert!(watch.upgrade().is_none());
         let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
         let (_dir, list, watch) = files(100);
-        // The only thread of the pool is the one that asks for others.
+        // The pool's only thread is the one that asks for others.
         runtime
             .block_on(async { tokio::task::spawn_blocking(|| sync_files(list, &Gate::new())).await.unwrap().unwrap() });
         assert!(watch.upgrade().is_none());
@@ -496,7 +498,7 @@ mod tests {
         let running = batch.take().unwrap();
         std::thread::scope(|scope| {
             scope.spawn(|| {
-                // Long enough that who does not wait is gone.
+                // Long enough for a caller that does not wait to be gone.
                 std::thread::park_timeout(Duration::from_millis(50));
                 running.sync();
             });

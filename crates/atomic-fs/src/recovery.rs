@@ -1,7 +1,7 @@
-//! What a killed process left behind of transactions and of writes in place.
+//! Recovery of transactions and writes in place that a killed process left behind.
 //!
-//! Invariant: of a transaction either everything is finished or everything is undone, or nothing is touched; old content
-//! that cannot be told to belong to a target is not put back there; and nothing is removed of what belongs to who lives.
+//! Invariant: a transaction is finished as a whole or undone as a whole, or nothing is touched; old content is put back
+//! only if it provably belongs to the target; and nothing that belongs to a live process is removed.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -37,7 +37,7 @@ pub struct RecoveryReport {
     pub restored: usize,
 }
 
-/// How often a recovery that finds another journal than when it looked for its directories begins anew.
+/// How often a recovery starts over because it finds another journal than the one for which it locked directories.
 const LOCK_ATTEMPTS: usize = 8;
 
 /// Finishes or undoes the transaction that a crash left in the directory `dir`. It also puts back the old content of
@@ -55,8 +55,8 @@ const LOCK_ATTEMPTS: usize = 8;
 /// touches only the copy. A renamed file may be written to meanwhile, as a log is. If another program has replaced a
 /// file that was already exchanged, that is the last write, and it stays.
 ///
-/// A journal says which files to exchange, in any directory. So recover only directories that nobody can write to whom
-/// you would not trust with the files that you can write to.
+/// A journal says which files to exchange, in any directory. So recover only directories where everybody with write
+/// permission may be trusted with all files that you can write to.
 ///
 /// # Cancel safety
 ///
@@ -118,16 +118,16 @@ pub async fn recover(dir: impl AsRef<Path>) -> Result<RecoveryReport, Error> {
 /// A recovery that is about to lock its directories.
 struct Recovering {
     home: Arc<Site>,
-    /// Those that it will have locked; none if there is nothing to recover.
+    /// The directories to lock; none if there is nothing to recover.
     sites: Vec<Arc<Site>>,
 }
 
-/// What a recovery of one directory came to.
+/// The outcome of recovering one directory.
 enum Recovered {
     Done(RecoveryReport),
     /// This directory takes part in a transaction that is unfinished there.
     Elsewhere(PathBuf),
-    /// There is another journal now, of other directories.
+    /// There is now another journal, which names other directories.
     Again,
 }
 
@@ -136,12 +136,12 @@ impl Recovering {
         let home = Arc::new(Site::open(path)?);
         let names = home.dir.list().map_err(io_error("list", path))?;
         if !names.iter().any(|name| is_reserved(name) && !is_temp(name) && !is_lock(name)) {
-            // Nothing is to be done, which needs no right to write here.
+            // There is nothing to do, and that needs no write permission.
             lock::remove_dead(&home);
             let locking = Locking::new([], Share::Nobody, lock::LOCK_PATIENCE);
             return Ok((Self { home, sites: Vec::new() }, locking));
         }
-        // Only for the directories to lock: a journal seen without a lock may be that of a living transaction.
+        // Only to learn which directories to lock: a journal read without a lock may belong to a live transaction.
         let foreseen = find(&home).ok().flatten().map(|left| left.chains).unwrap_or_default();
         let spots = foreseen.iter().flat_map(Chain::spots).map(|spot| spot.site.clone());
         let sites: Vec<_> = spots.chain([home.clone()]).collect();
@@ -149,7 +149,7 @@ impl Recovering {
         Ok((Self { home, sites }, locking))
     }
 
-    /// What was being written in place is told apart: it has nothing to do with the transaction.
+    /// The result for writes in place is separate, because they have nothing to do with the transaction.
     fn finish(self, _locks: Locks, gate: &Gate) -> Result<(Result<Found, Error>, Recovered), Error> {
         if self.sites.is_empty() {
             return Ok((Ok(Found::default()), Recovered::Done(RecoveryReport::default())));
@@ -187,7 +187,7 @@ fn find(home: &Arc<Site>) -> Result<Option<Left>, Error> {
 fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<RecoveryReport, Error> {
     let mut report = RecoveryReport::default();
     let Some(passage) = gate.enter() else { return Err(Error::Interrupted { path: home.path.clone() }) };
-    // Once a target may have been touched, an error must not say that all are unchanged.
+    // Once a target may have been touched, an error must not claim that all are unchanged.
     let undecided = |error: Error| Error::Undecided { directory: home.path.clone(), source: error.into() };
     let has_journal = left.is_some();
     if let Some(Left { name, chains, trust }) = left {
@@ -210,7 +210,7 @@ fn recover_locked(home: &Site, left: Option<Left>, gate: &Gate) -> Result<Recove
     Ok(report)
 }
 
-/// What recoveries removed of transactions that never were committed.
+/// What recoveries removed of transactions that were never committed.
 #[derive(Debug, Default)]
 struct Litter {
     removed: usize,
@@ -218,9 +218,9 @@ struct Litter {
     live: usize,
 }
 
-/// Removes from `home`, and from where its notes lead, what dead transactions staged.
+/// Removes what dead transactions staged from `home`, and from the directories to which its notes lead.
 ///
-/// Only under the lock of `home`, and when no journal is there: after a commit these files are the data.
+/// Only under the lock of `home`, and only if it has no journal: after a commit these files are the data.
 fn remove_litter(home: &Site) -> io::Result<Litter> {
     let names = home.dir.list()?;
     let mut litter = Litter::default();
@@ -230,10 +230,10 @@ fn remove_litter(home: &Site) -> io::Result<Litter> {
         match Note::open(home, name) {
             Ok(Some(Note::Dead(note))) => notes.push((tag, name, note)),
             Ok(Some(Note::Live)) => litter.live += 1,
-            // What is no file is not ours, whatever its name; or its transaction has just ended.
+            // Something that is not a file is not ours, whatever its name; or its transaction has just ended.
             Ok(None) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            // Somebody else's; what we may not read we leave to them.
+            // Another user's: what we may not read, we leave to its owner.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => litter.live += 1,
             Err(error) => return Err(error),
         }
@@ -248,7 +248,8 @@ fn remove_litter(home: &Site) -> io::Result<Litter> {
             litter.removed += remove_where(&site.dir, &names, |found, rest| found == *tag && rest.is_empty())?;
         }
     }
-    // A file without a note is nobody's. Looked for now, since a note may have been made after the names had been listed.
+    // A file without a note belongs to no live transaction. Checked now, because a note may have been created after the
+    // names were listed.
     let is_noted = |tag: Tag| !matches!(home.dir.look(tag.note().as_ref()), Ok(None));
     let is_dead = |tag| notes.iter().any(|(dead, ..)| *dead == tag) || !is_noted(tag);
     litter.removed += remove_where(&home.dir, &names, |tag, rest| !rest.is_empty() && is_dead(tag))?;
@@ -258,7 +259,7 @@ fn remove_litter(home: &Site) -> io::Result<Litter> {
     Ok(litter)
 }
 
-/// What became of the transaction whose note this is.
+/// The state of the transaction to which this note belongs.
 enum Note {
     Live,
     /// The note itself, locked, if it is in this directory.
@@ -266,13 +267,13 @@ enum Note {
 }
 
 impl Note {
-    /// Looks at what is called as notes are; `None` if it is none.
+    /// Inspects an entry that is named like a note; `None` if it is not a note.
     fn open(site: &Site, name: &OsStr) -> io::Result<Option<Self>> {
         match site.dir.look(name)?.map(|entry| entry.kind) {
             Some(Kind::File) => Self::lock(site.dir.read(name)?).map(Some),
             Some(Kind::Symlink) => {
                 let link = site.dir.read_link(name)?;
-                // A directory that is not there may have been moved, while its transaction lives.
+                // A missing directory may have been moved while its transaction lives.
                 let Ok(home) = site.dir.open_dir(link.parent().unwrap_or(Path::new("/"))) else {
                     return Ok(Some(Self::Live));
                 };
@@ -298,18 +299,18 @@ impl Note {
     }
 }
 
-/// Removes the pointer to a journal that never was committed.
+/// Removes the pointer to a journal that was never committed.
 fn remove_stale_pointer(site: &Arc<Site>, tag: Tag) -> io::Result<bool> {
-    // Whoever commits here now may just be putting a pointer of its own there.
+    // A transaction that is committing here may just be creating its own pointer.
     let Some(_alone) = lock::try_alone(site)? else { return Ok(false) };
     match Pointer::find(site) {
         Ok(Some(pointer)) if pointer.tag == tag => remove(&site.dir, POINTER.as_ref()),
-        // One that cannot be read is for a recovery of that directory.
+        // A pointer that cannot be read is left to a recovery of that directory.
         _ => Ok(false),
     }
 }
 
-/// Removes a file; `false` if somebody else was faster, as a transaction is that has just ended.
+/// Removes a file; `false` if it was already gone, for example because its transaction has just ended.
 fn remove(dir: &Dir, name: &OsStr) -> io::Result<bool> {
     match dir.remove(name) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
@@ -322,7 +323,7 @@ fn remove_where(dir: &Dir, names: &[OsString], wanted: impl Fn(Tag, &str) -> boo
     let mut removed = 0;
     for name in names {
         if Tag::parse(name).is_some_and(|(tag, rest)| wanted(tag, rest)) {
-            // A directory is not ours. A symlink may be: a transaction that renames one has given it a second name.
+            // A directory is not ours. A symlink may be, because a transaction that renames one gives it a second name.
             if !matches!(dir.look(name)?, Some(Entry { kind: Kind::Other(_), .. })) {
                 removed += usize::from(remove(dir, name)?);
             }
@@ -338,7 +339,7 @@ struct Found {
     restored: usize,
     /// Copies that nothing led to.
     removed: usize,
-    /// Writers that live.
+    /// Live writers.
     live: usize,
 }
 
@@ -349,18 +350,19 @@ impl Found {
     }
 }
 
-/// What became of one record or copy.
+/// The state of one record or copy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fate {
     Done,
     Live,
-    /// Its writer has just ended, or it was none.
+    /// Its writer has just ended, or it was not a record or copy.
     Vanished,
 }
 
-/// Puts back what writers that are dead have left half written in `dir`, and removes the copies that nothing leads to.
+/// Restores what dead writers have left half written in `dir`, and removes copies without a record.
 ///
-/// One that is refused does not keep the others from being put back; it is told afterwards. Each passes the gate by itself.
+/// If one is refused, the others are still restored, and the refusal is returned afterwards. Each passes the gate
+/// separately.
 fn recover_in_place(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Error> {
     let failed = |source| Error::Io { action: "recover", path: path.to_path_buf(), resolved: None, source };
     let (mut found, mut refused) = (Found::default(), None);
@@ -385,11 +387,11 @@ fn recover_in_place(dir: &Dir, path: &Path, gate: &Gate) -> Result<Found, Error>
     refused.map_or(Ok(found), Err)
 }
 
-/// Opens the copy and takes its lock; if that is not to be had, what that means.
+/// Opens the copy and takes its lock; if it cannot have the lock, returns what that means.
 fn open_dead(dir: &Dir, copy: &OsStr) -> io::Result<Result<File, Fate>> {
     let file = match dir.read(copy) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Err(Fate::Vanished)),
-        // Somebody else's; what we may not read we leave to them.
+        // Another user's: what we may not read, we leave to its owner.
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => return Ok(Err(Fate::Live)),
         other => other?,
     };
@@ -410,7 +412,7 @@ fn remove_copy(dir: &Dir, names: &names::Backup) -> io::Result<Fate> {
         Ok(lock) => lock,
         Err(fate) => return Ok(fate),
     };
-    // Its writer may have made the record, and died, since that was looked for.
+    // Its writer may have created the record, and died, after the names were listed.
     if dir.look(&names.record)?.is_some() {
         return Ok(Fate::Vanished);
     }
@@ -425,7 +427,7 @@ struct Dead<'a> {
 }
 
 impl Dead<'_> {
-    /// Puts the old content back. Interrupted at any moment, it can be done again.
+    /// Puts the old content back. It can be interrupted at any moment and repeated.
     fn restore(&self, gate: &Gate) -> Result<Fate, Error> {
         let Self { dir, names, .. } = self;
         let Some(Entry { kind: Kind::Symlink, .. }) = dir.look(&names.record).map_err(self.failed("look at"))? else {

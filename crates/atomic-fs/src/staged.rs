@@ -1,7 +1,8 @@
-//! A new file on its way: created hidden beside its target, written, dressed, synced and renamed over it.
+//! A new file in the making: created hidden beside its target, written, given its metadata, synced and renamed over the
+//! target.
 //!
-//! Invariant: until the rename the target is not touched, and however this ends, no temporary file stays. All of it is
-//! synchronous and runs inside one blocking job, so that whoever creates the file also owns its removal.
+//! Invariant: until the rename the target is not touched, and however this ends, no temporary file stays. Everything is
+//! synchronous and runs inside one blocking job, so the creator of the file also owns its removal.
 
 use std::ffi::OsString;
 use std::fs::File;
@@ -32,7 +33,7 @@ pub(crate) fn write_whole(path: &Path, bytes: &[u8], options: WriteOptions, gate
     staged.install(bytes.len() as u64, gate)
 }
 
-/// The directory and the name that a path stands for once its symlinks have been followed.
+/// The directory and the name of a path after its symlinks have been followed.
 #[derive(Debug)]
 pub(crate) struct Target {
     pub(crate) dir: Arc<Dir>,
@@ -42,12 +43,12 @@ pub(crate) struct Target {
     pub(crate) parent: PathBuf,
     /// What a symlink led to; `None` if none was followed.
     pub(crate) resolved: Option<PathBuf>,
-    /// The file that is there now; `None` also for a link that is itself replaced, since it has no mode of its own.
+    /// The file that is there now. Also `None` for a symlink that is itself replaced, because it has no mode.
     existing: Option<Entry>,
 }
 
 impl Target {
-    /// How long the file is that is there now, in bytes.
+    /// The length of the file that is there now, in bytes.
     #[cfg(unix)]
     pub(crate) fn size(&self) -> u64 {
         self.existing.as_ref().map_or(0, |entry| entry.size)
@@ -59,7 +60,7 @@ impl Target {
         Self::resolve_in(Arc::new(dir), path, options)
     }
 
-    /// The same where `dir`, the directory of `path`, is already open.
+    /// Works like `resolve`, with `dir`, the directory of `path`, already open.
     pub(crate) fn resolve_in(mut dir: Arc<Dir>, path: &Path, options: WriteOptions) -> Result<Self, Error> {
         let mut resolved = None;
         let (parent, name) = split(path, path)?;
@@ -76,7 +77,7 @@ impl Target {
                 Some(Entry { kind: Kind::Symlink, .. }) if options.symlinks == Symlinks::Follow => {
                     let link = dir.read_link(&name).map_err(failed("read the symlink"))?;
                     let (next, last) = split(&link, path)?;
-                    // A link to a neighbour stays in the same directory, which errors need not name with a dot.
+                    // A link to a file beside it stays in the same directory, and errors need not show that as a dot.
                     if next != Path::new(".") {
                         parent.push(next);
                     }
@@ -104,9 +105,9 @@ pub(crate) struct Staged {
     target: Target,
     staging: Staging,
     file: Arc<File>,
-    /// What the file was like when it had just been created.
+    /// The file's metadata right after its creation.
     fresh: Entry,
-    /// Where the file's cursor stands, in bytes.
+    /// The position of the file's cursor, in bytes.
     cursor: u64,
     /// How long the file is, in bytes.
     length: u64,
@@ -118,7 +119,7 @@ impl Staged {
         Self::create_at(path, Target::resolve(path, options)?, options, Staging::create)
     }
 
-    /// Has `create` make the temporary file beside `target`, which `path` stands for.
+    /// Lets `create` create the temporary file beside `target`, the resolved `path`.
     pub(crate) fn create_at(
         path: &Path,
         target: Target,
@@ -130,12 +131,12 @@ impl Staged {
         let (staging, file, fresh) = created.map_err(failed)?;
         let path = path.to_path_buf();
         let mut staged = Self { path, options, target, staging, file, fresh, cursor: 0, length: 0 };
-        // Before there is any content, so that at no time a group may read it that may not read the final file.
+        // Before there is any content, so that no group can ever read it that may not read the final file.
         staged.take_owner()?;
         Ok(staged)
     }
 
-    /// Writes `bytes` at `offset`, looking at the gate after each chunk.
+    /// Writes `bytes` at `offset`, and checks the gate after each chunk.
     pub(crate) fn write_at(&mut self, offset: u64, bytes: &[u8], gate: &Gate) -> Result<(), Error> {
         if self.cursor != offset {
             (&*self.file).seek(SeekFrom::Start(offset)).map_err(self.failed("seek in the new file for"))?;
@@ -152,18 +153,18 @@ impl Staged {
         Ok(())
     }
 
-    /// Looks at the target once more, for a file that was created a while ago: what is kept of the replaced one is what
-    /// it has now. A file that was made private meanwhile must not become public again.
+    /// Looks at the target once more, if this file was created a while ago: it keeps what the replaced file has now. A
+    /// file that was made private meanwhile must not become public again.
     pub(crate) fn look_again(&mut self) -> Result<(), Error> {
         let now = self.target.dir.look(&self.target.name).map_err(self.failed("look at"))?;
-        // What is gone, or no file any more, is for the rename to find out.
+        // If the target is gone, or no file any more, the rename finds out.
         if let Some(Entry { kind: Kind::File, .. }) = now {
             self.target.existing = now;
         }
         self.take_owner()
     }
 
-    /// Makes the first `length` bytes the target: cut, dress, sync, rename, sync the directory.
+    /// Makes the first `length` bytes the target: cuts, sets the metadata, syncs, renames, syncs the directory.
     pub(crate) fn install(self, length: u64, gate: &Gate) -> Result<(), Error> {
         self.finish(length)?;
         if self.options.durability != Durability::None {
@@ -177,7 +178,7 @@ impl Staged {
         if let Err(failure) = &renamed
             && in_place::is_wanted(options, failure)
         {
-            // The rename has changed nothing; the write in place asks the gate for itself.
+            // The rename has changed nothing; the write in place passes the gate by itself.
             drop(passage);
             let Target { dir, name, parent, resolved, .. } = &target;
             let fixed = in_place::Fixed { path: &path, resolved, dir, parent, name };
@@ -185,7 +186,7 @@ impl Staged {
         }
         renamed.map_err(|source| change_error("rename the new file to", &path, &target.resolved, source))?;
         passage.done();
-        // The lock goes with them, before the slow sync: others may want to lock what is now the target.
+        // This also releases the lock, before the slow sync: others may want to lock what is now the target.
         drop((staging, file));
         if options.durability == Durability::Full {
             target.dir.sync().map_err(|source| Error::NotDurable { path, source })?;
@@ -211,7 +212,8 @@ impl Staged {
         self.options
     }
 
-    /// Hands over the file, cut to `length` and dressed but not synced, and the name of its target, to a transaction.
+    /// Hands the file over to a transaction, cut to `length` and with its metadata but not synced, with the name of its
+    /// target.
     #[cfg(unix)]
     pub(crate) fn seal(self, length: u64) -> Result<(Staging, Arc<File>, OsString), Error> {
         self.finish(length)?;
@@ -226,7 +228,7 @@ impl Staged {
         self.dress()
     }
 
-    /// Removes the file and says whether that worked.
+    /// Removes the file and returns whether that worked.
     pub(crate) fn discard(self) -> Result<(), Error> {
         let Self { path, target, staging, .. } = self;
         staging.end().map_err(resolved_error("remove the temporary file of", &path, &target.resolved))
@@ -238,12 +240,12 @@ impl Staged {
         self.file
     }
 
-    /// The error of a call that was to do `action`.
+    /// Makes the error of a call that tried to `action` the target.
     fn failed(&self, action: &'static str) -> impl FnOnce(io::Error) -> Error + use<'_> {
         resolved_error(action, &self.path, &self.target.resolved)
     }
 
-    /// Gives the new file the owner of the old one, if that is asked for and it has another.
+    /// Gives the new file the owner of the old one, if that is requested and the owners differ.
     fn take_owner(&mut self) -> Result<(), Error> {
         if let Some(old) = kept(&self.target, self.options, Preserve::OWNER)
             && (old.uid, old.gid) != (self.fresh.uid, self.fresh.gid)
@@ -254,7 +256,7 @@ impl Staged {
         Ok(())
     }
 
-    /// Gives the new file its attributes and its mode. After the content, since a write clears set-user-ID bits.
+    /// Gives the new file its attributes and its mode. After the content, because a write clears set-user-ID bits.
     fn dress(&self) -> Result<(), Error> {
         let Target { dir, name, .. } = &self.target;
         if kept(&self.target, self.options, Preserve::XATTR).is_some() {
@@ -272,32 +274,33 @@ impl Staged {
     }
 }
 
-/// The replaced file, if there is one and `what` of it is to be kept.
+/// The replaced file, if there is one and the options keep `what` of it.
 fn kept(target: &Target, options: WriteOptions, what: Preserve) -> Option<&Entry> {
     target.existing.as_ref().filter(|_| options.preserve.contains(what))
 }
 
 /// The mode to create the temporary file with: never more than the final file will grant.
 fn creation_mode(target: &Target, options: WriteOptions) -> u32 {
-    // As any new file: the kernel applies the umask, or the directory's default access control list.
+    // Like any new file: the kernel applies the umask, or the directory's default access control list.
     const NEW_FILE: u32 = 0o666;
     let Some(mode) = options.mode.or(kept(target, options, Preserve::MODE).map(|old| old.mode)) else {
         return NEW_FILE;
     };
     // Attributes can only be set on a file that its owner may write.
     let xattr = if kept(target, options, Preserve::XATTR).is_some() { 0o200 } else { 0 };
-    // The owner's bits alone. The others may mean other people as long as the group is not the final one, and they would
-    // put a list into force that the directory gives to new files.
+    // Only the owner's bits. Until the group is the final one, the other bits may apply to the wrong people, and they
+    // would activate a list that the directory gives to new files.
     mode & 0o600 | xattr
 }
 
-/// The mode of the replaced file, without what would mean other people, or be a privilege, under another owner or group.
+/// The mode of the replaced file, without bits that would apply to other people, or give a privilege, under another
+/// owner or group.
 fn kept_mode(old: &Entry, new: &Entry) -> u32 {
     let set_user_id = if old.uid == new.uid { 0 } else { 0o4000 };
     if old.gid == new.gid {
         return old.mode & !set_user_id;
     }
-    // The new group may be anybody, and members of the old one are now among all others: both get what both had.
+    // The new group may be anybody, and members of the old group now count as others: both get only what both had.
     let both = old.mode >> 3 & old.mode & 0o7;
     old.mode & !(set_user_id | 0o2077) | both << 3 | both
 }

@@ -1,8 +1,8 @@
-//! What lies hidden beside the targets until it takes their place.
+//! Staged files: hidden beside the targets until they take the targets' places.
 //!
-//! Invariant: a staged file has one owner, a [`Staging`], and is removed when that ends. The owner also holds what tells
-//! others that it lives, the lock of a single file or the locked note of a transaction, and lets that go only after the
-//! file, in whatever order all else is dropped. So a staged file of which neither is locked belongs to nobody that lives.
+//! Invariant: a staged file has one owner, a [`Staging`], and is removed when that is dropped. The owner also holds the
+//! sign that it is alive, the lock of a single file or the locked note of a transaction, and releases it only after the
+//! file, whatever the order of other drops. So if neither is locked, a staged file belongs to no live process.
 
 use std::ffi::{OsStr, OsString};
 use std::fs::{File, TryLockError};
@@ -26,28 +26,28 @@ use crate::platform::{Dir, Entry, Kind, Moved};
 #[cfg(unix)]
 use crate::{chain::Site, journal, names::Tag, platform::Identity};
 
-/// How many names are tried. A second one is needed only if somebody took the file for litter before it could be locked.
+/// How many names to try. A second one is needed only if a sweep took the file for litter before it could be locked.
 const NAME_ATTEMPTS: usize = 32;
-/// No note is larger than this, so that a recovery need not read a file of any size.
+/// No note is larger than this, so that a recovery never reads a huge file.
 #[cfg(unix)]
 const NOTE_LIMIT_BYTES: u64 = 16 << 20;
 
-/// A file of ours by a hidden name, which is removed when this ends.
+/// Our own file with a hidden name. It is removed when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Staging {
     dir: Arc<Dir>,
     name: OsString,
-    /// Whether there is a file of ours by that name.
+    /// Whether our file still has that name.
     is_ours: bool,
-    /// What tells a sweep that the maker of a single file lives: its lock.
+    /// The lock of a single file, which tells a sweep that its creator lives.
     _lock: Option<Arc<File>>,
-    /// What tells a recovery that the maker of a transaction's file lives: the lock of the note.
+    /// The lock of the note, which tells a recovery that the creator of a transaction's file lives.
     #[cfg(unix)]
     note: Option<Arc<Workspace>>,
 }
 
 impl Staging {
-    /// Creates a file in `dir`, and locks it against sweeps; says what it is like.
+    /// Creates a file in `dir`, locks it against sweeps, and returns its metadata.
     pub(crate) fn create(dir: &Arc<Dir>, mode: u32) -> io::Result<(Self, Arc<File>, Entry)> {
         for _ in 0..NAME_ATTEMPTS {
             let name = names::temp();
@@ -72,7 +72,7 @@ impl Staging {
         Err(io::Error::new(io::ErrorKind::AlreadyExists, "every temporary name that was tried is taken"))
     }
 
-    /// Creates a file in `dir` as a part of a transaction; says what it is like.
+    /// Creates a file in `dir` as a part of a transaction, and returns its metadata.
     #[cfg(unix)]
     pub(crate) fn create_for(
         workspace: &Arc<Workspace>,
@@ -98,18 +98,18 @@ impl Staging {
         } else {
             self.dir.rename(&self.name, target).map(|()| Moved::Renamed)?
         };
-        // The old name, if it is still there, goes when this ends.
+        // The old name, if it is still there, is removed when this is dropped.
         self.is_ours = moved == Moved::Linked;
         Ok(())
     }
 
-    /// The file is the journal's from now on.
+    /// From now on the file belongs to the journal.
     #[cfg(unix)]
     pub(crate) fn give_away(&mut self) {
         self.is_ours = false;
     }
 
-    /// Removes the file, unless it was given away, and says whether that worked.
+    /// Removes the file, unless it was given away, and returns whether that worked.
     pub(crate) fn end(mut self) -> io::Result<()> {
         self.remove()
     }
@@ -142,12 +142,12 @@ impl Drop for Staging {
 
 /// Locks a file that has just been created, so that no sweep takes it while its writer lives.
 ///
-/// Returns what the file is like, or `None` if a sweep was faster.
+/// Returns the file's metadata, or `None` if a sweep was faster.
 fn lock_new(file: &File) -> io::Result<Option<Entry>> {
     match file.try_lock() {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => return Ok(None),
-        // A file system without locks: a sweep gets none there either, and therefore removes nothing.
+        // The file system has no locks: a sweep gets none there either, and therefore removes nothing.
         Err(TryLockError::Error(_)) => {}
     }
     let entry = Entry::of(file)?;
@@ -236,7 +236,7 @@ fn sweep_all(dir: &Dir, path: &Path, gate: &Gate) -> io::Result<Option<SweepRepo
     Ok(Some(report))
 }
 
-/// What became of one temporary file.
+/// The outcome for one temporary file.
 enum Found {
     Dead,
     Live,
@@ -263,32 +263,32 @@ fn sweep_one(dir: &Dir, name: &OsStr) -> io::Result<Found> {
         _ => return Ok(Found::Vanished),
     }
     match dir.remove(name) {
-        // A living writer that could not lock its file, because of this very lock, removes it and takes another.
+        // A live writer that could not lock its file because of this very lock removes it and creates another.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Found::Vanished),
         other => other.map(|()| Found::Dead),
     }
 }
 
-/// What the jobs of one transaction share: its directories, and the note that says which files are its own.
+/// The shared state of a transaction's jobs: its directories, and the note that says which files are its own.
 ///
-/// The note is made, and locked, before the first staged file, and goes after the last; in another directory than the
-/// journal's a symlink that leads there takes its place.
+/// The note is created and locked before the first staged file, and removed after the last. In other directories than
+/// the journal's, a symlink to the note takes its place.
 #[cfg(unix)]
 #[derive(Debug)]
 pub(crate) struct Workspace {
     pub(crate) tag: Tag,
     /// The journal's directory first.
     sites: Mutex<Vec<Arc<Site>>>,
-    /// The note, locked as long as this lives.
+    /// The note, which is locked as long as this lives.
     note: File,
-    /// How many names have been given.
+    /// How many names have been used.
     given: AtomicU64,
     stays: AtomicBool,
 }
 
 #[cfg(unix)]
 impl Workspace {
-    /// Begins in the directory `journal_dir`.
+    /// Begins a transaction in the directory `journal_dir`.
     pub(crate) fn begin(journal_dir: &Path) -> Result<Self, Error> {
         let home = Arc::new(Site::open(journal_dir)?);
         for _ in 0..NAME_ATTEMPTS {
@@ -318,7 +318,7 @@ impl Workspace {
         format!("{}-{}", self.tag.note(), self.given.fetch_add(1, Ordering::Relaxed) + 1).into()
     }
 
-    /// Makes the directory `dir`, opened by `parent`, one of this transaction's; `path` is the target, for errors.
+    /// Adds the directory `dir`, opened as `parent`, to this transaction; `path` is the target, for errors.
     pub(crate) fn adopt(&self, dir: Arc<Dir>, parent: &Path, path: &Path) -> Result<Arc<Site>, Error> {
         let id = dir.id().map_err(|source| open_error(parent, source))?;
         let mut sites = self.sites();
@@ -329,9 +329,9 @@ impl Workspace {
             return Err(Error::OtherFileSystem { path: path.to_path_buf() });
         }
         let site = Arc::new(Site::of(dir, parent)?);
-        // First what a recovery of the journal's directory knows this one by, so that it finds all that follows; then what
-        // keeps the files alive that will be staged here. Neither is synced: if a power cut takes them, the files are
-        // nobody's.
+        // First the entry by which a recovery of the journal's directory finds this one, and everything that follows;
+        // then the symlink that protects the files that will be staged here. Neither is synced: if a power cut removes
+        // them, the files belong to nobody.
         let foreign = Foreign::new(&self.note, &sites[0], &site);
         let noted = foreign.and_then(|foreign| (&self.note).write_all(&foreign.encode()));
         let link = journal::way(&site.path, &sites[0].path).join(self.tag.note());
@@ -341,7 +341,8 @@ impl Workspace {
         Ok(site)
     }
 
-    /// Keeps the note for a recovery, because something of this transaction was left that is found by it alone.
+    /// Keeps the note for a recovery, because the transaction left something behind that can only be found through the
+    /// note.
     pub(crate) fn stay(&self) {
         self.stays.store(true, Ordering::Relaxed);
     }
@@ -358,7 +359,8 @@ impl Drop for Workspace {
         if self.stays.load(Ordering::Relaxed) {
             return;
         }
-        // The note last: as long as something stays that leads to it, a recovery must find that by it.
+        // The note goes last: as long as a link to it remains, a recovery must be able to find that link through the
+        // note.
         for site in self.sites().iter().rev() {
             match site.dir.remove(self.tag.note().as_ref()) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return,
@@ -371,9 +373,9 @@ impl Drop for Workspace {
 /// Another directory in which files are staged, as a note names it.
 #[cfg(unix)]
 pub(crate) struct Foreign {
-    /// By what the note itself is known to lie where it was written, and by what that directory is.
+    /// The marks that show whether the note is where it was written, and by which that directory is recognised.
     marks: [String; 2],
-    /// From the note's directory to that one, so that a copy of both does not lead to the original.
+    /// The path from the note's directory to that one; relative, so that a copy of both does not lead to the original.
     way: PathBuf,
 }
 
@@ -384,7 +386,7 @@ impl Foreign {
         Ok(Self { marks, way: journal::way(&home.path, &site.path) })
     }
 
-    /// Marked at both ends, so that what a full disk has cut off does not spoil the next one.
+    /// Marked at both ends, so that an entry cut off by a full disk does not spoil the next one.
     fn encode(&self) -> Vec<u8> {
         let [note, site] = &self.marks;
         [format!("\0{note}/{site}/").as_bytes(), self.way.as_os_str().as_bytes(), b"\0"].concat()
@@ -397,18 +399,18 @@ impl Foreign {
         Some(Self { marks, way: OsString::from_vec(parts.next()?.to_vec()).into() })
     }
 
-    /// The directory, if it can be told that it is the one: both are where they were, or both were copied. What has been
-    /// moved or removed since is out of reach, and harmless.
+    /// The directory, if it provably is the right one: both are where they were, or both were copied. A directory that
+    /// has since been moved or removed is out of reach, and harmless.
     pub(crate) fn open(&self, note: &File, home: &Site) -> Option<Site> {
         let site = Site::open(&home.path.join(&self.way)).ok()?;
         let marks = [Identity::of(note).ok()?.mark(), site.mark().ok()?];
         let [is_note, is_site] = [0, 1].map(|end| marks[end] == self.marks[end]);
-        // The directories of an overlay whose layers are on several file systems are numbered anew when it is mounted.
+        // An overlay with layers on several file systems renumbers its directories when it is mounted.
         (is_note == is_site || (is_note && site.is_layered)).then_some(site)
     }
 }
 
-/// The other directories that a note names. What was cut off by a crash was not yet used.
+/// The other directories that a note names. An entry that a crash cut off was not yet in use.
 #[cfg(unix)]
 pub(crate) fn foreign_sites(note: &File) -> io::Result<Vec<Foreign>> {
     let mut bytes = Vec::new();

@@ -23,7 +23,7 @@ use crate::staged::{Staged, Target};
 use crate::staging::{Staging, Workspace};
 use crate::{AtomicFileWriter, CommitHandle, Error, WriteOptions};
 
-/// So many staged files are synced and closed together, while the next are staged; twice as many are open at most.
+/// How many staged files are synced and closed together, while the next are staged. At most twice as many are open.
 const BATCH_FILES: usize = 64;
 
 /// Changes several files, all or none. If it is dropped without a commit, it changes nothing.
@@ -77,18 +77,19 @@ pub struct MultiFileTransaction {
     options: WriteOptions,
     patience: Duration,
     changes: Vec<Change>,
-    /// Which of `changes` has a writer that was lent, so that its file is not whole yet.
+    /// The index in `changes` whose writer is lent, so that its file is not complete yet.
     lent: Option<usize>,
     /// How many files of `changes` are open.
     open: usize,
-    /// What syncs and closes the files before those.
+    /// The job that syncs and closes the files before those.
     syncing: Option<Job<()>>,
-    /// The system drops what it could not sync, and a second sync would hear nothing of it: so this stays.
+    /// Whether a sync has failed. The system drops what it could not sync, and a second sync would not report it, so
+    /// this is never reset.
     is_broken: bool,
     workspace: Option<Arc<Workspace>>,
 }
 
-/// What the caller asked for, in its order.
+/// A change that the caller requested, in the order of the calls.
 enum Change {
     Put(Box<Sealed>),
     Writing(Lent),
@@ -96,13 +97,13 @@ enum Change {
     Rename { from: Arc<Path>, to: Arc<Path> },
 }
 
-/// A file whose writer was lent, until the transaction is turned to again.
+/// A file whose writer is lent, until the next call on the transaction.
 struct Lent {
     path: Arc<Path>,
     name: OsString,
     site: Arc<Site>,
     writer: Option<Box<AtomicFileWriter>>,
-    /// Takes the last piece in, and closes the writer.
+    /// The job that takes the last piece in, and closes the writer.
     sealing: Option<Job<Box<Sealed>>>,
 }
 
@@ -324,7 +325,7 @@ impl MultiFileTransaction {
     /// [part of the transaction](Error::is_repeated_target).
     pub fn rename(&mut self, from: impl AsRef<Path>, to: impl AsRef<Path>) -> Result<(), Error> {
         let (from, to) = (self.note(from.as_ref())?, self.note(to.as_ref())?);
-        // A circle of renames is closed by the last of them, whose both ends have been named before.
+        // The last rename of a circle closes it, and both its ends have been named before.
         if self.origin(&from).is_none_or(|origin| origin != to) {
             self.refuse_named(&from)?;
         }
@@ -388,21 +389,21 @@ impl MultiFileTransaction {
     pub async fn commit_within(self, timeout: Duration) -> Result<(), Error> {
         let Some(path) = self.changes.first().map(Change::path) else { return Ok(()) };
         let late = || Error::TimedOut { path: path.to_path_buf(), timeout };
-        // A timeout beyond the end of time is none.
+        // A timeout beyond the range of `Instant` means no timeout.
         let Some(deadline) = Instant::now().checked_add(timeout) else { return self.commit().await };
         let gate = Gate::with_deadline(Some(deadline));
         let mut commit = Box::pin(self.commit_by(gate.clone()));
         match tokio::time::timeout_at(deadline, &mut commit).await {
-            // The job has seen for itself that it was late, before the timer did.
+            // The job noticed before the timer that it was late.
             Ok(Err(Error::Interrupted { .. })) if gate.is_late() => Err(late()),
             Ok(ended) => ended,
-            // What is dropped with this never enters any more.
+            // The job is dropped with this, and never enters.
             Err(_) if gate.try_cancel() => Err(late()),
             Err(_) => commit.await,
         }
     }
 
-    /// Starts a [`commit`](Self::commit) that only a shutdown of the runtime can cancel, no drop.
+    /// Starts a [`commit`](Self::commit) that no drop can cancel, only a shutdown of the runtime.
     ///
     /// # Cancel safety
     ///
@@ -424,7 +425,7 @@ impl MultiFileTransaction {
         self.close_lent().await?;
         let workspace = self.workspace(&first).await?;
         self.finish_syncing(&first).await?;
-        // The job owns all of it from here on, and with it the removal if nothing comes of it.
+        // From here on the job owns everything, including the removal if the commit fails.
         let (changes, patience) = (std::mem::take(&mut self.changes), self.patience);
         let durability = self.options.durability;
         let prepare = move |gate: &Gate| {
@@ -450,13 +451,13 @@ impl MultiFileTransaction {
         let _failed_before = self.close_lent().await;
         let work = move |_: &Gate| {
             let removed = std::mem::take(&mut self.changes).into_iter().map(Change::discard);
-            // All of them, and then the first failure.
+            // Removes all of them, and then returns the first failure.
             removed.fold(Ok(()), Result::and)
         };
         job(&first, work).await
     }
 
-    /// The directories and the note of this transaction, made for its first path.
+    /// The directories and the note of this transaction, created for its first path.
     async fn workspace(&mut self, path: &Arc<Path>) -> Result<Arc<Workspace>, Error> {
         if let Some(workspace) = &self.workspace {
             return Ok(workspace.clone());
@@ -469,7 +470,7 @@ impl MultiFileTransaction {
         Ok(self.workspace.insert(workspace).clone())
     }
 
-    /// Has the open files synced and closed if they are many, which goes on while others are staged.
+    /// Starts to sync and close the open files if there are many; that goes on while others are staged.
     async fn close_some(&mut self, path: &Arc<Path>) -> Result<(), Error> {
         if self.open < BATCH_FILES {
             return self.refuse_broken(path);
@@ -500,7 +501,7 @@ impl MultiFileTransaction {
         if self.is_broken { Err(Error::Broken { path: path.to_path_buf() }) } else { Ok(()) }
     }
 
-    /// Checks a path that is only noted, and makes its directory the journal's if it is the first.
+    /// Checks a path that is only noted, and makes its directory the journal's if it is the first path.
     fn note(&mut self, path: &Path) -> Result<Arc<Path>, Error> {
         let path = from_here(path)?;
         let (directory, _) = split(&path, &path)?;
@@ -508,7 +509,7 @@ impl MultiFileTransaction {
         Ok(path.into())
     }
 
-    /// Where the file comes from, by way of one rename after the other, that is renamed to `path`.
+    /// The original path of the file that ends up at `path`, following the renames back.
     fn origin(&self, path: &Arc<Path>) -> Option<Arc<Path>> {
         let source = |path: &Arc<Path>| {
             self.changes.iter().find_map(|change| match change {
@@ -517,7 +518,7 @@ impl MultiFileTransaction {
             })
         };
         let mut origin = source(path)?;
-        // Never round, since a circle that is closed has no name left that could be given again.
+        // This ends, because a closed circle has no free name left that could be given again.
         while let Some(before) = source(&origin) {
             if before == *path {
                 return None;
@@ -527,7 +528,7 @@ impl MultiFileTransaction {
         Some(origin)
     }
 
-    /// Whether something is to become the file `path`, or it is to be removed, so that nothing else can come there.
+    /// Whether `path` already gets a new file or is removed, so that nothing else can come there.
     fn is_taken(&self, path: &Arc<Path>) -> bool {
         self.changes.iter().any(|change| match change {
             Change::Rename { to, .. } => to == path,
@@ -535,7 +536,7 @@ impl MultiFileTransaction {
         })
     }
 
-    /// Refuses a path that is already named. By what other path a file may be named, the commit finds out.
+    /// Refuses a path that is already named. The commit finds out whether another path names the same file.
     fn refuse_named(&self, path: &Arc<Path>) -> Result<(), Error> {
         let is_named = |change: &Change| match change {
             Change::Rename { from, to } => from == path || to == path,
@@ -561,11 +562,11 @@ impl MultiFileTransaction {
         Ok(())
     }
 
-    /// Has the writer that was lent last take in its last piece, and closes it.
+    /// Lets the writer that was lent last take in its last piece, and closes it.
     async fn close_lent(&mut self) -> Result<(), Error> {
         let Some(position) = self.lent else { return Ok(()) };
         let Change::Writing(lent) = &mut self.changes[position] else { return Ok(()) };
-        // If it fails it stays lent, and fails whatever is asked for next.
+        // If this fails, the writer stays lent, and every later call fails.
         self.changes[position] = Change::Put(lent.seal().await?);
         self.lent = None;
         self.open += 1;
@@ -574,7 +575,7 @@ impl MultiFileTransaction {
 }
 
 impl Lent {
-    /// If this is dropped, what it has begun goes on, and the next call waits for it.
+    /// If this is dropped, the job that it has begun goes on, and the next call waits for it.
     async fn seal(&mut self) -> Result<Box<Sealed>, Error> {
         if let Some(writer) = &mut self.writer {
             writer.settle().await?;
@@ -590,7 +591,7 @@ impl Lent {
         }
         let Some(job) = &mut self.sealing else { return Err(Error::Broken { path: self.path.to_path_buf() }) };
         let sealed = job.await;
-        // It has nothing more to say.
+        // The job is finished.
         self.sealing = None;
         sealed
     }
@@ -629,16 +630,16 @@ impl Change {
     fn discard(self) -> Result<(), Error> {
         match self {
             Self::Put(sealed) => sealed.staging.end().map_err(io_error("remove the staged file of", &sealed.path)),
-            // One whose write has failed, which has removed its file.
+            // A writer whose write has failed has already removed its file.
             Self::Writing(_) | Self::Remove(_) | Self::Rename { .. } => Ok(()),
         }
     }
 }
 
-/// The path of a file as seen from the working directory of now: all paths of a transaction mean what they meant when
-/// they were given, although a removal looks for its file only when it is committed.
+/// The path of a file as seen from the present working directory: all paths of a transaction keep the meaning that they
+/// had when they were given, although a removal looks for its file only at the commit.
 fn from_here(path: &Path) -> Result<PathBuf, Error> {
-    // First as it was given, since what follows drops a dot at the end, which only a directory can have.
+    // First as given, because the next step drops a dot at the end, which only a directory can have.
     split(path, path)?;
     Ok(absolute(path))
 }
@@ -651,7 +652,7 @@ async fn job<T: Send + 'static>(
     Job::spawn(&current_runtime(path)?, &Gate::new(), path, work).await
 }
 
-/// Creates the staged file beside what `path` stands for, whose directory may be `known`.
+/// Creates the staged file beside the resolved `path`, whose directory may be `known`.
 fn stage(
     workspace: &Arc<Workspace>,
     path: &Path,
@@ -667,7 +668,7 @@ fn stage(
         Some(site) if Arc::ptr_eq(&site.dir, &target.dir) => site.clone(),
         _ => workspace.adopt(target.dir, &target.parent, path)?,
     };
-    // The same handle for all files of a directory, so that a thousand files do not need a thousand of them.
+    // All files of a directory share one handle, so that a thousand files do not need a thousand handles.
     target.dir = site.dir.clone();
     let create = |dir: &Arc<Dir>, mode| Staging::create_for(workspace, dir, mode);
     Ok((Staged::create_at(path, target, options, create)?, site))
@@ -681,7 +682,8 @@ fn stage_all(
     gate: &Gate,
 ) -> Result<Vec<Sealed>, Error> {
     let mut all: Vec<Sealed> = Vec::new();
-    // The directory of the last file, by the path that led there: a thousand files need not resolve it as often.
+    // The directory of the last file, with the path that led there, so that a thousand files need not resolve it each
+    // time.
     let mut known: Option<(PathBuf, Arc<Site>)> = None;
     for (path, content) in files {
         if all.len().is_multiple_of(BATCH_FILES) {
@@ -697,7 +699,7 @@ fn stage_all(
     Ok(all)
 }
 
-/// Takes the open files out of these, to be synced and closed.
+/// Takes the open files out of `sealed`, to be synced and closed.
 fn take_open<'a>(sealed: impl Iterator<Item = &'a mut Sealed>) -> Vec<Unsynced> {
     sealed.filter_map(Sealed::take_unsynced).collect()
 }

@@ -1,4 +1,4 @@
-//! The journal's encoding: what was written is what is read, and no bytes whatever make the reader stumble.
+//! The journal's encoding: what was written is read back, and no input makes the reader panic.
 
 use std::ffi::OsStr;
 use std::sync::Arc;
@@ -30,7 +30,7 @@ fn identity() -> impl Strategy<Value = Identity> {
     parts.prop_map(|(inode, born, size, modified)| Identity { inode, born, size, modified })
 }
 
-/// Whether it is in the other directory, its name and what is there; of all names of a chain.
+/// For each name of a chain: whether it is in the other directory, the name, and the file there.
 type Names = Vec<(bool, OsString, Identity)>;
 
 fn names() -> impl Strategy<Value = Names> {
@@ -76,7 +76,7 @@ proptest! {
         }
     }
 
-    /// A checksum proves that nothing was damaged, not that nobody made it up.
+    /// A checksum proves that nothing was damaged, not that the journal is genuine.
     #[test]
     fn a_journal_that_was_made_up_is_read_without_a_panic_and_names_only_files(
         body in prop::collection::vec(prop_oneof![Just(0_u8), 0..4_u8, any::<u8>()], 0..400),
@@ -147,7 +147,7 @@ fn a_journal_that_goes_on_or_leads_elsewhere_is_refused() {
     assert!(decode(b"afs-tx1\nwhatever").unwrap_err().contains("version 1"));
 }
 
-/// What this version writes, later ones must read.
+/// Later versions must read what this version writes.
 #[test]
 fn the_format_is_that_of_the_golden_files() {
     let ours = b".afs-tx-0123456789abcdef-1";
@@ -172,7 +172,7 @@ fn the_way_from_one_directory_to_another_goes_over_what_contains_both() {
     assert_eq!(way("/x/y", "/d/a"), "../../d/a");
 }
 
-/// A number may be that of another file elsewhere, or be given anew.
+/// An inode number may belong to another file elsewhere, or be reused.
 #[test]
 fn a_journal_is_in_its_place_if_number_and_birth_are_those_that_it_names() {
     let dir = tempfile::tempdir().unwrap();
@@ -184,7 +184,7 @@ fn a_journal_is_in_its_place_if_number_and_birth_are_those_that_it_names() {
         (own, true),
         (Identity { born: None, ..own }, true),
         (Identity { inode: own.inode + 1, ..own }, false),
-        // Where the file system tells no birth, the number is all there is.
+        // If the file system has no birth times, the number is all there is.
         (Identity { born: later, ..own }, own.born.is_none()),
     ] {
         std::fs::write(&path, encode(TAG, &own, &home, &[])).unwrap();
@@ -204,7 +204,7 @@ fn two_journals_in_one_directory_are_refused() {
     assert!(matches!(find(&home), Err(Error::CorruptJournal { reason: "there are two journals", .. })));
 }
 
-/// As on a network file system: the rename that was to commit it took effect, and reported an error.
+/// As on a network file system: the committing rename took effect, and reported an error.
 #[test]
 fn a_journal_that_was_not_committed_goes_by_either_of_its_names_and_takes_what_leads_to_it_along() {
     let scratch = tempfile::tempdir().expect("the temporary directory has room");

@@ -1,11 +1,11 @@
-//! POSIX access control lists, as the kernel hands them out in an extended attribute; nothing here makes a system call.
+//! POSIX access control lists, in the kernel's format for an extended attribute; nothing here makes a system call.
 //!
-//! Invariant: what comes out grants nobody anything that what went in did not.
+//! Invariant: a derived list grants nobody anything that the original list did not grant.
 
-/// Version 2, the only one there is.
+/// Version 2, the only existing one.
 const HEADER: [u8; 4] = 2_u32.to_le_bytes();
 const ENTRY_BYTES: usize = 8;
-/// The id of an entry that names nobody.
+/// The id in an entry that names no user or group.
 const NOBODY: u32 = u32::MAX;
 
 const OWNER: u16 = 0x01;
@@ -19,7 +19,7 @@ const OTHER: u16 = 0x20;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct List(Vec<Right>);
 
-/// What one entry grants: of the bits `rwx`.
+/// What one entry grants: some of the bits `rwx`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Right {
     tag: u16,
@@ -28,13 +28,13 @@ struct Right {
 }
 
 impl List {
-    /// The list that says no more than the permission bits do; the kernel keeps it as these bits alone.
+    /// The list that is equivalent to the permission bits; the kernel stores it as just these bits.
     pub(super) fn of_mode(mode: u32) -> Self {
         let right = |tag, shift: u32| Right { tag, bits: (mode >> shift & 7) as u16, id: NOBODY };
         Self(vec![right(OWNER, 6), right(GROUP, 3), right(OTHER, 0)])
     }
 
-    /// `None` if it is none that this room understands in full.
+    /// `None` unless this room understands the whole list.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let (entries, rest) = bytes.strip_prefix(&HEADER)?.as_chunks::<ENTRY_BYTES>();
         let entries = entries.iter().map(|&[t0, t1, b0, b1, i0, i1, i2, i3]| Right {
@@ -60,11 +60,11 @@ impl List {
         bytes
     }
 
-    /// For a file of another group: what the entry of the group says would now be said of other people.
+    /// The list for a file with another group: the group's entry would now apply to other people.
     ///
-    /// The new group may be anybody, so it gets what each group and everybody else had. Members of the old group, of whom
-    /// no entry speaks any more, now count as everybody else, who therefore get no more than the old group had. Entries
-    /// that name somebody go on to mean the same.
+    /// The new group may be anybody, so it gets only what every group and all others had. No entry covers the members
+    /// of the old group any more, so they now count as others, and others therefore get no more than the old group had.
+    /// Entries that name a user or group keep their meaning.
     pub(crate) fn for_another_group(mut self) -> Self {
         let all = |tags: &[u16]| {
             let of_these = self.0.iter().filter(|right| tags.contains(&right.tag));
@@ -84,7 +84,8 @@ impl List {
 }
 
 impl List {
-    /// Of a directory: whoever may write to it may read and write, and nobody else may do anything; but the owner always may.
+    /// For a directory: everybody who may write to it may read and write, and nobody else may do anything, except the
+    /// owner, who always may.
     pub(crate) fn for_writers(mut self) -> Self {
         for right in &mut self.0 {
             right.bits = if right.tag == OWNER || right.bits & 2 != 0 { 6 } else { 0 };
@@ -142,7 +143,7 @@ mod tests {
         matching.iter().any(|right| right.bits & mask & wanted == wanted)
     }
 
-    /// Every list of two bits an entry, every member of every set of groups.
+    /// Every list with two bits per entry, every member of every set of groups.
     #[test]
     fn another_group_grants_nobody_what_the_old_one_did_not() {
         let bits = [0, 4, 6];

@@ -86,16 +86,17 @@ impl Dir {
     }
 }
 
-/// How often a rename or a removal is tried at most.
+/// How often to try a rename or a removal at most.
 const ATTEMPTS: u32 = 10;
-/// The first pause; each is twice as long as the one before, about half a second in all.
+/// The first pause. Each is twice as long as the one before; together they take about half a second.
 const FIRST_PAUSE: Duration = Duration::from_millis(1);
 
-/// How long to wait before a call is made again that has failed for the `failures`-th time, by its number in Windows;
-/// `None` if it is not.
+/// How long to wait before retrying a call that has failed `failures` times, by its Windows error code; `None` if it
+/// should not be retried.
 ///
-/// On Windows a virus scanner or an indexer may have a file open for a moment right after it was written, and meanwhile it
-/// can be neither renamed nor removed. A permission that is really missing has one of these numbers too, and is told late.
+/// On Windows a virus scanner or an indexer may open a file for a moment right after it was written, and meanwhile it
+/// can be neither renamed nor removed. A permission that is really missing has one of these codes too, so it is
+/// reported late.
 fn pause(code: Option<i32>, failures: u32) -> Option<Duration> {
     const ACCESS_DENIED: i32 = 5;
     const SHARING_VIOLATION: i32 = 32;
@@ -104,12 +105,12 @@ fn pause(code: Option<i32>, failures: u32) -> Option<Duration> {
     (is_passing && failures < ATTEMPTS).then(|| FIRST_PAUSE * 2_u32.pow(failures.saturating_sub(1)))
 }
 
-/// As [`pause`] on Windows; elsewhere the numbers mean something else, and nothing is tried again.
+/// Like [`pause`] on Windows; elsewhere the codes mean something else, and nothing is retried.
 fn pause_here(code: Option<i32>, failures: u32) -> Option<Duration> {
     if cfg!(windows) { pause(code, failures) } else { None }
 }
 
-/// Makes `call` until it succeeds, or `pause` says that it is in vain.
+/// Repeats `call` until it succeeds, or `pause` says that it should not be retried.
 fn persist<T>(
     pause: impl Fn(Option<i32>, u32) -> Option<Duration>,
     mut call: impl FnMut() -> io::Result<T>,
@@ -122,7 +123,7 @@ fn persist<T>(
         };
         failures += 1;
         let Some(pause) = pause(error.raw_os_error(), failures) else { return Err(error) };
-        // Whoever wakes this thread for another reason only makes the pause shorter.
+        // If something else wakes this thread, the pause is only shorter.
         thread::park_timeout(pause);
     }
 }
@@ -140,8 +141,8 @@ fn describe(meta: &Metadata) -> Entry {
     } else {
         Kind::Other("directory")
     };
-    // No number by which two looks could be compared, so that every file is taken for the same: a name that is chosen
-    // by chance, and a lock, have to do.
+    // There is no number to compare two looks by, so all files count as the same: a random name and a lock have to be
+    // enough.
     Entry { kind, mode: 0, uid: 0, gid: 0, id: (0, 0), links: 1, size: meta.len() }
 }
 

@@ -55,13 +55,13 @@ impl Dir {
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, mode_bits(mode))?))
     }
 
-    /// Opens the file `name` for reading, following no symlink and waiting for no FIFO.
+    /// Opens the file `name` for reading, without following a symlink or waiting for a FIFO.
     pub(crate) fn read(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
     }
 
-    /// Opens the file `name` for reading and writing, following no symlink and waiting for no FIFO.
+    /// Opens the file `name` for reading and writing, without following a symlink or waiting for a FIFO.
     pub(crate) fn update(&self, name: &OsStr) -> io::Result<File> {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         Ok(File::from(rustix::fs::openat(&self.0, name, flags, Mode::empty())?))
@@ -89,7 +89,7 @@ impl Dir {
                 other => return Ok(other.map(|()| Moved::Renamed)?),
             }
         }
-        // A hard link is refused if the name is taken. That the file has two names for a moment harms nobody.
+        // A hard link is refused if the name is taken. It does no harm that the file has two names for a moment.
         rustix::fs::linkat(&self.0, from, &target.0, to, AtFlags::empty())?;
         Ok(Moved::Linked)
     }
@@ -122,7 +122,7 @@ impl Dir {
             match rustix::fs::fstatfs(&self.0) {
                 // The width and the sign of this field differ between architectures.
                 Ok(found) => Ok(found.f_type as u32 == OVERLAYFS_SUPER_MAGIC),
-                // Some sandboxes, which bring a file system of their own.
+                // Some sandboxes, which have their own file system.
                 Err(rustix::io::Errno::NOSYS | rustix::io::Errno::PERM) => Ok(false),
                 Err(errno) => Err(errno.into()),
             }
@@ -131,7 +131,7 @@ impl Dir {
         Ok(false)
     }
 
-    /// By what this directory is known again.
+    /// The identity by which this directory is recognised.
     pub(crate) fn identity(&self) -> io::Result<Identity> {
         Identity::of(&self.0)
     }
@@ -155,8 +155,8 @@ impl Dir {
         Ok(rustix::fs::symlinkat(to, &self.0, name)?)
     }
 
-    /// Exchanges the file `one` with the file `other` of the directory `target`, so that neither name is ever without
-    /// one; `false` if the system cannot do that.
+    /// Exchanges the file `one` with the file `other` of the directory `target`, so that neither name is ever without a
+    /// file; `false` if the system cannot do that.
     pub(crate) fn exchange(&self, one: &OsStr, target: &Self, other: &OsStr) -> io::Result<bool> {
         #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
         {
@@ -171,7 +171,7 @@ impl Dir {
         Ok(false)
     }
 
-    /// Looks by what the file `name` will be known again, without following it; `None` if there is none.
+    /// Reads the identity of the file `name`, without following it; `None` if there is none.
     pub(crate) fn identify(&self, name: &OsStr) -> io::Result<Option<Identity>> {
         match identity_at(&self.0, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(identity) => Ok(Some(identity)),
@@ -183,13 +183,13 @@ impl Dir {
     /// Makes the names in this directory durable.
     pub(crate) fn sync(&self) -> io::Result<()> {
         match self.0.sync_all() {
-            // Some file systems do not let a directory be synced; there is nothing more that one could do there.
+            // Some file systems do not sync directories; nothing more can be done there.
             Err(error) if matches!(error.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported) => Ok(()),
             other => other,
         }
     }
 
-    /// Who may use the file `name` beside those whom its mode speaks of.
+    /// The users and groups that may use the file `name` in addition to those covered by its mode.
     pub(crate) fn guests(&self, name: &OsStr) -> io::Result<Guests> {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         return super::xattr::guests(self, &self.0, name);
@@ -205,7 +205,7 @@ impl Dir {
         #[cfg(any(target_os = "linux", target_os = "android", target_vendor = "apple"))]
         match self.read(name) {
             Ok(old) => super::xattr::copy(&old, file)?,
-            // Somebody has removed the old file; there is nothing left to keep.
+            // The old file has been removed; there is nothing left to keep.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(error) => return Err(error),
         }
@@ -216,7 +216,7 @@ impl Dir {
 }
 
 impl Identity {
-    /// The number and the birth, as a word: the same as long as the file is not copied.
+    /// Inode number and birth time, as one word: it stays the same unless the file is copied.
     pub(crate) fn mark(&self) -> String {
         match self.born {
             Some((seconds, nanoseconds)) => format!("{}.{seconds}.{nanoseconds}", self.inode),
@@ -224,7 +224,7 @@ impl Identity {
         }
     }
 
-    /// By what an open file will be known again.
+    /// The identity of an open file.
     pub(crate) fn of(file: &File) -> io::Result<Self> {
         #[cfg(any(target_os = "linux", target_os = "android"))]
         let flags = AtFlags::EMPTY_PATH;
@@ -234,7 +234,7 @@ impl Identity {
     }
 }
 
-/// Of the file `name` below `dir`; of `dir` itself if it is empty.
+/// The identity of the file `name` below `dir`, or of `dir` itself if `name` is empty.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn identity_at(dir: &File, name: &OsStr, flags: AtFlags) -> rustix::io::Result<Identity> {
     use rustix::fs::StatxFlags;
@@ -313,7 +313,7 @@ pub(crate) fn set_mode(file: &File, mode: u32) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(mode))
 }
 
-/// Reserves space for `length` bytes in `file`, without making it longer; does nothing where that is not known.
+/// Reserves space for `length` bytes in `file`, without making it longer; does nothing where that is not supported.
 pub(crate) fn reserve(file: &File, length: u64) -> io::Result<()> {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     if length > 0 {

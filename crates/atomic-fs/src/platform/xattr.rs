@@ -22,18 +22,19 @@ use super::{Entry, Guests, acl::List};
 
 /// The kernel's own limit for one value and for the list of names.
 const LIMIT_BYTES: usize = 64 << 10;
-/// Room for an access control list of some 120 entries. The kernel takes as much memory, and clears it, as it is offered
-/// room, which at the limit takes longer than to read a list.
+/// Room for an access control list of some 120 entries. The kernel allocates and clears as much memory as it is
+/// offered, and at the limit that takes longer than reading a list.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 const USUAL_BYTES: usize = 1 << 10;
 
-/// It belongs to the mode, so that it is not copied as any other attribute.
+/// It belongs to the mode, so it is not copied like other attributes.
 const ACCESS_LIST: &CStr = c"system.posix_acl_access";
 
-/// Copies every attribute of `from` that `to` does not already have with the same value, but for its access control list.
+/// Copies every attribute of `from` that `to` does not already have with the same value, except the access control
+/// list.
 pub(super) fn copy(from: &File, to: &File) -> io::Result<()> {
     for name in names(from)?.into_iter().filter(|name| **name != *ACCESS_LIST) {
-        // An attribute that vanished since it was listed is not there to be kept.
+        // The attribute has vanished since it was listed.
         let Some(value) = get(from, &name)? else { continue };
         // Security labels are often set by the kernel itself, and setting them again may need a privilege.
         if get(to, &name)?.as_ref() != Some(&value) {
@@ -56,12 +57,12 @@ pub(super) fn guests(dir: &super::Dir, handle: &File, name: &OsStr) -> io::Resul
 
 #[cfg(any(target_os = "linux", target_os = "android"))]
 fn read_guests(dir: &super::Dir, handle: &File, name: &OsStr, value: &mut [u8]) -> io::Result<Guests> {
-    // There is no such call below a handle before Linux 6.13, but /proc has a name for the handle. To read the list, one
-    // need not be able to read the file.
+    // Before Linux 6.13 there is no such call below a handle, but /proc has a name for the handle. Reading the list
+    // does not require permission to read the file.
     let mut path = OsString::from(format!("/proc/self/fd/{}/", handle.as_raw_fd()));
     path.push(name);
     let read = match lgetxattr(&*path, ACCESS_LIST, &mut *value) {
-        // The file has gone, or there is no /proc, or it is shut.
+        // The file is gone, or there is no /proc, or it is not accessible.
         Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS | Errno::PERM) => match dir.read(name) {
             Ok(file) => fgetxattr(&file, ACCESS_LIST, &mut *value),
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Guests::Unknown),
@@ -80,13 +81,14 @@ fn read_guests(dir: &super::Dir, handle: &File, name: &OsStr, value: &mut [u8]) 
     }
 }
 
-/// Gives `file`, which so far grants nothing to anybody but its owner, exactly these permission bits and this list; `now`
-/// are the bits that it has.
+/// Gives `file`, which so far grants access only to its owner, exactly these permission bits and this list; `now` are
+/// its present bits.
 #[cfg(any(target_os = "linux", target_os = "android"))]
 pub(crate) fn set_access(file: &File, now: u32, mode: u32, guests: &Guests) -> io::Result<()> {
-    // With a list, the group bits of a mode are its mask: to take them for the group's would widen that.
+    // If the file had a list, its mode's group bits are the mask. Using them as the group's bits would widen the
+    // group's access.
     let mode = if *guests == Guests::Unknown { mode & 0o7700 } else { mode };
-    // One call for list and bits, so that no moment has the new bits and the list that the directory gave.
+    // One call sets list and bits, so that the new bits are never combined with the list from the directory.
     let list = match guests {
         Guests::Unsupported => return super::change_mode(file, now, mode),
         Guests::None | Guests::Unknown => List::of_mode(mode),
@@ -94,7 +96,7 @@ pub(crate) fn set_access(file: &File, now: u32, mode: u32, guests: &Guests) -> i
     };
     match fsetxattr(file, ACCESS_LIST, &list.to_bytes(), XattrFlags::empty()) {
         Ok(()) if mode & 0o7000 == 0 => Ok(()),
-        // A list has no room for the set-ID bits and the sticky bit. The other nine are now as the list says.
+        // A list does not include the set-ID bits and the sticky bit. The other nine bits are now as the list says.
         Ok(()) => super::set_mode(file, Entry::of(file)?.mode & 0o777 | mode & 0o7000),
         Err(Errno::NOTSUP) if !matches!(guests, Guests::Listed(_)) => super::change_mode(file, now, mode),
         Err(errno) => Err(errno.into()),
@@ -132,7 +134,7 @@ fn get(file: &File, name: &CStr) -> io::Result<Option<Vec<u8>>> {
 mod tests {
     use super::*;
 
-    /// A file that grants nothing to anybody but its owner.
+    /// A file that grants access only to its owner.
     fn fresh() -> File {
         tempfile::NamedTempFile::new().expect("the temporary directory has room").into_file()
     }
@@ -178,7 +180,7 @@ mod tests {
     #[test]
     fn bits_that_a_file_without_lists_has_are_not_set_again() {
         let file = fresh();
-        // Of another mode than it is said to have, so that setting it would be seen.
+        // The file has another mode than claimed, so that setting it would show.
         set_access(&file, 0o640, 0o640, &Guests::Unsupported).expect("there is nothing to do");
         assert_eq!(Entry::of(&file).expect("it is open").mode, 0o600);
     }
