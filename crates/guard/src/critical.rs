@@ -78,10 +78,10 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 /// at its next pending point. The section then ends with an error that its own code can handle, and is not torn. A
 /// grace may be longer than [`CRITICAL_LIMIT`](crate::CRITICAL_LIMIT); a grace too large for the clock never ends.
 ///
-/// A section that nobody polls cannot see its grace end. Then an enclosing scope enforces it. Once that scope is due,
+/// A section that is not polled cannot see its grace end. Then an enclosing scope enforces it. Once that scope is due,
 /// because its deadline passed or its token fired, it waits at most until the end of the grace, and not at all if that
-/// has passed. Then it drops its future, and the section is torn: it had begun, and its own code had no chance to
-/// handle the end. While no enclosing scope is due, nothing is dropped, and the section returns its error when it is
+/// has passed. Then it drops its future, and the section is torn, because it had begun, and its own code had no chance
+/// to handle the end. While no enclosing scope is due, nothing is dropped, and the section returns its error when it is
 /// polled again.
 ///
 /// # Cancel safety
@@ -114,7 +114,7 @@ pub fn critical<T>(future: impl Future<Output = T>) -> impl Future<Output = T> {
 /// # }
 /// ```
 ///
-/// A section that nobody polls does not hold its scope past its grace:
+/// A section that is not polled does not hold its scope past its grace:
 ///
 /// ```
 /// use std::pin::pin;
@@ -204,8 +204,8 @@ pub fn on_torn(hook: impl Fn(&Torn) + Send + Sync + 'static) {
     drop(old);
 }
 
-/// Shows each torn section to `observer` before the hook is called. For `cancel-safe-testing` alone, which has to see them
-/// whatever hooks the program under test installs: the first observer stays, and must not panic.
+/// Shows each torn section to `observer` before the hook is called. Only for `cancel-safe-testing`, which has to see
+/// them whatever hooks the program under test installs. The first observer stays, and must not panic.
 #[doc(hidden)]
 pub fn observe_torn(observer: fn(&Torn)) {
     OBSERVER.get_or_init(|| observer);
@@ -217,7 +217,7 @@ pub fn torn_sections() -> u64 {
 }
 
 pin_project! {
-    // The future comes first: when the section is reported and its scope released, the future has been dropped.
+    // The future comes first, so that it has been dropped when the section is reported and its scope released.
     struct Critical<F> {
         #[pin]
         future: F,
@@ -237,7 +237,8 @@ impl<F: Future> Future for Critical<F> {
         };
         match polled {
             Poll::Ready(_) => this.section.leave(),
-            // Only now: no scope around looks at its holds before this poll has returned, and most sections never wait.
+            // Only now, because no enclosing scope looks at its holds before this poll has returned, and most sections
+            // never wait.
             Poll::Pending => this.section.hold(),
         }
         polled
@@ -269,7 +270,7 @@ impl Section {
         }
     }
 
-    /// Out of line, like what lets go: most sections never wait, and are faster without it.
+    /// Out of line, like the release: most sections never wait, and are faster without it.
     #[cold]
     #[inline(never)]
     fn hold(&mut self) {

@@ -1,4 +1,4 @@
-//! Synchronous cleanup. Invariant: an armed cleanup runs exactly once, on whatever path its owner ends.
+//! Synchronous cleanup. Invariant: an armed cleanup runs exactly once, however its owner ends.
 
 use std::fmt;
 use std::future::Future;
@@ -8,8 +8,8 @@ use std::future::Future;
 /// Every way out drops it: the end of the block, an early `?`, a panic, a lost `select!` branch, a timeout, an aborted
 /// task. Only `mem::forget` and the end of the process skip it.
 ///
-/// The closure runs inside `drop`, on the thread of an executor: keep it short and do not block in it. If a cleanup has
-/// to await, use [`Reaper::defer`](crate::Reaper::defer). A closure that panics while another panic unwinds aborts the
+/// The closure runs inside `drop`, on an executor's thread: keep it short and do not block in it. If a cleanup has to
+/// await, use [`Reaper::defer`](crate::Reaper::defer). A closure that panics while another panic unwinds aborts the
 /// process, as in any destructor.
 ///
 /// # Beware: an `async` block may leave its guard outside
@@ -54,8 +54,8 @@ use std::future::Future;
 ///
 /// # Comparison to `scopeguard`
 ///
-/// `scopeguard::guard` owns a value and can choose when to run by whether the thread is panicking. This guard owns nothing and has
-/// no strategies: cancellation is not a panic, so a guard that looks at `thread::panicking` misses it.
+/// `scopeguard::guard` owns a value, and can make its run depend on whether the thread is panicking. This guard owns
+/// nothing and has no strategies: cancellation is not a panic, so a guard that checks `thread::panicking` misses it.
 ///
 /// # Examples
 ///
@@ -94,7 +94,7 @@ impl<F: FnOnce()> Guard<F> {
         self.cleanup = None;
     }
 
-    /// Runs the cleanup now. It does what `drop` does, under a name that says what it is for.
+    /// Runs the cleanup now. It does the same as `drop`, under a more telling name.
     pub fn run(self) {
         drop(self);
     }

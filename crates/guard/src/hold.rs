@@ -1,5 +1,5 @@
-//! What keeps a scope that is due from ending. Invariant: a scope counts exactly those who hold it, each with its bound, until
-//! they let go or are dropped.
+//! Holds: what keeps a due scope from ending. Invariant: a scope counts exactly its holders, each with its bound, until
+//! they release it or are dropped.
 
 use std::collections::BTreeMap;
 use std::mem;
@@ -20,7 +20,7 @@ pub const CRITICAL_LIMIT: Duration = Duration::from_secs(60);
 /// A grace that the clock cannot express ends after thirty years.
 const NEVER: Duration = Duration::from_secs(30 * 365 * 24 * 60 * 60);
 
-/// How long a scope is held. The default holds none.
+/// How long a scope is held. The default holds no scope.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Bound {
     /// When the longest grace inside ends.
@@ -28,19 +28,19 @@ pub(crate) struct Bound {
     limit: Limit,
 }
 
-/// How long sections without a grace hold a scope. The order is that of the time.
+/// How long sections without a grace hold a scope. Ordered by time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Limit {
     #[default]
     None,
-    /// An inner scope counts already, or will from its deadline on, and drops them at this moment.
+    /// An inner scope's limit is already running, or starts at its deadline, and it drops the sections at this moment.
     At(Instant),
-    /// It counts from the moment when the scope is due.
+    /// The limit starts when the scope becomes due.
     Open,
 }
 
-/// How long one critical section holds a scope. It is half of a [`Bound`], because every section carries it, and most never
-/// wait.
+/// How long one critical section holds a scope. It has half the size of a [`Bound`], because every section carries it,
+/// and most never wait.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum SectionBound {
     /// Up to the limit.
@@ -50,7 +50,7 @@ pub(crate) enum SectionBound {
 }
 
 impl SectionBound {
-    /// That of a section whose grace ends at `end`, or never.
+    /// The bound of a section whose grace ends at `end`, or never.
     #[inline]
     pub(crate) fn grace(end: Option<Instant>) -> Self {
         Self::Grace(end.unwrap_or_else(|| Instant::now() + NEVER))
@@ -67,7 +67,7 @@ impl From<SectionBound> for Bound {
 }
 
 impl Bound {
-    /// When a scope that is due since `due` has waited long enough.
+    /// When a scope that became due at `due` has waited long enough.
     pub(crate) fn end(self, due: Instant) -> Instant {
         let limit = match self.limit {
             Limit::None => None,
@@ -77,7 +77,7 @@ impl Bound {
         self.grace.max(limit).unwrap_or(due)
     }
 
-    /// The bound with which a scope holds the one around it: it waits no longer than it would by itself. `due` is when it
+    /// The bound with which a scope holds the enclosing one: no longer than it would wait by itself. `due` is when it
     /// became due, or will.
     pub(crate) fn outward(self, due: Option<Instant>) -> Self {
         let limit = match (self.limit, due) {
@@ -89,22 +89,24 @@ impl Bound {
     }
 }
 
-/// A deadline may lie so late that the clock ends before the limit does.
+/// The end of the limit. A deadline may be so late that the clock cannot express this end.
 fn limit_from(due: Instant) -> Instant {
     due.checked_add(CRITICAL_LIMIT).unwrap_or(due)
 }
 
-/// Who holds one scope.
+/// The holders of one scope.
 #[derive(Default)]
 pub(crate) struct Holds(Mutex<Tally>);
 
-/// How many hold the scope, by each part of their bounds: the latest of each part is at hand, however many there are.
+/// How many holders the scope has, by each part of their bounds, so that the latest of each part is at hand however
+/// many there are.
 #[derive(Default)]
 struct Tally {
     graces: BTreeMap<Instant, usize>,
     limits: BTreeMap<Instant, usize>,
     open: usize,
-    /// Set while the scope sleeps. A section may leave without its scope being polled: dropped, or moved elsewhere.
+    /// Set while the scope sleeps. A section may leave without a poll of its scope, because it is dropped or moved
+    /// elsewhere.
     waker: Option<Waker>,
 }
 
@@ -131,7 +133,7 @@ impl Tally {
         }
     }
 
-    /// The longest bound of all, or `None` where nobody holds the scope.
+    /// The longest of all bounds, or `None` if nothing holds the scope.
     fn bound(&self) -> Option<Bound> {
         let latest = |tally: &BTreeMap<Instant, usize>| tally.last_key_value().map(|(end, _)| *end);
         let limit = if self.open > 0 { Limit::Open } else { latest(&self.limits).map_or(Limit::None, Limit::At) };
@@ -154,7 +156,8 @@ impl Holds {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The longest bound of those who hold the scope. If there are any, `waker` is woken when one of them lets go.
+    /// The longest bound of the scope's holders. If there are any, `waker` is woken when one of them releases the
+    /// scope.
     pub(crate) fn bound(&self, waker: &Waker) -> Option<Bound> {
         let mut tally = self.lock();
         let bound = tally.bound()?;
@@ -165,12 +168,12 @@ impl Holds {
         Some(bound)
     }
 
-    /// The scope is about to be polled, and looks at its holds after that anyway: they need not wake it.
+    /// Notes that the scope is about to be polled. It checks its holds after the poll anyway, so they need not wake it.
     pub(crate) fn awake(&self) {
         drop(self.lock().waker.take());
     }
 
-    /// Changes what the scope counts, and wakes it.
+    /// Changes the scope's tally, and wakes the scope.
     fn change(&self, what: impl Fn(&mut Tally)) {
         let woken = {
             let mut tally = self.lock();
@@ -184,25 +187,25 @@ impl Holds {
     }
 }
 
-/// The hand of one holder, which is a critical section that waits, or a scope with such a section inside it.
+/// The grip of one holder: a waiting critical section, or a scope with such a section inside it.
 ///
-/// It holds the scope that has polled its holder last. A holder that is moved from one scope into another takes its hand
-/// along. But a holder that comes back to a scope is shared by several: were its hand to go to and fro, each of them would
+/// It holds the scope that last polled its holder. If the holder moves from one scope to another, so does the grip. But
+/// if the holder comes back to a scope, several scopes share it, and a grip that moved back and forth would make each
 /// wake the other for ever. So from then on it holds all scopes that poll it.
 pub(crate) struct Grip<B: Copy + Into<Bound>> {
     bound: B,
     reach: Reach,
 }
 
-/// The scopes that have polled a holder while it had to wait.
+/// The scopes that have polled a holder while it was waiting.
 enum Reach {
     None,
-    /// Most holders are polled in one scope only.
+    /// Most holders are polled in only one scope.
     One(Arc<Holds>),
     Several(Box<Several>),
 }
 
-/// Those of several scopes that are still there.
+/// Several scopes, of which the remaining ones are kept.
 #[derive(Default)]
 struct Several {
     is_shared: bool,
@@ -220,9 +223,9 @@ impl<B: Copy + Into<Bound>> Grip<B> {
         Self { bound, reach: Reach::None }
     }
 
-    /// Holds the scope `around`.
+    /// Holds the enclosing scope `around`.
     ///
-    /// It is called whenever the holder has been polled and has to wait. Most often nothing has changed since.
+    /// Called whenever the holder was polled and has to wait. Usually nothing has changed since the last call.
     pub(crate) fn settle(&mut self, around: Option<Arc<Holds>>) {
         match (&mut self.reach, around) {
             (Reach::One(one), Some(around)) if Arc::ptr_eq(one, &around) => {}
@@ -241,7 +244,7 @@ impl<B: Copy + Into<Bound>> Grip<B> {
         }
     }
 
-    /// Holds the same scopes for another time.
+    /// Holds the same scopes with another bound.
     pub(crate) fn set_bound(&mut self, bound: B)
     where
         B: PartialEq,
@@ -255,7 +258,7 @@ impl<B: Copy + Into<Bound>> Grip<B> {
         }
     }
 
-    /// Lets go of all.
+    /// Releases all scopes.
     #[inline]
     pub(crate) fn release(&mut self) {
         // Most sections never wait, and have reached nothing.
@@ -280,7 +283,7 @@ impl<B: Copy + Into<Bound>> Drop for Grip<B> {
 }
 
 impl Reach {
-    /// Changes what the scopes count that are held, and wakes them.
+    /// Changes the tallies of the held scopes, and wakes the scopes.
     fn change(&self, what: impl Fn(&mut Tally)) {
         match self {
             Self::None => {}
@@ -304,7 +307,7 @@ impl Several {
             return;
         }
         if !self.is_shared {
-            // It was moved. What it leaves may wait for nothing else.
+            // The holder was moved. The scope that it leaves may be waiting for nothing else.
             self.change(|tally| tally.remove(bound));
             self.scopes.iter_mut().for_each(|scope| scope.is_held = false);
         }

@@ -1,4 +1,4 @@
-//! Futures that run beside each other, of which none is dropped because another one failed.
+//! Futures that run concurrently, none of which is dropped because another one failed.
 //!
 //! Invariant: every branch is polled to its end before the first error is returned.
 
@@ -26,7 +26,7 @@ use pin_project_lite::pin_project;
 ///
 /// # Errors
 ///
-/// Returns the error of the first failed branch in the tuple, once all branches are at their ends.
+/// Returns the error of the first failed branch in the tuple, once all branches have ended.
 ///
 /// # Examples
 ///
@@ -84,11 +84,11 @@ pin_project! {
 }
 
 impl<F: Future> Branch<F> {
-    /// Polls what runs; returns whether it has ended.
+    /// Polls the branch if it is still running; returns whether it has ended.
     fn has_ended(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> bool {
         let Projected::Running { future } = self.as_mut().project() else { return true };
         let Poll::Ready(output) = future.poll(cx) else { return false };
-        // The future goes at once: what it holds is not held until the last branch is at its end.
+        // The future is dropped at once, so that what it holds is not kept until the last branch ends.
         self.set(Self::Ended { output: Some(output) });
         true
     }

@@ -1,8 +1,8 @@
-//! The reaper's books. Invariant: every future that was started is, at each moment, exactly one of running, finished or
-//! lost, and it leaves `running` once.
+//! The reaper's books. Invariant: every started future is, at each moment, exactly one of running, finished or lost,
+//! and it leaves `running` once.
 //!
-//! The tests compile this file a second time, as the child of a module whose `sync` is made of loom's types, and walk through
-//! the interleavings of its threads. So it uses nothing of this crate but its sibling `sync`.
+//! The tests compile this file a second time, as the child of a module whose `sync` is built from loom's types, and
+//! explore the interleavings of its threads. So it uses nothing of this crate but its sibling `sync`.
 
 use std::mem;
 use std::sync::Arc;
@@ -10,28 +10,29 @@ use std::sync::atomic::Ordering::SeqCst;
 
 use super::sync::{AtomicUsize, Notify};
 
-/// Counters that only grow. What is running is derived, so that no reader can catch a future between two counters.
+/// Counters that only grow. The number of running futures is derived, so that no reader can catch a future between two
+/// counters.
 #[derive(Debug, Default)]
 pub(crate) struct Ledger {
     started: AtomicUsize,
     finished: AtomicUsize,
     lost: AtomicUsize,
-    /// How many callers of [`Ledger::idle`] sleep. It spares the ends, which are many, the lock inside `Notify`.
+    /// How many callers of [`Ledger::idle`] sleep. It saves the many ending futures the lock inside `Notify`.
     waiting: AtomicUsize,
     idle: Notify,
 }
 
 impl Ledger {
-    /// A line for a future that has not been started.
+    /// An entry for a future that has not been started.
     #[inline]
     pub(crate) fn entry(self: &Arc<Self>) -> Entry {
         Entry { ledger: Arc::clone(self), state: State::Blank }
     }
 
-    /// What became of everything that was started until now.
+    /// The outcome of everything started so far.
     ///
-    /// The ends are read before the starts. A start cannot follow its end, so the difference never goes below zero, and
-    /// where it is zero nothing was running when `started` was read.
+    /// The ends are read before the starts. A start cannot follow its end, so the difference is never negative, and if
+    /// it is zero, nothing was running when `started` was read.
     pub(crate) fn balance(&self) -> Balance {
         let finished = self.finished.load(SeqCst);
         let lost = self.lost.load(SeqCst);
@@ -41,7 +42,8 @@ impl Ledger {
 
     /// Waits until nothing is running.
     pub(crate) async fn idle(&self) {
-        // Announced before the books are read: an end that is not in the books yet sees this number and wakes us.
+        // Announced before the books are read, so that a future whose end is not in the books yet sees this number and
+        // wakes us.
         let _waiting = Waiting::new(&self.waiting);
         loop {
             let notified = self.idle.notified();
@@ -61,7 +63,7 @@ impl Ledger {
     }
 }
 
-/// The books at one moment. The sum is the number of futures that were started.
+/// The books at one moment. The sum is the number of started futures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Balance {
     pub(crate) running: usize,
@@ -69,7 +71,7 @@ pub(crate) struct Balance {
     pub(crate) lost: usize,
 }
 
-/// The line of one future. It is blank until the future is started, and then ends as finished, or as lost when it is
+/// The entry of one future. It is blank until the future is started. Then it ends as finished, or as lost if it is
 /// dropped in any other way.
 #[derive(Debug)]
 pub(crate) struct Entry {
@@ -99,7 +101,7 @@ impl Entry {
         self.state == State::Running
     }
 
-    /// Hands the line over to a new owner, and leaves an ended one behind.
+    /// Hands the entry over to a new owner, and leaves an ended one behind.
     pub(crate) fn take(&mut self) -> Self {
         Self { ledger: Arc::clone(&self.ledger), state: mem::replace(&mut self.state, State::Ended) }
     }

@@ -219,7 +219,7 @@
 //! - A scope acts only when its future is pending. It cannot end a future that blocks its thread. A computation that
 //!   never awaits can call [`cancellation_point`].
 //! - A critical section postpones the deadlines around it by at most 60 s; [`critical_for`] sets another bound.
-//! - A token's scope that runs where there is no timer waits for the section however long it takes.
+//! - A token's scope without a timer waits for the section however long it takes.
 //! - When a [`Shield`] or a cleanup continues as a task, it loses its task-locals and its `tracing` span;
 //!   [`Reaper::shield`] shows how to take them along.
 //! - Deadlines use tokio's timers, so they are accurate to about a millisecond.

@@ -1,5 +1,5 @@
-//! The time for which a scope that is due waits for the sections inside it. Invariant: when it is over, the future of the scope
-//! has been polled once more before the scope drops it.
+//! Overtime: how long a due scope waits for the sections inside it. Invariant: when the overtime is over, the scope
+//! polls its future once more before it drops it.
 
 use std::panic::catch_unwind;
 use std::pin::{Pin, pin};
@@ -12,10 +12,10 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use crate::hold::Bound;
 
 pub(crate) struct Overtime {
-    /// When the scope was seen to be due.
+    /// When the scope was found to be due.
     since: Instant,
     alarm: Alarm,
-    /// The alarm has rung, and the future is polled for the last time.
+    /// Whether the alarm has rung, so that the future is polled for the last time.
     is_last_call: bool,
 }
 
@@ -35,7 +35,7 @@ impl Overtime {
         self.since
     }
 
-    /// Whether the scope has waited for `bound`. If not, it is woken when it has; without a timer it never has.
+    /// Whether the scope has waited for `bound`. If not, it will be woken at that time; without a timer, never.
     pub(crate) fn is_over(&mut self, bound: Bound, cx: &mut Context<'_>) -> bool {
         self.alarm.set(bound.end(self.since));
         let Alarm::Set(sleep) = &mut self.alarm else { return false };
@@ -46,8 +46,8 @@ impl Overtime {
         if self.is_last_call {
             return true;
         }
-        // A section whose grace ends now was woken in the same instant as this scope, but what is between the two may not have
-        // polled it yet. It shall end by itself, with the error that its own code can handle.
+        // A section whose grace ends now was woken in the same instant as this scope, but a future between the two may
+        // not have polled it yet. It should end by itself, with an error that its own code can handle.
         self.is_last_call = true;
         cx.waker().wake_by_ref();
         false
@@ -60,8 +60,8 @@ impl Alarm {
             Self::Set(sleep) if sleep.deadline() != end => sleep.as_mut().reset(end),
             // Outside a runtime there is no timer now, but there may be one at the next poll.
             Self::Unset if Handle::try_current().is_ok() => {
-                // It panics in a runtime without a timer, and there is no other way to learn that. A scope of a token needs
-                // none, so far: it shall not begin to panic because a section inside it is late.
+                // It panics in a runtime without a timer, and there is no other way to find out. So far a token's scope
+                // needs no timer, so it must not begin to panic because a section inside it is late.
                 *self = catch_unwind(|| sleep_until(end)).map_or(Self::Impossible, |sleep| Self::Set(Box::pin(sleep)));
             }
             Self::Unset | Self::Set(_) | Self::Impossible => {}

@@ -1,5 +1,5 @@
-//! Work that outlives its caller. Invariant: what was polled once is finished, still running, or counted as lost; it is
-//! never gone in silence.
+//! Work that outlives its caller. Invariant: work that was polled once is finished, still running, or counted as lost;
+//! it never disappears silently.
 
 use std::fmt;
 use std::future::Future;
@@ -163,7 +163,7 @@ impl Reaper {
         C: FnOnce() -> Fut + Send + 'static,
         Fut: Future<Output = ()> + Send + 'static,
     {
-        // The caller's closure is called inside the future, so that a panic in it ends that task and not the drop.
+        // The caller's closure is called inside the future, so that its panic ends that task and not the drop.
         let cleanup: BoxFuture<()> = Box::pin(async move { cleanup().await });
         Deferred { reaper: self.clone(), runtime: Handle::try_current().ok(), cleanup: Some(cleanup) }
     }
@@ -206,7 +206,7 @@ impl Reaper {
         if books.running == 0 {
             return books.into();
         }
-        // The books are read anew: what ended in the same instant as the grace has ended.
+        // The books are read again, because work may have ended in the same instant as the grace.
         match tokio::time::timeout(grace, self.ledger.idle()).await {
             Ok(()) | Err(_) => self.ledger.balance().into(),
         }
@@ -221,9 +221,9 @@ fn hand_over<T: Send + 'static>(runtime: Option<Handle>, entry: Entry, future: B
     drop(runtime.spawn(go_on(entry, future)));
 }
 
-/// What an abandoned future goes on as. Dropped with its runtime, it counts the loss.
+/// The task in which an abandoned future continues. If dropped with its runtime, it counts the loss.
 async fn go_on<T>(mut entry: Entry, future: BoxFuture<T>) {
-    // The output may have a destructor; it has run before the books say that the future is finished.
+    // The output may have a destructor, which must run before the books say that the future is finished.
     drop(future.await);
     entry.finish();
 }
@@ -234,8 +234,8 @@ async fn go_on<T>(mut entry: Entry, future: BoxFuture<T>) {
 /// does not see the caller's task-locals and span, unless they are [put inside](Reaper::shield).
 #[must_use = "a shield that is never polled never runs"]
 pub struct Shield<T: Send + 'static> {
-    /// Taken out while it is polled and when it has ended: a future that panics is dropped by that poll, and is not handed
-    /// over to panic again.
+    /// Taken out during a poll and after the end: if the future panics, that poll drops it, and it is not handed over
+    /// to panic again.
     future: Option<BoxFuture<T>>,
     entry: Entry,
     runtime: Option<Handle>,
@@ -376,7 +376,7 @@ mod tests {
 
     use super::*;
 
-    /// What is left of an abandoned future whose task is dropped after so many polls, or ends.
+    /// The books of an abandoned future whose task is dropped after `polls` polls, or ends.
     async fn left_after(polls: Option<usize>) -> (usize, usize, usize) {
         let reaper = Reaper::new();
         let mut entry = reaper.ledger.entry();
@@ -395,7 +395,7 @@ mod tests {
         (finished, timed_out, lost)
     }
 
-    // By hand: `testing` depends on this crate, and could not be a dependency of its tests in a tarball.
+    // Done by hand, because `testing` depends on this crate, and could not be a dependency of its tests in a tarball.
     #[tokio::test(start_paused = true)]
     async fn an_abandoned_future_that_is_dropped_with_its_task_is_counted_as_lost() {
         assert_eq!(left_after(None).await, (1, 0, 0));

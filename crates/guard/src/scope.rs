@@ -1,5 +1,5 @@
-//! Cancel scopes. Invariant: a scope drops its future only after it was polled and was pending, and while a critical section
-//! inside it waits, only when the bound of that section is over.
+//! Cancel scopes. Invariant: a scope drops its future only after a poll that left it pending, and while a critical
+//! section inside it waits, only when the bound of that section is over.
 
 use std::fmt;
 use std::future::{Future, pending, poll_fn};
@@ -183,8 +183,8 @@ pub fn remaining() -> Option<Duration> {
 /// # }
 /// ```
 pub async fn cancellation_point() {
-    // A scope that is due drops this future instead of polling it again. Only if a critical section beside ours makes the
-    // scope wait are we polled in the meantime, and then this looks again.
+    // A due scope drops this future instead of polling it again. It is polled in the meantime only if another critical
+    // section makes the scope wait, and then this checks again.
     poll_fn(|_| if stack::notice_due() { Poll::Pending } else { Poll::Ready(()) }).await;
     consume_budget().await;
 }
@@ -225,7 +225,7 @@ pub(crate) fn until<T>(
     deadline: Option<Instant>,
     future: impl Future<Output = T>,
 ) -> impl Future<Output = Result<T, Elapsed>> {
-    // Lazy: a future that is ready at once costs no timer and needs no runtime.
+    // Lazy, so that a future that is ready at once costs no timer and needs no runtime.
     let signal = async move {
         match deadline {
             Some(deadline) => sleep_until(deadline).await,
@@ -237,23 +237,23 @@ pub(crate) fn until<T>(
 }
 
 pin_project! {
-    /// A future inside a scope that ends when `signal` does.
+    /// A future inside a scope that becomes due when `signal` is ready.
     struct Scoped<F, S, E> {
-        // Emptied before the result is returned: when the caller learns of the cut, the future has been dropped.
+        // Emptied before the result is returned, so that the future has been dropped when the caller learns of the cut.
         #[pin]
         future: Option<F>,
         #[pin]
         signal: S,
         scope: Scope,
-        // Made when a critical section waits inside for the first time.
+        // Created when a critical section waits inside for the first time.
         held: Option<Box<Held>>,
         verdict: E,
     }
 }
 
-/// What a scope does while a critical section waits inside it.
+/// The state of a scope while a critical section waits inside it.
 struct Held {
-    /// It holds the scope around, so that this one does not end either.
+    /// Holds the enclosing scope, so that it does not end either.
     grip: Grip<Bound>,
     /// Begins when the scope is due.
     overtime: Option<Overtime>,
@@ -264,7 +264,7 @@ impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let mut this = self.project();
-        // First of all, and whatever the signal says: a completed result is never thrown away.
+        // First of all, whatever the signal says, because a completed result is never thrown away.
         let polled = {
             let future = this.future.as_mut().as_pin_mut().expect("a scope that has returned is not polled again");
             let _inside = InScope::enter(this.scope);
@@ -275,7 +275,8 @@ impl<F: Future, S: Future<Output = ()>, E: Copy> Future for Scoped<F, S, E> {
             *this.held = None;
             return Poll::Ready(Ok(output));
         }
-        // Outside the cooperative budget: a future that uses it all up in each poll could not be timed out otherwise.
+        // Outside the cooperative budget; otherwise a future that uses up the whole budget in each poll could never
+        // time out.
         if !this.scope.due && pin!(unconstrained(this.signal)).poll(cx).is_ready() {
             this.scope.due = true;
         }

@@ -1,6 +1,6 @@
-//! What is around the code that is being polled: a stack of scopes on each thread. Invariant: a frame is on the stack exactly
-//! while its scope is inside `poll`, so the stack always shows the true surroundings, wherever a future has been moved
-//! since its last poll.
+//! The surroundings of the code that is being polled: a stack of scopes on each thread. Invariant: a frame is on the
+//! stack exactly while its scope is inside `poll`, so the stack always shows the true surroundings, wherever a future
+//! has been moved since its last poll.
 
 use std::cell::RefCell;
 use std::mem;
@@ -18,15 +18,15 @@ thread_local! {
 }
 
 struct Frame {
-    /// A runtime may poll another task inside this one (a `LocalSet` does). That task inherits nothing, so a frame is seen
-    /// only by the task that has pushed it.
+    /// A runtime may poll another task inside this one (a `LocalSet` does). That task inherits nothing, so only the
+    /// task that pushed a frame sees it.
     task: Option<task::Id>,
     scope: Scope,
-    /// What is being polled inside the scope, up to the next frame, is a critical section.
+    /// Whether a critical section is being polled inside the scope, up to the next frame.
     critical: bool,
 }
 
-/// A cancel scope as seen from inside. It lies on the stack during a poll and in its future between polls; moving it is
+/// A cancel scope as seen from inside. It is on the stack during a poll and in its future between polls; moving it is
 /// cheaper than sharing it, and nothing is allocated until a critical section inside it has to wait.
 pub(crate) struct Scope {
     pub(crate) deadline: Option<Instant>,
@@ -42,14 +42,14 @@ impl Scope {
         Self { deadline, token, due: false, holds: None }
     }
 
-    /// Moves what is owned out, and leaves the rest.
+    /// Moves the owned parts out, and leaves the rest.
     #[inline]
     fn take(&mut self) -> Self {
         Self { deadline: self.deadline, token: self.token.take(), due: self.due, holds: self.holds.take() }
     }
 
-    /// How long the critical sections inside hold the scope, if any of them waits. If so, `waker` is woken when one of them has
-    /// left the scope.
+    /// How long the critical sections inside hold the scope, if any of them waits. If so, `waker` is woken when one of
+    /// them leaves the scope.
     #[inline]
     pub(crate) fn held(&self, waker: &Waker) -> Option<Bound> {
         self.holds.as_ref()?.bound(waker)
@@ -63,7 +63,7 @@ impl Scope {
     }
 }
 
-/// Keeps a scope on the stack, and puts it back into its future when dropped, be it by a panic.
+/// Keeps a scope on the stack, and puts it back into its future when dropped, even by a panic.
 pub(crate) struct InScope<'a>(&'a mut Scope);
 
 impl<'a> InScope<'a> {
@@ -72,7 +72,7 @@ impl<'a> InScope<'a> {
         if let Some(holds) = &scope.holds {
             holds.awake();
         }
-        // A stack that is gone is not pushed to, and the scope stays in its future.
+        // If the stack is gone, nothing is pushed, and the scope stays in its future.
         let push = |stack: &RefCell<Vec<Frame>>| {
             stack.borrow_mut().push(Frame { task: task::try_id(), scope: scope.take(), critical: false });
         };
@@ -84,9 +84,9 @@ impl<'a> InScope<'a> {
 impl Drop for InScope<'_> {
     #[inline]
     fn drop(&mut self) {
-        // The last frame is ours: these guards live on the thread's own call stack, and that unwinds in order.
+        // The last frame is ours, because these guards live on the thread's own call stack, which unwinds in order.
         if let Ok(Some(frame)) = STACK.try_with(|stack| stack.borrow_mut().pop()) {
-            // Field by field: the deadline has not changed, and a copy of the whole waits for the stores it has just made.
+            // Field by field: the deadline has not changed, and copying the whole would stall on the stores just made.
             let Scope { deadline: _, token, due, holds } = frame.scope;
             self.0.token = token;
             self.0.due = due;
@@ -97,7 +97,7 @@ impl Drop for InScope<'_> {
 
 /// Marks the innermost scope as having a critical section polled inside it.
 pub(crate) struct InCritical {
-    /// What the mark said before, for sections inside sections.
+    /// The mark's previous value, for sections inside sections.
     before: bool,
 }
 
@@ -117,7 +117,8 @@ impl Drop for InCritical {
 
 /// Sets the mark of the innermost frame and returns the old one.
 ///
-/// The frame may be that of another task, which does not matter: that task does not run before the mark is restored.
+/// The frame may belong to another task. That does not matter, because that task does not run before the mark is
+/// restored.
 #[inline]
 fn mark(critical: bool) -> bool {
     let mark = |stack: &RefCell<Vec<Frame>>| match stack.borrow_mut().last_mut() {
@@ -127,17 +128,17 @@ fn mark(critical: bool) -> bool {
     STACK.try_with(mark).unwrap_or(false)
 }
 
-/// Where those who hold the innermost scope around are counted, or `None` where there is no scope.
+/// The holds of the innermost enclosing scope, or `None` if there is no scope.
 pub(crate) fn holds_around() -> Option<Arc<Holds>> {
     with_visible(|frames| Some(Arc::clone(frames.last_mut()?.scope.holds.get_or_insert_default())))
 }
 
-/// The nearest deadline of the scopes around, critical sections notwithstanding.
+/// The nearest deadline of the enclosing scopes, regardless of critical sections.
 pub(crate) fn nearest_deadline() -> Option<Instant> {
     with_visible(|frames| frames.iter().filter_map(|frame| frame.scope.deadline).min())
 }
 
-/// Looks outward, up to the first critical section, for scopes that want to end, and makes them notice it.
+/// Looks outward, up to the first critical section, for scopes that should end, and makes them notice it.
 pub(crate) fn notice_due() -> bool {
     let notice = |frames: &mut [Frame]| {
         let mut due = false;
@@ -151,7 +152,8 @@ pub(crate) fn notice_due() -> bool {
 
 /// Shows the frames of the current task, outermost first. `see` must not run foreign code: the stack is borrowed.
 ///
-/// While a thread ends its stack may be gone already; what another thread-local's destructor polls then sees no frames.
+/// While a thread ends, its stack may already be gone. A future polled by another thread-local's destructor then sees
+/// no frames.
 fn with_visible<R>(see: impl FnOnce(&mut [Frame]) -> Option<R>) -> Option<R> {
     let see = |stack: &RefCell<Vec<Frame>>| {
         let mut stack = stack.borrow_mut();

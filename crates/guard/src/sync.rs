@@ -1,5 +1,5 @@
-//! What the ledger is made of. Invariant: only names are here, so that the tests can put the same names of a model checker in
-//! their place.
+//! The types under the ledger. Invariant: this file contains only names, so that the tests can replace them with the
+//! same names from a model checker.
 
 pub(crate) use std::sync::atomic::AtomicUsize;
 
