@@ -1,6 +1,6 @@
-//! What every run has in common: a directory, a runtime, a watch over critical sections, and an end.
+//! The common parts of every run: a directory, a runtime, a watch over critical sections, and an end.
 //!
-//! Invariant: nothing of one run reaches another, and whatever the user's code does, a run ends with a [`Visit`].
+//! Invariant: no state of one run reaches another, and whatever the user's code does, a run ends with a [`Visit`].
 
 use std::cell::Cell;
 use std::pin::Pin;
@@ -17,12 +17,12 @@ use crate::world::{QUIET, World};
 /// How many blocking jobs may need a thread of their own.
 const MAX_WORKERS: usize = 16;
 
-/// The bounds of an exploration, and what it has learnt about its setup.
+/// The bounds of an exploration, and what it has learned about its setup.
 #[derive(Debug)]
 pub(crate) struct Bounds<'a> {
     pub(crate) options: &'a Options,
     watchdog: Watchdog,
-    /// Blocking jobs that do not end, or wait for each other. Each has a thread of its own.
+    /// How many blocking jobs do not end, or wait for each other. Each has its own thread.
     workers: Cell<usize>,
     quiet: Cell<Duration>,
     job_patience: Cell<Duration>,
@@ -45,10 +45,10 @@ impl Broken {
     }
 }
 
-/// What a run comes to: the check's word, or what kept it from being heard.
+/// The result of a run: the check's verdict, or what kept the check from running.
 pub(crate) type Ended = Result<Result<(), Refusal>, Broken>;
 
-/// An operation, in whichever wrapping.
+/// An operation in any wrapping.
 pub(crate) type Running<'a, T> = Pin<Box<dyn Future<Output = T> + 'a>>;
 
 impl<'a> Bounds<'a> {
@@ -62,7 +62,7 @@ impl<'a> Bounds<'a> {
         }
     }
 
-    /// Nothing is known to be for ever before it has been quiet for so long.
+    /// Sets how long it must be quiet before a wait counts as endless.
     pub(crate) fn wait_at_least(&self, quiet: Duration) {
         self.quiet.set(self.quiet.get().max(quiet));
     }
@@ -91,7 +91,7 @@ impl<'a> Bounds<'a> {
                 Err(Broken { fault: Fault::Occupied, .. }) if self.workers.get() < MAX_WORKERS => {
                     stage.abandon();
                     self.workers.set(self.workers.get() + 1);
-                    // From the beginning, with a thread more.
+                    // From the beginning, with one more thread.
                     visit = Visit { polls, end, site: site.clone(), ..Visit::default() };
                     scratch.empty();
                 }
@@ -121,7 +121,7 @@ impl<'a> Bounds<'a> {
             }
         };
         if visit.failure.as_ref().is_some_and(|refusal| refusal.kind == FailureKind::Hang) {
-            // Not waited for: what hangs may be a blocking job.
+            // Without waiting, because a blocking job may be what hangs.
             stage.abandon();
         } else {
             stage.finish();
@@ -133,7 +133,7 @@ impl<'a> Bounds<'a> {
     }
 }
 
-/// Runs the setup on the runtime and takes the runtime over.
+/// Runs the setup on the runtime, then takes the runtime over.
 pub(crate) async fn set_up<'a, S>(
     stage: &'a Stage<'a>,
     setup: impl Future<Output = S>,

@@ -1,6 +1,6 @@
-//! One run of `cancel_safe`: calls that are dropped and called again, held against calls that are not.
+//! One run of `cancel_safe`: calls that are dropped and called again, compared with calls that are not.
 //!
-//! Invariant: the oracle is a run that nobody disturbed, under the same budget.
+//! Invariant: the oracle is an undisturbed run under the same budget.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -19,19 +19,19 @@ use crate::tracer::{OnClone, Tracer};
 use crate::way::Way;
 use crate::world::{Patience, World};
 
-/// How often a call is dropped at least before it is said to starve; more where undisturbed calls wait often.
+/// How often a call is dropped at least before it counts as starving; more if undisturbed calls wait often.
 const DROPS: usize = 100;
 
 /// How many times as often a call that keeps its progress may be dropped as an undisturbed one waits.
 const DROPS_PER_PENDING: usize = 20;
 
-/// A disturbed call may wait so many times as long as all undisturbed ones took together, before it is said never to end.
+/// How many times longer than all undisturbed calls together a disturbed call may wait, before it counts as endless.
 const WAITS_AS_LONG: u32 = 10;
 
-/// The length to which results are told.
+/// The length to which results are shown.
 const TOLD: usize = 1_000;
 
-/// What the user handed to `cancel_safe`.
+/// The user's arguments of `cancel_safe`.
 pub(crate) struct Calls<'a, S, T, O, Setup, Call, Observe> {
     bounds: &'a Bounds<'a>,
     setup: Setup,
@@ -41,7 +41,7 @@ pub(crate) struct Calls<'a, S, T, O, Setup, Call, Observe> {
     state: PhantomData<fn() -> S>,
 }
 
-/// What undisturbed calls give.
+/// What undisturbed calls return.
 struct Oracle<T, O> {
     given: Given<T, O>,
     polls: usize,
@@ -73,11 +73,11 @@ impl<T: Debug, O: Debug> Given<T, O> {
 enum Attempt<T> {
     Completed(T),
     Dropped,
-    /// Nothing wakes it any more.
+    /// Nothing will wake it any more.
     Stuck,
 }
 
-/// What the calls of a run have come to so far.
+/// The progress of a run's calls.
 struct Progress<T> {
     results: Vec<T>,
     /// Pendings of all calls.
@@ -117,7 +117,7 @@ where
         (stage, ended)
     }
 
-    /// Calls until all results are there, and compares them.
+    /// Repeats the call until all results are there, and compares them.
     async fn judge(&self, stage: &Stage<'_>, world: &World<'_>, plan: Plan, state: &mut S, visit: &mut Visit) -> Ended {
         let mut progress = Progress { results: Vec::new(), polls: 0, drops: 0, in_vain: 0 };
         while progress.results.len() < self.bounds.options.calls {
@@ -136,7 +136,7 @@ where
         Ok(self.compare(plan, Given { results, observed }, polls, drops))
     }
 
-    /// One call, or its drop.
+    /// One call, possibly dropped.
     async fn call_once(
         &self,
         world: &World<'_>,
@@ -147,7 +147,7 @@ where
     ) -> Result<Option<Refusal>, Broken> {
         let left = match plan.then {
             Then::DropEach => Some(plan.point),
-            // A point beyond the last one is that of a run which nobody disturbs.
+            // In an undisturbed run the point lies beyond the last pending.
             Then::Drop if progress.drops == 0 => Some(plan.point.saturating_sub(progress.polls)),
             Then::Drop | Then::Resume => None,
         };
@@ -194,7 +194,7 @@ where
             budget: plan.budget,
             at_point: OnClone::Trace,
             before: if left == Some(max_polls) { OnClone::Trace } else { OnClone::Nothing },
-            // An undisturbed call may take its time; that one which was disturbed never ends is known by comparison.
+            // An undisturbed call may take its time; a comparison with it shows that a disturbed one never ends.
             patience: if plan.point == max_polls { Patience::Limit } else { Patience::Known },
         };
         let Drive { stop, polls, traces, steps, has_children } = drive(running.as_mut(), course, world, &tracer).await;
@@ -208,7 +208,7 @@ where
         let attempt = match stop {
             Stop::Completed(result) => Ok(Attempt::Completed(result)),
             Stop::Parked if left.is_none() => Ok(Attempt::Stuck),
-            // The undisturbed run: the search says what it means.
+            // The undisturbed run: the search decides what that means.
             Stop::Parked if left == Some(max_polls) => Ok(Attempt::Dropped),
             Stop::Parked | Stop::Unwound => self.before_drop(world, plan, &tracer).await,
             Stop::Faulted(Fault::Hung) => Ok(Attempt::Stuck),
@@ -222,7 +222,7 @@ where
     async fn before_drop(&self, world: &World<'_>, plan: Plan, tracer: &Tracer) -> Result<Attempt<T>, Broken> {
         match (plan.then, plan.way) {
             (Then::DropEach, _) => {
-                // Dropped before it was woken, an interval would be starved by the exploration itself.
+                // If an interval were dropped before it was woken, the exploration itself would starve it.
                 let woken = world.until(|| tracer.is_woken(), Patience::Known, None, &mut 0).await;
                 match woken {
                     Ok(_) => Ok(Attempt::Dropped),

@@ -1,7 +1,7 @@
 //! Which awaits were ever dropped, for `cargo cancel-safe test`.
 //!
-//! Invariant: each exploration adds its lines whole, and a file that cannot be written is told, since a table that
-//! lacks lines in silence would be worse than none.
+//! Invariant: each exploration adds whole lines, and a file that cannot be written is reported, because a table that
+//! silently lacks lines would be worse than none.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -13,7 +13,7 @@ use crate::site::Place;
 /// The environment variable that names the file to append to.
 pub(crate) const COVERAGE: &str = "CANCEL_SAFE_COVERAGE";
 
-/// Appends the lines `await<TAB>path<TAB>line<TAB>column`, if anybody wants them.
+/// Appends the lines `await<TAB>path<TAB>line<TAB>column`, if the variable is set.
 pub(crate) fn append(places: &BTreeSet<Place>) {
     let Some(path) = std::env::var_os(COVERAGE) else { return };
     let mut lines = String::new();
@@ -22,7 +22,7 @@ pub(crate) fn append(places: &BTreeSet<Place>) {
         let _ = writeln!(lines, "await\t{path}\t{line}\t{column}");
     }
     let file = OpenOptions::new().create(true).append(true).open(&path);
-    // One write of all lines: those of tests that run at the same time do not mix.
+    // One write of all lines, so that the lines of concurrent tests do not mix.
     let written = file.and_then(|mut file| file.write_all(lines.as_bytes()));
     assert!(written.is_ok(), "{} could not be appended to: {written:?}", path.display());
 }

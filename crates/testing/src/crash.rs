@@ -3,10 +3,10 @@
 //! Invariant: a child does nothing beyond its one run: every other exploration in it returns at once, and a child
 //! that did not reach its exploration is a failure, never a pass.
 //!
-//! The child is this test binary again, asked for the test that called `run`. Two environment variables tell it its
-//! part: [`VICTIM`], `point:crash:budget@call`, where `call` is the source position of the call of `run` and how many
-//! calls on the same thread went before from there; and [`INHERITED`], the directory of the run. At its point the child
-//! says so on standard output and stops, with the blocking pool held; the parent kills it.
+//! The child is this test binary again, started for the test that called `run`. Two environment variables tell it what
+//! to do: [`VICTIM`], `point:crash:budget@call`, where `call` is the source position of the call of `run` and the
+//! number of earlier calls from there on the same thread; and [`INHERITED`], the directory of the run. At its point the
+//! child prints that on standard output and stops, with the blocking pool held; the parent kills it.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -25,13 +25,13 @@ use crate::site::{Namer, Site};
 
 const VICTIM: &str = "CANCEL_SAFE_CRASH";
 
-/// Opens the line by which the child speaks to its parent, among whatever else a test prints.
+/// The first word of the child's line to its parent, which distinguishes it from a test's other output.
 const WORD: &str = "cancel-safe-crash";
 
-/// What the child may need beyond the bounds of its run: its start, and the test around the exploration.
+/// How much time the child may need beyond the bounds of its run: its start, and the test around the exploration.
 const EXTRA: Duration = Duration::from_secs(30);
 
-/// Which call of `run` this is.
+/// Identifies a call of `run`.
 #[derive(Debug)]
 pub(crate) struct Here {
     call: String,
@@ -39,7 +39,7 @@ pub(crate) struct Here {
     test: String,
 }
 
-/// What this process is to do in this call.
+/// The role of this process in this call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
     Explorer,
@@ -55,7 +55,7 @@ pub(crate) enum Death {
     AtPoint(Option<Site>),
     /// The operation completed, after this many pendings.
     Outlived(usize),
-    /// It did not come to the point, for this reason.
+    /// It did not reach the point, for this reason.
     Missed(String),
 }
 
@@ -82,7 +82,7 @@ impl Here {
         }
     }
 
-    /// In the child: does the run and waits at its end to be killed.
+    /// In the child: does the run, then waits to be killed.
     pub(crate) fn die(&self, run: impl FnOnce(&mut dyn FnMut(&Visit)), caller: &'static Location<'static>) {
         Scratch::inherit();
         run(&mut |visit| {
@@ -97,7 +97,7 @@ impl Here {
             // Not `print!`, which a test harness may capture. The line break ends what the harness has begun.
             let mut stdout = std::io::stdout().lock();
             let told = writeln!(stdout, "\n{WORD} {line}").and_then(|()| stdout.flush());
-            // If nobody listens the parent is gone, and so is the reason to wait.
+            // If the write fails, the parent is gone, and so is the reason to wait.
             while told.is_ok() && parent_is_there() {}
         });
     }
@@ -110,7 +110,7 @@ impl Here {
         };
         let (tell, told) = mpsc::channel();
         if let Some(stdout) = child.stdout.take() {
-            // Ends with the child, whose death closes the pipe.
+            // This thread ends with the child, whose death closes the pipe.
             std::thread::spawn(move || {
                 let mut lines = BufReader::new(stdout).lines().map_while(Result::ok);
                 let word = lines.find_map(|line| line.strip_prefix(WORD).map(|rest| rest.trim().to_owned()));
@@ -119,7 +119,7 @@ impl Here {
         }
         // The setup and the operation are bounded by `hang_after` each.
         let word = told.recv_timeout(hang_after * 2 + EXTRA);
-        // Whatever it said, and also if it said nothing: no child outlives its run.
+        // Whatever it said, or if it said nothing: no child outlives its run.
         let killed = child.kill().and_then(|()| child.wait());
         match (killed, word) {
             (Err(error), _) => Death::Missed(format!("the child could not be killed: {error}")),
@@ -135,10 +135,10 @@ impl Here {
             .args(["--exact", &self.test, "--include-ignored", "--nocapture", "--test-threads", "1"])
             .env(VICTIM, format!("{plan}@{}", self.call))
             .env(INHERITED, scratch.path())
-            // The explorations that this child passes by have nothing to publish.
+            // The explorations that this child skips have nothing to publish.
             .env_remove(POINTS_FILE)
             .env_remove(COVERAGE)
-            // Kept open by the parent: its end tells the child that the parent is gone.
+            // The parent keeps this open; its end tells the child that the parent is gone.
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
@@ -163,8 +163,8 @@ fn understand(word: &str) -> Death {
     }
 }
 
-/// The test harness names a test's thread after it, unless it runs tests on the main thread. Then a closure written
-/// in the test tells: its type is named `crate_name::module::test::{{closure}}`.
+/// The test harness names a test's thread after the test, unless it runs tests on the main thread. Then the type name
+/// of a closure in the test shows it: `crate_name::module::test::{{closure}}`.
 fn test_name(closure: &str) -> String {
     let thread = std::thread::current();
     match thread.name() {

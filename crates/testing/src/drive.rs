@@ -1,7 +1,7 @@
 //! Polls one operation up to one point.
 //!
-//! Invariant: during a poll of the operation no blocking job begins, and before the next one every earlier job has ended
-//! if anything waits for it; so the operation's n-th pending is the same one in each run.
+//! Invariant: no blocking job begins during a poll of the operation, and before the next poll every earlier job that
+//! anything waits for has ended. So the operation's n-th pending is the same in each run.
 
 use std::backtrace::Backtrace;
 use std::future::poll_fn;
@@ -16,24 +16,24 @@ use crate::torn::Ours;
 use crate::tracer::{OnClone, PointPanic, Tracer};
 use crate::world::{Patience, Went, World};
 
-/// The units that tokio gives a task for each poll.
+/// The budget units that tokio gives a task for each poll.
 const FULL_BUDGET: u32 = 128;
 
-/// A starved operation gets one more unit after this many pendings. `io::copy` takes a unit itself before it asks its
+/// A starved operation gets one more unit after this many pendings. `io::copy` takes a unit itself before it polls its
 /// reader, so with a budget of one it would yield for ever: a livelock of the schedule, not a bug of the operation.
 const PENDINGS_PER_EXTRA_UNIT: usize = 128;
 
-/// Where to stop, and under which budget to get there.
+/// Where to stop, and the budget on the way there.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Course {
     /// The number of pendings after which the operation stays where it is.
     pub(crate) point: usize,
-    /// The number of polls of tasks after that.
+    /// The number of task polls after that.
     pub(crate) step: usize,
     pub(crate) budget: Option<u32>,
-    /// Applies to the poll that reaches the point.
+    /// What to do on a clone in the poll that reaches the point.
     pub(crate) at_point: OnClone,
-    /// Applies to the polls before.
+    /// What to do on a clone in the earlier polls.
     pub(crate) before: OnClone,
     pub(crate) patience: Patience,
 }
@@ -44,9 +44,9 @@ pub(crate) struct Drive<T> {
     pub(crate) stop: Stop<T>,
     /// The pendings seen.
     pub(crate) polls: usize,
-    /// How many polls of tasks followed each pending, until the operation was polled again.
+    /// How many task polls followed each pending, until the operation was polled again.
     pub(crate) steps: Vec<usize>,
-    /// Whether tasks were alive at some pending that the setup has not left.
+    /// Whether tasks other than the setup's were alive at some pending.
     pub(crate) has_children: bool,
     /// Where the last poll waited.
     pub(crate) traces: Vec<Backtrace>,
@@ -57,12 +57,12 @@ pub(crate) enum Stop<T> {
     Completed(T),
     /// At the point, alive.
     Parked,
-    /// At the point, by the panic that was asked for.
+    /// At the point, by the requested panic.
     Unwound,
     Faulted(Fault),
 }
 
-/// Polls `operation` until it completes, fails, or is at its point. The gate is closed from before the last poll.
+/// Polls `operation` until it completes, fails, or reaches its point. The gate is closed from before the last poll on.
 pub(crate) async fn drive<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
@@ -70,7 +70,7 @@ pub(crate) async fn drive<F: Future + ?Sized>(
     tracer: &Tracer,
 ) -> Drive<F::Output> {
     world.close_gate();
-    // Brings a full budget for the first poll.
+    // This brings a full budget for the first poll.
     let _ran = world.step().await;
     let (mut polls, mut steps, mut has_children) = (0, Vec::new(), false);
     let stop = loop {
@@ -104,7 +104,7 @@ pub(crate) async fn drive<F: Future + ?Sized>(
     Drive { stop, polls, steps, has_children, traces: tracer.take_traces() }
 }
 
-/// One poll. `Err(None)` is the panic that was asked for.
+/// One poll. `Err(None)` is the requested panic.
 pub(crate) async fn poll_once<F: Future + ?Sized>(
     mut operation: Pin<&mut F>,
     course: Course,
@@ -115,7 +115,7 @@ pub(crate) async fn poll_once<F: Future + ?Sized>(
     poll_fn(|cx| {
         if let Some(budget) = course.budget {
             let extra = u32::try_from(polls / PENDINGS_PER_EXTRA_UNIT).unwrap_or(FULL_BUDGET);
-            // Without any unit nothing would ever be ready, so a budget of 0 is one for the first poll.
+            // Without any unit nothing would ever be ready, so a budget of 0 applies only to the first poll.
             let units = if polls == 0 { budget } else { budget.max(1) };
             starve(units.saturating_add(extra), cx);
         }
@@ -131,8 +131,8 @@ pub(crate) async fn poll_once<F: Future + ?Sized>(
     .await
 }
 
-/// Leaves `units` of tokio's cooperative budget for this poll, so that every leaf of tokio's that would be ready
-/// beyond them yields once.
+/// Leaves `units` of tokio's cooperative budget for this poll, so that every tokio leaf that would be ready beyond them
+/// yields once.
 fn starve(units: u32, cx: &mut Context<'_>) {
     for _ in units..FULL_BUDGET {
         match coop::poll_proceed(cx) {

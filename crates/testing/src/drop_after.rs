@@ -1,6 +1,6 @@
-//! The smallest cancellation: so many pendings, and then dropped.
+//! The smallest cancellation: a drop after a number of pendings.
 //!
-//! Invariant: the future has been dropped when the outcome is told.
+//! Invariant: the future has been dropped when the outcome is returned.
 
 use std::future::poll_fn;
 use std::pin::pin;

@@ -1,4 +1,4 @@
-//! The exploration as the user states it: every setter, and the three questions.
+//! The exploration as the user configures it: every setter, and the three questions.
 //!
 //! Invariant: this is the top of the crate, and nothing else in it knows that this room exists.
 
@@ -96,14 +96,14 @@ impl Explore {
     }
 
     /// Sets how many points are explored under one budget. Default 1 000. An operation with more points is a failure
-    /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)), because the cost grows with the square of the
-    /// number of points and you should ask for it.
+    /// ([`Failure::is_incomplete`](crate::Failure::is_incomplete)): the cost grows with the square of the number of
+    /// points, so you have to ask for more.
     pub fn max_points(mut self, points: usize) -> Self {
         self.options.max_points = points;
         self
     }
 
-    /// Sets how many polls an operation may take when nobody drops it. Default 10 000. An operation that takes more is
+    /// Sets how many polls an operation may take if it is not dropped. Default 10 000. An operation that takes more is
     /// a failure ([`Failure::is_hang`](crate::Failure::is_hang)).
     pub fn max_polls(mut self, polls: usize) -> Self {
         self.options.max_polls = polls;
@@ -308,14 +308,14 @@ impl Explore {
         }
     }
 
-    /// Asks what waits for an operation that is alive and that nobody polls. A `select!` over `&mut future` leaves one
-    /// in that state, and so does a busy consumer of `buffer_unordered`.
+    /// Asks what waits for an operation that is alive but not polled. A `select!` over `&mut future` leaves one in that
+    /// state, and so does a busy consumer of `buffer_unordered`.
     ///
     /// At each point, eager and settled, the operation is left alone while `rival` runs. If the rival can make no
     /// progress, but continues once the operation is dropped, it waits for something that the operation holds. That is
     /// a *futurelock* ([`Failure::is_futurelock`](crate::Failure::is_futurelock)), reported with the lines of both.
     /// Otherwise the operation is dropped in one run and polled to its end in another, and `check` judges what both
-    /// left. This also finds a state that the rival saw half done.
+    /// left. This also finds a half-done state that the rival has seen.
     ///
     /// The operation must be able to end without the rival: it first runs undisturbed, and the rival runs after it.
     ///

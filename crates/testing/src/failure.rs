@@ -14,31 +14,31 @@ use crate::way::Way;
 pub struct Failure {
     /// The run to see again.
     pub(crate) plan: Plan,
-    /// The pendings it had had, which is not the plan's in [`Way::Scope`].
+    /// How often it had been pending, which differs from the plan in [`Way::Scope`].
     pub(crate) point: usize,
     pub(crate) completed: bool,
-    /// Whether it ended before it came to a point, by a panic or a hang.
+    /// Whether it ended before it reached a point, by a panic or a hang.
     pub(crate) ended_early: bool,
     pub(crate) place: Option<Await>,
     pub(crate) rival: Option<Await>,
     pub(crate) refusal: Refusal,
 }
 
-/// What kind of wrong. The order is the one in which failures of one run are told.
+/// The kind of failure. The order is the one in which failures of one run are reported.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum FailureKind {
     Hang,
     Panic,
     Torn,
     Futurelock,
-    /// A call that was dropped and called again gave something else.
+    /// A call that was dropped and called again returned something else.
     NotSafe,
     /// A call that is dropped again and again never ends.
     Starved,
     Check,
-    /// The drop took longer than it may.
+    /// The drop took longer than allowed.
     BlockingDrop,
-    /// Runs that nobody disturbed gave different results.
+    /// Undisturbed runs gave different results.
     Unsteady,
     Incomplete,
 }
@@ -65,7 +65,7 @@ impl FailureKind {
 pub(crate) struct Refusal {
     pub(crate) kind: FailureKind,
     pub(crate) message: String,
-    /// What the undisturbed run gave, and what was seen instead.
+    /// The undisturbed run's result, and what was seen instead.
     pub(crate) evidence: Option<(String, String)>,
 }
 
@@ -128,7 +128,7 @@ impl Failure {
         &self.refusal.message
     }
 
-    /// Returns whether the operation had completed: it is wrong even when nobody drops it.
+    /// Returns whether the operation had completed: it is wrong even if it is not dropped.
     #[must_use]
     pub fn is_completed(&self) -> bool {
         self.completed
@@ -153,8 +153,8 @@ impl Failure {
         self.refusal.kind == FailureKind::Torn
     }
 
-    /// Returns whether something waits for what the operation holds, while the operation is alive and nobody polls it;
-    /// see [`Explore::suspended`](crate::Explore::suspended).
+    /// Returns whether something waits for what the operation holds, while the operation is alive but not polled; see
+    /// [`Explore::suspended`](crate::Explore::suspended).
     #[must_use]
     pub fn is_futurelock(&self) -> bool {
         self.refusal.kind == FailureKind::Futurelock
@@ -172,7 +172,7 @@ impl Failure {
         self.refusal.kind == FailureKind::Incomplete
     }
 
-    /// What orders failures: simplest first.
+    /// The order of failures: simplest first.
     pub(crate) fn rank(&self) -> (bool, Plan, FailureKind) {
         (self.completed, self.plan, self.refusal.kind)
     }

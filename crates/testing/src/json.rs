@@ -1,9 +1,9 @@
 //! Writes a report as JSON.
 //!
-//! Invariant: what it writes is one valid JSON value, whatever the strings in it.
+//! Invariant: the output is one valid JSON value, whatever the strings in it.
 //!
-//! By hand, because serde_json in the dependencies of a test would make `assert_eq!(numbers, [])` ambiguous in the
-//! tests around it: it adds comparisons between numbers and its own values.
+//! Written by hand, because serde_json among a test's dependencies would make `assert_eq!(numbers, [])` ambiguous in
+//! that test: it adds comparisons between numbers and its own values.
 
 use std::fmt::Write as _;
 

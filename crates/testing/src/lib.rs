@@ -82,7 +82,7 @@
 //!
 //! | question | asked by | answered by |
 //! |---|---|---|
-//! | What is left behind when it is dropped? | [`Explore::run`], with a check of yours | [`Report::assert_clean`] |
+//! | What is left behind when it is dropped? | [`Explore::run`], with your own check | [`Report::assert_clean`] |
 //! | Is this call cancel safe in tokio's sense? If a `select!` drops it and it is called again, is anything lost or done twice? | [`Explore::cancel_safe`], with no check: undisturbed calls are the oracle | [`Report::verdict`], [`Report::assert_safe`] |
 //! | What waits for it while it is alive and nobody polls it (a *futurelock*), and what does another task see half done? | [`Explore::suspended`], with a rival | [`Failure::is_futurelock`], with both lines |
 //! | Which awaits has no test ever dropped? | `CANCEL_SAFE_COVERAGE=file`, which every exploration appends to | `cargo cancel-safe test` |

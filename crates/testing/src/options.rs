@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::way::Way;
 
-/// What [`Explore`](crate::Explore) was told; its setters say what each of them means.
+/// The options of [`Explore`](crate::Explore), whose setters document them.
 #[derive(Debug, Clone)]
 pub(crate) struct Options {
     pub(crate) budgets: Vec<u32>,
@@ -21,7 +21,7 @@ pub(crate) struct Options {
     pub(crate) paused_time: bool,
     pub(crate) hang_after: Duration,
     pub(crate) settle_for: Duration,
-    /// `None` asks nothing.
+    /// `None` means no limit.
     pub(crate) drop_within: Option<Duration>,
 }
 

@@ -1,7 +1,7 @@
 //! Panics in explored code are printed once.
 //!
-//! Invariant: only what has been printed already, from the same line in the same exploration, is left out; every other
-//! panic of the program reaches the hook that was there before.
+//! Invariant: a panic is left out only if one from the same line in the same exploration was already printed; every
+//! other panic of the program reaches the previous hook.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -10,26 +10,26 @@ use std::sync::{Arc, Mutex, Once};
 
 use crate::lock::lock;
 
-/// The lines of which a panic has been printed.
+/// The lines whose panic has been printed.
 pub(crate) type Printed = Arc<Mutex<BTreeSet<(String, u32, u32)>>>;
 
 thread_local! {
-    /// Those of the exploration that this thread belongs to.
+    /// The printed lines of this thread's exploration.
     static PRINTED: RefCell<Option<Printed>> = const { RefCell::new(None) };
 }
 
-/// The exploration on this thread, for the other threads of its runtimes.
+/// The printed lines of the exploration on this thread, for the other threads of its runtimes.
 pub(crate) fn printed() -> Option<Printed> {
     PRINTED.with_borrow(Clone::clone)
 }
 
-/// Makes this thread one of the exploration's.
+/// Makes this thread part of the exploration.
 pub(crate) fn join(printed: Option<&Printed>) {
     PRINTED.set(printed.cloned());
 }
 
-/// While it lives, a panic on this thread is printed the first time only: each run of an exploration repeats it, and the
-/// report counts them.
+/// While this lives, a panic on this thread is printed only the first time: each run of an exploration repeats it, and
+/// the report counts them.
 #[derive(Debug)]
 pub(crate) struct Quietly(());
 

@@ -1,39 +1,40 @@
-//! What is asked, and the address of one run that helps to answer it.
+//! The question of an exploration, and the address of one run that helps to answer it.
 //!
-//! Invariant: what a failure prints is parsed back to the very same run.
+//! Invariant: the address that a failure prints parses back to exactly the same run.
 
 use std::fmt;
 use std::str::FromStr;
 
 use crate::way::Way;
 
-/// Names one run, as `point:way:budget`; every exploration in the process then does just that one.
+/// The environment variable that names one run, as `point:way:budget`; every exploration in the process then does just
+/// that one.
 pub(crate) const ONLY: &str = "CANCEL_SAFE_ONLY";
 
-/// What is asked, and so which runs there are.
+/// The question, which determines the runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Question {
     /// What is left behind?
     Run,
     /// Is a call that was dropped and called again as good as one that was not?
     CancelSafe,
-    /// Who waits for an operation that is alive and not polled?
+    /// What waits for an operation that is alive but not polled?
     Suspended,
 }
 
-/// What follows when the point has been reached.
+/// What happens once the point has been reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub(crate) enum Then {
     /// The operation is dropped.
     #[default]
     Drop,
-    /// Only for calls: every call is dropped at its `point`-th pending, not one of them.
+    /// Only for calls: every call is dropped at its `point`-th pending, not only one of them.
     DropEach,
     /// Only for suspended operations: it is polled on after the rival has ended.
     Resume,
 }
 
-/// One run: the operation is left after `point` pendings, and `step` polls of tasks after that, under this budget.
+/// One run: the operation is stopped after `point` pendings, and `step` task polls after that, under this budget.
 /// Ordered simplest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Plan {
@@ -49,7 +50,7 @@ impl Plan {
         Self { budget, step: 0, then: Then::Drop, point, way }
     }
 
-    /// Whether `.only(..)` can say it; the rest is for the environment variable.
+    /// Whether `.only(..)` can express it; other plans need the environment variable.
     pub(crate) fn is_plain(&self) -> bool {
         self.step == 0 && self.then == Then::Drop
     }

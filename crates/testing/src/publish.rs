@@ -1,6 +1,7 @@
-//! Lines of a table that is made of many tests: what was visited.
+//! Lines for a table that many tests fill: what was visited.
 //!
-//! Invariant: what a passing test prints is captured, so the lines also go to a file, whole or not at all.
+//! Invariant: the test harness captures what a passing test prints, so the lines also go to a file, whole or not at
+//! all.
 
 use std::io::Write as _;
 
@@ -15,7 +16,7 @@ pub(crate) fn publish(line: &str) {
     }
     if let Some(path) = std::env::var_os(POINTS_FILE) {
         let file = std::fs::OpenOptions::new().create(true).append(true).open(&path);
-        // One write of a whole line: lines of tests that run at the same time do not mix.
+        // One write of a whole line, so that the lines of concurrent tests do not mix.
         let written = file.and_then(|mut file| file.write_all(line.as_bytes()));
         assert!(written.is_ok(), "{} could not be appended to: {written:?}", path.display());
     }

@@ -1,6 +1,6 @@
-//! What an exploration found.
+//! The result of an exploration.
 //!
-//! Invariant: failures are in the order simplest first: natural budget before starved ones, then the lowest point.
+//! Invariant: failures are ordered simplest first: the natural budget before starved ones, then the lowest point.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
@@ -26,14 +26,14 @@ pub struct Report {
     pub(crate) random_select: Option<Site>,
     pub(crate) notes: Vec<String>,
     pub(crate) sites: Vec<Site>,
-    /// How many points each of the sites has.
+    /// How many points each site has.
     pub(crate) visited: Vec<usize>,
     pub(crate) covered: BTreeSet<Place>,
     pub(crate) failures: Vec<Failure>,
 }
 
 impl Report {
-    /// Not a public `Default`: a clean report that nobody earned should be hard to come by.
+    /// Not a public `Default`, because it should be hard to get a clean report without an exploration.
     pub(crate) const EMPTY: Self = Self {
         question: Question::Run,
         points: 0,
@@ -132,7 +132,7 @@ impl Report {
     }
 
     pub(crate) fn add_failure(&mut self, failure: Failure) {
-        // A call that takes a unit itself before its leaf does makes no progress on one: it is the budget that starves it.
+        // A call that takes a unit itself before its leaf makes no progress on one unit: the budget starves it.
         let is_starved = |it: &Failure| it.refusal.kind == FailureKind::Starved;
         if is_starved(&failure) && failure.budget().is_some() && !self.failures.iter().any(is_starved) {
             return;
@@ -155,7 +155,7 @@ impl Report {
         (self.sites, self.visited) = points.into_iter().map(|(site, points)| (site.clone(), points)).unzip();
     }
 
-    /// Says what of the setup, and of the bounds, keeps points from being visited.
+    /// Notes what in the setup, and in the bounds, kept points from being visited.
     pub(crate) fn note(&mut self, (tasks, sockets): (usize, usize), workers: usize) {
         for (number, noun) in [(tasks, "task"), (sockets, "socket")] {
             if number > 0 {

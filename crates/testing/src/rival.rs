@@ -1,6 +1,6 @@
 //! One run of `suspended`: the operation is left alone at its point, alive, while a rival runs.
 //!
-//! Invariant: between its point and the end of the rival the operation is not polled, unless waiting was allowed.
+//! Invariant: between its point and the end of the rival the operation is not polled, unless waiting is allowed.
 
 use crate::act::{Bounds, Broken, Ended, Running, set_up};
 use crate::drive::{Course, Drive, Stop, drive, poll_once};
@@ -13,7 +13,7 @@ use crate::tracer::{OnClone, Tracer};
 use crate::way::{Outcome, Way};
 use crate::world::{Patience, World};
 
-/// What the user handed to `suspended`.
+/// The user's arguments of `suspended`.
 pub(crate) struct Rivals<'a, Setup, Operation, Rival, Check> {
     pub(crate) bounds: &'a Bounds<'a>,
     pub(crate) setup: Setup,
@@ -22,7 +22,7 @@ pub(crate) struct Rivals<'a, Setup, Operation, Rival, Check> {
     pub(crate) check: Check,
 }
 
-/// A future, who polls it, and its output once it is there.
+/// A future, its tracer, and its output once it is there.
 struct Party<'a, T> {
     part: &'static str,
     running: Running<'a, T>,
@@ -133,14 +133,14 @@ where
         T: 'p,
     {
         if operation.output.is_some() {
-            // Nobody holds anything any more: a rival that waits now waits without the operation too.
+            // The operation holds nothing any more: a rival that waits now would wait without it too.
             self.drive_on(world, plan, Patience::Limit, rival).await?;
             return Ok(None);
         }
         let allowed = self.bounds.options.waiting;
         let patience = match plan.then {
             _ if allowed => Patience::Rest,
-            // That it is no futurelock has been found out by the drop at this point.
+            // The drop at this point has already shown that it is no futurelock.
             Then::Resume => Patience::Limit,
             Then::Drop | Then::DropEach => Patience::Known,
         };
@@ -156,7 +156,7 @@ where
         }
     }
 
-    /// The rival stands still. If the drop of the operation wakes it, it was the operation that it waited for.
+    /// The rival makes no progress. If the drop of the operation wakes it, it was waiting for the operation.
     async fn prove<'p>(
         &self,
         world: &World<'_>,
@@ -175,11 +175,12 @@ where
             let message = "alive but not polled, it holds what the rival waits for (a futurelock)".to_owned();
             return Ok(Some(Refusal::new(FailureKind::Futurelock, message)));
         }
-        // It waits for something else, which may still come; then the operation has been dropped early, not wrongly.
+        // It waits for something else, which may still come; then the operation was dropped early, but not wrongly.
         self.drive_on(world, plan, Patience::Limit, rival).await.map(|()| None)
     }
 
-    /// Polls a party to its end. It is not starved: the question is what it waits for, not what it does meanwhile.
+    /// Polls a party to its end, without starving it, because the question is what it waits for, not what it does
+    /// meanwhile.
     async fn drive_on<V>(
         &self,
         world: &World<'_>,

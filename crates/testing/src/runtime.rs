@@ -1,6 +1,6 @@
 //! The deterministic runtime: one async thread, one blocking thread, and a watchdog over both.
 //!
-//! Invariant: whatever is awaited here ends. A wait that nobody answers becomes a [`Fault`], never a hung test.
+//! Invariant: every wait here ends. A wait without an answer becomes a [`Fault`], never a hung test.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -19,14 +19,14 @@ use crate::lock::lock;
 use crate::panics;
 use crate::torn::Ours;
 
-/// How often the watchdog lets a wait look at its limit.
+/// How often the watchdog makes a wait check its limit.
 const TICK: Duration = Duration::from_millis(20);
 
-/// How long the end of a runtime waits for the blocking jobs of a setup that are known not to end by themselves. They
-/// end when the state is dropped, or never.
+/// How long the end of a runtime waits for blocking jobs of the setup that are known not to end by themselves. They end
+/// when the state is dropped, or never.
 const WORKER_PATIENCE: Duration = Duration::from_millis(100);
 
-/// How long the end of an open gate's job is waited for; it takes microseconds on an idle machine.
+/// How long to wait for the end of an open gate's job; it takes microseconds on an idle machine.
 const OPENING: Duration = Duration::from_millis(2);
 
 /// What kept a part of a run from ending as it should.
@@ -48,8 +48,8 @@ impl Fault {
     }
 }
 
-/// A real-time clock beside tokio's. A timer of tokio's would not do: under paused time it would fire as soon as the
-/// runtime is idle, and it would move the clock that the operation sees.
+/// A real-time clock beside tokio's. A tokio timer would not do: under paused time it would fire as soon as the runtime
+/// is idle, and it would move the clock that the operation sees.
 #[derive(Debug)]
 pub(crate) struct Watchdog {
     waiting: Arc<Mutex<Option<Waker>>>,
@@ -98,7 +98,7 @@ impl Watchdog {
     }
 }
 
-/// Rings when the runtime has slept: what wakes the driver first, before any task that has become ready meanwhile.
+/// Rings when the runtime has slept. It wakes the driver first, before any task that has become ready meanwhile.
 #[derive(Debug, Default)]
 pub(crate) struct Bell(Mutex<Ringing>);
 
@@ -120,7 +120,7 @@ impl Bell {
         }
     }
 
-    /// Ends after the next time that the runtime has slept.
+    /// Ends after the runtime's next sleep.
     pub(crate) async fn next(&self) {
         lock(&self.0).rung = false;
         poll_fn(|cx| {
@@ -134,7 +134,7 @@ impl Bell {
         .await;
     }
 
-    /// The runtime owns the bell and the waker owns the runtime: without this it would never be freed.
+    /// The runtime owns the bell and the waker owns the runtime: without this the runtime would never be freed.
     fn forget_waker(&self) {
         let waker = lock(&self.0).waker.take();
         drop(waker);
@@ -145,14 +145,14 @@ impl Bell {
 #[derive(Debug)]
 pub(crate) struct Stage<'a> {
     runtime: Runtime,
-    /// How long it has to be quiet before a wait can be known to be for ever.
+    /// How long it has to be quiet before a wait counts as endless.
     pub(crate) quiet: &'a Cell<Duration>,
-    /// How long blocking jobs are waited for when everything else is at rest.
+    /// How long to wait for blocking jobs when everything else is at rest.
     pub(crate) job_patience: &'a Cell<Duration>,
     pub(crate) watchdog: &'a Watchdog,
     pub(crate) paused: bool,
     pub(crate) bell: Arc<Bell>,
-    /// Blocking jobs of the setup that never end, each of which occupies a thread.
+    /// How many blocking jobs of the setup never end; each occupies a thread.
     workers: usize,
     blocking_threads: Arc<(Mutex<usize>, Condvar)>,
 }
@@ -172,13 +172,13 @@ impl<'a> Stage<'a> {
         let printed = panics::printed();
         let runtime = Builder::new_current_thread()
             .enable_all()
-            // One blocking thread makes the blocking pool a queue: jobs run in the order they were submitted, and a
-            // job at its end proves that all before it have finished.
+            // One blocking thread makes the blocking pool a queue: jobs run in the order of submission, and a finished
+            // job proves that all earlier ones have finished.
             .max_blocking_threads(workers + 1)
-            // The driver is polled between any two polls of tasks, so that each of these polls can be a point.
+            // The driver is polled between any two task polls, so that each of these polls can be a point.
             .event_interval(1)
-            // What other threads have woken is run next: the queue of the runtime is kept from running dry, and what
-            // waits outside of it would starve.
+            // Tasks woken by other threads run next: the runtime's own queue never runs dry here, so tasks outside it
+            // would starve.
             .global_queue_interval(1)
             .start_paused(paused)
             .on_thread_unpark(move || slept.ring())
@@ -211,14 +211,15 @@ impl<'a> Stage<'a> {
         self.runtime.metrics().num_alive_tasks()
     }
 
-    /// Ends the runtime with all its tasks where they stand, then waits for the blocking jobs already submitted.
+    /// Ends the runtime with all its tasks at their current awaits, then waits for the blocking jobs already submitted.
     ///
-    /// The shutdown begins before the gate opens, so that which jobs still run does not depend on thread timing.
+    /// The shutdown begins before the gate opens, so that the set of jobs that still run does not depend on thread
+    /// timing.
     pub(crate) fn shut_down(self, gate: Option<Gate>) -> Result<(), Fault> {
         let Self { runtime, watchdog, workers, blocking_threads, .. } = self;
         let _ours = Ours::begin();
         if let Some(gate) = &gate {
-            // If it does not close an earlier job hangs, which the wait for the blocking thread then finds.
+            // If it does not close, an earlier job hangs, and the wait for the blocking thread then finds that.
             let _closed = gate.held().wait(watchdog.limit());
         }
         runtime.shutdown_background();
@@ -244,14 +245,14 @@ impl<'a> Stage<'a> {
     }
 }
 
-/// Drops `value`, and catches its panic. What this tears, the exploration has torn.
+/// Drops `value`, and catches its panic. A section that this tears counts as torn by the exploration.
 pub(crate) fn drop_caught<T>(value: T) -> Result<(), Fault> {
     let _ours = Ours::begin();
     catch_unwind(AssertUnwindSafe(|| drop(value))).map_err(|payload| Fault::from_panic(payload.as_ref()))
 }
 
-/// Holds the only blocking thread: jobs submitted while it is closed have not begun, on every machine alike. It opens
-/// when it is dropped.
+/// Holds the only blocking thread: on every machine, jobs submitted while it is closed have not begun. It opens when it
+/// is dropped.
 #[derive(Debug)]
 pub(crate) struct Gate {
     held: Told,
@@ -260,13 +261,13 @@ pub(crate) struct Gate {
 }
 
 impl Gate {
-    /// Must be called inside the runtime. It closes when all jobs that were submitted before have ended.
+    /// Must be called inside the runtime. It closes when all earlier jobs have ended.
     pub(crate) fn close() -> Self {
         let (hold, held) = mpsc::sync_channel::<()>(1);
         let (open, opened) = mpsc::channel::<()>();
         let job = tokio::task::spawn_blocking(move || {
             if hold.send(()).is_ok() {
-                // Who asks later hears that nothing more comes, which says as much.
+                // A later receiver sees that the channel is closed, which means the same.
                 drop(hold);
                 // Ends when the gate is dropped: nothing is ever sent.
                 opened.recv().unwrap_or_default();
@@ -283,22 +284,22 @@ impl Gate {
         while !job.is_finished() && begun.elapsed() < OPENING {
             std::thread::yield_now();
         }
-        // It wakes the runtime once more after it has said that it is over.
+        // The job wakes the runtime once more after it has reported its end.
         std::thread::yield_now();
     }
 
-    /// Tells when it is closed.
+    /// The word that it is closed.
     pub(crate) fn held(&self) -> &Told {
         &self.held
     }
 }
 
-/// A word from the blocking thread.
+/// A message from the blocking thread.
 #[derive(Debug)]
 pub(crate) struct Told(pub(crate) mpsc::Receiver<()>);
 
 impl Told {
-    /// Waits for it, with the thread standing still. Says whether it came, or cannot come any more.
+    /// Waits for it, and blocks the thread meanwhile. Returns whether it came, or cannot come any more.
     pub(crate) fn wait(&self, limit: Duration) -> bool {
         !matches!(self.0.recv_timeout(limit), Err(RecvTimeoutError::Timeout))
     }

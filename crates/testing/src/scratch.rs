@@ -1,6 +1,6 @@
 //! A directory for each run.
 //!
-//! Invariant: it is removed with the run, and a process that crashes and the one that checks use the same.
+//! Invariant: it is removed with the run, and a crashing process and the checking process use the same one.
 
 use std::cell::RefCell;
 use std::hash::{BuildHasher, RandomState};
@@ -9,13 +9,14 @@ use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// The environment variable by which a process that is to crash is told its directory.
+/// The environment variable that tells a crashing process its directory.
 pub(crate) const INHERITED: &str = "CANCEL_SAFE_CRASH_DIR";
 
-/// How often the removal of a directory is tried.
+/// How often to try the removal of a directory.
 const REMOVALS: usize = 20;
 
-/// Tells this process from an earlier one with the same number, which may have been killed and left its directories.
+/// Distinguishes this process from an earlier one with the same process id, which may have been killed and left its
+/// directories.
 static PROCESS: LazyLock<String> = LazyLock::new(|| {
     let pid = std::process::id();
     format!("{pid}-{:016x}", RandomState::new().hash_one(pid))
@@ -58,7 +59,7 @@ pub fn scratch_dir() -> PathBuf {
     path
 }
 
-/// The directory, while its run lasts.
+/// The directory of a run, while the run lasts.
 #[derive(Debug)]
 pub(crate) struct Scratch {
     path: PathBuf,
@@ -73,7 +74,7 @@ impl Scratch {
         Self { path }
     }
 
-    /// The one handed down by the process that will check. It also removes it, so this is no guard.
+    /// Uses the directory handed down by the checking process. That process also removes it, so this returns no guard.
     pub(crate) fn inherit() {
         CURRENT.set(std::env::var_os(INHERITED).map(PathBuf::from));
     }
@@ -84,10 +85,10 @@ impl Scratch {
 }
 
 impl Scratch {
-    /// Removes it, as if the run had not begun.
+    /// Empties it, as if the run had not begun.
     pub(crate) fn empty(&self) {
-        // Most runs never made it. A thread of the operation's own may write a last file into it while it is being
-        // removed, which makes one attempt fail; what cannot be removed at all is left as temporary files are.
+        // Most runs never create it. One of the operation's threads may write a last file into it during the removal,
+        // which makes one attempt fail; what cannot be removed at all is left like other temporary files.
         for _ in 0..REMOVALS {
             if !self.path.exists() || std::fs::remove_dir_all(&self.path).is_ok() {
                 break;

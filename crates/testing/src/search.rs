@@ -1,6 +1,6 @@
-//! In which order the points are visited, and when a search ends.
+//! The order in which points are visited, and the end of a search.
 //!
-//! Invariant: a search ends, and a point left out because of a bound is told, never passed over in silence.
+//! Invariant: a search ends, and it reports every point left out because of a bound.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::panic::Location;
@@ -16,13 +16,13 @@ use crate::select;
 use crate::site::{Await, Namer};
 use crate::way::Way;
 
-/// An operation has completed at a point when it did so this many times in a row.
+/// An operation counts as completed at a point after it did so this many times in a row.
 const CONFIRMATIONS: usize = 3;
 
-/// Points between two polls of tasks that one exploration visits. Where there are more, they are evenly spread.
+/// How many points between two task polls one exploration visits. If there are more, it spreads them evenly.
 const MAX_TASK_POINTS: usize = 256;
 
-/// Visits every point there is, or the one that was asked for.
+/// Visits every point, or the requested one.
 pub(crate) fn search(
     options: &Options,
     question: Question,
@@ -45,7 +45,7 @@ pub(crate) fn search(
     };
     match only {
         Some(plan) => {
-            // A call is judged by what an undisturbed one gives.
+            // A call is judged by comparison with an undisturbed one.
             if question == Question::CancelSafe {
                 let _end = search.measure(plan.budget);
             }
@@ -65,18 +65,18 @@ struct Search<'a> {
     started: Instant,
     /// The await of each point, by budget and number.
     places: BTreeMap<(Option<u32>, usize), Option<Await>>,
-    /// After how many pendings the operation was seen to complete, by budget.
+    /// After how many pendings the operation completed, by budget.
     ends: BTreeMap<Option<u32>, BTreeSet<usize>>,
     /// The points at which a suspended operation is waited for, by budget and number.
     futurelocks: BTreeSet<(Option<u32>, usize)>,
-    /// What the first run showed, which nobody disturbed.
+    /// What the first run showed, which was undisturbed.
     natural: Visit,
-    /// Points visited between two polls of tasks.
+    /// The number of points visited between two task polls.
     task_points: usize,
     report: Report,
 }
 
-/// Whether it makes sense to go on.
+/// Whether to go on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Next {
     GoOn,
@@ -96,7 +96,7 @@ impl Search<'_> {
             }
             let mut ways = self.ways();
             if budget == Some(0) {
-                // The first leaf was denied its turn: what the point shows has happened before it.
+                // The first leaf did not get its turn, so this point shows only what happened before it.
                 ways.truncate(1);
             }
             for way in ways {
@@ -116,7 +116,7 @@ impl Search<'_> {
         }
     }
 
-    /// The ways that make sense for what is asked.
+    /// The ways that make sense for the question.
     fn ways(&mut self) -> Vec<Way> {
         let chosen = self.options.ways.as_deref();
         let mut ways = chosen.map_or_else(|| vec![Way::Eager, Way::Settled, Way::Shutdown], <[Way]>::to_vec);
@@ -139,8 +139,8 @@ impl Search<'_> {
         }
     }
 
-    /// Runs the operation to its end once. One that never ends is found here, at the price of one run, and is not
-    /// swept: each of its points would cost as many polls as its number.
+    /// Runs the operation to its end once. An operation that never ends is found here, at the price of one run, and is
+    /// not swept, because each of its points would cost as many polls as its number.
     fn measure(&mut self, budget: Option<u32>) -> Next {
         let plan = Plan::new(budget, self.options.max_polls, Way::Eager);
         let (end, polls) = self.go(plan);
@@ -172,14 +172,14 @@ impl Search<'_> {
 
     /// Visits the points from the first to the last, in the way of `first`.
     fn sweep(&mut self, first: Plan) -> Next {
-        // Before the first poll there is no budget to starve, and nothing that could be resumed.
+        // Before the first poll there is no budget to starve, and nothing to resume.
         let mut point = usize::from(first.budget.is_some() || first.then == Then::Resume);
         let mut completions = 0;
-        // A budget of 0 adds one point to those of a budget of one.
+        // A budget of 0 adds one point to the points of a budget of one.
         let last = if first.budget == Some(0) { 1 } else { usize::MAX };
         while completions < CONFIRMATIONS && point <= last {
             let plan = Plan { point, ..first };
-            // The operation is seen to complete one beyond its last point.
+            // The completion shows one beyond the last point.
             if point > self.options.max_points.saturating_add(1) {
                 self.incomplete(plan, format!("more than max_points({})", self.options.max_points));
                 return Next::GiveUp;
@@ -190,7 +190,8 @@ impl Search<'_> {
             if plan.way == Way::Panic && !self.has_point(plan) {
                 return Next::GoOn;
             }
-            // Who holds something there holds it in every way, and each such run waits until that is known.
+            // If the operation holds something there, it does so in every way, and each such run would wait until that
+            // is known.
             if self.futurelocks.contains(&(plan.budget, point)) {
                 point += 1;
                 continue;
@@ -218,8 +219,8 @@ impl Search<'_> {
         Next::GoOn
     }
 
-    /// Visits the points between two polls of tasks, where the operation has tasks of its own: these stand at awaits of
-    /// theirs when it is dropped.
+    /// Visits the points between two task polls, if the operation has its own tasks: these are then at their own awaits
+    /// when it is dropped.
     fn between_polls_of_tasks(&mut self) -> Next {
         if !self.options.tasks || !self.natural.has_children {
             return Next::GoOn;
@@ -246,7 +247,7 @@ impl Search<'_> {
                 }
                 match self.go(plan).0 {
                     End::Dropped => {}
-                    // The tasks have taken another course, and the operation was woken before that step.
+                    // The tasks took another course, and the operation was woken before that step.
                     End::Completed => self.report.varied = true,
                     End::Failed => return Next::GiveUp,
                 }
@@ -264,14 +265,14 @@ impl Search<'_> {
         late
     }
 
-    /// Whether an undisturbed operation was seen pending that often. The poll in which it completes may clone its
-    /// waker too; a panic there would look like one more point.
+    /// Whether an undisturbed operation was pending that often. The poll in which it completes may clone its waker too,
+    /// and a panic there would look like one more point.
     fn has_point(&self, plan: Plan) -> bool {
         let end = self.ends.get(&plan.budget).and_then(BTreeSet::last);
         end.is_none_or(|&end| plan.point <= end)
     }
 
-    /// Does one run and keeps what it showed. Says how it ended, and after how many pendings.
+    /// Does one run and records what it showed. Returns how it ended, and after how many pendings.
     fn go(&mut self, plan: Plan) -> (End, usize) {
         let begun = Instant::now();
         let mut visit = (self.visit)(plan);
@@ -280,9 +281,9 @@ impl Search<'_> {
         self.report.runs += 1;
         self.report.unsettled += usize::from(visit.is_unsettled);
         let known = self.places.get(&(plan.budget, polls)).cloned();
-        // Naming takes longer than all the rest of a run, so a point is named once; but where the number of points
-        // varies, the same number need not be the same await, and a failing run is named from its own trace. So is one
-        // that was dropped elsewhere than it was told to.
+        // Naming takes longer than the rest of a run, so a point is named once. But if the number of points varies, the
+        // same number need not mean the same await, so a failing run is named from its own trace. So is a run that was
+        // dropped elsewhere than planned.
         let is_own = plan.way == Way::Scope || plan.then == Then::DropEach;
         let name_again = is_own || (visit.failure.is_some() && self.is_varied());
         let place = if known.is_none() || name_again { self.namer.name(&visit.traces) } else { None };
@@ -311,7 +312,7 @@ impl Search<'_> {
             }
             let waited = matches!(refusal.kind, FailureKind::NotSafe | FailureKind::Futurelock) && is_costly;
             if refusal.kind == FailureKind::Hang || waited {
-                // Each hang costs its whole limit: one is enough to know.
+                // Each hang costs its whole limit, so one is enough.
                 end = End::Failed;
             }
             let rival = self.namer.name(&std::mem::take(&mut visit.rival_traces));
@@ -338,7 +339,7 @@ impl Search<'_> {
         refusal: Refusal,
     ) {
         let (completed, ended_early) = (end == End::Completed, end != End::Dropped);
-        // A run that ended before its point is seen again by any point beyond.
+        // If a run ended before its point, any later point would show the same.
         let is_own = plan.way == Way::Scope || plan.then == Then::DropEach;
         let plan = if is_own { plan } else { Plan { point: point + usize::from(ended_early), ..plan } };
         self.report.add_failure(Failure {

@@ -1,12 +1,12 @@
-//! Looks into the source for the likely cause of a report that varies.
+//! Searches the source for the likely cause of a varying report.
 //!
-//! Invariant: it only ever adds a hint; a source that cannot be read is no error.
+//! Invariant: it only adds a hint; an unreadable source is no error.
 
 use std::fs;
 
 use crate::site::{Await, Site};
 
-/// Lines of a macro's head, in which `biased` would stand.
+/// How many lines at the head of a macro may contain `biased`.
 const HEAD: usize = 3;
 
 /// How far above an await the macro around it may begin.
@@ -39,7 +39,7 @@ fn around(lines: &[&str], at: usize) -> Option<usize> {
     None
 }
 
-/// How many more braces a line opens than it closes. Those in strings count too: this is a hint.
+/// How many more braces a line opens than it closes. Braces in strings count too, because this is only a hint.
 fn braces(text: &str) -> i32 {
     text.chars().map(|character| i32::from(character == '{') - i32::from(character == '}')).sum()
 }

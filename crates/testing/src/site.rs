@@ -1,6 +1,6 @@
 //! From a backtrace to the line of the await.
 //!
-//! Invariant: only the user's own source files are named: never the standard library, a registry crate or this one.
+//! Invariant: it names only the user's own source files: never the standard library, a registry crate or this crate.
 
 use std::backtrace::Backtrace;
 use std::fmt;
@@ -37,7 +37,7 @@ impl fmt::Display for Site {
     }
 }
 
-/// Where an operation waits: the await, and those around it.
+/// Where an operation waits: the await, and the awaits around it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Await {
     /// Innermost first; the first is the await itself.
@@ -73,7 +73,7 @@ impl Await {
     }
 }
 
-/// Names awaits. Resolving a trace takes milliseconds in a large binary, so it is asked once for each point.
+/// Names awaits. Resolving a trace takes milliseconds in a large binary, so it is done once for each point.
 #[derive(Debug)]
 pub(crate) struct Namer {
     /// The call of the exploration; its file as `file!()` spells it.
@@ -87,11 +87,11 @@ impl Namer {
         Self { caller, root: None }
     }
 
-    /// The await at which a poll that left these traces is waiting.
+    /// The await at which the poll that left these traces is waiting.
     ///
     /// The last trace is the one of the leaf that is pending: an earlier leaf may have become ready in the same poll.
-    /// But in `timeout(d, operation)` the timer comes last and the operation knows more: a trace that passes through
-    /// the same await and goes deeper is preferred.
+    /// But in `timeout(d, operation)` the timer comes last, and the operation's trace says more: a trace that passes
+    /// through the same await and goes deeper is preferred.
     pub(crate) fn name(&mut self, traces: &[Backtrace]) -> Option<Await> {
         let stacks: Vec<Vec<Frame>> = traces.iter().map(|trace| self.awaits(trace)).collect();
         let last = stacks.last()?;
@@ -105,8 +105,8 @@ impl Namer {
         })
     }
 
-    /// The user's frames of a trace, innermost first. Hand-written `poll` functions are left out where an `async`
-    /// block or function around them is seen, because that one has the await.
+    /// The user's frames of a trace, innermost first. Hand-written `poll` functions are left out if an `async` block or
+    /// function around them is in the trace, because that one has the await.
     fn awaits(&mut self, trace: &Backtrace) -> Vec<Frame> {
         let (mut frames, inside) = frames(&format!("{trace:#}"));
         if self.root.is_none() {
@@ -121,7 +121,7 @@ impl Namer {
                 frame.site.file = relative.to_owned();
             }
         }
-        // What lies around the operation is the test that explores it.
+        // The frames around the operation belong to the test that explores it.
         frames.truncate(inside);
         frames.retain(|frame| !frame.site.file.starts_with("vendor/"));
         if frames.iter().any(|frame| frame.is_async) {
@@ -144,8 +144,8 @@ struct Frame {
     is_async: bool,
 }
 
-/// Reads the standard library's rendering of a trace: a line `12: 0x55d0 - name`, then a line `at file:line:column`. Says
-/// too how many of the frames lie inside the poll of the operation.
+/// Reads the standard library's rendering of a trace: a line `12: 0x55d0 - name`, then a line `at file:line:column`.
+/// Also returns how many of the frames are inside the poll of the operation.
 fn frames(trace: &str) -> (Vec<Frame>, usize) {
     let poll = concat!(env!("CARGO_MANIFEST_DIR"), "/src/tracer.rs").replace('\\', "/");
     let mut name = "";
@@ -173,13 +173,13 @@ fn frames(trace: &str) -> (Vec<Frame>, usize) {
     (frames, inside)
 }
 
-/// Decided by path, not by whether there is debug information: a build may have it for every crate.
+/// Decided by path, not by the presence of debug information, because a build may have that for every crate.
 fn is_users(file: &str) -> bool {
     let file = file.replace('\\', "/");
     let foreign = ["/rustc/", "/rustlib/src/", "/registry/src/", "/git/checkouts/"];
     // Only this crate's own sources: another member of the same workspace is user code, and so are our tests.
     let own = concat!(env!("CARGO_MANIFEST_DIR"), "/src/").replace('\\', "/");
-    // Without line tables only the C library tells its lines.
+    // Without line tables only the C library has line numbers.
     file.ends_with(".rs") && !foreign.iter().any(|part| file.contains(part)) && !file.starts_with(&own)
 }
 

@@ -1,8 +1,8 @@
 //! How many sockets (and pipes, and child processes) the runtime waits for: only these, and threads that tokio does not
-//! know, can wake somebody when no task, timer or blocking job can.
+//! know, can cause a wake-up when no task, timer or blocking job can.
 //!
-//! Invariant: "none" is said only where it is known. Tokio does not tell, so this reads what Linux says of the epoll
-//! instance in which a socket of ours appears; elsewhere it is never known.
+//! Invariant: it says "none" only if that is known. Tokio does not tell, so this reads what Linux reports about the
+//! epoll instance in which one of our sockets appears; on other systems it is never known.
 
 use std::sync::OnceLock;
 
@@ -11,9 +11,9 @@ pub(crate) fn are_none() -> bool {
     count() == Some(0)
 }
 
-/// How many sockets the current runtime waits for, where that is known. Must be called on the runtime.
+/// How many sockets the current runtime waits for, if that is known. Must be called on the runtime.
 pub(crate) fn count() -> Option<usize> {
-    /// What a runtime watches by itself.
+    /// How many descriptors a runtime watches by itself.
     static OWN: OnceLock<Option<usize>> = OnceLock::new();
     let own = *OWN.get_or_init(|| {
         // A runtime cannot be entered from within another one on the same thread.

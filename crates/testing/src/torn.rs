@@ -1,7 +1,7 @@
 //! Critical sections of `cancel-safe-guard` that are torn during a run.
 //!
-//! Invariant: a section is held against the run on whose thread it was dropped, never against another one; and what the
-//! exploration itself drops is held against nobody.
+//! Invariant: a torn section counts against the run on whose thread it was dropped, never against another one; a
+//! section that the exploration itself drops counts against nothing.
 
 use std::cell::RefCell;
 
@@ -13,12 +13,12 @@ thread_local! {
     static RUN: RefCell<Option<Run>> = const { RefCell::new(None) };
 }
 
-/// What was torn in the run on this thread: the first section of each kind, which is the innermost one.
+/// What was torn in the run on this thread: the first section of each kind, which is the innermost.
 #[derive(Debug, Default)]
 struct Run {
     by_code: Option<Site>,
     by_us: Option<Site>,
-    /// Whether what is dropped now is dropped by the exploration.
+    /// Whether drops at this moment are made by the exploration.
     ours: bool,
 }
 
@@ -28,7 +28,7 @@ pub(crate) struct Watch(());
 
 impl Watch {
     pub(crate) fn begin() -> Self {
-        // Beside the hook, which belongs to the program under test.
+        // In addition to the hook, which belongs to the program under test.
         observe_torn(notice);
         RUN.set(Some(Run::default()));
         Self(())
@@ -51,7 +51,7 @@ impl Drop for Watch {
     }
 }
 
-/// While it lives, what is torn on this thread is torn by the exploration.
+/// While this lives, a section torn on this thread counts as torn by the exploration.
 #[derive(Debug)]
 pub(crate) struct Ours {
     before: bool,
@@ -91,6 +91,6 @@ fn notice(torn: &Torn) {
             first.get_or_insert_with(|| Site::new(torn.location.file().replace('\\', "/"), torn.location.line()));
         }
     };
-    // Other threads end too, and may tear a section when their thread-locals are gone already.
+    // Other threads end too, and may tear a section when their thread-locals are already gone.
     RUN.try_with(notice).unwrap_or_default();
 }

@@ -1,11 +1,11 @@
-//! The waker that notices its own clone, and so learns where an operation waits.
+//! The waker that notices when it is cloned, and so learns where an operation waits.
 //!
 //! Invariant: a trace is taken only while the operation is being polled, on the thread that polls it.
 //!
 //! A leaf future stores a clone of the waker before it returns `Pending`. The stack at that clone runs from the leaf
 //! through every `async fn` to the operation, so it names the await. The waker is made from a `Box`, not an `Arc`, for
 //! two reasons: cloning a `Box` runs our `Clone`, and a boxed waker never equals its clone under `Waker::will_wake`,
-//! so that a leaf which keeps its old waker when it "would wake the same" clones again at each poll.
+//! so a leaf that would keep an old waker that "would wake the same" clones it again at each poll.
 //!
 //! `cooked-waker` rebuilds the `Box` from the raw pointer at each call, possibly on two threads at once. That is
 //! sound as long as nothing is written through the box: [`Probe`] holds one immutable `Arc` and has no interior
@@ -22,7 +22,7 @@ use cooked_waker::{IntoWaker, Wake, WakeRef};
 use crate::lock::lock;
 use crate::torn;
 
-/// A poll that clones its waker more often (a join of hundreds) is traced by its first and last clones only.
+/// If a poll clones its waker more often (a join of hundreds), only its first and last clones are traced.
 const TRACES_PER_POLL: usize = 8;
 
 /// The payload of the panic that `Way::Panic` raises at its point.
@@ -53,7 +53,7 @@ struct State {
 }
 
 impl Tracer {
-    /// Polls with the noticing waker. `driver` is woken when the operation is.
+    /// Polls with the noticing waker. `driver` is woken when the operation is woken.
     pub(crate) fn poll<T>(
         &self,
         driver: &Waker,
@@ -93,7 +93,7 @@ impl Tracer {
     }
 }
 
-/// Ends the noticing with the poll, also when the poll unwinds.
+/// Ends the noticing with the poll, even if the poll unwinds.
 struct Disarm<'a>(&'a Mutex<State>);
 
 impl Drop for Disarm<'_> {
@@ -102,7 +102,7 @@ impl Drop for Disarm<'_> {
     }
 }
 
-/// What the waker is made of.
+/// The data behind the waker.
 #[derive(Debug)]
 struct Probe {
     shared: Arc<Mutex<State>>,

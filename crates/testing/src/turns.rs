@@ -1,9 +1,9 @@
-//! The turns of the scheduler, by which tasks are run one poll at a time.
+//! The turns of the scheduler, which run tasks one poll at a time.
 //!
-//! Invariant: between two turns no task runs, and "idle" is said only when none was ready.
+//! Invariant: between two turns no task runs, and a turn is "idle" only if none was ready.
 //!
-//! Stock tokio tells nobody that it has polled a task. But a current-thread runtime with an event interval of one polls
-//! a driver that has woken itself after every task. And it runs its tasks in turn: when a task of ours, the sentinel,
+//! Stock tokio does not report that it has polled a task. But a current-thread runtime with an event interval of one
+//! polls a driver that has woken itself after every task. And it runs its tasks in turn: if our own task, the sentinel,
 //! is queued behind all others and is the next to be polled, nothing else was ready.
 
 use std::future::poll_fn;
@@ -12,7 +12,7 @@ use std::task::{Context, Poll, Waker};
 
 use crate::lock::lock;
 
-/// What one step of the world was.
+/// The outcome of one step of the world.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Step {
     /// A task was polled.
@@ -21,11 +21,11 @@ pub(crate) enum Step {
     Idle,
 }
 
-/// Hands out the turns of the runtime on which it was made.
+/// Hands out the turns of the runtime on which it was created.
 #[derive(Debug)]
 pub(crate) struct Turns(Arc<Mutex<Sentinel>>);
 
-/// A task that does nothing but say that it was its turn.
+/// A task that only reports that it had its turn.
 #[derive(Debug, Default)]
 struct Sentinel {
     polled: bool,
@@ -41,7 +41,7 @@ impl Sentinel {
 }
 
 impl Turns {
-    /// Sends the sentinel in. Must be called on the runtime.
+    /// Starts the sentinel. Must be called on the runtime.
     pub(crate) fn begin() -> Self {
         let sentinel = Arc::new(Mutex::new(Sentinel::default()));
         let ours = Arc::clone(&sentinel);
@@ -49,9 +49,10 @@ impl Turns {
         Self(sentinel)
     }
 
-    /// Polls the next task that is ready, if there is one, and lets what is due at once happen.
+    /// Polls the next ready task, if there is one, and lets everything that is due at once happen.
     pub(crate) async fn step(&self) -> Step {
-        // What a task or the driver makes ready comes behind the sentinel, so its turn has to come twice.
+        // A task made ready by another task or by the driver is queued behind the sentinel, so the sentinel has to get
+        // two turns.
         for _ in 0..2 {
             if self.next().await == Step::Ran {
                 return Step::Ran;
@@ -74,7 +75,7 @@ impl Turns {
                 sentinel.polled = false;
                 sentinel.waker.take()
             };
-            // Without a waker it is in the queue already.
+            // Without a waker it is already in the queue.
             if let Some(waker) = waker {
                 waker.wake();
             }

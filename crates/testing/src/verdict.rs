@@ -1,6 +1,6 @@
 //! Whether a call is cancel safe, in the sense of tokio's documentation.
 //!
-//! Invariant: `Safe` is said only of an exploration in which nothing at all went wrong.
+//! Invariant: the verdict is `Safe` only if nothing at all went wrong in the exploration.
 
 use std::fmt;
 
@@ -9,17 +9,17 @@ use crate::plan::Question;
 use crate::report::Report;
 use crate::site::Site;
 
-/// What [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found about a call.
+/// The verdict of [`Explore::cancel_safe`](crate::Explore::cancel_safe) on a call.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Verdict {
-    /// The call was dropped anywhere and called again, and gave what undisturbed calls give.
+    /// The call was dropped at any point and called again, and returned what undisturbed calls return.
     Safe,
-    /// The call was dropped and called again, and gave something else, or never ended even when it was awaited
+    /// The call was dropped and called again, and returned something else, or never ended even when it was awaited
     /// undisturbed.
     #[non_exhaustive]
     NotSafe {
-        /// The pendings before the drop.
+        /// The number of pendings before the drop.
         point: usize,
         /// The await at which it was dropped; `None` at point 0, or where no line table names it.
         site: Option<Site>,
@@ -33,7 +33,7 @@ pub enum Verdict {
     /// by reference.
     #[non_exhaustive]
     Starves {
-        /// The pendings of each call before its drop.
+        /// The number of pendings of each call before its drop.
         point: usize,
         /// The await at which the calls were dropped.
         site: Option<Site>,
@@ -47,7 +47,7 @@ pub enum Verdict {
 }
 
 impl Report {
-    /// Returns what [`Explore::cancel_safe`](crate::Explore::cancel_safe) has found; [`Verdict::Unjudged`] for other
+    /// Returns the verdict of [`Explore::cancel_safe`](crate::Explore::cancel_safe); [`Verdict::Unjudged`] for other
     /// explorations.
     #[must_use]
     pub fn verdict(&self) -> Verdict {

@@ -1,7 +1,7 @@
 //! One run of `run`: set up, poll to the point, drop, settle, check.
 //!
-//! Invariant: all of it happens in one `block_on`, as it would in a program, so that no wake is lost between its parts;
-//! only [`Way::Shutdown`] ends the runtime before the check.
+//! Invariant: everything happens in one `block_on`, as in a program, so that no wake-up is lost between the parts; only
+//! [`Way::Shutdown`] ends the runtime before the check.
 
 use std::cell::OnceCell;
 use std::time::Instant;
@@ -22,7 +22,7 @@ use crate::tracer::{OnClone, Tracer};
 use crate::way::{Outcome, Way};
 use crate::world::{Patience, World};
 
-/// What the user handed to `run`.
+/// The user's arguments of `run`.
 pub(crate) struct Scene<'a, Setup, Operation, Check> {
     pub(crate) bounds: &'a Bounds<'a>,
     pub(crate) setup: Setup,
@@ -39,7 +39,7 @@ struct Halted<'a, T> {
     scope: CancellationToken,
 }
 
-/// An operation that is to be dropped together with its runtime.
+/// An operation to be dropped together with its runtime.
 struct Doomed<'a, T> {
     running: Running<'a, Option<T>>,
     outcome: Outcome<T>,
@@ -57,7 +57,7 @@ where
         if !visit.is_slow_drop {
             return visit;
         }
-        // Once may be the machine.
+        // One slow drop may be due to the machine.
         let mut again = self.visit_once(plan, here);
         if again.is_slow_drop && again.failure.is_none() {
             let limit = self.bounds.options.drop_within.unwrap_or_default();
@@ -92,7 +92,7 @@ where
         self.bounds.act(scratch, visit, |stage, visit| self.perform(stage, plan, visit))
     }
 
-    /// Makes the state, uses it up, and drops it in whichever runtime is alive then.
+    /// Creates the state, uses it, and drops it in whichever runtime is alive then.
     fn perform<'s>(&'s self, stage: Stage<'s>, plan: Plan, visit: &mut Visit) -> (Stage<'s>, Ended) {
         let cell = OnceCell::new();
         let (stage, ended) = self.use_up(stage, plan, &cell, visit);
@@ -151,7 +151,7 @@ where
         let stage = self.bounds.stage();
         let ended = stage.block_on(async {
             dropped.and(shut_down).map_err(Broken::at("drop"))?;
-            // What the drop has spawned is gone; what the state spawns from now on is waited for.
+            // Tasks spawned by the drop are gone; tasks that the state spawns from now on are waited for.
             let ((), world) = set_up(&stage, async {}, &mut Visit::default()).await?;
             visit.is_unsettled = !self.settle(&world).await?;
             match cell.get() {
@@ -174,7 +174,7 @@ where
         Ok(verdict.map_err(|message| Refusal::new(FailureKind::Check, message)))
     }
 
-    /// Drops the operation at its point, in the way that was asked for.
+    /// Drops the operation at its point, in the requested way.
     async fn end(
         &self,
         world: &World<'_>,
@@ -197,7 +197,7 @@ where
         }
     }
 
-    /// Does the drop, and notes whether it took longer than it may.
+    /// Does the drop, and notes whether it took longer than allowed.
     fn timed<R>(&self, visit: &mut Visit, drop: impl FnOnce() -> R) -> R {
         let begun = Instant::now();
         let dropped = drop();
@@ -205,7 +205,7 @@ where
         dropped
     }
 
-    /// Polls the operation on until the scope around it, which has been cancelled, drops it, or it completes.
+    /// Keeps polling the operation until the cancelled scope around it drops it, or it completes.
     async fn wait_for_cut(
         &self,
         world: &World<'_>,
@@ -214,11 +214,11 @@ where
         tracer: &Tracer,
         visit: &mut Visit,
     ) -> Result<Outcome<T>, Broken> {
-        // Where it is dropped is known only afterwards, so each poll is traced.
+        // The place of the drop is known only afterwards, so each poll is traced.
         let course = self.course(plan, self.bounds.options.max_polls, OnClone::Trace, OnClone::Trace);
         let before = std::mem::take(&mut visit.traces);
         let Drive { stop, polls, traces, .. } = drive(running.as_mut(), course, world, tracer).await;
-        // In the poll in which the scope dropped it, the operation was pending once more.
+        // The operation was pending once more in the poll in which the scope dropped it.
         if matches!(stop, Stop::Completed(None)) {
             visit.polls += polls + 1;
         }
@@ -255,7 +255,7 @@ where
             }
             _ => Box::pin(async { Some(operation.await) }),
         };
-        // A run that may end anywhere has to know where it was at each poll; the others, only at the last one.
+        // A run that may end anywhere has to trace each poll; other runs trace only the last one.
         let before = if point == self.bounds.options.max_polls { OnClone::Trace } else { OnClone::Nothing };
         let at_point = if way == Way::Panic { OnClone::TraceAndPanic } else { OnClone::Trace };
         let tracer = Tracer::default();
@@ -266,7 +266,7 @@ where
             Stop::Completed(value) => value.map_or(Outcome::Dropped { point, way }, Outcome::Completed),
             Stop::Parked | Stop::Unwound => Outcome::Dropped { point, way },
             Stop::Faulted(fault) => {
-                // It has failed already; a second panic on the way out adds nothing.
+                // It has already failed; a second panic on the way out adds nothing.
                 drop(drop_caught(running));
                 return Err(Broken::at("operation")(fault));
             }
@@ -275,7 +275,7 @@ where
         Ok(Halted { running, tracer, outcome, scope })
     }
 
-    /// The part of a run that a process does which is killed: `at_end` never returns.
+    /// The part of a run that the killed process does: `at_end` never returns.
     pub(crate) fn victim(&self, plan: Plan) -> impl FnOnce(&mut dyn FnMut(&Visit)) {
         move |at_end| {
             let mut visit = Visit::default();
@@ -287,7 +287,7 @@ where
                 drop(halted);
                 Ok::<_, Broken>(())
             });
-            // The parent learns from the silence that the setup has failed.
+            // The parent concludes from the silence that the setup has failed.
             drop(ended);
         }
     }

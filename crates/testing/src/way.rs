@@ -1,6 +1,6 @@
-//! The ways an operation ends at its point, and what became of it.
+//! The ways an operation ends at its point, and its outcome.
 //!
-//! Invariant: this is what the user's check is told, so an operation has either completed or been dropped, never neither.
+//! Invariant: the user's check gets this outcome, so an operation has either completed or been dropped, never neither.
 
 use std::fmt;
 
@@ -12,8 +12,8 @@ pub enum Way {
     Eager,
     /// After everything around it has come to rest: what it waits for is done, but it has not seen that yet.
     Settled,
-    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end where they stand. Blocking jobs that are
-    /// already submitted still run, as in tokio.
+    /// Together with its runtime: tasks that it (or a `Drop`) has spawned end at their current awaits. Blocking jobs
+    /// that are already submitted still run, as in tokio.
     ///
     /// The check runs on a fresh runtime, so the state has to outlive the runtime of the setup: a pool or a connection
     /// that was opened there is dead.
@@ -49,7 +49,7 @@ impl fmt::Display for Way {
     }
 }
 
-/// What became of the operation in a run.
+/// The outcome of the operation in a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(clippy::exhaustive_enums, reason = "an operation either completed or it was dropped; a match should say both")]
 pub enum Outcome<T> {

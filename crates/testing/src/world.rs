@@ -1,7 +1,7 @@
 //! The runtime around the operation, run one task poll at a time.
 //!
-//! Invariant: between two calls of this room no task runs and no blocking job begins; so the n-th poll of any task is
-//! the same one in each run, and can be a point.
+//! Invariant: between two calls of this room no task runs and no blocking job begins; so the n-th task poll is the same
+//! in each run, and can be a point.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -18,17 +18,18 @@ use crate::turns::{Step, Turns};
 /// How long the thread waits for blocking jobs before it lets tasks run meanwhile: a job may wait for a task.
 const STILL: Duration = Duration::from_millis(20);
 
-/// The time that one round of waiting for tasks lets pass, really and on tokio's clock.
+/// The time that one round of waiting for tasks lets pass, both in real time and on tokio's clock.
 const ROUND: Duration = Duration::from_micros(500);
 
-/// Polls of tasks in one rest. Tasks that wake themselves for ever would never come to rest.
+/// The most task polls in one rest. Tasks that wake themselves for ever would never come to rest.
 const POLLS_PER_REST: usize = 1_000;
 
-/// Polls of tasks after which blocking jobs are let through although tasks are still ready: some spin for ever.
+/// After this many task polls, blocking jobs are let through although tasks are still ready, because some tasks spin
+/// for ever.
 const POLLS_PER_DRAIN: usize = 64;
 
-/// How long everything stands still, in real time, before a wait can be known to be for ever. Threads that tokio does
-/// not know may still wake somebody; an exploration that has known one such wait is less patient with the next.
+/// How long everything must stand still, in real time, before a wait counts as endless. Threads that tokio does not
+/// know may still wake something. After one such wait, an exploration is less patient with the next.
 pub(crate) const QUIET: Duration = Duration::from_millis(200);
 const QUIET_AGAIN: u32 = 2;
 
@@ -37,7 +38,7 @@ const QUIET_AGAIN: u32 = 2;
 enum Jobs {
     /// Tasks have run since, and may have submitted some.
     Unknown,
-    /// They have been let through the gate, and not all have ended.
+    /// They have been let through the gate, but not all have ended.
     Running,
     /// All have ended.
     Done,
@@ -46,24 +47,24 @@ enum Jobs {
 /// How a wait for the operation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Went {
-    /// It has been woken.
+    /// The operation has been woken.
     Woken,
-    /// As many tasks were polled as was asked for.
+    /// The requested number of tasks was polled.
     Stepped,
 }
 
-/// When a wait is given up.
+/// When to give up a wait.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Patience {
-    /// When the limit for hangs is over.
+    /// When the hang limit is over.
     Limit,
-    /// As soon as it is known that nothing can happen any more, where that can be known.
+    /// As soon as it is known that nothing can happen any more, if that can be known.
     Known,
     /// As soon as nothing can happen without time passing.
     Rest,
 }
 
-/// The runtime, seen from the driver that runs on it.
+/// The runtime as seen by the driver that runs on it.
 #[derive(Debug)]
 pub(crate) struct World<'a> {
     stage: &'a Stage<'a>,
@@ -73,8 +74,8 @@ pub(crate) struct World<'a> {
 }
 
 impl<'a> World<'a> {
-    /// Takes the runtime over after the setup, and waits for its blocking jobs. Must be called on the runtime. `None`
-    /// says that a blocking job of the setup does not end.
+    /// Takes the runtime over after the setup, and waits for the setup's blocking jobs. Must be called on the runtime.
+    /// `None` means that one of these jobs does not end.
     pub(crate) async fn enter(stage: &'a Stage<'a>) -> Option<Self> {
         let baseline = stage.alive_tasks();
         let turns = Turns::begin();
@@ -86,8 +87,8 @@ impl<'a> World<'a> {
         has_closed.then_some(world)
     }
 
-    /// How long a blocking job is waited for before it is taken for one that waits for somebody, and is given a thread of
-    /// its own: a quarter of the limit for hangs, because a sync on a busy disk may take seconds too.
+    /// How long to wait for a blocking job before assuming that it waits for something else, and giving it its own
+    /// thread: a quarter of the hang limit, because a sync on a busy disk may take seconds too.
     fn worker_after(&self) -> Duration {
         self.stage.watchdog.limit() / 4
     }
@@ -111,18 +112,18 @@ impl<'a> World<'a> {
         drop(self.take_gate());
     }
 
-    /// For an end of the runtime that has to begin before the gate opens.
+    /// Takes the gate, for an end of the runtime that has to begin before the gate opens.
     pub(crate) fn take_gate(&self) -> Option<Gate> {
         self.gate.borrow_mut().take()
     }
 
-    /// Polls the next task that is ready, if there is one, and lets what is due at once happen.
+    /// Polls the next ready task, if there is one, and lets everything that is due at once happen.
     pub(crate) async fn step(&self) -> Step {
         self.turns.step().await
     }
 
-    /// Polls tasks until none is ready and no blocking job is left, or only such as wait for somebody, without time
-    /// passing.
+    /// Polls tasks, without letting time pass, until none is ready and no blocking job is left, except jobs that wait
+    /// for something else.
     async fn quiesce(&self) {
         let mut polls = 0;
         let mut drained = false;
@@ -139,35 +140,35 @@ impl<'a> World<'a> {
         }
     }
 
-    /// Waits until all blocking jobs that have been submitted have ended, after holding the blocking thread for
-    /// `pause`. Says whether they have: a job may wait for what is not to go on now.
+    /// Waits until all submitted blocking jobs have ended, after holding the blocking thread for `pause`. Returns
+    /// whether they have: a job may wait for something that must not continue now.
     async fn fence(&self, pause: Duration) -> bool {
         let (tell, told) = mpsc::sync_channel(1);
         drop(tokio::task::spawn_blocking(move || {
             if !pause.is_zero() {
                 std::thread::park_timeout(pause);
             }
-            // The other end is gone if the wait was given up.
+            // The receiver is gone if the wait was given up.
             tell.send(()).unwrap_or_default();
         }));
         self.hear(&Told(told), pause + STILL).await
     }
 
-    /// Lets the blocking jobs run that wait at the gate, and has it close again behind them. Whether it has is asked by
-    /// [`is_drained`](Self::is_drained).
+    /// Lets the blocking jobs that wait at the gate run, and makes the gate close again behind them.
+    /// [`is_drained`](Self::is_drained) tells whether it has closed.
     fn begin_to_drain(&self) {
         let next = Gate::close();
         // The old one opens.
         drop(self.gate.replace(Some(next)));
     }
 
-    /// Whether the gate is closed and no blocking job is left before it; waits a moment for that.
+    /// Whether the gate is closed and no blocking job is left in front of it; waits a moment for that.
     fn is_drained(&self) -> bool {
         self.gate.borrow().as_ref().is_none_or(|gate| gate.held().wait(STILL))
     }
 
-    /// Waits for a word from the blocking thread. This thread stands still meanwhile, so that no task runs that nobody
-    /// has asked to; but not for long, because a job may wait for a task.
+    /// Waits for a message from the blocking thread. It blocks this thread meanwhile, so that no task runs unasked; but
+    /// not for long, because a job may wait for a task.
     async fn hear(&self, told: &Told, still: Duration) -> bool {
         if told.wait(still) {
             return true;
@@ -179,12 +180,12 @@ impl<'a> World<'a> {
                 continue;
             }
             if begun.elapsed() > patience {
-                // Jobs that wait for each other's end are few, and the next run need not wait so long to know it.
+                // Jobs that wait for each other are rare, and the next run need not wait as long to find out.
                 self.stage.job_patience.set(STILL);
                 return false;
             }
-            // After a step the word is asked for again: should the job have ended meanwhile, a paused clock would jump to
-            // the next timer as soon as the runtime sleeps.
+            // After a step this checks for the message again: if the job has ended meanwhile, a paused clock would jump
+            // to the next timer as soon as the runtime sleeps.
             if !told.wait(Duration::ZERO) {
                 self.stage.bell.next().await;
             }
@@ -198,7 +199,7 @@ impl<'a> World<'a> {
         // The paused clock stands still while a blocking job runs, and the gate is one.
         let gate = self.take_gate();
         let closed = gate.is_some();
-        // As it ends, the gate wakes the driver of the timers, which then does not move the clock when it next sleeps.
+        // When the gate ends, it wakes the timer driver, which then does not move the clock at its next sleep.
         if let Some(gate) = gate {
             gate.open();
         }
@@ -212,7 +213,7 @@ impl<'a> World<'a> {
         step
     }
 
-    /// Lets the world go on until `is_woken`, or until `stop_after` tasks have been polled. Counts these in `steps`.
+    /// Lets the world continue until `is_woken`, or until `stop_after` task polls, which it counts in `steps`.
     pub(crate) async fn until(
         &self,
         is_woken: impl Fn() -> bool,
@@ -226,7 +227,7 @@ impl<'a> World<'a> {
             let mut running_since = Instant::now();
             let mut sleepy = false;
             loop {
-                // A step first: it brings the driver, and so what it polls next, a full budget.
+                // A step first, because it brings the driver, and so whatever it polls next, a full budget.
                 let slept = std::mem::take(&mut sleepy);
                 let step = if slept { self.sleep().await } else { self.step().await };
                 if step == Step::Ran {
@@ -249,8 +250,8 @@ impl<'a> World<'a> {
                     }
                     (Step::Ran, _) => {}
                     (Step::Idle, Jobs::Running) => {
-                        // A job that takes long may wait for a task, a timer or a socket; or for another job, which
-                        // needs a thread of its own then.
+                        // A slow job may wait for a task, a timer or a socket; or for another job, which then needs its
+                        // own thread.
                         if self.is_drained() {
                             jobs = Jobs::Done;
                         } else if running_since.elapsed() > self.worker_after() {
@@ -275,8 +276,8 @@ impl<'a> World<'a> {
         self.stage.watchdog.bound(wait).await.and_then(|went| went)
     }
 
-    /// Whether it is known that nothing will happen any more, after it has been quiet for long: no socket is watched,
-    /// and no timer is due.
+    /// Whether it is known, after a long quiet time, that nothing will happen any more: no socket is watched, and no
+    /// timer is due.
     async fn is_for_ever(&self, is_woken: impl Fn() -> bool) -> bool {
         if !sockets::are_none() {
             return false;
@@ -301,19 +302,19 @@ impl<'a> World<'a> {
         is_still && passed <= before.elapsed() && !is_woken()
     }
 
-    /// Opens the gate and lets the world go on until nothing in it can make progress without time passing. Then, for
-    /// `patience` at most, time passes until what `tracer` polls has been woken and the tasks that were spawned since
-    /// the setup have ended.
+    /// Opens the gate and lets the world continue until nothing in it can make progress unless time passes. Then it
+    /// lets time pass, for `patience` at most, until the operation of `tracer` has been woken and the tasks spawned
+    /// since the setup have ended.
     pub(crate) async fn rest(&self, tracer: &Tracer, patience: Duration) -> Result<(), Fault> {
         self.open_gate();
-        // What was never polled waits for nothing.
+        // An operation that was never polled waits for nothing.
         let patience = if tracer.has_polled() { patience } else { Duration::ZERO };
         let wait = self.wait_rounds(patience, || tracer.is_woken() && !self.has_children());
         self.stage.watchdog.bound(wait).await.map(drop)
     }
 
-    /// Opens the gate and lets tasks and blocking jobs end, for `patience` at most. Says whether the tasks that were
-    /// spawned since the setup have ended.
+    /// Opens the gate and lets tasks and blocking jobs end, for `patience` at most. Returns whether the tasks spawned
+    /// since the setup have ended.
     pub(crate) async fn settle(&self, patience: Duration) -> Result<bool, Fault> {
         self.open_gate();
         self.stage.watchdog.bound(self.wait_rounds(patience, || !self.has_children())).await
@@ -327,7 +328,7 @@ impl<'a> World<'a> {
             if is_done() {
                 return true;
             }
-            // On the blocking thread, where real time passes without moving a paused clock.
+            // On the blocking thread, because there real time passes without moving a paused clock.
             let _ended = self.fence(ROUND).await;
             if self.stage.paused {
                 self.pass_until(begun + ROUND * round).await;
@@ -337,7 +338,7 @@ impl<'a> World<'a> {
         is_done()
     }
 
-    /// Lets time pass on tokio's clock, stopping at each timer for the tasks it wakes.
+    /// Lets time pass on tokio's clock, and stops at each timer for the tasks it wakes.
     async fn pass_until(&self, deadline: tokio::time::Instant) {
         let mut timer = pin!(tokio::time::sleep_until(deadline));
         loop {
@@ -355,7 +356,7 @@ impl<'a> World<'a> {
     }
 }
 
-/// How long nothing has happened: no task has run, and a paused clock has not moved.
+/// Measures how long nothing has happened: no task has run, and a paused clock has not moved.
 #[derive(Debug)]
 struct Quiet {
     since: Instant,
