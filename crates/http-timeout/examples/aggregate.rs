@@ -29,7 +29,7 @@ use tokio::{
 /// How long the page may take in all.
 const WHOLE: Duration = Duration::from_secs(2);
 
-/// What is known of a user in time.
+/// The parts of a user's page that arrived in time.
 struct UserData {
     profile: Option<String>,
     posts: Vec<String>,
@@ -39,7 +39,7 @@ struct UserData {
 }
 
 impl UserData {
-    /// Asks all services at once. Dropping this drops all that is under way, and leaves nothing behind.
+    /// Asks all services at once. Dropping this drops all calls in flight, and leaves nothing behind.
     async fn aggregate(client: &TimeoutClient, base: &str, user: u64) -> Self {
         let end = Instant::now() + WHOLE;
         // A part has its own limit, but never more than is left for the page.
@@ -106,7 +106,7 @@ async fn main() -> Result<ExitCode, Box<dyn Error>> {
     Ok(if is_as_promised { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Serves the three of them, and tells where.
+/// Serves the three services, and returns their address.
 async fn serve() -> std::io::Result<String> {
     let listener = TcpListener::bind("127.0.0.1:0").await?;
     let base = format!("http://{}", listener.local_addr()?);
@@ -135,6 +135,6 @@ async fn answer(mut socket: TcpStream, asked_for_friends: Arc<AtomicU32>) -> std
         ("200 OK", "[1, 2, 3]")
     };
     let answer = format!("HTTP/1.1 {status}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}", body.len());
-    // A socket that takes less than this at once is of no use to an example.
+    // A socket that takes less than this at once is no use to an example.
     socket.write(answer.as_bytes()).await.map(drop)
 }

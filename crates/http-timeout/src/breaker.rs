@@ -1,4 +1,4 @@
-//! The circuit breaker, usable around any future and without the client. What is below imports downwards only:
+//! The circuit breaker, usable around any future and without the client. The files below import only downwards:
 //!
 //! ```text
 //! layer   the breaker as a tower layer
@@ -14,7 +14,7 @@
 //! sync    the locks and atomics of all these, which the model checker replaces
 //! ```
 //!
-//! Invariant: nothing in here knows of HTTP.
+//! Invariant: nothing in here knows about HTTP.
 
 mod circuit;
 mod closed;

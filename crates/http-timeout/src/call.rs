@@ -1,7 +1,7 @@
 //! One call: the attempts and redirects that bring a request its response, under the limits of its client.
 //!
-//! Invariant: everything a call holds is owned by its future or by the body it returns, so dropping either gives it
-//! back; and a request that may have been sent is sent again only if sending it twice is the same as once.
+//! Invariant: the call's future, or the body it returns, owns everything that the call holds, so dropping either gives
+//! it back; and a request that may have been sent is sent again only if sending it twice is the same as once.
 
 mod blame;
 mod body;
@@ -48,13 +48,14 @@ pub(crate) use {
 /// How much of an unwanted body is read so that its connection can be used again.
 const DRAIN_BYTES: usize = 64 * 1024;
 
-/// How long that may take; a new connection is cheaper than a longer wait.
+/// How long that read may take; a new connection is cheaper than a longer wait.
 const DRAIN_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// How long the wait for a silent connection's end may take.
 const GIVE_UP_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// How often a call may go on for free because another call, which was making the connection for both, was dropped.
+/// How often a call may be repeated for free because another call, which was making the connection for both, was
+/// dropped.
 const MAX_FREE: u32 = 16;
 
 /// How many attempts a response took, including the one that brought it. Every response has it as an extension.
@@ -71,7 +72,7 @@ const MAX_FREE: u32 = 16;
 #[expect(clippy::exhaustive_structs, reason = "it is a number with a name, and never more")]
 pub struct Attempts(pub u32);
 
-/// What the caller asked for beside the request itself.
+/// The caller's options besides the request itself.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Order {
     pub(crate) idempotent: bool,
@@ -88,19 +89,19 @@ struct Call<'a> {
     order: Order,
     deadline: Deadline,
     attempts: u32,
-    /// Requests that do not count, because they came to nothing through no fault of the origin.
+    /// How many requests do not count, because they failed through no fault of the origin.
     free: u32,
     hop: &'a mut Hop,
-    /// Where another attempt begins, if not with the hop.
+    /// The hop where another attempt begins, if not the present one.
     start: Option<Box<Hop>>,
-    /// The way out of the latest request, if its body is a stream: that may go on behind an early answer.
+    /// The watch over the latest request's body, if that is a stream: its upload may continue after an early answer.
     upload: Option<Outgoing>,
     leg: Leg,
-    /// Pays for the next attempt.
+    /// The token that pays for the next attempt.
     token: Option<Token<'a>>,
 }
 
-/// What one request on its way holds.
+/// What one request in flight holds.
 #[derive(Debug, Default)]
 struct Leg {
     admission: Option<BreakerPermit>,
@@ -114,11 +115,11 @@ struct Failed {
     verdict: Verdict,
 }
 
-/// What an exchange has come to.
+/// The outcome of an exchange.
 #[derive(Debug)]
 enum Settled<'a> {
     Ended(Result<Response, RequestError>),
-    /// It goes on, when what is left of the answer is out of the way.
+    /// The call goes on, once the rest of the answer is out of the way.
     Goes {
         unread: Option<Box<Response>>,
         next: Next<'a>,
@@ -129,7 +130,7 @@ enum Settled<'a> {
 #[derive(Debug)]
 enum Next<'a> {
     Redirected(Box<Result<Request, Refused>>),
-    /// The same request at once, for free.
+    /// The same request again at once, for free.
     Same,
     Again {
         at: Instant,
@@ -137,11 +138,11 @@ enum Next<'a> {
     },
 }
 
-/// Sends the request, and again as the policy says, wherever redirects lead, and puts the limits of the call around the
-/// body of the response.
+/// Sends the request, retries it as the policy says, follows redirects, and puts the limits of the call around the body
+/// of the response.
 ///
-/// A future keeps the room of what is moved out of it, and every call in flight has one. So what is large is made before
-/// the future, and is lent within it; and what few calls need is in a box.
+/// A future keeps the space of values that are moved out of it, and every call in flight has a future. So large values
+/// are created before the future and borrowed within it, and values that few calls need are boxed.
 pub(crate) fn send(
     client: Arc<Shared>,
     reqwest: reqwest::Client,
@@ -171,13 +172,14 @@ pub(crate) fn send(
 }
 
 impl<'a> Call<'a> {
-    /// Sends the request, and again as the policy says, wherever redirects lead.
+    /// Sends the request, retries it as the policy says, and follows redirects.
     async fn run(&mut self) -> Result<Response, RequestError> {
         if !has_timers() {
             return Err(RequestError::NoRuntime { report: self.report(Phase::Permit) });
         }
         loop {
-            // A request is polled before its deadline is looked at, so one that came too late would be sent.
+            // A request is polled before its deadline is checked, so without this a request that is too late would be
+            // sent.
             if self.deadline.is_past(Instant::now()) {
                 return Err(RequestError::timeout(Limit::Total, self.report(Phase::Permit)));
             }
@@ -195,7 +197,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Gets everything ready for the request that follows.
+    /// Prepares everything for the next request.
     async fn go_on(&mut self, unread: Option<Box<Response>>, next: Next<'a>) -> Result<(), RequestError> {
         if let Some(response) = unread {
             self.drain(response).await;
@@ -218,10 +220,11 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// Takes the permits if they are there without a wait.
+    /// Takes the permits if they are available without a wait.
     fn has_permits(&mut self) -> Result<bool, RequestError> {
         if self.leg.permits.is_none() {
-            // An open circuit must not cost a wait; it is asked again, and counted, when the permit is there.
+            // An open circuit must not cost a wait. The breaker is asked again, and the call counted, once the permit
+            // is there.
             if let Some(retry_after) = self.hop.breaker.as_ref().and_then(CircuitBreaker::refusal) {
                 return Err(self.circuit_open(retry_after));
             }
@@ -261,10 +264,11 @@ impl<'a> Call<'a> {
         self.attempts += 1;
     }
 
-    /// Sends the request of this hop once, or its copy as well if the client hedges.
+    /// Sends this hop's request once, and its copy as well if the client hedges.
     async fn send(&mut self) -> Result<Response, Failed> {
         if self.has_gone_silent() {
-            // It takes a moment at most, since it says nothing to the peer; if a connection must be made, so be it.
+            // This takes a moment at most, because it sends nothing to the peer, except that it may have to make a
+            // connection.
             let given_up = Box::pin(give_up(self.reqwest, self.hop.request.url()));
             within(self.deadline.part(Some(GIVE_UP_TIMEOUT)), given_up).await;
         }
@@ -275,13 +279,13 @@ impl<'a> Call<'a> {
         self.exchange(response, &outgoing).await
     }
 
-    /// Whether the pool's connection must not be given to this request.
+    /// Whether this request must not use the pool's connection.
     fn has_gone_silent(&self) -> bool {
         let is_probe = || self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() == State::HalfOpen);
         self.hop.origin.connections.take_silent(is_probe)
     }
 
-    /// The request of this hop on its way, from the first poll on.
+    /// Starts this hop's request, which is sent at the first poll.
     fn launch(&mut self) -> (impl Future<Output = reqwest::Result<Response>> + Unpin + use<>, Outgoing) {
         let request = self.hop.request();
         let (response, outgoing) = self.execute(request);
@@ -301,7 +305,7 @@ impl<'a> Call<'a> {
         (self.reqwest.execute(request), outgoing)
     }
 
-    /// Awaits the response to a request within the limits of an attempt.
+    /// Waits for the response to a request, within the limits of an attempt.
     #[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
     fn exchange<'s, R: Future<Output = reqwest::Result<Response>> + Unpin>(
         &'s self,
@@ -358,14 +362,14 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Tells the breaker of the result, and says what follows it.
+    /// Reports the result to the breaker, and decides what follows.
     fn settle(&mut self, result: Result<Response, Failed>) -> Settled<'a> {
         let admission = self.leg.admission.take();
         let (result, admission) = self.judge(result, admission);
-        // Asked when the breaker has heard of it: a circuit that opens now is not tried again.
+        // Decided after the breaker got the result, so that a circuit that opens now is not tried again.
         match self.next(&result) {
             Some(next) => {
-                // A redirect is a good answer of its origin, and all there is to it.
+                // A redirect is a good and complete answer of its origin.
                 admission.into_iter().for_each(BreakerPermit::success);
                 Settled::Goes { unread: result.ok().map(Box::new), next }
             }
@@ -389,7 +393,7 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Another attempt after this result, if there is one.
+    /// Another attempt after this result, if one is allowed.
     fn again(&self, result: &Result<Response, Failed>) -> Option<Next<'a>> {
         let retry = &self.client.options.retry;
         let (blame, unsent, asked) = match result {
@@ -399,7 +403,8 @@ impl<'a> Call<'a> {
             }
             Err(failed) => (failed.verdict.blame, failed.verdict.unsent, None),
         };
-        // A call that was never sent costs nobody anything. One that was sent on a stale connection is, but only once.
+        // A request that was never sent is free. A request that was sent on a stale connection is free too, but only
+        // once.
         let free = if unsent { MAX_FREE } else { 1 };
         if blame == Blame::Pool && self.free < free && self.hop.may_repeat(unsent) {
             return Some(Next::Same);
@@ -416,7 +421,7 @@ impl<'a> Call<'a> {
         Some(Next::Again { at, token: self.client.budget.as_ref()?.take()? })
     }
 
-    /// Goes on with the request that a redirect asked for; with the permits, if it stays with the same origin.
+    /// Continues with the request of a redirect, and keeps the permits if the origin stays the same.
     fn follow(&mut self, request: Result<Request, Refused>) -> Result<(), RequestError> {
         let request = request.map_err(|Refused { to, problem }| RequestError::Redirect {
             to: redacted(&to),
@@ -428,7 +433,7 @@ impl<'a> Call<'a> {
         if !Arc::ptr_eq(&left.origin, &self.hop.origin) {
             self.leg.permits = None;
         }
-        // An answer to what may not be sent twice is where another attempt goes on, not before it.
+        // After an answer to a request that must not be sent twice, another attempt begins here, not earlier.
         self.start = match self.start.take() {
             _ if !left.repeatable || left.body_is_gone => None,
             None => Some(Box::new(left)),
@@ -448,18 +453,18 @@ impl<'a> Call<'a> {
                 }
             }
         };
-        // A drain that was cut is as good as one that was finished: the connection is not used again.
+        // If the drain is cut, that is fine: the connection is just not used again.
         within(self.deadline.part(Some(DRAIN_TIMEOUT)), read).await;
     }
 
-    /// The response, and what goes with its body; or the error that a caller makes of it who takes nothing but success.
+    /// The response, and the data for its body; or an error if the caller accepts only a success.
     fn finish(mut self, response: Response) -> Result<(Response, BodyLimits, Hold), RequestError> {
         let Leg { admission, permits } = std::mem::take(&mut self.leg);
         let hold = Hold::new(admission, permits);
         let status = response.status();
         if self.order.for_success && (status.is_client_error() || status.is_server_error()) {
             let retry_after = retry_after(response.headers(), SystemTime::now());
-            // Its body goes before the permits.
+            // The body is dropped before the permits.
             drop(response);
             return Err(RequestError::Http { status, retry_after, report: self.report(Phase::Response) });
         }
@@ -483,7 +488,8 @@ impl<'a> Call<'a> {
         RequestError::CircuitOpen { origin, retry_after, report: self.report(Phase::Permit) }
     }
 
-    /// Tells the breaker what the head of the response says. A good head leaves the rest to the body's guard.
+    /// Reports to the breaker what the head of the response says. If the head is good, the body's guard reports the
+    /// rest.
     fn judge(
         &self,
         result: Result<Response, Failed>,

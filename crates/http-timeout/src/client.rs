@@ -1,6 +1,6 @@
-//! The client: its shared state, the first word of every request, and what it tells about itself.
+//! The client: its shared state, the start of every request, and its metrics.
 //!
-//! Invariant: a broken TLS or an invalid URL is an error value of the first send, never a panic.
+//! Invariant: a failed TLS set-up or an invalid URL is an error of the first send, never a panic.
 
 mod builder;
 mod many;

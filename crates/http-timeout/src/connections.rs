@@ -1,7 +1,7 @@
-//! What is known about the connections to one origin, although the pool is reqwest's: which of them have answered
+//! What is known about the connections to one origin, although the pool belongs to reqwest: which of them have answered
 //! before, and whether one has gone silent.
 //!
-//! Invariant: bounded memory, and no part in whether a call is admitted.
+//! Invariant: it uses bounded memory, and has no influence on the admission of calls.
 
 use std::{
     collections::VecDeque,
@@ -24,10 +24,10 @@ use crate::outgoing::Outgoing;
 /// The most connections that are remembered, the latest ones.
 const REMEMBERED: usize = 256;
 
-/// So many calls in a row without an answer, that timed out on a connection, are no accident.
+/// If this many calls in a row time out on a connection without an answer, that is no accident.
 const SILENT_CALLS: u32 = 3;
 
-/// Calls that were dropped by their callers count like those that timed out once they have waited so long together.
+/// Calls dropped by their callers count like timeouts once they have waited this long in all.
 const SILENCE: Duration = Duration::from_secs(1);
 
 /// The connections to one origin.
@@ -37,13 +37,13 @@ pub(crate) struct Connections {
     answered: Mutex<VecDeque<u16>>,
     /// How many calls have timed out since the last answer.
     timed_out: AtomicU32,
-    /// How many of them and of those that were dropped while they waited for an answer.
+    /// How many calls have timed out, or were dropped while they waited for an answer.
     unanswered: AtomicU32,
-    /// How long all these have waited, in milliseconds.
+    /// How long all of these have waited, in milliseconds.
     waited: AtomicU64,
 }
 
-/// A call that waits for its answer on a connection. Dropped, it counts as one that had none.
+/// A call that waits for its answer on a connection. If dropped, it counts as unanswered.
 #[derive(Debug)]
 pub(crate) struct Waiting<'a> {
     connections: &'a Connections,
@@ -52,12 +52,12 @@ pub(crate) struct Waiting<'a> {
 }
 
 impl Waiting<'_> {
-    /// The wait has ended by itself: in an answer, an error or a timeout.
+    /// Notes that the wait has ended by itself: in an answer, an error or a timeout.
     pub(crate) fn end(mut self) {
         self.is_over = true;
     }
 
-    /// A limit of the call was reached.
+    /// Notes that a limit of the call was reached.
     pub(crate) fn timed_out(mut self) {
         self.is_over = true;
         if let Some(taken) = self.outgoing.taken() {
@@ -93,7 +93,7 @@ impl Connections {
         }
     }
 
-    /// Whether the connection that failed with `error` had answered before, so that it came out of the pool.
+    /// Whether the connection that failed with `error` had answered before, and so came out of the pool.
     pub(crate) fn had_answered(&self, error: &reqwest::Error) -> bool {
         let Some(info) = find::<PoolError>(error).and_then(PoolError::connect_info) else { return false };
         let mut extras = Extensions::new();
@@ -101,21 +101,21 @@ impl Connections {
         let Some(port) = extras.get::<HttpInfo>().map(|info| info.local_addr().port()) else { return false };
         let mut answered = self.lock();
         let place = answered.iter().position(|known| *known == port);
-        // One of HTTP/2 fails many calls at once, so it is not forgotten here.
+        // An HTTP/2 connection fails many calls at once, so it is not forgotten here.
         if let Some(place) = place {
             answered.swap(place, 0);
         }
         place.is_some()
     }
 
-    /// A call begins to wait for its answer.
+    /// Notes that a call begins to wait for its answer.
     pub(crate) fn wait<'a>(&'a self, outgoing: &'a Outgoing) -> Waiting<'a> {
         Waiting { connections: self, outgoing, is_over: false }
     }
 
-    /// Whether a connection has gone silent, so that it must not be given to the next call. Told once, to one call.
+    /// Whether a connection has gone silent, so that the next call must not use it. Returns true only once.
     ///
-    /// For a probe it is enough that nobody was answered, however short their patience was.
+    /// For a probe it is enough that no call was answered, however short the waits were.
     pub(crate) fn take_silent(&self, is_probe: impl FnOnce() -> bool) -> bool {
         let unanswered = self.unanswered.load(Relaxed);
         if unanswered < SILENT_CALLS {
@@ -148,9 +148,9 @@ impl Connections {
 
 /// Takes the pooled HTTP/2 connection to the origin of `url` out of the pool; calls that are running on it go on.
 ///
-/// HTTP/1 needs none of this: there a call that is dropped takes its connection along. The pool tells which connection
-/// it has only in an error, so this asks for what hyper refuses by itself, on the connection and without a byte to the
-/// peer: CONNECT with a body on HTTP/2, and HTTP/2 on a connection of HTTP/1. `tests/it/http2.rs` holds hyper to it.
+/// HTTP/1 does not need this: there a dropped call takes its connection with it. The pool reveals its connection only
+/// in an error. So this makes a request that hyper itself refuses, on the connection and without a byte to the peer:
+/// CONNECT with a body on HTTP/2, and HTTP/2 on an HTTP/1 connection. `tests/it/http2.rs` checks that in hyper.
 pub(crate) async fn give_up(reqwest: &reqwest::Client, url: &Url) {
     let mut request = Request::new(Method::CONNECT, url.clone());
     *request.version_mut() = Version::HTTP_2;

@@ -1,4 +1,4 @@
-//! The errors, named by what the caller can do about them; each says in one line what was asked and how far it came.
+//! The errors, named by what the caller can do about them; each says in one line what was requested and how far it got.
 //!
 //! Invariant: no message carries the credentials, the query or the fragment of a URL, nor a header.
 
@@ -222,11 +222,11 @@ impl RequestError {
         }
     }
 
-    /// What a guarded body put into the error `outer`, around which reqwest has put its own.
+    /// Takes the error that a guarded body returned out of `outer`, reqwest's error around it.
     fn taken_from(outer: reqwest::Error) -> Result<Self, reqwest::Error> {
         let mut next: Option<&(dyn StdError + 'static)> = Some(&outer);
         while let Some(error) = next {
-            // An `io::Error` hides what it was made of from `source`, so it is opened by hand.
+            // An `io::Error` does not return its inner error from `source`, so it is opened by hand.
             let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
             let ours = inner.and_then(|inner| inner.downcast_ref::<Self>()).or_else(|| error.downcast_ref::<Self>());
             match ours {
@@ -244,7 +244,7 @@ impl RequestError {
         Err(outer)
     }
 
-    /// Takes over an error of reqwest, of a call whose `report` is known.
+    /// Converts an error of reqwest, for a call whose `report` is known.
     pub(crate) fn reported(error: reqwest::Error, report: Box<CallReport>) -> Self {
         let wrong = error.is_builder() || lacks_tls(&error);
         // The report has the URL, without what may be secret.
@@ -253,8 +253,8 @@ impl RequestError {
     }
 }
 
-/// Takes over an error of reading a body, so that `response.json().await.map_err(RequestError::from)` tells a timeout
-/// and a body over the cap from a broken connection.
+/// Converts an error of reading a body, so that `response.json().await.map_err(RequestError::from)` tells a timeout and
+/// a body over the cap from a broken connection.
 impl From<reqwest::Error> for RequestError {
     fn from(error: reqwest::Error) -> Self {
         Self::taken_from(error).unwrap_or_else(|error| {
@@ -268,7 +268,7 @@ impl From<reqwest::Error> for RequestError {
     }
 }
 
-/// What the connector says of a scheme it was not built for.
+/// The connector's message about a scheme that it was not built for.
 const WITHOUT_TLS: &str = "invalid URL, scheme is not http";
 
 /// Whether the URL asks for TLS and reqwest was built without it.

@@ -1,7 +1,7 @@
 //! Hedging: when a second copy of a request is worth sending, and the budget that keeps copies a fraction of the load.
 //!
-//! Invariant: copies never exceed calls × budget; and a server that is slow for all is sent none, because the time after
-//! which a call is late follows what is usual.
+//! Invariant: copies never exceed calls × budget; and a server that is slow for all calls gets no copies, because the
+//! time after which a call is late follows the usual time.
 
 use std::{
     sync::atomic::{AtomicU32, AtomicU64, Ordering::Relaxed},
@@ -11,19 +11,19 @@ use std::{
 /// One copy, in the budget's unit: millionths.
 const TOKEN: u64 = 1_000_000;
 
-/// What the budget holds at most: a pause in the traffic saves up no storm.
+/// The most that the budget holds, so that a pause in the traffic does not save up a storm.
 const MOST_TOKENS: u64 = 10;
 
-/// How many of the latest answers tell what is usual.
+/// How many of the latest answers determine the usual time.
 const SAMPLES: usize = 128;
 
-/// With fewer answers than these, nothing is known.
+/// With fewer answers than this, nothing is known.
 const ENOUGH: u32 = 32;
 
-/// What is usual is worked out again after so many answers.
+/// The usual time is computed again after this many answers.
 const EVERY: u32 = 16;
 
-/// Of the latest 16 answers, so many may have been late; with more, the server is slow, and not a few of its answers.
+/// How many of the latest 16 answers may have been late. With more, the whole server is slow, not just a few answers.
 const MOST_LATE: u32 = 4;
 
 /// When a client sends a second copy of a request because its answer is late. It takes the answer that comes first.
@@ -150,7 +150,7 @@ pub(crate) struct Pace {
     /// Microseconds, the latest in a ring.
     samples: [AtomicU32; SAMPLES],
     answers: AtomicU32,
-    /// The microseconds after which an answer is late; zero if nothing is known.
+    /// After how many microseconds an answer is late; zero if unknown.
     late_after: AtomicU32,
     /// One bit for each of the latest answers: whether it was late.
     late: AtomicU32,
@@ -212,7 +212,7 @@ impl Pace {
     fn is_sound(&self) -> bool {
         let late = (self.late.load(Relaxed) & 0xFFFF).count_ones();
         let (overdue, in_flight) = (self.overdue.load(Relaxed), self.in_flight.load(Relaxed));
-        // Where few are in flight, two that are late are no sign: there the latest answers tell.
+        // If few calls are in flight, two late ones are no sign; then the latest answers decide.
         late <= MOST_LATE && overdue <= (in_flight / 8).max(3)
     }
 }
@@ -225,14 +225,14 @@ pub(crate) struct Runner<'a> {
 }
 
 impl Runner<'_> {
-    /// The answer is late. Says whether a copy may help.
+    /// Notes that the answer is late, and returns whether a copy may help.
     pub(crate) fn is_late(&mut self) -> bool {
         self.is_overdue = true;
         self.pace.overdue.fetch_add(1, Relaxed);
         self.pace.is_sound()
     }
 
-    /// A good answer has come.
+    /// Notes that a good answer has come.
     pub(crate) fn answered(self, took: Duration, hedging: &Hedging) {
         self.pace.answered(took, hedging.percentile);
     }

@@ -121,7 +121,7 @@
 //! - Informational answers (1xx) are no signs of life, because reqwest does not report them.
 //! - The part of an upload that the kernels have buffered counts as taken by the peer: on loopback 3 to 4 MiB
 //!   (measured; Linux's `tcp_wmem` and `tcp_rmem` set it). They ask to refill it in steps of a third. If a peer is so
-//!   slow that such a step takes longer than the idle timeout, it is cut although it reads; nobody is charged for that.
+//!   slow that such a step takes longer than the idle timeout, it is cut although it reads; nobody is blamed for that.
 //! - `concurrency` counts calls, not connections; the pool is reqwest's.
 //! - A call that waits for a stream of an HTTP/2 connection waits for the origin, even if all its streams carry
 //!   responses that this client does not read. Keep `concurrency_per_host` below the server's limit, often 100.

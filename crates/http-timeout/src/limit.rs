@@ -1,7 +1,7 @@
-//! How many calls may be in flight and how many may wait for that: of the client in all, and to one origin.
+//! How many calls may be in flight, and how many may wait for a permit: for the whole client, and for one origin.
 //!
 //! Invariant: `Permits` are held from the first attempt until the body has ended or was dropped, and go back in `drop`.
-//! The queues are apart, so that the one of a slow origin takes no place that calls to others need.
+//! The queues are separate, so that a slow origin's queue takes no place that calls to other origins need.
 
 use std::sync::{
     Arc,
@@ -10,7 +10,7 @@ use std::sync::{
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-/// Lets a number of calls through at a time, and a number of others wait.
+/// Lets a limited number of calls through at a time, and lets a limited number wait.
 #[derive(Debug)]
 pub(crate) struct Gate {
     permits: Arc<Semaphore>,
@@ -19,7 +19,7 @@ pub(crate) struct Gate {
     max_waiting: usize,
 }
 
-/// So many calls wait at a gate already that no more may.
+/// The most calls are already waiting at a gate.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Full {
     pub(crate) limit: usize,
@@ -33,7 +33,7 @@ pub(crate) struct Permits {
 }
 
 impl Permits {
-    /// Waits at the origin's gate first, so that the queue of a slow origin holds nothing that others need.
+    /// Waits at the origin's gate first, so that a slow origin's queue holds nothing that others need.
     pub(crate) async fn acquire(client: &Gate, origin: Option<&Gate>) -> Result<Self, Full> {
         let of_origin = match origin {
             Some(gate) => Some(gate.enter().await?),
@@ -42,7 +42,7 @@ impl Permits {
         Ok(Self { _client: client.enter().await?, _origin: of_origin })
     }
 
-    /// Does not wait.
+    /// Acquires the permits without waiting, if possible.
     pub(crate) fn try_acquire(client: &Gate, origin: Option<&Gate>) -> Option<Self> {
         let of_origin = match origin {
             Some(gate) => Some(gate.try_enter()?),
@@ -59,7 +59,7 @@ impl Gate {
     }
 
     async fn enter(&self) -> Result<OwnedSemaphorePermit, Full> {
-        // Free permits exist only while nobody waits, so this does not jump the queue.
+        // Free permits exist only while no call waits, so this does not jump the queue.
         if let Some(permit) = self.try_enter() {
             return Ok(permit);
         }

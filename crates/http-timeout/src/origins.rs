@@ -1,7 +1,7 @@
 //! One record for each origin, in a bounded map that forgets the least recently used.
 //!
-//! Invariant: an origin that is in use is forgotten only when every other one is in use too, so its breaker and its limit
-//! are not silently doubled; and one whose circuit is open only when no closed one is left.
+//! Invariant: an origin in use is forgotten only when every other one is in use too, so its breaker and its limit are
+//! not silently doubled; and an origin with an open circuit is forgotten only when none with a closed one is left.
 
 use std::{
     borrow::Cow,
@@ -33,11 +33,11 @@ pub(crate) fn origin_name(url: &Url) -> Cow<'_, str> {
 type KeyOf = Box<dyn Fn(&Request) -> String + Send + Sync>;
 type ClassOf = Box<dyn Fn(&Response) -> Class + Send + Sync>;
 
-/// How a client uses its breakers: by what it tells them apart, and what an answer says about the callee.
+/// How a client uses its breakers: how it tells them apart, and what an answer says about the callee.
 #[derive(Default)]
 pub(crate) struct Breaking {
     pub(crate) config: Option<BreakerConfig>,
-    /// One breaker for each value of it, instead of one for each origin.
+    /// Makes one breaker for each value of this function, instead of one for each origin.
     pub(crate) key: Option<KeyOf>,
     pub(crate) classify: Option<ClassOf>,
 }
@@ -71,7 +71,7 @@ pub(crate) struct Origin {
     pub(crate) breaker: Option<CircuitBreaker>,
     pub(crate) gate: Option<Gate>,
     pub(crate) connections: Connections,
-    /// How long its answers take, which only hedging asks.
+    /// How long its answers take; only hedging needs this.
     pub(crate) pace: OnceLock<Box<Pace>>,
 }
 
@@ -80,7 +80,7 @@ pub(crate) struct Origin {
 pub(crate) struct Origins {
     known: Mutex<Lru<String, Arc<Origin>>>,
     breaking: Breaking,
-    /// The breakers of a client that tells them apart by a function of the request.
+    /// The breakers of a client that selects them by a function of the request.
     keyed: Option<BreakerMap<String>>,
     /// Calls to one origin: in flight, and waiting.
     gate: Option<(usize, usize)>,
@@ -116,7 +116,7 @@ impl Origins {
         }
     }
 
-    /// The name by which the breaker for `request` goes.
+    /// The name of the breaker for `request`.
     pub(crate) fn breaker_name(&self, request: &Request) -> String {
         match &self.breaking.key {
             Some(key) => key(request),
@@ -150,7 +150,7 @@ impl Origins {
     }
 }
 
-/// What would be lost with an origin that was forgotten.
+/// What would be lost if an origin were forgotten.
 fn loss(origin: &Arc<Origin>) -> Loss {
     // A forgotten gate would come back with a full set of permits.
     let in_flight = origin.gate.as_ref().is_some_and(|gate| gate.in_flight() > 0);

@@ -1,8 +1,8 @@
-//! The way out of one attempt, watched from the body that the connection takes: whether it has taken the request, when
-//! it last asked for more, and how long it had to wait for us.
+//! A watch over the upload of one attempt, placed in the body that the connection takes: whether the connection has
+//! taken the request, when it last asked for more, and how long it had to wait for us.
 //!
-//! Invariant: a request that no connection has taken was not sent, not a byte of it; every request carries the watch,
-//! with a body or without.
+//! Invariant: of a request that no connection has taken, not a byte was sent; every request carries the watch, with or
+//! without a body.
 
 use std::{
     pin::Pin,
@@ -16,28 +16,28 @@ use http_body::{Frame, SizeHint};
 use reqwest::{Body, Request};
 use tokio::time::Instant;
 
-/// A body is handed over in pieces of this size, so that each piece the peer takes is seen. The connection asks again
-/// when it has got rid of sixteen of them, or of 400 KiB.
+/// A body is handed over in pieces of this size, so that the watch sees each piece that the peer takes. The connection
+/// asks again when it has written sixteen of them, or 400 KiB.
 const PIECE_BYTES: usize = 32 * 1024;
 
-/// After so much in one go, which is what the connection writes at once, it is sent to look for an answer. A peer that
-/// answers early and closes would otherwise be noticed by the next write, which fails, and its answer would be lost.
+/// After this much in one go, which is what the connection writes at once, the connection has to check for an answer.
+/// Otherwise, if a peer answers early and closes, the next write would fail, and the answer would be lost.
 const STRETCH_BYTES: usize = 13 * PIECE_BYTES;
 
-/// How long it looks the first time, which is when a redirect or a refusal comes.
+/// How long the first check takes, which is when a redirect or a refusal comes.
 const FIRST_LOOK: Duration = Duration::from_millis(2);
 
-/// The size to which they shrink for a peer that is slow to take them.
+/// The size to which the pieces shrink for a peer that is slow to take them.
 const SMALL_PIECE_BYTES: usize = 512;
 
-/// What is below this is sent in one go; of more, the buffers of two kernels may hold any part for any time.
+/// A body smaller than this is sent in one go; of a larger one, the buffers of two kernels may hold any part for any
+/// time.
 const UNSEEN_BYTES: u64 = 64 * 1024;
 
-/// What the buffers hide is taken in a few steps of the size that can be seen: the kernel asks for more when about a
-/// third of what it can hold is gone.
+/// Buffered data leaves in a few visible steps: the kernel asks for more when about a third of its buffer is free.
 const HIDDEN_STEPS: u32 = 4;
 
-/// What is known about the way out of one attempt.
+/// What is known about the upload of one attempt.
 #[derive(Clone, Debug)]
 pub(crate) struct Outgoing(Arc<Mutex<Flow>>);
 
@@ -47,7 +47,7 @@ struct Flow {
     taken: Option<Instant>,
     /// When the peer last took something.
     progress: Instant,
-    /// None if the request has no body, as most have none.
+    /// `None` if the request has no body, like most requests.
     feed: Option<Box<Feed>>,
 }
 
@@ -56,12 +56,12 @@ struct Flow {
 struct Feed {
     /// Since when the connection has been waiting for our producer.
     starving: Option<Instant>,
-    /// How long it waited for it before that.
+    /// How long it waited for our producer before that.
     starved: Duration,
     producer_failed: bool,
-    /// The longest time in which the peer showed no progress, although it made some.
+    /// The longest time without visible progress of the peer, although it made progress.
     longest_pause: Duration,
-    /// A longer wait for the next piece makes the pieces smaller.
+    /// If the wait for the next piece is longer than this, the pieces become smaller.
     patience: Option<Duration>,
     bytes: u64,
     piece: usize,
@@ -70,8 +70,8 @@ struct Feed {
 impl Outgoing {
     /// Puts a watch between `request` and the connection.
     ///
-    /// Such a body cannot be copied by what is below, so neither the redirects nor the retries of reqwest send it
-    /// again behind our back.
+    /// The layers below cannot copy such a body, so neither reqwest's redirects nor its retries send it again behind
+    /// our back.
     pub(crate) fn watch(request: &mut Request, idle: Option<Duration>) -> Self {
         let body = request.body_mut().take();
         let feed = body.is_some().then(|| Box::new(Feed::new(idle.map(|idle| idle / 8))));
@@ -81,13 +81,13 @@ impl Outgoing {
         outgoing
     }
 
-    /// When a connection took the request; `None` if none did, so that nothing of it was sent.
+    /// When a connection took the request; `None` if none did, and so nothing was sent.
     pub(crate) fn taken(&self) -> Option<Instant> {
         self.lock().taken
     }
 
-    /// When the peer will have been silent for `idle`, or for as long as it may take to empty the buffers at the pace that
-    /// it has shown. While it waits for us, its silence is our doing.
+    /// When the peer will have been silent for `idle`, or for the time that it needs to empty the buffers at its
+    /// observed pace. While it waits for us, its silence is our doing.
     pub(crate) fn idle_end(&self, idle: Duration) -> Option<Instant> {
         let flow = self.lock();
         let Some(feed) = &flow.feed else { return flow.progress.checked_add(idle) };
@@ -130,7 +130,7 @@ impl Flow {
         }
     }
 
-    /// The connection asks for more: the peer has taken what it had.
+    /// Notes that the connection asks for more, so the peer has taken what it had.
     fn asked(&mut self) {
         let now = Instant::now();
         self.taken.get_or_insert(now);
@@ -161,7 +161,7 @@ impl Feed {
         }
     }
 
-    /// The connection does not wait for our producer any more. Whether it did.
+    /// Notes that the connection does not wait for our producer any more. Returns whether it did.
     fn end_hunger(&mut self, now: Instant) -> bool {
         let Some(since) = self.starving.take() else { return false };
         self.starved += now.saturating_duration_since(since);
@@ -183,15 +183,15 @@ struct WatchedBody {
     flow: Outgoing,
 }
 
-/// A body on its way.
+/// A body that is being sent.
 struct Upload {
     inner: Body,
     held: Bytes,
-    /// What was handed over since the connection looked for an answer.
+    /// How much was handed over since the connection last checked for an answer.
     stretch: usize,
-    /// Whether it has ever looked.
+    /// Whether it has ever checked.
     has_looked: bool,
-    /// Ends when the runtime has looked at its sockets, or later.
+    /// Ends after the runtime has checked its sockets, or later.
     pause: Option<Pin<Box<dyn Future<Output = ()> + Send + Sync>>>,
 }
 
@@ -201,7 +201,7 @@ impl Upload {
     }
 }
 
-/// Notes that the producer failed if it panics, which takes the connection along.
+/// Notes a failure of the producer if it panics, because that also ends the connection.
 struct Unwinding<'a>(&'a Outgoing);
 
 impl Drop for Unwinding<'_> {
@@ -232,7 +232,7 @@ impl http_body::Body for WatchedBody {
         }
         outgoing.lock().asked();
         if this.held.is_empty() {
-            // Not under the lock: the producer may be slow to answer, and may look at the same watch.
+            // Outside the lock, because the producer may be slow, and may use the same watch.
             let unwinding = Unwinding(outgoing);
             let polled = Pin::new(&mut this.inner).poll_frame(cx);
             drop(unwinding);
@@ -259,7 +259,7 @@ impl http_body::Body for WatchedBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        // The connection asks this before it writes the head, and nobody asks earlier.
+        // The connection calls this before it writes the head, and nothing calls it earlier.
         self.flow.lock().take();
         self.upload.as_ref().is_none_or(|upload| upload.held.is_empty() && upload.inner.is_end_stream())
     }
@@ -280,7 +280,7 @@ impl Drop for WatchedBody {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut flow = self.flow.lock();
-        // Nobody waits for our producer from here on: what follows is the peer's silence, and begins now.
+        // From here on nothing waits for our producer: any silence is the peer's, and begins now.
         if flow.feed.as_mut().is_some_and(|feed| feed.end_hunger(now)) {
             flow.progress = now;
         }

@@ -1,8 +1,8 @@
 //! The breaker's state machine, pure: the caller passes the time in, and nothing here waits or spawns.
 //!
-//! Invariant: every admission carries the generation it was made in, and its result changes that generation only.
-//! State, generation, the count of failures in a row and two marks share one atomic word, so no result can slip between a
-//! check and a transition; and a success in a circuit that has nothing to forget finds the word as its admission saw it,
+//! Invariant: every admission carries the generation in which it was made, and its result changes only that generation.
+//! State, generation, the count of failures in a row and two marks share one atomic word, so no result can slip between
+//! a check and a transition. A success in a circuit that has nothing to forget finds the word as its admission saw it,
 //! and is done.
 
 use std::{
@@ -24,7 +24,7 @@ use super::{
     },
 };
 
-/// The figures by which a circuit trips and recovers; valid, because only `BreakerConfig` makes them.
+/// The figures by which a circuit trips and recovers; always valid, because only `BreakerConfig` creates them.
 #[derive(Clone, Debug)]
 pub(crate) struct Rules {
     pub(crate) span: Span,
@@ -32,7 +32,7 @@ pub(crate) struct Rules {
     pub(crate) failure_rate: Option<f64>,
     pub(crate) consecutive_failures: Option<u32>,
     pub(crate) slow: Option<SlowRule>,
-    /// A call that was cut after it had waited this long has failed.
+    /// A call that was cut after waiting this long counts as failed.
     pub(crate) late: Nanos,
     pub(crate) silence: Option<Nanos>,
     pub(crate) probes: ProbeRules,
@@ -42,7 +42,7 @@ pub(crate) struct Rules {
     pub(crate) jitter: f64,
 }
 
-/// When a call counts as slow, and how many of them trip the circuit.
+/// When a call counts as slow, and how many slow calls trip the circuit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SlowRule {
     pub(crate) threshold: Nanos,
@@ -54,9 +54,10 @@ pub(crate) struct SlowRule {
 pub(crate) enum Ending {
     /// The answer is finished.
     Success,
-    /// The head was good, and the rest was not wanted while it flowed: the callee is well, but has finished nothing.
+    /// The head was good, but the caller dropped the rest while it was flowing: the callee is healthy, but has finished
+    /// nothing.
     Unread,
-    /// The head of a stream was good. Streams end when their consumer likes, so that is all there is to know.
+    /// The head of a stream was good. Streams end whenever their consumer likes, so nothing more can be learned.
     Stream,
     Failure,
     Ignored,
@@ -64,37 +65,37 @@ pub(crate) enum Ending {
     Cut,
 }
 
-/// When a call ended, and how much of its time was the callee's.
+/// When a call ended, and how much of its time counts for the callee.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Times {
     pub(super) now: Nanos,
-    /// Up to the head of the answer; to the end where the callee knows no heads.
+    /// The time until the head of the answer, or until the end if there are no heads.
     pub(super) took: Nanos,
-    /// That, and as long as the consumer of the body waited for it.
+    /// The same, plus the time that the body's consumer waited for it.
     pub(super) waited: Nanos,
 }
 
 impl Times {
-    /// A call that was there at once.
+    /// The times of a call that was ready at once.
     #[inline]
     pub(crate) fn at_once(admission: &Admission) -> Self {
         Self { now: admission.since, took: 0, waited: 0 }
     }
 
-    /// A call that was the callee's from its admission until now.
+    /// The times of a call that waited for the callee from its admission until now.
     pub(crate) fn until(now: Nanos, admission: &Admission) -> Self {
         let took = now.saturating_sub(admission.since);
         Self { now, took, waited: took }
     }
 
-    /// A call whose answer had a head, and whose consumer waited for its body that long.
+    /// The times of a call whose answer had a head, and whose consumer waited for the body for `body`.
     pub(crate) fn with_head(now: Nanos, admission: &Admission, head: Nanos, body: Nanos) -> Self {
         let took = head.saturating_sub(admission.since);
         Self { now, took, waited: took.saturating_add(body) }
     }
 }
 
-/// The right to make one call, in the generation it was given in. Each is handed to `finish` exactly once.
+/// The right to make one call, in the generation of its admission. Each is passed to `finish` exactly once.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Admission {
     /// State and generation, without counter and marks.
@@ -111,15 +112,15 @@ impl Admission {
     }
 }
 
-/// Calls that take less than this are measured by samples.
+/// Of calls that take less than this, only samples are measured.
 const QUICK: Nanos = 1_000_000;
 
 /// Why a call was not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Refused {
-    /// It should wait this long before it asks again.
+    /// The caller should wait this long before it asks again.
     Wait(Duration),
-    /// Nobody had noticed yet that a probe has hung: report it, and ask again.
+    /// A hung probe had not been noticed yet: report it, and ask again.
     Reopened(Transition),
 }
 
@@ -139,12 +140,12 @@ pub(crate) struct Circuit {
 
 #[derive(Debug)]
 pub(super) struct Cold {
-    /// Open: when the first probe is let in.
+    /// While open: when the first probe is admitted.
     until: Nanos,
     probes: Probes,
-    /// Closed, and only while the word has the mark: the calls that were cut since an answer was finished.
+    /// While closed, and only while the word has the mark: the calls cut since an answer was finished.
     pub(super) silence: Silence,
-    /// How many times the circuit opened since it was last closed: the exponent of the back-off.
+    /// How often the circuit has opened since it was last closed: the exponent of the back-off.
     openings: u32,
     trips: u64,
     rng: fastrand::Rng,
@@ -183,7 +184,7 @@ impl Circuit {
         (word & STATE == CLOSED).then(|| Admission { key: key(word), since: now(), probe: 0 })
     }
 
-    /// Admits a call if the circuit is closed or wants a probe, or says why not.
+    /// Admits a call if the circuit is closed or wants a probe; otherwise says why not.
     #[cold]
     pub(crate) fn admit(&self, now: Nanos) -> Result<(Admission, Option<Transition>), Refused> {
         let mut cold = self.lock();
@@ -221,7 +222,8 @@ impl Circuit {
     fn refusal_of(&self, word: u64, cold: &Cold, now: Nanos) -> Option<Duration> {
         let until = match word & STATE {
             CLOSED => return None,
-            // Nobody knows when an operator will reset it; the longest wait of an open circuit is a fair pace to ask.
+            // Nobody knows when an operator will reset it, so the longest wait of an open circuit is a reasonable
+            // interval.
             ISOLATED => now.saturating_add(self.rules.open_max),
             HALF_OPEN if cold.probes.has_room(now, &self.rules.probes) => return None,
             HALF_OPEN => cold.probes.room_at(now, &self.rules.probes),
@@ -230,7 +232,7 @@ impl Circuit {
         until.checked_sub(now).filter(|left| *left > 0).map(Duration::from_nanos)
     }
 
-    /// Notices that a probe has hung, if nobody has yet. Callers who look at the state ask this first.
+    /// Notices a hung probe, if that has not happened yet. Callers that read the state call this first.
     pub(crate) fn notice(&self, now: impl Fn() -> Nanos) -> Option<Transition> {
         if self.word.load(SeqCst) & STATE != HALF_OPEN {
             return None;
@@ -240,7 +242,7 @@ impl Circuit {
         self.reopen_if_hung(&mut cold, word, now())
     }
 
-    /// A probe that outlived its lease has failed at that very moment, whenever it is noticed.
+    /// A probe that outlived its lease failed at the end of the lease, whenever that is noticed.
     fn reopen_if_hung(&self, cold: &mut Cold, word: u64, now: Nanos) -> Option<Transition> {
         if word & STATE != HALF_OPEN {
             return None;
@@ -297,7 +299,7 @@ impl Circuit {
             Ending::Failure => cold.probes.fail(number, rules),
             Ending::Ignored => cold.probes.give_back(number),
             Ending::Cut if waited >= self.rules.late => cold.probes.fail(number, rules),
-            // Nothing was learnt: the slot goes back at once, and the next call is the probe.
+            // Nothing was learned: the slot is free at once, and the next call is the probe.
             Ending::Cut if !self.is_telling(waited) => cold.probes.give_back(number),
             Ending::Cut => cold.probes.cut(number, waited, now, rules),
             _ if self.is_slow(took) => cold.probes.fail(number, rules),
@@ -314,9 +316,9 @@ impl Circuit {
         }
     }
 
-    /// Whether a success of this admission may go without a look at the clock, as if it had ended when it began: only
-    /// where calls come and go within a millisecond, and even there one in sixteen is timed, so that it is noticed when
-    /// they begin to take longer. The lowest bits of the clock are as good as dice.
+    /// Whether a success of this admission may skip the clock, as if it had ended when it began. That is so only while
+    /// calls take less than a millisecond, and even then one in sixteen is timed, to notice when they take longer. The
+    /// lowest bits of the clock serve as dice.
     #[inline]
     pub(crate) fn is_quick(&self, admission: &Admission) -> bool {
         let is_busy = admission.since.saturating_sub(self.window.here().answered()) < QUICK;
@@ -328,18 +330,18 @@ impl Circuit {
         self.rules.slow.is_some_and(|slow| took >= slow.threshold)
     }
 
-    /// Whether a call that was cut after this wait tells anything about the callee.
+    /// Whether a call cut after this wait says anything about the callee.
     pub(super) fn is_telling(&self, waited: Nanos) -> bool {
         waited >= SHORTEST && waited >= self.usual.load(Relaxed)
     }
 
-    /// Learns how long an answer took. One that was there at once tells nothing about those that take a while.
+    /// Learns how long an answer took. An answer that was there at once says nothing about answers that take a while.
     #[inline]
     pub(super) fn learn(&self, took: Nanos) {
         if took == 0 {
             return;
         }
-        // Two that learn at once may lose one of two examples of the same thing.
+        // If two calls learn at once, one of two similar samples may be lost.
         let usual = self.usual.load(Relaxed);
         let learnt = if usual == 0 { took } else { usual - usual / 8 + took / 8 };
         self.usual.store(learnt.max(1), Relaxed);
@@ -370,7 +372,7 @@ impl Circuit {
     fn close(&self, cold: &mut Cold, word: u64) -> Transition {
         let next = successor(word, CLOSED);
         cold.openings = 0;
-        // Before the word, so that no call of the new generation finds the results of the old one.
+        // Before the word changes, so that no call of the new generation finds the old one's results.
         self.window.restart(generation(next));
         self.word.store(next, SeqCst);
         transition(word, next)
@@ -396,7 +398,7 @@ impl Circuit {
         state(self.word.load(SeqCst))
     }
 
-    /// Whether a circuit that was forgotten would be missed: it refuses calls, or has not long ceased to.
+    /// Whether forgetting this circuit would lose something: it refuses calls, or did so recently.
     pub(crate) fn is_worth_keeping(&self, now: impl Fn() -> Nanos) -> bool {
         let word = self.word.load(SeqCst);
         match word & STATE {
@@ -421,14 +423,14 @@ impl Circuit {
         }
     }
 
-    /// Makes an admission one of the present generation, which no honest caller can.
+    /// Moves an admission to the present generation, which no correct caller can do.
     #[cfg(test)]
     pub(super) fn forge(&self, admission: &mut Admission) {
         admission.key = key(self.word.load(SeqCst));
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Cold> {
-        // Every critical section only assigns plain values; a poisoned lock guards a usable state.
+        // Every critical section only assigns plain values, so a poisoned lock guards a usable state.
         self.cold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

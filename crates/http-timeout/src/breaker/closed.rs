@@ -1,7 +1,7 @@
-//! What the results of a closed circuit's calls come to.
+//! The effect of results on a closed circuit.
 //!
-//! Invariant: whatever may make a rate reach its limit is followed by a look at the rates: a failure, a slow call, a
-//! success that completes the minimum, and the window's slide.
+//! Invariant: the rates are checked after everything that may bring one to its limit: a failure, a slow call, a success
+//! that completes the minimum, and a slide of the window.
 
 use std::sync::atomic::Ordering::SeqCst;
 
@@ -13,7 +13,7 @@ use super::{
 };
 
 impl Circuit {
-    /// The callee is well. If its answer is finished, so is a silence.
+    /// Counts a healthy call. If its answer is finished, that also ends a silence.
     #[inline]
     pub(super) fn succeed(&self, expected: u64, is_finished: bool, times: Times) -> Option<Transition> {
         let stripe = self.window.here();
@@ -26,12 +26,13 @@ impl Circuit {
             return self.record(expected, Tally { failure: false, slow: true }, forgets, times.now);
         }
         let slid = self.window.succeed(stripe, generation(expected), times.now);
-        // After the success was counted: whoever marks the window as short counts after that, so one sees the other.
+        // After the success was counted: a call that marks the window as short counts after that, so one of the two
+        // sees the other.
         let word = self.word.load(SeqCst);
         if word == expected && !slid { None } else { self.look(expected, forgets, slid, times.now) }
     }
 
-    /// A success that has something to forget or, possibly, completes the minimum.
+    /// Handles a success that has something to forget or that may complete the minimum.
     #[cold]
     fn look(&self, expected: u64, forgets: u64, slid: bool, now: Nanos) -> Option<Transition> {
         let word = self.change(expected, |word| word & !forgets)?;
@@ -41,13 +42,13 @@ impl Circuit {
         self.judge(expected, self.window.counts(now), now)
     }
 
-    /// The call has failed.
+    /// Counts a failed call.
     #[cold]
     pub(super) fn fail(&self, expected: u64, times: Times) -> Option<Transition> {
         self.record(expected, Tally { failure: true, slow: self.is_slow(times.took) }, 0, times.now)
     }
 
-    /// The caller gave the call up.
+    /// Counts a call that its caller gave up.
     #[cold]
     pub(super) fn cut(&self, expected: u64, times: Times) -> Option<Transition> {
         let Times { now, waited, .. } = times;
@@ -59,13 +60,13 @@ impl Circuit {
         self.hush(expected, waited, now)
     }
 
-    /// Adds a call that was cut to the silence.
+    /// Adds a cut call to the silence.
     fn hush(&self, expected: u64, waited: Nanos, now: Nanos) -> Option<Transition> {
         let limit = self.rules.silence.filter(|_| self.is_telling(waited))?;
         let mut cold = self.lock();
         let word = self.change(expected, |word| word | SILENT)?;
         if word & SILENT == 0 {
-            // Something was heard since the last cut.
+            // The callee has answered since the last cut.
             cold.silence = Silence::NONE;
         }
         let began = now.saturating_sub(waited).max(self.window.answered());
@@ -77,7 +78,7 @@ impl Circuit {
         (key(word) == expected).then(|| self.open(&mut cold, word, now))
     }
 
-    /// Records what is no plain success, and opens the circuit if that was too much.
+    /// Records a result that is not a plain success, and opens the circuit if it was one too many.
     fn record(&self, expected: u64, tally: Tally, forgets: u64, now: Nanos) -> Option<Transition> {
         let counts = self.window.record(generation(expected), now, tally);
         let count = |word: u64| {
@@ -92,7 +93,8 @@ impl Circuit {
         self.judge(expected, counts, now)
     }
 
-    /// Opens the circuit if a rate has reached its limit. If only the minimum lacks, the next successes look again.
+    /// Opens the circuit if a rate has reached its limit. If only the minimum is missing, the next successes check
+    /// again.
     fn judge(&self, expected: u64, mut counts: Counts, now: Nanos) -> Option<Transition> {
         loop {
             let is_short = counts.calls < self.rules.min_calls;
@@ -104,7 +106,7 @@ impl Circuit {
             if (before & SHORT != 0) == marks {
                 return None;
             }
-            // A call that ended between the sum and the mark saw the mark as it was before; it is in the next sum.
+            // A call that ended between the sum and the mark did not see the mark; the next sum includes it.
             counts = self.window.counts(now);
         }
     }
@@ -115,7 +117,7 @@ impl Circuit {
             || self.rules.slow.is_some_and(|slow| reaches(counts.slow, slow.rate))
     }
 
-    /// Changes counter and marks of the word, and returns what they were; `None` when the generation has passed.
+    /// Changes the word's counter and marks, and returns the previous word; `None` if the generation has passed.
     fn change(&self, expected: u64, change: impl Fn(u64) -> u64) -> Option<u64> {
         let mut word = self.word.load(SeqCst);
         loop {

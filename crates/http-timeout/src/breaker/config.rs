@@ -15,7 +15,7 @@ use crate::error::BuildError;
 /// How long an attempt may take when neither the configuration nor a client's timeouts say otherwise.
 const DEFAULT_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Each probe that runs takes a few bytes.
+/// The most probes. Each running probe takes a few bytes.
 const MAX_PROBES: u32 = 65_535;
 
 /// The largest count window: each result in it takes a few bytes.
@@ -78,7 +78,7 @@ pub struct BreakerConfig {
     probes: u32,
     probes_needed: Option<u32>,
     lease: Option<Duration>,
-    /// What a client lets an attempt take.
+    /// How long a client lets an attempt take.
     patience: Option<Duration>,
     open_for: Duration,
     open_max: Duration,
@@ -151,7 +151,7 @@ impl BreakerConfig {
                 most: self.probes,
                 needed: self.probes_needed.unwrap_or(self.probes),
                 lease,
-                // Somebody who wants no silence still wants no probe to be cut and sent again for ever.
+                // Even without a silence limit, probes must not be cut and sent again for ever.
                 silence: self.silence.map_or(lease, |limit| lease.min(nanos(limit) / 2)),
             },
             open_first: nanos(self.open_for),
@@ -161,8 +161,8 @@ impl BreakerConfig {
         }
     }
 
-    /// Tells how long a client lets an attempt take: the lease of a probe, and when a cut call is late, unless the
-    /// configuration itself says so.
+    /// Sets how long a client lets an attempt take. That is the lease of a probe, and the time after which a cut call
+    /// is late, unless the configuration sets them.
     pub(crate) fn with_patience(mut self, patience: Option<Duration>) -> Self {
         self.patience = patience;
         self
@@ -371,7 +371,7 @@ impl BreakerConfigBuilder {
     }
 }
 
-/// Five hundred years fit; what is longer is as long.
+/// Five hundred years fit; a longer duration counts as that.
 #[inline]
 pub(crate) fn nanos(duration: Duration) -> Nanos {
     duration.as_secs().saturating_mul(1_000_000_000).saturating_add(u64::from(duration.subsec_nanos()))

@@ -1,6 +1,6 @@
-//! What random schedules seldom meet: each rule of the circuit at its edge, one by one.
+//! Cases that random schedules seldom hit: each rule of the circuit at its edge, one by one.
 //!
-//! Invariant: each of these fails if the rule it names is left out or is off by one.
+//! Invariant: each of these tests fails if its rule is left out or is off by one.
 
 use super::{
     circuit::{Admission, Circuit, Ending, Rules, SlowRule, Times},

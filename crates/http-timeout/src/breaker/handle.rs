@@ -151,7 +151,7 @@ impl Shared {
         nanos(self.epoch.elapsed())
     }
 
-    /// Asks a closed circuit, which is the usual case. What it gives stays in registers: callers match on it themselves,
+    /// Asks a closed circuit, which is the usual case. The result stays in registers: callers match on it themselves,
     /// because a `Result` of an admission and a refusal goes through memory, which takes a tenth longer.
     #[inline]
     fn admit_closed(&self) -> Option<Admission> {
@@ -172,7 +172,7 @@ impl Shared {
                     return Ok(admission);
                 }
                 Err(Refused::Wait(retry_after)) => return Err(CircuitOpen { retry_after }),
-                // Once at most: what has just been opened again has no probes.
+                // At most once: a circuit that has just reopened has no probes.
                 Err(Refused::Reopened(transition)) => self.report(Some(transition)),
             }
         }
@@ -191,7 +191,7 @@ impl Shared {
         }
     }
 
-    /// Makes a probe that has hung be seen in what follows.
+    /// Makes sure that a hung probe shows in what follows.
     fn notice(&self) {
         self.report(self.circuit.notice(|| self.now()));
     }
@@ -253,7 +253,7 @@ impl CircuitBreaker {
         classify: impl FnOnce(&Result<T, E>) -> Class,
         call: impl Future<Output = Result<T, E>>,
     ) -> Result<T, BreakerError<E>> {
-        // Borrows the breaker, where a permit would count a reference: two threads would fight over the counter.
+        // Borrows the breaker. A permit would count a reference, and two threads would contend for the counter.
         let admission = match self.shared.admit_closed() {
             Some(admission) => admission,
             None => self.shared.admit_probe()?,
@@ -267,7 +267,8 @@ impl CircuitBreaker {
         })
         .await;
         let ending = classify(&result).into();
-        // What was ready at once ended when it began, and the clock is the dearest part of such a call.
+        // A call that was ready at once ended when it began, and reading the clock is the most expensive part of such a
+        // call.
         if has_waited || self.shared.config.measures_slow_calls() {
             lent.end(ending);
         } else {
@@ -309,7 +310,7 @@ impl CircuitBreaker {
         })
     }
 
-    /// How long a call made now would be told to wait; `None` if it would be admitted. Takes no slot.
+    /// How long a call made now would have to wait; `None` if it would be admitted. Takes no slot.
     pub(crate) fn refusal(&self) -> Option<Duration> {
         self.shared.notice();
         self.shared.circuit.refusal(|| self.shared.now())
@@ -348,7 +349,7 @@ impl CircuitBreaker {
         self.shared.report(self.shared.circuit.reset());
     }
 
-    /// Whether somebody else holds a clone or a permit.
+    /// Whether a clone or a permit exists elsewhere.
     pub(crate) fn is_shared(&self) -> bool {
         Arc::strong_count(&self.shared) > 1
     }
@@ -358,7 +359,7 @@ impl CircuitBreaker {
         self.shared.circuit.state() == State::Isolated
     }
 
-    /// Whether a breaker that was forgotten would be missed: it refuses calls, or has not long ceased to.
+    /// Whether forgetting this breaker would lose something: it refuses calls, or did so recently.
     pub(crate) fn is_worth_keeping(&self) -> bool {
         self.shared.circuit.is_worth_keeping(|| self.shared.now())
     }
@@ -374,12 +375,12 @@ impl From<Class> for Ending {
     }
 }
 
-/// What an admission comes to when nobody says how the call ended.
+/// The ending of an admission whose call did not report one.
 fn unsaid() -> Ending {
     if std::thread::panicking() { Ending::Failure } else { Ending::Cut }
 }
 
-/// An admission that borrows its breaker for the length of one `call`.
+/// An admission that borrows its breaker for the duration of one `call`.
 struct Lent<'a> {
     shared: &'a Shared,
     admission: Admission,
@@ -449,7 +450,7 @@ impl BreakerPermit {
         }
     }
 
-    /// The caller has asked for a stream, so it tells nothing when it gives up, however long it had waited.
+    /// Notes that the caller has asked for a stream, so that giving up says nothing, however long it had waited.
     pub(crate) fn expect_stream(&mut self) {
         self.is_for_stream = true;
     }
@@ -458,37 +459,38 @@ impl BreakerPermit {
         self.is_for_stream
     }
 
-    /// The head of the answer has come. The slow-call rule and the lease of a probe look no further; what follows is the
-    /// consumer's time as well, so the endings below are told what part of it was waited for the callee.
+    /// Notes that the head of the answer has come. The slow-call rule and the lease of a probe end here. The time that
+    /// follows is also the consumer's, so the endings below get the part of it that was spent waiting for the callee.
     pub(crate) fn head(&mut self) {
         let now = self.shared.now();
         self.head = Some(now);
         self.shared.circuit.head(&self.admission, now);
     }
 
-    /// How long it took to the head of the answer.
+    /// The time until the head of the answer.
     pub(crate) fn until_head(&self) -> Duration {
         Duration::from_nanos(self.head.map_or(0, |head| self.admission.until(head)))
     }
 
-    /// The body has come to its good end. `waited` is for how long its consumer waited for the peer, in all.
+    /// Notes that the body has ended well. `waited` is how long its consumer waited for the peer in all.
     pub(crate) fn finished(mut self, waited: Duration) {
         self.end_after(Ending::Success, nanos(waited));
     }
 
-    /// The head was good, and the body was dropped before its end.
+    /// Notes that the head was good, but the body was dropped before its end.
     ///
-    /// `quiet` is for how long its consumer had been waiting for the next piece when it gave up; zero if it did not wait,
-    /// because it had the last piece still in hand or never asked for one. A body that was quiet for less than 20 ms was
-    /// flowing: the callee is well. One that was quiet for longer was stalling, and the call was cut like any other.
+    /// `quiet` is how long its consumer had been waiting for the next piece when it gave up; zero if it was not
+    /// waiting, because it still had the last piece or never asked for one. A body that was quiet for less than 20 ms
+    /// was flowing: the callee is healthy. A body that was quiet for longer was stalling, and the call was cut like any
+    /// other.
     pub(crate) fn abandoned(mut self, quiet: Duration) {
         let quiet = nanos(quiet);
         self.end_after(if quiet < SHORTEST { Ending::Unread } else { Ending::Cut }, quiet);
     }
 
-    /// The head was good, and what follows is a stream (`text/event-stream`, or marked as one by the caller), which may be
-    /// quiet for as long as it likes. The call ends here: neutral while the circuit is closed, and a good probe, because
-    /// nothing better would ever come of it.
+    /// Notes that the head was good and that a stream follows (`text/event-stream`, or marked by the caller), which may
+    /// be quiet for any length of time. The call ends here: neutral while the circuit is closed, and as a good probe,
+    /// because no better result would ever come.
     pub(crate) fn stream(mut self) {
         self.end(Ending::Stream);
     }
@@ -497,7 +499,7 @@ impl BreakerPermit {
         self.end_after(ending, 0);
     }
 
-    /// Ends the call, after its consumer has waited for the body that long.
+    /// Ends the call, after its consumer has waited for the body for `body`.
     fn end_after(&mut self, ending: Ending, body: Nanos) {
         let now = self.shared.now();
         let times = match self.head {

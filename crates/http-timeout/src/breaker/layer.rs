@@ -159,8 +159,8 @@ where
             Err(open) => return Poll::Ready(Err(BreakerError::Open(*open))),
         };
         let call = this.call.as_pin_mut().expect("the service was called, because the breaker admitted the call");
-        // Taken out for the poll, so that a panic in it drops the permit while it unwinds: that is a failure, where a
-        // drop by whoever catches the panic would be a cancellation.
+        // Taken out for the poll, so that a panic in the poll drops the permit while it unwinds: that counts as a
+        // failure, while a later drop, after the panic was caught, would count as a cancellation.
         let permit = admission.take();
         let Poll::Ready(result) = call.poll(cx) else {
             *admission = permit;

@@ -1,7 +1,8 @@
-//! Bounded maps: of breakers by key, and of whatever a client keeps for each origin.
+//! Bounded maps: of breakers by key, and of the records that a client keeps for each origin.
 //!
-//! Invariant: a map never holds more than its capacity. It forgets what is least recently used, but first what nobody
-//! would miss, then what would be missed (an open breaker would be tripped again), and only then what is needed.
+//! Invariant: a map never holds more than its capacity. It forgets the least recently used entries: first those that
+//! cost nothing to forget, then those whose knowledge would be lost (an open breaker would have to trip again), and
+//! only then those in use.
 
 use std::{
     borrow::Borrow,
@@ -14,20 +15,20 @@ use std::{
 
 use super::{config::BreakerConfig, handle::CircuitBreaker, word::State};
 
-/// What would be lost with an entry that was forgotten.
+/// What would be lost if an entry were forgotten.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Loss {
     /// Nothing but figures that come back by themselves.
     Little,
-    /// What is known of a callee that is down: the map would let calls find it out again.
+    /// The knowledge that a callee is down: calls would have to find that out again.
     Knowledge,
-    /// Somebody uses it, or has isolated it: a second one would stand beside it.
+    /// The entry is in use, or isolated: a second one would exist beside it.
     Use,
 }
 
 impl Loss {
     pub(crate) fn of(breaker: &CircuitBreaker) -> Self {
-        // Isolation is an operator's word, which only the operator takes back.
+        // An operator has isolated it, and only the operator may undo that.
         if breaker.is_shared() || breaker.is_isolated() {
             Self::Use
         } else if breaker.is_worth_keeping() {
@@ -41,8 +42,8 @@ impl Loss {
 /// A bounded map of breakers, one for each key. It forgets the least recently used.
 ///
 /// It forgets a breaker that is in use (a clone or a permit of it exists) or isolated only when all are. It forgets an
-/// open or half-open breaker only when no closed one is left. (A breaker counts as closed if nobody has asked it for
-/// its longest wait after it could have been probed.) A forgotten key starts again with a closed breaker.
+/// open or half-open breaker only when no closed one is left. (A breaker counts as closed if no call has asked it for
+/// as long as its longest wait after it could have been probed.) A forgotten key starts again with a closed breaker.
 ///
 /// # Examples
 ///
@@ -94,7 +95,7 @@ impl<K: Eq + Hash + Clone> BreakerMap<K> {
         not_closed.map(|(key, _)| key).collect()
     }
 
-    /// All that it knows.
+    /// All its entries.
     pub(crate) fn entries(&self) -> Vec<(K, CircuitBreaker)> {
         let known = lock(&self.known);
         known.entries.iter().map(|(key, held)| (key.clone(), held.value.clone())).collect()
@@ -108,7 +109,7 @@ impl<K> fmt::Debug for BreakerMap<K> {
 }
 
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // A panic in a key's `Hash` or `Eq` leaves the map a map.
+    // A panic in a key's `Hash` or `Eq` leaves the map valid.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -140,7 +141,7 @@ impl<K: Eq + Hash, V> Lru<K, V> {
         if self.entries.len() >= self.capacity.get() && !self.entries.contains_key(key) {
             self.evict(loss);
         }
-        // The common case, a known key, must not pay for an owned key, which `entry` would ask for.
+        // The common case, a known key, must not pay for an owned key, which `entry` would require.
         if !self.entries.contains_key(key) {
             self.entries.insert(key.to_owned(), Held { value: make(), used: 0 });
         }
@@ -154,9 +155,10 @@ impl<K: Eq + Hash, V> Lru<K, V> {
         let mut ranks: Vec<_> = self.entries.values().map(rank).collect();
         ranks.sort_unstable();
         let little = ranks.partition_point(|(loss, _)| *loss == Loss::Little);
-        // An eighth at once, so that the sorting is paid by many; but no more than must be of what would be missed.
+        // An eighth at once, so that many insertions share the cost of sorting; but no more than necessary of entries
+        // with a loss.
         let surplus = (self.capacity.get() / 8).min(little).max(1);
-        // By the time of use alone, which is an entry's own: what would be lost may have changed meanwhile.
+        // Only by the time of use, which is unique to an entry: the loss may have changed meanwhile.
         let gone: HashSet<u64> = ranks.iter().take(surplus).map(|(_, used)| *used).collect();
         self.entries.retain(|_, held| !gone.contains(&held.used));
     }

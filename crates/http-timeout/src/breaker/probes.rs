@@ -1,10 +1,10 @@
-//! The probes of a half-open circuit: which are running, and what those that ended have shown.
+//! The probes of a half-open circuit: the running ones, and the results of the others.
 //!
 //! Invariant: a probe that ended holds no slot, and a running one holds its slot for its lease at most.
 
 use super::{silence::Silence, window::Nanos};
 
-/// How many probes are let in, how many of them must succeed, and how long each may take.
+/// How many probes are admitted, how many of them must succeed, and how long each may take.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct ProbeRules {
     pub(crate) most: u32,
@@ -14,7 +14,7 @@ pub(crate) struct ProbeRules {
     pub(crate) silence: Nanos,
 }
 
-/// What a probe's end comes to.
+/// The effect of a probe's end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     Undecided,
@@ -22,18 +22,18 @@ pub(crate) enum Verdict {
     Open,
 }
 
-/// A probe, by a number of its own: two may begin in the same instant.
+/// A probe, identified by its own number, because two may begin in the same instant.
 #[derive(Clone, Copy, Debug)]
 struct Running {
     number: u64,
-    /// When its lease began: with the probe, and anew when the head of an answer came.
+    /// When its lease began: with the probe, and again when the head of an answer came.
     lease_began: Nanos,
     has_head: bool,
 }
 
 #[derive(Debug)]
 pub(crate) struct Probes {
-    /// There are few of them, so a list will do.
+    /// The running probes. There are few, so a list will do.
     running: Vec<Running>,
     started: u64,
     successes: u32,
@@ -61,13 +61,13 @@ impl Probes {
         self.leases(rules).filter(|end| now < *end).count() as u32
     }
 
-    /// When the first of the slots that are held will be free at the latest.
+    /// The latest time at which the first held slot will be free.
     pub(crate) fn room_at(&self, now: Nanos, rules: &ProbeRules) -> Nanos {
         self.leases(rules).filter(|end| now < *end).min().unwrap_or(now)
     }
 
-    /// When a probe outlived its lease without a sign of an answer, if one has by `now`: that is a failure. One whose
-    /// answer has begun only loses its slot, because its caller may be the one who is slow.
+    /// When a probe outlived its lease without a sign of an answer, if one has by `now`: that is a failure. A probe
+    /// whose answer has begun only loses its slot, because its caller may be the slow one.
     pub(crate) fn hung_since(&self, now: Nanos, rules: &ProbeRules) -> Option<Nanos> {
         let silent = self.running.iter().filter(|probe| !probe.has_head);
         silent.map(|probe| probe.lease_end(rules)).filter(|end| *end <= now).min()
@@ -77,42 +77,42 @@ impl Probes {
         self.running.iter().map(|probe| probe.lease_end(rules))
     }
 
-    /// Lets a probe in; the number is its own until it ends.
+    /// Admits a probe, and returns its number.
     pub(crate) fn start(&mut self, now: Nanos) -> u64 {
         self.started += 1;
         self.running.push(Running { number: self.started, lease_began: now, has_head: false });
         self.started
     }
 
-    /// The answer to the probe has begun.
+    /// Notes that the answer to the probe has begun.
     pub(crate) fn head(&mut self, number: u64, now: Nanos) {
         if let Some(probe) = self.running.iter_mut().find(|probe| probe.number == number) {
             (probe.lease_began, probe.has_head) = (now, true);
         }
     }
 
-    /// The probe has shown that the callee is well.
+    /// Notes that the probe has shown the callee to be healthy.
     pub(crate) fn succeed(&mut self, number: u64, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.successes += 1;
         if self.successes >= rules.needed { Verdict::Close } else { Verdict::Undecided }
     }
 
-    /// The probe has failed. The circuit opens when too few are left that could succeed.
+    /// Notes that the probe has failed. The circuit opens when too few probes are left that could succeed.
     pub(crate) fn fail(&mut self, number: u64, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.failures += 1;
         if self.failures > rules.most - rules.needed { Verdict::Open } else { Verdict::Undecided }
     }
 
-    /// The probe was cut after it had waited this long.
+    /// Notes that the probe was cut after waiting this long.
     pub(crate) fn cut(&mut self, number: u64, waited: Nanos, now: Nanos, rules: &ProbeRules) -> Verdict {
         self.give_back(number);
         self.silence.add(now.saturating_sub(waited), waited);
         if self.silence.length(now) >= rules.silence { Verdict::Open } else { Verdict::Undecided }
     }
 
-    /// The probe has shown nothing; its slot is free.
+    /// Notes that the probe has shown nothing, and frees its slot.
     pub(crate) fn give_back(&mut self, number: u64) -> Verdict {
         self.running.retain(|probe| probe.number != number);
         Verdict::Undecided

@@ -1,4 +1,4 @@
-//! Random schedules of the circuit against a model that is too simple to be wrong, and twins that are.
+//! Random schedules of the circuit, checked against a model that is too simple to be wrong, and against broken twins.
 //!
 //! `CANCEL_SAFE_CAMPAIGN=full` runs 100,000 of them. `CANCEL_SAFE_FUZZ_SEED` repeats those of a seed.
 
@@ -54,7 +54,7 @@ fn rules(kind: usize) -> Rules {
     }
 }
 
-/// One step of a schedule. Admissions that are out are chosen by a number, and end after their body was waited for.
+/// One step of a schedule. Open admissions are chosen by a number, and end after a wait for their body.
 #[derive(Clone, Debug)]
 enum Step {
     Wait(Nanos),
@@ -86,7 +86,7 @@ fn schedules() -> impl Strategy<Value = (usize, Vec<Step>)> {
     (any::<usize>(), prop::collection::vec(step, 1..160))
 }
 
-/// A call that is out, as the model sees it.
+/// An open call, as the model sees it.
 #[derive(Clone, Copy, Debug)]
 struct Call {
     number: usize,
@@ -108,7 +108,7 @@ struct Model {
     calls: usize,
     /// When each result in the window came, whether it failed, and whether it was slow.
     results: VecDeque<(Nanos, bool, bool)>,
-    /// When each call in the silence began to wait, and for how long it waited.
+    /// When each call in the silence began to wait, and how long it waited.
     cuts: Vec<(Nanos, Nanos)>,
     probes: Vec<Call>,
     probed: [u32; 2],
@@ -156,7 +156,7 @@ impl Model {
         probe.head.unwrap_or(probe.since) + self.rules.probes.lease
     }
 
-    /// A probe without a head at the end of its lease has failed then.
+    /// Fails every probe that has no head at the end of its lease.
     fn expire(&mut self, now: Nanos) {
         let ends = self.probes.iter().filter(|probe| probe.head.is_none()).map(|probe| self.lease_end(probe));
         if let Some(end) = ends.min().filter(|end| *end <= now) {
@@ -198,7 +198,8 @@ impl Model {
             return;
         }
         let took = call.head.unwrap_or(now) - call.since;
-        // Of a call without a head, all is the callee's; with one, what is its head's and what its body was waited for.
+        // Without a head, the whole time counts for the callee; with one, the time to the head and the wait for the
+        // body.
         let waited = took + if call.head.is_some() { body } else { 0 };
         let tells = waited >= SHORTEST && waited >= self.usual;
         if ending == Ending::Success {
@@ -281,7 +282,7 @@ impl Model {
     }
 }
 
-/// An eighth of what is new; nothing is learnt from an answer that was there at once.
+/// A moving average with an eighth of the new value. An answer that was there at once teaches nothing.
 fn average(usual: Nanos, took: Nanos) -> Nanos {
     match (usual, took) {
         (usual, 0) => usual,
@@ -296,19 +297,19 @@ enum Flaw {
     None,
     /// A result counts in whatever generation it arrives.
     NoGenerations,
-    /// A cut call never reports, as if nobody had written its `drop`.
+    /// A cut call never reports, as if its `drop` were missing.
     LeakyCut,
-    /// A cut call tells nothing, however long it had waited.
+    /// A cut call says nothing, however long it had waited.
     CutIsIgnored,
     /// An ignored result is taken for a success.
     IgnoredIsSuccess,
-    /// A head finishes an answer.
+    /// The head already finishes an answer.
     HeadFinishes,
-    /// What the consumer of a body did meanwhile counts as the callee's time.
+    /// The time in which a body's consumer was busy counts as the callee's time.
     BusyIsQuiet,
     /// A stream is an answer like any other.
     StreamIsSuccess,
-    /// Nobody notes that the answer to a probe has begun.
+    /// The beginning of a probe's answer is not noted.
     HeadIsUnseen,
 }
 
@@ -324,7 +325,7 @@ impl Flaw {
         Self::HeadIsUnseen,
     ];
 
-    /// What the twin is told of an ending; nothing if it leaks.
+    /// What the twin gets for an ending; nothing if it leaks.
     fn twist(self, ending: Ending) -> Option<Ending> {
         Some(match (self, ending) {
             (Self::LeakyCut, Ending::Cut) => return None,
@@ -383,7 +384,8 @@ fn agrees_with_the_model(kind: usize, schedule: &[Step], flaw: Flaw) -> Result<(
         }
         compare(&circuit, &mut model, now, step)?;
     }
-    // Nobody may be left outside for good: after the longest wait a probe is let in, unless an operator says no.
+    // No caller may be refused for ever: after the longest wait a probe is admitted, unless an operator has isolated
+    // the circuit.
     let later = now + 30 * SECOND;
     prop_assert!(model.state == State::Isolated || admit(&circuit, later).is_some(), "it is stuck");
     Ok(())
@@ -421,7 +423,7 @@ fn search(cases: u32, flaw: Flaw) -> Result<(), TestError<(usize, Vec<Step>)>> {
     eprintln!("{cases} schedules of CANCEL_SAFE_FUZZ_SEED={seed}");
     let mut bytes = [0; 32];
     bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    // Only a flaw that nobody put there is worth the search for its simplest schedule.
+    // Only an unintended flaw is worth the search for its simplest schedule.
     let max_shrink_iters = if flaw == Flaw::None { 20_000 } else { 0 };
     let config = ProptestConfig { cases, max_shrink_iters, failure_persistence: None, ..ProptestConfig::default() };
     TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))

@@ -1,21 +1,20 @@
-//! Silence: what calls that were cut had waited since the callee last finished an answer.
+//! Silence: how long cut calls had waited since the callee last finished an answer.
 //!
-//! A call that its caller gave up tells two things, and only by how long it had lasted. That it was short tells that the
-//! caller was in a hurry; that it was long tells that the callee was quiet. One such call proves little, so they are
-//! added up.
+//! A call that its caller gave up tells something only by its length. A short one shows that the caller was in a hurry;
+//! a long one shows that the callee was quiet. One such call proves little, so they are added up.
 //!
-//! Invariant: no silence is longer than the time since the first of its calls began, nor than the sum of what they
-//! waited: neither a hundred calls cut at once nor two cut an hour apart make a long one.
+//! Invariant: no silence is longer than the time since its first call began, nor longer than the sum of the waits:
+//! neither a hundred calls cut at once nor two calls cut an hour apart make a long one.
 
 use super::window::Nanos;
 
-/// A call that was cut sooner has not waited: no callee is expected to answer that fast.
+/// A call cut sooner than this has not waited, because no callee is expected to answer that fast.
 pub(crate) const SHORTEST: Nanos = 20_000_000;
 
 /// A closed circuit does not open on fewer cut calls than this, however long they had waited.
 pub(crate) const FEWEST: u32 = 5;
 
-/// The calls that were cut since something was heard.
+/// The calls cut since the callee was last heard.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Silence {
     began: Nanos,

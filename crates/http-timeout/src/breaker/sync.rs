@@ -1,7 +1,7 @@
-//! The locks and atomics that the state machine is made of, under names of its own.
+//! The locks and atomics of the state machine, in a file of their own.
 //!
 //! The test of the interleavings compiles `circuit`, `probes`, `silence` and `window` a second time, beside another
-//! `sync` that is made of loom's types. So these four use nothing of this crate but each other and this file.
+//! `sync` that is built from loom's types. So these four use nothing of this crate but each other and this file.
 //!
 //! Invariant: all of them are the standard library's, so nothing here depends on a runtime.
 
@@ -25,7 +25,7 @@ pub(crate) fn thread_index() -> usize {
         return index;
     }
     let index = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    // It cannot be gone: it was there just now.
+    // The thread-local cannot be gone, because it was there just now.
     INDEX.try_with(|kept| kept.set(index)).unwrap_or_default();
     index
 }

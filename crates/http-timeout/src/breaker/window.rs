@@ -1,10 +1,10 @@
 //! The sliding window of results: how many of the latest calls failed or were slow.
 //!
-//! Invariant: it counts results of one generation only, and none older than the window, so a sum never mixes what
-//! happened before a transition with what happened after it. Counting costs the same however many calls it holds.
+//! Invariant: it counts only results of one generation, and none older than the window, so a sum never mixes results
+//! from before and after a transition. Counting costs the same however many calls it holds.
 //!
-//! Nearly all calls of a closed circuit succeed, so a success of a time window takes one compare-exchange on a counter
-//! that few other threads use. Everything else, and every tenth of the window that has passed, goes through a lock:
+//! Nearly all calls of a closed circuit succeed, so a success in a time window takes one compare-exchange on a counter
+//! that few other threads use. Everything else goes through a lock, as does each turn to the next tenth of the window:
 //!
 //! ```text
 //! stripes   generation and successes since the latest turn, one word a stripe
@@ -18,16 +18,16 @@ use std::sync::{
 
 use super::sync::{AtomicU64, Mutex, MutexGuard, thread_index};
 
-/// Nanoseconds since the breaker was made; the time every pure function here is given.
+/// Nanoseconds since the breaker was created. Every pure function here gets the time in this form.
 pub(crate) type Nanos = u64;
 
 /// A time window is this many buckets; it slides by one bucket at a time.
 const BUCKETS: usize = 10;
 
-/// Threads that succeed at once each count on a stripe of their own, up to this many; a power of two.
+/// The number of stripes; a power of two. Up to this many threads that succeed at once each count on their own stripe.
 const STRIPES: usize = 4;
 
-/// A stripe's word is the low bits of the generation, and below them the count. Both are wide enough: a bucket of a
+/// A stripe's word has the low bits of the generation, and below them the count. Both are wide enough: a bucket of a
 /// week holds less than 2^40 calls, and no thread sleeps between a load and a compare-exchange for 2^24 transitions.
 const COUNT: u64 = (1 << 40) - 1;
 
@@ -101,7 +101,7 @@ pub(crate) struct Stripe {
 #[derive(Debug)]
 struct Ledger {
     generation: u64,
-    /// All that the ledger holds: everything but what the stripes have counted since the turn.
+    /// The sum of the ledger: everything except what the stripes have counted since the turn.
     total: Counts,
     store: Store,
 }
@@ -109,7 +109,7 @@ struct Ledger {
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "the large variant is the usual one, and a breaker holds one of them")]
 enum Store {
-    /// Bucket i holds the latest epoch that is congruent to it; that of `epoch` is being filled.
+    /// Bucket i holds the latest epoch that is congruent to i; the bucket of `epoch` is being filled.
     Time {
         bucket: Nanos,
         epoch: u64,
@@ -138,21 +138,22 @@ impl Window {
         }
     }
 
-    /// Counts a success of `generation` that is not slow, on a stripe. True if the window slid: a rate may be higher than it was.
+    /// Counts a success of `generation` that is not slow, on a stripe. Returns true if the window slid, so that a rate
+    /// may be higher than before.
     #[inline]
     pub(crate) fn succeed(&self, stripe: &Stripe, generation: u64, now: Nanos) -> bool {
         if self.is_counting {
             self.record(generation, now, Tally::WELL);
             return false;
         }
-        // A thread that read the clock before another but comes after it counts in the newer bucket too.
+        // A thread that read the clock before another thread but arrives after it also counts in the newer bucket.
         let turns = now >= self.ends.load(Relaxed);
         if turns {
             self.turn(now);
         }
         let successes = &stripe.successes;
         let mut word = successes.load(Relaxed);
-        // A stripe of a later generation ignores it, and one that is full beyond belief stays as it is.
+        // A stripe of a later generation ignores it, and a stripe that is completely full stays as it is.
         while word & !COUNT == tag(generation) && word & COUNT != COUNT {
             match successes.compare_exchange_weak(word, word + 1, SeqCst, Relaxed) {
                 Ok(_) => break,
@@ -179,7 +180,7 @@ impl Window {
         self.sum(&ledger)
     }
 
-    /// The same for an onlooker: the window does not slide, so the next call still sees that it should.
+    /// Works like `counts` without sliding the window, so that the next call still sees that it should slide.
     pub(crate) fn peek(&self, now: Nanos) -> Counts {
         let ledger = self.lock();
         let mut sum = self.sum(&ledger);
@@ -227,7 +228,7 @@ impl Window {
         self.slide(&mut self.lock(), now);
     }
 
-    /// Moves what the stripes have counted into the ledger if their bucket has passed, and forgets what is too old.
+    /// Moves the stripes' counts into the ledger if their bucket has passed, and forgets results that are too old.
     fn slide(&self, ledger: &mut Ledger, now: Nanos) {
         if now < self.ends.load(Relaxed) {
             return;
@@ -245,14 +246,14 @@ impl Window {
         self.ends.store((current + 1).saturating_mul(*bucket), Relaxed);
     }
 
-    /// The stripes are of the ledger's generation, because only `restart` changes it, under the lock.
+    /// The stripes have the ledger's generation, because only `restart` changes it, under the lock.
     fn sum(&self, ledger: &Ledger) -> Counts {
         let counted: u64 = self.stripes.iter().map(|stripe| stripe.successes.load(SeqCst) & COUNT).sum();
         Counts { calls: ledger.total.calls + counted, ..ledger.total }
     }
 
     fn lock(&self) -> MutexGuard<'_, Ledger> {
-        // Nothing in a critical section can panic half way; a poisoned window is still a window.
+        // Nothing in a critical section can panic half-way, so a poisoned window is still valid.
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -63,7 +63,7 @@ pub struct Transition {
 }
 
 impl Transition {
-    /// The isolation of an isolated circuit is a new generation, but nothing to tell.
+    /// Whether the state differs. Isolating an isolated circuit starts a new generation, but is not reported.
     pub(super) fn is_change(&self) -> bool {
         self.from != self.to
     }

@@ -1,4 +1,4 @@
-//! Who is to blame for an attempt: decided here, once, for the breaker, the retry and the error.
+//! Who is to blame for a failed attempt: decided here, once, for the breaker, the retry and the error.
 //!
 //! Invariant: an origin is blamed for a timeout only if it had the whole of that time to itself, and for a connection
 //! only if that connection was made for the call.
@@ -32,7 +32,7 @@ const STALE_WITHIN: Duration = Duration::from_secs(2);
 /// stands for them.
 const NO_DESCRIPTORS: [i32; 3] = [24, 23, 10_024];
 
-/// Whose fault it is that an attempt did not end well.
+/// Who is to blame for an attempt that did not end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Blame {
     Origin,
@@ -43,7 +43,7 @@ pub(crate) enum Blame {
     Request,
 }
 
-/// What is to be made of an attempt that did not end well.
+/// The verdict on an attempt that did not end well.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Verdict {
     pub(crate) blame: Blame,
@@ -51,7 +51,7 @@ pub(crate) struct Verdict {
     pub(crate) unsent: bool,
 }
 
-/// Whether a response with this status may be a passing trouble.
+/// Whether a response with this status may be a transient problem.
 pub(crate) fn is_retryable(status: StatusCode) -> bool {
     matches!(status.as_u16(), 408 | 429 | 500 | 502 | 503 | 504)
 }
@@ -91,12 +91,12 @@ pub(crate) fn of_timeout(limit: Limit, whole: Option<Duration>, started: Instant
     Verdict { blame, unsent: outgoing.taken().is_none() }
 }
 
-/// Whether a `share` is as good as the `whole`: a tick of the timer is not a wait.
+/// Whether a `share` counts as the `whole`; it may be shorter by a tick of the timer.
 pub(crate) fn had_it_all(share: Duration, whole: Option<Duration>) -> bool {
     whole.is_none_or(|whole| share >= whole.mul_f64(0.95))
 }
 
-/// Whether this machine could not make a connection, to whatever origin.
+/// Whether this machine could not make a connection to any origin.
 fn is_exhausted(error: &reqwest::Error) -> bool {
     let causes = std::iter::successors(Some(error as &(dyn StdError + 'static)), |&error| error.source());
     causes.filter_map(|cause| cause.downcast_ref::<io::Error>()).any(|error| {
@@ -109,12 +109,12 @@ fn is_exhausted(error: &reqwest::Error) -> bool {
 fn is_refused(error: &reqwest::Error) -> bool {
     find::<h2::Error>(error).is_some_and(|error| {
         let refused_stream = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
-        // h2 tells only those streams of a GOAWAY that it says were not processed.
+        // h2 reports a GOAWAY only to the streams that were not processed.
         error.is_remote() && (error.is_go_away() || refused_stream)
     })
 }
 
-/// Whether the connection was lost, rather than the request answered in a wrong way.
+/// Whether the connection was lost, rather than an invalid answer received.
 fn is_lost(error: &reqwest::Error, refused: bool) -> bool {
     let closed = |error: &hyper::Error| error.is_incomplete_message() || error.is_canceled() || error.is_timeout();
     let lost_stream = |error: &h2::Error| if error.is_reset() { false } else { refused || error.is_io() };
@@ -125,8 +125,8 @@ fn is_lost(error: &reqwest::Error, refused: bool) -> bool {
 
 /// Whether another call was making the connection that this one waited for, and was dropped or failed.
 ///
-/// The pool's error has no type that can be named, but it is the only one in this place that has no cause and this text;
-/// `tests/it/http2.rs` holds hyper-util to it.
+/// The pool's error has no public type, but it is the only one here with no cause and this text; `tests/it/http2.rs`
+/// checks that in hyper-util.
 fn is_orphaned(error: &reqwest::Error) -> bool {
     let Some(pool) = find::<PoolError>(error).filter(|error| error.is_connect()) else { return false };
     pool.source().is_some_and(|cause| cause.source().is_none() && cause.to_string() == "request was canceled")

@@ -39,7 +39,7 @@ type BoxError = Box<dyn StdError + Send + Sync>;
 /// What a call holds until its body has ended.
 #[derive(Debug)]
 pub(crate) struct Hold {
-    /// None if the head of the response was a failure already.
+    /// `None` if the head of the response was already a failure.
     admission: Option<BreakerPermit>,
     /// Declared after the admission, because the next call that gets the permits must see its result.
     _permits: Option<Permits>,
@@ -50,14 +50,14 @@ impl Hold {
         Self { admission, _permits: permits }
     }
 
-    /// The body has ended well; its consumer waited this long for the peer.
+    /// Reports that the body has ended well, after its consumer waited this long for the peer.
     fn finish(mut self, waited: Duration) {
         if let Some(admission) = self.admission.take() {
             admission.finished(waited);
         }
     }
 
-    /// The consumer gave up, after it had waited this long for the next piece.
+    /// Reports that the consumer gave up, after it had waited this long for the next piece.
     fn abandon(mut self, quiet: Duration) {
         if let Some(admission) = self.admission.take() {
             admission.abandoned(quiet);
@@ -70,15 +70,15 @@ impl Hold {
         }
     }
 
-    /// What happened was of our own doing.
+    /// Reports that the end was our own doing.
     fn ignore(mut self) {
         if let Some(admission) = self.admission.take() {
             admission.ignore();
         }
     }
 
-    /// The call's whole time has passed, in which the consumer waited that long for the body. The origin is blamed if it
-    /// had the time; otherwise it is as if the caller had given up.
+    /// Reports that the call's whole time has passed, in which the consumer waited for `waited` for the body. The
+    /// origin is to blame if it had the whole time; otherwise this counts as if the caller had given up.
     fn run_out(mut self, whole: Option<Duration>, waited: Duration, quiet: Duration) {
         if let Some(admission) = self.admission.take() {
             if had_it_all(admission.until_head().saturating_add(waited), whole) {
@@ -89,7 +89,7 @@ impl Hold {
         }
     }
 
-    /// Ends the call for the breaker if what follows is a stream: nothing that happens to it is told any more.
+    /// Ends the call for the breaker if a stream follows. Nothing that happens to the stream is reported any more.
     fn end_if_stream(&mut self, headers: &HeaderMap) {
         if let Some(admission) =
             self.admission.take_if(|admission| admission.is_for_stream() || is_event_stream(headers))
@@ -101,7 +101,7 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
-        // The head was good: a body that nobody wanted says nothing against the origin.
+        // The head was good, and an unwanted body says nothing against the origin.
         if let Some(admission) = self.admission.take() {
             admission.abandoned(Duration::ZERO);
         }
@@ -131,13 +131,13 @@ impl BodyLimits {
             hold.end_if_stream(&parts.headers);
             Some(hold)
         };
-        // What its errors tell of it is left.
+        // What its errors need remains.
         request.headers_mut().clear();
         *request.body_mut() = None;
         let (received, waiting_since, waited, timer) = (0, None, Duration::ZERO, None);
         let body = GuardedBody { inner, hold, limits: self, request, received, waiting_since, waited, timer };
         let mut response = Response::from(http::Response::from_parts(parts, reqwest::Body::wrap(body)));
-        // Here, where the URL has left the map: it would have to grow for both.
+        // Here, after the URL has left the map, because the map would have to grow for both.
         response.extensions_mut().insert(attempts);
         response
     }
@@ -154,8 +154,8 @@ pub(crate) async fn read_whole(response: Response) -> Result<Response, RequestEr
 fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
     let url = response.url().clone();
     let (mut parts, body) = http::Response::<reqwest::Body>::from(response).into_parts();
-    // reqwest keeps the URL in an extension of a private type, which only this builder can make. It is given the map that
-    // is there, because a second one would cost three allocations.
+    // reqwest keeps the URL in an extension of a private type, which only this builder can create. The builder gets the
+    // existing map, because a second one would cost three allocations.
     let mut carrier = http::Response::builder();
     if let Some(extensions) = carrier.extensions_mut() {
         *extensions = std::mem::take(&mut parts.extensions);
@@ -167,14 +167,14 @@ fn apart(response: Response) -> (http::response::Parts, reqwest::Body) {
     (parts, body)
 }
 
-/// Whether there is no body to such an answer. The body itself does not tell where reqwest decompresses it.
+/// Whether such an answer has no body. The body itself does not tell if reqwest decompresses it.
 fn has_no_body(method: &Method, answer: &http::response::Parts) -> bool {
     *method == Method::HEAD
         || matches!(answer.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED)
         || answer.headers.get(CONTENT_LENGTH).is_some_and(|length| length == "0")
 }
 
-/// Whether the body is one that may be quiet for as long as it likes.
+/// Whether the body may be quiet for any length of time.
 fn is_event_stream(headers: &HeaderMap) -> bool {
     let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let essence = content_type.split(';').next().unwrap_or_default();
@@ -183,17 +183,17 @@ fn is_event_stream(headers: &HeaderMap) -> bool {
 
 struct GuardedBody {
     inner: reqwest::Body,
-    /// None once the body has ended.
+    /// `None` once the body has ended.
     hold: Option<Hold>,
     limits: BodyLimits,
-    /// What the call asked for, for its errors.
+    /// The request, for errors.
     request: Request,
     received: u64,
-    /// Since when the consumer has been waiting for the peer; none while it is busy itself.
+    /// Since when the consumer has been waiting for the peer; `None` while it is busy itself.
     waiting_since: Option<Instant>,
-    /// How long it has waited before, in all.
+    /// How long it waited before that, in all.
     waited: Duration,
-    /// Made at the first wait: a body that is there needs no timer.
+    /// Created at the first wait, because a body that is already there needs no timer.
     timer: Option<Pin<Box<Sleep>>>,
 }
 
@@ -203,12 +203,12 @@ impl GuardedBody {
         if let Some(limit) = self.limits.max_bytes.filter(|limit| self.received > *limit) {
             return Err(self.too_large(limit));
         }
-        // A peer that always has a next piece would otherwise hold the call beyond its deadline.
+        // Otherwise a peer that always has a next piece would hold the call beyond its deadline.
         if self.limits.deadline.is_past(Instant::now()) { Err(self.timed_out(Duration::ZERO)) } else { Ok(frame) }
     }
 
-    /// Nothing more will be read. The body goes first: whoever gets the permits must not find one more in flight than
-    /// there are permits, however long the response is kept.
+    /// Notes that nothing more will be read. The body is dropped first: when another call gets the permits, there must
+    /// never be more bodies in flight than permits, however long the response is kept.
     fn end(&mut self) -> Option<Hold> {
         drop(std::mem::take(&mut self.inner));
         self.hold.take()
@@ -220,7 +220,7 @@ impl GuardedBody {
         RequestError::BodyTooLarge { limit, report: self.report() }.into()
     }
 
-    /// A limit of time was reached, and the latest wait for a piece was this long.
+    /// Ends the call at a time limit, after a last wait of this length for a piece, and returns the error.
     fn timed_out(&mut self, quiet: Duration) -> BoxError {
         let limit = if self.limits.deadline.is_past(Instant::now()) { Limit::Total } else { Limit::Idle };
         match self.end() {
@@ -235,29 +235,29 @@ impl GuardedBody {
         CallReport::of(&self.request, Phase::Body, *attempts, deadline.elapsed())
     }
 
-    /// How long the consumer has been waiting for the next piece; it has none to wait for any more.
+    /// Ends the wait for the next piece, and returns how long it was.
     fn end_wait(&mut self) -> Duration {
         let waited = self.waiting_since.take().map_or(Duration::ZERO, |since| since.elapsed());
         self.waited += waited;
         waited
     }
 
-    /// The connection broke, which our upload may have brought about.
+    /// Reports that the connection broke, for which our upload may be to blame.
     fn fail(&mut self) {
         let producer_failed = self.limits.upload.as_ref().is_some_and(Outgoing::producer_failed);
         self.end().into_iter().for_each(if producer_failed { Hold::ignore } else { Hold::fail });
     }
 
-    /// Whether the peer has sent something that nobody has looked at. A consumer that was busy elsewhere, behind a read
-    /// that it gave up, did not wait for it.
+    /// Whether the peer has sent something unread. A consumer that was busy elsewhere after giving up a read was not
+    /// waiting for it.
     fn has_more(&mut self) -> bool {
-        // A body of reqwest's may make a timer. Nor is it known what a panic left behind.
+        // A reqwest body may create a timer, which needs a runtime. And after a panic its state is unknown.
         let may_look = self.hold.is_some() && Handle::try_current().is_ok() && !std::thread::panicking();
         let mut cx = Context::from_waker(Waker::noop());
         may_look && matches!(Pin::new(&mut self.inner).poll_frame(&mut cx), Poll::Ready(None | Some(Ok(_))))
     }
 
-    /// Ready when the consumer has waited too long for the peer, or the call has come to its end.
+    /// Ready when the consumer has waited too long for the peer, or the call's time is over.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.waiting_since.get_or_insert_with(Instant::now);
         let idle_end = self.limits.idle.and_then(|idle| {
@@ -314,7 +314,7 @@ impl http_body::Body for GuardedBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        // Only true once the end was seen here: whoever stops early on a hint would keep the permits.
+        // Only true once the end was seen here, because a consumer that stops early on a hint would keep the permits.
         self.hold.is_none()
     }
 

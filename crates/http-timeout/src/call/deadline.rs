@@ -1,6 +1,7 @@
-//! One deadline for a whole call, and the limits of one attempt: of silence, only time spent waiting for the peer counts.
+//! One deadline for a whole call, and the limits of one attempt. Only time spent waiting for the peer counts as
+//! silence.
 //!
-//! Invariant: a future is always polled before its deadline is looked at, so a result that is there is never lost.
+//! Invariant: a future is always polled before its deadline is checked, so an available result is never lost.
 
 use std::{
     future::{Future, poll_fn},
@@ -44,7 +45,7 @@ impl Deadline {
         self.end
     }
 
-    /// The end of a part of the call that may take `limit` from now: the call's own end if that is sooner.
+    /// The end of a part of the call that may take `limit` from now, or the call's own end if that is sooner.
     pub(crate) fn part(&self, limit: Option<Duration>) -> Option<Instant> {
         earlier(self.end, limit.and_then(|limit| Instant::now().checked_add(limit)))
     }
@@ -67,9 +68,9 @@ pub(crate) fn earlier(a: Option<Instant>, b: Option<Instant>) -> Option<Instant>
     a.into_iter().chain(b).min()
 }
 
-/// Whether there is a runtime, and one in which time passes.
+/// Whether there is a runtime with a time driver.
 pub(crate) fn has_timers() -> bool {
-    // tokio panics where there is no time driver, and has no other way to tell.
+    // tokio panics if there is no time driver, and there is no other way to find out.
     Handle::try_current().is_ok() && catch_unwind(|| sleep_until(Instant::now())).is_ok()
 }
 
@@ -90,18 +91,19 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    /// The next moment at which a limit may be reached, and which.
+    /// The next moment at which a limit may be reached, and which limit.
     fn next_look(&self, outgoing: &Outgoing) -> Option<(Instant, Limit)> {
         let idle = self.idle.and_then(|idle| outgoing.idle_end(idle));
-        // Of limits that are reached together, the first of these is told.
+        // If several limits are reached together, the first of these is reported.
         let looks = [(self.total, Limit::Total), (self.attempt, Limit::Attempt), (idle, Limit::Idle)];
         looks.into_iter().filter_map(|(end, limit)| Some((end?, limit))).min_by_key(|(end, _)| *end)
     }
 }
 
-/// Awaits `response` until a limit is reached, and tells which.
+/// Waits for `response` until a limit is reached, and returns which.
 ///
-/// The timer is not moved at each sign of life of the peer: when it fires, it looks for the latest and sleeps again.
+/// The timer is not moved at each sign of life of the peer. When it fires, this checks the latest sign and sleeps
+/// again.
 #[expect(clippy::manual_async_fn, reason = "an `async fn` keeps each of its arguments twice")]
 pub(crate) fn watched<'a, F: Future + Unpin>(
     mut response: F,
@@ -109,7 +111,7 @@ pub(crate) fn watched<'a, F: Future + Unpin>(
     outgoing: &'a Outgoing,
 ) -> impl Future<Output = Result<F::Output, Limit>> + use<'a, F> {
     async move {
-        // Without a limit, the timer is one that nobody asks.
+        // Without a limit, the timer is never polled.
         let (first_look, is_limited) =
             patience.next_look(outgoing).map_or_else(|| (Instant::now(), false), |(look, _)| (look, true));
         let mut timer = pin!(sleep_until(first_look));

@@ -1,6 +1,7 @@
-//! A request on its way to one origin.
+//! A request to one origin.
 //!
-//! Invariant: what is left when it was sent is enough to send it again or to follow a redirect, as far as its body allows.
+//! Invariant: what remains after it was sent is enough to send it again or to follow a redirect, as far as its body
+//! allows.
 
 use std::sync::Arc;
 
@@ -11,7 +12,7 @@ use crate::{breaker::CircuitBreaker, call::shared::Shared, origins::Origin};
 /// A request as it goes to one origin: the caller's own, or one that a redirect asked for.
 #[derive(Debug)]
 pub(super) struct Hop {
-    /// Without its body if that could be sent only once, and was.
+    /// The request, without its body if that could be sent only once, and was.
     pub(super) request: Request,
     pub(super) body_is_gone: bool,
     /// Whether sending it twice is the same as once.
@@ -31,7 +32,8 @@ impl Hop {
         Self { request, body_is_gone: false, repeatable, origin, breaker, followed }
     }
 
-    /// The request to send. What is left is enough to send it again, or to follow a redirect if the body is gone.
+    /// Returns the request to send. What remains is enough to send it again, or to follow a redirect if the body is
+    /// gone.
     pub(super) fn request(&mut self) -> Request {
         if let Some(copy) = self.request.try_clone() {
             return copy;

@@ -1,7 +1,7 @@
 //! A request and its late copy: the first good answer wins.
 //!
-//! Invariant: what the loser held, its permits, its admission and its token if it was not sent, is back before the
-//! answer of the winner is returned.
+//! Invariant: the loser's permits, its admission, and its token if it was not sent are back before the winner's answer
+//! is returned.
 
 use futures_util::future::{Either, select};
 use reqwest::{Request, Response};
@@ -15,18 +15,18 @@ use crate::{
     outgoing::Outgoing,
 };
 
-/// What an exchange came to, with what it holds.
+/// The outcome of an exchange, with what it holds.
 type Outcome = (Result<Response, Failed>, Leg);
 
 impl<'a> Call<'a> {
-    /// The hedging of the client, if it is for this request.
+    /// The client's hedging, if it applies to this request.
     pub(super) fn hedging(&self) -> Option<&'a Hedging> {
         let request = &self.hop.request;
         let can_be_copied = request.body().is_none_or(|body| body.as_bytes().is_some());
         self.client.hedging.as_ref().filter(|_| request.method().is_safe() && can_be_copied)
     }
 
-    /// Sends the request of this hop, and a copy of it if the answer is late.
+    /// Sends this hop's request, and a copy of it if the answer is late.
     pub(super) async fn hedge(&mut self, hedging: &Hedging) -> Result<Response, Failed> {
         let (response, outgoing) = self.launch();
         let leg = std::mem::take(&mut self.leg);
@@ -63,10 +63,10 @@ impl<'a> Call<'a> {
         (outcome, copies)
     }
 
-    /// What a copy needs, if it is there without a wait.
+    /// What a copy needs, if it is available without a wait.
     fn second<'h>(&self, hedging: &'h Hedging) -> Option<(Request, Wager<'h>, Leg)> {
         let origin = &self.hop.origin;
-        // Half-open, the admissions are for probes.
+        // In a half-open circuit, the admissions are for probes.
         if self.hop.breaker.as_ref().is_some_and(|breaker| breaker.state() != State::Closed) {
             return None;
         }
@@ -76,7 +76,7 @@ impl<'a> Call<'a> {
         Some((copy, wager, Leg { admission: self.admit().ok()?, permits: Some(permits) }))
     }
 
-    /// Sends the copy, and waits for the better of both. The futures are gone when this returns.
+    /// Sends the copy, and waits for the better of the two answers. Both futures are gone when this returns.
     async fn decide(
         &self,
         first: impl Future<Output = Outcome> + Unpin,
@@ -101,19 +101,19 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Whether nothing better is to be waited for.
+    /// Whether it makes no sense to wait for a better answer.
     fn is_good(&self, (result, _): &Outcome) -> bool {
         result.as_ref().is_ok_and(|response| self.client.origins.class_of(response) != Class::Failure)
     }
 
-    /// Tells the breaker of the answer that was not good enough, and gives up what it held.
+    /// Reports the answer that was not good enough to the breaker, and gives up what it held.
     fn lose(&self, (result, Leg { admission, permits }): Outcome) {
         drop(self.judge(result, admission));
         drop(permits);
     }
 }
 
-/// The wager on a copy, lost only if a connection took the copy: one that was not sent has cost nobody anything.
+/// The wager on a copy. It is lost only if a connection took the copy, because an unsent copy costs nothing.
 struct Stake<'a> {
     wager: Wager<'a>,
     outgoing: Outgoing,

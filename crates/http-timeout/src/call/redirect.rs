@@ -1,7 +1,7 @@
-//! Where a redirect leads, and what of the request goes there.
+//! Where a redirect leads, and which parts of the request go there.
 //!
-//! Invariant: what was left out of a request because it crossed to another origin never comes back, wherever the next
-//! redirect leads.
+//! Invariant: a header that was left out because a request crossed to another origin never comes back, wherever the
+//! next redirect leads.
 
 use http::{
     HeaderMap, HeaderName, HeaderValue, Method, StatusCode,
@@ -17,20 +17,20 @@ use url::Url;
 const OF_THE_BODY: [HeaderName; 6] =
     [CONTENT_TYPE, CONTENT_LENGTH, CONTENT_ENCODING, CONTENT_LANGUAGE, CONTENT_LOCATION, TRANSFER_ENCODING];
 
-/// What no other origin may be told. `host` is no secret, but names the wrong one there.
+/// Headers that no other origin may get. `host` is no secret, but would name the wrong host there.
 const SECRETS: [HeaderName; 5] = [AUTHORIZATION, COOKIE, PROXY_AUTHORIZATION, WWW_AUTHENTICATE, HOST];
 
-/// The same, of names that no standard knows.
+/// The same, with non-standard names.
 const MORE_SECRETS: [&str; 3] = ["cookie2", "x-api-key", "private-token"];
 
 /// How a client follows redirects.
 #[derive(Clone, Debug)]
 pub(crate) struct Redirects {
-    /// The most of one attempt; with zero, a redirect is a response as any other.
+    /// The most redirects of one attempt; with zero, a redirect is a response like any other.
     pub(crate) most: u32,
-    /// What another origin is not told, beside what is marked as sensitive.
+    /// Headers that another origin does not get, besides those marked as sensitive.
     pub(crate) sensitive: Vec<HeaderName>,
-    /// Those of them that reqwest adds by itself to each request, so that leaving them out does not help.
+    /// Those that reqwest adds to each request by itself, so that leaving them out does not help.
     pub(crate) added: Vec<HeaderName>,
     pub(crate) referer: bool,
 }
@@ -50,12 +50,12 @@ impl Default for Redirects {
 }
 
 impl Redirects {
-    /// Takes from what reqwest shows of `client` how it adds headers, because it does not tell otherwise.
+    /// Reads from the debug output of `client` which headers it adds, because reqwest does not show that otherwise.
     pub(crate) fn observe(&mut self, client: &reqwest::Client) {
         let shown = format!("{client:?}");
         self.referer = shown.contains("referer: true");
         let Some((_, headers)) = shown.split_once("default_headers: {") else { return };
-        // As in `{"accept": "*/*", "authorization": Sensitive}`. A name that is found by mistake costs an empty header.
+        // As in `{"accept": "*/*", "authorization": Sensitive}`. A name found by mistake only costs an empty header.
         let marked = headers.match_indices(": Sensitive");
         let marked = marked.filter_map(|(at, _)| headers[..at].rsplit('"').nth(1)?.parse::<HeaderName>().ok());
         self.sensitive.extend(marked);
@@ -63,8 +63,8 @@ impl Redirects {
         self.added = self.sensitive.iter().filter(is_added).cloned().collect();
     }
 
-    /// The request that follows `request`, which had this answer after so many redirects; `None` if the answer leads
-    /// nowhere. `body_is_gone` if the body of `request` was a stream and was sent.
+    /// The request that follows `request`, which got this answer after `followed` redirects; `None` if the answer leads
+    /// nowhere. `body_is_gone` says that the body of `request` was a stream and was sent.
     pub(crate) fn next(
         &self,
         request: &Request,
@@ -104,7 +104,7 @@ impl Redirects {
         let marked = headers.iter().filter(|(_, value)| value.is_sensitive()).map(|(name, _)| name.clone());
         let names: Vec<HeaderName> = marked.chain(self.sensitive.iter().cloned()).collect();
         names.iter().for_each(|name| drop(headers.remove(name)));
-        // reqwest adds its own only where there is none.
+        // reqwest adds its own value only if there is none.
         self.added.iter().for_each(|name| drop(headers.insert(name, HeaderValue::from_static(""))));
     }
 
@@ -134,11 +134,11 @@ fn target(from: &Url, status: StatusCode, headers: &HeaderMap) -> Option<Url> {
         return None;
     }
     let location = std::str::from_utf8(headers.get(LOCATION)?.as_bytes()).ok()?;
-    // Credentials in a location are not the caller's.
+    // Credentials in a location do not come from the caller.
     from.join(location).ok().map(without_credentials)
 }
 
-/// The method that such an answer changes `method` to, without the body; `None` if both stay.
+/// The method to which such an answer changes `method`, dropping the body; `None` if both stay.
 fn method_after(status: StatusCode, method: &Method) -> Option<Method> {
     match status {
         StatusCode::MOVED_PERMANENTLY | StatusCode::FOUND if *method == Method::POST => Some(Method::GET),

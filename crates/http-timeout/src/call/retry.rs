@@ -1,7 +1,8 @@
 //! When a call may be tried again, how long it waits first, and the budget that keeps retries a fraction of the load.
 //!
-//! Invariant: a token is taken before the wait and goes back in `drop` unless its attempt was made, so while calls fail
-//! attempts never exceed calls × (1 + ratio) + reserve, and one for each second of peace between two wishes.
+//! Invariant: a token is taken before the wait and goes back in `drop` unless its attempt was made. So while calls
+//! fail, attempts never exceed calls × (1 + ratio) + reserve, plus one for each quiet second between two requested
+//! retries.
 
 use std::{
     sync::atomic::{AtomicU64, Ordering},
@@ -14,7 +15,7 @@ use tokio::time::Instant;
 /// One retry, in the budget's unit: thousandths.
 const TOKEN: u64 = 1_000;
 
-/// After so long without a wish for a retry, the budget fills up by itself, one retry in each such time.
+/// After each such time in which no call wanted a retry, the budget gains one retry.
 const PEACE: Duration = Duration::from_secs(1);
 
 /// When and how a client retries a call.
@@ -109,12 +110,12 @@ impl Retry {
         self
     }
 
-    /// Whether any call is tried again.
+    /// Whether any call may be tried again.
     pub(crate) fn is_some(&self) -> bool {
         self.attempts > 1
     }
 
-    /// The budget of a client; none if there is nothing to pay for.
+    /// The budget of a client; `None` if there are no retries.
     pub(crate) fn budget_of_client(&self) -> Option<Budget> {
         self.is_some().then(|| Budget::new(self))
     }
@@ -127,14 +128,15 @@ impl Retry {
         (self.first > self.longest).then_some("has a first back-off above the longest")
     }
 
-    /// The wait after so many failed attempts; `None` if the server asks for more patience than the cap.
+    /// The wait after this many failed attempts; `None` if the server asks for a longer wait than the cap.
     pub(super) fn wait(&self, failed: u32, retry_after: Option<Duration>) -> Option<Duration> {
         let doubled = 2_u32.checked_pow(failed.saturating_sub(1)).and_then(|factor| self.first.checked_mul(factor));
         let jittered = doubled.unwrap_or(self.longest).min(self.longest).mul_f64(fastrand::f64());
         match retry_after {
             None => Some(jittered),
             Some(asked) if asked > self.retry_after_cap || self.retry_after_cap.is_zero() => None,
-            // On top of it, not instead: all who were told the same second would come back in the same instant.
+            // In addition, not instead; otherwise all clients that got the same time would come back in the same
+            // instant.
             Some(asked) => Some(asked.saturating_add(jittered)),
         }
     }
@@ -146,7 +148,8 @@ impl Default for Retry {
     }
 }
 
-/// How long the server asks to wait: whole seconds, or until a date. A date in the past is no wait, nonsense no request.
+/// How long the server asks to wait: whole seconds, or until a date. A date in the past means no wait; nonsense is
+/// ignored.
 pub(crate) fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     if !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit()) {
@@ -165,7 +168,7 @@ pub(crate) struct Budget {
     capacity: u64,
     deposit: u64,
     epoch: Instant,
-    /// When a retry was last wished for, or peace last paid, in nanoseconds since the epoch.
+    /// When a retry was last wanted, or quiet time last paid, in nanoseconds since the epoch.
     quiet_since: AtomicU64,
 }
 
@@ -197,15 +200,15 @@ impl Budget {
         Some(Token { budget: self })
     }
 
-    /// Pays for the peace since the last wish, and tells the time.
+    /// Pays for the quiet time since a retry was last wanted, and returns the time.
     ///
-    /// A client that calls seldom would otherwise feel an outage for as many calls as it takes to save up again. While
-    /// calls keep failing there is no peace, so the bound on attempts holds.
+    /// Otherwise a client that seldom calls would feel an outage until enough calls had refilled the budget. While
+    /// calls keep failing there is no quiet time, so the bound on attempts holds.
     fn refill(&self) -> u64 {
         let now = u64::try_from(self.epoch.elapsed().as_nanos()).unwrap_or(u64::MAX);
         let since = self.quiet_since.load(Ordering::Relaxed);
         let quiet = Duration::from_nanos(now.saturating_sub(since));
-        // Only one of those who see the same peace is paid for it.
+        // Only one of the callers that see the same quiet time is paid for it.
         if quiet >= PEACE && self.quiet_since.compare_exchange(since, now, Ordering::Relaxed, Ordering::Relaxed).is_ok()
         {
             let tokens = quiet.div_duration_f64(PEACE).min(self.capacity as f64);
@@ -240,7 +243,7 @@ pub(super) struct Token<'a> {
 impl Token<'_> {
     pub(super) fn spend(self) {
         self.budget.made.fetch_add(1, Ordering::Relaxed);
-        // It owns nothing, and its drop would give it back.
+        // The token owns nothing, and its drop would give it back.
         std::mem::forget(self);
     }
 }
@@ -268,14 +271,14 @@ mod tests {
         let budget = Budget::new(&Retry::attempts(4));
         spend(&budget, 10);
         assert!(budget.take().is_none());
-        // Wishes in quick succession are no peace, however long they go on.
+        // Retries wanted in quick succession leave no quiet time, however long they go on.
         for _ in 0..1_000 {
             advance(PEACE / 2).await;
             assert!(budget.take().is_none());
         }
         advance(PEACE * 3).await;
         assert_eq!(budget.retries_left(), 3.0);
-        // It is paid for once, however many look.
+        // It is paid for once, however many callers look.
         assert_eq!(budget.retries_left(), 3.0);
         spend(&budget, 3);
         assert!(budget.take().is_none());

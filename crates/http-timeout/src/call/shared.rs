@@ -1,6 +1,6 @@
-//! What the calls of one client share.
+//! The shared state of a client's calls.
 //!
-//! Invariant: a TLS set-up that failed is an error value of the first send, never a panic.
+//! Invariant: a failed TLS set-up is an error of the first send, never a panic.
 
 use std::{fmt, sync::OnceLock, time::Duration};
 
@@ -16,13 +16,13 @@ use crate::{
     origins::Origins,
 };
 
-/// How often a connection of HTTP/2 is asked for a sign of life while a call waits on it.
+/// How often to ping an HTTP/2 connection while a call waits on it.
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// How long it may take to give one.
+/// How long the answer to a ping may take.
 const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The state that every call of a client has a part in.
+/// The state that all calls of a client share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     pub(crate) reqwest: OnceLock<reqwest::Client>,
@@ -34,7 +34,7 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    /// The client underneath, set up now if that failed before.
+    /// The client underneath. If its set-up failed before, tries again.
     pub(crate) fn reqwest(&self) -> reqwest::Result<&reqwest::Client> {
         if let Some(client) = self.reqwest.get() {
             return Ok(client);
@@ -49,7 +49,7 @@ impl Shared {
     }
 }
 
-/// The options that a call looks at.
+/// The options that a call reads.
 #[derive(Clone, Debug)]
 pub(crate) struct Options {
     pub(crate) timeout: Option<Duration>,
@@ -64,7 +64,7 @@ pub(crate) struct Options {
     pub(crate) propagate: Option<HeaderName>,
 }
 
-/// Headers of every request that lacks them. Only their names are shown.
+/// Headers for every request that lacks them. `Debug` shows only their names.
 #[derive(Clone, Default)]
 pub(crate) struct DefaultHeaders(pub(crate) HeaderMap);
 
@@ -74,23 +74,23 @@ impl fmt::Debug for DefaultHeaders {
     }
 }
 
-/// The builder of the client underneath, with defaults that may be changed.
+/// The builder of the client underneath, with defaults that the user may change.
 pub(crate) fn underneath() -> reqwest::ClientBuilder {
-    // Asked while a call waits, so that a connection whose other end is gone is found.
+    // Pings while a call waits, to find connections whose peer is gone.
     reqwest::Client::builder()
         .http2_keep_alive_interval(KEEP_ALIVE_INTERVAL)
         .http2_keep_alive_timeout(KEEP_ALIVE_TIMEOUT)
 }
 
-/// Makes the client underneath, with what this crate's guarantees rest on set last.
+/// Builds the client underneath. The settings that this crate's guarantees rest on are set last.
 pub(crate) fn build_reqwest(
     builder: reqwest::ClientBuilder,
     connect_timeout: Option<Duration>,
 ) -> reqwest::Result<reqwest::Client> {
     let builder = builder
-        // They are followed by the call, each at the account of its origin.
+        // The call follows redirects, each with its own origin's permit and breaker.
         .redirect(reqwest::redirect::Policy::none())
-        // Its retries go round our budget.
+        // reqwest's own retries would bypass our budget.
         .retry(reqwest::retry::never());
     match connect_timeout {
         Some(timeout) => builder.connect_timeout(timeout),

@@ -1,6 +1,6 @@
 //! The client's options.
 //!
-//! Invariant: a client that was built is usable; an option out of its range is an error that names it.
+//! Invariant: a client that was built is usable; an option out of range is an error that names the option.
 
 use std::{
     num::NonZeroUsize,

@@ -1,8 +1,8 @@
 //! Many URLs as a stream.
 //!
-//! Invariant: no more fetches are under way than the client's limit allows calls in flight, and those that wait to be
-//! yielded in order are among them, so an endless list of URLs takes a bounded amount of memory. What was yielded is
-//! whole and holds no permit, so the stream goes on whatever becomes of it.
+//! Invariant: the number of fetches never exceeds the client's limit on calls in flight, including fetches that wait to
+//! be yielded in order, so an endless list of URLs takes bounded memory. A yielded response is complete and holds no
+//! permit, so the stream goes on whatever the caller does with it.
 
 use std::{
     collections::BTreeMap,
@@ -45,7 +45,7 @@ pub struct FetchMany<I> {
     urls: Option<Enumerate<I>>,
     timeout: Option<Duration>,
     running: FuturesUnordered<Pin<Box<dyn Future<Output = Fetched> + Send>>>,
-    /// Some if the caller wants the order of the URLs.
+    /// `Some` if the caller wants the order of the URLs.
     order: Option<Order>,
 }
 
@@ -86,7 +86,7 @@ impl<I: Iterator<Item: AsRef<str>>> FetchMany<I> {
         }
         let (call, url) = (request.send_for_success(), url.to_owned());
         self.running.push(Box::pin(async move {
-            // Whole, because a caller who collects the answers reads none before the last has come.
+            // Whole, because a caller that collects the answers reads none before the last one has come.
             let result = match call.await {
                 Ok(response) => read_whole(response).await,
                 Err(error) => Err(error),

@@ -1,6 +1,6 @@
 //! A request in reqwest's words, until it is sent.
 //!
-//! Invariant: a request that was never sent holds nothing, and a mistake in it is the error of sending it.
+//! Invariant: a request that was never sent holds no resources, and a mistake in it is an error of `send`.
 
 use std::{
     fmt,
@@ -26,7 +26,7 @@ use crate::{
 #[must_use = "a request does nothing until it is sent"]
 pub struct RequestBuilder {
     client: Arc<Shared>,
-    /// With what it is about, because an invalid request does not tell.
+    /// The request with its subject, because an invalid request does not show it.
     request: Result<(reqwest::RequestBuilder, Subject), RequestError>,
     timeout: Option<Duration>,
     idempotent: bool,
@@ -39,7 +39,7 @@ impl RequestBuilder {
             let (method, elapsed) = (Some(method.clone()), Duration::ZERO);
             Box::new(CallReport { method, url, phase: Phase::Permit, attempts: 0, elapsed })
         };
-        // Parsed before it is given away: reqwest's error does not say what was no URL.
+        // Parsed first, because reqwest's error does not show the invalid URL.
         let request = match (Url::parse(url.as_str()), client.reqwest()) {
             (Ok(url), Ok(reqwest)) => {
                 let subject = Subject { method: method.clone(), url: url.clone() };
@@ -55,7 +55,7 @@ impl RequestBuilder {
         Self::of(client, request)
     }
 
-    /// Goes on with a request that was built elsewhere.
+    /// Continues with a request that was built elsewhere.
     pub(crate) fn from_request(client: Arc<Shared>, mut request: Request) -> Self {
         let subject = Subject { method: request.method().clone(), url: request.url().clone() };
         let timeout = request.timeout_mut().take();
@@ -204,7 +204,7 @@ impl fmt::Debug for RequestBuilder {
     }
 }
 
-/// The request, if it is valid, and who sends it.
+/// The request, if it is valid, and the client that sends it.
 fn built(
     request: Result<(reqwest::RequestBuilder, Subject), RequestError>,
     default_headers: &DefaultHeaders,

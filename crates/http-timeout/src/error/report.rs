@@ -80,7 +80,7 @@ pub struct CallReport {
 }
 
 impl CallReport {
-    /// Of the call that sends `request`.
+    /// The report of the call that sends `request`.
     pub(crate) fn of(request: &Request, phase: Phase, attempts: u32, elapsed: Duration) -> Box<Self> {
         let (method, url) = (Some(request.method().clone()), redacted(request.url()));
         Box::new(Self { method, url, phase, attempts, elapsed })
@@ -105,7 +105,7 @@ impl fmt::Display for CallReport {
     }
 }
 
-/// A time as one says it: "20 ms", "1.2 s".
+/// A duration in short form: "20 ms", "1.2 s".
 pub(super) struct Shown(pub(super) Duration);
 
 impl fmt::Display for Shown {
@@ -141,7 +141,7 @@ impl Subject {
 /// The URL without what may be secret: credentials, query and fragment.
 pub(crate) fn redacted(url: &Url) -> String {
     if url.cannot_be_a_base() {
-        // As of "name:password@host", where the scheme was left out.
+        // For example "name:password@host", where the scheme is missing.
         return redacted_text(url.as_str());
     }
     let mut shown = url.clone();
@@ -153,13 +153,14 @@ pub(crate) fn redacted(url: &Url) -> String {
     shown.into()
 }
 
-/// As [`redacted`], of a text that is no URL. Where its credentials end cannot be known, so all before the last `@` goes.
+/// Works like [`redacted`], for a text that is not a URL. It is unknown where its credentials end, so everything before
+/// the last `@` is left out.
 pub(crate) fn redacted_text(text: &str) -> String {
     let is_scheme = |text: &str| text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
     let begin = text.find("://").filter(|at| is_scheme(&text[..*at])).map_or(0, |at| at + 3);
     let (scheme, rest) = text.split_at(begin);
     let (gap, rest) = match rest.rsplit_once('@') {
-        // What is left out may be more than the credentials.
+        // The part that is left out may be more than the credentials.
         Some((left_out, rest)) if left_out.contains(['/', '\\', '?', '#']) => ("…@", rest),
         Some((_, rest)) => ("", rest),
         None => ("", rest),
