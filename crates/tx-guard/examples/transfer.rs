@@ -43,7 +43,7 @@ pub(crate) struct Settings {
     pub(crate) seed: Option<u64>,
 }
 
-/// What every account has at first.
+/// The opening balance of every account.
 const START: i64 = 1_000;
 
 #[tokio::main]
@@ -74,7 +74,7 @@ pub(crate) async fn start(settings: Settings) -> Result<Summary, TxError> {
 
 /// SQL that all three databases understand, on each of them.
 pub(crate) trait Bank: Backend {
-    /// How many rows were changed.
+    /// Runs the statement; returns how many rows were changed.
     async fn change(conn: &mut Self::Connection, sql: String) -> Result<u64, sqlx::Error>;
     async fn numbers(conn: &mut Self::Connection, sql: String) -> Result<Vec<i64>, sqlx::Error>;
 }
@@ -115,9 +115,9 @@ struct Order {
     from: i64,
     to: i64,
     amount: i64,
-    /// It is dropped when it has waited so many times. None: it is left alone.
+    /// The transfer is dropped after it was pending this often. `None`: it is left alone.
     dropped_at: Option<u32>,
-    /// Of the last attempt.
+    /// The handle of the last attempt.
     handle: RefCell<Option<OutcomeHandle>>,
 }
 
@@ -169,7 +169,7 @@ impl Order {
         }
     }
 
-    /// How a transfer ended of which nobody has heard.
+    /// How a transfer ended that returned no result.
     async fn outcome(&self) -> CommitOutcome {
         let handle = self.handle.borrow().clone();
         match handle {
@@ -193,7 +193,7 @@ async fn drop_at<T>(future: impl Future<Output = T>, at: Option<u32>) -> Option<
     cancel_safe_testing::drop_after(pendings, future).await
 }
 
-/// What came of all of them.
+/// The result of all transfers.
 #[derive(Debug)]
 pub(crate) struct Summary {
     transfers: usize,
@@ -204,7 +204,7 @@ pub(crate) struct Summary {
     pub(crate) dropped_unknown: usize,
     sum_before: i64,
     sum_after: i64,
-    /// The table holds exactly the transfers that were said to be committed.
+    /// Whether the table holds exactly the transfers that were reported as committed.
     ledger_agrees: bool,
 }
 
@@ -294,7 +294,7 @@ async fn run<DB: Bank>(url: &str, settings: &Settings) -> Result<Summary, TxErro
     Ok(summary)
 }
 
-/// Over a connection of its own: MySQL commits by itself where a table is created, which a guard would call lost.
+/// Over a separate connection: MySQL commits implicitly when a table is created, and a guard would report that as lost.
 async fn open_accounts<DB: Bank>(url: &str, bank: &str, accounts: i64) -> Result<(), sqlx::Error> {
     let mut conn = <DB as Database>::Connection::connect(url).await?;
     let rows = (0..accounts).map(|id| format!("({id}, {START})")).collect::<Vec<_>>().join(", ");
@@ -308,7 +308,7 @@ async fn open_accounts<DB: Bank>(url: &str, bank: &str, accounts: i64) -> Result
     conn.close().await
 }
 
-/// Reads the end over a connection that knows nothing of guards, and takes the tables away.
+/// Reads the final state over a connection without a guard, and drops the tables.
 async fn audit<DB: Bank>(
     url: &str,
     bank: &str,

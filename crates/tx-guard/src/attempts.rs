@@ -1,7 +1,7 @@
-//! The attempts at a transaction, one after another: when the next may be made, and when none may.
+//! The attempts at a transaction, one after another: when the next one may be made, and when no further one may.
 //!
-//! Invariant: an attempt is begun only when the one before has ended and is known not to be committed. Only who has said
-//! that the work may be done twice gets another after a commit of which nobody knows how it ended.
+//! Invariant: an attempt begins only after the previous one has ended and is known not to be committed. After a commit
+//! with an unknown outcome there is another attempt only if the caller has declared the work idempotent.
 
 use std::fmt;
 use std::time::Duration;
@@ -15,7 +15,8 @@ use crate::transient::{Verdict, verdict, verdict_of_any};
 use crate::tx::Tx;
 use crate::{CommitError, CommitOutcome, OutcomeHandle, TransactionGuard, TxError};
 
-/// How long an attempt waits for the end of the one before, which the pool bounds more tightly unless a guard is kept.
+/// How long an attempt waits for the end of the previous one. The pool bounds that more tightly, unless a guard is
+/// kept.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// The attempts at a transaction, for code where a closure does not fit. From [`Tx::attempts`].
@@ -72,7 +73,7 @@ pub struct Attempts<DB: Backend> {
     /// The clock starts with the first attempt.
     deadline: Option<Deadline>,
     made: u32,
-    /// How the attempt before will have ended.
+    /// The outcome handle of the previous attempt.
     last: Option<OutcomeHandle>,
     /// Why there is no further attempt.
     over: Option<&'static str>,
@@ -210,7 +211,7 @@ impl<DB: Backend> Attempts<DB> {
         }
     }
 
-    /// Sees that another attempt may be made.
+    /// Checks that another attempt may be made.
     async fn look_back(&mut self) -> Result<(), TxError> {
         if let Some(reason) = self.over {
             return Err(TxError::NoAttempt { reason });

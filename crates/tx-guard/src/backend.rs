@@ -1,6 +1,6 @@
-//! What differs between databases, behind one sealed trait.
+//! The differences between databases, behind one sealed trait.
 //!
-//! Invariant: everything a driver does is said in terms of one connection and its probe. Pools, reaping and
+//! Invariant: everything a driver does is expressed in terms of one connection and its probe. Pools, reaping and
 //! outcomes are the same for all databases and live elsewhere.
 
 use std::future::Future;
@@ -45,11 +45,11 @@ pub enum Isolation {
 pub struct Mode {
     pub(crate) isolation: Option<Isolation>,
     pub(crate) read_only: bool,
-    /// The lock for writing is taken at once, where there is one for the whole database.
+    /// Whether to take the write lock at once, if the whole database has only one.
     pub(crate) immediate: bool,
-    /// What its owner calls it.
+    /// The name that its owner gave it.
     pub(crate) name: Option<&'static str>,
-    /// How long the transaction may still last.
+    /// How long the transaction may still take.
     #[cfg_attr(
         not(any(feature = "postgres", feature = "mysql")),
         expect(dead_code, reason = "only a server needs to be told")
@@ -79,12 +79,12 @@ pub enum CommitMode {
     Resolvable,
 }
 
-/// What a commit is asked for by when its connection was lost.
+/// The data with which to look up a commit whose connection was lost.
 #[derive(Debug, Clone)]
 #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL can be asked"))]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct Receipt {
-    /// None where nothing can be written.
+    /// `None` where nothing can be written.
     pub(crate) transaction: Option<String>,
     /// The history of the server to which the id belongs.
     pub(crate) timeline: String,
@@ -96,70 +96,70 @@ pub struct Receipt {
 pub enum CommitFailure {
     /// An earlier error had aborted the transaction; COMMIT was not sent.
     Aborted(sqlx::Error),
-    /// There was no transaction any more, and what it had done is rolled back.
+    /// There was no transaction any more, and its changes are rolled back.
     Lost(&'static str),
-    /// There was no transaction any more, and how its SQL had ended it is not known here.
+    /// There was no transaction any more, and it is unknown how its SQL had ended it.
     Ended,
     /// The database refused and rolled back.
     Refused(sqlx::Error),
     /// COMMIT was sent and no answer came.
     Unknown(sqlx::Error),
-    /// The same, and the server can be asked for how it ended.
+    /// The same, but the server can be asked how it ended.
     Resolvable(sqlx::Error, Receipt),
 }
 
-/// What a rollback has found when it came.
+/// What a rollback found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub enum Rollback {
-    /// The transaction, or what the database had left of it.
+    /// The transaction, or what was left of it.
     Done,
-    /// No transaction: it had been ended without the guard, and whether by a commit is not known here.
+    /// No transaction: it had ended without the guard, and it is unknown whether by a commit.
     TooLate,
 }
 
 /// The sealed half of [`Backend`].
 #[expect(unnameable_types, reason = "this is what seals `Backend`")]
 pub trait Driver: Database {
-    /// The name people know the database by.
+    /// The common name of the database.
     const TITLE: &'static str;
 
-    /// Whether a URL may do without a scheme, as the name of a file.
+    /// Whether a URL may lack a scheme and be a file name.
     const TAKES_FILES: bool = false;
 
-    /// Whether a connection can do nothing any more when the runtime has ended on which it was opened.
+    /// Whether a connection stops working when the runtime that opened it has ended.
     const NEEDS_ITS_RUNTIME: bool = true;
 
-    /// Whether somebody has to answer who may have gone without a word.
+    /// Whether there is a peer that may vanish silently.
     const IS_REMOTE: bool = true;
 
-    /// Whether sqlx may wait for more than the server has to say, after a future was dropped in the middle of an answer.
+    /// Whether sqlx may wait for more than the server sends, after a future was dropped in the middle of an answer.
     const LOSES_ITS_PLACE: bool = false;
 
-    /// Whether a pooler is known that gives each transaction another session.
+    /// Whether poolers exist that give each transaction another session.
     const HAS_POOLERS: bool = false;
 
-    /// What a session learns about its connection once, to be able to cancel what runs on it.
+    /// What a session learns once about its connection, to be able to cancel statements on it.
     type Probe: Clone + Send + Sync + 'static;
 
-    /// What was learnt of the connections of a wrapped pool.
+    /// What was learned about the connections of a wrapped pool.
     type Known: Default + Send + Sync + 'static;
 
-    /// The means of cancelling from outside, one for a pool.
+    /// The means of cancelling from outside, one for each pool.
     type Canceller: Cancels<Self>;
 
-    /// Describes where the options lead to, without credentials.
+    /// Describes where the options lead, without credentials.
     fn target(options: &Options<Self>) -> String;
 
-    /// Says which kind of failure an error of opening a connection is.
+    /// Classifies an error of opening a connection.
     fn connect_error(target: String, error: sqlx::Error) -> TxError;
 
-    /// Whether the server takes no more sessions for now.
+    /// Whether the server accepts no more sessions for now.
     fn is_full(_: &sqlx::Error) -> bool {
         false
     }
 
-    /// Whether BEGIN was refused because the session is in a transaction that was begun by somebody else.
+    /// Whether BEGIN was refused because the session is in a transaction that other code has begun.
     fn is_occupied(error: &sqlx::Error) -> bool;
 
     /// The options for connections that share their sessions with others.
@@ -167,16 +167,16 @@ pub trait Driver: Database {
         options
     }
 
-    /// Makes the settings of a session of our own, and learns what `cancel` will need. The first session of a pool is
-    /// compared with that of the connection for cancelling before.
+    /// Applies the settings of one of our own sessions, and learns what `cancel` will need. Before that, the first
+    /// session of a pool is compared with the session of the cancelling connection.
     fn probe(
         conn: &mut Self::Connection,
         pooler: PoolerMode,
         first: Option<First<'_, Self>>,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
-    /// What is to be the same for each transaction, and the settings of these names. Releases the locks of the session. None
-    /// where nothing is compared.
+    /// The state that must be the same for each transaction, including the settings with these names. Releases the
+    /// session's locks. `None` where nothing is compared.
     fn state(
         _: &mut Self::Connection,
         _: &Self::Probe,
@@ -185,81 +185,81 @@ pub trait Driver: Database {
         async { Ok(None) }
     }
 
-    /// Whether that is what the end of the last transaction has seen in its own message.
+    /// Whether the message that ended the last transaction has already seen this state.
     fn was_seen(_: &Self::Probe, _: &str) -> bool {
         false
     }
 
-    /// Resets all that a session has for itself but its prepared statements. False where that cannot be done.
+    /// Resets all session state except prepared statements. Returns false where that is not possible.
     fn discard(_: &mut Self::Connection) -> impl Future<Output = Result<bool, sqlx::Error>> + Send {
         async { Ok(false) }
     }
 
-    /// Learns the same of a session that is borrowed from the user's own sqlx pool, whose settings are not ours to change.
+    /// Learns the same about a session borrowed from the user's own sqlx pool, without changing its settings.
     fn recognise(
         conn: &mut Self::Connection,
         known: &Self::Known,
     ) -> impl Future<Output = Result<Self::Probe, sqlx::Error>> + Send;
 
-    /// Begins a transaction, and only where there is none.
+    /// Begins a transaction, but only if there is none yet.
     fn begin(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
         mode: &Mode,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Lets sqlx count no transaction, for somebody who has the connection without a guard.
+    /// Makes sqlx count no transaction, before somebody uses the connection without a guard.
     fn count_none(_: &mut Self::Connection, _: &Self::Probe) {}
 
-    /// Keeps queries outside transactions from writing, where the session does not, and forgets what was seen of it.
+    /// Keeps queries outside transactions from writing, if the session does not, and forgets what was seen of it.
     fn begin_read(_: &Self::Probe) {}
 
-    /// Makes a session ready for the next one after such queries, when nothing runs on it. A cancel that has come too late for
-    /// what it was meant for is consumed.
+    /// Prepares a session for its next user after such queries, when nothing runs on it. This consumes a cancel that
+    /// came too late for its statement.
     fn end_read(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Runs SQL of our own that has no result.
+    /// Runs our own SQL, which has no result.
     fn run_sql(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Whether the same transaction, run again, may well succeed. Never so of an error of another database.
+    /// Whether the same transaction may well succeed if run again. Always false for an error of another database.
     fn is_transient(error: &(dyn DatabaseError + 'static)) -> bool;
 
-    /// Whether the transaction of the guard has ended without the guard.
+    /// Whether the guard's transaction has ended without the guard.
     fn is_lost(conn: &Self::Connection, probe: &Self::Probe) -> bool;
 
-    /// Whether sqlx itself may have committed the transaction of the guard. Asked of a connection that is not used for
-    /// another transaction after that, if it is true.
+    /// Whether sqlx itself may have committed the guard's transaction. If so, the connection is not used for another
+    /// transaction.
     fn may_have_committed(_: &mut Self::Connection) -> bool {
         false
     }
 
-    /// Keeps further statements of a lost transaction from being committed one by one. The connection is not used for
-    /// another transaction after that.
+    /// Keeps further statements of a lost transaction from being committed one by one. After that the connection is not
+    /// used for another transaction.
     fn fence(_: &mut Self::Connection, _: &Self::Probe) {}
 
-    /// Reads what dropped futures have left to be read, where it could be taken for the answer to what follows. Nothing of
-    /// the commit has been sent until it returns.
+    /// Reads what dropped futures have left unread, if it could be mistaken for the answer to what follows. Nothing of
+    /// the commit is sent before this returns.
     fn catch_up(_: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send {
         async { Ok(()) }
     }
 
-    /// Commits. What the session is asked for behind the transaction goes in the same message.
+    /// Commits. The question for the state of the session follows in the same message.
     fn commit(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
         mode: CommitMode,
     ) -> impl Future<Output = Result<(), CommitFailure>> + Send;
 
-    /// Whether nothing but a flush is due behind a commit that has succeeded; else a rollback is.
+    /// Whether only a flush is due after a commit that has succeeded; otherwise a rollback is.
     fn is_nothing_due(conn: &Self::Connection, _: &Self::Probe) -> bool {
         depth::<Self>(conn) == 0
     }
 
-    /// Finds out on another connection how a commit ended whose connection was lost: whether it is committed, or `None`
-    /// where that cannot be said within the limit.
+    /// Finds out on another connection how a commit with a lost connection ended: whether it is committed, or `None` if
+    /// that cannot be found out within the limit.
     fn resolve(
         canceller: &Self::Canceller,
         options: &Arc<Options<Self>>,
@@ -268,25 +268,25 @@ pub trait Driver: Database {
         limit: Duration,
     ) -> impl Future<Output = Option<bool>> + Send;
 
-    /// Waits for what still runs, and rolls back until the connection is idle and clean.
+    /// Waits for running statements, and rolls back until the connection is idle and clean.
     fn rollback(
         conn: &mut Self::Connection,
         probe: &Self::Probe,
     ) -> impl Future<Output = Result<Rollback, sqlx::Error>> + Send;
 
-    /// Waits until nothing runs any more on the connection, and reads the answer of the first statement that was left
-    /// behind. On an idle connection of a server it comes back at its first poll, and has sent nothing. The transaction may be
-    /// rolled back by it, but a rollback is still due.
+    /// Waits until nothing runs on the connection any more, and reads the answer to the first abandoned statement. On
+    /// an idle server connection it is ready at its first poll, and sends nothing. It may roll the transaction back,
+    /// but a rollback is still due.
     fn quiet(conn: &mut Self::Connection, probe: &Self::Probe) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Interrupts what runs on the connection without waiting, where that can be done.
+    /// Interrupts the running statement without waiting, where that is possible.
     fn interrupt(_: &Self::Probe) {}
 }
 
-/// The way to what runs on a session, from outside. Sealed with [`Backend`].
+/// The way to reach a session's running statement from outside. Sealed with [`Backend`].
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
-    /// Where cancels are sent from, if that must not be the runtime of the transaction, which may be busy with it.
+    /// The runtime that sends cancels, if that must not be the transaction's own runtime, which may be busy.
     fn beside() -> Option<Handle> {
         None
     }
@@ -294,8 +294,8 @@ pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
     /// Opens what [`signal`](Self::signal) needs ahead of its first use.
     fn warm(&self, options: &Arc<Options<DB>>) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Signals the session of `probe` over another one. `Ok` means that a cancel cannot arrive after the next clean round
-    /// trip of that session.
+    /// Signals the session of `probe` over another session. `Ok` means that a cancel cannot arrive after the next clean
+    /// round trip of the signalled session.
     fn signal(
         &self,
         options: &Arc<Options<DB>>,
@@ -303,7 +303,7 @@ pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
         probe: &DB::Probe,
     ) -> impl Future<Output = Result<Activity, Unsignalled>> + Send;
 
-    /// How long a message to the server and its answer take, as far as is known.
+    /// How long a message to the server and its answer take, as far as known.
     fn round_trip(&self) -> Duration {
         Duration::ZERO
     }
@@ -312,36 +312,36 @@ pub trait Cancels<DB: Driver>: Default + Clone + Send + Sync + 'static {
     fn close(&self) -> impl Future<Output = ()> + Send;
 }
 
-/// What is wanted of a session.
+/// What to do with a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub enum Wanted {
-    /// What it runs is cancelled.
+    /// Cancel its running statement.
     Cancel,
-    /// It is looked at: whether it waits for its client, where that may be for ever.
+    /// Check whether it waits for its client, possibly for ever.
     Look,
-    /// It is ended.
+    /// End it.
     Terminate,
 }
 
-/// Why it is not known that a session was signalled.
+/// Why it is unknown whether a session was signalled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub enum Unsignalled {
-    /// Nothing was sent: there was no connection over which it could be.
+    /// Nothing was sent, because there was no connection for it.
     Unreachable,
-    /// It was sent and had no answer, so it may be under way.
+    /// It was sent but not answered, so it may still be on its way.
     Unanswered,
 }
 
-/// The first session of a pool, of which it is not known yet what is between here and the server.
+/// The first session of a pool, before it is known what is between here and the server.
 #[derive(Debug)]
 #[cfg_attr(not(feature = "postgres"), expect(dead_code, reason = "only PostgreSQL has poolers that are looked for"))]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct First<'a, DB: Driver> {
     pub(crate) canceller: &'a DB::Canceller,
     pub(crate) options: &'a Arc<Options<DB>>,
-    /// When its connection was asked for.
+    /// When its connection was requested.
     pub(crate) since: Instant,
 }
 
@@ -349,13 +349,13 @@ pub struct First<'a, DB: Driver> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub enum Activity {
-    /// It may have been running something.
+    /// It may have been running a statement.
     Unseen,
     /// It was waiting for its client, so there was nothing to cancel.
     Idle,
 }
 
-/// sqlx's own notion of how deep the connection is in transactions.
+/// sqlx's own count of how deep the connection is in transactions.
 pub(crate) fn depth<DB: Database>(conn: &DB::Connection) -> usize {
     DB::TransactionManager::get_transaction_depth(conn)
 }

@@ -1,7 +1,7 @@
-//! How a transaction is begun: in bounded time, and on a session that is in none.
+//! How a transaction begins: in bounded time, and on a session that is in no transaction.
 //!
-//! Invariant: a transaction is begun only where the database has said that there was none before, and each session of
-//! which that is not known is closed. Nobody waits longer than the pool's acquire timeout.
+//! Invariant: a transaction begins only after the database has confirmed that there was none before; a session without
+//! that confirmation is closed. No caller waits longer than the pool's acquire timeout.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,21 +18,21 @@ use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
 use crate::{TransactionGuard, TxError};
 
-/// What has become of a session on which a transaction was to be begun.
+/// Why a transaction could not begin on a session.
 enum Refusal {
     /// It has not answered.
     Silent(Duration),
     /// It had ended without us.
     Dead(sqlx::Error),
-    /// It is in somebody else's transaction.
+    /// It is in a transaction of other code.
     Occupied(sqlx::Error),
-    /// The user's hook will not have it.
+    /// The user's hook rejected it.
     Rejected(sqlx::Error),
-    /// The database does not begin.
+    /// The database refused to begin.
     Refused(sqlx::Error),
 }
 
-/// Begins within the acquire timeout, and not later than at the deadline. A session that turns out to be of no use is
+/// Begins within the acquire timeout, and no later than the deadline. A session that turns out to be unusable is
 /// closed, and another one is taken.
 pub(crate) async fn begin<DB: Backend>(
     shared: &Arc<Shared<DB>>,
@@ -76,8 +76,8 @@ pub(crate) async fn begin<DB: Backend>(
     }
 }
 
-/// Shielded, and that starts in the same poll in which the session was taken, so a caller that has gone while it waited
-/// begins nothing.
+/// This is shielded. It starts in the same poll in which the session was taken, so a caller that has gone while it
+/// waited begins nothing.
 async fn begin_on<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     runtime: &Handle,
@@ -131,9 +131,9 @@ async fn begin_on<DB: Backend>(
     Ok(begun.alone_for(alone).await)
 }
 
-/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has 08
-/// for that, and 70100 for a session that was killed. An answer that is none to BEGIN belongs to something else that was
-/// done on the session, which nobody can make sense of any more.
+/// Whether the session has ended without us. 57P is PostgreSQL's class for a server that ends its sessions; MySQL has
+/// 08 for that, and 70100 for a killed session. An answer that does not fit BEGIN belongs to something else on the
+/// session, and cannot be interpreted any more.
 fn is_dead(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(_) | sqlx::Error::Protocol(_) | sqlx::Error::BeginFailed => true,

@@ -1,6 +1,6 @@
-//! Work that is given as a boxed future, for compilers that cannot see that the future of a closure can be sent.
+//! Work as a boxed future, for compilers that cannot see that a closure's future is `Send`.
 //!
-//! Invariant: what the work borrows outlives each attempt, and its future can be sent. Both are in the types.
+//! Invariant: what the work borrows outlives each attempt, and its future is `Send`. The types ensure both.
 
 use std::fmt;
 use std::marker::PhantomData;

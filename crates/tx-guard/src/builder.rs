@@ -1,6 +1,6 @@
-//! The settings of a pool, and how one is made of them.
+//! The settings of a pool, and how they become a pool.
 //!
-//! Invariant: a pool that was opened has a session that works, and a setting that cannot hold is an error.
+//! Invariant: a pool that was opened has a working session, and an invalid setting is an error.
 
 use std::fmt;
 use std::sync::{Arc, PoisonError};
@@ -98,7 +98,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         self
     }
 
-    /// Sets how long the pool tries to find out how a commit ended whose connection was lost, with
+    /// Sets how long the pool tries to find out how a commit with a lost connection ended, with
     /// [`CommitMode::Resolvable`]. A crashed server needs a while to come back. Default 10 seconds.
     pub fn resolve_timeout(mut self, timeout: Duration) -> Self {
         self.limits.resolve_timeout = timeout;
@@ -322,7 +322,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         Ok(TxPool::of(shared))
     }
 
-    /// The options for what there is between here and the server.
+    /// The options adapted to what is between here and the server.
     fn through_a_pooler(&self, options: Options<DB>) -> Result<Options<DB>, TxError> {
         match self.limits.pooler {
             PoolerMode::None => Ok(options),

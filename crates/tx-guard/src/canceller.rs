@@ -1,7 +1,7 @@
 //! The connection over which sessions are signalled: kept warm, and never the user's.
 //!
-//! Invariant: it is used again only after a complete answer. A signal that had no answer is never said to have been
-//! acknowledged, and all who wait when it is free are served by the same message, so that a thousand wait no longer than one.
+//! Invariant: it is used again only after a complete answer. A signal without an answer never counts as acknowledged.
+//! When the connection is free, one message serves all waiting callers, so that a thousand wait no longer than one.
 
 use std::fmt;
 use std::future::pending;
@@ -19,40 +19,40 @@ use tokio::time::{sleep, timeout};
 
 use crate::backend::{Activity, Cancels, Driver, Options, Unsignalled, Wanted};
 
-/// How long the warm connection may take to answer before a new one is opened in its stead: so long, and some round trips,
-/// and something for each session that is signalled. It may have been idle for hours, and firewalls forget such connections
-/// without telling either end.
+/// How long the warm connection may take to answer before a new one replaces it: this long, plus some round trips, plus
+/// something for each signalled session. It may have been idle for hours, and firewalls drop such connections without
+/// telling either end.
 const WARM_LIMIT: Duration = Duration::from_millis(500);
 const WARM_ROUND_TRIPS: u32 = 4;
 const SIGNAL_LIMIT: Duration = Duration::from_millis(1);
 
-/// How long the opening of the connection may take, and the first answer over it.
+/// How long opening the connection, and the first answer over it, may take.
 const OPEN_LIMIT: Duration = Duration::from_secs(2);
 
-/// How many sessions one message signals at most.
+/// The most sessions that one message signals.
 const BATCH: usize = 1_000;
 
-/// Before a message is sent, others are waited for: for this part of a round trip, and no longer than this. Whoever comes
-/// later waits for a whole one.
+/// Before a message is sent, it waits for other requests: for this part of a round trip, up to a limit. A later request
+/// has to wait for a whole round trip.
 const GATHER_PART: u32 = 8;
 const GATHER_LIMIT: Duration = Duration::from_millis(5);
 
 /// A server whose sessions are signalled over another of its sessions.
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub trait Signals: Driver {
-    /// What tells a session from all others, those before and after it included.
+    /// What distinguishes a session from all others, including earlier and later ones.
     type Session: Clone + Send + Sync + 'static;
 
     /// How many round trips a message takes.
     const TRIPS: u32;
 
-    /// The session of a connection for the moment.
+    /// The present session of a connection.
     fn session(probe: &Self::Probe) -> Self::Session;
 
-    /// For how long the server has been running, at least. Asked when the connection has been opened.
+    /// How long the server has been running at least. Asked after the connection was opened.
     fn ran(conn: &mut Self::Connection) -> BoxFuture<'_, Result<Duration, sqlx::Error>>;
 
-    /// Signals all these sessions over `conn`. One that is gone needs no signal.
+    /// Signals all these sessions over `conn`. A session that is gone needs no signal.
     fn send<'c>(
         conn: &'c mut Self::Connection,
         opened: Opened,
@@ -71,10 +71,10 @@ struct Inner<DB: Signals> {
     round_trip: AtomicU64,
 }
 
-/// Who waits to be served.
+/// The requests that wait to be served.
 struct Queue<DB: Signals> {
     requests: Vec<Request<DB>>,
-    /// Somebody serves, and will see what is added.
+    /// Whether a caller is serving the queue, and will see new requests.
     is_served: bool,
 }
 
@@ -84,20 +84,20 @@ struct Request<DB: Signals> {
     answer: oneshot::Sender<Result<Activity, Unsignalled>>,
 }
 
-/// Since when a connection has been open, and what that says of its server.
+/// When a connection was opened, and what that says about its server.
 #[derive(Debug, Clone, Copy)]
 #[expect(unnameable_types, reason = "part of the sealed half of `Backend`")]
 pub struct Opened {
-    /// Before it was opened.
+    /// A moment before it was opened.
     since: Instant,
-    /// After the server had said how long it had been running.
+    /// A moment after the server had said how long it had been running.
     seen: Instant,
     ran: Duration,
 }
 
 impl Opened {
-    /// Whether the server has been running ever since that moment, at which something was learnt of it. While the connection
-    /// lives it has not been started anew.
+    /// Whether the server has been running since `learnt`, the moment at which something was learned about it. It
+    /// cannot restart while the connection lives.
     #[cfg_attr(not(feature = "mysql"), expect(dead_code, reason = "PostgreSQL's sessions are told by their own start"))]
     pub(crate) fn is_same_server(&self, learnt: Instant) -> bool {
         learnt >= self.since || self.ran > self.seen.saturating_duration_since(learnt)
@@ -132,8 +132,8 @@ impl<DB: Signals> Warm<DB> {
     }
 }
 
-/// A thread for all cancels of the process, on which nothing else runs: the runtime of a transaction may be busy reading
-/// what is to be cancelled, and answers to cancels would wait for that. `None` where there is no thread to be had.
+/// A thread for all cancels of the process, on which nothing else runs: a transaction's runtime may be busy reading the
+/// rows of the statement to cancel, and the answers to cancels would wait for that. `None` if no thread can be started.
 fn beside() -> Option<Handle> {
     static BESIDE: OnceLock<Option<Handle>> = OnceLock::new();
     let start = || {
@@ -154,7 +154,7 @@ impl<DB: Signals> Cancels<DB> for Canceller<DB> {
         beside()
     }
 
-    /// Opens the connection ahead of its first use.
+    /// Opens the connection before its first use.
     async fn warm(&self, options: &Arc<Options<DB>>) -> Result<(), sqlx::Error> {
         // Whoever has it has opened it, or is about to.
         let Ok(mut warm) = self.0.warm.try_lock() else { return Ok(()) };
@@ -168,7 +168,7 @@ impl<DB: Signals> Cancels<DB> for Canceller<DB> {
         Ok(())
     }
 
-    /// Signals a session, together with all others that are to be signalled now.
+    /// Signals a session, together with all others that are waiting for a signal.
     async fn signal(
         &self,
         options: &Arc<Options<DB>>,
@@ -205,7 +205,7 @@ impl<DB: Signals> Cancels<DB> for Canceller<DB> {
 
 #[cfg(feature = "postgres")]
 impl<DB: Signals> Canceller<DB> {
-    /// Runs something else on the connection, which is lost if that fails. None where it is not open.
+    /// Runs something else on the connection, which is lost if that fails. `None` if it is not open.
     pub(crate) async fn on_warm<T>(
         &self,
         run: impl AsyncFnOnce(&mut DB::Connection) -> Result<T, sqlx::Error>,
@@ -220,15 +220,15 @@ impl<DB: Signals> Canceller<DB> {
     }
 }
 
-/// Whoever serves the queue. If it is dropped before the queue is empty, the requests that are left are answered by their
-/// drop, and the next one finds nobody who serves.
+/// The turn of the caller that serves the queue. If it is dropped before the queue is empty, the remaining requests are
+/// answered by their drop, and the next request finds no server.
 struct Turn<DB: Signals> {
     inner: Arc<Inner<DB>>,
     is_over: bool,
 }
 
 impl<DB: Signals> Turn<DB> {
-    /// The next that are to be served together, or none, in which case the turn is over.
+    /// The next requests to serve together; none if the turn is over.
     fn next(&mut self) -> Vec<Request<DB>> {
         let mut queue = self.inner.queue();
         // Who has gone needs no signal any more.
@@ -288,7 +288,7 @@ impl<DB: Signals> Inner<DB> {
         Duration::from_micros(self.round_trip.load(Ordering::Relaxed))
     }
 
-    /// Sends one message over the connection, or over another one if it fails.
+    /// Sends one message over the connection, or over a new one if it fails.
     async fn ask(
         &self,
         options: &Arc<Options<DB>>,
@@ -376,7 +376,7 @@ mod tests {
         assert!(is_same(seconds(0), since) && is_same(seconds(0), since + seconds(1)));
     }
 
-    /// Whoever comes when nobody is left to be served has a turn of its own, which the end of the one before is not to end.
+    /// A request that comes when the queue is empty gets its own turn, which the end of the previous turn must not end.
     #[cfg(feature = "postgres")]
     #[test]
     fn a_turn_that_is_over_ends_no_other_and_one_that_is_not_leaves_the_place_free() {

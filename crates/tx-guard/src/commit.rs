@@ -1,7 +1,7 @@
 //! The commit: sent once, proved, and driven to its end.
 //!
-//! Invariant: `Ok` is said only after the database has confirmed, and "failed" only of what cannot have been committed.
-//! Everything between is unknown.
+//! Invariant: it returns `Ok` only after the database has confirmed, and "failed" only if nothing can have been
+//! committed. Everything between is unknown.
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::outcome::CommitOutcome;
 use crate::settle::{self, ENDED_BEFORE};
 use crate::watch::{OUT_OF_STEP, Patience, unless_stuck};
 
-/// Commits, and comes back when the outcome is known. Runs shielded.
+/// Commits, and returns when the outcome is known. Runs shielded.
 pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'static str>) -> Result<(), TxError> {
     let (conn, probe) = open.slot.parts();
     let lost = doomed.or_else(|| DB::is_lost(conn, probe).then_some("a nested begin was cancelled inside the guard"));
@@ -78,7 +78,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
     Err(error)
 }
 
-/// Asks on another connection how a commit ended whose own connection was lost, and is closed by the drop of `open`.
+/// Asks on another connection how a commit ended whose own connection was lost. The drop of `open` closes that one.
 async fn resolve<DB: Backend>(mut open: Open<DB>, source: sqlx::Error, receipt: &Receipt) -> Result<(), TxError> {
     let shared = Arc::clone(&open.shared);
     let (_, probe) = open.slot.parts();
@@ -98,7 +98,7 @@ async fn resolve<DB: Backend>(mut open: Open<DB>, source: sqlx::Error, receipt: 
     }
 }
 
-/// Runs them all, in the order in which they were given. A panic of one goes on when all have run.
+/// Runs all hooks in the order in which they were added. If one panics, the panic resumes after all have run.
 fn run_hooks(hooks: Vec<Hook>) {
     let mut panicked = None;
     for hook in hooks {

@@ -1,7 +1,7 @@
-//! The moment by which a transaction has to be over.
+//! The moment by which a transaction has to end.
 //!
-//! Invariant: what fails at or past that moment is told as a timeout, whoever was the first to notice. Only what may have
-//! been committed is never told as one.
+//! Invariant: a failure at or after that moment is reported as a timeout, whichever side notices first, unless the
+//! transaction may have been committed.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ pub(crate) struct Deadline {
 }
 
 impl Deadline {
-    /// From now on. None for a time that never ends.
+    /// The deadline `timeout` from now. `None` for a time that never ends.
     pub(crate) fn after(timeout: Duration) -> Option<Self> {
         Some(Self { at: Instant::now().checked_add(timeout)?, timeout })
     }
@@ -38,13 +38,13 @@ impl Deadline {
         TxError::Timeout { timeout: self.timeout }
     }
 
-    /// Gives `future` up at the deadline.
+    /// Runs `future`, but gives it up at the deadline.
     pub(crate) async fn bound<T>(&self, future: impl Future<Output = T>) -> Result<T, TxError> {
         timeout_at(self.at, future).await.map_err(|_| self.error())
     }
 
-    /// What `error` is to be told as. A timeout says that the transaction is rolled back, which is not known of one that was
-    /// lost. Errors of opening a connection say themselves what took so long.
+    /// The error to report instead of `error`. A timeout says that the transaction is rolled back, which is unknown of
+    /// a lost one. Errors of opening a connection say themselves what took so long.
     pub(crate) fn name(&self, error: TxError) -> TxError {
         let is_rolled_back = matches!(error, TxError::Database(_) | TxError::Aborted { .. });
         if is_rolled_back && self.has_passed() { self.error() } else { error }

@@ -1,7 +1,7 @@
-//! A future that goes on without its caller, and the runtime on which it does.
+//! A future that continues without its caller, and the runtime on which it does so.
 //!
-//! Invariant: what has been polled once is driven to its end, or to its limit, and what it yields then goes to whoever was
-//! named for it. What was never polled does nothing.
+//! Invariant: a future that was polled once is driven to its end, or to its limit, and its output goes to the handler
+//! that was set for it. A future that was never polled does nothing.
 
 use std::future::poll_fn;
 use std::panic::{AssertUnwindSafe, resume_unwind};
@@ -19,17 +19,18 @@ pub(crate) struct Driven<T: Send + 'static> {
     future: Option<BoxFuture<'static, T>>,
     runtime: Handle,
     polled: bool,
-    /// How long it may go on without its caller. None for a future that bounds itself.
+    /// How long it may continue without its caller. `None` for a future that bounds itself.
     limit: Option<Duration>,
     late: Option<Late<T>>,
 }
 
-/// Outside any runtime nothing could be waited for. Where there is one it is left, because `runtime` may have ended.
+/// Enters `runtime` outside any runtime, because nothing could be waited for there. Inside a runtime it does nothing,
+/// because `runtime` may have ended.
 pub(crate) fn enter_if_outside(runtime: &Handle) -> Option<EnterGuard<'_>> {
     Handle::try_current().is_err().then(|| runtime.enter())
 }
 
-/// Polls `future` where there are timers, wherever it is polled.
+/// Polls `future` inside `runtime` if necessary, so that it always has timers.
 pub(crate) async fn inside<T>(runtime: &Handle, future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     let poll = |cx: &mut Context<'_>| {
@@ -39,7 +40,7 @@ pub(crate) async fn inside<T>(runtime: &Handle, future: impl Future<Output = T>)
     poll_fn(poll).await
 }
 
-/// What is done with an output that has come too late for the caller, or not at all.
+/// What to do with an output that came too late for the caller, or not at all.
 type Late<T> = Box<dyn FnOnce(Option<T>) + Send>;
 
 impl<T: Send + 'static> Driven<T> {
@@ -47,14 +48,14 @@ impl<T: Send + 'static> Driven<T> {
         Self { future: Some(Box::pin(future)), runtime, polled: false, limit: None, late: None }
     }
 
-    /// Lets the future go on for so long without its caller; then it is dropped, and the slot inside closes its
-    /// connection. A peer that has vanished without a word would otherwise hold the slot for ever.
+    /// Lets the future continue for this long without its caller. Then it is dropped, and the slot inside closes its
+    /// connection. Otherwise a peer that vanished silently would hold the slot for ever.
     pub(crate) fn alone_for(mut self, limit: Duration) -> Self {
         self.limit = Some(limit);
         self
     }
 
-    /// Hands the output to `late` if the caller has gone before it came.
+    /// Passes the output to `late` if the caller has gone by then.
     pub(crate) fn or_late(mut self, late: impl FnOnce(Option<T>) + Send + 'static) -> Self {
         self.late = Some(Box::new(late));
         self

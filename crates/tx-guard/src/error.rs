@@ -1,7 +1,7 @@
 //! What can go wrong, one variant for each thing a caller can do about it.
 //!
-//! Invariant: no text of an error contains credentials or row data. A target is described by its host and database (or
-//! its file), never by its URL, and what the driver said is told without values.
+//! Invariant: no error text contains credentials or row data. A target is described by its host and database (or its
+//! file), never by its URL, and the driver's messages are shown without values.
 
 use std::io;
 use std::time::Duration;

@@ -1,6 +1,6 @@
-//! What happens behind the callers' backs, told to whoever wants to know.
+//! Events: what happens behind the callers' backs, for listeners.
 //!
-//! Invariant: telling never waits. A listener that is too slow misses events and is told how many.
+//! Invariant: sending an event never waits. A listener that is too slow misses events and learns how many.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::metrics::{Counters, up};
 use crate::work::Tag;
 use crate::{CommitOutcome, TxError};
 
-/// How many events a listener may be behind before it misses some.
+/// How many events a listener may lag behind before it misses some.
 const BACKLOG: usize = 256;
 
 /// Something the pool did after a caller had gone.
@@ -77,7 +77,7 @@ impl TxEvents {
     }
 }
 
-/// The telling half.
+/// The sending half.
 #[derive(Debug)]
 pub(crate) struct Teller {
     listeners: broadcast::Sender<TxRecord>,
@@ -112,7 +112,7 @@ impl Teller {
         drop(self.listeners.send(TxRecord { event, transaction, name, after }));
     }
 
-    /// Tells how a commit ended whose caller had gone. Its error is logged, because nobody else is told of it.
+    /// Reports how a commit ended whose caller had gone. Its error is logged, because nothing else receives it.
     pub(crate) fn tell_late(&self, outcome: CommitOutcome, error: Option<&TxError>, about: Tag) {
         #[cfg(feature = "tracing")]
         if let Some(error) = error {

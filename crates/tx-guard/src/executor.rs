@@ -1,6 +1,6 @@
 //! The pool as an sqlx [`Executor`], for queries without a transaction.
 //!
-//! Invariant: a query runs on a [`Reader`](crate::Reader) that its future or stream owns, so whoever drops that drops the
+//! Invariant: a query runs on a [`Reader`](crate::Reader) that its future or stream owns, so dropping that drops the
 //! reader, which settles the session.
 
 use async_stream::try_stream;

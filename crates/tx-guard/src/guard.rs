@@ -36,13 +36,13 @@ pub struct TransactionGuard<DB: Backend> {
     /// Taken only by the methods that consume the guard, and by its drop.
     open: Option<Open<DB>>,
     doomed: Option<&'static str>,
-    /// How many savepoints have been set and not ended. One that was dropped is never ended.
+    /// How many savepoints have been set and not ended. A dropped savepoint is never ended.
     savepoints: usize,
-    /// Nothing is committed from then on.
+    /// After this, nothing is committed.
     deadline: Option<Deadline>,
 }
 
-/// A savepoint that was set, and how many hooks there were.
+/// A savepoint, and how many hooks there were when it was set.
 struct Savepoint {
     level: usize,
     hooks: usize,
@@ -191,7 +191,7 @@ impl<DB: Backend> TransactionGuard<DB> {
     ///   [`settle_timeout`](crate::TxPoolBuilder::settle_timeout), nor acknowledge the end of its session within the
     ///   same time again. Nothing is committed, but locks may be held until the server notices that the connection is
     ///   closed.
-    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and it is not known whether by a commit.
+    /// - [`TxError::Lost`]: the transaction had ended behind the guard's back, and it is unknown whether by a commit.
     ///   The guard notices this on PostgreSQL after a raw `COMMIT` or `ROLLBACK`, and on MySQL after a cancelled nested
     ///   `begin` of sqlx.
     pub async fn rollback(mut self) -> Result<(), TxError> {
@@ -327,7 +327,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         self.held_mut().commit_mode = mode;
     }
 
-    /// From then on nothing is committed.
+    /// Sets the time after which nothing is committed.
     pub(crate) fn set_deadline(&mut self, deadline: Option<Deadline>) {
         self.deadline = deadline;
     }
@@ -346,7 +346,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         self.open.as_mut().expect(HELD)
     }
 
-    /// Runs SQL of our own.
+    /// Runs our own SQL.
     async fn run_sql(&mut self, sql: String) -> Result<(), sqlx::Error> {
         // Looks at the depth on the way.
         let _: &mut DB::Connection = self;

@@ -1,6 +1,6 @@
 //! The task that looks after the idle sessions of a pool.
 //!
-//! Invariant: it ends with its pool, and holds it only while it looks.
+//! Invariant: it ends with its pool, and holds the pool only while it checks.
 
 use std::sync::Weak;
 
@@ -9,8 +9,8 @@ use tokio::time::sleep;
 use crate::backend::Backend;
 use crate::slot::Shared;
 
-/// Opens what the pool is to have at least, and closes what is too old or has been idle for too long, until the pool is
-/// closed or gone. Starts over after each look, so that a pool nobody has any more ends at the next one.
+/// Opens sessions up to the pool's minimum, and closes those that are too old or have been idle for too long, until the
+/// pool is closed or gone. Upgrades the reference anew for each check, so that an abandoned pool ends at the next one.
 pub(crate) async fn keep_up<DB: Backend>(shared: Weak<Shared<DB>>) {
     while let Some(strong) = shared.upgrade() {
         if strong.work.is_closed() {

@@ -1,7 +1,8 @@
-//! Recognises the connections of a wrapped pool, so that what is needed to cancel on one is learnt once.
+//! Recognises the connections of a wrapped pool, so that the data for cancelling on one is learned only once.
 //!
-//! Invariant: what was learnt of one connection is never taken for another's. sqlx keeps a prepared statement for each
-//! connection; a connection is recognised by the address of that, and as long as we hold it, nothing else can be there.
+//! Invariant: data of one connection is never used for another. sqlx keeps a prepared statement for each connection.
+//! The address of that statement identifies the connection, and as long as we hold the statement, nothing else can have
+//! that address.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -11,19 +12,18 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use sqlx::database::HasStatementCache;
 use sqlx::{Connection, Database, Executor, SqlSafeStr, Statement};
 
-/// How many connections are remembered. What is forgotten is learnt again.
+/// How many connections are remembered. A forgotten one is learned again.
 const LIMIT: usize = 256;
 
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct Known<DB: Database, T> {
     learnt: Mutex<VecDeque<(DB::Statement, T)>>,
-    /// The connections keep no statements, so there is nothing to recognise them by.
+    /// Whether the connections keep no statements, so that nothing identifies them.
     no_cache: AtomicBool,
 }
 
 impl<DB: Database + HasStatementCache, T: Copy> Known<DB, T> {
-    /// The statement by which this connection is recognised. That costs a round trip when it is met for the first time,
-    /// and nothing later.
+    /// The statement that identifies this connection. It costs a round trip the first time, and nothing later.
     pub(crate) async fn statement(
         &self,
         conn: &mut DB::Connection,
@@ -61,7 +61,7 @@ impl<DB: Database + HasStatementCache, T: Copy> Known<DB, T> {
     }
 }
 
-/// Where the columns of the statement are kept, which all clones of the statement share.
+/// The address of the statement's columns, which all clones of the statement share.
 fn address<DB: Database>(statement: &DB::Statement) -> Option<usize> {
     let columns = statement.columns();
     (!columns.is_empty()).then(|| columns.as_ptr().addr())

@@ -1,6 +1,6 @@
-//! What a pool has done so far, and what it is doing now.
+//! Metrics: what a pool has done so far, and what it is doing now.
 //!
-//! Invariant: each session that was opened is counted once, and once more, with its reason, when it is closed.
+//! Invariant: each session is counted once when it is opened, and once, with the reason, when it is closed.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,7 +14,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 pub struct Metrics {
     /// Sessions that are open, or being opened. For a wrapped pool, the sessions that its guards hold.
     pub size: usize,
-    /// Sessions that nobody uses.
+    /// Sessions that are not in use.
     pub idle: usize,
     /// Callers that wait for a session.
     pub waiting: usize,
@@ -66,7 +66,7 @@ pub(crate) enum Closed {
     WithPool,
 }
 
-/// What is counted from the beginning.
+/// The counters since the beginning of the pool.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     opened: AtomicU64,
@@ -89,7 +89,7 @@ impl Counters {
         tracing::debug!(?why, "session closed");
     }
 
-    /// A transaction has ended: whether by a commit, where that is known.
+    /// Counts a transaction that has ended; `committed` says whether by a commit, if known.
     pub(crate) fn ended(&self, committed: Option<bool>) {
         let [committed_ones, rolled_back, unknown] = &self.outcomes;
         up(match committed {
@@ -119,7 +119,7 @@ impl Counters {
     }
 }
 
-/// Nothing else is ordered by these.
+/// Raises a counter. No other memory access depends on its order.
 pub(crate) fn up(count: &AtomicU64) {
     count.fetch_add(1, Ordering::Relaxed);
 }

@@ -1,7 +1,7 @@
-//! MySQL and MariaDB: what is killed is looked at first, and a commit proves itself by a savepoint.
+//! MySQL and MariaDB: a session is checked before it is killed, and a savepoint proves a commit.
 //!
-//! Invariant: while a guard is open, nothing that is written outside its transaction stands. What comes after that was
-//! lost is refused; what comes after MySQL has rolled it back is undone at the end.
+//! Invariant: while a guard is open, nothing that is written outside its transaction stands. Statements after the
+//! transaction was lost are refused; statements after MySQL has rolled it back are undone at the end.
 
 mod in_step;
 #[cfg(test)]
@@ -30,59 +30,60 @@ use in_step::Answers;
 
 type Manager = <MySql as Database>::TransactionManager;
 
-/// How much later than the client the server ends a session whose transaction lasts too long, in seconds.
+/// How many seconds later than the client the server ends a session whose transaction takes too long.
 const SESSION_MARGIN: u64 = 1;
 
-/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+/// The same for a statement. Our own limit is over by then, so the caller does not get the server's message.
 const STATEMENT_MARGIN: Duration = Duration::from_millis(250);
 
-/// The largest limit that both servers take, in seconds.
+/// The largest limit that both servers accept, in seconds.
 const LONGEST_LIMIT: u64 = 31_536_000;
 
-/// Goes with the transaction, whatever ends it, and is there as long as it is. The savepoint is released in front of
-/// COMMIT, in the same message: if it is not there any more, the message ends before COMMIT.
+/// A savepoint that lasts exactly as long as the transaction, whatever ends it. It is released in front of COMMIT, in
+/// the same message: if it is gone, the message ends before COMMIT.
 const MARK: &str = "SAVEPOINT txg_0";
 const VERIFIED_COMMIT: &str = "RELEASE SAVEPOINT txg_0; COMMIT";
 
-/// Refuses writes outside a transaction that asks for them. Under the victim of a deadlock MySQL goes on as if the
-/// transaction were still one that had asked, so nothing is committed by itself either.
+/// Refuses writes outside a transaction that requests them. After a deadlock, MySQL treats the victim as if its
+/// transaction still had that permission, so autocommit is off as well.
 const HOLD: &str = "SET autocommit = 0; SET SESSION TRANSACTION READ ONLY";
 
 const IDENTIFY: &str = "SELECT CONNECTION_ID(), VERSION(), CAST(@@GLOBAL.read_only AS SIGNED)";
 
-/// Refused inside a transaction, which START TRANSACTION would commit without a word. It is about the next one only.
+/// A statement that is refused inside a transaction, which START TRANSACTION would silently commit. It affects only the
+/// next transaction.
 const ALONE: &str = "SET TRANSACTION READ WRITE; ";
 
-/// The answer to that inside a transaction.
+/// The error code for that inside a transaction.
 const IN_TRANSACTION: u16 = 1568;
-/// The server or the account has as many sessions as it may have.
+/// The error codes for a server or account that has reached its session limit.
 const TOO_MANY_SESSIONS: [u16; 3] = [1040, 1203, 1226];
 const DEADLOCK: u16 = 1213;
 const LOCK_WAIT_TIMEOUT: u16 = 1205;
 const NO_SUCH_DATABASE: u16 = 1049;
 const NO_SUCH_SAVEPOINT: u16 = 1305;
 const NO_SUCH_THREAD: u16 = 1094;
-/// Group replication's way of saying that a commit was refused and rolled back.
+/// The error code of group replication for a commit that was refused and rolled back.
 const REFUSED_BY_THE_GROUP: u16 = 3101;
 
-/// What a server says last on a session. The second is MariaDB's, the third MySQL's.
+/// The last error code that a server sends on a session. The second is MariaDB's, the third MySQL's.
 const SERVER_SHUTDOWN: u16 = 1053;
 const CONNECTION_KILLED: u16 = 1927;
 const IDLE_FOR_TOO_LONG: u16 = 4031;
 
-/// One session of the server, and what our transactions have made of it.
+/// One session of the server, and its state after our transactions.
 #[derive(Debug)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct Thread {
     identity: Identity,
     ownership: Ownership,
-    /// The session has limits of a transaction that had a deadline.
+    /// Whether the session has the limits of a transaction with a deadline.
     limited: AtomicBool,
-    /// The end of the transaction is proved, and nothing was sent since.
+    /// Whether the end of the transaction is proved, with nothing sent since.
     in_step: AtomicBool,
-    /// A session of the user's has its settings back already.
+    /// Whether a session of the user has its settings back already.
     is_back: AtomicBool,
-    /// sqlx's levels were taken away, and a rollback was sent, before the end of the transaction.
+    /// Whether sqlx's levels were removed, and a rollback sent, before the end of the transaction.
     is_undone: AtomicBool,
 }
 
@@ -90,19 +91,19 @@ pub struct Thread {
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct Identity {
     id: u64,
-    /// Ids are given out again by a server that was started anew.
+    /// When its id was learned. A server that was restarted reuses ids.
     learnt: Instant,
     flavour: Flavour,
-    /// Nothing is written on this server, and asking for it may be refused.
+    /// Whether this server is read-only, so that even asking to write may be refused.
     read_only: bool,
 }
 
-/// Whose connection a session is.
+/// Who owns the connection of a session.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Ownership {
-    /// Ours: opened by the pool, for guards alone.
+    /// Ours: opened by the pool, only for guards.
     Owned,
-    /// The user's, which has its settings back after each transaction.
+    /// The user's: it gets its settings back after each transaction.
     Wrapped,
 }
 
@@ -113,7 +114,7 @@ enum Flavour {
 }
 
 impl Flavour {
-    /// The variables that are set for a transaction with a deadline.
+    /// The variables to set for a transaction with a deadline.
     fn limits(self) -> &'static [&'static str] {
         match self {
             Self::MariaDb => {
@@ -131,7 +132,7 @@ impl Flavour {
         }
     }
 
-    /// MySQL limits its SELECTs alone, in milliseconds; MariaDB each statement, in seconds.
+    /// MySQL limits only SELECT statements, in milliseconds; MariaDB limits each statement, in seconds.
     fn limit(self, variable: &str, remaining: Duration) -> String {
         // Rounded up, because a limit that comes a moment sooner is told as another error.
         let later = remaining.saturating_add(STATEMENT_MARGIN);
@@ -255,8 +256,8 @@ impl Driver for MySql {
         depth::<Self>(conn) == 0
     }
 
-    /// A begin that is cancelled inside a nested transaction takes that one away alone, and the `commit` of the nested
-    /// transaction then is that of the whole.
+    /// A `begin` that is cancelled inside a nested transaction removes only that level, and the `commit` of the nested
+    /// transaction then commits the whole.
     fn may_have_committed(conn: &mut MySqlConnection) -> bool {
         depth::<Self>(conn) == 0
     }
@@ -333,8 +334,8 @@ impl Driver for MySql {
         Ok(found)
     }
 
-    /// The rollback goes out ahead of the proof that nothing is left to be read, so that the locks are free a round trip
-    /// sooner. A cancel may still meet it: another one is due.
+    /// The rollback goes out before the proof that nothing is left to read, so that the locks are free a round trip
+    /// sooner. A cancel may still hit it, so another rollback is due.
     async fn quiet(conn: &mut MySqlConnection, thread: &Arc<Thread>) -> Result<(), sqlx::Error> {
         if in_step::is_left(conn).await? {
             thread.is_undone.fetch_or(undo(conn), Ordering::Relaxed);
@@ -345,9 +346,9 @@ impl Driver for MySql {
     }
 }
 
-/// Takes sqlx's levels away, whatever the answers will be: when MySQL has rolled back by itself, with the savepoints,
-/// sqlx's own rollback fails for ever. The rollbacks go out with what is sent next, and free the locks there. False where
-/// there is none.
+/// Removes sqlx's levels, whatever the answers will be: if MySQL has rolled back by itself, including the savepoints,
+/// sqlx's own rollback fails for ever. The rollbacks go out with the next message, and free the locks there. Returns
+/// false if there is no level.
 fn undo(conn: &mut MySqlConnection) -> bool {
     let was_open = depth::<MySql>(conn) > 0;
     while depth::<MySql>(conn) > 0 {
@@ -368,7 +369,7 @@ impl Thread {
         }
     }
 
-    /// Gives a wrapped session the settings back that it had before its transaction. None where it has them all.
+    /// The SQL that restores a wrapped session's settings from before its transaction. `None` if it has them all.
     fn settings_back(&self) -> Option<String> {
         let mut settings: Vec<&str> = Vec::new();
         if self.ownership == Ownership::Wrapped && !self.identity.read_only {
@@ -391,7 +392,7 @@ async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sq
     Ok(Identity { id, learnt, flavour, read_only: read_only != 0 })
 }
 
-/// BEGIN, its settings and its mark in one message, so that they cost no round trip of their own.
+/// BEGIN, its settings and its mark in one message, so that they cost no extra round trip.
 fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     let wrapped = thread.ownership == Ownership::Wrapped;
     let flavour = thread.identity.flavour;
@@ -437,8 +438,8 @@ fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     sql
 }
 
-/// Whether the work is done. An answer of the database, even a refusal, shows that the connection works: of the
-/// statements that were left behind, each may have one.
+/// Whether the work is done. An answer of the database, even a refusal, shows that the connection works: each abandoned
+/// statement may have one.
 fn is_done(result: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
     match result {
         Ok(()) => Ok(true),
@@ -450,7 +451,7 @@ fn is_done(result: Result<(), sqlx::Error>) -> Result<bool, sqlx::Error> {
 impl Signals for MySql {
     type Session = Identity;
 
-    /// It looks before it kills.
+    /// It checks before it kills.
     const TRIPS: u32 = 2;
 
     fn session(thread: &Arc<Thread>) -> Identity {
@@ -471,7 +472,7 @@ impl Signals for MySql {
     }
 }
 
-/// A session that waits for its client has nothing to be killed, and its next statement would be.
+/// A session that waits for its client has nothing to kill, and a kill would hit its next statement.
 async fn signal(
     conn: &mut MySqlConnection,
     opened: Opened,
@@ -506,7 +507,7 @@ async fn signal(
     Ok(seen.into_iter().map(|idle| if idle { Activity::Idle } else { Activity::Unseen }).collect())
 }
 
-/// Which of the sessions wait for their clients.
+/// The sessions that wait for their clients.
 async fn idle_among(conn: &mut MySqlConnection, ids: &[u64]) -> Result<Vec<u64>, sqlx::Error> {
     if ids.is_empty() {
         return Ok(Vec::new());
@@ -521,7 +522,7 @@ async fn idle_among(conn: &mut MySqlConnection, ids: &[u64]) -> Result<Vec<u64>,
     rows.iter().map(|row| row.try_get::<u64, _>(0)).collect()
 }
 
-/// Kills them all with one message, or with one more for each that has gone meanwhile: the message ends there.
+/// Kills all of them with one message, plus one more for each that has gone meanwhile, because the message ends there.
 async fn kill(conn: &mut MySqlConnection, how: &str, mut ids: &[u64]) -> Result<(), sqlx::Error> {
     while !ids.is_empty() {
         let sql: Vec<_> = ids.iter().map(|id| format!("{how} {id}")).collect();
@@ -536,7 +537,7 @@ async fn kill(conn: &mut MySqlConnection, how: &str, mut ids: &[u64]) -> Result<
     Ok(())
 }
 
-/// For how long the server has been running, in whole seconds.
+/// How long the server has been running, in whole seconds.
 async fn uptime(conn: &mut MySqlConnection) -> Result<Duration, sqlx::Error> {
     let (_, uptime): (String, String) = sqlx::query_as("SHOW GLOBAL STATUS LIKE 'Uptime'").fetch_one(conn).await?;
     let uptime =

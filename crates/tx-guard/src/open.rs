@@ -1,7 +1,7 @@
-//! A transaction and all that belongs to it, whoever has it: its guard, its commit, or what follows a drop.
+//! A transaction with everything that belongs to it, held by its guard, its commit, or the settling after a drop.
 //!
-//! Invariant: a connection goes back to its pool only by a release, which is called for one that was seen idle and clean.
-//! Whatever is dropped before that, by a caller or by the end of the runtime, closes its connection instead.
+//! Invariant: a connection returns to its pool only through a release, which is called only after it was seen idle and
+//! clean. A drop before that, by a caller or by the end of the runtime, closes the connection instead.
 
 use std::sync::Arc;
 
@@ -15,8 +15,8 @@ use crate::outcome::OutcomeCell;
 use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
 
-/// A transaction and all that belongs to it. The order of the fields is the order of their drops: the connection is
-/// given back or closed, then the outcome is told, and only then does the pool count the transaction as ended.
+/// A transaction and everything that belongs to it. The order of the fields is the order of their drops: the connection
+/// is given back or closed, then the outcome is reported, and only then does the pool count the transaction as ended.
 pub(crate) struct Open<DB: Backend> {
     pub(crate) slot: Slot<DB>,
     pub(crate) outcome: OutcomeCell,
@@ -27,19 +27,19 @@ pub(crate) struct Open<DB: Backend> {
     pub(crate) commit_mode: CommitMode,
 }
 
-/// What runs once after a commit.
+/// A hook that runs once after a commit.
 pub(crate) type Hook = Box<dyn FnOnce() + Send>;
 
 impl<DB: Backend> Open<DB> {
-    /// Gives the connection back. Only for one that was seen idle and clean.
+    /// Gives the connection back. Only for a connection that was seen idle and clean.
     pub(crate) async fn release(self) {
         let closed = self.shared.work.is_closed();
         self.slot.release(closed).await;
     }
 
-    /// Gives the connection back when what was left to be sent has its answer, for which nobody waits: a message that
-    /// follows sooner is held back by the client's own TCP until then, so another connection serves the next caller
-    /// better. One without an answer within the settle timeout is closed.
+    /// Gives the connection back when the last message was answered; no caller waits for that. The client's own TCP
+    /// holds back a message that follows sooner, so another connection serves the next caller better. Without an answer
+    /// within the settle timeout, the connection is closed.
     pub(crate) async fn release_answered(mut self) {
         if self.slot.takes_unsent() {
             return self.release().await;

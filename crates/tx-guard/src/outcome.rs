@@ -1,7 +1,7 @@
-//! How a transaction ended, and the handle that tells it.
+//! How a transaction ended, and the handle that reports it.
 //!
-//! Invariant: every transaction gets exactly one outcome, and its handle always learns it: the outcome is sent by the drop
-//! of what carries the transaction, whatever path led there.
+//! Invariant: every transaction gets exactly one outcome, and its handle always learns it, because the drop of the
+//! transaction's owner sends it, whatever path led there.
 
 use std::fmt;
 use std::sync::Arc;
@@ -64,7 +64,7 @@ impl fmt::Debug for OutcomeHandle {
 /// The sending half: sends when it is dropped.
 pub(crate) struct OutcomeCell {
     sender: watch::Sender<Option<CommitOutcome>>,
-    /// What would be true if nothing more happened.
+    /// The outcome that would be true if nothing more happened.
     standing: CommitOutcome,
     counters: Arc<Counters>,
 }
@@ -82,7 +82,7 @@ impl OutcomeCell {
         self.standing = outcome;
     }
 
-    /// Tells the outcome ahead of the drop.
+    /// Reports the outcome before the drop.
     pub(crate) fn announce(&mut self, outcome: CommitOutcome) {
         self.standing = outcome;
         self.sender.send_replace(Some(outcome));

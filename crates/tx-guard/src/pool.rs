@@ -1,6 +1,6 @@
-//! The pool as its users see it: opened, begun on, closed.
+//! The pool as its users see it: opening, beginning transactions, closing.
 //!
-//! Invariant: a transaction that is begun is counted before anything is sent, so closing the pool misses none.
+//! Invariant: a transaction is counted before anything is sent for it, so closing the pool misses none.
 
 use std::fmt;
 use std::sync::Arc;
@@ -266,9 +266,9 @@ impl<DB: Backend> PoolSource for sqlx::Pool<DB> {
 }
 
 mod sealed {
-    //! Keeps others from implementing what only the two pools can be.
+    //! Keeps others from implementing a trait that is only for the two pools.
 
-    /// Implemented for the pools alone.
+    /// Implemented only for the pools.
     #[expect(unnameable_types, reason = "this is what seals `PoolSource`")]
     pub trait Sealed {}
 

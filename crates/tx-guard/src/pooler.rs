@@ -1,6 +1,6 @@
 //! What stands between a pool and its server.
 //!
-//! Invariant: nothing that outlives a transaction is set where that would be somebody else's next session.
+//! Invariant: no setting outlives a transaction if the session may belong to another client next.
 
 /// What there is between a pool and its server. Set with [`TxPoolBuilder::pooler`](crate::TxPoolBuilder::pooler).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]

@@ -1,7 +1,7 @@
-//! PostgreSQL: cancelling and terminating over a connection of its own, and a commit that proves itself.
+//! PostgreSQL: cancelling and terminating over a separate connection, and a commit that proves itself.
 //!
-//! Invariant: a cancel is acknowledged before the connection it was meant for is used again, and is meant for a process
-//! that is told by more than its number, so it can never hit the statement of another transaction.
+//! Invariant: a cancel is acknowledged before its target connection is used again, and it identifies its target by more
+//! than the process id, so it can never hit another transaction's statement.
 
 mod habit;
 mod pooled;
@@ -31,58 +31,58 @@ use self::proof::STATE;
 
 type Manager = <Postgres as Database>::TransactionManager;
 
-/// How often a rollback is tried: each statement that was left behind may answer with one error.
+/// How often a rollback is tried: each abandoned statement may answer with one error.
 const ROLLBACK_ATTEMPTS: usize = 16;
 
-/// How much later than the client the server ends a session whose transaction lasts too long, in milliseconds.
+/// How many milliseconds later than the client the server ends a session whose transaction takes too long.
 const SESSION_MARGIN: u128 = 1_000;
 
-/// The same for a statement: ours is over by then, so what the server says is not what the caller hears.
+/// The same for a statement. Our own limit is over by then, so the caller does not get the server's message.
 const STATEMENT_MARGIN: u128 = 250;
 
-/// The largest timeout the server takes, in milliseconds.
+/// The largest timeout that the server accepts, in milliseconds.
 const LONGEST_LIMIT: u128 = 2_147_483_647;
 
-/// Lets the server notice within half a second that the client has gone. From version 14 on.
+/// Makes the server notice within half a second that the client has gone. From version 14 on.
 const CHECK_CLIENT: &str = "SET client_connection_check_interval = '500ms'";
 
-/// Process ids are given out again. The moment of the start tells two holders of the same one apart.
+/// Process ids are reused. The start time distinguishes two processes with the same id.
 ///
-/// On a session of our own, everything outside a guard's transaction may only read from here on. A `begin` that is
-/// cancelled two levels deep takes the whole transaction with it, and the statements that follow in the level between
-/// do not pass the guard. Left as it is where nothing can be written anyway.
+/// On our own sessions, everything outside a guard's transaction may only read from here on. A `begin` that is
+/// cancelled two levels deep ends the whole transaction, and the statements that follow in the level between do not
+/// pass the guard. Where nothing can be written anyway, the session is left as it is.
 const IDENTIFY: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
     CASE WHEN $1 AND current_setting('default_transaction_read_only') = 'off' AND NOT pg_is_in_recovery()
         THEN set_config('default_transaction_read_only', 'on', false) = 'on' ELSE false END,
     coalesce(current_setting('client_connection_check_interval', true) = '0' AND version() ~ 'linux', false)
     FROM pg_stat_get_activity(pg_backend_pid())";
 
-/// Sessions are joined by both, so that one which has taken the place of another is left alone; and by the transaction
-/// where it is what makes the session ours.
+/// Sessions are matched by both, so that a session that has replaced another one is left alone; and by the transaction,
+/// if only the transaction makes the session ours.
 const WHICH: &str = "(a.pid)
     FROM unnest('{PIDS}'::int[], '{STARTS}'::bigint[], '{TRANSACTIONS}'::bigint[]) AS wanted (pid, started, transaction)
     JOIN pg_stat_get_activity(NULL) a ON a.pid = wanted.pid
     WHERE (extract(epoch FROM a.backend_start) * 1000000)::bigint = wanted.started
         AND wanted.transaction IN (0, (extract(epoch FROM a.xact_start) * 1000000)::bigint)";
 
-/// A transaction has run a query already, or has failed.
+/// The SQLSTATEs of a transaction that has already run a query, or has failed.
 const IN_TRANSACTION: [&str; 2] = ["25001", "25P02"];
 
-/// The server, the role or the database has as many sessions as it may have.
+/// The SQLSTATE of a server, role or database that has reached its session limit.
 const TOO_MANY_SESSIONS: &str = "53300";
 
-/// What DISCARD ALL does, but for the prepared statements, which are sqlx's.
+/// Everything that DISCARD ALL does, except for the prepared statements, which belong to sqlx.
 const DISCARD: &str = "CLOSE ALL; SET SESSION AUTHORIZATION DEFAULT; RESET ROLE; RESET ALL; UNLISTEN *;
     SELECT pg_advisory_unlock_all(); DISCARD PLANS; DISCARD TEMP; DISCARD SEQUENCES";
 
-/// A prepared statement is not there, or is there already.
+/// The SQLSTATEs for "this prepared statement does not exist", and for "it exists already".
 const NO_STATEMENT: &str = "26000";
-const STATEMENT_IS_THERE: &str = "42P05";
+const STATEMENT_EXISTS: &str = "42P05";
 
-/// No transaction is open.
+/// The SQLSTATE for "no transaction is open".
 const NO_TRANSACTION: &str = "25P01";
 
-/// Lets the session write nothing any more, whatever is rolled back on it afterwards.
+/// Keeps the session from writing anything any more, whatever is rolled back on it afterwards.
 const FENCE: &str = "SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY";
 
 /// Begins a transaction and spoils it at once, so that each later statement is refused.
@@ -98,11 +98,11 @@ pub struct BackendId {
     pid: i32,
     /// In microseconds.
     started: i64,
-    /// When the transaction was begun without which the session is not ours, in microseconds. Zero for a session of ours.
+    /// When the transaction began that makes the session ours, in microseconds. Zero for our own sessions.
     transaction: i64,
-    /// Whether only a transaction that asks for it may write.
+    /// Whether only a transaction that requests it may write.
     fenced: bool,
-    /// Whether the server could look for a client that has gone, and does not.
+    /// Whether the server could check for a vanished client, but does not.
     unwatched: bool,
 }
 
@@ -198,7 +198,7 @@ impl Driver for Postgres {
         match sqlx::raw_sql(AssertSqlSafe(prepare_state(names))).execute(&mut *conn).await {
             Ok(_) => {}
             // It was prepared before the session was reset, which leaves it.
-            Err(error) if code(&error).as_deref() == Some(STATEMENT_IS_THERE) => {}
+            Err(error) if code(&error).as_deref() == Some(STATEMENT_EXISTS) => {}
             Err(error) => return Err(error),
         }
         place.compare();
@@ -253,9 +253,9 @@ impl Driver for Postgres {
         depth::<Self>(conn) == 0
     }
 
-    /// A `begin` that is cut two levels deep goes wrong in each version of sqlx. Version 0.9.0 rolls the whole transaction
-    /// back. One that takes a dropped `begin` back leaves the level of the transaction itself, and the `commit` of the level
-    /// between is then that of the whole.
+    /// A `begin` that is cut two levels deep goes wrong in every version of sqlx. Version 0.9.0 rolls the whole
+    /// transaction back. A version that takes a dropped `begin` back leaves the level of the transaction itself, and
+    /// the `commit` of the level between then commits the whole.
     fn may_have_committed(conn: &mut PgConnection) -> bool {
         depth::<Self>(conn) == 0 && habit::takes_dropped_begins_back()
     }
@@ -264,8 +264,8 @@ impl Driver for Postgres {
     /// sqlx does when the `begin` is then dropped differs between its versions: nothing, or a `ROLLBACK`, which ends the
     /// spoilt transaction. Writes are refused in both cases.
     ///
-    /// Behind a pooler the next session is not ours to change, so there it is a transaction that must last: the `begin` is not
-    /// dropped, but forgotten.
+    /// Behind a pooler the next session is not ours to change, so there the fence is a transaction that has to last:
+    /// the `begin` is not dropped, but forgotten.
     fn fence(conn: &mut PgConnection, place: &Place) {
         if place.is_pooled() {
             // One that meets the error of a statement that was left behind is taken back by later versions of sqlx.
@@ -335,8 +335,8 @@ impl Driver for Postgres {
         proof::resolve(options, receipt, limit, || canceller.signal(options, Wanted::Terminate, place)).await
     }
 
-    /// The answer to a number that was made up for it shows that it is the answer to this: after a COPY that was dropped,
-    /// sqlx takes each answer for that to the message before.
+    /// A fresh random number in the answer shows that it answers this message: after a dropped COPY, sqlx takes each
+    /// answer for the answer to the previous message.
     async fn rollback(conn: &mut PgConnection, place: &Place) -> Result<Rollback, sqlx::Error> {
         if depth::<Self>(conn) == 0 {
             return Err(sqlx::Error::Protocol("the transaction was lost: the state of the session is unknown".into()));
@@ -375,7 +375,7 @@ impl Driver for Postgres {
     }
 }
 
-/// BEGIN and its limits in one message, so that they cost no round trip of their own.
+/// BEGIN and its limits in one message, so that they cost no extra round trip.
 fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     let mut sql = String::from("BEGIN");
     sql.push_str(match mode.isolation {
@@ -411,9 +411,9 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     sql
 }
 
-/// The role, the search path and the settings of these names in one text. One that was never set is as good as empty, which
-/// it is after a SET LOCAL. The locks are released, because to look for them costs more. It is a prepared statement, because
-/// to plan it takes several times as long as to run it.
+/// The role, the search path and the settings with these names in one text. A setting that was never set counts as
+/// empty, as it is after a SET LOCAL. The locks are released, because looking for them would cost more. It is a prepared
+/// statement, because planning it takes several times as long as running it.
 fn prepare_state(names: &[String]) -> String {
     let settings = names.iter().map(|name| format!("coalesce(current_setting('{name}', true), ''), "));
     let settings: String = settings.collect();
@@ -423,8 +423,8 @@ fn prepare_state(names: &[String]) -> String {
     )
 }
 
-/// A nested transaction of sqlx that was forgotten is part of the whole. sqlx counts it as long as it is not told, and
-/// COMMIT takes its savepoint away without a word to sqlx.
+/// A forgotten nested transaction of sqlx is part of the whole. sqlx counts it until it is told otherwise, and COMMIT
+/// removes its savepoint without telling sqlx.
 async fn release_forgotten(conn: &mut PgConnection) -> Result<(), CommitFailure> {
     while depth::<Postgres>(conn) > 1 {
         match Manager::commit(conn).await {
@@ -457,7 +457,7 @@ impl Signals for Postgres {
         place.backend()
     }
 
-    /// Its sessions are told by the moments at which they were started.
+    /// PostgreSQL's sessions are distinguished by their start times.
     fn ran(_: &mut PgConnection) -> BoxFuture<'_, Result<Duration, sqlx::Error>> {
         std::future::ready(Ok(Duration::MAX)).boxed()
     }

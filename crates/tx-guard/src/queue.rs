@@ -1,8 +1,8 @@
-//! Who has a connection next: the places of a pool, what is idle in them, and those who wait, in the order in which they
-//! came.
+//! The queue for connections: the places of a pool, the idle items in them, and the waiting callers in order of
+//! arrival.
 //!
-//! Invariant: no more places are given out than there are, and a place that was given to somebody who has gone is the next
-//! one's. Nobody waits while something is idle or a place is free.
+//! Invariant: no more places are given out than exist, and a place given to a caller that has gone passes to the next
+//! one. No caller waits while something is idle or a place is free.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -10,12 +10,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-/// How many may wait before those who have gone are looked for among them.
+/// How many callers may wait before the first sweep for those that have gone.
 const FIRST_SWEEP: usize = 64;
 
 /// What can be idle in a place.
 pub(crate) trait Idle: Sized {
-    /// Called when it comes to rest because nobody waits for it. None if it rests somewhere else.
+    /// Called when it comes to rest because no caller waits for it. `None` if it rests somewhere else.
     fn rest(self) -> Option<Self>;
 }
 
@@ -25,20 +25,21 @@ pub(crate) struct Queue<T: Idle> {
 }
 
 struct State<T: Idle> {
-    /// The last one put back is taken first, so that what is not needed stays idle for long enough to be closed.
+    /// The last one put back is taken first, so that surplus items stay idle long enough to be closed.
     idle: Vec<T>,
-    /// Each is told by its channel. One whose other end has gone has stopped waiting.
+    /// Each caller is served through its channel. If the other end is gone, the caller has stopped waiting.
     waiting: VecDeque<oneshot::Sender<Place<T>>>,
-    /// At how many waiting the next sweep is due, so that callers who come and go behind one who stays take no memory.
+    /// At how many waiting callers the next sweep is due, so that callers that come and go behind one that stays take
+    /// no memory.
     sweep_at: usize,
-    /// The idle among them.
+    /// How many places are taken, including the idle ones.
     taken: usize,
     closed: bool,
 }
 
-/// One of the places, with or without something idle in it. Its drop gives it to the next who waits.
+/// One of the places, with or without something idle in it. Its drop gives it to the next waiting caller.
 pub(crate) struct Place<T: Idle> {
-    /// None once it was given on.
+    /// `None` once it was passed on.
     queue: Option<Arc<Queue<T>>>,
     idle: Option<T>,
 }
@@ -46,7 +47,7 @@ pub(crate) struct Place<T: Idle> {
 /// What [`Queue::ask`] has found.
 pub(crate) enum Asked<T: Idle> {
     Now(Place<T>),
-    /// An error of this means that the queue was closed.
+    /// An error of the receiver means that the queue was closed.
     Later(oneshot::Receiver<Place<T>>),
     Closed,
 }
@@ -98,13 +99,13 @@ impl<T: Idle> Queue<T> {
         Counts { taken: state.taken, idle: state.idle.len(), waiting }
     }
 
-    /// Takes what is idle and `is_chosen`, with the places, which are free when it is gone.
+    /// Takes the idle items that `is_chosen` selects, with their places, which are free once the items are gone.
     pub(crate) fn take_idle(self: &Arc<Self>, mut is_chosen: impl FnMut(&T) -> bool) -> Vec<Place<T>> {
         let chosen: Vec<T> = self.lock().idle.extract_if(.., |idle| is_chosen(idle)).collect();
         chosen.into_iter().map(|idle| Place { queue: Some(Arc::clone(self)), idle: Some(idle) }).collect()
     }
 
-    /// A free place, where fewer than so many are taken and nobody waits.
+    /// A free place, if fewer than `least` are taken and no caller waits.
     pub(crate) fn take_free(self: &Arc<Self>, least: usize) -> Option<Place<T>> {
         let mut state = self.lock();
         if state.closed || state.taken >= least.min(self.max) {
@@ -114,7 +115,7 @@ impl<T: Idle> Queue<T> {
         Some(Place { queue: Some(Arc::clone(self)), idle: None })
     }
 
-    /// From now on nobody waits, and nothing is idle.
+    /// Closes the queue: from now on no caller waits, and nothing is idle.
     pub(crate) fn close(self: &Arc<Self>) -> Vec<Place<T>> {
         let waiting = {
             let mut state = self.lock();
@@ -126,8 +127,8 @@ impl<T: Idle> Queue<T> {
         self.take_idle(|_| true)
     }
 
-    /// Gives a place to the first who waits. Where nobody does, what is in it comes to rest. What is left in a closed queue
-    /// comes back.
+    /// Gives a place to the first waiting caller. If there is none, its item comes to rest. If the queue is closed, the
+    /// item is returned.
     fn give(self: &Arc<Self>, mut idle: Option<T>) -> Option<T> {
         let mut rests = false;
         loop {
@@ -168,17 +169,17 @@ impl<T: Idle> Queue<T> {
 }
 
 impl<T: Idle> Place<T> {
-    /// What was idle there.
+    /// Takes the item that was idle there.
     pub(crate) fn take(&mut self) -> Option<T> {
         self.idle.take()
     }
 
-    /// Whether somebody waits for it.
+    /// Whether a caller waits for it.
     pub(crate) fn is_waited_for(&self) -> bool {
         self.queue.as_ref().is_some_and(|queue| queue.lock().is_waited_for())
     }
 
-    /// Gives the place on with `item`, or lets `item` rest there. It comes back where the queue is closed.
+    /// Passes the place on with `item`, or lets `item` rest there. If the queue is closed, `item` is returned.
     pub(crate) fn put_back(mut self, item: T) -> Option<T> {
         self.queue.take()?.give(Some(item))
     }

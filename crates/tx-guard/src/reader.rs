@@ -1,6 +1,7 @@
 //! A session for queries without a transaction.
 //!
-//! Invariant: it goes back to its pool when nothing runs on it any more and no cancel can reach it, or it is closed.
+//! Invariant: it returns to its pool only when nothing runs on it any more and no cancel can reach it; otherwise it is
+//! closed.
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
@@ -19,7 +20,7 @@ use crate::slot::{Shared, Slot};
 use crate::work::Ticket;
 use crate::{TxError, TxPool};
 
-/// A session that was used within this time is not asked whether it still lives.
+/// A session that was used within this time is not checked for being alive.
 const FRESH: Duration = Duration::from_secs(1);
 
 /// A session of a pool for reads without a transaction. From [`TxPool::reader`].
@@ -152,7 +153,7 @@ impl<DB: Backend> fmt::Debug for Reader<DB> {
     }
 }
 
-/// Cancels what still runs, and gives the session back, or closes it.
+/// Cancels a running statement, and gives the session back or closes it.
 async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket: Arc<Ticket>) {
     let (conn, probe) = slot.parts();
     let ends = async {

@@ -1,7 +1,7 @@
-//! Whether a session goes back as it was.
+//! Restoring a session before it goes back to its pool.
 //!
-//! Invariant: what is compared is read in the words of the database itself, and what is not known to be as it was is reset,
-//! or its session closed.
+//! Invariant: the compared state is read from the database itself; state that is not known to be unchanged is reset, or
+//! the session is closed.
 
 /// How a session is restored for the next transaction. Set with [`TxPoolBuilder::reset`](crate::TxPoolBuilder::reset).
 ///
@@ -32,7 +32,7 @@ pub enum Reset {
     None,
 }
 
-/// Whether it can be the name of a setting, so that it can be written into SQL.
+/// Whether `name` is a valid name of a setting, so that it can be written into SQL.
 pub(crate) fn is_name(name: &str) -> bool {
     let name = name.strip_prefix('@').unwrap_or(name);
     !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_' || byte == b'.')

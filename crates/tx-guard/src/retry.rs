@@ -1,6 +1,6 @@
-//! How often a transaction is tried, and how long it rests between two attempts.
+//! How often a transaction is tried, and how long it pauses between two attempts.
 //!
-//! Invariant: a pause is random from zero up, so those who have hindered each other do not meet again.
+//! Invariant: a pause is random and starts at zero, so transactions that got in each other's way do not meet again.
 
 use std::time::Duration;
 
@@ -49,7 +49,7 @@ impl Retry {
         self
     }
 
-    /// The wait after so many failed attempts, of which there is at least one.
+    /// The wait after `failed` failed attempts, at least one.
     pub(crate) fn pause(&self, failed: u32) -> Duration {
         self.bound(failed).mul_f64(fastrand::f64())
     }

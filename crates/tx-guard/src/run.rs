@@ -1,6 +1,6 @@
-//! The doors to a transaction with options: begun by hand, in a loop of attempts, or run as a closure.
+//! The ways to start a transaction with options: by hand, in a loop of attempts, or as a closure.
 //!
-//! Invariant: all of them go through [`Attempts`], so what holds for one holds for each.
+//! Invariant: all of them go through [`Attempts`], so what holds for one holds for all.
 
 use crate::attempts::Attempts;
 use crate::backend::Backend;

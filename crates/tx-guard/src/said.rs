@@ -1,14 +1,14 @@
-//! What a driver says of a failure, in words that an operator can act on.
+//! A driver's message about a failure, in a form that an operator can act on.
 //!
-//! Invariant: no row data. The detail of PostgreSQL's errors is left out, and so is what MySQL and PostgreSQL quote of a
-//! value in their messages. The whole of it is in the source of each error, for those who may see it.
+//! Invariant: no row data. The detail of PostgreSQL's errors is left out, and so are the values that MySQL and
+//! PostgreSQL quote in their messages. The full text is in the source of each error.
 
 use std::borrow::Cow;
 use std::io;
 
 use sqlx::error::DatabaseError;
 
-/// A message with the number it goes by.
+/// A message with its error code.
 pub(crate) fn said(error: &sqlx::Error) -> Cow<'static, str> {
     match error {
         sqlx::Error::Database(error) => of_the_database(&**error).into(),
@@ -50,7 +50,8 @@ fn of_the_database(error: &(dyn DatabaseError + 'static)) -> String {
 #[cfg(feature = "mysql")]
 const QUOTING: [u16; 5] = [1062, 1366, 1411, 1525, 1586];
 
-/// Takes out what stands between the first quotation mark and the last that can end it: a value may hold such marks too.
+/// Removes everything between the first quotation mark and the last one that can end it, because a value may contain
+/// such marks too.
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 fn without_value(message: &str, mark: char) -> Cow<'_, str> {
     let Some(start) = message.find(mark).map(|at| at + mark.len_utf8()) else { return message.into() };

@@ -1,7 +1,7 @@
-//! One connection of a pool: opened or borrowed, looked after, closed or given back.
+//! One connection of a pool: opened or borrowed, maintained, closed or given back.
 //!
-//! Invariant: a connection that was begun to be opened, or asked for from the user's own sqlx pool, is not lost with the
-//! caller who asked for it, or callers with short deadlines would open and abandon connections for ever.
+//! Invariant: a connection that is being opened, or was requested from the user's own sqlx pool, is not lost with its
+//! caller. Otherwise callers with short deadlines would open and abandon connections for ever.
 
 use std::future::pending;
 use std::sync::Arc;
@@ -24,32 +24,32 @@ use crate::upkeep::Upkeep;
 const LINKED: &str = "the connection is taken out only by what consumes the session, and by its drop";
 const PROBED: &str = "a session is handed out only after its probe was learnt";
 
-/// One connection, and what was learnt about it. Its drop closes the connection, wherever that came from.
+/// One connection, and what was learned about it. Its drop closes the connection, wherever that came from.
 pub(crate) struct Session<DB: Backend> {
     link: Option<Link<DB>>,
-    /// None until one that was borrowed was recognised.
+    /// `None` until a borrowed connection was recognised.
     probe: Option<DB::Probe>,
-    /// None where a connection does not need it.
+    /// `None` if the connection does not need it.
     home: Option<Home>,
-    /// Somebody had it before.
+    /// Whether it was used before.
     is_used: bool,
-    /// None for one that may grow as old as it likes.
+    /// `None` for a connection without an age limit.
     expiry: Option<Instant>,
     idle_since: Instant,
-    /// What it is to be like for each transaction, where that is looked at.
+    /// The state that it must have for each transaction, if that is checked.
     state: Option<String>,
 }
 
-/// A connection, and whose it is.
+/// A connection, and its owner.
 enum Link<DB: Backend> {
     Own(DB::Connection),
-    /// From the user's sqlx pool. With the runtime on which that takes it back.
+    /// From the user's sqlx pool, with the runtime on which the pool takes it back.
     Lent(PoolConnection<DB>, Handle),
 }
 
 impl<DB: Backend> Session<DB> {
-    /// Opens one of our own, and has it made ready by the user's hook before it is by us.
-    /// The first one of a pool is compared with that of the connection for cancelling.
+    /// Opens one of our own connections. The user's hook prepares it first, then we do. The first session of a pool is
+    /// compared with the session of the cancelling connection.
     pub(crate) async fn open(
         options: &Arc<Options<DB>>,
         upkeep: &Upkeep<DB>,
@@ -78,7 +78,7 @@ impl<DB: Backend> Session<DB> {
         })
     }
 
-    /// Makes one of a connection that was borrowed, of which nobody knows how long it has been idle.
+    /// Makes a session from a borrowed connection, of which it is unknown how long it has been idle.
     pub(crate) fn lent(conn: PoolConnection<DB>, runtime: Handle) -> Self {
         Self {
             link: Some(Link::Lent(conn, runtime)),
@@ -91,7 +91,7 @@ impl<DB: Backend> Session<DB> {
         }
     }
 
-    /// Learns what is needed for cancelling on it, if that is not known yet.
+    /// Learns what cancelling on it needs, if that is not known yet.
     pub(crate) async fn recognise(&mut self, known: &DB::Known) -> Result<(), sqlx::Error> {
         if self.probe.is_none() {
             let probe = DB::recognise(self.connection_mut(), known).await?;
@@ -134,7 +134,7 @@ impl<DB: Backend> Session<DB> {
         matches!(self.link, Some(Link::Lent(..)))
     }
 
-    /// Whether there is no runtime any more on which it could wait.
+    /// Whether the runtime on which it could wait is gone.
     pub(crate) fn is_homeless(&self) -> bool {
         self.home.as_ref().is_some_and(Home::has_ended)
     }
@@ -147,13 +147,13 @@ impl<DB: Backend> Session<DB> {
         self.idle_since.elapsed() >= limit
     }
 
-    /// Whether there is something to be done when a transaction has ended on it.
+    /// Whether there is something to do after a transaction has ended on it.
     pub(crate) fn is_looked_at(&self, upkeep: &Upkeep<DB>) -> bool {
         let has_changed = || self.state.as_ref().is_some_and(|state| !DB::was_seen(self.probe(), state));
         !self.is_lent() && (upkeep.after_release.is_some() || upkeep.reset == Reset::Discard || has_changed())
     }
 
-    /// Has the user's hook look at it, and sees to it that it is as it was. False if it is to be closed.
+    /// Lets the user's hook check it, and restores it. Returns false if it must be closed.
     pub(crate) async fn look_over(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
         if let Some(after_release) = &upkeep.after_release
             && !after_release(self.lend()).await?
@@ -171,7 +171,7 @@ impl<DB: Backend> Session<DB> {
         if is_same { Ok(true) } else { self.mend(upkeep).await }
     }
 
-    /// Resets it and makes it ready again, as if it were new. False if that cannot be done.
+    /// Resets it and prepares it again, as if it were new. Returns false if that is not possible.
     async fn mend(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
         let conn = self.lend();
         if !DB::discard(conn).await? {
@@ -186,7 +186,7 @@ impl<DB: Backend> Session<DB> {
         Ok(true)
     }
 
-    /// Interrupts what runs on it, where that can be done without waiting.
+    /// Interrupts its running statement, if that is possible without waiting.
     pub(crate) fn interrupt(&self) {
         self.probe.iter().for_each(DB::interrupt);
     }
@@ -201,8 +201,8 @@ impl<DB: Backend> Session<DB> {
         }
     }
 
-    /// Gives one that was borrowed back, which ends when the user's pool has it. It is closed if that takes longer than
-    /// `limit`, as with a server that does not answer.
+    /// Gives a borrowed connection back, and returns when the user's pool has it. If that takes longer than `limit`,
+    /// for example because the server does not answer, the connection is closed.
     pub(crate) async fn give_back(mut self, limit: Duration) {
         if let Some(Link::Lent(mut conn, _)) = self.link.take() {
             drop(timeout(limit, conn.return_to_pool()).await);
@@ -254,7 +254,7 @@ impl<DB: Backend> Drop for Session<DB> {
     }
 }
 
-/// The runtime on which a connection was opened. When it has ended, the connection works only as long as it never has to
+/// The runtime on which a connection was opened. After its end, the connection works only as long as it never has to
 /// wait, and may fail inside COMMIT.
 struct Home(AbortHandle);
 

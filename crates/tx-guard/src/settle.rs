@@ -1,7 +1,7 @@
 //! What happens to a transaction after its caller has gone.
 //!
-//! Invariant: a connection is released only after a rollback that was begun when nothing ran any more on it and no cancel was
-//! under way to it: that rollback is the clean round trip that keeps a late cancel off the next transaction.
+//! Invariant: a connection is released only after a rollback that began when nothing ran on it any more and no cancel
+//! was on its way to it: that rollback is the clean round trip that keeps a late cancel off the next transaction.
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,17 +19,17 @@ use crate::slot::Shared;
 use crate::watch::{SETTLE_PATIENCE, Seen, Watch, unless_stuck};
 use crate::work::Tag;
 
-/// How long a statement may go on after its transaction was dropped before it is cancelled. Most are about to end.
+/// How long a statement may continue after its transaction was dropped before it is cancelled. Most are about to end.
 const DRAIN_GRACE: Duration = Duration::from_millis(1);
 
-/// How many errors of abandoned statements are read over before a connection is given up.
+/// How many errors of abandoned statements are skipped before a connection is given up.
 const QUIET_ATTEMPTS: usize = 16;
 
-/// Who has found no transaction any more says so.
+/// The reason if there was no transaction any more.
 pub(crate) const ENDED_BEFORE: &str = "its SQL, or the database itself, had ended the transaction already";
 
-/// Ends a transaction whose statement may still run: a moment to finish, then a cancel from outside, then the
-/// rollback. Past the settle timeout the session is terminated, for which it has the same time once more.
+/// Ends a transaction whose statement may still run: a moment to finish, then a cancel from outside, then the rollback.
+/// After the settle timeout the session is terminated, which may take the same time again.
 ///
 /// # Errors
 ///
@@ -85,7 +85,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
     }
 }
 
-/// How a session has come to rest.
+/// How a session came to rest.
 enum Rest {
     /// Rolled back, idle, and beyond the reach of any cancel.
     Clean,
@@ -93,7 +93,7 @@ enum Rest {
     Doubtful,
 }
 
-/// Why a session has not come to rest.
+/// Why a session did not come to rest.
 enum Unrest {
     Failed(sqlx::Error),
     /// The server waits for the client and the client for the server.
@@ -121,7 +121,7 @@ async fn come_to_rest<DB: Backend>(
     }
 }
 
-/// Waits in the same way for what runs outside a transaction. False where the session must not be used again.
+/// Waits in the same way for a statement outside a transaction. Returns false if the session must not be used again.
 pub(crate) async fn is_quiet<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
@@ -131,8 +131,8 @@ pub(crate) async fn is_quiet<DB: Backend>(
     matches!(come_to_quiet(shared, conn, probe, tag).await, Ok(Rest::Clean))
 }
 
-/// Waits until nothing runs any more, and has cancelled what takes long. An idle connection is quiet at the first poll, so
-/// nothing is ever sent for it.
+/// Waits until nothing runs any more, and cancels a statement that takes too long. An idle connection is quiet at the
+/// first poll, so nothing is ever sent for it.
 async fn come_to_quiet<DB: Backend>(
     shared: &Arc<Shared<DB>>,
     conn: &mut DB::Connection,
@@ -165,7 +165,7 @@ async fn come_to_quiet<DB: Backend>(
     }
 }
 
-/// Reads over the answers of abandoned statements, each of which may be an error.
+/// Skips the answers to abandoned statements, each of which may be an error.
 async fn quiet<DB: Backend>(conn: &mut DB::Connection, probe: &DB::Probe) -> Result<(), sqlx::Error> {
     for _ in 0..QUIET_ATTEMPTS {
         match DB::quiet(conn, probe).await {
@@ -176,8 +176,8 @@ async fn quiet<DB: Backend>(conn: &mut DB::Connection, probe: &DB::Probe) -> Res
     Err(sqlx::Error::Protocol("the connection does not come to rest".into()))
 }
 
-/// Ends the session from outside, and says whether the server has acknowledged that. If not, it finds out by itself that
-/// the client has closed.
+/// Ends the session from outside, and returns whether the server has acknowledged that. If not, the server finds out by
+/// itself that the client has closed.
 async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     let shared = Arc::clone(&open.shared);
     shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
@@ -187,7 +187,7 @@ async fn terminate<DB: Backend>(open: &mut Open<DB>) -> bool {
     matches!(timeout(shared.limits.settle_timeout, terminated).await, Ok(Ok(_)))
 }
 
-/// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs there that could be cancelled.
+/// Rolls back the empty transaction that a verified commit leaves behind. Nothing runs in it that could be cancelled.
 pub(crate) async fn clear<DB: Backend>(mut open: Open<DB>) {
     let limit = open.shared.limits.settle_timeout;
     let (conn, probe) = open.slot.parts();

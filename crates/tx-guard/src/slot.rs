@@ -1,7 +1,7 @@
-//! Where the connection of a transaction comes from, and where it goes: our own sessions, or the user's sqlx pool.
+//! Where a transaction's connection comes from, and where it goes: our own sessions, or the user's sqlx pool.
 //!
-//! Invariant: a slot that is dropped without having been released closes its connection, so no path, not even one
-//! nobody thought of, puts a connection back that might still be in a transaction.
+//! Invariant: a slot that is dropped without a release closes its connection, so no path, not even an unforeseen one,
+//! returns a connection that might still be in a transaction.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -25,23 +25,23 @@ use crate::upkeep::{Upkeep, with_runtime};
 use crate::work::{Ticket, Work};
 use crate::{CloseReport, TxError};
 
-/// How often, and after which pause, a session is tried to be opened again for which the connection for cancelling has
-/// made room. The server notices the end of that a moment later.
+/// How often, and after which pause, to try again to open a session for which the cancelling connection has made room.
+/// The server notices the end of that connection a moment later.
 const ROOM_ATTEMPTS: usize = 10;
 const ROOM_PAUSE: Duration = Duration::from_millis(25);
 
-/// What the clones of a pool, its guards and what goes on behind them share.
+/// The shared state of a pool's clones, its guards, and the work behind them.
 pub(crate) struct Shared<DB: Backend> {
     source: Source<DB>,
     queue: Arc<Queue<Session<DB>>>,
     opening: AtomicU32,
-    /// A session of our own has been opened, so it is known what is between here and the server.
+    /// Whether one of our own sessions has been opened, so that it is known what is between here and the server.
     has_opened: AtomicBool,
     pub(crate) limits: Limits,
     pub(crate) upkeep: Upkeep<DB>,
     /// The task that looks after the sessions ends with this.
     pub(crate) keeper: Mutex<Option<AbortHandle>>,
-    /// Those with which a session was opened last.
+    /// The options with which the latest session was opened.
     options: Mutex<Arc<Options<DB>>>,
     pub(crate) commit_mode: CommitMode,
     pub(crate) known: DB::Known,
@@ -112,8 +112,8 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
-    /// Takes a connection, not later than at `until`, which is `limit` from when it was first asked for. Waiting dies with
-    /// the caller. What follows goes on without one.
+    /// Takes a connection no later than `until`, which is `limit` after the first request. The wait ends with the
+    /// caller. The steps after it continue without one.
     pub(crate) async fn acquire(self: &Arc<Self>, until: Instant, limit: Duration) -> Result<Slot<DB>, TxError> {
         let mut place = match self.queue.ask() {
             Asked::Now(place) => place,
@@ -168,7 +168,7 @@ impl<DB: Backend> Shared<DB> {
         Slot { session: Some(session), place: Some(place), runtime, shared: Arc::clone(self) }
     }
 
-    /// Opens a session, or borrows one, in bounded time, because a caller who has gone bounds nothing.
+    /// Opens a session, or borrows one, in bounded time, because a caller that has gone sets no bound.
     async fn open(&self, runtime: &Handle) -> Result<Session<DB>, Failure> {
         let _opening = Opening::new(&self.opening);
         let opened = match &self.source {
@@ -188,12 +188,12 @@ impl<DB: Backend> Shared<DB> {
         opened.inspect(|_| self.counters.opened())
     }
 
-    /// Those with which a session was opened last, for whatever else is opened.
+    /// The options with which the latest session was opened, for other connections.
     pub(crate) fn options(&self) -> Arc<Options<DB>> {
         Arc::clone(&self.options.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Those that hold from now on, where they may change.
+    /// The present options, if they may change.
     async fn newest_options(&self) -> Result<Arc<Options<DB>>, sqlx::Error> {
         if let Some(rotation) = &self.upkeep.rotation {
             let options = rotation().await?;
@@ -206,7 +206,7 @@ impl<DB: Backend> Shared<DB> {
         Ok(self.options())
     }
 
-    /// Where the server takes no more sessions, the one for cancelling makes room.
+    /// If the server accepts no more sessions, the cancelling connection makes room.
     async fn open_with_room(&self) -> Result<Session<DB>, sqlx::Error> {
         let open = async || {
             let first = (!self.has_opened.load(Ordering::Relaxed)).then_some(&self.canceller);
@@ -229,8 +229,8 @@ impl<DB: Backend> Shared<DB> {
         opened
     }
 
-    /// What was waited for so long: a connection that somebody else has, or a new one. sqlx waits for a server that is
-    /// down as for a connection that is in use.
+    /// The error that says what the wait was for: a connection in use, or a new one. sqlx waits for a server that is
+    /// down in the same way as for a connection that is in use.
     fn too_late(&self, timeout: Duration) -> TxError {
         let target = DB::target(&self.options());
         let all_open = match &self.source {
@@ -255,19 +255,19 @@ impl<DB: Backend> Shared<DB> {
         session.close(self.limits.goodbye_timeout).await;
     }
 
-    /// In a pool that is closed just now, the session closes as it is dropped.
+    /// If the pool is just being closed, the session closes when it is dropped.
     fn put_back(&self, session: Session<DB>, place: Place<Session<DB>>) {
         if place.put_back(session).is_some() {
             self.counters.closed(Closed::WithPool);
         }
     }
 
-    /// Closes the idle sessions of our own.
+    /// Closes our own idle sessions.
     pub(crate) fn forget_idle(&self) {
         self.drop_idle(self.queue.take_idle(|_| true), Closed::Failed);
     }
 
-    /// The same, for the last time.
+    /// Works like `forget_idle`, for the last time.
     pub(crate) fn forget(&self) {
         self.end_keeper();
         self.drop_idle(self.queue.close(), Closed::WithPool);
@@ -292,8 +292,7 @@ impl<DB: Backend> Shared<DB> {
         CloseReport { in_use: load.open, settling: load.settling }
     }
 
-    /// Closes the idle sessions that are too old, and of those that have been idle for too long as many as there are more
-    /// than the least.
+    /// Closes the idle sessions that are too old, and those above the minimum that have been idle for too long.
     pub(crate) async fn close_expired(&self) {
         let mut spare = self.queue.counts().taken.saturating_sub(self.upkeep.min_connections as usize);
         let expired = self.queue.take_idle(|session| {
@@ -309,7 +308,7 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
-    /// Opens what is missing to the least number of sessions. What fails is tried again at the next look.
+    /// Opens sessions up to the minimum. A failure is retried at the next check.
     pub(crate) async fn open_to_the_least(&self) {
         while let Some(place) = self.queue.take_free(self.upkeep.min_connections as usize) {
             let Ok(session) = self.open(&Handle::current()).await else { return };
@@ -317,7 +316,7 @@ impl<DB: Backend> Shared<DB> {
         }
     }
 
-    /// Says goodbye to the idle sessions of our own, and lets nobody wait for one any more.
+    /// Says goodbye to our own idle sessions, and lets no caller wait for one any more.
     pub(crate) async fn close_idle(&self) {
         self.end_keeper();
         for mut place in self.queue.close() {
@@ -330,7 +329,7 @@ impl<DB: Backend> Shared<DB> {
 
 /// A connection that may be in a transaction. Closed by its drop, unless it was released before.
 pub(crate) struct Slot<DB: Backend> {
-    /// Taken only by the release and the drop. Ahead of the place, which is free only when the session is gone.
+    /// Taken only by the release and the drop. Declared before the place, which is free only when the session is gone.
     session: Option<Session<DB>>,
     place: Option<Place<Session<DB>>>,
     runtime: Handle,
@@ -341,7 +340,7 @@ pub(crate) struct Slot<DB: Backend> {
 const HELD: &str = "the session is taken only by the release and the drop, after which nobody has the slot";
 
 impl<DB: Backend> Slot<DB> {
-    /// Learns what is needed for cancelling on a connection that was borrowed.
+    /// Learns what cancelling on a borrowed connection needs.
     pub(crate) async fn recognise(&mut self, known: &DB::Known) -> Result<(), sqlx::Error> {
         self.session.as_mut().expect(HELD).recognise(known).await
     }
@@ -354,24 +353,24 @@ impl<DB: Backend> Slot<DB> {
         self.session.as_mut().expect(HELD).parts()
     }
 
-    /// Whether somebody had the connection before, so that it may have died meanwhile.
+    /// Whether the connection was used before, so that it may have died meanwhile.
     pub(crate) fn is_used(&self) -> bool {
         self.session.as_ref().is_some_and(Session::is_used)
     }
 
-    /// Whether somebody had it, but not within this time.
+    /// Whether it was used before, but not within this time.
     pub(crate) fn is_used_before(&self, limit: Duration) -> bool {
         self.session.as_ref().is_some_and(|session| session.is_used() && session.is_idle_for(limit))
     }
 
-    /// Whether the connection may be released while there is still something to be sent: the next one who uses it sends
-    /// that along with what is its own, or the user's own pool waits for the answer.
+    /// Whether the connection may be released with an unsent message: its next user sends that along with its own, or
+    /// the user's own pool waits for the answer.
     pub(crate) fn takes_unsent(&self) -> bool {
         self.session.as_ref().is_some_and(|session| session.is_lent() || session.is_looked_at(&self.shared.upkeep))
             || self.place.as_ref().is_some_and(Place::is_waited_for)
     }
 
-    /// Gives the connection to the next one who waits for it, or back to its pool; or closes it if the pool was closed
+    /// Gives the connection to the next waiting caller, or back to its pool; or closes it if the pool was closed
     /// meanwhile.
     pub(crate) async fn release(mut self, closed: bool) {
         let (Some(session), Some(place)) = (self.session.take(), self.place.take()) else { return };
@@ -394,7 +393,7 @@ impl<DB: Backend> Slot<DB> {
         }
     }
 
-    /// Gives a connection on which nothing was done to the next one who waits.
+    /// Gives an unused connection to the next waiting caller.
     pub(crate) fn pass_on(mut self) {
         if let (Some(session), Some(place)) = (self.session.take(), self.place.take()) {
             self.shared.put_back(session, place);
@@ -402,7 +401,7 @@ impl<DB: Backend> Slot<DB> {
     }
 }
 
-/// Closes a session that is too old or not to be kept, and gives back any other, off its caller's path.
+/// Closes a session that is too old or must not be kept, and gives back any other, off its caller's path.
 async fn look_over<DB: Backend>(
     shared: Arc<Shared<DB>>,
     mut session: Session<DB>,

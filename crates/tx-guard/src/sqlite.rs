@@ -1,4 +1,4 @@
-//! SQLite: hooks on the connection see and stop what no statement can.
+//! SQLite: hooks on the connection see and stop what no statement could.
 //!
 //! Invariant: while a guard is open, nothing is committed on its connection. A commit hook turns every
 //! COMMIT that is not the guard's own into a rollback, so neither a raw `COMMIT` in SQL nor a statement
@@ -22,13 +22,13 @@ use crate::pooler::PoolerMode;
 
 type Manager = <Sqlite as Database>::TransactionManager;
 
-/// How many virtual machine instructions run between two looks at the cancel flag.
+/// How many virtual machine instructions run between two checks of the cancel flag.
 const PROGRESS_OPS: i32 = 1_000;
 
 /// How often a rollback is tried before the connection is given up.
 const ROLLBACK_ATTEMPTS: usize = 4;
 
-/// SQLite's code for "there is no transaction", among others that a COMMIT cannot meet.
+/// SQLite's code for "there is no transaction", and for other errors that a COMMIT cannot cause.
 const SQLITE_ERROR: u32 = 1;
 const SQLITE_BUSY: u32 = 5;
 const SQLITE_LOCKED: u32 = 6;
@@ -41,16 +41,16 @@ const OPEN: u8 = 1;
 /// The guard's own commit is under way.
 const COMMITTING: u8 = 2;
 
-/// What the hooks of one connection share with us.
+/// The state that the hooks of one connection share with us.
 #[derive(Debug, Default)]
 #[expect(unnameable_types, reason = "an associated type of the sealed half of `Backend`")]
 pub struct Hooks {
     phase: AtomicU8,
-    /// Set by the rollback hook: the transaction has ended, whoever ended it.
+    /// Set by the rollback hook: the transaction has ended, for whatever reason.
     rolled_back: AtomicBool,
-    /// Read by the progress handler: interrupt what runs.
+    /// Read by the progress handler: interrupt the running statement.
     cancel: AtomicBool,
-    /// Looked at by the commit hook, which SQLite does not call for a transaction that has written nothing.
+    /// Read by the commit hook, which SQLite does not call for a transaction that has written nothing.
     read_only: AtomicBool,
 }
 
@@ -127,8 +127,8 @@ impl Driver for Sqlite {
         Self::probe(conn, PoolerMode::None, None).await
     }
 
-    /// Every transaction of SQLite is serializable. Asking for it takes the lock for writing at once, where a
-    /// transaction that has read before its first write could not get it any more.
+    /// Every SQLite transaction is serializable. Requesting it takes the write lock at once, because a transaction that
+    /// reads before its first write may not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
         let write = (mode.immediate || mode.isolation == Some(Isolation::Serializable)) && !mode.read_only;
         // Always one of our own: sqlx would make a savepoint in a transaction of somebody else's, where this is refused.
@@ -251,7 +251,7 @@ impl Driver for Sqlite {
     }
 }
 
-/// What runs here can be reached without a way.
+/// A running SQLite statement can be reached directly.
 impl Cancels<Sqlite> for () {
     async fn warm(&self, _: &Arc<SqliteConnectOptions>) -> Result<(), sqlx::Error> {
         Ok(())

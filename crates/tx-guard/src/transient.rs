@@ -1,6 +1,6 @@
-//! Whether a failure passes by itself, wherever in an error it stands.
+//! Whether a failure is transient, wherever in an error chain it is.
 //!
-//! Invariant: what may have been committed is never called transient, whatever stands behind it.
+//! Invariant: an error after a possible commit is never transient, whatever its sources are.
 
 use std::any::Any;
 use std::error::Error;
@@ -12,13 +12,13 @@ use sqlx::error::DatabaseError;
 use crate::backend::Driver;
 use crate::{CommitError, TxError};
 
-/// How many errors behind an error are looked at: one that is its own source must not be looked at for ever.
+/// How many sources of an error are checked: an error that is its own source must not be followed for ever.
 const LONGEST_CHAIN: usize = 64;
 
 /// What is known of a failure.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
-    /// The same work may well succeed when it is run again.
+    /// The same work may well succeed if run again.
     Transient,
     /// COMMIT was sent, and how it ended will never be known.
     Unknown,
@@ -75,7 +75,7 @@ impl TxError {
     }
 }
 
-/// The same for what the work of a transaction has returned, where its type says what it is.
+/// Returns the verdict on whatever error the work of a transaction returned, if its type is known.
 pub(crate) fn verdict_of_any(error: &dyn Any) -> Verdict {
     let error: Option<&(dyn Error + 'static)> = if let Some(error) = error.downcast_ref::<TxError>() {
         Some(error)
@@ -95,7 +95,7 @@ pub(crate) fn verdict_of_any(error: &dyn Any) -> Verdict {
     error.map_or(Verdict::Lasting, verdict)
 }
 
-/// Looks at `error` and then at its sources. The first that says something decides.
+/// Checks `error` and then its sources. The first one with a verdict decides.
 pub(crate) fn verdict(error: &(dyn Error + 'static)) -> Verdict {
     let mut next = Some(error);
     for _ in 0..LONGEST_CHAIN {
@@ -121,8 +121,8 @@ fn verdict_of_one(error: &(dyn Error + 'static)) -> Verdict {
     if transient { Verdict::Transient } else { Verdict::Lasting }
 }
 
-/// The error that stands behind `error`. Some errors speak for the one they hold, whose source is then given for theirs,
-/// so it would be passed over.
+/// The next error behind `error`. Some errors are transparent: they return the source of the error inside them as their
+/// own, so the inner error would be skipped.
 fn behind<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn Error + 'static)> {
     if let Some(TxError::Application(held)) = error.downcast_ref() {
         return Some(&**held);
@@ -136,7 +136,7 @@ fn behind<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn Error + 'stat
     }
 }
 
-/// What each database calls transient. Each knows its own errors from those of the others.
+/// What counts as transient for each database. Each function recognises only its own errors.
 const DRIVERS: &[fn(&(dyn DatabaseError + 'static)) -> bool] = &[
     #[cfg(feature = "mysql")]
     <sqlx::MySql as Driver>::is_transient,
@@ -146,7 +146,7 @@ const DRIVERS: &[fn(&(dyn DatabaseError + 'static)) -> bool] = &[
     <sqlx::Sqlite as Driver>::is_transient,
 ];
 
-/// The error of a database, as sqlx gives it or without that, as an error that speaks for sqlx's leaves it.
+/// The database error in `error`, with or without sqlx's wrapper, which a transparent error hides.
 fn of_a_driver<'e>(error: &'e (dyn Error + 'static)) -> Option<&'e (dyn DatabaseError + 'static)> {
     if let Some(error) = error.downcast_ref::<sqlx::Error>() {
         return error.as_database_error();

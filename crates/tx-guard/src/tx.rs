@@ -1,6 +1,6 @@
-//! A transaction's options: how strict, how long, how often, and what may be done again.
+//! A transaction's options: isolation, time limit, retries, and idempotence.
 //!
-//! Invariant: nothing is begun here, so options can be set in any order and thrown away.
+//! Invariant: nothing begins here, so options can be set in any order and thrown away.
 
 use std::any::Any;
 use std::fmt;
@@ -23,7 +23,7 @@ pub struct Tx<DB: Backend> {
     pub(crate) commit_mode: CommitMode,
 }
 
-/// Says of an error of any type whether it is transient.
+/// Says whether an error of any type is transient.
 pub(crate) type IsTransient = Arc<dyn Fn(&dyn Any) -> bool + Send + Sync>;
 
 impl<DB: Backend> TxPool<DB> {

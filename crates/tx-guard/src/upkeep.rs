@@ -1,4 +1,4 @@
-//! What is done for the sessions of a pool besides transactions: their number, their age, and the user's hooks.
+//! Maintenance of a pool's sessions: their number, their age, and the user's hooks.
 //!
 //! Invariant: a hook that fails costs its session, never a transaction.
 
@@ -13,14 +13,14 @@ use tokio::time::Instant;
 use crate::backend::{Backend, Options};
 use crate::reset::Reset;
 
-/// How often the sessions are looked after at most and at least.
+/// The shortest and the longest time between two checks of the sessions.
 const SHORTEST_PERIOD: Duration = Duration::from_millis(10);
 const LONGEST_PERIOD: Duration = Duration::from_secs(30);
 
 /// By how much lifetimes differ, so that sessions that were opened together are not closed together.
 const JITTER: f64 = 0.1;
 
-/// What sqlx says when it was compiled without a runtime.
+/// sqlx's message if it was compiled without a runtime.
 const WITHOUT_RUNTIME: &str = "one of the `runtime` features of SQLx must be enabled";
 
 /// What a hook returns: a boxed future that borrows the connection.
@@ -42,7 +42,7 @@ pub(crate) struct Upkeep<DB: Backend> {
     pub(crate) after_release: Option<Hook<DB, bool>>,
     pub(crate) rotation: Option<Rotation<DB>>,
     pub(crate) reset: Reset,
-    /// The names of the settings that are compared.
+    /// The names of the settings to compare.
     pub(crate) verify: Vec<String>,
 }
 
@@ -64,20 +64,20 @@ impl<DB: Backend> Default for Upkeep<DB> {
 }
 
 impl<DB: Backend> Upkeep<DB> {
-    /// When a session that is opened now is too old.
+    /// When a session opened now will be too old.
     pub(crate) fn expiry(&self) -> Option<Instant> {
         let lifetime = self.max_lifetime?.mul_f64(1.0 - JITTER * fastrand::f64());
         Instant::now().checked_add(lifetime)
     }
 
-    /// How long a pool waits between two looks at its sessions.
+    /// How long a pool waits between two checks of its sessions.
     pub(crate) fn period(&self) -> Duration {
         let shortest = self.max_lifetime.into_iter().chain(self.idle_timeout).min().unwrap_or(LONGEST_PERIOD);
         (shortest / 4).clamp(SHORTEST_PERIOD, LONGEST_PERIOD)
     }
 }
 
-/// None where sqlx panics because it was compiled without a runtime.
+/// `None` if sqlx panics because it was compiled without a runtime.
 pub(crate) async fn with_runtime<T>(opening: impl Future<Output = T>) -> Option<T> {
     match AssertUnwindSafe(opening).catch_unwind().await {
         Ok(opened) => Some(opened),

@@ -1,7 +1,7 @@
-//! Looks at the server from beside, while somebody waits for an answer of it: to cancel what still runs after a drop, and to
-//! notice when no answer can come any more.
+//! Watches the server over another connection while a caller waits for its answer: to cancel statements that still run
+//! after a drop, and to notice when no answer can come any more.
 //!
-//! Invariant: when a watch has ended, no cancel of it is under way any more that was acknowledged, and none will be sent.
+//! Invariant: when a watch has ended, none of its acknowledged cancels is still on its way, and no more will be sent.
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -19,22 +19,21 @@ use crate::events::TxEvent;
 use crate::slot::Shared;
 use crate::work::Tag;
 
-/// When a statement is cancelled where its reader keeps the thread too busy to look at the clock.
+/// When to cancel a statement whose reader keeps the thread too busy to check the clock.
 const BESIDE_GRACE: Duration = Duration::from_millis(3);
 
-/// How long a cancel is given to show before it is repeated, on top of the round trip to the server: so long at first,
-/// twice as long each time, up to the longest.
+/// How long a cancel has to take effect before it is repeated, in addition to the round trip to the server: this long
+/// at first, twice as long each time, up to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(2);
 const LONGEST_PAUSE: Duration = Duration::from_millis(100);
 
-/// How long the server may wait for a client that waits for the server, before the two are known to misunderstand each
-/// other: a driver whose future was dropped in the middle of an answer may have lost its place in it. Long, because a
-/// client whose machine is busy looks the same. Round trips to the server come on top, since what is seen there is as old as
-/// they are.
+/// How long the server may wait for a client that waits for the server, before the two count as out of step: a driver
+/// whose future was dropped in the middle of an answer may have lost its place in it. It is long, because a client on a
+/// busy machine looks the same. Round trips to the server are added, because what is seen there is as old as they are.
 const IDLE_LIMIT: Duration = Duration::from_millis(500);
 const IDLE_ROUND_TRIPS: u32 = 4;
 
-/// How often a server is looked at that does not answer a caller, and how long one look may take.
+/// How often to check a server that does not answer a caller, and how long one check may take.
 const LOOK_PAUSE: Duration = Duration::from_millis(500);
 
 /// The same after a drop.
@@ -43,10 +42,10 @@ const SETTLE_LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// After a drop.
 pub(crate) const SETTLE_PATIENCE: Patience = Patience { pause: SETTLE_LOOK_PAUSE, limit: IDLE_LIMIT };
 
-/// What is said then.
+/// The reason given then.
 pub(crate) const OUT_OF_STEP: &str = "what a dropped statement has left behind could not be read";
 
-/// How often the server is looked at, and how long it may be seen idle.
+/// How often to check the server, and how long it may be seen idle.
 #[derive(Clone, Copy)]
 pub(crate) struct Patience {
     pause: Duration,
@@ -54,15 +53,15 @@ pub(crate) struct Patience {
 }
 
 impl Patience {
-    /// While a caller waits, for as long as the server must have been seen waiting for the client until no answer is
-    /// expected any more. What was asked for last may still be under way to it; what it had to say may be under way to the
-    /// client for longer, if that is much.
+    /// The patience while a caller waits: `limit` is how long the server must be seen waiting for the client before no
+    /// answer is expected any more. The last request may still be on its way to the server, and a large answer may be
+    /// on its way to the client for longer.
     pub(crate) fn caller(limit: Duration) -> Self {
         Self { pause: LOOK_PAUSE, limit }
     }
 }
 
-/// Waits for an answer, or until none is to be expected: `None` if the server has waited for the client for too long.
+/// Waits for an answer, or until none can be expected: `None` if the server has waited for the client for too long.
 pub(crate) async fn unless_stuck<DB: Backend, T>(
     shared: &Shared<DB>,
     probe: &DB::Probe,
@@ -93,9 +92,9 @@ pub(crate) async fn unless_stuck<DB: Backend, T>(
     }
 }
 
-/// Cancels what still runs, when it is told to or after [`BESIDE_GRACE`], until it is told that nothing runs any more. It
-/// does so beside whoever reads the answers, because sqlx does not come back from a poll as long as there are rows to be
-/// read, and a fast server always has some.
+/// Cancels a running statement, when told to or after [`BESIDE_GRACE`], until it is told that nothing runs any more. It
+/// works concurrently with the reader of the answers, because sqlx does not return from a poll as long as there are
+/// rows to read, and a fast server always has some.
 pub(crate) struct Watch {
     signals: Arc<Signals>,
     pub(crate) seen: JoinHandle<Seen>,
@@ -105,9 +104,9 @@ pub(crate) struct Watch {
 struct Signals {
     /// Whose turn it is: [`FREE`], [`CANCELLING`] or [`ENDED`].
     turn: AtomicU8,
-    /// The answer has been waited for long enough.
+    /// Notified when the answer has been waited for long enough.
     overdue: Notify,
-    /// Nothing runs any more.
+    /// Notified when nothing runs any more.
     ended: Notify,
 }
 
@@ -118,10 +117,10 @@ const CANCELLING: u8 = 1;
 /// No cancel will be sent any more.
 const ENDED: u8 = 2;
 
-/// What has become of the cancels.
+/// The outcome of the cancels.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Seen {
-    /// There was none, or each was acknowledged.
+    /// There were none, or all were acknowledged.
     Settled,
     /// One was not acknowledged: it may still be on its way to the session, which must not be used again.
     Unanswered,
@@ -139,7 +138,7 @@ impl Watch {
         Self { signals, seen }
     }
 
-    /// What runs has been waited for long enough.
+    /// Says that the statement has been waited for long enough.
     pub(crate) fn is_overdue(&self) {
         self.signals.overdue.notify_one();
     }
@@ -169,13 +168,13 @@ impl Signals {
         was
     }
 
-    /// Passes the turn on, unless all has ended.
+    /// Passes the turn on, unless everything has ended.
     fn pass(&self, from: u8, to: u8) -> bool {
         self.turn.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire).is_ok()
     }
 }
 
-/// The turn stays [`CANCELLING`] after a cancel that has failed, so that whoever ends the watch asks how.
+/// After a failed cancel the turn stays [`CANCELLING`], so that the end of the watch asks how it failed.
 async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag: Tag, signals: Arc<Signals>) -> Seen {
     drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
     if !signals.pass(FREE, CANCELLING) {

@@ -1,6 +1,7 @@
 //! How many transactions of a pool are under way, so that closing it can wait for them.
 //!
-//! Invariant: a transaction is counted from before anything is sent for it until the last who has to do with it is done.
+//! Invariant: a transaction is counted from before anything is sent for it until the last task that works on it is
+//! done.
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -64,10 +65,10 @@ impl Work {
     }
 }
 
-/// Which transaction it is that something is told of.
+/// Identifies the transaction that an event is about.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Tag {
-    /// Given out once in the process.
+    /// A number that is unique in the process.
     pub(crate) id: u64,
     pub(crate) name: Option<&'static str>,
     pub(crate) begun: Instant,
@@ -80,7 +81,7 @@ impl Tag {
     }
 }
 
-/// One transaction's place in the count, kept until the last who has to do with it is done.
+/// One transaction's place in the count, kept until the last task that works on it is done.
 pub(crate) struct Ticket {
     pub(crate) tag: Tag,
     work: Arc<Work>,
@@ -93,7 +94,7 @@ impl Ticket {
         Arc::new(Self { tag: Tag::new(name), work: Arc::clone(work), settling: AtomicBool::new(false) })
     }
 
-    /// Moves the transaction from its user's hands to ours.
+    /// Counts the transaction as settling, and no longer as its user's.
     pub(crate) fn settling(&self) {
         if !self.settling.swap(true, Ordering::Relaxed) {
             let mut load = self.work.lock();

@@ -1,6 +1,6 @@
-//! Clients that order, transfer and hang up, and the books that have to be right afterwards.
+//! Clients that order, transfer and hang up, and the check of the books afterwards.
 //!
-//! Invariant: what is compared is read over a connection that knows nothing of guards, when all requests are over.
+//! Invariant: the books are read over a connection without a guard, after the last request.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -15,13 +15,13 @@ use tokio::time::timeout;
 
 use super::{ACCOUNTS, BALANCE, Failure, ITEM, STOCK};
 
-/// How many are made at once.
+/// How many requests are made at once.
 const AT_ONCE: usize = 50;
 
-/// No request takes so long.
+/// No request takes this long.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Makes so many requests, and says whether all that had an answer had a right one.
+/// Makes `requests` requests, and returns whether every answer was right.
 pub(crate) async fn drive(address: SocketAddr, requests: usize, seed: Option<u64>) -> Result<bool, Failure> {
     let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     println!("--seed {seed}");
@@ -46,7 +46,7 @@ pub(crate) async fn drive(address: SocketAddr, requests: usize, seed: Option<u64
     Ok(failed == 0 && done > 0)
 }
 
-/// Looks at the books when all is over, and says whether they are right.
+/// Checks the books at the end, and returns whether they are right.
 pub(crate) async fn audit(options: &SqliteConnectOptions) -> Result<bool, Failure> {
     let mut conn = options.connect().await?;
     let books = Books::read(&mut conn).await?;
@@ -81,7 +81,7 @@ pub(crate) struct Answer {
     pub(crate) body: String,
 }
 
-/// None when the client has hung up first.
+/// `None` if the client hung up first.
 pub(crate) async fn ask(address: SocketAddr, request: String, patience: Duration) -> Result<Option<Answer>, Failure> {
     let talk = async {
         let mut stream = TcpStream::connect(address).await?;
@@ -100,7 +100,7 @@ pub(crate) async fn ask(address: SocketAddr, request: String, patience: Duration
     }
 }
 
-/// What is to add up.
+/// The figures that have to add up.
 #[derive(Debug, PartialEq, Eq)]
 struct Books {
     in_stock: i64,

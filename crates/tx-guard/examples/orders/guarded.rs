@@ -1,6 +1,6 @@
-//! The handlers with guarded transactions. `plain.rs` is the same file before.
+//! The handlers with guarded transactions. `plain.rs` is the same file before that change.
 //!
-//! Invariant: whatever is hung up at whatever moment, an order or a transfer is there as a whole or not at all.
+//! Invariant: whenever a client hangs up, an order or a transfer is there as a whole or not at all.
 
 use std::time::Duration;
 
@@ -41,7 +41,7 @@ impl From<sqlx::Error> for AppError {
     }
 }
 
-/// What is worth another attempt: a serialization failure, a deadlock, a database that is busy.
+/// Whether the error is worth another attempt: a serialization failure, a deadlock, a busy database.
 fn passes(error: &AppError) -> bool {
     is_transient(error)
 }

@@ -49,7 +49,7 @@ pub(crate) struct Settings {
 
 pub(crate) type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// What the shop opens with.
+/// The shop's opening stock.
 const ITEM: &str = "book";
 const STOCK: i64 = 100_000;
 const ACCOUNTS: i64 = 10;
@@ -67,7 +67,7 @@ async fn main() -> ExitCode {
     }
 }
 
-/// Serves for ever, or checks and says whether all was right.
+/// Serves for ever, or checks and returns whether everything was right.
 pub(crate) async fn start(settings: Settings) -> Result<bool, Failure> {
     let place = tempfile::tempdir()?;
     let file = settings.database.clone().unwrap_or_else(|| place.path().join("shop.db"));

@@ -1,6 +1,6 @@
 //! The handlers as they are on plain sqlx. `guarded.rs` is the same file after one commit.
 //!
-//! Invariant: each handler answers as its twin does, as long as nobody hangs up.
+//! Invariant: each handler answers like its twin, as long as no client hangs up.
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;

@@ -1,6 +1,6 @@
-//! What the shop does on a connection, whoever has begun the transaction. Not a line of it changes with a guard.
+//! The shop's steps on a connection, whichever code has begun the transaction. Not a line changes with a guard.
 //!
-//! Invariant: each function is one step; the steps that belong together are one transaction of the handler's.
+//! Invariant: each function is one step; steps that belong together run in one transaction of the handler.
 
 use serde::{Deserialize, Serialize};
 use sqlx::{Row, SqliteConnection};
@@ -40,7 +40,7 @@ pub(crate) const TABLES: &str = "CREATE TABLE stock (item TEXT PRIMARY KEY, coun
     CREATE TABLE orders (id INTEGER PRIMARY KEY, item TEXT NOT NULL, count INTEGER NOT NULL);
     CREATE TABLE accounts (id INTEGER PRIMARY KEY, balance INTEGER NOT NULL)";
 
-/// Opens an empty shop with so many of one item and so many accounts.
+/// Opens an empty shop with this much stock of one item and this many accounts.
 pub(crate) async fn open(
     tx: &mut SqliteConnection,
     item: &str,
@@ -61,7 +61,7 @@ pub(crate) async fn orders(tx: &mut SqliteConnection) -> Result<Vec<Order>, sqlx
     rows.iter().map(|row| Ok(Order { id: row.try_get(0)?, item: row.try_get(1)?, count: row.try_get(2)? })).collect()
 }
 
-/// Whether there were so many.
+/// Takes items from the stock; returns whether there were enough.
 pub(crate) async fn take_from_stock(tx: &mut SqliteConnection, order: &NewOrder) -> Result<bool, sqlx::Error> {
     let take = "UPDATE stock SET count = count - $2 WHERE item = $1 AND count >= $2 AND $2 > 0";
     let taken = sqlx::query(take).bind(&order.item).bind(order.count).execute(tx).await?;
@@ -85,7 +85,7 @@ pub(crate) async fn put_back_in_stock(tx: &mut SqliteConnection, order: &NewOrde
     put.bind(&order.item).bind(order.count).execute(tx).await.map(drop)
 }
 
-/// Whether there was so much.
+/// Takes money from the account; returns whether there was enough.
 pub(crate) async fn withdraw(tx: &mut SqliteConnection, transfer: &Transfer) -> Result<bool, sqlx::Error> {
     let withdraw = "UPDATE accounts SET balance = balance - $2 WHERE id = $1 AND balance >= $2 AND $2 > 0";
     let withdrawn = sqlx::query(withdraw).bind(transfer.from).bind(transfer.amount).execute(tx).await?;

@@ -1,12 +1,12 @@
-//! Whether sqlx and a MySQL server mean the same answer.
+//! Keeping sqlx in step with a MySQL server, so that each answer belongs to its statement.
 //!
-//! sqlx reads an answer in parts, and a future that is dropped between two of them leaves the rest to whoever reads next:
-//! a row, or any bytes in it, may then pass for the answer to ROLLBACK or to COMMIT.
+//! sqlx reads an answer in parts, and a future that is dropped between two parts leaves the rest to the next reader: a
+//! row, or any bytes in it, may then pass for the answer to ROLLBACK or to COMMIT.
 //!
-//! Invariant: an answer is believed only behind a number that nobody is likely to have sent before. Who has read that has
-//! nothing older left to read. Behind a statement that was dropped, the number is asked for by preparing a statement, because
-//! sqlx makes room for as many columns as the answer to a query says there are: where that is a part of a row, it may be more
-//! than there is memory, which ends the process. The answer to a preparation cannot speak of more than 65,535.
+//! Invariant: an answer is believed only after a random number that is unlikely to have been sent before. Once that
+//! number was read, nothing older is left to read. After a dropped statement, the number is requested by preparing a
+//! statement, because sqlx allocates as many columns as the answer to a query announces: if that is really a part of a
+//! row, it may exceed the memory and end the process. The answer to a preparation cannot announce more than 65,535.
 
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -14,21 +14,21 @@ use std::pin::pin;
 use futures_util::{FutureExt, StreamExt};
 use sqlx::{AssertSqlSafe, Column, Connection, Either, Executor, MySqlConnection, Row, SqlSafeStr, Statement};
 
-/// How often the server is asked: each statement that was left behind may answer with one error.
+/// How often the server is asked: each abandoned statement may answer with one error.
 const ATTEMPTS: usize = 16;
 
-/// What came back of a message of several statements.
+/// The answers to a message of several statements.
 pub(crate) struct Answers {
-    /// The number has come, so all that came behind it are the answers to this.
+    /// Whether the number has come, so that everything after it answers this message.
     pub(crate) proved: bool,
-    /// How many statements have been done before the error.
+    /// How many statements were done before the error.
     pub(crate) done: usize,
     pub(crate) error: Option<sqlx::Error>,
 }
 
-/// Sends statements behind one that answers with a number, all in one message.
+/// Sends statements after one that answers with a number, all in one message.
 ///
-/// Where sqlx is out of step it may take a part of another answer for the length of something, and panic in reading it.
+/// If sqlx is out of step, it may take a part of another answer for a length, and panic while reading.
 pub(crate) async fn exchange(conn: &mut MySqlConnection, sql: &str) -> Answers {
     // No other answer has these digits but by a chance of one in 2^62.
     let number = fastrand::i64(1 << 62..);
@@ -61,18 +61,18 @@ pub(crate) async fn run(conn: &mut MySqlConnection, sql: &str) -> Result<(), sql
     }
 }
 
-/// Reads what was left to be read, and makes sure that nothing of it is left and that these statements have been done,
-/// which have no rows.
+/// Reads everything left unread, and makes sure that nothing of it remains and that these statements, which have no
+/// rows, were done.
 ///
 /// # Errors
 ///
-/// There is, and nobody can say where it ends: the connection cannot be used any more.
+/// If something remains, nobody can tell where it ends, and the connection cannot be used any more.
 pub(crate) async fn insist(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
     prove(conn).await?;
     repeat(conn, sql).await
 }
 
-/// Runs statements without rows until no cancel that comes late has met them. Nothing may be left to be read.
+/// Runs statements without rows until no late cancel has hit them. Nothing may be left unread.
 pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
         match exchange(conn, sql).await {
@@ -84,8 +84,8 @@ pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), 
     Err(restless())
 }
 
-/// Reads what was left to be read, whatever it is, and the answers to the rollbacks that sqlx has still to send, and makes
-/// sure that nothing of it is left.
+/// Reads everything left unread, whatever it is, and the answers to the rollbacks that sqlx still has to send, and
+/// makes sure that nothing remains.
 pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
         // The name of the column is the proof. A statement of the same text would not be prepared again.
@@ -107,13 +107,13 @@ pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error>
     Err(restless())
 }
 
-/// The same where there is something left.
+/// Works like `prove`, but only if something is left unread.
 pub(crate) async fn catch_up(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     if is_left(conn).await? { prove(conn).await } else { Ok(()) }
 }
 
-/// Reads what was left to be read, and says whether more of it may be left. Where there is nothing, this costs nothing; where
-/// it is there already, it may be overlooked.
+/// Reads what was left unread, and returns whether more may remain. If there is nothing, this costs nothing; if the
+/// rest has already arrived, it may be overlooked.
 pub(crate) async fn is_left(conn: &mut MySqlConnection) -> Result<bool, sqlx::Error> {
     let mut left = pin!(conn.flush());
     match left.as_mut().now_or_never() {

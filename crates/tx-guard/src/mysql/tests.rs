@@ -1,4 +1,4 @@
-//! What a server is told to end, and when a transaction ends there by itself.
+//! What the server is told to end, and when a transaction ends there by itself.
 
 use std::env;
 
@@ -13,7 +13,7 @@ fn options() -> Arc<MySqlConnectOptions> {
     Arc::new(url.expect("set CANCEL_SAFE_TEST_MYSQL_URL or run cargo xtask test tx-guard").parse().unwrap())
 }
 
-/// Waits until the session has heard that it is over.
+/// Waits until the session learns that it was ended.
 async fn ends(conn: &mut MySqlConnection) {
     while conn.ping().await.is_ok() {
         sleep(Duration::from_millis(5)).await;
@@ -87,8 +87,7 @@ fn the_limits_of_a_server_come_later_than_ours() {
     }
 }
 
-/// What is sent takes a cancel upon itself that comes late, so something is, also where nothing is found and nothing is left to
-/// be proved.
+/// A message absorbs a late cancel, so one is sent even if nothing is found and nothing is left to prove.
 #[tokio::test]
 async fn a_rollback_reaches_the_server_whatever_it_finds() {
     let mut conn = options().connect().await.unwrap();

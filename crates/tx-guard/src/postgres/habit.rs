@@ -1,7 +1,7 @@
-//! What the sqlx that is linked here does with a `begin` that is dropped, which differs between its versions.
+//! What the linked version of sqlx does with a dropped `begin`, which differs between versions.
 //!
-//! Invariant: it is found out once in a process, on a session that has nothing else to do. Until then, and where it cannot be
-//! found out, the careful answer holds.
+//! Invariant: it is found out once per process, on a session that has nothing else to do. Until then, and if it cannot
+//! be found out, the cautious answer holds.
 
 use std::sync::OnceLock;
 
@@ -11,17 +11,17 @@ use sqlx_core::transaction::TransactionManager;
 
 use super::Manager;
 
-/// Begins nothing, and takes so long that a server that is near does not answer within the poll.
+/// Begins nothing, and takes long enough that even a nearby server does not answer within the poll.
 const NOTHING: &str = "SELECT pg_sleep(0.002)";
 
-/// How often it is asked: a server may be that fast all the same, and a message may stay in the buffer for a reason of its
-/// own, such as a socket that takes nothing for the moment. So a yes has to be said more than once.
+/// How often to ask. A server may be that fast all the same, and a message may stay in the buffer for another reason,
+/// such as a full socket. So a yes has to be seen more than once.
 const QUESTIONS: usize = 16;
 const YESES: usize = 3;
 
 static TAKES_BACK: OnceLock<bool> = OnceLock::new();
 
-/// Finds it out, unless it is known.
+/// Finds it out, unless it is already known.
 pub(crate) async fn learn(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     let mut yeses = 0;
     for _ in 0..QUESTIONS {

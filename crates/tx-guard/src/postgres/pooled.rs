@@ -1,7 +1,7 @@
-//! PostgreSQL: which session a transaction has, and whether there is a pooler in transaction mode in front of it.
+//! PostgreSQL: which session a transaction has, and whether a pooler in transaction mode is in front of it.
 //!
-//! Invariant: behind a pooler a session is told by the transaction that runs on it, because it is somebody else's before and after that;
-//! and each message is a simple query, because two messages may reach two sessions.
+//! Invariant: behind a pooler a session is identified by the transaction that runs on it, because before and after that
+//! it belongs to others; and each message is a simple query, because two messages may reach two sessions.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,14 +13,15 @@ use sqlx::{AssertSqlSafe, PgConnection, Postgres, Row};
 use super::BackendId;
 use crate::backend::{Cancels, First};
 
-/// sqlx gives the statements it prepares names that are the same on each connection, and behind a pooler they would outlive
-/// the transaction. Prepared statements are in no transaction, so it does not matter how the one ends that takes them away.
+/// sqlx gives its prepared statements the same names on each connection, and behind a pooler they would outlive the
+/// transaction. Prepared statements do not belong to a transaction, so it does not matter how the transaction that
+/// removes them ends.
 const FORGET_STATEMENTS: &str = "DO $$ DECLARE statement text; BEGIN
     FOR statement IN SELECT name FROM pg_prepared_statements WHERE name ~ '^sqlx_s_[0-9]+$'
     LOOP EXECUTE format('DEALLOCATE %I', statement); END LOOP; END $$";
 
-/// In the transaction: its session, and the moment at which it was begun. Where the server can look for a client that has
-/// gone, it does so as long as the transaction lasts.
+/// In the transaction: its session, and the time at which it began. If the server can check for a vanished client, it
+/// does so as long as the transaction lasts.
 const LEARN: &str = "SELECT pid, (extract(epoch FROM backend_start) * 1000000)::bigint,
     (extract(epoch FROM now()) * 1000000)::bigint,
     CASE WHEN current_setting('client_connection_check_interval', true) = '0' AND version() ~ 'linux'
@@ -31,7 +32,7 @@ const WHO: &str = "SELECT a.pid, (extract(epoch FROM a.backend_start) * 1000000)
     (extract(epoch FROM clock_timestamp() - a.backend_start) * 1000000)::bigint
     FROM pg_stat_get_activity(pg_backend_pid()) a";
 
-/// How often each of two connections is asked for its session, and how often where there is a pooler of some kind.
+/// How often to ask each of two connections for its session, and how often if there is some kind of pooler.
 const QUESTIONS: usize = 2;
 const QUESTIONS_TO_A_POOLER: usize = 30;
 
@@ -47,7 +48,7 @@ pub struct Place(Arc<Session>);
 struct Session {
     backend: Mutex<BackendId>,
     owner: Owner,
-    /// It has a statement that tells its state, which is asked for behind each transaction.
+    /// Whether it has a prepared statement that tells its state and follows each transaction.
     is_compared: AtomicBool,
     /// The last answer to that.
     state: Mutex<Option<String>>,
@@ -73,7 +74,7 @@ impl Place {
         Self::new(backend, Owner::Lender)
     }
 
-    /// In no transaction yet, and so nowhere.
+    /// In no transaction yet, and so on no session.
     pub(crate) fn pooled() -> Self {
         let nowhere = BackendId { pid: 0, started: 0, transaction: 0, fenced: false, unwatched: false };
         Self::new(nowhere, Owner::Pooler)
@@ -98,7 +99,7 @@ impl Place {
         *self.0.backend.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is run behind the end of the transaction, in the same message.
+    /// What to run after the transaction, in the same message.
     pub(crate) fn farewell(&self) -> Option<&'static str> {
         match self.0.owner {
             Owner::Us if self.is_compared() => Some("ROLLBACK; EXECUTE txg_state"),
@@ -112,17 +113,17 @@ impl Place {
         self.0.is_compared.load(Ordering::Relaxed)
     }
 
-    /// Has the session asked for its state behind each transaction from now on.
+    /// Makes the question for its state follow each transaction from now on.
     pub(crate) fn compare(&self) {
         self.0.is_compared.store(true, Ordering::Relaxed);
     }
 
-    /// What was seen of the session behind its last transaction. None while there is another one.
+    /// The session's state after its last transaction. `None` while there is another one.
     pub(crate) fn state(&self) -> MutexGuard<'_, Option<String>> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Learns where the transaction that was begun just now is.
+    /// Learns the session of the transaction that has just begun.
     pub(crate) async fn learn(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
         // What others have left there would have the names of what will be prepared.
         let sql = AssertSqlSafe(format!("{FORGET_STATEMENTS}; {LEARN}"));
@@ -138,7 +139,7 @@ fn session(row: &PgRow) -> Result<(i32, i64), sqlx::Error> {
     Ok((row.try_get(0)?, row.try_get(1)?))
 }
 
-/// Why a connection is not used: the pool was not told of the pooler that is behind it.
+/// Why a connection is not used: the pool was not told about the pooler behind it.
 #[derive(Debug, thiserror::Error)]
 #[error("it is behind a pooler that gives each transaction another session")]
 struct Refused;
@@ -149,9 +150,9 @@ pub(crate) fn is_refused(reason: &(dyn std::error::Error + Send + Sync + 'static
 
 /// Fails where connections share sessions, and leaves nothing behind.
 ///
-/// The first connection of a pool and that for cancelling are asked in turn: behind a pooler they mostly have the same
-/// session, and if others are busy there, they have a new one each time. A session that is older than its connection shows
-/// that there is a pooler, whose way is then found out by more questions: in session mode, the two stay what they are.
+/// The first connection of a pool and the cancelling connection are asked in turn: behind a pooler they mostly have the
+/// same session, and if others are busy there, a new one each time. A session that is older than its connection shows
+/// that there is a pooler, and more questions then find out its mode: in session mode, the two sessions stay the same.
 pub(crate) async fn refuse(conn: &mut PgConnection, first: First<'_, Postgres>) -> Result<(), sqlx::Error> {
     // Whoever opens the pool hears of it if the connection for cancelling cannot be opened. The other one can be asked
     // alone.
@@ -180,7 +181,7 @@ pub(crate) async fn refuse(conn: &mut PgConnection, first: First<'_, Postgres>) 
     Ok(())
 }
 
-/// The session of a connection for the moment.
+/// The present session of a connection.
 #[derive(Clone, Copy)]
 struct Who {
     pid: i32,

@@ -1,7 +1,7 @@
-//! PostgreSQL: messages whose answers prove what they are answers to, and the fate of a commit that had none.
+//! PostgreSQL: messages whose answers prove which message they answer, and the fate of a commit without an answer.
 //!
-//! Invariant: nothing is taken for done because of an answer that might be that to another message, and no fate is told
-//! that is not that of the transaction which was asked for it.
+//! Invariant: nothing counts as done because of an answer that might belong to another message, and a reported fate
+//! always belongs to the transaction in question.
 
 use std::time::Duration;
 
@@ -17,53 +17,54 @@ use crate::backend::{CommitFailure, Receipt, depth};
 
 type Manager = <Postgres as Database>::TransactionManager;
 
-/// The cheapest statement with a row fails in an aborted transaction, before COMMIT is run. CHAIN makes a COMMIT outside
-/// a transaction an error instead of a warning; the empty transaction that follows it is rolled back behind it.
+/// The cheapest statement with a row, which fails in an aborted transaction, before COMMIT runs. CHAIN makes a COMMIT
+/// outside a transaction an error instead of a warning; the empty transaction that follows it is rolled back after it.
 const VERIFIED_COMMIT: &str = "SHOW lock_timeout; COMMIT AND CHAIN";
 
-/// The name of its row's column, which tells it from the rows of other statements.
+/// The name of its row's column, which distinguishes it from the rows of other statements.
 const VERIFIED_BY: &str = "lock_timeout";
 
-/// The name of the statement that tells by what a session is compared, and of its column.
+/// The name of the prepared statement with the state by which sessions are compared, and of its column.
 pub(crate) const STATE: &str = "txg_state";
 
-/// Asks it.
+/// Asks for that state.
 pub(crate) const ASK_STATE: &str = "EXECUTE txg_state";
 
-/// A commit is asked for its transaction by this first, if it is to be found out how it ended. One that has written
-/// nothing is given an id by it, since what it has to NOTIFY goes out at its commit all the same. On a standby nothing
-/// can be committed, and there is no id to be had.
+/// Asks for the transaction's id before a commit whose end is to be found out later. A transaction that has written
+/// nothing gets an id from this, because its NOTIFYs go out at its commit all the same. On a standby nothing can be
+/// committed, and there is no id.
 const RECEIPT: &str = "SELECT CASE WHEN NOT pg_is_in_recovery() THEN pg_current_xact_id()::text END AS txg_transaction,
     CASE WHEN pg_is_in_recovery() THEN '' ELSE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) END AS txg_timeline";
 
-/// A standby that took over may not have heard of the transaction, and may give its id to another one.
+/// Asks for the fate of a transaction. A standby that took over may not know the transaction, and may give its id to
+/// another one.
 const FATE: &str = "SELECT pg_xact_status('TRANSACTION'::xid8)
     WHERE left(pg_walfile_name(pg_current_wal_insert_lsn()), 8) = 'TIMELINE'";
 
-/// How long one question for the fate of a commit may take, and the pauses between them.
+/// How long one query for the fate of a commit may take, and the pauses between queries.
 const RESOLVE_ATTEMPT: Duration = Duration::from_secs(2);
 const FIRST_RESOLVE_PAUSE: Duration = Duration::from_millis(5);
 const LONGEST_RESOLVE_PAUSE: Duration = Duration::from_millis(200);
 
-/// What has come back for a message of several statements, of which one has a row.
+/// The answer to a message of several statements, one of which has a row.
 #[derive(Default)]
 pub(crate) struct Answer {
-    /// The row has come.
+    /// Whether the row has come.
     pub(crate) row: bool,
-    /// How many statements were done once the row had come, the one with the row included.
+    /// How many statements were done since the row came, including the one with the row.
     pub(crate) done_after_row: usize,
-    /// What the farewell has seen of the session.
+    /// The session's state as seen by the farewell.
     pub(crate) state: Option<String>,
     pub(crate) failure: Option<sqlx::Error>,
 }
 
-/// Commits. `farewell` is run behind that, and no failure of it takes anything back.
+/// Commits. `farewell` runs after that, and its failure undoes nothing.
 pub(crate) async fn exchange_commit(conn: &mut PgConnection, farewell: Option<&str>) -> Answer {
     let sql = with(VERIFIED_COMMIT.to_owned(), farewell);
     exchange(conn, sql, |row| is_alone(row, VERIFIED_BY)).await
 }
 
-/// Rolls back, and shows it by a number that was made up for it. `farewell` is run behind that.
+/// Rolls back, and proves it by a fresh random number. `farewell` runs after that.
 pub(crate) async fn exchange_rollback(conn: &mut PgConnection, farewell: Option<&str>) -> Answer {
     let number = fastrand::i32(..).to_string();
     let sql = with(format!("ROLLBACK AND CHAIN; SELECT {number}"), farewell);
@@ -77,7 +78,7 @@ fn with(sql: String, farewell: Option<&str>) -> String {
     }
 }
 
-/// Sends the message, whose row is told from the rows of others by `is_ours`.
+/// Sends the message. `is_ours` distinguishes its row from the rows of others.
 async fn exchange(conn: &mut PgConnection, sql: String, is_ours: impl Fn(&PgRow) -> bool) -> Answer {
     let mut answer = Answer::default();
     let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
@@ -101,15 +102,15 @@ fn text<I: ColumnIndex<PgRow>>(row: &PgRow, column: I) -> Option<String> {
     row.try_get_raw(column).ok()?.as_str().ok().map(str::to_owned)
 }
 
-/// Ends the empty transaction that CHAIN has left: its ROLLBACK is sent ahead of whatever is sent next, and without that
-/// when the connection is given back.
+/// Ends the empty transaction that CHAIN has left. Its ROLLBACK goes out before the next message, or by itself when the
+/// connection is given back.
 pub(crate) fn leave(conn: &mut PgConnection) {
     while depth::<Postgres>(conn) > 0 {
         Manager::start_rollback(conn);
     }
 }
 
-/// The id of the transaction. Nothing has been sent that could commit it, so an error is a rollback.
+/// The id of the transaction. Nothing that could commit it has been sent, so an error means a rollback.
 pub(crate) async fn receipt(conn: &mut PgConnection) -> Result<Receipt, CommitFailure> {
     let mut rows = match sqlx::raw_sql(RECEIPT).fetch_all(conn).await {
         Ok(rows) => rows,
@@ -128,7 +129,7 @@ pub(crate) fn in_doubt(error: sqlx::Error, receipt: Option<Receipt>) -> CommitFa
     }
 }
 
-/// Asks for the fate of the transaction until it is known, on a connection of its own. `end` ends its session.
+/// Asks for the fate of the transaction until it is known, on a separate connection. `end` ends its session.
 pub(crate) async fn resolve<F: Future>(
     options: &PgConnectOptions,
     receipt: &Receipt,
