@@ -1,4 +1,4 @@
-//! What the operations are called on.
+//! The fixtures on which the operations are called.
 //!
 //! Invariant: every fixture does the same in each run; what it waits for is a call, a peer or a timer, never a while.
 
@@ -11,7 +11,7 @@ use tokio::sync::{Notify, mpsc};
 use tokio::task::{JoinHandle, yield_now};
 use tokio::time::sleep;
 
-/// What is read and written.
+/// The text that is read and written.
 pub(crate) const TEXT: &[u8] = b"alpha\nbeta\ngamma\ndelta\n";
 
 /// How long a holder holds what others wait for.
@@ -101,8 +101,8 @@ pub(crate) fn channel(messages: u32) -> mpsc::Receiver<u32> {
     receive
 }
 
-/// The numbers 0, 1, 2, …, each after a while. Asked again after its end, it says again that it has ended: a call that
-/// was dropped there comes back.
+/// The numbers 0, 1, 2, …, each after a while. Polled again after its end, it says again that it has ended, because a
+/// call that was dropped there comes back.
 pub(crate) fn numbers(count: u32) -> impl Stream<Item = u32> + Unpin {
     let numbers = stream::unfold(0, move |number| async move {
         yield_now().await;
@@ -111,7 +111,7 @@ pub(crate) fn numbers(count: u32) -> impl Stream<Item = u32> + Unpin {
     Box::pin(numbers).fuse()
 }
 
-/// A channel that is full, and what its receiver gets from it, one message each time it has waited.
+/// A full channel, and what its receiver gets from it, one message after each wait.
 pub(crate) fn full_channel(messages: usize) -> (mpsc::Sender<u32>, JoinHandle<Vec<u32>>) {
     let (send, mut receive) = mpsc::channel(1);
     send.try_send(0).unwrap();
@@ -126,7 +126,7 @@ pub(crate) fn full_channel(messages: usize) -> (mpsc::Sender<u32>, JoinHandle<Ve
     (send, received)
 }
 
-/// Something that others wait for in turn: a rival asks for it after the call has asked.
+/// Something that others wait for in turn: the rival asks for it after the call.
 #[derive(Debug)]
 pub(crate) struct Queue<R> {
     pub(crate) resource: Arc<R>,

@@ -1,6 +1,7 @@
-//! Judges operations that everybody uses, and writes the page of the book that tells the result.
+//! Judges widely used operations, and writes the page of the book with the results.
 //!
-//! Invariant: a page is written only if every operation was judged, and every difference to its documentation explained.
+//! Invariant: a page is written only if every operation was judged, and every difference from its documentation
+//! explained.
 
 #![expect(clippy::print_stdout, clippy::print_stderr, reason = "a command line speaks through its output")]
 #![expect(clippy::unwrap_used, reason = "an operation that fails is not judged, and then the page is not written")]
@@ -81,7 +82,7 @@ fn write_patterns() -> Result<(), String> {
     Ok(())
 }
 
-/// Explores the patterns, and compares what is reported with their page.
+/// Explores the patterns, and compares the reports with their page.
 fn check_patterns() -> Result<(), String> {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(PATTERNS);
     let page = std::fs::read_to_string(path).map_err(|error| format!("the page: {error}"))?;
@@ -95,7 +96,7 @@ fn check_patterns() -> Result<(), String> {
     Err(format!("docs/src/breaking.md: {there:?} is now {now:?}: let `cargo xtask patterns` write it anew"))
 }
 
-/// Explores the operations whose names have this part, and tells all of it.
+/// Explores the operations whose names contain this part, and prints everything.
 fn tell(part: &str) {
     for row in rows::all().into_iter().flat_map(|group| group.rows).filter(|row| row.title().contains(part)) {
         let report = (row.judge)();

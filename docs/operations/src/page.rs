@@ -1,7 +1,7 @@
 //! The page of the book.
 //!
-//! Invariant: what is written depends on the definitions, the versions and the verdicts alone: not on the machine, the
-//! time, or the order in which anything ended.
+//! Invariant: the page depends only on the definitions, the versions and the verdicts, not on the machine, the time, or
+//! the order in which anything ended.
 
 use std::fmt::Write as _;
 
@@ -9,7 +9,7 @@ use cancel_safe_testing::{Report, Verdict};
 
 use crate::row::{From, Row, Says};
 
-/// The versions that were built, as the lockfile has them.
+/// The versions that were built, as the lockfile lists them.
 #[derive(Debug)]
 pub(crate) struct Versions(Vec<(From, String)>);
 
@@ -36,7 +36,7 @@ impl Versions {
     }
 }
 
-/// A row and what has come of it.
+/// A row and its result.
 #[derive(Debug)]
 pub(crate) struct Judged {
     row: Row,
@@ -45,7 +45,7 @@ pub(crate) struct Judged {
 }
 
 impl Judged {
-    /// Refuses what cannot be told: an operation that was not judged, or a difference that nobody explains.
+    /// Refuses a row that cannot be shown: an operation without a verdict, or an unexplained difference.
     pub(crate) fn new(row: Row, report: &Report) -> Result<Self, String> {
         let judged = Self { verdict: report.verdict(), seen: seen(report), row };
         let title = judged.row.title();
@@ -100,7 +100,7 @@ impl Judged {
     }
 }
 
-/// At which point it was dropped and what was seen, in the words of a table.
+/// At which point it was dropped and what was seen, as text for the table.
 fn seen(report: &Report) -> String {
     match report.verdict() {
         Verdict::NotSafe { point, undisturbed, seen, .. } => {
@@ -119,12 +119,12 @@ fn seen(report: &Report) -> String {
             }
             format!("{when}{starved}: {seen} for {undisturbed}")
         }
-        Verdict::Starves { point, .. } => format!("each call, pending {point}: it begins anew"),
+        Verdict::Starves { point, .. } => format!("each call, pending {point}: it starts over"),
         _ => String::new(),
     }
 }
 
-/// Results without what is the same in every run.
+/// The results without the part that is the same in every run.
 fn evidence(text: &str) -> String {
     let results = text.split_once(", then ").filter(|(results, _)| !results.contains(|c: char| c.is_alphanumeric()));
     let text = results.map_or(text, |(_, observed)| observed);
@@ -142,8 +142,8 @@ pub(crate) fn page(versions: &Versions, groups: &[(&'static str, Vec<Judged>)]) 
     let silent: Vec<&&Judged> = all.iter().filter(|it| it.row.says == Says::Nothing).collect();
     let mut page = HEAD.replace("{versions}", &versions.tell());
     let summary = format!(
-        "{} calls were explored: {} are safe, {} are not, and {} starve. Of {} the documentation says nothing, and {} of these \
-         are not safe or starve. Of {} it says something else than what was seen.",
+        "{} calls were explored: {} are safe, {} are not, and {} starve. About {} the documentation says nothing, and \
+         {} of these are not safe or starve. About {} it says something other than what was seen.",
         all.len(),
         count("safe"),
         count("not safe"),
@@ -176,7 +176,7 @@ const HEAD: &str = "\
 
 # Which operations are cancel safe
 
-What the documentation says of an operation that is dropped, and what happens.
+What the documentation says about dropped operations, and what happens.
 
 {summary}
 
@@ -186,24 +186,24 @@ Measured with {versions}.
 
 Each operation was dropped at every await, and at every place where a busy runtime would make it wait, and called again
 until it completed; then every call was dropped at its first pending, at its second, and at its third, as a `select!` in a
-loop may do. What came of it was compared with calls that nobody disturbed
+loop may do. The results were compared with undisturbed calls
 ([`Explore::cancel_safe`](https://docs.rs/cancel-safe-testing)).
 
-- *safe*: the results were the same, and so was what a peer had received.
-- *not safe*: something was lost, or done twice. The column beside it says when the call was dropped (*once*, or *each
-  call*, after so many times that it had returned `Pending`; *starved* if only a busy runtime makes it wait there), and what
-  was seen `for` what undisturbed calls give.
+- *safe*: the results were the same, and so was everything that a peer had received.
+- *not safe*: something was lost, or done twice. The next column says when the call was dropped (*once*, or *each
+  call*, after it had returned `Pending` that often; *starved* if only a busy runtime makes it wait there), and what
+  was seen `for` the result of undisturbed calls.
 - *starves*: nothing is lost, but nothing is kept either. Dropped again and again, it never ends.
 - *not safe: the place*: only the place in a queue is lost.
 - *not sent*: a message of a dropped call has not been sent.
 - *not said*: its page gives no verdict.
 
-It depends on how an operation is called: a buffer that outlives the call keeps what was read, a local one does not. Where
-that matters, it is said. *Safe* means that calling again is enough. It does not mean that a call which is dropped for good
-has had no effect.
+The verdict depends on how an operation is called: a buffer that outlives the call keeps what was read, a local one does
+not. Where that matters, the row says so. *Safe* means that calling again is enough. It does not mean that a call that
+is dropped for good has had no effect.
 ";
 
 const FINDINGS: &str = "\
-Where documentation and measurement differ. Each was looked at twice: whether the exploration is right, and whether it keeps
-in its state what the documentation tells the caller to keep.
+Here documentation and measurement differ. Each difference was checked twice: whether the exploration is right, and
+whether it keeps in its state what the documentation tells the caller to keep.
 ";

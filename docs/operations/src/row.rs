@@ -1,6 +1,6 @@
 //! One line of the page: an operation, what its documentation says, and how to find out.
 //!
-//! Invariant: the measured verdict is nowhere written down here; it comes from an exploration.
+//! Invariant: no measured verdict is written down here; it comes from an exploration.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ impl From {
     }
 }
 
-/// What the documentation says of a call that is dropped.
+/// What the documentation says about a dropped call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Says {
     Safe,
@@ -47,17 +47,17 @@ pub(crate) enum Says {
 #[derive(Debug)]
 pub(crate) struct Row {
     pub(crate) from: From,
-    /// The operation, as it is called in its documentation.
+    /// The operation's name in its documentation.
     pub(crate) name: &'static str,
     /// How it was called, where that matters.
     pub(crate) how: &'static str,
     /// Its page, relative to the crate's documentation.
     pub(crate) page: &'static str,
     pub(crate) says: Says,
-    /// The package and page that say it, where it is another.
+    /// The package and page that say it, if not the operation's own.
     pub(crate) said_at: Option<(From, &'static str)>,
     pub(crate) instead: &'static str,
-    /// What a reader has to know beyond the verdicts. Where these differ, there must be one.
+    /// What a reader has to know beyond the verdicts. If the verdicts differ, there must be a note.
     pub(crate) note: &'static str,
     pub(crate) judge: fn() -> Report,
 }
@@ -100,7 +100,7 @@ impl Row {
         self
     }
 
-    /// What another page than the operation's own says.
+    /// Sets the verdict of a page other than the operation's own.
     pub(crate) fn said_at(mut self, says: Says, from: From, page: &'static str) -> Self {
         (self.says, self.said_at) = (says, Some((from, page)));
         self
@@ -122,11 +122,11 @@ impl Row {
     }
 }
 
-/// For operations that take a unit of tokio's budget themselves and have another one take one: with one unit in each
-/// poll they make no progress at all, which says nothing of production.
+/// For operations that take a unit of tokio's budget and call another one that takes a unit too: with one unit for each
+/// poll they make no progress at all, which says nothing about production.
 pub(crate) const TWO_UNITS: [u32; 2] = [2, 3];
 
-/// An exploration in which timers cost nothing, of so many results.
+/// An exploration of `calls` results in which timers cost nothing.
 pub(crate) fn on_paused_time(calls: usize) -> Explore {
     Explore::new().paused_time(true).calls(calls)
 }

@@ -1,6 +1,6 @@
 //! A destructor that blocks
 //!
-//! A drop runs on the thread of whoever drops: a timeout, a `select!`, a server that cancels a thousand requests. While it
+//! A drop runs on the thread of its caller: a timeout, a `select!`, a server that cancels a thousand requests. While it
 //! waits, everything else on that thread waits too. Do only what is quick in a destructor, and leave what is slow to a thread
 //! of its own or to an explicit `close`.
 

@@ -1,6 +1,6 @@
 //! State that is taken and not put back
 //!
-//! A value that was taken out of its place lives in the future and goes with it. Put it back in a destructor: the one of a
+//! A value that was taken out of its place lives in the future and goes with it. Put it back in the destructor of a
 //! guard that is made before the await.
 
 use std::cell::RefCell;

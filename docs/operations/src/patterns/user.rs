@@ -1,6 +1,6 @@
 //! A change before the await that makes it true
 //!
-//! The copy in memory has changed, and the database has not. Whoever looks in between, or after a drop, sees something that
+//! The copy in memory has changed, and the database has not. A reader in between, or after a drop, sees something that
 //! was never true. Change a copy, store it, and publish it once it is stored.
 
 use std::cell::{Cell, RefCell};

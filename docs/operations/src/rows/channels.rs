@@ -1,6 +1,6 @@
-//! Channels of tokio: what is sent, and what is received.
+//! Channels of tokio: sending and receiving.
 //!
-//! Invariant: a message that a call consumes is taken from the state by that call, as a caller would have to.
+//! Invariant: a call takes the message that it consumes from the state, as a caller would have to.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -48,7 +48,7 @@ pub(crate) fn mpsc() -> Vec<Row> {
             on_paused_time(2).cancel_safe(
                 async || (full_channel(3), VecDeque::from([1, 2])),
                 async |((send, _), messages)| {
-                    // The message is moved, as one that cannot be cloned has to be.
+                    // The message is moved, as a message that cannot be cloned has to be.
                     let Some(message) = messages.pop_front() else { return };
                     send.send(message).await.unwrap();
                 },
@@ -97,7 +97,7 @@ pub(crate) fn mpsc() -> Vec<Row> {
                     drop(tokio::spawn(async move {
                         sleep(HELD).await;
                         receive.recv().await;
-                        // A channel that is closed would serve everybody.
+                        // A closed channel would serve everybody.
                         std::future::pending::<()>().await;
                     }));
                     Queue::new(Arc::new(send), async |send| drop(send.reserve().await))

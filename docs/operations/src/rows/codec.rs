@@ -1,6 +1,6 @@
 //! Frames, and the other bridges of tokio-util.
 //!
-//! Invariant: a message that is sent again is a clone of the one before, so what is doubled was sent.
+//! Invariant: a message that is sent again is a clone of the previous one, so a doubled message was sent before.
 
 use std::io;
 
@@ -145,7 +145,7 @@ pub(crate) fn bridges() -> Vec<Row> {
             on_paused_time(1).cancel_safe(
                 async || (ReaderStream::new(Pipe::sending(TEXT).here), Vec::new()),
                 async |(stream, read)| {
-                    // How much comes at once depends on when it is asked.
+                    // How much comes at once depends on when it is polled.
                     while read.len() < TEXT.len() {
                         read.extend(stream.next().await.unwrap().unwrap());
                     }

@@ -1,6 +1,6 @@
 //! Files, on the blocking threads.
 //!
-//! Invariant: each run has a directory of its own.
+//! Invariant: each run has its own directory.
 
 use std::io::SeekFrom;
 use std::path::PathBuf;
@@ -39,7 +39,7 @@ async fn content((file, place): &mut (File, Place)) -> String {
     text(&std::fs::read(&place.file).unwrap())
 }
 
-/// Only the kind of an error is told: its text may name the file.
+/// Reports only the kind of an error, because its text may name the file.
 fn kind(result: std::io::Result<()>) -> String {
     result.map_or_else(|error| error.kind().to_string(), |()| "done".to_owned())
 }
@@ -167,7 +167,10 @@ pub(crate) fn paths() -> Vec<Row> {
             )
         })
         .instead(LATE)
-        .note("The dropped call has done its work, and the next one finds no file to rename; so with `remove_file`."),
+        .note(
+            "The dropped call has done its work, and the next one finds no file to rename; the same holds for \
+             `remove_file`.",
+        ),
         Row::tokio("fs::create_dir", "fs/fn.create_dir.html", || {
             on_paused_time(1).cancel_safe(
                 async || place(),

@@ -1,6 +1,6 @@
 //! Sinks, channels and combinators of futures.
 //!
-//! Invariant: a future that is joined or selected is made anew by each call, unless the row says that it is kept.
+//! Invariant: each call creates the futures that it joins or selects, unless the row says that they are kept.
 
 use std::pin::Pin;
 use std::sync::Arc;

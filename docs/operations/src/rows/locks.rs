@@ -1,4 +1,4 @@
-//! What is waited for in turn, and what all wait for together.
+//! Waiting in turn, and waiting together.
 //!
 //! Invariant: where a queue is fair, the rival asks after the call and before its drop, so that a lost place shows.
 
@@ -87,8 +87,8 @@ pub(crate) fn in_turn() -> Vec<Row> {
         .how("with no rival")
         .says(Says::Place)
         .note(
-            "With no rival there is no place to lose, and the permits that a dropped call had gathered go back. With one, \
-             its page says, it is as with `acquire`.",
+            "With no rival there is no place to lose, and the permits that a dropped call had gathered go back. With a \
+             rival, its page says, it behaves like `acquire`.",
         ),
         Row::tokio("Notify::notified", "sync/struct.Notify.html#method.notified", || {
             on_paused_time(1).cancel_safe(

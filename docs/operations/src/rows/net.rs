@@ -1,6 +1,6 @@
 //! Sockets on the loopback.
 //!
-//! Invariant: each run binds addresses of its own, and no result names a port.
+//! Invariant: each run binds its own addresses, and no result names a port.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
@@ -34,7 +34,7 @@ async fn connection(sends: &'static [u8]) -> (TcpStream, JoinHandle<String>) {
     (TcpStream::connect(address).await.unwrap(), peer)
 }
 
-/// How many connections are waiting at a listener, before one that is made now.
+/// How many connections wait at a listener ahead of one that is made now.
 async fn waiting(listener: &TcpListener) -> usize {
     let last = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
     let mut before = 0;
@@ -79,7 +79,7 @@ pub(crate) fn tcp() -> Vec<Row> {
                 },
             )
         })
-        .instead("spawn it and wait for its `JoinHandle` by reference, or bear a connection that is closed at once"),
+        .instead("spawn it and wait for its `JoinHandle` by reference, or accept a connection that is closed at once"),
         Row::tokio("TcpStream::read", "io/trait.AsyncReadExt.html#method.read", || {
             in_real_time(1).cancel_safe(
                 async || (connection(TEXT).await, Vec::<u8>::new()),
@@ -118,7 +118,7 @@ pub(crate) fn tcp() -> Vec<Row> {
                     while read.len() < TEXT.len() {
                         stream.readable().await.unwrap();
                         let mut buffer = [0; 5];
-                        // It may be that there is nothing to read after all.
+                        // There may be nothing to read after all.
                         let bytes = stream.try_read(&mut buffer).unwrap_or(0);
                         read.extend(&buffer[..bytes]);
                     }

@@ -21,7 +21,7 @@ fn shell(script: &str) -> Command {
     command
 }
 
-/// As little as there is to explore: each point of each way starts a child.
+/// The smallest possible exploration: each point of each way starts a child.
 fn with_children() -> Explore {
     in_real_time(1).budgets([])
 }
@@ -80,7 +80,7 @@ pub(crate) fn rows() -> Vec<Row> {
         })
         .how("in each call")
         .instead("`spawn` once, and `Child::wait`; `kill_on_drop` ends a child whose call was dropped")
-        .note("The child of a dropped call runs on, unless `kill_on_drop` was asked for."),
+        .note("The child of a dropped call keeps running, unless `kill_on_drop` was set."),
         Row::tokio("signal::unix::Signal::recv", "signal/unix/struct.Signal.html#method.recv", || {
             in_real_time(1).cancel_safe(
                 async || {

@@ -1,4 +1,4 @@
-//! Reading from what is there in pieces.
+//! Reading data that arrives in pieces.
 //!
 //! Invariant: a buffer that the documentation lets the caller keep is kept in the state.
 
@@ -76,10 +76,10 @@ pub(crate) fn unbuffered() -> Vec<Row> {
         .how("into a buffer that is kept")
         .said_at(Says::NotSafe, From::Tokio, SELECT)
         .note(
-            "What was read is in the buffer, and a second call appends the rest, as a second call of `read_until` does. \
-             Only the count that the call returns begins anew. The list of `select!` makes no difference between a buffer \
-             that is kept and one that is dropped with the call; the page of the method says nothing, so this is how it is \
-             today, and no promise.",
+            "What was read is in the buffer, and a second call appends the rest, as a second call of `read_until` \
+             does. Only the count that the call returns starts again. The list of `select!` makes no difference \
+             between a buffer that is kept and one that is dropped with the call; the page of the method says nothing, \
+             so this is today's behaviour, not a promise.",
         ),
         Row::tokio("AsyncReadExt::read_to_string", "io/trait.AsyncReadExt.html#method.read_to_string", || {
             on_paused_time(1).cancel_safe(
@@ -145,7 +145,7 @@ pub(crate) fn buffered() -> Vec<Row> {
         })
         .how("into a buffer that is kept")
         .says(Says::Safe)
-        .note("The count that it returns is that of the last call, as its page says: look at the buffer instead."),
+        .note("It returns only the count of the last call, as its page says: look at the buffer instead."),
         Row::tokio("AsyncBufReadExt::read_line", "io/trait.AsyncBufReadExt.html#method.read_line", || {
             on_paused_time(4).cancel_safe(
                 async || (BufReader::new(Pipe::sending(TEXT).here), String::new()),

@@ -1,6 +1,6 @@
-//! Streams of futures, and what is made of them.
+//! Streams of futures, and their adaptors and consumers.
 //!
-//! Invariant: an adaptor that keeps something is kept in the state; a future that does is made anew by each call.
+//! Invariant: an adaptor that keeps something lives in the state; each call creates a future that keeps something anew.
 
 use std::pin::Pin;
 
@@ -64,7 +64,7 @@ pub(crate) fn adaptors() -> Vec<Row> {
             on_paused_time(1).cancel_safe(
                 async || (Box::pin(numbers(3).ready_chunks(2)), Vec::new()),
                 async |(stream, all)| {
-                    // How many come at once depends on when they are asked for.
+                    // How many come at once depends on when they are polled.
                     while let Some(chunk) = stream.next().await {
                         all.extend(chunk);
                     }

@@ -1,6 +1,6 @@
-//! Timers, tasks and what ends them.
+//! Timers, tasks, and their ends.
 //!
-//! Invariant: results are told in milliseconds of tokio's paused clock.
+//! Invariant: results are in milliseconds of tokio's paused clock.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -19,12 +19,12 @@ use futures_util::StreamExt as _;
 use crate::fixtures::{HELD, hold};
 use crate::row::{Row, Says, on_paused_time};
 
-/// What has come of a message that is sent after 25 ms.
+/// What becomes of a message that is sent after 25 ms.
 fn late() -> (oneshot::Receiver<&'static str>, Instant) {
     let (send, receive) = oneshot::channel();
     drop(tokio::spawn(async move {
         sleep(Duration::from_millis(25)).await;
-        // Nobody waits for it any more where the timeout has ended the wait.
+        // Nobody waits for it any more if the timeout has ended the wait.
         send.send("the message").unwrap_or_default();
     }));
     (receive, Instant::now())
@@ -83,7 +83,7 @@ pub(crate) fn timers() -> Vec<Row> {
         })
         .how("around a wait that is cancel safe")
         .instead("`timeout_at` with a deadline that is kept")
-        .note("The time begins anew with each call, so that a loop waits longer than it says, or for ever."),
+        .note("The time starts again with each call, so a loop waits longer than it says, or for ever."),
         Row::tokio("time::timeout_at", "time/fn.timeout_at.html", || {
             on_paused_time(1).cancel_safe(
                 async || late(),

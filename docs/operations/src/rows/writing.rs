@@ -1,6 +1,6 @@
 //! Writing in pieces, and copying.
 //!
-//! Invariant: what is compared is what the peer has received in the end.
+//! Invariant: the comparison uses what the peer has received in the end.
 
 use std::io::IoSlice;
 
@@ -141,7 +141,7 @@ pub(crate) fn copies() -> Vec<Row> {
             )
         })
         .how("from a reader that is kept")
-        .note("The count that it returns is that of the last call."),
+        .note("It returns only the count of the last call."),
         Row::tokio("io::copy_bidirectional", "io/fn.copy_bidirectional.html", || {
             on_paused_time(1).budgets(TWO_UNITS).cancel_safe(
                 async || (Pipe::closing(TEXT), Pipe::closing(b"one two three")),
