@@ -1,7 +1,7 @@
-//! Which awaits of our crates the tests have dropped: the same figures as `cargo cancel-safe test` gives to everybody.
+//! Which awaits of our crates the tests have dropped: the same figures that `cargo cancel-safe test` gives any user.
 //!
-//! Invariant: all awaits of a crate are counted, from its source; what was dropped is what its explorations wrote down,
-//! in whichever part of a run.
+//! Invariant: all awaits of a crate are counted, from its source; an await counts as dropped if an exploration recorded
+//! it, in any part of a run.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -12,14 +12,14 @@ use cargo_cancel_safe::{COVERAGE_VARIABLE, Coverage, PackageCoverage, Record, Se
 use crate::command::{Cargo, Failure};
 use crate::workspace::{self, Package, Workspace};
 
-/// The files in which the tests of one run write what they have visited.
+/// The files in which the tests of one run record what they have visited.
 pub(crate) struct Written {
     pub(crate) points: PathBuf,
     awaits: PathBuf,
 }
 
 impl Written {
-    /// Both are empty.
+    /// Creates both, empty.
     pub(crate) fn fresh(workspace: &Workspace) -> Result<Self, Failure> {
         let directory = workspace.target_directory.join("xtask");
         let clear = |name: &str| {
@@ -43,7 +43,7 @@ impl Written {
     }
 }
 
-/// The file with what the last test run has dropped, of all its parts.
+/// The file with everything that the last test run has dropped, in all its parts.
 fn record_of_last(workspace: &Workspace) -> PathBuf {
     workspace.target_directory.join("xtask").join("awaits.txt")
 }

@@ -1,8 +1,8 @@
 //! What every change must pass, section by section.
 //!
 //! Invariant: each section builds with the same features as its neighbours, so that nothing is compiled twice: clippy
-//! shares its dependencies with nobody, but examples, tests and doctests share theirs. `RUSTFLAGS` is never set, because
-//! another value of it would compile everything again. What is checked for other systems has a directory of its own.
+//! has its own dependencies, but examples, tests and doctests share theirs. `RUSTFLAGS` is never set, because another
+//! value would compile everything again. The checks for other systems have their own directory.
 
 use std::time::{Duration, Instant};
 
@@ -73,7 +73,7 @@ pub(crate) fn run(workspace: &Workspace, only: &[Section]) -> Result<(), Failure
 
 struct Run<'a> {
     workspace: &'a Workspace,
-    /// Lent from section to section; dropping them stops the servers.
+    /// Shared by the sections; dropping them stops the servers.
     databases: Option<Databases>,
     tally: Option<Tally>,
     tarballs: Vec<Tarball>,
@@ -89,7 +89,7 @@ impl Run<'_> {
                 ..failure
             }),
             Section::Tidy => tidy::run(self.workspace),
-            // The list of features would be half a page: the section is repeated by its name.
+            // The list of features would be half a page, so the command to repeat names the section.
             Section::Clippy => clippy(self.workspace).run().map_err(|_| "clippy complains".to_owned().into()),
             Section::Examples => programs().run(),
             Section::Tests => self.suite(Scope::Tests),
@@ -128,7 +128,7 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Prints the tables; the total comes last, for those who read one line.
+    /// Prints the tables; the total comes last, for readers of one line.
     fn finish(mut self, times: &[(String, Duration)]) -> Result<(), Failure> {
         drop(self.databases);
         match &mut self.tally {

@@ -14,11 +14,11 @@ use crate::workspace;
 /// How long the output of a command may stay open after the command itself has ended.
 const OUTPUT_GRACE: Duration = Duration::from_secs(10);
 
-/// How long a command that prints its progress may print nothing: a test that hangs is a test that failed. The longest
-/// tests take half a minute; a machine may be many times slower.
+/// How long a command that prints its progress may stay silent: a test that hangs has failed. The longest tests take
+/// half a minute; a machine may be many times slower.
 const SILENCE_BOUND: Duration = Duration::from_secs(900);
 
-/// Why a task failed, and what a person runs to see it again.
+/// Why a task failed, and the command that repeats the failure.
 #[derive(Debug)]
 pub(crate) struct Failure {
     pub(crate) what: String,
@@ -26,7 +26,7 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// Names the command to repeat, unless a more exact one is known already.
+    /// Names the command to repeat, unless a more exact one is already known.
     pub(crate) fn repeat_with(mut self, command: impl Into<String>) -> Self {
         self.repeat.get_or_insert_with(|| command.into());
         self
@@ -84,7 +84,7 @@ impl Cargo {
         Err(Failure::from(format!("{self} ({status})")).repeat_with(self.to_string()))
     }
 
-    /// Runs the command and hands each line of its output on as it is printed; says whether it succeeded.
+    /// Runs the command and passes each line of its output on as it is printed; returns whether it succeeded.
     ///
     /// Both streams share one pipe, so that cargo's "Running …" (standard error) stays before the results of the
     /// binary it announces (standard output).
@@ -136,8 +136,8 @@ impl Cargo {
         // The cargo that runs us, so that `cargo +nightly xtask` stays on nightly.
         let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
         command.args(&self.arguments).current_dir(workspace::root());
-        // `cargo run` tells us about our own package. Some build scripts (ring's) look at these variables, and would run
-        // again, with all that depends on them, each time a person changes between cargo and cargo xtask.
+        // `cargo run` sets these variables for our own package. Some build scripts (ring's) read them, and would run
+        // again, with everything that depends on them, on each change between cargo and cargo xtask.
         let ours = |name: &str| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_");
         for (name, _) in std::env::vars_os().filter(|(name, _)| name.to_str().is_some_and(ours)) {
             command.env_remove(name);
@@ -157,8 +157,8 @@ impl fmt::Display for Cargo {
     }
 }
 
-/// Ends the processes that `parent` has started and waits for, so that it can say which of them failed. Killed, because a
-/// test of `shutdown` has handlers for everything milder.
+/// Kills the processes that `parent` has started and waits for, so that it can say which of them failed. It kills them
+/// because a test of `shutdown` has handlers for everything milder.
 fn end_children(parent: u32) {
     let script = r#"kill -KILL $(cat "/proc/$1/task/"*/children) || pkill -KILL -P "$1""#;
     let shell = Command::new("/bin/sh").args(["-c", script, "end", &parent.to_string()]).stderr(Stdio::null()).status();
@@ -177,7 +177,7 @@ pub(crate) fn quoted(text: &str) -> String {
     }
 }
 
-/// Asks until the answer is yes or the time is up, and returns the last answer.
+/// Asks until the answer is yes or the time is up; returns the last answer.
 pub(crate) fn wait_until(bound: Duration, mut ready: impl FnMut() -> bool) -> bool {
     let start = Instant::now();
     while !ready() {

@@ -1,6 +1,6 @@
-//! The servers that a run of the tests needs, and what the tests are told of them.
+//! The servers that a run of the tests needs, and how the tests find them.
 //!
-//! Invariant: a server that is needed and cannot be had is an error, so no test is left out in silence.
+//! Invariant: a needed server that is not available is an error, so no test is skipped silently.
 
 use crate::command::Cargo;
 use crate::mariadb::MariaDb;
@@ -8,16 +8,16 @@ use crate::missing::may_be_installed;
 use crate::pgbouncer::PgBouncer;
 use crate::postgres::Database as Postgres;
 
-/// Which of them.
+/// Which servers to start.
 #[derive(Clone, Copy)]
 pub(crate) struct Wanted {
     pub(crate) postgres: bool,
     pub(crate) mysql: bool,
-    /// In front of PostgreSQL, which is wanted as well then.
+    /// In front of PostgreSQL, which is then wanted as well.
     pub(crate) pgbouncer: bool,
 }
 
-/// Dropping them stops what we have started and removes what we have made.
+/// Dropping them stops the servers that we have started and removes everything that we have created.
 pub(crate) struct Databases {
     /// First, because it is stopped before the server behind it.
     pgbouncer: Option<PgBouncer>,
@@ -28,7 +28,7 @@ pub(crate) struct Databases {
 impl Wanted {
     pub(crate) const ALL: Self = Self { postgres: true, mysql: true, pgbouncer: true };
 
-    /// Refuses at once what would be missing later, all of it, unless it will be installed then.
+    /// Fails at once, naming everything that would be missing later and that we will not install.
     pub(crate) fn can_be_had(self) -> Result<(), String> {
         let missing = [
             self.postgres.then(Postgres::missing),
@@ -51,7 +51,7 @@ impl Databases {
         })
     }
 
-    /// Tells the tests that `cargo` will run where the servers are.
+    /// Tells the tests that `cargo` runs where the servers are.
     pub(crate) fn tell(&self, mut cargo: Cargo) -> Cargo {
         if let Some(postgres) = &self.postgres {
             cargo = cargo.env(Postgres::VARIABLE, postgres.url());

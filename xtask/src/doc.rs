@@ -22,7 +22,7 @@ pub(crate) fn run(install: bool) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Documents the crates; the flags reach rustdoc alone, so nothing that is compiled already is compiled again.
+/// Documents the crates; the flags reach only rustdoc, so nothing is compiled again.
 pub(crate) fn rustdoc() -> Result<(), Failure> {
     let unpublished = [BENCHES, EXAMPLES, OPERATIONS, "xtask"].into_iter().flat_map(|package| ["--exclude", package]);
     cargo(["doc", "--workspace", "--all-features", "--no-deps"])

@@ -1,21 +1,21 @@
-//! What the failed tests said, kept for the end of the run: they may be thousands of lines above it.
+//! The output of the failed tests, kept for the end of the run: it may be thousands of lines above.
 //!
 //! Invariant: a test is in the list if its runner named it as failed, whether or not it said anything.
 
 use std::fmt;
 
-/// How many lines of a failed test are shown again, from its first panic on. All of them are above.
+/// How many lines of a failed test are shown again, from its first panic on. The full output is above.
 const LINES: usize = 12;
 
 /// How many failed tests are shown again.
 const TESTS: usize = 8;
 
-/// The failed tests of a run, in the order in which the runners told of them.
+/// The failed tests of a run, in the order in which the runners reported them.
 #[derive(Default)]
 pub(crate) struct Failed {
     part: Part,
     tests: Vec<Test>,
-    /// How many of them other runners have told of.
+    /// How many of them other runners have reported.
     of_others: usize,
 }
 
@@ -24,24 +24,24 @@ pub(crate) struct Failed {
 enum Part {
     #[default]
     Running,
-    /// What the failed tests said, if they said anything.
+    /// The output of the failed tests, if there is any.
     Details,
-    /// The names of all that failed.
+    /// The names of all failed tests.
     Names,
 }
 
 #[derive(Default)]
 struct Test {
     name: String,
-    /// What it printed from its first panic on, or from the beginning.
+    /// Its output from its first panic on, or from the beginning.
     said: Vec<String>,
     panicked: bool,
-    /// Where it was called from follows, and is of no use without the source.
+    /// Whether the rest is only the backtrace, which is useless without the source.
     is_enough: bool,
 }
 
 impl Failed {
-    /// Takes in one line of a runner's output.
+    /// Reads one line of a runner's output.
     pub(crate) fn read(&mut self, line: &str) {
         let line = line.trim_end();
         if line == "failures:" {
@@ -117,7 +117,7 @@ mod tests {
             test result: FAILED. 1 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\
             a line of another binary\n";
         output.lines().for_each(|line| failed.read(line));
-        // Of the same name in another binary.
+        // A test of the same name in another binary.
         ["failures:", "", "failures:", "    quiet", "", "test result: FAILED."]
             .iter()
             .for_each(|line| failed.read(line));

@@ -1,7 +1,7 @@
 //! Whether the crates compile for Windows and macOS, on a Debian machine that is neither.
 //!
-//! Invariant: nothing is installed. Debian's compiler of web browsers comes with the source of its own standard library,
-//! which rustup's may not have; both are unpacked below the target directory, and are used for this alone.
+//! Invariant: nothing is installed. Debian's compiler for web browsers comes with the source of its own standard
+//! library, which rustup's may lack; both are unpacked below the target directory, and are used only for this.
 
 use std::env;
 use std::fs;
@@ -13,17 +13,19 @@ use crate::workspace::Workspace;
 
 /// One of each: Windows needs no linker for a check, and macOS has one architecture that matters.
 const TARGETS: [&str; 2] = ["x86_64-pc-windows-gnu", "aarch64-apple-darwin"];
-/// Those whose dependencies contain no C, which would take a compiler of C and headers for each system. The weekly
-/// workflow builds all of them on the systems themselves.
+/// The crates whose dependencies contain no C, which would need a C compiler and headers for each system. The weekly
+/// workflow builds all crates on the systems themselves.
 const CRATES: [&str; 5] = ["atomic-fs", "guard", "resumable", "shutdown", "testing"];
 
-/// A feature that is left out: sqlx takes as long as all else together, and has its own checks for these systems.
+/// A feature that is left out: sqlx takes as long as everything else together, and has its own checks for these
+/// systems.
 const LEFT_OUT: &str = "postgres";
 
 /// A small dependency of all of them.
 const STRANGER: &str = "pin-project-lite";
 
-/// Checks them; where that cannot be done, says why and passes, because the weekly workflow does it on the systems.
+/// Checks the crates. If that is not possible, it says why and passes, because the weekly workflow checks them on the
+/// systems themselves.
 pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
     let compiler = match Compiler::unpack(&workspace.target_directory.join("foreign")) {
         Ok(compiler) => compiler,
@@ -35,7 +37,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
     for target in TARGETS {
         println!("{target}");
         let check = || compiler.equip(cargo(["check", "--quiet", "--target", target, "-Zbuild-std=std,panic_unwind"]));
-        // If not even the standard library and something small can be built, then it is not for us to mend.
+        // If not even the standard library and a small crate can be built, the fault is not ours.
         if let Err(why) = check().args(["--package", STRANGER]).run() {
             println!(
                 "not run here: cargo and this compiler do not get on ({}). The weekly workflow does it.",
@@ -47,7 +49,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
             check.args(["--package", &format!("cancel-safe-{name}"), "--features"]).arg(features(workspace, name))
         });
         let check = check.args(["-Zwarnings", "--config", "build.warnings='deny'"]);
-        // The command would be half a page: the section is repeated by its name.
+        // The command would be half a page, so the failure names the section to repeat.
         check.run().map_err(|_| format!("the crates do not compile for {target} without a warning"))?;
     }
     Ok(())
@@ -63,15 +65,15 @@ fn features(workspace: &Workspace, name: &str) -> String {
 
 /// An unpacked compiler with the source of its standard library.
 struct Compiler {
-    /// What is to be in `usr/` of a Debian system.
+    /// The content of `usr/` of a Debian system.
     usr: PathBuf,
-    /// What cargo builds with it.
+    /// The directory for cargo's output with it.
     target: PathBuf,
     libraries: PathBuf,
 }
 
 impl Compiler {
-    /// Downloads and unpacks it below `place`, unless that has been done.
+    /// Downloads and unpacks it below `place`, unless that was done before.
     fn unpack(place: &Path) -> Result<Self, String> {
         if !Path::new("/usr/bin/apt-get").exists() || !Path::new("/usr/bin/dpkg").exists() {
             return Err("it needs the packages of Debian".to_owned());
@@ -82,7 +84,7 @@ impl Compiler {
         let usr = root.join("usr");
         if !root.exists() {
             let fresh = place.join("fresh");
-            // What an interrupted run has left is not whole.
+            // The rest of an interrupted run is incomplete.
             drop(fs::remove_dir_all(&fresh));
             fs::create_dir_all(&fresh).map_err(|error| format!("{} cannot be made: {error}", fresh.display()))?;
             download(&fresh, &series)?;
@@ -112,7 +114,7 @@ impl Compiler {
         let mut path = vec![self.usr.join("bin")];
         path.extend(env::var_os("PATH").iter().flat_map(env::split_paths));
         let path = env::join_paths(path).unwrap_or_default();
-        // A stable compiler builds its own standard library if it is told that it may.
+        // A stable compiler builds its own standard library only if this variable allows it.
         check
             .env("RUSTC", self.rustc())
             .env("RUSTC_BOOTSTRAP", "1")
@@ -122,14 +124,14 @@ impl Compiler {
     }
 }
 
-/// The version of the compiler that there is to be had.
+/// The available version of the compiler.
 fn available() -> Result<String, String> {
     let show = || {
         let output = Command::new("apt-cache").args(["show", "--no-all-versions", "rustc-web"]).output().ok()?;
         field(&String::from_utf8_lossy(&output.stdout), "Version")
     };
     let found = show().or_else(|| {
-        // Where there are no lists yet, and we may fetch them.
+        // There may be no package lists yet, and we may be allowed to fetch them.
         drop(Command::new("apt-get").args(["-qq", "update"]).status());
         show()
     });
@@ -159,7 +161,7 @@ fn download(fresh: &Path, series: &str) -> Result<(), String> {
     Ok(())
 }
 
-/// Where the libraries of the compiler lie: in one folder, and in one of LLVM's.
+/// The folders with the compiler's libraries: its own, and one of LLVM's.
 fn library_folders(usr: &Path) -> Vec<PathBuf> {
     let lib = usr.join("lib");
     let folders = fs::read_dir(&lib).into_iter().flatten().flatten().map(|entry| entry.path());

@@ -1,7 +1,8 @@
-//! The public bugs of published crates in `benches/history`: each old version must be caught, each new one be clean.
+//! The public bugs of published crates in `benches/history`: each old version must be caught, and each new one must be
+//! clean.
 //!
-//! Invariant: a package there says in its own manifest what the bug is and what is expected of its version, and its
-//! requirement with `=` says which version that is; nothing is listed a second time.
+//! Invariant: a package there states the bug and the expected result in its own manifest, and its requirement with `=`
+//! states the version; nothing is listed a second time.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -15,18 +16,18 @@ use crate::workspace;
 
 const DIRECTORY: &str = "benches/history";
 
-/// The lines of the README between which the table stands.
+/// The lines of the README that enclose the table.
 const BEGIN: &str = "<!-- Made by `cargo xtask history`. -->";
 const END: &str = "<!-- The end of what is made. -->";
 
-/// One bug: the version that has it, and one that has it no more, if there is one.
+/// One bug: the version that has it, and one that no longer has it, if there is one.
 struct Case {
     name: String,
     old: Version,
     new: Option<Version>,
 }
 
-/// One package of ours, which explores one version of a crate.
+/// One of our packages, which explores one version of a crate.
 struct Version {
     manifest: PathBuf,
     krate: String,
@@ -59,17 +60,17 @@ enum Said {
     Nothing,
 }
 
-/// What to do about a lock file that does not fit our own crates any more, because their dependencies have changed.
+/// What to do about a lock file that no longer fits our own crates, because their dependencies have changed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Locks {
     /// Fail: a version is explored with the dependencies that are committed.
     Kept,
-    /// Bring it in line first. What it says of other crates stays.
+    /// Update it first. Its entries for other crates stay.
     Renewed,
 }
 
-/// Explores both versions of the named cases, of all when none is named, and prints the table. A table of all is
-/// written into the README as well.
+/// Explores both versions of the named cases, or of all cases if none is named, and prints the table. A table of all
+/// cases is also written into the README.
 pub(crate) fn run(names: &[String], locks: Locks) -> Result<(), Failure> {
     let mut rows = String::from(
         "| crate | bug | reported or mended in | found in | the exploration says | silent in |\n\
@@ -137,7 +138,7 @@ impl Case {
     }
 }
 
-/// What `cargo metadata` says of a package, as far as it is needed here.
+/// The part of `cargo metadata` about a package that is needed here.
 #[derive(Deserialize)]
 struct Metadata {
     packages: [Package; 1],
@@ -182,7 +183,8 @@ impl Version {
         Ok(Self { manifest, krate, number, stated: package.metadata.history })
     }
 
-    /// All versions share one target directory, which is not the workspace's: `cargo clean` there keeps what is built here.
+    /// All versions share one target directory, which is not the workspace's, so `cargo clean` in the workspace keeps
+    /// it.
     fn command(&self) -> Cargo {
         cargo(["run", "--locked", "--manifest-path"])
             .arg(&self.manifest)
@@ -216,7 +218,7 @@ fn explore(version: &Version) -> Result<Said, Failure> {
     Err(Failure::from(what).repeat_with(version.command().to_string()))
 }
 
-/// Reads a line of `verdict.rs`. The file is named as cargo calls the compiler for it: from the package's directory.
+/// Reads a line of `verdict.rs`. It names the file relative to the package's directory, as cargo does.
 fn read(line: &str) -> Said {
     if line.starts_with("silent: ") {
         Said::Silent

@@ -163,11 +163,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// The benches that need the servers: one both, and one PostgreSQL alone.
+/// The benches that need the servers: one needs both, and one only PostgreSQL.
 const ON_DATABASES: &str = "tx_guard";
 const ON_POSTGRES: &str = "resumable";
 
-/// The bench that needs strace and a file system of its own.
+/// The bench that needs strace and its own file system.
 const ON_FAULTS: &str = "atomic_fs";
 
 /// The crates whose tests have a campaign that can be run in full.
@@ -180,7 +180,7 @@ fn report(workspace: &Workspace, scope: &Scope, again: &str) -> Result<(), Failu
     Ok(())
 }
 
-/// A crate that has no campaign would run its tests, and look as if they were one.
+/// Refuses a crate without a campaign: it would run its tests, and they would look like one.
 fn require_campaigns(workspace: &Workspace, names: &[String]) -> Result<(), Failure> {
     for name in names {
         let package = workspace.find(name)?;

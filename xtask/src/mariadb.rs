@@ -1,7 +1,7 @@
 //! The MariaDB of the tests: a private server, or a private database in a server that the user names.
 //!
-//! Invariant: nothing that is somebody else's is touched. A named server is entered only through a database made for this
-//! run, and a server that cannot be had is an error with the command that mends it.
+//! Invariant: nothing that belongs to others is touched. On a named server only a database made for this run is used,
+//! and an unavailable server is an error with the command that fixes it.
 
 use std::env;
 use std::fs;
@@ -13,8 +13,8 @@ use url::Url;
 use crate::missing::{Missing, find};
 use crate::server::{Home, Keeper, PORT_ATTEMPTS, PrivateServer, Recipe, free_port};
 
-/// The parts of `mariadb-server` without the service that would be started for the whole system. Debian has a program
-/// that setting up needs in the package of the client.
+/// The parts of `mariadb-server` without the service, which would be started for the whole system. On Debian a program
+/// that the setup needs is in the package of the client.
 const MISSING: Missing = Missing {
     name: "MariaDB",
     debian: "mariadb-server-core mariadb-client-core",
@@ -24,20 +24,20 @@ const MISSING: Missing = Missing {
     homebrew: "mariadb",
 };
 
-/// What a run needs of MariaDB, and how to end it.
+/// The MariaDB of a run, and how to end it.
 pub(crate) struct MariaDb {
     url: String,
     _hold: Hold,
 }
 
-/// Owns what is to be removed when the tests are over.
+/// Owns what must be removed after the tests.
 enum Hold {
     Server { _server: PrivateServer },
     Database { _keeper: Keeper },
 }
 
 impl MariaDb {
-    /// The variable in which the tests find it, and in which a user names a server of theirs, MySQL or MariaDB.
+    /// The variable that names the server for the tests. A user sets it to use another MySQL or MariaDB server.
     pub(crate) const VARIABLE: &str = "CANCEL_SAFE_TEST_MYSQL_URL";
 
     /// A database in the server that the user named, or else a private server.
@@ -48,7 +48,7 @@ impl MariaDb {
         }
     }
 
-    /// What has to be installed before there can be one.
+    /// What has to be installed first.
     pub(crate) fn missing() -> Option<Missing> {
         let found = if env::var_os(Self::VARIABLE).is_some() { client().is_some() } else { Programs::find().is_some() };
         (!found).then_some(MISSING)
@@ -64,7 +64,7 @@ impl MariaDb {
             let port = free_port()?;
             match start(programs, port) {
                 Ok(server) => {
-                    // Setting up makes a database of this name.
+                    // The setup creates a database of this name.
                     let url = format!("mysql://root@127.0.0.1:{port}/test");
                     println!("MariaDB of these tests: {url} ({})", programs.server.display());
                     return Ok(Self { url, _hold: Hold::Server { _server: server } });
@@ -106,12 +106,12 @@ impl MariaDb {
     }
 }
 
-/// The program by which a server of the user's is entered.
+/// The client program for a user's server.
 fn client() -> Option<PathBuf> {
     find("mariadb").or_else(|| find("mysql"))
 }
 
-/// What a URL says of the server and the user.
+/// The server and the user in a URL.
 struct Login {
     host: String,
     port: u16,
@@ -135,7 +135,7 @@ impl Login {
     }
 }
 
-/// The text of a part of a URL, in which each `%` introduces a byte in hexadecimal digits.
+/// Decodes a part of a URL, in which each `%` introduces a byte in hexadecimal digits.
 pub(crate) fn decoded(part: &str) -> String {
     let mut bytes = Vec::new();
     let mut rest = part.as_bytes();
@@ -159,11 +159,11 @@ fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
     let home = Home::create_in_memory("mariadb")?;
     let inside = |name: &str| home.path.join(name).display().to_string();
     let (set_up, server) = (programs.set_up.to_string_lossy(), programs.server.to_string_lossy());
-    // A relative path would be taken for one below the directory of the programs.
+    // A relative path would be resolved against the directory of the programs.
     let data = format!("--datadir={}", inside("data"));
     let (port, socket) = (format!("--port={port}"), format!("--socket={}", inside("socket")));
     let pid_file = format!("--pid-file={}", inside("pid"));
-    // A server that starts removes the temporary tables of all others from the directory that they share.
+    // A starting server removes the temporary tables of all other servers from a shared directory.
     let temporary = format!("--tmpdir={}", home.path.display());
     let recipe = Recipe {
         name: "MariaDB",
@@ -178,9 +178,10 @@ fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
             &pid_file,
             "--bind-address=127.0.0.1",
             "--skip-name-resolve",
-            // Tests fill pools on purpose, several at a time, and the campaigns one of a thousand connections.
+            // Tests fill several pools at a time on purpose, and the campaigns fill one of a thousand connections.
             "--max-connections=1200",
-            // No test cuts the power, and a killed server loses nothing that it has handed to the kernel.
+            // No test cuts the power of this server, and a killed server loses nothing that it has passed to the
+            // kernel.
             "--innodb-flush-log-at-trx-commit=2",
         ],
         stop_signal: "TERM",
@@ -188,7 +189,7 @@ fn start(programs: &Programs, port: u16) -> Result<PrivateServer, String> {
     PrivateServer::start(home, &recipe, is_ready)
 }
 
-/// The server says it in its log, which is what it prints.
+/// The server says so in its log, which is its output.
 fn is_ready(home: &Path) -> bool {
     let log = fs::read(home.join("log")).unwrap_or_default();
     String::from_utf8_lossy(&log).contains("ready for connections")
@@ -210,7 +211,7 @@ impl Programs {
     }
 
     fn find() -> Option<Self> {
-        // Setting up needs the third.
+        // The setup needs the third program.
         find("my_print_defaults")?;
         Some(Self { set_up: find("mariadb-install-db")?, server: find("mariadbd")? })
     }

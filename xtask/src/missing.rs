@@ -1,6 +1,6 @@
-//! What the tests need beyond Rust and this machine does not have.
+//! Programs that the tests need beyond Rust, and that this machine lacks.
 //!
-//! Invariant: as root on Debian it is installed; everybody else is told the command that installs it.
+//! Invariant: as root on Debian they are installed; otherwise the error names the command that installs them.
 
 use std::env;
 use std::fs;
@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 use std::process::Command;
 
-/// What is not installed, and how each system calls its package.
+/// A missing program, and the name of its package on each system.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Missing {
     pub(crate) name: &'static str,
@@ -19,7 +19,7 @@ pub(crate) struct Missing {
     pub(crate) homebrew: &'static str,
 }
 
-/// Who installs packages here.
+/// The system's package manager.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum System {
     Debian,
@@ -38,7 +38,7 @@ impl System {
         Self::of(&fs::read_to_string("/etc/os-release").unwrap_or_default())
     }
 
-    /// By the fields `ID` and `ID_LIKE` of os-release: a system is its own, or like one that we know.
+    /// Reads the fields `ID` and `ID_LIKE` of os-release: a system is a known one, or like a known one.
     fn of(os_release: &str) -> Self {
         let field = |name: &str| {
             let line = os_release.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
@@ -70,7 +70,7 @@ impl System {
     }
 }
 
-/// What is said of everything that is missing, to somebody for whom we do not install it.
+/// The message about everything that is missing, if we do not install it.
 fn told(system: System, missing: &[Missing]) -> String {
     let names: Vec<_> = missing.iter().map(|missing| missing.name).collect();
     let names = names.join(" and ");
@@ -81,7 +81,7 @@ fn told(system: System, missing: &[Missing]) -> String {
     }
 }
 
-/// Nothing, where all of this will be installed by us: as root, on Debian.
+/// Succeeds if we will install all of this: as root, on Debian.
 pub(crate) fn may_be_installed(missing: &[Missing]) -> Result<(), String> {
     let system = System::here();
     if missing.is_empty() || system == System::Debian && is_root() { Ok(()) } else { Err(told(system, missing)) }
@@ -100,14 +100,14 @@ impl Missing {
     }
 }
 
-/// Sees to what the campaigns of faults and power cuts run. They need Linux, and power cuts root: where a tool cannot be
-/// had, the tests go on without it, and the closing table names what was not run.
+/// Provides the tools for the campaigns of faults and power cuts. They need Linux, and power cuts need root. Without a
+/// tool the tests continue, and the closing table names what was not run.
 pub(crate) fn see_to_tools() {
     let tools = [("strace", "strace"), ("mkfs.xfs", "xfsprogs"), ("mkfs.btrfs", "btrfs-progs")];
     for (program, name) in tools {
         let is_of_use = cfg!(target_os = "linux") && (is_root() || program == "strace");
         if is_of_use && find(program).is_none() {
-            // Of one name everywhere, and nowhere outside of Linux.
+            // It has the same name everywhere, and exists only on Linux.
             let missing = Missing { name, debian: name, fedora: name, arch: name, alpine: name, homebrew: "" };
             if let Err(why) = missing.install() {
                 println!("{why}");
@@ -116,7 +116,7 @@ pub(crate) fn see_to_tools() {
     }
 }
 
-/// Finds a program. Debian keeps some where the PATH of a user does not lead.
+/// Finds a program. Debian keeps some outside a user's PATH.
 pub(crate) fn find(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     let more = ["/usr/sbin", "/usr/local/sbin", "/usr/libexec"].map(PathBuf::from);

@@ -1,7 +1,7 @@
-//! The pages of the book that are explored: which operations of others are cancel safe, and what the patterns report.
+//! The explored pages of the book: which foreign operations are cancel safe, and what the patterns report.
 //!
-//! Invariant: the page has the operations that are defined, and is of the versions that are locked. That is seen without
-//! building or exploring anything, in each `cargo xtask tidy`; whether it is still true, only `cargo xtask operations`.
+//! Invariant: the page has the defined operations and the locked versions. Each `cargo xtask tidy` checks this without
+//! building or exploring anything; only `cargo xtask operations` checks whether the page is still true.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,20 +14,20 @@ use crate::workspace::{self, OPERATIONS, Workspace};
 /// Where the page is, from the root.
 pub(crate) const PAGE: &str = "docs/src/operations.md";
 
-/// What opens the line of versions, such as `tokio 1.2.3, tokio-util 0.1.2.`
+/// The beginning of the line of versions, such as `tokio 1.2.3, tokio-util 0.1.2.`
 const VERSIONS: &str = "Measured with ";
 
-/// Writes the page anew, or explores a part of it.
+/// Writes the page again, or explores a part of it.
 pub(crate) fn run(part: Option<String>) -> Result<(), Failure> {
     cargo(["run", "--package", OPERATIONS, "--"]).args(part).run()
 }
 
-/// Writes the page of patterns anew.
+/// Writes the page of patterns again.
 pub(crate) fn patterns() -> Result<(), Failure> {
     cargo(["run", "--package", OPERATIONS, "--", "--patterns"]).run()
 }
 
-/// Compares the page of patterns with what is reported now, by the program that is built with the workspace.
+/// Compares the page of patterns with the present reports, using the program that is built with the workspace.
 pub(crate) fn check_patterns(workspace: &Workspace) -> Result<(), Failure> {
     let program = workspace.target_directory.join("debug").join(OPERATIONS);
     let status = Command::new(&program).arg("--check-patterns").status();

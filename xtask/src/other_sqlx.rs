@@ -1,8 +1,8 @@
-//! The same tests on another sqlx than the one that is locked: a checkout of it, or the locked one with one mend.
+//! The same tests on an sqlx other than the locked one: a checkout, or the locked one with one fix.
 //!
-//! Invariant: this workspace stays as it is. What is built is a second workspace below the target directory, whose crates
-//! are links to ours, with a manifest, a lock file and a target directory of its own; and a run that would not test the
-//! other sqlx fails.
+//! Invariant: this workspace stays as it is. The build uses a second workspace below the target directory, whose crates
+//! are links to ours, with its own manifest, lock file and target directory; and a run that would not test the other
+//! sqlx fails.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -15,18 +15,18 @@ use serde::Deserialize;
 use crate::command::{Cargo, Failure};
 use crate::workspace::{self, Workspace};
 
-/// The word on the command line for the locked sqlx with the mend below.
+/// The word on the command line for the locked sqlx with the fix below.
 const MENDED: &str = "mended";
 
-/// The crates of sqlx that ours name, and where they are in a checkout.
+/// The crates of sqlx that our crates name, and where they are in a checkout.
 const IN_A_CHECKOUT: [(&str, &str); 2] = [("sqlx", "."), ("sqlx-core", "sqlx-core")];
 
-/// The driver of PostgreSQL, which is mended.
+/// The PostgreSQL driver, which is fixed.
 const DRIVER: &str = "sqlx-postgres";
 
-/// What sqlx has mended after 0.9.0, its issue 4393: a `begin` that is dropped while it waits ends what it has queued,
-/// because the transaction, or the savepoint, counts as soon as it is on its way. In words of ours: what is tested is the
-/// behaviour.
+/// sqlx's fix after 0.9.0, for its issue 4393: a `begin` that is dropped while it waits ends what it has queued,
+/// because the transaction, or the savepoint, counts as soon as it is on its way. The code is our own, because the
+/// tests are about the behaviour.
 const BEGIN: &str = "        rollback.conn.wait_until_ready().await?;
         if !rollback.conn.in_transaction() {
             return Err(Error::BeginFailed);
@@ -50,7 +50,7 @@ pub(crate) struct OtherSqlx {
 }
 
 impl OtherSqlx {
-    /// Makes the workspace for what was named on the command line: the directory of a checkout, or `mended`.
+    /// Creates the workspace for the name on the command line: the directory of a checkout, or `mended`.
     pub(crate) fn prepare(workspace: &Workspace, named: &str) -> Result<Self, Failure> {
         let place = workspace.target_directory.join("sqlx").join(directory_name(named));
         let manifest = read(&workspace::root().join("Cargo.toml"))?;
@@ -74,7 +74,7 @@ impl OtherSqlx {
             }
         }
         write_if_new(&place.join("Cargo.toml"), &manifest)?;
-        // Afresh, so that nothing is newer than in our own runs but what has to be.
+        // Copied again each time, so that only what must be newer differs from our own runs.
         let lock = place.join("Cargo.lock");
         made(&lock, fs::copy(workspace::root().join("Cargo.lock"), &lock))?;
         Ok(Self { place })
@@ -86,7 +86,7 @@ impl OtherSqlx {
         run.arg("--manifest-path").arg(manifest).arg("--target-dir").arg(self.place.join("target"))
     }
 
-    /// Sees in what cargo has locked that it was the other sqlx.
+    /// Checks in cargo's lock file that the other sqlx was used.
     pub(crate) fn was_used(&self) -> Result<(), Failure> {
         let lock = self.place.join("Cargo.lock");
         if is_from_the_registry(&read(&lock)?, DRIVER) {
@@ -101,11 +101,11 @@ impl OtherSqlx {
 fn directory_name(named: &str) -> String {
     let plain = |c: char| if c.is_ascii_alphanumeric() || c == '.' || c == '-' { c } else { '_' };
     let name: String = named.trim_start_matches('/').chars().map(plain).collect();
-    // Names of directories such as `..` would lead elsewhere.
+    // Directory names such as `..` would lead elsewhere.
     if named == MENDED { name } else { format!("at_{name}") }
 }
 
-/// Our manifest for the crates and what they test with; the others bring peers that ask for an sqlx of their own.
+/// Our manifest for the crates and their test dependencies; other packages bring peers that need their own sqlx.
 fn members_of_ours(manifest: &str) -> Result<String, Failure> {
     let line = manifest.lines().find(|line| line.starts_with("members = ["));
     let line = line.ok_or_else(|| Failure::from("Cargo.toml has no line of members".to_owned()))?;
@@ -132,7 +132,7 @@ fn instead_of_the_registry(manifest: &str, checkout: &Path) -> Result<String, Fa
     Ok(manifest)
 }
 
-/// Copies the locked driver and mends the copy, which is named after its version.
+/// Copies the locked driver and fixes the copy, which is named after its version.
 fn mend(place: &Path) -> Result<PathBuf, Failure> {
     let from = source_of(DRIVER)?;
     let copy = place.join(from.file_name().unwrap_or(DRIVER.as_ref()));
@@ -177,7 +177,7 @@ fn source_of(name: &str) -> Result<PathBuf, Failure> {
     Ok(manifest.parent().unwrap_or(&manifest).to_owned())
 }
 
-/// Copies what has changed, so that cargo builds no more than it must. The mended file is written by itself.
+/// Copies what has changed, so that cargo builds no more than it must. The fixed file is written separately.
 fn copy_tree(from: &Path, to: &Path) -> Result<(), Failure> {
     made(to, fs::create_dir_all(to))?;
     let entries = fs::read_dir(from).map_err(|error| format!("{}: {error}", from.display()))?;
@@ -203,7 +203,7 @@ fn read(path: &Path) -> Result<String, Failure> {
     fs::read_to_string(path).map_err(|error| Failure::from(format!("{}: {error}", path.display())))
 }
 
-/// Leaves a file that says the same as it is, because cargo looks at the time of the last change.
+/// Writes a file only if its content changes, because cargo checks the time of the last change.
 fn write_if_new(path: &Path, text: &str) -> Result<(), Failure> {
     if fs::read_to_string(path).is_ok_and(|old| old == text) {
         return Ok(());

@@ -1,8 +1,7 @@
-//! The first minutes of somebody who uses the crates: tiny projects outside the workspace, with the lines that our READMEs
-//! tell people to write.
+//! A user's first minutes with the crates: tiny projects outside the workspace, with the lines from our READMEs.
 //!
-//! Invariant: a project knows the crates by their names and versions alone, as it would from crates.io; where they are is
-//! told to cargo beside that. None has a feature of this workspace that it does not ask for itself.
+//! Invariant: a project knows the crates only by their names and versions, as it would from crates.io; cargo learns
+//! separately where they are. No project has a feature of this workspace that it does not request itself.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -12,7 +11,7 @@ use std::process::{Command, Output};
 use crate::command::Failure;
 use crate::workspace::{self, UMBRELLA, Workspace};
 
-/// The project of each folder in `xtask/outside`, and what is to be read there.
+/// The project of each folder in `xtask/outside`, and the texts that its output must contain.
 const PROJECTS: [(&str, Kind, &[&str]); 4] = [
     ("full", Kind::Compiles, &[]),
     ("no-feature", Kind::Fails, &["`atomic_fs` in `cancel_safe`", "the `atomic-fs` feature"]),
@@ -43,7 +42,7 @@ enum Kind {
     Runs,
 }
 
-/// Checks the projects of the READMEs, and those that do something wrong.
+/// Checks the projects from the READMEs, and the projects with a mistake.
 pub(crate) fn check(workspace: &Workspace) -> Result<(), Failure> {
     for package in workspace.crates() {
         let readme = package.directory().join("README.md");
@@ -61,7 +60,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<(), Failure> {
             package.short_name()
         );
         let project = Project::make(workspace, &format!("readme-{}", package.short_name()), &manifest)?;
-        // As a test, which sees what a README asks for tests alone.
+        // As a test, because a README may request a dependency only for tests.
         let code = format!("#![allow(dead_code)]\n{}", example(&text, &package.name.replace('-', "_")));
         project.write("src/lib.rs", "")?;
         project.write("tests/readme.rs", &code)?;
@@ -81,7 +80,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<(), Failure> {
     Ok(())
 }
 
-/// The blocks of code of a language, without what follows the language.
+/// The code blocks of a language, without the attributes that follow the language.
 fn blocks<'a>(text: &'a str, language: &'a str) -> impl Iterator<Item = &'a str> {
     text.split("\n```").filter_map(move |part| {
         let (first, rest) = part.split_once('\n')?;
@@ -89,7 +88,7 @@ fn blocks<'a>(text: &'a str, language: &'a str) -> impl Iterator<Item = &'a str>
     })
 }
 
-/// The first example that uses the crate, and what comes before it.
+/// The first example that uses the crate, and the examples before it.
 fn example(readme: &str, library: &str) -> String {
     let mut code = String::new();
     for block in blocks(readme, "rust") {
@@ -102,7 +101,7 @@ fn example(readme: &str, library: &str) -> String {
     code
 }
 
-/// A package of its own.
+/// A separate package.
 struct Project<'a> {
     workspace: &'a Workspace,
     directory: PathBuf,

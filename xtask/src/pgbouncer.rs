@@ -1,9 +1,9 @@
 //! The pooler of the tests: a private PgBouncer in front of the PostgreSQL of the tests, which gives each transaction
 //! another session.
 //!
-//! Invariant: it is ours alone. It listens on a port of 127.0.0.1 that was free, lets nobody in without the password that was
-//! made up for this run, because the server behind it may be one of the user's, and is stopped with the tests. Where it has
-//! to be installed, the service of the whole system is not started.
+//! Invariant: it is ours alone. It listens on a free port of 127.0.0.1, and it stops with the tests. It requires a
+//! password generated for this run, because the server behind it may belong to the user. If it has to be installed, the
+//! system-wide service is not started.
 
 use std::fs::{self, File};
 use std::io::Read as _;
@@ -28,7 +28,7 @@ const MISSING: Missing = Missing {
 const POLICY: &str = "/usr/sbin/policy-rc.d";
 const START_NOTHING: &str = "#!/bin/sh\nexit 101\n";
 
-/// Who may enter. Behind the pooler this is the user of the server's URL.
+/// The user for the pooler. Behind the pooler this is the user of the server's URL.
 const USER: &str = "cancel_safe_tests";
 
 pub(crate) struct PgBouncer {
@@ -37,7 +37,7 @@ pub(crate) struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// The variable in which the tests find it.
+    /// The variable that names it for the tests.
     pub(crate) const VARIABLE: &str = "CANCEL_SAFE_TEST_PGBOUNCER_URL";
 
     /// A pooler in front of the server at `postgres`.
@@ -60,7 +60,7 @@ impl PgBouncer {
         }
     }
 
-    /// What has to be installed before there can be one.
+    /// What has to be installed first.
     pub(crate) fn missing() -> Option<Missing> {
         find("pgbouncer").is_none().then_some(MISSING)
     }
@@ -70,16 +70,16 @@ impl PgBouncer {
     }
 }
 
-/// Where the server is, whose sessions are shared.
+/// The server whose sessions are shared.
 struct Behind {
     database: String,
-    /// In the words of PgBouncer.
+    /// In PgBouncer's syntax.
     connect: String,
 }
 
 impl Behind {
     fn of(url: &str) -> Result<Self, String> {
-        // The URL may hold a password, so it is not told.
+        // The URL may hold a password, so the error does not show it.
         let url = Url::parse(url).map_err(|error| format!("the URL of the server behind PgBouncer: {error}"))?;
         let host = url.host_str().ok_or("PgBouncer needs the host of the server behind it in the URL")?;
         let user = if url.username().is_empty() { "postgres".to_owned() } else { decoded(url.username()) };
@@ -89,7 +89,7 @@ impl Behind {
         if let Some(password) = url.password() {
             connect.push(("password", decoded(password)));
         }
-        // The schema that is made for the tests in a server of the user's.
+        // The schema for the tests in a user's server.
         let options = url.query_pairs().find(|(name, _)| name == "options").map(|(_, value)| value.into_owned());
         if let Some(path) = options.as_deref().and_then(|options| options.strip_prefix("-c search_path=")) {
             connect.push(("connect_query", format!("SET search_path = {path}")));
@@ -142,7 +142,7 @@ fn configuration(port: u16, behind: &Behind, users: &Path) -> String {
     .join("\n")
 }
 
-/// It says so in its log, which is what it prints.
+/// It says so in its log, which is its output.
 fn is_ready(home: &Path) -> bool {
     let log = fs::read(home.join("log")).unwrap_or_default();
     String::from_utf8_lossy(&log).contains("process up")

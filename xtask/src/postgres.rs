@@ -1,7 +1,7 @@
 //! The PostgreSQL of the tests: a private cluster, or a private schema in a server that the user names.
 //!
-//! Invariant: nothing that is somebody else's is touched. `DATABASE_URL` is never read, a named server is entered only
-//! through a schema made for this run, and a server that cannot be had is an error with the command that mends it.
+//! Invariant: nothing that belongs to others is touched. `DATABASE_URL` is never read, on a named server only a schema
+//! made for this run is used, and an unavailable server is an error with the command that fixes it.
 
 use std::env;
 use std::fs;
@@ -23,24 +23,24 @@ const MISSING: Missing = Missing {
     homebrew: "postgresql@17",
 };
 
-/// What a private cluster is made with, and what a schema in a server of the user's.
+/// The programs for a private cluster, and those for a schema in a user's server.
 const OF_A_CLUSTER: [&str; 2] = ["initdb", "postgres"];
 const OF_A_SCHEMA: [&str; 1] = ["psql"];
 
-/// What a run needs of PostgreSQL, and how to end it.
+/// The PostgreSQL of a run, and how to end it.
 pub(crate) struct Database {
     url: String,
     _hold: Hold,
 }
 
-/// Owns what is to be removed when the tests are over.
+/// Owns what must be removed after the tests.
 enum Hold {
     Cluster { _server: PrivateServer },
     Schema { _keeper: Keeper },
 }
 
 impl Database {
-    /// The variable in which the tests find it, and in which a user names a server of theirs.
+    /// The variable that names the server for the tests. A user sets it to use another server.
     pub(crate) const VARIABLE: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
 
     /// A schema in the server that the user named, or else a private cluster.
@@ -51,7 +51,7 @@ impl Database {
         }
     }
 
-    /// What has to be installed before there can be one.
+    /// What has to be installed first.
     pub(crate) fn missing() -> Option<Missing> {
         let needed: &[&str] = if env::var_os(Self::VARIABLE).is_some() { &OF_A_SCHEMA } else { &OF_A_CLUSTER };
         programs(needed).is_none().then_some(MISSING)
@@ -127,10 +127,11 @@ fn start(programs: &Path, port: u16) -> Result<PrivateServer, String> {
             &sockets,
             "-c",
             "listen_addresses=127.0.0.1",
-            // Tests fill pools on purpose, several at a time, and the campaigns one of a thousand connections.
+            // Tests fill several pools at a time on purpose, and the campaigns fill one of a thousand connections.
             "-c",
             "max_connections=1200",
-            // No test cuts the power, and a killed server loses nothing that it has handed to the kernel.
+            // No test cuts the power of this server, and a killed server loses nothing that it has passed to the
+            // kernel.
             "-c",
             "fsync=off",
         ],
@@ -161,7 +162,7 @@ fn programs(names: &[&str]) -> Option<PathBuf> {
     let bindir = configured.map(|output| PathBuf::from(String::from_utf8_lossy(&output.stdout).trim()));
     env::split_paths(&path)
         .chain(versions(Path::new("/usr/lib/postgresql"), ""))
-        // Homebrew links no version of it into PATH.
+        // Homebrew links no versioned one into PATH.
         .chain(["/opt/homebrew/opt", "/usr/local/opt"].iter().flat_map(|kegs| versions(Path::new(kegs), "postgresql@")))
         .chain(bindir)
         .find(|directory| names.iter().all(|name| directory.join(name).is_file()))
@@ -177,7 +178,7 @@ fn versions(base: &Path, prefix: &str) -> Vec<PathBuf> {
 }
 
 fn install() -> Result<(), String> {
-    // Debian's package starts a cluster of the whole system; this setting, there only while we install, forbids it.
+    // Debian's package starts a system-wide cluster; this setting, present only while we install, prevents that.
     let directory = Path::new("/etc/postgresql-common/createcluster.d");
     let setting = directory.join("cancel-safe.conf");
     may_be_installed(&[MISSING])?;
@@ -194,7 +195,7 @@ fn with_search_path(url: &str, schema: &str) -> String {
     format!("{url}{separator}options=-c%20search_path%3D{schema}")
 }
 
-/// The URL without its password, and the password. Arguments are seen by all users of the machine.
+/// The URL without its password, and the password. All users of the machine can see arguments.
 fn without_password(url: &str) -> Result<(String, Option<String>), String> {
     let broken = |what: &str| format!("{}: {what}", Database::VARIABLE);
     let mut url = Url::parse(url).map_err(|error| broken(&error.to_string()))?;

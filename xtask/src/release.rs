@@ -1,4 +1,4 @@
-//! The way of one crate to its release: everything that can be checked before the tag, and the tag.
+//! The release of one crate: everything that can be checked before the tag, and the tag.
 //!
 //! Invariant: nothing here publishes. The tag is made only by `--execute`, and leaves this machine only when a person
 //! pushes it.
@@ -45,14 +45,14 @@ pub(crate) fn run(workspace: &Workspace, name: &str, execute: bool) -> Result<()
     Ok(())
 }
 
-/// Whether a changelog begins with this version, and says something of it.
+/// Whether a changelog begins with this version, and has an entry for it.
 fn tells_of(changelog: &str, version: &str) -> bool {
     let mut lines = changelog.lines().skip_while(|line| !line.starts_with("## "));
     let heading = lines.next().is_some_and(|line| line.contains(version));
     heading && lines.take_while(|line| !line.starts_with("## ")).any(|line| !line.trim().is_empty())
 }
 
-/// The crate and those of ours that it depends on, each behind what it needs itself.
+/// The crate and our crates that it depends on, each after its own dependencies.
 fn in_order<'a>(workspace: &'a Workspace, package: &'a Package) -> Vec<&'a str> {
     fn visit<'a>(workspace: &'a Workspace, package: &'a Package, order: &mut Vec<&'a str>) {
         for dependency in package.published_siblings() {
@@ -69,7 +69,7 @@ fn in_order<'a>(workspace: &'a Workspace, package: &'a Package) -> Vec<&'a str> 
     order
 }
 
-/// Compares the public interface with the last release, where the tool for it is installed.
+/// Compares the public interface with the last release, if the tool for that is installed.
 fn semver(package: &Package) -> Result<(), Failure> {
     let asked = Command::new("cargo")
         .args(["semver-checks", "--version"])

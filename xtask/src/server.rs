@@ -1,4 +1,4 @@
-//! A private server for the tests: started in a directory of its own, gone with its directory whatever happens to us.
+//! A private server for the tests: it starts in its own directory, and is gone with it whatever happens to us.
 //!
 //! Invariant: the server is the child of a small shell that holds the other end of our pipe. The pipe closes when we
 //! let go of it, panic, are interrupted or are killed with SIGKILL, and then the shell stops the server by its own pid
@@ -20,16 +20,16 @@ const START_BOUND: Duration = Duration::from_secs(300);
 /// A file system in memory, on Linux.
 const MEMORY: &str = "/dev/shm";
 
-/// How much room a server in memory has to find there. It takes a quarter of that.
+/// How much room there must be for a server in memory. It uses a quarter of that.
 const ROOM_KIB: u64 = 1 << 20;
 
-/// How often another port is tried when a process takes the free one before the server does.
+/// How often to try another port if a process takes the free one before the server does.
 pub(crate) const PORT_ATTEMPTS: usize = 3;
 
-/// How long a shell may take to stop what it keeps; its own bound for a server is 10 s.
+/// How long a shell may take to stop its server; its own bound for that is 10 s.
 const STOP_BOUND: Duration = Duration::from_secs(20);
 
-/// What the shell of a server does. `$1` is the directory, `$2` sets it up, `$3` serves, `$4` is the signal that stops.
+/// The script of a server's shell. `$1` is the directory, `$2` sets it up, `$3` serves, `$4` is the signal that stops.
 const KEEP_SERVER: &str = r#"
 exec 3<&0 </dev/null >>log 2>&1
 if eval "$2"; then
@@ -50,15 +50,15 @@ wait
 cd / && rm -rf "$1"
 "#;
 
-/// A shell that does its last duty when our end of its pipe closes.
+/// A shell that cleans up when our end of its pipe closes.
 pub(crate) struct Keeper {
     shell: Child,
     lifeline: Option<ChildStdin>,
 }
 
 impl Keeper {
-    /// Starts `sh -c script` in a process group of its own, which a Ctrl-C on this terminal does not reach. What is secret
-    /// goes through the environment, which other users cannot see, unlike the arguments.
+    /// Starts `sh -c script` in its own process group, which a Ctrl-C on this terminal does not reach. Secrets go
+    /// through the environment, because other users can see the arguments.
     pub(crate) fn hold(
         script: &str,
         arguments: &[&str],
@@ -82,7 +82,7 @@ impl Keeper {
 impl Drop for Keeper {
     fn drop(&mut self) {
         drop(self.lifeline.take());
-        // The next run must not meet this one, so its end is waited for; it also has to be reaped.
+        // The next run must not meet this one, so we wait for its end; it also has to be reaped.
         if !wait_until(STOP_BOUND, || !matches!(self.shell.try_wait(), Ok(None))) {
             eprintln!("the keeper of a test server (pid {}) has not ended in {STOP_BOUND:?}", self.shell.id());
         }
@@ -119,13 +119,13 @@ pub(crate) struct Home {
 }
 
 impl Home {
-    /// Creates a directory that nobody else can look into, owned by an unprivileged user.
+    /// Creates a directory that other users cannot read, owned by an unprivileged user.
     pub(crate) fn create(name: &str) -> Result<Self, String> {
         Self::create_in(&std::env::temp_dir(), name)
     }
 
-    /// The same in memory where there is room for it: a server that has made and removed a table waits for the disk each
-    /// time, whatever it is told.
+    /// Works like `create`, but in memory if there is room for it: a server waits for the disk whenever it creates or
+    /// removes a table, whatever its settings.
     pub(crate) fn create_in_memory(name: &str) -> Result<Self, String> {
         let memory = Path::new(MEMORY);
         match free_kib(memory) {
@@ -145,7 +145,7 @@ impl Home {
         }
         let account = Account::unprivileged()?;
         if !reachable_by_all(&path) {
-            // Root's TMPDIR may lie where other users cannot go.
+            // Root's TMPDIR may be where other users have no access.
             fs::remove_dir(&path).map_err(broken)?;
             path = Path::new("/tmp").join(unique);
             DirBuilder::new().mode(0o700).create(&path).map_err(broken)?;
@@ -155,7 +155,7 @@ impl Home {
     }
 }
 
-/// How much room there is at a place, if there is such a place.
+/// The free room at a place, if the place exists.
 fn free_kib(place: &Path) -> Option<u64> {
     let output = Command::new("df").arg("-Pk").arg(place).env("LC_ALL", "C").output().ok()?;
     let said = String::from_utf8(output.stdout).ok()?;
@@ -186,7 +186,7 @@ impl PrivateServer {
         let words = |command: &[&str]| command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
         let (set_up, serve) = (words(recipe.set_up), words(recipe.serve));
         let directory = home.path.to_string_lossy();
-        // Its log exists before the shell starts, so that there is something to show however early it fails.
+        // Its log exists before the shell starts, so that there is something to show however early the server fails.
         let log = home.path.join("log");
         let arguments = [&*directory, &set_up, &serve, recipe.stop_signal];
         let keeper = Keeper::hold(KEEP_SERVER, &arguments, None, &home.path, home.account)?;
@@ -213,7 +213,7 @@ pub(crate) fn free_port() -> Result<u16, String> {
 mod tests {
     use super::*;
 
-    /// A "server" that is ready when it has written a file, and stays until it is told to go.
+    /// A "server" that is ready when it has written a file, and stays until it is stopped.
     fn start(serve: &[&str]) -> (PathBuf, Result<PrivateServer, String>) {
         let home = Home::create("keeper-test").unwrap();
         let path = home.path.clone();

@@ -1,8 +1,8 @@
-//! The test run: what is run, and what it says of itself.
+//! The test run: what runs, and what it reports.
 //!
-//! Invariant: tests are counted by the closing lines of the runners that ran them, and a crate of which nothing ran has
-//! failed. Points are read from the file that `cancel-safe-testing` appends to, so captured output does not hide them; so
-//! are the campaigns, and what could not be run.
+//! Invariant: tests are counted from the closing lines of their runners, and a crate without a single test run has
+//! failed. Points, campaigns and what could not be run are read from the files that the tests append to, so captured
+//! output does not hide them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::env;
@@ -33,7 +33,8 @@ pub(crate) enum Scope {
     Tests(Databases),
     /// Doctests of the whole workspace, on the given databases.
     Doctests(Databases),
-    /// Everything of the named crates, or of all; with arguments for the test binaries, and on another sqlx if there is one.
+    /// All tests of the named crates, or of all crates; with arguments for the test binaries, and on another sqlx if
+    /// one is given.
     Crates { names: Vec<String>, arguments: Vec<String>, campaign: Campaign, sqlx: Option<OtherSqlx> },
 }
 
@@ -51,7 +52,7 @@ pub(crate) enum Campaign {
 pub(crate) struct Tally {
     pub(crate) passed: usize,
     failed: usize,
-    /// Tests that the running binary said it would run, less those it reported on.
+    /// The tests that the running binary announced, minus those it reported on.
     unreported: isize,
     /// The first binary whose numbers did not agree, and by how much.
     disagreed: Option<(String, isize)>,
@@ -67,9 +68,9 @@ pub(crate) struct Tally {
     not_run: BTreeSet<String>,
     /// The library whose tests are running, as rustc spells it.
     current: String,
-    /// The arguments by which cargo says a failed test binary is run again.
+    /// cargo's arguments for running a failed test binary again.
     rerun: Option<String>,
-    /// What the failed tests said.
+    /// The output of the failed tests.
     said: Failed,
 }
 
@@ -106,7 +107,7 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
     tally.read_campaigns(&published);
     tally.settle("");
     if !succeeded || tally.failed > 0 {
-        // Only what is wrong: the other lines would look as if all were well.
+        // Only the violations: the other lines would look as if all were well.
         tally.campaigns.retain(|_, visited| visited.violations > 0);
         print!("{}{}", campaigns(&tally), tally.said);
         return Err(tally.failure(workspace));
@@ -116,11 +117,11 @@ pub(crate) fn run(workspace: &Workspace, scope: &Scope) -> Result<Tally, Failure
 }
 
 /// One run over all packages, so that tests, doctests and examples share one build of the dependencies: a run for each
-/// package would select other features of tokio and sqlx each time, and build them again.
+/// package would select different features of tokio and sqlx each time, and build them again.
 fn whole(databases: &Databases, written: &Written, what: &str, tally: &mut Tally) -> Result<bool, Failure> {
     let tests = || cargo(["test", "--workspace", "--exclude", BENCHES, "--all-features", what]);
     if what == "--tests" {
-        // On its own, because a linker is silent for longer than a test may be. Doctests are built as they are run.
+        // Built separately, because a linker may be silent for longer than a test may. Doctests are built as they run.
         tests().arg("--no-run").run()?;
         missing::see_to_tools();
     }
@@ -128,8 +129,8 @@ fn whole(databases: &Databases, written: &Written, what: &str, tally: &mut Tally
     written.tell(databases.tell(run)).run_lines(|line| tally.read(line))
 }
 
-/// Runs twice as many tests at the same time as there are processors, unless the user has said how many: most of them wait
-/// for a server or a timer most of the time.
+/// Runs twice as many tests at a time as there are processors, unless the user has chosen a number: most tests mostly
+/// wait for a server or a timer.
 fn side_by_side(tests: Cargo) -> Cargo {
     const THREADS: &str = "RUST_TEST_THREADS";
     match (env::var_os(THREADS), available_parallelism()) {
@@ -138,7 +139,7 @@ fn side_by_side(tests: Cargo) -> Cargo {
     }
 }
 
-/// Some crates, and how their tests are run.
+/// The chosen crates, and how their tests run.
 struct Chosen<'a> {
     packages: Vec<&'a Package>,
     arguments: &'a [String],
@@ -212,12 +213,12 @@ impl Tally {
         self.not_run.extend(other.not_run);
     }
 
-    /// Adds something besides a test that could not be done, and why.
+    /// Adds something that could not be run, other than a test, and why.
     pub(crate) fn could_not(&mut self, what: &str) {
         self.not_run.insert(what.to_owned());
     }
 
-    /// Closes the account of the binary that was running, when cargo announces the next or there is none.
+    /// Closes the count of the binary that was running, when cargo announces the next one or there is none.
     fn settle(&mut self, next: &str) {
         let ended = std::mem::replace(&mut self.announced, next.to_owned());
         let unreported = std::mem::take(&mut self.unreported);
@@ -226,7 +227,7 @@ impl Tally {
         }
     }
 
-    /// Takes in one line of cargo's output.
+    /// Reads one line of cargo's output.
     fn read(&mut self, line: &str) {
         self.said.read(line);
         let line = line.trim();
@@ -258,7 +259,7 @@ impl Tally {
         }
     }
 
-    /// Takes in the lines `cancel-points <crate> <operation> <points>`.
+    /// Reads the lines `cancel-points <crate> <operation> <points>`.
     fn read_points(&mut self, text: &str) {
         for line in text.lines() {
             let mut words = line.split_whitespace();
@@ -274,7 +275,7 @@ impl Tally {
         }
     }
 
-    /// Takes in the lines `campaign <crate> <name> <points> <violations>` and `not-run <crate> <what>: <why>`.
+    /// Reads the lines `campaign <crate> <name> <points> <violations>` and `not-run <crate> <what>: <why>`.
     fn read_campaigns(&mut self, text: &str) {
         for line in text.lines() {
             if let Some(what) = line.strip_prefix("not-run ") {
@@ -290,7 +291,7 @@ impl Tally {
         }
     }
 
-    /// Nothing is skipped in silence: a run that tested nothing is not a run that passed.
+    /// Fails if nothing was tested: a run without tests has not passed.
     fn require_something(&self, workspace: &Workspace, scope: &Scope) -> Result<(), Failure> {
         if let Some((binary, unreported)) = &self.disagreed {
             return Err(Failure::from(format!(
@@ -343,7 +344,7 @@ impl fmt::Display for Tally {
     }
 }
 
-/// The table of what was tested, crate by crate; of all awaits of a crate, `dropped` are those that some test has dropped.
+/// The table of what was tested, crate by crate; `dropped` counts the awaits of a crate that some test has dropped.
 pub(crate) fn table(workspace: &Workspace, tally: &Tally) -> Result<String, Failure> {
     let mut text =
         format!("\n{:<18}{:>8}{:>12}{:>8}{:>8}{:>9}\n", "crate", "tests", "operations", "points", "awaits", "dropped");
@@ -388,7 +389,7 @@ fn campaigns(tally: &Tally) -> String {
     text
 }
 
-/// The directory's name of a crate, whichever of its names was given.
+/// A crate's directory name, whichever of its names was given.
 fn short(name: &str) -> &str {
     name.strip_prefix("cancel-safe-").unwrap_or(name)
 }

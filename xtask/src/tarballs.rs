@@ -1,6 +1,6 @@
-//! What people get: each published crate as a tarball, packed without building it.
+//! What users get: each published crate as a tarball, packed without building it.
 //!
-//! Invariant: nothing in a tarball needs what is not in it. A file that includes another has it beside it, and none uses a
+//! Invariant: nothing in a tarball needs anything outside it. An included file is in the tarball, and no file uses a
 //! package that is not published.
 
 use std::collections::BTreeSet;
@@ -11,10 +11,10 @@ use std::process::Command;
 use crate::command::{Failure, cargo};
 use crate::workspace::{self, Package, Workspace};
 
-/// What each tarball holds, whatever else it does.
+/// The files that each tarball must hold.
 const REQUIRED: [&str; 5] = ["Cargo.toml", "README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"];
 
-/// The attributes and macros that take in another file.
+/// The attributes and macros that include another file.
 const INCLUDES: [&str; 4] = ["include_str!(\"", "include_bytes!(\"", "include!(\"", "path = \""];
 
 /// A tarball and its size in bytes.
@@ -47,7 +47,7 @@ pub(crate) fn check(workspace: &Workspace) -> Result<Vec<Tarball>, Failure> {
     Err(Failure::from(findings.join("\n")).repeat_with("cargo xtask ci tarballs"))
 }
 
-/// Builds each crate from its tarball, as somebody would who has nothing else.
+/// Builds each crate from its tarball, as a user without the workspace would.
 pub(crate) fn build(workspace: &Workspace) -> Result<(), Failure> {
     let mut package = cargo(["package", "--allow-dirty", "--all-features"]);
     for krate in workspace.crates() {
@@ -69,7 +69,7 @@ fn list(package: &Package) -> Result<BTreeSet<PathBuf>, String> {
     Ok(String::from_utf8_lossy(&output.stdout).lines().map(PathBuf::from).collect())
 }
 
-/// What is wrong with a tarball of these files.
+/// The faults of a tarball with these files.
 fn faults(directory: &Path, files: &BTreeSet<PathBuf>, unpublished: &[&str]) -> Result<Vec<String>, String> {
     let mut faults: Vec<String> = REQUIRED
         .iter()
@@ -95,7 +95,7 @@ fn faults(directory: &Path, files: &BTreeSet<PathBuf>, unpublished: &[&str]) -> 
     Ok(faults)
 }
 
-/// The path of the file that a line takes in.
+/// The path of the file that a line includes.
 fn included(line: &str) -> Option<&str> {
     let line = line.trim_start();
     if line.starts_with("//") {
@@ -108,7 +108,7 @@ fn included(line: &str) -> Option<&str> {
     rest.split_once('"').map(|(path, _)| path)
 }
 
-/// The path without its `..`, as far as they lead nowhere above the package.
+/// The path with `..` resolved, unless it leads above the package.
 fn resolved(path: &Path) -> PathBuf {
     let mut resolved = PathBuf::new();
     for component in path.components() {

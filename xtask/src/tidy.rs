@@ -1,5 +1,6 @@
 //! The house rules that a compiler does not know. This room walks the tree; `source` reads one Rust file, `package` one
-//! crate, `circles` the imports between the files of one, `prose` the code on pages, `tutorial` the page of the tutorial's names.
+//! crate, `circles` the imports between a crate's files, `prose` the code on pages, `tutorial` the page of the
+//! tutorial's names.
 //!
 //! Invariant: every rule has a broken sample in the tests beside it, so a rule that stops working is noticed; and every
 //! finding says where it is and what to do.
@@ -66,7 +67,7 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
     Err(Failure::from(what).repeat_with("cargo xtask tidy"))
 }
 
-/// Checks the READMEs of the crates, the front page and the book: what they show, and that a doctest compiles it.
+/// Checks the READMEs of the crates, the front page and the book: the code they show, and that a doctest compiles it.
 fn pages(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
     let library = |package: &Package| read(&package.directory().join("src/lib.rs"));
     // Each page, the library whose doctests read it, and the path by which they do.
@@ -117,7 +118,7 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
             }),
         }
     }
-    // A type is known as a future wherever in the crate it is made one.
+    // A type counts as a future wherever in the crate it implements `Future`.
     let in_library = |path: &Path| published && path.starts_with(&library);
     let futures: HashSet<String> = parsed
         .iter()
@@ -152,8 +153,7 @@ fn sources(package: &Package, findings: &mut Vec<Finding>) -> Result<usize, Stri
     Ok(parsed.len())
 }
 
-/// The module at the top of the crate to which a file belongs; none for the front page, which re-exports from all,
-/// and for tests.
+/// The top-level module to which a file belongs; `None` for the front page, which re-exports from all, and for tests.
 fn room(path: &Path, library: &Path) -> Option<String> {
     let inside = path.strip_prefix(library).ok()?.with_extension("");
     let room = inside.iter().next()?.to_str()?;

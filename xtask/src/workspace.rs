@@ -1,4 +1,4 @@
-//! What cargo knows of this workspace.
+//! What cargo knows about this workspace.
 //!
 //! Invariant: names of crates and features are read from `cargo metadata`, never listed a second time.
 
@@ -8,10 +8,10 @@ use std::process::Command;
 
 use serde::Deserialize;
 
-/// The package that is never built with all its features: `peers` compiles every crate ours are compared with.
+/// The package that is never built with all its features: `peers` compiles every crate that ours are compared with.
 pub(crate) const BENCHES: &str = "cancel-safe-benches";
 
-/// The package that writes a page of the book; its operations are not ours.
+/// The package that writes a page of the book; it explores foreign operations.
 pub(crate) const OPERATIONS: &str = "cancel-safe-operations";
 
 /// The package of programs that need more than the crates do, and of their tests.
@@ -40,9 +40,9 @@ struct Dependency {
     name: String,
     /// `None` for an ordinary one.
     kind: Option<String>,
-    /// `*` where no version is asked for.
+    /// `*` if no version is required.
     req: String,
-    /// Where a package of this workspace is.
+    /// The directory of a package of this workspace.
     path: Option<PathBuf>,
 }
 
@@ -64,8 +64,8 @@ impl Workspace {
         self.packages.iter().filter(|package| package.directory().parent().is_some_and(|up| up.ends_with("crates")))
     }
 
-    /// The crates that the umbrella re-exports: all but itself and the commands, which are programs that cargo finds by
-    /// their names, so that their packages are not called `cancel-safe-` and their directory.
+    /// The crates that the umbrella re-exports: all except itself and the commands. cargo finds a command by its name,
+    /// so its package is not named `cancel-safe-` plus its directory.
     pub(crate) fn libraries(&self) -> impl Iterator<Item = &Package> {
         self.crates().filter(|package| package.short_name() != UMBRELLA && !package.is_command())
     }
@@ -84,7 +84,7 @@ impl Package {
         self.manifest_path.parent().unwrap_or(&self.manifest_path)
     }
 
-    /// The name of its directory, by which people call it.
+    /// The name of its directory, which is its usual short name.
     pub(crate) fn short_name(&self) -> &str {
         self.directory().file_name().and_then(|name| name.to_str()).unwrap_or(&self.name)
     }
@@ -94,7 +94,7 @@ impl Package {
         self.name.starts_with("cargo-")
     }
 
-    /// The packages of this workspace that its tests need and nobody else gets: named by their path alone.
+    /// The unpublished packages of this workspace that its tests need: named only by their path.
     pub(crate) fn unpublished_dependencies(&self) -> Vec<&str> {
         let unpublished = |dependency: &&Dependency| dependency.path.is_some() && dependency.req == "*";
         let others = self.dependencies.iter().filter(unpublished).map(|dependency| dependency.name.as_str());

@@ -1,19 +1,19 @@
 //! The rule that the imports of a crate's files point one way.
 //!
-//! Invariant: no circle is allowed, over however many files it goes.
+//! Invariant: no circle is allowed, however many files it spans.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use proc_macro2::{Group, TokenStream, TokenTree};
 
-/// Which of its own files each file of a crate imports. A folder and the file of its name are one room.
+/// Which of the crate's own files each file imports. A folder and the file of its name are one room.
 #[derive(Debug, Default)]
 pub(super) struct Imports(BTreeMap<String, BTreeSet<String>>);
 
 impl Imports {
-    /// Adds the file of the module `room` with this text.
+    /// Adds the file of the module `room`.
     pub(super) fn read(&mut self, room: &str, text: &str) {
-        // What does not parse is told by another rule.
+        // Another rule reports files that do not parse.
         let Ok(tokens) = text.parse::<TokenStream>() else { return };
         imports(tokens, self.0.entry(room.to_owned()).or_default());
     }
@@ -26,7 +26,7 @@ impl Imports {
         self.circles().iter().map(told).collect()
     }
 
-    /// Each set of files that import each other, directly or over others.
+    /// Each set of files that import each other, directly or through others.
     fn circles(&self) -> BTreeSet<Vec<&str>> {
         let reached: BTreeMap<&str, BTreeSet<&str>> =
             self.0.keys().map(|room| (room.as_str(), self.reach(room))).collect();
@@ -37,7 +37,7 @@ impl Imports {
         reached.keys().map(|room| beside(room)).filter(|circle| circle.len() > 1).collect()
     }
 
-    /// What a file imports, directly or over others.
+    /// The files that a file imports, directly or through others.
     fn reach(&self, room: &str) -> BTreeSet<&str> {
         let mut reached = BTreeSet::new();
         let mut open = vec![room];
@@ -52,7 +52,7 @@ impl Imports {
     }
 }
 
-/// Collects the first names of all paths that begin with `crate::`, but for those in the tests of a file.
+/// Collects the first names of all paths that begin with `crate::`, except in the tests of a file.
 fn imports(tokens: TokenStream, found: &mut BTreeSet<String>) {
     let tokens: Vec<TokenTree> = tokens.into_iter().collect();
     for (at, token) in tokens.iter().enumerate() {

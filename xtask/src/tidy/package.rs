@@ -11,7 +11,7 @@ use syn::{Item, UseTree, Visibility};
 use super::{Finding, read, shown};
 use crate::workspace::{Package, UMBRELLA, Workspace};
 
-/// Nothing, or the line of a breach and what to do.
+/// `Ok`, or the line of a breach and what to do.
 type Checked = Result<(), (usize, String)>;
 
 /// Checks what each crate must have.
@@ -25,7 +25,7 @@ pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
         fix: format!("write it: {why}"),
     }));
     let mut text_rule = |file: &str, rule: &'static str, check: &dyn Fn(&str) -> Checked| {
-        // A missing file is told above.
+        // A missing file was reported above.
         let Ok(text) = read(&directory.join(file)) else { return };
         if let Err((line, fix)) = check(&text) {
             findings.push(Finding { path: shown(&directory.join(file)), line, rule, fix });
@@ -35,7 +35,7 @@ pub(super) fn check(package: &Package, findings: &mut Vec<Finding>) {
     text_rule("Cargo.toml", "lints", &lints);
 }
 
-/// Checks that the umbrella is made of aliases, one for each library, and of nothing else.
+/// Checks that the umbrella has an alias for each library, and nothing else.
 pub(super) fn check_umbrella(workspace: &Workspace, findings: &mut Vec<Finding>) -> Result<(), String> {
     let umbrella = workspace.find(UMBRELLA)?;
     let names: Vec<&str> = workspace.libraries().map(Package::short_name).collect();
@@ -58,7 +58,7 @@ pub(super) fn check_umbrella(workspace: &Workspace, findings: &mut Vec<Finding>)
     Ok(())
 }
 
-/// The files that a crate lacks, each with what it is for.
+/// The files that a crate lacks, each with its purpose.
 fn missing(directory: &Path, explores: bool) -> impl Iterator<Item = (&'static str, &'static str)> + '_ {
     let required = [
         ("README.md", "the problem, an example, the guarantees, and what is not promised"),
@@ -72,7 +72,7 @@ fn missing(directory: &Path, explores: bool) -> impl Iterator<Item = (&'static s
     required.into_iter().chain(explores.then_some(explored)).filter(move |(file, _)| !found(file))
 }
 
-/// The newest version in the changelog is the crate's.
+/// Checks that the newest version in the changelog is the crate's.
 fn changelog(text: &str, version: &str) -> Checked {
     let newest = text.lines().enumerate().find_map(|(index, line)| {
         let first = line.strip_prefix("## ")?.split_whitespace().next()?;
@@ -88,7 +88,7 @@ fn changelog(text: &str, version: &str) -> Checked {
     }
 }
 
-/// The crate keeps the lints of the workspace.
+/// Checks that the crate inherits the lints of the workspace.
 fn lints(manifest: &str) -> Checked {
     let mut lines = manifest.lines().map(str::trim).skip_while(|line| *line != "[lints]").skip(1);
     let inherits =
@@ -113,8 +113,8 @@ fn umbrella_features(features: &BTreeMap<String, Vec<String>>, names: &[&str]) -
     fixes
 }
 
-/// The features of a library that nobody can have through the umbrella. Those of its default come with it, and a program
-/// is not re-exported.
+/// The features of a library that the umbrella does not offer. The default features come with the library, and a
+/// program is not re-exported.
 fn missing_features(umbrella: &BTreeMap<String, Vec<String>>, library: &Package) -> Vec<String> {
     let by_default = library.features.get("default").cloned().unwrap_or_default();
     let others =

@@ -1,5 +1,5 @@
-//! The rules for what users set: a time, a size or a count has a default, its documentation says which, and the table of
-//! all settings in docs/architecture.md has a row for it.
+//! The rules for settings: a time, a size or a count has a default, its documentation names the default, and the table
+//! of all settings in docs/architecture.md has a row for it.
 //!
 //! Invariant: the settings are found in the code, so that none can be left out.
 
@@ -14,7 +14,7 @@ use super::source::{documentation, line, type_name};
 /// The page with the table.
 pub(super) const PAGE: &str = "docs/architecture.md";
 
-/// The types of what has a default.
+/// The types of settings that need a default.
 const LIMITS: [&str; 10] = ["Duration", "usize", "u8", "u16", "u32", "u64", "f32", "f64", "NonZeroUsize", "NonZeroU32"];
 
 /// A method of a builder that takes a time, a size or a count.
@@ -26,7 +26,7 @@ pub(super) struct Setting {
 }
 
 impl Setting {
-    /// What is wrong with it, as far as the table goes.
+    /// Checks its documentation and its row in the table.
     pub(super) fn check(&self, path: &Path, page: &str, krate: &str) -> Vec<Finding> {
         let mut findings = Vec::new();
         let mut find = |rule, fix| findings.push(Finding { path: path.to_owned(), line: self.line, rule, fix });
@@ -68,7 +68,7 @@ pub(super) fn of(file: &syn::File) -> Vec<Setting> {
     collect.0
 }
 
-/// Whether it takes itself and a limit, and returns itself.
+/// Whether it takes `self` and a limit, and returns `Self`.
 fn is_setter(signature: &syn::Signature) -> bool {
     let mut inputs = signature.inputs.iter();
     let owned =
@@ -81,7 +81,7 @@ fn is_setter(signature: &syn::Signature) -> bool {
     owned && returned.is_some_and(|name| name == "Self") && limits.next().is_some()
 }
 
-/// Whether it is one of the types, or may be: `Option<Duration>`, `impl Into<Option<Duration>>`.
+/// Whether it is one of the types, or contains one: `Option<Duration>`, `impl Into<Option<Duration>>`.
 fn is_limit(of: &Type) -> bool {
     struct Search(bool);
     impl<'ast> Visit<'ast> for Search {

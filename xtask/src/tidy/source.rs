@@ -1,7 +1,7 @@
 //! The rules for one Rust file.
 //!
-//! Invariant: code is read as syntax, never as text, so that a string or a comment is not taken for code. Only what is
-//! not syntax (comments, the first line, the length) is read line by line.
+//! Invariant: code is read as syntax, never as text, so that a string or a comment is not mistaken for code. Only
+//! things that are not syntax (comments, the first line, the length) are read line by line.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -13,20 +13,20 @@ use syn::{TraitItem, Type, TypeParamBound, Visibility};
 
 use super::Finding;
 
-/// The sentences one of which opens each `# Cancel safety` section.
+/// One of these sentences opens each `# Cancel safety` section.
 const VERDICTS: [&str; 3] = [
     "This method is cancel safe.",
     "This method is not cancel safe.",
     "Once polled, it runs to completion even if dropped.",
 ];
 
-/// Words by which unfinished work is marked in comments.
+/// Words that mark unfinished work in comments.
 const MARKERS: [&str; 3] = ["TODO", "FIXME", "XXX"];
 
-/// Lines of code in a file of a library: past it, a room has more than one purpose.
+/// The most lines of code in a file of a library: with more, a room has more than one purpose.
 const MOST_CODE_LINES: usize = 450;
 
-/// A finding that does not know its file yet.
+/// A finding without its file.
 pub(super) struct Breach {
     line: usize,
     rule: &'static str,
@@ -144,8 +144,8 @@ pub(super) fn future_types(file: &File) -> Vec<String> {
     collect.0
 }
 
-/// Looks at each public function that is async or returns a future; bodies and trait implementations are not entered,
-/// because nothing in them is read in the documentation of this crate.
+/// Checks each public function that is async or returns a future. Bodies and trait implementations are skipped, because
+/// nothing in them appears in the documentation of this crate.
 struct Verdicts<'a> {
     futures: &'a HashSet<String>,
     self_type: Option<String>,
@@ -217,7 +217,7 @@ impl<'ast> Visit<'ast> for Verdicts<'_> {
     }
 
     fn visit_item_trait(&mut self, item: &'ast ItemTrait) {
-        // Such a trait seals another: users cannot name it, which the compiler checks, so they cannot call it.
+        // Such a trait seals another one. The compiler checks that users cannot name it, so they cannot call it.
         if expects_unnameable(&item.attrs) {
             return;
         }
@@ -278,7 +278,8 @@ pub(super) fn documentation(attributes: &[Attribute]) -> String {
     text
 }
 
-/// Whether the documentation has a `# Cancel safety` section that opens with one of the verdicts; else what to do.
+/// Checks that the documentation has a `# Cancel safety` section that opens with one of the verdicts; otherwise returns
+/// what to do.
 fn verdict(documentation: &str) -> Result<(), String> {
     let mut lines = documentation.lines().map(str::trim).skip_while(|line| *line != "# Cancel safety");
     if lines.next().is_none() {
@@ -312,7 +313,7 @@ mod tests {
         breaches.map(|breach| (breach.rule, breach.line)).collect()
     }
 
-    /// A documented function after an opening line.
+    /// A documented function after a front line.
     fn documented(section: &str, function: &str) -> String {
         let doc: String = section.lines().map(|line| format!("/// {line}\n")).collect();
         format!("//! A room.\n{doc}{function}\n")

@@ -1,6 +1,6 @@
 //! The page that says where each thing of the tutorial is.
 //!
-//! Invariant: what a row names stands in the file that it names.
+//! Invariant: the item that a row names is in the file that it names.
 
 use super::{Finding, read};
 use crate::workspace;
@@ -17,7 +17,7 @@ pub(super) fn check() -> Result<Vec<Finding>, String> {
     Ok(untrue(&page, stands).map(|(line, fix)| Finding { path: PAGE.into(), line, rule: "tutorial", fix }).collect())
 }
 
-/// The rows that name what is not there.
+/// The rows that name a missing item.
 fn untrue<'a>(
     page: &'a str,
     stands: impl Fn(&str, &str) -> Result<bool, &'static str> + 'a,
@@ -34,7 +34,7 @@ fn untrue<'a>(
     })
 }
 
-/// What stands between the first two backticks.
+/// The text between the first two backticks.
 fn quoted(cell: &str) -> Option<&str> {
     cell.split('`').nth(1)
 }

@@ -1,4 +1,4 @@
-//! What somebody reads who has forgotten the feature for TLS, sqlx's runtime, or the runtime as a whole.
+//! The error for a user who has forgotten the feature for TLS, sqlx's runtime, or the runtime itself.
 
 use std::error::Error;
 use std::future::Future;

@@ -1,4 +1,4 @@
-//! Something of each crate, with nothing but the umbrella.
+//! Something from each crate, through the umbrella alone.
 
 use cancel_safe::{atomic_fs, guard, http_timeout, resumable, shutdown, testing, tx_guard};
 

@@ -1,4 +1,4 @@
-//! What somebody reads who has chosen no database.
+//! The error for a user who has chosen no database.
 
 use cancel_safe_tx_guard::{TxError, TxPool};
 use sqlx::Postgres;
