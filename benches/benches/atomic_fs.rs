@@ -1,15 +1,15 @@
-//! Durable replacement, streams, many files and transactions, beside std, `tokio::fs` and the crates of the field.
+//! Durable replacement, streams, many files and transactions, beside std, `tokio::fs` and comparable crates.
 //!
 //! Everything here syncs files and directories, except where a name says otherwise, so that like is compared with like.
-//! The contestants take turns on one disk and the medians of all rounds are printed: figures that were taken one after the
-//! other tell more about the disk's neighbours than about the code. Before each turn the file system is synced, so that
-//! nobody pays for what another has put off; the same is true of what ours puts off. As root, contests are held on an ext4
-//! and an xfs of their own, each with a journal, and on a tmpfs; else on the disk of the target directory, whose file
-//! system is named.
+//! The contestants take turns on one disk and the medians of all rounds are printed: figures that were taken one after
+//! the other say more about other users of the disk than about the code. Before each turn the file system is synced, so
+//! that no contestant pays for work that another has deferred, and neither does ours. As root, contests run on a
+//! separate ext4 and a separate xfs, each with a journal, and on a tmpfs; otherwise on the disk of the target
+//! directory, whose file system is named.
 //!
-//! Arguments: words. Only contests whose title contains one of them are held, and only on the file systems that are named
-//! (`ext4`, `xfs`, `tmpfs`, or `here` for that of the target directory). `quick` takes a tenth of the rounds, with a
-//! quarter of the files: it shows that all is well, and no more.
+//! Arguments: words. Only contests whose title contains one of them run, and only on the named file systems (`ext4`,
+//! `xfs`, `tmpfs`, or `here` for the target directory's). `quick` runs a tenth of the rounds, with a quarter of the
+//! files: it shows that everything works, and no more.
 
 #![expect(clippy::unwrap_used, reason = "a bench that fails has nothing to measure")]
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
@@ -67,7 +67,7 @@ fn main() -> ExitCode {
     let pace = if is_said("quick") { Pace::Quick } else { Pace::Full };
     let runtime = Runtime::new().unwrap();
     let scratch = Scratch::new(Path::new(env!("CARGO_TARGET_TMPDIR")));
-    // Before the scratch directory they go, which must not be removed while something is mounted there.
+    // They are dropped before the scratch directory, which must not be removed while something is mounted there.
     let grounds = Ground::all(&scratch.0, is_chosen);
     for (place, ground) in grounds.iter().enumerate() {
         let bench = Bench { runtime: &runtime, disk: Scratch::new(&ground.path), ground: &ground.name, pace };
@@ -84,7 +84,7 @@ fn main() -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// Where a contest is held: what the file system has no part in is measured once.
+/// Where a contest runs: if the file system plays no part, it runs only once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Where {
     Everywhere,
@@ -117,8 +117,8 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    /// A contest over so many rounds on this ground, each turn of which begins at rest: nothing to be written, and a thread
-    /// of the blocking pool awake.
+    /// A contest over `rounds` rounds on this ground. Each turn begins at rest: nothing is waiting to be written, and a
+    /// thread of the blocking pool is awake.
     fn contest(&'a self, title: impl std::fmt::Display, rounds: usize) -> Contest<'a> {
         let rounds = if self.pace == Pace::Quick { (rounds / 10).max(3) } else { rounds };
         Contest::new(format!("{}: {title}", self.ground), rounds).before_each(move || {
@@ -127,7 +127,7 @@ impl<'a> Bench<'a> {
         })
     }
 
-    /// The names of so many files.
+    /// The names of `count` files.
     fn names(&self, count: usize) -> Vec<String> {
         let count = if self.pace == Pace::Quick { count.div_ceil(4) } else { count };
         (0..count).map(|number| number.to_string()).collect()
@@ -144,12 +144,12 @@ impl Scratch {
         Self(path)
     }
 
-    /// Lets the file system finish what it has put off, such as freeing what was replaced.
+    /// Lets the file system finish deferred work, such as freeing replaced files.
     fn settle(&self) {
         assert!(std::process::Command::new("sync").arg("-f").arg(&self.0).status().unwrap().success());
     }
 
-    /// An empty directory of its own for one contestant.
+    /// A new empty directory for one contestant.
     fn fresh(&self, name: &str) -> PathBuf {
         let path = self.0.join(name);
         drop(std::fs::remove_dir_all(&path));
@@ -194,7 +194,7 @@ async fn naive_replace(path: &Path, content: &[u8]) {
     tokio::fs::File::open(path.parent().unwrap()).await.unwrap().sync_all().await.unwrap();
 }
 
-/// The same as a whole on the blocking pool: what one hop costs at the least.
+/// The same as one job on the blocking pool: the minimal cost of one hop.
 async fn hop_replace(path: &Path, content: &Bytes) {
     let (path, content) = (path.to_path_buf(), content.clone());
     tokio::task::spawn_blocking(move || std_replace(&path, &content)).await.unwrap();
@@ -219,12 +219,12 @@ fn replace(bench: &Bench<'_>) {
         #[cfg(feature = "peers")]
         let contest = peers::replace(contest, content, disk);
         contest.run();
-        // Room for the next.
+        // Makes room for the next one.
         disk.clear();
     }
 }
 
-/// Nothing is synced here: the disk would hide what the chunks cost.
+/// Nothing is synced here: the disk would hide the cost of the chunks.
 fn stream(bench: &Bench<'_>) {
     let Bench { runtime, disk, .. } = bench;
     let chunk = &[b'x'; CHUNK_BYTES];
@@ -299,7 +299,7 @@ fn many(bench: &Bench<'_>) {
 /// How many write at once.
 const WRITERS: usize = 32;
 
-/// Hands out `names` to so many threads, as a plain program does.
+/// Distributes `names` to threads, as a plain program does.
 fn by_threads(names: &[String], write: impl Fn(&str) + Sync) {
     let next = AtomicUsize::new(0);
     std::thread::scope(|scope| {
@@ -313,7 +313,7 @@ fn by_threads(names: &[String], write: impl Fn(&str) + Sync) {
     });
 }
 
-/// So many tasks, each of which writes one file after the other, until there are no more.
+/// Tasks that each write one file after another, until there are no more.
 async fn by_tasks<F: Future<Output = ()> + Send>(
     paths: Vec<PathBuf>,
     write: impl Fn(PathBuf) -> F + Copy + Send + 'static,
@@ -332,7 +332,7 @@ async fn by_tasks<F: Future<Output = ()> + Send>(
     tasks.join_all().await;
 }
 
-/// Many who write at once: the kernel groups their syncs by itself.
+/// Many writers at once: the kernel groups their syncs by itself.
 fn writers(bench: &Bench<'_>) {
     let Bench { runtime, disk, .. } = bench;
     let names = bench.names(2000);
@@ -415,7 +415,7 @@ fn dropped(bench: &Bench<'_>) {
     println!("  median {:?}, p99 {:?}, longest {:?}", at(0.5), at(0.99), at(1.0));
 }
 
-/// The crates of the field; they block the thread, which here costs them nothing.
+/// Comparable crates; they block the thread, which costs them nothing here.
 #[cfg(feature = "peers")]
 mod peers {
     use super::*;
@@ -448,7 +448,7 @@ mod peers {
         File::open(directory).unwrap().sync_all().unwrap();
     }
 
-    /// Those that know no transactions, one file after the other.
+    /// The crates without transactions, one file after another.
     pub(super) fn many<'a>(contest: Contest<'a>, names: &'a [String], disk: &Scratch) -> Contest<'a> {
         let (awf, temp) = (disk.fresh("atomic-write-file"), disk.fresh("tempfile"));
         contest

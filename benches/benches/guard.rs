@@ -1,7 +1,7 @@
-//! What the primitives of `cancel-safe-guard` cost, beside those of tokio and tokio-util.
+//! The cost of the primitives of `cancel-safe-guard`, beside those of tokio and tokio-util.
 //!
-//! Futures that are ready are polled by hand, so that no figure contains a trip through a scheduler unless it is the
-//! scheduler that is measured.
+//! Ready futures are polled by hand, so that no figure contains a trip through the scheduler, unless the scheduler is
+//! measured.
 
 use std::cell::Cell;
 use std::future::{Future, pending, ready};
@@ -32,7 +32,7 @@ fn finish<T>(future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Awaits `step` as often as criterion asks, and reports the time of that alone, without what is around it.
+/// Awaits `step` as often as criterion asks, and reports the time of that alone.
 async fn steps<F: Future>(count: u64, step: impl Fn() -> F) -> Duration {
     let start = Instant::now();
     for _ in 0..count {

@@ -1,5 +1,5 @@
-//! What the primitives of `cancel-safe-guard`, and the tokens that they are used with, weigh: the value itself, and what it has
-//! on the heap. These are counts, not times: one run is enough.
+//! The size of the primitives of `cancel-safe-guard`, and of the tokens used with them: the value itself, and its
+//! memory on the heap. These are counts, not times: one run is enough.
 #![expect(clippy::print_stdout, reason = "the table is the result")]
 
 use std::alloc::System;
@@ -15,7 +15,7 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const HOUR: Duration = Duration::from_secs(3600);
 
-/// Makes a value and prints its weight.
+/// Makes a value and prints its size.
 fn weigh<T>(name: &str, make: impl FnOnce() -> T) -> T {
     let region = Region::new(ALLOCATOR);
     let value = make();
@@ -35,7 +35,7 @@ fn main() {
     let _older = token.child_token();
     drop(weigh("CancellationToken, a second child", || token.child_token()));
     drop(weigh("Guard, of a reference", || Guard::new(|| drop(token.clone()))));
-    // The timeout of tokio asks for its runtime when it is made.
+    // tokio's timeout needs its runtime when it is created.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
     let runtime = runtime.expect("a runtime is built from nothing");
     let _inside = runtime.enter();

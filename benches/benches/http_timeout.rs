@@ -1,4 +1,4 @@
-//! What a call through the breaker costs, and a request through the client beside the same request through reqwest.
+//! The cost of a call through the breaker, and of a request through the client beside the same request through reqwest.
 
 #![expect(clippy::unwrap_used, reason = "a bench that fails has nothing to measure")]
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
@@ -20,11 +20,11 @@ mod breakers;
 #[path = "http_timeout/client.rs"]
 mod client;
 
-/// Counts allocations, which costs everybody the same.
+/// Counts allocations, which costs all contestants the same.
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<std::alloc::System> = &INSTRUMENTED_SYSTEM;
 
-/// One call around a future that is ready, without a runtime.
+/// One call around a ready future, without a runtime.
 fn call(breaker: &CircuitBreaker) {
     let polled = pin!(breaker.call(async { Ok::<_, ()>(black_box(1)) })).poll(&mut Context::from_waker(Waker::noop()));
     assert!(matches!(polled, Poll::Ready(Ok(1))), "a closed breaker admits a ready call");

@@ -1,5 +1,5 @@
 //! The main job as a whole process: 10,000 files of 1 KiB from loopback, beside a plain reqwest loop that writes with
-//! `tokio::fs::write` and keeps no catalogue; and the most memory that it ever takes, with a body of 1 GiB too.
+//! `tokio::fs::write` and keeps no catalogue; and its peak memory, also with a body of 1 GiB.
 //!
 //! Both clients are child processes, so that neither shares a heap with the server. Times are medians of five runs that
 //! alternate; everything is written to the file system of `target/`.
@@ -96,14 +96,14 @@ fn build() -> PathBuf {
     Path::new(env!("CARGO_TARGET_TMPDIR")).parent().expect("the target directory").join("release/examples/mirror")
 }
 
-/// Runs a command to its success; seconds, and the most memory that was resident, in KiB.
+/// Runs a command, which must succeed. Returns the seconds, and the peak of resident memory in KiB.
 fn run(command: &mut Command) -> (f64, u64) {
     let started = Instant::now();
     let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("an executable");
     let status = format!("/proc/{}/status", child.id());
     let mut peak = 0;
     loop {
-        // The kernel keeps the mark, so that looking now and then misses only what the last moment added.
+        // The kernel keeps the peak, so that occasional reading misses only what the last moment added.
         let text = std::fs::read_to_string(&status).unwrap_or_default();
         let mark = text.lines().find_map(|line| line.strip_prefix("VmHWM:")?.trim().strip_suffix(" kB")?.parse().ok());
         peak = peak.max(mark.unwrap_or(0));
@@ -121,7 +121,7 @@ fn median(mut runs: Vec<(f64, u64)>) -> (f64, u64) {
     (runs[runs.len() / 2].0, peak)
 }
 
-/// What somebody would write without these crates.
+/// The usual program without these crates.
 fn plain(base: &str, out: &Path) {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().expect("a runtime");
     runtime.block_on(async {

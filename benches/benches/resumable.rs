@@ -1,9 +1,9 @@
-//! What a checkpoint costs when an item costs nothing, beside the tutorials' scheme (all results rewritten as JSON after
-//! every hundredth item), beside other stores, and in a fleet beside a queue of rows.
+//! The cost of a checkpoint when an item costs nothing, beside the tutorials' scheme (all results rewritten as JSON
+//! after every hundredth item), beside other stores, and in a fleet beside a queue of rows.
 //!
 //! `cargo xtask bench resumable` starts the server; the names `items`, `stores` and `fleet` choose a part.
 //!
-//! A figure of a whole run has everything in it: creating and locking the file, the last fsync, unlocking it. The JSON
+//! The figure of a whole run includes everything: creating and locking the file, the last fsync, unlocking it. The JSON
 //! scheme never syncs.
 
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
@@ -24,9 +24,9 @@ mod fleet;
 #[path = "resumable/stores.rs"]
 mod stores;
 
-/// At this size what is paid once for a run is small beside the items.
+/// At this size the fixed cost of a run is small beside the items.
 const ITEMS: u64 = 1_000_000;
-/// At a million items the JSON scheme would take minutes a run: its cost grows with the square.
+/// At a million items the JSON scheme would take minutes for each run: its cost grows with the square.
 const JSON_ITEMS: u64 = 20_000;
 
 fn runtime() -> Runtime {
@@ -137,12 +137,12 @@ fn main() {
         if parts.is_empty() {
             benches();
         } else {
-            // Not with the arguments, in which a part would be a filter.
+            // Without the arguments, because criterion would take a part's name for a filter.
             bench(&mut Criterion::default());
         }
         Criterion::default().final_summary();
     }
-    // `cargo test` runs benches too, and asks for no figures.
+    // `cargo test` runs benches too, and needs no figures.
     if !words.iter().any(|word| word == "--bench") {
         return;
     }

@@ -1,4 +1,4 @@
-//! Named tasks against `JoinSet` and other peers, a cancel against a shared token, what a task pays for being watched, and,
+//! Named tasks against `JoinSet` and other peers, a cancel against a shared token, the cost of watching a task, and,
 //! with real signals, how a process ends (`scenarios`).
 
 #[cfg(all(unix, feature = "peers"))]
@@ -28,8 +28,8 @@ fn runtimes() -> [(&'static str, Runtime); 2] {
     [("current thread", one.expect("a runtime")), ("two threads", two.expect("a runtime"))]
 }
 
-/// Spawning 10,000 tasks and joining them all, by turns. Owned names are allocated for all of them: a `JoinSet` task has to
-/// carry its own.
+/// Spawning 10,000 tasks and joining them all, in turns. All contestants allocate owned names, because a `JoinSet` task
+/// has to carry its own.
 fn spawn_and_join() {
     for (threads, runtime) in runtimes() {
         let contest = Contest::new(format!("spawn and join 10,000 ({threads})"), 100)
@@ -126,7 +126,7 @@ mod peers {
     }
 }
 
-/// From the cancel to the return of the last of 10,000 parked tasks. The spawning is not measured.
+/// From the cancel to the return of the last of 10,000 parked tasks, without the spawning.
 fn cancel(c: &mut Criterion) {
     for (threads, runtime) in runtimes() {
         let mut group = c.benchmark_group(format!("cancel 10,000 ({threads})"));
@@ -216,7 +216,7 @@ fn is_cancelled(c: &mut Criterion) {
 
 /// One task that is polled 10,000 times, and the same in a group: the difference is 10,000 times the wrapper.
 fn wrapper(c: &mut Criterion) {
-    /// Wakes itself and yields, `0` times more.
+    /// Wakes itself and yields as many more times as the field says.
     struct Polls(usize);
     impl Future for Polls {
         type Output = ();

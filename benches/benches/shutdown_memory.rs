@@ -1,4 +1,4 @@
-//! What a named task that waits has on the heap, beside one of a `JoinSet` and a plain one. These are counts, not times: one
+//! The heap memory of a waiting named task, beside a `JoinSet` task and a plain one. These are counts, not times: one
 //! run is enough.
 #![expect(clippy::print_stdout, reason = "the table is the result")]
 
@@ -14,7 +14,7 @@ static ALLOCATOR: &StatsAlloc<System> = &INSTRUMENTED_SYSTEM;
 
 const TASKS: usize = 10_000;
 
-/// Spawns all the tasks, lets each reach its await, and prints what one of them weighs.
+/// Spawns all the tasks, lets each reach its await, and prints the memory of one.
 async fn weigh(name: &str, mut spawn: impl FnMut()) {
     let region = Region::new(ALLOCATOR);
     (0..TASKS).for_each(|_| spawn());

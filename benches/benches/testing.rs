@@ -1,6 +1,6 @@
-//! What each question of `cancel-safe-testing` costs, on operations of 50 and 200 awaits with paused time.
+//! The cost of each question of `cancel-safe-testing`, on operations of 50 and 200 awaits with paused time.
 //!
-//! The work of one exploration is fixed, and takes seconds: so each is timed as a whole, the least of three times.
+//! The work of one exploration is fixed, and takes seconds, so each is timed as a whole; the best of three runs counts.
 
 #![expect(clippy::print_stdout, reason = "the figures are printed")]
 
@@ -18,7 +18,7 @@ async fn awaits(count: usize) {
     }
 }
 
-/// As many awaits, in two tasks.
+/// The same number of awaits, in two tasks.
 async fn awaits_in_tasks(count: usize) {
     let mut set = JoinSet::new();
     for _ in 0..2 {
@@ -43,7 +43,7 @@ fn main() {
             explore().run(async || (), async |()| awaits_in_tasks(count).await, async |(), _| Ok(()))
         });
         time("cancel_safe", count, &|| {
-            // Each call waits once, so that calls which are dropped again and again still end.
+            // Each call waits once, so that calls that are dropped again and again still end.
             let calls = explore().calls(count);
             let wait = async |interval: &mut tokio::time::Interval| {
                 interval.tick().await;

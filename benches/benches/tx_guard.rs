@@ -1,10 +1,10 @@
-//! What a dropped transaction leaves behind and for how long, what a guard costs, and which faults the peers have.
+//! What a dropped transaction leaves behind and for how long, the cost of a guard, and the faults of the peers.
 //!
-//! The bars are measured in one run beside plain sqlx, as it comes and tuned (`test_before_acquire(false)`); the faults
-//! beside the peers, with the feature `peers`. Criterion repeats one thing until its time is known; here most of the
-//! times are waits of seconds for somebody else's locks, and costs are ratios of blocks that take turns. So this bench
-//! has a harness of its own. `cargo xtask bench tx_guard` starts the servers; the names `latency`, `drops`, `storm`,
-//! `goodput` and `faults` choose a part.
+//! The bars are measured in one run beside plain sqlx, both default and tuned (`test_before_acquire(false)`); the
+//! faults beside the peers, with the feature `peers`. Criterion repeats one thing until its time is known; here most of
+//! the times are waits of seconds for other transactions' locks, and costs are ratios of blocks that take turns. So
+//! this bench has its own harness. `cargo xtask bench tx_guard` starts the servers; the names `latency`, `drops`,
+//! `storm`, `goodput` and `faults` choose a part.
 
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
 #![expect(clippy::unwrap_used, reason = "a bench that fails has nothing to measure")]
@@ -23,7 +23,7 @@ mod measure;
 mod peers;
 #[path = "tx_guard/storm.rs"]
 mod storm;
-/// The storms that the tests of the crate make.
+/// The storms from the tests of the crate.
 #[path = "../../crates/tx-guard/tests/it/network/storm.rs"]
 mod storms;
 
@@ -34,7 +34,7 @@ const MYSQL: &str = "CANCEL_SAFE_TEST_MYSQL_URL";
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    // A child of its own, to be killed.
+    // Run as a child that will be killed.
     if let [role, target, row] = arguments.as_slice()
         && let Some(role) = drops::Role::named(role)
     {

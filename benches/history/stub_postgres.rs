@@ -11,7 +11,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 pub struct Inside(Arc<AtomicBool>);
 
 impl Inside {
-    /// To be asked after a round trip: whatever was sent before has been carried out then.
+    /// Call it after a round trip, when everything that was sent before has been carried out.
     pub fn must_be_over(&self) -> Result<(), String> {
         match self.0.load(Ordering::SeqCst) {
             false => Ok(()),
@@ -28,7 +28,7 @@ impl Inside {
     }
 }
 
-/// Lets everybody in and says to each query that it is done.
+/// Accepts every login and answers each query with success.
 pub async fn serve(mut pipe: impl AsyncRead + AsyncWrite + Unpin, inside: Inside) -> io::Result<()> {
     let length = pipe.read_u32().await?;
     pipe.read_exact(&mut vec![0; length as usize - 4]).await?;

@@ -1,4 +1,4 @@
-//! A client of tokio-postgres that is connected to the stub, for every version of it.
+//! A tokio-postgres client that is connected to the stub, for every version.
 
 use cancel_safe_testing::Outcome;
 use tokio::sync::Mutex;

@@ -1,7 +1,8 @@
 //! What several benches share: contests, in which the contestants take turns, and tables of faults.
 //!
 //! Invariant: on a disk that others use too, two figures can be compared only if they were taken at the same time. So
-//! each round runs every contestant once, each time another one first, and what is printed are medians over the rounds.
+//! each round runs every contestant once, with a different one first each time, and the printed figures are medians
+//! over the rounds.
 
 #![expect(clippy::print_stdout, reason = "a bench speaks through its output")]
 
@@ -24,19 +25,20 @@ struct Contestant<'a> {
 }
 
 impl<'a> Contest<'a> {
-    /// A contest over so many rounds; one more before them warms up and does not count.
+    /// A contest over `rounds` rounds; one more before them warms up and does not count.
     pub fn new(title: impl Into<String>, rounds: usize) -> Self {
         Self { title: title.into(), rounds, ..Self::default() }
     }
 
-    /// What is done before each turn and does not count: what one contestant has left for later must not fall on the next.
+    /// Sets what runs before each turn and does not count: the next contestant must not pay for work that the previous
+    /// one has deferred.
     #[must_use]
     pub fn before_each(mut self, prepare: impl FnMut() + 'a) -> Self {
         self.before_each = Some(Box::new(prepare));
         self
     }
 
-    /// Adds a contestant, of which everything counts.
+    /// Adds a contestant whose whole run counts.
     #[must_use]
     pub fn add(self, name: &'static str, mut run: impl FnMut() + 'a) -> Self {
         self.add_timed(name, move || {
@@ -46,14 +48,14 @@ impl<'a> Contest<'a> {
         })
     }
 
-    /// Adds a contestant that tells itself how long it took.
+    /// Adds a contestant that reports its own time.
     #[must_use]
     pub fn add_timed(mut self, name: &'static str, run: impl FnMut() -> Duration + 'a) -> Self {
         self.contestants.push(Contestant { name, run: Box::new(run), times: Vec::new() });
         self
     }
 
-    /// Runs all rounds and prints what was measured; without contestants it does nothing.
+    /// Runs all rounds and prints the figures; without contestants it does nothing.
     pub fn run(mut self) {
         for round in 0..=self.rounds {
             let count = self.contestants.len();
@@ -88,14 +90,14 @@ impl fmt::Debug for Contest<'_> {
     }
 }
 
-/// A table for people, which is also one in Markdown: what happened, and a column for each to whom it did.
+/// A readable table, which is also valid Markdown: an event in each row, and a column for each contestant.
 #[derive(Debug)]
 pub struct Table {
     rows: Vec<Vec<String>>,
 }
 
 impl Table {
-    /// A table with this line at its head.
+    /// A table with this header.
     pub fn new(head: impl IntoIterator<Item = impl Into<String>>) -> Self {
         let head: Vec<String> = head.into_iter().map(Into::into).collect();
         let rule = head.iter().map(|_| "---".to_owned()).collect();

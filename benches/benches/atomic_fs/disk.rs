@@ -1,4 +1,4 @@
-//! A file system of its own on a loop device, whose power can be cut. It needs root.
+//! A separate file system on a loop device, whose power can be cut. It needs root.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -9,7 +9,7 @@ pub(crate) struct Disk {
 }
 
 impl Disk {
-    /// An empty ext4 without what it does by default to hide a missing sync. The error says what failed.
+    /// An empty ext4 without the defaults that hide a missing sync. The error says what failed.
     pub(crate) fn new(scratch: &Path) -> Result<Self, String> {
         let disk = Self { image: scratch.join("image"), point: scratch.join("disk") };
         run(Command::new("mkdir").arg(&disk.point))?;
@@ -25,7 +25,7 @@ impl Disk {
 
     /// Cuts the power: nothing more reaches the disk. Then the machine starts again.
     pub(crate) fn cut(&self) {
-        // Without flushing the log; ext4 takes the call as well.
+        // Without flushing the log; ext4 accepts the call as well.
         run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.point)).unwrap();
         run(Command::new("umount").arg(&self.point)).unwrap();
         self.mount().unwrap();
@@ -43,12 +43,12 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Not if it never was mounted.
+        // Fails if it was never mounted.
         drop(Command::new("umount").arg("-q").arg(&self.point).stderr(Stdio::null()).status());
     }
 }
 
-/// Runs a command; the error is what it said.
+/// Runs a command; the error is its output.
 pub(crate) fn run(command: &mut Command) -> Result<(), String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match command.output() {

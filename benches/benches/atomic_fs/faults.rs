@@ -1,7 +1,7 @@
-//! The faults of writes that are dropped, that fail or that meet each other, and of the machine: each met by this crate
-//! and by its peers in the same way.
+//! The faults of writes that are dropped, fail or collide, and the faults of the machine: this crate and its peers meet
+//! each of them in the same way.
 //!
-//! Faults come from strace, which tampers with the calls of a child process, and from a file system of its own whose
+//! Faults come from strace, which tampers with the calls of a child process, and from a separate file system whose
 //! power is cut; without strace or root the rows say so.
 
 use std::collections::BTreeSet;
@@ -20,8 +20,8 @@ use tokio::time::{sleep, timeout};
 use crate::disk::{Disk, run};
 use crate::ways::{TRANSACTIONS, Transactions, WAYS, Way};
 
-/// What changes something. Opening and creating is left out: before them there is nothing, and a process that starts
-/// opens files of its own.
+/// The calls that change something. Opening and creating are left out: before them there is nothing, and a starting
+/// process opens its own files.
 const CHANGES: [&str; 12] = [
     "write",
     "fsync",
@@ -36,15 +36,15 @@ const CHANGES: [&str; 12] = [
     "unlinkat",
     "mkdirat",
 ];
-/// The same without what tidies up: if that fails, something is left.
+/// The same without the calls that clean up: if those fail, something is left.
 const WORK: &[&str] = CHANGES.split_at(9).0;
 const SIZE_BYTES: usize = 64 << 10;
-/// How long what was dropped may take to change the file, and to tidy up.
+/// How long a dropped write may take to change the file, and to clean up.
 const SETTLE: Duration = Duration::from_millis(40);
 const TIDY: Duration = Duration::from_millis(300);
 const NAMES: [&str; 4] = ["a", "b", "c", "d"];
 
-/// What a child does, by its name in the arguments.
+/// The task of a child, by its name in the arguments.
 pub(crate) fn child(runtime: &Runtime, task: &str, who: &str, path: &str) -> ExitCode {
     let path = PathBuf::from(path);
     let way = || WAYS.into_iter().find(|way| way.name == who).unwrap();
@@ -102,13 +102,14 @@ fn new() -> Vec<u8> {
     vec![b'n'; SIZE_BYTES]
 }
 
-/// What there is in a directory, without what a crate keeps for itself between its transactions.
+/// The names in a directory, without the files that a crate keeps for itself between its transactions.
 fn names(dir: &Path) -> BTreeSet<String> {
     let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     names.filter(|name| name != ".fstx").collect()
 }
 
-/// Drops writes at random moments, and prints of how many, how many changed the file later and how many left something.
+/// Drops writes at random moments. Prints how many there were, how many changed the file later, and how many left
+/// something behind.
 async fn drop_at_random(way: &Way, dir: &Path) -> Result<(), String> {
     let (path, mut cuts, mut late, mut left) = (dir.join("file"), 0, 0, 0);
     for round in 0..200_u32 {
@@ -137,7 +138,7 @@ async fn drop_at_random(way: &Way, dir: &Path) -> Result<(), String> {
     Ok(())
 }
 
-/// How a child ended, and whether a call of it was tampered with.
+/// How a child ended, and whether one of its calls was tampered with.
 struct Ended {
     status: ExitStatus,
     is_hit: bool,
@@ -146,7 +147,7 @@ struct Ended {
 struct Place<'a> {
     runtime: &'a Runtime,
     scratch: &'a Path,
-    /// Or why there is none.
+    /// The disk, or why there is none.
     disk: Result<&'a Disk, &'a str>,
 }
 

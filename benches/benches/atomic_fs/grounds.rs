@@ -1,27 +1,26 @@
-//! The file systems on which contests are held: as root an ext4 and an xfs on loop devices, and a tmpfs, made for this run.
+//! The file systems on which contests run: as root an ext4 and an xfs on loop devices, and a tmpfs, made for this run.
 //!
-//! Invariant: whatever becomes of this process, nothing stays mounted. It mounts in a mount namespace of its own, which
-//! goes with it; with the mount goes the loop device, and with that the image, which has no name any more by then. And a
-//! file system is called what the kernel says that it is: an ext4 without a journal is not what people deploy, and syncs
-//! for less.
+//! Invariant: whatever becomes of this process, nothing stays mounted. It mounts in its own mount namespace, which ends
+//! with it; the loop device goes with the mount, and the image, which no longer has a name, goes with the device. And a
+//! file system is named as the kernel reports it: nobody deploys an ext4 without a journal, which syncs more cheaply.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-/// Set once this process has a mount namespace of its own.
+/// Set once this process has its own mount namespace.
 const OWN_MOUNTS: &str = "CANCEL_SAFE_BENCH_OWN_MOUNTS";
 /// Room for every contestant's file of 64 MiB.
 const IMAGE_SIZE: &str = "1G";
 
-/// A file system of our own, and how it is made: the program that makes it in an image, if it has one.
+/// One of our file systems, and how it is made: the program that makes it in an image, if it needs one.
 struct Kind {
     name: &'static str,
     make: Option<&'static [&'static str]>,
-    /// What [`kind_of`] must say of it.
+    /// What [`kind_of`] must return for it.
     wanted: &'static str,
 }
 
-/// Made at once as a whole: what is put off until the first mount would be written while others are measured.
+/// Made completely at once: anything deferred to the first mount would be written while others are measured.
 const EXT4: &[&str] = &["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"];
 const KINDS: [Kind; 3] = [
     Kind { name: "ext4", make: Some(EXT4), wanted: "ext4 with a journal" },
@@ -29,10 +28,10 @@ const KINDS: [Kind; 3] = [
     Kind { name: "tmpfs", make: None, wanted: "tmpfs" },
 ];
 
-/// The words by which grounds are chosen.
+/// The words that select grounds.
 pub(crate) const NAMES: [&str; 4] = ["ext4", "xfs", "tmpfs", "here"];
 
-/// A directory on a file system of which it is known what it is.
+/// A directory on a file system of a known type.
 pub(crate) struct Ground {
     /// For titles.
     pub(crate) name: String,
@@ -41,7 +40,8 @@ pub(crate) struct Ground {
 }
 
 impl Ground {
-    /// Those that `is_wanted`, below `scratch`; that of `scratch` itself where none can be made, or if it is asked for.
+    /// The grounds that `is_wanted` selects, below `scratch`. The ground of `scratch` itself is among them if no other
+    /// can be made, or if it is selected.
     pub(crate) fn all(scratch: &Path, is_wanted: impl Fn(&str) -> bool) -> Vec<Self> {
         let mut all = Vec::new();
         if std::env::var_os(OWN_MOUNTS).is_some() {
@@ -65,7 +65,7 @@ impl Ground {
         all
     }
 
-    /// The error says why it cannot be made.
+    /// Makes a ground. The error says why that is impossible.
     fn make(kind: &Kind, scratch: &Path) -> Result<Self, String> {
         let path = scratch.join(kind.name);
         std::fs::create_dir(&path).map_err(|error| error.to_string())?;
@@ -73,16 +73,16 @@ impl Ground {
         mount.args(["-t", kind.name]);
         if let Some(make) = kind.make {
             let image = scratch.join(format!("{}.image", kind.name));
-            // Its blocks are there from the beginning, as those of a device are.
+            // Its blocks are allocated from the beginning, as on a device.
             run(Command::new("fallocate").args(["-l", IMAGE_SIZE]).arg(&image))?;
             let attached = run(Command::new(make[0]).args(&make[1..]).arg(&image)).and_then(|_| {
-                // Without a cache of its own below that of the file system.
+                // Without its own cache below the file system's.
                 run(Command::new("losetup").args(["--find", "--show", "--direct-io=on"]).arg(&image))
             });
             std::fs::remove_file(&image).map_err(|error| error.to_string())?;
             let device = attached?;
             let mounted = run(mount.arg(&device).arg(&path));
-            // Once it is mounted this means: as soon as it is no longer.
+            // Once it is mounted, this takes effect when it is unmounted.
             run(Command::new("losetup").args(["--detach", &device]))?;
             mounted?;
         } else {
@@ -107,7 +107,7 @@ impl Drop for Ground {
     }
 }
 
-/// Goes on in a mount namespace of its own, as the same process, if it may have one.
+/// Continues in its own mount namespace, as the same process, if that is permitted.
 pub(crate) fn take_own_mounts() {
     #[cfg(target_os = "linux")]
     {
@@ -126,13 +126,13 @@ pub(crate) fn take_own_mounts() {
     }
 }
 
-/// The file system of `path`, and of an ext4 whether it has a journal, as the kernel tells.
+/// The file system of `path` as the kernel reports it, and for an ext4 whether it has a journal.
 fn kind_of(path: &Path) -> String {
     let unknown = || "an unknown file system".to_owned();
     let Ok(path) = path.canonicalize() else { return unknown() };
     // Only Linux has these; elsewhere the type stays unknown.
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-    // `36 35 98:0 / /mnt rw,noatime - ext4 /dev/vda rw`; the last one at a place is the one that is seen.
+    // `36 35 98:0 / /mnt rw,noatime - ext4 /dev/vda rw`; the last mount at a place is the visible one.
     let mut found: Option<(usize, &str, &str)> = None;
     for line in mounts.lines() {
         let Some((mount, system)) = line.split_once(" - ") else { continue };
@@ -156,7 +156,7 @@ fn kind_of(path: &Path) -> String {
     }
 }
 
-/// Whether the ext4 on `device` (its two numbers) has a journal; `None` if nothing tells.
+/// Whether the ext4 on `device` (its two numbers) has a journal; `None` if that is unknown.
 fn has_journal(device: &str) -> Option<bool> {
     let link = std::fs::read_link(format!("/sys/dev/block/{device}")).ok()?;
     let name = link.file_name()?.to_str()?;
@@ -167,7 +167,7 @@ fn has_journal(device: &str) -> Option<bool> {
     Some(journals.flatten().any(|journal| journal.file_name().to_string_lossy().starts_with(&start)))
 }
 
-/// Runs a command and returns what it wrote; the error is what it said.
+/// Runs a command and returns its output; the error is its standard error.
 fn run(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match command.stdin(Stdio::null()).output() {

@@ -1,4 +1,4 @@
-//! The contestants: how each crate replaces a file, or several at once, when it is used in async code.
+//! The contestants: how each crate replaces a file, or several at once, in async code.
 //!
 //! The peers that block the thread are called in `spawn_blocking`, as their users must.
 
@@ -91,7 +91,7 @@ fn blocking<E: ToString>(work: impl FnOnce() -> Result<(), E> + Send + 'static) 
     })
 }
 
-/// As it is found in many programs: one await a step, and one name for the temporary file.
+/// The usual way in many programs: one await for each step, and one name for the temporary file.
 async fn by_steps(path: PathBuf, content: Vec<u8>) -> std::io::Result<()> {
     let temp = path.with_extension("tmp");
     let mut file = tokio::fs::File::create(&temp).await?;

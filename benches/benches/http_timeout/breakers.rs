@@ -36,10 +36,10 @@ use tower_service::Service as _;
 
 const OPEN: Duration = Duration::from_millis(50);
 
-/// Of the callee that hangs, whose callers wait for longer.
+/// For the callee that hangs, whose callers wait for longer.
 const LONG: Duration = Duration::from_secs(2);
 
-/// More than any of them spreads its wait by.
+/// More than the jitter of any of them.
 const DUE: Duration = Duration::from_millis(70);
 
 const LEASE: Duration = Duration::from_millis(200);
@@ -65,7 +65,7 @@ enum Outcome {
 type Call = Pin<Box<dyn Future<Output = Result<(), Sick>> + Send>>;
 type Called = Pin<Box<dyn Future<Output = Outcome> + Send>>;
 
-/// One breaker of each make.
+/// One breaker to compare.
 struct Contestant {
     name: &'static str,
     call: Arc<dyn Fn(Call) -> Called + Send + Sync>,
@@ -202,11 +202,11 @@ fn tower_resilience(open: Duration) -> Contestant {
     })
 }
 
-/// What each make does where its users met a fault; `faults` prints it as a table.
+/// What each breaker does where its users met a fault, as a table.
 pub(crate) fn faults() {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     let runtime = runtime.expect("a runtime");
-    // The clock of one of them is made inside a runtime.
+    // One of them needs a runtime to create its clock.
     let _inside = runtime.enter();
     println!(
         "| | probes of 1,000 | probe cut | probe panics | probe hangs | stale results | hang, cut at 100 ms | left after 1 ms | failures after 100,000 successes |"
@@ -230,7 +230,7 @@ pub(crate) fn faults() {
     }
 }
 
-/// Open, and due for a probe.
+/// Brings the breaker to the state open, with a probe due.
 async fn due(breaker: &Contestant) {
     breaker.trip(100_000).await;
     sleep(DUE).await;
@@ -264,7 +264,7 @@ enum Probe {
     Hangs,
 }
 
-/// How long after its probe came to nothing a callee that is well is used again.
+/// How long it takes after a lost probe until a healthy callee is used again.
 async fn after_a_probe(breaker: Contestant, probe: Probe) -> String {
     breaker.trip(100_000).await;
     let mut hung = Vec::new();
@@ -330,7 +330,7 @@ async fn hangs(breaker: Contestant) -> String {
     reached.to_string()
 }
 
-/// Whether a callee that is well is refused to the next caller when a hundred have left after a millisecond.
+/// Whether the next caller of a healthy callee is refused after a hundred callers have left after a millisecond each.
 async fn quick_cancels(breaker: Contestant) -> String {
     for _ in 0..100 {
         let slow = Box::pin(async { Ok(sleep(Duration::from_millis(50)).await) });
@@ -350,7 +350,7 @@ async fn failures_after_successes(breaker: Contestant) -> String {
     }
 }
 
-/// Polls once what is ready at once.
+/// Polls a ready future once.
 fn now<F: Future>(call: F) -> F::Output {
     match pin!(call).poll(&mut Context::from_waker(Waker::noop())) {
         Poll::Ready(output) => output,
@@ -358,7 +358,7 @@ fn now<F: Future>(call: F) -> F::Output {
     }
 }
 
-/// A closed call around a future that is ready, by each make.
+/// A closed call around a ready future, with each breaker.
 pub(crate) fn calls(c: &mut Criterion) {
     let mut group = c.benchmark_group("call, closed");
     let answer = || async { Ok::<_, Sick>(black_box(1)) };

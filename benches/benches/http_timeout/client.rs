@@ -1,5 +1,5 @@
-//! A request through the client beside the same through reqwest, alone and with its middleware: what it costs when all is
-//! well, what it does to a server that fails, and what hedging makes of one that is slow now and then.
+//! A request through the client beside the same through reqwest, alone and with its middleware: its cost without
+//! faults, its effect on a failing server, and the effect of hedging on a server that is sometimes slow.
 
 use std::{
     sync::{
@@ -22,10 +22,10 @@ use tokio::{
 const CALLS: u32 = 1_000;
 const ROUNDS: usize = 20;
 
-/// How long the answer to the request of this number takes.
+/// How long the answer to the request with this number takes.
 type Pause = fn(usize) -> Duration;
 
-/// A server on a thread of its own.
+/// A server on its own thread.
 struct Server {
     url: String,
     requests: Arc<AtomicUsize>,
@@ -33,8 +33,8 @@ struct Server {
 }
 
 impl Server {
-    /// Answers every request on every connection after the pause that `pause` has for its number. A request is taken for
-    /// one read.
+    /// Answers every request on every connection after the pause that `pause` has for its number. Each read counts as
+    /// one request.
     fn start(answer: &'static [u8], pause: Pause) -> Self {
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
@@ -79,7 +79,7 @@ fn everything() -> TimeoutClient {
     client.breaker(BreakerConfig::default()).build().unwrap()
 }
 
-/// The time that this thread has run.
+/// The CPU time of this thread.
 fn cpu() -> Duration {
     let stat = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
     Duration::from_nanos(stat.split(' ').next().and_then(|nanos| nanos.parse().ok()).unwrap_or_default())
@@ -91,15 +91,15 @@ struct Way<'a> {
     call: Box<dyn Fn() + 'a>,
 }
 
-/// How many calls are in flight at once where their bytes are counted.
+/// How many calls are in flight at once when their bytes are counted.
 const IN_FLIGHT: usize = 200;
 
-/// The bytes on the heap for each call whose answer is waited for, its future, its connection and the server's end of it
-/// included; the same for all contestants but for what is their own.
+/// The bytes on the heap for each call that waits for its answer, including its future, its connection and the server's
+/// end of that; apart from their own parts, all contestants have the same.
 fn in_flight<F: Future<Output: Send> + Send + 'static>(runtime: &Runtime, call: impl Fn(&str) -> F) -> usize {
     let server = Server::start(HELLO, |_| Duration::from_secs(600));
     let mut bytes = 0;
-    // What is made once is there after the first round.
+    // Anything that is made only once exists after the first round.
     for round in 1..=3 {
         bytes = runtime.block_on(async {
             let region = Region::new(&INSTRUMENTED_SYSTEM);
@@ -118,11 +118,11 @@ fn in_flight<F: Future<Output: Send> + Send + 'static>(runtime: &Runtime, call: 
     bytes / IN_FLIGHT
 }
 
-/// What a call keeps while it waits.
+/// The memory of a call while it waits.
 pub(crate) fn bytes() {
     let (runtime, plain) = (runtime(), reqwest::Client::new());
     let ours = TimeoutClient::builder().concurrency(2 * IN_FLIGHT).concurrency_per_host(2 * IN_FLIGHT);
-    // Two hundred calls that are given up at once would open its circuit.
+    // Two hundred calls that are dropped at once would open its circuit.
     let breaker = BreakerConfig::builder().silence(None).build().unwrap();
     let ours = ours.retry(Retry::attempts(4)).breaker(breaker).timeout(Duration::from_secs(60));
     let ours = ours.build().unwrap();
@@ -130,7 +130,7 @@ pub(crate) fn bytes() {
     let of_reqwest = |url: &str| plain.get(url).timeout(Duration::from_secs(60)).send();
     let of_ours = |url: &str| ours.get(url).send();
     let nowhere = "http://localhost/";
-    // Its timeout makes a timer at once.
+    // Its timeout creates a timer at once.
     let _inside = runtime.enter();
     let (size, held) = (size_of_val(&of_reqwest(nowhere)), in_flight(&runtime, of_reqwest));
     table.row("reqwest with a timeout", [size.to_string(), held.to_string()]);
@@ -139,7 +139,7 @@ pub(crate) fn bytes() {
     table.print();
 }
 
-/// What a get and read costs.
+/// The cost of a get and a read.
 pub(crate) fn costs() {
     let server = Server::start(HELLO, |_| Duration::ZERO);
     let (runtime, url) = (runtime(), server.url.as_str());
@@ -189,7 +189,7 @@ fn contest<'a>(clock: &str) -> Contest<'a> {
     Contest::new(format!("{CALLS} times get and read, {clock} time"), ROUNDS)
 }
 
-/// What 100 calls do to a server that answers 503 for ever.
+/// The effect of 100 calls on a server that answers 503 for ever.
 pub(crate) fn faults() {
     let runtime = runtime();
     let mut table = Table::new(["100 calls to a server that fails", "GET: requests", "POST: requests", "200 ms took"]);
@@ -219,7 +219,7 @@ pub(crate) fn faults() {
 
 const MILLI: Duration = Duration::from_millis(1);
 
-/// What hedging makes of a server that is slow for one request in a hundred, and of one that is slow for all.
+/// The effect of hedging on a server that is slow for one request in a hundred, and on one that is slow for all.
 pub(crate) fn hedging() {
     let runtime = runtime();
     let mut table = Table::new(["hedging at 0.95 with 0.05", "p50", "p99", "p99.9", "requests a call"]);
@@ -236,7 +236,7 @@ pub(crate) fn hedging() {
                 client.get(&server.url).send().await.unwrap().bytes().await.unwrap();
                 started.elapsed()
             };
-            // Those before enough is known are not compared.
+            // The first calls, before enough is known, are not compared.
             runtime.block_on(stream::iter(0..400).map(one).buffer_unordered(4).count());
             let (calls, before) = (4_000, server.requests());
             let mut times: Vec<_> = runtime.block_on(stream::iter(0..calls).map(one).buffer_unordered(4).collect());

@@ -1,7 +1,8 @@
-//! How many results a second workers make durable in one PostgreSQL: in ranges under leases, and with a queue of rows.
+//! How many results per second workers make durable in one PostgreSQL: in ranges under leases, and with a queue of
+//! rows.
 //!
 //! The queue is the usual one, in its fast form: a worker takes a hundred rows at a time with `FOR UPDATE SKIP LOCKED` and
-//! marks them as done together. Both have one server and workers in this process, each with connections of its own.
+//! marks them as done together. Both have one server and workers in this process, each with its own connections.
 
 use std::time::Instant;
 
@@ -24,7 +25,7 @@ async fn run_sql(url: &str, sql: String) {
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut conn).await.expect("the schema is ours");
 }
 
-/// Items a second of workers that share a job in ranges of 1,000.
+/// Items per second of workers that share a job in ranges of 1,000.
 async fn ranges(url: &str, workers: usize) -> f64 {
     run_sql(url, format!("DROP SCHEMA IF EXISTS {SCHEMA} CASCADE")).await;
     let begun = Instant::now();
@@ -39,7 +40,7 @@ async fn ranges(url: &str, workers: usize) -> f64 {
     ITEMS as f64 / begun.elapsed().as_secs_f64()
 }
 
-/// The same of workers that take rows off a queue.
+/// The same for workers that take rows from a queue.
 async fn rows(url: &str, workers: usize) -> f64 {
     let make = format!(
         "DROP SCHEMA IF EXISTS {SCHEMA} CASCADE; CREATE SCHEMA {SCHEMA};
@@ -80,7 +81,7 @@ async fn rows(url: &str, workers: usize) -> f64 {
     ROWS as f64 / begun.elapsed().as_secs_f64()
 }
 
-/// Both in turn, and of each the best.
+/// Runs both in turn, and prints the best figure of each.
 pub(crate) async fn run(url: &str) {
     println!("\nresults a second, durable in PostgreSQL (the best of {ROUNDS})");
     for workers in [4, 16] {

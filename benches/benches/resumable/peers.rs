@@ -1,4 +1,4 @@
-//! Two embedded stores, and the crate that has the same purpose.
+//! Two embedded stores, and a crate with the same purpose.
 
 use std::path::Path;
 
@@ -70,7 +70,7 @@ fn fjall_read(_: &Runtime, dir: &Path, items: u64) {
     assert_eq!(sum, items * (items - 1));
 }
 
-/// It has no room for a result but a count.
+/// It can store no result except a count.
 fn entry(item: u64) -> Entry {
     let (target_id, status) = (item.to_string(), "completed".to_owned());
     Entry { target_id, status, timestamp: 1, findings_count: item as usize * 2 }

@@ -1,8 +1,8 @@
-//! A million results, one after the other, durable a hundred milliseconds later at most: in a checkpoint, and in what else
-//! people put them into.
+//! A million results, one after another, durable a hundred milliseconds later at most: in a checkpoint, and in other
+//! common stores.
 //!
-//! Each peer is used in its fastest way that keeps this promise: it gathers results, and makes them durable together when
-//! the interval is over. A log that can only sync each result is given fewer of them.
+//! Each peer is used in the fastest way that keeps this promise: it gathers results, and makes them durable together
+//! when the interval is over. A log that can only sync each result gets fewer of them.
 
 use std::{
     path::{Path, PathBuf},
@@ -19,7 +19,7 @@ const ROUNDS: usize = 5;
 
 type Recorded = fn(&Runtime, &Path, u64);
 
-/// Which peers there are, how many results each is given, and how it records and reads them.
+/// The peers: how many results each gets, and how it records and reads them.
 fn contestants() -> Vec<(&'static str, u64, Recorded, Recorded)> {
     let all = [
         ("this crate", ITEMS, ours as Recorded, ours as Recorded),
@@ -30,7 +30,7 @@ fn contestants() -> Vec<(&'static str, u64, Recorded, Recorded)> {
     all.into_iter().collect()
 }
 
-/// A second time it reads what the first has recorded.
+/// The second call reads what the first has recorded.
 fn ours(runtime: &Runtime, dir: &Path, items: u64) {
     let builder = ResumableTask::builder("bench").store(FileStore::at(dir.join("ours")));
     let mut run = builder.stream(0..items, |_, x: u64| async move { Ok(x * 2) });
@@ -61,7 +61,8 @@ impl Interval {
     }
 }
 
-/// A transaction an interval, and in it statements of many rows each: a statement a row costs ten times as much.
+/// One transaction for each interval, with statements of many rows each: one statement for each row costs ten times as
+/// much.
 mod sqlite {
     use std::path::Path;
 
@@ -117,7 +118,7 @@ fn size(dir: &Path) -> u64 {
     entries.map(length).sum()
 }
 
-/// All of them in turn, again and again, and of each the median.
+/// Runs all of them in turn, again and again, and prints the median of each.
 pub(crate) fn run(runtime: &Runtime) {
     let contestants = contestants();
     let mut figures = vec![(Vec::new(), Vec::new(), 0); contestants.len()];

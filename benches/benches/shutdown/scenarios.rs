@@ -1,7 +1,7 @@
 //! The end of a process, peer by peer: real signals to a child that runs one worker called `outbox`, and how it ended.
 //!
-//! Each peer is used as its own documentation does, with a deadline of two seconds. `JoinSet`, `JoinMap`, `TaskTracker` and
-//! `async-shutdown` have neither signals nor exit codes of their own: theirs are the usual lines by hand, once for all.
+//! Each peer is used as in its own documentation, with a deadline of two seconds. `JoinSet`, `JoinMap`, `TaskTracker`
+//! and `async-shutdown` handle neither signals nor exit codes: they share the usual handwritten lines.
 #![expect(clippy::print_stderr, reason = "a child speaks to its parent")]
 
 use std::future::pending;
@@ -21,18 +21,18 @@ use tokio_graceful_shutdown::{SubsystemBuilder, SubsystemHandle, Toplevel};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::{JoinMap, TaskTracker};
 
-/// The variable that makes this process a child.
+/// The variable that turns this process into a child.
 const CHILD: &str = "SHUTDOWN_BENCH_CHILD";
 const DEADLINE: Duration = Duration::from_secs(2);
-/// What a bound may be missed by.
+/// How much an end may miss its bound.
 const SLACK: Duration = Duration::from_millis(100);
-/// How long the work goes on that must be stopped, and when a child counts as hanging.
+/// How long work that must be stopped continues, and when a child counts as hanging.
 const STALL: Duration = Duration::from_secs(12);
 const HANGS: Duration = Duration::from_secs(15);
 
 type Run = fn(Runtime, What) -> ExitCode;
 
-/// How each peer runs the worker. Ours brings its runtime itself.
+/// How each peer runs the worker. Ours brings its own runtime.
 const PEERS: [(&str, Run); 6] = [
     ("cancel-safe-shutdown", |_, _| ExitCode::FAILURE),
     ("tokio-graceful-shutdown", graceful),
@@ -46,7 +46,7 @@ const PEERS: [(&str, Run); 6] = [
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum What {
     Drains,
-    /// The same, in a program that takes a moment between its setup and its run.
+    /// The same, in a program with a pause between its setup and its run.
     StartsLate,
     IsDeaf,
     Panics,
@@ -58,7 +58,8 @@ enum What {
 const ALL: [What; 7] =
     [What::Drains, What::StartsLate, What::IsDeaf, What::Panics, What::Fails, What::Blocks, What::Spins];
 
-/// One scenario: what the worker does, on how many threads, the signals and their distance, and what the end must be.
+/// One scenario: what the worker does, on how many threads, the signals and the time between them, and the expected
+/// end.
 struct Scenario {
     title: &'static str,
     what: What,
@@ -68,9 +69,9 @@ struct Scenario {
 }
 
 enum Must {
-    /// Exit 0, and whatever was in hand is done.
+    /// Exit 0, and the work in hand is done.
     Drain,
-    /// Not 0, no later than the deadline, with the name of the worker.
+    /// Not 0, by the deadline, with the name of the worker.
     CutByDeadline,
     /// Not 0, at once.
     EndAtOnce,
@@ -234,7 +235,7 @@ impl Scenario {
     }
 }
 
-/// The lines of the standard error, as they come.
+/// The lines of the standard error as they arrive.
 fn listen(child: &mut Child) -> Receiver<String> {
     let stderr = BufReader::new(child.stderr.take().expect("it is piped"));
     let (send, lines) = channel();
@@ -247,7 +248,7 @@ fn pause(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// The setup is done; the run comes.
+/// The setup is done, and the run is next.
 fn set_up(what: What) {
     if what == What::StartsLate {
         eprintln!("READY");
@@ -255,7 +256,7 @@ fn set_up(what: What) {
     }
 }
 
-/// The worker. What tells it to stop is its peer's.
+/// The worker. `told` is the peer's request to stop.
 async fn work(what: What, told: impl Future<Output = ()>) -> Result<(), std::io::Error> {
     match what {
         What::Panics => panic!("the pipe burst"),
@@ -281,7 +282,7 @@ fn ours(runtime: Builder, what: What) -> ExitCode {
     let app = Application::new("bench").runtime(runtime).shutdown_timeout(DEADLINE).worker("outbox", worker);
     set_up(what);
     if what == What::StartsLate {
-        // A worker that is told before it starts has nothing in hand.
+        // A worker that is told to stop before it starts has nothing in hand.
         eprintln!("DRAINED");
     }
     app.run()
@@ -329,7 +330,7 @@ async fn async_shutdown(what: What) -> ExitCode {
     });
     tokio::spawn(async move {
         let Ok(_delay) = worker.delay_shutdown_token() else { return };
-        // Its end is the end of all, also by a panic.
+        // Its end stops everything, even if it panics.
         let _critical = worker.trigger_shutdown_token(1);
         let stopping = async {
             worker.wait_shutdown_triggered().await;

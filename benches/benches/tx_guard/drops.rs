@@ -1,4 +1,4 @@
-//! How long the locks and the connection of a transaction are not free after it was dropped.
+//! How long the locks and the connection of a dropped transaction stay taken.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Command, Stdio};
@@ -15,10 +15,10 @@ use tokio::time::timeout;
 use crate::measure::{Place, Table, execute, quantile, show};
 
 const BIG_ROWS: i64 = 2_000_000;
-/// How long a statement has run when it is dropped.
+/// How long a statement runs before it is dropped.
 const HEAD_START: Duration = Duration::from_millis(20);
 
-/// A database with a statement that is slow.
+/// A database with a slow statement.
 trait Slow: Backend {
     const SLOW: &'static str;
     async fn execute(conn: &mut Self::Connection, sql: String) -> Result<(), sqlx::Error>;
@@ -46,7 +46,7 @@ impl Slow for Sqlite {
     }
 }
 
-/// Waits for the row and for the only connection, at the same time.
+/// Waits for the row and the only connection at the same time.
 async fn until_free<D: Slow, T>(
     next: impl Future<Output = T>,
     contender: &mut D::Connection,
@@ -100,7 +100,7 @@ async fn plain_pool<D: Slow>(options: &Options<D>, test: bool) -> Pool<D> {
 struct Rows(Table);
 
 impl Rows {
-    /// Values of ours, and one of sqlx as it comes and tuned.
+    /// Adds our values, and one each for default and tuned sqlx.
     fn add(&mut self, what: &str, target: &str, ours: &[Duration], default: String, tuned: String) {
         let quantiles = [0.5, 0.95, 0.99].map(|q| show(quantile(ours, q))).join(" / ");
         self.0.row([what.to_owned(), target.to_owned(), quantiles, default, tuned]);
@@ -113,7 +113,7 @@ async fn sleeping<D: Slow>(rows: &mut Rows, what: &str, target: &str, options: &
     let db = pool_of_one::<D>(options).await;
     let mut contender: D::Connection = options.connect().await.unwrap();
     let times = guarded(&db, &mut contender, &ours, D::SLOW, 100).await;
-    // The two of sqlx wait for ten seconds each, and where they can, at the same time.
+    // The two of sqlx wait for ten seconds each, at the same time if possible.
     let once = async |test: bool, update: String| {
         let pool = plain_pool::<D>(options, test).await;
         let mut contender: D::Connection = options.connect().await.unwrap();
@@ -179,7 +179,7 @@ async fn big_update(rows: &mut Rows, url: &str) {
     big.close().await;
 }
 
-/// Of a lock that somebody else holds for three seconds.
+/// A wait for a lock that another transaction holds for three seconds.
 async fn lock_wait(rows: &mut Rows, place: &Place) {
     let (held, other) = (place.update(1), place.update(2));
     let db = pool_of_one::<Postgres>(&place.options).await;
@@ -251,7 +251,7 @@ async fn idle(rows: &mut Rows, place: &Place) {
     assert!(db.close(Duration::from_secs(10)).await.is_clean());
 }
 
-/// Whose transaction a child holds.
+/// Which kind of transaction a child holds.
 #[derive(Clone, Copy)]
 pub(crate) enum Role {
     Guarded,
@@ -276,7 +276,7 @@ impl Role {
 }
 
 /// The child: runs `url`'s slow statement in a transaction until it is killed. The argument before the row is the SQL's
-/// table, behind a space.
+/// table, after a space.
 pub(crate) async fn hold(role: Role, target: &str, row: i64) {
     let (url, table) = target.split_once(' ').unwrap();
     let update = format!("UPDATE {table} SET v = v + 1 WHERE n = {row}");
@@ -355,8 +355,8 @@ async fn sqlite(rows: &mut Rows) {
     let create = "CREATE TABLE t (n INTEGER PRIMARY KEY, v INTEGER NOT NULL DEFAULT 0); INSERT INTO t (n) VALUES (1)";
     Sqlite::execute(&mut conn, create.to_owned()).await.unwrap();
     let update = "UPDATE t SET v = v + 1 WHERE n = 1";
-    // Others wait for SQLite's lock by asking again at growing intervals, which would be measured instead. Whoever has
-    // the only connection again has the lock as well.
+    // Others wait for SQLite's lock by asking again at growing intervals, which would be measured instead. A caller
+    // that has the only connection again has the lock as well.
     let db = pool_of_one::<Sqlite>(&options).await;
     let mut times = Vec::new();
     for _ in 0..100 {

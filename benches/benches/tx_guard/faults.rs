@@ -1,4 +1,4 @@
-//! The faults of transactions that are dropped, each met by this crate, by sqlx and by the peers in the same way.
+//! The faults of dropped transactions: this crate, sqlx and the peers meet each of them in the same way.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
@@ -10,21 +10,21 @@ use tokio::time::timeout;
 use crate::measure::{Place, Table, execute, show};
 use crate::peers::{BoxError, Contestant, Worked, all, cut};
 
-/// After how many pendings something is dropped: all that there are, in all the crates.
+/// After how many pendings something is dropped: no crate has more.
 const PENDINGS: std::ops::RangeInclusive<u32> = 1..=6;
 const ROUNDS: usize = 4;
-/// How long what was dropped may take to have its effect.
+/// How long a dropped transaction may take to have its effect.
 const SETTLE: Duration = Duration::from_millis(30);
 
-/// How long a lock is waited for that nobody may ever give back.
+/// How long to wait for a lock that may never be released.
 const LONGEST: Duration = Duration::from_secs(14);
 
-/// None if it takes longer than anything here should.
+/// `None` if it takes longer than anything here should.
 async fn patiently<T>(future: impl Future<Output = T>) -> Option<T> {
     timeout(Duration::from_secs(2), future).await.ok()
 }
 
-/// A panic is an error as well.
+/// Turns a panic into an error.
 async fn calmly<T>(work: Worked<T>) -> Result<T, BoxError> {
     AssertUnwindSafe(work).catch_unwind().await.unwrap_or_else(|_| Err("a panic".into()))
 }
@@ -35,7 +35,7 @@ struct Faults {
 }
 
 impl Faults {
-    /// A key that nobody has used.
+    /// An unused key.
     fn key(&mut self) -> i64 {
         self.next += 1;
         self.next
@@ -49,7 +49,7 @@ impl Faults {
         self.place.number(format!("SELECT count(*) FROM {} WHERE n = {n}", self.place.table)).await == 1
     }
 
-    /// New pools of one connection, so that whatever is left on it is met by whoever comes next.
+    /// New pools of one connection, so that the next user meets whatever is left on it.
     async fn contestants(&self) -> Vec<Contestant> {
         all(&self.place, 1).await
     }
@@ -87,7 +87,7 @@ pub(crate) async fn run(url: &str) {
     faults.place.close().await;
 }
 
-/// All at the same time, each on a row of its own.
+/// Runs all at the same time, each on its own row.
 async fn sleeping(faults: &Faults, contestants: &[Contestant]) -> Vec<String> {
     let place = &faults.place;
     let waits = contestants.iter().zip(1..).map(async |(contestant, row)| {
@@ -152,7 +152,7 @@ async fn nested(faults: &mut Faults, commit: bool) -> Vec<String> {
                     }
                     Some(Err(_)) | None => {
                         wrong[index].1 += 1;
-                        // An error that has left something is no better.
+                        // An error that has left something behind is no better.
                         wrong[index].2 += usize::from(there != 0);
                     }
                 }
@@ -201,7 +201,7 @@ async fn commits(faults: &mut Faults) -> Vec<String> {
     cells
 }
 
-/// The future of a transaction is dropped by a thread that knows no runtime.
+/// A thread without a runtime drops the future of a transaction.
 async fn outside(faults: &Faults) -> Vec<String> {
     let mut cells = Vec::new();
     let before = std::panic::take_hook();

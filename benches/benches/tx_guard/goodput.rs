@@ -1,4 +1,4 @@
-//! How many transactions get done by callers who do not wait long, and what they leave behind.
+//! How many transactions impatient callers complete, and what they leave behind.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ const TASKS: i64 = 16;
 const CONNECTIONS: u32 = 8;
 const TIME: Duration = Duration::from_secs(2);
 
-/// How often the contestants take turns where nobody is in a hurry, and how long a turn is.
+/// How often patient contestants take turns, and how long a turn is.
 const TURNS: usize = 7;
 const TURN: Duration = Duration::from_millis(700);
 
@@ -25,7 +25,7 @@ async fn sessions(place: &Place) -> i64 {
 }
 
 async fn goodput(contestant: &Contestant, place: &Place, longest_ms: u64) -> String {
-    // Counted a second late, and so are our own questions.
+    // The count is a second late, also for our own queries.
     let settle = || tokio::time::sleep(Duration::from_millis(1_200));
     settle().await;
     let before = sessions(place).await;
@@ -48,12 +48,12 @@ async fn goodput(contestant: &Contestant, place: &Place, longest_ms: u64) -> Str
     let per_second = done.load(Ordering::Relaxed) as f64 / start.elapsed().as_secs_f64();
     settle().await;
     let leaked = contestant.leaked(place).await;
-    // Less the connections of the questions before and between.
+    // Without the connections of the queries before and in between.
     let sessions = (sessions(place).await - before - 2).max(0);
     format!("{per_second:.0}/s, {sessions} sessions, {leaked} leaked")
 }
 
-/// Transactions a second of callers who wait as long as it takes.
+/// Transactions per second of callers that wait as long as it takes.
 async fn unhurried(contestant: &Contestant, place: &Place) -> f64 {
     let start = Instant::now();
     let mut tasks = JoinSet::new();
@@ -72,7 +72,7 @@ async fn unhurried(contestant: &Contestant, place: &Place) -> f64 {
     done as f64 / start.elapsed().as_secs_f64()
 }
 
-/// In turns, so that what the machine does meanwhile falls on all of them: medians of the rates and of the ratios to tuned
+/// In turns, so that other load on the machine affects all of them: medians of the rates and of the ratios to tuned
 /// sqlx.
 async fn without_deadlines(contestants: &[Contestant], place: &Place) -> Vec<String> {
     let mut rates = vec![Vec::new(); contestants.len()];

@@ -1,5 +1,5 @@
-//! What BEGIN, UPDATE, COMMIT costs in a guard, as a ratio to the same in tuned sqlx. The variants take turns in blocks,
-//! and the ratio is the median of those of the turns, so that what the machine does meanwhile falls on all of them.
+//! The cost of BEGIN, UPDATE, COMMIT in a guard, as a ratio to the same in tuned sqlx. The variants take turns in
+//! blocks, and the ratio is the median over the turns, so that other load on the machine affects all of them.
 
 use std::time::{Duration, Instant};
 
@@ -10,13 +10,13 @@ use sqlx::{AssertSqlSafe, PgPool, Postgres};
 
 use crate::measure::{Place, Table, far_away, quantile};
 
-/// A limit that no transaction here comes near.
+/// A limit that no transaction here approaches.
 const LIMIT: Duration = Duration::from_secs(5);
 
 struct Variant<'a> {
     name: &'static str,
     run: Box<dyn Fn() -> LocalBoxFuture<'a, ()> + 'a>,
-    /// Seconds a transaction, block by block.
+    /// Seconds per transaction, block by block.
     blocks: Vec<f64>,
 }
 

@@ -1,4 +1,4 @@
-//! Tables, quantiles, a table in a database, and a proxy that makes the way to the server longer.
+//! Tables, quantiles, a table in a database, and a proxy that adds latency.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 use sqlx::{AssertSqlSafe, ConnectOptions, Connection, PgConnection};
 
-/// A table for people, which is also one in Markdown.
+/// A readable table, which is also valid Markdown.
 pub(crate) struct Table {
     rows: Vec<Vec<String>>,
 }
@@ -34,7 +34,7 @@ impl Table {
     }
 }
 
-/// The `q`th of so many values.
+/// The `q` quantile of `values`.
 pub(crate) fn quantile<T: Copy + PartialOrd>(values: &[T], q: f64) -> T {
     let mut sorted = values.to_vec();
     sorted.sort_by(|a, b| a.partial_cmp(b).unwrap());
@@ -50,7 +50,7 @@ pub(crate) fn show(time: Duration) -> String {
     }
 }
 
-/// A table in PostgreSQL with so many rows, gone at the end of [`close`](Self::close).
+/// A table in PostgreSQL; [`close`](Self::close) removes it.
 pub(crate) struct Place {
     pub(crate) options: PgConnectOptions,
     pub(crate) url: String,
@@ -98,19 +98,19 @@ impl Place {
     }
 }
 
-/// Runs SQL that has no result.
+/// Runs SQL without a result.
 pub(crate) async fn execute(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
     sqlx::query(AssertSqlSafe(sql)).execute(conn).await.map(drop)
 }
 
-/// The options of the same server, each message to and from which takes so much longer. Threads, because the timers of
-/// the runtime know whole milliseconds only.
+/// Options for the same server, with `one_way` added to each message in either direction. It uses threads, because the
+/// timers of the runtime have a resolution of whole milliseconds.
 #[expect(clippy::disallowed_methods, reason = "these threads execute nothing else")]
 pub(crate) fn far_away(options: &PgConnectOptions, one_way: Duration) -> PgConnectOptions {
     let door = TcpListener::bind("127.0.0.1:0").unwrap();
     let port = door.local_addr().unwrap().port();
     let server = (options.get_host().to_owned(), options.get_port());
-    // One thread notes when something came and the other hands it on later, so that what is sent in a row arrives in a
+    // One thread notes when data arrived and the other passes it on later, so that messages sent in a row arrive in a
     // row, as on a long line.
     let carry = move |mut from: TcpStream, mut to: TcpStream| {
         let (sender, line) = mpsc::channel::<(Instant, Vec<u8>)>();

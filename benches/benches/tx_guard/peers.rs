@@ -1,4 +1,4 @@
-//! The same few things through each crate: a transaction, a statement through the pool, a nested begin that is cut.
+//! The same few operations through each crate: a transaction, a statement through the pool, a nested begin that is cut.
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -14,25 +14,25 @@ use crate::measure::{Place, execute};
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;
 pub(crate) type Worked<T> = BoxFuture<'static, Result<T, BoxError>>;
 
-/// What a crate does, in its own words. Statements go on after an error, as careless callers do.
+/// The operations in a crate's own API. Statements continue after an error, as with careless callers.
 pub(crate) trait Peer: Send + Sync {
-    /// Begins, runs each statement, commits, and says what the commit said.
+    /// Begins, runs each statement, commits, and returns the result of the commit.
     fn work(&self, sql: Vec<String>) -> Worked<()>;
 
     /// Runs a statement through the pool.
     fn through_the_pool(&self, sql: String) -> Worked<()>;
 
-    /// Begins, runs `first`, begins a nested transaction that is dropped after so many pendings, runs `second`, and
+    /// Begins, runs `first`, begins a nested transaction that is dropped after `pendings` pendings, runs `second`, and
     /// commits or rolls back. `false` if the nested one was faster.
     fn nested(&self, first: String, second: String, pendings: u32, commit: bool) -> Worked<bool>;
 
-    /// How the last transaction ended, where that can be asked.
+    /// How the last transaction ended, if the crate can say.
     fn last_outcome(&self) -> Option<BoxFuture<'static, CommitOutcome>> {
         None
     }
 }
 
-/// One contestant: a crate, with a pool of its own.
+/// One contestant: a crate, with its own pool.
 #[derive(Clone)]
 pub(crate) struct Contestant {
     pub(crate) name: &'static str,
@@ -46,7 +46,7 @@ impl Contestant {
         Self { name, peer: Arc::new(peer), application }
     }
 
-    /// How many of its sessions are in a transaction that nobody has.
+    /// How many of its sessions are in an abandoned transaction.
     pub(crate) async fn leaked(&self, place: &Place) -> i64 {
         let sql = format!(
             "SELECT count(*) FROM pg_stat_activity WHERE application_name = '{}' AND xact_start IS NOT NULL",
@@ -56,7 +56,7 @@ impl Contestant {
     }
 }
 
-/// Drops `future` when it has been pending so many times. None if it was dropped.
+/// Drops `future` when it has been pending `pendings` times. `None` if it was dropped.
 pub(crate) async fn cut<T>(future: impl Future<Output = T>, pendings: u32) -> Option<T> {
     let (mut future, mut left) = (pin!(future), pendings);
     std::future::poll_fn(|cx| match future.as_mut().poll(cx) {
@@ -168,7 +168,7 @@ async fn guarded(place: &Place, connections: u32) -> Contestant {
     Contestant::new("tx-guard", application, Guarded { db, last: Arc::default() })
 }
 
-/// The same on a tuned pool of sqlx's.
+/// The same on a tuned sqlx pool.
 pub(crate) async fn wrapped(place: &Place, connections: u32) -> Contestant {
     let application = application();
     let pool = PgPoolOptions::new().max_connections(connections).test_before_acquire(false);
@@ -183,7 +183,7 @@ async fn sqlx(name: &'static str, place: &Place, connections: u32, test: bool) -
     Contestant::new(name, application, pool)
 }
 
-/// This crate, sqlx in its two ways, and the peers, each with a pool of so many connections.
+/// This crate, sqlx in its two variants, and the peers, each with a pool of `connections` connections.
 pub(crate) async fn all(place: &Place, connections: u32) -> Vec<Contestant> {
     let ours = guarded(place, connections).await;
     let plain = sqlx("sqlx", place, connections, true).await;
@@ -196,7 +196,7 @@ pub(crate) async fn all(place: &Place, connections: u32) -> Vec<Contestant> {
 
 #[cfg(feature = "peers")]
 mod others {
-    //! Those that only `cargo xtask bench` compiles.
+    //! The peers that only `cargo xtask bench` compiles.
 
     use diesel::result::Error as DieselError;
     use diesel_async::pooled_connection::AsyncDieselConnectionManager;

@@ -1,4 +1,4 @@
-//! How long the locks are not free of many transactions that are dropped at once, far away from the server.
+//! How long the locks of many transactions stay taken that are dropped at once, far away from the server.
 
 use std::time::Duration;
 
@@ -8,13 +8,13 @@ use sqlx::{MySql, Postgres};
 use crate::measure::{Table, show};
 use crate::storms::{Doing, Report, Stormy, quantile, storm};
 
-/// The share of the way, and what the machine needs beside it.
+/// The time for the round trips, plus the machine's own time.
 fn bar(drops: u32, round_trip: Duration) -> Duration {
     let machine = if drops > 100 { 300 } else { 50 };
     round_trip * 3 + Duration::from_millis(machine)
 }
 
-/// So many storms of a kind, whose times are taken together.
+/// The number of storms of a kind whose times are combined.
 fn times(drops: u32) -> usize {
     if drops > 100 { 3 } else { 10 }
 }
@@ -33,7 +33,7 @@ async fn row<D: Stormy>(table: &mut Table, options: &Options<D>, drops: u32, rou
     }
     let both = |times: &[Duration]| [0.5, 0.99].map(|q| show(quantile(times, q))).join(" / ");
     let what = if doing == Doing::Idle { "idle guards" } else { "drops" };
-    // Of more than a pool remembers for who listens, some are not counted.
+    // A pool keeps a limited number of events for a listener, so some of a larger storm are not counted.
     let at_least = if all.missed > 0 { "≥ " } else { "" };
     table.row([
         format!("{}, {drops} {what}, round trip {} ms", D::TITLE, round_trip.as_millis()),

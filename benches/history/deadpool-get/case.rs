@@ -1,6 +1,6 @@
 //! deadpool's `get`, dropped while it makes an object, again and again: does a pool of two still make one?
 //!
-//! One drop shows nothing: there is another place.
+//! One drop shows nothing, because there is another place.
 
 #[path = "../verdict.rs"]
 mod verdict;
@@ -11,10 +11,10 @@ use std::time::Duration;
 use cancel_safe_testing::Explore;
 use tokio::time::sleep;
 
-/// How many objects a pool has place for.
+/// How many objects a pool has room for.
 pub const PLACES: usize = 2;
 
-/// Makes objects. The first few take a while, as connections do to a server that has just been started.
+/// Makes objects. The first few take a while, like connections to a server that has just been started.
 #[derive(Default)]
 pub struct Maker {
     begun: AtomicUsize,

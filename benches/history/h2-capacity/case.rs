@@ -14,10 +14,10 @@ use http::Request;
 use tokio::io::DuplexStream;
 use tokio::time::timeout;
 
-/// What HTTP/2 grants a connection to start with, and a stream as well.
+/// The initial window that HTTP/2 grants a connection, and also a stream.
 const WINDOW: usize = 65_535;
 
-/// Accepts every stream, and reads nothing of it.
+/// Accepts every stream, and reads nothing from it.
 async fn serve(pipe: DuplexStream) -> Result<(), h2::Error> {
     let mut connection = h2::server::handshake(pipe).await?;
     let mut streams = Vec::new();

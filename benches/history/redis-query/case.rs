@@ -11,7 +11,7 @@ use redis::aio::ConnectionLike;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader, DuplexStream};
 use tokio::sync::Mutex;
 
-/// Explores with a connection of the version at hand: the one of 0.20 is not in 1.0 any more.
+/// Explores with the connection type of the version at hand: 1.0 no longer has the one of 0.20.
 pub fn explore<C: ConnectionLike>(connect: impl AsyncFn(DuplexStream) -> RedisResult<C>) {
     // Not `Shutdown`: the server is a task of the setup.
     let report = Explore::new().paused_time(true).ways([Way::Eager, Way::Settled]).run(

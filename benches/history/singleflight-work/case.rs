@@ -14,14 +14,14 @@ use futures_util::join;
 use tokio::task::JoinHandle;
 use tokio::time::sleep;
 
-/// The group of the version at hand: they differ in types.
+/// The group of the version at hand; the versions differ in types.
 pub trait Flight: Send + Sync + 'static {
     fn work<'a>(&'a self, job: BoxFuture<'a, u32>) -> BoxFuture<'a, u32>;
 }
 
 struct Scene<G> {
     group: Arc<G>,
-    /// The jobs that have been begun and have not ended, and the most there were of them.
+    /// The number of running jobs, and its maximum.
     running: Arc<AtomicUsize>,
     most: Arc<AtomicUsize>,
     others: RefCell<Vec<JoinHandle<u32>>>,

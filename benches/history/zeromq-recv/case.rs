@@ -10,7 +10,7 @@ use tokio::sync::Mutex;
 use tokio::time::{sleep, timeout};
 use zeromq::{RepSocket, ReqSocket, Socket, SocketRecv, SocketSend, ZmqResult};
 
-/// A socket that has sent its request to a server, which takes a moment and gives every request back.
+/// A socket that has sent its request to a server, which waits a moment and returns every request.
 async fn asked() -> ZmqResult<Mutex<ReqSocket>> {
     let mut server = RepSocket::new();
     let address = server.bind("tcp://127.0.0.1:0").await?;

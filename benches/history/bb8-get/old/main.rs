@@ -1,4 +1,4 @@
-//! The pool of 0.6, which opens its connections on a tokio of its own.
+//! The pool of 0.6, which opens its connections on its own version of tokio.
 
 #[path = "../case.rs"]
 mod case;
