@@ -14,7 +14,7 @@ use crate::support::in_full;
 
 const ITEMS: u64 = 4;
 
-/// How often each item was run to its end, over all runs of one checkpoint.
+/// How often each item ran to its end, over all runs of one checkpoint.
 struct Scene {
     path: PathBuf,
     ends: RefCell<[u32; ITEMS as usize]>,
@@ -32,8 +32,8 @@ impl Scene {
     }
 }
 
-/// Drops a computation at every point, starts it again at once, and checks that its results are right and that no item
-/// that had come to its end was run again: what is completed is recorded, however the run ends.
+/// Drops a computation at every point, starts it again at once, and checks that its results are right and that no
+/// completed item ran again: completed items are recorded, however the run ends.
 fn explore(computation: impl AsyncFn(&Scene) -> Result<Vec<u64>, String>) -> Report {
     Explore::new().run(
         async || Scene::new(),
@@ -75,7 +75,7 @@ fn a_dropped_map_goes_on_without_running_anything_twice() {
     explore(computation).publish("resumable", "map").assert_clean();
 }
 
-/// The tutorials' scheme: after every so many items all results are written anew as JSON.
+/// The tutorials' scheme: all results are rewritten as JSON at a fixed interval of items.
 async fn rewritten_json(scene: &Scene) -> Result<Vec<u64>, String> {
     let read = tokio::fs::read(&scene.path).await.unwrap_or_default();
     let mut results: Vec<u64> = serde_json::from_slice(&read).unwrap_or_default();
@@ -110,7 +110,7 @@ async fn run(path: &Path) -> Result<Vec<u64>, TaskError> {
     run.finish().await.map(|_| results)
 }
 
-/// Drops a run in some ways and checks that it goes on to the right results.
+/// Drops a run in some ways and checks that it continues to the right results.
 fn explore_run(ways: &[Way], operation: impl AsyncFn(&Path) -> Result<Vec<u64>, TaskError>) -> Report {
     explore_as(&Explore::new().ways(ways.iter().copied()), operation)
 }
@@ -180,7 +180,7 @@ fn a_dropped_collect_goes_on() {
 
 #[test]
 fn a_run_that_crashed_goes_on() {
-    // A process for each point. What is starved of its budget stops at the points that the other ways visit.
+    // A process for each point. A starved budget stops at the same points that the other ways visit.
     let budgets = if in_full() { 0..4 } else { 0..0 };
     let explore = Explore::new().ways([Way::Crash]).budgets(budgets);
     explore_as(&explore, run).publish("resumable", "Run::next(crash)").assert_clean();

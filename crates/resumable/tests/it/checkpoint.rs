@@ -1,4 +1,4 @@
-//! Checkpoints as others see them.
+//! Checkpoints as other programs see them.
 
 use std::{fs, time::Duration};
 
@@ -30,7 +30,7 @@ fn a_checkpoint_says_what_it_is_of() {
     assert_eq!((counts.read, mixed.sessions(), mixed.torn_bytes()), (Some(6), 1, 0));
     assert_eq!(mixed.len_bytes(), fs::metadata(golden("mixed")).unwrap().len());
     assert_eq!(records(&mixed), [(0, Ok(0)), (2, Err(false)), (3, Err(true)), (4, Ok(40))]);
-    // As often as one likes.
+    // It can be repeated.
     assert_eq!(records(&mixed).len(), 4);
     let raw: Vec<_> = mixed.raw().map(Result::unwrap).collect();
     assert_eq!(raw[3].result, Ok(b"\x28".to_vec()));
@@ -70,7 +70,7 @@ async fn a_file_that_is_not_there_or_damaged_is_an_error() {
 async fn a_live_file_shows_a_prefix_that_grows_and_disturbs_nobody() {
     const ITEMS: u64 = 20_000;
     let (_dir, path) = checkpoint();
-    // The run waits in its middle, and near its end, until that much of it was seen from outside.
+    // The run waits in its middle, and near its end, until this much of it was seen from outside.
     let (go, gate) = tokio::sync::watch::channel(ITEMS / 2);
     let mut run = numbers(&path).checkpoint_every(Duration::from_millis(1)).stream(0..ITEMS, move |_, x| {
         let mut gate = gate.clone();

@@ -18,7 +18,7 @@ fn command() -> Command {
     Command::new(env!("CARGO_BIN_EXE_resumable"))
 }
 
-/// The exit code, what it printed, and what it complained of.
+/// The exit code, the output, and the error output.
 fn resumable(arguments: &[&OsStr]) -> (i32, String, String) {
     let Output { status, stdout, stderr } = command().args(arguments).stdin(Stdio::null()).output().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -29,7 +29,7 @@ fn on(subcommand: &str, path: &Path) -> (i32, String, String) {
     resumable(&[OsStr::new(subcommand), path.as_os_str()])
 }
 
-/// The value behind a name in the output of `inspect`.
+/// The value after a name in the output of `inspect`.
 fn shown(output: &str, name: &str) -> String {
     let line = output.lines().find_map(|line| line.strip_prefix(name));
     line.unwrap_or_else(|| panic!("no {name} in {output}")).trim().to_owned()
@@ -126,7 +126,7 @@ async fn a_damaged_file_is_named_with_the_place_and_what_to_do() {
     }
     assert_eq!(fs::read(&path).unwrap(), bytes, "it was only read");
 
-    // Several files: each is told, and the first failure is the exit code.
+    // Several files: each is reported, and the first failure gives the exit code.
     let whole = path.with_extension("whole");
     fs::write(&whole, &good).unwrap();
     let (code, out, err) = resumable(&[OsStr::new("verify"), whole.as_os_str(), path.as_os_str(), whole.as_os_str()]);

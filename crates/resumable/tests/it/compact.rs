@@ -1,4 +1,4 @@
-//! Files that hold mostly what does not count any more.
+//! Files that hold mostly obsolete records.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 
 use crate::support::{PATIENCE, checkpoint, complete, numbers};
 
-/// Gives every item the result `generation` × 1000 + its number, and says how many had an older one.
+/// Gives every item the result `generation` × 1000 + its number; returns how many had an older result.
 async fn refresh(path: &Path, generation: u64, n: u64) -> Result<usize, TaskError> {
     let builder = numbers(path).concurrency(8).revalidate(move |_, result| *result >= generation * 1000);
     let run = builder.stream(0..n, move |_, x| async move { Ok(generation * 1000 + x) });
@@ -48,7 +48,7 @@ async fn a_file_of_one_item_a_block_is_compacted_when_it_is_complete() {
 #[tokio::test]
 async fn what_a_killed_run_left_is_compacted_when_it_is_opened_and_goes_on() {
     let (_dir, path) = checkpoint();
-    // An item that fails again and again: the run ends with hardly more than its failures recorded.
+    // An item that fails again and again: the run ends with little more than its failures recorded.
     let failing = |attempts| {
         let retry = Retry::attempts(attempts).backoff(Duration::ZERO, Duration::ZERO);
         ResumableTask::builder("numbers").store(FileStore::at(&path).wait(PATIENCE)).retry(retry).concurrency(8)
@@ -151,7 +151,7 @@ async fn what_a_killed_compaction_left_is_swept_beside_the_file_and_not_beside_a
     leave();
     FileStore::at(&path).compact().unwrap();
     assert!(left(dir.path()).exists() && !left(&elsewhere).exists(), "on demand");
-    // Every other generation or so makes it worth it when the run is complete.
+    // About every other generation makes a compaction worth it when the run is complete.
     leave();
     for generation in 2..6 {
         refresh(&path, generation, 1000).await.unwrap();

@@ -18,8 +18,8 @@ const ITEMS: u64 = 2000;
 const WORKER: &str = "crash::child_that_is_killed";
 const REFRESHER: &str = "crash::child_that_refreshes";
 
-/// The result of an item: text that occurs once in the file for each time it was recorded. Long enough not to occur among
-/// the file's digests by chance, as one of three bytes does now and then.
+/// The result of an item: text that occurs in the file once for each time it was recorded. It is long enough not to
+/// occur among the file's digests by chance, as three bytes occasionally do.
 fn result_of(x: u64) -> String {
     format!("<result {x:04}>")
 }
@@ -53,9 +53,9 @@ const PARALLEL: &str = "RESUMABLE_CRASH_PARALLEL";
 /// How the items of a child run.
 #[derive(Clone, Copy)]
 enum Items {
-    /// In its task, so many at once.
+    /// In its task, this many at once.
     Concurrent(usize),
-    /// In tasks of their own.
+    /// In separate tasks.
     Parallel(usize),
 }
 
@@ -73,7 +73,7 @@ fn spawn(child: &str, path: &Path, items: Items) -> Child {
         }
     };
     command
-        // What a panic says is not held back.
+        // A panic's message is shown at once.
         .args([child, "--exact", "--nocapture"])
         .env(CHECKPOINT, path)
         .env(CONCURRENCY, concurrency.to_string())
@@ -199,12 +199,12 @@ async fn of_many_first_starters_one_creates_the_checkpoint() {
         cut_torn_tail(&path).await;
         let twice: Vec<_> = occurrences(&path).into_iter().enumerate().filter(|(_, count)| *count > 1).collect();
         assert!(twice.is_empty(), "recorded more than once: {twice:?}");
-        // What the killed one may have left beside it is swept by the next that creates a checkpoint here.
+        // The next run that creates a checkpoint here removes any remains of the killed one.
         assert!(std::fs::read_dir(dir.path()).unwrap().count() <= 2);
     }
 }
 
-/// What a generation has for an item.
+/// The result of a generation for an item.
 fn refreshed(generation: u64, x: u64) -> String {
     format!("{generation}:{x}")
 }
@@ -230,8 +230,8 @@ async fn child_that_refreshes() {
     }
 }
 
-/// Kills runs that refresh and compact one checkpoint, and checks after each that every item has a result that is not
-/// older than what was there. Returns how many were killed while they wrote a new file.
+/// Kills runs that refresh and compact one checkpoint, and checks after each that every item has a result that is no
+/// older than before. Returns how many were killed while they wrote a new file.
 #[expect(clippy::print_stdout, reason = "a failed test shows its seed")]
 async fn survive_compaction(starters: usize, rounds: usize, seed: u64) -> usize {
     println!("seed {seed}");
@@ -288,11 +288,11 @@ async fn child_that_compacts() {
     FileStore::at(path).compact().unwrap();
 }
 
-/// The broken twin: makes a compacted copy and writes that over the file; does nothing in the test run itself.
+/// The broken twin: makes a compacted copy and writes it over the file; does nothing in the test run itself.
 #[tokio::test]
 async fn child_that_compacts_in_place() {
     let Some(path) = std::env::var_os(CHECKPOINT) else { return };
-    // In a directory of its own, so that nothing is to be seen of it.
+    // In its own directory, so that nothing of it is visible.
     let aside = Path::new(&path).with_extension("aside");
     std::fs::create_dir(&aside).unwrap();
     let aside = aside.join("job.ckpt");
@@ -304,17 +304,17 @@ async fn child_that_compacts_in_place() {
     std::future::pending::<()>().await;
 }
 
-/// Where a kill fell, and what it left.
+/// Where a kill hit, and what it left.
 #[derive(Debug, PartialEq)]
 enum Left {
-    /// The old file, with a new one beside it that had been begun.
+    /// The old file, with an incomplete new one beside it.
     OldInside,
     Old,
     New,
 }
 
-/// Lets a child compact a file that holds every result twice, kills it as soon as there is something to be seen of it,
-/// and looks at what is left: the old file, byte by byte, or a new one with every result in its newer form.
+/// Lets a child compact a file that holds every result twice, kills the child as soon as its work is visible, and
+/// checks what is left: the old file, byte by byte, or a new one with the newer version of every result.
 async fn kill_a_compaction(old: &Path, mut spawn: impl FnMut(&Path) -> Child) -> Result<Left, String> {
     let (dir, path) = checkpoint();
     let length = std::fs::copy(old, &path).unwrap();
@@ -351,7 +351,7 @@ async fn twice(path: &Path) {
     assert!(read.len_bytes() > read.live_bytes() * 3 / 2, "there is something to compact");
 }
 
-/// Kills compactions until so many kills fell inside one, and after each the old file or the new one stood.
+/// Kills compactions until `wanted` kills hit inside one; after each kill there must be the old file or the new one.
 async fn survive_kills_inside(wanted: usize, mut spawn: impl FnMut(&Path) -> Child) -> usize {
     let (_dir, old) = checkpoint();
     twice(&old).await;

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::{PATIENCE, checkpoint, complete, double, eventually, not_run, numbers, restored};
 
-/// What a run says of the file.
+/// The error of a run about the file.
 async fn refusal(path: &Path) -> TaskError {
     let before = fs::read(path).unwrap();
     let error = complete(path, 100).await.unwrap_err();
@@ -37,7 +37,7 @@ async fn a_second_run_gets_busy_while_the_first_lives_and_the_file_after() {
     let error = hasty().finish().await.unwrap_err();
     assert!(error.is_busy() && started.elapsed() >= wait);
     assert!(matches!(&error, TaskError::Busy { path: named } if *named == path), "{error}");
-    // A successor does not wait for the end of the interval of one that was dropped, only for its last sync.
+    // A successor does not wait for the interval of a dropped run to end, only for its last sync.
     drop(first);
     assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
 }
@@ -64,7 +64,8 @@ async fn a_run_that_was_dropped_while_it_opened_lets_the_file_go() {
     let (_dir, path) = checkpoint();
     for _ in 0..20 {
         let mut run = numbers(&path).stream(0..100, |_, x| double(x));
-        // Nearly always still opening; on a busy machine the file may be open by now, which must be right as well.
+        // It is nearly always still opening the file; on a busy machine the file may be open by now, which must work as
+        // well.
         drop(futures_util::poll!(run.next()));
     }
     assert_eq!(complete(&path, 100).await.unwrap().len(), 100);
@@ -111,7 +112,7 @@ async fn a_block_that_is_lost_or_comes_back_is_refused() {
     let bounds = blocks(&whole);
     for block in bounds.windows(2) {
         let ((start, _), (end, _)) = (block[0], block[1]);
-        // The last block is the seal: a file that is short by its end is one of a killed run.
+        // The last block is the seal: a file without it looks like the file of a killed run.
         if end < whole.len() {
             fs::write(&path, [&whole[..start], &whole[end..]].concat()).unwrap();
             let lost = refusal(&path).await;
@@ -230,7 +231,7 @@ async fn a_symlink_leads_to_the_checkpoint_also_before_there_is_one() {
     }
 }
 
-/// Hurts the checkpoint of a run that works, and returns what the run and its later items say.
+/// Damages the checkpoint of a working run, and returns the error of the run and its later items.
 async fn hurt_while_running(hurt: impl FnOnce(&Path)) -> TaskError {
     let (_dir, path) = checkpoint();
     let (go, gate) = tokio::sync::watch::channel(0);
@@ -247,7 +248,7 @@ async fn hurt_while_running(hurt: impl FnOnce(&Path)) -> TaskError {
         run.next().await.unwrap();
     }
     hurt(&path);
-    // Later items never end the run: it must end by itself, also if not one of them is finished.
+    // Later items never end the run: it must end by itself, even if none of them is finished.
     tokio::time::timeout(PATIENCE, run.finish()).await.expect("the run ends").unwrap_err()
 }
 
@@ -314,9 +315,9 @@ async fn child_that_changes_its_directory() {
         let builder = builder.revalidate(move |_, result| *result >= generation * 1000);
         let mut run = builder.stream(0..1000, move |_, x| async move { Ok(generation * 1000 + x) });
         run.next().await.unwrap();
-        // There is a file of this name there too, and it is not ours.
+        // There is another file with this name, which is not ours.
         go_to("away");
-        // Longer than an idle run goes without a look, and with a sync before and after.
+        // Longer than an idle run goes without a check, and with a sync before and after.
         tokio::time::sleep(Duration::from_millis(1200)).await;
         assert_eq!(run.finish().await.unwrap().completed, 1000);
     }
@@ -337,13 +338,13 @@ async fn a_process_that_changes_its_directory_keeps_its_checkpoint() {
         .unwrap();
     assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
     assert_eq!(fs::read_to_string(&away).unwrap(), "of somebody");
-    // The third generation was compacted away from its two elders, in its own directory.
+    // The third generation was compacted, without the two older ones, in its own directory.
     let read = Checkpoint::<u64>::read(&home).unwrap();
     assert!(read.is_sealed() && read.counts().results == 1000 && read.len_bytes() <= 2 * read.live_bytes());
     assert!(read.records().all(|done| done.is_ok_and(|done| done.result == Ok(3000 + done.index as u64))));
 }
 
-/// Which field the run of another computation is refused for.
+/// The field because of which the run of another computation is refused.
 async fn mismatch<R>(path: &Path, change: impl FnOnce(Job<R>) -> Job<R>, result: R) -> &'static str
 where
     R: serde::Serialize + serde::de::DeserializeOwned + Clone + Send + Sync + 'static,
@@ -438,7 +439,7 @@ async fn a_complete_checkpoint_can_be_read_where_nothing_can_be_written() {
     assert!(remounted.status.success());
     let all = complete(&whole, 10).await.unwrap();
     assert!(all.len() == 10 && all.iter().all(|done| done.restored));
-    // What is left to do cannot be recorded, and so it is not begun.
+    // The rest cannot be recorded, so it is not begun.
     let more = numbers(&whole).stream(0..11, |_, _| async { unreachable!() }).finish().await.unwrap_err();
     assert!(matches!(&more, TaskError::Io(error) if error.kind() == ErrorKind::ReadOnlyFilesystem), "{more}");
     let rest = numbers(&part).stream(0..10, |_, _| async { unreachable!() }).finish().await.unwrap_err();
@@ -468,7 +469,8 @@ async fn a_full_disk_ends_the_run_and_a_larger_one_goes_on() {
     let store = || FileStore::at(&path).wait(PATIENCE).wait_for_room(Duration::ZERO);
     let job = || ResumableTask::builder("big").store(store()).concurrency(4);
     let work = |_, x: u64| async move { Ok(format!("{x:01000}")) };
-    // On a machine that is slow, all that fits may be written at once, and be torn as a whole: something is there before.
+    // On a slow machine, everything that fits may be written at once and be torn as a whole, so something is written
+    // before.
     assert_eq!(job().stream(0..10u64, work).finish().await.unwrap().completed, 10);
     match job().stream(0..3000u64, work).finish().await.unwrap_err() {
         TaskError::Io(error) => assert_eq!(error.kind(), ErrorKind::StorageFull, "{error}"),
@@ -517,7 +519,7 @@ async fn a_run_on_a_full_disk_pauses_until_there_is_room() {
     eventually("the run pauses", || pause().is_some()).await;
     assert_eq!(pause().unwrap().reason(), "the disk of the checkpoint is full");
     let (before, until) = (started.load(Ordering::Relaxed), pause().unwrap().until);
-    // What fits is whole, and readable by all.
+    // The part that fits is whole and readable.
     eventually("the part that did not fit is cut off", || {
         Checkpoint::<String>::read(&path).is_ok_and(|read| read.torn_bytes() == 0)
     })
@@ -602,7 +604,7 @@ async fn a_failed_sync_ends_the_run_at_once() {
 
 const CREATED: &str = "RESUMABLE_CREATED";
 
-/// Goes on with a file in a child that is watched; does nothing in the test run itself.
+/// Continues with a file in a watched child; does nothing in the test run itself.
 #[tokio::test]
 async fn child_that_goes_on() {
     let Some(path) = std::env::var_os(CREATED) else { return };

@@ -1,4 +1,4 @@
-//! Worker processes: killed, frozen, and with a server that crashes. And the example `fleet`, which does all of it.
+//! Worker processes: killed, frozen, and with a crashing server. And the example `fleet`, which does all of that.
 
 #[expect(dead_code, reason = "its `main` is for the command line")]
 #[path = "../../examples/fleet/main.rs"]
@@ -82,7 +82,7 @@ async fn a_process_stopped_past_its_lease_and_continued_is_fenced() {
         assert!(tries < 5000, "the child does not work");
     }
     signal("-STOP");
-    // The successor has its name, as one that was started again.
+    // The successor has its name, like a worker that was started again.
     let others = work(numbers(world.store().owner("child")), 30).await;
     signal("-CONT");
     let status = child.wait().unwrap();
@@ -99,7 +99,7 @@ async fn a_server_that_crashes_in_the_middle_has_each_range_exactly_once() {
     crash_in_the_middle(cluster, &url).await;
 }
 
-/// The pooler stays, its sessions are gone, and the workers hear of it in its words.
+/// The pooler stays, its sessions are gone, and the workers get the pooler's errors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_crashes_behind_a_pooler_has_each_range_exactly_once() {
     let cluster = Cluster::start().unwrap();
@@ -110,11 +110,11 @@ async fn a_server_that_crashes_behind_a_pooler_has_each_range_exactly_once() {
     crash_in_the_middle(cluster, &pooler.url()).await;
 }
 
-/// Crashes the server at even shares of the work, of workers that reach it at `url`.
+/// Crashes the server after equal shares of the work. The workers reach it at `url`.
 async fn crash_in_the_middle(mut cluster: Cluster, url: &str) {
     let world = World::behind(&cluster.url()).await;
     let (items, crashes) = if in_full() { (20_000, 10) } else { (1_200, 2) };
-    // Later items wait for the crash that is next, so that there is work left at each, however fast the machine is.
+    // Later items wait for the next crash, so that there is work left at each crash, however fast the machine is.
     let allowed = Arc::new(AtomicU64::new(0));
     let workers: Vec<_> = (0..4)
         .map(|_| {
@@ -162,7 +162,7 @@ async fn crash_in_the_middle(mut cluster: Cluster, url: &str) {
     for worker in join_all(workers).await {
         assert_eq!(worker.unwrap().unwrap().total as u64, items);
     }
-    // Each block is checked, and a result that is there twice is an error.
+    // Each block is checked, and a doubled result is an error.
     assert_complete(&world.store(), items).await;
     world.end().await;
 }

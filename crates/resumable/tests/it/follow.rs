@@ -17,14 +17,14 @@ use crate::support::{PATIENCE, checkpoint, complete, eventually, not_run, number
 
 const ITEMS: u64 = 40;
 
-/// The command, and the lines that it has said.
+/// The command, and the lines that it has printed.
 struct Follower {
     child: Child,
     lines: mpsc::Receiver<String>,
 }
 
 impl Follower {
-    /// Looks a hundred times a second.
+    /// Checks a hundred times a second.
     fn of(path: &Path) -> Self {
         let mut command = Command::new(env!("CARGO_BIN_EXE_resumable"));
         command.args(["follow", "--every", "0.01", "--total", &ITEMS.to_string()]).arg(path);
@@ -37,7 +37,7 @@ impl Follower {
         Self { child, lines }
     }
 
-    /// Waits until it says that so many items are done.
+    /// Waits until it says that `done` items are done.
     fn says(&self, done: usize) {
         let wanted = format!("numbers: {done} of {ITEMS} items");
         let mut said = Vec::new();
@@ -50,7 +50,7 @@ impl Follower {
         panic!("it never said {wanted:?}, but {said:#?}");
     }
 
-    /// Waits for its end and returns the exit code, the last line and what it complained of.
+    /// Waits for its end and returns the exit code, the last line and the error output.
     fn end(self) -> (i32, String, String) {
         let output = self.child.wait_with_output().unwrap();
         let last = self.lines.iter().last().unwrap_or_default();
@@ -66,7 +66,7 @@ impl Follower {
     }
 }
 
-/// Finishes the items below `n` of all, and ends as a run that was cancelled.
+/// Finishes the items below `n`, and ends like a cancelled run.
 async fn complete_some(path: &Path, n: u64) {
     let token = CancellationToken::new();
     let builder = numbers(path).checkpoint_every(Duration::from_millis(1)).cancel(token.clone());
@@ -141,7 +141,7 @@ async fn a_file_in_the_place_of_another_is_followed_from_its_beginning() {
     complete_some(&path, 30).await;
     let mut follower = Follower::of(&path);
     follower.says(30);
-    // Another file, made aside and put in its place: it has come less far.
+    // Another file, with less progress, created elsewhere and moved into its place.
     let aside = path.with_extension("aside");
     complete_some(&aside, 10).await;
     fs::rename(&aside, &path).unwrap();
@@ -152,7 +152,8 @@ async fn a_file_in_the_place_of_another_is_followed_from_its_beginning() {
     assert_eq!((code, error.lines().count()), (3, 1), "it does not come back: {error}");
 }
 
-/// What a look may meet while a successor cuts a torn tail off and writes on: bytes of before, and behind them later ones.
+/// What a check may find while a successor cuts off a torn tail and continues writing: old bytes, followed by later
+/// ones.
 #[tokio::test]
 async fn damage_that_is_gone_at_the_next_look_is_none_and_damage_that_stays_is_told() {
     let (_dir, path) = checkpoint();
@@ -162,7 +163,7 @@ async fn damage_that_is_gone_at_the_next_look_is_none_and_damage_that_stays_is_t
     follower.says(10);
     complete_some(&path, 30).await;
     follower.says(30);
-    // Cut and written on, be it between two looks, after which the follower stands in the middle of a block.
+    // The file is cut and extended between two checks, and then the follower is in the middle of a block.
     cut(&path, good);
     complete_some(&path, 39).await;
     follower.says(39);
@@ -176,7 +177,7 @@ async fn damage_that_is_gone_at_the_next_look_is_none_and_damage_that_stays_is_t
     assert!(code == 1 && error.contains("damaged at byte"), "{code} {error}");
 }
 
-/// A read that finds less than there was: the file was cut while it was read.
+/// A read that finds less than before: the file was cut during the read.
 #[tokio::test]
 async fn a_look_at_a_file_that_is_cut_while_it_is_read_is_made_again() {
     let (_dir, path) = checkpoint();
@@ -197,7 +198,7 @@ async fn a_look_at_a_file_that_is_cut_while_it_is_read_is_made_again() {
         let said = String::from_utf8(output.stdout).unwrap();
         assert!(output.status.success() && said.ends_with("complete\n"), "read {read}: {said} {:?}", output.stderr);
     }
-    // Each of those reads is one: a command that looks once fails of it.
+    // Each of these reads is such a read: a command that checks only once fails because of it.
     let output = Command::new("strace")
         .args(["-f", "-qq", "-o", "/dev/null", "-e", "trace=pread64", "-e", "inject=pread64:retval=0", "-P"])
         .arg(&path)

@@ -1,4 +1,4 @@
-//! Files that format 1 left behind go on for ever.
+//! Files of format 1 can be continued for ever.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 
 use crate::support::checkpoint;
 
-/// A copy of a golden file, to go on with.
+/// A copy of a golden file to continue.
 fn golden(name: &str) -> (tempfile::TempDir, PathBuf) {
     let (dir, path) = checkpoint();
     let file = format!("{}/tests/golden/format-1-{name}.ckpt", env!("CARGO_MANIFEST_DIR"));
@@ -15,7 +15,7 @@ fn golden(name: &str) -> (tempfile::TempDir, PathBuf) {
     (dir, path)
 }
 
-/// Runs the numbers below `n` to their tenfold, and says of each whether it was restored, and what came out.
+/// Multiplies the numbers below `n` by ten; returns for each whether it was restored, and the result.
 async fn go_on(path: &PathBuf, n: u64, by_key: bool) -> Result<Vec<(bool, Result<u64, String>)>, TaskError> {
     let builder = ResumableTask::<u64>::builder::<u64>("golden").version("v1").store(FileStore::at(path)).ordered();
     let builder = if by_key { builder.key(u64::to_string) } else { builder };

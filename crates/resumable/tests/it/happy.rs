@@ -134,7 +134,7 @@ fn a_runtime_without_a_time_driver_is_an_error_and_no_panic() {
     };
     let error = finish(numbers(&path).retry(Retry::attempts(2)));
     assert!(matches!(error, TaskError::Config(_)) && !path.exists(), "{error}");
-    // Only an item knows that it will want to wait.
+    // Only an item itself knows that it will wait.
     let error = finish(numbers(&path));
     assert!(matches!(error, TaskError::Config(_)), "{error}");
     let summary = runtime.block_on(numbers(&path).stream(0..3, |_, x| double(x)).finish()).unwrap();
@@ -283,7 +283,7 @@ async fn the_rate_and_the_eta_are_those_of_this_session() {
     for _ in 0..95 {
         second.next().await.unwrap();
     }
-    // The next poll publishes what it sees before it waits for the item after.
+    // The next poll publishes its state before it waits for the next item.
     assert!(futures_util::poll!(second.next()).is_pending());
     let seen = *progress.borrow();
     assert_eq!((seen.done, seen.restored, seen.failed, seen.total), (95, 90, 0, 100));
@@ -293,7 +293,7 @@ async fn the_rate_and_the_eta_are_those_of_this_session() {
     assert!((seen.percent() - 95.0).abs() < 1e-9);
 }
 
-/// They take no turn of the runtime each, and still not all of its time.
+/// They do not need a turn of the runtime each, but they do not take all of its time either.
 #[tokio::test]
 async fn while_a_run_restores_others_run_and_a_token_ends_it() {
     const MANY: u64 = 50_000;

@@ -1,4 +1,4 @@
-//! Inputs that differ from those of the run before.
+//! Inputs that differ from those of the previous run.
 
 use std::path::Path;
 
@@ -13,7 +13,7 @@ async fn process(path: &Path, items: Vec<u64>) -> Result<Vec<u64>, TaskError> {
     ResumableTask::new(items, path.to_owned(), CancellationToken::new()).process(|x| async move { x * 2 }).await
 }
 
-/// The position that the run with changed items is refused at.
+/// The position at which the run with changed items is refused.
 async fn mismatch(path: &Path, items: Vec<u64>) -> usize {
     let before = std::fs::read(path).unwrap();
     let error = process(path, items).await.unwrap_err();
@@ -98,7 +98,7 @@ async fn keys_find_their_results_wherever_the_items_went() {
     let seen: Vec<_> = all.iter().map(|done| (done.key.as_deref().unwrap(), done.restored)).collect();
     assert_eq!(seen, [("new", false), ("d", true), ("b", true), ("", false), ("a", true)]);
     assert_eq!(all[1].result, Ok("D".to_owned()));
-    // What was removed from the input is still known if it comes back.
+    // An item that was removed from the input is still known if it comes back.
     let all = words(&path, &named(&["c"])).await.unwrap();
     assert!(all[0].restored);
 }

@@ -106,7 +106,7 @@ async fn attempts_count_across_a_restart_unless_each_run_has_its_own_and_the_ide
         let done = run(9).next().await.unwrap();
         assert_eq!(done.attempts, 4);
         let seen = seen.lock().unwrap();
-        // The third attempt was cut by the drop: it had not failed, so it does not count in any case.
+        // The drop cut the third attempt: it had not failed, so it never counts.
         assert_eq!(seen.iter().map(|(attempt, _)| *attempt).collect::<Vec<_>>(), expected);
         assert!(seen.iter().all(|(_, key)| *key == seen[0].1 && key.len() == 32));
     }
@@ -370,7 +370,7 @@ async fn an_item_of_unknown_end_is_never_started_twice_in_silence() {
     assert_eq!(all.len(), 40);
     assert!(starts.lock().unwrap().iter().all(|starts| *starts <= 1), "{starts:?}");
     second.finish().await.unwrap();
-    // Asked for by name, it runs again.
+    // On request it runs again.
     let summary = builder().retry_quarantined(true).stream(0..40, run(false)).finish().await.unwrap();
     assert_eq!((summary.completed, summary.quarantined), (uncertain.len(), 0));
 }
@@ -387,7 +387,7 @@ async fn items_whose_intent_was_not_yet_durable_are_not_uncertain_after_a_drop()
         starter.fetch_add(1, Ordering::Relaxed);
         std::future::pending()
     });
-    // Dropped in the very poll that has announced all of them: the sync takes longer than that.
+    // Dropped in the very poll that has announced all of them, because the sync takes longer.
     while read.load(Ordering::Relaxed) < 8 {
         assert!(futures_util::poll!(run.next()).is_pending());
         tokio::task::yield_now().await;

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::{PATIENCE, checkpoint, double, eventually, numbers, restored};
 
-/// Counts those that are there, however they leave.
+/// Counts the living items, however they end.
 struct Alive(Arc<AtomicUsize>);
 
 impl Alive {
@@ -78,7 +78,7 @@ async fn the_checkpoint_stays_locked_until_the_last_task_of_a_dropped_run_has_en
         let (entered, blocked) = (Arc::clone(&entered), Arc::clone(&blocked));
         async move {
             let _alive = Alive::enter(&entered);
-            // One computes and reaches no await; the others wait for it, or for ever.
+            // One item computes without an await; the others wait for it, or for ever.
             if let Ok(blocked) = blocked.try_lock() {
                 assert!(blocked.recv().is_err());
             }

@@ -17,7 +17,7 @@ use crate::support::{checkpoint, numbers};
 const HOUR: Duration = Duration::from_secs(3600);
 const MINUTE: Duration = Duration::from_secs(60);
 
-/// A service that answers a hundred calls and then says for an hour that it will not.
+/// A service that answers a hundred calls and then refuses for an hour.
 #[derive(Clone)]
 struct Quota {
     calls: Arc<AtomicUsize>,
@@ -54,7 +54,7 @@ async fn a_pause_costs_one_call_each_time_whatever_the_concurrency() {
         let all = all(builder.stream(0..5000, move |cx, x| service.clone().call(cx, x))).await;
         assert!(all.iter().all(|done| done.result == Ok(done.index as u64)) && all.len() == 5000);
         let calls = quota.calls.load(Ordering::Relaxed);
-        // Those that ran when the quota was used up, and one a minute.
+        // The calls that ran when the quota was used up, and one a minute.
         assert!(calls <= 5000 + concurrency + 61, "{calls} calls at {concurrency} at once");
     }
 }
@@ -76,7 +76,7 @@ async fn items_that_all_defer_themselves_do_not_all_ask_again() {
 async fn items_of_which_some_defer_themselves_hold_up_no_others() {
     let (_dir, path) = checkpoint();
     let begun = Instant::now();
-    // One host is down and says so at once; the others take their time.
+    // One host is down and fails at once; the others take their time.
     let mut run = numbers(&path).concurrency(8).max_ahead(10_000).stream(0..1000, move |_, x| async move {
         if x % 2 == 0 && begun.elapsed() < HOUR {
             return Err(ItemError::defer(HOUR, "down"));
@@ -101,7 +101,7 @@ async fn while_a_run_is_paused_nothing_starts_and_the_progress_says_why() {
         seen.lock().unwrap().push(begun.elapsed());
         async move {
             sleep(Duration::from_secs(1)).await;
-            // The third says a later time than the second, which comes after it.
+            // The third names a later time than the second, which comes after it.
             match (x, begun.elapsed() < MINUTE) {
                 (2, true) => Err(ItemError::pause(begun + HOUR).because("the quota of today is used up")),
                 (3, true) => Err(ItemError::pause(MINUTE).because("slower")),
@@ -142,7 +142,7 @@ async fn an_announced_item_that_pauses_is_not_uncertain_afterwards() {
     }
     drop(run);
     let all = all(builder().stream(0..4, |_, x| async move { Ok(x) })).await;
-    // The one beside it had been started, and how it ended was not seen.
+    // Its neighbour had been started, and its end was not seen.
     let uncertain = all.iter().filter(|done| done.result.is_err()).count();
     assert!(uncertain <= 1 && all.len() == 4, "{all:?}");
 }

@@ -39,7 +39,7 @@ async fn a_complete_job_runs_nothing_again() {
     let run = numbers(world.store()).stream(0..25, |_, _| async { Err(ItemError::permanent("it ran again")) });
     let summary = run.finish().await.unwrap();
     assert_eq!((summary.total, summary.completed, summary.restored, summary.quarantined), (25, 0, 25, 0));
-    // The job of no items is complete as soon as it is there.
+    // A job without items is complete as soon as it exists.
     let none = ResumableTask::builder("none").store(world.store()).stream(0..0, |_, x: u64| async move { Ok(x) });
     assert_eq!(none.finish().await.unwrap().total, 0);
     assert!(recorded(&world.store(), "none").await.unwrap().is_empty());
@@ -72,7 +72,7 @@ async fn a_worker_with_another_version_or_input_is_refused_and_changes_nothing()
     let other = numbers(world.store()).key(|x| x.to_string());
     let error = work(other, 35).await.unwrap_err();
     assert!(matches!(&error, TaskError::VersionMismatch { field: "identity", .. }), "{error}");
-    // An item that differs, one too many, one too few: each at the range that begins before it.
+    // A different item, one too many, one too few: each is reported at the range that begins before it.
     for (input, range) in [
         ((0..35).map(|x| if x == 27 { 99 } else { x }).collect::<Vec<u64>>(), 20),
         ((0..36).collect(), 30),
@@ -137,7 +137,7 @@ fn without_a_runtime_or_its_clock_a_job_is_refused_and_nothing_panics() {
     });
 }
 
-/// What is recorded of a range that is not finished waits for ever, and the rest does not.
+/// The records of an unfinished range wait for ever, and the rest does not.
 #[tokio::test]
 async fn the_longest_checkpoint_interval_is_one_for_ever() {
     let world = World::new().await;
@@ -164,7 +164,7 @@ async fn somebody_elses_schema_and_a_newer_version_are_refused_untouched() {
     assert!(matches!(error, TaskError::Config(_)), "{error}");
     assert_eq!(world.number("SELECT count(*) FROM pg_tables WHERE schemaname = '{s}'").await, 1);
     world.run("DROP TABLE {s}.theirs").await;
-    // An empty one may have been made for us, by somebody who may make schemas.
+    // An administrator may have created an empty one for us.
     work(numbers(world.store()), 5).await.unwrap();
     world.run("UPDATE {s}.schema_version SET version = 2").await;
     let error = work(numbers(world.store()), 5).await.unwrap_err();
@@ -185,7 +185,7 @@ async fn a_name_of_a_schema_is_no_sql() {
     world.end().await;
 }
 
-/// The lease would last for an hour: whoever takes over has been given the range back.
+/// The lease would last for an hour: a worker that takes over earlier got a returned range.
 #[tokio::test]
 async fn a_dropped_run_records_what_it_had_and_gives_its_ranges_back_at_once() {
     let world = World::new().await;
@@ -311,7 +311,7 @@ async fn a_block_that_is_missing_damaged_or_moved_is_corrupt() {
         world.run("DELETE FROM {s}.block; DELETE FROM {s}.range; INSERT INTO {s}.range TABLE {s}.r; INSERT INTO {s}.block TABLE {s}.b").await;
         assert_complete(&store, 30).await;
     }
-    // A worker that would go on with such a range says so, too.
+    // A worker that would continue such a range reports it, too.
     world.run("UPDATE {s}.range SET finished = false, done = 5 WHERE n = 1; DELETE FROM {s}.block WHERE n = 1").await;
     let error = work(numbers(store), 30).await.unwrap_err();
     assert!(error.is_corrupt(), "{error}");
@@ -346,7 +346,7 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
     thaw.store(1, Ordering::SeqCst);
     let error = zombie.join().unwrap().unwrap_err();
     assert!(error.is_fenced(), "{error}");
-    // The others ran all that the zombie had not recorded before; what it came back with is nowhere.
+    // The others ran everything that the zombie had not recorded before; its late results are nowhere.
     assert!(others.len() >= 25);
     let all = recorded(&world.store(), "numbers").await.unwrap();
     assert_eq!(all.len(), 30);
@@ -355,7 +355,7 @@ async fn a_worker_that_stood_still_past_its_lease_is_fenced_and_writes_nothing()
     world.end().await;
 }
 
-/// Statements of others, prepared and bound in whatever sessions the pooler has, beside ours.
+/// Foreign statements, prepared and bound in any of the pooler's sessions, beside ours.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn behind_a_pooler_that_gives_each_transaction_another_session_nothing_is_lost_or_mixed_up() {
     let world = World::behind(&url(PGBOUNCER)).await;
@@ -365,7 +365,7 @@ async fn behind_a_pooler_that_gives_each_transaction_another_session_nothing_is_
             let (theirs, stop) = (pool(&url(PGBOUNCER), 2), stop.clone());
             tokio::spawn(async move {
                 while !stop.is_cancelled() {
-                    // Theirs may well fail there: they take no transaction for it.
+                    // The foreign ones may fail there, because they use no transaction.
                     drop(sqlx::query("SELECT $1::bigint, $2::text").bind(1i64).bind("x").execute(&theirs).await);
                     drop(
                         sqlx::query("SELECT n FROM generate_series(1, $1::bigint) n").bind(3i64).execute(&theirs).await,

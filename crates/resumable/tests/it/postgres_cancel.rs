@@ -12,13 +12,13 @@ use crate::postgres::world::{POSTGRES, World, assert_complete, numbers, pool, ur
 const ITEMS: u64 = 2;
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// A store over sessions of its own: those of an operation may have ended with its runtime, and its leases lapse then.
+/// A store with its own sessions: an operation's sessions may have ended with its runtime, and then its leases lapse.
 fn store(world: &World) -> PgStore {
     let store = PgStore::new(pool(&url(POSTGRES), 2)).schema(&world.schema).range_items(2);
     store.lease(Duration::from_secs(2)).tolerate_lost(100)
 }
 
-/// Drops an operation at every point, lets another worker complete the job, and looks for what is missing or twice.
+/// Drops an operation at every point, lets another worker complete the job, and looks for missing or doubled results.
 ///
 /// The tables are made at the first point, and the job at each: how tables are made is explored with the keeper.
 fn explore(operation: impl AsyncFn(&World) -> Result<(), TaskError>) -> Report {
@@ -34,7 +34,8 @@ fn explore(operation: impl AsyncFn(&World) -> Result<(), TaskError>) -> Report {
         },
         &operation,
         async |world, _| {
-            // As if the lease of a worker whose runtime is gone had passed. One that gives back is fenced, at worst.
+            // As if the lease of a worker without its runtime had expired. At worst, a worker that gives its range back
+            // is fenced.
             let lapse = "DO $$ BEGIN IF to_regclass('{s}.range') IS NOT NULL THEN
                 UPDATE {s}.range SET lease_until = 'epoch' WHERE lease_until IS NOT NULL; END IF; END $$";
             world.run(lapse).await;

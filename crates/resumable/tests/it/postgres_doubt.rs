@@ -13,7 +13,7 @@ use crate::postgres::world::{FOR_EVER, World, numbers};
 use crate::postgres_tx::{assert_each_once, end, insert, with_table};
 
 const SECOND: Duration = Duration::from_secs(1);
-/// In the statement that appends.
+/// The beginning of the statement that appends.
 const APPEND: &str = "WITH given";
 
 fn store(proxy: &Proxy, world: &World, sessions: u32) -> PgStore {
@@ -21,7 +21,7 @@ fn store(proxy: &Proxy, world: &World, sessions: u32) -> PgStore {
     PgStore::new(pool).schema(&world.schema).range_items(10).lease(FOR_EVER)
 }
 
-/// The commits of items 3, 13, 23 and so on take a second: the server goes on with them after the client is gone.
+/// The commits of items 3, 13, 23 and so on take a second: the server continues them after the client is gone.
 async fn slow_commits(world: &World) {
     let sql = "CREATE FUNCTION {s}_slow() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN IF NEW.n % 10 = 3 THEN PERFORM pg_sleep(1); END IF; RETURN NULL; END $$;
@@ -51,7 +51,7 @@ async fn run(world: &World, store: PgStore, concurrency: usize, n: u64, faults: 
     assert_each_once(world, n).await;
 }
 
-/// While the server commits, other items of the range want to append, and nobody may be taken for another.
+/// While the server commits, other items of the range want to append, and no item may be mistaken for another.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_that_is_on_its_way_is_waited_for_and_credited_to_its_own_item() {
     let world = World::new().await;
@@ -64,7 +64,7 @@ async fn a_commit_that_is_on_its_way_is_waited_for_and_credited_to_its_own_item(
     end_slow(world).await;
 }
 
-/// All but the one in doubt wait for its range, with all the connections there are.
+/// All items except the one in doubt wait for its range, with all available connections.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_pool_of_few_connections_is_enough_to_find_out_about_a_lost_commit() {
     let world = World::new().await;
@@ -94,9 +94,9 @@ async fn a_connection_cut_off_or_silent_at_any_statement_loses_and_doubles_nothi
     for words in ["BEGIN", APPEND, "COMMIT"] {
         faults.extend(FAULTS.map(|fault| (faults.len() as u64 * 2 + fault as u64 * 2 + 1, fault, words)));
     }
-    // Neither the hour of a statement is waited for, nor that of a lease.
+    // It waits neither an hour for a statement nor an hour for a lease.
     run(&world, store(&proxy, &world, 6).answer_within(2 * SECOND), 4, 60, &faults).await;
-    // A connection may not begin again after it was told to be struck then, or have given way to another's doubt.
+    // A connection may not begin again after its order to be struck, or may have given way to another item's doubt.
     assert!(proxy.struck() >= 10, "{}", proxy.struck());
     end(world).await;
 }
@@ -126,7 +126,7 @@ async fn a_server_that_stays_silent_ends_the_run() {
     end(world).await;
 }
 
-/// It is dropped at each of its polls, among them those of BEGIN, and then the pool is looked through.
+/// It is dropped at each of its polls, including those of BEGIN, and then the pool is checked.
 #[tokio::test]
 async fn a_dropped_transaction_leaves_no_connection_in_the_pool_that_is_in_one() {
     let world = World::new().await;
@@ -165,7 +165,7 @@ async fn a_dropped_transaction_leaves_no_connection_in_the_pool_that_is_in_one()
     end(world).await;
 }
 
-/// What PostgreSQL looks at only at COMMIT is as much the item's fault as what it looks at before.
+/// A violation that PostgreSQL checks only at COMMIT is as much the item's fault as an earlier one.
 #[tokio::test]
 async fn a_deferred_constraint_that_fails_at_the_commit_is_the_failure_of_its_item() {
     let world = World::new().await;

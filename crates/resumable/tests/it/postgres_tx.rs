@@ -75,7 +75,7 @@ async fn what_fails_for_good_leaves_no_effect_and_is_in_quarantine() {
         let result = insert(conn, &world.schema, x).await?;
         match x {
             4 => Err(ItemError::permanent("no")),
-            // A statement that fails and is not told spoils the transaction, and is told then.
+            // A failed statement that is not reported spoils the transaction, and is reported then.
             5 => sqlx::query("SELECT 1 / 0").execute(conn).await.map_or(Ok(result), |_| Ok(result)),
             _ => Ok(result),
         }
@@ -96,7 +96,7 @@ async fn what_fails_for_good_leaves_no_effect_and_is_in_quarantine() {
 async fn sessions_that_are_ended_at_any_moment_lose_and_double_nothing() {
     let world = World::new().await;
     with_table(&world).await;
-    // Each commit takes long enough to be met.
+    // Each commit takes long enough to be hit.
     let slow = "CREATE FUNCTION {s}_slow() RETURNS trigger LANGUAGE plpgsql AS
             $$ BEGIN PERFORM pg_sleep(0.02); RETURN NULL; END $$;
          CREATE CONSTRAINT TRIGGER slow AFTER INSERT ON {s}_effect DEFERRABLE INITIALLY DEFERRED
@@ -108,7 +108,7 @@ async fn sessions_that_are_ended_at_any_moment_lose_and_double_nothing() {
         let mut conn = killer.plain().await;
         let mut killed = [0, 0];
         for in_commit in [false, true].into_iter().cycle() {
-            // By the name of the application: what a session in its COMMIT says of itself is "COMMIT".
+            // Found by the name of the application: a session in its COMMIT shows "COMMIT" as its query.
             let kill = format!(
                 "SELECT count(pg_terminate_backend(pid)) FROM (SELECT pid FROM pg_stat_activity
                 WHERE application_name = '{}' AND NOT ({in_commit} AND (query, state) <> ('COMMIT', 'active'))
@@ -128,7 +128,7 @@ async fn sessions_that_are_ended_at_any_moment_lose_and_double_nothing() {
     let pool = PgPoolOptions::new().max_connections(8).connect_lazy_with(options.application_name(&world.schema));
     let workers = (0..2).map(|_| {
         let store = PgStore::new(pool.clone()).schema(&world.schema).range_items(10).lease(Duration::from_secs(10));
-        // A fenced worker goes on: a session that ended while it gave back may have cost it its answer.
+        // A fenced worker continues: it may have lost an answer because the session ended while it gave its range back.
         run(numbers(store.tolerate_lost(100)).concurrency(3), world.schema.clone(), 160)
     });
     for summary in join_all(workers).await {
@@ -245,13 +245,13 @@ async fn an_item_that_pauses_the_run_is_rolled_back_and_nothing_starts_until_the
     };
     let summary = numbers(world.store()).concurrency(3).process_tx(0..200, work).await.unwrap();
     assert_eq!((summary.completed, summary.quarantined), (200, 0));
-    // Those that were about to start while the transaction of the item was rolled back.
+    // The items that were about to start while the item's transaction was rolled back.
     assert!(meanwhile.load(Ordering::SeqCst) <= 20, "{meanwhile:?} started in the pause");
     assert_each_once(&world, 200).await;
     end(world).await;
 }
 
-/// A quota that is not there yet when a pause is over is asked for by one item, and not by as many as may run.
+/// If the quota is still missing after a pause, one item asks for it, and not as many as may run.
 #[tokio::test]
 async fn after_a_pause_one_transaction_goes_first() {
     const REFUSALS: usize = 8;
@@ -269,7 +269,8 @@ async fn after_a_pause_one_transaction_goes_first() {
     assert_eq!((summary.completed, summary.quarantined), (40, 0));
     let refused = refused.into_inner().unwrap();
     let later = |pair: &&[Instant]| pair[1] - pair[0] >= Duration::from_millis(150);
-    // Four at most before the first pause, and then one after each: were all let in, there would be two or three.
+    // At most four before the first pause, and then one after each: if all were let in, there would be two or three
+    // pauses.
     let pauses = 1 + refused.windows(2).filter(later).count();
     assert!(pauses > REFUSALS / 2 - 1, "{REFUSALS} refusals in {pauses} pauses");
     world.end().await;

@@ -1,4 +1,4 @@
-//! How far a run says it has come, and how long it will still take.
+//! A run's progress, and its estimate of the remaining time.
 
 use std::{path::Path, time::Duration};
 
@@ -11,7 +11,7 @@ use tokio::{
 
 use crate::support::{checkpoint, double, numbers};
 
-/// A run of which each item takes its time.
+/// A run whose items each take the time `each`.
 fn timed(path: &Path, items: u64, concurrency: usize, each: impl Fn(u64) -> Duration + Send + 'static) -> Run<u64> {
     numbers(path).concurrency(concurrency).stream(0..items, move |_, x| {
         let time = each(x);
@@ -22,7 +22,7 @@ fn timed(path: &Path, items: u64, concurrency: usize, each: impl Fn(u64) -> Dura
     })
 }
 
-/// Asserts that the rest takes about as long as the progress says.
+/// Asserts that the remaining time is about as long as the progress says.
 fn assert_right(progress: &watch::Receiver<Progress>, left: Duration) {
     let seen = *progress.borrow();
     let (eta, truth) = (seen.eta.unwrap().as_secs_f64(), left.as_secs_f64());
@@ -73,7 +73,7 @@ async fn one_slow_item_leaves_the_eta_where_it_is() {
         let usual = Duration::from_millis(100) * concurrency as u32;
         let mut run = timed(&path, 5_000, concurrency, move |x| if x == 1_000 { slow } else { usual });
         let progress = run.subscribe();
-        // The time stands still only for what waits for it, and opening a file does not.
+        // The clock stands still only for futures that wait for it, and opening a file does not wait for it.
         run.next().await.unwrap();
         let task = tokio::spawn(run.finish());
         let begun = Instant::now();

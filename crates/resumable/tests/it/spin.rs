@@ -1,4 +1,4 @@
-//! No poll of a run goes round and round: each ends as soon as there is nothing to do.
+//! No poll of a run spins: each ends as soon as there is nothing to do.
 
 use std::{
     sync::{
@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::{PATIENCE, checkpoint, double, numbers};
 
-/// Runs something on a runtime of its own that a poll without end can take with it, and returns what it came to.
+/// Runs `operation` on a separate runtime, which an endless poll may block, and returns its result.
 fn bounded<T: Send + 'static>(operation: impl AsyncFnOnce() -> T + Send + 'static) -> T {
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || {
@@ -109,7 +109,7 @@ fn results_that_are_restored_let_others_run() {
         }
         turns.load(Ordering::Relaxed) - before
     });
-    // tokio lets a task go on 128 times; here each time stands for a few items.
+    // tokio lets a task continue 128 times; here each time stands for a few items.
     assert!(turns > ITEMS / 10_000, "another task had {turns} turns");
 }
 

@@ -23,12 +23,13 @@ pub(crate) fn in_full() -> bool {
     std::env::var("CANCEL_SAFE_CAMPAIGN").is_ok_and(|form| form == "full")
 }
 
-/// Tells the closing table of `cargo xtask` what could not be run here, and why: a test that says nothing has run.
+/// Tells the closing table of `cargo xtask` what could not be run here, and why. A test that reports nothing has run.
 pub(crate) fn not_run(what: &str, why: &str) {
     publish_not_run("resumable", what, why);
 }
 
-/// Tells the closing table what a campaign has visited. It has found nothing, or its test has failed by now.
+/// Tells the closing table what a campaign has visited. It has found no violation; otherwise its test would have
+/// failed.
 pub(crate) fn visited(campaign: &str, points: usize) {
     publish_campaign("resumable", campaign, points, 0);
 }
@@ -50,7 +51,7 @@ pub(crate) async fn double(x: u64) -> Result<u64, ItemError> {
     Ok(x * 2)
 }
 
-/// Runs the numbers below `n` to the end and returns what came out, in the order of the input.
+/// Runs the numbers below `n` to the end and returns the results in input order.
 pub(crate) async fn complete(path: &Path, n: u64) -> Result<Vec<Done<u64>>, TaskError> {
     let mut run = numbers(path).concurrency(8).ordered().stream(0..n, |_, x| double(x));
     let mut all = Vec::new();
@@ -60,7 +61,7 @@ pub(crate) async fn complete(path: &Path, n: u64) -> Result<Vec<Done<u64>>, Task
     run.finish().await.map(|_| all)
 }
 
-/// The numbers below `n` that a checkpoint has results for. Nothing is recorded.
+/// The numbers below `n` for which a checkpoint has results. Nothing is recorded.
 pub(crate) async fn restored(path: &Path, n: u64) -> Vec<usize> {
     let (token, begun) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));
     let (cancel, counter) = (token.clone(), Arc::clone(&begun));

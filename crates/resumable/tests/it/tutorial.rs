@@ -1,4 +1,4 @@
-//! What the tutorial asks for, and the examples that do it.
+//! The tutorial's exercises, and the examples that solve them.
 
 use std::{path::PathBuf, time::Duration};
 

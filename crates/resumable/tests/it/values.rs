@@ -1,4 +1,4 @@
-//! What is recorded comes back as the same value, or is refused when the first one is recorded.
+//! A recorded value comes back unchanged, or is refused when the first one is recorded.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -20,7 +20,7 @@ enum Fate {
     Back,
     /// It would come back as another value; the first field that differs.
     Other(&'static str),
-    /// It can be written and not be read; the field.
+    /// It can be written but not read; the field.
     Unread(&'static str),
     Unwritten,
 }
@@ -48,7 +48,7 @@ where
         let Err(error) = ended else { break };
         let message = error.to_string();
         assert!(error.is_codec() && message.contains(std::any::type_name::<R>()), "{name}: {message}");
-        // What was refused was not recorded: the second round is refused as the first was.
+        // A refused value was not recorded: the second round is refused like the first.
         fate = match error {
             TaskError::RoundTrip { index: 0, path, .. } => Other(path.leak()),
             TaskError::Codec { index: 0, action: "read back", path, recorded_as: None, .. } => Unread(path.leak()),

@@ -323,7 +323,7 @@ async fn the_callbacks_get_the_report_and_the_last_word_on_the_code() {
 
 #[test]
 fn a_callback_that_panics_is_a_panic_and_keeps_no_report_from_being_told() {
-    // Past the panic hook: the text of a backtrace may take longer than a callback is waited for.
+    // Past the panic hook: printing a backtrace may take longer than the wait for a callback.
     fn panics() -> ! {
         std::panic::resume_unwind(Box::new("in a callback"))
     }
@@ -343,7 +343,7 @@ async fn a_callback_that_panics_after_a_cut_leaves_the_code_of_the_cut() {
     assert_eq!(serve(app, Duration::from_millis(1)).await.exit_code(), 70);
 }
 
-/// Nothing overflows, and nothing waits for what has no time.
+/// Nothing overflows, and nothing waits for a phase without any time.
 #[tokio::test(start_paused = true)]
 async fn times_of_zero_and_times_without_an_end_are_times() {
     for time in [Duration::ZERO, Duration::MAX] {
@@ -370,7 +370,7 @@ async fn times_of_zero_and_times_without_an_end_are_times() {
     }
 }
 
-/// The report is told and returned although no thread is left to wait for the callbacks.
+/// The report is printed and returned although no thread is left to wait for the callbacks.
 #[test]
 fn serve_ends_in_time_although_a_straggler_holds_the_last_blocking_thread() {
     let (release, held) = mpsc::channel::<()>();

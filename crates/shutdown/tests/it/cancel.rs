@@ -1,4 +1,4 @@
-//! Every operation dropped at every await point, and what is left behind compared with what is documented.
+//! Every operation dropped at every await point, and the state left behind compared with the documentation.
 
 use std::cell::{Cell, RefCell};
 use std::future::pending;
@@ -19,8 +19,8 @@ fn explore() -> Explore {
     Explore::new().paused_time(true)
 }
 
-/// Waits until every task that lives is gone: a dropped group has requested the abort of its tasks, and the runtime
-/// carries it out.
+/// Waits until every living task is gone: a dropped group has requested the abort of its tasks, and the runtime carries
+/// it out.
 async fn all_gone(alive: &Alive) -> Result<(), String> {
     for _ in 0..100 {
         if alive.count() == 0 {
@@ -31,7 +31,7 @@ async fn all_gone(alive: &Alive) -> Result<(), String> {
     Err(format!("{} tasks have outlived what owned them", alive.count()))
 }
 
-/// A group with two tasks that end, one after the other, and one that does not.
+/// A group with two tasks that end, one after the other, and one task that does not.
 fn busy_group(alive: &Alive) -> TaskGroup {
     let group = TaskGroup::new().grace(LATER);
     let (one, two, three) = (alive.guest(), alive.guest(), alive.guest());
@@ -103,7 +103,7 @@ fn a_dropped_scope_leaves_no_task_behind() {
     report.publish("shutdown", "TaskGroup::scope").assert_clean();
 }
 
-/// A task to be dropped, and one that is told and then takes its time.
+/// A task to drop, and a task that is told to stop and then takes its time.
 fn populate(group: &TaskGroup, alive: &Alive) {
     let (one, two) = (alive.guest(), alive.guest());
     group.spawn("plain", async move { (one, pending::<()>().await).1 }).unwrap();
@@ -150,7 +150,7 @@ fn a_dropped_try_scope_leaves_no_task_behind() {
     report.publish("shutdown", "TaskGroup::try_scope").assert_clean();
 }
 
-/// A cancel of a group that is dropped anywhere: it is made from the first poll on, and its grace still ends.
+/// A cancel of a group, dropped anywhere: it takes effect from the first poll on, and its grace still ends.
 fn cancelling_all(cancel_all: impl AsyncFn(&TaskGroup)) -> Report {
     explore().ways([Way::Eager, Way::Settled]).run(
         async || {
@@ -221,7 +221,7 @@ fn a_dropped_join_all_leaves_no_task_behind() {
     report.publish("shutdown", "TaskGroup::join_all").assert_clean();
 }
 
-/// A cancel of one name that is dropped anywhere: made from the first poll on, and the other task is not touched.
+/// A cancel of one name, dropped anywhere: it takes effect from the first poll on, and the other task is not touched.
 fn cancelling(cancel: impl AsyncFn(&TaskGroup)) -> Report {
     explore().ways([Way::Eager, Way::Settled]).run(
         async || {
@@ -334,7 +334,7 @@ fn tasks_spawned_without_a_group_are_caught() {
         async |alive, _| all_gone(alive).await,
     );
     assert!(!report.is_clean(), "the broken twin went unnoticed");
-    // What a `JoinSet` does for tasks without names, a group does not do worse.
+    // A group does this no worse than a `JoinSet` does it for tasks without names.
     let report = explore().ways([Way::Eager, Way::Settled]).run(
         async || Alive::default(),
         async |alive| {
@@ -367,7 +367,7 @@ fn a_dropped_join_aborts_the_worker() {
     report.publish("shutdown", "BackgroundWorker::join").assert_clean();
 }
 
-/// A wait for a stop, dropped anywhere, tells of none that nobody made, and can be repeated.
+/// A wait for a stop, dropped anywhere, never reports a stop that did not happen, and can be repeated.
 fn waiting(
     wait: impl AsyncFn(&WorkerContext),
     cancel: impl AsyncFn(&TaskGroup),
@@ -415,7 +415,7 @@ fn a_dropped_wait_for_the_cancel_can_be_repeated() {
     let cancel_all = async |group: &TaskGroup| group.cancel_all().await;
     let report = waiting(async |cx| cx.cancelled().await, cancel_all, requested);
     report.publish("shutdown", "WorkerContext::cancelled").assert_clean();
-    // The same for a task that is told alone.
+    // The same for a task that is stopped alone.
     let alone = async |group: &TaskGroup| assert_eq!(group.cancel("worker").await, 1);
     let report = waiting(async |cx| cx.cancelled().await, alone, requested);
     report.publish("shutdown", "WorkerContext::cancelled, alone").assert_clean();

@@ -1,5 +1,5 @@
-//! An application dropped at every await point of a course in which everything is used: readiness, a drain delay, phases
-//! that use their time up, callbacks.
+//! An application dropped at every await point of a run that uses everything: readiness, a drain delay, phases that use
+//! up their time, callbacks.
 
 use std::future::pending;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -13,7 +13,7 @@ use crate::Alive;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// What is left when the application is gone.
+/// What remains when the application is gone.
 struct Scene {
     alive: Alive,
     tell: Sender<u8>,
@@ -37,8 +37,8 @@ impl Scene {
         })
     }
 
-    /// Workers of which none ends by itself. The ones that are stopped first use all the time of the stop up, so that the
-    /// others are cut without any.
+    /// Workers that never end by themselves. The ones that are stopped first use up the whole time of the stop, so that
+    /// the others are cut without any.
     async fn serve(&self) -> (u8, usize) {
         let tell = self.tell.clone();
         let app = Application::new("app");
@@ -65,7 +65,7 @@ fn a_dropped_serve_leaves_no_worker_behind_at_any_step_of_its_course() {
         async || Scene::new(),
         async |scene| scene.serve().await,
         async |Scene { alive, told, .. }, outcome| match (alive.count(), outcome) {
-            // The callbacks have a thread of their own, and may have the report by then.
+            // The callbacks have their own thread, and may have the report by then.
             (0, Outcome::Dropped { .. }) => Ok(()),
             (0, Outcome::Completed((70, 2))) => match told.recv_timeout(10 * SECOND) {
                 Ok(70) => Ok(()),

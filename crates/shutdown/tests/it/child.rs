@@ -1,4 +1,4 @@
-//! The programs that are run as child processes and sent signals. Each says READY when it is where the test wants it.
+//! The programs that run as child processes and get signals. Each prints READY when it is where the test wants it.
 #![expect(clippy::print_stderr, reason = "a program talks to its test")]
 
 use std::future::pending;
@@ -12,18 +12,18 @@ use rustix::fs::{OFlags, fcntl_setfl};
 use rustix::stdio::{dup2_stderr, dup2_stdout};
 use tokio::runtime::Builder;
 
-/// The variable that makes this test binary one of the programs.
+/// The variable that turns this test binary into one of the programs.
 pub(crate) const PROGRAM: &str = "SHUTDOWN_TEST_PROGRAM";
 /// The deadline of the programs that run into it.
 pub(crate) const DEADLINE: Duration = Duration::from_millis(800);
-/// How long the programs that must be stopped would go on.
+/// How long the programs that must be stopped would continue.
 pub(crate) const STALL: Duration = Duration::from_secs(60);
-/// How many workers there are where there are many.
+/// The number of workers in programs with many.
 pub(crate) const MANY: usize = 10_000;
 /// A deadline that nobody waits for.
 const FAR: Duration = Duration::from_secs(600);
 
-/// Does nothing as a test. With [`PROGRAM`] set, this process is the program of that name.
+/// Does nothing as a test. If [`PROGRAM`] is set, this process is the program of that name.
 #[test]
 fn child_program() {
     let Ok(name) = std::env::var(PROGRAM) else { return };
@@ -159,7 +159,7 @@ const PROGRAMS: &[(&str, Program)] = &[
         app.phase("ingress", |phase| phase.worker("good", cooperative)).run()
     }),
     ("service", || {
-        // What it prints is for the test.
+        // Its output is for the test.
         dup2_stdout(std::io::stderr()).unwrap();
         crate::service::main()
     }),
@@ -186,24 +186,24 @@ fn overriding(deadline: Duration) -> Application {
     })
 }
 
-/// Goes on for the time of its drain delay.
+/// Continues for its drain delay.
 fn drains_later() -> Application {
     app(FAR).drain_delay(DEADLINE).worker("good", cooperative)
 }
 
-/// A runtime of so many threads.
+/// A runtime with `number` threads.
 fn threads(number: usize) -> Builder {
     let mut builder = Builder::new_multi_thread();
     builder.worker_threads(number);
     builder
 }
 
-/// A database to be flushed behind a phase whose worker stops yielding.
+/// A database to flush after a phase whose worker stops yielding.
 fn wedged(runtime: Builder) -> Application {
     app(DEADLINE * 2).runtime(runtime).phase("storage", |phase| phase.worker("db", flushes)).phase("ingress", wedge)
 }
 
-/// A worker that takes the thread which it runs on for itself.
+/// A worker that takes its thread for itself.
 fn wedge(phase: Phase) -> Phase {
     let spin = |cx: WorkerContext| async move {
         ready();
@@ -224,7 +224,7 @@ async fn flushes(cx: WorkerContext) {
     eprintln!("DB FLUSHED");
 }
 
-/// Has its work done by a closure, which no wedged runtime can hold up.
+/// Does its work in a closure, which no wedged runtime can hold up.
 async fn journals(cx: WorkerContext) {
     let group = cx.group();
     let journal = |cx: WorkerContext| {
@@ -264,7 +264,7 @@ async fn parks_without_a_name(cx: WorkerContext) {
     cx.cancelled().await;
 }
 
-/// Writes to a pipe from now on that is full, and that nobody reads.
+/// From now on, writes to a full pipe that nobody reads.
 async fn fills_the_standard_error(cx: WorkerContext) {
     let (_reader, mut writer) = std::io::pipe().unwrap();
     ready();
@@ -285,7 +285,7 @@ fn stall(duration: Duration) {
     std::thread::sleep(duration);
 }
 
-/// Tells that it is ready before it runs, and goes on when its standard input ends.
+/// Says that it is ready before it runs, and continues when its standard input ends.
 fn early() -> ExitCode {
     let app = app(FAR).worker("good", cooperative);
     ready();
@@ -298,7 +298,7 @@ async fn cooperative(cx: WorkerContext) {
     cx.cancelled().await;
 }
 
-/// Takes longer to end than two copies of a signal are apart.
+/// Takes longer to end than the time between two copies of a signal.
 async fn drains(cx: WorkerContext) {
     ready();
     cx.cancelled().await;
@@ -322,7 +322,7 @@ async fn marks(cx: WorkerContext) {
     cx.cancelled().await;
 }
 
-/// A phase that is ready, and one that is after a SIGHUP, and that drains until another one.
+/// A phase that is ready at once, and a phase that is ready after a SIGHUP and drains until the next SIGHUP.
 fn becomes_ready_when_told() -> ExitCode {
     let (told, hear) = tokio::sync::watch::channel(0_u32);
     let slow = move |cx: WorkerContext| {
@@ -368,7 +368,7 @@ fn wedges_when_told() -> ExitCode {
         .run()
 }
 
-/// Lists the threads of its process when it is told to stop.
+/// Lists the threads of its process when told to stop.
 async fn lists_its_threads(cx: WorkerContext) {
     ready();
     cx.cancelled().await;

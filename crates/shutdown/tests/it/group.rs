@@ -1,4 +1,4 @@
-//! Task groups: who ended how, and that nothing outlives its group.
+//! Task groups: how each task ended, and that nothing outlives its group.
 
 use std::future::pending;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -107,7 +107,7 @@ async fn a_closed_group_hands_the_future_back_unpolled() {
     assert!(group.child("late").spawn("later", async {}).is_err());
 }
 
-/// Counts the futures that were dropped by whoever ran them, and those that came back.
+/// Counts the futures that the group took, and those that it handed back.
 #[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn of_spawns_that_race_with_a_cancel_each_is_taken_and_told_or_handed_back() {
     const SPAWNERS: usize = 4;
@@ -315,7 +315,7 @@ fn a_blocking_closure_that_finds_no_thread_in_its_grace_is_no_straggler_and_neve
         assert_eq!((result.cancelled, result.stragglers.len()), (vec!["queued".to_owned()], 0));
         drop(release);
         holder.await.unwrap();
-        // Behind the closure in the queue: had it been run, it would have been before this one.
+        // Behind the closure in the queue: had that run, it would have run before this one.
         tokio::task::spawn_blocking(|| ()).await.unwrap();
     });
     assert!(!ran.load(Ordering::SeqCst));
@@ -359,7 +359,7 @@ async fn a_group_below_that_is_still_held_is_waited_for_while_it_has_tasks_and_n
     let busy = Arc::new(group.child("busy"));
     let spawner = Arc::clone(&busy);
     let (send, receive) = tokio::sync::oneshot::channel::<()>();
-    // A task of one group ends with a spawn into another, which was idle before.
+    // A task of one group ends with a spawn into another group, which was idle before.
     inner
         .spawn("first", async move {
             receive.await.unwrap();
@@ -379,7 +379,7 @@ async fn a_group_below_that_is_still_held_is_waited_for_while_it_has_tasks_and_n
     assert!(outer.wait().await.completed.is_empty());
 }
 
-/// One task after the other, each spawned by the one before into another group: there is never a moment without one.
+/// One task after another, each spawned by the previous one into another group: there is never a moment without a task.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_chain_of_tasks_across_held_groups_is_waited_for_to_its_end() {
     fn hop(groups: Arc<Vec<TaskGroup>>, left: usize) {
@@ -421,7 +421,7 @@ async fn groups_nested_10_000_deep_are_cancelled_and_dropped() {
     root.cancel_all().await;
     assert_eq!(alive.count(), 0);
     assert!(root.wait().await.is_clean());
-    // From the root down, which is the order that would recurse if a group owned those below.
+    // From the root down: this order would recurse if a group owned the groups below it.
     drop(groups);
 }
 

@@ -1,8 +1,8 @@
-//! The end of an application under every interleaving of the threads that may bring it about.
+//! The end of an application under every interleaving of the threads that may cause it.
 //!
-//! The library's own source file is compiled here once more, with the model checker's types in place of the standard
-//! library's. Each way to break them that is injected must be found, or the model would prove nothing. A thread that waits
-//! for what nobody will announce is a deadlock, which the model checker reports.
+//! The library's own source file is compiled here again, with the model checker's types in place of the standard
+//! library's. The model must find each injected fault of these types, or it would prove nothing. A thread that waits
+//! for an announcement that never comes is a deadlock, which the model checker reports.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -22,9 +22,9 @@ use stages::{Ending, Stage};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Fault {
     None,
-    /// An announcement reaches one of the threads that wait.
+    /// An announcement reaches only one of the waiting threads.
     WakesOne,
-    /// Between the look at the value and the wait, an announcement is lost.
+    /// An announcement between the check of the value and the wait is lost.
     WaitsTooLate,
 }
 
@@ -34,7 +34,7 @@ thread_local! {
 }
 
 mod sync {
-    //! The names that the ending asks for, made of loom's types.
+    //! The names that the ending needs, made of loom's types.
 
     use std::time::Instant;
 
@@ -64,7 +64,7 @@ mod sync {
             }
         }
 
-        /// A deadline that has passed does so in every interleaving, and one that has not never does.
+        /// A passed deadline counts as passed in every interleaving, and a future one never does.
         pub(super) fn wait<'a>(
             &'a self,
             mut value: MutexGuard<'a, T>,
@@ -82,14 +82,14 @@ mod sync {
     }
 }
 
-/// Whoever has it reports.
+/// The holder reports.
 struct Voice;
 
 fn never() -> Instant {
     Instant::now() + Duration::from_secs(3600)
 }
 
-/// Runs `model` for each interleaving in which no more than `preemptions` times a thread is stopped that could go on.
+/// Runs `model` for each interleaving with at most `preemptions` preemptions of a thread that could continue.
 fn interleave(fault: Fault, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
     FAULT.set(fault);
     let runs = Arc::new(AtomicUsize::new(0));
@@ -110,7 +110,7 @@ fn ending() -> Arc<Ending<Voice>> {
     Arc::new(ending)
 }
 
-/// `run` reports and returns, beside a watchdog whose deadline never comes and callbacks on a thread of their own.
+/// `run` reports and returns, beside a watchdog whose deadline never comes and callbacks on their own thread.
 fn a_clean_end() {
     let ending = ending();
     let [watched, heard] = [Arc::clone(&ending), Arc::clone(&ending)];
@@ -137,7 +137,7 @@ fn a_race_for_the_voice() {
                 told.fetch_add(1, SeqCst);
                 ending.told();
             }
-            // The one that came late ends the process only when the report is out.
+            // The late one ends the process only after the report is out.
             None => {
                 assert!(ending.reached(Stage::Told, never()));
                 assert_eq!(told.load(SeqCst), 1, "told before it was told");
@@ -160,7 +160,7 @@ fn a_race_for_the_voice() {
     assert_eq!(told.load(SeqCst), 1, "the voice was had by more or fewer than one");
 }
 
-/// Two threads wait for the same stage while a third brings it about.
+/// Two threads wait for the same stage while a third one reaches it.
 fn two_that_wait() {
     let ending = ending();
     let waiting: Vec<_> = (0..2)
@@ -202,7 +202,7 @@ fn a_hurried_supervisor() {
     let waker = Waker::from(Arc::clone(&woken));
     let poll = || ending.poll_hurried(&Context::from_waker(&waker)).is_ready();
     let hurried = poll();
-    // As a supervisor that was woken by something else.
+    // Like a supervisor that was woken by something else.
     let hurried = hurried || poll();
     signal.join().unwrap();
     another.join().unwrap();

@@ -1,5 +1,5 @@
-//! A server under load, stopped many times, with a pool that an earlier phase provides: nobody asks the pool after it was
-//! closed, and what was answered with 200 is in it.
+//! A server under load, stopped many times, with a pool that an earlier phase provides: nobody uses the pool after it
+//! was closed, and every row that was answered with 200 is in it.
 
 use std::collections::HashSet;
 use std::net::SocketAddr;
@@ -23,10 +23,10 @@ use tokio::time::{sleep, timeout};
 const MINUTE: Duration = Duration::from_secs(60);
 /// How many clients there are, of HTTP/1 and of HTTP/2.
 const CLIENTS: usize = 6;
-/// Requests that are answered before a stop may come, so that each stop meets a server that works.
+/// Requests that are answered before a stop may come, so that each stop meets a working server.
 const WARM: u64 = 50;
 
-/// A database that knows what it holds and who came too late.
+/// A database that records its rows and the statements that came too late.
 #[derive(Clone, Default)]
 struct Pool(Arc<Database>);
 
@@ -38,7 +38,7 @@ struct Database {
 }
 
 impl Pool {
-    /// A statement, under way for a moment. What reaches a database that is closed is counted, and not kept.
+    /// A statement that takes a moment. A row that reaches a closed database is counted, but not kept.
     async fn insert(&self, row: u64, pace: Duration) {
         sleep(pace).await;
         if self.0.closed.load(Ordering::SeqCst) {
@@ -50,13 +50,13 @@ impl Pool {
 }
 
 async fn order(State(pool): State<Pool>, Path(row): Path<u64>) -> StatusCode {
-    // Now and then one that does not end before its phase does.
+    // Occasionally one that does not end before its phase does.
     let pace = if row % 997 == 0 { MINUTE } else { Duration::from_micros(row % 7 * 100) };
     pool.insert(row, pace).await;
     StatusCode::OK
 }
 
-/// What the clients know: the next row, and the rows that were answered with 200.
+/// The clients' knowledge: the next row, and the rows that were answered with 200.
 #[derive(Clone, Default)]
 struct Ledger {
     next: Arc<AtomicU64>,
@@ -71,7 +71,7 @@ impl Ledger {
         (row, request.body(Empty::new()).unwrap())
     }
 
-    /// Notes a response that has come as a whole.
+    /// Records a complete response.
     async fn note(&self, row: u64, response: http::Response<hyper::body::Incoming>) -> Result<(), hyper::Error> {
         let status = response.status();
         response.into_body().collect().await?;
@@ -112,9 +112,9 @@ impl Ledger {
     }
 }
 
-/// Runs the orders of one client until they fail or the connection has ended. The orders alone may wait for ever: a request
-/// that hyper queues in the moment in which the connection's task drops the queue stays there for as long as there is a
-/// sender.
+/// Runs the orders of one client until they fail or the connection has ended. The orders alone might wait for ever: a
+/// request that hyper queues at the moment when the connection's task drops the queue stays there as long as a sender
+/// exists.
 async fn until_closed(
     orders: impl Future<Output = Result<(), BoxError>>,
     connection: impl Future<Output = Result<(), hyper::Error>> + Send + 'static,
@@ -128,16 +128,16 @@ async fn until_closed(
     Ok(connection.await??)
 }
 
-/// Who has the connections of the server.
+/// Who owns the server's connections.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Connections {
-    /// Its worker, by our door.
+    /// Its worker, through our API.
     Owned,
-    /// Nobody: axum's own loop in a plain task, which the worker leaves behind when it is told to stop.
+    /// Nobody: axum's own loop runs in a plain task, which the worker leaves behind when told to stop.
     Loose,
 }
 
-/// One server, from its start to the last word of its clients. Returns how many orders were answered, and what
+/// Runs one server, from its start to the last message of its clients. Returns how many orders were answered, and what
 /// went wrong.
 async fn stop_under_load(seed: u64, connections: Connections) -> (u64, Option<String>) {
     let random = Mutex::new(fastrand::Rng::with_seed(seed));
@@ -171,13 +171,13 @@ async fn stop_under_load(seed: u64, connections: Connections) -> (u64, Option<St
     readiness.wait_for(|readiness| readiness.is_ready()).await.unwrap();
 
     let ledger = Ledger::default();
-    // Other rows each time, so that those that do not end come at another moment.
+    // Different rows each time, so that the endless ones come at another moment.
     ledger.next.store(1 + seed * 131, Ordering::SeqCst);
     let clients: Vec<_> = (0..CLIENTS)
         .map(|number| {
             let ledger = ledger.clone();
             tokio::spawn(async move {
-                // How it ends is how its server did.
+                // It ends in the same way as its server.
                 let ended =
                     if number % 2 == 0 { ledger.order_by_http1(addr).await } else { ledger.order_by_http2(addr).await };
                 drop(ended);

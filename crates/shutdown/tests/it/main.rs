@@ -37,7 +37,8 @@ mod worker;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// Counts itself for as long as it lives: what a task owns, and what must be gone when the task is said to have ended.
+/// Counts itself as long as it lives: a value that a task owns, and that must be gone when the task is reported as
+/// ended.
 #[derive(Clone, Default)]
 struct Alive(Arc<AtomicUsize>);
 

@@ -1,4 +1,5 @@
-//! A panic of a worker, or of what it owns, is the exit code 101, wherever it comes from, and says its own place.
+//! A panic of a worker, or of something that it owns, gives the exit code 101, wherever it comes from, and names its
+//! place.
 
 use std::fmt;
 use std::future::pending;
@@ -34,7 +35,7 @@ async fn cooperative(cx: WorkerContext) {
     cx.cancelled().await;
 }
 
-/// Serves the application to its end, which it finds by itself.
+/// Serves the application until it ends by itself.
 async fn serve(app: Application) -> Report {
     app.serve().await.unwrap()
 }
@@ -212,7 +213,7 @@ async fn a_worker_that_ends_too_often_under_always_stops_the_application() {
     assert!(report.to_string().contains("failed: ended again after 2 restarts within 60s"), "{report}");
 }
 
-/// A phase of a worker that fails its first time, and of one that waits for the end.
+/// A phase with a worker that fails the first time, and a worker that waits for the end.
 fn flaky(phase: Phase, restart: Option<Restart>) -> Phase {
     let attempts = std::sync::Arc::new(std::sync::atomic::AtomicU32::new(0));
     let work = move |cx: WorkerContext| async move {

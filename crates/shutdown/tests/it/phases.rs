@@ -1,5 +1,5 @@
-//! Phases with a worker that holds a thread of the runtime, in real processes: each phase is cut in its time and the next
-//! one is told, whatever the runtime can still do.
+//! Phases with a worker that holds a thread of the runtime, in real processes: each phase is cut in time and the next
+//! one is told to stop, whatever the runtime can still do.
 //!
 //! `CANCEL_SAFE_CAMPAIGN=full` runs each of them 24 times.
 
@@ -20,7 +20,7 @@ fn campaign(name: &str, check: impl Fn(&Exit)) {
     publish_campaign("shutdown", &format!("wedged-phases/{name}"), runs(), 0);
 }
 
-/// When the report says that the first phase was cut, the other one has long ended by itself.
+/// When the report says that the first phase was cut, the other one has already ended by itself.
 fn cut_and_flushed(exit: &Exit) {
     exit.assert(
         70,
@@ -30,11 +30,11 @@ fn cut_and_flushed(exit: &Exit) {
             "worker `spin` of `ingress`: abandoned, blocked inside a poll",
         ],
     );
-    // The total is far: what was waited for is the timeout of the phase and the runtime's last half second.
+    // The total timeout is far away: the wait was for the timeout of the phase and the runtime's last half second.
     assert!(exit.stderr.contains("SPIN TOLD"), "{}", exit.stderr);
 }
 
-/// Nothing can run, and the report says so of the one that was not to blame.
+/// Nothing can run, and the report says so about the worker that was not to blame.
 fn cut_and_starved(exit: &Exit) {
     exit.assert(
         70,

@@ -1,4 +1,4 @@
-//! When an application is to be given work, and what its phases give each other.
+//! When an application should get work, and what its phases pass to each other.
 
 use std::future::pending;
 use std::sync::{Arc, Mutex};
@@ -52,7 +52,7 @@ async fn an_application_is_ready_when_its_phases_are_and_no_longer_once_it_stops
     assert_eq!(begun.elapsed(), 3 * SECOND);
     stop.cancel();
     readiness.wait_for(|readiness| *readiness == Readiness::Stopping).await.unwrap();
-    // The workers go on for a while, but there is no more work to come.
+    // The workers continue for a while, but no more work comes.
     assert_eq!(begun.elapsed(), 3 * SECOND);
     assert_eq!(serving.await.unwrap().unwrap().exit_code(), 0);
     assert_eq!(begun.elapsed(), 8 * SECOND);

@@ -1,4 +1,4 @@
-//! The token of a request under the layer: who cancels it, and who does not.
+//! The token of a request under the layer: what cancels it, and what does not.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Servers that are told to stop, with a real connection in each of the situations a connection can be in.
+//! Servers that are told to stop, with a real connection in each possible state.
 #![expect(clippy::disallowed_methods, reason = "no write of these tests is ever dropped")]
 
 use std::convert::Infallible;
@@ -29,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 const MINUTE: Duration = Duration::from_secs(60);
 /// Longer than any drain that works.
 const NEVER: Duration = Duration::from_secs(30);
-/// The phase of the server, where something is in its way.
+/// The time of the server's phase when something is in its way.
 const SOON: Duration = Duration::from_millis(300);
 
 /// What the handlers and the tests share.
@@ -39,7 +39,7 @@ struct Shared(Arc<Things>);
 #[derive(Default)]
 struct Things {
     db_closed: AtomicBool,
-    /// Handlers that were dropped before their end, and how many of those with the database closed.
+    /// Handlers that were dropped before their end, and how many of these after the database was closed.
     dropped: AtomicUsize,
     dropped_too_late: AtomicUsize,
     arrived: Notify,
@@ -106,7 +106,7 @@ async fn orderly_events(Cancelled(token): Cancelled) -> Body {
     Body::from_stream(ticks)
 }
 
-/// An echo, in a task of its own, as axum's web sockets are.
+/// An echo in its own task, like axum's web sockets.
 async fn upgrade(State(shared): State<Shared>, request: Request) -> Response {
     tokio::spawn(async move {
         let upgraded = hyper::upgrade::on(request).await.unwrap();
@@ -155,7 +155,7 @@ impl Site {
         Client::new(TcpStream::connect(self.addr).await.unwrap())
     }
 
-    /// Waits until the server has taken note of the stop: from then on it takes no connection.
+    /// Waits until the server has noticed the stop: from then on it accepts no connection.
     async fn refuses(&self) {
         let refused = async {
             while TcpStream::connect(self.addr).await.is_ok() {
@@ -206,7 +206,7 @@ impl Client {
         text
     }
 
-    /// Reads to the end of the connection. One that was cut may end by a reset.
+    /// Reads to the end of the connection. A cut connection may end with a reset.
     async fn read_to_end(&mut self) -> String {
         let mut bytes = Vec::new();
         drop(timeout(MINUTE, self.stream.read_to_end(&mut bytes)).await.expect("it is not closed"));
@@ -260,7 +260,7 @@ async fn a_request_in_flight_is_answered_before_the_database_closes() {
     site.shared.0.arrived.notified().await;
     site.stop.cancel();
     site.refuses().await;
-    // The handler was told, and goes on.
+    // The handler was told to stop, and continues.
     timeout(MINUTE, site.token().cancelled()).await.expect("nobody told the handler");
     site.shared.0.gate.notify_one();
     let response = client.read_to_end().await;
@@ -294,7 +294,7 @@ async fn a_half_sent_request_is_closed_at_the_deadline_and_named() {
     other.get("/").await;
     other.read_until("hi").await;
     site.stop.cancel();
-    // It may even be answered, with 408 or 400, but not as if it had been a request.
+    // There may even be an answer, 408 or 400, but not as if it had been a request.
     assert!(!client.read_to_end().await.contains("200"));
     let report = site.report().await;
     assert_straggler(&report, &client.name, Some("before its first request"));
@@ -376,7 +376,7 @@ async fn an_upgraded_connection_that_has_ended_is_in_nobodys_way() {
     assert!(report.is_clean() && report.elapsed() < NEVER / 2, "{report}");
 }
 
-/// A client of HTTP/2, and the address it has.
+/// A client of HTTP/2, and its address.
 async fn connect_h2(addr: SocketAddr) -> (http2::SendRequest<Empty<Bytes>>, JoinHandle<()>, String) {
     let stream = TcpStream::connect(addr).await.unwrap();
     let name = stream.local_addr().unwrap().to_string();
@@ -530,7 +530,7 @@ async fn dropping_the_server_closes_what_it_has_and_its_handlers() {
     assert_eq!(shared.0.dropped.load(Ordering::SeqCst), 2);
 }
 
-/// What a load balancer sees: the server still answers, and says that it is not to be given work.
+/// What a load balancer sees: the server still answers, and says that it should get no work.
 #[tokio::test]
 async fn a_probe_is_told_503_before_and_from_the_first_moment_of_a_stop_while_the_server_still_answers() {
     let (open, opened) = oneshot::channel::<()>();
@@ -564,7 +564,7 @@ async fn a_probe_is_told_503_before_and_from_the_first_moment_of_a_stop_while_th
     readiness.wait_for(|readiness| !readiness.is_ready()).await.unwrap();
     client.get("/readyz").await;
     assert!(client.read_until("stopping").await.starts_with("HTTP/1.1 503"));
-    // Also to those who come now, for as long as the delay runs.
+    // Also to new clients, as long as the delay runs.
     let mut late = Client::new(TcpStream::connect(addr).await.unwrap());
     late.get("/").await;
     assert!(late.read_until("hi").await.starts_with("HTTP/1.1 200"));
@@ -572,7 +572,7 @@ async fn a_probe_is_told_503_before_and_from_the_first_moment_of_a_stop_while_th
     running.abort();
 }
 
-/// What axum's own server does, and the checks above must be able to see: the twin that is broken.
+/// The broken twin: the checks above must catch what axum's own server does.
 #[tokio::test]
 async fn a_connection_that_nobody_owns_is_caught() {
     let shared = Shared::default();

@@ -1,4 +1,4 @@
-//! Real signals to real processes: the exit code, the time it took and what was reported.
+//! Real signals to real processes: the exit code, the time and the report.
 #![expect(clippy::print_stdout, reason = "how close a deadline was is worth a look, and fails nothing")]
 
 use std::io::{BufRead, BufReader};
@@ -14,7 +14,7 @@ use crate::child::{DEADLINE, MANY, PROGRAM, STALL};
 const QUIET: Duration = Duration::from_millis(1050);
 
 /// How long anything may take on a busy machine before it counts as a hang. Well below [`STALL`], so that a program
-/// which waits for its straggler is caught.
+/// that waits for its straggler is caught.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A running program.
@@ -82,7 +82,7 @@ impl Program {
         kill_process(Pid::from_child(&self.child), signal).unwrap();
     }
 
-    /// Waits until a signal is no copy of one that the program has reacted to.
+    /// Waits until the next signal no longer counts as a copy of the last one.
     #[expect(clippy::disallowed_methods, reason = "a lower bound of the time between two signals is what is asked for")]
     fn pause(self, time: Duration) -> Self {
         std::thread::sleep(time);
@@ -114,7 +114,8 @@ impl Program {
 }
 
 impl Drop for Program {
-    /// What a failed test has started does not outlive it. One that has ended cannot be killed, which is as well.
+    /// The program of a failed test does not outlive the test. A program that has ended cannot be killed, which does
+    /// not matter.
     fn drop(&mut self) {
         drop(self.child.kill());
         drop(self.child.wait());
@@ -122,7 +123,7 @@ impl Drop for Program {
 }
 
 impl Exit {
-    /// Asserts the code and each of the texts in what was reported.
+    /// Asserts the code, and that the report contains each of the texts.
     #[track_caller]
     pub(crate) fn assert(&self, code: i32, texts: &[&str]) {
         assert_eq!(self.code, Some(code), "{}", self.stderr);
@@ -131,7 +132,7 @@ impl Exit {
         }
     }
 
-    /// Asserts that the deadline was waited for and then kept.
+    /// Asserts that the program used its time up to the deadline, and kept the deadline.
     #[track_caller]
     pub(crate) fn assert_by_deadline(&self) {
         println!("{:?} past the deadline", self.elapsed.saturating_sub(DEADLINE));
@@ -140,7 +141,7 @@ impl Exit {
     }
 }
 
-/// Aborted; or abandoned, where the machine did not come to drop it within the 20 ms that an abort may take.
+/// Aborted; or abandoned, if the machine did not drop it within the 20 ms that an abort may take.
 const CUT_DEAF: &str = "worker `deaf` of `main`: ab";
 
 const _: () = assert!(PATIENCE.as_secs() < STALL.as_secs());
@@ -242,7 +243,7 @@ fn a_second_sigint_exits_130_at_once() {
 fn a_second_signal_exits_even_if_the_runtime_is_wedged() {
     let mut program = Program::ready("spins for long");
     program.send(Signal::INT);
-    // Told by the watchdog: the runtime is held up.
+    // Reported by the watchdog, because the runtime is held up.
     program.wait_for("STOPPING");
     let exit = program.pause(QUIET).end_by(Signal::TERM);
     exit.assert(143, &["stopped by SIGINT", "worker `spin` of `main`: abandoned, blocked inside a poll"]);
@@ -290,7 +291,7 @@ fn a_blocking_closure_of_a_group_is_named_at_the_deadline() {
         &[
             "task `hash` of `hasher`: abandoned, inside a blocking closure, spawned at",
             "last mark `block 7`",
-            // It waits for its group, which ends when the closure is given up: it may be quicker than its own abort.
+            // It waits for its group, which ends when the closure is abandoned: that may be quicker than its own abort.
             "worker `hasher` of `main`: ",
         ],
     );
@@ -415,7 +416,7 @@ fn a_quit_lists_what_is_alive_and_where_it_is() {
     program.wait_for("last mark `sum`");
 }
 
-/// Starts a program by a shell that has been told something about signals.
+/// Starts a program from a shell with changed signal settings.
 #[cfg(target_os = "linux")]
 fn ready_under(shell: &[&str], name: &str) -> Program {
     let mut command = Command::new(shell[0]);

@@ -1,4 +1,4 @@
-//! What a program says that has no callback: nothing while all goes well but that it stops, and everything else once.
+//! The output of a program without a callback: only that it stops, if all goes well, and everything else once.
 
 use std::time::Instant;
 

@@ -153,7 +153,7 @@ async fn a_discarding_group_keeps_counts_and_the_latest_failures() {
         assert!(!outcome.is_completed(), "{name} was kept");
         read.push(name);
     }
-    // Some were read before the others had ended; the last 1,024 are there in any case.
+    // Some were read before the others had ended; the last 1,024 are always there.
     assert!(read.len() >= 1024 && read.contains(&"failure 2999".to_owned()) && read.contains(&"broken".to_owned()));
     let mut counts = TaskCounts::default();
     (counts.completed, counts.failed, counts.panicked) = (3000, 3000, 1);
@@ -191,17 +191,17 @@ fn resident_kib() -> usize {
     pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4
 }
 
-/// What is done with the outcomes of many tasks.
+/// What to do with the outcomes of many tasks.
 #[cfg(target_os = "linux")]
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Outcomes {
     Discarded,
-    /// Each one right after its task was spawned.
+    /// Read each one right after its task was spawned.
     Read,
     Kept,
 }
 
-/// How much 200,000 tasks leave behind. Run in a process of its own, as the tests beside it allocate too.
+/// How much memory 200,000 tasks leave behind. It runs in its own process, because other tests allocate too.
 #[cfg(target_os = "linux")]
 #[expect(clippy::print_stdout, reason = "it is how the child tells")]
 fn grown_kib(outcomes: Outcomes) -> usize {
@@ -251,7 +251,7 @@ fn two_hundred_thousand_outcomes_read_in_turn_leave_nothing_in_a_group() {
     assert!(grown < 2048, "{grown} KiB");
 }
 
-/// The broken twin: what the checks above must be able to see.
+/// The broken twin, which the checks above must catch.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_group_that_keeps_outcomes_grows_and_is_caught() {

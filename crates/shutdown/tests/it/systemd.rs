@@ -1,4 +1,4 @@
-//! What a service manager is told, read from a real socket of the kind that it listens on.
+//! The messages for a service manager, read from a real socket of the kind that it listens on.
 
 use std::io::ErrorKind;
 use std::os::unix::net::UnixDatagram;
@@ -12,7 +12,7 @@ use crate::signals::Program;
 
 /// How long anything may take on a busy machine before it counts as a hang.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The limit of the watchdog where a missing beat is waited for.
+/// The limit of the watchdog in tests that wait for a missing beat.
 const WATCHDOG: Duration = Duration::from_millis(100);
 
 /// A service manager that listens.
@@ -65,7 +65,7 @@ impl Manager {
         panic!("no {wanted} in {heard:?}")
     }
 
-    /// What was said until the program had ended.
+    /// All messages until the program ended.
     fn hear_the_rest(&self) -> Vec<String> {
         std::iter::from_fn(|| self.hear_within(Duration::from_millis(1))).collect()
     }
@@ -86,7 +86,8 @@ fn the_manager_is_told_of_readiness_of_the_stop_and_of_the_time_it_takes() {
     assert_eq!(manager.hear(), "READY=1");
     program.send(Signal::TERM);
     assert_eq!(manager.hear(), "STOPPING=1");
-    // It drains for as long as this listens. What is left of its ten minutes, and a little more.
+    // It drains as long as this listens. The message extends the time by the rest of its ten minutes, and a little
+    // more.
     let first = microseconds(&manager.hear());
     let second = microseconds(&manager.hear());
     assert!((500_000_000..=602_000_000).contains(&first.max(second)), "{first}, {second}");
@@ -116,28 +117,28 @@ fn an_application_that_stops_before_it_is_ready_is_never_called_ready() {
 fn a_live_runtime_beats_at_half_the_interval_and_a_wedged_one_stops() {
     let manager = Manager::listen();
     let interval = WATCHDOG.as_micros().to_string();
-    // Before its start: the first beats may have come before it is known to have started.
+    // Taken before its start, because the first beats may come before the start is known.
     let begun = Instant::now();
     let mut program = manager.start("wedges when told", &[("WATCHDOG_USEC", interval)]);
     // Its first beat is at its start.
     for _ in 0..=10 {
         manager.hear_until("WATCHDOG=1");
     }
-    // Ten beats, each half an interval after the one before, and not sooner. Later on a machine that is busy.
+    // Ten beats, each half an interval after the previous one at the earliest, or later on a busy machine.
     assert!(begun.elapsed() >= 4 * WATCHDOG, "ten beats in {:?}", begun.elapsed());
     program.send(Signal::HUP);
     program.wait_for("WEDGED");
-    // At most the one that was on its way.
+    // At most the beat that was on its way.
     manager.hear_within(2 * WATCHDOG);
     while manager.hear_within(Duration::from_millis(1)).is_some() {}
     assert_eq!(manager.hear_within(20 * WATCHDOG), None, "a wedged runtime was said to be alive");
     program.send(Signal::USR1);
-    // It goes on when the runtime does.
+    // It continues when the runtime does.
     manager.hear_until("WATCHDOG=1");
     program.send(Signal::TERM);
     let exit = program.end(Instant::now());
     exit.assert(0, &["by SIGTERM"]);
-    // A question on its way is no task of the application's.
+    // A pending question is not a task of the application.
     assert!(!exit.stderr.contains("unnamed"), "{}", exit.stderr);
 }
 

@@ -15,7 +15,7 @@ use crate::Alive;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// A worker that takes so long to end.
+/// A worker that takes `seconds` to end.
 fn drain(seconds: u32) -> impl FnOnce(WorkerContext) -> BoxFuture + Clone + Send {
     move |cx: WorkerContext| {
         Box::pin(async move {
@@ -47,7 +47,7 @@ async fn a_stop_takes_exactly_the_time_of_its_phases_and_two_runs_are_equal() {
     assert_eq!((report.exit_code(), report.elapsed()), (0, 3 * SECOND), "{report}");
     assert_eq!(report.reason(), &StopReason::Signal(15));
     assert_eq!(terminated(shop()).await, report);
-    // The same to the eye, and not the same: the storage takes a second more.
+    // It looks the same, but is not: the storage takes a second more.
     let slower = Application::new("shop").phase("storage", |phase| phase.worker("pool", drain(2)));
     assert_ne!(terminated(slower.phase("ingress", |phase| phase.worker("http", drain(2)))).await, report);
 }
@@ -67,7 +67,7 @@ async fn a_straggler_is_cut_at_its_deadline_and_looks_the_same_each_time() {
     let deaf = report.task("deaf").unwrap();
     assert_eq!((report.exit_code(), deaf.straggling), (70, Some(StragglerState::ParkedAtAwait)), "{report}");
     assert_eq!(deaf.last_mark.as_deref(), Some("deaf"));
-    // The two looks at what is cut are some milliseconds apart.
+    // The two checks of what to cut are some milliseconds apart.
     assert!((4 * SECOND..4 * SECOND + Duration::from_millis(25)).contains(&report.elapsed()), "{report}");
     for _ in 0..5 {
         assert_eq!(run().await, report);

@@ -1,5 +1,5 @@
-//! A PgBouncer of a test's own, in front of a server that the test crashes: the one of the whole run is in front of a server
-//! that others need.
+//! A private PgBouncer for one test, in front of a server that the test crashes: the PgBouncer of the whole run is in
+//! front of a server that others need.
 
 use std::fs;
 use std::net::{TcpListener, TcpStream};
@@ -10,7 +10,7 @@ use std::process::{Child, Command, Stdio};
 
 use crate::support::eventually;
 
-/// It does not run as root: as root we start it as nobody.
+/// PgBouncer refuses to run as root: as root we start it as nobody.
 const NOBODY: u32 = 65534;
 
 /// Ends it when the pipe on its input closes, also when we are killed.
@@ -30,7 +30,7 @@ pub(crate) struct Pooler {
 }
 
 impl Pooler {
-    /// Starts one in front of the server on this port, which lets everybody in; `None` if there is none on this machine.
+    /// Starts one in front of the server on this port, which accepts every login; `None` if PgBouncer is not installed.
     pub(crate) async fn in_front_of(server_port: u16) -> Option<Self> {
         let program = program()?;
         let home = tempfile::Builder::new().prefix("pooler-").tempdir_in("/tmp").unwrap();
@@ -46,7 +46,7 @@ impl Pooler {
             "auth_type = any",
             "pool_mode = transaction",
             "default_pool_size = 50",
-            // A server that comes back is found at once.
+            // A server that comes back is used at once.
             "server_login_retry = 1",
             "ignore_startup_parameters = extra_float_digits",
             "",

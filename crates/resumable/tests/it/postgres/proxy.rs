@@ -1,7 +1,7 @@
-//! Stands before the server, and cuts a connection off or goes silent at the statement it is told.
+//! A proxy in front of the server that cuts a connection off, or goes silent, at a chosen statement.
 //!
-//! It is told over the connection itself, by a statement of the item whose transaction is to be struck: so it is that
-//! transaction, and no other.
+//! It gets its orders over the connection itself, by a statement of the item whose transaction it must strike: so it
+//! strikes that transaction, and no other.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -23,19 +23,19 @@ pub(crate) enum Fault {
     CutBehind,
     /// The server has answered, and the client is cut off.
     CutAnswer,
-    /// It never reaches the server, and nothing is said.
+    /// It never reaches the server, and no answer comes.
     SilentBefore,
-    /// It reaches the server, and nothing is said.
+    /// It reaches the server, and no answer comes.
     SilentBehind,
 }
 
 pub(crate) const FAULTS: [Fault; 5] =
     [Fault::CutBefore, Fault::CutBehind, Fault::CutAnswer, Fault::SilentBefore, Fault::SilentBehind];
 
-/// By which a connection is told: then come the number of the fault, the statement, and another.
+/// The prefix of an order: the number of the fault, the words, and a colon follow.
 const MARK: &str = "strike:";
 
-/// Strikes the next statement of this connection in which these words are.
+/// Strikes the next statement of this connection that contains these words.
 pub(crate) async fn strike(conn: &mut PgConnection, fault: Fault, words: &str) {
     let number = FAULTS.iter().position(|known| *known == fault).unwrap();
     let told = format!("SELECT '{MARK}{number}:{words}:'");
@@ -79,7 +79,7 @@ impl Proxy {
         options.connect_lazy_with(self.options.clone())
     }
 
-    /// From now on nothing is handed on, in either direction.
+    /// From now on nothing is passed on, in either direction.
     pub(crate) fn fall_silent(&self) {
         self.state.is_silent.store(true, Ordering::SeqCst);
     }

@@ -1,4 +1,4 @@
-//! A schema of its own for each test, and what is asserted of it over a plain connection.
+//! A separate schema for each test, and assertions about it over a plain connection.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
@@ -13,7 +13,7 @@ use sqlx::{
 pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
 pub(crate) const PGBOUNCER: &str = "CANCEL_SAFE_TEST_PGBOUNCER_URL";
 
-/// A lease that no test outlives: what is taken over sooner was given back.
+/// A lease that no test outlives: a range that is taken over sooner was given back.
 pub(crate) const FOR_EVER: Duration = Duration::from_secs(3600);
 
 pub(crate) fn url(variable: &str) -> String {
@@ -36,23 +36,23 @@ impl World {
         Self { pool: pool(url, 8), schema: Self::name() }
     }
 
-    /// The same schema for several runtimes, each of which has sessions of its own.
+    /// The same schema for several runtimes, each with its own sessions.
     pub(crate) fn named(schema: &str) -> Self {
         Self { pool: pool(&url(POSTGRES), 8), schema: schema.to_owned() }
     }
 
-    /// A name that nobody else has.
+    /// A unique name.
     pub(crate) fn name() -> String {
         static WORLDS: AtomicU32 = AtomicU32::new(0);
         format!("resumable_{}_{}", std::process::id(), WORLDS.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// A store in this schema, of small ranges.
+    /// A store in this schema, with small ranges.
     pub(crate) fn store(&self) -> PgStore {
         PgStore::new(self.pool.clone()).schema(&self.schema).range_items(10).lease(FOR_EVER)
     }
 
-    /// A connection that is nobody's but the test's.
+    /// A connection for the test alone.
     pub(crate) async fn plain(&self) -> PgConnection {
         self.pool.connect_options().connect().await.unwrap()
     }
@@ -98,7 +98,7 @@ pub(crate) async fn work(builder: Builder<u64, u64>, n: u64) -> Result<Vec<Done<
     run.finish().await.map(|_| all)
 }
 
-/// What is recorded of a job, in order.
+/// The records of a job, in order.
 pub(crate) async fn recorded(store: &PgStore, job: &str) -> Result<Vec<Done<u64>>, TaskError> {
     store.results(job).try_collect().await
 }
