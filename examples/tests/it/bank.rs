@@ -1,4 +1,4 @@
-//! The bank as a process: what it answers, what became of what was cut, and chaos on each database.
+//! The bank as a process: its answers, the fate of cut transfers, and chaos on each database.
 #![cfg(unix)]
 
 use std::process::{ExitCode, Stdio};
@@ -13,10 +13,10 @@ use tokio::time::timeout;
 
 use crate::wire::Server;
 
-/// The variable that makes this test binary the server, with these arguments.
+/// The variable that turns this test binary into the server, with these arguments.
 const ARGUMENTS: &str = "BANK_TEST_ARGUMENTS";
 
-/// Does nothing as a test. With [`ARGUMENTS`] set, this process is the server.
+/// Does nothing as a test. If [`ARGUMENTS`] is set, this process is the server.
 #[test]
 fn server_program() {
     let Ok(arguments) = std::env::var(ARGUMENTS) else { return };
@@ -104,7 +104,7 @@ async fn a_transfer_that_is_cut_by_its_limit_or_its_client_is_not_committed_and_
     let answered = timeout(std::time::Duration::from_millis(300), connection.read(&mut byte)).await;
     assert!(answered.is_err(), "{answered:?}");
     drop(connection);
-    // The question waits for what is on the way, and there is nothing any more.
+    // The query waits for a transfer under way, and there is none any more.
     assert_eq!(bank.outcome("lost").await, (404, json!("not_committed")));
     assert_eq!(bank.ask("POST /slow", r#"{"ms":0}"#).await.0, 204);
     // A key that has committed nothing may be sent again.
@@ -170,7 +170,7 @@ async fn chaos_conserves_the_money_on_sqlite() {
     try_it("chaos-sqlite", None, false).await;
 }
 
-/// A schema of its own, as other tests have theirs.
+/// A separate schema, as in other tests.
 struct Schema {
     conn: PgConnection,
     name: String,

@@ -74,7 +74,7 @@ async fn a_crawl_that_is_stopped_at_any_moment_ends_with_every_page_whole_and_as
 
     let mut stops = 0;
     for patience in [5, 20, 40, 80] {
-        // Dropped, with all that is under way.
+        // Dropped, with everything in flight.
         let run = crawl(urls.clone(), directory.path(), CancellationToken::new(), |_, _| {});
         if timeout(Duration::from_millis(patience), run).await.is_err() {
             stops += 1;
@@ -90,12 +90,12 @@ async fn a_crawl_that_is_stopped_at_any_moment_ends_with_every_page_whole_and_as
     assert_eq!((summary.total, summary.quarantined), (PAGES, 1), "{summary:?}");
     assert_eq!(broken, [format!("http://{address}/7: in quarantine after 1 attempt: there is no such page")]);
     assert_eq!(whole(directory.path(), &urls), PAGES - 1);
-    // What was under way at a stop, and what was not recorded yet: sixteen at once, and a tenth of a second.
+    // The pages in flight at a stop, and those not yet recorded: sixteen at once, and a tenth of a second.
     let again: u32 = answered.lock().unwrap().values().map(|times| times - 1).sum();
     let most = u32::try_from(PAGES).unwrap() * stops;
     assert!(again < most, "{again} pages were asked for again in {stops} stops");
 
-    // A run of what is complete asks for nothing.
+    // A run of a complete job requests nothing.
     let before: u32 = answered.lock().unwrap().values().sum();
     let summary = crawl(urls, directory.path(), CancellationToken::new(), |_, _| {}).await.unwrap();
     assert_eq!((summary.completed, answered.lock().unwrap().values().sum::<u32>()), (0, before));

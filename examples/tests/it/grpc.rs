@@ -1,4 +1,4 @@
-//! A real tonic server, and a stream that is cancelled in each of the ways there are: its handler's token fires each time.
+//! A real tonic server, and a stream that is cancelled in every possible way: its handler's token fires each time.
 
 use std::future::pending;
 use std::net::SocketAddr;
@@ -20,7 +20,7 @@ use tonic::{Code, Request, Response, Status};
 const MINUTE: Duration = Duration::from_secs(60);
 /// Longer than any drain that works.
 const NEVER: Duration = Duration::from_secs(30);
-/// The phase of the server, and the deadline of a request, where something is in the way.
+/// The time of the server's phase, and the deadline of a request, when something is in the way.
 const SOON: Duration = Duration::from_millis(300);
 
 /// What a handler does when its token fires.
@@ -28,13 +28,13 @@ const SOON: Duration = Duration::from_millis(300);
 enum Manners {
     /// Ends its stream.
     Orderly,
-    /// Goes on.
+    /// Continues.
     Deaf,
     /// Never even answers.
     Stuck,
 }
 
-/// A service that hands out the token of each request, and says when a stream of its is dropped.
+/// A service that hands out the token of each request, and reports when one of its streams is dropped.
 struct Watched {
     manners: Manners,
     tokens: UnboundedSender<CancellationToken>,
@@ -63,7 +63,7 @@ impl Ticks for Watched {
     }
 }
 
-/// A server of tonic's in the last phase of an application.
+/// A tonic server in the last phase of an application.
 struct Site {
     addr: SocketAddr,
     stop: CancellationToken,
@@ -93,7 +93,7 @@ impl Site {
         Endpoint::from_shared(format!("http://{}", self.addr)).unwrap().connect().await.unwrap()
     }
 
-    /// The token of the request that has come.
+    /// The token of the next request.
     fn token(&self) -> CancellationToken {
         self.tokens.lock().unwrap().try_recv().unwrap()
     }
@@ -192,7 +192,7 @@ async fn a_stream_that_goes_on_is_cut_at_the_deadline_and_named() {
     fires(&token).await;
     let last = timeout(MINUTE, ticks.by_ref().skip_while(|tick| std::future::ready(tick.is_ok())).next()).await;
     let status = last.expect("it goes on").unwrap().unwrap_err();
-    // What tonic makes of a connection that is gone.
+    // tonic's status for a lost connection.
     assert!([Code::Unknown, Code::Unavailable, Code::Internal, Code::Cancelled].contains(&status.code()), "{status}");
     fires(&site.dropped).await;
     let report = site.report().await;

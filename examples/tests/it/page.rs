@@ -1,4 +1,4 @@
-//! The page of the bank in a headless Chromium, driven over the pipe that it has for its tools.
+//! The page of the bank in a headless Chromium, driven over its pipe for developer tools.
 #![cfg(unix)]
 
 use std::path::Path;
@@ -24,7 +24,7 @@ struct Browser {
 }
 
 impl Browser {
-    /// None where there is no Chromium.
+    /// `None` if there is no Chromium.
     async fn open(url: &str) -> Option<Self> {
         let path = std::env::var_os("PATH").unwrap();
         let names = ["chromium", "chromium-browser", "google-chrome"];
@@ -83,7 +83,7 @@ impl Browser {
         result["result"]["value"].take()
     }
 
-    /// Waits until the script says so.
+    /// Waits until the script returns true.
     async fn until(&mut self, script: &str) {
         let waiting = async {
             while self.evaluate(script).await != true {
@@ -106,7 +106,7 @@ impl Browser {
         }
     }
 
-    /// Keeps a picture, where a directory for it is named.
+    /// Saves a screenshot, if a directory for it is set.
     async fn picture(&mut self, name: &str) {
         let Some(directory) = std::env::var_os("BANK_SCREENSHOTS") else { return };
         let shown = self.call("Page.captureScreenshot", json!({ "captureBeyondViewport": true })).await;
@@ -152,7 +152,7 @@ async fn drop_until_the_server_sees_it(browser: &mut Browser) {
         .some((row) => row.cells[0].textContent === 'cut' && Number(row.cells[1].textContent) > 0)";
     for number in 1..=100 {
         browser.until(&format!("{dropped} >= {number}")).await;
-        // By then there was another event.
+        // By then another event had come.
         let now = browser.evaluate("document.getElementById('uptime').textContent").await;
         browser.until(&format!("document.getElementById('uptime').textContent !== {now}")).await;
         if browser.evaluate(cut).await == true {

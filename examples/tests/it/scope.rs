@@ -1,4 +1,4 @@
-//! What a scope that owns can do and one that borrows cannot, and that both come to the same result.
+//! What an owning scope can do and a borrowing one cannot, and that both reach the same result.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -46,7 +46,7 @@ async fn a_timeout_ends_the_tasks_of_a_scope_that_owns_and_waits_for_those_of_on
     let borrowed = async {
         TokioScope::scope_and_block(|scope| scope.spawn(sleep(LONG)));
     };
-    // It has no await: the timeout looks at its clock when all is over.
+    // It has no await: the timeout checks its clock when everything is over.
     assert!(timeout(SOON, borrowed).await.is_ok());
     assert!(begun.elapsed() >= LONG);
 }

@@ -1,4 +1,4 @@
-//! The server of the bank as a process, and a client of a few lines that can go away when it likes.
+//! The server of the bank as a process, and a small client that can leave at any time.
 #![cfg(unix)]
 
 use std::net::SocketAddr;
@@ -46,7 +46,7 @@ impl Server {
         timeout(PATIENCE, self.child.wait()).await.expect("it does not end").unwrap()
     }
 
-    /// Sends a request, and leaves the answer to be read.
+    /// Sends a request, and leaves the answer unread.
     pub(crate) async fn send(&self, line: &str, body: &str) -> TcpStream {
         let head = "host: bank\r\nconnection: close\r\ncontent-type: application/json\r\ncontent-length";
         let request = format!("{line} HTTP/1.1\r\n{head}: {}\r\n\r\n{body}", body.len());
@@ -74,7 +74,7 @@ impl Server {
 pub(crate) struct Events(BufReader<TcpStream>);
 
 impl Events {
-    /// Reads events until one is as it should be.
+    /// Reads events until `is_right` accepts one.
     pub(crate) async fn until(&mut self, is_right: impl Fn(&Value) -> bool) -> Value {
         let mut last = Value::Null;
         let reading = async {

@@ -1,6 +1,6 @@
 //! The demo from outside, mostly in its short form: what it prints, how it ends, and that nothing survives it.
 //!
-//! What its judge counts is tested beside it, with a broken directory as the twin.
+//! The judge's counting is tested beside its code, with a broken directory as the twin.
 
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
@@ -42,7 +42,7 @@ fn clients(dir: &Path) -> Vec<String> {
     processes.filter(is_client).map(|process| process.display().to_string()).collect()
 }
 
-/// Waits until `condition` holds; a minute is far more than any of them needs.
+/// Waits until `condition` holds; a minute is far more than needed.
 #[track_caller]
 fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
@@ -75,7 +75,7 @@ fn the_demo_finds_nothing_wrong_with_mirror_and_leaves_what_its_table_says() {
     let rows = runtime.block_on(judge::catalogue(&out.join("mirror/catalog.db"))).unwrap();
     let urls = std::fs::read_to_string(out.join("urls.txt")).unwrap();
     assert_eq!(rows.len(), urls.lines().count());
-    // What is truncated was taken for whole by the next start, and recorded so: nobody told the plain loop.
+    // The next start of the plain loop took the truncated files for whole, and recorded them as such.
     let plain = &table["plain loop"];
     let count = |key: &str| plain[key].as_u64().unwrap();
     assert!(count("misrecorded") >= count("truncated"), "{plain}");
@@ -119,12 +119,12 @@ fn a_directory_that_is_no_demos_is_refused_untouched() {
 #[test]
 fn a_mirror_that_goes_wrong_is_told_and_the_demo_fails() {
     let dir = tempfile::tempdir().unwrap();
-    // What the demo is asked for, mirror is asked for: it refuses most of the files.
+    // The demo passes its options on to mirror, which refuses most of the files.
     let (said, _) = run(dir.path(), &["--max-body", "10"], 2);
     assert!(said.contains("mirror ended with exit status: 2") && said.contains("mirror.log"), "{said}");
 }
 
-/// Starts a demo that cannot be through before somebody ends it, and waits until both clients run.
+/// Starts a demo that never ends by itself, and waits until both clients run.
 fn started() -> (TempDir, Child) {
     let dir = tempfile::tempdir().unwrap();
     let demo = start(dir.path(), &["--endless"]);

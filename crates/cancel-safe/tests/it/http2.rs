@@ -1,7 +1,7 @@
-//! The HTTP client over TLS, where ALPN and not the caller chooses HTTP/2.
+//! The HTTP client over TLS, where ALPN chooses HTTP/2, not the caller.
 //!
-//! Here because the umbrella's tests have reqwest with TLS, and those of the client itself have none on purpose. The
-//! certificate is for localhost, signed by itself, and good for a hundred years.
+//! These tests are here because the umbrella's tests have reqwest with TLS, and the client's own tests deliberately
+//! have none. The certificate is for localhost, signed by itself, and good for a hundred years.
 
 use std::{
     convert::Infallible,
@@ -34,7 +34,7 @@ use tokio_rustls::{
 const CERTIFICATE: &[u8] = include_bytes!("tls/localhost.cert.der");
 const KEY: &[u8] = include_bytes!("tls/localhost.key.der");
 
-/// A server of HTTP/2 and HTTP/1 over TLS, which answers `/slow` never and everything else with the path.
+/// A server of HTTP/2 and HTTP/1 over TLS, which never answers `/slow`, and answers everything else with the path.
 async fn serve() -> (SocketAddr, Arc<AtomicUsize>) {
     let mut config = ServerConfig::builder()
         .with_no_client_auth()
@@ -51,7 +51,7 @@ async fn serve() -> (SocketAddr, Arc<AtomicUsize>) {
             made.fetch_add(1, Ordering::SeqCst);
             let acceptor = acceptor.clone();
             tokio::spawn(async move {
-                // A handshake takes its time, so that calls wait for the connection of another.
+                // The handshake is slow, so that calls wait for another call's connection.
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 let Ok(socket) = acceptor.accept(socket).await else { return };
                 let service = service_fn(async |request: Request<Incoming>| {
@@ -60,7 +60,7 @@ async fn serve() -> (SocketAddr, Arc<AtomicUsize>) {
                     }
                     Ok::<_, Infallible>(Response::new(Full::new(Bytes::from(request.uri().path().to_owned()))))
                 });
-                // A client that hangs up is what these tests are about.
+                // An error is ignored, because the clients of these tests hang up.
                 drop(auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await);
             });
         }

@@ -1,5 +1,5 @@
 //! The integration tests of `cancel-safe`, one binary: the example `mirror` as a child process, against a real server,
-//! and what needs a feature of a dependency that the crates' own tests do without.
+//! and tests that need a feature of a dependency that the crates' own tests lack.
 #![cfg(all(feature = "full", feature = "sqlite", feature = "postgres"))]
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 

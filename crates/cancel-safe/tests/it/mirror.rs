@@ -1,4 +1,4 @@
-//! The main job from outside: what is on disk, in the catalogue and in the exit code after everything that can happen.
+//! The main job from outside: the disk, the catalogue and the exit code after everything that can happen.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use super::origin::Server;
 
-/// A source directory behind a server, a manifest of it, and a place to mirror it to.
+/// A source directory behind a server, its manifest, and a target directory.
 struct Scene {
     dir: TempDir,
     server: Server,
@@ -40,7 +40,7 @@ impl Scene {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, content).unwrap();
         }
-        // The server's directory bears the names as they stand in a URL.
+        // The server's directory has the names as they are in a URL.
         let served = dir.path().join("served");
         fs::create_dir_all(&served).unwrap();
         let mut manifest = String::new();
@@ -64,7 +64,7 @@ impl Scene {
         self.path("out")
     }
 
-    /// The paths as they stand in a URL.
+    /// The paths as they are in a URL.
     fn served(&self) -> Vec<String> {
         tree(&self.path("served")).into_keys().map(|name| format!("/{name}")).collect()
     }
@@ -123,7 +123,7 @@ fn tree(root: &Path) -> BTreeMap<String, Vec<u8>> {
     files_below(root).into_iter().map(|path| (name(&path), fs::read(path).unwrap())).collect()
 }
 
-/// Every file below a directory. Of those that come and go meanwhile, some.
+/// Every file below a directory, and some of those that come and go meanwhile.
 fn files_below(root: &Path) -> Vec<PathBuf> {
     let (mut found, mut directories) = (Vec::new(), vec![root.to_owned()]);
     while let Some(directory) = directories.pop() {
@@ -152,7 +152,7 @@ fn catalogue(out: &Path) -> BTreeMap<String, String> {
     })
 }
 
-/// Waits until `condition` holds; a minute is far more than any of them needs.
+/// Waits until `condition` holds; a minute is far more than needed.
 #[track_caller]
 fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let started = Instant::now();
@@ -177,7 +177,7 @@ fn an_ordinary_directory_is_mirrored_byte_for_byte_and_a_second_run_has_nothing_
     assert_eq!(scene.server.requests(), asked);
 }
 
-/// Kills it at random moments, and lets it go on each time.
+/// Kills it at random moments, and lets it continue each time.
 #[expect(clippy::print_stdout, reason = "the seed of a run that fails")]
 fn killed_at_random_moments(options: &[&str], campaign: &str) {
     // `cargo xtask crash cancel-safe` asks for the whole campaign.
@@ -202,7 +202,7 @@ fn killed_at_random_moments(options: &[&str], campaign: &str) {
     }
     scene.run(&options, 0);
     scene.assert_complete();
-    // What was in flight, and one batch of the catalogue, which holds no more than was in flight.
+    // The fetches in flight, and one batch of the catalogue, which holds no more than were in flight.
     let most = 300 + kills * 2 * CONCURRENCY;
     assert!(scene.server.requests() <= most, "{} requests for 300 files", scene.server.requests());
     publish_campaign("cancel-safe", campaign, kills, 0);
@@ -230,13 +230,13 @@ fn files_that_become_durable_at_the_end_have_no_row_before() {
     child.wait().unwrap();
     assert_eq!(catalogue(&scene.out()), BTreeMap::new());
     scene.server.state().hang.clear();
-    // What a power cut leaves of a file that was not durable: its name.
+    // A power cut leaves only the name of a file that was not durable.
     let torn = tree(&files).into_iter().find(|(_, content)| !content.is_empty()).unwrap().0;
     fs::write(files.join(torn), "").unwrap();
     scene.run(&["--durability", "end"], 0);
     scene.assert_complete();
     assert_eq!(scene.server.requests(), 30 + 2, "the one that hung, and the one that was torn");
-    // What is replaced is durable at once.
+    // A replaced file is durable at once.
     fs::write(scene.path("served/a/b/c/1"), "new").unwrap();
     fs::write(scene.path("source/a/b/c/1"), "new").unwrap();
     scene.run(&["--durability", "end", "--refresh"], 0);
@@ -298,7 +298,7 @@ fn a_corrupt_checkpoint_is_refused_untouched_with_the_command_that_helps() {
 #[test]
 fn a_signal_lets_fetches_finish_and_the_next_run_goes_on() {
     let scene = Scene::new(80);
-    // Two seconds for all of them, so that none of the two runs is through when its signal comes.
+    // Two seconds for all of them, so that neither run has ended when its signal comes.
     scene.server.state().pause = Duration::from_millis(100);
     for (name, code) in [("TERM", 143), ("INT", 130)] {
         let before = scene.server.requests();
@@ -326,7 +326,7 @@ fn a_stop_while_urls_wait_is_not_taken_for_the_end() {
     }
     let child = scene.start(&[]);
     wait_for("all requests", || scene.server.requests() >= 12);
-    // Now all have been asked for, one of them waits in the queue, and the others are still in flight.
+    // Now all have been requested, one of them waits in the queue, and the others are still in flight.
     signal(&child, "TERM");
     let text = expect(child.wait_with_output().unwrap(), 143);
     assert!(!text.contains("all files are there"), "{text}");
@@ -372,7 +372,7 @@ fn standard_input_is_a_manifest_too_and_a_stop_does_not_wait_for_its_end() {
     expect(output, 0);
     scene.assert_complete();
     let child = scene.command(&["--manifest", "-"]).stdin(Stdio::piped()).spawn().unwrap();
-    // It reads from a pipe that nobody closes. Its handlers are there before its threads are.
+    // It reads from a pipe that nobody closes. Its handlers are installed before its threads exist.
     let threads = format!("/proc/{}/task", child.id());
     wait_for("its threads", || fs::read_dir(&threads).is_ok_and(|threads| threads.count() > 3));
     let started = Instant::now();
@@ -383,7 +383,7 @@ fn standard_input_is_a_manifest_too_and_a_stop_does_not_wait_for_its_end() {
     let output = child.wait_with_output().unwrap();
     drop(stdin);
     expect(output, 143);
-    // A reader that were waited for would have held it for the grace and the margin, 20 s.
+    // A wait for the reader would have held it for the grace and the margin, 20 s.
     assert!(started.elapsed() < Duration::from_secs(18), "{:?}", started.elapsed());
 }
 
@@ -423,7 +423,7 @@ fn a_second_signal_ends_it_at_once() {
     let child = scene.start(&["--grace", "5m"]);
     wait_for("all requests", || scene.server.requests() >= 5);
     signal(&child, "INT");
-    // Those that come within a second are one stop: terminals and supervisors send several at once.
+    // Signals within a second count as one stop: terminals and supervisors send several at once.
     std::thread::park_timeout(Duration::from_millis(1200));
     let second = Instant::now();
     signal(&child, "TERM");
@@ -477,7 +477,7 @@ fn a_refresh_killed_at_random_moments_leaves_each_file_old_or_new_also_when_the_
     let mut random = fastrand::Rng::with_seed(seed);
     for round in 0..kills {
         let old = tree(&scene.out().join("files"));
-        // Of the same size as before, so that only the digest tells.
+        // The same size as before, so that only the digest differs.
         for name in tree(&scene.path("served")).keys() {
             let path = scene.path("served").join(name);
             let content: Vec<u8> = fs::read(&path).unwrap().iter().map(|byte| byte ^ (round as u8 % 250 + 1)).collect();
@@ -490,7 +490,7 @@ fn a_refresh_killed_at_random_moments_leaves_each_file_old_or_new_also_when_the_
         std::thread::park_timeout(Duration::from_micros(random.u64(..4000)));
         child.kill().unwrap();
         child.wait().unwrap();
-        // Nobody answers any more: what is there must be enough.
+        // The server no longer answers: the files on disk must be enough.
         for path in scene.served() {
             scene.server.state().refuse.insert(path, (StatusCode::NOT_FOUND, usize::MAX));
         }
@@ -536,7 +536,7 @@ fn urls_that_left_the_manifest_are_told_and_their_files_kept() {
 #[test]
 fn a_file_that_becomes_a_directory_makes_room() {
     let scene = Scene::new(3);
-    // The server has no file below `/plain`; that it is in the manifest is enough.
+    // The server has no file below `/plain`; an entry in the manifest is enough.
     fs::write(scene.path("served/plain"), "plain").unwrap();
     fs::write(scene.path("urls.txt"), format!("{0}/plain\n", scene.server.base)).unwrap();
     scene.run(&[], 0);
@@ -627,11 +627,11 @@ fn a_refused_option_is_named_and_its_secret_is_not() {
         let text = scene.run(options, 64);
         assert!(text.contains(name) && !text.to_lowercase().contains("hunter2"), "{options:?}: {text}");
     }
-    // It is read before anything is done, except for what only the driver understands.
+    // It is checked before anything else, except for the parts that only the driver understands.
     assert_eq!(scene.server.requests(), 0);
 }
 
-/// Runs with every sync of the process written down, if there is a program for that; a line each, with its file.
+/// Runs with a log of every sync of the process, if strace is available: one line for each, with its file.
 fn synced(scene: &Scene, options: &[&str], code: i32) -> Option<Vec<String>> {
     let log = scene.path("syncs");
     let command = scene.command(options);
@@ -690,7 +690,7 @@ fn a_full_disk_is_told_and_what_is_complete_stays() {
     assert!(rows.iter().all(|(path, digest)| disk.get(path) == Some(digest)), "{text}");
 }
 
-/// What the summary of a run with `--json` says of its only host.
+/// A field of the only host in the summary of a run with `--json`.
 #[track_caller]
 fn summary(text: &str, field: &str) -> u64 {
     let line = text.lines().find(|line| line.contains("\"event\":\"summary\"")).expect("a summary");
@@ -715,7 +715,7 @@ fn one_overloaded_page_slows_nobody_and_a_storm_of_them_does() {
     let scene = Scene::new(40);
     let one = scene.served()[7].clone();
     scene.server.state().refuse.insert(one.clone(), (StatusCode::SERVICE_UNAVAILABLE, 12));
-    // Now, that is, and not after a pause.
+    // That means now, not after a pause.
     scene.server.state().retry_after = Some("0");
     let text = scene.run(&["--retries", "0", "--concurrency", "1", "--json"], 0);
     assert_eq!((summary(&text, "files"), summary(&text, "trips")), (40, 0), "{text}");
@@ -779,7 +779,7 @@ impl Scene {
     }
 }
 
-/// A megabyte that is the same in no two places.
+/// A megabyte without any repetition.
 fn large() -> Vec<u8> {
     let mut content = vec![0; 1 << 20];
     fastrand::Rng::with_seed(1).fill(&mut content);
@@ -828,7 +828,7 @@ fn killed_within_a_body_it_asks_for_the_rest() {
     scene.server.state().cut.insert("/large".to_owned(), (700_000, 1));
     let part = scene.out().join("mirror.parts");
     let mut child = scene.start(&[]);
-    // The body hangs before its end, and what came of it is on disk.
+    // The body hangs before its end, and the received part is on disk.
     wait_for("a part", || {
         let mut parts = fs::read_dir(&part).into_iter().flatten().flatten();
         parts.any(|entry| entry.metadata().is_ok_and(|found| found.len() > 500_000))
@@ -863,7 +863,7 @@ fn a_digest_or_size_of_the_list_must_be_so() {
     assert_eq!(files.len(), 2, "{:?}", files.keys());
     assert_eq!(files["elsewhere/here"], b"sized");
     scene.assert_consistent();
-    // What the list says of a file that is there counts as well.
+    // The list's data about an existing file counts as well.
     let now = hex(b"GOOD");
     fs::write(scene.path("served/good"), "GOOD").unwrap();
     fs::write(scene.path("urls.txt"), format!("{now} *{}\n", url("good"))).unwrap();
@@ -872,7 +872,7 @@ fn a_digest_or_size_of_the_list_must_be_so() {
     assert!(tree(&scene.out().join("files")).values().any(|content| content == b"GOOD"));
 }
 
-/// Puts these names on the list, each with the place that its line asks for, if any.
+/// Puts these names on the list, each with the path that its line requests, if any.
 fn list_with_places(scene: &Scene, lines: &[(&str, &str)]) {
     let line = |(name, out): &(&str, &str)| match *out {
         "" => format!("{}/{name}\n", scene.server.base),
@@ -912,7 +912,7 @@ fn two_files_change_places_and_neither_is_fetched_again() {
     scene.run(&[], 0);
     assert_places(&scene, &[("x/1", "two"), ("x/2", "one")]);
     scene.assert_consistent();
-    // A circle with what its own place becomes a directory for.
+    // A circle: the path of one file becomes a directory for the other.
     list_with_places(&scene, &[("one", "x/1/a"), ("two", "x/2")]);
     scene.run(&[], 0);
     assert_places(&scene, &[("x/1/a", "one"), ("x/2", "two")]);
@@ -930,14 +930,14 @@ fn a_file_is_not_moved_over_one_that_is_not_ours() {
     let scene = placed();
     let own = scene.out().join("files/x/3");
     fs::write(&own, "my own notes").unwrap();
-    // Each wants the place of the next, and the last of them that of the stranger.
+    // Each wants the path of the next, and the last one wants the stranger's path.
     list_with_places(&scene, &[("one", "x/2"), ("two", "x/3")]);
     let text = scene.run(&[], 2);
     assert!(text.contains("so it stays at") && text.contains("x/3 is not ours and was left alone"), "{text}");
     let all = [("x/1", "one"), ("x/2", "two"), ("x/3", "my own notes")];
     assert_places(&scene, &all);
     assert_eq!(catalogue(&scene.out()), BTreeMap::new(), "what had to stay is not ours any more");
-    // Nor is it the next time, or touched then.
+    // Nor is it the next time, and it is not touched then.
     let text = scene.run(&["--retry-failed"], 2);
     assert!(text.contains("3 file(s) below files/ are not ours"), "{text}");
     assert_places(&scene, &all);
@@ -958,7 +958,7 @@ fn a_file_whose_line_has_left_the_list_keeps_the_place_that_it_was_given() {
     list_with_places(&scene, &[("two", "x/2")]);
     assert!(scene.run(&[], 0).contains("1 URL(s) in the catalogue have left the manifest"));
     assert_places(&scene, &[("x/1", "one"), ("x/2", "two")]);
-    // It makes room for a line that asks for its place, and comes back when that asks no more.
+    // It makes room for a line that requests its path, and comes back when no line requests it any more.
     list_with_places(&scene, &[("two", "x/1")]);
     scene.run(&[], 0);
     let found = places(&scene);
@@ -967,7 +967,7 @@ fn a_file_whose_line_has_left_the_list_keeps_the_place_that_it_was_given() {
     scene.run(&[], 0);
     assert_places(&scene, &[("x/1", "one"), ("x/2", "two")]);
     scene.assert_consistent();
-    // On the list again, without a place, it goes where its URL leads.
+    // On the list again, without a path, it moves to the path of its URL.
     list_with_places(&scene, &[("one", ""), ("two", "x/2")]);
     scene.run(&[], 0);
     assert!(places(&scene).iter().any(|(path, text)| path.ends_with("/one") && text == "one"), "{:?}", places(&scene));
@@ -1016,7 +1016,7 @@ fn headers_and_a_name_of_ones_own_are_sent() {
 fn a_long_list_is_not_held_in_memory_and_a_host_that_is_down_holds_up_no_other() {
     let scene = Scene::new(20);
     let dead = {
-        // Bound and closed again: nobody listens there.
+        // Bound and closed again, so nothing listens there.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.local_addr().unwrap()
     };

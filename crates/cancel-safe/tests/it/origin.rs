@@ -1,4 +1,4 @@
-//! An ordinary web server over a directory, with a log of what was asked and a few switches to be difficult.
+//! An ordinary web server over a directory, with a log of its requests and a few switches to make it difficult.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -23,17 +23,17 @@ pub(crate) struct State {
     pub(crate) asked: BTreeMap<String, usize>,
     /// Paths that get this status instead of their file, and how often (`usize::MAX`: always).
     pub(crate) refuse: BTreeMap<String, (StatusCode, usize)>,
-    /// What a refusal says in its `Retry-After`.
+    /// The `Retry-After` of a refusal.
     pub(crate) retry_after: Option<&'static str>,
-    /// Paths that have their file with this status instead of 200.
+    /// Paths whose file is served with this status instead of 200.
     pub(crate) with_status: BTreeMap<String, StatusCode>,
-    /// Paths whose body is cut after so many bytes, so often.
+    /// Paths whose body is cut: after how many bytes, and how often.
     pub(crate) cut: BTreeMap<String, (usize, usize)>,
     /// The ranges that were asked for, by path.
     pub(crate) ranges: Vec<(String, String)>,
-    /// It knows no ranges.
+    /// Whether it ignores ranges.
     pub(crate) whole_only: bool,
-    /// What was sent in these headers.
+    /// The received headers.
     pub(crate) sent: Vec<(String, String)>,
     /// Paths whose body never ends.
     pub(crate) hang: Vec<String>,
@@ -156,7 +156,7 @@ async fn respond(request: Request<Incoming>, dir: &Path, state: &Mutex<State>) -
     Ok(response)
 }
 
-/// A body that sends its bytes and then neither ends nor goes on.
+/// A body that sends its bytes and then neither ends nor continues.
 struct Endless(Option<Bytes>);
 
 impl Body for Endless {
@@ -171,7 +171,7 @@ impl Body for Endless {
     }
 }
 
-/// A body that ends before its time: its connection goes away a moment after what it had.
+/// A body that ends too early: its connection goes away a moment after its last bytes.
 struct Broken {
     left: Bytes,
     pause: std::pin::Pin<Box<tokio::time::Sleep>>,
@@ -192,7 +192,7 @@ impl Body for Broken {
         cx: &mut std::task::Context<'_>,
     ) -> std::task::Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         if self.left.is_empty() {
-            // What is still in a buffer when a body ends too early is never sent.
+            // Data that is still in a buffer when a body ends too early is never sent.
             std::task::ready!(self.pause.as_mut().poll(cx));
             return std::task::Poll::Ready(None);
         }

@@ -1,4 +1,4 @@
-//! Files whose place changes, with the process killed between any two steps: through the very functions of the example.
+//! Files whose path changes, with the process killed between any two steps, using the example's own functions.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -18,8 +18,8 @@ use super::store::{self, Opened};
 /// How long a commit may take on a busy disk before it counts as a hang.
 const SLOW_DISK: Duration = Duration::from_secs(60);
 
-/// Files by number, with where they are and where they are to be: two circles, one of files that are the same; a place that
-/// becomes a directory; and one that somebody else's file stands at, which is the same as the one that belongs there.
+/// Files by number, with their present and their new paths: two circles, one of them with identical files; a path that
+/// becomes a directory; and a path with a foreign file, which is identical to the file that belongs there.
 const MOVES: [(&str, &str); 6] =
     [("a/1", "a/2"), ("a/2", "a/1"), ("b/1", "c/1"), ("c/1", "b/1"), ("d/1", "d/1/x"), ("e/1", "e/2")];
 const STRANGER: &str = "e/2";
@@ -28,7 +28,7 @@ fn url(number: usize) -> String {
     format!("http://h/{number}")
 }
 
-/// The first two are the same.
+/// The content of a file. The first two are the same.
 fn content(number: usize) -> Vec<u8> {
     vec![number.max(1) as u8; 10]
 }
@@ -48,9 +48,9 @@ fn row(number: usize, path: &str) -> Row {
     }
 }
 
-/// A directory whose rows and files are as they were before the list changed.
+/// A directory with the rows and files from before the list changed.
 async fn before(dir: PathBuf) -> PathBuf {
-    // It is called again after the crash, and then finds what that left.
+    // This runs again after the crash, and then finds the state that the crash left.
     if dir.join("mirror.id").exists() {
         return dir;
     }
@@ -75,7 +75,7 @@ fn write(path: &Path, content: &[u8]) {
     fs::write(path, content).unwrap();
 }
 
-/// What a start does, up to its first fetch; returns the rows that there are then, and how many files are not ours.
+/// Runs a start up to its first fetch; returns the rows at that time, and how many files are not ours.
 async fn start(dir: &Path) -> Result<(BTreeMap<String, String>, usize), String> {
     let home = Arc::new(Home::open(dir).map_err(|error| error.to_string())?);
     let opened = store::open(None, dir, &home.mark).await.map_err(|error| error.to_string())?;
@@ -122,7 +122,7 @@ fn killed_between_any_two_steps_of_a_move_each_file_comes_to_its_place() {
             if let Some(Err(error)) = outcome.completed() {
                 return Err(error);
             }
-            // It goes on where the other was killed. Whatever is there then stays so.
+            // It continues where the other one was killed. After that the state no longer changes.
             for _ in 0..2 {
                 let (rows, strangers) = start(dir).await?;
                 for (number, (from, to)) in MOVES.into_iter().enumerate() {
@@ -138,7 +138,7 @@ fn killed_between_any_two_steps_of_a_move_each_file_comes_to_its_place() {
                 if fs::read(dir.join("files").join(STRANGER)).ok() != Some(content(MOVES.len() - 1)) {
                     return Err("a stranger's file was touched".to_owned());
                 }
-                // The stranger, and the file that had to stay.
+                // The foreign file, and the file that had to stay.
                 if strangers != 2 {
                     return Err(format!("{strangers} files are not ours"));
                 }

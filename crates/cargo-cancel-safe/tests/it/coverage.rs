@@ -1,6 +1,6 @@
 //! `cargo cancel-safe test`.
 //!
-//! Invariant: the projects write the record themselves, so that each figure that is printed is known beforehand.
+//! Invariant: the projects write the record themselves, so that each printed figure is known beforehand.
 
 use std::fs;
 
@@ -28,7 +28,7 @@ mod tests {
 }
 ";
 
-/// A test that appends what `record.txt` has, as an exploration would; and fails when there is a file `fail`.
+/// A test that appends the content of `record.txt`, as an exploration would; and fails if there is a file `fail`.
 const TEST: &str = r#"
 use std::io::Write;
 
@@ -50,7 +50,7 @@ fn bank(record: &str) -> Project {
     Project::new(&[("src/lib.rs", LIBRARY), ("src/empty.rs", ""), ("tests/it.rs", TEST), ("record.txt", record)])
 }
 
-/// What is below the output of the tests.
+/// The output after that of the tests.
 fn result(ran: &Ran) -> &str {
     let start = ran.out.rfind("file  ").unwrap_or_else(|| panic!("{}\n{}", ran.out, ran.err));
     &ran.out[start..]
@@ -85,7 +85,7 @@ recorded, and cannot be attributed:
     let lcov = fs::read_to_string(project.root().join("cover/lcov.info")).unwrap();
     let expected = "SF:@/src/lib.rs\nDA:4,2\nDA:5,0\nDA:9,1\nLF:3\nLH:2\nend_of_record\n";
     assert_eq!(without_root(&lcov, &project.root()), expected);
-    // What was torn can be looked at.
+    // The torn lines can be inspected.
     let kept = ran.err.lines().find_map(|line| line.strip_prefix("warning: 1 lines of ")?.split_once(".txt "));
     assert!(fs::read_to_string(format!("{}.txt", kept.unwrap().0)).unwrap().ends_with("\nawa\n"));
 }

@@ -69,7 +69,7 @@ fn the_packages_are_those_that_cargo_chooses() {
     assert_eq!(listed("", "list --manifest-path b/Cargo.toml"), "b");
     assert_eq!(listed("a", "list -p b -p root"), "b root");
     assert_eq!(listed("a", "list --workspace --exclude ro*"), "a b");
-    // Paths are those of the workspace.
+    // Paths are relative to the workspace.
     assert!(project.run_in("a", "list").out.starts_with("a/src/lib.rs:1:"));
     project.run("list -p c").expect(101).says("there is no package `c` in this workspace; it has a, b, root\n");
     project.write("Cargo.toml", &root.replace("[package]\nname = \"root\"\nedition = \"2024\"\n", ""));

@@ -16,7 +16,7 @@ struct Project {
 }
 
 impl Project {
-    /// A package that has these files; its manifest is written here.
+    /// A package with these files; its manifest is written here.
     fn new(files: &[(&str, &str)]) -> Self {
         let project = Self { directory: tempfile::tempdir().unwrap() };
         project.write("Cargo.toml", "[package]\nname = \"bank\"\nedition = \"2024\"\n\n[workspace]\n");
@@ -47,13 +47,13 @@ impl Project {
     fn command(&self, directory: &str) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cargo-cancel-safe"));
         command.arg("cancel-safe").current_dir(self.root().join(directory));
-        // The projects must not build in the directory of this workspace, at whose lock they would wait.
+        // The projects must not build in the directory of this workspace, where they would wait for its lock.
         command.env_remove("CARGO_TARGET_DIR").env_remove("CARGO_BUILD_TARGET_DIR").env("CARGO_NET_OFFLINE", "true");
         command
     }
 }
 
-/// What the command said.
+/// The output of the command.
 #[derive(Debug)]
 struct Ran {
     code: Option<i32>,
@@ -74,7 +74,7 @@ impl Ran {
         self
     }
 
-    /// Fails unless standard error has the text.
+    /// Fails unless standard error contains the text.
     #[track_caller]
     fn says(self, text: &str) -> Self {
         assert!(self.err.contains(text), "`{text}` is not in:\n{}", self.err);
@@ -86,7 +86,7 @@ impl Ran {
     }
 }
 
-/// The paths of the project in what was printed are written as `@`.
+/// Replaces the paths of the project in the output with `@`.
 fn without_root(text: &str, root: &Path) -> String {
     text.replace(&root.display().to_string(), "@")
 }

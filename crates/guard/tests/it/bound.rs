@@ -33,7 +33,7 @@ async fn abandon<T>(future: impl Future) -> T {
     pending().await
 }
 
-/// Awaits `future`, which must end within an hour, and tells when it did.
+/// Awaits `future`, which must end within an hour, and returns when it did.
 async fn timed<T>(future: impl Future<Output = T>) -> (T, Duration) {
     let start = Instant::now();
     let output = tokio::time::timeout(HOUR, future).await.expect("the scope is held for ever");
@@ -110,7 +110,7 @@ async fn a_bounded_section_that_is_polled_ends_by_itself_however_long_its_grace_
         let result = timed(timeout(ms(10), critical_for(grace, sleep(length)))).await;
         assert_eq!(result, (Ok(expected), grace.min(length)));
     }
-    // No clock can express this one.
+    // No clock can represent this one.
     let result = timed(timeout(ms(10), critical_for(Duration::MAX, sleep(CRITICAL_LIMIT * 2)))).await;
     assert_eq!(result, (Ok(Ok(())), CRITICAL_LIMIT * 2));
     assert_eq!(torn_here(), 0);
@@ -177,7 +177,7 @@ async fn of_nested_scopes_each_enforces_the_bound_with_its_own_timer() {
             };
             let (result, at) = timed(nested).await;
             assert_eq!(at, first.max(ms(10)), "outer {outer}, inner {inner}");
-            // Where both are due when the grace ends, the inner one is cut.
+            // If both are due when the grace ends, the inner one is cut.
             let expected = if inner <= outer.max(10) { Ok(Err(elapsed())) } else { Err(elapsed()) };
             assert_eq!(result, expected, "outer {outer}, inner {inner}");
             assert_eq!(torn_here(), 2);
@@ -199,7 +199,7 @@ async fn an_inner_scope_that_nobody_polls_holds_no_longer_than_it_would_by_itsel
     let late = timed(timeout(CRITICAL_LIMIT * 2, inner())).await;
     assert_eq!(late, (Err(elapsed()), CRITICAL_LIMIT * 2));
 
-    // It was polled until it was due, and then no more.
+    // It was polled until it was due, and not after that.
     let token = CancellationToken::new();
     let scope = timeout(ms(5_000), async {
         let mut inner = pin!(with_token(&token, critical(sleep(HOUR))));
@@ -219,7 +219,7 @@ async fn a_section_inside_a_bounded_one_is_finished_although_the_grace_is_over()
     let nested = timeout(ms(5), critical_for(ms(10), critical(sleep(ms(30)))));
     assert_eq!(timed(nested).await, (Ok(Ok(())), ms(30)));
     assert_eq!(torn_here(), 0);
-    // The outermost scope drops all at the limit, which counts from its own deadline.
+    // The outermost scope drops everything at the limit, which counts from its own deadline.
     let nested = timeout(ms(5), critical_for(ms(10), critical(sleep(HOUR))));
     assert_eq!(timed(nested).await, (Err(elapsed()), ms(5) + CRITICAL_LIMIT));
     assert_eq!(torn_here(), 2);
@@ -332,7 +332,7 @@ async fn a_deadline_near_the_end_of_the_clock_leaves_no_room_for_a_limit_and_doe
     assert_eq!(torn_here(), 0);
 }
 
-/// What a scope of a token does without a timer: it waits for its section, and panics nowhere.
+/// The scope of a token without a timer: it waits for its section, and never panics.
 async fn without_a_timer() {
     let token = CancellationToken::new();
     let passed = Cell::new(false);

@@ -48,7 +48,7 @@ impl Bank {
         self.to.set(self.to.get() + 30);
     }
 
-    /// The accounts are whole, or a torn section says that they are not.
+    /// Checks that the accounts are whole, or that a torn section says that they are not.
     fn check(&self) -> Result<(), String> {
         let (sum, torn) = (self.from.get() + self.to.get(), torn_here());
         match (sum == 100, torn) {
@@ -289,7 +289,7 @@ fn a_try_without_its_cancel_is_caught() {
     assert!(!report.is_clean());
 }
 
-/// A journal whose entries come in pairs, with the reaper that looks after it.
+/// A journal whose entries come in pairs, with its reaper.
 #[derive(Default)]
 struct Journal {
     reaper: Reaper,
@@ -306,7 +306,7 @@ impl Journal {
         }
     }
 
-    /// The pair is whole, or was never begun, or the reaper knows that it was lost.
+    /// Checks that the pair is whole, or was never begun, or that the reaper knows that it was lost.
     async fn check<T>(&self, outcome: &Outcome<T>, begun_at_point_zero: bool) -> Result<(), String> {
         let drain = self.reaper.drain(GRACE).await;
         let started = !matches!(outcome, Outcome::Dropped { point: 0, .. }) || begun_at_point_zero;
@@ -386,7 +386,7 @@ fn a_drain_dropped_at_any_point_changes_nothing() {
     report.publish("guard", "drain").assert_clean();
 }
 
-/// Two counters that rise together, unless the caller goes.
+/// Two counters that rise together, unless the caller leaves.
 async fn rise(counter: &Cell<u32>, fails: bool) -> Result<(), u32> {
     counter.set(counter.get() + 1);
     step().await;
@@ -399,7 +399,7 @@ fn both(join: impl AsyncFn(&Cell<u32>, &Cell<u32>) -> Result<(), u32>) -> Report
         async || (Cell::new(0), Cell::new(0)),
         async |(quick, slow)| join(quick, slow).await,
         async |(quick, slow), outcome| {
-            // A drop leaves them where they stood. Whoever got an answer finds both at their ends.
+            // A drop leaves them where they were. A caller that got an answer finds both at their ends.
             match (outcome, quick.get(), slow.get()) {
                 (Outcome::Completed(Err(2)), 2, 2) | (Outcome::Dropped { .. }, ..) => Ok(()),
                 (_, quick, slow) => Err(format!("{quick} and {slow}")),

@@ -1,4 +1,5 @@
-//! Random programs of scopes, critical sections, raw drops, local tasks and panics, judged by what must hold for all of them.
+//! Random programs of scopes, critical sections, raw drops, local tasks and panics, judged by rules that hold for all
+//! of them.
 
 use std::cell::{Cell, RefCell};
 use std::future::Future;
@@ -115,7 +116,7 @@ impl Around {
         (inner, record)
     }
 
-    /// A scope that has returned after its end was held up to that very moment.
+    /// Checks that a scope that returned late was held up to that very moment.
     fn ended(&self, due: Instant, record: &Cell<Option<Instant>>) {
         let now = Instant::now();
         if now > due {

@@ -1,7 +1,7 @@
 //! The reaper's books under every interleaving of the threads that write and read them.
 //!
-//! The library's own source file is compiled here once more, with the model checker's types in place of the standard
-//! library's and tokio's. Each way to break it that is injected must be found, or the model would prove nothing.
+//! The library's own source file is compiled here again, with the model checker's types in place of the standard
+//! library's and tokio's. The model must find each injected fault, or it would prove nothing.
 
 use std::cell::Cell;
 use std::pin::pin;
@@ -23,7 +23,7 @@ enum Fault {
     None,
     /// An addition reads and writes in two steps.
     AdditionInTwoSteps,
-    /// A load is ordered with its own variable only, as it would be with acquire and release.
+    /// A load is ordered only with its own variable, as with acquire and release.
     WeakLoad,
     /// A wake-up between the creation of a wait and its first poll is forgotten.
     DeafUntilPolled,
@@ -39,7 +39,7 @@ fn injected(fault: Fault) -> bool {
 }
 
 mod sync {
-    //! The names that the ledger asks for, made of loom's types.
+    //! The names that the ledger needs, made of loom's types.
 
     use std::future::Future;
     use std::mem;
@@ -51,8 +51,8 @@ mod sync {
 
     use super::{Fault, injected};
 
-    /// Loom takes `SeqCst` for acquire and release, except in read-modify-writes, which see the last value. So a load is one
-    /// of these here; then all accesses are in one order, as `SeqCst` on all of them makes it.
+    /// Loom takes `SeqCst` for acquire and release, except in read-modify-writes, which see the last value. So a load
+    /// is a read-modify-write here; then all accesses are in one order, as with `SeqCst` on all of them.
     #[derive(Debug, Default)]
     pub(super) struct AtomicUsize(loom::sync::atomic::AtomicUsize);
 
@@ -75,7 +75,7 @@ mod sync {
         }
     }
 
-    /// What tokio promises of its own: a wait ends if `notify_waiters` was called after it was created.
+    /// tokio's promise about its own type: a wait ends if `notify_waiters` was called after its creation.
     #[derive(Debug, Default)]
     pub(super) struct Notify(Mutex<Calls>);
 
@@ -121,8 +121,8 @@ mod sync {
     }
 }
 
-/// Runs `model` once for each interleaving. With three threads there are too many: then for each one in which no more than
-/// `preemptions` times a thread is stopped that could go on.
+/// Runs `model` once for each interleaving. With three threads there are too many; then it runs for each one with at
+/// most `preemptions` preemptions of a thread that could continue.
 fn interleave(fault: Fault, preemptions: Option<usize>, model: impl Fn() + Send + Sync + 'static) {
     FAULT.set(fault);
     let runs = Arc::new(std::sync::atomic::AtomicUsize::new(0));
@@ -137,7 +137,7 @@ fn interleave(fault: Fault, preemptions: Option<usize>, model: impl Fn() + Send 
     assert!(runs > 10, "only {runs} interleavings: the model lets its threads do too little");
 }
 
-/// Tells whether it was woken.
+/// Records whether it was woken.
 #[derive(Default)]
 struct Alarm(AtomicBool);
 

@@ -25,7 +25,7 @@ fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     pin!(future).poll(&mut Context::from_waker(Waker::noop()))
 }
 
-/// The error of a scope whose deadline passed, which nobody else can make. It needs a runtime with a timer.
+/// The error of a scope whose deadline passed, which only a scope can create. It needs a runtime with a timer.
 fn elapsed() -> Elapsed {
     match poll_once(&mut Box::pin(timeout_at(Instant::now(), pending::<()>()))) {
         Poll::Ready(Err(elapsed)) => elapsed,
@@ -33,13 +33,13 @@ fn elapsed() -> Elapsed {
     }
 }
 
-/// Awaits what takes no time worth mentioning, so that a wake-up that is missing fails the test instead of hanging it. With
-/// paused time it fails at once, because the clock jumps to this bound.
+/// Awaits a quick future, so that a missing wake-up fails the test instead of hanging it. With paused time it fails at
+/// once, because the clock jumps to this bound.
 async fn soon<F: Future>(future: F) -> F::Output {
     tokio::time::timeout(Duration::from_secs(60), future).await.expect("something has not been woken")
 }
 
-/// Awaits `future` and hands back what it panics with as an error. The future is dropped after the panic was caught.
+/// Awaits `future` and returns its panic as an error. The future is dropped after the panic was caught.
 async fn caught<F: Future>(future: F) -> Result<F::Output, String> {
     let mut future = pin!(future);
     std::future::poll_fn(move |cx| match catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(cx))) {

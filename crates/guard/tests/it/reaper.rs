@@ -376,7 +376,7 @@ fn the_books_balance_under_contention() {
     assert_eq!(drain.timed_out, 0, "seed {seed}");
 }
 
-/// The last end and the sleep of a drain race; a wake-up that is missed would cost the whole grace.
+/// The last end and the sleep of a drain race; a missed wake-up would cost the whole grace.
 #[test]
 fn a_drain_never_misses_the_last_end() {
     let runtime = Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();

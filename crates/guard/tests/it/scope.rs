@@ -1,4 +1,4 @@
-//! Cancel scopes and critical sections, on paused time: what is cut, and when to the millisecond.
+//! Cancel scopes and critical sections, on paused time: what is cut, and when, to the millisecond.
 
 use std::cell::{Cell, RefCell};
 use std::future::{pending, ready};
@@ -58,8 +58,8 @@ impl Step {
 
 const PROGRAM: [Step; 7] = [Free(3), Critical(4), Free(2), Critical(3), Bounded(4), Free(3), Critical(2)];
 
-/// When a program that is to end at `deadline` ends: in the middle of a free step, or at the end of the critical ones that
-/// the deadline falls into. The end of one step and the start of the next are the same poll.
+/// When a program with this `deadline` ends: in the middle of a free step, or at the end of the critical steps that
+/// contain the deadline. The end of one step and the start of the next are the same poll.
 fn expected_end(deadline: u64) -> u64 {
     let mut now = 0;
     for step in PROGRAM {
@@ -205,7 +205,7 @@ async fn a_section_that_panics_holds_no_scope_any_longer() {
     assert_eq!(remaining(), None);
 }
 
-/// Polls a section once inside a scope of 10 ms and then gives it away; it is looked at again after `away`.
+/// Polls a section once inside a scope of 10 ms and then gives it away; it is polled again after `away`.
 async fn given_away(away: u64, go_on: bool) -> Duration {
     let start = Instant::now();
     let mut section = Box::pin(critical(sleep(ms(40))));
@@ -406,7 +406,7 @@ async fn a_cancellation_point_sees_a_deadline_before_any_timer_has_fired() {
             cancellation_point().await;
         }
     }));
-    // One poll: the runtime has had no occasion to look at its timers.
+    // One poll: the runtime has had no chance to check its timers.
     let polled: Poll<Result<(), _>> = poll_once(&mut computation);
     assert!(matches!(polled, Poll::Ready(Err(_))));
 }
@@ -420,7 +420,7 @@ async fn a_cancellation_point_inside_a_critical_section_is_none() {
             token.cancel();
             cancellation_point().await;
             timeout(ms(50), cancellation_point()).await.unwrap();
-            // The scope inside the section is subject to it as ever.
+            // The scope inside the section is subject to it as always.
             let inner: Result<(), _> = timeout(ms(5), async {
                 loop {
                     advance(ms(1)).await;

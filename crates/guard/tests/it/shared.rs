@@ -1,5 +1,5 @@
-//! One critical section that several scopes poll. Each of them may hold it, and none may wake the others for ever: the polls
-//! are counted.
+//! One critical section that several scopes poll. Each scope may hold it, and none may wake the others for ever: the
+//! polls are counted.
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
@@ -27,7 +27,7 @@ fn ms(count: u64) -> Duration {
 
 type Boxed<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
-/// A future that several callers poll, whoever comes, until one of them has seen its end.
+/// A future that any of several callers may poll, until one of them has seen its end.
 struct Common<T> {
     future: Mutex<Option<Boxed<T>>>,
     polls: AtomicUsize,
@@ -38,7 +38,7 @@ impl<T> Common<T> {
         Arc::new(Self { future: Mutex::new(Some(Box::pin(future))), polls: AtomicUsize::new(0) })
     }
 
-    /// Polls the future and looks at it again each millisecond too, because its wakes go to the last caller alone.
+    /// Polls the future, and polls it again every millisecond, because its wakes go only to the last caller.
     async fn wait(self: Arc<Self>) {
         let mut look = tokio::time::interval(ms(1));
         poll_fn(|cx| {

@@ -104,7 +104,7 @@ async fn a_raw_select_tears_the_branches_that_lose() {
     assert_eq!(torn_here(), 3);
 }
 
-/// What sections saw of themselves that ran in tasks of their own, on two workers.
+/// The records of sections that ran in separate tasks, on two workers.
 struct Workers {
     entered: Arc<AtomicUsize>,
     left: Arc<AtomicUsize>,

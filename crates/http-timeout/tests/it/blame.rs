@@ -1,4 +1,4 @@
-//! Who is to blame: what our queue, our producer, our pool or our kernel did is never charged to the origin.
+//! Who is to blame: the origin is never charged for a delay of our queue, our producer, our pool or our kernel.
 
 use std::{
     io,
@@ -37,7 +37,7 @@ async fn the_time_in_our_queue_is_not_the_origin_s() {
     });
     let client = TimeoutClient::builder().concurrency(1).breaker(trips_at_once()).build().unwrap();
     let url = server.url("/");
-    // The first has all of its time and more; those behind it have what the queue leaves them.
+    // The first has all of its time and more; the others have what the queue leaves them.
     let calls = (0..6).map(|n| {
         let timeout = if n == 0 { LONG } else { Duration::from_millis(200) };
         client.get(&url).timeout(timeout).send()
@@ -75,13 +75,13 @@ async fn a_producer_that_fails_or_is_slow_is_not_the_origin_s_fault() {
     assert_eq!(state(&client, &url), State::Closed);
 }
 
-/// A server that closes each connection some time after the answer, without telling, so that the client finds out when it
+/// A server that silently closes each connection some time after the answer, so that the client notices only when it
 /// uses the connection again. It answers `answers` requests on each connection, and reads one more.
 fn closes_behind(answers: usize) -> (String, Arc<AtomicUsize>) {
     closes_after(answers, Duration::ZERO)
 }
 
-/// The same, but it closes this long after it has read that one more.
+/// The same, but it closes `pause` after it has read that last one.
 fn closes_after(answers: usize, pause: Duration) -> (String, Arc<AtomicUsize>) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
@@ -173,12 +173,12 @@ async fn an_upload_that_the_kernel_hides_may_be_cut_but_is_never_charged() {
         assert!(matches!(error, RequestError::Timeout { .. }), "{error:?}");
         assert_eq!(state(&client, &url), State::Closed, "{bytes} bytes");
     }
-    // What fits into one write hides nothing.
+    // A body that fits into one write hides nothing.
     assert!(client.put(&url).body("small").send().await.is_err());
     assert_eq!(state(&client, &url), State::Open);
 }
 
-/// A client whose calls have this long in all, and a server that answers at once and ends its body never.
+/// A client whose calls have this total time, and a server that answers at once and never ends its body.
 fn endless(timeout: Duration) -> (TimeoutClient, Server) {
     let server = Server::start(|_, _| async { drip(1, 1, LONG) });
     (TimeoutClient::builder().timeout(timeout).breaker(trips_at_once()).build().unwrap(), server)
@@ -195,8 +195,8 @@ async fn a_body_is_late_by_the_origin_s_fault_only_if_the_origin_had_the_time() 
     assert_eq!(state(&client, &url), State::Closed, "its consumer was busy for most of the time");
     assert_eq!(client.breaker(&url).unwrap().metrics().cancelled, 1);
 
-    // So long that seconds between the head and the first read are no share of it. Nothing but the deadline is to come, so
-    // time need not be waited for.
+    // So long that seconds between the head and the first read do not matter. Only the deadline will come, so no
+    // waiting is necessary.
     let (client, server) = endless(whole * 60);
     let response = client.get(server.url("/")).send().await.unwrap();
     tokio::time::pause();
@@ -238,7 +238,7 @@ async fn a_piece_that_nobody_took_is_no_silence_when_the_body_is_dropped() {
     let mut response = client.get(&url).send().await.unwrap();
     next.send("first").unwrap();
     assert!(response.chunk().await.unwrap().is_some());
-    // As in a `select!` whose other branch was quicker, and is busy for a while.
+    // As in a `select!` whose other branch was quicker and is busy for a while.
     assert!(response.chunk().now_or_never().is_none());
     next.send("second").unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -261,7 +261,7 @@ async fn a_deadline_that_has_passed_sends_nothing_and_blames_nobody() {
         let error = client.get(&url).timeout(Duration::ZERO).send().await.unwrap_err();
         let RequestError::Timeout { limit: Limit::Total, attempts: 0, .. } = error else { panic!("{error:?}") };
     }
-    // What was sent would be there before this.
+    // Anything that was sent would arrive before this.
     assert_eq!(client.get(&url).send().await.unwrap().text().await.unwrap(), "warm");
     assert_eq!((server.hits(), state(&client, &url)), (2, State::Closed));
 }
@@ -297,7 +297,7 @@ async fn a_producer_that_fails_behind_an_early_answer_is_not_the_origin_s_fault(
     assert_eq!(state(&client, &server.url("/")), State::Closed);
 }
 
-/// Fails as a machine does that has no descriptor left.
+/// Fails like a machine without a free descriptor.
 struct Exhausted;
 
 impl reqwest::dns::Resolve for Exhausted {
@@ -320,7 +320,7 @@ async fn a_machine_without_a_port_or_a_descriptor_left_is_not_the_origin_s_fault
     }
 }
 
-/// Takes `bytes` evenly over this time, and answers.
+/// Reads `bytes` evenly over this time, and answers.
 async fn slow_reader(bytes: usize, whole: Duration) -> String {
     let socket = TcpSocket::new_v4().unwrap();
     // A small window, as a real path to a slow peer has; loopback would hide megabytes.
@@ -343,7 +343,7 @@ async fn slow_reader(bytes: usize, whole: Duration) -> String {
 
 #[tokio::test]
 async fn an_upload_to_a_slow_reader_progresses_beyond_the_idle_timeout() {
-    // A megabyte a second, of which the kernel shows steps of about a megabyte, and hides the last three.
+    // A megabyte a second. The kernel shows this in steps of about a megabyte, and hides the last three.
     let (bytes, whole, idle) = (9 << 20, Duration::from_secs(9), Duration::from_secs(5));
     let url = slow_reader(bytes, whole).await;
     let client = TimeoutClient::builder().timeout(4 * LONG).idle_timeout(idle).build().unwrap();
@@ -355,7 +355,7 @@ async fn an_upload_to_a_slow_reader_progresses_beyond_the_idle_timeout() {
 
 #[tokio::test]
 async fn a_deadline_that_passes_while_connecting_is_told_as_such_and_nothing_was_sent() {
-    // A port that takes no connection, because its queue is full.
+    // A port that accepts no connection, because its queue is full.
     let (url, _held) = full_queue();
     let client = TimeoutClient::builder().timeout(Duration::from_millis(200)).build().unwrap();
     let error = client.post(&url).body("once").send().await.unwrap_err();

@@ -1,4 +1,4 @@
-//! The breaker around futures, on paused time: what other breakers get wrong.
+//! The breaker around futures, on paused time: the mistakes of other breakers.
 
 use std::{
     future::pending,
@@ -216,7 +216,7 @@ async fn slow_calls_trip_it_and_so_do_cancelled_ones_that_were_slow() {
             } else {
                 permit.success()
             }
-            // Only what is in the window of ten seconds counts: keep all of it there.
+            // Only calls in the window of ten seconds count: keep all of them there.
             if i == 7 {
                 assert_eq!(breaker.metrics().slow_calls, 4);
             }

@@ -1,4 +1,4 @@
-//! Every operation dropped at every await: permits, probe slots and retry budget are back at once.
+//! Every operation dropped at every await: permits, probe slots and retry budget are returned at once.
 
 use std::{
     sync::atomic::{AtomicBool, Ordering},
@@ -19,8 +19,8 @@ struct Rig {
     client: TimeoutClient,
 }
 
-/// By the clock of the system, because the server has a thread of its own; and with time enough for a machine that has
-/// little: each run makes a server and a client.
+/// Uses the system's clock, because the server has its own thread; and allows enough time for a slow machine, because
+/// each run makes a server and a client.
 fn explore() -> Explore {
     Explore::new().paused_time(false).timeout(Duration::from_secs(600))
 }
@@ -42,10 +42,10 @@ fn rig() -> Rig {
     Rig { server, client }
 }
 
-/// What a dropped or finished call must have given back.
+/// Checks what a dropped or finished call must have given back.
 fn given_back(rig: &Rig) -> Result<(), String> {
     let metrics = rig.client.metrics();
-    // Ten retries at the start; only one that was made may have spent of them.
+    // Ten retries at the start; only a retry that was made may have used one.
     let kept = metrics.retries_left.unwrap_or_default() + metrics.retries as f64;
     let clean = (metrics.in_flight, metrics.waiting) == (0, 0) && kept >= 10.0;
     if clean { Ok(()) } else { Err(format!("{metrics:?}")) }
@@ -115,7 +115,7 @@ fn get_many_dropped_anywhere_gives_everything_back() {
     report.assert_clean();
 }
 
-/// A server that leads to another, in whose half-open circuit the call is the one probe.
+/// A server that redirects to another one, in whose half-open circuit the call is the only probe.
 struct Way {
     first: Server,
     last: Server,
@@ -181,7 +181,7 @@ async fn calls_dropped_at_random_moments_leave_nothing_behind() {
     println!("seed {seed}");
     let mut rng = fastrand::Rng::with_seed(seed);
     let server = Server::start(|_, hit| async move {
-        // In bursts, so that somebody who waits for the answers meets three in a row however slow the machine is.
+        // In bursts, so that a caller that waits for the answers meets three in a row, however slow the machine is.
         if hit % 40 < 10 { reply(503, vec![b'x'; 1_000]) } else { drip(2, 100, Duration::from_millis(1)) }
     });
     let breaker = BreakerConfig::builder()
@@ -196,7 +196,7 @@ async fn calls_dropped_at_random_moments_leave_nothing_behind() {
         .breaker(breaker.build().unwrap())
         .build()
         .unwrap();
-    // While the breaker is open a round reaches nobody, so it is requests that are counted, and rounds that are bounded.
+    // While the breaker is open a round reaches no server, so requests are counted, and rounds are bounded.
     for _ in 0..20_000 {
         if server.hits() >= 600 && !client.trips().is_empty() {
             break;
@@ -262,7 +262,7 @@ fn a_call_dropped_while_it_reads_what_it_does_not_want_gives_everything_back() {
     report.assert_clean();
 }
 
-/// Nothing ends these calls but the drop: no deadline, no idle timeout.
+/// Only the drop ends these calls: there is no deadline and no idle timeout.
 #[test]
 fn calls_without_any_limit_dropped_anywhere_give_everything_back() {
     let report = explore().run(
@@ -329,7 +329,7 @@ fn a_probe_dropped_anywhere_gives_its_slot_back() {
     report.assert_clean();
 }
 
-/// The broken twin: a breaker as one finds it, which takes the probe's slot before the await and frees it after.
+/// The broken twin: a common kind of breaker, which takes the probe's slot before the await and frees it after.
 struct Leaky {
     probing: AtomicBool,
 }

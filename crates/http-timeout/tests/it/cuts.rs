@@ -1,4 +1,4 @@
-//! Calls that their callers cut, on paused time: what they tell about the callee is told by how long they had lasted.
+//! Calls that their callers cut, on paused time: how long they lasted decides what they say about the callee.
 
 use std::{cell::Cell, future::pending, time::Duration};
 
@@ -29,7 +29,7 @@ impl Callee {
         Self { time: Cell::new(Some(time)), reached: Cell::new(0) }
     }
 
-    /// One call; whether the breaker let it through.
+    /// Makes one call; returns whether the breaker let it through.
     async fn call(&self, breaker: &CircuitBreaker, patience: Duration) -> bool {
         let call = async {
             self.reached.set(self.reached.get() + 1);
@@ -42,7 +42,8 @@ impl Callee {
         !matches!(timeout(patience, breaker.call(call)).await, Ok(Err(_)))
     }
 
-    /// Calls one after the other for that long; who is refused asks again after 100 ms. True if nobody was.
+    /// Makes calls one after another for `time`; a refused caller asks again after 100 ms. Returns true if none was
+    /// refused.
     async fn call_for(&self, breaker: &CircuitBreaker, patience: Duration, time: Duration) -> bool {
         let (end, mut never_refused) = (Instant::now() + time, true);
         while Instant::now() < end {
@@ -214,7 +215,7 @@ async fn four_cut_calls_are_too_few_and_what_they_waited_before_an_answer_does_n
 
 #[tokio::test(start_paused = true)]
 async fn a_call_cut_late_is_a_failure() {
-    // The threshold of the slow-call rule, one of its own, and without either that of a client's attempts.
+    // The threshold of the slow-call rule, its own threshold, and without either the client's attempt timeout.
     let slow = breaker(|c| c.slow_call(ms(500), 1.0).min_calls(20).silence(None));
     let own = breaker(|c| c.late_after(ms(500)).silence(None));
     for breaker in [slow, own] {
@@ -371,7 +372,7 @@ async fn a_map_of_open_breakers_forgets_one_at_a_time_and_those_long_due_first()
     (0..16).for_each(fail);
     fail(16);
     assert_eq!((map.len(), map.open().len()), (16, 16));
-    // Open for 5 s, and not asked for a minute after that: nothing that a closed one would not know.
+    // Open for 5 s, and not asked for a minute after that: it knows no more than a closed one would.
     advance(Duration::from_secs(65)).await;
     (20..30).for_each(fail);
     assert!((20..30).all(|name| map.open().contains(&name)));

@@ -1,5 +1,5 @@
-//! Drops beyond the plain call over HTTP/1, which `cancel.rs` has: over HTTP/2, of a hedged call, of the call that makes
-//! the connection for others, and at random by the thousand.
+//! Drops beyond the plain HTTP/1 call of `cancel.rs`: over HTTP/2, of a hedged call, of the call that opens the
+//! connection for others, and thousands of random drops.
 //!
 //! `CANCEL_SAFE_CAMPAIGN=full` tries 100,000 random schedules instead of 3,000.
 
@@ -88,7 +88,7 @@ fn the_call_that_connects_dropped_anywhere_leaves_those_that_wait_alone() {
             (Rig { server, client: client.build().unwrap() }, url, Arc::new(AtomicBool::new(false)))
         },
         async |(rig, url, failed)| {
-            // The second waits for the connection that the first makes; only the first is dropped.
+            // The second waits for the connection that the first opens; only the first is dropped.
             let mut first = Box::pin(rig.client.get(url.as_str()).send());
             let polled = futures_util::poll!(&mut first).map(|response| response.is_ok());
             let (waiting, url, failed) = (rig.client.clone(), url.clone(), Arc::clone(failed));
@@ -99,7 +99,7 @@ fn the_call_that_connects_dropped_anywhere_leaves_those_that_wait_alone() {
             }
         },
         async |(rig, url, failed), _| {
-            // A third finds the connection, or makes it.
+            // A third finds the connection, or opens it.
             rig.client.get(url.as_str()).send().await.map_err(|error| error.to_string())?;
             eventually(|| rig.client.metrics().in_flight == 0).await;
             match (failed.load(Ordering::SeqCst), rig.client.trips().is_empty()) {
@@ -137,7 +137,7 @@ fn a_hedged_call_dropped_anywhere_gives_everything_back() {
                 rig
             },
             async |rig| {
-                // Noise may have cost the copy its token: then there is none, and the wait is cut here.
+                // Noise may have cost the copy its token: then there is no copy, and the wait is cut here.
                 let call =
                     async { rig.client.get(rig.server.url("/late")).send().await.unwrap().bytes().await.unwrap() };
                 tokio::time::timeout(Duration::from_secs(2), call).await.map_or(0, |bytes| bytes.len())
@@ -153,7 +153,7 @@ async fn learn_one(rig: &Rig) {
     rig.client.get(rig.server.url("/quick")).send().await.unwrap().bytes().await.unwrap();
 }
 
-/// One of the mechanisms that a random schedule is tried with.
+/// A client with random mechanisms for a random schedule.
 fn random_client(rng: &mut fastrand::Rng) -> TimeoutClient {
     let breaker = BreakerConfig::builder()
         .consecutive_failures(4)
@@ -169,7 +169,7 @@ fn random_client(rng: &mut fastrand::Rng) -> TimeoutClient {
     if rng.bool() { over_http2(builder) } else { builder.build().unwrap() }
 }
 
-/// Sends, and goes on with the answer in one of the ways in which answers are used.
+/// Sends, and uses the answer in one of the usual ways.
 async fn random_use(client: &TimeoutClient, url: &str, way: u8, patience: Duration) {
     let request = if way.is_multiple_of(2) { client.get(url) } else { client.put(url).body(vec![7; 100_000]) };
     let used = async {
@@ -185,7 +185,7 @@ async fn random_use(client: &TimeoutClient, url: &str, way: u8, patience: Durati
             }
         }
     };
-    // The patience is the schedule: whatever it cuts is dropped where it stands.
+    // The patience is the schedule: it drops the call wherever it is.
     drop(tokio::time::timeout(patience, used).await);
 }
 

@@ -1,4 +1,5 @@
-//! What errors say: what was asked, what went wrong, which limit fired, after how many attempts and how long, and why.
+//! The text of errors: what was asked, what went wrong, which limit fired, after how many attempts and how long, and
+//! why.
 
 use std::{
     error::Error as _,
@@ -29,7 +30,8 @@ fn quick(attempts: u32) -> Retry {
     Retry::attempts(attempts).backoff(Duration::from_millis(1), Duration::from_millis(2))
 }
 
-/// An address at which connecting neither succeeds nor fails, because its queue is full, and what keeps it so.
+/// An address at which connecting neither succeeds nor fails, because its queue is full, and the connections that fill
+/// it.
 struct BlackHole {
     address: SocketAddr,
     _listener: TcpListener,
@@ -113,7 +115,7 @@ async fn what_is_no_url_is_shown_without_its_secrets() {
         ("http://me:SECRET?b@host/path?SECRET", "GET http://…@host/path: the request is invalid"),
         ("http://me:a#SECRET@host:port/@me", "GET http://…@me: the request is invalid"),
         ("http:/me:SECRET@[bad/path", "GET …@[bad/path: the request is invalid"),
-        // Without its scheme, a name is taken for one.
+        // In a URL without a scheme, the name counts as the scheme.
         ("me:SECRET@host:80/path?SECRET", "GET host:80/path: the request is invalid"),
     ] {
         let error = client(|b| b).get(asked).send().await.unwrap_err();
@@ -255,7 +257,7 @@ async fn without_tls_an_https_url_names_the_feature_to_add_and_blames_nobody() {
             assert!(text.contains("without TLS") && text.contains("`rustls`"), "{text}");
             assert_eq!(error.report().attempts, 1);
         } else {
-            // Built together with a crate that needs TLS, reqwest has it.
+            // If it is built together with a crate that needs TLS, reqwest has TLS.
             assert!(error.is_connect() || error.is_circuit_open(), "{text}");
             return;
         }

@@ -62,7 +62,7 @@ async fn a_slow_consumer_is_not_taken_for_a_silent_peer() {
 
 #[tokio::test]
 async fn an_upload_that_progresses_outlives_the_idle_timeout() {
-    // The server takes 32 MiB at its leisure: longer than the idle timeout in all, never silent for so long.
+    // The server reads 32 MiB slowly: longer than the idle timeout in total, but never silent that long.
     const BYTES: u32 = 32 << 20;
     const WHOLE: Duration = Duration::from_secs(5);
     let server = Server::start(|request, _| async move {

@@ -156,7 +156,7 @@ async fn reqwest_s_own_settings_are_kept_and_so_are_the_limits() {
         reply(200, agent)
     });
     let port: u16 = server.url("").rsplit(':').next().unwrap().parse().unwrap();
-    // The builder's redirects and retries hold, whatever reqwest was told of its own.
+    // The builder's redirects and retries hold, whatever reqwest's own settings.
     let change = |b: reqwest::ClientBuilder| {
         b.user_agent("mine/1")
             .resolve("known.test", ([127, 0, 0, 1], port).into())

@@ -21,7 +21,7 @@ pub(crate) fn hedging(change: impl FnOnce(TimeoutClientBuilder) -> TimeoutClient
     change(builder.hedge(Hedge::at_percentile(0.95).budget(0.05)).breaker(BreakerConfig::default())).build().unwrap()
 }
 
-/// Lets the client learn what is usual, and save up for a copy or two.
+/// Lets the client learn the usual time, and save up for a copy or two.
 pub(crate) async fn learn(client: &TimeoutClient, url: &str) {
     for _ in 0..48 {
         client.get(url).send().await.unwrap().bytes().await.unwrap();
@@ -30,7 +30,8 @@ pub(crate) async fn learn(client: &TimeoutClient, url: &str) {
 
 #[tokio::test]
 async fn answers_that_are_very_late_are_overtaken_by_copies_within_the_budget() {
-    // One request in fifty takes two seconds; its copy is another. The rest take long enough that noise is no news.
+    // One request in fifty takes two seconds; its copy is another request. The rest take long enough that noise does
+    // not matter.
     let server = Server::start(|_, hit| async move {
         tokio::time::sleep(Duration::from_millis(if hit % 50 == 49 { 2_000 } else { 5 })).await;
         reply(200, "quick")
@@ -60,7 +61,7 @@ async fn where_every_answer_is_slow_no_copy_is_sent() {
     let calls = stream::iter(0..120).map(|_| client.get(server.url("/")).send());
     let slow = calls.buffer_unordered(20).filter(|result| std::future::ready(result.is_ok())).count().await;
     assert_eq!(slow, 120);
-    // Twice the usual time on a machine that is busy is possible, but no rule.
+    // On a busy machine a request may take twice the usual time, but not as a rule.
     assert!(client.metrics().hedges <= 2, "{} copies", client.metrics().hedges);
 }
 

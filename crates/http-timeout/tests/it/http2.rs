@@ -1,7 +1,8 @@
-//! HTTP/2: many calls on one connection, which one of them makes, which may go silent, and on which a server may refuse.
+//! HTTP/2: many calls on one connection, which one of them opens, which may go silent, and on which a server may
+//! refuse.
 //!
-//! The servers here are scripts of frames, so that each does exactly what its test is about. What this crate relies on
-//! in reqwest, hyper-util and hyper without their promise shows here when they change.
+//! The servers here are scripts of frames, so that each does exactly what its test needs. When reqwest, hyper-util or
+//! hyper change a habit that this crate relies on without their promise, these tests show it.
 
 use std::{
     net::SocketAddr,
@@ -34,15 +35,15 @@ enum Act {
     Hang,
     /// Says that it did not process it.
     Refuse,
-    /// Answers it, and says that it takes no more on this connection.
+    /// Answers it, and says that it accepts no more on this connection.
     AnswerAndLeave,
-    /// Says that it takes nothing on this connection, this request included.
+    /// Says that it accepts nothing on this connection, including this request.
     Leave,
     /// Drops the connection.
     Cut,
 }
 
-/// A server that answers a request as its script says, which is given the number of the connection and of the request.
+/// A server that answers by its script, which gets the number of the connection and of the request.
 struct Script {
     address: SocketAddr,
     connections: Arc<AtomicUsize>,
@@ -130,7 +131,7 @@ async fn answer(request: Request<RecvStream>, mut response: SendResponse<Bytes>)
 
 const LONG: Duration = Duration::from_secs(30);
 
-/// A client that speaks HTTP/2 without asking first, by a reqwest client that was brought along.
+/// A client that speaks HTTP/2 with prior knowledge, through the caller's own reqwest client.
 fn client(change: impl FnOnce(TimeoutClientBuilder) -> TimeoutClientBuilder) -> TimeoutClient {
     let reqwest = reqwest::Client::builder().http2_prior_knowledge().build().unwrap();
     change(TimeoutClient::builder().timeout(LONG).reqwest(reqwest)).build().unwrap()
@@ -154,7 +155,7 @@ async fn many_calls_share_one_connection_and_give_everything_back() {
     assert!(server.most_bodies() <= 9, "{}", server.most_bodies());
 }
 
-/// A name that takes its time to be resolved, so that connecting takes long.
+/// A slow resolver, so that connecting takes long.
 pub(crate) struct SlowNames(pub(crate) SocketAddr, pub(crate) Duration);
 
 impl reqwest::dns::Resolve for SlowNames {
@@ -200,7 +201,7 @@ async fn the_call_that_connects_may_time_out_alone() {
     let first = client.get(&url).timeout(Duration::from_millis(100)).send();
     let mut first = Box::pin(first);
     assert!(futures_util::poll!(&mut first).is_pending());
-    // A POST may go on as well: it is known that it was not sent.
+    // A POST may be sent again as well, because it is known that it was not sent.
     let (error, rest) = tokio::join!(first, join_all((0..10).map(|_| client.post(&url).body("once").send())));
     let error = error.unwrap_err();
     assert!(matches!(error, RequestError::Timeout { phase: Phase::Connect, .. }), "{error:?}");
@@ -311,7 +312,7 @@ async fn without_a_retry_policy_a_refused_stream_is_opened_once() {
 
 #[tokio::test]
 async fn a_server_that_leaves_gets_no_blame_and_loses_no_call() {
-    // Each connection answers one request, and takes no more.
+    // Each connection answers one request, and accepts no more.
     let server = Script::start(|_, _| Act::AnswerAndLeave);
     let client = client(|builder| builder.breaker(BreakerConfig::default()));
     for _ in 0..20 {

@@ -1,7 +1,7 @@
 //! The breaker's circuit under every interleaving of the threads that use it.
 //!
-//! The library's own source files are compiled here once more, with the model checker's types in place of the standard
-//! library's. Each way to break them that is injected must be found, or the model would prove nothing.
+//! The library's own source files are compiled here again, with the model checker's types in place of the standard
+//! library's. The model must find each injected fault, or it would prove nothing.
 
 use std::{
     cell::Cell,
@@ -40,7 +40,7 @@ enum Fault {
     None,
     /// A compare-exchange reads and writes in two steps.
     ExchangeInTwoSteps,
-    /// A load is ordered with its own variable only, as it would be with acquire and release.
+    /// A load is ordered only with its own variable, as with acquire and release.
     WeakLoad,
     /// A swap reads and writes in two steps.
     SwapInTwoSteps,
@@ -52,7 +52,7 @@ thread_local! {
 }
 
 mod sync {
-    //! The names that the circuit asks for, made of loom's types.
+    //! The names that the circuit needs, made of loom's types.
 
     use std::{cell::Cell, sync::atomic::Ordering};
 
@@ -60,8 +60,8 @@ mod sync {
 
     use super::{FAULT, Fault};
 
-    /// Loom takes `SeqCst` for acquire and release, except in read-modify-writes, which see the last value. So loads and
-    /// stores are such here; then all accesses are in one order, as `SeqCst` on all of them makes it.
+    /// Loom takes `SeqCst` for acquire and release, except in read-modify-writes, which see the last value. So loads
+    /// and stores are read-modify-writes here; then all accesses are in one order, as with `SeqCst` on all of them.
     #[derive(Debug)]
     pub(super) struct AtomicU64(loom::sync::atomic::AtomicU64);
 
@@ -119,7 +119,7 @@ mod sync {
         static INDEX: Cell<usize> = Cell::new(0);
     }
 
-    /// Puts what this thread counts on a stripe of its own.
+    /// Gives this thread its own stripe for counting.
     pub(super) fn set_thread_index(index: usize) {
         INDEX.with(|kept| kept.set(index));
     }
@@ -164,7 +164,7 @@ fn admit(circuit: &Circuit, now: Nanos) -> Option<Admission> {
     }
 }
 
-/// Ends a call on another thread; whether that changed the state.
+/// Ends a call on another thread; returns whether that changed the state.
 fn ending(circuit: &Arc<Circuit>, admission: Admission, ending: Ending, now: Nanos) -> JoinHandle<bool> {
     let circuit = Arc::clone(circuit);
     thread::spawn(move || finish(&circuit, admission, ending, now))
@@ -174,7 +174,7 @@ fn finish(circuit: &Circuit, admission: Admission, ending: Ending, now: Nanos) -
     circuit.finish(&admission, ending, Times::until(now, &admission)).is_some()
 }
 
-/// Runs `model` once for each interleaving in which no more than `preemptions` times a thread is stopped that could go on.
+/// Runs `model` once for each interleaving with at most `preemptions` preemptions of a thread that could continue.
 fn interleave(fault: Fault, preemptions: usize, model: impl Fn() + Send + Sync + 'static) {
     FAULT.set(fault);
     let runs = Arc::new(AtomicUsize::new(0));
@@ -211,7 +211,7 @@ fn a_failure_beside_the_success_that_completes_the_minimum() {
     assert_eq!(circuit.state(), State::Open, "nobody has seen both");
 }
 
-/// Two calls ask to be the one probe.
+/// Two calls ask to be the only probe.
 fn probes_beside_each_other() {
     let circuit = circuit(Rules { consecutive_failures: Some(1), ..rules() });
     finish(&circuit, admit(&circuit, 0).unwrap(), Ending::Failure, 0);
@@ -261,7 +261,7 @@ fn a_cut_beside_an_answer() {
     finish(&circuit, b, Ending::Cut, 2 * SECOND);
     other.join().unwrap();
     if circuit.state() == State::Closed {
-        // The answer came first, or between: what was cut before it is forgotten.
+        // The answer came first, or in between: the cuts before it are forgotten.
         (0..3).for_each(|_| cut(5 * SECOND));
         assert_eq!(circuit.state(), State::Closed, "a cut from before the answer is still counted");
     }

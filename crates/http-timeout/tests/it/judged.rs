@@ -1,4 +1,4 @@
-//! What a client tells its breakers of the calls it makes: bodies, streams, keys and classes.
+//! What a client reports to its breakers about its calls: bodies, streams, keys and classes.
 
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ fn client(change: impl FnOnce(TimeoutClientBuilder) -> TimeoutClientBuilder) -> 
     change(TimeoutClient::builder().timeout(LONG).breaker(config.build().unwrap())).build().unwrap()
 }
 
-/// Answers by the path: `/stalls`, `/flows`, `/events` (quiet ones), `/hangs`, or with the status that is the path.
+/// Answers by the path: `/stalls`, `/flows`, `/events` (quiet ones), `/hangs`, or with the status in the path.
 fn server() -> Server {
     Server::start(|request, _| async move {
         match request.uri().path().rsplit('/').next() {
@@ -49,7 +49,7 @@ async fn cut(request: cancel_safe_http_timeout::RequestBuilder) -> Result<(), Re
 async fn bodies_that_stall_are_silence_as_heads_that_do_not_come_are() {
     for path in ["/stalls", "/hangs"] {
         let (client, server) = (client(|b| b), server());
-        // A head now and then finishes nothing.
+        // An occasional head finishes nothing.
         let mut calls = 0;
         while breaker(&client, &server).state() == State::Closed {
             assert!(calls < 100, "{path}: {calls} calls of {PATIENCE:?} were cut, and it is closed");

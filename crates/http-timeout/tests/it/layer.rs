@@ -63,7 +63,7 @@ async fn the_layer_trips_refuses_and_gives_a_dropped_probe_s_slot_back() {
 async fn a_panic_that_is_caught_outside_is_a_failure_of_the_service() {
     let breaker = CircuitBreaker::new(BreakerConfig::default());
     let mut service = BreakerLayer::new(breaker.clone()).layer(Backend(|| async { panic!("on purpose") }, PhantomData));
-    // Something else was heard of the service, so that a cancelled call would be neutral.
+    // The service has answered another call, so that a cancelled call would be neutral.
     breaker.try_acquire().unwrap().success();
     let call = AssertUnwindSafe(service.call(()));
     assert!(call.catch_unwind().await.is_err());

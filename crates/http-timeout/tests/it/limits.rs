@@ -101,7 +101,7 @@ async fn the_queue_of_one_host_takes_no_place_in_that_of_others() {
     eventually(|| client.metrics().waiting == 3).await;
     let refused = client.get(slow.url("/")).send().await.unwrap_err();
     assert!(matches!(refused, RequestError::Overloaded { limit: 3, .. }), "{refused:?}");
-    // One runs and three wait, as if nobody waited elsewhere.
+    // One runs and three wait, regardless of waiting calls elsewhere.
     let calls = (0..4).map(|_| async {
         assert_eq!(client.get(other.url("/")).send().await.unwrap().bytes().await.unwrap().len(), 30);
     });
@@ -184,7 +184,7 @@ async fn a_body_that_is_small_on_the_wire_ends_at_the_cap_all_the_same() {
     assert!(read <= 1 << 20, "{read} bytes");
     let fetched = client.get_many([&url], None).next().await.unwrap().result;
     assert!(fetched.as_ref().is_err_and(RequestError::is_body_too_large), "{fetched:?}");
-    // One that nobody wants is not read to its end either.
+    // An unwanted body is not read to its end either.
     let failed = client.get(server.url("/fails")).send().await.unwrap();
     assert_eq!((failed.status().as_u16(), failed.extensions().get()), (503, Some(&Attempts(2))));
     drop(failed);
@@ -206,7 +206,7 @@ async fn a_response_whose_body_has_failed_keeps_no_connection() {
         while response.chunk().await.is_ok_and(|chunk| chunk.is_some()) {}
         failed.push(response);
     }
-    // The permits are free, so what they stood for must be over, although the responses are still here.
+    // The permits are free, so the calls that held them must be over, although the responses are still here.
     eventually(|| (client.metrics().in_flight, server.bodies()) == (0, 0)).await;
     drop(failed);
 }
@@ -253,7 +253,7 @@ async fn a_body_that_get_many_cannot_have_whole_is_the_error_of_its_url() {
 async fn get_many_dropped_midway_leaves_nothing_in_flight() {
     let server = Server::start(|_, _| async { reply(200, "ok") });
     let client = TimeoutClient::builder().concurrency(4).build().unwrap();
-    // An endless list: only as much of it is taken as is asked for.
+    // An endless list: only the requested part of it is consumed.
     let mut answers = client.get_many(std::iter::repeat(server.url("/")), Duration::from_secs(10));
     for _ in 0..10 {
         let fetched = answers.next().await.unwrap();

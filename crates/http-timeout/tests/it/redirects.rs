@@ -1,4 +1,4 @@
-//! Redirects, hop by hop: where they lead, what goes there, and who answers for it.
+//! Redirects, hop by hop: where they lead, what is sent there, and whose breaker counts the result.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,19 +25,19 @@ fn to(status: u16, location: &str) -> Reply {
     with_header(reply(status, "elsewhere"), "location", location)
 }
 
-/// A server that sends everybody to `location`.
+/// A server that redirects every request to `location`.
 fn sends_to(status: u16, location: String) -> Server {
     Server::start(move |request, _| {
         let reply = to(status, &location);
         async move {
-            // Whoever hangs up on an upload may not be heard.
+            // A server that hangs up during an upload may not be heard.
             assert!(request.into_body().collect().await.is_ok());
             reply
         }
     })
 }
 
-/// Everything that the server was told.
+/// Everything that the server received.
 async fn told(request: Request<Incoming>) -> String {
     let (head, body) = request.into_parts();
     let body = body.collect().await.unwrap().to_bytes();
@@ -178,7 +178,7 @@ async fn another_origin_is_told_no_secret_not_even_when_the_way_leads_back() {
     let told = request.send().await.unwrap().text().await.unwrap();
     assert!(!told.contains("SECRET"), "{told}");
     assert!(told.contains("harmless"), "{told}");
-    // The query of a place on the way is told to its own origin only.
+    // The query of an intermediate URL goes only to its own origin.
     assert!(told.contains(&format!("\"referer\": \"{}\"", other.url("/again"))), "{told}");
 }
 
@@ -214,7 +214,7 @@ async fn what_reqwest_adds_by_itself_is_no_way_out_for_a_secret() {
 
 #[tokio::test]
 async fn a_proxy_is_asked_for_every_hop_and_told_its_own_credentials() {
-    // As a proxy it is given whole URLs.
+    // As a proxy it gets whole URLs.
     let proxy = Server::start(|request, hit| async move {
         let told = told(request).await;
         assert!(told.contains("proxy-authorization"), "{told}");
@@ -253,7 +253,7 @@ async fn a_redirect_into_an_open_circuit_is_refused_there_and_costs_its_origin_n
 #[tokio::test]
 async fn the_limit_per_host_holds_for_those_who_come_by_redirect() {
     let target = Server::start(|_, _| async { drip(3, 100, Duration::from_millis(5)) });
-    // Through one origin alone, its own limit would do.
+    // Through a single origin, that origin's own limit would be enough.
     let firsts: Vec<_> = (0..6).map(|_| sends_to(302, target.url("/"))).collect();
     let client = client(|b| b.concurrency_per_host(2));
     join_all(firsts.iter().chain(&firsts).map(|first| async {
@@ -296,7 +296,7 @@ async fn a_redirect_to_another_scheme_is_an_error() {
 
 #[tokio::test]
 async fn another_attempt_goes_the_whole_way_again() {
-    // A balancer that sends each call to the next node, of which the first is dead.
+    // A balancer that sends each call to the next node; the first node is dead.
     let (dead, well) = (refused_url(), echo());
     let nodes = [dead, well.url("/")];
     let balancer = Server::start(move |_, hit| {

@@ -1,5 +1,5 @@
 //! What this crate relies on in reqwest, hyper and hyper-util without their promise: one test for each habit, which fails
-//! with a sentence that names it. `docs/architecture.md` says who relies on it.
+//! with a sentence that names it. `docs/architecture.md` says what relies on it.
 
 use std::{
     convert::Infallible,
@@ -36,7 +36,7 @@ fn http2(change: impl FnOnce(reqwest::ClientBuilder) -> reqwest::ClientBuilder) 
     change(Client::builder().http2_prior_knowledge().no_proxy()).build().unwrap()
 }
 
-/// An empty body that tells when it was asked whether it has ended.
+/// An empty body that records whether it was asked if it has ended.
 struct Asked(Arc<AtomicBool>);
 
 impl Body for Asked {
@@ -112,7 +112,7 @@ async fn a_call_whose_connection_another_was_making_fails_with_these_words() {
     let mut waiting = Box::pin(client.get(&url).send());
     assert!(futures_util::poll!(&mut waiting).is_pending());
     drop(connecting);
-    // When this succeeds, hyper-util has mended it, and `blame::is_orphaned` can go.
+    // When this succeeds, hyper-util has fixed it, and `blame::is_orphaned` can go.
     let error = waiting.await.expect_err("a call waits for its connection, whoever makes it");
     let pool = find::<PoolError>(&error).filter(|error| error.is_connect()).unwrap();
     assert_eq!(pool.source().unwrap().to_string(), "request was canceled");
@@ -121,7 +121,7 @@ async fn a_call_whose_connection_another_was_making_fails_with_these_words() {
 
 #[tokio::test]
 async fn an_error_names_the_connection_that_a_response_came_on() {
-    // Answers once, and hangs up on what comes next.
+    // Answers once, and hangs up on the next request.
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
     tokio::spawn(async move {

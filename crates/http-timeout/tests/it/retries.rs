@@ -23,7 +23,7 @@ fn client(retry: Retry) -> TimeoutClient {
     TimeoutClient::builder().timeout(Duration::from_secs(20)).retry(retry).build().unwrap()
 }
 
-/// A server that takes a request, and hangs up without an answer.
+/// A server that reads a request, and hangs up without an answer.
 fn hangs_up() -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/", listener.local_addr().unwrap());
@@ -63,7 +63,7 @@ async fn a_post_reaches_a_failing_server_exactly_once() {
     let (url, hits) = hangs_up();
     assert!(client.post(&url).body("pay").send().await.is_err());
     assert_eq!(hits.load(Ordering::SeqCst), 1);
-    // The same check catches a call that is declared harmless: it is not the server that makes it one.
+    // The same check catches a call that is declared idempotent: the server does not make it so.
     assert!(client.post(&url).body("pay").idempotent().send().await.is_err());
     assert_eq!(hits.load(Ordering::SeqCst), 1 + 4);
 }

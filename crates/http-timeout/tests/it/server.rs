@@ -1,4 +1,5 @@
-//! A real server of HTTP/1 and of HTTP/2 with prior knowledge, on loopback, on a thread of its own, so that it outlives every runtime a test makes or breaks.
+//! A real server of HTTP/1 and of HTTP/2 with prior knowledge, on loopback, on its own thread, so that it outlives
+//! every runtime that a test makes or breaks.
 
 use std::{
     convert::Infallible,
@@ -48,7 +49,7 @@ pub(crate) struct Server {
 }
 
 impl Server {
-    /// Serves with `handler`, which is given the request and how many came before it.
+    /// Serves with `handler`, which gets the request and the number of requests before it.
     pub(crate) fn start<F, R>(handler: F) -> Self
     where
         F: Fn(Request<Incoming>, usize) -> R + Send + Sync + 'static,
@@ -82,12 +83,12 @@ impl Server {
         self.seen.connections.load(Ordering::SeqCst)
     }
 
-    /// Responses that are on their way.
+    /// Responses in progress.
     pub(crate) fn bodies(&self) -> usize {
         self.seen.bodies.load(Ordering::SeqCst)
     }
 
-    /// The most responses that were on their way at a time.
+    /// The most responses that were in progress at a time.
     pub(crate) fn most_bodies(&self) -> usize {
         self.seen.most_bodies.load(Ordering::SeqCst)
     }
@@ -116,13 +117,13 @@ where
                 let (reply, counted) = (handler(request, hit), Counted::new(&seen));
                 async move { Ok::<_, Infallible>(reply.await.map(|body| Tracked { body, _counted: counted })) }
             });
-            // A client that hangs up is what many of the tests are about.
+            // An error is ignored, because in many of the tests the client hangs up.
             drop(auto::Builder::new(TokioExecutor::new()).serve_connection(TokioIo::new(socket), service).await);
         });
     }
 }
 
-/// One response on its way, from its request to the end of its body.
+/// One response in progress, from its request to the end of its body.
 struct Counted(Arc<Seen>);
 
 impl Counted {
@@ -197,8 +198,8 @@ impl Body for Drip {
     }
 }
 
-/// A URL at which nobody listens: connecting is refused. The port stays taken until the process ends, so that no server
-/// of another test gets it.
+/// A URL without a listener: connecting is refused. The port stays taken until the process ends, so that no server of
+/// another test gets it.
 pub(crate) fn refused_url() -> String {
     let socket = TcpSocket::new_v4().expect("a socket");
     socket.bind((Ipv4Addr::LOCALHOST, 0).into()).expect("a free port");

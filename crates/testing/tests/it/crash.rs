@@ -1,4 +1,4 @@
-//! Crashes: the process is killed at each point, and another one checks what is on the disk.
+//! Crashes: the process is killed at each point, and another one checks the state on the disk.
 
 use std::cell::Cell;
 use std::fs;
@@ -18,7 +18,7 @@ struct Counter {
 }
 
 impl Counter {
-    /// Opens what is there: it may be the setup of the process that is killed or of the one that checks.
+    /// Opens the existing state: this may be the setup of the killed process or of the checking one.
     async fn open() -> Self {
         let path = scratch_dir().join("counter");
         let value = fs::read_to_string(&path).map_or(0, |text| text.parse().unwrap());
@@ -38,7 +38,7 @@ impl Counter {
     }
 }
 
-/// What a destructor would put right.
+/// Saves in its destructor.
 struct SaveOnDrop<'a>(&'a Counter);
 
 impl Drop for SaveOnDrop<'_> {
@@ -64,7 +64,7 @@ fn a_destructor_does_not_run_in_a_crash() {
             yield_now().await;
         },
         async |counter, outcome| match outcome {
-            // The save itself may have been dropped; the guard is what is asked about.
+            // The save itself may have been dropped; the question is about the guard.
             Outcome::Dropped { point: 2, .. } => is_zero_or_two(counter, outcome).await,
             _ => Ok(()),
         },

@@ -1,4 +1,4 @@
-//! What an exploration promises: which points it visits, which failures it finds, and that it always ends.
+//! The promises of an exploration: which points it visits, which failures it finds, and that it always ends.
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};

@@ -1,5 +1,5 @@
-//! What people's own tests look like: peers in the setup, tasks in the operation, workers on threads. What is right in
-//! one plain runtime is clean here, and what is wrong is found wherever the peer was spawned.
+//! Tests as users write them: peers in the setup, tasks in the operation, workers on threads. Code that is right in one
+//! plain runtime is clean here, and wrong code is found wherever the peer was spawned.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -43,7 +43,7 @@ fn a_set_of_tasks_can_be_emptied_after_the_drop() {
                 },
                 empty,
                 async |set, outcome| match outcome {
-                    // The tasks end with their runtime; then there is nothing to wait for.
+                    // The tasks end with their runtime, and then there is nothing to wait for.
                     Outcome::Dropped { way: Way::Shutdown, .. } => Ok(()),
                     _ => within_a_minute(empty(set)).await,
                 },
@@ -88,7 +88,7 @@ fn what_a_peer_in_the_setup_has_sent_is_there_when_all_is_settled() {
         async |receive, outcome| {
             if let Outcome::Dropped { point: 1, .. } = outcome {
                 waiting.set(waiting.get() + 1);
-                // No time passes here: it has arrived, or it has not.
+                // No time passes here: the message has arrived or not.
                 seen.set(seen.get() + usize::from(receive.lock().await.try_recv().is_ok()));
             }
             Ok(())
@@ -337,7 +337,7 @@ fn a_change_before_the_first_leaf_is_found_although_the_leaf_is_ready() {
 fn blocking_jobs_that_wait_for_the_operation_or_for_each_other_are_no_hang() {
     let fine = |report: Report| assert!(report.failures().is_empty(), "{report}");
     let explore = || Explore::new().budgets([]);
-    // The job ends when the operation lets it.
+    // The job ends when the operation allows it.
     fine(explore().run(
         async || (),
         async |()| {
@@ -442,7 +442,7 @@ fn an_exploration_leaves_no_descriptor_open() {
     const CHILD: &str = "CANCEL_SAFE_TEST_DESCRIPTORS";
     let here = "field::an_exploration_leaves_no_descriptor_open";
     if std::env::var_os(CHILD).is_none() {
-        // Alone in its process: other tests have descriptors of their own.
+        // Alone in its process, because other tests have their own descriptors.
         assert!(crate::run_again(here, &[(CHILD, "")]).status.success());
         return;
     }
@@ -460,7 +460,7 @@ fn an_exploration_leaves_no_descriptor_open() {
         drop(explore.cancel_safe(async || Mutex::new(0), async |lock| operation(lock).await, async |_| ()));
         let hung = async |_: &Mutex<u8>| std::future::pending::<()>().await;
         drop(explore.clone().hang_after(50 * MS).run(async || Mutex::new(0), hung, check));
-        // The limit is over while a blocking job is waited for, in about one of two.
+        // In about half of the cases the limit ends during a wait for a blocking job.
         for begins in (150..190).step_by(8) {
             let hung = async |_: &Mutex<u8>| {
                 drop(tokio::spawn(async move {

@@ -1,4 +1,4 @@
-//! `cancel_safe` against operations whose answer is known, most of them from the pages of tokio.
+//! `cancel_safe` against operations with a known answer, most of them from tokio's documentation.
 
 #![expect(clippy::disallowed_methods, reason = "what is banned for its verdict is judged here")]
 
@@ -34,7 +34,7 @@ fn pipe(bytes: &'static [u8]) -> (DuplexStream, JoinHandle<Vec<u8>>) {
             }
             yield_now().await;
         }
-        // Kept open: an end of the stream is an answer too.
+        // Kept open, because the end of the stream would be an answer too.
         std::future::pending::<()>().await;
     }));
     let received = tokio::spawn(async move {
@@ -47,7 +47,7 @@ fn pipe(bytes: &'static [u8]) -> (DuplexStream, JoinHandle<Vec<u8>>) {
     (here, received)
 }
 
-/// What the peer has received when this end is closed.
+/// Everything that the peer has received when this end is closed.
 async fn received((here, received): &mut (DuplexStream, JoinHandle<Vec<u8>>)) -> String {
     here.shutdown().await.unwrap();
     String::from_utf8(received.await.unwrap()).unwrap()

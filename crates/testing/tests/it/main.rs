@@ -28,7 +28,7 @@ fn assert_caught(report: &Report, file: &str, line: u32, message: &str) {
     assert!(unnamed.is_none(), "a failure without a site: {unnamed:?}");
 }
 
-/// Runs one test of this binary in a process of its own, because the environment of this one is shared.
+/// Runs one test of this binary in a separate process, because the environment of this one is shared.
 fn run_again(test: &str, variables: &[(&str, &str)]) -> std::process::Output {
     let mut command = std::process::Command::new(std::env::current_exe().unwrap());
     command.args(["--exact", test, "--nocapture"]).envs(variables.iter().copied());

@@ -20,7 +20,7 @@ fn assert_repeats(explore: impl Fn() -> Report) {
 
 #[test]
 fn file_operations_repeat() {
-    // What is found differs from way to way and from point to point, and is found each time.
+    // The failures differ from way to way and from point to point, and are found each time.
     assert_repeats(|| {
         Explore::new().budgets([]).run(
             async || scratch_dir(),

@@ -1,4 +1,4 @@
-//! What a person, an editor and a program read in a report.
+//! A report for people, for editors and for programs.
 
 use std::time::Duration;
 
@@ -192,7 +192,7 @@ fn every_frame_of_an_await_that_was_dropped_goes_to_the_coverage_file() {
     for site in helper.callers().iter().chain(report.sites()) {
         assert!(lines.contains(&site.line()), "{site} is missing: {text}");
     }
-    // A file that cannot be written is told.
+    // A file that cannot be written is reported.
     let nowhere = directory.path().join("no").join("coverage");
     assert!(!run_again(here, &[(CHILD, ""), ("CANCEL_SAFE_COVERAGE", nowhere.to_str().unwrap())]).status.success());
 }

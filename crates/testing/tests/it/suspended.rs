@@ -1,4 +1,4 @@
-//! `suspended`: who waits for an operation that is alive and not polled.
+//! `suspended`: what waits for an operation that is alive and not polled.
 
 use std::cell::Cell;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ async fn fine<S, T, R>(_state: &S, _outcome: Outcome<T>, _result: R) -> Result<(
     Ok(())
 }
 
-/// Asserts a futurelock, with the line where the operation stands and the line where the rival waits.
+/// Asserts a futurelock, with the line where the operation is and the line where the rival waits.
 #[track_caller]
 fn assert_futurelock(report: &Report, operation: u32, rival: u32) {
     let lines = |it: &cancel_safe_testing::Failure| {

@@ -22,7 +22,7 @@ async fn one_file() -> PathBuf {
     path
 }
 
-/// The file is old or new, new if the operation completed, and nothing else lies in its directory.
+/// The file is old or new, new if the operation completed, and nothing else is in its directory.
 async fn is_whole<T>(path: &PathBuf, outcome: Outcome<T>) -> Result<(), String> {
     match fs::read(path) {
         Err(error) => return Err(format!("file lost: {error}")),
@@ -171,7 +171,7 @@ fn a_commit_in_one_blocking_job_is_never_half_done() {
     report.assert_clean();
 }
 
-/// A log, and how many bytes its writer has said are in it.
+/// A log, and how many bytes it has according to its writer.
 struct Log {
     path: PathBuf,
     acknowledged: Cell<usize>,

@@ -113,7 +113,7 @@ fn a_permit_that_is_held_is_given_back() {
     report.assert_clean();
 }
 
-/// Counts what is open; its rollback is a task that `drop` spawns, or `drop` itself.
+/// Counts open transactions; the rollback is a task that `drop` spawns, or `drop` itself.
 struct Transaction {
     open: Arc<AtomicU32>,
     committed: bool,
@@ -225,7 +225,7 @@ fn read_exact_in_a_select_loop_loses_bytes() {
     assert!(report.failures().iter().any(|it| it.is_completed() && it.message().contains("out of step")), "{report}");
 }
 
-/// Reads one frame, and puts what it has read into `partial`, so that a dropped read can be taken up again.
+/// Reads one frame into `partial`, so that a dropped read can be resumed.
 async fn read_frame(stream: &mut DuplexStream, partial: &mut Vec<u8>) -> Option<[u8; 4]> {
     while partial.len() < 4 {
         let mut byte = [0];
