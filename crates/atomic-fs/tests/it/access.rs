@@ -1,4 +1,4 @@
-//! Who may read a file after it was replaced: nobody who could not before, whatever lists, groups and directories say.
+//! Who may read a file after it was replaced: only users who could before, whatever lists, groups and directories say.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::Path;
@@ -72,7 +72,7 @@ fn is_root(test: &str) -> bool {
     root
 }
 
-/// Replaces the file in each way that there is: in one call, in pieces, and as part of a transaction.
+/// Replaces the file in every possible way: in one call, in pieces, and as part of a transaction.
 async fn replace(path: &Path, way: usize) {
     match way {
         0 => atomic_fs::write(path, "new").await.unwrap(),
@@ -217,7 +217,7 @@ async fn rights_of_a_group_that_is_not_kept_go_with_it() {
         assert_eq!(access(&path), (0o660, Some(list(6, (12345, 6), 4, 6, 0))), "the group is kept");
         atomic_fs::write(&path, "new").await.unwrap();
         assert_eq!(access(&path), (0o660, Some(list(6, (12345, 6), 0, 6, 0))), "whom the list names, it names on");
-        // The owner alone is another: the group means the same people.
+        // Only the owner differs: the group means the same people.
         old_file(&path, 0o640);
         chown(&path, Some(1234), Some(rustix::process::getegid().as_raw())).unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o6640)).unwrap();
@@ -238,14 +238,14 @@ async fn nobody_reads_a_replaced_file_that_nobody_could_read_before() {
         let nobody_reads = || child::outcome(child::command(&[], "read as nobody", &path)).unwrap();
         let denied = "Err(PermissionDenied)";
         let group = |group| chown(&path, None, Some(group)).unwrap();
-        // The mask of a list is not the right of the group, to which nobody belongs.
+        // The mask of a list is not the right of the group, which has no members.
         old_file(&path, 0o600);
         group(NOBODY);
         set_list(&path, ACCESS, &list(6, (12345, 6), 0, 6, 0));
         assert_eq!(nobody_reads(), denied);
         AtomicFileWriter::options().preserve(Preserve::ALL).write(&path, "new").await.unwrap();
         assert_eq!(nobody_reads(), denied);
-        // A list that shuts one user out of what all others may.
+        // A list that denies one user what all others may do.
         old_file(&path, 0o644);
         set_list(&path, ACCESS, &list(6, (NOBODY, 0), 4, 4, 4));
         assert_eq!(nobody_reads(), denied);
@@ -266,7 +266,7 @@ async fn nobody_reads_a_replaced_file_that_nobody_could_read_before() {
         assert_eq!(nobody_reads(), denied);
         atomic_fs::write(&path, "new").await.unwrap();
         assert_eq!((nobody_reads().as_str(), access(&path)), (denied, (0o600, None)));
-        // So that the child is known to tell.
+        // Shows that the child does report.
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o604)).unwrap();
         assert_eq!(nobody_reads(), denied, "it belongs to the group");
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o644)).unwrap();
@@ -290,7 +290,7 @@ fn who_is_not_root_grants_a_file_to_no_other_group() {
     }
 }
 
-/// The list is read by way of /proc, or else through the file itself.
+/// The list is read through /proc, or otherwise through the file itself.
 #[test]
 fn a_list_is_kept_where_there_is_no_proc() {
     let test = "a_list_is_kept_where_there_is_no_proc";

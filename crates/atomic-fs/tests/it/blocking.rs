@@ -24,7 +24,7 @@ fn do_everything(dir: &Path) {
     }
 
     let mut writer = blocking::AtomicFileWriter::new(at("a")).unwrap();
-    // More than it buffers, in pieces.
+    // More than the buffer holds, in pieces.
     for _ in 0..40 {
         writer.write_all(&[b'x'; 100_000]).unwrap();
     }
@@ -100,7 +100,7 @@ fn everything_can_be_done_on_a_blocking_thread_and_in_a_task_of_any_runtime() {
             tokio::task::spawn_blocking(move || do_everything(&path)).await.unwrap();
             let dir = tempdir().unwrap();
             let path = dir.path().to_owned();
-            // Not what one should do to other tasks; but it neither panics nor hangs.
+            // This is rude to other tasks, but it neither panics nor hangs.
             tokio::spawn(async move { do_everything(&path) }).await.unwrap();
         });
     }

@@ -1,8 +1,8 @@
-//! Kills, faults and power cuts at every system call: what all campaigns share.
+//! Kills, faults and power cuts at every system call: the shared part of all campaigns.
 //!
-//! By default each campaign takes a quick form, all of them together within a minute; `CANCEL_SAFE_CAMPAIGN=full` visits
-//! every point with every fault. What was visited, and what could not be run, is published for the closing table of
-//! `cargo xtask`.
+//! By default each campaign runs in a quick form, all of them together within a minute; `CANCEL_SAFE_CAMPAIGN=full`
+//! visits every point with every fault. The visited points, and the parts that could not be run, are published for the
+//! closing table of `cargo xtask`.
 
 mod disk;
 mod file;
@@ -20,12 +20,12 @@ use crate::strace::{self, Call, Run};
 
 pub(crate) use transaction::{change_all_after_others, renew_for_replay as renew, verify_for_replay as verify};
 
-/// Calls that change something, and of which none is made by the test harness of the child.
+/// Calls that change something, and that the test harness of the child never makes.
 const DECISIVE: [&str; 6] = ["fsync", "renameat", "renameat2", "rename", "linkat", "unlinkat"];
 const KILL: &str = "signal=SIGKILL";
 const EIO: &str = "error=EIO";
 const ENOSPC: &str = "error=ENOSPC";
-/// Every sync is skipped, and reported as done.
+/// The fault that skips every sync, and reports it as done.
 const WITHOUT_SYNCS: &str = "fsync:retval=0";
 
 pub(crate) fn is_full() -> bool {
@@ -36,7 +36,8 @@ fn is_decisive(call: &Call) -> bool {
     DECISIVE.contains(&&*call.name)
 }
 
-/// Whether a call leaves the file system as it is, so that a power cut at it is one at the next call that does not.
+/// Whether a call leaves the file system unchanged, so that a power cut at it equals a power cut at the next changing
+/// call.
 fn is_look(call: &Call) -> bool {
     const LOOKS: [&str; 16] = [
         "read",
@@ -62,11 +63,11 @@ fn is_look(call: &Call) -> bool {
 /// All of `points`; in the quick form about as many as `quick`, spread evenly.
 fn sample<T>(points: Vec<T>, quick: usize) -> Vec<T> {
     let mut step = if is_full() { 1 } else { points.len().div_ceil(quick).max(1) };
-    // Where the points are calls with two or three faults each, these take turns.
+    // If the points are calls with two or three faults each, the faults take turns.
     while step > 1 && (step % 2 == 0 || step % 3 == 0) {
         step += 1;
     }
-    // From the middle, where a crash leaves most to do.
+    // From the middle, where a crash leaves the most to do.
     points.into_iter().skip(step / 2).step_by(step).collect()
 }
 
@@ -90,7 +91,7 @@ fn aim(call: &Call, fault: &str) -> String {
     format!("{}:{fault}:when={}", call.name, call.number)
 }
 
-/// The journal is committed, so that from the next call on a crash leaves something to finish.
+/// Whether the call commits the journal, so that from the next call on a crash leaves something to finish.
 fn is_commit(call: &Call) -> bool {
     call.name.starts_with("rename") && call.text.contains("\".afs-journal\"")
 }
@@ -101,7 +102,7 @@ pub(crate) fn scratch() -> TempDir {
     if memory.exists() { tempfile::tempdir_in(memory).unwrap() } else { tempdir().unwrap() }
 }
 
-/// Where the files of a transaction are. In one directory, its clean-up is another.
+/// Where the files of a transaction are. In one directory, the clean-up is different.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Layout {
     OneDirectory,
@@ -128,7 +129,7 @@ struct Ground {
 }
 
 impl Ground {
-    /// `None`, and that is published, if `campaign` cannot be run here.
+    /// `None`, which is also published, if `campaign` cannot run here.
     fn new(campaign: &str) -> Option<Self> {
         child::strace(campaign)?;
         let scratch = scratch();
@@ -144,7 +145,7 @@ impl Ground {
     }
 }
 
-/// Counts, and tells what a campaign found.
+/// Counts and reports what a campaign found.
 struct Tally {
     name: String,
     points: usize,
@@ -163,7 +164,7 @@ impl Tally {
     fn add(&mut self, at: &str, verdict: Result<Picture, String>) {
         self.points += 1;
         if self.points.is_multiple_of(25) {
-            // A campaign in full is long, and who waits for it takes silence for a hang.
+            // A full campaign is long, and silence would look like a hang.
             println!("{}: {} points so far", self.name, self.points);
         }
         match verdict {
@@ -182,7 +183,7 @@ impl Tally {
         assert!(astray * 3 <= points, "the faults are badly aimed");
     }
 
-    /// For a twin that is broken on purpose: the check must have found that.
+    /// For a deliberately broken twin: asserts that the check has found the fault.
     fn assert_caught(&self, what: &str) {
         println!("{}: {} of {} points show {what}", self.name, self.violations.len(), self.points);
         let is_caught = self.violations.iter().any(|violation| violation.contains(what));
@@ -190,7 +191,7 @@ impl Tally {
     }
 }
 
-/// What the files are: all old, all new, or each whole but not together.
+/// The state of the files: all old, all new, or each whole but mixed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Picture {
     Old,

@@ -20,7 +20,7 @@ const OLD: &[u8] = b"old";
 const MIB: usize = 1 << 20;
 const WAYS: [Way; 4] = [Way::Eager, Way::Settled, Way::Shutdown, Way::Panic];
 
-/// A directory with one file, and what that file was when the operation had just been dropped.
+/// A directory with one file, and the content of the file just after the operation was dropped.
 struct Scene {
     dir: TempDir,
     path: PathBuf,
@@ -49,7 +49,7 @@ impl Drop for Note<'_> {
     }
 }
 
-/// Drops `operation`, which writes `new`, at every point, and holds what is left behind against the documentation.
+/// Drops `operation`, which writes `new`, at every point, and compares what is left behind with the documentation.
 fn explore<R>(new: &[u8], operation: impl AsyncFn(&Path) -> R) -> Report {
     Explore::new().hang_after(SLOW_DISK).ways(WAYS).paused_time(true).run(
         async || Scene::new(),
@@ -90,7 +90,7 @@ fn dropped_write_leaves_old_or_new_for_ever() {
     }
 }
 
-/// Content that tells when nobody holds it any more.
+/// Content that records when it is released.
 struct Witness(Vec<u8>, Arc<AtomicBool>);
 
 impl AsRef<[u8]> for Witness {
@@ -105,7 +105,7 @@ impl Drop for Witness {
     }
 }
 
-/// Content, and whether it has been let go.
+/// Content, and whether it was released.
 fn witness(content: Vec<u8>) -> (Bytes, Arc<AtomicBool>) {
     let gone = Arc::new(AtomicBool::new(false));
     (Bytes::from_owner(Witness(content, gone.clone())), gone)
@@ -142,7 +142,7 @@ fn dropped_write_bytes_lets_its_content_go() {
         release.send(()).unwrap();
         busy.await.unwrap().unwrap();
         drain_pool().await;
-        // One that is at work when it is dropped lets it go with its job.
+        // A write that is at work when it is dropped releases the content with its job.
         for wait_us in (0..2000).step_by(100) {
             let (content, gone) = witness(vec![b'N'; 2 * MIB]);
             drop(tokio::time::timeout(Duration::from_micros(wait_us), atomic_fs::write_bytes(&path, content)).await);
@@ -199,7 +199,7 @@ fn dropped_copy_into_a_writer_leaves_old_or_new_for_ever() {
 
 #[test]
 fn dropped_discard_removes_the_temporary_file_all_the_same() {
-    // What is discarded is never seen, so that "new" is the old content here.
+    // A discarded write is never visible, so "new" is the old content here.
     let report = explore(OLD, async |path| {
         let mut writer = AtomicFileWriter::new(path).await.unwrap();
         writer.write(&vec![b'N'; MIB + 1]).await.unwrap();
@@ -296,7 +296,7 @@ fn a_process_killed_at_any_await_leaves_old_or_new_and_a_sweep_removes_the_rest(
     let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Crash]).budgets([1]).run(
         async || {
             let path = scratch_dir().join("file");
-            // The setup runs again after the crash, and then finds what that left.
+            // The setup runs again after the crash, and then finds the state that the crash left.
             if !path.exists() {
                 std::fs::write(&path, OLD).unwrap();
             }
@@ -340,7 +340,7 @@ fn the_same_check_catches_a_job_without_a_gate_and_a_temporary_file_without_an_o
     assert!(one_await_a_step.failures().iter().any(|failure| failure.message().contains("left behind")));
 }
 
-/// What became of writes that were cancelled at random.
+/// The results of writes that were cancelled at random.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Tally {
     seed: u64,
@@ -383,7 +383,7 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> 
         }
         let mut too_early = 0;
         for _ in 0..rounds {
-            // Those ten may have been quicker than any that follows.
+            // The first ten may have been quicker than any later one.
             if too_early == 10 {
                 (longest, too_early) = (longest.mul_f64(1.2), 0);
             }
@@ -391,7 +391,7 @@ pub(crate) fn cancel_at_random<F: Future>(rounds: u32, write: impl Fn(&Path) -> 
             let mut write = Box::pin(write(&path));
             let begun = std::time::Instant::now();
             let limit = longest.mul_f64(random.f64());
-            // Not a timer, which would only ever fire on the millisecond.
+            // Not a timer, because a timer fires only on whole milliseconds.
             let ended = std::future::poll_fn(|cx| {
                 if write.as_mut().poll(cx).is_ready() {
                     return std::task::Poll::Ready(true);
@@ -425,7 +425,7 @@ fn a_write_that_is_dropped_at_random_never_lands_later() {
     assert!(tally.cancelled > 0 && tally.late == 0 && tally.litter == 0, "{tally:?}");
 }
 
-/// The full form makes ten thousand cancels.
+/// The full form cancels ten thousand times.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_write_that_is_dropped_during_a_slow_rename_never_lands_later() {
@@ -508,7 +508,7 @@ fn a_write_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_never_lands()
                 }
             }
             drop(futures);
-            // At once: nobody knows when the pool will have a thread again.
+            // At once, because it is unknown when the pool will have a free thread again.
             assert_eq!(names(dir.path()), ["file"], "after {polls} polls");
             release.send(()).unwrap();
             busy.await.unwrap().unwrap();

@@ -138,7 +138,7 @@ fn dropped_commit_of_renames_leaves_all_old_or_all_new_for_ever() {
         tx.add_file(dir.join("a"), "new").await.unwrap();
         tx.add_file(dir.join("b"), "new").await.unwrap();
         tx.commit().await.unwrap();
-        // Exchanges nothing that can be seen, but takes the same way.
+        // Exchanges nothing visible, but takes the same path.
         std::fs::hard_link(dir.join("a"), dir.join("c")).unwrap();
         let mut tx = MultiFileTransaction::new();
         tx.rename(dir.join("c"), dir.join("b")).unwrap();
@@ -148,7 +148,7 @@ fn dropped_commit_of_renames_leaves_all_old_or_all_new_for_ever() {
     assert_clean("MultiFileTransaction::commit/rename", &report);
 }
 
-/// Removes what the test itself has added.
+/// Removes the file that the test itself has added.
 struct Clear<'a>(&'a Path);
 
 impl Drop for Clear<'_> {
@@ -234,7 +234,7 @@ fn dropped_add_file_is_no_part_of_the_transaction() {
     explore_add("MultiFileTransaction::add_file/after a writer", Add::File, true);
 }
 
-/// Drops what adds `b`; `a` is there before, or has a writer that was lent and is to be closed first.
+/// Drops the operation that adds `b`; `a` was added before, or has a lent writer that must be closed first.
 fn explore_add(name: &str, add: Add, is_lent: bool) {
     let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Eager, Way::Settled, Way::Panic]).run(
         async || {
@@ -254,7 +254,7 @@ fn explore_add(name: &str, add: Add, is_lent: bool) {
             match add {
                 Add::File => tx.add_file(path, "").await.unwrap(),
                 Add::Files => tx.add_files([(path, "")]).await.unwrap(),
-                // Empty, until somebody writes to it.
+                // Empty, until it is written to.
                 Add::Writer => tx.writer(path).await.map(drop).unwrap(),
             }
         },
@@ -267,7 +267,7 @@ fn explore_add(name: &str, add: Add, is_lent: bool) {
     assert_clean(name, &report);
 }
 
-/// Runs `work` on a directory that somebody else keeps locked for a moment, if it `waits`.
+/// Runs `work` on a directory that another holder keeps locked for a moment, if it `waits`.
 async fn beside_a_lock<T>(dir: &Path, waits: bool, work: impl Future<Output = T>) -> T {
     let lock = waits.then(|| crate::support::lock_free(dir, false).unwrap());
     let hold = async {
@@ -310,7 +310,7 @@ fn dropped_open_together_leaves_nothing() {
 #[test]
 fn dropped_recover_has_done_everything_or_nothing() {
     let Some(strace) = child::strace("a dropped recovery") else { return };
-    // The first renames the journal, the second exchanges `a`; so `b` is still to be exchanged.
+    // The first renames the journal, the second exchanges `a`, so `b` has not been exchanged yet.
     let template = Scene::new();
     let wrapper = [strace, "-f", "-qq", "-o", "/dev/null", "-e", "inject=renameat2:signal=SIGKILL:when=3"];
     assert_eq!(child::outcome(child::command(&wrapper, "pair new new", template.dir.path())), None);
@@ -430,7 +430,7 @@ fn a_transaction_that_waits_for_a_busy_pool_is_dropped_at_every_poll_and_leaves_
                     tokio::task::yield_now().await;
                 }
                 drop(end);
-                // At once: nobody knows when the pool will have a thread again.
+                // At once, because it is unknown when the pool will have a free thread again.
                 assert_eq!(names(dir), ["a", "b"], "after {polls} polls");
                 release.send(()).unwrap();
                 busy.await.unwrap().unwrap();
@@ -455,7 +455,7 @@ fn a_process_killed_at_any_await_of_a_transaction_is_recovered() {
     let report = Explore::new().hang_after(SLOW_DISK).ways([Way::Crash]).budgets([1]).run(
         async || {
             let dir = scratch_dir().join("files");
-            // The setup runs again after the crash, and then finds what that left.
+            // The setup runs again after the crash, and then finds the state that the crash left.
             if !dir.exists() {
                 std::fs::create_dir(&dir).unwrap();
                 renew(&dir);

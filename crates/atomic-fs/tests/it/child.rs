@@ -1,6 +1,6 @@
-//! The other side of the tests that need a process of their own: to be killed, stopped, traced or unprivileged.
+//! The child side of the tests that need a separate process, to be killed, stopped, traced or unprivileged.
 //!
-//! This test binary starts itself again; in the child, the one test below does what the environment asks for.
+//! This test binary starts itself again; in the child, the one test below does the task that the environment names.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
@@ -19,18 +19,18 @@ use crate::support::not_run;
 
 const TASK: &str = "ATOMIC_FS_CHILD_TASK";
 const PATH: &str = "ATOMIC_FS_CHILD_PATH";
-/// Where the child may write before it does what it is asked for.
+/// Where the child may write before its task.
 pub(crate) const OTHER: &str = "ATOMIC_FS_CHILD_OTHER";
-/// What every line of the child begins with that is meant for its parent.
+/// The prefix of every line of the child for its parent.
 const MARK: &str = "child says ";
-/// How much a child writes, so that its content can be told from the old one.
+/// How much a child writes, so that its content differs from the old one.
 pub(crate) const SIZE_BYTES: usize = 4096;
 /// How much it writes in pieces: more than a writer holds in its buffers.
 pub(crate) const STREAM_BYTES: usize = (3 << 20) + 5;
-/// How much it writes of which it may hold no copy.
+/// How much it writes when it may hold no copy.
 pub(crate) const LARGE_BYTES: usize = 64 << 20;
-/// How many files it writes elsewhere first. strace counts calls by thread but tampers with every thread; after so many
-/// calls this thread is alone with its counts, and a fault that is meant for it does not hit the test harness.
+/// How many files it writes elsewhere first. strace counts calls by thread but tampers with every thread; after this
+/// many calls only this thread has such counts, and a fault for it does not hit the test harness.
 const OTHERS: usize = 40;
 
 /// A command that runs `task` on `path` in a child; `wrapper` comes before it, `strace` for example.
@@ -43,13 +43,13 @@ pub(crate) fn command(wrapper: &[&str], task: &str, path: &Path) -> Command {
     command
 }
 
-/// Runs the child to its end and returns the last thing that it said; `None` if it was killed before.
+/// Runs the child to its end and returns its last message; `None` if it was killed before.
 pub(crate) fn outcome(mut command: Command) -> Option<String> {
     let output = command.output().unwrap();
     last_word(&output.stdout)
 }
 
-/// The last thing that a child with this output has said.
+/// The last message of a child with this output.
 pub(crate) fn last_word(output: &[u8]) -> Option<String> {
     let text = String::from_utf8_lossy(output).into_owned();
     text.lines().rev().find_map(|line| line.split_once(MARK)).map(|(_, said)| said.to_owned())
@@ -61,7 +61,7 @@ pub(crate) fn await_word(child: &mut Child, wanted: &str) {
     assert!(out.lines().any(|line| line.unwrap().ends_with(&format!("{MARK}{wanted}"))), "the child never said it");
 }
 
-/// The name of strace, or `None`, which is published, if `what` cannot be run because strace does not work here.
+/// The name of strace, or `None`, which is also published, if `what` cannot run because strace does not work here.
 pub(crate) fn strace(what: &str) -> Option<&'static str> {
     let works = Command::new("strace").args(["-qq", "-o", "/dev/null", "true"]).status().is_ok_and(|s| s.success());
     if !works {
@@ -71,7 +71,7 @@ pub(crate) fn strace(what: &str) -> Option<&'static str> {
 }
 
 fn say(what: &str) {
-    // A fault that is aimed at a write of the pool's thread hits the write of this one that has the same number, once.
+    // A fault for a write of the pool's thread also hits this thread's write with the same number, once.
     let attempt = || {
         let mut out = std::io::stdout();
         writeln!(out, "\n{MARK}{what}").and_then(|()| out.flush()).is_ok()
@@ -90,7 +90,8 @@ fn other() -> PathBuf {
     PathBuf::from(std::env::var_os(OTHER).unwrap())
 }
 
-/// Root may do anything. The process has begun as root, because nobody may not read where this binary is.
+/// Drops root's rights, because root may do anything. The process starts as root, because the user nobody may not read
+/// this binary's directory.
 fn become_nobody() {
     if rustix::process::geteuid().is_root() {
         rustix::thread::set_thread_gid(rustix::process::Gid::from_raw(65534)).unwrap();
@@ -110,8 +111,9 @@ fn one_pool_thread() -> tokio::runtime::Runtime {
     tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).enable_time().build().unwrap()
 }
 
-/// The tutorial's first exercise: what is cut before its commit does not exist. Its calls are as they stand there, but for
-/// two slips: the writer is to be changed, and without a pause a thousand lines are written before the time is up.
+/// The tutorial's first exercise: a write that is cut before its commit does not exist. Its calls are the tutorial's,
+/// except for two slips: the writer must be mutable, and without a pause a thousand lines are written before the time
+/// is up.
 async fn exercise() {
     let mut writer = SafeFileWriter::new("test.txt").await.unwrap();
     let result = tokio::time::timeout(Duration::from_millis(10), async {
@@ -160,7 +162,7 @@ fn entry() {
         }
         "rename as nobody" => {
             become_nobody();
-            // Its threads begin as this one is.
+            // Its threads start with the rights of this one.
             say_result(one_pool_thread().block_on(async {
                 let mut tx = MultiFileTransaction::new();
                 tx.rename(path.join("f"), path.join("g"))?;
@@ -219,7 +221,7 @@ fn entry() {
             let mut tx = MultiFileTransaction::new();
             for name in [first, last] {
                 tx = tx.options(AtomicFileWriter::options().durability(durability(name)));
-                // More than are kept open, so that some are closed before the commit.
+                // More files than are kept open, so that some are closed before the commit.
                 tx.add_files((0..70).map(|number| (path.join(format!("{name}{number}")), name))).await?;
             }
             tx.commit().await
@@ -279,7 +281,7 @@ fn entry() {
             match files.iter().position(|name| write("new", name).is_err()) {
                 None => say("Ok"),
                 Some(failed) => {
-                    // It hopes that what has just failed once does not fail again.
+                    // It hopes that the failed operation does not fail again.
                     files[..failed].iter().rev().for_each(|name| drop(write("old", name)));
                     say("Unchanged, as far as it knows");
                 }

@@ -12,7 +12,7 @@ use tempfile::{TempDir, tempdir};
 use crate::child::{self, SIZE_BYTES};
 use crate::support::{eventually, names, not_run};
 
-/// A mount that goes when this is dropped.
+/// A mount that is removed when this is dropped.
 struct Mount {
     dir: TempDir,
     point: PathBuf,
@@ -57,7 +57,7 @@ async fn a_full_disk_leaves_the_old_file() {
         atomic_fs::write(&path, &content).await.unwrap_err(),
         blocking::write(&path, &content).unwrap_err(),
         atomic_fs::write(&path, vec![b'N'; 5 << 20]).await.unwrap_err(),
-        // Nor is a short file published where no sync would tell of it.
+        // Nor is a short file published when no sync would report it.
         AtomicFileWriter::options().durability(Durability::None).write(&path, &content).await.unwrap_err(),
     ] {
         assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");
@@ -71,7 +71,7 @@ async fn a_full_disk_leaves_the_old_file() {
     }
 }
 
-/// The last piece is written when the transaction is turned to again: whoever asks then is told, and whoever asks later.
+/// The last piece is written when the transaction is used again: that call and all later ones get the error.
 #[cfg(unix)]
 #[tokio::test]
 async fn a_lent_writer_that_met_a_full_disk_breaks_its_transaction() {
@@ -95,7 +95,7 @@ async fn a_lent_writer_that_met_a_full_disk_breaks_its_transaction() {
     }
 }
 
-/// A name may still be had where there is no room for content.
+/// A name may still be created when there is no room for content.
 #[cfg(unix)]
 #[tokio::test]
 async fn a_transaction_that_cannot_even_be_noted_leaves_nothing() {
@@ -184,7 +184,7 @@ async fn an_error_names_the_step_that_was_attempted() {
     assert!(text.starts_with("could not rename the new file to"), "{text}");
     assert!(text.contains(&format!("{link:?} (which leads to {path:?})")), "{text}");
     assert_eq!(names(dir.path()), ["file", "link"]);
-    // What a link leads to is named also if it is no file.
+    // The target of a link is named even if it is not a file.
     std::fs::remove_file(&path).unwrap();
     std::fs::create_dir(&path).unwrap();
     let text = atomic_fs::write(&link, "new").await.unwrap_err().to_string();
@@ -224,7 +224,7 @@ async fn a_disk_that_is_too_small_for_a_transaction_keeps_the_old_files() {
     let error = tx.add_file(at("b"), vec![b'N'; 200_000]).await.unwrap_err();
     assert!(error.is_storage_full(), "{error}");
     let writer = tx.writer(at("c")).await.unwrap();
-    // It is taken in, and met by the full disk when it is committed.
+    // It is buffered, and meets the full disk when it is committed.
     writer.write(&vec![b'N'; 200_000]).await.unwrap();
     let error = tx.commit().await.unwrap_err();
     assert!(error.is_storage_full() && error.target() == TargetState::Unchanged, "{error}");

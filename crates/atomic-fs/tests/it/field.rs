@@ -1,4 +1,4 @@
-//! Transactions where people use them: trees that are copied and moved, files of others, large files, changed places.
+//! Transactions in practice: copied and moved trees, files of other users, large files, swapped names.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,7 +65,7 @@ async fn a_copy_of_a_crashed_tree_recovers_itself_and_leaves_the_original_alone(
     }
 }
 
-/// A kill before the commit point leaves what was staged, in both directories, and nobody's.
+/// A kill before the commit point leaves abandoned staged files in both directories.
 #[tokio::test]
 async fn a_copy_of_what_was_staged_is_cleaned_and_the_original_keeps_what_its_own_recovery_removes() {
     let Some(strace) = child::strace("what a kill leaves staged is copied") else { return };
@@ -106,7 +106,7 @@ async fn a_recovery_of_any_directory_leaves_what_is_staged_by_who_lives() {
         let report = atomic_fs::recover(at(place)).await.unwrap();
         assert_eq!((report.removed, report.live), (0, 1), "{place}");
     }
-    // While its journal's directory is elsewhere, nobody can tell.
+    // While its journal's directory is elsewhere, its state is unknown.
     std::fs::rename(at("a"), at("moved")).unwrap();
     assert_eq!(atomic_fs::recover(at("b")).await.unwrap().removed, 0);
     std::fs::rename(at("moved"), at("a")).unwrap();
@@ -125,7 +125,7 @@ async fn a_tree_that_was_moved_recovers_where_it_is() {
     assert_eq!(contents(&moved), both("new"));
 }
 
-/// Old and new have the same size here: what tells them apart is when they were written, to the second.
+/// Old and new have the same size here; only the time of writing distinguishes them, to the second.
 #[tokio::test]
 async fn a_copy_in_which_old_and_new_look_alike_is_refused_and_one_with_other_times_recovers() {
     let Some(dir) = killed_halfway() else { return };
@@ -193,7 +193,7 @@ async fn an_unfinished_transaction_is_noticed_in_each_of_its_directories() {
     drop(atomic_fs::read_lock(tree.join("b")).await.unwrap());
 }
 
-/// What leads to a journal that has been dealt with stops nobody.
+/// A pointer to a finished journal stops nobody.
 #[tokio::test]
 async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_void_is_refused() {
     let Some(dir) = killed_halfway() else { return };
@@ -224,7 +224,7 @@ async fn a_pointer_that_leads_nowhere_any_more_is_passed_over_and_one_into_the_v
     }
 }
 
-/// Of a directory in which two transactions took part, the recovery of one leaves what the other needs.
+/// In a directory with two transactions, the recovery of one leaves the files that the other needs.
 #[tokio::test]
 async fn what_leads_to_one_transaction_stays_when_the_litter_of_another_is_removed() {
     let Some(strace) = child::strace("two kills in one directory") else { return };
@@ -258,7 +258,7 @@ async fn what_leads_to_one_transaction_stays_when_the_litter_of_another_is_remov
     assert_eq!(names(&at("b")), ["y"]);
 }
 
-/// As in a directory that is shared, in which each may write.
+/// As in a shared directory in which everyone may write.
 #[tokio::test]
 async fn a_recovery_leaves_what_others_have_staged_whose_note_it_may_not_read() {
     use std::os::unix::fs::PermissionsExt;
@@ -278,7 +278,7 @@ async fn a_recovery_leaves_what_others_have_staged_whose_note_it_may_not_read() 
     assert_eq!((said.as_deref(), names(dir.path())), (Some("Ok"), theirs.map(String::from).to_vec()));
 }
 
-/// Whichever removal fails or is not reached, the journal's directory leads to what is left.
+/// Whichever removal fails or is not reached, the journal's directory leads to the remains.
 #[tokio::test]
 async fn what_a_failed_transaction_could_not_remove_is_found_by_the_recovery_of_its_journals_directory() {
     let Some(strace) = child::strace("removals that fail") else { return };
@@ -310,7 +310,7 @@ async fn what_a_failed_transaction_could_not_remove_is_found_by_the_recovery_of_
     }
 }
 
-/// The journal has gone, and with it what knows of the other directory, but for the note.
+/// The journal is gone, so only the note still names the other directory.
 #[tokio::test]
 async fn what_a_disk_that_failed_behind_the_commit_point_has_left_is_found_by_the_recovery_of_the_journals_directory() {
     let Some(strace) = child::strace("syncs that fail") else { return };
@@ -349,7 +349,7 @@ async fn a_directory_whose_pointer_is_of_another_transaction_is_not_taken_for_th
     assert_eq!(contents(&tree), ("new".into(), "old".into()));
 }
 
-/// That the old file is another one only counts if that was after the journal was written.
+/// A changed old file counts only if it changed after the journal was written.
 #[tokio::test]
 async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_written_later_is_not() {
     let Some(strace) = child::strace("an old file is written before or after the journal") else { return };
@@ -373,7 +373,7 @@ async fn an_old_file_that_was_written_before_the_journal_is_replaced_and_one_wri
     }
 }
 
-/// It has locked what it foresaw to need; that is not enough any more.
+/// It has locked the directories that it expected to need, which is no longer enough.
 #[tokio::test]
 async fn a_recovery_that_waited_while_a_journal_appeared_locks_the_directories_of_that_one() {
     let Some(dir) = killed_halfway() else { return };
@@ -393,7 +393,7 @@ async fn a_recovery_that_waited_while_a_journal_appeared_locks_the_directories_o
     assert_eq!(contents(&tree), both("new"));
 }
 
-/// What leads to a journal is passed over if another transaction's journal has taken its place.
+/// A pointer to a journal is skipped if another transaction's journal has taken its place.
 #[tokio::test]
 async fn a_pointer_to_the_journal_of_another_transaction_stops_nobody() {
     let Some(dir) = killed_halfway() else { return };
@@ -548,7 +548,7 @@ async fn a_large_file_is_renamed_and_replaced_without_being_read() {
     assert_eq!(all(dir.path()), pairs(&[("log", ""), ("log.1", "short")]));
 }
 
-/// In a directory of one's own rename(2) may move what belongs to others; a hard link to it may be forbidden.
+/// In the user's own directory rename(2) may move other users' files, but a hard link to them may be forbidden.
 #[tokio::test]
 async fn a_file_of_somebody_else_is_renamed_where_the_system_allows_that() {
     let (dir, at) = scene(&["f", "over", "replaced"]);
@@ -656,7 +656,7 @@ async fn many_files_are_added_together_or_not_at_all() {
     assert_eq!(std::fs::read_to_string(at("f149")).unwrap(), "149");
 }
 
-/// Only its own: other tests of this process have files open too.
+/// Counts only the files below `dir`, because other tests of this process have files open too.
 fn open_files(dir: &Path) -> usize {
     let is_ours = |entry: std::io::Result<std::fs::DirEntry>| {
         entry.and_then(|entry| entry.path().read_link()).is_ok_and(|target| target.starts_with(dir))
@@ -741,7 +741,7 @@ async fn a_dropped_commit_of_many_files_waits_for_no_sync() {
     assert_eq!(std::fs::read_to_string(at("199")).unwrap(), "new");
 }
 
-/// So that of an old and a new file, one is always there.
+/// This way either the old or the new file always exists.
 #[tokio::test]
 async fn what_is_put_somewhere_comes_before_what_is_removed() {
     let Some(strace) = child::strace("a kill between a put and a removal") else { return };
@@ -755,7 +755,7 @@ async fn what_is_put_somewhere_comes_before_what_is_removed() {
     assert_eq!(names(dir.path()), ["new", "taken"]);
 }
 
-/// A single system call brings it there.
+/// A single system call moves it there.
 #[tokio::test]
 async fn a_file_that_is_renamed_to_a_free_name_is_never_without_a_visible_one() {
     let Some(strace) = child::strace("kills before and behind a rename to a free name") else { return };
@@ -795,7 +795,7 @@ async fn two_names_of_one_file_that_change_places_are_both_there_after_a_kill() 
     }
 }
 
-/// Whose name is free again is not for us to fill while somebody else has.
+/// A name that has become free must not be filled if another program has filled it.
 #[tokio::test]
 async fn what_somebody_put_where_a_renamed_file_was_is_not_moved_by_undoing_that() {
     let Some(strace) = child::strace("a kill behind a rename to a free name") else { return };
@@ -864,7 +864,7 @@ async fn each_content_is_as_durable_as_it_was_added_and_the_names_as_they_are_co
     }
 }
 
-/// By its new name it must survive a power cut, whoever has written it and not synced it.
+/// Under its new name it must survive a power cut, even if its writer has not synced it.
 #[tokio::test]
 async fn what_is_renamed_is_synced_before_the_commit() {
     let Some(strace) = child::strace("whether a renamed file is synced") else { return };

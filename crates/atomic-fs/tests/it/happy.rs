@@ -1,4 +1,4 @@
-//! What is written is what is read, whole, whoever writes at the same time.
+//! Readers get complete content as it was written, however many writers there are.
 
 use std::io;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::support::{eventually, names, temps};
 
 const MIB: usize = 1 << 20;
 
-/// Content that shows a piece that is missing, doubled or out of place.
+/// Content that reveals a missing, doubled or misplaced piece.
 fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i ^ (i >> 8) ^ (i >> 16)) as u8).collect()
 }

@@ -1,4 +1,4 @@
-//! Others at work in the same directory at the same time, who do not ask for leave.
+//! Other programs that change the same directory at the same time, without any locks.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use crate::support::names;
 
 const ROUNDS: u32 = 100;
 
-/// Runs `work` until `done`, and says how often.
+/// Runs `work` until `done`, and returns how often.
 fn meanwhile<F: Future<Output = ()> + Send + 'static>(
     done: &Arc<AtomicBool>,
     work: impl Fn() -> F + Send + 'static,
@@ -108,7 +108,8 @@ async fn a_transaction_and_single_writes_of_the_same_files_each_win_or_lose_whol
     assert_eq!(names(&path), ["a", "b"]);
 }
 
-/// What was not there when a transaction planned cannot be undone if somebody else made it: nothing of theirs is lost.
+/// A file that another program creates after the planning of a transaction is not removed by undoing: nothing of others
+/// is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_file_that_appears_or_goes_during_a_commit_is_an_error_that_changes_nothing() {
     let dir = tempdir().unwrap();
@@ -123,7 +124,7 @@ async fn a_file_that_appears_or_goes_during_a_commit_is_an_error_that_changes_no
             options.write(place.join("a"), "other").await.unwrap();
             match std::fs::remove_file(place.join("a")) {
                 Ok(()) => {}
-                // The transaction has put its own there, and somebody took it away.
+                // The transaction had put its file there, and another program removed it.
                 Err(error) => assert_eq!(error.kind(), std::io::ErrorKind::NotFound),
             }
         }

@@ -1,5 +1,5 @@
-//! Files that no rename can replace, written in place: dropped, killed or failing at any call, the old content comes back,
-//! and what is whole stays whole.
+//! Files that no rename can replace, written in place: after a drop, a kill or a failure at any call the old content
+//! comes back, and whole content stays whole.
 
 use std::collections::HashSet;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
@@ -21,7 +21,7 @@ use crate::strace::{self, Call, Run};
 use crate::support::{SLOW_DISK, drain_pool, eventually, names, not_run, temps};
 
 const MIB: usize = 1 << 20;
-/// What the tasks of a child begin with that are for this module.
+/// The prefix of a child's tasks for this module.
 pub(crate) const TASK: &str = "in place: ";
 /// As many files as a child writes elsewhere first, so that its calls are counted on a thread of its own.
 const OTHERS: usize = 40;
@@ -30,7 +30,7 @@ fn in_place() -> WriteOptions {
     AtomicFileWriter::options().in_place(InPlace::WithBackup)
 }
 
-/// What a child does here. The number after the task is how many bytes it writes.
+/// Runs the child's task. The number after the task is how many bytes it writes.
 pub(crate) async fn run(path: &Path, other: &Path, task: &str) -> Result<(), Error> {
     let (task, number) = task.rsplit_once(' ').unwrap();
     let number: usize = number.parse().unwrap();
@@ -72,13 +72,13 @@ struct Bound {
     dir: PathBuf,
     /// The mount point.
     file: PathBuf,
-    /// What is mounted there.
+    /// The file that is mounted there.
     source: PathBuf,
     mounts: Vec<PathBuf>,
 }
 
 impl Bound {
-    /// `None`, and that is published, if nothing can be mounted here.
+    /// `None`, which is also published, if nothing can be mounted here.
     fn new(test: &str) -> Option<Self> {
         Self::prepare(test, |_| true)
     }
@@ -118,13 +118,13 @@ impl Bound {
         self.mount(&["-t", "tmpfs", "-o", "size=128k", "tmpfs"], point)
     }
 
-    /// Takes away what was mounted last.
+    /// Removes the last mount.
     fn unmount(&mut self) {
         let point = self.mounts.pop().unwrap();
         assert!(Command::new("umount").arg(point).status().unwrap().success());
     }
 
-    /// Gives the file this content, and takes away what an earlier attempt left.
+    /// Gives the file this content, and removes the remains of an earlier attempt.
     fn renew(&self, content: &[u8]) {
         temps(&self.dir).iter().for_each(|name| std::fs::remove_file(self.dir.join(name)).unwrap());
         std::fs::write(&self.file, content).unwrap();
@@ -135,18 +135,18 @@ impl Bound {
         std::fs::read(&self.file).unwrap()
     }
 
-    /// The only file, and this content.
+    /// Asserts that there is only the file, with this content.
     fn assert_is(&self, content: &[u8]) {
         assert!(self.content() == content, "{} bytes instead of {}", self.content().len(), content.len());
         assert_eq!(names(&self.dir), ["file"]);
     }
 
-    /// Has a child write `bytes` bytes, and something happen to it.
+    /// Lets a child write `bytes` bytes, with a fault if there is one.
     fn write(&self, bytes: usize, inject: Option<&str>) -> Run {
         strace::run(&format!("{TASK}write {bytes}"), &self.file, self.place.path(), inject)
     }
 
-    /// Leaves the file half written by a writer that is dead.
+    /// Leaves the file half written by a dead writer.
     fn crash(&self, old: &[u8]) {
         self.renew(old);
         let run = self.write(NEW_BYTES, Some("ftruncate:signal=SIGKILL:when=1"));
@@ -164,7 +164,7 @@ impl Bound {
         format!("{}-old", self.record().unwrap().display()).into()
     }
 
-    /// What a program does when it starts.
+    /// Recovers, as a program does when it starts.
     async fn recover(&self) -> Result<RecoveryReport, Error> {
         let report = atomic_fs::recover(&self.dir).await?;
         assert_eq!(atomic_fs::sweep(&self.dir).await?.failed, 0);
@@ -175,7 +175,7 @@ impl Bound {
 impl Drop for Bound {
     fn drop(&mut self) {
         for point in self.mounts.iter().rev() {
-            // Whoever still has it open, a child for example, does not keep it here.
+            // A process that still has it open, for example a child, does not keep it mounted here.
             let _gone = Command::new("umount").arg("-l").arg(point).status();
         }
     }
@@ -301,7 +301,7 @@ async fn a_full_disk_is_met_before_anything_is_overwritten() {
     }
 }
 
-/// On the usual disk, with what is mounted on another file system than where it is mounted.
+/// On the usual disk, with a mounted file from a file system other than the mount point's.
 #[tokio::test]
 async fn space_that_was_reserved_for_a_write_that_failed_is_given_back() {
     let test = "space_that_was_reserved_for_a_write_that_failed_is_given_back";
@@ -360,7 +360,7 @@ fn dropped_write_in_place_leaves_old_or_new_for_ever() {
     }
 }
 
-/// Drops writes, each at a random moment of the time that one takes, and looks at once and later.
+/// Drops writes, each at a random moment of the time that one takes, and checks at once and later.
 async fn cancel_at_random(path: &Path, rounds: usize) {
     let (old, new) = (vec![b'o'; 5000], vec![b'N'; 65536]);
     let mut longest = Duration::MAX;
@@ -480,12 +480,12 @@ fn sample<T>(points: Vec<T>, quick: usize) -> Vec<T> {
     points.into_iter().skip(step / 2).step_by(step).collect()
 }
 
-/// Holds what is there, before and after the recovery, against what the child has said.
+/// Compares the state before and after the recovery with the child's messages.
 async fn verify(bound: &Bound, old: &[u8], new: &[u8], inode: u64, run: &Run) -> Result<(), String> {
     let before = bound.content();
     let said = run.said.as_deref().unwrap_or("nothing");
     let told = said.split(' ').next().unwrap();
-    // Whoever lives to report has tidied up, unless the disk refuses to.
+    // A child that lives to report has cleaned up, unless the disk refuses.
     let is_stuck = |call: &Call| call.is_injected() && matches!(&*call.name, "unlinkat" | "fsync");
     match told {
         "Ok" | "Visible" if before != new => return Err(format!("{said}, but {} bytes", before.len())),
@@ -578,7 +578,7 @@ async fn the_same_check_catches_a_write_in_place_without_a_backup() {
     assert!(violations.iter().any(|violation| violation.contains("torn")), "{violations:#?}");
 }
 
-/// From one call on the disk takes nothing more, so that the old content cannot be put back either.
+/// From one call on the disk accepts nothing more, so that the old content cannot be restored either.
 #[tokio::test]
 async fn what_cannot_be_put_back_is_told_and_left_to_a_recovery() {
     let name = "in-place/double-faults";
@@ -638,7 +638,7 @@ async fn a_recovery_that_is_cut_at_any_call_is_finished_by_the_next_one() {
     cancel_safe_campaign::publish_campaign("atomic-fs", name, points.len(), 0);
 }
 
-/// A crash that left the file half written, or `None` if that cannot be had here.
+/// A crash that left the file half written, or `None` if that is not possible here.
 fn crashed(test: &str, old: &[u8]) -> Option<Bound> {
     let (Some(bound), Some(_)) = (Bound::new(test), child::strace(test)) else { return None };
     bound.crash(old);
@@ -676,14 +676,14 @@ async fn until_a_recovery_a_dead_write_refuses_others_and_a_living_one_is_left_a
     bound.assert_is(b"newer");
 }
 
-/// The old content never has more than its own mode, nor the new one more than the mode that was given.
+/// The old content never has more rights than its own mode, nor the new content more than the given mode.
 #[tokio::test]
 async fn a_mode_comes_back_with_the_old_content_and_one_that_was_not_given_is_left_alone() {
     let test = "a_mode_comes_back_with_the_old_content_and_one_that_was_not_given_is_left_alone";
     let old = vec![b'o'; 5000];
     let Some(bound) = crashed(test, &old) else { return };
     let mode = || std::fs::metadata(&bound.source).unwrap().mode() & 0o7777;
-    // Somebody makes it private between the crash and the recovery.
+    // It is made private between the crash and the recovery.
     std::fs::set_permissions(&bound.source, PermissionsExt::from_mode(0o600)).unwrap();
     assert_eq!(bound.recover().await.unwrap().restored, 1);
     bound.assert_is(&old);
@@ -747,7 +747,7 @@ async fn a_copied_tree_is_recovered_by_itself_and_several_files_are_at_once() {
     std::fs::write(copy.join("other"), "torn").unwrap();
     symlink("1,2,644/other", copy.join(".afs-place-0000000000000001")).unwrap();
     std::fs::write(copy.join(".afs-place-0000000000000001-old"), "other").unwrap();
-    // A copy that nothing leads to.
+    // An orphaned copy.
     std::fs::write(copy.join(".afs-place-0000000000000002-old"), "litter").unwrap();
     let report = atomic_fs::recover(&copy).await.unwrap();
     assert_eq!((report.restored, report.removed), (2, 1), "{report:?}");
@@ -794,7 +794,7 @@ async fn a_hostile_record_is_refused_and_never_followed() {
     assert!(atomic_fs::recover(&dir).await.unwrap_err().is_refused());
     assert_eq!(std::fs::read(&outside).unwrap(), b"outside");
     assert_eq!(std::fs::read(dir.join("file")).unwrap(), b"file");
-    // What is refused keeps nothing else from being recovered.
+    // A refused record does not keep others from being recovered.
     std::fs::write(dir.join(".afs-place-00000000000000ab-old"), "back").unwrap();
     symlink("1,2,644/file", dir.join(".afs-place-00000000000000ab")).unwrap();
     std::fs::write(dir.join(".afs-tx-00000000000000ab-1"), "litter").unwrap();
@@ -809,7 +809,7 @@ async fn a_hostile_record_is_refused_and_never_followed() {
     assert_eq!(atomic_fs::recover(&dir).await.unwrap(), RecoveryReport::default());
 }
 
-/// What makes a usual file one that cannot be replaced.
+/// The fault that makes an ordinary file irreplaceable.
 const IS_BUSY: &str = "renameat:error=EBUSY";
 
 /// Recovers and judges each state that a cut may leave; once everything is over, the content is to be what was `told`.
@@ -836,8 +836,8 @@ async fn replay(trace: &Trace, old: &[u8], told: Option<&[u8]>) -> Verdicts {
     })
 }
 
-/// A directory in which a file cannot be replaced because that is what a rename is made to say: nothing is mounted, so that
-/// every state can be made elsewhere. There both files are other ones than the record speaks of, as in a copied tree.
+/// A directory in which a file cannot be replaced because the rename is made to fail: nothing is mounted, so that every
+/// state can be recreated elsewhere. There both files differ from those in the record, as in a copied tree.
 fn home(old: &[u8]) -> (TempDir, PathBuf, PathBuf) {
     let scratch = scratch();
     let home = scratch.path().canonicalize().unwrap().join("home");

@@ -1,4 +1,5 @@
-//! Who may hold up whom: readers and writers get their turns, who may only read holds up nobody, and locks leave nothing.
+//! Who may hold up whom: readers and writers get their turns, a user who may only read holds up nobody, and locks leave
+//! nothing behind.
 
 use std::io::{BufRead, Write};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -17,7 +18,7 @@ use crate::support::{LOCKS, eventually, not_run};
 
 const NOBODY: u32 = 65534;
 
-/// A directory that everybody may enter, with these files, each of which contains its name.
+/// A directory that everyone may enter, with these files, each containing its name.
 fn scene(files: &[&str]) -> TempDir {
     let dir = tempdir().unwrap();
     std::fs::set_permissions(dir.path(), PermissionsExt::from_mode(0o755)).unwrap();
@@ -27,7 +28,7 @@ fn scene(files: &[&str]) -> TempDir {
     dir
 }
 
-/// The locks that are there, held or not.
+/// The existing locks, held or not.
 fn locks(dir: &Path) -> Vec<&'static str> {
     LOCKS.into_iter().filter(|name| dir.join(name).exists()).collect()
 }
@@ -43,7 +44,7 @@ async fn lock(dir: &Path) -> ReadLock {
     atomic_fs::read_lock(dir).await.unwrap()
 }
 
-/// A child that does `task` until it is told to end.
+/// A child that does `task` until told to end.
 struct Busy(Child);
 
 impl Busy {
@@ -67,7 +68,7 @@ impl Drop for Busy {
     }
 }
 
-/// What a child does that is [`Busy`], until its input ends.
+/// The task of a [`Busy`] child, until its input ends.
 pub(crate) async fn busy(task: &str, dir: &Path) {
     let stop = Arc::new(AtomicBool::new(false));
     let mut tasks = tokio::task::JoinSet::new();
@@ -143,7 +144,7 @@ async fn writers_that_follow_each_other_do_not_keep_out_a_reader_here_or_elsewhe
     assert_eq!(locks(dir.path()), [""; 0]);
 }
 
-/// As the kernel's own lock alone does, and every lock whose holders do not look for who waits.
+/// Like the kernel's own lock, and like every lock whose holders do not check for waiters.
 #[test]
 fn a_lock_without_turns_starves_a_writer() {
     let dir = scene(&["lock"]);
@@ -177,7 +178,7 @@ async fn whoever_may_only_read_holds_up_nobody_and_sees_all_or_nothing_without_a
     assert!(child.wait().unwrap().success());
 }
 
-/// What a child does as nobody in that test.
+/// The child's task in that test, as the user nobody.
 pub(crate) async fn hold_up(dir: &Path, say: impl Fn(&str)) {
     // Whatever it can open, it can lock.
     let directory = std::fs::File::open(dir).unwrap();

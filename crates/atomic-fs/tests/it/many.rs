@@ -28,11 +28,11 @@ fn renew(dir: &Path) {
     }
 }
 
-/// The child's side: replaces all files, and commits whatever the staging said.
+/// The child's part: replaces all files, and commits whatever the staging returned.
 pub(crate) async fn replace_all(dir: &Path) -> Result<(), Error> {
     let mut tx = MultiFileTransaction::new();
     for number in 0..FILES {
-        // Whoever ignores this must not have it committed either.
+        // A caller that ignores this error must not get it committed either.
         drop(tx.add_file(dir.join(number.to_string()), "new").await);
     }
     tx.commit().await
@@ -62,7 +62,7 @@ async fn many_files_that_are_given_up_leave_nothing() {
     assert_eq!(temps(&dir), [""; 0]);
 }
 
-/// Among the awaits at which it is dropped is that for the files that are synced in between.
+/// One of the awaits at which it is dropped waits for the files that are synced in between.
 #[tokio::test]
 async fn additions_that_were_dropped_can_be_made_again() {
     let scratch = tempdir().unwrap();
@@ -90,7 +90,7 @@ async fn additions_that_were_dropped_can_be_made_again() {
 /// Two batches of files that are staged; the next one closes the second, once the first is synced.
 const TWO_BATCHES: usize = 128;
 
-/// In memory where there is such a place, since the files are made anew for each point.
+/// In memory if possible, since the files are recreated for each point.
 struct Scene {
     dir: TempDir,
     tx: Mutex<Option<MultiFileTransaction>>,

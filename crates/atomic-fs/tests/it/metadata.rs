@@ -1,4 +1,4 @@
-//! Whose file it is, who may read it, and where its name leads.
+//! A file's owner, its readers, and the target of its name.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, symlink};
 use std::path::Path;
@@ -26,7 +26,7 @@ fn is_root(test: &str) -> bool {
     root
 }
 
-/// What is kept is what the file has when it is replaced.
+/// The file keeps the metadata that it has when it is replaced.
 #[tokio::test]
 async fn a_file_that_changes_hands_while_a_writer_is_open_stays_with_its_new_owner() {
     if !is_root("a_file_that_changes_hands_while_a_writer_is_open") {
@@ -115,7 +115,7 @@ async fn what_is_kept_is_what_the_file_has_when_it_is_replaced() {
             tx.writer(&path).await.unwrap().write_all(b"new").await.unwrap();
         }
         writer.write_all(b"new").await.unwrap();
-        // Somebody notices that it should have been private.
+        // It turns out that it should have been private.
         set_mode(&path, 0o600);
         if is_transaction {
             tx.commit().await.unwrap()
@@ -303,7 +303,7 @@ async fn what_is_no_file_is_refused_and_left_alone() {
     assert_eq!(names(dir.path()), before);
 }
 
-/// A device of its own: a test that fails must not cost the machine its `/dev/null`.
+/// A separate device: a failing test must not cost the machine its `/dev/null`.
 #[cfg(target_os = "linux")]
 #[tokio::test]
 async fn a_device_is_refused_and_left_alone() {

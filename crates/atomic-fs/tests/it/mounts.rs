@@ -1,8 +1,8 @@
-//! The file systems that people deploy on, each mounted for the test: overlayfs, a bind mount, tmpfs, ext4, xfs, btrfs.
+//! The usual file systems in production, each mounted for the test: overlayfs, a bind mount, tmpfs, ext4, xfs, btrfs.
 //!
-//! Each is mounted over a directory of the test's own, and unmounted however the test ends; a loop device goes with the
-//! last mount of it. No test here has a mount namespace of its own, tidy as that would be: a copy of all mounts would keep
-//! the disks of other tests alive that these unmount to cut their power.
+//! Each is mounted over a directory of the test, and unmounted however the test ends; a loop device goes with its last
+//! mount. No test here has its own mount namespace, tidy as that would be: a copy of all mounts would keep the disks of
+//! other tests alive, which those tests unmount to cut their power.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -18,7 +18,7 @@ use crate::child;
 use crate::random;
 use crate::support::{not_run, temps};
 
-/// The files of a scene, which lie in the lower layer of an overlay; what is in each is its name.
+/// The files of a scene, which are in the lower layer of an overlay; each contains its name.
 const OLD: [&str; 9] = ["one/a", "one/b", "one/c", "one/secret", "one/twin", "two/a", "two/b", "two/gone", "two/twin"];
 /// What a transaction does there: it writes two files anew and one more, removes one, moves one to another directory and
 /// one over another, and lets two change places.
@@ -71,7 +71,7 @@ async fn all_holds_on_btrfs() {
     hold_on(Kind::Btrfs).await;
 }
 
-/// As on file systems that know neither of the two ways to rename: files are exchanged by links.
+/// As on file systems without either way to rename: files are exchanged by links.
 #[tokio::test]
 async fn all_holds_where_files_cannot_be_exchanged() {
     if child::strace("faults and kills where files cannot be exchanged").is_none() {
@@ -129,7 +129,7 @@ impl Kind {
         matches!(self, Self::Overlay | Self::OverlayOfTwo)
     }
 
-    /// How it is made on an image, and how large that is at least; the image is sparse.
+    /// How it is made on an image, and the minimal size of the image, which is sparse.
     fn make(self) -> Option<(&'static [&'static str], u64)> {
         match self {
             Self::Ext4 => Some((&["mkfs.ext4", "-q", "-F"], 64 << 20)),
@@ -172,9 +172,9 @@ struct Ground {
     point: PathBuf,
     /// How often it was mounted.
     mounts: usize,
-    /// So that the device numbers of before are not given anew.
+    /// Keeps the previous device numbers from being reused.
     held: Vec<File>,
-    /// What is mounted, the last one last.
+    /// The mounts, with the latest one last.
     mounted: Vec<PathBuf>,
 }
 
@@ -202,7 +202,7 @@ fn crash_scene(call: &str, number: usize) -> String {
 }
 
 impl Ground {
-    /// The error says why it cannot be had here.
+    /// The error says why it is not available here.
     fn new(kind: Kind, scratch: &Path) -> Result<Self, String> {
         if !rustix::process::geteuid().is_root() {
             return Err("it needs root".to_owned());
@@ -290,7 +290,7 @@ impl Ground {
         std::fs::metadata(&self.point).unwrap().dev()
     }
 
-    /// As a machine that starts again does: the device number is another.
+    /// Like a restarted machine: the device number changes.
     async fn mount_again(&mut self) {
         let before = self.device();
         loop {
@@ -325,7 +325,7 @@ impl Ground {
         self.point.join(name)
     }
 
-    /// Whoever else reads the lower layer finds nothing changed there.
+    /// Asserts that nothing has changed in the lower layer for its other readers.
     fn lower_is_as_it_was(&self) {
         for scene in std::fs::read_dir(self.lower()).unwrap() {
             let scene = scene.unwrap().path();
@@ -335,7 +335,7 @@ impl Ground {
     }
 }
 
-/// Runs a tool; the error is what it said.
+/// Runs a tool; the error is its output.
 fn tool(command: &mut Command) -> Result<(), String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match command.output() {
@@ -363,7 +363,7 @@ fn set(scene: &Path) {
     std::fs::hard_link(scene.join("one/twin"), scene.join("one/other")).unwrap();
 }
 
-/// Makes directories of nobody, with files of root.
+/// Makes directories that belong to nobody, with files that belong to root.
 fn set_others(scene: &Path) {
     for dir in ["theirs", "linked"] {
         std::fs::create_dir(scene.join(dir)).unwrap();
@@ -385,12 +385,12 @@ fn new() -> Files {
     NEW.into_iter().chain([other]).map(|(name, file)| (name.into(), file.into())).collect()
 }
 
-/// What everybody sees.
+/// The visible files.
 fn files(scene: &Path) -> Files {
     everything(scene).into_iter().filter(|(name, _)| !name.contains("/.")).collect()
 }
 
-/// What there is, hidden files and links too.
+/// All files, including hidden ones and links.
 fn everything(scene: &Path) -> Files {
     let mut files = Files::new();
     for dir in ["one", "two"] {
@@ -494,7 +494,7 @@ async fn locks(scene: &Path) {
     assert_clean(scene, "locks");
 }
 
-/// A step that fails: what was done is undone, and that is told.
+/// A failing step: the previous steps are undone, and that is reported.
 fn failures(scene: &Path) {
     // The first one renames the journal.
     for number in 1.. {
@@ -511,8 +511,7 @@ fn failures(scene: &Path) {
     assert_clean(scene, "no failure");
 }
 
-/// Who may rename a file but, because it is somebody else's, not link it, is not told either that it is renamed when it is
-/// not, or the other way round.
+/// A user who may rename another user's file but not link it gets a true report of whether the file was renamed.
 fn of_others(scene: &Path, is_overlay: bool) {
     let task = "rename as nobody";
     let content = |dir: &str| {
@@ -620,7 +619,7 @@ async fn crashes(ground: &mut Ground) {
     assert!(killed.len() > 10, "{killed:?}");
 }
 
-/// From the journal's directory; afterwards all files are old, or all are new.
+/// Recovers from the journal's directory; afterwards all files are old, or all are new.
 async fn recover(scene: &Path, when: &str) {
     let before = everything(scene);
     let report = atomic_fs::recover(scene.join("one")).await;

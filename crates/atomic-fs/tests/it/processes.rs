@@ -53,14 +53,14 @@ fn two_processes_of_four_tasks_write_one_file_and_a_reader_never_finds_it_torn_o
     assert_eq!(names(dir.path()), ["file"]);
 }
 
-/// Kills the child at a random moment after it has said something; returns the last number that it said.
+/// Kills the child at a random moment after its first message; returns the last number that it reported.
 fn kill_at_random(mut child: Child, random: &mut fastrand::Rng) -> u64 {
     let mut out = BufReader::new(child.stdout.take().unwrap());
     let mut text = String::new();
     while child::last_word(text.as_bytes()).is_none() {
         assert!(out.read_line(&mut text).unwrap() > 0, "the child ended by itself: {text}");
     }
-    // Not waited for because something should have happened by then: any moment will do.
+    // This does not wait for anything: any moment will do.
     std::thread::park_timeout(Duration::from_micros(random.u64(0..30_000)));
     child.kill().unwrap();
     child.wait().unwrap();

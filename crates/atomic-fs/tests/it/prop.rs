@@ -1,4 +1,4 @@
-//! Random pieces, random drops: the file is the concatenation of what was acknowledged.
+//! Random pieces, random drops: the file is the concatenation of the acknowledged pieces.
 
 use std::pin::pin;
 use std::task::{Context, Poll, Waker};
@@ -33,7 +33,8 @@ proptest! {
                     let mut cx = Context::from_waker(Waker::noop());
                     (0..polls).any(|_| match write.as_mut().poll(&mut cx) {
                         Poll::Ready(result) => { result.unwrap(); true }
-                        // On so small a budget of polls the job on the other thread is sometimes done and sometimes not.
+                        // With such a small budget of polls the job on the other thread is sometimes done and sometimes
+                        // not.
                         Poll::Pending => { std::thread::yield_now(); false }
                     })
                 };

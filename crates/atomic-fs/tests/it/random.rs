@@ -8,7 +8,7 @@ use cancel_safe_atomic_fs::{self as atomic_fs, Error, MultiFileTransaction, Targ
 use crate::child;
 use crate::support::temps;
 
-/// What the child's task begins with; the changes follow.
+/// The prefix of the child's task; the changes follow.
 pub(crate) const TASK: &str = "random ";
 const NAMES: [&str; 5] = ["a", "b", "c", "d", "e"];
 /// The last one is a symlink to the first.
@@ -16,7 +16,7 @@ const DIRS: [&str; 3] = ["one", "two", "alias"];
 /// The calls at which a process is killed.
 const CALLS: &str = "renameat2,renameat,unlinkat,symlinkat,fsync,openat";
 
-/// The files of the two directories: `one/a` and what is in it.
+/// The files of the two directories: `one/a` and its content.
 type Tree = BTreeMap<String, String>;
 
 #[derive(Clone, Debug)]
@@ -69,11 +69,11 @@ impl Change {
     }
 }
 
-/// Makes all changes that the transaction takes; the first word is the journal's directory, or a hyphen.
+/// Makes all changes that the transaction accepts; the first word is the journal's directory, or a hyphen.
 pub(crate) async fn run(home: &Path, changes: &str) -> Result<(), Error> {
     let (mut tx, changes) = begin(home, changes);
     for change in changes {
-        // What is refused is no part of it.
+        // A refused change is not part of it.
         let _refused = change.add(&mut tx, home).await;
     }
     tx.commit().await
@@ -94,7 +94,7 @@ fn real(path: &str) -> String {
     path.replace("alias/", "one/")
 }
 
-/// What the changes make of a tree: each speaks of the files that were there before.
+/// The tree after the changes: each change refers to the files from before.
 fn model(old: &Tree, changes: &[Change]) -> Tree {
     let mut new = old.clone();
     for change in changes {
@@ -190,7 +190,7 @@ async fn scenario(random: &mut fastrand::Rng) -> Result<bool, String> {
     Ok(after != old)
 }
 
-/// What the transaction makes of the tree when nobody kills it, which must be what the model says.
+/// The tree after an undisturbed transaction, which must equal the model.
 async fn undisturbed(home: &Path, task: &str, old: &Tree) -> Result<Tree, String> {
     let (mut tx, changes) = begin(home, task);
     let mut taken = Vec::new();
@@ -208,7 +208,7 @@ async fn undisturbed(home: &Path, task: &str, old: &Tree) -> Result<Tree, String
     });
     let new = match tx.commit().await {
         Ok(()) if are_there => model(old, &taken),
-        // What is missing, or named twice by way of the alias.
+        // A missing file, or one that is named twice through the alias.
         Err(error) if error.target() == TargetState::Unchanged && (!are_there || error.is_repeated_target()) => {
             old.clone()
         }

@@ -1,9 +1,9 @@
 //! Every state in which a power cut may leave the disk, replayed from the calls of a real transaction.
 //!
-//! The power cuts of the campaigns are real, but ext4 and xfs log names in order, so that they cannot show a sync that is
-//! missing or comes too late. Here the disk is the weakest that one may have: each rename, link, unlink and exchange is
-//! atomic; any of those that no sync has made durable may have reached the disk, whatever came before them, and of any
-//! content that was not synced none, a part or all. Each such state is made, recovered and judged.
+//! The power cuts of the campaigns are real, but ext4 and xfs log names in order, so that they cannot reveal a missing
+//! or late sync. Here the disk is the weakest possible: each rename, link, unlink and exchange is atomic; any of those
+//! that no sync has made durable may have reached the disk, whatever came before them; and of any unsynced content
+//! none, a part or all may have reached it. Each such state is created, recovered and judged.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use crate::child;
 use crate::support::LOCKS;
 
-/// A name: the number of its directory, and what it is called there.
+/// A name: the number of its directory, and the file name in it.
 type Name = (usize, String);
 /// The number of a file.
 type Node = usize;
@@ -27,30 +27,30 @@ enum Effect {
     SyncDir(usize),
 }
 
-/// What lies on the disk: a file or a symlink.
+/// Something on the disk: a file or a symlink.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 enum Thing {
     File(Vec<u8>),
     Symlink(String),
 }
 
-/// A transaction as it was traced.
+/// A traced transaction.
 #[derive(Debug)]
 pub(crate) struct Trace {
     dirs: Vec<PathBuf>,
     effects: Vec<Effect>,
     names: BTreeMap<Name, Node>,
     nodes: Vec<Thing>,
-    /// The numbers that files have which are there before.
+    /// The numbers of the files that existed before.
     numbers: HashMap<u64, Node>,
 }
 
-/// A disk after a cut: which file has which names, and what is in each.
+/// A disk after a cut: which file has which names, and the content of each.
 type State = BTreeMap<Name, (Node, Thing)>;
 
 impl Trace {
-    /// Runs `task` on `path`, with faults if there are any, one a line, until it says something that begins with `wanted`; notes what it
-    /// does in `dirs`, of which the first is the journal's.
+    /// Runs `task` on `path`, with faults if there are any, one per line, until its message begins with `wanted`;
+    /// records what it does in `dirs`, the first of which is the journal's.
     pub(crate) fn of(task: &str, path: &Path, dirs: &[PathBuf], inject: Option<&str>, wanted: &str) -> Self {
         use std::os::unix::fs::MetadataExt;
         let (names, nodes, numbers) = (BTreeMap::new(), Vec::new(), HashMap::new());
@@ -84,7 +84,7 @@ impl Trace {
         trace
     }
 
-    /// The same as if one of its syncs had not been made, for each of them; with which it is.
+    /// The same trace without one of its syncs, for each sync, together with the name of the sync.
     pub(crate) fn without_each_sync(&self) -> impl Iterator<Item = (String, Self)> {
         let is_sync = |effect: &Effect| matches!(effect, Effect::SyncFile(_) | Effect::SyncDir(_));
         (0..self.effects.len()).filter(move |&position| is_sync(&self.effects[position])).map(|position| {
@@ -104,7 +104,7 @@ impl Trace {
             let Some((thread, text)) = line.split_once(char::is_whitespace) else { continue };
             let text = text.trim_start();
             let whole = if let Some(begun) = text.strip_suffix("<unfinished ...>") {
-                // A number that is closed may be given anew before this call returns.
+                // A closed number may be reused before this call returns.
                 match begun.trim_end().strip_prefix("close(").map(|number| number.trim_end_matches(')').parse()) {
                     Some(Ok(number)) => drop(reader.open.remove(&number)),
                     _ => drop(cut.insert(thread, begun.to_owned())),
@@ -121,8 +121,8 @@ impl Trace {
         }
     }
 
-    /// What is on the disk if the power is cut after the first `cut` effects, and of those that are not durable the ones
-    /// at the positions `kept` reached it; `contents` says how much of a content that was not synced did.
+    /// The disk if the power is cut after the first `cut` effects, and if of the non-durable effects only those at the
+    /// positions `kept` reached it; `contents` says how much of each unsynced content did.
     fn state(&self, cut: usize, kept: &BTreeSet<usize>, contents: &HashMap<Node, Share>) -> State {
         let mut names = self.names.clone();
         for (position, effect) in self.effects[..cut].iter().enumerate() {
@@ -157,7 +157,7 @@ impl Trace {
         })
     }
 
-    /// What is in the file as of its last sync before `cut`, and as of its last write.
+    /// The content of the file at its last sync before `cut`, and after its last write.
     fn content(&self, node: Node, cut: usize) -> (Thing, Thing) {
         let mut last = self.nodes[node].clone();
         let mut durable = last.clone();
@@ -183,7 +183,7 @@ impl Trace {
     }
 }
 
-/// How much of a content that was not synced reached the disk.
+/// How much of an unsynced content reached the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Share {
     Nothing,
@@ -201,7 +201,7 @@ struct Call<'a> {
 }
 
 impl<'a> Call<'a> {
-    /// `None` if it failed, or is none.
+    /// `None` if it failed, or is not a call.
     fn parse(text: &'a str) -> Option<Self> {
         let (call, result) = text.rsplit_once(" = ")?;
         let result = result.split_whitespace().next()?.parse().ok().filter(|result| *result >= 0)?;
@@ -224,7 +224,7 @@ impl<'a> Call<'a> {
     }
 }
 
-/// What a file descriptor stands for.
+/// The meaning of a file descriptor.
 #[derive(Clone, Copy)]
 enum Open {
     Dir(usize),
@@ -300,7 +300,7 @@ impl Reader {
             Some(Open::Dir(dir)) if path == "." => (Some(*dir), None),
             Some(Open::Dir(dir)) => (None, Some((*dir, path))),
             _ => {
-                // By whatever way; what is gone by now is none of ours.
+                // By any path; a file that is gone by now is not one of ours.
                 let path = Path::new(&path).canonicalize().unwrap_or_default();
                 (trace.dirs.iter().position(|dir| *dir == path), None)
             }
@@ -317,12 +317,12 @@ impl Reader {
         match (known, node) {
             (Some(dir), _) => drop(self.open.insert(call.result, Open::Dir(dir))),
             (_, Some(node)) => drop(self.open.insert(call.result, Open::File(node))),
-            // The number may have been that of a file before.
+            // The number may have belonged to a file before.
             _ => drop(self.open.remove(&call.result)),
         }
     }
 
-    /// What a call makes of the content of a file; of none that lies elsewhere.
+    /// The change of a file's content by a call; files elsewhere are ignored.
     fn rewrite(&self, trace: &mut Trace, call: &Call<'_>, change: impl FnOnce(&mut Vec<u8>)) {
         let Some(node) = self.file(call) else { return };
         let (_, Thing::File(mut bytes)) = trace.content(node, trace.effects.len()) else { return };
@@ -357,7 +357,8 @@ impl Reader {
 }
 
 impl Trace {
-    /// The file that a journal calls by this number and name: one that was there, or else the first that came there.
+    /// The file to which a journal refers by this number and name: an existing one, or else the first one that came
+    /// there.
     fn recorded(&self, number: u64, name: &Name) -> Option<Node> {
         if let Some(node) = self.numbers.get(&number) {
             return Some(*node);
@@ -369,7 +370,7 @@ impl Trace {
         self.names.get(name).copied().or(created)
     }
 
-    /// Makes a state in these directories, which are empty, and has the journal speak of the files that are made.
+    /// Creates a state in these empty directories, and makes the journal refer to the created files.
     fn make(&self, state: &State, dirs: &[PathBuf]) {
         use std::os::unix::fs::MetadataExt;
         let mut made = HashMap::<Node, PathBuf>::new();
@@ -382,7 +383,7 @@ impl Trace {
             }
             made.entry(*node).or_insert(path);
         }
-        // What lies nowhere has no number.
+        // A file without a name has no number.
         let number = |node: Option<Node>| {
             let path = node.and_then(|node| made.get(&node));
             path.map_or(u64::MAX, |path| std::fs::symlink_metadata(path).unwrap().ino())
@@ -399,8 +400,8 @@ impl Trace {
         }
     }
 
-    /// Makes the states that a cut at any place may leave, each once, as long as there are no more than `limit` of one
-    /// place, of which more are drawn by chance; calls `judge` with what should be true and counts what it says.
+    /// Creates the states that a cut at any place may leave, each once. If one place has more than `limit` states, a
+    /// random sample is drawn. Calls `judge` with the expectation and counts its verdicts.
     pub(crate) fn replay(
         &self,
         limit: usize,
@@ -445,7 +446,7 @@ impl Trace {
         place.join(dir.strip_prefix(self.dirs[0].parent().unwrap()).unwrap())
     }
 
-    /// What of a cut may have been kept.
+    /// What may have been kept at a cut.
     fn choices(
         &self,
         cut: usize,
@@ -475,7 +476,7 @@ impl Trace {
             return (0..all).map(|number| pick(number, false)).collect();
         }
         let mut choices: Vec<_> = (0..limit).map(|_| pick(0, true)).collect();
-        // And what is most likely to show something: one alone that was kept, or lost.
+        // And the most revealing choices: a single change that was kept, or lost.
         let whole: HashMap<_, _> = files.iter().map(|node| (*node, Share::All)).collect();
         for &position in &names {
             choices.push((BTreeSet::from([position]), whole.clone()));
@@ -485,14 +486,14 @@ impl Trace {
     }
 }
 
-/// What a replay came to.
+/// The result of a replay.
 #[derive(Debug, Default)]
 pub(crate) struct Verdicts {
     pub(crate) states: usize,
     pub(crate) violations: Vec<String>,
 }
 
-/// A journal of version 2, read by somebody else than the crate.
+/// A journal of version 2, read by code independent of the crate.
 struct Journal {
     bytes: Vec<u8>,
     at: usize,
@@ -517,15 +518,15 @@ impl Journal {
         String::from_utf8(self.take(length)?.to_vec()).ok()
     }
 
-    /// Writes over a number, and over the birth that follows it, which is then unknown.
+    /// Overwrites a number, and the birth time that follows it, which is then unknown.
     fn put(&mut self, number: u64) -> Option<()> {
         self.take(8)?.copy_from_slice(&number.to_le_bytes());
         self.take(13)?.fill(0);
         Some(())
     }
 
-    /// Has it speak of other files: of the journal itself `own`, and of each name what `number` says. `None` if it is not
-    /// whole, or none.
+    /// Makes it refer to other files: `own` for the journal itself, and the result of `number` for each name. `None` if
+    /// it is incomplete, or not a journal.
     fn renumber(&mut self, home: &Path, dirs: &[PathBuf], own: u64, number: impl Fn(u64, &Name) -> u64) -> Option<()> {
         let body = self.bytes.len().checked_sub(4)?;
         let sum = u32::from_le_bytes(self.bytes[body..].try_into().ok()?);
@@ -568,7 +569,7 @@ impl Journal {
     }
 }
 
-/// A transaction to be replayed: how it begins, and what is in which file before and after.
+/// A transaction to replay: how it begins, and the content of each file before and after.
 struct Scenario {
     name: &'static str,
     task: &'static str,
@@ -609,7 +610,7 @@ const SCENARIOS: [Scenario; 3] = [
     },
 ];
 
-/// What is to be true of a state.
+/// The expectation for a state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Told {
     Nothing,
@@ -630,7 +631,7 @@ impl Scenario {
         dirs
     }
 
-    /// Recovers the directory, and judges what is there before and after.
+    /// Recovers the directory, and judges the files before and after.
     async fn verify(&self, journal: &Path, told: Told) -> Result<(), String> {
         let home = if self.dirs[0].is_empty() { journal } else { journal.parent().unwrap() };
         let before = self.look(home)?;
@@ -646,7 +647,7 @@ impl Scenario {
         if !is_wanted {
             return Err(format!("a mix, or not what was told: {context}"));
         }
-        // What a cut left of names that had been removed is for each directory's own recovery.
+        // Each directory's own recovery handles removed names that came back after a cut.
         for dir in self.dirs {
             cancel_safe_atomic_fs::recover(home.join(dir)).await.map_err(|error| format!("{dir}: {error}"))?;
         }
@@ -671,7 +672,7 @@ impl Scenario {
         if wrong.is_empty() { Ok(any) } else { Err(wrong.join(", ")) }
     }
 
-    /// Replays what `task` does on these files, and what is told if it ends.
+    /// Replays a traced transaction on these files; `told` is the expectation if it ends.
     fn replay(&self, trace: &Trace, told: Told, limit: usize) -> Verdicts {
         let runtime = tokio::runtime::Handle::current();
         let verify = |dirs: &[PathBuf], is_told: bool| {
@@ -682,7 +683,7 @@ impl Scenario {
     }
 }
 
-/// Of these every state is made, but for the few cuts that leave more than so many.
+/// The limit for scenarios of which every state is created, except for the few cuts that leave more states.
 fn limit() -> usize {
     if super::campaign::is_full() { 100_000 } else { 300 }
 }
@@ -777,7 +778,7 @@ async fn every_state_that_a_cut_in_a_recovery_may_leave_is_recovered_by_the_next
     close("replay/recovery", &all);
 }
 
-/// Every kind of change, as the campaigns make it: more than can be made of each cut.
+/// Every kind of change, as in the campaigns: too many states to create all for each cut.
 #[tokio::test(flavor = "multi_thread", worker_threads = 1)]
 async fn states_that_a_cut_in_a_large_transaction_may_leave_are_recovered() {
     if child::strace("replay/everything").is_none() {

@@ -1,7 +1,7 @@
-//! Runs a child under strace, which may tamper with one of its calls, and tells what really happened.
+//! Runs a child under strace, which may tamper with one of its calls, and reports what really happened.
 //!
-//! strace counts calls by thread, and tampers with the n-th call of every thread; which call that is can depend on how
-//! threads are scheduled. So a fault is only aimed by number: what it hit is read from the log of the very same run.
+//! strace counts calls by thread, and tampers with the n-th call of every thread; which call that is can depend on the
+//! scheduling. So the number only aims a fault; the log of the same run shows what it hit.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::child;
 /// How long a child may take; most take a tenth of a second.
 const CHILD_LIMIT_SECS: &str = "60";
 
-/// One file system call: its name, and the how-manieth of this name on its thread it was.
+/// One file system call: its name, and its number among the calls of this name on its thread.
 #[derive(Clone, Debug)]
 pub(crate) struct Call {
     pub(crate) name: String,
@@ -21,7 +21,7 @@ pub(crate) struct Call {
 }
 
 impl Call {
-    /// Whether the call succeeded, and did so in earnest.
+    /// Whether the call really succeeded.
     pub(crate) fn is_done(&self) -> bool {
         !self.is_injected() && self.text.rsplit_once(" = ").is_some_and(|(_, result)| !result.starts_with(['-', '?']))
     }
@@ -31,29 +31,30 @@ impl Call {
     }
 }
 
-/// What a child did and said.
+/// A child's calls and messages.
 #[derive(Debug)]
 pub(crate) struct Run {
-    /// The last thing that it said; `None` if it died before.
+    /// Its last message; `None` if it died before.
     pub(crate) said: Option<String>,
-    /// What it wrote to its standard error.
+    /// Its standard error.
     pub(crate) complaint: String,
-    /// Its calls that have to do with the directory that was asked for, in order.
+    /// Its calls on the traced directory, in order.
     pub(crate) calls: Vec<Call>,
-    /// Whether the fault hit any of these, and none else.
+    /// Whether the fault hit one of these calls, and no other.
     pub(crate) is_hit: bool,
 }
 
 /// Runs `task` on `path`, with `inject` (such as `fsync:error=EIO:when=3`, one a line), and logs the calls that name
-/// the directory `traced`. In `scratch` are the log, and what the child writes elsewhere first.
+/// the directory `traced`. `scratch` holds the log, and the files that the child writes elsewhere first.
 pub(crate) fn run(task: &str, path: &Path, scratch: &Path, inject: Option<&str>) -> Run {
     let (log, other) = (&scratch.join("log"), scratch.join("other"));
-    // So that what the child does elsewhere is the same in every round, down to the number of its calls.
+    // This makes the child's other work the same in every round, down to the number of its calls.
     let gone = std::fs::remove_file(&other).or_else(|_| std::fs::remove_dir_all(&other));
     assert!(gone.is_ok() || !other.exists(), "{gone:?}");
     let inject: Vec<_> =
         inject.iter().flat_map(|inject| inject.lines()).map(|inject| format!("inject={inject}")).collect();
-    // A child that hangs is killed together with strace; it has then said nothing, like one that was killed by a fault.
+    // A hanging child is killed together with strace; then it has no last message, like a child that was killed by a
+    // fault.
     let mut wrapper = vec![
         "timeout",
         "-s",
@@ -83,7 +84,7 @@ pub(crate) fn run(task: &str, path: &Path, scratch: &Path, inject: Option<&str>)
     }
 }
 
-/// Reads a log, joining the two halves of a call that another thread's cut in two.
+/// Reads a log, joining the two halves of a call that another thread's call has split.
 fn read(log: &Path) -> Vec<Call> {
     let mut counts = HashMap::<(String, String), usize>::new();
     let mut open = HashMap::<String, usize>::new();

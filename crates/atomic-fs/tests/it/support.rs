@@ -1,16 +1,16 @@
-//! What several modules share: looking at a directory, and waiting for a condition with a bound.
+//! Shared helpers: checking a directory, and waiting for a condition with a bound.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-/// What locks are called. One that is held, or that somebody left who was killed, harms nobody; `lock.rs` looks at them.
+/// The names of locks. A lock that is held, or that a killed process left, does no harm; `lock.rs` tests them.
 pub(crate) const LOCKS: [&str; 2] = [".afs-lock", ".afs-turn"];
 
-/// A limit for what hangs: on a busy disk a sync may take seconds, and an exploration takes a job that runs for a quarter of
-/// this for one that waits for somebody.
+/// The limit after which something counts as hanging: on a busy disk a sync may take seconds, and an exploration
+/// assumes that a job that runs for a quarter of this waits for another one.
 pub(crate) const SLOW_DISK: Duration = Duration::from_secs(60);
 
-/// The names in `dir` but for locks, sorted.
+/// The names in `dir` except locks, sorted.
 pub(crate) fn names(dir: &Path) -> Vec<String> {
     let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap());
     let mut names: Vec<_> = names.filter(|name| !LOCKS.contains(&name.as_str())).collect();
@@ -32,10 +32,10 @@ pub(crate) async fn eventually(what: &str, mut condition: impl FnMut() -> bool) 
     }
 }
 
-/// Locks a directory that nobody has locked, alone or shared with others.
+/// Locks an unlocked directory, exclusively or shared.
 ///
-/// At once, but for a moment in which a child of another test is being started: until it is executed it has a copy of
-/// every descriptor of this process, and with it the lock.
+/// This succeeds at once, except while a child of another test is starting: until its exec it has a copy of every
+/// descriptor of this process, and with it the lock.
 #[cfg(unix)]
 pub(crate) fn lock_free(dir: &Path, shared: bool) -> Result<Locked, String> {
     let begun = Instant::now();
@@ -70,7 +70,7 @@ pub(crate) async fn drain_pool() {
     tokio::task::spawn_blocking(|| ()).await.unwrap();
 }
 
-/// Says that something is not run here, and why.
+/// Publishes that something does not run here, and why.
 #[cfg(unix)]
 pub(crate) fn not_run(what: &str, why: &str) {
     cancel_safe_campaign::publish_not_run("atomic-fs", what, why);

@@ -1,4 +1,4 @@
-//! Transactions: all files or none, whatever is asked for and whoever else is at work.
+//! Transactions: all files or none, whatever the changes and whichever other programs are at work.
 
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
@@ -122,7 +122,7 @@ async fn a_target_may_be_named_once_only() {
     assert!(tx.rename(at("a"), at("c")).unwrap_err().is_repeated_target());
     assert!(tx.rename(at("b"), at("a")).unwrap_err().is_repeated_target());
     assert!(tx.rename(at("b"), at("b")).unwrap_err().is_repeated_target());
-    // It can be gone on with, and only the commit sees that this is the same file.
+    // It can be continued, and only the commit sees that this is the same file.
     tx.remove_file(dir.path().join("../").join(dir.path().file_name().unwrap()).join("a")).unwrap();
     let error = tx.commit().await.unwrap_err();
     assert!(error.is_repeated_target() && error.target() == TargetState::Unchanged, "{error}");
@@ -199,7 +199,7 @@ async fn a_name_of_255_bytes_and_a_thousand_files_work() {
     for number in 0..1000 {
         tx.add_file(dir.path().join(number.to_string()), number.to_string()).await.unwrap();
     }
-    // Only its own: other tests of this process have files open too.
+    // Only the files of this test, because other tests of this process have files open too.
     let is_ours = |entry: std::io::Result<std::fs::DirEntry>| {
         entry.and_then(|entry| entry.path().read_link()).is_ok_and(|target| target.starts_with(dir.path()))
     };
@@ -308,7 +308,7 @@ async fn a_commit_that_waits_for_a_lock_gets_on_without_being_polled() {
     for (round, held) in [("0", &one), ("1", &other)] {
         let lock = atomic_fs::read_lock(held).await.unwrap();
         let mut commit = Box::pin(change_both([one.clone(), other.clone()], round));
-        // Until it waits; from here on it is like one of several in a stream whose consumer is busy.
+        // Polled until it waits; from here on it is like one of several in a stream whose consumer is busy.
         assert!(tokio::time::timeout(Duration::from_millis(500), &mut commit).await.is_err());
         drop(lock);
         let is_new = |path: &PathBuf| std::fs::read_to_string(path.join("y")).is_ok_and(|y| y == round);
@@ -361,7 +361,7 @@ fn who_waits_for_a_lock_leaves_the_only_thread_of_the_pool_to_who_holds_it() {
         let commit = tokio::spawn(tx.commit());
         let recovery = tokio::spawn(atomic_fs::recover(dir.to_owned()));
         for _ in 0..20 {
-            // Less than the waiting is patient, and far more than this takes.
+            // Less than the patience of the waiting commit, and far more than this takes.
             let read = tokio::time::timeout(Duration::from_secs(20), tokio::fs::read(dir.join("a"))).await;
             assert_eq!(read.expect("there is no thread for the reader").unwrap(), b"a");
         }
@@ -476,7 +476,7 @@ async fn a_recovery_and_a_sweep_do_not_disturb_a_transaction_that_lives() {
     assert_eq!((names(dir.path()), read(dir.path(), "a")), (vec!["a".into(), "b".into()], "new".into()));
 }
 
-/// What a bare name has for a parent.
+/// The parent of a bare name.
 #[tokio::test]
 async fn a_directory_without_a_name_is_the_working_directory_and_a_missing_one_a_typed_error() {
     let here = Path::new("file").parent().unwrap();

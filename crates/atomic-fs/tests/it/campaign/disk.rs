@@ -1,4 +1,4 @@
-//! A file system of its own on a loop device, whose power can be cut.
+//! A separate file system on a loop device, whose power can be cut.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,7 +11,7 @@ use crate::child;
 use crate::strace::{self, Run};
 use crate::support::not_run;
 
-/// How long whoever uses a file system that is to be unmounted is waited for.
+/// How long to wait for the users of a file system before it is unmounted.
 const BUSY_LIMIT: Duration = Duration::from_secs(10);
 
 /// The file systems that are cut.
@@ -31,7 +31,7 @@ impl Kind {
         }
     }
 
-    /// How it is made, and how large its image is at least; the image is sparse.
+    /// How it is made, and the minimal size of its image; the image is sparse.
     fn make(self) -> (&'static [&'static str], u64) {
         match self {
             Self::Ext4 => (&["mkfs.ext4", "-q", "-F"], 64 << 20),
@@ -39,11 +39,11 @@ impl Kind {
         }
     }
 
-    /// How it is mounted: without what ext4 does by default to hide a missing sync.
+    /// How it is mounted: without the ext4 defaults that hide a missing sync.
     fn options(self) -> &'static str {
         match self {
             Self::Ext4 => "noauto_da_alloc",
-            // What is kept alive so has the same identity.
+            // A file system that is kept alive this way has the same identity.
             Self::Xfs => "nouuid",
         }
     }
@@ -52,14 +52,14 @@ impl Kind {
 pub(super) struct Disk {
     kind: Kind,
     temp: TempDir,
-    /// For what is not to be cut.
+    /// For files that must not be cut.
     scratch: TempDir,
     point: PathBuf,
     pub(super) layout: Layout,
 }
 
 impl Disk {
-    /// `None`, and that is published with the reason, if `campaign` cannot be run here.
+    /// `None`, which is also published with the reason, if `campaign` cannot run here.
     pub(super) fn new(kind: Kind, campaign: &str) -> Option<Self> {
         child::strace(campaign)?;
         match Self::try_new(kind) {
@@ -97,13 +97,13 @@ impl Disk {
         self.temp.path().join("image")
     }
 
-    /// On a device of its own each time. Any process that has meanwhile been given mounts of its own, as by unshare(1),
-    /// keeps what was mounted before alive, cut as it is; and the device that it is on would show that once more.
+    /// Mounts it on a new device each time. A process that has meanwhile got its own mounts, for example by unshare(1),
+    /// keeps the previously mounted, cut file system alive; and the same device would show that again.
     fn mount(&self) -> Result<(), String> {
         let device = run(Command::new("losetup").args(["--find", "--show"]).arg(self.image()))?;
         let mut mount = Command::new("mount");
         let mounted = run(mount.args(["-t", self.kind.name(), "-o", self.kind.options(), &device]).arg(&self.point));
-        // It goes with the last mount.
+        // The device goes with the last mount.
         run(Command::new("losetup").args(["--detach", &device]))?;
         mounted.map(drop)
     }
@@ -114,10 +114,10 @@ impl Disk {
     }
 
     fn try_cut(&self) -> Result<(), String> {
-        // Without flushing the log; ext4 takes the call as well.
+        // Without flushing the log; ext4 accepts the call as well.
         run(Command::new("xfs_io").args(["-x", "-c", "shutdown"]).arg(&self.point))?;
         let begun = Instant::now();
-        // A child of another test that is just being started has a copy of each handle for a moment.
+        // A child of another test has a copy of each handle for a moment while it starts.
         while let Err(why) = run(Command::new("umount").arg(&self.point)) {
             if begun.elapsed() > BUSY_LIMIT {
                 return Err(why);
@@ -132,7 +132,7 @@ impl Disk {
         file.sync_all().unwrap();
     }
 
-    /// Where the campaign takes place.
+    /// The directory of the campaign.
     pub(super) fn dir(&self) -> PathBuf {
         self.point.join("traced")
     }
@@ -144,12 +144,12 @@ impl Disk {
 
 impl Drop for Disk {
     fn drop(&mut self) {
-        // Not if it never was mounted.
+        // Fails if it was never mounted.
         let _gone = Command::new("umount").arg("-q").arg(&self.point).status();
     }
 }
 
-/// Runs a command, and hands out its output; the error is what it said.
+/// Runs a command and returns its output; the error is its standard error.
 fn run(command: &mut Command) -> Result<String, String> {
     let name = command.get_program().to_string_lossy().into_owned();
     match command.output() {

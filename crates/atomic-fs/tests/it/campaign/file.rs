@@ -26,11 +26,11 @@ struct Way {
     creates: bool,
     /// Whether a power cut may bring back the old file although the write has returned.
     may_be_undone: bool,
-    /// A fault that is there in every round.
+    /// A fault that applies in every round.
     always: Option<&'static str>,
 }
 
-/// By a thread that may block.
+/// A write by a thread that may block.
 const WRITE: Way = Way {
     name: "write",
     task: "write after others",
@@ -44,7 +44,7 @@ const KEEP_ALL: Way = Way { name: "write-keeping-all", task: "keep all after oth
 const STREAM: Way = Way { name: "stream", task: "stream after others", length: STREAM_BYTES, ..WRITE };
 const ORDERED: Way = Way { name: "write-ordered", task: "ordered after others", may_be_undone: true, ..WRITE };
 const CREATE: Way = Way { name: "create-new", task: "create after others", creates: true, ..WRITE };
-/// Where a rename cannot be told not to replace.
+/// On a system whose rename always replaces.
 const CREATE_BY_LINK: Way = Way { name: "create-new-by-link", always: Some("renameat2:error=EINVAL"), ..CREATE };
 /// A transaction of one file, which needs no journal.
 const ALONE: Way = Way { name: "transaction-of-one", task: "transaction of one after others", ..WRITE };
@@ -65,19 +65,19 @@ impl Way {
         distinct(run.calls, |call| !is_taken(call))
     }
 
-    /// A fault, together with the one that is always there.
+    /// A fault, together with the permanent one.
     fn inject(&self, fault: Option<&str>) -> Option<String> {
         let faults: Vec<_> = self.always.into_iter().chain(fault).collect();
         (!faults.is_empty()).then(|| faults.join("\n"))
     }
 
-    /// The one call that makes the new file the target.
+    /// Whether it is the call that makes the new file the target.
     fn is_install(&self, call: &Call) -> bool {
         call.name.starts_with("rename") || call.name == "linkat"
     }
 }
 
-/// What is seen of a file: its content, and what belongs to it.
+/// The visible state of a file: its content and its metadata.
 #[derive(Debug, PartialEq, Eq)]
 struct Sight {
     is_old: bool,
@@ -89,14 +89,14 @@ struct Sight {
 /// There is no file.
 const NOTHING: Sight = Sight { is_old: true, mode: 0, owner: (0, 0), has_colour: false };
 
-/// The directory with nothing but the file in it.
+/// The directory that contains only the file.
 fn place(dir: &Path) -> PathBuf {
     dir.join("file")
 }
 
-/// Makes the directory anew, with an old file that has everything that a write can be asked to keep.
+/// Recreates the directory, with an old file that has everything that a write can keep.
 ///
-/// Returns what is to be seen of it: without the privilege, or on a file system without attributes, that is less.
+/// Returns its visible state: without the privilege, or on a file system without attributes, it has less.
 fn renew(way: Way, dir: &Path) -> Sight {
     if dir.exists() {
         std::fs::remove_dir_all(dir).unwrap();
@@ -133,7 +133,7 @@ fn see(way: Way, path: &Path) -> Result<Sight, String> {
     Ok(Sight { is_old, mode: meta.mode() & 0o7777, owner: (meta.uid(), meta.gid()), has_colour })
 }
 
-/// Holds what is there against what the child had been told, and sweeps.
+/// Compares the state with what the child was told, and sweeps.
 async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> Result<Picture, String> {
     let now = see(way, &place(dir))?;
     // Content and metadata change together.
@@ -156,7 +156,7 @@ async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> R
         }
         _ => {}
     }
-    // Whoever lives to report has also tidied up, unless the disk refuses to.
+    // A child that lives to report has also cleaned up, unless the disk refuses.
     let is_stuck = run.calls.iter().any(|call| call.name == "unlinkat" && call.is_injected());
     if run.said.is_some() && !is_cut && !is_stuck && !temps(dir).is_empty() {
         return Err(format!("left behind: {:?}", temps(dir)));
@@ -170,10 +170,10 @@ async fn verify(way: Way, dir: &Path, old: &Sight, run: &Run, is_cut: bool) -> R
     Ok(if now.is_old { Picture::Old } else { Picture::New })
 }
 
-/// What a fault should have led to, beyond what is left of the file.
+/// Checks the reported consequence of a fault, beyond the state of the file.
 fn is_reported(call: &Call, fault: &str, run: &Run) -> Result<(), String> {
     match run.said.as_deref() {
-        // A file system may be without locks, and one that refuses to remove leaves litter; all else is an error.
+        // A file system may lack locks, and one that refuses to remove files leaves litter; anything else is an error.
         Some("Ok") if run.is_hit && !matches!(&*call.name, "flock" | "unlinkat") => {
             Err("it was not reported".to_owned())
         }
@@ -230,7 +230,7 @@ async fn a_second_fault_while_a_failed_write_tidies_up_leaves_old_or_new() {
     tally.close();
 }
 
-/// Has a write fail at `call`, and visits what it does then with a second fault or a kill.
+/// Makes a write fail at `call`, and visits the calls after that with a second fault or a kill.
 async fn fail_twice(way: Way, ground: &Ground, call: &Call, tally: &mut Tally) {
     let path = place(&ground.dir);
     let failing = aim(call, EIO);
@@ -280,7 +280,7 @@ async fn cut_everywhere(kind: Kind) {
     tally.close();
 }
 
-/// Writes with a fault, cuts the power, and looks at what is left.
+/// Writes with a fault, cuts the power, and checks what is left.
 async fn cut_at(way: Way, disk: &Disk, inject: Option<&str>, elsewhere: bool, tally: &mut Tally) -> Run {
     let dir = disk.dir();
     let old = renew(way, &dir);
@@ -308,7 +308,7 @@ async fn the_same_check_catches_a_write_that_skips_either_sync() {
             let skipped = aim(sync, "retval=0");
             cut_at(WRITE, &disk, Some(&skipped), elsewhere, &mut tally).await;
             if tally.violations.is_empty() {
-                // The one sync that is left may have written down what the other was for.
+                // The one remaining sync may have written the data of the skipped one.
                 let none = WITHOUT_SYNCS;
                 cut_at(WRITE, &disk, Some(none), elsewhere, &mut tally).await;
             }

@@ -11,7 +11,7 @@ use super::{EIO, Ground, KILL, Picture, Tally, aim, distinct, is_commit, is_deci
 use crate::strace::{Call, Run};
 use crate::support::names;
 
-/// What the child does; and a broken one, which has no journal for a while.
+/// The child's task; and a broken one, which has no journal for a while.
 const RECOVER: &str = "recover";
 const RECOVER_ASIDE: &str = "recover with the journal put aside";
 
@@ -25,7 +25,7 @@ impl Ground {
     }
 }
 
-/// What is in each file that somebody may read.
+/// The content of each file that is visible to others.
 fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     let mut all = Vec::new();
     for place in [dir.to_owned(), dir.join("sub")] {
@@ -35,13 +35,13 @@ fn contents(dir: &Path) -> Vec<(String, Vec<u8>)> {
     all
 }
 
-/// Where a crash leaves something to recover.
+/// The calls at which a crash leaves something to recover.
 fn crashes(calls: &[Call]) -> Vec<Call> {
     let committed = calls.iter().position(is_commit).unwrap();
     unfinished(calls[committed + 1..].iter().filter(|call| is_decisive(call)).cloned())
 }
 
-/// In the quick form, only what comes before the journal goes: from there on only litter is left.
+/// In the quick form, only the calls before the journal is removed: after that only litter is left.
 fn unfinished(calls: impl IntoIterator<Item = Call>) -> Vec<Call> {
     calls.into_iter().take_while(|call| is_full() || call.name != "unlinkat").collect()
 }
@@ -75,7 +75,7 @@ async fn a_fault_or_a_kill_at_any_call_of_a_recovery_leaves_it_to_the_next_one()
 async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     let mut tally = Tally::new("recovery/double-faults");
     let Some(ground) = Ground::new(&tally.name) else { return };
-    // A transaction that failed, and was killed while it was undone, so that there is something to roll back; and one
+    // A transaction that failed and was killed while it was undone, so that there is something to roll back; and one
     // that was killed while it was applied.
     let crashes = ground.crashes();
     let failing = crashes.iter().rfind(|call| call.name == "renameat2").unwrap();
@@ -93,7 +93,7 @@ async fn a_second_fault_in_a_recovery_leaves_it_to_the_next_one() {
     tally.close();
 }
 
-/// Has `task` recover what `crash` leaves, with one fault and then another or a kill.
+/// Lets `task` recover the state that `crash` leaves, with one fault and then another one or a kill.
 async fn fail_twice(ground: &Ground, task: &str, crash: &str, tally: &mut Tally) {
     let recover = |inject: Option<&str>| {
         ground.change(Some(crash));
@@ -124,14 +124,14 @@ async fn cut_everywhere(kind: Kind) {
     let mut tally = Tally::new(format!("recovery/power-cuts-{}", kind.name()));
     let Some(disk) = Disk::new(kind, &tally.name) else { return };
     let calls = distinct(disk.change(None).calls, is_decisive);
-    // In turns as it is, which is with the old files and a journal, and with all that was exchanged.
+    // In turns: as it is, with the old files and a journal; and with everything that was exchanged.
     for (number, crash) in sample(crashes(&calls), 2).iter().enumerate() {
         cut_recoveries(&disk, RECOVER, &aim(crash, KILL), number % 2 == 1, is_decisive, &mut tally).await;
     }
     tally.close();
 }
 
-/// Cuts the power after `crash`, and again at each of those calls of a recovery that are `wanted`.
+/// Cuts the power after `crash`, and again at each call of a recovery that is `wanted`.
 async fn cut_recoveries(
     disk: &Disk,
     task: &str,
@@ -187,7 +187,7 @@ fn second_exchange(calls: &[Call]) -> String {
     aim(calls[committed + 1..].iter().filter(|call| call.name == "renameat2").nth(1).unwrap(), KILL)
 }
 
-/// Leaves the directory as a crash at the second exchange does.
+/// Leaves the directory in the state after a crash at the second exchange.
 fn crash_in_the_middle(ground: &Ground) -> Picture {
     let run = ground.change(Some(&second_exchange(&ground.calls())));
     assert_eq!(run.said, None);
@@ -199,7 +199,7 @@ async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_i
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     let (dir, victim) = (&ground.dir, ground.dir.join("sub/f"));
     let aside = dir.with_file_name("aside");
-    // In place, and as another file; the last one is like the old file in all but its content and its time.
+    // In place, and as another file; the last one resembles the old file in everything but content and time.
     for (content, in_place) in [("by somebody else", true), ("own sub/f", true), ("own sub/f", false)] {
         assert_eq!(crash_in_the_middle(&ground), Picture::Mix);
         if !in_place {
@@ -211,7 +211,7 @@ async fn a_target_that_somebody_changed_after_the_crash_is_refused_and_nothing_i
         assert!(error.is_refused() && error.to_string().contains("by hand"), "{error}");
         assert!(error.to_string().contains("sub/f"), "{error}");
         assert_eq!((names(dir), std::fs::read_to_string(&victim).unwrap()), (left, content.to_owned()));
-        // The way out that the error names; nothing of what somebody wrote is lost.
+        // The remedy from the error text; nothing that others wrote is lost.
         std::fs::rename(&victim, &aside).unwrap();
         let report = atomic_fs::recover(dir).await.unwrap();
         assert_eq!((report.rolled_forward, look(dir)), (1, Ok(Picture::New)));
@@ -259,7 +259,7 @@ async fn what_was_written_over_a_file_before_a_failed_transaction_is_undone_is_k
 async fn a_file_that_is_made_again_after_its_removal_is_kept() {
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     let committed = kill_before_the_journal_goes(&ground);
-    // With the content that it had, and with another one.
+    // With its old content, and with different content.
     for content in ["old c", "newer"] {
         assert_eq!(ground.change(Some(&committed)).said, None);
         atomic_fs::write(ground.dir.join("c"), content).await.unwrap();
@@ -295,7 +295,7 @@ async fn a_new_file_that_was_written_to_in_place_is_not_undone_by_guess() {
     }
 }
 
-/// As a log is, while it is rotated. Whatever its name, it is the same file, so that nothing need be lost or refused.
+/// Like a log during its rotation. Whatever its name, it is the same file, so nothing must be lost or refused.
 #[tokio::test]
 async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what_they_wrote() {
     let Some(ground) = Ground::new("recovery/moved-files") else { return };
@@ -314,7 +314,7 @@ async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what
             std::fs::rename(dir.join(".afs-journal"), dir.join(".afs-journal-prepared")).unwrap();
         }
         for (from, to) in moves {
-            // Two grow, and one does not keep what it had.
+            // Two grow, and one does not keep its old content.
             let path = dir.join(if is_applied { to } else { from });
             let mut file = std::fs::File::options().write(true).append(from != "log").open(path).unwrap();
             std::io::Write::write_all(&mut file, b"and more").unwrap();
@@ -334,13 +334,13 @@ async fn a_file_that_is_moved_while_somebody_writes_to_it_is_recovered_with_what
     }
 }
 
-/// A kill when everything is applied, and the journal is about to go.
+/// A kill when everything is applied, just before the journal is removed.
 fn kill_before_the_journal_goes(ground: &Ground) -> String {
     let removal = |call: &&Call| call.name == "unlinkat" && call.text.contains("\".afs-journal\"");
     aim(ground.calls().iter().find(removal).unwrap(), KILL)
 }
 
-/// As a backup that is put back: the same content, and other inodes.
+/// Like a restored backup: the same content with other inodes.
 fn restore(dir: &Path) {
     let backup = dir.with_file_name("backup");
     for (from, to) in [(dir, &*backup), (&*backup, dir)] {
@@ -362,7 +362,7 @@ async fn a_restored_backup_recovers_although_every_inode_is_another() {
 async fn a_restored_backup_recovers_where_a_file_was_replaced_by_the_same_content() {
     let Some(ground) = Ground::new("recovery/refusals") else { return };
     let read = |name: &str| std::fs::read_to_string(ground.dir.join(name)).unwrap();
-    // Of two files, the one that stays the same is exchanged first, or last; and it is killed before, between and after.
+    // Of two files, the unchanged one is exchanged first, or last; and the process is killed before, between and after.
     for (a, b) in [("same", "new"), ("new", "same")] {
         for exchange in 2..=4 {
             if ground.dir.exists() {

@@ -22,7 +22,7 @@ fn far(dir: &Path) -> &'static str {
     if dir.join("sub").exists() { "sub/f" } else { "f" }
 }
 
-/// Makes the directory anew, with the old files in it.
+/// Recreates the directory with the old files.
 pub(super) fn renew(dir: &Path, layout: Layout) {
     match std::fs::remove_dir_all(dir) {
         Ok(()) => {}
@@ -43,12 +43,12 @@ pub(crate) fn renew_for_replay(dir: &Path, is_one: bool) {
     renew(dir, if is_one { Layout::OneDirectory } else { Layout::TwoDirectories });
 }
 
-/// The same for a replay, in which the power has always been cut.
+/// The same for a replay, in which the power was always cut.
 pub(crate) async fn verify_for_replay(dir: &Path, said: Option<&str>) -> Result<(), String> {
     verify(dir, said, true).await.map(drop)
 }
 
-/// What the child does: every kind of change, in two directories.
+/// The child's task: every kind of change, in two directories.
 pub(crate) async fn change_all(dir: &Path) -> Result<(), atomic_fs::Error> {
     let mut tx = MultiFileTransaction::begin(dir);
     tx.add_file(dir.join("a"), "new a").await?;
@@ -66,18 +66,18 @@ pub(crate) async fn change_all(dir: &Path) -> Result<(), atomic_fs::Error> {
     tx.commit().await
 }
 
-/// The child's side.
+/// The child's part.
 pub(crate) async fn change_all_after_others(dir: &Path, other: &Path) -> Result<(), atomic_fs::Error> {
     let layout = if far(dir) == "f" { Layout::OneDirectory } else { Layout::TwoDirectories };
     for _ in 0..OTHERS {
         renew(other, layout);
-        // A fault that is meant for a later call may hit here.
+        // A fault for a later call may hit here.
         drop(change_all(other).await);
     }
     change_all(dir).await
 }
 
-/// Looks at all files; an error if one is torn, or missing although it never should be.
+/// Checks all files; an error if one is torn, or if one is missing that must always exist.
 pub(super) fn look(dir: &Path) -> Result<Picture, String> {
     let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let is = |name: &str, content: &str| read(name).is_some_and(|read| read == content);
@@ -117,7 +117,7 @@ pub(super) fn look(dir: &Path) -> Result<Picture, String> {
     })
 }
 
-/// Recovers, and holds the result against what the child had been told.
+/// Recovers, and compares the result with what the child was told.
 pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Result<Picture, String> {
     let before = look(dir)?;
     match said {
@@ -130,7 +130,7 @@ pub(super) async fn verify(dir: &Path, said: Option<&str>, is_cut: bool) -> Resu
     }
     let report = atomic_fs::recover(dir).await.map_err(|error| format!("the recovery failed: {error}"))?;
     if let (true, Some(other)) = (is_cut, dir.join(far(dir)).parent()) {
-        // What a cut left of names that had been removed is for each directory's own recovery.
+        // Each directory's own recovery handles removed names that came back after a cut.
         atomic_fs::recover(other).await.map_err(|error| format!("the other recovery failed: {error}"))?;
     }
     let after = look(dir)?;
@@ -164,7 +164,7 @@ impl Ground {
         self.attempt(TASK, inject)
     }
 
-    /// Has `task` change the files.
+    /// Lets `task` change the files.
     fn attempt(&self, task: &str, inject: Option<&str>) -> Run {
         renew(&self.dir, self.layout);
         self.run(task, &self.dir, inject)
@@ -191,7 +191,7 @@ async fn a_fault_or_a_kill_at_any_call_of_a_transaction_leaves_all_old_or_all_ne
         let mut tally = Tally::new(layout.campaign("transaction/faults"));
         let Some(ground) = Ground::new(&tally.name).map(|ground| ground.with(layout)) else { return };
         let mut calls = ground.calls();
-        // In the quick form only what changes something.
+        // In the quick form only the calls that change something.
         calls.retain(|call| is_full() || is_decisive(call) || call.name == "openat");
         for (call, fault) in sample(pairs(&calls, &[EIO, KILL, ENOSPC]), 20) {
             let inject = aim(&call, fault);
@@ -224,7 +224,7 @@ async fn a_second_fault_while_a_failed_transaction_is_undone_leaves_all_old_or_a
     }
 }
 
-/// Has `task` fail at `call`, and visits what it does then with a second fault or a kill.
+/// Makes `task` fail at `call`, and visits the calls after that with a second fault or a kill.
 async fn fail_twice(ground: &Ground, task: &str, call: &Call, tally: &mut Tally) {
     let failing = aim(call, EIO);
     let run = ground.attempt(task, Some(&failing));
@@ -281,15 +281,15 @@ async fn cut_everywhere(kind: Kind) {
     }
 }
 
-/// A durable change of the file `a` after the transaction, by whom it may be.
+/// A durable change of the file `a` after the transaction, by any program.
 #[derive(Clone, Copy, Debug)]
 enum Later {
     Append,
-    /// In place, and as long as what was there.
+    /// In place, and of the same length as before.
     Overwrite,
     Write,
     Remove,
-    /// As programs do that sync the file and not its directory; something else makes it durable.
+    /// Like programs that sync the file but not its directory; something else makes it durable.
     RenameAndSyncElsewhere,
     TransactionElsewhere,
 }
@@ -304,7 +304,7 @@ impl Later {
         Self::TransactionElsewhere,
     ];
 
-    /// Makes the change and returns what is then in the file.
+    /// Makes the change and returns the new content of the file.
     async fn make(self, disk: &Disk) -> Option<&'static str> {
         let (dir, path) = (disk.dir(), disk.dir().join("a"));
         match self {
@@ -368,7 +368,7 @@ async fn follow(disk: &Disk, later: Later, tally: &mut Tally, meddle: impl Fn(&P
     let mut recovered = atomic_fs::recover(&dir).await;
     let home = dir.with_file_name("home");
     if recovered.is_ok() && home.exists() {
-        // What the other transaction has left here is for the recovery of its own directory.
+        // The recovery of the other transaction's own directory handles its remains here.
         recovered = atomic_fs::recover(&home).await;
         std::fs::remove_dir_all(&home).unwrap();
     }
@@ -402,7 +402,7 @@ async fn the_same_check_catches_a_journal_that_comes_back_after_a_later_change()
     tally.assert_caught("instead of");
 }
 
-/// Runs the transaction with a fault, cuts the power, and looks at what is left.
+/// Runs the transaction with a fault, cuts the power, and checks what is left.
 async fn cut_at(disk: &Disk, inject: &str, elsewhere: bool, tally: &mut Tally) {
     let run = disk.change(Some(inject));
     if elsewhere {
