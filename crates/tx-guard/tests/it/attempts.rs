@@ -1,4 +1,4 @@
-//! The attempts at a transaction in a loop: each invariant of a closure holds for them too.
+//! The attempts at a transaction in a loop: every invariant of a closure holds for them too.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -163,7 +163,7 @@ async fn an_end_that_is_dropped_is_a_rollback_or_a_commit_and_never_both<D: Test
     world.end(db).await;
 }
 
-/// The beginning fails in a way that passes, each time, and each counts.
+/// The begin fails transiently each time, and each failure counts.
 #[tokio::test]
 async fn a_begin_that_fails_in_passing_is_an_attempt() {
     let world = World::<Sqlite>::new().await;
@@ -184,7 +184,7 @@ async fn a_begin_that_fails_in_passing_is_an_attempt() {
     world.end(db).await;
 }
 
-/// Its SQL has ended the transaction, and nobody can say whether by a commit.
+/// Its SQL has ended the transaction, and it is unknown whether by a commit.
 #[tokio::test]
 async fn an_attempt_of_which_nobody_knows_the_end_is_followed_by_another_only_if_that_does_no_harm() {
     let world = World::<Postgres>::new().await;
@@ -204,7 +204,7 @@ async fn an_attempt_of_which_nobody_knows_the_end_is_followed_by_another_only_if
     world.end(db).await;
 }
 
-/// A guard that its owner keeps is waited for, and no longer than there is time.
+/// The next attempt waits for a guard that its owner keeps, but no longer than the deadline.
 #[tokio::test]
 async fn a_guard_that_is_kept_lets_the_next_attempt_wait_until_the_deadline() {
     let world = World::<Sqlite>::new().await;
@@ -218,7 +218,7 @@ async fn a_guard_that_is_kept_lets_the_next_attempt_wait_until_the_deadline() {
     world.end(db).await;
 }
 
-/// The pause between two attempts is inside the time as well.
+/// The pause between two attempts counts as part of the time.
 #[tokio::test]
 async fn a_pause_ends_at_the_deadline() {
     let world = World::<Sqlite>::new().await;
@@ -234,7 +234,7 @@ async fn a_pause_ends_at_the_deadline() {
     world.end(db).await;
 }
 
-/// What is refused at the end is refused for good, although it is rolled back.
+/// A refused commit is final, although it is rolled back.
 #[tokio::test]
 async fn a_commit_that_is_refused_is_followed_by_no_attempt() {
     let world = World::<Postgres>::new().await;
@@ -251,7 +251,7 @@ async fn a_commit_that_is_refused_is_followed_by_no_attempt() {
     world.end(db).await;
 }
 
-/// Without a deadline it is waited for ten seconds, which are over at once where time is only counted.
+/// Without a deadline the wait is ten seconds, which pass at once on a paused clock.
 #[tokio::test]
 async fn a_guard_that_is_kept_without_a_deadline_is_not_waited_for_for_ever() {
     let world = World::<Sqlite>::new().await;

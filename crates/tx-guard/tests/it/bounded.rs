@@ -1,4 +1,4 @@
-//! How long a `begin` may take, whatever has become of the sessions and the server.
+//! How long a `begin` may take, whatever happens to the sessions and the server.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::commit::works_as_before;
 use crate::silence::{Door, SESSION, backend, within};
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
-/// As many connections as no test opens.
+/// More connections than any test opens.
 const ALL: usize = 100;
 
 fn builder() -> TxPoolBuilder<Postgres> {
@@ -74,7 +74,7 @@ async fn a_session_of_a_wrapped_pool_that_has_gone_silent_is_left_for_another() 
     pool.close().await;
 }
 
-/// Neither the session that is there nor a new one has an answer.
+/// Neither the existing session nor a new one gets an answer.
 #[tokio::test]
 async fn a_server_that_has_gone_silent_is_a_timeout_that_names_it() {
     let world = World::<Postgres>::new().await;
@@ -97,7 +97,7 @@ async fn a_server_that_has_gone_silent_is_a_timeout_that_names_it() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The rest of a closure's time is what is left for its `begin`.
+/// The `begin` of a closure has the rest of the closure's time.
 #[tokio::test]
 async fn a_closure_with_a_deadline_does_not_wait_longer_for_a_silent_server() {
     let world = World::<Postgres>::new().await;
@@ -129,7 +129,7 @@ async fn sqlite_waits_for_its_lock_as_long_as_it_was_told_to() {
     world.end(db).await;
 }
 
-/// Callers who give up do not keep others from the session that was opened for them.
+/// Callers that give up do not keep others from the session that was opened for them.
 #[tokio::test]
 async fn what_is_opened_for_callers_who_have_gone_is_the_next_ones() {
     let world = World::<Postgres>::new().await;

@@ -1,4 +1,4 @@
-//! Every operation dropped at every await point, and what is left behind compared with what is promised.
+//! Every operation dropped at every await point, and the state left behind compared with the promises.
 //!
 //! The points of one operation vary a little between runs, because a socket may have more or less to read at once;
 //! every point that a run has is still visited.
@@ -20,7 +20,7 @@ pub(crate) fn explore() -> Explore {
     Explore::new().budgets([1]).hang_after(PATIENCE).timeout(6 * PATIENCE)
 }
 
-/// Only the natural budget, in a part of the time: whoever waits for a server is pending without being starved.
+/// Only the natural budget, in less time: an operation that waits for a server is pending even without starvation.
 pub(crate) fn explore_unstarved() -> Explore {
     explore().budgets([])
 }
@@ -30,7 +30,7 @@ pub(crate) fn side_by_side<const N: usize>(explorations: [fn(); N]) {
     std::thread::scope(|scope| explorations.map(|explore| drop(scope.spawn(explore))));
 }
 
-/// A pool of one connection, so that whatever is left on it is met by whoever comes next.
+/// A pool of one connection, so that the next user meets whatever is left on it.
 pub(crate) struct Stage<D: TestDb> {
     pub(crate) world: World<D>,
     pub(crate) db: TxPool<D>,
@@ -51,8 +51,8 @@ impl<D: TestDb> Stage<D> {
         Self { world, db, handle: RefCell::new(None), runtime: tokio::spawn(std::future::pending()) }
     }
 
-    /// The promises that hold after any drop: the handle tells what the table shows, halves are never seen, and the
-    /// pool goes on as if nothing had happened.
+    /// The promises that hold after any drop: the handle agrees with the table, there are no half transactions, and the
+    /// pool works as if nothing had happened.
     pub(crate) async fn check<T>(&self, outcome: Outcome<T>, whole: &[i64]) -> Result<(), String> {
         let rows = self.agree(whole, Doubt::OfTheRuntime).await?;
         if outcome.is_completed() && rows != whole {
@@ -61,7 +61,7 @@ impl<D: TestDb> Stage<D> {
         Ok(())
     }
 
-    /// The same whatever the operation was to achieve. Says what the table had.
+    /// The same, whatever the purpose of the operation. Returns the content of the table.
     pub(crate) async fn agree(&self, whole: &[i64], doubt: Doubt) -> Result<Vec<i64>, String> {
         let shutdown = self.runtime.is_finished();
         let handle = self.handle.borrow_mut().take();
@@ -84,12 +84,12 @@ impl<D: TestDb> Stage<D> {
     }
 }
 
-/// When it may be that nobody knows how a transaction has ended.
+/// When the end of a transaction may be unknown.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Doubt {
-    /// The runtime that would have learnt it is gone.
+    /// The runtime that would have learned it is gone.
     OfTheRuntime,
-    /// The transaction had been ended without its guard, too.
+    /// The transaction may also have been ended without its guard.
     OfTheTransaction,
 }
 
@@ -148,7 +148,7 @@ fn a_commit_with_a_limit_dropped_anywhere_is_whole_or_nothing() {
     ]);
 }
 
-/// A transaction that somebody else drops a little later.
+/// A transaction that another task drops a little later.
 async fn dropped_later(stage: &Stage<Sqlite>) -> OutcomeHandle {
     let tx = stage.db.begin().await.unwrap();
     let handle = tx.outcome_handle();

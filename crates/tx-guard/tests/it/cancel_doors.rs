@@ -1,5 +1,5 @@
-//! The doors for code that a closure does not fit, dropped at every await point: a loop of attempts, a boxed future, a guard
-//! in hand with a deadline.
+//! The APIs for code that does not fit a closure, dropped at every await point: a loop of attempts, a boxed future, a
+//! guard in hand with a deadline.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -12,7 +12,7 @@ use crate::cancel::{Stage, explore, explore_unstarved, side_by_side};
 use crate::stuck::Transient;
 use crate::world::{PATIENCE, TestDb};
 
-/// The first attempt fails in a way that passes.
+/// The first attempt fails transiently.
 fn attempts<D: Transient>() -> Report {
     explore().run(
         async || Stage::<D>::new().await,
@@ -110,7 +110,7 @@ fn boxed_work_with_a_savepoint_dropped_anywhere_is_whole_or_nothing() {
     ]);
 }
 
-/// The time is over when it is committed, so what is driven to its end there is a rollback.
+/// The time is over at the commit, so a rollback is driven to its end.
 fn too_late<D: TestDb>() -> Report {
     explore_unstarved().run(
         async || Stage::<D>::new().await,

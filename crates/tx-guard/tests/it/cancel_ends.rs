@@ -1,5 +1,5 @@
-//! Transactions that have met something before they end, dropped at every await point of their end: an error, a lost
-//! savepoint, an end by their SQL, a statement that was left behind, a connection that is cut in COMMIT.
+//! Transactions with an incident before their end, dropped at every await point of the end: an error, a lost savepoint,
+//! an end by their own SQL, an abandoned statement, a connection that is cut in COMMIT.
 
 use std::cell::RefCell;
 use std::pin::pin;
@@ -18,7 +18,7 @@ use crate::relied::takes_dropped_begins_back;
 use crate::torn::{self, Pace};
 use crate::world::{TestDb, World, elsewhere};
 
-/// A transaction that has inserted 1, and what stands around it.
+/// A transaction that has inserted 1, and its surroundings.
 struct Met<D: TestDb> {
     stage: Stage<D>,
     tx: RefCell<Option<TransactionGuard<D>>>,
@@ -37,7 +37,7 @@ impl<D: TestDb> Met<D> {
     }
 }
 
-/// `meet` is what the transaction has met; `end` ends it, and asserts what that says when nobody drops it.
+/// `meet` causes the incident; `end` ends the transaction, and asserts the result when nothing drops it.
 fn ended<D: TestDb>(
     explore: &Explore,
     meet: impl AsyncFn(&Stage<D>, &mut TransactionGuard<D>),
@@ -99,7 +99,7 @@ fn a_commit_of_an_aborted_transaction_dropped_anywhere_leaves_nothing() {
     report.publish("tx-guard", "commit, aborted (PostgreSQL)").assert_clean();
 }
 
-/// What its SQL had rolled back is told as that, or as unknown.
+/// A rollback by its SQL is reported as a rollback, or as unknown.
 #[test]
 fn the_end_of_a_transaction_that_its_sql_has_ended_dropped_anywhere_commits_nothing() {
     async fn roll_back<D: TestDb>(_: &Stage<D>, tx: &mut TransactionGuard<D>) {
@@ -139,7 +139,7 @@ fn a_commit_over_a_forgotten_nested_transaction_dropped_anywhere_is_whole_or_not
     ]);
 }
 
-/// sqlx has rolled back behind the guard's back, and its session is told no more by what sqlx knows of it.
+/// sqlx has rolled back behind the guard's back, so its own count no longer describes the session.
 async fn cancel_a_nested_begin<D: TestDb>(_: &Stage<D>, tx: &mut TransactionGuard<D>) {
     // Behind a statement that still runs, because the server may be faster than a poll.
     timeout(Duration::from_millis(10), D::execute(tx, D::SLOW.to_owned())).await.unwrap_err();
@@ -181,7 +181,7 @@ fn a_rollback_that_gives_up_a_session_of_a_wrapped_pool_dropped_anywhere_leaves_
     report.publish("tx-guard", "rollback, lost and wrapped (PostgreSQL)").assert_clean();
 }
 
-/// A wrapped session has the settings of its owner back, who writes without any transaction afterwards.
+/// A wrapped session gets the settings of its owner back, who then writes without any transaction.
 #[test]
 fn a_rollback_on_a_wrapped_pool_dropped_anywhere_gives_the_settings_back() {
     let report = explore().ways([Way::Eager, Way::Settled]).run(
@@ -209,7 +209,7 @@ fn a_rollback_on_a_wrapped_pool_dropped_anywhere_gives_the_settings_back() {
     report.publish("tx-guard", "rollback, wrapped (MySQL)").assert_clean();
 }
 
-/// What a dropped statement has left to be read is read first. It takes so long that the server is looked at meanwhile.
+/// The unread answer to a dropped statement is read first. That takes so long that the server is checked meanwhile.
 #[test]
 fn a_commit_behind_a_dropped_statement_dropped_anywhere_is_whole_or_nothing() {
     let leave = async |_: &Stage<MySql>, tx: &mut TransactionGuard<MySql>| {
@@ -222,7 +222,7 @@ fn a_commit_behind_a_dropped_statement_dropped_anywhere_is_whole_or_nothing() {
     report.publish("tx-guard", "commit, behind (MySQL)").assert_clean();
 }
 
-/// The guard outlives its savepoint, which is undone, or set behind what a dropped statement has left to be read.
+/// The guard outlives its savepoint, which is undone, or set after the unread answer to a dropped statement.
 fn savepoint_of<D: TestDb>(explore: Explore, left: Option<&str>) -> Report {
     explore.ways([Way::Eager, Way::Settled]).run(
         async || {
@@ -277,8 +277,8 @@ fn a_savepoint_behind_a_dropped_statement_dropped_anywhere_is_never_committed_by
     report.publish("tx-guard", "savepoint, behind (MySQL)").assert_clean();
 }
 
-/// An answer that is held back halfway, in which sqlx has lost its place: nobody can tell where it ends. It goes on as soon
-/// as the transaction is to end.
+/// An answer that is held back halfway, in which sqlx has lost its place, so that nothing can tell where it ends. It
+/// continues as soon as the transaction ends.
 fn out_of_step(
     leave: impl AsyncFn(&World<MySql>, &mut TransactionGuard<MySql>),
     end: impl AsyncFn(TransactionGuard<MySql>),
@@ -324,21 +324,21 @@ fn the_end_of_a_transaction_that_is_out_of_step_dropped_anywhere_leaves_nothing(
     rollback.publish("tx-guard", "rollback, out of step (MySQL)").assert_clean();
 }
 
-/// What it is answered is wider than sqlx knows when it is dropped before the end.
+/// The answer is longer than sqlx knows when it is dropped before the end.
 async fn prepare_wide(world: &World<MySql>, tx: &mut TransactionGuard<MySql>) {
     let wide = AssertSqlSafe(format!("SELECT ? + ?, n, v FROM {}", world.table));
     let prepared = sqlx::query(wide).bind(1).bind(2).fetch_all(&mut **tx);
     timeout(Duration::from_millis(30), prepared).await.map(drop).unwrap_err();
 }
 
-/// sqlx waits for more than the server has to say, and the server for sqlx.
+/// sqlx waits for more than the server sends, and the server waits for sqlx.
 #[test]
 fn a_rollback_that_is_stuck_dropped_anywhere_ends_the_session() {
     let rollback = out_of_step(prepare_wide, async |tx| drop(tx.rollback().await), &[]);
     rollback.publish("tx-guard", "rollback, stuck (MySQL)").assert_clean();
 }
 
-/// The same behind a nested begin that was cancelled. Whether there was anything left to be rolled back nobody knows.
+/// The same after a cancelled nested begin. It is unknown whether there was anything left to roll back.
 #[test]
 fn a_rollback_that_is_stuck_and_too_late_dropped_anywhere_is_not_told_as_one() {
     let leave = async |world: &World<MySql>, tx: &mut TransactionGuard<MySql>| {
@@ -397,14 +397,14 @@ fn a_commit_that_is_cut_and_resolved_dropped_anywhere_is_told_truly() {
     rolled_back.publish("tx-guard", "commit, cut before (PostgreSQL)").assert_clean();
 }
 
-/// Its session still works when it is asked for, and is ended first.
+/// Its session still works at the time of the query, and is ended first.
 #[test]
 fn a_slow_commit_that_is_cut_and_resolved_dropped_anywhere_is_told_truly() {
     let slow = commit_that_is_cut(Fault::CutBehind, true);
     slow.publish("tx-guard", "commit, slow and cut (PostgreSQL)").assert_clean();
 }
 
-/// The pool is closed meanwhile, so the connection is closed as it comes back.
+/// The pool is closed meanwhile, so the connection is closed when it comes back.
 #[test]
 fn the_end_of_a_transaction_of_a_closed_pool_dropped_anywhere_is_whole_or_nothing() {
     let closed = |end: fn(TransactionGuard<Sqlite>) -> futures_util::future::BoxFuture<'static, ()>, whole: &[i64]| {

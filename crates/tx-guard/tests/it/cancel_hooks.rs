@@ -1,5 +1,5 @@
-//! What a pool does on its own ahead of a transaction, dropped at every await point: options that change, hooks, the look back
-//! at an attempt that was given up, a statement that is prepared.
+//! A pool's own work before a transaction, dropped at every await point: changing options, hooks, the check of an
+//! abandoned attempt, the preparation of a statement.
 
 use std::time::Duration;
 
@@ -14,7 +14,7 @@ fn ask<D: TestDb>(conn: &mut D::Connection) -> HookFuture<'_, ()> {
     Box::pin(D::execute(conn, "SELECT 1".to_owned()))
 }
 
-/// Everything that a pool can be told to do for its sessions, from the first of them on.
+/// Everything that a pool can do for its sessions, from the first one on.
 fn hooks<D: TestDb>() -> Report {
     explore_unstarved().run(
         async || Stage::<D>::new().await,

@@ -1,4 +1,4 @@
-//! Less usual courses, dropped at every await point: attempts that fail, commits that leave a receipt, statements that
+//! Less usual cases, dropped at every await point: failing attempts, commits that leave a receipt, statements that
 //! still run, connections that are idle when their pool is closed.
 
 use std::cell::{Cell, RefCell};
@@ -61,7 +61,7 @@ fn a_closure_that_fails_dropped_anywhere_leaves_nothing() {
     ]);
 }
 
-/// A statement that would run for hours is dropped, and the rollback behind it has to cancel it.
+/// A statement that would run for hours is dropped, and the rollback after it has to cancel it.
 fn rollback_behind_a_statement<D: TestDb>() -> Report {
     explore().budgets([]).ways([Way::Eager, Way::Settled]).run(
         async || {

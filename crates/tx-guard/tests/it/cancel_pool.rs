@@ -1,5 +1,5 @@
-//! How a connection comes to its transaction, dropped at every await point: waited for with a deadline, opened, looked
-//! after, recognised, found dead; and one that must not be used again.
+//! How a transaction gets its connection, dropped at every await point: waiting with a deadline, opening, upkeep,
+//! recognition, a dead connection; and a connection that must not be used again.
 
 use std::cell::RefCell;
 use std::time::Duration;
@@ -15,11 +15,11 @@ use tokio::time::{advance, pause, resume, sleep, timeout};
 use crate::cancel::{Doubt, Stage, explore, explore_unstarved, side_by_side, within};
 use crate::world::{PATIENCE, Server, TestDb, World, eventually};
 
-/// A database whose sessions can be told apart from those of the other tests.
+/// A database whose sessions can be distinguished from those of other tests.
 trait Counted: Server {
-    /// Options by which the sessions of this test are known.
+    /// Options that identify the sessions of this test.
     async fn counted(world: &World<Self>) -> Options<Self>;
-    /// Their ids.
+    /// A query for their ids.
     fn sessions(world: &World<Self>) -> String;
     fn kill(id: i64) -> String;
     async fn uncount(world: &World<Self>);
@@ -123,8 +123,8 @@ async fn begins_and_commits<D: TestDb>(stage: &Stage<D>) {
     tx.commit().await.unwrap();
 }
 
-/// Both connections have been idle for so long that they are asked whether they still live: one of the pool, and one
-/// that was opened for a caller who had gone.
+/// Both connections have been idle long enough to be checked for being alive: one of the pool, and one that was opened
+/// for a caller that had gone.
 #[test]
 fn the_upkeep_of_idle_connections_dropped_anywhere_keeps_them_or_closes_them() {
     let report = explore_unstarved().ways([Way::Eager]).run(
@@ -169,7 +169,7 @@ fn the_upkeep_of_idle_connections_dropped_anywhere_keeps_them_or_closes_them() {
     report.publish("tx-guard", "begin, idle for long (PostgreSQL)").assert_clean();
 }
 
-/// Its session has ended while it was idle, so another one is opened.
+/// Its session ended while it was idle, so another one is opened.
 fn begin_on_a_dead_session<D: Counted>() -> Report {
     explore_unstarved().run(
         async || {
@@ -219,7 +219,7 @@ fn a_begin_on_a_new_session_dropped_anywhere_is_whole_or_nothing() {
     ]);
 }
 
-/// Its connections keep no statements, by which they could be recognised.
+/// Its connections keep no statements that could identify them.
 fn begin_without_a_cache<D: TestDb>(uncached: impl Fn(Options<D>) -> Options<D>) -> Report {
     explore_unstarved().ways([Way::Eager, Way::Settled]).run(
         async || {
@@ -255,8 +255,8 @@ fn a_begin_on_a_pool_without_a_cache_dropped_anywhere_leaks_no_open_transaction(
     report.publish("tx-guard", "begin, uncached (MySQL)").assert_clean();
 }
 
-/// The connection for cancelling is dead and no other can be had, so a cancel may be under way for ever: the session is
-/// rolled back when its statement has ended by itself, and never used again.
+/// The cancelling connection is dead and no other is available, so a cancel may stay under way for ever: the session is
+/// rolled back when its statement has ended by itself, and is never used again.
 #[test]
 fn a_rollback_whose_cancel_is_lost_dropped_anywhere_ends_the_session() {
     let report = explore_unstarved().ways([Way::Eager]).run(

@@ -1,4 +1,4 @@
-//! What a commit says: `Ok` means committed, everything else is told apart, and a dropped one is told by its handle.
+//! The results of a commit: `Ok` means committed, all other results are distinct, and the handle reports a dropped one.
 
 use std::time::Duration;
 
@@ -63,7 +63,7 @@ async fn a_cancelled_nested_begin_is_caught_at_every_poll<D: TestDb>() {
     world.end(db).await;
 }
 
-/// Whether the nested `begin` was still under way after so many polls.
+/// Whether the nested `begin` was still under way after `polls` polls.
 async fn cancel_a_nested_begin<D: TestDb>(
     world: &World<D>,
     db: &TxPool<D>,
@@ -160,7 +160,7 @@ pub(crate) async fn works_as_before<D: TestDb>(world: &World<D>, db: &TxPool<D>)
     assert!(world.committed().await.contains(&77));
 }
 
-/// What its SQL has committed is not told to be rolled back.
+/// A commit by its SQL is not reported as rolled back.
 #[tokio::test]
 async fn a_raw_commit_is_noticed_without_a_commit_of_the_guard() {
     let world = World::<Postgres>::new().await;

@@ -77,7 +77,7 @@ async fn the_wrapped_pool<D: TestDb>() {
     world.end(db).await;
 }
 
-/// Inside a task, with captures that are borrowed by nobody else.
+/// Inside a task, with captures that nothing else borrows.
 async fn the_closure<D: TestDb>() {
     fn shared<T: Clone + Send + Sync + 'static>(it: T) -> T {
         it

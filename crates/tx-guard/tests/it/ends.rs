@@ -1,4 +1,4 @@
-//! Sessions that the server ends, that go silent, and that find no room for a cancel: what is told is what is known.
+//! Sessions that the server ends, that go silent, or that find no room for a cancel: reports say only what is known.
 
 use std::time::{Duration, Instant};
 
@@ -33,11 +33,11 @@ async fn an_idle_guard_is_dropped_without_a_cancel<D: TestDb>() {
     world.end(db).await;
 }
 
-/// The number of the session, by which another one can end it.
+/// A query for the session's number, with which another session can end it.
 trait Ends: Server {
     fn ways() -> Vec<&'static str>;
     async fn number(tx: &mut TransactionGuard<Self>) -> i64;
-    /// How many sessions of that number there are.
+    /// A query for how many sessions have this number.
     fn count(number: i64) -> String;
 }
 
@@ -69,7 +69,7 @@ impl Ends for MySql {
     }
 }
 
-/// How the commit of a transaction is told whose session was ended while it was idle.
+/// The result of a commit whose session was ended while it was idle.
 async fn commit_after_the_end<D: Ends>(way: &str, mode: CommitMode) -> (TxError, CommitOutcome) {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
@@ -103,7 +103,7 @@ async fn a_session_that_ended_before_commit_was_read_has_rolled_back() {
     }
 }
 
-/// MariaDB says why it ends a session, and MySQL does so only for one that was idle for too long.
+/// MariaDB says why it ends a session; MySQL does so only for a session that was idle for too long.
 #[tokio::test]
 async fn a_session_whose_end_mariadb_has_told_has_rolled_back() {
     for way in MySql::ways() {
@@ -138,7 +138,7 @@ async fn a_rollback_that_nobody_confirmed_says_so() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The same with a way to end the session: then it is confirmed by the server, over another connection.
+/// The same with a way to end the session: then the server confirms it over another connection.
 #[tokio::test]
 async fn a_rollback_on_a_silent_session_is_confirmed_by_its_end() {
     let world = World::<Postgres>::new().await;
@@ -152,7 +152,7 @@ async fn a_rollback_on_a_silent_session_is_confirmed_by_its_end() {
     world.end(db).await;
 }
 
-/// An account that may have so many sessions.
+/// An account with a session limit.
 trait Limited: Server {
     fn account_sql(name: &str, sessions: u32) -> Vec<String>;
 }
@@ -213,7 +213,7 @@ async fn a_drop_frees_its_locks_on_a_server_that_has_no_session_left() {
     world.run(format!("DROP TABLE {}; DROP ROLE {account}", world.table)).await;
 }
 
-/// The room for one more session is used for the cancel.
+/// The cancel uses the room for one more session.
 #[tokio::test]
 async fn a_wrapped_pool_cancels_while_there_is_room_for_one_more() {
     async fn on<D: Limited + Backend>() {
@@ -244,8 +244,8 @@ async fn a_wrapped_pool_cancels_while_there_is_room_for_one_more() {
     on::<MySql>().await;
 }
 
-/// Several guards are dropped at once, over a connection for cancelling that has been there for long: all are served by few
-/// messages, and none of them loses its session.
+/// Several guards are dropped at once, with a cancelling connection that has been open for long: a few messages serve
+/// all of them, and none loses its session.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_dropped_at_once_is_cancelled_at_once() {
     async fn on<D: TestDb>(hold: &str, wait: &str) {
@@ -302,7 +302,7 @@ async fn a_wrapped_transaction_asks_the_server_to_look_for_its_client() {
     world.end(db).await;
 }
 
-/// One that somebody has set is left as it is.
+/// An interval that the owner has set is left as it is.
 #[tokio::test]
 async fn a_wrapped_session_keeps_the_interval_that_it_has() {
     let world = World::<Postgres>::new().await;

@@ -1,4 +1,4 @@
-//! What an error says: where it was, what the database said and by which number, and no row data.
+//! The text of an error: the place, the database's message and its code, and no row data.
 
 use cancel_safe_tx_guard::{Options, TxError, TxPool};
 use sqlx::mysql::MySqlConnectOptions;
@@ -109,7 +109,8 @@ async fn an_account_of_mysql_without_a_session_left_is_told_apart() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// A server that says one thing to everybody: to PostgreSQL's clients after they have spoken, to MySQL's before that.
+/// A server that sends one message to every client: to PostgreSQL's clients after their first message, to MySQL's
+/// before that.
 async fn says(first: bool, line: Vec<u8>) -> u16 {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let port = server.local_addr().unwrap().port();

@@ -15,15 +15,15 @@ use crate::on_all;
 use crate::silence::within;
 use crate::world::{PATIENCE, SOON, TestDb, World, eventually};
 
-/// What is done on a pool, as its users write it.
+/// Operations on a pool, as its users write them.
 trait OnPool: TestDb {
     async fn one(db: &TxPool<Self>, sql: String) -> Result<i64, sqlx::Error>;
     async fn optional(db: &TxPool<Self>, sql: String) -> Result<Option<i64>, sqlx::Error>;
     async fn all(db: &TxPool<Self>, sql: String) -> Result<Vec<i64>, sqlx::Error>;
-    /// It borrows nothing, as that of an sqlx pool.
+    /// It borrows nothing, like the stream of an sqlx pool.
     fn stream(db: &TxPool<Self>, sql: String) -> BoxStream<'static, Result<(), sqlx::Error>>;
     async fn write(db: &TxPool<Self>, sql: String) -> Result<(), sqlx::Error>;
-    /// How many columns the database says that a query has, and how many the pool's description of it.
+    /// How many columns a query has according to the database, and according to the pool's description.
     async fn columns(db: &TxPool<Self>, sql: String) -> Result<[usize; 2], sqlx::Error>;
 }
 
@@ -76,7 +76,7 @@ async fn commits<D: TestDb>(world: &World<D>, db: &TxPool<D>, n: i64) {
     within(tx.commit()).await.unwrap();
 }
 
-/// A pool of one session that is the user's.
+/// A pool of one session that belongs to the user.
 async fn wrapped<D: TestDb>(world: &World<D>) -> (Pool<D>, TxPool<D>) {
     let pool = PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap();
     (pool.clone(), TxPool::wrap(pool))
@@ -187,7 +187,7 @@ async fn the_errors_of_the_pool_come_as_those_of_sqlx<D: OnPool>() {
     world.end(db).await;
 }
 
-/// Its only session is met by its owner as well.
+/// Its owner uses the only session as well.
 async fn a_wrapped_pool_answers_queries<D: OnPool>() {
     let world = World::<D>::new().await;
     let (pool, db) = wrapped(&world).await;
@@ -251,7 +251,7 @@ fn a_query_on_the_pool_outside_any_runtime_is_an_error() {
     assert!(matches!(TxError::from(error), TxError::NoRuntime));
 }
 
-/// In which of two ways a type is meant cannot be told if it is an `Acquire`, so this compiles only as long as it is none.
+/// If a type implements `Acquire`, this trait is ambiguous for it, so this compiles only as long as it does not.
 trait NoAcquire<Way> {
     const HOLDS: () = ();
 }
@@ -262,14 +262,14 @@ impl<T> NoAcquire<()> for T {}
 
 impl<T: for<'a> Acquire<'a>> NoAcquire<If> for T {}
 
-/// Else it would begin transactions without a guard.
+/// Otherwise it would begin transactions without a guard.
 const _: [(); 3] = [
     <&TxPool<Sqlite> as NoAcquire<_>>::HOLDS,
     <&TxPool<Postgres> as NoAcquire<_>>::HOLDS,
     <&TxPool<MySql> as NoAcquire<_>>::HOLDS,
 ];
 
-/// As a handler of a web server has to be.
+/// As the handler of a web server requires.
 #[tokio::test]
 async fn a_query_behind_a_shared_reference_can_be_sent_to_another_thread() {
     struct Service(TxPool<Sqlite>);
@@ -303,7 +303,8 @@ async fn a_stream_that_was_never_polled_holds_no_session() {
     world.end(db).await;
 }
 
-/// All that a pool does for a query: an answer, a stream that is left midway, another answer, and a description.
+/// Everything that a pool does for a query: an answer, a stream that is dropped midway, another answer, and a
+/// description.
 async fn queries<D: OnPool>(stage: &Stage<D>) {
     let (world, db) = (&stage.world, &stage.db);
     assert_eq!(D::one(db, format!("SELECT COUNT(*) FROM {}", world.table)).await.unwrap(), 0);

@@ -1,4 +1,4 @@
-//! Drops while something runs, without a runtime, in a stream, in a COPY; servers and sessions that die.
+//! Drops during a statement, without a runtime, in a stream, in a COPY; servers and sessions that die.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -144,7 +144,7 @@ async fn a_begin_dropped_after_the_runtime_has_ended_does_not_panic<D: TestDb>()
     works_as_before(&world, &world.pool(1).await).await;
 }
 
-/// Counts them, because a runtime swallows the panics of what it drops.
+/// Counts the panics, because a runtime swallows those of futures that it drops.
 fn panics_of_this_thread() -> Arc<AtomicUsize> {
     let (panics, thread) = (Arc::new(AtomicUsize::new(0)), std::thread::current().id());
     let (count, before) = (Arc::clone(&panics), std::panic::take_hook());
@@ -246,7 +246,7 @@ async fn no_cancel_hits_the_next_transaction() {
     world.end(db).await;
 }
 
-/// Stands before the server, is slow to connect, and counts.
+/// A proxy in front of the server that connects slowly, and counts.
 async fn slow_door(options: &PgConnectOptions) -> (PgConnectOptions, Arc<AtomicUsize>) {
     let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let through = options.clone().host("127.0.0.1").port(door.local_addr().unwrap().port());

@@ -1,4 +1,4 @@
-//! A server, or a role, that takes as many sessions as the pool may have, and not one more.
+//! A server, or a role, that accepts as many sessions as the pool may have, and not one more.
 
 use cancel_safe_tx_guard::{Options, TxPool};
 use sqlx::{MySql, Postgres};
@@ -9,7 +9,7 @@ use crate::world::{Server, World};
 const SESSIONS: u32 = 3;
 
 trait Limited: Server {
-    /// Makes an account for so many sessions.
+    /// Makes an account for `sessions` sessions.
     async fn limited(world: &World<Self>, sessions: u32) -> Options<Self>;
     async fn unlimited(world: &World<Self>);
 }
@@ -75,7 +75,7 @@ async fn all_sessions_of_a_limited_account_can_be_used_on_mysql() {
     all_sessions_of_a_limited_account_can_be_used::<MySql>(1).await;
 }
 
-/// One who is not limited by us but by others.
+/// A server that is full because of others, not because of us.
 #[tokio::test]
 async fn a_full_server_that_has_nothing_of_ours_to_close_is_told_as_one() {
     let world = World::<Postgres>::new().await;

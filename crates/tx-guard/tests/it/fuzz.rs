@@ -1,9 +1,10 @@
-//! Random transactions, cut at random moments, and then the table compared with what was promised.
+//! Random transactions, cut at random moments; then the table is compared with the promises.
 //!
-//! A round is one program: statements, savepoints, nested transactions of sqlx, an end; and at most one cut of the whole
-//! (after a random number of polls, by a timeout, by the abort of its task) beside cuts of single steps. Many run at
-//! once, on a pool of the crate's own and on a wrapped one in turn. By default for some seconds a database;
-//! `CANCEL_SAFE_CAMPAIGN=full` runs 100,000 rounds on each. `CANCEL_SAFE_FUZZ_SEED` repeats the programs of a seed.
+//! A round is one program: statements, savepoints, nested transactions of sqlx, an end; and at most one cut of the
+//! whole (after a random number of polls, by a timeout, by the abort of its task) in addition to cuts of single steps.
+//! Many run at once, alternately on one of the crate's pools and on a wrapped pool. By default they run for some
+//! seconds on each database; `CANCEL_SAFE_CAMPAIGN=full` runs 100,000 rounds on each. `CANCEL_SAFE_FUZZ_SEED` repeats
+//! the programs of a seed.
 
 mod check;
 pub(crate) mod cut;
@@ -36,16 +37,16 @@ use crate::relied::{TAKES_BACK, takes_dropped_begins_back};
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
 const FULL_ROUNDS: i64 = 100_000;
-/// After each so many rounds everything comes to rest and is compared.
+/// After this many rounds everything comes to rest and is compared.
 const BATCH: i64 = 500;
 const THREADS: usize = 2;
 const TASKS_PER_THREAD: usize = 4;
-/// Fewer than tasks, so that waiting for a connection is cut as well.
+/// Fewer than the tasks, so that waits for a connection are cut as well.
 const CONNECTIONS: u32 = 7;
 
-/// What the campaign needs to know of a database, beyond what the other tests need.
+/// What the campaign needs to know about a database, beyond the needs of the other tests.
 pub(crate) trait FuzzDb: TestDb {
-    /// How many rounds take well under half a minute.
+    /// How many rounds run in well under half a minute.
     const QUICK_ROUNDS: i64;
     /// A statement of a few milliseconds.
     const NAP: &'static str;
@@ -56,13 +57,13 @@ pub(crate) trait FuzzDb: TestDb {
     /// Whether the pools are safe from a `begin` that is cut inside a nested transaction of sqlx: the crate's own, and a
     /// wrapped one.
     const DEEP: [bool; 2];
-    /// Whether sqlx finds its place again after a query that was cut.
+    /// Whether sqlx finds its place again after a cut query.
     const READS_GO_ON: bool = true;
-    /// Whether the outcome may be unknown of a transaction that has ended without its guard, after an error that was
-    /// passed over or a nested transaction that was cut: the guard cannot tell a rollback from a COMMIT there.
+    /// Whether the outcome may be unknown when a transaction has ended without its guard, after an ignored error or a
+    /// cut nested transaction: there the guard cannot tell a rollback from a COMMIT.
     const LOST_IS_UNKNOWN: bool = false;
 
-    /// The same of the sqlx that runs here.
+    /// The same for the sqlx that runs here.
     fn lost_is_unknown() -> bool {
         Self::LOST_IS_UNKNOWN
     }
@@ -72,15 +73,15 @@ pub(crate) trait FuzzDb: TestDb {
         Self::DEEP[which]
     }
 
-    /// SQL that makes a user of that name and takes it away, where sessions are found by it.
+    /// SQL that creates and removes a user of that name, if sessions are found by user name.
     fn user(_: &str) -> Option<[String; 2]> {
         None
     }
 
-    /// What each session of an sqlx pool is told when it is opened.
+    /// SQL for each session of an sqlx pool when it is opened.
     const SETTINGS: &'static str = "SELECT 1";
 
-    /// Options of sessions that can be found by `name`, and that wait for locks no longer than a moment.
+    /// Options for sessions that can be found by `name`, and that wait only a moment for locks.
     fn tuned(options: Options<Self>, name: &str) -> Options<Self>;
 
     fn settings(conn: &mut Self::Connection) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
@@ -88,7 +89,7 @@ pub(crate) trait FuzzDb: TestDb {
     /// Reads one row and leaves the others.
     async fn half_read(conn: &mut Self::Connection, sql: &'static str) -> Result<(), sqlx::Error>;
 
-    /// Whether a session of that name is in a transaction, as a session beside them sees it.
+    /// Whether a session of that name is in a transaction, as seen by another session.
     async fn in_transaction(beside: &mut Self::Connection, name: &str) -> bool;
 }
 
@@ -159,7 +160,7 @@ impl FuzzDb for MySql {
     const DEEP: [bool; 2] = [false, false];
     const READS_GO_ON: bool = false;
     const LOST_IS_UNKNOWN: bool = true;
-    /// What the twin has leaked would be waited for for a minute.
+    /// Otherwise locks that the twin has leaked would cause waits of a minute.
     const SETTINGS: &'static str = "SET innodb_lock_wait_timeout = 1";
 
     fn user(name: &str) -> Option<[String; 2]> {
@@ -223,7 +224,7 @@ impl Whole {
     }
 }
 
-/// One database, its table, and what was found so far.
+/// One database, its table, and the findings so far.
 struct Campaign<D: FuzzDb> {
     world: World<D>,
     random: Rng,
@@ -248,7 +249,7 @@ impl<D: FuzzDb> Campaign<D> {
         D::tuned(self.world.options.clone(), &self.world.table)
     }
 
-    /// The end of the table and the user.
+    /// Removes the table and the user.
     async fn end(self) {
         self.world.run(format!("DROP TABLE {}", self.world.table)).await;
         if let Some([_, remove]) = D::user(&self.world.table) {
@@ -262,7 +263,7 @@ impl<D: FuzzDb> Campaign<D> {
         pool.connect_with(self.options()).await.unwrap()
     }
 
-    /// Runs so many programs, several at a time on each of several threads.
+    /// Runs `programs` programs, several at a time on each of several threads.
     async fn run(&mut self, source: &Source<D>, deep: bool, programs: i64) -> Vec<(i64, Book)> {
         let (first, seed) = (self.next, self.random.u64(..));
         self.next += programs;
@@ -314,7 +315,7 @@ impl<D: FuzzDb> Campaign<D> {
         books
     }
 
-    /// Compares the table with the books, once all is at rest.
+    /// Compares the table with the books, once everything is at rest.
     async fn compare(&mut self, source: &Source<D>, books: Vec<(i64, Book)>) {
         let mut beside = self.world.plain().await;
         check::settle(&books, &mut self.tally).await;
@@ -336,7 +337,8 @@ impl<D: FuzzDb> Campaign<D> {
         drop(beside.close().await);
     }
 
-    /// Writes one row over each connection of the pool at the same time. All are there, and what says `Ok` stays.
+    /// Writes one row over each connection of the pool at the same time. All connections must be there, and rows that
+    /// got `Ok` must stay.
     async fn probe(&mut self, source: &Source<D>) -> Vec<i64> {
         let keys = self.next * KEYS..self.next * KEYS + i64::from(CONNECTIONS);
         self.next += 1;
@@ -422,7 +424,7 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
     campaign.end().await;
 }
 
-/// Behind a pooler, where what nobody may set cannot be set: a `begin` that is cut two levels deep is not fenced there.
+/// Behind a pooler, where some settings must not be changed: a `begin` that is cut two levels deep is not fenced there.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
     let _alone = pooler::alone().await;
@@ -452,7 +454,7 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
     campaign.end().await;
 }
 
-/// The twin: sqlx alone, of which the same check finds the faults.
+/// The twin: sqlx alone, in which the same check finds the faults.
 async fn plain_sqlx_is_caught<D: FuzzDb>(database: &str) {
     let mut campaign = Campaign::<D>::new(seed()).await;
     for _ in 0..20 {

@@ -1,4 +1,4 @@
-//! What everybody does every day: begin, run, commit, roll back, drop, close.
+//! Everyday use: begin, run, commit, roll back, drop, close.
 
 use std::time::Duration;
 

@@ -1,4 +1,4 @@
-//! Uses that nobody means well by: outside any runtime, between two runtimes, past the deadline, beside the answer.
+//! Hostile uses: outside any runtime, between two runtimes, past the deadline, against the answer.
 
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
@@ -28,7 +28,7 @@ on_all!(
     a_guard_whose_runtime_has_ended_ends_on_another,
 );
 
-/// The nested transaction is committed with the whole, and the session is in order for whoever has it next.
+/// The nested transaction is committed with the whole, and the session is in order for its next user.
 async fn a_nested_transaction_that_was_forgotten_harms_nobody<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
@@ -45,14 +45,14 @@ async fn a_nested_transaction_that_was_forgotten_harms_nobody<D: TestDb>() {
     world.end(db).await;
 }
 
-/// Polls on a thread that has no runtime; the connection's own is the one of the test.
+/// Polls on a thread without a runtime; the connection's runtime is the test's.
 async fn outside<T: Send + 'static>(future: impl Future<Output = T> + Send + 'static) -> T {
     let thread = std::thread::spawn(move || block_on(future));
     let joined = tokio::task::spawn_blocking(move || thread.join()).await.unwrap();
     joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
-/// The smallest executor there can be.
+/// The smallest possible executor.
 fn block_on<T>(future: impl Future<Output = T>) -> T {
     struct Unpark(std::thread::Thread);
     impl std::task::Wake for Unpark {
@@ -126,7 +126,7 @@ async fn a_closure_outside_any_runtime_is_an_error<D: TestDb>() {
     world.end(db).await;
 }
 
-/// A pool in a `static`, and tests with a runtime each.
+/// A pool in a `static`, and tests with separate runtimes.
 async fn a_pool_outlives_the_runtime_it_was_opened_in<D: TestDb>() {
     let world = World::<D>::new().await;
     let options = world.options.clone();
@@ -189,7 +189,7 @@ async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// Nobody is there any more who could wait for it, and it would hold the lock for hours.
+/// Nothing is left that could wait for it, and it would hold the lock for hours.
 #[tokio::test]
 async fn a_slow_statement_whose_runtime_has_ended_is_interrupted_on_sqlite() {
     let world = World::<Sqlite>::new().await;
@@ -215,7 +215,7 @@ async fn a_slow_statement_whose_runtime_has_ended_is_interrupted_on_sqlite() {
     assert_eq!(world.committed().await, [1]);
 }
 
-/// Outside any runtime: what is asked of the one that has ended must not panic.
+/// Outside any runtime: using the ended runtime must not panic.
 async fn a_commit_after_the_end_of_its_runtime_tells_the_truth<D: TestDb>() {
     let world = World::<D>::new().await;
     let (options, insert) = (world.options.clone(), format!("INSERT INTO {} (n) VALUES (1)", world.table));
@@ -243,7 +243,7 @@ async fn a_commit_after_the_end_of_its_runtime_tells_the_truth<D: TestDb>() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// SQLite has a thread of its own, and what is in memory is gone with its connection.
+/// SQLite has its own thread, and an in-memory database ends with its connection.
 #[test]
 fn sqlite_needs_no_runtime_of_its_own() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -265,7 +265,7 @@ fn sqlite_needs_no_runtime_of_its_own() {
     });
 }
 
-/// Drops a commit that has begun and not ended, with a hook. One that ends at its first poll is no such commit.
+/// Drops a commit with a hook that has begun but not ended. A commit that ends at its first poll does not count.
 async fn drop_a_commit<D: TestDb, H: FnOnce() + Send + 'static>(
     world: &World<D>,
     db: &TxPool<D>,
@@ -357,7 +357,7 @@ async fn those_who_wait_when_the_pool_is_closed_are_told<D: TestDb>() {
     world.end(db).await;
 }
 
-/// Its connection is of no use any more, except on SQLite.
+/// Its connection is useless by then, except on SQLite.
 async fn a_guard_whose_runtime_has_ended_ends_on_another<D: TestDb>() {
     let world = World::<D>::new().await;
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -404,8 +404,8 @@ async fn no_number_of_connections_is_too_large_to_be_refused() {
     }
 }
 
-/// After a COPY that was dropped halfway sqlx is one answer behind, so what comes for COMMIT is the answer to the
-/// statements before it.
+/// After a COPY that was dropped halfway sqlx is one answer behind, so COMMIT gets the answer to the statements before
+/// it.
 #[tokio::test]
 async fn the_answer_to_another_message_is_no_commit() {
     let world = World::<Postgres>::new().await;
@@ -450,8 +450,9 @@ async fn a_url_with_a_password_that_is_not_encoded_is_refused_without_it() {
     assert!(!format!("{error} {error:?}").contains("secret"), "{error:?}");
 }
 
-/// A `begin` that is cancelled in a nested transaction of sqlx takes that one's level with it, so its `commit` is a COMMIT.
-/// Dropped at once, that waits in the queue of the connection's thread behind a statement, with the guard's own behind it.
+/// A `begin` that is cancelled in a nested transaction of sqlx removes that transaction's level, so the nested `commit`
+/// is a COMMIT. If that is dropped at once, it waits in the queue of the connection's thread behind a statement, and
+/// the guard's own COMMIT is behind it.
 #[tokio::test]
 async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
     let world = World::<Sqlite>::new().await;
@@ -484,7 +485,7 @@ async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
     world.end(db).await;
 }
 
-/// A transaction that is dropped about when its statement ends is cancelled about when its rollback ends.
+/// If a transaction is dropped at about the end of its statement, the cancel comes at about the end of its rollback.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_cancel_is_left_on_a_connection_of_a_wrapped_sqlite_pool() {
     let world = World::<Sqlite>::new().await;

@@ -109,7 +109,7 @@ async fn a_begin_is_bounded_by_the_deadline<D: TestDb>() {
     world.end(db).await;
 }
 
-/// The lock is waited for inside SQLite, and no longer than the deadline all the same.
+/// The wait for the lock is inside SQLite, and still ends at the deadline.
 #[tokio::test]
 async fn a_begin_that_waits_for_the_lock_of_sqlite_is_bounded_by_the_deadline() {
     let world = World::<Sqlite>::new().await;
@@ -214,7 +214,7 @@ async fn the_isolation_of_a_guard_in_hand_is_what_was_asked_for_on_mysql() {
     world.end(db).await;
 }
 
-/// A begin that the database has refused is its answer. The session is closed, and no other is tried.
+/// A refused begin is the database's answer. The session is closed, and no other is tried.
 #[tokio::test]
 async fn a_begin_that_is_refused_costs_one_session_and_no_more() {
     for hooked in [false, true] {

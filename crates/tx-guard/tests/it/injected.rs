@@ -1,5 +1,5 @@
-//! A row that somebody else asked for stands before the answer to a rollback, as where a driver has lost its place: it is not
-//! taken for the answer, and the session is not used again.
+//! A foreign row comes before the answer to a rollback, as when a driver has lost its place: it is not mistaken for the
+//! answer, and the session is not used again.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use crate::world::{PATIENCE, Server, World};
 
 trait Injected: Server {
-    /// What is in the message of a rollback that proves itself, and in no other.
+    /// A part of the message of a proving rollback that no other message contains.
     const ROLLBACK: &'static [u8];
     /// The number of the session.
     const ID: &'static str;
@@ -59,7 +59,7 @@ impl Injected for MySql {
     }
 }
 
-/// The way to the server, on which so many rollbacks are answered by somebody else before they are by the server.
+/// A proxy on the way to the server that answers a number of rollbacks before the server does.
 async fn door<D: Injected>(options: &Options<D>, armed: Arc<AtomicUsize>) -> Options<D> {
     let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (server, through) = D::way(options, door.local_addr().unwrap().port());

@@ -1,4 +1,4 @@
-//! Bad input: what is wrong is told by the variant, in time, and without credentials.
+//! Bad input: the variant says what is wrong, in time, and without credentials.
 
 use std::error::Error;
 use std::time::{Duration, Instant};
@@ -19,12 +19,12 @@ on_all!(
     a_url_of_another_database_is_not_valid,
 );
 
-/// In every password here. It must not be found in what an error says, nor in its sources.
+/// A part of every password here. It must not appear in an error's text, nor in its sources.
 const SECRET: &str = "s3cret";
 
 const SHORT: Duration = Duration::from_millis(100);
 
-/// Checks what all of them have in common.
+/// Checks the common properties of all errors.
 fn seen(error: TxError) -> TxError {
     let mut said = format!("{error} {error:?}");
     let mut source = error.source();
@@ -105,7 +105,7 @@ async fn a_file_that_is_no_database_is_refused() {
     assert!(error.as_sqlx().is_some_and(|error| error.to_string().contains("not a database")), "{error:?}");
 }
 
-/// A port on which nobody listens, because whoever did has gone.
+/// A port without a listener, because its listener has gone.
 async fn dead_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap().port()
 }
@@ -198,7 +198,7 @@ async fn a_wrong_password_is_refused_by_mysql() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The servers of the tests trust everybody, so this one is a line of one.
+/// The servers of the tests trust everyone, so this one is scripted.
 #[tokio::test]
 async fn a_wrong_password_is_refused_by_postgres() {
     let server = TcpListener::bind("127.0.0.1:0").await.unwrap();

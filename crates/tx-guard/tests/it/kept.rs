@@ -1,5 +1,5 @@
-//! What a transaction that has failed leaves behind: a session that is in order is used again, and one that is not is ended
-//! over another one, so that its locks are free whatever becomes of its connection.
+//! What a failed transaction leaves behind: a session that is in order is used again, and any other is ended over
+//! another session, so that its locks are free whatever becomes of its connection.
 
 use std::pin::pin;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::world::{TestDb, World, mostly_within};
 
 on_all!(a_commit_that_is_refused_for_a_lost_savepoint_keeps_its_session);
 
-/// One session was opened, and none was given up.
+/// Asserts that one session was opened, and none was given up.
 fn is_kept<D: TestDb>(db: &TxPool<D>) {
     let now = db.metrics();
     assert_eq!((now.opened, now.closed_failed, now.terminated), (1, 0, 0), "{now:?}");
@@ -65,7 +65,7 @@ async fn a_commit_behind_an_end_by_its_sql_keeps_its_session_on_mysql() {
     a_commit_behind_an_end_by_its_sql_keeps_its_session::<MySql>().await;
 }
 
-/// Nobody has heard of the error, so it is that of the commit, as on PostgreSQL it would be.
+/// Nobody has got the error yet, so it becomes the commit's error, as on PostgreSQL.
 #[tokio::test]
 async fn a_commit_behind_a_dropped_statement_that_fails_is_refused_on_mysql() {
     let world = World::<MySql>::new().await;
@@ -104,8 +104,8 @@ async fn a_commit_behind_a_dropped_statement_whose_session_was_killed_is_a_rollb
     world.end(db).await;
 }
 
-/// sqlx takes a `begin` that was cut inside a nested transaction for the nested one, whose commit then is that of the whole.
-/// What the server may have to say to the rollback of the guard is not needed to doubt that there was one.
+/// sqlx mistakes a `begin` that was cut inside a nested transaction for the nested one, whose commit then commits the
+/// whole. The outcome is in doubt even without the server's answer to the guard's rollback.
 #[tokio::test]
 async fn an_end_of_which_sqlx_may_have_made_a_commit_is_in_doubt_although_the_session_has_died() {
     let world = World::<MySql>::new().await;
@@ -132,7 +132,7 @@ async fn an_end_of_which_sqlx_may_have_made_a_commit_is_in_doubt_although_the_se
     world.end(db).await;
 }
 
-/// What it is answered is wider than sqlx knows when it is dropped before the end.
+/// The answer is longer than sqlx knows when it is dropped before the end.
 async fn leave_more_to_be_read_than_there_is(
     world: &World<MySql>,
     door: &Door<MySql>,
@@ -144,8 +144,8 @@ async fn leave_more_to_be_read_than_there_is(
     timeout(Duration::from_millis(300), prepared).await.map(drop).unwrap_err();
 }
 
-/// sqlx waits for more than the server has to say, and the server for sqlx: nothing is sent that could be committed, and after
-/// the time in which the server was seen waiting the session is ended.
+/// sqlx waits for more than the server sends, and the server waits for sqlx: nothing is sent that could be committed,
+/// and after the server was seen waiting for the limit the session is ended.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_behind_what_never_comes_is_given_up_in_its_time_and_its_session_ended() {
     let world = World::<MySql>::new().await;
@@ -171,7 +171,7 @@ async fn a_commit_behind_what_never_comes_is_given_up_in_its_time_and_its_sessio
     world.end(db).await;
 }
 
-/// The same without a commit. Nobody waits for the two seconds after which a session is given up that can still be cancelled.
+/// The same without a commit. There is no wait of two seconds, as for a session that can still be cancelled.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drop_behind_what_never_comes_ends_the_session_soon() {
     let world = World::<MySql>::new().await;

@@ -1,4 +1,4 @@
-//! The sessions of a wrapped pool are asked who they are once, and are never taken for one another.
+//! The sessions of a wrapped pool are identified once, and are never mistaken for one another.
 
 use std::time::{Duration, Instant};
 
@@ -13,9 +13,9 @@ use crate::commit::works_as_before;
 use crate::world::{SOON, Server, TestDb, World};
 
 trait Sessions: Server + HasStatementCache {
-    /// Keeps no statements, by which a session could be recognised.
+    /// Options that keep no statements, which could identify a session.
     fn without_cache(options: Options<Self>) -> Options<Self>;
-    /// Sleeps for a while, and says whether it was left in peace.
+    /// Sleeps for a while, and returns whether it was left undisturbed.
     async fn nap(conn: &mut Self::Connection) -> bool;
 }
 
@@ -39,7 +39,7 @@ impl Sessions for MySql {
     }
 }
 
-/// Cancels statements on three sessions of one pool in turn, while the others go on with theirs.
+/// Cancels statements on three sessions of one pool in turn, while the other sessions continue theirs.
 async fn each_cancel_reaches_the_session_it_is_meant_for<D: Sessions>(cached: bool) {
     let world = World::<D>::new().await;
     let options = if cached { world.options.clone() } else { D::without_cache(world.options.clone()) };

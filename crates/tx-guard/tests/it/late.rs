@@ -1,4 +1,4 @@
-//! Statements that reach the server later than their cancel: it finds nothing to cancel, and has to come again.
+//! Statements that reach the server after their cancel, which finds nothing to cancel and has to be repeated.
 
 use std::pin::pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,8 +20,8 @@ use crate::world::{PATIENCE, Server, TestDb, World, eventually, mostly_within};
 /// The first connection of a pool is a session, the second its connection for cancelling.
 const CANCELLER: usize = 1;
 
-/// Stands before the server, can keep what the sessions send and what they are answered, notes what they send, and counts
-/// what the canceller was answered.
+/// A proxy in front of the server that can hold back the sessions' messages and answers, records their messages, and
+/// counts the answers to the canceller.
 pub(crate) struct Door<D: TestDb> {
     pub(crate) through: Options<D>,
     held: watch::Sender<bool>,
@@ -80,7 +80,7 @@ async fn carry(
     drop(to.shutdown().await);
 }
 
-/// Says how long it took until it was rolled back.
+/// Returns how long it took until the rollback.
 async fn a_statement_after_its_cancel<D: Server>(world: &World<D>, door: &Door<D>, db: &TxPool<D>) -> Duration {
     let mut events = db.events();
     let mut tx = db.begin().await.unwrap();
@@ -123,7 +123,7 @@ async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same_on_my
     a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same::<MySql>().await;
 }
 
-/// sqlx does not know how long the answer is that it has not waited for, and would wait for another one for ever.
+/// sqlx does not know the length of an answer that it has not waited for, and would wait for another one for ever.
 #[tokio::test]
 async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is_an_error_on_mysql() {
     let world = World::<MySql>::new().await;
@@ -151,7 +151,7 @@ async fn a_savepoint_after_a_statement_that_was_dropped_while_it_was_prepared_is
     world.end(db).await;
 }
 
-/// Where the first of these bytes are in what was sent.
+/// The first position of these bytes in the sent data.
 fn position(sent: &[u8], wanted: &[u8]) -> usize {
     let found = sent.windows(wanted.len()).position(|bytes| bytes == wanted);
     found.unwrap_or_else(|| panic!("not sent: {}", wanted.escape_ascii()))

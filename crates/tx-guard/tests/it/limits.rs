@@ -1,4 +1,4 @@
-//! The limits of a pool, each set to something else than its default.
+//! The limits of a pool, each set to a value other than its default.
 
 use std::time::Duration;
 
@@ -12,12 +12,12 @@ use crate::late;
 use crate::silence::{CANCELLER, Door, SESSION, builder, within};
 use crate::world::{TestDb, World};
 
-/// Less than the default of a commit whose caller has gone.
+/// Less than the default for a commit whose caller has gone.
 const LONG: Duration = Duration::from_secs(30);
 
 const SHORT: Duration = Duration::from_millis(200);
 
-/// Neither the session nor that for cancelling answers any more.
+/// Neither the session nor the cancelling connection answers any more.
 async fn a_rollback_says_for_how_long_it_has_waited(world: &World<Postgres>, door: &Door, db: &TxPool<Postgres>) {
     let mut tx = db.begin().await.unwrap();
     world.insert(&mut tx, 1).await.unwrap();
@@ -72,7 +72,7 @@ async fn a_commit_whose_caller_has_gone_is_given_up_when_the_pool_says() {
     world.end(db).await;
 }
 
-/// A pool of one session through the door. `other` is the limit of what is read before COMMIT is sent, which is another one.
+/// A pool of one session through the door. `other` is the separate limit for reading before COMMIT is sent.
 async fn with_answer_timeout(door: &late::Door<MySql>, limit: Duration, other: Duration) -> TxPool<MySql> {
     let db = TxPool::<MySql>::builder().max_connections(1).answer_timeout(limit).catch_up_timeout(other);
     db.connect_with(door.through.clone()).await.unwrap()
@@ -100,7 +100,7 @@ async fn an_answer_to_commit_that_never_comes_is_waited_for_as_long_as_the_pool_
     world.end(db).await;
 }
 
-/// The same answer, on its way for longer than a server is given by default.
+/// The same answer, on its way for longer than the default limit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_to_commit_that_comes_within_that_time_is_heard() {
     let world = World::<MySql>::new().await;
@@ -118,7 +118,7 @@ async fn an_answer_to_commit_that_comes_within_that_time_is_heard() {
     world.end(db).await;
 }
 
-/// A server that works on its COMMIT does not wait for anybody, however long that takes.
+/// A server that works on its COMMIT does not wait for its client, however long that takes.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_commit_on_which_the_server_works_is_not_given_up() {
     let world = World::<MySql>::new().await;

@@ -1,4 +1,4 @@
-//! What the server has to complain about: however a transaction ends, no ROLLBACK finds none to end.
+//! The server's warnings: however a transaction ends, no ROLLBACK comes without a transaction.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +14,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::relied::takes_dropped_begins_back;
 use crate::world::{PATIENCE, TestDb, World};
 
-/// All that the server has said to its clients, which includes what it writes into its log as warnings.
+/// Everything that the server has sent to its clients, including the warnings that it writes into its log.
 type Said = Arc<Mutex<Vec<u8>>>;
 
 const COMPLAINT: &[u8] = b"no transaction in progress";
@@ -23,7 +23,7 @@ fn complained(said: &Said) -> bool {
     said.lock().unwrap().windows(COMPLAINT.len()).any(|text| text == COMPLAINT)
 }
 
-/// Stands before the server and writes down what it says.
+/// A proxy in front of the server that records its messages.
 async fn listening_door(options: &PgConnectOptions) -> (PgConnectOptions, Said) {
     let door = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let through = options.clone().host("127.0.0.1").port(door.local_addr().unwrap().port());

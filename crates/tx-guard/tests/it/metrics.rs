@@ -1,4 +1,4 @@
-//! What a pool says of itself.
+//! The metrics of a pool.
 
 use std::time::Duration;
 
@@ -44,7 +44,7 @@ async fn a_pool_counts_what_it_has_and_what_it_has_done<D: TestDb>() {
 
 on_all!(a_pool_counts_what_it_has_and_what_it_has_done, a_session_that_is_in_use_when_its_pool_is_closed_is_counted,);
 
-/// Works once, and waits for the one session to be closed, for the reason that `is_counted` sees alone.
+/// Works once, and waits until the only session is closed, for this reason and no other.
 async fn one_is_closed(builder: TxPoolBuilder<Sqlite>, reason: usize) {
     let world = World::<Sqlite>::new().await;
     let db = builder.max_connections(1).connect_with(world.options.clone()).await.unwrap();
@@ -70,7 +70,7 @@ async fn the_reason_why_a_session_was_closed_is_counted() {
     one_is_closed(builder().after_release(|_| Box::pin(async { Ok(false) })), 2).await;
 }
 
-/// On one thread nobody can have done anything for it yet.
+/// On one thread no task can have worked on it yet.
 #[tokio::test]
 async fn a_transaction_that_was_dropped_is_being_rolled_back_until_it_is_over() {
     let world = World::<Postgres>::new().await;

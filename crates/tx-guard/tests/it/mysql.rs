@@ -1,4 +1,4 @@
-//! What MySQL and MariaDB do by themselves: roll back under a deadlock, commit before a DDL, lose a prepared statement.
+//! What MySQL and MariaDB do by themselves: roll back after a deadlock, commit before a DDL, lose a prepared statement.
 
 use std::time::{Duration, Instant};
 
@@ -86,7 +86,7 @@ async fn swallow_a_deadlock(world: &World<MySql>, db: &TxPool<MySql>) {
     works_as_before(world, db).await;
 }
 
-/// The same on plain sqlx: the commit says Ok, the row before is lost and the row after was committed by itself.
+/// The same on plain sqlx: the commit returns Ok, the row before is lost and the row after was committed on its own.
 #[tokio::test]
 async fn plain_sqlx_says_ok_after_a_deadlock() {
     let world = World::<MySql>::new().await;
@@ -117,7 +117,7 @@ async fn the_victim_of_a_deadlock_is_run_again() {
     world.end(db).await;
 }
 
-/// MySQL undoes the statement alone and keeps the transaction, whose rest can be committed or run again.
+/// MySQL undoes only the statement and keeps the transaction, whose rest can be committed or run again.
 #[tokio::test]
 async fn a_lock_that_was_waited_for_too_long_is_run_again_and_may_be_swallowed() {
     let world = World::<MySql>::new().await;
@@ -173,7 +173,7 @@ async fn a_ddl_is_refused_but_has_committed_what_came_before_it() {
 const SETTINGS: &str = "SELECT CAST(@@innodb_lock_wait_timeout AS SIGNED)
     UNION ALL SELECT CAST(@@lock_wait_timeout AS SIGNED)";
 
-/// What was left of so many seconds when the transaction was begun, which is less on a busy machine, and a little more.
+/// Whether the limits match the rest of `seconds` when the transaction began (less on a busy machine), plus a little.
 fn limits_of(seconds: i64, settings: &[i64]) -> bool {
     settings.len() == 2 && settings.iter().all(|limit| (1..=seconds + 1).contains(limit))
 }
@@ -251,7 +251,7 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
     pool.close().await;
 }
 
-/// Says how long it took until the next transaction began.
+/// Returns how long it took until the next transaction began.
 async fn a_statement_dropped_while_it_is_prepared(world: &World<MySql>, db: &TxPool<MySql>, round: i64) -> Duration {
     let mut tx = db.begin().await.unwrap();
     let handle = tx.outcome_handle();

@@ -16,7 +16,7 @@ async fn one_connection<D: TestDb>(world: &World<D>) -> Pool<D> {
     PoolOptions::<D>::new().max_connections(1).connect_with(world.options.clone()).await.unwrap()
 }
 
-/// Begins and commits on the pool, and sees that this has committed nothing else.
+/// Begins and commits on the pool, and checks that this has committed nothing else.
 async fn commits_its_own_alone<D: TestDb>(world: &World<D>, db: &TxPool<D>, n: i64, what: &str) {
     let mut expected = world.committed().await;
     let mut tx = within(db.begin()).await.unwrap_or_else(|error| panic!("{what}: {error:?}"));
@@ -67,7 +67,7 @@ on_all!(
     a_guard_does_not_begin_inside_what_a_dropped_begin_has_leaked,
 );
 
-/// An error has ended it already, as far as it can be ended without a ROLLBACK.
+/// An error has already ended it, as far as possible without a ROLLBACK.
 #[tokio::test]
 async fn a_guard_does_not_begin_inside_a_failed_transaction() {
     let world = World::<Postgres>::new().await;
@@ -82,7 +82,7 @@ async fn a_guard_does_not_begin_inside_a_failed_transaction() {
     world.end(db).await;
 }
 
-/// A `begin` of sqlx's that was forgotten counts in sqlx, which would make a savepoint of the next one.
+/// A forgotten `begin` of sqlx counts in sqlx, which would turn the next one into a savepoint.
 async fn forgotten<D: TestDb>() {
     let world = World::<D>::new().await;
     let pool = one_connection(&world).await;
@@ -105,7 +105,7 @@ async fn a_guard_does_not_begin_inside_a_forgotten_transaction() {
     forgotten::<MySql>().await;
 }
 
-/// Each new connection is in a transaction, which is not the next one's to end either.
+/// Each new connection is in a transaction, which the next user must not end either.
 #[tokio::test]
 async fn a_pool_whose_connections_are_all_in_transactions_is_an_error_and_no_loop() {
     let world = World::<Postgres>::new().await;

@@ -1,4 +1,4 @@
-//! Transactions of sqlx nested in a guard, and what is cut inside them.
+//! Transactions of sqlx nested in a guard, and cuts inside them.
 
 use cancel_safe_tx_guard::{CommitOutcome, TxError};
 use sqlx::{Connection, Postgres, Sqlite};
@@ -10,9 +10,9 @@ use crate::world::{TestDb, World};
 
 on_all!(a_raw_rollback_lets_no_later_write_stand);
 
-/// sqlx rolls back twice then, which ends the guard's transaction; what follows does not pass the guard.
+/// Then sqlx rolls back twice, which ends the guard's transaction; the statements after that do not pass the guard.
 ///
-/// A version of sqlx that takes a dropped `begin` back does it one level too far, and then the nested `commit` is that of the
+/// A version of sqlx that takes a dropped `begin` back goes one level too far, so the nested `commit` commits the
 /// whole: then the outcome is unknown.
 async fn a_begin_cancelled_inside_a_nested_transaction_lets_nothing_stand<D: TestDb>(may_stand: bool) {
     let world = World::<D>::new().await;

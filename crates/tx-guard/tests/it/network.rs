@@ -1,7 +1,7 @@
 //! Many drops at once over a network: no session is lost, and the locks are free soon.
 //!
-//! What is asserted is generous, because the machine has other things to do; the bench `storm` measures. By default a
-//! hundred drops at round trips of 0 and 20 ms; `CANCEL_SAFE_CAMPAIGN=full` makes storms of a thousand, and of 60 ms.
+//! The assertions are generous, because the machine may be busy; the bench `storm` measures. By default a hundred drops
+//! at round trips of 0 and 20 ms; `CANCEL_SAFE_CAMPAIGN=full` makes storms of a thousand, and of 60 ms.
 
 pub(crate) mod storm;
 
@@ -14,14 +14,14 @@ use tokio::sync::Mutex;
 use self::storm::{Doing, Report, Stormy, quantile, storm};
 use crate::world::TestDb;
 
-/// What a machine with much else to do may need. The aim is a tenth of it.
+/// The time that a busy machine may need. The aim is a tenth of it.
 const SOON: Duration = Duration::from_secs(2);
 
 fn millis(millis: u64) -> Duration {
     Duration::from_millis(millis)
 }
 
-/// What is wrong with it.
+/// The faults in a report.
 fn faults(report: &Report) -> Vec<String> {
     let mut faults = Vec::new();
     if report.lost > 0 || report.terminated > 0 {
@@ -68,12 +68,12 @@ async fn a_storm_far_from_the_server_loses_no_session_and_holds_no_lock_on_mysql
     a_storm_loses_no_session_and_holds_no_lock::<MySql>(millis(20)).await;
 }
 
-/// How many of a hundred drops of idle guards may send a cancel: one whose thread is set aside for three milliseconds between
-/// two lines looks as if it were reading rows, and such a cancel does no harm. Where the grace is too short for the way to
-/// the server, all hundred do.
+/// How many of a hundred drops of idle guards may send a cancel: a guard whose thread is suspended for three
+/// milliseconds between two lines looks as if it were reading rows, and such a cancel does no harm. If the grace is too
+/// short for the round trip to the server, all hundred do.
 const UNLUCKY: usize = 10;
 
-/// Where nothing runs there is nothing to be cancelled, however far away.
+/// Where nothing runs there is nothing to cancel, however far away the server is.
 async fn no_cancel_is_sent_for_idle_guards<D: Stormy + TestDb>() {
     let (_place, options) = D::place();
     let report = storm::<D>(&options, 100, millis(20), Doing::Idle).await;
@@ -91,7 +91,7 @@ async fn no_cancel_is_sent_for_idle_guards_on_mysql() {
     no_cancel_is_sent_for_idle_guards::<MySql>().await;
 }
 
-/// Each of a thousand connections takes three files of this process and of the server.
+/// Whether there are enough files: each of a thousand connections takes three in this process and in the server.
 #[cfg(target_os = "linux")]
 fn has_files_for_all() -> bool {
     let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
@@ -105,8 +105,9 @@ fn has_files_for_all() -> bool {
     false
 }
 
-/// The storms that are too big for every day, one after another, whatever the database: two of a thousand at the same time
-/// keep two processors busy for longer than the two seconds after which a session is ended that has not come to rest.
+/// The storms that are too big for everyday runs, one after another, whatever the database: two storms of a thousand at
+/// the same time keep two processors busy for longer than the two seconds after which a session that has not come to
+/// rest is ended.
 #[expect(clippy::print_stdout, reason = "a campaign says what it has seen")]
 async fn big_storms_lose_no_session_and_hold_no_lock<D: Stormy + TestDb>(database: &str) {
     static ONE: Mutex<()> = Mutex::const_new(());

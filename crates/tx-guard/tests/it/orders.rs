@@ -28,7 +28,7 @@ async fn whoever_hangs_up_the_books_of_the_example_are_right() {
     assert!(start(settings).await.unwrap(), "see what was printed");
 }
 
-/// What a service answers to the same requests.
+/// A service's answers to a fixed list of requests.
 async fn answers(router: Router) -> Vec<Answer> {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -73,7 +73,7 @@ async fn the_plain_and_the_guarded_handlers_of_the_example_answer_alike() {
     assert_eq!(all[0], all[1]);
 }
 
-/// Each line that the page's section shows as taken away or added is in the file it is said to be of.
+/// Each line that the page's section shows as removed or added is in the corresponding file.
 #[test]
 fn the_page_about_the_example_shows_what_is_in_its_files() {
     let page = include_str!("../../../../docs/src/migrating.md");

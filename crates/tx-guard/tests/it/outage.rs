@@ -21,7 +21,7 @@ on_all!(
     a_pool_that_is_closed_while_a_transaction_settles_ends,
 );
 
-/// Starts a statement that is slow, and drops it.
+/// Starts a slow statement, and drops it.
 async fn leave_a_slow_statement<D: TestDb>(world: &World<D>, conn: &mut D::Connection) {
     leave_after_an_insert(world, conn, 1, D::SLOW).await;
 }
@@ -65,7 +65,7 @@ async fn a_pool_that_is_closed_while_a_transaction_settles_ends<D: TestDb>() {
     world.end(db).await;
 }
 
-/// Stands before the server like a machine that can be switched off: its connections end, and new ones are refused.
+/// A proxy that is like a server machine that can be switched off: its connections end, and new ones are refused.
 struct Machine {
     port: u16,
     server: (String, u16),
@@ -116,7 +116,8 @@ impl Machine {
     }
 }
 
-/// What each caller has in hand is lost, nobody waits longer than asked, and afterwards all is as before.
+/// Each caller loses the transaction in hand, none waits longer than its limit, and afterwards everything works as
+/// before.
 async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
     let world = Arc::new(World::<D>::new().await);
     let machine = Machine::on(D::address(&world.options)).await;
@@ -191,7 +192,7 @@ async fn a_restart_is_survived_by_a_wrapped_pool_on_mysql() {
     a_restart_is_survived::<MySql>(true).await;
 }
 
-/// The connection that cancels is dead and no other can be had: the session is given up, and the server finds out.
+/// The cancelling connection is dead and no other is available: the session is given up, and the server finds out.
 #[tokio::test]
 async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     let world = World::<Postgres>::new().await;
@@ -221,7 +222,7 @@ async fn a_drop_frees_its_locks_when_nobody_can_cancel() {
     world.run(format!("DROP ROLE {role}")).await;
 }
 
-/// Connects as soon as the server has room, which is that of the canceller.
+/// Connects as soon as the server has room, which is the canceller's place.
 async fn take_the_place<D: TestDb>(options: &Options<D>) -> D::Connection {
     let mut usurper = None;
     eventually("the place of the canceller is free", async || {
@@ -232,7 +233,7 @@ async fn take_the_place<D: TestDb>(options: &Options<D>) -> D::Connection {
     usurper.unwrap()
 }
 
-/// The same where the server notices nothing of a dead client: what runs there ends in its own time, and the pool does not
+/// The same with a server that does not notice a dead client: the statement ends in its own time, and the pool does not
 /// wait for it.
 #[tokio::test]
 async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
@@ -267,7 +268,8 @@ async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
     world.run(format!("DROP USER {user}")).await;
 }
 
-/// Whatever the server ends, the canceller among it, is told as lost, and the next transaction finds a new session.
+/// Every session that the server ends, including the canceller, is reported as lost, and the next transaction gets a
+/// new session.
 async fn a_server_that_ends_all_its_sessions_is_survived(wrapped: bool) {
     let world = World::<Postgres>::new().await;
     let role = format!("{}_role", world.table);
@@ -317,7 +319,7 @@ async fn a_server_that_ends_all_its_sessions_is_survived_by_a_wrapped_pool() {
     a_server_that_ends_all_its_sessions_is_survived(true).await;
 }
 
-/// Each attempt is rolled back, so that its session is there for the next one.
+/// Each attempt is rolled back, so that its session is available for the next one.
 async fn there_is_a_session_again<D: TestDb>(db: &TxPool<D>) {
     let begins = async || match db.begin().await {
         Ok(tx) => tx.rollback().await.is_ok(),

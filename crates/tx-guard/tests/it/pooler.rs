@@ -1,5 +1,5 @@
-//! Behind PgBouncer in transaction mode, where each transaction has another session, and where other applications have the
-//! same ones: nothing of ours is ever seen by them.
+//! Behind PgBouncer in transaction mode, where each transaction has another session, and where other applications use
+//! the same sessions: they never see anything of ours.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,11 +20,11 @@ use crate::world::{PATIENCE, SOON, TestDb, World, url};
 
 const PGBOUNCER: &str = "CANCEL_SAFE_TEST_PGBOUNCER_URL";
 
-/// How many sessions the pooler has at most. Who has so many has them all.
+/// The pooler's maximum of sessions. A client with this many has them all.
 const SESSIONS: usize = 150;
 
-/// What is left on the session of this transaction. The pooler itself gives each session the first five of its client, and
-/// the last one to those of a server that the user has named.
+/// A query for what is left on this transaction's session. The pooler itself gives each session its client's first five
+/// settings, and the last one to sessions of a server that the user has named.
 pub(crate) const LEFT: &str =
     "SELECT name || ' = ' || setting FROM pg_settings WHERE source = 'session' AND name NOT IN
         ('client_encoding', 'DateStyle', 'TimeZone', 'standard_conforming_strings', 'application_name', 'search_path')
@@ -35,8 +35,8 @@ pub(crate) fn options() -> PgConnectOptions {
     url(PGBOUNCER).parse::<PgConnectOptions>().unwrap().statement_cache_capacity(0)
 }
 
-/// Has one transaction on each session of the pooler at the same time, runs `sql` in each, and gives all the texts that
-/// come back.
+/// Opens one transaction on each session of the pooler at the same time, runs `sql` in each, and returns all the
+/// resulting texts.
 pub(crate) async fn visit_all(sql: &str) -> Vec<String> {
     let visits = stream::iter(0..SESSIONS).map(async |_| {
         let mut conn = options().connect().await.unwrap();
@@ -55,7 +55,7 @@ pub(crate) async fn visit_all(sql: &str) -> Vec<String> {
     all
 }
 
-/// Another application behind the same pooler, which writes and sleeps all the time and is not to be disturbed.
+/// Another application behind the same pooler, which writes and sleeps all the time and must not be disturbed.
 struct Neighbour {
     is_over: Arc<AtomicBool>,
     working: JoinHandle<i64>,
@@ -81,20 +81,20 @@ impl Neighbour {
         Self { is_over, working }
     }
 
-    /// Says how much it has written.
+    /// Ends it, and returns how much it has written.
     async fn leaves(self) -> i64 {
         self.is_over.store(true, Ordering::Relaxed);
         timeout(PATIENCE, self.working).await.unwrap().unwrap()
     }
 }
 
-/// Nobody else uses the pooler.
+/// Makes sure that no other test uses the pooler.
 pub(crate) async fn alone() -> MutexGuard<'static, ()> {
     static ALONE: Mutex<()> = Mutex::const_new(());
     ALONE.lock().await
 }
 
-/// A pool behind the pooler, with neighbours. One at a time, because they have all sessions at their ends.
+/// A pool behind the pooler, with neighbours. Only one exists at a time, because each uses all sessions at its end.
 struct Pooled {
     world: World<Postgres>,
     theirs: World<Postgres>,
@@ -117,7 +117,7 @@ impl Pooled {
         timeout(PATIENCE, self.db.begin()).await.unwrap().unwrap()
     }
 
-    /// Sees that the neighbours were left in peace, and that nothing was left on any session.
+    /// Checks that the neighbours were not disturbed, and that nothing was left on any session.
     async fn end(self) {
         let mut written = 0;
         for neighbour in self.neighbours {
@@ -159,7 +159,7 @@ async fn a_database_without_poolers_says_so() {
     assert!(matches!(pool, Err(TxError::InvalidOption { option: "pooler", .. })), "{pool:?}");
 }
 
-/// The twin: what somebody leaves on a session is found.
+/// The twin: anything left on a session is found.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_left_on_a_session_is_found() {
     let pooled = Pooled::new(1).await;
@@ -301,7 +301,7 @@ async fn a_storm_behind_a_pooler_disturbs_nobody() {
     pooled.end().await;
 }
 
-/// A transaction that its own SQL has ended has its session no more, which somebody else may have.
+/// A transaction that its own SQL has ended no longer has its session, which another client may have.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_cancel_reaches_who_has_the_session_of_a_transaction_that_has_ended() {
     let mut pooled = Pooled::new(4).await;

@@ -1,4 +1,4 @@
-//! Many transactions at once, dropped at random moments: what the handles say is what the table has.
+//! Many transactions at once, dropped at random moments: the handles agree with the table.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};

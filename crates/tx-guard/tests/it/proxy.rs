@@ -1,4 +1,4 @@
-//! A proxy that delays, cuts and resets inside COMMIT: what was told is compared with the table.
+//! A proxy that delays, cuts and resets inside COMMIT: the reported results are compared with the table.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -16,7 +16,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::world::{PATIENCE, TestDb, World, eventually};
 
-/// How often each fault is met.
+/// How often each fault occurs.
 const ROUNDS: i64 = 4;
 
 /// A database behind a socket.
@@ -27,7 +27,7 @@ pub(crate) trait ServerDb: TestDb {
     fn address(options: &Options<Self>) -> (String, u16);
     /// The same database through another port of this machine, in plain text.
     fn through(options: Options<Self>, port: u16) -> Options<Self>;
-    /// SQL that lets each commit of an insert into `table` take a while, if the database can.
+    /// SQL that slows down each commit of an insert into `table`, if the database can do that.
     fn slow_commits(table: &str) -> Option<(String, String)>;
 }
 
@@ -78,9 +78,9 @@ pub(crate) enum Fault {
     CutBefore,
     /// It reaches the server, and the client is cut off at once.
     CutBehind,
-    /// Its answer is read and not handed on.
+    /// Its answer is read but not passed on.
     CutAnswer,
-    /// So many bytes of its answer are handed on.
+    /// Only this many bytes of its answer are passed on.
     Part(usize),
     /// The client is cut off by a reset instead of an end, before and after.
     ResetBefore,
@@ -101,7 +101,7 @@ const FAULTS: [Fault; 9] = [
 
 type Armed = Arc<Mutex<Option<Fault>>>;
 
-/// Stands before the server. Its drop closes all its connections.
+/// A proxy in front of the server. Its drop closes all its connections.
 pub(crate) struct Proxy {
     pub(crate) port: u16,
     armed: Armed,
@@ -173,7 +173,7 @@ async fn serve(client: TcpStream, server: TcpStream, armed: Armed) {
     }
 }
 
-/// Whether the connection goes on.
+/// Applies the fault; returns whether the connection continues.
 #[expect(clippy::disallowed_methods, reason = "nobody drops the proxy's tasks halfway")]
 async fn strike(
     fault: Fault,
@@ -205,7 +205,7 @@ async fn strike(
     matches!(fault, Fault::Delay)
 }
 
-/// What was told, fault by fault.
+/// The reported results, fault by fault.
 #[derive(Debug, Default)]
 struct Told {
     committed: usize,
@@ -229,7 +229,7 @@ async fn quiet<D: ServerDb>(world: &World<D>, pair: i64) {
     .await;
 }
 
-/// Meets each fault with `begin`'s transactions, and compares.
+/// Applies each fault to transactions of `begin`, and compares.
 async fn meet<D: ServerDb>(
     world: &World<D>,
     proxy: &Proxy,
@@ -299,7 +299,7 @@ async fn no_outcome_is_told_wrongly<D: ServerDb>(slow: bool, mode: CommitMode) -
     told
 }
 
-/// The twin: who takes the error of a commit for "rolled back" is wrong.
+/// The twin: taking a commit's error for "rolled back" is wrong.
 async fn an_error_of_a_plain_commit_means_nothing<D: ServerDb>() {
     let world = World::<D>::new().await;
     let proxy = Proxy::open(D::address(&world.options)).await;
@@ -339,7 +339,7 @@ async fn no_outcome_is_left_unknown_where_it_is_asked_for() {
     }
 }
 
-/// What it has to NOTIFY goes out at its commit, although it has written nothing.
+/// Its NOTIFY goes out at its commit, although it has written nothing.
 #[tokio::test]
 async fn a_lost_commit_that_has_only_notified_is_no_rollback() {
     let world = World::<Postgres>::new().await;
@@ -362,7 +362,7 @@ async fn a_lost_commit_that_has_only_notified_is_no_rollback() {
     world.end(db).await;
 }
 
-/// In a pool whose other commits are not asked for.
+/// In a pool that does not ask about its other commits.
 #[tokio::test]
 async fn a_lost_commit_is_found_out_where_its_closure_asks_for_that() {
     let world = World::<Postgres>::new().await;

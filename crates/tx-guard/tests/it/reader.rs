@@ -140,7 +140,7 @@ async fn a_wrapped_pool_has_readers_on_both() {
     a_wrapped_pool_has_readers::<MySql>().await;
 }
 
-/// A session that has rested for more than a second is asked first.
+/// A session that was idle for more than a second is checked first.
 #[tokio::test]
 async fn a_reader_leaves_a_silent_session_for_another() {
     let world = World::<Postgres>::new().await;

@@ -1,7 +1,7 @@
 //! What the crate relies on in sqlx beyond what sqlx promises: one test for each habit, which fails with a sentence that
 //! names it when sqlx changes it. `docs/architecture.md` says which room relies on which.
 //!
-//! No pool of ours is in this room: what fails here is sqlx, and what fails elsewhere is ours.
+//! None of our pools is in this room: a failure here is sqlx's, and a failure elsewhere is ours.
 
 use futures_util::{FutureExt, StreamExt};
 use sqlx::database::HasStatementCache;
@@ -35,12 +35,12 @@ async fn begin<D: Database>(conn: &mut D::Connection, sql: &'static str) -> Resu
     D::TransactionManager::begin(conn, Some(sql.into_sql_str())).await
 }
 
-/// The code of the error that the database has answered with.
+/// The code of the database's error.
 fn code(answer: &Result<Vec<i64>, sqlx::Error>) -> Option<String> {
     Some(answer.as_ref().err()?.as_database_error()?.code()?.into_owned())
 }
 
-/// `backend`: whether a transaction is open is asked of sqlx's depth, on each use of a guard.
+/// `backend`: sqlx's depth says whether a transaction is open, on each use of a guard.
 async fn the_depth_counts_transactions_of_sqlx_alone<D: TestDb>() {
     const HABIT: &str = "sqlx has changed: its depth is not any more the number of its own transactions that are open";
     let world = World::<D>::new().await;
@@ -135,7 +135,7 @@ pub(crate) async fn takes_dropped_begins_back() -> bool {
     *TAKES_BACK.get_or_init(look).await
 }
 
-/// `postgres`: what is queued behind a dropped `begin` shows whether sqlx takes it back, and so whether the depth of a
+/// `postgres`: the queue behind a dropped `begin` shows whether sqlx takes it back, and so whether the depth of a
 /// transaction that was cut two levels deep is zero or one.
 #[tokio::test]
 async fn a_begin_that_is_taken_back_leaves_one_level_more_on_postgres() {
@@ -200,8 +200,8 @@ async fn a_begin_of_several_statements_is_one_message_on_mysql() {
     assert!(matches!(none, Err(sqlx::Error::BeginFailed)), "sqlx has changed: a BEGIN without effect is {none:?}");
 }
 
-/// `proof`, `slot` and the three rollbacks: a rollback is queued without waiting and counts at once; it goes out with what
-/// is sent next, or by one poll of `flush`.
+/// `proof`, `slot` and the three rollbacks: a rollback is queued without waiting and counts at once; it goes out with
+/// the next message, or by one poll of `flush`.
 async fn a_rollback_is_queued_and_counts_at_once<D: Server>() {
     const HABIT: &str = "sqlx has changed: `start_rollback` does not queue the rollback any more and lower the depth";
     let world = World::<D>::new().await;
@@ -236,7 +236,7 @@ async fn a_rollback_is_queued_and_counts_at_once_on_mysql() {
     a_rollback_is_queued_and_counts_at_once::<MySql>().await;
 }
 
-/// `settle` and `in_step`: `flush` is ready in its first poll where nothing is to be read, and waits where something is.
+/// `settle` and `in_step`: `flush` is ready in its first poll if there is nothing to read, and waits otherwise.
 async fn a_flush_says_in_one_poll_whether_an_answer_is_due<D: Server>(nap: &'static str) {
     const HABIT: &str = "sqlx has changed: `flush` does not say any more whether an answer is due";
     let mut conn = plain::<D>().await;
@@ -258,7 +258,7 @@ async fn a_flush_says_in_one_poll_whether_an_answer_is_due_on_mysql() {
     a_flush_says_in_one_poll_whether_an_answer_is_due::<MySql>("DO SLEEP(2)").await;
 }
 
-/// `in_step`: a preparation sends what is queued first, and reads the answer to it.
+/// `in_step`: a preparation first sends what is queued, and reads the answer to it.
 #[tokio::test]
 async fn a_preparation_is_behind_the_rollback_that_was_queued_on_mysql() {
     let world = World::<MySql>::new().await;
@@ -274,7 +274,7 @@ async fn a_preparation_is_behind_the_rollback_that_was_queued_on_mysql() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The rollbacks: what a dropped statement has left answers first, at most once, and errors are told to who comes next.
+/// The rollbacks: a dropped statement's remains answer first, at most once, and the next statement gets their errors.
 #[tokio::test]
 async fn the_error_of_a_dropped_statement_is_told_to_the_next_one_on_postgres() {
     const HABIT: &str = "sqlx has changed: the error of a dropped statement is not told to the next one any more";
@@ -288,7 +288,7 @@ async fn the_error_of_a_dropped_statement_is_told_to_the_next_one_on_postgres() 
     assert_eq!(next.unwrap(), [2], "{HABIT} alone");
 }
 
-/// `proof`: a message of several statements answers one by one, its row can be told by the name of its column, and an error
+/// `proof`: a message of several statements answers one by one, the name of its column identifies its row, and an error
 /// ends it.
 #[tokio::test]
 async fn a_message_of_several_statements_is_answered_one_by_one_on_postgres() {
@@ -453,8 +453,7 @@ async fn hooks_stay_and_a_ping_is_behind_what_was_dropped_on_sqlite() {
     assert_eq!(world.committed().await, [1]);
 }
 
-/// `sqlite`: sqlx says that all is well where it counts no transaction, and keeps its count where SQLite has rolled back by
-/// itself.
+/// `sqlite`: sqlx returns `Ok` if it counts no transaction, and keeps its count if SQLite has rolled back by itself.
 #[tokio::test]
 async fn a_commit_of_nothing_is_fine_and_a_failed_rollback_takes_no_level_away_on_sqlite() {
     type Manager = <Sqlite as Database>::TransactionManager;
@@ -468,7 +467,7 @@ async fn a_commit_of_nothing_is_fine_and_a_failed_rollback_takes_no_level_away_o
     assert_eq!(depth::<Sqlite>(&conn), 1, "sqlx has changed: a rollback that fails takes a level away");
 }
 
-/// With a server that takes its time, and without waiting for it.
+/// With a slow server, and without waiting for it.
 #[tokio::test]
 async fn a_connection_is_back_when_its_return_has_ended_on_postgres() {
     let options: PgConnectOptions = url(POSTGRES).parse().unwrap();

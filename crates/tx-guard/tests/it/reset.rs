@@ -1,4 +1,4 @@
-//! What one transaction does to its session, and what the next one finds there.
+//! What one transaction changes in its session, and what the next one finds there.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -298,7 +298,7 @@ async fn a_name_that_is_none_is_refused() {
     assert!(matches!(error, TxError::InvalidOption { option: "verify", .. }), "{error:?}");
 }
 
-/// A session for which nobody waits is asked in a message of its own, behind the commit.
+/// If no caller waits for a session, a separate message asks it after the commit.
 #[tokio::test]
 async fn what_a_session_has_become_is_reset_on_a_pool_with_room_as_well() {
     const SESSIONS: usize = 4;

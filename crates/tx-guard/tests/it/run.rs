@@ -1,4 +1,4 @@
-//! Savepoints, and closures that are run as transactions: retry, timeout, hooks.
+//! Savepoints, and closures that run as transactions: retry, timeout, hooks.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -258,7 +258,7 @@ async fn a_closure_with_captures_runs_inside_a_spawned_task() {
     world.end(db).await;
 }
 
-/// Both read before either writes, so one of them has to fail under this isolation, and succeeds when run again.
+/// Both read before either writes, so one of them has to fail at this isolation level, and succeeds when run again.
 #[tokio::test]
 async fn a_transient_failure_that_only_the_commit_hears_of_is_run_again() {
     let world = World::<Postgres>::new().await;
@@ -361,7 +361,7 @@ async fn a_write_where_nothing_is_to_be_written_is_named_on_sqlite() {
     world.end(db).await;
 }
 
-/// Whose sessions are not ours, and write whatever they are asked for.
+/// Its sessions are not ours, and accept any write.
 #[tokio::test]
 async fn a_read_only_transaction_on_a_wrapped_pool_writes_nothing() {
     async fn on<D: TestDb>() {

@@ -1,5 +1,5 @@
-//! Transactions where services have them: behind `&self`, with borrowed requests, in a task and in the handler of a web
-//! server. Most of what is tested here is that it compiles.
+//! Transactions as services use them: behind `&self`, with borrowed requests, in a task and in the handler of a web
+//! server. Mostly this tests that they compile.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -15,7 +15,7 @@ use sqlx::Sqlite;
 
 use crate::world::{PATIENCE, TestDb, World};
 
-/// It is not a `std::error::Error`, as many are not.
+/// Like many error types, it is not a `std::error::Error`.
 #[derive(Debug)]
 enum AppError {
     Db(TxError),
@@ -128,7 +128,7 @@ async fn put(State(service): State<Service>, Path((way, n)): Path<(String, i64)>
     Ok(service.by(&way, &request).await?.to_string())
 }
 
-/// The whole of it in the handler, where nothing but the state is owned by the closure.
+/// Everything in the handler, where the closure owns only the state.
 async fn put_here(State(service): State<Service>, Path(n): Path<i64>, note: String) -> Result<String, AppError> {
     let request = Request { n, note };
     let (by, request) = ("here", &request);
@@ -202,7 +202,7 @@ async fn http(address: std::net::SocketAddr, request: String) -> String {
     tokio::time::timeout(PATIENCE, talk).await.unwrap()
 }
 
-/// The closure of `run` owns what it needs, so its future can be sent.
+/// The closure of `run` owns what it needs, so its future is `Send`.
 #[tokio::test]
 async fn a_closure_that_owns_what_it_needs_can_be_spawned() {
     let (world, service) = service().await;

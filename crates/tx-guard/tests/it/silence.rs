@@ -17,7 +17,7 @@ use tokio::time::timeout;
 use crate::commit::works_as_before;
 use crate::world::{PATIENCE, TestDb, World, eventually, mostly_within};
 
-/// Stands before the server and numbers the connections. A silent one is neither closed nor served.
+/// A proxy in front of the server that numbers the connections. A silent connection is neither closed nor served.
 pub(crate) struct Door {
     pub(crate) through: PgConnectOptions,
     silent: watch::Sender<HashSet<usize>>,
@@ -160,7 +160,7 @@ async fn a_server_that_opens_one_session_and_then_nothing_is_a_timeout() {
     assert!(matches!(error, TxError::ConnectTimeout { timeout, .. } if timeout == limit), "{error:?}");
 }
 
-/// Says how long it took until the transaction was rolled back.
+/// Returns how long it took until the transaction was rolled back.
 async fn a_cancel_without_an_answer(world: &World<Postgres>, options: &PgConnectOptions, kill: bool) -> Duration {
     let door = Door::open(options).await;
     let db = builder().connect_with(door.through.clone()).await.unwrap();
@@ -188,8 +188,8 @@ async fn a_cancel_without_an_answer(world: &World<Postgres>, options: &PgConnect
     took
 }
 
-/// A cancel that was sent and never answered may arrive at any time. The session it was meant for must not meet it in
-/// somebody else's hands.
+/// A cancel that was sent and never answered may arrive at any time. Its target session must not be in other hands by
+/// then.
 #[tokio::test]
 async fn a_session_whose_cancel_had_no_answer_is_not_used_again() {
     let world = World::<Postgres>::new().await;

@@ -1,5 +1,5 @@
-//! Drops while the database waits or works: for a lock, in a long write, in a COPY; and what is busy or cancelled from
-//! outside.
+//! Drops while the database waits or works: for a lock, in a long write, in a COPY; and statements that are busy or
+//! cancelled from outside.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -22,7 +22,7 @@ on_all!(
     hooks_of_failed_attempts_never_run,
 );
 
-/// A database that can be asked for a failure after which it makes sense to try again.
+/// A database that can produce a transient failure on request.
 pub(crate) trait Transient: TestDb {
     async fn transient(conn: &mut Self::Connection) -> sqlx::Error;
 }
@@ -42,7 +42,7 @@ impl Transient for MySql {
 }
 
 impl Transient for Sqlite {
-    /// Two connections to a database of their own, of which one is in the other's way.
+    /// Two connections to a separate database, one of which blocks the other.
     async fn transient(_: &mut sqlx::SqliteConnection) -> sqlx::Error {
         let (_place, options) = Sqlite::place();
         let connect =
@@ -256,7 +256,7 @@ async fn a_drop_in_a_copy_leaves_nothing_and_a_clean_connection() {
     world.end(db).await;
 }
 
-/// Somebody cancels this session again and again, so that many a cancel comes at a ROLLBACK or a COMMIT.
+/// Another session cancels this one again and again, so that many cancels arrive at a ROLLBACK or a COMMIT.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cancel_that_arrives_at_the_rollback_leaves_nothing_open() {
     let world = World::<Postgres>::new().await;

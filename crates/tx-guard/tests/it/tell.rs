@@ -1,4 +1,4 @@
-//! What is logged of a commit whose caller has gone: the error, of which nobody else is told.
+//! The log of a commit whose caller has gone: the error, which nothing else receives.
 
 use std::error::Error;
 use std::fmt::Debug;
@@ -56,7 +56,7 @@ impl Visit for Words<'_> {
     }
 }
 
-/// A constraint that is looked at when the transaction commits fails there.
+/// A constraint that is checked at the commit fails there.
 async fn the_error_of_a_commit_without_a_caller_is_logged<D: TestDb>() {
     let world = World::<D>::new().await;
     let (parent, child) = (format!("{}_parent", world.table), format!("{}_child", world.table));

@@ -1,4 +1,4 @@
-//! A time that is over is told as a timeout, whoever was the first to notice: the caller, the server or nobody.
+//! The end of the time is reported as a timeout, whichever side notices first: the caller, the server or neither.
 
 use std::time::{Duration, Instant};
 
@@ -16,7 +16,7 @@ on_all!(
     the_error_of_work_in_time_is_its_own,
 );
 
-/// What a team makes of our errors, and nothing that could be looked into.
+/// A user's own error type, made from ours, without a source.
 #[derive(Debug)]
 enum AppError {
     Tx(TxError),
@@ -96,7 +96,7 @@ fn busy(time: Duration) {
     std::thread::sleep(time);
 }
 
-/// The thread is busy until the server's own limit has ended the statement, so both are there to be heard at once.
+/// The thread is busy until the server's own limit has ended the statement, so both results are ready at once.
 async fn the_limit_of_the_server_is_a_timeout_of_ours<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
@@ -134,7 +134,7 @@ async fn the_limit_of_mysql_is_a_timeout_of_ours() {
     the_limit_of_the_server_is_a_timeout_of_ours::<MySql>().await;
 }
 
-/// Its constraint is looked at when it commits, and takes its time.
+/// Its constraint is checked at the commit, slowly.
 async fn slow_commits(world: &World<Postgres>, then: &str) {
     let table = &world.table;
     world
@@ -147,7 +147,7 @@ async fn slow_commits(world: &World<Postgres>, then: &str) {
         .await;
 }
 
-/// A commit that was begun in time, and whose answer comes when it is over.
+/// A commit that began in time, and whose answer comes after the deadline.
 #[tokio::test]
 async fn a_commit_that_fails_past_the_deadline_is_a_timeout_and_one_that_succeeds_is_none() {
     for (then, committed) in [("RAISE EXCEPTION 'refused';", false), ("", true)] {

@@ -1,5 +1,5 @@
-//! Answers that come a byte at a time: a future can then be dropped in the middle of each, where sqlx has read a part of it
-//! that it does not remember.
+//! Answers that come a byte at a time: a future can then be dropped in the middle of each, after sqlx has read a part
+//! of it that it does not remember.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -20,17 +20,17 @@ use tokio::time::timeout;
 use crate::fuzz::cut::cut;
 use crate::world::{PATIENCE, Server, TestDb, World};
 
-/// How what the server says is passed on.
+/// How the server's messages are passed on.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Pace {
     AtOnce,
     ByteByByte,
-    /// MySQL's number of columns, the first column, and the length of the first row; then nothing until there is another
-    /// pace.
+    /// MySQL's number of columns, the first column, and the length of the first row; then nothing until the pace
+    /// changes.
     ToTheFirstRow,
 }
 
-/// Stands before the server, and passes on what it says.
+/// A proxy in front of the server that passes on its messages.
 pub(crate) struct Door<D: Server> {
     pub(crate) through: Options<D>,
     pub(crate) pace: watch::Sender<Pace>,
@@ -58,7 +58,7 @@ impl<D: Server> Door<D> {
 }
 
 impl<D: Server> Drop for Door<D> {
-    /// What has come through goes on.
+    /// Connections that are already open continue.
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -101,13 +101,13 @@ fn to_the_first_row(answer: &[u8]) -> usize {
     after(after(0)) + HEADER
 }
 
-/// How a transaction ends in which a statement was torn.
+/// How a transaction with a torn statement ends.
 #[derive(Debug, Clone, Copy)]
 enum End {
     Drop,
     Rollback,
     Commit,
-    /// When all is there that was to come.
+    /// A commit after everything has arrived.
     LateCommit,
 }
 
@@ -134,8 +134,8 @@ impl<D: Server> Torn<D> {
         Self { world, door, db, next: 10, expected: [1, 2, 3].into(), refused: 0 }
     }
 
-    /// Drops `run` after so many pendings, ends the transaction, and looks at the two that follow. Says whether there was
-    /// anything to drop.
+    /// Drops `run` after a number of pendings, ends the transaction, and checks the two transactions that follow.
+    /// Returns whether there was anything to drop.
     async fn once(
         &mut self,
         run: impl AsyncFnOnce(&mut D::Connection, String),
@@ -195,14 +195,14 @@ impl<D: Server> Torn<D> {
         was_cut
     }
 
-    /// Says how many commits were errors.
+    /// Returns how many commits were errors.
     async fn end(self) -> usize {
         self.world.end(self.db).await;
         self.refused
     }
 }
 
-/// Reads its rows, which are in the binary form, because it is prepared.
+/// Reads its rows, which are in binary form, because the statement is prepared.
 async fn read<D: Server>(conn: &mut D::Connection, sql: String) {
     drop(D::numbers(conn, sql).await);
 }
@@ -214,7 +214,7 @@ const TRANSFER: &str = "UPDATE TABLE SET v = v - 1 WHERE n = 1; UPDATE TABLE SET
     INSERT INTO TABLE (n) VALUES (#)";
 const SELECT: &str = "SELECT n FROM TABLE WHERE n < 4 AND # > 0";
 
-/// Drops after each pending that there is; a commit now and then, because one that finds no way out takes seconds.
+/// Drops after each pending; it commits only occasionally, because a stuck commit takes seconds.
 async fn whatever_is_torn_the_next_transactions_are_whole<D: Server>() -> usize {
     let mut torn = Torn::<D>::new().await;
     for (end, step) in [(End::Drop, 1), (End::Rollback, 1), (End::Commit, 61), (End::LateCommit, 47)] {
@@ -245,7 +245,7 @@ async fn whatever_is_torn_the_next_transactions_are_whole_on_mysql() {
     assert_ne!(whatever_is_torn_the_next_transactions_are_whole::<MySql>().await, 0, "no commit met anything torn");
 }
 
-/// Values that pass for answers to something else once sqlx has lost its place between them.
+/// Values that look like answers to other messages once sqlx has lost its place between them.
 pub(crate) const ROWS: &str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 900)
     SELECT x'000000fe00000000' FROM n WHERE # > 0";
 const IN_THE_ROWS: Range<u32> = 60..200;
@@ -267,9 +267,8 @@ async fn rows_that_look_like_answers_are_not_believed() {
     assert_ne!(refused, 0, "no commit met anything torn");
 }
 
-/// The rows are such that, read from the second half of the first on, they are an end, two answers `OK` of which the first
-/// says that there is more to come, and nothing that is left over. The transaction has ended already, so the true answers
-/// are errors.
+/// Read from the second half of the first row on, the rows are an end, two answers `OK`, the first of which says that
+/// more will come, and no remainder. The transaction has already ended, so the true answers are errors.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_the_answers_to_a_commit_are_not_believed() {
     let world = World::<MySql>::new().await;
@@ -294,8 +293,8 @@ async fn rows_that_look_like_the_answers_to_a_commit_are_not_believed() {
     world.end(db).await;
 }
 
-/// The rows are such that, read from the second half of the first on, they are an end, and then an answer that says it has
-/// 2^40 columns. sqlx makes room for them before it reads on, and where that fails the process ends.
+/// Read from the second half of the first row on, the rows are an end, and then an answer that announces 2^40 columns.
+/// sqlx allocates room for them before it reads on, and if that fails the process ends.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_the_head_of_an_enormous_answer_do_not_end_the_process() {
     let world = World::<MySql>::new().await;
@@ -326,13 +325,13 @@ async fn rows_that_look_like_the_head_of_an_enormous_answer_do_not_end_the_proce
     world.end(db).await;
 }
 
-/// What holds the connection that is torn.
+/// The holder of the torn connection.
 enum Tear {
     Transaction,
     Reader,
 }
 
-/// The twin: sqlx alone gives connections back that are out of step, so the check can fail.
+/// The twin: sqlx alone returns connections that are out of step, so the check can fail.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn rows_that_look_like_answers_are_believed_by_plain_sqlx() {
     let world = World::<MySql>::new().await;

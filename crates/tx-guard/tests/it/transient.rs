@@ -1,4 +1,4 @@
-//! What is run again, and what is not: in whatever error it comes, and never what may have been committed.
+//! What runs again, and what does not: whatever error wraps the cause, and never after a possible commit.
 
 use std::error::Error;
 use std::fmt::{self, Debug};
@@ -36,12 +36,12 @@ impl Error for Repository {
     }
 }
 
-/// It speaks for the error it holds, which is not in its chain then.
+/// A transparent error: the error inside it is not in its chain.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
 struct Speaker(#[from] sqlx::Error);
 
-/// An error of the application's that is no `std::error::Error`.
+/// An error of the application that is not a `std::error::Error`.
 #[derive(Debug)]
 enum AppError {
     Db(sqlx::Error),
@@ -63,7 +63,7 @@ impl AppError {
     }
 }
 
-/// How many attempts are made at work that fails twice.
+/// Returns how many attempts are made at work that fails twice.
 async fn attempts<D: Transient, E: From<TxError> + Debug + 'static>(
     tx: Tx<D>,
     fail: impl Fn(sqlx::Error, OutcomeHandle) -> E,
@@ -163,7 +163,7 @@ async fn a_failure_that_lasts_is_not_run_again<D: Transient>() {
     world.end(db).await;
 }
 
-/// The connection is lost behind COMMIT, which has reached the server. The proof that nothing is done twice is the table.
+/// The connection is lost after COMMIT has reached the server. The table proves that nothing is done twice.
 async fn a_commit_of_which_nobody_knows<D: ServerDb>() {
     let world = World::<D>::new().await;
     let proxy = Proxy::open(D::address(&world.options)).await;
@@ -203,7 +203,7 @@ async fn a_commit_of_which_nobody_knows_is_done_again_only_if_that_does_no_harm_
     a_commit_of_which_nobody_knows::<MySql>().await;
 }
 
-/// A real one, behind an error of the application's, which is `TxError::application`'s way out of a closure.
+/// A real one, behind an error of the application, which leaves the closure through `TxError::application`.
 #[tokio::test]
 async fn a_serialization_failure_inside_the_error_of_a_repository_is_run_again() {
     let world = World::<Postgres>::new().await;
@@ -226,7 +226,7 @@ async fn a_serialization_failure_inside_the_error_of_a_repository_is_run_again()
     world.end(db).await;
 }
 
-/// Its SQL has committed, and then it fails in a way that passes: to do it again would do it twice.
+/// Its SQL has committed, and then it fails transiently: another attempt would do it twice.
 #[tokio::test]
 async fn work_that_has_committed_by_itself_is_not_run_again() {
     let world = World::<Postgres>::new().await;

@@ -1,4 +1,4 @@
-//! What becomes of the sessions of a pool besides transactions: their number, their age, hooks and changing credentials.
+//! The upkeep of a pool's sessions: their number, their age, hooks and changing credentials.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -61,7 +61,7 @@ async fn a_hook_that_fails_on_a_new_session_is_an_error_of_connecting<D: TestDb>
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The second session is refused by the hook, and the one after it is not.
+/// The hook refuses the second session, but not the one after it.
 async fn a_hook_ahead_of_begin_that_fails_costs_its_session<D: TestDb>() {
     let world = World::<D>::new().await;
     let (opened, begun) = (Count::default(), Count::default());
@@ -155,7 +155,7 @@ async fn counted(world: &World<Postgres>, builder: TxPoolBuilder<Postgres>) -> T
     builder.connect_with(world.options.clone().application_name(&world.table)).await.unwrap()
 }
 
-/// One more is there for cancelling.
+/// There is one more session for cancelling.
 #[tokio::test]
 async fn so_many_sessions_are_kept_as_are_asked_for() {
     let world = World::<Postgres>::new().await;
@@ -202,7 +202,7 @@ async fn works_and_rolls_back(db: &TxPool<Postgres>) {
     within(db.begin()).await.unwrap().rollback().await.unwrap();
 }
 
-/// It is looked at when it is taken, and when it is given back, not only now and then.
+/// Its age is checked when it is taken and when it is given back, not only periodically.
 #[tokio::test]
 async fn a_session_that_is_too_old_is_given_to_nobody() {
     let world = World::<Postgres>::new().await;
@@ -244,7 +244,7 @@ fn a_session_that_grew_too_old_while_it_was_idle_is_given_to_nobody() {
     });
 }
 
-/// It has shown that it answers. Whoever had it before bounds what is waited for.
+/// It has shown that it answers. The limit is only for sessions that were used before.
 #[tokio::test]
 async fn a_begin_on_a_session_that_was_opened_just_now_may_take_its_time() {
     let world = World::<Postgres>::new().await;
@@ -279,7 +279,7 @@ async fn a_pool_that_is_gone_has_no_task_any_more() {
     world.run(format!("DROP TABLE {}", world.table)).await;
 }
 
-/// The password of the role is another one for each session.
+/// The password of the role changes for each session.
 #[tokio::test]
 async fn each_session_is_opened_with_the_latest_credentials() {
     let world = World::<Postgres>::new().await;

@@ -1,5 +1,5 @@
-//! A database with one table of its own for each test. What is asserted is read over a plain connection, never over
-//! the pool that is under test.
+//! A database with a separate table for each test. Assertions read over a plain connection, never over the pool under
+//! test.
 
 use std::sync::LazyLock;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -22,7 +22,7 @@ use tokio::runtime::{Builder, Runtime};
 /// Longer than anything here takes on a busy machine.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Tells what is promised, milliseconds, from the hours of [`TestDb::SLOW`], also on a machine with much else to do.
+/// Distinguishes the promised milliseconds from the hours of [`TestDb::SLOW`], even on a busy machine.
 pub(crate) const SOON: Duration = Duration::from_secs(30);
 
 pub(crate) const POSTGRES: &str = "CANCEL_SAFE_TEST_POSTGRES_URL";
@@ -33,9 +33,9 @@ pub(crate) fn url(variable: &str) -> String {
     std::env::var(variable).unwrap_or_else(|_| panic!("set {variable} or run cargo xtask test tx-guard"))
 }
 
-/// What the tests need to know of a database, beyond what the crate itself knows.
+/// What the tests need to know about a database, beyond the crate's own knowledge.
 pub(crate) trait TestDb: Backend {
-    /// A place for the data that lives as long as the test does.
+    /// A place for the data that lives as long as the test.
     type Place: Send + Sync;
 
     /// A statement that runs for hours if nobody stops it.
@@ -45,20 +45,20 @@ pub(crate) trait TestDb: Backend {
     const MILLION: &'static str =
         "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 1000000) SELECT i FROM n";
 
-    /// A query for so many rows that reading them all takes much longer than any test.
+    /// A query with so many rows that reading them all takes much longer than any test.
     const ENDLESS: &'static str = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT i FROM n";
 
     fn place() -> (Self::Place, Options<Self>);
 
-    /// The connections of the tests themselves, where all places are in one server. Opening them takes longer than most of
-    /// what is tested, and a transaction that is dropped at each await would open four of them each time.
+    /// The connections of the tests themselves, if all places are in one server. Opening them takes longer than most
+    /// tests, and an exploration would open four of them at each await.
     fn beside() -> Option<fn() -> &'static Pool<Self>> {
         None
     }
 
     fn execute(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     fn numbers(conn: &mut Self::Connection, sql: String) -> impl Future<Output = Result<Vec<i64>, sqlx::Error>> + Send;
-    /// The same, where it is read once only.
+    /// The same, for reading only once.
     fn numbers_once(
         conn: &mut Self::Connection,
         sql: String,
@@ -157,8 +157,8 @@ impl TestDb for MySql {
         sqlx::query_scalar(AssertSqlSafe(sql)).fetch_all(conn).await
     }
 
-    /// As text, because each statement that is prepared is closed by a message without an answer, behind which the next one
-    /// is held back by the server's own TCP.
+    /// As text, because each prepared statement is closed by a message without an answer, and then the server's own TCP
+    /// holds back the next one.
     async fn numbers_once(conn: &mut MySqlConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?.iter().map(|row| row.try_get(0)).collect()
     }
@@ -168,14 +168,14 @@ impl TestDb for MySql {
     }
 }
 
-/// Has to be called where its connections live.
+/// Must be called in the runtime where its connections live.
 fn lazily<D: TestDb>(options: Options<D>) -> Pool<D> {
     PoolOptions::new().max_connections(16).acquire_timeout(PATIENCE).connect_lazy_with(options)
 }
 
 /// A database with a server, and so with a way to it.
 pub(crate) trait Server: TestDb {
-    /// The type of a number of 64 bits in a CAST.
+    /// The type of a 64-bit number in a CAST.
     const BIGINT: &'static str;
 
     /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
@@ -218,7 +218,7 @@ impl Server for MySql {
     }
 }
 
-/// What is done with SQL on a connection.
+/// Runs SQL on a connection.
 type Work<D> = for<'c> fn(&'c mut <D as Database>::Connection, String) -> Answer<'c>;
 type Answer<'c> = BoxFuture<'c, Result<Vec<i64>, sqlx::Error>>;
 
@@ -230,7 +230,7 @@ pub(crate) struct World<D: TestDb> {
 }
 
 impl<D: TestDb> World<D> {
-    /// Makes the table: a number that is unique, and a text.
+    /// Creates the table: a unique number, and a text.
     pub(crate) async fn new() -> Self {
         static NEXT: AtomicU32 = AtomicU32::new(0);
         let table = format!("tx_guard_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -248,7 +248,7 @@ impl<D: TestDb> World<D> {
         self.options.connect().await.unwrap()
     }
 
-    /// Runs SQL on a connection that is not one of the pool under test.
+    /// Runs SQL on a connection outside the pool under test.
     pub(crate) async fn run(&self, sql: String) {
         self.beside(sql, |conn, sql| Box::pin(async { D::execute(conn, sql).await.map(|()| Vec::new()) })).await;
     }
@@ -258,7 +258,7 @@ impl<D: TestDb> World<D> {
         D::execute(conn, format!("INSERT INTO {} (n) VALUES ({n})", self.table)).await
     }
 
-    /// The numbers that are committed, as another session sees them.
+    /// The committed numbers, as another session sees them.
     pub(crate) async fn committed(&self) -> Vec<i64> {
         let sql = format!("SELECT n FROM {} ORDER BY n", self.table);
         self.beside(sql, |conn, sql| Box::pin(D::numbers_once(conn, sql))).await
@@ -274,7 +274,7 @@ impl<D: TestDb> World<D> {
         elsewhere(async move { work(&mut *beside().acquire().await.unwrap(), sql).await.unwrap() }).await
     }
 
-    /// Sees that the pool is in order, and takes the table away.
+    /// Checks that the pool is in order, and removes the table.
     pub(crate) async fn end(&self, db: TxPool<D>) {
         let report = db.close(PATIENCE).await;
         assert!(report.is_clean(), "{report}");
@@ -282,8 +282,8 @@ impl<D: TestDb> World<D> {
     }
 }
 
-/// Runs `scenario`, which says how long it took, several times, and fails if more than a fifth were not within `bound`:
-/// what would be wrong takes two seconds each time, and a machine with much else to do may take as long now and then.
+/// Runs `scenario`, which returns how long it took, several times, and fails if more than a fifth were not within
+/// `bound`: a fault would take two seconds each time, and a busy machine may occasionally take that long.
 pub(crate) async fn mostly_within(bound: Duration, times: usize, mut scenario: impl AsyncFnMut() -> Duration) {
     let mut took = Vec::new();
     for _ in 0..times {
@@ -293,7 +293,7 @@ pub(crate) async fn mostly_within(bound: Duration, times: usize, mut scenario: i
     assert!(late * 5 <= times, "not within {bound:?}: {took:?}");
 }
 
-/// Runs `peer`, and what it spawns, on a runtime that outlives those of the tests and is none of theirs.
+/// Runs `peer`, and what it spawns, on a separate runtime that outlives those of the tests.
 pub(crate) async fn elsewhere<T: Send + 'static>(peer: impl Future<Output = T> + Send + 'static) -> T {
     static PEERS: LazyLock<Runtime> =
         LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());

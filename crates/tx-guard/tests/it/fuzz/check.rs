@@ -1,7 +1,7 @@
 //! The comparison of the books with the table.
 //!
-//! Invariant: each row of the table is explained by exactly one committed transaction, and each committed transaction
-//! has all its rows there.
+//! Invariant: exactly one committed transaction explains each row of the table, and each committed transaction has all
+//! its rows there.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::atomic::Ordering;
@@ -16,10 +16,10 @@ use crate::world::PATIENCE;
 /// How many of the violations are described.
 const DESCRIBED: usize = 20;
 
-/// What the accounts must hold by now.
+/// The expected balances of the accounts.
 pub(crate) type Sums = BTreeMap<i64, i64>;
 
-/// What was run and what was found.
+/// What ran and what was found.
 #[derive(Debug, Default)]
 pub(crate) struct Tally {
     pub(crate) rounds: usize,
@@ -151,9 +151,9 @@ pub(crate) fn compare(
 enum Kind {
     /// A part of a transaction is there.
     Torn,
-    /// Something is there that was not committed.
+    /// A row is there that was not committed.
     Phantom,
-    /// What was told is not what is there.
+    /// A report does not match the table.
     Wrong,
 }
 
@@ -180,7 +180,7 @@ fn judge(page: &Page, mut rows: HashSet<i64>, sums: &mut Sums, tally: &mut Tally
     if rows.is_empty() { Ok(()) } else { Err((Kind::Phantom, format!("rolled back, and {rows:?} are there"))) }
 }
 
-/// What was promised: what the handle says, which must not contradict what the caller was told.
+/// The promised outcome: the handle's, which must not contradict the caller's result.
 fn outcome(attempt: &Attempt) -> Result<CommitOutcome, (Kind, String)> {
     let Some(handle) = &attempt.handle else {
         let committed = attempt.said == Said::Committed;

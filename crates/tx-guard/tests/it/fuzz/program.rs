@@ -1,7 +1,7 @@
-//! Random transactions, and the book that is kept of what they were promised.
+//! Random transactions, and the book of the promises they got.
 //!
-//! Invariant: whatever a statement may do is in the book before the statement is sent, so a cut at any moment leaves no
-//! row in the table of which the book does not know.
+//! Invariant: the possible effect of a statement is in the book before the statement is sent, so a cut at any moment
+//! leaves no row in the table that is missing from the book.
 
 use std::cell::Cell;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -23,15 +23,15 @@ pub(crate) const KEYS: i64 = 256;
 /// The accounts between which transfers are made; their keys are negative.
 pub(crate) const ACCOUNTS: i64 = 6;
 
-/// After so many pendings, or not at all.
+/// After how many pendings to cut, or not at all.
 type Cut = Option<u32>;
 
-/// What one transaction is to do, and how it is to end.
+/// The statements of one transaction, and its intended end.
 #[derive(Debug)]
 pub(crate) struct Program {
     steps: Vec<Step>,
     end: End,
-    /// Whether an error that leaves the transaction usable is passed over.
+    /// Whether to ignore an error that leaves the transaction usable.
     careless: bool,
 }
 
@@ -120,15 +120,15 @@ impl Step {
     }
 }
 
-/// Whether what a statement did belongs to the transaction.
+/// Whether the effect of a statement belongs to the transaction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Standing {
     /// It said `Ok`.
     Done,
     /// It failed, or its savepoint was undone.
     Undone,
-    /// Its own future, or the end of its savepoint, was dropped and the transaction went on: all that bears the same
-    /// number, or nothing of it.
+    /// Its own future, or the end of its savepoint, was dropped and the transaction continued: all entries with the
+    /// same number count, or none.
     May(usize),
 }
 
@@ -141,7 +141,7 @@ pub(crate) struct Entry {
     pub(crate) standing: Standing,
 }
 
-/// What the caller was told.
+/// The caller's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Said {
     /// Nothing: cut, or still under way.
@@ -161,14 +161,14 @@ pub(crate) struct Attempt {
     pub(crate) doomed: Option<&'static str>,
     pub(crate) hooks: Arc<AtomicU32>,
     pub(crate) may_be_unknown: bool,
-    /// What its commit failed with, if the caller was told.
+    /// The error of its commit, if the caller got it.
     pub(crate) error: Option<String>,
-    /// The entry before which the oldest savepoint of sqlx was set to which was rolled back. It is still there, and sqlx
+    /// The first entry after the oldest sqlx savepoint to which a rollback went. That savepoint still exists, and sqlx
     /// uses its name again.
     stale: Option<usize>,
 }
 
-/// Where a program is.
+/// The stage of a program.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(usize)]
 pub(crate) enum Stage {
@@ -178,17 +178,17 @@ pub(crate) enum Stage {
     Nested,
     Commit,
     Rollback,
-    /// Nothing was under way when it was cut, or it was never begun.
+    /// Nothing was under way when it was cut, or it never began.
     Idle,
 }
 
-/// All that is known of one program.
+/// Everything that is known about one program.
 #[derive(Debug)]
 pub(crate) struct Page {
     pub(crate) attempts: Vec<Attempt>,
     pub(crate) stage: Stage,
     pub(crate) inner_cuts: Vec<Stage>,
-    /// As it is shown when something is wrong with it.
+    /// The text for the description of a violation.
     pub(crate) program: String,
     first: i64,
 }
@@ -230,7 +230,7 @@ impl Book {
         look(self.page().attempts.last_mut().unwrap())
     }
 
-    /// A new entry, which may come true until more is known.
+    /// Adds a new entry, which is possible until more is known.
     fn enter(&self, rows: i64, transfer: Option<(i64, i64, i64)>) -> (usize, std::ops::Range<i64>) {
         let first = self.page().first;
         self.last(|attempt| {
@@ -247,7 +247,7 @@ impl Book {
         self.last(|attempt| attempt.entries[entry].standing = standing);
     }
 
-    /// The savepoint in which everything from `start` on was done is undone.
+    /// Marks the entries from `start` on as undone, together with their savepoint.
     fn undone_since(&self, start: usize) {
         self.last(|attempt| attempt.entries[start..].iter_mut().for_each(|entry| entry.standing = Standing::Undone));
     }
@@ -286,14 +286,14 @@ impl Book {
     }
 }
 
-/// Where transactions come from: the crate, or plain sqlx, which is the twin that has to be caught.
+/// The source of transactions: the crate, or plain sqlx, which is the twin that the check must catch.
 pub(crate) enum Source<D: FuzzDb> {
     Ours(TxPool<D>),
     Plain(sqlx::Pool<D>),
 }
 
 impl<D: FuzzDb> Source<D> {
-    /// How long it may take until all is at rest. The twin has something to wait for that never comes.
+    /// How long it may take until everything is at rest. The twin waits for something that never comes.
     pub(crate) fn rest(&self) -> Duration {
         match self {
             Self::Ours(_) => PATIENCE,
@@ -326,14 +326,14 @@ impl<D: FuzzDb> Hand<'_, D> {
     }
 }
 
-/// One program on its way.
+/// One running program.
 pub(crate) struct Run<D: FuzzDb> {
     pub(crate) source: Source<D>,
     pub(crate) table: Arc<str>,
     pub(crate) book: Book,
-    /// Whether a `begin` inside a nested transaction of sqlx is cut as well: where nothing can mend that, it is not.
+    /// Whether to cut a `begin` inside a nested transaction of sqlx as well: not where nothing can repair that.
     pub(crate) deep: bool,
-    /// Inside something that is cut and after which the program goes on.
+    /// Whether it is inside a cut after which the program continues.
     pub(crate) in_cut: Cell<bool>,
 }
 
@@ -410,7 +410,7 @@ impl<D: FuzzDb> Run<D> {
         self.book.stage(Stage::Idle);
     }
 
-    /// What a failed commit says, noted for the description of a violation.
+    /// The result of a failed commit, recorded for the description of a violation.
     fn failed(&self, error: &TxError) -> Said {
         let source = std::error::Error::source(error).map(ToString::to_string).unwrap_or_default();
         // A closure that did not begin has no attempt.
@@ -420,7 +420,7 @@ impl<D: FuzzDb> Run<D> {
         if error.is_unknown() { Said::Unknown } else { Said::NotCommitted }
     }
 
-    /// As its users do: what did not say `Ok` has failed.
+    /// Ends it as its users do: anything but `Ok` counts as failed.
     async fn end_plain(
         &self,
         tx: sqlx::Transaction<'static, D>,

@@ -1,8 +1,9 @@
-//! A storm: many guards are dropped at once while their statements run, far away from the server. Measured is when each row
-//! is free, as somebody beside the server sees it, and when each connection is back in its pool.
+//! A storm: many guards are dropped at once while their statements run, far away from the server. It measures when each
+//! row is free, as seen by a client near the server, and when each connection is back in its pool.
 //!
-//! Invariant: what is measured is not what measures. Locks are looked at over a connection of its own without a delay, and
-//! the long way to the server is on a thread of its own. Uses nothing of the other rooms, because a bench uses it too.
+//! Invariant: the measurement does not disturb what it measures. Locks are checked over a separate connection without a
+//! delay, and the delaying proxy has its own thread. This file uses nothing from the other rooms, because a bench uses
+//! it too.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::LazyLock;
@@ -28,15 +29,15 @@ const PATIENCE: Duration = Duration::from_secs(120);
 /// How many connections are opened at the same time.
 const ABREAST: usize = 32;
 
-/// A database with a server, and what a storm needs to know of it.
+/// A database with a server, and what a storm needs to know about it.
 pub(crate) trait Stormy: Backend {
-    /// What somebody else has done, so that the next one is slow.
+    /// A statement of another session that makes the next one slow.
     const HINDRANCE: &'static str = "SELECT 1 /* TAG */";
     /// A statement that runs for hours.
     const SLOW: &'static str;
     /// The number of the session.
     const ID: &'static str;
-    /// How many sessions run a statement with `TAG` in it.
+    /// A query for how many sessions run a statement with `TAG` in it.
     const RUNNING: &'static str;
 
     /// Where the server is, and the options that lead to a port of this machine instead, without encryption.
@@ -65,8 +66,8 @@ impl Stormy for Postgres {
     }
 }
 
-/// No SLEEP: in MariaDB all that sleep share one mutex, and a KILL that does not get it at once tries again after a tenth of
-/// a second, so that a hundred of them take ten seconds.
+/// No SLEEP: in MariaDB all sleeping sessions share one mutex, and a KILL that does not get it at once tries again
+/// after a tenth of a second, so that a hundred KILLs take ten seconds.
 impl Stormy for MySql {
     const HINDRANCE: &'static str = "SELECT GET_LOCK('TAG', 0)";
     const SLOW: &'static str = "SELECT GET_LOCK('TAG', 10000)";
@@ -83,21 +84,21 @@ impl Stormy for MySql {
         sqlx::raw_sql(AssertSqlSafe(sql)).execute(conn).await.map(drop)
     }
 
-    /// As text, because each statement that is prepared is closed by a message without an answer, behind which the next one
-    /// is held back by the server's own TCP.
+    /// As text, because each prepared statement is closed by a message without an answer, and then the server's own TCP
+    /// holds back the next one.
     async fn numbers(conn: &mut MySqlConnection, sql: String) -> Result<Vec<i64>, sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?.iter().map(|row| row.try_get(0)).collect()
     }
 }
 
-/// The way to a server that takes a while in each direction. What is sent in a row arrives in a row.
+/// A path to the server with a delay in each direction. Messages sent in a row arrive in a row.
 pub(crate) struct Way<D: Stormy> {
     pub(crate) options: Options<D>,
     accepting: AbortHandle,
 }
 
 impl<D: Stormy> Way<D> {
-    /// The way to the server of `options`, there and back in `round_trip`.
+    /// Opens a path to the server of `options` with this round trip.
     pub(crate) async fn open(options: &Options<D>, round_trip: Duration) -> Self {
         static LINES: LazyLock<Runtime> =
             LazyLock::new(|| Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap());
@@ -123,13 +124,13 @@ impl<D: Stormy> Way<D> {
 }
 
 impl<D: Stormy> Drop for Way<D> {
-    /// What has come through goes on.
+    /// Connections that are already open continue.
     fn drop(&mut self) {
         self.accepting.abort();
     }
 }
 
-/// One task notes when something came, and another hands it on when it is time.
+/// One task notes when data arrived, and another passes it on when it is due.
 fn carry(
     mut from: impl AsyncReadExt + Unpin + Send + 'static,
     mut to: impl AsyncWriteExt + Unpin + Send + 'static,
@@ -168,7 +169,7 @@ pub(crate) enum Doing {
     Idle,
 }
 
-/// What came of a storm.
+/// The result of a storm.
 #[derive(Debug)]
 pub(crate) struct Report {
     /// After the drop, when each row was free.
@@ -179,18 +180,18 @@ pub(crate) struct Report {
     pub(crate) lost: usize,
     pub(crate) terminated: usize,
     pub(crate) cancels: usize,
-    /// How many events nobody could count.
+    /// How many events could not be counted.
     pub(crate) missed: u64,
 }
 
-/// The `q`th of so many times.
+/// The `q` quantile of `times`.
 pub(crate) fn quantile(times: &[Duration], q: f64) -> Duration {
     let mut sorted = times.to_vec();
     sorted.sort_unstable();
     sorted[((sorted.len() - 1) as f64 * q).round() as usize]
 }
 
-/// Drops so many guards of one pool at once.
+/// Drops `drops` guards of one pool at once.
 pub(crate) async fn storm<D: Stormy>(options: &Options<D>, drops: u32, round_trip: Duration, doing: Doing) -> Report {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let table = format!("tx_storm_{}_{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -275,7 +276,7 @@ async fn all_run<D: Stormy>(beside: &mut D::Connection, tag: &str, drops: u32) {
     timeout(PATIENCE, all).await.expect("the statements do not all run");
 }
 
-/// Looks which rows somebody else could have, until all are free.
+/// Checks which rows another session could lock, until all are free.
 async fn until_free<D: Stormy>(beside: &mut D::Connection, table: &str, drops: u32, start: Instant) -> Vec<Duration> {
     let mut held: BTreeSet<i64> = (1..=i64::from(drops)).collect();
     let mut free = HashMap::new();
