@@ -1,4 +1,4 @@
-//! Long computations that can stop anywhere and go on from there.
+//! Long computations that can stop anywhere and resume from there.
 //!
 //! # The problem
 //!

@@ -117,7 +117,7 @@ impl<Fut> fmt::Debug for Map<Fut> {
     }
 }
 
-/// A computation over a list of items that can stop anywhere and go on from there.
+/// A computation over a list of items that can stop anywhere and resume from there.
 ///
 /// The checkpoint is a log of results. When the computation is complete, the log is sealed and stays: the same call
 /// again returns the results without running anything. Remove the file to start over. Two tasks never share it at the

@@ -71,7 +71,7 @@ pub enum TxError {
         source: sqlx::Error,
     },
     /// The server is starting up or shutting down (57P03, 57P01, 57P02; 1053). It may accept connections later.
-    #[error("{target} takes no connections now: {}", said(source))]
+    #[error("{target} accepts no connections now: {}", said(source))]
     NotReady {
         /// The database and its server, or the file.
         target: String,

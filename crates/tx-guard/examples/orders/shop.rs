@@ -28,9 +28,9 @@ pub(crate) struct Transfer {
 /// Why the shop says no.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
-    #[error("there are not so many left")]
+    #[error("there are not enough left")]
     SoldOut,
-    #[error("there is not so much in the account")]
+    #[error("there is not enough in the account")]
     Overdrawn,
     #[error("there is no such order")]
     NoSuchOrder,
