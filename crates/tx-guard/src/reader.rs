@@ -100,7 +100,7 @@ impl<DB: Backend> TxPool<DB> {
                 Ok(Err(_)) | Err(_) => false,
             };
             if lives {
-                let (conn, probe) = reader.slot.as_mut().expect(HELD).parts();
+                let (conn, probe) = reader.parts();
                 DB::count_none(conn, probe);
                 DB::begin_read(probe);
                 return Ok(reader);
@@ -120,6 +120,10 @@ impl<DB: Backend> Reader<DB> {
     fn slot(&self) -> &Slot<DB> {
         self.slot.as_ref().expect(HELD)
     }
+
+    fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {
+        self.slot.as_mut().expect(HELD).parts()
+    }
 }
 
 impl<DB: Backend> Deref for Reader<DB> {
@@ -132,7 +136,7 @@ impl<DB: Backend> Deref for Reader<DB> {
 
 impl<DB: Backend> DerefMut for Reader<DB> {
     fn deref_mut(&mut self) -> &mut DB::Connection {
-        self.slot.as_mut().expect(HELD).parts().0
+        self.parts().0
     }
 }
 
