@@ -271,7 +271,7 @@ impl MultiFileTransaction {
         wait(self.0.writer(path)).map(Lent)
     }
 
-    /// Notes that the file `path` is to be removed.
+    /// Adds the removal of the file `path`.
     ///
     /// # Errors
     ///
@@ -280,7 +280,7 @@ impl MultiFileTransaction {
         self.0.remove_file(path)
     }
 
-    /// Notes that the file `from` is to be renamed to `to`.
+    /// Adds the renaming of the file `from` to `to`.
     ///
     /// # Errors
     ///

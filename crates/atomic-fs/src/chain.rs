@@ -485,7 +485,7 @@ mod tests {
         Chain { carrier, hidden: "hidden".into(), names, files: files(numbers) }
     }
 
-    /// 1 is the new file, 2 the old one, 3 one that is moved, 9 somebody else's; 0 is none.
+    /// 1 is the new file, 2 the old one, 3 a moved one, 9 a foreign one; 0 is none.
     #[test]
     fn how_many_steps_were_made_is_told_from_what_lies_by_the_names() {
         let (forward, back) = (&[Aim::Forward][..], &[Aim::Back][..]);
@@ -498,10 +498,10 @@ mod tests {
             (&[1, 2], 0, &[1], both, Some(1)),
             (&[1, 2], 2, &[9], both, Some(1)),
             (&[1, 2], 0, &[9], both, Some(1)),
-            // It was somebody else's that was exchanged.
+            // A foreign file was exchanged.
             (&[1, 2], 9, &[1], both, Some(1)),
             (&[1, 2], 9, &[9], both, Some(1)),
-            // What was staged is not there, and the old file is.
+            // The staged file is missing, and the old file is there.
             (&[1, 2], 9, &[2], both, None),
             (&[1, 2], 0, &[2], forward, None),
             (&[1, 2], 0, &[2], back, Some(0)),
@@ -554,14 +554,14 @@ mod tests {
         };
         assert_eq!(back(&[1, 2], true, file(2), &[file(1)], 1), Some(0));
         assert_eq!(back(&[1, 2], true, file(2), &[None], 1), Some(0));
-        // Of somebody else's, which is the last write; and written to since.
+        // A foreign file is the last write; and our file was written to since.
         assert_eq!(back(&[1, 2], true, file(2), &[file(9)], 1), Some(1));
         assert_eq!(back(&[1, 2], true, file(2), &[written_later(1)], 1), None);
         assert_eq!(back(&[2, 3], false, file(3), &[written_later(2)], 1), Some(0));
         // The old file is gone.
         assert_eq!(back(&[1, 2], true, None, &[file(1)], 1), None);
         assert_eq!(back(&[1, 0], true, None, &[file(1)], 1), Some(0));
-        // Of several steps none can be left out.
+        // None of several steps can be left out.
         assert_eq!(back(&[0, 3, 2], true, file(2), &[None, file(3)], 2), Some(0));
         assert_eq!(back(&[0, 3, 2], true, file(2), &[None, file(9)], 2), None);
     }

@@ -148,7 +148,7 @@ pub enum Error {
         /// How long the call waited.
         waited: Duration,
     },
-    /// Another holder kept the lock of a file that is to be [written in place](crate::InPlace). Try again.
+    /// Another holder kept the lock of a file to be [written in place](crate::InPlace). Try again.
     #[error("{path:?} was locked for {waited:?}")]
     FileBusy {
         /// The target.
@@ -311,7 +311,7 @@ impl Error {
         matches!(self, Self::OtherFileSystem { .. })
     }
 
-    /// Returns whether a directory, or a file that is to be written in place, stayed locked by others.
+    /// Returns whether a directory, or a file to be written in place, stayed locked by others.
     pub fn is_busy(&self) -> bool {
         matches!(self, Self::Busy { .. } | Self::FileBusy { .. })
     }

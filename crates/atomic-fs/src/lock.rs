@@ -566,7 +566,8 @@ mod tests {
             assert!(error.is_unrecovered() && error.to_string().contains("other"), "{error}");
             std::fs::remove_file(at("other").join(journal)).unwrap();
         }
-        // What leads to a journal that is not there any more stops nobody; what leads nowhere does, and what is no such thing.
+        // A pointer to a removed journal stops nobody; a pointer into nowhere does, and so does anything that is no
+        // pointer.
         symlink("../.afs-tx-0123456789abcdef", at("one").join(POINTER)).unwrap();
         assert_eq!(opened().await.unwrap().len(), 2);
         std::fs::write(at(COMMITTED), "").unwrap();

@@ -300,7 +300,7 @@ impl MultiFileTransaction {
         }
     }
 
-    /// Notes that the file `path` is to be removed; the commit finds out whether it can be.
+    /// Adds the removal of the file `path`; the commit finds out whether it is possible.
     ///
     /// # Errors
     ///
@@ -313,7 +313,7 @@ impl MultiFileTransaction {
         Ok(())
     }
 
-    /// Notes that the file `from` is to be renamed to `to`, replacing what is there.
+    /// Adds the renaming of the file `from` to `to`, replacing what is there.
     ///
     /// Like all names here, these name the files as they are before the transaction: `rename(a, b)` and `rename(b, a)`
     /// swap two files. If the new place is free, the file moves in one step; if it replaces another file, it briefly

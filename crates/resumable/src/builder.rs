@@ -212,7 +212,7 @@ impl<T, R> Builder<T, R> {
         self
     }
 
-    /// Sets how long running items may go on after the token fires before they are dropped. Default: zero, they are
+    /// Sets how long running items may continue after the token fires before they are dropped. Default: zero, they are
     /// dropped at once.
     pub fn grace(mut self, grace: Duration) -> Self {
         self.plan.grace = grace;
@@ -272,7 +272,7 @@ impl<T, R> Builder<T, R> {
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, the running items are rolled back, unless their commit
-    /// had been sent; the ranges are given back in a moment. Call it again to go on.
+    /// had been sent; the ranges are given back in a moment. Call it again to resume.
     ///
     /// # Errors
     ///
@@ -320,7 +320,7 @@ impl<T, R> Builder<T, R> {
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, every result so far is in the checkpoint, or will be in
-    /// a moment (a thread writes and syncs it); the items that were running are dropped. Call it again to go on.
+    /// a moment (a thread writes and syncs it); the items that were running are dropped. Call it again to resume.
     ///
     /// # Errors
     ///

@@ -43,9 +43,9 @@
 //! # }
 //! ```
 //!
-//! Drop it, kill it, cut the power: the same call goes on where it was. [`ResumableTask`] adds a token that cancels it
-//! and a view of its progress; its [`builder`](ResumableTask::builder) adds concurrency, retries, a quarantine, keys and
-//! results as a stream:
+//! Drop it, kill it, cut the power: the same call resumes where it was. [`ResumableTask`] adds a token that cancels it
+//! and a view of its progress; its [`builder`](ResumableTask::builder) adds concurrency, retries, a quarantine, keys
+//! and results as a stream:
 //!
 //! ```
 //! use cancel_safe_resumable::{FileStore, ItemError, ResumableTask, Retry};

@@ -99,7 +99,7 @@ impl<R> Run<R> {
     /// # Cancel safety
     ///
     /// This method is cancel safe. If dropped before completion, every result so far is in the checkpoint, or will be in
-    /// a moment (a thread writes and syncs it); the items that were running are dropped. Start the run again to go on.
+    /// a moment (a thread writes and syncs it); the items that were running are dropped. Start the run again to resume.
     ///
     /// # Errors
     ///

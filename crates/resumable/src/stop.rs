@@ -1,4 +1,4 @@
-//! How a run learns that it must stop, and how long its items may still go on.
+//! How a run learns that it must stop, and how long its items may still continue.
 //!
 //! Invariant: a token that has fired is never waited for again.
 

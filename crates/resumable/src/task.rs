@@ -1,6 +1,6 @@
 //! The simple forms: a list of items, one after the other, and all results at the end.
 //!
-//! Invariant: dropping a call at any time leaves a checkpoint from which the same call goes on.
+//! Invariant: dropping a call at any time leaves a checkpoint from which the same call resumes.
 
 use std::{
     cell::RefCell,
@@ -36,7 +36,7 @@ use crate::{
 /// # Cancel safety
 ///
 /// This method is cancel safe. If dropped before completion, every result it had is in the checkpoint, or will be in a
-/// moment (a thread writes and syncs it); the items that were running are dropped. Call it again to go on.
+/// moment (a thread writes and syncs it); the items that were running are dropped. Call it again to resume.
 ///
 /// # Errors
 ///
@@ -186,7 +186,7 @@ impl<T: Serialize + DeserializeOwned> ResumableTask<T> {
     ///
     /// This method is cancel safe. If dropped before completion, every result it had is in the checkpoint, or will be in
     /// a moment (a thread writes and syncs it, and keeps the file locked until then); the item that was running is
-    /// dropped. Call it again, or a new task on the same file, to go on. To know that all is durable, fire the token
+    /// dropped. Call it again, or a new task on the same file, to resume. To know that all is durable, fire the token
     /// instead and wait for [`TaskError::Cancelled`].
     ///
     /// # Errors

@@ -10,7 +10,7 @@ use crate::backend::Backend;
 use crate::slot::Shared;
 
 /// Opens sessions up to the pool's minimum, and closes those that are too old or have been idle for too long, until the
-/// pool is closed or gone. Upgrades the reference anew for each check, so that an abandoned pool ends at the next one.
+/// pool is closed or gone. Upgrades the reference again for each check, so that an abandoned pool ends at the next one.
 pub(crate) async fn keep_up<DB: Backend>(shared: Weak<Shared<DB>>) {
     while let Some(strong) = shared.upgrade() {
         if strong.work.is_closed() {

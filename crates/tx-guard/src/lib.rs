@@ -10,7 +10,7 @@
 //! tokio::time::timeout(Duration::from_secs(5), async {
 //!     // Dropped here: can leave a transaction open in the pool.
 //!     let mut tx = pool.begin().await?;
-//!     // Dropped here: it goes on on the server, with its row locks held.
+//!     // Dropped here: it keeps running on the server, with its row locks held.
 //!     sqlx::query("UPDATE account …").execute(&mut *tx).await?;
 //!     // Dropped here: committed or not, nobody will know.
 //!     tx.commit().await
@@ -174,8 +174,8 @@
 //!
 //! The transactions of sqlx, sea-orm and deadpool-postgres leave an abandoned statement running: with `pg_sleep(10)`
 //! the row lock is free after 9.8 s, here after milliseconds. sqlx alone is the right choice if futures are never
-//! dropped. [`TxPool::wrap`] puts guards on an existing pool. A [`TxPool`] of its own does more with its sessions: they
-//! write nothing outside a guard's transaction, and a dead client is noticed sooner.
+//! dropped. [`TxPool::wrap`] puts guards on an existing pool. A [`TxPool`] with its own sessions does more: they write
+//! nothing outside a guard's transaction, and a dead client is noticed sooner.
 //!
 //! # Features
 //!

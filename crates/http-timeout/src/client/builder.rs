@@ -134,8 +134,8 @@ impl TimeoutClientBuilder {
         self
     }
 
-    /// Sets how long one request may take until the head of its response; 30 s by default. A request that follows a
-    /// redirect has this time anew.
+    /// Sets how long one request may take until the head of its response; 30 s by default. Each request that follows a
+    /// redirect gets this time again.
     pub fn attempt_timeout(mut self, timeout: impl Into<Option<Duration>>) -> Self {
         self.options.attempt_timeout = timeout.into();
         self

@@ -58,8 +58,8 @@ pub(super) fn follow(path: &Path, total: Option<usize>, every: Duration, out: &m
     }
 }
 
-/// Reads what was added, or all of a file that was compacted or started anew. If that fails, it discards everything
-/// read before, because some of it may have been unfinished or may be gone.
+/// Reads what was added, or all of a file that was compacted or restarted. If that fails, it discards everything read
+/// before, because some of it may have been unfinished or may be gone.
 fn look(path: &Path, watched: Option<Watched>) -> Result<Watched, TaskError> {
     match watched {
         // A killed run's torn tail, read from the beginning.
@@ -211,7 +211,7 @@ impl<'a> Shown<'a> {
     fn show(&mut self, watched: &Watched) -> Result<(), Failure> {
         let items = &watched.items;
         if items.finished < self.progress.done {
-            // The file was started anew.
+            // The file was restarted.
             (self.progress, self.has_begun) = (of_total(self.total), false);
         }
         let added = items.finished.saturating_sub(self.progress.done);
