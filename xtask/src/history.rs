@@ -73,7 +73,7 @@ pub(crate) enum Locks {
 /// cases is also written into the README.
 pub(crate) fn run(names: &[String], locks: Locks) -> Result<(), Failure> {
     let mut rows = String::from(
-        "| crate | bug | reported or mended in | found in | the exploration says | silent in |\n\
+        "| crate | bug | reported or fixed in | found in | the exploration says | silent in |\n\
          |---|---|---|---|---|---|\n",
     );
     let mut wrong = Vec::new();
