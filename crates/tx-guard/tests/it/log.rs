@@ -3,7 +3,7 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use cancel_safe_tx_guard::TxPool;
+use cancel_safe_tx_guard::{Reset, TxPool};
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
@@ -121,8 +121,13 @@ async fn a_hook_may_begin_and_end_a_transaction() {
     }
     let world = World::<Postgres>::new().await;
     let (options, said) = listening_door(&world.options).await;
-    for (before, after) in [(true, false), (false, true), (true, true)] {
+    for (before, after, again) in [(true, false, false), (false, true, false), (false, false, true), (true, true, true)]
+    {
         let mut builder = TxPool::<Postgres>::builder().max_connections(1);
+        if again {
+            builder = builder.reset(Reset::Discard);
+            builder = builder.after_connect(|conn| Box::pin(async move { uses(conn).await.map(drop) }));
+        }
         if before {
             builder = builder.before_begin(|conn| Box::pin(async move { uses(conn).await.map(drop) }));
         }

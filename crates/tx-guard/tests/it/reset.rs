@@ -76,6 +76,7 @@ async fn what_a_session_has_become_is_reset_however_its_transaction_ends() {
         // The pool's own settings are made again.
         assert_eq!(setting(&db, "default_transaction_read_only").await, "on");
     }
+    assert_eq!(db.metrics().opened, 1, "a session that was reset need not be closed");
     world.end(db).await;
 }
 
