@@ -12,14 +12,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::stop::{OwnStop, Stop, StopReason};
-use crate::task::Slot;
+use crate::stop::{Stop, StopReason};
+use crate::trace::Own;
 use crate::tree::Node;
 
 /// What a worker, or a task spawned with a context, knows about its stop. It is cheap to clone.
 #[derive(Clone)]
 pub struct WorkerContext {
-    slot: Arc<Slot>,
+    own: Arc<Own>,
     stop: Arc<Stop>,
     node: Arc<dyn Node>,
     ready: Option<CancellationToken>,
@@ -27,8 +27,8 @@ pub struct WorkerContext {
 }
 
 impl WorkerContext {
-    pub(crate) fn new(slot: Arc<Slot>, node: Arc<dyn Node>) -> Self {
-        Self { slot, stop: Arc::clone(node.stop()), node, ready: None, values: None }
+    pub(crate) fn new(own: Arc<Own>, node: Arc<dyn Node>) -> Self {
+        Self { own, stop: Arc::clone(node.stop()), node, ready: None, values: None }
     }
 
     /// The context of an application's worker.
@@ -38,7 +38,7 @@ impl WorkerContext {
 
     /// Returns the name of the worker or task.
     pub fn name(&self) -> &str {
-        &self.slot.name
+        &self.own.name
     }
 
     /// Waits until the worker is told to stop. Returns at once if it already has been.
@@ -73,10 +73,7 @@ impl WorkerContext {
     /// # Ok::<_, Box<dyn std::error::Error>>(())
     /// ```
     pub async fn cancelled(&self) {
-        match self.slot.own_stop() {
-            Some(own) => own.cancelled(&self.stop).await,
-            None => self.stop.token().cancelled().await,
-        }
+        self.own.stop.cancelled(&self.stop).await;
     }
 
     /// Works like [`cancelled`](Self::cancelled), for code that keeps the future it waits for, such as the graceful
@@ -92,33 +89,24 @@ impl WorkerContext {
 
     /// Returns whether the worker has been told to stop. Costs two atomic loads.
     pub fn is_cancelled(&self) -> bool {
-        self.stop.is_set() || self.slot.own_stop().is_some_and(OwnStop::is_set)
+        self.stop.is_set() || self.own.stop.is_set()
     }
 
     /// Returns why the worker has been told to stop; `None` exactly while [`is_cancelled`](Self::is_cancelled) is false.
     pub fn reason(&self) -> Option<StopReason> {
-        match self.slot.own_stop() {
-            Some(own) => own.reason(&self.stop),
-            None => self.stop.get().map(|stopping| stopping.reason.clone()),
-        }
+        self.own.stop.reason(&self.stop)
     }
 
     /// Returns when the worker will be cut; `None` while it has not been told to stop.
     pub fn deadline(&self) -> Option<Instant> {
-        match self.slot.own_stop() {
-            Some(own) => own.deadline(&self.stop),
-            None => self.stop.get().map(|stopping| stopping.deadline),
-        }
+        self.own.stop.deadline(&self.stop)
     }
 
     /// Returns a token that is cancelled when the worker is told to stop, for code that takes one.
     ///
     /// Cancelling this token reaches its holders and its children, but not the worker.
     pub fn token(&self) -> CancellationToken {
-        match self.slot.own_stop() {
-            Some(own) => own.token(&self.stop),
-            None => self.stop.token().child_token(),
-        }
+        self.own.stop.token(&self.stop)
     }
 
     /// Says that the worker has started. A phase with [`ready_within`](crate::Phase::ready_within) waits for this.
@@ -150,14 +138,14 @@ impl WorkerContext {
 
     /// Leaves a mark. The report shows the last mark if the worker does not end in time.
     pub fn mark(&self, mark: impl Into<Cow<'static, str>>) {
-        self.slot.set_mark(mark.into());
+        self.own.set_mark(mark.into());
     }
 }
 
 impl fmt::Debug for WorkerContext {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("WorkerContext")
-            .field("name", &self.slot.name)
+            .field("name", &self.own.name)
             .field("reason", &self.reason())
             .finish_non_exhaustive()
     }

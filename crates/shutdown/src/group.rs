@@ -15,12 +15,14 @@ use tokio::runtime::Handle;
 use tokio::time::Instant;
 
 use crate::context::WorkerContext;
+use crate::panics::watch;
 use crate::report::{Ledger, say};
 use crate::result::{Rejected, TaskCounts};
 use crate::roster::{Outcomes, Recorder, Roster, Rules};
 use crate::stop::{StopReason, Stopping};
-use crate::task::{BoxError, Kind, Slot, TaskOutput, guarded};
+use crate::task::{BoxError, TaskOutput};
 use crate::ticket::{Ticket, Tracked};
+use crate::trace::{Kind, Name, Own, guarded};
 use crate::tree::{Node, abort_tree, bounded, stop_tree};
 
 /// The longest path of a group, in bytes. Beyond it, only the group's own name is shown.
@@ -216,9 +218,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         F: Future + Send + 'static,
         F::Output: TaskOutput<T, E>,
     {
-        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+        match self.enter(Name::Plain(name.into()), Location::caller()) {
             Ok(ticket) => {
-                self.launch(ticket, future);
+                drop(tokio::spawn(Tracked::new(future, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -237,10 +239,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         F: Future + Send + 'static,
         F::Output: TaskOutput<T, E>,
     {
-        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+        match self.enter(Name::Plain(name.into()), Location::caller()) {
             Ok(ticket) => {
-                let slot = Arc::clone(&ticket.slot);
-                slot.attach(handle.spawn(Tracked::new(future, ticket)));
+                drop(handle.spawn(Tracked::new(future, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -282,10 +283,9 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         F: Future + 'static,
         F::Output: TaskOutput<T, E>,
     {
-        match self.enter(name.into(), Location::caller(), Kind::Plain) {
+        match self.enter(Name::Plain(name.into()), Location::caller()) {
             Ok(ticket) => {
-                let slot = Arc::clone(&ticket.slot);
-                slot.attach(tokio::task::spawn_local(Tracked::new(future, ticket)));
+                drop(tokio::task::spawn_local(Tracked::new(future, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, future)),
@@ -322,11 +322,10 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         F: Future + Send + 'static,
         F::Output: TaskOutput<T, E>,
     {
-        match self.enter(name, spawned_at, Kind::Contextual) {
-            Ok(ticket) => {
-                let cx = self.context(&ticket);
-                // Called inside the task, so that a panic of `work` itself hits the task and not the caller.
-                self.launch(ticket, async move { work(cx).await });
+        match self.enter_with(name, spawned_at, Kind::Contextual) {
+            Ok((ticket, cx)) => {
+                // Called inside the task, so that a panic of `work` itself is the task's and not the caller's.
+                drop(tokio::spawn(Tracked::new(async move { work(cx).await }, ticket)));
                 Ok(())
             }
             Err(name) => Err(Rejected::new(name, work)),
@@ -352,24 +351,24 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         W: FnOnce(WorkerContext) -> R + Send + 'static,
         R: TaskOutput<T, E>,
     {
-        let ticket = match self.enter(name.into(), Location::caller(), Kind::Blocking) {
-            Ok(ticket) => ticket,
+        let (mut ticket, cx) = match self.enter_with(name.into(), Location::caller(), Kind::Blocking) {
+            Ok(entered) => entered,
             Err(name) => return Err(Rejected::new(name, work)),
         };
-        let cx = self.context(&ticket);
-        let slot = Arc::clone(&ticket.slot);
-        let handle = tokio::task::spawn_blocking(move || {
-            if !ticket.slot.begin() {
-                // It was called off. Its captures may panic when they are dropped.
-                if let Err(panicked) = guarded(&ticket.slot, || drop(work)) {
-                    ticket.finish(panicked);
+        drop(tokio::task::spawn_blocking(move || {
+            if !ticket.trace().begin() {
+                // It was called off or aborted. What it has captured may panic when it is dropped.
+                if let Err(panic) = guarded(ticket.trace(), || drop(work)) {
+                    ticket.finish(ticket.panicked(panic));
                 }
                 return;
             }
-            let returned = guarded(&ticket.slot, || work(cx));
-            ticket.finish(returned.map_or_else(|panicked| panicked, TaskOutput::into_outcome));
-        });
-        slot.attach(handle);
+            let outcome = match guarded(ticket.trace(), || work(cx)) {
+                Ok(returned) => returned.into_outcome(),
+                Err(panic) => ticket.panicked(panic),
+            };
+            ticket.finish(outcome);
+        }));
         Ok(())
     }
 
@@ -428,27 +427,23 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         self.roster.clone()
     }
 
-    fn enter(
+    fn enter(&self, name: Name, spawned_at: &'static Location<'static>) -> Result<Ticket<T, E>, Cow<'static, str>> {
+        watch();
+        match self.roster.enter(name, spawned_at) {
+            Ok(seat) => Ok(Ticket::new(seat)),
+            Err(name) => Err(name.into_inner()),
+        }
+    }
+
+    fn enter_with(
         &self,
         name: Cow<'static, str>,
         spawned_at: &'static Location<'static>,
         kind: Kind,
-    ) -> Result<Ticket<T, E>, Cow<'static, str>> {
-        let slot = self.roster.enter(Slot::new(name, spawned_at, kind))?;
-        Ok(Ticket::new(slot, Arc::clone(&self.roster)))
-    }
-
-    fn launch<F>(&self, ticket: Ticket<T, E>, future: F)
-    where
-        F: Future + Send + 'static,
-        F::Output: TaskOutput<T, E>,
-    {
-        let slot = Arc::clone(&ticket.slot);
-        slot.attach(tokio::spawn(Tracked::new(future, ticket)));
-    }
-
-    fn context(&self, ticket: &Ticket<T, E>) -> WorkerContext {
-        WorkerContext::new(Arc::clone(&ticket.slot), self.node())
+    ) -> Result<(Ticket<T, E>, WorkerContext), Cow<'static, str>> {
+        let own = Arc::new(Own::new(name, kind));
+        let ticket = self.enter(Name::Own(Arc::clone(&own)), spawned_at)?;
+        Ok((ticket, WorkerContext::new(own, self.node())))
     }
 }
 
@@ -461,6 +456,7 @@ impl Default for TaskGroup {
 impl<T: Send + 'static, E: Send + 'static> Drop for TaskGroup<T, E> {
     fn drop(&mut self) {
         self.end_now();
+        self.roster.orphan();
     }
 }
 
@@ -481,27 +477,29 @@ mod tests {
     #[tokio::test]
     async fn a_task_that_is_cut_before_it_is_spawned_is_aborted_all_the_same() {
         let group = TaskGroup::new();
-        let Ok(ticket) = group.enter("late".into(), Location::caller(), Kind::Contextual) else {
+        let Ok((ticket, _)) = group.enter_with("late".into(), Location::caller(), Kind::Contextual) else {
             panic!("an open group");
         };
-        let slot = Arc::clone(&ticket.slot);
         group.stop(StopReason::Requested, after(Duration::from_secs(10)));
         abort_tree(&group.node());
-        group.launch(ticket, std::future::pending::<()>());
+        drop(tokio::spawn(Tracked::new(std::future::pending::<()>(), ticket)));
         let ended = tokio::time::timeout(Duration::from_secs(5), group.wait()).await.expect("it was not aborted");
-        assert!(slot.is_told());
         assert_eq!(ended.cancelled, ["late"]);
     }
 
     #[tokio::test]
-    async fn an_outcome_that_nobody_has_asked_for_does_not_keep_the_memory_of_its_task() {
-        let mut group = TaskGroup::new();
-        group.spawn("done", async {}).expect("an open group");
-        group.spawn_blocking("hashed", |_| {}).expect("an open group");
+    async fn a_task_that_has_ended_leaves_nothing_in_its_trace() {
+        let group = TaskGroup::new();
+        let Ok((block, place)) = group.roster.enter(Name::Plain("parked".into()), Location::caller()) else {
+            panic!("an open group");
+        };
+        let ticket = Ticket::new((Arc::clone(&block), place));
+        drop(tokio::spawn(Tracked::new(tokio::task::yield_now(), ticket)));
+        while !block.trace(place).holds_task() {
+            tokio::task::yield_now().await;
+        }
         group.idle().await;
-        let (roster, taken) = group.reader();
-        roster.take(taken);
-        assert_eq!(taken.len(), 2);
-        assert!(taken.iter().all(|ended| !ended.slot.holds_task()));
+        assert!(!block.trace(place).holds_task(), "the memory of the task is kept");
+        assert_eq!(block.trace(place).pulse(), 0, "the next task in this place begins with another's pulse");
     }
 }

@@ -158,6 +158,7 @@ mod clock;
 mod context;
 mod group;
 mod panics;
+mod places;
 mod report;
 mod result;
 mod roster;
@@ -168,6 +169,7 @@ mod state;
 mod stop;
 mod task;
 mod ticket;
+mod trace;
 mod tree;
 mod worker;
 

@@ -65,15 +65,23 @@ thread_local! {
     static LAST: RefCell<Option<PanicLocation>> = const { RefCell::new(None) };
 }
 
-/// Records the places of panics from now on, with a hook, because only a hook learns them. It calls the program's hook
-/// as before.
+/// Sees to it that the places of panics are known from now on: only the hook is told them. The hook of the program is
+/// called as before.
+#[inline]
 pub(crate) fn watch() {
     static WATCHED: Once = Once::new();
-    // A hook cannot be set on a thread that is panicking. The next task is early enough.
-    if WATCHED.is_completed() || std::thread::panicking() {
+    if !WATCHED.is_completed() {
+        set_once(&WATCHED);
+    }
+}
+
+#[cold]
+fn set_once(watched: &Once) {
+    // A hook cannot be set while its thread panics. The next task is early enough.
+    if std::thread::panicking() {
         return;
     }
-    WATCHED.call_once(|| {
+    watched.call_once(|| {
         let before = take_hook();
         set_hook(Box::new(move |info| {
             note(info);

@@ -8,7 +8,8 @@ use std::time::Duration;
 
 use crate::panics::{Panic, catch};
 use crate::stop::StopReason;
-use crate::task::{BoxError, Slot, StragglerState, TaskOutcome};
+use crate::task::{BoxError, StragglerState, TaskOutcome};
+use crate::trace::Task;
 
 /// How many ended tasks of the workers' groups the report keeps: the latest tasks that completed or were cancelled, and
 /// as many that ended otherwise. The workers themselves are always kept.
@@ -43,18 +44,24 @@ pub struct TaskReport {
 }
 
 impl TaskReport {
-    pub(crate) fn new(slot: &Slot, group: &str, is_worker: bool, outcome: TaskOutcome<(), String>) -> Self {
+    pub(crate) fn new(
+        task: &Task,
+        cut: Option<StragglerState>,
+        group: &str,
+        is_worker: bool,
+        outcome: TaskOutcome<(), String>,
+    ) -> Self {
         // A task that was cut but ended well before the abort reached it is no straggler.
         let cut_short = matches!(outcome, TaskOutcome::Aborted | TaskOutcome::Abandoned);
         Self {
-            name: slot.name.clone().into_owned(),
+            name: task.name.as_str().to_owned(),
             group: group.to_owned(),
             is_worker,
             is_tolerated: false,
             outcome,
-            spawned_at: slot.spawned_at,
-            last_mark: slot.last_mark(),
-            straggling: slot.straggling().filter(|_| cut_short),
+            spawned_at: task.spawned_at,
+            last_mark: task.name.last_mark(),
+            straggling: cut.filter(|_| cut_short),
         }
     }
 }
@@ -260,17 +267,13 @@ struct Pages {
 }
 
 impl Ledger {
-    /// Records a task if `claim` returns true. Both happen in one step, so that a task whose slot is claimed is already
-    /// on the list.
-    pub(crate) fn record(&self, mut task: TaskReport, claim: impl FnOnce() -> bool) -> bool {
+    /// Writes a task down.
+    pub(crate) fn record(&self, mut task: TaskReport) {
         let mut pages = self.pages();
-        if !claim() {
-            return false;
-        }
         if task.is_worker {
             task.is_tolerated = pages.tolerated.iter().any(|(name, at)| *name == task.name && *at == task.spawned_at);
             pages.workers.push(task);
-            return true;
+            return;
         }
         pages.unnoticed_panics += u64::from(task.outcome.is_panicked());
         let orderly = matches!(task.outcome, TaskOutcome::Completed(()) | TaskOutcome::Cancelled);
@@ -280,7 +283,6 @@ impl Ledger {
             page.pop_front();
             pages.unlisted += 1;
         }
-        true
     }
 
     /// From now on, a failure of this worker does not fail the application.

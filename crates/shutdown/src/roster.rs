@@ -1,29 +1,33 @@
 //! Which tasks of a group are alive, and how the others ended. A task is in exactly one of the two lists.
 
-use std::borrow::Cow;
+mod living;
+
 use std::collections::VecDeque;
 use std::fmt;
+use std::panic::Location;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
+use crate::places::{Block, Places};
 use crate::report::{KEPT_TASKS, Ledger, TaskReport};
-use crate::result::{TaskCounts, TaskGroupResult};
+use crate::result::{Cut, TaskCounts, TaskGroupResult};
 use crate::stop::{Stop, StopReason};
-use crate::task::{Kind, Slot, TaskOutcome};
-use crate::tree::{Node, ended};
+use crate::task::{StragglerState, TaskOutcome};
+use crate::trace::{Kind, Name, Task, Trace};
+use crate::tree::{Look, Node, Seen, ended};
 
-/// How a task ended, with its traces.
+/// How a task ended.
 pub(crate) struct Ended<T, E> {
-    pub(crate) slot: Arc<Slot>,
-    pub(crate) outcome: TaskOutcome<T, E>,
+    name: Name,
+    outcome: TaskOutcome<T, E>,
+    /// What there is to say if its grace was over. Boxed, as there is room for it in every outcome.
+    cut: Option<Box<Cut>>,
 }
 
 impl<T, E> Ended<T, E> {
-    /// The name, moved out if nothing else holds the slot any more.
-    pub(crate) fn into_named(self) -> (String, TaskOutcome<T, E>) {
-        let name = Arc::try_unwrap(self.slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name);
-        (name.into_owned(), self.outcome)
+    fn into_named(self) -> (String, TaskOutcome<T, E>) {
+        (self.name.into_inner().into_owned(), self.outcome)
     }
 }
 
@@ -74,13 +78,7 @@ impl Default for Rules {
 struct State<T, E> {
     rules: Rules,
     counts: TaskCounts,
-    /// A slab: a task has its place until it ends, and then the place is vacant.
-    places: Vec<Place>,
-    /// The first vacant place. If there is none, the end of the slab.
-    vacant: u32,
-    len: usize,
-    /// How many tasks there ever were.
-    entered: u64,
+    places: Places<Roster<T, E>>,
     ended: Outcomes<T, E>,
     /// Whether a task of a group that fails fast has failed.
     failed: bool,
@@ -91,69 +89,24 @@ struct State<T, E> {
     parent: Option<Arc<dyn Node>>,
     children: Vec<Weak<dyn Node>>,
     open_children: usize,
-    /// The first are woken when a task ends; the others when no task is left here, or a group below has ended too.
-    next_waiters: Vec<Waker>,
-    idle_waiters: Vec<Waker>,
-}
-
-enum Place {
-    Taken(Arc<Slot>),
-    /// The next vacant place.
-    Vacant(u32),
-}
-
-impl Place {
-    fn slot(&self) -> Option<&Arc<Slot>> {
-        match self {
-            Self::Taken(slot) => Some(slot),
-            Self::Vacant(_) => None,
-        }
-    }
+    /// Woken when a task ends; and when none is left here, or a group below has ended too.
+    next_waiters: Wakers,
+    idle_waiters: Wakers,
 }
 
 impl<T, E> State<T, E> {
     fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    fn live(&self) -> impl Iterator<Item = &Arc<Slot>> {
-        self.places.iter().filter_map(Place::slot)
-    }
-
-    /// Gives a task the first vacant place. Returns false if the numbers of places run out; memory runs out long
-    /// before.
-    fn settle(&mut self, slot: &Arc<Slot>) -> bool {
-        let (number, taken) = (self.vacant, Place::Taken(Arc::clone(slot)));
-        slot.set_place(number);
-        match self.places.get_mut(number as usize) {
-            Some(place) => {
-                if let Place::Vacant(next) = std::mem::replace(place, taken) {
-                    self.vacant = next;
-                }
-            }
-            None => {
-                let Some(next) = number.checked_add(1) else { return false };
-                self.places.push(taken);
-                self.vacant = next;
-            }
-        }
-        self.len += 1;
-        true
+        self.places.len() == 0
     }
 
     fn is_idle(&self) -> bool {
         self.is_empty() && self.open_children == 0
     }
 
-    /// Moves a task from the living to the ended. Returns what is not kept, to be dropped outside the lock.
-    fn leave(&mut self, slot: &Slot, outcome: TaskOutcome<T, E>) -> Option<Ended<T, E>> {
-        let place = self.places.get_mut(slot.place() as usize)?;
-        let Place::Taken(slot) = std::mem::replace(place, Place::Vacant(self.vacant)) else { return None };
-        self.vacant = slot.place();
-        self.len -= 1;
-        let cut = slot.straggling().is_some();
-        self.counts.add(&outcome, cut);
-        let ended = Ended { slot, outcome };
+    /// Adds a task to the ended; returns what is not kept, to be dropped without the lock.
+    fn keep(&mut self, ended: Ended<T, E>) -> Option<Ended<T, E>> {
+        let cut = ended.cut.is_some();
+        self.counts.add(&ended.outcome, cut);
         if !self.rules.discards {
             self.ended.push_back(ended);
             return None;
@@ -182,7 +135,7 @@ impl<T, E> State<T, E> {
         if self.next_waiters.is_empty() && self.idle_waiters.is_empty() {
             return None;
         }
-        let idle = if self.is_empty() { std::mem::take(&mut self.idle_waiters) } else { Vec::new() };
+        let idle = if self.is_empty() { std::mem::take(&mut self.idle_waiters) } else { Wakers::default() };
         Some((std::mem::take(&mut self.next_waiters), idle))
     }
 }
@@ -196,18 +149,42 @@ fn failure<T, E>(outcome: &TaskOutcome<T, E>, task: &str) -> Option<StopReason> 
     }
 }
 
-/// The waiters for the next end, and the waiters for the last.
-type Waiters = (Vec<Waker>, Vec<Waker>);
+/// Those who wait for the next end, and those who wait for the last.
+type Waiters = (Wakers, Wakers);
 
-fn wake(waiters: Option<Waiters>) {
-    if let Some((next, idle)) = waiters {
-        next.into_iter().chain(idle).for_each(Waker::wake);
+/// Wakers, of which there is seldom more than one.
+#[derive(Default)]
+struct Wakers {
+    first: Option<Waker>,
+    others: Vec<Waker>,
+}
+
+impl Wakers {
+    fn is_empty(&self) -> bool {
+        self.first.is_none()
+    }
+
+    fn add(&mut self, waker: &Waker) {
+        match &self.first {
+            None => self.first = Some(waker.clone()),
+            Some(first) => {
+                if !first.will_wake(waker) && !self.others.iter().any(|other| other.will_wake(waker)) {
+                    self.others.push(waker.clone());
+                }
+            }
+        }
+    }
+
+    fn wake(self) {
+        self.first.into_iter().chain(self.others).for_each(Waker::wake);
     }
 }
 
-fn register(waiters: &mut Vec<Waker>, cx: &Context<'_>) {
-    if !waiters.iter().any(|waiter| waiter.will_wake(cx.waker())) {
-        waiters.push(cx.waker().clone());
+#[inline]
+fn wake(waiters: Option<Waiters>) {
+    if let Some((next, idle)) = waiters {
+        next.wake();
+        idle.wake();
     }
 }
 
@@ -249,10 +226,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         let state = State {
             rules,
             counts: TaskCounts::default(),
-            places: Vec::new(),
-            vacant: 0,
-            len: 0,
-            entered: 0,
+            places: Places::default(),
             ended: Outcomes::default(),
             failed: false,
             closed: false,
@@ -260,8 +234,8 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
             parent,
             children: Vec::new(),
             open_children: 0,
-            next_waiters: Vec::new(),
-            idle_waiters: Vec::new(),
+            next_waiters: Wakers::default(),
+            idle_waiters: Wakers::default(),
         };
         Self { path, stop: Arc::default(), recorder, state: Mutex::new(state) }
     }
@@ -290,17 +264,19 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         self.state().counts
     }
 
-    /// Enters a task, which keeps its place until it ends. A closed group hands the name back.
-    pub(crate) fn enter(&self, slot: Slot) -> Result<Arc<Slot>, Cow<'static, str>> {
-        // Allocated outside the lock, because every task that ends contends for it.
-        let slot = Arc::new(slot);
+    /// Enters a task, which has its place until it ends. A closed group hands its name back.
+    pub(crate) fn enter(
+        self: &Arc<Self>,
+        name: Name,
+        spawned_at: &'static Location<'static>,
+    ) -> Result<(Arc<Block<Self>>, u32), Name> {
         let mut state = self.state();
-        if state.closed || !state.settle(&slot) {
-            drop(state);
-            return Err(Arc::try_unwrap(slot).map_or_else(|slot| slot.name.clone(), |slot| slot.name));
-        }
-        state.entered += 1;
-        Ok(slot)
+        if state.closed { Err(name) } else { state.places.enter(self, name, spawned_at) }
+    }
+
+    /// Nobody can spawn here any more: keeps no memory for tasks to come.
+    pub(crate) fn orphan(&self) {
+        self.state().places.end();
     }
 
     /// Takes the outcomes at hand, for one reader; returns whether there are any.
@@ -317,7 +293,7 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         if !taken.is_empty() || state.is_empty() {
             return Poll::Ready(!taken.is_empty());
         }
-        register(&mut state.next_waiters, cx);
+        state.next_waiters.add(cx.waker());
         Poll::Pending
     }
 
@@ -338,48 +314,13 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         };
         let mut result = TaskGroupResult::new(counts, self.ledger().cloned());
         for ended in ended {
-            let (spawned_at, state, mark) = (ended.slot.spawned_at, ended.slot.straggling(), ended.slot.last_mark());
-            let (name, outcome) = ended.into_named();
-            result.add(name, outcome, state.map(|state| (state, spawned_at, mark)));
+            result.add(ended.name.into_inner().into_owned(), ended.outcome, ended.cut.map(|cut| *cut));
         }
         result
     }
 
-    /// The tasks that are alive.
-    pub(crate) fn slots(&self) -> Vec<Arc<Slot>> {
-        self.state().live().cloned().collect()
-    }
-
-    /// The tasks of this name that are alive.
-    pub(crate) fn named(&self, name: &str) -> Vec<Arc<Slot>> {
-        self.state().live().filter(|slot| slot.name == name).cloned().collect()
-    }
-
-    /// Ready when these tasks have ended and their outcomes are at hand.
-    pub(crate) fn poll_ended(&self, tasks: &[Arc<Slot>], cx: &mut Context<'_>) -> Poll<()> {
-        let mut state = self.state();
-        let lives = |slot: &Arc<Slot>| {
-            let there = state.places.get(slot.place() as usize).and_then(Place::slot);
-            there.is_some_and(|there| Arc::ptr_eq(there, slot))
-        };
-        if !tasks.iter().any(lives) {
-            return Poll::Ready(());
-        }
-        register(&mut state.next_waiters, cx);
-        Poll::Pending
-    }
-
-    /// Records these tasks as abandoned, but a blocking closure that has not begun as cancelled, because it never will
-    /// begin.
-    pub(crate) fn abandon_tasks(&self, tasks: impl IntoIterator<Item = Arc<Slot>>) {
-        for slot in tasks {
-            let outcome = if slot.call_off() { TaskOutcome::Cancelled } else { TaskOutcome::Abandoned };
-            self.tell(&slot, outcome, |_, _| {});
-        }
-    }
-
     pub(crate) fn len(&self) -> usize {
-        self.state().len
+        self.state().places.len()
     }
 }
 
@@ -389,26 +330,48 @@ impl<T, E> Roster<T, E> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Moves a task from the living to the ended, unless it is there already. If the group fails fast, the first
-    /// failure closes it, and `stop` does the rest.
-    pub(crate) fn tell(&self, slot: &Slot, outcome: TaskOutcome<T, E>, stop: impl FnOnce(StopReason, Duration)) {
-        let claimed = match &self.recorder {
-            Some(recorder) => {
-                let report = TaskReport::new(slot, &self.path, recorder.workers, (recorder.say)(&outcome));
-                recorder.ledger.record(report, || slot.claim())
-            }
-            None => slot.claim(),
-        };
-        if !claimed {
-            return;
-        }
-        slot.detach();
-        let failure = failure(&outcome, &slot.name);
+    /// Moves a task from the living to the ended, unless that has been done, and takes its place back: nothing of the task
+    /// looks at its trace any more. Where the first failure ends a group, that failure closes it and `stop` does the rest.
+    pub(crate) fn tell(
+        &self,
+        place: u32,
+        trace: &Trace,
+        outcome: TaskOutcome<T, E>,
+        stop: impl FnOnce(StopReason, Duration),
+    ) {
+        let said = self.said(&outcome);
         let mut state = self.state();
-        let vacated = state.leave(slot, outcome);
-        // In the same step that publishes the failure, so that a task that sees the failure finds the group closed.
-        let first = failure.filter(|_| state.rules.fail_fast && !std::mem::replace(&mut state.failed, true));
+        let cut = trace.straggling();
+        if let Some(task) = state.places.leave(place) {
+            self.conclude(state, task, cut, outcome, said, stop);
+        }
+    }
+
+    /// The outcome as the report wants it. To be made without the lock: it may be an error of the user's that says it.
+    fn said(&self, outcome: &TaskOutcome<T, E>) -> Option<TaskOutcome<(), String>> {
+        self.recorder.as_ref().map(|recorder| (recorder.say)(outcome))
+    }
+
+    fn conclude(
+        &self,
+        mut state: MutexGuard<'_, State<T, E>>,
+        task: Task,
+        cut: Option<StragglerState>,
+        outcome: TaskOutcome<T, E>,
+        said: Option<TaskOutcome<(), String>>,
+        stop: impl FnOnce(StopReason, Duration),
+    ) {
+        if let (Some(recorder), Some(said)) = (&self.recorder, said) {
+            // Under the lock, so that a task which is alive no more is on the list already.
+            recorder.ledger.record(TaskReport::new(&task, cut, &self.path, recorder.workers, said));
+        }
+        // In the step that makes the failure known, so that whoever learns of it finds the group closed.
+        let fails = state.rules.fail_fast && !state.failed;
+        let first = if fails { failure(&outcome, task.name.as_str()) } else { None };
+        state.failed |= first.is_some();
         state.closed |= first.is_some();
+        let cut = cut.map(|state| Box::new((state, task.spawned_at, task.name.last_mark())));
+        let vacated = state.keep(Ended { name: task.name, outcome, cut });
         let grace = state.rules.grace;
         let waiters = state.waiters();
         let above = self.above_if_gone(&mut state);
@@ -418,7 +381,14 @@ impl<T, E> Roster<T, E> {
             stop(reason, grace);
         }
         wake(waiters);
-        ended(above);
+        if above.is_some() {
+            ended(above);
+        }
+    }
+
+    /// Where the task in this place was spawned, unless its end was told.
+    pub(crate) fn origin(&self, place: u32) -> Option<&'static Location<'static>> {
+        self.state().places.at(place).map(|task| task.spawned_at)
     }
 
     pub(crate) fn is_stopped(&self) -> bool {
@@ -464,12 +434,46 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         is_empty
     }
 
-    fn live(&self) -> Vec<Arc<Slot>> {
-        self.slots()
+    fn look(&self) -> Vec<Look> {
+        self.state().places.iter().map(|(task, _, trace)| Look { task, pulse: trace.pulse() }).collect()
+    }
+
+    fn seen(&self, looks: &[Look]) -> Vec<Seen> {
+        let state = self.state();
+        let seen = looks.iter().filter_map(|look| {
+            let (task, trace) = state.places.get(look.task)?;
+            Some(Seen {
+                name: task.name.as_str().to_owned(),
+                spawned_at: task.spawned_at,
+                last_mark: task.name.last_mark(),
+                state: trace.judge(task.name.kind(), look.pulse, false),
+            })
+        });
+        seen.collect()
+    }
+
+    fn cut(&self, looks: &[Look], starved: bool) {
+        let state = self.state();
+        for look in looks {
+            if let Some((task, trace)) = state.places.get(look.task) {
+                trace.cut(trace.judge(task.name.kind(), look.pulse, starved));
+            }
+        }
+    }
+
+    fn abort_all(&self) {
+        self.abort_each(|places| places.iter().map(|(_, _, trace)| trace).collect());
+    }
+
+    fn abort_uninformed(&self) {
+        self.abort_each(|places| {
+            let tasks = places.iter().filter(|(_, task, _)| task.name.kind() != Kind::Contextual);
+            tasks.map(|(_, _, trace)| trace).collect()
+        });
     }
 
     fn live_futures(&self) -> usize {
-        self.state().live().filter(|slot| slot.kind != Kind::Blocking).count()
+        self.state().places.iter().filter(|(_, task, _)| task.name.kind() != Kind::Blocking).count()
     }
 
     fn children(&self) -> Vec<Arc<dyn Node>> {
@@ -497,12 +501,13 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
     }
 
     fn abandon(&self) {
-        self.abandon_tasks(self.slots());
+        let tasks: Vec<_> = self.state().places.iter().map(|(task, ..)| task).collect();
+        self.abandon_tasks(&tasks);
     }
 
     fn entered_if_empty(&self) -> Option<u64> {
         let state = self.state();
-        state.is_empty().then_some(state.entered)
+        state.is_empty().then(|| state.places.entered())
     }
 
     fn poll_empty(&self, cx: &mut Context<'_>) -> Poll<()> {
@@ -510,7 +515,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         if state.is_empty() {
             return Poll::Ready(());
         }
-        register(&mut state.idle_waiters, cx);
+        state.idle_waiters.add(cx.waker());
         Poll::Pending
     }
 
@@ -519,7 +524,7 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         if state.is_idle() {
             return Poll::Ready(());
         }
-        register(&mut state.idle_waiters, cx);
+        state.idle_waiters.add(cx.waker());
         Poll::Pending
     }
 

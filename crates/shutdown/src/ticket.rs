@@ -1,34 +1,83 @@
 //! A task as its runtime holds it. It reports its end exactly once, however it ends, and only after everything it owned
 //! is gone.
 
+use std::panic::Location;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 use pin_project_lite::pin_project;
 
+use crate::panics::Panic;
+use crate::places::Block;
 use crate::roster::Roster;
 use crate::stop::{Stopping, after};
-use crate::task::{Slot, TaskOutcome, TaskOutput, guarded};
+use crate::task::{TaskOutcome, TaskOutput};
+use crate::trace::{Trace, guarded};
 use crate::tree::{Node, stop_tree};
 
 /// A task's obligation to report how it ended: explicitly, or else when it is dropped.
 pub(crate) struct Ticket<T, E> {
-    pub(crate) slot: Arc<Slot>,
-    roster: Arc<Roster<T, E>>,
+    block: Arc<Block<Roster<T, E>>>,
+    place: u32,
+    /// Whether its trace has its waker.
+    is_parked: bool,
+    is_told: bool,
 }
 
 impl<T, E> Ticket<T, E> {
-    pub(crate) fn new(slot: Arc<Slot>, roster: Arc<Roster<T, E>>) -> Self {
-        Self { slot, roster }
+    pub(crate) fn new((block, place): (Arc<Block<Roster<T, E>>>, u32)) -> Self {
+        Self { block, place, is_parked: false, is_told: false }
+    }
+
+    pub(crate) fn trace(&self) -> &Trace {
+        self.block.trace(self.place)
+    }
+
+    fn roster(&self) -> &Arc<Roster<T, E>> {
+        self.block.group()
+    }
+
+    /// How a task ends that panicked.
+    pub(crate) fn panicked(&self, panic: Panic) -> TaskOutcome<T, E> {
+        let Panic { message, location } = panic;
+        let origin = || self.roster().origin(self.place).unwrap_or_else(Location::caller).into();
+        TaskOutcome::Panicked { message, location: location.unwrap_or_else(origin) }
+    }
+
+    /// How a task ends whose future is dropped: by its group, or else by a cut or by the end of the runtime.
+    fn dropped(&self) -> TaskOutcome<T, E> {
+        let told = self.roster().is_stopped() || self.trace().is_called();
+        if told && self.trace().straggling().is_none() { TaskOutcome::Cancelled } else { TaskOutcome::Aborted }
+    }
+
+    /// Lets whoever aborts the task wake it. A task of tokio's has the same waker for life, so this is done once.
+    fn park(&mut self, waker: &Waker) {
+        if !std::mem::replace(&mut self.is_parked, true) {
+            self.trace().park(waker);
+        }
+    }
+
+    /// Says how a task ended that is dropped.
+    fn tell_dropped(&self, outcome: TaskOutcome<T, E>) {
+        self.roster().tell(self.place, self.trace(), outcome, |_, _| {});
+    }
+
+    /// Nothing looks at the trace from now on.
+    fn let_go(&mut self) {
+        self.is_told = true;
+        if self.is_parked {
+            self.trace().unpark();
+        }
     }
 }
 
 impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
-    /// Reports how the task ended. Everything it owned must be gone by then.
-    pub(crate) fn finish(&self, outcome: TaskOutcome<T, E>) {
-        self.roster.tell(&self.slot, outcome, |reason, grace| {
-            let node: Arc<dyn Node> = self.roster.clone();
+    /// Says how the task ended. Whatever it owned must be gone by then.
+    pub(crate) fn finish(&mut self, outcome: TaskOutcome<T, E>) {
+        self.let_go();
+        self.roster().tell(self.place, self.trace(), outcome, |reason, grace| {
+            let node: Arc<dyn Node> = self.roster().clone();
             stop_tree(&node, &Stopping { reason, deadline: after(grace) });
         });
     }
@@ -36,14 +85,10 @@ impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
 
 impl<T, E> Drop for Ticket<T, E> {
     fn drop(&mut self) {
-        if self.slot.is_told() {
-            return;
+        if !self.is_told {
+            self.let_go();
+            self.tell_dropped(self.dropped());
         }
-        // Dropped before its end, by its group, by a cut, or by the end of the runtime.
-        let told = self.roster.is_stopped() || self.slot.is_called();
-        let cancelled = told && self.slot.straggling().is_none();
-        let outcome = if cancelled { TaskOutcome::Cancelled } else { TaskOutcome::Aborted };
-        self.roster.tell(&self.slot, outcome, |_, _| {});
     }
 }
 
@@ -60,10 +105,11 @@ pin_project! {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
             if this.future.is_some() {
-                let slot = Arc::clone(&this.ticket.slot);
-                // If a destructor panics, the panic is the task's outcome, even if the task is cancelled or cut.
-                if let Err(panicked) = guarded(&slot, || this.future.set(None)) {
-                    this.ticket.roster.tell(&slot, panicked, |_, _| {});
+                // A destructor that panics is how the task ended, also of one that is cancelled or cut.
+                if let Err(panic) = guarded(this.ticket.trace(), || this.future.set(None)) {
+                    let panicked = this.ticket.panicked(panic);
+                    this.ticket.let_go();
+                    this.ticket.tell_dropped(panicked);
                 }
             }
         }
@@ -87,12 +133,14 @@ where
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let mut this = self.project();
-        let slot = &this.ticket.slot;
-        // Kept out here, so that an output whose destructor panics is not dropped while another panic unwinds.
+        let is_wanted = !this.ticket.trace().is_unwanted();
+        // Kept out here, so that one whose destructor panics is not dropped while another panic unwinds.
         let mut output = None;
-        let polled = guarded(slot, || {
-            // Once the future was ready, it is gone, and is not polled again.
-            let Some(future) = this.future.as_mut().as_pin_mut() else { return };
+        let polled = guarded(this.ticket.trace(), || {
+            // Once it was ready, it is gone, and nobody polls it again.
+            let Some(future) = this.future.as_mut().as_pin_mut().filter(|_| is_wanted) else {
+                return this.future.set(None);
+            };
             if let Poll::Ready(returned) = future.poll(cx) {
                 output = Some(returned);
                 // What it owns is dropped before its end is reported. If a destructor panics, the panic is the outcome.
@@ -100,14 +148,18 @@ where
             }
         });
         let outcome = match (polled, output) {
-            (Ok(()), None) => return Poll::Pending,
+            (Ok(()), None) if is_wanted => {
+                this.ticket.park(cx.waker());
+                return Poll::Pending;
+            }
+            (Ok(()), None) => this.ticket.dropped(),
             (Ok(()), Some(output)) => output.into_outcome(),
-            (Err(panicked), output) => {
-                let emptied = guarded(slot, || {
+            (Err(panic), output) => {
+                let emptied = guarded(this.ticket.trace(), || {
                     this.future.set(None);
                     drop(output);
                 });
-                emptied.map_or_else(|again| again, |()| panicked)
+                this.ticket.panicked(emptied.err().unwrap_or(panic))
             }
         };
         this.ticket.finish(outcome);

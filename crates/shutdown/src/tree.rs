@@ -3,7 +3,7 @@
 
 use std::fmt;
 use std::future::poll_fn;
-use std::iter::repeat;
+use std::panic::Location;
 use std::sync::{Arc, Weak};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -11,14 +11,31 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::clock::Clock;
+use crate::places::TaskId;
 use crate::report::Ledger;
 use crate::stop::{Stop, Stopping};
-use crate::task::{Kind, Slot};
+use crate::task::StragglerState;
 
 /// The time between the two observations that tell a blocked task from a parked one.
 pub(crate) const SAMPLE: Duration = Duration::from_millis(5);
-/// How long an aborted task may take to be dropped before it counts as unstoppable.
-const SETTLE: Duration = Duration::from_millis(20);
+/// How long an aborted task may take to be dropped before it counts as one that cannot be stopped.
+pub(crate) const SETTLE: Duration = Duration::from_millis(20);
+
+/// A task that was alive at a first look, and its pulse.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Look {
+    pub(crate) task: TaskId,
+    pub(crate) pulse: u32,
+}
+
+/// What a second look shows.
+#[derive(Debug)]
+pub(crate) struct Seen {
+    pub(crate) name: String,
+    pub(crate) spawned_at: &'static Location<'static>,
+    pub(crate) last_mark: Option<String>,
+    pub(crate) state: StragglerState,
+}
 
 /// The tasks of one group, without their types.
 pub(crate) trait Node: Send + Sync + fmt::Debug {
@@ -31,8 +48,17 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn close_on_stop(&self);
     /// Closes the group if no task is alive here; returns whether that is so.
     fn close_if_empty(&self) -> bool;
-    fn live(&self) -> Vec<Arc<Slot>>;
-    /// How many futures are alive; blocking closures do not count.
+    /// The tasks that are alive.
+    fn look(&self) -> Vec<Look>;
+    /// Those of them that are still alive, and what they are doing.
+    fn seen(&self, looks: &[Look]) -> Vec<Seen>;
+    /// Notes of those that are still alive that they outlived their grace, and what they are doing.
+    fn cut(&self, looks: &[Look], starved: bool);
+    /// Aborts every task.
+    fn abort_all(&self);
+    /// The same, but of those that have a context, which tells them to stop.
+    fn abort_uninformed(&self);
+    /// How many futures are alive, rather than blocking closures.
     fn live_futures(&self) -> usize;
     /// The groups below that have not ended for good.
     fn children(&self) -> Vec<Arc<dyn Node>>;
@@ -62,11 +88,7 @@ pub(crate) fn stop_tree(root: &Arc<dyn Node>, stopping: &Stopping) {
         node.close_on_stop();
     };
     for node in walk(root, tell) {
-        for slot in node.live() {
-            if slot.kind != Kind::Contextual {
-                slot.abort();
-            }
-        }
+        node.abort_uninformed();
         ended(node.end());
     }
 }
@@ -134,7 +156,7 @@ fn census(root: &Arc<dyn Node>) -> Option<Vec<Census>> {
 /// Aborts every task of a stopped group and of the groups below it, however much grace is left.
 pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
     for node in tree(root) {
-        node.live().iter().for_each(|slot| slot.abort());
+        node.abort_all();
         ended(node.end());
     }
 }
@@ -145,40 +167,27 @@ pub(crate) fn abort_tree(root: &Arc<dyn Node>) {
 /// The flag of each root says whether it is starved: whether the runtime has run nothing since the root was told to
 /// stop.
 pub(crate) async fn cut(roots: &[(Arc<dyn Node>, bool)], clock: &Clock) {
-    let nodes: Vec<_> = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().zip(repeat(*starved))).collect();
-    let slots = nodes.iter().flat_map(|(node, starved)| node.live().into_iter().zip(repeat(*starved)));
-    abort_judged(slots, clock).await;
+    let trees = roots.iter().flat_map(|(root, starved)| tree(root).into_iter().map(|node| (node, *starved)));
+    let nodes: Vec<_> = trees.map(|(node, starved)| (node.look(), node, starved)).collect();
+    if nodes.iter().any(|(looks, ..)| !looks.is_empty()) {
+        clock.sleep(SAMPLE).await;
+    }
+    for (looks, node, starved) in &nodes {
+        node.cut(looks, *starved);
+        node.abort_all();
+    }
     let settled = Instant::now() + SETTLE;
     for (root, _) in roots {
         // Elapsed or not, the next step is the same: what is still alive now is abandoned.
         let _elapsed = clock.timeout_at(settled, poll_fn(|cx| root.poll_idle(cx))).await;
     }
-    for (node, _) in nodes {
+    for (_, node, _) in nodes {
         node.abandon();
         ended(node.end());
     }
 }
 
-/// Notes what each of these tasks is doing, aborts them, and waits a short time for `ended`, while they are dropped.
-pub(crate) async fn cut_tasks(slots: impl Iterator<Item = &Arc<Slot>>, ended: impl Future<Output = ()>) {
-    abort_judged(slots.filter(|slot| !slot.is_told()).map(|slot| (Arc::clone(slot), false)), &Clock::Tokio).await;
-    // Elapsed or not, the caller's next step is the same.
-    drop(tokio::time::timeout(SETTLE, ended).await);
-}
-
-async fn abort_judged(slots: impl Iterator<Item = (Arc<Slot>, bool)>, clock: &Clock) {
-    let slots: Vec<_> = slots.map(|(slot, starved)| (slot.pulse(), slot, starved)).collect();
-    if !slots.is_empty() {
-        clock.sleep(SAMPLE).await;
-    }
-    for (earlier, slot, starved) in slots {
-        slot.cut(slot.judge(earlier, starved));
-        slot.abort();
-    }
-}
-
-/// Polls `look` to its end. When the group is stopped and its grace is over, cuts what is left, and then `look` is
-/// ready.
+/// Polls `look` to its end. Once the group is stopped and its grace over, cuts what is left, after which `look` is ready.
 pub(crate) async fn bounded<R>(root: &Arc<dyn Node>, mut look: impl FnMut(&mut Context<'_>) -> Poll<R>) -> R {
     loop {
         let looking = poll_fn(&mut look);

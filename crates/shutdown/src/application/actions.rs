@@ -13,7 +13,7 @@ use crate::panics::catch;
 use crate::signal::Signal;
 use crate::state::Core;
 use crate::state::voice::print;
-use crate::tree::{SAMPLE, list};
+use crate::tree::{SAMPLE, Seen, list};
 
 pub(crate) type Action = Box<dyn FnMut(SignalContext) + Send>;
 
@@ -39,17 +39,16 @@ impl SignalContext {
     /// mark, and whether it is inside a poll or parked at an await. It looks twice, some milliseconds apart.
     pub fn dump(&self) -> String {
         let nodes: Vec<_> = self.core.roots().iter().flat_map(|(root, _)| list(root)).collect();
-        let live = nodes.iter().flat_map(|node| node.live().into_iter().map(move |slot| (node, slot.pulse(), slot)));
-        let slots: Vec<_> = live.collect();
-        let count = slots.len();
-        let mut text = format!("`{}`: tasks alive: {count}", self.core.name);
-        if count > 0 {
+        let looks: Vec<_> = nodes.into_iter().map(|node| (node.look(), node)).collect();
+        if looks.iter().any(|(looks, _)| !looks.is_empty()) {
             thread::park_timeout(SAMPLE);
         }
-        for (node, earlier, slot) in slots {
-            let (name, group, state, at) = (&slot.name, node.path(), slot.judge(earlier, false), slot.spawned_at);
-            text.push_str(&format!("\n  `{name}` of `{group}`: {state}, spawned at {at}"));
-            if let Some(mark) = slot.last_mark() {
+        let seen = looks.iter().flat_map(|(looks, node)| node.seen(looks).into_iter().map(move |task| (node, task)));
+        let seen: Vec<_> = seen.collect();
+        let mut text = format!("`{}`: tasks alive: {}", self.core.name, seen.len());
+        for (node, Seen { name, spawned_at, last_mark, state }) in seen {
+            text.push_str(&format!("\n  `{name}` of `{}`: {state}, spawned at {spawned_at}", node.path()));
+            if let Some(mark) = last_mark {
                 text.push_str(&format!(", last mark `{mark}`"));
             }
         }

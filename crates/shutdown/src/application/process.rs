@@ -18,7 +18,7 @@ use crate::signal;
 use crate::state::Core;
 use crate::state::stages::Stage;
 use crate::state::voice::LAST_WORDS;
-use crate::tree::{Node, SAMPLE};
+use crate::tree::SAMPLE;
 
 /// How long after the deadline the runtime may still report by itself, which lets `run` return as usual.
 const OVERTIME: Duration = Duration::from_millis(45);
@@ -73,17 +73,13 @@ pub(crate) fn end_process(core: &Core, code: u8) {
         return;
     };
     let nodes = core.nodes();
-    let live = |(node, starved): &(Arc<dyn Node>, bool)| {
-        let starved = *starved;
-        node.live().into_iter().map(move |slot| (slot.pulse(), slot, starved))
-    };
-    let slots: Vec<_> = nodes.iter().flat_map(live).collect();
-    if !slots.is_empty() {
-        // This is a sleep: no other thread can end what this one has claimed.
+    let looks: Vec<_> = nodes.iter().map(|(node, _)| node.look()).collect();
+    if looks.iter().any(|looks| !looks.is_empty()) {
+        // A sleep: nobody else ends what this thread has claimed.
         ending.reached(Stage::Over, Instant::now() + SAMPLE);
     }
-    for (earlier, slot, starved) in slots {
-        slot.cut(slot.judge(earlier, starved));
+    for ((node, starved), looks) in nodes.iter().zip(&looks) {
+        node.cut(looks, *starved);
     }
     let unnamed = unnamed_tasks(core);
     for (node, _) in nodes {

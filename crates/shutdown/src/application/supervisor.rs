@@ -247,7 +247,7 @@ fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static L
         last_mark: None,
         straggling: None,
     };
-    core.ledger.record(report, || true);
+    core.ledger.record(report);
     core.worker_ended();
 }
 
@@ -301,7 +301,7 @@ mod tests {
     use crate::report::Unnamed;
     use crate::state::Terms;
     use crate::state::voice::Audience;
-    use crate::task::{Kind, Slot};
+    use crate::trace::{Kind, Own};
 
     const SECOND: Duration = Duration::from_secs(1);
 
@@ -350,8 +350,7 @@ mod tests {
         async fn run(&self, mut phase: Phase) -> bool {
             let Worker { work, .. } = phase.workers.remove(0);
             let group = TaskGroup::of_workers(Arc::clone(&self.core.ledger), phase.name);
-            let slot = Slot::new("worker".into(), Location::caller(), Kind::Contextual);
-            let cx = WorkerContext::new(Arc::new(slot), group.node());
+            let cx = WorkerContext::new(Arc::new(Own::new("worker".into(), Kind::Contextual)), group.node());
             run_worker(Arc::clone(&self.core), work, Restart::OnFailure.into(), false, cx).await.is_ok()
         }
 

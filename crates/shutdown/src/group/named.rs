@@ -4,11 +4,11 @@
 use std::future::poll_fn;
 use std::panic::Location;
 
-use tokio::time::timeout_at;
+use tokio::time::{sleep, timeout, timeout_at};
 
 use crate::group::TaskGroup;
 use crate::stop::{StopReason, Stopping, after};
-use crate::tree::cut_tasks;
+use crate::tree::{Node, SAMPLE, SETTLE};
 
 impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// Returns whether a task of this name is alive.
@@ -34,14 +34,12 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// # }
     /// ```
     pub fn tasks(&self) -> Vec<LiveTask> {
-        let slots = self.roster.slots().into_iter();
-        let live = slots.map(|slot| LiveTask {
-            name: slot.name.clone().into_owned(),
-            spawned_at: slot.spawned_at,
-            last_mark: slot.last_mark(),
-            is_inside_poll: slot.is_inside_poll(),
-        });
-        live.collect()
+        self.roster.read_all(|task, trace| LiveTask {
+            name: task.name.as_str().to_owned(),
+            spawned_at: task.spawned_at,
+            last_mark: task.name.last_mark(),
+            is_inside_poll: trace.is_inside_poll(),
+        })
     }
 
     /// Drops the tasks of this name at their current await, without a grace, and returns how many there were.
@@ -66,7 +64,7 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// ```
     pub fn abort(&self, name: &str) -> usize {
         let tasks = self.roster.named(name);
-        tasks.iter().for_each(|slot| slot.abort());
+        self.roster.abort(&tasks);
         tasks.len()
     }
 
@@ -113,13 +111,16 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     async fn cancel_named(&self, name: &str, reason: StopReason) -> usize {
         let deadline = after(self.roster.grace());
         let tasks = self.roster.named(name);
-        for slot in &tasks {
-            slot.tell_to_stop(Stopping { reason: reason.clone(), deadline });
-        }
+        self.roster.tell_to_stop(&tasks, &Stopping { reason, deadline });
         let mut ended = poll_fn(|cx| self.roster.poll_ended(&tasks, cx));
         if timeout_at(deadline, &mut ended).await.is_err() {
-            cut_tasks(tasks.iter(), ended).await;
-            self.roster.abandon_tasks(tasks.iter().cloned());
+            let looks = self.roster.look_at(&tasks);
+            sleep(SAMPLE).await;
+            self.roster.cut(&looks, false);
+            self.roster.abort(&tasks);
+            // Elapsed or not, the next step is the same: what is still alive then is abandoned.
+            drop(timeout(SETTLE, ended).await);
+            self.roster.abandon_tasks(&tasks);
         }
         tasks.len()
     }
