@@ -502,4 +502,56 @@ mod tests {
         assert!(!block.trace(place).holds_task(), "the memory of the task is kept");
         assert_eq!(block.trace(place).pulse(), 0, "the next task in this place begins with another's pulse");
     }
+
+    #[tokio::test]
+    async fn a_group_and_its_last_task_leave_nothing_of_it_behind() {
+        let waited = TaskGroup::new();
+        let after_wait = Arc::downgrade(&waited.roster);
+        waited.spawn("done", async {}).expect("an open group");
+        drop(waited.wait().await);
+        assert!(after_wait.upgrade().is_none(), "the places of the group keep it");
+
+        let dropped = TaskGroup::new();
+        let after_drop = Arc::downgrade(&dropped.roster);
+        let (release, released) = std::sync::mpsc::channel::<()>();
+        let (begun, running) = tokio::sync::oneshot::channel();
+        let work = move |_| {
+            begun.send(()).expect("it is awaited");
+            drop(released.recv());
+        };
+        dropped.spawn_blocking("closure", work).expect("an open group");
+        running.await.expect("it begins");
+        drop(dropped);
+        assert!(after_drop.upgrade().is_some(), "the closure has not told its end");
+        drop(release);
+        let gone = async {
+            while after_drop.strong_count() > 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(5), gone).await.expect("the places of the group keep it");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_task_has_one_waker_for_life() {
+        // The group keeps the first one. If this changes, `Ticket::park` has to look at each.
+        let polls = |count: usize| async move {
+            let mut first: Option<std::task::Waker> = None;
+            for _ in 0..count {
+                let waker = std::future::poll_fn(|cx| std::task::Poll::Ready(cx.waker().clone())).await;
+                assert!(first.get_or_insert_with(|| waker.clone()).will_wake(&waker));
+                tokio::task::yield_now().await;
+            }
+        };
+        let group = TaskGroup::new();
+        for _ in 0..8 {
+            group.spawn("task", polls(1_000)).expect("an open group");
+        }
+        let local = tokio::task::LocalSet::new();
+        let result = local.run_until(async {
+            group.spawn_local("local", polls(1_000)).expect("an open group");
+            group.wait().await
+        });
+        assert_eq!(result.await.completed.len(), 9);
+    }
 }

@@ -236,3 +236,64 @@ pub(crate) fn guarded<R>(trace: &Trace, call: impl FnOnce() -> R) -> Result<R, P
     trace.beat();
     result
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::task::Wake;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn an_aborted_task_is_woken_once_whether_it_parks_before_or_after() {
+        let wakes = Arc::new(Wakes::default());
+        let waker = Waker::from(Arc::clone(&wakes));
+        let woken = || wakes.0.load(Ordering::Relaxed);
+
+        let parked = Trace::default();
+        parked.park(&waker);
+        assert!(!parked.is_unwanted() && woken() == 0);
+        parked.abort().expect("the waker of a parked task").wake();
+        assert!(parked.is_unwanted() && parked.abort().is_none() && woken() == 1);
+
+        let running = Trace::default();
+        assert!(running.abort().is_none());
+        running.park(&waker);
+        assert!(woken() == 2 && !running.holds_task());
+    }
+
+    #[test]
+    fn a_closure_begins_unless_it_was_called_off_or_aborted_and_is_not_called_off_afterwards() {
+        let (begun, off, aborted) = (Trace::default(), Trace::default(), Trace::default());
+        assert!(begun.begin() && !begun.call_off() && begun.is_inside_poll());
+        assert!(off.call_off() && !off.begin() && !off.is_inside_poll());
+        assert!(aborted.abort().is_none() && !aborted.begin());
+    }
+
+    #[test]
+    fn a_task_is_judged_by_two_looks_at_its_pulse() {
+        let trace = Trace::default();
+        let (plain, closure) = (Kind::Plain, Kind::Blocking);
+        assert_eq!(trace.judge(plain, 0, false), StragglerState::ParkedAtAwait);
+        assert_eq!(trace.judge(plain, 0, true), StragglerState::Starved);
+        assert_eq!(trace.judge(closure, 0, true), StragglerState::BlockingClosure);
+        trace.beat();
+        assert_eq!(trace.judge(plain, 1, true), StragglerState::BlockedInPoll);
+        // Inside another poll than before.
+        trace.beat();
+        trace.beat();
+        assert_eq!(trace.judge(Kind::Contextual, 1, false), StragglerState::ParkedAtAwait);
+        trace.cut(StragglerState::Starved);
+        trace.cut(StragglerState::ParkedAtAwait);
+        assert_eq!(trace.straggling(), Some(StragglerState::Starved), "the first judgement stands");
+    }
+}
