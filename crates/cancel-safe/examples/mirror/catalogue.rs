@@ -14,8 +14,8 @@ use cancel_safe::tx_guard::TxError;
 use futures_util::{StreamExt, TryStreamExt};
 use tokio::sync::{mpsc, oneshot};
 
-/// The most changes in one transaction. A kill can make a run fetch this many files again, beyond the files in flight.
-pub(crate) const MAX_BATCH: usize = 64;
+/// The most changes in one transaction. Each is of a URL whose fetch is under way, or of one that is settled or flushed.
+pub(crate) const MAX_BATCH: usize = 512;
 
 /// One file that is on disk.
 #[derive(Debug, Clone, PartialEq, Eq)]

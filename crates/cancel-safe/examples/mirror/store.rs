@@ -27,6 +27,8 @@ const COMMIT_TIMEOUT: Duration = Duration::from_secs(10);
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Rows that are read at once.
 const PAGE: usize = 512;
+/// Rows that one statement writes at most.
+const MAX_PIECE: usize = 64;
 
 /// A row as both drivers read it, in the order of [`COLUMNS`].
 type Columns = (String, String, i64, String, i64, String, Option<String>, Option<String>, i64);
@@ -241,17 +243,11 @@ where
         }
         for (table, rows) in [("files", files), ("pending", pending)] {
             let gone: Vec<&String> = rows.iter().filter(|(_, row)| row.is_none()).map(|(url, _)| *url).collect();
-            if !gone.is_empty() {
-                let mut delete = QueryBuilder::<DB>::new(format!("DELETE FROM {table} WHERE url IN ("));
-                let mut urls = delete.separated(", ");
-                for url in gone {
-                    urls.push_bind(url.clone());
-                }
-                delete.push(")");
-                delete.build().execute(&mut *tx).await?;
+            for urls in pieces(&gone) {
+                delete::<DB>(table, urls).build().execute(&mut *tx).await?;
             }
             let rows: Vec<&Row> = rows.into_values().flatten().collect();
-            if !rows.is_empty() {
+            for rows in pieces(&rows) {
                 upsert::<DB>(table, rows).build().execute(&mut *tx).await?;
             }
         }
@@ -260,7 +256,29 @@ where
     }
 }
 
-fn upsert<DB>(table: &str, rows: Vec<&Row>) -> QueryBuilder<DB>
+/// The same in pieces of 1, 2, 4, … up to [`MAX_PIECE`]: of so few statements the connection keeps each prepared.
+fn pieces<T>(mut rest: &[T]) -> impl Iterator<Item = &[T]> {
+    std::iter::from_fn(move || {
+        let length = 1 << rest.len().min(MAX_PIECE).checked_ilog2()?;
+        rest.split_off(..length)
+    })
+}
+
+fn delete<DB>(table: &str, urls: &[&String]) -> QueryBuilder<DB>
+where
+    DB: Backend,
+    for<'q> String: Encode<'q, DB> + Type<DB>,
+{
+    let mut delete = QueryBuilder::<DB>::new(format!("DELETE FROM {table} WHERE url IN ("));
+    let mut separated = delete.separated(", ");
+    for url in urls {
+        separated.push_bind((*url).clone());
+    }
+    delete.push(")");
+    delete
+}
+
+fn upsert<DB>(table: &str, rows: &[&Row]) -> QueryBuilder<DB>
 where
     DB: Backend,
     for<'q> String: Encode<'q, DB> + Type<DB>,
