@@ -9,11 +9,13 @@ use cancel_safe::atomic_fs::{self, AtomicFileWriter, Durability, TargetState, Wr
 use cancel_safe::http_timeout::{Phase, RequestError, TimeoutClient};
 use reqwest::{Response, StatusCode, header};
 use sha2::{Digest, Sha256};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use url::Url;
 
 use super::catalogue::{Catalogue, CatalogueError, Change, Row};
 use super::cli::Exit;
+use super::durable::Directories;
 use super::home::{Home, HomeError, blocking, digest, hex, is_of_name};
 use super::hosts::Seat;
 use super::parts::Part;
@@ -28,6 +30,8 @@ const BREAKER_MAX: Duration = Duration::from_secs(2);
 
 /// How long a fetch waits when the process may open no more files.
 const FILES_PAUSE: Duration = Duration::from_millis(250);
+/// How often it does so where it must not fail.
+const MAX_FILES_PAUSES: u32 = 40;
 
 /// The longest body, in bytes, that is held in memory until it is complete.
 const MAX_HELD: usize = 64 * 1024;
@@ -72,7 +76,11 @@ pub(crate) struct Fetcher {
     pub(crate) home: Arc<Home>,
     pub(crate) catalogue: Catalogue,
     pub(crate) report: Arc<Reporter>,
-    /// Whether another part of the program makes new files durable.
+    /// A permit for each body that is there, until its file is in its place.
+    pub(crate) desk: Arc<Semaphore>,
+    /// The directories of new files.
+    pub(crate) names: Arc<Directories>,
+    /// Whether somebody else makes new files durable.
     pub(crate) is_late: bool,
 }
 
@@ -145,7 +153,7 @@ impl Fetcher {
         }
         let mut request = self.client.get(target.url.clone());
         let current = known.filter(|row| target.fits(row));
-        let part = Part::find(&self.home.parts(), &target.url);
+        let part = self.home.parts.find(&target.url);
         if let Some(headers) = part.as_ref().and_then(Part::headers) {
             request = headers.into_iter().fold(request, |request, (name, value)| request.header(name, value));
         } else if let Some(etag) = current.and_then(|row| row.etag.as_ref()) {
@@ -159,9 +167,9 @@ impl Fetcher {
             // A proxy that has changed the body answers 203; any other success is not the file.
             (StatusCode::OK | StatusCode::NON_AUTHORITATIVE_INFORMATION, _) => {
                 // It starts again: there is another representation now, or the server knows no ranges.
-                part.into_iter().for_each(Part::remove);
-                // If no part can be kept, the whole file is fetched all the same.
-                let part = Part::begin(&self.home.parts(), &target.url, &response).unwrap_or_default();
+                part.into_iter().for_each(|part| self.home.parts.remove(part));
+                // Where nothing can be kept, the whole is fetched all the same.
+                let part = self.home.parts.begin(&target.url, &response).unwrap_or_default();
                 self.store(target, &file, known, response, part, seat).await.map(|row| self.stored(row, known))
             }
             (status, _) => match part {
@@ -170,7 +178,7 @@ impl Fetcher {
                     stored.map(|row| self.stored(row, known))
                 }
                 Some(part) if matches!(status, StatusCode::PARTIAL_CONTENT | StatusCode::RANGE_NOT_SATISFIABLE) => {
-                    part.remove();
+                    self.home.parts.remove(part);
                     let cause = format!("the server answered {status}, which is not the rest of what was kept");
                     Err(Trouble::new("status", cause, Advice::Again))
                 }
@@ -239,7 +247,12 @@ impl Fetcher {
         seat: Seat,
     ) -> Result<Row, Trouble> {
         self.make_parents(file).await?;
-        let durability = if self.is_late && known.is_none() { Durability::None } else { Durability::Full };
+        let durability = match known {
+            Some(_) => Durability::Full,
+            None if self.is_late => Durability::None,
+            // Its name is made durable together with those that come into the same directory meanwhile.
+            None => Durability::Ordered,
+        };
         // Without a row there is no file of ours that could be replaced.
         let options = AtomicFileWriter::options().create_new(known.is_none()).durability(durability);
         let mut body = Body::Held(Vec::new());
@@ -274,7 +287,8 @@ impl Fetcher {
             }
             body = body.take(&chunk, options, file).await.map_err(|error| Trouble::of_write(error, file))?;
         }
-        // Only the disk has work left.
+        // What is left to do is the disk's. Only so many bodies wait for that, so that a kill makes few be fetched again.
+        let desk = self.desk.acquire().await;
         drop(seat);
         let row = match total {
             Some(total) if total != bytes => {
@@ -287,8 +301,12 @@ impl Fetcher {
             Ok(row) => self.install(row, file, body.commit(options, file)).await,
             Err(trouble) => Err(trouble),
         };
-        // The file is in place, or the body was not the file.
-        part.into_iter().for_each(Part::remove);
+        drop(desk);
+        if row.is_ok() && durability == Durability::Ordered {
+            self.sync_names(file).await?;
+        }
+        // The file is there, or what came was not the file.
+        part.into_iter().for_each(|part| self.home.parts.remove(part));
         row
     }
 
@@ -309,6 +327,23 @@ impl Fetcher {
             return Err(Trouble::of_write(error, file));
         }
         Ok(row)
+    }
+
+    /// Makes the name of a new file durable. From its rename on it must not fail for want of a file to open: what has no row
+    /// would be taken for somebody else's.
+    async fn sync_names(&self, file: &Path) -> Result<(), Trouble> {
+        let directory = file.parent().unwrap_or(file);
+        let mut attempt = 0;
+        loop {
+            attempt += 1;
+            match self.names.sync(directory).await {
+                Err(error) if is_out_of_files(&error) && attempt < MAX_FILES_PAUSES => {
+                    tokio::time::sleep(FILES_PAUSE).await;
+                }
+                Err(error) => return Err(Trouble::new("write", chain(&error), Advice::Stop(Exit::Write))),
+                Ok(()) => return Ok(()),
+            }
+        }
     }
 
     async fn make_parents(&self, file: &Path) -> Result<(), Trouble> {

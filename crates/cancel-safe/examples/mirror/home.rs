@@ -10,6 +10,7 @@ use sha2::{Digest, Sha256};
 use tokio_util::sync::CancellationToken;
 
 use super::catalogue::CatalogueError;
+use super::parts::Parts;
 use super::paths::Rules;
 
 /// Up to this many files are made durable one by one.
@@ -21,6 +22,8 @@ pub(crate) struct Home {
     dir: PathBuf,
     /// Ties the catalogue to this directory, so that the wrong `--database` is refused instead of emptied.
     pub(crate) mark: String,
+    /// Bodies that were cut.
+    pub(crate) parts: Parts,
     /// Directories that are known to be durable.
     made: Mutex<HashSet<PathBuf>>,
     /// How its file system treats names.
@@ -65,7 +68,8 @@ impl Home {
         }
         let mark = mark(&mut lock).map_err(at(&path))?;
         File::open(dir).and_then(|dir| dir.sync_all()).map_err(at(dir))?;
-        Ok(Self { dir: dir.to_owned(), mark, made: Mutex::default(), rules: probe(dir), _lock: lock })
+        let parts = Parts::below(dir.join("mirror.parts"));
+        Ok(Self { dir: dir.to_owned(), mark, parts, made: Mutex::default(), rules: probe(dir), _lock: lock })
     }
 
     /// The place of a path of the mapping.
@@ -76,11 +80,6 @@ impl Home {
     /// The directory below which all files are.
     pub(crate) fn files(&self) -> PathBuf {
         self.dir.join("files")
-    }
-
-    /// The directory of bodies that were cut.
-    pub(crate) fn parts(&self) -> PathBuf {
-        self.dir.join("mirror.parts")
     }
 
     /// Whether the directories above a file are known to be durable.

@@ -35,16 +35,18 @@ pub(crate) fn name_of(url: &Url) -> String {
 pub(crate) struct Seat {
     hosts: Arc<Hosts>,
     host: String,
-    /// None before there is one.
-    permit: Option<OwnedSemaphorePermit>,
+    /// That of the host and that of the run; none before there are both.
+    permits: Option<[OwnedSemaphorePermit; 2]>,
 }
 
 impl Seat {
-    /// Waits until the host takes one request more.
+    /// Waits until the host, and the run, take one request more.
     pub(crate) async fn sit_down(&mut self) {
         let gate = self.hosts.gate(&self.host);
-        // The gate of a host is never closed.
-        self.permit = gate.acquire_owned().await.ok();
+        // That of the host first: a host that has all it may have holds up no other. Neither gate is ever closed.
+        let Ok(of_host) = gate.acquire_owned().await else { return };
+        let of_run = Arc::clone(&self.hosts.gate).acquire_owned().await;
+        self.permits = of_run.ok().map(|of_run| [of_host, of_run]);
     }
 }
 
@@ -58,6 +60,8 @@ impl Drop for Seat {
 #[derive(Debug)]
 pub(crate) struct Hosts {
     per_host: usize,
+    /// Requests in flight to all of them.
+    gate: Arc<Semaphore>,
     table: Mutex<BTreeMap<String, Host>>,
 }
 
@@ -79,9 +83,9 @@ struct Host {
 }
 
 impl Hosts {
-    /// Each host may have so many requests in flight.
-    pub(crate) fn new(per_host: usize) -> Self {
-        Self { per_host, table: Mutex::default() }
+    /// So many requests may be in flight in all, and so many to each host.
+    pub(crate) fn new(concurrency: usize, per_host: usize) -> Self {
+        Self { per_host, gate: Arc::new(Semaphore::new(concurrency)), table: Mutex::default() }
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Host>> {
@@ -104,9 +108,13 @@ impl Hosts {
         self.with(host, |host| Arc::clone(&host.gate))
     }
 
-    /// Whether one more URL of a host is to be begun: it has permits left, its breaker is not known to be open, and not
+    /// Whether one more URL of a host is to be begun: there are permits left, its breaker is not known to be open, and not
     /// too many of its URLs wait.
     pub(crate) fn may_begin(&self, host: &str) -> bool {
+        // Whoever has begun has its permit at once, if there is one.
+        if self.gate.available_permits() == 0 {
+            return false;
+        }
         let most = self.per_host;
         self.with(host, |host| {
             let is_open = host.next_try.is_some_and(|next_try| next_try > Instant::now());
@@ -122,7 +130,7 @@ impl Hosts {
             host.begun += 1;
             host.waiting.remove(url);
         });
-        Seat { hosts: Arc::clone(self), host: host.to_owned(), permit: None }
+        Seat { hosts: Arc::clone(self), host: host.to_owned(), permits: None }
     }
 
     /// A URL waits to be tried again.
@@ -197,7 +205,7 @@ mod tests {
 
     #[test]
     fn only_a_storm_over_different_urls_counts_against_a_host() {
-        let hosts = Hosts::new(1);
+        let hosts = Hosts::new(9, 1);
         for status in [200, 302, 404, 500, 501, 505, 507] {
             assert_eq!(hosts.class_of(&answer("/a", status)), Class::Success, "{status}");
         }
@@ -210,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_host_that_answers_is_not_lost() {
-        let hosts = Hosts::new(1);
+        let hosts = Hosts::new(9, 1);
         hosts.with("h", |host| host.silent_since = Instant::now().checked_sub(MAX_OUTAGE * 2));
         hosts.silent("h");
         assert!(hosts.is_lost("h"));
@@ -221,7 +229,7 @@ mod tests {
 
     #[test]
     fn a_host_begins_no_more_than_it_may() {
-        let hosts = Arc::new(Hosts::new(2));
+        let hosts = Arc::new(Hosts::new(9, 2));
         let seats = ["a", "b"].map(|url| {
             assert!(hosts.may_begin("h"));
             hosts.begin("h", url)
@@ -245,7 +253,7 @@ mod tests {
 
     #[test]
     fn an_open_circuit_is_told_with_its_next_try_until_the_host_answers() {
-        let hosts = Hosts::new(3);
+        let hosts = Hosts::new(9, 3);
         assert_eq!(hosts.gate("h:81").available_permits(), 3);
         hosts.blocked("h:81", Duration::from_millis(2900));
         assert_eq!(hosts.waits(), ["h:81: circuit open, next try in 3 s"]);

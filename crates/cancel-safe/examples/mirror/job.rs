@@ -12,13 +12,15 @@ use cancel_safe::resumable::{FileStore, ItemContext, ItemError, ResumableTask, R
 use cancel_safe::shutdown::WorkerContext;
 use futures_util::StreamExt;
 use reqwest::header::{HeaderMap, HeaderValue};
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
+use url::Url;
 
 use super::catalogue::{CatalogueError, Change, Row};
 use super::cli::{Args, Durability, Exit};
 use super::fetch::{Advice, Fetched, Fetcher, Target, Trouble};
 use super::home::{Home, HomeError};
-use super::hosts::{Hosts, MAX_OUTAGE, Seat};
+use super::hosts::{self, Hosts, MAX_OUTAGE, Seat};
 use super::late::Late;
 use super::list::{Line, List};
 use super::manifest::Manifest;
@@ -27,6 +29,9 @@ use super::settle::{self, Settled, Wanted};
 use super::store::{self, Opened};
 use super::turns::{Turn, Turns};
 
+/// For each fetch in flight, so many URLs whose body is there may wait for the disk and the catalogue. Both take a while,
+/// and do many at once for the price of one.
+const TO_DISK: usize = 3;
 /// The most URLs that wait to be tried again.
 const MAX_AHEAD: usize = 1 << 16;
 /// How often an open breaker or a `Retry-After` may put one URL back in the queue before that counts as a failure.
@@ -109,7 +114,7 @@ pub(crate) async fn run(
         };
         let (list, settled) = until_stopped(cx, settle::settle(&wanted, manifest.list)).await?;
         tell(&settled, manifest.duplicates, report);
-        let known_hosts = Arc::new(Hosts::new(args.per_host.into()));
+        let known_hosts = Arc::new(Hosts::new(args.concurrency.into(), args.per_host.into()));
         let client = client(args, hosts, &known_hosts)?;
         let catalogue = catalogue.clone();
         let shared = Arc::new(Shared {
@@ -118,6 +123,8 @@ pub(crate) async fn run(
                 home: Arc::clone(&home),
                 catalogue,
                 report: Arc::clone(report),
+                desk: Arc::new(Semaphore::new(args.concurrency.into())),
+                names: Arc::default(),
                 is_late: args.durability == Durability::End,
             },
             late: Late::default(),
@@ -135,7 +142,8 @@ pub(crate) async fn run(
         // Settles fetches that were cut between file and row. If the catalogue is gone, the next start settles them.
         let _next_start = settle::resolve(&home, &shared.fetcher.catalogue).await;
         for (origin, trips) in shared.fetcher.client.trips() {
-            report.count(&host_of(&origin), |host| host.trips += trips);
+            let host = Url::parse(&origin).map(|origin| hosts::name_of(&origin)).unwrap_or_default();
+            report.count(&host, |host| host.trips += trips);
         }
         Ok(ending)
     };
@@ -240,7 +248,8 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
         .version("2")
         .store(FileStore::at(&checkpoint))
         .key(|(_, url): &Turn| url.clone())
-        .concurrency(args.concurrency.into())
+        // Besides those whose body is on its way.
+        .concurrency(usize::from(args.concurrency) * (1 + TO_DISK))
         // A run that is killed while a host is down must not use up the attempts of the next one.
         .retry(Retry::attempts(args.retries + 1).per_run())
         .max_defers(MAX_DEFERS)
@@ -274,14 +283,14 @@ async fn drive(args: &Args, settled: &Settled, shared: &Arc<Shared>) -> Ending {
         let url = done.key.as_deref().unwrap_or_default();
         let host = host_of(url);
         report.advance(1);
-        shared.hosts.end(&host, url);
+        shared.hosts.end(host, url);
         if let Err(failure) = done.result {
             // The file of an earlier success is there, whatever the checkpoint says of a later attempt.
             if done.restored && list.find(url).is_ok_and(|slot| slot.is_some_and(|slot| list.is_complete(slot))) {
-                report.count(&host, |host| host.restored += 1);
+                report.count(host, |host| host.restored += 1);
                 continue;
             }
-            report.count(&host, |host| host.failures += 1);
+            report.count(host, |host| host.failures += 1);
             failures += 1;
             let (phase, cause) = failure.cause.split_once(": ").unwrap_or(("unknown", &failure.cause));
             let event = Event {
@@ -344,10 +353,10 @@ fn refused(error: &TaskError, checkpoint: &std::path::Path) -> Ending {
 /// One URL: file durable, then row committed; the checkpoint records it after this has returned.
 async fn one(shared: Arc<Shared>, cx: ItemContext, (slot, url): Turn) -> Result<String, ItemError> {
     let host = host_of(&url);
-    let seat = shared.hosts.begin(&host, &url);
-    let outcome = at_its_host(&shared, &cx, slot, &url, &host, seat).await;
+    let seat = shared.hosts.begin(host, &url);
+    let outcome = at_its_host(&shared, &cx, slot, &url, host, seat).await;
     if outcome.is_err() {
-        shared.hosts.pause(&host, &url);
+        shared.hosts.pause(host, &url);
     }
     outcome
 }

@@ -61,14 +61,16 @@ const LEFT: u64 = 1 << 61;
 const STALE: u64 = 1 << 60;
 const OFFSET: u64 = STALE - 1;
 
+/// How many bytes of the lines are read at once.
+const PIECE: u64 = 4096;
+
 /// The next slot of a host, where there is none.
 const NONE: u32 = u32::MAX;
 
 /// A list that is being read, or is in use.
 #[derive(Debug)]
 pub(crate) struct List {
-    /// The lines, in a file without a name, so that nothing of it is left behind.
-    lines: Mutex<BufWriter<File>>,
+    lines: Mutex<Lines>,
     end: u64,
     /// By hash.
     slots: Vec<Slot>,
@@ -76,6 +78,41 @@ pub(crate) struct List {
     /// The next slot of the same host, for each slot.
     after: Vec<u32>,
     hosts: Vec<Queue>,
+}
+
+/// The lines on disk.
+#[derive(Debug)]
+struct Lines {
+    /// It has no name, so that nothing is left of it.
+    file: BufWriter<File>,
+    /// What was read last, and where in the file it begins: lines are mostly asked for in their order.
+    piece: Vec<u8>,
+    start: u64,
+}
+
+impl Lines {
+    /// The line that begins at `at`.
+    fn read(&mut self, at: u64) -> io::Result<Line> {
+        let known = at.checked_sub(self.start).and_then(|skipped| self.piece.get(usize::try_from(skipped).ok()?..));
+        if let Some(line) = known.and_then(first_line) {
+            return Ok(Line::read(&String::from_utf8_lossy(line)));
+        }
+        let file = self.file.get_mut();
+        file.seek(SeekFrom::Start(at))?;
+        (self.start, self.piece) = (at, Vec::new());
+        // Most lines are short; of a long one the rest is read as well.
+        while first_line(&self.piece).is_none() && file.take(PIECE).read_to_end(&mut self.piece)? > 0 {}
+        // What comes next is written at the end.
+        file.seek(SeekFrom::End(0))?;
+        let line = first_line(&self.piece).unwrap_or(&self.piece);
+        Ok(Line::read(&String::from_utf8_lossy(line)))
+    }
+}
+
+/// What is before the first end of a line.
+fn first_line(text: &[u8]) -> Option<&[u8]> {
+    let end = text.iter().position(|byte| *byte == b'\n')?;
+    Some(&text[..end])
 }
 
 /// The URLs of one host, in the order of the list.
@@ -88,9 +125,14 @@ struct Queue {
 impl List {
     /// An empty list.
     pub(crate) fn new() -> io::Result<Self> {
-        let lines = Mutex::new(BufWriter::with_capacity(1 << 16, tempfile::tempfile()?));
+        let file = BufWriter::with_capacity(1 << 16, tempfile::tempfile()?);
+        let lines = Mutex::new(Lines { file, piece: Vec::new(), start: 0 });
         let (slots, after, hosts) = (Vec::new(), Vec::new(), Vec::new());
         Ok(Self { lines, end: 0, slots, rules: Rules::default(), after, hosts })
+    }
+
+    fn file_mut(&mut self) -> &mut BufWriter<File> {
+        &mut self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).file
     }
 
     /// How many slots there are.
@@ -112,15 +154,14 @@ impl List {
         if self.slots.len() >= NONE as usize {
             return Err(io::Error::other("the list has more than 4,294,967,294 URLs"));
         }
-        let lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner);
         self.slots.push(Slot { hash: short_hash(&line.url), at: self.end | flags });
-        self.end += line.write(lines)?;
+        self.end += line.write(&mut self.file_mut())?;
         Ok(())
     }
 
     /// Sorts the slots, and drops those whose URL came before; returns how many it dropped.
     pub(crate) fn sort(&mut self) -> io::Result<usize> {
-        self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).flush()?;
+        self.file_mut().flush()?;
         self.slots.sort_unstable_by_key(|slot| (slot.hash, slot.at & OFFSET));
         let before = self.slots.len();
         let mut kept: Vec<Slot> = std::mem::take(&mut self.slots);
@@ -159,23 +200,7 @@ impl List {
     }
 
     fn line_at(&self, at: u64) -> io::Result<Line> {
-        let mut lines = self.lines.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = lines.get_mut();
-        file.seek(SeekFrom::Start(at & OFFSET))?;
-        let mut text = Vec::new();
-        // Most lines are short; of a long one the rest is read as well.
-        let mut piece = [0; 256];
-        loop {
-            let count = file.read(&mut piece)?;
-            let end = piece[..count].iter().position(|byte| *byte == b'\n');
-            text.extend_from_slice(&piece[..end.unwrap_or(count)]);
-            if end.is_some() || count == 0 {
-                break;
-            }
-        }
-        // What comes next is written at the end.
-        file.seek(SeekFrom::End(0))?;
-        Ok(Line::read(&String::from_utf8_lossy(&text)))
+        self.lines.lock().unwrap_or_else(PoisonError::into_inner).read(at & OFFSET)
     }
 
     /// Gives each slot its name, and each host its URLs. `go_on` says now and then whether that is still wanted.
@@ -183,7 +208,7 @@ impl List {
         self.rules = rules;
         self.after = vec![NONE; self.slots.len()];
         let (mut names, mut by_host) = (Names::default(), HashMap::new());
-        let mut lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).get_ref().try_clone()?;
+        let mut lines = self.file_mut().get_ref().try_clone()?;
         lines.seek(SeekFrom::Start(0))?;
         let mut lines = BufReader::with_capacity(1 << 16, lines);
         let (mut text, mut at, mut count) = (String::new(), 0, 0_u32);
@@ -207,8 +232,8 @@ impl List {
                 self.append(host, slot);
             }
         }
-        self.lines.get_mut().unwrap_or_else(PoisonError::into_inner).get_mut().seek(SeekFrom::End(0))?;
-        // A URL that has left the list does not keep a place that a line asks for.
+        self.file_mut().get_mut().seek(SeekFrom::End(0))?;
+        // A place that a line asks for is not held against it by a URL that has left the list.
         let order = |slot: u32, line: Line| (line.out.is_none(), line.out.is_some() && self.is_left(slot), line.url);
         let contested = names.contested(|slot| self.line(slot).map(|line| order(slot, line)))?;
         for slot in contested {

@@ -7,6 +7,7 @@
 mod catalogue;
 mod cli;
 mod demo;
+mod durable;
 mod fetch;
 mod home;
 mod hosts;

@@ -4,9 +4,11 @@
 //! with an answer that has the same validator, and only until the system restarts, because a power cut may have left
 //! holes in it. The file itself is always written as a whole, from the part and the rest.
 
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use reqwest::header::{self, HeaderMap, HeaderName, HeaderValue};
@@ -32,9 +34,16 @@ pub(crate) struct Part {
     buffer: Vec<u8>,
 }
 
-fn place(dir: &Path, url: &Url) -> PathBuf {
-    let name: String = Sha256::digest(url.as_str())[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    dir.join(name)
+/// The parts of one directory.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    dir: PathBuf,
+    /// The names of those that may be there: most URLs have none, and the disk is not asked for them.
+    names: Mutex<HashSet<String>>,
+}
+
+fn name(url: &str) -> String {
+    Sha256::digest(url)[..16].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Identifies the present boot of the system. Without it, no other process uses a part.
@@ -57,36 +66,84 @@ fn validator(headers: &HeaderMap) -> Option<String> {
     (age >= Duration::from_secs(1)).then(|| modified.to_owned())
 }
 
-impl Part {
-    /// The part of `url` below `dir`, if a usable one was kept. Blocks.
-    pub(crate) fn find(dir: &Path, url: &Url) -> Option<Self> {
-        let place = place(dir, url);
+impl Parts {
+    /// Those below `dir`; none is known before [`clear`](Self::clear) has looked.
+    pub(crate) fn below(dir: PathBuf) -> Self {
+        Self { dir, names: Mutex::default() }
+    }
+
+    /// Where they are.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    fn names(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The part of `url`, if one was kept that can be used. Blocks, if there may be one.
+    pub(crate) fn find(&self, url: &Url) -> Option<Part> {
+        if self.names().is_empty() {
+            return None;
+        }
+        let name = name(url.as_str());
+        if !self.names().contains(&name) {
+            return None;
+        }
+        let place = self.dir.join(name);
         let text = std::fs::read_to_string(place.with_extension("txt")).ok()?;
         let fields: Vec<&str> = text.lines().collect();
-        let &[name, validator, total, started] = &fields[..] else { return None };
+        let &[asked, validator, total, started] = &fields[..] else { return None };
         let total = total.parse().ok()?;
         // If the part is the whole body, the last byte is requested again, because a range cannot be empty.
         let have = place.metadata().ok()?.len().min(u64::checked_sub(total, 1)?);
-        let is_usable = name == url.as_str() && started == boot() && have > 0;
-        is_usable.then(|| Self { place, validator: validator.to_owned(), total, have, buffer: Vec::new() })
+        let is_usable = asked == url.as_str() && started == boot() && have > 0;
+        is_usable.then(|| Part { place, validator: validator.to_owned(), total, have, buffer: Vec::new() })
     }
 
-    /// Begins a part for the body of `response`, if the rest could be requested later. Blocks.
-    pub(crate) fn begin(dir: &Path, url: &Url, response: &Response) -> io::Result<Option<Self>> {
+    /// Begins a part for what `response` brings, if that could be asked for in parts. Blocks.
+    pub(crate) fn begin(&self, url: &Url, response: &Response) -> io::Result<Option<Part>> {
         let headers = response.headers();
         let refuses = headers.get(header::ACCEPT_RANGES).is_some_and(|units| units == "none");
         // From the head, because a wrapped body does not know its length.
         let total = headers.get(header::CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
-        let total = total.filter(|total: &u64| *total >= LEAST);
-        let (Some(validator), Some(total), false) = (validator(headers), total, refuses) else { return Ok(None) };
-        std::fs::create_dir_all(dir)?;
-        let place = place(dir, url);
+        // What is not worth it is not asked for a validator.
+        let Some(total) = total.filter(|total: &u64| *total >= LEAST && !refuses) else { return Ok(None) };
+        let Some(validator) = validator(headers) else { return Ok(None) };
+        std::fs::create_dir_all(&self.dir)?;
+        let name = name(url.as_str());
+        let place = self.dir.join(&name);
+        self.names().insert(name);
         // Never beside bytes of another representation.
         File::create(&place)?;
         std::fs::write(place.with_extension("txt"), format!("{url}\n{validator}\n{total}\n{}\n", boot()))?;
-        Ok(Some(Self { place, validator, total, have: 0, buffer: Vec::new() }))
+        Ok(Some(Part { place, validator, total, have: 0, buffer: Vec::new() }))
     }
 
+    /// Removes one that is of no more use. Blocks for a moment.
+    pub(crate) fn remove(&self, part: Part) {
+        // What cannot be removed is not used either, once the file is there.
+        let _left = (std::fs::remove_file(part.place.with_extension("txt")), std::fs::remove_file(&part.place));
+        if let Some(name) = part.place.file_name().and_then(|name| name.to_str()) {
+            self.names().remove(name);
+        }
+    }
+
+    /// Removes those whose URL is not `wanted` any more, and notes the others. Blocks.
+    pub(crate) fn clear(&self, wanted: impl Fn(&str) -> bool) -> io::Result<()> {
+        for entry in std::fs::read_dir(&self.dir).into_iter().flatten() {
+            let path = entry?.path();
+            let text = std::fs::read_to_string(path.with_extension("txt")).unwrap_or_default();
+            match text.lines().next() {
+                Some(url) if wanted(url) => drop(self.names().insert(name(url))),
+                _ => std::fs::remove_file(&path)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Part {
     /// The headers that ask for the rest.
     pub(crate) fn headers(&self) -> Option<[(HeaderName, HeaderValue); 2]> {
         let range = HeaderValue::from_str(&format!("bytes={}-", self.have)).ok()?;
@@ -136,24 +193,6 @@ impl Part {
         self.buffer.clear();
         Ok(())
     }
-
-    /// Removes it: it is of no more use. Blocks for a moment.
-    pub(crate) fn remove(self) {
-        // A part that cannot be removed is not used either, once the file is there.
-        let _left = (std::fs::remove_file(self.place.with_extension("txt")), std::fs::remove_file(&self.place));
-    }
-}
-
-/// Removes the parts below `dir` whose URL is not `wanted` any more. Blocks.
-pub(crate) fn clear(dir: &Path, wanted: impl Fn(&str) -> bool) -> io::Result<()> {
-    for entry in std::fs::read_dir(dir).into_iter().flatten() {
-        let path = entry?.path();
-        let text = std::fs::read_to_string(path.with_extension("txt")).unwrap_or_default();
-        if !text.lines().next().is_some_and(&wanted) {
-            std::fs::remove_file(&path)?;
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -173,11 +212,12 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let url = Url::parse("http://h/a").unwrap();
         let first = answer(200, &[(header::ETAG, "\"1\"")], 300_000);
-        let mut part = Part::begin(dir.path(), &url, &first).unwrap().unwrap();
-        assert!(Part::find(dir.path(), &url).is_none(), "nothing is there yet");
+        let parts = Parts::below(dir.path().to_owned());
+        let mut part = parts.begin(&url, &first).unwrap().unwrap();
+        assert!(parts.find(&url).is_none(), "nothing is there yet");
         part.take(&[7; 1000]);
         part.write().unwrap();
-        let part = Part::find(dir.path(), &url).unwrap();
+        let part = parts.find(&url).unwrap();
         assert_eq!((part.have, part.total(), part.read(990).unwrap()), (1000, 300_000, vec![7; 10]));
         let [(_, asked), (_, same)] = part.headers().unwrap();
         assert_eq!((asked.to_str().unwrap(), same.to_str().unwrap()), ("bytes=1000-", "\"1\""));
@@ -194,13 +234,15 @@ mod tests {
         ] {
             assert!(!part.is_continued_by(&answer(status, &headers, 9)), "{status} {headers:?}");
         }
-        clear(dir.path(), |name| name == url.as_str()).unwrap();
-        assert!(Part::find(dir.path(), &url).is_some());
-        Part::find(dir.path(), &url).unwrap().remove();
-        assert!(Part::find(dir.path(), &url).is_none());
-        let part = Part::begin(dir.path(), &url, &first).unwrap();
+        // Of an earlier run.
+        let parts = Parts::below(dir.path().to_owned());
+        parts.clear(|name| name == url.as_str()).unwrap();
+        assert!(parts.find(&url).is_some());
+        parts.remove(parts.find(&url).unwrap());
+        assert!(parts.find(&url).is_none());
+        let part = parts.begin(&url, &first).unwrap();
         assert!(part.is_some());
-        clear(dir.path(), |_| false).unwrap();
+        parts.clear(|_| false).unwrap();
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
@@ -208,6 +250,7 @@ mod tests {
     fn a_weak_or_young_validator_keeps_nothing() {
         let dir = tempfile::tempdir().unwrap();
         let url = Url::parse("http://h/a").unwrap();
+        let parts = Parts::below(dir.path().to_owned());
         let (old, now) = ("Sun, 06 Nov 1994 08:49:36 GMT", "Sun, 06 Nov 1994 08:49:37 GMT");
         for (headers, is_kept) in [
             (vec![], false),
@@ -218,9 +261,9 @@ mod tests {
             (vec![(header::LAST_MODIFIED, old), (header::DATE, now)], true),
             (vec![(header::ETAG, "\"1\"")], true),
         ] {
-            let part = Part::begin(dir.path(), &url, &answer(200, &headers, 300_000)).unwrap();
+            let part = parts.begin(&url, &answer(200, &headers, 300_000)).unwrap();
             assert_eq!(part.is_some(), is_kept, "{headers:?}");
         }
-        assert!(Part::begin(dir.path(), &url, &answer(200, &[(header::ETAG, "\"1\"")], 9)).unwrap().is_none());
+        assert!(parts.begin(&url, &answer(200, &[(header::ETAG, "\"1\"")], 9)).unwrap().is_none());
     }
 }

@@ -10,9 +10,6 @@ use std::time::{Duration, Instant};
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 use serde_json::{Map, Value, json};
-use url::Url;
-
-use super::hosts;
 
 /// How often a line of progress is written where there is no terminal.
 pub(crate) const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -106,9 +103,11 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     text
 }
 
-/// The host of a URL as the summary groups it, with its port if that is not the scheme's own.
-pub(crate) fn host_of(url: &str) -> String {
-    Url::parse(url).map(|url| hosts::name_of(&url)).unwrap_or_default()
+/// The host of a normalised URL as the summary groups it, with its port if that is not the scheme's own: as
+/// [`hosts::name_of`](super::hosts::name_of) has it, without parsing what was parsed before.
+pub(crate) fn host_of(url: &str) -> &str {
+    let authority = url.split_once("://").map_or("", |(_, rest)| rest);
+    authority.split('/').next().unwrap_or_default()
 }
 
 impl Reporter {

@@ -18,7 +18,6 @@ use super::catalogue::{Catalogue, Change, Row};
 use super::home::{Home, HomeError, at, blocking, digest};
 use super::list::List;
 use super::moves::{Move, Refused, prune, relocate};
-use super::parts;
 use super::paths::{kept_place, short_hash};
 use super::report::{Event, Reporter, host_of};
 
@@ -83,7 +82,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
             }
             if list.is_complete(slot) && !list.is_left(slot) && !wanted.refresh {
                 settled.complete += 1;
-                report.count(&host_of(&row.url), |host| host.restored += 1);
+                report.count(host_of(&row.url), |host| host.restored += 1);
             }
             places.insert(short_hash(&path));
             if path != row.path {
@@ -111,7 +110,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         let slot = list.find(url).ok().flatten();
         slot.is_some_and(|slot| !list.is_left(slot) && (wanted.refresh || !list.is_complete(slot)))
     };
-    parts::clear(&home.parts(), is_wanted).map_err(at(&home.parts()))?;
+    home.parts.clear(is_wanted).map_err(at(home.parts.dir()))?;
     if wanted.is_new {
         // Only now, because a refused catalogue must still count as new the next time.
         catalogue.apply(Change::Mark(home.mark.clone())).await?;
@@ -141,7 +140,7 @@ fn forget(
     let Some(slot) = list.find(url).map_err(listed)? else { return Ok(()) };
     if list.is_complete(slot) && !list.is_left(slot) && !wanted.refresh {
         settled.complete -= 1;
-        wanted.report.count(&host_of(url), |host| host.restored -= 1);
+        wanted.report.count(host_of(url), |host| host.restored -= 1);
     }
     list.forget(slot);
     Ok(())

@@ -13,7 +13,7 @@ use futures_util::{FutureExt, Stream};
 use tokio::time::Sleep;
 
 use super::hosts::Hosts;
-use super::list::{Line, List};
+use super::list::List;
 use super::report::host_of;
 
 /// How soon to check again whether any host may have more.
@@ -36,37 +36,32 @@ pub(crate) struct Turns {
 
 struct Next {
     slot: u32,
-    /// Its line, once it was looked up.
-    line: Option<(Line, String)>,
+    /// Its URL, once it was looked up.
+    url: Option<String>,
 }
 
 impl Turns {
     /// Creates the stream over `list`, with `left` URLs to come.
     pub(crate) fn new(list: Arc<List>, hosts: Arc<Hosts>, refresh: bool, left: usize) -> Self {
-        let queue = list.firsts().map(|slot| Next { slot, line: None }).collect();
+        let queue = list.firsts().map(|slot| Next { slot, url: None }).collect();
         Self { list, hosts, refresh, queue, left, pause: None }
     }
 
     /// The next URL of a host, if it may have one now; the host goes to the end of the queue.
     fn take(&mut self, mut next: Next) -> Option<Turn> {
         while self.list.is_complete(next.slot) && !self.refresh {
-            next = Next { slot: self.list.next(next.slot)?, line: None };
+            next = Next { slot: self.list.next(next.slot)?, url: None };
         }
-        if next.line.is_none() {
-            // A line that cannot be read is reported when it is fetched.
-            let line = self.list.line(next.slot).unwrap_or_default();
-            let host = host_of(&line.url);
-            next.line = Some((line, host));
-        }
-        if !next.line.as_ref().is_some_and(|(_, host)| self.hosts.may_begin(host)) {
-            self.queue.push_back(next);
+        // A line that cannot be read is told when it is fetched.
+        let url = next.url.take().unwrap_or_else(|| self.list.line(next.slot).unwrap_or_default().url);
+        if !self.hosts.may_begin(host_of(&url)) {
+            self.queue.push_back(Next { slot: next.slot, url: Some(url) });
             return None;
         }
-        let (line, _) = next.line?;
         if let Some(slot) = self.list.next(next.slot) {
-            self.queue.push_back(Next { slot, line: None });
+            self.queue.push_back(Next { slot, url: None });
         }
-        Some((next.slot, line.url))
+        Some((next.slot, url))
     }
 }
 

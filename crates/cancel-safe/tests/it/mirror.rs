@@ -633,10 +633,15 @@ fn a_refused_option_is_named_and_its_secret_is_not() {
 
 /// Runs with a log of every sync of the process, if strace is available: one line for each, with its file.
 fn synced(scene: &Scene, options: &[&str], code: i32) -> Option<Vec<String>> {
+    traced(scene, options, "fsync,fdatasync", code)
+}
+
+/// The same with these calls.
+fn traced(scene: &Scene, options: &[&str], calls: &str, code: i32) -> Option<Vec<String>> {
     let log = scene.path("syncs");
     let command = scene.command(options);
     let mut traced = Command::new("strace");
-    traced.args(["-f", "-qq", "-y", "-e", "trace=fsync,fdatasync", "-o"]).arg(&log);
+    traced.args(["-f", "-qq", "-y", "-e", &format!("trace={calls}"), "-o"]).arg(&log);
     let output = traced.arg(command.get_program()).args(command.get_args()).output().ok()?;
     expect(output, code);
     Some(fs::read_to_string(log).ok()?.lines().map(str::to_owned).collect())
@@ -666,6 +671,64 @@ fn what_is_adopted_is_durable_before_its_row_is() {
             }
         }
     }
+}
+
+/// Where the first line is that has all of these.
+#[track_caller]
+fn line_with(log: &[String], parts: &[&str]) -> usize {
+    let found = log.iter().position(|line| parts.iter().all(|part| line.contains(part)));
+    found.unwrap_or_else(|| panic!("no line with {parts:?}: {log:#?}"))
+}
+
+#[test]
+fn a_new_file_and_its_name_are_durable_before_its_row_is() {
+    let scene = Scene::new(1);
+    let Some(log) = traced(&scene, &[], "fsync,fdatasync,renameat2", 0) else {
+        return publish_not_run("cancel-safe", "mirror/new-syncs", "strace cannot trace here");
+    };
+    let directory = scene.out().join("files").join(scene.server.base.strip_prefix("http://").unwrap());
+    let directory = directory.display();
+    let written = line_with(&log, &["fsync(", &format!("{directory}/.afs-file-")]);
+    let renamed = line_with(&log, &["renameat2(", &format!("{directory}>")]);
+    let named = renamed + line_with(&log[renamed..], &["fsync(", &format!("{directory}>")]);
+    let rows: Vec<usize> = (0..log.len()).filter(|line| log[*line].contains("/catalog.db-wal>")).collect();
+    let last_before = |line: usize| rows.iter().rposition(|row| *row < line).unwrap();
+    // The row that is pending, then the file, then its name, then its row.
+    assert!(written < renamed && rows.iter().any(|row| *row < renamed), "{log:#?}");
+    assert_eq!(last_before(renamed), last_before(named), "no row between the file and its name: {log:#?}");
+    assert!(rows.iter().any(|row| *row > named), "{log:#?}");
+}
+
+/// Kills it where it enters a call of the system on this path, which it must; `false` if nothing can do that here.
+#[track_caller]
+fn killed_on(scene: &Scene, call: &str, path: &Path) -> bool {
+    let command = scene.command(&[]);
+    let mut traced = Command::new("strace");
+    traced
+        .args(["-f", "-qq", "-o", "/dev/null", "-P"])
+        .arg(path)
+        .args(["-e", &format!("inject={call}:signal=SIGKILL")]);
+    let Ok(output) = traced.arg(command.get_program()).args(command.get_args()).output() else { return false };
+    assert!(!output.status.success(), "it has not called {call} on {}", path.display());
+    // The tracer ends as its child did; with a code, it could not trace.
+    output.status.code().is_none()
+}
+
+#[test]
+fn killed_between_a_new_file_and_its_name_it_knows_the_file_for_its_own() {
+    let scene = Scene::new(1);
+    let directory = scene.out().join("files").join(scene.server.base.strip_prefix("http://").unwrap());
+    // It is there before, so that the sync of the directory is the one for the file.
+    fs::create_dir_all(&directory).unwrap();
+    if !killed_on(&scene, "fsync", &directory) {
+        return publish_not_run("cancel-safe", "mirror/killed-before-name", "strace cannot kill here");
+    }
+    assert_eq!(tree(&directory).len(), 1, "the file has its name");
+    assert_eq!(catalogue(&scene.out()), BTreeMap::new(), "and no row");
+    assert_eq!(scene.server.requests(), 1);
+    scene.run(&[], 0);
+    scene.assert_complete();
+    assert_eq!(scene.server.requests(), 1, "it is not fetched again");
 }
 
 #[test]
