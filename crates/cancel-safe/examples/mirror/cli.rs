@@ -192,8 +192,9 @@ impl Args {
         let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
         let files = limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
         let files: u16 = files.and_then(|files| files.parse().ok()).unwrap_or(u16::MAX);
-        // A socket, a temporary file and its directory each, beside what the run itself has open.
-        let most = (files.saturating_sub(OWN_FILES) / 3).max(1);
+        // A socket each; a temporary file and its directory, of as many bodies that wait for the disk; and a directory each of
+        // twice as many files whose names are made durable. All that beside what the run itself has open.
+        let most = (files.saturating_sub(OWN_FILES) / 5).max(1);
         Self { concurrency: self.concurrency.min(most), per_host: self.per_host.min(most), ..self.clone() }
     }
 
