@@ -146,7 +146,7 @@ impl<DB: Backend> Attempts<DB> {
         match self.deadline {
             None => work.await,
             Some(deadline) => match deadline.bound(work).await? {
-                // The server may have been the first to notice.
+                // The server may have noticed first.
                 Err(_) if deadline.has_passed() => Err(deadline.error().into()),
                 worked => worked,
             },
@@ -172,7 +172,7 @@ impl<DB: Backend> Attempts<DB> {
     where
         E: From<TxError> + 'static,
     {
-        // Nobody could look at the clock while the work kept its thread busy.
+        // The clock could not be checked while the work kept its thread busy.
         if let Some(deadline) = self.deadline.filter(Deadline::has_passed) {
             self.over = Some(FAILED);
             return Err(deadline.error().into());
@@ -192,14 +192,14 @@ impl<DB: Backend> Attempts<DB> {
             Err(error) => {
                 let again = self.may_repeat(self.verdict_of_work(&error));
                 if !again {
-                    // Known before the wait, so that whoever drops it cannot go on.
+                    // Set before the wait, so that a caller that drops it cannot go on.
                     self.over = Some(FAILED);
                 }
                 let handle = tx.outcome_handle();
-                // Before the next attempt, this one has to be over. Its connection failing changes nothing, and a rollback
-                // that is slower than the deadline goes on without its caller.
+                // This attempt has to be over before the next one starts. If its connection fails, that changes
+                // nothing, and a rollback that is slower than the deadline goes on without its caller.
                 drop(self.bound(tx.rollback()).await);
-                // The work may have ended the transaction by itself, with a commit in its SQL.
+                // The work may have ended the transaction itself, with a commit in its SQL.
                 let in_doubt = handle.try_outcome() == Some(CommitOutcome::Unknown);
                 let again = again && (!in_doubt || self.tx.idempotent);
                 if again {
@@ -261,7 +261,7 @@ impl<DB: Backend> Attempts<DB> {
 
     fn verdict_of_work<E: 'static>(&self, error: &E) -> Verdict {
         match verdict_of_any(error) {
-            // What may have been committed is not for the caller to call transient.
+            // If the transaction may have been committed, the caller cannot declare the error transient.
             Verdict::Lasting if self.tx.retry_if.iter().any(|is_transient| is_transient(error)) => Verdict::Transient,
             verdict => verdict,
         }

@@ -44,7 +44,7 @@ pub(crate) async fn begin<DB: Backend>(
     let until = start + shared.limits.acquire_timeout.min(FOREVER);
     let until = deadline.map_or(until, |deadline| deadline.min(until));
     let limit = until.saturating_duration_since(start);
-    // Each failure has closed a session. When so many have been closed, those that are opened are of no use either.
+    // Each failure has closed a session. After this many, newly opened sessions are of no use either.
     let mut left = shared.limits.max_connections;
     loop {
         let slot = shared.acquire(until, limit).await?;
@@ -54,7 +54,7 @@ pub(crate) async fn begin<DB: Backend>(
             Err(refusal) => refusal,
         };
         let again = match &refusal {
-            // Those that are idle beside it have most likely died with it.
+            // The sessions that are idle beside it have most likely died with it.
             Refusal::Silent(_) | Refusal::Dead(_) => {
                 shared.forget_idle();
                 is_used
@@ -86,7 +86,8 @@ async fn begin_on<DB: Backend>(
     until: Instant,
 ) -> Result<Result<TransactionGuard<DB>, Refusal>, TxError> {
     let ticket = Ticket::new(&shared.work, mode.name);
-    // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
+    // The ticket is counted before this check, so either this sees that the pool is closed, or closing it sees the
+    // ticket.
     if shared.work.is_closed() {
         slot.pass_on();
         return Err(TxError::Closed);
@@ -94,7 +95,7 @@ async fn begin_on<DB: Backend>(
     let (shared, runtime, alone) = (Arc::clone(shared), runtime.clone(), shared.limits.settle_timeout);
     let begun = Driven::new(runtime.clone(), async move {
         let start = Instant::now();
-        // One that was opened just now has shown that it answers, and may take its time.
+        // A session that was opened just now has shown that it answers, and may take its time.
         let answer = start + shared.limits.begin_timeout.min(FOREVER);
         let answer = if slot.is_used() { until.min(answer) } else { until };
         let mut rejected = false;
@@ -112,7 +113,7 @@ async fn begin_on<DB: Backend>(
             };
             match DB::IS_REMOTE {
                 true => timeout_at(answer, begin).await.ok(),
-                // It waits for its lock as long as its owner has told it to.
+                // It waits for its lock as long as its owner has configured.
                 false => Some(begin.await),
             }
         };

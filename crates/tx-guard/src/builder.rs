@@ -228,16 +228,17 @@ impl<DB: Backend> TxPoolBuilder<DB> {
     /// Same as [`TxPool::connect`], and [`TxError::InvalidOption`] for a limit out of range.
     pub async fn connect(self, url: &str) -> Result<TxPool<DB>, TxError> {
         let invalid = |reason: String| TxError::InvalidUrl { database: DB::TITLE, reason };
-        // A driver would take the URL of another database for a host or a file name, and a part of one for the whole.
+        // A driver would take the URL of another database for a host or a file name, and a part of a URL for the whole.
         let scheme = url.split_once("://").map(|(scheme, _)| scheme);
         if !scheme.map_or(DB::TAKES_FILES, |scheme| DB::URL_SCHEMES.contains(&scheme)) {
-            // What only looks like a scheme may hold a password.
+            // Text that only looks like a scheme may hold a password.
             let named =
                 |scheme: &&str| scheme.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte));
             let scheme = scheme.filter(named).unwrap_or("missing");
             return Err(invalid(format!("the scheme is {scheme:?} where {:?} is wanted", DB::URL_SCHEMES)));
         }
-        // A slash in a password ends the address, and the rest of the password would be told as the database's name.
+        // A slash in a password would end the address, and the rest of the password would be shown as the database's
+        // name.
         let path = url.split_once("://").and_then(|(_, rest)| rest.split(['?', '#']).next()?.split_once('/'));
         if !DB::TAKES_FILES && path.is_some_and(|(address, path)| !address.contains('@') && path.contains('@')) {
             return Err(invalid(
@@ -301,7 +302,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         }
         let options = Arc::new(self.through_a_pooler(options)?);
         if self.limits.pooler == PoolerMode::Transaction {
-            // The sessions are the pooler's, and what is asked of one is answered by another.
+            // The sessions belong to the pooler, and another one may answer what this one was asked.
             self.upkeep.reset = Reset::None;
         }
         let shared = Arc::new(Shared::new(Source::Owned, self.limits, self.upkeep, options, self.commit_mode));
@@ -311,7 +312,7 @@ impl<DB: Backend> TxPoolBuilder<DB> {
         let target = || DB::target(&shared.options());
         match timeout(limit, shared.canceller.warm(&shared.options())).await {
             Ok(Ok(())) => {}
-            // It is not opened where it would take the place of a transaction.
+            // The cancelling connection is not opened if it would take the place of a transaction.
             Ok(Err(error)) if DB::is_full(&error) => {}
             Ok(Err(error)) => return Err(DB::connect_error(target(), error)),
             Err(_) => return Err(TxError::ConnectTimeout { target: target(), timeout: limit }),

@@ -112,7 +112,7 @@ struct Warm<DB: Signals> {
 
 impl<DB: Signals> Warm<DB> {
     async fn open(options: &Arc<Options<DB>>) -> Result<Self, sqlx::Error> {
-        // Before it is opened: what is older than this is older than the connection.
+        // Taken before the connection is opened: anything older than this is older than the connection.
         let since = Instant::now();
         let mut conn = Self::connect(options).await?;
         let ran = DB::ran(&mut conn).await?;
@@ -121,7 +121,7 @@ impl<DB: Signals> Warm<DB> {
 
     async fn connect(options: &Arc<Options<DB>>) -> Result<DB::Connection, sqlx::Error> {
         let Some(beside) = beside() else { return options.connect().await };
-        // A set, because its drop takes what was begun with it.
+        // A `JoinSet`, because its drop also ends the opening.
         let mut opening = JoinSet::new();
         let options = Arc::clone(options);
         opening.spawn_on(async move { options.connect().await }, &beside);
@@ -137,7 +137,8 @@ impl<DB: Signals> Warm<DB> {
 fn beside() -> Option<Handle> {
     static BESIDE: OnceLock<Option<Handle>> = OnceLock::new();
     let start = || {
-        // The thread first: a runtime that is not needed could not be dropped inside another, which panics.
+        // The thread first: if it cannot be started, there must be no runtime to drop, which panics inside another
+        // runtime.
         let (give, given) = mpsc::channel::<Runtime>();
         let run = move || given.recv().map(|runtime| runtime.block_on(pending::<()>()));
         thread::Builder::new().name("tx-guard-cancel".to_owned()).spawn(run).ok()?;
@@ -156,11 +157,12 @@ impl<DB: Signals> Cancels<DB> for Canceller<DB> {
 
     /// Opens the connection before its first use.
     async fn warm(&self, options: &Arc<Options<DB>>) -> Result<(), sqlx::Error> {
-        // Whoever has it has opened it, or is about to.
+        // The task that holds the lock has opened the connection, or is about to.
         let Ok(mut warm) = self.0.warm.try_lock() else { return Ok(()) };
         if warm.is_none() {
             let mut opened = Warm::open(options).await?;
-            // What the driver has to learn about the message is learnt now. The second one shows how long it takes.
+            // With the first message the driver learns all it has to know about it. The second one shows how long it
+            // takes.
             DB::send(&mut opened.conn, opened.opened, Wanted::Look, &[]).await?;
             self.0.send(&mut opened, Wanted::Look, &[]).await?;
             *warm = Some(opened);
@@ -186,7 +188,7 @@ impl<DB: Signals> Cancels<DB> for Canceller<DB> {
             let options = Arc::clone(options);
             drop(beside().unwrap_or_else(Handle::current).spawn(serve(turn, options)));
         }
-        // Not answered by a runtime that has ended.
+        // A runtime that has ended does not answer.
         answered.await.unwrap_or(Err(Unsignalled::Unanswered))
     }
 
@@ -231,7 +233,7 @@ impl<DB: Signals> Turn<DB> {
     /// The next requests to serve together; none if the turn is over.
     fn next(&mut self) -> Vec<Request<DB>> {
         let mut queue = self.inner.queue();
-        // Who has gone needs no signal any more.
+        // A caller that has gone needs no signal any more.
         queue.requests.retain(|request| !request.answer.is_closed());
         let count = queue.requests.len().min(BATCH);
         queue.is_served = count > 0;
@@ -272,7 +274,7 @@ async fn serve<DB: Signals>(mut turn: Turn<DB>, options: Arc<Options<DB>>) {
                     Ok(seen) => seen.get(index).copied().ok_or(Unsignalled::Unanswered),
                     Err(failure) => Err(*failure),
                 };
-                // Whoever has gone needs no answer.
+                // A caller that has gone needs no answer.
                 let (Ok(()) | Err(_)) = request.answer.send(answer);
             }
         }
@@ -312,7 +314,7 @@ impl<DB: Signals> Inner<DB> {
         let answer = timeout(OPEN_LIMIT, self.send(&mut opened, wanted, sessions)).await;
         let Ok(Ok(answer)) = answer else { return Err(Unsignalled::Unanswered) };
         *warm = Some(opened);
-        // The signal that had no answer may be under way behind this one, so the session must not be used again.
+        // The unanswered signal may still be under way behind this one, so the session must not be used again.
         if in_doubt { Err(Unsignalled::Unanswered) } else { Ok(answer) }
     }
 
@@ -326,7 +328,7 @@ impl<DB: Signals> Inner<DB> {
         let start = Instant::now();
         let answer = DB::send(&mut warm.conn, warm.opened, wanted, sessions).await?;
         let took = u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX) / u64::from(DB::TRIPS);
-        // Mostly the last ones; a server that was slow once is not taken for far away.
+        // Mostly the latest times count; one slow answer does not make the server look far away.
         let known = self.round_trip.load(Ordering::Relaxed);
         let learnt = if known == 0 { took } else { (known * 3 + took.min(known * 4)) / 4 };
         self.round_trip.store(learnt.max(1), Ordering::Relaxed);
@@ -372,7 +374,7 @@ mod tests {
         assert!(is_same(seconds(11), before));
         assert!(!is_same(seconds(10), before), "it may have been started at that moment");
         assert!(!is_same(seconds(0), before));
-        // What is learnt while the connection lives is of the server to which it leads.
+        // A session learnt while the connection lives is on the server to which the connection leads.
         assert!(is_same(seconds(0), since) && is_same(seconds(0), since + seconds(1)));
     }
 

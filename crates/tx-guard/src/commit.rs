@@ -39,7 +39,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         drop(settle::settle(open).await);
         return Err(error);
     }
-    // From here to the answer a drop by the runtime's shutdown leaves the outcome in doubt.
+    // From here until the answer, a drop by the runtime's shutdown leaves the outcome in doubt.
     open.outcome.stands(CommitOutcome::Unknown);
     let commit = DB::commit(conn, probe, open.commit_mode);
     let answer = unless_stuck(&shared, probe, Patience::caller(shared.limits.answer_timeout), commit).await;
@@ -52,7 +52,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
             if DB::is_nothing_due(conn, probe) {
                 open.release_answered().await;
             } else {
-                // The empty transaction behind the commit is nobody's to wait for.
+                // No caller has to wait for the empty transaction behind the commit.
                 let runtime = open.runtime.clone();
                 drop(runtime.spawn(settle::clear(open)));
             }
@@ -62,7 +62,7 @@ pub(crate) async fn commit<DB: Backend>(mut open: Open<DB>, doomed: Option<&'sta
         Err(failure) => failure,
     };
     let error = match failure {
-        // The connection is in doubt as well, so it is closed by the drop of `open`.
+        // The connection is in doubt as well, so dropping `open` closes it.
         CommitFailure::Unknown(source) => return Err(TxError::Unknown { source }),
         CommitFailure::Resolvable(source, receipt) => return resolve(open, source, &receipt).await,
         CommitFailure::Ended => {

@@ -69,7 +69,7 @@ impl<T: Send + 'static> Future for Driven<T> {
         self.polled = true;
         let runtime = self.runtime.clone();
         let _entered = enter_if_outside(&runtime);
-        // Taken out for the poll, so that a future that panics in it is not polled again by the runtime.
+        // Taken out for the poll: if the future panics there, the runtime must not poll it again.
         let mut future = self.future.take().expect("a future is not polled again after it has completed");
         let polled = future.as_mut().poll(cx);
         if polled.is_pending() {
@@ -85,7 +85,7 @@ impl<T: Send + 'static> Drop for Driven<T> {
             let (limit, late) = (self.limit, self.late.take());
             // A runtime that has shut down drops the future here, and the slot inside closes its connection.
             drop(self.runtime.spawn(async move {
-                // A hook of the user's may panic, after a commit of which is to be told all the same.
+                // One of the user's hooks may panic after the commit, which is reported all the same.
                 let future = AssertUnwindSafe(future).catch_unwind();
                 let output = match limit {
                     Some(limit) => timeout(limit, future).await.ok(),

@@ -300,7 +300,7 @@ impl From<sqlx::Error> for TxError {
     fn from(error: sqlx::Error) -> Self {
         match error {
             sqlx::Error::PoolClosed => Self::Closed,
-            // Ours comes back as itself from a function that returns sqlx's.
+            // If a function that returns sqlx's error has wrapped one of ours, it comes back as itself.
             sqlx::Error::Io(error) => match error.downcast::<Self>() {
                 Ok(ours) => ours,
                 Err(error) => Self::Database(sqlx::Error::Io(error)),

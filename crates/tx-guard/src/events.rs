@@ -108,7 +108,7 @@ impl Teller {
             }
             _ => tracing::debug!(?event, transaction, name, ?after, "transaction"),
         }
-        // Fails when nobody listens, which is no failure.
+        // This fails if nobody listens, which does not matter.
         drop(self.listeners.send(TxRecord { event, transaction, name, after }));
     }
 

@@ -119,9 +119,9 @@ impl<DB: Backend> TransactionGuard<DB> {
         let deadline = self.deadline;
         if let Some(deadline) = deadline.filter(Deadline::has_passed) {
             return match self.rollback().await {
-                // Its SQL may have committed it.
+                // The transaction's own SQL may have committed it.
                 Err(lost @ TxError::Lost { .. }) => Err(lost),
-                // It is rolled back, whatever has come of the connection.
+                // It is rolled back, whatever has become of the connection.
                 Ok(()) | Err(_) => Err(deadline.error()),
             };
         }
@@ -281,7 +281,8 @@ impl<DB: Backend> TransactionGuard<DB> {
         let level = self.savepoints;
         let set = self.run_sql(format!("SAVEPOINT txg_{level}")).await;
         if matches!(set, Err(sqlx::Error::Database(_))) {
-            // Refused, so there is none to be ended. After another error nobody knows what there is.
+            // The savepoint was refused, so there is none to end. After any other error, nobody knows whether there is
+            // one.
             self.savepoints = level - 1;
         }
         set?;
@@ -348,7 +349,7 @@ impl<DB: Backend> TransactionGuard<DB> {
 
     /// Runs our own SQL.
     async fn run_sql(&mut self, sql: String) -> Result<(), sqlx::Error> {
-        // Looks at the depth on the way.
+        // This dereference checks the depth.
         let _: &mut DB::Connection = self;
         let open = self.held_mut();
         let (shared, runtime) = (Arc::clone(&open.shared), open.runtime.clone());
@@ -369,7 +370,7 @@ impl<DB: Backend> TransactionGuard<DB> {
         let doomed = self.doomed.or((self.savepoints > 0).then_some(SAVEPOINT_DROPPED));
         let (shared, limit) = (Arc::clone(&open.shared), open.shared.limits.commit_timeout);
         let handle = open.outcome.handle();
-        // Closing the pool waits for the hooks, and for what is told here.
+        // The ticket makes closing the pool wait for the hooks, and for what is reported here.
         let ticket = Arc::clone(&open.ticket);
         Driven::new(open.runtime.clone(), commit::commit(open, doomed)).alone_for(limit).or_late(move |ended| {
             let outcome = handle.try_outcome().unwrap_or(CommitOutcome::Unknown);
@@ -395,7 +396,7 @@ impl<DB: Backend> DerefMut for TransactionGuard<DB> {
         let (conn, probe) = slot.parts();
         if self.doomed.is_none() && DB::is_lost(conn, probe) {
             self.doomed = Some("a nested begin was cancelled inside the guard, or the database rolled back by itself");
-            // Before the fence, behind which nobody could tell.
+            // Before the fence, because behind it nobody could tell any more.
             if DB::may_have_committed(conn) {
                 outcome.stands(CommitOutcome::Unknown);
             }
@@ -410,8 +411,8 @@ impl<DB: Backend> Drop for TransactionGuard<DB> {
         if let Some(open) = self.open.take() {
             open.ticket.settling();
             open.shared.teller.tell(TxEvent::ImplicitRollback, open.ticket.tag);
-            // Works from any thread, inside a runtime or not. A runtime that has shut down drops the task at once, and
-            // the connection is closed.
+            // This works on any thread, inside a runtime or not. A runtime that has shut down drops the task at once,
+            // and the connection is closed.
             drop(open.runtime.clone().spawn(settle::settle(open)));
         }
     }

@@ -248,7 +248,7 @@ pub use transient::is_transient;
 pub use tx::Tx;
 pub use upkeep::HookFuture;
 
-// The examples of the README compile.
+// Compiles the examples of the README.
 #[cfg(all(doctest, feature = "postgres"))]
 #[doc = include_str!("../README.md")]
 struct Readme;

@@ -134,7 +134,7 @@ impl Flavour {
 
     /// MySQL limits only SELECT statements, in milliseconds; MariaDB limits each statement, in seconds.
     fn limit(self, variable: &str, remaining: Duration) -> String {
-        // Rounded up, because a limit that comes a moment sooner is told as another error.
+        // Rounded up, because a limit that strikes a moment too soon is reported as another error.
         let later = remaining.saturating_add(STATEMENT_MARGIN);
         let seconds = later.as_secs().saturating_add(1).min(LONGEST_LIMIT);
         match variable {
@@ -224,7 +224,7 @@ impl Driver for MySql {
         });
         let settings: String = settings.collect();
         let now = format!("CONCAT_WS(CHAR(1), COALESCE(DATABASE(), ''){settings})");
-        // Bytes, whatever character sets the session has come to.
+        // As bytes, whatever character sets the session uses by now.
         let sql = format!("SELECT RELEASE_ALL_LOCKS(), CAST({now} AS BINARY)");
         let row = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(conn).await?;
         let state: Vec<u8> = row.try_get(1)?;
@@ -292,7 +292,7 @@ impl Driver for MySql {
                     _ => CommitFailure::Unknown(error),
                 });
             }
-            // Instead of the number, which comes ahead of COMMIT: the session was ended before.
+            // This came instead of the number, which precedes COMMIT, so the session ended before COMMIT.
             Answers { proved: false, error: Some(error), .. } if is_last_word(&error) => {
                 return Err(CommitFailure::Refused(error));
             }
@@ -319,7 +319,7 @@ impl Driver for MySql {
         let is_back = thread.is_back.swap(false, Ordering::Relaxed);
         let settings_back = thread.settings_back().filter(|_| !is_back);
         let in_step = thread.in_step.swap(false, Ordering::Relaxed);
-        // A cancel that has come late is taken by what is sent here, never by the next transaction.
+        // A late cancel hits what is sent here, never the next transaction.
         if is_sent && in_step && settings_back.is_none() && is_done(conn.flush().await)? {
             return Ok(found);
         }
@@ -384,7 +384,7 @@ impl Thread {
 }
 
 async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sqlx::Error> {
-    // Before the question: whoever has answered was started before that.
+    // Taken before the question: the server that answers was started before this.
     let learnt = Instant::now();
     let identify = sqlx::query_as(IDENTIFY).persistent(keep);
     let (id, version, read_only): (u64, String, i64) = identify.fetch_one(conn).await?;
@@ -396,8 +396,8 @@ async fn identify(conn: &mut MySqlConnection, keep: bool) -> Result<Identity, sq
 fn begin_sql(thread: &Thread, mode: &Mode) -> String {
     let wrapped = thread.ownership == Ownership::Wrapped;
     let flavour = thread.identity.flavour;
-    // One SET for all, whose parts count from the left to the right: a wrapped session keeps what it had where it is
-    // found again.
+    // One SET for all. Its parts take effect from left to right: a wrapped session first saves its own values in
+    // variables, from which they are restored later.
     let put_away = |setting: &&str| format!("@txg_{setting} = @@{setting}");
     let mut settings: Vec<String> = Vec::new();
     if wrapped && !thread.identity.read_only {
@@ -480,12 +480,12 @@ async fn signal(
     sessions: &[Identity],
 ) -> Result<Vec<Activity>, sqlx::Error> {
     if sessions.is_empty() {
-        // As many messages as otherwise, so that the time they take is that of others.
+        // Sends as many messages as other signals do, so that it takes as long as they do.
         conn.ping().await?;
         return conn.ping().await.map(|()| Vec::new());
     }
-    // Ids are given out again by a server that was started anew. It is asked once more about one that was young when the
-    // connection was opened, since it counts in whole seconds.
+    // A restarted server gives out the same ids again. If the server was young when the connection was opened, it is
+    // asked for its uptime once more, since it counts in whole seconds.
     let is_known = |session: &Identity| opened.is_same_server(session.learnt);
     let uptime = if sessions.iter().all(is_known) { Duration::ZERO } else { uptime(conn).await? };
     let lives = |session: &Identity| is_known(session) || uptime > session.learnt.elapsed();
@@ -517,7 +517,7 @@ async fn idle_among(conn: &mut MySqlConnection, ids: &[u64]) -> Result<Vec<u64>,
         "SELECT CAST(id AS UNSIGNED) FROM information_schema.processlist WHERE command = 'Sleep' AND id IN ({})",
         ids.join(", ")
     );
-    // As text, because a statement that is prepared takes another round trip, and each is different from the last.
+    // As text, because preparing costs another round trip, and each statement differs from the last.
     let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(conn).await?;
     rows.iter().map(|row| row.try_get::<u64, _>(0)).collect()
 }

@@ -43,7 +43,7 @@ impl OutcomeHandle {
         let mut receiver = self.receiver.clone();
         match receiver.wait_for(Option::is_some).await {
             Ok(outcome) => outcome.unwrap_or(CommitOutcome::Unknown),
-            // The sender always sends before it is dropped; a value it did not send is in doubt.
+            // The sender always sends before it is dropped; if it sent nothing, the outcome is in doubt.
             Err(_) => CommitOutcome::Unknown,
         }
     }

@@ -191,7 +191,7 @@ impl<DB: Backend> TxPool<DB> {
             shared.work.idle().await;
             shared.canceller.close().await;
         };
-        // A farewell that does not fit into the grace is no transaction, so the counts alone are reported.
+        // If a farewell alone exceeds the grace, no transaction is affected, so only the counts are reported.
         drop(timeout(grace, finish).await);
         shared.report()
     }

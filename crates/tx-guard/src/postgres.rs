@@ -165,7 +165,7 @@ impl Driver for Postgres {
             pooled::refuse(conn, first).await?;
         }
         if conn.server_version_num().is_some_and(|version| version >= 14_00_00) {
-            // Not every operating system can do it; the server then refuses the setting, and goes without.
+            // Not every operating system supports it; the server then refuses the setting, and works without it.
             match sqlx::raw_sql(CHECK_CLIENT).execute(&mut *conn).await {
                 Ok(_) | Err(sqlx::Error::Database(_)) => {}
                 Err(error) => return Err(error),
@@ -190,14 +190,14 @@ impl Driver for Postgres {
     async fn state(conn: &mut PgConnection, place: &Place, names: &[String]) -> Result<Option<String>, sqlx::Error> {
         if place.is_compared() {
             match sqlx::raw_sql(proof::ASK_STATE).fetch_one(&mut *conn).await {
-                // Somebody has taken all prepared statements away.
+                // Somebody has deallocated all prepared statements.
                 Err(error) if code(&error).as_deref() == Some(NO_STATEMENT) => {}
                 row => return row?.try_get(0).map(Some),
             }
         }
         match sqlx::raw_sql(AssertSqlSafe(prepare_state(names))).execute(&mut *conn).await {
             Ok(_) => {}
-            // It was prepared before the session was reset, which leaves it.
+            // It was prepared before the session was reset, and the reset keeps it.
             Err(error) if code(&error).as_deref() == Some(STATEMENT_EXISTS) => {}
             Err(error) => return Err(error),
         }
@@ -215,8 +215,8 @@ impl Driver for Postgres {
 
     fn count_none(conn: &mut PgConnection, place: &Place) {
         if place.stays_counted() && depth::<Self>(conn) > 0 {
-            // One poll writes the message, whose answer is read with those to what follows. The rollback has a transaction to
-            // end by it: without one, the server would warn of it in its log.
+            // One poll writes the message; its answer is read with the answers to what follows. It begins a transaction
+            // for the rollback to end: without one, the server would log a warning.
             drop(sqlx::raw_sql("BEGIN").execute(&mut *conn).now_or_never());
             proof::leave(conn);
         }
@@ -268,7 +268,7 @@ impl Driver for Postgres {
     /// the `begin` is not dropped, but forgotten.
     fn fence(conn: &mut PgConnection, place: &Place) {
         if place.is_pooled() {
-            // One that meets the error of a statement that was left behind is taken back by later versions of sqlx.
+            // If a `begin` meets the error of an abandoned statement, later versions of sqlx take it back.
             for _ in 0..ROLLBACK_ATTEMPTS {
                 let mut hold = Box::pin(Manager::begin(conn, Some(HOLD.into_sql_str())));
                 match hold.as_mut().now_or_never() {
@@ -290,7 +290,7 @@ impl Driver for Postgres {
             CommitMode::Resolvable => Some(proof::receipt(conn).await?),
         };
         let answer = proof::exchange_commit(conn, place.farewell()).await;
-        // Whatever comes behind the answer to COMMIT takes nothing back.
+        // Nothing behind the answer to COMMIT can take the commit back.
         if answer.row && answer.done_after_row >= 2 {
             *place.state() = answer.state;
             if !place.stays_counted() {
@@ -302,7 +302,7 @@ impl Driver for Postgres {
             return Err(proof::in_doubt(proof::out_of_step(), receipt));
         };
         if !proof::is_refusal(&error) {
-            // The row comes ahead of COMMIT, so a session that was ended before it had sent the row has not run COMMIT.
+            // The row precedes COMMIT, so a session that ended before it sent the row has not run COMMIT.
             return Err(match proof::is_last_word(&error) && !answer.row {
                 true => CommitFailure::Refused(error),
                 false => proof::in_doubt(error, receipt),
@@ -312,8 +312,8 @@ impl Driver for Postgres {
         if !answer.row {
             return Err(CommitFailure::Aborted(error));
         }
-        // The COMMIT failed, and the server is outside any transaction, where a ROLLBACK would be warned about in its
-        // log, while sqlx still counts one: open an empty one for the rollback to end.
+        // The COMMIT failed, and the server is outside any transaction, where it would log a warning about a ROLLBACK.
+        // sqlx still counts a transaction, so an empty one is opened for the rollback to end.
         let ended = code(&error).as_deref() == Some(NO_TRANSACTION);
         match sqlx::raw_sql("BEGIN").execute(conn).await {
             Ok(_) if ended => Err(CommitFailure::Ended),
@@ -357,12 +357,12 @@ impl Driver for Postgres {
                     return Ok(found);
                 }
                 None => return Err(proof::out_of_step()),
-                // Its SQL has ended the transaction.
+                // The transaction's own SQL has ended it.
                 Some(error) if code(&error).as_deref() == Some(NO_TRANSACTION) => {
                     found = Rollback::TooLate;
                     Self::run_sql(conn, "BEGIN".to_owned()).await?;
                 }
-                // A statement that was left behind, or a cancel that hit the ROLLBACK itself.
+                // The error of an abandoned statement, or of a cancel that hit the ROLLBACK itself.
                 Some(sqlx::Error::Database(_)) => {}
                 Some(error) => return Err(error),
             }
@@ -389,16 +389,16 @@ fn begin_sql(mode: &Mode, backend: &BackendId, version: Option<u32>) -> String {
     } else if backend.fenced {
         sql.push_str(" READ WRITE");
     }
-    // It is what it would be anyway, but to say so is refused in a transaction that has run a query: inside one, BEGIN
-    // alone is only warned about, and would join it.
+    // It would not be deferrable anyway, but a transaction that has run a query refuses this. Inside such a
+    // transaction, a plain BEGIN would only draw a warning and join it.
     sql.push_str(" NOT DEFERRABLE");
     if backend.unwatched {
-        // Where nothing can be cancelled, the end of the connection is what ends its statement.
+        // Where nothing can be cancelled, only the end of the connection ends its statement.
         sql.push_str("; SET LOCAL client_connection_check_interval = '500ms'");
     }
     if let Some(remaining) = mode.remaining {
-        // The server's own limits only matter when the client is gone or hangs, so they come later than what the client
-        // does by itself. Rounded up, because a limit that comes a moment sooner is told as another error.
+        // The server's own limits matter only if the client is gone or hangs, so they strike later than the client's.
+        // Rounded up, because a limit that strikes a moment too soon is reported as another error.
         let rest = remaining.as_micros().div_ceil(1_000);
         let limit = (rest + STATEMENT_MARGIN).min(LONGEST_LIMIT);
         let margin = (rest + SESSION_MARGIN).min(LONGEST_LIMIT);
@@ -501,7 +501,7 @@ mod tests {
         let backend = ours.backend();
         let before = Place::own(BackendId { started: backend.started - 1, ..backend });
 
-        // Again and again, because a cancel that comes before the statement is no cancel.
+        // Repeated, because a cancel that comes before the statement has no effect.
         let again = async |to: Place| {
             loop {
                 canceller.signal(&options, Wanted::Cancel, &to).await.unwrap();
@@ -518,7 +518,7 @@ mod tests {
             () = again(ours.clone()) => unreachable!("it cancels for ever"),
         };
         assert!(slept.is_err(), "{slept:?}");
-        // A cancel leaves the session as it is, and this does not.
+        // A cancel leaves the session alive; this ends it.
         conn.ping().await.unwrap();
         canceller.signal(&options, Wanted::Terminate, &ours).await.unwrap();
         while conn.ping().await.is_ok() {

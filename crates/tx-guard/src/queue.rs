@@ -122,7 +122,7 @@ impl<T: Idle> Queue<T> {
             state.closed = true;
             mem::take(&mut state.waiting)
         };
-        // Outside the lock, because their drop wakes those who wait.
+        // Dropped outside the lock, because this wakes the waiting callers.
         drop(waiting);
         self.take_idle(|_| true)
     }
@@ -148,7 +148,7 @@ impl<T: Idle> Queue<T> {
                 }
             };
             let Some(waiter) = waiter else {
-                // Outside the lock. Then looked at once more, for somebody may have come meanwhile.
+                // Outside the lock. Then the queue is checked once more, because a caller may have come meanwhile.
                 idle = idle.and_then(Idle::rest);
                 rests = true;
                 continue;
@@ -188,7 +188,7 @@ impl<T: Idle> Place<T> {
 impl<T: Idle> Drop for Place<T> {
     fn drop(&mut self) {
         if let Some(queue) = self.queue.take() {
-            // What was given to somebody who has gone stays idle. In a closed queue it ends here.
+            // If the caller has gone, the next one gets the item, or it stays idle. In a closed queue it ends here.
             drop(queue.give(self.idle.take()));
         }
     }

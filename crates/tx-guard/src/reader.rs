@@ -83,7 +83,8 @@ impl<DB: Backend> TxPool<DB> {
         loop {
             let mut slot = shared.acquire(until, limit).await?;
             let ticket = Ticket::new(&shared.work, None);
-            // The count is looked at after it was raised: either this sees the pool closed, or closing sees this.
+            // The ticket is counted before this check, so either this sees that the pool is closed, or closing it sees
+            // the ticket.
             if shared.work.is_closed() {
                 slot.pass_on();
                 return Err(TxError::Closed);
@@ -105,7 +106,7 @@ impl<DB: Backend> TxPool<DB> {
                 DB::begin_read(probe);
                 return Ok(reader);
             }
-            // It closes as it is dropped.
+            // Dropping it closes it.
             drop(reader.slot.take());
             if left == 0 || Instant::now() >= until {
                 let target = DB::target(&self.shared().options());
@@ -161,7 +162,7 @@ impl<DB: Backend> fmt::Debug for Reader<DB> {
 async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket: Arc<Ticket>) {
     let (conn, probe) = slot.parts();
     let ends = async {
-        // One that is in a transaction nobody has is of no use to anybody.
+        // A session in a transaction that nobody holds is of no use.
         depth::<DB>(conn) == 0
             && settle::is_quiet::<DB>(&shared, conn, probe, ticket.tag).await
             && DB::end_read(conn, probe).await.is_ok()
@@ -174,9 +175,9 @@ async fn finish<DB: Backend>(mut slot: Slot<DB>, shared: Arc<Shared<DB>>, ticket
         let (_, probe) = slot.parts();
         let options = shared.options();
         let terminated = shared.canceller.signal(&options, Wanted::Terminate, probe);
-        // What cannot be ended from outside is ended by the server, when it sees that its client has gone.
+        // If the session cannot be ended from outside, the server ends it when it sees that its client has gone.
         drop(timeout(limit, terminated).await);
     }
-    // Closing the pool has waited for all this.
+    // Until here, closing the pool waits.
     drop(ticket);
 }

@@ -55,7 +55,7 @@ const QUOTING: [u16; 5] = [1062, 1366, 1411, 1525, 1586];
 #[cfg(any(feature = "mysql", feature = "postgres"))]
 fn without_value(message: &str, mark: char) -> Cow<'_, str> {
     let Some(start) = message.find(mark).map(|at| at + mark.len_utf8()) else { return message.into() };
-    // What follows names the key or the column.
+    // The text behind the value names the key or the column.
     let named = if mark == '\'' { message.rfind("' for ") } else { None };
     match named.or_else(|| message.rfind(mark)).filter(|end| *end >= start) {
         Some(end) => format!("{}…{}", &message[..start], &message[end..]).into(),

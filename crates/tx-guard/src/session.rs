@@ -180,7 +180,7 @@ impl<DB: Backend> Session<DB> {
         if let Some(after_connect) = &upkeep.after_connect {
             after_connect(conn).await?;
         }
-        // Behind a pooler nothing is compared, so there is none here.
+        // This session is not behind a pooler, because there nothing is compared.
         let probe = DB::probe(conn, PoolerMode::None, None).await?;
         self.probe = Some(probe);
         Ok(true)
@@ -215,8 +215,8 @@ impl<DB: Backend> Idle for Session<DB> {
         self.is_used = true;
         match &mut self.link {
             Some(Link::Own(conn)) => {
-                // What was left to be sent goes on its way, and its answer need not be waited for. sqlx does the same for
-                // its own. Of a connection that fails here, the next one to use it will hear.
+                // Anything still unsent is sent now, and nobody need wait for its answer. sqlx does the same for its
+                // own connections. If the connection fails here, its next user notices.
                 self.idle_since = Instant::now();
                 if conn.should_flush() {
                     drop(conn.flush().now_or_never());
@@ -225,7 +225,7 @@ impl<DB: Backend> Idle for Session<DB> {
             }
             Some(Link::Lent(..)) => {
                 if let Some(Link::Lent(conn, runtime)) = self.link.take() {
-                    // An sqlx pool spawns a task for what comes back, and panics where it finds no runtime.
+                    // An sqlx pool spawns a task for each returned connection, and panics outside a runtime.
                     let _entered = runtime.enter();
                     drop(conn);
                 }

@@ -54,19 +54,19 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
             }
             match rest {
                 Rest::Clean => open.release().await,
-                // Rolled back, but not to be used again: the drop closes it.
+                // It is rolled back, but must not be used again: the drop closes it.
                 Rest::Doubtful => drop(open),
             }
             Ok(found)
         }
-        // A connection that was lost has ended its session, or will as soon as the server knows.
+        // A lost connection has ended its session, or will as soon as the server notices.
         Ok(Err(Unrest::Failed(error @ sqlx::Error::Io(_)))) => Err(TxError::Database(error)),
         Ok(Err(Unrest::Failed(error))) => {
             terminate(&mut open).await;
             Err(TxError::Database(error))
         }
-        // Nothing can be cancelled or terminated. The server looks for a client that has gone while a statement runs, so
-        // the sooner the connection is closed the sooner its locks are free.
+        // The session can be neither cancelled nor terminated. While a statement runs, the server checks whether its
+        // client has gone, so the sooner the connection is closed, the sooner its locks are free.
         Ok(Err(Unrest::Unreachable)) => {
             shared.teller.tell(TxEvent::SessionTerminated, open.ticket.tag);
             Err(unconfirmed())
@@ -77,7 +77,7 @@ pub(crate) async fn settle<DB: Backend>(mut open: Open<DB>) -> Result<(), TxErro
         },
     };
     match ended {
-        // The end of the session has rolled back what there was, but not what was committed before.
+        // The end of the session has rolled back what was open, but not what was committed before.
         _ if ended_before => Err(TxError::Lost { reason: ENDED_BEFORE }),
         Ok(Rollback::Done) => Ok(()),
         Ok(Rollback::TooLate) => Err(TxError::Lost { reason: ENDED_BEFORE }),
@@ -139,7 +139,7 @@ async fn come_to_quiet<DB: Backend>(
     probe: &DB::Probe,
     tag: Tag,
 ) -> Result<Rest, Unrest> {
-    // First, because the wait may not come back from its first poll before the last row was read.
+    // The watch comes first, because the wait may not return from its first poll before the last row is read.
     let mut watch = Watch::over(shared, probe, tag);
     let mut left = pin!(quiet::<DB>(conn, probe));
     match timeout(DRAIN_GRACE, left.as_mut()).await {
@@ -159,7 +159,7 @@ async fn come_to_quiet<DB: Backend>(
         }
     }
     match watch.end().await {
-        // What could not be cancelled has ended by itself.
+        // A statement that could not be cancelled has ended by itself.
         Seen::Settled | Seen::Unreachable | Seen::Stuck => Ok(Rest::Clean),
         Seen::Unanswered => Ok(Rest::Doubtful),
     }

@@ -234,7 +234,7 @@ impl<DB: Backend> Shared<DB> {
     fn too_late(&self, timeout: Duration) -> TxError {
         let target = DB::target(&self.options());
         let all_open = match &self.source {
-            // Who waits behind sessions that are being opened, and are not, waits for the server.
+            // If the sessions ahead are still being opened, the caller waits for the server.
             Source::Owned => self.opening.load(Ordering::Relaxed) < self.limits.max_connections,
             Source::Wrapped(pool) => pool.size() >= self.limits.max_connections,
         };
@@ -276,7 +276,7 @@ impl<DB: Backend> Shared<DB> {
     fn drop_idle(&self, places: Vec<Place<Session<DB>>>, why: Closed) {
         for mut place in places {
             self.counters.closed(why);
-            // Before the place, which is free only when the session is gone.
+            // Before the place, which must not be free until the session is gone.
             drop(place.take());
         }
     }
@@ -384,7 +384,7 @@ impl<DB: Backend> Slot<DB> {
         } else if closed {
             self.shared.close(session, Closed::WithPool).await;
         } else if session.is_expired() || session.is_looked_at(&self.shared.upkeep) {
-            // Closing the pool waits for it.
+            // Closing the pool waits for this.
             let ticket = Ticket::new(&self.shared.work, None);
             ticket.settling();
             drop(self.runtime.spawn(look_over(Arc::clone(&self.shared), session, place, ticket)));
@@ -410,7 +410,7 @@ async fn look_over<DB: Backend>(
 ) {
     let keep = !session.is_expired() && {
         let look = timeout(shared.limits.settle_timeout, session.look_over(&shared.upkeep));
-        // One whose hook has panicked is closed, as one whose hook has failed.
+        // A session whose hook has panicked is closed, like one whose hook has failed.
         matches!(AssertUnwindSafe(look).catch_unwind().await, Ok(Ok(Ok(true))))
     };
     match keep {

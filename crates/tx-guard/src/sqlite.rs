@@ -131,7 +131,7 @@ impl Driver for Sqlite {
     /// reads before its first write may not get it any more.
     async fn begin(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, mode: &Mode) -> Result<(), sqlx::Error> {
         let write = (mode.immediate || mode.isolation == Some(Isolation::Serializable)) && !mode.read_only;
-        // Always one of our own: sqlx would make a savepoint in a transaction of somebody else's, where this is refused.
+        // Always a BEGIN of our own: in somebody else's transaction, sqlx would make a savepoint, but BEGIN is refused.
         let statement = Some(if write { "BEGIN IMMEDIATE" } else { "BEGIN" }.into_sql_str());
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.rolled_back.store(false, Ordering::Release);
@@ -176,17 +176,17 @@ impl Driver for Sqlite {
     }
 
     async fn commit(conn: &mut SqliteConnection, hooks: &Arc<Hooks>, _: CommitMode) -> Result<(), CommitFailure> {
-        // What dropped futures have left in the queue runs first, a COMMIT of somebody else's among it, and must meet the
-        // hook while that still refuses it. COMMIT has not been sent, so an error here is a rollback.
+        // Anything that dropped futures have left in the queue runs first. It may be somebody else's COMMIT, which must
+        // meet the hook while the hook still refuses it. Our COMMIT has not been sent, so an error here is a rollback.
         conn.ping().await.map_err(CommitFailure::Refused)?;
         let lost_before = hooks.is_rolled_back();
         hooks.enter(COMMITTING);
         let mut committed = Manager::commit(conn).await;
-        // A nested transaction that was forgotten is released first. Each success takes one level away.
+        // Nested transactions that were forgotten are released first. Each success takes one level away.
         while committed.is_ok() && depth::<Self>(conn) > 0 {
             committed = Manager::commit(conn).await;
         }
-        // sqlx says Ok when its depth had fallen to zero before, so the rollback hook has the last word.
+        // sqlx returns Ok if its depth had already fallen to zero, so the rollback hook has the last word.
         let lost = hooks.is_rolled_back();
         hooks.enter(if committed.is_ok() && !lost { IDLE } else { OPEN });
         match committed {
@@ -209,7 +209,7 @@ impl Driver for Sqlite {
     }
 
     async fn rollback(conn: &mut SqliteConnection, hooks: &Arc<Hooks>) -> Result<Rollback, sqlx::Error> {
-        // A round trip first: what a dropped future has left in the queue runs before it.
+        // A round trip first, so that anything a dropped future has left in the queue runs before the rollback.
         conn.ping().await?;
         let mut doubtful = hooks.is_rolled_back();
         for _ in 0..ROLLBACK_ATTEMPTS {
@@ -232,11 +232,11 @@ impl Driver for Sqlite {
             return Err(sqlx::Error::Protocol("the transaction could not be rolled back".into()));
         }
         if doubtful {
-            // SQL may have had a BEGIN of its own, which sqlx does not count. Outside a transaction this is
-            // an error without effect.
+            // The SQL may have run a BEGIN of its own, which sqlx does not count. Outside a transaction, this ROLLBACK
+            // is an error without effect.
             tolerate(sqlx::raw_sql("ROLLBACK").execute(&mut *conn).await)?;
         }
-        // The cancel comes at any await of this, and must not be left for the owner of a wrapped connection to meet.
+        // The cancel may come at any await of this method. It must not hit the owner of a wrapped connection later.
         hooks.cancel.store(false, Ordering::Relaxed);
         hooks.enter(IDLE);
         Ok(Rollback::Done)
@@ -303,7 +303,7 @@ mod tests {
         let mut conn = SqliteConnectOptions::new().in_memory(true).connect().await.unwrap();
         let hooks = Sqlite::probe(&mut conn, PoolerMode::None, None).await.unwrap();
         Sqlite::begin(&mut conn, &hooks, &Mode::default()).await.unwrap();
-        // SQLite has rolled back by itself, so the rollback has the most to do.
+        // SQLite has already rolled back by itself, so the rollback has the most to do.
         sqlx::raw_sql("ROLLBACK").execute(&mut conn).await.unwrap();
         {
             let mut rollback = pin!(Sqlite::rollback(&mut conn, &hooks));

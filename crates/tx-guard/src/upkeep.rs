@@ -50,7 +50,7 @@ impl<DB: Backend> Default for Upkeep<DB> {
     fn default() -> Self {
         Self {
             min_connections: 0,
-            // Without a server there is nobody to be spared, and a database in memory goes with its last session.
+            // Without a server there is no load to reduce, and an in-memory database disappears with its last session.
             max_lifetime: DB::IS_REMOTE.then_some(Duration::from_secs(30 * 60)),
             idle_timeout: DB::IS_REMOTE.then_some(Duration::from_secs(10 * 60)),
             after_connect: None,

@@ -154,7 +154,7 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // Who gives up waiting for the answer to a cancel gives up the cancel.
+        // A caller that gives up waiting for the answer to a cancel gives up the cancel.
         if self.signals.end() == CANCELLING {
             self.seen.abort();
         }
@@ -184,8 +184,8 @@ async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag
     shared.teller.tell(TxEvent::CancelSent, tag);
     let mut pause = FIRST_PAUSE;
     let mut idle_since = None;
-    // A cancel that comes before the server has read the statement is no cancel, so it is repeated. It is never dropped
-    // halfway while the session may be used again.
+    // A cancel that comes before the server has read the statement has no effect, so it is repeated. It is never
+    // dropped halfway while the session may be used again.
     loop {
         let cancelled = shared.canceller.signal(&shared.options(), Wanted::Cancel, &probe).await;
         let round_trip = shared.canceller.round_trip();

@@ -51,7 +51,7 @@ impl Work {
     pub(crate) async fn idle(&self) {
         loop {
             let mut idle = pin!(self.idle.notified());
-            // Before the count is looked at, so that the last one to end between the two is heard.
+            // Before the count is checked, so that a transaction that ends in between is noticed.
             idle.as_mut().enable();
             if self.lock().is_idle() {
                 return;

@@ -30,10 +30,10 @@ pub(crate) struct Answers {
 ///
 /// If sqlx is out of step, it may take a part of another answer for a length, and panic while reading.
 pub(crate) async fn exchange(conn: &mut MySqlConnection, sql: &str) -> Answers {
-    // No other answer has these digits but by a chance of one in 2^62.
+    // Another answer has these digits only with a chance of one in 2^62.
     let number = fastrand::i64(1 << 62..);
     let sql = format!("SELECT {number}; {sql}");
-    // The end of the number's own answer is counted as well.
+    // The end of the number's own answer counts as well.
     let (mut proved, mut ends) = (false, 0_usize);
     let read = AssertUnwindSafe(async {
         let mut answers = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
@@ -88,8 +88,9 @@ pub(crate) async fn repeat(conn: &mut MySqlConnection, sql: &str) -> Result<(), 
 /// makes sure that nothing remains.
 pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error> {
     for _ in 0..ATTEMPTS {
-        // The name of the column is the proof. A statement of the same text would not be prepared again.
-        // It stays in sqlx's cache until others take its place there, as sqlx has no way to prepare without the cache.
+        // The name of the column is the proof. The number differs each time, because sqlx would not prepare the same
+        // text again. The statement stays in sqlx's cache until others take its place, as sqlx has no way to prepare
+        // without the cache.
         let number = fastrand::i64(1 << 62..).to_string();
         let prepare = AssertUnwindSafe(async {
             let statement = conn.prepare(AssertSqlSafe(format!("SELECT {number}")).into_sql_str()).await?;
@@ -98,7 +99,8 @@ pub(crate) async fn prove(conn: &mut MySqlConnection) -> Result<(), sqlx::Error>
         });
         match prepare.catch_unwind().await {
             Ok(Ok(())) => return Ok(()),
-            // The answer to what was left, after which nothing was sent; or to this, which was cancelled.
+            // The error answers what was left unread, in which case nothing was sent, or this statement, which was
+            // cancelled.
             Ok(Err(sqlx::Error::Database(_))) => {}
             Ok(Err(error)) => return Err(error),
             Err(_) => return Err(out_of_step()),
@@ -118,7 +120,7 @@ pub(crate) async fn is_left(conn: &mut MySqlConnection) -> Result<bool, sqlx::Er
     let mut left = pin!(conn.flush());
     match left.as_mut().now_or_never() {
         Some(read) => read.map(|()| false),
-        // Not dropped, because that would leave a part of an answer once more.
+        // Not dropped, because that would leave part of an answer once more.
         None => left.await.map(|()| true),
     }
 }

@@ -35,7 +35,7 @@ async fn those_who_have_gone_keep_nobody_else_from_being_killed() {
     two.ping().await.unwrap();
     kill(&mut beside, "KILL CONNECTION", &ids).await.unwrap();
     ends(&mut two).await;
-    // What is wrong otherwise is told.
+    // Any other error is reported.
     let refused = kill(&mut beside, "KILL NOBODY", &ids).await.unwrap_err();
     assert!(matches!(refused, sqlx::Error::Database(_)), "{refused:?}");
     beside.close().await.unwrap();
@@ -47,7 +47,8 @@ async fn what_waits_for_its_client_is_not_cancelled_and_what_runs_is() {
     let canceller = <MySql as Driver>::Canceller::default();
     let mut conn = options.connect().await.unwrap();
     let thread = MySql::probe(&mut conn, PoolerMode::None, None).await.unwrap();
-    // Again and again: a session that has just answered may not wait yet, and a busy server may not answer in time.
+    // Repeated, because a session that has just answered may not be waiting yet, and a busy server may not answer in
+    // time.
     let until = async |wanted, seen| while canceller.signal(&options, wanted, &thread).await != Ok(seen) {};
     until(Wanted::Look, Activity::Idle).await;
     until(Wanted::Cancel, Activity::Idle).await;
@@ -57,7 +58,7 @@ async fn what_waits_for_its_client_is_not_cancelled_and_what_runs_is() {
             until(Wanted::Cancel, Activity::Unseen).await;
         }
     };
-    // MariaDB calls it an error, and MySQL an answer.
+    // A cancelled SLEEP is an error in MariaDB, and an answer in MySQL.
     tokio::select! {
         slept = sqlx::raw_sql("SELECT SLEEP(10000)").execute(&mut conn) => drop(slept),
         () = again => unreachable!("it cancels for ever"),

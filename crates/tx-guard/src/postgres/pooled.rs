@@ -125,7 +125,7 @@ impl Place {
 
     /// Learns the session of the transaction that has just begun.
     pub(crate) async fn learn(&self, conn: &mut PgConnection) -> Result<(), sqlx::Error> {
-        // What others have left there would have the names of what will be prepared.
+        // Statements that others have left there would have the names of those prepared here.
         let sql = AssertSqlSafe(format!("{FORGET_STATEMENTS}; {LEARN}"));
         let row = sqlx::raw_sql(sql).fetch_one(conn).await?;
         let (pid, started) = session(&row)?;
@@ -154,8 +154,8 @@ pub(crate) fn is_refused(reason: &(dyn std::error::Error + Send + Sync + 'static
 /// same session, and if others are busy there, a new one each time. A session that is older than its connection shows
 /// that there is a pooler, and more questions then find out its mode: in session mode, the two sessions stay the same.
 pub(crate) async fn refuse(conn: &mut PgConnection, first: First<'_, Postgres>) -> Result<(), sqlx::Error> {
-    // Whoever opens the pool hears of it if the connection for cancelling cannot be opened. The other one can be asked
-    // alone.
+    // If the connection for cancelling cannot be opened, opening the pool reports that. The other connection can be
+    // asked alone.
     let has_canceller = first.canceller.warm(first.options).await.is_ok();
     let (mut ours, mut beside) = (None, None);
     let mut questions = QUESTIONS;
@@ -198,7 +198,7 @@ impl Who {
 async fn who(conn: &mut PgConnection) -> Result<Who, sqlx::Error> {
     let row = sqlx::raw_sql(WHO).fetch_one(conn).await?;
     let (pid, started) = session(&row)?;
-    // A clock that was put back makes it look young.
+    // A clock that was set back makes the session look young.
     let age = Duration::from_micros(u64::try_from(row.try_get::<i64, _>(2)?).unwrap_or_default());
     Ok(Who { pid, started, age })
 }

@@ -142,9 +142,9 @@ pub(crate) async fn resolve<F: Future>(
             match timeout(RESOLVE_ATTEMPT, fate(options, receipt)).await {
                 Ok(Ok(Some(status))) if status == "committed" => return Some(true),
                 Ok(Ok(Some(status))) if status == "aborted" => return Some(false),
-                // Its client is gone, so it need not wait for a COMMIT that does not come.
+                // Its client is gone, so the session need not wait for a COMMIT that never comes.
                 Ok(Ok(Some(_))) => drop(timeout(RESOLVE_ATTEMPT, end()).await),
-                // Another history.
+                // The server has another history.
                 Ok(Ok(None)) => return None,
                 Ok(Err(_)) | Err(_) => {}
             }
@@ -156,7 +156,7 @@ pub(crate) async fn resolve<F: Future>(
 }
 
 async fn fate(options: &PgConnectOptions, receipt: &Receipt) -> Result<Option<String>, sqlx::Error> {
-    // On a standby there is nothing that could have been committed.
+    // On a standby, nothing can have been committed.
     let Some(transaction) = &receipt.transaction else { return Ok(Some("aborted".to_owned())) };
     let plain = |text: &str| text.chars().filter(char::is_ascii_alphanumeric).collect::<String>();
     let fate = FATE.replace("TRANSACTION", &plain(transaction)).replace("TIMELINE", &plain(&receipt.timeline));
@@ -197,7 +197,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_server_that_is_gone_is_asked_for_as_long_as_is_said() {
-        // Nobody listens any more where this one did.
+        // Nobody listens on this port any more.
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let options = PgConnectOptions::new_without_pgpass().host("127.0.0.1").port(port);
         let receipt = Receipt { transaction: Some("1".to_owned()), timeline: "00000001".to_owned() };
