@@ -46,7 +46,7 @@ async fn a_loop_repeats_what_passes_and_commits_once<D: Transient>() {
         if let Some(value) = attempts.end(tx, worked).await.unwrap() {
             break value;
         }
-        // It is over already.
+        // The attempt is already over.
         assert!(world.committed().await.is_empty());
     };
     assert_eq!((value, made, world.committed().await), ("done", 3, vec![3]));
@@ -85,7 +85,7 @@ async fn a_loop_makes_no_more_attempts_than_it_has<D: Transient>() {
     assert!(attempts.end(tx, Err::<(), _>(passing)).await.is_err());
     no_attempt(&mut attempts, "failed").await;
 
-    // One whose guards are dropped, and which asks on.
+    // Now with guards that are dropped, by a caller that asks for more attempts.
     let mut attempts = db.tx().retry(Retry::attempts(2).backoff(AT_ONCE, AT_ONCE)).attempts();
     for _ in 0..2 {
         drop(attempts.next().await.unwrap());
@@ -173,7 +173,7 @@ async fn a_begin_that_fails_in_passing_is_an_attempt() {
     let error = attempts.next().await.unwrap_err();
     assert!(error.is_transient(), "{error:?}");
     no_attempt(&mut attempts, "failed").await;
-    // And one that would have got it later gets it later.
+    // A more patient caller gets the lock later.
     let patient = Retry::attempts(1_000_000).backoff(Duration::from_millis(1), Duration::from_millis(5));
     let mut attempts = db.tx().immediate().timeout(PATIENCE).retry(patient).attempts();
     let (next, ()) = tokio::join!(attempts.next(), async {
@@ -224,7 +224,7 @@ async fn a_pause_ends_at_the_deadline() {
     let world = World::<Sqlite>::new().await;
     let db = world.pool(1).await;
     let (limit, start) = (Duration::from_millis(200), Instant::now());
-    // Random pauses below this are not shorter than the limit but once in a hundred thousand times.
+    // A random pause of up to this length is shorter than the limit only once in a hundred thousand times.
     let retry = Retry::attempts(u32::MAX).backoff(Duration::from_secs(20_000), Duration::from_secs(20_000));
     let mut attempts = db.tx().timeout(limit).retry(retry).attempts();
     drop(attempts.next().await.unwrap());
@@ -263,7 +263,7 @@ async fn a_guard_that_is_kept_without_a_deadline_is_not_waited_for_for_ever() {
     no_attempt(&mut attempts, "has not ended").await;
     assert!(start.elapsed() >= Duration::from_secs(10), "{:?}", start.elapsed());
     tokio::time::resume();
-    // Nothing is decided by that: once it has ended, the next attempt may be made.
+    // This error decides nothing: once the transaction has ended, the next attempt may be made.
     kept.rollback().await.unwrap();
     attempts.next().await.unwrap().rollback().await.unwrap();
     world.end(db).await;

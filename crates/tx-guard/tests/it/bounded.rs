@@ -52,7 +52,7 @@ async fn the_idle_sisters_of_a_silent_session_are_not_asked_one_after_the_other(
     for guard in guards {
         guard.rollback().await.unwrap();
     }
-    // With the one for cancelling.
+    // Including the connection for cancelling.
     (0..=SESSIONS).for_each(|number| door.silence(number));
     within(db.begin()).await.unwrap().rollback().await.unwrap();
     world.end(db).await;
@@ -87,7 +87,7 @@ async fn a_server_that_has_gone_silent_is_a_timeout_that_names_it() {
     let error = within(db.begin()).await.unwrap_err();
     is_a_silent_server(&error, &door);
     assert!(start.elapsed() >= limit, "given up early: {:?}", start.elapsed());
-    // Those who wait behind sessions that are being opened wait for the same server.
+    // Callers that wait behind sessions being opened wait for the same server.
     let (one, two, three) = within(async { tokio::join!(db.begin(), db.begin(), db.begin()) }).await;
     for error in [one.unwrap_err(), two.unwrap_err(), three.unwrap_err()] {
         is_a_silent_server(&error, &door);
@@ -144,7 +144,7 @@ async fn what_is_opened_for_callers_who_have_gone_is_the_next_ones() {
         }
     }
     let (one, two, three) = within(async { tokio::join!(db.begin(), db.begin(), db.begin()) }).await;
-    // With the one for cancelling.
+    // Including the connection for cancelling.
     assert!(world_sessions(&world).await <= 5);
     for guard in [one, two, three] {
         guard.unwrap().rollback().await.unwrap();

@@ -291,7 +291,7 @@ fn rollback<D: TestDb>() -> Report {
             tx.rollback().await.unwrap();
         },
         async |(stage, tx), outcome| {
-            // Never polled, the operation has not even taken it.
+            // If it was never polled, the operation has not even taken the transaction.
             drop(tx.take());
             stage.check(outcome, &[]).await
         },
@@ -386,7 +386,7 @@ fn a_begin_dropped_anywhere_leaks_no_open_transaction() {
 fn the_same_check_catches_the_leak_of_plain_sqlx() {
     let report = begin_on_a_plain_pool::<Postgres, _>(async |pool| pool.begin().await.unwrap());
     let lost = report.failures().iter().any(|failure| failure.message().contains("said Ok"));
-    // Later versions have mended it.
+    // Later versions of sqlx have fixed it.
     let mended = tokio::runtime::Runtime::new().unwrap().block_on(takes_dropped_begins_back());
     assert_eq!(lost, !mended, "{report}");
 }

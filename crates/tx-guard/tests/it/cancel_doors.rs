@@ -118,7 +118,7 @@ fn too_late<D: TestDb>() -> Report {
             let limit = Duration::from_millis(100);
             let Ok(mut tx) = stage.db.tx().immediate().timeout(limit).begin().await else { return };
             stage.handle.replace(Some(tx.outcome_handle()));
-            // Its own limit may be over in here on a busy machine.
+            // On a busy machine, the transaction's own limit may pass in here.
             drop(stage.world.insert(&mut tx, 1).await);
             tokio::time::sleep(limit).await;
             assert!(tx.commit().await.unwrap_err().is_timeout());

@@ -53,7 +53,7 @@ fn ended<D: TestDb>(
         },
         async |met| end(met.take()).await,
         async |met, outcome| {
-            // Never polled, the operation has not even taken it.
+            // If it was never polled, the operation has not even taken the transaction.
             drop(met.tx.take());
             let rows = met.stage.agree(whole, doubt).await?;
             if outcome.is_completed() && rows != whole { Err(format!("completed, and {rows:?}")) } else { Ok(()) }
@@ -141,7 +141,7 @@ fn a_commit_over_a_forgotten_nested_transaction_dropped_anywhere_is_whole_or_not
 
 /// sqlx has rolled back behind the guard's back, so its own count no longer describes the session.
 async fn cancel_a_nested_begin<D: TestDb>(_: &Stage<D>, tx: &mut TransactionGuard<D>) {
-    // Behind a statement that still runs, because the server may be faster than a poll.
+    // Behind a statement that still runs, because otherwise the server may be faster than a poll.
     timeout(Duration::from_millis(10), D::execute(tx, D::SLOW.to_owned())).await.unwrap_err();
     assert!(drop_after(1, tx.begin()).await.is_none(), "nothing was cancelled");
 }
@@ -172,7 +172,7 @@ fn a_rollback_that_gives_up_a_session_of_a_wrapped_pool_dropped_anywhere_leaves_
         async |met| drop(met.take().rollback().await.unwrap_err()),
         async |met, _| {
             drop(met.tx.take());
-            // A sqlx that takes a dropped begin back may have committed.
+            // A version of sqlx that takes a dropped begin back may have committed.
             let takes_back = takes_dropped_begins_back().await;
             let doubt = if takes_back { Doubt::OfTheTransaction } else { Doubt::OfTheRuntime };
             met.stage.agree(&[], doubt).await.map(drop)
@@ -228,7 +228,7 @@ fn savepoint_of<D: TestDb>(explore: Explore, left: Option<&str>) -> Report {
         async || {
             let (stage, mut tx) = Met::begin(Stage::<D>::new().await).await;
             if let Some(left) = left {
-                // On a machine that is very busy it may have ended already, which does no harm.
+                // On a very busy machine the statement may have ended already, which does no harm.
                 drop(drop_after(1, D::execute(&mut tx, left.to_owned())).await);
             }
             (stage, tokio::sync::Mutex::new(Some(tx)))
@@ -381,7 +381,7 @@ fn commit_that_is_cut(fault: Fault, slow: bool) -> Report {
             }
             if slow {
                 let unset = Postgres::slow_commits(&met.stage.world.table).unwrap().1;
-                // Waits for whoever is still in its COMMIT there.
+                // This waits for any session that is still in its COMMIT there.
                 met.stage.world.run(unset).await;
             }
             met.stage.agree(&[1], Doubt::OfTheRuntime).await.map(drop)

@@ -36,7 +36,7 @@ fn hooks<D: TestDb>() -> Report {
                     }
                 });
             let db = db.await.unwrap();
-            // The second one comes behind what is done for the session of the first.
+            // The second transaction comes after the upkeep of the first one's session.
             for n in [1, 2] {
                 let mut tx = db.begin().await.unwrap();
                 if n == 2 {

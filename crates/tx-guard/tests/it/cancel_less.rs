@@ -18,7 +18,7 @@ fn a_closure_that_is_run_again_dropped_anywhere_is_whole_or_nothing() {
         async |stage| {
             let attempts = Cell::new(0);
             let retry = Retry::attempts(2).backoff(Duration::from_millis(2), Duration::from_millis(2));
-            // With a receipt, by which the outcome could be asked for on another connection.
+            // With a receipt, so the outcome could be asked for on another connection.
             let tx = stage.db.tx().retry(retry).commit_mode(CommitMode::Resolvable);
             let run = tx.run(async |tx| {
                 stage.handle.replace(Some(tx.outcome_handle()));
@@ -78,7 +78,7 @@ fn rollback_behind_a_statement<D: TestDb>() -> Report {
             tx.rollback().await.unwrap();
         },
         async |(stage, tx), outcome| {
-            // Never polled, the operation has not even taken it.
+            // If it was never polled, the operation has not even taken the transaction.
             drop(tx.take());
             stage.check(outcome, &[]).await
         },

@@ -143,7 +143,7 @@ fn the_upkeep_of_idle_connections_dropped_anywhere_keeps_them_or_closes_them() {
             .await;
             drop(other.close().await);
             tx.rollback().await.unwrap();
-            // Both have to be older than a second.
+            // Both connections have to be older than a second.
             pause();
             advance(Duration::from_secs(2)).await;
             resume();
@@ -230,7 +230,7 @@ fn begin_without_a_cache<D: TestDb>(uncached: impl Fn(Options<D>) -> Options<D>)
         },
         async |(stage, _)| begins_and_commits(stage).await,
         async |(stage, pool), outcome| {
-            // The owner of the pool writes without any transaction, and that stands.
+            // The owner of the pool writes without a transaction, and that write stands.
             let handle = stage.handle.borrow().clone();
             if let Some(handle) = handle {
                 within(handle.outcome()).await?;

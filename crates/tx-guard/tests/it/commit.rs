@@ -27,12 +27,12 @@ async fn a_raw_commit_inside_the_guard_is_caught<D: TestDb>() {
         if written {
             world.insert(&mut tx, 1).await.unwrap();
         }
-        // SQLite's commit hook refuses it on the spot; PostgreSQL commits it, and the guard's own commit says so.
+        // SQLite's commit hook refuses this at once; PostgreSQL commits, and the guard's own commit reports it.
         drop(D::execute(&mut tx, "COMMIT".to_owned()).await);
         let handle = tx.outcome_handle();
         let error = tx.commit().await.unwrap_err();
         assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
-        // Whoever ended the transaction has not told the guard how.
+        // The SQL that ended the transaction has not told the guard how.
         let told = handle.outcome().await == CommitOutcome::Committed;
         assert!(!told && (handle.outcome().await == CommitOutcome::Unknown || world.committed().await.is_empty()));
     }
@@ -45,7 +45,7 @@ async fn a_cancelled_nested_begin_is_caught_at_every_poll<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
     let mut caught = 0;
-    // SQLite's thread may answer before the first poll is over, so that a round has nothing to cancel.
+    // SQLite's thread may answer before the first poll is over, and then a round has nothing to cancel.
     for _ in 0..200 {
         for polls in 1.. {
             if !cancel_a_nested_begin(&world, &db, polls, true, &mut caught).await {
@@ -80,7 +80,7 @@ async fn cancel_a_nested_begin<D: TestDb>(
     if write_after {
         drop(world.insert(&mut tx, 2).await);
     }
-    // Whether sqlx has lost the transaction or not: nothing may be committed by halves.
+    // Whether or not sqlx has lost the transaction, it must not be committed in part.
     match tx.commit().await {
         Ok(()) => {
             let whole: &[i64] = if write_after { &[1, 2] } else { &[1] };
@@ -115,7 +115,7 @@ async fn a_nested_transaction_that_ends_properly_is_fine<D: TestDb>() {
 async fn a_dropped_commit_is_told_by_its_handle<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
-    // A database may answer before the first look is over.
+    // A database may answer before the first poll is over.
     for n in 1.. {
         let mut tx = db.begin().await.unwrap();
         let handle = tx.outcome_handle();
@@ -197,7 +197,7 @@ async fn committing_an_aborted_transaction_is_an_error() {
     assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
     works_as_before(&world, &db).await;
 
-    // The same on plain sqlx, which says Ok: the check above is one that can fail.
+    // Plain sqlx returns Ok in the same case, so the check above can fail.
     let mut conn = world.plain().await;
     let mut tx = conn.begin().await.unwrap();
     world.insert(&mut tx, 2).await.unwrap();
@@ -237,7 +237,7 @@ async fn a_late_outcome_is_told_alike_by_event_and_handle() {
     let world = World::<Postgres>::new().await;
     let db = world.pool(1).await;
     let mut events = db.events();
-    // A server that answers before the first look is no late one.
+    // If the server answers before the first poll is over, the outcome is not late.
     let handle = loop {
         let mut tx = db.begin().await.unwrap();
         Postgres::execute(&mut tx, "COMMIT".to_owned()).await.unwrap();
@@ -249,7 +249,7 @@ async fn a_late_outcome_is_told_alike_by_event_and_handle() {
     assert_eq!(handle.outcome().await, CommitOutcome::Unknown);
     let mut told = events.next().await;
     while told == Some(TxEvent::CancelSent) {
-        // The machine is busy, and what such a commit leaves behind takes its time.
+        // The machine is busy, and cleaning up after such a commit takes time.
         told = events.next().await;
     }
     assert_eq!(told, Some(TxEvent::LateOutcome(CommitOutcome::Unknown)));
@@ -331,7 +331,7 @@ async fn a_write_that_sqlite_rolled_back_by_itself_is_caught() {
     world.insert(&mut tx, 1).await.unwrap();
     let rollback = format!("INSERT OR ROLLBACK INTO {} (n) VALUES (1)", world.table);
     sqlx::query(AssertSqlSafe(rollback)).execute(&mut *tx).await.unwrap_err();
-    // Would be committed by itself now, outside any transaction, were it not for the commit hook.
+    // Without the commit hook, this would now be committed by itself, outside any transaction.
     world.insert(&mut tx, 2).await.unwrap_err();
     let error = tx.commit().await.unwrap_err();
     assert!(matches!(error, TxError::Lost { .. }), "{error:?}");

@@ -137,14 +137,14 @@ async fn the_events<D: TestDb>() {
     for n in 1.. {
         let mut tx = db.begin().await.unwrap();
         world.insert(&mut tx, n).await.unwrap();
-        // One that ends at its first poll is not late.
+        // A commit that ends at its first poll is not late.
         if tx.commit().now_or_never().is_none() {
             break;
         }
     }
     let mut told = events.next().await;
     if told == Some(TxEvent::CancelSent) {
-        // The machine is busy, and the rollback above has taken its time.
+        // The machine is busy, and the rollback above took its time.
         told = events.next().await;
     }
     assert_eq!(told, Some(TxEvent::LateOutcome(CommitOutcome::Committed)));

@@ -26,7 +26,7 @@ async fn an_idle_guard_is_dropped_without_a_cancel<D: TestDb>() {
         drop(tx);
         assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
         assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
-        // What is told of the next one comes behind all that was told of this one.
+        // The events of the next transaction come after all events of this one.
         drop(db.begin().await.unwrap());
         assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback), "a cancel was sent for an idle connection");
     }
@@ -184,7 +184,7 @@ async fn lock_of_a_drop_on_a_full_server(options: PgConnectOptions, world: &Worl
     assert!(timeout(Duration::from_millis(200), slow).await.is_err(), "it was not slow");
     let start = Instant::now();
     drop(tx);
-    // Waits for the row.
+    // This waits for the row.
     world.run(format!("INSERT INTO {} (n) VALUES (1)", world.table)).await;
     let took = start.elapsed();
     other.rollback().await.unwrap();
@@ -203,7 +203,7 @@ async fn a_drop_frees_its_locks_on_a_server_that_has_no_session_left() {
     }
     world.run(format!("GRANT ALL ON {} TO {account}", world.table)).await;
     let options = Postgres::account(world.options.clone(), &account, "p");
-    // Not the two seconds that are waited for a statement that can be cancelled: the server sees that its client has gone.
+    // Less than the two seconds that a cancellable statement is waited for: the server sees that its client has gone.
     let lock = async || {
         let took = lock_of_a_drop_on_a_full_server(options.clone(), &world).await;
         world.run(format!("DELETE FROM {}", world.table)).await;
@@ -278,7 +278,7 @@ async fn what_is_dropped_at_once_is_cancelled_at_once() {
         world.run(format!("DROP TABLE {}", world.table)).await;
     }
     on::<Postgres>("SELECT 1::bigint FROM pg_advisory_lock(4711)", "SELECT pg_advisory_lock(4711)").await;
-    // Not SLEEP: all who sleep share one mutex of the server, for which each KILL waits up to two seconds.
+    // Not SLEEP: all sleeping sessions share one mutex of the server, for which each KILL waits up to two seconds.
     on::<MySql>("SELECT GET_LOCK('at_once', 0)", "SELECT GET_LOCK('at_once', 10000)").await;
 }
 

@@ -39,7 +39,7 @@ async fn a_value_that_does_not_fit_is_not_told() {
     let said = TxError::from(wrong.unwrap_err()).to_string();
     assert!(said.contains("invalid input syntax for type integer") && said.contains("22P02"), "{said}");
     assert!(!said.contains("s3cret") && !said.contains("quoted"), "{said}");
-    // The commit of what is aborted says so, and by which number.
+    // Committing an aborted transaction reports the abort and its error code.
     let said = tx.commit().await.unwrap_err().to_string();
     assert!(said.contains("aborted") && said.contains("25P02"), "{said}");
     world.end(db).await;
@@ -122,7 +122,7 @@ async fn says(first: bool, line: Vec<u8>) -> u16 {
             }
             #[expect(clippy::disallowed_methods, reason = "nobody drops the server's task halfway")]
             drop(client.write_all(&line).await);
-            // Until the client has read it, and gone.
+            // Waits until the client has read it and gone.
             while let Ok(1..) = client.read(&mut asked).await {}
         }
     });

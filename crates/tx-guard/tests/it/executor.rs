@@ -164,7 +164,7 @@ async fn a_write_on_the_pool_is_refused<D: OnPool>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
     within(D::write(&db, insert(&world, 1))).await.unwrap_err();
-    // The one through a statement that is known already, too.
+    // A statement that is already known is refused as well.
     within(D::write(&db, insert(&world, 1))).await.unwrap_err();
     commits(&world, &db, 2).await;
     assert_eq!(world.committed().await, [2]);
@@ -220,7 +220,7 @@ async fn write_on_a_wrapped_pool<D: OnPool>() -> Result<(), sqlx::Error> {
     let written = within(D::write(&db, insert(&world, 1))).await;
     assert_eq!(world.committed().await, if written.is_ok() { vec![1] } else { Vec::new() });
     commits(&world, &db, 2).await;
-    // And the owner's own are his.
+    // The owner can still write on its own connections.
     let mut conn = within(pool.acquire()).await.unwrap();
     world.insert(&mut conn, 3).await.unwrap();
     drop(conn);

@@ -42,7 +42,7 @@ async fn a_drop_in_a_slow_statement_frees_everything_soon<D: TestDb>() {
     let handle = tx.outcome_handle();
     let start = Instant::now();
     drop(tx);
-    // The key that the dropped transaction has inserted is locked as long as it lives, and so is the only connection.
+    // As long as the dropped transaction lives, it locks the key it has inserted, and holds the only connection.
     let mut next = db.begin().await.unwrap();
     world.insert(&mut next, 1).await.unwrap();
     next.commit().await.unwrap();
@@ -171,7 +171,7 @@ async fn a_drop_in_a_half_read_stream_leaves_a_clean_connection<D: TestDb>() {
 
 async fn a_drop_in_a_stream_without_end_frees_everything_soon<D: TestDb>() {
     drop_in_a_stream_without_end::<D>().await;
-    // sqlx reads as long as there are rows, and gives nothing else of such a runtime a turn.
+    // sqlx reads as long as there are rows, and on such a runtime nothing else gets a turn.
     let one_thread = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     tokio::task::spawn_blocking(move || one_thread.block_on(drop_in_a_stream_without_end::<D>())).await.unwrap();
 }
@@ -187,7 +187,7 @@ async fn drop_in_a_stream_without_end<D: TestDb>() {
     let mut next = db.begin().await.unwrap();
     world.insert(&mut next, 1).await.unwrap();
     next.commit().await.unwrap();
-    // Reading to the end would take many minutes, and a machine with more to do than this test reads slowly.
+    // Reading to the end would take many minutes. The limit is generous, because a busy machine reads slowly.
     assert!(start.elapsed() < PATIENCE, "{:?}", start.elapsed());
     assert_eq!(world.committed().await, [1]);
     world.end(db).await;
@@ -216,7 +216,7 @@ async fn a_session_that_died_while_idle_is_replaced() {
     let options = world.options.clone().application_name(&world.table);
     let db = TxPool::<Postgres>::builder().max_connections(3).connect_with(options).await.unwrap();
     drop((db.begin().await.unwrap(), db.begin().await.unwrap(), db.begin().await.unwrap()));
-    // The connection that cancels is among those that die.
+    // The connection that cancels dies as well.
     let kill =
         format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{}'", world.table);
     world.run(kill).await;
@@ -235,7 +235,7 @@ async fn no_cancel_hits_the_next_transaction() {
     let db = world.pool(1).await;
     for round in 0..300 {
         let mut tx = db.begin().await.unwrap();
-        // Ends at about the time at which it is cancelled, so the cancel often comes too late for it.
+        // The statement ends at about the time of its cancel, so the cancel often comes too late.
         let nap = Postgres::execute(&mut tx, "SELECT pg_sleep(0.0015)".to_owned());
         drop(nap.now_or_never());
         drop(tx);
@@ -279,7 +279,7 @@ async fn callers_who_do_not_wait_open_no_more_connections_than_there_may_be() {
     }
     let all = (db.begin().await.unwrap(), db.begin().await.unwrap(), db.begin().await.unwrap());
     drop(all);
-    // Three, and the one for cancelling.
+    // Three, and the connection for cancelling.
     assert_eq!(opened.load(Ordering::Relaxed), 4);
     world.end(db).await;
 }

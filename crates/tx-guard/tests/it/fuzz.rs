@@ -343,7 +343,7 @@ impl<D: FuzzDb> Campaign<D> {
         let keys = self.next * KEYS..self.next * KEYS + i64::from(CONNECTIONS);
         self.next += 1;
         let insert = |n: i64| format!("INSERT INTO {} (n) VALUES ({n})", self.world.table);
-        // Whoever has one keeps it until all have one.
+        // Each task keeps its transaction until all have one.
         let all = tokio::sync::Barrier::new(keys.clone().count());
         let mut written = Vec::new();
         let writes = keys.map(async |n| {
@@ -352,7 +352,8 @@ impl<D: FuzzDb> Campaign<D> {
                     Source::Ours(db) => {
                         let tx = db.begin().await.ok()?;
                         all.wait().await;
-                        // One after the other where only one can write: what is busy may be tried again.
+                        // One after the other, as some databases allow only one writer: a busy database may be tried
+                        // again.
                         drop(tx);
                         let run = db.tx().retry(cancel_safe_tx_guard::Retry::attempts(50)).serializable();
                         run.run(async |tx| Ok::<_, TxError>(D::execute(tx, insert(n)).await?)).await.ok()
@@ -412,7 +413,7 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
         let books = campaign.run(source, D::is_deep(which).await, BATCH).await;
         campaign.compare(source, books).await;
     }
-    // The guards of a wrapped pool are all back as well.
+    // All connections of a wrapped pool are back as well.
     eventually("sqlx has its connections back", async || pool.num_idle() == pool.size() as usize).await;
     campaign.tally.print(database);
     let Tally { rounds, .. } = campaign.tally;
@@ -428,14 +429,14 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told<D: FuzzDb>(database: &str
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
     let _alone = pooler::alone().await;
-    // The answer is looked at by the check.
+    // The check below reads the answer.
     takes_dropped_begins_back().await;
     let mut campaign = Campaign::<Postgres>::new(seed()).await;
     let db = TxPool::builder().max_connections(CONNECTIONS).acquire_timeout(PATIENCE);
     let behind = pooler::options().application_name(&campaign.world.table);
     let db = db.pooler(PoolerMode::Transaction).connect_with(behind).await.unwrap();
     let source = Source::Ours(db.clone());
-    // Locks are waited for there until the server finds a deadlock, which takes a second.
+    // There, a wait for a lock may last until the server finds a deadlock, which takes a second.
     for _ in 0..rounds::<Postgres>() / BATCH / 12 {
         let books = campaign.run(&source, false, BATCH).await;
         campaign.compare(&source, books).await;
@@ -446,8 +447,8 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
     campaign.tally.assert_clean();
     let report = db.close(PATIENCE).await;
     assert!(report.is_clean(), "{report}");
-    // sqlx itself ends the transaction of a `begin` that is cut two levels deep, and its session is another's from then on:
-    // what was prepared there stays until the next transaction of such a pool comes by.
+    // sqlx itself ends the transaction of a `begin` that is cut two levels deep, and from then on another client has
+    // its session: statements prepared there stay until the next transaction of such a pool comes by.
     let mut left = pooler::visit_all(&format!("{}; DEALLOCATE ALL", pooler::LEFT)).await;
     left.retain(|left| !left.starts_with("the prepared statement sqlx_s_"));
     assert_eq!(left, [""; 0], "something was left on the sessions of others");
@@ -458,7 +459,7 @@ async fn no_transaction_is_leaked_torn_or_wrongly_told_behind_a_pooler() {
 async fn plain_sqlx_is_caught<D: FuzzDb>(database: &str) {
     let mut campaign = Campaign::<D>::new(seed()).await;
     for _ in 0..20 {
-        // A new pool for each, because nobody can wait for what the last one has leaked.
+        // A new pool for each round, because nobody can wait for what the last one has leaked.
         let pool = campaign.plain_pool().await;
         let source = Source::Plain(pool.clone());
         let books = campaign.run(&source, true, BATCH / 5).await;

@@ -87,7 +87,7 @@ async fn a_wrapped_pool_works_and_stays_open<D: TestDb>() {
             1 => tx.rollback().await.unwrap(),
             _ => drop(tx),
         }
-        // The user's own use of the pool sees nothing of the guards: what it writes is committed at once.
+        // The guards do not change the user's own use of the pool: its writes are committed at once.
         let mut conn = pool.acquire().await.unwrap();
         world.insert(&mut conn, 100 + n).await.unwrap();
     }
@@ -99,7 +99,7 @@ async fn a_wrapped_pool_works_and_stays_open<D: TestDb>() {
 
 async fn a_pool_with_all_connections_in_use_says_so<D: TestDb>() {
     let world = World::<D>::new().await;
-    // Enough for the two to be opened.
+    // Long enough to open the two connections.
     let short = Duration::from_secs(2);
     let builder = TxPool::<D>::builder().max_connections(2).acquire_timeout(short);
     let db = builder.connect_with(world.options.clone()).await.unwrap();
@@ -173,7 +173,7 @@ async fn a_guard_moves_between_tasks<D: TestDb>() {
     let mut tx = portable(db.begin().await.unwrap());
     world.insert(&mut tx, 1).await.unwrap();
     let committed = std::thread::spawn(move || futures_util::FutureExt::now_or_never(portable(tx.commit())));
-    // A commit that was polled once on a thread without a runtime, and dropped there, is driven to its end.
+    // A commit that is polled once on a thread without a runtime, and dropped there, still runs to its end.
     drop(committed.join().unwrap());
     crate::world::eventually("the row is committed", async || world.committed().await == [1]).await;
     world.end(db).await;
@@ -206,7 +206,7 @@ async fn events_tell_what_happened_behind_the_callers_backs() {
     drop(tx);
     assert_eq!(events.next().await, Some(TxEvent::ImplicitRollback));
     assert_eq!(events.next().await, Some(TxEvent::CancelSent));
-    // A server that answers before the first look leaves no late outcome to tell of.
+    // If the server answers before the first poll is over, there is no late outcome to report.
     while futures_util::FutureExt::now_or_never(db.begin().await.unwrap().commit()).is_some() {}
     assert_eq!(events.next().await, Some(TxEvent::LateOutcome(CommitOutcome::Committed)));
     world.end(db).await;

@@ -86,7 +86,7 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     outside(tx.rollback()).await.unwrap();
     let mut tx = db.begin().await.unwrap();
     let insert = format!("INSERT INTO {} (n) VALUES (4)", world.table);
-    // A future that is made there need not be one that can be sent there.
+    // The future is created on that thread, so it need not be `Send`.
     let savepoint = move || {
         block_on(async {
             tx.savepoint(async |sp| Ok::<_, TxError>(D::execute(sp, insert).await?)).await?;
@@ -105,7 +105,7 @@ async fn everything_ends_outside_any_runtime<D: TestDb>() {
     })
     .await;
     assert!(matches!(db.begin().await, Err(TxError::Closed)));
-    // It waits for nobody there.
+    // Outside a runtime, closing does not wait.
     eventually("all are closed", async || db.metrics().size == 0).await;
     let closed = db.metrics();
     assert_eq!(closed.closed_with_pool + closed.closed_failed, closed.opened, "{closed:?}");
@@ -176,7 +176,7 @@ async fn a_session_of_a_runtime_that_has_ended_is_not_used_again() {
         let db = first.block_on(builder.connect_with(options)).unwrap();
         let pid = first.block_on(session(&db));
         assert_eq!(first.block_on(session(&db)), pid);
-        // What the commit has left to be read is read on its own runtime, and would take the session with it.
+        // The rest of the commit's answer is read on the first runtime, which would take the session with it.
         first.block_on(eventually("it is at rest", async || db.metrics().idle == 1));
         drop(first);
         runtime().block_on(async {
@@ -210,7 +210,7 @@ async fn a_slow_statement_whose_runtime_has_ended_is_interrupted_on_sqlite() {
     };
     let told = tokio::task::spawn_blocking(outlived).await.unwrap();
     assert_eq!(told, Some(CommitOutcome::RolledBack));
-    // Waits for the lock.
+    // This waits for the lock.
     timeout(PATIENCE, world.insert(&mut world.plain().await, 1)).await.expect("it is still locked").unwrap();
     assert_eq!(world.committed().await, [1]);
 }
@@ -255,7 +255,7 @@ fn sqlite_needs_no_runtime_of_its_own() {
         (db, tx)
     });
     drop(first);
-    // Outside any runtime, and after the end of its own.
+    // Outside any runtime, and after its own runtime has ended.
     block_on(tx.commit()).unwrap();
     runtime().block_on(async {
         let mut tx = db.begin().await.unwrap();
@@ -421,7 +421,7 @@ async fn the_answer_to_another_message_is_no_commit() {
                 drop(copy.next().await);
             }
             drop(copy);
-            // The two have the same v, which only COMMIT finds out.
+            // The two rows have the same v, which is noticed only at COMMIT.
             for n in 1..=2 {
                 let sql = format!("SELECT 7, 8; INSERT INTO {} (n) VALUES ({n}), (10 + {n})", world.table);
                 drop(sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *tx).await);
@@ -467,7 +467,7 @@ async fn a_foreign_commit_that_waits_ahead_of_the_guards_own_is_refused() {
         let mut nested = tx.begin().await.unwrap();
         world.insert(&mut nested, 1).await.unwrap();
         if nested.begin().now_or_never().is_some() {
-            // The thread of the connection was so fast that there was nothing to cancel.
+            // The connection's thread was so fast that there was nothing to cancel.
             continue;
         }
         cut += 1;

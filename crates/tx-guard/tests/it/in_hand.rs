@@ -40,7 +40,7 @@ async fn a_commit_after_the_deadline_rolls_back_and_is_a_timeout<D: TestDb>() {
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
     for within in [None, Some(PATIENCE)] {
-        // The begin itself may be too late on a busy machine.
+        // On a busy machine, the begin itself may be too late.
         let mut tx = loop {
             match db.tx().timeout(SHORT).begin().await {
                 Ok(tx) => break tx,
@@ -89,7 +89,7 @@ async fn a_commit_within_the_deadline_commits<D: TestDb>() {
     let mut tx = db.tx().timeout(PATIENCE).begin().await.unwrap();
     world.insert(&mut tx, 1).await.unwrap();
     tx.commit().await.unwrap();
-    // And what says nothing of time has none, also on a session that had one before.
+    // A transaction without a timeout has no limit, even on a session that had one before.
     let mut tx = db.tx().begin().await.unwrap();
     world.insert(&mut tx, 2).await.unwrap();
     tx.commit().await.unwrap();
@@ -222,7 +222,7 @@ async fn a_begin_that_is_refused_costs_one_session_and_no_more() {
         let builder = TxPool::<Sqlite>::builder().max_connections(2);
         let builder = if hooked { builder.before_begin(|_| Box::pin(async { Ok(()) })) } else { builder };
         let db = builder.connect_with(world.options.clone().busy_timeout(Duration::ZERO)).await.unwrap();
-        // Both have been used before, so that either may have died meanwhile.
+        // Both connections have been used before, so either may have died meanwhile.
         let both = (db.begin().await.unwrap(), db.begin().await.unwrap());
         both.0.rollback().await.unwrap();
         both.1.rollback().await.unwrap();

@@ -47,7 +47,7 @@ impl Injected for MySql {
 
     fn answer() -> Vec<u8> {
         let mut column = b"\x03def\0\0\0\x011\0\x0c".to_vec();
-        // The character set, the length, the type of 64 bits, flags, decimals and two bytes without meaning.
+        // The character set, the length, the type for 64 bits, the flags, the decimals and two bytes without meaning.
         column.extend([63, 0, 20, 0, 0, 0, 8, 0, 0, 0, 0, 0]);
         let mut answer = Vec::new();
         for (number, body) in (1..).zip([b"\x01".to_vec(), column, b"\x011".to_vec(), vec![0xfe, 0, 0, 2, 0, 0, 0]]) {
@@ -77,7 +77,7 @@ async fn door<D: Injected>(options: &Options<D>, armed: Arc<AtomicUsize>) -> Opt
                     let is_rollback = message.windows(D::ROLLBACK.len()).any(|part| part == D::ROLLBACK);
                     let take = |left: usize| left.checked_sub(1);
                     if is_rollback && armed.fetch_update(Ordering::SeqCst, Ordering::SeqCst, take).is_ok() {
-                        // Two, because of one too many the next BEGIN would find that it has not begun.
+                        // Two answers, because with one too many the next BEGIN would find that it has not begun.
                         send(&mut *to_client.lock().await, &D::answer().repeat(2)).await;
                     }
                     send(&mut to_server, message).await;
@@ -110,7 +110,7 @@ async fn a_row_of_somebody_else_is_no_rollback<D: Injected>() {
     for (round, injected) in [false, true, false, true].into_iter().enumerate() {
         let mut tx = timeout(PATIENCE, db.begin()).await.unwrap().unwrap();
         let id = D::numbers(&mut tx, D::ID.to_owned()).await.unwrap()[0];
-        // Each round is behind one of the other kind.
+        // Each round follows one of the other kind.
         if round > 0 {
             assert_eq!(
                 id == before,
@@ -127,7 +127,7 @@ async fn a_row_of_somebody_else_is_no_rollback<D: Injected>() {
         assert_eq!(armed.load(Ordering::SeqCst), 0, "nothing was injected, so this test shows nothing");
         ended += u64::from(injected);
         assert_eq!(db.metrics().terminated, ended, "a session is ended from outside exactly if it cannot be used");
-        // The row is free, and was not written.
+        // The row is not locked, and was not written.
         let mut other = world.plain().await;
         timeout(PATIENCE, world.insert(&mut other, 1)).await.expect("the row is still locked").unwrap();
         world.run(format!("DELETE FROM {}", world.table)).await;

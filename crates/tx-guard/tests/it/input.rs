@@ -93,7 +93,7 @@ async fn a_missing_file_is_a_missing_database() {
 async fn a_file_that_is_no_database_is_refused() {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), "this is a text, and long enough to have the header of a database".repeat(20)).unwrap();
-    // SQLite looks at it when it reads for the first time.
+    // SQLite checks the file at its first read.
     let db = TxPool::<Sqlite>::connect(&format!("sqlite://{}", file.path().display())).await;
     let error = match db {
         Ok(db) => {
@@ -132,13 +132,13 @@ async fn what_is_wrong_with_a_server_is_told_apart<D: Server>() {
     assert!(matches!(&error, TxError::ConnectTimeout { target: said, .. } if said.contains(&target)), "{error:?}");
     pool.close().await;
 
-    // A server that accepts, and says nothing.
+    // A server that accepts, and then says nothing.
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let (_, mute) = D::way(&right, silent.local_addr().unwrap().port());
     let start = Instant::now();
     let error = TxPool::<D>::builder().connect_timeout(SHORT).connect_with(mute.clone()).await.unwrap_err();
     assert!(matches!(seen(error), TxError::ConnectTimeout { timeout, .. } if timeout == SHORT));
-    // Long enough to be told from the time of the closure. sqlx does not close before it is over.
+    // Long enough to be told apart from the closure's limit. sqlx does not close before it has passed.
     let pool = PoolOptions::<D>::new().acquire_timeout(SHORT * 20).connect_lazy_with(mute);
     let run = TxPool::wrap(pool.clone()).tx().timeout(SHORT).run(async |tx| Ok(world.insert(tx, 1).await?)).await;
     let error = seen(run.unwrap_err());
@@ -169,7 +169,7 @@ async fn a_url_that_cannot_be_read_is_not_quoted<D: Server>() {
         let error = seen(TxPool::<D>::connect(&wrong).await.unwrap_err());
         assert!(matches!(error, TxError::InvalidUrl { .. }), "{wrong:?}: {error:?}");
     }
-    // One that names nobody is no mistake. There is no server at this port.
+    // A URL without a user is no mistake. No server listens on this port.
     let nobody = format!("{}://127.0.0.1:1/db", D::URL_SCHEMES[0]);
     let error = TxPool::<D>::connect(&nobody).await.unwrap_err();
     assert!(matches!(error, TxError::Unreachable { .. }), "{error:?}");

@@ -34,7 +34,7 @@ async fn a_commit_that_is_refused_for_a_lost_savepoint_keeps_its_session<D: Test
     timeout(Duration::from_millis(20), savepoint).await.unwrap_err();
     let error = tx.commit().await.unwrap_err();
     assert!(matches!(error, TxError::Lost { .. }), "{error:?}");
-    // It is over when it is told.
+    // The transaction is over before its commit returns.
     assert_eq!(handle.try_outcome(), Some(CommitOutcome::RolledBack));
     works_as_before(&world, &db).await;
     is_kept(&db);

@@ -61,11 +61,11 @@ async fn each_cancel_reaches_the_session_it_is_meant_for<D: Sessions>(cached: bo
         assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
         drop(bystanders);
         if round % 2 == 1 {
-            // Another connection takes the place of one that is known.
+            // Another connection replaces a known one.
             let conn = pool.acquire().await.unwrap();
             conn.detach().close().await.unwrap();
         }
-        // The statements that are kept are thrown away, and what they were recognised by with them.
+        // The cached statements are thrown away, and with them what identified the connection.
         let mut conn = pool.acquire().await.unwrap();
         conn.clear_cached_statements().await.unwrap();
     }

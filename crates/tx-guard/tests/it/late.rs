@@ -70,7 +70,7 @@ async fn carry(
 ) {
     let mut buffer = [0; 8192];
     while let Ok(size @ 1..) = from.read(&mut buffer).await {
-        // Fails when there is nobody any more who could hold it, which is as good.
+        // This fails if nobody is left to hold it, which is as good.
         drop(held.wait_for(|held| !held).await);
         if to.write_all(&buffer[..size]).await.is_err() {
             return;
@@ -107,7 +107,7 @@ async fn a_statement_that_comes_after_its_cancel_is_cancelled_all_the_same<D: Se
     let world = World::<D>::new().await;
     let door = Door::<D>::open(&world.options).await;
     let db = TxPool::<D>::builder().max_connections(1).connect_with(door.through.clone()).await.unwrap();
-    // Not the two seconds after which a session is given up.
+    // Less than the two seconds after which a session is given up.
     let once = async || a_statement_after_its_cancel(&world, &door, &db).await;
     mostly_within(Duration::from_millis(1_500), 10, once).await;
     world.end(db).await;
@@ -175,7 +175,7 @@ async fn a_rollback_goes_out_ahead_of_the_proof_that_nothing_is_left_to_be_read_
     assert_eq!(timeout(PATIENCE, handle.outcome()).await.unwrap(), CommitOutcome::RolledBack);
     works_as_before(&world, &db).await;
     let sent = door.sent.lock().unwrap().clone();
-    // The first byte of a preparation is 0x16.
+    // A prepare message starts with the byte 0x16.
     assert!(position(&sent, b"ROLLBACK") < position(&sent, b"\x16SELECT "), "{}", sent.escape_ascii());
     drop(other);
     world.end(db).await;

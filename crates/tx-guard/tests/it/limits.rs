@@ -23,7 +23,7 @@ async fn a_rollback_says_for_how_long_it_has_waited(world: &World<Postgres>, doo
     world.insert(&mut tx, 1).await.unwrap();
     door.silence(SESSION);
     door.silence(CANCELLER);
-    // The door has a turn to become silent.
+    // Gives the door a turn to become silent.
     tokio::task::yield_now().await;
     let error = within(tx.rollback()).await.unwrap_err();
     assert!(matches!(error, TxError::Unconfirmed { waited: SHORT, .. }), "{error:?}");
@@ -129,7 +129,7 @@ async fn a_commit_on_which_the_server_works_is_not_given_up() {
     let mut other = world.plain().await;
     MySql::execute(&mut other, "FLUSH TABLES WITH READ LOCK".to_owned()).await.unwrap();
     let commit = tokio::spawn(tx.commit());
-    // The server is looked at twice.
+    // Long enough for the server to be checked twice.
     tokio::time::sleep(Duration::from_millis(1_700)).await;
     assert!(!commit.is_finished(), "it was given up");
     MySql::execute(&mut other, "UNLOCK TABLES".to_owned()).await.unwrap();

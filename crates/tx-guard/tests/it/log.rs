@@ -69,7 +69,7 @@ async fn no_transaction_ends_twice() {
     drop(db.begin().now_or_never());
     drop(db.begin().await.unwrap().commit().now_or_never());
 
-    // A reader behind a transaction, which may begin one of its own.
+    // A reader that follows a transaction, and may begin one of its own.
     for _ in 0..2 {
         db.begin().await.unwrap().commit().await.unwrap();
         let mut reader = db.reader().await.unwrap();
@@ -78,7 +78,7 @@ async fn no_transaction_ends_twice() {
         tx.commit().await.unwrap();
     }
 
-    // Aborted by an error: committed, rolled back, dropped.
+    // Aborted by an error, and then committed, rolled back or dropped.
     for way in 0..3 {
         let mut tx = db.begin().await.unwrap();
         assert!(Postgres::execute(&mut tx, wrong.to_owned()).await.is_err());
@@ -92,7 +92,7 @@ async fn no_transaction_ends_twice() {
     let mut tx = db.begin().await.unwrap();
     Postgres::execute(&mut tx, "COMMIT".to_owned()).await.unwrap();
     assert!(tx.commit().await.is_err());
-    // A nested begin that is cancelled, unless it is sqlx itself that ends it twice, and a statement that is.
+    // A nested begin that is cancelled, unless sqlx itself ends it twice, and a statement that is cancelled.
     if !takes_dropped_begins_back().await {
         let mut tx = db.begin().await.unwrap();
         // The server may be so fast that there is nothing to cancel.

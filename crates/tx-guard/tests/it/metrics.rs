@@ -110,7 +110,7 @@ async fn a_cancel_and_a_session_that_has_died_are_counted() {
     drop(tx);
     within(db.begin()).await.unwrap().rollback().await.unwrap();
     assert_eq!((db.metrics().closed_failed, db.metrics().opened), (1, 2));
-    // It had ended already.
+    // The session had already ended.
     assert_eq!(db.metrics().terminated, 0);
     world.end(db).await;
 }

@@ -69,14 +69,14 @@ async fn swallow_a_deadlock(world: &World<MySql>, db: &TxPool<MySql>) {
         let handle = tx.outcome_handle();
         world.insert(&mut tx, 11).await.unwrap();
         let victim = if nested {
-            // Forgotten, so that sqlx goes on to count two levels where none is left on the server.
+            // Forgotten, so that sqlx still counts two levels when none is left on the server.
             let mut inner = std::mem::ManuallyDrop::new(tx.begin().await.unwrap());
             become_a_victim(world, &mut inner).await
         } else {
             become_a_victim(world, &mut tx).await
         };
         assert_eq!(number(&victim), Some(1213), "{victim:?}");
-        // Would be committed by itself now, if the session did that.
+        // If the session committed by itself, this row would be committed now.
         world.insert(&mut tx, 12).await.unwrap();
         let error = tx.commit().await.unwrap_err();
         assert!(matches!(error, TxError::Lost { .. }), "nested: {nested}: {error:?}");
@@ -187,7 +187,7 @@ async fn a_deadline_limits_the_session_and_the_next_transaction_has_its_own_limi
     let limited = db.tx().timeout(Duration::from_secs(3)).run(settings).await.unwrap();
     assert!(limits_of(3, &limited), "{limited:?}");
     assert_eq!(db.tx().run(settings).await.unwrap(), before);
-    // Asked for on another isolation, to see that the message as a whole is understood.
+    // With another isolation level, to see that the server understands the whole message.
     let all = db.tx().isolation(Isolation::ReadCommitted).read_only().timeout(Duration::from_secs(20)).run(settings);
     let limited = all.await.unwrap();
     assert!(limits_of(20, &limited), "{limited:?}");
@@ -204,7 +204,7 @@ async fn a_wrapped_session_has_its_settings_back_however_its_transaction_ends() 
     let pool = options.connect_with(world.options.clone()).await.unwrap();
     let settings = async || {
         let mut conn = pool.acquire().await.unwrap();
-        // It may write, and does so at once.
+        // The session may write, and its write is committed at once.
         MySql::execute(&mut conn, format!("REPLACE INTO {} (n) VALUES (100)", world.table)).await.unwrap();
         assert!(world.committed().await.contains(&100));
         MySql::numbers(&mut conn, SETTINGS.to_owned()).await.unwrap()
@@ -257,7 +257,7 @@ async fn a_statement_dropped_while_it_is_prepared(world: &World<MySql>, db: &TxP
     let handle = tx.outcome_handle();
     world.insert(&mut tx, round).await.unwrap();
     let wide = format!("SELECT {} FROM {} WHERE n = ?", vec!["n, v"; 40].join(", "), world.table);
-    // Each has a text of its own, so that each is prepared.
+    // Each statement has its own text, so that each is prepared.
     let query = sqlx::query(AssertSqlSafe(format!("{wide} AND {round} = {round}"))).bind(round).fetch_all(&mut *tx);
     let moment = Duration::from_micros(20 * u64::try_from(round / 3).unwrap());
     drop(tokio::time::timeout(moment, query).await);
@@ -286,7 +286,7 @@ async fn a_statement_dropped_while_it_is_prepared(world: &World<MySql>, db: &TxP
 async fn a_statement_that_is_dropped_while_it_is_prepared_harms_nobody() {
     let world = World::<MySql>::new().await;
     let db = world.pool(1).await;
-    // Not the two seconds after which a session is given up.
+    // Less than the two seconds after which a session is given up.
     let mut rounds = 0..;
     let once = async || a_statement_dropped_while_it_is_prepared(&world, &db, rounds.next().unwrap()).await;
     mostly_within(Duration::from_millis(1_500), 60, once).await;
@@ -300,11 +300,11 @@ async fn no_cancel_hits_the_next_transaction() {
     let db = world.pool(1).await;
     for round in 0..300 {
         let mut tx = db.begin().await.unwrap();
-        // Ends at about the time at which it is cancelled, so the cancel often comes too late for it.
+        // The statement ends at about the time of its cancel, so the cancel often comes too late.
         drop(MySql::execute(&mut tx, "SELECT SLEEP(0.0015)".to_owned()).now_or_never());
         drop(tx);
         let mut next = db.begin().await.unwrap();
-        // Says 1 when it was interrupted.
+        // SLEEP returns 1 if it was interrupted.
         let interrupted = MySql::numbers(&mut next, "SELECT CAST(SLEEP(0.0005) AS SIGNED)".to_owned()).await;
         assert_eq!(interrupted.unwrap_or_else(|error| panic!("{round}: {error}")), [0], "{round}");
         next.commit().await.unwrap_or_else(|error| panic!("{round}: {error}"));
@@ -381,7 +381,7 @@ async fn a_commit_that_waits_is_handed_over_and_one_that_is_killed_is_in_doubt()
             assert_eq!(handle.outcome().await, CommitOutcome::Committed);
         }
     }
-    // The one that was killed may have been committed all the same.
+    // The killed transaction may have been committed all the same.
     assert!([vec![0], vec![0, 1]].contains(&world.committed().await));
     world.end(db).await;
 }

@@ -31,7 +31,7 @@ async fn a_guard_does_not_begin_inside_a_leaked_transaction<D: TestDb>() {
     let world = World::<D>::new().await;
     let pool = one_connection(&world).await;
     let db = TxPool::wrap(pool.clone());
-    // With a guard before, so that the connection is a known one.
+    // A guard comes first, so that the connection is a known one.
     commits_its_own_alone(&world, &db, 1, "nothing is leaked").await;
     for n in 1..=3 {
         let mut conn = pool.acquire().await.unwrap();
@@ -51,7 +51,7 @@ async fn a_guard_does_not_begin_inside_what_a_dropped_begin_has_leaked<D: TestDb
     let db = TxPool::wrap(pool.clone());
     for polls in 0..POLLS {
         drop(drop_after(polls, pool.begin()).await);
-        // Into the leaked transaction, where there is one.
+        // Into the leaked transaction, if there is one.
         let n = i64::try_from(polls).unwrap() * 10;
         let mut conn = within(pool.acquire()).await.unwrap();
         drop(world.insert(&mut conn, n).await);

@@ -18,7 +18,7 @@ async fn a_begin_cancelled_inside_a_nested_transaction_lets_nothing_stand<D: Tes
     let world = World::<D>::new().await;
     let db = world.pool(1).await;
     let mut lost = 0;
-    // SQLite's thread may answer before the first poll is over, so that a round has nothing to cancel.
+    // SQLite's thread may answer before the first poll is over, and then a round has nothing to cancel.
     for _ in 0..200 {
         for polls in 1.. {
             let mut tx = db.begin().await.unwrap();
@@ -60,7 +60,7 @@ async fn a_raw_rollback_lets_no_later_write_stand<D: TestDb>() {
     let mut tx = db.begin().await.unwrap();
     world.insert(&mut tx, 1).await.unwrap();
     D::execute(&mut tx, "ROLLBACK".to_owned()).await.unwrap();
-    // MySQL takes it, and does not commit it.
+    // MySQL accepts the insert, but does not commit it.
     drop(world.insert(&mut tx, 2).await);
     assert!(tx.commit().await.is_err());
     assert!(world.committed().await.is_empty());

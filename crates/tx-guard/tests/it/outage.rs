@@ -40,7 +40,7 @@ async fn a_wrapped_pool_that_is_closed_while_a_transaction_settles_ends<D: TestD
     leave_a_slow_statement(&world, &mut tx).await;
     let (handle, start) = (tx.outcome_handle(), Instant::now());
     drop(tx);
-    // sqlx waits for its connection, and the reaper gives it back.
+    // sqlx waits for its connection, which the reaper gives back.
     timeout(PATIENCE, pool.close()).await.unwrap();
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     assert_eq!(handle.outcome().await, CommitOutcome::RolledBack);
@@ -134,12 +134,12 @@ async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
     let mut running = db.begin().await.unwrap();
     world.insert(&mut running, 2).await.unwrap();
     let mut dropped = db.begin().await.unwrap();
-    // MySQL notices when it is over that nobody is there any more.
+    // MySQL notices only at the end of the statement that its client is gone.
     leave_after_an_insert(&world, &mut dropped, 3, D::SECONDS).await;
     machine.switch_off().await;
     drop(dropped);
 
-    // Nothing of it had been sent, but who has lost the server cannot know that of a COMMIT in general.
+    // None of it had been sent, but a client that has lost the server cannot know that of a COMMIT in general.
     let handle = committed.outcome_handle();
     let error = committed.commit().await.unwrap_err();
     let unknown = handle.outcome().await == CommitOutcome::Unknown;
@@ -153,7 +153,7 @@ async fn a_restart_is_survived<D: ServerDb>(wrapped: bool) {
 
     machine.switch_on().await;
     works_as_before(&world, &db).await;
-    // The server itself has gone on, and notices the lost clients by itself.
+    // The server itself kept running, and notices by itself that its clients are gone.
     let mut plain = world.plain().await;
     eventually("the locks of the lost are free", async || {
         let mut tx = plain.begin().await.unwrap();
@@ -260,7 +260,7 @@ async fn a_drop_gives_its_place_back_when_nobody_can_cancel_on_mysql() {
     drop(usurper);
     there_is_a_session_again(&db).await;
     works_as_before(&world, &db).await;
-    // It runs on, and when it is over it has left nothing behind.
+    // The statement still runs, and has left nothing behind when it is over.
     MySql::execute(&mut beside, format!("KILL CONNECTION {id}")).await.unwrap();
     world.insert(&mut beside, 1).await.unwrap();
     assert_eq!(world.committed().await, [1, 77]);
@@ -297,7 +297,7 @@ async fn a_server_that_ends_all_its_sessions_is_survived(wrapped: bool) {
     drop(running);
     works_as_before(&world, &db).await;
     assert_eq!(dropped_handle.outcome().await, CommitOutcome::RolledBack);
-    // There is a new canceller as well.
+    // The canceller is new as well.
     let mut tx = db.begin().await.unwrap();
     leave_after_an_insert(&world, &mut tx, 5, Postgres::SLOW).await;
     drop(tx);
@@ -337,22 +337,22 @@ async fn a_server_without_a_session_left_is_told_and_what_runs_goes_on() {
     let builder = TxPool::<Postgres>::builder().max_connections(5).acquire_timeout(PATIENCE);
     let db = builder.connect_with(options).await.unwrap();
     let mut tx = db.begin().await.unwrap();
-    // In the place of the connection for cancelling.
+    // This takes the place of the connection for cancelling.
     let other = db.begin().await.unwrap();
     let error = db.begin().await.unwrap_err();
     assert!(matches!(error, TxError::TooManySessions { .. }), "{error:?}");
     assert!(error.is_connect());
     other.rollback().await.unwrap();
-    // The one there is can still be cancelled, and comes back.
+    // The remaining transaction can still be cancelled, and its session comes back.
     leave_a_slow_statement(&world, &mut tx).await;
     let (handle, start) = (tx.outcome_handle(), Instant::now());
     drop(tx);
     let mut plain = world.plain().await;
     world.insert(&mut plain, 1).await.unwrap();
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
-    // It has been given back before this is told, so it is found again.
+    // The session is given back before the outcome is reported, so it is found again.
     handle.outcome().await;
-    // If it was closed instead, the server takes a moment until it has room for another one.
+    // If it was closed instead, the server needs a moment until it has room for another one.
     there_is_a_session_again(&db).await;
     works_as_before(&world, &db).await;
     world.run(format!("REVOKE ALL ON {} FROM {role}", world.table)).await;

@@ -44,7 +44,7 @@ pub(crate) async fn visit_all(sql: &str) -> Vec<String> {
         let texts: Vec<_> = sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).fetch_all(&mut conn).await.unwrap();
         (conn, texts.iter().map(|row| sqlx::Row::get::<String, _>(row, 0)).collect::<Vec<_>>())
     });
-    // None is given back before all were there.
+    // No session is given back before all are taken.
     let visited: Vec<_> = visits.buffer_unordered(16).collect().await;
     let mut all = Vec::new();
     for (mut conn, texts) in visited {
@@ -195,7 +195,7 @@ async fn commits_rollbacks_and_drops_do_what_they_do_elsewhere_behind_a_pooler()
         let mut tx = pooled.begin().await;
         world.insert(&mut tx, n + 3).await.unwrap();
         assert_eq!(drop_running(tx).await, CommitOutcome::RolledBack);
-        // All of them can be written by others.
+        // Others can write all of these rows.
         let mut tx = pooled.begin().await;
         for k in 1..4 {
             let insert = timeout(SOON, world.insert(&mut tx, n + k)).await;
@@ -248,7 +248,7 @@ async fn savepoints_and_cut_begins_of_sqlx_let_nothing_stand_that_was_not_commit
             });
             assert!(undone.await.is_err());
             let whole = cut(tx.begin(), Some(polls)).await.is_some();
-            // Where the begin has taken the transaction with it, this must not stand by itself.
+            // If the begin has taken the transaction with it, this row must not stand by itself.
             let written = pooled.world.insert(&mut tx, next + 2).await.is_ok();
             match tx.commit().await {
                 Ok(()) => {
@@ -305,7 +305,7 @@ async fn a_storm_behind_a_pooler_disturbs_nobody() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn no_cancel_reaches_who_has_the_session_of_a_transaction_that_has_ended() {
     let mut pooled = Pooled::new(4).await;
-    // As many as are needed for each session to be taken at once.
+    // Enough neighbours to take every session at once.
     let table = &pooled.theirs.table;
     for n in 1..4 {
         let table = format!("{table}_{n}");
@@ -316,7 +316,7 @@ async fn no_cancel_reaches_who_has_the_session_of_a_transaction_that_has_ended()
     for _ in 0..3 {
         let mut tx = pooled.begin().await;
         Postgres::execute(&mut tx, "COMMIT".to_owned()).await.unwrap();
-        // Runs on whatever session the pooler has given it.
+        // This runs on whatever session the pooler has given it.
         let nap = Postgres::execute(&mut tx, "SELECT pg_sleep(3)".to_owned());
         assert!(timeout(Duration::from_millis(30), nap).await.is_err(), "it did not sleep");
         let handle = tx.outcome_handle();

@@ -43,7 +43,7 @@ async fn under_random_drops_the_outcomes_equal_the_table<D: TestDb>() {
             outcome => assert_eq!(outcome, CommitOutcome::RolledBack),
         }
     }
-    // Each has written two rows.
+    // Each transaction has written two rows.
     let rows: BTreeSet<i64> = committed.iter().flat_map(|n| [2 * n, 2 * n + 1]).collect();
     assert_eq!(world.committed().await, rows.into_iter().collect::<Vec<_>>());
     world.end(db).await;

@@ -214,12 +214,12 @@ struct Told {
 }
 
 async fn quiet<D: ServerDb>(world: &World<D>, pair: i64) {
-    // A server that has lost its client in COMMIT ends it all the same: afterwards its locks are free.
+    // A server that loses its client during COMMIT still finishes it; afterwards the locks are free.
     let sql = format!("UPDATE {} SET v = v + 1 WHERE n IN ({}, {})", world.table, 2 * pair, 2 * pair + 1);
     let insert = format!("INSERT INTO {} (n) VALUES ({})", world.table, 2 * pair);
     eventually("the transaction has ended on the server", async || {
         let mut conn = world.plain().await;
-        // Waits for whoever has inserted the same key, and then undoes itself.
+        // Waits for any transaction that has inserted the same key, and then undoes its own insert.
         let mut tx = conn.begin().await.unwrap();
         let free = D::execute(&mut tx, sql.clone()).await.is_ok();
         drop(D::execute(&mut tx, insert.clone()).await);

@@ -34,7 +34,7 @@ async fn a_reader_sees_what_is_committed_and_costs_no_session<D: TestDb>() {
         let mut other = world.plain().await;
         world.insert(&mut other, 2 * n + 1).await.unwrap();
         expected.extend([2 * n, 2 * n + 1]);
-        // No snapshot of a transaction before.
+        // No earlier transaction's snapshot is seen.
         assert_eq!(rows(&world, &db).await, expected);
         assert_eq!(rows(&world, &db).await, expected);
     }

@@ -56,7 +56,7 @@ async fn the_depth_counts_transactions_of_sqlx_alone<D: TestDb>() {
     // A commit takes one level away, and a rollback another.
     D::TransactionManager::commit(&mut conn).await.unwrap();
     assert_eq!(depth::<D>(&conn), 1, "{HABIT}");
-    // SQL is not read.
+    // sqlx does not read the SQL.
     D::execute(&mut conn, "COMMIT".to_owned()).await.unwrap();
     assert_eq!(depth::<D>(&conn), 1, "{HABIT}: it sees what SQL does");
     D::execute(&mut conn, "BEGIN".to_owned()).await.unwrap();
@@ -113,10 +113,10 @@ async fn a_begin_of_several_statements_is_one_message_on_postgres() {
     let shown = "SELECT current_setting('statement_timeout') LIKE '4711ms'";
     assert!(sqlx::query_scalar::<_, bool>(shown).fetch_one(&mut conn).await.unwrap(), "{HABIT}");
     start_rollback::<Postgres>(&mut conn);
-    // Of several statements of which a later one fails, the error is that of the begin.
+    // If a later one of several statements fails, the begin returns its error.
     let refused = begin::<Postgres>(&mut conn, "BEGIN; SET LOCAL statement_timeout = 'never'").await;
     assert!(matches!(refused, Err(sqlx::Error::Database(_))), "{HABIT}: {refused:?}");
-    // What begins nothing is told apart: a session that does so is taken for dead.
+    // A statement that begins nothing has an error of its own: such a session is taken for dead.
     let mut conn = plain::<Postgres>().await;
     let none = begin::<Postgres>(&mut conn, "SELECT 1").await;
     assert!(matches!(none, Err(sqlx::Error::BeginFailed)), "sqlx has changed: a BEGIN without effect is {none:?}");
@@ -128,7 +128,7 @@ pub(crate) static TAKES_BACK: OnceCell<bool> = OnceCell::const_new();
 pub(crate) async fn takes_dropped_begins_back() -> bool {
     let look = async || {
         let mut conn = plain::<Postgres>().await;
-        // Until one is dropped before its answer.
+        // Repeated until one is dropped before its answer.
         while begin::<Postgres>(&mut conn, "SELECT 1").now_or_never().is_some() {}
         conn.should_flush()
     };
@@ -146,7 +146,7 @@ async fn a_begin_that_is_taken_back_leaves_one_level_more_on_postgres() {
         begin::<Postgres>(&mut conn, "BEGIN").await.unwrap();
         let mut nested = conn.begin().await.unwrap();
         let is_cut = cut(nested.begin(), Some(1)).await.is_none();
-        // Its own end is not that of the test.
+        // Forgotten, because its own end is not tested here.
         std::mem::forget(nested);
         if is_cut {
             let levels = depth::<Postgres>(&conn);
@@ -213,7 +213,7 @@ async fn a_rollback_is_queued_and_counts_at_once<D: Server>() {
         assert_eq!(depth::<D>(conn), 0, "{HABIT}");
     };
     start(&mut conn, 1).await;
-    // A statement of its own, so it stands at once, if it is behind the rollback.
+    // A statement of its own, so if it runs after the rollback, it is committed at once.
     world.insert(&mut conn, 2).await.unwrap();
     assert_eq!(world.committed().await, [2], "{HABIT}");
     start(&mut conn, 3).await;
@@ -279,7 +279,7 @@ async fn a_preparation_is_behind_the_rollback_that_was_queued_on_mysql() {
 async fn the_error_of_a_dropped_statement_is_told_to_the_next_one_on_postgres() {
     const HABIT: &str = "sqlx has changed: the error of a dropped statement is not told to the next one any more";
     let mut conn = plain::<Postgres>().await;
-    // It has not failed yet when the first poll ends.
+    // The statement has not failed yet when the first poll ends.
     let failing = "SELECT pg_sleep(1); SELECT 1 / 0".to_owned();
     assert!(Postgres::execute(&mut conn, failing).now_or_never().is_none());
     let next = Postgres::numbers(&mut conn, "SELECT 1::BIGINT".to_owned()).await;

@@ -73,7 +73,7 @@ async fn what_a_session_has_become_is_reset_however_its_transaction_ends() {
         assert_eq!(setting(&db, "search_path").await, path);
         assert_ne!(setting(&db, "work_mem").await, "5MB");
         assert_eq!(next(&db, "to_regclass('pg_temp.mine')").await, "");
-        // The pool's own settings are made again.
+        // The pool's own settings are restored.
         assert_eq!(setting(&db, "default_transaction_read_only").await, "on");
     }
     assert_eq!(db.metrics().opened, 1, "a session that was reset need not be closed");
@@ -105,7 +105,7 @@ async fn a_session_that_is_as_it_was_costs_no_message_of_its_own() {
         eventually("the session is idle", async || db.metrics().idle == 1).await;
         let last = format!("SELECT query FROM pg_stat_activity WHERE pid = {pid}");
         let last: String = sqlx::query_scalar(AssertSqlSafe(last)).fetch_one(&mut beside).await.unwrap();
-        // What was said last was the end of the transaction.
+        // The last statement was the end of the transaction.
         assert!(last.contains("COMMIT AND CHAIN") || last.contains("ROLLBACK"), "{ending:?}: {last}");
     }
     world.end(db).await;
@@ -128,7 +128,7 @@ async fn a_setting_that_is_named_is_compared() {
     let world = World::<Postgres>::new().await;
     let db = one().verify(["app.tenant", "app.other"]).connect_with(world.options.clone()).await.unwrap();
     let before = next(&db, "pg_backend_pid()").await;
-    // After which it is empty, where it was nothing.
+    // Afterwards the setting is empty, although it did not exist before.
     run(&db, "SET LOCAL app.tenant = 'a'; SET LOCAL work_mem = '6MB'", End::Commit).await;
     run(&db, "SET work_mem = '5MB'", End::Commit).await;
     assert_eq!(setting(&db, "work_mem").await, "5MB");
@@ -196,7 +196,7 @@ async fn a_session_can_be_reset_each_time() {
         assert_eq!(setting(&db, "app.tenant").await, "everybody");
         assert!(readied.load(Ordering::SeqCst) > n);
     }
-    // sqlx still knows the statements it has prepared.
+    // The statements that sqlx has prepared can still be used.
     for _ in 0..3 {
         let mut tx = within(db.begin()).await.unwrap();
         let one: i32 = sqlx::query_scalar("SELECT $1").bind(1_i32).fetch_one(&mut *tx).await.unwrap();
@@ -215,7 +215,7 @@ async fn a_session_whose_prepared_statements_are_gone_is_kept_and_still_compared
         run(&db, "DEALLOCATE ALL", ending).await;
         eventually("the session is idle", async || db.metrics().idle == 1).await;
         let mut tx = within(db.begin()).await.unwrap();
-        // sqlx does not know that its own are gone, so this one is none of them.
+        // sqlx does not know that its own statements are gone, so this must not be one of them.
         Postgres::execute(&mut tx, "SET search_path = tenant; SELECT pg_advisory_lock(42)".to_owned()).await.unwrap();
         tx.commit().await.unwrap();
         eventually("the session is idle", async || db.metrics().idle == 1).await;
@@ -308,7 +308,7 @@ async fn what_a_session_has_become_is_reset_on_a_pool_with_room_as_well() {
     let db = builder.connect_with(world.options.clone()).await.unwrap();
     let mut beside = world.plain().await;
     for (key, ending) in (0..).zip(ENDS) {
-        // Of this run alone, whoever else uses the server.
+        // The key belongs to this run alone, whoever else uses the server.
         let key = i64::from(std::process::id()) << 8 | key;
         let settings = format!("SELECT pg_advisory_lock({key}); SET app.tenant = 'a'");
         let mut tx = within(db.begin()).await.unwrap();
@@ -323,7 +323,7 @@ async fn what_a_session_has_become_is_reset_on_a_pool_with_room_as_well() {
             free == 1
         })
         .await;
-        // All of them at once, and so the one.
+        // All sessions at once, so that the one in question is among them.
         let mut all = Vec::new();
         for _ in 0..SESSIONS {
             all.push(within(db.begin()).await.unwrap());

@@ -192,7 +192,7 @@ async fn hooks_run_once_after_the_commit_alone<D: TestDb>() {
     }
     assert_eq!(ran.load(Ordering::Relaxed), 11);
 
-    // A commit that is dropped runs them all the same.
+    // A dropped commit still runs the hooks.
     let mut tx = db.begin().await.unwrap();
     world.insert(&mut tx, 2).await.unwrap();
     tx.after_commit(hook(1000));
@@ -269,7 +269,7 @@ async fn a_transient_failure_that_only_the_commit_hears_of_is_run_again() {
         attempts += 1;
         world.insert(tx, attempts).await?;
         if attempts == 1 {
-            // Nobody waits for its answer, so the commit meets it.
+            // Nobody waits for the answer, so the commit meets it.
             drop(Postgres::execute(tx, fail.to_owned()).now_or_never());
         }
         Ok::<_, TxError>(())
@@ -343,7 +343,7 @@ async fn the_server_ends_a_statement_at_the_deadline_even_if_nobody_asks() {
         Ok::<_, TxError>(Postgres::numbers(tx, settings.to_owned()).await?)
     });
     let limits = limits.await.unwrap();
-    // A moment after the client's own, so that nobody hears of them who is still there.
+    // The server's limits come a moment after the client's own, so a client that is still there never meets them.
     assert!(limits.iter().all(|limit| (1..=8_000).contains(limit)), "{limits:?}");
     assert!(limits[0] <= 7_250 && limits[1] == limits[0] + 750, "{limits:?}");
     world.end(db).await;

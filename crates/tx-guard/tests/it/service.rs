@@ -161,7 +161,7 @@ async fn every_way_compiles_and_commits_inside_a_spawned_task() {
     let mut done = tasks.join_all().await;
     done.sort_unstable();
     assert_eq!((done, world.committed().await), (vec![1, 2, 3, 4], vec![1, 2, 3, 4]));
-    // That of the savepoint went with it.
+    // The savepoint's hook went with it.
     assert_eq!(service.hooks.load(Ordering::Relaxed), 4);
     world.end(service.db).await;
 }

@@ -135,7 +135,7 @@ async fn an_abandoned_commit_is_given_up_and_in_doubt() {
     let handle = tx.outcome_handle();
     world.insert(&mut tx, 1).await.unwrap();
     door.silence(SESSION);
-    // The door has a turn to become silent.
+    // Gives the door a turn to become silent.
     tokio::task::yield_now().await;
     assert!(tx.commit().now_or_never().is_none());
     let start = tokio::time::Instant::now();
@@ -195,7 +195,7 @@ async fn a_session_whose_cancel_had_no_answer_is_not_used_again() {
     let world = World::<Postgres>::new().await;
     let options = world.options.clone().application_name(&world.table);
     for kill in [false, true] {
-        // Not the two seconds after which a session is given up: the cancel found another way.
+        // Less than the two seconds after which a session is given up: the cancel found another way.
         let lost = async || a_cancel_without_an_answer(&world, &options, kill).await;
         mostly_within(Duration::from_millis(1_900), 5, lost).await;
     }

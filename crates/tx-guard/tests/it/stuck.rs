@@ -114,7 +114,7 @@ async fn a_deadline_between_attempts_runs_no_hook<D: Transient>() {
         Err::<(), _>(TxError::Database(D::transient(tx).await))
     });
     let error = run.await.unwrap_err();
-    // The last attempt may have failed at the very deadline, and then its own error is the last word.
+    // The last attempt may have failed exactly at the deadline, and then its own error is returned.
     assert!(error.is_timeout() || matches!(error, TxError::Database(_)), "{error:?}");
     assert!(start.elapsed() >= limit && start.elapsed() < limit + SOON, "{:?}", start.elapsed());
     assert!(attempts > 1, "it was never run again");
@@ -161,7 +161,7 @@ async fn a_commit_past_the_deadline_is_pending_and_never_run_again() {
     let mut attempts = 0;
     let run = db.tx().timeout(Duration::from_millis(300)).retry(Retry::default()).idempotent().run(async |tx| {
         attempts += 1;
-        // The server's own limit would end the slow commit at the deadline.
+        // Otherwise the server's own limit would end the slow commit at the deadline.
         Postgres::execute(tx, "SET LOCAL statement_timeout = 0".to_owned()).await?;
         world.insert(tx, attempts).await?;
         let hooks = Arc::clone(&hooks);
@@ -196,7 +196,7 @@ async fn a_drop_while_waiting_for_a_lock_leaves_the_holder_alone<D: TestDb>() {
         assert!(waited.is_err(), "it did not wait");
         let start = Instant::now();
         drop(waits);
-        // Its connection is the only one that is not in use.
+        // The connection of the dropped transaction is the only one that is not in use.
         let mut next = db.begin().await.unwrap();
         D::execute(&mut next, "SELECT 1".to_owned()).await.unwrap();
         assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
@@ -246,7 +246,7 @@ async fn a_drop_in_a_copy_leaves_nothing_and_a_clean_connection() {
     works_as_before(&world, &db).await;
     assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     assert_eq!(world.committed().await, [77]);
-    // In the middle of an await of the copy, as well.
+    // And in the middle of an await of the copy.
     let mut tx = db.begin().await.unwrap();
     drop(tx.copy_in_raw(&into).now_or_never());
     drop(tx);

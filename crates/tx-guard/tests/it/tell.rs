@@ -66,10 +66,10 @@ async fn the_error_of_a_commit_without_a_caller_is_logged<D: TestDb>() {
     let db = world.pool(1).await;
     let mut events = db.events();
     let listener = Listener::default();
-    // The runtime has one thread, so what it goes on with after the drop is heard as well.
+    // The runtime has one thread, so the listener also hears what happens after the drop.
     let _listening = tracing::subscriber::set_default(listener.clone());
 
-    // A database that answers before the first look leaves nothing to be told late.
+    // If the database answers before the first poll is over, there is nothing to report late.
     let handle = loop {
         let mut tx = db.begin().await.unwrap();
         D::execute(&mut tx, name("INSERT INTO CHILD VALUES (1)")).await.unwrap();

@@ -44,7 +44,7 @@ async fn a_statement_that_runs_into_the_deadline_is_a_timeout<D: TestDb>() {
             .retry(Retry::attempts(9))
             .run(async |tx| D::execute(tx, D::SLOW.to_owned()).await.map_err(|error| AppError::Tx(error.into())));
         let error = run.await.unwrap_err();
-        // So short a time may be over while the connection of the round before is put in order.
+        // So short a time may pass while the connection of the previous round is still being cleaned up.
         let AppError::Tx(error) = error else { panic!("{error:?}") };
         assert!(error.is_timeout(), "round {round}: {error:?}");
     }
@@ -64,7 +64,7 @@ async fn the_error_of_work_that_is_too_late_is_a_timeout_whatever_it_was<D: Test
         let run = tx.run(async |tx| {
             attempts += 1;
             world.insert(tx, 1).await.map_err(|error| AppError::Tx(error.into()))?;
-            // Nobody can look at the clock meanwhile.
+            // The clock cannot be checked meanwhile.
             busy(limit);
             Err::<(), _>(AppError::Refused)
         });

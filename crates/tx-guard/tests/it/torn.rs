@@ -82,7 +82,7 @@ async fn carry(mut from: impl AsyncReadExt + Unpin, mut to: impl AsyncWriteExt +
             rest = &rest[part..];
             match now {
                 Pace::AtOnce => {}
-                // Time for the other end to read it.
+                // Gives the other end time to read it.
                 Pace::ByteByByte => {
                     for _ in 0..4 {
                         tokio::task::yield_now().await;
@@ -148,7 +148,7 @@ impl<D: Server> Torn<D> {
         let handle = tx.outcome_handle();
         self.next += 1;
         let torn = self.next;
-        // Each has a text of its own, so that none is prepared already.
+        // Each statement has its own text, so that none is prepared already.
         let sql = sql.replace("TABLE", &self.world.table).replace('#', &torn.to_string());
         self.door.pace.send_replace(Pace::ByteByByte);
         let was_cut = cut(run(&mut tx, sql), Some(after)).await.is_none();
@@ -187,7 +187,7 @@ impl<D: Server> Torn<D> {
             self.expected.insert(number);
         }
         let there: BTreeSet<i64> = self.world.committed().await.into_iter().collect();
-        // Whether a statement was run that was dropped nobody can tell.
+        // Nobody can tell whether a dropped statement was run.
         if told != CommitOutcome::RolledBack && there.contains(&torn) {
             self.expected.insert(torn);
         }
@@ -236,7 +236,7 @@ async fn whatever_is_torn_the_next_transactions_are_whole<D: Server>() -> usize 
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_is_torn_the_next_transactions_are_whole_on_postgres() {
-    // sqlx does not lose its place there.
+    // On PostgreSQL, sqlx does not lose its place.
     assert_eq!(whatever_is_torn_the_next_transactions_are_whole::<Postgres>().await, 0);
 }
 
@@ -262,7 +262,7 @@ async fn rows_that_look_like_answers_are_not_believed() {
         }
         torn.end().await
     };
-    // At the same time, because what has lost its place is waited for.
+    // At the same time, because each session that has lost its place takes a while to end.
     let refused: usize = join_all((0..LANES).map(lane)).await.into_iter().sum();
     assert_ne!(refused, 0, "no commit met anything torn");
 }
@@ -285,7 +285,7 @@ async fn rows_that_look_like_the_answers_to_a_commit_are_not_believed() {
     let read = timeout(Duration::from_millis(200), MySql::execute(&mut tx, rows)).await;
     assert!(read.is_err(), "nothing was torn");
     door.pace.send_replace(Pace::AtOnce);
-    // All is there when it is looked at next.
+    // By the next read, everything has arrived.
     tokio::time::sleep(Duration::from_millis(100)).await;
     assert!(timeout(PATIENCE, tx.commit()).await.unwrap().is_err());
     assert_ne!(handle.outcome().await, CommitOutcome::Committed);
@@ -317,7 +317,7 @@ async fn rows_that_look_like_the_head_of_an_enormous_answer_do_not_end_the_proce
         let read = timeout(Duration::from_millis(200), MySql::execute(conn, rows.clone())).await;
         assert!(read.is_err(), "nothing was torn");
         drop((tx, reader));
-        // The drop waits for what is left by now.
+        // By then, the drop waits for what is left.
         tokio::time::sleep(Duration::from_millis(100)).await;
         door.pace.send_replace(Pace::AtOnce);
         timeout(PATIENCE, db.begin()).await.unwrap().unwrap().rollback().await.unwrap();

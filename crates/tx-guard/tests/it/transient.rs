@@ -94,7 +94,7 @@ async fn a_transient_failure_is_found_behind_the_errors_of_a_team<D: Transient>(
         attempts(db.tx(), |error, _| Box::<dyn Error>::from(Repository(error))).await,
     ];
     assert_eq!(tries, [3; 10]);
-    // And without any retry it is not.
+    // Without a retry policy, the work runs only once.
     let mut once = 0;
     let ran: Result<(), _> = db
         .tx()
@@ -126,14 +126,14 @@ async fn what_may_have_been_committed_is_not_run_again<D: Transient>() {
     let unknown = |source, _| TxError::Unknown { source };
     assert_eq!(attempts(db.tx(), unknown).await, 1);
     assert_eq!(attempts(db.tx().idempotent(), unknown).await, 3);
-    // Nor when somebody calls it transient, or has put it into something else.
+    // It is not repeated either when the caller calls it transient, or has wrapped it in another error.
     assert_eq!(attempts(db.tx().retry_if(|error: &TxError| error.is_unknown()), unknown).await, 1);
     let behind = |source, _| TxError::application(TxError::Unknown { source });
     assert_eq!(attempts(db.tx(), behind).await, 1);
     let inside = |source, _| sqlx::Error::Io(io::Error::other(TxError::Unknown { source }));
     assert_eq!(attempts(db.tx(), inside).await, 1);
     assert_eq!(attempts(db.tx().idempotent(), inside).await, 3);
-    // What is still under way is not even to be done twice by who may do it twice.
+    // A commit that is still under way is never repeated, not even for an idempotent transaction.
     for tx in [db.tx(), db.tx().idempotent(), db.tx().idempotent().retry_if(|_: &TxError| true)] {
         assert_eq!(attempts(tx, |_, handle| TxError::Pending(handle)).await, 1);
     }
@@ -169,7 +169,7 @@ async fn a_commit_of_which_nobody_knows<D: ServerDb>() {
     let proxy = Proxy::open(D::address(&world.options)).await;
     let through = D::through(world.options.clone(), proxy.port);
     let db = TxPool::<D>::builder().max_connections(1).connect_with(through).await.unwrap();
-    // Nobody is asked whether the error of a commit is transient.
+    // `retry_if` is not asked about the error of a commit.
     let tx = || db.tx().retry(Retry::attempts(5)).retry_if(|_: &TxError| true);
     for (idempotent, expected) in [(false, vec![1]), (true, vec![1, 11, 12])] {
         let mut attempts = if idempotent { 10 } else { 0 };

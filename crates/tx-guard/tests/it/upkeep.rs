@@ -162,7 +162,7 @@ async fn so_many_sessions_are_kept_as_are_asked_for() {
     let builder = TxPool::<Postgres>::builder().max_connections(5).min_connections(3);
     let db = counted(&world, builder.idle_timeout(Duration::from_millis(50))).await;
     eventually("three are open", async || sessions(&world).await == 4).await;
-    // One that is idle beside four others would be closed.
+    // A connection that is idle beside four others would be closed.
     eventually("they are at rest", async || db.metrics().idle == 3).await;
     let mut guards = Vec::new();
     for _ in 0..5 {
@@ -322,7 +322,7 @@ async fn a_setting_out_of_its_range_is_named() {
         assert!(matches!(error, TxError::InvalidOption { option, .. } if option == named), "{error:?}");
         assert!(error.to_string().contains(named), "{error}");
     }
-    // As many as there may be is no more than that.
+    // A minimum equal to the maximum is allowed.
     let db = builder().max_connections(1).min_connections(1).connect_with(world.options.clone()).await.unwrap();
     assert!(db.close(crate::world::PATIENCE).await.is_clean());
     world.run(format!("DROP TABLE {}", world.table)).await;
@@ -347,7 +347,7 @@ async fn the_connection_for_cancelling_follows_the_options() {
         sqlx::query_scalar(show).fetch_one(&mut *two).await.unwrap(),
     ];
     assert_ne!(old, new);
-    // The one for cancelling has the old name, too.
+    // The connection for cancelling has the old name, too.
     let ended = format!(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = '{old}' AND pid <> {pid}"
     );

@@ -79,7 +79,7 @@ impl Tally {
     pub(crate) fn assert_clean(&self) {
         assert_eq!(self.violations(), 0, "{:#?}", self.described);
         assert!(self.committed > self.rounds / 10 && self.rolled_back > self.rounds / 10, "too one-sided: {self:?}");
-        // A short run on a busy machine, where all takes long, may miss the stages that take the least.
+        // On a busy machine everything takes long, so a short run may miss the shortest stages.
         let asked = if self.rounds < FEW_ROUNDS { 2 } else { 6 };
         assert!(self.cuts.iter().take(asked).all(|&cuts| cuts > 0), "a stage was never cut: {:?}", self.cuts);
     }
@@ -93,7 +93,7 @@ pub(crate) async fn settle(books: &[(i64, Book)], tally: &mut Tally) {
         for (handle, hooks) in handles {
             let Some(handle) = handle else { continue };
             let ended = timeout(PATIENCE, async {
-                // The hooks run after the handle was told, and promise no more.
+                // The hooks run after the handle has its outcome; nothing more is promised.
                 while handle.outcome().await == CommitOutcome::Committed && hooks.load(Ordering::Relaxed) == 0 {
                     tokio::time::sleep(Duration::from_millis(1)).await;
                 }
@@ -143,7 +143,7 @@ pub(crate) fn compare(
     if expected != found {
         tally.torn += 1;
         tally.describe(format!("the accounts hold {found:?} where the ledger says {expected:?}"));
-        // Said once, not once more for each batch that follows.
+        // Reported once, not again for each batch that follows.
         *sums = (1..).zip(found.iter().copied()).collect();
     }
 }

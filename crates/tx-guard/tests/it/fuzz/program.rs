@@ -345,7 +345,7 @@ impl<D: FuzzDb> Run<D> {
             }
             (Source::Ours(db), _) => {
                 self.book.stage(Stage::Begin);
-                // A pool with all connections in use, and a database that is busy, are no transaction.
+                // A pool with all connections in use, or a busy database, gives no transaction.
                 let Ok(mut tx) = db.begin().await else { return };
                 let worked = self.in_guard(&mut tx, program).await;
                 self.end(tx, program, worked).await;
@@ -366,9 +366,9 @@ impl<D: FuzzDb> Run<D> {
             hooks.fetch_add(1, Ordering::Relaxed);
         });
         match self.steps(Hand::Ours(tx), &program.steps).await {
-            // A transfer may have been done by halves, and nobody commits that.
+            // A transfer may be half done, and nobody commits that.
             Err(error) if program.careless && !self.half_done() => {
-                // Whether the database has aborted it is for the commit to say.
+                // The commit reports whether the database has aborted the transaction.
                 drop(error);
                 self.book.last(|attempt| attempt.may_be_unknown = D::lost_is_unknown());
                 Ok(())
@@ -453,7 +453,7 @@ impl<D: FuzzDb> Run<D> {
         }
         let run = tx.run(async |tx| {
             self.in_guard(tx, program).await?;
-            // What follows is the commit's.
+            // The rest belongs to the commit.
             self.book.stage(Stage::Commit);
             Ok(())
         });
@@ -561,7 +561,7 @@ impl<D: FuzzDb> Run<D> {
         self.in_cut.set(in_cut);
         match worked {
             Some(Ok(())) => Ok(()),
-            // Undone, or the transaction cannot be committed: a commit that succeeds shows that it was undone.
+            // It was undone, or the transaction cannot be committed: a commit that succeeds shows that it was undone.
             Some(Err(error)) => {
                 self.book.undone_since(start);
                 if undo { Ok(()) } else { Err(error) }

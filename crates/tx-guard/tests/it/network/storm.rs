@@ -147,7 +147,7 @@ fn carry(
     });
     tokio::spawn(async move {
         while let Some((due, bytes)) = line.recv().await {
-            // A timer would round it up to a millisecond.
+            // A timer would round a zero delay up to a millisecond.
             if !one_way.is_zero() {
                 sleep_until(due.into()).await;
             }
