@@ -37,7 +37,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Chaos {
-    /// Try the bank: drop connections, cut limits, kill the server, and count the money in the end
+    /// Try the bank: drop connections, cut limits, kill the server, and count the money at the end
     Chaos(Plan),
 }
 

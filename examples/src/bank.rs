@@ -37,13 +37,13 @@ const LIMIT: Duration = Duration::from_secs(5);
 #[derive(Debug, Clone, clap::Args)]
 #[expect(clippy::exhaustive_structs, reason = "tests write it as a literal")]
 pub struct Settings {
-    /// `sqlite://…`, `postgres://…` or `mysql://…`; an SQLite file in a directory that is removed at the end by default
+    /// `sqlite://…`, `postgres://…` or `mysql://…` [default: an SQLite file in a directory that is removed at the end]
     #[arg(long, value_name = "URL")]
     pub database: Option<String>,
     /// Where to listen
     #[arg(long, default_value = "127.0.0.1:8080")]
     pub listen: SocketAddr,
-    /// Move the money and write the row of its key in two transactions, which is the mistake that chaos finds
+    /// Move the money and write the row of its key in two transactions: the mistake that chaos finds
     #[arg(long)]
     pub broken: bool,
 }

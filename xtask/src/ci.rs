@@ -33,11 +33,11 @@ pub(crate) enum Section {
     Doctests,
     /// The tarballs of the crates hold what they need
     Tarballs,
-    /// The documentation builds without a warning, and the book's reports are those of now
+    /// The documentation builds without a warning, and the book's reports are up to date
     Docs,
     /// Each crate compiles with each of its features alone, and with none
     Features,
-    /// The projects of the READMEs compile outside the workspace, and what is missing in one is named
+    /// The READMEs' projects compile outside the workspace, and an error names anything missing in one
     Outside,
     /// The crates that can be checked from here compile for Windows and macOS
     Foreign,

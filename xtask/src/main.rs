@@ -43,7 +43,8 @@ use crate::workspace::Workspace;
 
 /// The tasks of the cancel-safe workspace.
 ///
-/// `cargo xtask ci` is everything a change must pass; the other commands are parts of it, for working on one thing.
+/// `cargo xtask ci` is everything that a change must pass; the other commands are parts of it, for working on one
+/// thing.
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask")]
 struct CommandLine {
@@ -53,55 +54,57 @@ struct CommandLine {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Check everything, in order, and stop at the first failure with the command that repeats it
+    /// Check everything in order; stop at the first failure, and print the command that repeats it
     ///
-    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, MariaDB and PgBouncer, which are installed when
-    /// this is Debian and the user is root. The last line of a run that passed is `N passed, 0 failed`, followed by the
+    /// Needs a stable Rust toolchain with rustfmt and clippy, and PostgreSQL, MariaDB and PgBouncer. As root on Debian,
+    /// it installs the three servers. The last line of a run that passed is `N passed, 0 failed`, followed by the
     /// number of things that could not be run here, if there are any.
     Ci {
-        /// Only these sections; all of them when none is named
+        /// Only these sections; all of them if none is named
         #[arg(value_enum)]
         sections: Vec<Section>,
     },
-    /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB where they need one
+    /// Run the tests and doctests of some crates, with a private PostgreSQL and MariaDB if they need one
     ///
-    /// The servers, and a PgBouncer in front of PostgreSQL, are started in temporary directories and removed afterwards. To use one of your own, set
-    /// CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the tests then run in a schema, or a database, of
-    /// theirs, which is dropped at the end.
+    /// The servers, and a PgBouncer in front of PostgreSQL, are started in temporary directories and removed
+    /// afterwards. To use a server of your own, set CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the
+    /// tests then create a schema or a database there, and drop it at the end.
     Test {
-        /// Directories under crates/ (`atomic-fs`) or package names; all crates when none is named
+        /// Directories under crates/ (`atomic-fs`) or package names; all crates if none is named
         crates: Vec<String>,
-        /// On another sqlx: the directory of a checkout, or `mended` for the locked one, in which a `begin` that is dropped
-        /// ends what it has begun, as in sqlx after 0.9.0. Built below target/sqlx; Cargo.lock stays as it is
+        /// Use another sqlx: the directory of a checkout, or `mended` for the locked one with a fix, by which a dropped
+        /// `begin` ends what it has begun, as in sqlx after 0.9.0. It is built below target/sqlx; Cargo.lock stays as
+        /// it is
         #[arg(long, value_name = "PATH", requires = "crates")]
         sqlx: Option<String>,
-        /// What follows `--` goes to the test binaries, as with `cargo test`: a part of a test's name, `--nocapture`, …
+        /// Everything after `--` goes to the test binaries, as with `cargo test`: a part of a test's name,
+        /// `--nocapture`, …
         #[arg(last = true)]
         arguments: Vec<String>,
     },
-    /// Run the campaigns of kills, faults and power cuts in full: minutes to hours where the tests take seconds
+    /// Run the campaigns of kills, faults and power cuts in full: minutes to hours instead of the tests' seconds
     ///
-    /// The same tests as `cargo xtask test`, told by CANCEL_SAFE_CAMPAIGN=full to visit everything instead of a sample.
-    /// What they visited and found is in what they print and in the closing table; what could not be run here, and why,
-    /// is below it. Faults need Linux and strace, power cuts root and xfsprogs too; as root on
-    /// Debian they are installed.
+    /// These are the tests of `cargo xtask test`, but CANCEL_SAFE_CAMPAIGN=full makes them visit everything instead of
+    /// a sample. Their output and the closing table say what they visited and found; below the table is what could not
+    /// be run here, and why. Faults need Linux and strace; power cuts also need root and xfsprogs. As root on Debian,
+    /// it installs the tools.
     Crash {
-        /// Directories under crates/ or package names; all that have a campaign when none is named
+        /// Directories under crates/ or package names; all that have a campaign if none is named
         crates: Vec<String>,
-        /// The sample that is part of the tests
+        /// Visit only the sample that the tests visit
         #[arg(long)]
         quick: bool,
     },
     /// List the awaits that the last test run has never dropped
     ///
-    /// After `cargo xtask test` or `cargo xtask ci`; what `cargo cancel-safe test` tells of other projects.
+    /// Run it after `cargo xtask test` or `cargo xtask ci`. For other projects, `cargo cancel-safe test` does the same.
     Awaits {
-        /// Directories under crates/ or package names; all crates when none is named
+        /// Directories under crates/ or package names; all crates if none is named
         crates: Vec<String>,
     },
     /// Check the house rules that a compiler does not know
     Tidy,
-    /// Build the documentation of all crates without a warning, and the book when mdbook is installed
+    /// Build the documentation of all crates without a warning, and the book if mdbook is installed
     Doc {
         /// Install mdbook from the registry if it is missing
         #[arg(long)]
@@ -109,45 +112,45 @@ enum Task {
     },
     /// Explore old versions of published crates, which must be caught, and new ones, which must be clean
     ///
-    /// Each is a package of its own in benches/history, with its own lock file, outside of this workspace. When all are
-    /// explored, the table in benches/history/README.md is written anew.
+    /// Each is a package of its own in benches/history, with its own lock file, outside this workspace. If all are
+    /// explored, the table in benches/history/README.md is rewritten.
     History {
-        /// Directories in benches/history (`tokio-mutex`); all of them when none is named
+        /// Directories in benches/history (`tokio-mutex`); all of them if none is named
         names: Vec<String>,
         /// Bring the lock files in line with our own crates first, after a dependency of `testing` has changed
         #[arg(long)]
         relock: bool,
     },
-    /// Judge operations of tokio, tokio-util and futures anew, and write docs/src/operations.md
+    /// Judge operations of tokio, tokio-util and futures again, and write docs/src/operations.md
     ///
-    /// A minute. The page is not written if an operation could not be judged, or if it is not as documented and no note says
-    /// why.
+    /// Takes a minute. The page is not written if an operation could not be judged, or is not as documented and no note
+    /// says why.
     Operations {
-        /// Only explore the operations whose names contain this, and tell everything that was found
+        /// Explore only the operations whose names contain this, and print everything that was found
         part: Option<String>,
     },
     /// Explore the patterns of the book, broken and mended, and write their page (docs/src/breaking.md)
     Patterns,
     /// Check that a crate can be released, and tag it
     ///
-    /// Nothing may be uncommitted, the changelog must tell of the version, the crate and what it needs are built from their
-    /// tarballs, and where cargo-semver-checks is installed the interface is compared with the last release.
+    /// Nothing may be uncommitted, and the changelog must mention the version. The crate and the crates it needs are
+    /// built from their tarballs. If cargo-semver-checks is installed, the interface is compared with the last release.
     Release {
         /// A directory under crates/ or a package name
         #[arg(required_unless_present = "check")]
         name: Option<String>,
-        /// Make the tag. Pushing it publishes, and is yours to do
+        /// Make the tag. Pushing it publishes the crate, and is left to you
         #[arg(long)]
         execute: bool,
         /// Build each crate from its tarball, and do nothing else
         #[arg(long, conflicts_with_all = ["name", "execute"])]
         check: bool,
     },
-    /// Run the benches with the crates they are compared to, and private servers where they need them
+    /// Run the benches, with the crates they compare ours to, and with private servers if they need them
     Bench {
-        /// Bench targets in benches/; all of them when none is named
+        /// Bench targets in benches/; all of them if none is named
         names: Vec<String>,
-        /// What follows `--` goes to criterion: a part of a bench's name, `--quick`, …
+        /// Everything after `--` goes to criterion: a part of a bench's name, `--quick`, …
         #[arg(last = true)]
         arguments: Vec<String>,
     },

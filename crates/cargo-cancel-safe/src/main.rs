@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand};
 /// Cargo's own exit code for a failure.
 const FAILED: u8 = 101;
 
-/// Tell which awaits of a crate its tests have ever dropped, and which never.
+/// Show which awaits of a crate its tests have dropped, and which they have never dropped.
 ///
 /// A future can be dropped at any await. Tests that use `cancel-safe-testing` drop it at each; this command shows the
 /// awaits that no such test has reached.
@@ -31,39 +31,39 @@ struct CommandLine {
 enum Command {
     /// Run `cargo test`, then show which awaits were dropped in some exploration and list those that never were
     ///
-    /// All other arguments are those of `cargo test`, and are handed on as they stand, including `--` and what follows
-    /// it. The packages whose awaits are counted are those that cargo tests: of -p, --workspace, --exclude and
-    /// --manifest-path, or the package of the current directory, or the default members of the workspace.
+    /// All other arguments are passed on to `cargo test` unchanged, including `--` and everything after it. The awaits
+    /// are counted in the packages that cargo tests: the ones selected by -p, --workspace, --exclude and
+    /// --manifest-path, or else the package of the current directory, or the default members of the workspace.
     ///
-    /// Counted are the awaits in the library and the binaries of a package: `.await`, and `select!`, `join!` and
-    /// `try_join!`, which wait themselves. Not counted is what is compiled for tests only (`#[cfg(test)]`, test
-    /// functions), and tests/, examples/ and benches/. An await that is switched off by another `cfg` is counted.
+    /// The count covers the library and the binaries of a package: `.await`, and `select!`, `join!` and `try_join!`,
+    /// which wait themselves. It leaves out code that is compiled for tests only (`#[cfg(test)]`, test functions), and
+    /// tests/, examples/ and benches/. An await that another `cfg` switches off is counted.
     ///
-    /// An await is dropped when an exploration of cancel-safe-testing has dropped a future that waited there, also
-    /// through its callers. Awaits are told apart by line tables: the profile needs debug = "line-tables-only" or more,
-    /// as `dev` and `test` have, so not --release.
+    /// An await counts as dropped if an exploration of cancel-safe-testing has dropped a future that waited there, also
+    /// through its callers. Line tables tell the awaits apart, so the profile needs debug = "line-tables-only" or more.
+    /// `dev` and `test` have that; --release does not.
     ///
-    /// Exit codes: that of `cargo test` when it fails; 1 when --fail-under is not reached; 2 for a wrong option; 101
-    /// when cargo or a file is at fault.
+    /// Exit codes: the exit code of `cargo test` when that fails; 1 when --fail-under is not reached; 2 for a wrong
+    /// option; 101 when cargo or a file is at fault.
     #[command(override_usage = "cargo cancel-safe test [OPTIONS] [CARGO TEST ARGUMENTS]... [-- TEST BINARY ARGUMENTS]")]
     Test(TestOptions),
-    /// List all awaits: where they are, the function they are in, and whether that is `pub`
+    /// List all awaits: where they are, which function they are in, and whether that is `pub`
     ///
-    /// `pub` is what stands at the function; whether its module can be reached is not looked at. The functions of a
-    /// trait's implementation count as public, those of a trait as the trait itself. Not listed is what is compiled for
-    /// tests only.
+    /// `pub` means the function's own keyword; whether its module can be reached is not checked. The functions of a
+    /// trait's implementation count as public, and those of a trait count as the trait does. Code that is compiled for
+    /// tests only is not listed.
     List(ListOptions),
 }
 
 #[derive(Args)]
 struct TestOptions {
-    /// Also write the coverage to FILE in the format of lcov, which editors and coverage services show
+    /// Also write the coverage to FILE as LCOV, for editors and coverage services
     #[arg(long, value_name = "FILE")]
     lcov: Option<PathBuf>,
     /// Fail with exit code 1 when less than PERCENT of the awaits were dropped
     #[arg(long, value_name = "PERCENT", value_parser = percent)]
     fail_under: Option<f64>,
-    /// Print the result as JSON; what the tests print goes to standard error
+    /// Print the result as JSON; the output of the tests goes to standard error
     #[arg(long)]
     json: bool,
     /// The arguments of `cargo test`
@@ -76,13 +76,13 @@ struct ListOptions {
     /// Print the list as JSON
     #[arg(long)]
     json: bool,
-    /// A package of the workspace: its name, with a version or `*` and `?`
+    /// A package of the workspace: its name, also with a version, or with `*` and `?`
     #[arg(short, long, value_name = "SPEC")]
     package: Vec<String>,
     /// All packages of the workspace
     #[arg(long, alias = "all")]
     workspace: bool,
-    /// Not this package
+    /// Leave out this package
     #[arg(long, value_name = "SPEC", requires = "workspace")]
     exclude: Vec<String>,
     /// The Cargo.toml of the package or workspace

@@ -48,31 +48,31 @@ enum Command {
         /// The checkpoint
         file: PathBuf,
     },
-    /// Reads checkpoints whole and checks every byte
+    /// Reads whole checkpoints and checks every byte
     Verify {
         /// The checkpoints
         #[arg(required = true)]
         files: Vec<PathBuf>,
     },
-    /// Writes the finished items as JSON lines, in the order of the input, with keys in that of the file
+    /// Writes the finished items as JSON lines, in the order of the input, or of the file if the job has keys
     Export {
         /// The checkpoint
         file: PathBuf,
     },
-    /// Writes a checkpoint anew with what counts alone: killed at any point, it leaves the old file or the new one
+    /// Rewrites a checkpoint with only what counts. If killed at any point, it leaves the old file or the new one
     Compact {
-        /// The checkpoint, which no run may hold
+        /// The checkpoint; no run may hold it
         file: PathBuf,
     },
-    /// Shows how far a checkpoint has come that another process writes, until it is complete. A run that was stopped is
-    /// waited for
+    /// Shows the progress of a checkpoint that another process writes, until it is complete. If the run stops, it waits
+    /// for the run to go on
     Follow {
         /// The checkpoint
         file: PathBuf,
-        /// How many items there are in all, for the percentage and the time left
+        /// The total number of items, for the percentage and the time left
         #[arg(long, value_name = "ITEMS")]
         total: Option<usize>,
-        /// How many seconds lie between two looks at the file; without a terminal, between two lines
+        /// Seconds between two looks at the file; without a terminal, between two lines
         #[arg(long, default_value_t = 1.0, value_parser = seconds, value_name = "SECONDS")]
         every: f64,
     },

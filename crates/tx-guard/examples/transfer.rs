@@ -26,16 +26,16 @@ use sqlx::{AssertSqlSafe, Connection, Database, MySql, Postgres, Sqlite};
 /// A thousand transfers at once, a third of them dropped at a random moment.
 #[derive(Debug, Clone, Parser)]
 pub(crate) struct Settings {
-    /// `postgres://…`, `mysql://…` or `sqlite://…`; an SQLite file that is removed afterwards when none is named
+    /// `postgres://…`, `mysql://…` or `sqlite://…` [default: an SQLite file that is removed afterwards]
     #[arg(long, value_name = "URL")]
     pub(crate) database: Option<String>,
     /// How many transfers
     #[arg(long, default_value_t = 1_000)]
     pub(crate) transfers: usize,
-    /// Between how many accounts, each of which has 1,000 at first
+    /// How many accounts, each with 1,000 at first
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(i64).range(2..))]
     pub(crate) accounts: i64,
-    /// How long one transfer may take, in milliseconds: waiting for a connection, retries and commit included
+    /// How long one transfer may take, in milliseconds, with the wait for a connection, the retries and the commit
     #[arg(long, default_value_t = 30_000)]
     pub(crate) limit_ms: u64,
     /// Repeats the random choices of another run

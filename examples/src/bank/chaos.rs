@@ -30,16 +30,16 @@ const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, clap::Args)]
 #[expect(clippy::exhaustive_structs, reason = "tests write it as a literal")]
 pub struct Plan {
-    /// For how long
+    /// How long to try it
     #[arg(long, default_value_t = 60)]
     pub seconds: u64,
-    /// Repeats the random choices of another run, though not its moments
+    /// Repeats the random choices of another run, but not its timing
     #[arg(long)]
     pub seed: Option<u64>,
-    /// `sqlite://…`, `postgres://…` or `mysql://…`; an SQLite file that is removed at the end by default
+    /// `sqlite://…`, `postgres://…` or `mysql://…` [default: an SQLite file that is removed at the end]
     #[arg(long, value_name = "URL")]
     pub database: Option<String>,
-    /// Try the server that makes a mistake
+    /// Try a server with a mistake built in
     #[arg(long)]
     pub broken: bool,
 }

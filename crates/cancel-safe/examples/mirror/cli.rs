@@ -13,15 +13,15 @@ use reqwest::header::{self, HeaderName, HeaderValue};
 
 /// Keeps a directory equal to a list of URLs, and survives everything.
 ///
-/// Without --manifest it shows what it is for: it serves 500 files on loopback, lets a plain loop and itself fetch them into
-/// ./mirror-demo, kills both five times with SIGKILL, starts them again, and counts what is wrong at the end.
+/// Without --manifest it runs a demo: it serves 500 files on loopback, fetches them into ./mirror-demo with a plain
+/// loop and with mirror, kills both five times with SIGKILL, starts them again, and counts what is wrong at the end.
 #[derive(Debug, Clone, Parser)]
 #[command(name = "mirror", version, after_help = CODES, args_override_self = true)]
 pub(crate) struct Args {
-    /// One URL a line; blank lines and # comments are passed over; - reads standard input
+    /// A file with one URL a line; blank lines and # comments are skipped; - reads standard input
     #[arg(long, value_name = "FILE", requires = "out")]
     pub(crate) manifest: Option<PathBuf>,
-    /// The directory that holds files/, catalog.db and mirror.ckpt [default without a manifest: ./mirror-demo, for both]
+    /// The directory for files/, catalog.db and mirror.ckpt [default without --manifest: ./mirror-demo, for both sides]
     #[arg(long, value_name = "DIR")]
     pub(crate) out: Option<PathBuf>,
     /// URLs in flight at once
@@ -33,55 +33,55 @@ pub(crate) struct Args {
     /// How often a failed URL is tried again
     #[arg(long, default_value_t = 3, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=100))]
     pub(crate) retries: u32,
-    /// What fetches in flight get to finish after Ctrl-C or SIGTERM
+    /// How long fetches in flight may take to finish after Ctrl-C or SIGTERM
     #[arg(long, default_value = "10s", value_name = "TIME", value_parser = duration)]
     pub(crate) grace: Duration,
-    /// Longest silence of the server within an attempt; waiting for a permit is not counted
+    /// Longest silence of the server within an attempt; waiting for a permit does not count
     #[arg(long, default_value = "30s", value_name = "TIME", value_parser = duration)]
     pub(crate) timeout: Duration,
     /// Longest time for one attempt at a URL, from its permit to its last byte [default: none]
     #[arg(long, value_name = "TIME", value_parser = duration)]
     pub(crate) max_time: Option<Duration>,
-    /// Largest body that is accepted, in bytes (K, M and G are understood) [default: none]
+    /// Largest accepted body, in bytes (or with K, M or G) [default: none]
     #[arg(long, value_name = "BYTES", value_parser = size)]
     pub(crate) max_body: Option<u64>,
-    /// Send this header with every request, to the origin that it is meant for and no other: 'Name: value'
+    /// Send this header with every request to a URL's own origin, but not to one that it redirects to: 'Name: value'
     #[arg(long = "header", value_name = "HEADER")]
     headers: Vec<Secret>,
-    /// What the program calls itself [default: mirror/VERSION]
+    /// The User-Agent of every request [default: mirror/VERSION]
     #[arg(long, value_name = "TEXT", value_parser = user_agent)]
     pub(crate) user_agent: Option<HeaderValue>,
-    /// A file of PEM certificates to trust beside those of the system
+    /// A file of PEM certificates to trust in addition to the system's
     #[arg(long, value_name = "FILE")]
     pub(crate) ca: Vec<PathBuf>,
     /// sqlite:PATH or postgres://… [default: sqlite:DIR/catalog.db]
     #[arg(long, value_name = "URL", requires = "manifest")]
     database: Option<Secret>,
-    /// When a file that was not there before is made durable
+    /// When new files are made durable
     #[arg(long, default_value = "each", value_name = "WHEN")]
     pub(crate) durability: Durability,
-    /// Try again what failed for good in earlier runs
+    /// Try again the URLs that failed for good in earlier runs
     #[arg(long)]
     pub(crate) retry_failed: bool,
     /// Ask the servers again for everything (If-None-Match, If-Modified-Since)
     #[arg(long)]
     pub(crate) refresh: bool,
-    /// Take over files that the catalogue does not know, where their bytes are those of the list, the checkpoint or the server
+    /// Take over files that the catalogue does not know, if their bytes match the list, the checkpoint or the server
     #[arg(long)]
     pub(crate) adopt: bool,
-    /// Rehash every file first, and fetch again what is not as the catalogue says
+    /// Rehash every file first, and fetch again those that differ from the catalogue
     #[arg(long)]
     pub(crate) verify: bool,
-    /// One JSON object a line on standard output instead of text
+    /// Print one JSON object a line on standard output instead of text
     #[arg(long)]
     pub(crate) json: bool,
-    /// Without --manifest: the seed of the moments at which the demo kills [default: another one each time; it is printed]
+    /// Without --manifest: the seed for the moments of the demo's kills [default: a new one each time; it is printed]
     #[arg(long, value_name = "N")]
     pub(crate) seed: Option<u64>,
     /// Without --manifest: a tenth of the files, small ones.
     #[arg(long, hide = true)]
     pub(crate) short: bool,
-    /// As `--short`, and some bodies come so slowly that nobody sees their end.
+    /// Like `--short`, and some bodies come so slowly that nobody sees their end.
     #[arg(long, hide = true)]
     pub(crate) endless: bool,
     /// HOST=ADDRESS: how a child of the demo is told where the origin listens.
@@ -96,11 +96,11 @@ pub(crate) struct Args {
 }
 
 const CODES: &str = "\
-A line of the list is a URL, or a URL and fields behind tabs: sha256=, size=, out=; or as sha256sum writes it. What is given
-there must be so, or the file is not kept. HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY are heeded.
+A line of the list is a URL, or a URL and fields after tabs: sha256=, size=, out=; or a line as sha256sum writes it.
+A body that does not match its line is not kept. HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY are respected.
 
 Exit codes:
-  0  all there              2  finished, some URLs failed     64  bad usage or manifest
+  0  complete               2  finished, some URLs failed     64  bad usage or manifest
  65  corrupt checkpoint    69  database unreachable           70  grace exceeded, fetches were cut
  73  cannot write          75  another run holds DIR         130, 143  stopped by SIGINT, SIGTERM";
 
@@ -126,10 +126,10 @@ impl fmt::Debug for Secret {
 /// or the new one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Durability {
-    /// Each at once: what has a row survives a power cut
+    /// Each at once: a file with a row survives a power cut
     Each,
-    /// All together at the end, and after every 8,192: quicker; what a kill or a power cut finds before, the next start
-    /// reads again, or fetches
+    /// All together at the end, and after every 8,192: faster, but after a kill or a power cut the next start reads
+    /// pending files again, or fetches them
     End,
 }
 

@@ -27,7 +27,7 @@ use self::cluster::Cluster;
 /// Worker processes share one job on one PostgreSQL, and are killed and frozen while they work.
 #[derive(Debug, Clone, Parser)]
 pub(crate) struct Settings {
-    /// `postgres://…`; a private server when none is named
+    /// `postgres://…` [default: a private server]
     #[arg(long, value_name = "URL")]
     pub(crate) database: Option<String>,
     /// How many worker processes
@@ -36,7 +36,7 @@ pub(crate) struct Settings {
     /// How many items
     #[arg(long, default_value_t = 100_000)]
     pub(crate) items: u64,
-    /// How many are killed, and how many are frozen past their lease
+    /// How many workers are killed, and how many are frozen past their lease
     #[arg(long, default_value_t = 12)]
     pub(crate) blows: usize,
     /// Repeats the random choices of another run

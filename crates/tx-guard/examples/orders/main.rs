@@ -30,16 +30,16 @@ use tokio::net::TcpListener;
 /// A shop as an axum service, with guarded transactions
 #[derive(Debug, Clone, Parser)]
 pub(crate) struct Settings {
-    /// The SQLite file; one that is removed afterwards when none is named
+    /// The SQLite file [default: one that is removed afterwards]
     #[arg(long, value_name = "FILE")]
     pub(crate) database: Option<PathBuf>,
     /// Where to listen
     #[arg(long, default_value = "127.0.0.1:0")]
     pub(crate) listen: SocketAddr,
-    /// The handlers on plain sqlx instead, to compare
+    /// Uses handlers on plain sqlx instead, to compare
     #[arg(long)]
     pub(crate) plain: bool,
-    /// Drives the service with so many requests and looks at the books
+    /// Sends the service this many requests, and checks the books
     #[arg(long, value_name = "REQUESTS", num_args = 0..=1, default_missing_value = "1000")]
     pub(crate) check: Option<usize>,
     /// Repeats the random choices of another check
