@@ -68,7 +68,7 @@ enum Task {
     ///
     /// The servers, and a PgBouncer in front of PostgreSQL, are started in temporary directories and removed
     /// afterwards. To use a server of your own, set CANCEL_SAFE_TEST_POSTGRES_URL or CANCEL_SAFE_TEST_MYSQL_URL: the
-    /// tests then create a schema or a database there, and drop it at the end.
+    /// tests then run in a schema or database of their own there, which is dropped at the end.
     Test {
         /// Directories under crates/ (`atomic-fs`) or package names; all crates if none is named
         crates: Vec<String>,

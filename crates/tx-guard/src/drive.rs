@@ -85,7 +85,7 @@ impl<T: Send + 'static> Drop for Driven<T> {
             let (limit, late) = (self.limit, self.late.take());
             // A runtime that has shut down drops the future here, and the slot inside closes its connection.
             drop(self.runtime.spawn(async move {
-                // One of the user's hooks may panic after the commit, which is reported all the same.
+                // A user's hook may panic after the commit. The commit is reported all the same.
                 let future = AssertUnwindSafe(future).catch_unwind();
                 let output = match limit {
                     Some(limit) => timeout(limit, future).await.ok(),

@@ -35,7 +35,7 @@ fn explore(call: impl AsyncFn(&Cell<u32>)) -> Report {
         call,
         async |in_flight, _outcome| match in_flight.get() {
             0 => Ok(()),
-            ghosts => Err(format!("{ghosts} in flight, and nobody is there")),
+            ghosts => Err(format!("{ghosts} counted as in flight, but no caller is left")),
         },
     )
 }
