@@ -6,7 +6,6 @@
 #[path = "../../examples/mirror/catalogue.rs"]
 mod catalogue;
 #[path = "../../examples/mirror/durable.rs"]
-#[expect(dead_code, reason = "the tests use a part of it")]
 mod durable;
 #[path = "../../examples/mirror/home.rs"]
 mod home;
