@@ -517,7 +517,7 @@ mod tests {
         let (begun, running) = tokio::sync::oneshot::channel();
         let work = move |_| {
             begun.send(()).expect("it is awaited");
-            drop(released.recv());
+            assert!(released.recv().is_err(), "nothing is sent");
         };
         dropped.spawn_blocking("closure", work).expect("an open group");
         running.await.expect("it begins");

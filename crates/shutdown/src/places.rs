@@ -35,17 +35,9 @@ pub(crate) struct Places<R> {
 struct Row<R> {
     /// A bit for each place that is vacant.
     vacant: u32,
-    places: Vec<Place>,
+    /// The tasks that are alive. One that was told as abandoned is not here, though its place is not vacant.
+    places: Vec<Option<Task>>,
     block: Option<Arc<Block<R>>>,
-}
-
-#[derive(Debug, Default)]
-enum Place {
-    #[default]
-    Vacant,
-    Taken(Task),
-    /// Its task was told as abandoned, and has not let go of it.
-    Abandoned,
 }
 
 /// The traces of a row of tasks, and the group, which each of them keeps for as long as it lives. One count of references serves
@@ -111,7 +103,7 @@ impl<R> Row<R> {
             _ => ROW as usize,
         };
         self.places.reserve_exact(len - self.places.len());
-        self.places.resize_with(len, Place::default);
+        self.places.resize_with(len, || None);
     }
 
     #[cold]
@@ -157,7 +149,7 @@ impl<R> Places<R> {
             // Most groups are small. One that has filled its first row is not.
             row.lengthen(if number == 0 { index } else { ROW });
         }
-        row.places[index as usize] = Place::Taken(Task { number: self.entered, name, spawned_at });
+        row.places[index as usize] = Some(Task { number: self.entered, name, spawned_at });
         self.entered += 1;
         self.len += 1;
         let block = row.block.get_or_insert_with(|| Block::new(group));
@@ -179,10 +171,7 @@ impl<R> Places<R> {
         if let Some(block) = &row.block {
             block.trace(place).reset();
         }
-        let left = match std::mem::take(&mut row.places[index as usize]) {
-            Place::Taken(task) => Some(task),
-            Place::Vacant | Place::Abandoned => None,
-        };
+        let left = row.places[index as usize].take();
         self.len -= usize::from(left.is_some());
         if row.vacant == 0 {
             self.open.push(number);
@@ -208,10 +197,8 @@ impl<R> Places<R> {
     /// Strikes a task off that is still alive, and will not be waited for. It keeps its place.
     pub(crate) fn abandon(&mut self, id: TaskId) -> Option<Task> {
         self.get(id)?;
-        let place = &mut self.rows[(id.place / STRIDE) as usize].places[(id.place % STRIDE) as usize];
-        let Place::Taken(task) = std::mem::replace(place, Place::Abandoned) else { return None };
         self.len -= 1;
-        Some(task)
+        self.rows[(id.place / STRIDE) as usize].places[(id.place % STRIDE) as usize].take()
     }
 
     /// A task, if it is still alive.
@@ -238,7 +225,7 @@ impl<R> Places<R> {
 
 impl<R> Row<R> {
     fn get(&self, index: u32) -> Option<(&Task, &Trace)> {
-        let Place::Taken(task) = self.places.get(index as usize)? else { return None };
+        let task = self.places.get(index as usize)?.as_ref()?;
         Some((task, self.block.as_ref()?.trace(index)))
     }
 }
