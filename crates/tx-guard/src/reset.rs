@@ -16,9 +16,9 @@ pub enum Reset {
     /// differs, it resets everything as with `Discard`, or closes the session on MySQL. A `SET LOCAL` ends with its
     /// transaction and does not count.
     ///
-    /// On PostgreSQL the message that ends the transaction asks for all this if callers are waiting for a session, or
-    /// if the next caller would have to. Otherwise, and on MySQL, a separate message follows. Only the next user of the
-    /// session and [`close`](crate::TxPool::close) wait for it, so session locks may be held for a round trip after
+    /// On PostgreSQL the message that ends the transaction asks for all this, with a prepared statement called
+    /// `txg_state`. On MySQL a separate message follows. Only the next user of the session and
+    /// [`close`](crate::TxPool::close) wait for it, so a lock of MySQL's `GET_LOCK` may be held for a round trip after
     /// `commit` has returned.
     ///
     /// On SQLite nothing is compared.

@@ -142,6 +142,7 @@ async fn come_to_quiet<DB: Backend>(
     // The watch comes first, because the wait may not return from its first poll before the last row is read.
     let mut watch = Watch::over(shared, probe, tag);
     let mut left = pin!(quiet::<DB>(conn, probe));
+    watch.begins();
     match timeout(DRAIN_GRACE, left.as_mut()).await {
         Ok(quiet) => quiet?,
         Err(_) => {

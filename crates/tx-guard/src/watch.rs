@@ -4,7 +4,7 @@
 //! Invariant: when a watch has ended, none of its acknowledged cancels is still on its way, and no more will be sent.
 
 use std::pin::pin;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
@@ -19,8 +19,9 @@ use crate::events::TxEvent;
 use crate::slot::Shared;
 use crate::work::Tag;
 
-/// When to cancel a statement whose reader keeps the thread too busy to check the clock.
-const BESIDE_GRACE: Duration = Duration::from_millis(3);
+/// When to cancel a statement whose reader keeps the thread too busy to check the clock: after a whole such time in which
+/// the reader was reading. A reader that its machine does not let run yet has nothing to be cancelled.
+const BESIDE_GRACE: Duration = Duration::from_millis(2);
 
 /// How long a cancel has to take effect before it is repeated, in addition to the round trip to the server: this long
 /// at first, twice as long each time, up to the longest.
@@ -104,6 +105,8 @@ pub(crate) struct Watch {
 struct Signals {
     /// Whose turn it is: [`FREE`], [`CANCELLING`] or [`ENDED`].
     turn: AtomicU8,
+    /// The reader has begun.
+    is_reading: AtomicBool,
     /// Notified when the answer has been waited for long enough.
     overdue: Notify,
     /// Notified when nothing runs any more.
@@ -131,6 +134,11 @@ pub(crate) enum Seen {
 }
 
 impl Watch {
+    /// The answers are read from now on.
+    pub(crate) fn begins(&self) {
+        self.signals.is_reading.store(true, Ordering::Release);
+    }
+
     pub(crate) fn over<DB: Backend>(shared: &Arc<Shared<DB>>, probe: &DB::Probe, tag: Tag) -> Self {
         let signals = Arc::<Signals>::default();
         let beside = DB::Canceller::beside().unwrap_or_else(Handle::current);
@@ -162,6 +170,17 @@ impl Drop for Watch {
 }
 
 impl Signals {
+    /// Waits until a cancel is due, or all has ended.
+    async fn due(&self) {
+        loop {
+            let was_reading = self.is_reading.load(Ordering::Acquire);
+            let told = timeout(BESIDE_GRACE, self.overdue.notified()).await;
+            if told.is_ok() || was_reading || self.turn.load(Ordering::Acquire) == ENDED {
+                return;
+            }
+        }
+    }
+
     fn end(&self) -> u8 {
         let was = self.turn.swap(ENDED, Ordering::AcqRel);
         self.ended.notify_one();
@@ -176,7 +195,7 @@ impl Signals {
 
 /// After a failed cancel the turn stays [`CANCELLING`], so that the end of the watch asks how it failed.
 async fn watch_over<DB: Backend>(shared: Weak<Shared<DB>>, probe: DB::Probe, tag: Tag, signals: Arc<Signals>) -> Seen {
-    drop(timeout(BESIDE_GRACE, signals.overdue.notified()).await);
+    signals.due().await;
     if !signals.pass(FREE, CANCELLING) {
         return Seen::Settled;
     }
@@ -218,6 +237,21 @@ mod tests {
     use tokio::sync::oneshot;
 
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_reader_that_has_not_begun_is_not_cancelled() {
+        let signals = Signals::default();
+        let mut due = pin!(signals.due());
+        assert!(timeout(BESIDE_GRACE * 100, due.as_mut()).await.is_err());
+        signals.is_reading.store(true, Ordering::Release);
+        let start = tokio::time::Instant::now();
+        due.await;
+        assert!((BESIDE_GRACE..BESIDE_GRACE * 4).contains(&start.elapsed()));
+        // One that has ended before is none.
+        let signals = Signals::default();
+        signals.end();
+        signals.due().await;
+    }
 
     #[tokio::test]
     async fn who_gives_up_waiting_for_the_answer_to_a_cancel_gives_up_the_cancel() {
