@@ -375,20 +375,30 @@ async fn times_of_zero_and_times_without_an_end_are_times() {
 fn serve_ends_in_time_although_a_straggler_holds_the_last_blocking_thread() {
     let (release, held) = mpsc::channel::<()>();
     let (send, told) = mpsc::channel();
+    // One that had not begun would be called off.
+    let (begin, begun) = tokio::sync::oneshot::channel();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(1).build().unwrap();
     let work = |cx: WorkerContext| async move {
         let group = cx.group();
-        group.spawn_blocking("hash", move |_| held.recv().unwrap_or_default()).unwrap();
+        let hash = move |_| {
+            begin.send(()).unwrap();
+            held.recv().unwrap_or_default();
+        };
+        group.spawn_blocking("hash", hash).unwrap();
         drop(group.wait().await);
     };
     let app = Application::new("app")
         .worker_once("hasher", work)
         .shutdown_timeout(Duration::from_millis(50))
         .on_report(move |report| send.send(report.exit_code()).unwrap());
+    let handle = app.shutdown_handle();
     let report = runtime.block_on(async {
-        tokio::time::timeout(60 * SECOND, serve(app, Duration::from_millis(10)))
-            .await
-            .expect("it waits for the closure")
+        let stop = async move {
+            begun.await.unwrap();
+            handle.cancel();
+        };
+        let served = tokio::time::timeout(60 * SECOND, async { tokio::join!(app.serve(), stop).0.unwrap() });
+        served.await.expect("it waits for the closure")
     });
     assert_eq!((report.exit_code(), told.recv().unwrap()), (70, 70));
     assert_eq!(outcome(&report, "hash"), &TaskOutcome::Abandoned);
