@@ -195,11 +195,13 @@ impl Driver for Postgres {
                 row => return row?.try_get(0).map(Some),
             }
         }
-        match sqlx::raw_sql(AssertSqlSafe(prepare_state(names))).execute(&mut *conn).await {
-            Ok(_) => {}
-            // It was prepared before the session was reset, and the reset keeps it.
-            Err(error) if code(&error).as_deref() == Some(STATEMENT_EXISTS) => {}
-            Err(error) => return Err(error),
+        let prepare = prepare_state(names);
+        match Self::run_sql(conn, prepare.clone()).await {
+            // It was prepared before the session was reset, or by somebody else, who may compare something else.
+            Err(error) if code(&error).as_deref() == Some(STATEMENT_EXISTS) => {
+                Self::run_sql(conn, format!("DEALLOCATE {STATE}; {prepare}")).await?;
+            }
+            prepared => prepared?,
         }
         place.compare();
         sqlx::raw_sql(proof::ASK_STATE).fetch_one(conn).await?.try_get(0).map(Some)

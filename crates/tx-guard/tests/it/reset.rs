@@ -230,6 +230,19 @@ async fn a_session_whose_prepared_statements_are_gone_is_kept_and_still_compared
 }
 
 #[tokio::test]
+async fn a_question_that_somebody_else_has_prepared_is_replaced() {
+    let world = World::<Postgres>::new().await;
+    let always_the_same = "PREPARE txg_state AS SELECT 'always the same' AS txg_state";
+    let db = one::<Postgres>()
+        .verify(["app.tenant"])
+        .after_connect(move |conn| Box::pin(Postgres::execute(conn, always_the_same.to_owned())));
+    let db = db.connect_with(world.options.clone()).await.unwrap();
+    run(&db, "SET app.tenant = 'a'", End::Commit).await;
+    assert_eq!(setting(&db, "app.tenant").await, "");
+    world.end(db).await;
+}
+
+#[tokio::test]
 async fn a_session_can_be_left_as_it_is() {
     let world = World::<Postgres>::new().await;
     let db = one().reset(Reset::None).connect_with(world.options.clone()).await.unwrap();
