@@ -14,7 +14,7 @@ use crate::doc::{self, NO_MDBOOK};
 use crate::suite::{self, Scope, Tally};
 use crate::tarballs::Tarball;
 use crate::workspace::{BENCHES, OPERATIONS, Workspace};
-use crate::{foreign, operations, outside, tarballs, tidy};
+use crate::{examples, foreign, operations, outside, tarballs, tidy};
 
 /// A part of `cargo xtask ci`.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -25,7 +25,7 @@ pub(crate) enum Section {
     Tidy,
     /// No lint complains
     Clippy,
-    /// The examples build
+    /// The examples build, and show what they promise
     Examples,
     /// Unit and integration tests pass
     Tests,
@@ -91,7 +91,10 @@ impl Run<'_> {
             Section::Tidy => tidy::run(self.workspace),
             // The list of features would be half a page, so the command to repeat names the section.
             Section::Clippy => clippy(self.workspace).run().map_err(|_| "clippy complains".to_owned().into()),
-            Section::Examples => programs().run(),
+            Section::Examples => {
+                programs().run()?;
+                examples::run(self.workspace)
+            }
             Section::Tests => self.suite(Scope::Tests),
             Section::Doctests => self.suite(Scope::Doctests),
             Section::Tarballs => {

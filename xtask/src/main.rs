@@ -12,6 +12,7 @@ mod ci;
 mod command;
 mod databases;
 mod doc;
+mod examples;
 mod failed;
 mod foreign;
 mod history;

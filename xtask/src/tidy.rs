@@ -18,8 +18,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::command::Failure;
-use crate::operations;
 use crate::workspace::{self, EXAMPLES, Package, UMBRELLA, Workspace};
+use crate::{examples, operations};
 
 /// One breach of a rule.
 #[derive(Debug)]
@@ -48,6 +48,11 @@ pub(crate) fn run(workspace: &Workspace) -> Result<(), Failure> {
     }
     package::check_umbrella(workspace, &mut findings)?;
     pages(workspace, &mut findings)?;
+    for package in workspace.libraries() {
+        let path = shown(&package.directory().join("README.md"));
+        let finding = |fix| Finding { path: path.clone(), line: 1, rule: "examples", fix };
+        findings.extend(examples::faults(package)?.into_iter().map(finding));
+    }
     findings.extend(tutorial::check()?);
     findings.extend(operations::check()?.into_iter().map(|fix| Finding {
         path: operations::PAGE.into(),
