@@ -6,6 +6,7 @@
 //!
 //! The answers are those of the documentation of tokio; if one differs, the exit code is 1.
 #![expect(clippy::print_stdout, reason = "an example speaks through its output")]
+#![expect(clippy::disallowed_methods, reason = "it is about an operation that may lose data")]
 
 use std::process::ExitCode;
 use std::time::Duration;
