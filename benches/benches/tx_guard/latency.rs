@@ -3,7 +3,7 @@
 
 use std::time::{Duration, Instant};
 
-use cancel_safe_tx_guard::{CommitMode, TxPool};
+use cancel_safe_tx_guard::{CommitMode, Reset, TxPool};
 use futures_util::future::LocalBoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgPool, Postgres};
@@ -39,6 +39,8 @@ async fn measure(
     let plain = tuned(options.clone()).await;
     let as_it_comes = PgPoolOptions::new().max_connections(2).connect_with(options.clone()).await.unwrap();
     let owned = TxPool::<Postgres>::builder().max_connections(2).connect_with(options.clone()).await.unwrap();
+    let unasked = TxPool::<Postgres>::builder().max_connections(2).reset(Reset::None);
+    let unasked = unasked.connect_with(options.clone()).await.unwrap();
     let below = tuned(options).await;
     let wrapped = TxPool::wrap(below.clone());
     let sql = |row: i64| AssertSqlSafe(place.update(row));
@@ -63,6 +65,7 @@ async fn measure(
             });
             run.await.unwrap();
         }),
+        Variant::new("guard, `Reset::None`, verified commit", || guarded(&unasked, 7)),
         Variant::new("guard, resolvable commit", async || {
             let mut tx = owned.begin().await.unwrap();
             tx.set_commit_mode(CommitMode::Resolvable);
@@ -97,7 +100,9 @@ async fn measure(
     plain.close().await;
     as_it_comes.close().await;
     below.close().await;
-    assert!(owned.close(LIMIT).await.is_clean() && wrapped.close(LIMIT).await.is_clean());
+    for db in [owned, unasked, wrapped] {
+        assert!(db.close(LIMIT).await.is_clean());
+    }
     result
 }
 
