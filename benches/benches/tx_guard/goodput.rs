@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::measure::{Place, Table, quantile};
+use crate::measure::{Place, Table, order, quantile};
 use crate::peers::{Contestant, all, wrapped};
 
 const TASKS: i64 = 16;
@@ -77,8 +77,7 @@ async fn unhurried(contestant: &Contestant, place: &Place) -> f64 {
 async fn without_deadlines(contestants: &[Contestant], place: &Place) -> Vec<String> {
     let mut rates = vec![Vec::new(); contestants.len()];
     for turn in 0..TURNS + 1 {
-        for offset in 0..contestants.len() {
-            let index = (turn + offset) % contestants.len();
+        for index in order(turn, contestants.len()) {
             let rate = unhurried(&contestants[index], place).await;
             // The first turn warms everything up.
             if turn > 0 {

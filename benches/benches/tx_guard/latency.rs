@@ -8,7 +8,7 @@ use futures_util::future::LocalBoxFuture;
 use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
 use sqlx::{AssertSqlSafe, PgPool, Postgres};
 
-use crate::measure::{Place, Table, far_away, quantile};
+use crate::measure::{Place, Table, far_away, order, quantile};
 
 /// A limit that no transaction here approaches.
 const LIMIT: Duration = Duration::from_secs(5);
@@ -76,8 +76,8 @@ async fn measure(
     ];
     let count = variants.len();
     for turn in 0..turns + 1 {
-        for offset in 0..count {
-            let variant = &mut variants[(turn + offset) % count];
+        for index in order(turn, count) {
+            let variant = &mut variants[index];
             let start = Instant::now();
             for _ in 0..block {
                 (variant.run)().await;

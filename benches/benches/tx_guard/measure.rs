@@ -143,3 +143,11 @@ pub(crate) fn far_away(options: &PgConnectOptions, one_way: Duration) -> PgConne
     });
     options.clone().host("127.0.0.1").port(port).ssl_mode(PgSslMode::Disable)
 }
+
+/// In which order the contestants of one turn are measured: another one in each turn, because what a contestant leaves
+/// behind slows down the one after it.
+pub(crate) fn order(turn: usize, contestants: usize) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..contestants).collect();
+    fastrand::Rng::with_seed(turn as u64).shuffle(&mut order);
+    order
+}
