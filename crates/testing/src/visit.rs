@@ -54,7 +54,7 @@ where
 {
     pub(crate) fn visit(&self, plan: Plan, here: &Here) -> Visit {
         let visit = self.visit_once(plan, here);
-        if !visit.is_slow_drop {
+        if !visit.is_slow_drop || visit.failure.is_some() {
             return visit;
         }
         // One slow drop may be due to the machine.

@@ -10,8 +10,8 @@ use std::sync::{Mutex, PoisonError};
 
 use url::Url;
 
-use super::hosts;
 use super::paths::{Names, Rules, Wish, short_hash};
+use super::report::host_of;
 
 /// What the list says of one URL.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -211,6 +211,10 @@ impl List {
         let mut lines = self.file_mut().get_ref().try_clone()?;
         lines.seek(SeekFrom::Start(0))?;
         let mut lines = BufReader::with_capacity(1 << 16, lines);
+        // A search for each line's slot would take longer than all the rest.
+        let mut slots: Vec<(u64, u32)> = self.slots.iter().zip(0..).map(|(slot, at)| (slot.at & OFFSET, at)).collect();
+        slots.sort_unstable();
+        let mut slots = slots.into_iter().peekable();
         let (mut text, mut at, mut count) = (String::new(), 0, 0_u32);
         loop {
             text.clear();
@@ -219,13 +223,13 @@ impl List {
             if length == 0 || (count.is_multiple_of(1024) && !go_on()) {
                 break;
             }
-            let (line, offset) = (Line::read(&text), at);
+            let offset = at;
             at += length as u64;
-            let Some(slot) = self.slot_at(short_hash(&line.url), offset) else { continue };
-            let Ok(url) = Url::parse(&line.url) else { continue };
-            names.add(slot, &Wish::of(&url, line.out.as_deref(), rules), rules);
+            let Some((_, slot)) = slots.next_if(|(at, _)| *at == offset) else { continue };
+            let line = Line::read(&text);
+            names.add(slot, &Wish::of(&line.url, line.out.as_deref(), rules), rules);
             if self.slots[slot as usize].at & LEFT == 0 {
-                let host = *by_host.entry(short_hash(&hosts::name_of(&url))).or_insert_with(|| {
+                let host = *by_host.entry(short_hash(host_of(&line.url))).or_insert_with(|| {
                     self.hosts.push(Queue { first: NONE, last: NONE });
                     self.hosts.len() - 1
                 });
@@ -240,13 +244,6 @@ impl List {
             self.slots[slot as usize].at |= HASHED;
         }
         Ok(())
-    }
-
-    fn slot_at(&self, hash: u64, offset: u64) -> Option<u32> {
-        let first = self.slots.partition_point(|slot| slot.hash < hash);
-        let mut twins = self.slots.iter().enumerate().skip(first).take_while(|(_, slot)| slot.hash == hash);
-        let found = twins.find(|(_, slot)| slot.at & OFFSET == offset);
-        found.and_then(|(slot, _)| u32::try_from(slot).ok())
     }
 
     fn append(&mut self, host: usize, slot: u32) {
@@ -267,7 +264,7 @@ impl List {
     pub(crate) fn entry(&self, slot: u32) -> io::Result<(Line, Url, String)> {
         let line = self.line(slot)?;
         let url = Url::parse(&line.url).map_err(io::Error::other)?;
-        let wish = Wish::of(&url, line.out.as_deref(), self.rules);
+        let wish = Wish::of(&line.url, line.out.as_deref(), self.rules);
         let is_hashed = self.slots[slot as usize].at & HASHED != 0;
         let path = wish.plain().filter(|_| !is_hashed).unwrap_or_else(|| wish.hashed(&url));
         Ok((line, url, path))

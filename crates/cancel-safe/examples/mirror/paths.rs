@@ -21,7 +21,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-use super::hosts;
+use super::report::host_of;
 
 /// The longest name that is taken over as it is, in bytes: 255, less a `~` and its hash.
 const MAX_NAME: usize = 255 - 33;
@@ -113,24 +113,37 @@ pub(crate) struct Wish {
 }
 
 impl Wish {
-    /// The wish of `url`, or of the list's `out` for it.
-    pub(crate) fn of(url: &Url, out: Option<&str>, rules: Rules) -> Self {
+    /// The wish of a normalised URL, or of the list's `out` for it. It takes the text apart without parsing it again: a
+    /// list may have a million of them.
+    pub(crate) fn of(url: &str, out: Option<&str>, rules: Rules) -> Self {
         if let Some((directory, name)) = out.and_then(|out| out.rsplit_once('/')) {
             return Self { directory: directory.to_owned(), name: name.to_owned(), whole: true };
         }
-        let authority = hosts::name_of(url);
-        let host = if is_plain(&authority, rules) { authority } else { format!("~{}", hash(&authority)) };
-        let mut names: Vec<Option<String>> = url.path().split('/').skip(1).map(|name| decode(name, rules)).collect();
-        let last = names.pop().flatten();
-        let directories: Option<Vec<String>> = names.into_iter().collect();
-        let root = Self { directory: host.clone(), name: String::new(), whole: false };
-        let Some(directories) = directories else { return root };
-        let directory = directories.iter().fold(host, |path, name| path + "/" + name);
-        let name = last.unwrap_or_default();
-        if directory.len() + name.len() > MAX_PATH {
-            return root;
+        let (_, place) = url.split_once("://").unwrap_or_default();
+        let authority = host_of(url);
+        let (path, has_query) = place.split_once('?').map_or((place, false), |(path, _)| (path, true));
+        let host = if is_plain(authority, rules) { authority.to_owned() } else { format!("~{}", hash(authority)) };
+        let (top, mut directory, mut name) = (host.len(), host, Some(String::new()));
+        let mut segments = path.split('/').skip(1).peekable();
+        while let Some(segment) = segments.next() {
+            let decoded = decode(segment, rules);
+            if segments.peek().is_none() {
+                name = Some(decoded.unwrap_or_default());
+            } else if let Some(inner) = decoded {
+                directory.push('/');
+                directory.push_str(&inner);
+            } else {
+                name = None;
+                break;
+            }
         }
-        Self { whole: !name.is_empty() && url.query().is_none(), directory, name }
+        match name.filter(|name| directory.len() + name.len() <= MAX_PATH) {
+            Some(name) => Self { whole: !name.is_empty() && !has_query, directory, name },
+            None => {
+                directory.truncate(top);
+                Self { directory, name: String::new(), whole: false }
+            }
+        }
     }
 
     /// The path that expresses the whole URL, if there is one.
@@ -152,7 +165,7 @@ pub(crate) fn is_output(path: &str) -> bool {
 /// The place to request so that the file of a URL that has left the list stays at `path`; `None` if its URL leads there
 /// by itself.
 pub(crate) fn kept_place(url: &Url, path: &str, rules: Rules) -> Option<String> {
-    let wish = Wish::of(url, None, rules);
+    let wish = Wish::of(url.as_str(), None, rules);
     if wish.plain().as_deref() == Some(path) || wish.hashed(url) == path {
         return None;
     }
@@ -168,6 +181,9 @@ pub(crate) fn aside(url: &str) -> String {
 
 /// The name that a segment of a URL's path stands for, if a file may bear it.
 fn decode(segment: &str, rules: Rules) -> Option<String> {
+    if !segment.contains('%') {
+        return is_plain(segment, rules).then(|| segment.to_owned());
+    }
     let mut bytes = Vec::with_capacity(segment.len());
     let mut rest = segment.as_bytes();
     while let [first, tail @ ..] = rest {
@@ -189,11 +205,13 @@ fn decode(segment: &str, rules: Rules) -> Option<String> {
 
 /// Whether a file or directory may be called so, and the name cannot be taken for a hashed one.
 fn is_plain(name: &str, rules: Rules) -> bool {
-    let device = name.split('.').next().unwrap_or_default().to_ascii_lowercase();
-    let reserved = matches!(device.as_str(), "con" | "prn" | "aux" | "nul")
+    let device = name.split('.').next().unwrap_or_default();
+    let is_one_of = |text: &str, names: &[&str]| names.iter().any(|name| text.eq_ignore_ascii_case(name));
+    let is_port = |text: &str| text.ends_with(|c: char| c.is_ascii_digit());
+    let reserved = is_one_of(device, &["con", "prn", "aux", "nul"])
         || (device.len() == 4
-            && (device.starts_with("com") || device.starts_with("lpt"))
-            && device.ends_with(|c: char| c.is_ascii_digit()));
+            && is_port(device)
+            && device.get(..3).is_some_and(|kind| is_one_of(kind, &["com", "lpt"])));
     !name.is_empty()
         && name.len() <= MAX_NAME
         && name != "."
@@ -225,7 +243,7 @@ mod tests {
 
     fn assign_by<'a>(urls: impl IntoIterator<Item = &'a Url>, rules: Rules) -> BTreeMap<&'a Url, String> {
         let urls: Vec<&Url> = urls.into_iter().collect::<BTreeSet<_>>().into_iter().collect();
-        let wishes: Vec<Wish> = urls.iter().map(|url| Wish::of(url, None, rules)).collect();
+        let wishes: Vec<Wish> = urls.iter().map(|url| Wish::of(url.as_str(), None, rules)).collect();
         let mut names = Names::default();
         for (slot, wish) in (0..).zip(&wishes) {
             names.add(slot, wish, rules);
@@ -280,7 +298,7 @@ mod tests {
         for (path, asked) in [("h/a", None), (hashed.as_str(), None), ("x/y", Some("x/y"))] {
             assert_eq!(kept_place(&url, path, rules).as_deref(), asked, "{path}");
         }
-        let moved = Wish::of(&url, Some("x/y"), rules).hashed(&url);
+        let moved = Wish::of(url.as_str(), Some("x/y"), rules).hashed(&url);
         assert_eq!(kept_place(&url, &moved, rules).as_deref(), Some("x/y"));
         for path in [aside(url.as_str()), format!("x/y~{}", "0".repeat(32)), "../x/y".to_owned()] {
             assert_eq!(kept_place(&url, &path, rules), None, "{path}");

@@ -487,3 +487,44 @@ fn inside_a_runtime_it_says_where_it_belongs() {
     let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
     runtime.block_on(async { Explore::new().run(nothing, async |()| (), fine) }).assert_clean();
 }
+
+/// Blocks its thread when it is dropped, as often as it was told.
+struct Slow<'a>(&'a Cell<u32>);
+
+impl Drop for Slow<'_> {
+    #[expect(clippy::disallowed_methods, reason = "a destructor that blocks is what is looked for")]
+    fn drop(&mut self) {
+        if let Some(left) = self.0.get().checked_sub(1) {
+            self.0.set(left);
+            std::thread::sleep(Duration::from_millis(1_200));
+        }
+    }
+}
+
+/// Drops an operation at its only await, whose next `slow` drops block their thread.
+fn drop_slowly(slow: u32, check: impl Fn() -> Result<(), String>) -> Report {
+    let slow = Cell::new(slow);
+    let explore = Explore::new().paused_time(true).drop_within(Duration::from_secs(1));
+    explore.only(1, Way::Eager, None).run(
+        async || (),
+        async |()| {
+            let _slow = Slow(&slow);
+            sleep(Duration::from_secs(1)).await;
+        },
+        async |(), _outcome| check(),
+    )
+}
+
+#[test]
+fn a_drop_that_blocks_its_thread_is_a_failure_if_it_does_so_again() {
+    drop_slowly(1, || Ok(())).assert_clean();
+    let report = drop_slowly(2, || Ok(()));
+    assert!(report.failures()[0].is_blocking_drop(), "{report}");
+}
+
+#[test]
+fn what_else_is_wrong_at_a_slow_drop_is_not_forgotten() {
+    let looked = Cell::new(false);
+    let report = drop_slowly(1, || if looked.replace(true) { Ok(()) } else { Err("seen once".to_owned()) });
+    assert!(report.to_string().contains("seen once"), "{report}");
+}
