@@ -208,8 +208,11 @@ pub trait Driver: Database {
         mode: &Mode,
     ) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
 
-    /// Makes sqlx count no transaction, before somebody uses the connection without a guard.
-    fn count_none(_: &mut Self::Connection, _: &Self::Probe) {}
+    /// Makes sqlx count no transaction, before somebody uses the connection without a guard. Returns whether the server
+    /// has answered for that. If dropped, sqlx counts none already.
+    fn count_none(_: &mut Self::Connection, _: &Self::Probe) -> impl Future<Output = Result<bool, sqlx::Error>> + Send {
+        async { Ok(false) }
+    }
 
     /// Keeps queries outside transactions from writing, if the session does not, and forgets what was seen of it.
     fn begin_read(_: &Self::Probe) {}

@@ -104,7 +104,7 @@ async fn begin_on<DB: Backend>(
                 slot.recognise(&shared.known).await?;
                 let (conn, probe) = slot.parts();
                 if let Some(before_begin) = &shared.upkeep.before_begin {
-                    DB::count_none(conn, probe);
+                    DB::count_none(conn, probe).await?;
                     rejected = true;
                     before_begin(conn).await?;
                     rejected = false;

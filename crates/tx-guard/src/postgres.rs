@@ -215,13 +215,15 @@ impl Driver for Postgres {
         *place.state() = None;
     }
 
-    fn count_none(conn: &mut PgConnection, place: &Place) {
-        if place.stays_counted() && depth::<Self>(conn) > 0 {
-            // One poll writes the message; its answer is read with the answers to what follows. It begins a transaction
-            // for the rollback to end: without one, the server would log a warning.
-            drop(sqlx::raw_sql("BEGIN").execute(&mut *conn).now_or_never());
-            proof::leave(conn);
+    async fn count_none(conn: &mut PgConnection, place: &Place) -> Result<bool, sqlx::Error> {
+        if !place.stays_counted() || depth::<Self>(conn) == 0 {
+            return Ok(false);
         }
+        // One poll writes the message, and both answers are read together. It begins a transaction for the rollback to
+        // end: without one, the server would log a warning.
+        drop(sqlx::raw_sql("BEGIN").execute(&mut *conn).now_or_never());
+        proof::leave(conn);
+        conn.flush().await.map(|()| true)
     }
 
     async fn discard(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
@@ -232,14 +234,15 @@ impl Driver for Postgres {
         *place.state() = None;
         let sql = begin_sql(mode, &place.backend(), conn.server_version_num());
         match place.stays_counted() && depth::<Self>(conn) == 1 {
-            true => Self::run_sql(conn, sql).await?,
+            true => proof::say(conn, sql).await?,
             false => Manager::begin(conn, Some(AssertSqlSafe(sql).into_sql_str())).await?,
         }
         if place.is_pooled() { place.learn(conn).await } else { Ok(()) }
     }
 
-    async fn end_read(conn: &mut PgConnection, _: &Place) -> Result<(), sqlx::Error> {
-        conn.ping().await
+    async fn end_read(conn: &mut PgConnection, place: &Place) -> Result<(), sqlx::Error> {
+        // Behind a pooler, a message outside a transaction says nothing about the session that the last one had.
+        if place.is_pooled() { conn.ping().await } else { proof::exchange_nothing(conn).await }
     }
 
     async fn run_sql(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
@@ -295,7 +298,8 @@ impl Driver for Postgres {
         // Nothing behind the answer to COMMIT can take the commit back.
         if answer.row && answer.done_after_row >= 2 {
             *place.state() = answer.state;
-            if !place.stays_counted() {
+            // The ROLLBACK of the farewell may have been cancelled.
+            if !place.stays_counted() || answer.done_after_row < 3 {
                 proof::leave(conn);
             }
             return Ok(());
@@ -351,9 +355,11 @@ impl Driver for Postgres {
             }
             let answer = proof::exchange_rollback(conn, place.farewell()).await;
             match answer.failure {
-                None | Some(sqlx::Error::Database(_)) if answer.row => {
+                // A session that listens may be told something at the end of its transaction, which sqlx does not expect.
+                None | Some(sqlx::Error::Database(_) | sqlx::Error::Protocol(_)) if answer.row => {
                     *place.state() = answer.state;
-                    if !place.stays_counted() {
+                    // The ROLLBACK of the farewell may have been cancelled.
+                    if !place.stays_counted() || answer.done_after_row < 2 {
                         proof::leave(conn);
                     }
                     return Ok(found);
@@ -421,7 +427,8 @@ fn prepare_state(names: &[String]) -> String {
     let settings: String = settings.collect();
     format!(
         "PREPARE {STATE} AS SELECT concat_ws(chr(1), current_setting('role'), session_user,
-            current_setting('search_path'), {settings} pg_advisory_unlock_all()::text) AS {STATE}"
+            current_setting('search_path'), current_setting('default_transaction_read_only'),
+            coalesce(current_setting('client_connection_check_interval', true), ''), {settings} pg_advisory_unlock_all()::text) AS {STATE}"
     )
 }
 

@@ -93,17 +93,8 @@ impl<DB: Backend> TxPool<DB> {
             let recognised = timeout_at(answer, slot.recognise(&shared.known)).await;
             let (shared, runtime) = (Arc::clone(shared), runtime.clone());
             let mut reader = Reader { slot: Some(slot), shared, ticket, runtime };
-            let lives = match recognised {
-                Ok(Ok(())) if reader.slot().is_used_before(FRESH) => {
-                    matches!(timeout_at(answer, reader.ping()).await, Ok(Ok(())))
-                }
-                Ok(Ok(())) => true,
-                Ok(Err(_)) | Err(_) => false,
-            };
-            if lives {
-                let (conn, probe) = reader.parts();
-                DB::count_none(conn, probe);
-                DB::begin_read(probe);
+            let is_recognised = matches!(recognised, Ok(Ok(())));
+            if is_recognised && matches!(timeout_at(answer, reader.make_ready()).await, Ok(Ok(()))) {
                 return Ok(reader);
             }
             // Dropping it closes it.
@@ -120,6 +111,17 @@ impl<DB: Backend> TxPool<DB> {
 impl<DB: Backend> Reader<DB> {
     fn slot(&self) -> &Slot<DB> {
         self.slot.as_ref().expect(HELD)
+    }
+
+    /// Prepares the session, and checks that it answers unless it was used just now.
+    async fn make_ready(&mut self) -> Result<(), sqlx::Error> {
+        let (conn, probe) = self.parts();
+        let has_answered = DB::count_none(conn, probe).await?;
+        if !has_answered && self.slot().is_used_before(FRESH) {
+            self.parts().0.ping().await?;
+        }
+        DB::begin_read(self.parts().1);
+        Ok(())
     }
 
     fn parts(&mut self) -> (&mut DB::Connection, &DB::Probe) {

@@ -11,7 +11,8 @@
 #[non_exhaustive]
 pub enum Reset {
     /// After each transaction the pool compares a short list with its state when the session was opened: on PostgreSQL
-    /// the role, the `search_path` and the settings named by [`verify`](crate::TxPoolBuilder::verify); on MySQL the
+    /// the role, the `search_path`, the two settings that the pool itself makes (`default_transaction_read_only` and
+    /// `client_connection_check_interval`) and those named by [`verify`](crate::TxPoolBuilder::verify); on MySQL the
     /// database and the named variables. It also releases session locks (`pg_advisory_lock`, `GET_LOCK`). If something
     /// differs, it resets everything as with `Discard`, or closes the session on MySQL. A `SET LOCAL` ends with its
     /// transaction and does not count.

@@ -116,10 +116,10 @@ impl<DB: Backend> Session<DB> {
     }
 
     /// The connection for a hook of the user's.
-    fn lend(&mut self) -> &mut DB::Connection {
+    async fn lend(&mut self) -> Result<&mut DB::Connection, sqlx::Error> {
         let (conn, probe) = self.parts();
-        DB::count_none(conn, probe);
-        conn
+        DB::count_none(conn, probe).await?;
+        Ok(conn)
     }
 
     pub(crate) fn probe(&self) -> &DB::Probe {
@@ -156,7 +156,7 @@ impl<DB: Backend> Session<DB> {
     /// Lets the user's hook check it, and restores it. Returns false if it must be closed.
     pub(crate) async fn look_over(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
         if let Some(after_release) = &upkeep.after_release
-            && !after_release(self.lend()).await?
+            && !after_release(self.lend().await?).await?
         {
             return Ok(false);
         }
@@ -173,7 +173,7 @@ impl<DB: Backend> Session<DB> {
 
     /// Resets it and prepares it again, as if it were new. Returns false if that is not possible.
     async fn mend(&mut self, upkeep: &Upkeep<DB>) -> Result<bool, sqlx::Error> {
-        let conn = self.lend();
+        let conn = self.lend().await?;
         if !DB::discard(conn).await? {
             return Ok(false);
         }

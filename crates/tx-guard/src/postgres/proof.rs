@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use futures_util::StreamExt;
+use futures_util::{FutureExt, StreamExt};
 use sqlx::postgres::{PgConnectOptions, PgDatabaseError, PgRow, PgSeverity};
 use sqlx::{
     AssertSqlSafe, Column, ColumnIndex, ConnectOptions, Connection, Database, Either, PgConnection, Postgres, Row,
@@ -71,6 +71,30 @@ pub(crate) async fn exchange_rollback(conn: &mut PgConnection, farewell: Option<
     exchange(conn, sql, |row| text(row, 0).as_ref() == Some(&number)).await
 }
 
+/// Proves that the session is in no transaction, and that its answers are in step: an empty transaction that somebody has
+/// left is ended, any other is an error.
+pub(crate) async fn exchange_nothing(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    let number = fastrand::i32(..).to_string();
+    let sql = format!("BEGIN NOT DEFERRABLE; SELECT {number}; ROLLBACK");
+    let answer = exchange(conn, sql, |row| text(row, 0).as_ref() == Some(&number)).await;
+    match answer.failure {
+        // A session that listens may be told something behind the answer.
+        None | Some(sqlx::Error::Protocol(_)) if answer.row && answer.done_after_row >= 2 => Ok(()),
+        None => Err(out_of_step()),
+        Some(error) => Err(error),
+    }
+}
+
+/// Sends a message without a result, and skips what a session that listens was told while it was idle: sqlx takes that for
+/// an answer where it expects one.
+pub(crate) async fn say(conn: &mut PgConnection, sql: String) -> Result<(), sqlx::Error> {
+    match sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut *conn).now_or_never() {
+        Some(Ok(_)) => Ok(()),
+        Some(Err(error)) if !matches!(error, sqlx::Error::Protocol(_)) => Err(error),
+        Some(Err(_)) | None => conn.flush().await,
+    }
+}
+
 fn with(sql: String, farewell: Option<&str>) -> String {
     match farewell {
         Some(farewell) => format!("{sql}; {farewell}"),
@@ -84,7 +108,8 @@ async fn exchange(conn: &mut PgConnection, sql: String, is_ours: impl Fn(&PgRow)
     let mut parts = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_many(conn);
     while let Some(part) = parts.next().await {
         match part {
-            Ok(Either::Right(row)) if answer.row && is_alone(&row, STATE) => answer.state = text(&row, STATE),
+            // Somebody may have put another question under that name.
+            Ok(Either::Right(row)) if answer.row => answer.state = text(&row, STATE).filter(|_| is_alone(&row, STATE)),
             Ok(Either::Right(row)) => answer.row = is_ours(&row),
             Ok(Either::Left(_)) if answer.row => answer.done_after_row += 1,
             Ok(Either::Left(_)) => {}

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed unwrap is a failed test")]
 
 mod attempts;
+mod between;
 mod bounded;
 mod cancel;
 mod cancel_doors;

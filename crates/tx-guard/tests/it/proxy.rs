@@ -85,6 +85,8 @@ pub(crate) enum Fault {
     /// The client is cut off by a reset instead of an end, before and after.
     ResetBefore,
     ResetAnswer,
+    /// It reaches the server, but the `ROLLBACK` behind it fails there.
+    SpoiltRollback,
 }
 
 const FAULTS: [Fault; 9] = [
@@ -189,6 +191,11 @@ async fn strike(
     }
     if let Fault::Delay = fault {
         sleep(Duration::from_millis(30)).await;
+    }
+    if let Fault::SpoiltRollback = fault {
+        let ask = String::from_utf8_lossy(ask).replace("; ROLLBACK", "; SELECT x");
+        drop(to_server.write_all(ask.as_bytes()).await);
+        return true;
     }
     drop(to_server.write_all(ask).await);
     if let Fault::CutBehind = fault {
