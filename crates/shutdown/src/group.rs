@@ -21,8 +21,8 @@ use crate::result::{Rejected, TaskCounts};
 use crate::roster::{Outcomes, Recorder, Roster, Rules};
 use crate::stop::{StopReason, Stopping};
 use crate::task::{BoxError, TaskOutput};
-use crate::ticket::{Ticket, Tracked};
-use crate::trace::{Kind, Name, Own, guarded};
+use crate::ticket::{Closure, Ticket, Tracked};
+use crate::trace::{Kind, Name, Own};
 use crate::tree::{Node, abort_tree, bounded, stop_tree};
 
 /// The longest path of a group, in bytes. Beyond it, only the group's own name is shown.
@@ -351,24 +351,12 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
         W: FnOnce(WorkerContext) -> R + Send + 'static,
         R: TaskOutput<T, E>,
     {
-        let (mut ticket, cx) = match self.enter_with(name.into(), Location::caller(), Kind::Blocking) {
+        let (ticket, cx) = match self.enter_with(name.into(), Location::caller(), Kind::Blocking) {
             Ok(entered) => entered,
             Err(name) => return Err(Rejected::new(name, work)),
         };
-        drop(tokio::task::spawn_blocking(move || {
-            if !ticket.trace().begin() {
-                // It was called off or aborted. What it has captured may panic when it is dropped.
-                if let Err(panic) = guarded(ticket.trace(), || drop(work)) {
-                    ticket.finish(ticket.panicked(panic));
-                }
-                return;
-            }
-            let outcome = match guarded(ticket.trace(), || work(cx)) {
-                Ok(returned) => returned.into_outcome(),
-                Err(panic) => ticket.panicked(panic),
-            };
-            ticket.finish(outcome);
-        }));
+        let closure = Closure::new(work, ticket);
+        drop(tokio::task::spawn_blocking(move || closure.run(cx)));
         Ok(())
     }
 

@@ -115,7 +115,12 @@ impl Panic {
             Ok(panic) => return *panic,
             Err(payload) => payload,
         };
-        let panic = Self { message: message(&*payload), location };
+        // The payload's text may be the user's own, and panic too.
+        let message = catch_unwind(AssertUnwindSafe(|| message(&*payload))).unwrap_or_else(|again| {
+            std::mem::forget(again);
+            "a payload whose text panics".to_owned()
+        });
+        let panic = Self { message, location };
         if let Err(again) = catch_unwind(AssertUnwindSafe(|| drop(payload))) {
             // The payload's destructor panicked. The new payload is forgotten, because its destructor might panic too.
             std::mem::forget(again);

@@ -200,9 +200,10 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
         recorder: Option<Recorder<T, E>>,
         rules: Rules,
     ) -> Arc<Self> {
+        let lingers = rules.lingers;
         let child = Arc::new(Self::with_parent(path, recorder, Some(Arc::clone(parent)), rules));
         let erased: Arc<dyn Node> = child.clone();
-        if !parent.adopt(Arc::downgrade(&erased)) {
+        if !parent.adopt(Arc::downgrade(&erased), lingers) {
             let never_taken = {
                 let mut state = child.state();
                 state.gone = true;
@@ -210,9 +211,10 @@ impl<T: Send + 'static, E: Send + 'static> Roster<T, E> {
             };
             drop(never_taken);
             child.close();
-            if let Some(stopping) = parent.stop().get() {
-                child.stop.request(stopping.clone());
-            }
+        }
+        // A stop of the parent that comes later finds the child in its list.
+        if let Some(stopping) = parent.stop().get() {
+            child.stop.request(stopping.clone());
         }
         child
     }
@@ -486,9 +488,9 @@ impl<T: Send + 'static, E: Send + 'static> Node for Roster<T, E> {
         self.state().gone
     }
 
-    fn adopt(&self, child: Weak<dyn Node>) -> bool {
+    fn adopt(&self, child: Weak<dyn Node>, lingers: bool) -> bool {
         let mut state = self.state();
-        if state.closed {
+        if state.gone || (state.closed && !lingers) {
             return false;
         }
         // Swept only when full, so that a server with a group for each connection pays a constant cost for each.

@@ -8,7 +8,8 @@ use std::task::{Context, Poll, Waker};
 
 use pin_project_lite::pin_project;
 
-use crate::panics::Panic;
+use crate::context::WorkerContext;
+use crate::panics::{Panic, catch};
 use crate::places::Block;
 use crate::roster::Roster;
 use crate::stop::{Stopping, after};
@@ -17,7 +18,7 @@ use crate::trace::{Trace, guarded};
 use crate::tree::{Node, stop_tree};
 
 /// A task's obligation to report how it ended: explicitly, or else when it is dropped.
-pub(crate) struct Ticket<T, E> {
+pub(crate) struct Ticket<T: Send + 'static, E: Send + 'static> {
     block: Arc<Block<Roster<T, E>>>,
     place: u32,
     /// Whether its trace has its waker.
@@ -25,7 +26,7 @@ pub(crate) struct Ticket<T, E> {
     is_told: bool,
 }
 
-impl<T, E> Ticket<T, E> {
+impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
     pub(crate) fn new((block, place): (Arc<Block<Roster<T, E>>>, u32)) -> Self {
         Self { block, place, is_parked: false, is_told: false }
     }
@@ -58,11 +59,6 @@ impl<T, E> Ticket<T, E> {
         }
     }
 
-    /// Says how a task ended that is dropped.
-    fn tell_dropped(&self, outcome: TaskOutcome<T, E>) {
-        self.roster().tell(self.place, self.trace(), outcome, |_, _| {});
-    }
-
     /// Nothing looks at the trace from now on.
     fn let_go(&mut self) {
         self.is_told = true;
@@ -83,11 +79,48 @@ impl<T: Send + 'static, E: Send + 'static> Ticket<T, E> {
     }
 }
 
-impl<T, E> Drop for Ticket<T, E> {
+impl<T: Send + 'static, E: Send + 'static> Drop for Ticket<T, E> {
     fn drop(&mut self) {
         if !self.is_told {
-            self.let_go();
-            self.tell_dropped(self.dropped());
+            self.finish(self.dropped());
+        }
+    }
+}
+
+/// A closure for a blocking thread. Dropped unrun, as by a runtime that ends, it reports its end like a task.
+pub(crate) struct Closure<W, T: Send + 'static, E: Send + 'static> {
+    /// Declared before the ticket, and dropped before it.
+    work: Option<W>,
+    ticket: Ticket<T, E>,
+}
+
+impl<W, T: Send + 'static, E: Send + 'static> Closure<W, T, E> {
+    pub(crate) fn new(work: W, ticket: Ticket<T, E>) -> Self {
+        Self { work: Some(work), ticket }
+    }
+
+    pub(crate) fn run<R: TaskOutput<T, E>>(mut self, cx: WorkerContext)
+    where
+        W: FnOnce(WorkerContext) -> R,
+    {
+        // Otherwise it was called off or aborted.
+        if self.ticket.trace().begin()
+            && let Some(work) = self.work.take()
+        {
+            // Without a beat: it has one from its beginning.
+            let outcome = catch(|| work(cx).into_outcome()).unwrap_or_else(|panic| self.ticket.panicked(panic));
+            self.ticket.finish(outcome);
+        }
+    }
+}
+
+impl<W, T: Send + 'static, E: Send + 'static> Drop for Closure<W, T, E> {
+    fn drop(&mut self) {
+        if let Some(work) = self.work.take()
+            && let Err(panic) = catch(|| drop(work))
+        {
+            let panicked = self.ticket.panicked(panic);
+            self.ticket.finish(panicked);
         }
     }
 }
@@ -95,28 +128,39 @@ impl<T, E> Drop for Ticket<T, E> {
 pin_project! {
     // The future is declared before the ticket and so is dropped before it: even when a task is aborted, its
     // destructors have run when its end is reported.
-    pub(crate) struct Tracked<F, T, E> {
+    pub(crate) struct Tracked<F, T, E>
+    where
+        T: Send,
+        T: 'static,
+        E: Send,
+        E: 'static,
+    {
         #[pin]
         future: Option<F>,
         ticket: Ticket<T, E>,
     }
 
-    impl<F, T, E> PinnedDrop for Tracked<F, T, E> {
+    impl<F, T, E> PinnedDrop for Tracked<F, T, E>
+    where
+        T: Send,
+        T: 'static,
+        E: Send,
+        E: 'static,
+    {
         fn drop(this: Pin<&mut Self>) {
             let mut this = this.project();
             if this.future.is_some() {
                 // A destructor that panics is how the task ended, also of one that is cancelled or cut.
                 if let Err(panic) = guarded(this.ticket.trace(), || this.future.set(None)) {
                     let panicked = this.ticket.panicked(panic);
-                    this.ticket.let_go();
-                    this.ticket.tell_dropped(panicked);
+                    this.ticket.finish(panicked);
                 }
             }
         }
     }
 }
 
-impl<F, T, E> Tracked<F, T, E> {
+impl<F, T: Send + 'static, E: Send + 'static> Tracked<F, T, E> {
     pub(crate) fn new(future: F, ticket: Ticket<T, E>) -> Self {
         Self { future: Some(future), ticket }
     }
@@ -142,7 +186,7 @@ where
                 return this.future.set(None);
             };
             if let Poll::Ready(returned) = future.poll(cx) {
-                output = Some(returned);
+                output = Some(returned.into_outcome());
                 // What it owns is dropped before its end is reported. If a destructor panics, the panic is the outcome.
                 this.future.set(None);
             }
@@ -153,7 +197,7 @@ where
                 return Poll::Pending;
             }
             (Ok(()), None) => this.ticket.dropped(),
-            (Ok(()), Some(output)) => output.into_outcome(),
+            (Ok(()), Some(outcome)) => outcome,
             (Err(panic), output) => {
                 let emptied = guarded(this.ticket.trace(), || {
                     this.future.set(None);

@@ -64,8 +64,9 @@ pub(crate) trait Node: Send + Sync + fmt::Debug {
     fn children(&self) -> Vec<Arc<dyn Node>>;
     /// Whether the group and all groups below it have ended for good.
     fn is_gone(&self) -> bool;
-    /// Adopts a group, which is then stopped and awaited with this one. Returns false if this one is closed.
-    fn adopt(&self, child: Weak<dyn Node>) -> bool;
+    /// Adopts a group, which is then stopped and awaited with this one. Returns false if this one is closed. A group that
+    /// `lingers` is adopted as long as a task is alive here, which may still need it.
+    fn adopt(&self, child: Weak<dyn Node>, lingers: bool) -> bool;
     /// Records every live task as abandoned, but a blocking closure that has not begun as cancelled, because it never
     /// will begin.
     fn abandon(&self);

@@ -254,18 +254,18 @@ fn never_started<W>(core: &Core, phase: &str, name: String, added_at: &'static L
 /// Stops the phases in reverse order, each when the one after it has ended or was cut.
 async fn stop(core: &Core, groups: &[TaskGroup], clock: &Clock) {
     let Some(Stopping { reason, deadline }) = core.stop.get() else { return };
-    let mut delay = core.delay(reason);
+    let drained = after(core.delay(reason));
     for (index, group) in groups.iter().enumerate().rev() {
         if Instant::now() >= *deadline {
             break;
         }
         let node = group.node();
         let phase_deadline = core.phase_deadline(index, *deadline);
-        if !delay.is_zero() {
-            // The delay runs inside the phase's time. It ends early if the workers end.
-            let delayed = after(delay).min(phase_deadline);
+        if Instant::now() < drained {
+            // The delay runs inside the phase's time. A phase whose workers have ended leaves the rest of it to the one
+            // before it.
+            let delayed = drained.min(phase_deadline);
             let _elapsed = clock.timeout_at(delayed, poll_fn(|cx| node.poll_idle(cx))).await;
-            delay = Duration::ZERO;
         }
         core.tell(index, &Stopping { reason: reason.clone(), deadline: phase_deadline });
         if clock.timeout_at(phase_deadline, poll_fn(|cx| node.poll_idle(cx))).await.is_none() {

@@ -3,11 +3,14 @@
 use std::pin::pin;
 use std::time::Duration;
 
+use tokio::time::timeout_at;
+
+use crate::clock::Clock;
 use crate::group::TaskGroup;
 use crate::result::TaskGroupResult;
 use crate::stop::{StopReason, after};
 use crate::task::TaskOutcome;
-use crate::tree::{bounded, finished};
+use crate::tree::{bounded, cut, finished};
 
 impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// Returns the next task that has ended, with its name, or `None` when there is none left.
@@ -134,7 +137,14 @@ impl<T: Send + 'static, E: Send + 'static> TaskGroup<T, E> {
     /// This method is not cancel safe. If dropped, the tasks are dropped at once, without the rest of their grace, and
     /// the outcomes are lost; a blocking closure that has begun keeps running.
     pub async fn shutdown(self, timeout: Duration) -> TaskGroupResult<E> {
-        self.stop(StopReason::Requested, after(timeout));
+        let deadline = after(timeout);
+        self.stop(StopReason::Requested, deadline);
+        let node = self.node();
+        // It may have been told to stop before, with a longer grace.
+        let is_longer = node.stop().get().is_some_and(|stopping| stopping.deadline > deadline);
+        if is_longer && timeout_at(deadline, self.finished()).await.is_err() {
+            cut(&[(node, false)], &Clock::Tokio).await;
+        }
         self.wait().await
     }
 

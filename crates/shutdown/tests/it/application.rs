@@ -141,6 +141,18 @@ async fn the_drain_delay_runs_inside_the_timeout() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_phase_without_workers_leaves_the_drain_delay_to_the_one_before_it() {
+    let diary = Diary::new();
+    let app = Application::new("app")
+        .phase("ingress", |phase| phase.worker("http", diary.worker(1)))
+        .phase("extras", |phase| phase)
+        .shutdown_timeout(10 * SECOND)
+        .drain_delay(4 * SECOND);
+    drop(serve(app, Duration::ZERO).await);
+    assert_eq!(diary.read(), [entry("http starts", 0), entry("http stops", 4), entry("http ends", 5)]);
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_failed_start_rolls_the_earlier_phase_back_and_starts_no_later_one() {
     let diary = Diary::new();
     let app = Application::new("app")

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
-use cancel_safe_shutdown::{BoxError, StragglerState, TaskGroup, TaskOutcome};
+use cancel_safe_shutdown::{BoxError, StragglerState, TaskGroup, TaskOutcome, WorkerContext};
 use tokio::task::yield_now;
 use tokio::time::{Instant, sleep};
 
@@ -514,4 +514,31 @@ async fn a_task_is_told_to_have_ended_only_when_its_values_are_gone() {
         group.join_next().await.unwrap();
         assert_eq!(alive.count(), 0);
     }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_shutdown_is_no_longer_than_it_is_told_whatever_was_told_before() {
+    let group = TaskGroup::new();
+    group.spawn_with("deaf", |_| pending::<()>()).unwrap();
+    assert!(tokio::time::timeout(Duration::from_millis(1), group.cancel_all()).await.is_err());
+    let begun = Instant::now();
+    let result = group.shutdown(Duration::from_secs(1)).await;
+    assert_eq!(result.stragglers.len(), 1);
+    assert_eq!(begun.elapsed().as_secs(), 1);
+}
+
+#[tokio::test]
+async fn a_blocking_closure_that_runs_is_said_to_be_running() {
+    let group = TaskGroup::new();
+    let (begun, running) = tokio::sync::oneshot::channel();
+    let (release, held) = mpsc::channel::<()>();
+    let work = move |_: WorkerContext| {
+        begun.send(()).unwrap();
+        held.recv().unwrap_or_default();
+    };
+    group.spawn_blocking("hash", work).unwrap();
+    running.await.unwrap();
+    assert!(group.tasks()[0].is_inside_poll);
+    drop(release);
+    assert_eq!(group.wait().await.completed, ["hash"]);
 }

@@ -268,3 +268,60 @@ async fn a_tolerated_worker_fails_alone_and_is_reported() {
     let others = Application::new("app").worker("metrics", fails).tolerated().worker("broken", fails);
     assert_eq!(serve(others).await.exit_code(), 1);
 }
+
+#[tokio::test(start_paused = true)]
+async fn a_payload_whose_text_panics_is_a_panic() {
+    #[derive(Debug)]
+    struct Unspeakable;
+    impl fmt::Display for Unspeakable {
+        fn fmt(&self, _: &mut fmt::Formatter<'_>) -> fmt::Result {
+            panic!("no words")
+        }
+    }
+    impl std::error::Error for Unspeakable {}
+    let group = TaskGroup::new();
+    let payload: Box<dyn std::error::Error + Send + Sync> = Box::new(Unspeakable);
+    group.spawn("broken", async move { panic_any(payload) }).unwrap();
+    let result = group.wait().await;
+    assert_eq!(result.panicked, [("broken".to_owned(), "a payload whose text panics".to_owned())]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_destructor_that_panics_with_its_executor_stops_a_group_that_fails_fast() {
+    let group = TaskGroup::new().fail_fast();
+    group.spawn_with("deaf", |_| pending::<()>()).unwrap();
+    let local = tokio::task::LocalSet::new();
+    let carries = async {
+        let _bomb = Bomb::armed();
+        pending::<()>().await;
+    };
+    local.run_until(async { group.spawn_local("carrier", carries).map_err(|_| "closed") }).await.unwrap();
+    local.run_until(tokio::task::yield_now()).await;
+    drop(local);
+    let result = group.wait().await;
+    assert_eq!((result.panicked.len(), result.stragglers.len()), (1, 1), "{result:?}");
+}
+
+/// As when its runtime ends with the closure in the queue.
+#[tokio::test]
+async fn a_blocking_closure_that_never_runs_is_gone_when_its_end_is_told() {
+    let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+    let (release, held) = std::sync::mpsc::channel::<()>();
+    let (begun, running) = tokio::sync::oneshot::channel();
+    let holder = runtime.spawn_blocking(move || {
+        begun.send(()).unwrap();
+        held.recv().unwrap_or_default();
+    });
+    running.await.unwrap();
+    let group = TaskGroup::new();
+    {
+        let _inside = runtime.enter();
+        let bomb = Bomb::armed();
+        group.spawn_blocking("queued", move |_| drop(bomb)).map_err(|_| "closed").unwrap();
+    }
+    runtime.shutdown_background();
+    drop(release);
+    let result = group.wait().await;
+    assert_eq!(result.panicked.len(), 1, "{result:?}");
+    drop(holder.await);
+}

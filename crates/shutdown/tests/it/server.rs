@@ -601,3 +601,55 @@ async fn a_connection_that_nobody_owns_is_caught() {
     client.read_until("tick").await;
     assert!(shared.0.db_closed.load(Ordering::SeqCst) && !report.stragglers().any(|task| task.name == client.name));
 }
+
+/// One frame of HTTP/2.
+struct Frame {
+    kind: u8,
+    stream: u32,
+}
+
+/// A client that has made no request yet, and answers no ping: its connection goes on until it has.
+#[expect(clippy::disallowed_methods, reason = "nobody drops the client halfway")]
+async fn raw_h2(addr: SocketAddr) -> TcpStream {
+    let mut stream = TcpStream::connect(addr).await.unwrap();
+    stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    stream
+}
+
+#[expect(clippy::disallowed_methods, reason = "nobody drops the client halfway")]
+async fn frame(stream: &mut TcpStream) -> Frame {
+    let mut head = [0; 9];
+    stream.read_exact(&mut head).await.unwrap();
+    let [_, high, low, kind, _, id @ ..] = head;
+    let mut body = vec![0; usize::from(u16::from_be_bytes([high, low]))];
+    stream.read_exact(&mut body).await.unwrap();
+    Frame { kind, stream: u32::from_be_bytes(id) }
+}
+
+#[tokio::test]
+#[expect(clippy::disallowed_methods, reason = "nobody drops the client halfway")]
+async fn a_first_request_that_crosses_the_stop_is_answered() {
+    const HEADERS: u8 = 1;
+    const RST_STREAM: u8 = 3;
+    const GOAWAY: u8 = 7;
+    let site = Site::open(NEVER).await;
+    let mut stream = raw_h2(site.addr).await;
+    // The settings of the server: the connection is up.
+    frame(&mut stream).await;
+    site.stop.cancel();
+    while frame(&mut stream).await.kind != GOAWAY {}
+    // GET / in HPACK, as the first stream, and its last frame.
+    stream.write_all(b"\0\0\x03\x01\x05\0\0\0\x01\x82\x84\x86").await.unwrap();
+    let answer = async {
+        loop {
+            let found = frame(&mut stream).await;
+            if found.stream == 1 && [HEADERS, RST_STREAM].contains(&found.kind) {
+                break found.kind;
+            }
+        }
+    };
+    assert_eq!(timeout(MINUTE, answer).await.unwrap(), HEADERS);
+    drop(stream);
+    let report = site.report().await;
+    assert!(report.is_clean() && report.elapsed() < NEVER / 2, "{report}");
+}

@@ -4,12 +4,14 @@
 //! leaves no row in the table that is missing from the book.
 
 use std::cell::Cell;
+use std::panic::AssertUnwindSafe;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use cancel_safe_tx_guard::{CommitError, OutcomeHandle, Retry, TransactionGuard, TxError, TxPool};
 use fastrand::Rng;
+use futures_util::FutureExt;
 use futures_util::future::LocalBoxFuture;
 use sqlx::Connection;
 
@@ -286,6 +288,12 @@ impl Book {
     }
 }
 
+/// Makes an error of a panic in the driver: sqlx-mysql has one where it has lost its place in the answers, which only a
+/// program that runs on after a cut can see.
+async fn driver<T>(statement: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
+    AssertUnwindSafe(statement).catch_unwind().await.unwrap_or(Err(sqlx::Error::WorkerCrashed))
+}
+
 /// The source of transactions: the crate, or plain sqlx, which is the twin that the check must catch.
 pub(crate) enum Source<D: FuzzDb> {
     Ours(TxPool<D>),
@@ -499,7 +507,7 @@ impl<D: FuzzDb> Run<D> {
             Step::Read { cut } => {
                 let sql = format!("SELECT n FROM {} WHERE n < 0", self.table);
                 let cut = cut.filter(|_| D::READS_GO_ON);
-                self.book.within(Stage::Statement, cut, D::numbers(hand.conn(), sql)).await.transpose()?;
+                self.book.within(Stage::Statement, cut, driver(D::numbers(hand.conn(), sql))).await.transpose()?;
                 Ok(())
             }
             Step::HalfRead => {
@@ -507,14 +515,14 @@ impl<D: FuzzDb> Run<D> {
                 Ok(D::half_read(hand.conn(), D::MANY).await?)
             }
             Step::Nap { cut } => {
-                let nap = D::execute(hand.conn(), D::NAP.to_owned());
+                let nap = driver(D::execute(hand.conn(), D::NAP.to_owned()));
                 let cut = cut.filter(|_| D::READS_GO_ON);
                 self.book.within(Stage::Statement, cut, nap).await.transpose()?;
                 Ok(())
             }
             Step::Fail => {
                 self.book.stage(Stage::Statement);
-                D::execute(hand.conn(), format!("INSERT INTO {} (n) VALUES (-1)", self.table)).await?;
+                driver(D::execute(hand.conn(), format!("INSERT INTO {} (n) VALUES (-1)", self.table))).await?;
                 Ok(())
             }
             Step::Savepoint { steps, undo, cut } => match hand {
@@ -532,8 +540,10 @@ impl<D: FuzzDb> Run<D> {
     }
 
     async fn write(&self, hand: &mut Hand<'_, D>, entry: usize, cut: Cut, sql: String) -> Result<(), TxError> {
-        match self.book.within(Stage::Statement, cut, D::execute(hand.conn(), sql)).await {
+        match self.book.within(Stage::Statement, cut, driver(D::execute(hand.conn(), sql))).await {
             Some(Ok(())) => self.book.settle(entry, Standing::Done),
+            // Nobody knows what it has done.
+            Some(Err(error @ sqlx::Error::WorkerCrashed)) => return Err(error.into()),
             Some(Err(error)) => {
                 self.book.settle(entry, Standing::Undone);
                 return Err(error.into());
