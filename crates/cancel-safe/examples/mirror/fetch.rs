@@ -263,8 +263,17 @@ impl Fetcher {
         while let Some(kept_part) = part.as_ref().filter(|_| bytes < kept) {
             let (kept_part, at) = (Arc::clone(kept_part), bytes);
             let piece = tokio::task::spawn_blocking(move || kept_part.read(at)).await;
-            let piece = piece.map_err(io::Error::other).flatten();
-            let piece = piece.map_err(|error| Trouble::new("write", chain(&error), Advice::Again))?;
+            let piece = match piece.map_err(io::Error::other).flatten() {
+                Ok(piece) => piece,
+                Err(error) if is_out_of_files(&error) => {
+                    return Err(Trouble::new("write", chain(&error), Advice::Later(FILES_PAUSE)));
+                }
+                Err(error) => {
+                    // The next attempt asks for the whole.
+                    part.take().and_then(Arc::into_inner).into_iter().for_each(|part| self.home.parts.remove(part));
+                    return Err(Trouble::new("write", chain(&error), Advice::Again));
+                }
+            };
             hasher.update(&piece);
             bytes += piece.len() as u64;
             body = body.take(&piece, options, file).await.map_err(|error| Trouble::of_write(error, file))?;
@@ -494,6 +503,8 @@ fn advice(error: &io::Error) -> Advice {
         _ if is_of_name(error) => Advice::Never,
         // A directory that somebody has closed to us.
         ErrorKind::PermissionDenied | ErrorKind::IsADirectory | ErrorKind::NotADirectory => Advice::Never,
+        // More than the file system, or the shell, lets a file have.
+        ErrorKind::FileTooLarge => Advice::Never,
         _ => Advice::Stop(Exit::Write),
     }
 }

@@ -62,7 +62,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         Ok(list)
     })
     .await?;
-    let (mut lost, mut moves, mut places) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut lost, mut strange, mut moves, mut places) = (Vec::new(), Vec::new(), Vec::new(), HashSet::new());
     let mut last = None;
     loop {
         let rows = catalogue.after(last).await?;
@@ -70,7 +70,11 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         last = Some(end.url.clone());
         let (place, verify) = (Arc::clone(home), wanted.verify);
         let (kept, gone) = blocking(move |stop| inspect(&place, rows, verify, stop)).await?;
-        lost.extend(gone);
+        for row in gone {
+            // Nobody would fetch it again, so whatever is there now is somebody else's.
+            let slot = list.find(&row.url).map_err(listed)?;
+            if slot.is_some_and(|slot| list.is_left(slot)) { strange.push(row) } else { lost.push(row) }
+        }
         for row in kept {
             let Some(slot) = list.find(&row.url).map_err(listed)? else { continue };
             let (line, _, path) = list.entry(slot).map_err(listed)?;
@@ -92,6 +96,7 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         }
     }
     settled.lost = lost.len();
+    settled.left = settled.left.saturating_sub(strange.len());
     let place = Arc::clone(home);
     let lost = blocking(move |_| {
         // Before the rows: a file without a row would count as somebody else's.
@@ -101,7 +106,8 @@ pub(crate) async fn settle(wanted: &Wanted<'_>, list: List) -> Result<(List, Set
         Ok(lost)
     })
     .await?;
-    catalogue.apply_all(lost.into_iter().map(|row| Change::Delete(row.url)).collect()).await?;
+    let gone = lost.into_iter().chain(strange);
+    catalogue.apply_all(gone.map(|row| Change::Delete(row.url)).collect()).await?;
     for refused in relocate(home, catalogue, moves).await? {
         forget(wanted, refused, &mut list, &mut places, &mut settled)?;
     }
@@ -306,12 +312,11 @@ fn is_inside(path: &str) -> bool {
     Path::new(path).components().all(|component| matches!(component, Component::Normal(_)))
 }
 
-/// Removes a file; that it is gone already is fine.
+/// Removes a file. It may be gone already, or a directory may be in its place: then its URL fails, and not the run.
 fn remove(path: &Path) -> Result<(), HomeError> {
+    use io::ErrorKind::{IsADirectory, NotADirectory, NotFound};
     match std::fs::remove_file(path) {
-        Err(error) if !matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
-            Err(at(path)(error))
-        }
+        Err(error) if !matches!(error.kind(), NotFound | NotADirectory | IsADirectory) => Err(at(path)(error)),
         _ => Ok(()),
     }
 }

@@ -534,6 +534,38 @@ fn urls_that_left_the_manifest_are_told_and_their_files_kept() {
 }
 
 #[test]
+fn a_file_whose_url_has_left_the_manifest_is_not_removed_when_somebody_edits_it() {
+    let scene = Scene::new(2);
+    scene.serve("notes", b"theirs");
+    scene.run(&[], 0);
+    let list = fs::read_to_string(scene.path("urls.txt")).unwrap();
+    fs::write(scene.path("urls.txt"), list.replace(&format!("{}/notes\n", scene.server.base), "")).unwrap();
+    let authority = scene.server.base.strip_prefix("http://").unwrap().to_owned();
+    let own = scene.out().join("files").join(&authority).join("notes");
+    fs::write(&own, "mine by now").unwrap();
+    for _ in 0..2 {
+        scene.run(&["--verify"], 0);
+        assert_eq!(fs::read_to_string(&own).unwrap(), "mine by now");
+    }
+    assert!(!catalogue(&scene.out()).keys().any(|path| path.ends_with("/notes")));
+}
+
+#[test]
+fn a_directory_in_the_place_of_a_file_is_the_failure_of_its_url_alone() {
+    let scene = Scene::new(2);
+    scene.serve("notes", b"theirs");
+    scene.run(&[], 0);
+    let authority = scene.server.base.strip_prefix("http://").unwrap().to_owned();
+    let place = scene.out().join("files").join(&authority).join("notes");
+    fs::remove_file(&place).unwrap();
+    fs::create_dir(&place).unwrap();
+    fs::write(place.join("mine"), "mine").unwrap();
+    let text = scene.run(&[], 2);
+    assert!(text.contains("/notes"), "{text}");
+    assert_eq!(fs::read_to_string(place.join("mine")).unwrap(), "mine");
+}
+
+#[test]
 fn a_file_that_becomes_a_directory_makes_room() {
     let scene = Scene::new(3);
     // The server has no file below `/plain`; an entry in the manifest is enough.
