@@ -289,6 +289,7 @@ impl Fetcher {
                 }
             };
             self.report.arrived(chunk.len());
+            seat.heard();
             hasher.update(&chunk);
             bytes += chunk.len() as u64;
             if part.as_mut().is_some_and(|part| part.take(&chunk)) {

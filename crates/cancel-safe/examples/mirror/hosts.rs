@@ -48,6 +48,11 @@ impl Seat {
         let of_run = Arc::clone(&self.hosts.gate).acquire_owned().await;
         self.permits = of_run.ok().map(|of_run| [of_host, of_run]);
     }
+
+    /// A part of a body has come.
+    pub(crate) fn heard(&self) {
+        self.hosts.with(&self.host, |host| host.silent_since = None);
+    }
 }
 
 impl Drop for Seat {
@@ -168,16 +173,19 @@ impl Hosts {
     /// What an answer says about its host.
     pub(crate) fn class_of(&self, response: &Response) -> Class {
         let url = response.url();
-        self.with(&name_of(url), |host| match response.status() {
-            StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
-                // The same URL again says nothing new: it may be that URL which is broken.
-                let is_new = host.storm.len() >= MAX_STORM || host.storm.insert(url.path().to_owned());
-                if is_new { Class::Failure } else { Class::Ignore }
-            }
-            StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => Class::Ignore,
-            _ => {
-                host.storm.clear();
-                Class::Success
+        self.with(&name_of(url), |host| {
+            host.silent_since = None;
+            match response.status() {
+                StatusCode::BAD_GATEWAY | StatusCode::SERVICE_UNAVAILABLE | StatusCode::GATEWAY_TIMEOUT => {
+                    // The same URL again says nothing new: it may be that URL which is broken.
+                    let is_new = host.storm.len() >= MAX_STORM || host.storm.insert(url.path().to_owned());
+                    if is_new { Class::Failure } else { Class::Ignore }
+                }
+                StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => Class::Ignore,
+                _ => {
+                    host.storm.clear();
+                    Class::Success
+                }
             }
         })
     }
@@ -225,6 +233,17 @@ mod tests {
         hosts.answered("h");
         hosts.silent("h");
         assert!(!hosts.is_lost("h") && !hosts.is_lost("i"));
+    }
+
+    #[test]
+    fn a_host_is_not_lost_while_a_body_comes_from_it() {
+        let hosts = Arc::new(Hosts::new(9, 1));
+        let seat = hosts.begin("h", "a");
+        let long_ago = Instant::now().checked_sub(MAX_OUTAGE * 2);
+        hosts.with("h", |host| host.silent_since = long_ago);
+        assert!(hosts.is_lost("h"));
+        seat.heard();
+        assert!(!hosts.is_lost("h"));
     }
 
     #[test]
