@@ -205,9 +205,10 @@ impl Application {
     /// Sets how long workers continue after a signal or a request before the first of them is told to stop. This gives
     /// load balancers time to look elsewhere. The default is zero.
     ///
-    /// The delay runs inside the budget and inside the timeout of the last phase; it is not added to either. A stop
-    /// because of a failure has no delay. Neither has a stop by SIGINT, because a person who presses Ctrl-C waits for
-    /// no load balancer; [`drain_on_interrupt`](Self::drain_on_interrupt) adds the delay there.
+    /// The delay runs inside the budget and inside the timeouts of the phases; it is not added to either. A phase whose
+    /// workers have ended, or that has none, leaves the rest of the delay to the one before it. A stop because of a
+    /// failure has no delay. Neither has a stop by SIGINT, because a person who presses Ctrl-C waits for no load
+    /// balancer; [`drain_on_interrupt`](Self::drain_on_interrupt) adds the delay there.
     pub fn drain_delay(mut self, delay: Duration) -> Self {
         self.terms.drain_delay = delay;
         self

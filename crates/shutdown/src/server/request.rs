@@ -5,8 +5,10 @@ use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
-use http::{HeaderMap, Request, Response};
+use http::header::CONTENT_LENGTH;
+use http::{HeaderMap, Method, Request, Response, StatusCode};
 use http_body::{Body, Frame, SizeHint};
+use hyper::body::Buf;
 use pin_project_lite::pin_project;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
@@ -94,7 +96,8 @@ where
         let connection = request.extensions_mut().remove::<Serving>();
         let deadline = limit.map(|limit| cancel_after(limit, token.clone()));
         let guard = Guard { token: Some(token), deadline, connection };
-        WatchedResponse { future: self.inner.call(request), guard: Some(guard) }
+        let is_head = request.method() == Method::HEAD;
+        WatchedResponse { future: self.inner.call(request), guard: Some(guard), is_head }
     }
 }
 
@@ -172,6 +175,7 @@ pin_project! {
         #[pin]
         future: F,
         guard: Option<Guard>,
+        is_head: bool,
     }
 }
 
@@ -185,16 +189,26 @@ where
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = self.project();
         let returned = ready!(this.future.poll(cx));
-        let guard = this.guard.take();
+        let (guard, is_head) = (this.guard.take(), *this.is_head);
         Poll::Ready(returned.map(|response| {
+            let left = if is_head { Some(0) } else { length(&response) };
             response.map(|body| {
-                let mut body = WatchedBody { body, guard };
+                let mut body = WatchedBody { body, guard, left };
                 // A body that is already at its end is never polled.
                 body.finish_at_end();
                 body
             })
         }))
     }
+}
+
+/// How many bytes the body has, if that is known: a server does not poll it once they are sent.
+fn length<B: Body>(response: &Response<B>) -> Option<u64> {
+    if let StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED = response.status() {
+        return Some(0);
+    }
+    let header = response.headers().get(CONTENT_LENGTH).and_then(|length| length.to_str().ok()?.parse().ok());
+    header.or_else(|| response.body().size_hint().exact())
 }
 
 pin_project! {
@@ -204,12 +218,14 @@ pin_project! {
         #[pin]
         body: B,
         guard: Option<Guard>,
+        // How many bytes are still to come, if that is known.
+        left: Option<u64>,
     }
 }
 
 impl<B: Body> WatchedBody<B> {
     fn finish_at_end(&mut self) {
-        if self.body.is_end_stream() {
+        if self.body.is_end_stream() || self.left == Some(0) {
             finish(&mut self.guard);
         }
     }
@@ -226,7 +242,12 @@ impl<B: Body> Body for WatchedBody<B> {
             None => true,
             // A failed body cancels its token when it is dropped, because the client did not get its response.
             Some(Err(_)) => false,
-            Some(Ok(frame)) => frame.is_trailers() || this.body.is_end_stream(),
+            Some(Ok(frame)) => {
+                if let (Some(left), Some(data)) = (this.left.as_mut(), frame.data_ref()) {
+                    *left = left.saturating_sub(data.remaining() as u64);
+                }
+                frame.is_trailers() || *this.left == Some(0) || this.body.is_end_stream()
+            }
         };
         if is_last {
             finish(this.guard);

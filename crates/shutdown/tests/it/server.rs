@@ -70,6 +70,7 @@ fn router(shared: Shared) -> Router {
         .route("/panics", get(async || -> () { panic!("in a handler") }))
         .route("/events", get(events))
         .route("/orderly-events", get(orderly_events))
+        .route("/sized", get(sized))
         .route("/upgrade", get(upgrade))
         .with_state(shared)
 }
@@ -86,6 +87,13 @@ async fn stuck(State(shared): State<Shared>, Cancelled(token): Cancelled) {
     *shared.0.token.lock().unwrap() = Some(token);
     shared.0.arrived.notify_one();
     std::future::pending().await
+}
+
+/// A stream whose length is announced.
+async fn sized(State(Shared(things)): State<Shared>, Cancelled(token): Cancelled) -> Response {
+    *things.token.lock().unwrap() = Some(token);
+    let parts = futures_util::stream::iter(["he", "llo"].map(|part| Ok::<_, Infallible>(Bytes::from(part))));
+    Response::builder().header("content-length", 5).body(Body::from_stream(parts)).unwrap()
 }
 
 /// Events without an end.
@@ -600,6 +608,28 @@ async fn a_connection_that_nobody_owns_is_caught() {
     let report = timeout(MINUTE, running).await.unwrap().unwrap().unwrap();
     client.read_until("tick").await;
     assert!(shared.0.db_closed.load(Ordering::SeqCst) && !report.stragglers().any(|task| task.name == client.name));
+}
+
+#[tokio::test]
+#[expect(clippy::disallowed_methods, reason = "nobody drops the client halfway")]
+async fn a_response_whose_length_is_announced_leaves_its_token_alone() {
+    let site = Site::open(NEVER).await;
+    for (method, end) in [("GET", "hello"), ("HEAD", "\r\n\r\n")] {
+        let mut stream = TcpStream::connect(site.addr).await.unwrap();
+        stream.write_all(format!("{method} /sized HTTP/1.1\r\nhost: here\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        while !answer.ends_with(end) {
+            let mut piece = [0; 1_024];
+            let size = timeout(MINUTE, stream.read(&mut piece)).await.unwrap().unwrap();
+            assert_ne!(size, 0, "{answer}");
+            answer += std::str::from_utf8(&piece[..size]).unwrap();
+        }
+        let token = site.shared.0.token.lock().unwrap().take().unwrap();
+        assert!(timeout(Duration::from_millis(50), token.cancelled()).await.is_err(), "{method}");
+    }
+    site.stop.cancel();
+    let report = site.report().await;
+    assert!(report.is_clean() && report.elapsed() < NEVER / 2, "{report}");
 }
 
 /// One frame of HTTP/2.
